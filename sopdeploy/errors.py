@@ -1,0 +1,71 @@
+"""Every error a user can meet, on one page.
+
+SopdeployError              one line: what, where, what to do; the CLI ends with exit code 2
+ +- ConfigError             a value in a recipe, a config or an option is wrong
+ +- DataError               a data folder or an image in it cannot be used
+ +- CheckpointError         the file is not a sopdeploy checkpoint, is unsafe or is damaged
+ +- TrainingError           training cannot go on (a number is no longer finite, say)
+ +- DetachError             there is nothing to detach, or a training-only name does not exist
+ +- CertificateError        what is left after detaching is not the plain network
+ +- LoweringError           the network has no ONNX form that every runtime accepts
+ +- ParityError             the exported file gives other numbers than the network
+ +- BundleError             files and manifest of a bundle disagree
+ +- RuntimeUnavailableError no runtime on this machine can run the bundle
+ +- ImageError              a picture cannot be used; the service answers with its own 4xx
+"""
+
+
+class SopdeployError(Exception):
+    """Shown to the user as it is; names the file or value and the next step."""
+
+
+class ConfigError(SopdeployError):
+    """A value in a recipe, a config or an option is wrong."""
+
+
+class DataError(SopdeployError):
+    """A data folder or an image in it cannot be used."""
+
+
+class CheckpointError(SopdeployError):
+    """The file is not a sopdeploy checkpoint, is unsafe or is damaged."""
+
+
+class TrainingError(SopdeployError):
+    """Training cannot go on."""
+
+
+class DetachError(SopdeployError):
+    """There is nothing to detach, or a training-only name does not exist."""
+
+
+class CertificateError(SopdeployError):
+    """What is left after detaching is not the plain network."""
+
+
+class LoweringError(SopdeployError):
+    """The network has no ONNX form that every runtime accepts."""
+
+
+class ParityError(SopdeployError):
+    """The exported file gives other numbers than the network it came from."""
+
+
+class BundleError(SopdeployError):
+    """Files and manifest of a bundle disagree."""
+
+
+class RuntimeUnavailableError(SopdeployError):
+    """No runtime on this machine can run the bundle."""
+
+
+class ImageError(SopdeployError):
+    """A picture cannot be used.
+
+    `code` is stable and machine-readable; `status` is the HTTP answer that fits it.
+    """
+
+    def __init__(self, message: str, *, code: str, status: int) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status = status

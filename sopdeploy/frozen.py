@@ -1,0 +1,24 @@
+"""The base of every config, manifest, report and setting: frozen, and unknown keys are refused."""
+
+from typing import Any
+
+import pydantic
+
+
+class Frozen(pydantic.BaseModel):
+    """A value that cannot change and has no keys but the declared ones."""
+
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+def first_problem(error: pydantic.ValidationError) -> str:
+    """Say the first thing wrong in *error* as `key: reason (got value)`, on one line."""
+    problem: Any = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "value"
+    if problem["type"] == "missing":
+        return f"{where}: missing"
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key"
+    return f"{where}: {problem['msg']} (got {str(problem['input'])[:80]!r})"

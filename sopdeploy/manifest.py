@@ -1,0 +1,110 @@
+"""The manifest: what a bundle holds and how it came to be. No torch here."""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from sopdeploy.frozen import Frozen, first_problem
+from sopdeploy.preprocess import Preprocess
+
+FORMAT = "sopdeploy-bundle"
+VERSION = 1
+ID_LENGTH = 12
+
+Sha256 = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class FileRecord(Frozen):
+    """Size in bytes and sha256 of one file of the bundle."""
+
+    bytes: Annotated[int, pydantic.Field(ge=0)]
+    sha256: Sha256
+
+
+class TensorRecord(Frozen):
+    """One tensor of the graph's border; a `None` dimension is the batch."""
+
+    name: str
+    dtype: Literal["uint8", "float32", "int64"]
+    shape: tuple[int | None, ...]
+
+
+class BatchRange(Frozen):
+    """Batch sizes the graph was verified for."""
+
+    minimum: Annotated[int, pydantic.Field(ge=1)] = 1
+    optimum: Annotated[int, pydantic.Field(ge=1)] = 8
+    maximum: Annotated[int, pydantic.Field(ge=1)] = 64
+
+    @pydantic.model_validator(mode="after")
+    def _ordered(self) -> "BatchRange":
+        if not self.minimum <= self.optimum <= self.maximum:
+            raise ValueError("batch sizes must satisfy minimum <= optimum <= maximum")
+        return self
+
+
+class Lineage(Frozen):
+    """Hash chain from the checkpoint to the graph that ships."""
+
+    checkpoint_sha256: Sha256
+    program_root: Sha256
+    onnx_root: Sha256
+
+
+class Manifest(Frozen):
+    """What `manifest.json` holds."""
+
+    format: Literal["sopdeploy-bundle"] = FORMAT
+    version: Literal[1] = VERSION
+    model: str
+    config: dict[str, Any]
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+    preprocess: Preprocess
+    precision: Literal["fp32"] = "fp32"
+    batch: BatchRange
+    opset: int
+    detached: tuple[str, ...]
+    lineage: Lineage
+    versions: dict[str, str]
+    files: dict[str, FileRecord]
+
+    @property
+    def id(self) -> str:
+        """Return the bundle's id: a hash over the manifest, and through it over every file."""
+        return hashlib.sha256(to_json(self.model_dump(mode="json"))).hexdigest()[:ID_LENGTH]
+
+    def to_bytes(self) -> bytes:
+        """Return the bytes of `manifest.json`; there is exactly one rendering of a manifest."""
+        return to_json({"id": self.id, **self.model_dump(mode="json")})
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> "Manifest":
+        """Return the manifest that *raw* renders.
+
+        Raises `ValueError` where *raw* is not JSON, has another schema, or is not, byte for byte,
+        the rendering of the manifest it holds: then it was edited or damaged.
+        """
+        fields = json.loads(raw)
+        if not isinstance(fields, dict):
+            raise ValueError("not a JSON object")
+        fields.pop("id", None)
+        try:
+            manifest = cls.model_validate_json(json.dumps(fields))
+        except pydantic.ValidationError as problem:
+            raise ValueError(first_problem(problem)) from problem
+        if manifest.to_bytes() != raw:
+            raise ValueError("was edited or damaged after the export")
+        return manifest
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Return (height, width, 3) of one input image."""
+        return (self.preprocess.crop, self.preprocess.crop, 3)
+
+
+def to_json(value: Any) -> bytes:
+    """Return *value* as the JSON bytes every file of a bundle is written in."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

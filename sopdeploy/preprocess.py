@@ -1,0 +1,103 @@
+"""How a picture becomes the network's input: the one truth for training, export and service.
+
+A picture leaves this module as a uint8 array of shape (crop, crop, 3), RGB. Mean and standard
+deviation are part of the exported graph, so no server can get them wrong; they are kept here as
+they travel with the geometry, in the checkpoint and in the bundle.
+"""
+
+import struct
+from typing import Annotated, Literal
+
+import numpy as np
+import pydantic
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from sopdeploy.frozen import Frozen
+
+Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
+Colour = Annotated[int, pydantic.Field(ge=0, le=255)]
+Positive = Annotated[float, pydantic.Field(gt=0)]
+
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+class Preprocess(Frozen):
+    """Geometry and colour rules of one network's input.
+
+    `resize` is the length of the shorter side in pixels before the centre crop of `crop` x `crop`;
+    `mean` and `std` are in units of the 0..1 range; transparent pixels show `background`.
+    """
+
+    resize: Side = 256
+    crop: Side = 224
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    background: tuple[Colour, Colour, Colour] = (255, 255, 255)
+    exif_orientation: bool = True
+
+    @pydantic.model_validator(mode="after")
+    def _crop_fits(self) -> "Preprocess":
+        if self.crop > self.resize:
+            raise ValueError(f"crop ({self.crop}) is larger than resize ({self.resize})")
+        return self
+
+    def __call__(self, picture: Image.Image) -> NDArray[np.uint8]:
+        """Return the (crop, crop, 3) uint8 array of *picture*: upright, RGB, resized, cropped."""
+        return centre_crop(to_rgb(picture, self), self)
+
+
+def to_rgb(picture: Image.Image, rules: Preprocess) -> Image.Image:
+    """Return *picture* upright and in RGB, transparency laid onto the declared background.
+
+    16-bit grey is scaled to 8 bits; Pillow's own conversion would clip it to white.
+    """
+    if rules.exif_orientation:
+        picture = upright(picture)
+    if picture.mode in {"I", "I;16", "I;16B", "I;16L"}:
+        picture = scale_to_8_bits(picture)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        canvas = Image.new("RGBA", picture.size, (*rules.background, 255))
+        picture = Image.alpha_composite(canvas, picture)
+    return picture.convert("RGB")
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """Return *picture* turned as its EXIF orientation says; unreadable EXIF data is ignored."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except (SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
+        return picture
+
+
+def scale_to_8_bits(picture: Image.Image) -> Image.Image:
+    """Return a 16-bit grey *picture* as 8-bit grey: 65535 becomes 255."""
+    values = np.asarray(picture).astype(np.float64)
+    scaled = np.clip(np.rint(values / 257.0), 0, 255).astype(np.uint8)
+    return Image.fromarray(scaled)
+
+
+def centre_crop(picture: Image.Image, rules: Preprocess) -> NDArray[np.uint8]:
+    """Return the centre crop of an RGB *picture* after resizing its shorter side.
+
+    The crop is torchvision's `Resize(resize)` then `CenterCrop(crop)` on a PIL picture (to at most
+    one grey level), computed from the source box that the crop shows, so that a strip of 1 x 20000
+    pixels costs no more than a photograph.
+    """
+    width, height = picture.size
+    if width <= height:
+        size = (rules.resize, max(1, int(rules.resize * height / width)))
+    else:
+        size = (max(1, int(rules.resize * width / height)), rules.resize)
+    left = round((size[0] - rules.crop) / 2.0)
+    top = round((size[1] - rules.crop) / 2.0)
+    box = (
+        left * width / size[0],
+        top * height / size[1],
+        min(width, (left + rules.crop) * width / size[0]),
+        min(height, (top + rules.crop) * height / size[1]),
+    )
+    cropped = picture.resize((rules.crop, rules.crop), RESAMPLING[rules.interpolation], box=box)
+    return np.asarray(cropped, dtype=np.uint8)
