@@ -158,8 +158,7 @@ def check_size(file: Path, record: FileRecord) -> None:
     size = file.stat().st_size
     if size != record.bytes:
         raise BundleError(
-            f"{file}: has {size} bytes, the manifest says {record.bytes}; "
-            "copy or export the bundle again"
+            f"{file}: has {size} bytes, the manifest says {record.bytes}; copy or export the bundle again"
         )
 
 
@@ -170,7 +169,5 @@ def read_labels(path: Path, manifest: Manifest) -> tuple[str, ...]:
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise BundleError(f"{path / 'labels.json'}: not a list of class names")
     if len(labels) != classes:
-        raise BundleError(
-            f"{path / 'labels.json'}: {len(labels)} class names for {classes} outputs"
-        )
+        raise BundleError(f"{path / 'labels.json'}: {len(labels)} class names for {classes} outputs")
     return tuple(labels)

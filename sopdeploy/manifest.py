@@ -9,8 +9,6 @@ import pydantic
 from sopdeploy.frozen import Frozen, first_problem
 from sopdeploy.preprocess import Preprocess
 
-FORMAT = "sopdeploy-bundle"
-VERSION = 1
 ID_LENGTH = 12
 
 Sha256 = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
@@ -56,8 +54,8 @@ class Lineage(Frozen):
 class Manifest(Frozen):
     """What `manifest.json` holds."""
 
-    format: Literal["sopdeploy-bundle"] = FORMAT
-    version: Literal[1] = VERSION
+    format: Literal["sopdeploy-bundle"] = "sopdeploy-bundle"
+    version: Literal[1] = 1
     model: str
     config: dict[str, Any]
     inputs: tuple[TensorRecord, ...]

@@ -42,7 +42,7 @@ def write_probes(path: Path, probes: Probes) -> None:
     arrays: dict[str, NDArray[np.generic]] = {"images": probes.images}
     for name, values in probes.expected.items():
         arrays[f"output_{name}"] = values
-        arrays[f"tolerance_{name}"] = np.float64(probes.tolerance[name]).reshape(())
+        arrays[f"tolerance_{name}"] = np.array(probes.tolerance[name], dtype=np.float64)
     with path.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
 

@@ -1,0 +1,109 @@
+"""Residual blocks with the activation after the addition: BasicBlock and Bottleneck.
+
+Paper: He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), Figs. 3 and 5.
+Names of the parts are torchvision's, so that its weight files fit.
+"""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Shortcut = Literal["projection", "pad"]
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """Return a 3x3 convolution that keeps the size at stride 1; batch norm follows, so no bias."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+
+
+def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """Return a 1x1 convolution; batch norm follows, so no bias."""
+    return nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+
+
+class PaddedShortcut(nn.Module):
+    """Shortcut without parameters ("option A"): subsample, then zero channels on either side."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        missing = out_channels - in_channels
+        self.before, self.after = missing // 2, missing - missing // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return *x* of shape (B, C_in, H, W) as (B, C_out, H / stride, W / stride)."""
+        strided = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(strided, (0, 0, 0, 0, self.before, self.after))
+
+
+def shortcut(in_channels: int, out_channels: int, stride: int, kind: Shortcut) -> nn.Module | None:
+    """Return what brings the input to the output's shape; `None` where it has it already."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    if kind == "pad":
+        return PaddedShortcut(in_channels, out_channels, stride)
+    return nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: (B, in, H, W) to (B, out, H / stride, W / stride)."""
+
+    expansion = 1
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int = 1, kind: Shortcut = "projection"
+    ) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, out_channels, stride)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = conv3x3(out_channels, out_channels)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.downsample = shortcut(in_channels, out_channels, stride, kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return relu(residual + shortcut)."""
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        summed: Tensor = self.relu(out + identity)
+        return summed
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions and a shortcut; the middle is a quarter of the output's channels.
+
+    `stride_on` says which convolution strides: "3x3" is torchvision's and every released code's
+    ("v1.5"), "1x1" the first paper's ("v1").
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        stride_on: Literal["1x1", "3x3"] = "3x3",
+    ) -> None:
+        super().__init__()
+        middle = out_channels // self.expansion
+        first, second = (stride, 1) if stride_on == "1x1" else (1, stride)
+        self.conv1 = conv1x1(in_channels, middle, first)
+        self.bn1 = nn.BatchNorm2d(middle)
+        self.conv2 = conv3x3(middle, middle, second)
+        self.bn2 = nn.BatchNorm2d(middle)
+        self.conv3 = conv1x1(middle, out_channels)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut(in_channels, out_channels, stride, "projection")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return relu(residual + shortcut)."""
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        summed: Tensor = self.relu(out + identity)
+        return summed

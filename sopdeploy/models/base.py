@@ -1,0 +1,45 @@
+"""What every network of the catalog is: a backbone that knows what only its training needs."""
+
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from sopdeploy.backbones.base import Backbone
+
+
+class TrainingOutput(NamedTuple):
+    """What a network with training-only parts returns in train mode.
+
+    `logits` (B, classes) come from the part that ships; `branches` maps each training-only head to
+    its (B, classes) logits; `penalties` maps names to scalars that are added to the loss as they are.
+    """
+
+    logits: Tensor
+    branches: dict[str, Tensor]
+    penalties: dict[str, Tensor]
+
+
+class Classifier(Backbone):
+    """A network of the catalog.
+
+    `training_only` holds the dotted names of the parts that may leave before it ships: in eval mode
+    `forward` never touches them and returns (B, classes) logits. In train mode `forward` returns a
+    `TrainingOutput` where there are such parts, else the logits.
+    """
+
+    training_only: ClassVar[tuple[str, ...]] = ()
+
+    def plain(self) -> Backbone:
+        """Return the network that should ship, built anew from the config, with fresh weights.
+
+        It shares no object with this one: the certificate compares the two.
+        """
+        raise TypeError(f"{type(self).__name__} must say what ships")
+
+    def loss_weights(self) -> dict[str, float]:
+        """Return the weight of each head's loss: `main` and the names in `branches`."""
+        return {"main": 1.0}
+
+    def representation(self) -> int:
+        """Return the length of the vector that the shipped classifier sees."""
+        raise TypeError(f"{type(self).__name__} must say how long its representation is")

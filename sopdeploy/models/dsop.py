@@ -1,0 +1,202 @@
+"""DSoP: detachable second-order pooling. Branches help a first-order network learn, then leave.
+
+Paper: "DSoP: Detachable Second-Order Pooling" (papers' section III): a branch is a_convK_x (blocks of
+the backbone's own kind, no down-sampling) on the output of convK_x, dimension reduction where there
+are more channels than the target, iSQRT-COV, a linear classifier. All losses are summed, weighted.
+
+The paper's text and its tables disagree: parameters and FLOPs printed for ResNet-18 and ResNet-34
+belong to branches whose a_conv3_x and a_conv4_x stride. `aux_stride="text"` is the definition,
+"table" reproduces the printed counts (ResNet-50 then needs 3, 4, 7, 3 blocks and four heads of 256).
+"""
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+from torch import Tensor, nn
+
+from sopdeploy.backbones.base import initialise
+from sopdeploy.errors import ConfigError
+from sopdeploy.frozen import Frozen
+from sopdeploy.models.base import Classifier, TrainingOutput
+from sopdeploy.pooling.isqrt_cov import ISqrtCov, ISqrtCovConfig, dimension_reduction
+
+Count = Annotated[int, pydantic.Field(ge=0)]
+Width = Annotated[int, pydantic.Field(ge=1)]
+Weight = Annotated[float, pydantic.Field(ge=0)]
+
+
+class DSoPConfig(Frozen):
+    """The branches, stage by stage; `None` means as in the paper for this backbone.
+
+    `aux_blocks` gives for each stage either the number of blocks of a branch after its last block
+    (0: no branch) or one such number per block of the stage (section V-D's patterns, "[1, 0, 2]").
+    `aux_widths` are the target channels of the covariance, `aux_weights` the weights of the losses
+    (beta), `main_weight` that of the main loss (alpha). `aux_pooling="gap"` is Table VII's control.
+    `keep_unused_branches` keeps one block and the head of a branch of 0 blocks, as Table X counts.
+    """
+
+    aux_blocks: tuple[Count | tuple[Count, ...], ...] | None = None
+    aux_widths: tuple[Width, ...] | None = None
+    aux_weights: tuple[Weight, ...] | None = None
+    aux_pooling: Literal["isqrt", "gap"] = "isqrt"
+    aux_dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] | None = None
+    main_weight: Weight = 1.0
+    keep_unused_branches: bool = False
+    iterations: Annotated[int, pydantic.Field(ge=1, le=15)] = 5
+    prenorm: Literal["trace", "frobenius"] = "trace"
+
+
+class PaperBranches(Frozen):
+    """What the paper says of the branches on one backbone, stage by stage."""
+
+    blocks: tuple[int | tuple[int, ...], ...]
+    widths: tuple[int, ...]
+    weights: tuple[float, ...]
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    dropout_at: int | None = None
+
+    def dropout(self, width: int) -> float:
+        """Return the dropout on the triangle: one half where the covariance is that wide (V-D)."""
+        return 0.5 if width == self.dropout_at else 0.0
+
+
+class BranchPlan(Frozen):
+    """One branch: where it starts and what it is made of; `pooling` None is global average."""
+
+    tap: str
+    blocks: int
+    stride: int
+    weight: float
+    dropout: float
+    pooling: ISqrtCovConfig | None
+
+    @property
+    def name(self) -> str:
+        """Return the branch's name among `branches`: its tap, without the dot."""
+        return self.tap.replace(".", "_")
+
+
+class Branch(nn.Module):
+    """Feature map (B, C, H, W) of the backbone in, (B, classes) logits out."""
+
+    def __init__(self, plan: BranchPlan, blocks: nn.Sequential, channels: int, classes: int) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.reduction: nn.Module = nn.Identity()
+        if plan.pooling is None:
+            self.pooling: nn.Module = nn.AdaptiveAvgPool2d(1)
+            self.representation = channels
+        else:
+            if channels > plan.pooling.width:
+                self.reduction = dimension_reduction(channels, plan.pooling.width)
+            self.pooling = ISqrtCov(plan.pooling)
+            self.representation = self.pooling.out_features
+        self.dropout = nn.Dropout(plan.dropout)
+        self.fc = nn.Linear(self.representation, classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the branch's logits."""
+        pooled = self.pooling(self.reduction(self.blocks(features)))
+        logits: Tensor = self.fc(self.dropout(pooled.flatten(start_dim=1)))
+        return logits
+
+
+class DSoP(Classifier):
+    """A first-order network that learns with second-order branches and answers without them.
+
+    To be mixed in before a backbone, whose `forward` is the network's own in eval mode; the
+    backbone's parts keep their names, the branches live under `branches`.
+    """
+
+    training_only = ("branches",)
+    config: DSoPConfig
+
+    def plan_branches(self) -> list[BranchPlan]:
+        """Return the branches that the config and the paper ask for, in the order of computing."""
+        raise TypeError(f"{type(self).__name__} must plan its branches")
+
+    def attach_branches(self) -> None:
+        """Build the planned branches."""
+        self.plans = {plan.name: plan for plan in self.plan_branches()}
+        self.branches = nn.ModuleDict({name: self.make_branch(plan) for name, plan in self.plans.items()})
+        initialise(self.branches)
+        self.taps = {plan.tap: name for name, plan in self.plans.items() if plan.blocks > 0}
+
+    def make_branch(self, plan: BranchPlan) -> Branch:
+        """Return one branch; a branch that is kept though unused has one block."""
+        channels = self.tap_channels[plan.tap]
+        blocks = [
+            self.branch_block(channels, channels, plan.stride if position == 0 else 1)
+            for position in range(max(1, plan.blocks))
+        ]
+        return Branch(plan, nn.Sequential(*blocks), channels, self.num_classes)
+
+    def forward(self, images: Tensor) -> Any:
+        """Return (B, classes) logits in eval mode, a `TrainingOutput` in train mode."""
+        if not self.training:
+            return super().forward(images)
+        features, tapped = self.features(images, self.taps)
+        logits = {
+            name: self.branches[name](feature)
+            for name, feature in zip(self.taps.values(), tapped, strict=True)
+        }
+        return TrainingOutput(self.classify(features), logits, {})
+
+    def loss_weights(self) -> dict[str, float]:
+        """Return alpha as `main` and beta of every branch that computes."""
+        betas = {name: self.plans[name].weight for name in self.taps.values()}
+        return {"main": self.config.main_weight, **betas}
+
+
+def spread(config: DSoPConfig, blocks_by_stage: dict[str, int], paper: PaperBranches) -> list[BranchPlan]:
+    """Return a plan per branch: the config's wishes where it has any, else the paper's."""
+    aux_blocks = config.aux_blocks if config.aux_blocks is not None else paper.blocks
+    widths = config.aux_widths or paper.widths
+    weights = config.aux_weights or paper.weights
+    for key, values in (
+        ("aux_blocks", aux_blocks),
+        ("aux_widths", widths),
+        ("aux_weights", weights),
+    ):
+        if len(values) != len(blocks_by_stage):
+            raise ConfigError(
+                f"{key}: {len(values)} values for {len(blocks_by_stage)} stages; give one per stage"
+            )
+    plans = []
+    for stage, (name, count) in enumerate(blocks_by_stage.items()):
+        for position, blocks in enumerate(pattern(aux_blocks[stage], count, name)):
+            last = position == count - 1
+            if blocks == 0 and not (config.keep_unused_branches and last):
+                continue
+            isqrt = ISqrtCovConfig(
+                width=min(widths[stage], paper.channels[stage]),
+                iterations=config.iterations,
+                prenorm=config.prenorm,
+            )
+            dropout = paper.dropout(isqrt.width) if config.aux_dropout is None else config.aux_dropout
+            plans.append(
+                BranchPlan(
+                    tap=f"{name}.{position}",
+                    blocks=blocks,
+                    stride=paper.strides[stage],
+                    weight=weights[stage],
+                    pooling=isqrt if config.aux_pooling == "isqrt" else None,
+                    dropout=dropout,
+                )
+            )
+    return plans
+
+
+def pattern(wish: int | tuple[int, ...], count: int, stage: str) -> tuple[int, ...]:
+    """Return the branch's blocks after each of a stage's *count* blocks."""
+    if isinstance(wish, int):
+        return (0,) * (count - 1) + (wish,)
+    if len(wish) != count:
+        raise ConfigError(f"aux_blocks: {len(wish)} values for the {count} blocks of {stage}")
+    return wish
+
+
+def shared_fields(config: Frozen, narrower: type[Frozen]) -> dict[str, Any]:
+    """Return the fields of *config* that *narrower* has too."""
+    return {name: getattr(config, name) for name in narrower.model_fields}

@@ -1,0 +1,48 @@
+"""Covariance pooling: second-order statistics of a feature map.
+
+Paper: Li et al., "Towards Faster Training of Global Covariance Pooling Networks by Iterative Matrix
+Square Root Normalization" (iSQRT-COV), Eq. (1): Sigma = X (I - 11^T/M) X^T / M.
+Letters: B images, C channels, H height, W width, M = H*W positions.
+
+Written as mean subtraction and one product. The paper's centring matrix costs M^2 more per channel,
+and on constant maps its rounding gives negative traces; subtracting the mean first cannot.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def centred_positions(features_BCHW: Tensor) -> Tensor:
+    """Return X / sqrt(M), centred over positions, as (B, C, M).
+
+    Scaling the operand instead of the product keeps the product in range in half precision.
+    """
+    x_BCM = features_BCHW.flatten(start_dim=2)
+    centred_BCM = x_BCM - x_BCM.mean(dim=2, keepdim=True)
+    return centred_BCM * (1.0 / math.sqrt(x_BCM.shape[2]))
+
+
+def covariance(centred_BCM: Tensor) -> Tensor:
+    """Return the (B, C, C) covariance of what `centred_positions` gave."""
+    return centred_BCM @ centred_BCM.transpose(1, 2)
+
+
+def covariance_trace(centred_BCM: Tensor) -> Tensor:
+    """Return the trace of the covariance as (B, 1, 1): a sum of squares, so no diagonal is taken."""
+    return centred_BCM.square().sum(dim=(1, 2), keepdim=True)
+
+
+def frobenius_norm(cov_BCC: Tensor) -> Tensor:
+    """Return the Frobenius norm of each matrix as (B, 1, 1)."""
+    return cov_BCC.square().sum(dim=(1, 2), keepdim=True).sqrt()
+
+
+def upper_triangle_indices(channels: int) -> Tensor:
+    """Return the positions of the upper triangle, row by row, in a flattened (C, C) matrix.
+
+    int64 of length C (C + 1) / 2, diagonal included; fast-MPN-COV's vector order.
+    """
+    rows_columns = torch.triu_indices(channels, channels)
+    return rows_columns[0] * channels + rows_columns[1]
