@@ -2,90 +2,19 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import pydantic
 
-from sopdeploy.backbones.resnet import ResNetConfig
-from sopdeploy.backbones.small_resnet import SmallResNetConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.frozen import Frozen, first_problem
+from sopdeploy.models import dsop_networks, plain
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.dsop_networks import (
-    DSoPResNet,
-    DSoPResNetConfig,
-    DSoPSmallResNet,
-    DSoPSmallResNetConfig,
-)
-from sopdeploy.models.plain import PlainResNet, PlainSmallResNet
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """One line of the catalog; `image_size` is the side of the images its paper uses, in pixels."""
-
-    network: type[Classifier]
-    config: type[Frozen]
-    defaults: Mapping[str, Any]
-    image_size: int
-    num_classes: int
-    summary: str
-
-
-def resnet(depth: int) -> Entry:
-    """Return the entry of a plain ResNet."""
-    return Entry(
-        network=PlainResNet,
-        config=ResNetConfig,
-        defaults={"depth": depth},
-        image_size=224,
-        num_classes=1000,
-        summary=f"plain ResNet-{depth}",
-    )
-
-
-def dsop_resnet(depth: int) -> Entry:
-    """Return the entry of a ResNet that learns with second-order branches."""
-    return Entry(
-        network=DSoPResNet,
-        config=DSoPResNetConfig,
-        defaults={"depth": depth},
-        image_size=224,
-        num_classes=1000,
-        summary=f"DSoP on ResNet-{depth}: four second-order branches, detached before it ships",
-    )
-
-
-def small_resnet(depth: int) -> Entry:
-    """Return the entry of a plain ResNet for 32-pixel images."""
-    return Entry(
-        network=PlainSmallResNet,
-        config=SmallResNetConfig,
-        defaults={"depth": depth},
-        image_size=32,
-        num_classes=10,
-        summary=f"plain ResNet-{depth} for 32-pixel images",
-    )
-
-
-def dsop_small_resnet(depth: int) -> Entry:
-    """Return the entry of a ResNet for 32-pixel images that learns with branches."""
-    return Entry(
-        network=DSoPSmallResNet,
-        config=DSoPSmallResNetConfig,
-        defaults={"depth": depth},
-        image_size=32,
-        num_classes=10,
-        summary=f"DSoP on ResNet-{depth} for 32-pixel images",
-    )
-
+from sopdeploy.models.entry import Entry
 
 CATALOG: dict[str, Entry] = {
-    **{f"resnet{depth}": resnet(depth) for depth in (18, 34, 50, 101)},
-    **{f"resnet{depth}": small_resnet(depth) for depth in (8, 20, 32, 44, 56, 110)},
-    **{f"dsop-resnet{depth}": dsop_resnet(depth) for depth in (18, 34, 50, 101)},
-    **{f"dsop-resnet{depth}": dsop_small_resnet(depth) for depth in (8, 20, 32, 44, 56, 110)},
+    **plain.ENTRIES,
+    **dsop_networks.ENTRIES,
 }
 
 

@@ -1,7 +1,7 @@
 """DSoP on each backbone: where the branches start and what the paper says they are made of.
 
 Adding a backbone: a config that joins the backbone's and `DSoPConfig`, a class that mixes `DSoP` into the
-backbone and plans its branches, and a line in the catalog.
+backbone and plans its branches, and a line in `ENTRIES`.
 """
 
 from typing import Literal
@@ -12,6 +12,7 @@ from sopdeploy.backbones.resnet import STAGES as RESNET_STAGES
 from sopdeploy.backbones.small_resnet import STAGES as SMALL_STAGES
 from sopdeploy.backbones.small_resnet import SmallResNet, SmallResNetConfig
 from sopdeploy.models.dsop import BranchPlan, DSoP, DSoPConfig, PaperBranches, shared_fields, spread
+from sopdeploy.models.entry import Entry
 
 
 class DSoPResNetConfig(ResNetConfig, DSoPConfig):
@@ -98,3 +99,33 @@ class DSoPSmallResNet(DSoP, SmallResNet):
     def representation(self) -> int:
         """Return the channels of the last stage."""
         return self.fc.in_features
+
+
+def dsop_resnet(depth: int) -> Entry:
+    """Return the entry of a ResNet that learns with four branches."""
+    return Entry(
+        network=DSoPResNet,
+        config=DSoPResNetConfig,
+        defaults={"depth": depth},
+        image_size=224,
+        num_classes=1000,
+        summary=f"DSoP on ResNet-{depth}: four second-order branches, detached before it ships",
+    )
+
+
+def dsop_small_resnet(depth: int) -> Entry:
+    """Return the entry of a ResNet for 32-pixel images that learns with branches."""
+    return Entry(
+        network=DSoPSmallResNet,
+        config=DSoPSmallResNetConfig,
+        defaults={"depth": depth},
+        image_size=32,
+        num_classes=10,
+        summary=f"DSoP on ResNet-{depth} for 32-pixel images",
+    )
+
+
+ENTRIES = {
+    **{f"dsop-resnet{depth}": dsop_resnet(depth) for depth in (18, 34, 50, 101)},
+    **{f"dsop-resnet{depth}": dsop_small_resnet(depth) for depth in (8, 20, 32, 44, 56, 110)},
+}

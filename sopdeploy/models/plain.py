@@ -1,9 +1,10 @@
 """The plain first-order networks: baselines, and what a detached network must equal."""
 
 from sopdeploy.backbones.base import Backbone
-from sopdeploy.backbones.resnet import ResNet
-from sopdeploy.backbones.small_resnet import SmallResNet
+from sopdeploy.backbones.resnet import ResNet, ResNetConfig
+from sopdeploy.backbones.small_resnet import SmallResNet, SmallResNetConfig
 from sopdeploy.models.base import Classifier
+from sopdeploy.models.entry import Entry
 
 
 class PlainResNet(Classifier, ResNet):
@@ -28,3 +29,33 @@ class PlainSmallResNet(Classifier, SmallResNet):
     def representation(self) -> int:
         """Return the channels of the last stage."""
         return self.fc.in_features
+
+
+def resnet(depth: int) -> Entry:
+    """Return the entry of a ResNet for 224-pixel images."""
+    return Entry(
+        network=PlainResNet,
+        config=ResNetConfig,
+        defaults={"depth": depth},
+        image_size=224,
+        num_classes=1000,
+        summary=f"plain ResNet-{depth}",
+    )
+
+
+def small_resnet(depth: int) -> Entry:
+    """Return the entry of a ResNet for 32-pixel images."""
+    return Entry(
+        network=PlainSmallResNet,
+        config=SmallResNetConfig,
+        defaults={"depth": depth},
+        image_size=32,
+        num_classes=10,
+        summary=f"plain ResNet-{depth} for 32-pixel images",
+    )
+
+
+ENTRIES = {
+    **{f"resnet{depth}": resnet(depth) for depth in (18, 34, 50, 101)},
+    **{f"resnet{depth}": small_resnet(depth) for depth in (8, 20, 32, 44, 56, 110)},
+}
