@@ -1,0 +1,1 @@
+"""From bundle to HTTP answer: verify, predict and serve. No torch in here."""

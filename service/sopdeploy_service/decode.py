@@ -1,0 +1,119 @@
+"""From the bytes of a request to the network's input: the only place that looks at image bytes.
+
+Every step is cheaper than the next and may refuse: size in bytes, first bytes of the format, header
+(its pixels are counted before one is allocated), full decode, preprocessing. What a picture is, its
+own bytes say; no content type is asked. Whatever the bytes are, the only error is `ImageError`.
+"""
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sopdeploy.errors import ImageError
+from sopdeploy.preprocess import Preprocess
+
+ALLOWED = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"BM": "BMP",
+}
+REFUSED = {
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"%PDF": "PDF",
+    b"%!PS": "PostScript",
+    b"8BPS": "PSD",
+    b"\0\0\1\0": "ICO",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"<svg": "SVG",
+    b"<?xml": "XML or SVG",
+}
+HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heif", b"avif", b"avis"}
+WANTED = "send a JPEG, PNG, WebP, BMP or GIF file"
+
+
+def decode(body: bytes, preprocess: Preprocess, *, max_bytes: int, max_pixels: int) -> NDArray[np.uint8]:
+    """Return the (crop, crop, 3) uint8 input that *preprocess* makes of the image in *body*.
+
+    Of an animation the first frame counts. Raises `ImageError` with the code and the HTTP status
+    that tell what is wrong with the image.
+    """
+    if not body:
+        raise ImageError("the body is empty; " + WANTED, code="empty_body", status=400)
+    if len(body) > max_bytes:
+        raise too_large(max_bytes)
+    picture = read_header(body, sniff(body), max_pixels)
+    try:
+        with picture:
+            picture.load()
+            return preprocess(picture)
+    except Exception as problem:  # foreign bytes in a decoder: it may raise anything
+        raise damaged(problem) from problem
+
+
+def sniff(body: bytes) -> str:
+    """Return Pillow's name of the format *body* starts like; raises `ImageError` for others."""
+    for magic, name in ALLOWED.items():
+        if body.startswith(magic):
+            return name
+    if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
+        return "WEBP"
+    other = name_of_other(body)
+    if other is not None:
+        raise ImageError(f"{other} files are not accepted; {WANTED}", code="unsupported_format", status=415)
+    raise ImageError(f"this is not an image; {WANTED}", code="not_an_image", status=415)
+
+
+def name_of_other(body: bytes) -> str | None:
+    """Return the name of a format that is known and not accepted, or None."""
+    if body[4:8] == b"ftyp" and body[8:12] in HEIF_BRANDS:
+        return "HEIC and AVIF"
+    return next((name for magic, name in REFUSED.items() if body.startswith(magic)), None)
+
+
+def read_header(body: bytes, name: str, max_pixels: int) -> Image.Image:
+    """Return the picture of format *name* with its header read and no pixel decoded.
+
+    Raises `ImageError` where the header is damaged or says more than *max_pixels*.
+    """
+    try:
+        picture = Image.open(io.BytesIO(body), formats=(name,))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
+        raise too_many_pixels(max_pixels) from problem
+    except Exception as problem:  # foreign bytes in a parser: it may raise anything
+        raise damaged(problem) from problem
+    if picture.width * picture.height > max_pixels:
+        raise too_many_pixels(max_pixels, picture.size)
+    return picture
+
+
+def too_large(max_bytes: int) -> ImageError:
+    """Return the error of a body longer than *max_bytes*."""
+    return ImageError(
+        f"the body is larger than {max_bytes} bytes, the limit of this server",
+        code="too_large",
+        status=413,
+    )
+
+
+def too_many_pixels(max_pixels: int, size: tuple[int, int] | None = None) -> ImageError:
+    """Return the error of a picture of more than *max_pixels*."""
+    what = f"{size[0]} x {size[1]}" if size else "this"
+    return ImageError(
+        f"{what} is more than {max_pixels} pixels, the limit of this server",
+        code="too_many_pixels",
+        status=413,
+    )
+
+
+def damaged(problem: Exception) -> ImageError:
+    """Return the error of a picture whose decoder raised *problem*."""
+    if isinstance(problem, MemoryError):
+        return ImageError("the image needs more memory than there is", code="too_many_pixels", status=413)
+    if isinstance(problem, EOFError) or "truncated" in str(problem).lower():
+        return ImageError("the image is cut short", code="truncated_image", status=422)
+    return ImageError("the image is damaged", code="damaged_image", status=422)

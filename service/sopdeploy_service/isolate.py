@@ -1,0 +1,66 @@
+"""One bad image must not cost its neighbours their answer.
+
+An exception from a batch is narrowed down by halving until the image that causes it fails alone;
+an output that is not finite fails the image it belongs to.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy_service.outcome import ENGINE_FAILED, NONFINITE, Refusal
+
+Run = Callable[[NDArray[np.uint8]], Mapping[str, NDArray[np.float32]]]
+Row = NDArray[np.float32] | Refusal
+
+log = logging.getLogger("sopdeploy.engine")
+
+
+@dataclass(slots=True)
+class Budget:
+    """How many more runs the halving may cost, so that an engine that always fails ends soon."""
+
+    runs: int
+
+
+def run_isolated(run: Run, images: Sequence[NDArray[np.uint8]], output: str) -> list[Row]:
+    """Return for each of *images* (H, W, 3) its row (C,) of *output*, or why it has none.
+
+    At most `1 + 4 * log2(n)` runs, rounded up: enough to single out two bad images of n.
+    """
+    return halve(run, images, output, Budget(1 + 4 * (len(images) - 1).bit_length()))
+
+
+def halve(run: Run, images: Sequence[NDArray[np.uint8]], output: str, budget: Budget) -> list[Row]:
+    """Run *images* as one batch and, where that raises, as two halves within *budget*."""
+    if budget.runs == 0:
+        return [ENGINE_FAILED] * len(images)
+    budget.runs -= 1
+    try:
+        return rows(run(np.stack(images)), output, len(images))
+    except Exception:  # a runtime may raise anything
+        log.exception("the engine failed on a batch of %d", len(images))
+    if len(images) == 1:
+        return [ENGINE_FAILED]
+    middle = len(images) // 2
+    return [
+        *halve(run, images[:middle], output, budget),
+        *halve(run, images[middle:], output, budget),
+    ]
+
+
+def rows(outputs: Mapping[str, NDArray[np.float32]], output: str, images: int) -> list[Row]:
+    """Return the rows of *output*; a row is refused where any output of its image is not finite.
+
+    Raises `ValueError` where an output does not have one row for each of the *images*.
+    """
+    finite = np.ones(images, dtype=bool)
+    for name, values in outputs.items():
+        if len(values) != images:
+            raise ValueError(f"output {name!r} has {len(values)} rows for {images} images")
+        finite &= np.isfinite(values.reshape(images, -1)).all(axis=1)
+    logits = outputs[output]
+    return [logits[place] if finite[place] else NONFINITE for place in range(images)]

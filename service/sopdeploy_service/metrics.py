@@ -1,0 +1,113 @@
+"""What the server tells Prometheus, in a registry of its own: two servers never share a number."""
+
+import threading
+import time
+from collections import deque
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from sopdeploy.bundle import Bundle
+from sopdeploy_service.runtime.base import Runtime
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+WINDOW_SECONDS = 10.0
+
+
+class BusyMeter:
+    """Which share of the last seconds the engine was at work. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._spans: deque[tuple[float, float]] = deque()
+        self._born = time.monotonic()
+        self._lock = threading.Lock()
+
+    def add(self, started: float, ended: float) -> None:
+        """Count the time from *started* to *ended* (`time.monotonic`) as work."""
+        with self._lock:
+            self._spans.append((started, ended))
+            self._forget(ended)
+
+    def ratio(self) -> float:
+        """Return the share, 0 to 1, of the last `WINDOW_SECONDS`."""
+        with self._lock:
+            now = time.monotonic()
+            self._forget(now)
+            begin = max(self._born, now - WINDOW_SECONDS)
+            busy = sum(ended - max(started, begin) for started, ended in self._spans)
+            return min(1.0, busy / max(now - begin, 1e-9))
+
+    def _forget(self, now: float) -> None:
+        while self._spans and self._spans[0][1] < now - WINDOW_SECONDS:
+            self._spans.popleft()
+
+
+class Metrics:
+    """Every metric of one server; labels have few values, whatever clients send."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = self._counter("requests", "Requests answered", "route", "code")
+        self._request_seconds = self._histogram(
+            "request_duration_seconds", "From request to answer", SECONDS, "route"
+        )
+        self._stage_seconds = self._histogram(
+            "stage_duration_seconds", "Receive, decode, queue, infer", SECONDS, "stage"
+        )
+        self._batch_size = self._histogram("batch_size", "Images in a batch", BATCHES)
+        self._rejected = self._counter("rejected", "Images or requests refused", "reason")
+        self._cancelled = self._counter("cancelled", "Requests whose client left")
+        self._nonfinite = self._counter("nonfinite_outputs", "Images whose output is not finite")
+        self._depth = self._gauge("queue_depth", "Images admitted and not yet answered")
+        self._busy = BusyMeter()
+        self._gauge("engine_busy_ratio", "Share of the last 10 s").set_function(self._busy.ratio)
+        self._info = self._gauge("bundle_info", "Always 1", "digest", "model", "precision", "engine")
+
+    def serves(self, bundle: Bundle, runtime: Runtime) -> None:
+        """Name the bundle and the runtime whose numbers these are."""
+        manifest = bundle.manifest
+        self._info.labels(manifest.id, manifest.model, manifest.precision, runtime.name).set(1)
+
+    def request(self, route: str, code: int, seconds: float) -> None:
+        """Count a request answered with the status *code*."""
+        self._requests.labels(route, str(code)).inc()
+        self._request_seconds.labels(route).observe(seconds)
+
+    def stage(self, stage: str, seconds: float) -> None:
+        """Count *seconds* spent in one of `receive`, `decode`, `queue`, `infer`."""
+        self._stage_seconds.labels(stage).observe(seconds)
+
+    def batch(self, size: int, started: float, ended: float) -> None:
+        """Count a batch of *size* images that ran from *started* to *ended*."""
+        self._batch_size.observe(size)
+        self._busy.add(started, ended)
+        self.stage("infer", ended - started)
+
+    def rejected(self, reason: str) -> None:
+        """Count a refusal; *reason* is its code."""
+        self._rejected.labels(reason).inc()
+
+    def cancelled(self) -> None:
+        """Count a request whose client left before its answer."""
+        self._cancelled.inc()
+
+    def nonfinite(self, images: int) -> None:
+        """Count *images* for which the network gave numbers that are not finite."""
+        self._nonfinite.inc(images)
+
+    def depth(self, images: int) -> None:
+        """Say how many images are admitted and not yet answered."""
+        self._depth.set(images)
+
+    def render(self) -> bytes:
+        """Return every metric in Prometheus' text form."""
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, what: str, *labels: str) -> Counter:
+        return Counter(f"sopdeploy_{name}", what, labels, registry=self._registry)
+
+    def _gauge(self, name: str, what: str, *labels: str) -> Gauge:
+        return Gauge(f"sopdeploy_{name}", what, labels, registry=self._registry)
+
+    def _histogram(self, name: str, what: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"sopdeploy_{name}", what, labels, registry=self._registry, buckets=buckets)

@@ -1,0 +1,57 @@
+"""From the path of a bundle to a runtime that was seen to give the right numbers.
+
+`verify`, `predict` and the server all come through here, so none of them works with a network that
+this machine computes wrongly.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sopdeploy.bundle import Bundle, open_bundle
+from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.probes import Replay, read_probes, replay
+from sopdeploy_service.runtime.base import Runtime
+from sopdeploy_service.runtime.choose import choose
+from sopdeploy_service.settings import Settings
+
+LARGEST_ON_CPU = 4  # more gains nothing on a CPU and makes the first image of a batch wait
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inference:
+    """A bundle, a runtime for it, and the replays of its probes by batch size."""
+
+    bundle: Bundle
+    runtime: Runtime
+    replays: dict[int, Replay]
+
+
+def open_verified(path: Path, settings: Settings) -> Inference:
+    """Open the bundle at *path*, choose a runtime and replay the probes through it.
+
+    Raises `BundleError`, `RuntimeUnavailableError` or `ParityError`.
+    """
+    bundle = open_bundle(path)
+    smallest = bundle.manifest.batch.minimum
+    if smallest > 1:
+        raise RuntimeUnavailableError(
+            f"{path}: was verified for batches of {smallest} and more, a single image is one; "
+            "export it with a smallest batch of 1"
+        )
+    runtime = choose(bundle, settings)
+    return Inference(bundle=bundle, runtime=runtime, replays=replay_all(bundle, runtime, settings))
+
+
+def replay_all(bundle: Bundle, runtime: Runtime, settings: Settings) -> dict[int, Replay]:
+    """Replay the probes one by one, and in the largest batches the server would make of them."""
+    probes = read_probes(bundle.probes)
+    sizes = {1, min(largest_batch(runtime, settings), len(probes.images))}
+    return {size: replay(probes, runtime.run, batch=size) for size in sorted(sizes) if size}
+
+
+def largest_batch(runtime: Runtime, settings: Settings) -> int:
+    """Return how many images the server may put into one batch of *runtime*."""
+    wanted = settings.max_batch
+    if wanted is None:
+        wanted = LARGEST_ON_CPU if runtime.device == "cpu" else runtime.largest_batch
+    return min(wanted, runtime.largest_batch)

@@ -1,0 +1,1 @@
+"""What can run a bundle: one module for each, siblings of one Protocol."""

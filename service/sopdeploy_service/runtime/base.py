@@ -1,0 +1,21 @@
+"""The replaceable part: whatever turns a batch of images into the network's outputs."""
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Runtime(Protocol):
+    """One loaded network on one device; called by one thread at a time."""
+
+    name: str  # with its version
+    device: str  # `cpu`, `cuda:0`
+    largest_batch: int
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8.
+
+        n is 1 to `largest_batch`. Any exception means that this batch got no result.
+        """
+        ...

@@ -1,0 +1,89 @@
+"""onnxruntime on the CPU. The only module that imports onnxruntime."""
+
+import importlib
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.bundle import Bundle
+from sopdeploy.errors import RuntimeUnavailableError
+
+PROVIDER = "CPUExecutionProvider"
+
+
+class OnnxRuntime:
+    """A session over `model.onnx` of a bundle."""
+
+    device = "cpu"
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        """Load *bundle* with *threads* engine threads; `None` is one for each core.
+
+        Raises `RuntimeUnavailableError` where onnxruntime is not installed or cannot run the graph.
+        """
+        engine = import_onnxruntime()
+        manifest = bundle.manifest
+        self.name = f"onnxruntime {engine.__version__}"
+        self.largest_batch = manifest.batch.maximum
+        self._input = manifest.inputs[0].name
+        self._outputs = [output.name for output in manifest.outputs]
+        self._session = open_session(engine, bundle, threads or available_cores())
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
+        values = self._session.run(self._outputs, {self._input: images})
+        return dict(zip(self._outputs, values, strict=True))
+
+
+def import_onnxruntime() -> Any:
+    """Return the onnxruntime module, or raise `RuntimeUnavailableError` saying how to get it."""
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as problem:
+        raise RuntimeUnavailableError(
+            'onnxruntime is not installed; run: pip install "sopdeploy[cpu]"'
+        ) from problem
+
+
+def open_session(engine: Any, bundle: Bundle, threads: int) -> Any:
+    """Return a session that really runs on the CPU provider and has the manifest's tensors."""
+    options = engine.SessionOptions()
+    options.graph_optimization_level = engine.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only: they reach us as exceptions
+    # Spinning threads would take the cores from the decoders.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = engine.InferenceSession(str(bundle.onnx), options, providers=[PROVIDER])
+    except Exception as problem:  # onnxruntime's errors share no base class
+        raise RuntimeUnavailableError(
+            f"{bundle.onnx}: onnxruntime {engine.__version__} cannot load the graph: {problem}"
+        ) from problem
+    if session.get_providers() != [PROVIDER]:
+        raise RuntimeUnavailableError(
+            f"{bundle.onnx}: asked for {PROVIDER}, onnxruntime chose {session.get_providers()}"
+        )
+    refuse_other_tensors(session, bundle)
+    return session
+
+
+def refuse_other_tensors(session: Any, bundle: Bundle) -> None:
+    """Refuse a *session* whose inputs and outputs are not the manifest's."""
+    manifest = bundle.manifest
+    declared = [tensor.name for tensor in (*manifest.inputs, *manifest.outputs)]
+    found = [tensor.name for tensor in (*session.get_inputs(), *session.get_outputs())]
+    if found != declared:
+        raise RuntimeUnavailableError(
+            f"{bundle.onnx}: the graph has the tensors {found}, the manifest says {declared}; "
+            "export the bundle again"
+        )
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use, at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return max(1, os.cpu_count() or 1)

@@ -1,0 +1,77 @@
+"""The bodies of the HTTP answers; `sopdeploy predict` prints the same classes."""
+
+from http import HTTPStatus
+from typing import Annotated
+
+import pydantic
+
+from sopdeploy.frozen import Frozen
+from sopdeploy.preprocess import Preprocess
+from sopdeploy_service.outcome import Refusal
+
+PROBLEM_JSON = "application/problem+json"
+
+
+class ClassProbability(Frozen):
+    """One class and how probable it is."""
+
+    label: str
+    probability: Annotated[float, pydantic.Field(ge=0, le=1)]
+
+
+class Classes(Frozen):
+    """The answer to one image: its most probable classes, best first."""
+
+    classes: tuple[ClassProbability, ...]
+
+
+class Problem(Frozen):
+    """An error as RFC 9457 has it; `code` is stable, `detail` is for people."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    code: str
+    detail: str
+
+    @classmethod
+    def of(cls, refusal: Refusal) -> "Problem":
+        """Return the body that tells *refusal* to a client."""
+        try:
+            title = HTTPStatus(refusal.status).phrase
+        except ValueError:  # 499, which no standard names
+            title = "Client Closed Request"
+        return cls(title=title, status=refusal.status, code=refusal.code, detail=refusal.message)
+
+
+class Failed(Frozen):
+    """The place of one image that got no answer, among others that did."""
+
+    error: Problem
+
+
+class Results(Frozen):
+    """The answers to several images, in the order they were sent."""
+
+    results: tuple[Classes | Failed, ...]
+
+
+class Health(Frozen):
+    """What `/livez` and `/readyz` say: `ok`, `draining` or `engine_dead`."""
+
+    status: str
+
+
+class Info(Frozen):
+    """Which network this server answers with, on what."""
+
+    bundle: str
+    id: str
+    model: str
+    labels: int
+    precision: str
+    preprocess: Preprocess
+    runtime: str
+    device: str
+    largest_batch: int
+    versions: dict[str, str]

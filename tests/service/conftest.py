@@ -1,0 +1,170 @@
+"""A tiny bundle, pictures in every format, and real servers in threads of this process."""
+
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import onnx
+import pytest
+import uvicorn
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from sopdeploy.bundle import Bundle, open_bundle, publish, seal, staging
+from sopdeploy.manifest import BatchRange, Lineage, TensorRecord, to_json
+from sopdeploy.preprocess import Preprocess
+from sopdeploy.probes import Probes, write_probes
+from sopdeploy_service.app import create_app
+from sopdeploy_service.open_inference import Inference
+from sopdeploy_service.runtime.base import Runtime
+from sopdeploy_service.runtime.with_onnxruntime import OnnxRuntime
+from sopdeploy_service.server import bind, url
+from sopdeploy_service.settings import Settings
+
+LABELS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
+RULES = Preprocess(resize=36, crop=32)
+
+
+def tiny_graph() -> onnx.ModelProto:
+    """uint8 images (n, 32, 32, 3) to logits (n, 7): a linear layer over the mean colour."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(3, len(LABELS))).astype(np.float32) / 40
+    nodes = [
+        helper.make_node("Cast", ["images"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["wide", "axes"], ["colour"], keepdims=0),
+        helper.make_node("MatMul", ["colour", "weights"], ["logits"]),
+    ]
+    constants = {"axes": np.array([1, 2], dtype=np.int64), "weights": weights}
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 32, 32, 3])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", len(LABELS)])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def write_bundle(folder: Path, *, wrong_by: float = 0.0) -> Path:
+    """Write the tiny bundle into *folder*; its probes are *wrong_by* so much."""
+    graph = tiny_graph()
+    weights = numpy_helper.to_array(graph.graph.initializer[1])
+    images = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    logits = images.mean(axis=(1, 2)).astype(np.float32) @ weights + np.float32(wrong_by)
+    with staging(folder) as stage:
+        (stage / "model.onnx").write_bytes(graph.SerializeToString())
+        (stage / "labels.json").write_bytes(to_json(LABELS))
+        (stage / "certificate.json").write_bytes(to_json({}))
+        (stage / "parity.json").write_bytes(to_json({}))
+        write_probes(
+            stage / "probes.npz",
+            Probes(images=images, expected={"logits": logits}, tolerance={"logits": 1e-4}),
+        )
+        manifest = seal(
+            stage,
+            {
+                "model": "tiny",
+                "config": {},
+                "inputs": (TensorRecord(name="images", dtype="uint8", shape=(None, 32, 32, 3)),),
+                "outputs": (TensorRecord(name="logits", dtype="float32", shape=(None, 7)),),
+                "preprocess": RULES,
+                "batch": BatchRange(),
+                "opset": 18,
+                "detached": (),
+                "lineage": Lineage(checkpoint_sha256="0" * 64, program_root="1" * 64, onnx_root="2" * 64),
+                "versions": {"onnx": onnx.__version__},
+            },
+        )
+        return publish(stage, manifest, folder)
+
+
+@pytest.fixture(scope="session")
+def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture(scope="session")
+def wrong_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole bundle whose network does not give the numbers it promises."""
+    return write_bundle(tmp_path_factory.mktemp("wrong"), wrong_by=0.01)
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_path: Path) -> Bundle:
+    return open_bundle(bundle_path)
+
+
+@pytest.fixture(scope="session")
+def onnx_runtime(bundle: Bundle) -> OnnxRuntime:
+    return OnnxRuntime(bundle, threads=1)
+
+
+def picture_bytes(
+    colour: tuple[int, int, int] = (200, 30, 60), size: tuple[int, int] = (50, 40), kind: str = "JPEG"
+) -> bytes:
+    """A picture with a gradient, so that geometry and colour both show in the answer."""
+    grid = np.linspace(0.5, 1.0, size[0] * size[1]).reshape(size[1], size[0], 1)
+    file = io.BytesIO()
+    Image.fromarray((grid * np.array(colour)).astype(np.uint8)).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def make_picture() -> Callable[..., bytes]:
+    return picture_bytes
+
+
+@pytest.fixture(scope="session")
+def jpeg() -> bytes:
+    return picture_bytes()
+
+
+@contextmanager
+def running(runtime: Runtime, bundle: Bundle, settings: Settings) -> Iterator[httpx.Client]:
+    """A real server for *runtime* on a free loopback port; gives a client for it."""
+    app = create_app(Inference(bundle=bundle, runtime=runtime, replays={}), settings)
+    config = uvicorn.Config(app, lifespan="on", log_config=None, timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    with bind("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        wait_for(lambda: server.started)
+        limits = httpx.Limits(max_connections=200)
+        with httpx.Client(base_url=url(listener), timeout=20, limits=limits) as client:
+            yield client
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait until *condition* holds; fail after *seconds*."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[..., None]:
+    return wait_for
+
+
+@pytest.fixture
+def serve_with(bundle: Bundle) -> Iterator[Callable[..., httpx.Client]]:
+    """`serve_with(runtime, **settings)` starts a server and returns a client for it."""
+    with ExitStack() as stack:
+        yield lambda runtime, **settings: stack.enter_context(running(runtime, bundle, Settings(**settings)))
+
+
+@pytest.fixture(scope="module")
+def client(bundle: Bundle, onnx_runtime: OnnxRuntime) -> Iterator[httpx.Client]:
+    """A client of one server with the real runtime and low limits, shared by a test module."""
+    settings = Settings(max_body_bytes=1_000_000, max_images=8, deadline_seconds=10)
+    with running(onnx_runtime, bundle, settings) as client:
+        yield client
