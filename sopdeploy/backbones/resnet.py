@@ -7,7 +7,6 @@ The second-order papers leave out the last down-sampling: `conv5_stride=1` ("s1"
 from collections.abc import Collection
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialise, run_stages
@@ -58,7 +57,6 @@ class ResNet(Backbone):
             self.add_module(stage, self.make_stage(channels, out_channels, blocks, stride))
             self.tap_channels |= {f"{stage}.{p}": out_channels for p in range(blocks)}
             channels = out_channels
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
         initialise(self)
 
@@ -82,5 +80,5 @@ class ResNet(Backbone):
 
     def classify(self, features: Tensor) -> Tensor:
         """Return logits of globally averaged features."""
-        logits: Tensor = self.fc(torch.flatten(self.avgpool(features), 1))
+        logits: Tensor = self.fc(features.mean(dim=(2, 3)))
         return logits

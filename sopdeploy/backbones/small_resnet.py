@@ -8,7 +8,6 @@ from collections.abc import Collection
 from typing import Annotated, Literal
 
 import pydantic
-import torch
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialise, run_stages
@@ -60,7 +59,6 @@ class SmallResNet(Backbone):
             self.add_module(stage, nn.Sequential(first, *rest))
             self.tap_channels |= {f"{stage}.{p}": width for p in range(config.blocks)}
             channels = width
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
         initialise(self)
 
@@ -75,5 +73,5 @@ class SmallResNet(Backbone):
 
     def classify(self, features: Tensor) -> Tensor:
         """Return logits of globally averaged features."""
-        logits: Tensor = self.fc(torch.flatten(self.avgpool(features), 1))
+        logits: Tensor = self.fc(features.mean(dim=(2, 3)))
         return logits

@@ -133,8 +133,8 @@ class DSoP(Classifier):
         return Branch(plan, nn.Sequential(*blocks), channels, self.num_classes)
 
     def forward(self, images: Tensor) -> Any:
-        """Return (B, classes) logits in eval mode, a `TrainingOutput` in train mode."""
-        if not self.training:
+        """Return (B, classes) logits in eval mode or without branches, else a `TrainingOutput`."""
+        if not self.training or "branches" not in self._modules:
             return super().forward(images)
         features, tapped = self.features(images, self.taps)
         logits = {
