@@ -1,0 +1,1 @@
+"""From checkpoint to bundle: detach, prove, capture, lower, compare, write. One file per step."""

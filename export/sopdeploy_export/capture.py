@@ -1,0 +1,88 @@
+"""Capture: the network as one graph, normalisation inside, for any batch size of a range.
+
+The graph takes uint8 images (batch, height, width, 3), as `Preprocess` makes them, and gives float32
+logits. torch.export traces one path through the Python code; whatever it had to assume about the batch
+size beyond the range asked for is an error here, not a surprise later.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from sopdeploy.errors import LoweringError
+from sopdeploy.manifest import BatchRange
+from sopdeploy.normalise import Normalise
+from sopdeploy.preprocess import Preprocess
+
+
+class Deployed(nn.Module):
+    """What is captured: uint8 images in, logits out."""
+
+    def __init__(self, network: nn.Module, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.normalise = Normalise(preprocess)
+        self.network = network
+
+    def forward(self, images: Tensor) -> Any:
+        """Return the network's answer to (B, H, W, 3) uint8 *images*."""
+        return self.network(self.normalise(images))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Captured:
+    """A network's graphs: for every batch size of the range, and for a batch of exactly one."""
+
+    any_batch: ExportedProgram
+    batch_of_one: ExportedProgram
+
+
+def capture(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Captured:
+    """Return the graphs of *network*, which must be in eval mode.
+
+    torch.export takes a dynamic dimension to be at least 2, so code that treats a single image otherwise
+    shows only in the second graph. Raises `LoweringError` where the network cannot be captured.
+    """
+    deployed = Deployed(network, preprocess).eval()
+    shape = (preprocess.crop, preprocess.crop, 3)
+    single = torch.zeros(1, *shape, dtype=torch.uint8)
+    if batch.maximum == 1:
+        only = export(deployed, single, None)
+        return Captured(any_batch=only, batch_of_one=only)
+    pair = torch.zeros(2, *shape, dtype=torch.uint8)
+    dynamic = export(deployed, pair, ({0: Dim("batch", min=1, max=batch.maximum)},))
+    check_range(dynamic, batch)
+    return Captured(any_batch=dynamic, batch_of_one=export(deployed, single, None))
+
+
+def export(deployed: nn.Module, example: Tensor, dynamic_shapes: Any) -> ExportedProgram:
+    """Return the functional graph of *deployed*: writes through views become values."""
+    try:
+        with torch.no_grad():
+            program = torch.export.export(deployed, (example,), dynamic_shapes=dynamic_shapes)
+            functional: ExportedProgram = program.run_decompositions({})
+    except Exception as problem:  # torch.export raises whatever the traced code or its solver raises
+        raise LoweringError(f"cannot be captured as one graph: {first_line(problem)}") from problem
+    return functional
+
+
+def first_line(problem: BaseException) -> str:
+    """Return the first line of what *problem* says."""
+    return next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+
+
+def check_range(program: ExportedProgram, batch: BatchRange) -> None:
+    """Refuse a graph whose batch size was narrowed or fixed while it was captured."""
+    size = program.graph_signature.user_inputs
+    placeholder = next(node for node in program.graph.nodes if node.name == size[0])
+    dimension = placeholder.meta["val"].shape[0]
+    if isinstance(dimension, int):
+        raise LoweringError(f"the network fixes the batch size to {dimension}; it must take any from 1 on")
+    allowed = program.range_constraints[dimension.node.expr]
+    if not (int(allowed.lower) <= 1 and int(allowed.upper) == batch.maximum):
+        raise LoweringError(
+            f"the network takes batches of {allowed.lower} to {allowed.upper} images only, not of "
+            f"1 to {batch.maximum}; it treats some batch sizes otherwise"
+        )

@@ -1,0 +1,283 @@
+"""The certificate: proof that what is left after detaching is the plain network.
+
+Four statements, each checked and each fatal where it does not hold:
+  accounting   every tensor of the trained network is removed or kept, none is both, and the kept ones have
+               the same sha256 before and after;
+  graphs       the graph of the trained network's answer, of the detached network and of a plain network
+               built anew from the config with the same weights have one Merkle root, for any batch size
+               and for a batch of one;
+  numbers      all three give bitwise equal logits on probe images, alone and in batches;
+  lowering     their ONNX graphs have one root too (checked by the pipeline with `onnx_root`).
+
+A numeric check alone cannot see `y + 0 * branch(f)`; the graphs can, and name the weights still reached.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from sopdeploy.errors import CertificateError, LoweringError
+from sopdeploy.frozen import Frozen
+from sopdeploy.manifest import BatchRange
+from sopdeploy.models.base import Classifier
+from sopdeploy.preprocess import Preprocess
+from sopdeploy_export.capture import Captured, Deployed, capture
+from sopdeploy_export.program_root import ProgramRoot, program_root, tensor_hash
+
+PREFIX = "network."  # what the captured wrapper puts before the network's own names
+
+
+class TensorEntry(Frozen):
+    """One parameter or buffer: its name, shape, type, size in bytes and the sha256 of its content."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    sha256: str
+
+
+class Roots(Frozen):
+    """The one Merkle root of three networks' graphs, and how many operations it covers.
+
+    `onnx` is that of their lowered graphs; it is empty until `with_onnx_root` has compared those.
+    """
+
+    any_batch: str
+    batch_of_one: str
+    operations: int
+    onnx: str = ""
+
+
+class Certificate(Frozen):
+    """What was proved. It exists only where every statement held."""
+
+    model: str
+    detached: tuple[str, ...]
+    removed: tuple[TensorEntry, ...]
+    kept: tuple[TensorEntry, ...]
+    roots: Roots
+    compared: tuple[str, ...] = ("trained", "detached", "plain")
+    batches: tuple[int, ...]
+    images: int
+    largest_difference: float = 0.0
+
+    @property
+    def bytes_removed(self) -> int:
+        """Return how many bytes of tensors left."""
+        return sum(entry.bytes for entry in self.removed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proof:
+    """The certificate, and the graphs it speaks of: `lean` is the one to lower."""
+
+    certificate: Certificate
+    trained: Captured
+    lean: Captured
+    plain: Captured
+
+
+def certify(
+    trained: Classifier,
+    lean: nn.Module,
+    preprocess: Preprocess,
+    probes: Tensor,
+    *,
+    model: str = "network",
+    batch: BatchRange | None = None,
+) -> Proof:
+    """Prove that *lean*, detached from *trained*, is the plain network with the trained weights.
+
+    *probes* are uint8 images (P, crop, crop, 3). Raises `CertificateError` saying which statement does not
+    hold and where; nothing is changed.
+    """
+    batch = batch or BatchRange()
+    refuse_train_mode(trained, "trained")
+    refuse_train_mode(lean, "detached")
+    refuse_global_hooks()
+    removed, kept = account(trained, lean)
+    plain = plain_network(trained, lean)
+    networks = {"trained": trained, "detached": lean, "plain": plain}
+    captured = {name: captured_or_refused(net, preprocess, batch, name) for name, net in networks.items()}
+    roots = equal_roots(captured, {entry.name for entry in removed})
+    batches = tuple(sorted({1, min(2, len(probes)), len(probes)}))
+    equal_numbers({name: Deployed(net, preprocess) for name, net in networks.items()}, probes, batches)
+    certificate = Certificate(
+        model=model,
+        detached=trained.training_only,
+        removed=removed,
+        kept=kept,
+        roots=roots,
+        batches=batches,
+        images=len(probes),
+    )
+    return Proof(
+        certificate=certificate,
+        trained=captured["trained"],
+        lean=captured["detached"],
+        plain=captured["plain"],
+    )
+
+
+def refuse_train_mode(network: nn.Module, role: str) -> None:
+    """Refuse a network of which any part is in train mode."""
+    for name, part in network.named_modules():
+        if part.training:
+            raise CertificateError(
+                f"the {role} network is in train mode ({name or 'the whole of it'}); call .eval() first"
+            )
+
+
+def refuse_global_hooks() -> None:
+    """Refuse hooks registered on all modules: they would change the plain network too."""
+    hooks = (
+        nn_module._global_forward_hooks,
+        nn_module._global_forward_pre_hooks,
+    )
+    if any(hooks):
+        raise CertificateError("a forward hook is registered on all modules; remove it before the export")
+
+
+def tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer of *network* under every name it has."""
+    return dict(network.named_parameters(remove_duplicate=False)) | dict(
+        network.named_buffers(remove_duplicate=False)
+    )
+
+
+def account(trained: Classifier, lean: nn.Module) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
+    """Return what was removed and what was kept; raise where the books do not balance."""
+    before, after = tensors(trained), tensors(lean)
+    invented = sorted(after.keys() - before.keys())
+    if invented:
+        raise CertificateError(f"the detached network has a tensor {invented[0]} that was never trained")
+    removed = {name: tensor for name, tensor in before.items() if name not in after}
+    for name in removed:
+        if not any(name == part or name.startswith(f"{part}.") for part in trained.training_only):
+            raise CertificateError(f"{name} was removed, but {list(trained.training_only)} do not cover it")
+    refuse_shared_storage(removed, {name: before[name] for name in after})
+    kept = []
+    for name, tensor in after.items():
+        record = tensor_entry(name, tensor)
+        if record != tensor_entry(name, before[name]):
+            raise CertificateError(f"{name} changed while the network was detached")
+        kept.append(record)
+    return tuple(tensor_entry(name, tensor) for name, tensor in removed.items()), tuple(kept)
+
+
+def refuse_shared_storage(removed: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
+    """Refuse a tensor that is removed under one name and kept under another."""
+    owners = {tensor.untyped_storage().data_ptr(): name for name, tensor in kept.items() if tensor.numel()}
+    for name, tensor in removed.items():
+        owner = owners.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+        if owner is not None:
+            raise CertificateError(f"{name} was removed but shares its memory with {owner}, which was kept")
+
+
+def tensor_entry(name: str, tensor: Tensor) -> TensorEntry:
+    """Return the record of *tensor*."""
+    return TensorEntry(
+        name=name,
+        shape=tuple(tensor.shape),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        bytes=tensor.numel() * tensor.element_size(),
+        sha256=tensor_hash(tensor),
+    )
+
+
+def plain_network(trained: Classifier, lean: nn.Module) -> nn.Module:
+    """Return a plain network, built anew from the config, that holds the weights of *lean*."""
+    plain = trained.plain()
+    source, target = lean.state_dict(), plain.state_dict()
+    missing, unknown = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
+    if missing:
+        raise CertificateError(f"the plain network needs {missing[0]}, which the detached one lacks")
+    if unknown:
+        raise CertificateError(f"the detached network still has {unknown[0]}, which the plain one lacks")
+    try:
+        plain.load_state_dict(source)
+    except RuntimeError as problem:
+        raise CertificateError(f"the detached weights do not fit the plain network: {problem}") from problem
+    return plain.eval()
+
+
+def captured_or_refused(network: nn.Module, preprocess: Preprocess, batch: BatchRange, role: str) -> Captured:
+    """Return the graphs of *network*, or say which network cannot be captured."""
+    try:
+        return capture(network, preprocess, batch)
+    except LoweringError as problem:
+        raise CertificateError(f"the {role} network {problem}") from problem
+
+
+def equal_roots(captured: dict[str, Captured], removed: set[str]) -> Roots:
+    """Return the roots all networks share; raise naming the first place where they differ."""
+    any_batch = {name: program_root(graphs.any_batch) for name, graphs in captured.items()}
+    single = {name: program_root(graphs.batch_of_one) for name, graphs in captured.items()}
+    for what, roots in (("any batch size", any_batch), ("a batch of one", single)):
+        refuse_reachable(roots["trained"], removed, what)
+        for role in ("trained", "detached"):
+            if roots[role].sha256 != roots["plain"].sha256:
+                where = first_difference(roots[role], roots["plain"])
+                raise CertificateError(f"the {role} network is not the plain one, for {what}: {where}")
+    return Roots(
+        any_batch=any_batch["plain"].sha256,
+        batch_of_one=single["plain"].sha256,
+        operations=len(any_batch["plain"].nodes),
+    )
+
+
+def with_onnx_root(certificate: Certificate, roots: dict[str, str]) -> Certificate:
+    """Return *certificate* with the root that all lowered graphs share; raise where one has another."""
+    for role, root in roots.items():
+        if root != roots["plain"]:
+            raise CertificateError(f"the lowered graph of the {role} network is not the plain one's")
+    return certificate.model_copy(
+        update={"roots": certificate.roots.model_copy(update={"onnx": roots["plain"]})}
+    )
+
+
+def refuse_reachable(root: ProgramRoot, removed: set[str], what: str) -> None:
+    """Refuse an answer that depends on weights that only training should need."""
+    reached = sorted(name for name in (s.removeprefix(PREFIX) for s in root.state) if name in removed)
+    if reached:
+        more = f" and {len(reached) - 3} more" if len(reached) > 3 else ""
+        raise CertificateError(
+            f"the answer still depends on training-only weights, for {what}: {', '.join(reached[:3])}{more}; "
+            "a branch leaks into the main output"
+        )
+
+
+def first_difference(found: ProgramRoot, plain: ProgramRoot) -> str:
+    """Return the first operation that only one of two graphs has, in words."""
+    extra = [place for sha, place in found.nodes.items() if sha not in plain.nodes]
+    lacking = [place for sha, place in plain.nodes.items() if sha not in found.nodes]
+    if extra:
+        return f"it computes {extra[0]}" + (f", the plain one {lacking[0]}" if lacking else "")
+    if lacking:
+        return f"it leaves out {lacking[0]}"
+    return "its inputs or outputs differ"
+
+
+def equal_numbers(networks: dict[str, nn.Module], probes: Tensor, batches: tuple[int, ...]) -> None:
+    """Refuse logits that are not bitwise those of the plain network."""
+    for size in batches:
+        logits = {}
+        for role, network in networks.items():
+            with torch.no_grad():
+                chunks = [probes[start : start + size] for start in range(0, len(probes), size)]
+                logits[role] = torch.cat([network(chunk) for chunk in chunks])
+        for role in ("trained", "detached"):
+            if not torch.equal(bits(logits[role]), bits(logits["plain"])):
+                difference = (logits[role] - logits["plain"]).abs().max().item()
+                raise CertificateError(
+                    f"the {role} network gives other logits than the plain one at batch {size}: "
+                    f"largest difference {difference:.3g}"
+                )
+
+
+def bits(logits: Tensor) -> Tensor:
+    """Return the bytes of *logits*, so that -0 is not 0 and NaN is itself."""
+    return logits.contiguous().view(torch.uint8)

@@ -1,0 +1,105 @@
+"""Lowering a captured graph to one ONNX file: no control flow, no private operators, no local paths.
+
+Newton-Schulz arrives here already unrolled as matrix products, so every runtime and TensorRT release sees
+plain operators. Opset 18 is the lowest that torch writes and the one most runtimes read.
+"""
+
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from torch.export import ExportedProgram
+
+from sopdeploy.errors import LoweringError
+
+OPSET = 18
+INPUT = "images"
+LOGITS = "logits"
+PREFIX = "network."
+REFUSED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
+LARGEST_FILE = 2**31 - 1  # protobuf's limit; beyond it weights would need a second file
+
+
+def lower(program: ExportedProgram) -> onnx.ModelProto:
+    """Return the ONNX model of *program*: uint8 `images` in, float32 `logits` out, batch symbolic.
+
+    Raises `LoweringError` where an operator has no plain ONNX form or the file would exceed 2 GB.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the converter warns about its own internals
+        try:
+            lowered = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[LOGITS],
+                external_data=False,
+                verbose=False,
+            )
+        except Exception as problem:  # the converter raises whatever its passes raise
+            raise LoweringError(f"no ONNX form: {type(problem).__name__}: {first_line(problem)}") from problem
+    if lowered is None:
+        raise LoweringError("no ONNX form: the converter gave nothing")
+    model = lowered.model
+    ClearMetadataAndDocStringPass()(model)
+    tidy(model)
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    if size > LARGEST_FILE:
+        raise LoweringError(f"the weights take {size} bytes; one ONNX file holds at most {LARGEST_FILE}")
+    proto: onnx.ModelProto = ir.to_proto(model)
+    check(proto)
+    return proto
+
+
+def first_line(problem: BaseException) -> str:
+    """Return the first line of what *problem* says."""
+    return str(problem).strip().partition("\n")[0]
+
+
+def tidy(model: ir.Model) -> None:
+    """Give weights their own names back, call the batch `batch`, forget the types of inner values."""
+    for name in list(model.graph.initializers):
+        value = model.graph.initializers[name]
+        value.name = name.removeprefix(PREFIX)
+        value.metadata_props.clear()
+    for node in model.graph:
+        for output in node.outputs:
+            if not output.is_graph_output():
+                output.shape, output.type = None, None
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.metadata_props.clear()
+        if value.shape is not None and not isinstance(value.shape[0], int):
+            value.shape[0] = ir.SymbolicDim("batch")
+    model.graph.name = "sopdeploy"
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+
+
+def check(proto: onnx.ModelProto) -> None:
+    """Refuse a graph that some runtime could not run, or would run otherwise."""
+    onnx.checker.check_model(proto, full_check=True)
+    opsets = {opset.domain: opset.version for opset in proto.opset_import}
+    if opsets != {"": OPSET}:
+        raise LoweringError(f"the graph needs operator sets {opsets}, not only {OPSET} of ONNX itself")
+    refused = sorted({node.op_type for node in proto.graph.node} & REFUSED)
+    if refused:
+        raise LoweringError(f"the graph holds {refused[0]}; control flow has no place in what ships")
+    batch = proto.graph.input[0].type.tensor_type.shape.dim[0]
+    if batch.HasField("dim_value") and batch.dim_value != 1:
+        raise LoweringError(f"the graph fixes the batch size to {batch.dim_value}")
+
+
+def operator_counts(proto: onnx.ModelProto) -> dict[str, int]:
+    """Return how often each operator stands in *proto*, by name."""
+    return dict(sorted(Counter(node.op_type for node in proto.graph.node).items()))
+
+
+def write(proto: onnx.ModelProto, path: Path) -> None:
+    """Write *proto* to *path* as one file; the same model gives the same bytes."""
+    path.write_bytes(proto.SerializeToString(deterministic=True))

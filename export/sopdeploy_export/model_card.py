@@ -1,0 +1,85 @@
+"""The page of a bundle that a person reads."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sopdeploy.checkpoint import Checkpoint
+from sopdeploy_export.certificate import Certificate
+from sopdeploy_export.parity import ParityReport
+
+LABELS_SHOWN = 20
+
+
+def render(
+    checkpoint: Checkpoint, certificate: Certificate, parity: ParityReport, fields: Mapping[str, Any]
+) -> str:
+    """Return the model card as Markdown; *fields* are those of the manifest."""
+    rules = checkpoint.preprocess
+    labels = ", ".join(checkpoint.labels[:LABELS_SHOWN])
+    if len(checkpoint.labels) > LABELS_SHOWN:
+        labels += f", ... ({len(checkpoint.labels)} in all, see labels.json)"
+    return f"""# {checkpoint.model}
+
+An image classifier exported by sopdeploy {fields["versions"]["sopdeploy"]}.
+
+Classes: {labels}
+
+## Use
+
+    sopdeploy verify .
+    sopdeploy predict . photo.jpg
+    sopdeploy serve .
+
+## Input and output
+
+`{fields["inputs"][0].name}`: uint8, (batch, {rules.crop}, {rules.crop}, 3), RGB. The shorter side of
+a picture is resized to {rules.resize} pixels ({rules.interpolation}), then the centre is cropped;
+mean and standard deviation are inside the graph. `{fields["outputs"][0].name}`: float32,
+(batch, {len(checkpoint.labels)}). Batches of {fields["batch"].minimum} to {fields["batch"].maximum} images.
+
+## Training
+
+{training_lines(checkpoint)}
+
+## What was proved
+
+{proof_lines(certificate)}
+
+## What was measured
+
+{parity_lines(parity)}
+"""
+
+
+def training_lines(checkpoint: Checkpoint) -> str:
+    """Return what the checkpoint says of its training: plain figures only."""
+    plain = {
+        key: value
+        for key, value in checkpoint.training.items()
+        if isinstance(value, int | float | str) and not isinstance(value, bool)
+    }
+    return "\n".join(f"- {key}: {value}" for key, value in sorted(plain.items())) or "Not recorded."
+
+
+def proof_lines(certificate: Certificate) -> str:
+    """Return the certificate in words."""
+    removed = (
+        f"- removed: {', '.join(certificate.detached)} ({len(certificate.removed)} tensors, "
+        f"{certificate.bytes_removed} bytes)"
+        if certificate.removed
+        else "- removed: nothing, all of the network computes the answer"
+    )
+    return f"""{removed}
+- kept: {len(certificate.kept)} tensors, each with the same sha256 before and after
+- one graph: trained, detached and plain network share the root {certificate.roots.any_batch[:16]}
+  ({certificate.roots.operations} operations), also for a batch of one and after lowering to ONNX
+- one answer: bitwise equal logits on {certificate.images} probe images"""
+
+
+def parity_lines(parity: ParityReport) -> str:
+    """Return the parity report in words."""
+    state = "passed" if parity.passed else "DID NOT PASS, drift was allowed"
+    return f"""- {state}: model.onnx in {parity.runtime} ({parity.provider}) against the network in float64
+- largest drift {parity.largest_drift:.3g}, {parity.drift_in_floors:.1f} times the network's own float32 noise
+  ({parity.noise_floor:.3g}); allowed {parity.tolerance:.3g}
+- top class agrees on {parity.top1.agree} of {parity.top1.images} probe images"""
