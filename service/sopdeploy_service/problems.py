@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from sopdeploy_service.outcome import Refusal
+from sopdeploy_service.outcome import CLIENT_GONE, Refusal
 from sopdeploy_service.schema import PROBLEM_JSON, Problem
 
 LINGER_SECONDS = 2.0
@@ -93,7 +93,11 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RefusedError)
     async def refused(request: Request, problem: RefusedError) -> Response:
-        request.app.state.service.metrics.rejected(problem.refusal.code)
+        metrics = request.app.state.service.metrics
+        if problem.refusal is CLIENT_GONE:
+            metrics.cancelled()
+        else:
+            metrics.rejected(problem.refusal.code)
         return problem_response(problem.refusal)
 
     @app.exception_handler(HTTPException)

@@ -49,7 +49,8 @@ class DrainingServer(uvicorn.Server):
     """A uvicorn that goes on answering while it drains, and ends when the engine is dead.
 
     The first signal makes the server not ready: new requests get 503, those already here are
-    answered for at most *drain_seconds*, then the port is closed. A second signal ends it at once.
+    answered for at most *drain_seconds*, then the port is closed. A second signal ends the drain:
+    what is not answered by then gets 503.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float, ready: str) -> None:
@@ -69,11 +70,9 @@ class DrainingServer(uvicorn.Server):
         sys.stdout.flush()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """Begin to drain, or stop draining; uvicorn's own would end with the signal's exit code."""
-        if self._drain_until is not None:
-            self.should_exit = self.force_exit = True
-            return
-        self._drain_until = time.monotonic() + self._drain_seconds
+        """Begin to drain, or end the drain; uvicorn's own would end with the signal's exit code."""
+        again = self._drain_until is not None
+        self._drain_until = time.monotonic() + (0.0 if again else self._drain_seconds)
         self._service.drain()
 
     async def on_tick(self, counter: int) -> bool:
@@ -81,7 +80,7 @@ class DrainingServer(uvicorn.Server):
         if self._service.state == "engine_dead":
             return True
         if self._drain_until is not None:
-            late = time.monotonic() > self._drain_until
+            late = time.monotonic() >= self._drain_until
             if late:
                 self._service.abandon()
             if late or self._service.requests == 0:
@@ -97,8 +96,12 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
     except OSError as problem:
         raise ConfigError(
             f"{host}:{port}: cannot listen ({problem.strerror}); choose another host or port"

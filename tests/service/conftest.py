@@ -4,7 +4,7 @@ import io
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -153,6 +153,11 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 @pytest.fixture(scope="session")
 def until() -> Callable[..., None]:
     return wait_for
+
+
+@pytest.fixture(scope="session")
+def run_server() -> Callable[..., AbstractContextManager[httpx.Client]]:
+    return running
 
 
 @pytest.fixture

@@ -1,0 +1,143 @@
+"""Images made to do harm: whatever the bytes, the decoder answers with pixels or an `ImageError`,
+soon, and without allocating what a header only promises.
+"""
+
+import io
+import resource
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sopdeploy.errors import ImageError
+from sopdeploy.preprocess import Preprocess
+from sopdeploy_service.decode import decode
+
+RULES = Preprocess(resize=36, crop=32)
+CODES = {
+    "empty_body": 400,
+    "not_an_image": 415,
+    "unsupported_format": 415,
+    "too_large": 413,
+    "too_many_pixels": 413,
+    "truncated_image": 422,
+    "damaged_image": 422,
+}
+FUZZ = settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+def attack(body: bytes, *, max_pixels: int = 50_000_000) -> str | None:
+    """Decode *body*; return the code of its refusal, or None for an accepted image."""
+    try:
+        image = decode(body, RULES, max_bytes=20_000_000, max_pixels=max_pixels)
+    except ImageError as caught:
+        problem = caught
+    else:
+        assert (image.shape, image.dtype) == ((32, 32, 3), np.uint8)
+        return None
+    assert CODES[problem.code] == problem.status
+    return problem.code
+
+
+def seed(kind: str) -> bytes:
+    file = io.BytesIO()
+    rng = np.random.default_rng(3)
+    picture = Image.fromarray(rng.integers(0, 256, (24, 31, 3), dtype=np.uint8))
+    if kind == "GIF":
+        picture.save(file, kind, save_all=True, append_images=[picture.rotate(90)], loop=0)
+    elif kind == "PNG":
+        picture.convert("P").save(file, kind, transparency=0)
+    else:
+        picture.save(file, kind)
+    return file.getvalue()
+
+
+SEEDS = {kind: seed(kind) for kind in ("JPEG", "PNG", "GIF", "BMP", "WEBP")}
+MAGICS = [body[:12] for body in SEEDS.values()] + [b"GIF87a", b"BM", b"RIFF....WEBP", b"%!PS"]
+
+
+@FUZZ
+@given(magic=st.sampled_from(MAGICS), rest=st.binary(max_size=300))
+def test_random_bytes_behind_a_known_beginning_are_refused_or_read(magic: bytes, rest: bytes):
+    attack(magic + rest, max_pixels=1_000_000)
+
+
+@FUZZ
+@given(
+    kind=st.sampled_from(sorted(SEEDS)),
+    edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
+    keep=st.floats(0.05, 1),
+)
+def test_a_damaged_image_is_refused_or_read(kind: str, edits: list[tuple[float, int]], keep: float) -> None:
+    body = bytearray(SEEDS[kind])
+    for place, value in edits:
+        body[int(place * len(body))] = value
+    attack(bytes(body[: int(keep * len(body))]), max_pixels=1_000_000)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, *, data: bytes = b"", extra: bytes = b"") -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(data, 9))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + pixels + chunk(b"IEND", b"")
+
+
+def gif(canvas: tuple[int, int], frame: tuple[int, int]) -> bytes:
+    """A GIF whose only frame may be larger than its canvas."""
+    head = b"GIF89a" + struct.pack("<HHBBB", *canvas, 0x80, 0, 0) + bytes(6)
+    return head + b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + b"\x02\x02\x44\x01\x00;"
+
+
+BOMBS = {
+    "PNG of 900 megapixels": png(30_000, 30_000, data=bytes(1_000_000)),
+    "PNG of 100 megapixels": png(10_000, 10_000, data=bytes(12_510_000)),
+    "PNG of the largest size there is": png(2**31 - 1, 2**31 - 1),
+    "GIF with a frame larger than its canvas": gif((10, 10), (65_535, 65_535)),
+    "GIF with a canvas of 4 gigapixels": gif((65_535, 65_535), (10, 10)),
+    "GIF of 100 megapixels": gif((10_000, 10_000), (10_000, 10_000)),
+    "BMP of 4 gigapixels": b"BM"
+    + struct.pack("<IHHI", 100, 0, 0, 54)
+    + struct.pack("<IiiHHIIiiII", 40, 65_000, 65_000, 1, 24, 0, 0, 0, 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_pixel_bomb_is_refused_by_its_header(name: str) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    assert attack(BOMBS[name]) in {"too_many_pixels", "damaged_image"}
+    assert time.perf_counter() - started < 0.5
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    assert grown < 20_000  # kB
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_a_compressed_text_bomb_costs_no_memory(kind: bytes) -> None:
+    squeezed = zlib.compress(bytes(100_000_000), 9)
+    start = {b"zTXt": b"a\0\0", b"iTXt": b"a\0\1\0\0\0", b"iCCP": b"a\0\0"}[kind]
+    bomb = png(8, 8, data=bytes(16), extra=chunk(kind, start + squeezed))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    attack(bomb)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    assert grown < 30_000  # kB
+
+
+def test_ten_thousand_frames_cost_as_much_as_the_first() -> None:
+    frame = gif((31, 24), (31, 24))
+    head, body = frame[:19], frame[19:-1]
+    started = time.perf_counter()
+    attack(head + body * 10_000 + b";")
+    assert time.perf_counter() - started < 0.5
+
+
+@pytest.mark.parametrize("inside", [b"%!PS-Adobe", b"<svg onload=x>", b"%PDF-1.4"])
+def test_a_document_that_runs_code_never_reaches_a_parser(inside: bytes) -> None:
+    assert attack(inside + bytes(100)) == "unsupported_format"

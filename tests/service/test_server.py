@@ -1,0 +1,198 @@
+"""The server as a process: its first line, its last answer and its exit code."""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from sopdeploy.errors import BundleError, ConfigError, ParityError
+from sopdeploy_service.server import bind, serve
+from sopdeploy_service.settings import Settings
+
+SERVE = """
+import sys
+from pathlib import Path
+from sopdeploy.errors import SopdeployError
+from sopdeploy_service import server
+from sopdeploy_service.settings import load_settings
+
+{faults}
+
+try:
+    sys.exit(server.serve(Path(sys.argv[1]), load_settings(port=0, threads=1, {settings})))
+except SopdeployError as problem:
+    sys.exit(f"error: {{problem}}")
+"""
+
+SLOW = """
+import time
+from sopdeploy_service.runtime.with_onnxruntime import OnnxRuntime
+whole = OnnxRuntime.run
+def slow(self, images):
+    time.sleep(0.15)
+    return whole(self, images)
+OnnxRuntime.run = slow
+"""
+
+HANGS = """
+import time
+from sopdeploy_service.runtime.with_onnxruntime import OnnxRuntime
+whole = OnnxRuntime.run
+def hang(self, images):
+    if images.max() == 0:
+        time.sleep(1000)
+    return whole(self, images)
+OnnxRuntime.run = hang
+"""
+
+
+@contextmanager
+def process(bundle: Path, faults: str = "", settings: str = "") -> Iterator[subprocess.Popen[str]]:
+    code = SERVE.format(faults=faults, settings=settings)
+    child = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", code, str(bundle)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        with child:
+            yield child
+            child.wait(20)
+    finally:
+        child.kill()
+
+
+@pytest.fixture
+def start(bundle_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], httpx.Client]]]:
+    with ExitStack() as stack:
+
+        def started(**options: str) -> tuple[subprocess.Popen[str], httpx.Client]:
+            child = stack.enter_context(process(bundle_path, **options))
+            assert child.stdout is not None
+            found = re.fullmatch(r"ready: (\S+)  (\S+)\n", child.stdout.readline())
+            assert found, child.communicate(timeout=20)
+            assert found[2] == bundle_path.name
+            return child, stack.enter_context(httpx.Client(base_url=found[1], timeout=20))
+
+        yield started
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_server_says_when_it_is_ready_and_ends_with_0(start, jpeg, stop) -> None:
+    child, client = start()
+    assert client.get("/readyz").status_code == 200
+    assert client.post("/v1/classify", content=jpeg).status_code == 200
+    child.send_signal(stop)
+    out, err = child.communicate(timeout=20)
+    assert (child.returncode, out, err) == (0, "", "")
+
+
+def test_sigterm_under_load_answers_every_request_that_was_admitted(start, jpeg) -> None:
+    child, client = start(faults=SLOW, settings="max_batch=2")
+    replies: list[httpx.Response] = []
+    with ThreadPoolExecutor(16) as pool:
+        sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
+        wait_until(lambda: queued(client) == 16)
+        child.send_signal(signal.SIGTERM)
+        wait_until(lambda: client.get("/readyz").status_code == 503)
+        late = client.post("/v1/classify", content=jpeg)
+        replies = [reply.result() for reply in sent]
+    assert [reply.status_code for reply in replies] == [200] * 16
+    assert (late.status_code, late.json()["code"]) == (503, "draining")
+    assert late.headers["connection"] == "close"
+    assert child.wait(20) == 0
+
+
+def test_what_cannot_be_answered_within_the_drain_is_refused_and_not_cut_off(start, jpeg) -> None:
+    child, client = start(faults=SLOW, settings="max_batch=1, drain_seconds=0.5")
+    with ThreadPoolExecutor(16) as pool:
+        sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
+        wait_until(lambda: queued(client) == 16)
+        child.send_signal(signal.SIGTERM)
+        replies = [reply.result() for reply in sent]
+    assert {reply.status_code for reply in replies} == {200, 503}
+    assert all(reply.json()["code"] == "draining" for reply in replies if reply.status_code == 503)
+    assert child.wait(20) == 0
+
+
+def test_a_second_signal_ends_the_drain(start, jpeg) -> None:
+    child, client = start(faults=SLOW, settings="max_batch=1")
+    with ThreadPoolExecutor(16) as pool:
+        sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
+        wait_until(lambda: queued(client) == 16)
+        for _ in range(2):
+            child.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        statuses = [reply.result().status_code for reply in sent]
+    assert set(statuses) == {200, 503}
+    assert statuses.count(503) > 8
+    assert child.wait(10) == 0
+
+
+def test_a_hung_engine_ends_the_process_with_70(start, make_picture) -> None:
+    child, client = start(faults=HANGS, settings="engine_timeout_seconds=0.5")
+    reply = client.post("/v1/classify", content=make_picture((0, 0, 0), kind="PNG"))
+    assert (reply.status_code, reply.json()["code"]) == (503, "engine_dead")
+    assert child.wait(20) == 70
+
+
+def queued(client: httpx.Client) -> int:
+    for line in client.get("/metrics").text.splitlines():
+        if line.startswith("sopdeploy_queue_depth "):
+            return int(float(line.split()[1]))
+    return 0
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_a_port_in_use_is_one_clear_line(bundle_path: Path) -> None:
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: cannot listen .*another"):
+            serve(bundle_path, Settings(port=port))
+
+
+def test_a_host_that_is_not_here_is_one_clear_line(bundle_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot listen"):
+        serve(bundle_path, Settings(host="host.invalid", port=0))
+
+
+def test_a_damaged_bundle_is_never_served(bundle_path: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle_path, tmp_path / bundle_path.name)
+    (copy / "model.onnx").write_bytes(b"x")
+    with pytest.raises(BundleError, match=r"model\.onnx"):
+        serve(copy, Settings(port=0))
+
+
+def test_a_network_that_gives_other_numbers_than_promised_is_never_served(
+    wrong_bundle_path: Path,
+) -> None:
+    with pytest.raises(ParityError, match="deviates"):
+        serve(wrong_bundle_path, Settings(port=0))
+
+
+def test_the_server_and_the_app_never_load_torch_or_the_exporter() -> None:
+    code = (
+        "import sys, sopdeploy_service.app, sopdeploy_service.server, sopdeploy_service.predict, "
+        "sopdeploy_service.verify; "
+        "print([name for name in ('torch', 'onnx', 'sklearn', 'onnxruntime', 'sopdeploy_export') "
+        "if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
