@@ -1,0 +1,147 @@
+"""What training does to a picture instead of the centre crop: four ways, each with or without mirroring.
+
+All of them start from the RGB picture that the service would see and end in a uint8 array of the crop's
+size; what they draw is a function of (seed, epoch, sample).
+"""
+
+import math
+from dataclasses import dataclass
+from random import Random
+from typing import Annotated, Literal
+
+import numpy as np
+import pydantic
+from numpy.typing import NDArray
+from PIL import Image
+
+from sopdeploy.data.base import Pictures
+from sopdeploy.frozen import Frozen
+from sopdeploy.preprocess import RESAMPLING, Preprocess, Side, centre_crop, to_rgb
+from sopdeploy.seeds import seed_of
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the source
+Probability = Annotated[float, pydantic.Field(ge=0, le=1)]
+Positive = Annotated[float, pydantic.Field(gt=0)]
+Fraction = Annotated[float, pydantic.Field(gt=0, le=1)]
+
+
+class CentreCrop(Frozen):
+    """No crop of its own: the picture is prepared as in evaluation, then mirrored with chance `flip`."""
+
+    kind: Literal["centre"]
+    flip: Probability = 0.0
+
+    def crop(self, picture: Image.Image, rules: Preprocess, _random: Random) -> NDArray[np.uint8]:
+        """Return the centre crop."""
+        return centre_crop(picture, rules)
+
+
+class PadCrop(Frozen):
+    """The centre crop in a black frame of `pad` pixels, a window of the crop's size cut out of it.
+
+    Source: He et al. (CVPR 2016), section 4.2.
+    """
+
+    kind: Literal["pad-crop"]
+    flip: Probability = 0.0
+    pad: Annotated[int, pydantic.Field(ge=1)] = 4
+
+    def crop(self, picture: Image.Image, rules: Preprocess, random: Random) -> NDArray[np.uint8]:
+        """Return the window."""
+        framed = np.pad(centre_crop(picture, rules), ((self.pad, self.pad), (self.pad, self.pad), (0, 0)))
+        top, left = random.randint(0, 2 * self.pad), random.randint(0, 2 * self.pad)
+        return framed[top : top + rules.crop, left : left + rules.crop]
+
+
+class RandomResizedCrop(Frozen):
+    """A box of random area (`scale`, a fraction of the picture) and shape (`ratio`, width by height).
+
+    Source: Szegedy et al., "Going Deeper with Convolutions" (CVPR 2015); drawn as torchvision does.
+    """
+
+    kind: Literal["random-resized-crop"]
+    flip: Probability = 0.0
+    scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    ratio: tuple[Positive, Positive] = (0.75, 4 / 3)
+
+    def crop(self, picture: Image.Image, rules: Preprocess, random: Random) -> NDArray[np.uint8]:
+        """Return the box, resized."""
+        return cut(picture, self.box(picture.size, random), rules)
+
+    def box(self, size: tuple[int, int], random: Random) -> Box:
+        """Return a box inside *size*; the largest centred one of an allowed shape if ten draws miss."""
+        width, height = size
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for _ in range(10):
+            area = width * height * random.uniform(*self.scale)
+            shape = math.exp(random.uniform(low, high))
+            w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = random.randint(0, width - w), random.randint(0, height - h)
+                return left, top, left + w, top + h
+        shape = min(max(width / height, self.ratio[0]), self.ratio[1])
+        w, h = min(width, max(1, round(height * shape))), min(height, max(1, round(width / shape)))
+        left, top = (width - w) // 2, (height - h) // 2
+        return left, top, left + w, top + h
+
+
+class RandomSide(Frozen):
+    """The shorter side resized to a random length in `sides`, a window of the crop's size cut out.
+
+    Source: He et al. (CVPR 2016), section 3.4; DSoP, section V-B.
+    """
+
+    kind: Literal["random-side"]
+    flip: Probability = 0.0
+    sides: tuple[Side, Side] = (256, 512)
+
+    def crop(self, picture: Image.Image, rules: Preprocess, random: Random) -> NDArray[np.uint8]:
+        """Return the window, computed from the part of the picture that it shows."""
+        return cut(picture, self.box(picture.size, rules.crop, random), rules)
+
+    def box(self, size: tuple[int, int], crop: int, random: Random) -> Box:
+        """Return the window in pixels of the picture."""
+        width, height = size
+        side = max(crop, random.randint(*self.sides))
+        pixel = min(width, height) / side  # of the resized picture, in pixels of the source
+        window = crop * pixel
+        left, top = random.random() * (width - window), random.random() * (height - window)
+        return left, top, min(width, left + window), min(height, top + window)
+
+
+Augmentation = Annotated[
+    CentreCrop | PadCrop | RandomResizedCrop | RandomSide, pydantic.Field(discriminator="kind")
+]
+
+
+def cut(picture: Image.Image, box: Box, rules: Preprocess) -> NDArray[np.uint8]:
+    """Return *box* of *picture*, resized to the crop."""
+    resized = picture.resize((rules.crop, rules.crop), RESAMPLING[rules.interpolation], box=box)
+    return np.asarray(resized, dtype=np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Augmented:
+    """Pictures as one epoch of training sees them: a function of seed, epoch and sample."""
+
+    pictures: Pictures
+    augmentation: Augmentation
+    preprocess: Preprocess
+    seed: int
+    epoch: int
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Return the class names in output order."""
+        return self.pictures.labels
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        stored, label = self.pictures[index]
+        random = Random(seed_of(self.seed, "augment", self.epoch, index))  # noqa: S311
+        array = self.augmentation.crop(to_rgb(stored, self.preprocess), self.preprocess, random)
+        if random.random() < self.augmentation.flip:
+            array = array[:, ::-1]
+        return array, label

@@ -1,0 +1,93 @@
+"""From a dataset to batches of tensors, in an order that is a function of (seed, epoch)."""
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sopdeploy.data.base import Dataset
+from sopdeploy.errors import DataError
+from sopdeploy.seeds import seed_of
+
+Batch = tuple[Tensor, Tensor]  # images (B, H, W, 3) uint8, labels (B,) int64
+
+
+def shuffled_batches(samples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Return the samples of each step of an epoch: every sample once, in batches of nearly equal size.
+
+    The sizes differ by one at most, so that no sample is dropped and no batch is too small for batch norm.
+    """
+    generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
+    order = torch.randperm(samples, generator=generator)
+    return [chunk.tolist() for chunk in order.tensor_split(number_of_batches(samples, batch_size))]
+
+
+def number_of_batches(samples: int, batch_size: int) -> int:
+    """Return how many batches of at most *batch_size* hold *samples*."""
+    return -(-samples // batch_size)
+
+
+def batches_in_order(samples: int, batch_size: int) -> list[list[int]]:
+    """Return the samples in their own order, *batch_size* at a time."""
+    return [list(range(start, min(start + batch_size, samples))) for start in range(0, samples, batch_size)]
+
+
+def load_batches(
+    dataset: Dataset, batches: list[list[int]], workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """Yield *batches* of *dataset* on *device*, read by at most *workers* processes besides this one.
+
+    Raises the `DataError` of the first picture that cannot be used.
+    """
+    on_gpu = device.type == "cuda"
+    loader: DataLoader[Any] = DataLoader(
+        WholeBatches(dataset),  # type: ignore[arg-type]  # torch's Dataset is a class, ours a protocol
+        batch_sampler=batches,
+        collate_fn=as_it_is,
+        num_workers=min(workers, os.cpu_count() or 1),
+        worker_init_fn=leave_the_signals_to_the_parent,
+        pin_memory=on_gpu,
+    )
+    for batch in loader:
+        if isinstance(batch, str):
+            raise DataError(batch)
+        images, labels = batch
+        yield images.to(device, non_blocking=on_gpu), labels.to(device, non_blocking=on_gpu)
+
+
+class WholeBatches:
+    """A dataset that is asked for a batch at a time.
+
+    A picture that cannot be used comes back as its message: an exception that leaves a loader process
+    would arrive wrapped in a traceback.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch | str:
+        try:
+            pairs = [self.dataset[index] for index in indices]
+        except DataError as problem:
+            return str(problem)
+        images = torch.from_numpy(np.stack([array for array, _ in pairs]))
+        return images, torch.tensor([label for _, label in pairs])
+
+
+def as_it_is(batch: Any) -> Any:
+    """Return *batch*: it is put together where it is read."""
+    return batch
+
+
+def leave_the_signals_to_the_parent(_worker: int) -> None:
+    """Let a loader process live on after a Ctrl-C, which a terminal sends to every process of the run."""
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
