@@ -1,0 +1,194 @@
+"""A recipe: one complete training run, read from a commented TOML file, by name or by path.
+
+`--set optimizer.lr=0.05` changes single values; a key that does not exist is answered with the nearest
+one that does.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import pydantic
+
+from sopdeploy.data.augment import Augmentation
+from sopdeploy.data.sources import DataConfig
+from sopdeploy.errors import ConfigError
+from sopdeploy.frozen import Frozen, first_problem
+from sopdeploy.models.catalog import make_config
+from sopdeploy.preprocess import Preprocess
+from sopdeploy.schedule import Schedule
+
+Count = Annotated[int, pydantic.Field(ge=0)]
+Positive = Annotated[float, pydantic.Field(gt=0)]
+NotNegative = Annotated[float, pydantic.Field(ge=0)]
+Part = Annotated[float, pydantic.Field(ge=0, lt=1)]
+
+
+class ModelChoice(Frozen):
+    """A name of the catalog and the switches of its config that differ from the catalog's defaults."""
+
+    name: str
+    config: dict[str, Any] = pydantic.Field(default_factory=dict)
+
+    @pydantic.model_validator(mode="after")
+    def _in_the_catalog(self) -> "ModelChoice":
+        make_config(self.name, self.config)
+        return self
+
+    def full_config(self) -> dict[str, Any]:
+        """Return every switch, as a checkpoint records it."""
+        return make_config(self.name, self.config).model_dump(mode="json")
+
+
+class Sgd(Frozen):
+    """Stochastic gradient descent; decay acts on every parameter, as in the papers.
+
+    `clip_norm` is the largest norm of the whole gradient, 0 for any.
+    """
+
+    lr: Positive
+    momentum: Part = 0.9
+    nesterov: bool = False
+    weight_decay: NotNegative = 0.0
+    clip_norm: NotNegative = 0.0
+
+    @pydantic.model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> "Sgd":
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class LossConfig(Frozen):
+    """Switches of the loss that are not the model's own."""
+
+    label_smoothing: Part = 0.0
+
+
+class Recipe(Frozen):
+    """A complete run. `threads` 0 leaves the number to torch; `workers` is the most loader processes."""
+
+    summary: str
+    seed: Count = 0
+    epochs: Annotated[int, pydantic.Field(ge=1)]
+    batch_size: Annotated[int, pydantic.Field(ge=2)]
+    workers: Count = 0
+    threads: Count = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: ModelChoice
+    data: DataConfig
+    preprocess: Preprocess
+    augment: Augmentation
+    optimizer: Sgd
+    schedule: Schedule
+    loss: LossConfig = LossConfig()
+
+
+def list_recipes() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    return sorted(
+        file.name.removesuffix(".toml")
+        for file in resources.files("sopdeploy.recipes").iterdir()
+        if file.name.endswith(".toml")
+    )
+
+
+def recipe_text(source: str | Path) -> str:
+    """Return the TOML text of a recipe: of the package by name, or of a file that ends in `.toml`."""
+    if str(source).endswith(".toml"):
+        try:
+            return Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise ConfigError(f"{source}: cannot be read ({problem}); give a recipe file") from problem
+    names = list_recipes()
+    if str(source) not in names:
+        near = difflib.get_close_matches(str(source), names, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(names)}"
+        raise ConfigError(f"recipe {str(source)!r}: no such recipe; {hint} (a file must end in .toml)")
+    return (resources.files("sopdeploy.recipes") / f"{source}.toml").read_text(encoding="utf-8")
+
+
+def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe *source* (a packaged name or a `.toml` file) with *overrides* laid over it.
+
+    An override is `key=value` with a dotted key and a TOML value; quotes around text may be left out.
+    Raises `ConfigError` naming the file or key, and the nearest key that exists.
+    """
+    try:
+        values = tomllib.loads(recipe_text(source))
+    except tomllib.TOMLDecodeError as problem:
+        raise ConfigError(f"{source}: not a TOML file ({problem})") from problem
+    for override in overrides:
+        lay_over(values, override)
+    return validate(values, str(source))
+
+
+def validate(values: dict[str, Any], where: str) -> Recipe:
+    """Return *values* as a recipe; raises `ConfigError` with *where* and the first problem."""
+    try:
+        return Recipe.model_validate(values)
+    except pydantic.ValidationError as problem:
+        raise ConfigError(f"{where}: {explain(problem, values)}") from problem
+    except ConfigError as problem:
+        raise ConfigError(f"{where}: {problem}") from problem
+
+
+def lay_over(values: dict[str, Any], override: str) -> None:
+    """Set one `key=value` in *values*."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set {override}: write key=value, such as optimizer.lr=0.05")
+    *tables, last = key.split(".")
+    for name in tables:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override}: {name} is a value, not a table with keys")
+    values[last] = toml_value(text.strip())
+
+
+def toml_value(text: str) -> Any:
+    """Return *text* as TOML reads it, or as it is where it is no TOML value."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if parsed.keys() == {"value"} else text
+
+
+def explain(error: pydantic.ValidationError, values: dict[str, Any]) -> str:
+    """Say the first thing wrong on one line, without the tags that pydantic puts into unions' places."""
+    problem: Any = error.errors(include_url=False)[0]
+    written = dotted(problem["loc"], values)
+    if problem["type"] == "union_tag_not_found":
+        return f"{written}.kind: missing"
+    if problem["type"] == "union_tag_invalid":
+        return f"{written}.kind: {problem['ctx']['tag']!r} is none of {problem['ctx']['expected_tags']}"
+    if problem["type"] != "extra_forbidden":
+        reason = first_problem(error).removeprefix(".".join(map(str, problem["loc"])))
+        return f"{written}{reason}"
+    near = difflib.get_close_matches(written, sorted(set(keys_of(Recipe))), n=1)
+    return f"{written}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def dotted(place: Sequence[str | int], values: Any) -> str:
+    """Return *place* with dots, leaving out what is not a key on the way there."""
+    *way, last = place
+    parts = []
+    for step in way:
+        if isinstance(values, dict) and step in values:
+            values = values[step]
+            parts.append(str(step))
+    return ".".join([*parts, str(last)])
+
+
+def keys_of(config: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of *config* and of the tables in it."""
+    for name, field in config.model_fields.items():
+        yield prefix + name
+        for table in (field.annotation, *get_args(field.annotation)):
+            if isinstance(table, type) and issubclass(table, pydantic.BaseModel):
+                yield from keys_of(table, f"{prefix}{name}.")
