@@ -1,0 +1,79 @@
+"""How good a network is on pictures it has not learnt from."""
+
+import math
+from collections.abc import Callable
+from typing import Annotated
+
+import pydantic
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sopdeploy.data.base import Dataset
+from sopdeploy.data.batches import batches_in_order, load_batches
+from sopdeploy.errors import DataError, TrainingError
+from sopdeploy.frozen import Frozen
+from sopdeploy.normalise import Normalise
+from sopdeploy.preprocess import Preprocess
+
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+
+
+class Figures(Frozen):
+    """Shares of `count` pictures whose class is the first or among the first five answers; mean loss.
+
+    With fewer than five classes, `top5` counts the pictures whose class is among all answers.
+    """
+
+    top1: Share
+    top5: Share
+    count: int
+    loss: float
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    preprocess: Preprocess,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    on_batch: Callable[[int], None] = lambda _done: None,
+) -> Figures:
+    """Return the figures of the main head of *model* on *dataset*, computed where the model is.
+
+    *on_batch* is told the number of pictures done after every batch. The model is in eval mode
+    meanwhile and gets its mode back.
+    """
+    device = next(model.parameters()).device
+    normalise = Normalise(preprocess).to(device)
+    batches = batches_in_order(len(dataset), batch_size)
+    was_training = model.training
+    model.eval()
+    top1 = top5 = done = 0
+    loss = 0.0
+    try:
+        for images, labels in load_batches(dataset, batches, workers, device):
+            logits = model(normalise(images)).float()
+            top1 += hits(logits, labels, 1)
+            top5 += hits(logits, labels, 5)
+            loss += float(cross_entropy(logits, labels, reduction="sum"))
+            done += len(labels)
+            on_batch(done)
+    finally:
+        model.train(was_training)
+    if done == 0:
+        raise DataError("there are no pictures to measure on; give a folder with images")
+    if not math.isfinite(loss):
+        raise TrainingError(
+            "the loss on the held-out pictures is not finite, the weights have diverged; "
+            "lower the learning rate"
+        )
+    return Figures(top1=top1 / done, top5=top5 / done, count=done, loss=loss / done)
+
+
+def hits(logits: Tensor, labels: Tensor, k: int) -> int:
+    """Return how many of *labels* are among the first *k* answers."""
+    answers = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return int((answers == labels[:, None]).sum())
