@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sopdeploy.bundle import Bundle, open_bundle
-from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.errors import BundleError, RuntimeUnavailableError
 from sopdeploy.probes import Replay, read_probes, replay
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.choose import choose
@@ -43,10 +43,18 @@ def open_verified(path: Path, settings: Settings) -> Inference:
 
 
 def replay_all(bundle: Bundle, runtime: Runtime, settings: Settings) -> dict[int, Replay]:
-    """Replay the probes one by one, and in the largest batches the server would make of them."""
+    """Replay the probes one by one, and in the largest batches the server would make of them.
+
+    Raises `ParityError` for other numbers and `BundleError` for probes that would prove nothing.
+    """
     probes = read_probes(bundle.probes)
+    outputs = {output.name for output in bundle.manifest.outputs}
+    if not len(probes.images) or not outputs <= set(probes.expected):
+        raise BundleError(
+            f"{bundle.probes}: does not probe every output; nothing would be proved: export the bundle again"
+        )
     sizes = {1, min(largest_batch(runtime, settings), len(probes.images))}
-    return {size: replay(probes, runtime.run, batch=size) for size in sorted(sizes) if size}
+    return {size: replay(probes, runtime.run, batch=size) for size in sorted(sizes)}
 
 
 def largest_batch(runtime: Runtime, settings: Settings) -> int:

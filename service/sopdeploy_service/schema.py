@@ -1,7 +1,7 @@
 """The bodies of the HTTP answers; `sopdeploy predict` prints the same classes."""
 
 from http import HTTPStatus
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 import pydantic
 
@@ -10,6 +10,8 @@ from sopdeploy.preprocess import Preprocess
 from sopdeploy_service.outcome import Refusal
 
 PROBLEM_JSON = "application/problem+json"
+
+State: TypeAlias = Literal["ok", "draining", "engine_dead"]
 
 
 class ClassProbability(Frozen):
@@ -57,9 +59,9 @@ class Results(Frozen):
 
 
 class Health(Frozen):
-    """What `/livez` and `/readyz` say: `ok`, `draining` or `engine_dead`."""
+    """What `/livez` and `/readyz` say."""
 
-    status: str
+    status: State
 
 
 class Info(Frozen):

@@ -27,6 +27,7 @@ from sopdeploy_service.outcome import (
     Refusal,
     queue_full,
 )
+from sopdeploy_service.schema import State
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.timing import Stages
 
@@ -53,7 +54,7 @@ class Service:
         return self.inference.bundle.labels
 
     @property
-    def state(self) -> str:
+    def state(self) -> State:
         """Return `ok`, `draining` (also before `start`) or `engine_dead`."""
         if self._batcher.dead:
             return "engine_dead"
@@ -79,13 +80,13 @@ class Service:
         self._decoders.shutdown(wait=False, cancel_futures=True)
         await self._batcher.stop()
 
-    def refusal(self, images: int = 1) -> Refusal | None:
-        """Return why a new request of *images* gets no answer now, or None. Before it is read."""
+    def refusal(self) -> Refusal | None:
+        """Return why a new request gets no answer now, before it is read; None where it may."""
         if self._batcher.dead:
             return ENGINE_DEAD
         if self._draining:
             return DRAINING
-        return self._overload(images)
+        return self._overload(1)
 
     async def classify(
         self, bodies: Sequence[bytes], deadline: float, stages: Stages

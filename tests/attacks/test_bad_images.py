@@ -112,9 +112,9 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_pixel_bomb_is_refused_by_its_header(name: str) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
+    started = time.thread_time()
     assert attack(BOMBS[name]) in {"too_many_pixels", "damaged_image"}
-    assert time.perf_counter() - started < 0.5
+    assert time.thread_time() - started < 0.5
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
     assert grown < 20_000  # kB
 
@@ -133,9 +133,9 @@ def test_a_compressed_text_bomb_costs_no_memory(kind: bytes) -> None:
 def test_ten_thousand_frames_cost_as_much_as_the_first() -> None:
     frame = gif((31, 24), (31, 24))
     head, body = frame[:19], frame[19:-1]
-    started = time.perf_counter()
+    started = time.thread_time()
     attack(head + body * 10_000 + b";")
-    assert time.perf_counter() - started < 0.5
+    assert time.thread_time() - started < 0.5
 
 
 @pytest.mark.parametrize("inside", [b"%!PS-Adobe", b"<svg onload=x>", b"%PDF-1.4"])

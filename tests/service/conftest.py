@@ -50,11 +50,11 @@ def tiny_graph() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
-def write_bundle(folder: Path, *, wrong_by: float = 0.0) -> Path:
-    """Write the tiny bundle into *folder*; its probes are *wrong_by* so much."""
+def write_bundle(folder: Path, *, wrong_by: float = 0.0, probes: int = 3, output: str = "logits") -> Path:
+    """Write the tiny bundle into *folder*, with so many probes of *output*, *wrong_by* so much."""
     graph = tiny_graph()
     weights = numpy_helper.to_array(graph.graph.initializer[1])
-    images = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    images = np.random.default_rng(1).integers(0, 256, (probes, 32, 32, 3), dtype=np.uint8)
     logits = images.mean(axis=(1, 2)).astype(np.float32) @ weights + np.float32(wrong_by)
     with staging(folder) as stage:
         (stage / "model.onnx").write_bytes(graph.SerializeToString())
@@ -63,7 +63,7 @@ def write_bundle(folder: Path, *, wrong_by: float = 0.0) -> Path:
         (stage / "parity.json").write_bytes(to_json({}))
         write_probes(
             stage / "probes.npz",
-            Probes(images=images, expected={"logits": logits}, tolerance={"logits": 1e-4}),
+            Probes(images=images, expected={output: logits}, tolerance={output: 1e-4}),
         )
         manifest = seal(
             stage,
@@ -92,6 +92,11 @@ def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wrong_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole bundle whose network does not give the numbers it promises."""
     return write_bundle(tmp_path_factory.mktemp("wrong"), wrong_by=0.01)
+
+
+@pytest.fixture(scope="session")
+def make_bundle() -> Callable[..., Path]:
+    return write_bundle
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -67,8 +66,8 @@ def test_images_that_wait_for_a_busy_engine_share_a_batch(serve_with, pool, jpeg
     replies = [pool.submit(post, client, jpeg)]
     assert runtime.entered.wait(10)
     replies += [pool.submit(post, client, jpeg) for _ in range(10)]
-    until(lambda: depth(client) == 11)
-    time.sleep(0.05)  # the last ones are decoded
+    decoded = 'stage_duration_seconds_count{stage="decode"} 11.0'
+    until(lambda: decoded in client.get("/metrics").text)
     runtime.gate.set()
     assert [reply.result().status_code for reply in replies] == [200] * 11
     assert runtime.batches == [1, 8, 2]

@@ -92,6 +92,12 @@ def test_verify_refuses_a_network_with_other_numbers(wrong_bundle_path):
         verify(wrong_bundle_path, ONE_THREAD)
 
 
+@pytest.mark.parametrize("options", [{"probes": 0}, {"output": "gate"}])
+def test_verify_refuses_probes_that_would_prove_nothing(make_bundle, tmp_path, options):
+    with pytest.raises(BundleError, match=r"probes\.npz: does not probe every output"):
+        verify(make_bundle(tmp_path, **options), ONE_THREAD)
+
+
 def test_without_onnxruntime_the_error_says_how_to_get_it(bundle_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(RuntimeUnavailableError, match=r"pip install \"sopdeploy\[cpu\]\""):

@@ -98,7 +98,7 @@ def test_an_idle_server_says_when_it_is_ready_and_ends_with_0(start, jpeg, stop)
 
 
 def test_sigterm_under_load_answers_every_request_that_was_admitted(start, jpeg) -> None:
-    child, client = start(faults=SLOW, settings="max_batch=2")
+    child, client = start(faults=SLOW, settings="max_batch=1")
     replies: list[httpx.Response] = []
     with ThreadPoolExecutor(16) as pool:
         sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
