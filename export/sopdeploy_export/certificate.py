@@ -12,7 +12,9 @@ Four statements, each checked and each fatal where it does not hold:
 A numeric check alone cannot see `y + 0 * branch(f)`; the graphs can, and name the weights still reached.
 """
 
+import copy
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from sopdeploy.preprocess import Preprocess
 from sopdeploy_export.capture import Captured, Deployed, capture
 from sopdeploy_export.program_root import ProgramRoot, program_root, tensor_hash
 
+Network = TypeVar("Network", bound=nn.Module)
 PREFIX = "network."  # what the captured wrapper puts before the network's own names
 
 
@@ -95,14 +98,13 @@ def certify(
     hold and where; nothing is changed.
     """
     batch = batch or BatchRange()
-    refuse_train_mode(trained, "trained")
-    refuse_train_mode(lean, "detached")
-    refuse_global_hooks()
+    for role, network in (("trained", trained), ("detached", lean)):
+        refuse_train_mode(network, role)
+        refuse_hooks(network, role)
+    trained, lean = standard_layout(trained), standard_layout(lean)
     removed, kept = account(trained, lean)
-    plain = plain_network(trained, lean)
-    networks = {"trained": trained, "detached": lean, "plain": plain}
-    captured = {name: captured_or_refused(net, preprocess, batch, name) for name, net in networks.items()}
-    roots = equal_roots(captured, {entry.name for entry in removed})
+    networks = {"plain": plain_network(trained, lean), "trained": trained, "detached": lean}
+    captured, roots = same_graphs(networks, preprocess, batch, {entry.name for entry in removed})
     batches = tuple(sorted({1, min(2, len(probes)), len(probes)}))
     equal_numbers({name: Deployed(net, preprocess) for name, net in networks.items()}, probes, batches)
     certificate = Certificate(
@@ -131,14 +133,25 @@ def refuse_train_mode(network: nn.Module, role: str) -> None:
             )
 
 
-def refuse_global_hooks() -> None:
-    """Refuse hooks registered on all modules: they would change the plain network too."""
-    hooks = (
-        nn_module._global_forward_hooks,
-        nn_module._global_forward_pre_hooks,
-    )
-    if any(hooks):
+def refuse_hooks(network: nn.Module, role: str) -> None:
+    """Refuse forward hooks: code beside the network that no file would carry.
+
+    One registered on all modules would change the plain network too, and so hide from the comparison.
+    """
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         raise CertificateError("a forward hook is registered on all modules; remove it before the export")
+    for name, part in network.named_modules():
+        if part._forward_hooks or part._forward_pre_hooks:
+            raise CertificateError(
+                f"the {role} network has a forward hook on {name or 'the whole of it'}; remove it first"
+            )
+
+
+def standard_layout(network: Network) -> Network:
+    """Return *network*, or a copy of it, with every tensor in the standard memory layout."""
+    if all(tensor.is_contiguous() for tensor in tensors(network).values()):
+        return network
+    return copy.deepcopy(network).to(memory_format=torch.contiguous_format)
 
 
 def tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -191,42 +204,50 @@ def tensor_entry(name: str, tensor: Tensor) -> TensorEntry:
 def plain_network(trained: Classifier, lean: nn.Module) -> nn.Module:
     """Return a plain network, built anew from the config, that holds the weights of *lean*."""
     plain = trained.plain()
-    source, target = lean.state_dict(), plain.state_dict()
+    source, target = tensors(lean), tensors(plain)
     missing, unknown = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
     if missing:
         raise CertificateError(f"the plain network needs {missing[0]}, which the detached one lacks")
     if unknown:
         raise CertificateError(f"the detached network still has {unknown[0]}, which the plain one lacks")
-    try:
-        plain.load_state_dict(source)
-    except RuntimeError as problem:
-        raise CertificateError(f"the detached weights do not fit the plain network: {problem}") from problem
+    with torch.no_grad():
+        for name, tensor in target.items():
+            if source[name].shape != tensor.shape or source[name].dtype != tensor.dtype:
+                raise CertificateError(f"{name} has another shape or type than in the plain network")
+            tensor.copy_(source[name])
     return plain.eval()
 
 
-def captured_or_refused(network: nn.Module, preprocess: Preprocess, batch: BatchRange, role: str) -> Captured:
-    """Return the graphs of *network*, or say which network cannot be captured."""
-    try:
-        return capture(network, preprocess, batch)
-    except LoweringError as problem:
-        raise CertificateError(f"the {role} network {problem}") from problem
+def same_graphs(
+    networks: dict[str, nn.Module], preprocess: Preprocess, batch: BatchRange, removed: set[str]
+) -> tuple[dict[str, Captured], Roots]:
+    """Return the graphs of *networks*, `plain` first, and the roots they share.
 
-
-def equal_roots(captured: dict[str, Captured], removed: set[str]) -> Roots:
-    """Return the roots all networks share; raise naming the first place where they differ."""
-    any_batch = {name: program_root(graphs.any_batch) for name, graphs in captured.items()}
-    single = {name: program_root(graphs.batch_of_one) for name, graphs in captured.items()}
-    for what, roots in (("any batch size", any_batch), ("a batch of one", single)):
-        refuse_reachable(roots["trained"], removed, what)
-        for role in ("trained", "detached"):
-            if roots[role].sha256 != roots["plain"].sha256:
-                where = first_difference(roots[role], roots["plain"])
+    Raises naming the training-only weights still reached, or the first place where a graph differs.
+    """
+    captured: dict[str, Captured] = {}
+    plain: dict[str, ProgramRoot] = {}
+    for role, network in networks.items():
+        try:
+            graphs = captured[role] = capture(network, preprocess, batch)
+        except LoweringError as problem:
+            raise CertificateError(f"the {role} network {problem}") from problem
+        found = {
+            "any batch size": program_root(graphs.any_batch),
+            "a batch of one": program_root(graphs.batch_of_one),
+        }
+        plain = plain or found
+        for what, root in found.items():
+            refuse_reachable(root, removed, what)
+            if root.sha256 != plain[what].sha256:
+                where = first_difference(root, plain[what])
                 raise CertificateError(f"the {role} network is not the plain one, for {what}: {where}")
-    return Roots(
-        any_batch=any_batch["plain"].sha256,
-        batch_of_one=single["plain"].sha256,
-        operations=len(any_batch["plain"].nodes),
+    roots = Roots(
+        any_batch=plain["any batch size"].sha256,
+        batch_of_one=plain["a batch of one"].sha256,
+        operations=len(plain["any batch size"].nodes),
     )
+    return captured, roots
 
 
 def with_onnx_root(certificate: Certificate, roots: dict[str, str]) -> Certificate:

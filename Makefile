@@ -1,0 +1,46 @@
+# The commands of this project. `make demo` and `make test` need Python 3.11 to 3.13 and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export OMP_WAIT_POLICY := PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check format lint types contracts tests docs clean
+
+demo: $(STAMP)  ## the main job, from handwritten digits to answers over HTTP
+	$(BIN)/sopdeploy demo
+
+test: $(STAMP) check tests  ## everything that CI runs
+
+check: lint types contracts  ## format, lint, types, import contracts
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+contracts: $(STAMP)
+	$(BIN)/lint-imports
+
+tests: $(STAMP)
+	$(BIN)/pytest
+
+format: $(STAMP)  ## write the format and the fixes that ruff knows
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(STAMP)  ## write the generated pages again
+	$(BIN)/python -m docs.generate
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,dev]'
+	touch $(STAMP)
+
+clean:  ## remove what the targets above made
+	rm -rf $(VENV) demo dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

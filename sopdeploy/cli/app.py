@@ -1,0 +1,53 @@
+"""`sopdeploy`: the verbs. Each parses, calls one function and prints; heavy imports wait inside them."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from sopdeploy import __version__
+from sopdeploy.cli import catalog, demo, exporting, serving, training
+
+app = typer.Typer(
+    name="sopdeploy",
+    help="Train with second-order pooling, deploy a first-order network, and prove nothing was lost.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command("train", rich_help_panel="Train")(training.train)
+app.command("eval", rich_help_panel="Train")(training.evaluate)
+app.command("recipes", rich_help_panel="Train")(training.recipes)
+app.command("models", rich_help_panel="Train")(catalog.models)
+app.command("describe", rich_help_panel="Train")(catalog.describe)
+app.command("export", rich_help_panel="Export")(exporting.export)
+app.command("verify", rich_help_panel="Export")(exporting.verify)
+app.command("predict", rich_help_panel="Serve")(serving.predict)
+app.command("serve", rich_help_panel="Serve")(serving.serve)
+app.command("demo", rich_help_panel="Learn")(demo.demo)
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and end, where it was asked for."""
+    if wanted:
+        sys.stdout.write(f"sopdeploy {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Train with second-order pooling, deploy a first-order network, and prove nothing was lost."""
+
+
+def main() -> None:
+    """Run the command line."""
+    # On shared cores, OpenMP threads that spin while they wait stop each other; must be set before torch.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    app()

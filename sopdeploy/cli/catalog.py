@@ -1,0 +1,57 @@
+"""`sopdeploy models` and `sopdeploy describe`: what can be trained, and what it costs."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from sopdeploy.cli.console import one_line_errors, out, print_json
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+
+
+def models(as_json: Json = False) -> None:
+    """List the networks of the catalog.
+
+    Example: [bold]sopdeploy models[/bold]
+    """
+    from sopdeploy.models.catalog import CATALOG
+
+    if as_json:
+        print_json([{"name": name, "summary": entry.summary} for name, entry in CATALOG.items()])
+        return
+    table = Table("name", "network", "classes", "image", box=None, pad_edge=False)
+    for name, entry in CATALOG.items():
+        table.add_row(name, entry.summary, str(entry.num_classes), f"{entry.image_size} px")
+    out.print(table)
+
+
+def describe(
+    name: Annotated[str, typer.Argument(help="A name that `sopdeploy models` lists.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A switch of the network's config.")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the image in pixels.")] = None,
+    num_classes: Annotated[int | None, typer.Option(min=1, help="Number of classes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Count parameters and multiply-adds of a network: while it trains, and of what ships.
+
+    Example: [bold]sopdeploy describe dsop-resnet18 --set aux_stride=table[/bold]
+    """
+    with one_line_errors():
+        from sopdeploy.models.describe import describe as count
+        from sopdeploy.recipe import parse_override
+
+        config: dict[str, Any] = dict(parse_override(setting) for setting in settings or [])
+        found = count(name, image_size=image_size, num_classes=num_classes, **config)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    table = Table("", "parameters", "multiply-adds", box=None, pad_edge=False)
+    for label, counts in (("training", found.training), ("shipped", found.shipped)):
+        table.add_row(label, f"{counts.parameters:,}", f"{counts.macs:,}")
+    out.print(f"[bold]{found.name}[/] for {found.num_classes} classes at {found.image_size} pixels")
+    out.print(table)
+    out.print(f"training only: {', '.join(found.training_only) or 'nothing'}")
+    out.print(f"representation: {found.representation} numbers")

@@ -1,0 +1,47 @@
+"""What the verbs share: the console, and how an error ends."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from sopdeploy.errors import SopdeployError
+
+USER_ERROR = 2
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End with one line on stderr and exit code 2 where a user's error is raised."""
+    try:
+        yield
+    except SopdeployError as problem:
+        err.print(f"[bold red]error:[/] {plain(str(problem))}")
+        raise typer.Exit(USER_ERROR) from problem
+
+
+def plain(text: str) -> str:
+    """Return *text* on one line, with square brackets that rich does not take for styles."""
+    return " ".join(text.split()).replace("[", "\\[")
+
+
+def print_json(value: Any) -> None:
+    """Print *value* as JSON for a script."""
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+@contextmanager
+def steps(title: str, *, quiet: bool) -> Iterator[Any]:
+    """Give a function that is told each step's name: a spinner on a terminal, silence elsewhere."""
+    if quiet or not err.is_terminal:
+        yield lambda _: None
+        return
+    with err.status(title) as status:
+        yield lambda name: status.update(f"{title}: {name}")

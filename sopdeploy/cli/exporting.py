@@ -1,0 +1,92 @@
+"""`sopdeploy export` and `sopdeploy verify`: from checkpoint to bundle, and is it whole."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sopdeploy.cli.console import one_line_errors, out, print_json, steps
+
+if TYPE_CHECKING:
+    from sopdeploy_export.pipeline import Exported
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that `sopdeploy train` wrote.")],
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Take off what only training needs, with proof.")
+    ] = False,
+    destination: Annotated[Path, typer.Option("--out", help="Folder for the bundle.")] = Path("bundles"),
+    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch the bundle must take.")] = 64,
+    probes: Annotated[
+        Path | None, typer.Option(help="Folder of pictures to compare on, beside the generated ones.")
+    ] = None,
+    allow_drift: Annotated[
+        bool, typer.Option("--allow-drift", help="Write the bundle even if its numbers drift; recorded.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a checkpoint into a bundle: detach, prove, lower to ONNX, compare, write.
+
+    Example: [bold]sopdeploy export runs/photos/best.pt --detach[/bold]
+    """
+    with one_line_errors(), steps("exporting", quiet=as_json) as step:
+        from sopdeploy.manifest import BatchRange
+        from sopdeploy_export.pipeline import ExportOptions
+        from sopdeploy_export.pipeline import export as run
+
+        batch = BatchRange(optimum=min(8, max_batch), maximum=max_batch)
+        options = ExportOptions(detach=detach, batch=batch, probes=probes, allow_drift=allow_drift)
+        exported = run(checkpoint, destination, options, step)
+    if as_json:
+        print_json(exported.summary())
+    else:
+        show(exported)
+
+
+def show(exported: "Exported") -> None:
+    """Print what was removed, proved and measured, on one screen."""
+    certificate, parity = exported.certificate, exported.parity
+    rows = {
+        "removed": f"{', '.join(certificate.detached) or 'nothing'} "
+        f"({len(certificate.removed)} tensors, {certificate.bytes_removed:,} bytes)",
+        "kept": f"{len(certificate.kept)} tensors, sha256 equal before and after",
+        "graph": f"trained = detached = plain, root {certificate.roots.any_batch[:16]} "
+        f"({certificate.roots.operations} operations; also at batch 1, also as ONNX)",
+        "logits": f"bitwise equal on {certificate.images} probe images",
+        "onnx": f"{parity.file_bytes:,} bytes, {sum(parity.operators.values())} operators",
+        "drift": f"{parity.largest_drift:.2g} = {parity.drift_in_floors:.1f} noise floors "
+        f"(allowed {parity.tolerance:.2g}), top class equal on {parity.top1.agree} of {parity.images}",
+        "bundle": str(exported.path),
+    }
+    for name, text in rows.items():
+        out.print(f"[bold]{name:8}[/] {text}")
+    if parity.drift_allowed:
+        out.print("[bold yellow]warning[/]  the numbers drift; the bundle records that this was allowed")
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="A bundle that `sopdeploy export` wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Check every file of a bundle and replay its probes on this machine, offline.
+
+    Example: [bold]sopdeploy verify bundles/dsop-resnet20-3f6c01d2a4b7[/bold]
+    """
+    with one_line_errors(), steps("verifying", quiet=as_json):
+        from sopdeploy_service.verify import verify as run
+
+        found = run(bundle)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    out.print(f"[bold]files[/]    {found.files} whole, {found.bytes:,} bytes, id {found.id}")
+    for replay in found.replays:
+        for name, deviation in replay.deviation.items():
+            out.print(
+                f"[bold]probes[/]   batch {replay.batch}: {name} of {replay.images} images deviate by "
+                f"{deviation:.2g} (allowed {replay.tolerance[name]:.2g}) on {found.runtime}"
+            )
+    out.print(f"[bold green]verified[/] {found.bundle}")

@@ -1,0 +1,74 @@
+"""`sopdeploy predict` and `sopdeploy serve`: answers from a bundle, on the spot or over HTTP."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sopdeploy.cli.console import USER_ERROR, err, one_line_errors, out, plain, print_json
+
+BundleArgument = Annotated[Path, typer.Argument(help="A bundle that `sopdeploy export` wrote.")]
+
+
+def predict(
+    bundle: BundleArgument,
+    images: Annotated[list[Path], typer.Argument(help="Pictures to classify.")],
+    top_k: Annotated[int | None, typer.Option(min=1, help="Classes per picture.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a script.")] = False,
+) -> None:
+    """Classify pictures without a server; the numbers are the service's.
+
+    Example: [bold]sopdeploy predict bundles/dsop-resnet20-3f6c01d2a4b7 photo.jpg[/bold]
+    """
+    with one_line_errors():
+        from sopdeploy_service.predict import predict as run
+        from sopdeploy_service.settings import load_settings
+
+        found = run(bundle, images, load_settings(top_k=top_k))
+    if as_json:
+        print_json([prediction.model_dump(mode="json") for prediction in found])
+    for prediction in found:
+        if prediction.error is not None:
+            err.print(f"[bold red]error:[/] {plain(prediction.image)}: {plain(prediction.error.detail)}")
+        elif not as_json:
+            classes = ", ".join(f"{c.label} {c.probability:.4f}" for c in prediction.classes)
+            out.print(f"{plain(prediction.image)}: {plain(classes)}")
+    if any(prediction.error is not None for prediction in found):
+        raise typer.Exit(USER_ERROR)
+
+
+def serve(
+    bundle: BundleArgument,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on. [dim]default 127.0.0.1[/dim]")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, help="Port; 0 takes a free one. [dim]default 8000[/dim]")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the engine.")] = None,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Largest batch.")] = None,
+    max_body_bytes: Annotated[int | None, typer.Option(min=1, help="Largest request body.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest picture.")] = None,
+    queue_size: Annotated[int | None, typer.Option(min=1, help="Pictures that may wait.")] = None,
+) -> None:
+    """Answer over HTTP: POST a picture to /v1/classify.
+
+    Every setting is also an environment variable, such as SOPDEPLOY_PORT.
+
+    Example: [bold]sopdeploy serve bundles/dsop-resnet20-3f6c01d2a4b7 --port 8000[/bold]
+    """
+    with one_line_errors():
+        from sopdeploy_service.server import serve as run
+        from sopdeploy_service.settings import load_settings
+
+        settings = load_settings(
+            host=host,
+            port=port,
+            threads=threads,
+            max_batch=max_batch,
+            max_body_bytes=max_body_bytes,
+            max_pixels=max_pixels,
+            queue_size=queue_size,
+        )
+        code = run(bundle, settings)
+    raise typer.Exit(code)

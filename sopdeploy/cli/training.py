@@ -1,0 +1,107 @@
+"""`sopdeploy train`, `eval` and `recipes`: from pictures to a checkpoint, and how good it is."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from sopdeploy.cli.console import err, one_line_errors, out, plain, print_json
+from sopdeploy.cli.progress import Bars
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+FOLDER_RECIPE = "photos-dsop"
+SIGNALLED = 128  # exit code of a process that a signal ended, without the signal's number
+
+
+def train(
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe that `sopdeploy recipes` lists, or a .toml file.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of pictures, DIR/<class>/*.jpg; the recipe's `data.path`.")
+    ] = None,
+    destination: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the run. [dim]default runs/<recipe>[/dim]")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the run in --out was stopped.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a network; Ctrl-C saves, --resume goes on as if nothing had happened.
+
+    Example: [bold]sopdeploy train --data photos/[/bold]
+
+    Example: [bold]sopdeploy train --recipe digits-dsop --set epochs=10[/bold]
+    """
+    with one_line_errors(), ExitStack() as stack:
+        from sopdeploy.errors import ConfigError
+        from sopdeploy.recipe import read_recipe
+        from sopdeploy.train import train as run
+        from sopdeploy.training.stop import TrainingStoppedError
+
+        if recipe is None and data is None:
+            raise ConfigError("say what to learn from: --data DIR for a folder of pictures, or --recipe NAME")
+        source = recipe or FOLDER_RECIPE
+        overrides = [*(settings or []), *([f"data.path={data}"] if data else [])]
+        folder = destination or Path("runs") / Path(source).stem
+        progress = None if as_json else stack.enter_context(Bars(err))
+        try:
+            result = run(read_recipe(source, overrides), folder, resume=resume, progress=progress)
+        except TrainingStoppedError as stopped:
+            err.print(plain(str(stopped)))
+            raise typer.Exit(SIGNALLED + stopped.signal_number) from stopped
+    if as_json:
+        print_json(result.model_dump(mode="json"))
+        return
+    out.print(
+        f"best epoch {result.best_epoch} of {result.epochs}: top-1 [bold]{result.best_top1:.2%}[/] of "
+        f"{result.held_out_count} held-out pictures, {result.seconds:.0f} s"
+    )
+    out.print(f"next: sopdeploy export {result.best} --detach")
+
+
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that `sopdeploy train` wrote.")],
+    data: Annotated[Path, typer.Option(help="Folder of pictures, DIR/<class>/*.jpg.")],
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure a checkpoint on a folder of pictures; classes are matched by name.
+
+    Example: [bold]sopdeploy eval runs/photos-dsop/best.pt --data photos/val[/bold]
+    """
+    with one_line_errors():
+        from sopdeploy.evaluate import evaluate_checkpoint
+
+        figures = evaluate_checkpoint(checkpoint, data, workers=workers)
+    if as_json:
+        print_json(figures.model_dump(mode="json"))
+        return
+    out.print(
+        f"top-1 [bold]{figures.top1:.2%}[/], top-5 {figures.top5:.2%}, loss {figures.loss:.4f} "
+        f"on {figures.count} pictures"
+    )
+
+
+def recipes(as_json: Json = False) -> None:
+    """List the recipes that come with the package.
+
+    Example: [bold]sopdeploy recipes[/bold]
+    """
+    with one_line_errors():
+        from sopdeploy.recipe import list_recipes, read_recipe
+
+        found = {name: read_recipe(name).summary for name in list_recipes()}
+    if as_json:
+        print_json([{"name": name, "summary": summary} for name, summary in found.items()])
+        return
+    table = Table("recipe", "what it does", box=None, pad_edge=False)
+    for name, summary in found.items():
+        table.add_row(name, summary)
+    out.print(table)

@@ -1,0 +1,302 @@
+"""Attacks on the certificate: networks that are not the plain one, each of which must be refused.
+
+Most give the right numbers; what is wrong with them is in the graph, in the books or in the mode.
+"""
+
+import copy
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sopdeploy.errors import CertificateError
+from sopdeploy.models.base import Classifier
+from sopdeploy.models.catalog import create_model
+from sopdeploy.preprocess import Preprocess
+from sopdeploy_export.certificate import certify
+from sopdeploy_export.detach import detach
+from sopdeploy_export.probe_images import probe_images
+
+SIDE = 16
+PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
+
+
+def network() -> Classifier:
+    torch.manual_seed(7)
+    found = create_model("dsop-resnet8", num_classes=10)
+    for part in found.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.normal_(part.bias, std=0.2)
+            nn.init.normal_(part.running_mean, std=0.2)
+    return found.eval()
+
+
+def prove(trained: Classifier, lean: nn.Module | None = None) -> None:
+    probes = torch.from_numpy(probe_images(PREPROCESS))
+    certify(trained, detach(trained) if lean is None else lean, PREPROCESS, probes)
+
+
+def branch_logits(found: Any, images: Tensor) -> Tensor:
+    """What the branches of *found* say, summed."""
+    tap_features = found.features(images, found.taps)[1]
+    heads = [found.branches[name] for name in found.taps.values()]
+    return sum(head(feature) for head, feature in zip(heads, tap_features, strict=True))
+
+
+def plain_logits(found: Any, images: Tensor) -> Tensor:
+    return found.classify(found.features(images)[0])
+
+
+def with_forward(answer: Callable[[Any, Tensor], Tensor]) -> Classifier:
+    """A trained network whose answer is *answer* as long as it has branches, else the plain one."""
+    found = network()
+
+    def forward(self: Any, images: Tensor) -> Tensor:
+        return answer(self, images) if hasattr(self, "branches") else plain_logits(self, images)
+
+    found.forward = types.MethodType(forward, found)
+    return found
+
+
+def leaks_at(when: Callable[[int], bool]) -> Callable[[Any, Tensor], Tensor]:
+    def answer(found: Any, images: Tensor) -> Tensor:
+        if when(images.shape[0]):
+            return plain_logits(found, images) + 0 * branch_logits(found, images)
+        return plain_logits(found, images)
+
+    return answer
+
+
+def writes_into_shared_feature(found: Any, images: Tensor) -> Tensor:
+    features, tapped = found.features(images, found.taps)
+    tapped[-1].clamp_(min=0)  # rectified already: no number changes
+    return found.classify(features)
+
+
+def writes_through_a_view(found: Any, images: Tensor) -> Tensor:
+    features, _ = found.features(images)
+    features[:, 0, 1:].mul_(1.0)
+    return found.classify(features)
+
+
+def adds_a_copied_weight(found: Any, images: Tensor) -> Tensor:
+    copied = next(found.branches.parameters()).detach().clone()
+    return plain_logits(found, images) + 0 * copied.sum()
+
+
+def looks_at_values(found: Any, images: Tensor) -> Tensor:
+    if images.mean() > 1000:
+        return branch_logits(found, images)
+    return plain_logits(found, images)
+
+
+def only_eagerly(found: Any, images: Tensor) -> Tensor:
+    answer = plain_logits(found, images)
+    return answer if torch.compiler.is_compiling() else answer + 1e-3
+
+
+def only_when_captured(found: Any, images: Tensor) -> Tensor:
+    answer = plain_logits(found, images)
+    return answer * 1.0 if torch.compiler.is_compiling() else answer
+
+
+LEAKS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "a branch times zero": (
+        lambda n, x: plain_logits(n, x) + 0 * branch_logits(n, x),
+        "training-only weights",
+    ),
+    "a branch added and subtracted": (
+        lambda n, x: plain_logits(n, x) + branch_logits(n, x) - branch_logits(n, x),
+        "training-only weights",
+    ),
+    "a branch chosen never": (
+        lambda n, x: torch.where(x.mean() > 1e9, branch_logits(n, x), plain_logits(n, x)),
+        "training-only weights",
+    ),
+    "a leak at batch 1 only": (leaks_at(lambda size: size == 1), "for a batch of one"),
+    "a leak at batch 3 only": (leaks_at(lambda size: size == 3), "cannot be captured|batch"),
+    "a leak in large batches": (leaks_at(lambda size: size > 32), "cannot be captured|batches"),
+    "a write into a shared feature": (writes_into_shared_feature, "trained network is not the plain one"),
+    "a write through a view": (writes_through_a_view, "trained network is not the plain one"),
+    "a copied branch weight": (adds_a_copied_weight, "training-only weights"),
+    "a choice by value": (looks_at_values, "cannot be captured"),
+    "other numbers outside the graph": (only_eagerly, "other logits than the plain one"),
+    "another graph than the numbers": (only_when_captured, "trained network is not the plain one"),
+    "maximum for mean": (
+        lambda n, x: n.fc(n.features(x)[0].amax(dim=(2, 3))),
+        "trained network is not the plain one",
+    ),
+    "dropout that stays on": (
+        lambda n, x: nn.functional.dropout(plain_logits(n, x), 1e-9, training=True),
+        "trained network is not the plain one",
+    ),
+    "half precision on the way": (
+        lambda n, x: n.classify(n.features(x)[0].half().float()),
+        "trained network is not the plain one",
+    ),
+    "a second answer": (lambda n, x: (plain_logits(n, x), plain_logits(n, x)), "trained network is not the"),
+}
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_a_network_whose_answer_needs_its_branches_is_refused(leak: str) -> None:
+    answer, message = LEAKS[leak]
+    with pytest.raises(CertificateError, match=message):
+        prove(with_forward(answer))
+
+
+def test_a_leak_names_the_weights_still_reached() -> None:
+    answer, _ = LEAKS["a branch times zero"]
+    with pytest.raises(CertificateError, match=r"branches\.layer\d_0\.\S+ and \d+ more"):
+        prove(with_forward(answer))
+
+
+@dataclass
+class Tampered:
+    """A detached network that somebody touched."""
+
+    touch: Callable[[Any], object]
+    message: str
+
+
+def one_ulp(lean: Any) -> None:
+    weight = lean.layer2[0].conv1.weight.data
+    weight[3, 2, 1, 1] = torch.nextafter(weight[3, 2, 1, 1], torch.tensor(1.0))
+
+
+def swap(lean: Any) -> None:
+    first, second = lean.layer1[0].conv1, lean.layer1[0].conv2
+    first.weight, second.weight = second.weight, first.weight
+
+
+def negative_zero(lean: Any) -> None:
+    lean.fc.weight.data[0, 0] = -0.0
+
+
+class SubtleLinear(nn.Linear):
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features) + 0.0
+
+
+def subtle_head(lean: Any) -> None:
+    head = SubtleLinear(lean.fc.in_features, lean.fc.out_features)
+    head.load_state_dict(lean.fc.state_dict())
+    lean.fc = head.eval()
+
+
+TAMPERED = {
+    "one weight moved by one ulp": Tampered(one_ulp, r"layer2\.0\.conv1\.weight changed"),
+    "two equal-shaped weights swapped": Tampered(swap, r"layer1\.0\.conv1\.weight changed"),
+    "zero made negative": Tampered(negative_zero, r"fc\.weight changed"),
+    "another eps": Tampered(lambda lean: setattr(lean.bn1, "eps", 1e-4), "detached network is not the plain"),
+    "another padding": Tampered(
+        lambda lean: setattr(lean.layer3[0].conv2, "padding", (0, 0)), "detached network"
+    ),
+    "a head that adds nothing": Tampered(subtle_head, "detached network is not the plain one"),
+    "a weight in double precision": Tampered(lambda lean: lean.fc.double(), r"fc\.weight changed"),
+    "an invented buffer": Tampered(
+        lambda lean: lean.register_buffer("extra", torch.zeros(1), persistent=False),
+        "extra that was never",
+    ),
+    "a head left out": Tampered(lambda lean: delattr(lean, "fc"), r"fc\.weight was removed"),
+    "train mode": Tampered(lambda lean: lean.train(), "detached network is in train mode"),
+    "one batch norm in train mode": Tampered(lambda lean: lean.layer2[0].bn2.train(), r"layer2\.0\.bn2"),
+    "a hook that returns what it gets": Tampered(
+        lambda lean: lean.layer1.register_forward_hook(lambda _m, _i, output: output * 1.0), "hook on layer1"
+    ),
+}
+
+
+@pytest.mark.parametrize("attack", TAMPERED)
+def test_a_detached_network_that_was_touched_is_refused(attack: str) -> None:
+    trained = network()
+    trained.fc.weight.data[0, 0] = 0.0
+    lean = detach(trained)
+    TAMPERED[attack].touch(lean)
+    with pytest.raises(CertificateError, match=TAMPERED[attack].message):
+        prove(trained, lean)
+
+
+def with_spy(found: Any) -> None:
+    found.spy = nn.Linear(1, 1).eval()
+
+
+def with_tied_weights(found: Any) -> None:
+    found.branches["layer1_0"].blocks[0].conv1.weight = found.layer1[0].conv1.weight
+
+
+def with_counter(found: Any) -> None:
+    found.register_buffer("calls", torch.zeros(()), persistent=False)
+    found.layer1[0].bn1.register_buffer("calls", torch.zeros(()))
+
+    def forward(self: Any, images: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return plain_logits(self, images)
+
+    found.forward = types.MethodType(forward, found)
+
+
+def with_odd_copy(found: Any) -> None:
+    class Odd(type(found.layer1)):  # type: ignore[misc]
+        def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+            again = nn.Sequential(*(copy.deepcopy(block, memo) for block in self))
+            again[0].conv1.weight.data.mul_(1.01)
+            return again
+
+    found.layer1.__class__ = Odd
+
+
+CHANGED_BEFORE = {
+    "another eps before detaching": (
+        lambda n: setattr(n.bn1, "eps", 1e-4),
+        "trained network is not the plain",
+    ),
+    "another stride before detaching": (
+        lambda n: setattr(n.layer1[0].conv1, "dilation", (2, 2)),
+        "not the plain one|cannot be captured",
+    ),
+    "a module nobody declared": (with_spy, r"still has spy"),
+    "a weight both removed and kept": (with_tied_weights, "shares its memory with"),
+    "a graph that counts its calls": (with_counter, "still has|writes to"),
+    "a copy that is not one": (with_odd_copy, r"layer1\.0\.conv1\.weight changed"),
+    "a hook on the backbone": (
+        lambda n: n.layer3.register_forward_pre_hook(lambda _m, inputs: (inputs[0] * 1.0,)),
+        "trained network has a forward hook on layer3",
+    ),
+    "the trained network in train mode": (lambda n: n.train(), "trained network is in train mode"),
+}
+
+
+@pytest.mark.parametrize("attack", CHANGED_BEFORE)
+def test_a_trained_network_that_is_more_than_the_plain_one_is_refused(attack: str) -> None:
+    change, message = CHANGED_BEFORE[attack]
+    trained = network()
+    change(trained)
+    lean = detach(trained)
+    with pytest.raises(CertificateError, match=message):
+        prove(trained, lean)
+
+
+def test_a_hook_on_all_modules_is_refused() -> None:
+    handle = nn.modules.module.register_module_forward_hook(lambda _m, _i, output: output)
+    try:
+        with pytest.raises(CertificateError, match="on all modules"):
+            prove(network())
+    finally:
+        handle.remove()
+
+
+def test_an_untouched_network_is_proved() -> None:
+    prove(network())
+
+
+def test_a_channels_last_copy_of_the_same_weights_has_the_same_root() -> None:
+    probes = torch.from_numpy(probe_images(PREPROCESS))
+    trained = network()
+    roots = certify(trained, detach(trained), PREPROCESS, probes).certificate.roots
+    turned = network().to(memory_format=torch.channels_last)
+    assert certify(turned, detach(turned), PREPROCESS, probes).certificate.roots == roots
