@@ -1,0 +1,141 @@
+"""What the benchmarks share: interleaved timing, facts about the machine, one shape of result.
+
+Both sides of a comparison are timed in turn within one run, so that a busy machine slows both; the
+figure of a side is its median. `ratio` is always ours / other: below 1, ours takes less.
+
+    arguments = parse(__doc__)
+    report([compare("pooling", "textbook loop", ours, other, runs=9)], as_json=arguments.json)
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "sopdeploy",
+    "tensorrt",
+    "torch",
+    "torchvision",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """One comparison: what ours and the other side took, in *unit*, as medians of *runs*."""
+
+    case: str
+    against: str
+    ours: float
+    other: float
+    unit: str
+    runs: int
+
+    @property
+    def ratio(self) -> float:
+        """Return ours / other."""
+        return self.ours / self.other
+
+
+def parse(description: str | None) -> argparse.Namespace:
+    """Return the arguments that every benchmark takes: `quick` and `json`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer cases and runs, within a minute")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser.parse_args()
+
+
+def interleaved(
+    sides: Sequence[Callable[[], object]], *, runs: int, warmups: int = 1
+) -> tuple[list[float], ...]:
+    """Return the seconds of *runs* calls of each side, called in turn, after *warmups* untimed calls."""
+    for _ in range(warmups):
+        for side in sides:
+            side()
+    seconds: tuple[list[float], ...] = tuple([] for _ in sides)
+    for _ in range(runs):
+        for side, taken in zip(sides, seconds, strict=True):
+            start = time.perf_counter()
+            side()
+            taken.append(time.perf_counter() - start)
+    return seconds
+
+
+def compare(
+    case: str,
+    against: str,
+    ours: Callable[[], object],
+    other: Callable[[], object],
+    *,
+    runs: int,
+    warmups: int = 1,
+) -> Result:
+    """Time *ours* and *other* in turn; return their medians in milliseconds.
+
+    A call must end only when its work has ended: synchronise a device inside it.
+    """
+    ours_s, other_s = interleaved((ours, other), runs=runs, warmups=warmups)
+    return Result(
+        case=case,
+        against=against,
+        ours=statistics.median(ours_s) * 1e3,
+        other=statistics.median(other_s) * 1e3,
+        unit="ms",
+        runs=runs,
+    )
+
+
+def machine() -> dict[str, Any]:
+    """Return what a figure depends on: processor, usable cores, memory, system."""
+    return {
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def processor() -> str:
+    """Return the processor's own name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed packages that a figure may depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def report(results: Sequence[Result], *, as_json: bool, **facts: object) -> None:
+    """Print *results*: one JSON document, or a table; *facts* join what is said of the machine."""
+    if as_json:
+        rows = [{**asdict(result), "ratio": result.ratio} for result in results]
+        print(json.dumps({"machine": machine() | facts, "versions": versions(), "results": rows}, indent=2))
+        return
+    print(", ".join(f"{key} {value}" for key, value in (machine() | facts | versions()).items()))
+    for result in results:
+        print(
+            f"{result.case:48} {result.ours:10.2f} {result.unit:4} against {result.against:24}"
+            f"{result.other:10.2f} {result.unit:4} ratio {result.ratio:6.3f} (1 : {1 / result.ratio:.2f})"
+        )
