@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sopdeploy import create_model
+from sopdeploy.data.base import ArrayPictures, Prepared
+from sopdeploy.errors import DataError, TrainingError
+from sopdeploy.evaluate import evaluate
+from sopdeploy.normalise import Normalise
+from sopdeploy.preprocess import Preprocess
+
+RULES = Preprocess(resize=4, crop=4)
+
+
+class FromPixels(nn.Module):
+    """Answers with one-hot logits for the class that the first pixel's red value names."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.classes = classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        answer = (images[:, 0, 0, 0] * 0.229 + 0.485) * 255
+        distance = (torch.arange(self.classes)[None] - answer[:, None]).abs()
+        return -distance * self.scale
+
+
+def pictures(answers: list[int], targets: list[int], classes: int) -> Prepared:
+    images = np.broadcast_to(
+        np.asarray(answers, dtype=np.uint8)[:, None, None, None], (len(answers), 4, 4, 3)
+    )
+    labels = tuple(str(number) for number in range(classes))
+    return Prepared(ArrayPictures(labels, images.copy(), np.asarray(targets)), RULES)
+
+
+@settings(deadline=None)
+@given(data=st.data(), classes=st.integers(2, 9), size=st.integers(1, 9))
+def test_figures_count_first_and_first_five_answers_of_every_picture(data, classes, size) -> None:
+    one = st.integers(0, classes - 1)
+    pairs = data.draw(st.lists(st.tuples(one, one), min_size=1, max_size=20))
+    answers, targets = (list(column) for column in zip(*pairs, strict=True))
+    told: list[int] = []
+    figures = evaluate(
+        FromPixels(classes), pictures(answers, targets, classes), RULES, batch_size=size, on_batch=told.append
+    )
+    assert figures.count == told[-1] == len(pairs)
+    assert figures.top1 == pytest.approx(np.mean([a == t for a, t in pairs]))
+    near = [sum(abs(c - a) < abs(t - a) for c in range(classes)) for a, t in pairs]
+    tied = [sum(abs(c - a) == abs(t - a) for c in range(classes)) - 1 for a, t in pairs]
+    low = np.mean([n + e < min(5, classes) for n, e in zip(near, tied, strict=True)])
+    high = np.mean([n < min(5, classes) for n in near])
+    assert low <= figures.top5 <= high
+
+
+def test_the_network_sees_the_normalised_pictures_of_the_service_and_keeps_its_mode() -> None:
+    rules = Preprocess(resize=18, crop=16)
+    torch.manual_seed(0)
+    model = create_model("dsop-resnet8", num_classes=3, base_width=4)
+    images = np.random.default_rng(0).integers(0, 256, (10, 30, 20, 3), dtype=np.uint8)
+    stored = ArrayPictures(("a", "b", "c"), images, np.arange(10) % 3)
+    figures = evaluate(model, Prepared(stored, rules), rules, batch_size=4)
+    assert model.training
+    model.eval()
+    served = torch.from_numpy(np.stack([rules(stored[i][0]) for i in range(10)]))
+    logits = model(Normalise(rules)(served)).detach()
+    targets = torch.from_numpy(stored.targets)
+    assert figures.top1 == int((logits.argmax(1) == targets).sum()) / 10
+    assert figures.loss == pytest.approx(float(nn.functional.cross_entropy(logits, targets)), rel=1e-5)
+    assert figures.top5 == 1.0
+    evaluate(model, Prepared(stored, rules), rules, workers=2)
+    assert not model.training
+
+
+def test_a_network_that_has_diverged_is_an_error() -> None:
+    model = FromPixels(3)
+    model.scale.data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="held-out pictures is not finite"):
+        evaluate(model, pictures([0], [0], 3), RULES)
+
+
+def test_nothing_to_measure_on_is_an_error() -> None:
+    nothing = Prepared(ArrayPictures(("a",), np.zeros((0, 4, 4), np.uint8), np.zeros(0, np.int64)), RULES)
+    with pytest.raises(DataError, match="no pictures to measure on"):
+        evaluate(FromPixels(1), nothing, RULES)
