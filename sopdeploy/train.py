@@ -77,11 +77,11 @@ def train(
     with watch_for_stop() as stop:
         try:
             while run.at.epoch < recipe.epochs:
+                stop.check()
                 train_epoch(run, data.train, stop, onlooker)
                 measure_epoch(run, held_out, stop, onlooker)
                 folder.save_epoch(run)
                 onlooker.finished_epoch(run.at.history[-1])
-                stop.check()
         except StopRequested:
             folder.save_stopped(run)
             raise TrainingStoppedError(

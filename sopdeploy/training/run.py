@@ -5,6 +5,7 @@ momentum and position are all that a resumed run needs to go on bit for bit.
 """
 
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from sopdeploy.recipe import Recipe, validate
 from sopdeploy.seeds import seed_of
 from sopdeploy.training.history import EpochRow, best_row
 
-MAY_CHANGE = ("summary", "workers", "threads", "device")  # between a run and its resumption
+MAY_CHANGE = {"summary", "workers", "threads", "device", "data.path"}  # when a run is resumed
 
 
 class Position(Frozen):
@@ -170,14 +171,23 @@ def resume_run(recipe: Recipe, pictures: Pictures, checkpoint: Checkpoint, where
 
 def must_be_same_recipe(recipe: Recipe, checkpoint: Checkpoint, where: Path) -> None:
     """Raise `ConfigError` naming the first key in which *recipe* differs from the run's."""
-    began = recorded_recipe(checkpoint, where).model_dump(mode="json")
-    now = recipe.model_dump(mode="json")
-    for key in now.keys() - MAY_CHANGE:
-        if now[key] != began[key]:
+    began = dict(flat(recorded_recipe(checkpoint, where).model_dump(mode="json")))
+    now = dict(flat(recipe.model_dump(mode="json")))
+    for key in sorted((began.keys() | now.keys()) - MAY_CHANGE):
+        if now.get(key) != began.get(key):
             raise ConfigError(
-                f"{where}: the run began with {key} = {began[key]}, now it is {now[key]}; "
+                f"{where}: the run began with {key} = {began.get(key)}, now it is {now.get(key)}; "
                 "go on with the same recipe or begin a new run in another folder"
             )
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of *table* and of the tables in it under dotted keys."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def recorded_recipe(checkpoint: Checkpoint, where: Path) -> Recipe:
