@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import pydantic
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sopdeploy.data.base import Dataset
+from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.data.base import Dataset, Prepared
 from sopdeploy.data.batches import batches_in_order, load_batches
+from sopdeploy.data.folder import open_classes
 from sopdeploy.errors import DataError, TrainingError
 from sopdeploy.frozen import Frozen
 from sopdeploy.normalise import Normalise
@@ -71,6 +74,18 @@ def evaluate(
             "lower the learning rate"
         )
     return Figures(top1=top1 / done, top5=top5 / done, count=done, loss=loss / done)
+
+
+def evaluate_checkpoint(checkpoint: Path, data: Path, *, workers: int = 0) -> Figures:
+    """Return the figures of the network in the file *checkpoint* on the images of a folder.
+
+    *data* holds one subfolder per class of the checkpoint, matched by name, in any order.
+    """
+    stored = read_checkpoint(checkpoint)
+    model = build_classifier(stored, checkpoint)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    pictures = open_classes(data.expanduser(), stored.labels)
+    return evaluate(model, Prepared(pictures, stored.preprocess), stored.preprocess, workers=workers)
 
 
 def hits(logits: Tensor, labels: Tensor, k: int) -> int:

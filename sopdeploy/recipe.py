@@ -138,16 +138,22 @@ def validate(values: dict[str, Any], where: str) -> Recipe:
 
 def lay_over(values: dict[str, Any], override: str) -> None:
     """Set one `key=value` in *values*."""
-    key, equals, text = override.partition("=")
-    key = key.strip()
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"--set {override}: write key=value, such as optimizer.lr=0.05")
+    key, value = parse_override(override)
     *tables, last = key.split(".")
     for name in tables:
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
             raise ConfigError(f"--set {override}: {name} is a value, not a table with keys")
-    values[last] = toml_value(text.strip())
+    values[last] = value
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """Return the dotted key and the value of `key=value`; raises `ConfigError` where it is none."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set {override}: write key=value, such as optimizer.lr=0.05")
+    return key, toml_value(text.strip())
 
 
 def toml_value(text: str) -> Any:

@@ -2,7 +2,6 @@
 
 import os
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -88,9 +87,23 @@ def open_folder(config: FolderConfig) -> Split:
     if not held_names:
         return split_folder(root / TRAIN, config)
     labels = class_names(root / TRAIN)
-    held_root = root / held_names[0]
-    check_same_classes(labels, held_root)
-    return Split(train=scan(root / TRAIN, labels), held_out=scan(held_root, labels))
+    return Split(train=scan(root / TRAIN, labels), held_out=open_classes(root / held_names[0], labels))
+
+
+def open_classes(root: Path, labels: tuple[str, ...]) -> FolderPictures:
+    """Return the images below *root* for a network that knows *labels*; folders are matched by name.
+
+    Raises `DataError` naming the classes that only one of both has.
+    """
+    found = set(subfolders(root))
+    unknown, missing = sorted(found - set(labels)), sorted(set(labels) - found)
+    if unknown:
+        raise DataError(
+            f"{root}: classes {', '.join(unknown)} are none of those learnt; remove them or learn them too"
+        )
+    if missing:
+        raise DataError(f"{root}: classes {', '.join(missing)} of those learnt are missing; add them")
+    return scan(root, labels)
 
 
 def subfolders(root: Path) -> list[str]:
@@ -116,16 +129,6 @@ def class_names(root: Path) -> tuple[str, ...]:
     if names:
         raise DataError(f"{root}: holds one class only ({names[0]}); a classifier needs at least two")
     raise DataError(f"{root}: holds no class folders; sort the images into one subfolder per class")
-
-
-def check_same_classes(labels: Sequence[str], held_root: Path) -> None:
-    """Raise `DataError` naming the classes that only one of training and *held_root* has."""
-    held = set(subfolders(held_root))
-    unknown, missing = sorted(held - set(labels)), sorted(set(labels) - held)
-    if unknown:
-        raise DataError(f"{held_root}: classes {', '.join(unknown)} are not in {TRAIN}; add or remove them")
-    if missing:
-        raise DataError(f"{held_root}: classes {', '.join(missing)} of {TRAIN} are missing; add them")
 
 
 def scan(root: Path, labels: tuple[str, ...]) -> FolderPictures:

@@ -1,16 +1,21 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
 
 from sopdeploy import create_model
+from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.data.base import ArrayPictures, Prepared
 from sopdeploy.errors import DataError, TrainingError
-from sopdeploy.evaluate import evaluate
+from sopdeploy.evaluate import evaluate, evaluate_checkpoint
 from sopdeploy.normalise import Normalise
 from sopdeploy.preprocess import Preprocess
+from tests.sopdeploy.test_data_folder import make
 
 RULES = Preprocess(resize=4, crop=4)
 
@@ -86,3 +91,52 @@ def test_nothing_to_measure_on_is_an_error() -> None:
     nothing = Prepared(ArrayPictures(("a",), np.zeros((0, 4, 4), np.uint8), np.zeros(0, np.int64)), RULES)
     with pytest.raises(DataError, match="no pictures to measure on"):
         evaluate(FromPixels(1), nothing, RULES)
+
+
+@pytest.fixture
+def stored(tmp_path) -> Path:
+    """Return a checkpoint of a fresh network for the classes b and a, in this order."""
+    torch.manual_seed(0)
+    config = {"base_width": 4}
+    weights = create_model("dsop-resnet8", num_classes=2, **config).state_dict()
+    checkpoint = Checkpoint(
+        model="dsop-resnet8",
+        config=config,
+        weights=weights,
+        labels=("b", "a"),
+        preprocess=Preprocess(resize=18, crop=16),
+        training={},
+    )
+    write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
+    return tmp_path / "ckpt.pt"
+
+
+def test_a_checkpoint_is_measured_on_a_folder_whose_classes_are_matched_by_name(stored, tmp_path) -> None:
+    make(tmp_path / "val", a=3, b=4)
+    figures = evaluate_checkpoint(stored, tmp_path / "val")
+    model, rules = build_classifier(read_checkpoint(stored), stored), Preprocess(resize=18, crop=16)
+    right = 0
+    for target, name in enumerate(("b", "a")):
+        for path in (tmp_path / "val" / name).iterdir():
+            logits = model(Normalise(rules)(torch.from_numpy(rules(Image.open(path)).copy())[None]))
+            right += int(logits.argmax()) == target
+    assert (figures.count, figures.top1) == (7, right / 7)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"a": 1, "b": 1, "c": 1}, "classes c are none of those learnt"),
+        ({"a": 1}, "classes b of those learnt are missing"),
+        ({"a": 1, "b": 0}, "no images in this class folder"),
+    ],
+)
+def test_a_folder_of_other_classes_than_the_checkpoints_is_refused(stored, tmp_path, counts, message) -> None:
+    make(tmp_path / "val", **counts)
+    with pytest.raises(DataError, match=message):
+        evaluate_checkpoint(stored, tmp_path / "val")
+
+
+def test_a_folder_to_measure_on_that_is_not_there_is_named(stored, tmp_path) -> None:
+    with pytest.raises(DataError, match="nowhere: cannot be listed"):
+        evaluate_checkpoint(stored, tmp_path / "nowhere")
