@@ -34,7 +34,7 @@ format: $(STAMP)  ## write the format and the fixes that ruff knows
 	$(BIN)/ruff check --fix .
 
 docs: $(STAMP)  ## write the generated pages again
-	$(BIN)/python -m docs.generate
+	$(BIN)/python docs/generate.py
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

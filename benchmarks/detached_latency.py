@@ -1,0 +1,86 @@
+"""Does a detached network cost what the plain one costs?
+
+Exports a DSoP ResNet-18 with --detach and the plain ResNet-18 (conv5_x stride 1) with the same weights,
+checks that both files hold exactly the same initializers, and times them in turn in ONNX Runtime (CPU).
+
+    python benchmarks/detached_latency.py [--quick] [--json]
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from measure import Result, compare, parse, report
+
+from sopdeploy.checkpoint import Checkpoint, write_checkpoint
+from sopdeploy.models.base import Classifier
+from sopdeploy.models.catalog import create_model
+from sopdeploy.preprocess import Preprocess
+from sopdeploy_export.pipeline import ExportOptions, export
+
+CLASSES = tuple(f"class {number}" for number in range(1000))
+
+
+def checkpoint(name: str, network: Classifier, folder: Path) -> Path:
+    """Write *network* as a checkpoint."""
+    path = folder / f"{name}.pt"
+    write_checkpoint(
+        path,
+        Checkpoint(
+            model=name,
+            config=network.config.model_dump(mode="json"),
+            weights=network.state_dict(),
+            labels=CLASSES,
+            preprocess=Preprocess(),
+            training={},
+        ),
+    )
+    return path
+
+
+def initializers(path: Path) -> dict[str, bytes]:
+    """Return the constants of an ONNX file by name."""
+    return {tensor.name: tensor.raw_data for tensor in onnx.load(path).graph.initializer}
+
+
+def session(path: Path) -> ort.InferenceSession:
+    """Open an ONNX file for one thread, which a busy machine disturbs least."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run(folder: Path, batches: tuple[int, ...], runs: int) -> list[Result]:
+    """Export both networks into *folder* and time them."""
+    torch.manual_seed(0)
+    trained = create_model("dsop-resnet18")
+    plain = create_model("resnet18", conv5_stride=1)
+    plain.load_state_dict({name: trained.state_dict()[name] for name in plain.state_dict()})
+    ours = export(checkpoint("dsop-resnet18", trained, folder), folder, ExportOptions(detach=True)).path
+    other = export(checkpoint("resnet18", plain, folder), folder).path
+    if initializers(ours / "model.onnx") != initializers(other / "model.onnx"):
+        sys.exit("the detached file does not hold the plain network's initializers")
+    sides = [session(path / "model.onnx") for path in (ours, other)]
+    results = []
+    for batch in batches:
+        images = np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), dtype=np.uint8)
+        calls = [lambda side=side, images=images: side.run(None, {"images": images}) for side in sides]
+        results.append(compare(f"batch {batch}", "plain ResNet-18", *calls, runs=runs, warmups=3))
+    return results
+
+
+def main() -> None:
+    """Print the table or the JSON document."""
+    arguments = parse(__doc__)
+    with tempfile.TemporaryDirectory() as folder:
+        results = run(Path(folder), (1,) if arguments.quick else (1, 8), 31 if arguments.quick else 51)
+    report(results, as_json=arguments.json, initializers="equal")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What needs something that is not here is skipped, and the summary says what was not run and why."""
+
+import importlib.util
+import shutil
+from collections import Counter
+
+import pytest
+
+
+def no_cuda() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def no_tensorrt() -> str | None:
+    return None if importlib.util.find_spec("tensorrt") else "TensorRT is not installed"
+
+
+def no_container() -> str | None:
+    return None if shutil.which("buildah") or shutil.which("podman") else "no container builder"
+
+
+MISSING = {"gpu": no_cuda, "tensorrt": no_tensorrt, "container": no_container}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {
+        name: check() for name, check in MISSING.items() if any(i.get_closest_marker(name) for i in items)
+    }
+    reasons["slow"] = None if config.getoption("--slow") else "slow; run with --slow or `make test-models`"
+    for item in items:
+        for name, reason in reasons.items():
+            if reason and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
+    terminalreporter.section("not run here")
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.line(f"{count} tests: {reason}")
+    if not reasons:
+        terminalreporter.line("nothing: everything was run")
