@@ -22,6 +22,7 @@ from sopdeploy.manifest import FileRecord, Manifest
 MANIFEST = "manifest.json"
 REQUIRED = ("model.onnx", "labels.json", "certificate.json", "parity.json", "probes.npz")
 MAX_MANIFEST_BYTES = 4_000_000
+LONGEST_NAME = 255  # bytes; no common file system takes more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +117,7 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(f"{file}: larger than {MAX_MANIFEST_BYTES} bytes, not a manifest")
     try:
         return Manifest.from_bytes(file.read_bytes())
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise BundleError(f"{file}: {problem}; copy or export the bundle again") from problem
 
 
@@ -144,8 +145,8 @@ def open_bundle(path: Path) -> Bundle:
 
 def check_path(bundle: Path, name: str) -> None:
     """Refuse a file *name* that leaves the bundle's folder or is reached through a link."""
-    parts = PurePosixPath(name).parts
-    if len(parts) != 1 or name in {".", ".."} or "\\" in name or "\0" in name:
+    plain = PurePosixPath(name).parts == (name,) and len(name.encode()) <= LONGEST_NAME
+    if not plain or name in {"/", ".."} or "\\" in name or "\0" in name:
         raise BundleError(f"{bundle}: the manifest names {name!r}, which is not a plain file name")
     if (bundle / name).is_symlink():
         raise BundleError(f"{bundle / name}: is a link; a bundle holds plain files only")
@@ -164,7 +165,10 @@ def check_size(file: Path, record: FileRecord) -> None:
 
 def read_labels(path: Path, manifest: Manifest) -> tuple[str, ...]:
     """Return the class names in output order; refuse a number of them the graph does not give."""
-    labels = json.loads((path / "labels.json").read_bytes())
+    try:
+        labels = json.loads((path / "labels.json").read_bytes())
+    except (ValueError, RecursionError) as problem:
+        raise BundleError(f"{path / 'labels.json'}: not JSON ({problem})") from problem
     classes = manifest.outputs[0].shape[-1]
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise BundleError(f"{path / 'labels.json'}: not a list of class names")

@@ -7,6 +7,7 @@ to the disk and renamed.
 
 import os
 import pickle  # only for the name of the error that torch.load raises
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from torch import Tensor
 from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.frozen import Frozen, first_problem
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.catalog import create_model
+from sopdeploy.models.catalog import create_model, make_config
 from sopdeploy.preprocess import Preprocess
 
 FORMAT = "sopdeploy-checkpoint"
@@ -90,8 +91,10 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except (OSError, RuntimeError) as problem:
-        partial.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: cannot be written ({problem})") from problem
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -150,13 +153,19 @@ def is_state_dict(weights: Any) -> bool:
     )
 
 
+def storage(tensor: Tensor) -> str:
+    """Return how the numbers of *tensor* are stored, such as `float32 strided on cpu`."""
+    return f"{tensor.dtype} {tensor.layout} on {tensor.device}".replace("torch.", "")
+
+
 def build_classifier(checkpoint: Checkpoint, where: Path) -> Classifier:
     """Return the network of *checkpoint* with its weights, in eval mode.
 
     Raises `CheckpointError` naming *where* and the first tensor that is missing, unknown, of another
-    shape or not finite.
+    shape or dtype, or not finite.
     """
     try:
+        make_config(checkpoint.model, checkpoint.config)  # a key may be named as an argument of create_model
         network = create_model(checkpoint.model, num_classes=len(checkpoint.labels), **checkpoint.config)
     except ConfigError as problem:
         raise CheckpointError(f"{where}: {problem}") from problem
@@ -167,6 +176,8 @@ def build_classifier(checkpoint: Checkpoint, where: Path) -> Classifier:
         found = checkpoint.weights[name]
         if found.shape != tensor.shape:
             raise CheckpointError(f"{where}: {name} is {tuple(found.shape)}, not {tuple(tensor.shape)}")
+        if storage(found) != storage(tensor):
+            raise CheckpointError(f"{where}: {name} is {storage(found)}, not {storage(tensor)}")
         if found.is_floating_point() and not bool(torch.isfinite(found).all()):
             raise CheckpointError(f"{where}: {name} has values that are not finite; train again")
     unknown = sorted(checkpoint.weights.keys() - expected.keys())

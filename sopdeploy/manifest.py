@@ -26,7 +26,7 @@ class TensorRecord(Frozen):
 
     name: str
     dtype: Literal["uint8", "float32", "int64"]
-    shape: tuple[int | None, ...]
+    shape: Annotated[tuple[int | None, ...], pydantic.Field(min_length=1)]
 
 
 class BatchRange(Frozen):
@@ -58,8 +58,8 @@ class Manifest(Frozen):
     version: Literal[1] = 1
     model: str
     config: dict[str, Any]
-    inputs: tuple[TensorRecord, ...]
-    outputs: tuple[TensorRecord, ...]
+    inputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1)]
+    outputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1)]
     preprocess: Preprocess
     precision: Literal["fp32"] = "fp32"
     batch: BatchRange

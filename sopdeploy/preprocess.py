@@ -5,7 +5,6 @@ deviation are part of the exported graph, so no server can get them wrong; they 
 they travel with the geometry, in the checkpoint and in the bundle.
 """
 
-import struct
 from typing import Annotated, Literal
 
 import numpy as np
@@ -68,7 +67,7 @@ def upright(picture: Image.Image) -> Image.Image:
     """Return *picture* turned as its EXIF orientation says; unreadable EXIF data is ignored."""
     try:
         return ImageOps.exif_transpose(picture)
-    except (SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
+    except Exception:  # Pillow also writes the data anew, and damaged tags fail there in many ways
         return picture
 
 

@@ -40,10 +40,12 @@ def describe(
     Example: [bold]sopdeploy describe dsop-resnet18 --set aux_stride=table[/bold]
     """
     with one_line_errors():
+        from sopdeploy.models.catalog import make_config
         from sopdeploy.models.describe import describe as count
         from sopdeploy.recipe import parse_override
 
         config: dict[str, Any] = dict(parse_override(setting) for setting in settings or [])
+        make_config(name, config)  # a key may be named as an argument of describe
         found = count(name, image_size=image_size, num_classes=num_classes, **config)
     if as_json:
         print_json(found.model_dump(mode="json"))
