@@ -1,0 +1,61 @@
+"""Bundles without a network behind them, and bundles as a forger makes them: right hashes, wrong content."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sopdeploy.bundle import MANIFEST, REQUIRED, digest, publish, seal, staging
+from sopdeploy.manifest import BatchRange, Lineage, Manifest, TensorRecord, to_json
+from sopdeploy.preprocess import Preprocess
+
+LABELS = ["ant", "bee", "cat"]
+FIELDS: dict[str, Any] = {
+    "model": "tiny",
+    "config": {"width": 4},
+    "inputs": (TensorRecord(name="images", dtype="uint8", shape=(None, 16, 16, 3)),),
+    "outputs": (TensorRecord(name="logits", dtype="float32", shape=(None, len(LABELS))),),
+    "preprocess": Preprocess(resize=18, crop=16),
+    "batch": BatchRange(),
+    "opset": 18,
+    "detached": ("branches",),
+    "lineage": Lineage(checkpoint_sha256="0" * 64, program_root="1" * 64, onnx_root="2" * 64),
+    "versions": {"sopdeploy": "0.1.0"},
+}
+
+
+def fill(folder: Path) -> None:
+    """Write every file of a bundle but its manifest into *folder*."""
+    for name in REQUIRED:
+        (folder / name).write_bytes(name.encode() * 20)
+    (folder / "labels.json").write_bytes(to_json(LABELS))
+    (folder / "README.md").write_text("# tiny\n")
+
+
+def write_hollow(destination: Path, change: Callable[[Path], None] = lambda _: None, **fields: Any) -> Path:
+    """Write a whole bundle whose graph is only text; *change* may touch its files before it is sealed."""
+    with staging(destination) as folder:
+        fill(folder)
+        change(folder)
+        return publish(folder, seal(folder, {**FIELDS, **fields}), destination)
+
+
+def forge(bundle: Path, **fields: Any) -> Path:
+    """Write the manifest of *bundle* anew: hashes of the files that are there now, and *fields*."""
+    values = json.loads((bundle / MANIFEST).read_bytes())
+    values.pop("id")
+    values["files"] = {
+        path.name: {"bytes": path.stat().st_size, "sha256": digest(path)}
+        for path in sorted(bundle.iterdir())
+        if path.is_file() and path.name != MANIFEST
+    }
+    values.update(fields)
+    (bundle / MANIFEST).write_bytes(Manifest.model_validate_json(json.dumps(values)).to_bytes())
+    return bundle
+
+
+def flip(file: Path, place: int) -> None:
+    """Flip one bit of the byte at *place*."""
+    body = bytearray(file.read_bytes())
+    body[place] ^= 1
+    file.write_bytes(body)

@@ -1,0 +1,275 @@
+"""The file between training and export: plain, written whole, read without running anything."""
+
+import errno
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sopdeploy.checkpoint import Checkpoint, build_classifier, load_plain, read_checkpoint, write_checkpoint
+from sopdeploy.errors import CheckpointError
+from sopdeploy.models.catalog import create_model
+from sopdeploy.preprocess import Preprocess
+from tests.sopdeploy.runs import same_bits
+
+WHERE = Path("ckpt.pt")
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    return create_model("dsop-resnet8", num_classes=3, base_width=4).state_dict()
+
+
+@pytest.fixture
+def checkpoint(weights: dict[str, Tensor]) -> Checkpoint:
+    return Checkpoint(
+        model="dsop-resnet8",
+        config={"base_width": 4},
+        weights=dict(weights),
+        labels=("ant", "bee", "çat [x] 🐈"),
+        preprocess=Preprocess(resize=18, crop=16, interpolation="bicubic", background=(1, 2, 3)),
+        training={"epoch": 3, "best": {"top1": 0.5}, "seed": 7, "none": None, "list": [1, 2.5, "x"]},
+    )
+
+
+def rewritten(path: Path, checkpoint: Checkpoint, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Write *checkpoint*, lay *change* over what is in the file, and write it as torch would."""
+    write_checkpoint(path, checkpoint)
+    content = load_plain(path)
+    change(content)
+    torch.save(content, path)
+    return path
+
+
+def test_reading_what_was_written_gives_the_same_checkpoint(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    write_checkpoint(tmp_path / "deep" / "run" / "ckpt.pt", checkpoint)
+    found = read_checkpoint(tmp_path / "deep" / "run" / "ckpt.pt")
+    assert same_bits(found.weights, checkpoint.weights)
+    assert replace(found, weights={}) == replace(checkpoint, weights={})
+    assert found.resume is None
+
+
+def test_the_state_to_go_on_from_comes_back_bit_for_bit(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    resume = {
+        "optimizer": {"state": {0: {"momentum": torch.randn(5)}}},
+        "random": torch.get_rng_state(),
+        "n": 3,
+    }
+    write_checkpoint(tmp_path / "last.pt", replace(checkpoint, resume=resume))
+    assert same_bits(read_checkpoint(tmp_path / "last.pt").resume, resume)
+
+
+def test_every_dtype_and_odd_value_of_a_weight_comes_back(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    odd = {
+        "half": torch.tensor([1.5, -0.0], dtype=torch.float16),
+        "brain": torch.tensor([1.5], dtype=torch.bfloat16),
+        "double": torch.tensor([1e-300], dtype=torch.float64),
+        "long": torch.tensor(5),
+        "truth": torch.tensor([True]),
+        "empty": torch.empty(0, 3),
+        "turned": torch.arange(6.0).reshape(2, 3).t(),
+    }
+    write_checkpoint(tmp_path / "ckpt.pt", replace(checkpoint, weights=odd))
+    assert same_bits(read_checkpoint(tmp_path / "ckpt.pt").weights, odd)
+
+
+def test_weights_that_need_a_gradient_are_written_without_it(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    weights = {"w": torch.ones(2, requires_grad=True)}
+    write_checkpoint(tmp_path / "ckpt.pt", replace(checkpoint, weights=weights))
+    assert not read_checkpoint(tmp_path / "ckpt.pt").weights["w"].requires_grad
+
+
+def test_the_network_answers_as_before(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    before = create_model("dsop-resnet8", num_classes=3, base_width=4).eval()
+    before.load_state_dict(checkpoint.weights)
+    write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
+    after = build_classifier(read_checkpoint(tmp_path / "ckpt.pt"), tmp_path / "ckpt.pt")
+    images = torch.randn(2, 3, 16, 16)
+    assert not after.training
+    assert torch.equal(before(images), after(images))
+
+
+def test_a_checkpoint_replaces_the_one_before(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    for epoch in (1, 2):
+        write_checkpoint(tmp_path / "ckpt.pt", replace(checkpoint, training={"epoch": epoch}))
+    assert read_checkpoint(tmp_path / "ckpt.pt").training == {"epoch": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk takes the first bytes and is full at the flush."""
+
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sopdeploy.checkpoint.os.fsync", fsync)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    with pytest.raises(CheckpointError, match=r"ckpt\.pt: cannot be written .*No space left"):
+        write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(
+    tmp_path: Path, checkpoint: Checkpoint, request: pytest.FixtureRequest
+) -> None:
+    write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    request.getfixturevalue("full_disk")
+    with pytest.raises(CheckpointError, match="No space left"):
+        write_checkpoint(tmp_path / "ckpt.pt", replace(checkpoint, training={"epoch": 9}))
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no device that is always full")
+def test_a_device_that_is_really_full_is_said(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    (tmp_path / "ckpt.pt.partial").symlink_to(FULL)
+    with pytest.raises(CheckpointError, match=r"ckpt\.pt: cannot be written"):
+        write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), MemoryError(), TypeError("no pickle")])
+def test_an_interrupted_write_leaves_the_checkpoint_before_as_it_was(
+    tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, interruption: BaseException
+) -> None:
+    write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+
+    def save(_: Any, file: Any) -> None:
+        file.write(b"half")
+        raise interruption
+
+    monkeypatch.setattr("sopdeploy.checkpoint.torch.save", save)
+    with pytest.raises(type(interruption)):
+        write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+def test_the_new_file_has_its_name_only_when_it_is_on_the_disk(
+    tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        "sopdeploy.checkpoint.os.fsync", lambda _: seen.append([p.name for p in tmp_path.iterdir()])
+    )
+    write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
+    assert seen == [["ckpt.pt.partial"]]
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"ckpt\.pt: cannot be written"):
+        write_checkpoint(tmp_path / "file" / "ckpt.pt", checkpoint)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+Change = Callable[[dict[str, Any]], object]
+HEADERS: dict[str, tuple[Change, str]] = {
+    "no format": (lambda c: c.pop("format"), "not a sopdeploy checkpoint"),
+    "another format": (lambda c: c.update(format="zip"), "not a sopdeploy checkpoint"),
+    "a newer version": (lambda c: c.update(version=2), "version: "),
+    "an extra key": (lambda c: c.update(extra=1), "extra: unknown key"),
+    "a key that is no text": (lambda c: c.update({3: 1}), "[Kk]ey"),
+    "no model": (lambda c: c.pop("model"), "model: missing"),
+    "an extra key of the model": (lambda c: c["model"].update(path="x"), "model.path: unknown key"),
+    "no labels": (lambda c: c.pop("labels"), "labels: missing"),
+    "an empty list of labels": (lambda c: c.update(labels=[]), "labels: "),
+    "labels that are numbers": (lambda c: c.update(labels=[1, 2, 3]), "labels.0: "),
+    "two classes of one name": (
+        lambda c: c.update(labels=["a", "b", "a"]),
+        "labels: .*two classes have the same name",
+    ),
+    "a crop larger than resize": (lambda c: c["preprocess"].update(crop=99), r"crop \(99\) is larger"),
+    "no preprocess": (lambda c: c.pop("preprocess"), "preprocess: missing"),
+    "a tensor for text": (lambda c: c["model"].update(name=torch.ones(2)), "model.name: "),
+    "no training": (lambda c: c.pop("training"), "training: missing"),
+    "no weights": (lambda c: c.pop("weights"), "not a table of tensors"),
+    "empty weights": (lambda c: c.update(weights={}), "not a table of tensors"),
+    "a list of weights": (lambda c: c.update(weights=[torch.ones(2)]), "not a table of tensors"),
+    "a number among the weights": (lambda c: c["weights"].update(bias=3), "not a table of tensors"),
+    "a weight without a name": (lambda c: c["weights"].update({3: torch.ones(1)}), "not a table of tensors"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_file_with_another_content_is_refused(tmp_path: Path, checkpoint: Checkpoint, case: str) -> None:
+    change, message = HEADERS[case]
+    path = rewritten(tmp_path / "ckpt.pt", checkpoint, change)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_checkpoint(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def with_weight(name: str, value: Tensor) -> Change:
+    return lambda weights: weights.update({name: value})
+
+
+def nan_in(name: str, value: float) -> Change:
+    def change(weights: dict[str, Any]) -> None:
+        weights[name] = weights[name].clone()
+        weights[name].view(-1)[-1] = value
+
+    return change
+
+
+WEIGHTS: dict[str, tuple[Change, str]] = {
+    "a missing tensor": (lambda w: w.pop("fc.weight"), "needs a tensor fc.weight, which is missing"),
+    "an unknown tensor": (with_weight("zzz.weight", torch.ones(2)), "has no tensor zzz.weight"),
+    "another shape": (with_weight("fc.bias", torch.ones(4)), r"fc\.bias is \(4,\), not \(3,\)"),
+    "one axis more": (with_weight("fc.bias", torch.ones(3, 1)), r"fc\.bias is \(3, 1\), not \(3,\)"),
+    "not a number": (nan_in("fc.weight", float("nan")), r"fc\.weight has values that are not finite"),
+    "infinite": (nan_in("fc.bias", float("inf")), r"fc\.bias has values that are not finite"),
+    "minus infinite": (nan_in("fc.bias", float("-inf")), r"fc\.bias has values that are not finite"),
+    "complex": (with_weight("fc.bias", torch.ones(3, dtype=torch.complex64)), r"fc\.bias"),
+    "sparse": (with_weight("fc.bias", torch.ones(3).to_sparse()), r"fc\.bias"),
+    "of another dtype": (
+        with_weight("fc.bias", torch.ones(3).double()),
+        r"is float64 strided on cpu, not float32",
+    ),
+    "without values": (with_weight("fc.bias", torch.ones(3, device="meta")), r"fc\.bias"),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_that_are_not_those_of_the_network_are_refused_by_name(
+    checkpoint: Checkpoint, case: str
+) -> None:
+    change, message = WEIGHTS[case]
+    change(checkpoint.weights)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        build_classifier(checkpoint, WHERE)
+    assert str(caught.value).startswith("ckpt.pt: ")
+
+
+MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "an unknown name": ({"model": "dsop-resnet9"}, "did you mean dsop-resnet"),
+    "an unknown switch": ({"config": {"widht": 4}}, "widht"),
+    "a switch of another type": ({"config": {"base_width": "wide"}}, "base_width"),
+    "a switch of another value": ({"config": {"base_width": 5}}, r"\(.*\), not \(.*\)"),
+    "another number of labels": ({"labels": ("a", "b")}, r"is \(3, .*, not \(2,"),
+    "the number of classes as a switch": ({"config": {"num_classes": 3}}, "num_classes"),
+    "a name as a switch": ({"config": {"name": "plain-resnet8"}}, "name"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_network_that_cannot_be_built_is_refused(checkpoint: Checkpoint, case: str) -> None:
+    changes, message = MODELS[case]
+    with pytest.raises(CheckpointError, match=message) as caught:
+        build_classifier(replace(checkpoint, **changes), WHERE)
+    assert "\n" not in str(caught.value)
