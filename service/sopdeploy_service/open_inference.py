@@ -9,7 +9,8 @@ from pathlib import Path
 
 from sopdeploy.bundle import Bundle, open_bundle
 from sopdeploy.errors import BundleError, RuntimeUnavailableError
-from sopdeploy.probes import Replay, read_probes, replay
+from sopdeploy.manifest import Manifest
+from sopdeploy.probes import Probes, Replay, read_probes, replay
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.choose import choose
 from sopdeploy_service.settings import Settings
@@ -48,13 +49,20 @@ def replay_all(bundle: Bundle, runtime: Runtime, settings: Settings) -> dict[int
     Raises `ParityError` for other numbers and `BundleError` for probes that would prove nothing.
     """
     probes = read_probes(bundle.probes)
-    outputs = {output.name for output in bundle.manifest.outputs}
-    if not len(probes.images) or not outputs <= set(probes.expected):
+    if not fit(probes, bundle.manifest):
         raise BundleError(
             f"{bundle.probes}: does not probe every output; nothing would be proved: export the bundle again"
         )
     sizes = {1, min(largest_batch(runtime, settings), len(probes.images))}
     return {size: replay(probes, runtime.run, batch=size) for size in sorted(sizes)}
+
+
+def fit(probes: Probes, manifest: Manifest) -> bool:
+    """Say whether there are probes, of the input's shape, with numbers of its shape for every output."""
+    count = len(probes.images)
+    found = {name: values.shape for name, values in probes.expected.items()}
+    wanted = {output.name: (count, *output.shape[1:]) for output in manifest.outputs}
+    return count > 0 and probes.images.shape[1:] == manifest.image_shape and wanted.items() <= found.items()
 
 
 def largest_batch(runtime: Runtime, settings: Settings) -> int:

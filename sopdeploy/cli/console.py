@@ -8,13 +8,14 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from sopdeploy.errors import SopdeployError
 
 USER_ERROR = 2
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 @contextmanager
@@ -28,8 +29,9 @@ def one_line_errors() -> Iterator[None]:
 
 
 def plain(text: str) -> str:
-    """Return *text* on one line, with square brackets that rich does not take for styles."""
-    return " ".join(text.split()).replace("[", "\\[")
+    """Return *text* on one line, without what would steer the terminal, escaped for rich."""
+    line = " ".join(text.split())
+    return escape("".join(character if character.isprintable() else "?" for character in line))
 
 
 def print_json(value: Any) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sopdeploy.cli.console import one_line_errors, out, print_json, steps
+from sopdeploy.cli.console import one_line_errors, out, plain, print_json, steps
 
 if TYPE_CHECKING:
     from sopdeploy_export.pipeline import Exported
@@ -62,7 +62,7 @@ def show(exported: "Exported") -> None:
         "bundle": str(exported.path),
     }
     for name, text in rows.items():
-        out.print(f"[bold]{name:8}[/] {text}")
+        out.print(f"[bold]{name:8}[/] {plain(text)}")
     if parity.drift_allowed:
         out.print("[bold yellow]warning[/]  the numbers drift; the bundle records that this was allowed")
 

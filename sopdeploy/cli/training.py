@@ -63,7 +63,7 @@ def train(
         f"best epoch {result.best_epoch} of {result.epochs}: top-1 [bold]{result.best_top1:.2%}[/] of "
         f"{result.held_out_count} held-out pictures, {result.seconds:.0f} s"
     )
-    out.print(f"next: sopdeploy export {result.best} --detach")
+    out.print(f"next: sopdeploy export {plain(str(result.best))} --detach")
 
 
 def evaluate(
