@@ -30,7 +30,7 @@ def manifest(**fields: Any) -> Manifest:
 
 @FUZZ
 @given(
-    model=NAMES,
+    model=st.from_regex(r"[A-Za-z0-9._-]+", fullmatch=True),
     config=st.dictionaries(
         NAMES, VALUES.filter(lambda v: v not in (float("inf"), float("-inf"))), max_size=4
     ),

@@ -1,0 +1,212 @@
+"""Attacks through the bundle: damaged, swapped, linked, and forged with the right hashes.
+
+Each is refused by `sopdeploy verify` with exit code 2 and one line.
+"""
+
+import io
+import json
+import pickle  # noqa: TID251
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import Result
+from onnx import TensorProto, helper, numpy_helper
+from typer.testing import CliRunner
+
+from sopdeploy.cli.app import app
+from sopdeploy.manifest import to_json
+from tests.forged import LABELS, flip, forge, write_hollow
+
+SIDE = 16
+FILES = ("model.onnx", "labels.json", "certificate.json", "parity.json", "probes.npz", "README.md")
+
+
+def graph(factor: float = 1.0, *, output: str = "logits", cast: str = "Cast") -> bytes:
+    """A graph from uint8 images (n, 16, 16, 3) to *factor* times their mean colours, as logits (n, 3)."""
+    nodes = [
+        helper.make_node(cast, ["images"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["wide", "axes"], ["colour"], keepdims=0),
+        helper.make_node("Mul", ["colour", "factor"], [output]),
+    ]
+    constants = {"axes": np.array([1, 2]), "factor": np.array(factor, dtype=np.float32)}
+    found = helper.make_graph(
+        nodes,
+        "colours",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", SIDE, SIDE, 3])],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["n", 3])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(found, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return bytes(model.SerializeToString())
+
+
+def probes(factor: float = 1.0, **changes: Any) -> bytes:
+    images = np.random.default_rng(0).integers(0, 256, (4, SIDE, SIDE, 3), dtype=np.uint8)
+    logits = images.mean(axis=(1, 2)).astype(np.float32) * np.float32(factor)
+    arrays = {"images": images, "output_logits": logits, "tolerance_logits": np.array(1e-3), **changes}
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=True, **{name: value for name, value in arrays.items() if value is not None})
+    return file.getvalue()
+
+
+def write_bundle(destination: Path, factor: float) -> Path:
+    def fill(folder: Path) -> None:
+        (folder / "model.onnx").write_bytes(graph(factor))
+        (folder / "probes.npz").write_bytes(probes(factor))
+
+    return write_hollow(destination, fill)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("bundles"), factor=1.0)
+
+
+@pytest.fixture
+def bundle(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / whole.name))
+
+
+def verify(bundle: Path) -> Result:
+    return CliRunner().invoke(app, ["verify", str(bundle)])
+
+
+def refused(bundle: Path, name: str = "") -> str:
+    """Return the one line that `verify` says of *bundle*."""
+    found = verify(bundle)
+    assert found.exit_code == 2, found.output or repr(found.exception)
+    assert found.stdout == ""
+    assert found.stderr.startswith("error: ")
+    assert found.stderr.count("\n") == 1
+    assert name in found.stderr
+    return found.stderr
+
+
+def test_the_bundle_that_the_attacks_start_from_is_accepted(bundle: Path) -> None:
+    found = verify(bundle)
+    assert (found.exit_code, found.stderr) == (0, "")
+    assert f"verified {bundle.name}" in found.stdout
+
+
+@pytest.mark.parametrize("name", ["manifest.json", *FILES])
+def test_a_flipped_bit_is_refused_by_the_name_of_its_file(bundle: Path, name: str) -> None:
+    flip(bundle / name, (bundle / name).stat().st_size // 2)
+    refused(bundle, name)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "probes.npz"])
+def test_a_file_of_another_bundle_is_refused(bundle: Path, tmp_path: Path, name: str) -> None:
+    other = write_bundle(tmp_path / "others", factor=2.0)
+    shutil.copy(other / name, bundle / name)
+    assert "sha256" in refused(bundle, name)
+
+
+def test_another_bundles_graph_is_refused_by_its_numbers_even_with_the_right_hash(
+    bundle: Path, tmp_path: Path
+) -> None:
+    shutil.copy(write_bundle(tmp_path / "others", factor=2.0) / "model.onnx", bundle / "model.onnx")
+    assert "does not compute the exported network" in refused(forge(bundle), "probes")
+
+
+def test_labels_in_another_order_are_refused(bundle: Path) -> None:
+    (bundle / "labels.json").write_bytes(to_json(LABELS[::-1]))
+    assert "sha256" in refused(bundle, "labels.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_out_of_the_bundle_is_refused_and_not_read(bundle: Path, name: str) -> None:
+    (bundle / name).unlink()
+    (bundle / name).symlink_to("/etc/passwd")
+    said = refused(bundle, name)
+    assert "is a link" in said
+    assert "root:" not in said
+
+
+def pickled() -> Any:
+    class Runs:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (Path("pwned"),)
+
+    return np.array([Runs()], dtype=object)
+
+
+ARCHIVES: dict[str, Callable[[], bytes]] = {
+    "an array of pickled objects": lambda: probes(images=pickled()),
+    "an output of pickled objects": lambda: probes(output_logits=pickled()),
+    "a bare pickle": lambda: pickle.dumps({"images": 1}),
+    "no images": lambda: probes(images=None),
+    "no picture among the images": lambda: probes(images=np.zeros((0, SIDE, SIDE, 3), np.uint8)),
+    "no numbers for the output": lambda: probes(output_logits=None, tolerance_logits=None),
+    "a bound that is no number": lambda: probes(tolerance_logits=np.array(np.nan)),
+    "numbers that are none": lambda: probes(output_logits=np.full((4, 3), np.nan, np.float32)),
+    "images of another size": lambda: probes(images=np.zeros((4, 8, 8, 3), np.uint8)),
+    "images without colours": lambda: probes(images=np.zeros((4, SIDE, SIDE), np.uint8)),
+    "more images than numbers": lambda: probes(images=np.zeros((9, SIDE, SIDE, 3), np.uint8)),
+    "text": lambda: b"trust me",
+    "nothing": lambda: b"",
+}
+
+
+@pytest.mark.parametrize("attack", ARCHIVES)
+def test_probes_that_prove_nothing_are_refused_even_with_the_right_hash(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (bundle / "probes.npz").write_bytes(ARCHIVES[attack]())
+    refused(forge(bundle), "probes")
+    assert not Path("pwned").exists()
+
+
+GRAPHS: dict[str, Callable[[], bytes]] = {
+    "random bytes": lambda: bytes(range(256)),
+    "nothing": lambda: b"",
+    "half a graph": lambda: graph()[:100],
+    "an operator that does not exist": lambda: graph(cast="RunShell"),
+    "another output": lambda: graph(output="answer"),
+    "weights in a file elsewhere": lambda: with_outside_weights("/etc/passwd"),
+    "weights in a file above": lambda: with_outside_weights("../outside"),
+}
+
+
+def with_outside_weights(location: str) -> bytes:
+    model = onnx.load_model_from_string(graph())
+    tensor = model.graph.initializer[1]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": location, "offset": "0", "length": "4"}.items():
+        tensor.external_data.add(key=key, value=value)
+    return bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("attack", GRAPHS)
+def test_a_graph_that_cannot_be_run_is_refused_even_with_the_right_hash(bundle: Path, attack: str) -> None:
+    (bundle.parent / "outside").write_bytes(np.float32(1.0).tobytes())
+    (bundle / "model.onnx").write_bytes(GRAPHS[attack]())
+    refused(forge(bundle), "model.onnx")
+
+
+def test_a_manifest_for_another_graph_is_refused(bundle: Path) -> None:
+    fields = json.loads((bundle / "manifest.json").read_bytes())
+    fields["outputs"][0]["shape"] = [None, 2]
+    (bundle / "labels.json").write_bytes(to_json(LABELS[:2]))
+    refused(forge(bundle, outputs=fields["outputs"]), "probes.npz: does not probe every output")
+
+
+NAMES = ["[red]x", "[/]", "a\nb", "\x1b[31mred", "../outside", "", ":warning:"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_name_that_would_steer_the_terminal_or_a_path_is_refused(bundle: Path, name: str) -> None:
+    fields = json.loads((bundle / "manifest.json").read_bytes())
+    (bundle / "manifest.json").write_bytes(to_json({**fields, "model": name}))
+    assert "\x1b" not in refused(bundle, "manifest.json: model: ")
+
+
+@pytest.mark.parametrize("place", ["no/such/bundle", "[/]", "[red]x"])
+def test_a_path_without_a_bundle_is_refused_as_it_was_written(place: str) -> None:
+    refused(Path(place), place)
