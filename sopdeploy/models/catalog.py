@@ -8,7 +8,7 @@ import pydantic
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.frozen import Frozen, first_problem
-from sopdeploy.models import dsop_networks, dsop_small_networks, plain
+from sopdeploy.models import dsop_networks, dsop_small_networks, plain, timm_networks
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.entry import Entry
 
@@ -20,7 +20,13 @@ CATALOG: dict[str, Entry] = {
 
 
 def entry(name: str) -> Entry:
-    """Return the catalog's entry *name*; raises `ConfigError` with the nearest names."""
+    """Return the catalog's entry *name*; raises `ConfigError` with the nearest names.
+
+    `timm:NAME` and `dsop-timm:NAME` are entries for every NAME of timm that has feature maps.
+    """
+    family, colon, rest = name.partition(":")
+    if colon and family in timm_networks.FAMILIES:
+        return timm_networks.FAMILIES[family](rest)
     if name not in CATALOG:
         near = difflib.get_close_matches(name, CATALOG, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "`sopdeploy models` lists them all"
