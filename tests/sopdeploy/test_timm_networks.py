@@ -13,14 +13,7 @@ from sopdeploy.blocks.residual import BasicBlock, Bottleneck
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.catalog import entry
 
-NAMES = [
-    "resnet18",
-    "convnext_tiny",
-    "efficientnet_b0",
-    "mobilenetv3_small_100",
-    "regnety_002",
-    "densenet121",
-]
+NAMES = ["resnet18", "convnext_tiny", "efficientnet_b0", "mobilenetv3_small_100", "regnety_002"]
 FEW = {"aux_blocks": (1, 1, 1, 1), "aux_widths": (4, 4, 4, 4)}
 
 
