@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+SMALLEST_SQUARE = 1e-30  # the root's gradient at 0 is infinite, and 0 times that is no number
+
 
 def centred_positions(features_BCHW: Tensor) -> Tensor:
     """Return X / sqrt(M), centred over positions, as (B, C, M).
@@ -35,8 +37,8 @@ def covariance_trace(centred_BCM: Tensor) -> Tensor:
 
 
 def frobenius_norm(cov_BCC: Tensor) -> Tensor:
-    """Return the Frobenius norm of each matrix as (B, 1, 1)."""
-    return cov_BCC.square().sum(dim=(1, 2), keepdim=True).sqrt()
+    """Return the Frobenius norm of each matrix as (B, 1, 1); gradients are finite for zero matrices too."""
+    return cov_BCC.square().sum(dim=(1, 2), keepdim=True).clamp_min(SMALLEST_SQUARE).sqrt()
 
 
 def upper_triangle_indices(channels: int) -> Tensor:
