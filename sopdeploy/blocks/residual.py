@@ -12,9 +12,9 @@ from torch import Tensor, nn
 Shortcut = Literal["projection", "pad"]
 
 
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     """Return a 3x3 convolution that keeps the size at stride 1; batch norm follows, so no bias."""
-    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, groups=groups, bias=False)
 
 
 def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -74,7 +74,7 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions and a shortcut; the middle is a quarter of the output's channels.
 
-    `stride_on` says which convolution strides: "3x3" is torchvision's and every released code's
+    ResNeXt asks for another `middle` and splits the 3x3 convolution into `groups`. `stride_on` says which convolution strides: "3x3" is torchvision's and every released code's
     ("v1.5"), "1x1" the first paper's ("v1").
     """
 
@@ -86,13 +86,15 @@ class Bottleneck(nn.Module):
         out_channels: int,
         stride: int = 1,
         stride_on: Literal["1x1", "3x3"] = "3x3",
+        middle: int | None = None,
+        groups: int = 1,
     ) -> None:
         super().__init__()
-        middle = out_channels // self.expansion
+        middle = out_channels // self.expansion if middle is None else middle
         first, second = (stride, 1) if stride_on == "1x1" else (1, stride)
         self.conv1 = conv1x1(in_channels, middle, first)
         self.bn1 = nn.BatchNorm2d(middle)
-        self.conv2 = conv3x3(middle, middle, second)
+        self.conv2 = conv3x3(middle, middle, second, groups)
         self.bn2 = nn.BatchNorm2d(middle)
         self.conv3 = conv1x1(middle, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
