@@ -74,8 +74,9 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions and a shortcut; the middle is a quarter of the output's channels.
 
-    ResNeXt asks for another `middle` and splits the 3x3 convolution into `groups`. `stride_on` says which convolution strides: "3x3" is torchvision's and every released code's
-    ("v1.5"), "1x1" the first paper's ("v1").
+    ResNeXt asks for another `middle` and splits the 3x3 convolution into `groups`. `stride_on` says which
+    convolution strides: "3x3" is torchvision's and every released code's ("v1.5"), "1x1" the first
+    paper's ("v1").
     """
 
     expansion = 4
