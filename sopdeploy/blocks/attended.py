@@ -8,6 +8,7 @@ called `attention`, and the keys of the block around it stay as they are.
 
 from torch import Tensor, nn
 
+from sopdeploy.blocks.preactivation import PreActBottleneck
 from sopdeploy.blocks.residual import BasicBlock, Bottleneck, ResidualBlock
 
 
@@ -44,3 +45,11 @@ class BottleneckAttendedInside(AttentionInside, Bottleneck):
 
 class BottleneckAttendedAfter(AttentionAfter, Bottleneck):
     """A bottleneck, then an attention with a shortcut of its own."""
+
+
+class PreActBottleneckAttendedInside(AttentionInside, PreActBottleneck):
+    """A pre-activation bottleneck whose residual is attended, then added to the shortcut."""
+
+
+class PreActBottleneckAttendedAfter(AttentionAfter, PreActBottleneck):
+    """A pre-activation bottleneck, then an attention with a shortcut of its own."""

@@ -51,10 +51,6 @@ class ResidualBlock(nn.Module):
 
     downsample: nn.Module | None
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.relu = nn.ReLU(inplace=True)
-
     def residual(self, x: Tensor) -> Tensor:
         """Return what is added to the shortcut; leave *x* as it is."""
         raise TypeError(f"{type(self).__name__} must say what its residual of {tuple(x.shape)} is")
@@ -62,8 +58,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return relu(residual + shortcut)."""
         identity = x if self.downsample is None else self.downsample(x)
-        summed: Tensor = self.relu(self.residual(x) + identity)
-        return summed
+        return F.relu(self.residual(x) + identity, inplace=True)
 
 
 class BasicBlock(ResidualBlock):
@@ -77,6 +72,7 @@ class BasicBlock(ResidualBlock):
         super().__init__()
         self.conv1 = conv3x3(in_channels, out_channels, stride)
         self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
         self.conv2 = conv3x3(out_channels, out_channels)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.downsample = shortcut(in_channels, out_channels, stride, kind)
@@ -116,6 +112,7 @@ class Bottleneck(ResidualBlock):
         self.bn2 = nn.BatchNorm2d(middle)
         self.conv3 = conv1x1(middle, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(in_channels, out_channels, stride, "projection")
 
     def residual(self, x: Tensor) -> Tensor:
