@@ -54,6 +54,7 @@ class GSoPResNet(GSoP, ResNet):
 class GSoPPreActResNetConfig(PreActResNetConfig, GSoPConfig):
     """PreAct-ResNet of bottlenecks for 32-pixel images; covariances are narrower, conv4_x keeps its size."""
 
+    blocks: Annotated[int, pydantic.Field(ge=2)] = 18  # the first of a stage changes the shape
     block: Literal["bottleneck"] = "bottleneck"
     last_stride: Literal[1, 2] = 1
     cov_width: Annotated[int, pydantic.Field(ge=32, le=256)] = 64
@@ -64,8 +65,8 @@ class GSoPPreActResNetConfig(PreActResNetConfig, GSoPConfig):
 class GSoPPreActResNet(GSoP, PreActResNet):
     """GSoP-Net on PreAct-ResNet-164: a block at every third bottleneck (section 4.3).
 
-    In GSoP-Net2 iSQRT-COV takes the place of the last one. Stages of fewer than three bottlenecks, which
-    the paper does not have, get one block at their last.
+    In GSoP-Net2 iSQRT-COV takes the place of the last one. Stages of two bottlenecks, which the paper does
+    not have, get one block at their last.
     """
 
     config: GSoPPreActResNetConfig
