@@ -10,7 +10,7 @@ input, as in both papers' released code; elsewhere the input itself is added.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.blocks.residual import conv1x1, conv3x3
+from sopdeploy.blocks.residual import ResidualBlock, conv1x1, conv3x3
 
 
 def projection(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d | None:
@@ -20,7 +20,19 @@ def projection(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d | 
     return conv1x1(in_channels, out_channels, stride)
 
 
-class PreActBasicBlock(nn.Module):
+class PreActBlock(ResidualBlock):
+    """residual + shortcut; nothing follows the addition."""
+
+    bn1: nn.BatchNorm2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return residual + shortcut; both see the activated input, an identity sees the input itself."""
+        active = F.relu(self.bn1(x))
+        identity = x if self.downsample is None else self.downsample(active)
+        return self.residual(active) + identity
+
+
+class PreActBasicBlock(PreActBlock):
     """BN, ReLU, 3x3, BN, ReLU, 3x3: (B, in, H, W) to (B, out, H / stride, W / stride)."""
 
     expansion = 1
@@ -33,16 +45,13 @@ class PreActBasicBlock(nn.Module):
         self.conv2 = conv3x3(out_channels, out_channels)
         self.downsample = projection(in_channels, out_channels, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return residual + shortcut; nothing follows the addition."""
-        active = F.relu(self.bn1(x))
-        identity = x if self.downsample is None else self.downsample(active)
-        out = self.conv1(active)
-        summed: Tensor = self.conv2(F.relu(self.bn2(out))) + identity
-        return summed
+    def residual(self, x: Tensor) -> Tensor:
+        """Return the output of the second convolution for an input that is already activated."""
+        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(x))))
+        return out
 
 
-class PreActBottleneck(nn.Module):
+class PreActBottleneck(PreActBlock):
     """BN, ReLU and a convolution, three times: 1x1 to a quarter of the channels, 3x3, 1x1 back."""
 
     expansion = 4
@@ -58,10 +67,8 @@ class PreActBottleneck(nn.Module):
         self.conv3 = conv1x1(middle, out_channels)
         self.downsample = projection(in_channels, out_channels, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return residual + shortcut; nothing follows the addition."""
-        active = F.relu(self.bn1(x))
-        identity = x if self.downsample is None else self.downsample(active)
-        out = self.conv2(F.relu(self.bn2(self.conv1(active))))
-        summed: Tensor = self.conv3(F.relu(self.bn3(out))) + identity
-        return summed
+    def residual(self, x: Tensor) -> Tensor:
+        """Return the output of the third convolution for an input that is already activated."""
+        middle = self.conv2(F.relu(self.bn2(self.conv1(x))))
+        out: Tensor = self.conv3(F.relu(self.bn3(middle)))
+        return out

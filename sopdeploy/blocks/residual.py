@@ -46,7 +46,22 @@ def shortcut(in_channels: int, out_channels: int, stride: int, kind: Shortcut) -
     return nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
 
 
-class BasicBlock(nn.Module):
+class ResidualBlock(nn.Module):
+    """relu(residual + shortcut); a kind of block says what its residual is."""
+
+    downsample: nn.Module | None
+
+    def residual(self, x: Tensor) -> Tensor:
+        """Return what is added to the shortcut; leave *x* as it is."""
+        raise TypeError(f"{type(self).__name__} must say what its residual of {tuple(x.shape)} is")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return relu(residual + shortcut)."""
+        identity = x if self.downsample is None else self.downsample(x)
+        return F.relu(self.residual(x) + identity, inplace=True)
+
+
+class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions and a shortcut: (B, in, H, W) to (B, out, H / stride, W / stride)."""
 
     expansion = 1
@@ -62,16 +77,14 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.downsample = shortcut(in_channels, out_channels, stride, kind)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return relu(residual + shortcut)."""
-        identity = x if self.downsample is None else self.downsample(x)
+    def residual(self, x: Tensor) -> Tensor:
+        """Return the output of the second convolution's batch norm."""
         out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        summed: Tensor = self.relu(out + identity)
-        return summed
+        normalised: Tensor = self.bn2(self.conv2(out))
+        return normalised
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(ResidualBlock):
     """1x1, 3x3, 1x1 convolutions and a shortcut; the middle is a quarter of the output's channels.
 
     ResNeXt asks for another `middle` and splits the 3x3 convolution into `groups`. `stride_on` says which
@@ -102,11 +115,9 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(in_channels, out_channels, stride, "projection")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return relu(residual + shortcut)."""
-        identity = x if self.downsample is None else self.downsample(x)
+    def residual(self, x: Tensor) -> Tensor:
+        """Return the output of the third convolution's batch norm."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        summed: Tensor = self.relu(out + identity)
-        return summed
+        normalised: Tensor = self.bn3(self.conv3(out))
+        return normalised

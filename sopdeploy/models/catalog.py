@@ -8,7 +8,15 @@ import pydantic
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.frozen import Frozen, first_problem
-from sopdeploy.models import dsop_networks, dsop_small_networks, plain, psdr, timm_networks
+from sopdeploy.models import (
+    attention_networks,
+    dsop_networks,
+    dsop_small_networks,
+    gsop_networks,
+    plain,
+    psdr,
+    timm_networks,
+)
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.entry import Entry
 
@@ -17,6 +25,8 @@ CATALOG: dict[str, Entry] = {
     **dsop_networks.ENTRIES,
     **dsop_small_networks.ENTRIES,
     **psdr.ENTRIES,
+    **gsop_networks.ENTRIES,
+    **attention_networks.ENTRIES,
 }
 
 
