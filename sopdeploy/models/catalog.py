@@ -8,13 +8,15 @@ import pydantic
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.frozen import Frozen, first_problem
-from sopdeploy.models import dsop_networks, plain
+from sopdeploy.models import dsop_networks, gmsop, gmsop_baselines, plain
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.entry import Entry
 
 CATALOG: dict[str, Entry] = {
     **plain.ENTRIES,
     **dsop_networks.ENTRIES,
+    **gmsop.ENTRIES,
+    **gmsop_baselines.ENTRIES,
 }
 
 
