@@ -72,7 +72,7 @@ def constant_rows(components: int, features: int) -> nn.Parameter:
 
 
 def rank(logits_BN: Tensor) -> Tensor:
-    """Return each logit's place in its row as int64 (B, N): 0 is the largest, ties by lower index.
+    """Return each logit's place in its row as int32 (B, N): 0 is the largest, ties by lower index.
 
     By comparing all pairs, N^2 of them, so that no runtime's sort has a say in how ties break and
     the exported graph has no data-dependent shape.
@@ -81,7 +81,7 @@ def rank(logits_BN: Tensor) -> Tensor:
     index_N = torch.arange(logits_BN.shape[1], device=logits_BN.device)
     earlier_NN = index_N.unsqueeze(0) < index_N.unsqueeze(1)
     ahead_BNN = (other_B1N > own_BN1) | ((other_B1N == own_BN1) & earlier_NN)
-    return ahead_BNN.sum(dim=2)
+    return ahead_BNN.sum(dim=2, dtype=torch.int32)
 
 
 def keep_largest(logits_BN: Tensor, chosen: int) -> Tensor:
