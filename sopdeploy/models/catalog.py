@@ -12,6 +12,8 @@ from sopdeploy.models import (
     attention_networks,
     dsop_networks,
     dsop_small_networks,
+    gmsop,
+    gmsop_baselines,
     gsop_networks,
     plain,
     psdr,
@@ -27,6 +29,8 @@ CATALOG: dict[str, Entry] = {
     **psdr.ENTRIES,
     **gsop_networks.ENTRIES,
     **attention_networks.ENTRIES,
+    **gmsop.ENTRIES,
+    **gmsop_baselines.ENTRIES,
 }
 
 
