@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from sopdeploy.frozen import Frozen
 from sopdeploy.pooling.covariance import upper_triangle_indices
-from sopdeploy.pooling.isqrt_root import Rule, covariance_root
+from sopdeploy.pooling.isqrt_gradient import isqrt_vector
+from sopdeploy.pooling.isqrt_root import Rule
 from sopdeploy.pooling.precision import without_autocast
 
 
@@ -44,8 +45,7 @@ class ISqrtCov(nn.Module):
     def forward(self, features_BdHW: Tensor) -> Tensor:
         """Compute in float32 at least, whatever autocast says: half precision loses the iteration."""
         with without_autocast(features_BdHW):
-            root_Bdd = covariance_root(features_BdHW, self.rule)
-            return root_Bdd.flatten(start_dim=1).index_select(1, self.triangle)
+            return isqrt_vector(features_BdHW, self.triangle, self.rule)
 
     def extra_repr(self) -> str:
         """Name the switches in the printed module."""

@@ -35,9 +35,9 @@ class Normalised(NamedTuple):
     That is A (B, d, d), or G (B, M, M) where `by_positions`.
     """
 
-    x_BdM: Tensor
-    norm_B11: Tensor
-    matrix_Bnn: Tensor
+    x: Tensor
+    norm: Tensor
+    matrix: Tensor
     by_positions: bool
 
 
@@ -69,17 +69,17 @@ def normalise(features_BdHW: Tensor, rule: Rule) -> Normalised:
 def finish(start: Normalised, last: Step, rule: Rule) -> Tensor:
     """Return the root (B, d, d) from the last step: Y_N, times sqrt(n) with compensation."""
     if start.by_positions:
-        return start.x_BdM @ inner_root(start, last, rule) @ start.x_BdM.transpose(1, 2)
+        return start.x @ inner_root(start, last, rule) @ start.x.transpose(1, 2)
     y_Bdd = last.next_y()
-    return y_Bdd * start.norm_B11.sqrt() if rule.compensate else y_Bdd
+    return y_Bdd * start.norm.sqrt() if rule.compensate else y_Bdd
 
 
 def inner_root(start: Normalised, last: Step, rule: Rule) -> Tensor:
     """Return P (B, M, M) of the root X P X^T: Z_N / n, times sqrt(n) with compensation."""
-    return last.next_z() / (start.norm_B11.sqrt() if rule.compensate else start.norm_B11)
+    return last.next_z() / (start.norm.sqrt() if rule.compensate else start.norm)
 
 
 def covariance_root(features_BdHW: Tensor, rule: Rule) -> Tensor:
     """Return the root (B, d, d) of the covariance of a map, to be differentiated by autograd."""
     start = normalise(features_BdHW, rule)
-    return finish(start, last_step(start.matrix_Bnn, rule.iterations), rule)
+    return finish(start, last_step(start.matrix, rule.iterations), rule)

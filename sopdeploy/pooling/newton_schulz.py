@@ -20,17 +20,17 @@ from torch import Tensor
 class Step(NamedTuple):
     """One step: Y_k and Z_k (B, C, C), and the T_k that multiplies both; Z_0, the identity, is `None`."""
 
-    y_BCC: Tensor
-    z_BCC: Tensor | None
-    t_BCC: Tensor
+    y: Tensor
+    z: Tensor | None
+    t: Tensor
 
     def next_y(self) -> Tensor:
         """Return Y_(k+1)."""
-        return self.y_BCC @ self.t_BCC
+        return self.y @ self.t
 
     def next_z(self) -> Tensor:
         """Return Z_(k+1)."""
-        return self.t_BCC if self.z_BCC is None else self.t_BCC @ self.z_BCC
+        return self.t if self.z is None else self.t @ self.z
 
 
 def steps(a_BCC: Tensor, iterations: int) -> Iterator[Step]:
