@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialise, run_stages
 from sopdeploy.blocks.residual import BasicBlock, Bottleneck
-from sopdeploy.frozen import Frozen
+from sopdeploy.pooling.choice import PooledConfig
 
 BLOCKS = {
     18: (2, 2, 2, 2),
@@ -24,7 +24,7 @@ WIDTHS = (64, 128, 256, 512)
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # the paper's conv2_x .. conv5_x
 
 
-class ResNetConfig(Frozen):
+class ResNetConfig(PooledConfig):
     """Depth and the two strides that papers and code disagree on.
 
     `conv5_stride` 2 is the usual network, 1 the papers'; `bottleneck_stride` says whether the 3x3
@@ -57,7 +57,8 @@ class ResNet(Backbone):
             self.add_module(stage, self.make_stage(channels, out_channels, blocks, stride))
             self.tap_channels |= {f"{stage}.{p}": out_channels for p in range(blocks)}
             channels = out_channels
-        self.fc = nn.Linear(channels, num_classes)
+        self.pooling = config.pooling.build(channels)
+        self.fc = self.pooling.classifier(num_classes)
         initialise(self)
 
     def make_stage(self, in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
@@ -79,6 +80,6 @@ class ResNet(Backbone):
         return run_stages(self, STAGES, x, taps)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Return logits of globally averaged features."""
-        logits: Tensor = self.fc(features.mean(dim=(2, 3)))
+        """Return logits of globally pooled features."""
+        logits: Tensor = self.fc(self.pooling(features))
         return logits

@@ -8,12 +8,13 @@ import pydantic
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.frozen import Frozen, first_problem
-from sopdeploy.models import dsop_networks, plain
+from sopdeploy.models import dsop_networks, plain, pooled
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.entry import Entry
 
 CATALOG: dict[str, Entry] = {
     **plain.ENTRIES,
+    **pooled.ENTRIES,
     **dsop_networks.ENTRIES,
 }
 

@@ -54,8 +54,8 @@ class DSoPResNet(DSoP, ResNet):
         return ResNet(ResNetConfig(**shared_fields(self.config, ResNetConfig)), self.num_classes)
 
     def representation(self) -> int:
-        """Return the channels of conv5_x."""
-        return self.fc.in_features
+        """Return what the global pooling gives: the channels of conv5_x by default."""
+        return self.pooling.out_features
 
 
 class DSoPSmallResNetConfig(SmallResNetConfig, DSoPConfig):
@@ -97,8 +97,8 @@ class DSoPSmallResNet(DSoP, SmallResNet):
         return SmallResNet(config, self.num_classes)
 
     def representation(self) -> int:
-        """Return the channels of the last stage."""
-        return self.fc.in_features
+        """Return what the global pooling gives: the channels of the last stage by default."""
+        return self.pooling.out_features
 
 
 def dsop_resnet(depth: int) -> Entry:

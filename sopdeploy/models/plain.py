@@ -15,8 +15,8 @@ class PlainResNet(Classifier, ResNet):
         return ResNet(self.config, self.num_classes)
 
     def representation(self) -> int:
-        """Return the channels of conv5_x."""
-        return self.fc.in_features
+        """Return what the global pooling gives: the channels of conv5_x by default."""
+        return self.pooling.out_features
 
 
 class PlainSmallResNet(Classifier, SmallResNet):
@@ -27,8 +27,8 @@ class PlainSmallResNet(Classifier, SmallResNet):
         return SmallResNet(self.config, self.num_classes)
 
     def representation(self) -> int:
-        """Return the channels of the last stage."""
-        return self.fc.in_features
+        """Return what the global pooling gives: the channels of the last stage by default."""
+        return self.pooling.out_features
 
 
 def resnet(depth: int) -> Entry:
