@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialise, run_stages
 from sopdeploy.blocks.residual import BasicBlock, Bottleneck
-from sopdeploy.pooling.choice import PooledConfig
+from sopdeploy.frozen import Frozen
+from sopdeploy.pooling.average import GapConfig
+from sopdeploy.pooling.choice import Pooling
 
 BLOCKS = {
     18: (2, 2, 2, 2),
@@ -24,16 +26,17 @@ WIDTHS = (64, 128, 256, 512)
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # the paper's conv2_x .. conv5_x
 
 
-class ResNetConfig(PooledConfig):
+class ResNetConfig(Frozen):
     """Depth and the two strides that papers and code disagree on.
 
     `conv5_stride` 2 is the usual network, 1 the papers'; `bottleneck_stride` says whether the 3x3
-    ("v1.5") or the 1x1 convolution ("v1") of a bottleneck strides.
+    ("v1.5") or the 1x1 convolution ("v1") of a bottleneck strides; `pooling` is the global one.
     """
 
     depth: Literal[18, 26, 34, 50, 101] = 18
     conv5_stride: Literal[1, 2] = 2
     bottleneck_stride: Literal["v1", "v1.5"] = "v1.5"
+    pooling: Pooling = GapConfig()
 
 
 class ResNet(Backbone):

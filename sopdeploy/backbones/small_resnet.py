@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialise, run_stages
 from sopdeploy.blocks.residual import BasicBlock, conv3x3
-from sopdeploy.pooling.choice import PooledConfig
+from sopdeploy.frozen import Frozen
+from sopdeploy.pooling.average import GapConfig
+from sopdeploy.pooling.choice import Pooling
 
 STAGES = ("layer1", "layer2", "layer3")
 
 
-class SmallResNetConfig(PooledConfig):
-    """Depth (6n + 2), channels of the first stage, and how a shortcut changes shape.
+class SmallResNetConfig(Frozen):
+    """Depth (6n + 2), channels of the first stage, how a shortcut changes shape, and the global pooling.
 
     "pad" is the paper's option A (subsample and zero-pad, no parameters), "projection" option B.
     """
@@ -26,6 +28,7 @@ class SmallResNetConfig(PooledConfig):
     depth: Annotated[int, pydantic.Field(ge=8)] = 20
     base_width: Annotated[int, pydantic.Field(ge=1)] = 16
     shortcut: Literal["pad", "projection"] = "pad"
+    pooling: Pooling = GapConfig()
 
     @pydantic.field_validator("depth")
     @classmethod

@@ -12,13 +12,14 @@ import pydantic
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialise, run_stages
-from sopdeploy.pooling.choice import PooledConfig, Pooling
+from sopdeploy.frozen import Frozen
+from sopdeploy.pooling.choice import Pooling
 from sopdeploy.pooling.isqrt_pooling import ISqrtPoolingConfig
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
-class VGGConfig(PooledConfig):
+class VGGConfig(Frozen):
     """`classifier` is the usual one of three layers (4096 wide) or one linear layer, as after fine-tuning."""
 
     pooling: Pooling = ISqrtPoolingConfig()

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import pydantic
 
-from sopdeploy.frozen import Frozen
 from sopdeploy.pooling.average import GapConfig
 from sopdeploy.pooling.bilinear import BilinearConfig, ImprovedBilinearConfig
 from sopdeploy.pooling.codebook import NetFvConfig, NetVladConfig
@@ -40,9 +39,3 @@ Pooling = Annotated[
     pydantic.Field(discriminator="kind"),
     pydantic.BeforeValidator(with_kind),
 ]
-
-
-class PooledConfig(Frozen):
-    """What every backbone's config has in common: the global pooling before its classifier."""
-
-    pooling: Pooling = GapConfig()
