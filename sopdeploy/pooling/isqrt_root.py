@@ -44,7 +44,7 @@ class Normalised(NamedTuple):
 def positions_are_cheaper(channels: int, positions: int, iterations: int) -> bool:
     """Return whether the iteration on G takes fewer multiply-adds than that on A.
 
-    For N = 5 this says M < 0.92 d. Shapes that are not known beforehand stay with the channels.
+    For N = 5 this says M < 0.95 d. Shapes that are not known beforehand stay with the channels.
     """
     if type(positions) is not int or type(channels) is not int:
         return False

@@ -14,13 +14,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from sopdeploy.errors import TrainingError
 
 TOO_CLOSE = 1e-5  # of the largest eigenvalue, in float32
 
 NO_EIGEN_FORM = (
     "an eigendecomposition has no ONNX or TensorRT form; train with pooling isqrt, which takes the square "
     "root by matrix products"
+)
+
+NO_SECOND_GRADIENT = (
+    "the gradient through eigenvalues cannot be differentiated again; train with pooling isqrt, or with an "
+    "optimizer other than AdaHessian"
 )
 
 
@@ -44,9 +50,10 @@ class SpectralFunction(torch.autograd.Function):
         return (u_BCC * value_BC[:, None, :]) @ u_BCC.transpose(1, 2), lambda_BC
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_BCC: Tensor, lambda_grad_BC: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient for the matrix, symmetric."""
+        """Return the gradient for the matrix, symmetric; refuse to be differentiated, as AdaHessian would."""
+        if torch.is_grad_enabled():
+            raise TrainingError(NO_SECOND_GRADIENT)
         lambda_BC, u_BCC = ctx.saved_tensors
         symmetric_BCC = 0.5 * (grad_BCC + grad_BCC.transpose(1, 2))
         inner_BCC = u_BCC.transpose(1, 2) @ symmetric_BCC @ u_BCC
