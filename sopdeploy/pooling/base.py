@@ -73,6 +73,11 @@ def signed_root(vector: Tensor) -> Tensor:
     return vector.sign() * torch.sqrt(vector.abs() + 1e-8)
 
 
+def steady_signed_root(vector: Tensor) -> Tensor:
+    """Return x / sqrt(|x| + 1e-8): `signed_root` without its jump of 2e-4 at 0, where rounding may fall."""
+    return vector * torch.rsqrt(vector.abs() + 1e-8)
+
+
 def unit_length(vector: Tensor) -> Tensor:
     """Return vectors (B, D) divided by their length; zero vectors stay zero."""
     return F.normalize(vector, dim=1)
