@@ -15,6 +15,8 @@ from sopdeploy.backbones.base import Backbone, initialise, run_stages
 from sopdeploy.blocks.mbconv import DepthwiseSeparable, MBConv
 from sopdeploy.blocks.residual import conv1x1
 from sopdeploy.frozen import Frozen
+from sopdeploy.pooling.average import GapConfig
+from sopdeploy.pooling.choice import Pooling
 
 Rate = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
@@ -49,6 +51,7 @@ class EfficientNetConfig(Frozen):
 
     dropout: Rate = 0.2
     stochastic_depth: Rate = 0.2
+    pooling: Pooling = GapConfig()
 
 
 class EfficientNet(Backbone):
@@ -70,7 +73,8 @@ class EfficientNet(Backbone):
         self.conv_head = conv1x1(channels, HEAD_CHANNELS)
         self.bn2 = nn.BatchNorm2d(HEAD_CHANNELS)
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(HEAD_CHANNELS, num_classes)
+        self.pooling = config.pooling.build(HEAD_CHANNELS)
+        self.classifier = self.pooling.classifier(num_classes)
         initialise(self)
 
     def make_stage(self, in_channels: int, stage: Stage, depth: int) -> nn.Sequential:
@@ -96,6 +100,6 @@ class EfficientNet(Backbone):
         return F.silu(self.bn2(self.conv_head(x))), tapped
 
     def classify(self, features: Tensor) -> Tensor:
-        """Return logits of globally averaged features."""
-        logits: Tensor = self.classifier(self.dropout(features.mean(dim=(2, 3))))
+        """Return logits of globally pooled features."""
+        logits: Tensor = self.classifier(self.dropout(self.pooling(features)))
         return logits

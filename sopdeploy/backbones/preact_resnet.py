@@ -16,6 +16,8 @@ from sopdeploy.backbones.base import Backbone, initialise, run_stages
 from sopdeploy.blocks.preactivation import PreActBasicBlock, PreActBottleneck
 from sopdeploy.blocks.residual import conv3x3
 from sopdeploy.frozen import Frozen
+from sopdeploy.pooling.average import GapConfig
+from sopdeploy.pooling.choice import Pooling
 
 STAGES = ("layer1", "layer2", "layer3")
 STEM_CHANNELS = 16
@@ -25,13 +27,15 @@ class PreActResNetConfig(Frozen):
     """Size of the network: `blocks` is n, the blocks of a stage; `widen` is k.
 
     ResNet-110 is 18 basic blocks a stage, ResNet-164 18 bottlenecks, WRN-22-10 and WRN-28-10 three and
-    four basic blocks, widened by 10. `last_stride=1` leaves out the last down-sampling (GSoP, Table 6).
+    four basic blocks, widened by 10. `last_stride=1` leaves out the last down-sampling (GSoP, Table 6);
+    `pooling` is the global one.
     """
 
     blocks: Annotated[int, pydantic.Field(ge=1)] = 18
     block: Literal["basic", "bottleneck"] = "bottleneck"
     widen: Annotated[int, pydantic.Field(ge=1)] = 1
     last_stride: Literal[1, 2] = 2
+    pooling: Pooling = GapConfig()
 
 
 class PreActResNet(Backbone):
@@ -56,7 +60,8 @@ class PreActResNet(Backbone):
             self.tap_channels |= {f"{stage}.{p}": width for p in range(config.blocks)}
             channels = width
         self.bn = nn.BatchNorm2d(channels)
-        self.fc = nn.Linear(channels, num_classes)
+        self.pooling = config.pooling.build(channels)
+        self.fc = self.pooling.classifier(num_classes)
         initialise(self)
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -71,6 +76,6 @@ class PreActResNet(Backbone):
         return F.relu(self.bn(x)), tapped
 
     def classify(self, features: Tensor) -> Tensor:
-        """Return logits of globally averaged features."""
-        logits: Tensor = self.fc(features.mean(dim=(2, 3)))
+        """Return logits of globally pooled features."""
+        logits: Tensor = self.fc(self.pooling(features))
         return logits

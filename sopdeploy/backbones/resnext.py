@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from sopdeploy.backbones.base import Backbone, initialise, run_stages
 from sopdeploy.blocks.residual import Bottleneck, conv3x3
 from sopdeploy.frozen import Frozen
+from sopdeploy.pooling.average import GapConfig
+from sopdeploy.pooling.choice import Pooling
 
 STAGES = ("layer1", "layer2", "layer3")
 WIDTHS = (256, 512, 1024)
@@ -21,10 +23,11 @@ BLOCKS = 3
 
 
 class ResNeXtConfig(Frozen):
-    """Groups of the 3x3 convolution, and the channels of each group in the first stage."""
+    """Groups of the 3x3 convolution, the channels of each group in the first stage, the pooling."""
 
     cardinality: Annotated[int, pydantic.Field(ge=1)] = 8
     group_width: Annotated[int, pydantic.Field(ge=1)] = 64
+    pooling: Pooling = GapConfig()
 
 
 class ResNeXt(Backbone):
@@ -45,7 +48,8 @@ class ResNeXt(Backbone):
             self.add_module(stage, nn.Sequential(first, *rest))
             self.tap_channels |= {f"{stage}.{p}": width for p in range(BLOCKS)}
             channels = width
-        self.fc = nn.Linear(channels, num_classes)
+        self.pooling = config.pooling.build(channels)
+        self.fc = self.pooling.classifier(num_classes)
         initialise(self)
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -60,6 +64,6 @@ class ResNeXt(Backbone):
         return run_stages(self, STAGES, x, taps)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Return logits of globally averaged features."""
-        logits: Tensor = self.fc(features.mean(dim=(2, 3)))
+        """Return logits of globally pooled features."""
+        logits: Tensor = self.fc(self.pooling(features))
         return logits

@@ -12,14 +12,13 @@ The released code gives a kept component whose H is exactly 0 no weight; Eq. (3)
 and so does this file. Where H ties, the lower index is kept: the released code draws at random there.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.pooling.isqrt_cov import at_least_float32
+from sopdeploy.pooling.precision import at_least_float32, without_autocast
 
 NoisePer = Literal["image", "component"]
 
@@ -34,7 +33,7 @@ class GateNoise(nn.Module):
 
     def forward(self, feature_BD: Tensor) -> Tensor:
         """Return the perturbation of the gate's logits, freshly drawn."""
-        with full_precision(feature_BD.device.type):
+        with without_autocast(feature_BD):
             size_BN = F.softplus(F.linear(at_least_float32(feature_BD), self.weight))
             gamma = torch.randn_like(size_BN[:, :1] if self.per == "image" else size_BN)
             return gamma * size_BN
@@ -54,7 +53,7 @@ class SparseGate(nn.Module):
 
     def logits(self, feature_BD: Tensor) -> Tensor:
         """Return Wg f as (B, N), in float32 at least: half precision would choose others."""
-        with full_precision(feature_BD.device.type):
+        with without_autocast(feature_BD):
             return F.linear(at_least_float32(feature_BD), self.weight)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
@@ -87,10 +86,3 @@ def rank(logits_BN: Tensor) -> Tensor:
 def keep_largest(logits_BN: Tensor, chosen: int) -> Tensor:
     """Return the softmax over the *chosen* largest logits of each row, 0 elsewhere: (B, N)."""
     return logits_BN.masked_fill(rank(logits_BN) >= chosen, float("-inf")).softmax(dim=1)
-
-
-def full_precision(device: str) -> AbstractContextManager[object]:
-    """Return the context in which products on *device* keep the precision of their operands."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()

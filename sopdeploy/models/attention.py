@@ -16,6 +16,7 @@ from sopdeploy.blocks.gather_excite import Extent, GatherExcite, Parameters
 from sopdeploy.blocks.squeeze_excite import SqueezeExcite
 from sopdeploy.frozen import Frozen
 from sopdeploy.models.base import Classifier
+from sopdeploy.pooling.base import GlobalPooling
 
 Reduction = Annotated[int, pydantic.Field(ge=1)]
 
@@ -88,7 +89,7 @@ class Attended(Classifier):
     """
 
     config: AttentionConfig
-    fc: nn.Linear
+    pooling: GlobalPooling
 
     def attach(self, reduced_by: dict[str, int]) -> None:
         """Put an attention into every block; *reduced_by* says how much smaller a stage's maps are."""
@@ -103,5 +104,5 @@ class Attended(Classifier):
         return type(self)(self.config, self.num_classes)
 
     def representation(self) -> int:
-        """Return the channels of the last stage."""
-        return self.fc.in_features
+        """Return what the global pooling gives: the channels of the last map by default."""
+        return self.pooling.out_features

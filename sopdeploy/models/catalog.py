@@ -16,6 +16,7 @@ from sopdeploy.models import (
     gmsop_baselines,
     gsop_networks,
     plain,
+    pooled,
     psdr,
     timm_networks,
 )
@@ -24,6 +25,7 @@ from sopdeploy.models.entry import Entry
 
 CATALOG: dict[str, Entry] = {
     **plain.ENTRIES,
+    **pooled.ENTRIES,
     **dsop_networks.ENTRIES,
     **dsop_small_networks.ENTRIES,
     **psdr.ENTRIES,

@@ -50,8 +50,8 @@ class DSoPResNet(DSoP, ResNet):
         return ResNet(ResNetConfig(**shared_fields(self.config, ResNetConfig)), self.num_classes)
 
     def representation(self) -> int:
-        """Return the channels of conv5_x."""
-        return self.fc.in_features
+        """Return what the global pooling gives: the channels of conv5_x by default."""
+        return self.pooling.out_features
 
 
 class DSoPEfficientNetConfig(EfficientNetConfig, DSoPConfig):
@@ -93,8 +93,8 @@ class DSoPEfficientNet(DSoP, EfficientNet):
         return EfficientNet(config, self.num_classes)
 
     def representation(self) -> int:
-        """Return the channels before the classifier."""
-        return self.classifier.in_features
+        """Return what the global pooling gives: the channels of the last map by default."""
+        return self.pooling.out_features
 
 
 def dsop_resnet(depth: int) -> Entry:

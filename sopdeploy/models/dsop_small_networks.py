@@ -64,8 +64,8 @@ class DSoPSmallResNet(DSoP, SmallResNet):
         return SmallResNet(config, self.num_classes)
 
     def representation(self) -> int:
-        """Return the channels of the last stage."""
-        return self.fc.in_features
+        """Return what the global pooling gives: the channels of the last map by default."""
+        return self.pooling.out_features
 
 
 class DSoPPreActResNetConfig(PreActResNetConfig, DSoPConfig):
@@ -101,8 +101,8 @@ class DSoPPreActResNet(DSoP, PreActResNet):
         return PreActResNet(config, self.num_classes)
 
     def representation(self) -> int:
-        """Return the channels of the last stage."""
-        return self.fc.in_features
+        """Return what the global pooling gives: the channels of the last map by default."""
+        return self.pooling.out_features
 
 
 class DSoPResNeXtConfig(ResNeXtConfig, DSoPConfig):
@@ -127,8 +127,8 @@ class DSoPResNeXt(DSoP, ResNeXt):
         return ResNeXt(ResNeXtConfig(**shared_fields(self.config, ResNeXtConfig)), self.num_classes)
 
     def representation(self) -> int:
-        """Return the channels of the last stage."""
-        return self.fc.in_features
+        """Return what the global pooling gives: the channels of the last map by default."""
+        return self.pooling.out_features
 
 
 def small_entry(

@@ -24,7 +24,8 @@ from sopdeploy.blocks.attended import AttentionAfter, AttentionInside
 from sopdeploy.blocks.gsop_block import RELEASED_BLOCK, GSoPBlock, GSoPBlockConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.base import Classifier
-from sopdeploy.pooling.isqrt_cov import ISqrtCov, ISqrtCovConfig, dimension_reduction
+from sopdeploy.pooling.base import GlobalPooling
+from sopdeploy.pooling.isqrt_pooling import ISqrtPoolingConfig
 
 Stage = Literal["layer1", "layer2", "layer3", "layer4"]  # conv2_x .. conv5_x
 Place = Literal["after", "inside"]
@@ -61,11 +62,12 @@ class GSoP(Classifier):
     """A network with GSoP blocks; to be mixed in before a backbone.
 
     The backbone's parts keep their names; a block is the part `attention` of the residual block it
-    belongs to, GSoP-Net2 adds `reduction` and `pooling`, and has its own `fc`.
+    belongs to, GSoP-Net2 has its own `pooling` and `fc`.
     """
 
     config: GSoPConfig
-    fc: nn.Linear
+    pooling: GlobalPooling
+    fc: nn.Module
 
     @abstractmethod
     def attended_block(self, channels: int) -> AttentionAfter | AttentionInside:
@@ -101,16 +103,17 @@ class GSoP(Classifier):
     def attach_second_order_end(self) -> None:
         """Replace global average pooling by DR, iSQRT-COV and a wider linear layer."""
         config = self.config
-        self.reduction = dimension_reduction(self.fc.in_features, config.final_width)
-        initialise(self.reduction)
-        isqrt = ISqrtCovConfig(width=config.final_width, iterations=config.iterations, prenorm=config.prenorm)
-        self.pooling = ISqrtCov(isqrt)
+        isqrt = ISqrtPoolingConfig(
+            width=config.final_width, iterations=config.iterations, prenorm=config.prenorm
+        )
+        self.pooling = isqrt.build(self.pooling.out_features)
+        initialise(self.pooling)
         self.dropout = nn.Dropout(config.dropout)
-        self.fc = nn.Linear(self.pooling.out_features, self.num_classes)
+        self.fc = self.pooling.classifier(self.num_classes)
 
     def second_order_logits(self, features: Tensor) -> Tensor:
         """Return logits of the root of the features' covariance: how GSoP-Net2 classifies."""
-        logits: Tensor = self.fc(self.dropout(self.pooling(self.reduction(features))))
+        logits: Tensor = self.fc(self.dropout(self.pooling(features)))
         return logits
 
     def plain(self) -> Backbone:
@@ -119,4 +122,4 @@ class GSoP(Classifier):
 
     def representation(self) -> int:
         """Return the channels of the last map, or the length of the triangle."""
-        return self.fc.in_features
+        return self.pooling.out_features

@@ -19,8 +19,8 @@ class PlainResNet(Classifier, ResNet):
         return ResNet(self.config, self.num_classes)
 
     def representation(self) -> int:
-        """Return the channels of conv5_x."""
-        return self.fc.in_features
+        """Return what the global pooling gives: the channels of conv5_x by default."""
+        return self.pooling.out_features
 
 
 class PlainSmallResNet(Classifier, SmallResNet):
@@ -31,8 +31,8 @@ class PlainSmallResNet(Classifier, SmallResNet):
         return SmallResNet(self.config, self.num_classes)
 
     def representation(self) -> int:
-        """Return the channels of the last stage."""
-        return self.fc.in_features
+        """Return what the global pooling gives: the channels of the last stage by default."""
+        return self.pooling.out_features
 
 
 class PlainPreActResNet(Classifier, PreActResNet):
@@ -43,8 +43,8 @@ class PlainPreActResNet(Classifier, PreActResNet):
         return PreActResNet(self.config, self.num_classes)
 
     def representation(self) -> int:
-        """Return the channels of the last stage."""
-        return self.fc.in_features
+        """Return what the global pooling gives: the channels of the last map by default."""
+        return self.pooling.out_features
 
 
 class PlainResNeXt(Classifier, ResNeXt):
@@ -55,8 +55,8 @@ class PlainResNeXt(Classifier, ResNeXt):
         return ResNeXt(self.config, self.num_classes)
 
     def representation(self) -> int:
-        """Return the channels of the last stage."""
-        return self.fc.in_features
+        """Return what the global pooling gives: the channels of the last map by default."""
+        return self.pooling.out_features
 
 
 class PlainEfficientNet(Classifier, EfficientNet):
@@ -67,8 +67,8 @@ class PlainEfficientNet(Classifier, EfficientNet):
         return EfficientNet(self.config, self.num_classes)
 
     def representation(self) -> int:
-        """Return the channels before the classifier."""
-        return self.classifier.in_features
+        """Return what the global pooling gives: the channels of the last map by default."""
+        return self.pooling.out_features
 
 
 PREACT_NETWORKS: dict[str, tuple[dict[str, int | str], str]] = {

@@ -20,6 +20,7 @@ from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.base import Classifier, TrainingOutput
 from sopdeploy.models.entry import Entry
+from sopdeploy.pooling.base import GlobalPooling
 from sopdeploy.pooling.isqrt_cov import ISqrtCov, ISqrtCovConfig, dimension_reduction
 
 
@@ -52,7 +53,7 @@ def intermediate_widths(channels: int, target: int, decay: float) -> list[int]:
     return widths
 
 
-class ProgressivePooling(nn.Module):
+class ProgressivePooling(GlobalPooling):
     """Feature map (B, C, H, W) in, triangle (B, d (d + 1) / 2) of its reduced covariance's root out."""
 
     def __init__(self, channels: int, config: PSDRConfig) -> None:
@@ -74,7 +75,11 @@ class ProgressivePooling(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return the vector of the last step."""
         *_, last = self.steps(features)
-        vector: Tensor = self.root(last)
+        return self.pool(last)
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Return the vector of a reduced map."""
+        vector: Tensor = self.root(features)
         return vector
 
 
@@ -82,11 +87,12 @@ class PSDRResNet(Classifier, ResNet):
     """ResNet, progressive reduction, covariance root, one linear layer; nothing is for training only."""
 
     config: PSDRConfig
+    pooling: ProgressivePooling
 
     def __init__(self, config: PSDRConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.pooling = ProgressivePooling(self.fc.in_features, config)
-        self.fc = nn.Linear(self.pooling.out_features, num_classes)
+        self.pooling = ProgressivePooling(list(self.tap_channels.values())[-1], config)
+        self.fc = self.pooling.classifier(num_classes)
         initialise(self.pooling)
 
     def classify(self, features: Tensor) -> Tensor:
