@@ -58,7 +58,7 @@ def stopped(tmp_path):
     ("override", "message"),
     [
         ("seed=1", "the run began with seed = 0, now it is 1"),
-        ("optimizer.lr=0.5", "the run began with optimizer.lr = 0.05, now it is 0.5"),
+        ("optimizer.lr=0.5", "the run began with optimizer.lr = 0.1, now it is 0.5"),
         ("epochs=9", "the run began with epochs = 1, now it is 9"),
         ("model.config.base_width=8", "the run began with model.config.base_width = 4, now it is 8"),
         ("schedule={kind='milestones'}", "the run began with schedule.gamma = None, now it is 0.1"),
