@@ -96,7 +96,9 @@ REFERENCES = [
 ]
 
 
-@pytest.mark.parametrize(("choice", "reference"), REFERENCES, ids=lambda value: str(value)[:48])
+@pytest.mark.parametrize(
+    ("choice", "reference"), REFERENCES, ids=lambda value: "" if callable(value) else str(value)[:48]
+)
 def test_pooling_is_the_formula_of_its_paper(choice, reference) -> None:
     features = relu_features(2, CHANNELS, 4)
     pooling = build(choice, CHANNELS)
