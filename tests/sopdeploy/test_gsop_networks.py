@@ -78,8 +78,8 @@ def test_dr_strides_only_where_it_is_asked_for() -> None:
 
 
 def test_newton_schulz_runs_five_steps_and_three_as_released() -> None:
-    assert on_meta("gsop-net2-resnet26").pooling.config.iterations == 5
-    assert on_meta("gsop-net2-resnet26", **RELEASED).pooling.config.iterations == 3
+    assert on_meta("gsop-net2-resnet26").pooling.root.config.iterations == 5
+    assert on_meta("gsop-net2-resnet26", **RELEASED).pooling.root.config.iterations == 3
 
 
 def test_dropout_is_the_small_networks_only() -> None:
