@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from sopdeploy.backbones.base import Backbone, initialise, run_stages
 from sopdeploy.blocks.residual import BasicBlock, Bottleneck
 from sopdeploy.frozen import Frozen
+from sopdeploy.pooling.average import GapConfig
+from sopdeploy.pooling.choice import Pooling
 
 BLOCKS = {
     18: (2, 2, 2, 2),
@@ -28,12 +30,13 @@ class ResNetConfig(Frozen):
     """Depth and the two strides that papers and code disagree on.
 
     `conv5_stride` 2 is the usual network, 1 the papers'; `bottleneck_stride` says whether the 3x3
-    ("v1.5") or the 1x1 convolution ("v1") of a bottleneck strides.
+    ("v1.5") or the 1x1 convolution ("v1") of a bottleneck strides; `pooling` is the global one.
     """
 
     depth: Literal[18, 26, 34, 50, 101] = 18
     conv5_stride: Literal[1, 2] = 2
     bottleneck_stride: Literal["v1", "v1.5"] = "v1.5"
+    pooling: Pooling = GapConfig()
 
 
 class ResNet(Backbone):
@@ -57,7 +60,8 @@ class ResNet(Backbone):
             self.add_module(stage, self.make_stage(channels, out_channels, blocks, stride))
             self.tap_channels |= {f"{stage}.{p}": out_channels for p in range(blocks)}
             channels = out_channels
-        self.fc = nn.Linear(channels, num_classes)
+        self.pooling = config.pooling.build(channels)
+        self.fc = self.pooling.classifier(num_classes)
         initialise(self)
 
     def make_stage(self, in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
@@ -79,6 +83,6 @@ class ResNet(Backbone):
         return run_stages(self, STAGES, x, taps)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Return logits of globally averaged features."""
-        logits: Tensor = self.fc(features.mean(dim=(2, 3)))
+        """Return logits of globally pooled features."""
+        logits: Tensor = self.fc(self.pooling(features))
         return logits

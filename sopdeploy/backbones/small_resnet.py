@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from sopdeploy.backbones.base import Backbone, initialise, run_stages
 from sopdeploy.blocks.residual import BasicBlock, conv3x3
 from sopdeploy.frozen import Frozen
+from sopdeploy.pooling.average import GapConfig
+from sopdeploy.pooling.choice import Pooling
 
 STAGES = ("layer1", "layer2", "layer3")
 
 
 class SmallResNetConfig(Frozen):
-    """Depth (6n + 2), channels of the first stage, and how a shortcut changes shape.
+    """Depth (6n + 2), channels of the first stage, how a shortcut changes shape, and the global pooling.
 
     "pad" is the paper's option A (subsample and zero-pad, no parameters), "projection" option B.
     """
@@ -26,6 +28,7 @@ class SmallResNetConfig(Frozen):
     depth: Annotated[int, pydantic.Field(ge=8)] = 20
     base_width: Annotated[int, pydantic.Field(ge=1)] = 16
     shortcut: Literal["pad", "projection"] = "pad"
+    pooling: Pooling = GapConfig()
 
     @pydantic.field_validator("depth")
     @classmethod
@@ -41,7 +44,7 @@ class SmallResNetConfig(Frozen):
 
 
 class SmallResNet(Backbone):
-    """Stem without pooling, three stages, global average, one linear layer."""
+    """Stem without pooling, three stages, global pooling, one linear layer."""
 
     config: SmallResNetConfig
 
@@ -59,7 +62,8 @@ class SmallResNet(Backbone):
             self.add_module(stage, nn.Sequential(first, *rest))
             self.tap_channels |= {f"{stage}.{p}": width for p in range(config.blocks)}
             channels = width
-        self.fc = nn.Linear(channels, num_classes)
+        self.pooling = config.pooling.build(channels)
+        self.fc = self.pooling.classifier(num_classes)
         initialise(self)
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -72,6 +76,6 @@ class SmallResNet(Backbone):
         return run_stages(self, STAGES, x, taps)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Return logits of globally averaged features."""
-        logits: Tensor = self.fc(features.mean(dim=(2, 3)))
+        """Return logits of globally pooled features."""
+        logits: Tensor = self.fc(self.pooling(features))
         return logits

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 Shortcut = Literal["projection", "pad"]
 
 
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     """Return a 3x3 convolution that keeps the size at stride 1; batch norm follows, so no bias."""
-    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, groups=groups, bias=False)
 
 
 def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -46,7 +46,22 @@ def shortcut(in_channels: int, out_channels: int, stride: int, kind: Shortcut) -
     return nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
 
 
-class BasicBlock(nn.Module):
+class ResidualBlock(nn.Module):
+    """relu(residual + shortcut); a kind of block says what its residual is."""
+
+    downsample: nn.Module | None
+
+    def residual(self, x: Tensor) -> Tensor:
+        """Return what is added to the shortcut; leave *x* as it is."""
+        raise TypeError(f"{type(self).__name__} must say what its residual of {tuple(x.shape)} is")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return relu(residual + shortcut)."""
+        identity = x if self.downsample is None else self.downsample(x)
+        return F.relu(self.residual(x) + identity, inplace=True)
+
+
+class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions and a shortcut: (B, in, H, W) to (B, out, H / stride, W / stride)."""
 
     expansion = 1
@@ -62,20 +77,19 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.downsample = shortcut(in_channels, out_channels, stride, kind)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return relu(residual + shortcut)."""
-        identity = x if self.downsample is None else self.downsample(x)
+    def residual(self, x: Tensor) -> Tensor:
+        """Return the output of the second convolution's batch norm."""
         out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        summed: Tensor = self.relu(out + identity)
-        return summed
+        normalised: Tensor = self.bn2(self.conv2(out))
+        return normalised
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(ResidualBlock):
     """1x1, 3x3, 1x1 convolutions and a shortcut; the middle is a quarter of the output's channels.
 
-    `stride_on` says which convolution strides: "3x3" is torchvision's and every released code's
-    ("v1.5"), "1x1" the first paper's ("v1").
+    ResNeXt asks for another `middle` and splits the 3x3 convolution into `groups`. `stride_on` says which
+    convolution strides: "3x3" is torchvision's and every released code's ("v1.5"), "1x1" the first
+    paper's ("v1").
     """
 
     expansion = 4
@@ -86,24 +100,24 @@ class Bottleneck(nn.Module):
         out_channels: int,
         stride: int = 1,
         stride_on: Literal["1x1", "3x3"] = "3x3",
+        middle: int | None = None,
+        groups: int = 1,
     ) -> None:
         super().__init__()
-        middle = out_channels // self.expansion
+        middle = out_channels // self.expansion if middle is None else middle
         first, second = (stride, 1) if stride_on == "1x1" else (1, stride)
         self.conv1 = conv1x1(in_channels, middle, first)
         self.bn1 = nn.BatchNorm2d(middle)
-        self.conv2 = conv3x3(middle, middle, second)
+        self.conv2 = conv3x3(middle, middle, second, groups)
         self.bn2 = nn.BatchNorm2d(middle)
         self.conv3 = conv1x1(middle, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(in_channels, out_channels, stride, "projection")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return relu(residual + shortcut)."""
-        identity = x if self.downsample is None else self.downsample(x)
+    def residual(self, x: Tensor) -> Tensor:
+        """Return the output of the third convolution's batch norm."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        summed: Tensor = self.relu(out + identity)
-        return summed
+        normalised: Tensor = self.bn3(self.conv3(out))
+        return normalised

@@ -8,18 +8,42 @@ import pydantic
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.frozen import Frozen, first_problem
-from sopdeploy.models import dsop_networks, plain
+from sopdeploy.models import (
+    attention_networks,
+    dsop_networks,
+    dsop_small_networks,
+    gmsop,
+    gmsop_baselines,
+    gsop_networks,
+    plain,
+    pooled,
+    psdr,
+    timm_networks,
+)
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.entry import Entry
 
 CATALOG: dict[str, Entry] = {
     **plain.ENTRIES,
+    **pooled.ENTRIES,
     **dsop_networks.ENTRIES,
+    **dsop_small_networks.ENTRIES,
+    **psdr.ENTRIES,
+    **gsop_networks.ENTRIES,
+    **attention_networks.ENTRIES,
+    **gmsop.ENTRIES,
+    **gmsop_baselines.ENTRIES,
 }
 
 
 def entry(name: str) -> Entry:
-    """Return the catalog's entry *name*; raises `ConfigError` with the nearest names."""
+    """Return the catalog's entry *name*; raises `ConfigError` with the nearest names.
+
+    `timm:NAME` and `dsop-timm:NAME` are entries for every NAME of timm that has feature maps.
+    """
+    family, colon, rest = name.partition(":")
+    if colon and family in timm_networks.FAMILIES:
+        return timm_networks.FAMILIES[family](rest)
     if name not in CATALOG:
         near = difflib.get_close_matches(name, CATALOG, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "`sopdeploy models` lists them all"

@@ -1,10 +1,11 @@
 """Counting: parameters and multiply-adds of what trains and of what ships.
 
 Conventions: parameters are all learnable tensors (batch norm's affine in, running statistics out);
-MACs are the multiply-adds of convolutions and linear layers for one image, without bias.
+MACs are the multiply-adds of convolutions and linear layers for one image, without bias. A module that
+does less than its layers show (a mixture runs K of N components) counts itself: `CountsItself`.
 """
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,14 @@ from sopdeploy.frozen import Frozen
 from sopdeploy.models.catalog import create_model, entry
 
 PROBE_BATCH = 2  # batch norm in train mode refuses a single value per channel
+
+
+@runtime_checkable
+class CountsItself(Protocol):
+    """A module that knows its multiply-adds better than its layers do."""
+
+    def macs(self, features: torch.Size) -> int:
+        """Return the multiply-adds of one image of an input of this shape."""
 
 
 class Counts(Frozen):
@@ -71,14 +80,17 @@ def count(network: nn.Module, image_size: int) -> Counts:
     parameters = sum(tensor.numel() for tensor in network.parameters())
     macs = 0
 
-    def add(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal macs
-        macs += layer_macs(module, output)
+        if isinstance(module, CountsItself):
+            macs += module.macs(inputs[0].shape)
+        else:
+            macs += layer_macs(module, output)
 
     handles: list[RemovableHandle] = [
         module.register_forward_hook(add)
         for module in network.modules()
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear)
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear | CountsItself)
     ]
     with torch.no_grad():
         network(torch.empty(PROBE_BATCH, 3, image_size, image_size, device="meta"))

@@ -52,13 +52,13 @@ class PaperBranches(Frozen):
     blocks: tuple[int | tuple[int, ...], ...]
     widths: tuple[int, ...]
     weights: tuple[float, ...]
-    channels: tuple[int, ...]
     strides: tuple[int, ...]
-    dropout_at: int | None = None
+    dropout_rate: float = 0.0
+    dropout_from: int = 1
 
     def dropout(self, width: int) -> float:
-        """Return the dropout on the triangle: one half where the covariance is that wide (V-D)."""
-        return 0.5 if width == self.dropout_at else 0.0
+        """Return the dropout on the triangle of a covariance of *width* channels."""
+        return self.dropout_rate if width >= self.dropout_from else 0.0
 
 
 class BranchPlan(Frozen):
@@ -78,26 +78,28 @@ class BranchPlan(Frozen):
 
 
 class Branch(nn.Module):
-    """Feature map (B, C, H, W) of the backbone in, (B, classes) logits out."""
+    """Feature map (B, C, H, W) of the backbone in, (B, classes) logits out.
 
-    def __init__(self, plan: BranchPlan, blocks: nn.Sequential, channels: int, classes: int) -> None:
+    `blocks` are of the backbone's kind, `ending` is what the backbone has between its last block and
+    its pooling, `reduction` brings the channels down to those of the covariance.
+    """
+
+    def __init__(
+        self,
+        blocks: nn.Module,
+        ending: nn.Module,
+        reduction: nn.Module,
+        pooling: nn.Module,
+        dropout: nn.Module,
+        fc: nn.Module,
+    ) -> None:
         super().__init__()
-        self.blocks = blocks
-        self.reduction: nn.Module = nn.Identity()
-        if plan.pooling is None:
-            self.pooling: nn.Module = nn.AdaptiveAvgPool2d(1)
-            self.representation = channels
-        else:
-            if channels > plan.pooling.width:
-                self.reduction = dimension_reduction(channels, plan.pooling.width)
-            self.pooling = ISqrtCov(plan.pooling)
-            self.representation = self.pooling.out_features
-        self.dropout = nn.Dropout(plan.dropout)
-        self.fc = nn.Linear(self.representation, classes)
+        self.blocks, self.ending, self.reduction = blocks, ending, reduction
+        self.pooling, self.dropout, self.fc = pooling, dropout, fc
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the branch's logits."""
-        pooled = self.pooling(self.reduction(self.blocks(features)))
+        pooled = self.pooling(self.reduction(self.ending(self.blocks(features))))
         logits: Tensor = self.fc(self.dropout(pooled.flatten(start_dim=1)))
         return logits
 
@@ -112,25 +114,52 @@ class DSoP(Classifier):
     training_only = ("branches",)
     config: DSoPConfig
 
-    def plan_branches(self) -> list[BranchPlan]:
-        """Return the branches that the config and the paper ask for, in the order of computing."""
-        raise TypeError(f"{type(self).__name__} must plan its branches")
+    def paper_branches(self) -> PaperBranches:
+        """Return what the paper says of the branches on this backbone."""
+        raise TypeError(f"{type(self).__name__} must say what the paper's branches are")
+
+    def tap_stages(self) -> dict[str, list[str]]:
+        """Return the taps of each stage: `layer2` has `layer2.0`, `layer2.1` and so on."""
+        stages: dict[str, list[str]] = {}
+        for tap in self.tap_channels:
+            stages.setdefault(tap.rpartition(".")[0], []).append(tap)
+        return stages
 
     def attach_branches(self) -> None:
-        """Build the planned branches."""
-        self.plans = {plan.name: plan for plan in self.plan_branches()}
-        self.branches = nn.ModuleDict({name: self.make_branch(plan) for name, plan in self.plans.items()})
+        """Build the branches that the config and the paper ask for."""
+        plans = plan_branches(self.config, self.paper_branches(), self.tap_stages(), self.tap_channels)
+        self.plans = {plan.name: plan for plan in plans}
+        self.branches = nn.ModuleDict({plan.name: self.make_branch(plan) for plan in plans})
         initialise(self.branches)
-        self.taps = {plan.tap: name for name, plan in self.plans.items() if plan.blocks > 0}
+        self.taps = {plan.tap: plan.name for plan in plans if plan.blocks > 0}
 
     def make_branch(self, plan: BranchPlan) -> Branch:
         """Return one branch; a branch that is kept though unused has one block."""
-        channels = self.tap_channels[plan.tap]
-        blocks = [
-            self.branch_block(channels, channels, plan.stride if position == 0 else 1)
-            for position in range(max(1, plan.blocks))
-        ]
-        return Branch(plan, nn.Sequential(*blocks), channels, self.num_classes)
+        channels = features = self.tap_channels[plan.tap]
+        strides = [plan.stride, *(1 for _ in range(plan.blocks - 1))]
+        reduction: nn.Module = nn.Identity()
+        pooling: nn.Module = nn.AdaptiveAvgPool2d(1)
+        if plan.pooling is not None:
+            if channels > plan.pooling.width:
+                reduction = self.branch_reduction(channels, plan.pooling.width)
+            isqrt = ISqrtCov(plan.pooling)
+            pooling, features = isqrt, isqrt.out_features
+        return Branch(
+            nn.Sequential(*(self.branch_block(channels, channels, stride) for stride in strides)),
+            self.branch_ending(channels),
+            reduction,
+            pooling,
+            nn.Dropout(plan.dropout),
+            nn.Linear(features, self.num_classes),
+        )
+
+    def branch_ending(self, _channels: int, /) -> nn.Module:
+        """Return what stands between a branch's last block and its pooling: nothing after a ReLU."""
+        return nn.Identity()
+
+    def branch_reduction(self, channels: int, width: int) -> nn.Module:
+        """Return DR from *channels* to *width*."""
+        return dimension_reduction(channels, width)
 
     def forward(self, images: Tensor) -> Any:
         """Return (B, classes) logits in eval mode or without branches, else a `TrainingOutput`."""
@@ -149,35 +178,32 @@ class DSoP(Classifier):
         return {"main": self.config.main_weight, **betas}
 
 
-def spread(config: DSoPConfig, blocks_by_stage: dict[str, int], paper: PaperBranches) -> list[BranchPlan]:
-    """Return a plan per branch: the config's wishes where it has any, else the paper's."""
+def plan_branches(
+    config: DSoPConfig, paper: PaperBranches, stages: dict[str, list[str]], channels: dict[str, int]
+) -> list[BranchPlan]:
+    """Return a plan per branch, in the order of computing: the config's wishes, else the paper's.
+
+    *stages* holds the taps of each stage, *channels* the channels at each tap. Raises `ConfigError`.
+    """
     aux_blocks = config.aux_blocks if config.aux_blocks is not None else paper.blocks
-    widths = config.aux_widths or paper.widths
-    weights = config.aux_weights or paper.weights
-    for key, values in (
-        ("aux_blocks", aux_blocks),
-        ("aux_widths", widths),
-        ("aux_weights", weights),
-    ):
-        if len(values) != len(blocks_by_stage):
-            raise ConfigError(
-                f"{key}: {len(values)} values for {len(blocks_by_stage)} stages; give one per stage"
-            )
+    widths, weights = config.aux_widths or paper.widths, config.aux_weights or paper.weights
+    for key, values in (("aux_blocks", aux_blocks), ("aux_widths", widths), ("aux_weights", weights)):
+        if len(values) != len(stages):
+            raise ConfigError(f"{key}: {len(values)} values for {len(stages)} stages; give one per stage")
     plans = []
-    for stage, (name, count) in enumerate(blocks_by_stage.items()):
-        for position, blocks in enumerate(pattern(aux_blocks[stage], count, name)):
-            last = position == count - 1
-            if blocks == 0 and not (config.keep_unused_branches and last):
+    for stage, (name, taps) in enumerate(stages.items()):
+        for tap, blocks in zip(taps, pattern(aux_blocks[stage], len(taps), name), strict=True):
+            if blocks == 0 and not (config.keep_unused_branches and tap == taps[-1]):
                 continue
             isqrt = ISqrtCovConfig(
-                width=min(widths[stage], paper.channels[stage]),
+                width=min(widths[stage], channels[tap]),
                 iterations=config.iterations,
                 prenorm=config.prenorm,
             )
             dropout = paper.dropout(isqrt.width) if config.aux_dropout is None else config.aux_dropout
             plans.append(
                 BranchPlan(
-                    tap=f"{name}.{position}",
+                    tap=tap,
                     blocks=blocks,
                     stride=paper.strides[stage],
                     weight=weights[stage],

@@ -1,17 +1,18 @@
-"""DSoP on each backbone: where the branches start and what the paper says they are made of.
+"""DSoP on the backbones for 224-pixel images: where the branches start and what they are made of.
 
 Adding a backbone: a config that joins the backbone's and `DSoPConfig`, a class that mixes `DSoP` into the
-backbone and plans its branches, and a line in `ENTRIES`.
+backbone and says what its branches are, and a line in `ENTRIES`.
 """
 
 from typing import Literal
 
+from torch import nn
+
 from sopdeploy.backbones.base import Backbone
-from sopdeploy.backbones.resnet import BLOCKS, ResNet, ResNetConfig
-from sopdeploy.backbones.resnet import STAGES as RESNET_STAGES
-from sopdeploy.backbones.small_resnet import STAGES as SMALL_STAGES
-from sopdeploy.backbones.small_resnet import SmallResNet, SmallResNetConfig
-from sopdeploy.models.dsop import BranchPlan, DSoP, DSoPConfig, PaperBranches, shared_fields, spread
+from sopdeploy.backbones.efficientnet import STAGES, EfficientNet, EfficientNetConfig
+from sopdeploy.backbones.resnet import ResNet, ResNetConfig
+from sopdeploy.blocks.residual import conv1x1
+from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches, shared_fields
 from sopdeploy.models.entry import Entry
 
 
@@ -34,71 +35,66 @@ class DSoPResNet(DSoP, ResNet):
         super().__init__(config, num_classes)
         self.attach_branches()
 
-    def plan_branches(self) -> list[BranchPlan]:
+    def paper_branches(self) -> PaperBranches:
         """Return four branches of 2 basic blocks, or of 3, 4, 6, 3 bottlenecks."""
-        counts = dict(zip(RESNET_STAGES, BLOCKS[self.config.depth], strict=True))
-        channels = tuple(self.tap_channels[f"{stage}.{n - 1}"] for stage, n in counts.items())
         table = self.config.aux_stride == "table"
         blocks, widths = (2, 2, 2, 2), (64, 128, 256, 256)
         if self.bottlenecks:
             blocks = (3, 4, 7, 3) if table else (3, 4, 6, 3)
             widths = (256, 256, 256, 256) if table else (64, 256, 256, 256)
         strides = (1, 2, 2, 1) if table else (1, 1, 1, 1)
-        paper = PaperBranches(
-            blocks=blocks, widths=widths, weights=(1.0,) * 4, channels=channels, strides=strides
-        )
-        return spread(self.config, counts, paper)
+        return PaperBranches(blocks=blocks, widths=widths, weights=(1.0,) * 4, strides=strides)
 
     def plain(self) -> Backbone:
         """Return the ResNet without branches."""
         return ResNet(ResNetConfig(**shared_fields(self.config, ResNetConfig)), self.num_classes)
 
     def representation(self) -> int:
-        """Return the channels of conv5_x."""
-        return self.fc.in_features
+        """Return what the global pooling gives: the channels of conv5_x by default."""
+        return self.pooling.out_features
 
 
-class DSoPSmallResNetConfig(SmallResNetConfig, DSoPConfig):
-    """ResNet for 32-pixel images with branches."""
+class DSoPEfficientNetConfig(EfficientNetConfig, DSoPConfig):
+    """EfficientNet-b0 with branches."""
 
 
-class DSoPSmallResNet(DSoP, SmallResNet):
-    """DSoP on ResNet-20/32/44/56/110 (section V-D: d at most 128, beta .1, .2, .3).
+class DSoPEfficientNet(DSoP, EfficientNet):
+    """DSoP on EfficientNet-b0: two branches, in the middle and at the end (section V-B).
 
-    Assumptions, the paper shows no branches for these: three blocks a stage take the pattern
-    [1, 0, 2] of the WRN with three, others one branch of 2 blocks after each stage's last block
-    (of 1 block where the stage has one).
+    As in the paper's second-order head for this network, DR to 64 channels ends with swish and dropout
+    of 0.2 stands before the classifier. Assumptions, where the paper is silent: the middle is the last
+    block of stride 16 and the end the last block before the 1x1 convolution to 1280 channels; a branch
+    repeats its stage, that is three blocks and one block; all losses weigh alike.
     """
 
-    config: DSoPSmallResNetConfig
+    config: DSoPEfficientNetConfig
 
-    def __init__(self, config: DSoPSmallResNetConfig, num_classes: int) -> None:
+    def __init__(self, config: DSoPEfficientNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
         self.attach_branches()
 
-    def plan_branches(self) -> list[BranchPlan]:
-        """Return the branches of three stages."""
-        count = self.config.blocks
-        wish: int | tuple[int, ...] = (1, 0, 2) if count == 3 else min(2, count)
-        channels = tuple(self.tap_channels[f"{stage}.0"] for stage in SMALL_STAGES)
-        paper = PaperBranches(
-            blocks=(wish,) * 3,
-            widths=(128, 128, 128),
-            weights=(0.1, 0.2, 0.3),
-            channels=channels,
-            strides=(1, 1, 1),
-            dropout_at=128,
+    def paper_branches(self) -> PaperBranches:
+        """Return two branches, after `blocks.4` and `blocks.6`, the fifth and the seventh stage."""
+        return PaperBranches(
+            blocks=(0, 0, 0, 0, STAGES["blocks.4"].blocks, 0, STAGES["blocks.6"].blocks),
+            widths=(64,) * 7,
+            weights=(1.0,) * 7,
+            strides=(1,) * 7,
+            dropout_rate=0.2,
         )
-        return spread(self.config, dict.fromkeys(SMALL_STAGES, count), paper)
+
+    def branch_reduction(self, channels: int, width: int) -> nn.Module:
+        """Return DR that ends with swish instead of ReLU."""
+        return nn.Sequential(conv1x1(channels, width), nn.BatchNorm2d(width), nn.SiLU(inplace=True))
 
     def plain(self) -> Backbone:
-        """Return the ResNet without branches."""
-        config = SmallResNetConfig(**shared_fields(self.config, SmallResNetConfig))
-        return SmallResNet(config, self.num_classes)
+        """Return the EfficientNet without branches."""
+        config = EfficientNetConfig(**shared_fields(self.config, EfficientNetConfig))
+        return EfficientNet(config, self.num_classes)
 
     def representation(self) -> int:
-        """Return the channels of the last stage."""
-        return self.fc.in_features
+        """Return what the global pooling gives: the channels of the last map by default."""
+        return self.pooling.out_features
 
 
 def dsop_resnet(depth: int) -> Entry:
@@ -113,19 +109,15 @@ def dsop_resnet(depth: int) -> Entry:
     )
 
 
-def dsop_small_resnet(depth: int) -> Entry:
-    """Return the entry of a ResNet for 32-pixel images that learns with branches."""
-    return Entry(
-        network=DSoPSmallResNet,
-        config=DSoPSmallResNetConfig,
-        defaults={"depth": depth},
-        image_size=32,
-        num_classes=10,
-        summary=f"DSoP on ResNet-{depth} for 32-pixel images",
-    )
-
-
+EFFICIENTNET_B0 = Entry(
+    network=DSoPEfficientNet,
+    config=DSoPEfficientNetConfig,
+    defaults={},
+    image_size=224,
+    num_classes=1000,
+    summary="DSoP on EfficientNet-b0: two second-order branches, detached before it ships",
+)
 ENTRIES = {
     **{f"dsop-resnet{depth}": dsop_resnet(depth) for depth in (18, 34, 50, 101)},
-    **{f"dsop-resnet{depth}": dsop_small_resnet(depth) for depth in (8, 20, 32, 44, 56, 110)},
+    "dsop-efficientnet-b0": EFFICIENTNET_B0,
 }

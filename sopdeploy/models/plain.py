@@ -1,8 +1,12 @@
 """The plain first-order networks: baselines, and what a detached network must equal."""
 
 from sopdeploy.backbones.base import Backbone
+from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetConfig
+from sopdeploy.backbones.preact_resnet import PreActResNet, PreActResNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
+from sopdeploy.backbones.resnext import ResNeXt, ResNeXtConfig
 from sopdeploy.backbones.small_resnet import SmallResNet, SmallResNetConfig
+from sopdeploy.frozen import Frozen
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.entry import Entry
 
@@ -15,8 +19,8 @@ class PlainResNet(Classifier, ResNet):
         return ResNet(self.config, self.num_classes)
 
     def representation(self) -> int:
-        """Return the channels of conv5_x."""
-        return self.fc.in_features
+        """Return what the global pooling gives: the channels of conv5_x by default."""
+        return self.pooling.out_features
 
 
 class PlainSmallResNet(Classifier, SmallResNet):
@@ -27,8 +31,52 @@ class PlainSmallResNet(Classifier, SmallResNet):
         return SmallResNet(self.config, self.num_classes)
 
     def representation(self) -> int:
-        """Return the channels of the last stage."""
-        return self.fc.in_features
+        """Return what the global pooling gives: the channels of the last stage by default."""
+        return self.pooling.out_features
+
+
+class PlainPreActResNet(Classifier, PreActResNet):
+    """Pre-activation ResNet-110/164 and WRN for 32-pixel images."""
+
+    def plain(self) -> Backbone:
+        """Return another one."""
+        return PreActResNet(self.config, self.num_classes)
+
+    def representation(self) -> int:
+        """Return what the global pooling gives: the channels of the last map by default."""
+        return self.pooling.out_features
+
+
+class PlainResNeXt(Classifier, ResNeXt):
+    """ResNeXt-29 for 32-pixel images."""
+
+    def plain(self) -> Backbone:
+        """Return another one."""
+        return ResNeXt(self.config, self.num_classes)
+
+    def representation(self) -> int:
+        """Return what the global pooling gives: the channels of the last map by default."""
+        return self.pooling.out_features
+
+
+class PlainEfficientNet(Classifier, EfficientNet):
+    """EfficientNet-b0 for 224-pixel images."""
+
+    def plain(self) -> Backbone:
+        """Return another one."""
+        return EfficientNet(self.config, self.num_classes)
+
+    def representation(self) -> int:
+        """Return what the global pooling gives: the channels of the last map by default."""
+        return self.pooling.out_features
+
+
+PREACT_NETWORKS: dict[str, tuple[dict[str, int | str], str]] = {
+    "preact-resnet110": ({"blocks": 18, "block": "basic"}, "pre-activation ResNet-110"),
+    "preact-resnet164": ({"blocks": 18, "block": "bottleneck"}, "pre-activation ResNet-164"),
+    "wrn-22-10": ({"blocks": 3, "block": "basic", "widen": 10}, "WRN-22-10"),
+    "wrn-28-10": ({"blocks": 4, "block": "basic", "widen": 10}, "WRN-28-10"),
+}
 
 
 def resnet(depth: int) -> Entry:
@@ -43,19 +91,43 @@ def resnet(depth: int) -> Entry:
     )
 
 
-def small_resnet(depth: int) -> Entry:
-    """Return the entry of a ResNet for 32-pixel images."""
+def small(
+    network: type[Classifier], config: type[Frozen], defaults: dict[str, int | str], title: str
+) -> Entry:
+    """Return the entry of a network for 32-pixel images."""
     return Entry(
-        network=PlainSmallResNet,
-        config=SmallResNetConfig,
-        defaults={"depth": depth},
+        network=network,
+        config=config,
+        defaults=defaults,
         image_size=32,
         num_classes=10,
-        summary=f"plain ResNet-{depth} for 32-pixel images",
+        summary=f"plain {title} for 32-pixel images",
     )
 
 
+EFFICIENTNET_B0 = Entry(
+    network=PlainEfficientNet,
+    config=EfficientNetConfig,
+    defaults={},
+    image_size=224,
+    num_classes=1000,
+    summary="plain EfficientNet-b0",
+)
 ENTRIES = {
     **{f"resnet{depth}": resnet(depth) for depth in (18, 34, 50, 101)},
-    **{f"resnet{depth}": small_resnet(depth) for depth in (8, 20, 32, 44, 56, 110)},
+    "efficientnet-b0": EFFICIENTNET_B0,
+    **{
+        f"resnet{depth}": small(PlainSmallResNet, SmallResNetConfig, {"depth": depth}, f"ResNet-{depth}")
+        for depth in (8, 20, 32, 44, 56, 110)
+    },
+    **{
+        name: small(PlainPreActResNet, PreActResNetConfig, defaults, title)
+        for name, (defaults, title) in PREACT_NETWORKS.items()
+    },
+    **{
+        f"resnext29-{groups}x64d": small(
+            PlainResNeXt, ResNeXtConfig, {"cardinality": groups}, f"ResNeXt-29 {groups}x64d"
+        )
+        for groups in (8, 16)
+    },
 }

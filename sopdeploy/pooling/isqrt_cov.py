@@ -7,20 +7,13 @@ Letters: B images, C channels in, d channels after dimension reduction (DR), M p
 from typing import Annotated, Literal
 
 import pydantic
-import torch
 from torch import Tensor, nn
 
 from sopdeploy.frozen import Frozen
-from sopdeploy.pooling.covariance import (
-    centred_positions,
-    covariance,
-    covariance_trace,
-    frobenius_norm,
-    upper_triangle_indices,
-)
-from sopdeploy.pooling.newton_schulz import newton_schulz
-
-SMALLEST_NORM = 1e-12  # a constant map has norm 0; its answer is then 0, with finite gradients
+from sopdeploy.pooling.covariance import upper_triangle_indices
+from sopdeploy.pooling.isqrt_gradient import isqrt_vector
+from sopdeploy.pooling.isqrt_root import Rule
+from sopdeploy.pooling.precision import without_autocast
 
 
 class ISqrtCovConfig(Frozen):
@@ -45,36 +38,18 @@ class ISqrtCov(nn.Module):
     def __init__(self, config: ISqrtCovConfig) -> None:
         super().__init__()
         self.config = config
+        self.rule = Rule(config.iterations, config.prenorm, config.compensate)
         self.out_features = config.width * (config.width + 1) // 2
         self.register_buffer("triangle", upper_triangle_indices(config.width), persistent=False)
 
     def forward(self, features_BdHW: Tensor) -> Tensor:
         """Compute in float32 at least, whatever autocast says: half precision loses the iteration."""
-        device = features_BdHW.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return self.pool(at_least_float32(features_BdHW))
-        return self.pool(at_least_float32(features_BdHW))
-
-    def pool(self, features_BdHW: Tensor) -> Tensor:
-        """Return the triangle of sqrt(norm) * Y_N for float32 or float64 features."""
-        x_BdM = centred_positions(features_BdHW)
-        cov_Bdd = covariance(x_BdM)
-        norm_B11 = covariance_trace(x_BdM) if self.config.prenorm == "trace" else frobenius_norm(cov_Bdd)
-        norm_B11 = norm_B11.clamp_min(SMALLEST_NORM)
-        root_Bdd = newton_schulz(cov_Bdd / norm_B11, self.config.iterations)
-        if self.config.compensate:
-            root_Bdd = root_Bdd * norm_B11.sqrt()
-        return root_Bdd.flatten(start_dim=1).index_select(1, self.triangle)
+        with without_autocast(features_BdHW):
+            return isqrt_vector(features_BdHW, self.triangle, self.rule)
 
     def extra_repr(self) -> str:
         """Name the switches in the printed module."""
         return f"width={self.config.width}, iterations={self.config.iterations}"
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Return *x*, a half-precision tensor widened to float32."""
-    return x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
 
 
 def dimension_reduction(channels: int, width: int) -> nn.Sequential:

@@ -25,6 +25,10 @@ def branches_of(name: str, **config: object) -> dict[str, Branch]:
         ("dsop-resnet50", 32, {**NARROW, "bottleneck_stride": "v1"}),
         ("dsop-resnet8", 16, {}),
         ("dsop-resnet20", 16, {"shortcut": "projection"}),
+        ("dsop-preact-resnet164", 8, {"blocks": 3}),
+        ("dsop-preact-resnet110", 8, {"blocks": 2}),
+        ("dsop-resnext29-8x64d", 8, {"cardinality": 2, "group_width": 4, "aux_widths": (8, 8, 8)}),
+        ("dsop-efficientnet-b0", 32, {}),
     ],
 )
 def test_eval_forward_is_the_plain_network_bit_for_bit(name: str, side: int, config: dict) -> None:
@@ -83,6 +87,14 @@ def test_branches_do_not_change_the_running_statistics_of_the_backbone() -> None
         ("dsop-resnet20", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
         ("dsop-resnet32", {}, ["layer1_4", "layer2_4", "layer3_4"]),
         ("dsop-resnet8", {}, ["layer1_0", "layer2_0", "layer3_0"]),
+        ("dsop-preact-resnet110", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in range(2, 18, 3)]),
+        ("dsop-preact-resnet164", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in range(2, 18, 3)]),
+        ("dsop-preact-resnet164", {"blocks": 5}, ["layer1_4", "layer2_4", "layer3_4"]),
+        ("dsop-wrn-22-10", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
+        ("dsop-wrn-28-10", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (1, 3)]),
+        ("dsop-resnext29-8x64d", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
+        ("dsop-resnext29-16x64d", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
+        ("dsop-efficientnet-b0", {}, ["blocks_4_2", "blocks_6_0"]),
         ("dsop-resnet18", {"aux_blocks": (0, 1, (2, 0), (0, 3))}, ["layer2_1", "layer3_0", "layer4_1"]),
     ],
 )
@@ -101,6 +113,12 @@ def test_branches_start_where_the_paper_says(name: str, config: dict, expected: 
         ("dsop-resnet18", {"aux_widths": (128,) * 4}, [2, 2, 2, 2], [64, 128, 128, 128]),
         ("dsop-resnet20", {}, [1, 2, 1, 2, 1, 2], [16, 16, 32, 32, 64, 64]),
         ("dsop-resnet32", {"base_width": 64}, [2, 2, 2], [64, 128, 128]),
+        ("dsop-preact-resnet110", {}, [3] * 18, [16] * 6 + [32] * 6 + [64] * 6),
+        ("dsop-preact-resnet164", {}, [3] * 18, [64] * 6 + [128] * 12),
+        ("dsop-wrn-22-10", {}, [1, 2] * 3, [128] * 6),
+        ("dsop-wrn-28-10", {}, [2] * 6, [128] * 6),
+        ("dsop-resnext29-8x64d", {}, [1, 2] * 3, [128] * 6),
+        ("dsop-efficientnet-b0", {}, [3, 1], [64, 64]),
     ],
 )
 def test_branches_are_made_of_what_the_paper_says(name, config, blocks, widths) -> None:
@@ -131,6 +149,7 @@ def test_text_keeps_the_size_of_the_maps_and_the_table_halves_two(aux_stride, st
     ],
 )
 def test_dropout_stands_only_behind_covariances_of_128_channels(config: dict, expected: list[float]) -> None:
+    """Section V-D; "4K-d" is half of the 8256 values that the classifier sees."""
     branches = branches_of("dsop-resnet32", **config).values()
     assert [branch.dropout.p for branch in branches] == expected
 
@@ -150,6 +169,46 @@ def test_dropout_stands_only_behind_covariances_of_128_channels(config: dict, ex
 def test_losses_are_weighted_as_the_paper_says_unless_told_otherwise(name, config, expected) -> None:
     with torch.device("meta"):
         assert create_model(name, **config).loss_weights() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "convolutions"),
+    [
+        ("preact-resnet110", 36),
+        ("preact-resnet164", 54),
+        ("wrn-22-10", 6),
+        ("wrn-28-10", 8),
+        ("resnext29-8x64d", 9),
+        ("resnext29-16x64d", 9),
+    ],
+)
+def test_branches_of_table_iv_have_as_many_convolutions_as_the_stage(name: str, convolutions: int) -> None:
+    with torch.device("meta"):
+        network = create_model(f"dsop-{name}")
+    for stage in ("layer1", "layer2", "layer3"):
+        of_stage = [m for n, m in network.get_submodule(stage).named_modules() if "downsample" not in n]
+        of_branches = [
+            module
+            for tap, branch in network.branches.items()
+            for module in branch.blocks.modules()
+            if tap.startswith(stage)
+        ]
+        for modules in (of_stage, of_branches):
+            assert sum(isinstance(module, nn.Conv2d) for module in modules) == convolutions
+
+
+def test_stages_without_activation_get_one_before_the_pooling_of_their_branches() -> None:
+    for branch in branches_of("dsop-preact-resnet164").values():
+        assert [type(module) for module in branch.ending] == [nn.BatchNorm2d, nn.ReLU]
+    for branch in branches_of("dsop-resnext29-8x64d").values():
+        assert isinstance(branch.ending, nn.Identity)
+
+
+def test_efficientnets_branches_reduce_with_swish_and_drop_a_fifth() -> None:
+    branches = branches_of("dsop-efficientnet-b0")
+    assert all(isinstance(branch.reduction[2], nn.SiLU) for branch in branches.values())
+    assert [branch.dropout.p for branch in branches.values()] == [0.2, 0.2]
+    assert [branch.fc.in_features for branch in branches.values()] == [2080, 2080]
 
 
 def test_gap_branches_reduce_no_channels_and_take_no_covariance() -> None:

@@ -27,3 +27,9 @@ def test_what_the_server_imports_brings_no_torch(module: str) -> None:
     root = Path(sopdeploy.__file__).parents[1]
     code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_the_catalog_imports_no_timm() -> None:
+    root = Path(sopdeploy.__file__).parents[1]
+    code = "import sopdeploy.models.catalog, sys; sys.exit('timm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -1,0 +1,141 @@
+"""Training: iSQRT-COV against the plain textbook loop, a DSoP step against a plain step.
+
+    python benchmarks/training_step.py [--quick] [--json]
+
+iSQRT-COV (forward and backward) is measured against the loop as the paper writes it, differentiated by
+autograd, in time and in the most memory either holds at once. One step of DSoP-ResNet-50 (images of 224
+pixels, forward and backward) is measured against one step of the plain ResNet-50 that ships, with and
+without the optimizer's update. One thread.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import Result, compare, parse, report
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sopdeploy import create_model
+from sopdeploy.models.base import TrainingOutput
+from sopdeploy.pooling.isqrt_cov import ISqrtCov, ISqrtCovConfig
+
+POOLINGS = ((256, 196), (256, 49), (128, 64), (256, 784), (64, 3136), (128, 196))  # channels, positions
+MEBIBYTE = 2**20
+
+
+class TextbookISqrtCov(nn.Module):
+    """iSQRT-COV as the paper writes it: every product of every step, in channels, by autograd."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.rows, self.columns = torch.triu_indices(channels, channels)
+
+    def forward(self, features_BdHW: Tensor) -> Tensor:
+        x = features_BdHW.flatten(2)
+        x = x - x.mean(dim=2, keepdim=True)
+        cov = x @ x.transpose(1, 2) / x.shape[2]
+        trace = cov.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
+        identity = torch.eye(cov.shape[1]).expand_as(cov)
+        y, z = cov / trace, identity
+        for _ in range(5):
+            step = 0.5 * (3.0 * identity - z @ y)
+            y, z = y @ step, step @ z
+        return (y * trace.sqrt())[:, self.rows, self.columns]
+
+
+def forward_backward(layer: nn.Module, features: Tensor, grad: Tensor) -> Callable[[], Tensor]:
+    """Return one forward and backward of a pooling as a call."""
+    return lambda: torch.autograd.grad(layer(features), features, grad)[0]
+
+
+class HeldMemory(TorchDispatchMode):
+    """Watches every operation; `peak` is the most bytes that its results held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                self.held[StorageWeakRef(storage)] = storage.nbytes()
+        self.held = {storage: size for storage, size in self.held.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self.held.values()))
+        return result
+
+
+def peak_mebibytes(call: Callable[[], object]) -> float:
+    """Return the most memory that the results of *call*'s operations hold at once."""
+    with HeldMemory() as memory:
+        call()
+    return memory.peak / MEBIBYTE
+
+
+def pooling_results(channels: int, positions: int, batch: int, runs: int) -> list[Result]:
+    """Return time and peak memory of one pooling, forward and backward."""
+    torch.manual_seed(0)
+    layer = ISqrtCov(ISqrtCovConfig(width=channels))
+    features = torch.randn(batch, channels, positions, 1).relu().requires_grad_()
+    grad = torch.randn(batch, layer.out_features)
+    ours = forward_backward(layer, features, grad)
+    other = forward_backward(TextbookISqrtCov(channels), features, grad)
+    torch.testing.assert_close(ours(), other(), rtol=1e-3, atol=1e-4)
+    case = f"iSQRT-COV d={channels} M={positions} batch {batch}"
+    memory = Result(
+        case=f"{case}, peak memory",
+        against="textbook loop",
+        ours=peak_mebibytes(ours),
+        other=peak_mebibytes(other),
+        unit="MiB",
+        runs=1,
+    )
+    return [compare(case, "textbook loop", ours, other, runs=runs, warmups=2), memory]
+
+
+def training_step(name: str, batch: int, *, update: bool) -> Callable[[], None]:
+    """Return one training step of the catalog's network *name* as a call."""
+    network = create_model(name, num_classes=1000, conv5_stride=1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    images, labels = torch.randn(batch, 3, 224, 224), torch.arange(batch)
+
+    def step() -> None:
+        output = network(images)
+        heads = [output.logits, *output.branches.values()] if isinstance(output, TrainingOutput) else [output]
+        optimizer.zero_grad(set_to_none=not update)
+        torch.autograd.backward([F.cross_entropy(head, labels) for head in heads])
+        if update:
+            optimizer.step()
+
+    return step
+
+
+def step_result(batch: int, runs: int, *, update: bool) -> Result:
+    """Return the time of a DSoP step and of a plain one."""
+    ours, other = (training_step(name, batch, update=update) for name in ("dsop-resnet50", "resnet50"))
+    case = f"DSoP-ResNet-50 step batch {batch}, {'with' if update else 'without'} update"
+    return compare(case, "plain ResNet-50 step", ours, other, runs=runs)
+
+
+def main() -> None:
+    """Measure and print."""
+    arguments = parse(__doc__)
+    torch.set_num_threads(1)
+    results = []
+    for channels, positions in POOLINGS[:3] if arguments.quick else POOLINGS:
+        results += pooling_results(channels, positions, batch=8, runs=9 if arguments.quick else 25)
+    for update in (False,) if arguments.quick else (False, True):
+        results.append(step_result(2 if arguments.quick else 16, 3 if arguments.quick else 5, update=update))
+    report(results, as_json=arguments.json, threads=1)
+
+
+if __name__ == "__main__":
+    main()

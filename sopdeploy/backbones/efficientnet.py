@@ -1,0 +1,105 @@
+"""EfficientNet-b0 for 224-pixel images, under timm's key names.
+
+Paper: Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks" (ICML 2019),
+Table 1.
+"""
+
+from collections.abc import Collection
+from typing import Annotated, NamedTuple
+
+import pydantic
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sopdeploy.backbones.base import Backbone, initialise, run_stages
+from sopdeploy.blocks.mbconv import DepthwiseSeparable, MBConv
+from sopdeploy.blocks.residual import conv1x1
+from sopdeploy.frozen import Frozen
+from sopdeploy.pooling.average import GapConfig
+from sopdeploy.pooling.choice import Pooling
+
+Rate = Annotated[float, pydantic.Field(ge=0, lt=1)]
+
+
+class Stage(NamedTuple):
+    """One row of the paper's Table 1; the stride is that of its first block."""
+
+    kernel: int
+    stride: int
+    channels: int
+    blocks: int
+
+
+STAGES = {
+    "blocks.0": Stage(3, 1, 16, 1),
+    "blocks.1": Stage(3, 2, 24, 2),
+    "blocks.2": Stage(5, 2, 40, 2),
+    "blocks.3": Stage(3, 2, 80, 3),
+    "blocks.4": Stage(5, 1, 112, 3),
+    "blocks.5": Stage(5, 2, 192, 4),
+    "blocks.6": Stage(3, 1, 320, 1),
+}
+KERNELS = {stage.channels: stage.kernel for stage in STAGES.values()}
+STEM_CHANNELS, HEAD_CHANNELS = 32, 1280
+
+
+class EfficientNetConfig(Frozen):
+    """Regularisation in training: dropout before the classifier, and the last block's stochastic depth.
+
+    The blocks before the last one leave out their residual less often, in proportion to their depth.
+    """
+
+    dropout: Rate = 0.2
+    stochastic_depth: Rate = 0.2
+    pooling: Pooling = GapConfig()
+
+
+class EfficientNet(Backbone):
+    """Stem, seven stages, a 1x1 convolution to 1280 channels, global average, one linear layer."""
+
+    config: EfficientNetConfig
+
+    def __init__(self, config: EfficientNetConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.conv_stem = nn.Conv2d(3, STEM_CHANNELS, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
+        self.blocks = nn.Sequential()
+        self.tap_channels = {}
+        channels, depth = STEM_CHANNELS, 0
+        for name, stage in STAGES.items():
+            self.blocks.append(self.make_stage(channels, stage, depth))
+            self.tap_channels |= {f"{name}.{p}": stage.channels for p in range(stage.blocks)}
+            channels, depth = stage.channels, depth + stage.blocks
+        self.conv_head = conv1x1(channels, HEAD_CHANNELS)
+        self.bn2 = nn.BatchNorm2d(HEAD_CHANNELS)
+        self.dropout = nn.Dropout(config.dropout)
+        self.pooling = config.pooling.build(HEAD_CHANNELS)
+        self.classifier = self.pooling.classifier(num_classes)
+        initialise(self)
+
+    def make_stage(self, in_channels: int, stage: Stage, depth: int) -> nn.Sequential:
+        """Return a stage whose first block strides; *depth* blocks stand before it."""
+        total = sum(other.blocks for other in STAGES.values())
+        blocks = nn.Sequential()
+        for position in range(stage.blocks):
+            kind = DepthwiseSeparable if depth == 0 else MBConv
+            drop = self.config.stochastic_depth * (depth + position) / total
+            stride = stage.stride if position == 0 else 1
+            blocks.append(kind(in_channels, stage.channels, stage.kernel, stride, drop))
+            in_channels = stage.channels
+        return blocks
+
+    def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+        """Return one MBConv with the kernel of the stage of *out_channels*, without stochastic depth."""
+        return MBConv(in_channels, out_channels, KERNELS[out_channels], stride)
+
+    def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Return the 1280 activated maps before the average, and the output of every tapped block."""
+        stem = F.silu(self.bn1(self.conv_stem(images)))
+        x, tapped = run_stages(self, STAGES, stem, taps)
+        return F.silu(self.bn2(self.conv_head(x))), tapped
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return logits of globally pooled features."""
+        logits: Tensor = self.classifier(self.dropout(self.pooling(features)))
+        return logits

@@ -1,0 +1,155 @@
+"""Any convolutional network of timm as a backbone, under timm's own key names.
+
+The network is built by `timm.create_model(pretrained=False)`; this is the only module that imports timm,
+and only when such a network is asked for. Taps are the stages that timm's `feature_info` names, from
+stride 4 on: what the papers call conv2_x to conv5_x.
+"""
+
+import difflib
+import importlib
+from collections.abc import Callable, Collection
+from functools import cache
+from typing import Annotated, Any
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from sopdeploy.backbones.base import Backbone
+from sopdeploy.blocks.mbconv import MBConv
+from sopdeploy.blocks.residual import BasicBlock, Bottleneck
+from sopdeploy.errors import ConfigError
+from sopdeploy.frozen import Frozen
+
+FIRST_STRIDE = 4  # stems end before it
+
+
+class TimmConfig(Frozen):
+    """`backbone` is the network's name in timm, such as `convnext_tiny`."""
+
+    backbone: Annotated[str, pydantic.Field(min_length=1)]
+
+
+def import_timm(name: str) -> Any:
+    """Return the module `timm`; raises `ConfigError` where it is not installed or has no network *name*."""
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError as problem:
+        raise ConfigError(f"timm:{name} needs timm; `pip install 'sopdeploy[train]'`") from problem
+    if not timm.is_model(name) or "." in name:
+        near = (
+            ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3)) or "one of its list_models()"
+        )
+        raise ConfigError(f"timm:{name}: timm {timm.__version__} has no such network; did you mean {near}?")
+    return timm
+
+
+def timm_image_size(name: str) -> int:
+    """Return the side of the images that network *name* of timm is meant for; raises `ConfigError`."""
+    size: int = import_timm(name).get_pretrained_cfg(name).input_size[-1]
+    return size
+
+
+@cache
+def tappable(name: str) -> dict[str, int]:
+    """Return the taps of network *name* of timm with their channels, in the order of computing.
+
+    Raises `ConfigError` where a stage is not named or its output is not a (B, C, H, W) feature map.
+    """
+    timm, side = import_timm(name), timm_image_size(name)
+    with torch.device("meta"):
+        network = timm.create_model(name).eval()
+        stages = [stage for stage in network.feature_info if stage["reduction"] >= FIRST_STRIDE]
+        channels = {stage["module"]: int(stage["num_chs"]) for stage in stages}
+        absent = channels.keys() - dict(network.named_modules()).keys()
+        if absent or not channels:
+            raise ConfigError(f"timm:{name} does not say which of its parts are its stages; choose another")
+        _, outputs = run_tapped(network, torch.empty(1, 3, side, side), channels)
+    for tap, output in outputs.items():
+        if output.dim() != 4 or output.shape[1] != channels[tap]:
+            raise ConfigError(
+                f"timm:{name} has no feature maps to pool: {tap} gives {tuple(output.shape)}, not "
+                f"(batch, {channels[tap]}, height, width); choose a convolutional network"
+            )
+    return {tap: channels[tap] for tap in outputs}
+
+
+def run_tapped(network: Any, images: Tensor, taps: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the last feature map of timm's *network*, and the outputs of the modules named in *taps*."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(tap: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _module, _inputs, output: outputs.update({tap: output})
+
+    handles = [network.get_submodule(tap).register_forward_hook(keep(tap)) for tap in taps]
+    features: Tensor = network.forward_features(images)
+    for handle in handles:
+        handle.remove()
+    return features, outputs
+
+
+def nearest_block(network: nn.Module, taps: Collection[str]) -> type[MBConv | Bottleneck | BasicBlock]:
+    """Return our block that is most like those of *network*'s stages.
+
+    MBConv for depthwise convolutions, else Bottleneck for 1x1 convolutions beside shortcuts, else BasicBlock.
+    """
+    convolutions = [
+        module
+        for tap in taps
+        for module in network.get_submodule(tap).modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    if any(module.groups == module.in_channels > 1 for module in convolutions):
+        return MBConv
+    if any(module.kernel_size == (1, 1) and module.stride == (1, 1) for module in convolutions):
+        return Bottleneck
+    return BasicBlock
+
+
+class TimmBackbone(Backbone):
+    """A network of timm that can be tapped; keys are timm's, without a prefix.
+
+    It shares its tables of parts with timm's own module, which stays outside of them: what is moved,
+    loaded or saved here is so there.
+    """
+
+    config: TimmConfig
+
+    def __init__(self, config: TimmConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        network = import_timm(config.backbone).create_model(config.backbone, num_classes=num_classes)
+        taken = [part for part in network._modules if hasattr(Backbone, part)]
+        if taken:
+            raise ConfigError(f"timm:{config.backbone}: the name of its part {taken[0]!r} is taken here")
+        self._modules, self._parameters = network._modules, network._parameters
+        self._buffers, self._non_persistent_buffers_set = (
+            network._buffers,
+            network._non_persistent_buffers_set,
+        )
+        self.outside = (network,)  # in a tuple, so that it is no part of this module
+        self.tap_channels = dict(tappable(config.backbone))
+
+    def train(self, mode: bool = True) -> "TimmBackbone":
+        """Set training or eval mode, also of timm's own module."""
+        self.outside[0].training = mode
+        return super().train(mode)
+
+    def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+        """Return one block of our own, of the kind most like timm's."""
+        kind = nearest_block(self.outside[0], self.tap_channels)
+        return kind(in_channels, out_channels, stride=stride)
+
+    def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Return what timm's `forward_features` gives and the output of every tapped stage."""
+        last, outputs = run_tapped(self.outside[0], images, taps)
+        return last, list(outputs.values())
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return what timm's `forward_head` gives."""
+        logits: Tensor = self.outside[0].forward_head(features)
+        return logits
+
+    def head_channels(self) -> int:
+        """Return the channels that timm's classifier sees."""
+        channels: int = self.outside[0].head_hidden_size
+        return channels

@@ -1,0 +1,41 @@
+"""All global poolings, as one choice that any backbone's config can hold.
+
+A pooling is written as its name, `"isqrt"`, or with its switches, `{"kind": "isqrt", "iterations": 3}`.
+"""
+
+from typing import Annotated, Any
+
+import pydantic
+
+from sopdeploy.pooling.average import GapConfig
+from sopdeploy.pooling.bilinear import BilinearConfig, ImprovedBilinearConfig
+from sopdeploy.pooling.codebook import NetFvConfig, NetVladConfig
+from sopdeploy.pooling.compact_bilinear import CompactBilinearConfig
+from sopdeploy.pooling.eigen_pooling import LogEuclideanConfig, MpnCovConfig
+from sopdeploy.pooling.gaussian import GaussianConfig
+from sopdeploy.pooling.isqrt_pooling import ISqrtPoolingConfig
+from sopdeploy.pooling.kernel_pooling import KernelPoolingConfig
+from sopdeploy.pooling.low_rank_bilinear import LowRankBilinearConfig
+
+
+def with_kind(choice: Any) -> Any:
+    """Return a pooling's bare name as a config with that name."""
+    return {"kind": choice} if isinstance(choice, str) else choice
+
+
+Pooling = Annotated[
+    GapConfig
+    | ISqrtPoolingConfig
+    | MpnCovConfig
+    | LogEuclideanConfig
+    | BilinearConfig
+    | ImprovedBilinearConfig
+    | GaussianConfig
+    | CompactBilinearConfig
+    | KernelPoolingConfig
+    | LowRankBilinearConfig
+    | NetVladConfig
+    | NetFvConfig,
+    pydantic.Field(discriminator="kind"),
+    pydantic.BeforeValidator(with_kind),
+]
