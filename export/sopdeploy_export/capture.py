@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from sopdeploy.backbones.base import Backbone
 from sopdeploy.errors import LoweringError
 from sopdeploy.manifest import BatchRange
 from sopdeploy.normalise import Normalise
@@ -19,16 +20,16 @@ from sopdeploy.preprocess import Preprocess
 
 
 class Deployed(nn.Module):
-    """What is captured: uint8 images in, logits out."""
+    """What is captured: uint8 images in, the network's `outputs` out."""
 
-    def __init__(self, network: nn.Module, preprocess: Preprocess) -> None:
+    def __init__(self, network: Backbone, preprocess: Preprocess) -> None:
         super().__init__()
         self.normalise = Normalise(preprocess)
         self.network = network
 
-    def forward(self, images: Tensor) -> Any:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the network's answer to (B, H, W, 3) uint8 *images*."""
-        return self.network(self.normalise(images))
+        return self.network.answer(self.normalise(images))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +40,7 @@ class Captured:
     batch_of_one: ExportedProgram
 
 
-def capture(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Captured:
+def capture(network: Backbone, preprocess: Preprocess, batch: BatchRange) -> Captured:
     """Return the graphs of *network*, which must be in eval mode.
 
     torch.export takes a dynamic dimension to be at least 2, so code that treats a single image otherwise

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from sopdeploy.backbones.base import Backbone
 from sopdeploy.errors import CertificateError, LoweringError
 from sopdeploy.frozen import Frozen
 from sopdeploy.manifest import BatchRange
@@ -85,7 +86,7 @@ class Proof:
 
 def certify(
     trained: Classifier,
-    lean: nn.Module,
+    lean: Backbone,
     preprocess: Preprocess,
     probes: Tensor,
     *,
@@ -103,7 +104,11 @@ def certify(
         refuse_hooks(network, role)
     trained, lean = standard_layout(trained), standard_layout(lean)
     removed, kept = account(trained, lean)
-    networks = {"plain": plain_network(trained, lean), "trained": trained, "detached": lean}
+    networks: dict[str, Backbone] = {
+        "plain": plain_network(trained, lean),
+        "trained": trained,
+        "detached": lean,
+    }
     captured, roots = same_graphs(networks, preprocess, batch, {entry.name for entry in removed})
     batches = tuple(sorted({1, min(2, len(probes)), len(probes)}))
     equal_numbers({name: Deployed(net, preprocess) for name, net in networks.items()}, probes, batches)
@@ -201,7 +206,7 @@ def tensor_entry(name: str, tensor: Tensor) -> TensorEntry:
     )
 
 
-def plain_network(trained: Classifier, lean: nn.Module) -> nn.Module:
+def plain_network(trained: Classifier, lean: nn.Module) -> Backbone:
     """Return a plain network, built anew from the config, that holds the weights of *lean*."""
     plain = trained.plain()
     source, target = tensors(lean), tensors(plain)
@@ -219,7 +224,7 @@ def plain_network(trained: Classifier, lean: nn.Module) -> nn.Module:
 
 
 def same_graphs(
-    networks: dict[str, nn.Module], preprocess: Preprocess, batch: BatchRange, removed: set[str]
+    networks: dict[str, Backbone], preprocess: Preprocess, batch: BatchRange, removed: set[str]
 ) -> tuple[dict[str, Captured], Roots]:
     """Return the graphs of *networks*, `plain` first, and the roots they share.
 
@@ -283,22 +288,26 @@ def first_difference(found: ProgramRoot, plain: ProgramRoot) -> str:
 
 
 def equal_numbers(networks: dict[str, nn.Module], probes: Tensor, batches: tuple[int, ...]) -> None:
-    """Refuse logits that are not bitwise those of the plain network."""
+    """Refuse outputs that are not bitwise those of the plain network."""
     for size in batches:
-        logits = {}
-        for role, network in networks.items():
-            with torch.no_grad():
-                chunks = [probes[start : start + size] for start in range(0, len(probes), size)]
-                logits[role] = torch.cat([network(chunk) for chunk in chunks])
+        answers = {role: answers_of(network, probes, size) for role, network in networks.items()}
         for role in ("trained", "detached"):
-            if not torch.equal(bits(logits[role]), bits(logits["plain"])):
-                difference = (logits[role] - logits["plain"]).abs().max().item()
-                raise CertificateError(
-                    f"the {role} network gives other logits than the plain one at batch {size}: "
-                    f"largest difference {difference:.3g}"
-                )
+            for found, plain in zip(answers[role], answers["plain"], strict=True):
+                if not torch.equal(bits(found), bits(plain)):
+                    difference = (found - plain).abs().max().item()
+                    raise CertificateError(
+                        f"the {role} network gives other logits than the plain one at batch {size}: "
+                        f"largest difference {difference:.3g}"
+                    )
 
 
-def bits(logits: Tensor) -> Tensor:
-    """Return the bytes of *logits*, so that -0 is not 0 and NaN is itself."""
-    return logits.contiguous().view(torch.uint8)
+def answers_of(network: nn.Module, probes: Tensor, size: int) -> list[Tensor]:
+    """Return every output of *network* for *probes*, computed in batches of *size*."""
+    with torch.no_grad():
+        chunks = [network(probes[start : start + size]) for start in range(0, len(probes), size)]
+    return [torch.cat(output) for output in zip(*chunks, strict=True)]
+
+
+def bits(values: Tensor) -> Tensor:
+    """Return the bytes of *values*, so that -0 is not 0 and NaN is itself."""
+    return values.contiguous().view(torch.uint8)
