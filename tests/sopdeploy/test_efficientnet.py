@@ -4,7 +4,7 @@ import torch
 
 from sopdeploy.backbones.efficientnet import STAGES, EfficientNet, EfficientNetConfig
 from sopdeploy.blocks.mbconv import MBConv, StochasticDepth
-from sopdeploy.models.describe import count
+from sopdeploy.models.counting import count
 
 
 def test_efficientnet_has_timms_keys_and_gives_its_logits() -> None:
