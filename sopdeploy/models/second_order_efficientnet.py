@@ -14,12 +14,14 @@ from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetConfig
 from sopdeploy.blocks.mbconv import swish_reduction
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.entry import Entry
+from sopdeploy.pooling.average import GapConfig
 from sopdeploy.pooling.isqrt_cov import ISqrtCov, ISqrtCovConfig
 
 
 class SecondOrderEfficientNetConfig(EfficientNetConfig):
     """EfficientNet-b0, and the covariance's `width` and iteration."""
 
+    pooling: GapConfig = GapConfig()  # the end of this network is its own
     width: Annotated[int, pydantic.Field(ge=1)] = 64
     iterations: Annotated[int, pydantic.Field(ge=1, le=15)] = 5
     prenorm: Literal["trace", "frobenius"] = "trace"
@@ -32,7 +34,7 @@ class SecondOrderEfficientNet(Classifier, EfficientNet):
 
     def __init__(self, config: SecondOrderEfficientNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.reduction = swish_reduction(self.classifier.in_features, config.width)
+        self.reduction = swish_reduction(self.pooling.out_features, config.width)
         self.root = ISqrtCov(
             ISqrtCovConfig(width=config.width, iterations=config.iterations, prenorm=config.prenorm)
         )
