@@ -123,7 +123,9 @@ def export(
             onnx_root=file_root(folder / "model.onnx"),
         )
         card = manifest_fields(checkpoint, certificate, options.batch, lineage, expected)
-        (folder / "README.md").write_text(model_card.render(checkpoint, certificate, parity, card))
+        (folder / "README.md").write_text(
+            model_card.render(checkpoint, certificate, parity, card), encoding="utf-8"
+        )
         manifest = bundle.seal(folder, card)
         path = bundle.publish(folder, manifest, destination)
     return Exported(path=path, manifest=manifest, certificate=certificate, parity=parity)
