@@ -63,12 +63,16 @@ def last_error(logger: Any) -> str:
     return " ".join(logger.errors[-1].split()) if logger.errors else "TensorRT gave no reason"
 
 
-def deserialize(trt: Any, plan: bytes, logger: Any) -> Any:
-    """Return the engine of *plan*, which must be a checked one; host code in it stays forbidden."""
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+def deserialize(trt: Any, plan: bytes, logger: Any) -> "tuple[Any, Any]":
+    """Return a TensorRT runtime, which must live as long, and the engine of *plan*.
+
+    The plan must be a checked one; host code in it stays forbidden.
+    """
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise RuntimeUnavailableError(
             f"TensorRT {trt.__version__} cannot load the plan: {last_error(logger)}; "
             "build it again with `sopdeploy engine`"
         )
-    return engine
+    return runtime, engine

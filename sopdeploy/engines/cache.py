@@ -63,7 +63,9 @@ def write_whole(path: Path, content: bytes) -> None:
             Path(partial).unlink(missing_ok=True)
             raise
     except OSError as problem:
-        raise EngineError(f"{path}: cannot be written ({problem.strerror}); choose another --cache") from problem
+        raise EngineError(
+            f"{path}: cannot be written ({problem.strerror}); choose another --cache"
+        ) from problem
 
 
 def look(folder: Path, key: EngineKey) -> "StoredEngine | NoEngine":

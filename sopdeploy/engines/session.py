@@ -24,10 +24,13 @@ class EngineSession:
     def __init__(
         self, trt: Any, cuda: Cuda, plan: bytes, manifest: Manifest, profiles: Sequence[Profile]
     ) -> None:
-        """Load *plan*, whose hash was checked; raises `RuntimeUnavailableError` where it is no such engine."""
+        """Load *plan*, whose hash was checked.
+
+        Raises `RuntimeUnavailableError` where it is no such engine.
+        """
         self._trt, self._cuda, self._profiles = trt, cuda, tuple(profiles)
         self._logger = make_logger(trt)
-        self.engine = deserialize(trt, plan, self._logger)
+        self._runtime, self.engine = deserialize(trt, plan, self._logger)
         self.largest_batch = max(profile.maximum for profile in profiles)
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
@@ -71,7 +74,7 @@ class EngineSession:
     def close(self) -> None:
         """Give back contexts, engine and memory."""
         self._contexts.clear()
-        self.engine = None
+        self.engine = self._runtime = None
         self._cuda.free(list(self._device.values()), list(self._host.values()), self._stream)
         self._host.clear()
         self._device.clear()
@@ -99,7 +102,7 @@ def refuse_another_engine(trt: Any, engine: Any, manifest: Manifest, profiles: S
         )
     for index, profile in enumerate(profiles):
         shapes = engine.get_tensor_profile_shape(manifest.inputs[0].name, index)
-        batches = [int(tuple(shape)[0]) for shape in shapes]
+        batches = [int(next(iter(shape))) for shape in shapes]
         if batches != [profile.minimum, profile.optimum, profile.maximum]:
             raise RuntimeUnavailableError(
                 f"profile {index} of the engine takes batches {batches}, its record says {profile}"
