@@ -32,12 +32,12 @@ class BuildRequest:
     """What one build is given."""
 
     onnx: bytes
-    profiles: "tuple[Profile, ...]"
+    profiles: tuple[Profile, ...]
     precision: str
     level: int = 3
     workspace: int = 1 << 32
     timing_cache: bytes = b""
-    last_build: "float | None" = None  # seconds
+    last_build: float | None = None  # seconds
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def serialize(trt: Any, builder: Any, network: Any, config: Any, request: BuildR
     return plan
 
 
-def bytes_or_none(memory: Any) -> "bytes | None":
+def bytes_or_none(memory: Any) -> bytes | None:
     """Return the bytes of TensorRT's *memory*, if there is any."""
     return None if memory is None else bytes(memory)
 

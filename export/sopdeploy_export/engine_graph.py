@@ -15,7 +15,9 @@ PRECISIONS: dict[int, str] = {
     TensorProto.INT8: "int8",
     TensorProto.DOUBLE: "fp64",
 }
-TYPE_CHANGES = frozenset({"Cast", "Constant", "DequantizeLinear", "QuantizeLinear"})  # compute nothing
+MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+COMPUTES_NOTHING = MOVES | {"Cast", "Constant", "DequantizeLinear", "QuantizeLinear"}
+CENTRING = MOVES | {"Cast", "Div", "MatMul", "Mul", "ReduceMean", "ReduceSum", "Sub"}
 SECOND_ORDER = "second order"
 
 
@@ -48,7 +50,7 @@ def operator_precision(node: onnx.NodeProto, types: Mapping[str, int], producers
     if any(producers.get(name) == "DequantizeLinear" for name in node.input):
         return "int8" if node.op_type in {"Conv", "MatMul", "Gemm"} else ""
     asked = PRECISIONS.get(types.get(node.output[0], 0), "")
-    return "" if node.op_type in TYPE_CHANGES else asked
+    return "" if node.op_type in COMPUTES_NOTHING else asked
 
 
 def asked_precisions(model: onnx.ModelProto) -> dict[str, str]:
@@ -71,22 +73,26 @@ def parts(model: onnx.ModelProto) -> dict[str, str]:
     """Return by operator's name the part of the network it belongs to.
 
     An operator with weights belongs to the part that its weight's name begins with (`layer3`, `fc`). A
-    product of two computed matrices, and what follows it, is the second-order part; anything else belongs
-    to where its first operand was computed.
+    product of two computed matrices, the centring that leads to it alone and what follows it, is the
+    second-order part; anything else belongs to where its first operand was computed.
     """
     fixed = constants(model)
+    weights = {name for name in fixed if "." in name}  # the others do not say where they come from
     part_of = {value.name: "input" for value in model.graph.input}
     found = {}
     for node in model.graph.node:
-        weights = [name for name in node.input if name in fixed and "." in name]
+        own = [name for name in node.input if name in weights]
         computed = [name for name in node.input if name and name not in fixed]
-        if weights:
-            part = weights[0].partition(".")[0]
+        if own:
+            part = own[0].partition(".")[0]
         elif node.op_type == "MatMul" and len(computed) == 2:
             part = SECOND_ORDER
         else:
             part = part_of.get(computed[0], "input") if computed else "constants"
         part_of.update(dict.fromkeys(node.output, part))
-        if node.name:
-            found[node.name] = part
-    return found
+        found[node.output[0]] = part
+    for node in reversed(model.graph.node):
+        after = {found[user.output[0]] for user in model.graph.node if node.output[0] in user.input}
+        if node.op_type in CENTRING and after == {SECOND_ORDER} and not weights.intersection(node.input):
+            found[node.output[0]] = SECOND_ORDER
+    return {node.name: found[node.output[0]] for node in model.graph.node if node.name}

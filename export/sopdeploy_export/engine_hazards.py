@@ -41,22 +41,23 @@ def look_at(model: onnx.ModelProto, version: Version) -> Seen:
     return Seen(model=model, version=version, fixed=constants(model), types=value_types(model))
 
 
-def newer_opset(seen: Seen) -> "str | None":
-    """The parser of 8.6 has no upper bound and reads newer operators as if they were old."""
-    newest = next(
-        NEWEST_OPSET[start] for start in sorted(NEWEST_OPSET, reverse=True) if seen.version >= start
-    )
-    found = max(entry.version for entry in seen.model.opset_import if entry.domain == "")
-    return f"opset {found} is newer than {newest}, the newest it reads rightly" if found > newest else None
+def newer_opset(model: onnx.ModelProto, version: Version) -> str | None:
+    """Say where *model*, rewritten, still has a newer opset than *version* reads rightly.
+
+    The parser of 8.6 has no upper bound and reads newer operators as if they were old.
+    """
+    newest = next(NEWEST_OPSET[start] for start in sorted(NEWEST_OPSET, reverse=True) if version >= start)
+    found = max(entry.version for entry in model.opset_import if entry.domain == "")
+    return f"(newer-opset): opset {found} is newer than {newest}" if found > newest else None
 
 
-def other_domains(seen: Seen) -> "str | None":
+def other_domains(seen: Seen) -> str | None:
     """Operators of other domains are plugins, found or not found by name."""
     domains = sorted({node.domain for node in seen.model.graph.node if node.domain not in {"", "ai.onnx"}})
     return f"operators of the domain {domains[0]} would need a plugin" if domains else None
 
 
-def computed_axes(seen: Seen) -> "str | None":
+def computed_axes(seen: Seen) -> str | None:
     """Axes of a reduction must be a constant."""
     for node in seen.model.graph.node:
         if node.op_type.startswith("Reduce") and len(node.input) > 1 and node.input[1] not in seen.fixed:
@@ -64,31 +65,31 @@ def computed_axes(seen: Seen) -> "str | None":
     return None
 
 
-def control_flow(seen: Seen) -> "str | None":
+def control_flow(seen: Seen) -> str | None:
     """Branches and loops stop fusion and CUDA graphs, and no network here needs them."""
     found = next(seen.nodes("If", "Loop", "Scan", "NonZero"), None)
     return f"{found.name}: {found.op_type} makes shapes depend on data" if found else None
 
 
-def unknown_operators(seen: Seen) -> "str | None":
+def unknown_operators(seen: Seen) -> str | None:
     """Det has no form in TensorRT."""
     found = next(seen.nodes("Det"), None)
     return f"{found.name}: {found.op_type} is not supported" if found else None
 
 
-def double(seen: Seen) -> "str | None":
+def double(seen: Seen) -> str | None:
     """Doubles are silently computed as floats."""
     name = next((name for name, kind in seen.types.items() if kind == TensorProto.DOUBLE), None)
     return f"{name} is a double, which it silently computes as float" if name else None
 
 
-def bfloat(seen: Seen) -> "str | None":
+def bfloat(seen: Seen) -> str | None:
     """bfloat16 exists from TensorRT 10 on."""
     name = next((name for name, kind in seen.types.items() if kind == TensorProto.BFLOAT16), None)
     return f"{name} is bfloat16, which exists from TensorRT 10 on: export with fp16 or fp32" if name else None
 
 
-def long_integers(seen: Seen) -> "str | None":
+def long_integers(seen: Seen) -> str | None:
     """8.6 casts int64 constants to int32 and cuts off what does not fit."""
     for name, tensor in seen.fixed.items():
         values = array(tensor) if tensor.data_type == TensorProto.INT64 else None
@@ -100,7 +101,7 @@ def long_integers(seen: Seen) -> "str | None":
     return None
 
 
-def top_k(seen: Seen) -> "str | None":
+def top_k(seen: Seen) -> str | None:
     """K must be a constant, and small."""
     for node in seen.nodes("TopK"):
         if node.input[1] not in seen.fixed:
@@ -111,7 +112,7 @@ def top_k(seen: Seen) -> "str | None":
     return None
 
 
-def scatter_reduction(seen: Seen) -> "str | None":
+def scatter_reduction(seen: Seen) -> str | None:
     """ScatterND's reduction is not supported; without it the graph would overwrite instead of add."""
     for node in seen.nodes("ScatterND"):
         if any(a.name == "reduction" and a.s not in {b"", b"none"} for a in node.attribute):
@@ -119,7 +120,7 @@ def scatter_reduction(seen: Seen) -> "str | None":
     return None
 
 
-def einsum(seen: Seen) -> "str | None":
+def einsum(seen: Seen) -> str | None:
     """Ellipsis and diagonals in Einsum exist from 10.12 on."""
     for node in seen.nodes("Einsum"):
         equation = next(a.s.decode() for a in node.attribute if a.name == "equation").replace(" ", "")
@@ -129,15 +130,14 @@ def einsum(seen: Seen) -> "str | None":
     return None
 
 
-def old_normalization(seen: Seen) -> "str | None":
+def old_normalization(seen: Seen) -> str | None:
     """8.6 makes GroupNormalization a plugin that calls cuDNN."""
     found = next(seen.nodes("GroupNormalization"), None)
     return f"{found.name}: GroupNormalization would be a plugin over cuDNN 8" if found else None
 
 
-# name, the rule, from which version on (inclusive) and up to which (exclusive) it holds
-RULES: "tuple[tuple[str, Rule, Version, Version | None], ...]" = (
-    ("newer-opset", newer_opset, ALL, None),
+# What is asked before anything is rewritten: name, the rule, from which version on (inclusive) and up to which (exclusive) it holds
+RULES: tuple[tuple[str, Rule, Version, Version | None], ...] = (
     ("other-domain", other_domains, ALL, None),
     ("computed-axes", computed_axes, ALL, None),
     ("control-flow", control_flow, ALL, None),
@@ -150,3 +150,12 @@ RULES: "tuple[tuple[str, Rule, Version, Version | None], ...]" = (
     ("einsum", einsum, ALL, (10, 12)),
     ("group-normalization", old_normalization, ALL, (10, 0)),
 )
+
+
+def complaints(seen: Seen) -> Iterator[str]:
+    """Yield what of *seen* its release would read wrongly, beginning with the rule's name."""
+    for name, rule, first, last in RULES:
+        if first <= seen.version and (last is None or seen.version < last):
+            complaint = rule(seen)
+            if complaint is not None:
+                yield f"({name}): {complaint}"

@@ -13,7 +13,7 @@ from sopdeploy.engines.profiles import Profile
 from sopdeploy.engines.record import Hazard
 from sopdeploy.errors import EngineError, LoweringError
 from sopdeploy_export.engine_graph import graph_precision
-from sopdeploy_export.engine_hazards import RULES, look_at
+from sopdeploy_export.engine_hazards import complaints, look_at, newer_opset
 from sopdeploy_export.engine_rewrites import axes_as_attributes, widen_bytes_first
 
 REWRITES = (widen_bytes_first, axes_as_attributes)
@@ -22,21 +22,23 @@ IN_THE_GRAPH = {"bf16-backbone": "bf16"}  # a bundle's precision as the graph sh
 
 def lint(
     model: onnx.ModelProto, version: Version, profiles: Sequence[Profile]
-) -> "tuple[onnx.ModelProto, tuple[Hazard, ...]]":
+) -> tuple[onnx.ModelProto, tuple[Hazard, ...]]:
     """Return a copy of *model* that TensorRT *version* reads rightly, and what was rewritten for it.
 
     Raises `LoweringError` naming the first rule that the graph breaks.
     """
     safe = onnx.ModelProto.FromString(model.SerializeToString())
     refuse_a_fixed_batch(safe, profiles)
+    refuse(next(complaints(look_at(safe, version)), None), version)
     done = [rewrite(safe, version) for rewrite in REWRITES]
-    seen = look_at(safe, version)
-    for name, rule, first, last in RULES:
-        if first <= version and (last is None or version < last):
-            complaint = rule(seen)
-            if complaint is not None:
-                raise LoweringError(f"TensorRT {version[0]}.{version[1]} ({name}): {complaint}")
+    refuse(newer_opset(safe, version), version)
     return safe, tuple(hazard for hazard in done if hazard is not None)
+
+
+def refuse(complaint: str | None, version: Version) -> None:
+    """Raise *complaint* where there is one."""
+    if complaint is not None:
+        raise LoweringError(f"TensorRT {version[0]}.{version[1]} {complaint}")
 
 
 def refuse_a_fixed_batch(model: onnx.ModelProto, profiles: Sequence[Profile]) -> None:
@@ -51,7 +53,7 @@ def refuse_a_fixed_batch(model: onnx.ModelProto, profiles: Sequence[Profile]) ->
             )
 
 
-def refuse_another_precision(model: onnx.ModelProto, asked: str, version: "Version | None") -> None:
+def refuse_another_precision(model: onnx.ModelProto, asked: str, version: Version | None) -> None:
     """Refuse a build whose *asked* precision is not in the graph.
 
     TensorRT 11 has no switch for it and 10 ignores it in a typed network: the build would end with exit

@@ -77,7 +77,7 @@ def lint_for(model: onnx.ModelProto, tensorrt: str, profiles: Sequence[Profile])
     return LintResult(tensorrt=tensorrt, hazards=hazards, refused=None)
 
 
-def installed_tensorrt() -> "str | None":
+def installed_tensorrt() -> str | None:
     """Return the version of the installed TensorRT, if there is one."""
     try:
         return str(import_tensorrt().__version__)
@@ -85,7 +85,7 @@ def installed_tensorrt() -> "str | None":
         return None
 
 
-def visible_gpu() -> "tuple[Gpu | None, str | None]":
+def visible_gpu() -> tuple[Gpu | None, str | None]:
     """Return the GPU, or why there is none."""
     try:
         return open_cuda().gpu(), None

@@ -24,7 +24,7 @@ class Phases:
         self._steps: dict[str, list[int]] = {}  # phase: [done, of]
         self._parent: dict[str, str | None] = {}
 
-    def start(self, phase: str, parent: "str | None", steps: int) -> None:
+    def start(self, phase: str, parent: str | None, steps: int) -> None:
         """Note that *phase* of *steps* steps begins, inside of *parent*."""
         self._steps[phase] = [0, max(1, steps)]
         self._parent[phase] = parent
@@ -56,7 +56,7 @@ class Phases:
         return min(1.0, (done + max(inside, default=0.0)) / steps)
 
 
-def line(elapsed: float, share: "float | None", last_build: "float | None", phase: str = "") -> str:
+def line(elapsed: float, share: float | None, last_build: float | None, phase: str = "") -> str:
     """Return what the user reads: time so far, share, and an estimate of what is left."""
     text = f"building, {clock_time(elapsed)}"
     left = None
@@ -75,7 +75,7 @@ def clock_time(seconds: float) -> str:
     return f"{int(seconds) // MINUTE}:{int(seconds) % MINUTE:02d}"
 
 
-def make_monitor(trt: Any, tell: Tell, last_build: "float | None", clock: Clock = time.monotonic) -> Any:
+def make_monitor(trt: Any, tell: Tell, last_build: float | None, clock: Clock = time.monotonic) -> Any:
     """Return a progress monitor for TensorRT 10 and 11; control-C ends the build at its next step."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined, unused-ignore]
@@ -87,7 +87,7 @@ def make_monitor(trt: Any, tell: Tell, last_build: "float | None", clock: Clock 
             self._begin = clock()
             self.stopped = False
 
-        def phase_start(self, phase_name: str, parent_phase: "str | None", num_steps: int) -> None:
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             """Begin a phase."""
             self._phases.start(phase_name, parent_phase or None, num_steps)
 
@@ -109,7 +109,7 @@ def make_monitor(trt: Any, tell: Tell, last_build: "float | None", clock: Clock 
 
 
 @contextmanager
-def heartbeat(tell: Tell, last_build: "float | None", seconds: float = BEAT_SECONDS) -> Iterator[None]:
+def heartbeat(tell: Tell, last_build: float | None, seconds: float = BEAT_SECONDS) -> Iterator[None]:
     """Tell every few seconds that the build of TensorRT 8.6 goes on."""
     begin = time.monotonic()
     over = threading.Event()

@@ -56,7 +56,7 @@ def what_was_asked(model: onnx.ModelProto) -> Asked:
     return Asked(precision=asked_precisions(model), part=parts(model), border=border)
 
 
-def word_to_precision(text: str) -> "str | None":
+def word_to_precision(text: str) -> str | None:
     """Return the floating precision that the inspector's *text* names; `None` for whole numbers."""
     lowered = text.lower()
     if "uint8" in lowered:
@@ -93,7 +93,7 @@ def receipt(model: onnx.ModelProto, asked: str, information: str) -> Receipt:
     )
 
 
-def part_precisions(wanted: Asked, realised: "Mapping[str, Counter[str]]") -> "dict[str, PartPrecision]":
+def part_precisions(wanted: Asked, realised: Mapping[str, Counter[str]]) -> dict[str, PartPrecision]:
     """Return asked and realised by part, in the order of the graph; a low precision must be seen."""
     asked_by_part: dict[str, set[str]] = {}
     for name, precision in wanted.precision.items():
@@ -114,7 +114,7 @@ def part_precisions(wanted: Asked, realised: "Mapping[str, Counter[str]]") -> "d
     return found
 
 
-def inspected_layers(information: str) -> "list[dict[str, Any]]":
+def inspected_layers(information: str) -> list[dict[str, Any]]:
     """Return the layers in the inspector's JSON, which must be detailed."""
     try:
         layers = json.loads(information)["Layers"]
@@ -125,13 +125,13 @@ def inspected_layers(information: str) -> "list[dict[str, Any]]":
     return list(layers)
 
 
-def operators_of(layer: "dict[str, Any]") -> "list[str]":
+def operators_of(layer: dict[str, Any]) -> list[str]:
     """Return the names of the ONNX operators that an inspected *layer* was made of."""
     named: list[str] = ONNX_LAYER.findall(str(layer.get("Metadata", "")))
     return named or str(layer.get("Name", "")).split(" + ")
 
 
-def border_precisions(layer: "dict[str, Any]") -> "dict[str, int]":
+def border_precisions(layer: dict[str, Any]) -> dict[str, int]:
     """Return the floating precisions at the inputs and outputs of *layer*, once for the layer."""
     tensors = [*layer.get("Inputs", []), *layer.get("Outputs", [])]
     found = {word_to_precision(str(tensor.get("Format/Datatype", ""))) for tensor in tensors}
@@ -139,7 +139,7 @@ def border_precisions(layer: "dict[str, Any]") -> "dict[str, int]":
 
 
 def compare_layer(
-    layer: "dict[str, Any]", names: "list[str]", found: "Mapping[str, int]", wanted: Asked
+    layer: dict[str, Any], names: list[str], found: Mapping[str, int], wanted: Asked
 ) -> None:
     """Refuse a *layer* made of the operators *names* with a type that none of them has, or with TF32."""
     asked = {wanted.precision[name] for name in names}

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from sopdeploy.engines.binding import Version
 from sopdeploy.engines.record import Hazard
 from sopdeploy.errors import LoweringError
-from sopdeploy_export.engine_graph import array, constants
+from sopdeploy_export.engine_graph import MOVES, array, constants
 
 LAST_OPSET_OF_8 = 17
 AXES_AS_INPUT = frozenset(
@@ -28,10 +28,9 @@ AXES_AS_INPUT = frozenset(
         "ReduceSumSquare",
     }
 )
-MOVES = frozenset({"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 
 
-def axes_as_attributes(model: onnx.ModelProto, version: Version) -> "Hazard | None":
+def axes_as_attributes(model: onnx.ModelProto, version: Version) -> Hazard | None:
     """Turn *model* into opset 17 in place where TensorRT 8.6 is to read it.
 
     Raises `LoweringError` where axes are computed, or an operator means something else in opset 17.
@@ -99,7 +98,7 @@ def drop_unused(model: onnx.ModelProto) -> None:
         model.graph.initializer.extend(copies)
 
 
-def widen_bytes_first(model: onnx.ModelProto, _version: Version) -> "Hazard | None":
+def widen_bytes_first(model: onnx.ModelProto, _version: Version) -> Hazard | None:
     """Move the cast of every uint8 input before the operators that only move its bytes, in place.
 
     Raises `LoweringError` where something else computes with unsigned bytes.

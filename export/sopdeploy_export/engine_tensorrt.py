@@ -48,7 +48,7 @@ class Engine:
 
     path: Path
     record: EngineRecord
-    reason: "str | None"
+    reason: str | None
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def engine(bundle: Bundle, options: EngineOptions, tell: Tell = lambda _: None) 
 
 def build_checked(
     machine: Machine, bundle: Bundle, key: EngineKey, folder: Path, tell: Tell
-) -> "tuple[bytes, EngineRecord]":
+) -> tuple[bytes, EngineRecord]:
     """Return a new plan for *key* and its record, after lint, receipt and probes."""
     model = onnx.load(bundle.onnx)
     version = version_of(machine.trt)
@@ -152,14 +152,14 @@ def keep_timings(path: Path, built: Built) -> None:
         write_whole(path, built.timing_cache)
 
 
-def last_build_seconds(folder: Path) -> "float | None":
+def last_build_seconds(folder: Path) -> float | None:
     """Return how long the slowest build of this bundle took, for an estimate."""
     return max((record.build_seconds for record in records(folder)), default=None)
 
 
 def replay_probes(
     machine: Machine, bundle: Bundle, plan: bytes, profiles: Sequence[Profile]
-) -> "tuple[ProbeReplay, ...]":
+) -> tuple[ProbeReplay, ...]:
     """Return the replays of the bundle's probes on the engine in *plan*, in batches of every profile.
 
     Raises `ParityError` where a number deviates by more than the bundle allows.

@@ -63,7 +63,7 @@ def last_error(logger: Any) -> str:
     return " ".join(logger.errors[-1].split()) if logger.errors else "TensorRT gave no reason"
 
 
-def deserialize(trt: Any, plan: bytes, logger: Any) -> "tuple[Any, Any]":
+def deserialize(trt: Any, plan: bytes, logger: Any) -> tuple[Any, Any]:
     """Return a TensorRT runtime, which must live as long, and the engine of *plan*.
 
     The plan must be a checked one; host code in it stays forbidden.

@@ -68,7 +68,7 @@ def write_whole(path: Path, content: bytes) -> None:
         ) from problem
 
 
-def look(folder: Path, key: EngineKey) -> "StoredEngine | NoEngine":
+def look(folder: Path, key: EngineKey) -> StoredEngine | NoEngine:
     """Return the checked plan of *key* in *folder*, or why there is none that may be loaded."""
     path = folder / f"{key.name}.plan"
     if not path.with_suffix(".json").is_file():
@@ -86,7 +86,7 @@ def look(folder: Path, key: EngineKey) -> "StoredEngine | NoEngine":
     return StoredEngine(plan=plan, record=record)
 
 
-def read_record(path: Path) -> "EngineRecord | NoEngine":
+def read_record(path: Path) -> EngineRecord | NoEngine:
     """Return the record at *path*, or why it is none."""
     try:
         if path.is_symlink() or path.stat().st_size > LARGEST_RECORD:
@@ -112,7 +112,7 @@ def nearest(folder: Path, key: EngineKey) -> str:
 
 def best_for(
     folder: Path, bundle: Bundle, *, tensorrt: str, gpu: str, architecture: str
-) -> "StoredEngine | NoEngine":
+) -> StoredEngine | NoEngine:
     """Return the checked engine of *bundle* for this machine that takes the largest batches."""
     found = records(folder)
     if not found:

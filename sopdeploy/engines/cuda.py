@@ -58,7 +58,7 @@ class Cuda:
         """Return the address of *size* new bytes on the GPU."""
         return int(self.call("cudaMalloc", size))
 
-    def pinned_array(self, shape: "tuple[int, ...]", dtype: Any) -> NDArray[Any]:
+    def pinned_array(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """Return an array in page-locked memory, which the GPU copies from and to by itself."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         address = int(self.call("cudaHostAlloc", size, 0))
@@ -81,7 +81,7 @@ class Cuda:
         """Wait until everything on *stream* is done."""
         self.call("cudaStreamSynchronize", stream)
 
-    def free(self, addresses: "list[int]", arrays: "list[NDArray[Any]]", stream: Any) -> None:
+    def free(self, addresses: list[int], arrays: list[NDArray[Any]], stream: Any) -> None:
         """Give back device memory, pinned arrays and a stream."""
         for address in addresses:
             self.call("cudaFree", address)
