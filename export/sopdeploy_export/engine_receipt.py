@@ -138,9 +138,7 @@ def border_precisions(layer: dict[str, Any]) -> dict[str, int]:
     return {precision: 1 for precision in sorted(found - {None}, key=str) if precision is not None}
 
 
-def compare_layer(
-    layer: dict[str, Any], names: list[str], found: Mapping[str, int], wanted: Asked
-) -> None:
+def compare_layer(layer: dict[str, Any], names: list[str], found: Mapping[str, int], wanted: Asked) -> None:
     """Refuse a *layer* made of the operators *names* with a type that none of them has, or with TF32."""
     asked = {wanted.precision[name] for name in names}
     allowed = asked.union(*(wanted.border.get(name, frozenset()) for name in operators_of(layer)))

@@ -22,7 +22,9 @@ class FakeCuda(ModuleType):
     cudaStreamNonBlocking = 1
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
 
-    def __init__(self, *, gpus: int | None = 1, name: str = "Fake H200", sm: tuple[int, int] = (9, 0)) -> None:
+    def __init__(
+        self, *, gpus: int | None = 1, name: str = "Fake H200", sm: tuple[int, int] = (9, 0)
+    ) -> None:
         super().__init__("cuda.bindings.runtime")
         self.gpus, self.gpu_name, self.sm = gpus, name, sm
         self.held: dict[int, Any] = {}

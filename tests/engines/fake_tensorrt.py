@@ -95,7 +95,11 @@ class Memory:
 
 
 def dtype_of(trt: Any, elem: int) -> Any:
-    names = {onnx.TensorProto.UINT8: "UINT8", onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF"}
+    names = {
+        onnx.TensorProto.UINT8: "UINT8",
+        onnx.TensorProto.FLOAT: "FLOAT",
+        onnx.TensorProto.FLOAT16: "HALF",
+    }
     return getattr(trt.DataType, names.get(elem, "INT32"))
 
 

@@ -72,18 +72,29 @@ def answers(model: onnx.ModelProto, images: np.ndarray[Any, Any]) -> np.ndarray[
     return found
 
 
-def write(folder: Path, model: onnx.ModelProto | None = None, *, wrong_by: float = 0.0, **fields: Any) -> Bundle:
+def write(
+    folder: Path,
+    model: onnx.ModelProto | None = None,
+    *,
+    wrong_by: float = 0.0,
+    probes: int = 3,
+    **fields: Any,
+) -> Bundle:
     """Write and open a bundle of *model*; its probes want numbers that are *wrong_by* so much."""
     model = model or network()
-    images = some_images()
+    images = some_images(probes)
     logits = answers(model, images) + np.float32(wrong_by)
     with staging(folder) as stage:
         (stage / "model.onnx").write_bytes(model.SerializeToString())
         (stage / "labels.json").write_bytes(to_json([f"class {i}" for i in range(CLASSES)]))
         (stage / "certificate.json").write_bytes(to_json({}))
         (stage / "parity.json").write_bytes(to_json({}))
-        probes = Probes(images=images, expected={"logits": logits}, tolerance={"logits": 1e-5 * float(abs(logits).max()) if exact(model) else 0.1})
-        write_probes(stage / "probes.npz", probes)
+        kept = Probes(
+            images=images,
+            expected={"logits": logits},
+            tolerance={"logits": 1e-5 * float(abs(logits).max()) if exact(model) else 0.1},
+        )
+        write_probes(stage / "probes.npz", kept)
         values: dict[str, Any] = {
             "model": "tiny",
             "config": {},

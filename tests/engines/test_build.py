@@ -83,7 +83,9 @@ def test_tensorrt_8_is_told_the_precision_of_every_layer(install: Install, tmp_p
     config, kinds = trt._last["config"], trt.BuilderFlag
     assert config.get_flag(kinds.FP16)
     assert config.get_flag(kinds.OBEY_PRECISION_CONSTRAINTS)
-    asked = {layer.name: layer.precision for layer in trt._last["network"]._layers if hasattr(layer, "precision")}
+    asked = {
+        layer.name: layer.precision for layer in trt._last["network"]._layers if hasattr(layer, "precision")
+    }
     assert asked["node_convolved"] == trt.DataType.HALF
     assert asked["node_covariance"] == trt.DataType.FLOAT
 
@@ -93,7 +95,9 @@ def test_sabotage_an_fp32_graph_that_is_asked_to_be_fp16_is_refused_before_the_b
     version: str, install: Install, bundle: Bundle
 ) -> None:
     trt = install(version)
-    with pytest.raises(EngineError, match=r"fp16 was asked for and the graph is fp32.*export.*--precision fp16"):
+    with pytest.raises(
+        EngineError, match=r"fp16 was asked for and the graph is fp32.*export.*--precision fp16"
+    ):
         engine(bundle, EngineOptions(precision="fp16"))
     assert trt._builds == 0
 
@@ -144,7 +148,9 @@ def test_an_engine_with_other_numbers_is_not_kept(install: Install, tmp_path: Pa
 
 def test_tensorrts_own_words_reach_the_user(install: Install, bundle: Bundle) -> None:
     install("11.1", "refuse")
-    with pytest.raises(EngineError, match=r"TensorRT 11\.1\.0 cannot build the engine: Could not find any impl"):
+    with pytest.raises(
+        EngineError, match=r"TensorRT 11\.1\.0 cannot build the engine: Could not find any impl"
+    ):
         engine(bundle, OPTIONS)
 
 
@@ -181,7 +187,9 @@ def test_without_tensorrt_the_error_says_how_to_get_it(
     bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(RuntimeUnavailableError, match=r'not installed; run: pip install "sopdeploy\[tensorrt\]"'):
+    with pytest.raises(
+        RuntimeUnavailableError, match=r'not installed; run: pip install "sopdeploy\[tensorrt\]"'
+    ):
         engine(bundle, OPTIONS)
 
 

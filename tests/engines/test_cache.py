@@ -104,9 +104,7 @@ def test_other_profiles_get_an_engine_of_their_own_and_say_why(built: Engine, bu
 
 def test_the_server_takes_the_engine_for_the_largest_batches(built: Engine, bundle: Bundle) -> None:
     larger = engine(bundle, EngineOptions(profiles="1,16"))
-    found = best_for(
-        built.path.parent, bundle, tensorrt="10.16.0", gpu="Fake H200", architecture="sm_90"
-    )
+    found = best_for(built.path.parent, bundle, tensorrt="10.16.0", gpu="Fake H200", architecture="sm_90")
     assert isinstance(found, StoredEngine)
     assert found.record == larger.record
 

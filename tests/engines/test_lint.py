@@ -74,7 +74,10 @@ def graph(
     """A graph of one operator over x (batch, 4, 4)."""
     results = ["y", "indices"] if operator == "TopK" else ["y"]
     made = helper.make_graph(
-        [*(others or []), helper.make_node(operator, inputs, results, name="it", domain=domain, **attributes)],
+        [
+            *(others or []),
+            helper.make_node(operator, inputs, results, name="it", domain=domain, **attributes),
+        ],
         "one",
         [helper.make_tensor_value_info("x", kind, ["batch", 4, 4])],
         [helper.make_tensor_value_info("y", kind, shape)],
@@ -91,7 +94,12 @@ REFUSED: list[tuple[str, Callable[[], onnx.ModelProto], str, list[tuple[int, int
         "axes of ReduceSum are computed",
         EVERY,
     ),
-    ("an opset that it does not know", lambda: graph("Relu", ["x"], opset=21), "opset 21 is newer", EVERY[1:3]),
+    (
+        "an opset that it does not know",
+        lambda: graph("Relu", ["x"], opset=21),
+        "opset 21 is newer",
+        EVERY[1:3],
+    ),
     ("an opset after all", lambda: graph("Relu", ["x"], opset=26), "opset 26 is newer", EVERY[1:]),
     ("doubles", lambda: graph("Relu", ["x"], kind=TensorProto.DOUBLE), "double", EVERY),
     ("bfloat16", lambda: graph("Relu", ["x"], kind=TensorProto.BFLOAT16), "bfloat16", EVERY[:1]),
@@ -108,7 +116,12 @@ REFUSED: list[tuple[str, Callable[[], onnx.ModelProto], str, list[tuple[int, int
         "k of TopK is computed",
         EVERY,
     ),
-    ("a large TopK", lambda: graph("TopK", ["x", "k"], constants={"k": np.array([4000])}), "at most 3840", EVERY),
+    (
+        "a large TopK",
+        lambda: graph("TopK", ["x", "k"], constants={"k": np.array([4000])}),
+        "at most 3840",
+        EVERY,
+    ),
     (
         "a ScatterND that adds",
         lambda: graph(
@@ -168,7 +181,11 @@ def test_a_slice_to_the_end_of_all_integers_is_no_hazard() -> None:
 def test_a_reduction_over_everything_stays_one(axes: list[int] | None, keep: int) -> None:
     inputs = ["x"] if axes is None else ["x", "a"]
     constants = {} if axes is None else {"a": np.array(axes, dtype=np.int64)}
-    safe, _ = lint(graph("ReduceMax", inputs, constants=constants, keepdims=keep, shape=(1, 1, 1)[: 3 * keep]), (8, 6), FREE)
+    safe, _ = lint(
+        graph("ReduceMax", inputs, constants=constants, keepdims=keep, shape=(1, 1, 1)[: 3 * keep]),
+        (8, 6),
+        FREE,
+    )
     assert [a.name for a in safe.graph.node[0].attribute] == ["keepdims"]
 
 
@@ -198,5 +215,3 @@ def test_sabotage_a_precision_that_is_not_in_the_graph_is_refused(asked: str) ->
 def test_an_fp16_graph_is_not_called_fp32() -> None:
     with pytest.raises(EngineError, match="fp32 was asked for and the graph is fp16"):
         refuse_another_precision(network(half=True), "fp32", None)
-
-
