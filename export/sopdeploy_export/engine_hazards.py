@@ -1,7 +1,7 @@
 """Graphs that a TensorRT release would read wrongly or not at all: refused, with what to do instead.
 
-Each rule looks for one thing and stands in `RULES` with the releases that it concerns. The worst are those that
-a release keeps silent about.
+Each rule looks for one thing and stands in `RULES` with the releases that it concerns. The worst are those
+that a release keeps silent about.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -136,7 +136,7 @@ def old_normalization(seen: Seen) -> str | None:
     return f"{found.name}: GroupNormalization would be a plugin over cuDNN 8" if found else None
 
 
-# What is asked before anything is rewritten: name, the rule, from which version on (inclusive) and up to which (exclusive) it holds
+# Asked before anything is rewritten: name, rule, the release from which on and the one up to which it holds.
 RULES: tuple[tuple[str, Rule, Version, Version | None], ...] = (
     ("other-domain", other_domains, ALL, None),
     ("computed-axes", computed_axes, ALL, None),

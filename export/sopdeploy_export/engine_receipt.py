@@ -37,7 +37,7 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Asked:
-    """What the graph says by operator: precision, part, and the floating types of its operands and results."""
+    """What the graph says by operator: precision, part, the floating types it takes and gives."""
 
     precision: Mapping[str, str]
     part: Mapping[str, str]

@@ -131,9 +131,8 @@ def own_imports(name: str) -> set[str]:
         if spec is None or spec.origin is None or current in found:
             continue
         found.add(current)
-        for node in ast.walk(ast.parse(Path(spec.origin).read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                todo.append(node.module)
+        nodes = ast.walk(ast.parse(Path(spec.origin).read_text()))
+        todo.extend(node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module)
     return found
 
 

@@ -63,7 +63,7 @@ def test_a_server_is_ready_after_the_probes_ran_on_the_engine(install: Install, 
 
 def test_without_an_engine_the_error_says_how_to_get_one(install: Install, bundle: Bundle) -> None:
     install()
-    with pytest.raises(RuntimeUnavailableError, match="no engine of this bundle.*; run: sopdeploy engine"):
+    with pytest.raises(RuntimeUnavailableError, match=r"no engine of this bundle.*; run: sopdeploy engine"):
         choose(bundle, TENSORRT)
 
 
