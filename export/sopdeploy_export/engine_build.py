@@ -47,7 +47,6 @@ class Built:
     plan: bytes
     information: str
     timing_cache: bytes
-    timing_cache_used: bool
 
 
 def build(trt: Any, request: BuildRequest, tell: Tell) -> Built:
@@ -66,8 +65,7 @@ def build(trt: Any, request: BuildRequest, tell: Tell) -> Built:
     if version_of(trt)[0] < TYPED_SINCE:
         ask_layer_by_layer(trt, network, config, request.precision)
     add_profiles(builder, config, network, request.profiles)
-    cache = config.create_timing_cache(request.timing_cache)
-    used = bool(config.set_timing_cache(cache, False)) and bool(request.timing_cache)
+    use_timings(config, request.timing_cache)
     plan = bytes_or_none(serialize(trt, builder, network, config, request, tell))
     if plan is None:
         raise EngineError(f"TensorRT {trt.__version__} cannot build the engine: {last_error(logger)}")
@@ -76,7 +74,6 @@ def build(trt: Any, request: BuildRequest, tell: Tell) -> Built:
         plan=plan,
         information=inspect(trt, plan, logger),
         timing_cache=bytes(timings.serialize()) if timings is not None else b"",
-        timing_cache_used=used,
     )
 
 
@@ -112,6 +109,13 @@ def configure(trt: Any, config: Any, request: BuildRequest) -> None:
     config.builder_optimization_level = request.level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)
+
+
+def use_timings(config: Any, content: bytes) -> None:
+    """Give *config* the timings in *content*, or none where they are damaged or of another machine."""
+    cache = config.create_timing_cache(content)
+    if cache is None or not config.set_timing_cache(cache, False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 def ask_layer_by_layer(trt: Any, network: Any, config: Any, precision: str) -> None:

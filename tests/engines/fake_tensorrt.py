@@ -265,10 +265,12 @@ class BuilderConfig(Part, Flags):
         return len(self._profiles) - 1
 
     def create_timing_cache(self, content: bytes) -> Any:
-        return self._trt.ITimingCache(content)
+        return None if content == b"damaged" else self._trt.ITimingCache(content)
 
     def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
         assert ignore_mismatch is False
+        if cache._content == b"of another machine":
+            return False
         self._timings = cache
         return True
 

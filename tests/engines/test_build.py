@@ -172,6 +172,16 @@ def test_the_timings_of_one_build_serve_the_next(install: Install, bundle: Bundl
     assert trt._last["config"]._timings._content == b"t"
 
 
+@pytest.mark.parametrize("content", [b"damaged", b"of another machine"])
+def test_timings_that_do_not_fit_are_left_out(content: bytes, trt: FakeTensorRT, bundle: Bundle) -> None:
+    folder = engine(bundle, OPTIONS).path.parent
+    (timings,) = folder.glob("timing-*.cache")
+    timings.write_bytes(content)
+    engine(bundle, EngineOptions(profiles="1,8"))
+    assert trt._last["config"]._timings._content == b""
+    assert timings.read_bytes() == b"t"
+
+
 def test_control_c_ends_a_build(install: Install, bundle: Bundle) -> None:
     install()
 
