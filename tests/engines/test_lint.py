@@ -52,6 +52,15 @@ def test_bytes_are_widened_at_the_border_before_they_are_moved(version: tuple[in
     assert hazards[0].rule == "uint8-beyond-the-border"
 
 
+def test_every_operator_gets_a_name_of_its_own_by_which_layers_are_traced_back() -> None:
+    model = network()
+    model.graph.node[3].name = ""
+    model.graph.node[4].name = model.graph.node[5].name = "twice"
+    names = [node.name for node in lint(model, (10, 16), FREE)[0].graph.node]
+    assert "" not in names
+    assert len(set(names)) == len(names)
+
+
 def test_the_model_that_was_given_is_left_as_it_was() -> None:
     model = network()
     before = model.SerializeToString()
