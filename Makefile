@@ -39,7 +39,7 @@ docs: $(STAMP)  ## write the generated pages again
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,import,dev]'
 	touch $(STAMP)
 
 clean:  ## remove what the targets above made
