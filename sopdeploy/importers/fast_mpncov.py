@@ -94,7 +94,7 @@ def pooling_of(
         return {"kind": "bcnn"}
     raise WeightsError(
         f"{file.path}: its classifier sees {length} numbers, which neither iSQRT-COV, B-CNN nor "
-        f"averages make of {width} channels (compact bilinear pooling has random parts that the file does not hold)"
+        f"averages make of {width} channels (compact bilinear pooling: its random parts are not in the file)"
     )
 
 

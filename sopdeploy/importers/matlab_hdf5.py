@@ -14,9 +14,16 @@ from typing import Any
 import numpy as np
 
 from sopdeploy.errors import WeightsError
-from sopdeploy.importers.matlab_v5 import DEEPEST, MOST_BYTES, VARIABLES, DamagedError
+from sopdeploy.importers.matlab_v5 import DEEPEST, MOST_BYTES, MOST_PARTS, VARIABLES, DamagedError
 
-MOST_PARTS = 200_000
+NOT_READ = {
+    "vars",
+    "inputs",
+    "outputs",
+    "learningRate",
+    "weightDecay",
+    "trainOpts",
+}  # hundreds of small parts
 CLASS, EMPTY = "MATLAB_class", "MATLAB_empty"
 
 
@@ -71,8 +78,8 @@ class Tree:
 
     def struct(self, group: Any, depth: int) -> Any:
         """Return a dict, or a list of dicts where every field is an array of references."""
-        fields = {name: self.child(group, name, depth + 1) for name in group}
-        arrays = [self.is_array_of_structs(group[name]) for name in group]
+        fields = {name: self.child(group, name, depth + 1) for name in group if name not in NOT_READ}
+        arrays = [self.is_array_of_structs(group[name]) for name in fields]
         if not arrays or not all(arrays):
             return fields
         return [dict(zip(fields, row, strict=True)) for row in zip(*fields.values(), strict=True)]

@@ -1,7 +1,7 @@
 """MATLAB's own format, versions 5 to 7: numbers, text, cells and structs, and nothing else of it.
 
 Reference: "MAT-File Format" (MathWorks), chapter 1. A file is a row of tagged elements; from version 7 on
-each is compressed. Objects, function handles and sparse matrices are stepped over, never built.
+each is compressed. Objects, function handles, sparse and complex matrices are stepped over, never built.
 Written out here because ready-made readers follow nested cells as deep as a file says, and crash.
 """
 
@@ -22,7 +22,9 @@ NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8
 TEXT = {1: "latin-1", 2: "latin-1", 4: "utf-16", 16: "utf-8", 17: "utf-16", 18: "utf-32"}
 CELL, STRUCT, CHARACTERS = 1, 2, 4
 NUMERIC = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}
+COMPLEX = 0x0800
 DEEPEST = 32
+MOST_PARTS = 200_000
 MOST_BYTES = 2 << 30
 PEEK = 4096  # enough for the name of a variable
 VARIABLES = ("net", "params", "layers", "meta")
@@ -63,7 +65,7 @@ def variables(content: bytes, wanted: Collection[str]) -> Iterator[tuple[str, An
             kind, data = Elements(data, order).take()
         left -= len(data)
         if kind == MATRIX and (name := name_of(Elements(data, order))) in wanted:
-            yield name, value_of(Elements(data, order), 0)
+            yield name, Matrices().value(Elements(data, order))
 
 
 def decompressed(data: memoryview, limit: int) -> bytes:
@@ -111,13 +113,13 @@ class Elements:
 
 
 def head_of(elements: Elements) -> tuple[int, list[int], str]:
-    """Take class, sizes and name off the front of a matrix."""
+    """Take flags, sizes and name off the front of a matrix."""
     flags = elements.numbers()
     sizes = [int(size) for size in elements.numbers()]
     _, name = elements.take()
     if not len(flags) or len(sizes) < 2 or min(sizes) < 0:
         raise DamagedError("a matrix without class or sizes")
-    return int(flags[0]) & 0xFF, sizes, bytes(name).decode("latin-1")
+    return int(flags[0]), sizes, bytes(name).decode("latin-1")
 
 
 def name_of(elements: Elements) -> str:
@@ -125,45 +127,51 @@ def name_of(elements: Elements) -> str:
     return head_of(elements)[2]
 
 
-def value_of(elements: Elements, depth: int) -> Any:
-    """Return the value of a matrix, `None` where it is of a kind that is not read."""
-    if depth > DEEPEST:
-        raise DamagedError(f"nested deeper than {DEEPEST}")
-    if not elements.data:
-        return np.zeros((0, 0))
-    kind, sizes, _ = head_of(elements)
-    if kind == CELL:
-        return [nested(elements, depth) for _ in range(math.prod(sizes))]
-    if kind == STRUCT:
-        return structs(elements, math.prod(sizes), depth)
-    if kind == CHARACTERS:
-        return text(elements)
-    if kind in NUMERIC:
-        return elements.numbers().astype(NUMERIC[kind]).reshape(sizes, order="F")
-    return None
+class Matrices:
+    """The values of one variable, counted as they are built."""
 
+    def __init__(self) -> None:
+        self.parts = 0
 
-def nested(elements: Elements, depth: int) -> Any:
-    """Return the next element, which has to be a matrix."""
-    kind, data = elements.take()
-    if kind != MATRIX:
-        raise DamagedError(f"an element of type {kind} where a matrix should be")
-    return value_of(Elements(data, elements.order), depth + 1)
+    def value(self, elements: Elements, depth: int = 0) -> Any:
+        """Return the value of a matrix, `None` where it is of a kind that is not read."""
+        if depth > DEEPEST:
+            raise DamagedError(f"nested deeper than {DEEPEST}")
+        if not elements.data:
+            return np.zeros((0, 0))
+        flags, sizes, _ = head_of(elements)
+        kind = flags & 0xFF
+        if kind == CELL:
+            return [self.nested(elements, depth) for _ in range(math.prod(sizes))]
+        if kind == STRUCT:
+            return self.structs(elements, math.prod(sizes), depth)
+        if kind == CHARACTERS:
+            return text(elements)
+        if kind in NUMERIC and not flags & COMPLEX:
+            return elements.numbers().astype(NUMERIC[kind]).reshape(sizes, order="F")
+        return None
 
+    def nested(self, elements: Elements, depth: int) -> Any:
+        """Return the next element, which has to be a matrix."""
+        self.parts += 1
+        if self.parts > MOST_PARTS:
+            raise DamagedError(f"more than {MOST_PARTS} parts")
+        kind, data = elements.take()
+        if kind != MATRIX:
+            raise DamagedError(f"an element of type {kind} where a matrix should be")
+        return self.value(Elements(data, elements.order), depth + 1)
 
-def structs(elements: Elements, count: int, depth: int) -> dict[str, Any] | list[dict[str, Any]]:
-    """Return one struct, or the list of an array of them."""
-    width = int(elements.numbers()[0])
-    _, names = elements.take()
-    if width < 1:
-        raise DamagedError("a struct whose fields have no names")
-    fields = [
-        bytes(names[at : at + width]).split(b"\0")[0].decode("latin-1") for at in range(0, len(names), width)
-    ]
-    if not fields and count != 1:
-        return []
-    found = [{field: nested(elements, depth) for field in fields} for _ in range(count)]
-    return found[0] if count == 1 else found
+    def structs(self, elements: Elements, count: int, depth: int) -> dict[str, Any] | list[dict[str, Any]]:
+        """Return one struct, or the list of an array of them."""
+        widths = elements.numbers()
+        _, names = elements.take()
+        width = int(widths[0]) if len(widths) else 0
+        if width < 1 or len(names) > MOST_PARTS or count > MOST_PARTS:
+            raise DamagedError("a struct of too many fields, or whose fields have no names")
+        starts = range(0, len(names), width)
+        fields = [bytes(names[at : at + width]).split(b"\0")[0].decode("latin-1") for at in starts]
+        found = [{field: self.nested(elements, depth) for field in fields} for _ in range(count)]
+        return found[0] if count == 1 else found
 
 
 def text(elements: Elements) -> str:
