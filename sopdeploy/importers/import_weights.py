@@ -1,6 +1,5 @@
 """A published weight file becomes a checkpoint: open, recognise, translate, fit, write."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.errors import ConfigError
 from sopdeploy.frozen import Frozen, first_problem
 from sopdeploy.importers.class_names import class_names
+from sopdeploy.importers.file_hash import sha256
 from sopdeploy.importers.fit import choose_config, fitted
 from sopdeploy.importers.open_file import open_weights
 from sopdeploy.importers.sources import recognise
 from sopdeploy.preprocess import Preprocess
-
-CHUNK = 1 << 20
 
 
 class ImportOptions(Frozen):
@@ -114,15 +112,6 @@ def resized(rules: Preprocess, options: ImportOptions) -> Preprocess:
         return Preprocess(**{**rules.model_dump(), **wishes})
     except pydantic.ValidationError as problem:
         raise ConfigError(f"--resize, --crop, --interpolation: {first_problem(problem)}") from problem
-
-
-def sha256(path: Path) -> str:
-    """Return the hash of the file at *path*."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:

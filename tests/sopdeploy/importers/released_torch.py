@@ -183,17 +183,11 @@ class Vgg(nn.Module):
             self.representation = nn.Module()
             self.representation.conv_dr_block = nn.Sequential(*conv_bn(512, d, 1), nn.ReLU())
             length = d * (d + 1) // 2
-        parts = (
-            nn.Linear(length, 4096),
-            nn.ReLU(),
-            nn.Dropout(),
-            nn.Linear(4096, 4096),
-            nn.ReLU(),
-            nn.Dropout(),
-        )
-        self.classifier = (
-            nn.Linear(length, classes) if linear else nn.Sequential(*parts, nn.Linear(4096, classes))
-        )
+        if linear:
+            self.classifier: nn.Module = nn.Linear(length, classes)
+        else:
+            hidden = [nn.Linear(length, 4096), nn.ReLU(), nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU()]
+            self.classifier = nn.Sequential(*hidden, nn.Dropout(), nn.Linear(4096, classes))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x)

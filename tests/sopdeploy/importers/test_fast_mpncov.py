@@ -50,6 +50,17 @@ def test_published_resnet50(tmp_path: Path) -> None:
     assert len(report.rows) == len(network.state_dict())
 
 
+@pytest.mark.parametrize(("blocks", "entries"), [(R50, 326), ((3, 4, 23, 3), 632)])
+def test_the_networks_written_anew_have_as_many_tensors_as_the_published_files(
+    blocks: Any, entries: int
+) -> None:
+    with torch.device("meta"):
+        state = ResNet(blocks, kind=Bottleneck, d=256, classes=1000).state_dict()
+    assert len(state) == entries
+    count = sum(v.numel() for n, v in state.items() if not n.endswith(("mean", "var", "tracked")))
+    assert count == {326: 56_929_832, 632: 75_921_960}[entries]
+
+
 def training_file(path: Path, network: ResNet, arch: str | None, **how: Any) -> Path:
     state = numbered(network.state_dict(), **how)
     content = {"epoch": 65, "state_dict": state, "best_prec1": torch.tensor(78.0), "optimizer": {"state": {}}}

@@ -30,6 +30,17 @@ def images() -> torch.Tensor:
     return pictures(64)
 
 
+@pytest.mark.parametrize(
+    ("depth", "d", "entries"), [(50, 0, 384), (50, 256, 374), (101, 0, 690), (101, 256, 680)]
+)
+def test_the_networks_written_anew_have_as_many_tensors_as_the_released(
+    depth: int, d: int, entries: int
+) -> None:
+    with torch.device("meta"):
+        network = ResNet((3, 4, 6 if depth == 50 else 23, 3), kind=Bottleneck, d=d, attention="1")
+    assert len(network.state_dict()) == entries
+
+
 @pytest.mark.parametrize("attention", NAMES)
 def test_net1_with_each_kind_of_block(tmp_path: Path, attention: str) -> None:
     network = saved(tmp_path / "a.pth.tar", attention)

@@ -87,6 +87,7 @@ def test_an_imported_network_is_exported_and_predicts_the_same(tmp_path: Path) -
     answers_agree(small(tmp_path), "resnet8", tmp_path, picture(tmp_path))
 
 
+@pytest.mark.slow
 @needs_weights
 def test_a_published_network_is_exported_and_predicts_the_same(tmp_path: Path) -> None:
     answers_agree(WEIGHTS / PUBLISHED["resnet20"][0], "resnet20", tmp_path, picture(tmp_path))

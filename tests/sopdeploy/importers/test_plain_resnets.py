@@ -10,6 +10,7 @@ import torch
 import torchvision
 
 from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.importers.torchvision_resnet import published_rules
 from tests.sopdeploy.importers.comparing import (
     assert_same_numbers,
     imported,
@@ -39,6 +40,24 @@ def test_torchvision(tmp_path: Path, container: str) -> None:
     assert_same_numbers(ours, in_either_precision(network), images())
     assert (report.project, report.preprocess.resize, report.preprocess.crop) == ("torchvision", 256, 224)
     assert (report.preprocess.mean, report.preprocess.std) == IMAGENET
+
+
+@pytest.mark.parametrize(
+    ("depth", "digest", "resize"),
+    [(18, "f37072fd", 256), (50, "0676ba61", 256), (50, "11ad3fa6", 232), (101, "cd907fc2", 232)],
+)
+def test_torchvisions_own_files_are_known_by_their_hash(depth: int, digest: str, resize: int) -> None:
+    found = published_rules(depth, digest + "0" * 56)
+    assert found is not None
+    assert (found[0].resize, found[0].crop, found[0].interpolation) == (resize, 224, "bilinear")
+
+
+def test_a_file_of_torchvisions_names_beside_a_card(tmp_path: Path) -> None:
+    torch.save(torchvision_resnet18().state_dict(), tmp_path / "a.pth")
+    card = {"input_size": [3, 160, 160], "crop_pct": 0.95, "interpolation": "bicubic", "mean": [0.5] * 3}
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {**card, "std": [0.5] * 3}}))
+    _, report = imported(tmp_path / "a.pth", "resnet18")
+    assert (report.preprocess.resize, report.preprocess.crop) == (168, 160)
 
 
 def test_half_precision_is_widened(tmp_path: Path) -> None:
