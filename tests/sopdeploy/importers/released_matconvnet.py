@@ -195,7 +195,7 @@ def root_vector(x: Array, steps: int) -> Array:
     """Return the columns' triangle of the iterated root of each image's covariance: (length, images)."""
     height, width, channels, count = x.shape
     positions = height * width
-    upto = [(i, j) for j in range(channels) for i in range(j + 1)]
+    rows, columns = np.array([(i, j) for j in range(channels) for i in range(j + 1)]).T
     vectors = []
     for image in range(count):
         m = x[..., image].reshape(positions, channels, order="F")
@@ -208,7 +208,7 @@ def root_vector(x: Array, steps: int) -> Array:
             t = (3 * eye - z @ y) / 2
             y, z = y @ t, t @ z
         y = y * np.sqrt(trace)
-        vectors.append([y[i, j] for i, j in upto])
+        vectors.append(y[rows, columns])
     return np.array(vectors, x.dtype).T
 
 

@@ -39,7 +39,7 @@ RELEASED: dict[str, dict[str, Any]] = {
 }
 
 
-def images(count: int = 8) -> torch.Tensor:
+def images(count: int = 6) -> torch.Tensor:
     """Pictures of 0..255 less the mean."""
     torch.manual_seed(1)
     raw = torch.randint(0, 256, (count, 3, 16, 16)).double()
@@ -63,8 +63,15 @@ def in_float64(path: Path, name: str) -> torch.nn.Module:
     return network
 
 
-@pytest.mark.parametrize("container", SAVERS)
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize(
+    ("name", "container"),
+    [
+        (name, container)
+        for name in RELEASED
+        for container in SAVERS
+        if container == "v7.3" or "wrn" not in name
+    ],
+)
 @torch.no_grad()
 def test_the_same_logits_in_float64_and_within_the_noise_of_float32(
     tmp_path: Path, name: str, container: str
@@ -75,16 +82,14 @@ def test_the_same_logits_in_float64_and_within_the_noise_of_float32(
     exact = original(images())
     assert (exact[0] - exact[1]).abs().max() > 1e-3
     torch.testing.assert_close(in_float64(file, name)(images()), exact, rtol=1e-7, atol=1e-7)
-    ours, _ = imported(file, name)
+    ours, report = imported(file, name)
+    assert_switches_of_the_layers(name, report.config)
+    assert {theirs for row in report.rows for theirs in row.of} == net.params.keys()
     noise = (original(images().float()).double() - exact).abs().max()
     assert (ours(images().float()).double() - exact).abs().max() <= NOISE * noise
 
 
-@pytest.mark.parametrize("name", RELEASED)
-def test_switches_are_those_of_the_layers(tmp_path: Path, name: str) -> None:
-    net = random_net(**RELEASED[name])
-    _, report = imported(save_v7(tmp_path / "net.mat", net, dtype="f4"), name)
-    config = report.config
+def assert_switches_of_the_layers(name: str, config: dict[str, Any]) -> None:
     assert config["input_scaling"] == "raw"
     assert config["conv5_stride"] == (2 if RELEASED[name]["order"] == 1 else 1)
     assert config["project_first_stage"] == RELEASED[name].get("wrn", False)
@@ -93,8 +98,6 @@ def test_switches_are_those_of_the_layers(tmp_path: Path, name: str) -> None:
     if RELEASED[name]["gated"]:
         assert (config["chosen"], config["components"], config["balance_weight"]) == (8, 16, 100.0)
         assert config["dropout"] == (0.4 if name == "gmsop-16-8-wrn36-2" else 0.2)
-    used = {theirs for row in report.rows for theirs in row.of}
-    assert used == net.params.keys()
 
 
 def test_steps_are_read_and_not_assumed(tmp_path: Path) -> None:
