@@ -27,7 +27,7 @@ contracts: $(STAMP)
 	$(BIN)/lint-imports
 
 tests: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 format: $(STAMP)  ## write the format and the fixes that ruff knows
 	$(BIN)/ruff format .

@@ -23,7 +23,15 @@ from sopdeploy import create_model
 from sopdeploy.models.base import TrainingOutput
 from sopdeploy.pooling.isqrt_cov import ISqrtCov, ISqrtCovConfig
 
-POOLINGS = ((256, 196), (256, 49), (128, 64), (256, 784), (64, 3136), (128, 196))  # channels, positions
+POOLINGS = (
+    (256, 196),
+    (256, 49),
+    (128, 64),
+    (256, 784),
+    (64, 3136),
+    (128, 196),
+    (16, 1024),
+)  # channels, positions
 MEBIBYTE = 2**20
 
 

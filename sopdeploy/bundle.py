@@ -36,7 +36,7 @@ class Bundle:
     @property
     def name(self) -> str:
         """Return `<model>-<id>`, the name the bundle was written under."""
-        return f"{self.manifest.model}-{self.manifest.id}"
+        return self.manifest.name
 
     @property
     def onnx(self) -> Path:
@@ -88,7 +88,7 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
 
     An identical bundle that is already there stays; the same content gives the same name.
     """
-    target = destination / f"{manifest.model}-{manifest.id}"
+    target = destination / manifest.name
     if target.exists():
         existing = open_bundle(target)
         if existing.manifest != manifest:

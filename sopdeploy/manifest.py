@@ -56,7 +56,7 @@ class Manifest(Frozen):
 
     format: Literal["sopdeploy-bundle"] = "sopdeploy-bundle"
     version: Literal[1] = 1
-    model: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    model: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9._:-]+$")]
     config: dict[str, Any]
     inputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1)]
     outputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1)]
@@ -96,6 +96,11 @@ class Manifest(Frozen):
         if manifest.to_bytes() != raw:
             raise ValueError("was edited or damaged after the export")
         return manifest
+
+    @property
+    def name(self) -> str:
+        """Return `<model>-<id>`, the name of the bundle's folder; `timm:resnet18` becomes `timm-resnet18`."""
+        return f"{self.model.replace(':', '-')}-{self.id}"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -18,6 +18,7 @@ Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Colour = Annotated[int, pydantic.Field(ge=0, le=255)]
 Positive = Annotated[float, pydantic.Field(gt=0)]
 
+LONGEST_STRIP = 16  # resized whole up to this ratio of its sides
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -81,9 +82,9 @@ def scale_to_8_bits(picture: Image.Image) -> Image.Image:
 def centre_crop(picture: Image.Image, rules: Preprocess) -> NDArray[np.uint8]:
     """Return the centre crop of an RGB *picture* after resizing its shorter side.
 
-    The crop is torchvision's `Resize(resize)` then `CenterCrop(crop)` on a PIL picture (to at most
-    one grey level), computed from the source box that the crop shows, so that a strip of 1 x 20000
-    pixels costs no more than a photograph.
+    Pixel for pixel torchvision's `Resize(resize)` and `CenterCrop(crop)` on a PIL picture. Only of a strip
+    that would become longer than `LONGEST_STRIP` times its width is the part computed that the crop shows
+    (within a few grey levels), so that 1 x 20000 pixels cost no more than a photograph.
     """
     width, height = picture.size
     if width <= height:
@@ -92,11 +93,10 @@ def centre_crop(picture: Image.Image, rules: Preprocess) -> NDArray[np.uint8]:
         size = (max(1, int(rules.resize * width / height)), rules.resize)
     left = round((size[0] - rules.crop) / 2.0)
     top = round((size[1] - rules.crop) / 2.0)
-    box = (
-        left * width / size[0],
-        top * height / size[1],
-        min(width, (left + rules.crop) * width / size[0]),
-        min(height, (top + rules.crop) * height / size[1]),
-    )
-    cropped = picture.resize((rules.crop, rules.crop), RESAMPLING[rules.interpolation], box=box)
-    return np.asarray(cropped, dtype=np.uint8)
+    right, bottom = left + rules.crop, top + rules.crop
+    resampling = RESAMPLING[rules.interpolation]
+    if max(size) <= LONGEST_STRIP * rules.resize:
+        return np.asarray(picture.resize(size, resampling).crop((left, top, right, bottom)))
+    scale_x, scale_y = width / size[0], height / size[1]
+    box = (left * scale_x, top * scale_y, min(width, right * scale_x), min(height, bottom * scale_y))
+    return np.asarray(picture.resize((rules.crop, rules.crop), resampling, box=box))

@@ -5,6 +5,8 @@ logits. torch.export traces one path through the Python code; whatever it had to
 size beyond the range asked for is an error here, not a surprise later.
 """
 
+import io
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from sopdeploy.backbones.base import Backbone
 from sopdeploy.errors import LoweringError
 from sopdeploy.manifest import BatchRange
 from sopdeploy.normalise import Normalise
@@ -19,16 +22,16 @@ from sopdeploy.preprocess import Preprocess
 
 
 class Deployed(nn.Module):
-    """What is captured: uint8 images in, logits out."""
+    """What is captured: uint8 images in, the network's `outputs` out."""
 
-    def __init__(self, network: nn.Module, preprocess: Preprocess) -> None:
+    def __init__(self, network: Backbone, preprocess: Preprocess) -> None:
         super().__init__()
         self.normalise = Normalise(preprocess)
         self.network = network
 
-    def forward(self, images: Tensor) -> Any:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the network's answer to (B, H, W, 3) uint8 *images*."""
-        return self.network(self.normalise(images))
+        return self.network.answer(self.normalise(images))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +42,7 @@ class Captured:
     batch_of_one: ExportedProgram
 
 
-def capture(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Captured:
+def capture(network: Backbone, preprocess: Preprocess, batch: BatchRange) -> Captured:
     """Return the graphs of *network*, which must be in eval mode.
 
     torch.export takes a dynamic dimension to be at least 2, so code that treats a single image otherwise
@@ -60,7 +63,7 @@ def capture(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Ca
 def export(deployed: nn.Module, example: Tensor, dynamic_shapes: Any) -> ExportedProgram:
     """Return the functional graph of *deployed*: writes through views become values."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch prints half a graph where it fails
             program = torch.export.export(deployed, (example,), dynamic_shapes=dynamic_shapes)
             functional: ExportedProgram = program.run_decompositions({})
     except Exception as problem:  # torch.export raises whatever the traced code or its solver raises

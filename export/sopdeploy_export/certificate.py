@@ -12,34 +12,24 @@ Four statements, each checked and each fatal where it does not hold:
 A numeric check alone cannot see `y + 0 * branch(f)`; the graphs can, and name the weights still reached.
 """
 
-import copy
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
+from sopdeploy.backbones.base import Backbone
 from sopdeploy.errors import CertificateError, LoweringError
 from sopdeploy.frozen import Frozen
 from sopdeploy.manifest import BatchRange
 from sopdeploy.models.base import Classifier
 from sopdeploy.preprocess import Preprocess
+from sopdeploy_export.accounts import TensorEntry, account, tensors
 from sopdeploy_export.capture import Captured, Deployed, capture
-from sopdeploy_export.program_root import ProgramRoot, program_root, tensor_hash
+from sopdeploy_export.preconditions import refuse_hooks, refuse_train_mode, standard_layout
+from sopdeploy_export.program_root import ProgramRoot, program_root
 
-Network = TypeVar("Network", bound=nn.Module)
+ALONE, TOGETHER = 4, 16  # probes compared one by one, and the largest batch they are compared in
 PREFIX = "network."  # what the captured wrapper puts before the network's own names
-
-
-class TensorEntry(Frozen):
-    """One parameter or buffer: its name, shape, type, size in bytes and the sha256 of its content."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
-    sha256: str
 
 
 class Roots(Frozen):
@@ -85,7 +75,7 @@ class Proof:
 
 def certify(
     trained: Classifier,
-    lean: nn.Module,
+    lean: Backbone,
     preprocess: Preprocess,
     probes: Tensor,
     *,
@@ -103,10 +93,13 @@ def certify(
         refuse_hooks(network, role)
     trained, lean = standard_layout(trained), standard_layout(lean)
     removed, kept = account(trained, lean)
-    networks = {"plain": plain_network(trained, lean), "trained": trained, "detached": lean}
+    networks: dict[str, Backbone] = {
+        "plain": plain_network(trained, lean),
+        "trained": trained,
+        "detached": lean,
+    }
     captured, roots = same_graphs(networks, preprocess, batch, {entry.name for entry in removed})
-    batches = tuple(sorted({1, min(2, len(probes)), len(probes)}))
-    equal_numbers({name: Deployed(net, preprocess) for name, net in networks.items()}, probes, batches)
+    batches = equal_numbers({name: Deployed(net, preprocess) for name, net in networks.items()}, probes)
     certificate = Certificate(
         model=model,
         detached=trained.training_only,
@@ -124,84 +117,7 @@ def certify(
     )
 
 
-def refuse_train_mode(network: nn.Module, role: str) -> None:
-    """Refuse a network of which any part is in train mode."""
-    for name, part in network.named_modules():
-        if part.training:
-            raise CertificateError(
-                f"the {role} network is in train mode ({name or 'the whole of it'}); call .eval() first"
-            )
-
-
-def refuse_hooks(network: nn.Module, role: str) -> None:
-    """Refuse forward hooks: code beside the network that no file would carry.
-
-    One registered on all modules would change the plain network too, and so hide from the comparison.
-    """
-    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
-        raise CertificateError("a forward hook is registered on all modules; remove it before the export")
-    for name, part in network.named_modules():
-        if part._forward_hooks or part._forward_pre_hooks:
-            raise CertificateError(
-                f"the {role} network has a forward hook on {name or 'the whole of it'}; remove it first"
-            )
-
-
-def standard_layout(network: Network) -> Network:
-    """Return *network*, or a copy of it, with every tensor in the standard memory layout."""
-    if all(tensor.is_contiguous() for tensor in tensors(network).values()):
-        return network
-    return copy.deepcopy(network).to(memory_format=torch.contiguous_format)
-
-
-def tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and buffer of *network* under every name it has."""
-    return dict(network.named_parameters(remove_duplicate=False)) | dict(
-        network.named_buffers(remove_duplicate=False)
-    )
-
-
-def account(trained: Classifier, lean: nn.Module) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
-    """Return what was removed and what was kept; raise where the books do not balance."""
-    before, after = tensors(trained), tensors(lean)
-    invented = sorted(after.keys() - before.keys())
-    if invented:
-        raise CertificateError(f"the detached network has a tensor {invented[0]} that was never trained")
-    removed = {name: tensor for name, tensor in before.items() if name not in after}
-    for name in removed:
-        if not any(name == part or name.startswith(f"{part}.") for part in trained.training_only):
-            raise CertificateError(f"{name} was removed, but {list(trained.training_only)} do not cover it")
-    refuse_shared_storage(removed, {name: before[name] for name in after})
-    kept = []
-    for name, tensor in after.items():
-        record = tensor_entry(name, tensor)
-        if record != tensor_entry(name, before[name]):
-            raise CertificateError(f"{name} changed while the network was detached")
-        kept.append(record)
-    return tuple(tensor_entry(name, tensor) for name, tensor in removed.items()), tuple(kept)
-
-
-def refuse_shared_storage(removed: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
-    """Refuse a tensor that is removed under one name and kept under another."""
-    owners = {tensor.untyped_storage().data_ptr(): name for name, tensor in kept.items() if tensor.numel()}
-    for name, tensor in removed.items():
-        owner = owners.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
-        if owner is not None:
-            raise CertificateError(f"{name} was removed but shares its memory with {owner}, which was kept")
-
-
-def tensor_entry(name: str, tensor: Tensor) -> TensorEntry:
-    """Return the record of *tensor*."""
-    return TensorEntry(
-        name=name,
-        shape=tuple(tensor.shape),
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        bytes=tensor.numel() * tensor.element_size(),
-        sha256=tensor_hash(tensor),
-    )
-
-
-def plain_network(trained: Classifier, lean: nn.Module) -> nn.Module:
+def plain_network(trained: Classifier, lean: nn.Module) -> Backbone:
     """Return a plain network, built anew from the config, that holds the weights of *lean*."""
     plain = trained.plain()
     source, target = tensors(lean), tensors(plain)
@@ -219,7 +135,7 @@ def plain_network(trained: Classifier, lean: nn.Module) -> nn.Module:
 
 
 def same_graphs(
-    networks: dict[str, nn.Module], preprocess: Preprocess, batch: BatchRange, removed: set[str]
+    networks: dict[str, Backbone], preprocess: Preprocess, batch: BatchRange, removed: set[str]
 ) -> tuple[dict[str, Captured], Roots]:
     """Return the graphs of *networks*, `plain` first, and the roots they share.
 
@@ -282,23 +198,24 @@ def first_difference(found: ProgramRoot, plain: ProgramRoot) -> str:
     return "its inputs or outputs differ"
 
 
-def equal_numbers(networks: dict[str, nn.Module], probes: Tensor, batches: tuple[int, ...]) -> None:
-    """Refuse logits that are not bitwise those of the plain network."""
-    for size in batches:
-        logits = {}
-        for role, network in networks.items():
-            with torch.no_grad():
-                chunks = [probes[start : start + size] for start in range(0, len(probes), size)]
-                logits[role] = torch.cat([network(chunk) for chunk in chunks])
+def equal_numbers(networks: dict[str, nn.Module], probes: Tensor) -> tuple[int, ...]:
+    """Refuse outputs that are not bitwise those of the plain network; return the batch sizes compared."""
+    alone = [probes[i : i + 1] for i in range(min(ALONE, len(probes)))]
+    together = [probes[i : i + TOGETHER] for i in range(0, len(probes), TOGETHER)]
+    for images in (*alone, *together):
+        with torch.no_grad():
+            answers = {role: network(images) for role, network in networks.items()}
         for role in ("trained", "detached"):
-            if not torch.equal(bits(logits[role]), bits(logits["plain"])):
-                difference = (logits[role] - logits["plain"]).abs().max().item()
-                raise CertificateError(
-                    f"the {role} network gives other logits than the plain one at batch {size}: "
-                    f"largest difference {difference:.3g}"
-                )
+            for found, plain in zip(answers[role], answers["plain"], strict=True):
+                if not torch.equal(bits(found), bits(plain)):
+                    difference = (found - plain).abs().max().item()
+                    raise CertificateError(
+                        f"the {role} network gives other logits than the plain one at batch {len(images)}: "
+                        f"largest difference {difference:.3g}"
+                    )
+    return (1, len(together[0]))
 
 
-def bits(logits: Tensor) -> Tensor:
-    """Return the bytes of *logits*, so that -0 is not 0 and NaN is itself."""
-    return logits.contiguous().view(torch.uint8)
+def bits(values: Tensor) -> Tensor:
+    """Return the bytes of *values*, so that -0 is not 0 and NaN is itself."""
+    return values.contiguous().view(torch.uint8)

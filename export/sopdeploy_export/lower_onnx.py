@@ -6,6 +6,7 @@ plain operators. Opset 18 is the lowest that torch writes and the one most runti
 
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -18,14 +19,13 @@ from sopdeploy.errors import LoweringError
 
 OPSET = 18
 INPUT = "images"
-LOGITS = "logits"
 PREFIX = "network."
 REFUSED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
 LARGEST_FILE = 2**31 - 1  # protobuf's limit; beyond it weights would need a second file
 
 
-def lower(program: ExportedProgram) -> onnx.ModelProto:
-    """Return the ONNX model of *program*: uint8 `images` in, float32 `logits` out, batch symbolic.
+def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
+    """Return the ONNX model of *program*: uint8 `images` in, float32 *outputs* out, batch symbolic.
 
     Raises `LoweringError` where an operator has no plain ONNX form or the file would exceed 2 GB.
     """
@@ -38,7 +38,7 @@ def lower(program: ExportedProgram) -> onnx.ModelProto:
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=[INPUT],
-                output_names=[LOGITS],
+                output_names=list(outputs),
                 external_data=False,
                 verbose=False,
             )

@@ -1,9 +1,10 @@
 """The page of a bundle that a person reads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sopdeploy.checkpoint import Checkpoint
+from sopdeploy.manifest import TensorRecord
 from sopdeploy_export.certificate import Certificate
 from sopdeploy_export.parity import ParityReport
 
@@ -34,8 +35,8 @@ Classes: {labels}
 
 `{fields["inputs"][0].name}`: uint8, (batch, {rules.crop}, {rules.crop}, 3), RGB. The shorter side of
 a picture is resized to {rules.resize} pixels ({rules.interpolation}), then the centre is cropped;
-mean and standard deviation are inside the graph. `{fields["outputs"][0].name}`: float32,
-(batch, {len(checkpoint.labels)}). Batches of {fields["batch"].minimum} to {fields["batch"].maximum} images.
+mean and standard deviation are inside the graph. Batches of {fields["batch"].minimum} to
+{fields["batch"].maximum} images. {output_words(fields["outputs"])}
 
 ## Training
 
@@ -49,6 +50,14 @@ mean and standard deviation are inside the graph. `{fields["outputs"][0].name}`:
 
 {parity_lines(parity)}
 """
+
+
+def output_words(outputs: Sequence[TensorRecord]) -> str:
+    """Return names, types and shapes of the outputs."""
+    return ", ".join(
+        f"`{output.name}`: {output.dtype}, (batch, {', '.join(str(size) for size in output.shape[1:])})"
+        for output in outputs
+    )
 
 
 def training_lines(checkpoint: Checkpoint) -> str:
@@ -76,10 +85,18 @@ def proof_lines(certificate: Certificate) -> str:
 - one answer: bitwise equal logits on {certificate.images} probe images"""
 
 
+def drift_lines(parity: ParityReport) -> str:
+    """Return a line per output."""
+    return "\n".join(
+        f"- {name}: largest drift {output.largest_drift:.3g}, {output.drift_in_floors:.1f} times the "
+        f"network's own float32 noise ({output.noise_floor:.3g}); allowed {output.tolerance:.3g}"
+        for name, output in parity.outputs.items()
+    )
+
+
 def parity_lines(parity: ParityReport) -> str:
     """Return the parity report in words."""
     state = "passed" if parity.passed else "DID NOT PASS, drift was allowed"
     return f"""- {state}: model.onnx in {parity.runtime} ({parity.provider}) against the network in float64
-- largest drift {parity.largest_drift:.3g}, {parity.drift_in_floors:.1f} times the network's own float32 noise
-  ({parity.noise_floor:.3g}); allowed {parity.tolerance:.3g}
+{drift_lines(parity)}
 - top class agrees on {parity.top1.agree} of {parity.top1.images} probe images"""

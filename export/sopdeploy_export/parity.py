@@ -22,6 +22,10 @@ from sopdeploy_export.capture import Deployed
 
 FLOORS = 16.0  # how many noise floors the file may drift: folding batch norm and other kernels take 1 to 4
 PROVIDER = "CPUExecutionProvider"
+LOGITS = "logits"
+ALONE, TOGETHER = 4, 16  # probes the network computes one by one, and the largest batch it computes
+
+Arrays = dict[str, NDArray[Any]]
 
 
 class Agreement(Frozen):
@@ -36,17 +40,41 @@ class Agreement(Frozen):
     flips: int
 
 
+class OutputParity(Frozen):
+    """What was measured on one output of the shipped file, in the units of that output.
+
+    `drift` is the largest difference from the network in float64 by batch size, `alone_or_in_batch` the
+    largest difference that an image's company makes.
+    """
+
+    noise_floor: float
+    tolerance: float
+    drift: dict[str, float]
+    alone_or_in_batch: float
+
+    @property
+    def largest_drift(self) -> float:
+        """Return the largest drift over all batch sizes."""
+        return max(self.drift.values())
+
+    @property
+    def drift_in_floors(self) -> float:
+        """Return the largest drift in multiples of the noise floor."""
+        return self.largest_drift / self.noise_floor
+
+    @property
+    def within_tolerance(self) -> bool:
+        """Say whether neither drift nor company moves the output by more than its tolerance."""
+        return max(self.largest_drift, self.alone_or_in_batch) <= self.tolerance
+
+
 class ParityReport(Frozen):
-    """What was measured on the shipped file; differences are absolute, in units of the logits."""
+    """What was measured on the shipped file."""
 
     runtime: str
     provider: str
     images: int
-    noise_floor: float
-    tolerance: float
-    drift: dict[str, float]
-    drift_in_floors: float
-    alone_or_in_batch: float
+    outputs: dict[str, OutputParity]
     top1: Agreement
     operators: dict[str, int]
     file_bytes: int
@@ -54,31 +82,41 @@ class ParityReport(Frozen):
     drift_allowed: bool
 
     @property
-    def largest_drift(self) -> float:
-        """Return the largest drift over all batch sizes."""
-        return max(self.drift.values())
+    def logits(self) -> OutputParity:
+        """Return what was measured on the logits."""
+        return self.outputs[LOGITS]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """The network's logits (P, classes) in float64, and how far its float32 run is from them."""
+    """The network's outputs in float64, and how far its own float32 run is from each."""
 
-    logits: NDArray[np.float64]
-    noise_floor: float
+    outputs: Arrays
+    noise_floor: dict[str, float]
 
 
 def reference(deployed: Deployed, images: NDArray[np.uint8]) -> Reference:
-    """Return the float64 logits of *images* (P, H, W, 3) and the noise floor of *deployed*."""
+    """Return the float64 outputs of *deployed* for *images* (P, H, W, 3), and its noise floor."""
+    exact = network_outputs(copy.deepcopy(deployed).double(), images, TOGETHER)
+    together = network_outputs(deployed, images, TOGETHER)
+    alone = network_outputs(deployed, images[:ALONE], 1)
+    floors = {}
+    for name, values in exact.items():
+        if not np.isfinite(values).all():
+            raise ParityError(f"the network's own {name} are not finite on the probe images; train it again")
+        smallest = 4 * float(np.finfo(np.float32).eps) * float(np.abs(values).max())
+        runs = (np.abs(together[name] - values).max(), np.abs(alone[name] - values[:ALONE]).max())
+        floors[name] = max(smallest, *(float(run) for run in runs))
+    return Reference(outputs=exact, noise_floor=floors)
+
+
+def network_outputs(deployed: Deployed, images: NDArray[np.uint8], batch: int) -> Arrays:
+    """Return the outputs of *deployed* by name, computed in batches of at most *batch* images."""
     pixels = torch.from_numpy(images)
     with torch.no_grad():
-        exact = copy.deepcopy(deployed).double()(pixels).numpy()
-        single = torch.cat([deployed(pixels[i : i + 1]) for i in range(len(pixels))]).numpy()
-        together = deployed(pixels).numpy()
-    if not np.isfinite(exact).all():
-        raise ParityError("the network's own logits are not finite on the probe images; train it again")
-    smallest = 4 * float(np.finfo(np.float32).eps) * float(np.abs(exact).max())
-    floors = [float(np.abs(values - exact).max()) for values in (single, together)]
-    return Reference(logits=exact, noise_floor=max(*floors, smallest))
+        chunks = [deployed(pixels[i : i + batch]) for i in range(0, len(pixels), batch)]
+    joined = (torch.cat(values).numpy() for values in zip(*chunks, strict=True))
+    return dict(zip(deployed.network.outputs, joined, strict=True))
 
 
 def open_session(path: Path) -> ort.InferenceSession:
@@ -92,15 +130,16 @@ def open_session(path: Path) -> ort.InferenceSession:
     return session
 
 
-def file_logits(session: ort.InferenceSession, images: NDArray[np.uint8], batch: int) -> NDArray[Any]:
-    """Return the file's logits of *images*, each computed in a batch of exactly *batch* images."""
-    name = session.get_inputs()[0].name
-    starts = range(0, len(images), batch)
+def file_outputs(session: ort.InferenceSession, images: NDArray[np.uint8], batch: int) -> Arrays:
+    """Return the file's outputs for *images*, each computed in a batch of exactly *batch* images."""
+    source = session.get_inputs()[0].name
+    names = [output.name for output in session.get_outputs()]
     chunks = []
-    for start in starts:
+    for start in range(0, len(images), batch):
         wanted = np.arange(start, start + batch) % len(images)
-        chunks.append(session.run(None, {name: images[wanted]})[0])
-    return np.concatenate(chunks)[: len(images)]
+        chunks.append(session.run(names, {source: images[wanted]}))
+    joined = (np.concatenate(values)[: len(images)] for values in zip(*chunks, strict=True))
+    return dict(zip(names, joined, strict=True))
 
 
 def compare(
@@ -114,27 +153,20 @@ def compare(
 ) -> ParityReport:
     """Return how the ONNX file at *path* compares with the network it came from.
 
-    Raises `ParityError` where it drifts by more than `FLOORS` noise floors, gives numbers that are not
-    finite, or flips a class the network was sure of; with *allow_drift* the report says so instead.
+    Raises `ParityError` where an output drifts by more than `FLOORS` noise floors or is not finite, or a
+    class flips that the network was sure of; with *allow_drift* the report says so instead.
     """
     session = open_session(path)
-    tolerance = FLOORS * expected.noise_floor
     sizes = sorted({1, min(2, batch.maximum), batch.optimum, max(1, batch.maximum - 1)})
-    logits = {size: file_logits(session, images, size) for size in sizes}
-    drift = {str(size): distance(values, expected.logits) for size, values in logits.items()}
-    company = max(distance(values, logits[1]) for values in logits.values())
-    top1 = agreement(logits[1], expected.logits, tolerance)
-    worst = max(drift.values())
-    passed = bool(worst <= tolerance and company <= tolerance and top1.flips == 0)
+    found = {size: file_outputs(session, images, size) for size in sizes}
+    outputs = {name: measure(name, found, expected) for name in expected.outputs}
+    top1 = agreement(found[1][LOGITS], expected.outputs[LOGITS], outputs[LOGITS].tolerance)
+    passed = all(output.within_tolerance for output in outputs.values()) and top1.flips == 0
     report = ParityReport(
         runtime=f"onnxruntime {ort.__version__}",
         provider=PROVIDER,
         images=len(images),
-        noise_floor=expected.noise_floor,
-        tolerance=tolerance,
-        drift=drift,
-        drift_in_floors=worst / expected.noise_floor,
-        alone_or_in_batch=company,
+        outputs=outputs,
         top1=top1,
         operators=operators,
         file_bytes=path.stat().st_size,
@@ -146,16 +178,27 @@ def compare(
     return report
 
 
-def distance(values: NDArray[Any], expected: NDArray[Any]) -> float:
+def measure(name: str, found: dict[int, Arrays], expected: Reference) -> OutputParity:
+    """Return how output *name*, computed at several batch sizes, compares with the network's."""
+    exact, floor = expected.outputs[name], expected.noise_floor[name]
+    return OutputParity(
+        noise_floor=floor,
+        tolerance=FLOORS * floor,
+        drift={str(size): distance(name, outputs[name], exact) for size, outputs in found.items()},
+        alone_or_in_batch=max(distance(name, outputs[name], found[1][name]) for outputs in found.values()),
+    )
+
+
+def distance(name: str, values: NDArray[Any], expected: NDArray[Any]) -> float:
     """Return the largest absolute difference; raises where *values* are not finite or of another shape."""
     if values.shape != expected.shape:
-        raise ParityError(f"the exported file gives logits of shape {values.shape}, not {expected.shape}")
+        raise ParityError(f"the exported file gives {name} of shape {values.shape}, not {expected.shape}")
     if not np.isfinite(values).all():
-        raise ParityError("the exported file gives logits that are not finite")
+        raise ParityError(f"the exported file gives {name} that are not finite")
     return float(np.abs(values.astype(np.float64) - expected).max())
 
 
-def agreement(values: NDArray[Any], expected: NDArray[np.float64], tolerance: float) -> Agreement:
+def agreement(values: NDArray[Any], expected: NDArray[Any], tolerance: float) -> Agreement:
     """Return how often the top class agrees, flips the network was unsure of counted apart."""
     rows = np.arange(len(expected))
     theirs, ours = expected.argmax(axis=1), values.argmax(axis=1)
@@ -171,13 +214,13 @@ def agreement(values: NDArray[Any], expected: NDArray[np.float64], tolerance: fl
 
 def complaint(report: ParityReport) -> str:
     """Return in one line why *report* did not pass."""
-    if report.largest_drift > report.tolerance:
-        what = (
-            f"drifts by {report.largest_drift:.3g}, {report.drift_in_floors:.1f} noise floors; "
-            f"{FLOORS:.0f} ({report.tolerance:.3g}) are allowed"
-        )
-    elif report.alone_or_in_batch > report.tolerance:
-        what = f"gives an image other logits in a batch than alone, by {report.alone_or_in_batch:.3g}"
-    else:
-        what = f"flips the top class of {report.top1.flips} of {report.images} images"
+    what = f"flips the top class of {report.top1.flips} of {report.images} images"
+    for name, output in report.outputs.items():
+        if output.largest_drift > output.tolerance:
+            what = (
+                f"drifts by {output.largest_drift:.3g} in {name}, {output.drift_in_floors:.1f} noise floors; "
+                f"{FLOORS:.0f} ({output.tolerance:.3g}) are allowed"
+            )
+        elif output.alone_or_in_batch > output.tolerance:
+            what = f"gives an image other {name} in a batch than alone, by {output.alone_or_in_batch:.3g}"
     return f"the exported file {what}; nothing was written (--allow-drift records it and goes on)"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 import sopdeploy
 from sopdeploy import bundle
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.errors import DetachError
+from sopdeploy.errors import DetachError, LoweringError
 from sopdeploy.frozen import Frozen
 from sopdeploy.manifest import BatchRange, Lineage, Manifest, TensorRecord, to_json
 from sopdeploy.models.base import Classifier
@@ -25,7 +25,7 @@ from sopdeploy_export import model_card
 from sopdeploy_export.capture import Deployed
 from sopdeploy_export.certificate import Certificate, Proof, certify, with_onnx_root
 from sopdeploy_export.detach import detach
-from sopdeploy_export.lower_onnx import INPUT, LOGITS, OPSET, lower, operator_counts, write
+from sopdeploy_export.lower_onnx import INPUT, OPSET, lower, operator_counts, write
 from sopdeploy_export.onnx_root import file_root, onnx_root
 from sopdeploy_export.parity import ParityReport, Reference, compare, reference
 from sopdeploy_export.probe_images import probe_images
@@ -81,6 +81,7 @@ def export(
     step("reading the checkpoint")
     checkpoint = read_checkpoint(checkpoint_path)
     trained = build_classifier(checkpoint, checkpoint_path)
+    refuse_what_cannot_ship(trained)
     images = probe_images(checkpoint.preprocess, options.probes)
 
     step("detaching" if options.detach else "nothing to detach")
@@ -97,7 +98,7 @@ def export(
     )
 
     step("lowering to ONNX")
-    model, certificate = lower_with_proof(proof)
+    model, certificate = lower_with_proof(proof, trained.outputs)
 
     with bundle.staging(destination) as folder:
         write(model, folder / "model.onnx")
@@ -121,8 +122,10 @@ def export(
             program_root=certificate.roots.any_batch,
             onnx_root=file_root(folder / "model.onnx"),
         )
-        card = manifest_fields(checkpoint, certificate, options.batch, lineage)
-        (folder / "README.md").write_text(model_card.render(checkpoint, certificate, parity, card))
+        card = manifest_fields(checkpoint, certificate, options.batch, lineage, expected)
+        (folder / "README.md").write_text(
+            model_card.render(checkpoint, certificate, parity, card), encoding="utf-8"
+        )
         manifest = bundle.seal(folder, card)
         path = bundle.publish(folder, manifest, destination)
     return Exported(path=path, manifest=manifest, certificate=certificate, parity=parity)
@@ -138,13 +141,21 @@ def refuse_training_parts(trained: Classifier) -> Classifier:
     return trained
 
 
-def lower_with_proof(proof: Proof) -> tuple[onnx.ModelProto, Certificate]:
+def refuse_what_cannot_ship(trained: Classifier) -> None:
+    """Refuse a network with a part that says of itself that it has no form every runtime takes."""
+    for part in trained.modules():
+        reason = getattr(part, "not_exportable", None)
+        if reason is not None:
+            raise LoweringError(f"{type(part).__name__} cannot be exported: {reason}")
+
+
+def lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.ModelProto, Certificate]:
     """Return the lowered lean graph, and the certificate with the root that all lowered graphs share."""
-    lean = lower(proof.lean.any_batch)
+    lean = lower(proof.lean.any_batch, outputs)
     roots = {
         "detached": onnx_root(lean),
-        "trained": onnx_root(lower(proof.trained.any_batch)),
-        "plain": onnx_root(lower(proof.plain.any_batch)),
+        "trained": onnx_root(lower(proof.trained.any_batch, outputs)),
+        "plain": onnx_root(lower(proof.plain.any_batch, outputs)),
     }
     return lean, with_onnx_root(proof.certificate, roots)
 
@@ -160,18 +171,24 @@ def write_reports(
 
 def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityReport) -> Probes:
     """Return the probes of the bundle; an allowed drift widens the bound that replays must keep."""
-    tolerance = parity.tolerance
+    tolerance = {name: output.tolerance for name, output in parity.outputs.items()}
     if parity.drift_allowed:
-        tolerance = max(tolerance, 2 * parity.largest_drift, 2 * parity.alone_or_in_batch)
+        for name, output in parity.outputs.items():
+            observed = max(output.largest_drift, output.alone_or_in_batch)
+            tolerance[name] = max(output.tolerance, 2 * observed)
     return Probes(
         images=images,
-        expected={LOGITS: expected.logits.astype(np.float32)},
-        tolerance={LOGITS: tolerance},
+        expected={name: values.astype(np.float32) for name, values in expected.outputs.items()},
+        tolerance=tolerance,
     )
 
 
 def manifest_fields(
-    checkpoint: Checkpoint, certificate: Certificate, batch: BatchRange, lineage: Lineage
+    checkpoint: Checkpoint,
+    certificate: Certificate,
+    batch: BatchRange,
+    lineage: Lineage,
+    expected: Reference,
 ) -> dict[str, Any]:
     """Return every field of the manifest but `files`."""
     side = checkpoint.preprocess.crop
@@ -179,7 +196,10 @@ def manifest_fields(
         "model": checkpoint.model,
         "config": json.loads(json.dumps(checkpoint.config)),
         "inputs": (TensorRecord(name=INPUT, dtype="uint8", shape=(None, side, side, 3)),),
-        "outputs": (TensorRecord(name=LOGITS, dtype="float32", shape=(None, len(checkpoint.labels))),),
+        "outputs": tuple(
+            TensorRecord(name=name, dtype="float32", shape=(None, *values.shape[1:]))
+            for name, values in expected.outputs.items()
+        ),
         "preprocess": checkpoint.preprocess,
         "batch": batch,
         "opset": OPSET,

@@ -3,10 +3,12 @@
 import socket
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from PIL import Image
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.app import create_app
@@ -26,6 +28,7 @@ def serve(bundle_path: Path, settings: Settings) -> int:
     gave the right numbers and the port is open. Raises `ConfigError` where it cannot listen and
     what `open_verified` raises for the bundle.
     """
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
     with bind(settings.host, settings.port) as listener:
         inference = open_verified(bundle_path, settings)
         app = create_app(inference, settings)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -10,13 +10,15 @@ from sopdeploy.frozen import Frozen
 
 
 class Backbone(nn.Module, ABC):
-    """A first-order network that can be tapped.
+    """A network that can be tapped.
 
     `tap_channels` maps the name of every place where a branch may start (`layer2.0` is the output of
     the first block of the second stage) to the number of channels there, in the order of computing.
+    `outputs` names what `answer` gives: the tensors that ship, class logits first.
     """
 
     tap_channels: dict[str, int]
+    outputs: ClassVar[tuple[str, ...]] = ("logits",)
 
     def __init__(self, config: Frozen, num_classes: int) -> None:
         super().__init__()
@@ -38,6 +40,10 @@ class Backbone(nn.Module, ABC):
     def forward(self, images: Tensor) -> Any:
         """Return (B, classes) float logits of normalised (B, 3, H, W) images."""
         return self.classify(self.features(images)[0])
+
+    def answer(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return what ships computes, one tensor per name in `outputs`; in eval mode."""
+        return (self(images),)
 
 
 def run_stages(

@@ -97,3 +97,8 @@ class MBConv(nn.Module):
         out = self.se(F.silu(self.bn2(self.conv_dw(out))))
         out = self.bn3(self.conv_pwl(out))
         return self.stochastic_depth(out) + x if self.has_shortcut else out
+
+
+def swish_reduction(channels: int, width: int) -> nn.Sequential:
+    """Return DR that ends with swish: 1x1 convolution without bias, batch norm, swish."""
+    return nn.Sequential(conv1x1(channels, width), nn.BatchNorm2d(width), nn.SiLU(inplace=True))

@@ -51,9 +51,16 @@ def describe(
         print_json(found.model_dump(mode="json"))
         return
     table = Table("", "parameters", "multiply-adds", box=None, pad_edge=False)
-    for label, counts in (("training", found.training), ("shipped", found.shipped)):
+    parts = {f"  {name}": counts for name, counts in found.parts.items()}
+    for label, counts in {"training": found.training, **parts, "shipped": found.shipped}.items():
         table.add_row(label, f"{counts.parameters:,}", f"{counts.macs:,}")
     out.print(f"[bold]{found.name}[/] for {found.num_classes} classes at {found.image_size} pixels")
     out.print(table)
     out.print(f"training only: {', '.join(found.training_only) or 'nothing'}")
     out.print(f"representation: {found.representation} numbers")
+    for figure in found.published:
+        unit = "M" if figure.quantity.endswith("parameters") else "G"
+        note = f" ({figure.note})" if figure.note else ""
+        out.print(
+            f"{figure.source}: {figure.quantity} {figure.printed} {unit}, here {figure.ours} {unit}{note}"
+        )

@@ -57,8 +57,8 @@ def show(exported: "Exported") -> None:
         f"({certificate.roots.operations} operations; also at batch 1, also as ONNX)",
         "logits": f"bitwise equal on {certificate.images} probe images",
         "onnx": f"{parity.file_bytes:,} bytes, {sum(parity.operators.values())} operators",
-        "drift": f"{parity.largest_drift:.2g} = {parity.drift_in_floors:.1f} noise floors "
-        f"(allowed {parity.tolerance:.2g}), top class equal on {parity.top1.agree} of {parity.images}",
+        "drift": f"{parity.logits.largest_drift:.2g} = {parity.logits.drift_in_floors:.1f} noise floors "
+        f"(allowed {parity.logits.tolerance:.2g}), top class equal on {parity.top1.agree} of {parity.images}",
         "bundle": str(exported.path),
     }
     for name, text in rows.items():

@@ -18,6 +18,7 @@ from sopdeploy.models import (
     plain,
     pooled,
     psdr,
+    second_order_efficientnet,
     timm_networks,
 )
 from sopdeploy.models.base import Classifier
@@ -33,6 +34,7 @@ CATALOG: dict[str, Entry] = {
     **attention_networks.ENTRIES,
     **gmsop.ENTRIES,
     **gmsop_baselines.ENTRIES,
+    **second_order_efficientnet.ENTRIES,
 }
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.efficientnet import STAGES, EfficientNet, EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
-from sopdeploy.blocks.residual import conv1x1
+from sopdeploy.blocks.mbconv import swish_reduction
 from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches, shared_fields
 from sopdeploy.models.entry import Entry
 
@@ -85,7 +85,7 @@ class DSoPEfficientNet(DSoP, EfficientNet):
 
     def branch_reduction(self, channels: int, width: int) -> nn.Module:
         """Return DR that ends with swish instead of ReLU."""
-        return nn.Sequential(conv1x1(channels, width), nn.BatchNorm2d(width), nn.SiLU(inplace=True))
+        return swish_reduction(channels, width)
 
     def plain(self) -> Backbone:
         """Return the EfficientNet without branches."""

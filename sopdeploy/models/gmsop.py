@@ -74,8 +74,9 @@ class GMSOPConfig(LowResolutionResNetConfig):
 
 
 class GatedResNet(LowResolutionResNet):
-    """What ships: images in, logits out, over K of N components per image."""
+    """What ships: images in, logits and the gate's weights out, over K of N components per image."""
 
+    outputs = ("logits", "gates")
     config: GMSOPConfig
 
     def __init__(self, config: GMSOPConfig, num_classes: int) -> None:
@@ -98,6 +99,10 @@ class GatedResNet(LowResolutionResNet):
     def forward_with_gates(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits (B, classes) and the gate's weights (B, N), K of them not 0, without noise."""
         return self.classify_with_gates(self.features(images)[0])
+
+    def answer(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the logits and the gate's weights: who decided is part of the answer."""
+        return self.forward_with_gates(images)
 
     def classify_with_gates(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of the last feature map, and the weights they were mixed with."""

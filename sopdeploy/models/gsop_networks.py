@@ -18,6 +18,7 @@ from sopdeploy.blocks.attended import (
 )
 from sopdeploy.models.entry import Entry
 from sopdeploy.models.gsop import GSoP, GSoPConfig
+from sopdeploy.pooling.average import GapConfig
 
 BLOCK_SPACING = 3  # 18 bottlenecks a stage, 6 of them with a block
 FINAL_POOLING = {1: "gap", 2: "isqrt"}  # of GSoP-Net1 and GSoP-Net2
@@ -28,6 +29,7 @@ class GSoPResNetConfig(ResNetConfig, GSoPConfig):
 
     depth: Literal[26, 50, 101] = 50
     conv5_stride: Literal[1, 2] = 1
+    pooling: GapConfig = GapConfig()  # the end of this network is its own
 
 
 class GSoPResNet(GSoP, ResNet):
@@ -57,6 +59,7 @@ class GSoPPreActResNetConfig(PreActResNetConfig, GSoPConfig):
     blocks: Annotated[int, pydantic.Field(ge=2)] = 18  # the first of a stage changes the shape
     block: Literal["bottleneck"] = "bottleneck"
     last_stride: Literal[1, 2] = 1
+    pooling: GapConfig = GapConfig()  # the end of this network is its own
     cov_width: Annotated[int, pydantic.Field(ge=32, le=256)] = 64
     final_width: Annotated[int, pydantic.Field(ge=1)] = 128
     dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.5

@@ -20,6 +20,7 @@ from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.base import Classifier, TrainingOutput
 from sopdeploy.models.entry import Entry
+from sopdeploy.pooling.average import GapConfig
 from sopdeploy.pooling.base import GlobalPooling
 from sopdeploy.pooling.isqrt_cov import ISqrtCov, ISqrtCovConfig, dimension_reduction
 
@@ -31,6 +32,7 @@ class PSDRConfig(ResNetConfig):
     """
 
     conv5_stride: Literal[1, 2] = 1
+    pooling: GapConfig = GapConfig()  # the end of this network is its own
     width: Annotated[int, pydantic.Field(ge=1)] = 64
     decay: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.25
     iterations: Annotated[int, pydantic.Field(ge=1, le=15)] = 5

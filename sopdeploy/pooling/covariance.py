@@ -16,14 +16,19 @@ from torch import Tensor
 SMALLEST_SQUARE = 1e-30  # the root's gradient at 0 is infinite, and 0 times that is no number
 
 
+def centred(features_BCHW: Tensor) -> Tensor:
+    """Return the map as (B, C, M), its mean over positions taken away."""
+    x_BCM = features_BCHW.flatten(start_dim=2)
+    return x_BCM - x_BCM.mean(dim=2, keepdim=True)
+
+
 def centred_positions(features_BCHW: Tensor) -> Tensor:
     """Return X / sqrt(M), centred over positions, as (B, C, M).
 
     Scaling the operand instead of the product keeps the product in range in half precision.
     """
-    x_BCM = features_BCHW.flatten(start_dim=2)
-    centred_BCM = x_BCM - x_BCM.mean(dim=2, keepdim=True)
-    return centred_BCM * (1.0 / math.sqrt(x_BCM.shape[2]))
+    x_BCM = centred(features_BCHW)
+    return x_BCM.mul_(1.0 / math.sqrt(x_BCM.shape[2]))
 
 
 def covariance(centred_BCM: Tensor) -> Tensor:
@@ -31,9 +36,13 @@ def covariance(centred_BCM: Tensor) -> Tensor:
     return centred_BCM @ centred_BCM.transpose(1, 2)
 
 
-def covariance_trace(centred_BCM: Tensor) -> Tensor:
-    """Return the trace of the covariance as (B, 1, 1): a sum of squares, so no diagonal is taken."""
-    return centred_BCM.square().sum(dim=(1, 2), keepdim=True)
+def covariance_trace(cov_BCC: Tensor) -> Tensor:
+    """Return the trace of each matrix as (B, 1, 1), by a product with the identity.
+
+    Runtimes take no diagonal, and the sum of squares of the map costs a pass over it.
+    """
+    identity = torch.eye(cov_BCC.shape[-1], dtype=cov_BCC.dtype, device=cov_BCC.device)
+    return (cov_BCC * identity).sum(dim=(1, 2), keepdim=True)
 
 
 def frobenius_norm(cov_BCC: Tensor) -> Tensor:

@@ -8,13 +8,12 @@ Asked with `create_graph=True`, as AdaHessian does, the gradient is autograd's o
 which can be differentiated again.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sopdeploy.pooling.covariance import centred_positions
+from sopdeploy.pooling.covariance import centred
 from sopdeploy.pooling.isqrt_root import SMALLEST_NORM, Rule, covariance_root, finish, normalise
 from sopdeploy.pooling.newton_schulz import steps
 from sopdeploy.pooling.newton_schulz_adjoint import steps_adjoint
@@ -47,9 +46,9 @@ class Kept(NamedTuple):
     fs: list[Tensor | None]
     rule: Rule
 
-    def x(self) -> Tensor:
-        """Return X (B, d, M) anew: a pass over the map, where keeping it would cost its size again."""
-        return centred_positions(at_least_float32(self.features))
+    def centred(self) -> Tensor:
+        """Return sqrt(M) X (B, d, M) anew: a pass over the map; to keep it would double the map."""
+        return centred(at_least_float32(self.features))
 
 
 class ISqrtVector(torch.autograd.Function):
@@ -81,9 +80,11 @@ class ISqrtVector(torch.autograd.Function):
         root_grad_Bdd = symmetric_gradient(grad, triangle, features_BdHW.shape[1])
         share_B11 = (grad * vector).sum(dim=1)[:, None, None]
         adjoint = position_adjoint if ctx.by_positions else channel_adjoint
-        x_grad_BdM = adjoint(kept, root_grad_Bdd, share_B11)
-        x_grad_BdM *= 2.0 / math.sqrt(x_grad_BdM.shape[2])
-        return x_grad_BdM.view_as(features_BdHW).to(features_BdHW.dtype), None, None
+        return (
+            adjoint(kept, root_grad_Bdd, share_B11).view_as(features_BdHW).to(features_BdHW.dtype),
+            None,
+            None,
+        )
 
 
 def symmetric_gradient(grad: Tensor, triangle: Tensor, channels: int) -> Tensor:
@@ -94,25 +95,28 @@ def symmetric_gradient(grad: Tensor, triangle: Tensor, channels: int) -> Tensor:
 
 
 def channel_adjoint(kept: Kept, root_grad_Bdd: Tensor, share_B11: Tensor) -> Tensor:
-    """Return half the gradient for X where the root is Y_N, times sqrt(norm) with compensation."""
+    """Return the gradient for the map where the root is Y_N, times sqrt(norm) with compensation."""
     if kept.rule.compensate:
         product_grad_Bdd = product_adjoint(kept, root_grad_Bdd * kept.norm.sqrt(), 0.5 * share_B11)
     else:
         product_grad_Bdd = product_adjoint(kept, root_grad_Bdd, torch.zeros_like(share_B11))
-    return product_grad_Bdd @ kept.x()
+    centred_BdM = kept.centred()
+    return product_grad_Bdd.mul_(2.0 / centred_BdM.shape[2]) @ centred_BdM
 
 
 def position_adjoint(kept: Kept, root_grad_Bdd: Tensor, share_B11: Tensor) -> Tensor:
-    """Return half the gradient for X where the root is X P X^T, P = Z_N times a power of the norm."""
+    """Return the gradient for the map where the root is X P X^T, P = Z_N times a power of the norm."""
     power = -0.5 if kept.rule.compensate else -1.0
-    scale_B11 = kept.norm.pow(power)
     last_f = kept.fs[-1]
     z_BMM = kept.ts[-1] if last_f is None else kept.ts[-1] @ last_f
-    x_BdM = kept.x()
-    outer_grad_BdM = root_grad_Bdd @ x_BdM
-    inner_grad_BMM = (x_BdM.transpose(1, 2) @ outer_grad_BdM) * scale_B11
+    centred_BdM = kept.centred()
+    scale_B11 = kept.norm.pow(power) / centred_BdM.shape[2]
+    outer_grad_BdM = root_grad_Bdd @ centred_BdM
+    inner_grad_BMM = (centred_BdM.transpose(1, 2) @ outer_grad_BdM) * scale_B11
     product_grad_BMM = product_adjoint(kept, inner_grad_BMM, power * share_B11)
-    return torch.baddbmm(outer_grad_BdM @ (z_BMM * scale_B11), x_BdM, product_grad_BMM)
+    z_BMM = z_BMM * (2.0 * scale_B11)
+    product_grad_BMM *= 2.0 / centred_BdM.shape[2]
+    return torch.baddbmm(outer_grad_BdM @ z_BMM, centred_BdM, product_grad_BMM)
 
 
 def product_adjoint(kept: Kept, f_grad_Bnn: Tensor, share_B11: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def normalise(features_BdHW: Tensor, rule: Rule) -> Normalised:
     x_BdM = centred_positions(at_least_float32(features_BdHW))
     by_positions = positions_are_cheaper(x_BdM.shape[1], x_BdM.shape[2], rule.iterations)
     matrix_Bnn = covariance(x_BdM.transpose(1, 2) if by_positions else x_BdM)
-    norm_B11 = covariance_trace(x_BdM) if rule.prenorm == "trace" else frobenius_norm(matrix_Bnn)
+    norm_B11 = covariance_trace(matrix_Bnn) if rule.prenorm == "trace" else frobenius_norm(matrix_Bnn)
     norm_B11 = norm_B11.clamp_min(SMALLEST_NORM)
     return Normalised(x_BdM, norm_B11, matrix_Bnn / norm_B11, by_positions)
 

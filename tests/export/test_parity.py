@@ -25,7 +25,9 @@ def shipped(
     from tests.export.conftest import trained
 
     network = trained("resnet8")
-    return lower(capture(network, preprocess, BATCH).any_batch), Deployed(network, preprocess).eval()
+    return lower(capture(network, preprocess, BATCH).any_batch, network.outputs), Deployed(
+        network, preprocess
+    ).eval()
 
 
 def changed(model: onnx.ModelProto, name: str, change: Callable[[np.ndarray], np.ndarray]) -> onnx.ModelProto:
@@ -52,9 +54,10 @@ def test_the_file_that_ships_stays_within_the_noise(
 ) -> None:
     report = measure(*shipped, probes, tmp_path / "model.onnx")
     assert report.passed
-    assert report.drift.keys() == {"1", "2", "4", "8"}
-    assert report.tolerance == pytest.approx(FLOORS * report.noise_floor)
-    assert report.drift_in_floors < FLOORS
+    assert report.outputs.keys() == {"logits"}
+    assert report.logits.drift.keys() == {"1", "2", "4", "8"}
+    assert report.logits.tolerance == pytest.approx(FLOORS * report.logits.noise_floor)
+    assert report.logits.drift_in_floors < FLOORS
     assert report.top1.agree + report.top1.flips_within_noise == report.images == 12
 
 
@@ -75,7 +78,7 @@ def test_a_file_that_drifts_stops_the_export(
     change: Callable[[np.ndarray], np.ndarray],
 ) -> None:
     model, deployed = shipped
-    with pytest.raises(ParityError, match=r"drifts by .* noise floors; 16 .* are allowed.*--allow-drift"):
+    with pytest.raises(ParityError, match=r"drifts by .* in logits, .* noise floors; .*--allow-drift"):
         measure(changed(model, name, change), deployed, probes, tmp_path / "model.onnx")
 
 
@@ -87,7 +90,7 @@ def test_an_allowed_drift_is_recorded(
     report = measure(drifting, deployed, probes, tmp_path / "model.onnx", allow_drift=True)
     assert not report.passed
     assert report.drift_allowed
-    assert report.largest_drift == pytest.approx(1e-3, rel=0.05)
+    assert report.logits.largest_drift == pytest.approx(1e-3, rel=0.05)
 
 
 def test_numbers_that_are_not_finite_are_never_allowed(
@@ -112,9 +115,10 @@ def test_the_noise_floor_is_the_distance_of_the_networks_own_float32_run(
     shipped: tuple[onnx.ModelProto, Deployed], probes: Tensor
 ) -> None:
     found: Reference = reference(shipped[1], probes.numpy())
-    scale = float(np.abs(found.logits).max())
-    assert found.logits.dtype == np.float64
-    assert 1e-7 * scale < found.noise_floor < 1e-4 * scale
+    logits, floor = found.outputs["logits"], found.noise_floor["logits"]
+    scale = float(np.abs(logits).max())
+    assert logits.dtype == np.float64
+    assert 1e-7 * scale < floor < 1e-4 * scale
 
 
 @pytest.mark.parametrize(

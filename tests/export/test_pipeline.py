@@ -87,7 +87,7 @@ def test_the_probes_hold_the_networks_own_numbers(exported: Exported) -> None:
     probes = read_probes(exported.path / "probes.npz")
     assert probes.images.shape == (12, 16, 16, 3)
     assert probes.expected["logits"].shape == (12, 10)
-    assert probes.tolerance["logits"] == exported.parity.tolerance
+    assert probes.tolerance["logits"] == exported.parity.logits.tolerance
 
 
 def test_photographs_join_the_probes(checkpoint: Path, tmp_path: Path) -> None:

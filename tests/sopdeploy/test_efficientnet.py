@@ -2,9 +2,10 @@ import pytest
 import timm
 import torch
 
+from sopdeploy import create_model, describe
 from sopdeploy.backbones.efficientnet import STAGES, EfficientNet, EfficientNetConfig
 from sopdeploy.blocks.mbconv import MBConv, StochasticDepth
-from sopdeploy.models.describe import count
+from sopdeploy.models.counting import count
 
 
 def test_efficientnet_has_timms_keys_and_gives_its_logits() -> None:
@@ -47,3 +48,21 @@ def test_branch_blocks_have_the_kernel_of_their_stage() -> None:
         assert isinstance(block, MBConv)
         assert block.conv_dw.kernel_size == (stage.kernel, stage.kernel)
         assert block.has_shortcut
+
+
+def test_second_order_head_goes_by_64_swished_channels_to_2080_numbers() -> None:
+    with torch.device("meta"):
+        network = create_model("isqrt-efficientnet-b0")
+    assert network.reduction[0].weight.shape == (64, 1280, 1, 1)
+    assert isinstance(network.reduction[2], torch.nn.SiLU)
+    assert network.dropout.p == 0.2
+    assert network.representation() == network.classifier.in_features == 2080
+    counted = describe("isqrt-efficientnet-b0").shipped.parameters
+    assert counted == 5_288_548 - 1281 * 1000 + (1280 * 64 + 128) + 2081 * 1000
+
+
+def test_second_order_head_learns() -> None:
+    torch.manual_seed(0)
+    network = create_model("isqrt-efficientnet-b0", num_classes=3, width=8, stochastic_depth=0)
+    network(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())

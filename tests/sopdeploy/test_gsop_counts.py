@@ -5,7 +5,7 @@ import torch
 
 from sopdeploy import create_model, describe
 from sopdeploy.blocks.gsop_block import GSoPBlock, GSoPBlockConfig
-from sopdeploy.models.describe import count
+from sopdeploy.models.counting import count
 from sopdeploy.models.gsop import RELEASED
 
 

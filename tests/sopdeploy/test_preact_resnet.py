@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from sopdeploy.backbones.preact_resnet import PreActResNet, PreActResNetConfig
-from sopdeploy.models.describe import count
+from sopdeploy.models.counting import count
 
 R110 = {"blocks": 18, "block": "basic"}
 WRN28 = {"blocks": 4, "block": "basic", "widen": 10}
@@ -15,8 +15,8 @@ WRN22 = {"blocks": 3, "block": "basic", "widen": 10}
     [
         ({}, 100, 1.7, 1_726_388, 247_669_760),  # GSoP Table 6: 1.7 M, 0.25 G
         (R110, 10, 1.7, 1_730_522, 253_149_824),  # He et al. 2016b: 1.7 M
-        (WRN22, 10, 26.8, 26_797_914, 3_827_751_168),  # WRN Table 3: 26.8 M
-        (WRN28, 10, 36.5, 36_479_194, 5_243_328_768),  # WRN Table 5: 36.5 M, 5.2 G
+        (WRN22, 10, 26.8, 26_797_914, 3_827_751_168),  # Zagoruyko and Komodakis: 26.8 M
+        (WRN28, 10, 36.5, 36_479_194, 5_243_328_768),  # Zagoruyko and Komodakis: 36.5 M
         (WRN28, 100, 36.5, 36_536_884, 5_243_386_368),
     ],
 )

@@ -6,7 +6,7 @@ from sopdeploy.backbones.resnext import ResNeXt, ResNeXtConfig
 
 @pytest.mark.parametrize(
     ("cardinality", "published", "parameters"),
-    # Xie et al., Table 7; 68.155 M is printed as 68.1, cut off rather than rounded
+    # Xie et al. 2017; 68.155 M is printed as 68.1, cut off rather than rounded
     [(8, 34.4, 34_426_698), (16, 68.1, 68_155_210)],
 )
 def test_parameters_are_the_published_ones(cardinality: int, published: float, parameters: int) -> None:

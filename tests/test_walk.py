@@ -1,0 +1,176 @@
+"""The whole walk as a user takes it: photos, train, export, verify, predict, ask over HTTP."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+COLOURS = {"blue": (40, 60, 210), "green": (30, 190, 60), "red": (215, 40, 50)}
+PHOTOS = 12
+SMALL = {
+    "epochs": "2",
+    "threads": "1",
+    "model.name": "dsop-resnet8",
+    "preprocess.resize": "18",
+    "preprocess.crop": "16",
+}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+
+
+def take_photos(folder: Path) -> None:
+    """Put photographs of three colours into *folder*, noisy and of several sizes."""
+    random = np.random.default_rng(5)
+    for label, colour in COLOURS.items():
+        (folder / label).mkdir(parents=True)
+        for number in range(PHOTOS):
+            noise = random.normal(0, 25, (40, 40 + number, 3))
+            pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{number:02}.jpg")
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "sopdeploy", *arguments]
+
+
+def run(*arguments: str, home: Path) -> str:
+    done = subprocess.run(
+        command(*arguments),
+        cwd=home,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def answer(*arguments: str, home: Path) -> Any:
+    return json.loads(run(*arguments, "--json", home=home))
+
+
+@contextmanager
+def serving(bundle: str, home: Path) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
+    child = subprocess.Popen(
+        command("serve", bundle, "--port", "0", "--threads", "1"),
+        cwd=home,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        with child:
+            assert child.stdout is not None
+            ready, address, name = child.stdout.readline().split()
+            assert (ready, name) == ("ready:", Path(bundle).name)
+            with httpx.Client(base_url=address, timeout=30) as client:
+                yield client, child
+            child.kill()
+    finally:
+        child.kill()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("somebody")
+    take_photos(folder / "photos")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(home: Path) -> dict[str, Any]:
+    settings = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
+    found: dict[str, Any] = answer(
+        "train", "--recipe", "photos-dsop", "--data", "photos", *settings, home=home
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def exported(home: Path, trained: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = answer("export", trained["best"], "--detach", home=home)
+    return found
+
+
+def test_training_writes_a_run_and_says_where(home: Path, trained: dict[str, Any]) -> None:
+    assert (home / trained["best"]).is_file()
+    assert Path(trained["best"]).parent == Path("runs/photos-dsop")
+    assert (trained["epochs"], 0 <= trained["best_top1"] <= 1) == (2, True)
+    assert trained["held_out_count"] == pytest.approx(len(COLOURS) * PHOTOS / 5, abs=3)
+
+
+def test_the_export_detaches_with_proof(home: Path, exported: dict[str, Any]) -> None:
+    bundle = home / exported["bundle"]
+    assert bundle.name == f"dsop-resnet8-{exported['id']}"
+    assert exported["detached"] == ["branches"]
+    assert exported["tensors_removed"] > 0
+    assert exported["parity"]["passed"]
+    assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
+    assert json.loads((bundle / "labels.json").read_bytes()) == sorted(COLOURS)
+
+
+def test_the_checkpoint_can_be_measured(home: Path, trained: dict[str, Any]) -> None:
+    figures = answer("eval", trained["best"], "--data", "photos", home=home)
+    assert figures["count"] == len(COLOURS) * PHOTOS
+    assert figures["top1"] >= 1 / len(COLOURS)
+
+
+def test_the_bundle_is_verified(home: Path, exported: dict[str, Any]) -> None:
+    found = answer("verify", exported["bundle"], home=home)
+    assert (found["id"], found["files"]) == (exported["id"], 6)
+    for replay in found["replays"]:
+        assert replay["deviation"]["logits"] <= replay["tolerance"]["logits"]
+
+
+def test_the_service_gives_the_numbers_of_predict_and_ends_cleanly(
+    home: Path, exported: dict[str, Any]
+) -> None:
+    photos = [f"photos/{label}/0{number}.jpg" for label in COLOURS for number in (0, 7)]
+    predicted = answer("predict", exported["bundle"], *photos, home=home)
+    with serving(exported["bundle"], home) as (client, child):
+        for photo, prediction in zip(photos, predicted, strict=True):
+            reply = client.post("/v1/classify", content=(home / photo).read_bytes())
+            assert reply.status_code == 200
+            over_http = {row["label"]: row["probability"] for row in reply.json()["classes"]}
+            on_the_spot = {row["label"]: row["probability"] for row in prediction["classes"]}
+            assert over_http == pytest.approx(on_the_spot, abs=1e-6)
+            assert sum(over_http.values()) == pytest.approx(1, abs=1e-5)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(30) == 0
+        assert child.stderr is not None
+        assert child.stderr.read() == ""
+
+
+def test_a_second_export_elsewhere_gives_the_same_bytes(
+    home: Path, trained: dict[str, Any], exported: dict[str, Any]
+) -> None:
+    elsewhere = home / "another place"
+    elsewhere.mkdir()
+    shutil.copy(home / trained["best"], elsewhere / "mine.pt")
+    again = answer("export", "mine.pt", "--detach", "--out", "out", home=elsewhere)
+    first, second = home / exported["bundle"], elsewhere / again["bundle"]
+    assert first.name == second.name
+    assert contents(first) == contents(second)
+
+
+def contents(bundle: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(bundle.iterdir())}
+
+
+def test_a_bundle_says_nothing_of_the_machine_it_was_made_on(home: Path, exported: dict[str, Any]) -> None:
+    told = {str(home), home.name, str(Path.home()) + "/", "photos/", "runs/", os.getcwd(), sys.prefix}  # noqa: PTH109
+    for name, body in contents(home / exported["bundle"]).items():
+        assert [secret for secret in told if secret.encode() in body] == [], name
