@@ -11,6 +11,7 @@ SopdeployError              one line: what, where, what to do; the CLI ends with
  +- LoweringError           the network has no ONNX form that every runtime accepts
  +- ParityError             the exported file gives other numbers than the network
  +- BundleError             files and manifest of a bundle disagree
+ +- EngineError             a TensorRT engine cannot be built, or is not what was asked for
  +- RuntimeUnavailableError no runtime on this machine can run the bundle
  +- ImageError              a picture cannot be used; the service answers with its own 4xx
 """
@@ -58,6 +59,10 @@ class ParityError(SopdeployError):
 
 class BundleError(SopdeployError):
     """Files and manifest of a bundle disagree."""
+
+
+class EngineError(SopdeployError):
+    """A TensorRT engine cannot be built, or is not what was asked for."""
 
 
 class RuntimeUnavailableError(SopdeployError):
