@@ -1,8 +1,9 @@
 """What do the lowering rules buy in ONNX Runtime on one core?
 
 Each part is exported twice, by the rules and as the papers write it (`--no-lowering`), both are checked to
-give the same numbers, and both are timed in turn at batch 1 and 8. The last rows compare a mixture that runs
-K of 16 experts with one that runs all. `ours` is the lowered form; `bound` says what the project promises.
+give the same numbers, and both are timed in turn at batch 1 and 8. The last rows compare a mixture that
+runs K of 16 experts with one that runs all. `ours` is the lowered form; `met` says whether the project's
+promises hold.
 
     python benchmarks/lowering.py [--quick] [--json]
 """
@@ -54,10 +55,10 @@ class Part(nn.Module):
         return answer
 
 
-def rewritten(part: nn.Module, inputs: tuple[Tensor, ...], *, by_rules: bool, optimum: int) -> nn.Module:
+def rewritten(part: nn.Module, inputs: tuple[Tensor, ...], *, by_rules: bool) -> nn.Module:
     """Return *part* rewritten by the rules, or as the papers write it."""
     network = Part(part).eval()
-    batch = BatchRange(optimum=optimum)
+    batch = BatchRange(optimum=8)
     work = Work(network=network, calls=observe(network, inputs), batch=batch, choose=ByThumb())
     for apply in RULES if by_rules else FORMULAS:
         apply(work)
@@ -73,7 +74,7 @@ def pooling_case(width: int, side: int, promised: float) -> Case:
     """Return iSQRT pooling, covariance to triangle."""
     made = features(width, side, side)
     both = [
-        rewritten(ISqrtCov(ISqrtCovConfig(width=width)), made(2), by_rules=lowered, optimum=8)
+        rewritten(ISqrtCov(ISqrtCovConfig(width=width)), made(2), by_rules=lowered)
         for lowered in (True, False)
     ]
     name = f"iSQRT pooling, d={width}, M={side * side}"
@@ -100,7 +101,7 @@ def mixture_case() -> Case:
     both = []
     for lowered in (True, False):
         bank, inputs = mixture(8)
-        both.append(rewritten(bank, inputs(2), by_rules=lowered, optimum=8))
+        both.append(rewritten(bank, inputs(2), by_rules=lowered))
     return Case("GM-SOP mixture 16-8, 8x8 maps", "textbook, all 16", both[0], both[1], inputs, (2.5, 2.5))
 
 
@@ -111,15 +112,14 @@ def routed_case(chosen: int, promised: float) -> Case:
     return Case(f"mixture, K={chosen} of 16", "all 16, lowered", ours, other, inputs, (promised, promised))
 
 
-def gsop_case(batch: int, promised: float) -> Case:
-    """Return GSoP's channel block on 1024 channels, for the bundle of one usual batch size."""
+def gsop_case() -> Case:
+    """Return GSoP's channel block on 1024 channels: not slower at batch 1, faster at 8, in one bundle."""
     made = features(1024, 14, 14)
     both = []
     for lowered in (True, False):
         torch.manual_seed(0)
-        block = GSoPBlock(GSoPBlockConfig(), 1024, 1)
-        both.append(rewritten(block, made(2), by_rules=lowered, optimum=batch))
-    return Case("GSoP block, C=1024", "textbook block", both[0], both[1], made, (promised, promised))
+        both.append(rewritten(GSoPBlock(GSoPBlockConfig(), 1024, 1), made(2), by_rules=lowered))
+    return Case("GSoP block, C=1024", "textbook block", both[0], both[1], made, (1.0, 1.0))
 
 
 def run(case: Case, batch: int, runs: int) -> tuple[Result, float]:
@@ -150,9 +150,9 @@ def main() -> None:
         mixture_case(),
         routed_case(8, 1 / 0.65),
         routed_case(2, 1 / 0.3),
+        gsop_case(),
     ]
     jobs = [(case, batch) for case in cases for batch in (1, 8)]
-    jobs += [(gsop_case(1, 1.0), 1), (gsop_case(8, 1.0), 8)]
     with torch.no_grad():
         timed = [run(case, batch, runs) for case, batch in jobs]
     short = [result.case for result, promised in timed if 1 / result.ratio < promised]

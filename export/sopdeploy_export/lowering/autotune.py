@@ -9,7 +9,7 @@ same everywhere.
 import math
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
@@ -37,12 +37,11 @@ class ByThumb:
         return forms.thumb
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class ByClock:
-    """Takes the fastest at one image and at the usual batch; `seconds` holds what each took."""
+    """Takes the fastest at one image and at the usual batch."""
 
     batch: BatchRange
-    seconds: list[dict[str, dict[int, float]]] = field(default_factory=list)
     by: str = "autotune"
 
     def __call__(self, forms: Forms) -> str:
@@ -53,7 +52,6 @@ class ByClock:
             feeds = [repeated(value, size) for value in forms.inputs]
             for name, seconds in medians(sessions, feeds).items():
                 taken[name][size] = seconds
-        self.seconds.append(taken)
         return min(taken, key=lambda name: math.prod(taken[name].values()))
 
 

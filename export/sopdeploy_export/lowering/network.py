@@ -15,7 +15,16 @@ from torch import Tensor
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.errors import LoweringError
 from sopdeploy.manifest import BatchRange
-from sopdeploy_export.lowering import compensation, fusion_norm, position, root, routing, row_conv, textbook
+from sopdeploy_export.lowering import (
+    compensation,
+    fusion_norm,
+    gsop_centring,
+    position,
+    root,
+    routing,
+    row_conv,
+    textbook,
+)
 from sopdeploy_export.lowering.autotune import ByClock, ByThumb
 from sopdeploy_export.lowering.observe import observe
 from sopdeploy_export.lowering.report import AppliedRule, Choice
@@ -28,6 +37,7 @@ RULES: tuple[Callable[[Work], None], ...] = (
     compensation.apply,
     row_conv.apply,
     fusion_norm.apply,
+    gsop_centring.apply,
     position.apply,
 )
 TOGETHER = 1e-4  # of the largest value; parity, in noise floors, is much stricter

@@ -8,16 +8,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sopdeploy.blocks.gsop_block import RELEASED_BLOCK, GSoPBlock, GSoPBlockConfig
+from sopdeploy.blocks.gsop_excitation import Excitation
 from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.errors import LoweringError
 from sopdeploy.manifest import BatchRange
 from sopdeploy.models.base import Classifier
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_export.detach import detach
-from sopdeploy_export.lowering import fusion_norm, root, routing
+from sopdeploy_export.lowering import fusion_norm, root, routing, row_conv
+from sopdeploy_export.lowering.autotune import ByThumb
 from sopdeploy_export.lowering.experts import GatheredWeights
-from sopdeploy_export.lowering.network import rewrite
+from sopdeploy_export.lowering.network import RULES, rewrite
+from sopdeploy_export.lowering.observe import observe
 from sopdeploy_export.lowering.root import LoweredRoot
+from sopdeploy_export.lowering.work import Work
 from sopdeploy_export.onnx_root import file_root
 from sopdeploy_export.pipeline import ExportOptions, export
 
@@ -188,3 +193,24 @@ def test_autotune_chooses_one_of_the_equal_forms_and_says_so(
     assert (choice.where, choice.by) == ("mixture", "autotune")
     assert choice.form in choice.among
     assert found.parity.passed
+
+
+@pytest.mark.parametrize("released", [False, True], ids=["the paper's block", "the released block"])
+def test_every_rule_of_a_gsop_block_holds_and_the_released_constant_is_not_taken_for_centring(
+    released: bool,
+) -> None:
+    torch.manual_seed(0)
+    config = GSoPBlockConfig(attention="average", cov_width=32, **(RELEASED_BLOCK if released else {}))
+    block = nn.Sequential(GSoPBlock(config, 64, 1)).eval()
+    maps = torch.randn(2, 64, 7, 7)
+    with torch.no_grad():
+        expected = block(maps)
+        work = Work(network=block, calls=observe(block, (maps,)), batch=SMALL, choose=ByThumb())
+        for apply in RULES:
+            apply(work)
+        torch.testing.assert_close(block(maps), expected, rtol=1e-5, atol=1e-6)
+    names = [rule.name for rule in work.rules]
+    assert names.count(row_conv.FOLD) == names.count(row_conv.FORM) == names.count(root.CENTRING) == 2
+    (constant,) = (r for r in work.rules if r.name == root.CENTRING and r.where.endswith("position"))
+    assert ("not centring" in constant.effect) == released
+    assert not [part for part in block.modules() if isinstance(part, Excitation)]
