@@ -4,6 +4,7 @@ SopdeployError              one line: what, where, what to do; the CLI ends with
  +- ConfigError             a value in a recipe, a config or an option is wrong
  +- DataError               a data folder or an image in it cannot be used
  +- CheckpointError         the file is not a sopdeploy checkpoint, is unsafe or is damaged
+ +- WeightsError            a weight file of another project cannot be read or is another network
  +- TrainingError           training cannot go on (a number is no longer finite, say)
  +- DetachError             there is nothing to detach, or a training-only name does not exist
  +- CertificateError        what is left after detaching is not the plain network
@@ -30,6 +31,10 @@ class DataError(SopdeployError):
 
 class CheckpointError(SopdeployError):
     """The file is not a sopdeploy checkpoint, is unsafe or is damaged."""
+
+
+class WeightsError(SopdeployError):
+    """A weight file of another project cannot be read or is another network."""
 
 
 class TrainingError(SopdeployError):
