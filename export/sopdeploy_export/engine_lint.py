@@ -37,7 +37,7 @@ def lint(
 
 
 def name_operators(model: onnx.ModelProto) -> None:
-    """Give every operator of *model* a name of its own: by it the engine's layers are traced back to parts."""
+    """Give every operator of *model* a name of its own, by which layers of the engine are traced back."""
     taken: set[str] = set()
     for index, node in enumerate(model.graph.node):
         if not node.name or node.name in taken:
