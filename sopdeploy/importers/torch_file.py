@@ -1,6 +1,6 @@
 """Weight files of PyTorch: state dicts, training checkpoints around them, and safetensors.
 
-Nothing of a file is run: `.pth` goes through `torch.load(weights_only=True)`, safetensors is a JSON header
+Nothing of a file is run: `.pth` goes through the reader of our own checkpoints, safetensors is a JSON header
 and numbers.
 """
 
