@@ -10,7 +10,7 @@ NARROW: dict[str, Any] = {"width": 8, "iterations": 2}
 HEADS: dict[str, Any] = {"aux_widths": (8, 8, 8), "iterations": 2}
 FEW_GROUPS: dict[str, Any] = {"cardinality": 1, "group_width": 4}
 ONE_BLOCK: dict[str, Any] = {"blocks": 1}
-ONE_EACH: dict[str, Any] = {"blocks_per_stage": 1}
+ONE_EACH: dict[str, Any] = {"blocks_per_stage": 1, "conv5_stride": 1}  # a covariance needs two positions
 TWO_OF_FOUR: dict[str, Any] = {
     **ONE_EACH,
     "components": 4,
@@ -46,7 +46,7 @@ DETACHED = (  # as plain networks: what they ship stands above, or takes too lon
     Small("resnet18", 32, {"conv5_stride": 1}),
     Small("dsop-resnet18", 32, {"aux_widths": (8,) * 4, "aux_blocks": (1,) * 4, "iterations": 2}),
     Small("efficientnet-b0", 32),
-    Small("isqrt-efficientnet-b0", 32, NARROW),
+    Small("isqrt-efficientnet-b0", 64, NARROW),
     Small("resnet8", 8),
     Small("preact-resnet110", 8, ONE_BLOCK),
     Small("dsop-efficientnet-b0", 32, {"iterations": 2}),
@@ -54,7 +54,7 @@ DETACHED = (  # as plain networks: what they ship stands above, or takes too lon
     Small("dsop-resnext29-8x64d", 8, {**FEW_GROUPS, **HEADS}),
     Small("psdr-resnet50-no-aux", 32, {"depth": 18, **NARROW}),
     Small("se-resnet18", 32),
-    Small("ge-resnet18", 32, {"image_size": 32}),
+    Small("ge-resnet18", 32, {"side": 32}),
     Small("gmgap-16-8-resnet18", 8, {**TWO_OF_FOUR, "component": "gap"}),
     Small("sgmoe-16-8-resnet18", 8, TWO_OF_FOUR),
     Small("timm:resnet18", 32),

@@ -91,7 +91,7 @@ def test_every_other_pooling_agrees(pooling: str, tmp_path: Path) -> None:
 def full_width(model: str) -> Small:
     """Return *model* as it stands in the catalog, on fewer pixels than its paper's."""
     side = {224: 64, 64: 32}.get(CATALOG[model].image_size, 32)
-    return Small(model, side, {"image_size": side} if model.startswith("ge-") else {})
+    return Small(model, side, {"side": side} if model.startswith("ge-") else {})
 
 
 @pytest.mark.slow
