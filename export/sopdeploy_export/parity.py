@@ -23,6 +23,7 @@ from sopdeploy_export.capture import Deployed
 FLOORS = 16.0  # how many noise floors the file may drift: folding batch norm and other kernels take 1 to 4
 PROVIDER = "CPUExecutionProvider"
 LOGITS = "logits"
+ALONE, TOGETHER = 4, 16  # probes the network computes one by one, and the largest batch it computes
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -96,20 +97,26 @@ class Reference:
 
 def reference(deployed: Deployed, images: NDArray[np.uint8]) -> Reference:
     """Return the float64 outputs of *deployed* for *images* (P, H, W, 3), and its noise floor."""
-    pixels = torch.from_numpy(images)
-    with torch.no_grad():
-        exact = copy.deepcopy(deployed).double()(pixels)
-        alone = [deployed(pixels[i : i + 1]) for i in range(len(pixels))]
-        together = deployed(pixels)
-    outputs, floors = {}, {}
-    for position, name in enumerate(deployed.network.outputs):
-        outputs[name] = values = exact[position].numpy()
+    exact = network_outputs(copy.deepcopy(deployed).double(), images, TOGETHER)
+    together = network_outputs(deployed, images, TOGETHER)
+    alone = network_outputs(deployed, images[:ALONE], 1)
+    floors = {}
+    for name, values in exact.items():
         if not np.isfinite(values).all():
             raise ParityError(f"the network's own {name} are not finite on the probe images; train it again")
-        runs = (torch.cat([answer[position] for answer in alone]).numpy(), together[position].numpy())
         smallest = 4 * float(np.finfo(np.float32).eps) * float(np.abs(values).max())
-        floors[name] = max(smallest, *(float(np.abs(run - values).max()) for run in runs))
-    return Reference(outputs=outputs, noise_floor=floors)
+        runs = (np.abs(together[name] - values).max(), np.abs(alone[name] - values[:ALONE]).max())
+        floors[name] = max(smallest, *(float(run) for run in runs))
+    return Reference(outputs=exact, noise_floor=floors)
+
+
+def network_outputs(deployed: Deployed, images: NDArray[np.uint8], batch: int) -> Arrays:
+    """Return the outputs of *deployed* by name, computed in batches of at most *batch* images."""
+    pixels = torch.from_numpy(images)
+    with torch.no_grad():
+        chunks = [deployed(pixels[i : i + batch]) for i in range(0, len(pixels), batch)]
+    joined = (torch.cat(values).numpy() for values in zip(*chunks, strict=True))
+    return dict(zip(deployed.network.outputs, joined, strict=True))
 
 
 def open_session(path: Path) -> ort.InferenceSession:

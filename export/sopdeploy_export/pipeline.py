@@ -26,6 +26,8 @@ from sopdeploy_export.capture import Deployed
 from sopdeploy_export.certificate import Certificate, Proof, certify, with_onnx_root
 from sopdeploy_export.detach import detach
 from sopdeploy_export.lower_onnx import INPUT, OPSET, lower, operator_counts, write
+from sopdeploy_export.lowering.lowered import Certified, Wish, lower_by_rules
+from sopdeploy_export.lowering.report import LoweringReport
 from sopdeploy_export.onnx_root import file_root, onnx_root
 from sopdeploy_export.parity import ParityReport, Reference, compare, reference
 from sopdeploy_export.probe_images import probe_images
@@ -40,6 +42,8 @@ class ExportOptions(Frozen):
     batch: BatchRange = BatchRange()
     probes: Path | None = None
     allow_drift: bool = False
+    lowering: bool = True
+    autotune: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +54,7 @@ class Exported:
     manifest: Manifest
     certificate: Certificate
     parity: ParityReport
+    lowering: LoweringReport
 
     def summary(self) -> dict[str, Any]:
         """Return what `sopdeploy export --json` prints."""
@@ -63,6 +68,7 @@ class Exported:
             "tensors_kept": len(self.certificate.kept),
             "roots": self.certificate.roots.model_dump(),
             "parity": self.parity.model_dump(),
+            "lowering": self.lowering.model_dump(),
         }
 
 
@@ -99,6 +105,13 @@ def export(
 
     step("lowering to ONNX")
     model, certificate = lower_with_proof(proof, trained.outputs)
+    model, lowering = lower_by_rules(
+        Certified(lean, proof.lean.any_batch, model),
+        images,
+        checkpoint.preprocess,
+        options.batch,
+        Wish(rules=options.lowering, autotune=options.autotune),
+    )
 
     with bundle.staging(destination) as folder:
         write(model, folder / "model.onnx")
@@ -116,6 +129,7 @@ def export(
 
         step("writing the bundle")
         write_reports(folder, checkpoint, certificate, parity)
+        (folder / "lowering.json").write_bytes(to_json(lowering.model_dump(mode="json")))
         write_probes(folder / "probes.npz", as_probes(images, expected, parity))
         lineage = Lineage(
             checkpoint_sha256=bundle.digest(checkpoint_path),
@@ -128,7 +142,7 @@ def export(
         )
         manifest = bundle.seal(folder, card)
         path = bundle.publish(folder, manifest, destination)
-    return Exported(path=path, manifest=manifest, certificate=certificate, parity=parity)
+    return Exported(path=path, manifest=manifest, certificate=certificate, parity=parity, lowering=lowering)
 
 
 def refuse_training_parts(trained: Classifier) -> Classifier:

@@ -26,6 +26,16 @@ def export(
     allow_drift: Annotated[
         bool, typer.Option("--allow-drift", help="Write the bundle even if its numbers drift; recorded.")
     ] = False,
+    lowering: Annotated[
+        bool,
+        typer.Option(
+            "--lowering/--no-lowering",
+            help="Rewrite by proved rules, or write the papers' formulas as they are.",
+        ),
+    ] = True,
+    autotune: Annotated[
+        bool, typer.Option("--autotune", help="Time equal forms here instead of using the rule of thumb.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Turn a checkpoint into a bundle: detach, prove, lower to ONNX, compare, write.
@@ -38,7 +48,14 @@ def export(
         from sopdeploy_export.pipeline import export as run
 
         batch = BatchRange(optimum=min(8, max_batch), maximum=max_batch)
-        options = ExportOptions(detach=detach, batch=batch, probes=probes, allow_drift=allow_drift)
+        options = ExportOptions(
+            detach=detach,
+            batch=batch,
+            probes=probes,
+            allow_drift=allow_drift,
+            lowering=lowering,
+            autotune=autotune,
+        )
         exported = run(checkpoint, destination, options, step)
     if as_json:
         print_json(exported.summary())
@@ -59,12 +76,21 @@ def show(exported: "Exported") -> None:
         "onnx": f"{parity.file_bytes:,} bytes, {sum(parity.operators.values())} operators",
         "drift": f"{parity.logits.largest_drift:.2g} = {parity.logits.drift_in_floors:.1f} noise floors "
         f"(allowed {parity.logits.tolerance:.2g}), top class equal on {parity.top1.agree} of {parity.images}",
+        "rules": rules_line(exported),
         "bundle": str(exported.path),
     }
     for name, text in rows.items():
         out.print(f"[bold]{name:8}[/] {plain(text)}")
     if parity.drift_allowed:
         out.print("[bold yellow]warning[/]  the numbers drift; the bundle records that this was allowed")
+
+
+def rules_line(exported: "Exported") -> str:
+    """Return which rules were applied, how often, and which forms were chosen."""
+    report = exported.lowering
+    rules = ", ".join(f"{name} ({times})" for name, times in report.summary.items()) or "none applies"
+    forms = "; ".join(f"{choice.where}: {choice.form} ({choice.by})" for choice in report.choices)
+    return f"{rules}; {forms}" if forms else rules
 
 
 def verify(

@@ -8,20 +8,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.export import Dim
 
+from sopdeploy.backbones.base import Backbone
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.losses import training_loss
 from sopdeploy.manifest import BatchRange
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.catalog import create_model
+from sopdeploy.normalise import Normalise
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_export.accounts import account
-from sopdeploy_export.capture import Deployed, check_range
-from sopdeploy_export.capture import export as capture_graph
+from sopdeploy_export.capture import Deployed, capture_any_batch
 from sopdeploy_export.certificate import equal_numbers, plain_network
 from sopdeploy_export.detach import detach
 from sopdeploy_export.lower_onnx import lower, operator_counts, write
+from sopdeploy_export.lowering.centring import centre_by_mean
+from sopdeploy_export.lowering.network import rewrite
 from sopdeploy_export.parity import ParityReport, compare, reference
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.probe_images import probe_images
@@ -88,35 +90,34 @@ def exported(checkpoint: Path, destination: Path) -> Exported:
 
 
 def agreed(checkpoint: Path, destination: Path) -> ParityReport:
-    """Run the export's own steps on one graph: the certificate's books and numbers, ONNX, parity.
+    """Run the export's own steps on one graph: the certificate's books and numbers, ONNX by rules, parity.
 
     The graphs of three networks and their ONNX roots are what `exported` compares beside.
     """
     shipped = detached(checkpoint)
-    pair = torch.zeros(2, shipped.preprocess.crop, shipped.preprocess.crop, 3, dtype=torch.uint8)
-    program = capture_graph(shipped.deployed, pair, ({0: Dim("batch", min=1, max=FEW.maximum)},))
-    check_range(program, FEW)
-    model = lower(program, shipped.deployed.network.outputs)
+    pixels = Normalise(shipped.preprocess)(torch.from_numpy(shipped.images[:2]))
+    rewritten = rewrite(shipped.network, pixels, FEW, textbook_only=False, autotune=False).network
+    program = capture_any_batch(rewritten, shipped.preprocess, FEW)
+    model, _ = centre_by_mean(lower(program, shipped.network.outputs))
     write(model, destination)
-    expected = reference(shipped.deployed, shipped.images)
+    expected = reference(Deployed(shipped.network, shipped.preprocess).eval(), shipped.images)
     return compare(destination, expected, shipped.images, FEW, operator_counts(model))
 
 
 class Detached(NamedTuple):
     """What is left of a checkpoint's network, its answers those of the plain network bit for bit."""
 
-    deployed: Deployed
+    network: Backbone
     images: NDArray[np.uint8]
     preprocess: Preprocess
 
 
 def detached(checkpoint: Path) -> Detached:
     """Load *checkpoint*, take off what only training needs, and compare with a plain network built anew."""
-    found = read_checkpoint(checkpoint)
-    trained = build_classifier(found, checkpoint)
+    found, trained = read_checkpoint(checkpoint), loaded(checkpoint)
     images, lean = probe_images(found.preprocess), detach(trained) if trained.training_only else trained
     account(trained, lean)
     networks = {"plain": plain_network(trained, lean), "trained": trained, "detached": lean}
     deployed = {role: Deployed(network, found.preprocess).eval() for role, network in networks.items()}
-    equal_numbers(deployed, torch.from_numpy(images), (1, 3))
-    return Detached(deployed["detached"], images, found.preprocess)
+    equal_numbers(deployed, torch.from_numpy(images))
+    return Detached(lean, images, found.preprocess)

@@ -44,7 +44,7 @@ def test_the_smallest_agrees_with_its_onnx_file(small: Small, tmp_path: Path) ->
 
 @pytest.mark.parametrize("small", DETACHED, ids=name)
 def test_the_smallest_is_the_plain_network_after_a_step(small: Small, tmp_path: Path) -> None:
-    assert detached(small.trained(tmp_path / "ckpt.pt")).deployed.network.outputs
+    assert detached(small.trained(tmp_path / "ckpt.pt")).network.outputs
 
 
 def test_every_class_of_network_and_config_has_its_smallest() -> None:
