@@ -56,7 +56,7 @@ class Manifest(Frozen):
 
     format: Literal["sopdeploy-bundle"] = "sopdeploy-bundle"
     version: Literal[1] = 1
-    model: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9._:-]+$")]
+    model: Annotated[str, pydantic.Field(pattern=r"^([a-z-]+:)?[A-Za-z0-9._-]+$")]
     config: dict[str, Any]
     inputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1)]
     outputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1)]
