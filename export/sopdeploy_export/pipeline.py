@@ -28,7 +28,11 @@ from sopdeploy_export.detach import detach
 from sopdeploy_export.lower_onnx import INPUT, OPSET, lower, operator_counts, write
 from sopdeploy_export.onnx_root import file_root, onnx_root
 from sopdeploy_export.parity import ParityReport, Reference, compare, reference
+from sopdeploy_export.parity.bisect import first_off
+from sopdeploy_export.parity.spectral import spectral_records
+from sopdeploy_export.precision_report import PrecisionReport
 from sopdeploy_export.probe_images import probe_images
+from sopdeploy_export.ship import PrecisionOptions, Shipping, measured, ship
 
 Step = Callable[[str], None]
 
@@ -40,6 +44,7 @@ class ExportOptions(Frozen):
     batch: BatchRange = BatchRange()
     probes: Path | None = None
     allow_drift: bool = False
+    precision: PrecisionOptions = PrecisionOptions()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +55,7 @@ class Exported:
     manifest: Manifest
     certificate: Certificate
     parity: ParityReport
+    precision: PrecisionReport
 
     def summary(self) -> dict[str, Any]:
         """Return what `sopdeploy export --json` prints."""
@@ -63,6 +69,7 @@ class Exported:
             "tensors_kept": len(self.certificate.kept),
             "roots": self.certificate.roots.model_dump(),
             "parity": self.parity.model_dump(),
+            "precision": self.precision.model_dump(),
         }
 
 
@@ -100,35 +107,86 @@ def export(
     step("lowering to ONNX")
     model, certificate = lower_with_proof(proof, trained.outputs)
 
+    shipping = in_precision(lean, proof, model, checkpoint, options, step)
+
     with bundle.staging(destination) as folder:
-        write(model, folder / "model.onnx")
+        write(shipping.model, folder / "model.onnx")
 
         step("comparing the file with the network")
-        expected = reference(Deployed(lean, checkpoint.preprocess).eval(), images)
-        parity = compare(
+        expected, parity = compared(folder / "model.onnx", lean, shipping, checkpoint, images, options)
+        precision = measured(
+            shipping,
             folder / "model.onnx",
-            expected,
-            images,
+            checkpoint.labels,
+            checkpoint.preprocess,
             options.batch,
-            operator_counts(model),
+            options.precision,
             allow_drift=options.allow_drift,
         )
 
         step("writing the bundle")
-        write_reports(folder, checkpoint, certificate, parity)
+        write_reports(folder, checkpoint, certificate, parity, precision)
         write_probes(folder / "probes.npz", as_probes(images, expected, parity))
         lineage = Lineage(
             checkpoint_sha256=bundle.digest(checkpoint_path),
             program_root=certificate.roots.any_batch,
             onnx_root=file_root(folder / "model.onnx"),
         )
-        card = manifest_fields(checkpoint, certificate, options.batch, lineage, expected)
+        card = manifest_fields(checkpoint, certificate, options.batch, lineage, expected) | {
+            "precision": options.precision.precision,
+            "opset": shipping.opset,
+        }
         (folder / "README.md").write_text(
-            model_card.render(checkpoint, certificate, parity, card), encoding="utf-8"
+            model_card.render(checkpoint, certificate, parity, precision, card), encoding="utf-8"
         )
         manifest = bundle.seal(folder, card)
         path = bundle.publish(folder, manifest, destination)
-    return Exported(path=path, manifest=manifest, certificate=certificate, parity=parity)
+    return Exported(path=path, manifest=manifest, certificate=certificate, parity=parity, precision=precision)
+
+
+def in_precision(
+    lean: Classifier,
+    proof: Proof,
+    model: onnx.ModelProto,
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    step: Step,
+) -> Shipping:
+    """Return the graph that ships: the certified *model*, or what the precision asked for makes of it."""
+    if options.precision.precision != "fp32":
+        step(f"placing {options.precision.precision} in the graph")
+    return ship(lean, proof.lean.any_batch, model, checkpoint.preprocess, options.batch, options.precision)
+
+
+def compared(
+    path: Path,
+    lean: Classifier,
+    shipping: Shipping,
+    checkpoint: Checkpoint,
+    images: NDArray[np.uint8],
+    options: ExportOptions,
+) -> tuple[Reference, ParityReport]:
+    """Return what *lean* gives for *images* in float64, and how the file at *path* compares with it."""
+    precision = options.precision.precision
+    deployed = Deployed(lean, checkpoint.preprocess).eval()
+    expected = reference(deployed, images, shipping.own, precision, shipping.router)
+
+    def locate(file: Path) -> str | None:
+        if precision == "int8":
+            return None
+        return first_off(file, shipping.program, lean.outputs, images, expected.floors)
+
+    parity = compare(
+        path,
+        expected,
+        images,
+        options.batch,
+        operator_counts(shipping.model),
+        allow_drift=options.allow_drift,
+        locate=locate,
+    )
+    records = spectral_records(shipping.router, torch.from_numpy(images))
+    return expected, parity.model_copy(update={"spectral": records})
 
 
 def refuse_training_parts(trained: Classifier) -> Classifier:
@@ -161,24 +219,33 @@ def lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.Model
 
 
 def write_reports(
-    folder: Path, checkpoint: Checkpoint, certificate: Certificate, parity: ParityReport
+    folder: Path,
+    checkpoint: Checkpoint,
+    certificate: Certificate,
+    parity: ParityReport,
+    precision: PrecisionReport,
 ) -> None:
-    """Write labels, certificate and parity report into *folder*."""
+    """Write labels, certificate and what was measured into *folder*."""
     (folder / "labels.json").write_bytes(to_json(list(checkpoint.labels)))
     (folder / "certificate.json").write_bytes(to_json(certificate.model_dump(mode="json")))
     (folder / "parity.json").write_bytes(to_json(parity.model_dump(mode="json")))
+    (folder / "precision.json").write_bytes(to_json(precision.model_dump(mode="json")))
 
 
 def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityReport) -> Probes:
-    """Return the probes of the bundle; an allowed drift widens the bound that replays must keep."""
+    """Return the probes of the bundle: images whose route is certain.
+
+    An allowed drift widens the bound that replays must keep.
+    """
     tolerance = {name: output.tolerance for name, output in parity.outputs.items()}
     if parity.drift_allowed:
         for name, output in parity.outputs.items():
             observed = max(output.largest_drift, output.alone_or_in_batch)
             tolerance[name] = max(output.tolerance, 2 * observed)
+    kept = slice(None) if expected.routing is None else expected.routing.steady
     return Probes(
-        images=images,
-        expected={name: values.astype(np.float32) for name, values in expected.outputs.items()},
+        images=images[kept],
+        expected={name: values[kept].astype(np.float32) for name, values in expected.outputs.items()},
         tolerance=tolerance,
     )
 

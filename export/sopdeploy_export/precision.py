@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from sopdeploy.backbones.base import Backbone
+from sopdeploy.blocks.fusion_head import FusionHead
 from sopdeploy.blocks.gsop_channel import ChannelAttention
 from sopdeploy.blocks.gsop_excitation import Excitation
 from sopdeploy.blocks.gsop_position import PositionAttention
@@ -30,8 +31,9 @@ from sopdeploy.pooling.isqrt_cov import ISqrtCov
 from sopdeploy_export.fold_norms import fold_norms
 
 Iteration = Literal["fp32", "fp16"]
+Calibration = Literal["minmax", "entropy", "percentile"]
 STORED = {"fp16": torch.float16, "bf16-backbone": torch.bfloat16}
-ISLANDS = (GlobalPooling, ISqrtCov, SparseGate, Excitation)
+ISLANDS = (GlobalPooling, ISqrtCov, SparseGate, Excitation, nn.BatchNorm1d)
 RETURNING = (ChannelAttention, PositionAttention)  # their weights scale a map, whose type they keep
 REDUCTIONS = ("layer_reduce", "layer_reduce_bn")  # parts of a pooling that are ordinary convolutions
 
@@ -56,6 +58,15 @@ def choose_iteration(name: str, precision: Precision) -> Iteration:
     if name == "fp16" and precision != "fp16":
         raise ConfigError("--newton-schulz fp16: only with --precision fp16")
     return "fp16" if name == "fp16" else "fp32"
+
+
+def choose_calibration(name: str) -> Calibration:
+    """Return the calibration called *name*; raises `ConfigError` naming those there are."""
+    for known in get_args(Calibration):
+        if name == known:
+            found: Calibration = known
+            return found
+    raise ConfigError(f"--calibration: {name!r} is none of {', '.join(get_args(Calibration))}")
 
 
 def with_precision(
@@ -86,7 +97,7 @@ def with_precision(
 
 def in_float32(network: nn.Module, precision: Precision = "fp16") -> list[str]:
     """Return the names of the parts of *network* that keep float32, whole."""
-    islands = (*ISLANDS, nn.Linear) if precision == "bf16-backbone" else ISLANDS
+    islands = (*ISLANDS, nn.Linear, FusionHead) if precision == "bf16-backbone" else ISLANDS
     return [name for name, part in network.named_modules() if isinstance(part, islands)]
 
 

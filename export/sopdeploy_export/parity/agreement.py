@@ -28,7 +28,7 @@ def agreement(
     tolerance: float,
     rerouted: NDArray[np.bool_] | None = None,
 ) -> Agreement:
-    """Return how often the top class agrees; flips the network or its gate was unsure of are counted apart."""
+    """Return how often the top class agrees; flips it was unsure of are counted apart."""
     rows = np.arange(len(expected))
     theirs, ours = expected.argmax(axis=1), values.argmax(axis=1)
     margin = expected[rows, theirs] - expected[rows, ours]

@@ -23,7 +23,6 @@ from sopdeploy_export.parity.report import (
     PROVIDER,
     OutputParity,
     ParityReport,
-    SpectralRecord,
 )
 from sopdeploy_export.parity.routing import rerouted, routing_parity
 from sopdeploy_export.parity.session import file_outputs, open_session
@@ -39,7 +38,6 @@ def compare(
     operators: dict[str, int],
     *,
     allow_drift: bool = False,
-    spectral: tuple[SpectralRecord, ...] = (),
     locate: Locate = lambda _: None,
 ) -> ParityReport:
     """Return how the ONNX file at *path* compares with the network it came from.
@@ -66,7 +64,6 @@ def compare(
         outputs=outputs,
         top1=top1,
         routing=routes,
-        spectral=spectral,
         first_over_floor=None if passed else locate(path),
         operators=operators,
         file_bytes=path.stat().st_size,
@@ -123,7 +120,9 @@ def complaint(report: ParityReport) -> str:
         elif output.alone_or_in_batch > output.tolerance:
             what = f"gives an image other {name} in a batch than alone, by {output.alone_or_in_batch:.3g}"
     if report.routing is not None and report.routing.wrong:
-        what = f"sends {report.routing.wrong} of {report.images} images to other components than the gate chose"
+        what = (
+            f"sends {report.routing.wrong} of {report.images} images to other components than the gate chose"
+        )
     if report.first_over_floor is not None:
         what += f"; {report.first_over_floor}"
     return f"the exported file {what}; nothing was written (--allow-drift records it and goes on)"

@@ -5,13 +5,14 @@ that ships. For float32 that run is the network as it is; for float16 and bfloat
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from sopdeploy.errors import ParityError
 from sopdeploy.manifest import Precision
@@ -40,15 +41,16 @@ class Reference:
 def reference(
     deployed: Deployed,
     images: NDArray[np.uint8],
-    shipped: Deployed | None = None,
+    own: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
     precision: Precision = "fp32",
+    router: nn.Module | None = None,
 ) -> Reference:
-    """Return the float64 outputs of *deployed* for *images* (P, H, W, 3), and the noise of *shipped*.
+    """Return the float64 outputs of *deployed* for *images* (P, H, W, 3), and the noise of *own*.
 
-    *shipped* is the copy that computes in *precision*; None is *deployed* itself. Raises `ParityError` where
-    either gives numbers that are not finite.
+    *own* is its run in *precision*; None is *deployed* itself. *router* is a network whose gate has the same
+    noise. Raises `ParityError` where numbers are not finite.
     """
-    own = shipped or deployed
+    own = own or deployed
     pixels = torch.from_numpy(images)
     exact_network = copy.deepcopy(deployed).double()
     with torch.no_grad():
@@ -57,7 +59,9 @@ def reference(
     routes = None
     if has_gate(deployed.network):
         allowed = FLOORS_BY_PRECISION[precision]
-        routes = routing(gate_logits(exact_network, pixels), gate_logits(own, pixels), deployed, allowed)
+        routes = routing(
+            gate_logits(exact_network, pixels), gate_logits(router or deployed, pixels), deployed, allowed
+        )
     kept = slice(None) if routes is None else routes.steady
     floors = {}
     for position, name in enumerate(deployed.network.outputs):

@@ -15,7 +15,12 @@ PROVIDER = "CPUExecutionProvider"
 LOGITS = "logits"
 GATES = "gates"
 FLOORS = 16.0
-FLOORS_BY_PRECISION: Mapping[Precision, float] = {"fp32": FLOORS, "fp16": 4.0, "bf16-backbone": 4.0, "int8": 4.0}
+FLOORS_BY_PRECISION: Mapping[Precision, float] = {
+    "fp32": FLOORS,
+    "fp16": 4.0,
+    "bf16-backbone": 4.0,
+    "int8": 4.0,
+}
 
 
 class Agreement(Frozen):

@@ -71,9 +71,7 @@ def routing(exact: NDArray[Any], own: NDArray[Any], network: nn.Module, floors: 
     steady = margin > 2 * floors * noise
     if not steady.any():
         steady = np.ones_like(steady)
-    return Routing(
-        chosen=chosen, margin=margin, noise_floor=noise, tolerance=floors * noise, steady=steady
-    )
+    return Routing(chosen=chosen, margin=margin, noise_floor=noise, tolerance=floors * noise, steady=steady)
 
 
 def rerouted(gates: NDArray[Any], routes: Routing) -> NDArray[np.bool_]:

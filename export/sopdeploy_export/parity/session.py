@@ -48,7 +48,9 @@ def file_outputs(session: ort.InferenceSession, images: NDArray[np.uint8], batch
         try:
             chunks.append(session.run(names, {source: images[wanted]}))
         except Exception as problem:  # onnxruntime's errors share no base class
-            raise ParityError(f"the exported file takes no batch of {batch}: {first_line(problem)}") from problem
+            raise ParityError(
+                f"the exported file takes no batch of {batch}: {first_line(problem)}"
+            ) from problem
     joined = (np.concatenate(values)[: len(images)] for values in zip(*chunks, strict=True))
     return dict(zip(names, joined, strict=True))
 
