@@ -5,6 +5,8 @@ logits. torch.export traces one path through the Python code; whatever it had to
 size beyond the range asked for is an error here, not a surprise later.
 """
 
+import io
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +64,7 @@ def capture(network: Backbone, preprocess: Preprocess, batch: BatchRange) -> Cap
 def export(deployed: nn.Module, example: Tensor, dynamic_shapes: Any) -> ExportedProgram:
     """Return the functional graph of *deployed*: writes through views become values."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch prints half a graph where it fails
             program = torch.export.export(deployed, (example,), dynamic_shapes=dynamic_shapes)
             functional: ExportedProgram = program.run_decompositions({})
     except Exception as problem:  # torch.export raises whatever the traced code or its solver raises

@@ -1,7 +1,5 @@
 """The export, read from top to bottom: checkpoint, detach, certificate, capture, ONNX, parity, bundle."""
 
-import json
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,29 +7,28 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-import sopdeploy
 from sopdeploy import bundle
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.errors import DetachError, LoweringError
 from sopdeploy.frozen import Frozen
-from sopdeploy.manifest import BatchRange, Lineage, Manifest, TensorRecord, to_json
+from sopdeploy.manifest import BatchRange, Lineage, Manifest
 from sopdeploy.models.base import Classifier
-from sopdeploy.probes import Probes, write_probes
+from sopdeploy.probes import write_probes
 from sopdeploy_export import model_card
 from sopdeploy_export.capture import Deployed
 from sopdeploy_export.certificate import Certificate, Proof, certify, with_onnx_root
 from sopdeploy_export.detach import detach
-from sopdeploy_export.lower_onnx import INPUT, OPSET, lower, operator_counts, write
+from sopdeploy_export.lower_onnx import lower, operator_counts, write
 from sopdeploy_export.onnx_root import file_root, onnx_root
 from sopdeploy_export.parity import ParityReport, Reference, compare, reference
 from sopdeploy_export.parity.bisect import first_off
 from sopdeploy_export.parity.spectral import spectral_records
 from sopdeploy_export.precision_report import PrecisionReport
 from sopdeploy_export.probe_images import probe_images
+from sopdeploy_export.records import as_probes, manifest_fields, write_reports
 from sopdeploy_export.ship import PrecisionOptions, Shipping, measured, ship
 
 Step = Callable[[str], None]
@@ -216,67 +213,3 @@ def lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.Model
         "plain": onnx_root(lower(proof.plain.any_batch, outputs)),
     }
     return lean, with_onnx_root(proof.certificate, roots)
-
-
-def write_reports(
-    folder: Path,
-    checkpoint: Checkpoint,
-    certificate: Certificate,
-    parity: ParityReport,
-    precision: PrecisionReport,
-) -> None:
-    """Write labels, certificate and what was measured into *folder*."""
-    (folder / "labels.json").write_bytes(to_json(list(checkpoint.labels)))
-    (folder / "certificate.json").write_bytes(to_json(certificate.model_dump(mode="json")))
-    (folder / "parity.json").write_bytes(to_json(parity.model_dump(mode="json")))
-    (folder / "precision.json").write_bytes(to_json(precision.model_dump(mode="json")))
-
-
-def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityReport) -> Probes:
-    """Return the probes of the bundle: images whose route is certain.
-
-    An allowed drift widens the bound that replays must keep.
-    """
-    tolerance = {name: output.tolerance for name, output in parity.outputs.items()}
-    if parity.drift_allowed:
-        for name, output in parity.outputs.items():
-            observed = max(output.largest_drift, output.alone_or_in_batch)
-            tolerance[name] = max(output.tolerance, 2 * observed)
-    kept = slice(None) if expected.routing is None else expected.routing.steady
-    return Probes(
-        images=images[kept],
-        expected={name: values[kept].astype(np.float32) for name, values in expected.outputs.items()},
-        tolerance=tolerance,
-    )
-
-
-def manifest_fields(
-    checkpoint: Checkpoint,
-    certificate: Certificate,
-    batch: BatchRange,
-    lineage: Lineage,
-    expected: Reference,
-) -> dict[str, Any]:
-    """Return every field of the manifest but `files`."""
-    side = checkpoint.preprocess.crop
-    return {
-        "model": checkpoint.model,
-        "config": json.loads(json.dumps(checkpoint.config)),
-        "inputs": (TensorRecord(name=INPUT, dtype="uint8", shape=(None, side, side, 3)),),
-        "outputs": tuple(
-            TensorRecord(name=name, dtype="float32", shape=(None, *values.shape[1:]))
-            for name, values in expected.outputs.items()
-        ),
-        "preprocess": checkpoint.preprocess,
-        "batch": batch,
-        "opset": OPSET,
-        "detached": certificate.detached,
-        "lineage": lineage,
-        "versions": {
-            "sopdeploy": sopdeploy.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
-        },
-    }

@@ -130,10 +130,10 @@ def store(part: nn.Module, stored: torch.dtype) -> None:
 
 
 def inputs_as(wanted: torch.dtype) -> Callable[[nn.Module, Any], Any]:
-    """Return a hook that gives a part its inputs as *wanted*."""
+    """Return a hook that gives a part its first input, the map, as *wanted*."""
 
     def cast(_part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(as_type(value, wanted) for value in inputs)
+        return (as_type(inputs[0], wanted), *inputs[1:])
 
     return cast
 

@@ -94,6 +94,10 @@ def looks_at_values(found: Any, images: Tensor) -> Tensor:
     return plain_logits(found, images)
 
 
+def asks_for_a_number(found: Any, images: Tensor) -> Tensor:
+    return plain_logits(found, images) if images.sum().item() > 0 else branch_logits(found, images)
+
+
 def only_eagerly(found: Any, images: Tensor) -> Tensor:
     answer = plain_logits(found, images)
     return answer if torch.compiler.is_compiling() else answer + 1e-3
@@ -124,6 +128,9 @@ LEAKS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "a write through a view": (writes_through_a_view, "trained network is not the plain one"),
     "a copied branch weight": (adds_a_copied_weight, "training-only weights"),
     "a choice by value": (looks_at_values, "cannot be captured"),
+    "a choice by number": (asks_for_a_number, "cannot be captured"),
+    "a leak at the largest batch only": (leaks_at(lambda size: size == 64), "cannot be captured"),
+    "a leak at odd batches": (leaks_at(lambda size: size % 2 == 1), "cannot be captured|batch of one"),
     "other numbers outside the graph": (only_eagerly, "other logits than the plain one"),
     "another graph than the numbers": (only_when_captured, "trained network is not the plain one"),
     "maximum for mean": (

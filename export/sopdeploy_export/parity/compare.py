@@ -87,7 +87,7 @@ def other_routes(found: dict[int, Arrays], expected: Reference) -> NDArray[np.bo
 def measure(
     name: str, found: dict[int, Arrays], expected: Reference, kept: NDArray[np.bool_]
 ) -> OutputParity:
-    """Return how output *name*, computed at several batch sizes, compares with the network's on *kept* images."""
+    """Return how output *name*, computed at several batch sizes, compares on *kept* images."""
     exact, floor = expected.outputs[name], expected.noise_floor[name]
     return OutputParity(
         noise_floor=floor,

@@ -5,7 +5,7 @@ that ships. For float32 that run is the network as it is; for float16 and bfloat
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from sopdeploy_export.parity.report import FLOORS_BY_PRECISION
 from sopdeploy_export.parity.routing import Routing, gate_logits, has_gate, routing
 
 Arrays = dict[str, NDArray[Any]]
+Run = Callable[[Tensor], tuple[Tensor, ...]]
+ALONE, TOGETHER = 4, 16  # probes the network computes one by one, and the largest batch it computes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +43,7 @@ class Reference:
 def reference(
     deployed: Deployed,
     images: NDArray[np.uint8],
-    own: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
+    own: Run | None = None,
     precision: Precision = "fp32",
     router: nn.Module | None = None,
 ) -> Reference:
@@ -51,41 +53,44 @@ def reference(
     noise. Raises `ParityError` where numbers are not finite.
     """
     own = own or deployed
-    pixels = torch.from_numpy(images)
-    exact_network = copy.deepcopy(deployed).double()
-    with torch.no_grad():
-        exact = [value.numpy() for value in exact_network(pixels)]
-        runs = [joined([own(pixels[i : i + 1]) for i in range(len(pixels))]), own(pixels)]
+    names, exact_network = deployed.network.outputs, copy.deepcopy(deployed).double()
+    exact = network_outputs(exact_network, names, images, TOGETHER)
+    together = network_outputs(own, names, images, TOGETHER)
+    alone = network_outputs(own, names, images[:ALONE], 1)
     routes = None
     if has_gate(deployed.network):
         allowed = FLOORS_BY_PRECISION[precision]
-        routes = routing(
-            gate_logits(exact_network, pixels), gate_logits(router or deployed, pixels), deployed, allowed
-        )
-    kept = slice(None) if routes is None else routes.steady
+        pixels = torch.from_numpy(images)
+        own_logits = gate_logits(router or deployed, pixels)
+        routes = routing(gate_logits(exact_network, pixels), own_logits, deployed, allowed)
+    kept = np.ones(len(images), dtype=bool) if routes is None else routes.steady
     floors = {}
-    for position, name in enumerate(deployed.network.outputs):
-        refuse_not_finite(exact[position], f"the network's own {name} are not finite; train it again")
-        drawn = [run[position].numpy() for run in runs]
-        for values in drawn:
-            refuse_not_finite(values, f"in {precision} the network's own {name} are not finite; {ADVICE}")
-        smallest = 4 * float(np.finfo(np.float32).eps) * float(np.abs(exact[position]).max())
+    for name, values in exact.items():
+        refuse_not_finite(values, f"the network's own {name} are not finite; train it again")
+        for run in (together[name], alone[name]):
+            refuse_not_finite(run, f"in {precision} the network's own {name} are not finite; {ADVICE}")
+        smallest = 4 * float(np.finfo(np.float32).eps) * float(np.abs(values).max())
         floors[name] = max(
-            smallest, *(float(np.abs(values - exact[position])[kept].max()) for values in drawn)
+            smallest,
+            float(np.abs(together[name] - values)[kept].max(initial=0.0)),
+            float(np.abs(alone[name] - values[:ALONE])[kept[:ALONE]].max(initial=0.0)),
         )
-    outputs = dict(zip(deployed.network.outputs, exact, strict=True))
-    return Reference(outputs=outputs, noise_floor=floors, precision=precision, routing=routes)
+    return Reference(outputs=exact, noise_floor=floors, precision=precision, routing=routes)
 
 
 ADVICE = "maps leave the range of the type: choose --precision bf16-backbone or fp32"
+
+
+def network_outputs(run: Run, names: Sequence[str], images: NDArray[np.uint8], batch: int) -> Arrays:
+    """Return the outputs of *run* by name, computed in batches of at most *batch* images."""
+    pixels = torch.from_numpy(images)
+    with torch.no_grad():
+        chunks = [run(pixels[i : i + batch]) for i in range(0, len(pixels), batch)]
+    joined = (torch.cat(values).numpy() for values in zip(*chunks, strict=True))
+    return dict(zip(names, joined, strict=True))
 
 
 def refuse_not_finite(values: NDArray[Any], complaint: str) -> None:
     """Raise `ParityError` with *complaint* where *values* are not finite."""
     if not np.isfinite(values).all():
         raise ParityError(f"on the probe images {complaint}")
-
-
-def joined(answers: list[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Return every output of *answers*, one image each, as one tensor."""
-    return [torch.cat(output) for output in zip(*answers, strict=True)]

@@ -18,7 +18,7 @@ from sopdeploy_export.parity.report import RoutingParity
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routing:
-    """The gate in float64 on P images: the components chosen (P, N), margins (P,), noise, which are steady."""
+    """The gate in float64 on P images: components chosen (P, N), margins (P,), noise, who is steady."""
 
     chosen: NDArray[np.bool_]
     margin: NDArray[np.float64]
@@ -53,7 +53,7 @@ def gate_logits(network: nn.Module, pixels: Tensor) -> NDArray[Any]:
 
 
 def routing(exact: NDArray[Any], own: NDArray[Any], network: nn.Module, floors: float) -> Routing:
-    """Return the routes of *exact* (P, N) and which of them the noise of *own*, *floors* times, cannot change.
+    """Return the routes of *exact* (P, N) and which of them *floors* times the noise of *own* cannot change.
 
     Where the gate is undecided on every image, as before any training, all count as steady.
     """
