@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sopdeploy import __version__
-from sopdeploy.cli import catalog, demo, exporting, serving, training
+from sopdeploy.cli import benching, catalog, demo, exporting, serving, training
 
 app = typer.Typer(
     name="sopdeploy",
@@ -27,6 +27,7 @@ app.command("export", rich_help_panel="Export")(exporting.export)
 app.command("verify", rich_help_panel="Export")(exporting.verify)
 app.command("predict", rich_help_panel="Serve")(serving.predict)
 app.command("serve", rich_help_panel="Serve")(serving.serve)
+app.command("bench", rich_help_panel="Serve")(benching.bench)
 app.command("demo", rich_help_panel="Learn")(demo.demo)
 
 
