@@ -56,16 +56,6 @@ def rounded_weights(weight: Tensor) -> Tensor:
     return torch.round(weight / scale).clamp(-127, 127) * scale
 
 
-def quantised_copy(deployed: Deployed, grids: dict[str, Grid]) -> Deployed:
-    """Return a copy of *deployed* whose convolutions in *grids* compute on rounded values."""
-    copied = copy.deepcopy(deployed)
-    for part, grid in grids.items():
-        convolution = convolution_of(copied, part)
-        if convolution is not None:
-            quantise_in_place(convolution, grid)
-    return copied
-
-
 def convolution_of(deployed: Deployed, part: str) -> nn.Conv2d | None:
     """Return the convolution called *part*; None where its weights lie in a part of another kind."""
     found = dict(deployed.named_modules()).get(PREFIX + part)

@@ -166,7 +166,7 @@ def compared(
     """Return what *lean* gives for *images* in float64, and how the file at *path* compares with it."""
     precision = options.precision.precision
     deployed = Deployed(lean, checkpoint.preprocess).eval()
-    expected = reference(deployed, images, shipping.own, precision, shipping.router)
+    expected = reference(deployed, images, shipping.own, precision, shipping.own_gate)
 
     def locate(file: Path) -> str | None:
         if precision == "int8":
@@ -182,7 +182,7 @@ def compared(
         allow_drift=options.allow_drift,
         locate=locate,
     )
-    records = spectral_records(shipping.router, torch.from_numpy(images))
+    records = spectral_records(shipping.spectral, torch.from_numpy(images))
     return expected, parity.model_copy(update={"spectral": records})
 
 

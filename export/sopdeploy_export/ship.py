@@ -4,7 +4,6 @@ fp32 ships the certified graph itself. fp16 and bf16-backbone ship a copy of the
 captured and lowered anew. int8 ships the certified graph with quantised convolutions.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +15,17 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from sopdeploy.backbones.base import Backbone
-from sopdeploy.errors import ConfigError, ParityError
+from sopdeploy.errors import ConfigError, LoweringError, ParityError
 from sopdeploy.frozen import Frozen
 from sopdeploy.manifest import BatchRange, Precision
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_export.accuracy import labelled, with_labels, without_labels
 from sopdeploy_export.capture import Deployed, capture
 from sopdeploy_export.int8 import quantise
-from sopdeploy_export.layer_costs import input_grids, layer_costs, quantised_copy
+from sopdeploy_export.layer_costs import input_grids, layer_costs
 from sopdeploy_export.lower_onnx import OPSET, OPSET_OF_BFLOAT16, lower
+from sopdeploy_export.parity.reference import Gate, Run
+from sopdeploy_export.parity.routing import gate_logits, gate_of, has_gate
 from sopdeploy_export.parity.session import open_session
 from sopdeploy_export.precision import Calibration, Iteration, in_float32, with_precision
 from sopdeploy_export.precision_report import (
@@ -35,8 +36,6 @@ from sopdeploy_export.precision_report import (
     refuse_other_types,
 )
 from sopdeploy_export.probe_images import calibration_images
-
-Run = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 class PrecisionOptions(Frozen):
@@ -58,14 +57,15 @@ class PrecisionOptions(Frozen):
 class Shipping:
     """The graph that ships: its model, the program it came from, the run whose noise is its floor.
 
-    `router` is a network whose gate has that noise, `certified` the float32 graph, `calibration` the pictures
+    `own_gate` gives the logits of its gate, `spectral` is the network with its roots, `certified` the float32 graph, `calibration` the pictures
     that ranges were read off.
     """
 
     model: onnx.ModelProto
     program: ExportedProgram
     own: Run
-    router: nn.Module
+    own_gate: Gate | None
+    spectral: nn.Module
     certified: onnx.ModelProto
     report: PrecisionReport
     opset: int
@@ -101,7 +101,8 @@ def ship(
         model=shipped,
         program=shipped_program,
         own=own,
-        router=own,
+        own_gate=(lambda pixels: gate_logits(own, pixels)) if has_gate(lean) else None,
+        spectral=own,
         certified=model,
         report=report,
         opset=opset,
@@ -138,7 +139,8 @@ def quantised(
         model=shipped,
         program=program,
         own=unfused(shipped),
-        router=quantised_copy(deployed, grids),
+        own_gate=gate_of_file(shipped, deployed.network),
+        spectral=deployed,
         certified=model,
         report=report,
         opset=OPSET,
@@ -156,6 +158,21 @@ def unfused(model: onnx.ModelProto) -> Run:
         return tuple(torch.from_numpy(value) for value in values)
 
     return run
+
+
+def gate_of_file(model: onnx.ModelProto, network: nn.Module) -> Gate | None:
+    """Return what gives the gate's logits of *model*, operator by operator; None where there is no gate."""
+    if not has_gate(network):
+        return None
+    name = next(name for name, part in network.named_modules() if part is gate_of(network))
+    readers = [node for node in model.graph.node if f"{name}.weight" in node.input]
+    if len(readers) != 1:
+        raise LoweringError(f"the graph does not read the weights of {name} exactly once")
+    probed = onnx.ModelProto()
+    probed.CopyFrom(model)
+    probed.graph.output.insert(0, onnx.ValueInfoProto(name=readers[0].output[0]))
+    run = unfused(probed)
+    return lambda pixels: run(pixels)[0].numpy()
 
 
 def measured(

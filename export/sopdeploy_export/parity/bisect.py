@@ -6,6 +6,7 @@ of an iteration, can be read from the file and computed in float64 from the capt
 off where the file drifts from float64 by more than its own floor allows; the first one is the culprit.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,15 +41,16 @@ class Exactly(fx.Interpreter):
     """Runs a captured graph, in float64 where *exact*, and keeps the values asked for by name."""
 
     def __init__(self, program: ExportedProgram, wanted: Sequence[str], *, exact: bool) -> None:
-        module = program.module()
+        module = copy.deepcopy(program.module())
         super().__init__(module.double() if exact else module)
         self.exact, self.wanted = exact, set(wanted)
         self.kept: dict[str, NDArray[Any]] = {}
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation; types that the graph names are float64 where all is."""
-        if self.exact and kwargs.get("dtype") in HALVES:
-            kwargs = {**kwargs, "dtype": torch.float64}
+        if self.exact:
+            args = tuple(exact_type(value) for value in args)
+            kwargs = {key: exact_type(value) for key, value in kwargs.items()}
         if target is torch.ops.aten._assert_tensor_metadata.default:
             return None
         return super().call_function(target, args, kwargs)
@@ -59,6 +61,11 @@ class Exactly(fx.Interpreter):
         if n.name in self.wanted and isinstance(value, torch.Tensor):
             self.kept[n.name] = value.double().numpy()
         return value
+
+
+def exact_type(value: Any) -> Any:
+    """Return float64 for a smaller floating-point type, anything else as it is."""
+    return torch.float64 if isinstance(value, torch.dtype) and value in HALVES else value
 
 
 def first_off(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from sopdeploy.errors import ParityError
 from sopdeploy.manifest import Precision
@@ -22,6 +22,7 @@ from sopdeploy_export.parity.routing import Routing, gate_logits, has_gate, rout
 
 Arrays = dict[str, NDArray[Any]]
 Run = Callable[[Tensor], tuple[Tensor, ...]]
+Gate = Callable[[Tensor], NDArray[Any]]
 ALONE, TOGETHER = 4, 16  # probes the network computes one by one, and the largest batch it computes
 
 
@@ -45,12 +46,12 @@ def reference(
     images: NDArray[np.uint8],
     own: Run | None = None,
     precision: Precision = "fp32",
-    router: nn.Module | None = None,
+    own_gate: Gate | None = None,
 ) -> Reference:
     """Return the float64 outputs of *deployed* for *images* (P, H, W, 3), and the noise of *own*.
 
-    *own* is its run in *precision*; None is *deployed* itself. *router* is a network whose gate has the same
-    noise. Raises `ParityError` where numbers are not finite.
+    *own* is its run in *precision*; None is *deployed* itself. *own_gate* gives its gate's
+    logits. Raises `ParityError` where numbers are not finite.
     """
     own = own or deployed
     names, exact_network = deployed.network.outputs, copy.deepcopy(deployed).double()
@@ -61,7 +62,7 @@ def reference(
     if has_gate(deployed.network):
         allowed = FLOORS_BY_PRECISION[precision]
         pixels = torch.from_numpy(images)
-        own_logits = gate_logits(router or deployed, pixels)
+        own_logits = gate_logits(deployed, pixels) if own_gate is None else own_gate(pixels)
         routes = routing(gate_logits(exact_network, pixels), own_logits, deployed, allowed)
     kept = np.ones(len(images), dtype=bool) if routes is None else routes.steady
     floors = {}

@@ -25,6 +25,7 @@ class Routing:
     noise_floor: float
     tolerance: float
     steady: NDArray[np.bool_]
+    decided: bool
 
 
 def has_gate(network: nn.Module) -> bool:
@@ -55,7 +56,7 @@ def gate_logits(network: nn.Module, pixels: Tensor) -> NDArray[Any]:
 def routing(exact: NDArray[Any], own: NDArray[Any], network: nn.Module, floors: float) -> Routing:
     """Return the routes of *exact* (P, N) and which of them *floors* times the noise of *own* cannot change.
 
-    Where the gate is undecided on every image, as before any training, all count as steady.
+    Where the gate is undecided on every image, as before any training, all are kept and no route is wrong.
     """
     chosen_count = gate_of(network).chosen
     order = np.argsort(-exact, axis=1, kind="stable")
@@ -69,9 +70,15 @@ def routing(exact: NDArray[Any], own: NDArray[Any], network: nn.Module, floors: 
     smallest = 4 * float(np.finfo(np.float32).eps) * float(np.abs(exact).max())
     noise = max(smallest, float(np.abs(own - exact).max()))
     steady = margin > 2 * floors * noise
-    if not steady.any():
-        steady = np.ones_like(steady)
-    return Routing(chosen=chosen, margin=margin, noise_floor=noise, tolerance=floors * noise, steady=steady)
+    decided = bool(steady.any())
+    return Routing(
+        chosen=chosen,
+        margin=margin,
+        noise_floor=noise,
+        tolerance=floors * noise,
+        steady=steady if decided else ~steady,
+        decided=decided,
+    )
 
 
 def rerouted(gates: NDArray[Any], routes: Routing) -> NDArray[np.bool_]:
@@ -82,12 +89,13 @@ def rerouted(gates: NDArray[Any], routes: Routing) -> NDArray[np.bool_]:
 
 def routing_parity(other: NDArray[np.bool_], routes: Routing) -> RoutingParity:
     """Return the report, given which images took an *other* route at any batch size."""
+    uncertain = ~routes.steady if routes.decided else np.ones_like(routes.steady)
     finite = routes.margin[np.isfinite(routes.margin)]
     return RoutingParity(
         noise_floor=routes.noise_floor,
         tolerance=routes.tolerance,
         smallest_margin=float(finite.min()) if len(finite) else 0.0,
-        unsteady=int((~routes.steady).sum()),
-        flips=int((other & ~routes.steady).sum()),
-        wrong=int((other & routes.steady).sum()),
+        unsteady=int(uncertain.sum()),
+        flips=int((other & uncertain).sum()),
+        wrong=int((other & ~uncertain).sum()),
     )
