@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check format lint types contracts tests docs clean
+.PHONY: demo test check format lint types contracts tests docs gpu-check clean
 
 demo: $(STAMP)  ## the main job, from handwritten digits to answers over HTTP
 	$(BIN)/sopdeploy demo
@@ -36,10 +36,14 @@ format: $(STAMP)  ## write the format and the fixes that ruff knows
 docs: $(STAMP)  ## write the generated pages again
 	$(BIN)/python docs/generate.py
 
+gpu-check: $(STAMP)  ## build and run real engines on this machine's GPU, write docs/benchmarks/
+	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/pytest tests/gpu
+
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,import,dev]'
 	touch $(STAMP)
 
 clean:  ## remove what the targets above made

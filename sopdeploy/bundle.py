@@ -22,6 +22,7 @@ from sopdeploy.manifest import FileRecord, Manifest
 MANIFEST = "manifest.json"
 REQUIRED = ("model.onnx", "labels.json", "certificate.json", "parity.json", "probes.npz")
 MAX_MANIFEST_BYTES = 4_000_000
+READ_BYTES = 1 << 20
 LONGEST_NAME = 255  # bytes; no common file system takes more
 
 
@@ -51,8 +52,11 @@ class Bundle:
 
 def digest(path: Path) -> str:
     """Return the sha256 of the file at *path* in hexadecimal."""
+    found = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(READ_BYTES):  # Python 3.10, where TensorRT 8.6 lives, has no file_digest
+            found.update(block)
+    return found.hexdigest()
 
 
 @contextmanager

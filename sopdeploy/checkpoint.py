@@ -107,7 +107,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them, weights of other "
-            "projects have to be imported"
+            "projects have to be imported (`sopdeploy import`)"
         )
     weights, resume = content.pop("weights", None), content.pop("resume", None)
     try:
@@ -127,8 +127,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def load_plain(path: Path) -> Any:
-    """Return what `torch.load(weights_only=True)` reads from *path*: never runs code of the file."""
+def load_plain(path: Path, advice: str = "only open checkpoints that sopdeploy wrote") -> Any:
+    """Return what `torch.load(weights_only=True)` reads from *path*: never runs code of the file.
+
+    *advice* ends the refusal of a file that would need to run code.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give the ckpt.pt of a training run")
     try:
@@ -137,8 +140,7 @@ def load_plain(path: Path) -> Any:
         raise CheckpointError(f"{path}: cannot be read ({problem.strerror or problem})") from problem
     except pickle.UnpicklingError as problem:
         raise CheckpointError(
-            f"{path}: refused, it is no plain table of tensors and reading it could run code; "
-            "only open checkpoints that sopdeploy wrote"
+            f"{path}: refused, it is no plain table of tensors and reading it could run code; {advice}"
         ) from problem
     except Exception as problem:  # whatever a damaged file makes of torch's readers
         raise CheckpointError(f"{path}: damaged or not a checkpoint; copy or train it again") from problem

@@ -4,12 +4,14 @@ SopdeployError              one line: what, where, what to do; the CLI ends with
  +- ConfigError             a value in a recipe, a config or an option is wrong
  +- DataError               a data folder or an image in it cannot be used
  +- CheckpointError         the file is not a sopdeploy checkpoint, is unsafe or is damaged
+ +- WeightsError            a weight file of another project cannot be read or is another network
  +- TrainingError           training cannot go on (a number is no longer finite, say)
  +- DetachError             there is nothing to detach, or a training-only name does not exist
  +- CertificateError        what is left after detaching is not the plain network
  +- LoweringError           the network has no ONNX form that every runtime accepts
  +- ParityError             the exported file gives other numbers than the network
  +- BundleError             files and manifest of a bundle disagree
+ +- EngineError             a TensorRT engine cannot be built, or is not what was asked for
  +- RuntimeUnavailableError no runtime on this machine can run the bundle
  +- ImageError              a picture cannot be used; the service answers with its own 4xx
 """
@@ -29,6 +31,10 @@ class DataError(SopdeployError):
 
 class CheckpointError(SopdeployError):
     """The file is not a sopdeploy checkpoint, is unsafe or is damaged."""
+
+
+class WeightsError(SopdeployError):
+    """A weight file of another project cannot be read or is another network."""
 
 
 class TrainingError(SopdeployError):
@@ -53,6 +59,10 @@ class ParityError(SopdeployError):
 
 class BundleError(SopdeployError):
     """Files and manifest of a bundle disagree."""
+
+
+class EngineError(SopdeployError):
+    """A TensorRT engine cannot be built, or is not what was asked for."""
 
 
 class RuntimeUnavailableError(SopdeployError):

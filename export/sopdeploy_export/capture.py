@@ -49,23 +49,34 @@ def capture(network: Backbone, preprocess: Preprocess, batch: BatchRange) -> Cap
     torch.export takes a dynamic dimension to be at least 2, so code that treats a single image otherwise
     shows only in the second graph. Raises `LoweringError` where the network cannot be captured.
     """
-    deployed = Deployed(network, preprocess).eval()
-    shape = (preprocess.crop, preprocess.crop, 3)
-    single = torch.zeros(1, *shape, dtype=torch.uint8)
+    any_batch = capture_any_batch(network, preprocess, batch)
     if batch.maximum == 1:
-        only = export(deployed, single, None)
-        return Captured(any_batch=only, batch_of_one=only)
-    pair = torch.zeros(2, *shape, dtype=torch.uint8)
+        return Captured(any_batch=any_batch, batch_of_one=any_batch)
+    deployed = Deployed(network, preprocess).eval()
+    return Captured(any_batch=any_batch, batch_of_one=export(deployed, (blank(1, preprocess),), None))
+
+
+def capture_any_batch(network: Backbone, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
+    """Return the graph of *network* for every batch size of the range."""
+    deployed = Deployed(network, preprocess).eval()
+    if batch.maximum == 1:
+        return export(deployed, (blank(1, preprocess),), None)
+    pair = (blank(2, preprocess),)
     dynamic = export(deployed, pair, ({0: Dim("batch", min=1, max=batch.maximum)},))
     check_range(dynamic, batch)
-    return Captured(any_batch=dynamic, batch_of_one=export(deployed, single, None))
+    return dynamic
 
 
-def export(deployed: nn.Module, example: Tensor, dynamic_shapes: Any) -> ExportedProgram:
+def blank(images: int, preprocess: Preprocess) -> Tensor:
+    """Return black images of the size that the network takes."""
+    return torch.zeros(images, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
+
+
+def export(deployed: nn.Module, examples: tuple[Tensor, ...], dynamic_shapes: Any) -> ExportedProgram:
     """Return the functional graph of *deployed*: writes through views become values."""
     try:
         with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch prints half a graph where it fails
-            program = torch.export.export(deployed, (example,), dynamic_shapes=dynamic_shapes)
+            program = torch.export.export(deployed, examples, dynamic_shapes=dynamic_shapes)
             functional: ExportedProgram = program.run_decompositions({})
     except Exception as problem:  # torch.export raises whatever the traced code or its solver raises
         raise LoweringError(f"cannot be captured as one graph: {first_line(problem)}") from problem

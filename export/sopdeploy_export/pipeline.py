@@ -14,7 +14,7 @@ from sopdeploy import bundle
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.errors import DetachError, LoweringError
 from sopdeploy.frozen import Frozen
-from sopdeploy.manifest import BatchRange, Lineage, Manifest
+from sopdeploy.manifest import BatchRange, Lineage, Manifest, to_json
 from sopdeploy.models.base import Classifier
 from sopdeploy.probes import write_probes
 from sopdeploy_export import model_card
@@ -22,10 +22,13 @@ from sopdeploy_export.capture import Deployed
 from sopdeploy_export.certificate import Certificate, Proof, certify, with_onnx_root
 from sopdeploy_export.detach import detach
 from sopdeploy_export.lower_onnx import lower, operator_counts, write
+from sopdeploy_export.lowering.lowered import Certified, Lowered, Wish, lower_by_rules, unchanged
+from sopdeploy_export.lowering.report import LoweringReport
 from sopdeploy_export.onnx_root import file_root, onnx_root
 from sopdeploy_export.parity import ParityReport, Reference, compare, reference
 from sopdeploy_export.parity.bisect import first_off
 from sopdeploy_export.parity.spectral import spectral_records
+from sopdeploy_export.precision import STORED
 from sopdeploy_export.precision_report import PrecisionReport
 from sopdeploy_export.probe_images import probe_images
 from sopdeploy_export.records import as_probes, manifest_fields, write_reports
@@ -42,6 +45,8 @@ class ExportOptions(Frozen):
     probes: Path | None = None
     allow_drift: bool = False
     precision: PrecisionOptions = PrecisionOptions()
+    lowering: bool = True
+    autotune: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +58,7 @@ class Exported:
     certificate: Certificate
     parity: ParityReport
     precision: PrecisionReport
+    lowering: LoweringReport
 
     def summary(self) -> dict[str, Any]:
         """Return what `sopdeploy export --json` prints."""
@@ -67,6 +73,7 @@ class Exported:
             "roots": self.certificate.roots.model_dump(),
             "parity": self.parity.model_dump(),
             "precision": self.precision.model_dump(),
+            "lowering": self.lowering.model_dump(),
         }
 
 
@@ -103,8 +110,8 @@ def export(
 
     step("lowering to ONNX")
     model, certificate = lower_with_proof(proof, trained.outputs)
-
-    shipping = in_precision(lean, proof, model, checkpoint, options, step)
+    lowered = lowered_for(Certified(lean, proof.lean.any_batch, model), images, checkpoint, options)
+    shipping = in_precision(lean, lowered, checkpoint, options, step)
 
     with bundle.staging(destination) as folder:
         write(shipping.model, folder / "model.onnx")
@@ -123,6 +130,7 @@ def export(
 
         step("writing the bundle")
         write_reports(folder, checkpoint, certificate, parity, precision)
+        (folder / "lowering.json").write_bytes(to_json(lowered.report.model_dump(mode="json")))
         write_probes(folder / "probes.npz", as_probes(images, expected, parity))
         lineage = Lineage(
             checkpoint_sha256=bundle.digest(checkpoint_path),
@@ -138,21 +146,37 @@ def export(
         )
         manifest = bundle.seal(folder, card)
         path = bundle.publish(folder, manifest, destination)
-    return Exported(path=path, manifest=manifest, certificate=certificate, parity=parity, precision=precision)
+    return Exported(
+        path=path,
+        manifest=manifest,
+        certificate=certificate,
+        parity=parity,
+        lowering=lowered.report,
+        precision=precision,
+    )
+
+
+def lowered_for(
+    certified: Certified, images: NDArray[np.uint8], checkpoint: Checkpoint, options: ExportOptions
+) -> Lowered:
+    """Return the graph by the rules; casts need the network's own parts, so half precision goes without."""
+    if options.precision.precision in STORED:
+        return unchanged(certified)
+    wish = Wish(rules=options.lowering, autotune=options.autotune)
+    return lower_by_rules(certified, images, checkpoint.preprocess, options.batch, wish)
 
 
 def in_precision(
     lean: Classifier,
-    proof: Proof,
-    model: onnx.ModelProto,
+    lowered: Lowered,
     checkpoint: Checkpoint,
     options: ExportOptions,
     step: Step,
 ) -> Shipping:
-    """Return the graph that ships: the certified *model*, or what the precision asked for makes of it."""
+    """Return the graph that ships: the *lowered* one, or what the precision asked for makes of it."""
     if options.precision.precision != "fp32":
         step(f"placing {options.precision.precision} in the graph")
-    return ship(lean, proof.lean.any_batch, model, checkpoint.preprocess, options.batch, options.precision)
+    return ship(lean, lowered.program, lowered.model, checkpoint.preprocess, options.batch, options.precision)
 
 
 def compared(

@@ -57,8 +57,8 @@ class PrecisionOptions(Frozen):
 class Shipping:
     """The graph that ships: its model, the program it came from, the run whose noise is its floor.
 
-    `own_gate` gives the logits of its gate, `spectral` is the network with its roots, `certified` the float32 graph, `calibration` the pictures
-    that ranges were read off.
+    `own_gate` gives the logits of its gate, `spectral` is the network with its roots, `certified` the
+    float32 graph, `calibration` the pictures that ranges were read off.
     """
 
     model: onnx.ModelProto

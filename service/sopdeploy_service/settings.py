@@ -3,7 +3,8 @@
 `SOPDEPLOY_PORT=9000` sets `port`; a keyword given to `load_settings` wins over the environment.
 """
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -12,6 +13,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.frozen import first_problem
 
 Count = Annotated[int, pydantic.Field(ge=1)]
+RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
 
 PILLOW_PIXELS = 178_956_970  # above this Pillow itself refuses a picture
@@ -37,6 +39,8 @@ class Settings(BaseSettings):
     drain_seconds: Seconds = 20.0  # what SIGTERM leaves for the requests already admitted
 
     decoders: Count = 2  # threads that turn bytes into pixels
+    runtime: RuntimeName = "auto"  # auto: the first that was set up here
+    engine_cache: Path | None = None  # of TensorRT; None: beside the bundle
     threads: Count | None = None  # of the engine; None: one per core
     max_batch: Count | None = None  # None: 4 on a CPU, else what the bundle was verified for
     max_queue_delay_ms: Annotated[float, pydantic.Field(ge=0, le=10_000)] = 0.0

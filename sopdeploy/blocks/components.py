@@ -24,7 +24,7 @@ Kind = Literal["gap", "sop", "linear"]
 
 
 class Components(nn.Module):
-    """Feature map (B, C, H, W) in, every component's vector (B, N, D) out.
+    """Feature map (B, C, H, W) in, every component's vector (B, N, D) out; with weights (B, N), their sum.
 
     A component is `before`, its own chain of 1x1 convolutions to *widths*, `after`; see
     `make_components`. *counted* is how many of the N work for one image when a mixture is routed:
@@ -51,15 +51,18 @@ class Components(nn.Module):
         )
         self.before, self.after = before, after
 
-    def forward(self, features_BCHW: Tensor) -> Tensor:
-        """Evaluate all components on all images; no shape depends on the data."""
+    def forward(self, features_BCHW: Tensor, weights_BN: Tensor | None = None) -> Tensor:
+        """Evaluate all components on all images; no shape depends on the data.
+
+        Return their vectors (B, N, D), or with *weights_BN* the weighted sum (B, D).
+        """
         x = self.before(features_BCHW)
         for step, weight_Noi in enumerate(self.weights):
             groups = 1 if step == 0 else self.components
             x = self.activate(F.conv2d(x, as_kernel(weight_Noi.flatten(end_dim=1)), groups=groups))
         grouped = x.unflatten(1, (self.components, -1)).flatten(end_dim=1)
         pooled_BND: Tensor = self.after(grouped).unflatten(0, (-1, self.components))
-        return pooled_BND
+        return pooled_BND if weights_BN is None else weighted_sum(pooled_BND, weights_BN)
 
     def routed_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
         """Return the (B, D) weighted sum, each component evaluated on the images that chose it only."""

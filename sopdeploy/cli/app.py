@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sopdeploy import __version__
-from sopdeploy.cli import benching, catalog, demo, exporting, serving, training
+from sopdeploy.cli import benching, catalog, demo, engines, exporting, importing, serving, training
 
 app = typer.Typer(
     name="sopdeploy",
@@ -23,8 +23,11 @@ app.command("eval", rich_help_panel="Train")(training.evaluate)
 app.command("recipes", rich_help_panel="Train")(training.recipes)
 app.command("models", rich_help_panel="Train")(catalog.models)
 app.command("describe", rich_help_panel="Train")(catalog.describe)
+app.command("import", rich_help_panel="Train")(importing.import_file)
 app.command("export", rich_help_panel="Export")(exporting.export)
 app.command("verify", rich_help_panel="Export")(exporting.verify)
+app.command("engine", rich_help_panel="Export")(engines.engine)
+app.command("triton", rich_help_panel="Export")(engines.triton)
 app.command("predict", rich_help_panel="Serve")(serving.predict)
 app.command("serve", rich_help_panel="Serve")(serving.serve)
 app.command("bench", rich_help_panel="Serve")(benching.bench)

@@ -43,6 +43,16 @@ def export(
     max_drop: Annotated[
         float, typer.Option(min=0, help="Points of top-1 (or of agreement) that may be lost.")
     ] = 1.0,
+    lowering: Annotated[
+        bool,
+        typer.Option(
+            "--lowering/--no-lowering",
+            help="Rewrite by proved rules, or write the papers' formulas as they are.",
+        ),
+    ] = True,
+    autotune: Annotated[
+        bool, typer.Option("--autotune", help="Time equal forms here instead of using the rule of thumb.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Turn a checkpoint into a bundle: detach, prove, lower to ONNX, compare, write.
@@ -66,7 +76,13 @@ def export(
             max_drop=max_drop,
         )
         options = ExportOptions(
-            detach=detach, batch=batch, probes=probes, allow_drift=allow_drift, precision=chosen
+            detach=detach,
+            batch=batch,
+            probes=probes,
+            allow_drift=allow_drift,
+            lowering=lowering,
+            autotune=autotune,
+            precision=chosen,
         )
         exported = run(checkpoint, destination, options, step)
     if as_json:
@@ -91,6 +107,7 @@ def show(exported: "Exported") -> None:
         "types": f"{exported.precision.precision}: "
         + ", ".join(f"{count} parts in {name}" for name, count in exported.precision.summary().items()),
         **cost_rows(exported.precision),
+        "rules": rules_line(exported),
         "bundle": str(exported.path),
     }
     for name, text in rows.items():
@@ -113,6 +130,14 @@ def cost_rows(precision: "PrecisionReport") -> dict[str, str]:
         costs = ", ".join(f"{cost.part} {cost.share:.1%}" for cost in precision.quantisation.costs[:3])
         rows["dearest"] = costs or "no layer moves the logits"
     return rows
+
+
+def rules_line(exported: "Exported") -> str:
+    """Return which rules were applied, how often, and which forms were chosen."""
+    report = exported.lowering
+    rules = ", ".join(f"{name} ({times})" for name, times in report.summary.items()) or "none applies"
+    forms = "; ".join(f"{choice.where}: {choice.form} ({choice.by})" for choice in report.choices)
+    return f"{rules}; {forms}" if forms else rules
 
 
 def verify(

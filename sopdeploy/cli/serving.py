@@ -45,6 +45,10 @@ def serve(
     port: Annotated[
         int | None, typer.Option(min=0, help="Port; 0 takes a free one. [dim]default 8000[/dim]")
     ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(help="auto, onnxruntime-cpu, onnxruntime-cuda or tensorrt. [dim]default auto[/dim]"),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the engine.")] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Largest batch.")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(min=1, help="Largest request body.")] = None,
@@ -64,6 +68,7 @@ def serve(
         settings = load_settings(
             host=host,
             port=port,
+            runtime=runtime,
             threads=threads,
             max_batch=max_batch,
             max_body_bytes=max_body_bytes,

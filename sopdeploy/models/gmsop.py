@@ -28,7 +28,7 @@ from sopdeploy.backbones.low_resolution_resnet import (
     initialise_by_fan_in,
 )
 from sopdeploy.blocks.balance_loss import balance_loss
-from sopdeploy.blocks.components import Kind, make_components, pooling, weighted_sum
+from sopdeploy.blocks.components import Kind, make_components, pooling
 from sopdeploy.blocks.fusion_head import FusionHead
 from sopdeploy.blocks.sparse_gate import GateNoise, NoisePer, SparseGate, keep_largest
 from sopdeploy.errors import ConfigError
@@ -107,7 +107,7 @@ class GatedResNet(LowResolutionResNet):
     def classify_with_gates(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of the last feature map, and the weights they were mixed with."""
         weights_BN = self.gate(features)
-        return self.head(weighted_sum(self.mixture(features), weights_BN)), weights_BN
+        return self.head(self.mixture(features, weights_BN)), weights_BN
 
 
 class GMSOP(Classifier, GatedResNet):
@@ -141,7 +141,8 @@ class GMSOP(Classifier, GatedResNet):
         """Return the mixed vectors (B, D); on `meta` there are no weights to route by."""
         if self.config.evaluation == "routed" and not features.is_meta:
             return self.mixture.routed_sum(features, weights_BN)
-        return weighted_sum(self.mixture(features), weights_BN)
+        mixed: Tensor = self.mixture(features, weights_BN)
+        return mixed
 
     def plain(self) -> Backbone:
         """Return the gated network without noise."""

@@ -1,27 +1,55 @@
-"""Which runtime serves a bundle on this machine: one line for each, the first that works."""
+"""Which runtime serves a bundle on this machine: one line for each.
+
+`auto` takes the first that was set up here, and only that one: where the GPU was meant and does not work, the
+server says so and ends, instead of answering from the CPU without a word.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from sopdeploy.bundle import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.runtime.base import Runtime
-from sopdeploy_service.runtime.with_onnxruntime import OnnxRuntime
+from sopdeploy_service.runtime.with_onnxruntime import CPU, CUDA, OnnxRuntime, has_cuda
+from sopdeploy_service.runtime.with_tensorrt import TensorRTRuntime, is_set_up
 from sopdeploy_service.settings import Settings
 
-RUNTIMES: tuple[Callable[[Bundle, Settings], Runtime], ...] = (
-    lambda bundle, settings: OnnxRuntime(bundle, threads=settings.threads),
-)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """A runtime: how it is opened, and whether somebody set it up on this machine."""
+
+    open: Callable[[Bundle, Settings], Runtime]
+    set_up: Callable[[Bundle, Settings], bool]
+
+
+RUNTIMES = {
+    "tensorrt": Choice(open=TensorRTRuntime, set_up=is_set_up),
+    "onnxruntime-cuda": Choice(
+        open=lambda bundle, settings: OnnxRuntime(bundle, threads=settings.threads, provider=CUDA),
+        set_up=lambda _bundle, _settings: has_cuda(),
+    ),
+    "onnxruntime-cpu": Choice(
+        open=lambda bundle, settings: OnnxRuntime(bundle, threads=settings.threads, provider=CPU),
+        set_up=lambda _bundle, _settings: True,
+    ),
+}
 
 
 def choose(bundle: Bundle, settings: Settings) -> Runtime:
-    """Return the first runtime that can run *bundle* here.
+    """Return the runtime that *settings* name, or for `auto` the first that was set up here.
 
-    Raises `RuntimeUnavailableError` with the reason of each where none can.
+    Raises `RuntimeUnavailableError` where it cannot run *bundle*.
     """
-    reasons = []
-    for build in RUNTIMES:
-        try:
-            return build(bundle, settings)
-        except RuntimeUnavailableError as problem:
-            reasons.append(str(problem))
-    raise RuntimeUnavailableError("; ".join(reasons))
+    if settings.runtime != "auto":
+        return RUNTIMES[settings.runtime].open(bundle, settings)
+    name = next(name for name, choice in RUNTIMES.items() if choice.set_up(bundle, settings))
+    try:
+        return RUNTIMES[name].open(bundle, settings)
+    except RuntimeUnavailableError as problem:
+        if name == "onnxruntime-cpu":
+            raise
+        raise RuntimeUnavailableError(
+            f"{name} is set up here and does not work: {problem} (SOPDEPLOY_RUNTIME=onnxruntime-cpu "
+            "would answer from the CPU)"
+        ) from problem

@@ -1,4 +1,4 @@
-"""onnxruntime on the CPU. The only module that imports onnxruntime."""
+"""onnxruntime on the CPU or on a GPU with CUDA. The only module that imports onnxruntime."""
 
 import importlib
 import os
@@ -10,26 +10,29 @@ from numpy.typing import NDArray
 from sopdeploy.bundle import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
 
-PROVIDER = "CPUExecutionProvider"
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+OPTIONS = {CPU: {}, CUDA: {"use_tf32": "0"}}  # a number that the graph calls fp32 is to be one
+DEVICES = {CPU: "cpu", CUDA: "cuda:0"}
 
 
 class OnnxRuntime:
     """A session over `model.onnx` of a bundle."""
 
-    device = "cpu"
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, provider: str = CPU) -> None:
+        """Load *bundle* for *provider* with *threads* engine threads; `None` is one for each core.
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        """Load *bundle* with *threads* engine threads; `None` is one for each core.
-
-        Raises `RuntimeUnavailableError` where onnxruntime is not installed or cannot run the graph.
+        Raises `RuntimeUnavailableError` where onnxruntime is not installed, cannot run the graph, or would
+        run it on another provider.
         """
         engine = import_onnxruntime()
         manifest = bundle.manifest
         self.name = f"onnxruntime {engine.__version__}"
+        self.device = DEVICES[provider]
         self.largest_batch = manifest.batch.maximum
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
-        self._session = open_session(engine, bundle, threads or available_cores())
+        self._session = open_session(engine, bundle, threads or available_cores(), provider)
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
@@ -47,8 +50,8 @@ def import_onnxruntime() -> Any:
         ) from problem
 
 
-def open_session(engine: Any, bundle: Bundle, threads: int) -> Any:
-    """Return a session that really runs on the CPU provider and has the manifest's tensors."""
+def open_session(engine: Any, bundle: Bundle, threads: int, provider: str) -> Any:
+    """Return a session that really runs on *provider* and has the manifest's tensors."""
     options = engine.SessionOptions()
     options.graph_optimization_level = engine.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads
@@ -56,15 +59,24 @@ def open_session(engine: Any, bundle: Bundle, threads: int) -> Any:
     options.log_severity_level = 3  # errors only: they reach us as exceptions
     # Spinning threads would take the cores from the decoders.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if provider != CPU:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    if provider not in engine.get_available_providers():
+        raise RuntimeUnavailableError(
+            f"onnxruntime {engine.__version__} has no {provider} here; "
+            'run: pip install "sopdeploy[gpu]" in an environment without [cpu]'
+        )
     try:
-        session = engine.InferenceSession(str(bundle.onnx), options, providers=[PROVIDER])
+        session = engine.InferenceSession(
+            str(bundle.onnx), options, providers=[(provider, OPTIONS[provider])]
+        )
     except Exception as problem:  # onnxruntime's errors share no base class
         raise RuntimeUnavailableError(
             f"{bundle.onnx}: onnxruntime {engine.__version__} cannot load the graph: {problem}"
         ) from problem
-    if session.get_providers() != [PROVIDER]:
+    if session.get_providers()[0] != provider:
         raise RuntimeUnavailableError(
-            f"{bundle.onnx}: asked for {PROVIDER}, onnxruntime chose {session.get_providers()}"
+            f"{bundle.onnx}: asked for {provider}, onnxruntime chose {session.get_providers()}"
         )
     refuse_other_tensors(session, bundle)
     return session
@@ -80,6 +92,14 @@ def refuse_other_tensors(session: Any, bundle: Bundle) -> None:
             f"{bundle.onnx}: the graph has the tensors {found}, the manifest says {declared}; "
             "export the bundle again"
         )
+
+
+def has_cuda() -> bool:
+    """Say whether the installed onnxruntime was made for CUDA."""
+    try:
+        return CUDA in import_onnxruntime().get_available_providers()
+    except RuntimeUnavailableError:
+        return False
 
 
 def available_cores() -> int:

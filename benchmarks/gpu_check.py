@@ -1,0 +1,196 @@
+"""Do real engines build on this machine's GPU, give the bundle's numbers, and how fast are they?
+
+Builds engines of a detached DSoP-ResNet-50, a GSoP-Net2 and a GM-SOP in fp32, and in fp16 once the export
+writes it, and times them, copies to and from the GPU included, against torch eager, torch.compile and ONNX
+Runtime on CUDA. Writes docs/benchmarks/engines.md and engines.json.
+Ends with one line and exit code 1 where there is no GPU or no TensorRT.
+
+    python benchmarks/gpu_check.py [--quick] [--bundle BUNDLE ...] [--out FOLDER]
+
+With --bundle the engines are those of bundles made elsewhere, and no torch is needed: so it is run with the
+Python 3.10 of TensorRT 8.6.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from measure import interleaved, machine, versions
+
+from sopdeploy.bundle import Bundle, open_bundle
+from sopdeploy.engines.session import EngineSession
+from sopdeploy.errors import RuntimeUnavailableError, SopdeployError
+from sopdeploy.manifest import Manifest
+from sopdeploy_export.engine_tensorrt import EngineOptions, Machine, engine, this_machine
+from sopdeploy_service.runtime.with_onnxruntime import CUDA, OnnxRuntime
+
+ROOT = Path(__file__).parents[1]
+NETWORKS = ("dsop-resnet50", "gsop-net2-resnet50", "gmsop-16-8-resnet18")
+BATCHES = (1, 8, 32)
+WANTED = 1.5  # times torch.compile at batch 1
+Run = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One bundle, and torch's runs of the same network where torch is here."""
+
+    bundle: Path
+    precision: str
+    torch: dict[str, Run]
+
+
+def arguments() -> argparse.Namespace:
+    """Return what was asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="the first network, fewer runs")
+    parser.add_argument("--bundle", type=Path, action="append", default=[], help="a bundle made elsewhere")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs" / "benchmarks", help="folder for the results"
+    )
+    return parser.parse_args()
+
+
+def cases(given: argparse.Namespace, folder: Path) -> Iterator[Case]:
+    """Yield the bundles to be checked."""
+    if given.bundle:
+        for path in given.bundle:
+            yield Case(bundle=path, precision=open_bundle(path).manifest.precision, torch={})
+        return
+    from gpu_networks import make_bundle, make_checkpoint, torch_sides  # noqa: PLC0415  needs torch
+
+    written = get_args(Manifest.model_fields["precision"].annotation)
+    for name in NETWORKS[: 1 if given.quick else None]:
+        checkpoint = make_checkpoint(name, folder)
+        for precision in [known for known in ("fp32", "fp16") if known in written]:
+            bundle = make_bundle(checkpoint, precision, folder)
+            yield Case(bundle=bundle, precision=precision, torch=torch_sides(checkpoint, precision))
+
+
+def check(case: Case, here: Machine, runs: int) -> dict[str, Any]:
+    """Build the engine of *case*, which replays its probes, and time it against the others."""
+    bundle = open_bundle(case.bundle)
+    begin = time.monotonic()
+    built = engine(bundle, EngineOptions(profiles=",".join(map(str, BATCHES))), say)
+    seconds = time.monotonic() - begin
+    again = engine(bundle, EngineOptions(profiles=",".join(map(str, BATCHES))))
+    with ExitStack() as stack:
+        plan = built.path.read_bytes()
+        profiles = built.record.key.profiles
+        session = stack.enter_context(EngineSession(here.trt, here.cuda, plan, bundle.manifest, profiles))
+        sides = {"TensorRT": session.run, **case.torch, **onnxruntime_side(bundle)}
+        rows = [timed(bundle, sides, batch, runs) for batch in BATCHES]
+    return {
+        "bundle": bundle.name,
+        "precision": case.precision,
+        "build_seconds": round(seconds, 1),
+        "from_cache_the_second_time": again.reason is None,
+        "receipt": built.record.receipt.model_dump(mode="json"),
+        "replays": [replay.model_dump(mode="json") for replay in built.record.replays],
+        "plan_bytes": built.record.plan_bytes,
+        "milliseconds": rows,
+    }
+
+
+def onnxruntime_side(bundle: Bundle) -> dict[str, Run]:
+    """Return ONNX Runtime on CUDA, or nothing where it cannot run here."""
+    try:
+        return {"onnxruntime CUDA": OnnxRuntime(bundle, provider=CUDA).run}
+    except RuntimeUnavailableError as problem:
+        say(f"without onnxruntime on CUDA: {problem}")
+        return {}
+
+
+def timed(bundle: Bundle, sides: dict[str, Run], batch: int, runs: int) -> dict[str, Any]:
+    """Return the median milliseconds of each side for one batch, timed in turn."""
+    shape = (batch, *bundle.manifest.image_shape)
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    seconds = interleaved([lambda run=run: run(images) for run in sides.values()], runs=runs, warmups=10)
+    medians = {name: statistics.median(taken) * 1e3 for name, taken in zip(sides, seconds, strict=True)}
+    return {"batch": batch, **{name: round(value, 3) for name, value in medians.items()}}
+
+
+def page(found: dict[str, Any]) -> str:
+    """Return docs/benchmarks/engines.md."""
+    facts = {**found["machine"], "commit": found["commit"], **found["versions"]}
+    lines = [
+        "# Engines on a GPU",
+        "",
+        "Written by `make gpu-check`. Milliseconds per batch, medians, copies included.",
+        "",
+    ]
+    lines += [f"- {key}: {value}" for key, value in facts.items()]
+    for case in found["cases"]:
+        names = [name for name in case["milliseconds"][0] if name != "batch"]
+        lines += ["", f"## {case['bundle']}, {case['precision']}", ""]
+        lines += [
+            f"Built in {case['build_seconds']} s; every probe within its bound; precision as asked.",
+            "",
+        ]
+        lines += [f"| batch | {' | '.join(names)} |", "|" + "---|" * (len(names) + 1)]
+        lines += [
+            f"| {row['batch']} | {' | '.join(str(row[n]) for n in names)} |" for row in case["milliseconds"]
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def slow(found: dict[str, Any]) -> list[str]:
+    """Return the cases whose engine does not gain what it must over torch.compile at batch 1."""
+    rows = [(case["bundle"], case["precision"], case["milliseconds"][0]) for case in found["cases"]]
+    return [
+        f"{bundle} {precision}: {row['torch.compile'] / row['TensorRT']:.2f} times torch.compile at batch 1"
+        for bundle, precision, row in rows
+        if row.get("torch.compile", float("inf")) < WANTED * row["TensorRT"]
+    ]
+
+
+def commit() -> str:
+    """Return the commit that is measured."""
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    found = subprocess.run([git, "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def say(text: str) -> None:
+    """Print one line about how far it is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Check this machine; return the exit code."""
+    given = arguments()
+    try:
+        here = this_machine()
+        with tempfile.TemporaryDirectory() as folder:
+            checked = [check(case, here, 20 if given.quick else 200) for case in cases(given, Path(folder))]
+    except SopdeployError as problem:
+        say(f"gpu-check: {problem}")
+        return 1
+    facts = {**machine(), "gpu": here.gpu.name, "architecture": here.gpu.architecture}
+    found = {"machine": facts, "commit": commit(), "versions": versions(), "cases": checked}
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "engines.json").write_text(json.dumps(found, indent=2) + "\n")
+    (given.out / "engines.md").write_text(page(found))
+    say(f"written: {given.out / 'engines.md'}")
+    for complaint in slow(found):
+        say(f"gpu-check: {complaint}; at least {WANTED} are wanted")
+    return 1 if slow(found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

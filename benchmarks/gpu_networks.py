@@ -1,0 +1,70 @@
+"""What `gpu_check.py` needs torch for: bundles of networks with random weights, and torch's own speed.
+
+Random weights say nothing about classes, but they cost what trained ones cost.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
+from sopdeploy.manifest import BatchRange
+from sopdeploy.models.catalog import create_model
+from sopdeploy.preprocess import Preprocess
+from sopdeploy_export.capture import Deployed
+from sopdeploy_export.detach import detach
+from sopdeploy_export.pipeline import ExportOptions, export
+
+SIDES = {"dsop-resnet50": 224, "gsop-net2-resnet50": 224, "gmsop-16-8-resnet18": 64}
+CLASSES = tuple(f"class {number}" for number in range(1000))
+Run = Callable[[NDArray[np.uint8]], Any]
+
+
+def make_checkpoint(name: str, folder: Path) -> Path:
+    """Write a checkpoint of the network *name* with random weights."""
+    torch.manual_seed(0)
+    network = create_model(name, num_classes=len(CLASSES))
+    side = SIDES[name]
+    path = folder / f"{name}.pt"
+    write_checkpoint(
+        path,
+        Checkpoint(
+            model=name,
+            config=network.config.model_dump(mode="json"),
+            weights=network.state_dict(),
+            labels=CLASSES,
+            preprocess=Preprocess(resize=side, crop=side),
+            training={},
+        ),
+    )
+    return path
+
+
+def make_bundle(checkpoint: Path, precision: str, folder: Path) -> Path:
+    """Export *checkpoint*, detached where it has what can be detached, in *precision*."""
+    network = build_classifier(read_checkpoint(checkpoint), checkpoint)
+    wanted = {} if precision == "fp32" else {"precision": precision}
+    batch = BatchRange(minimum=1, optimum=8, maximum=32)
+    options = ExportOptions(detach=bool(network.training_only), batch=batch, **wanted)
+    return export(checkpoint, folder / precision, options).path
+
+
+def torch_sides(path: Path, precision: str) -> dict[str, Run]:
+    """Return torch on the GPU, eager and compiled, from uint8 pixels in host memory to logits there."""
+    checkpoint = read_checkpoint(path)
+    network = build_classifier(checkpoint, path)
+    lean = detach(network) if network.training_only else network
+    deployed = Deployed(lean, checkpoint.preprocess).eval().cuda()
+
+    def side(model: Any) -> Run:
+        def run(images: NDArray[np.uint8]) -> Any:
+            with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=precision == "fp16"):
+                return [output.cpu() for output in model(torch.from_numpy(images).cuda())]
+
+        return run
+
+    return {"torch eager": side(deployed), "torch.compile": side(torch.compile(deployed, dynamic=False))}

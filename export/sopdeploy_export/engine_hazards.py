@@ -1,0 +1,161 @@
+"""Graphs that a TensorRT release would read wrongly or not at all: refused, with what to do instead.
+
+Each rule looks for one thing and stands in `RULES` with the releases that it concerns. The worst are those
+that a release keeps silent about.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import onnx
+from onnx import TensorProto
+
+from sopdeploy.engines.binding import Version
+from sopdeploy_export.engine_graph import array, constants, value_types
+
+NEWEST_OPSET = {(8, 6): 17, (10, 0): 20, (11, 0): 25}  # of the release and those after it, until the next
+LARGEST_K = 3840
+INT32 = (-(2**31), 2**31 - 1)
+ALL: Version = (8, 6)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A graph with what the rules look up in it."""
+
+    model: onnx.ModelProto
+    version: Version
+    fixed: Mapping[str, onnx.TensorProto]
+    types: Mapping[str, int]
+
+    def nodes(self, *operators: str) -> Iterator[onnx.NodeProto]:
+        """Yield the nodes of *operators*."""
+        return (node for node in self.model.graph.node if node.op_type in operators)
+
+
+Rule = Callable[[Seen], "str | None"]
+
+
+def look_at(model: onnx.ModelProto, version: Version) -> Seen:
+    """Return *model* as the rules see it."""
+    return Seen(model=model, version=version, fixed=constants(model), types=value_types(model))
+
+
+def newer_opset(model: onnx.ModelProto, version: Version) -> str | None:
+    """Say where *model*, rewritten, still has a newer opset than *version* reads rightly.
+
+    The parser of 8.6 has no upper bound and reads newer operators as if they were old.
+    """
+    newest = next(NEWEST_OPSET[start] for start in sorted(NEWEST_OPSET, reverse=True) if version >= start)
+    found = max(entry.version for entry in model.opset_import if entry.domain == "")
+    return f"(newer-opset): opset {found} is newer than {newest}" if found > newest else None
+
+
+def other_domains(seen: Seen) -> str | None:
+    """Operators of other domains are plugins, found or not found by name."""
+    domains = sorted({node.domain for node in seen.model.graph.node if node.domain not in {"", "ai.onnx"}})
+    return f"operators of the domain {domains[0]} would need a plugin" if domains else None
+
+
+def computed_axes(seen: Seen) -> str | None:
+    """Axes of a reduction must be a constant."""
+    for node in seen.model.graph.node:
+        if node.op_type.startswith("Reduce") and len(node.input) > 1 and node.input[1] not in seen.fixed:
+            return f"{node.name}: the axes of {node.op_type} are computed, it needs a constant"
+    return None
+
+
+def control_flow(seen: Seen) -> str | None:
+    """Branches and loops stop fusion and CUDA graphs, and no network here needs them."""
+    found = next(seen.nodes("If", "Loop", "Scan", "NonZero"), None)
+    return f"{found.name}: {found.op_type} makes shapes depend on data" if found else None
+
+
+def unknown_operators(seen: Seen) -> str | None:
+    """Det has no form in TensorRT."""
+    found = next(seen.nodes("Det"), None)
+    return f"{found.name}: {found.op_type} is not supported" if found else None
+
+
+def double(seen: Seen) -> str | None:
+    """Doubles are silently computed as floats."""
+    name = next((name for name, kind in seen.types.items() if kind == TensorProto.DOUBLE), None)
+    return f"{name} is a double, which it silently computes as float" if name else None
+
+
+def bfloat(seen: Seen) -> str | None:
+    """bfloat16 exists from TensorRT 10 on."""
+    name = next((name for name, kind in seen.types.items() if kind == TensorProto.BFLOAT16), None)
+    return f"{name} is bfloat16, which exists from TensorRT 10 on: export with fp16 or fp32" if name else None
+
+
+def long_integers(seen: Seen) -> str | None:
+    """8.6 casts int64 constants to int32 and cuts off what does not fit."""
+    for name, tensor in seen.fixed.items():
+        values = array(tensor) if tensor.data_type == TensorProto.INT64 else None
+        if values is None or not values.size or (INT32[0] <= values.min() and values.max() <= INT32[1]):
+            continue
+        users = {node.op_type for node in seen.model.graph.node if name in node.input}
+        if users != {"Slice"}:  # whose end may lie anywhere behind the last element
+            return f"{name} does not fit into 32 bits, and it silently cuts it off"
+    return None
+
+
+def top_k(seen: Seen) -> str | None:
+    """K must be a constant, and small."""
+    for node in seen.nodes("TopK"):
+        if node.input[1] not in seen.fixed:
+            return f"{node.name}: k of TopK is computed, it needs a constant"
+        k = int(array(seen.fixed[node.input[1]]).reshape(-1)[0])
+        if k > LARGEST_K:
+            return f"{node.name}: TopK of {k}, at most {LARGEST_K} are supported"
+    return None
+
+
+def scatter_reduction(seen: Seen) -> str | None:
+    """ScatterND's reduction is not supported; without it the graph would overwrite instead of add."""
+    for node in seen.nodes("ScatterND"):
+        if any(a.name == "reduction" and a.s not in {b"", b"none"} for a in node.attribute):
+            return f"{node.name}: ScatterND with a reduction is not supported"
+    return None
+
+
+def einsum(seen: Seen) -> str | None:
+    """Ellipsis and diagonals in Einsum exist from 10.12 on."""
+    for node in seen.nodes("Einsum"):
+        equation = next(a.s.decode() for a in node.attribute if a.name == "equation").replace(" ", "")
+        terms = equation.partition("->")[0].split(",")
+        if "..." in equation or any(len(set(term)) < len(term) for term in terms):
+            return f"{node.name}: Einsum {equation} needs TensorRT 10.12; write it as MatMul"
+    return None
+
+
+def old_normalization(seen: Seen) -> str | None:
+    """8.6 makes GroupNormalization a plugin that calls cuDNN."""
+    found = next(seen.nodes("GroupNormalization"), None)
+    return f"{found.name}: GroupNormalization would be a plugin over cuDNN 8" if found else None
+
+
+# Asked before anything is rewritten: name, rule, the release from which on and the one up to which it holds.
+RULES: tuple[tuple[str, Rule, Version, Version | None], ...] = (
+    ("other-domain", other_domains, ALL, None),
+    ("computed-axes", computed_axes, ALL, None),
+    ("control-flow", control_flow, ALL, None),
+    ("unknown-operator", unknown_operators, ALL, None),
+    ("double", double, ALL, None),
+    ("bfloat16", bfloat, ALL, (10, 0)),
+    ("int64-constant", long_integers, ALL, (10, 0)),
+    ("top-k", top_k, ALL, None),
+    ("scatter-reduction", scatter_reduction, ALL, None),
+    ("einsum", einsum, ALL, (10, 12)),
+    ("group-normalization", old_normalization, ALL, (10, 0)),
+)
+
+
+def complaints(seen: Seen) -> Iterator[str]:
+    """Yield what of *seen* its release would read wrongly, beginning with the rule's name."""
+    for name, rule, first, last in RULES:
+        if first <= seen.version and (last is None or seen.version < last):
+            complaint = rule(seen)
+            if complaint is not None:
+                yield f"({name}): {complaint}"

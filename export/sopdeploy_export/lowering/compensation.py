@@ -1,0 +1,85 @@
+"""Rule: post-compensation moved behind the linear layer.
+
+Algebra: W (s v) + b = s (W v) + b for a scalar s per image. sqrt(trace) then multiplies the logits instead of
+a d x d matrix. Legal only where the root's triangle goes straight into one linear layer and nowhere else,
+with nothing but dropout between (which does nothing once trained). In the Gram domain the
+scale divides an M x M matrix that is divided anyway, so there is nothing to gain and it stays.
+"""
+
+from torch import Tensor, nn
+
+from sopdeploy_export.lowering.equality import prove
+from sopdeploy_export.lowering.observe import same_tensor
+from sopdeploy_export.lowering.root import LoweredRoot
+from sopdeploy_export.lowering.work import Work
+
+NAME = "post-compensation behind the linear layer"
+
+
+class RootThenLinear(nn.Module):
+    """Feature map in, logits out: what the network computed before."""
+
+    def __init__(self, root: LoweredRoot, linear: nn.Linear) -> None:
+        super().__init__()
+        self.root, self.linear = root, linear
+
+    def forward(self, features_BdHW: Tensor) -> Tensor:
+        """Return (B, classes) logits."""
+        logits: Tensor = self.linear(self.root(features_BdHW))
+        return logits
+
+
+class CompensatedAfter(nn.Module):
+    """Feature map in, logits out: the linear layer on the root without its scale, then the scale."""
+
+    def __init__(self, before: "RootThenLinear") -> None:
+        super().__init__()
+        self.root, self.linear = before.root, before.linear
+
+    def forward(self, features_BdHW: Tensor) -> Tensor:
+        """Return (B, classes) logits."""
+        root_Bdd, scale_B11 = self.root.root(features_BdHW)
+        vector = root_Bdd.flatten(start_dim=1).index_select(1, self.root.triangle)
+        products = nn.functional.linear(vector, self.linear.weight)
+        if scale_B11 is not None:
+            products = products * scale_B11[:, :, 0]
+        return products if self.linear.bias is None else products + self.linear.bias
+
+
+def apply(work: Work) -> None:
+    """Move the scale of every root whose triangle only one linear layer reads."""
+    for where, root in list(work.network.named_modules()):
+        if not isinstance(root, LoweredRoot) or where not in work.calls or not root.rule.compensate:
+            continue
+        reader = only_reader(work, where)
+        features = work.calls[where].inputs
+        linear = None if reader is None else work.network.get_submodule(reader)
+        if reader is None or not isinstance(linear, nn.Linear) or root.root(features[0])[1] is None:
+            continue
+        pair = RootThenLinear(root, linear)
+        prove(NAME, reader, pair, CompensatedAfter, features)
+        work.put(where, nn.Identity())
+        work.put(reader, CompensatedAfter(pair))
+        width = root.triangle.numel()
+        work.note(
+            NAME,
+            reader,
+            f"the triangle of {where} goes into this linear layer and nowhere else; the scale is one number",
+            f"it multiplies {linear.out_features} logits for {width} numbers of the root",
+        )
+
+
+def only_reader(work: Work, where: str) -> str | None:
+    """Return the linear layer that alone reads what the part *where* gives, if there is one."""
+    call = work.calls[where]
+    readers = [
+        name
+        for name, other in work.calls.items()
+        if name != where and any(same_tensor(given, call.output) for given in other.inputs)
+    ]
+    parts = {name: work.network.get_submodule(name) for name in readers}
+    linear = [name for name, part in parts.items() if type(part) is nn.Linear]
+    harmless = all(isinstance(part, nn.Linear | nn.Dropout | nn.Identity) for part in parts.values())
+    if len(linear) != 1 or not harmless or call.times != 1 or work.calls[linear[0]].times != 1:
+        return None
+    return linear[0]

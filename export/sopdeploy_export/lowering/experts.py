@@ -1,0 +1,125 @@
+"""Three equal forms of a mixture, K of N experts for each image: which weights meet which images.
+
+Letters: B images, C channels, M positions, N experts, K kept, i and o channels in and out of a step, d
+channels of the last one. Maps lie position by position, (..., M, d): a list of K of them is then one (K M, d)
+matrix without a copy.
+
+Algebra. The gate's weights are positive for K experts and 0 for the others, so the K largest are those,
+in any order of ties: sum_n w_n v_n = sum_(k in top K) w_k v_k. The triangle of a sum is the sum of the
+triangles: one gather for K. And the weighted sum of roots is one product: with root_k = X_k P_k X_k^T it is
+[X_1 .. X_K] times the stacked w_k P_k X_k^T, so no root of one expert is ever written down (likewise from
+Y_k T_k, where the iteration is on channels, Y_k being symmetric).
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sopdeploy.blocks.components import Components
+from sopdeploy.pooling.isqrt_cov import ISqrtCov
+from sopdeploy.pooling.isqrt_root import Rule
+from sopdeploy.pooling.precision import at_least_float32
+from sopdeploy_export.lowering.equality import Build
+from sopdeploy_export.lowering.iteration import iterate
+from sopdeploy_export.lowering.root import inner_scale, outer_scale, start
+
+
+class Experts(nn.Module):
+    """Feature map (B, C, H, W) and gate weights (B, N) in, the weighted sum (B, D) out."""
+
+    def __init__(self, bank: Components, chosen: int) -> None:
+        super().__init__()
+        self.count, self.chosen = bank.components, chosen
+        self.before, self.rectified = bank.before, bank.rectified
+        self.banks = nn.ParameterList(w.detach().transpose(1, 2).contiguous() for w in bank.weights)
+        self.root: Rule | None = bank.after.rule if isinstance(bank.after, ISqrtCov) else None
+        if isinstance(bank.after, ISqrtCov):
+            self.register_buffer("triangle", bank.after.triangle)
+
+    def evaluate(self, x_BMC: Tensor, weights_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the maps (B, K or N, M, d) of the experts that count, and their weights (B, K or N)."""
+        raise NotImplementedError
+
+    def forward(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
+        """Return the sum."""
+        x_BMC = self.before(features_BCHW).flatten(start_dim=2).transpose(1, 2)
+        maps_BKMd, weights_BK = self.evaluate(x_BMC, weights_BN)
+        rule = self.root
+        if rule is None:
+            means_BKd = maps_BKMd.mean(dim=2)
+            return (weights_BK.unsqueeze(1) @ means_BKd).squeeze(1)
+        total_Bdd = summed_roots(maps_BKMd, weights_BK, rule)
+        return total_Bdd.flatten(start_dim=1).index_select(1, self.get_buffer("triangle"))
+
+    def rectify(self, x: Tensor) -> Tensor:
+        """Return *x*, rectified where the experts have a ReLU."""
+        return x.relu() if self.rectified else x
+
+
+def summed_roots(maps_BKMd: Tensor, weights_BK: Tensor, rule: Rule) -> Tensor:
+    """Return the weighted sum of the experts' roots, (B, d, d), from one last product."""
+    experts, positions, width = maps_BKMd.shape[1:]
+    x_PMd = at_least_float32(maps_BKMd).flatten(end_dim=1)
+    x_PMd = x_PMd - x_PMd.mean(dim=1, keepdim=True)
+    matrix, norm, by_positions = start(x_PMd, rule)
+    last = iterate(matrix, rule.iterations)
+    share_P11 = weights_BK.reshape(-1, 1, 1)
+    if by_positions:
+        scale = share_P11 * inner_scale(norm, positions, compensate=rule.compensate)
+        left, right, rows = x_PMd, last.next_z(scale) @ x_PMd, positions
+    else:
+        scale = share_P11 * outer_scale(norm, positions) if rule.compensate else share_P11
+        left, right, rows = last.y, last.t * scale, width
+    stacked_left = left.reshape(-1, experts * rows, width)
+    return stacked_left.transpose(1, 2) @ right.reshape(-1, experts * rows, width)
+
+
+class GatheredWeights(Experts):
+    """Each image gathers the weights of its K experts and meets no others."""
+
+    def evaluate(self, x_BMC: Tensor, weights_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the maps (B, K, M, d) and weights (B, K)."""
+        weights_BK, experts_BK = weights_BN.topk(self.chosen, dim=1)
+        x = x_BMC.unsqueeze(1)
+        for bank_Nio in self.banks:
+            own = bank_Nio.index_select(0, experts_BK.flatten())
+            x = self.rectify(x @ own.reshape(-1, self.chosen, *bank_Nio.shape[1:]))
+        return x, weights_BK
+
+
+class ProjectedThenGathered(Experts):
+    """All experts' convolutions meet all images; only K maps for each image go on to the root."""
+
+    def evaluate(self, x_BMC: Tensor, weights_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the maps (B, K, M, d) and weights (B, K)."""
+        weights_BK, experts_BK = weights_BN.topk(self.chosen, dim=1)
+        maps_BNMd = project_all(self, x_BMC)
+        first_B1 = torch.arange(weights_BN.shape[0], device=experts_BK.device).unsqueeze(1) * self.count
+        kept = maps_BNMd.flatten(end_dim=1).index_select(0, (experts_BK + first_B1).flatten())
+        return kept.reshape(-1, self.chosen, *maps_BNMd.shape[2:]), weights_BK
+
+
+class AllMasked(Experts):
+    """All N experts run on all images; weights of 0 mask those that were not chosen."""
+
+    def evaluate(self, x_BMC: Tensor, weights_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the maps (B, N, M, d) and weights (B, N)."""
+        return project_all(self, x_BMC), weights_BN
+
+
+def project_all(experts: Experts, x_BMC: Tensor) -> Tensor:
+    """Return the maps of all experts, (B, N, M, d)."""
+    x = x_BMC.unsqueeze(1)
+    for bank_Nio in experts.banks:
+        x = experts.rectify(x @ bank_Nio)
+    return x
+
+
+def forms(chosen: int) -> dict[str, Build]:
+    """Return the three forms of a mixture of which *chosen* experts count."""
+    return {
+        "gathered weights": partial(GatheredWeights, chosen=chosen),
+        "all projected, activations gathered": partial(ProjectedThenGathered, chosen=chosen),
+        "all, masked": partial(AllMasked, chosen=chosen),
+    }

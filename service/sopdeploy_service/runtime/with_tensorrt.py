@@ -1,0 +1,57 @@
+"""TensorRT on the GPU, from the engine cache; never builds, never loads a plan that was not checked."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.bundle import Bundle
+from sopdeploy.engines.binding import import_tensorrt
+from sopdeploy.engines.cache import NoEngine, best_for, cache_folder, records
+from sopdeploy.engines.cuda import open_cuda
+from sopdeploy.engines.session import EngineSession
+from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy_service.settings import Settings
+
+DEVICE = "cuda:0"
+
+
+class TensorRTRuntime:
+    """The engine of a bundle on this machine's first GPU."""
+
+    device = DEVICE
+
+    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+        """Load the engine of *bundle* from the cache.
+
+        Raises `RuntimeUnavailableError` where TensorRT, a GPU or a fitting engine is missing.
+        """
+        trt = import_tensorrt()
+        cuda = open_cuda()
+        gpu = cuda.gpu()
+        self.name = f"tensorrt {trt.__version__}"
+        found = best_for(
+            cache_folder(bundle, settings.engine_cache),
+            bundle,
+            tensorrt=str(trt.__version__),
+            gpu=gpu.name,
+            architecture=gpu.architecture,
+        )
+        if isinstance(found, NoEngine):
+            raise RuntimeUnavailableError(f"{found.reason}; run: sopdeploy engine {bundle.path}")
+        profiles = found.record.key.profiles
+        self._session = EngineSession(trt, cuda, found.plan, bundle.manifest, profiles)
+        self.largest_batch = self._session.largest_batch
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
+        return self._session.run(images)
+
+
+def is_set_up(bundle: Bundle, settings: Settings) -> bool:
+    """Say whether TensorRT is installed and somebody built an engine of *bundle*."""
+    if not records(cache_folder(bundle, settings.engine_cache)):
+        return False
+    try:
+        import_tensorrt()
+    except RuntimeUnavailableError:
+        return False
+    return True

@@ -1,0 +1,115 @@
+"""The few CUDA calls that an engine needs, through `cuda-python`: one GPU, memory, one stream.
+
+The driver must be asked first: TensorRT 8.6 ends the process where there is none.
+"""
+
+import ctypes
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.errors import RuntimeUnavailableError
+
+MODULES = ("cuda.bindings.runtime", "cuda.cudart")  # of cuda-python 12.6 and later, and before
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU that this process sees first."""
+
+    name: str
+    architecture: str  # sm_90
+    memory: int  # bytes
+
+
+class Cuda:
+    """Calls of the CUDA runtime whose failures are raised."""
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime = runtime
+        self._to_device = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._to_host = runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Return what the CUDA function *name* gives beside its status.
+
+        Raises `RuntimeUnavailableError` where the status is not success.
+        """
+        status, *values = getattr(self._runtime, name)(*arguments)
+        if int(status) != 0:
+            reason = getattr(status, "name", str(status))
+            raise RuntimeUnavailableError(f"CUDA: {name} failed with {reason}")
+        return values[0] if values else None
+
+    def gpu(self) -> Gpu:
+        """Return the first GPU."""
+        facts = self.call("cudaGetDeviceProperties", 0)
+        name = facts.name.decode() if isinstance(facts.name, bytes) else str(facts.name)
+        return Gpu(
+            name=name.rstrip("\0"),
+            architecture=f"sm_{facts.major}{facts.minor}",
+            memory=int(facts.totalGlobalMem),
+        )
+
+    def device_memory(self, size: int) -> int:
+        """Return the address of *size* new bytes on the GPU."""
+        return int(self.call("cudaMalloc", size))
+
+    def pinned_array(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """Return an array in page-locked memory, which the GPU copies from and to by itself."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        address = int(self.call("cudaHostAlloc", size, 0))
+        memory = (ctypes.c_char * size).from_address(address)
+        return np.frombuffer(memory, dtype=dtype).reshape(shape)
+
+    def stream(self) -> Any:
+        """Return a new stream that does not wait for the default one."""
+        return self.call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
+
+    def upload(self, target: int, source: NDArray[Any], stream: Any) -> None:
+        """Begin to copy the pinned array *source* to the GPU's address *target*."""
+        self.call("cudaMemcpyAsync", target, source.ctypes.data, source.nbytes, self._to_device, stream)
+
+    def download(self, target: NDArray[Any], source: int, stream: Any) -> None:
+        """Begin to copy from the GPU's address *source* into the pinned array *target*."""
+        self.call("cudaMemcpyAsync", target.ctypes.data, source, target.nbytes, self._to_host, stream)
+
+    def wait(self, stream: Any) -> None:
+        """Wait until everything on *stream* is done."""
+        self.call("cudaStreamSynchronize", stream)
+
+    def free(self, addresses: list[int], arrays: list[NDArray[Any]], stream: Any) -> None:
+        """Give back device memory, pinned arrays and a stream."""
+        for address in addresses:
+            self.call("cudaFree", address)
+        for array in arrays:
+            self.call("cudaFreeHost", array.ctypes.data)
+        self.call("cudaStreamDestroy", stream)
+
+
+def open_cuda() -> Cuda:
+    """Return CUDA with at least one GPU.
+
+    Raises `RuntimeUnavailableError` where cuda-python, the driver or a GPU is missing.
+    """
+    cuda = Cuda(import_cuda())
+    try:
+        count = cuda.call("cudaGetDeviceCount")
+    except RuntimeUnavailableError as problem:
+        raise RuntimeUnavailableError(f"no NVIDIA GPU can be used here ({problem})") from problem
+    if not count:
+        raise RuntimeUnavailableError("no NVIDIA GPU can be used here (CUDA sees 0 devices)")
+    return cuda
+
+
+def import_cuda() -> Any:
+    """Return cuda-python's runtime module, whichever name it has in the installed version."""
+    for name in MODULES:
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    raise RuntimeUnavailableError('cuda-python is not installed; run: pip install "sopdeploy[tensorrt]"')

@@ -1,0 +1,120 @@
+"""Running an engine: named tensors and `execute_async_v3`, which 8.6, 10 and 11 have in common.
+
+Every profile has an execution context of its own, because switching one costs time; the buffers, as large as
+the largest batch, and the stream are shared, because one batch runs at a time.
+"""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.engines.binding import deserialize, last_error, make_logger
+from sopdeploy.engines.cuda import Cuda
+from sopdeploy.engines.profiles import Profile, index_for
+from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.manifest import Manifest, TensorRecord
+
+
+class EngineSession:
+    """A deserialised engine with its contexts, pinned buffers and stream; used by one thread at a time."""
+
+    def __init__(
+        self, trt: Any, cuda: Cuda, plan: bytes, manifest: Manifest, profiles: Sequence[Profile]
+    ) -> None:
+        """Load *plan*, whose hash was checked.
+
+        Raises `RuntimeUnavailableError` where it is no such engine.
+        """
+        self._trt, self._cuda, self._profiles = trt, cuda, tuple(profiles)
+        self._logger = make_logger(trt)
+        self._runtime, self.engine = deserialize(trt, plan, self._logger)
+        self.largest_batch = max(profile.maximum for profile in profiles)
+        self._input = manifest.inputs[0].name
+        self._outputs = [output.name for output in manifest.outputs]
+        refuse_another_engine(trt, self.engine, manifest, self._profiles)
+        self._stream = cuda.stream()
+        self._host: dict[str, NDArray[Any]] = {}
+        self._device: dict[str, int] = {}
+        for tensor in (*manifest.inputs, *manifest.outputs):
+            shape = (self.largest_batch, *(int(size or 1) for size in tensor.shape[1:]))
+            self._host[tensor.name] = cuda.pinned_array(shape, np.dtype(tensor.dtype))
+            self._device[tensor.name] = cuda.device_memory(self._host[tensor.name].nbytes)
+        self._contexts = [self._make_context(index) for index in range(len(self._profiles))]
+
+    def _make_context(self, index: int) -> Any:
+        context = self.engine.create_execution_context()
+        if context is None:
+            raise RuntimeUnavailableError(
+                f"TensorRT cannot run profile {self._profiles[index]}: {last_error(self._logger)}"
+            )
+        context.set_optimization_profile_async(index, int(self._stream))
+        self._cuda.wait(self._stream)
+        for name, address in self._device.items():
+            context.set_tensor_address(name, address)
+        return context
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
+        count = len(images)
+        context = self._contexts[index_for(self._profiles, count)]
+        if not context.set_input_shape(self._input, images.shape):
+            raise RuntimeError(f"TensorRT refuses images of shape {images.shape}: {last_error(self._logger)}")
+        self._host[self._input][:count] = images
+        self._cuda.upload(self._device[self._input], self._host[self._input][:count], self._stream)
+        if not context.execute_async_v3(int(self._stream)):
+            raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._logger)}")
+        for name in self._outputs:
+            self._cuda.download(self._host[name][:count], self._device[name], self._stream)
+        self._cuda.wait(self._stream)
+        return {name: self._host[name][:count].copy() for name in self._outputs}
+
+    def close(self) -> None:
+        """Give back contexts, engine and memory."""
+        self._contexts.clear()
+        self.engine = self._runtime = None
+        self._cuda.free(list(self._device.values()), list(self._host.values()), self._stream)
+        self._host.clear()
+        self._device.clear()
+
+    def __enter__(self) -> "EngineSession":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def refuse_another_engine(trt: Any, engine: Any, manifest: Manifest, profiles: Sequence[Profile]) -> None:
+    """Refuse an *engine* whose tensors are not the manifest's or whose profiles are not *profiles*."""
+    found = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    declared = [tensor.name for tensor in (*manifest.inputs, *manifest.outputs)]
+    if sorted(found) != sorted(declared):
+        raise RuntimeUnavailableError(f"the engine has the tensors {found}, the manifest says {declared}")
+    for tensor in (*manifest.inputs, *manifest.outputs):
+        refuse_another_tensor(trt, engine, tensor)
+    if engine.num_optimization_profiles != len(profiles):
+        raise RuntimeUnavailableError(
+            f"the engine has {engine.num_optimization_profiles} profiles, its record says {len(profiles)}"
+        )
+    for index, profile in enumerate(profiles):
+        shapes = engine.get_tensor_profile_shape(manifest.inputs[0].name, index)
+        batches = [int(next(iter(shape))) for shape in shapes]
+        if batches != [profile.minimum, profile.optimum, profile.maximum]:
+            raise RuntimeUnavailableError(
+                f"profile {index} of the engine takes batches {batches}, its record says {profile}"
+            )
+
+
+def refuse_another_tensor(trt: Any, engine: Any, tensor: TensorRecord) -> None:
+    """Refuse an *engine* where *tensor* has another type or shape than the manifest says."""
+    kinds = {trt.DataType.UINT8: "uint8", trt.DataType.FLOAT: "float32"}
+    kind = kinds.get(engine.get_tensor_dtype(tensor.name), "another type")
+    shape = tuple(int(size) for size in engine.get_tensor_shape(tensor.name))
+    if kind != tensor.dtype or shape[1:] != tensor.shape[1:]:
+        raise RuntimeUnavailableError(
+            f"the engine's {tensor.name} is {kind} {shape}, the manifest says {tensor.dtype} {tensor.shape}"
+        )

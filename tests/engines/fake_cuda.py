@@ -1,0 +1,69 @@
+"""`cuda.bindings.runtime` over the memory of this process; counts what was not given back."""
+
+import ctypes
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+
+class Status(int):
+    name = "cudaSuccess"
+
+
+class Failed(Status):
+    name = "cudaErrorInsufficientDriver"
+
+
+OK, FAILED = Status(0), Failed(35)
+
+
+class FakeCuda(ModuleType):
+    """One GPU, or none."""
+
+    cudaStreamNonBlocking = 1
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+
+    def __init__(
+        self, *, gpus: int | None = 1, name: str = "Fake H200", sm: tuple[int, int] = (9, 0)
+    ) -> None:
+        super().__init__("cuda.bindings.runtime")
+        self.gpus, self.gpu_name, self.sm = gpus, name, sm
+        self.held: dict[int, Any] = {}
+        self.streams = 0
+
+    def cudaGetDeviceCount(self) -> Any:
+        return (FAILED, None) if self.gpus is None else (OK, self.gpus)
+
+    def cudaGetDeviceProperties(self, device: int) -> Any:
+        name = self.gpu_name.encode() + b"\0\0"
+        return OK, SimpleNamespace(name=name, major=self.sm[0], minor=self.sm[1], totalGlobalMem=2**30)
+
+    def cudaMalloc(self, size: int) -> Any:
+        buffer = ctypes.create_string_buffer(size)
+        self.held[ctypes.addressof(buffer)] = buffer
+        return OK, ctypes.addressof(buffer)
+
+    def cudaHostAlloc(self, size: int, flags: int) -> Any:
+        return self.cudaMalloc(size)
+
+    def cudaFree(self, address: int) -> Any:
+        del self.held[address]
+        return (OK,)
+
+    cudaFreeHost = cudaFree
+
+    def cudaStreamCreateWithFlags(self, flags: int) -> Any:
+        self.streams += 1
+        return OK, 77
+
+    def cudaStreamDestroy(self, stream: int) -> Any:
+        self.streams -= 1
+        return (OK,)
+
+    def cudaStreamSynchronize(self, stream: int) -> Any:
+        assert stream == 77
+        return (OK,)
+
+    def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> Any:
+        assert stream == 77
+        ctypes.memmove(target, source, size)
+        return (OK,)

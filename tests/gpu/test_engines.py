@@ -1,0 +1,37 @@
+"""Real TensorRT on a real GPU: the same flow as against the fakes. Skipped where either is missing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sopdeploy.engines.cache import StoredEngine, look
+from sopdeploy_export.engine_tensorrt import EngineOptions, engine
+from sopdeploy_service.runtime.with_tensorrt import TensorRTRuntime
+from sopdeploy_service.settings import Settings
+from tests.engines.networks import answers, network, some_images, write
+
+pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
+
+
+def test_a_real_engine_gives_the_bundles_numbers_and_comes_from_the_cache_then(tmp_path: Path) -> None:
+    bundle = write(tmp_path)
+    built = engine(bundle, EngineOptions(profiles="1,4,16"))
+    assert built.reason is not None
+    assert isinstance(look(built.path.parent, built.record.key), StoredEngine)
+    assert engine(bundle, EngineOptions(profiles="1,4,16")).reason is None
+
+
+def test_a_real_engine_of_an_fp16_graph_shows_fp16_in_its_receipt(tmp_path: Path) -> None:
+    built = engine(write(tmp_path, network(half=True)), EngineOptions(precision="fp16", profiles="1,4"))
+    assert built.record.receipt.parts["layer1"].realised.get("fp16", 0) > 0
+
+
+def test_the_server_runs_every_batch_on_a_real_engine(tmp_path: Path) -> None:
+    bundle = write(tmp_path)
+    engine(bundle, EngineOptions(profiles="1,4,16"))
+    runtime = TensorRTRuntime(bundle, Settings(runtime="tensorrt"))
+    for count in (1, 3, 16):
+        images = some_images(count)
+        expected = answers(network(), images)
+        np.testing.assert_allclose(runtime.run(images)["logits"], expected, rtol=1e-4, atol=1e-2)

@@ -1,0 +1,265 @@
+"""What the released PyTorch networks compute, written anew from their definitions, under their names.
+
+fast-MPN-COV's ResNets and VGG, GSoP's ResNets, the CIFAR ResNets: small where the definition leaves
+room, with weights and running statistics of their own.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDTHS = (64, 128, 256, 512)
+ATTENTIONS = ("1", "2", "+", "M", "&")  # channel, position, sum, maximum, concatenation
+
+
+def covariance(x: Tensor) -> Tensor:
+    x = x.flatten(2)
+    positions = x.shape[2]
+    centring = torch.eye(positions, dtype=x.dtype) / positions - 1.0 / positions**2
+    return x @ centring @ x.transpose(1, 2)
+
+
+def root(sigma: Tensor, steps: int) -> Tensor:
+    eye = torch.eye(sigma.shape[1], dtype=sigma.dtype)
+    trace = torch.einsum("bii->b", sigma)[:, None, None]
+    y, z = sigma / trace, eye.expand_as(sigma)
+    for _ in range(steps):
+        t = (3 * eye - z @ y) / 2
+        y, z = y @ t, t @ z
+    return y * trace.sqrt()
+
+
+def triangle(matrix: Tensor, order: str) -> Tensor:
+    d = matrix.shape[1]
+    rows = [(i, j) for i in range(d) for j in range(i, d)]
+    columns = [(i, j) for j in range(d) for i in range(j + 1)]
+    return torch.stack([matrix[:, i, j] for i, j in (rows if order == "rows" else columns)], dim=1)
+
+
+def conv_bn(inside: int, outside: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
+
+
+class Basic(nn.Module):
+    def __init__(self, inside: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = conv_bn(inside, width, stride) if stride > 1 or inside != width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class Bottleneck(nn.Module):
+    """With a GSoP block on the residual where *attention* is not "0"."""
+
+    def __init__(self, inside: int, width: int, stride: int, attention: str = "0", d: int = 32) -> None:
+        super().__init__()
+        out = 4 * width
+        self.attention = attention
+        self.conv1, self.bn1 = nn.Conv2d(inside, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, out, 1, bias=False), nn.BatchNorm2d(out)
+        self.downsample = conv_bn(inside, out, stride) if stride > 1 or inside != out else None
+        if attention in {"1", "+", "M", "&"}:
+            self.conv_for_DR = nn.Conv2d(out, d, 1, stride=2 if width == 64 else 1)
+            self.bn_for_DR, self.row_bn = nn.BatchNorm2d(d), nn.BatchNorm2d(d)
+            self.row_conv_group = nn.Conv2d(d, 4 * d, (d, 1), groups=d)
+            self.fc_adapt_channels = nn.Conv2d(4 * d, out, 1)
+        if attention in {"2", "+", "M", "&"}:
+            self.conv_for_DR_spatial = nn.Conv2d(out, d, 1)
+            self.bn_for_DR_spatial, self.row_bn_for_spatial = nn.BatchNorm2d(d), nn.BatchNorm2d(64)
+            self.row_conv_group_for_spatial = nn.Conv2d(64, 256, (64, 1), groups=64)
+            self.fc_adapt_channels_for_spatial = nn.Conv2d(256, 64, 1)
+        if attention == "&":
+            groups, factor = out // 64, int(math.log2(32 / (out // 64)))
+            kernel, padding = (2 * factor + 5, 1), (factor + 2, 0)
+            self.dilate_conv_for_concat1 = nn.Conv2d(out, out, kernel, 1, padding, groups=groups)
+            self.dilate_conv_for_concat2 = nn.Conv2d(out, out, kernel, 1, padding, groups=groups)
+            self.bn_for_concat = nn.BatchNorm2d(out)
+
+    def by_channel(self, x: Tensor) -> Tensor:
+        small = F.relu(self.bn_for_DR(self.conv_for_DR(F.relu(x))))
+        rows = self.row_conv_group(self.row_bn(covariance(small)[..., None]))
+        return x * torch.sigmoid(self.fc_adapt_channels(rows))
+
+    def by_position(self, x: Tensor) -> Tensor:
+        small = F.adaptive_avg_pool2d(self.bn_for_DR_spatial(self.conv_for_DR_spatial(F.relu(x))), 8).flatten(
+            2
+        )
+        d = small.shape[1]
+        centring = torch.eye(d, dtype=x.dtype) / 64 - 1.0 / 64**2
+        rows = self.row_bn_for_spatial((small.transpose(1, 2) @ centring @ small)[..., None])
+        hidden = F.relu(self.row_conv_group_for_spatial(rows))
+        weights = torch.sigmoid(self.fc_adapt_channels_for_spatial(hidden)).reshape(-1, 1, 8, 8)
+        return F.relu(x * F.adaptive_avg_pool2d(weights, x.shape[2:]))
+
+    def attended(self, x: Tensor) -> Tensor:
+        if self.attention == "0":
+            return x
+        if self.attention == "1":
+            return self.by_channel(x)
+        if self.attention == "2":
+            return self.by_position(x)
+        one, two = self.by_channel(x), self.by_position(x)
+        if self.attention == "+":
+            return one + two
+        if self.attention == "M":
+            return torch.max(one, two)
+        return self.bn_for_concat(self.dilate_conv_for_concat1(one) + self.dilate_conv_for_concat2(two))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        out = self.attended(self.bn3(self.conv3(out)))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(nn.Module):
+    """*d* channels after DR and *steps* of Newton-Schulz, or averages where d is 0."""
+
+    def __init__(
+        self,
+        blocks: tuple[int, ...],
+        *,
+        kind: type[Basic | Bottleneck] = Basic,
+        classes: int = 5,
+        stride: int = 1,
+        d: int = 0,
+        steps: int = 5,
+        order: str = "rows",
+        attention: str = "0",
+    ) -> None:
+        super().__init__()
+        self.d, self.steps, self.order = d, steps, order
+        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
+        inside, growth = 64, 4 if kind is Bottleneck else 1
+        for number, (width, count, first) in enumerate(
+            zip(WIDTHS, blocks, (1, 2, 2, stride), strict=True), 1
+        ):
+            stage = []
+            for position in range(count):
+                last = position == count - 1 and not (d and number == 4)
+                how = {"attention": attention} if attention != "0" and last else {}
+                stage.append(kind(inside, width, 1 if position else first, **how))
+                inside = width * growth
+            self.add_module(f"layer{number}", nn.Sequential(*stage))
+        if d:
+            self.layer_reduce, self.layer_reduce_bn = nn.Conv2d(inside, d, 1, bias=False), nn.BatchNorm2d(d)
+        self.fc = nn.Linear(d * (d + 1) // 2 if d else inside, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        if not self.d:
+            return self.fc(x.mean((2, 3)))
+        x = F.relu(self.layer_reduce_bn(self.layer_reduce(x)))
+        return self.fc(triangle(root(covariance(x), self.steps), self.order))
+
+
+class Vgg(nn.Module):
+    """VGG-16 with batch norm but for the last max-pooling; *d* channels, or B-CNN where d is 0."""
+
+    def __init__(self, *, d: int, linear: bool, classes: int = 5) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        inside = 3
+        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):
+            if width:
+                layers += [nn.Conv2d(inside, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+                inside = width
+            else:
+                layers.append(nn.MaxPool2d(2, 2))
+        self.features = nn.Sequential(*layers)
+        self.d = d
+        length = 512 * 512
+        if d:
+            self.representation = nn.Module()
+            self.representation.conv_dr_block = nn.Sequential(*conv_bn(512, d, 1), nn.ReLU())
+            length = d * (d + 1) // 2
+        if linear:
+            self.classifier: nn.Module = nn.Linear(length, classes)
+        else:
+            hidden = [nn.Linear(length, 4096), nn.ReLU(), nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU()]
+            self.classifier = nn.Sequential(*hidden, nn.Dropout(), nn.Linear(4096, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        if self.d:
+            x = self.representation.conv_dr_block(x)
+            return self.classifier(triangle(root(covariance(x), 5), "rows"))
+        x = x.flatten(2)
+        products = (x @ x.transpose(1, 2) / x.shape[2]).flatten(1)
+        return self.classifier(F.normalize(products.sign() * (products.abs() + 1e-8).sqrt()))
+
+
+class CifarBlock(nn.Module):
+    def __init__(self, inside: int, width: int, stride: int, option: str) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inside, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.stride, self.changes = stride, inside != width
+        if option == "B" and self.changes:
+            self.shortcut = conv_bn(inside, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if hasattr(self, "shortcut"):
+            return F.relu(out + self.shortcut(x))
+        if self.changes:
+            quarter = out.shape[1] // 4
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, quarter, quarter))
+        return F.relu(out + x)
+
+
+class CifarResNet(nn.Module):
+    def __init__(self, blocks: int, option: str = "A", base: int = 16, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, base, 3, 1, 1, bias=False), nn.BatchNorm2d(base)
+        inside = base
+        for number, stride in enumerate((1, 2, 2), 1):
+            width = base * 2 ** (number - 1)
+            stage = [
+                CifarBlock(inside if not p else width, width, 1 if p else stride, option)
+                for p in range(blocks)
+            ]
+            self.add_module(f"layer{number}", nn.Sequential(*stage))
+            inside = width
+        self.linear = nn.Linear(inside, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(x.mean((2, 3)))
+
+
+def settled(network: nn.Module) -> nn.Module:
+    """Give every batch norm statistics and factors of its own, convolutions a size that lasts; eval mode."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.uniform_(-0.5, 0.5)
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2)
+    return network.eval()
+
+
+def numbered(state: dict[str, Tensor], *, fine_tuned: bool = False) -> dict[str, Tensor]:
+    """Name a ResNet's tensors as fast-MPN-COV's training script does, behind `DataParallel`."""
+    stages = {f"layer{number}": f"features.module.{number + 3}" for number in range(1, 5)}
+    parts = {"conv1": "features.module.0", "bn1": "features.module.1", "fc": "classifier", **stages}
+    block = "representation.conv_dr_block"
+    reduction = ("features.module.8", "features.module.9") if fine_tuned else (f"{block}.0", f"{block}.1")
+    parts |= dict(zip(("layer_reduce", "layer_reduce_bn"), reduction, strict=True))
+    return {f"{parts[name.split('.')[0]]}.{name.split('.', 1)[1]}": value for name, value in state.items()}
+
+
+def prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"module.{name}": value for name, value in state.items()}

@@ -1,0 +1,185 @@
+"""Weight files that run code, point elsewhere or pretend: refused on one line, and nothing of them is run."""
+
+import os
+import pickle  # noqa: TID251
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sopdeploy.checkpoint import write_checkpoint
+from sopdeploy.cli.app import app
+from tests.attacks.test_checkpoints import checkpoint
+from tests.sopdeploy.importers.released_matconvnet import random_net, save_v73
+
+MARKER = "pwned"
+HEADER = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM"
+
+
+class RunsACommand:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {MARKER}",)
+
+
+def bare_pickle(file: Path) -> None:
+    file.write_bytes(pickle.dumps(RunsACommand()))
+
+
+def in_the_state_dict(file: Path) -> None:
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(1), "x": RunsACommand()}}, file)
+
+
+def in_the_old_format(file: Path) -> None:
+    torch.save({"conv1.weight": RunsACommand()}, file, _use_new_zipfile_serialization=False)
+
+
+def a_whole_module(file: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), file)
+
+
+def no_tensors(file: Path) -> None:
+    torch.save({"epoch": 3, "state_dict": {}}, file)
+
+
+def a_list(file: Path) -> None:
+    torch.save([torch.zeros(2)], file)
+
+
+def our_own(file: Path) -> None:
+    write_checkpoint(file, checkpoint())
+
+
+def unknown_names(file: Path) -> None:
+    torch.save({"encoder.weight": torch.zeros(2, 2)}, file)
+
+
+def noise(file: Path) -> None:
+    file.write_bytes(bytes(range(256)) * 8)
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def a_folder(file: Path) -> None:
+    file.mkdir()
+
+
+def hdf5(change: Callable[[Any, Path], None]) -> Callable[[Path], None]:
+    def write(file: Path) -> None:
+        save_v73(file, random_net(order=2, gated=False))
+        with h5py.File(file, "r+") as opened:
+            change(opened, file)
+        with file.open("r+b") as raw:
+            raw.write(HEADER)
+
+    return write
+
+
+def external_link(opened: Any, file: Path) -> None:
+    with h5py.File(file.with_name("secret.h5"), "w") as other:
+        other["x"] = np.ones(3)
+    del opened["net/params"]
+    opened["net/params"] = h5py.ExternalLink("secret.h5", "/x")
+
+
+def top_external_link(opened: Any, file: Path) -> None:
+    del opened["net"]
+    opened["net"] = h5py.ExternalLink("secret.h5", "/")
+
+
+def soft_link(opened: Any, _file: Path) -> None:
+    del opened["net/meta"]
+    opened["net/meta"] = h5py.SoftLink("/net")
+
+
+def external_storage(opened: Any, file: Path) -> None:
+    file.with_name("secret").write_bytes(bytes(64))
+    del opened["net/meta/normalization/averageImage"]
+    where = [(str(file.with_name("secret")), 0, 64)]
+    opened["net/meta/normalization"].create_dataset("averageImage", (1, 8), "f8", external=where)
+
+
+def virtual(opened: Any, file: Path) -> None:
+    del opened["net/meta/normalization/averageImage"]
+    layout = h5py.VirtualLayout((1, 3), "f8")
+    layout[:] = h5py.VirtualSource(str(file.with_name("secret.h5")), "x", (1, 3))
+    opened["net/meta/normalization"].create_virtual_dataset("averageImage", layout)
+
+
+def circle(opened: Any, _file: Path) -> None:
+    cell = opened["net/meta"].create_dataset("circle", (1, 1), h5py.ref_dtype)
+    cell.attrs["MATLAB_class"] = np.bytes_("cell")
+    cell[0, 0] = cell.ref
+
+
+def bomb(opened: Any, _file: Path) -> None:
+    where = opened["net/meta/normalization"]
+    where.create_dataset("huge", (1 << 20, 1 << 12), "f8", chunks=(1 << 10, 1 << 10), compression="gzip")
+
+
+def objects(opened: Any, _file: Path) -> None:
+    del opened["net/params"]
+    opened["net"].create_dataset("params", data=["x"], dtype=h5py.string_dtype())
+
+
+def truncated_hdf5(file: Path) -> None:
+    save_v73(file, random_net(order=2, gated=False))
+    file.write_bytes(file.read_bytes()[:4096])
+
+
+def safetensors_that_ends_too_early(file: Path) -> None:
+    head = b'{"a":{"dtype":"F32","shape":[1000000],"data_offsets":[0,4000000]}}'
+    file.write_bytes(struct.pack("<Q", len(head)) + head + bytes(16))
+
+
+def a_huge_safetensors_header(file: Path) -> None:
+    file.write_bytes(struct.pack("<Q", 1 << 62) + b"{" + bytes(64))
+
+
+ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "bare pickle": (bare_pickle, "damaged or not a checkpoint"),
+    "code in the state dict": (in_the_state_dict, "refused, it is no plain table of tensors"),
+    "code in the old format": (in_the_old_format, "refused"),
+    "a whole module": (a_whole_module, "save the network's state_dict() alone"),
+    "no tensors": (no_tensors, "holds no table of tensors"),
+    "a list": (a_list, "holds no table of tensors"),
+    "our own checkpoint": (our_own, "already a sopdeploy checkpoint"),
+    "unknown names": (unknown_names, "encoder.weight"),
+    "noise": (noise, "refused"),
+    "an empty file": (empty, "damaged"),
+    "a folder": (a_folder, "no such file"),
+    "external link": (hdf5(external_link), "params is a link to elsewhere"),
+    "external link at the top": (hdf5(top_external_link), "net is a link to elsewhere"),
+    "soft link": (hdf5(soft_link), "meta is a link to elsewhere"),
+    "numbers in another file": (hdf5(external_storage), "has its numbers in another file"),
+    "virtual dataset": (hdf5(virtual), "has its numbers in another file"),
+    "a cell that holds itself": (hdf5(circle), "nested deeper than 32"),
+    "a decompression bomb": (hdf5(bomb), "GiB after decompression"),
+    "objects": (hdf5(objects), "holds objects"),
+    "half an HDF5": (truncated_hdf5, "not a whole MATLAB v7.3 file"),
+    "half a safetensors": (safetensors_that_ends_too_early, "not a whole safetensors file"),
+    "a huge safetensors header": (a_huge_safetensors_header, "not a whole safetensors file"),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_is_one_line_and_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write, said = ATTACKS[attack]
+    write(Path("weights.bin"))
+    found = CliRunner().invoke(app, ["import", "weights.bin", "--as", "srsop-resnet18", "--out", "ckpt.pt"])
+    assert found.exit_code == 2, found.output
+    assert said in found.output
+    assert len(found.output.strip().splitlines()) == 1
+    assert found.stdout == ""
+    assert not Path(MARKER).exists()
+    assert not Path("ckpt.pt").exists()

@@ -1,0 +1,232 @@
+"""ResNets of torchvision, timm and for CIFAR, as `.pth` and as safetensors."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+
+from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.importers.torchvision_resnet import published_rules
+from tests.sopdeploy.importers.comparing import (
+    assert_same_numbers,
+    imported,
+    in_either_precision,
+    pictures,
+)
+from tests.sopdeploy.importers.released_torch import CifarResNet, prefixed, settled
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def images(side: int = 64) -> torch.Tensor:
+    return pictures(side)
+
+
+def torchvision_resnet18(classes: int = 5) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return settled(torchvision.models.resnet18(num_classes=classes))
+
+
+@pytest.mark.parametrize("container", ["pth", "safetensors"])
+def test_torchvision(tmp_path: Path, container: str) -> None:
+    network = torchvision_resnet18()
+    file = tmp_path / f"a.{container}"
+    (torch.save if container == "pth" else safetensors.torch.save_file)(network.state_dict(), file)
+    ours, report = imported(file, "resnet18")
+    assert_same_numbers(ours, in_either_precision(network), images())
+    assert (report.project, report.preprocess.resize, report.preprocess.crop) == ("torchvision", 256, 224)
+    assert (report.preprocess.mean, report.preprocess.std) == IMAGENET
+
+
+@pytest.mark.parametrize(
+    ("depth", "digest", "resize"),
+    [(18, "f37072fd", 256), (50, "0676ba61", 256), (50, "11ad3fa6", 232), (101, "cd907fc2", 232)],
+)
+def test_torchvisions_own_files_are_known_by_their_hash(depth: int, digest: str, resize: int) -> None:
+    found = published_rules(depth, digest + "0" * 56)
+    assert found is not None
+    assert (found[0].resize, found[0].crop, found[0].interpolation) == (resize, 224, "bilinear")
+
+
+def test_a_file_of_torchvisions_names_beside_a_card(tmp_path: Path) -> None:
+    torch.save(torchvision_resnet18().state_dict(), tmp_path / "a.pth")
+    card = {"input_size": [3, 160, 160], "crop_pct": 0.95, "interpolation": "bicubic", "mean": [0.5] * 3}
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {**card, "std": [0.5] * 3}}))
+    _, report = imported(tmp_path / "a.pth", "resnet18")
+    assert (report.preprocess.resize, report.preprocess.crop) == (168, 160)
+
+
+def test_half_precision_is_widened(tmp_path: Path) -> None:
+    network = torchvision_resnet18().half()
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "a.safetensors")
+    ours, _ = imported(tmp_path / "a.safetensors", "resnet18")
+    assert_same_numbers(ours, in_either_precision(network), images())
+
+
+def test_a_thousand_classes_are_called_as_imagenets(tmp_path: Path) -> None:
+    torch.save(torchvision_resnet18(1000).state_dict(), tmp_path / "a.pth")
+    _, report = imported(tmp_path / "a.pth", "resnet18")
+    assert report.labels.startswith("ImageNet")
+
+
+def test_a_resnet_whose_blocks_the_catalog_has_not(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        names = torchvision.models.resnet152().state_dict()
+    torch.save({name: torch.zeros(1) for name in names}, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=r"a ResNet of \(3, 8, 36, 3\) bottlenecks is not in the catalog"):
+        imported(tmp_path / "a.pth", "resnet101")
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_timm_with_and_without_the_card_of_its_hub(tmp_path: Path, beside: bool) -> None:
+    torch.manual_seed(0)
+    network = settled(timm.create_model("resnet18", num_classes=5))
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "model.safetensors")
+    if beside:
+        card = {"input_size": [3, 288, 288], "crop_pct": 0.9, "interpolation": "bicubic", "mean": [0.5] * 3}
+        (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {**card, "std": [0.5] * 3}}))
+    ours, report = imported(tmp_path / "model.safetensors", "timm:resnet18")
+    assert_same_numbers(ours, in_either_precision(network), images())
+    rules = report.preprocess
+    if beside:
+        assert (rules.resize, rules.crop, rules.interpolation, rules.mean) == (
+            320,
+            288,
+            "bicubic",
+            (0.5,) * 3,
+        )
+    else:
+        stored = timm.get_pretrained_cfg("resnet18")
+        assert (rules.crop, rules.interpolation) == (stored.input_size[-1], stored.interpolation)
+        assert rules.resize == int(stored.input_size[-1] / stored.crop_pct)
+    assert report.notes[0].startswith("preprocessing from config.json" if beside else "no config.json")
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        {"interpolation": "lanczos"},
+        {"crop_pct": 0},
+        {"crop_mode": "squash"},
+        {"mean": [1, 2]},
+        {"input_size": []},
+    ],
+)
+def test_a_card_that_has_no_form_here_is_refused(tmp_path: Path, card: dict[str, object]) -> None:
+    network = timm.create_model("resnet18", num_classes=5)
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": card}))
+    with pytest.raises(WeightsError, match="no form here"):
+        imported(tmp_path / "model.safetensors", "timm:resnet18")
+
+
+@pytest.mark.parametrize(("blocks", "option", "base"), [(1, "A", 16), (3, "A", 8), (1, "B", 8)])
+def test_cifar(tmp_path: Path, blocks: int, option: str, base: int) -> None:
+    torch.manual_seed(0)
+    network = settled(CifarResNet(blocks, option, base))
+    torch.save({"state_dict": prefixed(network.state_dict()), "best_prec1": 91.7}, tmp_path / "a.th")
+    ours, report = imported(tmp_path / "a.th", f"resnet{6 * blocks + 2}")
+    assert_same_numbers(ours, in_either_precision(network), images(32))
+    assert (report.preprocess.resize, report.preprocess.crop, report.labels) == (32, 32, "CIFAR-10")
+    assert (report.preprocess.mean, report.preprocess.std) == IMAGENET
+    assert report.config["shortcut"] == ("pad" if option == "A" else "projection")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("resnet20", r"depth is 20, not 18.*looks like ResNet-18 of torchvision, import it --as resnet18"),
+        ("dsop-resnet18", r"layers|branches|not in the file|pooling"),
+        ("isqrt-resnet18", r"pooling.kind is isqrt, not gap"),
+        ("gmsop-16-8-resnet18", r"depth is None, not 18"),
+        ("timm:resnet34", r"is not in the file"),
+    ],
+)
+def test_another_network_is_refused(tmp_path: Path, name: str, said: str) -> None:
+    torch.save(torchvision_resnet18().state_dict(), tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=said):
+        imported(tmp_path / "a.pth", name)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"extra.weight": torch.zeros(2)}, "extra.weight has no place in it"),
+        ({"layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}, r"\(64, 64, 1, 1\), not \(64, 64, 3, 3\)"),
+        ({"bn1.bias": torch.full((64,), float("nan"))}, "bn1.bias has values that are not finite"),
+        ({"bn1.bias": torch.full((64,), 1e300, dtype=torch.float64)}, "not finite in torch.float32"),
+        ({"fc.weight": torch.zeros(5)}, r"fc.weight is \(5,\), not \(classes, features\)"),
+        ({"bn1.bias": torch.zeros(64, dtype=torch.complex64)}, "bn1.bias is no plain tensor"),
+        ({"bn1.bias": torch.zeros(64).to_sparse()}, "no plain tensor|damaged"),
+        ({"bn1.bias": torch.zeros(1).expand(1 << 31)}, "more than 4 GiB"),
+        ({"module.bn1.bias": torch.zeros(64)}, "bn1.bias is in it twice"),
+        ({"bn1.bias": None}, "bn1.bias is not in the file"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    tmp_path: Path, change: dict[str, torch.Tensor | None], said: str
+) -> None:
+    state = {
+        name: value
+        for name, value in (torchvision_resnet18().state_dict() | change).items()
+        if value is not None
+    }
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=said):
+        imported(tmp_path / "a.pth", "resnet18")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"resize": 100}, r"crop \(224\) is larger than resize \(100\)"),
+        ({"interpolation": "lanczos"}, "interpolation"),
+        ({"settings": {"depht": 18}}, "depht: unknown key"),
+        ({"settings": {"pooling": "gap", "pooling.kind": "gap"}}, "pooling is a value, not a table"),
+    ],
+)
+def test_a_wrong_wish_is_refused(tmp_path: Path, options: dict[str, object], said: str) -> None:
+    torch.save(torchvision_resnet18().state_dict(), tmp_path / "a.pth")
+    with pytest.raises(ConfigError, match=said):
+        imported(tmp_path / "a.pth", "resnet18", **options)
+
+
+def test_sizes_may_be_others(tmp_path: Path) -> None:
+    torch.save(torchvision_resnet18().state_dict(), tmp_path / "a.pth")
+    _, report = imported(tmp_path / "a.pth", "resnet18", resize=448, crop=448, interpolation="bicubic")
+    rules = report.preprocess
+    assert (rules.resize, rules.crop, rules.interpolation, rules.mean) == (448, 448, "bicubic", IMAGENET[0])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("n.txt", "a\nb\n", "2 names for 5 classes"),
+        ("n.txt", "a\nb\nc\nd\na\n", "'a' stands in it twice"),
+        ("n.json", "{}", "not a list of names"),
+        ("n.json", "[", "cannot be read"),
+        ("n.txt", None, "cannot be read"),
+    ],
+)
+def test_wrong_labels_are_refused(tmp_path: Path, file: str, content: str | None, said: str) -> None:
+    torch.save(torchvision_resnet18().state_dict(), tmp_path / "a.pth")
+    if content is not None:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        imported(tmp_path / "a.pth", "resnet18", labels=tmp_path / file)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("n.txt", "a\n b \nc\n\nd\ne"), ("n.json", '["a","b","c","d","e"]')]
+)
+def test_labels_from_a_file(tmp_path: Path, file: str, content: str) -> None:
+    from sopdeploy.checkpoint import read_checkpoint
+
+    torch.save(torchvision_resnet18().state_dict(), tmp_path / "a.pth")
+    (tmp_path / file).write_text(content)
+    imported(tmp_path / "a.pth", "resnet18", labels=tmp_path / file)
+    assert read_checkpoint(tmp_path / "imported.pt").labels == ("a", "b", "c", "d", "e")
