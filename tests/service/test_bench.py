@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import pytest
 
 from sopdeploy.cli.benching import batch_sizes
 from sopdeploy.errors import ConfigError, ParityError
 from sopdeploy_service import bench as timing
+from sopdeploy_service.settings import load_settings
 
 
 def test_the_batch_sizes_are_a_list_of_numbers() -> None:
