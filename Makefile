@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check format lint types contracts tests docs gpu-check clean
+.PHONY: demo test check format lint types contracts tests test-models goldens docs gpu-check clean
 
 demo: $(STAMP)  ## the main job, from handwritten digits to answers over HTTP
 	$(BIN)/sopdeploy demo
@@ -28,6 +28,12 @@ contracts: $(STAMP)
 
 tests: $(STAMP)
 	$(BIN)/pytest -n auto --dist worksteal
+
+test-models: $(STAMP)  ## every network of the catalog at full width through training, export and parity (an hour)
+	$(BIN)/pytest --slow -m slow
+
+goldens: $(STAMP)  ## write tests/goldens again; the diff says which numbers changed
+	$(BIN)/pytest --rewrite-goldens tests/sweep/test_goldens.py
 
 format: $(STAMP)  ## write the format and the fixes that ruff knows
 	$(BIN)/ruff format .

@@ -47,7 +47,7 @@ def make_checkpoint(name: str, folder: Path) -> Path:
 def make_bundle(checkpoint: Path, precision: str, folder: Path) -> Path:
     """Export *checkpoint*, detached where it has what can be detached, in *precision*."""
     network = build_classifier(read_checkpoint(checkpoint), checkpoint)
-    wanted = {} if precision == "fp32" else {"precision": precision}
+    wanted = {} if precision == "fp32" else {"precision": {"precision": precision}}
     batch = BatchRange(minimum=1, optimum=8, maximum=32)
     options = ExportOptions(detach=bool(network.training_only), batch=batch, **wanted)
     return export(checkpoint, folder / precision, options).path

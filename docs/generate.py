@@ -1,4 +1,4 @@
-"""Write the pages that come from the code: `docs/cli.md`. `make docs` runs it, a test compares."""
+"""Write the pages that come from the code, `docs/cli.md` and `docs/models.md`; tests compare."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from typer.main import get_command
 
 from sopdeploy.cli.app import app
 
-PAGE = Path(__file__).parent / "cli.md"
+FOLDER = Path(__file__).parent
 
 
 def markup_free(text: str | None) -> str:
@@ -45,4 +45,7 @@ def cli_page() -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(cli_page())
+    from generate_models import models_page
+
+    (FOLDER / "cli.md").write_text(cli_page(), encoding="utf-8")
+    (FOLDER / "models.md").write_text(models_page(), encoding="utf-8")

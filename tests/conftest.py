@@ -26,6 +26,9 @@ MISSING = {"gpu": no_cuda, "tensorrt": no_tensorrt, "container": no_container}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+    parser.addoption(
+        "--rewrite-goldens", action="store_true", help="write tests/goldens again; look at the diff"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -173,6 +173,23 @@ def test_the_page_of_the_command_line_is_what_the_code_says() -> None:
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == generate.cli_page(), "run `make docs`"
 
 
+def test_the_page_of_the_networks_names_them_all_with_their_switches() -> None:
+    generate = by_path(ROOT / "docs" / "generate_models.py")
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    configs = {item.config for item in generate.CATALOG.values()}
+    for part in [*map(generate.config_section, configs), generate.pooling_sections()]:
+        assert part in page, "run `make docs`"
+    assert [name for name in generate.CATALOG if f"\n| `{name}` |" not in page] == []
+
+
+@pytest.mark.slow
+def test_the_page_of_the_networks_is_what_the_code_counts() -> None:
+    generate = by_path(ROOT / "docs" / "generate_models.py")
+    assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == generate.models_page(), (
+        "run `make docs`"
+    )
+
+
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 import sopdeploy
 from sopdeploy.cli.app import app
 from sopdeploy.cli.console import plain
-from sopdeploy.models.catalog import CATALOG
-from sopdeploy.recipe import list_recipes
+from sopdeploy.errors import ConfigError
+from sopdeploy.models.catalog import CATALOG, FAMILIES, title
+from sopdeploy.recipe import Recipe, list_recipes
 
 ROOT = Path(sopdeploy.__file__).parents[1]
 COMMANDS: Any = get_command(app)
@@ -135,6 +136,37 @@ def test_models_lists_the_catalog() -> None:
     assert all(name in table for name in CATALOG)
 
 
+def test_models_are_grouped_by_what_they_are() -> None:
+    lines = sopdeploy_cli("models").stdout.splitlines()
+    first = {next(iter(family.ENTRIES)): title(family) for family in FAMILIES}
+    for name, heading in first.items():
+        assert lines[lines.index(heading) + 1].split()[0] == name
+    assert not [line for line in lines if len(line) > 160]
+
+
+def test_a_pooling_is_short_for_the_models_switch() -> None:
+    short = as_json("describe", "resnet20", "--pooling", "isqrt")
+    assert short == as_json("describe", "resnet20", "--set", "pooling=isqrt")
+    assert short["config"]["pooling"]["kind"] == "isqrt"
+
+
+def test_training_takes_the_pooling_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Recipe] = []
+
+    def stop_at_once(recipe: Recipe, *_: Any, **__: Any) -> None:
+        seen.append(recipe)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("sopdeploy.train.train", stop_at_once)
+    assert "enough" in refusal("train", "--recipe", "digits-plain", "--pooling", "netvlad")
+    assert seen[0].model.full_config()["pooling"] == {"kind": "netvlad", "words": 64}
+
+
+def test_describe_shows_the_printed_figure_beside_ours() -> None:
+    text = sopdeploy_cli("describe", "gmsop-16-8-wrn36-2").stdout
+    assert "training parameters 15.7 M, here 17.8092 M (misprint: the released code builds 17.8)" in text
+
+
 def test_recipes_lists_every_recipe_with_its_summary() -> None:
     found = as_json("recipes")
     assert [row["name"] for row in found] == list_recipes()
@@ -170,6 +202,15 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "an unknown key": (("describe", "dsop-resnet18", "--set", "aux_strid=table"), "aux_strid: unknown key"),
     "an unknown value": (("describe", "dsop-resnet18", "--set", "aux_stride=tabel"), "aux_stride: .*'tabel'"),
     "a value of another type": (("describe", "dsop-resnet18", "--set", "iterations=many"), "iterations: "),
+    "an unknown pooling": (("describe", "resnet18", "--pooling", "isqr"), "there are gap, isqrt, mpncov"),
+    "a pooling to train that is unknown": (
+        ("train", "--recipe", "digits-plain", "--pooling", "x"),
+        "pooling 'x': no such pooling; there are gap, isqrt",
+    ),
+    "a pooling where the end is the network's own": (
+        ("describe", "psdr-resnet50", "--pooling", "isqrt"),
+        "psdr-resnet50: pooling: ",
+    ),
     "no value": (("describe", "dsop-resnet18", "--set", "aux_stride"), "write key=value"),
     "the name as a key": (("describe", "dsop-resnet18", "--set", "name=x"), "name: unknown key"),
     "classes as a key": (("describe", "dsop-resnet18", "--set", "num_classes=3"), "num_classes: unknown key"),

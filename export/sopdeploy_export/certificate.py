@@ -91,7 +91,9 @@ def certify(
     for role, network in (("trained", trained), ("detached", lean)):
         refuse_train_mode(network, role)
         refuse_hooks(network, role)
-    trained, lean = standard_layout(trained), standard_layout(lean)
+    whole = lean is trained  # nothing was detached
+    trained = standard_layout(trained)
+    lean = trained if whole else standard_layout(lean)
     removed, kept = account(trained, lean)
     networks: dict[str, Backbone] = {
         "plain": plain_network(trained, lean),
@@ -144,6 +146,9 @@ def same_graphs(
     captured: dict[str, Captured] = {}
     plain: dict[str, ProgramRoot] = {}
     for role, network in networks.items():
+        if role == "detached" and network is networks["trained"]:
+            captured[role] = captured["trained"]
+            continue
         try:
             graphs = captured[role] = capture(network, preprocess, batch)
         except LoweringError as problem:

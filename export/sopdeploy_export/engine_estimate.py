@@ -76,9 +76,11 @@ def value_sizes(model: onnx.ModelProto, batch: int) -> dict[str, int]:
     for value in fixed.graph.output:
         value.type.tensor_type.shape.dim[0].dim_value = batch
     inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
+    weights = constants(model)
     found = {}
     for value in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
         tensor = value.type.tensor_type
         sizes = [dim.dim_value or 1 for dim in tensor.shape.dim]
-        found[value.name] = prod(sizes) * BYTES.get(tensor.elem_type, 1)
+        if value.name not in weights:
+            found[value.name] = prod(sizes) * BYTES.get(tensor.elem_type, 1)
     return found

@@ -77,12 +77,14 @@ def parts(model: onnx.ModelProto) -> dict[str, str]:
     second-order part; anything else belongs to where its first operand was computed.
     """
     fixed = constants(model)
-    weights = {name for name in fixed if "." in name}  # the others do not say where they come from
+    weights = {name: name for name in fixed if "." in name}  # the others do not say where they come from
     part_of = {value.name: "input" for value in model.graph.input}
     found = {}
     for node in model.graph.node:
-        own = [name for name in node.input if name in weights]
-        computed = [name for name in node.input if name and name not in fixed]
+        own = [weights[name] for name in node.input if name in weights]
+        computed = [name for name in node.input if name and name not in fixed and name not in weights]
+        if own and node.op_type in {"Cast", "DequantizeLinear"}:  # of a weight is that weight
+            weights[node.output[0]] = own[0]
         if own:
             part = own[0].partition(".")[0]
         elif node.op_type == "MatMul" and len(computed) == 2:
@@ -93,6 +95,6 @@ def parts(model: onnx.ModelProto) -> dict[str, str]:
         found[node.output[0]] = part
     for node in reversed(model.graph.node):
         after = {found[user.output[0]] for user in model.graph.node if node.output[0] in user.input}
-        if node.op_type in CENTRING and after == {SECOND_ORDER} and not weights.intersection(node.input):
+        if node.op_type in CENTRING and after == {SECOND_ORDER} and not weights.keys() & set(node.input):
             found[node.output[0]] = SECOND_ORDER
     return {node.name: found[node.output[0]] for node in model.graph.node if node.name}

@@ -13,7 +13,12 @@ from onnx import TensorProto
 from sopdeploy.engines.binding import Version
 from sopdeploy_export.engine_graph import array, constants, value_types
 
-NEWEST_OPSET = {(8, 6): 17, (10, 0): 20, (11, 0): 25}  # of the release and those after it, until the next
+NEWEST_OPSET = {
+    (8, 6): 17,
+    (10, 0): 20,
+    (10, 15): 24,
+    (11, 0): 25,
+}  # of the release and those after it, until the next
 LARGEST_K = 3840
 INT32 = (-(2**31), 2**31 - 1)
 ALL: Version = (8, 6)
@@ -136,6 +141,27 @@ def old_normalization(seen: Seen) -> str | None:
     return f"{found.name}: GroupNormalization would be a plugin over cuDNN 8" if found else None
 
 
+def quantised_for_a_cpu(seen: Seen) -> str | None:
+    """CPUs are faster with unsigned bytes and a zero point; TensorRT takes signed bytes around zero."""
+    for node in seen.nodes("QuantizeLinear", "DequantizeLinear"):
+        if not around_zero(seen, node):
+            return (
+                f"{node.name}: is quantised as CPUs like it; it needs signed bytes around zero: "
+                "export for the GPU with --precision fp16"
+            )
+    return None
+
+
+def around_zero(seen: Seen, node: onnx.NodeProto) -> bool:
+    """Say whether *node* quantises to, or from, signed bytes around zero."""
+    name = node.input[2] if len(node.input) > 2 else ""
+    if not name:  # then the type is that of the codes, and for QuantizeLinear unsigned
+        codes = node.input[0] if node.op_type == "DequantizeLinear" else node.output[0]
+        return seen.types.get(codes) == TensorProto.INT8
+    point = seen.fixed.get(name)
+    return point is not None and point.data_type == TensorProto.INT8 and not array(point).any()
+
+
 # Asked before anything is rewritten: name, rule, the release from which on and the one up to which it holds.
 RULES: tuple[tuple[str, Rule, Version, Version | None], ...] = (
     ("other-domain", other_domains, ALL, None),
@@ -148,6 +174,7 @@ RULES: tuple[tuple[str, Rule, Version, Version | None], ...] = (
     ("top-k", top_k, ALL, None),
     ("scatter-reduction", scatter_reduction, ALL, None),
     ("einsum", einsum, ALL, (10, 12)),
+    ("quantised-for-a-cpu", quantised_for_a_cpu, ALL, None),
     ("group-normalization", old_normalization, ALL, (10, 0)),
 )
 

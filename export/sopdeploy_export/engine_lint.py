@@ -29,10 +29,20 @@ def lint(
     """
     safe = onnx.ModelProto.FromString(model.SerializeToString())
     refuse_a_fixed_batch(safe, profiles)
+    name_operators(safe)
     refuse(next(complaints(look_at(safe, version)), None), version)
     done = [rewrite(safe, version) for rewrite in REWRITES]
     refuse(newer_opset(safe, version), version)
     return safe, tuple(hazard for hazard in done if hazard is not None)
+
+
+def name_operators(model: onnx.ModelProto) -> None:
+    """Give every operator of *model* a name of its own, by which layers of the engine are traced back."""
+    taken: set[str] = set()
+    for index, node in enumerate(model.graph.node):
+        if not node.name or node.name in taken:
+            node.name = f"{node.op_type}_{index}"
+        taken.add(node.name)
 
 
 def refuse(complaint: str | None, version: Version) -> None:

@@ -231,9 +231,10 @@ def refuse_what_cannot_ship(trained: Classifier) -> None:
 def lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.ModelProto, Certificate]:
     """Return the lowered lean graph, and the certificate with the root that all lowered graphs share."""
     lean = lower(proof.lean.any_batch, outputs)
+    trained = lean if proof.trained is proof.lean else lower(proof.trained.any_batch, outputs)
     roots = {
         "detached": onnx_root(lean),
-        "trained": onnx_root(lower(proof.trained.any_batch, outputs)),
+        "trained": onnx_root(trained),
         "plain": onnx_root(lower(proof.plain.any_batch, outputs)),
     }
     return lean, with_onnx_root(proof.certificate, roots)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sopdeploy.cli.console import one_line_errors, out, print_json
+from sopdeploy.cli.console import one_line_errors, out, plain, print_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 
@@ -15,21 +15,29 @@ def models(as_json: Json = False) -> None:
 
     Example: [bold]sopdeploy models[/bold]
     """
-    from sopdeploy.models.catalog import CATALOG
+    from sopdeploy.models.catalog import CATALOG, FAMILIES, title
 
     if as_json:
         print_json([{"name": name, "summary": entry.summary} for name, entry in CATALOG.items()])
         return
-    table = Table("name", "network", "classes", "image", box=None, pad_edge=False)
-    for name, entry in CATALOG.items():
-        table.add_row(name, entry.summary, str(entry.num_classes), f"{entry.image_size} px")
-    out.print(table)
+    for family in FAMILIES:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(min_width=max(map(len, CATALOG)), no_wrap=True)
+        for name, entry in family.ENTRIES.items():
+            table.add_row(name, entry.summary, f"{entry.image_size} px", f"{entry.num_classes} classes")
+        out.print(f"[bold]{plain(title(family))}[/]")
+        out.print(table)
+        out.print()
+    out.print("[bold]Networks of timm[/], 'timm:NAME' and 'dsop-timm:NAME' for every NAME with feature maps")
 
 
 def describe(
     name: Annotated[str, typer.Argument(help="A name that `sopdeploy models` lists.")],
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A switch of the network's config.")
+    ] = None,
+    pooling: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The global pooling: short for --set pooling=NAME.")
     ] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the image in pixels.")] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, help="Number of classes.")] = None,
@@ -38,13 +46,18 @@ def describe(
     """Count parameters and multiply-adds of a network: while it trains, and of what ships.
 
     Example: [bold]sopdeploy describe dsop-resnet18 --set aux_stride=table[/bold]
+
+    Example: [bold]sopdeploy describe resnet50 --pooling isqrt --set conv5_stride=1[/bold]
     """
     with one_line_errors():
         from sopdeploy.models.catalog import make_config
         from sopdeploy.models.describe import describe as count
+        from sopdeploy.pooling.choice import check_name
         from sopdeploy.recipe import parse_override
 
         config: dict[str, Any] = dict(parse_override(setting) for setting in settings or [])
+        if pooling is not None:
+            config["pooling"] = check_name(pooling)
         make_config(name, config)  # a key may be named as an argument of describe
         found = count(name, image_size=image_size, num_classes=num_classes, **config)
     if as_json:
@@ -59,8 +72,4 @@ def describe(
     out.print(f"training only: {', '.join(found.training_only) or 'nothing'}")
     out.print(f"representation: {found.representation} numbers")
     for figure in found.published:
-        unit = "M" if figure.quantity.endswith("parameters") else "G"
-        note = f" ({figure.note})" if figure.note else ""
-        out.print(
-            f"{figure.source}: {figure.quantity} {figure.printed} {unit}, here {figure.ours} {unit}{note}"
-        )
+        out.print(plain(figure.sentence()), highlight=False)

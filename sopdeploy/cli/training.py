@@ -28,6 +28,12 @@ def train(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe.")
     ] = None,
+    pooling: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The model's global pooling: short for --set model.config.pooling=NAME."
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where the run in --out was stopped.")
     ] = False,
@@ -38,9 +44,12 @@ def train(
     Example: [bold]sopdeploy train --data photos/[/bold]
 
     Example: [bold]sopdeploy train --recipe digits-dsop --set epochs=10[/bold]
+
+    Example: [bold]sopdeploy train --recipe digits-plain --pooling isqrt[/bold]
     """
     with one_line_errors(), ExitStack() as stack:
         from sopdeploy.errors import ConfigError
+        from sopdeploy.pooling.choice import check_name
         from sopdeploy.recipe import read_recipe
         from sopdeploy.train import train as run
         from sopdeploy.training.stop import TrainingStoppedError
@@ -49,6 +58,8 @@ def train(
             raise ConfigError("say what to learn from: --data DIR for a folder of pictures, or --recipe NAME")
         source = recipe or FOLDER_RECIPE
         overrides = [*(settings or []), *([f"data.path={data}"] if data else [])]
+        if pooling is not None:
+            overrides.append(f"model.config.pooling={check_name(pooling)}")
         folder = destination or Path("runs") / Path(source).stem
         progress = None if as_json else stack.enter_context(Bars(err))
         try:

@@ -68,17 +68,17 @@ class GEConfig(AttentionConfig):
     """Gather-Excite: its extent, its parameters and, for "gather+excite", r.
 
     The default is the network of GSoP's Table 5 (1.3 times the parameters of ResNet-50). Global gathering
-    with parameters binds the network to images of `image_size` pixels; nothing else reads it.
+    with parameters binds the network to images of `side` pixels; nothing else reads it.
     """
 
     extent: Extent = "global"
     parameters: Parameters = "gather+excite"
     reduction: Reduction = 16
-    image_size: Annotated[int, pydantic.Field(ge=32)] = 224
+    side: Annotated[int, pydantic.Field(ge=32)] = 224
 
     def attention(self, features: Map) -> nn.Module:
         """Return a Gather-Excite module."""
-        side = -(-self.image_size // features.reduced_by)
+        side = -(-self.side // features.reduced_by)
         return GatherExcite(features.channels, side, self.extent, self.parameters, self.reduction)
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import pydantic
@@ -24,18 +25,19 @@ from sopdeploy.models import (
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.entry import Entry
 
-CATALOG: dict[str, Entry] = {
-    **plain.ENTRIES,
-    **pooled.ENTRIES,
-    **dsop_networks.ENTRIES,
-    **dsop_small_networks.ENTRIES,
-    **psdr.ENTRIES,
-    **gsop_networks.ENTRIES,
-    **attention_networks.ENTRIES,
-    **gmsop.ENTRIES,
-    **gmsop_baselines.ENTRIES,
-    **second_order_efficientnet.ENTRIES,
-}
+FAMILIES: tuple[ModuleType, ...] = (  # in the order they are shown; each has its ENTRIES
+    plain,
+    pooled,
+    dsop_networks,
+    dsop_small_networks,
+    psdr,
+    gsop_networks,
+    attention_networks,
+    gmsop,
+    gmsop_baselines,
+    second_order_efficientnet,
+)
+CATALOG: dict[str, Entry] = {name: line for family in FAMILIES for name, line in family.ENTRIES.items()}
 
 
 def entry(name: str) -> Entry:
@@ -76,6 +78,11 @@ def create_model(name: str, *, num_classes: int | None = None, **config: Any) ->
     if classes < 1:
         raise ConfigError(f"num_classes: must be at least 1 (got {classes})")
     return entry(name).network(make_config(name, config), classes)
+
+
+def title(family: ModuleType) -> str:
+    """Return what the first sentence of *family* says it is."""
+    return (family.__doc__ or family.__name__).split("\n\n")[0].replace("\n", " ").rstrip(".")
 
 
 def list_models() -> list[str]:

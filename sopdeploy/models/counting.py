@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sopdeploy.frozen import Frozen
 from sopdeploy.pooling.isqrt_cov import ISqrtCov
 
-PROBE_BATCH = 2  # batch norm in train mode refuses a single value per channel
+PROBE_BATCH = 2  # a batch of one would hide what depends on the batch
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 @runtime_checkable
@@ -82,8 +83,13 @@ def tally(network: nn.Module, image_size: int) -> Tally:
         return lambda module, inputs, output: note(found, name, module, inputs, output)
 
     handles = [module.register_forward_hook(hook(name)) for name, module in network.named_modules()]
+    norms = [part for part in network.modules() if isinstance(part, NORMS) and part.training]
+    for norm in norms:
+        norm.training = False  # of the same shape, and on `meta` statistics take most of the time
     with torch.no_grad():
         network(torch.empty(PROBE_BATCH, 3, image_size, image_size, device="meta"))
+    for norm in norms:
+        norm.training = True
     for handle in handles:
         handle.remove()
     return found
@@ -95,7 +101,7 @@ def note(found: Tally, name: str, module: nn.Module, inputs: tuple[Tensor, ...],
         found.macs[name] += module.macs(inputs[0].shape)
     elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
         found.macs[name] += layer_macs(module, output)
-    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+    elif isinstance(module, NORMS):
         found.norm_outputs += output[0].numel()
     elif isinstance(module, ISqrtCov):
         found.root_products += module.config.width**3

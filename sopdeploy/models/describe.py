@@ -41,11 +41,13 @@ def describe(
     side = entry(name).image_size if image_size is None else image_size
     with torch.device("meta"):
         network = create_model(name, num_classes=num_classes, **config)
-        plain = network.plain()
+        plain = network.plain() if network.training_only else None
     try:
-        training, shipped = tally(network.train(), side), tally(plain.eval(), side)
+        training = tally(network.train(), side)
+        shipped = tally(plain.eval(), side) if plain else training  # without such parts all of it ships
     except RuntimeError as problem:
         raise ConfigError(f"image_size: {side} pixels are too few for {name}") from problem
+    length = network.representation()
     usual = side == entry(name).image_size
     return Description(
         name=name,
@@ -54,9 +56,11 @@ def describe(
         image_size=side,
         training=training.total(),
         shipped=shipped.total(),
-        representation=network.representation(),
+        representation=length,
         training_only=network.training_only,
         loss_weights=network.loss_weights(),
         parts=training.by_part(network.training_only),
-        published=published(name, network.config, network.num_classes, training, shipped) if usual else (),
+        published=published(name, network.config, network.num_classes, training, shipped, length)
+        if usual
+        else (),
     )

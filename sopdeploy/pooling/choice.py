@@ -3,10 +3,11 @@
 A pooling is written as its name, `"isqrt"`, or with its switches, `{"kind": "isqrt", "iterations": 3}`.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import pydantic
 
+from sopdeploy.errors import ConfigError
 from sopdeploy.pooling.average import GapConfig
 from sopdeploy.pooling.bilinear import BilinearConfig, ImprovedBilinearConfig
 from sopdeploy.pooling.codebook import NetFvConfig, NetVladConfig
@@ -23,7 +24,7 @@ def with_kind(choice: Any) -> Any:
     return {"kind": choice} if isinstance(choice, str) else choice
 
 
-Pooling = Annotated[
+AnyPoolingConfig = (
     GapConfig
     | ISqrtPoolingConfig
     | MpnCovConfig
@@ -35,7 +36,21 @@ Pooling = Annotated[
     | KernelPoolingConfig
     | LowRankBilinearConfig
     | NetVladConfig
-    | NetFvConfig,
+    | NetFvConfig
+)
+POOLINGS: tuple[str, ...] = tuple(
+    config.model_fields["kind"].default for config in get_args(AnyPoolingConfig)
+)
+
+Pooling = Annotated[
+    AnyPoolingConfig,
     pydantic.Field(discriminator="kind"),
     pydantic.BeforeValidator(with_kind),
 ]
+
+
+def check_name(pooling: str) -> str:
+    """Return *pooling* if it is the name of one; raises `ConfigError` with all there are."""
+    if pooling not in POOLINGS:
+        raise ConfigError(f"pooling {pooling!r}: no such pooling; there are {', '.join(POOLINGS)}")
+    return pooling

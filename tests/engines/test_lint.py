@@ -52,6 +52,15 @@ def test_bytes_are_widened_at_the_border_before_they_are_moved(version: tuple[in
     assert hazards[0].rule == "uint8-beyond-the-border"
 
 
+def test_every_operator_gets_a_name_of_its_own_by_which_layers_are_traced_back() -> None:
+    model = network()
+    model.graph.node[3].name = ""
+    model.graph.node[4].name = model.graph.node[5].name = "twice"
+    names = [node.name for node in lint(model, (10, 16), FREE)[0].graph.node]
+    assert "" not in names
+    assert len(set(names)) == len(names)
+
+
 def test_the_model_that_was_given_is_left_as_it_was() -> None:
     model = network()
     before = model.SerializeToString()
@@ -98,7 +107,7 @@ REFUSED: list[tuple[str, Callable[[], onnx.ModelProto], str, list[tuple[int, int
         "an opset that it does not know",
         lambda: graph("Relu", ["x"], opset=21),
         "opset 21 is newer",
-        EVERY[1:3],
+        EVERY[1:2],
     ),
     ("an opset after all", lambda: graph("Relu", ["x"], opset=26), "opset 26 is newer", EVERY[1:]),
     ("doubles", lambda: graph("Relu", ["x"], kind=TensorProto.DOUBLE), "double", EVERY),
@@ -165,6 +174,33 @@ def test_what_a_release_cannot_read_rightly_is_refused_for_it(case: Any, version
             lint(model, version, FREE)
     elif version >= (10, 0):
         lint(model, version, FREE)
+
+
+@pytest.mark.parametrize("version", EVERY)
+@pytest.mark.parametrize("point", [np.uint8(0), np.uint8(128), np.int8(3), None])
+def test_what_was_quantised_for_a_cpu_is_refused(version: tuple[int, int], point: Any) -> None:
+    with pytest.raises(LoweringError, match="it needs signed bytes around zero"):
+        lint(quantised(point), version, FREE)
+
+
+@pytest.mark.parametrize("version", EVERY)
+def test_signed_bytes_around_zero_are_taken(version: tuple[int, int]) -> None:
+    safe, _ = lint(quantised(np.int8(0)), version, FREE)
+    assert "QuantizeLinear" in {node.op_type for node in safe.graph.node}
+
+
+def test_weights_in_signed_bytes_need_no_zero_point() -> None:
+    codes = {"w": np.ones((4, 4), np.int8), "s": np.float32(0.1)}
+    weight = helper.make_node("DequantizeLinear", ["w", "s"], ["wide"], name="widen")
+    lint(graph("MatMul", ["x", "wide"], constants=codes, others=[weight]), (8, 6), FREE)
+
+
+def quantised(point: Any) -> onnx.ModelProto:
+    """x, quantised and back, with the zero point *point*."""
+    constants = {"s": np.float32(0.1)} | ({} if point is None else {"z": point})
+    rest = list(constants)
+    first = helper.make_node("QuantizeLinear", ["x", *rest], ["q"], name="quantise")
+    return graph("DequantizeLinear", ["q", *rest], constants=constants, others=[first])
 
 
 def test_a_newer_operator_that_8_6_has_no_form_of_is_refused() -> None:

@@ -3,7 +3,9 @@
 import json
 from typing import Any
 
+import numpy as np
 import pytest
+from onnx import helper, numpy_helper
 
 from sopdeploy.errors import EngineError
 from sopdeploy_export.engine_graph import graph_precision, parts
@@ -116,6 +118,23 @@ def test_the_words_of_every_release_are_understood(text: str, precision: str | N
 
 def test_a_graph_has_the_lowest_precision_of_its_products() -> None:
     assert (graph_precision(network()), graph_precision(network(half=True))) == ("fp32", "fp16")
+
+
+def test_a_quantised_weight_still_names_its_part() -> None:
+    model = network()
+    weight = next(t for t in model.graph.initializer if t.name == "layer1.weight")
+    scale = numpy_helper.from_array(np.float32(1e-3), "scale")
+    codes = numpy_helper.from_array(np.ones(tuple(weight.dims), np.int8), "layer1.weight_quantized")
+    model.graph.initializer.extend([scale, codes])
+    convolution = model.graph.node[2]
+    convolution.input[1] = "widened"
+    back = helper.make_node(
+        "DequantizeLinear", ["layer1.weight_quantized", "scale"], ["widened"], name="back"
+    )
+    model.graph.node.insert(2, back)
+    found = parts(model)
+    assert (found["node_convolved"], found["node_features"]) == ("layer1", "layer1")
+    assert graph_precision(model) == "int8"
 
 
 def test_parts_are_named_by_weights_and_by_the_product_of_two_computed_matrices() -> None:

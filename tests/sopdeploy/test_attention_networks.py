@@ -10,7 +10,7 @@ from sopdeploy.blocks.squeeze_excite import SqueezeExcite
 from sopdeploy.errors import ConfigError
 
 FEATURES = torch.randn(2, 32, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-SMALL_GE = {"image_size": 64, "conv5_stride": 1}
+SMALL_GE = {"side": 64, "conv5_stride": 1}
 
 
 def test_squeeze_excite_is_two_linear_layers_on_the_means() -> None:
@@ -100,7 +100,7 @@ def test_global_gathering_is_as_large_as_the_maps(conv5_stride: int) -> None:
 
 
 def test_global_gathering_refuses_other_image_sizes() -> None:
-    network = create_model("ge-resnet18", image_size=64).eval()
+    network = create_model("ge-resnet18", side=64).eval()
     with pytest.raises(RuntimeError):
         network(torch.zeros(1, 3, 96, 96))
 

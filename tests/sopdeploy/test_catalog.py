@@ -30,6 +30,11 @@ def test_every_config_survives_a_checkpoint(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list_models())
+def test_no_switch_is_named_as_an_argument_of_describe(name: str) -> None:
+    assert not entry(name).config.model_fields.keys() & {"name", "num_classes", "image_size"}
+
+
+@pytest.mark.parametrize("name", list_models())
 def test_every_entry_has_a_summary_and_a_size(name: str) -> None:
     assert entry(name).summary
     assert entry(name).image_size >= 8

@@ -1,0 +1,76 @@
+"""Goldens: the counts and the numbers of each family's small models, so that a change of either is seen.
+
+Weights are a function of their names and shapes, not of anyone's random number generator; logits are those
+of float64 on the CPU.
+"""
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sopdeploy.models.describe import describe
+from tests.sweep.smallest import ALL
+from tests.sweep.steps import Small
+
+FOLDER = Path(__file__).parents[1] / "goldens"
+IMAGES = 2
+DIGITS = 12
+
+
+def path_of(family: ModuleType) -> Path:
+    """Return the golden of a module of the catalog."""
+    return FOLDER / f"{family.__name__.rpartition('.')[2]}.json"
+
+
+def small_models(family: ModuleType) -> list[Small]:
+    """Return the small models that stand for *family*."""
+    return [small for small in ALL if small.name in family.ENTRIES]
+
+
+def golden(small: Small) -> dict[str, Any]:
+    """Return what a golden says of one model."""
+    described = describe(small.name, image_size=small.side, num_classes=small.classes, **small.config)
+    network = small.build().eval().double()
+    fill(network)
+    with torch.no_grad():
+        outputs = network.answer(numbers("images", (IMAGES, 3, small.side, small.side)))
+    return {
+        "config": json.loads(json.dumps(dict(small.config))),
+        "image_size": small.side,
+        "training": described.training.model_dump(),
+        "shipped": described.shipped.model_dump(),
+        "representation": described.representation,
+        "outputs": {name: rounded(found) for name, found in zip(network.outputs, outputs, strict=True)},
+    }
+
+
+def rounded(values: Tensor) -> list[list[float]]:
+    """Return *values* with as many digits as a golden keeps."""
+    return [[float(f"{value:.{DIGITS}g}") for value in row] for row in values.tolist()]
+
+
+def numbers(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return normally distributed float64 numbers that depend on *name* and *shape* alone."""
+    return torch.from_numpy(np.random.default_rng(crc32(name.encode())).standard_normal(shape))
+
+
+def fill(network: nn.Module) -> None:
+    """Give *network* weights that keep the size of what flows through it, every one of them felt."""
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if not tensor.is_floating_point():
+                continue
+            found = numbers(name, tuple(tensor.shape))
+            if name.endswith("running_var") or (tensor.dim() == 1 and name.endswith("weight")):
+                found = 1 + found.tanh() / 2
+            elif tensor.dim() > 1:
+                found *= (2 / tensor[0].numel()) ** 0.5
+            else:
+                found /= 5
+            tensor.copy_(found)

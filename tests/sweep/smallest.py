@@ -1,0 +1,65 @@
+"""One small model for each class of network in the catalog: few layers as well as few channels."""
+
+from typing import Any
+
+from sopdeploy.backbones.efficientnet import EfficientNet
+from sopdeploy.models.second_order_efficientnet import SecondOrderEfficientNet
+from tests.sweep.steps import Small
+
+NARROW: dict[str, Any] = {"width": 8, "iterations": 2}
+HEADS: dict[str, Any] = {"aux_widths": (8, 8, 8), "iterations": 2}
+FEW_GROUPS: dict[str, Any] = {"cardinality": 1, "group_width": 4}
+ONE_BLOCK: dict[str, Any] = {"blocks": 1}
+ONE_EACH: dict[str, Any] = {"blocks_per_stage": 1, "conv5_stride": 1}  # a covariance needs two positions
+TWO_OF_FOUR: dict[str, Any] = {
+    **ONE_EACH,
+    "components": 4,
+    "chosen": 2,
+    "component_widths": (6,),
+    "gate_widths": (),
+    "iterations": 2,
+}
+
+CERTIFIED = (  # through the whole export in the default run, as those of test_pipeline and test_new_system
+    Small("gmgap-16-8-resnet18", 8, {**TWO_OF_FOUR, "component": "gap"}),
+)
+LOWERED = (  # to ONNX and compared: one for each class of network that ships
+    Small("isqrt-resnet8", 16, {"pooling": {"kind": "isqrt", **NARROW}}),
+    Small("resnext29-8x64d", 8, FEW_GROUPS),
+    Small("dsop-preact-resnet110", 8, {**ONE_BLOCK, **HEADS}),
+    Small("gmsop-16-8-resnet18", 8, TWO_OF_FOUR),
+    Small("cbp-vgg16", 32, {"pooling": {"kind": "cbp", "dim": 32}}),
+    Small("psdr-resnet50", 32, {"depth": 18, **NARROW}),
+    Small("gsop-net1-resnet26", 32, {"cov_width": 32, "block_stages": ("layer4",)}),
+    Small(
+        "gsop-net2-preact-resnet29",
+        16,
+        {"blocks": 2, "cov_width": 32, "block_stages": ("layer3",), "final_width": 8, "iterations": 2},
+    ),
+    Small("cbam-resnet18", 32),
+    Small("se-preact-resnet164", 8, ONE_BLOCK),
+    Small("avesop-16-resnet18", 8, {**ONE_EACH, "components": 3, "component_widths": (6,), "iterations": 2}),
+    Small("netvlad-64-resnet18", 8, {**ONE_EACH, "words": 3}),
+    Small("dsop-timm:test_resnet", 32, {"aux_widths": (8,) * 4, "aux_blocks": (1,) * 4, "iterations": 2}),
+)
+TOO_LONG = (EfficientNet, SecondOrderEfficientNet)  # 242 operators: lowered by `make test-models`
+DETACHED = (  # as plain networks: what they ship stands above, or takes too long for every run
+    Small("resnet18", 32, {"conv5_stride": 1}),
+    Small("dsop-resnet18", 32, {"aux_widths": (8,) * 4, "aux_blocks": (1,) * 4, "iterations": 2}),
+    Small("efficientnet-b0", 32),
+    Small("isqrt-efficientnet-b0", 64, NARROW),
+    Small("resnet8", 8),
+    Small("preact-resnet110", 8, ONE_BLOCK),
+    Small("dsop-efficientnet-b0", 32, {"iterations": 2}),
+    Small("dsop-resnet8", 8, HEADS),
+    Small("dsop-resnext29-8x64d", 8, {**FEW_GROUPS, **HEADS}),
+    Small("psdr-resnet50-no-aux", 32, {"depth": 18, **NARROW}),
+    Small("se-resnet18", 32),
+    Small("ge-resnet18", 32, {"side": 32}),
+    Small("sgmoe-16-8-resnet18", 8, TWO_OF_FOUR),
+    Small("timm:resnet18", 32),
+    Small("timm:convnext_atto", 32),
+    Small("dsop-timm:mobilenetv3_small_100", 64),
+    Small("dsop-timm:regnety_002", 64),
+)
+ALL = (*CERTIFIED, *LOWERED, *DETACHED)

@@ -1,0 +1,123 @@
+"""The steps every model of the catalog is walked through, from fresh weights to a file that agrees."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sopdeploy.backbones.base import Backbone
+from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
+from sopdeploy.losses import training_loss
+from sopdeploy.manifest import BatchRange
+from sopdeploy.models.base import Classifier
+from sopdeploy.models.catalog import create_model
+from sopdeploy.normalise import Normalise
+from sopdeploy.preprocess import Preprocess
+from sopdeploy_export.accounts import account
+from sopdeploy_export.capture import Deployed, capture_any_batch
+from sopdeploy_export.certificate import equal_numbers, plain_network
+from sopdeploy_export.detach import detach
+from sopdeploy_export.lower_onnx import lower, operator_counts, write
+from sopdeploy_export.lowering.centring import centre_by_mean
+from sopdeploy_export.lowering.network import rewrite
+from sopdeploy_export.parity import ParityReport, compare, reference
+from sopdeploy_export.pipeline import Exported, ExportOptions, export
+from sopdeploy_export.probe_images import probe_images
+
+TRAINED_ON = 4
+FEW = BatchRange(optimum=2, maximum=3)
+
+
+class Small(NamedTuple):
+    """A model of the catalog made small by its switches, for images of *side* pixels."""
+
+    name: str
+    side: int
+    config: Mapping[str, Any] = MappingProxyType({})
+    classes: int = 3
+
+    def build(self) -> Classifier:
+        """Return the network in train mode, with weights that are the same every time."""
+        torch.manual_seed(3)
+        return create_model(self.name, num_classes=self.classes, **self.config)
+
+    def trained(self, path: Path) -> Path:
+        """Take one step of training and write the checkpoint *path*."""
+        network = self.build()
+        assert one_training_step(network, self.side)
+        return save(network, self.name, self.side, path)
+
+
+def one_training_step(network: Classifier, side: int) -> bool:
+    """Descend one step on random images; say whether the loss and every gradient were finite."""
+    images = torch.randn(TRAINED_ON, 3, side, side, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(TRAINED_ON) % network.num_classes
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    loss = training_loss(network.train()(images), labels, network.loss_weights()).total
+    loss.backward()
+    optimizer.step()
+    gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
+    return bool(gradients) and all(bool(torch.isfinite(found).all()) for found in [loss, *gradients])
+
+
+def save(network: Classifier, name: str, side: int, path: Path) -> Path:
+    """Write *network* as a checkpoint that `sopdeploy export` reads."""
+    checkpoint = Checkpoint(
+        model=name,
+        config=network.config.model_dump(mode="json"),
+        weights=network.state_dict(),
+        labels=tuple(f"class {n}" for n in range(network.num_classes)),
+        preprocess=Preprocess(resize=side, crop=side),
+        training={"epoch": 1},
+    )
+    write_checkpoint(path, checkpoint)
+    return path
+
+
+def loaded(checkpoint: Path) -> Classifier:
+    """Return the network of *checkpoint*, in eval mode."""
+    return build_classifier(read_checkpoint(checkpoint), checkpoint)
+
+
+def exported(checkpoint: Path, destination: Path) -> Exported:
+    """Run the whole export: three networks are captured and lowered, which is what takes the time."""
+    heads = loaded(checkpoint).training_only
+    return export(checkpoint, destination, ExportOptions(detach=bool(heads), batch=FEW))
+
+
+def agreed(checkpoint: Path, destination: Path) -> ParityReport:
+    """Run the export's own steps on one graph: the certificate's books and numbers, ONNX by rules, parity.
+
+    The graphs of three networks and their ONNX roots are what `exported` compares beside.
+    """
+    shipped = detached(checkpoint)
+    pixels = Normalise(shipped.preprocess)(torch.from_numpy(shipped.images[:2]))
+    rewritten = rewrite(shipped.network, pixels, FEW, textbook_only=False, autotune=False).network
+    program = capture_any_batch(rewritten, shipped.preprocess, FEW)
+    model, _ = centre_by_mean(lower(program, shipped.network.outputs))
+    write(model, destination)
+    expected = reference(Deployed(shipped.network, shipped.preprocess).eval(), shipped.images)
+    return compare(destination, expected, shipped.images, FEW, operator_counts(model))
+
+
+class Detached(NamedTuple):
+    """What is left of a checkpoint's network, its answers those of the plain network bit for bit."""
+
+    network: Backbone
+    images: NDArray[np.uint8]
+    preprocess: Preprocess
+
+
+def detached(checkpoint: Path) -> Detached:
+    """Load *checkpoint*, take off what only training needs, and compare with a plain network built anew."""
+    found, trained = read_checkpoint(checkpoint), loaded(checkpoint)
+    images, lean = probe_images(found.preprocess), detach(trained) if trained.training_only else trained
+    account(trained, lean)
+    networks = {"plain": plain_network(trained, lean), "trained": trained, "detached": lean}
+    deployed = {role: Deployed(network, found.preprocess).eval() for role, network in networks.items()}
+    equal_numbers(deployed, torch.from_numpy(images))
+    return Detached(lean, images, found.preprocess)

@@ -1,0 +1,111 @@
+"""Every model learns a step, is saved, loaded, detached, proved, exported, and the file agrees with torch.
+
+The default run takes each step for the smallest model of every class of network; `make test-models` the
+whole export for each of those, and every name of the catalog at its full width.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sopdeploy.errors import LoweringError
+from sopdeploy.models.catalog import CATALOG, entry
+from sopdeploy_export.pipeline import ExportOptions, export
+from tests.sweep.smallest import ALL, CERTIFIED, DETACHED, LOWERED, TOO_LONG
+from tests.sweep.steps import Small, agreed, detached, exported
+
+OUTPUTS = {"gmsop": {"logits", "gates"}, "gmgap": {"logits", "gates"}, "sgmoe": {"logits", "gates"}}
+NEEDS_EIGENVALUES = {name for name in CATALOG if name.startswith("mpncov")}
+
+
+def name(small: Small) -> str:
+    return small.name
+
+
+def outputs_of(model: str) -> set[str]:
+    return OUTPUTS.get(model.partition("-")[0], {"logits"})
+
+
+@pytest.mark.parametrize("small", CERTIFIED, ids=name)
+def test_the_smallest_is_certified_and_its_bundle_agrees(small: Small, tmp_path: Path) -> None:
+    found = exported(small.trained(tmp_path / "ckpt.pt"), tmp_path / "bundles")
+    assert found.parity.passed
+    assert set(found.parity.outputs) == outputs_of(small.name)
+    assert found.certificate.roots.onnx
+
+
+@pytest.mark.parametrize("small", LOWERED, ids=name)
+def test_the_smallest_agrees_with_its_onnx_file(small: Small, tmp_path: Path) -> None:
+    report = agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx")
+    assert report.passed
+    assert set(report.outputs) == outputs_of(small.name)
+
+
+@pytest.mark.parametrize("small", DETACHED, ids=name)
+def test_the_smallest_is_the_plain_network_after_a_step(small: Small, tmp_path: Path) -> None:
+    assert detached(small.trained(tmp_path / "ckpt.pt")).network.outputs
+
+
+def test_every_class_of_network_and_config_has_its_smallest() -> None:
+    swept = {(entry(small.name).network, entry(small.name).config) for small in ALL}
+    assert {(line.network, line.config) for line in CATALOG.values()} <= swept
+
+
+def shipped_class(small: Small) -> type:
+    with torch.device("meta"):
+        return type(small.build().plain())
+
+
+def test_every_class_that_ships_is_lowered_in_every_run() -> None:
+    lowered = {parent for small in (*CERTIFIED, *LOWERED) for parent in shipped_class(small).__mro__}
+    assert {shipped_class(small) for small in DETACHED} - lowered == set(TOO_LONG)
+
+
+@pytest.mark.parametrize("pooling", ["mpncov", "deepo2p", "improved-bcnn", "g2denet", "kernel"])
+def test_a_pooling_without_an_onnx_form_trains_and_is_refused_with_its_reason(
+    pooling: str, tmp_path: Path
+) -> None:
+    checkpoint = Small("resnet8", 16, {"pooling": {"kind": pooling}}).trained(tmp_path / "ckpt.pt")
+    with pytest.raises(LoweringError, match=r"cannot be exported: .* train with"):
+        export(checkpoint, tmp_path / "bundles", ExportOptions())
+    assert not (tmp_path / "bundles").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("small", [*LOWERED, *DETACHED], ids=name)
+def test_the_smallest_is_certified_too(small: Small, tmp_path: Path) -> None:
+    found = exported(small.trained(tmp_path / "ckpt.pt"), tmp_path / "bundles")
+    assert found.parity.passed
+    assert set(found.parity.outputs) == outputs_of(small.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pooling", ["gap", "isqrt", "bcnn", "cbp", "low-rank-bilinear", "netvlad", "netfv"])
+def test_every_other_pooling_agrees(pooling: str, tmp_path: Path) -> None:
+    small = Small("resnet8", 16, {"pooling": pooling})
+    assert agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx").passed
+
+
+def full_width(model: str) -> Small:
+    """Return *model* as it stands in the catalog, on fewer pixels than its paper's."""
+    side = {224: 64, 64: 32}.get(CATALOG[model].image_size, 32)
+    return Small(model, side, {"side": side} if model.startswith("ge-") else {})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("model", [model for model in CATALOG if model not in NEEDS_EIGENVALUES])
+def test_every_name_agrees_at_full_width(model: str, tmp_path: Path) -> None:
+    report = agreed(full_width(model).trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx")
+    assert report.passed
+    assert set(report.outputs) == outputs_of(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", sorted(NEEDS_EIGENVALUES))
+def test_every_name_without_an_onnx_form_is_refused_at_full_width(model: str, tmp_path: Path) -> None:
+    checkpoint = full_width(model).trained(tmp_path / "ckpt.pt")
+    with pytest.raises(LoweringError, match="cannot be exported: "):
+        export(checkpoint, tmp_path / "bundles", ExportOptions())

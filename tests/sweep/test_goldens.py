@@ -1,0 +1,53 @@
+"""No number of any family changes unseen; `make goldens` writes them again."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from sopdeploy import models
+from sopdeploy.models.catalog import FAMILIES
+from sopdeploy.models.published import ROWS
+from tests.sweep.goldens import FOLDER, golden, path_of, small_models
+
+TOLERANCE = 1e-9
+
+
+def name(family: ModuleType) -> str:
+    return path_of(family).stem
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=name)
+def test_counts_and_numbers_are_those_of_the_golden(family: ModuleType, pytestconfig: pytest.Config) -> None:
+    found: dict[str, Any] = {small.name: golden(small) for small in small_models(family)}
+    if pytestconfig.getoption("--rewrite-goldens"):
+        path_of(family).parent.mkdir(exist_ok=True)
+        path_of(family).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    expected = json.loads(path_of(family).read_text(encoding="utf-8"))
+    assert list(found) == list(expected)
+    for model, figures in found.items():
+        outputs = figures.pop("outputs")
+        for output, values in expected[model].pop("outputs").items():
+            for row, printed in zip(outputs[output], values, strict=True):
+                assert row == pytest.approx(printed, rel=TOLERANCE, abs=TOLERANCE), (model, output)
+        assert figures == expected[model]
+
+
+def test_every_file_with_entries_is_a_family_with_a_golden() -> None:
+    folder = Path(models.__path__[0])
+    with_entries = {p.stem for p in folder.glob("*.py") if "\nENTRIES = {" in p.read_text(encoding="utf-8")}
+    assert {name(family) for family in FAMILIES} == with_entries
+    assert {path.stem for path in FOLDER.glob("*.json")} == with_entries
+
+
+def test_every_golden_speaks_of_numbers_that_a_change_would_move() -> None:
+    for family in FAMILIES:
+        for model, figures in json.loads(path_of(family).read_text(encoding="utf-8")).items():
+            first, second = figures["outputs"]["logits"]
+            assert 1e-6 < max(abs(a - b) for a, b in zip(first, second, strict=True)) < 1e6, model
+
+
+def test_every_published_row_is_of_a_model_of_the_catalog() -> None:
+    assert {row.model for row in ROWS} <= {model for family in FAMILIES for model in family.ENTRIES}

@@ -1,0 +1,123 @@
+"""A new system is one file, one line of the catalog, one golden: here the file is below, all else works."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from sopdeploy import create_model, describe
+from sopdeploy.backbones.base import Backbone
+from sopdeploy.errors import CheckpointError, DetachError
+from sopdeploy.frozen import Frozen
+from sopdeploy.models.base import Classifier, TrainingOutput
+from sopdeploy.models.catalog import CATALOG
+from sopdeploy.models.entry import Entry
+from sopdeploy_export.pipeline import ExportOptions, export
+from tests.sweep.goldens import golden
+from tests.sweep.steps import Small, exported, loaded, one_training_step, save
+
+NAME = "made-up"
+SMALL = Small(NAME, 8)
+
+
+class MadeUpConfig(Frozen):
+    """The channels."""
+
+    width: int = 5
+
+
+class Plain(Backbone):
+    """A convolution, an average, a linear layer."""
+
+    config: MadeUpConfig
+
+    def __init__(self, config: MadeUpConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.conv = nn.Conv2d(3, config.width, 3)
+        self.fc = nn.Linear(config.width, num_classes)
+        self.tap_channels = {}
+
+    def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+        return nn.Conv2d(in_channels, out_channels, 3, stride, 1)
+
+    def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+        return self.conv(images).relu(), []
+
+    def classify(self, features: Tensor) -> Tensor:
+        return self.fc(features.mean(dim=(2, 3)))
+
+
+class MadeUp(Classifier, Plain):
+    """The same with a second head, on the largest values, that leaves."""
+
+    training_only = ("helper",)
+
+    def __init__(self, config: MadeUpConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.helper = nn.Linear(config.width, num_classes)
+
+    def forward(self, images: Tensor) -> Any:
+        if not self.training:
+            return super().forward(images)
+        features, _ = self.features(images)
+        return TrainingOutput(self.classify(features), {"helper": self.helper(features.amax(dim=(2, 3)))}, {})
+
+    def loss_weights(self) -> dict[str, float]:
+        return {"main": 1.0, "helper": 0.5}
+
+    def plain(self) -> Backbone:
+        return Plain(self.config, self.num_classes)
+
+    def representation(self) -> int:
+        return self.config.width
+
+
+@pytest.fixture(autouse=True)
+def _in_the_catalog(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = Entry(
+        network=MadeUp, config=MadeUpConfig, defaults={}, image_size=8, num_classes=3, summary="made up"
+    )
+    monkeypatch.setitem(CATALOG, NAME, line)
+
+
+def test_it_is_described() -> None:
+    found = describe(NAME, width=7)
+    assert found.training.parameters - found.shipped.parameters == 3 * (7 + 1)
+    assert found.parts.keys() == {"conv", "fc", "helper.weight", "helper.bias"}
+    assert (found.training_only, found.representation) == (("helper",), 7)
+
+
+def test_it_has_a_golden() -> None:
+    assert golden(SMALL) == golden(SMALL)
+    assert golden(SMALL)["outputs"].keys() == {"logits"}
+
+
+def test_its_checkpoint_gives_the_same_network(tmp_path: Path) -> None:
+    network = create_model(NAME)
+    assert one_training_step(network, 8)
+    again = loaded(save(network, NAME, 8, tmp_path / "ckpt.pt"))
+    assert all(again.state_dict()[key].equal(value) for key, value in network.state_dict().items())
+
+
+def test_it_is_trained_detached_certified_and_exported(tmp_path: Path) -> None:
+    found = exported(SMALL.trained(tmp_path / "ckpt.pt"), tmp_path / "bundles")
+    assert found.parity.passed
+    assert found.certificate.detached == ("helper",)
+    assert {entry.name for entry in found.certificate.removed} == {"helper.weight", "helper.bias"}
+
+
+def test_its_second_head_does_not_ship_unasked(tmp_path: Path) -> None:
+    checkpoint = SMALL.trained(tmp_path / "ckpt.pt")
+    with pytest.raises(DetachError, match=r"MadeUp still carries .*helper.*add --detach"):
+        export(checkpoint, tmp_path / "bundles", ExportOptions())
+
+
+def test_without_its_line_the_checkpoint_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = SMALL.trained(tmp_path / "ckpt.pt")
+    monkeypatch.delitem(CATALOG, NAME)
+    with pytest.raises(CheckpointError, match="'made-up' is not in the catalog"):
+        loaded(checkpoint)
