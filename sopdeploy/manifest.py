@@ -11,6 +11,7 @@ from sopdeploy.preprocess import Preprocess
 
 ID_LENGTH = 12
 
+Precision = Literal["fp32", "fp16", "bf16-backbone", "int8"]
 Sha256 = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -61,7 +62,7 @@ class Manifest(Frozen):
     inputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1)]
     outputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1)]
     preprocess: Preprocess
-    precision: Literal["fp32"] = "fp32"
+    precision: Precision = "fp32"
     batch: BatchRange
     opset: int
     detached: tuple[str, ...]

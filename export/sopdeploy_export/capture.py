@@ -18,6 +18,7 @@ from sopdeploy.backbones.base import Backbone
 from sopdeploy.errors import LoweringError
 from sopdeploy.manifest import BatchRange
 from sopdeploy.normalise import Normalise
+from sopdeploy.pooling.precision import at_least_float32
 from sopdeploy.preprocess import Preprocess
 
 
@@ -30,8 +31,8 @@ class Deployed(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the network's answer to (B, H, W, 3) uint8 *images*."""
-        return self.network.answer(self.normalise(images))
+        """Return the network's answer to (B, H, W, 3) uint8 *images*, in float32 at least."""
+        return tuple(at_least_float32(value) for value in self.network.answer(self.normalise(images)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,14 +21,28 @@ OPSET = 18
 INPUT = "images"
 PREFIX = "network."
 REFUSED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
+OPSET_OF_BFLOAT16 = 22  # the first whose convolutions may be bfloat16
 LARGEST_FILE = 2**31 - 1  # protobuf's limit; beyond it weights would need a second file
 
 
-def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
+def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) -> onnx.ModelProto:
     """Return the ONNX model of *program*: uint8 `images` in, float32 *outputs* out, batch symbolic.
 
     Raises `LoweringError` where an operator has no plain ONNX form or the file would exceed 2 GB.
     """
+    model = convert(program, outputs, opset).model
+    ClearMetadataAndDocStringPass()(model)
+    tidy(model)
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    if size > LARGEST_FILE:
+        raise LoweringError(f"the weights take {size} bytes; one ONNX file holds at most {LARGEST_FILE}")
+    proto: onnx.ModelProto = ir.to_proto(model)
+    check(proto, opset)
+    return proto
+
+
+def convert(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) -> torch.onnx.ONNXProgram:
+    """Return what torch's converter makes of *program*; the same program gives the same names inside."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the converter warns about its own internals
         try:
@@ -36,7 +50,7 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
                 program,
                 (),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 input_names=[INPUT],
                 output_names=list(outputs),
                 external_data=False,
@@ -46,15 +60,7 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
             raise LoweringError(f"no ONNX form: {type(problem).__name__}: {first_line(problem)}") from problem
     if lowered is None:
         raise LoweringError("no ONNX form: the converter gave nothing")
-    model = lowered.model
-    ClearMetadataAndDocStringPass()(model)
-    tidy(model)
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    if size > LARGEST_FILE:
-        raise LoweringError(f"the weights take {size} bytes; one ONNX file holds at most {LARGEST_FILE}")
-    proto: onnx.ModelProto = ir.to_proto(model)
-    check(proto)
-    return proto
+    return lowered
 
 
 def first_line(problem: BaseException) -> str:
@@ -81,12 +87,12 @@ def tidy(model: ir.Model) -> None:
     model.graph.metadata_props.clear()
 
 
-def check(proto: onnx.ModelProto) -> None:
+def check(proto: onnx.ModelProto, opset: int = OPSET) -> None:
     """Refuse a graph that some runtime could not run, or would run otherwise."""
     onnx.checker.check_model(proto, full_check=True)
     opsets = {opset.domain: opset.version for opset in proto.opset_import}
-    if opsets != {"": OPSET}:
-        raise LoweringError(f"the graph needs operator sets {opsets}, not only {OPSET} of ONNX itself")
+    if opsets != {"": opset}:
+        raise LoweringError(f"the graph needs operator sets {opsets}, not only {opset} of ONNX itself")
     refused = sorted({node.op_type for node in proto.graph.node} & REFUSED)
     if refused:
         raise LoweringError(f"the graph holds {refused[0]}; control flow has no place in what ships")

@@ -7,12 +7,17 @@ from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.manifest import TensorRecord
 from sopdeploy_export.certificate import Certificate
 from sopdeploy_export.parity import ParityReport
+from sopdeploy_export.precision_report import Accuracy, PrecisionReport
 
 LABELS_SHOWN = 20
 
 
 def render(
-    checkpoint: Checkpoint, certificate: Certificate, parity: ParityReport, fields: Mapping[str, Any]
+    checkpoint: Checkpoint,
+    certificate: Certificate,
+    parity: ParityReport,
+    precision: PrecisionReport,
+    fields: Mapping[str, Any],
 ) -> str:
     """Return the model card as Markdown; *fields* are those of the manifest."""
     rules = checkpoint.preprocess
@@ -49,6 +54,10 @@ mean and standard deviation are inside the graph. Batches of {fields["batch"].mi
 ## What was measured
 
 {parity_lines(parity)}
+
+## Precision
+
+{precision_lines(precision)}
 """
 
 
@@ -89,7 +98,7 @@ def drift_lines(parity: ParityReport) -> str:
     """Return a line per output."""
     return "\n".join(
         f"- {name}: largest drift {output.largest_drift:.3g}, {output.drift_in_floors:.1f} times the "
-        f"network's own float32 noise ({output.noise_floor:.3g}); allowed {output.tolerance:.3g}"
+        f"network's own {parity.precision} noise ({output.noise_floor:.3g}); allowed {output.tolerance:.3g}"
         for name, output in parity.outputs.items()
     )
 
@@ -99,4 +108,32 @@ def parity_lines(parity: ParityReport) -> str:
     state = "passed" if parity.passed else "DID NOT PASS, drift was allowed"
     return f"""- {state}: model.onnx in {parity.runtime} ({parity.provider}) against the network in float64
 {drift_lines(parity)}
-- top class agrees on {parity.top1.agree} of {parity.top1.images} probe images"""
+- top class agrees on {parity.top1.agree} of {parity.top1.images} probe images (95 % interval \
+{100 * parity.top1.low:.1f} to {100 * parity.top1.high:.1f} %)"""
+
+
+def precision_lines(report: PrecisionReport) -> str:
+    """Return types of the parts, and what they cost, in words."""
+    types = ", ".join(f"{count} parts in {name}" for name, count in report.summary().items())
+    lines = [f"- {report.precision}: weights of {types}; part by part in `precision.json`"]
+    if report.quantisation is not None:
+        found = report.quantisation
+        dear = ", ".join(f"{cost.part} ({100 * cost.share:.1f} %)" for cost in found.costs[:3])
+        lines.append(
+            f"- {found.layers} convolutions in int8, ranges by {found.calibration} on {found.images} "
+            f"pictures; alone they move the logits most: {dear}"
+        )
+    if report.accuracy is not None:
+        lines.append(f"- {accuracy_words(report.accuracy)}")
+    return "\n".join(lines)
+
+
+def accuracy_words(found: Accuracy) -> str:
+    """Return what the precision costs in answers, in words."""
+    words = (
+        f"same top class as float32 on {found.agree} of {found.images} pictures "
+        f"(95 % interval {100 * found.low:.1f} to {100 * found.high:.1f} %)"
+    )
+    if found.before is None or found.after is None:
+        return words
+    return f"top-1 {100 * found.before:.2f} % before, {100 * found.after:.2f} % after; {words}"

@@ -1,7 +1,5 @@
 """The export, read from top to bottom: checkpoint, detach, certificate, capture, ONNX, parity, bundle."""
 
-import json
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,28 +7,32 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-import sopdeploy
 from sopdeploy import bundle
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.errors import DetachError, LoweringError
 from sopdeploy.frozen import Frozen
-from sopdeploy.manifest import BatchRange, Lineage, Manifest, TensorRecord, to_json
+from sopdeploy.manifest import BatchRange, Lineage, Manifest, to_json
 from sopdeploy.models.base import Classifier
-from sopdeploy.probes import Probes, write_probes
+from sopdeploy.probes import write_probes
 from sopdeploy_export import model_card
 from sopdeploy_export.capture import Deployed
 from sopdeploy_export.certificate import Certificate, Proof, certify, with_onnx_root
 from sopdeploy_export.detach import detach
-from sopdeploy_export.lower_onnx import INPUT, OPSET, lower, operator_counts, write
-from sopdeploy_export.lowering.lowered import Certified, Wish, lower_by_rules
+from sopdeploy_export.lower_onnx import lower, operator_counts, write
+from sopdeploy_export.lowering.lowered import Certified, Lowered, Wish, lower_by_rules, unchanged
 from sopdeploy_export.lowering.report import LoweringReport
 from sopdeploy_export.onnx_root import file_root, onnx_root
 from sopdeploy_export.parity import ParityReport, Reference, compare, reference
+from sopdeploy_export.parity.bisect import first_off
+from sopdeploy_export.parity.spectral import spectral_records
+from sopdeploy_export.precision import STORED
+from sopdeploy_export.precision_report import PrecisionReport
 from sopdeploy_export.probe_images import probe_images
+from sopdeploy_export.records import as_probes, manifest_fields, write_reports
+from sopdeploy_export.ship import PrecisionOptions, Shipping, measured, ship
 
 Step = Callable[[str], None]
 
@@ -42,6 +44,7 @@ class ExportOptions(Frozen):
     batch: BatchRange = BatchRange()
     probes: Path | None = None
     allow_drift: bool = False
+    precision: PrecisionOptions = PrecisionOptions()
     lowering: bool = True
     autotune: bool = False
 
@@ -54,6 +57,7 @@ class Exported:
     manifest: Manifest
     certificate: Certificate
     parity: ParityReport
+    precision: PrecisionReport
     lowering: LoweringReport
 
     def summary(self) -> dict[str, Any]:
@@ -68,6 +72,7 @@ class Exported:
             "tensors_kept": len(self.certificate.kept),
             "roots": self.certificate.roots.model_dump(),
             "parity": self.parity.model_dump(),
+            "precision": self.precision.model_dump(),
             "lowering": self.lowering.model_dump(),
         }
 
@@ -105,44 +110,104 @@ def export(
 
     step("lowering to ONNX")
     model, certificate = lower_with_proof(proof, trained.outputs)
-    model, lowering = lower_by_rules(
-        Certified(lean, proof.lean.any_batch, model),
-        images,
-        checkpoint.preprocess,
-        options.batch,
-        Wish(rules=options.lowering, autotune=options.autotune),
-    )
+    lowered = lowered_for(Certified(lean, proof.lean.any_batch, model), images, checkpoint, options)
+    shipping = in_precision(lean, lowered, checkpoint, options, step)
 
     with bundle.staging(destination) as folder:
-        write(model, folder / "model.onnx")
+        write(shipping.model, folder / "model.onnx")
 
         step("comparing the file with the network")
-        expected = reference(Deployed(lean, checkpoint.preprocess).eval(), images)
-        parity = compare(
+        expected, parity = compared(folder / "model.onnx", lean, shipping, checkpoint, images, options)
+        precision = measured(
+            shipping,
             folder / "model.onnx",
-            expected,
-            images,
+            checkpoint.labels,
+            checkpoint.preprocess,
             options.batch,
-            operator_counts(model),
+            options.precision,
             allow_drift=options.allow_drift,
         )
 
         step("writing the bundle")
-        write_reports(folder, checkpoint, certificate, parity)
-        (folder / "lowering.json").write_bytes(to_json(lowering.model_dump(mode="json")))
+        write_reports(folder, checkpoint, certificate, parity, precision)
+        (folder / "lowering.json").write_bytes(to_json(lowered.report.model_dump(mode="json")))
         write_probes(folder / "probes.npz", as_probes(images, expected, parity))
         lineage = Lineage(
             checkpoint_sha256=bundle.digest(checkpoint_path),
             program_root=certificate.roots.any_batch,
             onnx_root=file_root(folder / "model.onnx"),
         )
-        card = manifest_fields(checkpoint, certificate, options.batch, lineage, expected)
+        card = manifest_fields(checkpoint, certificate, options.batch, lineage, expected) | {
+            "precision": options.precision.precision,
+            "opset": shipping.opset,
+        }
         (folder / "README.md").write_text(
-            model_card.render(checkpoint, certificate, parity, card), encoding="utf-8"
+            model_card.render(checkpoint, certificate, parity, precision, card), encoding="utf-8"
         )
         manifest = bundle.seal(folder, card)
         path = bundle.publish(folder, manifest, destination)
-    return Exported(path=path, manifest=manifest, certificate=certificate, parity=parity, lowering=lowering)
+    return Exported(
+        path=path,
+        manifest=manifest,
+        certificate=certificate,
+        parity=parity,
+        lowering=lowered.report,
+        precision=precision,
+    )
+
+
+def lowered_for(
+    certified: Certified, images: NDArray[np.uint8], checkpoint: Checkpoint, options: ExportOptions
+) -> Lowered:
+    """Return the graph by the rules; casts need the network's own parts, so half precision goes without."""
+    if options.precision.precision in STORED:
+        return unchanged(certified)
+    wish = Wish(rules=options.lowering, autotune=options.autotune)
+    return lower_by_rules(certified, images, checkpoint.preprocess, options.batch, wish)
+
+
+def in_precision(
+    lean: Classifier,
+    lowered: Lowered,
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    step: Step,
+) -> Shipping:
+    """Return the graph that ships: the *lowered* one, or what the precision asked for makes of it."""
+    if options.precision.precision != "fp32":
+        step(f"placing {options.precision.precision} in the graph")
+    return ship(lean, lowered.program, lowered.model, checkpoint.preprocess, options.batch, options.precision)
+
+
+def compared(
+    path: Path,
+    lean: Classifier,
+    shipping: Shipping,
+    checkpoint: Checkpoint,
+    images: NDArray[np.uint8],
+    options: ExportOptions,
+) -> tuple[Reference, ParityReport]:
+    """Return what *lean* gives for *images* in float64, and how the file at *path* compares with it."""
+    precision = options.precision.precision
+    deployed = Deployed(lean, checkpoint.preprocess).eval()
+    expected = reference(deployed, images, shipping.own, precision, shipping.own_gate)
+
+    def locate(file: Path) -> str | None:
+        if precision == "int8":
+            return None
+        return first_off(file, shipping.program, lean.outputs, images, expected.floors)
+
+    parity = compare(
+        path,
+        expected,
+        images,
+        options.batch,
+        operator_counts(shipping.model),
+        allow_drift=options.allow_drift,
+        locate=locate,
+    )
+    records = spectral_records(shipping.spectral, torch.from_numpy(images))
+    return expected, parity.model_copy(update={"spectral": records})
 
 
 def refuse_training_parts(trained: Classifier) -> Classifier:
@@ -173,58 +238,3 @@ def lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.Model
         "plain": onnx_root(lower(proof.plain.any_batch, outputs)),
     }
     return lean, with_onnx_root(proof.certificate, roots)
-
-
-def write_reports(
-    folder: Path, checkpoint: Checkpoint, certificate: Certificate, parity: ParityReport
-) -> None:
-    """Write labels, certificate and parity report into *folder*."""
-    (folder / "labels.json").write_bytes(to_json(list(checkpoint.labels)))
-    (folder / "certificate.json").write_bytes(to_json(certificate.model_dump(mode="json")))
-    (folder / "parity.json").write_bytes(to_json(parity.model_dump(mode="json")))
-
-
-def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityReport) -> Probes:
-    """Return the probes of the bundle; an allowed drift widens the bound that replays must keep."""
-    tolerance = {name: output.tolerance for name, output in parity.outputs.items()}
-    if parity.drift_allowed:
-        for name, output in parity.outputs.items():
-            observed = max(output.largest_drift, output.alone_or_in_batch)
-            tolerance[name] = max(output.tolerance, 2 * observed)
-    return Probes(
-        images=images,
-        expected={name: values.astype(np.float32) for name, values in expected.outputs.items()},
-        tolerance=tolerance,
-    )
-
-
-def manifest_fields(
-    checkpoint: Checkpoint,
-    certificate: Certificate,
-    batch: BatchRange,
-    lineage: Lineage,
-    expected: Reference,
-) -> dict[str, Any]:
-    """Return every field of the manifest but `files`."""
-    side = checkpoint.preprocess.crop
-    return {
-        "model": checkpoint.model,
-        "config": json.loads(json.dumps(checkpoint.config)),
-        "inputs": (TensorRecord(name=INPUT, dtype="uint8", shape=(None, side, side, 3)),),
-        "outputs": tuple(
-            TensorRecord(name=name, dtype="float32", shape=(None, *values.shape[1:]))
-            for name, values in expected.outputs.items()
-        ),
-        "preprocess": checkpoint.preprocess,
-        "batch": batch,
-        "opset": OPSET,
-        "detached": certificate.detached,
-        "lineage": lineage,
-        "versions": {
-            "sopdeploy": sopdeploy.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
-        },
-    }

@@ -16,6 +16,7 @@ from sopdeploy.preprocess import Preprocess
 SEED = 20_240_117
 GENERATED = 12
 LARGEST_FOLDER = 64
+LARGEST_CALIBRATION = 256
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 
 
@@ -48,12 +49,28 @@ def generated(side: int) -> NDArray[np.uint8]:
 
 def photographs(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
     """Return the first pictures below *folder* as the network sees them; raises `DataError`."""
+    return np.stack(
+        [photograph(path, preprocess) for path in picture_paths(folder, "--probes")[:LARGEST_FOLDER]]
+    )
+
+
+def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """Return pictures from all over *folder*, so that every class has its share; raises `DataError`."""
+    paths = picture_paths(folder, "--calibrate")
+    taken = np.unique(
+        np.linspace(0, len(paths) - 1, min(len(paths), LARGEST_CALIBRATION)).round().astype(int)
+    )
+    return np.stack([photograph(paths[position], preprocess) for position in taken])
+
+
+def picture_paths(folder: Path, option: str) -> list[Path]:
+    """Return the pictures below *folder*, sorted; raises `DataError` where there are none."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give --probes a folder of pictures")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)[:LARGEST_FOLDER]
+        raise DataError(f"{folder}: no such folder; give {option} a folder of pictures")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise DataError(f"{folder}: no pictures in it; give --probes a folder of JPEG or PNG files")
-    return np.stack([photograph(path, preprocess) for path in paths])
+        raise DataError(f"{folder}: no pictures in it; give {option} a folder of JPEG or PNG files")
+    return paths
 
 
 def photograph(path: Path, preprocess: Preprocess) -> NDArray[np.uint8]:

@@ -9,6 +9,7 @@ from sopdeploy.cli.console import one_line_errors, out, plain, print_json, steps
 
 if TYPE_CHECKING:
     from sopdeploy_export.pipeline import Exported
+    from sopdeploy_export.precision_report import PrecisionReport
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 
@@ -26,6 +27,22 @@ def export(
     allow_drift: Annotated[
         bool, typer.Option("--allow-drift", help="Write the bundle even if its numbers drift; recorded.")
     ] = False,
+    precision: Annotated[
+        str, typer.Option(help="Types in the graph: fp32, fp16, bf16-backbone or int8.")
+    ] = "fp32",
+    newton_schulz: Annotated[
+        str, typer.Option("--newton-schulz", help="Newton-Schulz with --precision fp16: fp32 or fp16.")
+    ] = "fp32",
+    calibrate: Annotated[Path | None, typer.Option(help="Pictures to read int8 ranges off.")] = None,
+    calibration: Annotated[
+        str, typer.Option(help="How ranges are found: minmax, entropy or percentile.")
+    ] = "minmax",
+    evaluate: Annotated[
+        Path | None, typer.Option(help="Pictures by class, to measure top-1 before and after.")
+    ] = None,
+    max_drop: Annotated[
+        float, typer.Option(min=0, help="Points of top-1 (or of agreement) that may be lost.")
+    ] = 1.0,
     lowering: Annotated[
         bool,
         typer.Option(
@@ -46,8 +63,18 @@ def export(
         from sopdeploy.manifest import BatchRange
         from sopdeploy_export.pipeline import ExportOptions
         from sopdeploy_export.pipeline import export as run
+        from sopdeploy_export.precision import choose_calibration, choose_iteration, choose_precision
+        from sopdeploy_export.ship import PrecisionOptions
 
         batch = BatchRange(optimum=min(8, max_batch), maximum=max_batch)
+        chosen = PrecisionOptions(
+            precision=(kind := choose_precision(precision)),
+            newton_schulz=choose_iteration(newton_schulz, kind),
+            calibrate=calibrate,
+            calibration=choose_calibration(calibration),
+            evaluate=evaluate,
+            max_drop=max_drop,
+        )
         options = ExportOptions(
             detach=detach,
             batch=batch,
@@ -55,6 +82,7 @@ def export(
             allow_drift=allow_drift,
             lowering=lowering,
             autotune=autotune,
+            precision=chosen,
         )
         exported = run(checkpoint, destination, options, step)
     if as_json:
@@ -76,6 +104,9 @@ def show(exported: "Exported") -> None:
         "onnx": f"{parity.file_bytes:,} bytes, {sum(parity.operators.values())} operators",
         "drift": f"{parity.logits.largest_drift:.2g} = {parity.logits.drift_in_floors:.1f} noise floors "
         f"(allowed {parity.logits.tolerance:.2g}), top class equal on {parity.top1.agree} of {parity.images}",
+        "types": f"{exported.precision.precision}: "
+        + ", ".join(f"{count} parts in {name}" for name, count in exported.precision.summary().items()),
+        **cost_rows(exported.precision),
         "rules": rules_line(exported),
         "bundle": str(exported.path),
     }
@@ -83,6 +114,22 @@ def show(exported: "Exported") -> None:
         out.print(f"[bold]{name:8}[/] {plain(text)}")
     if parity.drift_allowed:
         out.print("[bold yellow]warning[/]  the numbers drift; the bundle records that this was allowed")
+
+
+def cost_rows(precision: "PrecisionReport") -> dict[str, str]:
+    """Return what the precision costs in answers, and the dearest layers, where it was measured."""
+    rows = {}
+    if precision.accuracy is not None:
+        found = precision.accuracy
+        top1 = "" if found.before is None else f"top-1 {found.before:.2%} before, {found.after:.2%} after; "
+        rows["answers"] = (
+            f"{top1}as float32 on {found.agree} of {found.images} pictures "
+            f"({found.low:.1%} to {found.high:.1%})"
+        )
+    if precision.quantisation is not None:
+        costs = ", ".join(f"{cost.part} {cost.share:.1%}" for cost in precision.quantisation.costs[:3])
+        rows["dearest"] = costs or "no layer moves the logits"
+    return rows
 
 
 def rules_line(exported: "Exported") -> str:

@@ -22,11 +22,15 @@ SMALLEST_NORM = 1e-12  # a constant map has norm 0; its answer is then 0, with f
 
 
 class Rule(NamedTuple):
-    """The switches of `ISqrtCovConfig` that the root depends on."""
+    """The switches of `ISqrtCovConfig` that the root depends on.
+
+    `stored` is the type of the matrices between two products; an exporter may choose float16.
+    """
 
     iterations: int
     prenorm: Literal["trace", "frobenius"]
     compensate: bool
+    stored: Literal["float32", "float16"] = "float32"
 
 
 class Normalised(NamedTuple):
@@ -60,6 +64,7 @@ def normalise(features_BdHW: Tensor, rule: Rule) -> Normalised:
     """
     x_BdM = centred_positions(at_least_float32(features_BdHW))
     by_positions = positions_are_cheaper(x_BdM.shape[1], x_BdM.shape[2], rule.iterations)
+    by_positions = by_positions and rule.stored == "float32"
     matrix_Bnn = covariance(x_BdM.transpose(1, 2) if by_positions else x_BdM)
     norm_B11 = covariance_trace(matrix_Bnn) if rule.prenorm == "trace" else frobenius_norm(matrix_Bnn)
     norm_B11 = norm_B11.clamp_min(SMALLEST_NORM)
@@ -70,7 +75,7 @@ def finish(start: Normalised, last: Step, rule: Rule) -> Tensor:
     """Return the root (B, d, d) from the last step: Y_N, times sqrt(n) with compensation."""
     if start.by_positions:
         return start.x @ inner_root(start, last, rule) @ start.x.transpose(1, 2)
-    y_Bdd = last.next_y()
+    y_Bdd = at_least_float32(last.next_y())
     return y_Bdd * start.norm.sqrt() if rule.compensate else y_Bdd
 
 
@@ -82,4 +87,5 @@ def inner_root(start: Normalised, last: Step, rule: Rule) -> Tensor:
 def covariance_root(features_BdHW: Tensor, rule: Rule) -> Tensor:
     """Return the root (B, d, d) of the covariance of a map, to be differentiated by autograd."""
     start = normalise(features_BdHW, rule)
-    return finish(start, last_step(start.matrix, rule.iterations), rule)
+    matrix_Bnn = start.matrix.half() if rule.stored == "float16" else start.matrix
+    return finish(start, last_step(matrix_Bnn, rule.iterations), rule)

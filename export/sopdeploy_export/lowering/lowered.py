@@ -29,6 +29,14 @@ class Certified(NamedTuple):
     model: onnx.ModelProto
 
 
+class Lowered(NamedTuple):
+    """The ONNX that ships in float32, the graph it was converted from, and what was done."""
+
+    model: onnx.ModelProto
+    program: ExportedProgram
+    report: LoweringReport
+
+
 class Wish(NamedTuple):
     """What was asked for: the rules or the papers' formulas; forms by the clock or by rule of thumb."""
 
@@ -38,8 +46,8 @@ class Wish(NamedTuple):
 
 def lower_by_rules(
     certified: Certified, images: NDArray[Any], preprocess: Preprocess, batch: BatchRange, wish: Wish
-) -> tuple[onnx.ModelProto, LoweringReport]:
-    """Return the ONNX model to ship and the report of the rules; *images* are uint8 probes.
+) -> Lowered:
+    """Return the ONNX model to ship, its graph and the report of the rules; *images* are uint8 probes.
 
     Where no rule changes the graph the model is the certified one itself. Raises `LoweringError` naming the
     rule and the part where a precondition or a proof fails.
@@ -64,4 +72,11 @@ def lower_by_rules(
         certified_root=program_root(certified.program).sha256,
         lowered_root=program_root(program).sha256,
     )
-    return model, report
+    return Lowered(model, program, report)
+
+
+def unchanged(certified: Certified) -> Lowered:
+    """Return the certified graph itself, and the report that no rule was applied."""
+    root = program_root(certified.program).sha256
+    report = LoweringReport(textbook=False, rules=(), choices=(), certified_root=root, lowered_root=root)
+    return Lowered(certified.model, certified.program, report)

@@ -1,0 +1,82 @@
+"""What do int8 convolutions gain on this CPU?
+
+Quantises a detached DSoP ResNet-18 and an iSQRT ResNet-18, convolutions only, and times them in turn with
+the float32 graphs in ONNX Runtime: one thread, processor time of the process. The weights are random, which
+changes no time and says nothing about agreement.
+
+    python benchmarks/int8.py [--quick] [--json]
+"""
+
+from collections.abc import Callable, Iterator
+from time import process_time
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from measure import Result, compare, parse, report
+
+from sopdeploy.manifest import BatchRange
+from sopdeploy.models.catalog import create_model
+from sopdeploy.preprocess import Preprocess
+from sopdeploy_export.capture import capture
+from sopdeploy_export.detach import detach
+from sopdeploy_export.int8 import quantise
+from sopdeploy_export.lower_onnx import lower
+from sopdeploy_export.precision import in_float32
+from sopdeploy_export.probe_images import generated
+
+NETWORKS = ("dsop-resnet18", "isqrt-resnet18")
+
+
+def graphs(name: str) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """Return the int8 and the float32 graph of the network *name*."""
+    torch.manual_seed(0)
+    network = create_model(name).eval()
+    lean = detach(network) if network.training_only else network
+    rules = Preprocess()
+    plain = lower(capture(lean, rules, BatchRange(maximum=8)).any_batch, lean.outputs)
+    return quantise(plain, generated(rules.crop), in_float32(lean)), plain
+
+
+def session(model: onnx.ModelProto) -> ort.InferenceSession:
+    """Open *model* for one thread, which a busy machine disturbs least."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def calls(sides: list[ort.InferenceSession], batch: int) -> list[Callable[[], object]]:
+    """Return a call of each side on the same *batch* images."""
+    images = np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), dtype=np.uint8)
+    return [lambda side=side: side.run(None, {"images": images}) for side in sides]
+
+
+def run(batches: tuple[int, ...], runs: int) -> Iterator[Result]:
+    """Time every network at every batch size."""
+    for name in NETWORKS:
+        sides = [session(model) for model in graphs(name)]
+        for batch in batches:
+            ours, other = calls(sides, batch)
+            yield compare(
+                f"{name} int8, batch {batch}",
+                "float32",
+                ours,
+                other,
+                runs=runs,
+                warmups=2,
+                clock=process_time,
+            )
+
+
+def main() -> None:
+    """Print the table or the JSON document."""
+    arguments = parse(__doc__)
+    torch.set_num_threads(1)
+    results = list(run((1,) if arguments.quick else (1, 8), 9 if arguments.quick else 15))
+    report(results, as_json=arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Which quantised layers cost most: each is quantised alone, in torch, and the logits are watched.
+
+Weights are rounded per output channel, which commutes with the batch norm behind; inputs to the range that
+calibration found. A cost is the root mean square change of the logits over their standard deviation.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from sopdeploy_export.capture import Deployed
+from sopdeploy_export.precision_report import QUANTISED, LayerCost
+
+SHOWN = 10
+PICTURES = 8
+PREFIX = "network."
+
+
+class Grid(NamedTuple):
+    """Step and zero point of a tensor in uint8."""
+
+    scale: float
+    zero: int
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Return *values* rounded to the grid."""
+        steps = torch.round(values / self.scale) + self.zero
+        return (steps.clamp(0, 255) - self.zero) * self.scale
+
+
+def input_grids(model: onnx.ModelProto) -> dict[str, Grid]:
+    """Return the grid of the input of every quantised convolution of *model*, by the part's name."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    made = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    grids = {}
+    for node in model.graph.node:
+        if node.op_type == "Conv" and node.input[0] in made and node.input[1] in made:
+            _, scale, zero = (constants.get(name) for name in made[node.input[0]].input)
+            weight = made[node.input[1]].input[0].removesuffix(QUANTISED)
+            if scale is not None and zero is not None:
+                values = numpy_helper.to_array(scale).item(), numpy_helper.to_array(zero).item()
+                grids[weight.rpartition(".")[0]] = Grid(float(values[0]), int(values[1]))
+    return grids
+
+
+def rounded_weights(weight: Tensor) -> Tensor:
+    """Return *weight* (out, ...) rounded to int8, each output channel by its own scale."""
+    scale = weight.abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True).clamp_min(1e-12) / 127
+    return torch.round(weight / scale).clamp(-127, 127) * scale
+
+
+def convolution_of(deployed: Deployed, part: str) -> nn.Conv2d | None:
+    """Return the convolution called *part*; None where its weights lie in a part of another kind."""
+    found = dict(deployed.named_modules()).get(PREFIX + part)
+    return found if isinstance(found, nn.Conv2d) else None
+
+
+def quantise_in_place(convolution: nn.Conv2d, grid: Grid) -> Callable[[], None]:
+    """Round weights and inputs of *convolution*; return what undoes it."""
+    original = convolution.weight.data
+    convolution.weight.data = rounded_weights(original)
+
+    def on_grid(_part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (grid(inputs[0]),)
+
+    handle = convolution.register_forward_pre_hook(on_grid)
+
+    def undo() -> None:
+        handle.remove()
+        convolution.weight.data = original
+
+    return undo
+
+
+@torch.no_grad()
+def layer_costs(
+    deployed: Deployed, model: onnx.ModelProto, images: NDArray[np.uint8]
+) -> tuple[LayerCost, ...]:
+    """Return the most expensive layers of the quantised *model*, the dearest first."""
+    pixels = torch.from_numpy(images[np.linspace(0, len(images) - 1, min(PICTURES, len(images))).astype(int)])
+    trial = copy.deepcopy(deployed)
+    plain = trial(pixels)[0]
+    spread = float(plain.std()) or 1.0
+    costs = []
+    for part, grid in input_grids(model).items():
+        convolution = convolution_of(trial, part)
+        if convolution is None:
+            continue
+        undo = quantise_in_place(convolution, grid)
+        change = float((trial(pixels)[0] - plain).square().mean().sqrt())
+        undo()
+        costs.append(LayerCost(part=part, share=change / spread))
+    return tuple(sorted(costs, key=lambda cost: -cost.share)[:SHOWN])

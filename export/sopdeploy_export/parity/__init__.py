@@ -1,0 +1,18 @@
+"""Parity: the file that ships, reloaded from disk, must give the network's numbers."""
+
+from sopdeploy_export.parity.agreement import agreement, wilson
+from sopdeploy_export.parity.compare import compare
+from sopdeploy_export.parity.reference import Reference, reference
+from sopdeploy_export.parity.report import FLOORS, Agreement, OutputParity, ParityReport
+
+__all__ = [
+    "FLOORS",
+    "Agreement",
+    "OutputParity",
+    "ParityReport",
+    "Reference",
+    "agreement",
+    "compare",
+    "reference",
+    "wilson",
+]

@@ -1,0 +1,47 @@
+"""Is the first answer the same: counted, with an interval, and flips told apart by who was unsure."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy_export.parity.report import Agreement
+
+DEVIATIONS = 1.959964  # 95 % of a normal distribution lie within
+
+
+def wilson(agree: int, images: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval for a share of which *agree* of *images* were seen."""
+    if images == 0:
+        return 0.0, 1.0
+    share, square = agree / images, DEVIATIONS**2
+    centre = (share + square / (2 * images)) / (1 + square / images)
+    spread = math.sqrt(share * (1 - share) / images + square / (4 * images**2))
+    half = DEVIATIONS * spread / (1 + square / images)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def agreement(
+    values: NDArray[Any],
+    expected: NDArray[Any],
+    tolerance: float,
+    rerouted: NDArray[np.bool_] | None = None,
+) -> Agreement:
+    """Return how often the top class agrees; flips it was unsure of are counted apart."""
+    rows = np.arange(len(expected))
+    theirs, ours = expected.argmax(axis=1), values.argmax(axis=1)
+    margin = expected[rows, theirs] - expected[rows, ours]
+    flipped = theirs != ours
+    other_route = np.zeros(len(expected), dtype=bool) if rerouted is None else rerouted
+    agree = int((~flipped).sum())
+    low, high = wilson(agree, len(expected))
+    return Agreement(
+        images=len(expected),
+        agree=agree,
+        flips_within_noise=int((flipped & ~other_route & (margin <= 2 * tolerance)).sum()),
+        flips_by_routing=int((flipped & other_route).sum()),
+        flips=int((flipped & ~other_route & (margin > 2 * tolerance)).sum()),
+        low=low,
+        high=high,
+    )

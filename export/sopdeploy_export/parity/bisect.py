@@ -1,0 +1,163 @@
+"""On failure: which named part is the first whose numbers are off, and which switch to try.
+
+The graph that ships keeps the names that the converter gives the values inside. Converting the network again
+gives the same names and, for each, the part it belongs to: so the boundary of every part, and every product
+of an iteration, can be read from the file and computed in float64 from the captured graph. A boundary is
+off where the file drifts from float64 by more than its own floor allows; the first one is the culprit.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from torch import fx
+from torch.export import ExportedProgram
+
+from sopdeploy_export.lower_onnx import convert
+from sopdeploy_export.parity.session import by_casts, holds_bfloat16, open_session
+
+PREFIX = "network."
+PICTURES = 4
+HALVES = (torch.float16, torch.bfloat16, torch.float32)
+PRODUCTS = ("matmul", "bmm", "baddbmm")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Boundary:
+    """The value called `value` in the file and the graph: what a person calls `part`."""
+
+    value: str
+    part: str
+
+
+class Exactly(fx.Interpreter):
+    """Runs a captured graph, in float64 where *exact*, and keeps the values asked for by name."""
+
+    def __init__(self, program: ExportedProgram, wanted: Sequence[str], *, exact: bool) -> None:
+        module = copy.deepcopy(program.module())
+        super().__init__(module.double() if exact else module)
+        self.exact, self.wanted = exact, set(wanted)
+        self.kept: dict[str, NDArray[Any]] = {}
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operation; types that the graph names are float64 where all is."""
+        if self.exact:
+            args = tuple(exact_type(value) for value in args)
+            kwargs = {key: exact_type(value) for key, value in kwargs.items()}
+        if target is torch.ops.aten._assert_tensor_metadata.default:
+            return None
+        return super().call_function(target, args, kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node and keep its value if it is wanted."""
+        value = super().run_node(n)
+        if n.name in self.wanted and isinstance(value, torch.Tensor):
+            self.kept[n.name] = value.double().numpy()
+        return value
+
+
+def exact_type(value: Any) -> Any:
+    """Return float64 for a smaller floating-point type, anything else as it is."""
+    return torch.float64 if isinstance(value, torch.dtype) and value in HALVES else value
+
+
+def first_off(
+    path: Path, program: ExportedProgram, outputs: Sequence[str], images: NDArray[np.uint8], floors: float
+) -> str | None:
+    """Say which part of the file at *path*, lowered from *program*, is the first off by over *floors*."""
+    model = onnx.load(path)
+    converted = convert(program, outputs, max(opset.version for opset in model.opset_import)).exported_program
+    if converted is None:
+        return None
+    places = boundaries(converted, model)
+    found = run_file(model, [place.value for place in places], images[:PICTURES])
+    pixels, names = torch.from_numpy(images[:PICTURES]), [place.value for place in places]
+    runs = {}
+    with torch.no_grad():
+        for exact in (True, False):
+            interpreter = Exactly(converted, names, exact=exact)
+            interpreter.run(pixels)
+            runs[exact] = interpreter.kept
+    for place in places:
+        drift = drift_in_floors(place.value, found, runs[True], runs[False])
+        if drift is not None and drift > floors:
+            return f"the first part over its floor is {place.part} ({drift:.0f} floors); {advice(place.part)}"
+    return None
+
+
+def drift_in_floors(
+    name: str, found: Mapping[str, Any], exact: Mapping[str, Any], own: Mapping[str, Any]
+) -> float | None:
+    """Return how far the file's value *name* is off, in floors of the graph's own run; None if unknown."""
+    if name not in exact or name not in own or found[name].shape != exact[name].shape:
+        return None
+    smallest = 4 * float(np.finfo(np.float32).eps) * float(np.abs(exact[name]).max(initial=0.0))
+    floor = max(smallest, float(np.abs(own[name] - exact[name]).max(initial=0.0)), 1e-30)
+    drift = np.abs(found[name].astype(np.float64) - exact[name]).max(initial=0.0)
+    return float(drift) / floor if np.isfinite(drift) else float("inf")
+
+
+def boundaries(program: ExportedProgram, model: onnx.ModelProto) -> list[Boundary]:
+    """Return the values of *model* where a part ends, and the products within second-order parts."""
+    known = {name for node in model.graph.node for name in node.output}
+    ends: dict[str, str] = {}
+    inner: list[tuple[str, str]] = []
+    order: dict[str, int] = {}
+    products: dict[str, int] = {}
+    for position, node in enumerate(program.graph.nodes):
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        if node.op != "call_function" or not stack or node.name not in known:
+            continue
+        order[node.name] = position
+        for path, _ in stack:
+            ends[path.removeprefix(PREFIX)] = node.name
+        kind, part = node.name.rstrip("0123456789").rstrip("_"), stack[-1][0].removeprefix(PREFIX)
+        if kind in PRODUCTS:
+            label, products[part] = product_name(kind, products.get(part, 0))
+            inner.append((node.name, f"{part}: {label}"))
+        elif kind in {"clamp_min", "index_select", "masked_fill"}:
+            inner.append((node.name, f"{part}: {INNER[kind]}"))
+    named = [(value, part) for part, value in ends.items() if part and part != "network"]
+    places = dict([*named, *inner])
+    return [Boundary(value=value, part=places[value]) for value in sorted(places, key=order.__getitem__)]
+
+
+INNER = {"clamp_min": "trace", "index_select": "triangle", "masked_fill": "gate"}
+
+
+def product_name(kind: str, count: int) -> tuple[str, int]:
+    """Return what a product within a second-order part is called, after *count* steps of the iteration."""
+    if kind == "baddbmm":
+        return f"iteration {count + 1}", count + 1
+    return ("covariance", 1) if count == 0 else (f"iteration {count}", count)
+
+
+def run_file(model: onnx.ModelProto, names: Sequence[str], images: NDArray[np.uint8]) -> dict[str, Any]:
+    """Return the values called *names* in *model* for *images*."""
+    wanted = list(names)
+    probed = by_casts(model) if holds_bfloat16(model) else onnx.shape_inference.infer_shapes(model)
+    outputs = {value.name for value in probed.graph.output}
+    probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in outputs)
+    session: ort.InferenceSession = open_session(probed)
+    values = session.run(wanted, {session.get_inputs()[0].name: images})
+    return dict(zip(wanted, values, strict=True))
+
+
+def advice(part: str) -> str:
+    """Return the switch to try for *part*."""
+    if ": iteration" in part:
+        return (
+            "its products round too much: --newton-schulz fp32, and no TF32 or half precision in the runtime"
+        )
+    if ": covariance" in part or ": trace" in part:
+        return "second-order statistics need float32: forbid TF32 and half precision in the runtime"
+    if ": triangle" in part:
+        return "the file takes other elements of the matrix: export it again"
+    return "try --no-lowering, or --precision fp32"

@@ -1,0 +1,123 @@
+"""What a comparison of the shipped file with its network measured, as `parity.json` holds it.
+
+The yardstick is measured, not guessed. The network runs in float64; the noise floor of an output is how far
+the network's own run in the precision that ships is from that. The file may drift by `FLOORS` floors: 16 in
+float32, where kernels and folded batch norms reorder sums and take 1 to 4; 4 in a reduced precision, where
+the floor is the rounding itself and another kernel can only round again.
+"""
+
+from collections.abc import Mapping
+
+from sopdeploy.frozen import Frozen
+from sopdeploy.manifest import Precision
+
+PROVIDER = "CPUExecutionProvider"
+LOGITS = "logits"
+GATES = "gates"
+FLOORS = 16.0
+FLOORS_BY_PRECISION: Mapping[Precision, float] = {
+    "fp32": FLOORS,
+    "fp16": 4.0,
+    "bf16-backbone": 4.0,
+    "int8": 4.0,
+}
+
+
+class Agreement(Frozen):
+    """How often the top class is the network's.
+
+    A flip counts as noise where the network's own margin between the two is below twice the tolerance, as
+    routing where the gate chose other components (and was unsure). `low` and `high` bound the true share of
+    agreement: Wilson's interval at 95 %.
+    """
+
+    images: int
+    agree: int
+    flips_within_noise: int
+    flips_by_routing: int = 0
+    flips: int
+    low: float
+    high: float
+
+
+class OutputParity(Frozen):
+    """What was measured on one output of the shipped file, in the units of that output.
+
+    `drift` is the largest difference from the network in float64 by batch size, `alone_or_in_batch` the
+    largest difference that an image's company makes.
+    """
+
+    noise_floor: float
+    tolerance: float
+    drift: dict[str, float]
+    alone_or_in_batch: float
+
+    @property
+    def largest_drift(self) -> float:
+        """Return the largest drift over all batch sizes."""
+        return max(self.drift.values())
+
+    @property
+    def drift_in_floors(self) -> float:
+        """Return the largest drift in multiples of the noise floor."""
+        return self.largest_drift / self.noise_floor
+
+    @property
+    def within_tolerance(self) -> bool:
+        """Say whether neither drift nor company moves the output by more than its tolerance."""
+        return max(self.largest_drift, self.alone_or_in_batch) <= self.tolerance
+
+
+class RoutingParity(Frozen):
+    """How the gate of the shipped file chose, against the network in float64.
+
+    An image is `unsteady` where the margin between the K-th and the next logit of the gate is within twice
+    what those logits may drift, `tolerance`. Other components for such an image are a routing flip: its
+    numbers are left out of the drift, and it is no probe. Other components for a steady image are wrong.
+    """
+
+    noise_floor: float
+    tolerance: float
+    smallest_margin: float
+    unsteady: int
+    flips: int
+    wrong: int
+
+
+class SpectralRecord(Frozen):
+    """What must hold of one second-order part whatever the picture, measured in torch.
+
+    `asymmetry` is the largest ||S - S^T|| / ||S|| of its root, `residual` the largest ||Y Y - A|| / ||A|| of
+    the truncated iteration in the precision that ships, `residual_exact` the same in float64: the distance
+    that N steps leave by design.
+    """
+
+    part: str
+    iterations: int
+    asymmetry: float
+    residual: float
+    residual_exact: float
+
+
+class ParityReport(Frozen):
+    """What was measured on the shipped file."""
+
+    precision: Precision = "fp32"
+    runtime: str
+    provider: str
+    images: int
+    floors_allowed: float = FLOORS
+    outputs: dict[str, OutputParity]
+    top1: Agreement
+    routing: RoutingParity | None = None
+    spectral: tuple[SpectralRecord, ...] = ()
+    first_over_floor: str | None = None
+    operators: dict[str, int]
+    file_bytes: int
+    passed: bool
+    drift_allowed: bool
+
+    @property
+    def logits(self) -> OutputParity:
+        """Return what was measured on the logits."""
+        return self.outputs[LOGITS]

@@ -1,0 +1,205 @@
+"""From the certified network to the graph that ships: in the precision asked for, with what is known of it.
+
+fp32 ships the certified graph itself. fp16 and bf16-backbone ship a copy of the network with casts in it,
+captured and lowered anew. int8 ships the certified graph with quantised convolutions.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from sopdeploy.backbones.base import Backbone
+from sopdeploy.errors import ConfigError, LoweringError, ParityError
+from sopdeploy.frozen import Frozen
+from sopdeploy.manifest import BatchRange, Precision
+from sopdeploy.preprocess import Preprocess
+from sopdeploy_export.accuracy import labelled, with_labels, without_labels
+from sopdeploy_export.capture import Deployed, capture
+from sopdeploy_export.int8 import quantise
+from sopdeploy_export.layer_costs import input_grids, layer_costs
+from sopdeploy_export.lower_onnx import OPSET, OPSET_OF_BFLOAT16, lower
+from sopdeploy_export.parity.reference import Gate, Run
+from sopdeploy_export.parity.routing import gate_logits, gate_of, has_gate
+from sopdeploy_export.parity.session import open_session
+from sopdeploy_export.precision import Calibration, Iteration, in_float32, with_precision
+from sopdeploy_export.precision_report import (
+    Accuracy,
+    PrecisionReport,
+    Quantisation,
+    part_precisions,
+    refuse_other_types,
+)
+from sopdeploy_export.probe_images import calibration_images
+
+
+class PrecisionOptions(Frozen):
+    """What a user may ask of the precision.
+
+    `max_drop` is in points of top-1 on the pictures of `evaluate`, one subfolder per class; without them,
+    of agreement with float32 on the pictures of `calibrate`.
+    """
+
+    precision: Precision = "fp32"
+    newton_schulz: Iteration = "fp32"
+    calibrate: Path | None = None
+    calibration: Calibration = "minmax"
+    evaluate: Path | None = None
+    max_drop: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shipping:
+    """The graph that ships: its model, the program it came from, the run whose noise is its floor.
+
+    `own_gate` gives the logits of its gate, `spectral` is the network with its roots, `certified` the
+    float32 graph, `calibration` the pictures that ranges were read off.
+    """
+
+    model: onnx.ModelProto
+    program: ExportedProgram
+    own: Run
+    own_gate: Gate | None
+    spectral: nn.Module
+    certified: onnx.ModelProto
+    report: PrecisionReport
+    opset: int
+    calibration: NDArray[np.uint8] | None = None
+
+
+def ship(
+    lean: Backbone,
+    program: ExportedProgram,
+    model: onnx.ModelProto,
+    preprocess: Preprocess,
+    batch: BatchRange,
+    options: PrecisionOptions,
+) -> Shipping:
+    """Return what ships of *lean*, whose certified graph is *program*, lowered to *model*."""
+    deployed = Deployed(lean, preprocess).eval()
+    if options.precision == "int8":
+        return quantised(deployed, program, model, preprocess, options)
+    opset = OPSET_OF_BFLOAT16 if options.precision == "bf16-backbone" else OPSET
+    shipped, shipped_program, own = model, program, deployed
+    if options.precision != "fp32":
+        cast = with_precision(lean, program, options.precision, options.newton_schulz)
+        shipped_program = capture(cast, preprocess, batch).any_batch
+        shipped = lower(shipped_program, lean.outputs, opset)
+        own = Deployed(cast, preprocess).eval()
+    refuse_other_types(shipped, lean, options.precision)
+    report = PrecisionReport(
+        precision=options.precision,
+        newton_schulz=options.newton_schulz,
+        parts=part_precisions(shipped, shipped_program),
+    )
+    return Shipping(
+        model=shipped,
+        program=shipped_program,
+        own=own,
+        own_gate=(lambda pixels: gate_logits(own, pixels)) if has_gate(lean) else None,
+        spectral=own,
+        certified=model,
+        report=report,
+        opset=opset,
+    )
+
+
+def quantised(
+    deployed: Deployed,
+    program: ExportedProgram,
+    model: onnx.ModelProto,
+    preprocess: Preprocess,
+    options: PrecisionOptions,
+) -> Shipping:
+    """Return *model* with int8 convolutions; its floor is its own run without the runtime's fusions."""
+    if options.calibrate is None:
+        raise ConfigError("--precision int8 needs pictures to read ranges off: add --calibrate DIR")
+    images = calibration_images(options.calibrate, preprocess)
+    kept = in_float32(deployed.network)
+    shipped = quantise(model, images, kept, options.calibration)
+    refuse_other_types(shipped, deployed.network, "int8")
+    grids = input_grids(shipped)
+    report = PrecisionReport(
+        precision="int8",
+        newton_schulz="fp32",
+        parts=part_precisions(shipped, program),
+        quantisation=Quantisation(
+            calibration=options.calibration,
+            images=len(images),
+            layers=len(grids),
+            costs=layer_costs(deployed, shipped, images),
+        ),
+    )
+    return Shipping(
+        model=shipped,
+        program=program,
+        own=unfused(shipped),
+        own_gate=gate_of_file(shipped, deployed.network),
+        spectral=deployed,
+        certified=model,
+        report=report,
+        opset=OPSET,
+        calibration=images,
+    )
+
+
+def unfused(model: onnx.ModelProto) -> Run:
+    """Return a run of *model* operator by operator: quantise, dequantise, convolve in float32."""
+    session = open_session(model, optimised=False)
+    source = session.get_inputs()[0].name
+
+    def run(pixels: Tensor) -> tuple[Tensor, ...]:
+        values = session.run(None, {source: pixels.numpy()})
+        return tuple(torch.from_numpy(value) for value in values)
+
+    return run
+
+
+def gate_of_file(model: onnx.ModelProto, network: nn.Module) -> Gate | None:
+    """Return what gives the gate's logits of *model*, operator by operator; None where there is no gate."""
+    if not has_gate(network):
+        return None
+    name = next(name for name, part in network.named_modules() if part is gate_of(network))
+    readers = [node for node in model.graph.node if f"{name}.weight" in node.input]
+    if len(readers) != 1:
+        raise LoweringError(f"the graph does not read the weights of {name} exactly once")
+    probed = onnx.ModelProto()
+    probed.CopyFrom(model)
+    probed.graph.output.insert(0, onnx.ValueInfoProto(name=readers[0].output[0]))
+    run = unfused(probed)
+    return lambda pixels: run(pixels)[0].numpy()
+
+
+def measured(
+    shipping: Shipping,
+    path: Path,
+    labels: tuple[str, ...],
+    preprocess: Preprocess,
+    batch: BatchRange,
+    options: PrecisionOptions,
+    *,
+    allow_drift: bool,
+) -> PrecisionReport:
+    """Return the report with what the precision costs in answers; raises `ParityError` over `max_drop`."""
+    found: Accuracy
+    if options.evaluate is not None:
+        dataset = labelled(options.evaluate, labels, preprocess)
+        found = with_labels(shipping.certified, path, dataset, batch.maximum)
+    elif shipping.calibration is not None:
+        found = without_labels(shipping.certified, path, shipping.calibration)
+    else:
+        return shipping.report
+    if found.drop > options.max_drop and not allow_drift:
+        what = "agreement with float32" if found.before is None else "top-1"
+        costs = shipping.report.quantisation.costs[:3] if shipping.report.quantisation else ()
+        dearest = f"; the layers that cost most: {', '.join(cost.part for cost in costs)}" if costs else ""
+        raise ParityError(
+            f"{options.precision} loses {found.drop:.2f} points of {what} on {found.images} pictures, "
+            f"{options.max_drop:g} are allowed (--max-drop){dearest}"
+        )
+    return shipping.report.model_copy(update={"accuracy": found})

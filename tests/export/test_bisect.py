@@ -1,0 +1,122 @@
+"""Sabotage in the file that ships: each is caught, and the part is named."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from sopdeploy.errors import LoweringError, ParityError
+from sopdeploy.manifest import BatchRange
+from sopdeploy.models.base import Classifier
+from sopdeploy.preprocess import Preprocess
+from sopdeploy_export.capture import Deployed, capture
+from sopdeploy_export.lower_onnx import check, lower, operator_counts, write
+from sopdeploy_export.parity import FLOORS, compare, reference
+from sopdeploy_export.parity.bisect import first_off
+from sopdeploy_export.parity.routing import routing, routing_parity
+
+BATCH = BatchRange(optimum=4, maximum=9)
+Shipped = tuple[Classifier, ExportedProgram, onnx.ModelProto]
+
+
+@pytest.fixture(scope="module")
+def shipped(preprocess: Preprocess) -> Shipped:
+    from tests.export.conftest import trained
+
+    network = trained("isqrt-resnet8")
+    program = capture(network, preprocess, BATCH).any_batch
+    return network, program, lower(program, network.outputs)
+
+
+def rounded(model: onnx.ModelProto, value: str) -> onnx.ModelProto:
+    """Round *value* to ten bits of mantissa, as a TF32 product has them, by a detour through float16."""
+    noisy = onnx.ModelProto()
+    noisy.CopyFrom(model)
+    nodes = []
+    for node in noisy.graph.node:
+        nodes.append(node)
+        if node.output[0] == value:
+            node.output[0] = f"{value}:exact"
+            nodes.append(helper.make_node("Cast", [f"{value}:exact"], [f"{value}:ten"], to=10))
+            nodes.append(helper.make_node("Cast", [f"{value}:ten"], [value], to=1))
+    del noisy.graph.node[:]
+    noisy.graph.node.extend(nodes)
+    return noisy
+
+
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [
+        ("matmul_4", "pooling.root: iteration 3"),
+        ("baddbmm_2", "pooling.root: iteration 4"),
+        ("matmul", "pooling.root: covariance"),
+        ("relu_3", "layer2.0"),
+    ],
+)
+def test_noise_as_of_tf32_is_caught_and_its_place_is_named(
+    shipped: Shipped, preprocess: Preprocess, probes: Tensor, tmp_path: Path, value: str, part: str
+) -> None:
+    network, program, model = shipped
+    path, images = tmp_path / "model.onnx", probes.numpy()
+    write(rounded(model, value), path)
+    expected = reference(Deployed(network, preprocess).eval(), images)
+
+    def locate(file: Path) -> str | None:
+        return first_off(file, program, network.outputs, images, FLOORS)
+
+    with pytest.raises(ParityError, match=rf"first part over its floor is {part}"):
+        compare(path, expected, images, BATCH, operator_counts(model), locate=locate)
+
+
+def test_a_sound_file_has_no_part_over_its_floor(shipped: Shipped, probes: Tensor, tmp_path: Path) -> None:
+    network, program, model = shipped
+    write(model, tmp_path / "model.onnx")
+    assert first_off(tmp_path / "model.onnx", program, network.outputs, probes.numpy(), FLOORS) is None
+
+
+def test_a_batch_axis_fixed_to_one_is_caught(
+    shipped: Shipped, preprocess: Preprocess, probes: Tensor, tmp_path: Path
+) -> None:
+    network, _, model = shipped
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    path, images = tmp_path / "model.onnx", probes.numpy()
+    write(fixed, path)
+    expected = reference(Deployed(network, preprocess).eval(), images)
+    with pytest.raises(ParityError, match="takes no batch of 2"):
+        compare(path, expected, images, BATCH, operator_counts(fixed))
+
+
+def gate(logits: Callable[[], list[list[float]]], noise: float) -> object:
+    from tests.export.conftest import trained
+
+    exact = np.array(logits())
+    network = trained("gmsop-16-8-resnet18", components=4, chosen=2)
+    return routing(exact, exact + noise, network, 4.0)
+
+
+def test_a_route_flips_where_the_gate_is_undecided_and_is_wrong_where_it_is_not() -> None:
+    routes = gate(lambda: [[3.0, 2.0, 1.0, 0.0], [3.0, 1.0001, 1.0, 0.0]], 1e-3)
+    assert routes.steady.tolist() == [True, False]
+    both = routing_parity(np.array([True, True]), routes)
+    assert (both.flips, both.wrong, both.unsteady) == (1, 1, 1)
+
+
+def test_a_gate_that_is_undecided_everywhere_has_no_wrong_route() -> None:
+    routes = gate(lambda: [[1.0, 1.0, 1.0, 1.0]] * 2, 1e-3)
+    assert routes.steady.all()
+    assert routing_parity(np.array([True, False]), routes).wrong == 0
+
+
+def test_the_lowered_graph_may_not_fix_its_batch(shipped: Shipped) -> None:
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(shipped[2])
+    fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 3
+    with pytest.raises((LoweringError, onnx.shape_inference.InferenceError)):
+        check(fixed)

@@ -1,0 +1,143 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from sopdeploy.errors import ConfigError, DataError, LoweringError, ParityError
+from sopdeploy.manifest import BatchRange
+from sopdeploy.models.base import Classifier
+from sopdeploy.preprocess import Preprocess
+from sopdeploy_export.accuracy import accuracy
+from sopdeploy_export.capture import capture
+from sopdeploy_export.int8 import quantise
+from sopdeploy_export.layer_costs import input_grids
+from sopdeploy_export.lower_onnx import lower
+from sopdeploy_export.parity.agreement import wilson
+from sopdeploy_export.pipeline import ExportOptions, export
+from sopdeploy_export.precision import Calibration, choose_calibration, in_float32
+from sopdeploy_export.precision_report import weight_types
+from sopdeploy_export.probe_images import calibration_images, generated
+from sopdeploy_export.ship import PrecisionOptions
+
+Make = Callable[..., Classifier]
+SMALL = BatchRange(optimum=2, maximum=4)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures by class, two of each."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for label, image in zip("aabbccddeeffgghhiijj", np.resize(generated(16), (20, 16, 16, 3)), strict=True):
+        (folder / label).mkdir(exist_ok=True)
+        name = f"{len(list((folder / label).iterdir()))}.png"
+        Image.fromarray(image).save(folder / label / name)
+    return folder
+
+
+def graph(network: Classifier, preprocess: Preprocess) -> onnx.ModelProto:
+    return lower(capture(network, preprocess, SMALL).any_batch, network.outputs)
+
+
+@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
+def test_convolutions_become_int8_and_second_order_parts_do_not(
+    make: Make, preprocess: Preprocess, method: Calibration
+) -> None:
+    network = make("isqrt-resnet8")
+    model = quantise(graph(network, preprocess), generated(16), in_float32(network), method)
+    types = weight_types(model)
+    assert {types[part] for part in types if part.startswith(("conv1", "layer"))} == {"int8"}
+    assert types["fc"] == "float32"
+    assert len(input_grids(model)) == 7
+    assert [opset.version for opset in model.opset_import] == [18]
+    fed = {name for node in model.graph.node if node.op_type == "MatMul" for name in node.input}
+    assert not [name for name in fed if "Dequantize" in name]
+
+
+def test_weights_are_quantised_per_channel(make: Make, preprocess: Preprocess) -> None:
+    model = quantise(graph(make("resnet8"), preprocess), generated(16))
+    scales = {t.name: t.dims for t in model.graph.initializer if t.name.startswith("conv1.weight_scale")}
+    assert list(scales.values()) == [[16]]
+
+
+def test_the_same_pictures_give_the_same_bytes(make: Make, preprocess: Preprocess) -> None:
+    model = graph(make("resnet8"), preprocess)
+    first, second = (quantise(model, generated(16)).SerializeToString(deterministic=True) for _ in range(2))
+    assert first == second
+
+
+def test_a_network_without_convolutions_to_quantise_is_refused(make: Make, preprocess: Preprocess) -> None:
+    with pytest.raises(LoweringError, match="no convolution to quantise"):
+        quantise(graph(make("resnet8"), preprocess), generated(16), ("conv1", "layer1", "layer2", "layer3"))
+
+
+def run(network: Classifier, name: str, folder: Path, preprocess: Preprocess, **options: object) -> object:
+    from tests.export.test_pipeline import save
+
+    wish = PrecisionOptions.model_validate({"precision": "int8", **options})
+    return export(
+        save(network, name, folder / "c.pt", preprocess),
+        folder / "out",
+        ExportOptions(batch=SMALL, precision=wish),
+    )
+
+
+def test_a_bundle_in_int8_says_what_it_lost_and_which_layers_cost_most(
+    make: Make, preprocess: Preprocess, tmp_path: Path, pictures: Path
+) -> None:
+    found = run(
+        make("isqrt-resnet8"),
+        "isqrt-resnet8",
+        tmp_path,
+        preprocess,
+        calibrate=pictures,
+        evaluate=pictures,
+        max_drop=100.0,
+    )
+    report = found.precision
+    assert report.accuracy.images == 20
+    assert report.accuracy.drop == pytest.approx(100 * (report.accuracy.before - report.accuracy.after))
+    assert report.quantisation.layers == 7
+    shares = [cost.share for cost in report.quantisation.costs]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] > 0
+    assert found.parity.passed
+
+
+def test_more_than_the_allowed_drop_writes_nothing_and_names_the_dearest_layers(
+    make: Make, preprocess: Preprocess, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sopdeploy_export import ship
+
+    worse = accuracy(np.zeros(50, dtype=np.int64), np.repeat([0, 1], 25), before=1.0, after=0.5)
+    monkeypatch.setattr(ship, "without_labels", lambda *_: worse)
+    with pytest.raises(ParityError, match=r"loses 50\.00 points of top-1 on 50 pictures.*cost most: \w"):
+        run(make("resnet8"), "resnet8", tmp_path, preprocess, calibrate=pictures)
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_int8_without_pictures_is_refused(make: Make, preprocess: Preprocess, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="add --calibrate DIR"):
+        run(make("resnet8"), "resnet8", tmp_path, preprocess)
+
+
+def test_calibration_takes_pictures_from_all_over_the_folder(preprocess: Preprocess, pictures: Path) -> None:
+    assert len(calibration_images(pictures, preprocess)) == 20
+    with pytest.raises(DataError, match="--calibrate a folder"):
+        calibration_images(pictures / "nowhere", preprocess)
+
+
+def test_a_calibration_that_does_not_exist_is_refused() -> None:
+    assert choose_calibration("entropy") == "entropy"
+    with pytest.raises(ConfigError, match="none of minmax, entropy, percentile"):
+        choose_calibration("guess")
+
+
+@pytest.mark.parametrize(
+    ("agree", "images", "low", "high"),
+    [(50, 50, 0.9287, 1.0), (0, 50, 0.0, 0.0713), (95, 100, 0.8882, 0.9785), (0, 0, 0.0, 1.0)],
+)
+def test_wilsons_interval_is_the_published_one(agree: int, images: int, low: float, high: float) -> None:
+    assert wilson(agree, images) == pytest.approx((low, high), abs=1e-4)
