@@ -175,6 +175,7 @@ def test_both_roots_and_every_rule_are_in_the_bundle(mixture_checkpoint: Path, t
     assert again.path.name == lowered.path.name
 
 
+@pytest.mark.slow
 def test_no_lowering_ships_the_textbook_with_the_same_answer(
     mixture_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -185,6 +186,7 @@ def test_no_lowering_ships_the_textbook_with_the_same_answer(
     assert found.parity.passed
 
 
+@pytest.mark.slow
 def test_autotune_chooses_one_of_the_equal_forms_and_says_so(
     mixture_checkpoint: Path, tmp_path: Path
 ) -> None:
