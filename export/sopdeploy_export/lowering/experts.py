@@ -11,6 +11,7 @@ triangles: one gather for K. And the weighted sum of roots is one product: with 
 Y_k T_k, where the iteration is on channels, Y_k being symmetric).
 """
 
+from abc import ABC, abstractmethod
 from functools import partial
 
 import torch
@@ -25,7 +26,7 @@ from sopdeploy_export.lowering.iteration import iterate
 from sopdeploy_export.lowering.root import inner_scale, outer_scale, start
 
 
-class Experts(nn.Module):
+class Experts(nn.Module, ABC):
     """Feature map (B, C, H, W) and gate weights (B, N) in, the weighted sum (B, D) out."""
 
     def __init__(self, bank: Components, chosen: int) -> None:
@@ -37,9 +38,9 @@ class Experts(nn.Module):
         if isinstance(bank.after, ISqrtCov):
             self.register_buffer("triangle", bank.after.triangle)
 
+    @abstractmethod
     def evaluate(self, x_BMC: Tensor, weights_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Return the maps (B, K or N, M, d) of the experts that count, and their weights (B, K or N)."""
-        raise NotImplementedError
 
     def forward(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
         """Return the sum."""

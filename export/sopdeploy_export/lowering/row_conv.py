@@ -8,6 +8,7 @@ written as one batched product; its weights are turned round once, here, and not
 Rule of thumb: the convolution for single images, the product from batches of four on.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -23,7 +24,7 @@ FORM = "row-wise convolution as batched product or convolution"
 PRODUCT_FROM = 4  # images in a batch
 
 
-class FoldedExcitation(nn.Module):
+class FoldedExcitation(nn.Module, ABC):
     """Covariance (B, n, n) in, weights (B, out, 1, 1) in (0, 1) out; no norm is left."""
 
     def __init__(self, before: Excitation) -> None:
@@ -41,9 +42,9 @@ class FoldedExcitation(nn.Module):
         """Return the (4n) bias as this form reads it."""
         return bias
 
+    @abstractmethod
     def by_row(self, cov_Bnn: Tensor) -> Tensor:
         """Return (B, 4n, 1, 1)."""
-        raise NotImplementedError
 
     def forward(self, cov_Bnn: Tensor) -> Tensor:
         """Return the weights."""
