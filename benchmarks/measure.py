@@ -8,7 +8,6 @@ figure of a side is its median. `ratio` is always ours / other: below 1, ours ta
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,8 +15,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+
+from sopdeploy_service.bench import processor
+from sopdeploy_service.bench import versions as installed_versions
 
 Clock = Callable[[], float]
 PACKAGES = (
@@ -112,23 +113,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def processor() -> str:
-    """Return the processor's own name, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that a figure may depend on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return installed_versions(PACKAGES)
 
 
 def report(results: Sequence[Result], *, as_json: bool, **facts: object) -> None:
