@@ -7,6 +7,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from sopdeploy_service import problems
+from sopdeploy_service.intake import Intake
 from sopdeploy_service.middleware import Envelope
 from sopdeploy_service.open_inference import Inference
 from sopdeploy_service.routes import router
@@ -40,5 +41,6 @@ def create_app(inference: Inference, settings: Settings) -> FastAPI:
     app.include_router(router)
     problems.install(app)
     paths = frozenset(getattr(route, "path", "") for route in router.routes)
+    app.add_middleware(Intake, settings=settings, metrics=service.metrics)
     app.add_middleware(Envelope, service=service, routes=paths)
     return app

@@ -11,7 +11,7 @@ from sopdeploy_service.outcome import Refusal
 
 PROBLEM_JSON = "application/problem+json"
 
-State: TypeAlias = Literal["ok", "draining", "engine_dead"]
+State: TypeAlias = Literal["ok", "draining", "engine_dead", "loop_blocked"]
 
 
 class ClassProbability(Frozen):

@@ -23,7 +23,7 @@ from sopdeploy_service.app import create_app
 from sopdeploy_service.open_inference import Inference
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.with_onnxruntime import OnnxRuntime
-from sopdeploy_service.server import bind, url
+from sopdeploy_service.server import bind, http_config, url
 from sopdeploy_service.settings import Settings
 
 LABELS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
@@ -133,8 +133,7 @@ def jpeg() -> bytes:
 def running(runtime: Runtime, bundle: Bundle, settings: Settings) -> Iterator[httpx.Client]:
     """A real server for *runtime* on a free loopback port; gives a client for it."""
     app = create_app(Inference(bundle=bundle, runtime=runtime, replays={}), settings)
-    config = uvicorn.Config(app, lifespan="on", log_config=None, timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(http_config(app, settings))
     with bind("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
