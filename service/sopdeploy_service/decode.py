@@ -32,6 +32,7 @@ REFUSED = {
     b"<svg": "SVG",
     b"<?xml": "XML or SVG",
 }
+ODD_JPEGS = {0xC3: "lossless", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded"}  # by their frame header
 HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heif", b"avif", b"avis"}
 WANTED = "send a JPEG, PNG, WebP, BMP or GIF file"
 
@@ -59,6 +60,8 @@ def sniff(body: bytes) -> str:
     """Return Pillow's name of the format *body* starts like; raises `ImageError` for others."""
     for magic, name in ALLOWED.items():
         if body.startswith(magic):
+            if name == "JPEG":
+                refuse_odd_jpeg(body)
             return name
     if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
         return "WEBP"
@@ -68,10 +71,23 @@ def sniff(body: bytes) -> str:
     raise ImageError(f"this is not an image; {WANTED}", code="not_an_image", status=415)
 
 
+def refuse_odd_jpeg(body: bytes) -> None:
+    """Raise `ImageError` for a coding that not every build of libjpeg reads."""
+    place = 2
+    while place + 4 <= len(body) and body[place] == 0xFF:
+        marker = body[place + 1]
+        if marker in ODD_JPEGS:
+            what = f"{ODD_JPEGS[marker]} JPEG files are not accepted; {WANTED}"
+            raise ImageError(what, code="unsupported_format", status=415)
+        if marker == 0xDA:  # pixels begin
+            return
+        place += 1 if marker == 0xFF else 2 + int.from_bytes(body[place + 2 : place + 4], "big")
+
+
 def name_of_other(body: bytes) -> str | None:
     """Return the name of a format that is known and not accepted, or None."""
     if body[4:8] == b"ftyp" and body[8:12] in HEIF_BRANDS:
-        return "HEIC and AVIF"
+        return "HEIC and AVIF (a phone writes JPEG when its camera is set to `most compatible`)"
     return next((name for magic, name in REFUSED.items() if body.startswith(magic)), None)
 
 

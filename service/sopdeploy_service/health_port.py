@@ -53,7 +53,9 @@ def health_app(
 
     async def livez(_request: Request) -> Response:
         found: State = "loop_blocked" if blocked() else state()
-        return json_response(Health(status=found), status=200 if found in {"ok", "draining"} else 503)
+        return json_response(
+            Health(status=found), status=503 if found in {"engine_dead", "loop_blocked"} else 200
+        )
 
     async def readyz(_request: Request) -> Response:
         found: State = "loop_blocked" if blocked() else state()

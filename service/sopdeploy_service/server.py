@@ -1,4 +1,4 @@
-"""`sopdeploy serve`: one process, one bundle, from a verified start to a drained end."""
+"""`sopdeploy serve`: one process, from a verified start to a drained end."""
 
 import asyncio
 import functools
@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import FrameType
@@ -19,30 +20,34 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.app import create_app
 from sopdeploy_service.connections import Connections
 from sopdeploy_service.health_port import LoopWatch, answering, health_app
-from sopdeploy_service.open_inference import open_verified
 from sopdeploy_service.service import Service
 from sopdeploy_service.settings import Settings
+from sopdeploy_service.shelf import Shelf
+from sopdeploy_service.verified import open_verified
 from sopdeploy_service.wire import Wire
 
 ENGINE_DEAD_EXIT = 70  # EX_SOFTWARE; a supervisor should start the process again
 CLOSING_SECONDS = 2  # for the last answers to leave, after everything was answered or refused
 
 
-def serve(bundle_path: Path, settings: Settings) -> int:
-    """Serve the bundle at *bundle_path* until SIGTERM or SIGINT; return the exit code.
+def serve(sources: Sequence[str | Path], settings: Settings) -> int:
+    """Serve the bundles at *sources* until SIGTERM or SIGINT; return the exit code.
 
-    0 after a drain, 70 where the engine died. Prints one line, `ready: URL  NAME`, when the probes
-    gave the right numbers and the port is open. Raises `ConfigError` where it cannot listen and
-    what `open_verified` raises for the bundle.
+    A source is a bundle, a folder of bundles, or `NAME=BUNDLE`. 0 after a drain, 70 where an engine died.
+    Prints one line, `ready: URL  BUNDLE ...`, when the probes gave the right numbers and the port is open.
+    Raises `ConfigError` where it cannot listen, and what `Shelf` and `open_verified` raise for the bundles.
     """
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, which counts for nothing
     with ExitStack() as stack:
         listener = stack.enter_context(bind(settings.host, settings.port))
         health = settings.health_port
         prober = None if health is None else stack.enter_context(bind(settings.host, health))
-        inference = open_verified(bundle_path, settings)
-        app = create_app(inference, settings)
-        ready = f"ready: {url(listener)}  {inference.bundle.name}"
+        shelf = Shelf(sources)
+        inferences = {name: open_verified(path, settings) for name, path in shelf.bundles.items()}
+        app = create_app(inferences, settings, shelf if settings.model_control else None)
+        names = " ".join(inference.bundle.name for inference in inferences.values())
+        ready = f"ready: {url(listener)}  {names}"
         server = DrainingServer(http_config(app, settings), app.state.service, settings.drain_seconds, ready)
         if prober is not None:
             stack.enter_context(health_port(app.state.service, server.watch, prober))

@@ -67,7 +67,7 @@ class Wire(HttpToolsProtocol):
         if self._deaf:
             self._ignored += len(data)
             if self._ignored > LINGER_BYTES:
-                self.transport.abort()
+                self.cut()
             return
         self._unset_keepalive_if_required()
         self._shared.busy(self)
@@ -131,7 +131,7 @@ class Wire(HttpToolsProtocol):
             return
         super().on_message_complete()
         if self._timers.stop("rest"):  # it was answered long ago
-            self._rest()
+            self._await_next()
 
     def on_response_complete(self) -> None:
         """Go on to the next request; give the rest of this one's body a moment."""
@@ -182,7 +182,7 @@ class Wire(HttpToolsProtocol):
         """Close at once; nothing more is written or read."""
         self.transport.abort()
 
-    def _rest(self) -> None:
+    def _await_next(self) -> None:
         self.timeout_keep_alive_task = self.loop.call_later(
             self.timeout_keep_alive, self.timeout_keep_alive_handler
         )
@@ -192,9 +192,8 @@ class Wire(HttpToolsProtocol):
         if self.parser.get_http_version() not in {"1.0", "1.1"} or len(self.pipeline) >= MAX_PIPELINE:
             return MALFORMED
         length = next((int(value) for name, value in self.headers if name == b"content-length"), 0)
-        if length > self._limits.max_body_bytes:
-            return Refusal.of(too_large(self._limits.max_body_bytes))
-        return None
+        limit = self._limits.max_body_bytes
+        return Refusal.of(too_large(limit)) if length > limit else None
 
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

@@ -1,17 +1,15 @@
 """Real sockets against a real server: what a client does slowly, too large or wrong is refused in time."""
 
-import json
 import re
 import socket
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from typing import NamedTuple
 
 import httpx
 import pytest
 
 from sopdeploy_service.runtime.pretend import PretendRuntime
+from tests.service.raw import EXPECT, GET, POST, connect, count, read
 
 LIMITS = {
     "max_body_bytes": 1_000_000,
@@ -20,19 +18,6 @@ LIMITS = {
     "write_seconds": 0.5,
     "deadline_seconds": 3,
 }
-POST = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\n"
-GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
-
-
-class Reply(NamedTuple):
-    status: int
-    headers: dict[str, str]
-    body: bytes
-    seconds: float
-
-    @property
-    def code(self) -> str:
-        return json.loads(self.body)["code"]
 
 
 @pytest.fixture
@@ -45,35 +30,6 @@ def wire(client):
     """`wire()` opens a connection to the server of this test."""
     with ExitStack() as stack:
         yield lambda: stack.enter_context(connect(client))
-
-
-def connect(client: httpx.Client) -> socket.socket:
-    return socket.create_connection((client.base_url.host, client.base_url.port), timeout=10)
-
-
-def read(wire: socket.socket, *, to_the_end: bool = True) -> Reply:
-    """The answer on *wire*; with *to_the_end* the server must hang up after it."""
-    started = time.monotonic()
-    data = b""
-    while b"\r\n\r\n" not in data:
-        piece = wire.recv(65_536)
-        assert piece, f"hung up after {data!r}"
-        data += piece
-    head, _, body = data.partition(b"\r\n\r\n")
-    first, *lines = head.decode().split("\r\n")
-    headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
-    while len(body) < int(headers["content-length"]):
-        body += wire.recv(65_536)
-    seconds = time.monotonic() - started
-    if to_the_end:
-        assert headers["connection"] == "close"
-        assert wire.recv(10) == b""
-    return Reply(int(first.split()[1]), headers, body, seconds)
-
-
-def count(client: httpx.Client, line: str) -> float:
-    found = [x for x in client.get("/metrics").text.splitlines() if x.startswith(f"sopdeploy_{line} ")]
-    return float(found[0].split()[-1]) if found else 0.0
 
 
 LARGE = b"".join(b"X-%d: 1\r\n" % number for number in range(1000))
@@ -142,7 +98,7 @@ def test_a_refusal_by_the_wire_is_a_request_in_the_metrics_and_keeps_the_clients
     bad = wire()
     bad.sendall(POST + b"X-Request-ID: mine\r\nContent-Length: 9000000\r\n\r\n")
     assert read(bad).headers["x-request-id"] == "mine"
-    assert count(client, 'requests_total{code="413",route="other"}') == 1
+    assert count(client, 'requests_total{code="413",model="",route="other"}') == 1
 
 
 SLOW = {
@@ -298,9 +254,6 @@ def test_websockets_are_404_and_the_connection_ends(wire):
     assert (reply.status, reply.code) == (404, "not_found")
 
 
-EXPECT = b"Expect: 100-continue\r\n"
-
-
 @pytest.mark.parametrize(
     ("path", "headers", "status"),
     [
@@ -386,47 +339,3 @@ def test_hundreds_of_connections_over_the_limit_do_no_harm(serve_with, jpeg, unt
                 return False
 
         until(answered)
-
-
-Server = Callable[..., httpx.Client]
-
-
-def test_a_slow_and_large_crowd_leaves_room_for_small_images(serve_with: Server, jpeg, until):
-    client = serve_with(
-        PretendRuntime(classes=7), max_body_bytes=2_000_000, max_upload_bytes=8_000_000, body_grace_seconds=60
-    )
-    codes = []
-    with ExitStack() as stack:
-        crowd = [stack.enter_context(connect(client)) for _ in range(12)]
-        for wire in crowd:
-            wire.sendall(POST + b"Content-Length: 1900000\r\n\r\n")
-        for _ in range(18):
-            for wire in list(crowd):
-                try:
-                    wire.sendall(bytes(100_000))
-                except OSError:
-                    crowd.remove(wire)
-            assert count(client, "upload_bytes") <= 7_000_000
-            assert client.post("/v1/classify", content=jpeg).status_code == 200
-        for wire in crowd:
-            wire.settimeout(0.2)
-            try:
-                codes.append(read(wire, to_the_end=False).code)
-            except TimeoutError:
-                codes.append("waiting")
-    assert 2 <= codes.count("waiting") <= 4
-    assert count(client, 'rejected_total{reason="uploads_full"}') >= 8
-    until(lambda: count(client, "upload_bytes") == 0)
-
-
-def test_an_upload_that_finds_no_room_is_429_before_it_is_sent(serve_with: Server):
-    client = serve_with(
-        PretendRuntime(classes=7), max_body_bytes=2_000_000, max_upload_bytes=2_300_000, body_grace_seconds=60
-    )
-    with connect(client) as first, connect(client) as second:
-        first.sendall(POST + b"Content-Length: 1900000\r\n\r\n" + bytes(1_800_000))
-        while count(client, "upload_bytes") < 1_800_000:
-            time.sleep(0.01)
-        second.sendall(POST + b"Content-Length: 1900000\r\n" + EXPECT + b"\r\n")
-        reply = read(second, to_the_end=False)
-    assert (reply.status, reply.code, reply.headers["retry-after"]) == (429, "uploads_full", "2")
