@@ -1,14 +1,34 @@
 """What the connections of one server share: their limits, their number and who of them is idle."""
 
+import resource
 from typing import Protocol
 
+from sopdeploy.errors import ConfigError
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.outcome import Refusal
 from sopdeploy_service.settings import Settings
 
 SPARE = 64  # connections over the limit that are told so; more are cut without a word
 
+OTHER_FILES = 192  # bundles, libraries, the health port
+
 FULL = Refusal("too_many_connections", 503, "too many connections; come back later", 1)
+
+
+def allow_files(connections: int) -> None:
+    """Let this process open the files that so many *connections* need: one refused is better than one unseen.
+
+    Raises `ConfigError` where the system does not allow it.
+    """
+    needed = connections + SPARE + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"max_connections {connections}: needs {needed} open files where the system allows {hard}; "
+            "choose fewer or raise `ulimit -n`"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class Connection(Protocol):

@@ -68,7 +68,7 @@ class Body:
         self._length = length
         self._room = room
         self._rate = settings.min_body_rate
-        self._patience = settings.body_grace_seconds
+        self._grace = self._patience = settings.body_grace_seconds
         self._more = True
 
     async def receive(self) -> Message:
@@ -91,15 +91,18 @@ class Body:
         return message
 
     async def _in_time(self) -> Message:
-        """Wait for the next piece; only the time spent here counts, not the server's own."""
+        """Wait for the next piece; only the time spent here counts, not the server's own.
+
+        A bucket of seconds: waiting empties it, bytes fill it, and it never holds more than the grace.
+        """
         started = time.monotonic()
         try:
             async with asyncio.timeout(max(0.0, self._patience)):
                 message = await self._receive()
         except TimeoutError as problem:
             raise self._refused(SLOW) from problem
-        count = len(message.get("body", b""))
-        self._patience += count / self._rate - (time.monotonic() - started)
+        earned = len(message.get("body", b"")) / self._rate - (time.monotonic() - started)
+        self._patience = min(self._grace, self._patience + earned)
         return message
 
     def _refused(self, refusal: Refusal) -> RefusedError:

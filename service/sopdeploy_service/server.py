@@ -18,7 +18,7 @@ from PIL import Image
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.app import create_app
-from sopdeploy_service.connections import Connections
+from sopdeploy_service.connections import Connections, allow_files
 from sopdeploy_service.health_port import LoopWatch, answering, health_app
 from sopdeploy_service.service import Service
 from sopdeploy_service.settings import Settings
@@ -39,6 +39,7 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
     """
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
     warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, which counts for nothing
+    allow_files(settings.max_connections)
     with ExitStack() as stack:
         listener = stack.enter_context(bind(settings.host, settings.port))
         health = settings.health_port

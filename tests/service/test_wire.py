@@ -1,14 +1,21 @@
 """Real sockets against a real server: what a client does slowly, too large or wrong is refused in time."""
 
+import itertools
 import re
+import resource
 import socket
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.connections import allow_files
 from sopdeploy_service.runtime.pretend import PretendRuntime
+from sopdeploy_service.settings import Settings
 from tests.service.raw import EXPECT, GET, POST, connect, count, read
 
 LIMITS = {
@@ -106,6 +113,10 @@ SLOW = {
     "one byte": (b"G", "slow_request"),
     "a body that stops": (POST + b"Content-Length: 1000\r\n\r\n" + b"\xff\xd8\xff", "slow_body"),
     "a body that never starts": (POST + b"Content-Length: 1000\r\n\r\n", "slow_body"),
+    "a body that stops after most of it": (
+        POST + b"Content-Length: 900000\r\n\r\n" + bytes(899_999),
+        "slow_body",
+    ),
     "chunks that stop": (POST + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n", "slow_body"),
     "a chunk extension without an end": (POST + b"Transfer-Encoding: chunked\r\n\r\n3;a=", "slow_body"),
 }
@@ -339,3 +350,53 @@ def test_hundreds_of_connections_over_the_limit_do_no_harm(serve_with, jpeg, unt
                 return False
 
         until(answered)
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised"),
+    [(100, 10_000, 756), (100, 756, 756), (10_000, 10_000, None), (100, -1, 756), (-1, -1, None)],
+)
+def test_the_process_may_open_as_many_files_as_its_connections_need(monkeypatch, soft, hard, raised):
+    calls = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _kind: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _kind, limits: calls.append(limits))
+    allow_files(500)
+    assert calls == ([(raised, hard)] if raised else [])
+
+
+def test_more_connections_than_the_system_has_files_for_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _kind: (100, 755))
+    with pytest.raises(ConfigError, match="max_connections 500: needs 756 .* allows 755; choose fewer"):
+        allow_files(500)
+
+
+VALID = POST + b"Content-Type: image/jpeg\r\nContent-Length: 20\r\nX-Request-ID: a\r\n\r\n" + bytes(20)
+
+
+@settings(max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(
+    edits=st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.binary(max_size=4)), max_size=4),
+    cuts=st.lists(st.integers(1, len(VALID)), max_size=3),
+)
+def test_whatever_comes_is_answered_or_the_connection_ends(
+    fuzzed: httpx.Client, edits: list[tuple[int, bytes]], cuts: list[int]
+) -> None:
+    request = VALID
+    for place, new in edits:
+        request = request[:place] + new + request[place + 1 :]
+    with connect(fuzzed) as wire:
+        for start, end in itertools.pairwise([0, *sorted(cuts), len(request)]):
+            wire.sendall(request[start:end])
+        wire.shutdown(socket.SHUT_WR)
+        answer = b""
+        with suppress(ConnectionResetError):
+            while piece := wire.recv(65_536):
+                answer += piece
+    assert all(status[:1] in b"1234" for status in re.findall(rb"^HTTP/1\.1 (\d+)", answer, re.M)), answer
+    assert fuzzed.get("/livez").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def fuzzed(run_server, bundle):
+    with run_server(PretendRuntime(classes=7), bundle, Settings(**LIMITS)) as client:
+        yield client
