@@ -13,12 +13,12 @@ import collections
 import io
 import json
 import re
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -42,12 +42,10 @@ def measure(given: argparse.Namespace, limit: int) -> dict[str, object]:
     command += ["--set", f"max_upload_bytes={limit}", "--set", "deadline_seconds=120"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
-            assert server.stdout is not None
-            found = re.match(r"ready: (\S+)", server.stdout.readline())
-            assert found, "the server did not start"
-            address = urlsplit(found[1])
-            assert address.hostname and address.port
-            return asyncio.run(load(given, (address.hostname, address.port), server.pid))
+            found = re.match(r"ready: http://(\S+):(\d+)", server.stdout.readline() if server.stdout else "")
+            if found is None:
+                raise SystemExit("the server did not start")
+            return asyncio.run(load(given, (found[1], int(found[2])), server.pid))
         finally:
             server.terminate()
 
@@ -104,9 +102,8 @@ def picture() -> bytes:
 
 def resident(pid: int) -> int:
     """Return the resident memory of a process in MB."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert found
-    return round(int(found[1]) / 1000)
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return round(pages * resource.getpagesize() / 1e6)
 
 
 def ms(seconds: float) -> float:

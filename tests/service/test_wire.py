@@ -27,9 +27,10 @@ LIMITS = {
 }
 
 
-@pytest.fixture
-def client(serve_with) -> httpx.Client:
-    return serve_with(PretendRuntime(classes=7), **LIMITS)
+@pytest.fixture(scope="module")
+def client(run_server, bundle):
+    with run_server(PretendRuntime(classes=7), bundle, Settings(**LIMITS)) as client:
+        yield client
 
 
 @pytest.fixture
@@ -90,6 +91,7 @@ REFUSED_AT_ONCE = {
 @pytest.mark.parametrize("name", REFUSED_AT_ONCE)
 def test_what_breaks_a_rule_is_refused_at_once_and_the_next_request_answered(client, wire, jpeg, name):
     sent, status, code = REFUSED_AT_ONCE[name]
+    before = count(client, f'rejected_total{{reason="{code}"}}')
     bad = wire()
     bad.sendall(sent)
     reply = read(bad)
@@ -97,15 +99,16 @@ def test_what_breaks_a_rule_is_refused_at_once_and_the_next_request_answered(cli
     assert reply.seconds < 1
     assert reply.headers["content-type"] == "application/problem+json"
     assert len(reply.headers["x-request-id"]) == 32
-    assert count(client, f'rejected_total{{reason="{code}"}}') == 1
+    assert count(client, f'rejected_total{{reason="{code}"}}') == before + 1
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
 def test_a_refusal_by_the_wire_is_a_request_in_the_metrics_and_keeps_the_clients_id(client, wire):
+    before = count(client, 'requests_total{code="413",model="",route="other"}')
     bad = wire()
     bad.sendall(POST + b"X-Request-ID: mine\r\nContent-Length: 9000000\r\n\r\n")
     assert read(bad).headers["x-request-id"] == "mine"
-    assert count(client, 'requests_total{code="413",model="",route="other"}') == 1
+    assert count(client, 'requests_total{code="413",model="",route="other"}') == before + 1
 
 
 SLOW = {
@@ -125,12 +128,13 @@ SLOW = {
 @pytest.mark.parametrize("name", SLOW)
 def test_a_request_that_does_not_arrive_is_408(client, wire, jpeg, name):
     sent, code = SLOW[name]
+    before = count(client, f'rejected_total{{reason="{code}"}}')
     bad = wire()
     bad.sendall(sent)
     reply = read(bad)
     assert (reply.status, reply.code) == (408, code)
     assert 0.2 < reply.seconds < 2
-    assert count(client, f'rejected_total{{reason="{code}"}}') == 1
+    assert count(client, f'rejected_total{{reason="{code}"}}') == before + 1
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
@@ -366,7 +370,7 @@ def test_the_process_may_open_as_many_files_as_its_connections_need(monkeypatch,
 
 def test_more_connections_than_the_system_has_files_for_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _kind: (100, 755))
-    with pytest.raises(ConfigError, match="max_connections 500: needs 756 .* allows 755; choose fewer"):
+    with pytest.raises(ConfigError, match=r"max_connections 500: needs 756 .* allows 755; choose fewer"):
         allow_files(500)
 
 
@@ -386,17 +390,19 @@ def test_whatever_comes_is_answered_or_the_connection_ends(
         request = request[:place] + new + request[place + 1 :]
     with connect(fuzzed) as wire:
         for start, end in itertools.pairwise([0, *sorted(cuts), len(request)]):
-            wire.sendall(request[start:end])
-        wire.shutdown(socket.SHUT_WR)
-        answer = b""
-        with suppress(ConnectionResetError):
-            while piece := wire.recv(65_536):
-                answer += piece
-    assert all(status[:1] in b"1234" for status in re.findall(rb"^HTTP/1\.1 (\d+)", answer, re.M)), answer
+            with suppress(ConnectionError):
+                wire.sendall(request[start:end])
+        try:
+            answer = wire.recv(65_536)
+        except ConnectionError:
+            answer = b""
+    assert re.match(rb"HTTP/1\.1 [24]\d\d ", answer) or not answer
     assert fuzzed.get("/livez").status_code == 200
 
 
 @pytest.fixture(scope="module")
 def fuzzed(run_server, bundle):
-    with run_server(PretendRuntime(classes=7), bundle, Settings(**LIMITS)) as client:
+    with run_server(
+        PretendRuntime(classes=7), bundle, Settings(head_seconds=0.05, body_grace_seconds=0.05)
+    ) as client:
         yield client
