@@ -153,7 +153,7 @@ class Wire(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """Wait for the client to read, but not for ever."""
         super().pause_writing()
-        self._timers.start("write", self._limits.write_seconds, self._reader_is_slow)
+        self._timers.start("write", self._limits.write_seconds, self.cut)
 
     def resume_writing(self) -> None:
         """Go on writing."""
@@ -179,7 +179,9 @@ class Wire(HttpToolsProtocol):
             self._timers.start("close", self._limits.write_seconds, self.cut)
 
     def cut(self) -> None:
-        """Close at once; nothing more is written or read."""
+        """Close at once; a client that has not read its answer by now is a slow reader."""
+        if self.transport.get_write_buffer_size():
+            self._shared.metrics.rejected("slow_reader")
         self.transport.abort()
 
     def _await_next(self) -> None:
@@ -231,10 +233,6 @@ class Wire(HttpToolsProtocol):
             self._refuse(SLOW_HEAD)
         else:
             self.transport.close()  # nothing was asked, so nothing is answered
-
-    def _reader_is_slow(self) -> None:
-        self._shared.metrics.rejected("slow_reader")
-        self.transport.abort()
 
 
 class Hangup:
