@@ -3,7 +3,11 @@
 import time
 from contextlib import ExitStack
 
+import pytest
+
+from sopdeploy.errors import ConfigError
 from sopdeploy_service.runtime.pretend import PretendRuntime
+from sopdeploy_service.settings import load_settings
 from tests.service.raw import EXPECT, POST, connect, count, read
 
 
@@ -46,3 +50,17 @@ def test_an_upload_that_finds_no_room_is_429_before_it_is_sent(serve_with):
         second.sendall(POST + b"Content-Length: 1900000\r\n" + EXPECT + b"\r\n")
         reply = read(second, to_the_end=False)
     assert (reply.status, reply.code, reply.headers["retry-after"]) == (429, "uploads_full", "2")
+
+
+def test_a_body_that_could_never_find_room_is_a_wrong_setting():
+    with pytest.raises(ConfigError, match="max_body_bytes .* larger than 7/8 of max_upload_bytes"):
+        load_settings(max_body_bytes=900, max_upload_bytes=1000)
+
+
+def test_a_pause_of_the_server_is_not_held_against_the_client(serve_with, jpeg):
+    client = serve_with(PretendRuntime(classes=7), body_grace_seconds=0.3)
+    with connect(client) as wire:
+        wire.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(jpeg) + jpeg[:100])
+        client.loop.call_soon_threadsafe(time.sleep, 0.6)  # what blocks the loop is not the client
+        wire.sendall(jpeg[100:])
+        assert read(wire, to_the_end=False).status == 200
