@@ -171,7 +171,7 @@ class Wire(HttpToolsProtocol):
         self._deaf = self._hung_up = True
         if self._in_body or self._in_head:
             self.flow.resume_reading()
-            if not self.transport.is_closing():
+            if self.transport.can_write_eof() and not self.transport.is_closing():
                 self.transport.write_eof()
             self._timers.start("close", LINGER_SECONDS, self.cut)
         else:

@@ -1,13 +1,16 @@
 """Uploads share a bounded room; who finds none is told so, and what was held is given back."""
 
+import asyncio
 import time
 from contextlib import ExitStack
 
 import pytest
 
 from sopdeploy.errors import ConfigError
+from sopdeploy_service.intake import Body, Room
+from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.runtime.pretend import PretendRuntime
-from sopdeploy_service.settings import load_settings
+from sopdeploy_service.settings import Settings, load_settings
 from tests.service.raw import EXPECT, POST, connect, count, read
 
 
@@ -53,14 +56,32 @@ def test_an_upload_that_finds_no_room_is_429_before_it_is_sent(serve_with):
 
 
 def test_a_body_that_could_never_find_room_is_a_wrong_setting():
-    with pytest.raises(ConfigError, match="max_body_bytes .* larger than 7/8 of max_upload_bytes"):
+    with pytest.raises(ConfigError, match=r"max_body_bytes .* larger than 7/8 of max_upload_bytes"):
         load_settings(max_body_bytes=900, max_upload_bytes=1000)
 
 
-def test_a_pause_of_the_server_is_not_held_against_the_client(serve_with, jpeg):
+def test_a_pause_of_the_server_is_not_held_against_the_client(serve_with, jpeg, until):
     client = serve_with(PretendRuntime(classes=7), body_grace_seconds=0.3)
     with connect(client) as wire:
         wire.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(jpeg) + jpeg[:100])
+        until(lambda: count(client, "upload_bytes") == 100)
         client.loop.call_soon_threadsafe(time.sleep, 0.6)  # what blocks the loop is not the client
         wire.sendall(jpeg[100:])
         assert read(wire, to_the_end=False).status == 200
+
+
+def test_what_came_while_the_loop_was_blocked_is_read_before_its_sender_is_called_slow():
+    async def read() -> bytes:
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[bytes] = asyncio.Queue()
+        loop.call_later(0.01, time.sleep, 0.2)
+        loop.call_later(0.11, loop.call_soon, pieces.put_nowait, b"x")  # due after the deadline of 0.1 s
+
+        async def receive() -> dict[str, object]:
+            return {"type": "http.request", "body": await pieces.get(), "more_body": False}
+
+        settings = Settings(body_grace_seconds=0.1)
+        body = Body(receive, 1, Room(1000, Metrics()), settings)
+        return (await body.receive())["body"]
+
+    assert asyncio.run(read()) == b"x"
