@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 from sopdeploy_service.schema import Classes, ClassProbability
 
 
-def answer(logits: NDArray[np.float32], labels: Sequence[str], top_k: int) -> Classes:
+def answer(
+    logits: NDArray[np.float32], labels: Sequence[str], top_k: int, warnings: tuple[str, ...] = ()
+) -> Classes:
     """Return the *top_k* most probable classes of *logits* (C,), best first.
 
     Equal logits keep the order of *labels*; a *top_k* above C gives all C classes.
@@ -19,7 +21,8 @@ def answer(logits: NDArray[np.float32], labels: Sequence[str], top_k: int) -> Cl
         classes=tuple(
             ClassProbability(label=labels[place], probability=float(probability))
             for place, probability in zip(best, probabilities, strict=True)
-        )
+        ),
+        warnings=warnings,
     )
 
 

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from sopdeploy_service import problems
+from sopdeploy_service import pages, problems
 from sopdeploy_service.middleware import Envelope
 from sopdeploy_service.open_inference import Inference
 from sopdeploy_service.routes import router
@@ -34,11 +34,13 @@ def create_app(inference: Inference, settings: Settings) -> FastAPI:
         summary=f"Image classification with {inference.bundle.name}",
         lifespan=life,
         redirect_slashes=False,  # a redirect would drop the image
+        docs_url=None,  # FastAPI's own pages load their scripts from another host
         redoc_url=None,
     )
     app.state.service = service
     app.include_router(router)
+    app.include_router(pages.router)
     problems.install(app)
-    paths = frozenset(getattr(route, "path", "") for route in router.routes)
+    paths = frozenset(getattr(route, "path", "") for route in (*router.routes, *pages.router.routes))
     app.add_middleware(Envelope, service=service, routes=paths)
     return app

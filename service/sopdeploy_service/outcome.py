@@ -16,11 +16,12 @@ from sopdeploy.errors import ImageError
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The logits (C,) float32 of one picture, and the seconds spent on the way to them."""
+    """The logits (C,) float32 of one picture, the seconds on the way to them, and what decoding changed."""
 
     logits: NDArray[np.float32]
     queue_seconds: float
     infer_seconds: float
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

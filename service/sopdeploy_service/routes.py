@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive
 
 from sopdeploy_service.answer import answer
+from sopdeploy_service.card import Card, read_card
 from sopdeploy_service.open_inference import largest_batch
 from sopdeploy_service.outcome import CLIENT_GONE, Outcome, Refusal
 from sopdeploy_service.problems import RefusedError, json_response
@@ -72,8 +73,8 @@ async def classify(
     top_k = top_k or service.settings.top_k
     headers = {"Server-Timing": stages.header()}
     if not upload.several:
-        logits = unless_refused(outcomes[0]).logits
-        return json_response(answer(logits, service.labels, top_k), headers=headers)
+        outcome = unless_refused(outcomes[0])
+        return json_response(answer(outcome.logits, service.labels, top_k, outcome.warnings), headers=headers)
     results = tuple(result(service, outcome, top_k) for outcome in outcomes)
     return json_response(Results(results=results), headers=headers)
 
@@ -123,6 +124,12 @@ async def info(request: Request) -> Response:
     )
 
 
+@router.get("/v1/card", summary="What is this network, and what was proved?", response_model=Card)
+def card(request: Request) -> Response:
+    """Give the model card and the certificate of the bundle in short."""
+    return json_response(read_card(service_of(request).inference.bundle))
+
+
 def service_of(request: Request) -> Service:
     """Return the service behind the app that got *request*."""
     service: Service = request.app.state.service
@@ -134,7 +141,7 @@ def result(service: Service, outcome: Outcome, top_k: int) -> Classes | Failed:
     if isinstance(outcome, Refusal):
         service.metrics.rejected(outcome.code)
         return Failed(error=Problem.of(outcome))
-    return answer(outcome.logits, service.labels, top_k)
+    return answer(outcome.logits, service.labels, top_k, outcome.warnings)
 
 
 def unless_refused(value: Value | Refusal) -> Value:

@@ -22,9 +22,14 @@ class ClassProbability(Frozen):
 
 
 class Classes(Frozen):
-    """The answer to one image: its most probable classes, best first."""
+    """The answer to one image: its most probable classes, best first.
+
+    `warnings` name what was done to the image that its sender may not expect: `alpha_flattened`,
+    `content_type_mismatch`, `exif_rotated`, `first_frame_only`, `sixteen_bit_scaled`.
+    """
 
     classes: tuple[ClassProbability, ...]
+    warnings: tuple[str, ...] = ()
 
 
 class Problem(Frozen):

@@ -9,13 +9,11 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import replace
 
 from sopdeploy.errors import ImageError
 from sopdeploy_service.batcher import Batcher
-from sopdeploy_service.decode import decode
+from sopdeploy_service.decode import Decoded, Sent, decode
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.open_inference import Inference
 from sopdeploy_service.outcome import (
@@ -89,42 +87,43 @@ class Service:
         return self._overload(1)
 
     async def classify(
-        self, bodies: Sequence[bytes], deadline: float, stages: Stages
+        self, images: Sequence[Sent], deadline: float, stages: Stages
     ) -> list[Outcome] | Refusal:
-        """Return the outcome of each of *bodies*, in order, or why the request as a whole has none.
+        """Return the outcome of each of *images*, in order, or why the request as a whole has none.
 
         *deadline* is on the clock of `time.monotonic`. Cancelling this frees what it holds.
         """
-        full = self._overload(len(bodies))
+        full = self._overload(len(images))
         if full is not None:
             return full
-        self._count(len(bodies))
+        self._count(len(images))
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                return await asyncio.gather(*(self._classify(body, deadline, stages) for body in bodies))
+                return await asyncio.gather(*(self._classify(image, deadline, stages) for image in images))
         except TimeoutError:
             return DEADLINE
         finally:
-            self._count(-len(bodies))
+            self._count(-len(images))
 
-    async def _classify(self, body: bytes, deadline: float, stages: Stages) -> Outcome:
+    async def _classify(self, sent: Sent, deadline: float, stages: Stages) -> Outcome:
         started = time.monotonic()
         try:
-            image = await asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, body)
+            decoded = await asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, sent)
         except ImageError as problem:
             return Refusal.of(problem)
-        decoded = time.monotonic()
-        self.metrics.stage("decode", decoded - started)
-        stages.note("decode", decoded - started)
-        outcome = await self._batcher.submit(image, deadline)
+        seconds = time.monotonic() - started
+        self.metrics.stage("decode", seconds)
+        stages.note("decode", seconds)
+        outcome = await self._batcher.submit(decoded.pixels, deadline)
         if isinstance(outcome, Answered):
             stages.note("queue", outcome.queue_seconds)
             stages.note("infer", outcome.infer_seconds)
+            return replace(outcome, warnings=decoded.warnings)
         return outcome
 
-    def _decode(self, body: bytes) -> NDArray[np.uint8]:
+    def _decode(self, sent: Sent) -> Decoded:
         return decode(
-            body,
+            sent,
             self.inference.bundle.manifest.preprocess,
             max_bytes=self.settings.max_body_bytes,
             max_pixels=self.settings.max_pixels,
