@@ -95,8 +95,7 @@ def is_transparent(picture: Image.Image) -> bool:
     """Say whether any pixel of *picture* is not opaque."""
     if not picture.has_transparency_data:
         return False
-    lowest, _ = picture.convert("RGBA").getchannel("A").getextrema()
-    return lowest < 255
+    return picture.convert("RGBA").getchannel("A").histogram()[255] < picture.width * picture.height
 
 
 def scale_to_8_bits(picture: Image.Image) -> Image.Image:

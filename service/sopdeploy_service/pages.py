@@ -32,7 +32,9 @@ class Page:
 def assemble(name: str, styles: list[str], scripts: list[str]) -> Page:
     """Return the page of the file *name* with the texts of *styles* and *scripts* in it."""
     css, js = [read(style) for style in styles], [read(script) for script in scripts]
-    html = read(name)
+    mark = read("mark.svg")
+    icon = f'<link rel="icon" href="data:image/svg+xml;base64,{base64.b64encode(mark.encode()).decode()}">'
+    html = read(name).replace("<!-- mark -->", mark).replace("<!-- icon -->", icon)
     html = html.replace("<!-- styles -->", "\n".join(f"<style>{text}</style>" for text in css))
     html = html.replace("<!-- scripts -->", "\n".join(f"<script>{text}</script>" for text in js))
     policy = [

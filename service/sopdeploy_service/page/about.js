@@ -14,21 +14,22 @@ function showAbout(info, card) {
   byId("card").replaceChildren(...(card.text ? markdown(card.text) : [nothing("README.md")]));
 }
 
+const counted = (count, what) => `${count.toLocaleString("en")} ${what}${count === 1 ? "" : "s"}`;
 const nothing = (what) => make("p", { className: "empty" }, `This bundle has no readable ${what}.`);
 
 /** Return nodes for a certificate's summary. */
 function proof(certificate) {
   const { detached, removed, bytes_removed: bytes, kept, operations, images } = certificate;
   const rows = [
-    ["Taken off", removed ? `${detached.join(", ")} (${removed} tensors, ${bytes.toLocaleString("en")} bytes)` : "nothing; all of it computes the answer"],
-    ["Kept", `${kept} tensors, sha256 equal before and after`],
+    ["Taken off", removed ? `${detached.join(", ")} (${counted(removed, "tensor")}, ${bytes.toLocaleString("en")} bytes)` : "nothing; all of it computes the answer"],
+    ["Kept", `${counted(kept, "tensor")}, sha256 equal before and after`],
     ["One graph", `trained = detached = plain, ${operations} operations, also as ONNX`],
-    ["Numbers", `logits bitwise equal on ${images} probe images`],
+    ["Numbers", `logits bitwise equal on ${counted(images, "probe image")}`],
     ["Graph root", make("code", {}, certificate.root)],
     ["ONNX root", make("code", {}, certificate.onnx_root)],
   ];
   const list = make("dl", {}, ...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
-  return [make("p", { className: "seal" }, seal(), "What serves is proved to be the network that was trained."), list];
+  return [make("p", { className: "seal" }, seal(), "Proved: what answers here is the plain part of the trained network, unchanged."), list];
 }
 
 /** Return the seal's drawing. */

@@ -8,7 +8,7 @@ const WARNINGS = {
   first_frame_only: "Of this animation only the first frame was classified.",
   sixteen_bit_scaled: "The picture's 16 bits per pixel were scaled to 8.",
 };
-const STAGES = { receive: "receive", decode: "decode", queue: "queue", infer: "infer", rest: "network rest" };
+const STAGES = { receive: "receive", decode: "decode", queue: "queue", infer: "infer", rest: "network" };
 
 const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 2 : 1)} %`;
 const milliseconds = (value) => `${value.toFixed(value < 99.5 ? 1 : 0)} ms`;

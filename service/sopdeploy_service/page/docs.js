@@ -56,6 +56,19 @@ function curl(verb, path, about) {
   return `${words.join(" ")} '${url}${query}'`;
 }
 
+/** Return the rows of `responses`; statuses that carry the same body share one. */
+function answers(responses) {
+  const groups = new Map();
+  for (const [status, { description, content }] of Object.entries(responses)) {
+    const key = JSON.stringify(content ?? {});
+    const group = groups.get(key) ?? { content, statuses: [] };
+    group.statuses.push(make("div", {},
+      make("code", { className: status < "400" ? "status good" : "status" }, status), ` ${description}`));
+    groups.set(key, group);
+  }
+  return [...groups.values()].map(({ content, statuses }) => [make("div", {}, ...statuses), "", contentNodes(content)]);
+}
+
 /** Return the panel of one operation. */
 function operation(verb, path, about) {
   const id = anchor(verb, path);
@@ -70,9 +83,7 @@ function operation(verb, path, about) {
         [...typeNodes(entry.schema), ...(entry.description ? [make("div", {}, entry.description)] : [])]])));
   }
   if (about.requestBody) parts.push(make("h3", {}, "Body"), ...contentNodes(about.requestBody.content));
-  parts.push(make("h3", {}, "Answers"), table(Object.entries(about.responses).map(([status, answer]) =>
-    [make("code", { className: status < "400" ? "status good" : "status" }, status), "",
-      [answer.description, ...contentNodes(answer.content)]])));
+  parts.push(make("h3", {}, "Answers"), table(answers(about.responses)));
   parts.push(make("h3", {}, "Example"), codeBlock(curl(verb, path, about), `curl for ${verb.toUpperCase()} ${path}`));
   return make("section", { className: "panel operation", id, "aria-labelledby": `${id}-title` }, ...parts);
 }

@@ -83,8 +83,8 @@ byId("preview").addEventListener("load", () => {
 function showSnippets() {
   const name = state.file?.name ?? "photo.jpg";
   const type = state.file ? typeOf(state.file) : "image/jpeg";
-  byId("snippets").replaceChildren(...snippets(classifyUrl(), name, type).map(([language, code]) =>
-    make("div", {}, make("h3", {}, language), codeBlock(code, `${language} code`))));
+  showTabs(snippets(classifyUrl(), name, type).map(([language, code]) =>
+    [language, codeBlock(code, `${language} code`)]));
 }
 
 byId("file").addEventListener("change", (event) => {

@@ -6,6 +6,33 @@ const shellWord = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 /** Return `text` as a string of Python and JavaScript; both read JSON's. */
 const quoted = (text) => JSON.stringify(text);
 
+/** Show [name, node] pairs as tabs, the one that was open before still open; arrow keys go from tab to tab. */
+function showTabs(pairs) {
+  const open = document.querySelector("#languages [aria-selected=true]")?.textContent ?? pairs[0][0];
+  const tabs = pairs.map(([name]) => make(
+    "button", { type: "button", id: `tab-${name}`, role: "tab", "aria-controls": `code-${name}` }, name));
+  const panels = pairs.map(([name, node]) => make(
+    "div", { id: `code-${name}`, role: "tabpanel", "aria-labelledby": `tab-${name}` }, node));
+  const select = (place) => tabs.forEach((tab, other) => {
+    tab.setAttribute("aria-selected", String(other === place));
+    tab.tabIndex = other === place ? 0 : -1;
+    panels[other].hidden = other !== place;
+  });
+  tabs.forEach((tab, place) => {
+    tab.addEventListener("click", () => select(place));
+    tab.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!step) return;
+      const next = (place + step + tabs.length) % tabs.length;
+      select(next);
+      tabs[next].focus();
+    });
+  });
+  byId("languages").replaceChildren(...tabs);
+  byId("snippets").replaceChildren(...panels);
+  select(pairs.findIndex(([name]) => name === open));
+}
+
 /** Return [language, code] pairs that send the file `name` of media type `type` to `url`. */
 function snippets(url, name, type) {
   return [

@@ -1,0 +1,261 @@
+"""The page at `/` in a real browser, as a person uses it: no request leaves the host, no policy is broken."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+pytestmark = pytest.mark.browser
+
+PHONE = {"width": 380, "height": 800}
+DESK = {"width": 1200, "height": 900}
+# What a test hands over as a file: in the page, as a drop or a paste.
+HAND_OVER = """([kind, bytes, name, type]) => {
+  const files = new DataTransfer();
+  files.items.add(new File([new Uint8Array(bytes)], name, { type }));
+  const traits = { bubbles: true, cancelable: true };
+  const event = kind === "paste"
+    ? new ClipboardEvent("paste", { ...traits, clipboardData: files })
+    : new DragEvent("drop", { ...traits, dataTransfer: files });
+  document.getElementById("drop").dispatchEvent(event);
+}"""
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
+    """`open_page(url, **traits)`; at the end no other host was asked for anything and nothing was wrong."""
+    contexts: list[Any] = []
+    wrong: list[str] = []
+
+    def open_one(url: httpx.URL, path: str = "/", **traits: Any) -> Any:
+        host = str(url).rstrip("/")
+        context = chromium.new_context(**{"viewport": DESK, **traits})
+        contexts.append(context)
+        context.set_default_timeout(10_000)
+        context.route(
+            lambda asked: not asked.startswith((host, "blob:", "data:")),
+            lambda route: (wrong.append(f"asked {route.request.url}"), route.abort()),
+        )
+        page = context.new_page()
+        page.on("pageerror", lambda problem: wrong.append(f"raised {problem}"))
+        page.on("console", lambda message: wrong.extend(complaints(message)))
+        page.goto(host + path)
+        return page
+
+    yield open_one
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def complaints(message: Any) -> list[str]:
+    """An answer of 4xx is on the console too, and is no fault of the page."""
+    expected = message.text.startswith("Failed to load resource: the server responded with a status of 4")
+    return [message.text] if message.type in {"error", "warning"} and not expected else []
+
+
+@pytest.fixture
+def page(open_page: Callable[..., Any], client: httpx.Client) -> Any:
+    return open_page(client.base_url)
+
+
+def give(page: Any, body: bytes, *, kind: str = "drop", name: str = "a.jpg", type: str = "image/jpeg") -> None:
+    page.evaluate(HAND_OVER, [kind, list(body), name, type])
+    done(page)
+
+
+def done(page: Any) -> None:
+    page.wait_for_selector("#answer[aria-busy=false] :is(#classes li, #error:not([hidden]))")
+
+
+def shown(page: Any) -> list[tuple[str, str]]:
+    labels, percents = (
+        page.locator(f"#classes .{part}").all_text_contents() for part in ("label", "percent")
+    )
+    return list(zip(labels, percents, strict=True))
+
+
+def answered(client: httpx.Client, body: bytes, query: str = "") -> list[tuple[str, str]]:
+    """What the API says to the same picture, as the page writes it."""
+    classes = client.post(f"/v1/classify{query}", content=body).json()["classes"]
+    digits = [2 if entry["probability"] < 0.0995 else 1 for entry in classes]
+    return [
+        (entry["label"], f"{100 * entry['probability']:.{count}f} %")
+        for entry, count in zip(classes, digits, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["drop", "paste"])
+def test_a_picture_that_is_dropped_or_pasted_gets_the_five_classes_of_the_api(page, client, jpeg, kind):
+    give(page, jpeg, kind=kind)
+    assert shown(page) == answered(client, jpeg)
+    assert len(shown(page)) == 5
+    widths = page.locator("#classes .track > span").evaluate_all("all => all.map(e => e.clientWidth)")
+    assert widths == sorted(widths, reverse=True)
+    assert page.locator("#preview").evaluate("image => image.naturalWidth") == 50
+
+
+def test_the_page_works_by_keyboard_alone(page, client, jpeg):
+    for _ in range(10):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "file":
+            break
+    outline = page.locator("#drop").evaluate("e => getComputedStyle(e).outlineStyle")
+    assert outline == "solid", "the focus must be seen"
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files({"name": "a.jpg", "mimeType": "image/jpeg", "buffer": jpeg})
+    done(page)
+    assert shown(page) == answered(client, jpeg)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "top-k"
+    page.keyboard.press("Control+A")
+    page.keyboard.type("2")
+    page.keyboard.press("Tab")
+    page.wait_for_selector("#classes:not(:has(li:nth-child(3))) li:nth-child(2)")
+    assert page.evaluate("document.activeElement.id") == "tab-curl"
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.id") == "tab-Python"
+    assert page.locator("#code-Python").is_visible()
+
+
+def test_what_cannot_be_seen_is_said(page, client, jpeg):
+    give(page, jpeg)
+    label, percent = answered(client, jpeg)[0]
+    assert page.get_by_role("status").text_content().startswith(f"Answer: {label} {percent}, ")
+    nameless = page.locator("button, a, input, select").evaluate_all(
+        "all => all.filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length)).length"
+    )
+    assert nameless == 0
+    assert page.get_by_label("Drop another photo").count() == 1
+
+
+def test_the_waterfall_adds_up_to_the_time_that_the_answer_took(page, jpeg):
+    give(page, jpeg)
+    rows = page.locator("#waterfall li > span:first-child").all_text_contents()
+    assert rows == ["receive", "decode", "queue", "infer", "network"]
+    times = [float(text.split()[0]) for text in page.locator("#waterfall .ms").all_text_contents()]
+    total = float(page.locator("#total").text_content().split()[0])
+    assert sum(times) == pytest.approx(total, abs=0.05 * len(rows) + 0.5)
+
+
+def test_a_bad_file_shows_the_sentence_of_the_service_and_the_next_picture_an_answer(page, client, jpeg):
+    give(page, b"no picture", name="notes.txt", type="text/plain")
+    problem = client.post("/v1/classify", content=b"no picture").json()
+    alert = page.get_by_role("alert")
+    assert alert.text_content().lower() == f"{problem['detail']}.{problem['code']}".lower()
+    assert page.locator("#classes li").count() == 0
+    give(page, jpeg)
+    assert alert.is_hidden()
+    assert shown(page) == answered(client, jpeg)
+
+
+def test_a_server_that_is_gone_is_named_in_a_sentence(page, jpeg):
+    page.route("**/v1/classify**", lambda route: route.fulfill(status=200, body="not JSON"))
+    give(page, jpeg)
+    assert "cannot be reached" in page.get_by_role("alert").text_content()
+
+
+def test_warnings_are_sentences(page, make_picture):
+    give(page, make_picture(kind="PNG"))
+    found = page.locator("#warnings li").all_text_contents()
+    assert len(found) == 1
+    assert found[0].startswith("The content type names another format")
+
+
+HARMFUL = "it's \"x\" $(touch owned) `b` <img src=x onerror=alert(1)>.jpg"
+
+
+@pytest.mark.parametrize("language", ["curl", "Python"])
+def test_the_snippet_for_a_picture_gives_its_answer(page, client, jpeg, tmp_path, language):
+    (tmp_path / HARMFUL).write_bytes(jpeg)
+    give(page, jpeg, name=HARMFUL)
+    code = page.locator(f"#code-{language} code").text_content()
+    command = ["sh", "-c", code] if language == "curl" else [sys.executable, "-c", code]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    expected = client.post("/v1/classify", content=jpeg).json()["classes"]
+    if language == "curl":
+        assert json.loads(ran.stdout)["classes"] == expected
+    else:
+        assert [line.split()[0] for line in ran.stdout.splitlines()] == [entry["label"] for entry in expected]
+    assert [path.name for path in tmp_path.iterdir()] == [HARMFUL]
+
+
+def test_the_copy_button_copies_the_code(page, client, jpeg):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    give(page, jpeg)
+    page.get_by_label("Copy curl code").click()
+    page.get_by_text("Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == page.locator("#code-curl code").text_content()
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+@pytest.mark.parametrize(
+    ("name", "traits"),
+    [
+        ("light", {}),
+        ("dark", {"color_scheme": "dark"}),
+        ("phone", {"viewport": PHONE}),
+        ("phone-dark", {"viewport": PHONE, "color_scheme": "dark"}),
+    ],
+)
+def test_the_pages_fit_a_desk_and_a_phone_by_day_and_by_night(
+    open_page, client, jpeg, tmp_path, path, name, traits
+):
+    page = open_page(client.base_url, path, **traits)
+    if path == "/":
+        give(page, jpeg, name="a-file-with-a-long-name-and-nowhere-to-break-it-" * 3 + ".jpg")
+    else:
+        page.wait_for_selector("#schemas section")
+    folder = Path(os.environ.get("SOPDEPLOY_SCREENSHOTS", tmp_path))
+    picture = page.screenshot(path=folder / f"{path.strip('/') or 'page'}-{name}.png", full_page=True)
+    assert len(picture) > 10_000
+    wide, there = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert wide <= there
+    ground = page.locator("body").evaluate("e => getComputedStyle(e).backgroundColor")
+    brightness = sum(map(int, re.findall(r"\d+", ground)[:3])) / 3
+    assert (brightness < 60) == (traits.get("color_scheme") == "dark")
+
+
+def test_the_docs_show_every_operation_and_body_of_the_description(open_page, client):
+    page = open_page(client.base_url, "/docs")
+    page.wait_for_selector("#schemas section")
+    described = client.get("/openapi.json").json()
+    operations = [f"{verb.upper()}{path}" for path, verbs in described["paths"].items() for verb in verbs]
+    assert page.locator(".operation h2").all_text_contents() == operations
+    assert page.locator("#contents a").all_text_contents() == operations
+    assert page.locator("#schemas h3").all_text_contents() == list(described["components"]["schemas"])
+    dead = page.locator("a[href^='#']").evaluate_all(
+        "all => all.filter(e => !document.querySelector(e.getAttribute('href'))).map(e => e.href)"
+    )
+    assert dead == []
+
+
+def test_the_policy_stops_a_script_that_the_page_did_not_bring(chromium, client):
+    page = chromium.new_page()
+    page.goto(str(client.base_url))
+    page.evaluate(
+        "document.body.append(Object.assign(document.createElement('div'), {id: 'mark'}));"
+        "const script = document.createElement('script');"
+        "try { script.text = 'document.getElementById(\"mark\").id = \"owned\"'; document.body.append(script); }"
+        "catch { /* trusted types refuse the text itself */ }"
+    )
+    assert page.locator("#mark").count() == 1
+    page.close()
