@@ -5,8 +5,8 @@ from typing import Any
 
 from sopdeploy.bundle import Bundle
 from sopdeploy.frozen import Frozen
+from sopdeploy_service.schema import GATES
 
-GATES = "gates"  # the output of a network that chooses among experts
 README = "README.md"
 
 

@@ -9,9 +9,10 @@ from sopdeploy.frozen import Frozen
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_service.outcome import Refusal
 
+GATES = "gates"  # the output of a network that chooses among experts
 PROBLEM_JSON = "application/problem+json"
 
-State: TypeAlias = Literal["ok", "draining", "engine_dead"]
+State: TypeAlias = Literal["ok", "draining", "no_model", "engine_dead"]
 
 
 class ClassProbability(Frozen):
@@ -21,15 +22,24 @@ class ClassProbability(Frozen):
     probability: Annotated[float, pydantic.Field(ge=0, le=1)]
 
 
+class Expert(Frozen):
+    """One expert that the gate chose, by its number, and its weight in the sum."""
+
+    expert: int
+    weight: float
+
+
 class Classes(Frozen):
     """The answer to one image: its most probable classes, best first.
 
     `warnings` name what was done to the image that its sender may not expect: `alpha_flattened`,
     `content_type_mismatch`, `exif_rotated`, `first_frame_only`, `sixteen_bit_scaled`.
+    `gates` are the experts that decided, best first; they are there where they were asked for.
     """
 
     classes: tuple[ClassProbability, ...]
     warnings: tuple[str, ...] = ()
+    gates: tuple[Expert, ...] | None = None
 
 
 class Problem(Frozen):
@@ -69,9 +79,10 @@ class Health(Frozen):
     status: State
 
 
-class Info(Frozen):
-    """Which network this server answers with, on what."""
+class ModelInfo(Frozen):
+    """Which network answers for one name, on what."""
 
+    name: str
     bundle: str
     id: str
     model: str
@@ -82,3 +93,11 @@ class Info(Frozen):
     device: str
     largest_batch: int
     versions: dict[str, str]
+
+
+class Info(Frozen):
+    """What this server answers with: its models by name, and which earlier versions it could go back to."""
+
+    server: str
+    models: tuple[ModelInfo, ...]
+    previous: dict[str, str]

@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+from sopdeploy_service.settings import Settings
+
 pytestmark = pytest.mark.browser
 
 PHONE = {"width": 380, "height": 800}
@@ -76,7 +78,9 @@ def page(open_page: Callable[..., Any], client: httpx.Client) -> Any:
     return open_page(client.base_url)
 
 
-def give(page: Any, body: bytes, *, kind: str = "drop", name: str = "a.jpg", type: str = "image/jpeg") -> None:
+def give(
+    page: Any, body: bytes, *, kind: str = "drop", name: str = "a.jpg", type: str = "image/jpeg"
+) -> None:
     page.evaluate(HAND_OVER, [kind, list(body), name, type])
     done(page)
 
@@ -180,7 +184,7 @@ def test_warnings_are_sentences(page, make_picture):
     assert found[0].startswith("The content type names another format")
 
 
-HARMFUL = "it's \"x\" $(touch owned) `b` <img src=x onerror=alert(1)>.jpg"
+HARMFUL = 'it\'s "x" $(touch owned) `b` <img src=x onerror=alert(1)>.jpg'
 
 
 @pytest.mark.parametrize("language", ["curl", "Python"])
@@ -254,8 +258,41 @@ def test_the_policy_stops_a_script_that_the_page_did_not_bring(chromium, client)
     page.evaluate(
         "document.body.append(Object.assign(document.createElement('div'), {id: 'mark'}));"
         "const script = document.createElement('script');"
-        "try { script.text = 'document.getElementById(\"mark\").id = \"owned\"'; document.body.append(script); }"
+        "try { script.text = 'document.querySelector(`#mark`).remove()'; document.body.append(script); }"
         "catch { /* trusted types refuse the text itself */ }"
     )
     assert page.locator("#mark").count() == 1
     page.close()
+
+
+def test_the_experts_of_a_gate_are_shown(open_page, gated_client, make_picture):
+    page = open_page(gated_client.base_url)
+    page.get_by_text("sopdeploy verify .").wait_for()
+    picture = make_picture((200, 190, 20), kind="PNG")
+    give(page, picture, type="image/png")
+    chosen = page.locator("#gates li.chosen .unseen").all_text_contents()
+    gates = gated_client.post("/v1/classify?gates=true", content=picture).json()["gates"]
+    assert sorted(chosen) == sorted(f"expert {entry['expert']}: {entry['weight']:.4f}" for entry in gates)
+    assert page.locator("#gates li").count() == 4
+
+
+def test_card_and_certificate_are_text_and_never_markup(open_page, gated_client):
+    page = open_page(gated_client.base_url)
+    page.get_by_text("sopdeploy verify .").wait_for()
+    assert page.locator("#card strong").text_content() == "linear"
+    assert page.locator("#card li").all_text_contents() == ["one entry\n  that goes on\n", "two"]
+    assert "<img src=x" in page.locator("#card").text_content()
+    assert page.locator("#card img").count() == 0
+    assert "gate.noise (1 tensor, 8 bytes)" in page.locator("#proof").text_content()
+
+
+def test_of_several_models_one_is_chosen_and_asked(open_page, run_server, onnx_runtime, bundle, jpeg):
+    with run_server(onnx_runtime, bundle, Settings(), names=("first", "second")) as client:
+        page = open_page(client.base_url)
+        give(page, jpeg)
+        assert shown(page) == answered(client, jpeg, "?model=first")
+        page.get_by_label("Model").select_option("second")
+        page.locator("h1", has_text="second").wait_for()
+        done(page)
+        assert shown(page) == answered(client, jpeg, "?model=second")
+        assert "model=second" in page.locator("#code-curl code").text_content()

@@ -3,13 +3,13 @@
 
 const SEAL = "M12 2l2.4 2 3.1-.3 1 3 2.6 1.7-.9 3 .9 3-2.6 1.7-1 3-3.1-.3L12 21l-2.4-2.2-3.1.3-1-3L2.9 14.4l.9-3-.9-3 2.6-1.7 1-3 3.1.3z M8.5 11.6l2.4 2.4 4.6-4.8";
 
-/** Show who answers: `info` of `/info`, `card` of `/v1/card`. */
-function showAbout(info, card) {
-  document.title = `${info.model} · sopdeploy`;
-  byId("model").textContent = info.model;
+/** Show who answers: `info` of a model in `/info`, its `card` of `/v1/card`, the version of the `server`. */
+function showAbout(info, card, server) {
+  document.title = `${info.name} · sopdeploy`;
+  byId("model").textContent = info.name;
   const facts = [`${info.labels} classes`, info.precision, `${info.runtime} on ${info.device}`];
   byId("facts").replaceChildren(...facts.map((fact) => make("li", {}, fact)));
-  byId("bundle").textContent = `${info.bundle} · sopdeploy ${info.versions.server}`;
+  byId("bundle").textContent = `${info.bundle} · sopdeploy ${server}`;
   byId("proof").replaceChildren(...(card.certificate ? proof(card.certificate) : [nothing("certificate")]));
   byId("card").replaceChildren(...(card.text ? markdown(card.text) : [nothing("README.md")]));
 }

@@ -1,12 +1,13 @@
 "use strict";
 // The page at `/`: from a picture that is dropped, chosen or pasted to its answer.
 
-const state = { file: null, info: null, card: null, request: null };
+const state = { server: null, info: null, card: null, file: null, request: null };
 
 /** Return the URL that classifies, as the page asks it. */
 function classifyUrl() {
   const url = new URL("v1/classify", document.baseURI);
   url.searchParams.set("top_k", String(topK()));
+  if (state.server?.models.length > 1) url.searchParams.set("model", state.info.name);
   if (state.card?.experts) url.searchParams.set("gates", "true");
   return url.href;
 }
@@ -109,18 +110,42 @@ document.addEventListener("drop", (event) => {
   take(event.dataTransfer?.files[0]);
 });
 
-/** Ask the server who it is and show it. */
+byId("models").addEventListener("change", (event) => choose(event.target.value));
+
+/** Let the model `name` answer from now on. */
+async function choose(name) {
+  try {
+    const card = await fetchJson(`v1/card?model=${encodeURIComponent(name)}`);
+    if (byId("models").value !== name) return; // another one was chosen meanwhile
+    state.card = card;
+  } catch (problem) {
+    showError(problem.message);
+    return;
+  }
+  state.info = state.server.models.find((model) => model.name === name);
+  byId("top-k").max = String(state.info.labels);
+  showAbout(state.info, state.card, state.server.server);
+  showSnippets();
+  if (state.file) {
+    showPreview(state.file);
+    void ask();
+  }
+}
+
+/** Ask the server which models it has and show the first. */
 async function start() {
   showSnippets();
   try {
-    [state.info, state.card] = await Promise.all([fetchJson("info"), fetchJson("v1/card")]);
+    state.server = await fetchJson("info");
   } catch (problem) {
     showError(`the server does not say what it serves: ${problem.message}`);
     return;
   }
-  byId("top-k").max = String(state.info.labels);
-  showAbout(state.info, state.card);
-  showSnippets();
+  const names = state.server.models.map((model) => model.name);
+  byId("models").replaceChildren(...names.map((name) => make("option", {}, name)));
+  byId("chooser").hidden = names.length < 2;
+  if (names.length) await choose(names[0]);
+  else showError("no model is loaded; this server cannot answer yet");
 }
 
 void start();
