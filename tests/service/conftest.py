@@ -215,11 +215,13 @@ def running(
         thread.start()
         wait_for(lambda: server.started)
         limits = httpx.Limits(max_connections=200)
-        with Client(base_url=url(listener), timeout=20, limits=limits) as client:
-            client.app, client.loop = app, server.servers[0].get_loop()
-            yield client
-        server.should_exit = True
-        thread.join(20)
+        try:
+            with Client(base_url=url(listener), timeout=20, limits=limits) as client:
+                client.app, client.loop = app, server.servers[0].get_loop()
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join(20)
         assert not thread.is_alive()
 
 

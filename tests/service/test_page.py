@@ -117,15 +117,20 @@ def test_a_picture_that_is_dropped_or_pasted_gets_the_five_classes_of_the_api(pa
 
 
 def test_the_page_works_by_keyboard_alone(page, client, jpeg):
+    choosers: list[Any] = []
+    page.on("filechooser", lambda chooser: choosers.append(chooser))
     for _ in range(10):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.id") == "file":
             break
     outline = page.locator("#drop").evaluate("e => getComputedStyle(e).outlineStyle")
     assert outline == "solid", "the focus must be seen"
-    with page.expect_file_chooser() as chooser:
-        page.keyboard.press("Enter")
-    chooser.value.set_files({"name": "a.jpg", "mimeType": "image/jpeg", "buffer": jpeg})
+    page.keyboard.press("Enter")
+    for _ in range(200):
+        if choosers:
+            break
+        page.wait_for_timeout(20)
+    choosers[0].set_files({"name": "a.jpg", "mimeType": "image/jpeg", "buffer": jpeg})
     done(page)
     assert shown(page) == answered(client, jpeg)
     page.keyboard.press("Tab")
@@ -291,7 +296,7 @@ def test_of_several_models_one_is_chosen_and_asked(open_page, run_server, onnx_r
         page = open_page(client.base_url)
         give(page, jpeg)
         assert shown(page) == answered(client, jpeg, "?model=first")
-        page.get_by_label("Model").select_option("second")
+        page.get_by_label("Model", exact=True).select_option("second")
         page.locator("h1", has_text="second").wait_for()
         done(page)
         assert shown(page) == answered(client, jpeg, "?model=second")

@@ -29,7 +29,7 @@ function proof(certificate) {
     ["ONNX root", make("code", {}, certificate.onnx_root)],
   ];
   const list = make("dl", {}, ...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
-  return [make("p", { className: "seal" }, seal(), "Proved: what answers here is the plain part of the trained network, unchanged."), list];
+  return [make("p", { className: "seal" }, seal(), "Proved: nothing was taken off but what only training needs."), list];
 }
 
 /** Return the seal's drawing. */

@@ -7,7 +7,7 @@ const state = { server: null, info: null, card: null, file: null, request: null 
 function classifyUrl() {
   const url = new URL("v1/classify", document.baseURI);
   url.searchParams.set("top_k", String(topK()));
-  if (state.server?.models.length > 1) url.searchParams.set("model", state.info.name);
+  if (state.info && state.server.models.length > 1) url.searchParams.set("model", state.info.name);
   if (state.card?.experts) url.searchParams.set("gates", "true");
   return url.href;
 }
@@ -24,7 +24,8 @@ function take(file) {
   state.file = file;
   showPreview(file);
   showSnippets();
-  void ask();
+  if (state.info) void ask();
+  else starting = starting.then(() => state.info ?? start()); // whatever starts well asks for the picture
 }
 
 /** Send the picture and show what comes back; a newer picture makes an older answer worthless. */
@@ -148,4 +149,4 @@ async function start() {
   else showError("no model is loaded; this server cannot answer yet");
 }
 
-void start();
+let starting = start();

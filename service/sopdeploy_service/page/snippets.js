@@ -6,13 +6,18 @@ const shellWord = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 /** Return `text` as a string of Python and JavaScript; both read JSON's. */
 const quoted = (text) => JSON.stringify(text);
 
-/** Show [name, node] pairs as tabs, the one that was open before still open; arrow keys go from tab to tab. */
+/** Show [name, node] pairs as tabs; where they are already there only the nodes change, so no focus is lost. */
 function showTabs(pairs) {
-  const open = document.querySelector("#languages [aria-selected=true]")?.textContent ?? pairs[0][0];
-  const tabs = pairs.map(([name]) => make(
+  if (!byId("languages").hasChildNodes()) makeTabs(pairs.map(([name]) => name));
+  for (const [name, node] of pairs) byId(`code-${name}`).replaceChildren(node);
+}
+
+/** Make a tab and a panel for each of `names`; arrow keys go from tab to tab. */
+function makeTabs(names) {
+  const tabs = names.map((name) => make(
     "button", { type: "button", id: `tab-${name}`, role: "tab", "aria-controls": `code-${name}` }, name));
-  const panels = pairs.map(([name, node]) => make(
-    "div", { id: `code-${name}`, role: "tabpanel", "aria-labelledby": `tab-${name}` }, node));
+  const panels = names.map((name) => make(
+    "div", { id: `code-${name}`, role: "tabpanel", "aria-labelledby": `tab-${name}` }));
   const select = (place) => tabs.forEach((tab, other) => {
     tab.setAttribute("aria-selected", String(other === place));
     tab.tabIndex = other === place ? 0 : -1;
@@ -30,7 +35,7 @@ function showTabs(pairs) {
   });
   byId("languages").replaceChildren(...tabs);
   byId("snippets").replaceChildren(...panels);
-  select(pairs.findIndex(([name]) => name === open));
+  select(0);
 }
 
 /** Return [language, code] pairs that send the file `name` of media type `type` to `url`. */
