@@ -72,11 +72,13 @@ def to_rgb(picture: Image.Image, rules: Preprocess) -> Image.Image:
         picture = picture.convert("RGBA")
         canvas = Image.new("RGBA", picture.size, (*rules.background, 255))
         picture = Image.alpha_composite(canvas, picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def upright(picture: Image.Image) -> Image.Image:
     """Return *picture* turned as its EXIF orientation says; unreadable EXIF data is ignored."""
+    if not is_turned(picture):  # Pillow would copy the picture all the same
+        return picture
     try:
         return ImageOps.exif_transpose(picture)
     except Exception:  # Pillow also writes the data anew, and damaged tags fail there in many ways

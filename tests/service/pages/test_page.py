@@ -1,109 +1,16 @@
-"""The page at `/` in a real browser, as a person uses it: no request leaves the host, no policy is broken."""
+"""The page at `/` in a real browser, as a person uses it."""
 
 import json
-import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from sopdeploy_service.settings import Settings
+from tests.service.pages.person import answered, done, give, shown
 
 pytestmark = pytest.mark.browser
-
-PHONE = {"width": 380, "height": 800}
-DESK = {"width": 1200, "height": 900}
-# What a test hands over as a file: in the page, as a drop or a paste.
-HAND_OVER = """([kind, bytes, name, type]) => {
-  const files = new DataTransfer();
-  files.items.add(new File([new Uint8Array(bytes)], name, { type }));
-  const traits = { bubbles: true, cancelable: true };
-  const event = kind === "paste"
-    ? new ClipboardEvent("paste", { ...traits, clipboardData: files })
-    : new DragEvent("drop", { ...traits, dataTransfer: files });
-  document.getElementById("drop").dispatchEvent(event);
-}"""
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
-    """`open_page(url, **traits)`; at the end no other host was asked for anything and nothing was wrong."""
-    contexts: list[Any] = []
-    wrong: list[str] = []
-
-    def open_one(url: httpx.URL, path: str = "/", **traits: Any) -> Any:
-        host = str(url).rstrip("/")
-        context = chromium.new_context(**{"viewport": DESK, **traits})
-        contexts.append(context)
-        context.set_default_timeout(10_000)
-        context.route(
-            lambda asked: not asked.startswith((host, "blob:", "data:")),
-            lambda route: (wrong.append(f"asked {route.request.url}"), route.abort()),
-        )
-        page = context.new_page()
-        page.on("pageerror", lambda problem: wrong.append(f"raised {problem}"))
-        page.on("console", lambda message: wrong.extend(complaints(message)))
-        page.goto(host + path)
-        return page
-
-    yield open_one
-    for context in contexts:
-        context.close()
-    assert wrong == []
-
-
-def complaints(message: Any) -> list[str]:
-    """An answer of 4xx is on the console too, and is no fault of the page."""
-    expected = message.text.startswith("Failed to load resource: the server responded with a status of 4")
-    return [message.text] if message.type in {"error", "warning"} and not expected else []
-
-
-@pytest.fixture
-def page(open_page: Callable[..., Any], client: httpx.Client) -> Any:
-    return open_page(client.base_url)
-
-
-def give(
-    page: Any, body: bytes, *, kind: str = "drop", name: str = "a.jpg", type: str = "image/jpeg"
-) -> None:
-    page.evaluate(HAND_OVER, [kind, list(body), name, type])
-    done(page)
-
-
-def done(page: Any) -> None:
-    page.wait_for_selector("#answer[aria-busy=false] :is(#classes li, #error:not([hidden]))")
-
-
-def shown(page: Any) -> list[tuple[str, str]]:
-    labels, percents = (
-        page.locator(f"#classes .{part}").all_text_contents() for part in ("label", "percent")
-    )
-    return list(zip(labels, percents, strict=True))
-
-
-def answered(client: httpx.Client, body: bytes, query: str = "") -> list[tuple[str, str]]:
-    """What the API says to the same picture, as the page writes it."""
-    classes = client.post(f"/v1/classify{query}", content=body).json()["classes"]
-    digits = [2 if entry["probability"] < 0.0995 else 1 for entry in classes]
-    return [
-        (entry["label"], f"{100 * entry['probability']:.{count}f} %")
-        for entry, count in zip(classes, digits, strict=True)
-    ]
 
 
 @pytest.mark.parametrize("kind", ["drop", "paste"])
@@ -213,61 +120,6 @@ def test_the_copy_button_copies_the_code(page, client, jpeg):
     page.get_by_label("Copy curl code").click()
     page.get_by_text("Copied").wait_for()
     assert page.evaluate("navigator.clipboard.readText()") == page.locator("#code-curl code").text_content()
-
-
-@pytest.mark.parametrize("path", ["/", "/docs"])
-@pytest.mark.parametrize(
-    ("name", "traits"),
-    [
-        ("light", {}),
-        ("dark", {"color_scheme": "dark"}),
-        ("phone", {"viewport": PHONE}),
-        ("phone-dark", {"viewport": PHONE, "color_scheme": "dark"}),
-    ],
-)
-def test_the_pages_fit_a_desk_and_a_phone_by_day_and_by_night(
-    open_page, client, jpeg, tmp_path, path, name, traits
-):
-    page = open_page(client.base_url, path, **traits)
-    if path == "/":
-        give(page, jpeg, name="a-file-with-a-long-name-and-nowhere-to-break-it-" * 3 + ".jpg")
-    else:
-        page.wait_for_selector("#schemas section")
-    folder = Path(os.environ.get("SOPDEPLOY_SCREENSHOTS", tmp_path))
-    picture = page.screenshot(path=folder / f"{path.strip('/') or 'page'}-{name}.png", full_page=True)
-    assert len(picture) > 10_000
-    wide, there = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
-    assert wide <= there
-    ground = page.locator("body").evaluate("e => getComputedStyle(e).backgroundColor")
-    brightness = sum(map(int, re.findall(r"\d+", ground)[:3])) / 3
-    assert (brightness < 60) == (traits.get("color_scheme") == "dark")
-
-
-def test_the_docs_show_every_operation_and_body_of_the_description(open_page, client):
-    page = open_page(client.base_url, "/docs")
-    page.wait_for_selector("#schemas section")
-    described = client.get("/openapi.json").json()
-    operations = [f"{verb.upper()}{path}" for path, verbs in described["paths"].items() for verb in verbs]
-    assert page.locator(".operation h2").all_text_contents() == operations
-    assert page.locator("#contents a").all_text_contents() == operations
-    assert page.locator("#schemas h3").all_text_contents() == list(described["components"]["schemas"])
-    dead = page.locator("a[href^='#']").evaluate_all(
-        "all => all.filter(e => !document.querySelector(e.getAttribute('href'))).map(e => e.href)"
-    )
-    assert dead == []
-
-
-def test_the_policy_stops_a_script_that_the_page_did_not_bring(chromium, client):
-    page = chromium.new_page()
-    page.goto(str(client.base_url))
-    page.evaluate(
-        "document.body.append(Object.assign(document.createElement('div'), {id: 'mark'}));"
-        "const script = document.createElement('script');"
-        "try { script.text = 'document.querySelector(`#mark`).remove()'; document.body.append(script); }"
-        "catch { /* trusted types refuse the text itself */ }"
-    )
-    assert page.locator("#mark").count() == 1
-    page.close()
 
 
 def test_the_experts_of_a_gate_are_shown(open_page, gated_client, make_picture):
