@@ -53,7 +53,8 @@ async def classify(
 
     One image gives `{"classes": [...]}` or its error. Several give `{"results": [...]}` with status
     200, in order, each `{"classes": [...]}` or `{"error": {...}}`; only what concerns the whole
-    request (queue full, deadline, a damaged form) fails it as a whole.
+    request (queue full, deadline, a damaged form) fails it as a whole. `warnings` beside the classes name
+    what was done to the image, such as `exif_rotated`.
     """
     service = service_of(request)
     started = time.monotonic()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.resources import files
 from typing import Any
 
 import pytest
@@ -99,12 +100,17 @@ def test_warnings_are_sentences(page, make_picture):
 HARMFUL = 'it\'s "x" $(touch owned) `b` <img src=x onerror=alert(1)>.jpg'
 
 
-@pytest.mark.parametrize("language", ["curl", "Python"])
+@pytest.mark.parametrize("language", ["curl", "Python", "JavaScript"])
 def test_the_snippet_for_a_picture_gives_its_answer(page, client, jpeg, tmp_path, language):
     (tmp_path / HARMFUL).write_bytes(jpeg)
     give(page, jpeg, name=HARMFUL)
     code = page.locator(f"#code-{language} code").text_content()
-    command = ["sh", "-c", code] if language == "curl" else [sys.executable, "-c", code]
+    command = {
+        "curl": ["sh", "-c", code],
+        "Python": [sys.executable, "-c", code],
+        # playwright brings its own node
+        "JavaScript": [str(files("playwright") / "driver" / "node"), "--input-type=module", "--eval", code],
+    }[language]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
     expected = client.post("/v1/classify", content=jpeg).json()["classes"]
     if language == "curl":
