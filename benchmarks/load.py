@@ -1,4 +1,4 @@
-"""A closed-loop load generator that costs little: N connections, each sends its next request when the last is answered.
+"""A closed-loop load generator that costs little: each of N connections sends again when it was answered.
 
 Raw sockets under asyncio with requests made beforehand, because the client shares the cores with the server.
 Loopback only. `python benchmarks/load.py URL FOLDER --connections 32 --seconds 6` prints one JSON line.

@@ -45,11 +45,9 @@ def pretend(fixed_ms: float, per_image_ms: float, largest: int) -> Inference:
     )
 
 
-def settings_of(given: argparse.Namespace) -> Settings:
+def settings_for(largest: int, *, decoders: int, threads: int) -> Settings:
     """Return the server's settings."""
-    return load_settings(
-        max_batch=given.largest, decoders=given.decoders, threads=given.threads, queue_size=1024
-    )
+    return load_settings(max_batch=largest, decoders=decoders, threads=threads, queue_size=1024)
 
 
 def main() -> None:
@@ -62,7 +60,7 @@ def main() -> None:
     parser.add_argument("--decoders", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
-    settings = settings_of(given)
+    settings = settings_for(given.largest, decoders=given.decoders, threads=given.threads)
     if given.bundle is not None:
         inference = open_verified(given.bundle, settings)
     elif given.pretend:
