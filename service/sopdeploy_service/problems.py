@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
@@ -29,9 +30,9 @@ class RefusedError(Exception):
 def json_response(
     body: BaseModel, *, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Return *body* as a JSON response."""
+    """Return *body* as a JSON response; what is None is left out."""
     return Response(
-        orjson.dumps(body.model_dump()),
+        orjson.dumps(body.model_dump(exclude_none=True)),
         status_code=status,
         headers=headers,
         media_type="application/json",
@@ -47,6 +48,15 @@ def problem_response(refusal: Refusal, headers: Mapping[str, str] | None = None)
         extra["Connection"] = "close"
     body = orjson.dumps(Problem.of(refusal).model_dump())
     return Response(body, status_code=refusal.status, headers=extra, media_type=PROBLEM_JSON)
+
+
+def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return how the OpenAPI description tells that these *statuses* come with a `Problem`."""
+    body = {"schema": {"$ref": "#/components/schemas/Problem"}}
+    return {
+        status: {"description": HTTPStatus(status).phrase, "content": {PROBLEM_JSON: body}}
+        for status in statuses
+    }
 
 
 def install(app: FastAPI) -> None:
