@@ -98,8 +98,8 @@ def first_off(
 def part_drifts(
     path: Path, program: ExportedProgram, outputs: Sequence[str], images: NDArray[np.uint8]
 ) -> tuple[PartDrift, ...]:
-    """Return how far the file at *path* is off where a part ends, for at most `PARTS` parts over its depth."""
-    found = drifts(path, program, outputs, images[:PICTURES_OF_PARTS], spread_over_depth)
+    """Return how far the file at *path* is off where a part ends, for at most `PARTS` of them."""
+    found = drifts(path, program, outputs, images[-PICTURES_OF_PARTS:], spread_over_depth)
     return tuple(
         PartDrift(part=place.part, drift=place.drift, noise_floor=place.floor)
         for place in found
@@ -122,7 +122,7 @@ def drifts(
     images: NDArray[np.uint8],
     choose: Callable[[Sequence[Boundary]], Sequence[Boundary]] = lambda places: places,
 ) -> Iterator[Drift]:
-    """Give the drift of the file at *path*, lowered from *program*, at the boundaries chosen, in their order."""
+    """Give the drift of the file at *path*, lowered from *program*, at the boundaries chosen."""
     model = onnx.load(path)
     converted = convert(program, outputs, max(opset.version for opset in model.opset_import)).exported_program
     if converted is None:
@@ -149,10 +149,17 @@ def drift_at(
     name = place.value
     if name not in exact or name not in own or found[name].shape != exact[name].shape:
         return None
-    smallest = 4 * float(np.finfo(np.float32).eps) * float(np.abs(exact[name]).max(initial=0.0))
-    floor = max(smallest, float(np.abs(own[name] - exact[name]).max(initial=0.0)), 1e-30)
-    drift = float(np.abs(found[name].astype(np.float64) - exact[name]).max(initial=0.0))
-    return Drift(part=place.part, drift=drift, floor=floor)
+    finite = np.abs(exact[name][np.isfinite(exact[name])])
+    smallest = 4 * float(np.finfo(np.float32).eps) * float(finite.max(initial=0.0))
+    floor = max(smallest, farthest(own[name], exact[name]), 1e-30)
+    return Drift(part=place.part, drift=farthest(found[name], exact[name]), floor=floor)
+
+
+def farthest(values: NDArray[Any], exact: NDArray[Any]) -> float:
+    """Return the largest difference; an infinity in both, as a gate gives what it leaves out, is none."""
+    same = values == exact
+    difference = np.where(same, 0.0, values.astype(np.float64)) - np.where(same, 0.0, exact)
+    return float(np.abs(difference).max(initial=0.0))
 
 
 def boundaries(program: ExportedProgram, model: onnx.ModelProto) -> list[Boundary]:

@@ -25,7 +25,7 @@ FLOORS_BY_PRECISION: Mapping[Precision, float] = {
 
 
 class Flip(Frozen):
-    """One probe image whose top class is another: the class numbers, and the network's margin between them."""
+    """A probe image whose top class is another: class numbers, and the network's margin between them."""
 
     image: int
     network: int
