@@ -33,27 +33,30 @@ def bars(
     name: str, title: str, rows: Sequence[Bar], largest: float, marks: Sequence[tuple[float, str]] = ()
 ) -> Html:
     """Return bars of at most *largest*, and upright *marks* at some values."""
-    scale = (FIGURES - 6 - LABELS) / largest if largest > 0 else 0.0
-    height = HEAD + STEP * len(rows)
+
+    def length(value: float) -> float:
+        return (FIGURES - 6 - LABELS) * min(value, largest) / largest if largest > 0 else 0.0
+
+    head = HEAD if marks else 2.0
+    height = head + STEP * len(rows)
     shapes = [
         join(
             [
-                tag("path", d=f"M{LABELS + value * scale:.2f} 18V{height - 2}", class_="mark"),
-                words(LABELS + value * scale, 13, text, "small", "end" if value > largest / 2 else "start"),
+                tag("path", d=f"M{LABELS + length(value):.2f} 18V{height - 2}", class_="mark"),
+                words(LABELS + length(value), 13, text, "small", "end" if value > largest / 2 else "start"),
             ]
         )
         for value, text in marks
     ]
     for position, row in enumerate(rows):
-        y = HEAD + STEP * position
-        length = max(1.5, min(row.value, largest) * scale)
+        y = head + STEP * position
         shapes.append(
             tag(
                 "g",
                 tag("title", f"{row.label}: {row.text}"),
                 words(LABELS - 6, y + 10, shortened(row.label, LETTERS), "small", "end"),
-                tag("rect", x=LABELS, y=y + 1, width=length, height=STEP - 6, class_="bar"),
-                words(max(FIGURES, LABELS + length + 4), y + 10, row.text, "small"),
+                tag("rect", x=LABELS, y=y + 1, width=length(row.value), height=STEP - 6, class_="bar"),
+                words(FIGURES, y + 10, row.text, "small"),
             )
         )
     said = "; ".join(f"{row.label} {row.text}" for row in rows)

@@ -9,7 +9,8 @@ from sopdeploy_export.report_page.markup import Html, figure, join, picture, sho
 
 WIDTH, ROW, BOX = 360, 50, 36
 MAIN, SIDE = 196, 226  # where the boxes that ship end, and where those that leave begin
-LETTERS, FEW_LETTERS = 27, 18
+LETTERS, FEW_LETTERS = 19, 15
+DOT = "\N{MIDDLE DOT}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +82,7 @@ def draw(name: str, title: str, rows: Sequence[Row], *, gone: bool) -> Html:
     for position, row in enumerate(rows):
         if position:
             shapes.append(arrow(top - (ROW - BOX), top - 2))
-        shapes.append(box(0, top, MAIN, row.name, (row.kind, row.shape, row.parameters), "box"))
+        shapes.append(shipping_box(top, row))
         for place, leaver in enumerate(row.leavers):
             shapes.append(beside(top, top + place * ROW, leaver, gone=gone))
         below = top + max(1, len(row.leavers)) * ROW
@@ -95,37 +96,35 @@ def beside(row_top: float, top: float, leaver: Part, *, gone: bool) -> Html:
     """Return the box of a part that leaves, and the line from the box that it starts at."""
     middle, start = top + BOX / 2, row_top + BOX / 2
     line = f"M{MAIN} {start}H{(MAIN + SIDE) / 2}V{middle}H{SIDE}"
-    facts = ("removed" if gone else leaver.kind, leaver.shape, leaver.parameters)
-    return join(
-        [
-            tag("path", d=line, class_="flow gone" if gone else "flow"),
-            box(SIDE, top, WIDTH - SIDE, leaver.name, facts, "box gone" if gone else "box extra"),
-        ]
-    )
+    state = "removed" if gone else leaver.kind
+    name = leaver.name if len(leaver.name) <= FEW_LETTERS else leaver.name.rpartition(".")[2]
+    texts = [
+        words(SIDE + 8, top + 15, shortened(name, FEW_LETTERS), "name"),
+        words(SIDE + 8, top + 29, shortened(f"{state} {DOT} {short(leaver.parameters)}", 22), "small"),
+    ]
+    shown = box(SIDE, top, WIDTH - SIDE, "box gone" if gone else "box extra", full(leaver, state), texts)
+    return join([tag("path", d=line, class_="flow gone" if gone else "flow"), shown])
 
 
-def box(
-    x: float, y: float, width: float, name: str, facts: tuple[str, tuple[int, ...], int], kind: str
-) -> Html:
-    """Return a box with its name, and under it what it is, its output's shape and its parameters."""
-    what, sizes, parameters = facts
-    letters = LETTERS if width >= MAIN else FEW_LETTERS
-    weights = f"{short(parameters)} parameters" if parameters else "no parameters"
-    full = f"{name}: {what}, {shape(sizes)}, {weights}"
-    under = (
-        f"{what} \N{MIDDLE DOT} {shape(sizes)}"
-        if width >= MAIN
-        else f"{what} \N{MIDDLE DOT} {short(parameters)}"
-    )
-    return tag(
-        "g",
-        tag("title", full),
-        tag("rect", x=x + 1, y=y, width=width - 2, height=BOX, rx=5),
-        words(x + 8, y + 15, shortened(name, letters - 8 if width >= MAIN else letters), "name"),
-        words(x + width - 8, y + 15, short(parameters), "small", "end") if width >= MAIN else Html(""),
-        words(x + 8, y + 29, shortened(under, letters + 6 if width >= MAIN else letters + 3), "small"),
-        class_=kind,
-    )
+def shipping_box(top: float, row: Row) -> Html:
+    """Return the box of what ships: name and parameters, under them what it is and its output's shape."""
+    texts = [
+        words(8, top + 15, shortened(row.name, LETTERS), "name"),
+        words(MAIN - 8, top + 15, short(row.parameters), "small", "end"),
+        words(8, top + 29, shortened(f"{row.kind} {DOT} {shape(row.shape)}", 32), "small"),
+    ]
+    return box(0, top, MAIN, "box", full(row, row.kind), texts)
+
+
+def box(x: float, y: float, width: float, kind: str, title: str, texts: Sequence[Html]) -> Html:
+    """Return a box with *texts* in it; *title* is told to who points at it or listens."""
+    frame = tag("rect", x=x + 1, y=y, width=width - 2, height=BOX, rx=5)
+    return tag("g", tag("title", title), frame, *texts, class_=kind)
+
+
+def full(what: Row | Part, state: str) -> str:
+    """Return all that a box says, unabridged."""
+    return f"{what.name}: {state}, output {shape(what.shape)}, {short(what.parameters)} parameters"
 
 
 def arrow(top: float, bottom: float) -> Html:

@@ -4,6 +4,7 @@ import html
 from collections.abc import Iterable, Sequence
 
 VOID = frozenset({"meta", "br"})
+KEPT = frozenset("\n\N{NO-BREAK SPACE}")  # not printable by Python's reckoning, and harmless
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -32,7 +33,7 @@ def join(children: Iterable[str]) -> Html:
 
 def clean(text: str) -> str:
     """Return *text* escaped, without characters that would steer how others are shown."""
-    return html.escape("".join(c if c.isprintable() or c == "\n" else REPLACEMENT for c in text))
+    return html.escape("".join(c if c.isprintable() or c in KEPT else REPLACEMENT for c in text))
 
 
 def amount(value: str | float) -> str:
@@ -40,8 +41,10 @@ def amount(value: str | float) -> str:
     return value if isinstance(value, str) else f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, hashes: bool = False) -> Html:
-    """Return a table whose first column names its rows; *hashes* says that the last one holds long words."""
+def table(
+    caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str | None = None
+) -> Html:
+    """Return a table whose first column names its rows; *kind* may be `figures` or `hashes`."""
     head = tag("tr", *(tag("th", text, scope="col") for text in heads))
     body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
     return tag(
@@ -51,7 +54,7 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, 
             tag("caption", caption),
             tag("thead", head),
             tag("tbody", *body),
-            class_="hashes" if hashes else None,
+            class_=kind,
         ),
         class_="scroll",
     )

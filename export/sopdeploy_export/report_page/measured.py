@@ -30,6 +30,7 @@ def drift_section(found: Findings) -> Html:
             )
             for name, output in parity.outputs.items()
         ],
+        kind="figures",
     )
     state = "within what is allowed" if parity.passed else "NOT within what is allowed; that was accepted"
     intro = paragraph(
@@ -58,6 +59,7 @@ def parts_chart(found: Findings) -> Html:
             (part.part, f"{part.drift:.3g}", f"{part.noise_floor:.3g}", f"{part.in_floors:.2f}")
             for part in parity.parts
         ],
+        kind="figures",
     )
     chart = bars("parts", "Drift of each part in multiples of its noise floor", rows, largest, marks)
     return Html(
@@ -146,7 +148,9 @@ def spectral_section(found: Findings) -> Html | None:
     note = (
         "The residual is the distance of the squared root from its matrix that so many steps leave by design."
     )
-    return section("Second-order parts", "spectral", table("Roots", heads, rows), paragraph(note))
+    return section(
+        "Second-order parts", "spectral", table("Roots", heads, rows, kind="figures"), paragraph(note)
+    )
 
 
 def precision_section(found: Findings) -> Html:

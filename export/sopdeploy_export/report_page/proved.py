@@ -82,7 +82,7 @@ def proof_section(found: Findings) -> Html:
             ("the checkpoint (sha256)", found.fields["lineage"].checkpoint_sha256),
             ("model.onnx in this bundle", found.fields["lineage"].onnx_root),
         ],
-        hashes=True,
+        kind="hashes",
     )
     items = [tag("li", tag("strong", name), f" {text}") for name, text in statements]
     removed = table(
@@ -118,7 +118,7 @@ def lowering_section(found: Findings) -> Html:
     forms = table(
         "Forms that were chosen among equal ones",
         ("where", "form", "among", "chosen by"),
-        [(choice.where, choice.form, ", ".join(choice.among), choice.by) for choice in report.choices],
+        [(choice.where, choice.form, "; ".join(choice.among), choice.by) for choice in report.choices],
     )
     return section(
         "Lowering",
@@ -135,7 +135,7 @@ def files_section(found: Findings) -> Html:
         "Files of the bundle beside this page; manifest.json has the page's own hash",
         ("file", "bytes", "sha256"),
         [(name, f"{record.bytes:,}", record.sha256) for name, record in found.files.items()],
-        hashes=True,
+        kind="hashes",
     )
     versions = table("Versions", ("package", "version"), found.fields["versions"].items())
     operators = table(

@@ -39,6 +39,7 @@ def speed_section(found: Findings) -> Html:
             )
             for row in rows
         ],
+        kind="figures",
     )
     facts = ", ".join(f"{key} {value}" for key, value in found.speed.machine.items())
     chart = curves(
