@@ -67,7 +67,8 @@ class Watched:
     def _ended(self, name: str, output: Any) -> None:
         if isinstance(output, Tensor):
             self._alive.append(output)
-            self._makers[id(output)] = self._last = name
+            self._last = name
+            self._makers.setdefault(id(output), name)  # the innermost: what lies around it passes it on
             self.shapes.pop(name, None)
             self.shapes[name] = tuple(output.shape[1:])
 

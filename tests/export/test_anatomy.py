@@ -37,6 +37,15 @@ def anatomy_of(name: str, **config: object) -> Anatomy:
             },
         ),
         ("dsop-efficientnet-b0", {"branches.blocks_4_2": "blocks.4", "branches.blocks_6_0": "blocks.6"}),
+        (
+            "dsop-timm:regnety_002",
+            {
+                "branches.s1": "s1",
+                "branches.s2": "s2",
+                "branches.s3": "s3",
+                "branches.s4": "s4",
+            },
+        ),
         ("psdr-resnet50", {"auxiliary.step1": "pooling", "auxiliary.step2": "pooling"}),
         ("gmsop-16-8-resnet18", {"gate.noise": "gate"}),
         ("gsop-net1-resnet26", {}),
