@@ -1,15 +1,12 @@
 """`sopdeploy export` and `sopdeploy verify`: from checkpoint to bundle, and is it whole."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from sopdeploy.cli.console import one_line_errors, out, plain, print_json, steps
-
-if TYPE_CHECKING:
-    from sopdeploy_export.pipeline import Exported
-    from sopdeploy_export.precision_report import PrecisionReport
+from sopdeploy.cli.closing import show
+from sopdeploy.cli.console import one_line_errors, out, print_json, steps
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 
@@ -53,6 +50,13 @@ def export(
     autotune: Annotated[
         bool, typer.Option("--autotune", help="Time equal forms here instead of using the rule of thumb.")
     ] = False,
+    measure_speed: Annotated[
+        bool,
+        typer.Option(
+            "--measure-speed",
+            help="Time it against the plain backbone here; report.html is then another at each export.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Turn a checkpoint into a bundle: detach, prove, lower to ONNX, compare, write.
@@ -83,61 +87,13 @@ def export(
             lowering=lowering,
             autotune=autotune,
             precision=chosen,
+            measure_speed=measure_speed,
         )
         exported = run(checkpoint, destination, options, step)
     if as_json:
         print_json(exported.summary())
     else:
         show(exported)
-
-
-def show(exported: "Exported") -> None:
-    """Print what was removed, proved and measured, on one screen."""
-    certificate, parity = exported.certificate, exported.parity
-    rows = {
-        "removed": f"{', '.join(certificate.detached) or 'nothing'} "
-        f"({len(certificate.removed)} tensors, {certificate.bytes_removed:,} bytes)",
-        "kept": f"{len(certificate.kept)} tensors, sha256 equal before and after",
-        "graph": f"trained = detached = plain, root {certificate.roots.any_batch[:16]} "
-        f"({certificate.roots.operations} operations; also at batch 1, also as ONNX)",
-        "logits": f"bitwise equal on {certificate.images} probe images",
-        "onnx": f"{parity.file_bytes:,} bytes, {sum(parity.operators.values())} operators",
-        "drift": f"{parity.logits.largest_drift:.2g} = {parity.logits.drift_in_floors:.1f} noise floors "
-        f"(allowed {parity.logits.tolerance:.2g}), top class equal on {parity.top1.agree} of {parity.images}",
-        "types": f"{exported.precision.precision}: "
-        + ", ".join(f"{count} parts in {name}" for name, count in exported.precision.summary().items()),
-        **cost_rows(exported.precision),
-        "rules": rules_line(exported),
-        "bundle": str(exported.path),
-    }
-    for name, text in rows.items():
-        out.print(f"[bold]{name:8}[/] {plain(text)}")
-    if parity.drift_allowed:
-        out.print("[bold yellow]warning[/]  the numbers drift; the bundle records that this was allowed")
-
-
-def cost_rows(precision: "PrecisionReport") -> dict[str, str]:
-    """Return what the precision costs in answers, and the dearest layers, where it was measured."""
-    rows = {}
-    if precision.accuracy is not None:
-        found = precision.accuracy
-        top1 = "" if found.before is None else f"top-1 {found.before:.2%} before, {found.after:.2%} after; "
-        rows["answers"] = (
-            f"{top1}as float32 on {found.agree} of {found.images} pictures "
-            f"({found.low:.1%} to {found.high:.1%})"
-        )
-    if precision.quantisation is not None:
-        costs = ", ".join(f"{cost.part} {cost.share:.1%}" for cost in precision.quantisation.costs[:3])
-        rows["dearest"] = costs or "no layer moves the logits"
-    return rows
-
-
-def rules_line(exported: "Exported") -> str:
-    """Return which rules were applied, how often, and which forms were chosen."""
-    report = exported.lowering
-    rules = ", ".join(f"{name} ({times})" for name, times in report.summary.items()) or "none applies"
-    forms = "; ".join(f"{choice.where}: {choice.form} ({choice.by})" for choice in report.choices)
-    return f"{rules}; {forms}" if forms else rules
 
 
 def verify(
