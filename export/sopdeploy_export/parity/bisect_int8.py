@@ -1,8 +1,8 @@
 """On failure in int8: which convolution is the first that the runtime's kernels compute otherwise.
 
-Boundaries are the values that the graph rounds to bytes, read behind their DequantizeLinear, so that the
-runtime still fuses what is before. The yardstick of each is what rounding itself does there: how far the
-graph, operator by operator, is from the float32 graph.
+What a convolution gives is read behind its DequantizeLinear where the graph rounds it to bytes, so that the
+runtime still fuses what is before. The yardstick is what rounding itself does there: how far the graph,
+operator by operator, is from the float32 graph.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ def first_off_int8(
 
     *sound* is the int8 graph as it was made, *plain* the float32 graph it was made of.
     """
-    places = rounded_values(sound)
+    places = convolution_values(sound)
     names, pixels = list(places), images[:PICTURES]
     found = run_file(onnx.load(path), names, pixels)
     own = run_file(sound, names, pixels, optimised=False)
@@ -37,31 +37,19 @@ def first_off_int8(
     return None
 
 
-def rounded_values(model: onnx.ModelProto) -> dict[str, Boundary]:
-    """Return, by the name of the dequantised value, each value that *model* rounds to bytes.
-
-    Its part is the last convolution that led to it; what is before the first one is left out.
-    """
-    weights = {
-        node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"
+def convolution_values(model: onnx.ModelProto) -> dict[str, Boundary]:
+    """Return what is behind every int8 convolution of *model*, by the name of the value to read there."""
+    dequantised = {node.input[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    rounded = {
+        node.input[0]: dequantised[node.output[0]].output[0]
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear" and node.output[0] in dequantised
     }
-    order: dict[str, int] = {}
-    parts: list[str] = []
-    rounded: dict[str, str] = {}
-    found: dict[str, Boundary] = {}
+    codes = {node.output[0]: name for name, node in dequantised.items()}
+    found = {}
     for node in model.graph.node:
-        if node.op_type == "Conv":
-            weight = weights.get(node.input[1], node.input[1]).removesuffix("_quantized")
-            order[node.output[0]] = len(parts)
-            parts.append(weight.rpartition(".")[0] or weight)
-            continue
-        before = [order[name] for name in node.input if name in order]
-        if not before:
-            continue
-        order.update(dict.fromkeys(node.output, max(before)))
-        if node.op_type == "QuantizeLinear":
-            rounded[node.output[0]] = node.input[0]
-        elif node.op_type == "DequantizeLinear" and node.input[0] in rounded:
-            value = rounded[node.input[0]]
-            found[node.output[0]] = Boundary(value=value, part=parts[max(before)])
+        if node.op_type == "Conv" and node.input[1] in codes:
+            value = node.output[0]
+            part = codes[node.input[1]].rpartition(".")[0]
+            found[rounded.get(value, value)] = Boundary(value=value, part=part)
     return found
