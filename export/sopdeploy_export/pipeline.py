@@ -25,6 +25,7 @@ from sopdeploy_export.lowering.lowered import Certified, Lowered, Wish, lower_by
 from sopdeploy_export.onnx_root import file_root, onnx_root
 from sopdeploy_export.parity import ParityReport, Reference, compare, reference
 from sopdeploy_export.parity.bisect import first_off, part_drifts
+from sopdeploy_export.parity.bisect_int8 import first_off_int8
 from sopdeploy_export.parity.spectral import spectral_records
 from sopdeploy_export.precision import STORED
 from sopdeploy_export.preconditions import refuse_training_parts, refuse_what_cannot_ship
@@ -118,6 +119,7 @@ def export(
         )
         card = manifest_fields(checkpoint, certificate, options.batch, lineage, expected) | {
             "precision": options.precision.precision,
+            "int8_for": options.precision.int8_for if options.precision.precision == "int8" else None,
             "opset": shipping.opset,
         }
         (folder / "README.md").write_text(
@@ -187,7 +189,7 @@ def compared(
 
     def locate(file: Path) -> str | None:
         if precision == "int8":
-            return None
+            return first_off_int8(file, shipping.model, shipping.certified, images, expected.floors)
         return first_off(file, shipping.program, lean.outputs, images, expected.floors)
 
     parity = compare(

@@ -33,7 +33,14 @@ def export(
     calibrate: Annotated[Path | None, typer.Option(help="Pictures to read int8 ranges off.")] = None,
     calibration: Annotated[
         str, typer.Option(help="How ranges are found: minmax, entropy or percentile.")
-    ] = "minmax",
+    ] = "percentile",
+    int8_for: Annotated[
+        str | None, typer.Option(help="Runtime whose form of int8 is written: cpu or tensorrt. default cpu")
+    ] = None,
+    keep_float: Annotated[
+        list[str] | None,
+        typer.Option(help="A part whose convolutions stay in float32, with int8; repeat it."),
+    ] = None,
     evaluate: Annotated[
         Path | None, typer.Option(help="Pictures by class, to measure top-1 before and after.")
     ] = None,
@@ -65,6 +72,7 @@ def export(
     """
     with one_line_errors(), steps("exporting", quiet=as_json) as step:
         from sopdeploy.manifest import BatchRange
+        from sopdeploy_export.int8 import choose_int8_for, choose_keep_float
         from sopdeploy_export.pipeline import ExportOptions
         from sopdeploy_export.pipeline import export as run
         from sopdeploy_export.precision import choose_calibration, choose_iteration, choose_precision
@@ -76,6 +84,8 @@ def export(
             newton_schulz=choose_iteration(newton_schulz, kind),
             calibrate=calibrate,
             calibration=choose_calibration(calibration),
+            int8_for=choose_int8_for(int8_for, kind),
+            keep_float=choose_keep_float(keep_float or [], kind),
             evaluate=evaluate,
             max_drop=max_drop,
         )

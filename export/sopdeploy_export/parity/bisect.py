@@ -197,13 +197,15 @@ def product_name(kind: str, count: int) -> tuple[str, int]:
     return ("covariance", 1) if count == 0 else (f"iteration {count}", count)
 
 
-def run_file(model: onnx.ModelProto, names: Sequence[str], images: NDArray[np.uint8]) -> dict[str, Any]:
-    """Return the values called *names* in *model* for *images*."""
+def run_file(
+    model: onnx.ModelProto, names: Sequence[str], images: NDArray[np.uint8], *, optimised: bool = True
+) -> dict[str, Any]:
+    """Return the values called *names* in *model* for *images*, with the runtime's fusions or without."""
     wanted = list(names)
     probed = by_casts(model) if holds_bfloat16(model) else onnx.shape_inference.infer_shapes(model)
     outputs = {value.name for value in probed.graph.output}
     probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in outputs)
-    session: ort.InferenceSession = open_session(probed)
+    session: ort.InferenceSession = open_session(probed, optimised=optimised)
     values = session.run(wanted, {session.get_inputs()[0].name: images})
     return dict(zip(wanted, values, strict=True))
 
