@@ -25,7 +25,7 @@ from sopdeploy_export.lower_onnx import lower, operator_counts, write
 from sopdeploy_export.lowering.lowered import Certified, Lowered, lower_by_rules
 from sopdeploy_export.lowering.report import LoweringReport
 from sopdeploy_export.onnx_root import file_root, onnx_root
-from sopdeploy_export.parity import ParityReport, Reference, compare, reference
+from sopdeploy_export.parity import ParityReport, Reference, compare, reference, with_spectral
 from sopdeploy_export.parity.bisect import first_off
 from sopdeploy_export.parity.spectral import spectral_records
 from sopdeploy_export.precision_report import PrecisionReport
@@ -204,7 +204,7 @@ def compared(
         locate=locate,
     )
     records = spectral_records(shipping.spectral, torch.from_numpy(images))
-    return expected, parity.model_copy(update={"spectral": records})
+    return expected, with_spectral(parity, records, allow_drift=options.allow_drift)
 
 
 def refuse_training_parts(trained: Classifier) -> Classifier:

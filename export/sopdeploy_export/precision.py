@@ -43,7 +43,11 @@ STORED = {"fp16": torch.float16, "bf16-backbone": torch.bfloat16}
 ROOTS = (ISqrtCov, LoweredRoot, TextbookRoot)
 ISLANDS = (GlobalPooling, *ROOTS, SparseGate, Excitation, FoldedExcitation, nn.BatchNorm1d)
 ALONE = (CompensatedAfter,)  # islands but for their parts: root and scale here, the products in `linear`
-RETURNING = (ChannelAttention, TextbookChannelAttention, PositionAttention)  # they scale a map, and keep its type
+RETURNING = (
+    ChannelAttention,
+    TextbookChannelAttention,
+    PositionAttention,
+)  # they scale a map, and keep its type
 REDUCTIONS = ("layer_reduce", "layer_reduce_bn")  # parts of a pooling that are ordinary convolutions
 
 

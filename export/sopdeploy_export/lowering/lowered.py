@@ -38,7 +38,7 @@ class Lowered(NamedTuple):
     report: LoweringReport
 
     def in_other_types(self, network: Backbone, program: ExportedProgram, opset: int) -> "Lowered":
-        """Return the same for *network*, a copy of this one with casts in it, of which *program* is the graph."""
+        """Return the same for *network*, a copy of this one with casts, whose graph is *program*."""
         model = lower(program, network.outputs, opset)
         if not self.report.textbook:
             model, _ = centre_by_mean(model)
