@@ -32,6 +32,7 @@ from sopdeploy.pooling.base import GlobalPooling
 from sopdeploy.pooling.isqrt_cov import ISqrtCov
 from sopdeploy_export.fold_norms import fold_norms
 from sopdeploy_export.lowering.compensation import CompensatedAfter
+from sopdeploy_export.lowering.equality import prove
 from sopdeploy_export.lowering.root import LoweredRoot
 from sopdeploy_export.lowering.row_conv import FoldedExcitation
 from sopdeploy_export.lowering.textbook import TextbookChannelAttention, TextbookRoot
@@ -39,6 +40,7 @@ from sopdeploy_export.lowering.textbook import TextbookChannelAttention, Textboo
 Part = TypeVar("Part", bound=nn.Module)
 Iteration = Literal["fp32", "fp16"]
 Calibration = Literal["minmax", "entropy", "percentile"]
+FOLD = "batch norms folded into the convolutions"
 STORED = {"fp16": torch.float16, "bf16-backbone": torch.bfloat16}
 ROOTS = (ISqrtCov, LoweredRoot, TextbookRoot)
 ISLANDS = (GlobalPooling, *ROOTS, SparseGate, Excitation, FoldedExcitation, nn.BatchNorm1d)
@@ -82,12 +84,33 @@ def choose_calibration(name: str) -> Calibration:
     raise ConfigError(f"--calibration: {name!r} is none of {', '.join(get_args(Calibration))}")
 
 
-def with_precision(network: Backbone, program: ExportedProgram, precision: Precision) -> Backbone:
+class Answer(nn.Module):
+    """Normalised images in, the network's first output out."""
+
+    def __init__(self, network: Backbone) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return the logits."""
+        return self.network.answer(pixels)[0]
+
+
+def with_precision(
+    network: Backbone, program: ExportedProgram, precision: Precision, pixels: Tensor
+) -> Backbone:
     """Return a copy of *network*, in eval mode, that computes in *precision*, of `STORED`.
 
     *network* may have been rewritten by the lowering rules. *program* is its captured graph, which says which
-    batch norms fold into the convolution before them.
+    batch norms fold into the convolution before them. Raises `LoweringError` where the folded network gives
+    other numbers for *pixels*, normalised images, in float64: the noise floor would take that for rounding.
     """
+
+    def build(answer: Answer) -> Answer:
+        fold_norms(answer.network, program)
+        return answer
+
+    prove(FOLD, "the network", Answer(network), build, (pixels,))
     folded = copy.deepcopy(network)
     fold_norms(folded, program)
     return place_casts(folded, precision)

@@ -21,6 +21,7 @@ from sopdeploy.backbones.base import Backbone
 from sopdeploy.errors import ConfigError, LoweringError, ParityError
 from sopdeploy.frozen import Frozen
 from sopdeploy.manifest import BatchRange, Precision
+from sopdeploy.normalise import Normalise
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_export.accuracy import labelled, with_labels, without_labels
 from sopdeploy_export.capture import Deployed, capture_any_batch
@@ -48,7 +49,9 @@ from sopdeploy_export.precision_report import (
     part_precisions,
     refuse_other_types,
 )
-from sopdeploy_export.probe_images import calibration_images
+from sopdeploy_export.probe_images import calibration_images, probe_images
+
+PROVED = 2  # pictures that a fold is proved on, beside as many random ones
 
 
 class PrecisionOptions(Frozen):
@@ -120,7 +123,8 @@ def ship(
     opset = OPSET_OF_BFLOAT16 if options.precision == "bf16-backbone" else OPSET
     shipped, own = lowered, deployed
     if options.precision in STORED:
-        cast = with_precision(lowered.network, lowered.program, options.precision)
+        pixels = Normalise(preprocess)(torch.from_numpy(probe_images(preprocess)[:PROVED]))
+        cast = with_precision(lowered.network, lowered.program, options.precision, pixels)
         program = capture_any_batch(cast, preprocess, batch)
         shipped = lowered.in_other_types(cast, program, opset)
         own = Deployed(cast, preprocess).eval()

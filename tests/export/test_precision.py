@@ -18,6 +18,7 @@ from sopdeploy.normalise import Normalise
 from sopdeploy.pooling.isqrt_cov import ISqrtCovConfig
 from sopdeploy.preprocess import Preprocess
 from sopdeploy.probes import read_probes
+from sopdeploy_export import fold_norms
 from sopdeploy_export import ship as shipping
 from sopdeploy_export.capture import capture, capture_any_batch
 from sopdeploy_export.detach import detach
@@ -61,7 +62,7 @@ def cast_graph(
     options = PrecisionOptions(precision=precision, newton_schulz=choose_iteration(iteration, precision))
     pixels = Normalise(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
     rewritten = rewrite(lean, pixels, SMALL, shipping.wished(options, rules=rules, autotune=False)).network
-    cast = with_precision(rewritten, capture_any_batch(rewritten, preprocess, SMALL), precision)
+    cast = with_precision(rewritten, capture_any_batch(rewritten, preprocess, SMALL), precision, pixels)
     graph = capture_any_batch(cast, preprocess, SMALL)
     opset = OPSET_OF_BFLOAT16 if precision == "bf16-backbone" else OPSET
     model = lower(graph, lean.outputs, opset)
@@ -126,6 +127,25 @@ def test_the_papers_formulas_are_cast_too(make: Make, preprocess: Preprocess) ->
     _, types = cast_graph(make("isqrt-resnet8"), preprocess, "fp16", rules=False)
     assert types["pooling.root"] == {"float32"}
     assert types["fc"] == {"float16"}
+
+
+def test_a_batch_norm_folded_twice_is_refused_though_the_noise_floor_would_swallow_it(
+    make: Make, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = fold_norms.fold
+
+    def twice(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+        honest(convolution, norm)
+        honest(convolution, norm)
+
+    monkeypatch.setattr(fold_norms, "fold", twice)
+    network = make("resnet8")
+    program = capture_any_batch(network, preprocess, SMALL)
+    pixels = Normalise(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
+    with pytest.raises(
+        LoweringError, match=r"'batch norms folded into the convolutions'.*changes the answer"
+    ):
+        with_precision(network, program, "fp16", pixels)
 
 
 def test_a_copy_is_cast_and_the_network_stays(make: Make, preprocess: Preprocess) -> None:
