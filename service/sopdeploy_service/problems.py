@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from sopdeploy_service.outcome import CLIENT_GONE, Refusal
 from sopdeploy_service.schema import PROBLEM_JSON, Problem
+from sopdeploy_service.tally import CURRENT
 
 LINGER_SECONDS = 2.0
 LINGER_BYTES = 100_000_000
@@ -46,6 +47,9 @@ def json_response(
 
 def problem_response(refusal: Refusal, headers: Mapping[str, str] | None = None) -> Response:
     """Return the response that tells *refusal*."""
+    tally = CURRENT.get()
+    if tally is not None:
+        tally.code = refusal.code
     extra = dict(headers or {})
     if refusal.retry_after is not None:
         extra["Retry-After"] = str(refusal.retry_after)

@@ -33,7 +33,7 @@ REQUEST_BODY = {
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "content": {PROBLEM_JSON: {}}}
-    for status in (400, 404, 408, 413, 415, 422, 429, 500, 503, 504)
+    for status in (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 }
 
 

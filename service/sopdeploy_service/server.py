@@ -1,10 +1,14 @@
 """`sopdeploy serve`: one process, from a verified start to a drained end."""
 
+import importlib
+import logging
+import os
 import socket
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -12,15 +16,21 @@ import uvicorn
 from PIL import Image
 
 from sopdeploy.errors import ConfigError
+from sopdeploy_service import logs
 from sopdeploy_service.app import create_app
+from sopdeploy_service.faults import Faults, parse_faults
 from sopdeploy_service.service import Service
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import FAULTS_VARIABLE, Settings
 from sopdeploy_service.shelf import Shelf
+from sopdeploy_service.start_up import Timeline
+from sopdeploy_service.tally import OpenTrace
 from sopdeploy_service.verified import open_verified
 
 ENGINE_DEAD_EXIT = 70  # EX_SOFTWARE; a supervisor should start the process again
 CLOSING_SECONDS = 2  # for the last answers to leave, after everything was answered or refused
 KEEP_ALIVE_SECONDS = 65  # longer than the idle time of common load balancers
+
+log = logging.getLogger("sopdeploy.server")
 
 
 def serve(sources: Sequence[str | Path], settings: Settings) -> int:
@@ -28,13 +38,27 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
 
     A source is a bundle, a folder of bundles, or `NAME=BUNDLE`. 0 after a drain, 70 where an engine died.
     Prints one line, `ready: URL  BUNDLE ...`, when the probes gave the right numbers and the port is open.
-    Raises `ConfigError` where it cannot listen, and what `Shelf` and `open_verified` raise for the bundles.
+    Raises `ConfigError` where it cannot listen, keys or `SOPDEPLOY_FAULTS` are wrong, or tracing is asked for
+    and not installed; and what `Shelf` and `open_verified` raise for the bundles.
     """
+    timeline = Timeline()
+    timeline.mark("imports")
+    logs.set_up(settings)
+    faults = ordered_faults()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
-    with bind(settings.host, settings.port) as listener:
+    with traced(settings) as open_trace, bind(settings.host, settings.port) as listener:
         shelf = Shelf(sources)
         inferences = {name: open_verified(path, settings) for name, path in shelf.bundles.items()}
-        app = create_app(inferences, settings, shelf if settings.model_control else None)
+        for inference in inferences.values():
+            for step, seconds in inference.seconds.items():
+                timeline.add(step, seconds)
+        app = create_app(
+            inferences,
+            settings,
+            shelf if settings.model_control else None,
+            faults=faults,
+            open_trace=open_trace,
+        )
         config = uvicorn.Config(
             app,
             ws="none",
@@ -47,9 +71,39 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
         )
         names = " ".join(inference.bundle.name for inference in inferences.values())
         ready = f"ready: {url(listener)}  {names}"
-        server = DrainingServer(config, app.state.service, settings.drain_seconds, ready)
+        server = DrainingServer(config, app.state.service, settings.drain_seconds, ready, timeline)
         server.run(sockets=[listener])
-    return ENGINE_DEAD_EXIT if app.state.service.state == "engine_dead" else 0
+    state = app.state.service.state
+    log.info("stopped", extra={"state": state})
+    return ENGINE_DEAD_EXIT if state == "engine_dead" else 0
+
+
+def ordered_faults() -> Faults:
+    """Return the faults that the environment orders, and warn of them; raises `ConfigError`."""
+    text = os.environ.get(FAULTS_VARIABLE, "")
+    if text:
+        log.warning("%s is set: this server will fail on purpose", FAULTS_VARIABLE, extra={"faults": text})
+    return parse_faults(text)
+
+
+@contextmanager
+def traced(settings: Settings) -> Iterator[OpenTrace | None]:
+    """Give what begins the trace of a request where *settings* ask for it; what is left is sent at the end.
+
+    Raises `ConfigError` where the extra is missing.
+    """
+    if not settings.tracing:
+        yield None
+        return
+    try:
+        tracing = importlib.import_module("sopdeploy_service.tracing")
+    except ImportError as problem:
+        raise ConfigError("tracing: needs OpenTelemetry; pip install 'sopdeploy[otel]'") from problem
+    tracer = tracing.Tracing(tracing.exporting())
+    try:
+        yield tracer.open
+    finally:
+        tracer.close()
 
 
 class DrainingServer(uvicorn.Server):
@@ -60,12 +114,21 @@ class DrainingServer(uvicorn.Server):
     what is not answered by then gets 503.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float, ready: str) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        drain_seconds: float,
+        ready: str,
+        timeline: Timeline,
+    ) -> None:
         super().__init__(config)
         self._service = service
         self._drain_seconds = drain_seconds
         self._ready = ready
+        self._timeline = timeline
         self._drain_until: float | None = None
+        self._drain_told = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the port and say so."""
@@ -75,6 +138,8 @@ class DrainingServer(uvicorn.Server):
             raise ConfigError(f"cannot listen ({problem.strerror}); choose another port") from problem
         sys.stdout.write(self._ready + "\n")
         sys.stdout.flush()
+        self._timeline.mark("listen")
+        self._timeline.tell()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Begin to drain, or end the drain; uvicorn's own would end with the signal's exit code."""
@@ -87,12 +152,18 @@ class DrainingServer(uvicorn.Server):
         if self._service.state == "engine_dead":
             return True
         if self._drain_until is not None:
+            self._tell_drain()
             late = time.monotonic() >= self._drain_until
             if late:
                 self._service.abandon()
             if late or self._service.requests == 0:
                 return True
         return await super().on_tick(counter)
+
+    def _tell_drain(self) -> None:  # not in the signal's handler, which may interrupt a line of the log
+        if not self._drain_told:
+            self._drain_told = True
+            log.info("draining", extra={"requests": self._service.requests, "seconds": self._drain_seconds})
 
 
 def bind(host: str, port: int) -> socket.socket:

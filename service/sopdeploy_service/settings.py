@@ -5,6 +5,7 @@ the default. The file is the one given, else what `SOPDEPLOY_CONFIG` names.
 """
 
 import difflib
+import ipaddress
 import json
 import os
 import tomllib
@@ -38,11 +39,11 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", allow_inf_nan=False)
 
-    host: str = "127.0.0.1"
+    host: str = "127.0.0.1"  # 0.0.0.0: every address of this machine
     port: Annotated[int, pydantic.Field(ge=0, le=65_535)] = 8000  # 0: any free port
 
-    max_body_bytes: Count = 20_000_000
-    max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = 50_000_000
+    max_body_bytes: Count = 20_000_000  # of one request
+    max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = 50_000_000  # of one picture
     max_images: Count = 32  # in one request
     top_k: Count = 5  # classes in an answer that asks for no other number
 
@@ -52,15 +53,26 @@ class Settings(BaseSettings):
 
     decoders: Count = 2  # threads that turn bytes into pixels
     runtime: RuntimeName = "auto"  # auto: the first that was set up here
-    engine_cache: Path | None = None  # of TensorRT; None: beside the bundle
-    threads: Count | None = None  # of the engine; None: one per core
-    max_batch: Count | None = None  # None: 4 on a CPU, else what the bundle was verified for
-    max_queue_delay_ms: Annotated[float, pydantic.Field(ge=0, le=10_000)] = 0.0
-    engine_timeout_seconds: Seconds | None = (
-        None  # a batch that takes longer: the engine hangs; None: 20 times
+    engine_cache: Path | None = None  # of TensorRT; not set: beside the bundle
+    threads: Count | None = None  # of the engine; not set: one per core
+    max_batch: Count | None = None  # not set: 4 on a CPU, else what the bundle was verified for
+    max_queue_delay_ms: Annotated[float, pydantic.Field(ge=0, le=10_000)] = (
+        0.0  # an idle engine waits so long for more
     )
-    # what such a batch usually takes, at least 4 s
-    model_control: bool = False  # may clients load, unload and swap models?
+    engine_timeout_seconds: Seconds | None = None  # then an engine hangs; not set: 20 times the usual, >= 4 s
+    model_control: bool = False  # may clients load, unload and swap models? Needs keys where others can ask
+
+    keys: Path | None = None  # the file of `sopdeploy key`: who may ask, and how often; not set: everybody
+    metrics_need_key: bool = False  # else /metrics is open, as /livez and /readyz always are
+
+    log: Literal["json", "console"] | None = (
+        None  # not set: console on a terminal, else JSON of warnings only
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = "info"  # debug also logs probes and scrapes
+    startup_timeline: bool = False  # log where the time of the start went, whatever the log level
+    tracing: bool = (
+        False  # send OpenTelemetry spans where OTEL_EXPORTER_OTLP_ENDPOINT says; needs the extra `otel`
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -79,6 +91,23 @@ class Settings(BaseSettings):
         if self.max_images > self.queue_size:
             raise ValueError(f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size})")
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _models_are_not_everybodys(self) -> "Settings":
+        if self.model_control and self.keys is None and not is_loopback(self.host):
+            raise ValueError(
+                f"model_control on {self.host} without keys would let everybody swap models; "
+                "make a key with the scope admin (`sopdeploy key NAME --file keys.toml --admin`)"
+            )
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach *host*."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def load_settings(file: Path | None = None, /, **given: Any) -> Settings:

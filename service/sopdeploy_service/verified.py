@@ -6,7 +6,8 @@ this machine computes wrongly.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,16 @@ LARGEST_ON_CPU = 4  # more gains nothing on a CPU and makes the first image of a
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inference:
-    """A bundle, a runtime for it, its replays by batch size, and (images, seconds) of each run."""
+    """A bundle, a runtime for it, its replays by batch size, and (images, seconds) of each run.
+
+    *seconds* says how long each step of opening it took.
+    """
 
     bundle: Bundle
     runtime: Runtime
     replays: dict[int, Replay]
     timings: tuple[tuple[int, float], ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def open_verified(path: Path, settings: Settings) -> Inference:
@@ -38,7 +43,9 @@ def open_verified(path: Path, settings: Settings) -> Inference:
 
     Raises `BundleError`, `RuntimeUnavailableError` or `ParityError`.
     """
+    moments = [time.monotonic()]
     bundle = open_bundle(path)
+    moments.append(time.monotonic())
     smallest = bundle.manifest.batch.minimum
     if smallest > 1:
         raise RuntimeUnavailableError(
@@ -46,9 +53,18 @@ def open_verified(path: Path, settings: Settings) -> Inference:
             "export it with a smallest batch of 1"
         )
     runtime = choose(bundle, settings)
+    moments.append(time.monotonic())
     timed = Timed(runtime)
     replays = replay_all(bundle, timed, largest_batch(runtime, settings))
-    return Inference(bundle=bundle, runtime=runtime, replays=replays, timings=tuple(timed.timings))
+    moments.append(time.monotonic())
+    spent = (after - before for before, after in pairwise(moments))
+    return Inference(
+        bundle=bundle,
+        runtime=runtime,
+        replays=replays,
+        timings=tuple(timed.timings),
+        seconds=dict(zip(("hashes", "session", "probes"), spent, strict=True)),
+    )
 
 
 class Timed:
