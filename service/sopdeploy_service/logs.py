@@ -7,7 +7,8 @@ line of the log stays one line: JSON escapes it, and for people nothing unprinta
 import logging
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TextIO
 
 import structlog
@@ -19,7 +20,8 @@ ROOT = "sopdeploy"
 START_UP = "sopdeploy.start_up"  # the timeline; may be asked for alone
 
 
-def set_up(settings: Settings, stream: TextIO | None = None) -> None:
+@contextmanager
+def writing(settings: Settings, stream: TextIO | None = None) -> Iterator[None]:
     """Send the log of this process to *stream*, by default stderr, in the form that *settings* name.
 
     Where they name none: lines for people on a terminal, elsewhere JSON of warnings and errors only, so that
@@ -30,11 +32,15 @@ def set_up(settings: Settings, stream: TextIO | None = None) -> None:
     quiet = settings.log is None and not people
     handler = logging.StreamHandler(stream)
     handler.setFormatter(formatter(for_people=people, colours=stream.isatty()))
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)  # other libraries
+    logging.getLogger().addHandler(handler)  # of other libraries too; their level stays as it is: warnings
     logging.getLogger(ROOT).setLevel("WARNING" if quiet else settings.log_level.upper())
     logging.getLogger(START_UP).setLevel("INFO" if settings.startup_timeline else logging.NOTSET)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        for name in (ROOT, START_UP):
+            logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 def formatter(*, for_people: bool, colours: bool = False) -> structlog.stdlib.ProcessorFormatter:

@@ -43,10 +43,13 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
     """
     timeline = Timeline()
     timeline.mark("imports")
-    logs.set_up(settings)
-    faults = ordered_faults()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
-    with traced(settings) as open_trace, bind(settings.host, settings.port) as listener:
+    with (
+        logs.writing(settings),
+        traced(settings) as open_trace,
+        bind(settings.host, settings.port) as listener,
+    ):
+        faults = ordered_faults()
         shelf = Shelf(sources)
         inferences = {name: open_verified(path, settings) for name, path in shelf.bundles.items()}
         for inference in inferences.values():
@@ -73,17 +76,18 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
         ready = f"ready: {url(listener)}  {names}"
         server = DrainingServer(config, app.state.service, settings.drain_seconds, ready, timeline)
         server.run(sockets=[listener])
-    state = app.state.service.state
-    log.info("stopped", extra={"state": state})
+        state = app.state.service.state
+        log.info("stopped", extra={"state": state})
     return ENGINE_DEAD_EXIT if state == "engine_dead" else 0
 
 
 def ordered_faults() -> Faults:
     """Return the faults that the environment orders, and warn of them; raises `ConfigError`."""
     text = os.environ.get(FAULTS_VARIABLE, "")
+    faults = parse_faults(text)
     if text:
         log.warning("%s is set: this server will fail on purpose", FAULTS_VARIABLE, extra={"faults": text})
-    return parse_faults(text)
+    return faults
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -147,10 +148,14 @@ def running(
     *,
     names: Iterable[str] = ("tiny",),
     shelf: Shelf | None = None,
+    **options: Any,
 ) -> Iterator[Client]:
-    """A real server for *runtime*, under each of *names*, on a free loopback port; gives a client for it."""
+    """A real server for *runtime*, under each of *names*, on a free loopback port; gives a client for it.
+
+    *options* go to `create_app`.
+    """
     inference = Inference(bundle=bundle, runtime=runtime, replays={})
-    app = create_app(dict.fromkeys(names, inference), settings, shelf)
+    app = create_app(dict.fromkeys(names, inference), settings, shelf, **options)
     config = uvicorn.Config(app, lifespan="on", log_config=None, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     with bind("127.0.0.1", 0) as listener:
