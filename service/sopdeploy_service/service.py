@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import ImageError
-from sopdeploy_service.decode import decode
+from sopdeploy_service.decode import decode, keep_memory
 from sopdeploy_service.faults import NONE, Faults
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.model import Model
@@ -61,6 +61,7 @@ class Service:
             name: replace(found, runtime=faults.over(found.runtime)) for name, found in inferences.items()
         }
         self.repository = Repository(inferences, settings, self.metrics, shelf)
+        keep_memory(settings.decoders)
         self._decoders = ThreadPoolExecutor(settings.decoders, thread_name_prefix="decoder")
         self._decode_bytes = faults.over_decoder(decode)
         self._admitted = 0

@@ -25,7 +25,7 @@ class Trace(Protocol):
         ...
 
     def batch(self, sharing: Sequence["Trace"], started: float, ended: float) -> None:
-        """Tell of a batch, linked to the requests *sharing* it. Called by an engine's thread."""
+        """Tell of a batch, linked to the requests *sharing* it."""
         ...
 
     def end(self, route: str, status: int, stages: Stages) -> None:
