@@ -46,13 +46,14 @@ class KeyRing:
 
     def __init__(self, keys: tuple[Key, ...]) -> None:
         self.keys = keys
+        self._digests = [(bytes.fromhex(key.sha256), key) for key in keys]
 
     def find(self, given: bytes) -> Key | None:
         """Return the key that *given* is; every key is compared, whatever the answer, in constant time."""
         digest = hashlib.sha256(given).digest()
         found = None
-        for key in self.keys:
-            if hmac.compare_digest(digest, bytes.fromhex(key.sha256)):
+        for known, key in self._digests:
+            if hmac.compare_digest(digest, known):
                 found = key
         return found
 

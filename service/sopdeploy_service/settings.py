@@ -26,6 +26,8 @@ from sopdeploy.frozen import first_problem
 
 Count = Annotated[int, pydantic.Field(ge=1)]
 RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
+Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
+LogForm = Literal["json", "console"]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
 
 PREFIX = "SOPDEPLOY_"
@@ -39,7 +41,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", allow_inf_nan=False)
 
-    host: str = "127.0.0.1"  # 0.0.0.0: every address of this machine
+    host: str = "127.0.0.1"  # who can reach it; 0.0.0.0: every address of this machine
     port: Annotated[int, pydantic.Field(ge=0, le=65_535)] = 8000  # 0: any free port
 
     max_body_bytes: Count = 20_000_000  # of one request
@@ -56,23 +58,17 @@ class Settings(BaseSettings):
     engine_cache: Path | None = None  # of TensorRT; not set: beside the bundle
     threads: Count | None = None  # of the engine; not set: one per core
     max_batch: Count | None = None  # not set: 4 on a CPU, else what the bundle was verified for
-    max_queue_delay_ms: Annotated[float, pydantic.Field(ge=0, le=10_000)] = (
-        0.0  # an idle engine waits so long for more
-    )
-    engine_timeout_seconds: Seconds | None = None  # then an engine hangs; not set: 20 times the usual, >= 4 s
+    max_queue_delay_ms: Delay = 0.0  # how long an idle engine waits for more images
+    engine_timeout_seconds: Seconds | None = None  # a batch may take; not set: 20 times the usual, >= 4 s
     model_control: bool = False  # may clients load, unload and swap models? Needs keys where others can ask
 
     keys: Path | None = None  # the file of `sopdeploy key`: who may ask, and how often; not set: everybody
     metrics_need_key: bool = False  # else /metrics is open, as /livez and /readyz always are
 
-    log: Literal["json", "console"] | None = (
-        None  # not set: console on a terminal, else JSON of warnings only
-    )
+    log: LogForm | None = None  # json, console; not set: console on a terminal, else JSON of warnings only
     log_level: Literal["debug", "info", "warning", "error"] = "info"  # debug also logs probes and scrapes
     startup_timeline: bool = False  # log where the time of the start went, whatever the log level
-    tracing: bool = (
-        False  # send OpenTelemetry spans where OTEL_EXPORTER_OTLP_ENDPOINT says; needs the extra `otel`
-    )
+    tracing: bool = False  # send OpenTelemetry spans to OTEL_EXPORTER_OTLP_ENDPOINT; needs the extra `otel`
 
     @classmethod
     def settings_customise_sources(
