@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from sopdeploy_service import problems, routes, status
+from sopdeploy_service import pages, problems, routes, status
 from sopdeploy_service.faults import NONE, Faults
 from sopdeploy_service.gate import METRICS, OPEN, Gate
 from sopdeploy_service.keys import open_ring
@@ -49,10 +49,11 @@ def create_app(
         summary="Image classification with " + ", ".join(sorted(inferences)),
         lifespan=life,
         redirect_slashes=False,  # a redirect would drop the image
+        docs_url=None,  # FastAPI's own pages load their scripts from another host
         redoc_url=None,
     )
     app.state.service = service
-    for router in (routes.router, status.router):
+    for router in (routes.router, status.router, pages.router):
         app.include_router(router)
     problems.install(app)
     if settings.keys is not None:
