@@ -25,6 +25,7 @@ Value = TypeVar("Value")
 
 ENTRY = re.compile(r"(engine=hang|engine=nan|engine=raise|engine=oom|decoder=die)@([1-9][0-9]{0,8})")
 SLOW = re.compile(r"engine=slow\*([1-9][0-9]{0,5})")
+HANG_SECONDS = 86_400.0
 EXAMPLE = "engine=hang@5, engine=nan@3, engine=raise@2, engine=oom@4, engine=slow*10, decoder=die@2"
 
 
@@ -89,7 +90,7 @@ class FaultyRuntime:
         self._runs += 1
         fault = self._faults.engine.get(self._runs)
         if fault == "hang":
-            threading.Event().wait()
+            time.sleep(HANG_SECONDS)
         if fault == "raise":
             raise OrderedError(f"{FAULTS_VARIABLE}: engine=raise@{self._runs}")
         if fault == "oom":

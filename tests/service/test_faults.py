@@ -124,7 +124,12 @@ def test_without_memory_batches_are_halved_and_creep_back(run_server, bundle, jp
         assert eight() == [8]
 
 
-def test_a_hung_engine_is_not_ready_within_five_seconds_and_everybody_is_answered(run_server, bundle, jpeg):
+def test_a_hung_engine_is_not_ready_within_five_seconds_and_everybody_is_answered(
+    run_server, bundle, jpeg, monkeypatch
+):
+    monkeypatch.setattr(
+        "sopdeploy_service.faults.HANG_SECONDS", 10.0
+    )  # so that its thread ends with the tests
     runtime = PretendRuntime(classes=7)
     with (
         run_server(runtime, bundle, Settings(max_batch=1), faults=parse_faults("engine=hang@2")) as client,
