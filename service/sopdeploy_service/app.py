@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from sopdeploy_service import pages, problems, routes, status
 from sopdeploy_service.faults import NONE, Faults
 from sopdeploy_service.gate import METRICS, OPEN, Gate
+from sopdeploy_service.intake import Intake
 from sopdeploy_service.keys import open_ring
 from sopdeploy_service.middleware import Envelope
 from sopdeploy_service.service import Service
@@ -56,6 +57,7 @@ def create_app(
     for router in (routes.router, status.router, pages.router):
         app.include_router(router)
     problems.install(app)
+    app.add_middleware(Intake, settings=settings, metrics=service.metrics)
     if settings.keys is not None:
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS}
         app.add_middleware(

@@ -7,6 +7,8 @@ n-th picture of a decoder; each happens once. `slow*n` lets every run take n tim
 models that are loaded later have no faults.
 """
 
+import logging
+import os
 import re
 import threading
 import time
@@ -22,6 +24,8 @@ from sopdeploy_service.runtime.base import OutOfMemoryError, Runtime
 from sopdeploy_service.settings import FAULTS_VARIABLE
 
 Value = TypeVar("Value")
+
+log = logging.getLogger("sopdeploy.server")
 
 ENTRY = re.compile(r"(engine=hang|engine=nan|engine=raise|engine=oom|decoder=die)@([1-9][0-9]{0,8})")
 SLOW = re.compile(r"engine=slow\*([1-9][0-9]{0,5})")
@@ -72,6 +76,15 @@ def parse_faults(text: str) -> Faults:
         else:
             raise ConfigError(f"{FAULTS_VARIABLE}: {entry[:80]!r} is no fault; there are: {EXAMPLE}")
     return Faults(engine=engine, decoder=frozenset(decoder), slow=slow)
+
+
+def ordered_faults() -> Faults:
+    """Return the faults that the environment orders, and warn of them; raises `ConfigError`."""
+    text = os.environ.get(FAULTS_VARIABLE, "")
+    faults = parse_faults(text)
+    if text:
+        log.warning("%s is set: this server will fail on purpose", FAULTS_VARIABLE, extra={"faults": text})
+    return faults
 
 
 class FaultyRuntime:

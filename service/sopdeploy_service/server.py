@@ -1,34 +1,38 @@
 """`sopdeploy serve`: one process, from a verified start to a drained end."""
 
-import importlib
+import asyncio
+import functools
 import logging
-import os
 import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service import logs
 from sopdeploy_service.app import create_app
-from sopdeploy_service.faults import Faults, parse_faults
+from sopdeploy_service.connections import Connections, allow_files
+from sopdeploy_service.faults import ordered_faults
+from sopdeploy_service.health_port import LoopWatch, answering, health_app
 from sopdeploy_service.service import Service
-from sopdeploy_service.settings import FAULTS_VARIABLE, Settings
+from sopdeploy_service.settings import Settings
 from sopdeploy_service.shelf import Shelf
 from sopdeploy_service.start_up import Timeline
-from sopdeploy_service.tally import OpenTrace
+from sopdeploy_service.traced import traced
 from sopdeploy_service.verified import open_verified
+from sopdeploy_service.wire import Wire
 
 ENGINE_DEAD_EXIT = 70  # EX_SOFTWARE; a supervisor should start the process again
 CLOSING_SECONDS = 2  # for the last answers to leave, after everything was answered or refused
-KEEP_ALIVE_SECONDS = 65  # longer than the idle time of common load balancers
 
 log = logging.getLogger("sopdeploy.server")
 
@@ -44,95 +48,74 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
     timeline = Timeline()
     timeline.mark("imports")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
-    with (
-        logs.writing(settings),
-        traced(settings) as open_trace,
-        bind(settings.host, settings.port) as listener,
-    ):
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, which counts for nothing
+    allow_files(settings.max_connections)
+    with ExitStack() as stack:
+        stack.enter_context(logs.writing(settings))
+        open_trace = stack.enter_context(traced(settings))
         faults = ordered_faults()
+        listener = stack.enter_context(bind(settings.host, settings.port))
+        health = settings.health_port
+        prober = None if health is None else stack.enter_context(bind(settings.host, health))
         shelf = Shelf(sources)
         inferences = {name: open_verified(path, settings) for name, path in shelf.bundles.items()}
-        for inference in inferences.values():
-            for step, seconds in inference.seconds.items():
-                timeline.add(step, seconds)
-        app = create_app(
-            inferences,
-            settings,
-            shelf if settings.model_control else None,
-            faults=faults,
-            open_trace=open_trace,
-        )
-        config = uvicorn.Config(
-            app,
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=CLOSING_SECONDS,
-        )
+        timeline.opened(inference.seconds for inference in inferences.values())
+        control = shelf if settings.model_control else None
+        app = create_app(inferences, settings, control, faults=faults, open_trace=open_trace)
         names = " ".join(inference.bundle.name for inference in inferences.values())
         ready = f"ready: {url(listener)}  {names}"
-        server = DrainingServer(config, app.state.service, settings.drain_seconds, ready, timeline)
+        server = DrainingServer(http_config(app, settings), app.state.service, ready, timeline)
+        if prober is not None:
+            stack.enter_context(health_port(app.state.service, server.watch, prober))
         server.run(sockets=[listener])
         state = app.state.service.state
         log.info("stopped", extra={"state": state})
     return ENGINE_DEAD_EXIT if state == "engine_dead" else 0
 
 
-def ordered_faults() -> Faults:
-    """Return the faults that the environment orders, and warn of them; raises `ConfigError`."""
-    text = os.environ.get(FAULTS_VARIABLE, "")
-    faults = parse_faults(text)
-    if text:
-        log.warning("%s is set: this server will fail on purpose", FAULTS_VARIABLE, extra={"faults": text})
-    return faults
+def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """Return how uvicorn runs *app*: with every limit of *settings* on the wire."""
+    wire = functools.partial(Wire, Connections(settings, app.state.service.metrics))
+    return uvicorn.Config(
+        app,
+        http=cast(type[asyncio.Protocol], wire),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=settings.keep_alive_seconds,
+        timeout_graceful_shutdown=CLOSING_SECONDS,
+    )
 
 
-@contextmanager
-def traced(settings: Settings) -> Iterator[OpenTrace | None]:
-    """Give what begins the trace of a request where *settings* ask for it; what is left is sent at the end.
-
-    Raises `ConfigError` where the extra is missing.
-    """
-    if not settings.tracing:
-        yield None
-        return
-    try:
-        tracing = importlib.import_module("sopdeploy_service.tracing")
-    except ImportError as problem:
-        raise ConfigError("tracing: needs OpenTelemetry; pip install 'sopdeploy[otel]'") from problem
-    tracer = tracing.Tracing(tracing.exporting())
-    try:
-        yield tracer.open
-    finally:
-        tracer.close()
+def health_port(service: Service, watch: LoopWatch, listener: socket.socket) -> AbstractContextManager[None]:
+    """Answer for the health of *service* on *listener*, in a thread, until the block ends."""
+    app = health_app(
+        lambda: service.state, service.metrics.render, watch, service.settings.max_loop_lag_seconds
+    )
+    sys.stdout.write(f"health: {url(listener)}\n")
+    return answering(app, listener)
 
 
 class DrainingServer(uvicorn.Server):
     """A uvicorn that goes on answering while it drains, and ends when the engine is dead.
 
     The first signal makes the server not ready: new requests get 503, those already here are
-    answered for at most *drain_seconds*, then the port is closed. A second signal ends the drain:
+    answered for at most `drain_seconds`, then the port is closed. A second signal ends the drain:
     what is not answered by then gets 503.
     """
 
-    def __init__(
-        self,
-        config: uvicorn.Config,
-        service: Service,
-        drain_seconds: float,
-        ready: str,
-        timeline: Timeline,
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, ready: str, timeline: Timeline) -> None:
         super().__init__(config)
         self._service = service
-        self._drain_seconds = drain_seconds
+        self._drain_seconds = service.settings.drain_seconds
         self._ready = ready
         self._timeline = timeline
         self._drain_until: float | None = None
         self._drain_told = False
+        self.watch = LoopWatch()
+        service.metrics.loop_lag(self.watch.worst)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the port and say so."""
@@ -153,6 +136,7 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to close the port now; uvicorn asks ten times a second."""
+        self.watch.beat()
         if self._service.state == "engine_dead":
             return True
         if self._drain_until is not None:

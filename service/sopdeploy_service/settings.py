@@ -27,6 +27,7 @@ from sopdeploy.frozen import first_problem
 Count = Annotated[int, pydantic.Field(ge=1)]
 RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
 Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
+Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]
 LogForm = Literal["json", "console"]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
 
@@ -42,9 +43,24 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", allow_inf_nan=False)
 
     host: str = "127.0.0.1"  # who can reach it; 0.0.0.0: every address of this machine
-    port: Annotated[int, pydantic.Field(ge=0, le=65_535)] = 8000  # 0: any free port
+    port: Port = 8000  # 0: any free port
+
+    health_port: Port | None = None  # probes and metrics on a thread of their own, without keys
+    max_loop_lag_seconds: Seconds = 5.0  # an event loop that is later than this: not alive
+
+    max_connections: Count = 1000  # one more closes the longest idle one, or gets 503
+    max_idle_connections: Count = 500  # one more closes the longest idle one
+    keep_alive_seconds: Count = 65  # longer than the idle time of common load balancers
+    head_seconds: Seconds = 10.0  # of a request's head, from its first byte to its last
+    max_url_bytes: Count = 8192  # path and query
+    max_headers: Count = 100  # of one request
+    max_header_bytes: Count = 32_768  # of all headers of one request
+    write_seconds: Seconds = 30.0  # for which a client may not read
 
     max_body_bytes: Count = 20_000_000  # of one request
+    max_upload_bytes: Count = 256_000_000  # of all bodies not yet answered
+    min_body_rate: Count = 10_000  # of a request, in bytes per second, after body_grace_seconds
+    body_grace_seconds: Seconds = 5.0  # for which a body may be as slow as it likes
     max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = 50_000_000  # of one picture
     max_images: Count = 32  # in one request
     top_k: Count = 5  # classes in an answer that asks for no other number
@@ -94,6 +110,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"model_control on {self.host} without keys would let everybody swap models; "
                 "make a key with the scope admin (`sopdeploy key NAME --file keys.toml --admin`)"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _body_fits_the_room(self) -> "Settings":
+        if self.max_body_bytes > self.max_upload_bytes * 7 // 8:
+            raise ValueError(
+                f"max_body_bytes ({self.max_body_bytes}) is larger than 7/8 of max_upload_bytes "
+                f"({self.max_upload_bytes})"
             )
         return self
 

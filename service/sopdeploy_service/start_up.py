@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sopdeploy_service.logs import START_UP
@@ -27,6 +28,12 @@ class Timeline:
         """Count *seconds* to *step*; they end with the next `mark` at the latest."""
         self.steps_ms[step] = round(self.steps_ms.get(step, 0.0) + seconds * 1000, 1)
         self._last += seconds
+
+    def opened(self, bundles: Iterable[Mapping[str, float]]) -> None:
+        """Count the seconds of each step of opening *bundles*, one after another."""
+        for seconds in bundles:
+            for step, spent in seconds.items():
+                self.add(step, spent)
 
     def tell(self) -> None:
         """Log the steps and their sum."""
