@@ -30,7 +30,7 @@ def settings_table() -> str:
     notes = comments()
     rows = ["| setting | default | |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
-        default = "not set" if field.default is None else f"`{str(field.default).lower()}`"
+        default = "not set" if field.default in (None, ()) else f"`{str(field.default).lower()}`"
         if isinstance(field.default, str):
             default = f"`{field.default}`"
         rows.append(f"| `{name}` | {default} | {notes[name].replace('|', chr(92) + '|')} |")

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import cast
@@ -23,10 +24,12 @@ from sopdeploy_service.app import create_app
 from sopdeploy_service.connections import Connections, allow_files
 from sopdeploy_service.faults import ordered_faults
 from sopdeploy_service.health_port import LoopWatch, answering, health_app
+from sopdeploy_service.listening import bind, url
 from sopdeploy_service.service import Service
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.shelf import Shelf
 from sopdeploy_service.start_up import Timeline
+from sopdeploy_service.supervisor import Supervisor
 from sopdeploy_service.traced import traced
 from sopdeploy_service.verified import open_verified
 from sopdeploy_service.wire import Wire
@@ -37,6 +40,14 @@ CLOSING_SECONDS = 2  # for the last answers to leave, after everything was answe
 log = logging.getLogger("sopdeploy.server")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inherited:
+    """What a worker of several devices is born with: its sockets, and where each device's numbers are."""
+
+    sockets: tuple[socket.socket, ...]
+    siblings: dict[str, str]
+
+
 def serve(sources: Sequence[str | Path], settings: Settings) -> int:
     """Serve the bundles at *sources* until SIGTERM or SIGINT; return the exit code.
 
@@ -45,6 +56,15 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
     Raises `ConfigError` where it cannot listen, keys or `SOPDEPLOY_FAULTS` are wrong, or tracing is asked for
     and not installed; and what `Shelf` and `open_verified` raise for the bundles.
     """
+    with bind(settings.host, settings.port) as listener:
+        if settings.devices:
+            with logs.writing(settings):
+                return Supervisor(sources, settings, listener).run()
+        return serve_on(sources, settings, Inherited(sockets=(listener,), siblings={}))
+
+
+def serve_on(sources: Sequence[str | Path], settings: Settings, place: Inherited) -> int:
+    """Serve the bundles at *sources* in this process, on the sockets of *place*; else as `serve`."""
     timeline = Timeline()
     timeline.mark("imports")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
@@ -54,7 +74,6 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
         stack.enter_context(logs.writing(settings))
         open_trace = stack.enter_context(traced(settings))
         faults = ordered_faults()
-        listener = stack.enter_context(bind(settings.host, settings.port))
         health = settings.health_port
         prober = None if health is None else stack.enter_context(bind(settings.host, health))
         shelf = Shelf(sources)
@@ -62,12 +81,13 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
         timeline.opened(inference.seconds for inference in inferences.values())
         control = shelf if settings.model_control else None
         app = create_app(inferences, settings, control, faults=faults, open_trace=open_trace)
+        app.state.siblings = place.siblings
         names = " ".join(inference.bundle.name for inference in inferences.values())
-        ready = f"ready: {url(listener)}  {names}"
+        ready = f"ready: {url(place.sockets[0])}  {names}"
         server = DrainingServer(http_config(app, settings), app.state.service, ready, timeline)
         if prober is not None:
             stack.enter_context(health_port(app.state.service, server.watch, prober))
-        server.run(sockets=[listener])
+        server.run(sockets=list(place.sockets))
         state = app.state.service.state
         log.info("stopped", extra={"state": state})
     return ENGINE_DEAD_EXIT if state == "engine_dead" else 0
@@ -152,30 +172,3 @@ class DrainingServer(uvicorn.Server):
         if not self._drain_told:
             self._drain_told = True
             log.info("draining", extra={"requests": self._service.requests, "seconds": self._drain_seconds})
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Return a socket bound to *host* and *port* that does not listen yet; port 0 is any free one.
-
-    Raises `ConfigError` where the address does not exist here or is in use.
-    """
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as problem:
-        raise ConfigError(
-            f"{host}:{port}: cannot listen ({problem.strerror}); choose another host or port"
-        ) from problem
-    return listener
-
-
-def url(listener: socket.socket) -> str:
-    """Return the URL of a bound *listener*."""
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
