@@ -49,7 +49,7 @@ gpu-check: $(STAMP)  ## build and run real engines on this machine's GPU, write 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,import,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,import,otel,dev]'
 	touch $(STAMP)
 
 clean:  ## remove what the targets above made

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from sopdeploy_service.outcome import CLIENT_GONE, Refusal
 from sopdeploy_service.schema import PROBLEM_JSON, Problem
+from sopdeploy_service.tally import CURRENT
 
 INTERNAL = Refusal("internal_error", 500, "the server made a mistake; its log tells more")
 
@@ -41,6 +42,9 @@ def json_response(
 
 def problem_response(refusal: Refusal, headers: Mapping[str, str] | None = None) -> Response:
     """Return the response that tells *refusal*."""
+    tally = CURRENT.get()
+    if tally is not None:
+        tally.code = refusal.code
     extra = dict(headers or {})
     if refusal.retry_after is not None:
         extra["Retry-After"] = str(refusal.retry_after)

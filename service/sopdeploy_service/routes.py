@@ -31,7 +31,7 @@ REQUEST_BODY = {
         "content": {"image/*": BINARY, "multipart/form-data": FORM},
     }
 }
-ERRORS = described(400, 404, 408, 413, 415, 422, 429, 500, 503, 504)
+ERRORS = described(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 
 
 @router.post(
