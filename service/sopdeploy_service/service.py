@@ -48,6 +48,7 @@ class Service:
         self.requests = 0  # being answered now, counted by the middleware
         self.repository = Repository(inferences, settings, self.metrics, shelf)
         self._decoders = ThreadPoolExecutor(settings.decoders, thread_name_prefix="decoder")
+        self.metrics.decoders(settings.decoders)
         self._admitted = 0
         self._draining = True
 
@@ -150,12 +151,16 @@ class Service:
         return outcome
 
     def _decode(self, model: Model, body: bytes) -> NDArray[np.uint8]:
-        return decode(
-            body,
-            model.bundle.manifest.preprocess,
-            max_bytes=self.settings.max_body_bytes,
-            max_pixels=self.settings.max_pixels,
-        )
+        started = time.monotonic()
+        try:
+            return decode(
+                body,
+                model.bundle.manifest.preprocess,
+                max_bytes=self.settings.max_body_bytes,
+                max_pixels=self.settings.max_pixels,
+            )
+        finally:
+            self.metrics.decoded(time.monotonic() - started)
 
     def _overload(self, model: Model, images: int) -> Refusal | None:
         if self._admitted + images <= self.settings.queue_size:
