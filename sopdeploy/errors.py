@@ -98,7 +98,14 @@ class ServiceError(SopdeployError):
 
 
 class OverloadedError(ServiceError):
-    """The server refused for now (429, 503), and went on until there was no time or attempt left."""
+    """The server refused for now (429, 503), and went on until there was no time or attempt left.
+
+    `retry_after` is how many seconds it asked to wait the last time; 0 where it said nothing.
+    """
+
+    def __init__(self, message: str, *, code: str, status: int, retry_after: float = 0.0) -> None:
+        super().__init__(message, code=code, status=status)
+        self.retry_after = retry_after
 
 
 class UnreachableError(ServiceError):

@@ -116,7 +116,9 @@ def error_of(what: Send, outcome: httpx.Response | Exception) -> ServiceError:
     if isinstance(outcome, httpx.Response):
         problem = problem_of(outcome)
         if outcome.status_code in AGAIN:
-            return OverloadedError(str(problem), code=problem.code, status=problem.status)
+            return OverloadedError(
+                str(problem), code=problem.code, status=problem.status, retry_after=retry_after(outcome)
+            )
         return problem
     if isinstance(outcome, httpx.TimeoutException | TimeoutError):
         return UnreachableError(

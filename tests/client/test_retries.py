@@ -82,8 +82,9 @@ def test_no_server_at_all_is_unreachable_after_the_attempts(call, script, pauses
 
 def test_a_pause_that_the_deadline_does_not_leave_is_not_begun(call, script, refusal, pauses):
     server = script(refusal(503, "draining", **{"Retry-After": "60"}))
-    with pytest.raises(OverloadedError):
+    with pytest.raises(OverloadedError) as caught:
         call(server, "classify", b"x", timeout=10)
+    assert caught.value.retry_after == 60
     assert (len(server.requests), pauses) == (1, [])
 
 
