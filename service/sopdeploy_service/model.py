@@ -21,6 +21,7 @@ class Model:
     def __init__(self, name: str, inference: Inference, settings: Settings, metrics: Metrics) -> None:
         self.name = name
         self.inference = inference
+        self.version = inference.bundle.manifest.id  # whoever knows it can say which weights gave an answer
         self._batcher = Batcher(name, inference, settings, metrics)
         self._users = 0
         self._unused = asyncio.Event()
@@ -30,11 +31,6 @@ class Model:
     def bundle(self) -> Bundle:
         """Return the bundle behind it."""
         return self.inference.bundle
-
-    @property
-    def version(self) -> str:
-        """Return the bundle's id: whoever knows it can say which weights gave an answer."""
-        return self.inference.bundle.manifest.id
 
     @property
     def labels(self) -> tuple[str, ...]:
