@@ -25,6 +25,8 @@ import httpx
 from soak_accounts import Bound, Holding, Tally, bounds, document, holding
 from soak_clients import Ground, good_bodies, load
 
+from sopdeploy.client import Client
+
 SETTLE_SECONDS = 10.0
 CLASSES = 100  # compared of a network that has more
 
@@ -59,6 +61,8 @@ def soak(
     with server(bundle) as (process, url):
         warm = Ground(url=url, bodies=bodies, expected=expected, tally=Tally(), classes=classes)
         asyncio.run(load(warm, warm_up, seed=1))
+        with Client(url) as client:
+            client.classify([*bodies.values()] * 2)  # so many at once that every thread has been started
         before = settled(process.pid, url)
         ground = Ground(url=url, bodies=bodies, expected=expected, tally=Tally(), classes=classes)
         held = asyncio.run(watched(process.pid, ground, seconds))

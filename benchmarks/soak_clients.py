@@ -2,11 +2,12 @@
 
 import asyncio
 import io
+import json
 import random
 import struct
 import zlib
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -125,12 +126,11 @@ async def leaving(ground: Ground, chance: random.Random) -> None:
     while True:
         _, body = ground.any(chance)
         waits = chance.random() < 0.5
-        _, writer = await connect(ground.url)
-        writer.write(head(len(body)) + (body if waits else body[: len(body) // 2]))
-        with suppress(ConnectionError):
-            await writer.drain()
-        await asyncio.sleep(chance.random() * 0.02)
-        writer.transport.abort()
+        async with connected(ground.url) as (_, writer):
+            writer.write(head(len(body)) + (body if waits else body[: len(body) // 2]))
+            with suppress(ConnectionError):
+                await writer.drain()
+            await asyncio.sleep(chance.random() * 0.02)
         ground.tally.outcomes["left", "while waiting" if waits else "in the body"] += 1
         await asyncio.sleep(5 * REST)
 
@@ -139,22 +139,20 @@ async def slow(ground: Ground, chance: random.Random) -> None:
     """Send a body in ten pieces within two seconds and compare the answer."""
     while True:
         name, body = ground.any(chance)
-        reader, writer = await connect(ground.url)
-        writer.write(head(len(body), ground.classes))
-        piece = len(body) // 10 + 1
-        for start in range(0, len(body), piece):
-            writer.write(body[start : start + piece])
-            await writer.drain()
-            await asyncio.sleep(0.2)
-        answer = await reader.read()
-        writer.close()
+        async with connected(ground.url) as (reader, writer):
+            writer.write(head(len(body), ground.classes))
+            piece = len(body) // 10 + 1
+            for start in range(0, len(body), piece):
+                writer.write(body[start : start + piece])
+                await writer.drain()
+                await asyncio.sleep(0.2)
+            answer = await reader.read()
         status = int(answer[9:12])
-        ground.tally.note("slow", status)
+        document = json.loads(answer.partition(b"\r\n\r\n")[2])
+        ground.tally.note("slow", status, document.get("code", ""))
         if status == 200:
-            classes = httpx.Response(200, content=answer.partition(b"\r\n\r\n")[2]).json()["classes"]
-            ground.tally.compare(
-                "slow", [ClassProbability(**item) for item in classes], ground.expected[name]
-            )
+            classes = [ClassProbability(**item) for item in document["classes"]]
+            ground.tally.compare("slow", classes, ground.expected[name])
 
 
 async def flood(ground: Ground, chance: random.Random) -> None:
@@ -194,10 +192,17 @@ async def load(ground: Ground, seconds: float, seed: int) -> None:
         ground.tally.fail(f"a client failed: {task.exception()!r}")
 
 
-async def connect(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Return a raw connection to the server at *url*."""
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """Give a raw connection to the server at *url*, and cut it at the end."""
     parts = urlsplit(url)
-    return await asyncio.open_connection(parts.hostname, parts.port)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
 
 
 def head(length: int, classes: int = 1) -> bytes:

@@ -1,6 +1,9 @@
 """The client against real servers."""
 
 import asyncio
+import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,3 +89,25 @@ def test_a_full_queue_is_tried_again_until_it_is_not(serve_with, jpeg):
 
     refused = [found for found in asyncio.run(run()) if isinstance(found, Exception)]
     assert [(type(problem), problem.code) for problem in refused] == [(OverloadedError, "queue_full")] * 2
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "client.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_every_example_of_the_page_runs(block, client, jpeg, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("photo.jpg").write_bytes(jpeg)
+    names: dict[str, Any] = {}
+    exec(block.replace("http://127.0.0.1:8000", str(client.base_url)), names)  # noqa: S102
+    results = names["found"] if isinstance(names["found"], list) else [names["found"]]
+    assert {result.classes[0].label for result in results} <= {
+        "ant",
+        "bee",
+        "cat",
+        "dog",
+        "eel",
+        "fox",
+        "gnu",
+    }
