@@ -27,7 +27,8 @@ from soak_clients import Ground, good_bodies, load
 
 from sopdeploy.client import Client
 
-SETTLE_SECONDS = 10.0
+SETTLE_SECONDS = 20.0
+STEADY = 4  # equal counts in a row, half a second apart
 CLASSES = 100  # compared of a network that has more
 
 
@@ -83,16 +84,19 @@ async def watched(pid: int, ground: Ground, seconds: float) -> list[Holding]:
 
 
 def settled(pid: int, url: str) -> Holding:
-    """Return what the server holds once nothing is with it any more and it has stopped letting go."""
+    """Return what the server holds once nothing is with it any more and it has stopped letting go.
+
+    It is counted without asking the server, which would be a connection of its own.
+    """
     end = time.monotonic() + SETTLE_SECONDS
-    found = holding(pid)
-    while time.monotonic() < end:
+    while "sopdeploy_queue_depth 0.0" not in httpx.get(f"{url}/metrics").text and time.monotonic() < end:
         time.sleep(0.5)
-        idle = "sopdeploy_queue_depth 0.0" in httpx.get(f"{url}/metrics").text
-        last, found = found, holding(pid)
-        if idle and found.descriptors == last.descriptors and found.threads == last.threads:
-            return found
-    return found
+    counts: list[tuple[int, int]] = []
+    while time.monotonic() < end and (len(counts) < STEADY or len(set(counts[-STEADY:])) > 1):
+        time.sleep(0.5)
+        found = holding(pid)
+        counts.append((found.threads, found.descriptors))
+    return holding(pid)
 
 
 def predicted(

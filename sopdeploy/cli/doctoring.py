@@ -45,7 +45,7 @@ def show(found: "Diagnosis") -> None:
     """Print the steps, the numbers of the best one, and the advice."""
     out.print(plain(f"{found.model} at {found.url}, {found.device}"))
     table = Table(
-        "at once", "images/s", "p50 ms", "p95", "p99", "engine", "decoders", "client", "batch", "refused",
+        "at once", "img/s", "p50 ms", "p95", "p99", "engine", "decode", "client", "batch", "refused",
         box=None, pad_edge=False,
     )  # fmt: skip
     for step in found.steps:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import httpx
 
 from sopdeploy.client.results import problem_of
-from sopdeploy.errors import OverloadedError, ServiceError, UnreachableError
+from sopdeploy.errors import OverloadedError, UnreachableError
 
 Value = TypeVar("Value")
 
@@ -79,12 +79,9 @@ def ask(what: Send, patience: Patience) -> Talk[httpx.Response]:
         outcome = yield before_deadline(what, patience)
         if isinstance(outcome, httpx.Response) and outcome.is_success:
             return outcome
-        problem = error_of(what, outcome)
-        if not may_be_sent_again(outcome):
-            raise problem
         seconds = pause(attempt, outcome)
-        if attempt == patience.retries or seconds >= patience.left():
-            raise problem
+        if attempt == patience.retries or seconds >= patience.left() or not may_be_sent_again(outcome):
+            give_up(what, outcome)
         yield Pause(seconds)
     raise AssertionError("the last attempt returns or raises")
 
@@ -111,21 +108,21 @@ def may_be_sent_again(outcome: httpx.Response | Exception) -> bool:
     return isinstance(outcome, httpx.NetworkError | httpx.RemoteProtocolError | httpx.ConnectTimeout)
 
 
-def error_of(what: Send, outcome: httpx.Response | Exception) -> ServiceError:
-    """Return the error that *outcome* stands for."""
+def give_up(what: Send, outcome: httpx.Response | Exception) -> NoReturn:
+    """Raise the error that *outcome* stands for."""
     if isinstance(outcome, httpx.Response):
         problem = problem_of(outcome)
-        if outcome.status_code in AGAIN:
-            return OverloadedError(
-                str(problem), code=problem.code, status=problem.status, retry_after=retry_after(outcome)
-            )
-        return problem
-    if isinstance(outcome, httpx.TimeoutException | TimeoutError):
-        return UnreachableError(
-            f"{what.path}: no answer within {what.seconds:.3g} s", code="timeout", status=0
+        if outcome.status_code not in AGAIN:
+            raise problem
+        raise OverloadedError(
+            str(problem), code=problem.code, status=problem.status, retry_after=retry_after(outcome)
         )
+    if isinstance(outcome, httpx.TimeoutException | TimeoutError):
+        raise UnreachableError(
+            f"{what.path}: no answer within {what.seconds:.3g} s", code="timeout", status=0
+        ) from outcome
     reason = str(outcome) or type(outcome).__name__
-    return UnreachableError(f"{what.path}: no answer ({reason})", code="unreachable", status=0)
+    raise UnreachableError(f"{what.path}: no answer ({reason})", code="unreachable", status=0) from outcome
 
 
 def pause(attempt: int, outcome: httpx.Response | Exception) -> float:

@@ -82,20 +82,20 @@ def decode(best: Measured, cores: int | None) -> Advice:
         f"decoders are the limit: all {best.decoders} at work for {min(1.0, best.decoder_busy):.0%} of the "
         f"time, the engine for {best.engine_busy:.0%}"
     )
-    room = 1 / max(best.engine_busy, 1 / MOST_DECODERS_TIMES)
-    wanted = min(math.ceil(best.decoders * room), cores or best.decoders * MOST_DECODERS_TIMES)
+    times = 1 / max(best.engine_busy, 1 / MOST_DECODERS_TIMES)
+    wanted = min(math.ceil(best.decoders * times), cores or best.decoders * MOST_DECODERS_TIMES)
     if wanted <= best.decoders:
         return Advice(
             limit="decode",
             why=why,
             change="send smaller pictures, or move to more cores: there is a decoder for each core",
-            gain=f"{up_to(room - 1)}, until the engine is the limit",
+            gain=f"{up_to(times - 1)}, until the engine is the limit",
         )
     return Advice(
         limit="decode",
         why=why,
         change=f"--set decoders={wanted}, or send smaller pictures",
-        gain=f"{up_to(min(room, wanted / best.decoders) - 1)}, until the engine is the limit",
+        gain=f"{up_to(min(times, wanted / best.decoders) - 1)}, until the engine is the limit",
     )
 
 
@@ -106,7 +106,7 @@ def queue(best: Measured, full: Measured) -> Advice:
         why=f"the queue is the limit: {full.refused_share:.0%} of the requests were refused while the engine "
         f"was at work for only {full.engine_busy:.0%} of the time",
         change=f"--queue-size {max(64, 2 * full.concurrency)}",
-        gain=f"{up_to(1 / max(best.engine_busy, FEW) - 1)}, until the engine is the limit",
+        gain=f"{up_to(room(best))}, until engine or decoders are the limit",
     )
 
 
@@ -128,7 +128,7 @@ def network(best: Measured, inside: float) -> Advice:
         why=f"the way to the server is the limit: {outside:.1f} ms of a request pass in HTTP and on the "
         f"network, {inside:.1f} ms in the server's stages",
         change="send smaller files, several images in one request, or ask from nearer",
-        gain=f"{up_to(1 / max(best.engine_busy, FEW) - 1)}, until the engine is the limit",
+        gain=f"{up_to(room(best))}, until engine or decoders are the limit",
     )
 
 
@@ -139,8 +139,13 @@ def load(best: Measured) -> Advice:
         why=f"nothing is at its limit with {best.concurrency} requests at once: the engine was at work for "
         f"{best.engine_busy:.0%}, the decoders for {best.decoder_busy:.0%}",
         change=f"--concurrency {2 * best.concurrency} asks for more",
-        gain=f"{up_to(1 / max(best.engine_busy, FEW) - 1)}, until the engine is the limit",
+        gain=f"{up_to(room(best))}, until engine or decoders are the limit",
     )
+
+
+def room(best: Measured) -> float:
+    """Return the gain until the busier of engine and decoders never rests."""
+    return 1 / max(best.engine_busy, best.decoder_busy, FEW) - 1
 
 
 def up_to(gain: float) -> str:

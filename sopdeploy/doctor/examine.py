@@ -105,6 +105,11 @@ def notes(url: str, best: Measured, models: int) -> list[str]:
         found.append(
             "client and server share this machine and take time from each other; ask from another one"
         )
+        load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+        if load > cores:
+            found.append(
+                f"this machine has more to do (load {load:.1f}) than cores ({cores}): every stage waits for one"
+            )
     others = best.mean_batch * best.batches - best.answered
     if others > 0.1 * best.answered + best.concurrency:
         found.append(
