@@ -5,6 +5,7 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
@@ -35,9 +36,9 @@ class RefusedError(Exception):
 def json_response(
     body: BaseModel, *, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Return *body* as a JSON response."""
+    """Return *body* as a JSON response; what is None is left out."""
     return Response(
-        orjson.dumps(body.model_dump()),
+        orjson.dumps(body.model_dump(exclude_none=True)),
         status_code=status,
         headers=headers,
         media_type="application/json",
@@ -54,6 +55,15 @@ def problem_response(refusal: Refusal, headers: Mapping[str, str] | None = None)
     kind = LingeringResponse if refusal.status == 413 else Response
     body = orjson.dumps(Problem.of(refusal).model_dump())
     return kind(body, status_code=refusal.status, headers=extra, media_type=PROBLEM_JSON)
+
+
+def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return how the OpenAPI description tells that these *statuses* come with a `Problem`."""
+    body = {"schema": {"$ref": "#/components/schemas/Problem"}}
+    return {
+        status: {"description": HTTPStatus(status).phrase, "content": {PROBLEM_JSON: body}}
+        for status in statuses
+    }
 
 
 class LingeringResponse(Response):

@@ -1,13 +1,15 @@
 """The endpoints that say how the server is and what it serves."""
 
+import asyncio
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from sopdeploy_service.admission import service_of
+from sopdeploy_service.admission import service_of, unless_refused
+from sopdeploy_service.card import Card, read_card
 from sopdeploy_service.model import Model
-from sopdeploy_service.problems import json_response
+from sopdeploy_service.problems import described, json_response
 from sopdeploy_service.schema import Health, Info, ModelInfo
 
 router = APIRouter()
@@ -49,6 +51,18 @@ async def info(request: Request) -> Response:
             previous={model.name: model.version for model in loaded if model not in current},
         )
     )
+
+
+@router.get(
+    "/v1/card",
+    summary="What is this network, and what was proved of it?",
+    response_model=Card,
+    responses=described(400, 404, 422, 503),
+)
+async def card(request: Request, model: str | None = None) -> Response:
+    """Give the model card of *model* (needed where several answer) and its certificate in short."""
+    chosen = unless_refused(service_of(request).repository.find(model))
+    return json_response(await asyncio.to_thread(read_card, chosen.bundle))
 
 
 def model_info(model: Model) -> ModelInfo:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from sopdeploy_service.decode import too_large
+from sopdeploy_service.decode import Sent, too_large
 from sopdeploy_service.form import ImageForm
 from sopdeploy_service.outcome import CLIENT_GONE, Refusal
 from sopdeploy_service.problems import RefusedError
@@ -23,7 +23,7 @@ NOT_A_FORM = Refusal("unsupported_multipart", 415, "send the image alone, or as 
 class Upload:
     """The images of one request; *several* is true where the answer is a list of results."""
 
-    images: list[bytes]
+    images: list[Sent]
     several: bool
 
 
@@ -51,7 +51,7 @@ async def read_body(request: Request, settings: Settings) -> Upload:
         whole = bytearray()
         async for piece in pieces(request, settings.max_body_bytes):
             whole += piece
-        return Upload([bytes(whole)], several=False)
+        return Upload([Sent(bytes(whole), content_type)], several=False)
     if kind != "multipart/form-data":
         raise RefusedError(NOT_A_FORM)
     form = ImageForm(content_type, max_images=settings.max_images)

@@ -2,7 +2,7 @@
 
 from sopdeploy.client.asynchronous import AsyncClient
 from sopdeploy.client.images import Picture
-from sopdeploy.client.results import Classification, ClassProbability, ModelInfo, Problem, ServerInfo
+from sopdeploy.client.results import Classification, ClassProbability, Expert, ModelInfo, Problem, ServerInfo
 from sopdeploy.client.synchronous import Client
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "ClassProbability",
     "Classification",
     "Client",
+    "Expert",
     "ModelInfo",
     "Picture",
     "Problem",

@@ -51,11 +51,18 @@ class AsyncClient:
         *,
         top_k: int | None = ...,
         model: str | None = ...,
+        gates: bool = ...,
         timeout: float | None = ...,
     ) -> list[Classification]: ...
     @overload
     async def classify(
-        self, image: Picture, *, top_k: int | None = ..., model: str | None = ..., timeout: float | None = ...
+        self,
+        image: Picture,
+        *,
+        top_k: int | None = ...,
+        model: str | None = ...,
+        gates: bool = ...,
+        timeout: float | None = ...,
     ) -> Classification: ...
     async def classify(
         self,
@@ -63,6 +70,7 @@ class AsyncClient:
         *,
         top_k: int | None = None,
         model: str | None = None,
+        gates: bool = False,
         timeout: float | None = None,
     ) -> Classification | list[Classification]:
         """Return the classes of *image*, as `Client.classify` does; files and arrays are read in a thread.
@@ -70,7 +78,9 @@ class AsyncClient:
         Example:
             found = await client.classify("photo.jpg", timeout=2.0)
         """
-        return await self._do(requests.classify(image, top_k, model, self._connection.patience(timeout)))
+        return await self._do(
+            requests.classify(image, top_k, model, gates, self._connection.patience(timeout))
+        )
 
     async def info(self, *, timeout: float | None = None) -> ServerInfo:
         """Return which networks answer.

@@ -36,14 +36,18 @@ def headers(api_key: str | None) -> dict[str, str]:
 
 
 def classify(
-    pictures: Picture | Sequence[Picture], top_k: int | None, model: str | None, patience: Patience
+    pictures: Picture | Sequence[Picture],
+    top_k: int | None,
+    model: str | None,
+    gates: bool,
+    patience: Patience,
 ) -> Talk[Classification | list[Classification]]:
     """Ask for the classes of one picture, or of each in a list."""
     items, several = listed(pictures)
     if not items:
         return []
     bodies = yield Compute(lambda: tuple(map(encoded, items)))
-    wanted: dict[str, Any] = {"top_k": top_k, "model": model}
+    wanted: dict[str, Any] = {"top_k": top_k, "model": model, "gates": "true" if gates else None}
     what = Send(
         method="POST",
         path="/v1/classify",

@@ -26,6 +26,13 @@ class ClassProbability(Received):
     probability: float
 
 
+class Expert(Received):
+    """One expert that a gate chose, by its number, and its weight in the sum."""
+
+    expert: int
+    weight: float
+
+
 class Problem(Received):
     """Why one image has no answer; `code` is stable, `detail` is for people."""
 
@@ -37,13 +44,13 @@ class Problem(Received):
 class Classification(Received):
     """The answer to one image: its classes, best first, or the `error` it met among others.
 
-    `gates` are the weights of a gated network's experts where the server gives them; `warnings` name what
-    decoding changed; `model_digest` is the id of the bundle that answered; `timing_ms` is how long the server
+    `gates` are the experts that a gated network chose, best first, where they were asked for; `warnings` name
+    what decoding changed; `model_digest` is the id of the bundle that answered; `timing_ms` is how long the server
     took by stage (receive, decode, queue, infer), of several images in one request the slowest.
     """
 
     classes: tuple[ClassProbability, ...] = ()
-    gates: tuple[float, ...] | None = None
+    gates: tuple[Expert, ...] | None = None
     warnings: tuple[str, ...] = ()
     error: Problem | None = None
     model_digest: str = ""

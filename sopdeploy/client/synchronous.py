@@ -47,11 +47,18 @@ class Client:
         *,
         top_k: int | None = ...,
         model: str | None = ...,
+        gates: bool = ...,
         timeout: float | None = ...,
     ) -> list[Classification]: ...
     @overload
     def classify(
-        self, image: Picture, *, top_k: int | None = ..., model: str | None = ..., timeout: float | None = ...
+        self,
+        image: Picture,
+        *,
+        top_k: int | None = ...,
+        model: str | None = ...,
+        gates: bool = ...,
+        timeout: float | None = ...,
     ) -> Classification: ...
     def classify(
         self,
@@ -59,11 +66,13 @@ class Client:
         *,
         top_k: int | None = None,
         model: str | None = None,
+        gates: bool = False,
         timeout: float | None = None,
     ) -> Classification | list[Classification]:
         """Return the classes of *image*: a path, bytes, a PIL image, an array (H, W, 3) uint8, or a list.
 
-        A list is one request; a bad image among several has its `error` set. Raises `ServiceError` where the
+        A list is one request; a bad image among several has its `error` set. *gates* asks for the experts that
+        a gated network chose. Raises `ServiceError` where the
         server refuses the request, `OverloadedError` where it went on to do so for now, `UnreachableError`
         without an answer in time, `DataError` and `ConfigError` for a picture that cannot be sent.
 
@@ -72,7 +81,7 @@ class Client:
             for found in client.classify(["a.jpg", "b.jpg"], model="flowers"):
                 print(found.error.detail if found.error else found.classes[0].label)
         """
-        return self._do(requests.classify(image, top_k, model, self._connection.patience(timeout)))
+        return self._do(requests.classify(image, top_k, model, gates, self._connection.patience(timeout)))
 
     def info(self, *, timeout: float | None = None) -> ServerInfo:
         """Return which networks answer.

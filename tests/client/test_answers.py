@@ -20,23 +20,24 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 def test_everything_that_an_answer_says_is_in_the_result(call, script):
     body = {
         "classes": [{"label": "cat", "probability": 0.75, "later": 1}],
-        "gates": [0.5, 0.5],
+        "gates": [{"expert": 3, "weight": 0.5}],
         "warnings": ["exif_rotated"],
         "key_of_a_newer_server": {},
     }
     headers = {"X-Model-Digest": "3f6c01d2a4b7", "Server-Timing": "decode;dur=3.10, infer;dur=5"}
     found = call(script(httpx.Response(200, json=body, headers=headers)), "classify", b"x")
     assert (found.classes[0].label, found.classes[0].probability) == ("cat", 0.75)
-    assert (found.gates, found.warnings, found.error) == ((0.5, 0.5), ("exif_rotated",), None)
+    assert [(gate.expert, gate.weight) for gate in found.gates] == [(3, 0.5)]
+    assert (found.warnings, found.error) == (("exif_rotated",), None)
     assert (found.model_digest, found.timing_ms) == ("3f6c01d2a4b7", {"decode": 3.1, "infer": 5.0})
 
 
 def test_one_image_goes_as_the_body_and_says_what_is_wanted(call, script, answer):
     server = script(answer)
-    call(server, "classify", b"bytes", top_k=3, model="a b", api_key="secret")
+    call(server, "classify", b"bytes", top_k=3, model="a b", gates=True, api_key="secret")
     sent = server.requests[0]
     assert (sent.method, sent.url.path, sent.content) == ("POST", "/v1/classify", b"bytes")
-    assert dict(sent.url.params) == {"top_k": "3", "model": "a b"}
+    assert dict(sent.url.params) == {"top_k": "3", "model": "a b", "gates": "true"}
     assert sent.headers["Authorization"] == "Bearer secret"
     assert sent.headers["Content-Type"] == "application/octet-stream"
 
