@@ -45,8 +45,8 @@ class Classification(Received):
     """The answer to one image: its classes, best first, or the `error` it met among others.
 
     `gates` are the experts that a gated network chose, best first, where they were asked for; `warnings` name
-    what decoding changed; `model_digest` is the id of the bundle that answered; `timing_ms` is how long the server
-    took by stage (receive, decode, queue, infer), of several images in one request the slowest.
+    what decoding changed; `model_digest` is the id of the bundle that answered; `timing_ms` is how long the
+    server took by stage (receive, decode, queue, infer), of several images in one request the slowest.
     """
 
     classes: tuple[ClassProbability, ...] = ()

@@ -71,10 +71,10 @@ class Client:
     ) -> Classification | list[Classification]:
         """Return the classes of *image*: a path, bytes, a PIL image, an array (H, W, 3) uint8, or a list.
 
-        A list is one request; a bad image among several has its `error` set. *gates* asks for the experts that
-        a gated network chose. Raises `ServiceError` where the
-        server refuses the request, `OverloadedError` where it went on to do so for now, `UnreachableError`
-        without an answer in time, `DataError` and `ConfigError` for a picture that cannot be sent.
+        A list is one request; a bad image among several has its `error` set. *gates* asks for the experts
+        that a gated network chose. Raises `ServiceError` where the server refuses the request,
+        `OverloadedError` where it went on to do so for now, `UnreachableError` without an answer in time,
+        `DataError` and `ConfigError` for a picture that cannot be sent.
 
         Example:
             best = client.classify(np.asarray(frame), top_k=3, timeout=2.0).classes[0]

@@ -108,7 +108,7 @@ def notes(url: str, best: Measured, models: int) -> list[str]:
         load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
         if load > cores:
             found.append(
-                f"this machine has more to do (load {load:.1f}) than cores ({cores}): all stages wait for them"
+                f"this machine has more to do (load {load:.1f}) than cores ({cores}): all stages wait"
             )
     others = best.mean_batch * best.batches - best.answered
     if others > 0.1 * best.answered + best.concurrency:
