@@ -141,18 +141,31 @@ async def slow(ground: Ground, chance: random.Random) -> None:
         name, body = ground.any(chance)
         async with connected(ground.url) as (reader, writer):
             writer.write(head(len(body), ground.classes))
-            piece = len(body) // 10 + 1
-            for start in range(0, len(body), piece):
-                writer.write(body[start : start + piece])
-                await writer.drain()
-                await asyncio.sleep(0.2)
-            answer = await reader.read()
-        status = int(answer[9:12])
-        document = json.loads(answer.partition(b"\r\n\r\n")[2])
-        ground.tally.note("slow", status, document.get("code", ""))
+            status, answer = await piecewise(reader, writer, body)
+        ground.tally.note("slow", status, answer.get("code", ""))
         if status == 200:
-            classes = [ClassProbability(**item) for item in document["classes"]]
+            classes = [ClassProbability(**item) for item in answer["classes"]]
             ground.tally.compare("slow", classes, ground.expected[name])
+
+
+async def piecewise(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes
+) -> tuple[int, dict[str, Any]]:
+    """Send *body* in ten pieces, or until the answer comes; return its status and its document."""
+    answered = asyncio.create_task(reader.readuntil(b"\r\n\r\n"))
+    try:
+        piece = len(body) // 10 + 1
+        for start in range(0, len(body), piece):
+            if answered.done():
+                break  # a server may refuse before it has read the body
+            writer.write(body[start : start + piece])
+            await writer.drain()
+            await asyncio.wait({answered}, timeout=0.2)
+        top = (await answered).lower()
+    finally:
+        answered.cancel()
+    length = int(top.partition(b"content-length:")[2].partition(b"\r\n")[0])
+    return int(top[9:12]), json.loads(await reader.readexactly(length))
 
 
 async def flood(ground: Ground, chance: random.Random) -> None:

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from sopdeploy_service import pages, problems, routes, status
+from sopdeploy_service.intake import Intake
 from sopdeploy_service.middleware import Envelope
 from sopdeploy_service.service import Service
 from sopdeploy_service.settings import Settings
@@ -45,5 +46,6 @@ def create_app(
     for router in (routes.router, status.router, pages.router):
         app.include_router(router)
     problems.install(app)
+    app.add_middleware(Intake, settings=settings, metrics=service.metrics)
     app.add_middleware(Envelope, service=service)
     return app

@@ -12,7 +12,7 @@ from sopdeploy_service.outcome import Refusal
 GATES = "gates"  # the output of a network that chooses among experts
 PROBLEM_JSON = "application/problem+json"
 
-State: TypeAlias = Literal["ok", "draining", "no_model", "engine_dead"]
+State: TypeAlias = Literal["ok", "draining", "no_model", "engine_dead", "loop_blocked"]
 
 
 class ClassProbability(Frozen):

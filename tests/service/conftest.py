@@ -29,7 +29,7 @@ from sopdeploy_service.app import create_app
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.pretend import PretendRuntime
 from sopdeploy_service.runtime.with_onnxruntime import OnnxRuntime
-from sopdeploy_service.server import bind, url
+from sopdeploy_service.server import bind, http_config, url
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.shelf import Shelf
 from sopdeploy_service.verified import Inference
@@ -208,8 +208,7 @@ def running(
     """A real server for *runtime*, under each of *names*, on a free loopback port; gives a client for it."""
     inference = Inference(bundle=bundle, runtime=runtime, replays={})
     app = create_app(dict.fromkeys(names, inference), settings, shelf)
-    config = uvicorn.Config(app, lifespan="on", log_config=None, timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(http_config(app, settings))
     with bind("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
