@@ -46,7 +46,9 @@ def classify(
     items, several = listed(pictures)
     if not items:
         return []
-    bodies = yield Compute(lambda: tuple(map(encoded, items)))
+    bodies = tuple(item for item in items if isinstance(item, bytes))
+    if len(bodies) < len(items):  # bytes need no thread to be made
+        bodies = yield Compute(lambda: tuple(map(encoded, items)))
     wanted: dict[str, Any] = {"top_k": top_k, "model": model, "gates": "true" if gates else None}
     what = Send(
         method="POST",
