@@ -43,6 +43,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
+    app.state.siblings = {}
     for router in (routes.router, status.router, pages.router):
         app.include_router(router)
     problems.install(app)

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import cast
@@ -20,14 +21,24 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.app import create_app
 from sopdeploy_service.connections import Connections, allow_files
 from sopdeploy_service.health_port import LoopWatch, answering, health_app
+from sopdeploy_service.listening import bind, url
 from sopdeploy_service.service import Service
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.shelf import Shelf
+from sopdeploy_service.supervisor import Supervisor
 from sopdeploy_service.verified import open_verified
 from sopdeploy_service.wire import Wire
 
 ENGINE_DEAD_EXIT = 70  # EX_SOFTWARE; a supervisor should start the process again
 CLOSING_SECONDS = 2  # for the last answers to leave, after everything was answered or refused
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inherited:
+    """What a worker of several devices is born with: its sockets, and where each device's numbers are."""
+
+    sockets: tuple[socket.socket, ...]
+    siblings: dict[str, str]
 
 
 def serve(sources: Sequence[str | Path], settings: Settings) -> int:
@@ -37,22 +48,30 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
     Prints one line, `ready: URL  BUNDLE ...`, when the probes gave the right numbers and the port is open.
     Raises `ConfigError` where it cannot listen, and what `Shelf` and `open_verified` raise for the bundles.
     """
+    with bind(settings.host, settings.port) as listener:
+        if settings.devices:
+            return Supervisor(sources, settings, listener).run()
+        return serve_on(sources, settings, Inherited(sockets=(listener,), siblings={}))
+
+
+def serve_on(sources: Sequence[str | Path], settings: Settings, place: Inherited) -> int:
+    """Serve the bundles at *sources* in this process, on the sockets of *place*; else as `serve`."""
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
     warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, which counts for nothing
     allow_files(settings.max_connections)
     with ExitStack() as stack:
-        listener = stack.enter_context(bind(settings.host, settings.port))
         health = settings.health_port
         prober = None if health is None else stack.enter_context(bind(settings.host, health))
         shelf = Shelf(sources)
         inferences = {name: open_verified(path, settings) for name, path in shelf.bundles.items()}
         app = create_app(inferences, settings, shelf if settings.model_control else None)
+        app.state.siblings = place.siblings
         names = " ".join(inference.bundle.name for inference in inferences.values())
-        ready = f"ready: {url(listener)}  {names}"
+        ready = f"ready: {url(place.sockets[0])}  {names}"
         server = DrainingServer(http_config(app, settings), app.state.service, settings.drain_seconds, ready)
         if prober is not None:
             stack.enter_context(health_port(app.state.service, server.watch, prober))
-        server.run(sockets=[listener])
+        server.run(sockets=list(place.sockets))
     return ENGINE_DEAD_EXIT if app.state.service.state == "engine_dead" else 0
 
 
@@ -125,30 +144,3 @@ class DrainingServer(uvicorn.Server):
             if late or self._service.requests == 0:
                 return True
         return await super().on_tick(counter)
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Return a socket bound to *host* and *port* that does not listen yet; port 0 is any free one.
-
-    Raises `ConfigError` where the address does not exist here or is in use.
-    """
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as problem:
-        raise ConfigError(
-            f"{host}:{port}: cannot listen ({problem.strerror}); choose another host or port"
-        ) from problem
-    return listener
-
-
-def url(listener: socket.socket) -> str:
-    """Return the URL of a bound *listener*."""
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -27,9 +28,21 @@ Count = Annotated[int, pydantic.Field(ge=1)]
 RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
 
+
+def split_devices(value: object) -> object:
+    """Return `0,1` as a tuple of its parts."""
+    return (
+        tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    )
+
+
+Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3})$")]
+Devices = Annotated[tuple[Device, ...], NoDecode, pydantic.BeforeValidator(split_devices)]
+
 PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
 FAULTS_VARIABLE = "SOPDEPLOY_FAULTS"
+WORKER_VARIABLE = "SOPDEPLOY_WORKER"  # what `supervisor` tells the processes it starts
 PILLOW_PIXELS = 178_956_970  # above this Pillow itself refuses a picture
 
 
@@ -66,6 +79,7 @@ class Settings(BaseSettings):
     drain_seconds: Seconds = 20.0  # what SIGTERM leaves for the requests already admitted
 
     decoders: Count = 2  # threads that turn bytes into pixels
+    devices: Devices = ()  # one process for each, GPUs by number or `cpu`; none: this process alone
     runtime: RuntimeName = "auto"  # auto: the first that was set up here
     engine_cache: Path | None = None  # of TensorRT; None: beside the bundle
     threads: Count | None = None  # of the engine; None: one per core
@@ -88,6 +102,14 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Return where settings come from, the strongest first."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @pydantic.model_validator(mode="after")
+    def _devices_are_alike(self) -> "Settings":
+        if self.devices and self.model_control:
+            raise ValueError("model_control is for one process; with devices, start the server anew instead")
+        if self.devices and self.health_port is not None:
+            raise ValueError("health_port is for one process; with devices, ask the port of the server")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _request_fits_the_queue(self) -> "Settings":

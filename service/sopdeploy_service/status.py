@@ -11,8 +11,11 @@ from sopdeploy_service.card import Card, read_card
 from sopdeploy_service.model import Model
 from sopdeploy_service.problems import described, json_response
 from sopdeploy_service.schema import Health, Info, ModelInfo
+from sopdeploy_service.siblings import collect
 
 router = APIRouter()
+
+CREDENTIALS = ("authorization", "x-api-key")  # passed on to the siblings
 
 
 @router.get("/livez", summary="Is the process worth keeping?", response_model=Health)
@@ -33,9 +36,13 @@ async def readyz(request: Request) -> Response:
 
 
 @router.get("/metrics", summary="For Prometheus", include_in_schema=False)
-async def metrics(request: Request) -> Response:
-    """Give the metrics of this server."""
-    return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+async def metrics(request: Request, *, own: bool = False) -> Response:
+    """Give the metrics of this server; of several processes behind one port, all of them unless *own*."""
+    siblings: dict[str, str] = request.app.state.siblings
+    if own or not siblings:
+        return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    known = {name: request.headers[name] for name in CREDENTIALS if name in request.headers}
+    return Response(await collect(siblings, known), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/info", summary="Which networks answer here?", response_model=Info)

@@ -13,7 +13,8 @@ class Measured(Frozen):
     """So many clients at once for so many seconds.
 
     Rates are images per second, times milliseconds. `engine_busy`, `decoder_busy` and `client_busy` are
-    shares of the step: of the engine, of all decoders together, of the one core that this client can use.
+    shares of the step: of all engines (one for each process of the server), of all decoders, of the one core
+    that this client can use.
     `stage_ms` is the mean of an image in each stage; `elsewhere_ms` what of a request no stage explains: the
     network, HTTP and the event loops on both sides.
     """
@@ -26,6 +27,7 @@ class Measured(Frozen):
     p95_ms: float
     p99_ms: float
     refused: dict[str, int]
+    engines: int
     engine_busy: float
     decoder_busy: float
     decoders: int
@@ -52,6 +54,7 @@ def measure(
     client_busy: float,
 ) -> Measured:
     """Return the step whose answers took *latencies* (seconds), *between* two scrapes."""
+    engines = between.after.processes
     decoders = int(between.after.total("decoders"))
     stage_ms = {name: 1000 * between.mean("stage_duration_seconds", stage=name) for name in STAGES}
     mean_ms = 1000 * statistics.fmean(latencies) if latencies else 0.0
@@ -64,7 +67,8 @@ def measure(
         p95_ms=1000 * percentile(latencies, 0.95),
         p99_ms=1000 * percentile(latencies, 0.99),
         refused=dict(refused),
-        engine_busy=between.grown("stage_duration_seconds_sum", stage="infer") / between.seconds,
+        engines=engines,
+        engine_busy=between.grown("stage_duration_seconds_sum", stage="infer") / (between.seconds * engines),
         decoder_busy=between.grown("decode_seconds_total") / (between.seconds * max(1, decoders)),
         decoders=decoders,
         client_busy=client_busy,
@@ -83,9 +87,9 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def bare_ratio(best: Measured, steps: Sequence[Measured]) -> float:
-    """Return the rate of *best* over that of the engine alone, fed without a pause in its best batches.
+    """Return the rate of *best* over that of the engines alone, fed without a pause in their best batches.
 
-    The engine alone is the fewest engine seconds per image of any of *steps*.
+    An engine alone is the fewest engine seconds per image of any of *steps*.
     """
     alone = [step.infer_ms_per_batch / step.mean_batch for step in steps if step.mean_batch]
-    return best.rate * min(alone) / 1000 if alone else 0.0
+    return best.rate * min(alone) / 1000 / best.engines if alone else 0.0

@@ -25,6 +25,11 @@ class Scrape:
             if sample.name == f"sopdeploy_{name}" and wanted <= sample.labels.items()
         )
 
+    @property
+    def processes(self) -> int:
+        """Return how many processes answer behind the port, each with an engine of its own."""
+        return sum(sample.name == "sopdeploy_decoders" for sample in self.samples)
+
 
 @dataclass(frozen=True, slots=True)
 class Between:
@@ -59,9 +64,10 @@ def read(text: str) -> Scrape:
         )
     except ValueError as problem:
         raise not_ours(str(problem)) from problem
-    if not any(sample.name == "sopdeploy_decoders" for sample in samples):
+    scrape = Scrape(samples)
+    if not scrape.processes:
         raise not_ours("its numbers are not there")
-    return Scrape(samples)
+    return scrape
 
 
 def not_ours(reason: str) -> ServiceError:

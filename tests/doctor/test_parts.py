@@ -13,6 +13,7 @@ from sopdeploy.doctor.measured import Measured, bare_ratio, measure, percentile
 from sopdeploy.doctor.pictures import pictures
 from sopdeploy.doctor.scrape import Between, Scrape, read
 from sopdeploy.errors import ServiceError
+from sopdeploy_service.siblings import merge
 
 BEFORE = """
 sopdeploy_decoders 2.0
@@ -44,7 +45,7 @@ def at(text: str, moment: float) -> Scrape:
 def step(**changes: Any) -> Measured:
     facts: dict[str, Any] = {
         "concurrency": 8, "seconds": 1.0, "answered": 100, "rate": 100.0, "p50_ms": 10, "p95_ms": 20,
-        "p99_ms": 30, "refused": {}, "engine_busy": 0.3, "decoder_busy": 0.3, "decoders": 2,
+        "p99_ms": 30, "refused": {}, "engines": 1, "engine_busy": 0.3, "decoder_busy": 0.3, "decoders": 2,
         "client_busy": 0.3, "batches": 50, "mean_batch": 2.0, "infer_ms_per_batch": 5.0, "elsewhere_ms": 1.0,
         "stage_ms": {"receive": 1.0, "decode": 3.0, "queue": 3.0, "infer": 5.0},
     }  # fmt: skip
@@ -62,6 +63,17 @@ def test_a_step_is_what_grew_between_two_scrapes() -> None:
     assert found.stage_ms["receive"] == 0
     assert (found.p50_ms, found.p95_ms) == (10, 110)
     assert found.refused_share == pytest.approx(0.2)
+
+
+def test_several_processes_behind_one_port_are_several_engines() -> None:
+    pages = []
+    for text in (BEFORE, AFTER):
+        page = merge({"cuda:0": text, "cuda:1": text, "cuda:2": None}).decode()
+        pages.append(at(page, 0.0).samples)
+    between = Between(Scrape(pages[0], 100.0), Scrape(pages[1], 104.0))
+    found = measure(between, [0.01] * 200, {}, concurrency=8, client_busy=0.1)
+    assert (found.engines, found.decoders, found.engine_busy, found.decoder_busy) == (2, 4, 0.5, 0.375)
+    assert bare_ratio(found, [found]) == pytest.approx(50 * 0.05 / 2)
 
 
 def test_a_step_without_answers_is_zeros() -> None:

@@ -26,10 +26,11 @@ from sopdeploy.probes import Probes, write_probes
 from sopdeploy_export.accounts import TensorEntry
 from sopdeploy_export.certificate import Certificate, Roots
 from sopdeploy_service.app import create_app
+from sopdeploy_service.listening import bind, url
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.pretend import PretendRuntime
 from sopdeploy_service.runtime.with_onnxruntime import OnnxRuntime
-from sopdeploy_service.server import bind, http_config, url
+from sopdeploy_service.server import http_config
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.shelf import Shelf
 from sopdeploy_service.verified import Inference

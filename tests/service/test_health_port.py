@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from sopdeploy_service.health_port import LoopWatch, answering, health_app
-from sopdeploy_service.server import bind, url
+from sopdeploy_service.listening import bind, url
 
 BLOCKING = """
 import sys, time
