@@ -64,6 +64,7 @@ class Service:
         keep_memory(settings.decoders)
         self._decoders = ThreadPoolExecutor(settings.decoders, thread_name_prefix="decoder")
         self._decode_bytes = faults.over_decoder(decode)
+        self.metrics.decoders(settings.decoders)
         self._admitted = 0
         self._draining = True
 
@@ -170,12 +171,16 @@ class Service:
         return outcome
 
     def _decode(self, model: Model, sent: Sent) -> Decoded:
-        return self._decode_bytes(
-            sent,
-            model.bundle.manifest.preprocess,
-            max_bytes=self.settings.max_body_bytes,
-            max_pixels=self.settings.max_pixels,
-        )
+        started = time.monotonic()
+        try:
+            return self._decode_bytes(
+                sent,
+                model.bundle.manifest.preprocess,
+                max_bytes=self.settings.max_body_bytes,
+                max_pixels=self.settings.max_pixels,
+            )
+        finally:
+            self.metrics.decoded(time.monotonic() - started)
 
     def _overload(self, model: Model, images: int) -> Refusal | None:
         if self._admitted + images <= self.settings.queue_size:
