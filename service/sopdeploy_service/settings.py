@@ -30,9 +30,14 @@ class Settings(BaseSettings):
     port: Annotated[int, pydantic.Field(ge=0, le=65_535)] = 8000  # 0: any free port
 
     max_body_bytes: Count = 20_000_000
+    max_json_bytes: Count = 16_000_000  # of a JSON body, or of the JSON before binary tensors
     max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = 50_000_000
     max_images: Count = 32  # in one request
     top_k: Count = 5  # classes in an answer that asks for no other number
+
+    url_hosts: tuple[str, ...] = ()  # `host` or `host:port` to fetch images from; none: URLs are refused
+    url_plain_http: bool = False  # fetch from http:// too
+    url_seconds: Seconds = 5.0  # from the name of the host to the last byte
 
     queue_size: Count = 256  # images admitted and not yet answered; one more gets 429
     deadline_seconds: Seconds = 30.0  # from the first byte of a request to its answer
