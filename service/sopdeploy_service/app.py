@@ -1,26 +1,30 @@
-"""The HTTP face of one bundle, as an ASGI app that any server can run."""
+"""The HTTP face of the models, as an ASGI app that any server can run."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from sopdeploy_service import problems
+from sopdeploy_service import problems, routes, status
 from sopdeploy_service.middleware import Envelope
-from sopdeploy_service.open_inference import Inference
-from sopdeploy_service.routes import router
 from sopdeploy_service.service import Service
 from sopdeploy_service.settings import Settings
+from sopdeploy_service.shelf import Shelf
+from sopdeploy_service.verified import Inference
 
 
-def create_app(inference: Inference, settings: Settings) -> FastAPI:
-    """Return the app that answers with *inference*, as `open_verified` gave it.
+def create_app(
+    inferences: Mapping[str, Inference], settings: Settings, shelf: Shelf | None = None
+) -> FastAPI:
+    """Return the app that answers with *inferences* by name, each as `open_verified` gave it.
+
+    Where models may be loaded later, their bundles are looked up on *shelf*.
 
     `app.state.service` is the `Service` behind it; it lives from the app's startup to its shutdown,
     once.
     """
-    service = Service(inference, settings)
+    service = Service(inferences, settings, shelf)
 
     @asynccontextmanager
     async def life(_app: FastAPI) -> AsyncIterator[None]:
@@ -31,14 +35,14 @@ def create_app(inference: Inference, settings: Settings) -> FastAPI:
     app = FastAPI(
         title="sopdeploy",
         version=version("sopdeploy"),
-        summary=f"Image classification with {inference.bundle.name}",
+        summary="Image classification with " + ", ".join(sorted(inferences)),
         lifespan=life,
         redirect_slashes=False,  # a redirect would drop the image
         redoc_url=None,
     )
     app.state.service = service
-    app.include_router(router)
+    for router in (routes.router, status.router):
+        app.include_router(router)
     problems.install(app)
-    paths = frozenset(getattr(route, "path", "") for route in router.routes)
-    app.add_middleware(Envelope, service=service, routes=paths)
+    app.add_middleware(Envelope, service=service)
     return app

@@ -13,38 +13,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy_service.engine import Engine, settle
+from sopdeploy_service.latency import LatencyTable
 from sopdeploy_service.metrics import Metrics
-from sopdeploy_service.open_inference import Inference, largest_batch
 from sopdeploy_service.outcome import DRAINING, ENGINE_DEAD, Outcome, Refusal
 from sopdeploy_service.settings import Settings
+from sopdeploy_service.verified import Inference, largest_batch
 from sopdeploy_service.waiting import Item, WaitingLine
 
 JOIN_SECONDS = 2.0  # what a batch at work gets to end after the line was closed
+WATCH_SECONDS = 0.25
+HANGS_AFTER_SECONDS = 4.0  # at least; a clock that jumps or a machine that stalls is no hung engine
+HANGS_AFTER_TIMES = 20  # as long as such a batch usually takes
 
 log = logging.getLogger("sopdeploy.engine")
 
 
 class Batcher:
-    """Every method is called on the event loop."""
+    """Every method is called on the event loop; *name* is the model's, for its metrics."""
 
-    def __init__(self, inference: Inference, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, name: str, inference: Inference, settings: Settings, metrics: Metrics) -> None:
         self.dead = False
+        self.largest = largest_batch(inference.runtime, settings)
         self._closed_with: Refusal | None = None
         self._timeout = settings.engine_timeout_seconds
+        self._latency = LatencyTable(inference.timings)
         self._line = WaitingLine(max_delay=settings.max_queue_delay_ms / 1000)
         self._engine = Engine(
             inference.runtime,
             self._line,
-            output=inference.bundle.manifest.outputs[0].name,
-            largest=largest_batch(inference.runtime, settings),
-            metrics=metrics,
+            self._latency,
+            metrics.of(name),
+            outputs=[output.name for output in inference.bundle.manifest.outputs],
+            largest=self.largest,
         )
         self._watchdog: asyncio.Task[None] | None = None
 
-    @property
-    def seconds_per_image(self) -> float:
-        """Return the measured engine time of one image; 0 before the first batch."""
-        return self._engine.seconds_per_image
+    def seconds(self, images: int) -> float:
+        """Return the measured engine time of so many *images* in full batches."""
+        return self._latency.queue(images, self.largest)
 
     def start(self) -> None:
         """Start the engine thread and its watchdog."""
@@ -88,8 +94,16 @@ class Batcher:
         self.dead = True
         self.close(ENGINE_DEAD)
 
+    def _patience(self) -> float:
+        """Return for how many seconds the batch at work may run before the engine counts as hung."""
+        if self._timeout is not None:
+            return self._timeout
+        usual = self._latency.batch(len(self._engine.at_work()))
+        return max(HANGS_AFTER_SECONDS, HANGS_AFTER_TIMES * usual)
+
     async def _watch(self) -> None:
         while not self.dead:
-            await asyncio.sleep(min(1.0, self._timeout / 4))
-            if self._engine.busy_for() > self._timeout:
-                self._die(f"a batch runs for more than {self._timeout:g} s")
+            await asyncio.sleep(WATCH_SECONDS)
+            patience = self._patience()
+            if self._engine.busy_for() > patience:
+                self._die(f"a batch runs for more than {patience:.1f} s")

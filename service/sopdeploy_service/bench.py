@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.frozen import Frozen
-from sopdeploy_service.open_inference import Inference, open_verified
 from sopdeploy_service.settings import Settings
+from sopdeploy_service.verified import Inference, open_verified
 
 WARMUPS = 3
 FEWEST, MOST = 10, 1000

@@ -1,18 +1,22 @@
-"""The one thread that owns the runtime: takes a batch, runs it, hands the outcomes to the loop."""
+"""The one thread that owns a runtime: takes a batch, runs it, hands the outcomes to the loop."""
 
 import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from sopdeploy_service.isolate import Row, run_isolated
-from sopdeploy_service.metrics import Metrics
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy_service.isolate import run_isolated
+from sopdeploy_service.latency import LatencyTable
+from sopdeploy_service.metrics import ModelMetrics
 from sopdeploy_service.outcome import NONFINITE, Answered, Outcome, Refusal
-from sopdeploy_service.runtime.base import Runtime
+from sopdeploy_service.runtime.base import OutOfMemoryError, Runtime
 from sopdeploy_service.waiting import Item, WaitingLine
 
-SMOOTHING = 0.2  # share of the newest batch in the measured seconds per image
+SMALLER_SECONDS = 60.0  # how long batches stay halved after the device had no memory for one
 
 log = logging.getLogger("sopdeploy.engine")
 
@@ -24,14 +28,22 @@ class Engine:
     """
 
     def __init__(
-        self, runtime: Runtime, line: WaitingLine, *, output: str, largest: int, metrics: Metrics
+        self,
+        runtime: Runtime,
+        line: WaitingLine,
+        latency: LatencyTable,
+        metrics: ModelMetrics,
+        *,
+        outputs: Sequence[str],
+        largest: int,
     ) -> None:
-        self.seconds_per_image = 0.0  # measured; 0 before the first batch
         self._runtime = runtime
         self._line = line
-        self._output = output
-        self._largest = largest
+        self._latency = latency
         self._metrics = metrics
+        self._outputs = tuple(outputs)
+        self._whole = self._largest = largest
+        self._smaller_until = 0.0
         self._batch: list[Item] = []
         self._since: float | None = None  # when the batch at work began
         self._thread: threading.Thread | None = None
@@ -57,34 +69,43 @@ class Engine:
 
     def _live(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[], None]) -> None:
         try:
-            while batch := self._line.take(self._largest):
+            while batch := self._line.take(self._size()):
                 self._work(batch, loop)
         except BaseException:  # the last word of this thread; the service ends the process
             log.critical("the engine thread ends", exc_info=True)
         finally:
             call_soon(loop, on_end)
 
+    def _size(self) -> int:
+        if self._largest < self._whole and time.monotonic() >= self._smaller_until:
+            self._largest = min(self._whole, self._largest * 2)
+            self._smaller_until = time.monotonic() + SMALLER_SECONDS
+        return self._largest
+
     def _work(self, batch: list[Item], loop: asyncio.AbstractEventLoop) -> None:
         started = time.monotonic()
         self._batch, self._since = batch, started
-        rows = run_isolated(self._runtime.run, [item.image for item in batch], self._output)
+        rows = run_isolated(self._run, [item.image for item in batch], self._outputs)
         ended = time.monotonic()
         self._batch, self._since = [], None
-        self._measure(batch, rows, started, ended)
         outcomes = [
-            row if isinstance(row, Refusal) else Answered(row, started - item.arrived, ended - started)
+            row
+            if isinstance(row, Refusal)
+            else Answered(row, started - item.arrived, ended - started, len(batch))
             for item, row in zip(batch, rows, strict=True)
         ]
         call_soon(loop, settle, batch, outcomes)
-
-    def _measure(self, batch: list[Item], rows: list[Row], started: float, ended: float) -> None:
-        each = (ended - started) / len(batch)
-        old = self.seconds_per_image
-        self.seconds_per_image = each if old == 0 else old + SMOOTHING * (each - old)
-        self._metrics.batch(len(batch), started, ended)
-        for item in batch:
-            self._metrics.stage("queue", started - item.arrived)
+        self._latency.note(len(batch), ended - started)
+        self._metrics.batch([started - item.arrived for item in batch], self._largest, started, ended)
         self._metrics.nonfinite(sum(row is NONFINITE for row in rows))
+
+    def _run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[np.float32]]:
+        try:
+            return self._runtime.run(images)
+        except OutOfMemoryError:
+            self._largest = max(1, len(images) // 2)
+            self._smaller_until = time.monotonic() + SMALLER_SECONDS
+            raise
 
 
 def settle(items: Sequence[Item], outcomes: Sequence[Outcome]) -> None:

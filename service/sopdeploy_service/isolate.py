@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy_service.outcome import ENGINE_FAILED, NONFINITE, Refusal
+from sopdeploy_service.outcome import ENGINE_FAILED, NONFINITE, OUT_OF_MEMORY, Refusal
+from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
 
 Run = Callable[[NDArray[np.uint8]], Mapping[str, NDArray[np.float32]]]
-Row = NDArray[np.float32] | Refusal
+Row = dict[str, NDArray[np.float32]] | Refusal
 
 log = logging.getLogger("sopdeploy.engine")
 
@@ -26,41 +27,50 @@ class Budget:
     runs: int
 
 
-def run_isolated(run: Run, images: Sequence[NDArray[np.uint8]], output: str) -> list[Row]:
-    """Return for each of *images* (H, W, 3) its row (C,) of *output*, or why it has none.
+def run_isolated(run: Run, images: Sequence[NDArray[np.uint8]], outputs: Sequence[str]) -> list[Row]:
+    """Return for each of *images* (H, W, 3) its row of each of *outputs*, or why it has none.
 
-    At most `1 + 4 * log2(n)` runs, rounded up: enough to single out two bad images of n.
+    At most `1 + 4 * log2(n)` runs, rounded up: enough to single out two bad images of n. Raises
+    `DeviceLostError`: another run would fail too.
     """
-    return halve(run, images, output, Budget(1 + 4 * (len(images) - 1).bit_length()))
+    return halve(run, images, outputs, Budget(1 + 4 * (len(images) - 1).bit_length()))
 
 
-def halve(run: Run, images: Sequence[NDArray[np.uint8]], output: str, budget: Budget) -> list[Row]:
+def halve(run: Run, images: Sequence[NDArray[np.uint8]], outputs: Sequence[str], budget: Budget) -> list[Row]:
     """Run *images* as one batch and, where that raises, as two halves within *budget*."""
     if budget.runs == 0:
         return [ENGINE_FAILED] * len(images)
     budget.runs -= 1
+    failure = ENGINE_FAILED
     try:
-        return rows(run(np.stack(images)), output, len(images))
+        return rows(run(np.stack(images)), outputs, len(images))
+    except DeviceLostError:
+        raise
+    except OutOfMemoryError:
+        log.warning("no memory for a batch of %d", len(images))
+        failure = OUT_OF_MEMORY
     except Exception:  # a runtime may raise anything
         log.exception("the engine failed on a batch of %d", len(images))
     if len(images) == 1:
-        return [ENGINE_FAILED]
+        return [failure]
     middle = len(images) // 2
     return [
-        *halve(run, images[:middle], output, budget),
-        *halve(run, images[middle:], output, budget),
+        *halve(run, images[:middle], outputs, budget),
+        *halve(run, images[middle:], outputs, budget),
     ]
 
 
-def rows(outputs: Mapping[str, NDArray[np.float32]], output: str, images: int) -> list[Row]:
-    """Return the rows of *output*; a row is refused where any output of its image is not finite.
+def rows(found: Mapping[str, NDArray[np.float32]], outputs: Sequence[str], images: int) -> list[Row]:
+    """Return the rows of *outputs*; a row is refused where any output of its image is not finite.
 
     Raises `ValueError` where an output does not have one row for each of the *images*.
     """
     finite = np.ones(images, dtype=bool)
-    for name, values in outputs.items():
+    for name, values in found.items():
         if len(values) != images:
             raise ValueError(f"output {name!r} has {len(values)} rows for {images} images")
         finite &= np.isfinite(values.reshape(images, -1)).all(axis=1)
-    logits = outputs[output]
-    return [logits[place] if finite[place] else NONFINITE for place in range(images)]
+    return [
+        {name: found[name][place] for name in outputs} if finite[place] else NONFINITE
+        for place in range(images)
+    ]

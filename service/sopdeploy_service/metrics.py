@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -42,46 +43,84 @@ class BusyMeter:
             self._spans.popleft()
 
 
+class ModelMetrics:
+    """The numbers of one model, whichever of its versions gives them."""
+
+    def __init__(self, metrics: "Metrics", model: str) -> None:
+        self.busy = BusyMeter()
+        self._metrics = metrics
+        self._model = model
+
+    def batch(self, waited: Sequence[float], largest: int, started: float, ended: float) -> None:
+        """Count a batch that ran from *started* to *ended*, whose images had *waited* so many seconds."""
+        self._metrics.batch(self._model, len(waited), "full" if len(waited) == largest else "idle")
+        self.busy.add(started, ended)
+        self._metrics.stage("infer", ended - started)
+        for seconds in waited:
+            self._metrics.stage("queue", seconds)
+
+    def nonfinite(self, images: int) -> None:
+        """Count *images* for which the network gave numbers that are not finite."""
+        self._metrics.nonfinite(self._model, images)
+
+
 class Metrics:
     """Every metric of one server; labels have few values, whatever clients send."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._requests = self._counter("requests", "Requests answered", "route", "code")
+        self._requests = self._counter("requests", "Requests answered", "route", "code", "model")
         self._request_seconds = self._histogram(
             "request_duration_seconds", "From request to answer", SECONDS, "route"
         )
         self._stage_seconds = self._histogram(
             "stage_duration_seconds", "Receive, decode, queue, infer", SECONDS, "stage"
         )
-        self._batch_size = self._histogram("batch_size", "Images in a batch", BATCHES)
+        self._batch_size = self._histogram("batch_size", "Images in a batch", BATCHES, "model")
+        self._closed = self._counter(
+            "batch_close", "Why a batch closed: full, or the engine was free", "model", "reason"
+        )
         self._rejected = self._counter("rejected", "Images or requests refused", "reason")
         self._cancelled = self._counter("cancelled", "Requests whose client left")
-        self._nonfinite = self._counter("nonfinite_outputs", "Images whose output is not finite")
+        self._nonfinite = self._counter("nonfinite_outputs", "Images whose output is not finite", "model")
         self._depth = self._gauge("queue_depth", "Images admitted and not yet answered")
-        self._busy = BusyMeter()
-        self._gauge("engine_busy_ratio", "Share of the last 10 s").set_function(self._busy.ratio)
+        self._busy = self._gauge("engine_busy_ratio", "Share of the last 10 s", "model")
         self._info = self._gauge("bundle_info", "Always 1", "digest", "model", "precision", "engine")
 
-    def serves(self, bundle: Bundle, runtime: Runtime) -> None:
-        """Name the bundle and the runtime whose numbers these are."""
-        manifest = bundle.manifest
-        self._info.labels(manifest.id, manifest.model, manifest.precision, runtime.name).set(1)
+        self._models: dict[str, ModelMetrics] = {}
 
-    def request(self, route: str, code: int, seconds: float) -> None:
-        """Count a request answered with the status *code*."""
-        self._requests.labels(route, str(code)).inc()
+    def of(self, model: str) -> ModelMetrics:
+        """Return the numbers of *model*; the same whenever it is asked for."""
+        if model not in self._models:
+            found = self._models[model] = ModelMetrics(self, model)
+            self._busy.labels(model).set_function(found.busy.ratio)
+            for metric in (self._batch_size, self._nonfinite):
+                metric.labels(model)  # shown as 0 before the first
+        return self._models[model]
+
+    def serves(self, name: str, bundle: Bundle, runtime: Runtime) -> None:
+        """Say that *bundle* is loaded under *name*, on *runtime*."""
+        manifest = bundle.manifest
+        self._info.labels(manifest.id, name, manifest.precision, runtime.name).set(1)
+
+    def serves_no_more(self, name: str, bundle: Bundle, runtime: Runtime) -> None:
+        """Say that *bundle* is gone."""
+        manifest = bundle.manifest
+        self._info.remove(manifest.id, name, manifest.precision, runtime.name)
+
+    def request(self, route: str, code: int, seconds: float, model: str = "") -> None:
+        """Count a request answered with the status *code*, by *model* where one was asked."""
+        self._requests.labels(route, str(code), model).inc()
         self._request_seconds.labels(route).observe(seconds)
 
     def stage(self, stage: str, seconds: float) -> None:
         """Count *seconds* spent in one of `receive`, `decode`, `queue`, `infer`."""
         self._stage_seconds.labels(stage).observe(seconds)
 
-    def batch(self, size: int, started: float, ended: float) -> None:
-        """Count a batch of *size* images that ran from *started* to *ended*."""
-        self._batch_size.observe(size)
-        self._busy.add(started, ended)
-        self.stage("infer", ended - started)
+    def batch(self, model: str, size: int, closed: str) -> None:
+        """Count a batch of *size* images and why it was *closed*."""
+        self._batch_size.labels(model).observe(size)
+        self._closed.labels(model, closed).inc()
 
     def rejected(self, reason: str) -> None:
         """Count a refusal; *reason* is its code."""
@@ -91,9 +130,9 @@ class Metrics:
         """Count a request whose client left before its answer."""
         self._cancelled.inc()
 
-    def nonfinite(self, images: int) -> None:
-        """Count *images* for which the network gave numbers that are not finite."""
-        self._nonfinite.inc(images)
+    def nonfinite(self, model: str, images: int) -> None:
+        """Count *images* for which *model* gave numbers that are not finite."""
+        self._nonfinite.labels(model).inc(images)
 
     def depth(self, images: int) -> None:
         """Say how many images are admitted and not yet answered."""

@@ -7,6 +7,8 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import MutableMapping
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,12 +22,11 @@ log = logging.getLogger("sopdeploy.http")
 
 
 class Envelope:
-    """Wraps *app*, whose requests *service* answers; *routes* are the paths worth a metric."""
+    """Wraps *app*, whose requests *service* answers."""
 
-    def __init__(self, app: ASGIApp, service: Service, routes: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
-        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -33,7 +34,8 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         started = time.monotonic()
-        stamp = Stamp(send, request_id(scope), self._service.inference.bundle.manifest.id)
+        scope.setdefault("state", {})
+        stamp = Stamp(send, request_id(scope), scope["state"])
         self._service.requests += 1
         try:
             await self._app(scope, receive, stamp)
@@ -44,21 +46,26 @@ class Envelope:
             await problem_response(INTERNAL)(scope, receive, stamp)
         finally:
             self._service.requests -= 1
-            self._count(scope["path"], stamp.status, time.monotonic() - started)
+            self._count(scope, stamp.status, time.monotonic() - started)
 
-    def _count(self, path: str, status: int, seconds: float) -> None:
-        route = path if path in self._routes else "other"
-        self._service.metrics.request(route, status, seconds)
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "other")  # the template: clients cannot make new ones
+        model = scope["state"].get("model")
+        name = model.name if model is not None else ""
+        self._service.metrics.request(route, status, seconds, name)
 
 
 class Stamp:
-    """A `send` that adds the headers every answer has and remembers the status; 0 is none yet."""
+    """A `send` that adds the headers every answer has and remembers the status; 0 is none yet.
 
-    def __init__(self, send: Send, request: str, digest: str) -> None:
+    *state* is the request's: a route that has chosen a `Model` keeps it there as `model`.
+    """
+
+    def __init__(self, send: Send, request: str, state: MutableMapping[str, Any]) -> None:
         self.status = 0
         self._send = send
         self._request = request
-        self._digest = digest
+        self._state = state
 
     async def __call__(self, message: Message) -> None:
         """Send *message* on."""
@@ -66,7 +73,9 @@ class Stamp:
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["X-Request-ID"] = self._request
-            headers["X-Model-Digest"] = self._digest
+            model = self._state.get("model")
+            if model is not None:
+                headers["X-Model-Digest"] = model.version
         await self._send(message)
 
 

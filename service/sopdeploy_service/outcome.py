@@ -5,6 +5,7 @@ apart: 4xx is the client's to mend, 429 and 503 may be sent again after `retry_a
 was too late, 500 is ours.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,11 +17,17 @@ from sopdeploy.errors import ImageError
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The logits (C,) float32 of one picture, and the seconds spent on the way to them."""
+    """The outputs (...) float32 of one picture by name, logits first, and the seconds spent on the way."""
 
-    logits: NDArray[np.float32]
+    outputs: Mapping[str, NDArray[np.float32]]
     queue_seconds: float
     infer_seconds: float
+    batch: int  # how many pictures shared the run
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """Return the first output, (C,)."""
+        return next(iter(self.outputs.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,8 @@ ENGINE_DEAD = Refusal("engine_dead", 503, "the engine has stopped; the server is
 DEADLINE = Refusal("deadline", 504, "no answer before the deadline; the server is overloaded")
 ENGINE_FAILED = Refusal("engine_failed", 500, "the engine failed on this image")
 NONFINITE = Refusal("nonfinite_output", 500, "the network gave numbers that are not finite for this image")
+TOO_LATE = Refusal("deadline_unreachable", 503, "so many images wait that the deadline cannot be met", 1)
+OUT_OF_MEMORY = Refusal("out_of_memory", 503, "the engine has no memory for this image now; send it again", 2)
 CLIENT_GONE = Refusal("client_gone", 499, "the client closed the connection")
 
 

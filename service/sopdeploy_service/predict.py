@@ -9,10 +9,10 @@ from sopdeploy.errors import DataError, ImageError
 from sopdeploy.frozen import Frozen
 from sopdeploy_service.answer import answer
 from sopdeploy_service.decode import decode
-from sopdeploy_service.open_inference import Inference, open_verified
 from sopdeploy_service.outcome import NONFINITE, Refusal
 from sopdeploy_service.schema import ClassProbability, Problem
 from sopdeploy_service.settings import Settings, load_settings
+from sopdeploy_service.verified import Inference, open_verified
 
 
 class Prediction(Frozen):

@@ -11,7 +11,7 @@ from sopdeploy_service.outcome import Refusal
 
 PROBLEM_JSON = "application/problem+json"
 
-State: TypeAlias = Literal["ok", "draining", "engine_dead"]
+State: TypeAlias = Literal["ok", "draining", "no_model", "engine_dead"]
 
 
 class ClassProbability(Frozen):
@@ -64,9 +64,10 @@ class Health(Frozen):
     status: State
 
 
-class Info(Frozen):
-    """Which network this server answers with, on what."""
+class ModelInfo(Frozen):
+    """Which network answers for one name, on what."""
 
+    name: str
     bundle: str
     id: str
     model: str
@@ -77,3 +78,11 @@ class Info(Frozen):
     device: str
     largest_batch: int
     versions: dict[str, str]
+
+
+class Info(Frozen):
+    """What this server answers with: its models by name, and which earlier versions it could go back to."""
+
+    server: str
+    models: tuple[ModelInfo, ...]
+    previous: dict[str, str]

@@ -1,9 +1,10 @@
-"""`sopdeploy serve`: one process, one bundle, from a verified start to a drained end."""
+"""`sopdeploy serve`: one process, from a verified start to a drained end."""
 
 import socket
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -12,26 +13,28 @@ from PIL import Image
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.app import create_app
-from sopdeploy_service.open_inference import open_verified
 from sopdeploy_service.service import Service
 from sopdeploy_service.settings import Settings
+from sopdeploy_service.shelf import Shelf
+from sopdeploy_service.verified import open_verified
 
 ENGINE_DEAD_EXIT = 70  # EX_SOFTWARE; a supervisor should start the process again
 CLOSING_SECONDS = 2  # for the last answers to leave, after everything was answered or refused
 KEEP_ALIVE_SECONDS = 65  # longer than the idle time of common load balancers
 
 
-def serve(bundle_path: Path, settings: Settings) -> int:
-    """Serve the bundle at *bundle_path* until SIGTERM or SIGINT; return the exit code.
+def serve(sources: Sequence[str | Path], settings: Settings) -> int:
+    """Serve the bundles at *sources* until SIGTERM or SIGINT; return the exit code.
 
-    0 after a drain, 70 where the engine died. Prints one line, `ready: URL  NAME`, when the probes
-    gave the right numbers and the port is open. Raises `ConfigError` where it cannot listen and
-    what `open_verified` raises for the bundle.
+    A source is a bundle, a folder of bundles, or `NAME=BUNDLE`. 0 after a drain, 70 where an engine died.
+    Prints one line, `ready: URL  BUNDLE ...`, when the probes gave the right numbers and the port is open.
+    Raises `ConfigError` where it cannot listen, and what `Shelf` and `open_verified` raise for the bundles.
     """
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
     with bind(settings.host, settings.port) as listener:
-        inference = open_verified(bundle_path, settings)
-        app = create_app(inference, settings)
+        shelf = Shelf(sources)
+        inferences = {name: open_verified(path, settings) for name, path in shelf.bundles.items()}
+        app = create_app(inferences, settings, shelf if settings.model_control else None)
         config = uvicorn.Config(
             app,
             ws="none",
@@ -42,7 +45,8 @@ def serve(bundle_path: Path, settings: Settings) -> int:
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=CLOSING_SECONDS,
         )
-        ready = f"ready: {url(listener)}  {inference.bundle.name}"
+        names = " ".join(inference.bundle.name for inference in inferences.values())
+        ready = f"ready: {url(listener)}  {names}"
         server = DrainingServer(config, app.state.service, settings.drain_seconds, ready)
         server.run(sockets=[listener])
     return ENGINE_DEAD_EXIT if app.state.service.state == "engine_dead" else 0

@@ -1,35 +1,38 @@
-"""What lives behind the HTTP face: admission, decoders and batcher of one bundle.
+"""What lives behind the HTTP face: admission, decoders and the repository of models.
 
-The way of an image: admitted (or refused at once) -> decoded in a thread pool -> batcher -> logits.
-A bad image is refused by the decoder, so it never meets the images of other requests.
+The way of an image: admitted (or refused at once) -> decoded in a thread pool -> its model's batcher ->
+outputs. A bad image is refused by the decoder, so it never meets the images of other requests.
 """
 
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import ImageError
-from sopdeploy_service.batcher import Batcher
 from sopdeploy_service.decode import decode
 from sopdeploy_service.metrics import Metrics
-from sopdeploy_service.open_inference import Inference
+from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import (
     DEADLINE,
     DRAINING,
     ENGINE_DEAD,
+    TOO_LATE,
     Answered,
     Outcome,
     Refusal,
     queue_full,
 )
+from sopdeploy_service.repository import Repository
 from sopdeploy_service.schema import State
 from sopdeploy_service.settings import Settings
+from sopdeploy_service.shelf import Shelf
 from sopdeploy_service.timing import Stages
+from sopdeploy_service.verified import Inference
 
 LONGEST_RETRY_SECONDS = 60
 
@@ -37,32 +40,29 @@ LONGEST_RETRY_SECONDS = 60
 class Service:
     """Answers images from `start` to `stop`, once; every method is called on the event loop."""
 
-    def __init__(self, inference: Inference, settings: Settings) -> None:
-        self.inference = inference
+    def __init__(
+        self, inferences: Mapping[str, Inference], settings: Settings, shelf: Shelf | None = None
+    ) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.metrics.serves(inference.bundle, inference.runtime)
         self.requests = 0  # being answered now, counted by the middleware
-        self._batcher = Batcher(inference, settings, self.metrics)
+        self.repository = Repository(inferences, settings, self.metrics, shelf)
         self._decoders = ThreadPoolExecutor(settings.decoders, thread_name_prefix="decoder")
         self._admitted = 0
         self._draining = True
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        """Return the class names in output order."""
-        return self.inference.bundle.labels
-
-    @property
     def state(self) -> State:
-        """Return `ok`, `draining` (also before `start`) or `engine_dead`."""
-        if self._batcher.dead:
+        """Return `ok`, `draining` (also before `start`), `no_model` or `engine_dead`."""
+        if self.repository.dead:
             return "engine_dead"
-        return "draining" if self._draining else "ok"
+        if self._draining:
+            return "draining"
+        return "ok" if self.repository.names else "no_model"
 
     def start(self) -> None:
         """Start the threads; from here on images are answered."""
-        self._batcher.start()
+        self.repository.start()
         self._draining = False
 
     def drain(self) -> None:
@@ -72,70 +72,105 @@ class Service:
     def abandon(self) -> None:
         """Give up on what is not answered yet: the time to drain is over."""
         self._draining = True
-        self._batcher.close(DRAINING)
+        self.repository.close(DRAINING)
 
     async def stop(self) -> None:
         """End the threads."""
         self.abandon()
         self._decoders.shutdown(wait=False, cancel_futures=True)
-        await self._batcher.stop()
+        await self.repository.stop()
 
-    def refusal(self) -> Refusal | None:
-        """Return why a new request gets no answer now, before it is read; None where it may."""
-        if self._batcher.dead:
+    def refusal(self, model: Model, deadline: float) -> Refusal | None:
+        """Return why a new request for *model* gets no answer by *deadline*, before it is read; else None."""
+        if model.dead:
             return ENGINE_DEAD
         if self._draining:
             return DRAINING
-        return self._overload(1)
+        full = self._overload(model, 1)
+        # An idle engine is always tried: an estimate that kept everybody out would never be corrected.
+        if self._admitted and time.monotonic() + model.seconds(self._admitted + 1) > deadline:
+            return full or TOO_LATE
+        return full
 
     async def classify(
-        self, bodies: Sequence[bytes], deadline: float, stages: Stages
+        self, model: Model, bodies: Sequence[bytes], deadline: float, stages: Stages
     ) -> list[Outcome] | Refusal:
-        """Return the outcome of each of *bodies*, in order, or why the request as a whole has none.
+        """Return the outcome of each of the encoded images *bodies*, in order, or why there is none at all.
 
         *deadline* is on the clock of `time.monotonic`. Cancelling this frees what it holds.
         """
-        full = self._overload(len(bodies))
+        return await self._all(model, bodies, self._classify, deadline, stages)
+
+    async def infer(
+        self, model: Model, images: NDArray[np.uint8], deadline: float, stages: Stages
+    ) -> list[Outcome] | Refusal:
+        """Return the outcome of each of *images* (n, H, W, 3), which the client has decoded itself."""
+        return await self._all(model, images, self._infer, deadline, stages)
+
+    async def _all(
+        self,
+        model: Model,
+        images: Sequence[bytes] | NDArray[np.uint8],
+        work: Callable[..., Awaitable[Outcome]],
+        deadline: float,
+        stages: Stages,
+    ) -> list[Outcome] | Refusal:
+        full = self._overload(model, len(images))
         if full is not None:
             return full
-        self._count(len(bodies))
+        self._count(len(images))
         try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                return await asyncio.gather(*(self._classify(body, deadline, stages) for body in bodies))
+            with model.in_use():
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    return await gather(work(model, image, deadline, stages) for image in images)
         except TimeoutError:
             return DEADLINE
         finally:
-            self._count(-len(bodies))
+            self._count(-len(images))
 
-    async def _classify(self, body: bytes, deadline: float, stages: Stages) -> Outcome:
+    async def _classify(self, model: Model, body: bytes, deadline: float, stages: Stages) -> Outcome:
         started = time.monotonic()
+        loop = asyncio.get_running_loop()
         try:
-            image = await asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, body)
+            image = await loop.run_in_executor(self._decoders, self._decode, model, body)
         except ImageError as problem:
             return Refusal.of(problem)
         decoded = time.monotonic()
         self.metrics.stage("decode", decoded - started)
         stages.note("decode", decoded - started)
-        outcome = await self._batcher.submit(image, deadline)
+        return await self._infer(model, image, deadline, stages)
+
+    async def _infer(
+        self, model: Model, image: NDArray[np.uint8], deadline: float, stages: Stages
+    ) -> Outcome:
+        outcome = await model.infer(image, deadline)
         if isinstance(outcome, Answered):
             stages.note("queue", outcome.queue_seconds)
             stages.note("infer", outcome.infer_seconds)
         return outcome
 
-    def _decode(self, body: bytes) -> NDArray[np.uint8]:
+    def _decode(self, model: Model, body: bytes) -> NDArray[np.uint8]:
         return decode(
             body,
-            self.inference.bundle.manifest.preprocess,
+            model.bundle.manifest.preprocess,
             max_bytes=self.settings.max_body_bytes,
             max_pixels=self.settings.max_pixels,
         )
 
-    def _overload(self, images: int) -> Refusal | None:
+    def _overload(self, model: Model, images: int) -> Refusal | None:
         if self._admitted + images <= self.settings.queue_size:
             return None
-        seconds = self._admitted * self._batcher.seconds_per_image
-        return queue_full(min(LONGEST_RETRY_SECONDS, max(1, math.ceil(seconds))))
+        seconds = math.ceil(model.seconds(self._admitted))
+        return queue_full(min(LONGEST_RETRY_SECONDS, max(1, seconds)))
 
     def _count(self, images: int) -> None:
         self._admitted += images
         self.metrics.depth(self._admitted)
+
+
+async def gather(work: Iterable[Awaitable[Outcome]]) -> list[Outcome]:
+    """Return the outcomes of *work* in order, all awaited at once; one alone needs no task of its own."""
+    waiting = list(work)
+    if len(waiting) == 1:
+        return [await waiting[0]]
+    return list(await asyncio.gather(*waiting))

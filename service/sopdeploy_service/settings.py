@@ -1,13 +1,24 @@
-"""The server's settings: every one is a keyword, a `SOPDEPLOY_` environment variable and a default.
+"""The server's settings: every one is a flag, a `SOPDEPLOY_` environment variable and a line in a file.
 
-`SOPDEPLOY_PORT=9000` sets `port`; a keyword given to `load_settings` wins over the environment.
+A flag wins over the environment (`SOPDEPLOY_PORT=9000`), that over the file (`port = 9000`, TOML), that over
+the default. The file is the one given, else what `SOPDEPLOY_CONFIG` names.
 """
 
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.frozen import first_problem
@@ -16,15 +27,16 @@ Count = Annotated[int, pydantic.Field(ge=1)]
 RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
 
+PREFIX = "SOPDEPLOY_"
+FILE_VARIABLE = "SOPDEPLOY_CONFIG"
+FAULTS_VARIABLE = "SOPDEPLOY_FAULTS"
 PILLOW_PIXELS = 178_956_970  # above this Pillow itself refuses a picture
 
 
 class Settings(BaseSettings):
     """How one server process listens, what it refuses and how it batches."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="SOPDEPLOY_", frozen=True, extra="forbid", allow_inf_nan=False
-    )
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", allow_inf_nan=False)
 
     host: str = "127.0.0.1"
     port: Annotated[int, pydantic.Field(ge=0, le=65_535)] = 8000  # 0: any free port
@@ -49,7 +61,23 @@ class Settings(BaseSettings):
     threads: Count | None = None  # of the engine; None: one per core
     max_batch: Count | None = None  # None: 4 on a CPU, else what the bundle was verified for
     max_queue_delay_ms: Annotated[float, pydantic.Field(ge=0, le=10_000)] = 0.0
-    engine_timeout_seconds: Seconds = 60.0  # a batch that takes longer: the engine hangs
+    engine_timeout_seconds: Seconds | None = (
+        None  # a batch that takes longer: the engine hangs; None: 20 times
+    )
+    # what such a batch usually takes, at least 4 s
+    model_control: bool = False  # may clients load, unload and swap models?
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return where settings come from, the strongest first."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     @pydantic.model_validator(mode="after")
     def _request_fits_the_queue(self) -> "Settings":
@@ -58,12 +86,60 @@ class Settings(BaseSettings):
         return self
 
 
-def load_settings(**given: Any) -> Settings:
-    """Return the settings of *given* (a `None` means not given), the environment and the defaults.
+def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
+    """Return the settings of *given* (a `None` means not given), the environment, *file* and the defaults.
 
-    Raises `ConfigError` naming the first setting that is unknown or out of its range.
+    Raises `ConfigError` naming the first setting that is unknown or out of its range, or a file that is not
+    TOML.
     """
+    named = os.environ.get(FILE_VARIABLE)
+    path = file or (Path(named) if named else None)
+
+    class Sourced(Settings):
+        model_config = SettingsConfigDict(toml_file=readable(path))
+
     try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})
+        return Sourced(**{name: value for name, value in given.items() if value is not None})
+    except tomllib.TOMLDecodeError as problem:
+        raise ConfigError(f"{path}: not TOML ({problem})") from problem
     except pydantic.ValidationError as problem:
-        raise ConfigError(f"settings: {first_problem(problem)}") from problem
+        raise ConfigError(f"settings: {first_problem(problem)}{service_link(problem)}") from problem
+
+
+def readable(path: Path | None) -> Path | None:
+    """Return *path*, or raise `ConfigError` where it is given and no file."""
+    if path is not None and not path.is_file():
+        raise ConfigError(f"{path}: no settings file here")
+    return path
+
+
+def service_link(problem: pydantic.ValidationError) -> str:
+    """Return a hint where Kubernetes, not a person, has set the port."""
+    if str(problem.errors()[0].get("input", "")).startswith("tcp://"):
+        return " (set by a Kubernetes Service named sopdeploy: give the pod `enableServiceLinks: false`)"
+    return ""
+
+
+def assigned(assignments: Iterable[str]) -> dict[str, str]:
+    """Return the settings of *assignments*, each `name=value`; raises `ConfigError` for any other form."""
+    pairs = [text.partition("=") for text in assignments]
+    for name, equals, _ in pairs:
+        if not equals or name not in Settings.model_fields:
+            close = difflib.get_close_matches(name, Settings.model_fields, n=1)
+            hint = f"did you mean {close[0]}?" if close else "`--print-config` shows every setting"
+            raise ConfigError(f"--set {name}: say name=value with the name of a setting; {hint}")
+    return {name: value for name, _, value in pairs}
+
+
+def unused_variables() -> list[str]:
+    """Return the variables of the environment that look like settings and are none."""
+    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields} | {FILE_VARIABLE, FAULTS_VARIABLE}
+    return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+
+
+def as_toml(settings: Settings) -> str:
+    """Return *settings* as the lines of a settings file; what is not set stands in a comment."""
+    lines = []
+    for name, value in settings.model_dump(mode="json").items():
+        lines.append(f"# {name} is not set" if value is None else f"{name} = {json.dumps(value)}")
+    return "\n".join(lines) + "\n"

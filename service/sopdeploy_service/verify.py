@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from sopdeploy.frozen import Frozen
-from sopdeploy_service.open_inference import open_verified
 from sopdeploy_service.settings import Settings, load_settings
+from sopdeploy_service.verified import open_verified
 
 
 class ReplayRecord(Frozen):

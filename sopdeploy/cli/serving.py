@@ -1,5 +1,6 @@
 """`sopdeploy predict` and `sopdeploy serve`: answers from a bundle, on the spot or over HTTP."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +39,9 @@ def predict(
 
 
 def serve(
-    bundle: BundleArgument,
+    bundles: Annotated[
+        list[str], typer.Argument(metavar="BUNDLE...", help="A bundle, a folder of bundles, or NAME=BUNDLE.")
+    ],
     host: Annotated[
         str | None, typer.Option(help="Address to listen on. [dim]default 127.0.0.1[/dim]")
     ] = None,
@@ -54,26 +57,50 @@ def serve(
     max_body_bytes: Annotated[int | None, typer.Option(min=1, help="Largest request body.")] = None,
     max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest picture.")] = None,
     queue_size: Annotated[int | None, typer.Option(min=1, help="Pictures that may wait.")] = None,
+    model_control: Annotated[
+        bool, typer.Option("--model-control", help="Let clients load, unload and swap models.")
+    ] = False,
+    config: Annotated[Path | None, typer.Option(help="A TOML file with settings.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting, as name=value; repeatable.")
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print every setting as a settings file, and end.")
+    ] = False,
 ) -> None:
     """Answer over HTTP: POST a picture to /v1/classify.
 
-    Every setting is also an environment variable, such as SOPDEPLOY_PORT.
+    Every setting is a flag or --set name=value, an environment variable such as SOPDEPLOY_PORT, and a line
+    of the --config file, in this order.
 
     Example: [bold]sopdeploy serve bundles/dsop-resnet20-3f6c01d2a4b7 --port 8000[/bold]
+
+    Example: [bold]sopdeploy serve flowers=bundles/dsop-resnet20-3f6c01d2a4b7 birds=other/bundle[/bold]
     """
     with one_line_errors():
-        from sopdeploy_service.server import serve as run
-        from sopdeploy_service.settings import load_settings
+        from sopdeploy_service.settings import as_toml, assigned, load_settings, unused_variables
 
         settings = load_settings(
-            host=host,
-            port=port,
-            runtime=runtime,
-            threads=threads,
-            max_batch=max_batch,
-            max_body_bytes=max_body_bytes,
-            max_pixels=max_pixels,
-            queue_size=queue_size,
+            config,
+            **{
+                **assigned(assignments or ()),
+                "host": host,
+                "port": port,
+                "runtime": runtime,
+                "threads": threads,
+                "max_batch": max_batch,
+                "max_body_bytes": max_body_bytes,
+                "max_pixels": max_pixels,
+                "queue_size": queue_size,
+                "model_control": model_control or None,
+            },
         )
-        code = run(bundle, settings)
+        for name in unused_variables():
+            err.print(f"[yellow]note:[/] {plain(name)} in the environment is no setting and has no effect")
+        if print_config:
+            sys.stdout.write(as_toml(settings))
+            raise typer.Exit
+        from sopdeploy_service.server import serve as run
+
+        code = run(bundles, settings)
     raise typer.Exit(code)

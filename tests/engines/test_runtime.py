@@ -10,12 +10,12 @@ import pytest
 from sopdeploy.bundle import Bundle
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy_export.engine_tensorrt import EngineOptions, engine
-from sopdeploy_service.open_inference import open_verified
 from sopdeploy_service.runtime import with_onnxruntime
 from sopdeploy_service.runtime.choose import choose
 from sopdeploy_service.runtime.with_onnxruntime import CPU, CUDA
 from sopdeploy_service.runtime.with_tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings, load_settings
+from sopdeploy_service.verified import open_verified
 from tests.engines.fake_cuda import FakeCuda
 from tests.engines.fake_tensorrt import FakeTensorRT
 from tests.engines.networks import answers, network, some_images

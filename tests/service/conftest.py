@@ -1,9 +1,10 @@
 """A tiny bundle, pictures in every format, and real servers in threads of this process."""
 
+import asyncio
 import io
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -20,11 +22,12 @@ from sopdeploy.manifest import BatchRange, Lineage, TensorRecord, to_json
 from sopdeploy.preprocess import Preprocess
 from sopdeploy.probes import Probes, write_probes
 from sopdeploy_service.app import create_app
-from sopdeploy_service.open_inference import Inference
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.with_onnxruntime import OnnxRuntime
 from sopdeploy_service.server import bind, url
 from sopdeploy_service.settings import Settings
+from sopdeploy_service.shelf import Shelf
+from sopdeploy_service.verified import Inference
 
 LABELS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 RULES = Preprocess(resize=36, crop=32)
@@ -129,10 +132,25 @@ def jpeg() -> bytes:
     return picture_bytes()
 
 
+class Client(httpx.Client):
+    """A client that also knows the app it talks to, and its loop, in another thread of this process."""
+
+    app: FastAPI
+    loop: asyncio.AbstractEventLoop
+
+
 @contextmanager
-def running(runtime: Runtime, bundle: Bundle, settings: Settings) -> Iterator[httpx.Client]:
-    """A real server for *runtime* on a free loopback port; gives a client for it."""
-    app = create_app(Inference(bundle=bundle, runtime=runtime, replays={}), settings)
+def running(
+    runtime: Runtime,
+    bundle: Bundle,
+    settings: Settings,
+    *,
+    names: Iterable[str] = ("tiny",),
+    shelf: Shelf | None = None,
+) -> Iterator[Client]:
+    """A real server for *runtime*, under each of *names*, on a free loopback port; gives a client for it."""
+    inference = Inference(bundle=bundle, runtime=runtime, replays={})
+    app = create_app(dict.fromkeys(names, inference), settings, shelf)
     config = uvicorn.Config(app, lifespan="on", log_config=None, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     with bind("127.0.0.1", 0) as listener:
@@ -140,7 +158,8 @@ def running(runtime: Runtime, bundle: Bundle, settings: Settings) -> Iterator[ht
         thread.start()
         wait_for(lambda: server.started)
         limits = httpx.Limits(max_connections=200)
-        with httpx.Client(base_url=url(listener), timeout=20, limits=limits) as client:
+        with Client(base_url=url(listener), timeout=20, limits=limits) as client:
+            client.app, client.loop = app, server.servers[0].get_loop()
             yield client
         server.should_exit = True
         thread.join(20)

@@ -157,7 +157,7 @@ def test_a_nan_is_an_error_of_its_image_and_never_a_class(serve_with, pool, jpeg
     replies = list(pool.map(lambda body: post(client, body), bodies))
     assert [reply.status_code for reply in replies] == [200] * 7 + [500]
     assert replies[-1].json()["code"] == "nonfinite_output"
-    assert "sopdeploy_nonfinite_outputs_total 1.0" in client.get("/metrics").text
+    assert 'sopdeploy_nonfinite_outputs_total{model="tiny"} 1.0' in client.get("/metrics").text
 
 
 def test_a_dead_engine_thread_refuses_everything_and_looks_dead(serve_with, jpeg, make_picture, until):

@@ -87,7 +87,8 @@ def test_the_health_pages_say_ok_while_images_are_answered(client):
 
 
 def test_info_says_which_network_answers(client, bundle):
-    info = client.get("/info").json()
+    (info,) = client.get("/info").json()["models"]
+    assert info["name"] == "tiny"
     assert (info["bundle"], info["id"]) == (bundle.name, bundle.manifest.id)
     assert (info["labels"], info["device"]) == (7, "cpu")
     assert info["preprocess"]["crop"] == 32
@@ -99,17 +100,17 @@ def test_the_metrics_count_requests_batches_and_refusals(client, jpeg, bundle):
     client.post("/v1/classify", content=b"text")
     text = client.get("/metrics").text
     for line in (
-        'sopdeploy_requests_total{code="200",route="/v1/classify"}',
+        'sopdeploy_requests_total{code="200",model="tiny",route="/v1/classify"}',
         'sopdeploy_rejected_total{reason="not_an_image"}',
         'sopdeploy_request_duration_seconds_count{route="/v1/classify"}',
         *(
             f'sopdeploy_stage_duration_seconds_count{{stage="{stage}"}}'
             for stage in ("receive", "decode", "queue", "infer")
         ),
-        "sopdeploy_batch_size_count",
+        'sopdeploy_batch_size_count{model="tiny"}',
         "sopdeploy_queue_depth 0.0",
         "sopdeploy_engine_busy_ratio",
-        "sopdeploy_nonfinite_outputs_total 0.0",
+        'sopdeploy_nonfinite_outputs_total{model="tiny"} 0.0',
         f'sopdeploy_bundle_info{{digest="{bundle.manifest.id}"',
     ):
         assert line in text, line

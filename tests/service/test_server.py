@@ -28,7 +28,7 @@ from sopdeploy_service.settings import load_settings
 {faults}
 
 try:
-    sys.exit(server.serve(Path(sys.argv[1]), load_settings(port=0, threads=1, {settings})))
+    sys.exit(server.serve([sys.argv[1]], load_settings(port=0, threads=1, {settings})))
 except SopdeployError as problem:
     sys.exit(f"error: {{problem}}")
 """
@@ -165,26 +165,26 @@ def test_a_port_in_use_is_one_clear_line(bundle_path: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: cannot listen .*another"):
-            serve(bundle_path, Settings(port=port))
+            serve([bundle_path], Settings(port=port))
 
 
 def test_a_host_that_is_not_here_is_one_clear_line(bundle_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot listen"):
-        serve(bundle_path, Settings(host="host.invalid", port=0))
+        serve([bundle_path], Settings(host="host.invalid", port=0))
 
 
 def test_a_damaged_bundle_is_never_served(bundle_path: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(bundle_path, tmp_path / bundle_path.name)
     (copy / "model.onnx").write_bytes(b"x")
     with pytest.raises(BundleError, match=r"model\.onnx"):
-        serve(copy, Settings(port=0))
+        serve([copy], Settings(port=0))
 
 
 def test_a_network_that_gives_other_numbers_than_promised_is_never_served(
     wrong_bundle_path: Path,
 ) -> None:
     with pytest.raises(ParityError, match="deviates"):
-        serve(wrong_bundle_path, Settings(port=0))
+        serve([wrong_bundle_path], Settings(port=0))
 
 
 def test_the_server_and_the_app_never_load_torch_or_the_exporter() -> None:

@@ -6,10 +6,10 @@ import pytest
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.answer import answer, softmax
 from sopdeploy_service.metrics import BusyMeter
-from sopdeploy_service.open_inference import largest_batch
 from sopdeploy_service.runtime.pretend import PretendRuntime
 from sopdeploy_service.settings import Settings, load_settings
 from sopdeploy_service.timing import Stages
+from sopdeploy_service.verified import largest_batch
 
 
 def test_settings_come_from_keywords_then_the_environment_then_the_defaults(monkeypatch):

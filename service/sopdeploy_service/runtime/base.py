@@ -6,6 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+class OutOfMemoryError(Exception):
+    """The device has no memory for a batch of this size now; a smaller one may do."""
+
+
+class DeviceLostError(Exception):
+    """The device will answer nothing more in this process (a CUDA error that sticks, say)."""
+
+
 class Runtime(Protocol):
     """One loaded network on one device; called by one thread at a time."""
 
@@ -16,6 +24,7 @@ class Runtime(Protocol):
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8.
 
-        n is 1 to `largest_batch`. Any exception means that this batch got no result.
+        n is 1 to `largest_batch`. Any exception means that this batch got no result; `DeviceLostError` that
+        no other will, `OutOfMemoryError` that a smaller one may.
         """
         ...

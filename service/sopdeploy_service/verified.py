@@ -4,13 +4,18 @@
 this machine computes wrongly.
 """
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sopdeploy.bundle import Bundle, open_bundle
 from sopdeploy.errors import BundleError, RuntimeUnavailableError
 from sopdeploy.manifest import Manifest
-from sopdeploy.probes import Probes, Replay, read_probes, replay
+from sopdeploy.probes import Probes, Replay, Run, read_probes, replay
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.choose import choose
 from sopdeploy_service.settings import Settings
@@ -20,11 +25,12 @@ LARGEST_ON_CPU = 4  # more gains nothing on a CPU and makes the first image of a
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inference:
-    """A bundle, a runtime for it, and the replays of its probes by batch size."""
+    """A bundle, a runtime for it, its replays by batch size, and (images, seconds) of each run."""
 
     bundle: Bundle
     runtime: Runtime
     replays: dict[int, Replay]
+    timings: tuple[tuple[int, float], ...] = ()
 
 
 def open_verified(path: Path, settings: Settings) -> Inference:
@@ -40,11 +46,28 @@ def open_verified(path: Path, settings: Settings) -> Inference:
             "export it with a smallest batch of 1"
         )
     runtime = choose(bundle, settings)
-    return Inference(bundle=bundle, runtime=runtime, replays=replay_all(bundle, runtime, settings))
+    timed = Timed(runtime)
+    replays = replay_all(bundle, timed, largest_batch(runtime, settings))
+    return Inference(bundle=bundle, runtime=runtime, replays=replays, timings=tuple(timed.timings))
 
 
-def replay_all(bundle: Bundle, runtime: Runtime, settings: Settings) -> dict[int, Replay]:
-    """Replay the probes one by one, and in the largest batches the server would make of them.
+class Timed:
+    """A runtime's `run` that keeps (images, seconds) of every call."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.timings: list[tuple[int, float]] = []
+        self._runtime = runtime
+
+    def __call__(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[np.float32]]:
+        """Run *images*."""
+        started = time.monotonic()
+        outputs = self._runtime.run(images)
+        self.timings.append((len(images), time.monotonic() - started))
+        return outputs
+
+
+def replay_all(bundle: Bundle, run: Run, largest: int) -> dict[int, Replay]:
+    """Replay the probes one by one, and in batches of *largest* where there are so many.
 
     Raises `ParityError` for other numbers and `BundleError` for probes that would prove nothing.
     """
@@ -53,8 +76,8 @@ def replay_all(bundle: Bundle, runtime: Runtime, settings: Settings) -> dict[int
         raise BundleError(
             f"{bundle.probes}: does not probe every output; nothing would be proved: export the bundle again"
         )
-    sizes = {1, min(largest_batch(runtime, settings), len(probes.images))}
-    return {size: replay(probes, runtime.run, batch=size) for size in sorted(sizes)}
+    sizes = {1, min(largest, len(probes.images))}
+    return {size: replay(probes, run, batch=size) for size in sorted(sizes)}
 
 
 def fit(probes: Probes, manifest: Manifest) -> bool:

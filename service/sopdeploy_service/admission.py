@@ -1,0 +1,76 @@
+"""What every endpoint that answers images does first and last: which model, until when, for whom?"""
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.types import Receive
+
+from sopdeploy_service.model import Model
+from sopdeploy_service.outcome import CLIENT_GONE, Refusal
+from sopdeploy_service.problems import RefusedError
+from sopdeploy_service.service import Service
+
+Value = TypeVar("Value")
+
+TIMEOUT_HEADER = "x-request-timeout-ms"
+BAD_TIMEOUT = Refusal("invalid_timeout", 400, "X-Request-Timeout-Ms: say how many milliseconds, at least 1")
+
+
+def service_of(request: Request) -> Service:
+    """Return the service behind the app that got *request*."""
+    service: Service = request.app.state.service
+    return service
+
+
+def admit(request: Request, name: str | None = None, version: str | None = None) -> tuple[Model, float]:
+    """Return the model for *request* and its deadline (`time.monotonic`), before its body is read.
+
+    The answer will carry the model's digest. Raises `RefusedError` where the model is not here, or where it
+    could not answer in time.
+    """
+    service = service_of(request)
+    deadline = time.monotonic() + seconds_allowed(request, service.settings.deadline_seconds)
+    model = unless_refused(service.repository.find(name, version))
+    request.state.model = model
+    unless_refused(service.refusal(model, deadline))
+    return model, deadline
+
+
+def seconds_allowed(request: Request, longest: float) -> float:
+    """Return for how long *request* may take: what its header says, but never more than *longest*."""
+    given = request.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return longest
+    if not given.isascii() or not given.isdecimal() or len(given) > 9 or int(given) == 0:
+        raise RefusedError(BAD_TIMEOUT)
+    return min(longest, int(given) / 1000)
+
+
+def unless_refused(value: Value | Refusal) -> Value:
+    """Return *value*; raises `RefusedError` where it is a refusal."""
+    if isinstance(value, Refusal):
+        raise RefusedError(value)
+    return value
+
+
+async def unless_gone(work: Coroutine[Any, Any, Value], receive: Receive) -> Value:
+    """Return what *work* returns; cancel it and raise `RefusedError` when the client leaves before."""
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(left(receive))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise RefusedError(CLIENT_GONE)
+    finally:
+        leaving.cancel()
+        task.cancel()
+
+
+async def left(receive: Receive) -> None:
+    """Return when the client has closed its connection; its body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,69 @@
+"""The endpoints that say how the server is and what it serves."""
+
+from importlib.metadata import version
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from sopdeploy_service.admission import service_of
+from sopdeploy_service.model import Model
+from sopdeploy_service.problems import json_response
+from sopdeploy_service.schema import Health, Info, ModelInfo
+
+router = APIRouter()
+
+
+@router.get("/livez", summary="Is the process worth keeping?", response_model=Health)
+async def livez(request: Request) -> Response:
+    """Give 200 unless the engine is dead; then the process should be restarted."""
+    state = service_of(request).state
+    return json_response(Health(status=state), status=503 if state == "engine_dead" else 200)
+
+
+@router.get("/readyz", summary="Should it get requests now?", response_model=Health)
+async def readyz(request: Request) -> Response:
+    """Give 200 while images are answered; 503 while draining, without a model and after an engine's death.
+
+    The probes of every bundle were replayed before this server began to listen.
+    """
+    state = service_of(request).state
+    return json_response(Health(status=state), status=200 if state == "ok" else 503)
+
+
+@router.get("/metrics", summary="For Prometheus", include_in_schema=False)
+async def metrics(request: Request) -> Response:
+    """Give the metrics of this server."""
+    return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/info", summary="Which networks answer here?", response_model=Info)
+async def info(request: Request) -> Response:
+    """Give the facts of each model and of what it runs on."""
+    repository = service_of(request).repository
+    loaded = repository.models()
+    current = [model for model in loaded if repository.find(model.name) is model]
+    return json_response(
+        Info(
+            server=version("sopdeploy"),
+            models=tuple(model_info(model) for model in current),
+            previous={model.name: model.version for model in loaded if model not in current},
+        )
+    )
+
+
+def model_info(model: Model) -> ModelInfo:
+    """Return what `/info` says of *model*."""
+    manifest, runtime = model.bundle.manifest, model.inference.runtime
+    return ModelInfo(
+        name=model.name,
+        bundle=model.bundle.name,
+        id=manifest.id,
+        model=manifest.model,
+        labels=len(model.labels),
+        precision=manifest.precision,
+        preprocess=manifest.preprocess,
+        runtime=runtime.name,
+        device=runtime.device,
+        largest_batch=model.largest_batch,
+        versions=manifest.versions,
+    )

@@ -1,0 +1,227 @@
+"""Several models behind one server, and one version taking another's place under load."""
+
+import asyncio
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from sopdeploy.bundle import open_bundle
+from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy_service.metrics import Metrics
+from sopdeploy_service.model import Model
+from sopdeploy_service.outcome import Refusal
+from sopdeploy_service.repository import Repository
+from sopdeploy_service.settings import Settings
+from sopdeploy_service.shelf import Shelf
+from sopdeploy_service.verified import open_verified
+
+SETTINGS = Settings(threads=1, model_control=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_bundle: Callable[..., Path]) -> Path:
+    """Two versions of the tiny network; they differ in their probes."""
+    make_bundle(tmp_path, probes=3)
+    make_bundle(tmp_path, probes=4)
+    return tmp_path
+
+
+@pytest.fixture
+def versions(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
+
+
+def repository_of(first: Path) -> Repository:
+    return Repository({"tiny": open_verified(first, SETTINGS)}, SETTINGS, Metrics(), Shelf([f"tiny={first}"]))
+
+
+def found(answer: Model | Refusal | None) -> Model:
+    assert isinstance(answer, Model), answer
+    return answer
+
+
+def refused(answer: object) -> str:
+    assert isinstance(answer, Refusal), answer
+    return answer.code
+
+
+def test_a_new_version_answers_and_the_one_before_stays_for_going_back(versions) -> None:
+    async def life() -> None:
+        repository = repository_of(versions[0])
+        repository.start()
+        before = found(repository.find())
+        after = found(await repository.load("tiny"))
+        assert [model.bundle.path.name for model in (before, after)] == [path.name for path in versions]
+        assert repository.find("tiny") is after
+        assert repository.find("tiny", before.version) is before
+        assert found(await repository.roll_back("tiny")) is before
+        assert repository.find("tiny") is before
+        assert found(await repository.load("tiny", versions[1].name)) is after
+        assert found(await repository.load("tiny", versions[1].name)) is after
+        await repository.stop()
+        assert not [thread for thread in threading.enumerate() if thread.name == "engine"]
+
+    asyncio.run(life())
+
+
+def test_a_version_that_leaves_waits_for_its_last_request(versions, make_bundle, until) -> None:
+    async def life() -> None:
+        repository = repository_of(versions[0])
+        repository.start()
+        oldest = found(repository.find())
+        make_bundle(versions[0].parent, probes=5)
+        with oldest.in_use():
+            for path in sorted(versions[0].parent.iterdir()):
+                await repository.load("tiny", path.name)
+            await asyncio.sleep(0.05)
+            assert engines() == 3
+        await asyncio.sleep(0.3)
+        assert engines() == 2
+        assert refused(repository.find("tiny", oldest.version)) == "unknown_version"
+        await repository.stop()
+
+    asyncio.run(life())
+
+
+def engines() -> int:
+    return sum(thread.name == "engine" for thread in threading.enumerate())
+
+
+def test_a_version_that_gives_other_numbers_than_promised_never_answers(versions, make_bundle) -> None:
+    wrong = make_bundle(versions[0].parent, wrong_by=0.01)
+
+    async def life() -> None:
+        repository = repository_of(versions[0])
+        repository.start()
+        before = found(repository.find())
+        answer = await repository.load("tiny", wrong.name)
+        assert isinstance(answer, Refusal)
+        assert (answer.code, answer.status) == ("cannot_load", 400)
+        assert "deviates" in answer.message
+        assert repository.find() is before
+        await repository.stop()
+
+    asyncio.run(life())
+
+
+@pytest.mark.parametrize("name", ["../tiny", "/etc", "", "nothing", "a\0b", "x" * 10_000])
+def test_a_folder_that_is_not_beside_the_bundles_is_never_opened(versions, name) -> None:
+    async def life() -> None:
+        repository = repository_of(versions[0])
+        assert refused(await repository.load("tiny", name)) == "cannot_load"
+        await repository.stop()
+
+    asyncio.run(life())
+
+
+def test_an_unloaded_name_is_unknown_and_may_be_loaded_again(versions) -> None:
+    async def life() -> None:
+        repository = repository_of(versions[0])
+        repository.start()
+        assert await repository.unload("tiny") is None
+        assert refused(repository.find()) == "no_model"
+        assert refused(repository.find("tiny")) == "unknown_model"
+        assert refused(await repository.unload("tiny")) == "unknown_model"
+        assert refused(await repository.roll_back("tiny")) == "unknown_model"
+        assert refused(await repository.load("tiny")) == "cannot_load"  # two have the name: which?
+        assert found(await repository.load("tiny", versions[1].name)).name == "tiny"
+        assert refused(await repository.roll_back("tiny")) == "no_previous_version"
+        await repository.stop()
+
+    asyncio.run(life())
+
+
+def test_without_model_control_nothing_can_be_loaded(versions) -> None:
+    async def life() -> None:
+        repository = Repository({"tiny": open_verified(versions[0], SETTINGS)}, SETTINGS, Metrics(), None)
+        assert refused(await repository.load("tiny")) == "model_control_off"
+        assert refused(await repository.unload("tiny")) == "model_control_off"
+        await repository.stop()
+
+    asyncio.run(life())
+
+
+def test_a_swap_under_load_fails_no_request_and_every_answer_names_its_weights(
+    versions, run_server, onnx_runtime, jpeg, until
+) -> None:
+    bundle = open_bundle(versions[0])
+    with (
+        run_server(onnx_runtime, bundle, SETTINGS, shelf=Shelf([f"tiny={versions[0]}"])) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        ended = threading.Event()
+        replies = [pool.submit(post_until, client, jpeg, ended) for _ in range(6)]
+        service = client.app.state.service
+        for path in [*reversed(versions), versions[1]]:
+            swap = asyncio.run_coroutine_threadsafe(service.repository.load("tiny", path.name), client.loop)
+            assert found(swap.result(20)).bundle.path == path
+            threading.Event().wait(0.2)
+        ended.set()
+        answers = [answer for reply in replies for answer in reply.result()]
+    ids = {open_bundle(path).manifest.id for path in versions}
+    assert {status for status, _ in answers} == {200}
+    assert {digest for _, digest in answers} == ids
+
+
+def post_until(client: httpx.Client, body: bytes, ended: threading.Event) -> list[tuple[int, str]]:
+    answers = []
+    while not ended.is_set():
+        reply = client.post("/v1/classify", content=body)
+        answers.append((reply.status_code, reply.headers["x-model-digest"]))
+    return answers
+
+
+@pytest.fixture
+def two(versions, run_server, onnx_runtime) -> Iterator[httpx.Client]:
+    with run_server(onnx_runtime, open_bundle(versions[0]), SETTINGS, names=("ants", "bees")) as client:
+        yield client
+
+
+def test_where_several_models_answer_a_request_must_name_one(two, jpeg) -> None:
+    unnamed = two.post("/v1/classify", content=jpeg)
+    assert (unnamed.status_code, unnamed.json()["code"]) == (400, "model_needed")
+    assert "ants, bees" in unnamed.json()["detail"]
+    assert two.post("/v1/classify?model=bees", content=jpeg).status_code == 200
+    missing = two.post("/v1/classify?model=cats", content=jpeg)
+    assert (missing.status_code, missing.json()["code"]) == (404, "unknown_model")
+    version = two.post("/v1/classify?model=bees&version=0", content=jpeg)
+    assert (version.status_code, version.json()["code"]) == (404, "unknown_version")
+    assert [model["name"] for model in two.get("/info").json()["models"]] == ["ants", "bees"]
+    assert 'requests_total{code="200",model="bees"' in two.get("/metrics").text
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "soon", "9" * 30, "٣"])
+def test_a_timeout_that_is_no_number_of_milliseconds_is_400(two, jpeg, value) -> None:
+    headers = {"X-Request-Timeout-Ms": value.encode()}
+    reply = two.post("/v1/classify?model=ants", content=jpeg, headers=headers)
+    assert (reply.status_code, reply.json()["code"]) == (400, "invalid_timeout")
+
+
+def test_a_folder_of_bundles_is_served_by_name(tmp_path, make_bundle) -> None:
+    first = make_bundle(tmp_path / "a")
+    shutil.copytree(first, tmp_path / "models" / "flowers")
+    shutil.copytree(first, tmp_path / "models" / first.name)
+    (tmp_path / "models" / ".bundle-x.partial").mkdir()
+    assert set(Shelf([tmp_path / "models"]).bundles) == {"flowers", "tiny"}
+    assert set(Shelf([first, f"two={first}"]).bundles) == {"tiny", "two"}
+
+
+def test_two_bundles_of_one_name_are_one_clear_line(folder) -> None:
+    with pytest.raises(ConfigError, match=r"a bundle named tiny is there already .*NAME="):
+        Shelf([folder])
+
+
+@pytest.mark.parametrize("source", ["a b=/x", "=/x", "a/b=/x"])
+def test_a_name_that_does_not_fit_into_a_url_is_refused(source) -> None:
+    with pytest.raises(ConfigError, match="letters, digits"):
+        Shelf([source])
+
+
+def test_a_folder_without_a_bundle_is_one_clear_line(tmp_path) -> None:
+    with pytest.raises(BundleError, match="no bundle here, nor in a folder below it"):
+        Shelf([tmp_path])
