@@ -11,6 +11,7 @@ from sopdeploy_service.middleware import Envelope
 from sopdeploy_service.service import Service
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.shelf import Shelf
+from sopdeploy_service.v2 import routes as v2
 from sopdeploy_service.verified import Inference
 
 
@@ -41,7 +42,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
-    for router in (routes.router, status.router):
+    for router in (routes.router, status.router, v2.router):
         app.include_router(router)
     problems.install(app)
     app.add_middleware(Envelope, service=service)

@@ -31,7 +31,11 @@ TIMEOUT = Refusal("url_timeout", 504, "the image did not arrive from the URL in 
 
 
 async def fetch(
-    url: str, settings: Settings, *, resolve: Resolve | None = None, transport: httpx.AsyncBaseTransport | None = None
+    url: str,
+    settings: Settings,
+    *,
+    resolve: Resolve | None = None,
+    transport: httpx.AsyncBaseTransport | None = None,
 ) -> bytes:
     """Return the bytes behind *url*.
 
@@ -116,7 +120,9 @@ async def download(
         async with (
             # no proxy and no .netrc of the environment: they would connect to somewhere else
             httpx.AsyncClient(transport=transport, trust_env=False, verify=certificates()) as client,
-            client.stream("GET", pinned, headers=headers, extensions={"sni_hostname": host_of(target)}) as reply,
+            client.stream(
+                "GET", pinned, headers=headers, extensions={"sni_hostname": host_of(target)}
+            ) as reply,
         ):
             if reply.is_redirect:
                 raise forbidden("it redirects, and redirects are not followed")

@@ -35,7 +35,9 @@ def read_json(raw: bytes, *, max_bytes: int, max_images: int) -> JsonBody:
         raise bad_request("malformed_request", 'the body must be an object like {"image": "<base64>"}')
     unknown = sorted(value.keys() - {*SOURCES, "top_k"})
     if unknown:
-        raise bad_request("malformed_request", f"unknown key {unknown[0][:100]!r}; known: {', '.join(SOURCES)}, top_k")
+        raise bad_request(
+            "malformed_request", f"unknown key {unknown[0][:100]!r}; known: {', '.join(SOURCES)}, top_k"
+        )
     given = [name for name in SOURCES if name in value]
     if len(given) != 1:
         raise bad_request("malformed_request", f"give exactly one of {', '.join(SOURCES)}")

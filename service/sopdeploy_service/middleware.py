@@ -43,7 +43,7 @@ class Envelope:
             log.exception("%s %s", scope["method"], scope["path"])
             if stamp.status:
                 raise  # half an answer is out; the connection must end
-            await problem_response(INTERNAL)(scope, receive, stamp)
+            await problem_response(INTERNAL, path=scope["path"])(scope, receive, stamp)
         finally:
             self._service.requests -= 1
             self._count(scope, stamp.status, time.monotonic() - started)

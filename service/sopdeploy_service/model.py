@@ -12,6 +12,7 @@ from sopdeploy_service.batcher import Batcher
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.outcome import Outcome, Refusal
 from sopdeploy_service.settings import Settings
+from sopdeploy_service.tally import Tally
 from sopdeploy_service.verified import Inference
 
 
@@ -21,6 +22,7 @@ class Model:
     def __init__(self, name: str, inference: Inference, settings: Settings, metrics: Metrics) -> None:
         self.name = name
         self.inference = inference
+        self.tally = Tally()
         self._batcher = Batcher(name, inference, settings, metrics)
         self._users = 0
         self._unused = asyncio.Event()

@@ -25,15 +25,27 @@ FORM = {
         "required": ["image"],
     }
 }
+JSON = {
+    "schema": {
+        "type": "object",
+        "properties": {
+            "image": {"type": "string", "description": "base64, or a data URI"},
+            "images": {"type": "array", "items": {"type": "string"}},
+            "url": {"type": "string", "description": "where the server allows it"},
+            "top_k": {"type": "integer", "minimum": 1},
+        },
+        "additionalProperties": False,
+    }
+}
 REQUEST_BODY = {
     "requestBody": {
         "required": True,
-        "content": {"image/*": BINARY, "multipart/form-data": FORM},
+        "content": {"image/*": BINARY, "multipart/form-data": FORM, "application/json": JSON},
     }
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "content": {PROBLEM_JSON: {}}}
-    for status in (400, 404, 408, 413, 415, 422, 429, 500, 503, 504)
+    for status in (400, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 }
 
 
@@ -49,7 +61,7 @@ async def classify(
     model: Annotated[str | None, Query(description="Needed where several models answer.")] = None,
     version: Annotated[str | None, Query(description="A bundle's id; else the current one.")] = None,
 ) -> Response:
-    """Take an image as the body, or 1..n in a form (fields `image`), and give its classes.
+    """Take an image as the body, 1..n in a form (fields `image`) or in JSON, and give its classes.
 
     One image gives `{"classes": [...]}` or its error. Several give `{"results": [...]}` with status
     200, in order, each `{"classes": [...]}` or `{"error": {...}}`; only what concerns the whole
@@ -65,7 +77,7 @@ async def classify(
     stages.note("receive", received - started)
     work = service.classify(chosen, upload.images, deadline, stages)
     outcomes = unless_refused(await unless_gone(work, request.receive))
-    top_k = top_k or service.settings.top_k
+    top_k = top_k or upload.top_k or service.settings.top_k
     headers = {"Server-Timing": stages.header()}
     if not upload.several:
         logits = unless_refused(outcomes[0]).logits

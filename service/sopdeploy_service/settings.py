@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -26,6 +27,7 @@ from sopdeploy.frozen import first_problem
 Count = Annotated[int, pydantic.Field(ge=1)]
 RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
+Hosts = Annotated[tuple[str, ...], NoDecode, pydantic.BeforeValidator(lambda given: separated(given))]
 
 PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
@@ -47,7 +49,7 @@ class Settings(BaseSettings):
     max_images: Count = 32  # in one request
     top_k: Count = 5  # classes in an answer that asks for no other number
 
-    url_hosts: tuple[str, ...] = ()  # `host` or `host:port` to fetch images from; none: URLs are refused
+    url_hosts: Hosts = ()  # `host` or `host:port` to fetch images from; none: URLs are refused
     url_plain_http: bool = False  # fetch from http:// too
     url_seconds: Seconds = 5.0  # from the name of the host to the last byte
 
@@ -84,6 +86,13 @@ class Settings(BaseSettings):
         if self.max_images > self.queue_size:
             raise ValueError(f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size})")
         return self
+
+
+def separated(given: Any) -> Any:
+    """Return the parts of the text *given*, with commas between them; a list stays as it is."""
+    if not isinstance(given, str):
+        return given
+    return tuple(part.strip().lower() for part in given.split(",") if part.strip())
 
 
 def load_settings(file: Path | None = None, /, **given: Any) -> Settings:

@@ -21,7 +21,7 @@ def bad_request(code: str, message: str) -> RefusedError:
 
 
 def parse(raw: bytes, limit: int) -> Any:
-    """Return the value of the JSON document *raw*, of at most *limit* bytes; for a thread, not the event loop.
+    """Return the value of the JSON document *raw*, of at most *limit* bytes; for a thread, not the loop.
 
     Raises `RefusedError` where it is too long, damaged or ambiguous.
     """

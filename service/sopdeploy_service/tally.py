@@ -36,7 +36,7 @@ class Tally:
     last: float = 0.0  # time.time() of the last answer
 
     def note(self, found: Sequence[Outcome] | Refusal, stages: Stages, seconds: float) -> None:
-        """Count a request of which *found* became, in so many *seconds*; one refused image makes it a failure."""
+        """Count a request that became *found* in so many *seconds*; one refused image makes it a failure."""
         outcomes = [] if isinstance(found, Refusal) else found
         answered = [outcome for outcome in outcomes if isinstance(outcome, Answered)]
         for outcome in answered:

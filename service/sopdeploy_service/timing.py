@@ -5,12 +5,12 @@ class Stages:
     """Seconds by stage; of several images in one request the slowest counts."""
 
     def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
 
     def note(self, stage: str, seconds: float) -> None:
         """Keep *seconds* for *stage* unless another image of the request took longer."""
-        self._seconds[stage] = max(seconds, self._seconds.get(stage, 0.0))
+        self.seconds[stage] = max(seconds, self.seconds.get(stage, 0.0))
 
     def header(self) -> str:
         """Return the header's value; durations in milliseconds, as the standard has it."""
-        return ", ".join(f"{stage};dur={seconds * 1000:.2f}" for stage, seconds in self._seconds.items())
+        return ", ".join(f"{stage};dur={seconds * 1000:.2f}" for stage, seconds in self.seconds.items())

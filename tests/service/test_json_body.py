@@ -40,7 +40,23 @@ def test_base64_gives_back_its_bytes(raw, padded):
     assert decode_text(text if padded else text.rstrip("="), "image") == raw
 
 
-BAD_TEXTS = ["!", "abc$", "a", "YQ==YQ==", "YQ===", "=", "é", "data:image/png,abc", "data:image/png;base64", "YR=\0=", "Y", 5, None, [], True]
+BAD_TEXTS = [
+    "!",
+    "abc$",
+    "a",
+    "YQ==YQ==",
+    "YQ===",
+    "=",
+    "é",
+    "data:image/png,abc",
+    "data:image/png;base64",
+    "YR=\0=",
+    "Y",
+    5,
+    None,
+    [],
+    True,
+]
 
 
 @pytest.mark.parametrize("text", BAD_TEXTS, ids=repr)
@@ -61,7 +77,9 @@ def read(value: Any) -> JsonBody:
 def test_one_image_several_and_an_address_are_told_apart():
     assert read({"image": "YQ=="}) == JsonBody([b"a"], None, several=False, top_k=None)
     assert read({"images": ["YQ=="], "top_k": 2}) == JsonBody([b"a"], None, several=True, top_k=2)
-    assert read({"url": "https://a.example/b"}) == JsonBody([], "https://a.example/b", several=False, top_k=None)
+    assert read({"url": "https://a.example/b"}) == JsonBody(
+        [], "https://a.example/b", several=False, top_k=None
+    )
     assert read({"image": "", "top_k": 2**60}).top_k == 1_000_000
 
 

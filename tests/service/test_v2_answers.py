@@ -71,6 +71,6 @@ def test_an_output_without_labels_gives_value_and_index_and_no_more_classes_than
 def test_classes_as_binary_have_their_lengths_in_bytes_before_them():
     body, headers = write_answer(HEAD, VALUES, [Wanted(LOGITS, True, 1)], LABELS)
     text, rest = taken_apart(body, headers)
-    texts = ["0.1:0:ant".encode(), "5.0:2:çat".encode()]
+    texts = [b"0.1:0:ant", "5.0:2:çat".encode()]
     assert rest == b"".join(struct.pack("<I", len(raw)) + raw for raw in texts)
     assert text["outputs"][0]["parameters"] == {"binary_data_size": len(rest)}

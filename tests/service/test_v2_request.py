@@ -23,7 +23,9 @@ PIXELS = Signature(
 FLOATS = Signature(Tensor("x", "FP32", (-1, 3)), PIXELS.outputs, (), max_images=4)
 
 
-def read(text: Any, binary: bytes = b"", header: str | None = None, signature: Signature = PIXELS) -> InferRequest:
+def read(
+    text: Any, binary: bytes = b"", header: str | None = None, signature: Signature = PIXELS
+) -> InferRequest:
     raw = text if isinstance(text, bytes) else orjson.dumps(text)
     if binary and header is None:
         header = str(len(raw))
@@ -99,17 +101,31 @@ def test_a_float_that_is_not_a_finite_number_is_refused(number):
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 def test_a_binary_float_that_is_not_finite_is_refused(number):
-    asked = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 3], "parameters": {"binary_data_size": 12}}]}
+    asked = {
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 3], "parameters": {"binary_data_size": 12}}]
+    }
     raw = np.array([1, number, 2], dtype="<f4").tobytes()
     assert refused(asked, raw, signature=FLOATS)[0] == "wrong_data"
 
 
 HUGE = 2**40
 BAD_SHAPES = [
-    None, [], [0, 2, 2, 3], [-1, 2, 2, 3], [1, 2, 2], [1, 2, 2, 3, 1], [1, 2, 2, -3], [1.0, 2, 2, 3],
-    [True, 2, 2, 3], ["1", 2, 2, 3], [HUGE, HUGE, HUGE, 3], [1e30, 2, 2, 3], "1", 12, {}, [[1], 2, 2, 3], [None],
-    [1, HUGE, HUGE, HUGE],
-]  # fmt: skip
+    *(
+        None,
+        "1",
+        12,
+        {},
+        [],
+        [None],
+        [[1], 2, 2, 3],
+        [1, 2, 2],
+        [1, 2, 2, 3, 1],
+        [1, 2, 2, -3],
+        [1, HUGE, HUGE, HUGE],
+    ),
+    *([first, 2, 2, 3] for first in (0, -1, 1.0, True, "1", 1e30)),
+    [HUGE, HUGE, HUGE, 3],
+]
 
 
 @pytest.mark.parametrize("shape", BAD_SHAPES, ids=str)
@@ -124,10 +140,11 @@ def test_more_images_than_a_request_may_have_are_refused(shape):
     assert refused(tensor(shape=shape))[0] == "too_many_images"
 
 
+BAD_NUMBERS = [256, -1, 1.0, True, "1", None, [1], 2**63]
 BAD_DATA = [
-    RAGGED, list(range(11)), list(range(13)), [], [[]], [NESTED], "abc", 5, {"a": 1}, [*range(11), 256], [*range(11), -1],
-    [*range(11), 1.0], [*range(11), True], [*range(11), "1"], [*range(11), None], [*range(11), [1]], [*range(11), 2**63],
-]  # fmt: skip
+    *(RAGGED, list(range(11)), list(range(13)), [], [[]], [NESTED], "abc", 5, {"a": 1}),
+    *([*range(11), number] for number in BAD_NUMBERS),
+]
 
 
 @pytest.mark.parametrize("data", BAD_DATA, ids=str)
@@ -180,7 +197,10 @@ BAD_REQUESTS = {
         "malformed_request",
     ),
     "request parameters no object": ({**tensor(), "parameters": 3}, "malformed_request"),
-    "binary_data_output a text": ({**tensor(), "parameters": {"binary_data_output": "yes"}}, "malformed_request"),
+    "binary_data_output a text": (
+        {**tensor(), "parameters": {"binary_data_output": "yes"}},
+        "malformed_request",
+    ),
     "timeout negative": ({**tensor(), "parameters": {"timeout": -1}}, "malformed_request"),
     "timeout a float": ({**tensor(), "parameters": {"timeout": 1.5}}, "malformed_request"),
 }
@@ -217,7 +237,7 @@ def test_json_that_is_damaged_or_ambiguous_is_refused(case):
     assert (refusal.code, refusal.status) == (wanted, 413 if wanted == "json_too_large" else 400)
 
 
-@pytest.mark.parametrize("header", ["-1", "1e3", "", "abc", "0x10", "9999999", "9" * 5000, "1.5", "²", "１"])
+@pytest.mark.parametrize("header", ["-1", "1e3", "", "abc", "0x10", "9999999", "9" * 5000, "1.5", "²", "٣"])
 def test_a_header_length_that_is_none_is_refused(header):
     assert refused(tensor(), b"x", header)[:2] == ("bad_header_length", 400)
 
@@ -237,12 +257,21 @@ def test_binary_data_without_the_header_or_beyond_the_tensor_is_refused():
     assert "is 12 bytes, not 13" in refused(right, bytes(13))[2]
 
 
-BAD_BYTES = [b"", b"\3\0\0", b"\4\0\0\0abc", b"\3\0\0\0abc", files(b"a", b"b") + b"x", b"\xff\xff\xff\xff" * 4]
+BAD_BYTES = [
+    b"",
+    b"\3\0\0",
+    b"\4\0\0\0abc",
+    b"\3\0\0\0abc",
+    files(b"a", b"b") + b"x",
+    b"\xff\xff\xff\xff" * 4,
+]
 
 
 @pytest.mark.parametrize("raw", BAD_BYTES)
 def test_bytes_whose_lengths_lie_are_refused(raw):
-    assert refused(encoded([2], len(raw)), raw, header=str(len(orjson.dumps(encoded([2], len(raw))))))[:2] == (
+    assert refused(encoded([2], len(raw)), raw, header=str(len(orjson.dumps(encoded([2], len(raw))))))[
+        :2
+    ] == (
         "wrong_binary_size",
         400,
     )
@@ -252,15 +281,30 @@ def test_all_outputs_come_where_none_is_named_and_as_the_request_says():
     assert [(w.tensor.name, w.binary, w.classes) for w in read(tensor()).outputs] == [
         ("logits", False, 0), ("gate", False, 0),
     ]  # fmt: skip
-    outputs = [{"name": "gate"}, {"name": "logits", "parameters": {"binary_data": False, "classification": 3}}]
-    asked = {**tensor(), "id": "a", "outputs": outputs, "parameters": {"binary_data_output": True, "timeout": 5000}}
+    outputs = [
+        {"name": "gate"},
+        {"name": "logits", "parameters": {"binary_data": False, "classification": 3}},
+    ]
+    asked = {
+        **tensor(),
+        "id": "a",
+        "outputs": outputs,
+        "parameters": {"binary_data_output": True, "timeout": 5000},
+    }
     found = read(asked)
-    assert [(w.tensor.name, w.binary, w.classes) for w in found.outputs] == [("gate", True, 0), ("logits", False, 3)]
+    assert [(w.tensor.name, w.binary, w.classes) for w in found.outputs] == [
+        ("gate", True, 0),
+        ("logits", False, 3),
+    ]
     assert (found.id, found.timeout_seconds) == ("a", 0.005)
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 300) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 300)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=12,
 )
@@ -275,18 +319,20 @@ INPUT = st.fixed_dictionaries(
     },
 )
 BODY = st.fixed_dictionaries(
-    {}, optional={"id": JSON, "inputs": st.lists(INPUT, max_size=2) | JSON, "outputs": JSON, "parameters": JSON}
+    {},
+    optional={"id": JSON, "inputs": st.lists(INPUT, max_size=2) | JSON, "outputs": JSON, "parameters": JSON},
 )
 
 
 @given(text=BODY | JSON, binary=st.binary(max_size=30))
 def test_no_body_is_answered_with_anything_but_a_request_or_a_400(text, binary):
+    status, images = 200, 1
     try:
-        found = read(text, binary)
+        images = len(read(text, binary).images)
     except RefusedError as problem:
-        assert problem.refusal.status == 400
-    else:
-        assert len(found.images) in range(1, 5)
+        status = problem.refusal.status
+    assert status in {200, 400}
+    assert 1 <= images <= 4
 
 
 @given(st.binary(max_size=200), st.none() | st.text(max_size=5))

@@ -40,7 +40,7 @@ class InferRequest:
 
 
 def read_body(body: bytes, header_length: str | None, signature: Signature, max_json: int) -> InferRequest:
-    """Return the request in *body*, whose JSON may have *max_json* bytes; for a thread, not the event loop.
+    """Return the request in *body*, whose JSON may have *max_json* bytes; for a thread, not the loop.
 
     Raises `RefusedError`, status 400 or 413, for whatever is wrong with it.
     """
@@ -57,7 +57,8 @@ def split(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
         raise bad_request("bad_header_length", "Inference-Header-Content-Length must be a whole number")
     if int(number) > len(body):
         raise bad_request(
-            "bad_header_length", f"Inference-Header-Content-Length is {number}, the body has {len(body)} bytes"
+            "bad_header_length",
+            f"Inference-Header-Content-Length is {number}, the body has {len(body)} bytes",
         )
     return body[: int(number)], memoryview(body)[int(number) :]
 
@@ -97,8 +98,8 @@ def read_inputs(
     if len(inputs) != 1:
         raise bad_request(
             "missing_input" if not inputs else "too_many_inputs",
-            f"give one of the inputs {known[0]!r} ({signature.tensor.datatype} {signature.tensor.wanted}) and "
-            f"{known[1]!r} (BYTES [n], encoded images)",
+            f"give one of the inputs {known[0]!r} ({signature.tensor.datatype} {signature.tensor.wanted}) "
+            f"and {known[1]!r} (BYTES [n], encoded images)",
         )
     tensor = next(tensor for tensor in signature.inputs if tensor.name in seen)
     return read_input(inputs[0], binary, tensor, signature.max_images)
@@ -118,7 +119,8 @@ def read_input(
     size = fields.as_object(item.get("parameters"), "input.parameters").get("binary_data_size")
     if (size is None) != ("data" in item):
         raise bad_request(
-            "wrong_data", f"input {tensor.name!r}: must have either `data` or the parameter `binary_data_size`"
+            "wrong_data",
+            f"input {tensor.name!r}: must have either `data` or the parameter `binary_data_size`",
         )
     taken = 0 if size is None else fields.as_count(size, "binary_data_size")
     if taken != len(binary):

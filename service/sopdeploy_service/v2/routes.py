@@ -131,7 +131,9 @@ async def load(request: Request, name: str) -> Response:
     parameters = fields.as_object((await read_object(request)).get("parameters"), "parameters")
     unknown = sorted(parameters.keys() - {"folder"})
     if unknown:
-        raise bad_request("malformed_request", f"parameters: {unknown[0][:100]!r} is not supported, only `folder`")
+        raise bad_request(
+            "malformed_request", f"parameters: {unknown[0][:100]!r} is not supported, only `folder`"
+        )
     folder = parameters.get("folder")
     wanted = None if folder is None else fields.as_text(folder, "parameters.folder")
     request.state.model = unless_refused(await service_of(request).repository.load(name, wanted))

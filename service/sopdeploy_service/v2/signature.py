@@ -5,6 +5,7 @@ image files that the server decodes as it does for its own endpoint.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,11 @@ from sopdeploy.bundle import Bundle
 from sopdeploy.manifest import TensorRecord
 
 DATATYPES = {"uint8": "UINT8", "float32": "FP32", "int64": "INT64"}
-DTYPES = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "UINT8": np.dtype("u1"),
+    "FP32": np.dtype("<f4"),
+    "INT64": np.dtype("<i8"),
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,9 @@ def numbers_from_json(data: Any, tensor: Tensor, shape: tuple[int, ...]) -> NDAr
 def finite(values: NDArray[Any], tensor: Tensor) -> NDArray[Any]:
     """Return *values*; raises `RefusedError` where one is NaN, infinite or too large for its type."""
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise bad_request("wrong_data", f"input {tensor.name!r}: every number must be a finite {tensor.datatype}")
+        raise bad_request(
+            "wrong_data", f"input {tensor.name!r}: every number must be a finite {tensor.datatype}"
+        )
     return values
 
 
