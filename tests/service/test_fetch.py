@@ -57,6 +57,13 @@ def test_urls_are_refused_until_hosts_are_listed():
     assert refused("https://img.example/a", settings=Settings()) == ("url_input_off", 403)
 
 
+def test_hosts_are_listed_with_commas_in_the_environment(monkeypatch):
+    monkeypatch.setenv("SOPDEPLOY_URL_HOSTS", "IMG.example, other.example:8443,")
+    assert Settings().url_hosts == ("img.example", "other.example:8443")
+    assert Settings(url_hosts=["img.example"]).url_hosts == ("img.example",)
+    assert Settings(url_hosts="").url_hosts == ()
+
+
 @pytest.mark.parametrize("address", [PUBLIC, "2606:2800:220:1::1"])
 def test_the_connection_goes_to_the_resolved_address_with_the_name_of_the_host(address):
     wire, resolver = Wire(), Resolver([address])

@@ -6,7 +6,12 @@ import numpy as np
 import orjson
 import pytest
 
+from sopdeploy_service.outcome import DEADLINE, ENGINE_FAILED, NONFINITE, Answered
+from sopdeploy_service.problems import RefusedError
+from sopdeploy_service.tally import Sum, Tally
+from sopdeploy_service.timing import Stages
 from sopdeploy_service.v2.answers import HEADER_LENGTH, classify, write_answer
+from sopdeploy_service.v2.infer import stacked
 from sopdeploy_service.v2.request import Wanted
 from sopdeploy_service.v2.signature import Tensor
 
@@ -74,3 +79,34 @@ def test_classes_as_binary_have_their_lengths_in_bytes_before_them():
     texts = [b"0.1:0:ant", "5.0:2:çat".encode()]
     assert rest == b"".join(struct.pack("<I", len(raw)) + raw for raw in texts)
     assert text["outputs"][0]["parameters"] == {"binary_data_size": len(rest)}
+
+
+def answered(place: int, batch: int) -> Answered:
+    return Answered({name: values[place] for name, values in VALUES.items()}, 0.1, 0.4, batch)
+
+
+def test_the_outputs_of_the_images_are_stacked_by_name():
+    found = stacked([answered(0, 2), answered(1, 2)])
+    assert list(found) == ["logits", "gate"]
+    assert all(np.array_equal(found[name], VALUES[name]) for name in VALUES)
+
+
+def test_the_first_refused_image_refuses_the_request_and_is_named():
+    with pytest.raises(RefusedError) as caught:
+        stacked([answered(0, 1), NONFINITE, ENGINE_FAILED])
+    refusal = caught.value.refusal
+    assert (refusal.code, refusal.status) == (NONFINITE.code, 500)
+    assert refusal.message == f"image 1: {NONFINITE.message}"
+
+
+def test_the_tally_counts_requests_by_their_end_and_runs_by_their_size():
+    tally, stages = Tally(), Stages()
+    stages.note("queue", 0.25)
+    tally.note([answered(0, 2), answered(1, 2)], stages, 1.0)
+    tally.note([answered(0, 1)], stages, 0.5)
+    tally.note([answered(0, 1), NONFINITE], stages, 2.0)
+    tally.note(DEADLINE, stages, 4.0)
+    assert (tally.success, tally.failure) == (Sum(2, 1.5), Sum(2, 6.0))
+    assert tally.stages == {"queue": Sum(2, 0.5)}
+    assert tally.batches == {2: Sum(2, 0.8), 1: Sum(2, 0.8)}
+    assert tally.executions() == {1: Sum(2, 0.8), 2: Sum(1, 0.4)}
