@@ -216,14 +216,22 @@ BAD_JSON = {
     "empty": (b"", "malformed_json"),
     "cut short": (b'{"inputs": [', "malformed_json"),
     "lists 100000 deep": (b"[" * 100_000, "json_too_large"),
-    "lists 50000 deep": (b"[" * 49_000 + b"]" * 49_000, "malformed_json"),
-    "objects 10000 deep": (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, "malformed_json"),
+    "lists 49000 deep": (b"[" * 49_000 + b"]" * 49_000, "malformed_json"),
+    "objects 2000 deep": (b'{"a":' * 2000 + b"1" + b"}" * 2000, "malformed_json"),
+    "objects 10000 deep": (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, "json_too_complex"),
     "not UTF-8": (b'{"id": "\xff"}', "malformed_json"),
     "UTF-16": ('{"id": "a"}'.encode("utf-16"), "malformed_json"),
     "a key twice": (b'{"inputs": [], "inputs": []}', "duplicate_key"),
     "a key twice, once with an escape": (b'{"a\\"b": 1, "a\\u0022b": 2}', "duplicate_key"),
     "a key twice, deep": (b'{"a": [{"b" : 1, "b"\n:2}]}', "duplicate_key"),
     "two documents": (b"{}{}", "malformed_json"),
+    "numbers that are no data": (
+        b'{"shape": [' + b"1," * 49_000 + b'1], "a": [' + b"1," * 900 + b"1]}",
+        "missing_input",
+    ),
+    "a thousand strings": (b'{"a": [' + b'"",' * 6000 + b'""]}', "json_too_complex"),
+    "data that is no list": (b'{"inputs": [{"data": 1]}', "malformed_json"),
+    "data cut short": (b'{"inputs": [{"data": [1, 2', "malformed_json"),
 }
 
 

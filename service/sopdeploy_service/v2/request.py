@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy_service import fields
-from sopdeploy_service.strict_json import bad_request, parse
+from sopdeploy_service.strict_json import bad_request, check_length, parse
 from sopdeploy_service.v2 import tensors
+from sopdeploy_service.v2.number_text import lift, put_back
 from sopdeploy_service.v2.signature import IMAGE, Signature, Tensor
 
 MICROSECONDS = 1e6
@@ -45,7 +46,11 @@ def read_body(body: bytes, header_length: str | None, signature: Signature, max_
     Raises `RefusedError`, status 400 or 413, for whatever is wrong with it.
     """
     text, binary = split(body, header_length)
-    return read_request(parse(text, max_json), binary, signature)
+    check_length(text, max_json)
+    rest, lists = lift(text)
+    value = parse(rest, max_json)
+    put_back(value, lists)
+    return read_request(value, binary, signature)
 
 
 def split(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:

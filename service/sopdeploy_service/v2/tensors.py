@@ -1,10 +1,8 @@
 """The data of one input to an array, or to the bytes of images; nothing is believed before it was checked.
 
-Sizes are computed with Python's integers, which do not overflow; lists are looked at as a whole (their
-types, lengths, extremes) before numpy sees them, because numpy takes `true` for 1 and `"7"` for 7.
+Sizes are computed with Python's integers, which do not overflow.
 """
 
-from itertools import chain
 from math import prod
 from struct import unpack_from
 from typing import Any
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 from sopdeploy_service.base64_text import decode_text
 from sopdeploy_service.problems import RefusedError
 from sopdeploy_service.strict_json import bad_request
+from sopdeploy_service.v2.number_text import NumberText, finite, ragged
 from sopdeploy_service.v2.signature import DTYPES, IMAGE, Tensor
 
 LENGTH_BYTES = 4  # before every element of BYTES
@@ -50,58 +49,19 @@ def numbers_from_binary(raw: memoryview, tensor: Tensor, shape: tuple[int, ...])
 
 def numbers_from_json(data: Any, tensor: Tensor, shape: tuple[int, ...]) -> NDArray[Any]:
     """Return the array of *shape* that *data* lists, flat or nested."""
-    dtype = DTYPES[tensor.datatype]
-    flat = flattened(data, tensor, shape)
-    whole = dtype.kind in "iu"
-    if not set(map(type, flat)) <= ({int} if whole else {int, float}):
-        kind = "whole numbers" if whole else "numbers"
-        raise bad_request("wrong_data", f"input {tensor.name!r}: {tensor.datatype} data must be {kind}")
-    if whole:
-        limits = np.iinfo(dtype)
-        if min(flat) < limits.min or max(flat) > limits.max:
-            raise bad_request(
-                "wrong_data", f"input {tensor.name!r}: must lie between {limits.min} and {limits.max}"
-            )
-        return np.array(flat, dtype).reshape(shape)
-    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and that is refused
-        return finite(np.array(flat, np.float64).astype(dtype).reshape(shape), tensor)
-
-
-def finite(values: NDArray[Any], tensor: Tensor) -> NDArray[Any]:
-    """Return *values*; raises `RefusedError` where one is NaN, infinite or too large for its type."""
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise bad_request(
-            "wrong_data", f"input {tensor.name!r}: every number must be a finite {tensor.datatype}"
-        )
-    return values
-
-
-def flattened(data: Any, tensor: Tensor, shape: tuple[int, ...]) -> list[Any]:
-    """Return the elements of *data*: a flat list, or lists in lists as *shape* says."""
-    if type(data) is list and (len(shape) == 1 or not data or type(data[0]) is not list):
-        if len(data) != prod(shape):
-            raise ragged(tensor, shape, f"{len(data)} elements")
-        return data
-    level = [data]
-    for size in shape:
-        if set(map(type, level)) != {list} or set(map(len, level)) != {size}:
-            raise ragged(tensor, shape, "lists of other lengths")
-        level = list(chain.from_iterable(level))
-    return level
-
-
-def ragged(tensor: Tensor, shape: tuple[int, ...], found: str) -> RefusedError:
-    """Return the error of data that has not the *shape* it says."""
-    return bad_request(
-        "wrong_data",
-        f"input {tensor.name!r}: shape {list(shape)} needs {prod(shape)} elements, flat or nested like the "
-        f"shape; found {found}",
-    )
+    if not isinstance(data, NumberText):
+        kind = "whole numbers" if DTYPES[tensor.datatype].kind in "iu" else "numbers"
+        raise bad_request("wrong_data", f"input {tensor.name!r}: data must be a list of {kind}")
+    return data.read(tensor, shape)
 
 
 def images_from_json(data: Any, shape: tuple[int, ...]) -> list[bytes]:
-    """Return the image files that *data* lists as base64, which JSON cannot hold otherwise."""
-    texts = flattened(data, IMAGE, shape)
+    """Return the image files that *data* lists as base64, flat or each in a list of its own."""
+    texts = data if isinstance(data, list) else []
+    if len(shape) == 2 and all(isinstance(text, list) and len(text) == 1 for text in texts):
+        texts = [text[0] for text in texts]
+    if len(texts) != shape[0]:
+        raise ragged(IMAGE, shape)
     return [decode_text(text, f"input 'IMAGE'[{place}]") for place, text in enumerate(texts)]
 
 
