@@ -18,6 +18,7 @@ Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Colour = Annotated[int, pydantic.Field(ge=0, le=255)]
 Positive = Annotated[float, pydantic.Field(gt=0)]
 
+ORIENTATION = 0x0112  # the EXIF tag
 LONGEST_STRIP = 16  # resized whole up to this ratio of its sides
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -61,12 +62,14 @@ def to_rgb(picture: Image.Image, rules: Preprocess) -> Image.Image:
         picture = picture.convert("RGBA")
         canvas = Image.new("RGBA", picture.size, (*rules.background, 255))
         picture = Image.alpha_composite(canvas, picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def upright(picture: Image.Image) -> Image.Image:
     """Return *picture* turned as its EXIF orientation says; unreadable EXIF data is ignored."""
     try:
+        if picture.getexif().get(ORIENTATION, 1) == 1:  # Pillow would copy the picture all the same
+            return picture
         return ImageOps.exif_transpose(picture)
     except Exception:  # Pillow also writes the data anew, and damaged tags fail there in many ways
         return picture

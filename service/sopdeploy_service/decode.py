@@ -55,6 +55,15 @@ def decode(body: bytes, preprocess: Preprocess, *, max_bytes: int, max_pixels: i
         raise damaged(problem) from problem
 
 
+def keep_memory(decoders: int) -> None:
+    """Let Pillow keep a few freed pictures' memory for the next ones of so many *decoders*.
+
+    Given back to the system, every page of the next picture would be mapped and cleared again: a quarter of
+    the time of a 500 x 375 JPEG. A block has at most 16 MB.
+    """
+    Image.core.set_blocks_max(2 * decoders)  # type: ignore[attr-defined]
+
+
 def sniff(body: bytes) -> str:
     """Return Pillow's name of the format *body* starts like; raises `ImageError` for others."""
     for magic, name in ALLOWED.items():

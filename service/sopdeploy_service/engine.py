@@ -1,4 +1,4 @@
-"""The one thread that owns a runtime: takes a batch, runs it, hands the outcomes to the loop."""
+"""The one thread that owns a runtime: takes a batch, runs it, hands the outputs to the loop."""
 
 import asyncio
 import logging
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy_service.isolate import run_isolated
+from sopdeploy_service.isolate import Row, run_isolated
 from sopdeploy_service.latency import LatencyTable
 from sopdeploy_service.metrics import ModelMetrics
 from sopdeploy_service.outcome import NONFINITE, Answered, Outcome, Refusal
@@ -88,15 +88,19 @@ class Engine:
         rows = run_isolated(self._run, [item.image for item in batch], self._outputs)
         ended = time.monotonic()
         self._batch, self._since = [], None
+        call_soon(loop, self._finish, batch, rows, started, ended)
+
+    def _finish(self, batch: Sequence[Item], rows: Sequence[Row], started: float, ended: float) -> None:
+        """Settle and count *batch*, on the loop: the engine thread is already with the next one."""
         outcomes = [
             row
             if isinstance(row, Refusal)
             else Answered(row, started - item.arrived, ended - started, len(batch))
             for item, row in zip(batch, rows, strict=True)
         ]
-        call_soon(loop, settle, batch, outcomes)
+        settle(batch, outcomes)
         self._latency.note(len(batch), ended - started)
-        self._metrics.batch([started - item.arrived for item in batch], self._largest, started, ended)
+        self._metrics.batch([started - item.arrived for item in batch], self._whole, started, ended)
         self._metrics.nonfinite(sum(row is NONFINITE for row in rows))
 
     def _run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[np.float32]]:

@@ -6,7 +6,7 @@ SMOOTHING = 0.2  # share of the newest batch
 
 
 class LatencyTable:
-    """Seconds of a batch by its size. Written by the engine thread, read by the event loop."""
+    """Seconds of a batch by its size."""
 
     def __init__(self, measured: Iterable[tuple[int, float]] = ()) -> None:
         """Begin with *measured* pairs (images, seconds); of several for one size the fastest counts."""
@@ -24,7 +24,7 @@ class LatencyTable:
 
         A size that was never seen is taken from the nearest larger one, else in proportion to the largest.
         """
-        known = dict(self._seconds)  # one step for the interpreter, so that no writer comes between
+        known = self._seconds
         if not known:
             return 0.0
         larger = [size for size in known if size >= images]

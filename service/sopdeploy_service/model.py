@@ -23,6 +23,7 @@ class Model:
         self.name = name
         self.inference = inference
         self.tally = Tally()
+        self.version = inference.bundle.manifest.id  # whoever knows it can say which weights gave an answer
         self._batcher = Batcher(name, inference, settings, metrics)
         self._users = 0
         self._unused = asyncio.Event()
@@ -32,11 +33,6 @@ class Model:
     def bundle(self) -> Bundle:
         """Return the bundle behind it."""
         return self.inference.bundle
-
-    @property
-    def version(self) -> str:
-        """Return the bundle's id: whoever knows it can say which weights gave an answer."""
-        return self.inference.bundle.manifest.id
 
     @property
     def labels(self) -> tuple[str, ...]:

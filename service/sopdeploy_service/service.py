@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import ImageError
-from sopdeploy_service.decode import decode
+from sopdeploy_service.decode import decode, keep_memory
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import (
@@ -48,6 +48,7 @@ class Service:
         self.metrics = Metrics()
         self.requests = 0  # being answered now, counted by the middleware
         self.repository = Repository(inferences, settings, self.metrics, shelf)
+        keep_memory(settings.decoders)
         self._decoders = ThreadPoolExecutor(settings.decoders, thread_name_prefix="decoder")
         self._admitted = 0
         self._draining = True

@@ -9,9 +9,11 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
+STEP = 16  # pixels between those that count: an accelerator's host does next to nothing
+
 
 class PretendRuntime:
-    """The logits of an image are its mean red, green and blue, repeated over the classes."""
+    """The logits of an image are its mean red, green and blue over a grid, repeated over the classes."""
 
     name = "pretend"
 
@@ -37,5 +39,6 @@ class PretendRuntime:
         """Return the output (n, C) float32 for *images* (n, H, W, 3) uint8, after the sleep."""
         self.batches.append(len(images))
         time.sleep(self._fixed + self._per_image * len(images))
-        means = images.mean(axis=(1, 2), dtype=np.float64).astype(np.float32) / 32
+        grid = images[:, ::STEP, ::STEP].astype(np.float32)
+        means = grid.mean(axis=(1, 2)) / 32
         return {self._output: np.resize(means.T, (self._classes, len(images))).T.copy()}

@@ -1,0 +1,120 @@
+"""A closed-loop load generator that costs little: each of N connections sends again when it was answered.
+
+Raw sockets under asyncio with requests made beforehand, because the client shares the cores with the server.
+Loopback only. `python benchmarks/load.py URL FOLDER --connections 32 --seconds 6` prints one JSON line.
+"""
+
+import argparse
+import asyncio
+import ipaddress
+import itertools
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+BOUNDARY = "--------sopdeploy-benchmark"
+WARM_UP_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a run of *seconds* measured; latencies in milliseconds."""
+
+    images_per_s: float
+    answered: int
+    p50_ms: float
+    p99_ms: float
+    codes: dict[str, int]
+
+
+def requests(url: str, folder: Path, form: bool) -> list[bytes]:
+    """Return a whole HTTP request for each file of *folder*, as the body or as the field `file` of a form."""
+    parts = urlsplit(url)
+    target = parts.path + (f"?{parts.query}" if parts.query else "")
+    found = []
+    for path in sorted(folder.iterdir()):
+        body, kind = path.read_bytes(), "image/jpeg"
+        if form:
+            disposition = 'Content-Disposition: form-data; name="file"; filename="a.jpg"'
+            head = f"--{BOUNDARY}\r\n{disposition}\r\nContent-Type: image/jpeg\r\n\r\n"
+            body = head.encode() + body + f"\r\n--{BOUNDARY}--\r\n".encode()
+            kind = f"multipart/form-data; boundary={BOUNDARY}"
+        head = f"POST {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: {kind}\r\n"
+        found.append(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    return found
+
+
+class Run:
+    """One run against one server."""
+
+    def __init__(self, url: str, bodies: list[bytes], connections: int, seconds: float) -> None:
+        parts = urlsplit(url)
+        if not ipaddress.ip_address(str(parts.hostname)).is_loopback:
+            raise SystemExit(f"{url}: this generator sends to a loopback address only")
+        self._address = (str(parts.hostname), int(parts.port or 80))
+        self._bodies: Iterator[bytes] = itertools.cycle(bodies)
+        self._connections = connections
+        self._seconds = seconds
+        self._latencies: list[float] = []
+        self._codes: Counter[str] = Counter()
+
+    async def measure(self) -> Load:
+        """Warm up, then measure."""
+        start = time.perf_counter() + WARM_UP_SECONDS
+        end = start + self._seconds
+        await asyncio.gather(*(self._connection(start, end) for _ in range(self._connections)))
+        times = sorted(self._latencies) or [0.0]
+        return Load(
+            images_per_s=len(self._latencies) / self._seconds,
+            answered=len(self._latencies),
+            p50_ms=1000 * statistics.median(times),
+            p99_ms=1000 * times[int(0.99 * (len(times) - 1))],
+            codes=dict(self._codes),
+        )
+
+    async def _connection(self, start: float, end: float) -> None:
+        reader, writer = await asyncio.open_connection(*self._address)
+        while (sent := time.perf_counter()) < end:
+            writer.write(next(self._bodies))
+            code = await answer(reader)
+            now = time.perf_counter()
+            if start <= now <= end:
+                self._codes[code] += 1
+                if code == "200":
+                    self._latencies.append(now - sent)
+        writer.close()
+
+
+async def answer(reader: asyncio.StreamReader) -> str:
+    """Read one answer and return its status."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+    lines = dict(line.split(": ", 1) for line in head.split("\r\n")[1:] if ": " in line)
+    if lines.get("transfer-encoding") == "chunked":
+        while size := int((await reader.readline()).strip() or b"0", 16):
+            await reader.readexactly(size + 2)
+        await reader.readline()
+    else:
+        await reader.readexactly(int(lines.get("content-length", "0")))
+    return head.split(" ", 2)[1]
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("url")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--form", action="store_true")
+    parser.add_argument("--connections", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=6)
+    given = parser.parse_args()
+    run = Run(given.url, requests(given.url, given.folder, given.form), given.connections, given.seconds)
+    print(json.dumps(asdict(asyncio.run(run.measure()))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""How `benchmarks/serving.py` starts other servers: a folder of small scripts, outside this project.
+
+Each script reads PEER_ONNX, PEER_PORT, PEER_MAX_BATCH, PEER_DELAY_MS, PEER_THREADS, PEER_FAKE ("20,10": a
+pretend accelerator) and answers a picture; all decode and compute the same.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+START_SECONDS = 90
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """How a server is started, where it answers, and whether it wants a form."""
+
+    command: tuple[str, ...]
+    path: str
+    health: str
+    form: bool
+
+
+PEERS = {
+    "litserve": Peer(("serve_litserve.py",), "/predict", "/health", form=True),
+    "bentoml": Peer(
+        ("-m", "bentoml", "serve", "serve_bentoml:Svc", "--host", "127.0.0.1", "--port", "{port}"),
+        "/predict",
+        "/readyz",
+        form=True,
+    ),
+    "mosec": Peer(("serve_mosec.py",), "/inference", "/", form=False),
+    "ray": Peer(("serve_ray.py",), "/predict", "/health", form=False),
+    "fastapi_naive": Peer(("serve_fastapi_naive.py",), "/predict", "/health", form=True),
+}
+OURS = Peer((), "/v1/classify", "/readyz", form=False)
+
+
+@contextmanager
+def started(
+    command: list[str], peer: Peer, port: int, environment: dict[str, str], folder: Path
+) -> Iterator[int]:
+    """Start a server, wait until it is healthy, give its process id, and end it with its children."""
+    child = subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment, "PEER_PORT": str(port)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_for(f"http://127.0.0.1:{port}{peer.health}", child)
+        yield child.pid
+    finally:
+        for end in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(child.pid, end)
+                child.wait(15)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+
+
+def wait_for(url: str, child: subprocess.Popen[bytes]) -> None:
+    """Wait until *url* answers 200."""
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end and child.poll() is None:
+        try:
+            if httpx.get(url, timeout=2).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.1)
+    raise SystemExit(f"{url}: the server did not start")
+
+
+def peer_command(python: str, peer: Peer, port: int) -> list[str]:
+    """Return the command line of *peer*."""
+    return [python, *(part.format(port=port) for part in peer.command)]
+
+
+def cpu_seconds(process: int) -> float:
+    """Return the CPU seconds of *process* and its descendants so far (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return 0.0
+    children: dict[int, list[int]] = {}
+    ticks: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            children.setdefault(int(fields[1]), []).append(int(entry.name))
+            ticks[int(entry.name)] = int(fields[11]) + int(fields[12])
+    total, waiting = 0, [process]
+    while waiting:
+        found = waiting.pop()
+        total += ticks.get(found, 0)
+        waiting += children.get(found, [])
+    return total / os.sysconf("SC_CLK_TCK")
