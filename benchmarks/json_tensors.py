@@ -1,8 +1,8 @@
 """What does a tensor cost that comes as JSON, and for how long does it stop the event loop?
 
-The same pixels as binary, as a flat and as a nested list are read as the server reads them (`ours`), and by the
-plain way, orjson to lists to numpy (`other`), in turn. Then both ways read the largest JSON in a thread while a
-loop in another sleeps one millisecond again and again; what it oversleeps at worst is how late all others are.
+The same pixels as binary, as a flat and as a nested list are read as the server reads them (`ours`), and by
+the plain way, orjson to lists to numpy (`other`), in turn. Then both ways read the JSON in a thread while a
+loop sleeps one millisecond again and again; what it oversleeps at worst is how late all others are.
 
     python benchmarks/json_tensors.py [--quick] [--json]
 """
