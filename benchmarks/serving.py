@@ -29,7 +29,7 @@ from PIL import Image
 from serving_ours import pretend, settings_for
 from serving_peers import OURS, PEERS, Peer, cpu_seconds, peer_command, started
 
-from sopdeploy_service.decode import decode
+from sopdeploy_service.decode import Sent, decode
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.verified import open_verified
 
@@ -94,7 +94,7 @@ def decode_ms(folder: Path) -> float:
     rules = pretend(0, 0, 1).bundle.manifest.preprocess
     begun = time.process_time()
     for body in bodies:
-        decode(body, rules, max_bytes=10**8, max_pixels=10**8)
+        decode(Sent(body), rules, max_bytes=10**8, max_pixels=10**8)
     return 1000 * (time.process_time() - begun) / len(bodies)
 
 

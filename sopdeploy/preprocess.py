@@ -18,8 +18,9 @@ Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Colour = Annotated[int, pydantic.Field(ge=0, le=255)]
 Positive = Annotated[float, pydantic.Field(gt=0)]
 
-ORIENTATION = 0x0112  # the EXIF tag
 LONGEST_STRIP = 16  # resized whole up to this ratio of its sides
+SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
+ORIENTATION, UPRIGHT = 0x0112, 1  # of EXIF
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -48,6 +49,15 @@ class Preprocess(Frozen):
         """Return the (crop, crop, 3) uint8 array of *picture*: upright, RGB, resized, cropped."""
         return centre_crop(to_rgb(picture, self), self)
 
+    def changes(self, picture: Image.Image) -> tuple[str, ...]:
+        """Name what `__call__` does to a loaded *picture* that its owner may not expect, in order."""
+        found = {
+            "alpha_flattened": is_transparent(picture),
+            "exif_rotated": self.exif_orientation and is_turned(picture),
+            "sixteen_bit_scaled": picture.mode in SIXTEEN_BIT,
+        }
+        return tuple(name for name, holds in found.items() if holds)
+
 
 def to_rgb(picture: Image.Image, rules: Preprocess) -> Image.Image:
     """Return *picture* upright and in RGB, transparency laid onto the declared background.
@@ -56,7 +66,7 @@ def to_rgb(picture: Image.Image, rules: Preprocess) -> Image.Image:
     """
     if rules.exif_orientation:
         picture = upright(picture)
-    if picture.mode in {"I", "I;16", "I;16B", "I;16L"}:
+    if picture.mode in SIXTEEN_BIT:
         picture = scale_to_8_bits(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -67,12 +77,27 @@ def to_rgb(picture: Image.Image, rules: Preprocess) -> Image.Image:
 
 def upright(picture: Image.Image) -> Image.Image:
     """Return *picture* turned as its EXIF orientation says; unreadable EXIF data is ignored."""
+    if not is_turned(picture):  # Pillow would copy the picture all the same
+        return picture
     try:
-        if picture.getexif().get(ORIENTATION, 1) == 1:  # Pillow would copy the picture all the same
-            return picture
         return ImageOps.exif_transpose(picture)
     except Exception:  # Pillow also writes the data anew, and damaged tags fail there in many ways
         return picture
+
+
+def is_turned(picture: Image.Image) -> bool:
+    """Say whether the EXIF orientation of *picture* is another than upright; unreadable data says no."""
+    try:
+        return picture.getexif().get(ORIENTATION, UPRIGHT) in range(2, 9)
+    except Exception:  # as in `upright`
+        return False
+
+
+def is_transparent(picture: Image.Image) -> bool:
+    """Say whether any pixel of *picture* is not opaque."""
+    if not picture.has_transparency_data:
+        return False
+    return picture.convert("RGBA").getchannel("A").histogram()[255] < picture.width * picture.height
 
 
 def scale_to_8_bits(picture: Image.Image) -> Image.Image:

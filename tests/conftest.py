@@ -21,7 +21,13 @@ def no_container() -> str | None:
     return None if shutil.which("buildah") or shutil.which("podman") else "no container builder"
 
 
-MISSING = {"gpu": no_cuda, "tensorrt": no_tensorrt, "container": no_container}
+def no_browser() -> str | None:
+    if importlib.util.find_spec("playwright") is None:
+        return "playwright is not installed"
+    return None if shutil.which("chromium") else "no chromium"
+
+
+MISSING = {"gpu": no_cuda, "tensorrt": no_tensorrt, "container": no_container, "browser": no_browser}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

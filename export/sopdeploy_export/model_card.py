@@ -4,12 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sopdeploy.checkpoint import Checkpoint
-from sopdeploy.manifest import TensorRecord
+from sopdeploy.manifest import Int8For, TensorRecord
 from sopdeploy_export.certificate import Certificate
 from sopdeploy_export.parity import ParityReport
 from sopdeploy_export.precision_report import Accuracy, PrecisionReport
 
 LABELS_SHOWN = 20
+MADE_FOR: Mapping[Int8For, str] = {
+    "cpu": "for a CPU (TensorRT does not take this form)",
+    "tensorrt": "for TensorRT (a CPU runs this form slower than float32)",
+}
 
 
 def render(
@@ -120,8 +124,8 @@ def precision_lines(report: PrecisionReport) -> str:
         found = report.quantisation
         dear = ", ".join(f"{cost.part} ({100 * cost.share:.1f} %)" for cost in found.costs[:3])
         lines.append(
-            f"- {found.layers} convolutions in int8, ranges by {found.calibration} on {found.images} "
-            f"pictures; alone they move the logits most: {dear}"
+            f"- {found.layers} convolutions in int8 {MADE_FOR[found.runtime]}, ranges by "
+            f"{found.calibration} on {found.images} pictures; alone they move the logits most: {dear}"
         )
     if report.accuracy is not None:
         lines.append(f"- {accuracy_words(report.accuracy)}")

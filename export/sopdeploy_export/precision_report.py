@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from sopdeploy.errors import LoweringError
 from sopdeploy.frozen import Frozen
-from sopdeploy.manifest import Precision
+from sopdeploy.manifest import Int8For, Precision
 from sopdeploy_export.precision import STORED, Iteration, in_float32, is_below
 
 PREFIX = "network."
@@ -43,8 +43,13 @@ class LayerCost(Frozen):
 
 
 class Quantisation(Frozen):
-    """How the ranges were found, how many layers are int8, and those that cost most."""
+    """For which runtime, how the ranges were found, how many layers are int8, and those that cost most.
 
+    `kept` are the parts that were asked to stay in float32, `--keep-float`.
+    """
+
+    runtime: Int8For
+    kept: tuple[str, ...]
     calibration: str
     images: int
     layers: int

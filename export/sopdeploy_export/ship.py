@@ -17,11 +17,12 @@ from torch.export import ExportedProgram
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.errors import ConfigError, LoweringError, ParityError
 from sopdeploy.frozen import Frozen
-from sopdeploy.manifest import BatchRange, Precision
+from sopdeploy.manifest import BatchRange, Int8For, Precision
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_export.accuracy import labelled, with_labels, without_labels
 from sopdeploy_export.capture import Deployed, capture
-from sopdeploy_export.int8 import quantise
+from sopdeploy_export.int8 import quantise, refuse_unknown_parts
+from sopdeploy_export.int8_ranges import METHODS
 from sopdeploy_export.layer_costs import input_grids, layer_costs
 from sopdeploy_export.lower_onnx import OPSET, OPSET_OF_BFLOAT16, lower
 from sopdeploy_export.parity.reference import Gate, Run
@@ -42,13 +43,16 @@ class PrecisionOptions(Frozen):
     """What a user may ask of the precision.
 
     `max_drop` is in points of top-1 on the pictures of `evaluate`, one subfolder per class; without them,
-    of agreement with float32 on the pictures of `calibrate`.
+    of agreement with float32 on the pictures of `calibrate`. `int8_for` is the runtime whose form of int8
+    is wanted, `keep_float` names parts whose convolutions stay in float32.
     """
 
     precision: Precision = "fp32"
     newton_schulz: Iteration = "fp32"
     calibrate: Path | None = None
-    calibration: Calibration = "minmax"
+    calibration: Calibration = "percentile"
+    int8_for: Int8For = "cpu"
+    keep_float: tuple[str, ...] = ()
     evaluate: Path | None = None
     max_drop: float = 1.0
 
@@ -120,8 +124,9 @@ def quantised(
     if options.calibrate is None:
         raise ConfigError("--precision int8 needs pictures to read ranges off: add --calibrate DIR")
     images = calibration_images(options.calibrate, preprocess)
-    kept = in_float32(deployed.network)
-    shipped = quantise(model, images, kept, options.calibration)
+    refuse_unknown_parts(model, options.keep_float)
+    kept = [*in_float32(deployed.network), *options.keep_float]
+    shipped = quantise(model, images, kept, options.calibration, options.int8_for)
     refuse_other_types(shipped, deployed.network, "int8")
     grids = input_grids(shipped)
     report = PrecisionReport(
@@ -129,6 +134,8 @@ def quantised(
         newton_schulz="fp32",
         parts=part_precisions(shipped, program),
         quantisation=Quantisation(
+            runtime=options.int8_for,
+            kept=options.keep_float,
             calibration=options.calibration,
             images=len(images),
             layers=len(grids),
@@ -196,10 +203,23 @@ def measured(
         return shipping.report
     if found.drop > options.max_drop and not allow_drift:
         what = "agreement with float32" if found.before is None else "top-1"
-        costs = shipping.report.quantisation.costs[:3] if shipping.report.quantisation else ()
-        dearest = f"; the layers that cost most: {', '.join(cost.part for cost in costs)}" if costs else ""
         raise ParityError(
             f"{options.precision} loses {found.drop:.2f} points of {what} on {found.images} pictures, "
-            f"{options.max_drop:g} are allowed (--max-drop){dearest}"
+            f"{options.max_drop:g} are allowed (--max-drop){int8_advice(shipping.report)}"
         )
     return shipping.report.model_copy(update={"accuracy": found})
+
+
+def int8_advice(report: PrecisionReport) -> str:
+    """Return which layers cost most in int8 and what to try; empty for another precision."""
+    quantisation = report.quantisation
+    if quantisation is None:
+        return ""
+    others = " or ".join(method for method in METHODS if method != quantisation.calibration)
+    costs = quantisation.costs[:3]
+    if not costs:
+        return f"; try --calibration {others}"
+    return (
+        f"; the layers that cost most: {', '.join(f'{cost.part} {cost.share:.1%}' for cost in costs)}; "
+        f"leave them in float32 with --keep-float {costs[0].part}, or try --calibration {others}"
+    )

@@ -6,7 +6,8 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from sopdeploy_service import problems, routes, status
+from sopdeploy_service import pages, problems, routes, status
+from sopdeploy_service.intake import Intake
 from sopdeploy_service.middleware import Envelope
 from sopdeploy_service.service import Service
 from sopdeploy_service.settings import Settings
@@ -39,11 +40,14 @@ def create_app(
         summary="Image classification with " + ", ".join(sorted(inferences)),
         lifespan=life,
         redirect_slashes=False,  # a redirect would drop the image
+        docs_url=None,  # FastAPI's own pages load their scripts from another host
         redoc_url=None,
     )
     app.state.service = service
-    for router in (routes.router, status.router, v2.router):
+    app.state.siblings = {}
+    for router in (routes.router, status.router, v2.router, pages.router):
         app.include_router(router)
     problems.install(app)
+    app.add_middleware(Intake, settings=settings, metrics=service.metrics)
     app.add_middleware(Envelope, service=service)
     return app

@@ -1,11 +1,13 @@
 """From the bytes of a request to the network's input: the only place that looks at image bytes.
 
 Every step is cheaper than the next and may refuse: size in bytes, first bytes of the format, header
-(its pixels are counted before one is allocated), full decode, preprocessing. What a picture is, its
-own bytes say; no content type is asked. Whatever the bytes are, the only error is `ImageError`.
+(its pixels are counted before one is allocated), full decode, preprocessing. What a picture is, its own
+bytes say; a content type that says otherwise is a warning. Whatever the bytes are, the only error is
+`ImageError`.
 """
 
 import io
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,25 +34,52 @@ REFUSED = {
     b"<svg": "SVG",
     b"<?xml": "XML or SVG",
 }
+ODD_JPEGS = {0xC3: "lossless", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded"}  # by their frame header
+ALIASES = {"JPG": "JPEG", "PJPEG": "JPEG", "APNG": "PNG", "X-PNG": "PNG", "X-BMP": "BMP", "X-MS-BMP": "BMP"}
+ANIMATED = {"GIF", "PNG", "WEBP"}  # a JPEG may hold a second picture too, but that is a thumbnail
 HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heif", b"avif", b"avis"}
 WANTED = "send a JPEG, PNG, WebP, BMP or GIF file"
 
 
-def decode(body: bytes, preprocess: Preprocess, *, max_bytes: int, max_pixels: int) -> NDArray[np.uint8]:
-    """Return the (crop, crop, 3) uint8 input that *preprocess* makes of the image in *body*.
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """The bytes of one image as they came, and the media type that came with them, if any."""
+
+    body: bytes
+    media_type: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """The network's input (crop, crop, 3) uint8, and codes of what was done to the picture to get it."""
+
+    pixels: NDArray[np.uint8]
+    warnings: tuple[str, ...]
+
+
+def decode(sent: Sent, preprocess: Preprocess, *, max_bytes: int, max_pixels: int) -> Decoded:
+    """Return the input that *preprocess* makes of the image in *sent*.
 
     Of an animation the first frame counts. Raises `ImageError` with the code and the HTTP status
     that tell what is wrong with the image.
     """
+    body = sent.body
     if not body:
         raise ImageError("the body is empty; " + WANTED, code="empty_body", status=400)
     if len(body) > max_bytes:
         raise too_large(max_bytes)
-    picture = read_header(body, sniff(body), max_pixels)
+    name = sniff(body)
+    picture = read_header(body, name, max_pixels)
     try:
         with picture:
             picture.load()
-            return preprocess(picture)
+            pixels, changes = preprocess(picture), preprocess.changes(picture)
+            found = {
+                "content_type_mismatch": disagrees(sent.media_type, name),
+                "first_frame_only": name in ANIMATED and has_more_frames(picture),
+            }
+            more = (warning for warning, holds in found.items() if holds)
+            return Decoded(pixels, tuple(sorted([*changes, *more])))
     except Exception as problem:  # foreign bytes in a decoder: it may raise anything
         raise damaged(problem) from problem
 
@@ -68,6 +97,8 @@ def sniff(body: bytes) -> str:
     """Return Pillow's name of the format *body* starts like; raises `ImageError` for others."""
     for magic, name in ALLOWED.items():
         if body.startswith(magic):
+            if name == "JPEG":
+                refuse_odd_jpeg(body)
             return name
     if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
         return "WEBP"
@@ -77,10 +108,37 @@ def sniff(body: bytes) -> str:
     raise ImageError(f"this is not an image; {WANTED}", code="not_an_image", status=415)
 
 
+def refuse_odd_jpeg(body: bytes) -> None:
+    """Raise `ImageError` for a coding that not every build of libjpeg reads."""
+    place = 2
+    while place + 4 <= len(body) and body[place] == 0xFF:
+        marker = body[place + 1]
+        if marker in ODD_JPEGS:
+            what = f"{ODD_JPEGS[marker]} JPEG files are not accepted; {WANTED}"
+            raise ImageError(what, code="unsupported_format", status=415)
+        if marker == 0xDA:  # pixels begin
+            return
+        place += 1 if marker == 0xFF else 2 + int.from_bytes(body[place + 2 : place + 4], "big")
+
+
+def disagrees(media_type: str, name: str) -> bool:
+    """Say whether *media_type* names an image format other than Pillow's *name*; `image/*` names none."""
+    kind, _, subtype = media_type.partition(";")[0].strip().upper().partition("/")
+    return kind == "IMAGE" and subtype != "*" and ALIASES.get(subtype, subtype) != name
+
+
+def has_more_frames(picture: Image.Image) -> bool:
+    """Say whether *picture*, whose first frame is already read, holds another, be it a damaged one."""
+    try:
+        return bool(getattr(picture, "is_animated", False))
+    except Exception:  # foreign bytes behind the frame that counts
+        return True
+
+
 def name_of_other(body: bytes) -> str | None:
     """Return the name of a format that is known and not accepted, or None."""
     if body[4:8] == b"ftyp" and body[8:12] in HEIF_BRANDS:
-        return "HEIC and AVIF"
+        return "HEIC and AVIF (a phone writes JPEG when its camera is set to `most compatible`)"
     return next((name for magic, name in REFUSED.items() if body.startswith(magic)), None)
 
 

@@ -8,6 +8,7 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
+from sopdeploy_service.decode import Sent
 from sopdeploy_service.outcome import Refusal
 from sopdeploy_service.problems import RefusedError
 
@@ -27,10 +28,12 @@ class ImageForm:
         if not boundary:
             raise RefusedError(NO_BOUNDARY)
         self._images: list[bytearray] = []
+        self._kinds: list[str] = []
         self._max_images = max_images
         self._header = bytearray()
         self._value = bytearray()
         self._name: str | None = None
+        self._kind = ""
         self._whole = False
         try:
             self._parser = MultipartParser(
@@ -55,21 +58,23 @@ class ImageForm:
         except FormParserError as problem:
             raise RefusedError(MALFORMED) from problem
 
-    def images(self) -> list[bytes]:
+    def images(self) -> list[Sent]:
         """Return the images after the last piece; raises `RefusedError` where the form is cut short."""
         if not self._whole:
             raise RefusedError(MALFORMED)
         if not self._images:
             raise RefusedError(NO_IMAGE)
-        return [bytes(image) for image in self._images]
+        return [Sent(bytes(image), kind) for image, kind in zip(self._images, self._kinds, strict=True)]
 
     def _part_begins(self) -> None:
-        self._name = None
+        self._name, self._kind = None, ""
 
     def _header_ends(self) -> None:
         if self._header.lower() == b"content-disposition":
             name = parse_options_header(bytes(self._value))[1].get(b"name", b"")
             self._name = name.decode("utf-8", "replace")
+        elif self._header.lower() == b"content-type":
+            self._kind = self._value.decode("latin-1")
         self._header.clear()
         self._value.clear()
 
@@ -81,6 +86,7 @@ class ImageForm:
             limit = f"the form holds more than {self._max_images} images, the limit of this server"
             raise RefusedError(Refusal("too_many_images", 400, limit))
         self._images.append(bytearray())
+        self._kinds.append(self._kind)
 
     def _form_ends(self) -> None:
         self._whole = True

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -85,6 +85,9 @@ class Metrics:
         self._nonfinite = self._counter("nonfinite_outputs", "Images whose output is not finite", "model")
         self._depth = self._gauge("queue_depth", "Images admitted and not yet answered")
         self._busy = self._gauge("engine_busy_ratio", "Share of the last 10 s", "model")
+        self._connections = self._gauge("connections", "Open connections")
+        self._upload_bytes = self._gauge("upload_bytes", "Bytes of bodies not yet answered")
+        self._loop_lag = self._gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
         self._info = self._gauge("bundle_info", "Always 1", "digest", "model", "precision", "engine")
 
         self._models: dict[str, ModelMetrics] = {}
@@ -137,6 +140,18 @@ class Metrics:
     def depth(self, images: int) -> None:
         """Say how many images are admitted and not yet answered."""
         self._depth.set(images)
+
+    def connections(self, number: int) -> None:
+        """Say how many connections are open."""
+        self._connections.set(number)
+
+    def upload_bytes(self, number: int) -> None:
+        """Say how many bytes the bodies hold whose requests are not yet answered."""
+        self._upload_bytes.set(number)
+
+    def loop_lag(self, worst: Callable[[], float]) -> None:
+        """Ask *worst* for the seconds by which the event loop was late, at every scrape."""
+        self._loop_lag.set_function(worst)
 
     def render(self) -> bytes:
         """Return every metric in Prometheus' text form."""

@@ -17,12 +17,16 @@ from sopdeploy.errors import ImageError
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The outputs (...) float32 of one picture by name, logits first, and the seconds spent on the way."""
+    """The outputs (...) float32 of one picture by name, logits first, and what happened on the way.
+
+    *batch* is how many pictures shared the run; *warnings* name what decoding changed in the picture.
+    """
 
     outputs: Mapping[str, NDArray[np.float32]]
     queue_seconds: float
     infer_seconds: float
-    batch: int  # how many pictures shared the run
+    batch: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def logits(self) -> NDArray[np.float32]:

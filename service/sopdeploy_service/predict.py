@@ -8,7 +8,7 @@ import numpy as np
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.frozen import Frozen
 from sopdeploy_service.answer import answer
-from sopdeploy_service.decode import decode
+from sopdeploy_service.decode import Sent, decode
 from sopdeploy_service.outcome import NONFINITE, Refusal
 from sopdeploy_service.schema import ClassProbability, Problem
 from sopdeploy_service.settings import Settings, load_settings
@@ -20,6 +20,7 @@ class Prediction(Frozen):
 
     image: str
     classes: tuple[ClassProbability, ...] = ()
+    warnings: tuple[str, ...] = ()
     error: Problem | None = None
 
 
@@ -42,21 +43,22 @@ def predict_one(inference: Inference, path: Path, settings: Settings) -> Predict
     """Return the prediction for the image file at *path*."""
     manifest = inference.bundle.manifest
     try:
-        image = decode(
-            read(path, settings.max_body_bytes),
+        decoded = decode(
+            Sent(read(path, settings.max_body_bytes)),
             manifest.preprocess,
             max_bytes=settings.max_body_bytes,
             max_pixels=settings.max_pixels,
         )
     except ImageError as problem:
         return Prediction(image=str(path), error=Problem.of(Refusal.of(problem)))
-    outputs = inference.runtime.run(image[None])
+    outputs = inference.runtime.run(decoded.pixels[None])
     if not all(np.isfinite(values).all() for values in outputs.values()):
         return Prediction(image=str(path), error=Problem.of(NONFINITE))
     logits = outputs[manifest.outputs[0].name][0]
     return Prediction(
         image=str(path),
         classes=answer(logits, inference.bundle.labels, settings.top_k).classes,
+        warnings=decoded.warnings,
     )
 
 

@@ -1,23 +1,18 @@
 """Errors on the wire: `application/problem+json`, for every status the server answers with."""
 
-import asyncio
-import contextlib
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from sopdeploy_service.outcome import CLIENT_GONE, Refusal
 from sopdeploy_service.schema import PROBLEM_JSON, Problem
-
-LINGER_SECONDS = 2.0
-LINGER_BYTES = 100_000_000
 
 INTERNAL = Refusal("internal_error", 500, "the server made a mistake; its log tells more")
 
@@ -35,9 +30,9 @@ class RefusedError(Exception):
 def json_response(
     body: BaseModel, *, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Return *body* as a JSON response."""
+    """Return *body* as a JSON response; what is None is left out."""
     return Response(
-        orjson.dumps(body.model_dump()),
+        orjson.dumps(body.model_dump(exclude_none=True)),
         status_code=status,
         headers=headers,
         media_type="application/json",
@@ -57,45 +52,21 @@ def problem_response(
         extra["Retry-After"] = str(refusal.retry_after)
     if refusal.status in {408, 413, 503}:
         extra["Connection"] = "close"
-    kind = LingeringResponse if refusal.status == 413 else Response
     if path == "/v2" or path.startswith("/v2/"):
         extra["X-Error-Code"] = refusal.code
         error = orjson.dumps({"error": refusal.message})
-        return kind(error, status_code=refusal.status, headers=extra, media_type="application/json")
+        return Response(error, status_code=refusal.status, headers=extra, media_type="application/json")
     body = orjson.dumps(Problem.of(refusal).model_dump())
-    return kind(body, status_code=refusal.status, headers=extra, media_type=PROBLEM_JSON)
+    return Response(body, status_code=refusal.status, headers=extra, media_type=PROBLEM_JSON)
 
 
-class LingeringResponse(Response):
-    """Answers a client that is still sending, and listens a little longer before it hangs up.
-
-    Closing at once would reset the connection, and the client would never read why.
-    """
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        """Send the answer, then read what the client still sends, within limits."""
-        await send(
-            {
-                "type": "http.response.start",
-                "status": self.status_code,
-                "headers": self.raw_headers,
-            }
-        )
-        await send({"type": "http.response.body", "body": self.body, "more_body": True})
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_SECONDS):
-                await discard(receive)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def discard(receive: Receive) -> None:
-    """Read and forget the rest of a request, up to `LINGER_BYTES`."""
-    seen = 0
-    while seen < LINGER_BYTES:
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if not message.get("more_body", False):
-            return
+def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return how the OpenAPI description tells that these *statuses* come with a `Problem`."""
+    body = {"schema": {"$ref": "#/components/schemas/Problem"}}
+    return {
+        status: {"description": HTTPStatus(status).phrase, "content": {PROBLEM_JSON: body}}
+        for status in statuses
+    }
 
 
 def install(app: FastAPI) -> None:

@@ -1,16 +1,16 @@
 """`POST /v1/classify`: takes a request apart, calls the service and puts the answer together."""
 
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
 from sopdeploy_service.admission import admit, service_of, unless_gone, unless_refused
 from sopdeploy_service.answer import answer
 from sopdeploy_service.model import Model
-from sopdeploy_service.outcome import Outcome, Refusal
-from sopdeploy_service.problems import json_response
-from sopdeploy_service.schema import PROBLEM_JSON, Classes, Failed, Problem, Results
+from sopdeploy_service.outcome import Answered, Refusal
+from sopdeploy_service.problems import RefusedError, described, json_response
+from sopdeploy_service.schema import GATES, Classes, Failed, Problem, Results
 from sopdeploy_service.service import Service
 from sopdeploy_service.timing import Stages
 from sopdeploy_service.upload import read_upload
@@ -43,10 +43,7 @@ REQUEST_BODY = {
         "content": {"image/*": BINARY, "multipart/form-data": FORM, "application/json": JSON},
     }
 }
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "content": {PROBLEM_JSON: {}}}
-    for status in (400, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
-}
+ERRORS = described(400, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 
 
 @router.post(
@@ -60,16 +57,22 @@ async def classify(
     top_k: Annotated[int | None, Query(ge=1, le=1_000_000)] = None,
     model: Annotated[str | None, Query(description="Needed where several models answer.")] = None,
     version: Annotated[str | None, Query(description="A bundle's id; else the current one.")] = None,
+    gates: Annotated[
+        bool, Query(description="Say which experts decided, where the network has a gate.")
+    ] = False,
 ) -> Response:
     """Take an image as the body, 1..n in a form (fields `image`) or in JSON, and give its classes.
 
     One image gives `{"classes": [...]}` or its error. Several give `{"results": [...]}` with status
     200, in order, each `{"classes": [...]}` or `{"error": {...}}`; only what concerns the whole
-    request (queue full, deadline, a damaged form) fails it as a whole.
+    request (queue full, deadline, a damaged form) fails it as a whole. `warnings` beside the classes name
+    what was done to the image, such as `exif_rotated`.
     """
     service = service_of(request)
     started = time.monotonic()
     chosen, deadline = admit(request, model, version)
+    if gates and not has_gates(chosen):
+        raise RefusedError(no_gates(chosen))
     stages = Stages()
     upload = await read_upload(request, service.settings, deadline)
     received = time.monotonic()
@@ -80,15 +83,31 @@ async def classify(
     top_k = top_k or upload.top_k or service.settings.top_k
     headers = {"Server-Timing": stages.header()}
     if not upload.several:
-        logits = unless_refused(outcomes[0]).logits
-        return json_response(answer(logits, chosen.labels, top_k), headers=headers)
-    results = tuple(result(service, chosen, outcome, top_k) for outcome in outcomes)
+        return json_response(answered(chosen, unless_refused(outcomes[0]), top_k, gates), headers=headers)
+    results = tuple(
+        refused(service, outcome) if isinstance(outcome, Refusal) else answered(chosen, outcome, top_k, gates)
+        for outcome in outcomes
+    )
     return json_response(Results(results=results), headers=headers)
 
 
-def result(service: Service, model: Model, outcome: Outcome, top_k: int) -> Classes | Failed:
-    """Return the place of one image among the results of several."""
-    if isinstance(outcome, Refusal):
-        service.metrics.rejected(outcome.code)
-        return Failed(error=Problem.of(outcome))
-    return answer(outcome.logits, model.labels, top_k)
+def answered(model: Model, outcome: Answered, top_k: int, gates: bool) -> Classes:
+    """Return the answer to one image, with the experts of its gate where *gates* were asked for."""
+    weights = outcome.outputs[GATES] if gates else None
+    return answer(outcome.logits, model.labels, top_k, warnings=outcome.warnings, gates=weights)
+
+
+def refused(service: Service, refusal: Refusal) -> Failed:
+    """Return the place of a bad image among the results of several."""
+    service.metrics.rejected(refusal.code)
+    return Failed(error=Problem.of(refusal))
+
+
+def has_gates(model: Model) -> bool:
+    """Say whether *model* tells which experts it chose."""
+    return any(output.name == GATES for output in model.bundle.manifest.outputs)
+
+
+def no_gates(model: Model) -> Refusal:
+    """Return the refusal of a request for the gates of a *model* without any."""
+    return Refusal("no_gates", 400, f"{model.name}: has no gate; leave gates=true away")

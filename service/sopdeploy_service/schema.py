@@ -9,9 +9,10 @@ from sopdeploy.frozen import Frozen
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_service.outcome import Refusal
 
+GATES = "gates"  # the output of a network that chooses among experts
 PROBLEM_JSON = "application/problem+json"
 
-State: TypeAlias = Literal["ok", "draining", "no_model", "engine_dead"]
+State: TypeAlias = Literal["ok", "draining", "no_model", "engine_dead", "loop_blocked"]
 
 
 class ClassProbability(Frozen):
@@ -21,10 +22,24 @@ class ClassProbability(Frozen):
     probability: Annotated[float, pydantic.Field(ge=0, le=1)]
 
 
+class Expert(Frozen):
+    """One expert that the gate chose, by its number, and its weight in the sum."""
+
+    expert: int
+    weight: float
+
+
 class Classes(Frozen):
-    """The answer to one image: its most probable classes, best first."""
+    """The answer to one image: its most probable classes, best first.
+
+    `warnings` name what was done to the image that its sender may not expect: `alpha_flattened`,
+    `content_type_mismatch`, `exif_rotated`, `first_frame_only`, `sixteen_bit_scaled`.
+    `gates` are the experts that decided, best first; they are there where they were asked for.
+    """
 
     classes: tuple[ClassProbability, ...]
+    warnings: tuple[str, ...] = ()
+    gates: tuple[Expert, ...] | None = None
 
 
 class Problem(Frozen):

@@ -1,26 +1,44 @@
 """`sopdeploy serve`: one process, from a verified start to a drained end."""
 
+import asyncio
+import functools
 import socket
 import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.app import create_app
+from sopdeploy_service.connections import Connections, allow_files
+from sopdeploy_service.health_port import LoopWatch, answering, health_app
+from sopdeploy_service.listening import bind, url
 from sopdeploy_service.service import Service
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.shelf import Shelf
+from sopdeploy_service.supervisor import Supervisor
 from sopdeploy_service.verified import open_verified
+from sopdeploy_service.wire import Wire
 
 ENGINE_DEAD_EXIT = 70  # EX_SOFTWARE; a supervisor should start the process again
 CLOSING_SECONDS = 2  # for the last answers to leave, after everything was answered or refused
-KEEP_ALIVE_SECONDS = 65  # longer than the idle time of common load balancers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inherited:
+    """What a worker of several devices is born with: its sockets, and where each device's numbers are."""
+
+    sockets: tuple[socket.socket, ...]
+    siblings: dict[str, str]
 
 
 def serve(sources: Sequence[str | Path], settings: Settings) -> int:
@@ -30,26 +48,56 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
     Prints one line, `ready: URL  BUNDLE ...`, when the probes gave the right numbers and the port is open.
     Raises `ConfigError` where it cannot listen, and what `Shelf` and `open_verified` raise for the bundles.
     """
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
     with bind(settings.host, settings.port) as listener:
+        if settings.devices:
+            return Supervisor(sources, settings, listener).run()
+        return serve_on(sources, settings, Inherited(sockets=(listener,), siblings={}))
+
+
+def serve_on(sources: Sequence[str | Path], settings: Settings, place: Inherited) -> int:
+    """Serve the bundles at *sources* in this process, on the sockets of *place*; else as `serve`."""
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, which counts for nothing
+    allow_files(settings.max_connections)
+    with ExitStack() as stack:
+        health = settings.health_port
+        prober = None if health is None else stack.enter_context(bind(settings.host, health))
         shelf = Shelf(sources)
         inferences = {name: open_verified(path, settings) for name, path in shelf.bundles.items()}
         app = create_app(inferences, settings, shelf if settings.model_control else None)
-        config = uvicorn.Config(
-            app,
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=CLOSING_SECONDS,
-        )
+        app.state.siblings = place.siblings
         names = " ".join(inference.bundle.name for inference in inferences.values())
-        ready = f"ready: {url(listener)}  {names}"
-        server = DrainingServer(config, app.state.service, settings.drain_seconds, ready)
-        server.run(sockets=[listener])
+        ready = f"ready: {url(place.sockets[0])}  {names}"
+        server = DrainingServer(http_config(app, settings), app.state.service, settings.drain_seconds, ready)
+        if prober is not None:
+            stack.enter_context(health_port(app.state.service, server.watch, prober))
+        server.run(sockets=list(place.sockets))
     return ENGINE_DEAD_EXIT if app.state.service.state == "engine_dead" else 0
+
+
+def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """Return how uvicorn runs *app*: with every limit of *settings* on the wire."""
+    wire = functools.partial(Wire, Connections(settings, app.state.service.metrics))
+    return uvicorn.Config(
+        app,
+        http=cast(type[asyncio.Protocol], wire),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=settings.keep_alive_seconds,
+        timeout_graceful_shutdown=CLOSING_SECONDS,
+    )
+
+
+def health_port(service: Service, watch: LoopWatch, listener: socket.socket) -> AbstractContextManager[None]:
+    """Answer for the health of *service* on *listener*, in a thread, until the block ends."""
+    app = health_app(
+        lambda: service.state, service.metrics.render, watch, service.settings.max_loop_lag_seconds
+    )
+    sys.stdout.write(f"health: {url(listener)}\n")
+    return answering(app, listener)
 
 
 class DrainingServer(uvicorn.Server):
@@ -66,6 +114,8 @@ class DrainingServer(uvicorn.Server):
         self._drain_seconds = drain_seconds
         self._ready = ready
         self._drain_until: float | None = None
+        self.watch = LoopWatch()
+        service.metrics.loop_lag(self.watch.worst)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the port and say so."""
@@ -84,6 +134,7 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to close the port now; uvicorn asks ten times a second."""
+        self.watch.beat()
         if self._service.state == "engine_dead":
             return True
         if self._drain_until is not None:
@@ -93,30 +144,3 @@ class DrainingServer(uvicorn.Server):
             if late or self._service.requests == 0:
                 return True
         return await super().on_tick(counter)
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Return a socket bound to *host* and *port* that does not listen yet; port 0 is any free one.
-
-    Raises `ConfigError` where the address does not exist here or is in use.
-    """
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as problem:
-        raise ConfigError(
-            f"{host}:{port}: cannot listen ({problem.strerror}); choose another host or port"
-        ) from problem
-    return listener
-
-
-def url(listener: socket.socket) -> str:
-    """Return the URL of a bound *listener*."""
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -10,12 +10,13 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import ImageError
-from sopdeploy_service.decode import decode, keep_memory
+from sopdeploy_service.decode import Decoded, Sent, decode, keep_memory
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import (
@@ -95,13 +96,13 @@ class Service:
         return full
 
     async def classify(
-        self, model: Model, bodies: Sequence[bytes], deadline: float, stages: Stages
+        self, model: Model, images: Sequence[Sent], deadline: float, stages: Stages
     ) -> list[Outcome] | Refusal:
-        """Return the outcome of each of the encoded images *bodies*, in order, or why there is none at all.
+        """Return the outcome of each of the encoded *images*, in order, or why there is none at all.
 
         *deadline* is on the clock of `time.monotonic`. Cancelling this frees what it holds.
         """
-        return await self._all(model, bodies, self._classify, deadline, stages)
+        return await self._all(model, images, self._classify, deadline, stages)
 
     async def infer(
         self, model: Model, images: NDArray[np.uint8], deadline: float, stages: Stages
@@ -112,7 +113,7 @@ class Service:
     async def _all(
         self,
         model: Model,
-        images: Sequence[bytes] | NDArray[np.uint8],
+        images: Sequence[Sent] | NDArray[np.uint8],
         work: Callable[..., Awaitable[Outcome]],
         deadline: float,
         stages: Stages,
@@ -132,17 +133,18 @@ class Service:
         model.tally.note(found, stages, time.monotonic() - started)
         return found
 
-    async def _classify(self, model: Model, body: bytes, deadline: float, stages: Stages) -> Outcome:
+    async def _classify(self, model: Model, sent: Sent, deadline: float, stages: Stages) -> Outcome:
         started = time.monotonic()
         loop = asyncio.get_running_loop()
         try:
-            image = await loop.run_in_executor(self._decoders, self._decode, model, body)
+            decoded = await loop.run_in_executor(self._decoders, self._decode, model, sent)
         except ImageError as problem:
             return Refusal.of(problem)
-        decoded = time.monotonic()
-        self.metrics.stage("decode", decoded - started)
-        stages.note("decode", decoded - started)
-        return await self._infer(model, image, deadline, stages)
+        seconds = time.monotonic() - started
+        self.metrics.stage("decode", seconds)
+        stages.note("decode", seconds)
+        outcome = await self._infer(model, decoded.pixels, deadline, stages)
+        return replace(outcome, warnings=decoded.warnings) if isinstance(outcome, Answered) else outcome
 
     async def _infer(
         self, model: Model, image: NDArray[np.uint8], deadline: float, stages: Stages
@@ -153,9 +155,9 @@ class Service:
             stages.note("infer", outcome.infer_seconds)
         return outcome
 
-    def _decode(self, model: Model, body: bytes) -> NDArray[np.uint8]:
+    def _decode(self, model: Model, sent: Sent) -> Decoded:
         return decode(
-            body,
+            sent,
             model.bundle.manifest.preprocess,
             max_bytes=self.settings.max_body_bytes,
             max_pixels=self.settings.max_pixels,

@@ -28,10 +28,13 @@ Count = Annotated[int, pydantic.Field(ge=1)]
 RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
 Hosts = Annotated[tuple[str, ...], NoDecode, pydantic.BeforeValidator(lambda given: separated(given))]
+Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3})$")]
+Devices = Annotated[tuple[Device, ...], NoDecode, pydantic.BeforeValidator(lambda given: separated(given))]
 
 PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
 FAULTS_VARIABLE = "SOPDEPLOY_FAULTS"
+WORKER_VARIABLE = "SOPDEPLOY_WORKER"  # what `supervisor` tells the processes it starts
 PILLOW_PIXELS = 178_956_970  # above this Pillow itself refuses a picture
 
 
@@ -43,8 +46,23 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, pydantic.Field(ge=0, le=65_535)] = 8000  # 0: any free port
 
+    health_port: Annotated[int, pydantic.Field(ge=0, le=65_535)] | None = None  # a thread of its own
+    max_loop_lag_seconds: Seconds = 5.0  # an event loop that is later than this: not alive
+
+    max_connections: Count = 1000  # one more closes the longest idle one, or gets 503
+    max_idle_connections: Count = 500
+    keep_alive_seconds: Count = 65  # longer than the idle time of common load balancers
+    head_seconds: Seconds = 10.0  # from its first byte to its last
+    max_url_bytes: Count = 8192
+    max_headers: Count = 100
+    max_header_bytes: Count = 32_768
+    write_seconds: Seconds = 30.0  # for which a client may not read
+
     max_body_bytes: Count = 20_000_000
     max_json_bytes: Count = 16_000_000  # of a JSON body, or of the JSON before binary tensors
+    max_upload_bytes: Count = 256_000_000  # of all bodies not yet answered
+    min_body_rate: Count = 10_000  # bytes per second, after
+    body_grace_seconds: Seconds = 5.0
     max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = 50_000_000
     max_images: Count = 32  # in one request
     top_k: Count = 5  # classes in an answer that asks for no other number
@@ -58,6 +76,7 @@ class Settings(BaseSettings):
     drain_seconds: Seconds = 20.0  # what SIGTERM leaves for the requests already admitted
 
     decoders: Count = 2  # threads that turn bytes into pixels
+    devices: Devices = ()  # one process for each, GPUs by number or `cpu`; none: this process alone
     runtime: RuntimeName = "auto"  # auto: the first that was set up here
     engine_cache: Path | None = None  # of TensorRT; None: beside the bundle
     threads: Count | None = None  # of the engine; None: one per core
@@ -82,9 +101,26 @@ class Settings(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     @pydantic.model_validator(mode="after")
+    def _devices_are_alike(self) -> "Settings":
+        if self.devices and self.model_control:
+            raise ValueError("model_control is for one process; with devices, start the server anew instead")
+        if self.devices and self.health_port is not None:
+            raise ValueError("health_port is for one process; with devices, ask the port of the server")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _request_fits_the_queue(self) -> "Settings":
         if self.max_images > self.queue_size:
             raise ValueError(f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size})")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _body_fits_the_room(self) -> "Settings":
+        if self.max_body_bytes > self.max_upload_bytes * 7 // 8:
+            raise ValueError(
+                f"max_body_bytes ({self.max_body_bytes}) is larger than 7/8 of max_upload_bytes "
+                f"({self.max_upload_bytes})"
+            )
         return self
 
 

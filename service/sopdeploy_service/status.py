@@ -1,16 +1,21 @@
 """The endpoints that say how the server is and what it serves."""
 
+import asyncio
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from sopdeploy_service.admission import service_of
+from sopdeploy_service.admission import service_of, unless_refused
+from sopdeploy_service.card import Card, read_card
 from sopdeploy_service.model import Model
-from sopdeploy_service.problems import json_response
+from sopdeploy_service.problems import described, json_response
 from sopdeploy_service.schema import Health, Info, ModelInfo
+from sopdeploy_service.siblings import collect
 
 router = APIRouter()
+
+CREDENTIALS = ("authorization", "x-api-key")  # passed on to the siblings
 
 
 @router.get("/livez", summary="Is the process worth keeping?", response_model=Health)
@@ -31,9 +36,13 @@ async def readyz(request: Request) -> Response:
 
 
 @router.get("/metrics", summary="For Prometheus", include_in_schema=False)
-async def metrics(request: Request) -> Response:
-    """Give the metrics of this server."""
-    return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+async def metrics(request: Request, *, own: bool = False) -> Response:
+    """Give the metrics of this server; of several processes behind one port, all of them unless *own*."""
+    siblings: dict[str, str] = request.app.state.siblings
+    if own or not siblings:
+        return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    known = {name: request.headers[name] for name in CREDENTIALS if name in request.headers}
+    return Response(await collect(siblings, known), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/info", summary="Which networks answer here?", response_model=Info)
@@ -49,6 +58,18 @@ async def info(request: Request) -> Response:
             previous={model.name: model.version for model in loaded if model not in current},
         )
     )
+
+
+@router.get(
+    "/v1/card",
+    summary="What is this network, and what was proved of it?",
+    response_model=Card,
+    responses=described(400, 404, 422, 503),
+)
+async def card(request: Request, model: str | None = None) -> Response:
+    """Give the model card of *model* (needed where several answer) and its certificate in short."""
+    chosen = unless_refused(service_of(request).repository.find(model))
+    return json_response(await asyncio.to_thread(read_card, chosen.bundle))
 
 
 def model_info(model: Model) -> ModelInfo:

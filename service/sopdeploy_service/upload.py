@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from sopdeploy_service.decode import too_large
+from sopdeploy_service.decode import Sent, too_large
 from sopdeploy_service.fetch import fetch
 from sopdeploy_service.form import ImageForm
 from sopdeploy_service.json_body import read_json
@@ -29,7 +29,7 @@ class Upload:
     *top_k* is how many classes the body itself asks for.
     """
 
-    images: list[bytes]
+    images: list[Sent]
     several: bool
     top_k: int | None = None
 
@@ -64,7 +64,7 @@ async def read_body(request: Request, settings: Settings) -> Upload:
     if kind == "application/json":
         return await read_json_upload(request, settings)
     if not kind.startswith("multipart/"):
-        return Upload([await whole(request, settings.max_body_bytes)], several=False)
+        return Upload([Sent(await whole(request, settings.max_body_bytes), content_type)], several=False)
     if kind != "multipart/form-data":
         raise RefusedError(NOT_A_FORM)
     form = ImageForm(content_type, max_images=settings.max_images)
@@ -80,7 +80,7 @@ async def read_json_upload(request: Request, settings: Settings) -> Upload:
     raw = await whole(request, limit)
     body = await asyncio.to_thread(read_json, raw, max_bytes=limit, max_images=settings.max_images)
     images = body.images if body.url is None else [await fetch(body.url, settings)]
-    return Upload(images, several=body.several, top_k=body.top_k)
+    return Upload([Sent(image) for image in images], several=body.several, top_k=body.top_k)
 
 
 async def whole(request: Request, limit: int) -> bytes:

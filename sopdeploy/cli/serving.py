@@ -33,7 +33,8 @@ def predict(
             err.print(f"[bold red]error:[/] {plain(prediction.image)}: {plain(prediction.error.detail)}")
         elif not as_json:
             classes = ", ".join(f"{c.label} {c.probability:.4f}" for c in prediction.classes)
-            out.print(f"{plain(prediction.image)}: {plain(classes)}")
+            changed = f" [dim]({', '.join(prediction.warnings)})[/dim]" if prediction.warnings else ""
+            out.print(f"{plain(prediction.image)}: {plain(classes)}{changed}")
     if any(prediction.error is not None for prediction in found):
         raise typer.Exit(USER_ERROR)
 

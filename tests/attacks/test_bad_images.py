@@ -16,7 +16,7 @@ from PIL import Image
 
 from sopdeploy.errors import ImageError
 from sopdeploy.preprocess import Preprocess
-from sopdeploy_service.decode import decode
+from sopdeploy_service.decode import Sent, decode
 
 RULES = Preprocess(resize=36, crop=32)
 CODES = {
@@ -34,7 +34,7 @@ FUZZ = settings(max_examples=150, deadline=None, database=None, suppress_health_
 def attack(body: bytes, *, max_pixels: int = 50_000_000) -> str | None:
     """Decode *body*; return the code of its refusal, or None for an accepted image."""
     try:
-        image = decode(body, RULES, max_bytes=20_000_000, max_pixels=max_pixels)
+        image = decode(Sent(body), RULES, max_bytes=20_000_000, max_pixels=max_pixels).pixels
     except ImageError as caught:
         problem = caught
     else:

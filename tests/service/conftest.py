@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -14,6 +15,7 @@ import onnx
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -21,10 +23,14 @@ from sopdeploy.bundle import Bundle, open_bundle, publish, seal, staging
 from sopdeploy.manifest import BatchRange, Lineage, TensorRecord, to_json
 from sopdeploy.preprocess import Preprocess
 from sopdeploy.probes import Probes, write_probes
+from sopdeploy_export.accounts import TensorEntry
+from sopdeploy_export.certificate import Certificate, Roots
 from sopdeploy_service.app import create_app
+from sopdeploy_service.listening import bind, url
 from sopdeploy_service.runtime.base import Runtime
+from sopdeploy_service.runtime.pretend import PretendRuntime
 from sopdeploy_service.runtime.with_onnxruntime import OnnxRuntime
-from sopdeploy_service.server import bind, url
+from sopdeploy_service.server import http_config
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.shelf import Shelf
 from sopdeploy_service.verified import Inference
@@ -107,6 +113,58 @@ def bundle(bundle_path: Path) -> Bundle:
     return open_bundle(bundle_path)
 
 
+CARD = """# tiny
+
+A **linear** layer over the mean colour. <img src=x onerror=alert(1)>
+
+- one entry
+  that goes on
+- `two`
+
+    sopdeploy verify .
+"""
+
+
+@pytest.fixture(scope="session")
+def gated_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny bundle with a model card, a certificate, and four experts behind a gate."""
+    folder = tmp_path_factory.mktemp("gated")
+    entry = TensorEntry(name="x", shape=(2,), dtype="float32", bytes=8, sha256="3" * 64)
+    roots = Roots(any_batch="4" * 64, batch_of_one="5" * 64, operations=3, onnx="6" * 64)
+    certificate = Certificate(
+        model="tiny",
+        detached=("gate.noise",),
+        removed=(entry,),
+        kept=(entry, entry),
+        roots=roots,
+        batches=(1,),
+        images=12,
+    )
+    (folder / "certificate.json").write_bytes(to_json(certificate.model_dump(mode="json")))
+    (folder / "README.md").write_text(CARD)
+    manifest = bundle.manifest
+    gates = TensorRecord(name="gates", dtype="float32", shape=(None, 4))
+    files = {**manifest.files, "README.md": manifest.files["labels.json"]}
+    changed = manifest.model_copy(update={"outputs": (*manifest.outputs, gates), "files": files})
+    return replace(bundle, path=folder, manifest=changed)
+
+
+class GatedRuntime(PretendRuntime):
+    """Experts 0 to 3 want red, green, blue and grey; those that an image gives nothing stay out."""
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        colour = images.mean(axis=(1, 2)).astype(np.float32) / 255
+        differences = colour - colour.mean(axis=1, keepdims=True)
+        gates = np.maximum(np.concatenate([differences, colour.min(axis=1, keepdims=True)], axis=1), 0)
+        return {**super().run(images), "gates": gates}
+
+
+@pytest.fixture
+def gated_client(gated_bundle: Bundle) -> "Iterator[Client]":
+    with running(GatedRuntime(classes=7), gated_bundle, Settings()) as client:
+        yield client
+
+
 @pytest.fixture(scope="session")
 def onnx_runtime(bundle: Bundle) -> OnnxRuntime:
     return OnnxRuntime(bundle, threads=1)
@@ -151,18 +209,19 @@ def running(
     """A real server for *runtime*, under each of *names*, on a free loopback port; gives a client for it."""
     inference = Inference(bundle=bundle, runtime=runtime, replays={})
     app = create_app(dict.fromkeys(names, inference), settings, shelf)
-    config = uvicorn.Config(app, lifespan="on", log_config=None, timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(http_config(app, settings))
     with bind("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         wait_for(lambda: server.started)
         limits = httpx.Limits(max_connections=200)
-        with Client(base_url=url(listener), timeout=20, limits=limits) as client:
-            client.app, client.loop = app, server.servers[0].get_loop()
-            yield client
-        server.should_exit = True
-        thread.join(20)
+        try:
+            with Client(base_url=url(listener), timeout=20, limits=limits) as client:
+                client.app, client.loop = app, server.servers[0].get_loop()
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join(20)
         assert not thread.is_alive()
 
 

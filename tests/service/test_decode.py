@@ -10,13 +10,13 @@ from PIL import Image, features
 
 from sopdeploy.errors import ImageError
 from sopdeploy.preprocess import Preprocess
-from sopdeploy_service.decode import decode
+from sopdeploy_service.decode import Sent, decode
 
 RULES = Preprocess(resize=36, crop=32)
 
 
 def network_input(body: bytes) -> NDArray[np.uint8]:
-    return decode(body, RULES, max_bytes=1_000_000, max_pixels=1_000_000)
+    return decode(Sent(body), RULES, max_bytes=1_000_000, max_pixels=1_000_000).pixels
 
 
 def save(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:

@@ -15,7 +15,8 @@ import httpx
 import pytest
 
 from sopdeploy.errors import BundleError, ConfigError, ParityError
-from sopdeploy_service.server import bind, serve
+from sopdeploy_service.listening import bind
+from sopdeploy_service.server import serve
 from sopdeploy_service.settings import Settings
 
 SERVE = """

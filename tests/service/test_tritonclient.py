@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sopdeploy_service.answer import answer
-from sopdeploy_service.decode import decode
+from sopdeploy_service.decode import Sent, decode
 
 with warnings.catch_warnings():  # of its own dependencies
     warnings.simplefilter("ignore")
@@ -32,7 +32,7 @@ def images(make_picture) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def pixels(images, bundle):
-    return np.stack([decode(image, bundle.manifest.preprocess, **LIMITS) for image in images])
+    return np.stack([decode(Sent(image), bundle.manifest.preprocess, **LIMITS).pixels for image in images])
 
 
 @pytest.fixture(scope="module")

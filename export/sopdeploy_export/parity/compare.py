@@ -125,4 +125,6 @@ def complaint(report: ParityReport) -> str:
         )
     if report.first_over_floor is not None:
         what += f"; {report.first_over_floor}"
+    elif report.routing is not None and report.routing.flips and report.routing.unsteady == report.images:
+        what += "; its gate is undecided on every image, so that rounding chooses: train it longer"
     return f"the exported file {what}; nothing was written (--allow-drift records it and goes on)"

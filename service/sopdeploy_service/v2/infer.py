@@ -10,6 +10,7 @@ from fastapi import Request, Response
 from numpy.typing import NDArray
 
 from sopdeploy_service.admission import admit, service_of, unless_gone, unless_refused
+from sopdeploy_service.decode import Sent
 from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import Answered, Outcome, Refusal
 from sopdeploy_service.problems import RefusedError
@@ -58,7 +59,7 @@ async def run(
 ) -> list[Outcome] | Refusal:
     """Return the outcome of each image of *asked*, decoding those that are files."""
     if isinstance(asked.images, list):
-        return await service.classify(model, asked.images, deadline, stages)
+        return await service.classify(model, [Sent(image) for image in asked.images], deadline, stages)
     return await service.infer(model, asked.images, deadline, stages)
 
 

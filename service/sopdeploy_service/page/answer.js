@@ -1,0 +1,89 @@
+"use strict";
+// The answer to one picture: classes, warnings, experts, time.
+
+const WARNINGS = {
+  alpha_flattened: "Transparent parts were laid onto the network's background colour.",
+  content_type_mismatch: "The content type names another format than the picture has; the picture's own bytes counted.",
+  exif_rotated: "The picture was turned upright as its EXIF orientation says.",
+  first_frame_only: "Of this animation only the first frame was classified.",
+  sixteen_bit_scaled: "The picture's 16 bits per pixel were scaled to 8.",
+};
+const STAGES = { receive: "receive", decode: "decode", queue: "queue", infer: "infer", rest: "network" };
+
+const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 2 : 1)} %`;
+const milliseconds = (value) => `${value.toFixed(value < 99.5 ? 1 : 0)} ms`;
+
+/** Show `body`, the JSON of a 200, of a network whose gate has `experts` (0: no gate). */
+function showAnswer(body, experts) {
+  byId("classes").replaceChildren(...body.classes.map(classBar));
+  byId("warnings").replaceChildren(
+    ...body.warnings.map((code) => make("li", {}, WARNINGS[code] ?? sentence(code.replaceAll("_", " ")))),
+  );
+  byId("experts").hidden = !body.gates;
+  if (body.gates) byId("gates").replaceChildren(...expertColumns(body.gates, experts));
+  byId("status").textContent = `Answer: ${body.classes
+    .map((entry) => `${entry.label} ${percent(entry.probability)}`)
+    .join(", ")}`;
+}
+
+/** Return the list entry of one class. */
+function classBar({ label, probability }) {
+  return make(
+    "li", {},
+    make("span", { className: "label" }, label),
+    make("span", { className: "percent" }, percent(probability)),
+    make("span", { className: "track", "aria-hidden": "true" }, make("span", { "--part": probability })),
+  );
+}
+
+/** Return a column for each of `count` experts; those in `gates` are chosen. */
+function expertColumns(gates, count) {
+  const weights = new Map(gates.map(({ expert, weight }) => [expert, weight]));
+  const largest = Math.max(...weights.values());
+  return Array.from({ length: count }, (_, expert) => {
+    const weight = weights.get(expert);
+    const title = `expert ${expert}: ${weight === undefined ? "not chosen" : weight.toFixed(4)}`;
+    return make(
+      "li", { title, className: weight === undefined ? "" : "chosen" },
+      make("span", { className: "unseen" }, title),
+      make("small", { "aria-hidden": "true" }, weight === undefined ? "" : weight.toFixed(2).replace("0.", ".")),
+      make("span", { className: "column", "aria-hidden": "true", "--part": (weight ?? 0) / largest }),
+      make("small", { "aria-hidden": "true" }, String(expert)),
+    );
+  });
+}
+
+/** Show where `total` milliseconds went, by the value of a `Server-Timing` header. */
+function showTime(header, total) {
+  const stages = [...header.matchAll(/([\w-]+);dur=([\d.]+)/g)].map(([, name, time]) => [name, Number(time)]);
+  const served = stages.reduce((sum, [, time]) => sum + time, 0);
+  stages.push(["rest", Math.max(0, total - served)]);
+  const whole = Math.max(total, served);
+  let from = 0;
+  byId("waterfall").replaceChildren(...stages.map(([name, time]) => {
+    const bar = make("span", { className: name, "--from": from / whole, "--part": time / whole });
+    from += time;
+    return make(
+      "li", {},
+      make("span", {}, STAGES[name] ?? name),
+      make("span", { className: "lane", "aria-hidden": "true" }, bar),
+      make("span", { className: "ms" }, milliseconds(time)),
+    );
+  }));
+  byId("total").textContent = milliseconds(whole);
+  byId("time").hidden = false;
+}
+
+/** Take an old answer away; `hint` says what to expect instead. */
+function clearAnswer() {
+  for (const id of ["classes", "warnings", "gates", "waterfall"]) byId(id).replaceChildren();
+  for (const id of ["experts", "time", "error", "empty"]) byId(id).hidden = true;
+  byId("status").textContent = "";
+}
+
+/** Show why there is no answer; `code` is the service's stable name of it. */
+function showError(text, code) {
+  clearAnswer();
+  byId("error").replaceChildren(sentence(text), ...(code ? [make("small", {}, code)] : []));
+  byId("error").hidden = false;
+}

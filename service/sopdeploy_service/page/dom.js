@@ -1,0 +1,52 @@
+"use strict";
+// Everything is built from nodes and text: no string ever becomes markup.
+
+const byId = (id) => document.getElementById(id);
+
+/** Return a new element `tag`; `traits` are its properties, `children` nodes or text. */
+function make(tag, traits = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(traits)) {
+    if (name.startsWith("--")) element.style.setProperty(name, value);
+    else if (name.includes("-") || name === "role") element.setAttribute(name, value);
+    else element[name] = value;
+  }
+  element.append(...children);
+  return element;
+}
+
+/** Return a block of code with a button that copies it; `what` names it for the button. */
+function codeBlock(text, what) {
+  const button = make("button", { type: "button", "aria-label": `Copy ${what}` }, "Copy");
+  button.addEventListener("click", async () => {
+    button.textContent = (await copied(text)) ? "Copied" : "Select it";
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  });
+  const pre = make("pre", { tabIndex: 0, role: "region", "aria-label": what }, make("code", {}, text));
+  return make("div", { className: "code" }, pre, button);
+}
+
+/** Copy `text`; browsers allow it on https and localhost only, elsewhere the old way may work. */
+async function copied(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text).then(() => true, () => false);
+  const area = make("textarea", { value: text, className: "unseen" });
+  document.body.append(area);
+  area.select();
+  const done = document.execCommand("copy");
+  area.remove();
+  return done;
+}
+
+/** Return JSON from `path`, or throw an Error with the server's own sentence. */
+async function fetchJson(path) {
+  const reply = await fetch(path);
+  const body = await reply.json();
+  if (!reply.ok) throw new Error(body.detail);
+  return body;
+}
+
+/** Return `text` as a sentence: capital letter, full stop. */
+function sentence(text) {
+  const end = /[.!?]$/.test(text) ? "" : ".";
+  return text.charAt(0).toUpperCase() + text.slice(1) + end;
+}

@@ -1,0 +1,89 @@
+"""What a person opens in a browser: `/` takes a picture, `/docs` shows the API.
+
+Each page is one answer: its styles and scripts stand in it, nothing is loaded from another host, and the
+content security policy allows exactly these, by hash. So the pages work without a network, and text that came
+from elsewhere (a file name, a label, a model card) cannot become a script.
+"""
+
+import base64
+import hashlib
+from dataclasses import dataclass
+from importlib.resources import files
+
+from fastapi import APIRouter, Response
+
+FOLDER = files("sopdeploy_service") / "page"
+
+router = APIRouter(include_in_schema=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page as it is sent: its HTML and its headers."""
+
+    html: str
+    headers: dict[str, str]
+
+    def response(self) -> Response:
+        """Return the answer that shows this page."""
+        return Response(self.html, media_type="text/html", headers=self.headers)
+
+
+def assemble(name: str, styles: list[str], scripts: list[str]) -> Page:
+    """Return the page of the file *name* with the texts of *styles* and *scripts* in it."""
+    css, js = [read(style) for style in styles], [read(script) for script in scripts]
+    mark = read("mark.svg")
+    icon = f'<link rel="icon" href="data:image/svg+xml;base64,{base64.b64encode(mark.encode()).decode()}">'
+    html = read(name).replace("<!-- mark -->", mark).replace("<!-- icon -->", icon)
+    html = html.replace("<!-- styles -->", "\n".join(f"<style>{text}</style>" for text in css))
+    html = html.replace("<!-- scripts -->", "\n".join(f"<script>{text}</script>" for text in js))
+    policy = [
+        "default-src 'none'",
+        f"style-src {' '.join(map(source, css))}",
+        f"script-src {' '.join(map(source, js))}",
+        "img-src blob: data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",  # no string becomes markup, whatever a later script tries
+    ]
+    return Page(
+        html,
+        {
+            "Content-Security-Policy": "; ".join(policy),
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-cache",
+        },
+    )
+
+
+def read(name: str) -> str:
+    """Return the text of the file *name* of the pages."""
+    return (FOLDER / name).read_text("utf-8")
+
+
+def source(text: str) -> str:
+    """Return how a policy names the inline *text*."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+INDEX = assemble(
+    "index.html",
+    ["look.css", "index.css"],
+    ["dom.js", "markdown.js", "snippets.js", "answer.js", "about.js", "index.js"],
+)
+DOCS = assemble("docs.html", ["look.css", "docs.css"], ["dom.js", "markdown.js", "docs.js"])
+
+
+@router.get("/")
+async def index() -> Response:
+    """Give the page that takes a picture."""
+    return INDEX.response()
+
+
+@router.get("/docs")
+async def docs() -> Response:
+    """Give the page that shows the API."""
+    return DOCS.response()

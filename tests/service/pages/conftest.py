@@ -1,0 +1,58 @@
+"""Chromium, and pages in it that must ask no other host and break no policy."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+DESK = {"width": 1200, "height": 900}
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
+    """`open_page(url, **traits)`; at the end no other host was asked for anything and nothing was wrong."""
+    contexts: list[Any] = []
+    wrong: list[str] = []
+
+    def open_one(url: httpx.URL, path: str = "/", **traits: Any) -> Any:
+        host = str(url).rstrip("/")
+        context = chromium.new_context(**{"viewport": DESK, **traits})
+        contexts.append(context)
+        context.set_default_timeout(10_000)
+        context.route(
+            lambda asked: not asked.startswith((host, "blob:", "data:")),
+            lambda route: (wrong.append(f"asked {route.request.url}"), route.abort()),
+        )
+        page = context.new_page()
+        page.on("pageerror", lambda problem: wrong.append(f"raised {problem}"))
+        page.on("console", lambda message: wrong.extend(complaints(message)))
+        page.goto(host + path)
+        return page
+
+    yield open_one
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def complaints(message: Any) -> list[str]:
+    """An answer of 4xx is on the console too, and is no fault of the page."""
+    expected = message.text.startswith("Failed to load resource: the server responded with a status of 4")
+    return [message.text] if message.type in {"error", "warning"} and not expected else []
+
+
+@pytest.fixture
+def page(open_page: Callable[..., Any], client: httpx.Client) -> Any:
+    return open_page(client.base_url)
