@@ -16,6 +16,7 @@ from sopdeploy_service.service import Service
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.shelf import Shelf
 from sopdeploy_service.tally import OpenTrace
+from sopdeploy_service.v2 import routes as v2
 from sopdeploy_service.verified import Inference
 
 
@@ -55,7 +56,7 @@ def create_app(
     )
     app.state.service = service
     app.state.siblings = {}
-    for router in (routes.router, status.router, pages.router):
+    for router in (routes.router, status.router, v2.router, pages.router):
         app.include_router(router)
     problems.install(app)
     app.add_middleware(Intake, settings=settings, metrics=service.metrics)

@@ -58,7 +58,7 @@ class Envelope:
             log.exception("a mistake at %s", route_of(scope))
             if send.status:
                 raise  # half an answer is out; the connection must end
-            await problem_response(INTERNAL)(scope, receive, send)
+            await problem_response(INTERNAL, path=scope["path"])(scope, receive, send)
 
     def _note(self, scope: Scope, tally: Tally, status: int, seconds: float, received: int) -> None:
         route = route_of(scope)

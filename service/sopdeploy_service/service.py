@@ -5,6 +5,7 @@ outputs. A bad image is refused by the decoder, so it never meets the images of 
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -132,18 +133,20 @@ class Service:
         deadline: float,
         stages: Stages,
     ) -> list[Outcome] | Refusal:
+        started = time.monotonic()
         refused = self._overload(model, len(images)) or charge(len(images), stages)
         if refused is not None:
             return refused
         self._count(len(images))
+        found: list[Outcome] | Refusal = DEADLINE
         try:
-            with model.in_use():
+            with contextlib.suppress(TimeoutError), model.in_use():
                 async with asyncio.timeout(deadline - time.monotonic()):
-                    return await gather(work(model, image, deadline, stages) for image in images)
-        except TimeoutError:
-            return DEADLINE
+                    found = await gather(work(model, image, deadline, stages) for image in images)
         finally:
             self._count(-len(images))
+        model.ledger.note(found, stages, time.monotonic() - started)
+        return found
 
     async def _classify(self, model: Model, sent: Sent, deadline: float, stages: Stages) -> Outcome:
         started = time.monotonic()

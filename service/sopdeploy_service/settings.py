@@ -31,17 +31,9 @@ Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]
 LogForm = Literal["json", "console"]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
-
-
-def split_devices(value: object) -> object:
-    """Return `0,1` as a tuple of its parts."""
-    return (
-        tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-    )
-
-
+Hosts = Annotated[tuple[str, ...], NoDecode, pydantic.BeforeValidator(lambda given: separated(given))]
 Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3})$")]
-Devices = Annotated[tuple[Device, ...], NoDecode, pydantic.BeforeValidator(split_devices)]
+Devices = Annotated[tuple[Device, ...], NoDecode, pydantic.BeforeValidator(lambda given: separated(given))]
 
 PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
@@ -71,12 +63,17 @@ class Settings(BaseSettings):
     write_seconds: Seconds = 30.0  # for which a client may not read
 
     max_body_bytes: Count = 20_000_000  # of one request
+    max_json_bytes: Count = 16_000_000  # of a JSON body, or of the JSON before binary tensors
     max_upload_bytes: Count = 256_000_000  # of all bodies not yet answered
     min_body_rate: Count = 10_000  # of a request, in bytes per second, after body_grace_seconds
     body_grace_seconds: Seconds = 5.0  # for which a body may be as slow as it likes
     max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = 50_000_000  # of one picture
     max_images: Count = 32  # in one request
     top_k: Count = 5  # classes in an answer that asks for no other number
+
+    url_hosts: Hosts = ()  # `host` or `host:port` to fetch images from; none: URLs are refused
+    url_plain_http: bool = False  # fetch from http:// too
+    url_seconds: Seconds = 5.0  # from the name of the host to the last byte
 
     queue_size: Count = 256  # images admitted and not yet answered; one more gets 429
     deadline_seconds: Seconds = 30.0  # from the first byte of a request to its answer
@@ -151,6 +148,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def separated(given: Any) -> Any:
+    """Return the parts of the text *given*, with commas between them; a list stays as it is."""
+    if not isinstance(given, str):
+        return given
+    return tuple(part.strip().lower() for part in given.split(",") if part.strip())
 
 
 def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
