@@ -43,7 +43,9 @@ class Merged(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Return the families of all pages, joined by name."""
-        up = GaugeMetricFamily("sopdeploy_worker_up", "Whether a device's process answers", labels=("device",))
+        up = GaugeMetricFamily(
+            "sopdeploy_worker_up", "Whether a device's process answers", labels=("device",)
+        )
         families: dict[str, Metric] = {}
         for device, text in self._texts.items():
             up.add_metric((device,), float(text is not None))

@@ -27,6 +27,7 @@ from sopdeploy.normalise import Normalise
 from sopdeploy.recipe import Recipe, validate
 from sopdeploy.seeds import seed_of
 from sopdeploy.training.history import EpochRow, best_row
+from sopdeploy.training.parallel import choose_device
 
 MAY_CHANGE = {"summary", "workers", "threads", "device", "data.path"}  # when a run is resumed
 
@@ -209,14 +210,6 @@ def assemble(recipe: Recipe, pictures: Pictures, model: Classifier) -> Run:
     )
     normalise = Normalise(recipe.preprocess).to(device)
     return Run(recipe, pictures.labels, len(pictures), model, optimizer, normalise, device)
-
-
-def choose_device(wish: str) -> torch.device:
-    """Return where to compute; raises `ConfigError` for a CUDA device that is not there."""
-    available = torch.cuda.is_available()
-    if wish == "cuda" and not available:
-        raise ConfigError("device: no CUDA device on this machine; set device=auto or device=cpu")
-    return torch.device("cuda" if available and wish != "cpu" else "cpu")
 
 
 def gradients(model: torch.nn.Module) -> list[Tensor]:
