@@ -26,13 +26,13 @@ class Parallel(Protocol):
     def setup(self, model: nn.Module) -> nn.Module:
         """Return what to call in training: *model*, already on the device, wrapped where that is needed.
 
-        Called again after the network has lost its branches. A checkpoint is of *model*, never of the wrapper.
+        Called again after the network has lost its branches. Checkpoints are of *model*, not of a wrapper.
         """
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of *loss* to the parameters' `grad`; on the *last* piece of a step sum over processes.
+        """Add the gradient of *loss* to the parameters' `grad`; sum over processes on a step's *last* piece.
 
-        *loss* is this process' part of the step's: the mean over its samples times their share of the step.
+        *loss* is this piece's part of the step's: the mean over its samples times their share of the step.
         """
 
     def all_reduce(self, values: Tensor) -> Tensor:
