@@ -14,6 +14,7 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.data.base import Dataset, Prepared
 from sopdeploy.data.batches import batches_in_order, load_batches
 from sopdeploy.data.folder import open_classes
+from sopdeploy.data.readable import all_unreadable
 from sopdeploy.errors import DataError, TrainingError
 from sopdeploy.frozen import Frozen
 from sopdeploy.normalise import Normalise
@@ -85,7 +86,10 @@ def evaluate_checkpoint(checkpoint: Path, data: Path, *, workers: int = 0) -> Fi
     model = build_classifier(stored, checkpoint)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     pictures = open_classes(data.expanduser(), stored.labels)
-    return evaluate(model, Prepared(pictures, stored.preprocess), stored.preprocess, workers=workers)
+    try:
+        return evaluate(model, Prepared(pictures, stored.preprocess), stored.preprocess, workers=workers)
+    except DataError as problem:
+        raise all_unreadable(problem, pictures) from None
 
 
 def hits(logits: Tensor, labels: Tensor, k: int) -> int:

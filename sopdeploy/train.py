@@ -15,7 +15,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from sopdeploy.data.augment import Augmented
 from sopdeploy.data.base import Pictures, Prepared, Split
 from sopdeploy.data.batches import Batch, balanced_batches, load_batches, shuffled_batches
+from sopdeploy.data.readable import all_unreadable
 from sopdeploy.data.sources import open_data
+from sopdeploy.errors import DataError
 from sopdeploy.evaluate import Figures, evaluate
 from sopdeploy.losses import Loss, first_not_finite, training_loss
 from sopdeploy.optim.adahessian import AdaHessian
@@ -77,7 +79,9 @@ def train(
                 f"{folder.last} is saved, go on with --resume",
                 stop.signal_number,
             ) from None
-    return summarise(run, folder, len(data.held_out))
+        except DataError as problem:
+            raise all_unreadable(problem, data.train, data.held_out) from None
+    return summarise(run, folder, data)
 
 
 def begin(
@@ -87,7 +91,7 @@ def begin(
     if not resume:
         folder.must_be_free()
     checkpoint = folder.read_last() if resume else None
-    data = open_data(recipe.data)
+    data = open_data(recipe.data, onlooker.warned)
     if checkpoint is None:
         run = start_run(recipe, data.train, parallel)
     else:

@@ -20,6 +20,7 @@ MAY_CHANGE = {  # when a run is resumed
     "workers",
     "threads",
     "device",
+    "data.cache",
     "data.path",
     "save.every_steps",
     "save.every_minutes",

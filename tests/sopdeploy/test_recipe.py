@@ -90,7 +90,11 @@ MISTAKES = [
     ("batchsize=3", "batchsize: unknown key; did you mean batch_size?"),
     ("schedule.ris=0.3", "schedule.ris: unknown key; did you mean schedule.rise?"),
     ("zzz=1", "digits-dsop: zzz: unknown key"),
-    ("data.kind=digit", "data.kind: 'digit' is none of 'digits', 'folder', 'cifar10', 'cifar100'"),
+    (
+        "data.kind=digit",
+        "data.kind: 'digit' is none of 'digits', 'folder', 'cifar10', 'cifar100', "
+        "'imagenet64', 'imagenet32', 'places365'",
+    ),
     ("data={}", "data.kind: missing"),
     ("data.path=x", "data.path: unknown key"),
     ("model.name=dsop-resnt8", "model 'dsop-resnt8' is not in the catalog; did you mean dsop-resnet8"),
