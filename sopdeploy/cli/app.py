@@ -10,6 +10,7 @@ from sopdeploy import __version__
 from sopdeploy.cli import (
     benching,
     catalog,
+    data_checking,
     demo,
     doctoring,
     engines,
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command("train", cls=training.TrainCommand, rich_help_panel="Train")(training.train)
 app.command("eval", rich_help_panel="Train")(training.evaluate)
 app.command("recipes", rich_help_panel="Train")(training.recipes)
+app.add_typer(data_checking.data, name="data", rich_help_panel="Train")
 app.command("models", rich_help_panel="Train")(catalog.models)
 app.command("describe", rich_help_panel="Train")(catalog.describe)
 app.command("import", rich_help_panel="Train")(importing.import_file)

@@ -1,8 +1,8 @@
 """Reads pickles of dictionaries with lists and NumPy arrays, and nothing else.
 
 A pickle is a program: it may name any function of the machine and have it called. Here every name but those
-that NumPy writes into its arrays is refused, and those that it writes stand for the plain classes below, so that
-not even NumPy's own reconstruction sees a stranger's values.
+that NumPy writes into its arrays is refused, and those stand for the plain classes below, so that not even
+NumPy's own reconstruction sees a stranger's values.
 """
 
 import io

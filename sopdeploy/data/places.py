@@ -1,8 +1,8 @@
 """Places365 in its original layout: three lists of files and classes beside two folders of images.
 
 `categories_places365.txt` has lines such as `/a/airport_terminal 2`, `places365_train_standard.txt` such as
-`/a/airport_terminal/00000001.jpg 2` and `places365_val.txt` such as `Places365_val_00000001.jpg 165`. Source: Zhou
-et al., "Places: A 10 Million Image Database" (2017). Its "easy directory" layout is a plain `folder`.
+`/a/airport_terminal/00000001.jpg 2` and `places365_val.txt` such as `Places365_val_00000001.jpg 165`. Source:
+Zhou et al., "Places: A 10 Million Image Database" (2017). Its "easy directory" layout is a plain `folder`.
 """
 
 from pathlib import Path

@@ -27,7 +27,7 @@ Finding = TypeVar("Finding")
 
 
 def each(work: Callable[[int], Finding], count: int) -> Iterator[Finding]:
-    """Yield *work* of 0 to *count* - 1 in order, done by a thread per core: decoding does not hold the lock."""
+    """Yield *work* of 0 to *count* - 1 in order, on a thread per core: decoding holds no lock."""
     chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for found in pool.map(lambda chunk: [work(index) for index in chunk], chunks):

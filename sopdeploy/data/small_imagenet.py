@@ -1,7 +1,7 @@
 """ImageNet at 64 x 64 or 32 x 32 pixels: the official batch files, or one .mat file as GM-SOP distributes it.
 
 Source: Chrabaszcz et al., "A Downsampled Variant of ImageNet" (2017): `train_data_batch_1` to `_10` and
-`val_data`, each a pickle (or .npz) with `data` (N, 3 * side * side) uint8, plane by plane, and `labels` 1 to 1000.
+`val_data`, each a pickle or .npz with `data` (N, 3 * side * side) uint8, plane by plane, and `labels` from 1.
 """
 
 import re
@@ -27,8 +27,8 @@ HELD_OUT = re.compile(r"val_data(?P<number>)(\.npz)?$")
 class SmallImageNetConfig(Frozen):
     """`path` is the folder of the batch files, or the .mat file.
 
-    `labels` is a text file with the names of the classes in the official order, one a line; without it they are
-    called by their numbers, 0001 to 1000.
+    `labels` is a text file with the names of the classes in the official order, one a line; without it they
+    are called by their numbers, 0001 to 1000.
     """
 
     kind: Literal["imagenet64", "imagenet32"]
@@ -56,7 +56,7 @@ class PlanePictures:
 
 
 def open_small_imagenet(config: SmallImageNetConfig) -> Split:
-    """Return the official training and validation pictures; raises `DataError` naming the file that is wrong."""
+    """Return the official training and validation pictures; raises `DataError` naming what is wrong."""
     if config.path is None:
         raise ConfigError(
             "data.path: not set; give the folder of train_data_batch_1 and so on, or a .mat file"

@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from sopdeploy.errors import DataError
 
 TAR = ".tar"
 Entry = tuple[bytes, int, int]  # name, first byte, number of bytes
-FORGET_EVERY = 4096  # members, of which tarfile would keep all
+FORGET_FROM = 4096  # members, of which tarfile would keep all
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +76,11 @@ def entries_of(file: IO[bytes], end: int, prefix: str = "") -> Iterator[Entry]:
     An archive inside it stands for a folder of its name, as in ImageNet's official file.
     """
     found: dict[str, tuple[int, int]] = {}
+    archive: Any  # its list of members is no part of what typing knows
     with tarfile.open(fileobj=file, mode="r:") as archive:
-        for count, member in enumerate(archive):
-            if count % FORGET_EVERY == 0:
-                archive.members = []
+        while (member := archive.next()) is not None:
+            if len(archive.members) > FORGET_FROM:
+                archive.members.clear()
             if member.isreg() and member.offset_data + member.size > end:
                 raise DataError(f"{member.name} is cut off; copy the archive again")
             name = visible_name(prefix + member.name)

@@ -8,16 +8,16 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from sopdeploy.data.store import Opening
 from sopdeploy.data.tar_index import fingerprint
 from sopdeploy.errors import DataError
 
-READERS: dict[str, Callable[[Path], IO[Any]]] = {
-    ".tar.xz": lzma.open,
-    ".tar.gz": gzip.open,
-    ".tgz": gzip.open,
+READERS: dict[str, Callable[[Path], Any]] = {
+    ".tar.xz": lzma.LZMAFile,
+    ".tar.gz": gzip.GzipFile,
+    ".tgz": gzip.GzipFile,
 }
 ARCHIVES = (".tar", *READERS)
 PIECE = 1 << 20  # bytes
@@ -47,7 +47,7 @@ def as_plain_tar(path: Path, opening: Opening) -> Path:
     return target
 
 
-def unpack(path: Path, reader: Callable[[Path], IO[Any]], target: Path) -> None:
+def unpack(path: Path, reader: Callable[[Path], Any], target: Path) -> None:
     """Write what *path* holds to *target*, whole or not at all."""
     part = target.with_suffix(f".{os.getpid()}.part")
     try:

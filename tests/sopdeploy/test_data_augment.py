@@ -83,7 +83,7 @@ def test_a_padded_crop_takes_every_shift_and_pads_with_black() -> None:
 @given(size=SIZES, seed=st.integers(0, 2**63))
 def test_a_random_resized_box_lies_in_the_picture_and_has_an_allowed_area(size, seed) -> None:
     way = RandomResizedCrop(kind="random-resized-crop", scale=(0.08, 1.0))
-    left, top, right, bottom = way.box(size, Random(seed))
+    left, top, right, bottom = way.box(size, 224, Random(seed))
     assert 0 <= left < right <= size[0]
     assert 0 <= top < bottom <= size[1]
     if min(size) > 50 and max(size) < 2 * min(size):
