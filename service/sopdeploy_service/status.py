@@ -98,7 +98,7 @@ def model_info(model: Model) -> ModelInfo:
     "/selftest",
     summary="Does it still compute what the bundle promises?",
     response_model=SelfTest,
-    responses=described(400, 401, 403, 404, 429, 500, 503, 504),
+    responses=described(400, 401, 403, 404, 422, 429, 500, 503, 504),
 )
 async def selftest(request: Request, model: str | None = None) -> Response:
     """Replay the bundle's probes through the engine, between the requests of others."""
@@ -110,7 +110,7 @@ async def selftest(request: Request, model: str | None = None) -> Response:
     "/v1/models/{name}/rollback",
     summary="Let the version before answer again",
     response_model=ModelInfo,
-    responses=described(401, 403, 404, 409),
+    responses=described(401, 403, 404, 409, 422),
     dependencies=[Depends(needs("admin"))],
 )
 async def roll_back(request: Request, name: str) -> Response:
