@@ -106,6 +106,8 @@ def test_a_loss_that_falls_nowhere_is_said(losses) -> None:
 def test_a_network_without_branches_has_none_to_remove() -> None:
     with pytest.raises(ConfigError, match="remove_branches_at: resnet8 has no branches"):
         short_recipe("model={name='resnet8', remove_branches_at=1}")
+    with pytest.raises(ConfigError, match=r"remove_branches_at: the run has 3 epochs only"):
+        short_recipe("model.remove_branches_at=3")
 
 
 def test_resume_stands_alone_or_before_auto(tmp_path) -> None:
