@@ -4,8 +4,8 @@
 
 JPEGs of ImageNet's size (500 x 375) and larger ones (1200 x 900) are written as files and as one archive;
 they are filtered noise with the spectrum of photographs and about their bytes. One core is measured by the
-processor time of one thread, each way of cropping in turn with the others. The drift of `draft` is the mean and
-the 99th percentile of the difference in grey levels. The wait is that of the real loader, with a process per
+processor time of one thread, each way of cropping in turn with the others. Draft's drift is the mean and the
+99th percentile of the difference in grey levels. The wait is that of the real loader, with a process per
 core, before a step of a GPU that takes 2,500 pictures a second from 16 cores: the share of an epoch in which
 that GPU would stand still, scaled to the cores that there are.
 """
@@ -28,7 +28,7 @@ from sopdeploy.data.batches import KEPT_BLOCKS, load_batches
 from sopdeploy.data.folder import open_classes
 from sopdeploy.preprocess import Preprocess
 
-SIZES = {"500x375": (500, 375), "1200x900": (1200, 900)}
+SIZES = {"500x375": ((500, 375), 92), "1200x900": ((1200, 900), 80)}  # and the quality of the JPEGs
 WAYS: dict[str, Augmentation] = {
     "random-side": RandomSide(kind="random-side", flip=0.5),
     "random-side draft": RandomSide(kind="random-side", flip=0.5, draft=True),
@@ -52,13 +52,13 @@ def photo(size: tuple[int, int], seed: int) -> Image.Image:
     return Image.fromarray(np.clip(128 + 50 * np.stack(planes, axis=-1), 0, 255).astype(np.uint8))
 
 
-def write(root: Path, size: tuple[int, int], count: int) -> int:
+def write(root: Path, size: tuple[int, int], quality: int, count: int) -> int:
     """Write *count* JPEGs below *root*/files and into *root*/all.tar; return their mean size in bytes."""
     lengths = []
     with tarfile.open(root / "all.tar", "w") as archive:
         for number in range(count):
             stream = io.BytesIO()
-            photo(size, number).save(stream, "JPEG", quality=92)
+            photo(size, number).save(stream, "JPEG", quality=quality)
             name, data = f"{CLASSES[number % 2]}/{number}.jpg", stream.getvalue()
             path = root / "files" / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,10 +134,10 @@ def main() -> None:
     arguments = measure.parse(__doc__)
     count, runs, batches = (16, 3, 8) if arguments.quick else (64, 7, 40)
     rows = []
-    for name, size in SIZES.items():
+    for name, (size, quality) in SIZES.items():
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
-            length = write(root, size, count)
+            length = write(root, size, quality, count)
             rates = per_core(root, runs)
             drifts = {way: drift(root, way) for way in ("random-side", "random-resized-crop")}
             waits = {way: waiting(root, WAYS[way], batches) for way in WAYS}

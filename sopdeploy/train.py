@@ -37,6 +37,7 @@ from sopdeploy.training.result import TrainingResult, summarise
 from sopdeploy.training.resume import resume_run
 from sopdeploy.training.run import Run, start_run
 from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.start import TIMES, into_training
 from sopdeploy.training.stop import Stop, StopRequested, TrainingStoppedError, watch_for_stop
 
 
@@ -113,7 +114,7 @@ def train_epoch(run: Run, pictures: Pictures, folder: RunFolder, stop: Stop, onl
     recipe, epoch = run.recipe, run.at.epoch
     batches = epoch_batches(recipe, pictures, epoch)
     view = Augmented(pictures, recipe.augment, recipe.preprocess, recipe.seed, epoch, recipe.distort)
-    run.model.train()
+    into_training(run.model, recipe.start)
     since = time.monotonic()
     shares = [run.parallel.share(samples) for samples in batches[run.at.step :]]
     for batch in load_batches(view, shares, recipe.workers, run.parallel.device):
@@ -144,7 +145,7 @@ def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> Loss:
     torch.manual_seed(seed_of(recipe.seed, "step", at.epoch, at.step))
     factor = recipe.schedule.factor(at.epoch + at.step / steps, recipe.epochs)
     for group in run.optimizer.param_groups:
-        group["lr"] = recipe.optimizer.lr * factor
+        group["lr"] = recipe.optimizer.lr * factor * group.get(TIMES, 1.0)
     images, targets = recipe.mix(run.normalise(batch[0]), batch[1], len(run.labels))
     run.optimizer.zero_grad()
     loss = loss_and_gradient(run, images, targets, len(samples))
@@ -173,6 +174,8 @@ def loss_and_gradient(run: Run, images: Tensor, targets: Tensor, count: int) -> 
         with run.precision.autocast():
             output = run.network(part)
             loss = training_loss(output, wanted, run.model.loss_weights(), recipe.loss.label_smoothing)
+            if run.teacher is not None:
+                loss = run.teacher.join(loss, part, output)
         share = len(part) / count
         differentiate(run, loss.total * share, last=number == pieces - 1)
         for name, value in {"total": loss.total.detach(), **loss.parts}.items():

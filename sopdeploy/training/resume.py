@@ -22,6 +22,7 @@ MAY_CHANGE = {  # when a run is resumed
     "device",
     "data.cache",
     "data.path",
+    "start.weights",
     "save.every_steps",
     "save.every_minutes",
     "save.keep_every",
