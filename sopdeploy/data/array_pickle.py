@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sopdeploy.errors import DataError
 
 NUMBERS = {"u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f4", "f8", "b1"}
-MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
+MODULES = ("numpy.core", "numpy._core")  # before NumPy 2 and since
 
 
 class RefusedError(Exception):
@@ -61,6 +61,13 @@ class StoredArray:
         self.array = flat.reshape(shape, order="F" if by_columns else "C")
 
 
+def array_of_buffer(data: Any, kind: Any, shape: Any, order: Any) -> StoredArray:
+    """Stand for the function with which the fifth version of pickles makes arrays."""
+    found = StoredArray()
+    found.__setstate__((1, shape, kind, text_of(order) == "F", bytes(data)))
+    return found
+
+
 def encoded(text: Any, encoding: Any) -> bytes:
     """Stand for `codecs.encode`, with which Python 3 writes bytes for Python 2."""
     if not isinstance(text, str) or text_of(encoding) not in {"latin1", "latin-1"}:
@@ -72,7 +79,8 @@ STAND_INS: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): encoded,
     ("numpy", "dtype"): KindOfNumber,
     ("numpy", "ndarray"): StoredArray,
-    **{(module, "_reconstruct"): StoredArray for module in MODULES},
+    **{(f"{module}.multiarray", "_reconstruct"): StoredArray for module in MODULES},
+    **{(f"{module}.numeric", "_frombuffer"): array_of_buffer for module in MODULES},
 }
 
 

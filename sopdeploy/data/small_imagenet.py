@@ -103,7 +103,7 @@ def read_batch(path: Path, side: int) -> tuple[NDArray[np.uint8], NDArray[np.int
 def read_npz(path: Path) -> dict[str, Any]:
     """Return the arrays of an .npz file; raises `DataError`."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {name: stored[name] for name in ("data", "labels") if name in stored}
     except Exception as problem:  # whatever a damaged file makes of numpy's readers
         raise DataError(f"{path}: not a whole .npz file ({problem}); copy it again") from problem

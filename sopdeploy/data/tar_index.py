@@ -131,7 +131,7 @@ def write_index(index: Index, path: Path) -> None:
 def read_index(path: Path, size: int) -> Index | None:
     """Return the kept index of an archive of *size* bytes, or `None` where it is missing or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             index = Index(names=stored["names"], offsets=stored["offsets"], sizes=stored["sizes"])
     except Exception:  # whatever a damaged file makes of numpy's readers; the archive is read again
         return None
