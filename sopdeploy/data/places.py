@@ -50,12 +50,15 @@ def open_places(config: PlacesConfig, opening: Opening | None = None) -> Split:
 
 
 def categories(path: Path) -> tuple[str, ...]:
-    """Return the classes in the order of their numbers, without the letter's folder before them."""
+    """Return the classes in the order of their numbers, called as the folders of the "easy directory" layout.
+
+    `/a/apartment_building/outdoor` is `apartment_building-outdoor` there.
+    """
     found = dict[int, str]()
     for name, number in lines_of(path):
         if number in found:
             raise DataError(f"{path}: number {number} stands twice; use the official file")
-        found[number] = name.strip("/").partition("/")[2]
+        found[number] = name.strip("/").partition("/")[2].replace("/", "-")
     labels = tuple(found[number] for number in sorted(found))
     if sorted(found) != list(range(len(found))) or len(set(labels)) != len(labels) or len(labels) < 2:
         raise DataError(

@@ -14,7 +14,7 @@ def open_at(path):
 
 def test_the_lists_say_what_is_learnt_and_what_is_measured_on(tmp_path) -> None:
     split = open_at(write_places(tmp_path / "places"))
-    assert split.train.labels == ("abbey", "apartment/outdoor", "bar")
+    assert split.train.labels == ("abbey", "apartment-outdoor", "bar")
     assert (len(split.train), len(split.held_out)) == (12, 3)
     assert [split.train[5][1], split.held_out[2][1]] == [1, 2]
     assert split.train[5][0].size == (64, 64)
@@ -39,7 +39,7 @@ BROKEN = [
     (
         "places365_val.txt",
         "Places365_val_00000000.jpg 0\n",
-        "no images of the classes apartment/outdoor, bar",
+        "no images of the classes apartment-outdoor, bar",
     ),
     ("places365_val.txt", b"\xff\xff 1\n", "cannot be read"),
 ]
