@@ -15,7 +15,6 @@ from sopdeploy_export.capture import capture
 from sopdeploy_export.int8 import quantise
 from sopdeploy_export.layer_costs import input_grids
 from sopdeploy_export.lower_onnx import lower
-from sopdeploy_export.parity.agreement import wilson
 from sopdeploy_export.pipeline import ExportOptions, export
 from sopdeploy_export.precision import Calibration, choose_calibration, in_float32
 from sopdeploy_export.precision_report import weight_types
@@ -164,11 +163,3 @@ def test_a_calibration_that_does_not_exist_is_refused() -> None:
     assert choose_calibration("entropy") == "entropy"
     with pytest.raises(ConfigError, match="none of minmax, entropy, percentile"):
         choose_calibration("guess")
-
-
-@pytest.mark.parametrize(
-    ("agree", "images", "low", "high"),
-    [(50, 50, 0.9287, 1.0), (0, 50, 0.0, 0.0713), (95, 100, 0.8882, 0.9785), (0, 0, 0.0, 1.0)],
-)
-def test_wilsons_interval_is_the_published_one(agree: int, images: int, low: float, high: float) -> None:
-    assert wilson(agree, images) == pytest.approx((low, high), abs=1e-4)

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sopdeploy.bundle import open_bundle
+from sopdeploy.html.amounts import less, size
+from sopdeploy.html.charts import Bar, bars, interval
+from sopdeploy.html.markup import Html, clean, shortened, table, tag
+from sopdeploy.html.plot import Axis, Curve, plot
 from sopdeploy_export.parity.report import Flip
 from sopdeploy_export.pipeline import Exported
-from sopdeploy_export.report_page.amounts import less, size
-from sopdeploy_export.report_page.charts import Bar, Curve, bars, curves, interval
-from sopdeploy_export.report_page.markup import Html, clean, shortened, table, tag
 from sopdeploy_export.report_page.measured import BECAUSE, flip_row
 from tests.export.conftest import HOSTILE
 
@@ -187,11 +188,11 @@ def test_bars_stay_within_their_picture(rows: list[tuple[str, float]], largest: 
 
 @given(st.lists(st.floats(0, 1e9), min_size=1, max_size=6))
 def test_curves_stay_within_their_picture(values: list[float]) -> None:
-    places = [2**power for power in range(len(values))]
-    drawn = curves("c", "t", places, [Curve(name="n", values=tuple(values))], "ms")
-    points = [found for name, found in Reader(drawn).met if name == "circle"]
-    assert len(points) == len(values)
-    assert all(44 <= float(found["cy"] or "nan") <= 190 for found in points)
+    points = tuple((float(2**power), value) for power, value in enumerate(values))
+    drawn = plot("c", "t", [Curve(name="n", points=points)], Axis("n", logarithmic=True), Axis("ms", low=0.0))
+    drawn_points = [found for name, found in Reader(drawn).met if name == "circle"]
+    assert len(drawn_points) == len(values)
+    assert all(40 <= float(found["cy"] or "nan") <= 190 for found in drawn_points)
 
 
 def test_an_interval_says_its_bounds_in_words() -> None:
