@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from sopdeploy import __version__
-from sopdeploy.cli import benching, catalog, demo, doctoring, engines, exporting, importing, serving, training
+from sopdeploy.cli import (
+    benching,
+    catalog,
+    demo,
+    doctoring,
+    engines,
+    exporting,
+    importing,
+    measuring,
+    serving,
+    training,
+)
 
 app = typer.Typer(
     name="sopdeploy",
@@ -18,8 +29,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command("train", rich_help_panel="Train")(training.train)
-app.command("eval", rich_help_panel="Train")(training.evaluate)
+app.command("train", cls=training.TrainCommand, rich_help_panel="Train")(training.train)
+app.command("eval", rich_help_panel="Train")(measuring.evaluate)
 app.command("recipes", rich_help_panel="Train")(training.recipes)
 app.command("models", rich_help_panel="Train")(catalog.models)
 app.command("describe", rich_help_panel="Train")(catalog.describe)

@@ -78,9 +78,9 @@ class Calibration(Frozen):
 class Measurement(Frozen):
     """How good the answers to `count` pictures are.
 
-    `nll` is the mean negative log-likelihood. `classes` are sorted by name; row and column of `confusion` have
-    their order, rows are what the pictures show, columns what was answered. With fewer than five classes
-    `top5` counts the pictures whose class is among all answers.
+    `nll` is the mean negative log-likelihood. `classes` are sorted by name and `confusion` has their order:
+    rows are what the pictures show, columns what was answered. With fewer than five classes `top5` counts
+    the pictures whose class is among all answers.
     """
 
     count: int

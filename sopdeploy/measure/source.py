@@ -17,7 +17,7 @@ def recognise(source: str) -> Kind:
         if (path / "manifest.json").is_file():
             return "bundle"
         raise ConfigError(
-            f"{source}: a folder without a manifest.json is no bundle; give a checkpoint file, a bundle or a URL"
+            f"{source}: a folder without a manifest.json is no bundle; give a checkpoint, a bundle or a URL"
         )
     if "://" in source:
         raise ConfigError(f"{source}: only services on http:// and https:// can be measured")

@@ -19,19 +19,19 @@ Pixels = NDArray[np.uint8]
 
 def check_views(wish: str, preprocess: Preprocess) -> Views:
     """Return *wish*; raises `ConfigError` where there are no such views of what *preprocess* makes."""
-    for known in get_args(Views):
-        if wish == known:
-            if wish == "ten-crop" and preprocess.crop == preprocess.resize:
-                raise ConfigError(
-                    f"--tta ten-crop: pictures are resized to {preprocess.resize} and cropped to the same, "
-                    "so there are no corners to cut; use --tta flip"
-                )
-            return wish
-    raise ConfigError(f"--tta {wish}: none of {', '.join(get_args(Views))}")
+    known: dict[str, Views] = {name: name for name in get_args(Views)}
+    if wish not in known:
+        raise ConfigError(f"--tta {wish}: none of {', '.join(known)}")
+    if wish == "ten-crop" and preprocess.crop == preprocess.resize:
+        raise ConfigError(
+            f"--tta ten-crop: pictures are resized to {preprocess.resize} and cropped to the same, "
+            "so there are no corners to cut; use --tta flip"
+        )
+    return known[wish]
 
 
 def views(prepare: Callable[[Preprocess], Pixels], preprocess: Preprocess, wish: Views) -> Pixels:
-    """Return the views (V, crop, crop, 3) uint8 of the picture that *prepare* makes arrays of; the first is plain."""
+    """Return the views (V, crop, crop, 3) uint8 of the picture of *prepare*; the first is the plain one."""
     centre = prepare(preprocess)
     if wish == "none":
         return centre[None]
