@@ -53,7 +53,7 @@ soak: $(STAMP)  ## five minutes of good, bad, slow and leaving clients; fails on
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,import,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,import,otel,dev]'
 	touch $(STAMP)
 
 clean:  ## remove what the targets above made

@@ -1,6 +1,7 @@
 """The endpoints that say how the server is and what it serves."""
 
 import asyncio
+from importlib import import_module
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request, Response
@@ -11,7 +12,6 @@ from sopdeploy_service.card import Card, read_card
 from sopdeploy_service.model import Model
 from sopdeploy_service.problems import described, json_response
 from sopdeploy_service.schema import Health, Info, ModelInfo
-from sopdeploy_service.siblings import collect
 
 router = APIRouter()
 
@@ -42,7 +42,8 @@ async def metrics(request: Request, *, own: bool = False) -> Response:
     if own or not siblings:
         return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
     known = {name: request.headers[name] for name in CREDENTIALS if name in request.headers}
-    return Response(await collect(siblings, known), media_type=CONTENT_TYPE_LATEST)
+    several = import_module("sopdeploy_service.siblings")  # httpx: one process need not load it
+    return Response(await several.collect(siblings, known), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/info", summary="Which networks answer here?", response_model=Info)

@@ -15,6 +15,7 @@ from sopdeploy.cli import (
     engines,
     exporting,
     importing,
+    keying,
     measuring,
     serving,
     training,
@@ -41,6 +42,7 @@ app.command("engine", rich_help_panel="Export")(engines.engine)
 app.command("triton", rich_help_panel="Export")(engines.triton)
 app.command("predict", rich_help_panel="Serve")(serving.predict)
 app.command("serve", rich_help_panel="Serve")(serving.serve)
+app.command("key", rich_help_panel="Serve")(keying.key)
 app.command("bench", rich_help_panel="Serve")(benching.bench)
 app.command("doctor", rich_help_panel="Serve")(doctoring.doctor)
 app.command("demo", rich_help_panel="Learn")(demo.demo)

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 from sopdeploy.doctor.measured import Measured
 from sopdeploy.frozen import Frozen
 
-Limit: TypeAlias = Literal["engine", "decode", "queue", "client", "network", "load"]
+Limit: TypeAlias = Literal["engine", "decode", "queue", "client", "network", "cores", "load"]
 
 BUSY = 0.85  # a stage at work for this share of the time has no room left worth speaking of
 FEW = 0.05
@@ -42,7 +42,7 @@ def judge(best: Measured, steps: Sequence[Measured], *, largest_batch: int, core
     inside = sum(best.stage_ms.values()) - best.stage_ms["receive"]
     if best.elsewhere_ms + best.stage_ms["receive"] > inside:
         return network(best, inside)
-    return load(best)
+    return cores_shared(best) if best.concurrency < max(step.concurrency for step in steps) else load(best)
 
 
 def engine(best: Measured, steps: Sequence[Measured], largest_batch: int) -> Advice:
@@ -128,6 +128,17 @@ def network(best: Measured, inside: float) -> Advice:
         why=f"the way to the server is the limit: {outside:.1f} ms of a request pass in HTTP and on the "
         f"network, {inside:.1f} ms in the server's stages",
         change="send smaller files, several images in one request, or ask from nearer",
+        gain=f"{up_to(room(best))}, until engine or decoders are the limit",
+    )
+
+
+def cores_shared(best: Measured) -> Advice:
+    """More requests gave no more answers though no stage is always at work: they wait for processor cores."""
+    return Advice(
+        limit="cores",
+        why=f"more than {best.concurrency} requests at once gave no more answers, though the engine was at "
+        f"work for only {best.engine_busy:.0%}, the decoders for {best.decoder_busy:.0%}: too few cores",
+        change="give the server more processor cores, or fewer neighbours on them",
         gain=f"{up_to(room(best))}, until engine or decoders are the limit",
     )
 

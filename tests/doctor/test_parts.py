@@ -112,6 +112,13 @@ def test_each_limit_has_its_advice(changes: dict[str, Any], limit: str, change: 
     assert found.gain
 
 
+def test_more_requests_that_give_no_more_answers_wait_for_cores() -> None:
+    best = step()
+    found = judge(best, [best, step(concurrency=16, rate=90.0)], largest_batch=8, cores=None)
+    assert found.limit == "cores"
+    assert "more processor cores" in found.change
+
+
 def test_the_gain_of_more_decoders_ends_where_the_engine_or_the_cores_do() -> None:
     best = step(decoder_busy=0.95, engine_busy=0.5)
     assert "+100%" in judge(best, [best], largest_batch=8, cores=None).gain

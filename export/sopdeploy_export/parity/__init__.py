@@ -1,7 +1,7 @@
 """Parity: the file that ships, reloaded from disk, must give the network's numbers."""
 
 from sopdeploy_export.parity.agreement import agreement
-from sopdeploy_export.parity.compare import compare
+from sopdeploy_export.parity.compare import compare, with_spectral
 from sopdeploy_export.parity.reference import Reference, reference
 from sopdeploy_export.parity.report import FLOORS, Agreement, OutputParity, ParityReport
 
@@ -14,4 +14,5 @@ __all__ = [
     "agreement",
     "compare",
     "reference",
+    "with_spectral",
 ]
