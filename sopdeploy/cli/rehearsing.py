@@ -41,8 +41,10 @@ def show_costs(dry: "DryRun") -> None:
         f"multiply-adds of a picture: {dry.training.macs:,} in training, {dry.shipped.macs:,} shipped",
         f"memory: about {memory.total:.0f} MiB: {memory.weights:.0f} weights, "
         f"{memory.gradients:.0f} gradients, "
-        f"{memory.optimizer:.0f} optimizer, {memory.average:.0f} average, {memory.activations:.0f} activations",
-        f"one step on {dry.device}: {dry.step_seconds:.3f} s; its pictures in one process: {dry.load_seconds:.3f} s",
+        f"{memory.optimizer:.0f} optimizer, {memory.average:.0f} average, "
+        f"{memory.activations:.0f} activations",
+        f"one step on {dry.device}: {dry.step_seconds:.3f} s; its pictures in one process: "
+        f"{dry.load_seconds:.3f} s",
     ]
     for line in lines:
         out.print(plain(line))
@@ -61,9 +63,8 @@ def show_rates(recipe: "Recipe", *, as_json: bool) -> None:
     for rate, loss in seen[:: max(1, len(seen) // ROWS)]:
         table.add_row(f"{rate:.2e}", f"{loss:.4f}")
     out.print(table)
-    out.print(
-        f"the loss falls fastest at [bold]{found.suggestion:.2g}[/]: try --set optimizer.lr={found.suggestion:.2g}"
-    )
+    best = f"{found.suggestion:.2g}"
+    out.print(f"the loss falls fastest at [bold]{best}[/]: try --set optimizer.lr={best}")
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
