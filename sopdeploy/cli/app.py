@@ -10,6 +10,7 @@ from sopdeploy import __version__
 from sopdeploy.cli import (
     benching,
     catalog,
+    comparing,
     demo,
     doctoring,
     engines,
@@ -32,6 +33,8 @@ app = typer.Typer(
 
 app.command("train", cls=training.TrainCommand, rich_help_panel="Train")(training.train)
 app.command("eval", rich_help_panel="Train")(measuring.evaluate)
+app.command("compare", rich_help_panel="Train")(comparing.compare)
+app.command("report", rich_help_panel="Train")(measuring.report)
 app.command("recipes", rich_help_panel="Train")(training.recipes)
 app.command("models", rich_help_panel="Train")(catalog.models)
 app.command("describe", rich_help_panel="Train")(catalog.describe)

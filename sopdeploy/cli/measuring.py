@@ -1,4 +1,4 @@
-"""`sopdeploy eval`: how good a checkpoint, a bundle or a running service is, by the same figures."""
+"""`sopdeploy eval` and `report`: how good a network is by one set of figures, and a page on its training."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -71,6 +71,35 @@ def evaluate(
         print_json({"source": source, "kind": kind, "tta": tta, **facts, **found.model_dump(mode="json")})
     else:
         show(found)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run of `sopdeploy train`.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Pictures to measure on, DIR/<class>/*.jpg. [dim]default what the recipe holds out[/dim]"
+        ),
+    ] = None,
+    destination: Annotated[
+        Path | None, typer.Option("--out", help="The page. [dim]default RUN/report.html[/dim]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a script.")] = False,
+) -> None:
+    """Write one page on a run: curves, heads, spectra, gate, confusions, calibration, worst mistakes.
+
+    Example: [bold]sopdeploy report runs/photos-dsop[/bold]
+
+    Example: [bold]sopdeploy report runs/photos-dsop --data photos/test --out page.html[/bold]
+    """
+    with one_line_errors(), counted(quiet=as_json) as tell:
+        from sopdeploy.report import write_report
+
+        page = write_report(run, destination, data=data, on_picture=tell)
+    if as_json:
+        print_json({"report": str(page), "bytes": page.stat().st_size})
+    else:
+        out.print(f"{plain(str(page))}: {page.stat().st_size:,} bytes, opens without a network")
 
 
 def of_service(url: str, data: Path, tta: str, model: str | None, api_key: str | None, tell: Tell) -> Scored:

@@ -75,6 +75,12 @@ def train(
     find_rate: Annotated[
         bool, typer.Option("--find-lr", help="Print the learning rate at which the loss falls fastest.")
     ] = False,
+    logs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--log", metavar="NAME", help="Log to tensorboard or wandb too; history.csv is always there."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a network; Ctrl-C and SIGTERM save and end, SIGUSR1 saves; --resume goes on bit for bit.
@@ -92,6 +98,7 @@ def train(
         from sopdeploy.pooling.choice import check_name
         from sopdeploy.recipe import read_recipe
         from sopdeploy.train import train as run
+        from sopdeploy.training.loggers import Several, loggers
         from sopdeploy.training.stop import TrainingStoppedError
 
         if recipe is None and data is None:
@@ -106,9 +113,11 @@ def train(
             return
         folder = destination or Path("runs") / Path(source).stem
         go_on: bool | Literal["auto"] = "auto" if resume is Resume.AUTO else resume is Resume.ALWAYS
-        progress = None if as_json else stack.enter_context(Bars(err))
+        onlookers = loggers(logs or (), folder)
+        if not as_json:
+            onlookers.append(stack.enter_context(Bars(err)))
         try:
-            result = run(chosen, folder, resume=go_on, progress=progress)
+            result = run(chosen, folder, resume=go_on, progress=Several(onlookers))
         except TrainingStoppedError as stopped:
             err.print(plain(str(stopped)))
             raise typer.Exit(SIGNALLED + stopped.signal_number) from stopped

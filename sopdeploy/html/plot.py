@@ -10,7 +10,7 @@ WIDTH, LEFT, RIGHT, TOP, BOTTOM = 360.0, 46.0, 346.0, 44.0, 190.0
 KINDS = 6  # ways of drawing a curve; the seventh is drawn as the first
 COLUMNS, LINE = 2, 15.0  # of the legend
 MOST_POINTS = 12  # that are drawn as points and told one by one
-MOST_TICKS = 7
+TICK = 34.0  # room that a label below the axis takes
 
 Point = tuple[float, float]
 
@@ -80,7 +80,7 @@ def plot(name: str, title: str, lines: Sequence[Curve], across: Axis, up: Axis) 
         *grid(y_scale, down),
         *(
             words(at((x, y_scale.low))[0], BOTTOM + 16 + down, f"{x:.3g}", "small", "middle")
-            for x in ticks(places)
+            for x in ticks(places, x_scale)
         ),
         words((LEFT + RIGHT) / 2, BOTTOM + 32 + down, across.unit, "small", "middle"),
     ]
@@ -103,12 +103,14 @@ def grid(scale: Scale, down: float) -> Iterator[Html]:
         )
 
 
-def ticks(places: Sequence[float]) -> Sequence[float]:
-    """Return the places to be labelled: all, or a few from the first to the last."""
-    if len(places) <= MOST_TICKS:
-        return places
-    step = (len(places) - 1) / (MOST_TICKS - 1)
-    return [places[round(number * step)] for number in range(MOST_TICKS)]
+def ticks(places: Sequence[float], scale: Scale) -> list[float]:
+    """Return those of the sorted *places* that have room for a label, the last one always."""
+    room = TICK / (RIGHT - LEFT)
+    found: list[float] = []
+    for place in reversed(places):
+        if not found or scale.share(found[-1]) - scale.share(place) >= room:
+            found.append(place)
+    return found
 
 
 def drawn(number: int, line: Curve, points: Sequence[Point]) -> Iterator[Html]:

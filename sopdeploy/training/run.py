@@ -20,6 +20,7 @@ from sopdeploy.data.base import Pictures
 from sopdeploy.evaluate import Figures
 from sopdeploy.frozen import Frozen
 from sopdeploy.losses import Loss
+from sopdeploy.machine import machine
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.catalog import create_model
 from sopdeploy.normalise import Normalise
@@ -168,7 +169,17 @@ class Run:
                 "torch": str(torch.__version__),
                 "python": platform.python_version(),
             },
+            "machine": {
+                **{name: fact for name, fact in machine().items() if name != "load"},
+                "device": device_name(self.parallel.device),
+                "processes": self.parallel.world,
+            },
         }
+
+
+def device_name(device: torch.device) -> str:
+    """Return what computes: `cpu`, or the name of the GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def start_run(recipe: Recipe, pictures: Pictures, parallel: Parallel) -> Run:
