@@ -98,8 +98,8 @@ def keep_plan(destination: Path, contenders: Sequence[Contender], seeds: int) ->
         if path.exists():
             if json.loads(path.read_bytes()) != plan:
                 raise ConfigError(
-                    f"{path}: another comparison began here; recipes and seeds are fixed before the first run, "
-                    "give the same ones or choose another --out"
+                    f"{path}: another comparison began here; recipes and seeds are fixed before the "
+                    "first run, give the same ones or choose another --out"
                 )
             return
         destination.mkdir(parents=True, exist_ok=True)

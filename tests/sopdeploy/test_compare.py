@@ -2,13 +2,14 @@
 
 import json
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.compare import compare
+from sopdeploy.compare import Comparison, compare
 from sopdeploy.compare.one_run import start_weights, train_from
 from sopdeploy.compare.verdict import NO_EFFECT, Results, judge
 from sopdeploy.data.sources import open_data
@@ -78,10 +79,16 @@ def test_a_pair_begins_with_the_same_backbone_and_its_own_branches(tmp_path) -> 
     assert all(torch.equal(previous.weights[n], own[n]) for n in own if n.startswith("branches."))
 
 
-def test_a_comparison_runs_every_pair_counts_the_last_epoch_and_is_not_run_twice(tmp_path) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison, list[tuple[str, int]]]:
+    """Return the folder of a comparison of two seeds, what it said, and the runs it told of."""
     told: list[tuple[str, int]] = []
-    out = tmp_path / "out"
-    found = compare(PAIR, out, seeds=2, overrides=TINY, on_run=lambda *run: told.append(run))
+    out = tmp_path_factory.mktemp("compare") / "out"
+    return out, compare(PAIR, out, seeds=2, overrides=TINY, on_run=lambda *run: told.append(run)), told
+
+
+def test_a_comparison_runs_every_pair_counts_the_last_epoch_and_is_not_run_twice(whole) -> None:
+    out, found, told = whole
     assert told == [("digits-plain", 0), ("digits-dsop", 0), ("digits-plain", 1), ("digits-dsop", 1)]
     assert json.loads((out / "plan.json").read_text()) == {"recipes": PAIR, "seeds": 2}
     assert (found.pictures, len(found.pairs)) == (359, 1)
@@ -99,17 +106,13 @@ def test_a_comparison_runs_every_pair_counts_the_last_epoch_and_is_not_run_twice
         compare(PAIR, out, seeds=3, overrides=TINY)
 
 
-def test_a_stopped_comparison_goes_on_bit_for_bit(tmp_path) -> None:
-    two = [*TINY[1:], "epochs=2"]
-    stop = Onlooker(stop_at=("stepped", 1, 0), signal_number=signal.SIGINT)
+def test_a_stopped_comparison_goes_on_bit_for_bit(whole, tmp_path) -> None:
+    stop = Onlooker(stop_at=("stepped", 0, 1), signal_number=signal.SIGINT)
     with pytest.raises(TrainingStoppedError):
-        compare(PAIR, tmp_path / "stopped", seeds=2, overrides=two, progress=stop)
-    gone_on = compare(PAIR, tmp_path / "stopped", seeds=2, overrides=two)
-    assert gone_on == compare(PAIR, tmp_path / "whole", seeds=2, overrides=two)
-    ends = [
-        read_checkpoint(tmp_path / name / "digits-plain" / "seed-0" / "last.pt")
-        for name in ("stopped", "whole")
-    ]
+        compare(PAIR, tmp_path / "stopped", seeds=2, overrides=TINY, progress=stop)
+    assert compare(PAIR, tmp_path / "stopped", seeds=2, overrides=TINY) == whole[1]
+    place = Path("digits-plain", "seed-0", "last.pt")
+    ends = [read_checkpoint(folder / place) for folder in (tmp_path / "stopped", whole[0])]
     assert same_bits(ends[0].weights, ends[1].weights)
 
 
