@@ -82,3 +82,12 @@ def test_a_logger_that_is_not_installed_or_not_known_is_named(monkeypatch, tmp_p
             loggers([name], tmp_path)
     with pytest.raises(ConfigError, match="--log x: none of tensorboard, wandb"):
         loggers(["x"], tmp_path)
+
+
+def test_tensorboard_itself_reads_what_was_written(tmp_path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    (board,) = loggers(["tensorboard"], tmp_path)
+    history = train(short_recipe("epochs=1"), tmp_path / "run", progress=board)
+    found = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (value,) = found.Scalars("held_out/top1")
+    assert (value.step, value.value) == (1, pytest.approx(history.last_top1))
