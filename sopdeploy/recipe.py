@@ -108,6 +108,9 @@ class Recipe(Frozen):
             raise ValueError("optimizer.kind adahessian: needs compile=false and precision fp32 or bf16")
         if 2 * self.accumulate > self.batch_size:
             raise ValueError("accumulate: a piece of a batch needs two samples, batch_size has too few")
+        removal = self.model.remove_branches_at
+        if removal is not None and removal >= self.epochs:
+            raise ValueError(f"model.remove_branches_at: the run has {self.epochs} epochs only")
         return self
 
 

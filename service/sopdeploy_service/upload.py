@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from sopdeploy_service.decode import Sent, too_large
+from sopdeploy_service.decode import Sent, begins_like_an_image, too_large
 from sopdeploy_service.fetch import fetch
 from sopdeploy_service.form import ImageForm
 from sopdeploy_service.json_body import read_json
@@ -62,7 +62,7 @@ async def read_body(request: Request, settings: Settings) -> Upload:
     content_type = request.headers.get("content-type", "")
     kind = content_type.partition(";")[0].strip().lower()
     if kind == "application/json":
-        return await read_json_upload(request, settings)
+        return await read_json_upload(request, settings, content_type)
     if not kind.startswith("multipart/"):
         return Upload([Sent(await whole(request, settings.max_body_bytes), content_type)], several=False)
     if kind != "multipart/form-data":
@@ -74,10 +74,12 @@ async def read_body(request: Request, settings: Settings) -> Upload:
     return Upload(images, several=len(images) > 1)
 
 
-async def read_json_upload(request: Request, settings: Settings) -> Upload:
-    """Read a JSON body: images as base64, or the URL of one."""
+async def read_json_upload(request: Request, settings: Settings, content_type: str) -> Upload:
+    """Read a JSON body: images as base64, or the URL of one; what begins like an image is one."""
     limit = min(settings.max_body_bytes, settings.max_json_bytes)
     raw = await whole(request, limit)
+    if begins_like_an_image(raw):
+        return Upload([Sent(raw, content_type)], several=False)
     body = await asyncio.to_thread(read_json, raw, max_bytes=limit, max_images=settings.max_images)
     images = body.images if body.url is None else [await fetch(body.url, settings)]
     return Upload([Sent(image) for image in images], several=body.several, top_k=body.top_k)

@@ -6,6 +6,7 @@ pair away. Every value that the graph stores is rounded as a GPU rounds it, sums
 the graph is the same; speed and kernels are not. Reports say so: `EMULATION`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,17 @@ def by_casts(model: onnx.ModelProto) -> onnx.ModelProto:
     typed.graph.node.extend(once(nodes))
     del typed.graph.value_info[:]
     return typed
+
+
+def widened(model: onnx.ModelProto, names: Sequence[str]) -> tuple[onnx.ModelProto, list[str]]:
+    """Return *model* and what to ask of it for *names*: numpy has no bfloat16, so it is cast."""
+    typed = onnx.shape_inference.infer_shapes(model)
+    narrow = {v.name for v in typed.graph.value_info if v.type.tensor_type.elem_type == BFLOAT16}
+    there = {output for node in typed.graph.node for output in node.output}
+    for name in narrow.intersection(names):
+        if f"{name}:wide" not in there:
+            typed.graph.node.append(cast(name, f"{name}:wide", onnx.TensorProto.FLOAT))
+    return typed, [f"{name}:wide" if name in narrow else name for name in names]
 
 
 def cast(source: str, target: str, to: int) -> onnx.NodeProto:

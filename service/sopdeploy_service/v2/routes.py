@@ -5,10 +5,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from sopdeploy_service import fields
 from sopdeploy_service.admission import service_of, unless_refused
+from sopdeploy_service.gate import needs
 from sopdeploy_service.model import Model
 from sopdeploy_service.strict_json import bad_request, parse
 from sopdeploy_service.upload import receiving, whole
@@ -19,6 +20,7 @@ from sopdeploy_service.v2.signature import Signature
 
 Answer = Callable[[Request, str, str | None], Awaitable[Response]]
 
+ADMIN = [Depends(needs("admin"))]
 SMALL_BODY = 100_000  # bytes of what is said to the repository
 
 router = APIRouter(tags=["Open Inference Protocol"], responses=ERRORS)
@@ -125,7 +127,7 @@ async def index(request: Request) -> Response:
     return json([metadata.indexed(model) for model in loaded if not (only_ready and model.dead)])
 
 
-@router.post("/v2/repository/models/{name}/load", openapi_extra=REPOSITORY_BODY)
+@router.post("/v2/repository/models/{name}/load", openapi_extra=REPOSITORY_BODY, dependencies=ADMIN)
 async def load(request: Request, name: str) -> Response:
     """Let a bundle beside those of the start answer for *name*; `parameters.folder` says which of several."""
     parameters = fields.as_object((await read_object(request)).get("parameters"), "parameters")
@@ -140,7 +142,7 @@ async def load(request: Request, name: str) -> Response:
     return Response()
 
 
-@router.post("/v2/repository/models/{name}/unload", openapi_extra=REPOSITORY_BODY)
+@router.post("/v2/repository/models/{name}/unload", openapi_extra=REPOSITORY_BODY, dependencies=ADMIN)
 async def unload(request: Request, name: str) -> Response:
     """Let *name* answer no more; requests that are with it still get their answers."""
     await read_object(request)
