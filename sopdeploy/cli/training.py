@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from enum import StrEnum
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,10 +33,9 @@ class TrainCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Write a `--resume` that stands alone out."""
-        after = [*args[1:], ""]
         written = [
             f"{ALONE}={Resume.ALWAYS}" if word == ALONE and next_word != Resume.AUTO else word
-            for word, next_word in zip(args, after, strict=True)
+            for word, next_word in zip_longest(args, args[1:])
         ]
         return super().parse_args(ctx, written)
 

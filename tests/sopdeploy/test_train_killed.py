@@ -46,7 +46,10 @@ CASES = {
 class Server:
     """Speaks with a `kill_server` process."""
 
-    def __init__(self) -> None:
+    TIMES = {"seconds", "pictures_per_second", "waiting"}
+
+
+def __init__(self) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.sopdeploy.kill_server"],
             cwd=ROOT,
@@ -78,7 +81,7 @@ def server() -> Iterator[Server]:
 def table(out: Path) -> list[dict[str, str]]:
     """Return the history without the times."""
     rows = list(csv.DictReader((out / "history.csv").read_text().splitlines()))
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 def killed_often(server: Server, out: Path, overrides: tuple[str, ...], random: Random) -> list[int]:
