@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from sopdeploy.blocks.rows import Rows
 from sopdeploy.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from sopdeploy.errors import ConfigError
 
@@ -22,17 +23,24 @@ class Parallel(Protocol):
     device: torch.device
     rank: int
     world: int
+    rows: Rows
 
     def setup(self, model: nn.Module) -> nn.Module:
-        """Return what to call in training: *model*, already on the device, wrapped where that is needed.
+        """Return what to call in training: *model*, already on the device, wrapped where needed.
 
-        Called again after the network has lost its branches. A checkpoint is of *model*, never of the wrapper.
+        Called again after the network has lost its branches. A checkpoint is of *model*, not of the wrapper.
         """
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of *loss* to the parameters' `grad`; on the *last* piece of a step sum over processes.
+        """Add the gradient of *loss* to the parameters' `grad`; on a step's *last* piece sum over processes.
 
         *loss* is this process' part of the step's: the mean over its samples times their share of the step.
+        """
+
+    def sums(self, tensors: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return the sum of each of *tensors*, shaped as *likes*, over the processes.
+
+        One that is missing counts as 0, and stays missing where no process has it.
         """
 
     def all_reduce(self, values: Tensor) -> Tensor:
@@ -40,6 +48,9 @@ class Parallel(Protocol):
 
     def share(self, samples: Sequence[int]) -> list[int]:
         """Return which of a step's *samples* this process computes."""
+
+    def begin(self, total: int) -> None:
+        """Say that the next forward is of this process' share of *total* samples."""
 
     def save(self, path: Path, checkpoint: Checkpoint) -> None:
         """Write *checkpoint* once, all or nothing."""
@@ -56,6 +67,7 @@ class Alone:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.rows = Rows()
 
     def setup(self, model: nn.Module) -> nn.Module:
         """Return *model* as it is."""
@@ -66,6 +78,11 @@ class Alone:
         del last
         loss.backward()  # type: ignore[no-untyped-call]
 
+    def sums(self, tensors: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return *tensors*."""
+        del likes
+        return list(tensors)
+
     def all_reduce(self, values: Tensor) -> Tensor:
         """Return *values*."""
         return values
@@ -73,6 +90,10 @@ class Alone:
     def share(self, samples: Sequence[int]) -> list[int]:
         """Return all *samples*."""
         return list(samples)
+
+    def begin(self, total: int) -> None:
+        """Compute all of them."""
+        self.rows.total = total
 
     def save(self, path: Path, checkpoint: Checkpoint) -> None:
         """Write *checkpoint*."""
