@@ -26,15 +26,15 @@ class Parallel(Protocol):
     rows: Rows
 
     def setup(self, model: nn.Module) -> nn.Module:
-        """Return what to call in training: *model*, already on the device, wrapped where needed.
+        """Return what to call in training: *model*, already on the device, wrapped where that is needed.
 
-        Called again after the network has lost its branches. A checkpoint is of *model*, not of the wrapper.
+        Called again after the network has lost its branches. Checkpoints are of *model*, not of a wrapper.
         """
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of *loss* to the parameters' `grad`; on a step's *last* piece sum over processes.
+        """Add the gradient of *loss* to the parameters' `grad`; sum over processes on a step's *last* piece.
 
-        *loss* is this process' part of the step's: the mean over its samples times their share of the step.
+        *loss* is this piece's part of the step's: the mean over its samples times their share of the step.
         """
 
     def sums(self, tensors: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor | None]:
@@ -47,7 +47,7 @@ class Parallel(Protocol):
         """Return the sum of *values* over the processes."""
 
     def share(self, samples: Sequence[int]) -> list[int]:
-        """Return which of a step's *samples* this process computes."""
+        """Return which of *samples* this process computes."""
 
     def begin(self, total: int) -> None:
         """Say that the next forward is of this process' share of *total* samples."""

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM as a question that the loop answers between two steps, when nothing is half done."""
+"""Signals as questions that the loop answers between two steps, when nothing is half done.
+
+Ctrl-C and SIGTERM: save and end. SIGUSR1: save and go on, as batch systems ask before they take the machine.
+"""
 
 import signal
 import threading
@@ -9,6 +12,7 @@ from types import FrameType
 from sopdeploy.errors import TrainingError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAVE = signal.SIGUSR1
 
 
 class StopRequested(Exception):  # noqa: N818  # no error: it never leaves `train`
@@ -24,19 +28,25 @@ class TrainingStoppedError(TrainingError):
 
 
 class Stop:
-    """Remembers the signal that asked the run to stop; 0 is none."""
+    """Remembers the signal that asked the run to stop, 0 is none, and whether one asked it to save."""
 
     signal_number = 0
+    save_wanted = False
 
     def check(self) -> None:
         """Raise `StopRequested` if a signal has come."""
         if self.signal_number:
             raise StopRequested
 
+    def asked_to_save(self) -> bool:
+        """Say whether a signal has asked for a checkpoint since the last time."""
+        asked, self.save_wanted = self.save_wanted, False
+        return asked
+
 
 @contextmanager
 def watch_for_stop() -> Iterator[Stop]:
-    """Turn the first Ctrl-C or SIGTERM into a request; a second one acts as it did before.
+    """Turn signals into requests; a second Ctrl-C or SIGTERM acts as it did before.
 
     Outside the main thread Python delivers no signals, and nothing is watched.
     """
@@ -44,19 +54,23 @@ def watch_for_stop() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, SAVE)}
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def restore(*numbers: signal.Signals) -> None:
+        for number in numbers:
+            signal.signal(number, before[number])
 
     def remember(number: int, _frame: FrameType | None) -> None:
         stop.signal_number = number
-        restore()
+        restore(*SIGNALS)
+
+    def remember_to_save(_number: int, _frame: FrameType | None) -> None:
+        stop.save_wanted = True
 
     for number in SIGNALS:
         signal.signal(number, remember)
+    signal.signal(SAVE, remember_to_save)
     try:
         yield stop
     finally:
-        restore()
+        restore(*before)

@@ -65,7 +65,7 @@ def test_a_run_stopped_many_times_ends_with_the_same_bits(tmp_path, undisturbed)
 def test_a_run_killed_between_best_and_last_ends_with_the_same_bits(
     tmp_path, undisturbed, monkeypatch
 ) -> None:
-    from sopdeploy.training import run_folder
+    from sopdeploy.training import parallel
 
     class Killed(BaseException):
         pass
@@ -75,8 +75,8 @@ def test_a_run_killed_between_best_and_last_ends_with_the_same_bits(
             raise Killed
         original(path, checkpoint)
 
-    out, original = tmp_path / "run", run_folder.write_checkpoint
-    monkeypatch.setattr(run_folder, "write_checkpoint", write)
+    out, original = tmp_path / "run", parallel.write_checkpoint
+    monkeypatch.setattr(parallel, "write_checkpoint", write)
     with pytest.raises(Killed):
         train(short_recipe(), out)
     monkeypatch.undo()
@@ -101,6 +101,7 @@ def test_a_signal_saves_says_how_to_go_on_and_gives_the_handlers_back(tmp_path, 
         "best.pt",
         "history.csv",
         "last.pt",
+        "previous.pt",
     ]
 
 
