@@ -8,12 +8,18 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from sopdeploy.errors import ConfigError, SopdeployError, TrainingError
+from sopdeploy.recipe import Recipe
+from sopdeploy.training.parallel import Alone, Parallel, choose_device
+from sopdeploy.training.run import Run
+from sopdeploy.training.stop import TrainingStoppedError
+from sopdeploy.training.together import Together
 
 SIGNS_OF_A_LOST_PROCESS = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
@@ -21,6 +27,11 @@ SIGNS_OF_A_LOST_PROCESS = ("gloo/", "NCCL", "Connection closed by peer", "Connec
 def started_by_torchrun() -> bool:
     """Say whether the environment names other processes of this run."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_first() -> bool:
+    """Say whether this is the process that speaks and writes."""
+    return not started_by_torchrun() or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -41,6 +52,8 @@ def joined_processes() -> Iterator[None]:
         yield
     except SopdeployError as problem:
         problem.told = told_already(PrefixStore("told", store), str(problem))
+        if isinstance(problem, TrainingStoppedError):  # all of them, after the same step
+            dist.destroy_process_group()
         raise
     except RuntimeError as problem:
         if not lost_a_process(problem):
@@ -82,3 +95,19 @@ def lost_a_process(problem: RuntimeError) -> bool:
     return isinstance(problem, dist.DistError) or any(
         sign in str(problem) for sign in SIGNS_OF_A_LOST_PROCESS
     )
+
+
+def processes_of(recipe: Recipe) -> Parallel:
+    """Return the joined processes, or this one alone, on the device that *recipe* wants."""
+    device = choose_device(recipe.device)
+    return Together(device) if dist.is_available() and dist.is_initialized() else Alone(device)
+
+
+def must_be_at_one_step(run: Run, folder: Path) -> None:
+    """Raise `ConfigError` where processes go on from different steps: they see different files."""
+    here = torch.tensor([run.at.epoch, run.at.step])
+    if not torch.equal(run.parallel.all_reduce(here), here * run.parallel.world):
+        raise ConfigError(
+            f"{folder}: the processes find different checkpoints there; put --out on a disk that every "
+            "machine sees"
+        )

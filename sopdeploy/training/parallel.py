@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from sopdeploy.blocks.rows import Rows
 from sopdeploy.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from sopdeploy.errors import ConfigError
+from sopdeploy.processes import OneProcess, Processes
 
 
-class Parallel(Protocol):
+class Parallel(Processes, Protocol):
     """The processes of a run. A step's loss is the sum over all of them of what each one computed."""
 
     device: torch.device
-    rank: int
-    world: int
     rows: Rows
 
     def setup(self, model: nn.Module) -> nn.Module:
@@ -43,9 +42,6 @@ class Parallel(Protocol):
         One that is missing counts as 0, and stays missing where no process has it.
         """
 
-    def all_reduce(self, values: Tensor) -> Tensor:
-        """Return the sum of *values* over the processes."""
-
     def share(self, samples: Sequence[int]) -> list[int]:
         """Return which of *samples* this process computes."""
 
@@ -59,11 +55,8 @@ class Parallel(Protocol):
         """Return the checkpoint at *path*, the same in every process."""
 
 
-class Alone:
+class Alone(OneProcess):
     """One process on one device."""
-
-    rank = 0
-    world = 1
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -82,10 +75,6 @@ class Alone:
         """Return *tensors*."""
         del likes
         return list(tensors)
-
-    def all_reduce(self, values: Tensor) -> Tensor:
-        """Return *values*."""
-        return values
 
     def share(self, samples: Sequence[int]) -> list[int]:
         """Return all *samples*."""
