@@ -31,7 +31,7 @@ NETWORKS = {
 }
 OPTIMIZERS = {
     "sgd": ["optimizer={lr=0.05, momentum=0.9, weight_decay=5e-4, clip_norm=5.0}"],
-    # GM-SOP's stem has a bias before a batch norm: its gradient is rounding, which eps=1e-8 lets AdamW enlarge
+    # GM-SOP's stem has a bias before a batch norm: its gradient is rounding, which eps=1e-8 would enlarge
     "adamw": ["optimizer={kind='adamw', lr=1e-3, eps=1e-6}"],
     "adahessian": ["optimizer={kind='adahessian', lr=1e-2}"],
 }
