@@ -194,6 +194,8 @@ def toml_value(text: str) -> Any:
 def explain(error: pydantic.ValidationError, values: dict[str, Any]) -> str:
     """Say the first thing wrong on one line, without the tags that pydantic puts into unions' places."""
     problem: Any = error.errors(include_url=False)[0]
+    if not problem["loc"]:  # two values that do not fit each other; the message names them
+        return str(problem["msg"]).removeprefix("Value error, ")
     written = dotted(problem["loc"], values)
     if problem["type"] == "union_tag_not_found":
         return f"{written}.kind: missing"
