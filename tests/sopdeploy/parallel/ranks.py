@@ -66,7 +66,7 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]
 
 
 def run_in_processes(function: str, folder: Path, *, world: int) -> list[Any]:
-    """Return what *function*, `module:name`, returns in each of *world* joined processes: tensors."""
+    """Return what *function*, `module:name`, makes of *folder* in each of *world* joined processes."""
     ends = finish(start(__name__, function, str(folder), world=world))
     assert [code for code, _, _ in ends] == [0] * world, "\n".join(error for _, _, error in ends)
     return [load_plain(folder / f"rank{rank}.pt") for rank in range(world)]
@@ -78,9 +78,10 @@ def main() -> None:
 
     torch.set_num_threads(1)
     module, name = sys.argv[1].split(":")
+    folder = Path(sys.argv[2])
     with joined_processes():
-        result = getattr(importlib.import_module(module), name)()
-    torch.save(result, Path(sys.argv[2]) / f"rank{os.environ['RANK']}.pt")
+        result = getattr(importlib.import_module(module), name)(folder)
+    torch.save(result, folder / f"rank{os.environ['RANK']}.pt")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Two processes compute what one computes with the whole batch; three mistakes that look right do not."""
 
+from pathlib import Path
+
 import pytest
 from torch import Tensor
 
@@ -9,13 +11,13 @@ CASES, LONG_CASES, MISTAKES = cases.cases(), cases.long_cases(), cases.mistakes(
 LOOSE = 1e-6  # one step in float32; after ten, rounding has grown
 
 
-def short() -> dict[str, dict[str, Tensor]]:
+def short(_folder: Path | None = None) -> dict[str, dict[str, Tensor]]:
     """Return what the short cases and the mistakes learn here."""
     mistaken = {name: case for name, (_, case) in MISTAKES.items()}
     return {name: case() for name, case in (CASES | mistaken).items()}
 
 
-def long() -> dict[str, dict[str, Tensor]]:
+def long(_folder: Path | None = None) -> dict[str, dict[str, Tensor]]:
     """Return what the long cases learn here."""
     return {name: case() for name, case in LONG_CASES.items()}
 
