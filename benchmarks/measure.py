@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sopdeploy_service.bench import processor
+from sopdeploy.machine import processor
 from sopdeploy_service.bench import versions as installed_versions
 
 Clock = Callable[[], float]

@@ -12,6 +12,7 @@ from sopdeploy.preprocess import Preprocess
 ID_LENGTH = 12
 
 Precision = Literal["fp32", "fp16", "bf16-backbone", "int8"]
+Int8For = Literal["cpu", "tensorrt"]
 Sha256 = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -53,7 +54,7 @@ class Lineage(Frozen):
 
 
 class Manifest(Frozen):
-    """What `manifest.json` holds."""
+    """What `manifest.json` holds; `int8_for`, the runtime int8 was placed for, only where there is int8."""
 
     format: Literal["sopdeploy-bundle"] = "sopdeploy-bundle"
     version: Literal[1] = 1
@@ -63,12 +64,18 @@ class Manifest(Frozen):
     outputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1)]
     preprocess: Preprocess
     precision: Precision = "fp32"
+    int8_for: Int8For | None = None
     batch: BatchRange
     opset: int
     detached: tuple[str, ...]
     lineage: Lineage
     versions: dict[str, str]
     files: dict[str, FileRecord]
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_what_is_not_there(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return fields if self.int8_for else {key: fields[key] for key in fields if key != "int8_for"}
 
     @property
     def id(self) -> str:

@@ -22,6 +22,7 @@ NEWEST_OPSET = {
 LARGEST_K = 3840
 INT32 = (-(2**31), 2**31 - 1)
 ALL: Version = (8, 6)
+EXPORT_INT8 = "export again with --precision int8 --int8-for tensorrt"
 
 
 @dataclass(frozen=True)
@@ -142,12 +143,15 @@ def old_normalization(seen: Seen) -> str | None:
 
 
 def quantised_for_a_cpu(seen: Seen) -> str | None:
-    """CPUs are faster with unsigned bytes and a zero point; TensorRT takes signed bytes around zero."""
+    """CPUs are faster with unsigned bytes, a zero point and biases in 32 bits.
+
+    TensorRT dequantises signed bytes around zero and nothing else: a bias in int32 stops the parser, a zero
+    point too, and unsigned bytes it reads as signed.
+    """
     for node in seen.nodes("QuantizeLinear", "DequantizeLinear"):
         if not around_zero(seen, node):
             return (
-                f"{node.name}: is quantised as CPUs like it; it needs signed bytes around zero: "
-                "export for the GPU with --precision fp16"
+                f"{node.name}: is quantised as CPUs like it; it needs signed bytes around zero: {EXPORT_INT8}"
             )
     return None
 

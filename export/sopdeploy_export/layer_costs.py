@@ -24,15 +24,17 @@ PREFIX = "network."
 
 
 class Grid(NamedTuple):
-    """Step and zero point of a tensor in uint8."""
+    """Step, zero point and ends of a tensor in bytes, signed or not."""
 
     scale: float
     zero: int
+    lowest: int
+    highest: int
 
     def __call__(self, values: Tensor) -> Tensor:
         """Return *values* rounded to the grid."""
         steps = torch.round(values / self.scale) + self.zero
-        return (steps.clamp(0, 255) - self.zero) * self.scale
+        return (steps.clamp(self.lowest, self.highest) - self.zero) * self.scale
 
 
 def input_grids(model: onnx.ModelProto) -> dict[str, Grid]:
@@ -45,9 +47,15 @@ def input_grids(model: onnx.ModelProto) -> dict[str, Grid]:
             _, scale, zero = (constants.get(name) for name in made[node.input[0]].input)
             weight = made[node.input[1]].input[0].removesuffix(QUANTISED)
             if scale is not None and zero is not None:
-                values = numpy_helper.to_array(scale).item(), numpy_helper.to_array(zero).item()
-                grids[weight.rpartition(".")[0]] = Grid(float(values[0]), int(values[1]))
+                grids[weight.rpartition(".")[0]] = grid_of(scale, zero)
     return grids
+
+
+def grid_of(scale: onnx.TensorProto, zero: onnx.TensorProto) -> Grid:
+    """Return the grid with the step *scale*, of the type and with the value of *zero*."""
+    point = numpy_helper.to_array(zero)
+    ends = np.iinfo(point.dtype)
+    return Grid(float(numpy_helper.to_array(scale).item()), int(point.item()), int(ends.min), int(ends.max))
 
 
 def rounded_weights(weight: Tensor) -> Tensor:

@@ -4,12 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sopdeploy.checkpoint import Checkpoint
-from sopdeploy.manifest import TensorRecord
+from sopdeploy.manifest import Int8For, TensorRecord
 from sopdeploy_export.certificate import Certificate
 from sopdeploy_export.parity import ParityReport
 from sopdeploy_export.precision_report import Accuracy, PrecisionReport
 
 LABELS_SHOWN = 20
+MADE_FOR: Mapping[Int8For, str] = {
+    "cpu": "for a CPU (TensorRT does not take this form)",
+    "tensorrt": "for TensorRT (a CPU runs this form slower than float32)",
+}
 
 
 def render(
@@ -106,7 +110,9 @@ def drift_lines(parity: ParityReport) -> str:
 def parity_lines(parity: ParityReport) -> str:
     """Return the parity report in words."""
     state = "passed" if parity.passed else "DID NOT PASS, drift was allowed"
-    return f"""- {state}: model.onnx in {parity.runtime} ({parity.provider}) against the network in float64
+    emulated = "" if parity.emulation is None else f"\n- {parity.emulation}"
+    where = f"{parity.runtime} ({parity.provider})"
+    return f"""- {state}: model.onnx in {where} against the network in float64{emulated}
 {drift_lines(parity)}
 - top class agrees on {parity.top1.agree} of {parity.top1.images} probe images (95 % interval \
 {100 * parity.top1.low:.1f} to {100 * parity.top1.high:.1f} %)"""
@@ -120,8 +126,8 @@ def precision_lines(report: PrecisionReport) -> str:
         found = report.quantisation
         dear = ", ".join(f"{cost.part} ({100 * cost.share:.1f} %)" for cost in found.costs[:3])
         lines.append(
-            f"- {found.layers} convolutions in int8, ranges by {found.calibration} on {found.images} "
-            f"pictures; alone they move the logits most: {dear}"
+            f"- {found.layers} convolutions in int8 {MADE_FOR[found.runtime]}, ranges by "
+            f"{found.calibration} on {found.images} pictures; alone they move the logits most: {dear}"
         )
     if report.accuracy is not None:
         lines.append(f"- {accuracy_words(report.accuracy)}")

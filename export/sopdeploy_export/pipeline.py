@@ -1,9 +1,7 @@
 """The export, read from top to bottom: checkpoint, detach, certificate, capture, ONNX, parity, bundle."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -12,27 +10,30 @@ from numpy.typing import NDArray
 
 from sopdeploy import bundle
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.errors import DetachError, LoweringError
 from sopdeploy.frozen import Frozen
-from sopdeploy.manifest import BatchRange, Lineage, Manifest, to_json
+from sopdeploy.manifest import BatchRange, Lineage, to_json
 from sopdeploy.models.base import Classifier
 from sopdeploy.probes import write_probes
-from sopdeploy_export import model_card
+from sopdeploy_export import model_card, report_page
+from sopdeploy_export.anatomy import anatomy
 from sopdeploy_export.capture import Deployed
 from sopdeploy_export.certificate import Certificate, Proof, certify, with_onnx_root
 from sopdeploy_export.detach import detach
+from sopdeploy_export.findings import Exported, Findings
 from sopdeploy_export.lower_onnx import lower, operator_counts, write
-from sopdeploy_export.lowering.lowered import Certified, Lowered, Wish, lower_by_rules, unchanged
-from sopdeploy_export.lowering.report import LoweringReport
+from sopdeploy_export.lowering.lowered import Certified, Lowered, lower_by_rules
 from sopdeploy_export.onnx_root import file_root, onnx_root
-from sopdeploy_export.parity import ParityReport, Reference, compare, reference
-from sopdeploy_export.parity.bisect import first_off
+from sopdeploy_export.parity import ParityReport, Reference, compare, reference, with_spectral
+from sopdeploy_export.parity.bisect import first_off, part_drifts
+from sopdeploy_export.parity.bisect_int8 import first_off_int8
 from sopdeploy_export.parity.spectral import spectral_records
-from sopdeploy_export.precision import STORED
-from sopdeploy_export.precision_report import PrecisionReport
+from sopdeploy_export.preconditions import refuse_training_parts, refuse_what_cannot_ship
 from sopdeploy_export.probe_images import probe_images
 from sopdeploy_export.records import as_probes, manifest_fields, write_reports
-from sopdeploy_export.ship import PrecisionOptions, Shipping, measured, ship
+from sopdeploy_export.ship import PrecisionOptions, Shipping, measured, ship, wished
+from sopdeploy_export.speed import measure_speed
+
+__all__ = ["ExportOptions", "Exported", "export"]
 
 Step = Callable[[str], None]
 
@@ -47,34 +48,7 @@ class ExportOptions(Frozen):
     precision: PrecisionOptions = PrecisionOptions()
     lowering: bool = True
     autotune: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Exported:
-    """The bundle that was written, and what was proved and measured on the way."""
-
-    path: Path
-    manifest: Manifest
-    certificate: Certificate
-    parity: ParityReport
-    precision: PrecisionReport
-    lowering: LoweringReport
-
-    def summary(self) -> dict[str, Any]:
-        """Return what `sopdeploy export --json` prints."""
-        return {
-            "bundle": str(self.path),
-            "id": self.manifest.id,
-            "model": self.manifest.model,
-            "detached": list(self.certificate.detached),
-            "tensors_removed": len(self.certificate.removed),
-            "bytes_removed": self.certificate.bytes_removed,
-            "tensors_kept": len(self.certificate.kept),
-            "roots": self.certificate.roots.model_dump(),
-            "parity": self.parity.model_dump(),
-            "precision": self.precision.model_dump(),
-            "lowering": self.lowering.model_dump(),
-        }
+    measure_speed: bool = False
 
 
 def export(
@@ -128,9 +102,14 @@ def export(
             allow_drift=options.allow_drift,
         )
 
+        speed = None
+        if options.measure_speed:
+            step("timing it against the plain backbone")
+            speed = measure_speed(folder / "model.onnx", model, images, options.batch)
+
         step("writing the bundle")
         write_reports(folder, checkpoint, certificate, parity, precision)
-        (folder / "lowering.json").write_bytes(to_json(lowered.report.model_dump(mode="json")))
+        (folder / "lowering.json").write_bytes(to_json(shipping.rules.model_dump(mode="json")))
         write_probes(folder / "probes.npz", as_probes(images, expected, parity))
         lineage = Lineage(
             checkpoint_sha256=bundle.digest(checkpoint_path),
@@ -139,11 +118,24 @@ def export(
         )
         card = manifest_fields(checkpoint, certificate, options.batch, lineage, expected) | {
             "precision": options.precision.precision,
+            "int8_for": options.precision.int8_for if options.precision.precision == "int8" else None,
             "opset": shipping.opset,
         }
         (folder / "README.md").write_text(
             model_card.render(checkpoint, certificate, parity, precision, card), encoding="utf-8"
         )
+        findings = Findings(
+            checkpoint=checkpoint,
+            anatomy=anatomy(checkpoint),
+            certificate=certificate,
+            lowering=shipping.rules,
+            parity=parity,
+            precision=precision,
+            speed=speed,
+            fields=card,
+            files=bundle.file_records(folder),
+        )
+        (folder / "report.html").write_text(report_page.render(findings), encoding="utf-8")
         manifest = bundle.seal(folder, card)
         path = bundle.publish(folder, manifest, destination)
     return Exported(
@@ -151,18 +143,18 @@ def export(
         manifest=manifest,
         certificate=certificate,
         parity=parity,
-        lowering=lowered.report,
+        lowering=shipping.rules,
         precision=precision,
+        anatomy=findings.anatomy,
+        speed=speed,
     )
 
 
 def lowered_for(
     certified: Certified, images: NDArray[np.uint8], checkpoint: Checkpoint, options: ExportOptions
 ) -> Lowered:
-    """Return the graph by the rules; casts need the network's own parts, so half precision goes without."""
-    if options.precision.precision in STORED:
-        return unchanged(certified)
-    wish = Wish(rules=options.lowering, autotune=options.autotune)
+    """Return the network and its graph by the rules, with the forms that suit the precision asked for."""
+    wish = wished(options.precision, rules=options.lowering, autotune=options.autotune)
     return lower_by_rules(certified, images, checkpoint.preprocess, options.batch, wish)
 
 
@@ -176,7 +168,7 @@ def in_precision(
     """Return the graph that ships: the *lowered* one, or what the precision asked for makes of it."""
     if options.precision.precision != "fp32":
         step(f"placing {options.precision.precision} in the graph")
-    return ship(lean, lowered.program, lowered.model, checkpoint.preprocess, options.batch, options.precision)
+    return ship(lean, lowered, checkpoint.preprocess, options.batch, options.precision)
 
 
 def compared(
@@ -194,7 +186,7 @@ def compared(
 
     def locate(file: Path) -> str | None:
         if precision == "int8":
-            return None
+            return first_off_int8(file, shipping.model, shipping.certified, images, expected.floors)
         return first_off(file, shipping.program, lean.outputs, images, expected.floors)
 
     parity = compare(
@@ -207,25 +199,10 @@ def compared(
         locate=locate,
     )
     records = spectral_records(shipping.spectral, torch.from_numpy(images))
-    return expected, parity.model_copy(update={"spectral": records})
-
-
-def refuse_training_parts(trained: Classifier) -> Classifier:
-    """Return *trained*, which must have no part that only training needs."""
-    if trained.training_only:
-        raise DetachError(
-            f"{type(trained).__name__} still carries parts that only training needs "
-            f"({', '.join(trained.training_only)}); add --detach to take them off with proof"
-        )
-    return trained
-
-
-def refuse_what_cannot_ship(trained: Classifier) -> None:
-    """Refuse a network with a part that says of itself that it has no form every runtime takes."""
-    for part in trained.modules():
-        reason = getattr(part, "not_exportable", None)
-        if reason is not None:
-            raise LoweringError(f"{type(part).__name__} cannot be exported: {reason}")
+    steady = images if expected.routing is None else images[expected.routing.steady]
+    parts = () if precision == "int8" else part_drifts(path, shipping.program, lean.outputs, steady)
+    parity = with_spectral(parity, records, allow_drift=options.allow_drift)
+    return expected, parity.model_copy(update={"parts": parts})
 
 
 def lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.ModelProto, Certificate]:

@@ -1,4 +1,4 @@
-"""What a network must be before it can be proved: in eval mode, without hooks, plainly laid out."""
+"""What a network must be to ship and to be proved: in eval mode, without hooks, plainly laid out."""
 
 import copy
 from typing import TypeVar
@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-from sopdeploy.errors import CertificateError
+from sopdeploy.errors import CertificateError, DetachError, LoweringError
+from sopdeploy.models.base import Classifier
 from sopdeploy_export.accounts import tensors
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -41,3 +42,21 @@ def standard_layout(network: Network) -> Network:
     if all(tensor.is_contiguous() for tensor in tensors(network).values()):
         return network
     return copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+
+
+def refuse_training_parts(trained: Classifier) -> Classifier:
+    """Return *trained*, which must have no part that only training needs."""
+    if trained.training_only:
+        raise DetachError(
+            f"{type(trained).__name__} still carries parts that only training needs "
+            f"({', '.join(trained.training_only)}); add --detach to take them off with proof"
+        )
+    return trained
+
+
+def refuse_what_cannot_ship(trained: Classifier) -> None:
+    """Refuse a network with a part that says of itself that it has no form every runtime takes."""
+    for part in trained.modules():
+        reason = getattr(part, "not_exportable", None)
+        if reason is not None:
+            raise LoweringError(f"{type(part).__name__} cannot be exported: {reason}")

@@ -6,7 +6,6 @@ turn, so that a busy machine slows both; a ratio is the median of ours over the 
 """
 
 import importlib.metadata
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.frozen import Frozen
+from sopdeploy.machine import machine
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.verified import Inference, open_verified
 
@@ -155,25 +155,6 @@ def ratios(measured: Sequence[Measured]) -> dict[str, float]:
         return {}
     pairs = zip(measured[0].latencies, measured[1].latencies, strict=True)
     return {str(ours.batch): ours.median_ms / other.median_ms for ours, other in pairs}
-
-
-def machine() -> dict[str, str | int | float]:
-    """Return what a figure depends on: processor, usable cores, load, system."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {
-        "processor": processor(),
-        "cores": cores,
-        "load": round(os.getloadavg()[0], 2),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def processor() -> str:
-    """Return the processor's own name, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:

@@ -34,6 +34,7 @@ REFUSED = {
     b"<svg": "SVG",
     b"<?xml": "XML or SVG",
 }
+ODD_JPEGS = {0xC3: "lossless", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded"}  # by their frame header
 ALIASES = {"JPG": "JPEG", "PJPEG": "JPEG", "APNG": "PNG", "X-PNG": "PNG", "X-BMP": "BMP", "X-MS-BMP": "BMP"}
 ANIMATED = {"GIF", "PNG", "WEBP"}  # a JPEG may hold a second picture too, but that is a thumbnail
 HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heif", b"avif", b"avis"}
@@ -92,10 +93,17 @@ def keep_memory(decoders: int) -> None:
     Image.core.set_blocks_max(2 * decoders)  # type: ignore[attr-defined]
 
 
+def begins_like_an_image(body: bytes) -> bool:
+    """Return whether the first bytes of *body* are those of an accepted format."""
+    return body.startswith((*ALLOWED, b"RIFF"))
+
+
 def sniff(body: bytes) -> str:
     """Return Pillow's name of the format *body* starts like; raises `ImageError` for others."""
     for magic, name in ALLOWED.items():
         if body.startswith(magic):
+            if name == "JPEG":
+                refuse_odd_jpeg(body)
             return name
     if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
         return "WEBP"
@@ -103,6 +111,19 @@ def sniff(body: bytes) -> str:
     if other is not None:
         raise ImageError(f"{other} files are not accepted; {WANTED}", code="unsupported_format", status=415)
     raise ImageError(f"this is not an image; {WANTED}", code="not_an_image", status=415)
+
+
+def refuse_odd_jpeg(body: bytes) -> None:
+    """Raise `ImageError` for a coding that not every build of libjpeg reads."""
+    place = 2
+    while place + 4 <= len(body) and body[place] == 0xFF:
+        marker = body[place + 1]
+        if marker in ODD_JPEGS:
+            what = f"{ODD_JPEGS[marker]} JPEG files are not accepted; {WANTED}"
+            raise ImageError(what, code="unsupported_format", status=415)
+        if marker == 0xDA:  # pixels begin
+            return
+        place += 1 if marker == 0xFF else 2 + int.from_bytes(body[place + 2 : place + 4], "big")
 
 
 def disagrees(media_type: str, name: str) -> bool:
@@ -122,7 +143,7 @@ def has_more_frames(picture: Image.Image) -> bool:
 def name_of_other(body: bytes) -> str | None:
     """Return the name of a format that is known and not accepted, or None."""
     if body[4:8] == b"ftyp" and body[8:12] in HEIF_BRANDS:
-        return "HEIC and AVIF"
+        return "HEIC and AVIF (a phone writes JPEG when its camera is set to `most compatible`)"
     return next((name for magic, name in REFUSED.items() if body.startswith(magic)), None)
 
 

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -76,6 +76,8 @@ class Metrics:
         self._stage_seconds = self._histogram(
             "stage_duration_seconds", "Receive, decode, queue, infer", SECONDS, "stage"
         )
+        self._decode_seconds = self._counter("decode_seconds", "At work, of all decoders together")
+        self._decoders = self._gauge("decoders", "Threads that decode")
         self._batch_size = self._histogram("batch_size", "Images in a batch", BATCHES, "model")
         self._closed = self._counter(
             "batch_close", "Why a batch closed: full, or the engine was free", "model", "reason"
@@ -85,6 +87,9 @@ class Metrics:
         self._nonfinite = self._counter("nonfinite_outputs", "Images whose output is not finite", "model")
         self._depth = self._gauge("queue_depth", "Images admitted and not yet answered")
         self._busy = self._gauge("engine_busy_ratio", "Share of the last 10 s", "model")
+        self._connections = self._gauge("connections", "Open connections")
+        self._upload_bytes = self._gauge("upload_bytes", "Bytes of bodies not yet answered")
+        self._loop_lag = self._gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
         self._info = self._gauge("bundle_info", "Always 1", "digest", "model", "precision", "engine")
 
         self._models: dict[str, ModelMetrics] = {}
@@ -117,6 +122,14 @@ class Metrics:
         """Count *seconds* spent in one of `receive`, `decode`, `queue`, `infer`."""
         self._stage_seconds.labels(stage).observe(seconds)
 
+    def decoders(self, threads: int) -> None:
+        """Say how many *threads* decode."""
+        self._decoders.set(threads)
+
+    def decoded(self, seconds: float) -> None:
+        """Count *seconds* of a decoder at work; the stage `decode` has the wait for one in it too."""
+        self._decode_seconds.inc(seconds)
+
     def batch(self, model: str, size: int, closed: str) -> None:
         """Count a batch of *size* images and why it was *closed*."""
         self._batch_size.labels(model).observe(size)
@@ -137,6 +150,18 @@ class Metrics:
     def depth(self, images: int) -> None:
         """Say how many images are admitted and not yet answered."""
         self._depth.set(images)
+
+    def connections(self, number: int) -> None:
+        """Say how many connections are open."""
+        self._connections.set(number)
+
+    def upload_bytes(self, number: int) -> None:
+        """Say how many bytes the bodies hold whose requests are not yet answered."""
+        self._upload_bytes.set(number)
+
+    def loop_lag(self, worst: Callable[[], float]) -> None:
+        """Ask *worst* for the seconds by which the event loop was late, at every scrape."""
+        self._loop_lag.set_function(worst)
 
     def render(self) -> bytes:
         """Return every metric in Prometheus' text form."""

@@ -12,7 +12,7 @@ from sopdeploy_service.outcome import Refusal
 GATES = "gates"  # the output of a network that chooses among experts
 PROBLEM_JSON = "application/problem+json"
 
-State: TypeAlias = Literal["ok", "draining", "no_model", "engine_dead"]
+State: TypeAlias = Literal["ok", "draining", "no_model", "engine_dead", "loop_blocked"]
 
 
 class ClassProbability(Frozen):
@@ -101,3 +101,14 @@ class Info(Frozen):
     server: str
     models: tuple[ModelInfo, ...]
     previous: dict[str, str]
+
+
+class SelfTest(Frozen):
+    """What `/selftest` measured: the largest deviation of each output over the probes, and its bound."""
+
+    model: str
+    version: str
+    images: int
+    deviation: dict[str, float]
+    tolerance: dict[str, float]
+    seconds: float

@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import TextIO, cast
 
 from sopdeploy_service.listening import bind, url
 from sopdeploy_service.settings import WORKER_VARIABLE, Settings
@@ -33,8 +34,9 @@ log = logging.getLogger("sopdeploy.supervisor")
 
 @dataclass(slots=True)
 class Worker:
-    """One device, its process, and how often it died soon after its start."""
+    """One device, its process, and how often it died soon after its start; *name* is unlike the others'."""
 
+    name: str
     device: str
     private: socket.socket
     child: subprocess.Popen[str] | None = None
@@ -59,8 +61,10 @@ class Supervisor:
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; return 0 after a drain and 2 where a worker cannot start at all."""
         with ExitStack() as stack:
-            for device in self._settings.devices:
-                self._workers.append(Worker(device, stack.enter_context(bind("127.0.0.1", 0))))
+            devices = self._settings.devices
+            for place, device in enumerate(devices):
+                name = device if devices.count(device) == 1 else f"{device}-{place}"
+                self._workers.append(Worker(name, device, stack.enter_context(bind("127.0.0.1", 0))))
             for sign in (signal.SIGTERM, signal.SIGINT):
                 stack.callback(signal.signal, sign, signal.signal(sign, self._stop))
             reading, writing = os.pipe()  # ends for the workers when this process does, however it ends
@@ -94,18 +98,18 @@ class Supervisor:
             early = time.monotonic() - started < STEADY_SECONDS
             worker.early_deaths = worker.early_deaths + 1 if early else 0
             pause = min(LONGEST_PAUSE_SECONDS, 2.0**worker.early_deaths - 1)
-            log.error("device %s: its process ended with %d; again in %.0f s", worker.device, code, pause)
+            log.error("device %s: its process ended with %d; again in %.0f s", worker.name, code, pause)
             self._stopping.wait(pause)
 
     def _spawn(self, worker: Worker, lifeline: int) -> subprocess.Popen[str]:
         order = {
             "sources": self._sources,
             "settings": self._settings.model_dump(mode="json"),
-            "device": worker.device,
+            "name": worker.name,
             "listener": self._listener.fileno(),
             "private": worker.private.fileno(),
             "lifeline": lifeline,
-            "siblings": {other.device: url(other.private) for other in self._workers},
+            "siblings": {other.name: url(other.private) for other in self._workers},
         }
         visible = {"CUDA_VISIBLE_DEVICES": worker.device} if worker.device.isdecimal() else {}
         return subprocess.Popen(
@@ -118,9 +122,8 @@ class Supervisor:
         )
 
     def _live(self, child: subprocess.Popen[str], worker: Worker) -> int:
-        assert child.stdout is not None
-        with child.stdout:
-            for line in child.stdout:
+        with child, cast(TextIO, child.stdout) as said:
+            for line in said:
                 if line.startswith("ready: "):
                     self._ready(worker, line.split(maxsplit=2)[2].strip())
         return child.wait()
@@ -129,7 +132,7 @@ class Supervisor:
         with self._changed:
             worker.bundles = bundles
             if self._announced or any(other.bundles is None for other in self._workers):
-                log.info("device %s: answers", worker.device)
+                log.info("device %s: answers", worker.name)
                 return
             self._announced = True
             sys.stdout.write(f"ready: {url(self._listener)}  {bundles}\n")

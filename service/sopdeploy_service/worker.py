@@ -1,4 +1,4 @@
-"""One process of `serve --devices`: serves on the sockets it was born with, and not longer than its parent lives."""
+"""One process of `serve --devices`: serves on the sockets it was born with, while its parent lives."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+from typing import Any
 
 from sopdeploy.errors import SopdeployError
 from sopdeploy_service.server import Inherited, serve_on
@@ -16,17 +17,16 @@ USER_ERROR = 2
 
 def main() -> int:
     """Serve as the environment orders; return the exit code."""
-    order = json.loads(os.environ.pop(WORKER_VARIABLE))
+    order: dict[str, Any] = json.loads(os.environ.pop(WORKER_VARIABLE))
     follow(order["lifeline"])
     place = Inherited(
-        device=order["device"],
         sockets=(socket.socket(fileno=order["listener"]), socket.socket(fileno=order["private"])),
         siblings=order["siblings"],
     )
     try:
-        return serve_on(order["sources"], Settings(**order["settings"]), place)
+        return serve_on(order["sources"], Settings(**{**order["settings"], "devices": ()}), place)
     except SopdeployError as problem:
-        sys.stderr.write(f"error: device {order['device']}: {problem}\n")
+        sys.stderr.write(f"error: device {order['name']}: {problem}\n")
         return USER_ERROR
 
 

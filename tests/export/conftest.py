@@ -1,17 +1,30 @@
 """Networks small enough to be proved in a second."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sopdeploy.checkpoint import Checkpoint, write_checkpoint
+from sopdeploy.manifest import BatchRange
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.catalog import create_model
 from sopdeploy.preprocess import Preprocess
+from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.probe_images import probe_images
 
 SIDE = 16
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(2)>',
+    "</title></svg><iframe>",
+    "\u202edesrever",
+    "[bold red]rich[/]",
+    "&lt;",
+    *"ghij",
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,3 +61,32 @@ def trained(name: str = "dsop-resnet8", **config: object) -> Classifier:
             nn.init.normal_(part.running_mean, std=0.2)
             nn.init.uniform_(part.running_var, 0.5, 1.5)
     return network.eval()
+
+
+def exported_with(network: Classifier, name: str, folder: Path, *, measure_speed: bool = False) -> Exported:
+    """A bundle of *network*, whose classes have names that a page must not believe."""
+    rules = Preprocess(resize=SIDE, crop=SIDE)
+    weights, config = network.state_dict(), network.config.model_dump(mode="json")
+    checkpoint = Checkpoint(
+        model=name, config=config, weights=weights, labels=HOSTILE, preprocess=rules, training={}
+    )
+    write_checkpoint(folder / "ckpt.pt", checkpoint)
+    options = ExportOptions(
+        detach=bool(network.training_only),
+        batch=BatchRange(optimum=2, maximum=4),
+        measure_speed=measure_speed,
+    )
+    return export(folder / "ckpt.pt", folder / "out", options)
+
+
+@pytest.fixture(scope="session")
+def branched(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return exported_with(trained(), "dsop-resnet8", tmp_path_factory.mktemp("branched"), measure_speed=True)
+
+
+@pytest.fixture(scope="session")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    widths = {"component_widths": (6,), "gate_widths": (), "blocks_per_stage": 1, "conv5_stride": 1}
+    network = trained("gmgap-16-8-resnet18", components=4, chosen=2, **widths)
+    torch.nn.init.normal_(network.gate.weight, std=0.1)
+    return exported_with(network, "gmgap-16-8-resnet18", tmp_path_factory.mktemp("gated"))

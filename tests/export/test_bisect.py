@@ -17,7 +17,14 @@ from sopdeploy.preprocess import Preprocess
 from sopdeploy_export.capture import Deployed, capture
 from sopdeploy_export.lower_onnx import check, lower, operator_counts, write
 from sopdeploy_export.parity import FLOORS, compare, reference
-from sopdeploy_export.parity.bisect import first_off
+from sopdeploy_export.parity.bisect import (
+    PARTS,
+    Boundary,
+    farthest,
+    first_off,
+    part_drifts,
+    spread_over_depth,
+)
 from sopdeploy_export.parity.routing import routing, routing_parity
 
 BATCH = BatchRange(optimum=4, maximum=9)
@@ -120,3 +127,32 @@ def test_the_lowered_graph_may_not_fix_its_batch(shipped: Shipped) -> None:
     fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 3
     with pytest.raises((LoweringError, onnx.shape_inference.InferenceError)):
         check(fixed)
+
+
+def test_every_part_of_a_sound_file_is_measured_where_it_ends(
+    shipped: Shipped, probes: Tensor, tmp_path: Path
+) -> None:
+    network, program, model = shipped
+    write(model, tmp_path / "model.onnx")
+    found = part_drifts(tmp_path / "model.onnx", program, network.outputs, probes.numpy())
+    assert [part.part for part in found if part.part.startswith("layer")] == [
+        "layer1.0",
+        "layer2.0",
+        "layer3.0",
+    ]
+    assert all(0 <= part.drift < FLOORS * part.noise_floor for part in found)
+    assert not [part for part in found if ": " in part.part]
+
+
+def test_a_deep_network_is_measured_from_its_first_part_to_its_last() -> None:
+    places = [Boundary(value=str(at), part=f"layer.{at}") for at in range(300)]
+    chosen = spread_over_depth(places)
+    assert len(chosen) == PARTS
+    assert (chosen[0], chosen[-1]) == (places[0], places[-1])
+
+
+def test_what_a_gate_leaves_out_in_both_is_no_difference() -> None:
+    both = np.array([-np.inf, 1.0])
+    assert farthest(both, both) == 0
+    assert farthest(np.array([-np.inf, 1.5]), both) == 0.5
+    assert farthest(np.array([0.0, 1.0]), both) == np.inf

@@ -50,7 +50,9 @@ def test_convolutions_become_int8_and_second_order_parts_do_not(
     types = weight_types(model)
     assert {types[part] for part in types if part.startswith(("conv1", "layer"))} == {"int8"}
     assert types["fc"] == "float32"
-    assert len(input_grids(model)) == 7
+    grids = input_grids(model)
+    assert len(grids) == 7
+    assert {(grid.lowest, grid.highest) for grid in grids.values()} == {(0, 255)}
     assert [opset.version for opset in model.opset_import] == [18]
     fed = {name for node in model.graph.node if node.op_type == "MatMul" for name in node.input}
     assert not [name for name in fed if "Dequantize" in name]
@@ -100,6 +102,7 @@ def test_a_bundle_in_int8_says_what_it_lost_and_which_layers_cost_most(
     assert report.accuracy.images == 20
     assert report.accuracy.drop == pytest.approx(100 * (report.accuracy.before - report.accuracy.after))
     assert report.quantisation.layers == 7
+    assert found.manifest.int8_for == report.quantisation.runtime == "cpu"
     shares = [cost.share for cost in report.quantisation.costs]
     assert shares == sorted(shares, reverse=True)
     assert shares[-1] > 0
@@ -113,9 +116,37 @@ def test_more_than_the_allowed_drop_writes_nothing_and_names_the_dearest_layers(
 
     worse = accuracy(np.zeros(50, dtype=np.int64), np.repeat([0, 1], 25), before=1.0, after=0.5)
     monkeypatch.setattr(ship, "without_labels", lambda *_: worse)
-    with pytest.raises(ParityError, match=r"loses 50\.00 points of top-1 on 50 pictures.*cost most: \w"):
+    advice = r"cost most: \w.* --keep-float \w[\w.]+, or try --calibration minmax or entropy"
+    with pytest.raises(ParityError, match=rf"loses 50\.00 points of top-1 on 50 pictures.*{advice}"):
         run(make("resnet8"), "resnet8", tmp_path, preprocess, calibrate=pictures)
     assert not any((tmp_path / "out").iterdir())
+
+
+def test_a_part_that_is_asked_to_stay_keeps_float32_and_is_written_down(
+    make: Make, preprocess: Preprocess, tmp_path: Path, pictures: Path
+) -> None:
+    options = {"calibrate": pictures, "max_drop": 100.0, "keep_float": ("layer3", "conv1")}
+    found = run(make("resnet8"), "resnet8", tmp_path, preprocess, **options)
+    types = {part.part: part.weights for part in found.precision.parts if part.weights}
+    assert {name for name, kind in types.items() if kind == "int8"} == {
+        *("layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2")
+    }
+    assert found.precision.quantisation.kept == ("layer3", "conv1")
+
+
+def test_a_part_that_does_not_exist_cannot_stay(
+    make: Make, preprocess: Preprocess, tmp_path: Path, pictures: Path
+) -> None:
+    message = r"no convolution belongs to 'layer3\.0\.conv'; there are conv1, layer1\.0\.conv1"
+    with pytest.raises(ConfigError, match=message):
+        run(
+            make("resnet8"),
+            "resnet8",
+            tmp_path,
+            preprocess,
+            calibrate=pictures,
+            keep_float=("layer3.0.conv",),
+        )
 
 
 def test_int8_without_pictures_is_refused(make: Make, preprocess: Preprocess, tmp_path: Path) -> None:

@@ -134,3 +134,17 @@ def test_flips_are_counted_by_the_networks_margin(row: list[float], expected: tu
     margin = [1.0, 1.1] if expected[1] else [0.0, 2.0]
     found = agreement(np.array([row]), np.array([margin]), tolerance=0.06)
     assert (found.agree, found.flips_within_noise, found.flips) == expected
+
+
+def test_every_flip_is_listed_with_its_margin_and_its_reason() -> None:
+    expected = np.array([[1.0, 0.0, 0.9], [1.0, 0.0, 0.9], [1.0, 0.0, 0.9], [1.0, 0.0, 0.9]])
+    values = np.array([[1.0, 0.0, 0.9], [1.0, 0.0, 1.1], [0.0, 1.0, 0.9], [0.0, 1.0, 0.9]])
+    rerouted = np.array([False, False, False, True])
+    found = agreement(values, expected, 0.06, rerouted)
+    assert [(flip.image, flip.network, flip.file, flip.because) for flip in found.flipped] == [
+        (1, 0, 2, "noise"),
+        (2, 0, 1, "error"),
+        (3, 0, 1, "routing"),
+    ]
+    assert [flip.margin for flip in found.flipped] == pytest.approx([0.1, 1.0, 1.0])
+    assert (found.flips_within_noise, found.flips, found.flips_by_routing) == (1, 1, 1)

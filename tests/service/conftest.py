@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -26,10 +27,11 @@ from sopdeploy.probes import Probes, write_probes
 from sopdeploy_export.accounts import TensorEntry
 from sopdeploy_export.certificate import Certificate, Roots
 from sopdeploy_service.app import create_app
+from sopdeploy_service.listening import bind, url
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.pretend import PretendRuntime
 from sopdeploy_service.runtime.with_onnxruntime import OnnxRuntime
-from sopdeploy_service.server import bind, url
+from sopdeploy_service.server import http_config
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.shelf import Shelf
 from sopdeploy_service.verified import Inference
@@ -204,12 +206,15 @@ def running(
     *,
     names: Iterable[str] = ("tiny",),
     shelf: Shelf | None = None,
+    **options: Any,
 ) -> Iterator[Client]:
-    """A real server for *runtime*, under each of *names*, on a free loopback port; gives a client for it."""
+    """A real server for *runtime*, under each of *names*, on a free loopback port; gives a client for it.
+
+    *options* go to `create_app`.
+    """
     inference = Inference(bundle=bundle, runtime=runtime, replays={})
-    app = create_app(dict.fromkeys(names, inference), settings, shelf)
-    config = uvicorn.Config(app, lifespan="on", log_config=None, timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
+    app = create_app(dict.fromkeys(names, inference), settings, shelf, **options)
+    server = uvicorn.Server(http_config(app, settings))
     with bind("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

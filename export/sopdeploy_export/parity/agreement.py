@@ -1,12 +1,13 @@
 """Is the first answer the same: counted, with an interval, and flips told apart by who was unsure."""
 
 import math
-from typing import Any
+from collections import Counter
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy_export.parity.report import Agreement
+from sopdeploy_export.parity.report import Agreement, Flip
 
 DEVIATIONS = 1.959964  # 95 % of a normal distribution lie within
 
@@ -36,12 +37,31 @@ def agreement(
     other_route = np.zeros(len(expected), dtype=bool) if rerouted is None else rerouted
     agree = int((~flipped).sum())
     low, high = wilson(agree, len(expected))
+    found = tuple(
+        Flip(
+            image=int(image),
+            network=int(theirs[image]),
+            file=int(ours[image]),
+            margin=float(margin[image]),
+            because=why(bool(other_route[image]), bool(margin[image] <= 2 * tolerance)),
+        )
+        for image in np.flatnonzero(flipped)
+    )
+    counts = Counter(flip.because for flip in found)
     return Agreement(
         images=len(expected),
         agree=agree,
-        flips_within_noise=int((flipped & ~other_route & (margin <= 2 * tolerance)).sum()),
-        flips_by_routing=int((flipped & other_route).sum()),
-        flips=int((flipped & ~other_route & (margin > 2 * tolerance)).sum()),
+        flips_within_noise=counts["noise"],
+        flips_by_routing=counts["routing"],
+        flips=counts["error"],
+        flipped=found,
         low=low,
         high=high,
     )
+
+
+def why(other_route: bool, unsure: bool) -> Literal["noise", "routing", "error"]:
+    """Return what a flip is put down to."""
+    if other_route:
+        return "routing"
+    return "noise" if unsure else "error"

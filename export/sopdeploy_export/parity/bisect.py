@@ -1,4 +1,4 @@
-"""On failure: which named part is the first whose numbers are off, and which switch to try.
+"""Part by part: how far the file is off at each named part; on failure, the first that is, and what to try.
 
 The graph that ships keeps the names that the converter gives the values inside. Converting the network again
 gives the same names and, for each, the part it belongs to: so the boundary of every part, and every product
@@ -7,7 +7,7 @@ off where the file drifts from float64 by more than its own floor allows; the fi
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from sopdeploy_export.lower_onnx import convert
-from sopdeploy_export.parity.session import by_casts, holds_bfloat16, open_session
+from sopdeploy_export.parity.report import PartDrift
+from sopdeploy_export.parity.session import by_casts, holds_bfloat16, open_session, widened
 
 PREFIX = "network."
 PICTURES = 4
+PARTS, PICTURES_OF_PARTS = 40, 2  # what every export can afford, in memory too
 HALVES = (torch.float16, torch.bfloat16, torch.float32)
 PRODUCTS = ("matmul", "bmm", "baddbmm")
 
@@ -35,6 +37,20 @@ class Boundary:
 
     value: str
     part: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drift:
+    """How far the file is off at one boundary, and its floor there, both in the units of that value."""
+
+    part: str
+    drift: float
+    floor: float
+
+    @property
+    def in_floors(self) -> float:
+        """Return the drift in multiples of the floor; without end where it is not a number."""
+        return self.drift / self.floor if np.isfinite(self.drift) else float("inf")
 
 
 class Exactly(fx.Interpreter):
@@ -72,36 +88,78 @@ def first_off(
     path: Path, program: ExportedProgram, outputs: Sequence[str], images: NDArray[np.uint8], floors: float
 ) -> str | None:
     """Say which part of the file at *path*, lowered from *program*, is the first off by over *floors*."""
+    for place in drifts(path, program, outputs, images[:PICTURES]):
+        if place.in_floors > floors:
+            found = f"the first part over its floor is {place.part} ({place.in_floors:.0f} floors)"
+            return f"{found}; {advice(place.part)}"
+    return None
+
+
+def part_drifts(
+    path: Path, program: ExportedProgram, outputs: Sequence[str], images: NDArray[np.uint8]
+) -> tuple[PartDrift, ...]:
+    """Return how far the file at *path* is off where a part ends, for at most `PARTS` of them."""
+    found = drifts(path, program, outputs, images[-PICTURES_OF_PARTS:], spread_over_depth)
+    return tuple(
+        PartDrift(part=place.part, drift=place.drift, noise_floor=place.floor)
+        for place in found
+        if np.isfinite(place.drift)
+    )
+
+
+def spread_over_depth(places: Sequence[Boundary]) -> list[Boundary]:
+    """Return the ends of parts and of their direct children; every so many of them where there are many."""
+    ends = [place for place in places if ": " not in place.part and place.part.count(".") <= 1]
+    if len(ends) <= PARTS:
+        return ends
+    return [ends[position] for position in np.linspace(0, len(ends) - 1, PARTS).round().astype(int)]
+
+
+def drifts(
+    path: Path,
+    program: ExportedProgram,
+    outputs: Sequence[str],
+    images: NDArray[np.uint8],
+    choose: Callable[[Sequence[Boundary]], Sequence[Boundary]] = lambda places: places,
+) -> Iterator[Drift]:
+    """Give the drift of the file at *path*, lowered from *program*, at the boundaries chosen."""
     model = onnx.load(path)
     converted = convert(program, outputs, max(opset.version for opset in model.opset_import)).exported_program
     if converted is None:
-        return None
-    places = boundaries(converted, model)
-    found = run_file(model, [place.value for place in places], images[:PICTURES])
-    pixels, names = torch.from_numpy(images[:PICTURES]), [place.value for place in places]
+        return
+    places = choose(boundaries(converted, model))
+    names = [place.value for place in places]
+    found = run_file(model, names, images)
     runs = {}
     with torch.no_grad():
         for exact in (True, False):
             interpreter = Exactly(converted, names, exact=exact)
-            interpreter.run(pixels)
+            interpreter.run(torch.from_numpy(images))
             runs[exact] = interpreter.kept
     for place in places:
-        drift = drift_in_floors(place.value, found, runs[True], runs[False])
-        if drift is not None and drift > floors:
-            return f"the first part over its floor is {place.part} ({drift:.0f} floors); {advice(place.part)}"
-    return None
+        drift = drift_at(place, found, runs[True], runs[False])
+        if drift is not None:
+            yield drift
 
 
-def drift_in_floors(
-    name: str, found: Mapping[str, Any], exact: Mapping[str, Any], own: Mapping[str, Any]
-) -> float | None:
-    """Return how far the file's value *name* is off, in floors of the graph's own run; None if unknown."""
+def drift_at(
+    place: Boundary, found: Mapping[str, Any], exact: Mapping[str, Any], own: Mapping[str, Any]
+) -> Drift | None:
+    """Return how far the file is off at *place*, and the floor of the graph's own run; None if unknown."""
+    name = place.value
     if name not in exact or name not in own or found[name].shape != exact[name].shape:
         return None
-    smallest = 4 * float(np.finfo(np.float32).eps) * float(np.abs(exact[name]).max(initial=0.0))
-    floor = max(smallest, float(np.abs(own[name] - exact[name]).max(initial=0.0)), 1e-30)
-    drift = np.abs(found[name].astype(np.float64) - exact[name]).max(initial=0.0)
-    return float(drift) / floor if np.isfinite(drift) else float("inf")
+    finite = np.abs(exact[name][np.isfinite(exact[name])])
+    smallest = 4 * float(np.finfo(np.float32).eps) * float(finite.max(initial=0.0))
+    floor = max(smallest, farthest(own[name], exact[name]), 1e-30)
+    return Drift(part=place.part, drift=farthest(found[name], exact[name]), floor=floor)
+
+
+def farthest(values: NDArray[Any], exact: NDArray[Any]) -> float:
+    """Return the largest difference; an infinity in both, as a gate gives what it leaves out, is none."""
+    same = values == exact
+    difference = np.where(same, 0.0, values.astype(np.float64)) - np.where(same, 0.0, exact)
+    return float(np.abs(difference).max(initial=0.0))
 
 
 def boundaries(program: ExportedProgram, model: onnx.ModelProto) -> list[Boundary]:
@@ -139,15 +197,18 @@ def product_name(kind: str, count: int) -> tuple[str, int]:
     return ("covariance", 1) if count == 0 else (f"iteration {count}", count)
 
 
-def run_file(model: onnx.ModelProto, names: Sequence[str], images: NDArray[np.uint8]) -> dict[str, Any]:
-    """Return the values called *names* in *model* for *images*."""
-    wanted = list(names)
-    probed = by_casts(model) if holds_bfloat16(model) else onnx.shape_inference.infer_shapes(model)
+def run_file(
+    model: onnx.ModelProto, names: Sequence[str], images: NDArray[np.uint8], *, optimised: bool = True
+) -> dict[str, Any]:
+    """Return the values called *names* in *model* for *images*, with the runtime's fusions or without."""
+    probed, wanted = onnx.shape_inference.infer_shapes(model), list(names)
+    if holds_bfloat16(model):
+        probed, wanted = widened(by_casts(model), names)
     outputs = {value.name for value in probed.graph.output}
     probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in outputs)
-    session: ort.InferenceSession = open_session(probed)
+    session: ort.InferenceSession = open_session(probed, optimised=optimised)
     values = session.run(wanted, {session.get_inputs()[0].name: images})
-    return dict(zip(wanted, values, strict=True))
+    return dict(zip(names, values, strict=True))
 
 
 def advice(part: str) -> str:

@@ -7,6 +7,7 @@ the floor is the rounding itself and another kernel can only round again.
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 from sopdeploy.frozen import Frozen
 from sopdeploy.manifest import Precision
@@ -23,12 +24,22 @@ FLOORS_BY_PRECISION: Mapping[Precision, float] = {
 }
 
 
+class Flip(Frozen):
+    """A probe image whose top class is another: class numbers, and the network's margin between them."""
+
+    image: int
+    network: int
+    file: int
+    margin: float
+    because: Literal["noise", "routing", "error"]
+
+
 class Agreement(Frozen):
     """How often the top class is the network's.
 
     A flip counts as noise where the network's own margin between the two is below twice the tolerance, as
     routing where the gate chose other components (and was unsure). `low` and `high` bound the true share of
-    agreement: Wilson's interval at 95 %.
+    agreement: Wilson's interval at 95 %. `flipped` lists the flips one by one.
     """
 
     images: int
@@ -36,6 +47,7 @@ class Agreement(Frozen):
     flips_within_noise: int
     flips_by_routing: int = 0
     flips: int
+    flipped: tuple[Flip, ...] = ()
     low: float
     high: float
 
@@ -74,6 +86,7 @@ class RoutingParity(Frozen):
     An image is `unsteady` where the margin between the K-th and the next logit of the gate is within twice
     what those logits may drift, `tolerance`. Other components for such an image are a routing flip: its
     numbers are left out of the drift, and it is no probe. Other components for a steady image are wrong.
+    `usage` says of each component how many images chose it in float64.
     """
 
     noise_floor: float
@@ -82,35 +95,61 @@ class RoutingParity(Frozen):
     unsteady: int
     flips: int
     wrong: int
+    usage: tuple[int, ...] = ()
+
+
+class PartDrift(Frozen):
+    """How far the file is off where a part ends, and the noise floor there, in the units of that value."""
+
+    part: str
+    drift: float
+    noise_floor: float
+
+    @property
+    def in_floors(self) -> float:
+        """Return the drift in multiples of the noise floor."""
+        return self.drift / self.noise_floor
 
 
 class SpectralRecord(Frozen):
     """What must hold of one second-order part whatever the picture, measured in torch.
 
-    `asymmetry` is the largest ||S - S^T|| / ||S|| of its root, `residual` the largest ||Y Y - A|| / ||A|| of
-    the truncated iteration in the precision that ships, `residual_exact` the same in float64: the distance
-    that N steps leave by design.
+    `asymmetry` is the largest ||R - R^T|| / ||R|| of its root, `residual` the largest ||R R - S|| / ||S||
+    from its covariance S of `width` channels, `residual_exact` the same in float64: the distance that N
+    steps leave by design. `distance` is the largest ||R - R*|| / ||R*|| from N steps in float64, which may
+    be `allowed`; bounds for the others follow from it. `stored` is the type of matrices between products.
     """
 
     part: str
+    width: int
     iterations: int
+    stored: Literal["float32", "float16"]
     asymmetry: float
     residual: float
     residual_exact: float
+    distance: float
+    allowed: float
 
 
 class ParityReport(Frozen):
-    """What was measured on the shipped file."""
+    """What was measured on the shipped file.
+
+    `emulation` says how the runtime computed what it has no kernels for; absent, it ran the file as it is.
+    `broken` names the first invariant of `spectral` that does not hold.
+    """
 
     precision: Precision = "fp32"
     runtime: str
     provider: str
+    emulation: str | None = None
     images: int
     floors_allowed: float = FLOORS
     outputs: dict[str, OutputParity]
     top1: Agreement
     routing: RoutingParity | None = None
+    parts: tuple[PartDrift, ...] = ()
     spectral: tuple[SpectralRecord, ...] = ()
+    broken: str | None = None
     first_over_floor: str | None = None
     operators: dict[str, int]
     file_bytes: int

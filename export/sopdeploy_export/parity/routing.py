@@ -98,4 +98,5 @@ def routing_parity(other: NDArray[np.bool_], routes: Routing) -> RoutingParity:
         unsteady=int(uncertain.sum()),
         flips=int((other & uncertain).sum()),
         wrong=int((other & ~uncertain).sum()),
+        usage=tuple(int(count) for count in routes.chosen.sum(axis=0)),
     )

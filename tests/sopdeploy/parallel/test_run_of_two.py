@@ -114,7 +114,7 @@ def test_what_both_find_is_said_once(tmp_path, setting, message) -> None:
 @pytest.mark.slow
 def test_a_picture_that_only_one_process_reads_is_named_once(tmp_path) -> None:
     make(tmp_path / "photos", a=8, b=8)
-    (tmp_path / "photos" / "a" / "0.png").write_bytes(b"no picture")
+    (tmp_path / "photos" / "a" / "000.jpg").write_bytes(b"no picture")
     both = ranks.start(
         "sopdeploy",
         *("train", "--data", str(tmp_path / "photos"), "--out", str(tmp_path / "run"), "--set", "epochs=1"),
@@ -123,7 +123,7 @@ def test_a_picture_that_only_one_process_reads_is_named_once(tmp_path) -> None:
     ends = ranks.finish(both)
     assert [code for code, _, _ in ends] == [2, 2]
     lines = [line for _, _, err in ends for line in err.splitlines() if line.startswith("error")]
-    assert sum("photos/a/0.png" in line for line in lines) == 1
+    assert sum("photos/a/000.jpg" in line for line in lines) == 1
     assert len(lines) <= 2
     assert "Traceback" not in "".join(err for _, _, err in ends)
 

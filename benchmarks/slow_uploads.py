@@ -1,0 +1,114 @@
+"""Many clients that send a large body slowly: what the server's memory does, and what others notice.
+
+    python benchmarks/slow_uploads.py bundles/NAME --clients 100 --megabytes 19 --seconds 20
+
+starts `sopdeploy serve` twice, with the limit on bytes in flight and (for comparison) practically without,
+lets the clients send at the same pace, and posts a small picture ten times a second meanwhile. Prints the
+resident memory before and at its peak, how the uploads ended, and how long the small pictures took.
+"""
+
+import argparse
+import asyncio
+import collections
+import io
+import json
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from PIL import Image
+
+HEAD = "POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n"
+PIECE_SECONDS = 0.1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--clients", type=int, default=100)
+    parser.add_argument("--megabytes", type=float, default=19)
+    parser.add_argument("--seconds", type=float, default=20, help="that one upload takes")
+    given = parser.parse_args()
+    for name, limit in (("limited", 256_000_000), ("not limited", 10**12)):
+        print(name, json.dumps(measure(given, limit)))
+
+
+def measure(given: argparse.Namespace, limit: int) -> dict[str, object]:
+    command = [sys.executable, "-m", "sopdeploy", "serve", str(given.bundle), "--port", "0"]
+    command += ["--set", f"max_upload_bytes={limit}", "--set", "deadline_seconds=120"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            found = re.match(r"ready: http://(\S+):(\d+)", server.stdout.readline() if server.stdout else "")
+            if found is None:
+                raise SystemExit("the server did not start")
+            return asyncio.run(load(given, (found[1], int(found[2])), server.pid))
+        finally:
+            server.terminate()
+
+
+async def load(given: argparse.Namespace, address: tuple[str, int], pid: int) -> dict[str, object]:
+    small = picture()
+    for _ in range(5):
+        await post(address, small, 1, 0)
+    before = resident(pid)
+    peak, others, seconds = before, collections.Counter[str](), []
+    pieces = round(given.seconds / PIECE_SECONDS)
+    body = bytes(round(given.megabytes * 1e6))
+    crowd = [asyncio.create_task(post(address, body, pieces, PIECE_SECONDS)) for _ in range(given.clients)]
+    while not all(task.done() for task in crowd):
+        started = time.monotonic()
+        others[await post(address, small, 1, 0)] += 1
+        seconds.append(time.monotonic() - started)
+        peak = max(peak, resident(pid))
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(1)
+    ended = collections.Counter(task.result() for task in crowd)
+    return {
+        "resident_MB": {"before": before, "peak": peak, "after": resident(pid)},
+        "uploads": dict(ended),
+        "small_pictures": dict(others),
+        "small_ms": {"median": ms(statistics.median(seconds)), "worst": ms(max(seconds))},
+    }
+
+
+async def post(address: tuple[str, int], body: bytes, pieces: int, pause: float) -> str:
+    """Send *body* in *pieces*; return the status, or how the connection ended."""
+    reader, writer = await asyncio.open_connection(*address)
+    try:
+        writer.write(HEAD.format(len(body)).encode())
+        size = -(-len(body) // pieces)
+        for place in range(0, len(body), size):
+            writer.write(body[place : place + size])
+            await writer.drain()
+            await asyncio.sleep(pause)
+            if reader._buffer:  # the answer is here before the body is out
+                break
+        return (await reader.read(12)).decode()[9:] or "closed"
+    except ConnectionError:
+        return "reset"
+    finally:
+        writer.close()
+
+
+def picture() -> bytes:
+    file = io.BytesIO()
+    Image.linear_gradient("L").convert("RGB").save(file, "JPEG")
+    return file.getvalue()
+
+
+def resident(pid: int) -> int:
+    """Return the resident memory of a process in MB."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return round(pages * resource.getpagesize() / 1e6)
+
+
+def ms(seconds: float) -> float:
+    return round(seconds * 1000, 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""`report.html`: one page that needs no network and no script, light or dark, on paper or a telephone."""
+
+from importlib.resources import files
+
+from sopdeploy_export.findings import Findings
+from sopdeploy_export.report_page.amounts import percent, short, size
+from sopdeploy_export.report_page.markup import Html, join, paragraph, tag
+from sopdeploy_export.report_page.measured import (
+    answers_section,
+    drift_section,
+    gate_section,
+    precision_section,
+    spectral_section,
+)
+from sopdeploy_export.report_page.proved import (
+    files_section,
+    lowering_section,
+    network_section,
+    proof_section,
+)
+from sopdeploy_export.report_page.timed import speed_section
+
+LABELS_SHOWN = 20
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'"  # a page that could load nothing even if it wanted to
+)
+
+
+def render(found: Findings) -> str:
+    """Return the page; the same findings give the same text."""
+    title = f"{found.checkpoint.model}: what was exported"
+    style = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("style", Html(style)),
+    )
+    sections = (
+        network_section(found),
+        proof_section(found),
+        lowering_section(found),
+        drift_section(found),
+        answers_section(found),
+        gate_section(found),
+        spectral_section(found),
+        precision_section(found),
+        speed_section(found),
+        files_section(found),
+    )
+    main = tag("main", header(found), *(one for one in sections if one is not None))
+    return f"<!DOCTYPE html>\n{tag('html', head, tag('body', main), lang='en')}\n"
+
+
+def header(found: Findings) -> Html:
+    """Return the name, the figures that matter most, and the classes."""
+    parity, counts = found.parity, found.anatomy
+    removed = found.certificate.bytes_removed
+    tiles = {
+        "taken off": size(removed) if removed else "nothing",
+        "parameters": f"{short(counts.shipped.parameters)} of {short(counts.trained.parameters)}",
+        "multiply-adds": f"{short(counts.shipped.macs)} of {short(counts.trained.macs)}",
+        "precision": found.precision.precision,
+        "drift": f"{parity.logits.drift_in_floors:.1f} floors",
+        "same answer": percent(parity.top1.agree / parity.top1.images),
+        "model.onnx": size(parity.file_bytes),
+    }
+    if found.speed is not None:
+        first = found.speed.rows[0]
+        tiles["one image"] = f"{first.ours_ms:.1f} ms"
+    labels = ", ".join(found.checkpoint.labels[:LABELS_SHOWN])
+    more = len(found.checkpoint.labels) - LABELS_SHOWN
+    state = (
+        "Everything below held, or this bundle would not exist."
+        if parity.passed
+        else "The numbers drift by more than is allowed; that was accepted when the bundle was exported."
+    )
+    return tag(
+        "header",
+        tag("h1", found.checkpoint.model),
+        tag("p", state, class_=None if parity.passed else "warning"),
+        tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in tiles.items())),
+        paragraph(
+            f"{len(found.checkpoint.labels)} classes: ",
+            join([labels, f" and {more} more, see labels.json" if more > 0 else ""]),
+        ),
+    )

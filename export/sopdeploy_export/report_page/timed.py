@@ -1,0 +1,57 @@
+"""The section about speed: the curves where they were measured, else the command that measures."""
+
+from sopdeploy_export.findings import Findings
+from sopdeploy_export.report_page.charts import Curve, curves
+from sopdeploy_export.report_page.markup import Html, figure, paragraph, section, table, tag
+
+
+def speed_section(found: Findings) -> Html:
+    """Return the latency over batch sizes; nothing that a clock says stands here unless it was asked for."""
+    if found.speed is None:
+        return section(
+            "Speed",
+            "speed",
+            paragraph(
+                "Not measured, so that two exports of one checkpoint are the same bytes. ",
+                "On the machine that will serve: ",
+                tag("code", "sopdeploy bench BUNDLE --batch 1,8"),
+                "; or export with ",
+                tag("code", "--measure-speed"),
+                ".",
+            ),
+        )
+    rows = found.speed.rows
+    places = [row.batch for row in rows]
+    lines = (
+        Curve(name="model.onnx", values=tuple(row.ours_ms / row.batch for row in rows)),
+        Curve(name="plain backbone, no rules", values=tuple(row.plain_ms / row.batch for row in rows)),
+    )
+    numbers = table(
+        "Medians of warm calls, made in turn",
+        ("images", "model.onnx", "plain backbone", "ratio", "runs"),
+        [
+            (
+                str(row.batch),
+                f"{row.ours_ms:.2f} ms",
+                f"{row.plain_ms:.2f} ms",
+                f"{row.ratio:.2f}",
+                str(row.runs),
+            )
+            for row in rows
+        ],
+        kind="figures",
+    )
+    facts = ", ".join(f"{key} {value}" for key, value in found.speed.machine.items())
+    chart = curves(
+        "latency", "Milliseconds per image over batch sizes", places, lines, "milliseconds per image"
+    )
+    return section(
+        "Speed",
+        "speed",
+        paragraph(
+            f"{found.speed.runtime} on {facts}. The plain backbone is its float32 graph, "
+            "converted without rules."
+        ),
+        figure(chart, "Lower is faster."),
+        numbers,
+    )

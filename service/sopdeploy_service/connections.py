@@ -1,0 +1,88 @@
+"""What the connections of one server share: their limits, their number and who of them is idle."""
+
+import resource
+from typing import Protocol
+
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.metrics import Metrics
+from sopdeploy_service.outcome import Refusal
+from sopdeploy_service.settings import Settings
+
+SPARE = 64  # connections over the limit that are told so; more are cut without a word
+
+OTHER_FILES = 192  # bundles, libraries, the health port
+
+FULL = Refusal("too_many_connections", 503, "too many connections; come back later", 1)
+
+
+def allow_files(connections: int) -> None:
+    """Let this process open the files that so many *connections* need: one refused is better than one unseen.
+
+    Raises `ConfigError` where the system does not allow it.
+    """
+    needed = connections + SPARE + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"max_connections {connections}: needs {needed} open files where the system allows {hard}; "
+            "choose fewer or raise `ulimit -n`"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+class Connection(Protocol):
+    """What the book of connections needs of one."""
+
+    def hang_up(self) -> None:
+        """Close in an orderly way."""
+
+    def cut(self) -> None:
+        """Close at once, with nothing written."""
+
+
+class Connections:
+    """The book of one server's connections; used on its event loop only."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self._open: set[Connection] = set()
+        self._idle: dict[Connection, None] = {}  # in the order they became so
+
+    def opened(self, connection: Connection) -> Refusal | None:
+        """Enter *connection*; return why it gets no answer, or None.
+
+        Where the limit is reached, the connection that has been idle for longest makes room.
+        """
+        self._open.add(connection)
+        self.metrics.connections(len(self._open))
+        excess = len(self._open) - self.settings.max_connections
+        if excess <= 0 or self._close_oldest_idle():
+            return None
+        if excess > SPARE:
+            connection.cut()
+        return FULL
+
+    def closed(self, connection: Connection) -> None:
+        """Strike *connection* out."""
+        self._open.discard(connection)
+        self._idle.pop(connection, None)
+        self.metrics.connections(len(self._open))
+
+    def idle(self, connection: Connection) -> None:
+        """Note that *connection* waits for its client's next request."""
+        self._idle[connection] = None
+        if len(self._idle) > self.settings.max_idle_connections:
+            self._close_oldest_idle()
+
+    def busy(self, connection: Connection) -> None:
+        """Note that a request arrives on *connection*."""
+        self._idle.pop(connection, None)
+
+    def _close_oldest_idle(self) -> bool:
+        for connection in self._idle:
+            del self._idle[connection]
+            connection.hang_up()
+            return True
+        return False

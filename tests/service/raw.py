@@ -1,0 +1,52 @@
+"""HTTP by hand, for what a well-behaved client would never send."""
+
+import json
+import socket
+import time
+from typing import NamedTuple
+
+import httpx
+
+POST = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\n"
+GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
+EXPECT = b"Expect: 100-continue\r\n"
+
+
+class Reply(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    seconds: float
+
+    @property
+    def code(self) -> str:
+        return json.loads(self.body)["code"]
+
+
+def connect(client: httpx.Client) -> socket.socket:
+    return socket.create_connection((client.base_url.host, client.base_url.port), timeout=10)
+
+
+def read(wire: socket.socket, *, to_the_end: bool = True) -> Reply:
+    """The answer on *wire*; with *to_the_end* the server must hang up after it."""
+    started = time.monotonic()
+    data = b""
+    while b"\r\n\r\n" not in data:
+        piece = wire.recv(65_536)
+        assert piece, f"hung up after {data!r}"
+        data += piece
+    head, _, body = data.partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+    while len(body) < int(headers["content-length"]):
+        body += wire.recv(65_536)
+    seconds = time.monotonic() - started
+    if to_the_end:
+        assert headers["connection"] == "close"
+        assert wire.recv(10) == b""
+    return Reply(int(first.split()[1]), headers, body, seconds)
+
+
+def count(client: httpx.Client, line: str) -> float:
+    found = [x for x in client.get("/metrics").text.splitlines() if x.startswith(f"sopdeploy_{line} ")]
+    return float(found[0].split()[-1]) if found else 0.0
