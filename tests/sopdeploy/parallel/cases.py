@@ -21,7 +21,8 @@ from sopdeploy.training.slices import slice_of
 NETWORKS = {
     "dsop": [
         "model.name=dsop-resnet8",
-        "model.config={base_width=4, aux_blocks=[0, 1, 1], aux_widths=[4, 6, 6], aux_dropout=0.3}",
+        "model.config={base_width=4, aux_blocks=[0, 1, 1], aux_widths=[4, 6, 6], aux_dropout=0.3, "
+        "keep_unused_branches=true}",
     ],
     "gmsop": [
         "model.name=gmsop-16-8-resnet18",

@@ -137,8 +137,8 @@ def test_torchrun_starts_again_what_was_killed_and_only_one_process_speaks(tmp_p
     last = tmp_path / "run" / "last.pt"
     wait_for(last)
     os.kill(worker_of(torchrun.pid), signal.SIGKILL)
-    ((code, out, _err),) = ranks.finish([torchrun])
-    assert code == 0
+    ((code, out, error),) = ranks.finish([torchrun])
+    assert code == 0, error
     assert out.count('"best_epoch"') == 1
     assert read_checkpoint(last).training["epoch"] == 12
 
