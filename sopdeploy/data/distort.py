@@ -34,7 +34,7 @@ class Distortion(Frozen):
         before = torch.get_rng_state()
         try:
             torch.default_generator.manual_seed(seed)
-            picture = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+            picture = torch.from_numpy(array.copy()).permute(2, 0, 1)
             mean = [float(round(255 * value)) for value in rules.mean]
             if self.ops:
                 picture = v2.RandAugment(self.ops, self.magnitude, fill=mean)(picture)

@@ -32,7 +32,7 @@ def run_and_look(folder, *overrides: str) -> None:
 
 
 @pytest.mark.parametrize(("precision", "averaged", "channels_last"), COMBINATIONS)
-def test_every_combination_ends_with_plain_float32_weights(
+def test_any_combination_ends_with_plain_float32_weights(
     tmp_path, precision, averaged, channels_last
 ) -> None:
     switches = [f"precision='{precision}'", f"channels_last={str(channels_last).lower()}"]
