@@ -33,7 +33,7 @@ class TrainCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Write a `--resume` that stands alone out."""
-        after = [*args[1:], ""]
+        after = [*args, ""][1:]
         written = [
             f"{ALONE}={Resume.ALWAYS}" if word == ALONE and next_word != Resume.AUTO else word
             for word, next_word in zip(args, after, strict=True)

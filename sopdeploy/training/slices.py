@@ -37,7 +37,7 @@ def slice_of(samples: Sequence[int], recipe: Recipe, parallel: Parallel) -> Slic
     loaded: list[int] = []
     pieces = []
     for number in range(count):
-        start, end = (len(samples) * place // count for place in (number, number + 1))
+        start, end = (-(-len(samples) * place // count) for place in (number, number + 1))
         places = parallel.share(range(start, end))
         if mixes:
             loaded.append(samples[places[0] - 1])
