@@ -1,6 +1,7 @@
 """`sopdeploy train` and `recipes`: from pictures to a checkpoint."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from itertools import zip_longest
 from pathlib import Path
@@ -93,14 +94,15 @@ def train(
 
     Example: [bold]sopdeploy train --recipe digits-dsop --dry-run[/bold]
     """
-    with one_line_errors(), ExitStack() as stack:
+    with one_line_errors(), stopped_by_a_signal(), ExitStack() as stack:
         from sopdeploy.errors import ConfigError
         from sopdeploy.pooling.choice import check_name
         from sopdeploy.recipe import read_recipe
         from sopdeploy.train import train as run
+        from sopdeploy.training.joined import is_first, joined_processes, started_by_torchrun
         from sopdeploy.training.loggers import Several, loggers
-        from sopdeploy.training.stop import TrainingStoppedError
 
+        stack.enter_context(joined_processes())
         if recipe is None and data is None:
             raise ConfigError("say what to learn from: --data DIR for a folder of pictures, or --recipe NAME")
         source = recipe or FOLDER_RECIPE
@@ -109,18 +111,18 @@ def train(
             overrides.append(f"model.config.pooling={check_name(pooling)}")
         chosen = read_recipe(source, overrides)
         if rehearse or find_rate:
+            if started_by_torchrun():
+                raise ConfigError("--dry-run and --find-lr look at one process; start them without torchrun")
             show_rehearsal(chosen, find_rate=find_rate, as_json=as_json)
             return
         folder = destination or Path("runs") / Path(source).stem
         go_on: bool | Literal["auto"] = "auto" if resume is Resume.AUTO else resume is Resume.ALWAYS
-        onlookers = loggers(logs or (), folder)
-        if not as_json:
+        onlookers = loggers(logs or (), folder) if is_first() else []
+        if not as_json and is_first():
             onlookers.append(stack.enter_context(Bars(err)))
-        try:
-            result = run(chosen, folder, resume=go_on, progress=Several(onlookers))
-        except TrainingStoppedError as stopped:
-            err.print(plain(str(stopped)))
-            raise typer.Exit(SIGNALLED + stopped.signal_number) from stopped
+        result = run(chosen, folder, resume=go_on, progress=Several(onlookers))
+        if not is_first():
+            return
     if as_json:
         print_json(result.model_dump(mode="json"))
         return
@@ -129,6 +131,19 @@ def train(
         f"{result.held_out_count} held-out pictures, {result.seconds:.0f} s"
     )
     out.print(f"next: sopdeploy export {plain(str(result.best))} --detach")
+
+
+@contextmanager
+def stopped_by_a_signal() -> Iterator[None]:
+    """End as a shell expects of a process that a signal ended, where that stopped the run."""
+    from sopdeploy.training.stop import TrainingStoppedError
+
+    try:
+        yield
+    except TrainingStoppedError as stopped:
+        if not stopped.told:
+            err.print(plain(str(stopped)))
+        raise typer.Exit(SIGNALLED + stopped.signal_number) from stopped
 
 
 def recipes(as_json: Json = False) -> None:

@@ -26,10 +26,11 @@ from sopdeploy.models.catalog import create_model
 from sopdeploy.normalise import Normalise
 from sopdeploy.recipe import Recipe
 from sopdeploy.seeds import seed_of
-from sopdeploy.training.finite import must_be_finite
+from sopdeploy.training.finite import float_buffers, must_be_finite
 from sopdeploy.training.history import EpochRow, Speed, best_row
 from sopdeploy.training.parallel import Parallel
 from sopdeploy.training.precision import Precision
+from sopdeploy.training.share import share_batches
 from sopdeploy.training.sight import Sight
 
 SHORTEST = 1e-9  # seconds
@@ -120,6 +121,17 @@ class Run:
         self.at = Position(epoch=at.epoch + 1, seconds=row.seconds, history=(*at.history, row))
         return row
 
+    def settle(self) -> None:
+        """Make the networks of all processes the same: batch norms of their own have statistics of their own.
+
+        The mean of running statistics is what they would have become from the mean of the batches', so that
+        it does not matter when it is taken.
+        """
+        if self.parallel.world > 1 and self.recipe.batch_norm == "local":
+            for model in [self.model, *([self.average.model] if self.average else [])]:
+                for buffer in float_buffers(model).values():
+                    buffer.copy_(self.parallel.all_reduce(buffer) / self.parallel.world)
+
     def is_best(self) -> bool:
         """Say whether the last finished epoch is the best so far."""
         return bool(self.at.history) and best_row(self.at.history).epoch == self.at.epoch
@@ -130,6 +142,7 @@ class Run:
 
     def checkpoint(self, *, resumable: bool) -> Checkpoint:
         """Return the run as it is written; raises `TrainingError` where a number is no longer finite."""
+        self.settle()
         raw = self.model.state_dict()
         average = self.average.state_dict() if self.average is not None else None
         weights = average["weights"] if average is not None and self.exports() == "average" else raw
@@ -213,6 +226,7 @@ def placed(recipe: Recipe, model: Classifier, parallel: Parallel) -> tuple[Class
     """Return *model* on its device, what computes it in training, and its optimizer."""
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     model = model.to(parallel.device, memory_format=layout).train()  # type: ignore[call-overload]
+    share_batches(model, recipe.batch_norm, parallel.world, parallel.rows)
     network = parallel.setup(model)
     if recipe.compile:
         network = torch.compile(network)  # type: ignore[assignment]

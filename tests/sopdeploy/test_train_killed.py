@@ -18,6 +18,7 @@ from tests.sopdeploy.runs import same_bits, same_run
 ROOT = Path(__file__).parents[2]
 KILLS = 10
 KILLED = -9
+TIMES = {"seconds", "pictures_per_second", "waiting"}
 
 COMMON = ("threads=1", "device=cpu", "epochs=6", "save.every_steps=2")
 SMALL_GATE = "{components=4, chosen=2, component_widths=[16, 8], gate_widths=[16, 8], blocks_per_stage=1}"
@@ -46,10 +47,7 @@ CASES = {
 class Server:
     """Speaks with a `kill_server` process."""
 
-    TIMES = {"seconds", "pictures_per_second", "waiting"}
-
-
-def __init__(self) -> None:
+    def __init__(self) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.sopdeploy.kill_server"],
             cwd=ROOT,
