@@ -111,10 +111,10 @@ def test_a_bundle_in_int8_says_what_it_lost_and_which_layers_cost_most(
 def test_more_than_the_allowed_drop_writes_nothing_and_names_the_dearest_layers(
     make: Make, preprocess: Preprocess, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sopdeploy_export import ship
+    from sopdeploy_export import precision_toll
 
     worse = accuracy(np.zeros(50, dtype=np.int64), np.repeat([0, 1], 25), before=1.0, after=0.5)
-    monkeypatch.setattr(ship, "without_labels", lambda *_: worse)
+    monkeypatch.setattr(precision_toll, "without_labels", lambda *_: worse)
     advice = r"cost most: \w.* --keep-float \w[\w.]+, or try --calibration minmax or entropy"
     with pytest.raises(ParityError, match=rf"loses 50\.00 points of top-1 on 50 pictures.*{advice}"):
         run(make("resnet8"), "resnet8", tmp_path, preprocess, calibrate=pictures)
