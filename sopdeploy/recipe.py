@@ -75,8 +75,9 @@ class Recipe(Frozen):
     """A complete run. `threads` 0 leaves the number to torch; `workers` is the most loader processes.
 
     `batch_size` is the samples of a step, whatever computes them; `accumulate` computes them in so many
-    pieces. `sampler` "balanced" draws each class equally often. The defaults of what a recipe leaves out are
-    those of the papers.
+    pieces. `batch_norm` takes its statistics from what one process computes of a piece ("local"), from the
+    whole piece ("global"), or keeps the running ones ("frozen"). `sampler` "balanced" draws each class
+    equally often. The defaults of what a recipe leaves out are those of the papers.
     """
 
     summary: str
@@ -90,6 +91,7 @@ class Recipe(Frozen):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
     compile: bool = False
+    batch_norm: Literal["local", "global", "frozen"] = "local"
     sampler: Literal["shuffled", "balanced"] = "shuffled"
     model: ModelChoice
     data: DataConfig

@@ -5,6 +5,7 @@ the weights of an undisturbed one, bit for bit on a CPU with the same number of 
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sopdeploy.data.augment import Augmented
 from sopdeploy.data.base import Pictures, Prepared, Split
-from sopdeploy.data.batches import Batch, balanced_batches, load_batches, shuffled_batches
+from sopdeploy.data.batches import Batch, balanced_batches, load_batches, shuffled_batches, timed
 from sopdeploy.data.readable import all_unreadable
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError
@@ -31,12 +32,15 @@ from sopdeploy.training.finite import (
     gradients,
     not_finite,
 )
-from sopdeploy.training.parallel import Alone, Parallel, choose_device
+from sopdeploy.training.joined import must_be_at_one_step, processes_of
+from sopdeploy.training.parallel import Parallel
 from sopdeploy.training.progress import Progress, Quiet
 from sopdeploy.training.result import TrainingResult, summarise
 from sopdeploy.training.resume import resume_run
-from sopdeploy.training.run import Run, start_run
+from sopdeploy.training.run import Run, StepResult, start_run
 from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.sight import look, spectrum_epochs
+from sopdeploy.training.slices import Piece, must_divide, slice_of
 from sopdeploy.training.start import TIMES, into_training
 from sopdeploy.training.stop import Stop, StopRequested, TrainingStoppedError, watch_for_stop
 
@@ -51,12 +55,11 @@ def train(
 ) -> TrainingResult:
     """Run *recipe* to its end and keep it in *out_dir*; with *resume*, go on where `last.pt` there ends.
 
-    "auto" goes on if there is something to go on from, else it starts. Raises `ConfigError` for a folder or
-    recipe that does not fit, `DataError` for data that cannot be used, `TrainingError` where a number is no
-    longer finite, `TrainingStoppedError` after a Ctrl-C or SIGTERM, when everything is saved.
+    "auto" goes on if there is something to go on from, else it starts. Raises `ConfigError`, `DataError`,
+    `TrainingError` where a number is no longer finite, `TrainingStoppedError` after a Ctrl-C or SIGTERM.
     """
-    onlooker = progress or Quiet()
-    parallel = parallel or Alone(choose_device(recipe.device))
+    parallel = parallel or processes_of(recipe)
+    onlooker = progress if progress is not None and parallel.rank == 0 else Quiet()
     folder = RunFolder(out_dir, parallel)
     if resume == "auto":
         resume = folder.holds_run()
@@ -64,7 +67,7 @@ def train(
         torch.set_num_threads(recipe.threads)
     run, data = begin(recipe, folder, parallel, onlooker, resume=resume)
     held_out = Prepared(data.held_out, recipe.preprocess)
-    with watch_for_stop() as stop:
+    with watch_for_stop(parallel) as stop:
         try:
             while run.at.epoch < recipe.epochs:
                 stop.check()
@@ -93,10 +96,13 @@ def begin(
         folder.must_be_free()
     checkpoint = folder.read_last() if resume else None
     data = open_data(recipe.data, onlooker.warned)
+    must_divide(recipe, len(data.train), parallel.world)
     if checkpoint is None:
         run = start_run(recipe, data.train, parallel)
     else:
         run = resume_run(recipe, data.train, parallel, *checkpoint)
+    must_be_at_one_step(run, folder.path)
+    if checkpoint is not None:
         folder.save_consequences(run)
     if folder.warning is not None:
         onlooker.warned(folder.warning)
@@ -116,16 +122,16 @@ def train_epoch(run: Run, pictures: Pictures, folder: RunFolder, stop: Stop, onl
     view = Augmented(pictures, recipe.augment, recipe.preprocess, recipe.seed, epoch, recipe.distort)
     into_training(run.model, recipe.start)
     since = time.monotonic()
-    shares = [run.parallel.share(samples) for samples in batches[run.at.step :]]
-    for batch in load_batches(view, shares, recipe.workers, run.parallel.device):
+    shares = [slice_of(samples, recipe, run.parallel).samples for samples in batches[run.at.step :]]
+    for batch, waited in timed(load_batches(view, shares, recipe.workers, run.parallel.device)):
         samples = batches[run.at.step]
-        loss = train_step(run, batch, samples, len(batches))
+        result = train_step(run, batch, samples, len(batches))
         now = time.monotonic()
-        run.after_step(loss, len(samples), now - since)
+        run.after_step(result, len(samples), now - since, waited)
         since = now
-        onlooker.stepped(epoch=epoch, step=run.at.step - 1, steps=len(batches), loss=float(loss.total))
-        stop.check()
-        if stop.asked_to_save() or folder.is_due(recipe.save, run.at.step):
+        onlooker.stepped(epoch=epoch, step=run.at.step - 1, steps=len(batches), loss=float(result.loss.total))
+        stop.check(save=folder.is_due(recipe.save, run.at.step))
+        if stop.asked_to_save():
             folder.save_last(run)
 
 
@@ -136,7 +142,7 @@ def epoch_batches(recipe: Recipe, pictures: Pictures, epoch: int) -> list[list[i
     return shuffled_batches(len(pictures), recipe.batch_size, recipe.seed, epoch)
 
 
-def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> Loss:
+def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> StepResult:
     """Do one step on *batch*; raises `TrainingError` before it changes a weight by what is not finite.
 
     *samples* are those of the whole step, of which *batch* is what this process computes.
@@ -146,9 +152,9 @@ def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> Loss:
     factor = recipe.schedule.factor(at.epoch + at.step / steps, recipe.epochs)
     for group in run.optimizer.param_groups:
         group["lr"] = recipe.optimizer.lr * factor * group.get(TIMES, 1.0)
-    images, targets = recipe.mix(run.normalise(batch[0]), batch[1], len(run.labels))
+    mixed = recipe.mix(run.normalise(batch[0]), batch[1], len(run.labels))
     run.optimizer.zero_grad()
-    loss = loss_and_gradient(run, images, targets, len(samples))
+    loss = loss_and_gradient(run, mixed, slice_of(samples, recipe, run.parallel).pieces)
     run.precision.unscale(run.optimizer)
     norm = get_total_norm(gradients(run.model).values())
     finite = stop_unless_finite(run, loss, norm, samples)
@@ -156,28 +162,28 @@ def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> Loss:
         clip_grads_with_norm_(run.model.parameters(), recipe.optimizer.clip_norm, norm)
     if run.precision.step(run.optimizer, finite=finite) and run.average is not None:
         run.average.update(run.model)
-    return loss
+    return StepResult(loss, float(norm) if finite else 0.0)
 
 
-def loss_and_gradient(run: Run, images: Tensor, targets: Tensor, count: int) -> Loss:
-    """Compute the loss of a step of *count* samples piece by piece, and leave its gradient at the weights.
+def loss_and_gradient(run: Run, batch: Batch, pieces: Sequence[Piece]) -> Loss:
+    """Compute the loss of a step piece by piece, and leave its gradient at the weights.
 
     Each piece counts by its samples, so that pieces of different sizes add up to the mean of the whole. What
     couples samples does not: batch norm's statistics and a gate's balance loss are those of a piece.
     """
-    recipe = run.recipe
-    pieces = min(recipe.accumulate, max(1, len(images) // 2))
+    images, targets = batch
+    count = sum(piece.total for piece in pieces)
     sums: dict[str, Tensor] = {}
-    for number, (part, wanted) in enumerate(
-        zip(images.tensor_split(pieces), targets.tensor_split(pieces), strict=True)
-    ):
+    for piece in pieces:
+        run.parallel.begin(piece.total)
+        wanted = targets[piece.first : piece.end]
         with run.precision.autocast():
-            output = run.network(part)
-            loss = training_loss(output, wanted, run.model.loss_weights(), recipe.loss.label_smoothing)
+            output = run.network(part := images[piece.first : piece.end])
+            loss = training_loss(output, wanted, run.model.loss_weights(), run.recipe.loss.label_smoothing)
             if run.teacher is not None:
                 loss = run.teacher.join(loss, part, output)
-        share = len(part) / count
-        differentiate(run, loss.total * share, last=number == pieces - 1)
+        share = len(wanted) / count
+        differentiate(run, loss.total * share, last=piece is pieces[-1])
         for name, value in {"total": loss.total.detach(), **loss.parts}.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value * share
     summed = run.parallel.all_reduce(torch.stack([value.float() for value in sums.values()]))
@@ -190,6 +196,8 @@ def differentiate(run: Run, loss: Tensor, *, last: bool) -> None:
     if isinstance(run.optimizer, AdaHessian):
         at = run.at
         run.optimizer.differentiate(loss, seed_of(run.recipe.seed, "curvature", at.epoch, at.step))
+        if last:
+            run.optimizer.sum_over(run.parallel.sums)
     else:
         run.parallel.backward(run.precision.scale(loss), last=last)
 
@@ -200,7 +208,8 @@ def stop_unless_finite(run: Run, loss: Loss, norm: Tensor, samples: list[int]) -
     Batch norm's buffers have taken the batch in already, the weights have not.
     """
     buffers = float_buffers(run.model)
-    if bool(all_finite([loss.total, norm, *buffers.values()])):
+    finite = all_finite([loss.total, norm, *buffers.values()])
+    if int(run.parallel.all_reduce(finite.int())) == run.parallel.world:
         return True
     culprit = first_not_finite(loss) or first_not_finite_tensor(buffers.items())
     if culprit is None and run.recipe.precision == "fp16":
@@ -212,6 +221,7 @@ def stop_unless_finite(run: Run, loss: Loss, norm: Tensor, samples: list[int]) -
 def measure_epoch(run: Run, held_out: Prepared, stop: Stop, onlooker: Progress) -> None:
     """Measure the network on the held-out pictures, and its average beside it, and close the epoch."""
     since, epoch = time.monotonic(), run.at.epoch
+    run.settle()
 
     def on_batch(done: int) -> None:
         onlooker.measured(epoch=epoch, done=done)
@@ -222,11 +232,19 @@ def measure_epoch(run: Run, held_out: Prepared, stop: Stop, onlooker: Progress) 
             model,
             held_out,
             run.recipe.preprocess,
-            batch_size=run.recipe.batch_size,
+            batch_size=run.recipe.batch_size // run.parallel.world,
             workers=run.recipe.workers,
+            processes=run.parallel,
             on_batch=on_batch,
         )
 
     raw = figures_of(run.model)
     average = figures_of(run.average.model) if run.average is not None else None
-    run.after_epoch(raw, average, time.monotonic() - since)
+    sight = look(
+        run.model,
+        held_out,
+        run.normalise,
+        run.recipe.batch_size,
+        spectra=epoch + 1 in spectrum_epochs(run.recipe.epochs),
+    )
+    run.after_epoch(raw, average, sight, time.monotonic() - since)

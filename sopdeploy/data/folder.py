@@ -87,13 +87,13 @@ def pictures_of(store: Store, labels: tuple[str, ...]) -> StoredPictures:
     """Return the images of *store*, whose folders must be *labels*; raises `DataError` naming the others."""
     found = set(store.folders())
     unknown, missing = sorted(found - set(labels)), sorted(set(labels) - found)
+    wrong = []
     if unknown:
-        raise DataError(
-            f"{store.root}: classes {', '.join(unknown)} are none of those learnt; "
-            "remove them or learn them too"
-        )
+        wrong.append(f"classes {', '.join(unknown)} are none of those learnt, remove them or learn them too")
     if missing:
-        raise DataError(f"{store.root}: classes {', '.join(missing)} of those learnt are missing; add them")
+        wrong.append(f"classes {', '.join(missing)} of those learnt are missing, add them")
+    if wrong:
+        raise DataError(f"{store.root}: {'; '.join(wrong)}")
     return scan(store, labels)
 
 

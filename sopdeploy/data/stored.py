@@ -4,6 +4,7 @@ import io
 import os
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,9 +41,13 @@ class StoredPictures:
             ) from problem
         return opened(data, self.where(index))
 
+    def path(self, index: int) -> Path:
+        """Return where the file lies, or would lie if its archive were a folder."""
+        return self.store.root / os.fsdecode(self.paths[index])
+
     def where(self, index: int) -> str:
         """Return what an error calls the file."""
-        return str(self.store.root / os.fsdecode(self.paths[index]))
+        return str(self.path(index))
 
     def only(self, mask: NDArray[np.bool_]) -> "StoredPictures":
         """Return the pictures that *mask* (N,) keeps."""

@@ -6,7 +6,7 @@ Letters: g gradient, H Hessian, z a vector of -1 and 1. Hutchinson's estimate of
 step from a seed that the caller gives, so that a resumed run draws the same.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -61,6 +61,16 @@ class AdaHessian(Optimizer):
         for (parameter, _), product in zip(curved, products, strict=True):
             if product is not None:
                 self.curvatures[parameter] = add(self.curvatures.get(parameter), product)
+
+    def sum_over(self, sums: Callable[[list[Tensor | None], list[Tensor]], list[Tensor | None]]) -> None:
+        """Replace gradients and curvatures by what *sums* makes of them: their sums over processes."""
+        parameters = self.parameters()
+        gradients = sums([parameter.grad for parameter in parameters], parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        curvatures = sums([self.curvatures.get(parameter) for parameter in parameters], parameters)
+        pairs = zip(parameters, curvatures, strict=True)
+        self.curvatures = {parameter: curvature for parameter, curvature in pairs if curvature is not None}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients and curvatures."""

@@ -12,16 +12,17 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from sopdeploy.blocks.rows import Rows
 from sopdeploy.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from sopdeploy.errors import ConfigError
+from sopdeploy.processes import OneProcess, Processes
 
 
-class Parallel(Protocol):
+class Parallel(Processes, Protocol):
     """The processes of a run. A step's loss is the sum over all of them of what each one computed."""
 
     device: torch.device
-    rank: int
-    world: int
+    rows: Rows
 
     def setup(self, model: nn.Module) -> nn.Module:
         """Return what to call in training: *model*, already on the device, wrapped where that is needed.
@@ -35,11 +36,17 @@ class Parallel(Protocol):
         *loss* is this piece's part of the step's: the mean over its samples times their share of the step.
         """
 
-    def all_reduce(self, values: Tensor) -> Tensor:
-        """Return the sum of *values* over the processes."""
+    def sums(self, tensors: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return the sum of each of *tensors*, shaped as *likes*, over the processes.
+
+        One that is missing counts as 0, and stays missing where no process has it.
+        """
 
     def share(self, samples: Sequence[int]) -> list[int]:
-        """Return which of a step's *samples* this process computes."""
+        """Return which of *samples* this process computes."""
+
+    def begin(self, total: int) -> None:
+        """Say that the next forward is of this process' share of *total* samples."""
 
     def save(self, path: Path, checkpoint: Checkpoint) -> None:
         """Write *checkpoint* once, all or nothing."""
@@ -48,14 +55,12 @@ class Parallel(Protocol):
         """Return the checkpoint at *path*, the same in every process."""
 
 
-class Alone:
+class Alone(OneProcess):
     """One process on one device."""
-
-    rank = 0
-    world = 1
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.rows = Rows()
 
     def setup(self, model: nn.Module) -> nn.Module:
         """Return *model* as it is."""
@@ -66,13 +71,18 @@ class Alone:
         del last
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def all_reduce(self, values: Tensor) -> Tensor:
-        """Return *values*."""
-        return values
+    def sums(self, tensors: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return *tensors*."""
+        del likes
+        return list(tensors)
 
     def share(self, samples: Sequence[int]) -> list[int]:
         """Return all *samples*."""
         return list(samples)
+
+    def begin(self, total: int) -> None:
+        """Compute all of them."""
+        self.rows.total = total
 
     def save(self, path: Path, checkpoint: Checkpoint) -> None:
         """Write *checkpoint*."""

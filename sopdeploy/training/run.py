@@ -6,7 +6,7 @@ momentum and position are all that a resumed run needs to go on bit for bit.
 
 import platform
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic
 import torch
@@ -20,29 +20,45 @@ from sopdeploy.data.base import Pictures
 from sopdeploy.evaluate import Figures
 from sopdeploy.frozen import Frozen
 from sopdeploy.losses import Loss
+from sopdeploy.machine import machine
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.catalog import create_model
 from sopdeploy.normalise import Normalise
 from sopdeploy.recipe import Recipe
 from sopdeploy.seeds import seed_of
-from sopdeploy.training.finite import must_be_finite
-from sopdeploy.training.history import EpochRow, best_row
+from sopdeploy.training.finite import float_buffers, must_be_finite
+from sopdeploy.training.history import EpochRow, Speed, best_row
 from sopdeploy.training.parallel import Parallel
 from sopdeploy.training.precision import Precision
+from sopdeploy.training.share import share_batches
+from sopdeploy.training.sight import Sight
 from sopdeploy.training.start import parameter_groups, take_weights
 from sopdeploy.training.teacher import Teacher
+
+SHORTEST = 1e-9  # seconds
+
+
+class StepResult(NamedTuple):
+    """What a step gave: its loss, and the norm of its gradient before it is clipped."""
+
+    loss: Loss
+    gradient: float
 
 
 class Position(Frozen):
     """How far a run is: whole epochs, steps of the next one, and what has been counted on the way.
 
-    `sums` are the parts of the loss, added up over the `seen` pictures of the epoch under way.
+    `sums` are the parts of the loss and `gradient` its gradient's norm, added up over the `seen` pictures of
+    the epoch under way; `learning` are the seconds of its steps, `waiting` those of them without pictures.
     """
 
     epoch: int = 0
     step: int = 0
     seen: int = 0
     sums: dict[str, float] = pydantic.Field(default_factory=dict)
+    gradient: float = 0.0
+    learning: float = 0.0
+    waiting: float = 0.0
     seconds: float = 0.0
     history: tuple[EpochRow, ...] = ()
 
@@ -70,21 +86,24 @@ class Run:
         self.config = config
         self.model, self.network, self.optimizer = placed(self.recipe, model, self.parallel)
 
-    def after_step(self, loss: Loss, count: int, seconds: float) -> None:
-        """Move one step on."""
+    def after_step(self, step: StepResult, count: int, seconds: float, waited: float) -> None:
+        """Move one step on, which took *seconds*, of which it *waited* for its *count* pictures."""
         at = self.at
-        parts = {"loss": loss.total, **loss.parts}
+        parts = {"loss": step.loss.total, **step.loss.parts}
         sums = {name: at.sums.get(name, 0.0) + float(part) * count for name, part in parts.items()}
         self.at = at.model_copy(
             update={
                 "step": at.step + 1,
                 "seen": at.seen + count,
                 "sums": sums,
+                "gradient": at.gradient + step.gradient * count,
+                "learning": at.learning + seconds,
+                "waiting": at.waiting + waited,
                 "seconds": at.seconds + seconds,
             }
         )
 
-    def after_epoch(self, raw: Figures, average: Figures | None, seconds: float) -> EpochRow:
+    def after_epoch(self, raw: Figures, average: Figures | None, sight: Sight, seconds: float) -> EpochRow:
         """Move to the start of the next epoch; return what this one gave."""
         at = self.at
         row = EpochRow(
@@ -92,12 +111,29 @@ class Run:
             lr=self.optimizer.param_groups[0]["lr"],
             losses={name: total / at.seen for name, total in at.sums.items()},
             figures=average if average is not None and self.exports() == "average" else raw,
+            gradient=at.gradient / at.seen,
+            speed=Speed(
+                pictures_per_second=at.seen / max(at.learning, SHORTEST),
+                waiting=min(1.0, at.waiting / max(at.learning, SHORTEST)),
+            ),
+            sight=sight,
             raw=raw if average is not None else None,
             average=average,
             seconds=at.seconds + seconds,
         )
         self.at = Position(epoch=at.epoch + 1, seconds=row.seconds, history=(*at.history, row))
         return row
+
+    def settle(self) -> None:
+        """Make the networks of all processes the same: batch norms of their own have statistics of their own.
+
+        The mean of running statistics is what they would have become from the mean of the batches', so that
+        it does not matter when it is taken.
+        """
+        if self.parallel.world > 1 and self.recipe.batch_norm == "local":
+            for model in [self.model, *([self.average.model] if self.average else [])]:
+                for buffer in float_buffers(model).values():
+                    buffer.copy_(self.parallel.all_reduce(buffer) / self.parallel.world)
 
     def is_best(self) -> bool:
         """Say whether the last finished epoch is the best so far."""
@@ -109,6 +145,7 @@ class Run:
 
     def checkpoint(self, *, resumable: bool) -> Checkpoint:
         """Return the run as it is written; raises `TrainingError` where a number is no longer finite."""
+        self.settle()
         raw = self.model.state_dict()
         average = self.average.state_dict() if self.average is not None else None
         weights = average["weights"] if average is not None and self.exports() == "average" else raw
@@ -148,7 +185,17 @@ class Run:
                 "torch": str(torch.__version__),
                 "python": platform.python_version(),
             },
+            "machine": {
+                **{name: fact for name, fact in machine().items() if name != "load"},
+                "device": device_name(self.parallel.device),
+                "processes": self.parallel.world,
+            },
         }
+
+
+def device_name(device: torch.device) -> str:
+    """Return what computes: `cpu`, or the name of the GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def start_run(recipe: Recipe, pictures: Pictures, parallel: Parallel) -> Run:
@@ -188,6 +235,7 @@ def placed(recipe: Recipe, model: Classifier, parallel: Parallel) -> tuple[Class
     """Return *model* on its device, what computes it in training, and its optimizer."""
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     model = model.to(parallel.device, memory_format=layout).train()  # type: ignore[call-overload]
+    share_batches(model, recipe.batch_norm, parallel.world, parallel.rows)
     network = parallel.setup(model)
     if recipe.compile:
         network = torch.compile(network)  # type: ignore[assignment]

@@ -121,7 +121,7 @@ def test_a_draft_shows_the_same_part_a_few_grey_levels_off(tmp_path, kind, turne
         Image.fromarray(pixels).save(tmp_path / name / "1.jpg", quality=95, exif=exif)
     pictures = open_classes(tmp_path, ("a", "b"))
     rules = Preprocess(resize=72, crop=64)
-    way = {"kind": kind, "flip": 0.5}
+    way = {"kind": kind, "flip": 0.5} | ({"sides": (66, 100)} if kind == "random-side" else {})
     full, draft = (
         [
             Augmented(pictures, TypeAdapter(Augmentation).validate_python(way | switch), rules, 0, epoch)[0]

@@ -8,7 +8,7 @@ from sopdeploy.data.folder import FolderConfig, open_folder
 from sopdeploy.data.readable import all_unreadable, kept_finding
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError
-from sopdeploy.evaluate import evaluate_checkpoint
+from sopdeploy.evaluate import scores_of_checkpoint
 from sopdeploy.recipe import read_recipe
 from sopdeploy.train import train
 from sopdeploy.training.stop import TrainingStoppedError
@@ -109,4 +109,4 @@ def test_what_was_found_is_kept_until_a_file_changes(spoilt, tmp_path, monkeypat
 def test_an_evaluation_names_all_too(spoilt, tmp_path) -> None:
     result = train(recipe_for(spoilt, "data.skip_corrupt=true", "epochs=1"), tmp_path / "run")
     with pytest.raises(DataError, match="2 pictures cannot be used"):
-        evaluate_checkpoint(result.best, spoilt / "train")
+        scores_of_checkpoint(result.best, spoilt / "train", on_picture=lambda _done, _all: None)

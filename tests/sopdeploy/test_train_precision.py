@@ -14,6 +14,7 @@ from sopdeploy.errors import ConfigError, TrainingError
 from sopdeploy.train import loss_and_gradient, train
 from sopdeploy.training.parallel import Alone
 from sopdeploy.training.precision import MOST_SKIPS, Precision
+from sopdeploy.training.slices import slice_of
 from sopdeploy.training.stop import TrainingStoppedError
 from tests.sopdeploy.runs import Onlooker, same_run, short_recipe
 
@@ -127,7 +128,8 @@ def gradient(accumulate: int, samples: int) -> tuple[torch.Tensor, float, list[i
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
     )
     images = torch.randn(samples, 3, 2, 2, dtype=torch.float64)
-    loss = loss_and_gradient(run, images, torch.arange(samples) % 3, samples)
+    pieces = slice_of(range(samples), run.recipe, run.parallel).pieces
+    loss = loss_and_gradient(run, (images, torch.arange(samples) % 3), pieces)
     assert model.fc.weight.grad is not None
     return model.fc.weight.grad, float(loss.total), model.sizes
 
