@@ -117,10 +117,10 @@ BAD_FOLDERS = [
     ({"a": 3, "b": 0}, "b: no images in this class folder; add some"),
     ({"a": 3, "b": 1}, "b: one image only; add another"),
     ({"train": 0}, "train: holds no class folders"),
-    ({"train__a": 2, "train__b": 2, "val__a": 1}, "val: classes b of those learnt are missing; add them"),
+    ({"train__a": 2, "train__b": 2, "val__a": 1}, "val: classes b of those learnt are missing, add them"),
     (
         {"train__a": 2, "train__b": 2, "val__a": 1, "val__b": 1, "val__c": 1, "val__d": 1},
-        "val: classes c, d are none of those learnt; remove them or learn them too",
+        "val: classes c, d are none of those learnt, remove them or learn them too",
     ),
     ({"train__a": 2, "train__b": 2, "val__a": 1, "val__b": 0}, "b: no images in this class folder"),
     ({"val__a": 2, "val__b": 2}, "holds val but no train; put the images to learn from there"),
