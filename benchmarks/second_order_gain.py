@@ -11,8 +11,8 @@ reported whatever comes out. `gates` asks when GM-SOP's gate earns its place.
 
 Runs of one seed are paired; an interval is Student's of the paired difference, 95 %, not corrected for the
 number of comparisons. The numbers of seeds are fixed here. The last epoch counts. One thread a process,
-processor seconds of the training alone. Quick: about ten minutes on two free cores, full: about an hour. A run
-that --cache already holds is not repeated. Exit status 1: something that must hold does not.
+processor seconds of the training alone. Quick: about ten minutes on two free cores, full: about an hour.
+A run that --cache already holds is not repeated. Exit status 1: something that must hold does not.
 """
 
 import argparse
@@ -56,7 +56,9 @@ def arguments_of(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, help="folder of finished runs; created where it is missing")
     parser.add_argument("--cifar", type=Path, help="folder of CIFAR-10's pictures; needs --cache")
     parser.add_argument("--study", action="append", choices=NAMES, help="only this one; may be repeated")
-    parser.add_argument("--seeds", type=int, help="only the first SEEDS of each study; the tables say how many")
+    parser.add_argument(
+        "--seeds", type=int, help="only the first SEEDS of each study; the tables say how many"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (2)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parsed = parser.parse_args(arguments)
@@ -79,9 +81,7 @@ def decoded(folder: Path | None, cache: Path | None) -> Path | None:
 def commit() -> str:
     """Return the commit that was measured, with a mark where files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    found = subprocess.run(
-        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
 
 

@@ -95,7 +95,7 @@ class Gated(Classifier):
         return gate
 
     def weights(self, features: Tensor) -> Tensor:
-        """Return what the experts weigh, (B, N): the gate's with noise in training, else without; or equal."""
+        """Return what the experts weigh, (B, N): the gate's, with noise in training, or equal."""
         if self.mixing.gate == "none":
             count = self.mixing.components
             return torch.full((len(features), count), 1.0 / count)
@@ -116,7 +116,9 @@ class Gated(Classifier):
         if not self.training or self.mixing.gate == "none":
             return self.classify(features)
         weights_BN = self.weights(features)
-        mix = self.mixture if self.mixing.expert_norm else self.mixture.routed_sum  # the norm sees whole batches
+        mix = (
+            self.mixture if self.mixing.expert_norm else self.mixture.routed_sum
+        )  # the norm sees whole batches
         logits: Tensor = self.head(mix(features, weights_BN))
         return TrainingOutput(logits, {}, {"balance": balance_loss(weights_BN, self.mixing.balance)})
 

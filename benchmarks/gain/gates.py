@@ -97,7 +97,7 @@ def gates_on_cifar(arrays: Path, seeds: int) -> Study:
     }
     return Study(
         name="CIFAR-10 gates",
-        title="5000 pictures, ResNet-8, maps 16, 8, 8, 10 epochs; measured on 5000 held-out training pictures",
+        title="5000 pictures, ResNet-8, maps 16, 8, 8, 10 epochs, 5000 held-out training pictures",
         seeds=tuple(range(seeds)),
         template={
             "task": CifarConfig(arrays=arrays, held_out=True),

@@ -19,7 +19,7 @@ STAGES = ("layer1", "layer2")
 
 
 class TextureNetConfig(Frozen):
-    """conv5x5 and batch norm, then `layers`: nothing ("linear"), a ReLU, or ReLU, conv1x1, batch norm, ReLU."""
+    """conv5x5, batch norm, then `layers`: nothing, a ReLU, or ReLU, conv1x1, batch norm, ReLU."""
 
     filters: int = 16
     stride: int = 1
@@ -96,9 +96,7 @@ class DSoPTextureNet(DSoP, TextureNet):
 
     def plain(self) -> Backbone:
         """Return the network without branches."""
-        return TextureNet(
-            TextureNetConfig(**shared_fields(self.config, TextureNetConfig)), self.num_classes
-        )
+        return TextureNet(TextureNetConfig(**shared_fields(self.config, TextureNetConfig)), self.num_classes)
 
 
 class AttendedStage(nn.Module):
@@ -146,15 +144,15 @@ class ExtraConvSmallResNet(PlainSmallResNet):
     def __init__(self, config: ExtraConvSmallResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
         channels = self.fc.in_features
-        self.extra = nn.Sequential(
+        self.wider = nn.Sequential(
             nn.Conv2d(channels, config.extra, 1, bias=False), nn.BatchNorm2d(config.extra), nn.ReLU()
         )
         self.fc = nn.Linear(config.extra, num_classes)
-        initialise(self.extra)
+        initialise(self.wider)
 
     def classify(self, features: Tensor) -> Tensor:
         """Return logits of the averaged wider map."""
-        return super().classify(self.extra(features))
+        return super().classify(self.wider(features))
 
     def plain(self) -> Backbone:
         """Return another one."""

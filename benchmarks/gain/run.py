@@ -1,7 +1,8 @@
 """One run: a task, a network, a schedule and a seed in; the accuracy of what ships out.
 
 Runs of one seed are paired: the same pictures, the same start of every weight that a network has in common
-with the plain one of its family, the same order of batches, the same augmentation, the same noise. The last epoch counts.
+with the plain one of its family, the same order of batches, the same augmentation, the same noise. The
+last epoch counts.
 """
 
 import hashlib
@@ -40,7 +41,14 @@ from sopdeploy.seeds import seed_of
 from sopdeploy_export.detach import detach
 
 CLASSES = 10
-TRUNK = {"filters", "stride", "hidden", "depth", "base_width", "shortcut"}  # switches of the networks' common part
+TRUNK = {
+    "filters",
+    "stride",
+    "hidden",
+    "depth",
+    "base_width",
+    "shortcut",
+}  # switches of the networks' common part
 NETWORKS: dict[str, tuple[type[Classifier], type[Frozen]]] = {
     "textures": (PlainTextureNet, TextureNetConfig),
     "dsop-textures": (DSoPTextureNet, DSoPTextureNetConfig),

@@ -116,7 +116,7 @@ def test_a_result_belongs_to_its_run_wherever_the_pictures_lie() -> None:
 def test_a_gain_that_is_missing_is_reported_and_fails() -> None:
     study = miniature(LINEAR, PLAIN, HEAD)
     poor = runs.Outcome(accuracy=20.0, seconds=1.0, loss=1.0)
-    found = checks(study, dict.fromkeys(study.arms, [poor, poor]))
+    found = checks(study, {arm: [poor, poor] for arm in study.arms})
     assert [holds for _, holds in found] == [False, False]
 
 
