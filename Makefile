@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SOAK ?= --seconds 300
 
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check format lint types contracts tests test-models goldens docs gpu-check clean
+.PHONY: demo test check format lint types contracts tests test-models goldens docs gpu-check soak clean
 
 demo: $(STAMP)  ## the main job, from handwritten digits to answers over HTTP
 	$(BIN)/sopdeploy demo
@@ -46,10 +47,13 @@ gpu-check: $(STAMP)  ## build and run real engines on this machine's GPU, write 
 	$(BIN)/python benchmarks/gpu_check.py
 	$(BIN)/pytest tests/gpu
 
+soak: $(STAMP)  ## five minutes of good, bad, slow and leaving clients; fails on a leak, a wrong answer or a 5xx
+	$(BIN)/python benchmarks/soak.py $(SOAK)
+
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,import,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,import,otel,dev]'
 	touch $(STAMP)
 
 clean:  ## remove what the targets above made

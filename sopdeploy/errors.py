@@ -14,11 +14,19 @@ SopdeployError              one line: what, where, what to do; the CLI ends with
  +- EngineError             a TensorRT engine cannot be built, or is not what was asked for
  +- RuntimeUnavailableError no runtime on this machine can run the bundle
  +- ImageError              a picture cannot be used; the service answers with its own 4xx
+ +- ServiceError            a server answered with an error; has the problem's code and status
+ +- OverloadedError         a ServiceError: the server refused for now, and went on refusing
+ +- UnreachableError        a ServiceError: no answer came at all, or none in time
 """
 
 
 class SopdeployError(Exception):
-    """Shown to the user as it is; names the file or value and the next step."""
+    """Shown to the user as it is; names the file or value and the next step.
+
+    `told` where several processes compute together: another one has shown the same line.
+    """
+
+    told: bool = False
 
 
 class ConfigError(SopdeployError):
@@ -79,3 +87,31 @@ class ImageError(SopdeployError):
         super().__init__(message)
         self.code = code
         self.status = status
+
+
+class ServiceError(SopdeployError):
+    """A server answered with an error.
+
+    `code` is the stable one of the problem that it sent; `status` is the HTTP status, 0 where there was no
+    answer.
+    """
+
+    def __init__(self, message: str, *, code: str, status: int) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status = status
+
+
+class OverloadedError(ServiceError):
+    """The server refused for now (429, 503), and went on until there was no time or attempt left.
+
+    `retry_after` is how many seconds it asked to wait the last time; 0 where it said nothing.
+    """
+
+    def __init__(self, message: str, *, code: str, status: int, retry_after: float = 0.0) -> None:
+        super().__init__(message, code=code, status=status)
+        self.retry_after = retry_after
+
+
+class UnreachableError(ServiceError):
+    """No answer came, or none before the deadline."""

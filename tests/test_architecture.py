@@ -173,6 +173,13 @@ def test_the_page_of_the_command_line_is_what_the_code_says() -> None:
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == generate.cli_page(), "run `make docs`"
 
 
+def test_the_tables_of_operations_are_what_the_code_says() -> None:
+    generate = by_path(ROOT / "docs" / "generate_operations.py")
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert page == generate.operations_page(), "run `make docs`"
+    assert [name for name, note in generate.comments().items() if not note] == []
+
+
 def test_the_page_of_the_networks_names_them_all_with_their_switches() -> None:
     generate = by_path(ROOT / "docs" / "generate_models.py")
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")

@@ -110,7 +110,9 @@ def drift_lines(parity: ParityReport) -> str:
 def parity_lines(parity: ParityReport) -> str:
     """Return the parity report in words."""
     state = "passed" if parity.passed else "DID NOT PASS, drift was allowed"
-    return f"""- {state}: model.onnx in {parity.runtime} ({parity.provider}) against the network in float64
+    emulated = "" if parity.emulation is None else f"\n- {parity.emulation}"
+    where = f"{parity.runtime} ({parity.provider})"
+    return f"""- {state}: model.onnx in {where} against the network in float64{emulated}
 {drift_lines(parity)}
 - top class agrees on {parity.top1.agree} of {parity.top1.images} probe images (95 % interval \
 {100 * parity.top1.low:.1f} to {100 * parity.top1.high:.1f} %)"""

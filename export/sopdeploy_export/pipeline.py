@@ -21,17 +21,17 @@ from sopdeploy_export.certificate import Certificate, Proof, certify, with_onnx_
 from sopdeploy_export.detach import detach
 from sopdeploy_export.findings import Exported, Findings
 from sopdeploy_export.lower_onnx import lower, operator_counts, write
-from sopdeploy_export.lowering.lowered import Certified, Lowered, Wish, lower_by_rules, unchanged
+from sopdeploy_export.lowering.lowered import Certified, Lowered, lower_by_rules
 from sopdeploy_export.onnx_root import file_root, onnx_root
-from sopdeploy_export.parity import ParityReport, Reference, compare, reference
+from sopdeploy_export.parity import ParityReport, Reference, compare, reference, with_spectral
 from sopdeploy_export.parity.bisect import first_off, part_drifts
 from sopdeploy_export.parity.bisect_int8 import first_off_int8
 from sopdeploy_export.parity.spectral import spectral_records
-from sopdeploy_export.precision import STORED
+from sopdeploy_export.precision_toll import measured
 from sopdeploy_export.preconditions import refuse_training_parts, refuse_what_cannot_ship
 from sopdeploy_export.probe_images import probe_images
 from sopdeploy_export.records import as_probes, manifest_fields, write_reports
-from sopdeploy_export.ship import PrecisionOptions, Shipping, measured, ship
+from sopdeploy_export.ship import PrecisionOptions, Shipping, ship, wished
 from sopdeploy_export.speed import measure_speed
 
 __all__ = ["ExportOptions", "Exported", "export"]
@@ -110,7 +110,7 @@ def export(
 
         step("writing the bundle")
         write_reports(folder, checkpoint, certificate, parity, precision)
-        (folder / "lowering.json").write_bytes(to_json(lowered.report.model_dump(mode="json")))
+        (folder / "lowering.json").write_bytes(to_json(shipping.rules.model_dump(mode="json")))
         write_probes(folder / "probes.npz", as_probes(images, expected, parity))
         lineage = Lineage(
             checkpoint_sha256=bundle.digest(checkpoint_path),
@@ -129,7 +129,7 @@ def export(
             checkpoint=checkpoint,
             anatomy=anatomy(checkpoint),
             certificate=certificate,
-            lowering=lowered.report,
+            lowering=shipping.rules,
             parity=parity,
             precision=precision,
             speed=speed,
@@ -144,7 +144,7 @@ def export(
         manifest=manifest,
         certificate=certificate,
         parity=parity,
-        lowering=lowered.report,
+        lowering=shipping.rules,
         precision=precision,
         anatomy=findings.anatomy,
         speed=speed,
@@ -154,10 +154,8 @@ def export(
 def lowered_for(
     certified: Certified, images: NDArray[np.uint8], checkpoint: Checkpoint, options: ExportOptions
 ) -> Lowered:
-    """Return the graph by the rules; casts need the network's own parts, so half precision goes without."""
-    if options.precision.precision in STORED:
-        return unchanged(certified)
-    wish = Wish(rules=options.lowering, autotune=options.autotune)
+    """Return the network and its graph by the rules, with the forms that suit the precision asked for."""
+    wish = wished(options.precision, rules=options.lowering, autotune=options.autotune)
     return lower_by_rules(certified, images, checkpoint.preprocess, options.batch, wish)
 
 
@@ -171,7 +169,7 @@ def in_precision(
     """Return the graph that ships: the *lowered* one, or what the precision asked for makes of it."""
     if options.precision.precision != "fp32":
         step(f"placing {options.precision.precision} in the graph")
-    return ship(lean, lowered.program, lowered.model, checkpoint.preprocess, options.batch, options.precision)
+    return ship(lean, lowered, checkpoint.preprocess, options.batch, options.precision)
 
 
 def compared(
@@ -204,7 +202,8 @@ def compared(
     records = spectral_records(shipping.spectral, torch.from_numpy(images))
     steady = images if expected.routing is None else images[expected.routing.steady]
     parts = () if precision == "int8" else part_drifts(path, shipping.program, lean.outputs, steady)
-    return expected, parity.model_copy(update={"spectral": records, "parts": parts})
+    parity = with_spectral(parity, records, allow_drift=options.allow_drift)
+    return expected, parity.model_copy(update={"parts": parts})
 
 
 def lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.ModelProto, Certificate]:

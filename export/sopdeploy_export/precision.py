@@ -1,8 +1,10 @@
 """Precision in the graph: casts are placed in a copy of the network, so every runtime sees the same types.
 
-The rule is one line: a part with weights takes its inputs in the type of its own weights. Parts of
-`islands` stay in float32 and so does what they compute without weights: covariance, trace, Newton-Schulz,
-gate and softmax, and every mean over a whole map. All outputs are float32.
+The copy is the one that the lowering rules rewrote, so that what ships is what they chose. The rule here is
+one line: a part with weights takes its inputs in the type of its own weights. `ISLANDS` stay in float32 and
+so does what they compute without weights: covariance, trace, Newton-Schulz, gate and softmax, and every mean
+over a whole map. Experts multiply maps by their banks in the type of the maps, and take roots and sums in
+float32. All outputs are float32.
 
 fp16 takes all other parts to float16, the classifier too; bf16-backbone takes to bfloat16 what computes
 feature maps and leaves the classifier alone. Newton-Schulz in float16 is a wish of its own: its matrices
@@ -12,7 +14,7 @@ accumulator. bfloat16 there costs 5e-3 relative where float16 costs 7e-4, and is
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +31,25 @@ from sopdeploy.manifest import Precision
 from sopdeploy.pooling.base import GlobalPooling
 from sopdeploy.pooling.isqrt_cov import ISqrtCov
 from sopdeploy_export.fold_norms import fold_norms
+from sopdeploy_export.lowering.compensation import CompensatedAfter
+from sopdeploy_export.lowering.equality import prove
+from sopdeploy_export.lowering.root import LoweredRoot
+from sopdeploy_export.lowering.row_conv import FoldedExcitation
+from sopdeploy_export.lowering.textbook import TextbookChannelAttention, TextbookRoot
 
+Part = TypeVar("Part", bound=nn.Module)
 Iteration = Literal["fp32", "fp16"]
 Calibration = Literal["minmax", "entropy", "percentile"]
+FOLD = "batch norms folded into the convolutions"
 STORED = {"fp16": torch.float16, "bf16-backbone": torch.bfloat16}
-ISLANDS = (GlobalPooling, ISqrtCov, SparseGate, Excitation, nn.BatchNorm1d)
-RETURNING = (ChannelAttention, PositionAttention)  # their weights scale a map, whose type they keep
+ROOTS = (ISqrtCov, LoweredRoot, TextbookRoot)
+ISLANDS = (GlobalPooling, *ROOTS, SparseGate, Excitation, FoldedExcitation, nn.BatchNorm1d)
+ALONE = (CompensatedAfter,)  # islands but for their parts: root and scale here, the products in `linear`
+RETURNING = (
+    ChannelAttention,
+    TextbookChannelAttention,
+    PositionAttention,
+)  # they scale a map, and keep its type
 REDUCTIONS = ("layer_reduce", "layer_reduce_bn")  # parts of a pooling that are ordinary convolutions
 
 
@@ -69,30 +84,51 @@ def choose_calibration(name: str) -> Calibration:
     raise ConfigError(f"--calibration: {name!r} is none of {', '.join(get_args(Calibration))}")
 
 
-def with_precision(
-    network: Backbone, program: ExportedProgram, precision: Precision, iteration: Iteration = "fp32"
-) -> Backbone:
-    """Return a copy of *network*, in eval mode, that computes in *precision*; fp32 and int8 change nothing.
+class Answer(nn.Module):
+    """Normalised images in, the network's first output out."""
 
-    *program* is its captured graph, which says which batch norms fold into the convolution before them.
+    def __init__(self, network: Backbone) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return the logits."""
+        return self.network.answer(pixels)[0]
+
+
+def with_precision(
+    network: Backbone, program: ExportedProgram, precision: Precision, pixels: Tensor
+) -> Backbone:
+    """Return a copy of *network*, in eval mode, that computes in *precision*, of `STORED`.
+
+    *network* may have been rewritten by the lowering rules. *program* is its captured graph, which says which
+    batch norms fold into the convolution before them. Raises `LoweringError` where the folded network gives
+    other numbers for *pixels*, normalised images, in float64: the noise floor would take that for rounding.
     """
-    if precision not in STORED:
-        return network
-    cast, stored = copy.deepcopy(network), STORED[precision]
-    fold_norms(cast, program)
-    kept = in_float32(cast, precision)
-    for name, part in cast.named_modules():
-        own = torch.float32 if is_below(name, kept) else stored
+
+    def build(answer: Answer) -> Answer:
+        fold_norms(answer.network, program)
+        return answer
+
+    prove(FOLD, "the network", Answer(network), build, (pixels,))
+    folded = copy.deepcopy(network)
+    fold_norms(folded, program)
+    return place_casts(folded, precision)
+
+
+def place_casts(network: Part, precision: Precision) -> Part:
+    """Store the weights of *network* and place casts in it, as *precision*, of `STORED`, says."""
+    stored, kept = STORED[precision], in_float32(network, precision)
+    for name, part in network.named_modules():
+        own = torch.float32 if is_below(name, kept) or isinstance(part, ALONE) else stored
         store(part, own)
-        if computes_with_weights(part):
+        if computes_with_weights(part) and not isinstance(part, ALONE):
             part.register_forward_pre_hook(inputs_as(own))
         elif isinstance(part, GlobalPooling) and not has_reduction(part):
             part.register_forward_pre_hook(inputs_as(torch.float32))
         if isinstance(part, RETURNING):
             part.register_forward_hook(output_as(stored))
-        if isinstance(part, ISqrtCov) and iteration == "fp16":
-            part.rule = part.rule._replace(stored="float16")
-    return cast.eval()
+    return network.eval()
 
 
 def in_float32(network: nn.Module, precision: Precision = "fp16") -> list[str]:
@@ -105,7 +141,7 @@ def is_below(name: str, kept: Sequence[str]) -> bool:
     """Say whether the part *name* is one of *kept* or within one; reductions of a pooling are not."""
     if any(piece in REDUCTIONS for piece in name.split(".")):
         return False
-    return any(name == part or name.startswith(f"{part}.") for part in kept)
+    return any(part in {"", name} or name.startswith(f"{part}.") for part in kept)
 
 
 def has_reduction(pooling: nn.Module) -> bool:

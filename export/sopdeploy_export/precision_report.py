@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from sopdeploy.errors import LoweringError
 from sopdeploy.frozen import Frozen
 from sopdeploy.manifest import Int8For, Precision
+from sopdeploy_export.lowering.row_conv import FoldedExcitation
 from sopdeploy_export.precision import STORED, Iteration, in_float32, is_below
 
 PREFIX = "network."
@@ -123,7 +124,8 @@ def weight_types(model: onnx.ModelProto) -> dict[str, str]:
 def refuse_other_types(model: onnx.ModelProto, network: nn.Module, precision: Precision) -> None:
     """Refuse a graph whose weights are not of the types that *precision* gives the parts of *network*.
 
-    *network* is the one before casts, so that a cast that was never placed shows.
+    *network* is the one before casts, so that a cast that was never placed shows: a part of a rewritten
+    network has its rewritten name.
     """
     if precision == "int8" and "int8" not in weight_types(model).values():
         raise LoweringError("int8 was asked for, but no convolution of the graph is int8")
@@ -146,5 +148,5 @@ def expected_types(network: nn.Module, precision: Precision) -> Mapping[str, str
     return {
         name: "float32" if is_below(name, kept) else low
         for name, part in network.named_modules()
-        if isinstance(part, nn.Conv2d | nn.Linear)
+        if isinstance(part, nn.Conv2d | nn.Linear | nn.ParameterList | FoldedExcitation)
     }

@@ -1,11 +1,14 @@
 """From the certified network to the graph that ships: in the precision asked for, with what is known of it.
 
-fp32 ships the certified graph itself. fp16 and bf16-backbone ship a copy of the network with casts in it,
-captured and lowered anew. int8 ships the certified graph with quantised convolutions.
+fp32 ships the graph that the lowering rules made. fp16 and bf16-backbone ship a copy of the network that the
+rules rewrote, with casts in it, captured and lowered anew. int8 ships the rules' graph with quantised
+convolutions.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -15,28 +18,38 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from sopdeploy.backbones.base import Backbone
-from sopdeploy.errors import ConfigError, LoweringError, ParityError
+from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.frozen import Frozen
 from sopdeploy.manifest import BatchRange, Int8For, Precision
+from sopdeploy.normalise import Normalise
 from sopdeploy.preprocess import Preprocess
-from sopdeploy_export.accuracy import labelled, with_labels, without_labels
-from sopdeploy_export.capture import Deployed, capture
+from sopdeploy_export.capture import Deployed, capture_any_batch
 from sopdeploy_export.int8 import quantise, refuse_unknown_parts
-from sopdeploy_export.int8_ranges import METHODS
 from sopdeploy_export.layer_costs import input_grids, layer_costs
-from sopdeploy_export.lower_onnx import OPSET, OPSET_OF_BFLOAT16, lower
+from sopdeploy_export.lower_onnx import OPSET, OPSET_OF_BFLOAT16
+from sopdeploy_export.lowering.lowered import Lowered
+from sopdeploy_export.lowering.network import Wish
+from sopdeploy_export.lowering.report import LoweringReport
 from sopdeploy_export.parity.reference import Gate, Run
 from sopdeploy_export.parity.routing import gate_logits, gate_of, has_gate
 from sopdeploy_export.parity.session import open_session
-from sopdeploy_export.precision import Calibration, Iteration, in_float32, with_precision
+from sopdeploy_export.precision import (
+    STORED,
+    Calibration,
+    Iteration,
+    in_float32,
+    place_casts,
+    with_precision,
+)
 from sopdeploy_export.precision_report import (
-    Accuracy,
     PrecisionReport,
     Quantisation,
     part_precisions,
     refuse_other_types,
 )
-from sopdeploy_export.probe_images import calibration_images
+from sopdeploy_export.probe_images import calibration_images, probe_images
+
+PROVED = 2  # pictures that a fold is proved on, beside as many random ones
 
 
 class PrecisionOptions(Frozen):
@@ -61,8 +74,8 @@ class PrecisionOptions(Frozen):
 class Shipping:
     """The graph that ships: its model, the program it came from, the run whose noise is its floor.
 
-    `own_gate` gives the logits of its gate, `spectral` is the network with its roots, `certified` the
-    float32 graph, `calibration` the pictures that ranges were read off.
+    `own_gate` gives the logits of its gate, `spectral` is the network with the roots that ship, `rules` what
+    the lowering did, `certified` the float32 graph, `calibration` the pictures that ranges were read off.
     """
 
     model: onnx.ModelProto
@@ -70,44 +83,66 @@ class Shipping:
     own: Run
     own_gate: Gate | None
     spectral: nn.Module
+    rules: LoweringReport
     certified: onnx.ModelProto
     report: PrecisionReport
     opset: int
     calibration: NDArray[np.uint8] | None = None
 
 
+def wished(options: PrecisionOptions, *, rules: bool, autotune: bool) -> Wish:
+    """Return what to ask of the lowering so that its result may ship in the precision of *options*.
+
+    Raises `ConfigError` where the two do not go together.
+    """
+    if options.newton_schulz == "fp16" and not rules:
+        raise ConfigError(
+            "--newton-schulz fp16: --no-lowering writes the papers' loop in float32; leave one of the two out"
+        )
+    if autotune and options.precision == "bf16-backbone":
+        raise ConfigError(
+            "--autotune: onnxruntime has no bfloat16 kernels on the CPU to time; leave it out, or choose "
+            "--precision fp32 or fp16"
+        )
+    stored: Literal["float32", "float16"] = "float16" if options.newton_schulz == "fp16" else "float32"
+    if options.precision not in STORED:
+        return Wish(rules, autotune, stored)
+    return Wish(rules, autotune, stored, partial(place_casts, precision=options.precision))
+
+
 def ship(
     lean: Backbone,
-    program: ExportedProgram,
-    model: onnx.ModelProto,
+    lowered: Lowered,
     preprocess: Preprocess,
     batch: BatchRange,
     options: PrecisionOptions,
 ) -> Shipping:
-    """Return what ships of *lean*, whose certified graph is *program*, lowered to *model*."""
+    """Return what ships of *lean*, the certified network, which the rules made *lowered*."""
     deployed = Deployed(lean, preprocess).eval()
     if options.precision == "int8":
-        return quantised(deployed, program, model, preprocess, options)
+        return quantised(deployed, lowered, preprocess, options)
     opset = OPSET_OF_BFLOAT16 if options.precision == "bf16-backbone" else OPSET
-    shipped, shipped_program, own = model, program, deployed
-    if options.precision != "fp32":
-        cast = with_precision(lean, program, options.precision, options.newton_schulz)
-        shipped_program = capture(cast, preprocess, batch).any_batch
-        shipped = lower(shipped_program, lean.outputs, opset)
+    shipped, own = lowered, deployed
+    if options.precision in STORED:
+        pixels = Normalise(preprocess)(torch.from_numpy(probe_images(preprocess)[:PROVED]))
+        cast = with_precision(lowered.network, lowered.program, options.precision, pixels)
+        program = capture_any_batch(cast, preprocess, batch)
+        shipped = lowered.in_other_types(cast, program, opset)
         own = Deployed(cast, preprocess).eval()
-    refuse_other_types(shipped, lean, options.precision)
+    refuse_other_types(shipped.model, lowered.network, options.precision)
     report = PrecisionReport(
         precision=options.precision,
         newton_schulz=options.newton_schulz,
-        parts=part_precisions(shipped, shipped_program),
+        parts=part_precisions(shipped.model, shipped.program),
     )
     return Shipping(
-        model=shipped,
-        program=shipped_program,
+        model=shipped.model,
+        program=shipped.program,
         own=own,
         own_gate=(lambda pixels: gate_logits(own, pixels)) if has_gate(lean) else None,
-        spectral=own,
-        certified=model,
+        spectral=Deployed(shipped.network, preprocess).eval(),
+        rules=shipped.report,
+        certified=lowered.model,
         report=report,
         opset=opset,
     )
@@ -115,24 +150,23 @@ def ship(
 
 def quantised(
     deployed: Deployed,
-    program: ExportedProgram,
-    model: onnx.ModelProto,
+    lowered: Lowered,
     preprocess: Preprocess,
     options: PrecisionOptions,
 ) -> Shipping:
-    """Return *model* with int8 convolutions; its floor is its own run without the runtime's fusions."""
+    """Return *lowered* with int8 convolutions; its floor is its own run without the runtime's fusions."""
     if options.calibrate is None:
         raise ConfigError("--precision int8 needs pictures to read ranges off: add --calibrate DIR")
     images = calibration_images(options.calibrate, preprocess)
-    refuse_unknown_parts(model, options.keep_float)
+    refuse_unknown_parts(lowered.model, options.keep_float)
     kept = [*in_float32(deployed.network), *options.keep_float]
-    shipped = quantise(model, images, kept, options.calibration, options.int8_for)
+    shipped = quantise(lowered.model, images, kept, options.calibration, options.int8_for)
     refuse_other_types(shipped, deployed.network, "int8")
     grids = input_grids(shipped)
     report = PrecisionReport(
         precision="int8",
         newton_schulz="fp32",
-        parts=part_precisions(shipped, program),
+        parts=part_precisions(shipped, lowered.program),
         quantisation=Quantisation(
             runtime=options.int8_for,
             kept=options.keep_float,
@@ -144,11 +178,12 @@ def quantised(
     )
     return Shipping(
         model=shipped,
-        program=program,
+        program=lowered.program,
         own=unfused(shipped),
         own_gate=gate_of_file(shipped, deployed.network),
-        spectral=deployed,
-        certified=model,
+        spectral=Deployed(lowered.network, preprocess).eval(),
+        rules=lowered.report,
+        certified=lowered.model,
         report=report,
         opset=OPSET,
         calibration=images,
@@ -180,46 +215,3 @@ def gate_of_file(model: onnx.ModelProto, network: nn.Module) -> Gate | None:
     probed.graph.output.insert(0, onnx.ValueInfoProto(name=readers[0].output[0]))
     run = unfused(probed)
     return lambda pixels: run(pixels)[0].numpy()
-
-
-def measured(
-    shipping: Shipping,
-    path: Path,
-    labels: tuple[str, ...],
-    preprocess: Preprocess,
-    batch: BatchRange,
-    options: PrecisionOptions,
-    *,
-    allow_drift: bool,
-) -> PrecisionReport:
-    """Return the report with what the precision costs in answers; raises `ParityError` over `max_drop`."""
-    found: Accuracy
-    if options.evaluate is not None:
-        dataset = labelled(options.evaluate, labels, preprocess)
-        found = with_labels(shipping.certified, path, dataset, batch.maximum)
-    elif shipping.calibration is not None:
-        found = without_labels(shipping.certified, path, shipping.calibration)
-    else:
-        return shipping.report
-    if found.drop > options.max_drop and not allow_drift:
-        what = "agreement with float32" if found.before is None else "top-1"
-        raise ParityError(
-            f"{options.precision} loses {found.drop:.2f} points of {what} on {found.images} pictures, "
-            f"{options.max_drop:g} are allowed (--max-drop){int8_advice(shipping.report)}"
-        )
-    return shipping.report.model_copy(update={"accuracy": found})
-
-
-def int8_advice(report: PrecisionReport) -> str:
-    """Return which layers cost most in int8 and what to try; empty for another precision."""
-    quantisation = report.quantisation
-    if quantisation is None:
-        return ""
-    others = " or ".join(method for method in METHODS if method != quantisation.calibration)
-    costs = quantisation.costs[:3]
-    if not costs:
-        return f"; try --calibration {others}"
-    return (
-        f"; the layers that cost most: {', '.join(f'{cost.part} {cost.share:.1%}' for cost in costs)}; "
-        f"leave them in float32 with --keep-float {costs[0].part}, or try --calibration {others}"
-    )

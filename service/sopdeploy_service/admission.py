@@ -8,10 +8,12 @@ from typing import Any, TypeVar
 from fastapi import Request
 from starlette.types import Receive
 
+from sopdeploy_service.gate import require
 from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import CLIENT_GONE, Refusal
 from sopdeploy_service.problems import RefusedError
 from sopdeploy_service.service import Service
+from sopdeploy_service.tally import rate_refusal
 
 Value = TypeVar("Value")
 
@@ -28,14 +30,15 @@ def service_of(request: Request) -> Service:
 def admit(request: Request, name: str | None = None, version: str | None = None) -> tuple[Model, float]:
     """Return the model for *request* and its deadline (`time.monotonic`), before its body is read.
 
-    The answer will carry the model's digest. Raises `RefusedError` where the model is not here, or where it
-    could not answer in time.
+    The answer will carry the model's digest. Raises `RefusedError` where its key does not allow it, the model
+    is not here, or it could not answer in time.
     """
+    require("classify")
     service = service_of(request)
     deadline = time.monotonic() + seconds_allowed(request, service.settings.deadline_seconds)
     model = unless_refused(service.repository.find(name, version))
     request.state.model = model
-    unless_refused(service.refusal(model, deadline))
+    unless_refused(service.refusal(model, deadline) or rate_refusal())
     return model, deadline
 
 

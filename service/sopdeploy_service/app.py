@@ -7,25 +7,37 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from sopdeploy_service import pages, problems, routes, status
+from sopdeploy_service.faults import NONE, Faults
+from sopdeploy_service.gate import METRICS, OPEN, Gate
 from sopdeploy_service.intake import Intake
+from sopdeploy_service.keys import open_ring
 from sopdeploy_service.middleware import Envelope
 from sopdeploy_service.service import Service
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.shelf import Shelf
+from sopdeploy_service.tally import OpenTrace
+from sopdeploy_service.v2 import routes as v2
 from sopdeploy_service.verified import Inference
 
 
 def create_app(
-    inferences: Mapping[str, Inference], settings: Settings, shelf: Shelf | None = None
+    inferences: Mapping[str, Inference],
+    settings: Settings,
+    shelf: Shelf | None = None,
+    *,
+    faults: Faults = NONE,
+    open_trace: OpenTrace | None = None,
 ) -> FastAPI:
     """Return the app that answers with *inferences* by name, each as `open_verified` gave it.
 
-    Where models may be loaded later, their bundles are looked up on *shelf*.
+    Where models may be loaded later, their bundles are looked up on *shelf*. *faults* go wrong on purpose;
+    *open_trace* begins the trace of each request. Raises `ConfigError` where the settings name a file of keys
+    that cannot be used.
 
     `app.state.service` is the `Service` behind it; it lives from the app's startup to its shutdown,
     once.
     """
-    service = Service(inferences, settings, shelf)
+    service = Service(inferences, settings, shelf, faults)
 
     @asynccontextmanager
     async def life(_app: FastAPI) -> AsyncIterator[None]:
@@ -44,9 +56,14 @@ def create_app(
     )
     app.state.service = service
     app.state.siblings = {}
-    for router in (routes.router, status.router, pages.router):
+    for router in (routes.router, status.router, v2.router, pages.router):
         app.include_router(router)
     problems.install(app)
     app.add_middleware(Intake, settings=settings, metrics=service.metrics)
-    app.add_middleware(Envelope, service=service)
+    if settings.keys is not None:
+        open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS}
+        app.add_middleware(
+            Gate, ring=open_ring(settings.keys), metrics=service.metrics, open_paths=open_paths
+        )
+    app.add_middleware(Envelope, service=service, open_trace=open_trace)
     return app

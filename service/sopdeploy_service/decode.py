@@ -93,6 +93,11 @@ def keep_memory(decoders: int) -> None:
     Image.core.set_blocks_max(2 * decoders)  # type: ignore[attr-defined]
 
 
+def begins_like_an_image(body: bytes) -> bool:
+    """Return whether the first bytes of *body* are those of an accepted format."""
+    return body.startswith((*ALLOWED, b"RIFF"))
+
+
 def sniff(body: bytes) -> str:
     """Return Pillow's name of the format *body* starts like; raises `ImageError` for others."""
     for magic, name in ALLOWED.items():

@@ -102,6 +102,9 @@ class Engine:
         self._latency.note(len(batch), ended - started)
         self._metrics.batch([started - item.arrived for item in batch], self._whole, started, ended)
         self._metrics.nonfinite(sum(row is NONFINITE for row in rows))
+        sharing = [item.trace for item in batch if item.trace is not None]
+        if sharing:
+            sharing[0].batch(sharing, started, ended)
 
     def _run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[np.float32]]:
         try:

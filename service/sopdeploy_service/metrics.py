@@ -76,6 +76,8 @@ class Metrics:
         self._stage_seconds = self._histogram(
             "stage_duration_seconds", "Receive, decode, queue, infer", SECONDS, "stage"
         )
+        self._decode_seconds = self._counter("decode_seconds", "At work, of all decoders together")
+        self._decoders = self._gauge("decoders", "Threads that decode")
         self._batch_size = self._histogram("batch_size", "Images in a batch", BATCHES, "model")
         self._closed = self._counter(
             "batch_close", "Why a batch closed: full, or the engine was free", "model", "reason"
@@ -119,6 +121,14 @@ class Metrics:
     def stage(self, stage: str, seconds: float) -> None:
         """Count *seconds* spent in one of `receive`, `decode`, `queue`, `infer`."""
         self._stage_seconds.labels(stage).observe(seconds)
+
+    def decoders(self, threads: int) -> None:
+        """Say how many *threads* decode."""
+        self._decoders.set(threads)
+
+    def decoded(self, seconds: float) -> None:
+        """Count *seconds* of a decoder at work; the stage `decode` has the wait for one in it too."""
+        self._decode_seconds.inc(seconds)
 
     def batch(self, model: str, size: int, closed: str) -> None:
         """Count a batch of *size* images and why it was *closed*."""

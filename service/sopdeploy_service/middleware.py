@@ -1,4 +1,4 @@
-"""The envelope of every answer: its headers, its place in the metrics, and a net under mistakes.
+"""The envelope of every answer: its headers, its place in metrics, log and trace, and a net under mistakes.
 
 Pure ASGI: Starlette's `BaseHTTPMiddleware` would hide from the routes that a client has left.
 """
@@ -13,8 +13,10 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sopdeploy_service import access_log
 from sopdeploy_service.problems import INTERNAL, problem_response
 from sopdeploy_service.service import Service
+from sopdeploy_service.tally import OpenTrace, Tally
 
 GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # anything else could forge lines of a log
 
@@ -22,11 +24,12 @@ log = logging.getLogger("sopdeploy.http")
 
 
 class Envelope:
-    """Wraps *app*, whose requests *service* answers."""
+    """Wraps *app*, whose requests *service* answers; *open_trace* begins the trace of each, where traced."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Service, open_trace: OpenTrace | None = None) -> None:
         self._app = app
         self._service = service
+        self._open_trace = open_trace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -35,24 +38,50 @@ class Envelope:
             return
         started = time.monotonic()
         scope.setdefault("state", {})
-        stamp = Stamp(send, request_id(scope), scope["state"])
+        tally = Tally(request_id(scope))
+        if self._open_trace is not None and scope["path"] not in access_log.PROBES:
+            tally.trace = self._open_trace(Headers(scope=scope), started)
+        stamp = Stamp(send, tally, scope["state"])
+        meter = Meter(receive)
         self._service.requests += 1
         try:
-            await self._app(scope, receive, stamp)
-        except Exception:  # a mistake of ours; the client gets a problem, the log a traceback
-            log.exception("%s %s", scope["method"], scope["path"])
-            if stamp.status:
-                raise  # half an answer is out; the connection must end
-            await problem_response(INTERNAL)(scope, receive, stamp)
+            with tally.current():
+                await self._answer(scope, meter, stamp)
         finally:
             self._service.requests -= 1
-            self._count(scope, stamp.status, time.monotonic() - started)
+            self._note(scope, tally, stamp.status, time.monotonic() - started, meter.bytes)
 
-    def _count(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "other")  # the template: clients cannot make new ones
+    async def _answer(self, scope: Scope, receive: Receive, send: "Stamp") -> None:
+        try:
+            await self._app(scope, receive, send)
+        except Exception:  # a mistake of ours; the client gets a problem, the log a traceback
+            log.exception("a mistake at %s", route_of(scope))
+            if send.status:
+                raise  # half an answer is out; the connection must end
+            await problem_response(INTERNAL, path=scope["path"])(scope, receive, send)
+
+    def _note(self, scope: Scope, tally: Tally, status: int, seconds: float, received: int) -> None:
+        route = route_of(scope)
         model = scope["state"].get("model")
         name = model.name if model is not None else ""
         self._service.metrics.request(route, status, seconds, name)
+        if tally.trace is not None:
+            tally.trace.end(route, status, tally.stages)
+        access_log.note(scope, route, tally, status, seconds, received)
+
+
+class Meter:
+    """A `receive` that counts the bytes of the body."""
+
+    def __init__(self, receive: Receive) -> None:
+        self.bytes = 0
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        """Receive the next message."""
+        message = await self._receive()
+        self.bytes += len(message.get("body", b""))
+        return message
 
 
 class Stamp:
@@ -61,10 +90,10 @@ class Stamp:
     *state* is the request's: a route that has chosen a `Model` keeps it there as `model`.
     """
 
-    def __init__(self, send: Send, request: str, state: MutableMapping[str, Any]) -> None:
+    def __init__(self, send: Send, tally: Tally, state: MutableMapping[str, Any]) -> None:
         self.status = 0
         self._send = send
-        self._request = request
+        self._tally = tally
         self._state = state
 
     async def __call__(self, message: Message) -> None:
@@ -72,11 +101,18 @@ class Stamp:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
-            headers["X-Request-ID"] = self._request
+            headers["X-Request-ID"] = self._tally.request
             model = self._state.get("model")
             if model is not None:
                 headers["X-Model-Digest"] = model.version
+            if self._tally.bucket is not None:
+                headers.update(self._tally.bucket.headers())
         await self._send(message)
+
+
+def route_of(scope: Scope) -> str:
+    """Return the template of the route, or `other`: clients cannot make new ones."""
+    return getattr(scope.get("route"), "path", "other")
 
 
 def request_id(scope: Scope) -> str:

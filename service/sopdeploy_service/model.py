@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle import Bundle
 from sopdeploy_service.batcher import Batcher
+from sopdeploy_service.ledger import Ledger
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.outcome import Outcome, Refusal
 from sopdeploy_service.settings import Settings
@@ -21,6 +22,7 @@ class Model:
     def __init__(self, name: str, inference: Inference, settings: Settings, metrics: Metrics) -> None:
         self.name = name
         self.inference = inference
+        self.ledger = Ledger()
         self.version = inference.bundle.manifest.id  # whoever knows it can say which weights gave an answer
         self._batcher = Batcher(name, inference, settings, metrics)
         self._users = 0

@@ -55,6 +55,7 @@ DRAINING = Refusal("draining", 503, "the server is shutting down; send it to ano
 ENGINE_DEAD = Refusal("engine_dead", 503, "the engine has stopped; the server is restarting", 5)
 DEADLINE = Refusal("deadline", 504, "no answer before the deadline; the server is overloaded")
 ENGINE_FAILED = Refusal("engine_failed", 500, "the engine failed on this image")
+DECODER_FAILED = Refusal("decoder_failed", 500, "the decoder failed on this image")
 NONFINITE = Refusal("nonfinite_output", 500, "the network gave numbers that are not finite for this image")
 TOO_LATE = Refusal("deadline_unreachable", 503, "so many images wait that the deadline cannot be met", 1)
 OUT_OF_MEMORY = Refusal("out_of_memory", 503, "the engine has no memory for this image now; send it again", 2)

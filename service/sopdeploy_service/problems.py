@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from sopdeploy_service.outcome import CLIENT_GONE, Refusal
 from sopdeploy_service.schema import PROBLEM_JSON, Problem
+from sopdeploy_service.tally import CURRENT
 
 INTERNAL = Refusal("internal_error", 500, "the server made a mistake; its log tells more")
 
@@ -39,13 +40,26 @@ def json_response(
     )
 
 
-def problem_response(refusal: Refusal, headers: Mapping[str, str] | None = None) -> Response:
-    """Return the response that tells *refusal*."""
+def problem_response(
+    refusal: Refusal, headers: Mapping[str, str] | None = None, *, path: str = ""
+) -> Response:
+    """Return the response that tells *refusal* to who asked for *path*.
+
+    The Open Inference Protocol has a form of its own, which its clients parse; it has no place for the
+    stable code, so that stands in the header `X-Error-Code`.
+    """
+    tally = CURRENT.get()
+    if tally is not None:
+        tally.code = refusal.code
     extra = dict(headers or {})
     if refusal.retry_after is not None:
         extra["Retry-After"] = str(refusal.retry_after)
     if refusal.status in {408, 413, 503}:
         extra["Connection"] = "close"
+    if path == "/v2" or path.startswith("/v2/"):
+        extra["X-Error-Code"] = refusal.code
+        error = orjson.dumps({"error": refusal.message})
+        return Response(error, status_code=refusal.status, headers=extra, media_type="application/json")
     body = orjson.dumps(Problem.of(refusal).model_dump())
     return Response(body, status_code=refusal.status, headers=extra, media_type=PROBLEM_JSON)
 
@@ -69,16 +83,17 @@ def install(app: FastAPI) -> None:
             metrics.cancelled()
         else:
             metrics.rejected(problem.refusal.code)
-        return problem_response(problem.refusal)
+        return problem_response(problem.refusal, path=request.url.path)
 
     @app.exception_handler(HTTPException)
-    async def http_error(_request: Request, problem: HTTPException) -> Response:
+    async def http_error(request: Request, problem: HTTPException) -> Response:
         code = HTTPStatus(problem.status_code).name.lower()
         refusal = Refusal(code, problem.status_code, str(problem.detail))
-        return problem_response(refusal, problem.headers)
+        return problem_response(refusal, problem.headers, path=request.url.path)
 
     @app.exception_handler(RequestValidationError)
-    async def wrong_parameter(_request: Request, problem: RequestValidationError) -> Response:
+    async def wrong_parameter(request: Request, problem: RequestValidationError) -> Response:
         first = problem.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        return problem_response(Refusal("invalid_parameter", 422, f"{where}: {first['msg']}"))
+        refusal = Refusal("invalid_parameter", 422, f"{where}: {first['msg']}")
+        return problem_response(refusal, path=request.url.path)

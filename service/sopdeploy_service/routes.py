@@ -25,13 +25,25 @@ FORM = {
         "required": ["image"],
     }
 }
+JSON = {
+    "schema": {
+        "type": "object",
+        "properties": {
+            "image": {"type": "string", "description": "base64, or a data URI"},
+            "images": {"type": "array", "items": {"type": "string"}},
+            "url": {"type": "string", "description": "where the server allows it"},
+            "top_k": {"type": "integer", "minimum": 1},
+        },
+        "additionalProperties": False,
+    }
+}
 REQUEST_BODY = {
     "requestBody": {
         "required": True,
-        "content": {"image/*": BINARY, "multipart/form-data": FORM},
+        "content": {"image/*": BINARY, "multipart/form-data": FORM, "application/json": JSON},
     }
 }
-ERRORS = described(400, 404, 408, 413, 415, 422, 429, 500, 503, 504)
+ERRORS = described(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 
 
 @router.post(
@@ -49,7 +61,7 @@ async def classify(
         bool, Query(description="Say which experts decided, where the network has a gate.")
     ] = False,
 ) -> Response:
-    """Take an image as the body, or 1..n in a form (fields `image`), and give its classes.
+    """Take an image as the body, 1..n in a form (fields `image`) or in JSON, and give its classes.
 
     One image gives `{"classes": [...]}` or its error. Several give `{"results": [...]}` with status
     200, in order, each `{"classes": [...]}` or `{"error": {...}}`; only what concerns the whole
@@ -68,7 +80,7 @@ async def classify(
     stages.note("receive", received - started)
     work = service.classify(chosen, upload.images, deadline, stages)
     outcomes = unless_refused(await unless_gone(work, request.receive))
-    top_k = top_k or service.settings.top_k
+    top_k = top_k or upload.top_k or service.settings.top_k
     headers = {"Server-Timing": stages.header()}
     if not upload.several:
         return json_response(answered(chosen, unless_refused(outcomes[0]), top_k, gates), headers=headers)

@@ -101,3 +101,14 @@ class Info(Frozen):
     server: str
     models: tuple[ModelInfo, ...]
     previous: dict[str, str]
+
+
+class SelfTest(Frozen):
+    """What `/selftest` measured: the largest deviation of each output over the probes, and its bound."""
+
+    model: str
+    version: str
+    images: int
+    deviation: dict[str, float]
+    tolerance: dict[str, float]
+    seconds: float

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import logging
 import socket
 import sys
 import time
@@ -18,19 +19,25 @@ from fastapi import FastAPI
 from PIL import Image
 
 from sopdeploy.errors import ConfigError
+from sopdeploy_service import logs
 from sopdeploy_service.app import create_app
 from sopdeploy_service.connections import Connections, allow_files
+from sopdeploy_service.faults import ordered_faults
 from sopdeploy_service.health_port import LoopWatch, answering, health_app
 from sopdeploy_service.listening import bind, url
 from sopdeploy_service.service import Service
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.shelf import Shelf
+from sopdeploy_service.start_up import Timeline
 from sopdeploy_service.supervisor import Supervisor
+from sopdeploy_service.traced import traced
 from sopdeploy_service.verified import open_verified
 from sopdeploy_service.wire import Wire
 
 ENGINE_DEAD_EXIT = 70  # EX_SOFTWARE; a supervisor should start the process again
 CLOSING_SECONDS = 2  # for the last answers to leave, after everything was answered or refused
+
+log = logging.getLogger("sopdeploy.server")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,33 +53,44 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
 
     A source is a bundle, a folder of bundles, or `NAME=BUNDLE`. 0 after a drain, 70 where an engine died.
     Prints one line, `ready: URL  BUNDLE ...`, when the probes gave the right numbers and the port is open.
-    Raises `ConfigError` where it cannot listen, and what `Shelf` and `open_verified` raise for the bundles.
+    Raises `ConfigError` where it cannot listen, keys or `SOPDEPLOY_FAULTS` are wrong, or tracing is asked for
+    and not installed; and what `Shelf` and `open_verified` raise for the bundles.
     """
     with bind(settings.host, settings.port) as listener:
         if settings.devices:
-            return Supervisor(sources, settings, listener).run()
+            with logs.writing(settings):
+                return Supervisor(sources, settings, listener).run()
         return serve_on(sources, settings, Inherited(sockets=(listener,), siblings={}))
 
 
 def serve_on(sources: Sequence[str | Path], settings: Settings, place: Inherited) -> int:
     """Serve the bundles at *sources* in this process, on the sockets of *place*; else as `serve`."""
+    timeline = Timeline()
+    timeline.mark("imports")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
     warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, which counts for nothing
     allow_files(settings.max_connections)
     with ExitStack() as stack:
+        stack.enter_context(logs.writing(settings))
+        open_trace = stack.enter_context(traced(settings))
+        faults = ordered_faults()
         health = settings.health_port
         prober = None if health is None else stack.enter_context(bind(settings.host, health))
         shelf = Shelf(sources)
         inferences = {name: open_verified(path, settings) for name, path in shelf.bundles.items()}
-        app = create_app(inferences, settings, shelf if settings.model_control else None)
+        timeline.opened(inference.seconds for inference in inferences.values())
+        control = shelf if settings.model_control else None
+        app = create_app(inferences, settings, control, faults=faults, open_trace=open_trace)
         app.state.siblings = place.siblings
         names = " ".join(inference.bundle.name for inference in inferences.values())
         ready = f"ready: {url(place.sockets[0])}  {names}"
-        server = DrainingServer(http_config(app, settings), app.state.service, settings.drain_seconds, ready)
+        server = DrainingServer(http_config(app, settings), app.state.service, ready, timeline)
         if prober is not None:
             stack.enter_context(health_port(app.state.service, server.watch, prober))
         server.run(sockets=list(place.sockets))
-    return ENGINE_DEAD_EXIT if app.state.service.state == "engine_dead" else 0
+        state = app.state.service.state
+        log.info("stopped", extra={"state": state})
+    return ENGINE_DEAD_EXIT if state == "engine_dead" else 0
 
 
 def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
@@ -104,16 +122,18 @@ class DrainingServer(uvicorn.Server):
     """A uvicorn that goes on answering while it drains, and ends when the engine is dead.
 
     The first signal makes the server not ready: new requests get 503, those already here are
-    answered for at most *drain_seconds*, then the port is closed. A second signal ends the drain:
+    answered for at most `drain_seconds`, then the port is closed. A second signal ends the drain:
     what is not answered by then gets 503.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float, ready: str) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, ready: str, timeline: Timeline) -> None:
         super().__init__(config)
         self._service = service
-        self._drain_seconds = drain_seconds
+        self._drain_seconds = service.settings.drain_seconds
         self._ready = ready
+        self._timeline = timeline
         self._drain_until: float | None = None
+        self._drain_told = False
         self.watch = LoopWatch()
         service.metrics.loop_lag(self.watch.worst)
 
@@ -125,6 +145,8 @@ class DrainingServer(uvicorn.Server):
             raise ConfigError(f"cannot listen ({problem.strerror}); choose another port") from problem
         sys.stdout.write(self._ready + "\n")
         sys.stdout.flush()
+        self._timeline.mark("listen")
+        self._timeline.tell()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Begin to drain, or end the drain; uvicorn's own would end with the signal's exit code."""
@@ -138,9 +160,15 @@ class DrainingServer(uvicorn.Server):
         if self._service.state == "engine_dead":
             return True
         if self._drain_until is not None:
+            self._tell_drain()
             late = time.monotonic() >= self._drain_until
             if late:
                 self._service.abandon()
             if late or self._service.requests == 0:
                 return True
         return await super().on_tick(counter)
+
+    def _tell_drain(self) -> None:  # not in the signal's handler, which may interrupt a line of the log
+        if not self._drain_told:
+            self._drain_told = True
+            log.info("draining", extra={"requests": self._service.requests, "seconds": self._drain_seconds})

@@ -5,6 +5,8 @@ outputs. A bad image is refused by the decoder, so it never meets the images of 
 """
 
 import asyncio
+import contextlib
+import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -16,10 +18,12 @@ from numpy.typing import NDArray
 
 from sopdeploy.errors import ImageError
 from sopdeploy_service.decode import Decoded, Sent, decode, keep_memory
+from sopdeploy_service.faults import NONE, Faults
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import (
     DEADLINE,
+    DECODER_FAILED,
     DRAINING,
     ENGINE_DEAD,
     TOO_LATE,
@@ -32,24 +36,36 @@ from sopdeploy_service.repository import Repository
 from sopdeploy_service.schema import State
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.shelf import Shelf
+from sopdeploy_service.tally import charge
 from sopdeploy_service.timing import Stages
 from sopdeploy_service.verified import Inference
 
 LONGEST_RETRY_SECONDS = 60
+
+log = logging.getLogger("sopdeploy.service")
 
 
 class Service:
     """Answers images from `start` to `stop`, once; every method is called on the event loop."""
 
     def __init__(
-        self, inferences: Mapping[str, Inference], settings: Settings, shelf: Shelf | None = None
+        self,
+        inferences: Mapping[str, Inference],
+        settings: Settings,
+        shelf: Shelf | None = None,
+        faults: Faults = NONE,
     ) -> None:
         self.settings = settings
         self.metrics = Metrics()
         self.requests = 0  # being answered now, counted by the middleware
+        inferences = {
+            name: replace(found, runtime=faults.over(found.runtime)) for name, found in inferences.items()
+        }
         self.repository = Repository(inferences, settings, self.metrics, shelf)
         keep_memory(settings.decoders)
         self._decoders = ThreadPoolExecutor(settings.decoders, thread_name_prefix="decoder")
+        self._decode_bytes = faults.over_decoder(decode)
+        self.metrics.decoders(settings.decoders)
         self._admitted = 0
         self._draining = True
 
@@ -117,18 +133,20 @@ class Service:
         deadline: float,
         stages: Stages,
     ) -> list[Outcome] | Refusal:
-        full = self._overload(model, len(images))
-        if full is not None:
-            return full
+        started = time.monotonic()
+        refused = self._overload(model, len(images)) or charge(len(images), stages)
+        if refused is not None:
+            return refused
         self._count(len(images))
+        found: list[Outcome] | Refusal = DEADLINE
         try:
-            with model.in_use():
+            with contextlib.suppress(TimeoutError), model.in_use():
                 async with asyncio.timeout(deadline - time.monotonic()):
-                    return await gather(work(model, image, deadline, stages) for image in images)
-        except TimeoutError:
-            return DEADLINE
+                    found = await gather(work(model, image, deadline, stages) for image in images)
         finally:
             self._count(-len(images))
+        model.ledger.note(found, stages, time.monotonic() - started)
+        return found
 
     async def _classify(self, model: Model, sent: Sent, deadline: float, stages: Stages) -> Outcome:
         started = time.monotonic()
@@ -137,6 +155,9 @@ class Service:
             decoded = await loop.run_in_executor(self._decoders, self._decode, model, sent)
         except ImageError as problem:
             return Refusal.of(problem)
+        except Exception:  # a mistake of ours costs its own image, not those beside it in the form
+            log.exception("the decoder failed on an image of %d bytes", len(sent.body))
+            return DECODER_FAILED
         seconds = time.monotonic() - started
         self.metrics.stage("decode", seconds)
         stages.note("decode", seconds)
@@ -148,17 +169,21 @@ class Service:
     ) -> Outcome:
         outcome = await model.infer(image, deadline)
         if isinstance(outcome, Answered):
-            stages.note("queue", outcome.queue_seconds)
+            stages.note("queue", outcome.queue_seconds, time.monotonic() - outcome.infer_seconds)
             stages.note("infer", outcome.infer_seconds)
         return outcome
 
     def _decode(self, model: Model, sent: Sent) -> Decoded:
-        return decode(
-            sent,
-            model.bundle.manifest.preprocess,
-            max_bytes=self.settings.max_body_bytes,
-            max_pixels=self.settings.max_pixels,
-        )
+        started = time.monotonic()
+        try:
+            return self._decode_bytes(
+                sent,
+                model.bundle.manifest.preprocess,
+                max_bytes=self.settings.max_body_bytes,
+                max_pixels=self.settings.max_pixels,
+            )
+        finally:
+            self.metrics.decoded(time.monotonic() - started)
 
     def _overload(self, model: Model, images: int) -> Refusal | None:
         if self._admitted + images <= self.settings.queue_size:

@@ -5,9 +5,9 @@ the default. The file is the one given, else what `SOPDEPLOY_CONFIG` names.
 """
 
 import difflib
+import ipaddress
 import json
 import os
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,18 +26,13 @@ from sopdeploy.frozen import first_problem
 
 Count = Annotated[int, pydantic.Field(ge=1)]
 RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
+Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
+Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]
+LogForm = Literal["json", "console"]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
-
-
-def split_devices(value: object) -> object:
-    """Return `0,1` as a tuple of its parts."""
-    return (
-        tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-    )
-
-
+Hosts = Annotated[tuple[str, ...], NoDecode, pydantic.BeforeValidator(lambda given: separated(given))]
 Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3})$")]
-Devices = Annotated[tuple[Device, ...], NoDecode, pydantic.BeforeValidator(split_devices)]
+Devices = Annotated[tuple[Device, ...], NoDecode, pydantic.BeforeValidator(lambda given: separated(given))]
 
 PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
@@ -51,28 +46,33 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", allow_inf_nan=False)
 
-    host: str = "127.0.0.1"
-    port: Annotated[int, pydantic.Field(ge=0, le=65_535)] = 8000  # 0: any free port
+    host: str = "127.0.0.1"  # who can reach it; 0.0.0.0: every address of this machine
+    port: Port = 8000  # 0: any free port
 
-    health_port: Annotated[int, pydantic.Field(ge=0, le=65_535)] | None = None  # a thread of its own
+    health_port: Port | None = None  # probes and metrics on a thread of their own, without keys
     max_loop_lag_seconds: Seconds = 5.0  # an event loop that is later than this: not alive
 
     max_connections: Count = 1000  # one more closes the longest idle one, or gets 503
-    max_idle_connections: Count = 500
+    max_idle_connections: Count = 500  # one more closes the longest idle one
     keep_alive_seconds: Count = 65  # longer than the idle time of common load balancers
-    head_seconds: Seconds = 10.0  # from its first byte to its last
-    max_url_bytes: Count = 8192
-    max_headers: Count = 100
-    max_header_bytes: Count = 32_768
+    head_seconds: Seconds = 10.0  # of a request's head, from its first byte to its last
+    max_url_bytes: Count = 8192  # path and query
+    max_headers: Count = 100  # of one request
+    max_header_bytes: Count = 32_768  # of all headers of one request
     write_seconds: Seconds = 30.0  # for which a client may not read
 
-    max_body_bytes: Count = 20_000_000
+    max_body_bytes: Count = 20_000_000  # of one request
+    max_json_bytes: Count = 16_000_000  # of a JSON body, or of the JSON before binary tensors
     max_upload_bytes: Count = 256_000_000  # of all bodies not yet answered
-    min_body_rate: Count = 10_000  # bytes per second, after
-    body_grace_seconds: Seconds = 5.0
-    max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = 50_000_000
+    min_body_rate: Count = 10_000  # of a request, in bytes per second, after body_grace_seconds
+    body_grace_seconds: Seconds = 5.0  # for which a body may be as slow as it likes
+    max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = 50_000_000  # of one picture
     max_images: Count = 32  # in one request
     top_k: Count = 5  # classes in an answer that asks for no other number
+
+    url_hosts: Hosts = ()  # `host` or `host:port` to fetch images from; none: URLs are refused
+    url_plain_http: bool = False  # fetch from http:// too
+    url_seconds: Seconds = 5.0  # from the name of the host to the last byte
 
     queue_size: Count = 256  # images admitted and not yet answered; one more gets 429
     deadline_seconds: Seconds = 30.0  # from the first byte of a request to its answer
@@ -81,15 +81,20 @@ class Settings(BaseSettings):
     decoders: Count = 2  # threads that turn bytes into pixels
     devices: Devices = ()  # one process for each, GPUs by number or `cpu`; none: this process alone
     runtime: RuntimeName = "auto"  # auto: the first that was set up here
-    engine_cache: Path | None = None  # of TensorRT; None: beside the bundle
-    threads: Count | None = None  # of the engine; None: one per core
-    max_batch: Count | None = None  # None: 4 on a CPU, else what the bundle was verified for
-    max_queue_delay_ms: Annotated[float, pydantic.Field(ge=0, le=10_000)] = 0.0
-    engine_timeout_seconds: Seconds | None = (
-        None  # a batch that takes longer: the engine hangs; None: 20 times
-    )
-    # what such a batch usually takes, at least 4 s
-    model_control: bool = False  # may clients load, unload and swap models?
+    engine_cache: Path | None = None  # of TensorRT; not set: beside the bundle
+    threads: Count | None = None  # of the engine; not set: one per core
+    max_batch: Count | None = None  # not set: 4 on a CPU, else what the bundle was verified for
+    max_queue_delay_ms: Delay = 0.0  # how long an idle engine waits for more images
+    engine_timeout_seconds: Seconds | None = None  # a batch may take; not set: 20 times the usual, >= 4 s
+    model_control: bool = False  # may clients load, unload and swap models? Needs keys where others can ask
+
+    keys: Path | None = None  # the file of `sopdeploy key`: who may ask, and how often; not set: everybody
+    metrics_need_key: bool = False  # else /metrics is open, as /livez and /readyz always are
+
+    log: LogForm | None = None  # json, console; not set: console on a terminal, else JSON of warnings only
+    log_level: Literal["debug", "info", "warning", "error"] = "info"  # debug also logs probes and scrapes
+    startup_timeline: bool = False  # log where the time of the start went, whatever the log level
+    tracing: bool = False  # send OpenTelemetry spans to OTEL_EXPORTER_OTLP_ENDPOINT; needs the extra `otel`
 
     @classmethod
     def settings_customise_sources(
@@ -118,6 +123,15 @@ class Settings(BaseSettings):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _models_are_not_everybodys(self) -> "Settings":
+        if self.model_control and self.keys is None and not is_loopback(self.host):
+            raise ValueError(
+                f"model_control on {self.host} without keys would let everybody swap models; "
+                "make a key with the scope admin (`sopdeploy key NAME --file keys.toml --admin`)"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _body_fits_the_room(self) -> "Settings":
         if self.max_body_bytes > self.max_upload_bytes * 7 // 8:
             raise ValueError(
@@ -125,6 +139,21 @@ class Settings(BaseSettings):
                 f"({self.max_upload_bytes})"
             )
         return self
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach *host*."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def separated(given: Any) -> Any:
+    """Return the parts of the text *given*, with commas between them; a list stays as it is."""
+    if not isinstance(given, str):
+        return given
+    return tuple(part.strip().lower() for part in given.split(",") if part.strip())
 
 
 def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
@@ -141,10 +170,10 @@ def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
 
     try:
         return Sourced(**{name: value for name, value in given.items() if value is not None})
-    except tomllib.TOMLDecodeError as problem:
-        raise ConfigError(f"{path}: not TOML ({problem})") from problem
     except pydantic.ValidationError as problem:
         raise ConfigError(f"settings: {first_problem(problem)}{service_link(problem)}") from problem
+    except ValueError as problem:  # the file is no TOML
+        raise ConfigError(f"{path}: not TOML ({problem})") from problem
 
 
 def readable(path: Path | None) -> Path | None:

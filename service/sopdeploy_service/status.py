@@ -1,17 +1,20 @@
 """The endpoints that say how the server is and what it serves."""
 
 import asyncio
+from importlib import import_module
 from importlib.metadata import version
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from sopdeploy_service.admission import service_of, unless_refused
+from sopdeploy_service.admission import admit, service_of, unless_refused
 from sopdeploy_service.card import Card, read_card
+from sopdeploy_service.gate import needs
 from sopdeploy_service.model import Model
-from sopdeploy_service.problems import described, json_response
-from sopdeploy_service.schema import Health, Info, ModelInfo
-from sopdeploy_service.siblings import collect
+from sopdeploy_service.problems import RefusedError, described, json_response
+from sopdeploy_service.repository import NOT_CONTROLLED
+from sopdeploy_service.schema import Health, Info, ModelInfo, SelfTest
+from sopdeploy_service.selftest import self_test
 
 router = APIRouter()
 
@@ -42,7 +45,8 @@ async def metrics(request: Request, *, own: bool = False) -> Response:
     if own or not siblings:
         return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
     known = {name: request.headers[name] for name in CREDENTIALS if name in request.headers}
-    return Response(await collect(siblings, known), media_type=CONTENT_TYPE_LATEST)
+    several = import_module("sopdeploy_service.siblings")  # httpx: one process need not load it
+    return Response(await several.collect(siblings, known), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/info", summary="Which networks answer here?", response_model=Info)
@@ -88,3 +92,32 @@ def model_info(model: Model) -> ModelInfo:
         largest_batch=model.largest_batch,
         versions=manifest.versions,
     )
+
+
+@router.get(
+    "/selftest",
+    summary="Does it still compute what the bundle promises?",
+    response_model=SelfTest,
+    responses=described(400, 401, 403, 404, 422, 429, 500, 503, 504),
+)
+async def selftest(request: Request, model: str | None = None) -> Response:
+    """Replay the bundle's probes through the engine, between the requests of others."""
+    chosen, deadline = admit(request, model)
+    return json_response(unless_refused(await self_test(service_of(request), chosen, deadline)))
+
+
+@router.post(
+    "/v1/models/{name}/rollback",
+    summary="Let the version before answer again",
+    response_model=ModelInfo,
+    responses=described(401, 403, 404, 409, 422),
+    dependencies=[Depends(needs("admin"))],
+)
+async def roll_back(request: Request, name: str) -> Response:
+    """Turn back what a load did, at once: the version before it is still loaded."""
+    service = service_of(request)
+    if not service.settings.model_control:
+        raise RefusedError(NOT_CONTROLLED)
+    model = unless_refused(await service.repository.roll_back(name))
+    request.state.model = model
+    return json_response(model_info(model))

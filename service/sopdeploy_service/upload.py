@@ -3,13 +3,16 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from sopdeploy_service.decode import Sent, too_large
+from sopdeploy_service.decode import Sent, begins_like_an_image, too_large
+from sopdeploy_service.fetch import fetch
 from sopdeploy_service.form import ImageForm
+from sopdeploy_service.json_body import read_json
 from sopdeploy_service.outcome import CLIENT_GONE, Refusal
 from sopdeploy_service.problems import RefusedError
 from sopdeploy_service.settings import Settings
@@ -21,10 +24,14 @@ NOT_A_FORM = Refusal("unsupported_multipart", 415, "send the image alone, or as 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """The images of one request; *several* is true where the answer is a list of results."""
+    """The images of one request; *several* is true where the answer is a list of results.
+
+    *top_k* is how many classes the body itself asks for.
+    """
 
     images: list[Sent]
     several: bool
+    top_k: int | None = None
 
 
 async def read_upload(request: Request, settings: Settings, deadline: float) -> Upload:
@@ -32,11 +39,18 @@ async def read_upload(request: Request, settings: Settings, deadline: float) -> 
 
     Raises `RefusedError` for whatever is wrong with the body as a whole; an image in it may still be bad.
     """
+    async with receiving(request, deadline):
+        return await read_body(request, settings)
+
+
+@asynccontextmanager
+async def receiving(request: Request, deadline: float) -> AsyncIterator[None]:
+    """Hold what reads the body to *deadline*; raises `RefusedError` where the body cannot be had."""
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise RefusedError(ENCODED)
     try:
         async with asyncio.timeout(deadline - time.monotonic()):
-            return await read_body(request, settings)
+            yield
     except TimeoutError as problem:
         raise RefusedError(SLOW_BODY) from problem
     except ClientDisconnect as problem:
@@ -44,14 +58,13 @@ async def read_upload(request: Request, settings: Settings, deadline: float) -> 
 
 
 async def read_body(request: Request, settings: Settings) -> Upload:
-    """Read a body that is one image, or a form that holds one or several."""
+    """Read a body that is one image, a form that holds one or several, or JSON."""
     content_type = request.headers.get("content-type", "")
     kind = content_type.partition(";")[0].strip().lower()
+    if kind == "application/json":
+        return await read_json_upload(request, settings, content_type)
     if not kind.startswith("multipart/"):
-        whole = bytearray()
-        async for piece in pieces(request, settings.max_body_bytes):
-            whole += piece
-        return Upload([Sent(bytes(whole), content_type)], several=False)
+        return Upload([Sent(await whole(request, settings.max_body_bytes), content_type)], several=False)
     if kind != "multipart/form-data":
         raise RefusedError(NOT_A_FORM)
     form = ImageForm(content_type, max_images=settings.max_images)
@@ -59,6 +72,25 @@ async def read_body(request: Request, settings: Settings) -> Upload:
         form.feed(piece)
     images = form.images()
     return Upload(images, several=len(images) > 1)
+
+
+async def read_json_upload(request: Request, settings: Settings, content_type: str) -> Upload:
+    """Read a JSON body: images as base64, or the URL of one; what begins like an image is one."""
+    limit = min(settings.max_body_bytes, settings.max_json_bytes)
+    raw = await whole(request, limit)
+    if begins_like_an_image(raw):
+        return Upload([Sent(raw, content_type)], several=False)
+    body = await asyncio.to_thread(read_json, raw, max_bytes=limit, max_images=settings.max_images)
+    images = body.images if body.url is None else [await fetch(body.url, settings)]
+    return Upload([Sent(image) for image in images], several=body.several, top_k=body.top_k)
+
+
+async def whole(request: Request, limit: int) -> bytes:
+    """Return the body as one, of at most *limit* bytes."""
+    body = bytearray()
+    async for piece in pieces(request, limit):
+        body += piece
+    return bytes(body)
 
 
 async def pieces(request: Request, limit: int) -> AsyncIterator[bytes]:

@@ -6,7 +6,8 @@ this machine computes wrongly.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,25 +21,35 @@ from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.choose import choose
 from sopdeploy_service.settings import Settings
 
+FEW = 3  # probes that are replayed one by one at a start; all of them are replayed in batches
 LARGEST_ON_CPU = 4  # more gains nothing on a CPU and makes the first image of a batch wait
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inference:
-    """A bundle, a runtime for it, its replays by batch size, and (images, seconds) of each run."""
+    """A bundle, a runtime for it, its replays by batch size, and (images, seconds) of each run.
+
+    *seconds* says how long each step of opening it took.
+    """
 
     bundle: Bundle
     runtime: Runtime
     replays: dict[int, Replay]
     timings: tuple[tuple[int, float], ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
-def open_verified(path: Path, settings: Settings) -> Inference:
+def open_verified(path: Path, settings: Settings, *, thorough: bool = False) -> Inference:
     """Open the bundle at *path*, choose a runtime and replay the probes through it.
+
+    Every probe runs in a batch of the largest size; one by one only `FEW` do, all of them where *thorough*,
+    because a server that starts on a CPU waits for little else.
 
     Raises `BundleError`, `RuntimeUnavailableError` or `ParityError`.
     """
+    moments = [time.monotonic()]
     bundle = open_bundle(path)
+    moments.append(time.monotonic())
     smallest = bundle.manifest.batch.minimum
     if smallest > 1:
         raise RuntimeUnavailableError(
@@ -46,9 +57,18 @@ def open_verified(path: Path, settings: Settings) -> Inference:
             "export it with a smallest batch of 1"
         )
     runtime = choose(bundle, settings)
+    moments.append(time.monotonic())
     timed = Timed(runtime)
-    replays = replay_all(bundle, timed, largest_batch(runtime, settings))
-    return Inference(bundle=bundle, runtime=runtime, replays=replays, timings=tuple(timed.timings))
+    replays = replay_all(bundle, timed, largest_batch(runtime, settings), thorough=thorough)
+    moments.append(time.monotonic())
+    spent = (after - before for before, after in pairwise(moments))
+    return Inference(
+        bundle=bundle,
+        runtime=runtime,
+        replays=replays,
+        timings=tuple(timed.timings),
+        seconds=dict(zip(("hashes", "session", "probes"), spent, strict=True)),
+    )
 
 
 class Timed:
@@ -66,8 +86,10 @@ class Timed:
         return outputs
 
 
-def replay_all(bundle: Bundle, run: Run, largest: int) -> dict[int, Replay]:
+def replay_all(bundle: Bundle, run: Run, largest: int, *, thorough: bool) -> dict[int, Replay]:
     """Replay the probes one by one, and in batches of *largest* where there are so many.
+
+    Unless *thorough*, of larger batches and single images the latter are the first `FEW` probes only.
 
     Raises `ParityError` for other numbers and `BundleError` for probes that would prove nothing.
     """
@@ -77,7 +99,14 @@ def replay_all(bundle: Bundle, run: Run, largest: int) -> dict[int, Replay]:
             f"{bundle.probes}: does not probe every output; nothing would be proved: export the bundle again"
         )
     sizes = {1, min(largest, len(probes.images))}
-    return {size: replay(probes, run, batch=size) for size in sorted(sizes)}
+    few = probes if thorough or len(sizes) == 1 else first(probes, FEW)
+    return {size: replay(few if size == 1 else probes, run, batch=size) for size in sorted(sizes)}
+
+
+def first(probes: Probes, count: int) -> Probes:
+    """Return the first *count* of *probes*."""
+    expected = {name: values[:count] for name, values in probes.expected.items()}
+    return replace(probes, images=probes.images[:count], expected=expected)
 
 
 def fit(probes: Probes, manifest: Manifest) -> bool:

@@ -35,7 +35,7 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
     Raises `BundleError` for the files, `ParityError` for the numbers, `RuntimeUnavailableError`
     where nothing here can run it.
     """
-    inference = open_verified(bundle_path, settings or load_settings())
+    inference = open_verified(bundle_path, settings or load_settings(), thorough=True)
     bundle = inference.bundle
     return Verification(
         bundle=bundle.name,

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy_service.outcome import Outcome
+from sopdeploy_service.tally import Trace, current_trace
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -27,6 +28,7 @@ class Item:
     outcome: asyncio.Future[Outcome]
     deadline: float
     arrived: float = field(default_factory=time.monotonic)
+    trace: Trace | None = field(default_factory=current_trace)
 
     def wanted(self, now: float) -> bool:
         """Return whether anybody still waits for this item at *now*."""

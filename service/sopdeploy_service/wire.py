@@ -33,6 +33,7 @@ class Wire(HttpToolsProtocol):
 
     def __init__(self, shared: Connections, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
+        self.url = b""  # a connection may be refused before it has said one
         self._shared = shared
         self._limits = shared.settings
         self._refusal: Refusal | None = None  # set by a callback of the parser
@@ -222,7 +223,8 @@ class Wire(HttpToolsProtocol):
 
     def _write_answer(self, refusal: Refusal) -> None:
         identity = request_id({"type": "http", "headers": self.headers or []})
-        response = problem_response(refusal, {"Connection": "close", "X-Request-ID": identity})
+        path = self.url.partition(b"?")[0].decode("latin-1")
+        response = problem_response(refusal, {"Connection": "close", "X-Request-ID": identity}, path=path)
         lines = [STATUS_LINE[refusal.status]]
         for name, value in [*self.server_state.default_headers, *response.raw_headers]:
             lines += [name, b": ", value, b"\r\n"]

@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from sopdeploy import __version__
-from sopdeploy.cli import benching, catalog, demo, engines, exporting, importing, serving, training
+from sopdeploy.cli import (
+    benching,
+    catalog,
+    demo,
+    doctoring,
+    engines,
+    exporting,
+    importing,
+    keying,
+    serving,
+    training,
+)
 
 app = typer.Typer(
     name="sopdeploy",
@@ -18,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command("train", rich_help_panel="Train")(training.train)
+app.command("train", cls=training.TrainCommand, rich_help_panel="Train")(training.train)
 app.command("eval", rich_help_panel="Train")(training.evaluate)
 app.command("recipes", rich_help_panel="Train")(training.recipes)
 app.command("models", rich_help_panel="Train")(catalog.models)
@@ -30,7 +41,9 @@ app.command("engine", rich_help_panel="Export")(engines.engine)
 app.command("triton", rich_help_panel="Export")(engines.triton)
 app.command("predict", rich_help_panel="Serve")(serving.predict)
 app.command("serve", rich_help_panel="Serve")(serving.serve)
+app.command("key", rich_help_panel="Serve")(keying.key)
 app.command("bench", rich_help_panel="Serve")(benching.bench)
+app.command("doctor", rich_help_panel="Serve")(doctoring.doctor)
 app.command("demo", rich_help_panel="Learn")(demo.demo)
 
 

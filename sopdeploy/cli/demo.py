@@ -8,14 +8,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import httpx
 import typer
 from rich.table import Table
 
 from sopdeploy.cli.console import err, one_line_errors, out
 from sopdeploy.errors import SopdeployError
+
+if TYPE_CHECKING:
+    import httpx
 
 SHOWN = 10
 WANTED = 0.98
@@ -101,6 +103,8 @@ def server(bundle: Path) -> Iterator[str]:
 
 def ask(url: str) -> float:
     """Send every held-out digit to the server; show the first answers; return the share that is right."""
+    import httpx
+
     from sopdeploy.data.digits import open_digits
 
     digits = open_digits().held_out
@@ -121,12 +125,12 @@ def ask(url: str) -> float:
     return share
 
 
-def classify(client: httpx.Client, picture: Any) -> dict[str, Any]:
+def classify(client: "httpx.Client", picture: Any) -> dict[str, Any]:
     """Return the best class that the service gives for *picture*, sent as PNG."""
     body = io.BytesIO()
     picture.save(body, "PNG")
     answer = client.post("/v1/classify", content=body.getvalue(), headers={"Content-Type": "image/png"})
-    if answer.status_code != httpx.codes.OK:
+    if answer.status_code != 200:
         err.print(answer.text)
         raise SopdeployError(f"{client.base_url}: answered {answer.status_code} to a digit")
     best: dict[str, Any] = answer.json()["classes"][0]

@@ -61,6 +61,13 @@ def serve(
     model_control: Annotated[
         bool, typer.Option("--model-control", help="Let clients load, unload and swap models.")
     ] = False,
+    keys: Annotated[
+        Path | None, typer.Option(help="Answer those with a key in this file only; see `sopdeploy key`.")
+    ] = None,
+    log: Annotated[
+        str | None,
+        typer.Option(help="A line per request: json, or console. [dim]default console on a terminal[/dim]"),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file with settings.")] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting, as name=value; repeatable.")
@@ -94,6 +101,8 @@ def serve(
                 "max_pixels": max_pixels,
                 "queue_size": queue_size,
                 "model_control": model_control or None,
+                "keys": keys,
+                "log": log,
             },
         )
         for name in unused_variables():

@@ -12,6 +12,7 @@ form finds negative eigenvalues where there are none.
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from sopdeploy.pooling.covariance import centred_positions, covariance, covariance_trace, frobenius_norm
@@ -24,7 +25,8 @@ SMALLEST_NORM = 1e-12  # a constant map has norm 0; its answer is then 0, with f
 class Rule(NamedTuple):
     """The switches of `ISqrtCovConfig` that the root depends on.
 
-    `stored` is the type of the matrices between two products; an exporter may choose float16.
+    `stored` is the type of the matrices between two products; an exporter may choose float16. It says how
+    float32 is rounded: a run in float64, the reference, stores float64.
     """
 
     iterations: int
@@ -87,5 +89,9 @@ def inner_root(start: Normalised, last: Step, rule: Rule) -> Tensor:
 def covariance_root(features_BdHW: Tensor, rule: Rule) -> Tensor:
     """Return the root (B, d, d) of the covariance of a map, to be differentiated by autograd."""
     start = normalise(features_BdHW, rule)
-    matrix_Bnn = start.matrix.half() if rule.stored == "float16" else start.matrix
-    return finish(start, last_step(matrix_Bnn, rule.iterations), rule)
+    return finish(start, last_step(as_stored(start.matrix, rule), rule.iterations), rule)
+
+
+def as_stored(matrix_Bnn: Tensor, rule: Rule) -> Tensor:
+    """Return a float32 matrix in the type that *rule* stores it in between two products."""
+    return matrix_Bnn.half() if rule.stored == "float16" and matrix_Bnn.dtype == torch.float32 else matrix_Bnn

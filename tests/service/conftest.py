@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -205,10 +206,14 @@ def running(
     *,
     names: Iterable[str] = ("tiny",),
     shelf: Shelf | None = None,
+    **options: Any,
 ) -> Iterator[Client]:
-    """A real server for *runtime*, under each of *names*, on a free loopback port; gives a client for it."""
+    """A real server for *runtime*, under each of *names*, on a free loopback port; gives a client for it.
+
+    *options* go to `create_app`.
+    """
     inference = Inference(bundle=bundle, runtime=runtime, replays={})
-    app = create_app(dict.fromkeys(names, inference), settings, shelf)
+    app = create_app(dict.fromkeys(names, inference), settings, shelf, **options)
     server = uvicorn.Server(http_config(app, settings))
     with bind("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

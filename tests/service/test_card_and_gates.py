@@ -95,7 +95,8 @@ def test_the_pages_are_counted_in_the_metrics_and_absent_from_the_description(se
 def test_every_error_is_described_as_a_problem(client):
     described = client.get("/openapi.json").json()
     assert "HTTPValidationError" not in described["components"]["schemas"]
-    for verbs in described["paths"].values():
+    ours = [verbs for path, verbs in described["paths"].items() if not path.startswith("/v2")]
+    for verbs in ours:  # the protocol has a form of its own
         for about in verbs.values():
             errors = {status: body for status, body in about["responses"].items() if status >= "400"}
             assert all(set(body["content"]) == {"application/problem+json"} for body in errors.values())

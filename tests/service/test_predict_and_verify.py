@@ -8,6 +8,7 @@ import pytest
 from sopdeploy.errors import BundleError, DataError, ParityError, RuntimeUnavailableError
 from sopdeploy_service.predict import predict
 from sopdeploy_service.settings import Settings
+from sopdeploy_service.verified import open_verified
 from sopdeploy_service.verify import verify
 
 ONE_THREAD = Settings(threads=1)
@@ -102,3 +103,20 @@ def test_without_onnxruntime_the_error_says_how_to_get_it(bundle_path, monkeypat
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(RuntimeUnavailableError, match=r"pip install \"sopdeploy\[cpu\]\""):
         verify(bundle_path, ONE_THREAD)
+
+
+def test_a_start_runs_every_probe_in_batches_and_a_few_alone_and_verify_all_of_them_both_ways(
+    make_bundle, tmp_path
+):
+    path = make_bundle(tmp_path, probes=6)
+    settings = Settings(threads=1)
+    at_start = open_verified(path, settings).replays
+    assert {batch: found.images for batch, found in at_start.items()} == {1: 3, 4: 6}
+    alone = open_verified(path, Settings(threads=1, max_batch=1)).replays
+    assert {batch: found.images for batch, found in alone.items()} == {1: 6}
+    report = verify(path, settings)
+    assert [(entry.batch, entry.images) for entry in report.replays] == [(1, 6), (4, 6)]
+
+
+def test_a_start_says_how_long_each_step_of_opening_a_bundle_took(bundle_path):
+    assert list(open_verified(bundle_path, Settings(threads=1)).seconds) == ["hashes", "session", "probes"]

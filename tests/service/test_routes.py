@@ -145,6 +145,7 @@ def test_the_api_describes_itself(client):
     assert set(paths["/v1/classify"]["post"]["requestBody"]["content"]) == {
         "image/*",
         "multipart/form-data",
+        "application/json",
     }
     assert client.get("/docs").status_code == 200
 

@@ -1,5 +1,7 @@
 """The server as a process: its first line, its last answer and its exit code."""
 
+import json
+import os
 import re
 import shutil
 import signal
@@ -57,13 +59,16 @@ OnnxRuntime.run = hang
 
 
 @contextmanager
-def process(bundle: Path, faults: str = "", settings: str = "") -> Iterator[subprocess.Popen[str]]:
+def process(
+    bundle: Path, faults: str = "", settings: str = "", ordered: str = ""
+) -> Iterator[subprocess.Popen[str]]:
     code = SERVE.format(faults=faults, settings=settings)
     child = subprocess.Popen(
         [sys.executable, "-W", "error", "-c", code, str(bundle)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=os.environ | {"SOPDEPLOY_FAULTS": ordered},
     )
     try:
         with child:
@@ -145,6 +150,48 @@ def test_a_hung_engine_ends_the_process_with_70(start, make_picture) -> None:
     reply = client.post("/v1/classify", content=make_picture((0, 0, 0), kind="PNG"))
     assert (reply.status_code, reply.json()["code"]) == (503, "engine_dead")
     assert child.wait(20) == 70
+
+
+def test_ordered_faults_are_warned_of_and_a_hung_engine_ends_the_process_with_70(start, jpeg) -> None:
+    child, client = start(ordered="engine=nan@1,engine=hang@2")
+    first = client.post("/v1/classify", content=jpeg)
+    assert (first.status_code, first.json()["code"]) == (500, "nonfinite_output")
+    assert client.post("/v1/classify", content=jpeg).json()["code"] == "engine_dead"
+    err = child.communicate(timeout=20)[1]
+    assert child.returncode == 70
+    events = [json.loads(line) for line in err.splitlines()]
+    assert [event["level"] for event in events] == ["warning", "critical"]
+    assert "fail on purpose" in events[0]["event"]
+    assert events[0]["faults"] == "engine=nan@1,engine=hang@2"
+
+
+def test_the_log_tells_of_start_requests_drain_and_end(start, jpeg) -> None:
+    child, client = start(settings="log='json'")
+    assert client.post("/v1/classify", content=jpeg).status_code == 200
+    child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=20)
+    events = [json.loads(line) for line in err.splitlines()]
+    assert (child.returncode, out) == (0, "")
+    assert [event["event"] for event in events] == ["started", "request", "draining", "stopped"]
+    steps = events[0]["steps_ms"]
+    assert list(steps) == ["imports", "hashes", "session", "probes", "listen"]
+    assert events[0]["ms"] == pytest.approx(sum(steps.values()), abs=0.2)
+
+
+def test_the_timeline_alone_is_printed_where_it_is_asked_for(start, jpeg) -> None:
+    child, client = start(settings="startup_timeline=True")
+    assert client.post("/v1/classify", content=jpeg).status_code == 200
+    child.send_signal(signal.SIGTERM)
+    (line,) = child.communicate(timeout=20)[1].splitlines()
+    assert json.loads(line)["event"] == "started"
+
+
+def test_wrong_faults_or_keys_are_one_clear_line(bundle_path: Path, tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(ConfigError, match="sopdeploy key"):
+        serve([bundle_path], Settings(port=0, keys=tmp_path / "keys.toml"))
+    monkeypatch.setenv("SOPDEPLOY_FAULTS", "engine=explode@1")
+    with pytest.raises(ConfigError, match="SOPDEPLOY_FAULTS: 'engine=explode@1' is no fault"):
+        serve([bundle_path], Settings(port=0))
 
 
 def queued(client: httpx.Client) -> int:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.losses import training_loss
-from sopdeploy.manifest import BatchRange
+from sopdeploy.manifest import BatchRange, Precision
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.catalog import create_model
 from sopdeploy.normalise import Normalise
@@ -21,12 +21,15 @@ from sopdeploy_export.accounts import account
 from sopdeploy_export.capture import Deployed, capture_any_batch
 from sopdeploy_export.certificate import equal_numbers, plain_network
 from sopdeploy_export.detach import detach
-from sopdeploy_export.lower_onnx import lower, operator_counts, write
+from sopdeploy_export.lower_onnx import lower, write
 from sopdeploy_export.lowering.centring import centre_by_mean
+from sopdeploy_export.lowering.lowered import Lowered
 from sopdeploy_export.lowering.network import rewrite
-from sopdeploy_export.parity import ParityReport, compare, reference
-from sopdeploy_export.pipeline import Exported, ExportOptions, export
+from sopdeploy_export.lowering.report import LoweringReport
+from sopdeploy_export.parity import ParityReport
+from sopdeploy_export.pipeline import Exported, ExportOptions, compared, export
 from sopdeploy_export.probe_images import probe_images
+from sopdeploy_export.ship import PrecisionOptions, ship, wished
 
 TRAINED_ON = 4
 FEW = BatchRange(optimum=2, maximum=3)
@@ -89,19 +92,29 @@ def exported(checkpoint: Path, destination: Path) -> Exported:
     return export(checkpoint, destination, ExportOptions(detach=bool(heads), batch=FEW))
 
 
-def agreed(checkpoint: Path, destination: Path) -> ParityReport:
+def agreed(checkpoint: Path, destination: Path, precision: Precision = "fp32") -> ParityReport:
     """Run the export's own steps on one graph: the certificate's books and numbers, ONNX by rules, parity.
 
     The graphs of three networks and their ONNX roots are what `exported` compares beside.
     """
-    shipped = detached(checkpoint)
-    pixels = Normalise(shipped.preprocess)(torch.from_numpy(shipped.images[:2]))
-    rewritten = rewrite(shipped.network, pixels, FEW, textbook_only=False, autotune=False).network
-    program = capture_any_batch(rewritten, shipped.preprocess, FEW)
-    model, _ = centre_by_mean(lower(program, shipped.network.outputs))
-    write(model, destination)
-    expected = reference(Deployed(shipped.network, shipped.preprocess).eval(), shipped.images)
-    return compare(destination, expected, shipped.images, FEW, operator_counts(model))
+    found = detached(checkpoint)
+    wish = PrecisionOptions(precision=precision)
+    pixels = Normalise(found.preprocess)(torch.from_numpy(found.images[:2]))
+    rewritten = rewrite(found.network, pixels, FEW, wished(wish, rules=True, autotune=False))
+    program = capture_any_batch(rewritten.network, found.preprocess, FEW)
+    model, _ = centre_by_mean(lower(program, found.network.outputs))
+    report = LoweringReport(
+        textbook=False, rules=rewritten.rules, choices=(), certified_root="", lowered_root=""
+    )
+    shipping = ship(
+        found.network, Lowered(rewritten.network, program, model, report), found.preprocess, FEW, wish
+    )
+    write(shipping.model, destination)
+    options = ExportOptions(batch=FEW, precision=wish)
+    _, parity = compared(
+        destination, found.network, shipping, read_checkpoint(checkpoint), found.images, options
+    )
+    return parity
 
 
 class Detached(NamedTuple):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sopdeploy.errors import LoweringError
+from sopdeploy.manifest import Precision
 from sopdeploy.models.catalog import CATALOG, entry
 from sopdeploy_export.pipeline import ExportOptions, export
 from tests.sweep.smallest import ALL, CERTIFIED, DETACHED, LOWERED, TOO_LONG
@@ -79,6 +80,15 @@ def test_the_smallest_is_certified_too(small: Small, tmp_path: Path) -> None:
     found = exported(small.trained(tmp_path / "ckpt.pt"), tmp_path / "bundles")
     assert found.parity.passed
     assert set(found.parity.outputs) == outputs_of(small.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "bf16-backbone"])
+@pytest.mark.parametrize("small", [*LOWERED, *CERTIFIED], ids=name)
+def test_the_smallest_agrees_in_half_precision(small: Small, precision: Precision, tmp_path: Path) -> None:
+    report = agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx", precision)
+    assert report.passed
+    assert report.precision == precision
 
 
 @pytest.mark.slow

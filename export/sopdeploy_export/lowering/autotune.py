@@ -9,6 +9,7 @@ same everywhere.
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,11 @@ from sopdeploy_export.lowering.work import Forms
 RUNS, WARMUPS = 15, 3
 
 
+def as_it_is(form: nn.Module) -> nn.Module:
+    """Return *form*: what ships in float32 has no casts."""
+    return form
+
+
 @dataclass(frozen=True, slots=True)
 class ByThumb:
     """Takes what the rule of thumb says."""
@@ -39,14 +45,15 @@ class ByThumb:
 
 @dataclass(frozen=True, slots=True)
 class ByClock:
-    """Takes the fastest at one image and at the usual batch."""
+    """Takes the fastest at one image and at the usual batch, with the casts that it will ship with."""
 
     batch: BatchRange
+    cast: Callable[[nn.Module], nn.Module]
     by: str = "autotune"
 
     def __call__(self, forms: Forms) -> str:
         """Return the name of the fastest."""
-        sessions = {name: open_form(form, forms.inputs) for name, form in forms.built.items()}
+        sessions = {name: open_form(self.cast(form), forms.inputs) for name, form in forms.built.items()}
         taken: dict[str, dict[int, float]] = {name: {} for name in forms.built}
         for size in sorted({1, self.batch.optimum}):
             feeds = [repeated(value, size) for value in forms.inputs]

@@ -56,9 +56,14 @@ def textbook_centring(positions: int) -> NDArray[np.float64]:
 def centre_by_mean(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[AppliedRule]]:
     """Return *model* with every product by such a constant rewritten, and what was done.
 
-    Constants with beta = 0, the identity among them, and products that have the constant on the left stay.
+    Constants with beta = 0, the identity among them, and products that have the constant on the left stay;
+    so do constants of another type than float32, whose rounding hides whether alpha + n beta is 0.
     """
-    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if len(t.dims) == 2}
+    constants = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in model.graph.initializer
+        if len(tensor.dims) == 2 and tensor.data_type == onnx.TensorProto.FLOAT
+    }
     found = {name: recognise(value) for name, value in constants.items()}
     nodes: list[onnx.NodeProto] = []
     rules: list[AppliedRule] = []

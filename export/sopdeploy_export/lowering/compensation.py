@@ -30,20 +30,28 @@ class RootThenLinear(nn.Module):
 
 
 class CompensatedAfter(nn.Module):
-    """Feature map in, logits out: the linear layer on the root without its scale, then the scale."""
+    """Feature map in, logits out: the linear layer on the root without its scale, then scale and bias.
 
-    def __init__(self, before: "RootThenLinear") -> None:
+    `linear` is a part of its own, without bias, so that it may compute in another type than root and scale.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, before: RootThenLinear) -> None:
         super().__init__()
-        self.root, self.linear = before.root, before.linear
+        self.root, given = before.root, before.linear
+        self.linear = nn.Linear(given.in_features, given.out_features, bias=False)
+        self.linear.weight = given.weight
+        self.register_parameter("bias", given.bias)
 
     def forward(self, features_BdHW: Tensor) -> Tensor:
         """Return (B, classes) logits."""
         root_Bdd, scale_B11 = self.root.root(features_BdHW)
         vector = root_Bdd.flatten(start_dim=1).index_select(1, self.root.triangle)
-        products = nn.functional.linear(vector, self.linear.weight)
+        products: Tensor = self.linear(vector)
         if scale_B11 is not None:
             products = products * scale_B11[:, :, 0]
-        return products if self.linear.bias is None else products + self.linear.bias
+        return products if self.bias is None else products + self.bias
 
 
 def apply(work: Work) -> None:

@@ -48,10 +48,19 @@ class Experts(nn.Module, ABC):
         maps_BKMd, weights_BK = self.evaluate(x_BMC, weights_BN)
         rule = self.root
         if rule is None:
-            means_BKd = maps_BKMd.mean(dim=2)
+            means_BKd = at_least_float32(maps_BKMd).mean(dim=2)
             return (weights_BK.unsqueeze(1) @ means_BKd).squeeze(1)
         total_Bdd = summed_roots(maps_BKMd, weights_BK, rule)
         return total_Bdd.flatten(start_dim=1).index_select(1, self.get_buffer("triangle"))
+
+    def roots(self, features_BCHW: Tensor, weights_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the maps (P, d, M, 1) of the experts that count, and their roots (P, d, d), one by one."""
+        x_BMC = self.before(features_BCHW).flatten(start_dim=2).transpose(1, 2)
+        maps_BKMd, weights_BK = self.evaluate(x_BMC, weights_BN)
+        maps_PMd = maps_BKMd.flatten(end_dim=1)
+        assert self.root is not None  # noqa: S101 - for the type; asked of experts with a root only
+        roots_Pdd = summed_roots(maps_PMd.unsqueeze(1), torch.ones_like(weights_BK).reshape(-1, 1), self.root)
+        return maps_PMd.transpose(1, 2).unsqueeze(3), roots_Pdd
 
     def rectify(self, x: Tensor) -> Tensor:
         """Return *x*, rectified where the experts have a ReLU."""
@@ -71,7 +80,7 @@ def summed_roots(maps_BKMd: Tensor, weights_BK: Tensor, rule: Rule) -> Tensor:
         left, right, rows = x_PMd, last.next_z(scale) @ x_PMd, positions
     else:
         scale = share_P11 * outer_scale(norm, positions) if rule.compensate else share_P11
-        left, right, rows = last.y, last.t * scale, width
+        left, right, rows = at_least_float32(last.y), at_least_float32(last.t) * scale, width
     stacked_left = left.reshape(-1, experts * rows, width)
     return stacked_left.transpose(1, 2) @ right.reshape(-1, experts * rows, width)
 

@@ -14,7 +14,7 @@ from sopdeploy.preprocess import Preprocess
 from sopdeploy_export.capture import capture_any_batch
 from sopdeploy_export.lower_onnx import check, lower
 from sopdeploy_export.lowering.centring import centre_by_mean
-from sopdeploy_export.lowering.network import rewrite
+from sopdeploy_export.lowering.network import Wish, rewrite
 from sopdeploy_export.lowering.report import LoweringReport
 from sopdeploy_export.program_root import program_root
 
@@ -30,18 +30,21 @@ class Certified(NamedTuple):
 
 
 class Lowered(NamedTuple):
-    """The ONNX that ships in float32, the graph it was converted from, and what was done."""
+    """The rewritten network, its graph, that graph as ONNX in float32, and what was done."""
 
-    model: onnx.ModelProto
+    network: Backbone
     program: ExportedProgram
+    model: onnx.ModelProto
     report: LoweringReport
 
-
-class Wish(NamedTuple):
-    """What was asked for: the rules or the papers' formulas; forms by the clock or by rule of thumb."""
-
-    rules: bool = True
-    autotune: bool = False
+    def in_other_types(self, network: Backbone, program: ExportedProgram, opset: int) -> "Lowered":
+        """Return the same for *network*, a copy of this one with casts, whose graph is *program*."""
+        model = lower(program, network.outputs, opset)
+        if not self.report.textbook:
+            model, _ = centre_by_mean(model)
+            check(model, opset)
+        report = self.report.model_copy(update={"lowered_root": program_root(program).sha256})
+        return Lowered(network, program, model, report)
 
 
 def lower_by_rules(
@@ -53,9 +56,7 @@ def lower_by_rules(
     rule and the part where a precondition or a proof fails.
     """
     pixels = Normalise(preprocess)(torch.from_numpy(images[:OBSERVED]))
-    rewritten = rewrite(
-        certified.network, pixels, batch, textbook_only=not wish.rules, autotune=wish.autotune
-    )
+    rewritten = rewrite(certified.network, pixels, batch, wish)
     program, model = certified.program, certified.model
     if rewritten.changed:
         program = capture_any_batch(rewritten.network, preprocess, batch)
@@ -72,11 +73,4 @@ def lower_by_rules(
         certified_root=program_root(certified.program).sha256,
         lowered_root=program_root(program).sha256,
     )
-    return Lowered(model, program, report)
-
-
-def unchanged(certified: Certified) -> Lowered:
-    """Return the certified graph itself, and the report that no rule was applied."""
-    root = program_root(certified.program).sha256
-    report = LoweringReport(textbook=False, rules=(), choices=(), certified_root=root, lowered_root=root)
-    return Lowered(certified.model, certified.program, report)
+    return Lowered(rewritten.network, program, model, report)

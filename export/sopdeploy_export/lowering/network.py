@@ -8,11 +8,13 @@ copy.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.manifest import BatchRange
+from sopdeploy.pooling.isqrt_cov import ISqrtCov
 from sopdeploy_export.lowering import (
     compensation,
     fusion_norm,
@@ -23,7 +25,7 @@ from sopdeploy_export.lowering import (
     row_conv,
     textbook,
 )
-from sopdeploy_export.lowering.autotune import ByClock, ByThumb
+from sopdeploy_export.lowering.autotune import ByClock, ByThumb, as_it_is
 from sopdeploy_export.lowering.observe import observe
 from sopdeploy_export.lowering.report import AppliedRule, Choice
 from sopdeploy_export.lowering.work import Work
@@ -41,6 +43,22 @@ RULES: tuple[Callable[[Work], None], ...] = (
 FORMULAS: tuple[Callable[[Work], None], ...] = (textbook.apply,)
 
 
+class Wish(NamedTuple):
+    """What was asked for: the rules or the papers' formulas; forms by the clock or by rule of thumb.
+
+    `stored` is the type of Newton-Schulz's matrices between two products, `cast` what the clock does to a
+    form before it times it: the casts that it will ship with.
+    """
+
+    rules: bool = True
+    autotune: bool = False
+    stored: Literal["float32", "float16"] = "float32"
+    cast: Callable[[nn.Module], nn.Module] = as_it_is
+
+
+BY_RULES = Wish()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rewritten:
     """The network to capture, whether its graph is another one than the certified, and what was done."""
@@ -55,23 +73,24 @@ def rewrite(
     certified: Backbone,
     images: Tensor,
     batch: BatchRange,
-    *,
-    textbook_only: bool = False,
-    autotune: bool = False,
+    wish: Wish = BY_RULES,
 ) -> Rewritten:
     """Return a rewritten copy of *certified*; *images* are two normalised (2, 3, H, W) probe images.
 
-    With *textbook_only* the papers' formulas take the rules' place. Raises `LoweringError` where a
-    precondition does not hold or a rewritten part gives other numbers in float64.
+    Raises `LoweringError` where a precondition does not hold or a rewritten part gives other numbers in
+    float64.
     """
     network = copy.deepcopy(certified).eval()
+    for part in network.modules():
+        if isinstance(part, ISqrtCov):
+            part.rule = part.rule._replace(stored=wish.stored)
     work = Work(
         network=network,
         calls=observe(network, (images,)),
         batch=batch,
-        choose=ByClock(batch) if autotune else ByThumb(),
+        choose=ByClock(batch, wish.cast) if wish.autotune else ByThumb(),
     )
-    for apply in FORMULAS if textbook_only else RULES:
+    for apply in RULES if wish.rules else FORMULAS:
         apply(work)
     return Rewritten(
         network=network, changed=work.changed, rules=tuple(work.rules), choices=tuple(work.choices)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sopdeploy.errors import LoweringError
 from sopdeploy.pooling.covariance import covariance_trace, frobenius_norm, upper_triangle_indices
 from sopdeploy.pooling.isqrt_cov import ISqrtCov
-from sopdeploy.pooling.isqrt_root import SMALLEST_NORM, Rule, positions_are_cheaper
+from sopdeploy.pooling.isqrt_root import SMALLEST_NORM, Rule, as_stored, positions_are_cheaper
 from sopdeploy.pooling.precision import at_least_float32
 from sopdeploy_export.lowering.centring import NAME as CENTRING
 from sopdeploy_export.lowering.centring import Centring, recognise, textbook_centring
@@ -34,12 +34,20 @@ GRAM = "iteration in the Gram domain"
 def start(x_BMd: Tensor, rule: Rule) -> tuple[Tensor, Tensor, bool]:
     """Return the matrix to iterate on, its norm n (B, 1, 1), and whether it is X^T X; *x_BMd* is centred."""
     positions, channels = x_BMd.shape[1], x_BMd.shape[2]
-    by_positions = positions_are_cheaper(channels, positions, rule.iterations)
+    by_positions = in_gram_domain(rule, channels, positions)
     turned = x_BMd.transpose(1, 2)
     matrix = x_BMd @ turned if by_positions else turned @ x_BMd
     norm = covariance_trace(matrix) if rule.prenorm == "trace" else frobenius_norm(matrix)
     norm = norm.clamp_min(SMALLEST_NORM * positions)
-    return matrix / norm, norm, by_positions
+    return as_stored(matrix / norm, rule), norm, by_positions
+
+
+def in_gram_domain(rule: Rule, channels: int, positions: int) -> bool:
+    """Say whether the iteration runs on positions: where they are fewer, and in float32 only.
+
+    Rounded to float16, a Gram matrix has negative eigenvalues where there are none.
+    """
+    return rule.stored == "float32" and positions_are_cheaper(channels, positions, rule.iterations)
 
 
 def inner_scale(norm: Tensor, positions: int, *, compensate: bool) -> Tensor:
@@ -64,9 +72,16 @@ class LoweredRoot(nn.Module):
 
     def forward(self, features_BdHW: Tensor) -> Tensor:
         """Return the triangle, with compensation as the rule says."""
+        return self.matrix(features_BdHW).flatten(start_dim=1).index_select(1, self.triangle)
+
+    def matrix(self, features_BdHW: Tensor) -> Tensor:
+        """Return the root (B, d, d), with compensation as the rule says."""
         root_Bdd, scale_B11 = self.root(features_BdHW)
-        root_Bdd = root_Bdd if scale_B11 is None else root_Bdd * scale_B11
-        return root_Bdd.flatten(start_dim=1).index_select(1, self.triangle)
+        return root_Bdd if scale_B11 is None else root_Bdd * scale_B11
+
+    def roots(self, features_BdHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the maps that roots are taken of, and their roots."""
+        return features_BdHW, self.matrix(features_BdHW)
 
     def root(self, features_BdHW: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the root (B, d, d) and what is left to multiply it by, if anything is."""
@@ -123,7 +138,7 @@ def describe(work: Work, where: str, rule: Rule, channels: int, positions: int) 
         f"N = {n}, from the checkpoint; Z starts as the identity",
         f"{products} products of {channels} rows for {naive}",
     )
-    if positions_are_cheaper(channels, positions, n):
+    if in_gram_domain(rule, channels, positions):
         gram = products * positions**3 + 2 * channels * positions**2
         work.note(
             GRAM,

@@ -16,13 +16,15 @@ from sopdeploy.blocks.gsop_excitation import RowConv
 from sopdeploy.pooling.covariance import covariance_trace, frobenius_norm
 from sopdeploy.pooling.isqrt_cov import ISqrtCov
 from sopdeploy.pooling.isqrt_root import SMALLEST_NORM
+from sopdeploy.pooling.precision import at_least_float32
 from sopdeploy_export.lowering.work import Work
 
 NAME = "textbook formula"
 
 
 def textbook_covariance(x_BdM: Tensor) -> Tensor:
-    """Return X (I / M - 11^T / M^2) X^T."""
+    """Return X (I / M - 11^T / M^2) X^T, in float32 at least."""
+    x_BdM = at_least_float32(x_BdM)
     m = x_BdM.shape[2]
     centring = torch.eye(m, dtype=x_BdM.dtype) / m - torch.ones(m, m, dtype=x_BdM.dtype) / m**2
     return x_BdM @ centring @ x_BdM.transpose(1, 2)
@@ -40,6 +42,14 @@ class TextbookRoot(nn.Module):
 
     def forward(self, features_BdHW: Tensor) -> Tensor:
         """Return the triangle."""
+        return self.matrix(features_BdHW).flatten(start_dim=1).index_select(1, self.triangle)
+
+    def roots(self, features_BdHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the maps that roots are taken of, and their roots."""
+        return features_BdHW, self.matrix(features_BdHW)
+
+    def matrix(self, features_BdHW: Tensor) -> Tensor:
+        """Return the root (B, d, d)."""
         cov_Bdd = textbook_covariance(features_BdHW.flatten(start_dim=2))
         norm = covariance_trace(cov_Bdd) if self.rule.prenorm == "trace" else frobenius_norm(cov_Bdd)
         norm = norm.clamp_min(SMALLEST_NORM)
@@ -48,8 +58,7 @@ class TextbookRoot(nn.Module):
         for _ in range(self.rule.iterations):
             t = 0.5 * (3.0 * identity - z @ y)
             y, z = y @ t, t @ z
-        y = y * norm.sqrt() if self.rule.compensate else y
-        return y.flatten(start_dim=1).index_select(1, self.triangle)
+        return y * norm.sqrt() if self.rule.compensate else y
 
 
 class TextbookChannelAttention(nn.Module):

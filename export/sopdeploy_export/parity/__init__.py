@@ -1,7 +1,7 @@
 """Parity: the file that ships, reloaded from disk, must give the network's numbers."""
 
 from sopdeploy_export.parity.agreement import agreement, wilson
-from sopdeploy_export.parity.compare import compare
+from sopdeploy_export.parity.compare import compare, with_spectral
 from sopdeploy_export.parity.reference import Reference, reference
 from sopdeploy_export.parity.report import FLOORS, Agreement, OutputParity, ParityReport
 
@@ -15,4 +15,5 @@ __all__ = [
     "compare",
     "reference",
     "wilson",
+    "with_spectral",
 ]

@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 
 from sopdeploy_export.lower_onnx import convert
 from sopdeploy_export.parity.report import PartDrift
-from sopdeploy_export.parity.session import by_casts, holds_bfloat16, open_session
+from sopdeploy_export.parity.session import by_casts, holds_bfloat16, open_session, widened
 
 PREFIX = "network."
 PICTURES = 4
@@ -201,13 +201,14 @@ def run_file(
     model: onnx.ModelProto, names: Sequence[str], images: NDArray[np.uint8], *, optimised: bool = True
 ) -> dict[str, Any]:
     """Return the values called *names* in *model* for *images*, with the runtime's fusions or without."""
-    wanted = list(names)
-    probed = by_casts(model) if holds_bfloat16(model) else onnx.shape_inference.infer_shapes(model)
+    probed, wanted = onnx.shape_inference.infer_shapes(model), list(names)
+    if holds_bfloat16(model):
+        probed, wanted = widened(by_casts(model), names)
     outputs = {value.name for value in probed.graph.output}
     probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in outputs)
     session: ort.InferenceSession = open_session(probed, optimised=optimised)
     values = session.run(wanted, {session.get_inputs()[0].name: images})
-    return dict(zip(wanted, values, strict=True))
+    return dict(zip(names, values, strict=True))
 
 
 def advice(part: str) -> str:

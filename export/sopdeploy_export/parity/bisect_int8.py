@@ -31,8 +31,8 @@ def first_off_int8(
         drift = drift_at(Boundary(value=name, part=place.part), found, by_name, own)
         if drift is not None and drift.in_floors > floors:
             return (
-                f"the first part over its floor is {place.part} ({drift.in_floors:.0f} floors); this processor's "
-                f"int8 kernels compute it otherwise: try --keep-float {place.part}"
+                f"the first part over its floor is {place.part} ({drift.in_floors:.0f} floors); "
+                f"this processor's int8 kernels compute it otherwise: try --keep-float {place.part}"
             )
     return None
 

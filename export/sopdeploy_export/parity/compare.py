@@ -23,9 +23,11 @@ from sopdeploy_export.parity.report import (
     PROVIDER,
     OutputParity,
     ParityReport,
+    SpectralRecord,
 )
 from sopdeploy_export.parity.routing import rerouted, routing_parity
-from sopdeploy_export.parity.session import file_outputs, open_session
+from sopdeploy_export.parity.session import emulation, file_outputs, open_session
+from sopdeploy_export.parity.spectral import violation
 
 Locate = Callable[[Path], str | None]
 
@@ -59,6 +61,7 @@ def compare(
         precision=expected.precision,
         runtime=f"onnxruntime {ort.__version__}",
         provider=PROVIDER,
+        emulation=emulation(path),
         images=len(images),
         floors_allowed=expected.floors,
         outputs=outputs,
@@ -73,6 +76,28 @@ def compare(
     if not passed and not allow_drift:
         raise ParityError(complaint(report))
     return report
+
+
+def with_spectral(
+    report: ParityReport, records: tuple[SpectralRecord, ...], *, allow_drift: bool
+) -> ParityReport:
+    """Return *report* with the second-order parts' *records*.
+
+    Raises `ParityError` where one of them breaks an invariant; with *allow_drift* the report says so instead.
+    """
+    broken = violation(records)
+    passed = report.passed and broken is None
+    whole = report.model_copy(
+        update={
+            "spectral": records,
+            "broken": broken,
+            "passed": passed,
+            "drift_allowed": allow_drift and not passed,
+        }
+    )
+    if broken is not None and not allow_drift:
+        raise ParityError(complaint(whole))
+    return whole
 
 
 def other_routes(found: dict[int, Arrays], expected: Reference) -> NDArray[np.bool_]:
@@ -123,6 +148,8 @@ def complaint(report: ParityReport) -> str:
         what = (
             f"sends {report.routing.wrong} of {report.images} images to other components than the gate chose"
         )
+    if report.broken is not None:
+        what = f"breaks what must hold of second-order parts: {report.broken}"
     if report.first_over_floor is not None:
         what += f"; {report.first_over_floor}"
     elif report.routing is not None and report.routing.flips and report.routing.unsteady == report.images:

@@ -114,24 +114,34 @@ class PartDrift(Frozen):
 class SpectralRecord(Frozen):
     """What must hold of one second-order part whatever the picture, measured in torch.
 
-    `asymmetry` is the largest ||S - S^T|| / ||S|| of its root, `residual` the largest ||Y Y - A|| / ||A|| of
-    the truncated iteration in the precision that ships, `residual_exact` the same in float64: the distance
-    that N steps leave by design.
+    `asymmetry` is the largest ||R - R^T|| / ||R|| of its root, `residual` the largest ||R R - S|| / ||S||
+    from its covariance S of `width` channels, `residual_exact` the same in float64: the distance that N
+    steps leave by design. `distance` is the largest ||R - R*|| / ||R*|| from N steps in float64, which may
+    be `allowed`; bounds for the others follow from it. `stored` is the type of matrices between products.
     """
 
     part: str
+    width: int
     iterations: int
+    stored: Literal["float32", "float16"]
     asymmetry: float
     residual: float
     residual_exact: float
+    distance: float
+    allowed: float
 
 
 class ParityReport(Frozen):
-    """What was measured on the shipped file."""
+    """What was measured on the shipped file.
+
+    `emulation` says how the runtime computed what it has no kernels for; absent, it ran the file as it is.
+    `broken` names the first invariant of `spectral` that does not hold.
+    """
 
     precision: Precision = "fp32"
     runtime: str
     provider: str
+    emulation: str | None = None
     images: int
     floors_allowed: float = FLOORS
     outputs: dict[str, OutputParity]
@@ -139,6 +149,7 @@ class ParityReport(Frozen):
     routing: RoutingParity | None = None
     parts: tuple[PartDrift, ...] = ()
     spectral: tuple[SpectralRecord, ...] = ()
+    broken: str | None = None
     first_over_floor: str | None = None
     operators: dict[str, int]
     file_bytes: int

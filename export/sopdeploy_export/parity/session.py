@@ -1,9 +1,12 @@
 """The shipped file in the runtime and with the optimisations it will be served with.
 
-ONNX Runtime's CPU has no bfloat16 kernels. A bfloat16 graph is compared there with a cast to float32 before
-each such operator and one back after it: the same roundings of what is stored, the same graph.
+ONNX Runtime's CPU has no bfloat16 kernels. A bfloat16 graph is compared there by emulation: a cast to float32
+before each such operator and one back after it, without the runtime's optimisations, which could take the
+pair away. Every value that the graph stores is rounded as a GPU rounds it, sums are float32 as on a GPU, and
+the graph is the same; speed and kernels are not. Reports say so: `EMULATION`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,10 @@ from sopdeploy_export.parity.report import PROVIDER
 
 Arrays = dict[str, NDArray[Any]]
 BFLOAT16 = onnx.TensorProto.BFLOAT16
+EMULATION = (
+    "this runtime has no bfloat16 kernels: each such operator was computed in float32 and its result rounded "
+    "to bfloat16, operator by operator"
+)
 
 
 def open_session(model: Path | onnx.ModelProto, *, optimised: bool = True) -> ort.InferenceSession:
@@ -29,6 +36,7 @@ def open_session(model: Path | onnx.ModelProto, *, optimised: bool = True) -> or
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
     if isinstance(model, Path) and holds_bfloat16(loaded := onnx.load(model)):
         source = by_casts(loaded).SerializeToString()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(source, options, providers=[PROVIDER])
     if session.get_providers()[0] != PROVIDER:
         raise ParityError(f"onnxruntime runs on {session.get_providers()[0]}, not on {PROVIDER}")
@@ -60,6 +68,11 @@ def first_line(problem: BaseException) -> str:
     return str(problem).strip().partition("\n")[0][:200]
 
 
+def emulation(path: Path) -> str | None:
+    """Return how the file at *path* is run where the runtime cannot run it as it stands, `None` if it can."""
+    return EMULATION if holds_bfloat16(onnx.load(path)) else None
+
+
 def holds_bfloat16(model: onnx.ModelProto) -> bool:
     """Say whether any weight of *model* is bfloat16."""
     return any(tensor.data_type == BFLOAT16 for tensor in model.graph.initializer)
@@ -89,6 +102,17 @@ def by_casts(model: onnx.ModelProto) -> onnx.ModelProto:
     typed.graph.node.extend(once(nodes))
     del typed.graph.value_info[:]
     return typed
+
+
+def widened(model: onnx.ModelProto, names: Sequence[str]) -> tuple[onnx.ModelProto, list[str]]:
+    """Return *model* and what to ask of it for *names*: numpy has no bfloat16, so it is cast."""
+    typed = onnx.shape_inference.infer_shapes(model)
+    narrow = {v.name for v in typed.graph.value_info if v.type.tensor_type.elem_type == BFLOAT16}
+    there = {output for node in typed.graph.node for output in node.output}
+    for name in narrow.intersection(names):
+        if f"{name}:wide" not in there:
+            typed.graph.node.append(cast(name, f"{name}:wide", onnx.TensorProto.FLOAT))
+    return typed, [f"{name}:wide" if name in narrow else name for name in names]
 
 
 def cast(source: str, target: str, to: int) -> onnx.NodeProto:

@@ -1,60 +1,154 @@
 """What must hold of a second-order part whatever the picture: its root is symmetric, its steps are the steps.
 
-Y of the truncated iteration is not the square root of A, and how far Y Y is from A is a property of N and
-of the picture. In float64 and in the precision that ships it must be the same; where the two differ, the
-iteration loses what its products round.
+Measured on the form that ships, as the network computes it in the types that ship. A noisy iteration would
+raise the noise floor of the whole network with it and pass there; here it stands alone. Each part is given
+the maps that it saw, and its root R is held against R*, N steps of the library in float64 on the same maps.
+
+The bound. Let e = ||R - R*|| / ||R*|| in Frobenius norms. The library's own form in the same types is e0
+away; as for any output, `FLOORS` times that is allowed, and at least as many roundings. But never more than
+`ceiling`, what N steps can lose at all in a type of unit roundoff u, so that noise in both forms (products in
+TF32, say) shows as well. All else follows from e: R* is symmetric, so ||R - R^T|| <= 2 e ||R*||, and with
+S = R* R* <= covariance, ||R R - R* R*|| <= 2 e ||R*||_2 ||R*|| <= 2 e d^(1/4) ||covariance||, since
+||R*||_2^2 <= ||S|| and ||R*||^2 <= trace(S) <= sqrt(d) ||S||.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sopdeploy.pooling.covariance import (
+    centred,
+    centred_positions,
+    covariance,
+    covariance_trace,
+    frobenius_norm,
+)
 from sopdeploy.pooling.isqrt_cov import ISqrtCov
-from sopdeploy.pooling.isqrt_root import covariance_root, normalise
-from sopdeploy.pooling.newton_schulz import newton_schulz
-from sopdeploy.pooling.precision import at_least_float32
-from sopdeploy_export.parity.report import SpectralRecord
+from sopdeploy.pooling.isqrt_root import SMALLEST_NORM, Rule, covariance_root
+from sopdeploy_export.lowering.compensation import CompensatedAfter
+from sopdeploy_export.lowering.experts import Experts
+from sopdeploy_export.lowering.root import LoweredRoot
+from sopdeploy_export.lowering.textbook import TextbookRoot
+from sopdeploy_export.parity.report import FLOORS_BY_PRECISION, SpectralRecord
 
 PICTURES = 4
+ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11}
+FLOORS = {"float32": FLOORS_BY_PRECISION["fp32"], "float16": FLOORS_BY_PRECISION["fp16"]}
 
 
-@torch.no_grad()
 def spectral_records(network: nn.Module, pixels: Tensor) -> tuple[SpectralRecord, ...]:
     """Return a record for every second-order part of *network*, measured on the first *pixels*."""
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, tuple[Tensor, ...]] = {}
 
     def keep(name: str) -> Any:
-        return lambda _part, inputs: seen.setdefault(name, inputs[0])
+        return lambda _part, inputs: seen.setdefault(name, inputs)
 
-    parts = {name: part for name, part in network.named_modules() if isinstance(part, ISqrtCov)}
+    parts = {name: part for name, part in network.named_modules() if rule_of(part) is not None}
     handles = [part.register_forward_pre_hook(keep(name)) for name, part in parts.items()]
     try:
-        network(pixels[:PICTURES])
+        with torch.no_grad():
+            network(pixels[:PICTURES])
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(record(name.removeprefix("network."), parts[name], seen[name]) for name in seen)
+    return tuple(record(named(name, parts[name]), parts[name], seen[name]) for name in seen)
 
 
-def record(name: str, part: ISqrtCov, features: Tensor) -> SpectralRecord:
-    """Return what was measured on the maps *features* (B, d, H, W) that *part* took."""
-    root = covariance_root(features, part.rule)
+def named(name: str, part: nn.Module) -> str:
+    """Return what the report calls the root that the part *name* takes."""
+    inner = f"{name}.root" if isinstance(part, CompensatedAfter) else name
+    return inner.removeprefix("network.")
+
+
+def rule_of(part: nn.Module) -> Rule | None:
+    """Return the rule of the root that *part* takes, if it takes one."""
+    if isinstance(part, CompensatedAfter):
+        return part.root.rule
+    if isinstance(part, Experts):
+        return part.root
+    return part.rule if isinstance(part, ISqrtCov | LoweredRoot | TextbookRoot) else None
+
+
+def maps_and_roots(part: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Return the maps (P, d, H, W) that *part* takes roots of, given *inputs*, and the roots (P, d, d)."""
+    if isinstance(part, ISqrtCov):
+        return inputs[0], covariance_root(inputs[0], part.rule)
+    taker: Any = part.root if isinstance(part, CompensatedAfter) else part
+    found: tuple[Tensor, Tensor] = taker.roots(*inputs)
+    return found
+
+
+@torch.no_grad()
+def record(name: str, part: nn.Module, inputs: tuple[Tensor, ...]) -> SpectralRecord:
+    """Return what was measured on what *part* was given."""
+    rule = rule_of(part)
+    assert rule is not None  # noqa: S101 - for the type; only such parts are recorded
+    maps, root = maps_and_roots(part, inputs)
+    exact = covariance_root(maps.double(), rule)
+    floor = relative(covariance_root(maps, rule) - exact, exact)
+    squared = target(maps.double(), rule)
     return SpectralRecord(
         part=name,
-        iterations=part.rule.iterations,
-        asymmetry=relative(root - root.transpose(1, 2), root),
-        residual=residual(features, part, at_least_float32(features).dtype),
-        residual_exact=residual(features.double(), part, torch.float64),
+        iterations=rule.iterations,
+        stored=rule.stored,
+        asymmetry=relative(root - root.transpose(1, 2), exact),
+        residual=relative(root.double() @ root.double() - squared, squared),
+        residual_exact=relative(exact @ exact - squared, squared),
+        distance=relative(root - exact, exact),
+        allowed=allowed(floor, ceiling(maps, rule), rule),
+        width=maps.shape[1],
     )
 
 
-def residual(features: Tensor, part: ISqrtCov, dtype: torch.dtype) -> float:
-    """Return the largest ||Y Y - A|| / ||A||, the iteration run as *part* stores its matrices."""
-    matrix = normalise(features, part.rule).matrix
-    halved = part.rule.stored == "float16" and dtype != torch.float64
-    stepped = newton_schulz(matrix.half() if halved else matrix, part.rule.iterations).to(dtype)
-    return relative(stepped @ stepped - matrix, matrix)
+def allowed(floor: float, most: float, rule: Rule) -> float:
+    """Return how far a root may be from N exact steps, of its norm."""
+    smallest = max(ROUNDOFF[rule.stored], 8 * ROUNDOFF["float32"])
+    return min(FLOORS[rule.stored] * max(floor, smallest), most)
+
+
+def ceiling(maps: Tensor, rule: Rule) -> float:
+    """Return what the root of *maps* can lose at most, of its norm.
+
+    Three products a step, each with one rounding of what is stored and sqrt(d) of its sums, which are of
+    random sign (Higham and Mary, 2019); an error in a direction of no variance grows by 3/2 in each step.
+    Centring loses a rounding for each time that the map is larger than its deviations.
+    """
+    products, sums = 3 * rule.iterations, math.sqrt(maps.shape[1])
+    kept, wide = ROUNDOFF[rule.stored], ROUNDOFF["float32"]
+    deviations = centred(maps.double())
+    sizes = torch.linalg.vector_norm(deviations, dim=(1, 2)).clamp_min(SMALLEST_NORM)
+    offset = float((torch.linalg.vector_norm(maps.double(), dim=(1, 2, 3)) / sizes).max())
+    return 1.5**rule.iterations * (products * (kept + sums * wide) + 4 * offset * wide)
+
+
+def target(maps: Tensor, rule: Rule) -> Tensor:
+    """Return what the square of the root comes near to: the covariance, divided where it stays so."""
+    whole = covariance(centred_positions(maps))
+    if rule.compensate:
+        return whole
+    norm = covariance_trace(whole) if rule.prenorm == "trace" else frobenius_norm(whole)
+    return whole / norm.clamp_min(SMALLEST_NORM)
+
+
+def violation(records: tuple[SpectralRecord, ...]) -> str | None:
+    """Say which part of *records* is the first to break an invariant, and by how much; None if none does."""
+    for found in records:
+        moved = abs(found.residual - found.residual_exact)
+        checks = (
+            ("its root is not symmetric: asymmetry", found.asymmetry, 2 * found.allowed),
+            (
+                f"its {found.iterations} steps leave another residual: moved by",
+                moved,
+                2 * found.width**0.25 * found.allowed,
+            ),
+            (f"its root is not that of {found.iterations} steps: off by", found.distance, found.allowed),
+        )
+        for what, value, most in checks:
+            if not value <= most:
+                return f"{found.part}: {what} {value:.2g}, {most:.2g} is allowed"
+    return None
 
 
 def relative(difference: Tensor, whole: Tensor) -> float:

@@ -71,15 +71,25 @@ def open_session(engine: Any, bundle: Bundle, threads: int, provider: str) -> An
             str(bundle.onnx), options, providers=[(provider, OPTIONS[provider])]
         )
     except Exception as problem:  # onnxruntime's errors share no base class
-        raise RuntimeUnavailableError(
-            f"{bundle.onnx}: onnxruntime {engine.__version__} cannot load the graph: {problem}"
-        ) from problem
+        raise RuntimeUnavailableError(why_not_loaded(engine, bundle, provider, problem)) from problem
     if session.get_providers()[0] != provider:
         raise RuntimeUnavailableError(
             f"{bundle.onnx}: asked for {provider}, onnxruntime chose {session.get_providers()}"
         )
     refuse_other_tensors(session, bundle)
     return session
+
+
+def why_not_loaded(engine: Any, bundle: Bundle, provider: str, problem: Exception) -> str:
+    """Return in one line why a session was not made of *bundle*, and what to do."""
+    if bundle.manifest.precision == "bf16-backbone":
+        return (
+            f"{bundle.onnx}: bfloat16, for which onnxruntime {engine.__version__} has no kernels on "
+            f"{DEVICES[provider]}; build an engine for a GPU (sopdeploy engine), or export with "
+            "--precision fp16 or fp32"
+        )
+    reason = " ".join(str(problem).split())
+    return f"{bundle.onnx}: onnxruntime {engine.__version__} cannot load the graph: {reason}"
 
 
 def refuse_other_tensors(session: Any, bundle: Bundle) -> None:

@@ -1,0 +1,156 @@
+"""A server under a mix of clients for minutes: does it leak, and is every answer right?
+
+One `sopdeploy serve` with a real bundle and ONNX Runtime on the CPU gets good pictures of several sizes,
+alone and in forms, bodies that are no picture, clients that leave in the middle, slow bodies and floods.
+Bounds: resident memory grows by less than 1 MB a minute, no thread or descriptor stays, every prediction is
+that of `sopdeploy predict`, no 5xx. Exit code 1 where one is broken.
+
+    python benchmarks/soak.py --seconds 300
+"""
+
+import argparse
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from soak_accounts import Bound, Holding, Tally, bounds, document, holding
+from soak_clients import Ground, good_bodies, load
+
+from sopdeploy.client import Client
+
+SETTLE_SECONDS = 20.0
+STEADY = 4  # equal counts in a row, half a second apart
+CLASSES = 100  # compared of a network that has more
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=300, help="of load, after the warm-up")
+    parser.add_argument("--warm-up", type=float, help="seconds; default a quarter of --seconds, at most 60")
+    parser.add_argument("--bundle", type=Path, help="default: one trained on digits for an epoch")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    arguments = parser.parse_args()
+    warm_up = min(60.0, arguments.seconds / 4) if arguments.warm_up is None else arguments.warm_up
+    with tempfile.TemporaryDirectory() as name:
+        bundle = arguments.bundle or digits_bundle(Path(name))
+        tally, held, found = soak(bundle, Path(name), arguments.seconds, warm_up)
+    if arguments.json:
+        print(json.dumps(document(tally, held, found), indent=2))
+    else:
+        show(tally, found)
+    return int(any(bound.held is False for bound in found))
+
+
+def soak(
+    bundle: Path, folder: Path, seconds: float, warm_up: float
+) -> tuple[Tally, list[Holding], list[Bound]]:
+    """Return what was answered, what the process held meanwhile, and the bounds."""
+    bodies = good_bodies()
+    classes = min(CLASSES, len(json.loads((bundle / "labels.json").read_bytes())))
+    expected = predicted(bundle, bodies, folder, classes)
+    with server(bundle) as (process, url):
+        warm = Ground(url=url, bodies=bodies, expected=expected, tally=Tally(), classes=classes)
+        asyncio.run(load(warm, warm_up, seed=1))
+        with Client(url) as client:
+            client.classify([*bodies.values()] * 2)  # so many at once that every thread has been started
+        before = settled(process.pid, url)
+        ground = Ground(url=url, bodies=bodies, expected=expected, tally=Tally(), classes=classes)
+        held = asyncio.run(watched(process.pid, ground, seconds))
+        after = settled(process.pid, url)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(60)
+    return ground.tally, held, bounds(ground.tally, held, before, after, code)
+
+
+async def watched(pid: int, ground: Ground, seconds: float) -> list[Holding]:
+    """Run the clients for *seconds* and return what the server holds, second by second."""
+    held = [holding(pid)]
+    running = asyncio.create_task(load(ground, seconds, seed=100))
+    while not (await asyncio.wait({running}, timeout=1.0))[0]:
+        held.append(holding(pid))
+    await running
+    return held
+
+
+def settled(pid: int, url: str) -> Holding:
+    """Return what the server holds once nothing is with it any more and it has stopped letting go.
+
+    It is counted without asking the server, which would be a connection of its own.
+    """
+    end = time.monotonic() + SETTLE_SECONDS
+    while "sopdeploy_queue_depth 0.0" not in httpx.get(f"{url}/metrics").text and time.monotonic() < end:
+        time.sleep(0.5)
+    counts: list[tuple[int, int]] = []
+    while time.monotonic() < end and (len(counts) < STEADY or len(set(counts[-STEADY:])) > 1):
+        time.sleep(0.5)
+        found = holding(pid)
+        counts.append((found.threads, found.descriptors))
+    return holding(pid)
+
+
+def predicted(
+    bundle: Path, bodies: Mapping[str, bytes], folder: Path, classes: int
+) -> dict[str, dict[str, float]]:
+    """Return what `sopdeploy predict` says to each of *bodies*."""
+    for name, body in bodies.items():
+        (folder / name).write_bytes(body)
+    files = [str(folder / name) for name in bodies]
+    text = sopdeploy("predict", str(bundle), *files, "--top-k", str(classes), "--json")
+    return {
+        Path(row["image"]).name: {item["label"]: item["probability"] for item in row["classes"]}
+        for row in json.loads(text)
+    }
+
+
+def digits_bundle(folder: Path) -> Path:
+    """Train on handwritten digits for an epoch, export with proof, return the bundle."""
+    run = folder / "run"
+    sopdeploy("train", "--recipe", "digits-dsop", "--set", "epochs=1", "--out", str(run))
+    sopdeploy("export", str(run / "best.pt"), "--detach", "--out", str(folder / "bundles"))
+    return next((folder / "bundles").glob("dsop-*"))
+
+
+def sopdeploy(*arguments: str) -> str:
+    """Run one command and return what it printed."""
+    command = [sys.executable, "-m", "sopdeploy", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+@contextmanager
+def server(bundle: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Serve *bundle* in a process of its own; give it and its URL."""
+    command = [sys.executable, "-m", "sopdeploy", "serve", str(bundle), "--port", "0", "--queue-size", "64"]
+    with subprocess.Popen([*command, "--threads", "1"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline() if process.stdout else ""
+            if not line.startswith("ready: "):
+                raise SystemExit(f"the server ended before it was ready (exit code {process.wait()})")
+            yield process, line.split()[1]
+        finally:
+            process.kill()
+
+
+def show(tally: Tally, found: list[Bound]) -> None:
+    """Print what was answered and every bound."""
+    for (kind, what), count in sorted(tally.outcomes.items()):
+        print(f"{kind:10} {what:32} {count:8}")
+    marks: dict[Any, str] = {True: "held", False: "BROKEN", None: "not judged"}
+    for bound in found:
+        print(f"{bound.name:12} {bound.found:36} {bound.allowed:20} {marks[bound.held]}")
+    for failure in tally.failures:
+        print(f"  {failure}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

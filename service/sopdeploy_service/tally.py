@@ -1,0 +1,87 @@
+"""What one request did: for its rate limit, its log line and its spans.
+
+There is one tally for each request, known to whatever runs on its behalf by the context of its task, so that
+no endpoint can forget to charge or to count.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+from sopdeploy_service.keys import Key
+from sopdeploy_service.outcome import Refusal
+from sopdeploy_service.rate import Bucket
+from sopdeploy_service.timing import Stages
+
+
+class Trace(Protocol):
+    """The trace that a request belongs to; times are those of `time.monotonic`."""
+
+    @property
+    def id(self) -> str:
+        """Return the trace's id as W3C has it, 32 hexadecimal digits."""
+        ...
+
+    def batch(self, sharing: Sequence["Trace"], started: float, ended: float) -> None:
+        """Tell of a batch, linked to the requests *sharing* it."""
+        ...
+
+    def end(self, route: str, status: int, stages: Stages) -> None:
+        """Tell of the request, answered now with *status*, and of its *stages*."""
+        ...
+
+
+# The headers of a request and when it began (`time.monotonic`) to its trace, or None where it is not sampled.
+OpenTrace: TypeAlias = Callable[[Mapping[str, str], float], Trace | None]
+
+
+@dataclass(slots=True)
+class Tally:
+    """One request: its id, whose key it came with, what it asked for and how it went."""
+
+    request: str
+    key: Key | None = None
+    bucket: Bucket | None = None
+    images: int = 0
+    code: str = "ok"
+    stages: Stages = field(default_factory=Stages)
+    trace: Trace | None = None
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make this the tally of the running task, and of those it starts."""
+        token = CURRENT.set(self)
+        try:
+            yield
+        finally:
+            CURRENT.reset(token)
+
+
+CURRENT: ContextVar[Tally | None] = ContextVar("sopdeploy_tally", default=None)
+
+
+def current_trace() -> Trace | None:
+    """Return the trace of the request that the running task works for, where it is traced."""
+    tally = CURRENT.get()
+    return None if tally is None else tally.trace
+
+
+def rate_refusal() -> Refusal | None:
+    """Return why the key of the running task's request may not send one more image now, or None."""
+    tally = CURRENT.get()
+    return None if tally is None or tally.bucket is None else tally.bucket.refusal(1)
+
+
+def charge(images: int, stages: Stages) -> Refusal | None:
+    """Count *images*, whose times *stages* keeps, for the running task's request and take them from its rate.
+
+    Return why the rate does not allow them; then none is taken.
+    """
+    tally = CURRENT.get()
+    if tally is None:
+        return None
+    tally.images += images
+    tally.stages = stages
+    return None if tally.bucket is None else tally.bucket.spend(images)

@@ -1,0 +1,29 @@
+"""Tracing is an extra: nothing of it is loaded before a setting asks for it."""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.settings import Settings
+from sopdeploy_service.tally import OpenTrace
+
+
+@contextmanager
+def traced(settings: Settings) -> Iterator[OpenTrace | None]:
+    """Give what begins the trace of a request where *settings* ask for it; what is left is sent at the end.
+
+    Raises `ConfigError` where the extra is missing.
+    """
+    if not settings.tracing:
+        yield None
+        return
+    try:
+        tracing = importlib.import_module("sopdeploy_service.tracing")
+    except ImportError as problem:
+        raise ConfigError("tracing: needs OpenTelemetry; pip install 'sopdeploy[otel]'") from problem
+    tracer = tracing.Tracing(tracing.exporting())
+    try:
+        yield tracer.open
+    finally:
+        tracer.close()

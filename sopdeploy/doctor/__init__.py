@@ -1,0 +1,1 @@
+"""What limits a running server, found from outside: bounded load, its metrics before and after, advice."""

@@ -1,0 +1,48 @@
+"""Everything that the server's own description allows is sent to it, and nothing makes it fail."""
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+schemathesis = pytest.importorskip("schemathesis")
+
+EXAMPLES = 8
+NEEDS_MODEL_CONTROL = {"/v2/repository/models/{name}/load", "/v2/repository/models/{name}/unload"}
+
+
+@pytest.fixture(scope="module")
+def described(client) -> dict[str, Any]:
+    return client.get("/openapi.json").json()
+
+
+def test_every_endpoint_of_the_protocol_is_described(described):
+    endpoints = {path for path in described["paths"] if path.startswith("/v2")}
+    model = {f"/v2/models/{{name}}{version}" for version in ("", "/versions/{version}")}
+    assert endpoints == NEEDS_MODEL_CONTROL | {
+        *("/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/stats", "/v2/repository/index"),
+        *(path + suffix for path in model for suffix in ("", "/ready", "/config", "/stats", "/infer")),
+    }
+
+
+def test_nothing_that_the_description_allows_is_a_server_error(client, described):
+    asked = 0
+    for operation in schemathesis.openapi.from_dict(described).get_all_operations():
+
+        @settings(
+            max_examples=EXAMPLES,
+            deadline=None,
+            phases=[Phase.explicit, Phase.generate],
+            suppress_health_check=list(HealthCheck),
+            database=None,
+        )
+        @given(case=operation.ok().as_strategy())
+        def ask(case: Any) -> None:
+            nonlocal asked
+            reply = case.call(base_url=str(client.base_url).rstrip("/"))
+            assert reply.status_code < 500, case.as_curl_command()
+            asked += 1
+
+        ask()
+    assert asked > 10 * EXAMPLES
+    assert client.get("/readyz").status_code == 200
