@@ -93,7 +93,7 @@ def gates_on_cifar(arrays: Path, seeds: int) -> Study:
     }
     return Study(
         name="CIFAR-10 gates",
-        title="2500 pictures, ResNet-8, maps 16, 8, 8, 10 epochs, measured on 5000 held-out training pictures",
+        title="2500 pictures, ResNet-8, maps 16, 8, 8, 10 epochs, measured on 5000 held-out ones",
         seeds=tuple(range(seeds)),
         template={
             "task": CifarConfig(arrays=arrays, train=2500, held_out=True),
