@@ -28,6 +28,8 @@ class Paired:
     @property
     def verdict(self) -> str:
         """Return what the interval allows to be said; it is computed, never chosen."""
+        if self.n < 2:
+            return "one seed"
         if not abs(self.mean) > self.half:
             return "no effect detected"
         return f"{'better' if self.mean > 0 else 'worse'} by {abs(self.mean):.2f} +- {self.half:.2f}"

@@ -85,9 +85,9 @@ def show(studies: Sequence[Study], results: Results, console: Console) -> None:
         console.print(table(study, arms))
         for ours, other in study.pairs:
             gain = paired(accuracies(arms[ours]), accuracies(arms[other]))
+            p = "" if math.isnan(gain.p) else f", p {gain.p:.2g}"
             console.print(
-                f"  {ours} minus {other}: {difference(gain)}, {gain.wins}/{gain.n} wins, p {gain.p:.2g}: "
-                f"{gain.verdict}"
+                f"  {ours} minus {other}: {difference(gain)}, {gain.wins}/{gain.n} wins{p}: {gain.verdict}"
             )
         for said, holds in checks(study, arms):
             console.print(f"  {'holds' if holds else 'FAILS'}: {said}")

@@ -33,7 +33,6 @@ def test_a_paired_difference_is_the_paired_t_test() -> None:
         (0.7, 0.7, "no effect detected"),
         (0.9, 0.6, "better by 0.90 +- 0.60"),
         (-8.5, 1.0, "worse by 8.50 +- 1.00"),
-        (3.0, math.inf, "no effect detected"),
         (0.0, 0.0, "no effect detected"),
     ],
 )
@@ -41,9 +40,9 @@ def test_the_verdict_follows_from_the_interval_alone(mean: float, half: float, s
     assert Paired(5, mean, half, 3, 0.5).verdict == said
 
 
-def test_one_seed_detects_nothing() -> None:
+def test_of_one_seed_nothing_is_said() -> None:
     found = paired([90.0], [10.0])
-    assert found.verdict == "no effect detected"
+    assert found.verdict == "one seed"
     assert math.isnan(found.p)
 
 
