@@ -199,7 +199,7 @@ def compared(
         locate=locate,
     )
     records = spectral_records(shipping.spectral, torch.from_numpy(images))
-    steady = images if expected.routing is None else images[expected.routing.steady]
+    steady = images[parity.counted]
     parts = () if precision == "int8" else part_drifts(path, shipping.program, lean.outputs, steady)
     parity = with_spectral(parity, records, allow_drift=options.allow_drift)
     return expected, parity.model_copy(update={"parts": parts})
