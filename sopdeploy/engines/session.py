@@ -65,6 +65,7 @@ class EngineSession:
         self._host[self._input][:count] = images
         self._cuda.upload(self._device[self._input], self._host[self._input][:count], self._stream)
         if not context.execute_async_v3(int(self._stream)):
+            self._cuda.wait(self._stream)  # names CUDA's code where the device is what failed
             raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._logger)}")
         for name in self._outputs:
             self._cuda.download(self._host[name][:count], self._device[name], self._stream)
