@@ -200,7 +200,7 @@ def test_onnxruntime_with_tensorrt_is_told_precision_batches_and_a_folder_for_th
 
 def test_a_cache_that_cannot_be_made_is_one_line(bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(RuntimeUnavailableError, match="cannot be made .*SOPDEPLOY_ENGINE_CACHE"):
+    with pytest.raises(RuntimeUnavailableError, match=r"cannot be made .*SOPDEPLOY_ENGINE_CACHE"):
         choose(bundle, Settings(runtime="onnxruntime-tensorrt", engine_cache=tmp_path / "file"))
 
 

@@ -38,8 +38,7 @@ class TensorRTRuntime:
         )
         if isinstance(found, NoEngine):
             raise RuntimeUnavailableError(f"{found.reason}; run: sopdeploy engine {bundle.path}")
-        profiles = found.record.key.profiles
-        self._session = EngineSession(trt, cuda, found.plan, bundle.manifest, profiles)
+        self._session = EngineSession(trt, cuda, found.plan, bundle.manifest, found.record.key)
         self.largest_batch = self._session.largest_batch
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
