@@ -1,8 +1,8 @@
 """What does an export cost: seconds and memory of every step, certificate and parity included.
 
-Exports networks of random weights with --detach, each in a process of its own, because the largest memory of a
-process never falls. Processor seconds count all threads, and other work on the machine disturbs them least;
-the bounds are those of two cores: 90 seconds and 4 GB for DSoP ResNet-50, 60 seconds for ResNet-18.
+Exports networks of random weights with --detach, each in a process of its own, because the largest memory
+of a process never falls. Processor seconds count all threads, and other work disturbs them least; the bounds
+are those of two cores: 90 seconds and 4 GB for DSoP ResNet-50, 60 seconds for ResNet-18.
 
     python benchmarks/export_cost.py [--quick] [--json]
 """
@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -35,7 +36,7 @@ def measured(path: Path, folder: Path) -> dict[str, Any]:
 
     export(path, folder, ExportOptions(detach=True), step)
     step("end")
-    pairs = list(zip(marks, marks[1:], strict=False))
+    pairs = list(pairwise(marks))
     return {
         "steps": {a[0]: {"wall": b[1] - a[1], "processor": b[2] - a[2]} for a, b in pairs},
         "wall_seconds": marks[-1][1] - marks[0][1],

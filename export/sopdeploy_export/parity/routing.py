@@ -111,13 +111,14 @@ def visible(logits: NDArray[Any], chosen: NDArray[np.bool_], tolerance: float) -
 def rerouted(gates: NDArray[Any], routes: Routing) -> NDArray[np.bool_]:
     """Say of each image whether *gates* (P, N), weights of the file, are of other components."""
     given = gates > 0
-    different: NDArray[np.bool_] = ((given & ~routes.chosen) | (~given & routes.visible)).any(axis=1)
-    return different
+    different: NDArray[np.bool_] = (given & ~routes.chosen) | (~given & routes.visible)
+    return np.asarray(different.any(axis=1), dtype=np.bool_)
 
 
 def counted(other: NDArray[np.bool_], routes: Routing) -> NDArray[np.bool_]:
     """Say on which images to compare numbers, given which took an *other* route at any batch size."""
-    return routes.steady if routes.decided else routes.steady & ~other
+    kept: NDArray[np.bool_] = routes.steady & (routes.decided | ~other)
+    return kept
 
 
 def routing_parity(other: NDArray[np.bool_], routes: Routing) -> RoutingParity:
