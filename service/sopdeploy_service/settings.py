@@ -25,7 +25,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.frozen import first_problem
 
 Count = Annotated[int, pydantic.Field(ge=1)]
-RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
+RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt"]
 Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]
 LogForm = Literal["json", "console"]

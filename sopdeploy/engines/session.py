@@ -4,7 +4,7 @@ Every profile has an execution context of its own, because switching one costs t
 the largest batch, and the stream are shared, because one batch runs at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sopdeploy.engines.binding import deserialize, last_error, make_logger
 from sopdeploy.engines.cuda import Cuda
 from sopdeploy.engines.profiles import Profile, index_for
+from sopdeploy.engines.record import EngineKey, Via
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.manifest import Manifest, TensorRecord
 
@@ -21,20 +22,19 @@ from sopdeploy.manifest import Manifest, TensorRecord
 class EngineSession:
     """A deserialised engine with its contexts, pinned buffers and stream; used by one thread at a time."""
 
-    def __init__(
-        self, trt: Any, cuda: Cuda, plan: bytes, manifest: Manifest, profiles: Sequence[Profile]
-    ) -> None:
-        """Load *plan*, whose hash was checked.
+    def __init__(self, trt: Any, cuda: Cuda, plan: bytes, manifest: Manifest, key: EngineKey) -> None:
+        """Load *plan* of *key*, whose hash was checked.
 
         Raises `RuntimeUnavailableError` where it is no such engine.
         """
-        self._trt, self._cuda, self._profiles = trt, cuda, tuple(profiles)
+        self._trt, self._cuda, self._profiles = trt, cuda, key.profiles
         self._logger = make_logger(trt)
         self._runtime, self.engine = deserialize(trt, plan, self._logger)
-        self.largest_batch = max(profile.maximum for profile in profiles)
+        self.largest_batch = key.largest_batch
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
-        refuse_another_engine(trt, self.engine, manifest, self._profiles)
+        self._names = tensor_names(self.engine, manifest, key.via)
+        refuse_another_engine(trt, self.engine, manifest, self._names, self._profiles)
         self._stream = cuda.stream()
         self._host: dict[str, NDArray[Any]] = {}
         self._device: dict[str, int] = {}
@@ -53,18 +53,19 @@ class EngineSession:
         context.set_optimization_profile_async(index, int(self._stream))
         self._cuda.wait(self._stream)
         for name, address in self._device.items():
-            context.set_tensor_address(name, address)
+            context.set_tensor_address(self._names[name], address)
         return context
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
         count = len(images)
         context = self._contexts[index_for(self._profiles, count)]
-        if not context.set_input_shape(self._input, images.shape):
+        if not context.set_input_shape(self._names[self._input], images.shape):
             raise RuntimeError(f"TensorRT refuses images of shape {images.shape}: {last_error(self._logger)}")
         self._host[self._input][:count] = images
         self._cuda.upload(self._device[self._input], self._host[self._input][:count], self._stream)
         if not context.execute_async_v3(int(self._stream)):
+            self._cuda.wait(self._stream)  # names CUDA's code where the device is what failed
             raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._logger)}")
         for name in self._outputs:
             self._cuda.download(self._host[name][:count], self._device[name], self._stream)
@@ -88,20 +89,33 @@ class EngineSession:
         self.close()
 
 
-def refuse_another_engine(trt: Any, engine: Any, manifest: Manifest, profiles: Sequence[Profile]) -> None:
-    """Refuse an *engine* whose tensors are not the manifest's or whose profiles are not *profiles*."""
+def tensor_names(engine: Any, manifest: Manifest, via: Via) -> dict[str, str]:
+    """Return what *engine* calls each tensor of the manifest.
+
+    torch-tensorrt names outputs by number, so there the order counts; types, shapes and the probes say
+    whether it is right. Raises `RuntimeUnavailableError` where there are other tensors.
+    """
     found = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     declared = [tensor.name for tensor in (*manifest.inputs, *manifest.outputs)]
+    if via == "torch-tensorrt" and len(found) == len(declared):
+        return dict(zip(declared, found, strict=True))
     if sorted(found) != sorted(declared):
         raise RuntimeUnavailableError(f"the engine has the tensors {found}, the manifest says {declared}")
+    return {name: name for name in declared}
+
+
+def refuse_another_engine(
+    trt: Any, engine: Any, manifest: Manifest, names: Mapping[str, str], profiles: Sequence[Profile]
+) -> None:
+    """Refuse an *engine* whose tensors are not the manifest's or whose profiles are not *profiles*."""
     for tensor in (*manifest.inputs, *manifest.outputs):
-        refuse_another_tensor(trt, engine, tensor)
+        refuse_another_tensor(trt, engine, tensor, names[tensor.name])
     if engine.num_optimization_profiles != len(profiles):
         raise RuntimeUnavailableError(
             f"the engine has {engine.num_optimization_profiles} profiles, its record says {len(profiles)}"
         )
     for index, profile in enumerate(profiles):
-        shapes = engine.get_tensor_profile_shape(manifest.inputs[0].name, index)
+        shapes = engine.get_tensor_profile_shape(names[manifest.inputs[0].name], index)
         batches = [int(next(iter(shape))) for shape in shapes]
         if batches != [profile.minimum, profile.optimum, profile.maximum]:
             raise RuntimeUnavailableError(
@@ -109,11 +123,11 @@ def refuse_another_engine(trt: Any, engine: Any, manifest: Manifest, profiles: S
             )
 
 
-def refuse_another_tensor(trt: Any, engine: Any, tensor: TensorRecord) -> None:
-    """Refuse an *engine* where *tensor* has another type or shape than the manifest says."""
+def refuse_another_tensor(trt: Any, engine: Any, tensor: TensorRecord, name: str) -> None:
+    """Refuse an *engine* where *tensor*, there called *name*, has another type or shape than is said."""
     kinds = {trt.DataType.UINT8: "uint8", trt.DataType.FLOAT: "float32"}
-    kind = kinds.get(engine.get_tensor_dtype(tensor.name), "another type")
-    shape = tuple(int(size) for size in engine.get_tensor_shape(tensor.name))
+    kind = kinds.get(engine.get_tensor_dtype(name), "another type")
+    shape = tuple(int(size) for size in engine.get_tensor_shape(name))
     if kind != tensor.dtype or shape[1:] != tensor.shape[1:]:
         raise RuntimeUnavailableError(
             f"the engine's {tensor.name} is {kind} {shape}, the manifest says {tensor.dtype} {tensor.shape}"
