@@ -60,20 +60,35 @@ def unless_refused(value: Value | Refusal) -> Value:
 
 
 async def unless_gone(work: Coroutine[Any, Any, Value], receive: Receive) -> Value:
-    """Return what *work* returns; cancel it and raise `RefusedError` when the client leaves before."""
-    task = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(left(receive))
+    """Return what *work* returns; cancel it and raise `RefusedError` when the client leaves before.
+
+    The work stays in the task of the request; a task of its own would cost more than what it waits for.
+    """
+    leaving = Leaving(receive)
     try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise RefusedError(CLIENT_GONE)
+        return await work
+    except asyncio.CancelledError:
+        if not leaving.noticed:
+            raise
+        leaving.task.uncancel()
+        raise RefusedError(CLIENT_GONE) from None
     finally:
-        leaving.cancel()
-        task.cancel()
+        leaving.watch.cancel()
 
 
-async def left(receive: Receive) -> None:
-    """Return when the client has closed its connection; its body must have been read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class Leaving:
+    """Cancels the task that makes it when the client has closed its connection; its body must have been read."""
+
+    def __init__(self, receive: Receive) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("only a task can be cancelled")
+        self.noticed = False
+        self.task = task
+        self.watch = asyncio.ensure_future(self._watch(receive))
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.noticed = True
+        self.task.cancel()
