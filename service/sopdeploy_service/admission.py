@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -10,7 +11,7 @@ from starlette.types import Receive
 
 from sopdeploy_service.gate import require
 from sopdeploy_service.model import Model
-from sopdeploy_service.outcome import CLIENT_GONE, Refusal
+from sopdeploy_service.outcome import CLIENT_GONE, DEADLINE, Refusal
 from sopdeploy_service.problems import RefusedError
 from sopdeploy_service.service import Service
 from sopdeploy_service.tally import rate_refusal
@@ -40,6 +41,21 @@ def admit(request: Request, name: str | None = None, version: str | None = None)
     request.state.model = model
     unless_refused(service.refusal(model, deadline) or rate_refusal())
     return model, deadline
+
+
+@asynccontextmanager
+async def taking_apart(service: Service, model: Model, deadline: float) -> AsyncIterator[None]:
+    """Hold what finds the images of a request that has arrived to its *deadline*, and count it as one image.
+
+    So what waits for a parser, or for the host of a URL, is bounded like all that waits. Raises `RefusedError`.
+    """
+    unless_refused(service.overload(model))
+    try:
+        with service.held():
+            async with asyncio.timeout(deadline - time.monotonic()):
+                yield
+    except TimeoutError as problem:
+        raise RefusedError(DEADLINE) from problem
 
 
 def seconds_allowed(request: Request, longest: float) -> float:

@@ -78,7 +78,7 @@ async def classify(
     if gates and not has_gates(chosen):
         raise RefusedError(no_gates(chosen))
     stages = Stages()
-    upload = await read_upload(request, service.settings, deadline)
+    upload = await read_upload(request, service, chosen, deadline)
     received = time.monotonic()
     service.metrics.stage("receive", received - started)
     stages.note("receive", received - started)

@@ -74,12 +74,14 @@ class Settings(BaseSettings):
     url_hosts: Hosts = ()  # `host` or `host:port` to fetch images from; none: URLs are refused
     url_plain_http: bool = False  # fetch from http:// too
     url_seconds: Seconds = 5.0  # from the name of the host to the last byte
+    url_fetches: Count = 16  # at once; one more gets 429
 
     queue_size: Count = 256  # images admitted and not yet answered; one more gets 429
     deadline_seconds: Seconds = 30.0  # from the first byte of a request to its answer
     drain_seconds: Seconds = 20.0  # what SIGTERM leaves for the requests already admitted
 
     decoders: Count = 2  # threads that turn bytes into pixels
+    parsers: Count = 2  # threads that read JSON
     devices: Devices = ()  # one process for each, GPUs by number or `cpu`; none: this process alone
     runtime: RuntimeName = "auto"  # auto: the first that was set up here
     engine_cache: Path | None = None  # of TensorRT; not set: beside the bundle
