@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from sopdeploy.bundle import Bundle
 from sopdeploy_service.runtime.base import Runtime
+from sopdeploy_service.schema import FastDecode
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -93,6 +94,12 @@ class Metrics:
         self._connections = self._gauge("connections", "Open connections")
         self._upload_bytes = self._gauge("upload_bytes", "Bytes of bodies not yet answered")
         self._loop_lag = self._gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
+        self._fast_drift = self._gauge(
+            "fast_decode_drift", "Of the logits, of their spread; measured at the start", "model"
+        )
+        self._fast_agreement = self._gauge(
+            "fast_decode_agreement", "Share of pictures whose best class stays; measured at the start", "model"
+        )
         self._info = self._gauge("bundle_info", "Always 1", "digest", "model", "precision", "engine")
 
         self._models: dict[str, ModelMetrics] = {}
@@ -111,6 +118,11 @@ class Metrics:
         """Say that *bundle* is loaded under *name*, on *runtime*."""
         manifest = bundle.manifest
         self._info.labels(manifest.id, name, manifest.precision, runtime.name).set(1)
+
+    def decodes_fast(self, name: str, found: FastDecode) -> None:
+        """Say by how much fast decoding moves the numbers of the model *name*."""
+        self._fast_drift.labels(name).set(found.drift)
+        self._fast_agreement.labels(name).set(found.agreement)
 
     def serves_no_more(self, name: str, bundle: Bundle, runtime: Runtime) -> None:
         """Say that *bundle* is gone."""

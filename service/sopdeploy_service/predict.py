@@ -48,6 +48,7 @@ def predict_one(inference: Inference, path: Path, settings: Settings) -> Predict
             manifest.preprocess,
             max_bytes=settings.max_body_bytes,
             max_pixels=settings.max_pixels,
+            fast=settings.decode == "fast",
         )
     except ImageError as problem:
         return Prediction(image=str(path), error=Problem.of(Refusal.of(problem)))

@@ -205,6 +205,7 @@ class Service:
                 model.bundle.manifest.preprocess,
                 max_bytes=self.settings.max_body_bytes,
                 max_pixels=self.settings.max_pixels,
+                fast=self.settings.decode == "fast",
             )
         finally:
             self.metrics.decoded(time.monotonic() - started)

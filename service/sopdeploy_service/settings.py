@@ -27,6 +27,7 @@ from sopdeploy.frozen import first_problem
 
 Count = Annotated[int, pydantic.Field(ge=1)]
 RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
+DecodeWay = Literal["exact", "fast"]
 Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]
 LogForm = Literal["json", "console"]
@@ -81,6 +82,8 @@ class Settings(BaseSettings):
     drain_seconds: Seconds = 20.0  # what SIGTERM leaves for the requests already admitted
 
     decoders: Count = 2  # threads that turn bytes into pixels
+    decode: DecodeWay = "exact"  # fast: large JPEGs at a fraction of their size, where the bundle bears it
+    fast_decode_samples: Path | None = None  # a folder of JPEGs to check that on too
     parsers: Count = 2  # threads that read JSON
     devices: Devices = ()  # one process for each, GPUs by number or `cpu`; none: this process alone
     runtime: RuntimeName = "auto"  # auto: the first that was set up here
@@ -117,6 +120,12 @@ class Settings(BaseSettings):
             raise ValueError("model_control is for one process; with devices, start the server anew instead")
         if self.devices and self.health_port is not None:
             raise ValueError("health_port is for one process; with devices, ask the port of the server")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _samples_are_for_the_fast_way(self) -> "Settings":
+        if self.fast_decode_samples is not None and self.decode == "exact":
+            raise ValueError("fast_decode_samples is for decode=fast; decode=exact needs no check")
         return self
 
     @pydantic.model_validator(mode="after")

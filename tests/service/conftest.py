@@ -31,6 +31,7 @@ from sopdeploy_service.listening import bind, url
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.pretend import PretendRuntime
 from sopdeploy_service.runtime.with_onnxruntime import OnnxRuntime
+from sopdeploy_service.schema import FastDecode
 from sopdeploy_service.server import http_config
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.shelf import Shelf
@@ -206,13 +207,14 @@ def running(
     *,
     names: Iterable[str] = ("tiny",),
     shelf: Shelf | None = None,
+    fast_decode: FastDecode | None = None,
     **options: Any,
 ) -> Iterator[Client]:
     """A real server for *runtime*, under each of *names*, on a free loopback port; gives a client for it.
 
     *options* go to `create_app`.
     """
-    inference = Inference(bundle=bundle, runtime=runtime, replays={})
+    inference = Inference(bundle=bundle, runtime=runtime, replays={}, fast_decode=fast_decode)
     app = create_app(dict.fromkeys(names, inference), settings, shelf, **options)
     server = uvicorn.Server(http_config(app, settings))
     with bind("127.0.0.1", 0) as listener:
