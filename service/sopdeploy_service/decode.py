@@ -38,6 +38,7 @@ ODD_JPEGS = {0xC3: "lossless", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded
 ALIASES = {"JPG": "JPEG", "PJPEG": "JPEG", "APNG": "PNG", "X-PNG": "PNG", "X-BMP": "BMP", "X-MS-BMP": "BMP"}
 ANIMATED = {"GIF", "PNG", "WEBP"}  # a JPEG may hold a second picture too, but that is a thumbnail
 HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heif", b"avif", b"avis"}
+SMALLEST_FRACTION = 4  # of a side; 1/8 would need a check on pictures of 16 times the network's input
 WANTED = "send a JPEG, PNG, WebP, BMP or GIF file"
 
 
@@ -90,12 +91,12 @@ def decode(
 
 
 def shrink(picture: Image.Image, preprocess: Preprocess) -> None:
-    """Let a JPEG whose pixels are not yet decoded be decoded at 1/2, 1/4 or 1/8 of its size, other formats whole.
+    """Let a JPEG whose pixels are not yet decoded be decoded at 1/2 or 1/4 of its size, other formats whole.
 
     At least twice the pixels that resizing needs are left along each side, for its filter to work on. Without
     the frequencies above, the result is close to the exact one and not equal: `fast_decode` measures how close.
     """
-    side = 2 * preprocess.resize
+    side = max(2 * preprocess.resize, -(-min(picture.size) // SMALLEST_FRACTION))
     picture.draft(picture.mode, (side, side))
 
 

@@ -83,7 +83,7 @@ def test_without_the_setting_nothing_is_checked(bundle, onnx_runtime):
 
 def test_a_network_that_bears_it_is_opened_with_its_drift(bundle_path):
     found = open_verified(bundle_path, FAST)
-    assert found.fast_decode.pictures == 12
+    assert found.fast_decode.pictures == 9
     assert 0 < found.fast_decode.drift < fast_decode.MOST_DRIFT
     assert found.fast_decode.agreement == 1
     assert list(found.seconds) == ["hashes", "session", "probes", "fast_decode"]
@@ -109,7 +109,7 @@ def test_samples_count_and_what_is_no_jpeg_does_not(bundle, onnx_runtime, tmp_pa
     with pytest.raises(ConfigError, match="no JPEG in"):
         checked(bundle, onnx_runtime, settings)
     (tmp_path / "a.jpg").write_bytes(saved((400, 300)))
-    assert checked(bundle, onnx_runtime, settings).pictures == 13
+    assert checked(bundle, onnx_runtime, settings).pictures == 10
 
 
 def test_samples_without_the_fast_way_are_a_mistake(tmp_path):
