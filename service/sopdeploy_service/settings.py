@@ -88,6 +88,7 @@ class Settings(BaseSettings):
     devices: Devices = ()  # one process for each, GPUs by number or `cpu`; none: this process alone
     runtime: RuntimeName = "auto"  # auto: the first that was set up here
     engine_cache: Path | None = None  # of TensorRT; not set: beside the bundle
+    cuda_graphs: bool = False  # TensorRT: a profile of one batch size, such as 1, starts by a single call
     threads: Count | None = None  # of the engine; not set: one per core
     max_batch: Count | None = None  # not set: 4 on a CPU, else what the bundle was verified for
     max_queue_delay_ms: Delay = 0.0  # how long an idle engine waits for more images
