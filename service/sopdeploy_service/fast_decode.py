@@ -26,7 +26,12 @@ MOST_DRIFT = 0.1  # root mean square of the logits' differences, of the spread o
 LEAST_AGREEMENT = 0.9  # share of pictures whose best class stays
 TIMES = (4, 6, 8)  # the shorter side over the network's `resize`: from 4 on a half, from 8 on a quarter
 SEEDS = 3
-OCTAVES = (4, 16, 64, 256)  # cells along the longer side of a made picture, and one of a quarter of its pixels
+OCTAVES = (
+    4,
+    16,
+    64,
+    256,
+)  # cells along the longer side of a made picture, and one of a quarter of its pixels
 MOST_SAMPLES = 500
 JPEG = b"\xff\xd8\xff"
 

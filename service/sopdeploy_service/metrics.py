@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter as Counts
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -98,12 +99,17 @@ class Metrics:
             "fast_decode_drift", "Of the logits, of their spread; measured at the start", "model"
         )
         self._fast_agreement = self._gauge(
-            "fast_decode_agreement", "Share of pictures whose best class stays; measured at the start", "model"
+            "fast_decode_agreement",
+            "Share of pictures whose best class stays; measured at the start",
+            "model",
         )
         self._info = self._gauge("bundle_info", "Always 1", "digest", "model", "precision", "engine")
 
         self._models: dict[str, ModelMetrics] = {}
-        self._children: dict[tuple[object, ...], Any] = {}  # to find one anew takes longer than to count in it
+        self._loaded: Counts[tuple[str, ...]] = Counts()
+        self._children: dict[
+            tuple[object, ...], Any
+        ] = {}  # to find one anew takes longer than to count in it
 
     def of(self, model: str) -> ModelMetrics:
         """Return the numbers of *model*; the same whenever it is asked for."""
@@ -116,8 +122,9 @@ class Metrics:
 
     def serves(self, name: str, bundle: Bundle, runtime: Runtime) -> None:
         """Say that *bundle* is loaded under *name*, on *runtime*."""
-        manifest = bundle.manifest
-        self._info.labels(manifest.id, name, manifest.precision, runtime.name).set(1)
+        labels = (bundle.manifest.id, name, bundle.manifest.precision, runtime.name)
+        self._loaded[labels] += 1
+        self._info.labels(*labels).set(1)
 
     def decodes_fast(self, name: str, found: FastDecode) -> None:
         """Say by how much fast decoding moves the numbers of the model *name*."""
@@ -125,9 +132,12 @@ class Metrics:
         self._fast_agreement.labels(name).set(found.agreement)
 
     def serves_no_more(self, name: str, bundle: Bundle, runtime: Runtime) -> None:
-        """Say that *bundle* is gone."""
-        manifest = bundle.manifest
-        self._info.remove(manifest.id, name, manifest.precision, runtime.name)
+        """Say that *bundle* is gone; it may have been loaded anew before its last request had its answer."""
+        labels = (bundle.manifest.id, name, bundle.manifest.precision, runtime.name)
+        self._loaded[labels] -= 1
+        if not self._loaded[labels]:
+            del self._loaded[labels]
+            self._info.remove(*labels)
 
     def request(self, route: str, code: int, seconds: float, model: str = "") -> None:
         """Count a request answered with the status *code*, by *model* where one was asked."""

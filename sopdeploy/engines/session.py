@@ -123,7 +123,9 @@ class EngineSession:
             self._cuda.wait(self._stream)
         except RuntimeUnavailableError as problem:
             self._forget(index)
-            raise RuntimeError(f"the CUDA graph of profile {self._profiles[index]} failed: {problem}") from problem
+            raise RuntimeError(
+                f"the CUDA graph of profile {self._profiles[index]} failed: {problem}"
+            ) from problem
 
     def _forget(self, index: int) -> None:
         with suppress(RuntimeUnavailableError):  # after an error of the device nothing can be given back

@@ -1,6 +1,5 @@
 """CUDA graphs of an engine: the same numbers by one call, and never an engine lost to a graph."""
 
-
 import numpy as np
 import pytest
 
@@ -65,7 +64,9 @@ def test_what_cannot_be_captured_runs_as_before(
     for _ in range(3):
         right(runtime, 1)
     assert (captured(runtime), cuda.graphs, cuda.recording) == ([], {}, None)
-    assert [record.message[:42] for record in caplog.records] == ["profile 1 runs without a CUDA graph: CUDA:"]
+    assert [record.message[:42] for record in caplog.records] == [
+        "profile 1 runs without a CUDA graph: CUDA:"
+    ]
 
 
 def test_an_engine_that_fails_while_it_is_captured_ends_the_capture(
@@ -111,5 +112,3 @@ def test_at_the_end_nothing_is_held(built: Bundle, cuda: FakeCuda) -> None:
 def test_the_probes_of_the_start_run_through_the_graph(built: Bundle, cuda: FakeCuda) -> None:
     open_verified(built.path, GRAPHS)
     assert cuda.launched == 2  # of three single probes the first is captured
-
-

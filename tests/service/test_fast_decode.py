@@ -64,9 +64,7 @@ def test_a_turned_picture_stays_turned():
 
 def test_at_least_twice_the_pixels_that_resizing_needs_are_left(monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        Preprocess, "changes", lambda _rules, picture: (seen.append(picture.size), ())[1]
-    )
+    monkeypatch.setattr(Preprocess, "changes", lambda _rules, picture: (seen.append(picture.size), ())[1])
     for short in (143, 144, 200, 288, 576, 1000):
         both(saved((short, short)))
     assert all(min(size) >= 72 for size in seen)

@@ -137,8 +137,15 @@ def post(client: httpx.Client, body: bytes, **headers: str) -> httpx.Response:
     return client.post("/v1/classify", content=body, headers=named)
 
 
-def test_without_a_key_there_is_no_answer_but_for_probes_metrics_and_the_empty_pages(locked, keys, jpeg) -> None:
-    for reply in (post(locked, jpeg), locked.get("/info"), locked.get("/nothing"), locked.get("/openapi.json")):
+def test_without_a_key_there_is_no_answer_but_for_probes_metrics_and_the_empty_pages(
+    locked, keys, jpeg
+) -> None:
+    for reply in (
+        post(locked, jpeg),
+        locked.get("/info"),
+        locked.get("/nothing"),
+        locked.get("/openapi.json"),
+    ):
         assert (reply.status_code, reply.json()["code"]) == (401, "unauthenticated")
         assert reply.headers["content-type"] == "application/problem+json"
         assert reply.headers["www-authenticate"].startswith("Bearer")
