@@ -1,4 +1,4 @@
-"""What `decode=fast` saves on a phone's photograph of 4000 x 3000 pixels and on smaller JPEGs, 224 of 256 pixels.
+"""What `decode=fast` saves on a phone's photograph of 4000 x 3000 pixels and on smaller JPEGs, in CPU time.
 
     python benchmarks/fast_decode.py --quick
 

@@ -1,25 +1,33 @@
 """What a request costs the server beside decoding and the engine: CPU milliseconds, of this tree and another.
 
 Both are replaced by constants, so what is left is HTTP, admission, the ways between threads and the answer.
-With `--other FOLDER` (another checkout of this project) both are measured in turn. Every round starts a server
-anew; a figure is the median of the rounds.
+With `--other FOLDER` (another checkout of this project) both are measured in turn. Every round starts a
+server anew; a figure is the median of the rounds.
 
     python benchmarks/request_cpu.py --other ../before --rounds 5
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
-from load import Load
+import uvicorn
 from serving import free_port, pictures
+from serving_ours import CLASSES, pretend
 from serving_peers import OURS, cpu_seconds, started
+
+from sopdeploy_service import service
+from sopdeploy_service.app import create_app
+from sopdeploy_service.decode import Decoded
+from sopdeploy_service.server import http_config
+from sopdeploy_service.settings import load_settings
 
 HERE = Path(__file__).resolve()
 
@@ -72,8 +80,6 @@ def measure(tree: Path, folder: Path, given: argparse.Namespace) -> float:
 
 def answered(port: int) -> float:
     """Return how many pictures the server on *port* has answered."""
-    import httpx
-
     lines = httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
     name = 'sopdeploy_requests_total{code="200",model="model",route="/v1/classify"} '
     return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
@@ -81,17 +87,6 @@ def answered(port: int) -> float:
 
 def serve(port: int) -> None:
     """Serve a network that says the same to every picture, and decode none."""
-    from dataclasses import replace
-
-    import uvicorn
-    from serving_ours import CLASSES, pretend
-
-    from sopdeploy_service import service
-    from sopdeploy_service.app import create_app
-    from sopdeploy_service.decode import Decoded
-    from sopdeploy_service.server import http_config
-    from sopdeploy_service.settings import load_settings
-
     found = pretend(0, 0, 8)
     picture = Decoded(np.zeros((224, 224, 3), dtype=np.uint8), ())
     logits = np.random.default_rng(0).normal(size=(8, CLASSES)).astype(np.float32)

@@ -1,9 +1,9 @@
 """A server under a mix of clients for minutes: does it leak, and is every answer right?
 
-One `sopdeploy serve` with real bundles and ONNX Runtime on the CPU gets good pictures of several sizes, alone,
-in forms, in JSON and in the Open Inference Protocol, bodies that are no picture, clients that leave in the
-middle, slow bodies and floods; meanwhile its model is swapped every few seconds. Bounds: resident memory grows
-by less than 1 MB a minute, no thread or descriptor stays, every answer names the bundle that gave it and is what
+One `sopdeploy serve` with real bundles and ONNX Runtime on the CPU gets good pictures of several sizes,
+alone, in forms, in JSON and in the Open Inference Protocol, bodies that are no picture, clients that leave in
+the middle, slow bodies and floods; its model is swapped every few seconds. Bounds: resident memory grows by
+less than 1 MB a minute, no thread or descriptor stays, every answer names the bundle that gave it and is what
 `sopdeploy predict` says with that one, no 5xx. Exit code 1 where one is broken.
 
     python benchmarks/soak.py --seconds 300
@@ -94,7 +94,7 @@ def digest(bundle: Path) -> str:
 
 
 def on_shelf(bundles: Sequence[Path], folder: Path) -> list[Path]:
-    """Return two copies of each of *bundles* in *folder*, in turn: going round, no bundle is loaded any more."""
+    """Return two copies of each of *bundles* in *folder*, in turn: the next one is never loaded already."""
     return [
         shutil.copytree(bundle, folder / f"{place}-{number}")
         for place in range(2)
@@ -103,7 +103,8 @@ def on_shelf(bundles: Sequence[Path], folder: Path) -> list[Path]:
 
 
 MIX: Sequence[Callable[[Ground, random.Random], Coroutine[Any, Any, None]]] = (
-    one_by_one, one_by_one, one_by_one, forms, json_bodies, protocol, swapping, bad, leaving, slow, slow, flood, watching,
+    one_by_one, one_by_one, one_by_one, forms, json_bodies, protocol, swapping,
+    bad, leaving, slow, slow, flood, watching,
 )  # fmt: skip
 
 

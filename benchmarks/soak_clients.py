@@ -27,7 +27,7 @@ REST = 0.02
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ground:
-    """Where the clients play: the server, the good bodies, and what each bundle, by digest, says to each of them.
+    """Where the clients play: the server, the good bodies, and what each bundle, by digest, says to them.
 
     *labels* are all classes in order, *classes* how many are compared, *folders* the bundles to be swapped.
     """
@@ -164,7 +164,7 @@ async def slow(ground: Ground, chance: random.Random) -> None:
 async def piecewise(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes
 ) -> tuple[int, dict[str, Any], str]:
-    """Send *body* in ten pieces, or until the answer comes; return its status, document and model's digest."""
+    """Send *body* in ten pieces, or until the answer comes; return status, document and digest."""
     answered = asyncio.create_task(reader.readuntil(b"\r\n\r\n"))
     try:
         piece = len(body) // 10 + 1

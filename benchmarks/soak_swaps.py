@@ -1,4 +1,4 @@
-"""More of the soak's clients: JSON, the Open Inference Protocol, and an operator who swaps the model all the time.
+"""More of the soak's clients: JSON, the Open Inference Protocol, and an operator who keeps swapping the model.
 
 Every answer names the bundle that gave it and is compared with that bundle's own numbers.
 """
@@ -34,7 +34,7 @@ async def json_bodies(ground: Ground, chance: random.Random) -> None:
 
 
 async def protocol(ground: Ground, chance: random.Random) -> None:
-    """Ask for the logits of one or two pictures in the protocol, as JSON or binary, and compare their softmax."""
+    """Ask for the logits of one or two pictures in the protocol and compare their softmax."""
     async with httpx.AsyncClient(base_url=ground.url, timeout=60) as client:
         while True:
             sent = [ground.any(chance) for _ in range(chance.randint(1, 2))]

@@ -47,7 +47,8 @@ def admit(request: Request, name: str | None = None, version: str | None = None)
 async def taking_apart(service: Service, model: Model, deadline: float) -> AsyncIterator[None]:
     """Hold what finds the images of a request that has arrived to its *deadline*, and count it as one image.
 
-    So what waits for a parser, or for the host of a URL, is bounded like all that waits. Raises `RefusedError`.
+    So what waits for a parser, or for the host of a URL, is bounded like all that waits. Raises
+    `RefusedError`.
     """
     unless_refused(service.overload(model))
     try:
@@ -93,7 +94,7 @@ async def unless_gone(work: Coroutine[Any, Any, Value], receive: Receive) -> Val
 
 
 class Leaving:
-    """Cancels the task that makes it when the client has closed its connection; its body must have been read."""
+    """Cancels the task that makes it when the client has hung up; the request's body must have been read."""
 
     def __init__(self, receive: Receive) -> None:
         task = asyncio.current_task()

@@ -1,7 +1,7 @@
 """From logits to the answer: the one truth for the HTTP server and for `sopdeploy predict`.
 
-Plain dictionaries of the shape that `schema` describes: to build and check models would cost every request more
-than its softmax.
+Plain dictionaries of the shape that `schema` describes: to build and check models of it would cost CPU at every
+request and find nothing.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def answer(
     warnings: tuple[str, ...] = (),
     gates: NDArray[np.float32] | None = None,
 ) -> dict[str, Any]:
-    """Return a `schema.Classes` as JSON has it: the *top_k* most probable classes of *logits* (C,), best first.
+    """Return a `schema.Classes` as JSON has it: the *top_k* most probable of *logits* (C,), best first.
 
     Equal logits keep the order of *labels*; a *top_k* above C gives all C classes. *gates* (N,)
     are the weights of a gate's experts, where they belong into the answer.
@@ -37,9 +37,9 @@ def answer(
 
 
 def best(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
-    """Return the places of the *count* largest of finite *values* (C,), the largest first, equal ones in order.
+    """Return the places of the *count* largest of finite *values* (C,), best first, equal ones in order.
 
-    The rest is not sorted: for 5 of 1000 that takes a third of the time.
+    The rest is not sorted.
     """
     if count >= len(values):
         return np.argsort(-values, kind="stable")

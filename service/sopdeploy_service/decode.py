@@ -63,8 +63,8 @@ def decode(
 ) -> Decoded:
     """Return the input that *preprocess* makes of the image in *sent*.
 
-    Of an animation the first frame counts. A large JPEG is decoded at a fraction of its size where *fast* says
-    so (see `shrink`). Raises `ImageError` with the code and the HTTP status
+    Of an animation the first frame counts. Where *fast*, a large JPEG is decoded at a fraction of its size
+    (see `shrink`). Raises `ImageError` with the code and the HTTP status
     that tell what is wrong with the image.
     """
     body = sent.body
@@ -94,7 +94,7 @@ def shrink(picture: Image.Image, preprocess: Preprocess) -> None:
     """Let a JPEG whose pixels are not yet decoded be decoded at 1/2 or 1/4 of its size, other formats whole.
 
     At least twice the pixels that resizing needs are left along each side, for its filter to work on. Without
-    the frequencies above, the result is close to the exact one and not equal: `fast_decode` measures how close.
+    the frequencies above, the result is close to the exact one, not equal: `fast_decode` measures how close.
     """
     side = max(2 * preprocess.resize, -(-min(picture.size) // SMALLEST_FRACTION))
     picture.draft(picture.mode, (side, side))

@@ -1,8 +1,8 @@
 """The short way to an endpoint whose parameters all stand in the query.
 
-FastAPI reads parameters of any kind through one general machine, which for four of a query costs more than the
-rest of a request. A query that is plain is read here and the endpoint called with it; any other, and each that
-is wrong, goes FastAPI's way. So there is one description, and one wording of every error.
+FastAPI reads parameters of any kind through one general machine, which is a good part of what a request costs.
+A query that is plain is read here and the endpoint called with it; any other, and each that is wrong, goes
+FastAPI's way. So there is one description, and one wording of every error.
 """
 
 import re
@@ -21,7 +21,7 @@ MOST = 500  # characters
 
 
 def direct(readers: Mapping[str, Read]) -> type[APIRoute]:
-    """Return a class of routes that read the query with *readers*, each of which gives None for what is not plain.
+    """Return a class of routes that read the query with *readers*, which give None for what is not plain.
 
     The endpoint must take the request and, all of them optional, the parameters that *readers* names.
     """

@@ -2,8 +2,8 @@
 
 The fast way lets libjpeg leave out the finest frequencies of a large picture (`draft`), so the network sees
 slightly other pixels than in training. By how much its numbers move depends on the network; beyond the bounds
-here a server with `decode=fast` does not start. The bundle's probes are pixels and prove nothing about this, so
-JPEGs are made, always the same ones, and those of `fast_decode_samples` are taken too.
+here a server with `decode=fast` does not start. The bundle's probes are pixels and prove nothing about this,
+so JPEGs are made, always the same ones, and those of `fast_decode_samples` are taken too.
 """
 
 import io
@@ -49,15 +49,16 @@ def checked(bundle: Bundle, runtime: Runtime, settings: Settings) -> FastDecode 
         return found
     raise ParityError(
         f"{bundle.path}: decode=fast moves the logits by {found.drift:.3f} of their spread (at most "
-        f"{MOST_DRIFT:g}) and keeps {found.agreement:.1%} of the best classes (at least {LEAST_AGREEMENT:.0%}) "
-        f"on {found.pictures} JPEGs; serve it with decode=exact"
+        f"{MOST_DRIFT:g}) and keeps {found.agreement:.1%} of the best classes "
+        f"(at least {LEAST_AGREEMENT:.0%}) on {found.pictures} JPEGs; serve it with decode=exact"
     )
 
 
 def measure(bundle: Bundle, runtime: Runtime, settings: Settings) -> FastDecode:
     """Return how the logits of *bundle* on *runtime* differ between the fast and the exact way."""
     output = bundle.manifest.outputs[0].name
-    exact, fast = [], []
+    exact: list[NDArray[np.float32]] = []
+    fast: list[NDArray[np.float32]] = []
     for picture in pictures(bundle.manifest.preprocess.resize, settings):
         for rows, quick in ((exact, False), (fast, True)):
             decoded = decode(

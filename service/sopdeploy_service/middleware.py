@@ -3,8 +3,8 @@
 Pure ASGI: Starlette's `BaseHTTPMiddleware` would hide from the routes that a client has left.
 """
 
-import logging
 import itertools
+import logging
 import re
 import secrets
 import time

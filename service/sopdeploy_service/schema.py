@@ -82,8 +82,8 @@ class Health(Frozen):
 class FastDecode(Frozen):
     """What decoding large JPEGs fast changed on so many pictures at the start.
 
-    *largest* is the largest difference of a logit, *drift* the differences' root mean square over the spread of
-    the logits, *agreement* the share of pictures whose best class stayed.
+    *largest* is the largest difference of a logit, *drift* the differences' root mean square over the spread
+    of the logits, *agreement* the share of pictures whose best class stayed.
     """
 
     pictures: int

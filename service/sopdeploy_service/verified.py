@@ -31,8 +31,8 @@ LARGEST_ON_CPU = 4  # more gains nothing on a CPU and makes the first image of a
 class Inference:
     """A bundle, a runtime for it, its replays by batch size, and (images, seconds) of each run.
 
-    *fast_decode* says what that way of decoding changes, None where decoding is exact; *seconds* how long each
-    step of opening it took.
+    *fast_decode* says what that way of decoding changes, None where decoding is exact; *seconds* how long
+    each step of opening it took.
     """
 
     bundle: Bundle

@@ -85,7 +85,7 @@ class Cuda:
         self.call("cudaStreamSynchronize", stream)
 
     def captured(self, work: Callable[[], None], stream: Any) -> Any:
-        """Return the graph of what *work* puts on *stream*: later one call starts all of it. Nothing runs now.
+        """Return the graph of what *work* puts on *stream*: later one call starts it; now nothing runs.
 
         Raises `RuntimeUnavailableError` where CUDA cannot make a graph of it, and what *work* raises.
         """

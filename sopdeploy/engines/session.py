@@ -3,13 +3,12 @@
 Every profile has an execution context of its own, because switching one costs time; the buffers, as large as
 the largest batch, and the stream are shared, because one batch runs at a time.
 
-With *graphs* a profile of one batch size becomes a CUDA graph after its first run: copies and kernels then start
-by one call. Only those profiles: a graph holds for the shape it was captured with, and the context of a wider
+With *graphs* a profile of one batch size becomes a CUDA graph after its first run: copies and kernels then
+start by one call. Only those profiles: a graph holds for the shape it was captured with, and the context of a wider
 profile changes its shape from batch to batch. What fails as a graph is run without one from then on.
 """
 
 import logging
-
 from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType

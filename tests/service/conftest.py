@@ -42,7 +42,7 @@ RULES = Preprocess(resize=36, crop=32)
 
 
 def tiny_graph(seed: int = 0) -> onnx.ModelProto:
-    """uint8 images (n, 32, 32, 3) to logits (n, 7): a linear layer over the mean colour, weights by *seed*."""
+    """uint8 images (n, 32, 32, 3) to logits (n, 7): a linear layer over the mean colour, by *seed*."""
     rng = np.random.default_rng(seed)
     weights = rng.normal(size=(3, len(LABELS))).astype(np.float32) / 40
     nodes = [
