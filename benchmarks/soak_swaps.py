@@ -1,4 +1,4 @@
-"""More of the soak's clients: JSON, the Open Inference Protocol, and an operator who keeps swapping the model.
+"""More of the soak's clients: JSON, the Open Inference Protocol, and an operator who swaps models.
 
 Every answer names the bundle that gave it and is compared with that bundle's own numbers.
 """

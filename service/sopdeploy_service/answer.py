@@ -1,7 +1,7 @@
 """From logits to the answer: the one truth for the HTTP server and for `sopdeploy predict`.
 
-Plain dictionaries of the shape that `schema` describes: to build and check models of it would cost CPU at every
-request and find nothing.
+Plain dictionaries of the shape that `schema` describes: to build and check models of it would cost CPU at
+every request and find nothing.
 """
 
 from collections.abc import Sequence

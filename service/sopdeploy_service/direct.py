@@ -1,8 +1,8 @@
 """The short way to an endpoint whose parameters all stand in the query.
 
-FastAPI reads parameters of any kind through one general machine, which is a good part of what a request costs.
-A query that is plain is read here and the endpoint called with it; any other, and each that is wrong, goes
-FastAPI's way. So there is one description, and one wording of every error.
+FastAPI reads parameters of any kind through one general machine, which is a good part of what a request
+costs. A query that is plain is read here and the endpoint called with it; any other, and each that is wrong,
+goes FastAPI's way. So there is one description, and one wording of every error.
 """
 
 import re

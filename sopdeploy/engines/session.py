@@ -4,8 +4,8 @@ Every profile has an execution context of its own, because switching one costs t
 the largest batch, and the stream are shared, because one batch runs at a time.
 
 With *graphs* a profile of one batch size becomes a CUDA graph after its first run: copies and kernels then
-start by one call. Only those profiles: a graph holds for the shape it was captured with, and the context of a wider
-profile changes its shape from batch to batch. What fails as a graph is run without one from then on.
+start by one call. Only those profiles: a graph holds for the shape it was captured with, and the context of a
+wider profile changes its shape from batch to batch. What fails as a graph is run without one from then on.
 """
 
 import logging

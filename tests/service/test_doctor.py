@@ -25,7 +25,7 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def slow_decoders(monkeypatch):
-    """Decoders that take 80 ms, asleep: a real one's share of its time is also a matter of the machine's load."""
+    """Decoders that take 80 ms, asleep: what a real one takes is also the machine's load."""
     whole = service.decode
 
     def slow(*given, **options):
