@@ -18,6 +18,7 @@ from sopdeploy.errors import DataError, TrainingError
 from sopdeploy.frozen import Frozen
 from sopdeploy.normalise import Normalise
 from sopdeploy.preprocess import Preprocess
+from sopdeploy.processes import OneProcess, Processes
 
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 
@@ -42,30 +43,40 @@ def evaluate(
     *,
     batch_size: int = 64,
     workers: int = 0,
+    processes: Processes = OneProcess(),  # noqa: B008  # has no state
     on_batch: Callable[[int], None] = lambda _done: None,
 ) -> Figures:
     """Return the figures of the main head of *model* on *dataset*, computed where the model is.
 
-    *on_batch* is told the number of pictures done after every batch. The model is in eval mode
-    meanwhile and gets its mode back.
+    Every one of *processes* measures its part of the pictures, none twice, and all return the figures of
+    the whole. *on_batch* is told the number of pictures done after every batch, in each process equally
+    often. The model is in eval mode meanwhile and gets its mode back.
     """
     device = next(model.parameters()).device
     normalise = Normalise(preprocess).to(device)
-    batches = batches_in_order(len(dataset), batch_size)
+    mine = list(range(processes.rank, len(dataset), processes.world))
+    batches = [[mine[place] for place in batch] for batch in batches_in_order(len(mine), batch_size)]
+    at_once = batch_size * processes.world
     was_training = model.training
     model.eval()
-    top1 = top5 = done = 0
-    loss = 0.0
+    counts, loss = torch.zeros(3, dtype=torch.int64), torch.zeros((), dtype=torch.float64)
     try:
-        for images, labels in load_batches(dataset, batches, workers, device):
-            logits = model(normalise(images)).float()
-            top1 += hits(logits, labels, 1)
-            top5 += hits(logits, labels, 5)
-            loss += float(cross_entropy(logits, labels, reduction="sum"))
-            done += len(labels)
-            on_batch(done)
+        loaded = load_batches(dataset, batches, workers, device)
+        for number in range(-(-len(dataset) // at_once)):
+            batch = next(loaded, None)  # the last round may be of other processes only
+            if batch is not None:
+                logits, labels = model(normalise(batch[0])).double(), batch[1]
+                counts += torch.tensor([hits(logits, labels, 1), hits(logits, labels, 5), len(labels)])
+                loss += cross_entropy(logits, labels, reduction="sum").cpu()
+            on_batch(min(len(dataset), (number + 1) * at_once))
     finally:
         model.train(was_training)
+    top1, top5, done = processes.all_reduce(counts).tolist()
+    return figures(top1, top5, done, float(processes.all_reduce(loss)))
+
+
+def figures(top1: int, top5: int, done: int, loss: float) -> Figures:
+    """Return the shares; raises `DataError` for no pictures, `TrainingError` for weights that diverged."""
     if done == 0:
         raise DataError("there are no pictures to measure on; give a folder with images")
     if not math.isfinite(loss):

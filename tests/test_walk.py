@@ -130,7 +130,7 @@ def test_the_checkpoint_can_be_measured(home: Path, trained: dict[str, Any]) -> 
 
 def test_the_bundle_is_verified(home: Path, exported: dict[str, Any]) -> None:
     found = answer("verify", exported["bundle"], home=home)
-    assert (found["id"], found["files"]) == (exported["id"], 8)
+    assert (found["id"], found["files"]) == (exported["id"], 9)
     for replay in found["replays"]:
         assert replay["deviation"]["logits"] <= replay["tolerance"]["logits"]
 

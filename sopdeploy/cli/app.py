@@ -29,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command("train", rich_help_panel="Train")(training.train)
+app.command("train", cls=training.TrainCommand, rich_help_panel="Train")(training.train)
 app.command("eval", rich_help_panel="Train")(training.evaluate)
 app.command("recipes", rich_help_panel="Train")(training.recipes)
 app.command("models", rich_help_panel="Train")(catalog.models)

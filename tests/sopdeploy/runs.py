@@ -37,6 +37,9 @@ class Onlooker:
     def started(self, **facts: Any) -> None:
         self.told.append(("started", facts))
 
+    def warned(self, warning: str) -> None:
+        self.told.append(("warned", {"warning": warning}))
+
     def stepped(self, **facts: Any) -> None:
         self.told.append(("stepped", facts))
         self.maybe_stop("stepped", facts["epoch"], facts["step"])
