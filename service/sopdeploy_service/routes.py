@@ -78,12 +78,13 @@ async def classify(
     if gates and not has_gates(chosen):
         raise RefusedError(no_gates(chosen))
     stages = Stages()
-    upload = await read_upload(request, service, chosen, deadline)
-    received = time.monotonic()
-    service.metrics.stage("receive", received - started)
-    stages.note("receive", received - started)
-    work = service.classify(chosen, upload.images, deadline, stages)
-    outcomes = unless_refused(await unless_gone(work, request.receive))
+    with chosen.in_use():  # from its admission on: while a slow body comes, the model may be replaced twice
+        upload = await read_upload(request, service, chosen, deadline)
+        received = time.monotonic()
+        service.metrics.stage("receive", received - started)
+        stages.note("receive", received - started)
+        work = service.classify(chosen, upload.images, deadline, stages)
+        outcomes = unless_refused(await unless_gone(work, request.receive))
     top_k = top_k or upload.top_k or service.settings.top_k
     headers = {"Server-Timing": stages.header()}
     if not upload.several:

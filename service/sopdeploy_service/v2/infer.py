@@ -28,14 +28,15 @@ async def answer_infer(request: Request, name: str, version: str | None) -> Resp
     model, deadline = admit(request, name, version)
     signature = Signature.of(model.bundle, service.settings.max_images)
     stages = Stages()
-    asked = await receive(request, service, model, signature, deadline)
-    received = time.monotonic()
-    service.metrics.stage("receive", received - started)
-    stages.note("receive", received - started)
-    if asked.timeout_seconds is not None:
-        deadline = min(deadline, started + asked.timeout_seconds)
-    work = run(service, model, asked, deadline, stages)
-    outcomes = unless_refused(await unless_gone(work, request.receive))
+    with model.in_use():  # from its admission on: while a slow body comes, the model may be replaced twice
+        asked = await receive(request, service, model, signature, deadline)
+        received = time.monotonic()
+        service.metrics.stage("receive", received - started)
+        stages.note("receive", received - started)
+        if asked.timeout_seconds is not None:
+            deadline = min(deadline, started + asked.timeout_seconds)
+        work = run(service, model, asked, deadline, stages)
+        outcomes = unless_refused(await unless_gone(work, request.receive))
     head = {"model_name": model.name, "model_version": model.version}
     if asked.id is not None:
         head = {"id": asked.id, **head}
