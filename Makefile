@@ -47,7 +47,7 @@ gpu-check: $(STAMP)  ## build and run real engines on this machine's GPU, write 
 	$(BIN)/python benchmarks/gpu_check.py
 	$(BIN)/pytest tests/gpu
 
-soak: $(STAMP)  ## five minutes of good, bad, slow and leaving clients; fails on a leak, a wrong answer or a 5xx
+soak: $(STAMP)  ## five minutes of good, bad, slow and leaving clients and swaps; fails on a leak, a wrong answer or a 5xx
 	$(BIN)/python benchmarks/soak.py $(SOAK)
 
 $(STAMP): pyproject.toml

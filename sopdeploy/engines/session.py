@@ -2,9 +2,15 @@
 
 Every profile has an execution context of its own, because switching one costs time; the buffers, as large as
 the largest batch, and the stream are shared, because one batch runs at a time.
+
+With *graphs* a profile of one batch size becomes a CUDA graph after its first run: copies and kernels then
+start by one call. Only those profiles: a graph holds for the shape it was captured with, and the context of a
+wider profile changes its shape from batch to batch. What fails as a graph is run without one from then on.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -18,11 +24,22 @@ from sopdeploy.engines.record import EngineKey, Via
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.manifest import Manifest, TensorRecord
 
+log = logging.getLogger("sopdeploy.engines")
+
 
 class EngineSession:
     """A deserialised engine with its contexts, pinned buffers and stream; used by one thread at a time."""
 
-    def __init__(self, trt: Any, cuda: Cuda, plan: bytes, manifest: Manifest, key: EngineKey) -> None:
+    def __init__(
+        self,
+        trt: Any,
+        cuda: Cuda,
+        plan: bytes,
+        manifest: Manifest,
+        key: EngineKey,
+        *,
+        graphs: bool = False,
+    ) -> None:
         """Load *plan* of *key*, whose hash was checked.
 
         Raises `RuntimeUnavailableError` where it is no such engine.
@@ -42,6 +59,9 @@ class EngineSession:
             shape = (self.largest_batch, *(int(size or 1) for size in tensor.shape[1:]))
             self._host[tensor.name] = cuda.pinned_array(shape, np.dtype(tensor.dtype))
             self._device[tensor.name] = cuda.device_memory(self._host[tensor.name].nbytes)
+        exact = (index for index, profile in enumerate(self._profiles) if profile.minimum == profile.maximum)
+        self._to_capture = set(exact) if graphs else set()
+        self._graphs: dict[int, Any] = {}  # by profile
         self._contexts = [self._make_context(index) for index in range(len(self._profiles))]
 
     def _make_context(self, index: int) -> Any:
@@ -59,21 +79,64 @@ class EngineSession:
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
         count = len(images)
-        context = self._contexts[index_for(self._profiles, count)]
-        if not context.set_input_shape(self._names[self._input], images.shape):
-            raise RuntimeError(f"TensorRT refuses images of shape {images.shape}: {last_error(self._logger)}")
+        index = index_for(self._profiles, count)
         self._host[self._input][:count] = images
+        if index in self._graphs:
+            self._launch(index)
+        else:
+            context = self._contexts[index]
+            if not context.set_input_shape(self._names[self._input], images.shape):
+                reason = last_error(self._logger)
+                raise RuntimeError(f"TensorRT refuses images of shape {images.shape}: {reason}")
+            self._enqueue(context, count)
+            self._cuda.wait(self._stream)
+        found = {name: self._host[name][:count].copy() for name in self._outputs}
+        if index in self._to_capture:
+            self._capture(index, count)
+        return found
+
+    @property
+    def captured(self) -> tuple[Profile, ...]:
+        """Return the profiles that run as a graph now."""
+        return tuple(self._profiles[index] for index in sorted(self._graphs))
+
+    def _enqueue(self, context: Any, count: int) -> None:
+        """Put copies and kernels for *count* images on the stream."""
         self._cuda.upload(self._device[self._input], self._host[self._input][:count], self._stream)
         if not context.execute_async_v3(int(self._stream)):
             self._cuda.wait(self._stream)  # names CUDA's code where the device is what failed
             raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._logger)}")
         for name in self._outputs:
             self._cuda.download(self._host[name][:count], self._device[name], self._stream)
-        self._cuda.wait(self._stream)
-        return {name: self._host[name][:count].copy() for name in self._outputs}
+
+    def _capture(self, index: int, count: int) -> None:
+        """Make the graph of a profile whose context has just run; where that fails, it is not tried again."""
+        self._to_capture.discard(index)
+        context = self._contexts[index]
+        try:
+            self._graphs[index] = self._cuda.captured(lambda: self._enqueue(context, count), self._stream)
+        except Exception as problem:  # whatever is wrong with the graph, the engine runs without it
+            log.warning("profile %s runs without a CUDA graph: %s", self._profiles[index], problem)
+
+    def _launch(self, index: int) -> None:
+        """Run the graph of a profile; one that fails is given up, so that the next batch runs without it."""
+        try:
+            self._cuda.launch(self._graphs[index], self._stream)
+            self._cuda.wait(self._stream)
+        except RuntimeUnavailableError as problem:
+            self._forget(index)
+            raise RuntimeError(
+                f"the CUDA graph of profile {self._profiles[index]} failed: {problem}"
+            ) from problem
+
+    def _forget(self, index: int) -> None:
+        with suppress(RuntimeUnavailableError):  # after an error of the device nothing can be given back
+            self._cuda.forget(self._graphs.pop(index))
 
     def close(self) -> None:
-        """Give back contexts, engine and memory."""
+        """Give back graphs, contexts, engine and memory."""
+        for index in list(self._graphs):
+            self._forget(index)
         self._contexts.clear()
         self.engine = self._runtime = None
         self._cuda.free(list(self._device.values()), list(self._host.values()), self._stream)

@@ -38,7 +38,8 @@ class TensorRTRuntime:
         )
         if isinstance(found, NoEngine):
             raise RuntimeUnavailableError(f"{found.reason}; run: sopdeploy engine {bundle.path}")
-        self._session = EngineSession(trt, cuda, found.plan, bundle.manifest, found.record.key)
+        key, graphs = found.record.key, settings.cuda_graphs
+        self._session = EngineSession(trt, cuda, found.plan, bundle.manifest, key, graphs=graphs)
         self.largest_batch = self._session.largest_batch
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
