@@ -1,8 +1,8 @@
 """`sopdeploy env`: what a report of a bug needs, without what nobody should read in it."""
 
+import os
 import platform
 import re
-import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -29,8 +29,6 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a s
     Example: [bold]sopdeploy env[/bold]
     """
     with one_line_errors():
-        import os
-
         found = facts(os.environ)
     if as_json:
         print_json(found)
