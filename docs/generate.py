@@ -1,4 +1,4 @@
-"""Write what comes from the code: `cli.md`, `errors.md`, `models.md` and the tables of `operations.md`; tests compare."""
+"""Write the pages that come from code: `cli`, `errors`, `models`, tables of `operations`; tests compare."""
 
 import re
 from pathlib import Path

@@ -18,7 +18,9 @@ PACKAGES = (
     "numpy", "pillow", "pydantic", "fastapi", "uvicorn", "torch", "torchvision", "timm", "onnx", "onnxscript",
     "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "cuda-python",
 )  # fmt: skip
-RELEVANT = re.compile(r"(SOPDEPLOY|OMP|MKL|KMP|CUDA|NVIDIA|NCCL|ORT|OTEL|TORCH|PYTORCH|SLURM)_|(PYTHON|LD_LIBRARY_)PATH$")
+RELEVANT = re.compile(
+    r"(SOPDEPLOY|OMP|MKL|KMP|CUDA|NVIDIA|NCCL|ORT|OTEL|TORCH|PYTORCH|SLURM)_|(PYTHON|LD_LIBRARY_)PATH$"
+)
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|HEADERS|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
 HIDDEN = "(hidden)"
 
@@ -46,7 +48,11 @@ def facts(variables: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     python = f"{platform.python_implementation()} {platform.python_version()}"
     return {
         "versions": {"sopdeploy": __version__, "python": python, **versions()},
-        "machine": {**machine(), "release": platform.release(), "libc": " ".join(platform.libc_ver()).strip()},
+        "machine": {
+            **machine(),
+            "release": platform.release(),
+            "libc": " ".join(platform.libc_ver()).strip(),
+        },
         "accelerators": {"onnxruntime": onnxruntime_sees(), "tensorrt": tensorrt_sees()},
         "environment": shown(variables),
     }
@@ -91,7 +97,7 @@ def shown(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def harmless(name: str, value: str) -> str:
-    """Return *value* as others may read it: no secret by its name, no password in a URL, no name of a user."""
+    """Return *value* as others may read it: nothing secret by its name, no login, no name of a user."""
     if SECRET.search(name):
         return HIDDEN
     without_login = re.sub(r"(?<=://)[^/@\s]+@", f"{HIDDEN}@", value)

@@ -29,4 +29,6 @@ def show_map() -> None:
     out.print("\n[bold]Beside the walk[/]\n")
     for what, verbs in BESIDE.items():
         out.print(f"     {what:<16} {', '.join(verbs)}")
-    out.print("\n`sopdeploy VERB --help` shows a verb's options and an example, `sopdeploy --help` every verb.")
+    out.print(
+        "\n`sopdeploy VERB --help` shows a verb's options and an example, `sopdeploy --help` every verb."
+    )

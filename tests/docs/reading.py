@@ -19,7 +19,7 @@ def name(page: Path) -> str:
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """Return what stands in the fenced blocks of *language*, also those indented below a list, from the margin."""
+    """Return what the fenced blocks of *language* hold, those below a list too, from the margin."""
     found = re.findall(
         rf"^( *)```{language}\n(.*?)^\1```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )

@@ -1,4 +1,4 @@
-"""Every command that README and docs show or mention is one: the verb exists, its options too. Nothing is run."""
+"""Every command that a page shows or mentions has a verb and options that exist. Nothing is run."""
 
 from pathlib import Path
 

@@ -37,7 +37,12 @@ def test_no_login_of_a_url_is_shown(user: str, password: str) -> None:
 
 def test_only_what_matters_is_shown_and_no_name_of_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", lambda: Path("/people/ada"))
-    given = {"OMP_NUM_THREADS": "4", "AWS_REGION": "x", "PYTHONPATH": "/people/ada/src", "SOPDEPLOY_PORT": "1"}
+    given = {
+        "OMP_NUM_THREADS": "4",
+        "AWS_REGION": "x",
+        "PYTHONPATH": "/people/ada/src",
+        "SOPDEPLOY_PORT": "1",
+    }
     expected = {"OMP_NUM_THREADS": "4", "PYTHONPATH": "~/src", "SOPDEPLOY_PORT": "1"}
     assert environment.shown(given) == expected
 

@@ -1,4 +1,4 @@
-"""The site: every page has its place, it builds without a warning, and a reader's browser asks nobody else."""
+"""The site: every page has its place, it builds without a warning, and no browser asks elsewhere."""
 
 import importlib
 import importlib.util
@@ -13,7 +13,9 @@ import pytest
 from tests.docs.reading import ROOT
 
 CONFIG = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-LOADED = re.compile(r"""<(?:script|img|iframe|source|link)\b[^>]*?(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)""")
+LOADED = re.compile(
+    r"""<(?:script|img|iframe|source|link)\b[^>]*?(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)"""
+)
 
 
 def test_every_page_has_a_place_in_the_navigation_and_no_other() -> None:
