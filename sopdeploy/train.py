@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sopdeploy.data.augment import Augmented
 from sopdeploy.data.base import Pictures, Prepared, Split
-from sopdeploy.data.batches import Batch, balanced_batches, load_batches, shuffled_batches
+from sopdeploy.data.batches import Batch, balanced_batches, load_batches, shuffled_batches, timed
 from sopdeploy.data.sources import open_data
 from sopdeploy.evaluate import Figures, evaluate
 from sopdeploy.losses import Loss, first_not_finite, training_loss
@@ -35,8 +35,9 @@ from sopdeploy.training.parallel import Parallel
 from sopdeploy.training.progress import Progress, Quiet
 from sopdeploy.training.result import TrainingResult, summarise
 from sopdeploy.training.resume import resume_run
-from sopdeploy.training.run import Run, start_run
+from sopdeploy.training.run import Run, StepResult, start_run
 from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.sight import look, spectrum_epochs
 from sopdeploy.training.slices import Piece, must_divide, slice_of
 from sopdeploy.training.stop import Stop, StopRequested, TrainingStoppedError, watch_for_stop
 
@@ -118,13 +119,13 @@ def train_epoch(run: Run, pictures: Pictures, folder: RunFolder, stop: Stop, onl
     run.model.train()
     since = time.monotonic()
     shares = [slice_of(samples, recipe, run.parallel).samples for samples in batches[run.at.step :]]
-    for batch in load_batches(view, shares, recipe.workers, run.parallel.device):
+    for batch, waited in timed(load_batches(view, shares, recipe.workers, run.parallel.device)):
         samples = batches[run.at.step]
-        loss = train_step(run, batch, samples, len(batches))
+        result = train_step(run, batch, samples, len(batches))
         now = time.monotonic()
-        run.after_step(loss, len(samples), now - since)
+        run.after_step(result, len(samples), now - since, waited)
         since = now
-        onlooker.stepped(epoch=epoch, step=run.at.step - 1, steps=len(batches), loss=float(loss.total))
+        onlooker.stepped(epoch=epoch, step=run.at.step - 1, steps=len(batches), loss=float(result.loss.total))
         stop.check(save=folder.is_due(recipe.save, run.at.step))
         if stop.asked_to_save():
             folder.save_last(run)
@@ -137,7 +138,7 @@ def epoch_batches(recipe: Recipe, pictures: Pictures, epoch: int) -> list[list[i
     return shuffled_batches(len(pictures), recipe.batch_size, recipe.seed, epoch)
 
 
-def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> Loss:
+def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> StepResult:
     """Do one step on *batch*; raises `TrainingError` before it changes a weight by what is not finite.
 
     *samples* are those of the whole step, of which *batch* is what this process computes.
@@ -157,7 +158,7 @@ def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> Loss:
         clip_grads_with_norm_(run.model.parameters(), recipe.optimizer.clip_norm, norm)
     if run.precision.step(run.optimizer, finite=finite) and run.average is not None:
         run.average.update(run.model)
-    return loss
+    return StepResult(loss, float(norm) if finite else 0.0)
 
 
 def loss_and_gradient(run: Run, batch: Batch, pieces: Sequence[Piece]) -> Loss:
@@ -233,4 +234,11 @@ def measure_epoch(run: Run, held_out: Prepared, stop: Stop, onlooker: Progress) 
 
     raw = figures_of(run.model)
     average = figures_of(run.average.model) if run.average is not None else None
-    run.after_epoch(raw, average, time.monotonic() - since)
+    sight = look(
+        run.model,
+        held_out,
+        run.normalise,
+        run.recipe.batch_size,
+        spectra=epoch + 1 in spectrum_epochs(run.recipe.epochs),
+    )
+    run.after_epoch(raw, average, sight, time.monotonic() - since)

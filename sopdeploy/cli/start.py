@@ -13,7 +13,7 @@ WALK = (
 )
 BESIDE = {
     "before training": ("recipes", "models", "describe", "import"),
-    "of a checkpoint": ("eval",),
+    "of what learned": ("eval", "report", "compare"),
     "of a bundle": ("bench", "engine", "triton"),
     "of a server": ("key",),
     "of this machine": ("env",),

@@ -1,8 +1,9 @@
-"""`sopdeploy train`, `eval` and `recipes`: from pictures to a checkpoint, and how good it is."""
+"""`sopdeploy train` and `recipes`: from pictures to a checkpoint."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,10 +34,9 @@ class TrainCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Write a `--resume` that stands alone out."""
-        after = [*args, ""][1:]
         written = [
             f"{ALONE}={Resume.ALWAYS}" if word == ALONE and next_word != Resume.AUTO else word
-            for word, next_word in zip(args, after, strict=True)
+            for word, next_word in zip_longest(args, args[1:])
         ]
         return super().parse_args(ctx, written)
 
@@ -76,6 +76,12 @@ def train(
     find_rate: Annotated[
         bool, typer.Option("--find-lr", help="Print the learning rate at which the loss falls fastest.")
     ] = False,
+    logs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--log", metavar="NAME", help="Log to tensorboard or wandb too; history.csv is always there."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a network; Ctrl-C and SIGTERM save and end, SIGUSR1 saves; --resume goes on bit for bit.
@@ -94,6 +100,7 @@ def train(
         from sopdeploy.recipe import read_recipe
         from sopdeploy.train import train as run
         from sopdeploy.training.joined import is_first, joined_processes, started_by_torchrun
+        from sopdeploy.training.loggers import Several, loggers
 
         stack.enter_context(joined_processes())
         if recipe is None and data is None:
@@ -110,8 +117,10 @@ def train(
             return
         folder = destination or Path("runs") / Path(source).stem
         go_on: bool | Literal["auto"] = "auto" if resume is Resume.AUTO else resume is Resume.ALWAYS
-        progress = None if as_json or not is_first() else stack.enter_context(Bars(err))
-        result = run(chosen, folder, resume=go_on, progress=progress)
+        onlookers = loggers(logs or (), folder) if is_first() else []
+        if not as_json and is_first():
+            onlookers.append(stack.enter_context(Bars(err)))
+        result = run(chosen, folder, resume=go_on, progress=Several(onlookers))
         if not is_first():
             return
     if as_json:
@@ -135,29 +144,6 @@ def stopped_by_a_signal() -> Iterator[None]:
         if not stopped.told:
             err.print(plain(str(stopped)))
         raise typer.Exit(SIGNALLED + stopped.signal_number) from stopped
-
-
-def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that `sopdeploy train` wrote.")],
-    data: Annotated[Path, typer.Option(help="Folder of pictures, DIR/<class>/*.jpg.")],
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Measure a checkpoint on a folder of pictures; classes are matched by name.
-
-    Example: [bold]sopdeploy eval runs/photos-dsop/best.pt --data photos/val[/bold]
-    """
-    with one_line_errors():
-        from sopdeploy.evaluate import evaluate_checkpoint
-
-        figures = evaluate_checkpoint(checkpoint, data, workers=workers)
-    if as_json:
-        print_json(figures.model_dump(mode="json"))
-        return
-    out.print(
-        f"top-1 [bold]{figures.top1:.2%}[/], top-5 {figures.top5:.2%}, loss {figures.loss:.4f} "
-        f"on {figures.count} pictures"
-    )
 
 
 def recipes(as_json: Json = False) -> None:

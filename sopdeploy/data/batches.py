@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -78,6 +79,14 @@ def load_batches(
             raise DataError(batch)
         images, labels = batch
         yield images.to(device, non_blocking=on_gpu), labels.to(device, non_blocking=on_gpu)
+
+
+def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Yield *batches*, each with the seconds that were spent waiting for it."""
+    since = time.monotonic()
+    for batch in batches:
+        yield batch, time.monotonic() - since
+        since = time.monotonic()
 
 
 class WholeBatches:

@@ -72,7 +72,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     activations = activation_bytes(run, batch)
     train_step(run, batch, batches[0], len(batches))
     since = time.monotonic()
-    loss = float(train_step(run, batch, batches[0], len(batches)).total)  # waits for the device
+    loss = float(train_step(run, batch, batches[0], len(batches)).loss.total)  # waits for the device
     seconds = time.monotonic() - since
     name, side = recipe.model.name, recipe.preprocess.crop
     described = describe(name, image_size=side, num_classes=len(run.labels), **recipe.model.config)

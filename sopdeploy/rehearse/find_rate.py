@@ -76,11 +76,11 @@ def losses_of(run: Run, pictures: Pictures) -> Iterator[float]:
         for batch in load_batches(view, batches, recipe.workers, run.parallel.device):
             samples = batches[run.at.step]
             try:
-                loss = train_step(run, batch, samples, len(batches))
+                result = train_step(run, batch, samples, len(batches))
             except TrainingError:
                 return
-            run.after_step(loss, len(samples), 0.0)
-            yield float(loss.total)
+            run.after_step(result, len(samples), 0.0, 0.0)
+            yield float(result.loss.total)
         run.at = Position(epoch=epoch + 1)
 
 

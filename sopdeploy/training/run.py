@@ -6,7 +6,7 @@ momentum and position are all that a resumed run needs to go on bit for bit.
 
 import platform
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic
 import torch
@@ -20,28 +20,43 @@ from sopdeploy.data.base import Pictures
 from sopdeploy.evaluate import Figures
 from sopdeploy.frozen import Frozen
 from sopdeploy.losses import Loss
+from sopdeploy.machine import machine
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.catalog import create_model
 from sopdeploy.normalise import Normalise
 from sopdeploy.recipe import Recipe
 from sopdeploy.seeds import seed_of
 from sopdeploy.training.finite import float_buffers, must_be_finite
-from sopdeploy.training.history import EpochRow, best_row
+from sopdeploy.training.history import EpochRow, Speed, best_row
 from sopdeploy.training.parallel import Parallel
 from sopdeploy.training.precision import Precision
 from sopdeploy.training.share import share_batches
+from sopdeploy.training.sight import Sight
+
+SHORTEST = 1e-9  # seconds
+
+
+class StepResult(NamedTuple):
+    """What a step gave: its loss, and the norm of its gradient before it is clipped."""
+
+    loss: Loss
+    gradient: float
 
 
 class Position(Frozen):
     """How far a run is: whole epochs, steps of the next one, and what has been counted on the way.
 
-    `sums` are the parts of the loss, added up over the `seen` pictures of the epoch under way.
+    `sums` are the parts of the loss and `gradient` its gradient's norm, added up over the `seen` pictures of
+    the epoch under way; `learning` are the seconds of its steps, `waiting` those of them without pictures.
     """
 
     epoch: int = 0
     step: int = 0
     seen: int = 0
     sums: dict[str, float] = pydantic.Field(default_factory=dict)
+    gradient: float = 0.0
+    learning: float = 0.0
+    waiting: float = 0.0
     seconds: float = 0.0
     history: tuple[EpochRow, ...] = ()
 
@@ -68,21 +83,24 @@ class Run:
         self.config = config
         self.model, self.network, self.optimizer = placed(self.recipe, model, self.parallel)
 
-    def after_step(self, loss: Loss, count: int, seconds: float) -> None:
-        """Move one step on."""
+    def after_step(self, step: StepResult, count: int, seconds: float, waited: float) -> None:
+        """Move one step on, which took *seconds*, of which it *waited* for its *count* pictures."""
         at = self.at
-        parts = {"loss": loss.total, **loss.parts}
+        parts = {"loss": step.loss.total, **step.loss.parts}
         sums = {name: at.sums.get(name, 0.0) + float(part) * count for name, part in parts.items()}
         self.at = at.model_copy(
             update={
                 "step": at.step + 1,
                 "seen": at.seen + count,
                 "sums": sums,
+                "gradient": at.gradient + step.gradient * count,
+                "learning": at.learning + seconds,
+                "waiting": at.waiting + waited,
                 "seconds": at.seconds + seconds,
             }
         )
 
-    def after_epoch(self, raw: Figures, average: Figures | None, seconds: float) -> EpochRow:
+    def after_epoch(self, raw: Figures, average: Figures | None, sight: Sight, seconds: float) -> EpochRow:
         """Move to the start of the next epoch; return what this one gave."""
         at = self.at
         row = EpochRow(
@@ -90,6 +108,12 @@ class Run:
             lr=self.optimizer.param_groups[0]["lr"],
             losses={name: total / at.seen for name, total in at.sums.items()},
             figures=average if average is not None and self.exports() == "average" else raw,
+            gradient=at.gradient / at.seen,
+            speed=Speed(
+                pictures_per_second=at.seen / max(at.learning, SHORTEST),
+                waiting=min(1.0, at.waiting / max(at.learning, SHORTEST)),
+            ),
+            sight=sight,
             raw=raw if average is not None else None,
             average=average,
             seconds=at.seconds + seconds,
@@ -158,7 +182,17 @@ class Run:
                 "torch": str(torch.__version__),
                 "python": platform.python_version(),
             },
+            "machine": {
+                **{name: fact for name, fact in machine().items() if name != "load"},
+                "device": device_name(self.parallel.device),
+                "processes": self.parallel.world,
+            },
         }
+
+
+def device_name(device: torch.device) -> str:
+    """Return what computes: `cpu`, or the name of the GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def start_run(recipe: Recipe, pictures: Pictures, parallel: Parallel) -> Run:

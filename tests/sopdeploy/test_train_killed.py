@@ -18,6 +18,7 @@ from tests.sopdeploy.runs import same_bits, same_run
 ROOT = Path(__file__).parents[2]
 KILLS = 10
 KILLED = -9
+TIMES = {"seconds", "pictures_per_second", "waiting"}
 
 COMMON = ("threads=1", "device=cpu", "epochs=6", "save.every_steps=2")
 SMALL_GATE = "{components=4, chosen=2, component_widths=[16, 8], gate_widths=[16, 8], blocks_per_stage=1}"
@@ -78,7 +79,7 @@ def server() -> Iterator[Server]:
 def table(out: Path) -> list[dict[str, str]]:
     """Return the history without the times."""
     rows = list(csv.DictReader((out / "history.csv").read_text().splitlines()))
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 def killed_often(server: Server, out: Path, overrides: tuple[str, ...], random: Random) -> list[int]:
