@@ -119,6 +119,21 @@ def test_the_tab_key_completes_a_verb(shell: str) -> None:
     assert "[bold]" not in found.stdout
 
 
+def test_completion_is_installed_into_the_home_folder_for_the_program_of_this_name(tmp_path: Path) -> None:
+    known = {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", "from sopdeploy.cli.app import main; main()", "--install-completion", "bash"],
+        cwd=ROOT,
+        env={**os.environ, **known},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    script = tmp_path / ".bash_completions" / "sopdeploy.sh"
+    assert script.as_posix() in found.stdout
+    assert "complete -o default -F _sopdeploy_completion sopdeploy" in script.read_text(encoding="utf-8")
+
+
 def test_the_version_is_that_of_the_package() -> None:
     assert sopdeploy_cli("--version").stdout == f"sopdeploy {sopdeploy.__version__}\n"
 
