@@ -21,7 +21,10 @@ LOADED = re.compile(
 def test_every_page_has_a_place_in_the_navigation_and_no_other() -> None:
     named = re.findall(r"^ +- (?:.*: )?([\w/-]+\.md)$", CONFIG.partition("\nnav:")[2], re.MULTILINE)
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
-    assert sorted(named) == sorted(pages)
+    measured = {
+        page for page in pages if page.startswith("benchmarks/")
+    }  # of `make gpu-check`, where it was run
+    assert sorted(named) == sorted(set(pages) - measured)
 
 
 def test_no_font_and_no_script_of_another_host_is_asked_for() -> None:
