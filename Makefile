@@ -7,8 +7,9 @@ SOAK ?= --seconds 300
 
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test check format lint types contracts tests test-models goldens docs gpu-check soak clean
+.PHONY: demo test check format lint types contracts tests test-models goldens docs site gpu-check soak clean
 
 demo: $(STAMP)  ## the main job, from handwritten digits to answers over HTTP
 	$(BIN)/sopdeploy demo
@@ -43,6 +44,9 @@ format: $(STAMP)  ## write the format and the fixes that ruff knows
 docs: $(STAMP)  ## write the generated pages again
 	$(BIN)/python docs/generate.py
 
+site: $(STAMP)  ## docs/ as a site in build/site; open build/site/index.html
+	$(BIN)/mkdocs build --strict --quiet
+
 gpu-check: $(STAMP)  ## build and run real engines on this machine's GPU, write docs/benchmarks/
 	$(BIN)/python benchmarks/gpu_check.py
 	$(BIN)/pytest tests/gpu
@@ -53,8 +57,8 @@ soak: $(STAMP)  ## five minutes of good, bad, slow and leaving clients and swaps
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,import,otel,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,import,otel,docs,dev]'
 	touch $(STAMP)
 
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) demo dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
