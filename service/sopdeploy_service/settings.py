@@ -81,6 +81,7 @@ class Settings(BaseSettings):
 
     decoders: Count = 2  # threads that turn bytes into pixels
     devices: Devices = ()  # one process for each, GPUs by number or `cpu`; none: this process alone
+    verify_key: Path | None = None  # serve only bundles signed by this public key; see `sopdeploy sign`
     runtime: RuntimeName = "auto"  # auto: the first that was set up here
     engine_cache: Path | None = None  # of TensorRT; not set: beside the bundle
     threads: Count | None = None  # of the engine; not set: one per core
