@@ -22,6 +22,7 @@ DEBIAN = "bookworm"
 DEBIAN_PACKAGES = "python3,python3-venv,ca-certificates"
 SECRETS = {"pip": Path("/etc/pip.conf"), "ca": Path("/etc/ssl/certs/ca-certificates.crt")}
 STOP_SECONDS = 60
+OPEN_FILES = "--ulimit=nofile=65536:65536"  # buildah gives 1024, too few for a thousand connections
 
 
 def run(*command: str | Path, **options: Any) -> str:
@@ -64,6 +65,10 @@ class Builder(ABC):
         """Run *command* in the container as its user; return exit code and output."""
 
     @abstractmethod
+    def said(self) -> str:
+        """Return what the server has printed."""
+
+    @abstractmethod
     def server_user(self) -> int:
         """Return the user id that the server's process has."""
 
@@ -104,6 +109,9 @@ class Docker(Builder):
 
     def inside(self, *command: str) -> tuple[int, str]:  # noqa: D102
         return exit_and_output(["docker", "exec", self.container, *command])
+
+    def said(self) -> str:  # noqa: D102
+        return exit_and_output(["docker", "logs", self.container])[1]
 
     def server_user(self) -> int:  # noqa: D102
         code, found = self.inside("cat", "/proc/1/status")
@@ -162,7 +170,7 @@ class Buildah(Builder):
         return int(size)
 
     def start(self, bundles: Path, port: int) -> None:  # noqa: D102
-        run(*self._buildah, "from", f"--name={self.container}", IMAGE)
+        run(*self._buildah, "from", OPEN_FILES, f"--name={self.container}", IMAGE)
         run(*self._buildah, "config", f"--env=SOPDEPLOY_PORT={port}", self.container)
         config = self.config()
         command = [*config["Entrypoint"], *config["Cmd"]]  # buildah runs what it is told, not these
@@ -177,6 +185,9 @@ class Buildah(Builder):
 
     def inside(self, *command: str) -> tuple[int, str]:  # noqa: D102
         return exit_and_output([*self._buildah, "run", self.container, "--", *command])
+
+    def said(self) -> str:  # noqa: D102
+        return self._log.read_text()
 
     def server_user(self) -> int:  # noqa: D102
         return uid(Path(f"/proc/{self._server_pid()}/status").read_text())

@@ -83,6 +83,7 @@ def wait_until_ready(builder: Builder) -> None:
     while True:
         code, said = builder.inside("sopdeploy", "health")
         if code == 0 or time.monotonic() > until:
+            sys.stdout.write("" if code == 0 else builder.said())
             check(f"the health check says ready {said.strip()}", holds=code == 0)
             return
         time.sleep(0.5)
