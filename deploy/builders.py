@@ -22,7 +22,7 @@ DEBIAN = "bookworm"
 DEBIAN_PACKAGES = "python3,python3-venv,ca-certificates"
 SECRETS = {"pip": Path("/etc/pip.conf"), "ca": Path("/etc/ssl/certs/ca-certificates.crt")}
 STOP_SECONDS = 60
-OPEN_FILES = "--ulimit=nofile=65536:65536"  # buildah gives 1024, too few for a thousand connections
+OPEN_FILES = 4096  # buildah gives 1024, too few for a thousand connections
 
 
 def run(*command: str | Path, **options: Any) -> str:
@@ -143,8 +143,9 @@ class Buildah(Builder):
         if self.base not in run(*self._buildah, "images", "--format={{.Name}}:{{.Tag}}"):
             self._make_base()
         base = f"--build-arg=PYTHON_IMAGE={self.base}"
-        options = ["--format=docker", "--target=cpu", base, f"--tag={IMAGE}"]
-        run(*self._buildah, "bud", *secrets(), *options, ROOT)
+        run(
+            *self._buildah, "bud", *secrets(), "--format=docker", "--target=cpu", base, f"--tag={IMAGE}", ROOT
+        )
 
     def _make_base(self) -> None:
         rootfs = self._folder / "rootfs"
@@ -170,18 +171,20 @@ class Buildah(Builder):
         return int(size)
 
     def start(self, bundles: Path, port: int) -> None:  # noqa: D102
-        run(*self._buildah, "from", OPEN_FILES, f"--name={self.container}", IMAGE)
+        run(
+            *self._buildah,
+            "from",
+            f"--ulimit=nofile={OPEN_FILES}:{OPEN_FILES}",
+            f"--name={self.container}",
+            IMAGE,
+        )
         run(*self._buildah, "config", f"--env=SOPDEPLOY_PORT={port}", self.container)
         config = self.config()
         command = [*config["Entrypoint"], *config["Cmd"]]  # buildah runs what it is told, not these
         mount = f"--volume={bundles}:/models:ro"
         with self._log.open("w") as log:
-            self._server = subprocess.Popen(
-                [*self._buildah, "run", mount, self.container, "--", *command],
-                stdout=log,
-                stderr=log,
-                text=True,
-            )
+            told = [*self._buildah, "run", mount, self.container, "--", *command]
+            self._server = subprocess.Popen(told, stdout=log, stderr=log, text=True)
 
     def inside(self, *command: str) -> tuple[int, str]:  # noqa: D102
         return exit_and_output([*self._buildah, "run", self.container, "--", *command])
