@@ -2,7 +2,7 @@
 
 A checkpoint is one plain dict of tensors, numbers, strings, lists and dicts, so that
 `torch.load(weights_only=True)` reads it without running code. It is written to a `.partial` name, flushed
-to the disk and renamed.
+to the disk and renamed, and the folder is flushed too: a power cut leaves the old file or the new one.
 """
 
 import os
@@ -90,11 +90,21 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        flush_folder(path.parent)
     except (OSError, RuntimeError) as problem:
         raise CheckpointError(f"{path}: cannot be written ({problem})") from problem
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Bring the names in *folder* to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

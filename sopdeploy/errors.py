@@ -21,7 +21,12 @@ SopdeployError              one line: what, where, what to do; the CLI ends with
 
 
 class SopdeployError(Exception):
-    """Shown to the user as it is; names the file or value and the next step."""
+    """Shown to the user as it is; names the file or value and the next step.
+
+    `told` where several processes compute together: another one has shown the same line.
+    """
+
+    told: bool = False
 
 
 class ConfigError(SopdeployError):

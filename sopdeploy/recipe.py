@@ -13,53 +13,44 @@ from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 
+from sopdeploy.averaging import EmaChoice
 from sopdeploy.data.augment import Augmentation
+from sopdeploy.data.distort import Distortion
+from sopdeploy.data.mix import Mix
 from sopdeploy.data.sources import DataConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.frozen import Frozen, first_problem
 from sopdeploy.models.catalog import make_config
+from sopdeploy.optim.choice import OptimizerChoice
 from sopdeploy.preprocess import Preprocess
 from sopdeploy.schedule import Schedule
 
 Count = Annotated[int, pydantic.Field(ge=0)]
-Positive = Annotated[float, pydantic.Field(gt=0)]
 NotNegative = Annotated[float, pydantic.Field(ge=0)]
 Part = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 
 class ModelChoice(Frozen):
-    """A name of the catalog and the switches of its config that differ from the catalog's defaults."""
+    """A name of the catalog and the switches of its config that differ from the catalog's defaults.
+
+    `remove_branches_at` is an ablation: from that epoch on (counted from 0) the network learns without its
+    branches; `None` keeps them to the end.
+    """
 
     name: str
     config: dict[str, Any] = pydantic.Field(default_factory=dict)
+    remove_branches_at: Annotated[int, pydantic.Field(ge=1)] | None = None
 
     @pydantic.model_validator(mode="after")
     def _in_the_catalog(self) -> "ModelChoice":
-        make_config(self.name, self.config)
+        config = make_config(self.name, self.config)
+        if self.remove_branches_at is not None and "aux_blocks" not in type(config).model_fields:
+            raise ValueError(f"remove_branches_at: {self.name} has no branches")
         return self
 
     def full_config(self) -> dict[str, Any]:
         """Return every switch, as a checkpoint records it."""
         return make_config(self.name, self.config).model_dump(mode="json")
-
-
-class Sgd(Frozen):
-    """Stochastic gradient descent; decay acts on every parameter, as in the papers.
-
-    `clip_norm` is the largest norm of the whole gradient, 0 for any.
-    """
-
-    lr: Positive
-    momentum: Part = 0.9
-    nesterov: bool = False
-    weight_decay: NotNegative = 0.0
-    clip_norm: NotNegative = 0.0
-
-    @pydantic.model_validator(mode="after")
-    def _nesterov_has_momentum(self) -> "Sgd":
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0")
-        return self
 
 
 class LossConfig(Frozen):
@@ -68,23 +59,61 @@ class LossConfig(Frozen):
     label_smoothing: Part = 0.0
 
 
+class SaveChoice(Frozen):
+    """When `last.pt` is written beside the end of each epoch; 0 is never.
+
+    Each `keep_every` epochs the checkpoint is kept as `epoch-0010.pt`.
+    """
+
+    every_steps: Count = 0
+    every_minutes: NotNegative = 15.0
+    keep_every: Count = 0
+
+
 class Recipe(Frozen):
-    """A complete run. `threads` 0 leaves the number to torch; `workers` is the most loader processes."""
+    """A complete run. `threads` 0 leaves the number to torch; `workers` is the most loader processes.
+
+    `batch_size` is the samples of a step, whatever computes them; `accumulate` computes them in so many
+    pieces. `batch_norm` takes its statistics from what one process computes of a piece ("local"), from the
+    whole piece ("global"), or keeps the running ones ("frozen"). `sampler` "balanced" draws each class
+    equally often. The defaults of what a recipe leaves out are those of the papers.
+    """
 
     summary: str
     seed: Count = 0
     epochs: Annotated[int, pydantic.Field(ge=1)]
     batch_size: Annotated[int, pydantic.Field(ge=2)]
+    accumulate: Annotated[int, pydantic.Field(ge=1)] = 1
     workers: Count = 0
     threads: Count = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    batch_norm: Literal["local", "global", "frozen"] = "local"
+    sampler: Literal["shuffled", "balanced"] = "shuffled"
     model: ModelChoice
     data: DataConfig
     preprocess: Preprocess
     augment: Augmentation
-    optimizer: Sgd
+    distort: Distortion = Distortion()
+    mix: Mix = Mix()
+    optimizer: OptimizerChoice
     schedule: Schedule
     loss: LossConfig = LossConfig()
+    ema: EmaChoice | None = None
+    save: SaveChoice = SaveChoice()
+
+    @pydantic.model_validator(mode="after")
+    def _parts_fit(self) -> "Recipe":
+        if self.optimizer.kind == "adahessian" and (self.compile or self.precision == "fp16"):
+            raise ValueError("optimizer.kind adahessian: needs compile=false and precision fp32 or bf16")
+        if 2 * self.accumulate > self.batch_size:
+            raise ValueError("accumulate: a piece of a batch needs two samples, batch_size has too few")
+        removal = self.model.remove_branches_at
+        if removal is not None and removal >= self.epochs:
+            raise ValueError(f"model.remove_branches_at: the run has {self.epochs} epochs only")
+        return self
 
 
 def list_recipes() -> list[str]:
@@ -168,6 +197,8 @@ def toml_value(text: str) -> Any:
 def explain(error: pydantic.ValidationError, values: dict[str, Any]) -> str:
     """Say the first thing wrong on one line, without the tags that pydantic puts into unions' places."""
     problem: Any = error.errors(include_url=False)[0]
+    if not problem["loc"]:  # two values that do not fit each other; the message names them
+        return str(problem["msg"]).removeprefix("Value error, ")
     written = dotted(problem["loc"], values)
     if problem["type"] == "union_tag_not_found":
         return f"{written}.kind: missing"

@@ -125,12 +125,31 @@ def test_the_export_detaches_with_proof(home: Path, exported: dict[str, Any]) ->
 def test_the_checkpoint_can_be_measured(home: Path, trained: dict[str, Any]) -> None:
     figures = answer("eval", trained["best"], "--data", "photos", home=home)
     assert figures["count"] == len(COLOURS) * PHOTOS
-    assert figures["top1"] >= 1 / len(COLOURS)
+    assert figures["top1"]["share"] >= 1 / len(COLOURS)
+
+
+def test_the_bundle_and_a_service_are_measured_to_the_same_last_digit(
+    home: Path, trained: dict[str, Any], exported: dict[str, Any]
+) -> None:
+    found = answer("eval", exported["bundle"], "--data", "photos", home=home)
+    with serving(exported["bundle"], home) as (client, child):
+        over_http = answer("eval", str(client.base_url), "--data", "photos", home=home)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(30) == 0
+    figures = ("count", "top1", "top5", "nll", "calibration", "classes", "confusion")
+    assert [found[name] for name in figures] == [over_http[name] for name in figures]
+    checkpoint = answer("eval", trained["best"], "--data", "photos", home=home)
+    assert checkpoint["nll"] == pytest.approx(found["nll"], abs=1e-5)
+
+
+def test_the_run_has_a_page(home: Path, trained: dict[str, Any]) -> None:
+    found = answer("report", str(Path(trained["best"]).parent), home=home)
+    assert (home / found["report"]).stat().st_size == found["bytes"]
 
 
 def test_the_bundle_is_verified(home: Path, exported: dict[str, Any]) -> None:
     found = answer("verify", exported["bundle"], home=home)
-    assert (found["id"], found["files"]) == (exported["id"], 8)
+    assert (found["id"], found["files"]) == (exported["id"], 9)
     for replay in found["replays"]:
         assert replay["deviation"]["logits"] <= replay["tolerance"]["logits"]
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sopdeploy.data.base import Dataset, Prepared
 from sopdeploy.data.folder import open_classes
 from sopdeploy.preprocess import Preprocess
-from sopdeploy_export.parity.agreement import wilson
+from sopdeploy.statistics import wilson
 from sopdeploy_export.parity.session import open_session
 from sopdeploy_export.precision_report import Accuracy
 

@@ -27,10 +27,11 @@ from sopdeploy_export.parity import ParityReport, Reference, compare, reference,
 from sopdeploy_export.parity.bisect import first_off, part_drifts
 from sopdeploy_export.parity.bisect_int8 import first_off_int8
 from sopdeploy_export.parity.spectral import spectral_records
+from sopdeploy_export.precision_toll import measured
 from sopdeploy_export.preconditions import refuse_training_parts, refuse_what_cannot_ship
 from sopdeploy_export.probe_images import probe_images
 from sopdeploy_export.records import as_probes, manifest_fields, write_reports
-from sopdeploy_export.ship import PrecisionOptions, Shipping, measured, ship, wished
+from sopdeploy_export.ship import PrecisionOptions, Shipping, ship, wished
 from sopdeploy_export.speed import measure_speed
 
 __all__ = ["ExportOptions", "Exported", "export"]

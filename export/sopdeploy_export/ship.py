@@ -18,15 +18,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from sopdeploy.backbones.base import Backbone
-from sopdeploy.errors import ConfigError, LoweringError, ParityError
+from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.frozen import Frozen
 from sopdeploy.manifest import BatchRange, Int8For, Precision
 from sopdeploy.normalise import Normalise
 from sopdeploy.preprocess import Preprocess
-from sopdeploy_export.accuracy import labelled, with_labels, without_labels
 from sopdeploy_export.capture import Deployed, capture_any_batch
 from sopdeploy_export.int8 import quantise, refuse_unknown_parts
-from sopdeploy_export.int8_ranges import METHODS
 from sopdeploy_export.layer_costs import input_grids, layer_costs
 from sopdeploy_export.lower_onnx import OPSET, OPSET_OF_BFLOAT16
 from sopdeploy_export.lowering.lowered import Lowered
@@ -44,7 +42,6 @@ from sopdeploy_export.precision import (
     with_precision,
 )
 from sopdeploy_export.precision_report import (
-    Accuracy,
     PrecisionReport,
     Quantisation,
     part_precisions,
@@ -218,46 +215,3 @@ def gate_of_file(model: onnx.ModelProto, network: nn.Module) -> Gate | None:
     probed.graph.output.insert(0, onnx.ValueInfoProto(name=readers[0].output[0]))
     run = unfused(probed)
     return lambda pixels: run(pixels)[0].numpy()
-
-
-def measured(
-    shipping: Shipping,
-    path: Path,
-    labels: tuple[str, ...],
-    preprocess: Preprocess,
-    batch: BatchRange,
-    options: PrecisionOptions,
-    *,
-    allow_drift: bool,
-) -> PrecisionReport:
-    """Return the report with what the precision costs in answers; raises `ParityError` over `max_drop`."""
-    found: Accuracy
-    if options.evaluate is not None:
-        dataset = labelled(options.evaluate, labels, preprocess)
-        found = with_labels(shipping.certified, path, dataset, batch.maximum)
-    elif shipping.calibration is not None:
-        found = without_labels(shipping.certified, path, shipping.calibration)
-    else:
-        return shipping.report
-    if found.drop > options.max_drop and not allow_drift:
-        what = "agreement with float32" if found.before is None else "top-1"
-        raise ParityError(
-            f"{options.precision} loses {found.drop:.2f} points of {what} on {found.images} pictures, "
-            f"{options.max_drop:g} are allowed (--max-drop){int8_advice(shipping.report)}"
-        )
-    return shipping.report.model_copy(update={"accuracy": found})
-
-
-def int8_advice(report: PrecisionReport) -> str:
-    """Return which layers cost most in int8 and what to try; empty for another precision."""
-    quantisation = report.quantisation
-    if quantisation is None:
-        return ""
-    others = " or ".join(method for method in METHODS if method != quantisation.calibration)
-    costs = quantisation.costs[:3]
-    if not costs:
-        return f"; try --calibration {others}"
-    return (
-        f"; the layers that cost most: {', '.join(f'{cost.part} {cost.share:.1%}' for cost in costs)}; "
-        f"leave them in float32 with --keep-float {costs[0].part}, or try --calibration {others}"
-    )

@@ -8,7 +8,6 @@ import difflib
 import ipaddress
 import json
 import os
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -172,10 +171,10 @@ def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
 
     try:
         return Sourced(**{name: value for name, value in given.items() if value is not None})
-    except tomllib.TOMLDecodeError as problem:
-        raise ConfigError(f"{path}: not TOML ({problem})") from problem
     except pydantic.ValidationError as problem:
         raise ConfigError(f"settings: {first_problem(problem)}{service_link(problem)}") from problem
+    except ValueError as problem:  # the file is no TOML
+        raise ConfigError(f"{path}: not TOML ({problem})") from problem
 
 
 def readable(path: Path | None) -> Path | None:

@@ -18,25 +18,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sopdeploy.blocks.rows import Rows
 from sopdeploy.pooling.precision import at_least_float32, without_autocast
 
 NoisePer = Literal["image", "component"]
 
 
 class GateNoise(nn.Module):
-    """gamma softplus(Wn f): (B, D) to (B, N). Lives in training only."""
+    """gamma softplus(Wn f): (B, D) to (B, N). Lives in training only.
+
+    `rows` says which part of a step's batch is here, where it is spread over processes.
+    """
 
     def __init__(self, features: int, components: int, per: NoisePer) -> None:
         super().__init__()
         self.per = per
+        self.rows = Rows()
         self.weight = constant_rows(components, features)
 
     def forward(self, feature_BD: Tensor) -> Tensor:
         """Return the perturbation of the gate's logits, freshly drawn."""
         with without_autocast(feature_BD):
             size_BN = F.softplus(F.linear(at_least_float32(feature_BD), self.weight))
-            gamma = torch.randn_like(size_BN[:, :1] if self.per == "image" else size_BN)
-            return gamma * size_BN
+            shape = size_BN[:, :1] if self.per == "image" else size_BN
+            return self.rows.draw(shape.detach(), Tensor.normal_) * size_BN
 
 
 class SparseGate(nn.Module):

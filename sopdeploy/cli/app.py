@@ -10,6 +10,7 @@ from sopdeploy import __version__
 from sopdeploy.cli import (
     benching,
     catalog,
+    comparing,
     demo,
     doctoring,
     engines,
@@ -17,6 +18,7 @@ from sopdeploy.cli import (
     health,
     importing,
     keying,
+    measuring,
     serving,
     training,
     travelling,
@@ -31,8 +33,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command("train", rich_help_panel="Train")(training.train)
-app.command("eval", rich_help_panel="Train")(training.evaluate)
+app.command("train", cls=training.TrainCommand, rich_help_panel="Train")(training.train)
+app.command("eval", rich_help_panel="Train")(measuring.evaluate)
+app.command("compare", rich_help_panel="Train")(comparing.compare)
+app.command("report", rich_help_panel="Train")(measuring.report)
 app.command("recipes", rich_help_panel="Train")(training.recipes)
 app.command("models", rich_help_panel="Train")(catalog.models)
 app.command("describe", rich_help_panel="Train")(catalog.describe)

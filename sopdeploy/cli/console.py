@@ -24,7 +24,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except SopdeployError as problem:
-        err.print(f"[bold red]error:[/] {plain(str(problem))}")
+        if not problem.told:
+            err.print(f"[bold red]error:[/] {plain(str(problem))}")
         raise typer.Exit(USER_ERROR) from problem
 
 

@@ -5,6 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from sopdeploy.cli.console import plain
+
 WIDTH_OF_BAR = 28
 
 
@@ -39,6 +41,10 @@ class Bars:
         self.console.print(f"{train_count} pictures to learn from, {held_out_count} held out{resumed}")
         self.task = self.progress.add_task("", total=None, note="")
 
+    def warned(self, warning: str) -> None:
+        """Print the warning."""
+        self.console.print(f"[yellow]warning:[/] {plain(warning)}")
+
     def stepped(self, *, epoch: int, step: int, steps: int, loss: float) -> None:
         """Move the bar of the epoch."""
         self.show(f"epoch {epoch + 1}/{self.epochs}", step + 1, steps, f"loss {loss:.3f}")
@@ -50,8 +56,11 @@ class Bars:
     def finished_epoch(self, row: Any) -> None:
         """Print what the epoch gave."""
         heads = ", ".join(f"{name} {loss:.3f}" for name, loss in row.losses.items())
+        beside = ""
+        if row.average is not None:
+            beside = f"(raw {row.raw.top1:.2%}, average {row.average.top1:.2%})  "
         self.console.print(
-            f"epoch {row.epoch:>3}/{self.epochs}  top-1 [bold]{row.figures.top1:.2%}[/]  "
+            f"epoch {row.epoch:>3}/{self.epochs}  top-1 [bold]{row.figures.top1:.2%}[/]  {beside}"
             f"held-out loss {row.figures.loss:.3f}  training loss: {heads}  {row.seconds:.1f} s"
         )
 

@@ -1,18 +1,44 @@
-"""`sopdeploy train`, `eval` and `recipes`: from pictures to a checkpoint, and how good it is."""
+"""`sopdeploy train` and `recipes`: from pictures to a checkpoint."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from enum import StrEnum
+from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
+from typer.core import TyperCommand
 
 from sopdeploy.cli.console import err, one_line_errors, out, plain, print_json
 from sopdeploy.cli.progress import Bars
+from sopdeploy.cli.rehearsing import show_rehearsal
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 FOLDER_RECIPE = "photos-dsop"
+ALONE = "--resume"
 SIGNALLED = 128  # exit code of a process that a signal ended, without the signal's number
+
+
+class Resume(StrEnum):
+    """Whether to go on with what lies in the folder."""
+
+    NEVER = "never"
+    ALWAYS = "always"
+    AUTO = "auto"
+
+
+class TrainCommand(TyperCommand):
+    """A command whose `--resume` may stand alone or be followed by `auto`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write a `--resume` that stands alone out."""
+        written = [
+            f"{ALONE}={Resume.ALWAYS}" if word == ALONE and next_word != Resume.AUTO else word
+            for word, next_word in zip_longest(args, args[1:])
+        ]
+        return super().parse_args(ctx, written)
 
 
 def train(
@@ -35,38 +61,68 @@ def train(
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where the run in --out was stopped.")
+        Resume,
+        typer.Option(
+            metavar="[auto]",
+            help="Go on where the run in --out was stopped; [bold]auto[/bold]: or begin one.",
+        ),
+    ] = Resume.NEVER,
+    rehearse: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print recipe, learning rates, counts, memory and a timed step; write nothing."
+        ),
     ] = False,
+    find_rate: Annotated[
+        bool, typer.Option("--find-lr", help="Print the learning rate at which the loss falls fastest.")
+    ] = False,
+    logs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--log", metavar="NAME", help="Log to tensorboard or wandb too; history.csv is always there."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a network; Ctrl-C saves, --resume goes on as if nothing had happened.
+    """Train a network; Ctrl-C and SIGTERM save and end, SIGUSR1 saves; --resume goes on bit for bit.
 
     Example: [bold]sopdeploy train --data photos/[/bold]
 
     Example: [bold]sopdeploy train --recipe digits-dsop --set epochs=10[/bold]
 
     Example: [bold]sopdeploy train --recipe digits-plain --pooling isqrt[/bold]
+
+    Example: [bold]sopdeploy train --recipe digits-dsop --dry-run[/bold]
     """
-    with one_line_errors(), ExitStack() as stack:
+    with one_line_errors(), stopped_by_a_signal(), ExitStack() as stack:
         from sopdeploy.errors import ConfigError
         from sopdeploy.pooling.choice import check_name
         from sopdeploy.recipe import read_recipe
         from sopdeploy.train import train as run
-        from sopdeploy.training.stop import TrainingStoppedError
+        from sopdeploy.training.joined import is_first, joined_processes, started_by_torchrun
+        from sopdeploy.training.loggers import Several, loggers
 
+        stack.enter_context(joined_processes())
         if recipe is None and data is None:
             raise ConfigError("say what to learn from: --data DIR for a folder of pictures, or --recipe NAME")
         source = recipe or FOLDER_RECIPE
         overrides = [*(settings or []), *([f"data.path={data}"] if data else [])]
         if pooling is not None:
             overrides.append(f"model.config.pooling={check_name(pooling)}")
+        chosen = read_recipe(source, overrides)
+        if rehearse or find_rate:
+            if started_by_torchrun():
+                raise ConfigError("--dry-run and --find-lr look at one process; start them without torchrun")
+            show_rehearsal(chosen, find_rate=find_rate, as_json=as_json)
+            return
         folder = destination or Path("runs") / Path(source).stem
-        progress = None if as_json else stack.enter_context(Bars(err))
-        try:
-            result = run(read_recipe(source, overrides), folder, resume=resume, progress=progress)
-        except TrainingStoppedError as stopped:
-            err.print(plain(str(stopped)))
-            raise typer.Exit(SIGNALLED + stopped.signal_number) from stopped
+        go_on: bool | Literal["auto"] = "auto" if resume is Resume.AUTO else resume is Resume.ALWAYS
+        onlookers = loggers(logs or (), folder) if is_first() else []
+        if not as_json and is_first():
+            onlookers.append(stack.enter_context(Bars(err)))
+        result = run(chosen, folder, resume=go_on, progress=Several(onlookers))
+        if not is_first():
+            return
     if as_json:
         print_json(result.model_dump(mode="json"))
         return
@@ -77,27 +133,17 @@ def train(
     out.print(f"next: sopdeploy export {plain(str(result.best))} --detach")
 
 
-def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that `sopdeploy train` wrote.")],
-    data: Annotated[Path, typer.Option(help="Folder of pictures, DIR/<class>/*.jpg.")],
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Measure a checkpoint on a folder of pictures; classes are matched by name.
+@contextmanager
+def stopped_by_a_signal() -> Iterator[None]:
+    """End as a shell expects of a process that a signal ended, where that stopped the run."""
+    from sopdeploy.training.stop import TrainingStoppedError
 
-    Example: [bold]sopdeploy eval runs/photos-dsop/best.pt --data photos/val[/bold]
-    """
-    with one_line_errors():
-        from sopdeploy.evaluate import evaluate_checkpoint
-
-        figures = evaluate_checkpoint(checkpoint, data, workers=workers)
-    if as_json:
-        print_json(figures.model_dump(mode="json"))
-        return
-    out.print(
-        f"top-1 [bold]{figures.top1:.2%}[/], top-5 {figures.top5:.2%}, loss {figures.loss:.4f} "
-        f"on {figures.count} pictures"
-    )
+    try:
+        yield
+    except TrainingStoppedError as stopped:
+        if not stopped.told:
+            err.print(plain(str(stopped)))
+        raise typer.Exit(SIGNALLED + stopped.signal_number) from stopped
 
 
 def recipes(as_json: Json = False) -> None:

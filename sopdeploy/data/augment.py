@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.data.base import Pictures
+from sopdeploy.data.distort import Distortion
 from sopdeploy.frozen import Frozen
 from sopdeploy.preprocess import RESAMPLING, Preprocess, Side, centre_crop, to_rgb
 from sopdeploy.seeds import seed_of
@@ -120,15 +121,22 @@ def cut(picture: Image.Image, box: Box, rules: Preprocess) -> NDArray[np.uint8]:
     return np.asarray(resized, dtype=np.uint8)
 
 
+NONE = Distortion()
+
+
 @dataclass(frozen=True, slots=True)
 class Augmented:
-    """Pictures as one epoch of training sees them: a function of seed, epoch and sample."""
+    """Pictures as one epoch of training sees them: a function of seed, epoch and sample.
+
+    A sample that an epoch shows again is asked for as `sample + copy * len`, so that it looks different.
+    """
 
     pictures: Pictures
     augmentation: Augmentation
     preprocess: Preprocess
     seed: int
     epoch: int
+    distortion: Distortion = NONE
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -138,10 +146,11 @@ class Augmented:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        stored, label = self.pictures[index]
-        random = Random(seed_of(self.seed, "augment", self.epoch, index))  # noqa: S311
+    def __getitem__(self, position: int) -> tuple[NDArray[np.uint8], int]:
+        stored, label = self.pictures[position % len(self.pictures)]
+        random = Random(seed_of(self.seed, "augment", self.epoch, position))  # noqa: S311
         array = self.augmentation.crop(to_rgb(stored, self.preprocess), self.preprocess, random)
         if random.random() < self.augmentation.flip:
             array = array[:, ::-1]
-        return array, label
+        seed = seed_of(self.seed, "distort", self.epoch, position)
+        return self.distortion(array, self.preprocess, seed), label

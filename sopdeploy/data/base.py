@@ -19,6 +19,10 @@ class Pictures(Protocol):
     def labels(self) -> tuple[str, ...]:
         """Return the class names in output order."""
 
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """Return the class of each picture, without reading one."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...

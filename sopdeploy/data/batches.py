@@ -2,11 +2,13 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -25,6 +27,25 @@ def shuffled_batches(samples: int, batch_size: int, seed: int, epoch: int) -> li
     generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
     order = torch.randperm(samples, generator=generator)
     return [chunk.tolist() for chunk in order.tensor_split(number_of_batches(samples, batch_size))]
+
+
+def balanced_batches(targets: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Return batches of an epoch as long as the data, in which all classes that have samples are as frequent.
+
+    A class goes through its samples in a random order and starts again, so that none is shown twice before
+    all were shown once; the second showing of a sample is `sample + len(targets)`, and so on.
+    """
+    random = np.random.default_rng(seed_of(seed, "balanced order", epoch))
+    members = [np.flatnonzero(targets == target) for target in np.unique(targets)]
+    shares = np.diff(np.linspace(0, len(targets), len(members) + 1).round().astype(int))
+    shown: list[int] = []
+    for samples, share in zip(members, random.permutation(shares), strict=True):
+        rounds = [
+            random.permutation(samples) + copy * len(targets) for copy in range(-(-share // len(samples)))
+        ]
+        shown += np.concatenate(rounds)[:share].tolist() if rounds else []
+    order = torch.from_numpy(random.permutation(np.asarray(shown, dtype=np.int64)))
+    return [chunk.tolist() for chunk in order.tensor_split(number_of_batches(len(targets), batch_size))]
 
 
 def number_of_batches(samples: int, batch_size: int) -> int:
@@ -58,6 +79,14 @@ def load_batches(
             raise DataError(batch)
         images, labels = batch
         yield images.to(device, non_blocking=on_gpu), labels.to(device, non_blocking=on_gpu)
+
+
+def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Yield *batches*, each with the seconds that were spent waiting for it."""
+    since = time.monotonic()
+    for batch in batches:
+        yield batch, time.monotonic() - since
+        since = time.monotonic()
 
 
 class WholeBatches:

@@ -46,7 +46,11 @@ class FolderPictures:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return open_picture(self.root / os.fsdecode(self.paths[index])), int(self.targets[index])
+        return open_picture(self.path(index)), int(self.targets[index])
+
+    def path(self, index: int) -> Path:
+        """Return where the picture *index* lies."""
+        return self.root / os.fsdecode(self.paths[index])
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -97,12 +101,13 @@ def open_classes(root: Path, labels: tuple[str, ...]) -> FolderPictures:
     """
     found = set(subfolders(root))
     unknown, missing = sorted(found - set(labels)), sorted(set(labels) - found)
+    wrong = []
     if unknown:
-        raise DataError(
-            f"{root}: classes {', '.join(unknown)} are none of those learnt; remove them or learn them too"
-        )
+        wrong.append(f"classes {', '.join(unknown)} are none of those learnt, remove them or learn them too")
     if missing:
-        raise DataError(f"{root}: classes {', '.join(missing)} of those learnt are missing; add them")
+        wrong.append(f"classes {', '.join(missing)} of those learnt are missing, add them")
+    if wrong:
+        raise DataError(f"{root}: {'; '.join(wrong)}")
     return scan(root, labels)
 
 

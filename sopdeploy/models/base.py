@@ -36,6 +36,10 @@ class Classifier(Backbone):
         """
         raise TypeError(f"{type(self).__name__} must say what ships")
 
+    def heads(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the (B, classes) logits of every head, `main` and those that only training needs."""
+        return {"main": self(images)}
+
     def loss_weights(self) -> dict[str, float]:
         """Return the weight of each head's loss: `main` and the names in `branches`."""
         return {"main": 1.0}

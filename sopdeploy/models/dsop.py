@@ -165,12 +165,19 @@ class DSoP(Classifier):
         """Return (B, classes) logits in eval mode or without branches, else a `TrainingOutput`."""
         if not self.training or "branches" not in self._modules:
             return super().forward(images)
+        branches = self.heads(images)
+        return TrainingOutput(branches.pop("main"), branches, {})
+
+    def heads(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the logits of every branch and of the network itself."""
+        if "branches" not in self._modules:
+            return super().heads(images)
         features, tapped = self.features(images, self.taps)
         logits = {
             name: self.branches[name](feature)
             for name, feature in zip(self.taps.values(), tapped, strict=True)
         }
-        return TrainingOutput(self.classify(features), logits, {})
+        return {**logits, "main": self.classify(features)}
 
     def loss_weights(self) -> dict[str, float]:
         """Return alpha as `main` and beta of every branch that computes."""

@@ -133,11 +133,18 @@ class SupervisedPSDRResNet(PSDRResNet):
         """Return (B, classes) logits in eval mode or without heads, else a `TrainingOutput`."""
         if not self.training or "auxiliary" not in self._modules:
             return super().forward(images)
+        auxiliary = self.heads(images)
+        return TrainingOutput(auxiliary.pop("main"), auxiliary, {})
+
+    def heads(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the logits of every auxiliary head and of the network itself."""
+        if "auxiliary" not in self._modules:
+            return super().heads(images)
         *intermediate, last = self.pooling.steps(self.features(images)[0])
         logits = {
             name: head(step) for (name, head), step in zip(self.auxiliary.items(), intermediate, strict=True)
         }
-        return TrainingOutput(self.fc(self.pooling.root(last)), logits, {})
+        return {**logits, "main": self.fc(self.pooling.root(last))}
 
     def loss_weights(self) -> dict[str, float]:
         """Return lambda as `main` and gamma of every head."""

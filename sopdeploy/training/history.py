@@ -3,18 +3,41 @@
 import csv
 import io
 from collections.abc import Sequence
+from typing import Annotated
+
+import pydantic
 
 from sopdeploy.evaluate import Figures
 from sopdeploy.frozen import Frozen
+from sopdeploy.training.sight import Sight
+
+FIGURES = ("loss", "top1", "top5")
+
+
+class Speed(Frozen):
+    """Pictures learnt from in a second of training, and the share of that time spent waiting for them."""
+
+    pictures_per_second: float
+    waiting: Annotated[float, pydantic.Field(ge=0, le=1)]
 
 
 class EpochRow(Frozen):
-    """`epoch` counts from 1; `losses` are the means of the heads and penalties over the training pictures."""
+    """`epoch` counts from 1; `losses` are the means of the heads and penalties over the training pictures.
+
+    `figures` are those of the weights that a checkpoint carries for use; where weights are averaged, those
+    of both stand in `raw` and `average`. `gradient` is the mean norm of the gradient before it is clipped, a
+    step that float16 skips counts as 0; `sight` is of the raw weights.
+    """
 
     epoch: int
     lr: float
     losses: dict[str, float]
     figures: Figures
+    gradient: float | None = None
+    speed: Speed | None = None
+    sight: Sight | None = None
+    raw: Figures | None = None
+    average: Figures | None = None
     seconds: float
 
 
@@ -23,24 +46,34 @@ def best_row(history: Sequence[EpochRow]) -> EpochRow:
     return max(history, key=lambda row: (row.figures.top1, -row.epoch))
 
 
+def table_row(row: EpochRow) -> dict[str, float]:
+    """Return every single figure of *row* by name, in the order of the columns of `history.csv`."""
+    found: dict[str, float] = {"epoch": row.epoch, "lr": row.lr}
+    found |= {f"train_{name}": loss for name, loss in row.losses.items()}
+    for prefix, figures in {"": row.figures, "raw_": row.raw, "average_": row.average}.items():
+        if figures is not None:
+            found |= {prefix + name: getattr(figures, name) for name in FIGURES}
+    if row.gradient is not None:
+        found["gradient"] = row.gradient
+    if row.speed is not None:
+        found |= row.speed.model_dump()
+    if row.sight is not None:
+        for name, head in row.sight.heads.items():
+            found |= {f"{name}_top1": head.top1, f"{name}_loss": head.loss}
+        found |= {f"{name}_imbalance": gate.imbalance for name, gate in row.sight.gates.items()}
+    return {**found, "seconds": round(row.seconds, 3)}
+
+
 def history_csv(history: Sequence[EpochRow]) -> str:
-    """Return *history* as a table: one line per epoch, one column per figure and per part of the loss."""
+    """Return *history* as a table: one line per epoch, one column per figure.
+
+    A head that was taken off on the way leaves its cells empty.
+    """
+    rows = [table_row(row) for row in history]
     text = io.StringIO()
-    columns = [
-        "epoch",
-        "lr",
-        *(f"train_{name}" for name in history[0].losses),
-        "loss",
-        "top1",
-        "top5",
-        "seconds",
-    ]
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in history:
-        figures = row.figures
-        losses = row.losses.values()
-        writer.writerow(
-            [row.epoch, row.lr, *losses, figures.loss, figures.top1, figures.top5, round(row.seconds, 3)]
-        )
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()

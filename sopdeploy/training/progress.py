@@ -11,6 +11,9 @@ class Progress(Protocol):
     def started(self, *, epochs: int, first_epoch: int, train_count: int, held_out_count: int) -> None:
         """Tell how long the run is; *first_epoch* is above 0 where it was resumed."""
 
+    def warned(self, warning: str) -> None:
+        """Tell what is not as it should be, on one line, though the run goes on."""
+
     def stepped(self, *, epoch: int, step: int, steps: int, loss: float) -> None:
         """Tell that one of an epoch's *steps* is done; *loss* is that of its batch."""
 
@@ -25,6 +28,9 @@ class Quiet:
     """The onlooker who is told everything and says nothing."""
 
     def started(self, *, epochs: int, first_epoch: int, train_count: int, held_out_count: int) -> None:
+        """Say nothing."""
+
+    def warned(self, warning: str) -> None:
         """Say nothing."""
 
     def stepped(self, *, epoch: int, step: int, steps: int, loss: float) -> None:

@@ -5,107 +5,166 @@ momentum and position are all that a resumed run needs to go on bit for bit.
 """
 
 import platform
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic
 import torch
-from torch import Tensor
+from torch import nn
+from torch.optim import Optimizer
 
 import sopdeploy
-from sopdeploy.checkpoint import Checkpoint, build_classifier
+from sopdeploy.averaging import Average
+from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.data.base import Pictures
-from sopdeploy.errors import CheckpointError, ConfigError, DataError, TrainingError
 from sopdeploy.evaluate import Figures
-from sopdeploy.frozen import Frozen, first_problem
+from sopdeploy.frozen import Frozen
 from sopdeploy.losses import Loss
+from sopdeploy.machine import machine
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.catalog import create_model
 from sopdeploy.normalise import Normalise
-from sopdeploy.recipe import Recipe, validate
+from sopdeploy.recipe import Recipe
 from sopdeploy.seeds import seed_of
-from sopdeploy.training.history import EpochRow, best_row
+from sopdeploy.training.finite import float_buffers, must_be_finite
+from sopdeploy.training.history import EpochRow, Speed, best_row
+from sopdeploy.training.parallel import Parallel
+from sopdeploy.training.precision import Precision
+from sopdeploy.training.share import share_batches
+from sopdeploy.training.sight import Sight
 
-MAY_CHANGE = {"summary", "workers", "threads", "device", "data.path"}  # when a run is resumed
+SHORTEST = 1e-9  # seconds
+
+
+class StepResult(NamedTuple):
+    """What a step gave: its loss, and the norm of its gradient before it is clipped."""
+
+    loss: Loss
+    gradient: float
 
 
 class Position(Frozen):
     """How far a run is: whole epochs, steps of the next one, and what has been counted on the way.
 
-    `sums` are the parts of the loss, added up over the `seen` pictures of the epoch under way.
+    `sums` are the parts of the loss and `gradient` its gradient's norm, added up over the `seen` pictures of
+    the epoch under way; `learning` are the seconds of its steps, `waiting` those of them without pictures.
     """
 
     epoch: int = 0
     step: int = 0
     seen: int = 0
     sums: dict[str, float] = pydantic.Field(default_factory=dict)
+    gradient: float = 0.0
+    learning: float = 0.0
+    waiting: float = 0.0
     seconds: float = 0.0
     history: tuple[EpochRow, ...] = ()
 
 
 @dataclass(slots=True)
 class Run:
-    """A run under way."""
+    """A run under way. `network` computes in training: `model` itself, or what wraps or compiles it."""
 
     recipe: Recipe
     labels: tuple[str, ...]
     train_count: int
-    model: Classifier
-    optimizer: torch.optim.SGD
+    parallel: Parallel
     normalise: Normalise
-    device: torch.device
+    precision: Precision
+    config: dict[str, Any]
+    model: Classifier
+    network: nn.Module
+    optimizer: Optimizer
+    average: Average | None = None
     at: Position = field(default_factory=Position)
 
-    def after_step(self, loss: Loss, count: int, seconds: float) -> None:
-        """Move one step on."""
+    def place(self, model: Classifier, config: dict[str, Any]) -> None:
+        """Learn with *model*, the catalog's network of *config*, from here on, with a fresh optimizer."""
+        self.config = config
+        self.model, self.network, self.optimizer = placed(self.recipe, model, self.parallel)
+
+    def after_step(self, step: StepResult, count: int, seconds: float, waited: float) -> None:
+        """Move one step on, which took *seconds*, of which it *waited* for its *count* pictures."""
         at = self.at
-        parts = {"loss": loss.total, **loss.parts}
+        parts = {"loss": step.loss.total, **step.loss.parts}
         sums = {name: at.sums.get(name, 0.0) + float(part) * count for name, part in parts.items()}
         self.at = at.model_copy(
             update={
                 "step": at.step + 1,
                 "seen": at.seen + count,
                 "sums": sums,
+                "gradient": at.gradient + step.gradient * count,
+                "learning": at.learning + seconds,
+                "waiting": at.waiting + waited,
                 "seconds": at.seconds + seconds,
             }
         )
 
-    def after_epoch(self, figures: Figures, seconds: float) -> EpochRow:
+    def after_epoch(self, raw: Figures, average: Figures | None, sight: Sight, seconds: float) -> EpochRow:
         """Move to the start of the next epoch; return what this one gave."""
         at = self.at
         row = EpochRow(
             epoch=at.epoch + 1,
             lr=self.optimizer.param_groups[0]["lr"],
             losses={name: total / at.seen for name, total in at.sums.items()},
-            figures=figures,
+            figures=average if average is not None and self.exports() == "average" else raw,
+            gradient=at.gradient / at.seen,
+            speed=Speed(
+                pictures_per_second=at.seen / max(at.learning, SHORTEST),
+                waiting=min(1.0, at.waiting / max(at.learning, SHORTEST)),
+            ),
+            sight=sight,
+            raw=raw if average is not None else None,
+            average=average,
             seconds=at.seconds + seconds,
         )
         self.at = Position(epoch=at.epoch + 1, seconds=row.seconds, history=(*at.history, row))
         return row
 
+    def settle(self) -> None:
+        """Make the networks of all processes the same: batch norms of their own have statistics of their own.
+
+        The mean of running statistics is what they would have become from the mean of the batches', so that
+        it does not matter when it is taken.
+        """
+        if self.parallel.world > 1 and self.recipe.batch_norm == "local":
+            for model in [self.model, *([self.average.model] if self.average else [])]:
+                for buffer in float_buffers(model).values():
+                    buffer.copy_(self.parallel.all_reduce(buffer) / self.parallel.world)
+
     def is_best(self) -> bool:
         """Say whether the last finished epoch is the best so far."""
-        return best_row(self.at.history).epoch == self.at.epoch
+        return bool(self.at.history) and best_row(self.at.history).epoch == self.at.epoch
+
+    def exports(self) -> str:
+        """Return which weights a checkpoint carries for use: `raw` or `average`."""
+        return self.recipe.ema.export if self.recipe.ema is not None else "raw"
 
     def checkpoint(self, *, resumable: bool) -> Checkpoint:
-        """Return the run as it is written; raises `TrainingError` where a weight is no longer finite."""
-        weights = self.model.state_dict()
-        for name, tensor in weights.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise TrainingError(
-                    f"epoch {self.at.epoch}: {name} is no longer finite; lower optimizer.lr "
-                    "or set optimizer.clip_norm"
-                )
+        """Return the run as it is written; raises `TrainingError` where a number is no longer finite."""
+        self.settle()
+        raw = self.model.state_dict()
+        average = self.average.state_dict() if self.average is not None else None
+        weights = average["weights"] if average is not None and self.exports() == "average" else raw
+        resume = None
+        if resumable:
+            resume = {
+                "position": self.at.model_dump(mode="json"),
+                "optimizer": self.optimizer.state_dict(),
+                "train_count": self.train_count,
+                "precision": self.precision.state_dict(),
+                "weights": raw,
+                "average": average,
+            }
+        must_be_finite({"weights": weights, "raw weights": raw, **(resume or {})})
         return Checkpoint(
             model=self.recipe.model.name,
-            config=self.recipe.model.full_config(),
+            config=self.config,
             weights=weights,
             labels=self.labels,
             preprocess=self.recipe.preprocess,
             training=self.record(),
-            resume=self.resume_record() if resumable else None,
+            resume=resume,
         )
 
     def record(self) -> dict[str, Any]:
@@ -116,109 +175,59 @@ class Run:
             "seed": self.recipe.seed,
             "epoch": self.at.epoch,
             "step": self.at.step,
+            "weights": self.exports(),
             "figures": history[-1].figures.model_dump() if history else None,
             "versions": {
                 "sopdeploy": sopdeploy.__version__,
                 "torch": str(torch.__version__),
                 "python": platform.python_version(),
             },
-        }
-
-    def resume_record(self) -> dict[str, Any]:
-        """Return what a resumed run needs beside the weights."""
-        return {
-            "position": self.at.model_dump(mode="json"),
-            "optimizer": self.optimizer.state_dict(),
-            "train_count": self.train_count,
+            "machine": {
+                **{name: fact for name, fact in machine().items() if name != "load"},
+                "device": device_name(self.parallel.device),
+                "processes": self.parallel.world,
+            },
         }
 
 
-def start_run(recipe: Recipe, pictures: Pictures) -> Run:
+def device_name(device: torch.device) -> str:
+    """Return what computes: `cpu`, or the name of the GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def start_run(recipe: Recipe, pictures: Pictures, parallel: Parallel) -> Run:
     """Return a run with fresh weights, at its start."""
     torch.manual_seed(seed_of(recipe.seed, "weights"))
     model = create_model(recipe.model.name, num_classes=len(pictures.labels), **recipe.model.config)
-    return assemble(recipe, pictures, model)
+    return assemble(recipe, pictures, model, recipe.model.full_config(), parallel)
 
 
-def resume_run(recipe: Recipe, pictures: Pictures, checkpoint: Checkpoint, where: Path) -> Run:
-    """Return the run of *checkpoint*, read from *where*, at the step where it was saved.
-
-    Raises `ConfigError` where the recipe, `DataError` where the data is another one than when it began.
-    """
-    must_be_same_recipe(recipe, checkpoint, where)
-    if checkpoint.labels != pictures.labels:
-        raise DataError(
-            f"{where}: the run has the classes {', '.join(checkpoint.labels)}; give the same data"
-        )
-    resume = checkpoint.resume
-    if resume is None:
-        raise CheckpointError(f"{where}: holds no state to go on from; begin a new run in another folder")
-    if resume.get("train_count") != len(pictures):
-        raise DataError(
-            f"{where}: the run began with {resume.get('train_count')} training pictures, there are "
-            f"{len(pictures)} now; give the same data or begin a new run"
-        )
-    run = assemble(recipe, pictures, build_classifier(checkpoint, where))
-    try:
-        run.optimizer.load_state_dict(resume["optimizer"])
-        run.at = Position.model_validate(resume["position"])
-    except pydantic.ValidationError as problem:
-        raise CheckpointError(f"{where}: {first_problem(problem)}; begin a new run") from problem
-    except (KeyError, ValueError, TypeError) as problem:
-        raise CheckpointError(f"{where}: its state to go on from is damaged; begin a new run") from problem
-    return run
-
-
-def must_be_same_recipe(recipe: Recipe, checkpoint: Checkpoint, where: Path) -> None:
-    """Raise `ConfigError` naming the first key in which *recipe* differs from the run's."""
-    began = dict(flat(recorded_recipe(checkpoint, where).model_dump(mode="json")))
-    now = dict(flat(recipe.model_dump(mode="json")))
-    for key in sorted((began.keys() | now.keys()) - MAY_CHANGE):
-        if now.get(key) != began.get(key):
-            raise ConfigError(
-                f"{where}: the run began with {key} = {began.get(key)}, now it is {now.get(key)}; "
-                "go on with the same recipe or begin a new run in another folder"
-            )
-
-
-def flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of *table* and of the tables in it under dotted keys."""
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def recorded_recipe(checkpoint: Checkpoint, where: Path) -> Recipe:
-    """Return the recipe that *checkpoint* was trained with."""
-    return validate(checkpoint.training.get("recipe", {}), str(where))
-
-
-def assemble(recipe: Recipe, pictures: Pictures, model: Classifier) -> Run:
+def assemble(
+    recipe: Recipe, pictures: Pictures, model: Classifier, config: dict[str, Any], parallel: Parallel
+) -> Run:
     """Put *model*, its optimizer and its normalisation where the recipe wants them."""
-    device = choose_device(recipe.device)
-    model = model.to(device).train()
-    sgd = recipe.optimizer
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=sgd.lr,
-        momentum=sgd.momentum,
-        nesterov=sgd.nesterov,
-        weight_decay=sgd.weight_decay,
+    model, network, optimizer = placed(recipe, model, parallel)
+    return Run(
+        recipe=recipe,
+        labels=pictures.labels,
+        train_count=len(pictures),
+        parallel=parallel,
+        normalise=Normalise(recipe.preprocess).to(parallel.device),
+        precision=Precision(recipe.precision, parallel.device),
+        config=config,
+        model=model,
+        network=network,
+        optimizer=optimizer,
+        average=Average(recipe.ema, model) if recipe.ema is not None else None,
     )
-    normalise = Normalise(recipe.preprocess).to(device)
-    return Run(recipe, pictures.labels, len(pictures), model, optimizer, normalise, device)
 
 
-def choose_device(wish: str) -> torch.device:
-    """Return where to compute; raises `ConfigError` for a CUDA device that is not there."""
-    available = torch.cuda.is_available()
-    if wish == "cuda" and not available:
-        raise ConfigError("device: no CUDA device on this machine; set device=auto or device=cpu")
-    return torch.device("cuda" if available and wish != "cpu" else "cpu")
-
-
-def gradients(model: torch.nn.Module) -> list[Tensor]:
-    """Return the gradients of the parameters that have one."""
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+def placed(recipe: Recipe, model: Classifier, parallel: Parallel) -> tuple[Classifier, nn.Module, Optimizer]:
+    """Return *model* on its device, what computes it in training, and its optimizer."""
+    layout = torch.channels_last if recipe.channels_last else torch.preserve_format
+    model = model.to(parallel.device, memory_format=layout).train()  # type: ignore[call-overload]
+    share_batches(model, recipe.batch_norm, parallel.world, parallel.rows)
+    network = parallel.setup(model)
+    if recipe.compile:
+        network = torch.compile(network)  # type: ignore[assignment]
+    return model, network, recipe.optimizer.make(model.parameters())

@@ -15,7 +15,6 @@ from sopdeploy_export.capture import capture
 from sopdeploy_export.int8 import quantise
 from sopdeploy_export.layer_costs import input_grids
 from sopdeploy_export.lower_onnx import lower
-from sopdeploy_export.parity.agreement import wilson
 from sopdeploy_export.pipeline import ExportOptions, export
 from sopdeploy_export.precision import Calibration, choose_calibration, in_float32
 from sopdeploy_export.precision_report import weight_types
@@ -112,10 +111,10 @@ def test_a_bundle_in_int8_says_what_it_lost_and_which_layers_cost_most(
 def test_more_than_the_allowed_drop_writes_nothing_and_names_the_dearest_layers(
     make: Make, preprocess: Preprocess, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sopdeploy_export import ship
+    from sopdeploy_export import precision_toll
 
     worse = accuracy(np.zeros(50, dtype=np.int64), np.repeat([0, 1], 25), before=1.0, after=0.5)
-    monkeypatch.setattr(ship, "without_labels", lambda *_: worse)
+    monkeypatch.setattr(precision_toll, "without_labels", lambda *_: worse)
     advice = r"cost most: \w.* --keep-float \w[\w.]+, or try --calibration minmax or entropy"
     with pytest.raises(ParityError, match=rf"loses 50\.00 points of top-1 on 50 pictures.*{advice}"):
         run(make("resnet8"), "resnet8", tmp_path, preprocess, calibrate=pictures)
@@ -164,11 +163,3 @@ def test_a_calibration_that_does_not_exist_is_refused() -> None:
     assert choose_calibration("entropy") == "entropy"
     with pytest.raises(ConfigError, match="none of minmax, entropy, percentile"):
         choose_calibration("guess")
-
-
-@pytest.mark.parametrize(
-    ("agree", "images", "low", "high"),
-    [(50, 50, 0.9287, 1.0), (0, 50, 0.0, 0.0713), (95, 100, 0.8882, 0.9785), (0, 0, 0.0, 1.0)],
-)
-def test_wilsons_interval_is_the_published_one(agree: int, images: int, low: float, high: float) -> None:
-    assert wilson(agree, images) == pytest.approx((low, high), abs=1e-4)

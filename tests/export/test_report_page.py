@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from html.parser import HTMLParser
 from typing import Any
 
 import pytest
@@ -10,48 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sopdeploy.bundle import open_bundle
+from sopdeploy.html.amounts import less, size
+from sopdeploy.html.charts import Bar, bars, interval
+from sopdeploy.html.markup import Html, clean, shortened, table, tag
+from sopdeploy.html.plot import Axis, Curve, plot
 from sopdeploy_export.parity.report import Flip
 from sopdeploy_export.pipeline import Exported
-from sopdeploy_export.report_page.amounts import less, size
-from sopdeploy_export.report_page.charts import Bar, Curve, bars, curves, interval
-from sopdeploy_export.report_page.markup import Html, clean, shortened, table, tag
 from sopdeploy_export.report_page.measured import BECAUSE, flip_row
 from tests.export.conftest import HOSTILE
-
-VOID = {"meta", "br"}
-ALLOWED = {  # nothing here loads, runs or submits
-    *("html", "head", "meta", "title", "style", "body", "main", "header", "section", "h1", "h2", "p", "dl"),
-    *("div", "dt", "dd", "ol", "li", "strong", "code", "figure", "figcaption", "details", "summary", "table"),
-    *("caption", "thead", "tbody", "tr", "th", "td", "svg", "desc", "g", "rect", "path", "circle", "text"),
-}
-
-
-class Reader(HTMLParser):
-    """Reads a page, checks that every tag is closed in its turn, and keeps what it met."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[tuple[str, dict[str, str | None]]] = []
-        self.met: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[tuple[list[str], str]] = []
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.met.append((name, dict(attributes)))
-        if name not in VOID:
-            self.open.append(self.met[-1])
-
-    def handle_endtag(self, name: str) -> None:
-        assert self.open.pop()[0] == name
-
-    def handle_data(self, data: str) -> None:
-        classes = [attributes.get("class") or name for name, attributes in self.open]
-        self.texts.append((classes, data))
-
-    def text_in(self, kind: str) -> list[str]:
-        return [text for classes, text in self.texts if kind in classes]
+from tests.pages import ALLOWED, Reader
 
 
 def page_of(exported: Exported) -> str:
@@ -187,11 +153,11 @@ def test_bars_stay_within_their_picture(rows: list[tuple[str, float]], largest: 
 
 @given(st.lists(st.floats(0, 1e9), min_size=1, max_size=6))
 def test_curves_stay_within_their_picture(values: list[float]) -> None:
-    places = [2**power for power in range(len(values))]
-    drawn = curves("c", "t", places, [Curve(name="n", values=tuple(values))], "ms")
-    points = [found for name, found in Reader(drawn).met if name == "circle"]
-    assert len(points) == len(values)
-    assert all(44 <= float(found["cy"] or "nan") <= 190 for found in points)
+    points = tuple((float(2**power), value) for power, value in enumerate(values))
+    drawn = plot("c", "t", [Curve(name="n", points=points)], Axis("n", logarithmic=True), Axis("ms", low=0.0))
+    drawn_points = [found for name, found in Reader(drawn).met if name == "circle"]
+    assert len(drawn_points) == len(values)
+    assert all(40 <= float(found["cy"] or "nan") <= 190 for found in drawn_points)
 
 
 def test_an_interval_says_its_bounds_in_words() -> None:

@@ -37,6 +37,9 @@ class Onlooker:
     def started(self, **facts: Any) -> None:
         self.told.append(("started", facts))
 
+    def warned(self, warning: str) -> None:
+        self.told.append(("warned", {"warning": warning}))
+
     def stepped(self, **facts: Any) -> None:
         self.told.append(("stepped", facts))
         self.maybe_stop("stepped", facts["epoch"], facts["step"])
@@ -73,6 +76,6 @@ def same_run(left: Path, right: Path) -> bool:
 
 def without_times(checkpoint: Checkpoint) -> dict[str, Any]:
     assert checkpoint.resume is not None
-    position = dict(checkpoint.resume["position"], seconds=0)
-    position["history"] = [dict(row, seconds=0) for row in position["history"]]
+    position = dict(checkpoint.resume["position"], seconds=0, learning=0, waiting=0)
+    position["history"] = [dict(row, seconds=0, speed=None) for row in position["history"]]
     return {**checkpoint.resume, "position": position}

@@ -167,7 +167,7 @@ def test_the_new_file_has_its_name_only_when_it_is_on_the_disk(
         "sopdeploy.checkpoint.os.fsync", lambda _: seen.append([p.name for p in tmp_path.iterdir()])
     )
     write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
-    assert seen == [["ckpt.pt.partial"]]
+    assert seen == [["ckpt.pt.partial"], ["ckpt.pt"]]
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path, checkpoint: Checkpoint) -> None:

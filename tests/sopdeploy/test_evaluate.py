@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from sopdeploy import create_model
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.data.base import ArrayPictures, Prepared
 from sopdeploy.errors import DataError, TrainingError
-from sopdeploy.evaluate import evaluate, evaluate_checkpoint
+from sopdeploy.evaluate import evaluate, scores_of_checkpoint
+from sopdeploy.measure.figures import Measurement, measure
 from sopdeploy.normalise import Normalise
 from sopdeploy.preprocess import Preprocess
 from tests.sopdeploy.test_data_folder import make
@@ -111,16 +113,40 @@ def stored(tmp_path) -> Path:
     return tmp_path / "ckpt.pt"
 
 
+def measured(stored: Path, data: Path, **options: Any) -> Measurement:
+    told: list[tuple[int, int]] = []
+    labels, scores = scores_of_checkpoint(stored, data, on_picture=lambda *done: told.append(done), **options)
+    assert told[-1] == (len(scores), len(scores))
+    return measure(labels, scores)
+
+
 def test_a_checkpoint_is_measured_on_a_folder_whose_classes_are_matched_by_name(stored, tmp_path) -> None:
     make(tmp_path / "val", a=3, b=4)
-    figures = evaluate_checkpoint(stored, tmp_path / "val")
+    figures = measured(stored, tmp_path / "val")
     model, rules = build_classifier(read_checkpoint(stored), stored), Preprocess(resize=18, crop=16)
     right = 0
     for target, name in enumerate(("b", "a")):
         for path in (tmp_path / "val" / name).iterdir():
             logits = model(Normalise(rules)(torch.from_numpy(rules(Image.open(path)).copy())[None]))
             right += int(logits.argmax()) == target
-    assert (figures.count, figures.top1) == (7, right / 7)
+    assert (figures.count, figures.top1.right) == (7, right)
+    assert [(one.label, one.count) for one in figures.classes] == [("a", 3), ("b", 4)]
+    assert figures == measured(stored, tmp_path / "val", workers=2)
+
+
+def test_views_of_a_checkpoint_are_averaged(stored, tmp_path) -> None:
+    make(tmp_path / "val", a=2, b=1)
+    model, rules = build_classifier(read_checkpoint(stored), stored), Preprocess(resize=18, crop=16)
+    paths = [tmp_path / "val" / name for name in ("a/000.jpg", "a/001.jpg", "b/000.jpg")]
+    losses = []
+    for target, path in zip((1, 1, 0), paths, strict=True):
+        pixels = rules(Image.open(path))
+        both = torch.from_numpy(np.stack([pixels, pixels[:, ::-1]]))
+        losses.append(
+            -float(model(Normalise(rules)(both)).detach().double().softmax(1).mean(0).log()[target])
+        )
+    assert measured(stored, tmp_path / "val", tta="flip").nll == pytest.approx(np.mean(losses), abs=1e-6)
+    assert measured(stored, tmp_path / "val", tta="ten-crop").count == 3
 
 
 @pytest.mark.parametrize(
@@ -134,9 +160,9 @@ def test_a_checkpoint_is_measured_on_a_folder_whose_classes_are_matched_by_name(
 def test_a_folder_of_other_classes_than_the_checkpoints_is_refused(stored, tmp_path, counts, message) -> None:
     make(tmp_path / "val", **counts)
     with pytest.raises(DataError, match=message):
-        evaluate_checkpoint(stored, tmp_path / "val")
+        measured(stored, tmp_path / "val")
 
 
 def test_a_folder_to_measure_on_that_is_not_there_is_named(stored, tmp_path) -> None:
     with pytest.raises(DataError, match="nowhere: cannot be listed"):
-        evaluate_checkpoint(stored, tmp_path / "nowhere")
+        measured(stored, tmp_path / "nowhere")

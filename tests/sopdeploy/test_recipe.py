@@ -50,6 +50,7 @@ def test_the_paper_runs_on_imagenet_are_as_the_paper_says() -> None:
     rates = [recipe.optimizer.lr * recipe.schedule.factor(epoch, 90) for epoch in (0, 29.99, 30, 60, 89.99)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.001])
     assert recipe.optimizer.model_dump() == {
+        "kind": "sgd",
         "lr": 0.1,
         "momentum": 0.9,
         "nesterov": False,

@@ -10,7 +10,7 @@ from sopdeploy.data.base import Prepared
 from sopdeploy.data.sources import open_data
 from sopdeploy.evaluate import evaluate
 from sopdeploy.train import TrainingResult, train
-from sopdeploy.training.run import recorded_recipe
+from sopdeploy.training.resume import recorded_recipe
 from tests.sopdeploy.runs import Onlooker, same_bits, short_recipe
 
 
@@ -23,7 +23,12 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_last_best_and_history_and_nothing_else(finished) -> None:
     out, result, _ = finished
-    assert sorted(path.name for path in out.iterdir()) == ["best.pt", "history.csv", "last.pt"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "best.pt",
+        "history.csv",
+        "last.pt",
+        "previous.pt",
+    ]
     assert (result.best, result.last, result.history) == (
         out / "best.pt",
         out / "last.pt",

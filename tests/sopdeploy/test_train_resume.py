@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.train import train
 from sopdeploy.training.stop import TrainingStoppedError
 from tests.sopdeploy.runs import Onlooker, same_run, short_recipe
@@ -65,7 +65,7 @@ def test_a_run_stopped_many_times_ends_with_the_same_bits(tmp_path, undisturbed)
 def test_a_run_killed_between_best_and_last_ends_with_the_same_bits(
     tmp_path, undisturbed, monkeypatch
 ) -> None:
-    from sopdeploy.training import run_folder
+    from sopdeploy.training import parallel
 
     class Killed(BaseException):
         pass
@@ -75,8 +75,8 @@ def test_a_run_killed_between_best_and_last_ends_with_the_same_bits(
             raise Killed
         original(path, checkpoint)
 
-    out, original = tmp_path / "run", run_folder.write_checkpoint
-    monkeypatch.setattr(run_folder, "write_checkpoint", write)
+    out, original = tmp_path / "run", parallel.write_checkpoint
+    monkeypatch.setattr(parallel, "write_checkpoint", write)
     with pytest.raises(Killed):
         train(short_recipe(), out)
     monkeypatch.undo()
@@ -101,6 +101,7 @@ def test_a_signal_saves_says_how_to_go_on_and_gives_the_handlers_back(tmp_path, 
         "best.pt",
         "history.csv",
         "last.pt",
+        "previous.pt",
     ]
 
 
@@ -138,3 +139,30 @@ def test_training_outside_the_main_thread_works_without_signals(tmp_path) -> Non
     thread.start()
     thread.join()
     assert results[0].epochs == 1
+
+
+def test_a_checkpoint_of_the_first_engine_is_gone_on_from(tmp_path, undisturbed) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(TrainingStoppedError):
+        train(short_recipe(), out, progress=Onlooker(("stepped", 1, 2)))
+    checkpoint = read_checkpoint(out / "last.pt")
+    assert checkpoint.resume is not None
+    for key in ("precision", "weights", "average"):
+        del checkpoint.resume[key]
+    recipe = checkpoint.training["recipe"]
+    for key in (
+        "accumulate",
+        "precision",
+        "channels_last",
+        "compile",
+        "sampler",
+        "distort",
+        "mix",
+        "ema",
+        "save",
+    ):
+        del recipe[key]
+    del recipe["optimizer"]["kind"], recipe["model"]["remove_branches_at"]
+    write_checkpoint(out / "last.pt", checkpoint)
+    train(short_recipe(), out, resume=True)
+    assert same_run(out, undisturbed)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sopdeploy.schedule import Milestones, OneCycle
+from sopdeploy.schedule import Cosine, Milestones, OneCycle, Polynomial
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,42 @@ def test_one_cycle_is_pytorchs() -> None:
 @given(time=st.floats(0, 1), rise=st.floats(0.01, 0.99))
 def test_one_cycle_stays_between_nearly_0_and_1(time, rise) -> None:
     assert 0 < OneCycle(kind="one-cycle", rise=rise).factor(time * 7, 7) <= 1
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_cosine_is_pytorchs(floor) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20, eta_min=0.4 * floor)
+    for epoch in range(20):
+        ours = 0.4 * Cosine(kind="cosine", floor=floor).factor(epoch, 20)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_polynomial_is_pytorchs(power) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
+    theirs = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=20, power=power)
+    for epoch in range(21):
+        ours = 0.4 * Polynomial(kind="polynomial", power=power).factor(epoch, 20)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
+@given(time=st.floats(0, 1), warmup=st.floats(0, 12), floor=st.floats(0, 1), power=st.floats(0.1, 4))
+def test_falling_schedules_stay_between_0_and_1_whatever_the_warm_up(time, warmup, floor, power) -> None:
+    for schedule in (
+        Cosine(kind="cosine", warmup_epochs=warmup, floor=floor),
+        Polynomial(kind="polynomial", warmup_epochs=warmup, floor=floor, power=power),
+    ):
+        factor = schedule.factor(time * 10, 10)
+        assert 0 <= factor <= 1 + 1e-12
+        if time * 10 >= warmup:
+            assert factor >= floor - 1e-12
+
+
+def test_a_warm_up_rises_in_a_straight_line() -> None:
+    schedule = Cosine(kind="cosine", warmup_epochs=4)
+    assert [schedule.factor(time, 10) for time in (0, 1, 2, 4)] == [0, 0.25, 0.5, 1]

@@ -1,6 +1,6 @@
 """Parity: the file that ships, reloaded from disk, must give the network's numbers."""
 
-from sopdeploy_export.parity.agreement import agreement, wilson
+from sopdeploy_export.parity.agreement import agreement
 from sopdeploy_export.parity.compare import compare, with_spectral
 from sopdeploy_export.parity.reference import Reference, reference
 from sopdeploy_export.parity.report import FLOORS, Agreement, OutputParity, ParityReport
@@ -14,6 +14,5 @@ __all__ = [
     "agreement",
     "compare",
     "reference",
-    "wilson",
     "with_spectral",
 ]

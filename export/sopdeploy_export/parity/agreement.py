@@ -1,26 +1,13 @@
 """Is the first answer the same: counted, with an interval, and flips told apart by who was unsure."""
 
-import math
 from collections import Counter
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.statistics import wilson
 from sopdeploy_export.parity.report import Agreement, Flip
-
-DEVIATIONS = 1.959964  # 95 % of a normal distribution lie within
-
-
-def wilson(agree: int, images: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval for a share of which *agree* of *images* were seen."""
-    if images == 0:
-        return 0.0, 1.0
-    share, square = agree / images, DEVIATIONS**2
-    centre = (share + square / (2 * images)) / (1 + square / images)
-    spread = math.sqrt(share * (1 - share) / images + square / (4 * images**2))
-    half = DEVIATIONS * spread / (1 + square / images)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def agreement(

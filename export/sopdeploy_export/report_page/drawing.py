@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sopdeploy.html.amounts import shape, short
+from sopdeploy.html.markup import Html, figure, join, picture, shortened, tag, words
 from sopdeploy_export.anatomy import Anatomy, Part
-from sopdeploy_export.report_page.amounts import shape, short
-from sopdeploy_export.report_page.markup import Html, figure, join, picture, shortened, tag, words
 
 WIDTH, ROW, BOX = 360, 50, 36
 MAIN, SIDE = 196, 226  # where the boxes that ship end, and where those that leave begin

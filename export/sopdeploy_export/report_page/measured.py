@@ -1,11 +1,11 @@
 """The sections about what was measured: drift, answers, the gate, second-order parts, precision."""
 
+from sopdeploy.html.amounts import percent
+from sopdeploy.html.charts import Bar, bars, interval
+from sopdeploy.html.markup import Html, figure, folded, paragraph, section, table
 from sopdeploy_export.findings import Findings
 from sopdeploy_export.parity.report import Flip
 from sopdeploy_export.precision_report import Accuracy
-from sopdeploy_export.report_page.amounts import percent
-from sopdeploy_export.report_page.charts import Bar, bars, interval
-from sopdeploy_export.report_page.markup import Html, figure, folded, paragraph, section, table
 
 BECAUSE = {
     "noise": "noise: the network itself was unsure",

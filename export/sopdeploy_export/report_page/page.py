@@ -1,10 +1,9 @@
 """`report.html`: one page that needs no network and no script, light or dark, on paper or a telephone."""
 
-from importlib.resources import files
-
+from sopdeploy.html.amounts import percent, short, size
+from sopdeploy.html.document import document
+from sopdeploy.html.markup import Html, join, paragraph, tag
 from sopdeploy_export.findings import Findings
-from sopdeploy_export.report_page.amounts import percent, short, size
-from sopdeploy_export.report_page.markup import Html, join, paragraph, tag
 from sopdeploy_export.report_page.measured import (
     answers_section,
     drift_section,
@@ -21,24 +20,11 @@ from sopdeploy_export.report_page.proved import (
 from sopdeploy_export.report_page.timed import speed_section
 
 LABELS_SHOWN = 20
-POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'"  # a page that could load nothing even if it wanted to
-)
 
 
 def render(found: Findings) -> str:
     """Return the page; the same findings give the same text."""
     title = f"{found.checkpoint.model}: what was exported"
-    style = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", title),
-        tag("style", Html(style)),
-    )
     sections = (
         network_section(found),
         proof_section(found),
@@ -51,8 +37,7 @@ def render(found: Findings) -> str:
         speed_section(found),
         files_section(found),
     )
-    main = tag("main", header(found), *(one for one in sections if one is not None))
-    return f"<!DOCTYPE html>\n{tag('html', head, tag('body', main), lang='en')}\n"
+    return document(title, header(found), *(one for one in sections if one is not None))
 
 
 def header(found: Findings) -> Html:

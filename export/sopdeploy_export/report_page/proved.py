@@ -1,9 +1,9 @@
 """The sections about what was proved and rewritten: the network, the certificate, the rules, the files."""
 
+from sopdeploy.html.amounts import less, shape, short, size
+from sopdeploy.html.markup import Html, folded, paragraph, section, table, tag
 from sopdeploy_export.findings import Findings
-from sopdeploy_export.report_page.amounts import less, shape, short, size
 from sopdeploy_export.report_page.drawing import drawings
-from sopdeploy_export.report_page.markup import Html, folded, paragraph, section, table, tag
 
 
 def network_section(found: Findings) -> Html:

@@ -1,8 +1,8 @@
 """The section about speed: the curves where they were measured, else the command that measures."""
 
+from sopdeploy.html.markup import Html, figure, paragraph, section, table, tag
+from sopdeploy.html.plot import Axis, Curve, plot
 from sopdeploy_export.findings import Findings
-from sopdeploy_export.report_page.charts import Curve, curves
-from sopdeploy_export.report_page.markup import Html, figure, paragraph, section, table, tag
 
 
 def speed_section(found: Findings) -> Html:
@@ -21,10 +21,12 @@ def speed_section(found: Findings) -> Html:
             ),
         )
     rows = found.speed.rows
-    places = [row.batch for row in rows]
     lines = (
-        Curve(name="model.onnx", values=tuple(row.ours_ms / row.batch for row in rows)),
-        Curve(name="plain backbone, no rules", values=tuple(row.plain_ms / row.batch for row in rows)),
+        Curve(name="model.onnx", points=tuple((row.batch, row.ours_ms / row.batch) for row in rows)),
+        Curve(
+            name="plain backbone, no rules",
+            points=tuple((row.batch, row.plain_ms / row.batch) for row in rows),
+        ),
     )
     numbers = table(
         "Medians of warm calls, made in turn",
@@ -42,8 +44,12 @@ def speed_section(found: Findings) -> Html:
         kind="figures",
     )
     facts = ", ".join(f"{key} {value}" for key, value in found.speed.machine.items())
-    chart = curves(
-        "latency", "Milliseconds per image over batch sizes", places, lines, "milliseconds per image"
+    chart = plot(
+        "latency",
+        "Milliseconds per image over batch sizes",
+        lines,
+        Axis("images in a batch", logarithmic=True),
+        Axis("milliseconds per image", low=0.0),
     )
     return section(
         "Speed",

@@ -3,7 +3,7 @@
 import html
 from collections.abc import Iterable, Sequence
 
-VOID = frozenset({"meta", "br"})
+VOID = frozenset({"br", "img", "meta"})
 KEPT = frozenset("\n\N{NO-BREAK SPACE}")  # not printable by Python's reckoning, and harmless
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 

@@ -1,10 +1,9 @@
-"""Three charts that fit a telephone: bars, an interval, and curves, told apart by more than colour."""
+"""Two charts that fit a telephone: bars and an interval."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sopdeploy_export.report_page.markup import Html, join, picture, shortened, tag, words
+from sopdeploy.html.markup import Html, join, picture, shortened, tag, words
 
 WIDTH = 360.0
 LABELS, FIGURES = 118.0, 300.0  # where bars begin, and where their figures do
@@ -19,14 +18,6 @@ class Bar:
     label: str
     value: float
     text: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Curve:
-    """One curve over the same places: its name and its values."""
-
-    name: str
-    values: tuple[float, ...]
 
 
 def bars(
@@ -91,54 +82,4 @@ def interval(name: str, title: str, share: float, low: float, high: float) -> Ht
         ),
         tag("circle", cx=place(share), cy=y - 1, r=5, class_="bar"),
         *ticks,
-    )
-
-
-def curves(name: str, title: str, places: Sequence[int], lines: Sequence[Curve], unit: str) -> Html:
-    """Return *lines* over *places*, which double from one to the next; the second one is dashed."""
-    left, right, top, bottom = 46.0, WIDTH - 14, 44.0, 190.0
-    largest = max(value for line in lines for value in line.values) or 1.0
-    span = math.log2(places[-1] / places[0]) or 1.0
-
-    def at(place: int, value: float) -> tuple[float, float]:
-        across = math.log2(place / places[0]) / span
-        return left + across * (right - left), bottom - value / largest * (bottom - top)
-
-    grid = [
-        join(
-            [
-                tag("path", d=f"M{left} {at(places[0], value)[1]:.2f}H{right}", class_="mark"),
-                words(left - 4, at(places[0], value)[1] + 4, f"{value:.3g}", "small", "end"),
-            ]
-        )
-        for value in (0.0, largest / 2, largest)
-    ]
-    axis = [words(at(place, 0)[0], bottom + 16, str(place), "small", "middle") for place in places]
-    drawn = []
-    for number, line in enumerate(lines):
-        points = [at(place, value) for place, value in zip(places, line.values, strict=True)]
-        kind = "second" if number else "first"
-        path = "L".join(f"{x:.2f} {y:.2f}" for x, y in points)
-        x = 8 + number * WIDTH / 2
-        drawn += [
-            tag("path", d=f"M{path}", class_=f"curve {kind}"),
-            *(tag("circle", cx=x, cy=y, r=3, class_=f"point {kind}") for x, y in points),
-            tag("path", d=f"M{x} 8h22", class_=f"curve {kind}"),
-            words(x + 27, 12, shortened(line.name, 24), "small"),
-        ]
-    said = ". ".join(
-        f"{line.name}: "
-        + ", ".join(f"{value:.3g} at {place}" for place, value in zip(places, line.values, strict=True))
-        for line in lines
-    )
-    return picture(
-        name,
-        title,
-        f"In {unit}, over images in a batch. {said}.",
-        (WIDTH, bottom + 36),
-        words(8, 30, unit, "small"),
-        *grid,
-        *axis,
-        words((left + right) / 2, bottom + 32, "images in a batch", "small", "middle"),
-        *drawn,
     )

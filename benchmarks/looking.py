@@ -1,0 +1,54 @@
+"""Looking at a network after an epoch against the epoch itself: what the figures of a report cost.
+
+    python benchmarks/looking.py [--quick] [--json]
+
+Heads and spectra of the demo's network (branches on every stage) on its 359 held-out pictures, against one
+epoch of its training and measuring. Processor time of one thread.
+"""
+
+import tempfile
+from pathlib import Path
+from time import process_time
+
+from measure import compare, parse, report
+
+from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.data.base import Prepared
+from sopdeploy.data.sources import open_data
+from sopdeploy.normalise import Normalise
+from sopdeploy.recipe import read_recipe
+from sopdeploy.train import train
+from sopdeploy.training.sight import look
+
+
+def main() -> None:
+    """Measure and print."""
+    arguments = parse(__doc__)
+    recipe = read_recipe("digits-dsop", ["epochs=1", "threads=1"])
+    held_out = Prepared(open_data(recipe.data).held_out, recipe.preprocess)
+    normalise = Normalise(recipe.preprocess)
+    with tempfile.TemporaryDirectory() as folder:
+        train(recipe, Path(folder) / "first")
+        path = Path(folder) / "first" / "last.pt"
+        model = build_classifier(read_checkpoint(path), path)
+        runs = iter(range(1000))
+
+        def epoch() -> None:
+            train(recipe, Path(folder) / str(next(runs)))
+
+        results = [
+            compare(
+                f"look, spectra {'kept' if spectra else 'not kept'}",
+                "an epoch that looks",
+                lambda spectra=spectra: look(model, held_out, normalise, 64, spectra=spectra),
+                epoch,
+                runs=2 if arguments.quick else 7,
+                clock=process_time,
+            )
+            for spectra in (False, True)
+        ]
+    report(results, as_json=arguments.json)
+
+
+if __name__ == "__main__":
+    main()

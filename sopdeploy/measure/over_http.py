@@ -1,0 +1,48 @@
+"""The scores of a running service: pictures are sent as they lie on the disk, one at a time.
+
+One at a time, so that none shares a batch with another: the numbers are those of the bundle, bit for bit,
+as long as nobody else asks.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sopdeploy.client import Classification, Client
+from sopdeploy.data.folder import open_classes, scan, subfolders
+from sopdeploy.errors import DataError, OverloadedError, ServiceError, UnreachableError
+from sopdeploy.measure.score import Score, score
+
+EVERY_CLASS = 1_000_000  # the service answers with as many as there are
+
+
+def scores_of_service(
+    client: Client, data: Path, *, model: str | None = None, on_picture: Callable[[int, int], None]
+) -> tuple[tuple[str, ...], list[Score]]:
+    """Return the classes of a service, sorted, and its scores on the pictures below *data*.
+
+    Which classes it knows, its first answer says. *on_picture* is told how many of how many are done. Raises
+    `DataError` for classes that do not fit and for a picture that the service refuses.
+    """
+    found = scan(data, tuple(subfolders(data)))
+    if not len(found):
+        raise DataError(f"{data}: holds no class folders; sort the images into one subfolder per class")
+    labels = tuple(sorted(one.label for one in ask(client, found.path(0), model).classes))
+    pictures = open_classes(data, labels)
+    positions = {label: place for place, label in enumerate(labels)}
+    scores = []
+    for place in range(len(pictures)):
+        answer = ask(client, pictures.path(place), model)
+        ranked = [(positions[one.label], one.probability) for one in answer.classes]
+        scores.append(score(int(pictures.targets[place]), ranked))
+        on_picture(place + 1, len(pictures))
+    return labels, scores
+
+
+def ask(client: Client, path: Path, model: str | None) -> Classification:
+    """Return every class of the picture at *path*, best first; raises `DataError` where it is refused."""
+    try:
+        return client.classify(path, top_k=EVERY_CLASS, model=model)
+    except (OverloadedError, UnreachableError):
+        raise
+    except ServiceError as problem:
+        raise DataError(f"{path}: refused by the service ({problem}); repair or remove it") from problem

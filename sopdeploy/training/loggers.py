@@ -1,0 +1,116 @@
+"""Figures of a run for other programs: TensorBoard and Weights & Biases, where somebody asks for them.
+
+`history.csv` is always written and needs nothing. Each logger is told of finished epochs only; those that a
+resumed run does again are told again, and TensorBoard forgets what it had of them.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sopdeploy.errors import ConfigError
+from sopdeploy.training.history import EpochRow, table_row
+from sopdeploy.training.progress import Progress, Quiet
+
+AMONG = {"top1": "held_out", "top5": "held_out", "loss": "held_out", "lr": "course", "gradient": "course"}
+
+
+class TensorBoard(Quiet):
+    """Writes event files into the folder `tensorboard` of a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "tensorboard"
+        self.make = module("torch.utils.tensorboard", "tensorboard", "pip install tensorboard").SummaryWriter
+        self.writer: Any = None
+
+    def started(self, **facts: int) -> None:
+        """Open the event file; what an older one has of epochs that are still to come is forgotten."""
+        self.writer = self.make(str(self.folder), purge_step=facts["first_epoch"] + 1)
+
+    def finished_epoch(self, row: EpochRow) -> None:
+        """Write one scalar per figure."""
+        for name, value in grouped(row).items():
+            self.writer.add_scalar(name, value, row.epoch)
+        self.writer.flush()
+
+
+class WeightsAndBiases(Quiet):
+    """Sends figures to Weights & Biases, as its own environment variables say; one run per folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.wandb = module("wandb", "wandb", "pip install wandb")
+        self.folder = folder
+        self.run: Any = None
+
+    def started(self, **facts: int) -> None:
+        """Open the run, the same one again where this is a resumed run."""
+        self.run = self.wandb.init(name=self.folder.name, id=self.folder.name, resume="allow", config=facts)
+
+    def finished_epoch(self, row: EpochRow) -> None:
+        """Send the figures of an epoch."""
+        self.run.log(grouped(row), step=row.epoch)
+
+
+LOGGERS: dict[str, Callable[[Path], Progress]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+class Several:
+    """Tells several onlookers the same, in order."""
+
+    def __init__(self, onlookers: Sequence[Progress]) -> None:
+        self.onlookers = onlookers
+
+    def started(self, **facts: int) -> None:
+        """Tell all of them how long the run is."""
+        for one in self.onlookers:
+            one.started(**facts)
+
+    def warned(self, warning: str) -> None:
+        """Tell all of them what is not as it should be."""
+        for one in self.onlookers:
+            one.warned(warning)
+
+    def stepped(self, *, epoch: int, step: int, steps: int, loss: float) -> None:
+        """Tell all of them of a step."""
+        for one in self.onlookers:
+            one.stepped(epoch=epoch, step=step, steps=steps, loss=loss)
+
+    def measured(self, *, epoch: int, done: int) -> None:
+        """Tell all of them of pictures measured."""
+        for one in self.onlookers:
+            one.measured(epoch=epoch, done=done)
+
+    def finished_epoch(self, row: EpochRow) -> None:
+        """Tell all of them what an epoch gave."""
+        for one in self.onlookers:
+            one.finished_epoch(row)
+
+
+def loggers(names: Sequence[str], folder: Path) -> list[Progress]:
+    """Return the loggers *names* for the run in *folder*; raises `ConfigError` for one that is not here."""
+    for name in names:
+        if name not in LOGGERS:
+            raise ConfigError(f"--log {name}: none of {', '.join(LOGGERS)}")
+    return [LOGGERS[name](folder) for name in names]
+
+
+def grouped(row: EpochRow) -> dict[str, float]:
+    """Return every figure of *row* under `group/name`, as boards sort them."""
+    found = {name: value for name, value in table_row(row).items() if name != "epoch"}
+    return {f"{group(name)}/{name.removeprefix('train_')}": value for name, value in found.items()}
+
+
+def group(name: str) -> str:
+    """Return the group of a column of `history.csv`."""
+    if name.startswith("train_"):
+        return "train"
+    return AMONG.get(name, "heads" if name.endswith(("_top1", "_loss", "_imbalance")) else "course")
+
+
+def module(name: str, package: str, advice: str) -> Any:
+    """Return the module *name*; raises `ConfigError` where its package is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as problem:
+        raise ConfigError(f"--log {package}: {package} is not installed here; {advice}") from problem

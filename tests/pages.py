@@ -1,0 +1,38 @@
+"""Reads the pages that the project writes, for the tests of all of them."""
+
+from html.parser import HTMLParser
+
+VOID = {"br", "img", "meta"}
+ALLOWED = {  # nothing here loads, runs or submits
+    *("html", "head", "meta", "title", "style", "body", "main", "header", "section", "h1", "h2", "p", "dl"),
+    *("div", "dt", "dd", "ol", "li", "strong", "code", "figure", "figcaption", "details", "summary", "table"),
+    *("caption", "thead", "tbody", "tr", "th", "td", "svg", "desc", "g", "rect", "path", "circle", "text"),
+}
+
+
+class Reader(HTMLParser):
+    """Reads a page, checks that every tag is closed in its turn, and keeps what it met."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[tuple[str, dict[str, str | None]]] = []
+        self.met: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[list[str], str]] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.met.append((name, dict(attributes)))
+        if name not in VOID:
+            self.open.append(self.met[-1])
+
+    def handle_endtag(self, name: str) -> None:
+        assert self.open.pop()[0] == name
+
+    def handle_data(self, data: str) -> None:
+        classes = [attributes.get("class") or name for name, attributes in self.open]
+        self.texts.append((classes, data))
+
+    def text_in(self, kind: str) -> list[str]:
+        return [text for classes, text in self.texts if kind in classes]
