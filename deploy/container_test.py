@@ -3,8 +3,8 @@
 Ends with 0 only where all of it was really done; says why where it cannot be.
 """
 
+import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-from builders import ROOT, Builder, choose_builder
+from builders import ROOT, Builder, choose_builder, run
 from PIL import Image
 
 WORK = ROOT / ".container"
@@ -45,18 +45,17 @@ def timed(what: str) -> Iterator[None]:
 
 def sopdeploy(*arguments: str) -> str:
     """Return what `sopdeploy` prints for *arguments*, on this machine."""
-    command = [sys.executable, "-m", "sopdeploy", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    return run(sys.executable, "-m", "sopdeploy", *arguments, cwd=ROOT)
 
 
 def make_bundle() -> Path:
     """Train on digits for one epoch and export: a folder with one bundle, made once."""
     bundles = WORK / "bundles"
     if not bundles.is_dir():
-        run = WORK / "run"
-        small = ["--recipe", "digits-dsop", "--set", "epochs=1", "--out", str(run)]
-        sopdeploy("train", *small)
-        sopdeploy("export", str(run / "best.pt"), "--detach", "--out", str(bundles))
+        folder = WORK / "training"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut short
+        sopdeploy("train", "--recipe", "digits-dsop", "--set", "epochs=1", "--out", str(folder))
+        sopdeploy("export", str(folder / "best.pt"), "--detach", "--out", str(bundles))
     return bundles
 
 
