@@ -85,6 +85,7 @@ class Settings(BaseSettings):
     fast_decode_samples: Path | None = None  # a folder of JPEGs to check that on too
     parsers: Count = 2  # threads that read JSON
     devices: Devices = ()  # one process for each, GPUs by number or `cpu`; none: this process alone
+    verify_key: Path | None = None  # serve only bundles signed by this public key; see `sopdeploy sign`
     runtime: RuntimeName = "auto"  # auto: the first that was set up here
     engine_cache: Path | None = None  # of TensorRT; not set: beside the bundle
     cuda_graphs: bool = False  # TensorRT: a profile of one batch size, such as 1, starts by a single call

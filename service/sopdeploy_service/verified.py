@@ -17,6 +17,7 @@ from sopdeploy.bundle import Bundle, open_bundle
 from sopdeploy.errors import BundleError, RuntimeUnavailableError
 from sopdeploy.manifest import Manifest
 from sopdeploy.probes import Probes, Replay, Run, read_probes, replay
+from sopdeploy.travel.signed import check_signed, signature_path
 from sopdeploy_service.fast_decode import checked
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.choose import choose
@@ -49,10 +50,13 @@ def open_verified(path: Path, settings: Settings, *, thorough: bool = False) -> 
     Every probe runs in a batch of the largest size; one by one only `FEW` do, all of them where *thorough*,
     because a server that starts on a CPU waits for little else.
 
-    Raises `BundleError`, `RuntimeUnavailableError` or `ParityError`, and what `fast_decode.checked` does.
+    Raises `BundleError`, `RuntimeUnavailableError` or `ParityError`, `ConfigError` for a key that is none, and
+    what `fast_decode.checked` does.
     """
     moments = [time.monotonic()]
     bundle = open_bundle(path)
+    if settings.verify_key is not None:
+        check_signed(bundle.manifest, signature_path(path), settings.verify_key)
     moments.append(time.monotonic())
     smallest = bundle.manifest.batch.minimum
     if smallest > 1:

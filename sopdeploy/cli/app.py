@@ -16,12 +16,14 @@ from sopdeploy.cli import (
     engines,
     environment,
     exporting,
+    health,
     importing,
     keying,
     measuring,
     serving,
     start,
     training,
+    travelling,
 )
 
 app = typer.Typer(
@@ -44,8 +46,12 @@ app.command("export", rich_help_panel="Export")(exporting.export)
 app.command("verify", rich_help_panel="Export")(exporting.verify)
 app.command("engine", rich_help_panel="Export")(engines.engine)
 app.command("triton", rich_help_panel="Export")(engines.triton)
+app.command("sign", rich_help_panel="Travel")(travelling.sign)
+app.command("push", rich_help_panel="Travel")(travelling.push)
+app.command("pull", rich_help_panel="Travel")(travelling.pull)
 app.command("predict", rich_help_panel="Serve")(serving.predict)
 app.command("serve", rich_help_panel="Serve")(serving.serve)
+app.command("health", rich_help_panel="Serve")(health.health)
 app.command("key", rich_help_panel="Serve")(keying.key)
 app.command("bench", rich_help_panel="Serve")(benching.bench)
 app.command("doctor", rich_help_panel="Serve")(doctoring.doctor)

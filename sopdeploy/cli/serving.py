@@ -67,6 +67,9 @@ def serve(
     keys: Annotated[
         Path | None, typer.Option(help="Answer those with a key in this file only; see `sopdeploy key`.")
     ] = None,
+    verify_key: Annotated[
+        Path | None, typer.Option(help="Serve only what this public key signed; see `sopdeploy sign`.")
+    ] = None,
     log: Annotated[
         str | None,
         typer.Option(help="A line per request: json, or console. [dim]default console on a terminal[/dim]"),
@@ -105,6 +108,7 @@ def serve(
                 "queue_size": queue_size,
                 "model_control": model_control or None,
                 "keys": keys,
+                "verify_key": verify_key,
                 "log": log,
             },
         )
