@@ -153,14 +153,19 @@ def open_bundle(path: Path) -> Bundle:
 
 
 def check_path(bundle: Path, name: str) -> None:
-    """Refuse a file *name* that leaves the bundle's folder or is reached through a link."""
-    plain = PurePosixPath(name).parts == (name,) and len(name.encode()) <= LONGEST_NAME
-    if not plain or name in {"/", ".."} or "\\" in name or "\0" in name:
-        raise BundleError(f"{bundle}: the manifest names {name!r}, which is not a plain file name")
+    """Refuse a file *name* that leaves the bundle's folder, is reached through a link or is not there."""
+    check_name(bundle, name)
     if (bundle / name).is_symlink():
         raise BundleError(f"{bundle / name}: is a link; a bundle holds plain files only")
     if not (bundle / name).is_file():
         raise BundleError(f"{bundle / name}: missing; copy or export the bundle again")
+
+
+def check_name(bundle: Path, name: str) -> None:
+    """Refuse a *name* in the manifest of *bundle* that is not the plain one of a file."""
+    plain = PurePosixPath(name).parts == (name,) and len(name.encode()) <= LONGEST_NAME
+    if not plain or name in {"/", ".."} or "\\" in name or "\0" in name:
+        raise BundleError(f"{bundle}: the manifest names {name!r}, which is not a plain file name")
 
 
 def check_size(file: Path, record: FileRecord) -> None:

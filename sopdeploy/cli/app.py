@@ -15,18 +15,21 @@ from sopdeploy.cli import (
     demo,
     doctoring,
     engines,
+    environment,
     exporting,
+    health,
     importing,
     keying,
     measuring,
     serving,
+    start,
     training,
+    travelling,
 )
 
 app = typer.Typer(
     name="sopdeploy",
     help="Train with second-order pooling, deploy a first-order network, and prove nothing was lost.",
-    no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -45,12 +48,17 @@ app.command("export", rich_help_panel="Export")(exporting.export)
 app.command("verify", rich_help_panel="Export")(exporting.verify)
 app.command("engine", rich_help_panel="Export")(engines.engine)
 app.command("triton", rich_help_panel="Export")(engines.triton)
+app.command("sign", rich_help_panel="Travel")(travelling.sign)
+app.command("push", rich_help_panel="Travel")(travelling.push)
+app.command("pull", rich_help_panel="Travel")(travelling.pull)
 app.command("predict", rich_help_panel="Serve")(serving.predict)
 app.command("serve", rich_help_panel="Serve")(serving.serve)
+app.command("health", rich_help_panel="Serve")(health.health)
 app.command("key", rich_help_panel="Serve")(keying.key)
 app.command("bench", rich_help_panel="Serve")(benching.bench)
 app.command("doctor", rich_help_panel="Serve")(doctoring.doctor)
 app.command("demo", rich_help_panel="Learn")(demo.demo)
+app.command("env", rich_help_panel="Learn")(environment.env)
 
 
 def show_version(wanted: bool) -> None:
@@ -60,17 +68,20 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     _version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Train with second-order pooling, deploy a first-order network, and prove nothing was lost."""
+    if context.invoked_subcommand is None:
+        start.show_map()
 
 
 def main() -> None:
     """Run the command line."""
     # On shared cores, OpenMP threads that spin while they wait stop each other; must be set before torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app()
+    app(prog_name="sopdeploy")

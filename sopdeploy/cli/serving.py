@@ -51,7 +51,10 @@ def serve(
     ] = None,
     runtime: Annotated[
         str | None,
-        typer.Option(help="auto, onnxruntime-cpu, onnxruntime-cuda or tensorrt. [dim]default auto[/dim]"),
+        typer.Option(
+            help="auto, onnxruntime-cpu, onnxruntime-cuda, onnxruntime-tensorrt or tensorrt. "
+            "[dim]default auto[/dim]"
+        ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the engine.")] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Largest batch.")] = None,
@@ -63,6 +66,9 @@ def serve(
     ] = False,
     keys: Annotated[
         Path | None, typer.Option(help="Answer those with a key in this file only; see `sopdeploy key`.")
+    ] = None,
+    verify_key: Annotated[
+        Path | None, typer.Option(help="Serve only what this public key signed; see `sopdeploy sign`.")
     ] = None,
     log: Annotated[
         str | None,
@@ -102,6 +108,7 @@ def serve(
                 "queue_size": queue_size,
                 "model_control": model_control or None,
                 "keys": keys,
+                "verify_key": verify_key,
                 "log": log,
             },
         )

@@ -1,0 +1,253 @@
+"""Attacks on bundles that travel: archives that unpack elsewhere, grow or hide something, and signatures.
+
+Each is refused by `sopdeploy pull` with exit code 2 and one line, and nothing of it stays on disk.
+"""
+
+import base64
+import gzip
+import io
+import json
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from sopdeploy.bundle import open_bundle
+from sopdeploy.cli.app import app
+from sopdeploy.errors import BundleError
+from sopdeploy.travel import pull, push, sign
+from sopdeploy.travel.archive import BLOCK, END, header, padding
+from sopdeploy.travel.signed import make_key, signature_path
+from tests.forged import flip, forge, write_hollow
+
+ARCHIVE = "tiny.tar"
+PWNED = Path(tempfile.gettempdir()) / "pwned"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hollow(tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture(scope="module")
+def archive(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return Path(push(bundle, str(tmp_path_factory.mktemp("pushed"))).place).read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(body: bytes, *options: str) -> str:
+    """Return the one line that `pull` says of the archive *body*; nothing but the archive may stay."""
+    Path(ARCHIVE).write_bytes(body)
+    before = everything()
+    found = CliRunner().invoke(app, ["pull", ARCHIVE, "out", *options])
+    assert found.exit_code == 2, found.output or repr(found.exception)
+    assert (found.stdout, found.stderr.count("\n")) == ("", 1)
+    assert everything() - before <= {Path("out")}
+    assert not PWNED.exists()
+    return found.stderr
+
+
+def everything() -> set[Path]:
+    return set(Path().rglob("*"))
+
+
+def tar(*entries: tuple[tarfile.TarInfo, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for entry, body in entries:
+            entry.size = len(body)
+            archive.addfile(entry, io.BytesIO(body))
+    return file.getvalue()
+
+
+def entry(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
+    found = tarfile.TarInfo(name)
+    found.type, found.linkname = kind, target
+    return found
+
+
+def parts(archive: bytes) -> tuple[bytes, bytes]:
+    """Return the manifest's part of *archive*, and the rest."""
+    size = int(archive[124:135], 8)
+    end = BLOCK + size + len(padding(size))
+    return archive[:end], archive[end:]
+
+
+def replaced_header(archive: bytes, entry: tarfile.TarInfo) -> bytes:
+    """Put *entry* in the place of the first file's header after the manifest."""
+    first, rest = parts(archive)
+    entry.size = int(rest[124:135], 8)
+    return first + entry.tobuf(tarfile.USTAR_FORMAT) + rest[BLOCK:]
+
+
+TARS: dict[str, Callable[[bytes], bytes]] = {
+    "a file above": lambda a: replaced_header(a, entry("../pwned")),
+    "a file elsewhere": lambda a: replaced_header(a, entry(str(PWNED))),
+    "a link out": lambda a: replaced_header(a, entry("certificate.json", tarfile.SYMTYPE, "/etc/passwd")),
+    "a hard link": lambda a: replaced_header(a, entry("certificate.json", tarfile.LNKTYPE, "/etc/passwd")),
+    "a device": lambda a: replaced_header(a, entry("certificate.json", tarfile.CHRTYPE)),
+    "a folder": lambda a: replaced_header(a, entry("certificate.json", tarfile.DIRTYPE)),
+    "a long name": lambda a: replaced_header(a, entry("certificate.json", tarfile.GNUTYPE_LONGNAME)),
+    "an extended header": lambda a: replaced_header(a, entry("certificate.json", tarfile.XHDTYPE)),
+    "a sparse file": lambda a: replaced_header(a, entry("certificate.json", tarfile.GNUTYPE_SPARSE)),
+    "one more file": lambda a: a[: -len(END)] + header("more", 0) + END,
+    "one file twice": lambda a: parts(a)[0] * 2 + parts(a)[1],
+    "something behind the end": lambda a: a + b"more",
+    "zeros behind the end": lambda a: a + bytes(BLOCK),
+    "no end": lambda a: a[: -len(END)],
+    "half of it": lambda a: a[: len(a) // 2],
+    "something in the padding": lambda a: parts(a)[0][:-1] + b"x" + parts(a)[1],
+    "a compressed one": lambda a: gzip.compress(a),
+    "a plain tar of other files": lambda _: tar((entry("../pwned"), b"x")),
+    "a tar of folders and links": lambda _: tar(
+        (entry("a", tarfile.SYMTYPE, str(PWNED.parent)), b""), (entry("a/pwned"), b"x")
+    ),
+    "a manifest that is none": lambda _: header("manifest.json", 2) + b"{}" + padding(2) + END,
+    "a manifest of gigabytes": lambda _: header("manifest.json", 8_000_000_000) + END,
+    "a manifest of a negative size": lambda a: a[:124] + b"-0000000001\0" + a[136:],
+    "a size that is no number": lambda a: a[:124] + b"\x80" + bytes(10) + b"\x05" + a[136:],
+    "deep JSON": lambda _: header("manifest.json", 200_000) + b"[" * 200_000 + padding(200_000) + END,
+    "nothing": lambda _: b"",
+    "text": lambda _: b"trust me" * 200,
+}
+
+
+@pytest.mark.parametrize("attack", TARS)
+def test_an_archive_that_push_would_not_write_is_refused(archive: bytes, attack: str) -> None:
+    assert ARCHIVE in refused(TARS[attack](archive))
+
+
+NAMES = [
+    "../pwned",
+    str(PWNED),
+    "a/b",
+    "..",
+    ".",
+    "",
+    "a\\b",
+    "manifest.json",
+    "Manifest.JSON",
+    "x" * 300,
+    "x" * 150,
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_manifest_that_names_a_file_elsewhere_is_refused(bundle: Path, tmp_path: Path, name: str) -> None:
+    forged = tmp_path / "forged"
+    forged.mkdir()
+    for path in bundle.iterdir():
+        (forged / path.name).write_bytes(path.read_bytes())
+    files = json.loads((forged / "manifest.json").read_bytes())["files"]
+    files[name] = {"bytes": 0, "sha256": "0" * 64}
+    raw = (forge(forged, files=files) / "manifest.json").read_bytes()
+    body = header("manifest.json", len(raw)) + raw + padding(len(raw)) + bytes(BLOCK * 100)
+    refused(body)
+
+
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.8])
+def test_a_flipped_bit_anywhere_is_refused(archive: bytes, tmp_path: Path, place: float) -> None:
+    Path("flipped").write_bytes(archive)
+    flip(Path("flipped"), int(len(archive) * place))
+    refused(Path("flipped").read_bytes())
+
+
+FUZZ = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+@FUZZ
+@given(data=st.data())
+def test_no_change_of_an_archive_gives_another_bundle(
+    archive: bytes, bundle: Path, data: st.DataObject
+) -> None:
+    place = data.draw(st.integers(0, len(archive) - 1))
+    changed = bytearray(archive)
+    changed[place] ^= data.draw(st.integers(1, 255))
+    Path("fuzzed.tar").write_bytes(changed)
+    with pytest.raises(BundleError):
+        pull("fuzzed.tar", Path("out"))
+    assert list(Path("out").iterdir()) == []
+
+
+def test_an_archive_larger_than_allowed_is_not_fetched_whole(archive: bytes) -> None:
+    assert "larger than 100 bytes" in refused(archive, "--max-bytes", "100")
+
+
+def test_another_sha256_than_the_one_given_is_refused(archive: bytes) -> None:
+    assert "not the one given" in refused(archive, "--sha256", "0" * 64)
+    assert "64 hexadecimal digits" in refused(archive, "--sha256", "abc")
+
+
+@pytest.fixture
+def signed(bundle: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Return a signed archive and the public key."""
+    public = make_key(tmp_path / "release.key")
+    sign(bundle, tmp_path / "release.key")
+    try:
+        return Path(push(bundle, str(tmp_path / "signed")).place), public
+    finally:
+        signature_path(bundle).unlink()
+
+
+def signature_of(archive: Path) -> Path:
+    return archive.with_name(archive.name + ".minisig")
+
+
+def not_prehashed(text: str) -> str:
+    comment, first, *rest = text.splitlines()
+    body = b"Ed" + base64.b64decode(first)[2:]
+    return "\n".join([comment, base64.b64encode(body).decode(), *rest])
+
+
+SIGNATURES: dict[str, tuple[Callable[[str], str], str]] = {
+    "nothing": (lambda _: "", "minisign's form"),
+    "text": (lambda _: "trust me\n" * 4, "minisign's form"),
+    "another comment": (lambda s: s.replace("bundle tiny", "bundle huge"), "does not fit"),
+    "no comment": (lambda s: "\n".join(s.splitlines()[:2]), "minisign's form"),
+    "another signature": (lambda s: s.replace(s.splitlines()[1][30:40], "AAAAAAAAAA"), "does not fit"),
+    "a shorter signature": (lambda s: s.replace(s.splitlines()[1], "AAAA"), "minisign's form"),
+    "a signature that is not prehashed": (not_prehashed, "not prehashed"),
+    "control characters": (lambda s: s + "\x1b[31m", "minisign's form"),
+}
+
+
+@pytest.mark.parametrize("attack", SIGNATURES)
+def test_a_signature_that_does_not_fit_is_refused(signed: tuple[Path, Path], attack: str) -> None:
+    archive, public = signed
+    change, said = SIGNATURES[attack]
+    text = signature_of(archive).read_text()
+    body = archive.read_bytes()
+    Path(ARCHIVE + ".minisig").write_text(change(text))
+    assert said in refused(body, "--verify-key", str(public))
+
+
+def test_a_signature_of_another_bundle_or_key_or_none_is_refused(
+    signed: tuple[Path, Path], bundle: Path, tmp_path: Path
+) -> None:
+    archive, public = signed
+    body = archive.read_bytes()
+    assert "no signature beside it" in refused(body, "--verify-key", str(public))
+    other = write_hollow(tmp_path / "others", config={"width": 5})
+    Path(ARCHIVE + ".minisig").write_text(sign(other, tmp_path / "release.key").read_text())
+    assert "does not fit" in refused(body, "--verify-key", str(public))
+    Path(ARCHIVE + ".minisig").write_bytes(signature_of(archive).read_bytes())
+    assert "another key" in refused(body, "--verify-key", str(make_key(tmp_path / "second.key")))
+    Path(ARCHIVE + ".minisig").write_bytes(b"\xff" * 100)
+    assert "minisign's form" in refused(body, "--verify-key", str(public))
+    Path(ARCHIVE + ".minisig").write_bytes(b"x" * 5000)
+    assert "larger than" in refused(body, "--verify-key", str(public))
+
+
+def test_the_archive_that_the_attacks_start_from_is_accepted(signed: tuple[Path, Path]) -> None:
+    archive, public = signed
+    pulled = pull(str(archive), Path("out"), verify_key=public)
+    assert open_bundle(pulled.path).name == pulled.path.name

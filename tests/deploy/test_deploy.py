@@ -1,0 +1,247 @@
+"""Files for Docker, Kubernetes, Helm, KServe, Prometheus and Grafana: they say what the code does."""
+
+import json
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from prometheus_client.metrics import MetricWrapperBase
+from typer.main import get_command
+
+import sopdeploy
+from sopdeploy.cli.app import app
+from sopdeploy_service.metrics import Metrics
+from sopdeploy_service.settings import Settings, load_settings
+from tests.deploy.rendering import render
+from tests.test_architecture import by_path
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+CHART = DEPLOY / "helm" / "sopdeploy"
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+KUBERNETES = "1.33"
+EVERYBODY = "0.0.0.0"  # noqa: S104 - a container's port is published, or not
+COMMANDS: Any = get_command(app)
+VALUES: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "with everything": {
+        "models": {"claim": "", "pull": {"source": "oci://host/flowers:1", "sha256": "0" * 64}},
+        "verifyKey": {"configMap": "release"},
+        "keys": {"secret": "keys"},
+        "settings": {"SOPDEPLOY_THREADS": "2", "SOPDEPLOY_MAX_BATCH": "8"},
+        "autoscaling": {"enabled": True, "minReplicas": 1, "maxReplicas": 3, "queueDepth": "8"},
+        "nodeSelector": {"disk": "fast"},
+        "tolerations": [{"key": "gpu", "operator": "Exists"}],
+    },
+}
+
+
+def chart(case: str) -> list[dict[str, Any]]:
+    values = yaml.safe_load((CHART / "values.yaml").read_text()) | VALUES[case]
+    texts = [render(path.read_text(), values, "shop") for path in sorted(CHART.glob("templates/*.yaml"))]
+    return [found for text in texts for found in yaml.safe_load_all(text) if found]
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((DEPLOY / name).read_text()))
+
+
+CLUSTER = {
+    "the plain manifests": documents("kubernetes/sopdeploy.yaml"),
+    **{f"the chart {case}": chart(case) for case in VALUES},
+}
+PODS = {
+    name: document["spec"]["template"]["spec"]
+    for name, found in CLUSTER.items()
+    for document in found
+    if document["kind"] == "Deployment"
+}
+
+
+@pytest.mark.parametrize("name", CLUSTER)
+def test_every_manifest_has_the_schema_of_kubernetes(name: str) -> None:
+    kinds = [document["kind"] for document in CLUSTER[name]]
+    assert {"Deployment", "Service", "PodDisruptionBudget"} <= set(kinds)
+    assert ("HorizontalPodAutoscaler" in kinds) == (name != "the chart as it is")
+    for document in CLUSTER[name]:
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+
+
+def test_the_schema_would_see_a_mistake() -> None:
+    broken = json.loads(json.dumps(CLUSTER["the plain manifests"][0]))
+    broken["spec"]["template"]["spec"]["containers"][0]["readOnlyRootFilesystem"] = True
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(broken, KUBERNETES, strict=True)
+
+
+def kserve_pod() -> dict[str, Any]:
+    runtime = documents("kserve/runtime.yaml")[0]
+    return {name: runtime["spec"][name] for name in ("containers", "volumes")}
+
+
+def test_the_containers_of_the_kserve_runtime_have_the_schema_of_kubernetes() -> None:
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": kserve_pod()}
+    kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+def test_the_kserve_service_asks_for_the_runtime_that_is_there() -> None:
+    (runtime,), (service,) = documents("kserve/runtime.yaml"), documents("kserve/service.yaml")
+    model, formats = service["spec"]["predictor"]["model"], runtime["spec"]["supportedModelFormats"]
+    assert model["runtime"] == runtime["metadata"]["name"]
+    assert model["modelFormat"] in [{"name": f["name"], "version": f["version"]} for f in formats]
+    assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
+    assert runtime["spec"]["containers"][0]["name"] == "kserve-container"
+
+
+SERVERS = [*(pod["containers"][0] for pod in PODS.values()), kserve_pod()["containers"][0]]
+CONTAINERS = [*SERVERS, *(c for pod in PODS.values() for c in pod.get("initContainers", []))]
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_what_a_container_is_told_is_a_command_line_that_parses(container: dict[str, Any]) -> None:
+    verb, *words = container["args"]
+    context = COMMANDS.commands[verb].make_context(verb, words)
+    assert context.args == []
+    for assignment in context.params.get("assignments") or ():
+        assert assignment.partition("=")[0] in Settings.model_fields
+    for variable in container.get("env", ()):
+        assert variable["name"].removeprefix("SOPDEPLOY_").lower() in Settings.model_fields
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_container_is_a_nobody_on_a_disk_it_cannot_write(container: dict[str, Any]) -> None:
+    rules = container["securityContext"]
+    assert rules["readOnlyRootFilesystem"] is True
+    assert rules["allowPrivilegeEscalation"] is False
+    assert rules["capabilities"] == {"drop": ["ALL"]}
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_a_pod_is_no_root_gets_no_link_and_no_token(name: str) -> None:
+    pod = PODS[name]
+    assert pod["enableServiceLinks"] is False
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert f"USER {pod['securityContext']['runAsUser']}:" in DOCKERFILE
+
+
+def test_a_service_link_would_have_stopped_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOPDEPLOY_PORT", "tcp://10.0.0.1:80")
+    with pytest.raises(sopdeploy.errors.ConfigError, match="enableServiceLinks: false"):
+        load_settings()
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_a_pod_has_time_to_leave_the_service_and_to_drain(name: str) -> None:
+    pod = PODS[name]
+    before = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["terminationGracePeriodSeconds"] >= before + load_settings().drain_seconds + 5
+
+
+@pytest.mark.parametrize("container", SERVERS)
+def test_the_probes_ask_what_is_served_where_it_is_served(container: dict[str, Any]) -> None:
+    probes = {kind: container[kind]["httpGet"] for kind in ("livenessProbe", "readinessProbe")}
+    assert {p["path"] for p in probes.values()} in (
+        {"/livez", "/readyz"},
+        {"/v2/health/live", "/v2/health/ready"},
+    )
+    ports = {port.get("name"): port["containerPort"] for port in container["ports"]}
+    for probe in probes.values():
+        assert probe["port"] in {*ports, *ports.values()}
+    told = [word for word in container["args"] if word.startswith("health_port=")]
+    assert not told or told == [f"health_port={ports['health']}"]
+
+
+def metric_names() -> set[str]:
+    """Return every name under which a number is scraped."""
+    found = set()
+    for metric in vars(Metrics()).values():
+        if isinstance(metric, MetricWrapperBase):
+            family = metric.describe()[0]
+            ends = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}
+            found |= {family.name + end for end in ends[family.type]}
+    return found
+
+
+USERS = [
+    "deploy/dashboard.json",
+    "deploy/kubernetes/sopdeploy.yaml",
+    "docs/deploy.md",
+    f"{CHART}/templates/autoscaler.yaml",
+]
+
+
+@pytest.mark.parametrize("file", USERS)
+def test_every_metric_that_is_asked_for_exists(file: str) -> None:
+    asked = set(re.findall(r"\bsopdeploy_[a-z_]+[a-z]\b", (ROOT / file).read_text())) - {"sopdeploy_service"}
+    assert asked
+    assert asked <= metric_names()
+
+
+def test_the_dashboard_shows_every_metric_and_is_what_its_program_writes() -> None:
+    text = (DEPLOY / "dashboard.json").read_text(encoding="utf-8")
+    assert text == by_path(DEPLOY / "dashboard.py").rendered(), "run `python deploy/dashboard.py`"
+    families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in metric_names()}
+    assert [name for name in sorted(families) if name not in text] == []
+
+
+def test_compose_mounts_files_that_exist_and_scrapes_the_server() -> None:
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    mounts = [volume.split(":")[0] for service in services.values() for volume in service["volumes"]]
+    files = [mount for mount in mounts if mount.startswith("./")]
+    assert len(files) == 4
+    assert all((ROOT / file).is_file() for file in files)
+    scraped = yaml.safe_load((DEPLOY / "compose" / "prometheus.yml").read_text())["scrape_configs"][0]
+    assert scraped["static_configs"] == [{"targets": ["sopdeploy:8000"]}]
+    assert services["sopdeploy"]["read_only"] is True
+
+
+LOCKS = {"cpu": ("cpu", "sign", "oci"), "gpu": ("gpu", "sign", "oci")}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def plain(requirement: str) -> str:
+    return re.split(r"[\[<>=!~; ]", requirement, maxsplit=1)[0].lower().replace("_", "-")
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_a_lock_pins_all_that_the_server_needs_by_hash_and_names_no_index(name: str) -> None:
+    text = (DEPLOY / "lock" / f"{name}.txt").read_text(encoding="utf-8")
+    pinned = re.findall(r"^([\w.-]+)==\S+", text, re.MULTILINE)
+    extras = [r for extra in LOCKS[name] for r in PROJECT["optional-dependencies"][extra]]
+    assert {plain(r) for r in [*PROJECT["dependencies"], *extras]} <= set(pinned)
+    entries = re.split(r"\n(?=\S)", text.strip())
+    assert [entry for entry in entries if "--hash=sha256:" not in entry] == []
+    assert "://" not in text
+    assert not {"torch", "onnx", "timm", "scikit-learn"} & set(pinned)
+
+
+def test_the_image_starts_the_command_line_as_nobody_and_asks_it_for_health() -> None:
+    for target in ("cpu", "gpu"):
+        stage = re.search(rf"^FROM \S+ AS {target}$(.*?)(?=^FROM|\Z)", DOCKERFILE, re.M | re.S)
+        assert stage is not None
+        words = {
+            name: json.loads(value)
+            for name, value in re.findall(r"^(ENTRYPOINT|CMD) (\[.*\])$", stage[1], re.M)
+        }
+        assert words == {"ENTRYPOINT": ["sopdeploy"], "CMD": ["serve", "/models", "--host", EVERYBODY]}
+        assert re.search(r'^HEALTHCHECK .* CMD \["sopdeploy", "health"\]$', stage[1], re.M)
+        for line in ("USER 10001:10001", "STOPSIGNAL SIGTERM", "VOLUME /var/cache/sopdeploy"):
+            assert line in stage[1].splitlines()
+        assert f"ARG VERSION={sopdeploy.__version__}" in stage[1]
+
+
+@pytest.mark.skipif(shutil.which("helm") is None, reason="helm is not installed")
+def test_helm_renders_the_chart_as_these_tests_do(tmp_path: Path) -> None:
+    for case, values in VALUES.items():
+        (tmp_path / "values.yaml").write_text(json.dumps(values))
+        command = ["helm", "template", "shop", CHART, "--values", tmp_path / "values.yaml"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        ours = sorted(chart(case), key=lambda d: str(d["kind"]))
+        assert sorted((d for d in yaml.safe_load_all(found) if d), key=lambda d: str(d["kind"])) == ours
