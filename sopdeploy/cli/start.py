@@ -12,7 +12,7 @@ WALK = (
     ("sopdeploy doctor --url http://127.0.0.1:8000", "what limits the server"),
 )
 BESIDE = {
-    "before training": ("recipes", "models", "describe", "import"),
+    "before training": ("data", "recipes", "models", "describe", "import"),
     "of what learned": ("eval", "report", "compare"),
     "of a bundle": ("bench", "engine", "triton"),
     "of a server": ("key",),
