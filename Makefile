@@ -9,8 +9,9 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test check format lint types contracts tests test-models goldens docs gpu-check soak wheel-test wheel-test-train container-test lock clean
+.PHONY: demo test check format lint types contracts tests test-models goldens docs site gpu-check soak wheel-test wheel-test-train container-test lock clean
 
 demo: $(STAMP)  ## the main job, from handwritten digits to answers over HTTP
 	$(BIN)/sopdeploy demo
@@ -45,11 +46,14 @@ format: $(STAMP)  ## write the format and the fixes that ruff knows
 docs: $(STAMP)  ## write the generated pages again
 	$(BIN)/python docs/generate.py
 
+site: $(STAMP)  ## docs/ as a site in build/site; open build/site/index.html
+	$(BIN)/mkdocs build --strict --quiet
+
 gpu-check: $(STAMP)  ## build and run real engines on this machine's GPU, write docs/benchmarks/
 	$(BIN)/python benchmarks/gpu_check.py
 	$(BIN)/pytest tests/gpu
 
-soak: $(STAMP)  ## five minutes of good, bad, slow and leaving clients; fails on a leak, a wrong answer or a 5xx
+soak: $(STAMP)  ## five minutes of good, bad, slow and leaving clients and swaps; fails on a leak, a wrong answer or a 5xx
 	$(BIN)/python benchmarks/soak.py $(SOAK)
 
 wheel-test: $(STAMP)  ## build the wheel, install it with [cpu] into an empty environment, serve with it
@@ -69,8 +73,8 @@ lock: $(STAMP)  ## write deploy/lock/ again: the newest versions that fit, with 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,import,otel,sign,s3,oci,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,import,otel,sign,s3,oci,docs,dev]'
 	touch $(STAMP)
 
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) .container demo dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .container demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -89,8 +89,8 @@ def check(case: Case, here: Machine, runs: int) -> dict[str, Any]:
     again = engine(bundle, EngineOptions(profiles=",".join(map(str, BATCHES))))
     with ExitStack() as stack:
         plan = built.path.read_bytes()
-        profiles = built.record.key.profiles
-        session = stack.enter_context(EngineSession(here.trt, here.cuda, plan, bundle.manifest, profiles))
+        key = built.record.key
+        session = stack.enter_context(EngineSession(here.trt, here.cuda, plan, bundle.manifest, key))
         sides = {"TensorRT": session.run, **case.torch, **onnxruntime_side(bundle)}
         rows = [timed(bundle, sides, batch, runs) for batch in BATCHES]
     return {

@@ -1,9 +1,10 @@
 """A server under a mix of clients for minutes: does it leak, and is every answer right?
 
-One `sopdeploy serve` with a real bundle and ONNX Runtime on the CPU gets good pictures of several sizes,
-alone and in forms, bodies that are no picture, clients that leave in the middle, slow bodies and floods.
-Bounds: resident memory grows by less than 1 MB a minute, no thread or descriptor stays, every prediction is
-that of `sopdeploy predict`, no 5xx. Exit code 1 where one is broken.
+One `sopdeploy serve` with real bundles and ONNX Runtime on the CPU gets good pictures of several sizes,
+alone, in forms, in JSON and in the Open Inference Protocol, bodies that are no picture, clients that leave in
+the middle, slow bodies and floods; its model is swapped every few seconds. Bounds: resident memory grows by
+less than 1 MB a minute, no thread or descriptor stays, every answer names the bundle that gave it and is what
+`sopdeploy predict` says with that one, no 5xx. Exit code 1 where one is broken.
 
     python benchmarks/soak.py --seconds 300
 """
@@ -11,20 +12,25 @@ that of `sopdeploy predict`, no 5xx. Exit code 1 where one is broken.
 import argparse
 import asyncio
 import json
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 from soak_accounts import Bound, Holding, Tally, bounds, document, holding
-from soak_clients import Ground, good_bodies, load
+from soak_clients import Ground, bad, flood, forms, good_bodies, leaving, one_by_one, slow, watching
+from soak_swaps import NAME, crowd, json_bodies, protocol, swapping
 
+from sopdeploy.bundle import read_manifest
 from sopdeploy.client import Client
 
 SETTLE_SECONDS = 20.0
@@ -38,13 +44,16 @@ def main() -> int:
     )
     parser.add_argument("--seconds", type=float, default=300, help="of load, after the warm-up")
     parser.add_argument("--warm-up", type=float, help="seconds; default a quarter of --seconds, at most 60")
-    parser.add_argument("--bundle", type=Path, help="default: one trained on digits for an epoch")
+    parser.add_argument(
+        "--bundles", type=Path, nargs=2, metavar="BUNDLE",
+        help="two with the same classes; default: trained on digits for an epoch each",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     warm_up = min(60.0, arguments.seconds / 4) if arguments.warm_up is None else arguments.warm_up
     with tempfile.TemporaryDirectory() as name:
-        bundle = arguments.bundle or digits_bundle(Path(name))
-        tally, held, found = soak(bundle, Path(name), arguments.seconds, warm_up)
+        bundles = arguments.bundles or [digits_bundle(Path(name), seed) for seed in (0, 1)]
+        tally, held, found = soak(bundles, Path(name), arguments.seconds, warm_up)
     if arguments.json:
         print(json.dumps(document(tally, held, found), indent=2))
     else:
@@ -53,24 +62,61 @@ def main() -> int:
 
 
 def soak(
-    bundle: Path, folder: Path, seconds: float, warm_up: float
+    bundles: Sequence[Path], folder: Path, seconds: float, warm_up: float
 ) -> tuple[Tally, list[Holding], list[Bound]]:
     """Return what was answered, what the process held meanwhile, and the bounds."""
     bodies = good_bodies()
-    classes = min(CLASSES, len(json.loads((bundle / "labels.json").read_bytes())))
-    expected = predicted(bundle, bodies, folder, classes)
-    with server(bundle) as (process, url):
-        warm = Ground(url=url, bodies=bodies, expected=expected, tally=Tally(), classes=classes)
-        asyncio.run(load(warm, warm_up, seed=1))
+    labels = json.loads((bundles[0] / "labels.json").read_bytes())
+    classes = min(CLASSES, len(labels))
+    expected = {digest(bundle): predicted(bundle, bodies, folder, classes) for bundle in bundles}
+    copies = on_shelf(bundles, folder / "shelf")
+    with server(copies[0]) as (process, url):
+        ground = Ground(
+            url=url, bodies=bodies, expected=expected, tally=Tally(), classes=classes, labels=labels,
+            folders=[copy.name for copy in copies],
+        )  # fmt: skip
+        asyncio.run(load(ground, warm_up, seed=1))
         with Client(url) as client:
             client.classify([*bodies.values()] * 2)  # so many at once that every thread has been started
+        asyncio.run(crowd(url, min(bodies.values(), key=len)))
         before = settled(process.pid, url)
-        ground = Ground(url=url, bodies=bodies, expected=expected, tally=Tally(), classes=classes)
+        ground = replace(ground, tally=Tally())
         held = asyncio.run(watched(process.pid, ground, seconds))
         after = settled(process.pid, url)
         process.send_signal(signal.SIGTERM)
         code = process.wait(60)
     return ground.tally, held, bounds(ground.tally, held, before, after, code)
+
+
+def digest(bundle: Path) -> str:
+    """Return the id of *bundle*, which its answers carry."""
+    return read_manifest(bundle).id
+
+
+def on_shelf(bundles: Sequence[Path], folder: Path) -> list[Path]:
+    """Return two copies of each of *bundles* in *folder*, in turn: the next one is never loaded already."""
+    return [
+        shutil.copytree(bundle, folder / f"{place}-{number}")
+        for place in range(2)
+        for number, bundle in enumerate(bundles)
+    ]
+
+
+MIX: Sequence[Callable[[Ground, random.Random], Coroutine[Any, Any, None]]] = (
+    one_by_one, one_by_one, one_by_one, forms, json_bodies, protocol, swapping,
+    bad, leaving, slow, slow, flood, watching,
+)  # fmt: skip
+
+
+async def load(ground: Ground, seconds: float, seed: int) -> None:
+    """Run every client for *seconds*, then let none of its connections stay."""
+    tasks = [asyncio.create_task(client(ground, random.Random(seed + n))) for n, client in enumerate(MIX)]  # noqa: S311
+    done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        ground.tally.fail(f"a client failed: {task.exception()!r}")
 
 
 async def watched(pid: int, ground: Ground, seconds: float) -> list[Holding]:
@@ -113,12 +159,13 @@ def predicted(
     }
 
 
-def digits_bundle(folder: Path) -> Path:
+def digits_bundle(folder: Path, seed: int) -> Path:
     """Train on handwritten digits for an epoch, export with proof, return the bundle."""
-    run = folder / "run"
-    sopdeploy("train", "--recipe", "digits-dsop", "--set", "epochs=1", "--out", str(run))
-    sopdeploy("export", str(run / "best.pt"), "--detach", "--out", str(folder / "bundles"))
-    return next((folder / "bundles").glob("dsop-*"))
+    run, out = folder / f"run-{seed}", folder / f"bundles-{seed}"
+    settings = ["--set", "epochs=1", "--set", f"seed={seed}"]
+    sopdeploy("train", "--recipe", "digits-dsop", *settings, "--out", str(run))
+    sopdeploy("export", str(run / "best.pt"), "--detach", "--out", str(out))
+    return next(out.glob("dsop-*"))
 
 
 def sopdeploy(*arguments: str) -> str:
@@ -130,8 +177,9 @@ def sopdeploy(*arguments: str) -> str:
 @contextmanager
 def server(bundle: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Serve *bundle* in a process of its own; give it and its URL."""
-    command = [sys.executable, "-m", "sopdeploy", "serve", str(bundle), "--port", "0", "--queue-size", "64"]
-    with subprocess.Popen([*command, "--threads", "1"], stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "sopdeploy", "serve", f"{NAME}={bundle}", "--port", "0"]
+    options = ["--queue-size", "64", "--threads", "1", "--model-control"]
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline() if process.stdout else ""
             if not line.startswith("ready: "):

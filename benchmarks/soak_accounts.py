@@ -66,6 +66,7 @@ class Tally:
     failures: list[str] = field(default_factory=list)
     failed: int = 0
     compared: int = 0
+    by_digest: Counter[str] = field(default_factory=Counter)  # answers compared, by who gave them
     worst: float = 0.0
 
     def note(self, kind: str, status: int, code: str = "", wanted: Sequence[int] = (200,)) -> None:
@@ -122,6 +123,10 @@ def bounds(
         Bound(
             name="predictions", found=f"{tally.compared} compared, worst {tally.worst:.1e}",
             allowed=f"all within {CLOSE:g}", held=tally.compared > 0 and tally.worst <= CLOSE,
+        ),
+        Bound(
+            name="bundles", found=" ".join(f"{key[:8]} {n}" for key, n in sorted(tally.by_digest.items())),
+            allowed="more than one", held=len(tally.by_digest) > 1,
         ),
         Bound(name="answers", found=f"{tally.failed} wrong", allowed="0", held=tally.failed == 0),
         Bound(name="exit code", found=str(exit_code), allowed="0", held=exit_code == 0),

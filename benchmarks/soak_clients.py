@@ -6,7 +6,7 @@ import json
 import random
 import struct
 import zlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -27,13 +27,26 @@ REST = 0.02
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ground:
-    """Where the clients play: the server, the good bodies, and what the engine says to each of them."""
+    """Where the clients play: the server, the good bodies, and what each bundle, by digest, says to them.
+
+    *labels* are all classes in order, *classes* how many are compared, *folders* the bundles to be swapped.
+    """
 
     url: str
     bodies: Mapping[str, bytes]
-    expected: Mapping[str, Mapping[str, float]]
+    expected: Mapping[str, Mapping[str, Mapping[str, float]]]
     tally: Tally
     classes: int
+    labels: Sequence[str] = ()
+    folders: Sequence[str] = ()
+
+    def compare(self, kind: str, digest: str, name: str, found: Sequence[ClassProbability]) -> None:
+        """Compare what the bundle *digest* said to the picture *name* with that bundle's own numbers."""
+        if digest not in self.expected:
+            self.tally.fail(f"{kind}: answered by {digest!r}, which is no bundle of this soak")
+            return
+        self.tally.by_digest[digest] += 1
+        self.tally.compare(kind, found, self.expected[digest][name])
 
     def any(self, chance: random.Random) -> tuple[str, bytes]:
         """Return one of the good bodies with its name."""
@@ -85,7 +98,7 @@ async def one_by_one(ground: Ground, chance: random.Random) -> None:
                 await asyncio.sleep(0.5)
             else:
                 ground.tally.note("single", 200)
-                ground.tally.compare("single", found.classes, ground.expected[name])
+                ground.compare("single", found.model_digest, name, found.classes)
 
 
 async def forms(ground: Ground, chance: random.Random) -> None:
@@ -106,7 +119,7 @@ async def forms(ground: Ground, chance: random.Random) -> None:
                     "form", result.error.status if result.error else 200, wanted=[200 if name else 415]
                 )
                 if name is not None:
-                    ground.tally.compare("form", result.classes, ground.expected[name])
+                    ground.compare("form", result.model_digest, name, result.classes)
             await asyncio.sleep(REST)
 
 
@@ -141,17 +154,17 @@ async def slow(ground: Ground, chance: random.Random) -> None:
         name, body = ground.any(chance)
         async with connected(ground.url) as (reader, writer):
             writer.write(head(len(body), ground.classes))
-            status, answer = await piecewise(reader, writer, body)
+            status, answer, digest = await piecewise(reader, writer, body)
         ground.tally.note("slow", status, answer.get("code", ""))
         if status == 200:
             classes = [ClassProbability(**item) for item in answer["classes"]]
-            ground.tally.compare("slow", classes, ground.expected[name])
+            ground.compare("slow", digest, name, classes)
 
 
 async def piecewise(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes
-) -> tuple[int, dict[str, Any]]:
-    """Send *body* in ten pieces, or until the answer comes; return its status and its document."""
+) -> tuple[int, dict[str, Any], str]:
+    """Send *body* in ten pieces, or until the answer comes; return status, document and digest."""
     answered = asyncio.create_task(reader.readuntil(b"\r\n\r\n"))
     try:
         piece = len(body) // 10 + 1
@@ -165,7 +178,8 @@ async def piecewise(
     finally:
         answered.cancel()
     length = int(top.partition(b"content-length:")[2].partition(b"\r\n")[0])
-    return int(top[9:12]), json.loads(await reader.readexactly(length))
+    digest = top.partition(b"x-model-digest:")[2].partition(b"\r\n")[0].strip().decode("ascii")
+    return int(top[9:12]), json.loads(await reader.readexactly(length)), digest
 
 
 async def flood(ground: Ground, chance: random.Random) -> None:
@@ -187,22 +201,6 @@ async def watching(ground: Ground, chance: random.Random) -> None:  # noqa: ARG0
             for path in ("/livez", "/readyz", "/metrics", "/info"):
                 ground.tally.note(path, (await client.get(path)).status_code)
             await asyncio.sleep(1)
-
-
-MIX: Sequence[Callable[[Ground, random.Random], Coroutine[Any, Any, None]]] = (
-    one_by_one, one_by_one, one_by_one, forms, bad, leaving, slow, slow, flood, watching,
-)  # fmt: skip
-
-
-async def load(ground: Ground, seconds: float, seed: int) -> None:
-    """Run every client for *seconds*, then let none of its connections stay."""
-    tasks = [asyncio.create_task(client(ground, random.Random(seed + n))) for n, client in enumerate(MIX)]  # noqa: S311
-    done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    for task in done:
-        ground.tally.fail(f"a client failed: {task.exception()!r}")
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""Write what comes from the code: `cli.md`, `models.md` and the tables of `operations.md`; tests compare."""
+"""Write the pages that come from code: `cli`, `errors`, `models`, tables of `operations`; tests compare."""
 
 import re
 from pathlib import Path
@@ -45,9 +45,11 @@ def cli_page() -> str:
 
 
 if __name__ == "__main__":
+    from generate_errors import errors_page
     from generate_models import models_page
     from generate_operations import PAGE, operations_page
 
     (FOLDER / "cli.md").write_text(cli_page(), encoding="utf-8")
+    (FOLDER / "errors.md").write_text(errors_page(), encoding="utf-8")
     (FOLDER / "models.md").write_text(models_page(), encoding="utf-8")
     PAGE.write_text(operations_page(), encoding="utf-8")

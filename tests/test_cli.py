@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 import sopdeploy
 from sopdeploy.cli.app import app
 from sopdeploy.cli.console import plain
+from sopdeploy.cli.start import BESIDE, WALK
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.catalog import CATALOG, FAMILIES, title
 from sopdeploy.recipe import Recipe, list_recipes
@@ -76,10 +78,60 @@ def test_help_names_every_verb(flag: str) -> None:
     assert all(verb in found.stdout for verb in COMMANDS.commands)
 
 
-def test_without_a_verb_the_help_is_shown() -> None:
+def test_without_a_verb_the_walk_is_shown_in_order() -> None:
     found = sopdeploy_cli()
-    assert found.exit_code == 2
-    assert "Usage" in found.output
+    assert (found.exit_code, found.stderr) == (0, "")
+    walk = re.findall(r"^ +\d +sopdeploy (\w+)", found.stdout, re.MULTILINE)
+    assert walk == ["demo", "train", "export", "verify", "predict", "serve", "doctor"]
+    assert max(map(len, found.stdout.splitlines())) <= 110
+
+
+def test_the_walk_and_what_stands_beside_it_are_all_the_verbs() -> None:
+    walk = [shlex.split(command)[1:] for command, _ in WALK]
+    beside = [verb for verbs in BESIDE.values() for verb in verbs]
+    assert sorted([verb for verb, *_ in walk] + beside) == sorted(COMMANDS.commands)
+    for verb, *arguments in walk:
+        assert COMMANDS.commands[verb].make_context(verb, arguments).args == []
+
+
+# What each shell sends for `sopdeploy ex<Tab>`.
+ASKED = {
+    "bash": {"COMP_WORDS": "sopdeploy ex", "COMP_CWORD": "1"},
+    "zsh": {"_TYPER_COMPLETE_ARGS": "sopdeploy ex"},
+    "fish": {"_TYPER_COMPLETE_ARGS": "sopdeploy ex", "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
+}
+
+
+@pytest.mark.parametrize("shell", ASKED)
+def test_the_tab_key_completes_a_verb(shell: str) -> None:
+    asked = {**os.environ, **ASKED[shell], "_SOPDEPLOY_COMPLETE": f"complete_{shell}"}
+    found = subprocess.run(
+        [sys.executable, "-c", "from sopdeploy.cli.app import main; main()"],
+        cwd=ROOT,
+        env=asked,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "export" in found.stdout
+    assert "train" not in found.stdout
+    assert "\x1b" not in found.stdout
+    assert "[bold]" not in found.stdout
+
+
+def test_completion_is_installed_into_the_home_folder_for_the_program_of_this_name(tmp_path: Path) -> None:
+    known = {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", "from sopdeploy.cli.app import main; main()", "--install-completion", "bash"],
+        cwd=ROOT,
+        env={**os.environ, **known},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    script = tmp_path / ".bash_completions" / "sopdeploy.sh"
+    assert script.as_posix() in found.stdout
+    assert "complete -o default -F _sopdeploy_completion sopdeploy" in script.read_text(encoding="utf-8")
 
 
 def test_the_version_is_that_of_the_package() -> None:

@@ -93,6 +93,26 @@ def receipt(model: onnx.ModelProto, asked: str, information: str) -> Receipt:
     )
 
 
+def receipt_without_operators(information: str) -> Receipt:
+    """Return the receipt of an engine whose layers name no operator and which must be float32 throughout.
+
+    Raises `EngineError` where a layer computes with another floating type, or in TF32.
+    """
+    layers = inspected_layers(information)
+    whole = "network"
+    wanted = Asked(precision={whole: "fp32"}, part={whole: whole}, border={})
+    realised: Counter[str] = Counter()
+    for layer in layers:
+        if str(layer.get("LayerType")) not in MOVES_ONLY:
+            found = border_precisions(layer)
+            compare_layer(layer, [whole], found, wanted)
+            realised.update(found)
+    if not realised:
+        raise EngineError("the engine's inspector shows no floating type; its precision is not known")
+    part = PartPrecision(asked=("fp32",), realised=dict(realised))
+    return Receipt(asked="fp32", parts={whole: part}, layers=len(layers), operators=0, operators_seen=0)
+
+
 def part_precisions(wanted: Asked, realised: Mapping[str, Counter[str]]) -> dict[str, PartPrecision]:
     """Return asked and realised by part, in the order of the graph; a low precision must be seen."""
     asked_by_part: dict[str, set[str]] = {}

@@ -9,25 +9,26 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
 
 from sopdeploy.bundle import Bundle
-from sopdeploy.engines.binding import import_tensorrt, version_of
+from sopdeploy.engines.binding import import_tensorrt, make_logger, version_of
 from sopdeploy.engines.cache import NoEngine, cache_folder, look, records, store, write_whole
 from sopdeploy.engines.cuda import Cuda, Gpu, open_cuda
 from sopdeploy.engines.profiles import Profile, parse_profiles
-from sopdeploy.engines.record import EngineKey, EngineRecord, ProbeReplay
+from sopdeploy.engines.record import EngineKey, EngineRecord, Hazard, ProbeReplay, Receipt, Via
 from sopdeploy.engines.session import EngineSession
-from sopdeploy.errors import EngineError
+from sopdeploy.errors import ConfigError, EngineError
 from sopdeploy.frozen import Frozen
 from sopdeploy.probes import Probes, read_probes, replay
-from sopdeploy_export.engine_build import BuildRequest, Built, build
+from sopdeploy_export.engine_build import BuildRequest, Built, build, inspect
 from sopdeploy_export.engine_lint import lint, refuse_another_precision
 from sopdeploy_export.engine_progress import Tell
-from sopdeploy_export.engine_receipt import receipt
+from sopdeploy_export.engine_receipt import receipt, receipt_without_operators
+from sopdeploy_export.engine_torch import PROGRAM, build_by_torch, one_profile, refuse_without_program
 
 WORKSPACE_SHARE = 4  # a quarter of the GPU's memory may be workspace while it builds
 
@@ -40,6 +41,16 @@ class EngineOptions(Frozen):
     level: int = 3
     cache: Path | None = None  # None: beside the bundle
     rebuild: bool = False
+    via: Via = "onnx"
+
+
+def choose_via(text: str) -> Via:
+    """Return *text* as a way to a plan; raises `ConfigError` where it is none."""
+    for known in get_args(Via):
+        if text == known:
+            found: Via = known
+            return found
+    raise ConfigError(f"--via {text}: write onnx or torch-tensorrt")
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,7 @@ def make_key(
         precision=options.precision or bundle.manifest.precision,
         profiles=tuple(profiles),
         level=options.level,
+        via=options.via,
     )
 
 
@@ -90,13 +102,16 @@ def engine(bundle: Bundle, options: EngineOptions, tell: Tell = lambda _: None) 
     right engine can be built, `ParityError` where it gives other numbers than the bundle's probes.
     """
     profiles = parse_profiles(options.profiles, bundle.manifest.batch)
+    if options.via == "torch-tensorrt":
+        profiles = (one_profile(profiles, bundle.manifest.batch),)
+        refuse_without_program(bundle)
     machine = this_machine()
     key = make_key(bundle, options, profiles, str(machine.trt.__version__), machine.gpu)
     folder = cache_folder(bundle, options.cache)
     found = NoEngine("--rebuild was given") if options.rebuild else look(folder, key)
     if not isinstance(found, NoEngine):
         tell("replaying the probes on the engine in the cache")
-        replay_probes(machine, bundle, found.plan, profiles)
+        replay_probes(machine, bundle, found.plan, key)
         return Engine(path=folder / f"{key.name}.plan", record=found.record, reason=None)
     tell(f"building: {found.reason}")
     plan, record = build_checked(machine, bundle, key, folder, tell)
@@ -106,7 +121,44 @@ def engine(bundle: Bundle, options: EngineOptions, tell: Tell = lambda _: None) 
 def build_checked(
     machine: Machine, bundle: Bundle, key: EngineKey, folder: Path, tell: Tell
 ) -> tuple[bytes, EngineRecord]:
-    """Return a new plan for *key* and its record, after lint, receipt and probes."""
+    """Return a new plan for *key* and its record, after receipt and probes."""
+    begin = time.monotonic()
+    way = by_torch if key.via == "torch-tensorrt" else by_onnx
+    made = way(machine, bundle, key, folder, tell)
+    record = EngineRecord(
+        key=key,
+        plan_sha256=hashlib.sha256(made.plan).hexdigest(),
+        plan_bytes=len(made.plan),
+        parsed_onnx_sha256=made.graph_sha256,
+        build_seconds=round(time.monotonic() - begin, 3),
+        hazards=made.hazards,
+        receipt=made.receipt,
+        replays=replay_probes(machine, bundle, made.plan, key),
+    )
+    return made.plan, record
+
+
+@dataclass(frozen=True)
+class Made:
+    """A plan, the sha256 of what it was made of, what the lint rewrote, what the inspector showed."""
+
+    plan: bytes
+    graph_sha256: str
+    hazards: tuple[Hazard, ...]
+    receipt: Receipt
+
+
+def by_torch(machine: Machine, bundle: Bundle, key: EngineKey, _folder: Path, tell: Tell) -> Made:
+    """Return the plan that torch-tensorrt makes of the bundle's exported program."""
+    tell("torch-tensorrt is building, which tells no progress")
+    plan = build_by_torch(bundle, key, machine.gpu.memory // WORKSPACE_SHARE)
+    tell("comparing precision and numbers")
+    information = inspect(machine.trt, plan, make_logger(machine.trt))
+    return Made(plan, bundle.manifest.files[PROGRAM].sha256, (), receipt_without_operators(information))
+
+
+def by_onnx(machine: Machine, bundle: Bundle, key: EngineKey, folder: Path, tell: Tell) -> Made:
+    """Return the plan that TensorRT makes of the bundle's graph, after the lint."""
     model = onnx.load(bundle.onnx)
     version = version_of(machine.trt)
     refuse_another_precision(model, key.precision, version)
@@ -122,22 +174,11 @@ def build_checked(
         timing_cache=timings.read_bytes() if timings.is_file() else b"",
         last_build=last_build_seconds(folder),
     )
-    begin = time.monotonic()
     built = build(machine.trt, request, tell)
-    seconds = time.monotonic() - begin
     keep_timings(timings, built)
     tell("comparing precision and numbers")
-    record = EngineRecord(
-        key=key,
-        plan_sha256=hashlib.sha256(built.plan).hexdigest(),
-        plan_bytes=len(built.plan),
-        parsed_onnx_sha256=hashlib.sha256(graph).hexdigest(),
-        build_seconds=round(seconds, 3),
-        hazards=hazards,
-        receipt=receipt(safe, key.precision, built.information),
-        replays=replay_probes(machine, bundle, built.plan, key.profiles),
-    )
-    return built.plan, record
+    found = receipt(safe, key.precision, built.information)
+    return Made(built.plan, hashlib.sha256(graph).hexdigest(), hazards, found)
 
 
 def timing_cache_name(machine: Machine) -> str:
@@ -157,9 +198,7 @@ def last_build_seconds(folder: Path) -> float | None:
     return max((record.build_seconds for record in records(folder)), default=None)
 
 
-def replay_probes(
-    machine: Machine, bundle: Bundle, plan: bytes, profiles: Sequence[Profile]
-) -> tuple[ProbeReplay, ...]:
+def replay_probes(machine: Machine, bundle: Bundle, plan: bytes, key: EngineKey) -> tuple[ProbeReplay, ...]:
     """Return the replays of the bundle's probes on the engine in *plan*, in batches of every profile.
 
     Raises `ParityError` where a number deviates by more than the bundle allows.
@@ -167,8 +206,8 @@ def replay_probes(
     probes = read_probes(bundle.probes)
     if not len(probes.images) or set(probes.expected) != {t.name for t in bundle.manifest.outputs}:
         raise EngineError(f"{bundle.probes}: does not probe every output; nothing would be proved")
-    sizes = sorted({size for profile in profiles for size in (profile.minimum, profile.maximum)})
-    with EngineSession(machine.trt, machine.cuda, plan, bundle.manifest, profiles) as session:
+    sizes = sorted({size for profile in key.profiles for size in (profile.minimum, profile.maximum)})
+    with EngineSession(machine.trt, machine.cuda, plan, bundle.manifest, key) as session:
         replays = {size: replay(fill(probes, size), session.run, batch=size) for size in sizes}
     return tuple(
         ProbeReplay(batch=size, images=r.images, deviation=r.deviation, tolerance=r.tolerance)

@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import onnx
 import onnx_ir as ir
@@ -22,6 +23,8 @@ INPUT = "images"
 PREFIX = "network."
 REFUSED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
 OPSET_OF_BFLOAT16 = 22  # the first whose convolutions may be bfloat16
+# What was converted, for as long as it lives: converting a ResNet-50 anew takes as long as measuring it.
+INSIDE: WeakKeyDictionary[ExportedProgram, tuple[int, ExportedProgram]] = WeakKeyDictionary()
 LARGEST_FILE = 2**31 - 1  # protobuf's limit; beyond it weights would need a second file
 
 
@@ -39,6 +42,16 @@ def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) 
     proto: onnx.ModelProto = ir.to_proto(model)
     check(proto, opset)
     return proto
+
+
+def named_inside(
+    program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET
+) -> ExportedProgram | None:
+    """Return *program* as the converter names its values; from the last conversion where there was one."""
+    known = INSIDE.get(program)
+    if known is not None and known[0] == opset:
+        return known[1]
+    return convert(program, outputs, opset).exported_program
 
 
 def convert(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) -> torch.onnx.ONNXProgram:
@@ -60,6 +73,8 @@ def convert(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET
             raise LoweringError(f"no ONNX form: {type(problem).__name__}: {first_line(problem)}") from problem
     if lowered is None:
         raise LoweringError("no ONNX form: the converter gave nothing")
+    if lowered.exported_program is not None:
+        INSIDE[program] = (opset, lowered.exported_program)
     return lowered
 
 

@@ -14,7 +14,7 @@ from sopdeploy.frozen import Frozen
 from sopdeploy.manifest import BatchRange, Lineage, to_json
 from sopdeploy.models.base import Classifier
 from sopdeploy.probes import write_probes
-from sopdeploy_export import model_card, report_page
+from sopdeploy_export import model_card, report_page, torch_program
 from sopdeploy_export.anatomy import anatomy
 from sopdeploy_export.capture import Deployed
 from sopdeploy_export.certificate import Certificate, Proof, certify, with_onnx_root
@@ -50,6 +50,7 @@ class ExportOptions(Frozen):
     lowering: bool = True
     autotune: bool = False
     measure_speed: bool = False
+    pt2: bool = False
 
 
 def export(
@@ -85,7 +86,9 @@ def export(
 
     step("lowering to ONNX")
     model, certificate = lower_with_proof(proof, trained.outputs)
-    lowered = lowered_for(Certified(lean, proof.lean.any_batch, model), images, checkpoint, options)
+    program = proof.lean.any_batch
+    del trained, proof  # three networks and six graphs of them, proved: a large one needs the memory
+    lowered = lowered_for(Certified(lean, program, model), images, checkpoint, options)
     shipping = in_precision(lean, lowered, checkpoint, options, step)
 
     with bundle.staging(destination) as folder:
@@ -107,6 +110,12 @@ def export(
         if options.measure_speed:
             step("timing it against the plain backbone")
             speed = measure_speed(folder / "model.onnx", model, images, options.batch)
+
+        if options.pt2:
+            step("writing and proving network.pt2")
+            content = torch_program.torch_program(program, certificate)
+            torch_program.refuse_other_numbers(content, expected, parity, images, options.batch.maximum)
+            (folder / torch_program.FILE).write_bytes(content)
 
         step("writing the bundle")
         write_reports(folder, checkpoint, certificate, parity, precision)
@@ -200,7 +209,7 @@ def compared(
         locate=locate,
     )
     records = spectral_records(shipping.spectral, torch.from_numpy(images))
-    steady = images if expected.routing is None else images[expected.routing.steady]
+    steady = images[parity.counted]
     parts = () if precision == "int8" else part_drifts(path, shipping.program, lean.outputs, steady)
     parity = with_spectral(parity, records, allow_drift=options.allow_drift)
     return expected, parity.model_copy(update={"parts": parts})

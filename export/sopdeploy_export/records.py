@@ -36,7 +36,7 @@ def write_reports(
 
 
 def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityReport) -> Probes:
-    """Return the probes of the bundle: images whose route is certain.
+    """Return the probes of the bundle: the images whose numbers were compared.
 
     An allowed drift widens the bound that replays must keep.
     """
@@ -45,7 +45,7 @@ def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityRepo
         for name, output in parity.outputs.items():
             observed = max(output.largest_drift, output.alone_or_in_batch)
             tolerance[name] = max(output.tolerance, 2 * observed)
-    kept = slice(None) if expected.routing is None else expected.routing.steady
+    kept = parity.counted
     return Probes(
         images=images[kept],
         expected={name: values[kept].astype(np.float32) for name, values in expected.outputs.items()},

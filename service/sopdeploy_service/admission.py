@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -10,7 +11,7 @@ from starlette.types import Receive
 
 from sopdeploy_service.gate import require
 from sopdeploy_service.model import Model
-from sopdeploy_service.outcome import CLIENT_GONE, Refusal
+from sopdeploy_service.outcome import CLIENT_GONE, DEADLINE, Refusal
 from sopdeploy_service.problems import RefusedError
 from sopdeploy_service.service import Service
 from sopdeploy_service.tally import rate_refusal
@@ -42,6 +43,22 @@ def admit(request: Request, name: str | None = None, version: str | None = None)
     return model, deadline
 
 
+@asynccontextmanager
+async def taking_apart(service: Service, model: Model, deadline: float) -> AsyncIterator[None]:
+    """Hold what finds the images of a request that has arrived to its *deadline*, and count it as one image.
+
+    So what waits for a parser, or for the host of a URL, is bounded like all that waits. Raises
+    `RefusedError`.
+    """
+    unless_refused(service.overload(model))
+    try:
+        with service.held():
+            async with asyncio.timeout(deadline - time.monotonic()):
+                yield
+    except TimeoutError as problem:
+        raise RefusedError(DEADLINE) from problem
+
+
 def seconds_allowed(request: Request, longest: float) -> float:
     """Return for how long *request* may take: what its header says, but never more than *longest*."""
     given = request.headers.get(TIMEOUT_HEADER)
@@ -60,20 +77,35 @@ def unless_refused(value: Value | Refusal) -> Value:
 
 
 async def unless_gone(work: Coroutine[Any, Any, Value], receive: Receive) -> Value:
-    """Return what *work* returns; cancel it and raise `RefusedError` when the client leaves before."""
-    task = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(left(receive))
+    """Return what *work* returns; cancel it and raise `RefusedError` when the client leaves before.
+
+    The work stays in the task of the request; a task of its own would cost more than what it waits for.
+    """
+    leaving = Leaving(receive)
     try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise RefusedError(CLIENT_GONE)
+        return await work
+    except asyncio.CancelledError:
+        if not leaving.noticed:
+            raise
+        leaving.task.uncancel()
+        raise RefusedError(CLIENT_GONE) from None
     finally:
-        leaving.cancel()
-        task.cancel()
+        leaving.watch.cancel()
 
 
-async def left(receive: Receive) -> None:
-    """Return when the client has closed its connection; its body must have been read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class Leaving:
+    """Cancels the task that makes it when the client has hung up; the request's body must have been read."""
+
+    def __init__(self, receive: Receive) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("only a task can be cancelled")
+        self.noticed = False
+        self.task = task
+        self.watch = asyncio.ensure_future(self._watch(receive))
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.noticed = True
+        self.task.cancel()

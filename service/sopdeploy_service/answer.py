@@ -1,11 +1,14 @@
-"""From logits to the answer: the one truth for the HTTP server and for `sopdeploy predict`."""
+"""From logits to the answer: the one truth for the HTTP server and for `sopdeploy predict`.
+
+Plain dictionaries of the shape that `schema` describes: to build and check models of it would cost CPU at
+every request and find nothing.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from sopdeploy_service.schema import Classes, ClassProbability, Expert
 
 
 def answer(
@@ -15,28 +18,43 @@ def answer(
     *,
     warnings: tuple[str, ...] = (),
     gates: NDArray[np.float32] | None = None,
-) -> Classes:
-    """Return the *top_k* most probable classes of *logits* (C,), best first.
+) -> dict[str, Any]:
+    """Return a `schema.Classes` as JSON has it: the *top_k* most probable of *logits* (C,), best first.
 
     Equal logits keep the order of *labels*; a *top_k* above C gives all C classes. *gates* (N,)
     are the weights of a gate's experts, where they belong into the answer.
     """
-    best = np.argsort(-logits, kind="stable")[:top_k]
-    probabilities = softmax(logits)[best]
-    return Classes(
-        classes=tuple(
-            ClassProbability(label=labels[place], probability=float(probability))
-            for place, probability in zip(best, probabilities, strict=True)
-        ),
-        warnings=warnings,
-        gates=None if gates is None else experts(gates),
-    )
+    places = best(logits, top_k)
+    probabilities = softmax(logits)[places].tolist()
+    found: dict[str, Any] = {
+        "classes": [
+            {"label": labels[place], "probability": probability}
+            for place, probability in zip(places.tolist(), probabilities, strict=True)
+        ],
+        "warnings": list(warnings),
+    }
+    return found if gates is None else {**found, "gates": experts(gates)}
 
 
-def experts(gates: NDArray[np.float32]) -> tuple[Expert, ...]:
+def best(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
+    """Return the places of the *count* largest of finite *values* (C,), best first, equal ones in order.
+
+    The rest is not sorted.
+    """
+    if count >= len(values):
+        return np.argsort(-values, kind="stable")
+    least = np.partition(values, -count)[-count]
+    places = np.flatnonzero(values >= least)  # more than *count* where several are equal to the least
+    return places[np.argsort(-values[places], kind="stable")[:count]]
+
+
+def experts(gates: NDArray[np.float32]) -> list[dict[str, Any]]:
     """Return the experts whose weight in *gates* (N,) is not 0, best first; equal ones in their order."""
-    best = np.argsort(-gates, kind="stable")
-    return tuple(Expert(expert=int(place), weight=float(gates[place])) for place in best if gates[place] != 0)
+    return [
+        {"expert": place, "weight": float(gates[place])}
+        for place in best(gates, len(gates)).tolist()
+        if gates[place] != 0
+    ]
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

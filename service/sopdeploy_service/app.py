@@ -56,7 +56,8 @@ def create_app(
     )
     app.state.service = service
     app.state.siblings = {}
-    for router in (routes.router, status.router, v2.router, pages.router):
+    app.router.routes.extend(routes.router.routes)  # included, every request would look for its route twice
+    for router in (status.router, v2.router, pages.router):
         app.include_router(router)
     problems.install(app)
     app.add_middleware(Intake, settings=settings, metrics=service.metrics)

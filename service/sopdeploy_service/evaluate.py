@@ -95,5 +95,10 @@ def answer(inference: Inference, path: Path, wish: Views, settings: Settings) ->
 
 def pixels(sent: Sent, settings: Settings, preprocess: Preprocess) -> NDArray[np.uint8]:
     """Return what the server would feed its network with."""
-    limits = {"max_bytes": settings.max_body_bytes, "max_pixels": settings.max_pixels}
-    return decode(sent, preprocess, **limits).pixels
+    return decode(
+        sent,
+        preprocess,
+        max_bytes=settings.max_body_bytes,
+        max_pixels=settings.max_pixels,
+        fast=settings.decode == "fast",
+    ).pixels

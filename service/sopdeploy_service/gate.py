@@ -17,7 +17,9 @@ from sopdeploy_service.problems import RefusedError, problem_response
 from sopdeploy_service.rate import Bucket
 from sopdeploy_service.tally import CURRENT
 
-OPEN = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})  # a probe has no key
+PROBES = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})  # a probe has no key
+PAGES = frozenset({"/", "/docs"})  # without them nobody could type a key in; they hold nothing of the models
+OPEN = PROBES | PAGES
 METRICS = "/metrics"
 CHALLENGE = 'Bearer realm="sopdeploy"'
 

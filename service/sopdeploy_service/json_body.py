@@ -24,7 +24,7 @@ class JsonBody:
     top_k: int | None
 
 
-def read_json(raw: bytes, *, max_bytes: int, max_images: int) -> JsonBody:
+def read_json(raw: bytes, max_bytes: int, max_images: int) -> JsonBody:
     """Return what the JSON document *raw* asks for; for a thread, not the event loop.
 
     Raises `RefusedError` where it is not of the form `{"image": ...}`, `{"images": [...]}` or `{"url": ...}`,

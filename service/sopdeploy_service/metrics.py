@@ -2,17 +2,22 @@
 
 import threading
 import time
+from collections import Counter as Counts
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from sopdeploy.bundle import Bundle
 from sopdeploy_service.runtime.base import Runtime
+from sopdeploy_service.schema import FastDecode
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 WINDOW_SECONDS = 10.0
+
+Labelled = TypeVar("Labelled", Counter, Histogram)
 
 
 class BusyMeter:
@@ -90,9 +95,21 @@ class Metrics:
         self._connections = self._gauge("connections", "Open connections")
         self._upload_bytes = self._gauge("upload_bytes", "Bytes of bodies not yet answered")
         self._loop_lag = self._gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
+        self._fast_drift = self._gauge(
+            "fast_decode_drift", "Of the logits, of their spread; measured at the start", "model"
+        )
+        self._fast_agreement = self._gauge(
+            "fast_decode_agreement",
+            "Share of pictures whose best class stays; measured at the start",
+            "model",
+        )
         self._info = self._gauge("bundle_info", "Always 1", "digest", "model", "precision", "engine")
 
         self._models: dict[str, ModelMetrics] = {}
+        self._loaded: Counts[tuple[str, ...]] = Counts()
+        self._children: dict[
+            tuple[object, ...], Any
+        ] = {}  # to find one anew takes longer than to count in it
 
     def of(self, model: str) -> ModelMetrics:
         """Return the numbers of *model*; the same whenever it is asked for."""
@@ -105,22 +122,31 @@ class Metrics:
 
     def serves(self, name: str, bundle: Bundle, runtime: Runtime) -> None:
         """Say that *bundle* is loaded under *name*, on *runtime*."""
-        manifest = bundle.manifest
-        self._info.labels(manifest.id, name, manifest.precision, runtime.name).set(1)
+        labels = (bundle.manifest.id, name, bundle.manifest.precision, runtime.name)
+        self._loaded[labels] += 1
+        self._info.labels(*labels).set(1)
+
+    def decodes_fast(self, name: str, found: FastDecode) -> None:
+        """Say by how much fast decoding moves the numbers of the model *name*."""
+        self._fast_drift.labels(name).set(found.drift)
+        self._fast_agreement.labels(name).set(found.agreement)
 
     def serves_no_more(self, name: str, bundle: Bundle, runtime: Runtime) -> None:
-        """Say that *bundle* is gone."""
-        manifest = bundle.manifest
-        self._info.remove(manifest.id, name, manifest.precision, runtime.name)
+        """Say that *bundle* is gone; it may have been loaded anew before its last request had its answer."""
+        labels = (bundle.manifest.id, name, bundle.manifest.precision, runtime.name)
+        self._loaded[labels] -= 1
+        if not self._loaded[labels]:
+            del self._loaded[labels]
+            self._info.remove(*labels)
 
     def request(self, route: str, code: int, seconds: float, model: str = "") -> None:
         """Count a request answered with the status *code*, by *model* where one was asked."""
-        self._requests.labels(route, str(code), model).inc()
-        self._request_seconds.labels(route).observe(seconds)
+        self._child(self._requests, route, str(code), model).inc()
+        self._child(self._request_seconds, route).observe(seconds)
 
     def stage(self, stage: str, seconds: float) -> None:
         """Count *seconds* spent in one of `receive`, `decode`, `queue`, `infer`."""
-        self._stage_seconds.labels(stage).observe(seconds)
+        self._child(self._stage_seconds, stage).observe(seconds)
 
     def decoders(self, threads: int) -> None:
         """Say how many *threads* decode."""
@@ -132,12 +158,12 @@ class Metrics:
 
     def batch(self, model: str, size: int, closed: str) -> None:
         """Count a batch of *size* images and why it was *closed*."""
-        self._batch_size.labels(model).observe(size)
-        self._closed.labels(model, closed).inc()
+        self._child(self._batch_size, model).observe(size)
+        self._child(self._closed, model, closed).inc()
 
     def rejected(self, reason: str) -> None:
         """Count a refusal; *reason* is its code."""
-        self._rejected.labels(reason).inc()
+        self._child(self._rejected, reason).inc()
 
     def cancelled(self) -> None:
         """Count a request whose client left before its answer."""
@@ -145,7 +171,7 @@ class Metrics:
 
     def nonfinite(self, model: str, images: int) -> None:
         """Count *images* for which *model* gave numbers that are not finite."""
-        self._nonfinite.labels(model).inc(images)
+        self._child(self._nonfinite, model).inc(images)
 
     def depth(self, images: int) -> None:
         """Say how many images are admitted and not yet answered."""
@@ -166,6 +192,14 @@ class Metrics:
     def render(self) -> bytes:
         """Return every metric in Prometheus' text form."""
         return generate_latest(self._registry)
+
+    def _child(self, metric: Labelled, *labels: str) -> Labelled:
+        """Return the child of *metric* with *labels*, which have few values."""
+        key = (metric, *labels)
+        found: Labelled | None = self._children.get(key)
+        if found is None:
+            found = self._children[key] = metric.labels(*labels)
+        return found
 
     def _counter(self, name: str, what: str, *labels: str) -> Counter:
         return Counter(f"sopdeploy_{name}", what, labels, registry=self._registry)

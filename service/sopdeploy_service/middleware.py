@@ -3,14 +3,15 @@
 Pure ASGI: Starlette's `BaseHTTPMiddleware` would hide from the routes that a client has left.
 """
 
+import itertools
 import logging
 import re
+import secrets
 import time
-import uuid
 from collections.abc import MutableMapping
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sopdeploy_service import access_log
@@ -19,6 +20,8 @@ from sopdeploy_service.service import Service
 from sopdeploy_service.tally import OpenTrace, Tally
 
 GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # anything else could forge lines of a log
+PROCESS = secrets.token_hex(8)  # of this process, drawn once: a draw for each request would be a system call
+NUMBERS = itertools.count()
 
 log = logging.getLogger("sopdeploy.http")
 
@@ -100,13 +103,14 @@ class Stamp:
         """Send *message* on."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            headers = MutableHeaders(scope=message)
-            headers["X-Request-ID"] = self._tally.request
+            headers = message["headers"]  # a list of this answer alone; no route sets one of these
+            headers.append((b"x-request-id", self._tally.request.encode("ascii")))
             model = self._state.get("model")
             if model is not None:
-                headers["X-Model-Digest"] = model.version
+                headers.append((b"x-model-digest", model.version.encode("ascii")))
             if self._tally.bucket is not None:
-                headers.update(self._tally.bucket.headers())
+                found = self._tally.bucket.headers().items()
+                headers.extend((name.lower().encode("ascii"), value.encode("ascii")) for name, value in found)
         await self._send(message)
 
 
@@ -116,6 +120,6 @@ def route_of(scope: Scope) -> str:
 
 
 def request_id(scope: Scope) -> str:
-    """Return the client's `X-Request-ID` where it is harmless, else a new one."""
+    """Return the client's `X-Request-ID` where it is harmless, else a new one of 32 hexadecimal digits."""
     given = Headers(scope=scope).get("x-request-id", "")
-    return given if GOOD_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if GOOD_ID.fullmatch(given) else f"{PROCESS}{next(NUMBERS):016x}"

@@ -72,9 +72,9 @@ def source(text: str) -> str:
 INDEX = assemble(
     "index.html",
     ["look.css", "index.css"],
-    ["dom.js", "markdown.js", "snippets.js", "answer.js", "about.js", "index.js"],
+    ["dom.js", "key.js", "markdown.js", "snippets.js", "answer.js", "about.js", "index.js"],
 )
-DOCS = assemble("docs.html", ["look.css", "docs.css"], ["dom.js", "markdown.js", "docs.js"])
+DOCS = assemble("docs.html", ["look.css", "docs.css"], ["dom.js", "key.js", "markdown.js", "docs.js"])
 
 
 @router.get("/")

@@ -10,7 +10,7 @@ from sopdeploy.frozen import Frozen
 from sopdeploy_service.answer import answer
 from sopdeploy_service.decode import Sent, decode
 from sopdeploy_service.outcome import NONFINITE, Refusal
-from sopdeploy_service.schema import ClassProbability, Problem
+from sopdeploy_service.schema import Classes, ClassProbability, Problem
 from sopdeploy_service.settings import Settings, load_settings
 from sopdeploy_service.verified import Inference, open_verified
 
@@ -48,6 +48,7 @@ def predict_one(inference: Inference, path: Path, settings: Settings) -> Predict
             manifest.preprocess,
             max_bytes=settings.max_body_bytes,
             max_pixels=settings.max_pixels,
+            fast=settings.decode == "fast",
         )
     except ImageError as problem:
         return Prediction(image=str(path), error=Problem.of(Refusal.of(problem)))
@@ -57,7 +58,7 @@ def predict_one(inference: Inference, path: Path, settings: Settings) -> Predict
     logits = outputs[manifest.outputs[0].name][0]
     return Prediction(
         image=str(path),
-        classes=answer(logits, inference.bundle.labels, settings.top_k).classes,
+        classes=Classes(**answer(logits, inference.bundle.labels, settings.top_k)).classes,
         warnings=decoded.warnings,
     )
 

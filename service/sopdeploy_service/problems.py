@@ -29,11 +29,11 @@ class RefusedError(Exception):
 
 
 def json_response(
-    body: BaseModel, *, status: int = 200, headers: Mapping[str, str] | None = None
+    body: BaseModel | dict[str, Any], *, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Return *body* as a JSON response; what is None is left out."""
+    """Return *body* as a JSON response; of a model what is None is left out."""
     return Response(
-        orjson.dumps(body.model_dump(exclude_none=True)),
+        orjson.dumps(body if isinstance(body, dict) else body.model_dump(exclude_none=True)),
         status_code=status,
         headers=headers,
         media_type="application/json",

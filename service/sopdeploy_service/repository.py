@@ -140,6 +140,8 @@ class Repository:
 
     def _model(self, name: str, inference: Inference) -> Model:
         self._metrics.serves(name, inference.bundle, inference.runtime)
+        if inference.fast_decode is not None:
+            self._metrics.decodes_fast(name, inference.fast_decode)
         return Model(name, inference, self._settings, self._metrics)
 
     def _take_over(self, name: str, model: Model) -> Model:

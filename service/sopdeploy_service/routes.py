@@ -1,21 +1,25 @@
 """`POST /v1/classify`: takes a request apart, calls the service and puts the answer together."""
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
 from sopdeploy_service.admission import admit, service_of, unless_gone, unless_refused
 from sopdeploy_service.answer import answer
+from sopdeploy_service.direct import direct, flag, number, word
 from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import Answered, Refusal
 from sopdeploy_service.problems import RefusedError, described, json_response
-from sopdeploy_service.schema import GATES, Classes, Failed, Problem, Results
+from sopdeploy_service.schema import GATES, Classes, Problem, Results
 from sopdeploy_service.service import Service
 from sopdeploy_service.timing import Stages
 from sopdeploy_service.upload import read_upload
 
-router = APIRouter()
+# The names and kinds of the parameters of `classify`.
+PLAIN = {"top_k": number, "model": word, "version": word, "gates": flag}
+
+router = APIRouter(route_class=direct(PLAIN))
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 FORM = {
@@ -74,33 +78,34 @@ async def classify(
     if gates and not has_gates(chosen):
         raise RefusedError(no_gates(chosen))
     stages = Stages()
-    upload = await read_upload(request, service.settings, deadline)
-    received = time.monotonic()
-    service.metrics.stage("receive", received - started)
-    stages.note("receive", received - started)
-    work = service.classify(chosen, upload.images, deadline, stages)
-    outcomes = unless_refused(await unless_gone(work, request.receive))
+    with chosen.in_use():  # from its admission on: while a slow body comes, the model may be replaced twice
+        upload = await read_upload(request, service, chosen, deadline)
+        received = time.monotonic()
+        service.metrics.stage("receive", received - started)
+        stages.note("receive", received - started)
+        work = service.classify(chosen, upload.images, deadline, stages)
+        outcomes = unless_refused(await unless_gone(work, request.receive))
     top_k = top_k or upload.top_k or service.settings.top_k
     headers = {"Server-Timing": stages.header()}
     if not upload.several:
         return json_response(answered(chosen, unless_refused(outcomes[0]), top_k, gates), headers=headers)
-    results = tuple(
+    results = [
         refused(service, outcome) if isinstance(outcome, Refusal) else answered(chosen, outcome, top_k, gates)
         for outcome in outcomes
-    )
-    return json_response(Results(results=results), headers=headers)
+    ]
+    return json_response({"results": results}, headers=headers)
 
 
-def answered(model: Model, outcome: Answered, top_k: int, gates: bool) -> Classes:
+def answered(model: Model, outcome: Answered, top_k: int, gates: bool) -> dict[str, Any]:
     """Return the answer to one image, with the experts of its gate where *gates* were asked for."""
     weights = outcome.outputs[GATES] if gates else None
     return answer(outcome.logits, model.labels, top_k, warnings=outcome.warnings, gates=weights)
 
 
-def refused(service: Service, refusal: Refusal) -> Failed:
+def refused(service: Service, refusal: Refusal) -> dict[str, Any]:
     """Return the place of a bad image among the results of several."""
     service.metrics.rejected(refusal.code)
-    return Failed(error=Problem.of(refusal))
+    return {"error": Problem.of(refusal).model_dump()}
 
 
 def has_gates(model: Model) -> bool:

@@ -9,9 +9,10 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,11 +37,14 @@ from sopdeploy_service.repository import Repository
 from sopdeploy_service.schema import State
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.shelf import Shelf
+from sopdeploy_service.slots import Slots
 from sopdeploy_service.tally import charge
 from sopdeploy_service.timing import Stages
 from sopdeploy_service.verified import Inference
 
 LONGEST_RETRY_SECONDS = 60
+
+Value = TypeVar("Value")
 
 log = logging.getLogger("sopdeploy.service")
 
@@ -64,6 +68,8 @@ class Service:
         self.repository = Repository(inferences, settings, self.metrics, shelf)
         keep_memory(settings.decoders)
         self._decoders = ThreadPoolExecutor(settings.decoders, thread_name_prefix="decoder")
+        self._parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
+        self.fetches = Slots(settings.url_fetches)
         self._decode_bytes = faults.over_decoder(decode)
         self.metrics.decoders(settings.decoders)
         self._admitted = 0
@@ -95,7 +101,8 @@ class Service:
     async def stop(self) -> None:
         """End the threads."""
         self.abandon()
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._decoders, self._parsers):
+            pool.shutdown(wait=False, cancel_futures=True)
         await self.repository.stop()
 
     def refusal(self, model: Model, deadline: float) -> Refusal | None:
@@ -109,6 +116,23 @@ class Service:
         if self._admitted and time.monotonic() + model.seconds(self._admitted + 1) > deadline:
             return full or TOO_LATE
         return full
+
+    def overload(self, model: Model) -> Refusal | None:
+        """Return why not even one image more can be admitted now, or None."""
+        return self._overload(model, 1)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Count a request as one admitted image while nobody knows yet how many it has."""
+        self._count(1)
+        try:
+            yield
+        finally:
+            self._count(-1)
+
+    async def parse(self, read: Callable[..., Value], *given: object) -> Value:
+        """Return what *read* returns for *given*, from one of few threads: it holds the interpreter."""
+        return await asyncio.get_running_loop().run_in_executor(self._parsers, read, *given)
 
     async def classify(
         self, model: Model, images: Sequence[Sent], deadline: float, stages: Stages
@@ -181,6 +205,7 @@ class Service:
                 model.bundle.manifest.preprocess,
                 max_bytes=self.settings.max_body_bytes,
                 max_pixels=self.settings.max_pixels,
+                fast=self.settings.decode == "fast",
             )
         finally:
             self.metrics.decoded(time.monotonic() - started)

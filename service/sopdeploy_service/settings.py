@@ -25,7 +25,8 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.frozen import first_problem
 
 Count = Annotated[int, pydantic.Field(ge=1)]
-RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
+RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt"]
+DecodeWay = Literal["exact", "fast"]
 Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]
 LogForm = Literal["json", "console"]
@@ -73,16 +74,21 @@ class Settings(BaseSettings):
     url_hosts: Hosts = ()  # `host` or `host:port` to fetch images from; none: URLs are refused
     url_plain_http: bool = False  # fetch from http:// too
     url_seconds: Seconds = 5.0  # from the name of the host to the last byte
+    url_fetches: Count = 16  # at once; one more gets 429
 
     queue_size: Count = 256  # images admitted and not yet answered; one more gets 429
     deadline_seconds: Seconds = 30.0  # from the first byte of a request to its answer
     drain_seconds: Seconds = 20.0  # what SIGTERM leaves for the requests already admitted
 
     decoders: Count = 2  # threads that turn bytes into pixels
+    decode: DecodeWay = "exact"  # fast: large JPEGs at a fraction of their size, where the bundle bears it
+    fast_decode_samples: Path | None = None  # a folder of JPEGs to check that on too
+    parsers: Count = 2  # threads that read JSON
     devices: Devices = ()  # one process for each, GPUs by number or `cpu`; none: this process alone
     verify_key: Path | None = None  # serve only bundles signed by this public key; see `sopdeploy sign`
     runtime: RuntimeName = "auto"  # auto: the first that was set up here
     engine_cache: Path | None = None  # of TensorRT; not set: beside the bundle
+    cuda_graphs: bool = False  # TensorRT: a profile of one batch size, such as 1, starts by a single call
     threads: Count | None = None  # of the engine; not set: one per core
     max_batch: Count | None = None  # not set: 4 on a CPU, else what the bundle was verified for
     max_queue_delay_ms: Delay = 0.0  # how long an idle engine waits for more images
@@ -115,6 +121,12 @@ class Settings(BaseSettings):
             raise ValueError("model_control is for one process; with devices, start the server anew instead")
         if self.devices and self.health_port is not None:
             raise ValueError("health_port is for one process; with devices, ask the port of the server")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _samples_are_for_the_fast_way(self) -> "Settings":
+        if self.fast_decode_samples is not None and self.decode == "exact":
+            raise ValueError("fast_decode_samples is for decode=fast; decode=exact needs no check")
         return self
 
     @pydantic.model_validator(mode="after")

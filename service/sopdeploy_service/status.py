@@ -91,6 +91,7 @@ def model_info(model: Model) -> ModelInfo:
         device=runtime.device,
         largest_batch=model.largest_batch,
         versions=manifest.versions,
+        fast_decode=model.inference.fast_decode,
     )
 
 

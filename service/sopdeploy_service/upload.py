@@ -9,16 +9,20 @@ from dataclasses import dataclass
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
+from sopdeploy_service.admission import taking_apart
 from sopdeploy_service.decode import Sent, begins_like_an_image, too_large
 from sopdeploy_service.fetch import fetch
 from sopdeploy_service.form import ImageForm
 from sopdeploy_service.json_body import read_json
+from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import CLIENT_GONE, Refusal
 from sopdeploy_service.problems import RefusedError
+from sopdeploy_service.service import Service
 from sopdeploy_service.settings import Settings
 
 SLOW_BODY = Refusal("slow_body", 408, "the body did not arrive before the deadline")
 ENCODED = Refusal("unsupported_encoding", 415, "send the image as it is, without a Content-Encoding")
+FETCHES_FULL = Refusal("fetches_full", 429, "too many URLs are being fetched; send it later", 1)
 NOT_A_FORM = Refusal("unsupported_multipart", 415, "send the image alone, or as multipart/form-data")
 
 
@@ -34,13 +38,23 @@ class Upload:
     top_k: int | None = None
 
 
-async def read_upload(request: Request, settings: Settings, deadline: float) -> Upload:
-    """Read the body until *deadline* (`time.monotonic`) and return its images.
+async def read_upload(request: Request, service: Service, model: Model, deadline: float) -> Upload:
+    """Read the body until *deadline* (`time.monotonic`) and return its images, which *model* is to classify.
 
     Raises `RefusedError` for whatever is wrong with the body as a whole; an image in it may still be bad.
     """
+    content_type = request.headers.get("content-type", "")
+    kind = content_type.partition(";")[0].strip().lower()
+    settings = service.settings
+    if kind != "application/json":
+        async with receiving(request, deadline):
+            return await read_body(request, settings, kind, content_type)
     async with receiving(request, deadline):
-        return await read_body(request, settings)
+        raw = await whole(request, min(settings.max_body_bytes, settings.max_json_bytes))
+    if begins_like_an_image(raw):
+        return Upload([Sent(raw, content_type)], several=False)
+    async with taking_apart(service, model, deadline):
+        return await read_json_upload(raw, service)
 
 
 @asynccontextmanager
@@ -57,12 +71,8 @@ async def receiving(request: Request, deadline: float) -> AsyncIterator[None]:
         raise RefusedError(CLIENT_GONE) from problem
 
 
-async def read_body(request: Request, settings: Settings) -> Upload:
-    """Read a body that is one image, a form that holds one or several, or JSON."""
-    content_type = request.headers.get("content-type", "")
-    kind = content_type.partition(";")[0].strip().lower()
-    if kind == "application/json":
-        return await read_json_upload(request, settings, content_type)
+async def read_body(request: Request, settings: Settings, kind: str, content_type: str) -> Upload:
+    """Read a body that is one image, or a form that holds one or several."""
     if not kind.startswith("multipart/"):
         return Upload([Sent(await whole(request, settings.max_body_bytes), content_type)], several=False)
     if kind != "multipart/form-data":
@@ -74,15 +84,18 @@ async def read_body(request: Request, settings: Settings) -> Upload:
     return Upload(images, several=len(images) > 1)
 
 
-async def read_json_upload(request: Request, settings: Settings, content_type: str) -> Upload:
-    """Read a JSON body: images as base64, or the URL of one; what begins like an image is one."""
+async def read_json_upload(raw: bytes, service: Service) -> Upload:
+    """Return what the JSON in *raw* holds: images as base64, or the URL of one, which is fetched."""
+    settings = service.settings
     limit = min(settings.max_body_bytes, settings.max_json_bytes)
-    raw = await whole(request, limit)
-    if begins_like_an_image(raw):
-        return Upload([Sent(raw, content_type)], several=False)
-    body = await asyncio.to_thread(read_json, raw, max_bytes=limit, max_images=settings.max_images)
-    images = body.images if body.url is None else [await fetch(body.url, settings)]
-    return Upload([Sent(image) for image in images], several=body.several, top_k=body.top_k)
+    body = await service.parse(read_json, raw, limit, settings.max_images)
+    if body.url is None:
+        return Upload([Sent(image) for image in body.images], several=body.several, top_k=body.top_k)
+    if service.fetches.full:
+        raise RefusedError(FETCHES_FULL)
+    with service.fetches.one():
+        image = await fetch(body.url, settings)
+    return Upload([Sent(image)], several=body.several, top_k=body.top_k)
 
 
 async def whole(request: Request, limit: int) -> bytes:

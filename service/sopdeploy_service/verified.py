@@ -18,8 +18,10 @@ from sopdeploy.errors import BundleError, RuntimeUnavailableError
 from sopdeploy.manifest import Manifest
 from sopdeploy.probes import Probes, Replay, Run, read_probes, replay
 from sopdeploy.travel.signed import check_signed, signature_path
+from sopdeploy_service.fast_decode import checked
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.choose import choose
+from sopdeploy_service.schema import FastDecode
 from sopdeploy_service.settings import Settings
 
 FEW = 3  # probes that are replayed one by one at a start; all of them are replayed in batches
@@ -30,13 +32,15 @@ LARGEST_ON_CPU = 4  # more gains nothing on a CPU and makes the first image of a
 class Inference:
     """A bundle, a runtime for it, its replays by batch size, and (images, seconds) of each run.
 
-    *seconds* says how long each step of opening it took.
+    *fast_decode* says what that way of decoding changes, None where decoding is exact; *seconds* how long
+    each step of opening it took.
     """
 
     bundle: Bundle
     runtime: Runtime
     replays: dict[int, Replay]
     timings: tuple[tuple[int, float], ...] = ()
+    fast_decode: FastDecode | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -46,7 +50,8 @@ def open_verified(path: Path, settings: Settings, *, thorough: bool = False) -> 
     Every probe runs in a batch of the largest size; one by one only `FEW` do, all of them where *thorough*,
     because a server that starts on a CPU waits for little else.
 
-    Raises `BundleError`, `RuntimeUnavailableError` or `ParityError`; `ConfigError` for a key that is none.
+    Raises `BundleError`, `RuntimeUnavailableError` or `ParityError`, `ConfigError` for a key that is none, and what
+    `fast_decode.checked` does.
     """
     moments = [time.monotonic()]
     bundle = open_bundle(path)
@@ -64,13 +69,17 @@ def open_verified(path: Path, settings: Settings, *, thorough: bool = False) -> 
     timed = Timed(runtime)
     replays = replay_all(bundle, timed, largest_batch(runtime, settings), thorough=thorough)
     moments.append(time.monotonic())
+    drift = checked(bundle, runtime, settings)
+    moments.append(time.monotonic())
+    steps = ("hashes", "session", "probes", "fast_decode")[: 3 if drift is None else 4]
     spent = (after - before for before, after in pairwise(moments))
     return Inference(
         bundle=bundle,
         runtime=runtime,
         replays=replays,
         timings=tuple(timed.timings),
-        seconds=dict(zip(("hashes", "session", "probes"), spent, strict=True)),
+        fast_decode=drift,
+        seconds=dict(zip(steps, spent, strict=False)),
     )
 
 

@@ -14,12 +14,14 @@ from sopdeploy.cli import (
     demo,
     doctoring,
     engines,
+    environment,
     exporting,
     health,
     importing,
     keying,
     measuring,
     serving,
+    start,
     training,
     travelling,
 )
@@ -27,7 +29,6 @@ from sopdeploy.cli import (
 app = typer.Typer(
     name="sopdeploy",
     help="Train with second-order pooling, deploy a first-order network, and prove nothing was lost.",
-    no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -55,6 +56,7 @@ app.command("key", rich_help_panel="Serve")(keying.key)
 app.command("bench", rich_help_panel="Serve")(benching.bench)
 app.command("doctor", rich_help_panel="Serve")(doctoring.doctor)
 app.command("demo", rich_help_panel="Learn")(demo.demo)
+app.command("env", rich_help_panel="Learn")(environment.env)
 
 
 def show_version(wanted: bool) -> None:
@@ -64,17 +66,20 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     _version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Train with second-order pooling, deploy a first-order network, and prove nothing was lost."""
+    if context.invoked_subcommand is None:
+        start.show_map()
 
 
 def main() -> None:
     """Run the command line."""
     # On shared cores, OpenMP threads that spin while they wait stop each other; must be set before torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app()
+    app(prog_name="sopdeploy")

@@ -34,6 +34,10 @@ def engine(
         Path | None, typer.Option(help="Folder for engines. [dim]default engines/ beside the bundle[/dim]")
     ] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Build even where the cache has it.")] = False,
+    via: Annotated[
+        str,
+        typer.Option(help="Way to the plan: onnx, or torch-tensorrt from a bundle exported with --pt2."),
+    ] = "onnx",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Lint, profiles, memory and key; needs no GPU.")
     ] = False,
@@ -47,11 +51,16 @@ def engine(
         needs_onnx()
         from sopdeploy.bundle import open_bundle
         from sopdeploy_export.engine_plan import plan_engine
-        from sopdeploy_export.engine_tensorrt import EngineOptions
+        from sopdeploy_export.engine_tensorrt import EngineOptions, choose_via
         from sopdeploy_export.engine_tensorrt import engine as build
 
         options = EngineOptions(
-            precision=precision, profiles=profiles, level=level, cache=cache, rebuild=rebuild
+            precision=precision,
+            profiles=profiles,
+            level=level,
+            cache=cache,
+            rebuild=rebuild,
+            via=choose_via(via),
         )
         opened = open_bundle(bundle)
         if dry_run:

@@ -64,6 +64,10 @@ def export(
             help="Time it against the plain backbone here; report.html is then another at each export.",
         ),
     ] = False,
+    pt2: Annotated[
+        bool,
+        typer.Option("--pt2", help="Put the certified program of torch.export into the bundle, too."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Turn a checkpoint into a bundle: detach, prove, lower to ONNX, compare, write.
@@ -98,6 +102,7 @@ def export(
             autotune=autotune,
             precision=chosen,
             measure_speed=measure_speed,
+            pt2=pt2,
         )
         exported = run(checkpoint, destination, options, step)
     if as_json:

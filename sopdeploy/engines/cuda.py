@@ -5,6 +5,8 @@ The driver must be asked first: TensorRT 8.6 ends the process where there is non
 
 import ctypes
 import importlib
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,7 @@ class Cuda:
         self._runtime = runtime
         self._to_device = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._to_host = runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._thread_local = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Return what the CUDA function *name* gives beside its status.
@@ -80,6 +83,32 @@ class Cuda:
     def wait(self, stream: Any) -> None:
         """Wait until everything on *stream* is done."""
         self.call("cudaStreamSynchronize", stream)
+
+    def captured(self, work: Callable[[], None], stream: Any) -> Any:
+        """Return the graph of what *work* puts on *stream*: later one call starts it; now nothing runs.
+
+        Raises `RuntimeUnavailableError` where CUDA cannot make a graph of it, and what *work* raises.
+        """
+        self.call("cudaStreamBeginCapture", stream, self._thread_local)
+        try:
+            work()
+        except BaseException:
+            with suppress(RuntimeUnavailableError):  # a broken capture must end all the same
+                self.call("cudaStreamEndCapture", stream)
+            raise
+        graph = self.call("cudaStreamEndCapture", stream)
+        try:
+            return self.call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self.call("cudaGraphDestroy", graph)
+
+    def launch(self, graph: Any, stream: Any) -> None:
+        """Begin everything in *graph*."""
+        self.call("cudaGraphLaunch", graph, stream)
+
+    def forget(self, graph: Any) -> None:
+        """Give back a graph."""
+        self.call("cudaGraphExecDestroy", graph)
 
     def free(self, addresses: list[int], arrays: list[NDArray[Any]], stream: Any) -> None:
         """Give back device memory, pinned arrays and a stream."""

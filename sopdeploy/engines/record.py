@@ -15,6 +15,7 @@ from sopdeploy.frozen import Frozen
 from sopdeploy.manifest import Sha256, to_json
 
 NAME_LENGTH = 16
+Via = Literal["onnx", "torch-tensorrt"]
 
 FIELD_NAMES = {
     "bundle": "bundle",
@@ -25,6 +26,7 @@ FIELD_NAMES = {
     "precision": "precision",
     "profiles": "profiles",
     "level": "optimisation level",
+    "via": "way to the plan:",
     "builder": "version of the engine builder",
 }
 
@@ -40,7 +42,14 @@ class EngineKey(Frozen):
     precision: str
     profiles: Annotated[tuple[Profile, ...], pydantic.Field(min_length=1)]
     level: Annotated[int, pydantic.Field(ge=0, le=5)] = 3
+    via: Via = "onnx"
     builder: Literal[1] = 1  # raised where the lint or the builder's flags change what a plan computes
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_the_usual_way(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `via` out where it is ONNX, so that such an engine keeps the name it always had."""
+        fields: dict[str, Any] = dump(self)
+        return {name: value for name, value in fields.items() if (name, value) != ("via", "onnx")}
 
     @property
     def name(self) -> str:
@@ -111,7 +120,7 @@ class EngineRecord(Frozen):
     key: EngineKey
     plan_sha256: Sha256
     plan_bytes: Annotated[int, pydantic.Field(ge=1)]
-    parsed_onnx_sha256: Sha256  # of the graph after the lint
+    parsed_onnx_sha256: Sha256  # of the graph after the lint; by torch-tensorrt of network.pt2
     build_seconds: Annotated[float, pydantic.Field(ge=0)]
     hazards: tuple[Hazard, ...]
     receipt: Receipt

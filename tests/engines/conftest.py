@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ def install(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda) -> Install:
     def put(version: str = "10.16", *sabotage: str) -> FakeTensorRT:
         fake = FakeTensorRT(version)
         fake._sabotage.update(sabotage)
+        fake.__spec__ = ModuleSpec("tensorrt", None)  # torch asks for it
         monkeypatch.setitem(sys.modules, "tensorrt", fake)
         return fake
 

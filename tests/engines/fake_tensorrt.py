@@ -7,6 +7,7 @@ ReduceMean, an untyped network is built in fp32 whatever its graph says, TF32 is
 
 import ctypes
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -418,6 +419,10 @@ class Context(Part):
     def execute_async_v3(self, stream: int) -> bool:
         if "fails" in self._trt._sabotage:
             return False
+        sys.modules["cuda.bindings.runtime"].put(self._compute)  # type: ignore[attr-defined]
+        return True
+
+    def _compute(self) -> None:
         session = self._engine._session
         size = int(np.prod(self._shape))
         source = session.get_inputs()[0].name
@@ -426,7 +431,6 @@ class Context(Part):
         for output, values in zip(session.get_outputs(), session.run(None, {source: images}), strict=True):
             content = np.ascontiguousarray(values).tobytes()
             ctypes.memmove(self._addresses[output.name], content, len(content))
-        return True
 
 
 class Runtime(Part):

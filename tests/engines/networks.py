@@ -78,6 +78,7 @@ def write(
     *,
     wrong_by: float = 0.0,
     probes: int = 3,
+    program: bytes | None = None,
     **fields: Any,
 ) -> Bundle:
     """Write and open a bundle of *model*; its probes want numbers that are *wrong_by* so much."""
@@ -94,6 +95,8 @@ def write(
             expected={"logits": logits},
             tolerance={"logits": 1e-5 * float(abs(logits).max()) if exact(model) else 0.1},
         )
+        if program is not None:
+            (stage / "network.pt2").write_bytes(program)
         write_probes(stage / "probes.npz", kept)
         values: dict[str, Any] = {
             "model": "tiny",

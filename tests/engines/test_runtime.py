@@ -1,6 +1,7 @@
 """The server on an engine: only a checked one, and never the CPU without a word."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -12,24 +13,24 @@ from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy_export.engine_tensorrt import EngineOptions, engine
 from sopdeploy_service.runtime import with_onnxruntime
 from sopdeploy_service.runtime.choose import choose
-from sopdeploy_service.runtime.with_onnxruntime import CPU, CUDA
+from sopdeploy_service.runtime.with_onnxruntime import CPU, CUDA, TENSORRT
 from sopdeploy_service.runtime.with_tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings, load_settings
 from sopdeploy_service.verified import open_verified
 from tests.engines.fake_cuda import FakeCuda
 from tests.engines.fake_tensorrt import FakeTensorRT
-from tests.engines.networks import answers, network, some_images
+from tests.engines.networks import answers, network, some_images, write
 
 Install = Callable[..., FakeTensorRT]
 OPTIONS = EngineOptions(profiles="1,4,16")
-TENSORRT = Settings(runtime="tensorrt")
+ON_ENGINE = Settings(runtime="tensorrt")
 
 
 def test_the_server_runs_every_batch_on_the_engine_of_every_release(
     trt: FakeTensorRT, bundle: Bundle
 ) -> None:
     engine(bundle, OPTIONS)
-    runtime = TensorRTRuntime(bundle, TENSORRT)
+    runtime = TensorRTRuntime(bundle, ON_ENGINE)
     assert (runtime.name, runtime.device, runtime.largest_batch) == (
         f"tensorrt {trt.__version__}",
         "cuda:0",
@@ -45,7 +46,7 @@ def test_the_server_runs_every_batch_on_the_engine_of_every_release(
 def test_the_answers_of_one_batch_stay_when_the_next_is_run(install: Install, bundle: Bundle) -> None:
     install()
     engine(bundle, OPTIONS)
-    runtime = TensorRTRuntime(bundle, TENSORRT)
+    runtime = TensorRTRuntime(bundle, ON_ENGINE)
     images = some_images(2)
     first = runtime.run(images[:1])["logits"]
     before = first.copy()
@@ -64,7 +65,7 @@ def test_a_server_is_ready_after_the_probes_ran_on_the_engine(install: Install, 
 def test_without_an_engine_the_error_says_how_to_get_one(install: Install, bundle: Bundle) -> None:
     install()
     with pytest.raises(RuntimeUnavailableError, match=r"no engine of this bundle.*; run: sopdeploy engine"):
-        choose(bundle, TENSORRT)
+        choose(bundle, ON_ENGINE)
 
 
 def test_the_engine_of_another_tensorrt_is_not_loaded(install: Install, bundle: Bundle) -> None:
@@ -74,14 +75,14 @@ def test_the_engine_of_another_tensorrt_is_not_loaded(install: Install, bundle: 
     with pytest.raises(
         RuntimeUnavailableError, match=r"TensorRT 10\.16\.0, not 11\.1\.0; run: sopdeploy engine"
     ):
-        choose(bundle, TENSORRT)
+        choose(bundle, ON_ENGINE)
 
 
 def test_a_replaced_plan_is_not_loaded(install: Install, bundle: Bundle) -> None:
     install()
     engine(bundle, OPTIONS).path.write_bytes(b"native code of a stranger")
     with pytest.raises(RuntimeUnavailableError, match="has not the sha256 of its record"):
-        choose(bundle, TENSORRT)
+        choose(bundle, ON_ENGINE)
 
 
 def test_auto_takes_the_engine_that_somebody_built(install: Install, bundle: Bundle) -> None:
@@ -107,14 +108,14 @@ def test_auto_does_not_fall_back_to_the_cpu_when_the_gpu_is_gone(
 def test_a_batch_that_tensorrt_cannot_run_is_an_error(install: Install, bundle: Bundle) -> None:
     trt = install()
     engine(bundle, OPTIONS)
-    runtime = TensorRTRuntime(bundle, TENSORRT)
+    runtime = TensorRTRuntime(bundle, ON_ENGINE)
     trt._sabotage.add("fails")
     with pytest.raises(RuntimeError, match="cannot run the batch"):
         runtime.run(some_images(1))
 
 
 class FakeOnnxRuntime(ModuleType):
-    """An onnxruntime made for CUDA whose sessions run on *chosen*."""
+    """An onnxruntime made for CUDA and TensorRT whose sessions run on *chosen*."""
 
     def __init__(self, chosen: list[str]) -> None:
         super().__init__("onnxruntime")
@@ -125,7 +126,7 @@ class FakeOnnxRuntime(ModuleType):
         self.GraphOptimizationLevel = SimpleNamespace(ORT_ENABLE_ALL=99)
 
     def get_available_providers(self) -> list[str]:
-        return [CUDA, CPU]
+        return [TENSORRT, CUDA, CPU]
 
     def SessionOptions(self) -> Any:  # noqa: N802
         return SimpleNamespace(add_session_config_entry=self.entries.__setitem__)
@@ -148,13 +149,59 @@ def test_onnxruntime_with_cuda_is_asked_for_cuda_without_tf32_and_without_the_cp
     assert fake.entries["session.disable_cpu_ep_fallback"] == "1"
 
 
-@pytest.mark.parametrize("runtime", ["auto", "onnxruntime-cuda"])
-def test_onnxruntime_that_silently_takes_the_cpu_is_refused(
-    runtime: Any, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("runtime", "asked", "chosen"),
+    [
+        ("auto", CUDA, [CPU]),
+        ("onnxruntime-cuda", CUDA, [CPU]),
+        ("onnxruntime-tensorrt", TENSORRT, [CPU]),
+        ("onnxruntime-tensorrt", TENSORRT, [CUDA, CPU]),
+    ],
+)
+def test_onnxruntime_that_silently_takes_another_provider_is_refused(
+    runtime: Any, asked: str, chosen: list[str], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(with_onnxruntime, "import_onnxruntime", lambda: FakeOnnxRuntime([CPU]))
-    with pytest.raises(RuntimeUnavailableError, match="asked for CUDAExecutionProvider, onnxruntime chose"):
+    monkeypatch.setattr(with_onnxruntime, "import_onnxruntime", lambda: FakeOnnxRuntime(chosen))
+    with pytest.raises(RuntimeUnavailableError, match=f"asked for {asked}, onnxruntime chose"):
         choose(bundle, Settings(runtime=runtime))
+
+
+@pytest.mark.parametrize(
+    ("precision", "types"),
+    [
+        ("fp32", {"fp16": "0", "bf16": "0", "int8": "0"}),
+        ("fp16", {"fp16": "1", "bf16": "0", "int8": "0"}),
+        ("bf16-backbone", {"fp16": "0", "bf16": "1", "int8": "0"}),
+        ("int8", {"fp16": "0", "bf16": "0", "int8": "1"}),
+    ],
+)
+def test_onnxruntime_with_tensorrt_is_told_precision_batches_and_a_folder_for_this_bundle(
+    precision: str, types: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"int8_for": "tensorrt"} if precision == "int8" else {}
+    bundle = write(tmp_path, precision=precision, **fields)
+    fake = FakeOnnxRuntime([TENSORRT, CPU])
+    monkeypatch.setattr(with_onnxruntime, "import_onnxruntime", lambda: fake)
+    runtime = choose(bundle, Settings(runtime="onnxruntime-tensorrt", engine_cache=tmp_path / "cache"))
+    assert (runtime.name, runtime.device) == ("onnxruntime with tensorrt 1.31.1", "cuda:0")
+    [(provider, options)] = fake.asked
+    folder = tmp_path / "cache" / bundle.name / "onnxruntime-tensorrt"
+    assert provider == TENSORRT
+    assert fake.entries["session.disable_cpu_ep_fallback"] == "1"
+    assert folder.is_dir()
+    assert {options["trt_engine_cache_path"], options["trt_timing_cache_path"]} == {str(folder)}
+    assert {kind: options[f"trt_{kind}_enable"] for kind in types} == types
+    assert [options[f"trt_profile_{which}_shapes"] for which in ("min", "opt", "max")] == [
+        "images:1x8x8x3",
+        "images:4x8x8x3",
+        "images:16x8x8x3",
+    ]
+
+
+def test_a_cache_that_cannot_be_made_is_one_line(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(RuntimeUnavailableError, match=r"cannot be made .*SOPDEPLOY_ENGINE_CACHE"):
+        choose(bundle, Settings(runtime="onnxruntime-tensorrt", engine_cache=tmp_path / "file"))
 
 
 def test_cuda_with_an_onnxruntime_for_the_cpu_says_what_to_install(bundle: Bundle) -> None:

@@ -31,6 +31,7 @@ from sopdeploy_service.listening import bind, url
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.pretend import PretendRuntime
 from sopdeploy_service.runtime.with_onnxruntime import OnnxRuntime
+from sopdeploy_service.schema import FastDecode
 from sopdeploy_service.server import http_config
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.shelf import Shelf
@@ -40,9 +41,9 @@ LABELS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 RULES = Preprocess(resize=36, crop=32)
 
 
-def tiny_graph() -> onnx.ModelProto:
-    """uint8 images (n, 32, 32, 3) to logits (n, 7): a linear layer over the mean colour."""
-    rng = np.random.default_rng(0)
+def tiny_graph(seed: int = 0) -> onnx.ModelProto:
+    """uint8 images (n, 32, 32, 3) to logits (n, 7): a linear layer over the mean colour, by *seed*."""
+    rng = np.random.default_rng(seed)
     weights = rng.normal(size=(3, len(LABELS))).astype(np.float32) / 40
     nodes = [
         helper.make_node("Cast", ["images"], ["wide"], to=TensorProto.FLOAT),
@@ -60,9 +61,11 @@ def tiny_graph() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
-def write_bundle(folder: Path, *, wrong_by: float = 0.0, probes: int = 3, output: str = "logits") -> Path:
+def write_bundle(
+    folder: Path, *, wrong_by: float = 0.0, probes: int = 3, output: str = "logits", seed: int = 0
+) -> Path:
     """Write the tiny bundle into *folder*, with so many probes of *output*, *wrong_by* so much."""
-    graph = tiny_graph()
+    graph = tiny_graph(seed)
     weights = numpy_helper.to_array(graph.graph.initializer[1])
     images = np.random.default_rng(1).integers(0, 256, (probes, 32, 32, 3), dtype=np.uint8)
     logits = images.mean(axis=(1, 2)).astype(np.float32) @ weights + np.float32(wrong_by)
@@ -206,13 +209,14 @@ def running(
     *,
     names: Iterable[str] = ("tiny",),
     shelf: Shelf | None = None,
+    fast_decode: FastDecode | None = None,
     **options: Any,
 ) -> Iterator[Client]:
     """A real server for *runtime*, under each of *names*, on a free loopback port; gives a client for it.
 
     *options* go to `create_app`.
     """
-    inference = Inference(bundle=bundle, runtime=runtime, replays={})
+    inference = Inference(bundle=bundle, runtime=runtime, replays={}, fast_decode=fast_decode)
     app = create_app(dict.fromkeys(names, inference), settings, shelf, **options)
     server = uvicorn.Server(http_config(app, settings))
     with bind("127.0.0.1", 0) as listener:

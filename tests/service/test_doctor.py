@@ -1,7 +1,7 @@
 """The doctor against real servers whose limit is known."""
 
-import io
 import json
+import time
 
 import numpy as np
 import pytest
@@ -11,18 +11,28 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from sopdeploy.doctor.examine import examine
 from sopdeploy.errors import ConfigError, DataError, ServiceError, UnreachableError
+from sopdeploy_service import service
 from sopdeploy_service.runtime.pretend import PretendRuntime
 from sopdeploy_service.settings import Settings
 
 
 @pytest.fixture
-def big_pictures(tmp_path):
+def pictures(tmp_path):
     grid = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
-    picture = Image.fromarray(grid).resize((3600, 2400))
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=85)
-    (tmp_path / "a.jpg").write_bytes(file.getvalue())
+    Image.fromarray(grid).save(tmp_path / "a.jpg", quality=85)
     return tmp_path
+
+
+@pytest.fixture
+def slow_decoders(monkeypatch):
+    """Decoders that take 80 ms, asleep: what a real one takes is also the machine's load."""
+    whole = service.decode
+
+    def slow(*given, **options):
+        time.sleep(0.08)
+        return whole(*given, **options)
+
+    monkeypatch.setattr(service, "decode", slow)
 
 
 def test_a_slow_engine_is_found(serve_with):
@@ -37,9 +47,10 @@ def test_a_slow_engine_is_found(serve_with):
     assert found.stopped is None
 
 
-def test_too_few_decoders_are_found(serve_with, big_pictures):
+@pytest.mark.usefixtures("slow_decoders")
+def test_too_few_decoders_are_found(serve_with, pictures):
     server = serve_with(PretendRuntime(classes=7), decoders=1)
-    found = examine(str(server.base_url), images=big_pictures, seconds=3, concurrency=4)
+    found = examine(str(server.base_url), images=pictures, seconds=3, concurrency=4)
     assert found.advice.limit == "decode"
     assert "decoders=" in found.advice.change
     assert found.best.engine_busy < 0.5

@@ -13,6 +13,7 @@ import pytest
 
 from sopdeploy_service.health_port import LoopWatch, answering, health_app
 from sopdeploy_service.listening import bind, url
+from tests.service.children import line_of
 
 BLOCKING = """
 import sys, time
@@ -79,8 +80,8 @@ def test_the_health_port_answers_while_the_event_loop_is_blocked(bundle_path):
     )
     with child:
         try:
-            health = re.fullmatch(r"health: (\S+)\n", child.stdout.readline())[1]
-            service = re.match(r"ready: (\S+)  ", child.stdout.readline())[1]
+            health = re.fullmatch(r"health: (\S+)\n", line_of(child))[1]
+            service = re.match(r"ready: (\S+)  ", line_of(child))[1]
             with httpx.Client(timeout=10) as client:
                 assert client.get(f"{health}/livez").json() == {"status": "ok"}
                 form = {"files": [("image", b"x")]}

@@ -71,7 +71,11 @@ def codes_of(module: Path) -> set[str]:
             found |= {
                 n.value for n in ast.walk(value) if isinstance(n, ast.Constant) and isinstance(n.value, str)
             }
-    return {code for code in found if re.fullmatch(r"[a-z]+(_[a-z0-9]+)+|deadline|draining", code)}
+    return {
+        code
+        for code in found
+        if re.fullmatch(r"[a-z]+(_[a-z0-9]+)+|deadline|draining|forbidden|unauthenticated", code)
+    }
 
 
 def test_every_code_of_the_service_is_on_the_page_and_no_other():

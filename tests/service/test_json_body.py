@@ -71,7 +71,7 @@ def test_what_is_not_base64_is_refused_with_its_place(text):
 
 def read(value: Any) -> JsonBody:
     raw = value if isinstance(value, bytes) else orjson.dumps(value)
-    return read_json(raw, max_bytes=10_000, max_images=3)
+    return read_json(raw, 10_000, 3)
 
 
 def test_one_image_several_and_an_address_are_told_apart():

@@ -137,13 +137,21 @@ def post(client: httpx.Client, body: bytes, **headers: str) -> httpx.Response:
     return client.post("/v1/classify", content=body, headers=named)
 
 
-def test_without_a_key_there_is_no_answer_but_for_probes_and_metrics(locked, keys, jpeg) -> None:
-    for reply in (post(locked, jpeg), locked.get("/info"), locked.get("/nothing"), locked.get("/docs")):
+def test_without_a_key_there_is_no_answer_but_for_probes_metrics_and_the_empty_pages(
+    locked, keys, jpeg
+) -> None:
+    for reply in (
+        post(locked, jpeg),
+        locked.get("/info"),
+        locked.get("/nothing"),
+        locked.get("/openapi.json"),
+    ):
         assert (reply.status_code, reply.json()["code"]) == (401, "unauthenticated")
         assert reply.headers["content-type"] == "application/problem+json"
         assert reply.headers["www-authenticate"].startswith("Bearer")
         assert reply.headers["x-request-id"]
-    assert [locked.get(path).status_code for path in ("/livez", "/readyz", "/metrics")] == [200] * 3
+    open_paths = ("/livez", "/readyz", "/metrics", "/", "/docs")
+    assert [locked.get(path).status_code for path in open_paths] == [200] * 5
     assert 'rejected_total{reason="unauthenticated"} 4.0' in locked.get("/metrics").text
 
 

@@ -1,8 +1,11 @@
 """Several models behind one server, and one version taking another's place under load."""
 
 import asyncio
+import base64
+import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -166,6 +169,35 @@ def test_a_swap_under_load_fails_no_request_and_every_answer_names_its_weights(
     ids = {open_bundle(path).manifest.id for path in versions}
     assert {status for status, _ in answers} == {200}
     assert {digest for _, digest in answers} == ids
+
+
+@pytest.mark.parametrize("path", ["/v1/classify", "/v2/models/tiny/infer"])
+def test_a_slow_body_is_answered_by_the_model_that_admitted_it_though_two_have_replaced_it(
+    versions, make_bundle, run_server, jpeg, path
+) -> None:
+    third = make_bundle(versions[0].parent, probes=5)
+    first = open_verified(versions[0], SETTINGS)
+    shelf = Shelf([f"tiny={versions[0]}"])
+    with run_server(first.runtime, first.bundle, SETTINGS, shelf=shelf) as client:
+
+        def slowly() -> Iterator[bytes]:
+            body = jpeg if path.startswith("/v1") else json.dumps(image_tensor(jpeg)).encode()
+            yield body[:10]
+            for folder in (versions[1].name, third.name):
+                load = {"parameters": {"folder": folder}}
+                assert client.post("/v2/repository/models/tiny/load", json=load).status_code == 200
+            time.sleep(0.3)
+            yield body[10:]
+
+        reply = client.post(path, content=slowly())
+        assert reply.status_code == 200, reply.text
+        assert reply.headers["x-model-digest"] == first.bundle.manifest.id
+        assert client.post("/v1/classify", content=jpeg).headers["x-model-digest"] != first.bundle.manifest.id
+
+
+def image_tensor(body: bytes) -> dict[str, list[dict[str, object]]]:
+    data = [base64.b64encode(body).decode()]
+    return {"inputs": [{"name": "IMAGE", "datatype": "BYTES", "shape": [1], "data": data}]}
 
 
 def post_until(client: httpx.Client, body: bytes, ended: threading.Event) -> list[tuple[int, str]]:

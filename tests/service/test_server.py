@@ -20,6 +20,7 @@ from sopdeploy.errors import BundleError, ConfigError, ParityError
 from sopdeploy_service.listening import bind
 from sopdeploy_service.server import serve
 from sopdeploy_service.settings import Settings
+from tests.service.children import line_of
 
 SERVE = """
 import sys
@@ -70,12 +71,12 @@ def process(
         text=True,
         env=os.environ | {"SOPDEPLOY_FAULTS": ordered},
     )
-    try:
-        with child:
+    with child:  # whose end waits for the process, so that must be over by then
+        try:
             yield child
             child.wait(20)
-    finally:
-        child.kill()
+        finally:
+            child.kill()
 
 
 @pytest.fixture
@@ -84,8 +85,7 @@ def start(bundle_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[st
 
         def started(**options: str) -> tuple[subprocess.Popen[str], httpx.Client]:
             child = stack.enter_context(process(bundle_path, **options))
-            assert child.stdout is not None
-            found = re.fullmatch(r"ready: (\S+)  (\S+)\n", child.stdout.readline())
+            found = re.fullmatch(r"ready: (\S+)  (\S+)\n", line_of(child))
             assert found, child.communicate(timeout=20)
             assert found[2] == bundle_path.name
             return child, stack.enter_context(httpx.Client(base_url=found[1], timeout=20))

@@ -68,7 +68,7 @@ def test_extreme_logits_give_probabilities(logits):
 )
 def test_the_best_classes_come_first_and_ties_keep_the_order_of_the_labels(logits, top_k, labels):
     found = answer(np.array(logits, np.float32), ["a", "b", "c"], top_k)
-    assert [entry.label for entry in found.classes] == labels
+    assert [entry["label"] for entry in found["classes"]] == labels
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The soak's books, and five seconds of it."""
+"""The soak's books, and eight seconds of it."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +20,10 @@ def books(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import soak
     import soak_accounts
     import soak_clients
+    import soak_swaps
 
-    yield SimpleNamespace(accounts=soak_accounts, clients=soak_clients, run=soak)
-    for name in ("soak", "soak_accounts", "soak_clients"):
+    yield SimpleNamespace(accounts=soak_accounts, clients=soak_clients, swaps=soak_swaps, run=soak)
+    for name in ("soak", "soak_accounts", "soak_clients", "soak_swaps"):
         del sys.modules[name]
 
 
@@ -45,6 +46,7 @@ def good_tally(books: Any) -> Any:
     tally = books.accounts.Tally()
     tally.note("single", 200)
     tally.compare("single", [ClassProbability(label="a", probability=1.0)], {"a": 1.0})
+    tally.by_digest.update(["one", "other"])
     return tally
 
 
@@ -132,11 +134,31 @@ def test_what_this_process_holds_is_read(books: Any) -> None:
     assert after.resident > 1e6
 
 
-def test_five_seconds_of_soak_hold_every_bound(books: Any, bundle_path: Path, tmp_path: Path) -> None:
-    tally, samples, found = books.run.soak(bundle_path, tmp_path, seconds=5, warm_up=1)
+def test_an_answer_of_a_bundle_that_is_not_in_the_soak_fails_it(books: Any) -> None:
+    ground = books.clients.Ground(
+        url="", bodies={}, expected={"one": {"a.jpg": {"a": 1.0}}}, tally=books.accounts.Tally(), classes=1
+    )
+    classes = [ClassProbability(label="a", probability=1.0)]
+    ground.compare("single", "one", "a.jpg", classes)
+    assert (ground.tally.failed, ground.tally.by_digest) == (0, {"one": 1})
+    ground.compare("single", "other", "a.jpg", classes)
+    assert ground.tally.failures == ["single: answered by 'other', which is no bundle of this soak"]
+
+
+def test_answers_of_one_bundle_only_prove_no_swap(books: Any) -> None:
+    tally = good_tally(books)
+    del tally.by_digest["other"]
+    assert verdict(books, tally, held(books, [100] * 90))["bundles"] is False
+
+
+def test_eight_seconds_of_soak_hold_every_bound(
+    books: Any, bundle_path: Path, make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    bundles = [bundle_path, make_bundle(tmp_path / "other", seed=1)]
+    tally, samples, found = books.run.soak(bundles, tmp_path, seconds=8, warm_up=4)
     assert [bound for bound in found if bound.held is False] == [], tally.failures
     kinds = {kind for kind, _ in tally.outcomes}
-    assert {"single", "form", "bad", "left", "slow", "/readyz"} <= kinds
+    assert {"single", "form", "bad", "left", "slow", "json", "v2", "swap", "/readyz"} <= kinds
     assert tally.compared > 20
     assert len(samples) >= 4
     assert books.accounts.document(tally, samples, found)["failures"] == []

@@ -16,6 +16,7 @@ import pytest
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.settings import load_settings
 from sopdeploy_service.siblings import merge
+from tests.service.children import line_of
 
 Start = Callable[..., tuple[subprocess.Popen[str], httpx.Client]]
 
@@ -31,8 +32,7 @@ def start(bundle_path: Path) -> Iterator[Start]:
                 spawn(str(bundle_path), "--set", "devices=cpu,cpu", "--threads", "1", *options)
             )
             stack.callback(child.kill)
-            assert child.stdout is not None
-            found = re.fullmatch(r"ready: (\S+)  (\S+)\n", child.stdout.readline())
+            found = re.fullmatch(r"ready: (\S+)  (\S+)\n", line_of(child))
             assert found, child.communicate(timeout=20)
             return child, stack.enter_context(httpx.Client(base_url=found[1], timeout=20))
 

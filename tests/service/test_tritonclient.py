@@ -47,7 +47,7 @@ def given(name: str, values: np.ndarray, datatype: str, binary: bool) -> Any:
 
 
 def same(logits: np.ndarray, bundle: Any, classified: Any) -> bool:
-    found = [answer(row, bundle.labels, 7).model_dump()["classes"] for row in logits]
+    found = [answer(row, bundle.labels, 7)["classes"] for row in logits]
     return [list(classes) for classes in found] == classified
 
 

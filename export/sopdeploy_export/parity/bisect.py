@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import fx
 from torch.export import ExportedProgram
 
-from sopdeploy_export.lower_onnx import convert
+from sopdeploy_export.lower_onnx import named_inside
 from sopdeploy_export.parity.report import PartDrift
 from sopdeploy_export.parity.session import by_casts, holds_bfloat16, open_session, widened
 
@@ -124,7 +124,7 @@ def drifts(
 ) -> Iterator[Drift]:
     """Give the drift of the file at *path*, lowered from *program*, at the boundaries chosen."""
     model = onnx.load(path)
-    converted = convert(program, outputs, max(opset.version for opset in model.opset_import)).exported_program
+    converted = named_inside(program, outputs, max(opset.version for opset in model.opset_import))
     if converted is None:
         return
     places = choose(boundaries(converted, model))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sopdeploy.errors import ParityError
 from sopdeploy.manifest import BatchRange
 from sopdeploy_export.parity.agreement import agreement
-from sopdeploy_export.parity.reference import Arrays, Reference
+from sopdeploy_export.parity.reference import UNDECIDED, Arrays, Reference
 from sopdeploy_export.parity.report import (
     GATES,
     LOGITS,
@@ -25,7 +25,7 @@ from sopdeploy_export.parity.report import (
     ParityReport,
     SpectralRecord,
 )
-from sopdeploy_export.parity.routing import rerouted, routing_parity
+from sopdeploy_export.parity.routing import counted, rerouted, routing_parity
 from sopdeploy_export.parity.session import emulation, file_outputs, open_session
 from sopdeploy_export.parity.spectral import violation
 
@@ -51,12 +51,15 @@ def compare(
     sizes = sorted({1, min(2, batch.maximum), batch.optimum, max(1, batch.maximum - 1)})
     found = {size: file_outputs(session, images, size) for size in sizes}
     other = other_routes(found, expected)
-    kept = ~other if expected.routing is None else ~(other & ~expected.routing.steady)
+    kept = ~other if expected.routing is None else counted(other, expected.routing)
     outputs = {name: measure(name, found, expected, kept) for name in expected.outputs}
+    if not kept.any():
+        raise ParityError(f"the exported file sends every image to other components; {UNDECIDED}")
     top1 = agreement(found[1][LOGITS], expected.outputs[LOGITS], outputs[LOGITS].tolerance, ~kept)
     routes = None if expected.routing is None else routing_parity(other, expected.routing)
     passed = all(output.within_tolerance for output in outputs.values()) and top1.flips == 0
     passed = passed and (routes is None or routes.wrong == 0)
+    reduced = expected.precision != "fp32"
     report = ParityReport(
         precision=expected.precision,
         runtime=f"onnxruntime {ort.__version__}",
@@ -65,6 +68,7 @@ def compare(
         images=len(images),
         floors_allowed=expected.floors,
         outputs=outputs,
+        spread=spread(expected.outputs[LOGITS][kept]) if reduced else None,
         top1=top1,
         routing=routes,
         first_over_floor=None if passed else locate(path),
@@ -73,9 +77,19 @@ def compare(
         passed=passed,
         drift_allowed=allow_drift and not passed,
     )
-    if not passed and not allow_drift:
+    if report.vacuous:
+        report = report.model_copy(update={"passed": False, "drift_allowed": allow_drift})
+    if not report.passed and not allow_drift:
         raise ParityError(complaint(report))
     return report
+
+
+def spread(logits: NDArray[Any]) -> float:
+    """Return the largest range of a class over images, for *logits* (P, C); over classes where P is 1.
+
+    A file that gives one row of numbers for every picture is off by at least half of it.
+    """
+    return float(np.ptp(logits, axis=0 if len(logits) > 1 else 1).max())
 
 
 def with_spectral(
@@ -147,6 +161,14 @@ def complaint(report: ParityReport) -> str:
     if report.routing is not None and report.routing.wrong:
         what = (
             f"sends {report.routing.wrong} of {report.images} images to other components than the gate chose"
+        )
+    if report.vacuous:
+        floor = report.logits.noise_floor
+        what = (
+            f"cannot be judged in {report.precision}: its noise floor of {floor:.3g} is "
+            f"{floor / max(report.spread or 0.0, floor * 1e-6):.0%} of the spread of the logits, and from "
+            f"{0.5 / report.floors_allowed:.1%} on a file that ignores the picture would pass; train it "
+            "longer, or choose --precision fp32"
         )
     if report.broken is not None:
         what = f"breaks what must hold of second-order parts: {report.broken}"

@@ -65,6 +65,11 @@ def reference(
         own_logits = gate_logits(deployed, pixels) if own_gate is None else own_gate(pixels)
         routes = routing(gate_logits(exact_network, pixels), own_logits, deployed, allowed)
     kept = np.ones(len(images), dtype=bool) if routes is None else routes.steady
+    if not kept.any():
+        raise ParityError(
+            f"the gate is undecided on every probe image, and rounding to {precision} sends each to other "
+            f"components, so that no number can be compared; {UNDECIDED}"
+        )
     floors = {}
     for name, values in exact.items():
         refuse_not_finite(values, f"the network's own {name} are not finite; train it again")
@@ -79,6 +84,7 @@ def reference(
     return Reference(outputs=exact, noise_floor=floors, precision=precision, routing=routes)
 
 
+UNDECIDED = "add --probes DIR with pictures like those it will see, or train it longer"
 ADVICE = "maps leave the range of the type: choose --precision bf16-backbone or fp32"
 
 

@@ -84,9 +84,10 @@ class RoutingParity(Frozen):
     """How the gate of the shipped file chose, against the network in float64.
 
     An image is `unsteady` where the margin between the K-th and the next logit of the gate is within twice
-    what those logits may drift, `tolerance`. Other components for such an image are a routing flip: its
-    numbers are left out of the drift, and it is no probe. Other components for a steady image are wrong.
-    `usage` says of each component how many images chose it in float64.
+    what those logits may drift, `tolerance`. Other components for such an image are a routing flip, for a
+    steady image they are wrong. Unsteady images, or where all are unsteady those that took other routes, are
+    `left_out` of the drift and of the probes. `usage` says of each component how many images chose it in
+    float64.
     """
 
     noise_floor: float
@@ -95,6 +96,7 @@ class RoutingParity(Frozen):
     unsteady: int
     flips: int
     wrong: int
+    left_out: tuple[int, ...] = ()
     usage: tuple[int, ...] = ()
 
 
@@ -134,7 +136,9 @@ class SpectralRecord(Frozen):
 class ParityReport(Frozen):
     """What was measured on the shipped file.
 
-    `emulation` says how the runtime computed what it has no kernels for; absent, it ran the file as it is.
+    `spread` is the largest range of a logit over the images, in a reduced precision; a file that ignores the
+    picture is off by half of it somewhere. `emulation` says how the runtime computed what it has no kernels
+    for; absent, it ran the file as it is.
     `broken` names the first invariant of `spectral` that does not hold.
     """
 
@@ -145,6 +149,7 @@ class ParityReport(Frozen):
     images: int
     floors_allowed: float = FLOORS
     outputs: dict[str, OutputParity]
+    spread: float | None = None
     top1: Agreement
     routing: RoutingParity | None = None
     parts: tuple[PartDrift, ...] = ()
@@ -155,6 +160,17 @@ class ParityReport(Frozen):
     file_bytes: int
     passed: bool
     drift_allowed: bool
+
+    @property
+    def vacuous(self) -> bool:
+        """Say whether a file that ignores the picture could be within tolerance, by noise alone."""
+        return self.spread is not None and self.logits.tolerance >= self.spread / 2
+
+    @property
+    def counted(self) -> list[int]:
+        """Return the images whose numbers were compared: all whose route is certain."""
+        left_out = () if self.routing is None else self.routing.left_out
+        return [image for image in range(self.images) if image not in left_out]
 
     @property
     def logits(self) -> OutputParity:

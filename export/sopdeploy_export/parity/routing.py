@@ -2,6 +2,10 @@
 
 The numbers after such a choice differ by much, though nothing is wrong. Whether a gate was undecided is
 measured: its margin between the K-th and the next logit, against what those logits drift by themselves.
+
+A route is the order of the gate's logits: the K largest. A file shows it by the weights it gives, which are a
+softmax over the K: a weight may be chosen and yet be 0 in float32. Such a component adds nothing to the
+answer, so only those count as missing whose weight would be seen, however its logit drifts.
 """
 
 from dataclasses import dataclass
@@ -18,9 +22,15 @@ from sopdeploy_export.parity.report import RoutingParity
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routing:
-    """The gate in float64 on P images: components chosen (P, N), margins (P,), noise, who is steady."""
+    """The gate in float64 on P images: components chosen (P, N), margins (P,), noise, who is steady.
+
+    `visible` (P, N) are those of the chosen whose weight is not 0 in float32. `steady` (P,) are the images to
+    compare numbers on: where the gate is decided on some, those; where on none, those whose route the
+    network's own rounding does not change.
+    """
 
     chosen: NDArray[np.bool_]
+    visible: NDArray[np.bool_]
     margin: NDArray[np.float64]
     noise_floor: float
     tolerance: float
@@ -56,12 +66,10 @@ def gate_logits(network: nn.Module, pixels: Tensor) -> NDArray[Any]:
 def routing(exact: NDArray[Any], own: NDArray[Any], network: nn.Module, floors: float) -> Routing:
     """Return the routes of *exact* (P, N) and which of them *floors* times the noise of *own* cannot change.
 
-    Where the gate is undecided on every image, as before any training, all are kept and no route is wrong.
+    Where the gate is undecided on every image, as before any training, no route is wrong.
     """
     chosen_count = gate_of(network).chosen
-    order = np.argsort(-exact, axis=1, kind="stable")
-    chosen = np.zeros(exact.shape, dtype=bool)
-    np.put_along_axis(chosen, order[:, :chosen_count], True, axis=1)
+    chosen = largest(exact, chosen_count)
     ranked = -np.sort(-exact, axis=1)
     if chosen_count < exact.shape[1]:
         margin = ranked[:, chosen_count - 1] - ranked[:, chosen_count]
@@ -71,20 +79,46 @@ def routing(exact: NDArray[Any], own: NDArray[Any], network: nn.Module, floors: 
     noise = max(smallest, float(np.abs(own - exact).max()))
     steady = margin > 2 * floors * noise
     decided = bool(steady.any())
+    same = (largest(own, chosen_count) == chosen).all(axis=1)
     return Routing(
         chosen=chosen,
+        visible=visible(exact, chosen, floors * noise),
         margin=margin,
         noise_floor=noise,
         tolerance=floors * noise,
-        steady=steady if decided else ~steady,
+        steady=steady if decided else same,
         decided=decided,
     )
 
 
+def largest(logits: NDArray[Any], count: int) -> NDArray[np.bool_]:
+    """Return (P, N): the *count* largest of each row; ties go to the lower index, as in the gate."""
+    order = np.argsort(-logits, axis=1, kind="stable")
+    chosen = np.zeros(logits.shape, dtype=bool)
+    np.put_along_axis(chosen, order[:, :count], True, axis=1)
+    return chosen
+
+
+def visible(logits: NDArray[Any], chosen: NDArray[np.bool_], tolerance: float) -> NDArray[np.bool_]:
+    """Return the *chosen* whose weight stays a normal float32 if every logit drifts by *tolerance*."""
+    kept = np.where(chosen, logits, -np.inf)
+    kept = kept - kept.max(axis=1, keepdims=True)
+    share = kept - np.log(np.exp(kept).sum(axis=1, keepdims=True))
+    seen: NDArray[np.bool_] = share - 2 * tolerance > np.log(np.finfo(np.float32).tiny)
+    return seen
+
+
 def rerouted(gates: NDArray[Any], routes: Routing) -> NDArray[np.bool_]:
     """Say of each image whether *gates* (P, N), weights of the file, are of other components."""
-    different: NDArray[np.bool_] = ((gates > 0) != routes.chosen).any(axis=1)
-    return different
+    given = gates > 0
+    different: NDArray[np.bool_] = (given & ~routes.chosen) | (~given & routes.visible)
+    return np.asarray(different.any(axis=1), dtype=np.bool_)
+
+
+def counted(other: NDArray[np.bool_], routes: Routing) -> NDArray[np.bool_]:
+    """Say on which images to compare numbers, given which took an *other* route at any batch size."""
+    kept: NDArray[np.bool_] = routes.steady & (routes.decided | ~other)
+    return kept
 
 
 def routing_parity(other: NDArray[np.bool_], routes: Routing) -> RoutingParity:
@@ -98,5 +132,6 @@ def routing_parity(other: NDArray[np.bool_], routes: Routing) -> RoutingParity:
         unsteady=int(uncertain.sum()),
         flips=int((other & uncertain).sum()),
         wrong=int((other & ~uncertain).sum()),
+        left_out=tuple(int(image) for image in np.flatnonzero(~counted(other, routes))),
         usage=tuple(int(count) for count in routes.chosen.sum(axis=0)),
     )

@@ -100,6 +100,7 @@ function body(name, schema) {
 
 /** Read the description and show it. */
 async function start() {
+  byId("error").hidden = true;
   try {
     const api = await fetchJson("openapi.json");
     const all = Object.entries(api.paths).flatMap(([path, verbs]) =>
@@ -117,4 +118,5 @@ async function start() {
   }
 }
 
+onKey(() => void start());
 void start();

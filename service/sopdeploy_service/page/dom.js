@@ -37,13 +37,6 @@ async function copied(text) {
   return done;
 }
 
-/** Return JSON from `path`, or throw an Error with the server's own sentence. */
-async function fetchJson(path) {
-  const reply = await fetch(path);
-  const body = await reply.json();
-  if (!reply.ok) throw new Error(body.detail);
-  return body;
-}
 
 /** Return `text` as a sentence: capital letter, full stop. */
 function sentence(text) {

@@ -37,14 +37,18 @@ async function ask() {
   byId("status").textContent = "Classifying";
   const started = performance.now();
   try {
-    const headers = { "Content-Type": typeOf(state.file) };
+    const headers = keyHeaders({ "Content-Type": typeOf(state.file) });
     const sent = { method: "POST", headers, body: state.file, signal: request.signal };
     const reply = await fetch(classifyUrl(), sent);
     const body = await reply.json();
     const total = performance.now() - started;
     if (request.signal.aborted) return;
     clearAnswer();
-    if (reply.ok) {
+    if (reply.status === 401) {
+      askForKey();
+      showError(noKey(), body.code);
+    } else if (reply.ok) {
+      void followSwap(reply.headers.get("X-Model-Digest"));
       showAnswer(body, state.card?.experts ?? 0);
       showTime(reply.headers.get("Server-Timing") ?? "", total);
     } else {
@@ -133,8 +137,27 @@ async function choose(name) {
   }
 }
 
+/** Read anew what is shown of the model where `digest`, of the bundle that answered, is not that one's: it was swapped. */
+async function followSwap(digest) {
+  const name = state.info?.name;
+  if (!digest || digest === state.info?.id) return;
+  try {
+    const server = await fetchJson("info");
+    const card = await fetchJson(`v1/card?model=${encodeURIComponent(name)}`);
+    const info = server.models.find((model) => model.name === name);
+    if (state.info?.name !== name || !info) return; // another one was chosen meanwhile, or it is gone
+    Object.assign(state, { server, card, info });
+    showAbout(info, card, server.server);
+    byId("top-k").max = String(info.labels);
+    byId("status").textContent = `${name} was replaced: ${info.bundle} answers now`;
+  } catch (problem) {
+    showError(`the model was replaced, and what is shown of it is the one before: ${problem.message}`);
+  }
+}
+
 /** Ask the server which models it has and show the first. */
 async function start() {
+  byId("error").hidden = true;
   showSnippets();
   try {
     state.server = await fetchJson("info");
@@ -149,4 +172,5 @@ async function start() {
   else showError("no model is loaded; this server cannot answer yet");
 }
 
+onKey(() => { starting = start(); });
 let starting = start();

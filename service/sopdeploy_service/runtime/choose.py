@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from sopdeploy.bundle import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.runtime.base import Runtime
-from sopdeploy_service.runtime.with_onnxruntime import CPU, CUDA, OnnxRuntime, has_cuda
+from sopdeploy_service.runtime.tensorrt_provider import provider_options
+from sopdeploy_service.runtime.with_onnxruntime import (
+    CPU,
+    CUDA,
+    CUDA_OPTIONS,
+    TENSORRT,
+    OnnxRuntime,
+    has_cuda,
+)
 from sopdeploy_service.runtime.with_tensorrt import TensorRTRuntime, is_set_up
 from sopdeploy_service.settings import Settings
 
@@ -26,8 +34,21 @@ class Choice:
 RUNTIMES = {
     "tensorrt": Choice(open=TensorRTRuntime, set_up=is_set_up),
     "onnxruntime-cuda": Choice(
-        open=lambda bundle, settings: OnnxRuntime(bundle, threads=settings.threads, provider=CUDA),
+        open=lambda bundle, settings: OnnxRuntime(
+            bundle, threads=settings.threads, provider=CUDA, options=CUDA_OPTIONS
+        ),
         set_up=lambda _bundle, _settings: has_cuda(),
+    ),
+    "onnxruntime-tensorrt": Choice(
+        open=lambda bundle, settings: OnnxRuntime(
+            bundle,
+            threads=settings.threads,
+            provider=TENSORRT,
+            options=provider_options(bundle, settings),
+        ),
+        set_up=lambda _bundle, _settings: (
+            False
+        ),  # it builds for minutes at the first start: only if asked for
     ),
     "onnxruntime-cpu": Choice(
         open=lambda bundle, settings: OnnxRuntime(bundle, threads=settings.threads, provider=CPU),

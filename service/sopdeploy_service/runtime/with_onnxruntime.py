@@ -1,7 +1,8 @@
-"""onnxruntime on the CPU or on a GPU with CUDA. The only module that imports onnxruntime."""
+"""onnxruntime on the CPU, or on a GPU with CUDA or TensorRT. The only module that imports onnxruntime."""
 
 import importlib
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,34 +10,46 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy_service.runtime.failures import translated
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
-OPTIONS = {CPU: {}, CUDA: {"use_tf32": "0"}}  # a number that the graph calls fp32 is to be one
-DEVICES = {CPU: "cpu", CUDA: "cuda:0"}
+TENSORRT = "TensorrtExecutionProvider"
+CUDA_OPTIONS = {"use_tf32": "0"}  # a number that the graph calls fp32 is to be one
+DEVICES = {CPU: "cpu", CUDA: "cuda:0", TENSORRT: "cuda:0"}
+NAMES = {CPU: "onnxruntime", CUDA: "onnxruntime", TENSORRT: "onnxruntime with tensorrt"}
 
 
 class OnnxRuntime:
     """A session over `model.onnx` of a bundle."""
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, provider: str = CPU) -> None:
-        """Load *bundle* for *provider* with *threads* engine threads; `None` is one for each core.
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        provider: str = CPU,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
+        """Load *bundle* for *provider*, told *options*, with *threads* engine threads (None: one a core).
 
         Raises `RuntimeUnavailableError` where onnxruntime is not installed, cannot run the graph, or would
         run it on another provider.
         """
         engine = import_onnxruntime()
         manifest = bundle.manifest
-        self.name = f"onnxruntime {engine.__version__}"
+        self.name = f"{NAMES[provider]} {engine.__version__}"
         self.device = DEVICES[provider]
         self.largest_batch = manifest.batch.maximum
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
-        self._session = open_session(engine, bundle, threads or available_cores(), provider)
+        chosen = (provider, dict(options or {}))
+        self._session = open_session(engine, bundle, threads or available_cores(), chosen)
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
-        values = self._session.run(self._outputs, {self._input: images})
+        with translated():
+            values = self._session.run(self._outputs, {self._input: images})
         return dict(zip(self._outputs, values, strict=True))
 
 
@@ -50,8 +63,12 @@ def import_onnxruntime() -> Any:
         ) from problem
 
 
-def open_session(engine: Any, bundle: Bundle, threads: int, provider: str) -> Any:
-    """Return a session that really runs on *provider* and has the manifest's tensors."""
+def open_session(engine: Any, bundle: Bundle, threads: int, chosen: tuple[str, dict[str, str]]) -> Any:
+    """Return a session that runs on the provider *chosen*, there only, and has the manifest's tensors.
+
+    No other provider is given, and the CPU, which onnxruntime adds by itself, may take no operator.
+    """
+    provider = chosen[0]
     options = engine.SessionOptions()
     options.graph_optimization_level = engine.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads
@@ -67,9 +84,7 @@ def open_session(engine: Any, bundle: Bundle, threads: int, provider: str) -> An
             'run: pip install "sopdeploy[gpu]" in an environment without [cpu]'
         )
     try:
-        session = engine.InferenceSession(
-            str(bundle.onnx), options, providers=[(provider, OPTIONS[provider])]
-        )
+        session = engine.InferenceSession(str(bundle.onnx), options, providers=[chosen])
     except Exception as problem:  # onnxruntime's errors share no base class
         raise RuntimeUnavailableError(why_not_loaded(engine, bundle, provider, problem)) from problem
     if session.get_providers()[0] != provider:

@@ -9,6 +9,7 @@ from sopdeploy.engines.cache import NoEngine, best_for, cache_folder, records
 from sopdeploy.engines.cuda import open_cuda
 from sopdeploy.engines.session import EngineSession
 from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy_service.runtime.failures import translated
 from sopdeploy_service.settings import Settings
 
 DEVICE = "cuda:0"
@@ -37,13 +38,14 @@ class TensorRTRuntime:
         )
         if isinstance(found, NoEngine):
             raise RuntimeUnavailableError(f"{found.reason}; run: sopdeploy engine {bundle.path}")
-        profiles = found.record.key.profiles
-        self._session = EngineSession(trt, cuda, found.plan, bundle.manifest, profiles)
+        key, graphs = found.record.key, settings.cuda_graphs
+        self._session = EngineSession(trt, cuda, found.plan, bundle.manifest, key, graphs=graphs)
         self.largest_batch = self._session.largest_batch
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
-        return self._session.run(images)
+        with translated():
+            return self._session.run(images)
 
 
 def is_set_up(bundle: Bundle, settings: Settings) -> bool:

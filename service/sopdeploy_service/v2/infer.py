@@ -1,6 +1,5 @@
 """One inference request from its body to the body of its answer."""
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +8,7 @@ import numpy as np
 from fastapi import Request, Response
 from numpy.typing import NDArray
 
-from sopdeploy_service.admission import admit, service_of, unless_gone, unless_refused
+from sopdeploy_service.admission import admit, service_of, taking_apart, unless_gone, unless_refused
 from sopdeploy_service.decode import Sent
 from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import Answered, Outcome, Refusal
@@ -29,14 +28,15 @@ async def answer_infer(request: Request, name: str, version: str | None) -> Resp
     model, deadline = admit(request, name, version)
     signature = Signature.of(model.bundle, service.settings.max_images)
     stages = Stages()
-    asked = await receive(request, service, signature, deadline)
-    received = time.monotonic()
-    service.metrics.stage("receive", received - started)
-    stages.note("receive", received - started)
-    if asked.timeout_seconds is not None:
-        deadline = min(deadline, started + asked.timeout_seconds)
-    work = run(service, model, asked, deadline, stages)
-    outcomes = unless_refused(await unless_gone(work, request.receive))
+    with model.in_use():  # from its admission on: while a slow body comes, the model may be replaced twice
+        asked = await receive(request, service, model, signature, deadline)
+        received = time.monotonic()
+        service.metrics.stage("receive", received - started)
+        stages.note("receive", received - started)
+        if asked.timeout_seconds is not None:
+            deadline = min(deadline, started + asked.timeout_seconds)
+        work = run(service, model, asked, deadline, stages)
+        outcomes = unless_refused(await unless_gone(work, request.receive))
     head = {"model_name": model.name, "model_version": model.version}
     if asked.id is not None:
         head = {"id": asked.id, **head}
@@ -45,13 +45,16 @@ async def answer_infer(request: Request, name: str, version: str | None) -> Resp
     return Response(body, headers={**headers, "Server-Timing": stages.header()})
 
 
-async def receive(request: Request, service: Service, signature: Signature, deadline: float) -> InferRequest:
+async def receive(
+    request: Request, service: Service, model: Model, signature: Signature, deadline: float
+) -> InferRequest:
     """Return the request in the body; it is read in a thread, a large JSON would hold up the event loop."""
     settings = service.settings
     async with receiving(request, deadline):
         body = await whole(request, settings.max_body_bytes)
     header = request.headers.get(HEADER_LENGTH)
-    return await asyncio.to_thread(read_body, body, header, signature, settings.max_json_bytes)
+    async with taking_apart(service, model, deadline):
+        return await service.parse(read_body, body, header, signature, settings.max_json_bytes)
 
 
 async def run(

@@ -1,0 +1,34 @@
+"""What `decode=fast` saves on a phone's photograph of 4000 x 3000 pixels and on smaller JPEGs, in CPU time.
+
+    python benchmarks/fast_decode.py --quick
+
+How far it moves the logits of a bundle, the server itself measures at its start (`/info`).
+"""
+
+from functools import partial
+from time import process_time
+
+from measure import compare, parse, report
+
+from sopdeploy.preprocess import Preprocess
+from sopdeploy_service.decode import Sent, decode
+from sopdeploy_service.fast_decode import made
+
+SIZES = ((4000, 3000), (2048, 1536), (1400, 1050), (500, 375))
+
+
+def main() -> None:
+    """Run from the command line."""
+    arguments = parse(__doc__)
+    rules = Preprocess(resize=256, crop=224)
+    results = []
+    for size in SIZES[:2] if arguments.quick else SIZES:
+        work = partial(decode, Sent(made(size, 0)), rules, max_bytes=10**9, max_pixels=10**8)
+        case = f"decode {size[0]} x {size[1]}"
+        runs = 5 if arguments.quick else 15
+        results.append(compare(case, "exact", partial(work, fast=True), work, runs=runs, clock=process_time))
+    report(results, as_json=arguments.json)
+
+
+if __name__ == "__main__":
+    main()

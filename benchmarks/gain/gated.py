@@ -1,0 +1,160 @@
+"""GM-SOP's gate and experts on the small backbones, with the switches that are tried one by one.
+
+The parts are those of `sopdeploy.models.gmsop`, whose own networks are ResNets of four stages for 64-pixel
+images. `gate="none"` is the mean of all experts, Ave-SOP-N; with one expert it is parametric SR-SOP.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gain.networks import TextureNet, TextureNetConfig
+from sopdeploy.backbones.base import Backbone
+from sopdeploy.backbones.small_resnet import SmallResNet, SmallResNetConfig
+from sopdeploy.blocks.balance_loss import balance_loss
+from sopdeploy.blocks.components import make_components
+from sopdeploy.blocks.fusion_head import FusionHead
+from sopdeploy.blocks.sparse_gate import GateNoise, SparseGate, keep_largest
+from sopdeploy.frozen import Frozen
+from sopdeploy.models.base import Classifier, TrainingOutput
+from sopdeploy.models.gmsop import GMSOPConfig, make_gate
+from sopdeploy_export.detach import detach
+
+
+class MixtureConfig(Frozen):
+    """A mixture's switches. `expert_norm`: batch norm between an expert's last convolution and its ReLU.
+
+    `head_norm`: batch norm of the mixed vector (the paper). `gate_start` "random" breaks the tie that the
+    released start (`constant`) leaves between all experts. `noise` is gamma of Eq. (2), "none" leaves it out.
+    """
+
+    components: int = 8
+    chosen: int = 2
+    widths: tuple[int, ...] = (32,)
+    gate: Literal["sparse", "none"] = "sparse"
+    gate_widths: tuple[int, ...] = (32,)
+    gate_kind: Literal["sop", "gap"] = "sop"
+    gate_start: Literal["constant", "random"] = "constant"
+    noise: Literal["image", "component", "none"] = "image"
+    balance: float = 100.0
+    expert_norm: bool = False
+    head_norm: bool = True
+    dropout: float = 0.0
+
+
+class ExpertNorm(nn.Module):
+    """Batch norm of every expert's own channels: (B N, d, H, W) in and out, all experts on all images."""
+
+    def __init__(self, components: int, width: int) -> None:
+        super().__init__()
+        self.components = components
+        self.bn = nn.BatchNorm2d(components * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised maps."""
+        grouped = x.unflatten(0, (-1, self.components)).flatten(start_dim=1, end_dim=2)
+        normal: Tensor = self.bn(grouped)
+        return normal.unflatten(1, (self.components, -1)).flatten(end_dim=1)
+
+
+class Gated(Classifier):
+    """A mixture on the last map of a backbone; to be mixed in before it."""
+
+    mixing: MixtureConfig
+
+    def attach_mixture(self, mixing: MixtureConfig, channels: int) -> None:
+        """Replace the pooling and the classifier by experts, a gate and the head of the mixture."""
+        self.mixing = mixing
+        del self.pooling, self.fc
+        as_paper = GMSOPConfig(
+            component=mixing.gate_kind, components=max(2, mixing.components), gate_widths=mixing.gate_widths,
+            chosen=mixing.chosen,
+        )  # fmt: skip
+        self.mixture, length = make_components(
+            "sop", channels, mixing.widths, components=mixing.components, counted=mixing.chosen,
+            root=as_paper.root,
+        )  # fmt: skip
+        if mixing.expert_norm:
+            self.mixture.rectified = False
+            norm = ExpertNorm(mixing.components, mixing.widths[-1])
+            self.mixture.after = nn.Sequential(norm, nn.ReLU(), self.mixture.after)
+        self.head = FusionHead(length, self.num_classes, norm=mixing.head_norm, dropout=mixing.dropout)
+        if mixing.gate == "sparse":
+            self.gate = self.make_gate(as_paper, channels)
+            self.training_only = ("gate.noise",)
+
+    def make_gate(self, as_paper: GMSOPConfig, channels: int) -> SparseGate:
+        """Return the gate with its noise."""
+        gate = make_gate(as_paper, channels)
+        features = gate.weight.shape[1]
+        if self.mixing.gate_start == "random":
+            nn.init.normal_(gate.weight, std=features**-0.5)
+        per = "component" if self.mixing.noise == "component" else "image"
+        gate.add_module("noise", GateNoise(features, self.mixing.components, per))
+        return gate
+
+    def weights(self, features: Tensor) -> Tensor:
+        """Return what the experts weigh, (B, N): the gate's, with noise in training, or equal."""
+        if self.mixing.gate == "none":
+            count = self.mixing.components
+            return torch.full((len(features), count), 1.0 / count)
+        feature_BD = self.gate.feature(features)
+        logits = self.gate.logits(feature_BD)
+        if self.training and self.mixing.noise != "none":
+            logits = logits + self.gate.get_submodule("noise")(feature_BD)
+        return keep_largest(logits, self.mixing.chosen)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return logits of the mixed vectors."""
+        logits: Tensor = self.head(self.mixture(features, self.weights(features)))
+        return logits
+
+    def forward(self, images: Tensor) -> Any:
+        """Return logits, in train mode with the balance loss where there is a gate."""
+        features, _ = self.features(images)
+        if not self.training or self.mixing.gate == "none":
+            return self.classify(features)
+        weights_BN = self.weights(features)
+        mix = (
+            self.mixture if self.mixing.expert_norm else self.mixture.routed_sum
+        )  # the norm sees whole batches
+        logits: Tensor = self.head(mix(features, weights_BN))
+        return TrainingOutput(logits, {}, {"balance": balance_loss(weights_BN, self.mixing.balance)})
+
+    def plain(self) -> Backbone:
+        """Return another one, without noise."""
+        other = type(self)(self.config, self.num_classes)
+        return detach(other) if other.training_only else other
+
+
+class GatedTextureNetConfig(TextureNetConfig):
+    """The texture network's switches and the mixture's."""
+
+    mixture: MixtureConfig = MixtureConfig()
+
+
+class GatedTextureNet(Gated, TextureNet):
+    """A mixture behind the convolution of the textures."""
+
+    config: GatedTextureNetConfig
+
+    def __init__(self, config: GatedTextureNetConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.attach_mixture(config.mixture, self.channels)
+
+
+class GatedSmallResNetConfig(SmallResNetConfig):
+    """The ResNet's switches and the mixture's."""
+
+    mixture: MixtureConfig = MixtureConfig()
+
+
+class GatedSmallResNet(Gated, SmallResNet):
+    """A mixture behind the last stage of a small ResNet."""
+
+    config: GatedSmallResNetConfig
+
+    def __init__(self, config: GatedSmallResNetConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.attach_mixture(config.mixture, self.fc.in_features)

@@ -1,0 +1,159 @@
+"""The networks that are compared: the project's backbones, poolings and branches, at a size for two cores."""
+
+from collections.abc import Collection
+from typing import Literal
+
+from torch import Tensor, nn
+
+from sopdeploy.backbones.base import Backbone, initialise, run_stages
+from sopdeploy.backbones.small_resnet import SmallResNetConfig
+from sopdeploy.blocks.gsop_block import GSoPBlock, GSoPBlockConfig
+from sopdeploy.frozen import Frozen
+from sopdeploy.models.base import Classifier
+from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches, shared_fields
+from sopdeploy.models.plain import PlainSmallResNet
+from sopdeploy.pooling.average import GapConfig
+from sopdeploy.pooling.choice import Pooling
+
+STAGES = ("layer1", "layer2")
+
+
+class TextureNetConfig(Frozen):
+    """conv5x5, batch norm, then `layers`: nothing, a ReLU, or ReLU, conv1x1, batch norm, ReLU."""
+
+    filters: int = 16
+    stride: int = 1
+    hidden: int = 24
+    layers: Literal["linear", "rectified", "two-layer"] = "two-layer"
+    pooling: Pooling = GapConfig()
+
+
+class TextureNet(Backbone):
+    """One 5x5 convolution, which can see the filters of the textures, and at most one layer more."""
+
+    config: TextureNetConfig
+
+    def __init__(self, config: TextureNetConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        conv = nn.Conv2d(3, config.filters, 5, stride=config.stride, bias=False)
+        first = nn.Sequential(conv, nn.BatchNorm2d(config.filters))
+        self.layer1 = nn.Sequential(first)
+        self.layer2 = nn.Sequential(*self.second(config))
+        self.tap_channels = {"layer1.0": config.filters}
+        self.channels = config.filters
+        if config.layers == "two-layer":
+            self.channels = self.tap_channels["layer2.0"] = config.hidden
+        self.pooling = config.pooling.build(self.channels)
+        self.fc = self.pooling.classifier(num_classes)
+        initialise(self)
+
+    def second(self, config: TextureNetConfig) -> list[nn.Module]:
+        """Return the blocks behind the first convolution; ReLU spares its input, which a branch may see."""
+        if config.layers == "two-layer":
+            conv = nn.Conv2d(config.filters, config.hidden, 1, bias=False)
+            return [nn.Sequential(nn.ReLU(), conv, nn.BatchNorm2d(config.hidden), nn.ReLU())]
+        return [nn.ReLU()] if config.layers == "rectified" else []
+
+    def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+        """Return nothing: a branch pools the map that it taps."""
+        del in_channels, out_channels, stride
+        return nn.Identity()
+
+    def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Return the last map and the tapped ones."""
+        return run_stages(self, STAGES, images, taps)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return logits of globally pooled features."""
+        logits: Tensor = self.fc(self.pooling(features))
+        return logits
+
+
+class PlainTextureNet(Classifier, TextureNet):
+    """The network as it is, with any global pooling."""
+
+    def plain(self) -> Backbone:
+        """Return another one."""
+        return TextureNet(self.config, self.num_classes)
+
+
+class DSoPTextureNetConfig(TextureNetConfig, DSoPConfig):
+    """The two-layer network with branches."""
+
+
+class DSoPTextureNet(DSoP, TextureNet):
+    """Branches behind the first convolution and at the end, weighted 1; averages instead: the control."""
+
+    config: DSoPTextureNetConfig
+
+    def __init__(self, config: DSoPTextureNetConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.attach_branches()
+
+    def paper_branches(self) -> PaperBranches:
+        """Return what suits the textures; no paper knows them."""
+        return PaperBranches(blocks=(1, 1), widths=(32, 32), weights=(1.0, 1.0), strides=(1, 1))
+
+    def plain(self) -> Backbone:
+        """Return the network without branches."""
+        return TextureNet(TextureNetConfig(**shared_fields(self.config, TextureNetConfig)), self.num_classes)
+
+
+class AttendedStage(nn.Module):
+    """A GSoP block with its shortcut, put behind a stage's last residual block (GSoP, section 3.4)."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.attention = GSoPBlock(GSoPBlockConfig(cov_width=width), channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x + attention(x)."""
+        attended: Tensor = self.attention(x)
+        return x + attended
+
+
+class GSoPSmallResNet(PlainSmallResNet):
+    """The small ResNet with a GSoP block, of 32 channels, behind its second and its third stage.
+
+    The first stage is narrower than the block's narrowest covariance and has none.
+    """
+
+    def __init__(self, config: SmallResNetConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        for stage in ("layer2", "layer3"):
+            block = AttendedStage(self.tap_channels[f"{stage}.0"], 32)
+            initialise(block)
+            self.get_submodule(stage).add_module("gsop", block)
+
+    def plain(self) -> Backbone:
+        """Return another one: all of it ships."""
+        return GSoPSmallResNet(self.config, self.num_classes)
+
+
+class ExtraConvSmallResNetConfig(SmallResNetConfig):
+    """`extra`: the channels of one more 1x1 convolution before the pooling."""
+
+    extra: int = 192
+
+
+class ExtraConvSmallResNet(PlainSmallResNet):
+    """The control for capacity: as many parameters and multiply-adds as a second-order head, averaged."""
+
+    config: ExtraConvSmallResNetConfig
+
+    def __init__(self, config: ExtraConvSmallResNetConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        channels = self.fc.in_features
+        self.wider = nn.Sequential(
+            nn.Conv2d(channels, config.extra, 1, bias=False), nn.BatchNorm2d(config.extra), nn.ReLU()
+        )
+        self.fc = nn.Linear(config.extra, num_classes)
+        initialise(self.wider)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return logits of the averaged wider map."""
+        return super().classify(self.wider(features))
+
+    def plain(self) -> Backbone:
+        """Return another one."""
+        return ExtraConvSmallResNet(self.config, self.num_classes)

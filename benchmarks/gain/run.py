@@ -1,0 +1,220 @@
+"""One run: a task, a network, a schedule and a seed in; the accuracy of what ships out.
+
+Runs of one seed are paired: the same pictures, the same start of every weight that a network has in common
+with the plain one of its family, the same order of batches, the same augmentation, the same noise. The
+last epoch counts.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import pydantic
+import torch
+from torch import Tensor
+
+from gain.gated import Gated, GatedSmallResNet, GatedSmallResNetConfig, GatedTextureNet, GatedTextureNetConfig
+from gain.networks import (
+    DSoPTextureNet,
+    DSoPTextureNetConfig,
+    ExtraConvSmallResNet,
+    ExtraConvSmallResNetConfig,
+    GSoPSmallResNet,
+    PlainTextureNet,
+    TextureNetConfig,
+)
+from gain.task import CifarConfig, DigitsConfig, Task, cifar, digits
+from gain.textures import TextureConfig, textures
+from sopdeploy.backbones.base import Backbone
+from sopdeploy.backbones.small_resnet import SmallResNetConfig
+from sopdeploy.blocks.residual import PaddedShortcut
+from sopdeploy.data.batches import batches_in_order, shuffled_batches
+from sopdeploy.frozen import Frozen
+from sopdeploy.losses import training_loss
+from sopdeploy.models.base import Classifier
+from sopdeploy.models.dsop_small_networks import DSoPSmallResNet, DSoPSmallResNetConfig
+from sopdeploy.models.plain import PlainSmallResNet
+from sopdeploy.schedule import OneCycle
+from sopdeploy.seeds import seed_of
+from sopdeploy_export.detach import detach
+
+CLASSES = 10
+TRUNK = {
+    "filters",
+    "stride",
+    "hidden",
+    "depth",
+    "base_width",
+    "shortcut",
+}  # switches of the networks' common part
+NETWORKS: dict[str, tuple[type[Classifier], type[Frozen]]] = {
+    "textures": (PlainTextureNet, TextureNetConfig),
+    "dsop-textures": (DSoPTextureNet, DSoPTextureNetConfig),
+    "gated-textures": (GatedTextureNet, GatedTextureNetConfig),
+    "resnet": (PlainSmallResNet, SmallResNetConfig),
+    "dsop-resnet": (DSoPSmallResNet, DSoPSmallResNetConfig),
+    "gsop-resnet": (GSoPSmallResNet, SmallResNetConfig),
+    "wide-resnet": (ExtraConvSmallResNet, ExtraConvSmallResNetConfig),
+    "gated-resnet": (GatedSmallResNet, GatedSmallResNetConfig),
+}
+
+
+class Run(Frozen):
+    """Everything that a run's result depends on; `revision` grows when the code gives other numbers.
+
+    `strides` are those of the stem and of the last stage of a ResNet, which set the size of its maps.
+    """
+
+    revision: Literal[1] = 1
+    task: TextureConfig | DigitsConfig | CifarConfig
+    network: str
+    config: dict[str, Any] = pydantic.Field(default_factory=dict)
+    strides: tuple[int, int] | None = None
+    epochs: Annotated[int, pydantic.Field(ge=1)]
+    learning_rate: float
+    batch: int = 64
+    weight_decay: float = 5e-4
+    augment: bool = False
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Return the name of the run's result, the same wherever the pictures lie."""
+        values = self.model_dump(mode="json", exclude={"task": {"arrays"}}, exclude_defaults=True)
+        text = f"{type(self.task).__name__} revision {self.revision} {json.dumps(values, sort_keys=True)}"
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+class Outcome(Frozen):
+    """Accuracy in percent of what ships, processor seconds of the training alone, its last loss.
+
+    `experts` is the number of experts that a gate really uses: e to the entropy of its mean weights.
+    """
+
+    accuracy: float
+    seconds: float
+    loss: float
+    experts: float | None = None
+
+
+def carry_out(run: Run) -> Outcome:
+    """Train, detach, build what ships anew, measure it."""
+    torch.set_num_threads(1)
+    task = open_task(run)
+    network = build(run)
+    start = time.process_time()
+    loss = train(network, task, run)
+    seconds = time.process_time() - start
+    shipped = ship(network, run)
+    experts = experts_used(shipped, task.test) if isinstance(shipped, Gated) else None
+    return Outcome(accuracy=accuracy(shipped, task), seconds=seconds, loss=loss, experts=experts)
+
+
+def open_task(run: Run) -> Task:
+    """Return the task's pictures for the run's seed."""
+    match run.task:
+        case TextureConfig():
+            return textures(run.task, run.seed)
+        case DigitsConfig():
+            return digits(run.task, run.seed)
+        case CifarConfig():
+            return cifar(run.task, run.seed)
+
+
+def build(run: Run) -> Classifier:
+    """Return the run's network; what it shares with the plain one of its family starts as there."""
+    family = "textures" if "textures" in run.network else "resnet"
+    network = made(run.network, run.config, run)
+    plain = made(family, {key: value for key, value in run.config.items() if key in TRUNK}, run)
+    own = network.state_dict()
+    shared = {
+        name: value for name, value in plain.state_dict().items()
+        if name in own and own[name].shape == value.shape
+    }  # fmt: skip
+    network.load_state_dict(own | shared)
+    return network
+
+
+def made(name: str, values: Mapping[str, Any], run: Run) -> Classifier:
+    """Return the network *name* with the switches *values*, freshly drawn by the run's seed."""
+    kind, config = NETWORKS[name]
+    torch.manual_seed(seed_of(run.seed, "start"))
+    network = kind(config.model_validate(values), CLASSES)
+    set_strides(network, run)
+    return network
+
+
+def set_strides(network: Backbone, run: Run) -> None:
+    """Give stem and last stage the run's strides: two cores cannot afford maps of 32 x 32."""
+    if run.strides is None:
+        return
+    stem, last = run.strides
+    network.get_submodule("conv1").stride = (stem, stem)
+    for module in network.get_submodule("layer3.0").modules():
+        if isinstance(module, PaddedShortcut):
+            module.stride = last
+        elif getattr(module, "stride", None) == (2, 2):
+            module.stride = (last, last)
+
+
+def train(network: Classifier, task: Task, run: Run) -> float:
+    """Train with SGD, momentum 0.9, one cycle of the learning rate; return the last epoch's mean loss."""
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=run.learning_rate, momentum=0.9, weight_decay=run.weight_decay
+    )
+    schedule = OneCycle(kind="one-cycle")
+    network.train()
+    total = 0.0
+    for epoch in range(run.epochs):
+        batches = shuffled_batches(len(task.labels), run.batch, run.seed, epoch)
+        total = 0.0
+        for step, members in enumerate(batches):
+            factor = schedule.factor(epoch + step / len(batches), run.epochs)
+            optimizer.param_groups[0]["lr"] = run.learning_rate * factor
+            torch.manual_seed(seed_of(run.seed, "step", epoch, step))
+            images = task.train[members]
+            if run.augment:
+                images = augmented(images)
+            torch.manual_seed(seed_of(run.seed, "noise", epoch, step))
+            loss = training_loss(network(images), task.labels[members], network.loss_weights())
+            optimizer.zero_grad()
+            loss.total.backward()
+            optimizer.step()
+            total += float(loss.parts["main"]) / len(batches)
+    return total
+
+
+def augmented(images: Tensor) -> Tensor:
+    """Return the images mirrored at random and moved by up to four pixels, padded with zeros."""
+    count, _, side, _ = images.shape
+    mirrored = torch.where(torch.rand(count, 1, 1, 1) < 0.5, images.flip(3), images)
+    padded = torch.nn.functional.pad(mirrored, (4, 4, 4, 4))
+    moves = torch.randint(0, 9, (count, 2)).tolist()
+    return torch.stack([padded[i, :, y : y + side, x : x + side] for i, (y, x) in enumerate(moves)])
+
+
+def ship(network: Classifier, run: Run) -> Backbone:
+    """Return the network that ships, built anew, with the weights that are left after detaching."""
+    lean = detach(network) if network.training_only else network
+    shipped = network.plain()
+    set_strides(shipped, run)
+    shipped.load_state_dict(lean.state_dict())
+    return shipped.eval()
+
+
+@torch.no_grad()
+def accuracy(network: Backbone, task: Task) -> float:
+    """Return the percentage of test pictures that *network* names rightly."""
+    hits = 0
+    for members in batches_in_order(len(task.test_labels), 500):
+        hits += int((network(task.test[members]).argmax(dim=1) == task.test_labels[members]).sum())
+    return 100.0 * hits / len(task.test_labels)
+
+
+@torch.no_grad()
+def experts_used(network: Gated, images: Tensor) -> float:
+    """Return e to the entropy of the mean weights over the first 500 *images*."""
+    load = network.weights(network.features(images[:500])[0]).mean(dim=0)
+    return float((-(load * load.clamp_min(1e-12).log()).sum()).exp())

@@ -1,0 +1,109 @@
+"""What a request costs the server beside decoding and the engine: CPU milliseconds, of this tree and another.
+
+Both are replaced by constants, so what is left is HTTP, admission, the ways between threads and the answer.
+With `--other FOLDER` (another checkout of this project) both are measured in turn. Every round starts a
+server anew; a figure is the median of the rounds.
+
+    python benchmarks/request_cpu.py --other ../before --rounds 5
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import numpy as np
+import uvicorn
+from serving import free_port, pictures
+from serving_ours import CLASSES, pretend
+from serving_peers import OURS, cpu_seconds, started
+
+from sopdeploy_service import service
+from sopdeploy_service.app import create_app
+from sopdeploy_service.decode import Decoded
+from sopdeploy_service.server import http_config
+from sopdeploy_service.settings import load_settings
+
+HERE = Path(__file__).resolve()
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--serve", type=int, metavar="PORT", help="be the server (used by the benchmark)")
+    parser.add_argument("--other", type=Path, help="another checkout to compare with")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--connections", type=int, default=32)
+    parser.add_argument("--query", default="", help="of every request: top_k=3")
+    given = parser.parse_args()
+    if given.serve is not None:
+        serve(given.serve)
+        return
+    trees = {"this": HERE.parents[1]} | ({"other": given.other.resolve()} if given.other else {})
+    figures: dict[str, list[float]] = {name: [] for name in trees}
+    with tempfile.TemporaryDirectory() as folder:
+        pictures(Path(folder))
+        for _ in range(given.rounds):
+            for name, tree in trees.items():
+                figures[name].append(measure(tree, Path(folder), given))
+    for name, values in figures.items():
+        each = " ".join(f"{value:.3f}" for value in values)
+        print(f"{name:6} {statistics.median(values):.3f} ms CPU per request ({each})")
+    if given.other:
+        ratios = [ours / other for ours, other in zip(figures["this"], figures["other"], strict=True)]
+        print(f"ratio  {statistics.median(ratios):.3f}")
+
+
+def measure(tree: Path, folder: Path, given: argparse.Namespace) -> float:
+    """Return the CPU milliseconds per request of the server in *tree* under load."""
+    port = free_port()
+    places = {"PYTHONPATH": os.pathsep.join([str(tree), str(tree / "service"), str(HERE.parent)])}
+    command = [sys.executable, str(HERE), "--serve", str(port)]
+    with started(command, OURS, port, places, folder) as process:
+        url = f"http://127.0.0.1:{port}/v1/classify" + (f"?{given.query}" if given.query else "")
+        load = [sys.executable, str(HERE.parent / "load.py"), url, str(folder)]
+        load += ["--connections", str(given.connections), "--seconds"]
+        subprocess.run([*load, "0.1"], check=True, capture_output=True)  # a second of warm-up
+        before = cpu_seconds(process), answered(port)
+        subprocess.run([*load, str(given.seconds)], check=True, capture_output=True)
+        spent, count = cpu_seconds(process) - before[0], answered(port) - before[1]
+    return 1000 * spent / count
+
+
+def answered(port: int) -> float:
+    """Return how many pictures the server on *port* has answered."""
+    lines = httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
+    name = 'sopdeploy_requests_total{code="200",model="model",route="/v1/classify"} '
+    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+
+def serve(port: int) -> None:
+    """Serve a network that says the same to every picture, and decode none."""
+    found = pretend(0, 0, 8)
+    picture = Decoded(np.zeros((224, 224, 3), dtype=np.uint8), ())
+    logits = np.random.default_rng(0).normal(size=(8, CLASSES)).astype(np.float32)
+
+    class Constant:
+        name, device, largest_batch = "constant", "pretend", 8
+
+        def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+            return {"logits": logits[: len(images)]}
+
+    service.decode = lambda *_, **__: picture  # type: ignore[assignment]
+    settings = load_settings(port=port, queue_size=1024, max_batch=8)
+    app = create_app({"model": replace(found, runtime=Constant())}, settings)
+    config = http_config(app, settings)
+    config.port = port
+    uvicorn.Server(config).run()
+
+
+if __name__ == "__main__":
+    main()

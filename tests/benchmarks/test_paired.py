@@ -1,0 +1,51 @@
+"""The statistics of the benchmark against SciPy's, and what they allow to be said."""
+
+import math
+
+import pytest
+from gain.paired import Paired, paired, t_quantile, t_tail
+from scipy import stats
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 4, 7, 23, 60])
+def test_quantiles_and_tails_are_those_of_students_distribution(freedom: int) -> None:
+    assert t_quantile(0.975, freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
+    for t in (0.0, 0.3, 1.3, 4.0, 20.0):
+        assert t_tail(t, freedom) == pytest.approx(stats.t.sf(t, freedom), rel=1e-9, abs=1e-15)
+
+
+def test_a_paired_difference_is_the_paired_t_test() -> None:
+    ours, other = [57.1, 58.0, 56.2, 57.7], [56.0, 57.2, 56.4, 56.1]
+    found = paired(ours, other)
+    expected = stats.ttest_rel(ours, other)
+    low, high = expected.confidence_interval()
+    assert (found.n, found.wins) == (4, 3)
+    assert found.mean == pytest.approx((low + high) / 2)
+    assert found.half == pytest.approx((high - low) / 2)
+    assert found.p == pytest.approx(expected.pvalue)
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "said"),
+    [
+        (0.6, 0.7, "no effect detected"),
+        (-0.6, 0.7, "no effect detected"),
+        (0.7, 0.7, "no effect detected"),
+        (0.9, 0.6, "better by 0.90 +- 0.60"),
+        (-8.5, 1.0, "worse by 8.50 +- 1.00"),
+        (0.0, 0.0, "no effect detected"),
+    ],
+)
+def test_the_verdict_follows_from_the_interval_alone(mean: float, half: float, said: str) -> None:
+    assert Paired(5, mean, half, 3, 0.5).verdict == said
+
+
+def test_of_one_seed_nothing_is_said() -> None:
+    found = paired([90.0], [10.0])
+    assert found.verdict == "one seed"
+    assert math.isnan(found.p)
+
+
+def test_seeds_that_do_not_match_are_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        paired([1.0, 2.0], [1.0])

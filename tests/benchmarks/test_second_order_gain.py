@@ -1,0 +1,127 @@
+"""The benchmark in miniature: runs are paired, what is measured is what ships, the cache resumes."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+import second_order_gain
+import torch
+from gain import runs
+from gain.gates import gates_on_cifar, kinds
+from gain.report import checks, document, show
+from gain.run import TRUNK, Run, build, carry_out, open_task, ship
+from gain.studies import DSOP, HEAD, LINEAR, PLAIN, cifar, digits, few_textures, texture_rates, textures
+from gain.study import Study
+from gain.task import DigitsConfig
+from gain.textures import TextureConfig
+from rich.console import Console
+
+ARRAYS = Path("cifar10.npz")
+EVERY = [
+    texture_rates(),
+    textures(2, ablations=True),
+    few_textures(1),
+    digits(2),
+    kinds(2, tries=True),
+    cifar(ARRAYS, 2, whole=True),
+    gates_on_cifar(ARRAYS, 1),
+]
+EVERY_ARM = [pytest.param(study, arm, id=f"{study.name}: {arm}") for study in EVERY for arm in study.arms]
+
+
+def miniature(*arms: str) -> Study:
+    """Return two easy tasks of few pictures and epochs."""
+    study = textures(2, ablations=False)
+    return dataclasses.replace(
+        study,
+        template={**study.template, "task": TextureConfig(train=300, spread=0.5)},
+        arms={arm: {**study.arms[arm], "epochs": 12} for arm in arms},
+        pairs=(),
+        must={arm: points for arm, points in study.must.items() if arm in arms},
+    )
+
+
+def test_in_miniature_the_head_wins_linear_features_are_at_chance_and_the_cache_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = miniature(LINEAR, PLAIN, HEAD)
+    results = runs.finish_studies([study], tmp_path, jobs=1)
+    assert [holds for _, holds in checks(study, results[study.name])] == [True, True]
+
+    shown = io.StringIO()
+    show([study], results, Console(file=shown, width=200))
+    assert "better by" in shown.getvalue()
+    assert "2/2" in shown.getvalue()
+    found = json.loads(json.dumps(document(study, results[study.name])))
+    assert found["comparisons"][1]["ours"] == HEAD
+    assert found["comparisons"][1]["mean"] > 30
+
+    monkeypatch.setattr(runs, "carry_out", lambda run: pytest.fail(f"{run} was carried out again"))
+    assert runs.finish_studies([study], tmp_path, jobs=1) == results
+
+
+@pytest.mark.parametrize(("study", "arm"), EVERY_ARM)
+def test_every_arm_can_be_built_and_starts_where_the_plain_network_does(study: Study, arm: str) -> None:
+    run = study.run(arm, 0)
+    network, again = build(run).state_dict(), build(run).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in network.items())
+    trunk = {key: value for key, value in run.config.items() if key in TRUNK}
+    family = "textures" if "textures" in run.network else "resnet"
+    plain = build(run.model_copy(update={"network": family, "config": trunk})).state_dict()
+    same = [name for name in network if name in plain and network[name].shape == plain[name].shape]
+    assert same
+    assert all(torch.equal(network[name], plain[name]) for name in same)
+
+
+def test_what_is_measured_has_no_branches_and_answers_as_the_trained_network() -> None:
+    run = miniature(DSOP).run(DSOP, 0)
+    network = build(run)
+    pictures = open_task(run).test[:8]
+    network.train()(pictures)  # moves the batch norms
+    shipped = ship(network, run)
+    assert not [name for name, _ in shipped.named_modules() if "branches" in name]
+    assert torch.equal(shipped(pictures), network.eval()(pictures))
+
+
+def test_a_shipped_gate_has_no_noise_and_keeps_its_choice() -> None:
+    study = kinds(1, tries=False)
+    run = study.run("gate, 2 of 4", 0)
+    network = build(run)
+    pictures = open_task(run).test[:8]
+    shipped = ship(network, run)
+    assert "gate.noise.weight" not in shipped.state_dict()
+    assert torch.equal(shipped(pictures), network.eval()(pictures))
+
+
+def test_a_damaged_result_is_computed_anew(tmp_path: Path) -> None:
+    run = Run(task=DigitsConfig(), network="textures", config={}, epochs=1, learning_rate=0.1, seed=0)
+    run = run.model_copy(update={"task": TextureConfig(train=64)})
+    outcome = carry_out(run)
+    runs.store(tmp_path, run, outcome)
+    assert runs.stored(tmp_path, run) == outcome
+    (tmp_path / f"{run.key}.json").write_text("{", encoding="utf-8")
+    assert runs.stored(tmp_path, run) is None
+    assert runs.stored(None, run) is None
+
+
+def test_a_result_belongs_to_its_run_wherever_the_pictures_lie() -> None:
+    here, there = (cifar(Path(place), 1, whole=False).run(HEAD, 0) for place in ("a.npz", "b.npz"))
+    assert here.key == there.key
+    keys = [run.key for study in EVERY for _, _, run in study.runs()]
+    assert len(set(keys)) == len({run.model_dump_json() for study in EVERY for _, _, run in study.runs()})
+
+
+def test_a_gain_that_is_missing_is_reported_and_fails() -> None:
+    study = miniature(LINEAR, PLAIN, HEAD)
+    poor = runs.Outcome(accuracy=20.0, seconds=1.0, loss=1.0)
+    found = checks(study, {arm: [poor, poor] for arm in study.arms})
+    assert [holds for _, holds in found] == [False, False]
+
+
+def test_cifar_needs_a_place_for_its_decoded_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        second_order_gain.main(["--cifar", "pictures"])
+    assert left.value.code == 2
+    assert "--cifar needs --cache" in capsys.readouterr().err

@@ -1,0 +1,46 @@
+"""The pages and what stands in them: command lines, code, links."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from typer.main import get_command
+
+from sopdeploy.cli.app import app
+
+ROOT = Path(__file__).parents[2]
+COMMANDS: Any = get_command(app)
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Return what the fenced blocks of *language* hold, those below a list too, from the margin."""
+    found = re.findall(
+        rf"^( *)```{language}\n(.*?)^\1```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    return [re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, block in found]
+
+
+BEFORE = r"(?:\$ |[A-Z_]+=\S+ )*"  # a prompt, settings in the environment
+RUN = re.compile(rf"^ *{BEFORE}(?:(?:srun )?torchrun .*? -m )?(sopdeploy(?: .*)?)$", re.MULTILINE)
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    """Return the words behind `sopdeploy` in each line of code that begins with it."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    fenced = re.findall(r"^( *)```\w*\n(.*?)^\1```", text, re.MULTILINE | re.DOTALL)
+    indented = re.findall(r"^ {4}.*$", text, re.MULTILINE)
+    code = "\n".join([*(block for _, block in fenced), *indented])
+    typed = dict.fromkeys(line.strip() for line in RUN.findall(code))
+    return [[word for word in shlex.split(line, comments=True)[1:] if word != "&"] for line in typed]
+
+
+def mentions(page: Path) -> list[list[str]]:
+    """Return the words behind `sopdeploy` where the text mentions a command: `sopdeploy export --detach`."""
+    text = page.read_text(encoding="utf-8")
+    return [found.split() for found in re.findall(r"`sopdeploy ([^`\n]+)`", text)]

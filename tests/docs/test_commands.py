@@ -1,0 +1,65 @@
+"""Every command that a page shows or mentions has a verb and options that exist. Nothing is run."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.docs.reading import COMMANDS, PAGES, ROOT, command_lines, mentions, name
+
+ROOT_OPTIONS = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
+SHOWN = [(page, words) for page in PAGES for words in command_lines(page)]
+MENTIONED = [(page, words) for page in PAGES for words in mentions(page)]
+
+
+def title(value: object) -> str:
+    return name(value) if isinstance(value, Path) else " ".join(value) if isinstance(value, list) else ""
+
+
+def options_of(verb: str) -> set[str]:
+    parameters = COMMANDS.commands[verb].params
+    return {"--help", "-h"} | {o for p in parameters for o in (*p.opts, *p.secondary_opts) if o[:1] == "-"}
+
+
+@pytest.mark.parametrize(("page", "words"), SHOWN, ids=title)
+def test_a_shown_command_can_be_typed_as_it_stands(page: Path, words: list[str]) -> None:
+    verb = words[0] if words else "--help"
+    if verb in ROOT_OPTIONS:
+        assert words[1:] == []
+        return
+    assert verb in COMMANDS.commands
+    assert COMMANDS.commands[verb].make_context(verb, words[1:]).args == []
+
+
+@pytest.mark.parametrize(("page", "words"), MENTIONED, ids=title)
+def test_a_mentioned_command_has_its_verb_and_options(page: Path, words: list[str]) -> None:
+    if words[0] in ROOT_OPTIONS | {"VERB"}:
+        return
+    assert words[0] in COMMANDS.commands
+    given = {word.partition("=")[0] for word in words[1:] if word.startswith("-")}
+    assert given <= options_of(words[0])
+
+
+def test_commands_are_found_in_blocks_of_every_kind() -> None:
+    pages = {name(page) for page, _ in SHOWN}
+    assert {"README.md", "docs/quickstart.md", "docs/training.md", "docs/howto/tensorrt.md"} <= pages
+    distributed = [words for page, words in SHOWN if page.name == "distributed.md"]
+    assert len(distributed) == 3
+    assert all(words[0] == "train" for words in distributed)
+
+
+def test_the_sight_of_a_wrong_option_is_a_failure(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("1. This:\n\n    ```sh\n    SOPDEPLOY_PORT=1 sopdeploy serve b --prot 2  # no\n    ```\n")
+    words = command_lines(page)[0]
+    assert words == ["serve", "b", "--prot", "2"]
+    with pytest.raises(AssertionError):
+        test_a_mentioned_command_has_its_verb_and_options(page, words)
+    with pytest.raises(Exception, match="No such option"):
+        test_a_shown_command_can_be_typed_as_it_stands(page, words)
+
+
+def test_every_verb_is_on_the_page_of_the_command_line_and_in_the_readme() -> None:
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/cli.md")]
+    assert [verb for verb in COMMANDS.commands if f"\n## sopdeploy {verb}\n" not in pages[1]] == []
+    table = " ".join(line for line in pages[0].splitlines() if line.startswith("| `") or "sopdeploy" in line)
+    assert [verb for verb in COMMANDS.commands if verb not in table] == []

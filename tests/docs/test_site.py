@@ -1,0 +1,56 @@
+"""The site: every page has its place, it builds without a warning, and no browser asks elsewhere."""
+
+import importlib.util
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.reading import ROOT
+
+CONFIG = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+LOADED = re.compile(
+    r"""<(?:script|img|iframe|source|link)\b[^>]*?(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)"""
+)
+
+
+def test_every_page_has_a_place_in_the_navigation_and_no_other() -> None:
+    named = re.findall(r"^ +- (?:.*: )?([\w/-]+\.md)$", CONFIG.partition("\nnav:")[2], re.MULTILINE)
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    measured = {
+        page for page in pages if page.startswith("benchmarks/")
+    }  # of `make gpu-check`, where it was run
+    assert sorted(named) == sorted(set(pages) - measured)
+
+
+def test_no_font_and_no_script_of_another_host_is_asked_for() -> None:
+    assert re.search(r"^  font: false$", CONFIG, re.MULTILINE)
+    assert "://" not in CONFIG
+
+
+def test_every_object_of_the_api_page_exists_and_says_what_it_is() -> None:
+    named = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(named) > 15
+    silent = [path for path in named if not pkgutil.resolve_name(path).__doc__]
+    assert silent == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed")
+def test_it_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > 25
+    assert [url for page in pages for url in LOADED.findall(page.read_text(encoding="utf-8"))] == []
