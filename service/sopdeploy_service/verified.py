@@ -50,8 +50,8 @@ def open_verified(path: Path, settings: Settings, *, thorough: bool = False) -> 
     Every probe runs in a batch of the largest size; one by one only `FEW` do, all of them where *thorough*,
     because a server that starts on a CPU waits for little else.
 
-    Raises `BundleError`, `RuntimeUnavailableError` or `ParityError`, `ConfigError` for a key that is none, and
-    what `fast_decode.checked` does.
+    Raises `BundleError`, `RuntimeUnavailableError` or `ParityError`, `ConfigError` for a key that is none,
+    and what `fast_decode.checked` does.
     """
     moments = [time.monotonic()]
     bundle = open_bundle(path)
