@@ -17,6 +17,7 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.data.base import Dataset, Pictures
 from sopdeploy.data.batches import batches_in_order, load_batches
 from sopdeploy.data.folder import open_classes
+from sopdeploy.data.readable import all_unreadable
 from sopdeploy.errors import DataError, TrainingError
 from sopdeploy.frozen import Frozen
 from sopdeploy.measure.score import Score, score
@@ -111,9 +112,12 @@ def scores_of_checkpoint(
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     pictures = open_classes(data.expanduser(), tuple(sorted(stored.labels)))
     labels = stored.labels
-    return pictures.labels, scores_of(
-        model, labels, pictures, stored.preprocess, tta=tta, workers=workers, on_picture=on_picture
-    )
+    try:
+        return pictures.labels, scores_of(
+            model, labels, pictures, stored.preprocess, tta=tta, workers=workers, on_picture=on_picture
+        )
+    except DataError as problem:
+        raise all_unreadable(problem, pictures) from None
 
 
 @torch.no_grad()

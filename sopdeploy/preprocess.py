@@ -5,7 +5,7 @@ deviation are part of the exported graph, so no server can get them wrong; they 
 they travel with the geometry, in the checkpoint and in the bundle.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
@@ -21,6 +21,7 @@ Positive = Annotated[float, pydantic.Field(gt=0)]
 LONGEST_STRIP = 16  # resized whole up to this ratio of its sides
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
 ORIENTATION, UPRIGHT = 0x0112, 1  # of EXIF
+SIDEWAYS = range(5, 9)  # the orientations that exchange width and height
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -87,10 +88,15 @@ def upright(picture: Image.Image) -> Image.Image:
 
 def is_turned(picture: Image.Image) -> bool:
     """Say whether the EXIF orientation of *picture* is another than upright; unreadable data says no."""
+    return orientation(picture) in range(2, 9)
+
+
+def orientation(picture: Image.Image) -> Any:
+    """Return the EXIF orientation of *picture*, upright where there is none or its data is unreadable."""
     try:
-        return picture.getexif().get(ORIENTATION, UPRIGHT) in range(2, 9)
+        return picture.getexif().get(ORIENTATION, UPRIGHT)
     except Exception:  # as in `upright`
-        return False
+        return UPRIGHT
 
 
 def is_transparent(picture: Image.Image) -> bool:

@@ -20,6 +20,7 @@ from sopdeploy.data.mix import Mix
 from sopdeploy.data.sources import DataConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.frozen import Frozen, first_problem
+from sopdeploy.learnt import StartChoice, TeacherChoice
 from sopdeploy.models.catalog import make_config
 from sopdeploy.optim.choice import OptimizerChoice
 from sopdeploy.preprocess import Preprocess
@@ -102,6 +103,8 @@ class Recipe(Frozen):
     schedule: Schedule
     loss: LossConfig = LossConfig()
     ema: EmaChoice | None = None
+    start: StartChoice | None = None
+    teacher: TeacherChoice | None = None
     save: SaveChoice = SaveChoice()
 
     @pydantic.model_validator(mode="after")

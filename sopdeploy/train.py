@@ -16,7 +16,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from sopdeploy.data.augment import Augmented
 from sopdeploy.data.base import Pictures, Prepared, Split
 from sopdeploy.data.batches import Batch, balanced_batches, load_batches, shuffled_batches, timed
+from sopdeploy.data.readable import all_unreadable
 from sopdeploy.data.sources import open_data
+from sopdeploy.errors import DataError
 from sopdeploy.evaluate import Figures, evaluate
 from sopdeploy.losses import Loss, first_not_finite, training_loss
 from sopdeploy.optim.adahessian import AdaHessian
@@ -39,6 +41,7 @@ from sopdeploy.training.run import Run, StepResult, start_run
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.sight import look, spectrum_epochs
 from sopdeploy.training.slices import Piece, must_divide, slice_of
+from sopdeploy.training.start import TIMES, into_training
 from sopdeploy.training.stop import Stop, StopRequested, TrainingStoppedError, watch_for_stop
 
 
@@ -52,9 +55,8 @@ def train(
 ) -> TrainingResult:
     """Run *recipe* to its end and keep it in *out_dir*; with *resume*, go on where `last.pt` there ends.
 
-    "auto" goes on if there is something to go on from, else it starts. Raises `ConfigError` for a folder or
-    recipe that does not fit, `DataError` for data that cannot be used, `TrainingError` where a number is no
-    longer finite, `TrainingStoppedError` after a Ctrl-C or SIGTERM, when everything is saved.
+    "auto" goes on if there is something to go on from, else it starts. Raises `ConfigError`, `DataError`,
+    `TrainingError` where a number is no longer finite, `TrainingStoppedError` after a Ctrl-C or SIGTERM.
     """
     parallel = parallel or processes_of(recipe)
     onlooker = progress if progress is not None and parallel.rank == 0 else Quiet()
@@ -81,7 +83,9 @@ def train(
                 f"{folder.last} is saved, go on with --resume",
                 stop.signal_number,
             ) from None
-    return summarise(run, folder, len(data.held_out))
+        except DataError as problem:
+            raise all_unreadable(problem, data.train, data.held_out) from None
+    return summarise(run, folder, data)
 
 
 def begin(
@@ -91,7 +95,7 @@ def begin(
     if not resume:
         folder.must_be_free()
     checkpoint = folder.read_last() if resume else None
-    data = open_data(recipe.data)
+    data = open_data(recipe.data, onlooker.warned)
     must_divide(recipe, len(data.train), parallel.world)
     if checkpoint is None:
         run = start_run(recipe, data.train, parallel)
@@ -116,7 +120,7 @@ def train_epoch(run: Run, pictures: Pictures, folder: RunFolder, stop: Stop, onl
     recipe, epoch = run.recipe, run.at.epoch
     batches = epoch_batches(recipe, pictures, epoch)
     view = Augmented(pictures, recipe.augment, recipe.preprocess, recipe.seed, epoch, recipe.distort)
-    run.model.train()
+    into_training(run.model, recipe.start)
     since = time.monotonic()
     shares = [slice_of(samples, recipe, run.parallel).samples for samples in batches[run.at.step :]]
     for batch, waited in timed(load_batches(view, shares, recipe.workers, run.parallel.device)):
@@ -147,7 +151,7 @@ def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> StepRe
     torch.manual_seed(seed_of(recipe.seed, "step", at.epoch, at.step))
     factor = recipe.schedule.factor(at.epoch + at.step / steps, recipe.epochs)
     for group in run.optimizer.param_groups:
-        group["lr"] = recipe.optimizer.lr * factor
+        group["lr"] = recipe.optimizer.lr * factor * group.get(TIMES, 1.0)
     mixed = recipe.mix(run.normalise(batch[0]), batch[1], len(run.labels))
     run.optimizer.zero_grad()
     loss = loss_and_gradient(run, mixed, slice_of(samples, recipe, run.parallel).pieces)
@@ -174,8 +178,10 @@ def loss_and_gradient(run: Run, batch: Batch, pieces: Sequence[Piece]) -> Loss:
         run.parallel.begin(piece.total)
         wanted = targets[piece.first : piece.end]
         with run.precision.autocast():
-            output = run.network(images[piece.first : piece.end])
+            output = run.network(part := images[piece.first : piece.end])
             loss = training_loss(output, wanted, run.model.loss_weights(), run.recipe.loss.label_smoothing)
+            if run.teacher is not None:
+                loss = run.teacher.join(loss, part, output)
         share = len(wanted) / count
         differentiate(run, loss.total * share, last=piece is pieces[-1])
         for name, value in {"total": loss.total.detach(), **loss.parts}.items():

@@ -11,6 +11,7 @@ from sopdeploy.cli import (
     benching,
     catalog,
     comparing,
+    data_checking,
     demo,
     doctoring,
     engines,
@@ -39,6 +40,7 @@ app.command("eval", rich_help_panel="Train")(measuring.evaluate)
 app.command("compare", rich_help_panel="Train")(comparing.compare)
 app.command("report", rich_help_panel="Train")(measuring.report)
 app.command("recipes", rich_help_panel="Train")(training.recipes)
+app.add_typer(data_checking.data, name="data", rich_help_panel="Train")
 app.command("models", rich_help_panel="Train")(catalog.models)
 app.command("describe", rich_help_panel="Train")(catalog.describe)
 app.command("import", rich_help_panel="Train")(importing.import_file)

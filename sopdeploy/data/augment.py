@@ -16,8 +16,9 @@ from PIL import Image
 
 from sopdeploy.data.base import Pictures
 from sopdeploy.data.distort import Distortion
+from sopdeploy.data.stored import StoredPictures, loaded
 from sopdeploy.frozen import Frozen
-from sopdeploy.preprocess import RESAMPLING, Preprocess, Side, centre_crop, to_rgb
+from sopdeploy.preprocess import RESAMPLING, SIDEWAYS, Preprocess, Side, centre_crop, orientation, to_rgb
 from sopdeploy.seeds import seed_of
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the source
@@ -54,22 +55,36 @@ class PadCrop(Frozen):
         return framed[top : top + rules.crop, left : left + rules.crop]
 
 
-class RandomResizedCrop(Frozen):
+class Boxed(Frozen):
+    """What cuts a random box out of the picture and resizes it.
+
+    With `draft` a JPEG is decoded at a half, a quarter or an eighth of its size where the box still has the
+    crop's pixels then: faster, and a few grey levels off (`benchmarks/training_throughput.py` says how many).
+    """
+
+    flip: Probability = 0.0
+    draft: bool = False
+
+    def crop(self, picture: Image.Image, rules: Preprocess, random: Random) -> NDArray[np.uint8]:
+        """Return the box, resized; computed from the part of the picture that it shows."""
+        return cut(picture, self.box(picture.size, rules.crop, random), rules)
+
+    def box(self, _size: tuple[int, int], _crop: int, _random: Random) -> Box:
+        """Return a box inside a picture of *size*, in its pixels."""
+        raise TypeError(f"{type(self).__name__} must say what it cuts out")
+
+
+class RandomResizedCrop(Boxed):
     """A box of random area (`scale`, a fraction of the picture) and shape (`ratio`, width by height).
 
     Source: Szegedy et al., "Going Deeper with Convolutions" (CVPR 2015); drawn as torchvision does.
     """
 
     kind: Literal["random-resized-crop"]
-    flip: Probability = 0.0
     scale: tuple[Fraction, Fraction] = (0.08, 1.0)
     ratio: tuple[Positive, Positive] = (0.75, 4 / 3)
 
-    def crop(self, picture: Image.Image, rules: Preprocess, random: Random) -> NDArray[np.uint8]:
-        """Return the box, resized."""
-        return cut(picture, self.box(picture.size, random), rules)
-
-    def box(self, size: tuple[int, int], random: Random) -> Box:
+    def box(self, size: tuple[int, int], _crop: int, random: Random) -> Box:
         """Return a box inside *size*; the largest centred one of an allowed shape if ten draws miss."""
         width, height = size
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
@@ -86,19 +101,14 @@ class RandomResizedCrop(Frozen):
         return left, top, left + w, top + h
 
 
-class RandomSide(Frozen):
+class RandomSide(Boxed):
     """The shorter side resized to a random length in `sides`, a window of the crop's size cut out.
 
     Source: He et al. (CVPR 2016), section 3.4; DSoP, section V-B.
     """
 
     kind: Literal["random-side"]
-    flip: Probability = 0.0
     sides: tuple[Side, Side] = (256, 512)
-
-    def crop(self, picture: Image.Image, rules: Preprocess, random: Random) -> NDArray[np.uint8]:
-        """Return the window, computed from the part of the picture that it shows."""
-        return cut(picture, self.box(picture.size, rules.crop, random), rules)
 
     def box(self, size: tuple[int, int], crop: int, random: Random) -> Box:
         """Return the window in pixels of the picture."""
@@ -119,6 +129,26 @@ def cut(picture: Image.Image, box: Box, rules: Preprocess) -> NDArray[np.uint8]:
     """Return *box* of *picture*, resized to the crop."""
     resized = picture.resize((rules.crop, rules.crop), RESAMPLING[rules.interpolation], box=box)
     return np.asarray(resized, dtype=np.uint8)
+
+
+def crop_of_draft(
+    pictures: StoredPictures, index: int, way: Boxed, rules: Preprocess, random: Random
+) -> tuple[NDArray[np.uint8], int]:
+    """Return the crop of a picture that is decoded no larger than needed, and its class.
+
+    What is drawn is drawn from the picture's full size, so that the same part is shown as without.
+    """
+    picture = pictures.header(index)
+    width, height = picture.size
+    turned = rules.exif_orientation and orientation(picture) in SIDEWAYS
+    size = (height, width) if turned else (width, height)
+    box = way.box(size, rules.crop, random)
+    left, top, right, bottom = box
+    shrink = max(1, int(min(right - left, bottom - top) / rules.crop))
+    picture.draft(None, (width // shrink, height // shrink))
+    decoded = to_rgb(loaded(picture, pictures.where(index)), rules)
+    x, y = decoded.width / size[0], decoded.height / size[1]
+    return cut(decoded, (left * x, top * y, right * x, bottom * y), rules), int(pictures.targets[index])
 
 
 NONE = Distortion()
@@ -147,10 +177,15 @@ class Augmented:
         return len(self.pictures)
 
     def __getitem__(self, position: int) -> tuple[NDArray[np.uint8], int]:
-        stored, label = self.pictures[position % len(self.pictures)]
+        index = position % len(self.pictures)
         random = Random(seed_of(self.seed, "augment", self.epoch, position))  # noqa: S311
-        array = self.augmentation.crop(to_rgb(stored, self.preprocess), self.preprocess, random)
-        if random.random() < self.augmentation.flip:
+        way, rules = self.augmentation, self.preprocess
+        if isinstance(way, Boxed) and way.draft and isinstance(self.pictures, StoredPictures):
+            array, label = crop_of_draft(self.pictures, index, way, rules, random)
+        else:
+            stored, label = self.pictures[index]
+            array = way.crop(to_rgb(stored, rules), rules, random)
+        if random.random() < way.flip:
             array = array[:, ::-1]
         seed = seed_of(self.seed, "distort", self.epoch, position)
-        return self.distortion(array, self.preprocess, seed), label
+        return self.distortion(array, rules, seed), label

@@ -42,10 +42,14 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """Pictures to learn from, and pictures that are only ever measured on; the labels are the same."""
+    """Pictures to learn from, and pictures that are only ever measured on; the labels are the same.
+
+    `skipped` names the files that were left out because they cannot be read.
+    """
 
     train: Pictures
     held_out: Pictures
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -16,6 +17,7 @@ from sopdeploy.data.base import Dataset
 from sopdeploy.errors import DataError
 from sopdeploy.seeds import seed_of
 
+KEPT_BLOCKS = 2  # of 16 MB each, the most that a photograph and its conversion need
 Batch = tuple[Tensor, Tensor]  # images (B, H, W, 3) uint8, labels (B,) int64
 
 
@@ -71,7 +73,7 @@ def load_batches(
         batch_sampler=batches,
         collate_fn=as_it_is,
         num_workers=min(workers, os.cpu_count() or 1),
-        worker_init_fn=leave_the_signals_to_the_parent,
+        worker_init_fn=settle_in,
         pin_memory=on_gpu,
     )
     for batch in loader:
@@ -116,7 +118,12 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
-def leave_the_signals_to_the_parent(_worker: int) -> None:
-    """Let a loader process live on after a Ctrl-C, which a terminal sends to every process of the run."""
+def settle_in(_worker: int) -> None:
+    """Let a loader process live on after a Ctrl-C, which a terminal sends to every process of the run.
+
+    And let Pillow keep the memory of a picture for the next one: given back to the system, each page would be
+    mapped and cleared again, a quarter of the time of a 500 x 375 JPEG.
+    """
     os.setpgrp()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    Image.core.set_blocks_max(KEPT_BLOCKS)  # type: ignore[attr-defined]

@@ -1,21 +1,22 @@
-"""A folder of images, one subfolder per class: `DIR/<class>/*.jpg`, or the same under train/ and val/."""
+"""Images with one folder per class: `DIR/<class>/*.jpg`, or the same under train/ and val/.
 
-import os
-import struct
-from dataclasses import dataclass
+DIR may be a tar archive instead, or a folder of archives; so may train/ and val/.
+"""
+
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import pydantic
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from sopdeploy.data.base import Split, hold_out
+from sopdeploy.data.store import ENDINGS, FolderStore, Opening, Store, visible_folders
+from sopdeploy.data.stored import StoredPictures
+from sopdeploy.data.tar_store import open_tars
+from sopdeploy.data.unpacked import is_archive
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.frozen import Frozen
 
-ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 TRAIN = "train"
 HELD_OUT = ("val", "valid", "validation", "test")  # the first that exists is measured on
 
@@ -24,82 +25,67 @@ class FolderConfig(Frozen):
     """Where the images lie, and which of them are held out where there is no folder of such.
 
     `hold_out` is the fraction of every class, drawn by `hold_out_seed`: it belongs to the data, not to
-    the run, so that runs with other seeds are measured on the same images.
+    the run, so that runs with other seeds are measured on the same images. `cache` is where indexes of
+    archives are kept and compressed ones unpacked. `skip_corrupt` leaves out images that cannot be read.
     """
 
     kind: Literal["folder"]
     path: Path | None = None
+    cache: Path | None = None
     hold_out: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.2
     hold_out_seed: int = 0
+    skip_corrupt: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class FolderPictures:
-    """Image files below `root`; `paths` is one array of bytes, which loader processes can share."""
-
-    root: Path
-    labels: tuple[str, ...]
-    paths: NDArray[np.bytes_]
-    targets: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return open_picture(self.path(index)), int(self.targets[index])
-
-    def path(self, index: int) -> Path:
-        """Return where the picture *index* lies."""
-        return self.root / os.fsdecode(self.paths[index])
-
-
-def open_picture(path: Path) -> Image.Image:
-    """Return the decoded picture at *path*; raises `DataError` naming it where that fails."""
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
-    except UnidentifiedImageError as problem:
-        raise DataError(f"{path}: not an image; delete it or put the right file there") from problem
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        struct.error,
-        Image.DecompressionBombError,
-    ) as problem:
-        raise DataError(f"{path}: cannot be read ({problem}); repair or delete it") from problem
-
-
-def open_folder(config: FolderConfig) -> Split:
+def open_folder(config: FolderConfig, opening: Opening | None = None) -> Split:
     """Return the images of a folder; raises `DataError` naming what cannot be used.
 
     Classes are sorted by name. Hidden folders and files of other kinds are ignored.
     """
     if config.path is None:
         raise ConfigError("data.path: not set; give the folder that holds one subfolder per class")
-    root = config.path.expanduser()
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; give one that holds one subfolder of images per class")
-    names = subfolders(root)
+    store = open_store(config.path.expanduser(), opening or Opening(config.cache))
+    names = store.folders()
     held_names = [name for name in HELD_OUT if name in names]
     if TRAIN not in names:
         if names and not set(names) - set(HELD_OUT):
-            raise DataError(f"{root}: holds {names[0]} but no {TRAIN}; put the images to learn from there")
-        return split_folder(root, config)
+            raise DataError(
+                f"{store.root}: holds {names[0]} but no {TRAIN}; put the images to learn from there"
+            )
+        return split_folder(store, config)
+    train = store.below(TRAIN)
     if not held_names:
-        return split_folder(root / TRAIN, config)
-    labels = class_names(root / TRAIN)
-    return Split(train=scan(root / TRAIN, labels), held_out=open_classes(root / held_names[0], labels))
+        return split_folder(train, config)
+    labels = class_names(train)
+    return Split(train=scan(train, labels), held_out=pictures_of(store.below(held_names[0]), labels))
 
 
-def open_classes(root: Path, labels: tuple[str, ...]) -> FolderPictures:
+def open_store(path: Path, opening: Opening) -> Store:
+    """Return what lies at *path*: a tar file, or a folder of files, or of tar files and no folders."""
+    if path.is_file() and is_archive(path):
+        return open_tars(path, [path], (TRAIN, *HELD_OUT), opening)
+    if not path.is_dir():
+        raise DataError(
+            f"{path}: no such folder; give one that holds one subfolder of images per class, or a tar file"
+        )
+    if not visible_folders(path):
+        archives = sorted(file for file in path.iterdir() if file.is_file() and is_archive(file))
+        if archives:
+            return open_tars(path, archives, (TRAIN, *HELD_OUT), opening)
+    return FolderStore(path, lambda inside: open_store(inside, opening))
+
+
+def open_classes(root: Path, labels: tuple[str, ...]) -> StoredPictures:
     """Return the images below *root* for a network that knows *labels*; folders are matched by name.
 
     Raises `DataError` naming the classes that only one of both has.
     """
-    found = set(subfolders(root))
+    return pictures_of(open_store(root, Opening()), labels)
+
+
+def pictures_of(store: Store, labels: tuple[str, ...]) -> StoredPictures:
+    """Return the images of *store*, whose folders must be *labels*; raises `DataError` naming the others."""
+    found = set(store.folders())
     unknown, missing = sorted(found - set(labels)), sorted(set(labels) - found)
     wrong = []
     if unknown:
@@ -107,78 +93,43 @@ def open_classes(root: Path, labels: tuple[str, ...]) -> FolderPictures:
     if missing:
         wrong.append(f"classes {', '.join(missing)} of those learnt are missing, add them")
     if wrong:
-        raise DataError(f"{root}: {'; '.join(wrong)}")
-    return scan(root, labels)
+        raise DataError(f"{store.root}: {'; '.join(wrong)}")
+    return scan(store, labels)
 
 
-def subfolders(root: Path) -> list[str]:
-    """Return the names of the visible folders in *root*, sorted."""
-    try:
-        return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry.name))
-    except OSError as problem:
-        raise DataError(
-            f"{root}: cannot be listed ({problem.strerror}); give a folder you may read"
-        ) from problem
-
-
-def is_hidden(name: str) -> bool:
-    """Say whether *name* is hidden, as `.ipynb_checkpoints` is."""
-    return name.startswith(".")
-
-
-def class_names(root: Path) -> tuple[str, ...]:
-    """Return the classes below *root*; raises `DataError` for fewer than two."""
-    names = subfolders(root)
+def class_names(store: Store) -> tuple[str, ...]:
+    """Return the classes of *store*; raises `DataError` for fewer than two."""
+    names = store.folders()
     if len(names) > 1:
         return tuple(names)
     if names:
-        raise DataError(f"{root}: holds one class only ({names[0]}); a classifier needs at least two")
-    raise DataError(f"{root}: holds no class folders; sort the images into one subfolder per class")
+        raise DataError(f"{store.root}: holds one class only ({names[0]}); a classifier needs at least two")
+    raise DataError(f"{store.root}: holds no class folders; sort the images into one subfolder per class")
 
 
-def scan(root: Path, labels: tuple[str, ...]) -> FolderPictures:
-    """Return the images of every class below *root*, sorted; raises `DataError` for a class without."""
-    paths: list[bytes] = []
-    targets: list[int] = []
-    for target, label in enumerate(labels):
-        found = image_files(root, label)
-        if not found:
-            raise DataError(
-                f"{root / label}: no images in this class folder; "
-                f"add some ({', '.join(ENDINGS)}) or remove the folder"
-            )
-        paths += found
-        targets += [target] * len(found)
-    return FolderPictures(root, labels, np.asarray(paths, dtype=np.bytes_), np.asarray(targets))
+def scan(store: Store, labels: tuple[str, ...]) -> StoredPictures:
+    """Return the images of every class, sorted; raises `DataError` naming the classes without."""
+    found = [store.images(label) for label in labels]
+    empty = [label for label, paths in zip(labels, found, strict=True) if not paths]
+    if empty:
+        others = f" (as in {', '.join(empty[1:])})" if len(empty) > 1 else ""
+        raise DataError(
+            f"{store.root / empty[0]}: no images in this class folder{others}; "
+            f"add some ({', '.join(ENDINGS)}) or remove the folder"
+        )
+    paths = np.asarray([path for of_class in found for path in of_class], dtype=np.bytes_)
+    targets = np.repeat(np.arange(len(labels)), [len(of_class) for of_class in found])
+    return StoredPictures(store, labels, paths, targets)
 
 
-def image_files(root: Path, label: str) -> list[bytes]:
-    """Return the images of one class and its subfolders as sorted paths relative to *root*."""
-    found = []
-    for folder, folders, files in os.walk(root / label):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        below = Path(folder).relative_to(root)
-        found += [
-            os.fsencode(below / name)
-            for name in files
-            if name.lower().endswith(ENDINGS) and not is_hidden(name)
-        ]
-    return sorted(found)
-
-
-def split_folder(root: Path, config: FolderConfig) -> Split:
-    """Return the images of *root* with a fraction of every class held out."""
-    labels = class_names(root)
-    everything = scan(root, labels)
+def split_folder(store: Store, config: FolderConfig) -> Split:
+    """Return the images of *store* with a fraction of every class held out."""
+    labels = class_names(store)
+    everything = scan(store, labels)
     counts = np.bincount(everything.targets)
     if counts.min() == 1:
-        raise DataError(
-            f"{root / labels[int(counts.argmin())]}: one image only; add another, one has to be held out"
-        )
-    keys = [os.fsdecode(path) for path in everything.paths]
+        alone = store.root / labels[int(counts.argmin())]
+        raise DataError(f"{alone}: one image only; add another, one has to be held out")
+    keys = [path.decode("utf-8", "surrogateescape") for path in everything.paths.tolist()]
     held = np.asarray(hold_out(keys, everything.targets.tolist(), config.hold_out, config.hold_out_seed))
-    train, held_out = (
-        FolderPictures(root, labels, everything.paths[mask], everything.targets[mask])
-        for mask in (~held, held)
-    )
-    return Split(train=train, held_out=held_out)
+    return Split(train=everything.only(~held), held_out=everything.only(held))

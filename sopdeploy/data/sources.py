@@ -8,12 +8,19 @@ from sopdeploy.data.base import Split
 from sopdeploy.data.cifar import CifarConfig, open_cifar
 from sopdeploy.data.digits import DigitsConfig, open_digits
 from sopdeploy.data.folder import FolderConfig, open_folder
+from sopdeploy.data.places import PlacesConfig, open_places
+from sopdeploy.data.readable import without_unreadable
+from sopdeploy.data.small_imagenet import SmallImageNetConfig, open_small_imagenet
+from sopdeploy.data.store import Opening, Say
 
-DataConfig = Annotated[DigitsConfig | FolderConfig | CifarConfig, pydantic.Field(discriminator="kind")]
+DataConfig = Annotated[
+    DigitsConfig | FolderConfig | CifarConfig | SmallImageNetConfig | PlacesConfig,
+    pydantic.Field(discriminator="kind"),
+]
 
 
-def open_data(config: DataConfig) -> Split:
-    """Return the pictures to learn from and those held out.
+def open_data(config: DataConfig, say: Say = lambda _line: None) -> Split:
+    """Return the pictures to learn from and those held out; *say* is told what takes long or is left out.
 
     Raises `ConfigError` where no path is set, `DataError` naming what is wrong with the data.
     """
@@ -22,5 +29,9 @@ def open_data(config: DataConfig) -> Split:
             return open_digits()
         case CifarConfig():
             return open_cifar(config)
-        case FolderConfig():
-            return open_folder(config)
+        case SmallImageNetConfig():
+            return open_small_imagenet(config)
+        case FolderConfig() | PlacesConfig():
+            opening = Opening(config.cache, say)
+            found = open_folder(config, opening) if config.kind == "folder" else open_places(config, opening)
+            return without_unreadable(found, opening) if config.skip_corrupt else found

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sopdeploy.client import Classification, Client
-from sopdeploy.data.folder import open_classes, scan, subfolders
+from sopdeploy.data.folder import open_classes, open_store, scan
+from sopdeploy.data.store import Opening
 from sopdeploy.errors import DataError, OverloadedError, ServiceError, UnreachableError
 from sopdeploy.measure.score import Score, score
 
@@ -23,7 +24,8 @@ def scores_of_service(
     Which classes it knows, its first answer says. *on_picture* is told how many of how many are done. Raises
     `DataError` for classes that do not fit and for a picture that the service refuses.
     """
-    found = scan(data, tuple(subfolders(data)))
+    store = open_store(data, Opening())
+    found = scan(store, tuple(store.folders()))
     if not len(found):
         raise DataError(f"{data}: holds no class folders; sort the images into one subfolder per class")
     labels = tuple(sorted(one.label for one in ask(client, found.path(0), model).classes))

@@ -18,6 +18,7 @@ Positive = Annotated[float, pydantic.Field(gt=0)]
 NotNegative = Annotated[float, pydantic.Field(ge=0)]
 Part = Annotated[float, pydantic.Field(ge=0, lt=1)]
 Betas = tuple[Part, Part]
+Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]  # or groups of them with values of their own
 
 
 class Sgd(Frozen):
@@ -36,7 +37,7 @@ class Sgd(Frozen):
             raise ValueError("nesterov needs a momentum above 0")
         return self
 
-    def make(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    def make(self, parameters: Parameters) -> torch.optim.Optimizer:
         """Return the optimizer of *parameters*."""
         return torch.optim.SGD(
             parameters,
@@ -57,7 +58,7 @@ class AdamW(Frozen):
     weight_decay: NotNegative = 0.01
     clip_norm: NotNegative = 0.0
 
-    def make(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    def make(self, parameters: Parameters) -> torch.optim.Optimizer:
         """Return the optimizer of *parameters*."""
         return torch.optim.AdamW(
             parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
@@ -74,7 +75,7 @@ class RAdam(Frozen):
     weight_decay: NotNegative = 0.0
     clip_norm: NotNegative = 0.0
 
-    def make(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    def make(self, parameters: Parameters) -> torch.optim.Optimizer:
         """Return the optimizer of *parameters*."""
         return torch.optim.RAdam(
             parameters,
@@ -97,7 +98,7 @@ class RMSProp(Frozen):
     weight_decay: NotNegative = 0.0
     clip_norm: NotNegative = 0.0
 
-    def make(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    def make(self, parameters: Parameters) -> torch.optim.Optimizer:
         """Return the optimizer of *parameters*."""
         return torch.optim.RMSprop(
             parameters,
@@ -120,7 +121,7 @@ class AdaHessianChoice(Frozen):
     power: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
     clip_norm: NotNegative = 0.0
 
-    def make(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    def make(self, parameters: Parameters) -> torch.optim.Optimizer:
         """Return the optimizer of *parameters*."""
         return AdaHessian(
             parameters,

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from sopdeploy.data.base import Split
 from sopdeploy.frozen import Frozen
 from sopdeploy.training.history import best_row
 from sopdeploy.training.run import Run
@@ -9,7 +10,10 @@ from sopdeploy.training.run_folder import RunFolder
 
 
 class TrainingResult(Frozen):
-    """What a finished run gave; shares are of the held-out pictures, `seconds` those of all its parts."""
+    """What a finished run gave; shares are of the held-out pictures, `seconds` those of all its parts.
+
+    `skipped` names the pictures that were left out because they cannot be read.
+    """
 
     out: Path
     best: Path
@@ -19,6 +23,7 @@ class TrainingResult(Frozen):
     classes: int
     train_count: int
     held_out_count: int
+    skipped: tuple[str, ...]
     epochs: int
     best_epoch: int
     best_top1: float
@@ -27,7 +32,7 @@ class TrainingResult(Frozen):
     seconds: float
 
 
-def summarise(run: Run, folder: RunFolder, held_out_count: int) -> TrainingResult:
+def summarise(run: Run, folder: RunFolder, data: Split) -> TrainingResult:
     """Return what the run gave."""
     history = run.at.history
     best = best_row(history)
@@ -39,7 +44,8 @@ def summarise(run: Run, folder: RunFolder, held_out_count: int) -> TrainingResul
         model=run.recipe.model.name,
         classes=len(run.labels),
         train_count=run.train_count,
-        held_out_count=held_out_count,
+        held_out_count=len(data.held_out),
+        skipped=data.skipped,
         epochs=run.at.epoch,
         best_epoch=best.epoch,
         best_top1=best.figures.top1,

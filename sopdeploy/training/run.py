@@ -32,6 +32,8 @@ from sopdeploy.training.parallel import Parallel
 from sopdeploy.training.precision import Precision
 from sopdeploy.training.share import share_batches
 from sopdeploy.training.sight import Sight
+from sopdeploy.training.start import parameter_groups, take_weights
+from sopdeploy.training.teacher import Teacher
 
 SHORTEST = 1e-9  # seconds
 
@@ -76,6 +78,7 @@ class Run:
     network: nn.Module
     optimizer: Optimizer
     average: Average | None = None
+    teacher: Teacher | None = None
     at: Position = field(default_factory=Position)
 
     def place(self, model: Classifier, config: dict[str, Any]) -> None:
@@ -199,6 +202,8 @@ def start_run(recipe: Recipe, pictures: Pictures, parallel: Parallel) -> Run:
     """Return a run with fresh weights, at its start."""
     torch.manual_seed(seed_of(recipe.seed, "weights"))
     model = create_model(recipe.model.name, num_classes=len(pictures.labels), **recipe.model.config)
+    if recipe.start is not None:
+        take_weights(recipe.start, model)
     return assemble(recipe, pictures, model, recipe.model.full_config(), parallel)
 
 
@@ -207,6 +212,9 @@ def assemble(
 ) -> Run:
     """Put *model*, its optimizer and its normalisation where the recipe wants them."""
     model, network, optimizer = placed(recipe, model, parallel)
+    teacher = None
+    if recipe.teacher is not None:
+        teacher = Teacher(recipe.teacher, pictures.labels, recipe.preprocess, parallel.device)
     return Run(
         recipe=recipe,
         labels=pictures.labels,
@@ -219,6 +227,7 @@ def assemble(
         network=network,
         optimizer=optimizer,
         average=Average(recipe.ema, model) if recipe.ema is not None else None,
+        teacher=teacher,
     )
 
 
@@ -230,4 +239,4 @@ def placed(recipe: Recipe, model: Classifier, parallel: Parallel) -> tuple[Class
     network = parallel.setup(model)
     if recipe.compile:
         network = torch.compile(network)  # type: ignore[assignment]
-    return model, network, recipe.optimizer.make(model.parameters())
+    return model, network, recipe.optimizer.make(parameter_groups(model, recipe.start))

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sopdeploy.data.folder import FolderConfig, FolderPictures, open_folder
+from sopdeploy.data.folder import FolderConfig, open_folder
+from sopdeploy.data.stored import StoredPictures
 from sopdeploy.errors import ConfigError, DataError
 
 
@@ -26,7 +27,7 @@ def make(root: Path, **counts: int) -> Path:
 
 
 def names(pictures) -> list[str]:
-    assert isinstance(pictures, FolderPictures)
+    assert isinstance(pictures, StoredPictures)
     return [os.fsdecode(path) for path in pictures.paths]
 
 
@@ -172,7 +173,7 @@ BAD_IMAGES = [
 def test_an_image_that_cannot_be_read_is_named(tmp_path, _name, spoil, message) -> None:
     make(tmp_path, a=4, b=4)
     split = open_at(tmp_path)
-    path = split.train.root / os.fsdecode(split.train.paths[2])
+    path = split.train.store.root / os.fsdecode(split.train.paths[2])
     spoil(path)
     if message is None:
         assert len(open_at(tmp_path).train) == 5

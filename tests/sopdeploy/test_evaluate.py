@@ -164,5 +164,5 @@ def test_a_folder_of_other_classes_than_the_checkpoints_is_refused(stored, tmp_p
 
 
 def test_a_folder_to_measure_on_that_is_not_there_is_named(stored, tmp_path) -> None:
-    with pytest.raises(DataError, match="nowhere: cannot be listed"):
+    with pytest.raises(DataError, match="nowhere: no such folder"):
         measured(stored, tmp_path / "nowhere")

@@ -1,5 +1,6 @@
 import contextlib
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -46,7 +47,12 @@ def test_the_network_of_a_recipe_is_recorded_with_every_switch() -> None:
 def test_the_paper_runs_on_imagenet_are_as_the_paper_says() -> None:
     recipe = read_recipe("imagenet-dsop-resnet50")
     assert (recipe.epochs, recipe.batch_size) == (90, 256)
-    assert recipe.augment.model_dump() == {"kind": "random-side", "flip": 0.5, "sides": (256, 512)}
+    assert recipe.augment.model_dump() == {
+        "kind": "random-side",
+        "flip": 0.5,
+        "draft": False,
+        "sides": (256, 512),
+    }
     rates = [recipe.optimizer.lr * recipe.schedule.factor(epoch, 90) for epoch in (0, 29.99, 30, 60, 89.99)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.001])
     assert recipe.optimizer.model_dump() == {
@@ -90,7 +96,11 @@ MISTAKES = [
     ("batchsize=3", "batchsize: unknown key; did you mean batch_size?"),
     ("schedule.ris=0.3", "schedule.ris: unknown key; did you mean schedule.rise?"),
     ("zzz=1", "digits-dsop: zzz: unknown key"),
-    ("data.kind=digit", "data.kind: 'digit' is none of 'digits', 'folder', 'cifar10', 'cifar100'"),
+    (
+        "data.kind=digit",
+        "data.kind: 'digit' is none of 'digits', 'folder', 'cifar10', 'cifar100', "
+        "'imagenet64', 'imagenet32', 'places365'",
+    ),
     ("data={}", "data.kind: missing"),
     ("data.path=x", "data.path: unknown key"),
     ("model.name=dsop-resnt8", "model 'dsop-resnt8' is not in the catalog; did you mean dsop-resnet8"),
@@ -163,3 +173,19 @@ def test_an_unknown_name_is_answered_with_the_nearest_ones() -> None:
 def test_recipes_are_plain_toml_with_distinct_summaries() -> None:
     summaries = [tomllib.loads(recipe_text(name))["summary"] for name in list_recipes()]
     assert len(set(summaries)) == len(summaries)
+
+
+def lines_of_settings() -> list[tuple[str, list[str]]]:
+    """Return recipe and settings of every line that a recipe's comments offer."""
+    found = []
+    for name in list_recipes():
+        for line in recipe_text(name).splitlines():
+            if line.startswith("#   --set "):
+                words = shlex.split(line.removeprefix("#"))
+                found.append((name, [word for word in words if word != "--set"]))
+    return found
+
+
+@pytest.mark.parametrize(("name", "settings"), lines_of_settings(), ids=str)
+def test_the_settings_that_a_recipe_offers_in_its_comments_are_valid(name, settings) -> None:
+    assert read_recipe(name, settings) != read_recipe(name)

@@ -1,0 +1,99 @@
+"""Where image files lie: a folder of files, or what stands for one, such as tar archives.
+
+Names are bytes with `/` between folders, relative to the store; what begins with a dot is not seen.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from sopdeploy.errors import DataError
+
+ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+Say = Callable[[str], None]
+
+
+class Store(Protocol):
+    """Files below one point; an error names them by `where`."""
+
+    @property
+    def root(self) -> Path:
+        """Return what an error calls the store."""
+
+    def folders(self) -> list[str]:
+        """Return the names of the visible folders, sorted."""
+
+    def below(self, folder: str) -> "Store":
+        """Return the store that one of the folders is."""
+
+    def images(self, folder: str) -> list[bytes]:
+        """Return the images of one folder and of those in it, sorted."""
+
+    def read(self, name: bytes) -> bytes:
+        """Return the bytes of a file; raises `OSError`."""
+
+    def size(self, name: bytes) -> int:
+        """Return the number of bytes of a file; raises `OSError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """How stores are opened: where to keep what is made of them, and whom to tell."""
+
+    cache: Path | None = None
+    say: Say = field(default=lambda _line: None)
+
+
+@dataclass(frozen=True, slots=True)
+class FolderStore:
+    """A folder of files; *enter* opens one of its folders."""
+
+    root: Path
+    enter: Callable[[Path], Store]
+
+    def folders(self) -> list[str]:
+        """Return the names of the visible folders, sorted; raises `DataError`."""
+        return visible_folders(self.root)
+
+    def below(self, folder: str) -> Store:
+        """Return the store that one of the folders is."""
+        return self.enter(self.root / folder)
+
+    def images(self, folder: str) -> list[bytes]:
+        """Return the images of one folder and of those in it, sorted."""
+        found = []
+        for path, folders, files in os.walk(self.root / folder):
+            folders[:] = [name for name in folders if not is_hidden(name)]
+            inside = Path(path).relative_to(self.root)
+            found += [os.fsencode(inside / name) for name in files if is_image(name)]
+        return sorted(found)
+
+    def read(self, name: bytes) -> bytes:
+        """Return the bytes of a file; raises `OSError`."""
+        return (self.root / os.fsdecode(name)).read_bytes()
+
+    def size(self, name: bytes) -> int:
+        """Return the number of bytes of a file; raises `OSError`."""
+        return (self.root / os.fsdecode(name)).stat().st_size
+
+
+def visible_folders(root: Path) -> list[str]:
+    """Return the names of the visible folders in *root*, sorted; raises `DataError`."""
+    try:
+        return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry.name))
+    except OSError as problem:
+        raise DataError(
+            f"{root}: cannot be listed ({problem.strerror}); give a folder you may read"
+        ) from problem
+
+
+def is_hidden(name: str) -> bool:
+    """Say whether *name* is hidden, as `.ipynb_checkpoints` is."""
+    return name.startswith(".")
+
+
+def is_image(name: str) -> bool:
+    """Say whether a visible file is called as images are."""
+    return name.lower().endswith(ENDINGS) and not is_hidden(name)

@@ -1,0 +1,74 @@
+"""A run that starts from trained weights, and may leave most of them as they are."""
+
+from typing import Any
+
+from torch import nn
+
+from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.errors import ConfigError
+from sopdeploy.learnt import StartChoice
+from sopdeploy.models.base import Classifier
+
+TIMES = "times"  # what a group of the optimizer's parameters multiplies the learning rate by
+
+
+def take_weights(start: StartChoice, model: Classifier) -> None:
+    """Load the tensors of the checkpoint into *model*; raises `ConfigError`, `CheckpointError`.
+
+    Only training-only parts and the classifier may stay fresh.
+    """
+    if start.weights is None:
+        raise ConfigError("start.weights: not set; give the checkpoint to start from")
+    stored = read_checkpoint(start.weights.expanduser()).weights
+    mine = model.state_dict()
+    same = {name: stored[name] for name in mine if name in stored and stored[name].shape == mine[name].shape}
+    may_be_fresh = (*model.training_only, head_of(model))
+    for name in mine.keys() - same.keys():
+        if not is_inside(name, may_be_fresh):
+            raise ConfigError(
+                f"start.weights: {start.weights} has no {name} of the network's shape; is it another?"
+            )
+    model.load_state_dict(same, strict=False)
+
+
+def head_of(model: Classifier) -> str:
+    """Return the name of the classifier: the last linear layer that ships."""
+    linear: list[str] = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not is_inside(name, model.training_only)
+    ]
+    return linear[-1]
+
+
+def is_inside(name: str, parts: tuple[str, ...]) -> bool:
+    """Say whether *name* is one of the dotted *parts* or lies in one."""
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
+
+
+def into_training(model: Classifier, start: StartChoice | None) -> None:
+    """Put *model* into train mode; where only branches learn, all else answers as in evaluation."""
+    model.train()
+    if start is not None and start.learn == "branches":
+        parts = model.training_only
+        for name, module in model.named_modules():
+            holds_one = any(part.startswith(f"{name}.") for part in parts)
+            module.training = name == "" or holds_one or is_inside(name, parts)
+
+
+def parameter_groups(model: Classifier, start: StartChoice | None) -> list[dict[str, Any]]:
+    """Return what the optimizer moves, in groups where the classifier has a learning rate of its own.
+
+    What does not learn is marked so. Raises `ConfigError` where there are no branches to learn.
+    """
+    if start is not None and start.learn == "branches":
+        if not model.training_only:
+            raise ConfigError("start.learn: this network has no branches that could learn alone")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_inside(name, model.training_only))
+    if start is None or start.head_factor == 1:
+        return [{"params": list(model.parameters())}]
+    head = (head_of(model),)
+    body = [parameter for name, parameter in model.named_parameters() if not is_inside(name, head)]
+    top = [parameter for name, parameter in model.named_parameters() if is_inside(name, head)]
+    return [{"params": body, TIMES: 1.0}, {"params": top, TIMES: start.head_factor}]
