@@ -51,6 +51,14 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         "ops",
         [(f"sum by (reason) (rate(sopdeploy_batch_close_total{RATE}))", "{{reason}}")],
     ),
+    (
+        "Fast decoding, where it is on: drift and agreement",
+        "percentunit",
+        [
+            ("sopdeploy_fast_decode_drift", "drift {{model}}"),
+            ("sopdeploy_fast_decode_agreement", "agreement {{model}}"),
+        ],
+    ),
     ("Images that wait", "none", [("sum by (instance) (sopdeploy_queue_depth)", "{{instance}}")]),
     ("Engine at work", "percentunit", [("sopdeploy_engine_busy_ratio", "{{instance}} {{model}}")]),
     (

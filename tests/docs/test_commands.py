@@ -1,6 +1,7 @@
 """Every command that a page shows or mentions has a verb and options that exist. Nothing is run."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,8 +16,18 @@ def title(value: object) -> str:
     return name(value) if isinstance(value, Path) else " ".join(value) if isinstance(value, list) else ""
 
 
-def options_of(verb: str) -> set[str]:
-    parameters = COMMANDS.commands[verb].params
+def meant(words: list[str]) -> tuple[Any, list[str]]:
+    """Return the command that *words* begin with, of a group the one within, and the words behind it."""
+    assert words[0] in COMMANDS.commands
+    command, rest = COMMANDS.commands[words[0]], words[1:]
+    while hasattr(command, "commands") and rest:
+        assert rest[0] in command.commands
+        command, rest = command.commands[rest[0]], rest[1:]
+    return command, rest
+
+
+def options_of(command: Any) -> set[str]:
+    parameters = command.params
     return {"--help", "-h"} | {o for p in parameters for o in (*p.opts, *p.secondary_opts) if o[:1] == "-"}
 
 
@@ -26,17 +37,17 @@ def test_a_shown_command_can_be_typed_as_it_stands(page: Path, words: list[str])
     if verb in ROOT_OPTIONS:
         assert words[1:] == []
         return
-    assert verb in COMMANDS.commands
-    assert COMMANDS.commands[verb].make_context(verb, words[1:]).args == []
+    command, rest = meant(words)
+    assert command.make_context(verb, rest).args == []
 
 
 @pytest.mark.parametrize(("page", "words"), MENTIONED, ids=title)
 def test_a_mentioned_command_has_its_verb_and_options(page: Path, words: list[str]) -> None:
     if words[0] in ROOT_OPTIONS | {"VERB"}:
         return
-    assert words[0] in COMMANDS.commands
-    given = {word.partition("=")[0] for word in words[1:] if word.startswith("-")}
-    assert given <= options_of(words[0])
+    command, rest = meant(words)
+    given = {word.partition("=")[0] for word in rest if word.startswith("-")}
+    assert given <= options_of(command)
 
 
 def test_commands_are_found_in_blocks_of_every_kind() -> None:
@@ -60,6 +71,6 @@ def test_the_sight_of_a_wrong_option_is_a_failure(tmp_path: Path) -> None:
 
 def test_every_verb_is_on_the_page_of_the_command_line_and_in_the_readme() -> None:
     pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/cli.md")]
-    assert [verb for verb in COMMANDS.commands if f"\n## sopdeploy {verb}\n" not in pages[1]] == []
+    assert [verb for verb in COMMANDS.commands if f"\n## sopdeploy {verb}" not in pages[1]] == []
     table = " ".join(line for line in pages[0].splitlines() if line.startswith("| `") or "sopdeploy" in line)
     assert [verb for verb in COMMANDS.commands if verb not in table] == []
