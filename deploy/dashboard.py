@@ -84,14 +84,6 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
             (f"sum by (model) (rate(sopdeploy_nonfinite_outputs_total{RATE}))", "not finite {{model}}"),
         ],
     ),
-    (
-        "Fast decoding, where it is on: best class kept, drift of the logits",
-        "percentunit",
-        [
-            ("sopdeploy_fast_decode_agreement", "kept {{model}}"),
-            ("sopdeploy_fast_decode_drift", "drift {{model}}"),
-        ],
-    ),
     ("Largest lag of the event loop", "s", [("sopdeploy_event_loop_lag_seconds", "{{instance}}")]),
     ("Open connections", "none", [("sopdeploy_connections", "{{instance}}")]),
     ("Bodies not yet answered", "bytes", [("sopdeploy_upload_bytes", "{{instance}}")]),
