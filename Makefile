@@ -16,7 +16,7 @@ export NO_MKDOCS_2_WARNING := 1
 demo: $(STAMP)  ## the main job, from handwritten digits to answers over HTTP
 	$(BIN)/sopdeploy demo
 
-test: $(STAMP) check wheel-test tests  ## everything that CI runs
+test: $(STAMP) check tests  ## everything that CI runs
 
 check: lint types contracts  ## format, lint, types, import contracts
 

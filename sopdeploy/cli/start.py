@@ -14,8 +14,8 @@ WALK = (
 BESIDE = {
     "before training": ("data", "recipes", "models", "describe", "import"),
     "of what learned": ("eval", "report", "compare"),
-    "of a bundle": ("bench", "engine", "triton"),
-    "of a server": ("key",),
+    "of a bundle": ("bench", "engine", "triton", "sign", "push", "pull"),
+    "of a server": ("key", "health"),
     "of this machine": ("env",),
 }
 

@@ -75,7 +75,7 @@ def test_the_average_learns_nothing_by_itself() -> None:
 def test_figures_stand_side_by_side_and_the_checkpoint_carries_those_of_the_recipe(tmp_path, export) -> None:
     result = train(short_recipe(f"ema={{decay=0.8, export='{export}'}}"), tmp_path / "run")
     header = result.history.read_text().splitlines()[0].split(",")
-    assert [name for name in header if "top1" in name] == ["top1", "raw_top1", "average_top1"]
+    assert [name for name in header if "top1" in name][:3] == ["top1", "raw_top1", "average_top1"]
     best, last = read_checkpoint(result.best), read_checkpoint(result.last)
     assert last.resume is not None
     assert best.training["weights"] == last.training["weights"] == export

@@ -126,6 +126,7 @@ def gradient(accumulate: int, samples: int) -> tuple[torch.Tensor, float, list[i
         network=model,
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        teacher=None,
     )
     images = torch.randn(samples, 3, 2, 2, dtype=torch.float64)
     pieces = slice_of(range(samples), run.recipe, run.parallel).pieces

@@ -71,7 +71,7 @@ def learn(recipe: Recipe, steps: int, dtype: torch.dtype = torch.float64) -> dic
         for samples in batches[: steps - done]:
             loaded = slice_of(samples, recipe, run.parallel).samples
             batch = torch.from_numpy(data.images[loaded]), torch.from_numpy(data.targets[loaded])
-            run.after_step(train_step(run, batch, samples, len(batches)), len(samples), 0.0)
+            run.after_step(train_step(run, batch, samples, len(batches)), len(samples), 0.0, 0.0)
             done += 1
         run.at = run.at.model_copy(update={"epoch": run.at.epoch + 1, "step": 0})
     average = run.average.model.state_dict() if run.average is not None else {}
