@@ -24,7 +24,7 @@ from sopdeploy_service.runtime.choose import choose
 from sopdeploy_service.schema import FastDecode
 from sopdeploy_service.settings import Settings
 
-FEW = 3  # probes that are replayed one by one at a start; all of them are replayed in batches
+FEW = 1  # probe that is replayed alone at a start; all of them are replayed in batches
 LARGEST_ON_CPU = 4  # more gains nothing on a CPU and makes the first image of a batch wait
 
 
@@ -47,7 +47,7 @@ class Inference:
 def open_verified(path: Path, settings: Settings, *, thorough: bool = False) -> Inference:
     """Open the bundle at *path*, choose a runtime and replay the probes through it.
 
-    Every probe runs in a batch of the largest size; one by one only `FEW` do, all of them where *thorough*,
+    Every probe runs in a batch of the largest size; alone only `FEW` does, each of them where *thorough*,
     because a server that starts on a CPU waits for little else.
 
     Raises `BundleError`, `RuntimeUnavailableError` or `ParityError`, `ConfigError` for a key that is none,
@@ -101,7 +101,7 @@ class Timed:
 def replay_all(bundle: Bundle, run: Run, largest: int, *, thorough: bool) -> dict[int, Replay]:
     """Replay the probes one by one, and in batches of *largest* where there are so many.
 
-    Unless *thorough*, of larger batches and single images the latter are the first `FEW` probes only.
+    Unless *thorough*, of larger batches and single images the latter are the first `FEW` only.
 
     Raises `ParityError` for other numbers and `BundleError` for probes that would prove nothing.
     """
