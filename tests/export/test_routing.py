@@ -130,3 +130,17 @@ def test_noise_as_wide_as_the_logits_stops_a_reduced_precision(
     assert "\n" not in str(caught.value)
     allowed = compare(*arguments, allow_drift=True)
     assert (allowed.passed, allowed.drift_allowed, allowed.vacuous) == (False, True, True)
+
+
+def test_in_int8_answers_on_pictures_are_what_is_judged_and_not_the_noise_of_a_probe(
+    preprocess: Preprocess, probes: torch.Tensor, tmp_path: Path
+) -> None:
+    network, batch = trained("resnet8"), BatchRange(optimum=2, maximum=4)
+    model = lower(capture(network, preprocess, batch).any_batch, network.outputs)
+    write(model, tmp_path / "model.onnx")
+    images = probes.numpy()
+    exact = reference(Deployed(network, preprocess).eval(), images)
+    floor = 0.3 * spread(exact.outputs["logits"])
+    noisy = Reference(outputs=exact.outputs, noise_floor={"logits": floor}, precision="int8")
+    report = compare(tmp_path / "model.onnx", noisy, images, batch, operator_counts(model))
+    assert (report.passed, report.vacuous) == (True, False)
