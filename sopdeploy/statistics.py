@@ -93,7 +93,12 @@ def t_quantile(share: float, freedom: int) -> float:
 
 def t_below(t: float, freedom: int) -> float:
     """Return the share of Student's t distribution below *t*, which is not negative."""
-    return 1.0 - 0.5 * beta_share(freedom / (freedom + t * t), freedom / 2, 0.5)
+    return 1.0 - t_tail(t, freedom)
+
+
+def t_tail(t: float, freedom: int) -> float:
+    """Return the share of Student's t distribution above *t*, which is not negative, however small it is."""
+    return 0.5 * beta_share(freedom / (freedom + t * t), freedom / 2, 0.5)
 
 
 def beta_share(x: float, a: float, b: float) -> float:
