@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.data.base import Dataset, Pictures
+from sopdeploy.data.base import Dataset, OverPictures, Pictures
 from sopdeploy.data.batches import batches_in_order, load_batches
 from sopdeploy.data.folder import open_classes
 from sopdeploy.data.readable import all_unreadable
@@ -157,20 +157,11 @@ def scores_of(
 
 
 @dataclass(frozen=True, slots=True)
-class Viewed:
+class Viewed(OverPictures):
     """Pictures as the service would prepare them, each in several views: (V, crop, crop, 3) uint8."""
 
-    pictures: Pictures
     preprocess: Preprocess
     wish: Views
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Return the class names."""
-        return self.pictures.labels
-
-    def __len__(self) -> int:
-        return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
         picture, label = self.pictures[index]

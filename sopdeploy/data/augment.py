@@ -14,7 +14,7 @@ import pydantic
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.data.base import Pictures
+from sopdeploy.data.base import OverPictures
 from sopdeploy.data.distort import Distortion
 from sopdeploy.data.stored import StoredPictures, loaded
 from sopdeploy.frozen import Frozen
@@ -155,26 +155,17 @@ NONE = Distortion()
 
 
 @dataclass(frozen=True, slots=True)
-class Augmented:
+class Augmented(OverPictures):
     """Pictures as one epoch of training sees them: a function of seed, epoch and sample.
 
     A sample that an epoch shows again is asked for as `sample + copy * len`, so that it looks different.
     """
 
-    pictures: Pictures
     augmentation: Augmentation
     preprocess: Preprocess
     seed: int
     epoch: int
     distortion: Distortion = NONE
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Return the class names in output order."""
-        return self.pictures.labels
-
-    def __len__(self) -> int:
-        return len(self.pictures)
 
     def __getitem__(self, position: int) -> tuple[NDArray[np.uint8], int]:
         index = position % len(self.pictures)

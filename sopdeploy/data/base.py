@@ -53,11 +53,10 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """Pictures as the service would prepare them: evaluation sees exactly what is served."""
+class OverPictures:
+    """What every way to look at pictures has from them."""
 
     pictures: Pictures
-    preprocess: Preprocess
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -66,6 +65,13 @@ class Prepared:
 
     def __len__(self) -> int:
         return len(self.pictures)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared(OverPictures):
+    """Pictures as the service would prepare them: evaluation sees exactly what is served."""
+
+    preprocess: Preprocess
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
         picture, label = self.pictures[index]
