@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from sopdeploy.errors import CertificateError
 from sopdeploy.frozen import Frozen
 from sopdeploy.models.base import Classifier
+from sopdeploy.parts import is_in_any
 from sopdeploy_export.program_root import tensor_hash
 
 
@@ -33,7 +34,7 @@ def account(trained: Classifier, lean: nn.Module) -> tuple[tuple[TensorEntry, ..
         raise CertificateError(f"the detached network has a tensor {invented[0]} that was never trained")
     removed = {name: tensor for name, tensor in before.items() if name not in after}
     for name in removed:
-        if not any(name == part or name.startswith(f"{part}.") for part in trained.training_only):
+        if not is_in_any(name, trained.training_only):
             raise CertificateError(f"{name} was removed, but {list(trained.training_only)} do not cover it")
     refuse_shared_storage(removed, {name: before[name] for name in after})
     kept = []

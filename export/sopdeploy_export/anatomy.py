@@ -16,6 +16,7 @@ from sopdeploy.frozen import Frozen
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.catalog import create_model
 from sopdeploy.models.counting import Counts, Tally, tally
+from sopdeploy.parts import is_in
 
 DEEPEST = 3  # levels of children that may be shown one by one
 
@@ -145,11 +146,6 @@ def children_of(network: nn.Module, name: str, starts: Collection[str]) -> list[
     children = [f"{name}.{child}" for child, _ in network.get_submodule(name).named_children()]
     inside = {child for child in children if any(is_in(start, child) for start in starts)}
     return children if len(inside) > 1 else [name]
-
-
-def is_in(name: str, part: str) -> bool:
-    """Say whether the module *name* is *part* or lies in it."""
-    return name == part or name.startswith(f"{part}.")
 
 
 def has_weights(network: nn.Module, name: str, watched: Watched) -> bool:

@@ -23,6 +23,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.manifest import Int8For, Precision
+from sopdeploy.parts import is_in, is_in_any
 from sopdeploy_export.int8_ranges import QUANTISED, ranges
 from sopdeploy_export.precision import Calibration
 
@@ -120,20 +121,15 @@ def convolutions(model: onnx.ModelProto, in_float: Sequence[str]) -> set[str]:
     return {
         node.name
         for node in model.graph.node
-        if node.op_type == "Conv" and not any(belongs(node.input[1], part) for part in in_float)
+        if node.op_type == "Conv" and not is_in_any(node.input[1], in_float)
     }
-
-
-def belongs(weight: str, part: str) -> bool:
-    """Say whether *weight* is of the part called *part*, or of a part of it."""
-    return weight == part or weight.startswith(f"{part}.")
 
 
 def refuse_unknown_parts(model: onnx.ModelProto, parts: Sequence[str]) -> None:
     """Refuse a name in *parts* to which no convolution of *model* belongs; raises `ConfigError`."""
     weights = [node.input[1] for node in model.graph.node if node.op_type == "Conv"]
     for part in parts:
-        if not any(belongs(weight, part) for weight in weights):
+        if not any(is_in(weight, part) for weight in weights):
             some = ", ".join(weight.rpartition(".")[0] or weight for weight in weights[:SHOWN])
             raise ConfigError(
                 f"--keep-float: no convolution belongs to {part!r}; there are {some} and others"

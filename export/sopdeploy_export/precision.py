@@ -28,6 +28,7 @@ from sopdeploy.blocks.gsop_position import PositionAttention
 from sopdeploy.blocks.sparse_gate import SparseGate
 from sopdeploy.errors import ConfigError
 from sopdeploy.manifest import Precision
+from sopdeploy.parts import is_in
 from sopdeploy.pooling.base import GlobalPooling
 from sopdeploy.pooling.isqrt_cov import ISqrtCov
 from sopdeploy_export.fold_norms import fold_norms
@@ -141,7 +142,7 @@ def is_below(name: str, kept: Sequence[str]) -> bool:
     """Say whether the part *name* is one of *kept* or within one; reductions of a pooling are not."""
     if any(piece in REDUCTIONS for piece in name.split(".")):
         return False
-    return any(part in {"", name} or name.startswith(f"{part}.") for part in kept)
+    return any(part == "" or is_in(name, part) for part in kept)
 
 
 def has_reduction(pooling: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError
 from sopdeploy.learnt import StartChoice
 from sopdeploy.models.base import Classifier
+from sopdeploy.parts import is_in_any
 
 TIMES = "times"  # what a group of the optimizer's parameters multiplies the learning rate by
 
@@ -24,7 +25,7 @@ def take_weights(start: StartChoice, model: Classifier) -> None:
     same = {name: stored[name] for name in mine if name in stored and stored[name].shape == mine[name].shape}
     may_be_fresh = (*model.training_only, head_of(model))
     for name in mine.keys() - same.keys():
-        if not is_inside(name, may_be_fresh):
+        if not is_in_any(name, may_be_fresh):
             raise ConfigError(
                 f"start.weights: {start.weights} has no {name} of the network's shape; is it another?"
             )
@@ -36,14 +37,9 @@ def head_of(model: Classifier) -> str:
     linear: list[str] = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not is_inside(name, model.training_only)
+        if isinstance(module, nn.Linear) and not is_in_any(name, model.training_only)
     ]
     return linear[-1]
-
-
-def is_inside(name: str, parts: tuple[str, ...]) -> bool:
-    """Say whether *name* is one of the dotted *parts* or lies in one."""
-    return any(name == part or name.startswith(f"{part}.") for part in parts)
 
 
 def into_training(model: Classifier, start: StartChoice | None) -> None:
@@ -53,7 +49,7 @@ def into_training(model: Classifier, start: StartChoice | None) -> None:
         parts = model.training_only
         for name, module in model.named_modules():
             holds_one = any(part.startswith(f"{name}.") for part in parts)
-            module.training = name == "" or holds_one or is_inside(name, parts)
+            module.training = name == "" or holds_one or is_in_any(name, parts)
 
 
 def parameter_groups(model: Classifier, start: StartChoice | None) -> list[dict[str, Any]]:
@@ -65,10 +61,10 @@ def parameter_groups(model: Classifier, start: StartChoice | None) -> list[dict[
         if not model.training_only:
             raise ConfigError("start.learn: this network has no branches that could learn alone")
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(is_inside(name, model.training_only))
+            parameter.requires_grad_(is_in_any(name, model.training_only))
     if start is None or start.head_factor == 1:
         return [{"params": list(model.parameters())}]
     head = (head_of(model),)
-    body = [parameter for name, parameter in model.named_parameters() if not is_inside(name, head)]
-    top = [parameter for name, parameter in model.named_parameters() if is_inside(name, head)]
+    body = [parameter for name, parameter in model.named_parameters() if not is_in_any(name, head)]
+    top = [parameter for name, parameter in model.named_parameters() if is_in_any(name, head)]
     return [{"params": body, TIMES: 1.0}, {"params": top, TIMES: start.head_factor}]

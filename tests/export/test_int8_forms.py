@@ -12,11 +12,12 @@ from sopdeploy.engines.profiles import Profile
 from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.manifest import BatchRange, Int8For
 from sopdeploy.models.base import Classifier
+from sopdeploy.parts import is_in
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_export.capture import capture
 from sopdeploy_export.engine_graph import graph_precision
 from sopdeploy_export.engine_lint import lint
-from sopdeploy_export.int8 import belongs, choose_int8_for, choose_keep_float, quantise
+from sopdeploy_export.int8 import choose_int8_for, choose_keep_float, quantise
 from sopdeploy_export.layer_costs import input_grids
 from sopdeploy_export.lower_onnx import lower
 from sopdeploy_export.precision import in_float32
@@ -67,7 +68,7 @@ def test_only_convolutions_and_what_lies_between_them_read_rounded_values(
     assert {node.op_type for node in readers} <= BETWEEN[runtime]
     weights = [wide[node.input[1]].input[0] for node in readers if node.input[1:] and node.input[1] in wide]
     assert weights
-    assert not [weight for weight in weights for part in graph[1] if belongs(weight, part)]
+    assert not [weight for weight in weights for part in graph[1] if is_in(weight, part)]
     rounded = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
     made = {node.op_type for node in model.graph.node if rounded & set(node.output)}
     assert made <= {"Conv", "Relu", "Add"}
