@@ -91,6 +91,7 @@ async def unless_gone(work: Coroutine[Any, Any, Value], receive: Receive) -> Val
         raise RefusedError(CLIENT_GONE) from None
     finally:
         leaving.watch.cancel()
+        del leaving.watch  # what it ends with holds frames that lead back here, and to the model
 
 
 class Leaving:

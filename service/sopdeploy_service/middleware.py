@@ -53,6 +53,7 @@ class Envelope:
         finally:
             self._service.requests -= 1
             self._note(scope, tally, stamp.status, time.monotonic() - started, meter.bytes)
+            scope["state"].pop("model", None)  # an idle connection keeps its last scope, but no model
 
     async def _answer(self, scope: Scope, receive: Receive, send: "Stamp") -> None:
         try:

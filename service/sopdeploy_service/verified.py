@@ -24,7 +24,7 @@ from sopdeploy_service.runtime.choose import choose
 from sopdeploy_service.schema import FastDecode
 from sopdeploy_service.settings import Settings
 
-FEW = 1  # probe that is replayed alone at a start; all of them are replayed in batches
+FEW = 2  # probes replayed alone at a start: a CUDA graph captures the first and answers the second
 LARGEST_ON_CPU = 4  # more gains nothing on a CPU and makes the first image of a batch wait
 
 
@@ -47,7 +47,7 @@ class Inference:
 def open_verified(path: Path, settings: Settings, *, thorough: bool = False) -> Inference:
     """Open the bundle at *path*, choose a runtime and replay the probes through it.
 
-    Every probe runs in a batch of the largest size; alone only `FEW` does, each of them where *thorough*,
+    Every probe runs in a batch of the largest size; alone only `FEW` do, each of them where *thorough*,
     because a server that starts on a CPU waits for little else.
 
     Raises `BundleError`, `RuntimeUnavailableError` or `ParityError`, `ConfigError` for a key that is none,
