@@ -1,5 +1,6 @@
 """What needs something that is not here is skipped, and the summary says what was not run and why."""
 
+import gc
 import importlib.util
 import shutil
 from collections import Counter
@@ -46,6 +47,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name, reason in reasons.items():
             if reason and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every collection to come, and collect where there is something to find.
+
+    Capturing a graph makes so many small objects that a tenth of an export went into looking at torch's own.
+    """
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
