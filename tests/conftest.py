@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import shutil
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.work import ByWhatIsShared
+
+    return ByWhatIsShared(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     reasons = {
         name: check() for name, check in MISSING.items() if any(i.get_closest_marker(name) for i in items)
@@ -47,6 +55,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name, reason in reasons.items():
             if reason and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+        from tests.work import when
+
+        items.sort(key=lambda item: when(item.nodeid))
 
 
 def pytest_collection_finish() -> None:

@@ -6,6 +6,7 @@ import onnx
 import pytest
 from PIL import Image
 
+from sopdeploy.bundle import open_bundle
 from sopdeploy.errors import ConfigError, DataError, LoweringError, ParityError
 from sopdeploy.manifest import BatchRange
 from sopdeploy.models.base import Classifier
@@ -13,7 +14,7 @@ from sopdeploy.preprocess import Preprocess
 from sopdeploy_export.accuracy import accuracy
 from sopdeploy_export.int8 import quantise
 from sopdeploy_export.layer_costs import input_grids
-from sopdeploy_export.pipeline import ExportOptions, export
+from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.precision import Calibration, choose_calibration, in_float32
 from sopdeploy_export.precision_report import weight_types
 from sopdeploy_export.probe_images import calibration_images, generated
@@ -73,13 +74,20 @@ def test_a_network_without_convolutions_to_quantise_is_refused(preprocess: Prepr
         quantise(graph("resnet8", preprocess), generated(16), ("conv1", "layer1", "layer2", "layer3"))
 
 
-def run(network: Classifier, name: str, folder: Path, preprocess: Preprocess, **options: object) -> object:
+def run(
+    network: Classifier,
+    name: str,
+    folder: Path,
+    preprocess: Preprocess,
+    batch: BatchRange = SMALL,
+    **options: object,
+) -> Exported:
     from tests.export.test_pipeline import save
 
     wish = PrecisionOptions.model_validate({"precision": "int8", **options})
     checkpoint = save(network, name, folder / "c.pt", preprocess)
     with proving_once():
-        return export(checkpoint, folder / "out", ExportOptions(batch=SMALL, precision=wish))
+        return export(checkpoint, folder / "out", ExportOptions(batch=batch, precision=wish))
 
 
 def test_a_bundle_in_int8_says_what_it_lost_and_which_layers_cost_most(
@@ -118,11 +126,14 @@ def test_more_than_the_allowed_drop_writes_nothing_and_names_the_dearest_layers(
     assert not any((tmp_path / "out").iterdir())
 
 
-def test_a_part_that_is_asked_to_stay_keeps_float32_and_is_written_down(
+def test_a_part_that_is_asked_to_stay_keeps_float32_in_a_bundle_for_single_images_too(
     make: Make, preprocess: Preprocess, tmp_path: Path, pictures: Path
 ) -> None:
     options = {"calibrate": pictures, "max_drop": 100.0, "keep_float": ("layer3", "conv1")}
-    found = run(make("resnet8"), "resnet8", tmp_path, preprocess, **options)
+    alone = BatchRange(optimum=1, maximum=1)
+    found = run(make("resnet8"), "resnet8", tmp_path, preprocess, alone, **options)
+    assert found.parity.passed
+    assert open_bundle(found.path).manifest.batch == alone
     types = {part.part: part.weights for part in found.precision.parts if part.weights}
     assert {name for name, kind in types.items() if kind == "int8"} == {
         *("layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2")

@@ -82,9 +82,9 @@ def walk(name: str, root: Path, monkeypatch: Any) -> Path:
     assert result.epochs == 1
     assert stored.training["recipe"]["summary"] == recipe.summary
     _, scores = scores_of_checkpoint(
-        result.best, write_classes(root / "measured", stored.labels), on_picture=lambda _done, _all: None
+        result.best, write_classes(root / "measured", stored.labels, 1), on_picture=lambda _done, _all: None
     )
-    assert len(scores) == 2 * len(stored.labels)
+    assert len(scores) == len(stored.labels)
     return result.best
 
 
