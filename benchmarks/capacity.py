@@ -11,6 +11,7 @@ is an upper bound of p99. Where the figures come from: docs/scaling.md.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -93,9 +94,7 @@ def line(row: Row) -> str:
 def facts(system: System, wanted: Wanted) -> str:
     """Return what holds for every row, in one line."""
     limits = ", ".join(f"{name} {rate:,.0f}" for name, rate in system.limits.items())
-    return (
-        f"one replica: {system.decoders} decoders, {cores_each(system, wanted)} cores; images/s at most: {limits}"
-    )
+    return f"one replica: {system.decoders} decoders, {cores_each(system, wanted)} cores; images/s at most: {limits}"
 
 
 def show(found: list[Check]) -> None:
@@ -114,26 +113,32 @@ def show(found: list[Check]) -> None:
     print(f"\nin brackets: simulated / forecast; bound {BOUND:.0%}: {off} of {len(found)} beyond it")
 
 
-def numbers(text: str) -> list[float]:
-    """Return the positive numbers in *text*, with commas between; raises `ValueError`."""
+def amounts(text: str) -> list[float]:
+    """Return the numbers of at least 0 in *text*, with commas between; raises `ValueError`."""
     found = [float(part) for part in text.split(",")]
-    if min(found) <= 0:
+    if not all(0 <= number < math.inf for number in found):
         raise ValueError(text)
+    return found
+
+
+def amount(text: str) -> float:
+    """Return the one number of at least 0 in *text*; raises `ValueError`."""
+    (found,) = amounts(text)
     return found
 
 
 def parser() -> argparse.ArgumentParser:
     """Return what reads the command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--rate", type=numbers, default=[1e2, 1e3, 1e4, 1e5, 1e6], help="images per second")
-    made.add_argument("--engine", type=numbers, required=True, help="ms of a batch and of an image: 2,0.4")
+    made.add_argument("--rate", type=amounts, default=[1e2, 1e3, 1e4, 1e5, 1e6], help="images per second")
+    made.add_argument("--engine", type=amounts, required=True, help="ms of a batch and of an image: 2,0.4")
     made.add_argument("--batch", type=int, default=32, help="images in the largest batch")
-    made.add_argument("--decode-ms", type=float, required=True, help="CPU ms of decoding an image")
-    made.add_argument("--loop-ms", type=float, required=True, help="CPU ms of a request beside decoding")
-    made.add_argument("--kilobytes", type=float, default=50.0, help="of an image on the wire")
-    made.add_argument("--p99-ms", type=float, required=True, help="to be kept with one replica lost")
-    made.add_argument("--headroom", type=float, default=0.3, help="share of capacity to leave free")
-    made.add_argument("--engine-cores", type=float, default=0.0, help="threads of the engine, on a CPU")
+    made.add_argument("--decode-ms", type=amount, required=True, help="CPU ms of decoding an image")
+    made.add_argument("--loop-ms", type=amount, required=True, help="CPU ms of a request beside decoding")
+    made.add_argument("--kilobytes", type=amount, default=50.0, help="of an image on the wire")
+    made.add_argument("--p99-ms", type=amount, required=True, help="to be kept with one replica lost")
+    made.add_argument("--headroom", type=amount, default=0.3, help="share of capacity to leave free")
+    made.add_argument("--engine-cores", type=amount, default=0.0, help="threads of the engine, on a CPU")
     made.add_argument("--queue-size", type=int, default=256, help="images that a replica holds at most")
     made.add_argument("--images", type=int, default=40_000, help="to simulate each way; 0: none")
     made.add_argument("--json", action="store_true", help="print one JSON document")
@@ -142,8 +147,10 @@ def parser() -> argparse.ArgumentParser:
 
 def planned(given: argparse.Namespace) -> tuple[System, Wanted, list[Row]]:
     """Return the replica, the wishes and the rows that *given* asks for; raises `ValueError`."""
-    if len(given.engine) != 2 or given.batch < 1 or not 0 <= given.headroom < 1:
-        raise ValueError("--engine takes two numbers, --batch is at least 1, --headroom is from 0 to below 1")
+    if len(given.engine) != 2 or not sum(given.engine) or given.batch < 1:
+        raise ValueError("--engine takes two numbers, not both 0; --batch is at least 1")
+    if given.headroom >= 1 or not all(given.rate):
+        raise ValueError("--headroom is below 1, every --rate above 0")
     fixed, each = given.engine
     system = provisioned(
         engine=(fixed, each), largest=given.batch, decode_ms=given.decode_ms, loop_ms=given.loop_ms

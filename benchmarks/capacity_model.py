@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 GRID = 128  # steps of time in the largest batch
-BEYOND = 300  # images waiting beyond a batch that are told apart: more than 1 in 10,000 at 0.98 of capacity never
+BEYOND = (
+    300  # images waiting beyond a batch that are told apart: more than 1 in 10,000 at 0.98 of capacity never
+)
 NEGLIGIBLE = 1e-12
 FULLEST = 0.98  # of capacity; nearer to it a queue has no length worth a forecast
 

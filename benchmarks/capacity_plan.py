@@ -72,7 +72,9 @@ def highest_rate(system: System, p99_ms: float) -> float:
         low, high = (middle, high) if forecast(system, middle).p99_ms <= p99_ms else (low, middle)
     if low == 0.0:
         alone = system.loop_ms + system.decode_ms + system.batch_ms(1)
-        raise ValueError(f"p99 of {p99_ms:g} ms: an image alone takes {alone:.1f} ms, and some meet a batch at work")
+        raise ValueError(
+            f"p99 of {p99_ms:g} ms: an image alone takes {alone:.1f} ms, and some meet a batch at work"
+        )
     return low
 
 

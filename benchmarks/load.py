@@ -106,10 +106,18 @@ class Run:
             writer.close()
 
     async def _one(self, due: float, start: float, end: float) -> None:
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(*self._address)
+        reader, writer = await self._connected()
         writer.write(next(self._bodies))
         self._note(await answer(reader), due, start, end)
         self._idle.append((reader, writer))
+
+    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():  # a server closes what idles for long
+                return reader, writer
+            writer.close()
+        return await asyncio.open_connection(*self._address)
 
     def _note(self, code: str, sent: float, start: float, end: float) -> None:
         now = time.perf_counter()
