@@ -1,12 +1,12 @@
 """How many replicas, cores and Gbit/s does a rate of images need, and is the arithmetic true?
 
-    python benchmarks/capacity.py --rate 100,1000,1000000 --engine 2,0.4 --batch 32 --decode-ms 2.6 --p99-ms 50
+    python benchmarks/capacity.py --rate 100,1000000 --engine 2,0.4 --decode-ms 2.6 --loop-ms 0.5 --p99-ms 50
 
-Prints a row of the model for each rate, then what a simulation of single images gives for it: replicas that are
-chosen at random, in turn or by least load, and one of them lost. More than eight replicas are simulated by
-eight at the same rate each. Ends with 1 where model and simulation differ by more than `BOUND`: sizes of
-batches, p50 and p99 where replicas are chosen at random, which is what the model computes; otherwise the model
-is an upper bound of p99. Where the figures come from: docs/scaling.md.
+Prints a row of the model for each rate, then what a simulation of single images gives for it: replicas that
+are chosen at random, in turn or by least load, and one of them lost. More than eight replicas are simulated
+by eight at the same rate each. Ends with 1 where model and simulation differ by more than `BOUND`: sizes of
+batches, p50 and p99 where replicas are chosen at random, which is what the model computes; otherwise the
+model is an upper bound of p99. Where the figures come from: docs/scaling.md.
 """
 
 import argparse
@@ -85,16 +85,16 @@ def checks(system: System, row: Row, images: int, held: int) -> Iterator[Check]:
 def line(row: Row) -> str:
     """Return *row* as a line of the table."""
     now = row.now
-    return (
-        f"| {row.rate:,.0f} | {row.replicas:,} | {row.each:,.1f} | {now.batch:.1f} | {now.p50_ms:.1f} | "
-        f"{now.p99_ms:.1f} | {row.lost.p99_ms:.1f} | {row.cores:,.1f} | {row.gbit_per_s:,.2f} | {row.held:.1f} |"
-    )
+    times = f"{now.batch:.1f} | {now.p50_ms:.1f} | {now.p99_ms:.1f} | {row.lost.p99_ms:.1f}"
+    needs = f"{row.cores:,.1f} | {row.gbit_per_s:,.2f} | {row.held:.1f}"
+    return f"| {row.rate:,.0f} | {row.replicas:,} | {row.each:,.1f} | {times} | {needs} |"
 
 
 def facts(system: System, wanted: Wanted) -> str:
     """Return what holds for every row, in one line."""
     limits = ", ".join(f"{name} {rate:,.0f}" for name, rate in system.limits.items())
-    return f"one replica: {system.decoders} decoders, {cores_each(system, wanted)} cores; images/s at most: {limits}"
+    cores = cores_each(system, wanted)
+    return f"one replica: {system.decoders} decoders, {cores} cores; images/s at most: {limits}"
 
 
 def show(found: list[Check]) -> None:
@@ -105,10 +105,8 @@ def show(found: list[Check]) -> None:
         seen = one.figures
         values = ((seen.batch, one.batch), (seen.p50_ms, one.p50), (seen.p99_ms, one.p99))
         shown = " | ".join(f"{value:.1f} ({ratio:.3f})" for value, ratio in values)
-        verdict = "" if one.holds else "**off**"
-        print(
-            f"| {one.rate:,.0f} | {one.way} | {one.replicas} | {shown} | {one.refused} | {one.lost} | {verdict} |"
-        )
+        ends = f"{one.refused} | {one.lost} | {'' if one.holds else '**off**'}"
+        print(f"| {one.rate:,.0f} | {one.way} | {one.replicas} | {shown} | {ends} |")
     off = sum(not one.holds for one in found)
     print(f"\nin brackets: simulated / forecast; bound {BOUND:.0%}: {off} of {len(found)} beyond it")
 

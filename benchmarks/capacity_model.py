@@ -1,10 +1,11 @@
-"""How many replicas a rate of images needs and how long an image then takes: queueing arithmetic, nothing measured.
+"""How long an image takes in a replica that gets so many a second: queueing arithmetic, nothing measured.
 
-A replica is one process with one engine. An image passes its event loop (M/D/1), its decoders (M/D/c) and its
-batcher. The batcher is work-conserving: a free engine takes what waits, at most the largest batch, and a batch
-of n takes `fixed + each * n`. With Poisson arrivals the images that wait when a batch ends are a Markov chain,
-because all that follows depends on their number alone; batch sizes and times in the batcher follow from it
-without an approximation but the grid of time. The stages are taken as independent, with Poisson arrivals each.
+A replica is one process with one engine. An image passes its event loop (M/D/1), its decoders (M/D/c) and
+its batcher. The batcher is work-conserving: a free engine takes what waits, at most the largest batch, and a
+batch of n takes `fixed + each * n`. With Poisson arrivals the images that wait when a batch ends are a Markov
+chain, because all that follows depends on their number alone; batch sizes and times in the batcher follow
+from it without an approximation but the grid of time. The stages are taken as independent, with Poisson
+arrivals each.
 """
 
 import math
@@ -16,9 +17,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 GRID = 128  # steps of time in the largest batch
-BEYOND = (
-    300  # images waiting beyond a batch that are told apart: more than 1 in 10,000 at 0.98 of capacity never
-)
+BEYOND = 300  # images waiting beyond a batch that are told apart; at 0.98 of capacity hardly ever more
 NEGLIGIBLE = 1e-12
 FULLEST = 0.98  # of capacity; nearer to it a queue has no length worth a forecast
 
@@ -55,7 +54,7 @@ class System:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
-    """One replica at a rate: milliseconds from arrival to answer, images of a mean batch, share of time at work."""
+    """A replica at a rate: ms from arrival to answer, images of a mean batch, share of time at work."""
 
     mean_ms: float
     p50_ms: float
@@ -86,7 +85,7 @@ def forecast(system: System, rate: float) -> Forecast:
 
 
 def chain(system: System, rate: float) -> Floats:
-    """Return the probabilities of 0, 1, ... images waiting when a batch ends, at *rate* images per millisecond.
+    """Return the probabilities of 0, 1, ... images waiting when a batch ends, at *rate* images per ms.
 
     From l images a batch of min(l, largest) begins, from none one of the next image alone; what arrives
     meanwhile is Poisson. More than `BEYOND` over a batch count as so many.
@@ -185,7 +184,7 @@ def delay(rate: float, servers: int, service: float, step: float) -> Floats:
 
 
 def erlang(load: float, servers: int) -> float:
-    """Return the probability that all of *servers* are at work (Erlang C), each for a share *load* of the time."""
+    """Return the probability that all of *servers* are at work (Erlang C), each for a share *load*."""
     blocked = 1.0
     for busy in range(1, servers + 1):
         blocked = load * servers * blocked / (busy + load * servers * blocked)
@@ -193,7 +192,7 @@ def erlang(load: float, servers: int) -> float:
 
 
 def poisson(means: Floats, count: int) -> Floats:
-    """Return the probabilities of 0, 1, ... *count* - 1 events for each of *means*, as (len(means), count)."""
+    """Return the probabilities of 0, 1, ... *count* - 1 events for each of *means*: (len(means), count)."""
     events = np.arange(count)
     logs = np.array([math.lgamma(event + 1) for event in events])
     found: Floats = np.exp(np.outer(np.log(np.maximum(means, 1e-300)), events) - means[:, None] - logs)
@@ -201,7 +200,7 @@ def poisson(means: Floats, count: int) -> Floats:
 
 
 def quantile(probabilities: Floats, share: float) -> float:
-    """Return where the sum of *probabilities* reaches *share*, in steps, between two of them in proportion."""
+    """Return where the sum of *probabilities* reaches *share*, in steps, in proportion between two."""
     sums = np.cumsum(probabilities)
     place = int(np.searchsorted(sums, share))
     below = float(sums[place - 1]) if place else 0.0

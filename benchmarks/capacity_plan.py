@@ -10,7 +10,7 @@ HALVINGS = 12  # of the interval in which the highest rate lies: to 1 in 4,000 o
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wanted:
-    """What is asked of the replicas: *p99_ms* also with one of them lost, and a share *headroom* left free."""
+    """What is asked of the replicas: *p99_ms* also with one lost, and a share *headroom* left free."""
 
     p99_ms: float
     headroom: float
@@ -41,7 +41,7 @@ class Row:
 
 
 def provisioned(*, engine: tuple[float, float], largest: int, decode_ms: float, loop_ms: float) -> System:
-    """Return a replica with as many decoders as its engine or, where that is slower, its event loop can use."""
+    """Return a replica with as many decoders as the slower of its engine and its event loop can use."""
     fixed_ms, each_ms = engine
     bare = System(
         fixed_ms=fixed_ms, each_ms=each_ms, largest=largest, decode_ms=0.0, loop_ms=loop_ms, decoders=1

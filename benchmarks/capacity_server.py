@@ -1,12 +1,12 @@
-"""Is a simulated replica like a real one? The server over a pretend engine, beside the simulation of the same.
+"""Is a simulated replica like a real one? The server over a pretend engine beside the simulation of it.
 
     python benchmarks/capacity_server.py --rounds 5
 
-Each case is a load on one process: so many clients that ask again when they were answered, or a Poisson stream.
-Ratios are real / simulated. The simulation is given what the model is: the engine's times as they were
-ordered and the CPU time of a picture. Client and server share the cores; `core` is the share of a core that
-one thread got before and after. Far below 1 the neighbours are measured: believe the quietest round, and
-most the slower engine, to whose batches a decoder that waits for a core matters less.
+Each case is a load on one process: so many clients that ask again when they were answered, or a Poisson
+stream. Ratios are real / simulated. The simulation is given what the model is: the engine's times as they
+were ordered and the CPU time of a picture. Client and server share the cores; `core` is the share of a core
+that one thread got before and after. Far below 1 the neighbours are measured: believe the quietest round,
+and most the slower engine, to whose batches a decoder that waits for a core matters less.
 """
 
 import argparse

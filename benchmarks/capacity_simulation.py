@@ -1,8 +1,8 @@
-"""Replicas behind a balancer, event by event: what `capacity_model` says in formulas, played with single images.
+"""Replicas behind a balancer, event by event: what `capacity_model` says in formulas, played with images.
 
 An image is admitted or refused (a bounded number is held), passes the event loop and the decoders, both first
-come first served, and waits for the engine, which takes what is there as soon as it is free. Times of work are
-constant, arrivals are a Poisson stream or clients that ask again when they were answered. Times are milliseconds.
+come first served, and waits for the engine, which takes what is there as soon as it is free. Times of work
+are constant, arrivals a Poisson stream or clients that ask again when they were answered. Times are ms.
 """
 
 import heapq
@@ -22,7 +22,7 @@ AGAIN_MS = 1000.0  # after which a refused client asks again; the server's Retry
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A batch of *images* on *replica*: its time, when the oldest of them was there, and who was left waiting."""
+    """A batch of *images* on *replica*: its time, since when the oldest waited, and how many still do."""
 
     replica: int
     start: float
@@ -70,7 +70,7 @@ class Figures:
 
 @dataclass(slots=True)
 class Replica:
-    """One process: when its loop and its decoders are free again, who waits for the engine, how many it holds."""
+    """One process: when its loop and decoders are free again, who waits for the engine, how many it holds."""
 
     decoders: list[float]
     loop: float = 0.0
@@ -104,7 +104,7 @@ class Simulation:
         self._gap: float | None = None  # of a Poisson stream, on average; None: clients in a circle
 
     def poisson(self, rate: float, images: int, lose_at: float | None = None) -> Outcome:
-        """Send so many *images*, *rate* a second; replica 0 is lost at *lose_at*. Return when all is settled."""
+        """Send so many *images*, *rate* a second, and play to the end; replica 0 is lost at *lose_at*."""
         self._left, self._gap = images, 1000 / rate
         if lose_at is not None:
             self._at(lose_at, self._lose, 0)

@@ -30,7 +30,7 @@ def test_a_batch_of_one_waits_as_long_as_the_closed_form_of_m_d_1_says(load: flo
 )
 @settings(max_examples=15, deadline=None)
 def test_what_comes_in_goes_out(fixed: float, each: float, largest: int, load: float) -> None:
-    """Images of a mean batch are those that arrive between two batches: while one runs, or one alone after it."""
+    """A mean batch is what arrives between two: while one runs, or one image alone after it."""
     system = engine_alone(fixed, each, largest)
     rate = load * system.capacity / 1000
     waiting = chain(system, rate)

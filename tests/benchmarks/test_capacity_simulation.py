@@ -1,4 +1,4 @@
-"""The simulation against a closed form, and what holds for every system: nothing vanishes, no engine idles."""
+"""The simulation against a closed form, and for every system: nothing vanishes, no engine rests."""
 
 import itertools
 from typing import Any
