@@ -22,7 +22,7 @@ from pathlib import Path
 import httpx
 from capacity_model import System
 from capacity_simulation import Figures, Simulation
-from load import Load
+from load import SEED, WARM_UP_SECONDS, Load
 from measure import machine
 from serving import decode_ms, free_port, pictures
 from serving_peers import OURS, started
@@ -76,13 +76,13 @@ CASES = (
     Case(engine=(20, 10), largest=8, clients=32),
     Case(engine=(20, 10), largest=8, clients=4),
     Case(engine=(20, 10), largest=8, rate=48),
-    Case(engine=(80, 40), largest=8, clients=32),
-    Case(engine=(80, 40), largest=8, rate=12),
+    Case(engine=(160, 80), largest=8, clients=32),
+    Case(engine=(160, 80), largest=8, rate=6),
 )
 
 
-def simulated(case: Case, decoding: float, images: int) -> Figures:
-    """Return what the simulation says of *case*."""
+def simulated(case: Case, decoding: float, seconds: float) -> Figures:
+    """Return what the simulation says of *case*: `load.py` and it draw the same arrivals."""
     system = System(
         fixed_ms=case.engine[0],
         each_ms=case.engine[1],
@@ -91,9 +91,10 @@ def simulated(case: Case, decoding: float, images: int) -> Figures:
         loop_ms=LOOP_MS,
         decoders=DECODERS,
     )
-    play = Simulation(system, held=HELD)
+    play = Simulation(system, route="round-robin", held=HELD, seed=SEED)
+    images = int(2 * (WARM_UP_SECONDS + seconds) * (case.rate or system.capacity))
     outcome = play.circle(case.clients, images) if case.rate is None else play.poisson(case.rate, images)
-    return outcome.measured(1000.0)
+    return outcome.measured(1000 * WARM_UP_SECONDS, 1000 * (WARM_UP_SECONDS + seconds))
 
 
 def measured(case: Case, folder: Path, seconds: float) -> tuple[Load, dict[str, float]]:
@@ -136,7 +137,7 @@ def one(case: Case, folder: Path, seconds: float) -> Round:
         case=case.name,
         real=real,
         batch=said["sopdeploy_batch_size_sum"] / said["sopdeploy_batch_size_count"],
-        simulated=simulated(case, decode_ms(folder), 20_000),
+        simulated=simulated(case, decode_ms(folder), seconds),
         core=core,
     )
 
