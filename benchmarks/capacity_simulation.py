@@ -93,11 +93,12 @@ class Simulation:
         self._held = held
         self._random = random.Random(seed)  # noqa: S311 - no secret
         self._turn = 0
-        self._choose = {
+        ways: dict[Route, Callable[[], int]] = {
             "random": lambda: self._random.choice(self._up),
             "round-robin": self._next_in_turn,
             "least-loaded": lambda: min(self._up, key=lambda number: self._replicas[number].held),
-        }[route]
+        }
+        self._choose = ways[route]
         self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
         self._scheduled = 0
         self._left = 0  # images still to be sent
