@@ -128,7 +128,7 @@ def in_batcher(system: System, rate: float, waiting: Floats, step: float) -> Flo
     ends[round(system.batch_ms(1) / step)] += waiting[0]
     for count in np.flatnonzero(ahead.sum(axis=0) > NEGLIGIBLE):
         batches, before = divmod(int(count), system.largest)
-        starts: Floats = remaining + batches * full
+        starts = remaining + batches * full
         room = system.largest - before - 1
         joins = poisson(rate * starts, room + 1)
         joins[:, room] = np.maximum(1 - joins[:, :room].sum(axis=1), 0.0)
