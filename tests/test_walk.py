@@ -25,6 +25,7 @@ SMALL = {
     "preprocess.resize": "18",
     "preprocess.crop": "16",
 }
+pytestmark = pytest.mark.timeout(900)  # each verb is a process that imports torch
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
 
 
@@ -51,7 +52,7 @@ def run(*arguments: str, home: Path) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

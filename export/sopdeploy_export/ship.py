@@ -196,7 +196,9 @@ def unfused(model: onnx.ModelProto) -> Run:
     source, batch = session.get_inputs()[0].name, fixed_batch(model)
 
     def run(pixels: Tensor) -> tuple[Tensor, ...]:
-        chunks = [session.run(None, {source: part.numpy()}) for part in pixels.split(batch or len(pixels))]
+        size = batch or len(pixels)
+        parts = (pixels[i : i + size].numpy() for i in range(0, len(pixels), size))
+        chunks = [session.run(None, {source: part}) for part in parts]
         return tuple(torch.from_numpy(np.concatenate(values)) for values in zip(*chunks, strict=True))
 
     return run
