@@ -81,7 +81,7 @@ def soak(
         rounds(process.pid, ground, warm_up, seed=1)
         with Client(url) as client:
             client.classify([*bodies.values()] * 2)  # so many at once that every thread has been started
-        asyncio.run(crowd(url, min(bodies.values(), key=len), copies[1].name))
+        asyncio.run(crowd(url, min(bodies.values(), key=len), copies[2].name))
         before = settled(process.pid, url)
         ground = replace(ground, tally=Tally())
         held = [before, *rounds(process.pid, ground, seconds, seed=100)]
