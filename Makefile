@@ -31,7 +31,7 @@ contracts: $(STAMP)
 	$(BIN)/lint-imports
 
 tests: $(STAMP)
-	$(BIN)/pytest -n auto --dist worksteal
+	$(BIN)/pytest -n auto --dist loadfile
 
 test-models: $(STAMP)  ## every network of the catalog at full width through training, export and parity (an hour)
 	$(BIN)/pytest --slow -m slow

@@ -1,8 +1,10 @@
 """What needs something that is not here is skipped, and the summary says what was not run and why."""
 
+import gc
 import importlib.util
 import shutil
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -37,6 +39,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.work import ByWhatIsShared
+
+    return ByWhatIsShared(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     reasons = {
         name: check() for name, check in MISSING.items() if any(i.get_closest_marker(name) for i in items)
@@ -46,6 +55,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name, reason in reasons.items():
             if reason and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+        from tests.work import when
+
+        items.sort(key=lambda item: when(item.nodeid))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every collection to come, and collect where there is something to find.
+
+    Capturing a graph makes so many small objects that a tenth of an export went into looking at torch's own.
+    """
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

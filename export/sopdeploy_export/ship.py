@@ -32,7 +32,7 @@ from sopdeploy_export.lowering.network import Wish
 from sopdeploy_export.lowering.report import LoweringReport
 from sopdeploy_export.parity.reference import Gate, Run
 from sopdeploy_export.parity.routing import gate_logits, gate_of, has_gate
-from sopdeploy_export.parity.session import open_session
+from sopdeploy_export.parity.session import fixed_batch, open_session
 from sopdeploy_export.precision import (
     STORED,
     Calibration,
@@ -193,11 +193,13 @@ def quantised(
 def unfused(model: onnx.ModelProto) -> Run:
     """Return a run of *model* operator by operator: quantise, dequantise, convolve in float32."""
     session = open_session(model, optimised=False)
-    source = session.get_inputs()[0].name
+    source, batch = session.get_inputs()[0].name, fixed_batch(model)
 
     def run(pixels: Tensor) -> tuple[Tensor, ...]:
-        values = session.run(None, {source: pixels.numpy()})
-        return tuple(torch.from_numpy(value) for value in values)
+        size = batch or len(pixels)
+        parts = (pixels[i : i + size].numpy() for i in range(0, len(pixels), size))
+        chunks = [session.run(None, {source: part}) for part in parts]
+        return tuple(torch.from_numpy(np.concatenate(values)) for values in zip(*chunks, strict=True))
 
     return run
 

@@ -14,6 +14,8 @@ from sopdeploy.models.catalog import create_model
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.probe_images import probe_images
+from tests import quick_torch
+from tests.export.once import proving_once
 
 SIDE = 16
 HOSTILE = (
@@ -29,6 +31,7 @@ HOSTILE = (
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
+    quick_torch.keep()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -76,7 +79,8 @@ def exported_with(network: Classifier, name: str, folder: Path, *, measure_speed
         batch=BatchRange(optimum=2, maximum=4),
         measure_speed=measure_speed,
     )
-    return export(folder / "ckpt.pt", folder / "out", options)
+    with proving_once():
+        return export(folder / "ckpt.pt", folder / "out", options)
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from sopdeploy.errors import LoweringError, ParityError
 from sopdeploy.manifest import BatchRange
 from sopdeploy.models.base import Classifier
 from sopdeploy.preprocess import Preprocess
-from sopdeploy_export.capture import Deployed, capture
-from sopdeploy_export.lower_onnx import check, lower, operator_counts, write
+from sopdeploy_export.capture import Deployed
+from sopdeploy_export.lower_onnx import check, operator_counts, write
 from sopdeploy_export.parity import FLOORS, compare, reference
 from sopdeploy_export.parity.bisect import (
     PARTS,
@@ -26,6 +26,7 @@ from sopdeploy_export.parity.bisect import (
     spread_over_depth,
 )
 from sopdeploy_export.parity.routing import routing, routing_parity
+from tests.export.once import graph_of
 
 BATCH = BatchRange(optimum=4, maximum=9)
 Shipped = tuple[Classifier, ExportedProgram, onnx.ModelProto]
@@ -33,11 +34,7 @@ Shipped = tuple[Classifier, ExportedProgram, onnx.ModelProto]
 
 @pytest.fixture(scope="module")
 def shipped(preprocess: Preprocess) -> Shipped:
-    from tests.export.conftest import trained
-
-    network = trained("isqrt-resnet8")
-    program = capture(network, preprocess, BATCH).any_batch
-    return network, program, lower(program, network.outputs)
+    return graph_of("isqrt-resnet8", preprocess, BATCH)
 
 
 def rounded(model: onnx.ModelProto, value: str) -> onnx.ModelProto:

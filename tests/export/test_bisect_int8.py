@@ -10,14 +10,15 @@ from onnx import numpy_helper
 from sopdeploy.errors import ParityError
 from sopdeploy.manifest import BatchRange, Int8For
 from sopdeploy.preprocess import Preprocess
-from sopdeploy_export.capture import Deployed, capture
+from sopdeploy_export.capture import Deployed
 from sopdeploy_export.int8 import quantise
-from sopdeploy_export.lower_onnx import lower, operator_counts, write
+from sopdeploy_export.lower_onnx import operator_counts, write
 from sopdeploy_export.parity import compare, reference
 from sopdeploy_export.parity.bisect_int8 import convolution_values, first_off_int8
 from sopdeploy_export.precision import in_float32
 from sopdeploy_export.probe_images import generated
 from sopdeploy_export.ship import unfused
+from tests.export.once import graph_of
 
 BATCH = BatchRange(optimum=4, maximum=9)
 FLOORS = 4.0
@@ -26,10 +27,7 @@ FLOORS = 4.0
 @pytest.fixture(scope="module", params=["cpu", "tensorrt"])
 def graphs(request: pytest.FixtureRequest, preprocess: Preprocess) -> tuple[onnx.ModelProto, ...]:
     """An iSQRT network as float32 and as int8."""
-    from tests.export.conftest import trained
-
-    network = trained("isqrt-resnet8")
-    plain = lower(capture(network, preprocess, BATCH).any_batch, network.outputs)
+    network, _, plain = graph_of("isqrt-resnet8", preprocess, BATCH)
     copy = onnx.ModelProto.FromString(plain.SerializeToString())
     runtime: Int8For = request.param
     return plain, quantise(copy, generated(16), in_float32(network), "percentile", runtime)

@@ -6,20 +6,20 @@ import onnx
 import pytest
 from PIL import Image
 
+from sopdeploy.bundle import open_bundle
 from sopdeploy.errors import ConfigError, DataError, LoweringError, ParityError
 from sopdeploy.manifest import BatchRange
 from sopdeploy.models.base import Classifier
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_export.accuracy import accuracy
-from sopdeploy_export.capture import capture
 from sopdeploy_export.int8 import quantise
 from sopdeploy_export.layer_costs import input_grids
-from sopdeploy_export.lower_onnx import lower
-from sopdeploy_export.pipeline import ExportOptions, export
+from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.precision import Calibration, choose_calibration, in_float32
 from sopdeploy_export.precision_report import weight_types
 from sopdeploy_export.probe_images import calibration_images, generated
 from sopdeploy_export.ship import PrecisionOptions
+from tests.export.once import graph_of, proving_once
 
 Make = Callable[..., Classifier]
 SMALL = BatchRange(optimum=2, maximum=4)
@@ -36,16 +36,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def graph(network: Classifier, preprocess: Preprocess) -> onnx.ModelProto:
-    return lower(capture(network, preprocess, SMALL).any_batch, network.outputs)
+def graph(name: str, preprocess: Preprocess) -> onnx.ModelProto:
+    return graph_of(name, preprocess, SMALL).model
 
 
 @pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
 def test_convolutions_become_int8_and_second_order_parts_do_not(
-    make: Make, preprocess: Preprocess, method: Calibration
+    preprocess: Preprocess, method: Calibration
 ) -> None:
-    network = make("isqrt-resnet8")
-    model = quantise(graph(network, preprocess), generated(16), in_float32(network), method)
+    network, _, plain = graph_of("isqrt-resnet8", preprocess, SMALL)
+    model = quantise(plain, generated(16), in_float32(network), method)
     types = weight_types(model)
     assert {types[part] for part in types if part.startswith(("conv1", "layer"))} == {"int8"}
     assert types["fc"] == "float32"
@@ -57,32 +57,37 @@ def test_convolutions_become_int8_and_second_order_parts_do_not(
     assert not [name for name in fed if "Dequantize" in name]
 
 
-def test_weights_are_quantised_per_channel(make: Make, preprocess: Preprocess) -> None:
-    model = quantise(graph(make("resnet8"), preprocess), generated(16))
+def test_weights_are_quantised_per_channel(preprocess: Preprocess) -> None:
+    model = quantise(graph("resnet8", preprocess), generated(16))
     scales = {t.name: t.dims for t in model.graph.initializer if t.name.startswith("conv1.weight_scale")}
     assert list(scales.values()) == [[16]]
 
 
-def test_the_same_pictures_give_the_same_bytes(make: Make, preprocess: Preprocess) -> None:
-    model = graph(make("resnet8"), preprocess)
+def test_the_same_pictures_give_the_same_bytes(preprocess: Preprocess) -> None:
+    model = graph("resnet8", preprocess)
     first, second = (quantise(model, generated(16)).SerializeToString(deterministic=True) for _ in range(2))
     assert first == second
 
 
-def test_a_network_without_convolutions_to_quantise_is_refused(make: Make, preprocess: Preprocess) -> None:
+def test_a_network_without_convolutions_to_quantise_is_refused(preprocess: Preprocess) -> None:
     with pytest.raises(LoweringError, match="no convolution to quantise"):
-        quantise(graph(make("resnet8"), preprocess), generated(16), ("conv1", "layer1", "layer2", "layer3"))
+        quantise(graph("resnet8", preprocess), generated(16), ("conv1", "layer1", "layer2", "layer3"))
 
 
-def run(network: Classifier, name: str, folder: Path, preprocess: Preprocess, **options: object) -> object:
+def run(
+    network: Classifier,
+    name: str,
+    folder: Path,
+    preprocess: Preprocess,
+    batch: BatchRange = SMALL,
+    **options: object,
+) -> Exported:
     from tests.export.test_pipeline import save
 
     wish = PrecisionOptions.model_validate({"precision": "int8", **options})
-    return export(
-        save(network, name, folder / "c.pt", preprocess),
-        folder / "out",
-        ExportOptions(batch=SMALL, precision=wish),
-    )
+    checkpoint = save(network, name, folder / "c.pt", preprocess)
+    with proving_once():
+        return export(checkpoint, folder / "out", ExportOptions(batch=batch, precision=wish))
 
 
 def test_a_bundle_in_int8_says_what_it_lost_and_which_layers_cost_most(
@@ -121,11 +126,14 @@ def test_more_than_the_allowed_drop_writes_nothing_and_names_the_dearest_layers(
     assert not any((tmp_path / "out").iterdir())
 
 
-def test_a_part_that_is_asked_to_stay_keeps_float32_and_is_written_down(
+def test_a_part_that_is_asked_to_stay_keeps_float32_in_a_bundle_for_single_images_too(
     make: Make, preprocess: Preprocess, tmp_path: Path, pictures: Path
 ) -> None:
     options = {"calibrate": pictures, "max_drop": 100.0, "keep_float": ("layer3", "conv1")}
-    found = run(make("resnet8"), "resnet8", tmp_path, preprocess, **options)
+    alone = BatchRange(optimum=1, maximum=1)
+    found = run(make("resnet8"), "resnet8", tmp_path, preprocess, alone, **options)
+    assert found.parity.passed
+    assert open_bundle(found.path).manifest.batch == alone
     types = {part.part: part.weights for part in found.precision.parts if part.weights}
     assert {name for name, kind in types.items() if kind == "int8"} == {
         *("layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2")

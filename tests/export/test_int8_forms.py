@@ -1,6 +1,5 @@
 """What stands between quantised values in each form of int8, and which form each runtime takes."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,19 +10,17 @@ from onnx import numpy_helper
 from sopdeploy.engines.profiles import Profile
 from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.manifest import BatchRange, Int8For
-from sopdeploy.models.base import Classifier
 from sopdeploy.parts import is_in
 from sopdeploy.preprocess import Preprocess
-from sopdeploy_export.capture import capture
 from sopdeploy_export.engine_graph import graph_precision
 from sopdeploy_export.engine_lint import lint
 from sopdeploy_export.int8 import choose_int8_for, choose_keep_float, quantise
 from sopdeploy_export.layer_costs import input_grids
-from sopdeploy_export.lower_onnx import lower
 from sopdeploy_export.precision import in_float32
 from sopdeploy_export.probe_images import generated
+from tests.export.once import graph_of
 
-Make = Callable[..., Classifier]
+BATCH = BatchRange(optimum=2, maximum=4)
 RUNTIMES: tuple[Int8For, ...] = ("cpu", "tensorrt")
 Graph = tuple[dict[Int8For, onnx.ModelProto], list[str]]
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -47,14 +44,13 @@ BETWEEN = {  # operators that read a rounded value
 @pytest.fixture(scope="module", params=NETWORKS)
 def graph(request: pytest.FixtureRequest, preprocess: Preprocess) -> Graph:
     """A network of each family in both forms, and its parts that stay in float32."""
-    from tests.export.conftest import trained
-
-    network = trained(request.param, **NETWORKS[request.param])
-    program = capture(network, preprocess, BatchRange(optimum=2, maximum=4)).any_batch
-    plain, kept = lower(program, network.outputs), in_float32(network)
-    copies = {runtime: onnx.ModelProto.FromString(plain.SerializeToString()) for runtime in RUNTIMES}
+    made = {
+        runtime: graph_of(request.param, preprocess, BATCH, **NETWORKS[request.param]) for runtime in RUNTIMES
+    }
+    kept = in_float32(made["cpu"].network)
     return {
-        runtime: quantise(copies[runtime], generated(16)[:4], kept, "minmax", runtime) for runtime in RUNTIMES
+        runtime: quantise(made[runtime].model, generated(16)[:4], kept, "minmax", runtime)
+        for runtime in RUNTIMES
     }, kept
 
 
@@ -99,10 +95,9 @@ def test_in_the_form_for_tensorrt_every_code_is_signed_around_zero_and_biases_ar
     assert {(grid.zero, grid.lowest, grid.highest) for grid in grids} == {(0, -128, 127)}
 
 
-def test_tensorrt_gets_the_shortcuts_convolution_as_int8_too(make: Make, preprocess: Preprocess) -> None:
-    network = make("resnet8", shortcut="projection")
-    program = capture(network, preprocess, BatchRange(optimum=2, maximum=4)).any_batch
-    model = quantise(lower(program, network.outputs), generated(16)[:4], (), "minmax", "tensorrt")
+def test_tensorrt_gets_the_shortcuts_convolution_as_int8_too(preprocess: Preprocess) -> None:
+    plain = graph_of("resnet8", preprocess, BATCH, shortcut="projection").model
+    model = quantise(plain, generated(16)[:4], (), "minmax", "tensorrt")
     made = {name: node for node in model.graph.node for name in node.output}
     rounded = [made[node.input[0]] for node in model.graph.node if node.op_type == "QuantizeLinear"]
     wide = [made[node.input[1]].input[0] for node in rounded if node.op_type == "Conv"]

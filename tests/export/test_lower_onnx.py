@@ -11,20 +11,21 @@ from sopdeploy.errors import LoweringError
 from sopdeploy.manifest import BatchRange
 from sopdeploy.models.base import Classifier
 from sopdeploy.preprocess import Preprocess
-from sopdeploy_export.capture import capture
+from sopdeploy_export.capture import capture, capture_any_batch
 from sopdeploy_export.lower_onnx import OPSET, lower, operator_counts
 from sopdeploy_export.onnx_root import onnx_root
+from tests.export.once import graph_of
 
 Make = Callable[..., Classifier]
 SIX = BatchRange(optimum=2, maximum=6)
 
 
 def lowered(network: nn.Module, preprocess: Preprocess, batch: BatchRange = SIX) -> onnx.ModelProto:
-    return lower(capture(network, preprocess, batch).any_batch, ("logits",))
+    return lower(capture_any_batch(network, preprocess, batch), ("logits",))
 
 
-def test_the_graph_takes_uint8_pictures_and_gives_float_logits(make: Make, preprocess: Preprocess) -> None:
-    graph = lowered(make("resnet8"), preprocess).graph
+def test_the_graph_takes_uint8_pictures_and_gives_float_logits(preprocess: Preprocess) -> None:
+    graph = graph_of("resnet8", preprocess, SIX).model.graph
     images, logits = graph.input[0], graph.output[0]
     dims = [dim.dim_param or dim.dim_value for dim in images.type.tensor_type.shape.dim]
     assert (images.name, images.type.tensor_type.elem_type, dims) == (
@@ -41,28 +42,28 @@ def test_the_same_network_lowers_to_the_same_bytes(make: Make, preprocess: Prepr
     assert first.SerializeToString(deterministic=True) == second.SerializeToString(deterministic=True)
 
 
-def test_the_file_holds_no_trace_of_where_it_was_made(make: Make, preprocess: Preprocess) -> None:
-    raw = lowered(make("resnet8"), preprocess).SerializeToString()
+def test_the_file_holds_no_trace_of_where_it_was_made(preprocess: Preprocess) -> None:
+    raw = graph_of("resnet8", preprocess, SIX).model.SerializeToString()
     for trace in (b"/home", b"/usr", b"site-packages", b".py", b"stack_trace", b"pkg.torch"):
         assert trace not in raw
 
 
-def test_weights_keep_their_own_names(make: Make, preprocess: Preprocess) -> None:
-    names = {tensor.name for tensor in lowered(make("resnet8"), preprocess).graph.initializer}
+def test_weights_keep_their_own_names(preprocess: Preprocess) -> None:
+    names = {tensor.name for tensor in graph_of("resnet8", preprocess, SIX).model.graph.initializer}
     assert {"conv1.weight", "layer3.0.conv2.weight", "fc.weight", "fc.bias"} <= names
 
 
-def test_only_plain_operators_of_one_opset_are_left(make: Make, preprocess: Preprocess) -> None:
-    model = lowered(make("resnet8"), preprocess)
+def test_only_plain_operators_of_one_opset_are_left(preprocess: Preprocess) -> None:
+    model = graph_of("resnet8", preprocess, SIX).model
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", OPSET)]
     assert operator_counts(model)["Conv"] == 7
     assert "BatchNormalization" not in operator_counts(model)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 6])
-def test_any_batch_size_gives_the_networks_answer(make: Make, preprocess: Preprocess, batch: int) -> None:
-    network = make("resnet8")
-    session = ort.InferenceSession(lowered(network, preprocess).SerializeToString())
+def test_any_batch_size_gives_the_networks_answer(preprocess: Preprocess, batch: int) -> None:
+    network, _, model = graph_of("resnet8", preprocess, SIX)
+    session = ort.InferenceSession(model.SerializeToString())
     images = np.random.default_rng(batch).integers(0, 256, (batch, 16, 16, 3), dtype=np.uint8)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(v)[None, :, None, None] for v in (preprocess.mean, preprocess.std))
@@ -71,8 +72,8 @@ def test_any_batch_size_gives_the_networks_answer(make: Make, preprocess: Prepro
     np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, atol=2e-5)
 
 
-def test_names_do_not_change_the_root_but_weights_do(make: Make, preprocess: Preprocess) -> None:
-    model = lowered(make("resnet8"), preprocess)
+def test_names_do_not_change_the_root_but_weights_do(preprocess: Preprocess) -> None:
+    model = graph_of("resnet8", preprocess, SIX).model
     root = onnx_root(model)
     renamed = onnx.ModelProto()
     renamed.CopyFrom(model)

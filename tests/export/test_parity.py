@@ -10,9 +10,10 @@ from sopdeploy.errors import ParityError
 from sopdeploy.manifest import BatchRange
 from sopdeploy.models.base import Classifier
 from sopdeploy.preprocess import Preprocess
-from sopdeploy_export.capture import Deployed, capture
-from sopdeploy_export.lower_onnx import lower, operator_counts, write
+from sopdeploy_export.capture import Deployed
+from sopdeploy_export.lower_onnx import operator_counts, write
 from sopdeploy_export.parity import FLOORS, ParityReport, Reference, agreement, compare, reference
+from tests.export.once import graph_of
 
 Make = Callable[..., Classifier]
 BATCH = BatchRange(optimum=4, maximum=9)
@@ -20,14 +21,10 @@ BATCH = BatchRange(optimum=4, maximum=9)
 
 @pytest.fixture(scope="module")
 def shipped(
-    preprocess: Preprocess, tmp_path_factory: pytest.TempPathFactory
+    preprocess: Preprocess,
 ) -> tuple[onnx.ModelProto, Deployed]:
-    from tests.export.conftest import trained
-
-    network = trained("resnet8")
-    return lower(capture(network, preprocess, BATCH).any_batch, network.outputs), Deployed(
-        network, preprocess
-    ).eval()
+    network, _, model = graph_of("resnet8", preprocess, BATCH)
+    return model, Deployed(network, preprocess).eval()
 
 
 def changed(model: onnx.ModelProto, name: str, change: Callable[[np.ndarray], np.ndarray]) -> onnx.ModelProto:

@@ -16,6 +16,7 @@ from sopdeploy.probes import read_probes
 from sopdeploy_export import pipeline
 from sopdeploy_export.onnx_root import file_root
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
+from tests.export.once import proving_once
 
 LABELS = tuple("abcdefghij")
 SMALL = BatchRange(optimum=2, maximum=4)
@@ -48,7 +49,8 @@ def checkpoint(preprocess: Preprocess, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return export(checkpoint, tmp_path_factory.mktemp("bundles"), DETACH)
+    with proving_once():
+        return export(checkpoint, tmp_path_factory.mktemp("bundles"), DETACH)
 
 
 def test_the_bundle_opens_and_says_what_was_done(exported: Exported) -> None:
@@ -79,7 +81,8 @@ def test_two_exports_of_one_checkpoint_are_byte_identical(
 def test_exporting_again_into_the_same_folder_finds_the_bundle_there(
     exported: Exported, checkpoint: Path
 ) -> None:
-    assert export(checkpoint, exported.path.parent, DETACH).path == exported.path
+    with proving_once():
+        assert export(checkpoint, exported.path.parent, DETACH).path == exported.path
     assert [path.name for path in exported.path.parent.iterdir()] == [exported.path.name]
 
 
@@ -94,7 +97,8 @@ def test_photographs_join_the_probes(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (30, 20), (10, 200, 30)).save(tmp_path / "photos" / "one.jpg")
     options = DETACH.model_copy(update={"probes": tmp_path / "photos"})
-    found = export(checkpoint, tmp_path / "out", options)
+    with proving_once():
+        found = export(checkpoint, tmp_path / "out", options)
     assert len(read_probes(found.path / "probes.npz").images) == 13
 
 
@@ -109,7 +113,8 @@ def test_a_plain_network_is_certified_too(
     make: Callable[..., Classifier], preprocess: Preprocess, tmp_path: Path
 ) -> None:
     path = save(make("resnet8"), "resnet8", tmp_path / "plain.pt", preprocess)
-    found = export(path, tmp_path / "out", ExportOptions(batch=SMALL))
+    with proving_once():
+        found = export(path, tmp_path / "out", ExportOptions(batch=SMALL))
     assert found.certificate.removed == ()
     assert found.manifest.detached == ()
 
@@ -122,7 +127,7 @@ def test_a_failed_comparison_leaves_nothing_behind(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "compare", failing_comparison)
-    with pytest.raises(ParityError):
+    with proving_once(), pytest.raises(ParityError):
         export(checkpoint, tmp_path / "out", DETACH)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -167,7 +172,8 @@ def test_a_wish_that_cannot_be_met_is_one_line_and_writes_nothing(
 
 def test_the_steps_are_told_in_order(checkpoint: Path, tmp_path: Path) -> None:
     told: list[str] = []
-    export(checkpoint, tmp_path, DETACH, told.append)
+    with proving_once():
+        export(checkpoint, tmp_path, DETACH, told.append)
     assert [step.split()[0] for step in told] == [
         "reading",
         "detaching",

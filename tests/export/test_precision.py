@@ -20,7 +20,7 @@ from sopdeploy.preprocess import Preprocess
 from sopdeploy.probes import read_probes
 from sopdeploy_export import fold_norms
 from sopdeploy_export import ship as shipping
-from sopdeploy_export.capture import capture, capture_any_batch
+from sopdeploy_export.capture import capture_any_batch
 from sopdeploy_export.detach import detach
 from sopdeploy_export.lower_onnx import OPSET, OPSET_OF_BFLOAT16, lower
 from sopdeploy_export.lowering.autotune import open_form
@@ -36,9 +36,12 @@ from sopdeploy_export.precision_report import part_precisions, refuse_other_type
 from sopdeploy_export.probe_images import probe_images
 from sopdeploy_export.ship import PrecisionOptions
 from sopdeploy_service.runtime.with_onnxruntime import OnnxRuntime
+from tests.export.once import graph_of, proving_once
+from tests.sweep.steps import agreed, save
 
 Make = Callable[..., Classifier]
 SMALL = BatchRange(optimum=2, maximum=4)
+ALONE = BatchRange(optimum=1, maximum=1)  # types are those of every batch, and without symbols it is quick
 MIXTURE = {
     "components": 4,
     "chosen": 2,
@@ -62,8 +65,8 @@ def cast_graph(
     options = PrecisionOptions(precision=precision, newton_schulz=choose_iteration(iteration, precision))
     pixels = Normalise(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
     rewritten = rewrite(lean, pixels, SMALL, shipping.wished(options, rules=rules, autotune=False)).network
-    cast = with_precision(rewritten, capture_any_batch(rewritten, preprocess, SMALL), precision, pixels)
-    graph = capture_any_batch(cast, preprocess, SMALL)
+    cast = with_precision(rewritten, capture_any_batch(rewritten, preprocess, ALONE), precision, pixels)
+    graph = capture_any_batch(cast, preprocess, ALONE)
     opset = OPSET_OF_BFLOAT16 if precision == "bf16-backbone" else OPSET
     model = lower(graph, lean.outputs, opset)
     refuse_other_types(model, rewritten, precision)
@@ -130,7 +133,7 @@ def test_the_papers_formulas_are_cast_too(make: Make, preprocess: Preprocess) ->
 
 
 def test_a_batch_norm_folded_twice_is_refused_though_the_noise_floor_would_swallow_it(
-    make: Make, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+    preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = fold_norms.fold
 
@@ -139,8 +142,7 @@ def test_a_batch_norm_folded_twice_is_refused_though_the_noise_floor_would_swall
         honest(convolution, norm)
 
     monkeypatch.setattr(fold_norms, "fold", twice)
-    network = make("resnet8")
-    program = capture_any_batch(network, preprocess, SMALL)
+    network, program, _ = graph_of("resnet8", preprocess, SMALL)
     pixels = Normalise(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
     with pytest.raises(
         LoweringError, match=r"'batch norms folded into the convolutions'.*changes the answer"
@@ -156,20 +158,18 @@ def test_a_copy_is_cast_and_the_network_stays(make: Make, preprocess: Preprocess
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_an_fp32_graph_asked_to_be_fp16_is_caught_and_named(make: Make, preprocess: Preprocess) -> None:
-    network = make("isqrt-resnet8")
-    model = lower(capture(network, preprocess, SMALL).any_batch, network.outputs)
+def test_an_fp32_graph_asked_to_be_fp16_is_caught_and_named(preprocess: Preprocess) -> None:
+    network, _, model = graph_of("isqrt-resnet8", preprocess, SMALL)
     with pytest.raises(LoweringError, match=r"fp16 was asked for, but the graph holds conv1 in float32"):
         refuse_other_types(model, network, "fp16")
 
 
 def test_a_cast_that_is_never_placed_stops_the_export(
-    make: Make, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+    preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network = make("resnet8")
-    program = capture_any_batch(network, preprocess, SMALL)
+    network, program, model = graph_of("resnet8", preprocess, SMALL)
     report = LoweringReport(textbook=False, rules=(), choices=(), certified_root="", lowered_root="")
-    lowered = Lowered(network, program, lower(program, network.outputs), report)
+    lowered = Lowered(network, program, model, report)
     monkeypatch.setattr(shipping, "with_precision", lambda lean, *_: lean)
     with pytest.raises(LoweringError, match="fp16 was asked for"):
         shipping.ship(network, lowered, preprocess, SMALL, PrecisionOptions(precision="fp16"))
@@ -207,7 +207,9 @@ def exported(
     from tests.export.test_pipeline import save
 
     wish = ExportOptions(batch=SMALL, precision=PrecisionOptions.model_validate(options))
-    return export(save(network, name, folder / "ckpt.pt", preprocess), folder / "out", wish)
+    checkpoint = save(network, name, folder / "ckpt.pt", preprocess)
+    with proving_once():
+        return export(checkpoint, folder / "out", wish)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16-backbone"])
@@ -269,9 +271,9 @@ def tiny_mixture() -> tuple[Components, tuple[Tensor, Tensor]]:
 
 
 def test_maps_beyond_the_range_of_float16_are_refused_with_another_precision(
-    make: Make, preprocess: Preprocess, tmp_path: Path
+    make: Make, tmp_path: Path
 ) -> None:
     network = make("resnet8")
     network.get_parameter("bn1.weight").data.mul_(1e6)
     with pytest.raises(ParityError, match=r"in fp16 the network's own logits are not finite.*bf16-backbone"):
-        exported(network, "resnet8", tmp_path, preprocess, precision="fp16")
+        agreed(save(network, "resnet8", 16, tmp_path / "ckpt.pt"), tmp_path / "model.onnx", "fp16")

@@ -9,13 +9,16 @@ import torch
 from sopdeploy.errors import ParityError
 from sopdeploy.manifest import BatchRange
 from sopdeploy.preprocess import Preprocess
-from sopdeploy.probes import read_probes
-from sopdeploy_export.capture import Deployed, capture
-from sopdeploy_export.lower_onnx import lower, operator_counts, write
+from sopdeploy_export.capture import Deployed
+from sopdeploy_export.lower_onnx import operator_counts, write
 from sopdeploy_export.parity import Reference, compare, reference
 from sopdeploy_export.parity.compare import spread
 from sopdeploy_export.parity.routing import Routing, counted, rerouted, routing, routing_parity
-from tests.export.conftest import exported_with, trained
+from sopdeploy_export.probe_images import probe_images
+from sopdeploy_export.records import as_probes
+from tests.export.conftest import trained
+from tests.export.once import graph_of
+from tests.sweep.steps import measured, save
 
 FAR = [400.0, 100.0, 1.0, 0.0]  # the second of two has e^-300 of the weight, which float32 cannot say
 NEAR = [3.0, 2.0, 1.0, 0.0]
@@ -79,16 +82,16 @@ def test_where_all_are_undecided_those_that_rounding_sent_elsewhere_are_left_out
     assert (found.unsteady, found.flips, found.wrong, found.left_out) == (3, 1, 0, (1, 2))
 
 
-def test_a_sound_file_whose_gate_is_loud_is_exported(tmp_path: Path) -> None:
+def test_a_sound_file_whose_gate_is_loud_agrees(tmp_path: Path) -> None:
     network = trained("gmgap-16-8-resnet18", **GMGAP)
     torch.nn.init.normal_(network.gate.weight, std=300)
-    found = exported_with(network, "gmgap-16-8-resnet18", tmp_path)
-    routes = found.parity.routing
-    assert routes is not None
-    assert routes.wrong == 0
-    probes = read_probes(found.path / "probes.npz")
+    checkpoint = save(network, "gmgap-16-8-resnet18", 16, tmp_path / "ckpt.pt")
+    expected, parity = measured(checkpoint, tmp_path / "model.onnx")
+    assert parity.routing is not None
+    assert parity.routing.wrong == 0
+    probes = as_probes(probe_images(Preprocess(resize=16, crop=16)), expected, parity)
     assert (probes.expected["gates"] == 0).sum(axis=1).max() == 3  # a kept weight is 0
-    assert len(probes.images) == found.parity.images - len(routes.left_out)
+    assert len(probes.images) == parity.images - len(parity.routing.left_out)
 
 
 def test_a_gate_that_rounding_turns_on_every_image_is_refused_with_what_to_do(
@@ -112,8 +115,8 @@ def test_noise_as_wide_as_the_logits_stops_a_reduced_precision(
     preprocess: Preprocess, probes: torch.Tensor, tmp_path: Path, share: float, stops: bool
 ) -> None:
     """Four floors are allowed, a blind file is off by half of the spread: from an eighth on it would pass."""
-    network, batch = trained("resnet8"), BatchRange(optimum=2, maximum=4)
-    model = lower(capture(network, preprocess, batch).any_batch, network.outputs)
+    batch = BatchRange(optimum=2, maximum=4)
+    network, _, model = graph_of("resnet8", preprocess, batch)
     write(model, tmp_path / "model.onnx")
     images = probes.numpy()
     exact = reference(Deployed(network, preprocess).eval(), images)
@@ -135,8 +138,8 @@ def test_noise_as_wide_as_the_logits_stops_a_reduced_precision(
 def test_in_int8_answers_on_pictures_are_what_is_judged_and_not_the_noise_of_a_probe(
     preprocess: Preprocess, probes: torch.Tensor, tmp_path: Path
 ) -> None:
-    network, batch = trained("resnet8"), BatchRange(optimum=2, maximum=4)
-    model = lower(capture(network, preprocess, batch).any_batch, network.outputs)
+    batch = BatchRange(optimum=2, maximum=4)
+    network, _, model = graph_of("resnet8", preprocess, batch)
     write(model, tmp_path / "model.onnx")
     images = probes.numpy()
     exact = reference(Deployed(network, preprocess).eval(), images)

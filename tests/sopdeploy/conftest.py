@@ -5,6 +5,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests import quick_torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_torch() -> None:
+    quick_torch.keep()
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:

@@ -26,7 +26,7 @@ from sopdeploy_export.lowering.centring import centre_by_mean
 from sopdeploy_export.lowering.lowered import Lowered
 from sopdeploy_export.lowering.network import rewrite
 from sopdeploy_export.lowering.report import LoweringReport
-from sopdeploy_export.parity import ParityReport
+from sopdeploy_export.parity import ParityReport, Reference
 from sopdeploy_export.pipeline import Exported, ExportOptions, compared, export
 from sopdeploy_export.probe_images import probe_images
 from sopdeploy_export.ship import PrecisionOptions, ship, wished
@@ -93,6 +93,13 @@ def exported(checkpoint: Path, destination: Path) -> Exported:
 
 
 def agreed(checkpoint: Path, destination: Path, precision: Precision = "fp32") -> ParityReport:
+    """Return what `measured` says of the file."""
+    return measured(checkpoint, destination, precision)[1]
+
+
+def measured(
+    checkpoint: Path, destination: Path, precision: Precision = "fp32"
+) -> tuple[Reference, ParityReport]:
     """Run the export's own steps on one graph: the certificate's books and numbers, ONNX by rules, parity.
 
     The graphs of three networks and their ONNX roots are what `exported` compares beside.
@@ -111,10 +118,7 @@ def agreed(checkpoint: Path, destination: Path, precision: Precision = "fp32") -
     )
     write(shipping.model, destination)
     options = ExportOptions(batch=FEW, precision=wish)
-    _, parity = compared(
-        destination, found.network, shipping, read_checkpoint(checkpoint), found.images, options
-    )
-    return parity
+    return compared(destination, found.network, shipping, read_checkpoint(checkpoint), found.images, options)
 
 
 class Detached(NamedTuple):

@@ -1,7 +1,7 @@
 """Every model learns a step, is saved, loaded, detached, proved, exported, and the file agrees with torch.
 
-The default run takes each step for the smallest model of every class of network; `make test-models` the
-whole export for each of those, and every name of the catalog at its full width.
+The default run takes each step for the smallest model of every class of network, and for those of the recipes
+the whole export; `make test-models` that for each class, and every name of the catalog at its full width.
 """
 
 from pathlib import Path
@@ -11,9 +11,11 @@ import torch
 
 from sopdeploy.errors import LoweringError
 from sopdeploy.manifest import Precision
-from sopdeploy.models.catalog import CATALOG, entry
+from sopdeploy.models.catalog import CATALOG, create_model, entry
+from sopdeploy.recipe import read_recipe
 from sopdeploy_export.pipeline import ExportOptions, export
-from tests.sweep.smallest import ALL, CERTIFIED, DETACHED, LOWERED, TOO_LONG
+from tests.sopdeploy.small_recipes import SMALL
+from tests.sweep.smallest import ALL, DETACHED, LOWERED, TOO_LONG, WALKED
 from tests.sweep.steps import Small, agreed, detached, exported
 
 OUTPUTS = {"gmsop": {"logits", "gates"}, "gmgap": {"logits", "gates"}, "sgmoe": {"logits", "gates"}}
@@ -26,14 +28,6 @@ def name(small: Small) -> str:
 
 def outputs_of(model: str) -> set[str]:
     return OUTPUTS.get(model.partition("-")[0], {"logits"})
-
-
-@pytest.mark.parametrize("small", CERTIFIED, ids=name)
-def test_the_smallest_is_certified_and_its_bundle_agrees(small: Small, tmp_path: Path) -> None:
-    found = exported(small.trained(tmp_path / "ckpt.pt"), tmp_path / "bundles")
-    assert found.parity.passed
-    assert set(found.parity.outputs) == outputs_of(small.name)
-    assert found.certificate.roots.onnx
 
 
 @pytest.mark.parametrize("small", LOWERED, ids=name)
@@ -59,8 +53,15 @@ def shipped_class(small: Small) -> type:
 
 
 def test_every_class_that_ships_is_lowered_in_every_run() -> None:
-    lowered = {parent for small in (*CERTIFIED, *LOWERED) for parent in shipped_class(small).__mro__}
+    lowered = {parent for small in (*WALKED, *LOWERED) for parent in shipped_class(small).__mro__}
     assert {shipped_class(small) for small in DETACHED} - lowered == set(TOO_LONG)
+
+
+def test_what_the_recipes_walk_is_what_is_not_lowered_here() -> None:
+    models = [read_recipe(recipe, settings).model for recipe, settings in SMALL.items()]
+    with torch.device("meta"):
+        walked = {type(create_model(model.name, num_classes=3, **model.config).plain()) for model in models}
+    assert {shipped_class(small) for small in WALKED} <= walked
 
 
 @pytest.mark.parametrize("pooling", ["mpncov", "deepo2p", "improved-bcnn", "g2denet", "kernel"])
@@ -75,16 +76,17 @@ def test_a_pooling_without_an_onnx_form_trains_and_is_refused_with_its_reason(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("small", [*LOWERED, *DETACHED], ids=name)
-def test_the_smallest_is_certified_too(small: Small, tmp_path: Path) -> None:
+@pytest.mark.parametrize("small", ALL, ids=name)
+def test_the_smallest_is_certified(small: Small, tmp_path: Path) -> None:
     found = exported(small.trained(tmp_path / "ckpt.pt"), tmp_path / "bundles")
     assert found.parity.passed
     assert set(found.parity.outputs) == outputs_of(small.name)
+    assert found.certificate.roots.onnx
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16-backbone"])
-@pytest.mark.parametrize("small", [*LOWERED, *CERTIFIED], ids=name)
+@pytest.mark.parametrize("small", [*WALKED, *LOWERED], ids=name)
 def test_the_smallest_agrees_in_half_precision(small: Small, precision: Precision, tmp_path: Path) -> None:
     report = agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx", precision)
     assert report.passed

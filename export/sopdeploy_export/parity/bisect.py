@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 
 from sopdeploy_export.lower_onnx import named_inside
 from sopdeploy_export.parity.report import PartDrift
-from sopdeploy_export.parity.session import by_casts, holds_bfloat16, open_session, widened
+from sopdeploy_export.parity.session import by_casts, fixed_batch, holds_bfloat16, open_session, widened
 
 PREFIX = "network."
 PICTURES = 4
@@ -124,6 +124,7 @@ def drifts(
 ) -> Iterator[Drift]:
     """Give the drift of the file at *path*, lowered from *program*, at the boundaries chosen."""
     model = onnx.load(path)
+    images = images[: fixed_batch(model)]
     converted = named_inside(program, outputs, max(opset.version for opset in model.opset_import))
     if converted is None:
         return

@@ -12,6 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from sopdeploy_export.parity.bisect import PICTURES, Boundary, drift_at, run_file
+from sopdeploy_export.parity.session import fixed_batch
 
 
 def first_off_int8(
@@ -22,7 +23,7 @@ def first_off_int8(
     *sound* is the int8 graph as it was made, *plain* the float32 graph it was made of.
     """
     places = convolution_values(sound)
-    names, pixels = list(places), images[:PICTURES]
+    names, pixels = list(places), images[:PICTURES][: fixed_batch(sound)]
     found = run_file(onnx.load(path), names, pixels)
     own = run_file(sound, names, pixels, optimised=False)
     exact = run_file(plain, [place.value for place in places.values()], pixels)

@@ -63,6 +63,11 @@ def file_outputs(session: ort.InferenceSession, images: NDArray[np.uint8], batch
     return dict(zip(names, joined, strict=True))
 
 
+def fixed_batch(model: onnx.ModelProto) -> int | None:
+    """Return the batch that *model* takes, `None` where it takes any: `--max-batch 1` fixes it to one."""
+    return model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
+
+
 def first_line(problem: BaseException) -> str:
     """Return the first line of what *problem* says."""
     return str(problem).strip().partition("\n")[0][:200]

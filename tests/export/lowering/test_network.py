@@ -24,7 +24,7 @@ from sopdeploy_export.lowering.observe import observe
 from sopdeploy_export.lowering.root import LoweredRoot
 from sopdeploy_export.lowering.work import Work
 from sopdeploy_export.onnx_root import file_root
-from sopdeploy_export.pipeline import ExportOptions, export
+from sopdeploy_export.pipeline import Exported, ExportOptions, export
 
 Make = Callable[..., Classifier]
 SMALL = BatchRange(optimum=2, maximum=4)
@@ -159,9 +159,8 @@ def mixture_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_both_roots_and_every_rule_are_in_the_bundle(mixture_checkpoint: Path, tmp_path: Path) -> None:
-    options = ExportOptions(detach=True, batch=SMALL)
-    lowered = export(mixture_checkpoint, tmp_path / "lowered", options)
+def test_both_roots_and_every_rule_are_in_the_bundle(gated: Exported) -> None:
+    lowered = gated
     written = json.loads((lowered.path / "lowering.json").read_text())
     assert written == lowered.lowering.model_dump(mode="json")
     assert written["certified_root"] == lowered.certificate.roots.any_batch

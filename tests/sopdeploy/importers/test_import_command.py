@@ -104,7 +104,8 @@ def picture(folder: Path) -> Path:
 def answers_agree(file: Path, name: str, folder: Path, shown: Path) -> None:
     ckpt = folder / "ckpt.pt"
     run("import", str(file), "--as", name, "--out", str(ckpt))
-    exported = json.loads(run("export", str(ckpt), "--out", str(folder / "bundles"), "--json").stdout)
+    where = ["--out", str(folder / "bundles"), "--max-batch", "1"]
+    exported = json.loads(run("export", str(ckpt), *where, "--json").stdout)
     answer = json.loads(run("predict", exported["bundle"], str(shown), "--json").stdout)
     stored = read_checkpoint(ckpt)
     with Image.open(shown) as opened:

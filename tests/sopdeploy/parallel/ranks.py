@@ -1,19 +1,26 @@
-"""Start a function of the tests in several processes, as torchrun would: `run_in_processes`."""
+"""Start a function of the tests in several processes, as torchrun would: `run_in_processes`.
+
+They are forked off one process that has imported torch, for that takes longer than what is tested in them.
+"""
 
 import importlib
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sopdeploy.checkpoint import load_plain
+from sopdeploy.training.joined import joined_processes
 
 ROOT = Path(__file__).parents[3]
 PATIENCE = 240  # seconds
+PRELOADED = ["torch", "sopdeploy.train"]
 
 
 def free_port() -> int:
@@ -67,22 +74,36 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]
 
 def run_in_processes(function: str, folder: Path, *, world: int) -> list[Any]:
     """Return what *function*, `module:name`, makes of *folder* in each of *world* joined processes."""
-    ends = finish(start(__name__, function, str(folder), world=world))
-    assert [code for code, _, _ in ends] == [0] * world, "\n".join(error for _, _, error in ends)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    port = free_port()
+    processes = [
+        context.Process(target=one_of_them, args=(function, folder, environment(rank, world, port)))
+        for rank in range(world)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(PATIENCE)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    said = "\n".join(path.read_text() for path in sorted(folder.glob("rank*.txt")))
+    assert [process.exitcode for process in processes] == [0] * world, said
     return [load_plain(folder / f"rank{rank}.pt") for rank in range(world)]
 
 
-def main() -> None:
-    """Run the function named on the command line and write what it returns."""
-    from sopdeploy.training.joined import joined_processes
-
+def one_of_them(function: str, folder: Path, variables: dict[str, str]) -> None:
+    """Join the others, run *function* and write what it returns, or why it did not."""
+    os.environ.update(variables)
     torch.set_num_threads(1)
-    module, name = sys.argv[1].split(":")
-    folder = Path(sys.argv[2])
-    with joined_processes():
-        result = getattr(importlib.import_module(module), name)(folder)
-    torch.save(result, folder / f"rank{os.environ['RANK']}.pt")
-
-
-if __name__ == "__main__":
-    main()
+    module, name = function.split(":")
+    try:
+        with joined_processes():
+            result = getattr(importlib.import_module(module), name)(folder)
+        torch.save(result, folder / f"rank{variables['RANK']}.pt")
+    except BaseException:
+        (folder / f"rank{variables['RANK']}.txt").write_text(traceback.format_exc())
+        raise

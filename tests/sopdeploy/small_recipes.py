@@ -1,0 +1,56 @@
+"""Settings that make the network of every packaged recipe small, of the same family and on fewer pixels."""
+
+HEADS = "aux_widths=[8,8,8], iterations=2"
+DSOP = ["model.name=dsop-resnet8", f"model.config={{{HEADS}}}"]
+PLAIN = ["model.name=resnet8", "model.config={}"]
+GATED = (
+    "blocks_per_stage=1, conv5_stride=1, components=4, chosen=2, component_widths=[6], gate_widths=[], "
+    "iterations=2, balance_weight=0.390625"
+)
+AT_16 = ["preprocess.resize=20", "preprocess.crop=16"]
+SIDES_16 = [*AT_16, "augment.sides=[20,30]"]
+SMALL: dict[str, list[str]] = {
+    "cifar10-dsop-resnet20": DSOP,
+    "cifar100-dsop-resnet20": DSOP,
+    "cifar100-dsop-preact-resnet": [f"model.config={{blocks=1, {HEADS}}}"],
+    "cifar100-dsop-wrn": [f"model.config={{blocks=1, widen=1, {HEADS}}}"],
+    "cifar100-dsop-resnext": [f"model.config={{cardinality=1, group_width=4, {HEADS}}}"],
+    "digits-dsop": ["batch_size=720"],
+    "digits-plain": ["batch_size=720"],
+    "fine-grained-isqrt-resnet50": [
+        "model.name=isqrt-resnet8",
+        'model.config={pooling={kind="isqrt", width=8, iterations=2}}',
+        *AT_16,
+        "augment.sides=[20,20]",
+    ],
+    "imagenet-distilled-resnet50": [*PLAIN, *SIDES_16],
+    "imagenet-dsop-efficientnet-b0": [
+        "model.config={iterations=2}",
+        "preprocess.resize=36",
+        "preprocess.crop=32",
+        "schedule.warmup_epochs=0.0",
+    ],
+    "imagenet-dsop-resnet18": [*DSOP, *SIDES_16],
+    "imagenet-dsop-resnet50": [*DSOP, *SIDES_16],
+    "imagenet-dsop-two-phase": [*DSOP, *SIDES_16],
+    "imagenet-gsop-resnet50": [
+        "model.name=gsop-net2-preact-resnet29",
+        'model.config={blocks=2, cov_width=32, block_stages=["layer3"], final_width=8, iterations=2}',
+        *AT_16,
+    ],
+    "imagenet-isqrt-resnet50": [
+        "model.name=isqrt-resnet8",
+        'model.config={pooling={kind="isqrt", width=8, iterations=2}}',
+        *AT_16,
+    ],
+    "imagenet-psdr-resnet50": [
+        "model.config={depth=18, width=8, iterations=2}",
+        "preprocess.resize=36",
+        "preprocess.crop=32",
+        "augment.sides=[36,48]",
+    ],
+    "imagenet-resnet50": [*PLAIN, *SIDES_16],
+    "imagenet64-gmsop-resnet18": [f"model.config={{{GATED}}}", "preprocess.crop=16", "preprocess.resize=20"],
+    "photos-dsop": [*DSOP, *AT_16],
+    "places365-gmsop-resnet18": [f"model.config={{{GATED}}}", *AT_16, "augment.sides=[20,20]"],
+}
