@@ -21,7 +21,7 @@ from locks import FOLDER, Locked, read_lock
 SERVICES = ("osv", "pypi")
 OPTIONS = ["--require-hashes", "--disable-pip", "--format=json", "--progress-spinner=off", "--timeout=15"]
 NOT_REACHED = re.compile(
-    r"ConnectionError|Timeout|SSLError|ProxyError|ServiceError|Could not connect|redirecting"
+    r"ConnectionError|Timeout|SSLError|ProxyError|ServiceError|JSONDecodeError|Could not connect|redirecting"
 )
 MOST_NAMES = 5
 

@@ -17,7 +17,7 @@ def choose_builder(image: str, folder: Path) -> Builder | str:
     if missing or os.geteuid() != 0:
         return (
             "no Docker daemon answers, and "
-            + (f"{' and '.join(missing)} is not installed" if missing else "buildah needs root here")
+            + (f"{' and '.join(missing)} are not installed" if missing else "buildah needs root here")
             + ": start Docker, or `apt-get install buildah debootstrap` and run this as root"
         )
     return Buildah(image, folder)

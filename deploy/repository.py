@@ -1,4 +1,4 @@
-"""git, as a release needs it: is this state fit for one, and how a commit is made elsewhere and taken over."""
+"""git, as a release needs it: whether a state is fit for one, and a commit made elsewhere and taken over."""
 
 import os
 import re
@@ -17,7 +17,7 @@ def git(root: Path, *words: str | Path, **environment: str) -> str:
     if found.returncode:
         said = (found.stderr.strip().splitlines() or ["it said nothing"])[-1]
         sys.exit(f"release: git {words[0]} failed in {root.name}: {said}")
-    return found.stdout.strip()
+    return found.stdout.rstrip("\n")
 
 
 def released_versions(root: Path) -> list[str]:
@@ -32,7 +32,8 @@ def check_state(root: Path) -> None:
     if branch != BRANCH:
         sys.exit(f"release: the checkout is on {branch}; releases are made on {BRANCH}: git switch {BRANCH}")
     if changed := git(root, "status", "--porcelain").splitlines():
-        sys.exit(f"release: {len(changed)} files are not committed, the first is {changed[0][3:]}")
+        more = f" and {len(changed) - 1} more" if changed[1:] else ""
+        sys.exit(f"release: not everything is committed: {changed[0][3:]}{more}")
 
 
 def tests_state(root: Path) -> str:
