@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sopdeploy.travel.minisign import (
     secret_text,
 )
 
+pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 ROOT = Path(__file__).parents[2]
 LINES = "# Changelog\n\n## [Unreleased]\n\n### Added\n\n- A thing.\n\n## [0.1.0] - 2026-01-01\n\n- All.\n"
 NAMES = {"sopdeploy-0.2.0.tar.gz", "sopdeploy-0.2.0-py3-none-any.whl", "sbom-cpu.json", "sbom-gpu.json"}
