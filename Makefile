@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: demo test check format lint types contracts tests test-models goldens docs site gpu-check soak dist wheel-test \
-	container-test audit sbom release lock clean
+	container-test container-base audit sbom release lock clean
 
 demo: $(STAMP)  ## the main job, from handwritten digits to answers over HTTP
 	$(BIN)/sopdeploy demo
@@ -68,8 +68,12 @@ dist: $(STAMP)  ## sdist and wheel in dist/, the same bytes for the same commit
 wheel-test: $(STAMP)  ## build the wheel twice, install it into empty environments, train with [train], serve with [cpu]
 	$(BIN)/python deploy/wheel_test.py
 
-container-test: $(STAMP)  ## build the image with Docker, or buildah and debootstrap, run it and look at it
+container-test:  ## build the image with Docker, or buildah and debootstrap, run it and look at it
+	$(MAKE) --jobs=2 $(STAMP) container-base
 	$(BIN)/python deploy/container_test.py
+
+container-base:
+	$(PYTHON) deploy/builders.py
 
 audit: $(STAMP)  ## is something in deploy/lock/ known to be vulnerable; says so where nobody can be asked
 	$(BIN)/python deploy/audit.py

@@ -1,12 +1,19 @@
-"""What can build and run an image here: Docker with its daemon, or buildah, which needs none."""
+"""What can build and run an image here: Docker with its daemon, or buildah, which needs none.
+
+As a program it gets the base image, while `make container-test` fills .venv: it needs nothing but Python.
+"""
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
-from images import Builder, exit_and_output
+from images import ROOT, Builder, exit_and_output
 from with_buildah import Buildah
 from with_docker import Docker
+
+CHECKED = "sopdeploy-check:cpu"
+WORK = ROOT / ".container"
 
 
 def choose_builder(image: str, folder: Path) -> Builder | str:
@@ -21,3 +28,16 @@ def choose_builder(image: str, folder: Path) -> Builder | str:
             + ": start Docker, or `apt-get install buildah debootstrap` and run this as root"
         )
     return Buildah(image, folder)
+
+
+def builder_for_test() -> Builder:
+    """Return what builds the image that is tried here; ends with the reason where nothing does."""
+    WORK.mkdir(exist_ok=True)
+    builder = choose_builder(CHECKED, WORK)
+    if isinstance(builder, str):
+        sys.exit(f"container-test: {builder}")
+    return builder
+
+
+if __name__ == "__main__":
+    builder_for_test().prepare()

@@ -14,12 +14,10 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-from builders import choose_builder
+from builders import WORK, builder_for_test
 from images import ROOT, Builder, run
 from PIL import Image
 
-WORK = ROOT / ".container"
-IMAGE = "sopdeploy-check:cpu"
 USER = 10_001
 MOST_ADDED_BYTES = 350_000_000
 READY_SECONDS = 120
@@ -135,10 +133,7 @@ def cache() -> str:
 def main() -> None:
     """Build, run, look."""
     started = time.monotonic()
-    WORK.mkdir(exist_ok=True)
-    builder = choose_builder(IMAGE, WORK)
-    if isinstance(builder, str):
-        sys.exit(f"container-test: {builder}")
+    builder = builder_for_test()
     sys.stdout.write(f"     with {type(builder).__name__.lower()}\n")
     with timed("a bundle and the image, side by side"), ThreadPoolExecutor() as pool:
         bundle = pool.submit(make_bundle)

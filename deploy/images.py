@@ -37,6 +37,10 @@ class Builder(ABC):
         self.image = image
 
     @abstractmethod
+    def prepare(self) -> None:
+        """Get the base image, where building would only begin with that."""
+
+    @abstractmethod
     def build(self, source: Path) -> None:
         """Build the image from the checkout at *source*."""
 

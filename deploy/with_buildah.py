@@ -35,9 +35,12 @@ class Buildah(Builder):
         self._buildah = ["buildah", *store]
         os.environ["BUILDAH_ISOLATION"] = "chroot"
 
-    def build(self, source: Path) -> None:  # noqa: D102
+    def prepare(self) -> None:  # noqa: D102
         if self.base not in run(*self._buildah, "images", "--format={{.Name}}:{{.Tag}}"):
             self._make_base()
+
+    def build(self, source: Path) -> None:  # noqa: D102
+        self.prepare()
         base = f"--build-arg=PYTHON_IMAGE={self.base}"
         what = ["--format=docker", "--target=cpu", base, f"--tag={self.image}"]
         run(*self._buildah, "bud", *secrets(), *what, source)

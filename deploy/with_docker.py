@@ -18,6 +18,10 @@ class Docker(Builder):
         if line.startswith("ARG PYTHON_IMAGE=")
     )
 
+    def prepare(self) -> None:  # noqa: D102
+        if exit_and_output(["docker", "image", "inspect", self.base])[0] != 0:
+            run("docker", "pull", "--quiet", self.base)
+
     def build(self, source: Path) -> None:  # noqa: D102
         run("docker", "build", *secrets(), "--target=cpu", f"--tag={self.image}", source)
 
