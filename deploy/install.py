@@ -6,7 +6,6 @@ uv reads none of pip's settings. So where pip is told of an index of its own, pi
 fails, pip tries. Needs nothing but Python: it is the first thing that runs in a new environment.
 """
 
-import os
 import re
 import subprocess
 import sys
@@ -37,7 +36,7 @@ def has_own_index() -> bool:
 
 def find_uv() -> Path | None:
     """Return the uv of this Python, which pip installs first where it is missing; None where pip cannot."""
-    uv = Path(sys.executable).with_name("uv.exe" if os.name == "nt" else "uv")
+    uv = Path(sys.executable).with_name("uv")
     if not uv.is_file() and not succeeds([*PIP, "install", "--quiet", uv_requirement()]):
         return None
     return uv
