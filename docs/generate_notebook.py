@@ -12,12 +12,12 @@ def notebooks() -> list[Path]:
 
 
 def notebook_page(path: Path) -> str:
-    """Return the notebook at *path* as Markdown, code in fences; raises `ValueError` where outputs are kept."""
+    """Return the notebook at *path* as Markdown, code in fences; raises `ValueError` for one with outputs."""
     parts = []
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell.get("outputs"):
-            raise ValueError(f"{path}: holds outputs; clear them, its history is what was written")
+            raise ValueError(f"{path}: holds outputs; clear them, they are no source")
         parts.append(f"```python\n{source}\n```" if cell["cell_type"] == "code" else source)
     parts.insert(1, f"Generated from [the notebook]({path.name}), which Jupyter opens; a test runs it.")
     return "\n\n".join(parts) + "\n"
