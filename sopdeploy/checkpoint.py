@@ -92,7 +92,8 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         partial.replace(path)
         flush_folder(path.parent)
     except (OSError, RuntimeError) as problem:
-        raise CheckpointError(f"{path}: cannot be written ({problem})") from problem
+        full = f"; is there room in {path.parent}?" if isinstance(problem, RuntimeError) else ""
+        raise CheckpointError(f"{path}: cannot be written ({problem}){full}") from problem
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -143,7 +144,7 @@ def load_plain(path: Path, advice: str = "only open checkpoints that sopdeploy w
     *advice* ends the refusal of a file that would need to run code.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; give the ckpt.pt of a training run")
+        raise CheckpointError(f"{path}: {why_no_file(path)}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as problem:
@@ -154,6 +155,15 @@ def load_plain(path: Path, advice: str = "only open checkpoints that sopdeploy w
         ) from problem
     except Exception as problem:  # whatever a damaged file makes of torch's readers
         raise CheckpointError(f"{path}: damaged or not a checkpoint; copy or train it again") from problem
+
+
+def why_no_file(path: Path) -> str:
+    """Return what is at *path* in place of a checkpoint, and what to give instead."""
+    if (path / "manifest.json").is_file():
+        return "a bundle, which was exported already; give the best.pt of a training run"
+    if (path / "best.pt").is_file():
+        return f"a folder; give {path / 'best.pt'}"
+    return "no such file; give the best.pt of a training run"
 
 
 def is_state_dict(weights: Any) -> bool:

@@ -21,6 +21,7 @@ def first_problem(error: pydantic.ValidationError) -> str:
         return f"{where}: missing"
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key"
-    if problem["type"] == "value_error" and not problem["loc"]:  # a rule over several keys, in our own words
-        return str(problem["ctx"]["error"])
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # a rule over several keys
+        said = str(problem["ctx"]["error"])
+        return f"{where}: {said}" if problem["loc"] else said
     return f"{where}: {problem['msg']} (got {str(problem['input'])[:80]!r})"

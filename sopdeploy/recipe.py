@@ -134,7 +134,8 @@ def recipe_text(source: str | Path) -> str:
         try:
             return Path(source).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as problem:
-            raise ConfigError(f"{source}: cannot be read ({problem}); give a recipe file") from problem
+            why = problem.strerror if isinstance(problem, OSError) else problem
+            raise ConfigError(f"{source}: cannot be read ({why}); give a recipe file") from problem
     names = list_recipes()
     if str(source) not in names:
         near = difflib.get_close_matches(str(source), names, n=3)

@@ -47,7 +47,7 @@ def engine(
 
     Example: [bold]sopdeploy engine bundles/dsop-resnet20-3f6c01d2a4b7 --profiles 1,8,32[/bold]
     """
-    with one_line_errors():
+    with one_line_errors(as_json):
         needs_onnx()
         from sopdeploy.bundle import open_bundle
         from sopdeploy_export.engine_plan import plan_engine
@@ -163,7 +163,7 @@ def triton(
 
     Example: [bold]sopdeploy triton bundles/dsop-resnet20-3f6c01d2a4b7 models[/bold]
     """
-    with one_line_errors():
+    with one_line_errors(as_json):
         from sopdeploy.bundle import open_bundle
         from sopdeploy_export.triton import TritonOptions, write_triton
 

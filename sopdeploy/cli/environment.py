@@ -30,7 +30,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a s
 
     Example: [bold]sopdeploy env[/bold]
     """
-    with one_line_errors():
+    with one_line_errors(as_json):
         found = facts(os.environ)
     if as_json:
         print_json(found)

@@ -112,10 +112,22 @@ def give_up(what: Send, outcome: httpx.Response | Exception) -> NoReturn:
         )
     if isinstance(outcome, httpx.TimeoutException | TimeoutError):
         raise UnreachableError(
-            f"{what.path}: no answer within {what.seconds:.3g} s", code="timeout", status=0
+            f"{asked(what, outcome)}: no answer within {what.seconds:.3g} s", code="timeout", status=0
         ) from outcome
     reason = str(outcome) or type(outcome).__name__
-    raise UnreachableError(f"{what.path}: no answer ({reason})", code="unreachable", status=0) from outcome
+    raise UnreachableError(
+        f"{asked(what, outcome)}: no answer ({reason}); is a server running there?",
+        code="unreachable",
+        status=0,
+    ) from outcome
+
+
+def asked(what: Send, outcome: Exception) -> str:
+    """Return what was asked for: the whole URL where *outcome* knows it, else the path of *what*."""
+    try:
+        return str(outcome.request.url) if isinstance(outcome, httpx.RequestError) else what.path
+    except RuntimeError:  # httpx's, of an error without its request
+        return what.path
 
 
 def pause(attempt: int, outcome: httpx.Response | Exception) -> float:

@@ -87,10 +87,13 @@ def losses_of(run: Run, pictures: Pictures) -> Iterator[float]:
 def steepest(rates: list[float], losses: list[float]) -> float:
     """Return the rate at which the loss falls fastest on the way to its lowest.
 
-    Raises `TrainingError` where it only rises.
+    A fall is measured over a tenth of the steps, and the first tenth is left out: the running mean is of a
+    few batches there, and what it loses is noise. Raises `TrainingError` where the loss only rises.
     """
-    way_down = losses[: losses.index(min(losses)) + 1] if losses else []
-    falls = [before - after for before, after in itertools.pairwise(way_down)]
-    if not falls or max(falls) <= 0:
+    span, skipped = max(1, len(losses) // 10), len(losses) // 10
+    seen = losses[skipped:]
+    lowest = skipped + seen.index(min(seen)) if seen else 0
+    falls = {start: losses[start] - losses[start + span] for start in range(skipped, lowest + 1 - span)}
+    if not falls or max(falls.values()) <= 0:
         raise TrainingError("the loss fell at no learning rate; look at the data and the preprocessing")
-    return rates[falls.index(max(falls)) + 1]
+    return rates[max(falls, key=falls.__getitem__) + (span + 1) // 2]

@@ -1,6 +1,7 @@
 """`report.html` of a run: one page that needs no network and no script."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from sopdeploy.errors import ConfigError
@@ -33,7 +34,8 @@ def write_report(
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as problem:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a medium that only reads refuses this, too
+            partial.unlink(missing_ok=True)
         raise ConfigError(f"{path}: cannot be written ({problem.strerror}); give another --out") from problem
     return path
 
