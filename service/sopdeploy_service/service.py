@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from sopdeploy.errors import ImageError
 from sopdeploy_service.decode import Decoded, Sent, decode, keep_memory
 from sopdeploy_service.faults import NONE, Faults
+from sopdeploy_service.loading import loader
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import (
@@ -70,7 +72,7 @@ class Service:
         self._decoders = ThreadPoolExecutor(settings.decoders, thread_name_prefix="decoder")
         self._parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
         self.fetches = Slots(settings.url_fetches)
-        self._decode_bytes = faults.over_decoder(decode)
+        self._decode_bytes = faults.over_decoder(partial(decode, load=loader(settings)))
         self.metrics.decoders(settings.decoders)
         self._admitted = 0
         self._draining = True
@@ -205,7 +207,6 @@ class Service:
                 model.bundle.manifest.preprocess,
                 max_bytes=self.settings.max_body_bytes,
                 max_pixels=self.settings.max_pixels,
-                fast=self.settings.decode == "fast",
             )
         finally:
             self.metrics.decoded(time.monotonic() - started)
