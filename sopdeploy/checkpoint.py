@@ -7,7 +7,6 @@ to the disk and renamed, and the folder is flushed too: a power cut leaves the o
 
 import os
 import pickle  # only for the name of the error that torch.load raises
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from sopdeploy.frozen import Frozen, first_problem
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.catalog import create_model, make_config
 from sopdeploy.preprocess import Preprocess
+from sopdeploy.whole import whole
 
 FORMAT = "sopdeploy-checkpoint"
 VERSION = 1
@@ -82,21 +82,16 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     }
     if checkpoint.resume is not None:
         content["resume"] = checkpoint.resume
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with whole(path) as partial, partial.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
         flush_folder(path.parent)
     except (OSError, RuntimeError) as problem:
         full = f"; is there room in {path.parent}?" if isinstance(problem, RuntimeError) else ""
         raise CheckpointError(f"{path}: cannot be written ({problem}){full}") from problem
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def flush_folder(folder: Path) -> None:

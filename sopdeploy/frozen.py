@@ -1,8 +1,13 @@
 """The base of every config, manifest, report and setting: frozen, and unknown keys are refused."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
+
+Positive = Annotated[float, pydantic.Field(gt=0)]
+NotNegative = Annotated[float, pydantic.Field(ge=0)]
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+Part = Annotated[float, pydantic.Field(ge=0, lt=1)]  # of what may not all go, such as dropout
 
 
 class Frozen(pydantic.BaseModel):

@@ -8,14 +8,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sopdeploy.data.augment import Augmented
+import torch
+
 from sopdeploy.data.base import Pictures
 from sopdeploy.data.batches import load_batches
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import TrainingError
 from sopdeploy.frozen import Frozen
 from sopdeploy.recipe import Recipe
-from sopdeploy.train import epoch_batches, train_step
+from sopdeploy.train import train_step
+from sopdeploy.training.epoch import epoch_batches, epoch_view
 from sopdeploy.training.parallel import Alone, choose_device
 from sopdeploy.training.run import Position, Run, start_run
 
@@ -49,6 +51,8 @@ def find_rate(recipe: Recipe, steps: int = 100) -> FoundRate:
 
     Raises `TrainingError` where the loss fell nowhere.
     """
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
     data = open_data(recipe.data)
     batches = epoch_batches(recipe, data.train, 0)
     rising = Rising(recipe.optimizer.lr, steps / len(batches))
@@ -72,7 +76,7 @@ def losses_of(run: Run, pictures: Pictures) -> Iterator[float]:
     while True:
         epoch = run.at.epoch
         batches = epoch_batches(recipe, pictures, epoch)
-        view = Augmented(pictures, recipe.augment, recipe.preprocess, recipe.seed, epoch, recipe.distort)
+        view = epoch_view(recipe, pictures, epoch)
         for batch in load_batches(view, batches, recipe.workers, run.parallel.device):
             samples = batches[run.at.step]
             try:

@@ -1,30 +1,17 @@
 """The pages that come from the code say what it says, and what pages name exists."""
 
 import ast
-import importlib.util
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.docs.reading import PAGES, ROOT, name
+from tests.docs.reading import PAGES, ROOT, module_at, name
 
 SECURITY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
 HOLDING = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", SECURITY)))
 PICTURES = sorted((ROOT / "docs" / "pictures").glob("*.svg"))
-
-
-def module_at(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 ERRORS = module_at(ROOT / "docs" / "generate_errors.py")
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
@@ -88,6 +89,13 @@ def test_a_rate_is_found_between_the_ends_of_the_sweep(tmp_path) -> None:
 def test_the_sweep_is_a_function_of_the_recipe_and_ends_where_the_loss_is_not_finite() -> None:
     recipe = short_recipe("optimizer.clip_norm=0.0", "model.config.aux_pooling='gap'")
     assert find_rate(recipe, steps=8) == find_rate(recipe, steps=8)
+
+
+def test_a_sweep_computes_with_as_many_threads_as_the_recipe_says(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    find_rate(short_recipe("threads=1"), steps=8)
+    assert asked == [1]
 
 
 @pytest.mark.parametrize(
