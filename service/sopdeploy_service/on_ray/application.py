@@ -72,4 +72,4 @@ def build(arguments: Arguments) -> serve.Application:
 def application(replica: type[OnRay], settings: dict[str, Any], **options: Any) -> serve.Application:
     """Return the application of *replica* under *settings*; *options* are those of a Ray Serve deployment."""
     deployment = serve.deployment(serve.ingress()(replica))
-    return deployment.options(name=NAME, logging_config=QUIET, **options).bind(settings)
+    return deployment.options(**{"name": NAME, "logging_config": QUIET, **options}).bind(settings)

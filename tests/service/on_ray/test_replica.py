@@ -1,6 +1,7 @@
 """A replica as Ray calls it, without Ray: bundles come and go, its health is the service's."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -159,10 +160,10 @@ def test_settings_for_one_process_are_refused() -> None:
 
 
 def test_a_dead_engine_answers_what_waits_and_then_ends_the_process(
-    versions: list[Path], jpeg: bytes, monkeypatch: pytest.MonkeyPatch
+    versions: list[Path], jpeg: bytes, monkeypatch: pytest.MonkeyPatch, until: Callable[..., None]
 ) -> None:
     monkeypatch.setenv(FAULTS_VARIABLE, "engine=hang@1")
-    monkeypatch.setattr("sopdeploy_service.faults.HANG_SECONDS", 3.0)  # its thread must end with the test
+    monkeypatch.setattr("sopdeploy_service.faults.HANG_SECONDS", 2.0)
 
     async def life() -> None:
         ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -177,3 +178,4 @@ def test_a_dead_engine_answers_what_waits_and_then_ends_the_process(
             assert await ended == 70
 
     live(life)
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "engine"])
