@@ -91,9 +91,7 @@ def benchmark(cases: tuple[Case, ...], rounds: int, seconds: float) -> list[Row]
 
 def show(rows: list[Row]) -> None:
     """Print a table of the medians."""
-    print(
-        "| case | server | ratio to the plain process | rounds | images/s | p99 ms | CPU ms per image | not 200 |"
-    )
+    print("| case | server | ratio to plain | rounds | images/s | p99 ms | CPU ms per image | not 200 |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         each = " ".join(f"{value:.2f}" for value in row.ratios)

@@ -28,6 +28,8 @@ class Arguments(Frozen):
 class OnRay(Replica):
     """A replica with the hooks that Ray Serve looks for by name."""
 
+    _telling: asyncio.Task[None] | None = None
+
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the app; Ray runs its start and its end."""
         self.watch()
@@ -37,7 +39,8 @@ class OnRay(Replica):
 
     def __del__(self) -> None:
         """End; Ray calls this after the last answer and the app's own end."""
-        self._telling.cancel()
+        if self._telling is not None:
+            self._telling.cancel()
         self.close()
 
     async def _tell(self) -> None:

@@ -4,6 +4,7 @@ Ray scales and routes, we batch. So a replica is sent far more requests than a b
 started where more wait than that.
 """
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,6 +90,9 @@ def write(path: Path, told: Mapping[str, Any]) -> None:
         partial.replace(path)
     except OSError as problem:
         raise ConfigError(f"{path}: cannot be written ({problem.strerror})") from problem
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def http_options(settings: Settings) -> dict[str, Any]:

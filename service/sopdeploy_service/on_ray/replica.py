@@ -42,16 +42,17 @@ class Replica:
     """What Ray calls; all methods but the first on the event loop that answers requests."""
 
     leave: Callable[[int], None] = staticmethod(os._exit)  # a hung engine would hold up any other end
+    _watching: asyncio.Task[None] | None = None
 
     def __init__(
         self, settings: Mapping[str, Any], inferences: Mapping[str, Inference] | None = None
     ) -> None:
         """Make the app, with *inferences* by name before the first `reconfigure`; raises `ConfigError`."""
+        self._stack = ExitStack()
         self.settings = load_settings(**settings)
         check(self.settings)
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
         warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, which counts for nothing
-        self._stack = ExitStack()
         self._stack.enter_context(logs.writing(self.settings))
         open_trace = self._stack.enter_context(traced(self.settings))
         self._faults = ordered_faults()
@@ -61,7 +62,6 @@ class Replica:
         self.service: Service = self.asgi.state.service
         self._watch = LoopWatch()
         self.service.metrics.loop_lag(self._watch.worst)
-        self._watching: asyncio.Task[None] | None = None
 
     async def reconfigure(self, user_config: Any) -> None:
         """Answer with the bundles of *user_config*, `{"bundles": {NAME: PATH}}`, and with no others.

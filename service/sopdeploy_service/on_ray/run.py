@@ -4,6 +4,7 @@ import importlib
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from sopdeploy_service.on_ray.plan import NAME, Scale, config
 from sopdeploy_service.settings import Settings
 
 USAGE_VARIABLE = "RAY_USAGE_STATS_ENABLED"
+CONNECT_SECONDS = 5.0
 OUR_ERROR = re.compile(r"sopdeploy\.errors\.\w+: (.+)")  # in the traceback of a replica
 
 
@@ -23,7 +25,8 @@ def run(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> int:
 
     Joins the Ray that runs on this machine or that RAY_ADDRESS names, and leaves its other applications
     alone; where there is none, starts one and ends it. Prints `ready: URL  BUNDLE ...` when all answer.
-    Raises `ConfigError` where Ray is not installed or a replica does not start, and what `config` does.
+    Raises `ConfigError` where Ray is not installed, has an application of ours already or listens elsewhere,
+    or where a replica does not start; and what `config` does.
     """
     told = config(bundles, settings, scale)
     os.environ.setdefault(USAGE_VARIABLE, "0")  # Ray would tell its makers what it runs on
@@ -36,15 +39,32 @@ def run(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> int:
     ray.init(namespace="serve")
     try:
         serve.start(proxy_location=told["proxy_location"], http_options=told["http_options"])
-        deploy(serve, told["applications"][0])
-        names = " ".join(path.resolve().name for path in bundles.values())
-        sys.stdout.write(f"ready: http://{settings.host}:{settings.port}  {names}\n")
-        sys.stdout.flush()
-        wait_for_a_signal()
-        serve.delete(NAME)
+        if NAME in serve.status().applications:
+            raise ConfigError(
+                f"{NAME} runs on this Ray already; change it with --emit FILE and `serve deploy FILE`"
+            )
+        try:
+            deploy(serve, told["applications"][0])
+            reach(settings.host, settings.port)
+            names = " ".join(path.resolve().name for path in bundles.values())
+            sys.stdout.write(f"ready: http://{settings.host}:{settings.port}  {names}\n")
+            sys.stdout.flush()
+            wait_for_a_signal()
+        finally:
+            serve.delete(NAME)
     finally:
         ray.shutdown()
     return 0
+
+
+def reach(host: str, port: int) -> None:
+    """Raise `ConfigError` where nobody listens: a Ray that is joined keeps the address it has."""
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+    except OSError as problem:
+        raise ConfigError(
+            f"{host}:{port}: nobody listens here; Ray's proxies were started with another --host or --port"
+        ) from problem
 
 
 def wait_for_a_signal() -> None:

@@ -166,6 +166,7 @@ class Clients:
     picture: bytes
     count: int
     answers: list[Answer] = field(default_factory=list)
+    waiting: int = 0  # for an answer, now
     _leaving: threading.Event = field(default_factory=threading.Event)
 
     @contextmanager
@@ -180,9 +181,8 @@ class Clients:
             thread.join(60)
 
     def latest(self) -> set[str]:
-        """Return which weights gave the answers of the last second."""
-        now = time.monotonic()
-        return {answer.digest for answer in self.answers if answer.done > now - 1}
+        """Return which weights gave the last answers."""
+        return {answer.digest for answer in self.answers[-2 * self.count :]}
 
     async def _ask_all(self) -> None:
         await asyncio.gather(*(self._ask() for _ in range(self.count)))
@@ -195,10 +195,12 @@ class Clients:
 
     async def _once(self, client: httpx.AsyncClient) -> bool:
         sent = time.monotonic()
+        self.waiting += 1
         try:
             answer = await client.post("/v1/classify", content=self.picture)
             status, digest = answer.status_code, answer.headers.get("x-model-digest", "")
         except httpx.HTTPError as problem:
             status, digest = 0, type(problem).__name__
+        self.waiting -= 1
         self.answers.append(Answer(sent, time.monotonic(), status, digest))
         return status == httpx.codes.OK

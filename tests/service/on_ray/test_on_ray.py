@@ -22,10 +22,10 @@ CLIENTS = 16
 
 
 def written(folder: Path, bundle: Path, port: int) -> str:
-    """Write the config of two replicas; a batch waits a moment, so that a kill always hits requests."""
+    """Write the config of two replicas; a batch waits a second, so that a kill always hits requests."""
     file = folder / f"{bundle.name}.yaml"
     words = ["ray", f"tiny={bundle}", "--replicas", "2", "--port", str(port), "--set", "max_batch=64"]
-    done = CliRunner().invoke(app, [*words, "--set", "max_queue_delay_ms=150", "--emit", str(file)])
+    done = CliRunner().invoke(app, [*words, "--set", "max_queue_delay_ms=1000", "--emit", str(file)])
     assert done.exit_code == 0, done.output
     return str(file)
 
@@ -40,8 +40,10 @@ def test_replicas_answer_swap_bundles_and_lose_only_what_a_killed_one_was_at(
     before, after = (make_bundle(tmp_path, seed=seed) for seed in range(2))
     port = free_port()
     with own_cluster() as cluster:
+        the_verb_answers_until_it_is_told_to_end(cluster, before, port)
         cluster.run("ray.serve.scripts", "run", "--non-blocking", written(tmp_path, before, port))
         until(lambda: ready(port), START_SECONDS)
+        the_verb_does_not_take_what_is_there(cluster, after, port)
         clients = Clients(port, jpeg, CLIENTS)
         with clients.asking():
             replicas = cluster.replicas()
@@ -52,6 +54,8 @@ def test_replicas_answer_swap_bundles_and_lose_only_what_a_killed_one_was_at(
             assert cluster.replicas() == replicas
             assert {answer.status for answer in clients.answers} == {200}
 
+            until(lambda: clients.waiting == CLIENTS, START_SECONDS)
+            time.sleep(0.1)  # what was sent is with a replica now
             killed = time.monotonic()
             os.kill(replicas[0], signal.SIGKILL)
             until(lambda: replicas[0] not in cluster.replicas(), START_SECONDS)
@@ -60,8 +64,6 @@ def test_replicas_answer_swap_bundles_and_lose_only_what_a_killed_one_was_at(
         lost = [answer for answer in clients.answers if answer.status != 200]
         assert 0 < len(lost) <= CLIENTS
         assert all(answer.sent <= killed <= answer.done for answer in lost)
-
-        the_verb_answers_until_it_is_told_to_end(cluster, before, port)
 
 
 def ready(port: int) -> bool:
@@ -92,3 +94,11 @@ def the_verb_answers_until_it_is_told_to_end(cluster: Cluster, bundle: Path, por
             child.kill()
     assert child.returncode == 0
     assert not ready(port)
+
+
+def the_verb_does_not_take_what_is_there(cluster: Cluster, bundle: Path, port: int) -> None:
+    command = [sys.executable, "-m", "sopdeploy", "ray", f"tiny={bundle}", "--port", str(port)]
+    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error: sopdeploy runs on this Ray already" in done.stderr
+    assert ready(port)
