@@ -1,6 +1,7 @@
 """A Ray of one test's own, and clients that never pause; nothing here imports Ray."""
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -134,18 +135,10 @@ def started_head(folder: Path) -> Iterator[Cluster | None]:
 
 
 def end(head: subprocess.Popen[str]) -> None:
-    """End *head* and every process below it."""
-    processes = below(head.pid)
-    head.terminate()
-    try:
-        head.communicate(timeout=20)
-    except subprocess.TimeoutExpired:
-        head.kill()
-    for process in processes:
-        try:
+    """End *head* and every process below it, at once: nothing here is worth half a minute of draining."""
+    for process in (head.pid, *below(head.pid)):
+        with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,8 +74,8 @@ def ready(port: int) -> bool:
 
 
 def both_have_answered(cluster: Cluster) -> bool:
-    found = cluster.numbers("ray_sopdeploy_requests_total")
-    return len(found) == 2 and min(found.values()) > 0
+    found = cluster.numbers("ray_sopdeploy_requests_total").values()
+    return sum(number > CLIENTS / 2 for number in found) == 2  # one that has ended had few
 
 
 def the_verb_answers_until_it_is_told_to_end(cluster: Cluster, bundle: Path, port: int) -> None:
