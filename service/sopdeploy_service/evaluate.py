@@ -18,6 +18,7 @@ from sopdeploy.measure.views import Views, check_views, views
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_service.answer import softmax
 from sopdeploy_service.decode import Sent, decode
+from sopdeploy_service.loading import loader
 from sopdeploy_service.predict import read
 from sopdeploy_service.settings import Settings, load_settings
 from sopdeploy_service.verified import Inference, open_verified
@@ -100,5 +101,5 @@ def pixels(sent: Sent, settings: Settings, preprocess: Preprocess) -> NDArray[np
         preprocess,
         max_bytes=settings.max_body_bytes,
         max_pixels=settings.max_pixels,
-        fast=settings.decode == "fast",
+        load=loader(settings),
     ).pixels

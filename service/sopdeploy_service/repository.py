@@ -58,10 +58,6 @@ class Repository:
         pairs = [(found.current, found.previous) for _, found in sorted(self._by_name.items())]
         return [model for pair in pairs for model in pair if model is not None]
 
-    def current(self, name: str) -> bool:
-        """Return whether *name* has a model."""
-        return name in self._by_name
-
     def find(self, name: str | None = None, version: str | None = None) -> Model | Refusal:
         """Return the model that *name* and *version* mean; no name is the only one."""
         if name is None:
@@ -191,9 +187,13 @@ class Repository:
         self._leaving[model] = asyncio.create_task(self._end(model))
 
     async def _end(self, model: Model) -> None:
-        await model.retire()
-        del self._leaving[model]
-        self._metrics.serves_no_more(model.name, model.bundle, model.inference.runtime)
+        try:
+            await model.retire()
+        except Exception:  # a mistake of ours, in a task that nobody waits for
+            log.exception("%s: a version that was replaced did not end well", model.name)
+        finally:
+            del self._leaving[model]
+            self._metrics.serves_no_more(model.name, model.bundle, model.inference.runtime)
 
 
 NOT_CONTROLLED = Refusal(

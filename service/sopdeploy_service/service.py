@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from sopdeploy.errors import ImageError
 from sopdeploy_service.decode import Decoded, Sent, decode, keep_memory
 from sopdeploy_service.faults import NONE, Faults
+from sopdeploy_service.loading import loader
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import (
@@ -70,7 +72,7 @@ class Service:
         self._decoders = ThreadPoolExecutor(settings.decoders, thread_name_prefix="decoder")
         self._parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
         self.fetches = Slots(settings.url_fetches)
-        self._decode_bytes = faults.over_decoder(decode)
+        self._decode_bytes = faults.over_decoder(partial(decode, load=loader(settings)))
         self.metrics.decoders(settings.decoders)
         self._admitted = 0
         self._draining = True
@@ -111,15 +113,18 @@ class Service:
             return ENGINE_DEAD
         if self._draining:
             return DRAINING
-        full = self._overload(model, 1)
+        full = self.overload(model)
         # An idle engine is always tried: an estimate that kept everybody out would never be corrected.
         if self._admitted and time.monotonic() + model.seconds(self._admitted + 1) > deadline:
             return full or TOO_LATE
         return full
 
-    def overload(self, model: Model) -> Refusal | None:
-        """Return why not even one image more can be admitted now, or None."""
-        return self._overload(model, 1)
+    def overload(self, model: Model, images: int = 1) -> Refusal | None:
+        """Return why so many *images* more cannot be admitted now, or None."""
+        if self._admitted + images <= self.settings.queue_size:
+            return None
+        seconds = math.ceil(model.seconds(self._admitted))
+        return queue_full(min(LONGEST_RETRY_SECONDS, max(1, seconds)))
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -158,7 +163,7 @@ class Service:
         stages: Stages,
     ) -> list[Outcome] | Refusal:
         started = time.monotonic()
-        refused = self._overload(model, len(images)) or charge(len(images), stages)
+        refused = self.overload(model, len(images)) or charge(len(images), stages)
         if refused is not None:
             return refused
         self._count(len(images))
@@ -205,16 +210,9 @@ class Service:
                 model.bundle.manifest.preprocess,
                 max_bytes=self.settings.max_body_bytes,
                 max_pixels=self.settings.max_pixels,
-                fast=self.settings.decode == "fast",
             )
         finally:
             self.metrics.decoded(time.monotonic() - started)
-
-    def _overload(self, model: Model, images: int) -> Refusal | None:
-        if self._admitted + images <= self.settings.queue_size:
-            return None
-        seconds = math.ceil(model.seconds(self._admitted))
-        return queue_full(min(LONGEST_RETRY_SECONDS, max(1, seconds)))
 
     def _count(self, images: int) -> None:
         self._admitted += images

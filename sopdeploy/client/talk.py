@@ -7,7 +7,7 @@ came of it. The two clients differ only in how they do these three, so none of t
 import random
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn, TypeAlias, TypeVar
@@ -90,15 +90,8 @@ def before_deadline(what: Send, patience: Patience) -> Send:
     """Return *what* with the time that is left, told to the server too."""
     left = max(0.001, patience.left())
     milliseconds = min(LONGEST_TIMEOUT_MS, max(1, int(left * 1000)))
-    return Send(
-        method=what.method,
-        path=what.path,
-        seconds=left,
-        headers={**what.headers, "X-Request-Timeout-Ms": str(milliseconds)},
-        params=what.params,
-        body=what.body,
-        form=what.form,
-    )
+    headers = {**what.headers, "X-Request-Timeout-Ms": str(milliseconds)}
+    return replace(what, seconds=left, headers=headers)
 
 
 def may_be_sent_again(outcome: httpx.Response | Exception) -> bool:
