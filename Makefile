@@ -73,7 +73,7 @@ lock: $(STAMP)  ## write deploy/lock/ again: the newest versions that fit, with 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,import,otel,sign,s3,oci,docs,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,import,otel,sign,s3,oci,ray,docs,dev]'
 	touch $(STAMP)
 
 clean:  ## remove what the targets above made

@@ -26,6 +26,7 @@ from sopdeploy_service import logs
 from sopdeploy_service.app import create_app
 from sopdeploy_service.faults import ordered_faults
 from sopdeploy_service.health_port import BEAT_SECONDS, LoopWatch
+from sopdeploy_service.heap import Rest, give_back, keep_little
 from sopdeploy_service.on_ray.plan import UserConfig, check
 from sopdeploy_service.server import CLOSING_SECONDS, ENGINE_DEAD_EXIT
 from sopdeploy_service.service import Service
@@ -51,6 +52,7 @@ class Replica:
         self._stack = ExitStack()
         self.settings = load_settings(**settings)
         check(self.settings)
+        keep_little()
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
         warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, which counts for nothing
         self._stack.enter_context(logs.writing(self.settings))
@@ -98,9 +100,11 @@ class Replica:
         return replace(found, runtime=self._faults.over(found.runtime))
 
     async def _end_with_the_engine(self) -> None:
+        rest = Rest(lambda: asyncio.get_running_loop().run_in_executor(None, give_back))
         while self.service.state != "engine_dead":
             await asyncio.sleep(BEAT_SECONDS)
             self._watch.beat()
+            rest.tick(time.monotonic(), self.service.requests)
         log.critical("an engine is dead; this replica ends, Ray starts another")
         end = time.monotonic() + CLOSING_SECONDS
         while self.service.requests and time.monotonic() < end:
