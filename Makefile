@@ -92,7 +92,7 @@ lock: $(STAMP)  ## write deploy/lock/ again: the newest versions that fit, with 
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python deploy/install.py --editable '.[cpu,train,import,otel,sign,s3,oci,docs,dev]'
+	$(BIN)/python deploy/install.py --editable '.[cpu,train,import,otel,sign,s3,oci,ray,docs,dev]'
 	touch $(STAMP)
 
 clean:  ## remove what the targets above made

@@ -92,25 +92,25 @@ def serve(
     Example: [bold]sopdeploy serve flowers=bundles/dsop-resnet20-3f6c01d2a4b7 birds=other/bundle[/bold]
     """
     with one_line_errors():
-        from sopdeploy_service.settings import as_toml, assigned, load_settings, unused_variables
+        from sopdeploy_service.settings import as_toml, load_settings, said, unused_variables
 
         settings = load_settings(
             config,
-            **{
-                **assigned(assignments or ()),
-                "host": host,
-                "port": port,
-                "runtime": runtime,
-                "threads": threads,
-                "max_batch": max_batch,
-                "max_body_bytes": max_body_bytes,
-                "max_pixels": max_pixels,
-                "queue_size": queue_size,
-                "model_control": model_control or None,
-                "keys": keys,
-                "verify_key": verify_key,
-                "log": log,
-            },
+            **said(
+                assignments or (),
+                host=host,
+                port=port,
+                runtime=runtime,
+                threads=threads,
+                max_batch=max_batch,
+                max_body_bytes=max_body_bytes,
+                max_pixels=max_pixels,
+                queue_size=queue_size,
+                model_control=model_control or None,
+                keys=keys,
+                verify_key=verify_key,
+                log=log,
+            ),
         )
         for name in unused_variables():
             err.print(f"[yellow]note:[/] {plain(name)} in the environment is no setting and has no effect")

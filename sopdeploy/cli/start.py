@@ -15,7 +15,7 @@ BESIDE = {
     "before training": ("data", "recipes", "models", "describe", "import"),
     "of what learned": ("eval", "report", "compare"),
     "of a bundle": ("bench", "engine", "triton", "sign", "push", "pull"),
-    "of a server": ("key", "health"),
+    "of a server": ("key", "health", "ray"),
     "of this machine": ("env",),
 }
 

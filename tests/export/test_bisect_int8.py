@@ -77,10 +77,7 @@ def test_a_sound_file_is_off_nowhere(graphs: tuple[onnx.ModelProto, ...], tmp_pa
 def test_the_part_that_int8_spoils_is_where_the_distance_from_float32_grows(
     graphs: tuple[onnx.ModelProto, ...], preprocess: Preprocess, tmp_path: Path
 ) -> None:
-    from tests.export.conftest import trained
-
-    network = trained("isqrt-resnet8")
-    program = capture(network, preprocess, BATCH).any_batch
+    network, program, _ = graph_of("isqrt-resnet8", preprocess, BATCH)
     pair = Quantised(sound=graphs[1], plain=graphs[0])
     shares = {}
     for name, model in (("sound", graphs[1]), ("spoilt", saturated(graphs[1], "layer2.0.conv1"))):
