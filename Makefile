@@ -1,5 +1,6 @@
 # The commands of this project. `make demo` and `make test` need Python 3.11 to 3.13 and a package index.
 PYTHON ?= python3
+OPTIONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -11,12 +12,17 @@ export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test check format lint types contracts tests test-models goldens docs site gpu-check soak wheel-test wheel-test-train container-test lock clean
+.PHONY: demo test check format lint types contracts tests test-models goldens docs site gpu-check soak dist wheel-test \
+	container-test container-base audit sbom release lock clean
 
 demo: $(STAMP)  ## the main job, from handwritten digits to answers over HTTP
 	$(BIN)/sopdeploy demo
 
-test: $(STAMP) check tests  ## everything that CI runs
+# The wheel is tried beside mypy, which has one core only; the tests take all cores.
+test: $(STAMP)  ## format, lint, types, import contracts, the wheel, the tests: what CI runs
+	$(MAKE) --jobs=2 check wheel-test
+	$(MAKE) tests
+	@if git diff --quiet HEAD 2>/dev/null; then git rev-parse HEAD >$(VENV)/.tested; fi
 
 check: lint types contracts  ## format, lint, types, import contracts
 
@@ -56,24 +62,37 @@ gpu-check: $(STAMP)  ## build and run real engines on this machine's GPU, write 
 soak: $(STAMP)  ## five minutes of good, bad, slow and leaving clients and swaps; fails on a leak, a wrong answer or a 5xx
 	$(BIN)/python benchmarks/soak.py $(SOAK)
 
-wheel-test: $(STAMP)  ## build the wheel, install it with [cpu] into an empty environment, serve with it
-	$(BIN)/python deploy/wheel_test.py cpu
+dist: $(STAMP)  ## sdist and wheel in dist/, the same bytes for the same commit
+	$(BIN)/python deploy/distributions.py
 
-wheel-test-train: $(STAMP)  ## the same, and train with the wheel's [train] (gigabytes of torch)
-	$(BIN)/python deploy/wheel_test.py cpu train
+wheel-test: $(STAMP)  ## build the wheel twice, install it into empty environments, train with [train], serve with [cpu]
+	$(BIN)/python deploy/wheel_test.py
 
-container-test: $(STAMP)  ## build the image with Docker, or buildah and debootstrap, run it and look at it
+container-test:  ## build the image with Docker, or buildah and debootstrap, run it and look at it
+	$(MAKE) --jobs=2 $(STAMP) container-base
 	$(BIN)/python deploy/container_test.py
+
+container-base:
+	$(PYTHON) deploy/builders.py
+
+audit: $(STAMP)  ## is something in deploy/lock/ known to be vulnerable; says so where nobody can be asked
+	$(BIN)/python deploy/audit.py
+
+sbom: $(STAMP)  ## what the images hold, as CycloneDX: dist/sbom-cpu.json and dist/sbom-gpu.json
+	$(BIN)/python deploy/sbom.py
+
+release: $(STAMP)  ## make release VERSION=1.2.3 [OPTIONS=--dry-run]: docs/releasing.md
+	$(BIN)/python deploy/release.py $(VERSION) $(OPTIONS)
 
 lock: $(STAMP)  ## write deploy/lock/ again: the newest versions that fit, with the hashes of their files
 	$(COMPILE) pyproject.toml --extra cpu --extra sign --extra oci --output-file deploy/lock/cpu.txt
 	$(COMPILE) pyproject.toml --extra gpu --extra sign --extra oci --output-file deploy/lock/gpu.txt
-	echo 'hatchling>=1.27' | $(COMPILE) - --output-file deploy/lock/build.txt
+	printf 'build>=1.2\nhatchling>=1.27\n' | $(COMPILE) - --output-file deploy/lock/build.txt
+	$(BIN)/python deploy/licences.py
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,import,otel,sign,s3,oci,docs,dev]'
+	$(BIN)/python deploy/install.py --editable '.[cpu,train,import,otel,sign,s3,oci,ray,docs,dev]'
 	touch $(STAMP)
 
 clean:  ## remove what the targets above made

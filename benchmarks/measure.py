@@ -17,8 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sopdeploy.machine import processor
-from sopdeploy_service.bench import versions as installed_versions
+from sopdeploy.machine import installed, processor
 
 Clock = Callable[[], float]
 PACKAGES = (
@@ -115,7 +114,7 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that a figure may depend on."""
-    return installed_versions(PACKAGES)
+    return {"python": platform.python_version(), **installed(PACKAGES)}
 
 
 def report(results: Sequence[Result], *, as_json: bool, **facts: object) -> None:

@@ -101,10 +101,9 @@ class Bound:
     held: bool | None
 
 
-def bounds(
-    tally: Tally, held: Sequence[Holding], before: Holding, after: Holding, exit_code: int
-) -> list[Bound]:
-    """Return every bound of a soak: *held* under load, *before* and *after* it with no client there."""
+def bounds(tally: Tally, held: Sequence[Holding], exit_code: int) -> list[Bound]:
+    """Return every bound of a soak; *held* is with no client there: before it and after each round."""
+    before, after = held[0], held[-1]
     slope = mb_per_minute(held)
     judged = len(held) > 1 and held[-1].moment - held[0].moment >= JUDGED_SECONDS
     return [

@@ -70,22 +70,27 @@ def check(ground: Ground, reply: httpx.Response, names: list[str]) -> None:
 async def swapping(ground: Ground, chance: random.Random) -> None:
     """Load another bundle every few seconds; none is the one before, so each is opened and verified anew."""
     async with httpx.AsyncClient(base_url=ground.url, timeout=120) as client:
-        place = 0
         while True:
             await asyncio.sleep(1 + 2 * chance.random())
-            place = (place + 1) % len(ground.folders)
-            load: dict[str, Any] = {"parameters": {"folder": ground.folders[place]}}
-            reply = await client.post(f"/v2/repository/models/{NAME}/load", json=load)
+            place = (ground.tally.outcomes["swap", "200"] + 1) % len(ground.folders)
+            reply = await swap(client, ground.folders[place])
             ground.tally.note("swap", reply.status_code, reply.headers.get("x-error-code", ""))
             ready = await client.get(f"/v2/models/{NAME}/ready")
             ground.tally.note("swap ready", ready.status_code)
 
 
-async def crowd(url: str, body: bytes) -> None:
-    """Ask so much at once that every thread of the server has been started."""
+async def swap(client: httpx.AsyncClient, folder: str) -> httpx.Response:
+    """Let the bundle in *folder* answer."""
+    load: dict[str, Any] = {"parameters": {"folder": folder}}
+    return await client.post(f"/v2/repository/models/{NAME}/load", json=load)
+
+
+async def crowd(url: str, body: bytes, folder: str) -> None:
+    """Ask so much at once that every thread of the server has been started, that of a second engine too."""
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         asked = [client.post("/v1/classify", json={"image": text_of(body)}) for _ in range(CROWD)]
         await asyncio.gather(*asked, *(client.get("/v1/card") for _ in range(CROWD)))
+        await swap(client, folder)
 
 
 def text_of(body: bytes) -> str:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-from builders import ROOT, Builder, choose_builder, run
+from builders import WORK, builder_for_test
+from images import ROOT, Builder, run
 from PIL import Image
 
-WORK = ROOT / ".container"
 USER = 10_001
 MOST_ADDED_BYTES = 350_000_000
 READY_SECONDS = 120
@@ -133,12 +133,11 @@ def cache() -> str:
 def main() -> None:
     """Build, run, look."""
     started = time.monotonic()
-    WORK.mkdir(exist_ok=True)
-    builder = choose_builder(WORK)
+    builder = builder_for_test()
     sys.stdout.write(f"     with {type(builder).__name__.lower()}\n")
     with timed("a bundle and the image, side by side"), ThreadPoolExecutor() as pool:
         bundle = pool.submit(make_bundle)
-        builder.build()
+        builder.build(ROOT)
         bundles = bundle.result()
     builder.clean()
     try:

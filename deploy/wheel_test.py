@@ -1,60 +1,50 @@
-"""`make wheel-test`: build sdist and wheel, install the wheel into an empty environment, and use it there.
+"""`make wheel-test`: build sdist and wheel, install the wheel into empty environments, and use it there.
 
-`cpu` serves a bundle in an environment without torch; `train` (minutes, gigabytes) makes the bundle first, in
-an environment with the extra `train` only. Neither sees this checkout or the packages of this Python.
+The wheel's `[train]` trains and exports a bundle, its `[cpu]` serves that in an environment without torch.
+Neither sees this checkout or the packages of this Python.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from distributions import ROOT, build, build_tools, empty_environment, run
 from no_torch import UNWANTED
 
-ROOT = Path(__file__).parents[1]
 READY_SECONDS = 120
 SMALL = ["--recipe", "digits-dsop", "--set", "epochs=1"]
 
 
-def run(*command: str | Path, **environment: str) -> str:
-    """Run *command* in an empty folder and return its output; where it fails, print that and end."""
-    settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
-    with tempfile.TemporaryDirectory() as folder:
-        found = subprocess.run(
-            [str(word) for word in command],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=folder,
-            env=settings,
-        )
-    if found.returncode:
-        sys.exit(f"{found.stdout}{found.stderr}failed ({found.returncode}): {' '.join(map(str, command))}")
-    return found.stdout
-
-
-def say(what: str, started: float) -> None:
-    """Print *what* was done since *started*."""
-    sys.stdout.write(f"ok   {what} ({time.monotonic() - started:.0f} s)\n")
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Print that *what* was done, and how long it took."""
+    started = time.monotonic()
+    yield
+    sys.stdout.write(f"ok   wheel: {what} ({time.monotonic() - started:.0f} s)\n")
     sys.stdout.flush()
 
 
-def build(folder: Path) -> Path:
-    """Build sdist and, from the sdist, the wheel into *folder*; return the wheel."""
-    run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
-    return next(folder.glob("*.whl"))
-
-
-def environment(folder: Path, wheel: Path, extra: str) -> Path:
-    """Make an empty environment at *folder* with *wheel* and its *extra*; return its `bin`."""
-    run(sys.executable, "-m", "venv", folder)
-    run(folder / "bin" / "python", "-m", "pip", "install", "--quiet", f"{wheel}[{extra}]")
-    return folder / "bin"
+def build_twice(folder: Path) -> Path:
+    """Build here, and in a copy with files of another time and mode; end unless all bytes are the same."""
+    tools = build_tools(folder / "tools")
+    found = build(ROOT, folder / "dist", tools)
+    copy = folder / "copy"
+    shutil.unpack_archive(found[0], copy, filter="data")
+    (source,) = copy.iterdir()
+    for path in source.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    again = build(source, folder / "again", tools)
+    for first, second in zip(found, again, strict=True):
+        if first.read_bytes() != second.read_bytes():
+            sys.exit(f"two builds of one source gave two files {first.name}")
+    return found[1]
 
 
 def make_bundle(programs: Path, folder: Path) -> Path:
@@ -62,6 +52,14 @@ def make_bundle(programs: Path, folder: Path) -> Path:
     run(programs / "sopdeploy", "train", *SMALL, "--out", folder / "run")
     run(programs / "sopdeploy", "export", folder / "run" / "best.pt", "--detach", "--out", folder / "bundles")
     return next((folder / "bundles").iterdir())
+
+
+def without_torch(programs: Path) -> None:
+    """End where the environment of *programs* holds what only training needs."""
+    heavy = f"import importlib.util as u; print([n for n in {UNWANTED} if u.find_spec(n)])"
+    found = run(programs / "python", "-c", heavy).strip()
+    if found != "[]":
+        sys.exit(f"the base install and [cpu] bring what only training needs: {found}")
 
 
 def serve(programs: Path, bundle: Path) -> None:
@@ -89,31 +87,22 @@ def serve(programs: Path, bundle: Path) -> None:
 
 
 def main() -> None:
-    """Do it all for the extras on the command line: `cpu`, `train` or both."""
-    wanted = sys.argv[1:] or ["cpu"]
-    folder = Path(tempfile.mkdtemp(prefix="sopdeploy-wheel-"))
+    """Build, install, train, serve; in build/, which is on the disk of the other environment."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="wheel-test-", dir=ROOT / "build"))
     try:
-        started = time.monotonic()
-        wheel = build(folder / "dist")
-        say(f"built {wheel.name}, {wheel.stat().st_size:,} bytes", started)
-        trainer = Path(sys.executable).parent
-        if "train" in wanted:
-            started = time.monotonic()
-            trainer = environment(folder / "train", wheel, "train,cpu")
-            say("installed with [train]", started)
-        started = time.monotonic()
-        bundle = make_bundle(trainer, folder)
-        say(f"trained and exported with {'the wheel' if 'train' in wanted else 'this checkout'}", started)
-        started = time.monotonic()
-        programs = environment(folder / "cpu", wheel, "cpu")
-        heavy = f"import importlib.util as u; print([n for n in {UNWANTED} if u.find_spec(n)])"
-        if run(programs / "python", "-c", heavy).strip() != "[]":
-            sys.exit("the base install and [cpu] bring what only training needs")
-        say("installed with [cpu], without torch", started)
-        started = time.monotonic()
-        run(programs / "sopdeploy", "verify", bundle)
-        serve(programs, bundle)
-        say("verified, served, stopped", started)
+        with timed("built twice, byte for byte the same"):
+            wheel = build_twice(folder)
+        with timed(f"{wheel.name}, {wheel.stat().st_size:,} bytes, installed with [train]"):
+            trainer = empty_environment(folder / "train", f"{wheel}[train,cpu]")
+        with timed("trained and exported"):
+            bundle = make_bundle(trainer, folder)
+        with timed("installed with [cpu], without torch"):
+            programs = empty_environment(folder / "cpu", f"{wheel}[cpu]")
+            without_torch(programs)
+        with timed("verified, served, stopped"):
+            run(programs / "sopdeploy", "verify", bundle)
+            serve(programs, bundle)
     finally:
         shutil.rmtree(folder)
 

@@ -1,4 +1,7 @@
-"""Write the pages that come from code: `cli`, `errors`, `models`, tables of `operations`; tests compare."""
+"""Write the pages that come from code: `cli`, `errors`, `models`, notebooks, tables of `operations`.
+
+Tests compare.
+"""
 
 import re
 from pathlib import Path
@@ -49,11 +52,15 @@ def cli_page() -> str:
 
 
 if __name__ == "__main__":
-    from generate_errors import errors_page
+    from generate_errors import SERVED, errors_page, served_page
     from generate_models import models_page
+    from generate_notebook import notebook_page, notebooks
     from generate_operations import PAGE, operations_page
 
     (FOLDER / "cli.md").write_text(cli_page(), encoding="utf-8")
     (FOLDER / "errors.md").write_text(errors_page(), encoding="utf-8")
+    SERVED.write_text(served_page(), encoding="utf-8")
     (FOLDER / "models.md").write_text(models_page(), encoding="utf-8")
+    for notebook in notebooks():
+        notebook.with_suffix(".md").write_text(notebook_page(notebook), encoding="utf-8")
     PAGE.write_text(operations_page(), encoding="utf-8")

@@ -119,15 +119,32 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST
     if not path.is_dir():
-        raise BundleError(f"{path}: no bundle here; a bundle is a folder with a {MANIFEST}")
+        raise BundleError(f"{path}: {why_no_bundle(path)}")
     if not file.is_file() or file.is_symlink():
-        raise BundleError(f"{path}: no {MANIFEST}; is this a bundle that `sopdeploy export` wrote?")
+        raise BundleError(f"{path}: {why_no_manifest(path)}")
     if file.stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleError(f"{file}: larger than {MAX_MANIFEST_BYTES} bytes, not a manifest")
     try:
         return Manifest.from_bytes(file.read_bytes())
     except (ValueError, RecursionError) as problem:
         raise BundleError(f"{file}: {problem}; copy or export the bundle again") from problem
+
+
+def why_no_bundle(path: Path) -> str:
+    """Return why *path*, which is no folder, is no bundle, and what to give instead."""
+    if path.suffix == ".pt" and path.is_file():
+        return f"a checkpoint, no bundle; run: sopdeploy export {path} --detach"
+    if path.suffix == ".tar" and path.is_file():
+        return f"an archive, no bundle; run: sopdeploy pull {path} bundles"
+    return f"no bundle here; a bundle is a folder with a {MANIFEST}"
+
+
+def why_no_manifest(path: Path) -> str:
+    """Return why the folder *path* is no bundle, and what to give instead."""
+    inside = sorted(file.parent for file in path.glob(f"[!.]*/{MANIFEST}"))
+    if inside:
+        return f"holds bundles and is none; give one of them, such as {inside[0]}"
+    return f"no {MANIFEST}; is this a bundle that `sopdeploy export` wrote?"
 
 
 def open_bundle(path: Path) -> Bundle:

@@ -7,7 +7,6 @@ to the disk and renamed, and the folder is flushed too: a power cut leaves the o
 
 import os
 import pickle  # only for the name of the error that torch.load raises
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from sopdeploy.frozen import Frozen, first_problem
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.catalog import create_model, make_config
 from sopdeploy.preprocess import Preprocess
+from sopdeploy.whole import whole
 
 FORMAT = "sopdeploy-checkpoint"
 VERSION = 1
@@ -82,20 +82,16 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     }
     if checkpoint.resume is not None:
         content["resume"] = checkpoint.resume
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with whole(path) as partial, partial.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
         flush_folder(path.parent)
     except (OSError, RuntimeError) as problem:
-        raise CheckpointError(f"{path}: cannot be written ({problem})") from problem
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+        full = f"; is there room in {path.parent}?" if isinstance(problem, RuntimeError) else ""
+        raise CheckpointError(f"{path}: cannot be written ({problem}){full}") from problem
 
 
 def flush_folder(folder: Path) -> None:
@@ -143,7 +139,7 @@ def load_plain(path: Path, advice: str = "only open checkpoints that sopdeploy w
     *advice* ends the refusal of a file that would need to run code.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; give the ckpt.pt of a training run")
+        raise CheckpointError(f"{path}: {why_no_file(path)}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as problem:
@@ -154,6 +150,15 @@ def load_plain(path: Path, advice: str = "only open checkpoints that sopdeploy w
         ) from problem
     except Exception as problem:  # whatever a damaged file makes of torch's readers
         raise CheckpointError(f"{path}: damaged or not a checkpoint; copy or train it again") from problem
+
+
+def why_no_file(path: Path) -> str:
+    """Return what is at *path* in place of a checkpoint, and what to give instead."""
+    if (path / "manifest.json").is_file():
+        return "a bundle, which was exported already; give the best.pt of a training run"
+    if (path / "best.pt").is_file():
+        return f"a folder; give {path / 'best.pt'}"
+    return "no such file; give the best.pt of a training run"
 
 
 def is_state_dict(weights: Any) -> bool:

@@ -4,10 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import pydantic
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -19,7 +17,7 @@ from sopdeploy.data.batches import batches_in_order, load_batches
 from sopdeploy.data.folder import open_classes
 from sopdeploy.data.readable import all_unreadable
 from sopdeploy.errors import DataError, TrainingError
-from sopdeploy.frozen import Frozen
+from sopdeploy.frozen import Frozen, Share
 from sopdeploy.measure.score import Score, score
 from sopdeploy.measure.views import Views, check_views, views
 from sopdeploy.normalise import Normalise
@@ -27,8 +25,6 @@ from sopdeploy.preprocess import Preprocess
 from sopdeploy.processes import OneProcess, Processes
 
 BATCH = 32  # pictures; each may have ten views
-
-Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 
 
 class Figures(Frozen):

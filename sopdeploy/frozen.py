@@ -1,8 +1,13 @@
 """The base of every config, manifest, report and setting: frozen, and unknown keys are refused."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
+
+Positive = Annotated[float, pydantic.Field(gt=0)]
+NotNegative = Annotated[float, pydantic.Field(ge=0)]
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+Part = Annotated[float, pydantic.Field(ge=0, lt=1)]  # of what may not all go, such as dropout
 
 
 class Frozen(pydantic.BaseModel):
@@ -21,6 +26,7 @@ def first_problem(error: pydantic.ValidationError) -> str:
         return f"{where}: missing"
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key"
-    if problem["type"] == "value_error" and not problem["loc"]:  # a rule over several keys, in our own words
-        return str(problem["ctx"]["error"])
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # a rule over several keys
+        said = str(problem["ctx"]["error"])
+        return f"{where}: {said}" if problem["loc"] else said
     return f"{where}: {problem['msg']} (got {str(problem['input'])[:80]!r})"

@@ -5,9 +5,7 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from sopdeploy.frozen import Frozen
-
-Positive = Annotated[float, pydantic.Field(gt=0)]
+from sopdeploy.frozen import Frozen, Positive
 
 
 class StartChoice(Frozen):

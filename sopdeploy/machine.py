@@ -2,6 +2,8 @@
 
 import os
 import platform
+from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 
 
@@ -22,3 +24,14 @@ def processor() -> str:
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Return the version of each of *packages* that is installed, by its own record: nothing is imported."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -12,11 +12,10 @@ import pydantic
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from sopdeploy.frozen import Frozen
+from sopdeploy.frozen import Frozen, Positive
 
 Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Colour = Annotated[int, pydantic.Field(ge=0, le=255)]
-Positive = Annotated[float, pydantic.Field(gt=0)]
 
 LONGEST_STRIP = 16  # resized whole up to this ratio of its sides
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}

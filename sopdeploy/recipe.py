@@ -19,7 +19,7 @@ from sopdeploy.data.distort import Distortion
 from sopdeploy.data.mix import Mix
 from sopdeploy.data.sources import DataConfig
 from sopdeploy.errors import ConfigError
-from sopdeploy.frozen import Frozen, first_problem
+from sopdeploy.frozen import Frozen, NotNegative, Part, first_problem
 from sopdeploy.learnt import StartChoice, TeacherChoice
 from sopdeploy.models.catalog import make_config
 from sopdeploy.optim.choice import OptimizerChoice
@@ -27,8 +27,6 @@ from sopdeploy.preprocess import Preprocess
 from sopdeploy.schedule import Schedule
 
 Count = Annotated[int, pydantic.Field(ge=0)]
-NotNegative = Annotated[float, pydantic.Field(ge=0)]
-Part = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 
 class ModelChoice(Frozen):
@@ -134,7 +132,8 @@ def recipe_text(source: str | Path) -> str:
         try:
             return Path(source).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as problem:
-            raise ConfigError(f"{source}: cannot be read ({problem}); give a recipe file") from problem
+            why = problem.strerror if isinstance(problem, OSError) else problem
+            raise ConfigError(f"{source}: cannot be read ({why}); give a recipe file") from problem
     names = list_recipes()
     if str(source) not in names:
         near = difflib.get_close_matches(str(source), names, n=3)

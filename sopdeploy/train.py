@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from sopdeploy.data.augment import Augmented
 from sopdeploy.data.base import Pictures, Prepared, Split
-from sopdeploy.data.batches import Batch, balanced_batches, load_batches, shuffled_batches, timed
+from sopdeploy.data.batches import Batch, load_batches, timed
 from sopdeploy.data.readable import all_unreadable
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError
@@ -25,6 +24,7 @@ from sopdeploy.optim.adahessian import AdaHessian
 from sopdeploy.recipe import Recipe
 from sopdeploy.seeds import seed_of
 from sopdeploy.training.branches import remove_branches_if_due
+from sopdeploy.training.epoch import epoch_batches, epoch_view
 from sopdeploy.training.finite import (
     all_finite,
     first_not_finite_tensor,
@@ -119,7 +119,7 @@ def train_epoch(run: Run, pictures: Pictures, folder: RunFolder, stop: Stop, onl
     """Do the steps of the epoch under way that are still to be done."""
     recipe, epoch = run.recipe, run.at.epoch
     batches = epoch_batches(recipe, pictures, epoch)
-    view = Augmented(pictures, recipe.augment, recipe.preprocess, recipe.seed, epoch, recipe.distort)
+    view = epoch_view(recipe, pictures, epoch)
     into_training(run.model, recipe.start)
     since = time.monotonic()
     shares = [slice_of(samples, recipe, run.parallel).samples for samples in batches[run.at.step :]]
@@ -133,13 +133,6 @@ def train_epoch(run: Run, pictures: Pictures, folder: RunFolder, stop: Stop, onl
         stop.check(save=folder.is_due(recipe.save, run.at.step))
         if stop.asked_to_save():
             folder.save_last(run)
-
-
-def epoch_batches(recipe: Recipe, pictures: Pictures, epoch: int) -> list[list[int]]:
-    """Return the samples of each step of *epoch*, a function of the recipe and the epoch."""
-    if recipe.sampler == "balanced":
-        return balanced_batches(pictures.targets, recipe.batch_size, recipe.seed, epoch)
-    return shuffled_batches(len(pictures), recipe.batch_size, recipe.seed, epoch)
 
 
 def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> StepResult:

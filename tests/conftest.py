@@ -29,7 +29,17 @@ def no_browser() -> str | None:
     return None if shutil.which("chromium") else "no chromium"
 
 
-MISSING = {"gpu": no_cuda, "tensorrt": no_tensorrt, "container": no_container, "browser": no_browser}
+def no_ray() -> str | None:
+    return None if importlib.util.find_spec("ray") else "Ray is not installed"
+
+
+MISSING = {
+    "gpu": no_cuda,
+    "tensorrt": no_tensorrt,
+    "container": no_container,
+    "browser": no_browser,
+    "ray": no_ray,
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

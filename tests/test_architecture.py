@@ -1,7 +1,6 @@
 """The shape of the project, checked: what a reader may rely on without reading everything."""
 
 import ast
-import importlib.util
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 
 import sopdeploy
 from sopdeploy import errors
+from tests.docs.reading import module_at
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
@@ -160,29 +160,20 @@ def is_inner(exported: str, value: Any) -> bool:
     return isinstance(value, ModuleType) or exported == "Any"
 
 
-def by_path(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_page_of_the_command_line_is_what_the_code_says() -> None:
-    generate = by_path(ROOT / "docs" / "generate.py")
+    generate = module_at(ROOT / "docs" / "generate.py")
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == generate.cli_page(), "run `make docs`"
 
 
 def test_the_tables_of_operations_are_what_the_code_says() -> None:
-    generate = by_path(ROOT / "docs" / "generate_operations.py")
+    generate = module_at(ROOT / "docs" / "generate_operations.py")
     page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     assert page == generate.operations_page(), "run `make docs`"
     assert [name for name, note in generate.comments().items() if not note] == []
 
 
 def test_the_page_of_the_networks_names_them_all_with_their_switches() -> None:
-    generate = by_path(ROOT / "docs" / "generate_models.py")
+    generate = module_at(ROOT / "docs" / "generate_models.py")
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     configs = {item.config for item in generate.CATALOG.values()}
     for part in [*map(generate.config_section, configs), generate.pooling_sections()]:
@@ -192,7 +183,7 @@ def test_the_page_of_the_networks_names_them_all_with_their_switches() -> None:
 
 @pytest.mark.slow
 def test_the_page_of_the_networks_is_what_the_code_counts() -> None:
-    generate = by_path(ROOT / "docs" / "generate_models.py")
+    generate = module_at(ROOT / "docs" / "generate_models.py")
     assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == generate.models_page(), (
         "run `make docs`"
     )

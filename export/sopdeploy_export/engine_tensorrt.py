@@ -95,16 +95,22 @@ def make_key(
     )
 
 
+def profiles_of(bundle: Bundle, options: EngineOptions) -> tuple[Profile, ...]:
+    """Return the profiles that *options* ask for; raises where *bundle* cannot go the way they ask for."""
+    profiles = parse_profiles(options.profiles, bundle.manifest.batch)
+    if options.via == "onnx":
+        return profiles
+    refuse_without_program(bundle, options.precision)
+    return (one_profile(profiles, bundle.manifest.batch),)
+
+
 def engine(bundle: Bundle, options: EngineOptions, tell: Tell = lambda _: None) -> Engine:
     """Return a checked engine of *bundle* for this machine, built where the cache has none.
 
     Raises `RuntimeUnavailableError` without TensorRT or a GPU, `LoweringError` or `EngineError` where no
     right engine can be built, `ParityError` where it gives other numbers than the bundle's probes.
     """
-    profiles = parse_profiles(options.profiles, bundle.manifest.batch)
-    if options.via == "torch-tensorrt":
-        profiles = (one_profile(profiles, bundle.manifest.batch),)
-        refuse_without_program(bundle)
+    profiles = profiles_of(bundle, options)
     machine = this_machine()
     key = make_key(bundle, options, profiles, str(machine.trt.__version__), machine.gpu)
     folder = cache_folder(bundle, options.cache)

@@ -17,6 +17,7 @@ from sopdeploy.errors import EngineError, RuntimeUnavailableError
 from sopdeploy.manifest import BatchRange
 
 PROGRAM = "network.pt2"
+HOW_TO_GET_IT = 'torch-tensorrt is not installed; run: pip install "sopdeploy[torch-tensorrt]"'
 
 
 def one_profile(profiles: Sequence[Profile], batch: BatchRange) -> Profile:
@@ -25,12 +26,16 @@ def one_profile(profiles: Sequence[Profile], batch: BatchRange) -> Profile:
     return Profile(minimum=low, optimum=min(max(batch.optimum, low), high), maximum=high)
 
 
-def refuse_without_program(bundle: Bundle) -> None:
-    """Raise `EngineError` where *bundle* holds no program that has its precision."""
+def refuse_without_program(bundle: Bundle, precision: str | None) -> None:
+    """Raise `EngineError` where *bundle* holds no program, or none of the *precision* asked for."""
     if bundle.manifest.precision != "fp32":
         raise EngineError(
             f"--via torch-tensorrt: builds in fp32, the bundle is {bundle.manifest.precision}; "
             "leave --via out"
+        )
+    if precision not in {None, "fp32"}:
+        raise EngineError(
+            f"--via torch-tensorrt: builds in fp32, {precision} was asked for; leave --precision out"
         )
     if PROGRAM not in bundle.manifest.files:
         raise EngineError(
@@ -43,9 +48,7 @@ def import_torch_tensorrt() -> Any:
     try:
         return importlib.import_module("torch_tensorrt")
     except ImportError as problem:
-        raise RuntimeUnavailableError(
-            'torch-tensorrt is not installed; run: pip install "sopdeploy[torch-tensorrt]"'
-        ) from problem
+        raise RuntimeUnavailableError(HOW_TO_GET_IT) from problem
 
 
 def build_by_torch(bundle: Bundle, key: EngineKey, workspace: int) -> bytes:

@@ -1,11 +1,11 @@
-"""Which quantised layers cost most: each is quantised alone, in torch, and the logits are watched.
+"""Which quantised layers and parts cost most: each is quantised alone, in torch, and the logits are watched.
 
 Weights are rounded per output channel, which commutes with the batch norm behind; inputs to the range that
 calibration found. A cost is the root mean square change of the logits over their standard deviation.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from sopdeploy_export.capture import Deployed
-from sopdeploy_export.precision_report import QUANTISED, LayerCost
+from sopdeploy_export.precision_report import Cost
 
 SHOWN = 10
 PICTURES = 8
@@ -45,7 +45,7 @@ def input_grids(model: onnx.ModelProto) -> dict[str, Grid]:
     for node in model.graph.node:
         if node.op_type == "Conv" and node.input[0] in made and node.input[1] in made:
             _, scale, zero = (constants.get(name) for name in made[node.input[0]].input)
-            weight = made[node.input[1]].input[0].removesuffix(QUANTISED)
+            weight = made[node.input[1]].input[0]
             if scale is not None and zero is not None:
                 grids[weight.rpartition(".")[0]] = grid_of(scale, zero)
     return grids
@@ -87,22 +87,49 @@ def quantise_in_place(convolution: nn.Conv2d, grid: Grid) -> Callable[[], None]:
     return undo
 
 
+def layer_costs(deployed: Deployed, grids: Mapping[str, Grid], images: NDArray[np.uint8]) -> tuple[Cost, ...]:
+    """Return the most expensive of the layers whose inputs *grids* round, the dearest first."""
+    return costs(deployed, {layer: [layer] for layer in grids}, grids, images)[:SHOWN]
+
+
+def part_costs(deployed: Deployed, grids: Mapping[str, Grid], images: NDArray[np.uint8]) -> tuple[Cost, ...]:
+    """Return what each part of the network costs, all its layers of *grids* together, the dearest first."""
+    return costs(deployed, by_part(list(grids)), grids, images)
+
+
+def by_part(layers: Sequence[str]) -> dict[str, list[str]]:
+    """Return *layers* by the part that they stand in: by as much of their names as tells several apart."""
+    found: dict[str, list[str]] = {}
+    for depth in range(1, max((layer.count(".") for layer in layers), default=0) + 2):
+        found = {}
+        for layer in layers:
+            found.setdefault(".".join(layer.split(".")[:depth]), []).append(layer)
+        if len(found) > 1:
+            break
+    return found
+
+
 @torch.no_grad()
-def layer_costs(
-    deployed: Deployed, model: onnx.ModelProto, images: NDArray[np.uint8]
-) -> tuple[LayerCost, ...]:
-    """Return the most expensive layers of the quantised *model*, the dearest first."""
+def costs(
+    deployed: Deployed,
+    groups: Mapping[str, Sequence[str]],
+    grids: Mapping[str, Grid],
+    images: NDArray[np.uint8],
+) -> tuple[Cost, ...]:
+    """Return what each of *groups* costs, its layers quantised together and no others, the dearest first."""
     pixels = torch.from_numpy(images[np.linspace(0, len(images) - 1, min(PICTURES, len(images))).astype(int)])
     trial = copy.deepcopy(deployed)
     plain = trial(pixels)[0]
     spread = float(plain.std()) or 1.0
-    costs = []
-    for part, grid in input_grids(model).items():
-        convolution = convolution_of(trial, part)
-        if convolution is None:
-            continue
-        undo = quantise_in_place(convolution, grid)
-        change = float((trial(pixels)[0] - plain).square().mean().sqrt())
-        undo()
-        costs.append(LayerCost(part=part, share=change / spread))
-    return tuple(sorted(costs, key=lambda cost: -cost.share)[:SHOWN])
+    found = []
+    for name, layers in groups.items():
+        convolutions = {layer: convolution_of(trial, layer) for layer in layers}
+        undo = [
+            quantise_in_place(one, grids[layer]) for layer, one in convolutions.items() if one is not None
+        ]
+        if undo:
+            change = float((trial(pixels)[0] - plain).square().mean().sqrt())
+            found.append(Cost(part=name, share=change / spread))
+        for restore in undo:
+            restore()
+    return tuple(sorted(found, key=lambda cost: -cost.share))

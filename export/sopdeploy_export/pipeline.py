@@ -24,8 +24,6 @@ from sopdeploy_export.lower_onnx import lower, operator_counts, write
 from sopdeploy_export.lowering.lowered import Certified, Lowered, lower_by_rules
 from sopdeploy_export.onnx_root import file_root, onnx_root
 from sopdeploy_export.parity import ParityReport, Reference, compare, reference, with_spectral
-from sopdeploy_export.parity.bisect import first_off, part_drifts
-from sopdeploy_export.parity.bisect_int8 import first_off_int8
 from sopdeploy_export.parity.spectral import spectral_records
 from sopdeploy_export.precision_toll import measured
 from sopdeploy_export.preconditions import refuse_training_parts, refuse_what_cannot_ship
@@ -190,14 +188,8 @@ def compared(
     options: ExportOptions,
 ) -> tuple[Reference, ParityReport]:
     """Return what *lean* gives for *images* in float64, and how the file at *path* compares with it."""
-    precision = options.precision.precision
     deployed = Deployed(lean, checkpoint.preprocess).eval()
-    expected = reference(deployed, images, shipping.own, precision, shipping.own_gate)
-
-    def locate(file: Path) -> str | None:
-        if precision == "int8":
-            return first_off_int8(file, shipping.model, shipping.certified, images, expected.floors)
-        return first_off(file, shipping.program, lean.outputs, images, expected.floors)
+    expected = reference(deployed, images, shipping.own, options.precision.precision, shipping.own_gate)
 
     parity = compare(
         path,
@@ -206,11 +198,10 @@ def compared(
         options.batch,
         operator_counts(shipping.model),
         allow_drift=options.allow_drift,
-        locate=locate,
+        locate=lambda file: shipping.locate(file, images, expected.floors),
     )
     records = spectral_records(shipping.spectral, torch.from_numpy(images))
-    steady = images[parity.counted]
-    parts = () if precision == "int8" else part_drifts(path, shipping.program, lean.outputs, steady)
+    parts = shipping.drifts(path, images[parity.counted])
     parity = with_spectral(parity, records, allow_drift=options.allow_drift)
     return expected, parity.model_copy(update={"parts": parts})
 
@@ -219,9 +210,10 @@ def lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.Model
     """Return the lowered lean graph, and the certificate with the root that all lowered graphs share."""
     lean = lower(proof.lean.any_batch, outputs)
     trained = lean if proof.trained is proof.lean else lower(proof.trained.any_batch, outputs)
+    root = onnx_root(lean)
     roots = {
-        "detached": onnx_root(lean),
-        "trained": onnx_root(trained),
+        "detached": root,
+        "trained": root if trained is lean else onnx_root(trained),
         "plain": onnx_root(lower(proof.plain.any_batch, outputs)),
     }
     return lean, with_onnx_root(proof.certificate, roots)

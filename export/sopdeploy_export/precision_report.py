@@ -19,7 +19,6 @@ from sopdeploy_export.lowering.row_conv import FoldedExcitation
 from sopdeploy_export.precision import STORED, Iteration, in_float32, is_below
 
 PREFIX = "network."
-QUANTISED = "_quantized"  # what ONNX Runtime appends to the name of a quantised tensor
 TYPE_NAMES = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
@@ -36,16 +35,17 @@ class PartPrecision(Frozen):
     operations: dict[str, int]
 
 
-class LayerCost(Frozen):
-    """How far quantising this layer alone moves the logits, as a share of their spread."""
+class Cost(Frozen):
+    """How far quantising this layer or part alone moves the logits, as a share of their spread."""
 
     part: str
     share: float
 
 
 class Quantisation(Frozen):
-    """For which runtime, how the ranges were found, how many layers are int8, and those that cost most.
+    """For which runtime, how the ranges were found, how many layers are int8, and what costs most.
 
+    `costs` are the dearest layers, `parts` all parts of the network that hold layers, the dearest first.
     `kept` are the parts that were asked to stay in float32, `--keep-float`.
     """
 
@@ -54,7 +54,8 @@ class Quantisation(Frozen):
     calibration: str
     images: int
     layers: int
-    costs: tuple[LayerCost, ...]
+    costs: tuple[Cost, ...]
+    parts: tuple[Cost, ...] = ()
 
 
 class Accuracy(Frozen):
@@ -114,7 +115,7 @@ def weight_types(model: onnx.ModelProto) -> dict[str, str]:
     """Return the type of each part's largest weight in *model*."""
     found: dict[str, tuple[int, str]] = {}
     for tensor in model.graph.initializer:
-        part = tensor.name.removesuffix(QUANTISED).rpartition(".")[0]
+        part = tensor.name.rpartition(".")[0]
         size = len(tensor.raw_data)
         if part and tensor.data_type in TYPE_NAMES and size > found.get(part, (0, ""))[0]:
             found[part] = size, TYPE_NAMES[tensor.data_type]

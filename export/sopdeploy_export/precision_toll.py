@@ -1,5 +1,6 @@
 """What a smaller precision costs in answers, and when that is too much."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from sopdeploy.errors import ParityError
@@ -7,7 +8,7 @@ from sopdeploy.manifest import BatchRange
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_export.accuracy import labelled, with_labels, without_labels
 from sopdeploy_export.int8_ranges import METHODS
-from sopdeploy_export.precision_report import Accuracy, PrecisionReport
+from sopdeploy_export.precision_report import Accuracy, Cost, PrecisionReport
 from sopdeploy_export.ship import PrecisionOptions, Shipping
 
 
@@ -40,7 +41,7 @@ def measured(
 
 
 def int8_advice(report: PrecisionReport) -> str:
-    """Return which layers cost most in int8 and what to try; empty for another precision."""
+    """Return which part and which layers cost most in int8 and what to try; empty for another precision."""
     quantisation = report.quantisation
     if quantisation is None:
         return ""
@@ -49,6 +50,12 @@ def int8_advice(report: PrecisionReport) -> str:
     if not costs:
         return f"; try --calibration {others}"
     return (
-        f"; the layers that cost most: {', '.join(f'{cost.part} {cost.share:.1%}' for cost in costs)}; "
+        f"; the part that costs most: {told(quantisation.parts[:1])} of the spread of the logits; "
+        f"the layers that cost most: {told(costs)}; "
         f"leave them in float32 with --keep-float {costs[0].part}, or try --calibration {others}"
     )
+
+
+def told(costs: Sequence[Cost]) -> str:
+    """Return *costs* in words."""
+    return ", ".join(f"{cost.part} {cost.share:.1%}" for cost in costs)

@@ -16,7 +16,7 @@ from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.manifest import BatchRange, Lineage, TensorRecord, to_json
 from sopdeploy.probes import Probes
 from sopdeploy_export.certificate import Certificate
-from sopdeploy_export.lower_onnx import INPUT, OPSET
+from sopdeploy_export.lower_onnx import INPUT
 from sopdeploy_export.parity import ParityReport, Reference
 from sopdeploy_export.precision_report import PrecisionReport
 
@@ -60,7 +60,7 @@ def manifest_fields(
     lineage: Lineage,
     expected: Reference,
 ) -> dict[str, Any]:
-    """Return every field of the manifest but `files`."""
+    """Return every field of the manifest but `files` and those of the precision."""
     side = checkpoint.preprocess.crop
     return {
         "model": checkpoint.model,
@@ -72,7 +72,6 @@ def manifest_fields(
         ),
         "preprocess": checkpoint.preprocess,
         "batch": batch,
-        "opset": OPSET,
         "detached": certificate.detached,
         "lineage": lineage,
         "versions": {

@@ -5,6 +5,7 @@ rules rewrote, with casts in it, captured and lowered anew. int8 ships the rules
 convolutions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,6 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.errors import ConfigError, LoweringError
@@ -25,12 +25,15 @@ from sopdeploy.normalise import Normalise
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_export.capture import Deployed, capture_any_batch
 from sopdeploy_export.int8 import quantise, refuse_unknown_parts
-from sopdeploy_export.layer_costs import input_grids, layer_costs
+from sopdeploy_export.layer_costs import input_grids, layer_costs, part_costs
 from sopdeploy_export.lower_onnx import OPSET, OPSET_OF_BFLOAT16
 from sopdeploy_export.lowering.lowered import Lowered
 from sopdeploy_export.lowering.network import Wish
 from sopdeploy_export.lowering.report import LoweringReport
+from sopdeploy_export.parity.bisect import first_off, part_drifts
+from sopdeploy_export.parity.bisect_int8 import Quantised, first_off_int8, part_drifts_int8
 from sopdeploy_export.parity.reference import Gate, Run
+from sopdeploy_export.parity.report import PartDrift
 from sopdeploy_export.parity.routing import gate_logits, gate_of, has_gate
 from sopdeploy_export.parity.session import fixed_batch, open_session
 from sopdeploy_export.precision import (
@@ -49,6 +52,8 @@ from sopdeploy_export.precision_report import (
 )
 from sopdeploy_export.probe_images import calibration_images, probe_images
 
+Locate = Callable[[Path, NDArray[np.uint8], float], str | None]
+Drifts = Callable[[Path, NDArray[np.uint8]], tuple[PartDrift, ...]]
 PROVED = 2  # pictures that a fold is proved on, beside as many random ones
 
 
@@ -72,14 +77,14 @@ class PrecisionOptions(Frozen):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shipping:
-    """The graph that ships: its model, the program it came from, the run whose noise is its floor.
+    """The graph that ships: its model, and the run whose noise is its floor.
 
     `own_gate` gives the logits of its gate, `spectral` is the network with the roots that ship, `rules` what
     the lowering did, `certified` the float32 graph, `calibration` the pictures that ranges were read off.
+    `locate` names the first part of its file that is off, `drifts` says how far each is.
     """
 
     model: onnx.ModelProto
-    program: ExportedProgram
     own: Run
     own_gate: Gate | None
     spectral: nn.Module
@@ -87,6 +92,8 @@ class Shipping:
     certified: onnx.ModelProto
     report: PrecisionReport
     opset: int
+    locate: Locate
+    drifts: Drifts
     calibration: NDArray[np.uint8] | None = None
 
 
@@ -130,14 +137,14 @@ def ship(
         shipped = lowered.in_other_types(cast, program, opset)
         own = Deployed(cast, preprocess).eval()
     refuse_other_types(shipped.model, lowered.network, options.precision)
+    program = shipped.program
     report = PrecisionReport(
         precision=options.precision,
         newton_schulz=options.newton_schulz,
-        parts=part_precisions(shipped.model, shipped.program),
+        parts=part_precisions(shipped.model, program),
     )
     return Shipping(
         model=shipped.model,
-        program=shipped.program,
         own=own,
         own_gate=(lambda pixels: gate_logits(own, pixels)) if has_gate(lean) else None,
         spectral=Deployed(shipped.network, preprocess).eval(),
@@ -145,6 +152,8 @@ def ship(
         certified=lowered.model,
         report=report,
         opset=opset,
+        locate=lambda path, images, floors: first_off(path, program, lean.outputs, images, floors),
+        drifts=lambda path, images: part_drifts(path, program, lean.outputs, images),
     )
 
 
@@ -163,6 +172,7 @@ def quantised(
     shipped = quantise(lowered.model, images, kept, options.calibration, options.int8_for)
     refuse_other_types(shipped, deployed.network, "int8")
     grids = input_grids(shipped)
+    graphs, outputs = Quantised(sound=shipped, plain=lowered.model), deployed.network.outputs
     report = PrecisionReport(
         precision="int8",
         newton_schulz="fp32",
@@ -173,12 +183,12 @@ def quantised(
             calibration=options.calibration,
             images=len(images),
             layers=len(grids),
-            costs=layer_costs(deployed, shipped, images),
+            costs=layer_costs(deployed, grids, images),
+            parts=part_costs(deployed, grids, images),
         ),
     )
     return Shipping(
         model=shipped,
-        program=lowered.program,
         own=unfused(shipped),
         own_gate=gate_of_file(shipped, deployed.network),
         spectral=Deployed(lowered.network, preprocess).eval(),
@@ -186,6 +196,8 @@ def quantised(
         certified=lowered.model,
         report=report,
         opset=OPSET,
+        locate=lambda path, pixels, floors: first_off_int8(path, graphs, pixels, floors),
+        drifts=lambda path, pixels: part_drifts_int8(path, graphs, lowered.program, outputs, pixels),
         calibration=images,
     )
 

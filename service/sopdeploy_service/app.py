@@ -48,7 +48,7 @@ def create_app(
     app = FastAPI(
         title="sopdeploy",
         version=version("sopdeploy"),
-        summary="Image classification with " + ", ".join(sorted(inferences)),
+        summary=" with ".join(filter(None, ("Image classification", ", ".join(sorted(inferences))))),
         lifespan=life,
         redirect_slashes=False,  # a redirect would drop the image
         docs_url=None,  # FastAPI's own pages load their scripts from another host

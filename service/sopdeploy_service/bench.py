@@ -5,7 +5,6 @@ clock on the wall, the network alone, pictures already decoded. Against another 
 turn, so that a busy machine slows both; a ratio is the median of ours over the median of theirs.
 """
 
-import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.frozen import Frozen
-from sopdeploy.machine import machine
+from sopdeploy.machine import installed, machine
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.verified import Inference, open_verified
 
@@ -86,7 +85,7 @@ def bench(
     measured = [record(side, tuple(found)) for side, found in zip(sides, latencies, strict=True)]
     return Benchmark(
         machine=machine(),
-        versions=versions(),
+        versions={"python": platform.python_version(), **installed(PACKAGES)},
         threads=settings.threads,
         ours=measured[0],
         other=measured[1] if against is not None else None,
@@ -155,14 +154,3 @@ def ratios(measured: Sequence[Measured]) -> dict[str, float]:
         return {}
     pairs = zip(measured[0].latencies, measured[1].latencies, strict=True)
     return {str(ours.batch): ours.median_ms / other.median_ms for ours, other in pairs}
-
-
-def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Return the versions of Python and of those of *packages* that are installed."""
-    found = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -18,7 +18,8 @@ from sopdeploy_service.rate import Bucket
 from sopdeploy_service.tally import CURRENT
 
 PROBES = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})  # a probe has no key
-PAGES = frozenset({"/", "/docs"})  # without them nobody could type a key in; they hold nothing of the models
+# Without these nobody could type a key in or read what an error means; they hold nothing of the models.
+PAGES = frozenset({"/", "/docs", "/errors"})
 OPEN = PROBES | PAGES
 METRICS = "/metrics"
 CHALLENGE = 'Bearer realm="sopdeploy"'

@@ -4,10 +4,10 @@ import threading
 import time
 from collections import Counter as Counts
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
 from sopdeploy.bundle import Bundle
 from sopdeploy_service.runtime.base import Runtime
@@ -188,6 +188,10 @@ class Metrics:
     def loop_lag(self, worst: Callable[[], float]) -> None:
         """Ask *worst* for the seconds by which the event loop was late, at every scrape."""
         self._loop_lag.set_function(worst)
+
+    def families(self) -> Iterable[Metric]:
+        """Return every metric with its samples, as they stand now."""
+        return self._registry.collect()
 
     def render(self) -> bytes:
         """Return every metric in Prometheus' text form."""

@@ -1,4 +1,4 @@
-"""What a person opens in a browser: `/` takes a picture, `/docs` shows the API.
+"""What a person opens in a browser: `/` takes a picture, `/docs` shows the API, `/errors` its codes.
 
 Each page is one answer: its styles and scripts stand in it, nothing is loaded from another host, and the
 content security policy allows exactly these, by hash. So the pages work without a network, and text that came
@@ -13,6 +13,7 @@ from importlib.resources import files
 from fastapi import APIRouter, Response
 
 FOLDER = files("sopdeploy_service") / "page"
+NOTHING = "'none'"
 
 router = APIRouter(include_in_schema=False)
 
@@ -38,9 +39,9 @@ def assemble(name: str, styles: list[str], scripts: list[str]) -> Page:
     html = html.replace("<!-- styles -->", "\n".join(f"<style>{text}</style>" for text in css))
     html = html.replace("<!-- scripts -->", "\n".join(f"<script>{text}</script>" for text in js))
     policy = [
-        "default-src 'none'",
+        f"default-src {NOTHING}",
         f"style-src {' '.join(map(source, css))}",
-        f"script-src {' '.join(map(source, js))}",
+        f"script-src {' '.join(map(source, js)) or NOTHING}",
         "img-src blob: data:",
         "connect-src 'self'",
         "base-uri 'none'",
@@ -76,6 +77,8 @@ INDEX = assemble(
 )
 DOCS = assemble("docs.html", ["look.css", "docs.css"], ["dom.js", "key.js", "markdown.js", "docs.js"])
 
+ERRORS = assemble("errors.html", ["look.css", "docs.css"], [])
+
 
 @router.get("/")
 async def index() -> Response:
@@ -87,3 +90,9 @@ async def index() -> Response:
 async def docs() -> Response:
     """Give the page that shows the API."""
     return DOCS.response()
+
+
+@router.get("/errors")
+async def errors() -> Response:
+    """Give the page that explains the codes of errors; a problem's `type` leads here."""
+    return ERRORS.response()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sopdeploy.bundle import MANIFEST
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.frozen import Frozen
 from sopdeploy_service.answer import answer
@@ -70,4 +71,13 @@ def read(path: Path, max_bytes: int) -> bytes:
         with path.open("rb") as file:
             return file.read(max_bytes + 1)
     except OSError as problem:
-        raise DataError(f"{path}: cannot be read ({problem.strerror})") from problem
+        raise DataError(f"{path}: {why_unreadable(path, problem)}") from problem
+
+
+def why_unreadable(path: Path, problem: OSError) -> str:
+    """Return why there is no picture to read at *path*, and what to give instead."""
+    if (path / MANIFEST).is_file():
+        return "a second bundle; name one, and pictures behind it"
+    if path.is_dir():
+        return f"a folder; give its pictures: {path}/*"
+    return f"cannot be read ({problem.strerror}); give a picture"

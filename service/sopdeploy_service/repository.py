@@ -7,15 +7,16 @@ step. The one before that ends when its last request has its answer.
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from sopdeploy.errors import SopdeployError
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import DRAINING, Refusal
 from sopdeploy_service.settings import Settings
-from sopdeploy_service.shelf import Shelf
+from sopdeploy_service.shelf import Shelf, id_of
 from sopdeploy_service.verified import Inference, open_verified
 
 log = logging.getLogger("sopdeploy.models")
@@ -57,10 +58,6 @@ class Repository:
         pairs = [(found.current, found.previous) for _, found in sorted(self._by_name.items())]
         return [model for pair in pairs for model in pair if model is not None]
 
-    def current(self, name: str) -> bool:
-        """Return whether *name* has a model."""
-        return name in self._by_name
-
     def find(self, name: str | None = None, version: str | None = None) -> Model | Refusal:
         """Return the model that *name* and *version* mean; no name is the only one."""
         if name is None:
@@ -99,9 +96,27 @@ class Repository:
                 inference = await asyncio.to_thread(open_verified, path, self._settings)
             except SopdeployError as problem:
                 return Refusal("cannot_load", 400, str(problem))
-            model = self._model(name, inference)
-            model.start()
-            return self._take_over(name, model)
+            return self._take_over(name, inference)
+
+    async def follow(self, bundles: Mapping[str, Path], open_bundle: Callable[[Path], Inference]) -> None:
+        """Let exactly *bundles* answer, by name; of a version that is loaded already nothing is opened anew.
+
+        Every new one is opened by *open_bundle*, in a thread, before the first takes over: what that raises,
+        or `BundleError` where there is none, is raised here, and nothing has changed.
+        """
+        async with self._changing:
+            wanted: dict[str, Model | Inference] = {}
+            for name, path in bundles.items():
+                version = await asyncio.to_thread(id_of, path)
+                known = self._loaded(name, version)
+                wanted[name] = known if known else await asyncio.to_thread(open_bundle, path)
+            for name, found in wanted.items():
+                if isinstance(found, Inference):
+                    self._take_over(name, found)
+                elif found is not self._by_name[name].current:
+                    self._turn(self._by_name[name], found)
+            for name in set(self._by_name) - set(bundles):
+                self._drop(name)
 
     async def roll_back(self, name: str) -> Model | Refusal:
         """Let the version before the current one answer for *name* again."""
@@ -120,10 +135,7 @@ class Repository:
                 return NOT_CONTROLLED
             if name not in self._by_name:
                 return unknown(name, self.names)
-            found = self._by_name.pop(name)
-            for model in (found.current, found.previous):
-                self._retire(model)
-            log.info("%s: unloaded", name)
+            self._drop(name)
             return None
 
     def close(self, refusal: Refusal) -> None:
@@ -144,7 +156,19 @@ class Repository:
             self._metrics.decodes_fast(name, inference.fast_decode)
         return Model(name, inference, self._settings, self._metrics)
 
-    def _take_over(self, name: str, model: Model) -> Model:
+    def _loaded(self, name: str, version: str) -> Model | None:
+        found = self.find(name, version)
+        return found if isinstance(found, Model) else None
+
+    def _drop(self, name: str) -> None:
+        found = self._by_name.pop(name)
+        for model in (found.current, found.previous):
+            self._retire(model)
+        log.info("%s: unloaded", name)
+
+    def _take_over(self, name: str, inference: Inference) -> Model:
+        model = self._model(name, inference)
+        model.start()
         known = self._by_name.get(name)
         self._by_name[name] = Versions(model, known.current if known else None)
         if known is not None:
@@ -163,9 +187,13 @@ class Repository:
         self._leaving[model] = asyncio.create_task(self._end(model))
 
     async def _end(self, model: Model) -> None:
-        await model.retire()
-        del self._leaving[model]
-        self._metrics.serves_no_more(model.name, model.bundle, model.inference.runtime)
+        try:
+            await model.retire()
+        except Exception:  # a mistake of ours, in a task that nobody waits for
+            log.exception("%s: a version that was replaced did not end well", model.name)
+        finally:
+            del self._leaving[model]
+            self._metrics.serves_no_more(model.name, model.bundle, model.inference.runtime)
 
 
 NOT_CONTROLLED = Refusal(

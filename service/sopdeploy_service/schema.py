@@ -43,9 +43,9 @@ class Classes(Frozen):
 
 
 class Problem(Frozen):
-    """An error as RFC 9457 has it; `code` is stable, `detail` is for people."""
+    """An error as RFC 9457 has it; `code` is stable, `detail` for people, `type` a page on it."""
 
-    type: str = "about:blank"
+    type: str
     title: str
     status: int
     code: str
@@ -58,7 +58,8 @@ class Problem(Frozen):
             title = HTTPStatus(refusal.status).phrase
         except ValueError:  # 499, which no standard names
             title = "Client Closed Request"
-        return cls(title=title, status=refusal.status, code=refusal.code, detail=refusal.message)
+        page = f"/errors#{refusal.code}"
+        return cls(type=page, title=title, status=refusal.status, code=refusal.code, detail=refusal.message)
 
 
 class Failed(Frozen):

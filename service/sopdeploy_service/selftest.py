@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from sopdeploy.errors import ParityError
+from sopdeploy.errors import BundleError, ParityError
 from sopdeploy.probes import Probes, deviation, read_probes
 from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import Answered, Refusal
@@ -20,7 +20,12 @@ from sopdeploy_service.timing import Stages
 
 async def self_test(service: Service, model: Model, deadline: float) -> SelfTest | Refusal:
     """Replay the probes of *model* through *service*; a refusal where that, or the comparison, fails."""
-    probes = await asyncio.to_thread(read_probes, model.bundle.probes)
+    try:
+        probes = await asyncio.to_thread(read_probes, model.bundle.probes)
+    except (
+        BundleError
+    ) as problem:  # the folder was moved or changed since the start; the engine has its own copy
+        return Refusal("selftest_failed", 500, f"the probes are not where they were: {problem}")
     started = time.monotonic()
     room = min(len(probes.images), service.settings.queue_size, model.largest_batch)
     answers: list[Answered] = []

@@ -24,6 +24,7 @@ from sopdeploy_service.app import create_app
 from sopdeploy_service.connections import Connections, allow_files
 from sopdeploy_service.faults import ordered_faults
 from sopdeploy_service.health_port import LoopWatch, answering, health_app
+from sopdeploy_service.heap import Rest, give_back, keep_little
 from sopdeploy_service.listening import bind, url
 from sopdeploy_service.service import Service
 from sopdeploy_service.settings import Settings
@@ -67,6 +68,7 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, place: Inherited
     """Serve the bundles at *sources* in this process, on the sockets of *place*; else as `serve`."""
     timeline = Timeline()
     timeline.mark("imports")
+    keep_little()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
     warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, which counts for nothing
     allow_files(settings.max_connections)
@@ -83,6 +85,7 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, place: Inherited
         app = create_app(inferences, settings, control, faults=faults, open_trace=open_trace)
         app.state.siblings = place.siblings
         names = " ".join(inference.bundle.name for inference in inferences.values())
+        del inferences  # else a model of the start would keep its engine after others have replaced it
         ready = f"ready: {url(place.sockets[0])}  {names}"
         server = DrainingServer(http_config(app, settings), app.state.service, ready, timeline)
         if prober is not None:
@@ -135,6 +138,7 @@ class DrainingServer(uvicorn.Server):
         self._drain_until: float | None = None
         self._drain_told = False
         self.watch = LoopWatch()
+        self._rest = Rest(lambda: asyncio.get_running_loop().run_in_executor(None, give_back))
         service.metrics.loop_lag(self.watch.worst)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -157,6 +161,7 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Return whether to close the port now; uvicorn asks ten times a second."""
         self.watch.beat()
+        self._rest.tick(time.monotonic(), self._service.requests)
         if self._service.state == "engine_dead":
             return True
         if self._drain_until is not None:

@@ -113,15 +113,18 @@ class Service:
             return ENGINE_DEAD
         if self._draining:
             return DRAINING
-        full = self._overload(model, 1)
+        full = self.overload(model)
         # An idle engine is always tried: an estimate that kept everybody out would never be corrected.
         if self._admitted and time.monotonic() + model.seconds(self._admitted + 1) > deadline:
             return full or TOO_LATE
         return full
 
-    def overload(self, model: Model) -> Refusal | None:
-        """Return why not even one image more can be admitted now, or None."""
-        return self._overload(model, 1)
+    def overload(self, model: Model, images: int = 1) -> Refusal | None:
+        """Return why so many *images* more cannot be admitted now, or None."""
+        if self._admitted + images <= self.settings.queue_size:
+            return None
+        seconds = math.ceil(model.seconds(self._admitted))
+        return queue_full(min(LONGEST_RETRY_SECONDS, max(1, seconds)))
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -160,7 +163,7 @@ class Service:
         stages: Stages,
     ) -> list[Outcome] | Refusal:
         started = time.monotonic()
-        refused = self._overload(model, len(images)) or charge(len(images), stages)
+        refused = self.overload(model, len(images)) or charge(len(images), stages)
         if refused is not None:
             return refused
         self._count(len(images))
@@ -210,12 +213,6 @@ class Service:
             )
         finally:
             self.metrics.decoded(time.monotonic() - started)
-
-    def _overload(self, model: Model, images: int) -> Refusal | None:
-        if self._admitted + images <= self.settings.queue_size:
-            return None
-        seconds = math.ceil(model.seconds(self._admitted))
-        return queue_full(min(LONGEST_RETRY_SECONDS, max(1, seconds)))
 
     def _count(self, images: int) -> None:
         self._admitted += images

@@ -214,6 +214,11 @@ def assigned(assignments: Iterable[str]) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
+def said(assignments: Iterable[str], **flags: Any) -> dict[str, Any]:
+    """Return the settings of *assignments*, `name=value`, and over them the *flags* that were given."""
+    return {**assigned(assignments), **{name: value for name, value in flags.items() if value is not None}}
+
+
 def unused_variables() -> list[str]:
     """Return the variables of the environment that look like settings and are none."""
     known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields} | {FILE_VARIABLE, FAULTS_VARIABLE}

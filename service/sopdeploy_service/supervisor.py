@@ -25,7 +25,6 @@ from sopdeploy_service.listening import bind, url
 from sopdeploy_service.settings import WORKER_VARIABLE, Settings
 
 USER_ERROR = 2
-WORKERS_DEAD_EXIT = 70
 STEADY_SECONDS = 60.0  # a worker that lived so long may be started again at once
 LONGEST_PAUSE_SECONDS = 30.0
 

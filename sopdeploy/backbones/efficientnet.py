@@ -5,20 +5,17 @@ Table 1.
 """
 
 from collections.abc import Collection
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
-import pydantic
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialise, run_stages
 from sopdeploy.blocks.mbconv import DepthwiseSeparable, MBConv
 from sopdeploy.blocks.residual import conv1x1
-from sopdeploy.frozen import Frozen
+from sopdeploy.frozen import Frozen, Part
 from sopdeploy.pooling.average import GapConfig
 from sopdeploy.pooling.choice import Pooling
-
-Rate = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 
 class Stage(NamedTuple):
@@ -49,8 +46,8 @@ class EfficientNetConfig(Frozen):
     The blocks before the last one leave out their residual less often, in proportion to their depth.
     """
 
-    dropout: Rate = 0.2
-    stochastic_depth: Rate = 0.2
+    dropout: Part = 0.2
+    stochastic_depth: Part = 0.2
     pooling: Pooling = GapConfig()
 
 

@@ -21,6 +21,7 @@ from sopdeploy.cli import (
     importing,
     keying,
     measuring,
+    scaling,
     serving,
     start,
     training,
@@ -53,6 +54,7 @@ app.command("push", rich_help_panel="Travel")(travelling.push)
 app.command("pull", rich_help_panel="Travel")(travelling.pull)
 app.command("predict", rich_help_panel="Serve")(serving.predict)
 app.command("serve", rich_help_panel="Serve")(serving.serve)
+app.command("ray", rich_help_panel="Serve")(scaling.ray)
 app.command("health", rich_help_panel="Serve")(health.health)
 app.command("key", rich_help_panel="Serve")(keying.key)
 app.command("bench", rich_help_panel="Serve")(benching.bench)

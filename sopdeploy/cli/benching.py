@@ -23,7 +23,7 @@ def bench(
 
     Example: [bold]sopdeploy bench bundles/dsop-resnet20-3f6c01d2a4b7 --batch 1,8[/bold]
     """
-    with one_line_errors(), steps("timing", quiet=as_json) as step:
+    with one_line_errors(as_json), steps("timing", quiet=as_json) as step:
         from sopdeploy_service.bench import bench as run
         from sopdeploy_service.settings import load_settings
 

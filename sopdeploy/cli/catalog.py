@@ -49,7 +49,7 @@ def describe(
 
     Example: [bold]sopdeploy describe resnet50 --pooling isqrt --set conv5_stride=1[/bold]
     """
-    with one_line_errors():
+    with one_line_errors(as_json):
         from sopdeploy.models.catalog import make_config
         from sopdeploy.models.describe import describe as count
         from sopdeploy.pooling.choice import check_name

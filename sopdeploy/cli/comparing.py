@@ -33,7 +33,7 @@ def compare(
 
     Example: [bold]sopdeploy compare mine.toml other.toml --set data.path=photos --out runs/mine[/bold]
     """
-    with one_line_errors(), ExitStack() as stack:
+    with one_line_errors(as_json), ExitStack() as stack:
         from sopdeploy.compare import compare as run
         from sopdeploy.training.stop import TrainingStoppedError
 

@@ -1,5 +1,6 @@
 """What the verbs share: the console, and how an error ends."""
 
+import errno
 import json
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from sopdeploy.errors import SopdeployError
+from sopdeploy.errors import SopdeployError, StorageError
 
 USER_ERROR = 2
 
@@ -18,15 +19,51 @@ out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
+# What a machine answers to a write or a read that it cannot do: the user's to mend, in whatever step it came.
+OF_STORAGE = {
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR,
+    errno.EPERM, errno.EROFS,
+}  # fmt: skip
+
+
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """End with one line on stderr and exit code 2 where a user's error is raised."""
+def one_line_errors(as_json: bool = False) -> Iterator[None]:
+    """End with one line on stderr and exit code 2 where a user's error is raised.
+
+    With *as_json* a script finds code and message on stdout too. What the disk refuses is a user's error.
+    """
     try:
         yield
     except SopdeployError as problem:
-        if not problem.told:
-            err.print(f"[bold red]error:[/] {plain(str(problem))}")
+        tell(problem, as_json)
         raise typer.Exit(USER_ERROR) from problem
+    except OSError as problem:
+        if problem.errno not in OF_STORAGE:
+            raise
+        tell(storage_error(problem), as_json)
+        raise typer.Exit(USER_ERROR) from problem
+
+
+def tell(problem: SopdeployError, as_json: bool) -> None:
+    """Show *problem* with its code, unless another process has."""
+    if problem.told:
+        return
+    err.print(error_line(str(problem), problem.code))
+    if as_json:
+        print_json({"error": {"code": problem.code, "message": str(problem)}})
+
+
+def error_line(message: str, code: str) -> str:
+    """Return the line of an error, for rich: what is wrong, and the code that `docs/errors.md` explains."""
+    return f"[bold red]error:[/] {plain(message)} [dim]{escape(f'[{code}]')}[/]"
+
+
+def storage_error(problem: OSError) -> StorageError:
+    """Return what the disk said, as an error that names the file where the system does."""
+    what = "a file" if problem.filename is None else problem.filename
+    return StorageError(
+        f"{what}: cannot be read or written ({problem.strerror}); make room, or choose another file or folder"
+    )
 
 
 def plain(text: str) -> str:

@@ -1,5 +1,6 @@
 """`sopdeploy data check`: what a folder or archive of pictures holds, before a network learns from it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,7 +36,7 @@ def check(
 
     Example: [bold]sopdeploy data check photos/[/bold]
     """
-    with one_line_errors():
+    with one_line_errors(as_json):
         from sopdeploy.data.check import check as look
 
         found = look(path, cache)
@@ -43,11 +44,14 @@ def check(
             print_json(found.model_dump(mode="json"))
         else:
             show(found)
+    with one_line_errors():  # the findings were printed, as JSON too: no second document
         found.must_be_usable()
 
 
 def show(found: "Checked") -> None:
     """Print the tables."""
+    from sopdeploy.data.store import in_words
+
     table = Table("part", "pictures", "MB", "classes", "fewest", "most", box=None, pad_edge=False)
     for part in found.parts:
         counts = part.classes.values()
@@ -67,7 +71,9 @@ def show(found: "Checked") -> None:
     show_duplicates(found)
     for why, files in found.strange.items():
         listed = ", ".join(files[:SHOWN])
-        out.print(plain(f"{len(files)} pictures: {why}: {listed}{dots(len(files))}"), highlight=False)
+        out.print(plain(f"{counted(files)}: {why}: {listed}{dots(len(files))}"), highlight=False)
+    if found.passed_over:
+        out.print(plain(f"not called as pictures are and left out: {in_words(found.passed_over)}"))
     out.print(
         "every picture can be read" if not found.unreadable else f"{len(found.unreadable)} cannot be read"
     )
@@ -90,6 +96,11 @@ def show_duplicates(found: "Checked") -> None:
 def listing(counts: dict[str, int]) -> str:
     """Return *counts* as words."""
     return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def counted(files: Sequence[str]) -> str:
+    """Return how many pictures *files* are."""
+    return "1 picture" if len(files) == 1 else f"{len(files)} pictures"
 
 
 def dots(count: int) -> str:

@@ -48,7 +48,7 @@ def demo(
     out.print("\n[bold]Now with your own photos[/], in folders photos/<class>/*.jpg:")
     out.print("  sopdeploy train --data photos")
     out.print("  sopdeploy export runs/photos-dsop/best.pt --detach")
-    out.print("  sopdeploy serve bundles/dsop-resnet20-*")
+    out.print("  sopdeploy serve bundles/dsop-resnet20-*/")
 
 
 def new_folder(parent: Path) -> Path:

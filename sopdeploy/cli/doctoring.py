@@ -29,7 +29,7 @@ def doctor(
 
     Example: [bold]sopdeploy doctor --url http://127.0.0.1:8000 --images photos --seconds 20[/bold]
     """
-    with one_line_errors(), steps(f"asking for {seconds:.0f} s", quiet=as_json):
+    with one_line_errors(as_json), steps(f"asking for {seconds:.0f} s", quiet=as_json):
         from sopdeploy.doctor.examine import examine
 
         found = examine(

@@ -11,7 +11,8 @@ import typer
 from sopdeploy.cli.console import err, one_line_errors, out, plain, print_json
 
 if TYPE_CHECKING:
-    from sopdeploy_export.engine_plan import EnginePlan
+    from sopdeploy_export.engine_estimate import MemoryEstimate
+    from sopdeploy_export.engine_plan import EnginePlan, ProgramFound
     from sopdeploy_export.engine_tensorrt import Engine
 
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle that `sopdeploy export` wrote.")]
@@ -39,7 +40,8 @@ def engine(
         typer.Option(help="Way to the plan: onnx, or torch-tensorrt from a bundle exported with --pt2."),
     ] = "onnx",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Lint, profiles, memory and key; needs no GPU.")
+        bool,
+        typer.Option("--dry-run", help="What a build would do; needs no GPU."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -47,7 +49,7 @@ def engine(
 
     Example: [bold]sopdeploy engine bundles/dsop-resnet20-3f6c01d2a4b7 --profiles 1,8,32[/bold]
     """
-    with one_line_errors():
+    with one_line_errors(as_json):
         needs_onnx()
         from sopdeploy.bundle import open_bundle
         from sopdeploy_export.engine_plan import plan_engine
@@ -135,19 +137,35 @@ def show_engine(built: "Engine") -> None:
 
 def show_plan(planned: "EnginePlan") -> None:
     """Print what a build would do."""
-    out.print(f"[bold]bundle[/]    {plain(planned.bundle)}, {planned.precision}")
+    out.print(f"[bold]bundle[/]    {plain(planned.bundle)}, {planned.precision}, by {planned.via}")
     out.print(f"[bold]profiles[/]  batches {', '.join(map(str, planned.profiles))}")
-    memory = planned.memory
-    activations = ", ".join(f"{m.activations / MEBI:.1f} at batch {m.batch}" for m in memory.profiles)
-    out.print(
-        f"[bold]memory[/]    about {memory.total / MEBI:.1f} MiB without workspace: weights "
-        f"{memory.weights / MEBI:.1f}, activations {activations}"
-    )
+    if planned.program is not None:
+        show_program(planned.program)
+    if planned.memory is not None:
+        show_memory(planned.memory)
     for result in planned.lint:
         words = [f"{hazard.operators} operators rewritten, {hazard.done}" for hazard in result.hazards]
         text = f"refused: {result.refused}" if result.refused else "; ".join(words) or "nothing to rewrite"
         out.print(f"[bold]lint[/]      TensorRT {result.tensorrt}: {plain(text)}")
     out.print(f"[bold]key[/]       {plain(planned.key or f'not known: {planned.key_unknown}')}")
+
+
+def show_memory(memory: "MemoryEstimate") -> None:
+    """Print what an engine takes of the GPU's memory."""
+    activations = ", ".join(f"{m.activations / MEBI:.1f} at batch {m.batch}" for m in memory.profiles)
+    out.print(
+        f"[bold]memory[/]    about {memory.total / MEBI:.1f} MiB without workspace: weights "
+        f"{memory.weights / MEBI:.1f}, activations {activations}"
+    )
+
+
+def show_program(program: "ProgramFound") -> None:
+    """Print what torch-tensorrt would build, what it would be told, and whether it is here."""
+    found = ", ".join(f"{name} {version}" for name, version in program.installed.items())
+    out.print(f"[bold]program[/]   {program.file}, {program.bytes:,} bytes, sha256 {program.sha256[:16]}")
+    out.print("[bold]told[/]      no TF32, no layer outside TensorRT, one profile over all batches")
+    out.print(f"[bold]versions[/]  {plain('; '.join(filter(None, (found, program.missing))))}")
+    out.print("[bold]checks[/]    the types of its layers, the probes in batches of both ends")
 
 
 def triton(
@@ -163,7 +181,7 @@ def triton(
 
     Example: [bold]sopdeploy triton bundles/dsop-resnet20-3f6c01d2a4b7 models[/bold]
     """
-    with one_line_errors():
+    with one_line_errors(as_json):
         from sopdeploy.bundle import open_bundle
         from sopdeploy_export.triton import TritonOptions, write_triton
 

@@ -4,7 +4,6 @@ import os
 import platform
 import re
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +29,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a s
 
     Example: [bold]sopdeploy env[/bold]
     """
-    with one_line_errors():
+    with one_line_errors(as_json):
         found = facts(os.environ)
     if as_json:
         print_json(found)
@@ -43,11 +42,11 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a s
 
 def facts(variables: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Return the sections of a report, each a table of name and value."""
-    from sopdeploy.machine import machine
+    from sopdeploy.machine import installed, machine
 
     python = f"{platform.python_implementation()} {platform.python_version()}"
     return {
-        "versions": {"sopdeploy": __version__, "python": python, **versions()},
+        "versions": {"sopdeploy": __version__, "python": python, **installed(PACKAGES)},
         "machine": {
             **machine(),
             "release": platform.release(),
@@ -56,17 +55,6 @@ def facts(variables: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         "accelerators": {"onnxruntime": onnxruntime_sees(), "tensorrt": tensorrt_sees()},
         "environment": shown(variables),
     }
-
-
-def versions() -> dict[str, str]:
-    """Return the version of every package that is installed, by its own record: nothing is imported."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def onnxruntime_sees() -> str:

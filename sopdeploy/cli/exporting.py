@@ -74,7 +74,7 @@ def export(
 
     Example: [bold]sopdeploy export runs/photos/best.pt --detach[/bold]
     """
-    with one_line_errors(), steps("exporting", quiet=as_json) as step:
+    with one_line_errors(as_json), steps("exporting", quiet=as_json) as step:
         from sopdeploy.manifest import BatchRange
         from sopdeploy_export.int8 import choose_int8_for, choose_keep_float
         from sopdeploy_export.pipeline import ExportOptions
@@ -119,7 +119,7 @@ def verify(
 
     Example: [bold]sopdeploy verify bundles/dsop-resnet20-3f6c01d2a4b7[/bold]
     """
-    with one_line_errors(), steps("verifying", quiet=as_json):
+    with one_line_errors(as_json), steps("verifying", quiet=as_json):
         from sopdeploy_service.verify import verify as run
 
         found = run(bundle)

@@ -38,7 +38,7 @@ def import_file(
 
     Example: [bold]sopdeploy import net-epoch-60.mat --as gmsop-16-8-resnet18 --labels names.txt[/bold]
     """
-    with one_line_errors(), steps("importing", quiet=as_json):
+    with one_line_errors(as_json), steps("importing", quiet=as_json):
         from sopdeploy.importers.import_weights import ImportOptions, import_weights, nested
         from sopdeploy.recipe import parse_override
 

@@ -49,7 +49,7 @@ def evaluate(
 
     Example: [bold]sopdeploy eval http://127.0.0.1:8000 --data photos/val --json[/bold]
     """
-    with one_line_errors():
+    with one_line_errors(as_json):
         from sopdeploy.errors import ConfigError
         from sopdeploy.measure.figures import measure
         from sopdeploy.measure.source import recognise
@@ -92,7 +92,7 @@ def report(
 
     Example: [bold]sopdeploy report runs/photos-dsop --data photos/test --out page.html[/bold]
     """
-    with one_line_errors(), counted(quiet=as_json) as tell:
+    with one_line_errors(as_json), counted(quiet=as_json) as tell:
         from sopdeploy.report import write_report
 
         page = write_report(run, destination, data=data, on_picture=tell)

@@ -1,6 +1,6 @@
 """What `sopdeploy train --dry-run` and `--find-lr` print."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -19,6 +19,7 @@ def show_rehearsal(recipe: "Recipe", *, find_rate: bool, as_json: bool) -> None:
         show_rates(recipe, as_json=as_json)
         return
     from sopdeploy.rehearse.dry_run import dry_run
+    from sopdeploy.training.resume import flat
 
     dry = dry_run(recipe)
     if as_json:
@@ -65,11 +66,3 @@ def show_rates(recipe: "Recipe", *, as_json: bool) -> None:
     out.print(table)
     best = f"{found.suggestion:.2g}"
     out.print(f"the loss falls fastest at [bold]{best}[/]: try --set optimizer.lr={best}")
-
-
-def flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return the values of *table* and of the tables in it under dotted keys."""
-    rows = []
-    for key, value in table.items():
-        rows += flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-    return rows

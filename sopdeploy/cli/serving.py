@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sopdeploy.cli.console import USER_ERROR, err, one_line_errors, out, plain, print_json
+from sopdeploy.cli.console import USER_ERROR, err, error_line, one_line_errors, out, plain, print_json
 
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle that `sopdeploy export` wrote.")]
 
@@ -21,7 +21,7 @@ def predict(
 
     Example: [bold]sopdeploy predict bundles/dsop-resnet20-3f6c01d2a4b7 photo.jpg[/bold]
     """
-    with one_line_errors():
+    with one_line_errors(as_json):
         from sopdeploy_service.predict import predict as run
         from sopdeploy_service.settings import load_settings
 
@@ -30,7 +30,7 @@ def predict(
         print_json([prediction.model_dump(mode="json") for prediction in found])
     for prediction in found:
         if prediction.error is not None:
-            err.print(f"[bold red]error:[/] {plain(prediction.image)}: {plain(prediction.error.detail)}")
+            err.print(error_line(f"{prediction.image}: {prediction.error.detail}", prediction.error.code))
         elif not as_json:
             classes = ", ".join(f"{c.label} {c.probability:.4f}" for c in prediction.classes)
             changed = f" [dim]({', '.join(prediction.warnings)})[/dim]" if prediction.warnings else ""
@@ -92,25 +92,25 @@ def serve(
     Example: [bold]sopdeploy serve flowers=bundles/dsop-resnet20-3f6c01d2a4b7 birds=other/bundle[/bold]
     """
     with one_line_errors():
-        from sopdeploy_service.settings import as_toml, assigned, load_settings, unused_variables
+        from sopdeploy_service.settings import as_toml, load_settings, said, unused_variables
 
         settings = load_settings(
             config,
-            **{
-                **assigned(assignments or ()),
-                "host": host,
-                "port": port,
-                "runtime": runtime,
-                "threads": threads,
-                "max_batch": max_batch,
-                "max_body_bytes": max_body_bytes,
-                "max_pixels": max_pixels,
-                "queue_size": queue_size,
-                "model_control": model_control or None,
-                "keys": keys,
-                "verify_key": verify_key,
-                "log": log,
-            },
+            **said(
+                assignments or (),
+                host=host,
+                port=port,
+                runtime=runtime,
+                threads=threads,
+                max_batch=max_batch,
+                max_body_bytes=max_body_bytes,
+                max_pixels=max_pixels,
+                queue_size=queue_size,
+                model_control=model_control or None,
+                keys=keys,
+                verify_key=verify_key,
+                log=log,
+            ),
         )
         for name in unused_variables():
             err.print(f"[yellow]note:[/] {plain(name)} in the environment is no setting and has no effect")

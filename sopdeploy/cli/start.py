@@ -6,16 +6,16 @@ WALK = (
     ("sopdeploy demo", "see all of it work, in about a minute"),
     ("sopdeploy train --data photos", "learn from photos/<class>/*.jpg"),
     ("sopdeploy export runs/photos-dsop/best.pt --detach", "take off the branches, prove it, write a bundle"),
-    ("sopdeploy verify bundles/dsop-resnet20-*", "is the bundle whole, does this machine compute it"),
-    ("sopdeploy predict bundles/dsop-resnet20-* photo.jpg", "classify on the spot"),
-    ("sopdeploy serve bundles/dsop-resnet20-*", "answer over HTTP, and in a browser"),
+    ("sopdeploy verify bundles/dsop-resnet20-*/", "is the bundle whole, does this machine compute it"),
+    ("sopdeploy predict bundles/dsop-resnet20-*/ photo.jpg", "classify on the spot"),
+    ("sopdeploy serve bundles/dsop-resnet20-*/", "answer over HTTP, and in a browser"),
     ("sopdeploy doctor --url http://127.0.0.1:8000", "what limits the server"),
 )
 BESIDE = {
     "before training": ("data", "recipes", "models", "describe", "import"),
     "of what learned": ("eval", "report", "compare"),
     "of a bundle": ("bench", "engine", "triton", "sign", "push", "pull"),
-    "of a server": ("key", "health"),
+    "of a server": ("key", "health", "ray"),
     "of this machine": ("env",),
 }
 

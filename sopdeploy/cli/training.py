@@ -94,7 +94,7 @@ def train(
 
     Example: [bold]sopdeploy train --recipe digits-dsop --dry-run[/bold]
     """
-    with one_line_errors(), stopped_by_a_signal(), ExitStack() as stack:
+    with one_line_errors(as_json), stopped_by_a_signal(), ExitStack() as stack:
         from sopdeploy.errors import ConfigError
         from sopdeploy.pooling.choice import check_name
         from sopdeploy.recipe import read_recipe
@@ -151,7 +151,7 @@ def recipes(as_json: Json = False) -> None:
 
     Example: [bold]sopdeploy recipes[/bold]
     """
-    with one_line_errors():
+    with one_line_errors(as_json):
         from sopdeploy.recipe import list_recipes, read_recipe
 
         found = {name: read_recipe(name).summary for name in list_recipes()}

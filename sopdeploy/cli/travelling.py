@@ -23,7 +23,7 @@ def sign(
 
     Example: [bold]sopdeploy sign bundles/dsop-resnet20-3f6c01d2a4b7 --key release.key[/bold]
     """
-    with one_line_errors():
+    with one_line_errors(as_json):
         from sopdeploy.travel.signed import make_key
         from sopdeploy.travel.signed import sign as run
 
@@ -48,7 +48,7 @@ def push(
 
     Example: [bold]sopdeploy push bundles/dsop-resnet20-3f6c01d2a4b7 s3://models/flowers[/bold]
     """
-    with one_line_errors():
+    with one_line_errors(as_json):
         from sopdeploy.travel.move import push as run
 
         pushed = run(bundle, destination)
@@ -72,7 +72,7 @@ def pull(
 
     Example: [bold]sopdeploy pull s3://models/flowers/dsop-resnet20-3f6c01d2a4b7.tar bundles[/bold]
     """
-    with one_line_errors():
+    with one_line_errors(as_json):
         from sopdeploy.travel.move import pull as run
 
         pulled = run(source, destination, sha256=sha256, verify_key=verify_key, max_bytes=max_bytes)

@@ -7,7 +7,7 @@ came of it. The two clients differ only in how they do these three, so none of t
 import random
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn, TypeAlias, TypeVar
@@ -90,15 +90,8 @@ def before_deadline(what: Send, patience: Patience) -> Send:
     """Return *what* with the time that is left, told to the server too."""
     left = max(0.001, patience.left())
     milliseconds = min(LONGEST_TIMEOUT_MS, max(1, int(left * 1000)))
-    return Send(
-        method=what.method,
-        path=what.path,
-        seconds=left,
-        headers={**what.headers, "X-Request-Timeout-Ms": str(milliseconds)},
-        params=what.params,
-        body=what.body,
-        form=what.form,
-    )
+    headers = {**what.headers, "X-Request-Timeout-Ms": str(milliseconds)}
+    return replace(what, seconds=left, headers=headers)
 
 
 def may_be_sent_again(outcome: httpx.Response | Exception) -> bool:
@@ -119,10 +112,22 @@ def give_up(what: Send, outcome: httpx.Response | Exception) -> NoReturn:
         )
     if isinstance(outcome, httpx.TimeoutException | TimeoutError):
         raise UnreachableError(
-            f"{what.path}: no answer within {what.seconds:.3g} s", code="timeout", status=0
+            f"{asked(what, outcome)}: no answer within {what.seconds:.3g} s", code="timeout", status=0
         ) from outcome
     reason = str(outcome) or type(outcome).__name__
-    raise UnreachableError(f"{what.path}: no answer ({reason})", code="unreachable", status=0) from outcome
+    raise UnreachableError(
+        f"{asked(what, outcome)}: no answer ({reason}); is a server running there?",
+        code="unreachable",
+        status=0,
+    ) from outcome
+
+
+def asked(what: Send, outcome: Exception) -> str:
+    """Return what was asked for: the whole URL where *outcome* knows it, else the path of *what*."""
+    try:
+        return str(outcome.request.url) if isinstance(outcome, httpx.RequestError) else what.path
+    except RuntimeError:  # httpx's, of an error without its request
+        return what.path
 
 
 def pause(attempt: int, outcome: httpx.Response | Exception) -> float:

@@ -19,6 +19,7 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError
 from sopdeploy.recipe import Recipe, read_recipe
 from sopdeploy.training.progress import Progress
+from sopdeploy.whole import whole
 
 PLAN = "plan.json"
 FEWEST = 2
@@ -103,8 +104,7 @@ def keep_plan(destination: Path, contenders: Sequence[Contender], seeds: int) ->
                 )
             return
         destination.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(PLAN + ".partial")
-        partial.write_text(json.dumps(plan) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with whole(path) as partial:
+            partial.write_text(json.dumps(plan) + "\n", encoding="utf-8")
     except (OSError, ValueError) as problem:
         raise ConfigError(f"{path}: cannot be used ({problem}); choose another --out") from problem

@@ -15,16 +15,16 @@ from sopdeploy.recipe import Recipe
 from sopdeploy.train import train
 from sopdeploy.training.parallel import Alone, choose_device
 from sopdeploy.training.progress import Progress
-from sopdeploy.training.run import assemble, start_run
+from sopdeploy.training.run import assemble, fresh_model
 from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.whole import whole
 
 ANSWERS = "last-right.npy"
 
 
 def start_weights(recipe: Recipe, data: Split) -> dict[str, Tensor]:
     """Return the weights that *recipe* begins with by itself."""
-    run = start_run(recipe, data.train, Alone(choose_device("cpu")))
-    return run.model.state_dict()
+    return fresh_model(recipe, len(data.train.labels)).state_dict()
 
 
 def train_from(
@@ -39,11 +39,11 @@ def train_from(
     folder = RunFolder(path, parallel)
     if not folder.holds_run():
         folder.must_be_free()
-        run = start_run(recipe, data.train, parallel)
-        own = run.model.state_dict()
+        model = fresh_model(recipe, len(data.train.labels))
+        own = model.state_dict()
         given = {name: donor[name] for name, value in own.items() if fits(donor.get(name), value)}
-        run.model.load_state_dict({**own, **given})
-        folder.save_last(assemble(recipe, data.train, run.model, run.config, parallel))
+        model.load_state_dict({**own, **given})
+        folder.save_last(assemble(recipe, data.train, model, recipe.model.full_config(), parallel))
     train(recipe, path, resume=True, progress=progress)
 
 
@@ -63,12 +63,9 @@ def last_answers(recipe: Recipe, path: Path, data: Split) -> NDArray[np.bool_]:
     model = build_classifier(checkpoint, last).to(choose_device(recipe.device))
     scores = scores_of(model, checkpoint.labels, data.held_out, checkpoint.preprocess, workers=recipe.workers)
     right = np.asarray([one.right for one in scores])
-    partial = kept.with_name(ANSWERS + ".partial")
     try:
-        with partial.open("wb") as file:
+        with whole(kept) as partial, partial.open("wb") as file:
             np.save(file, right, allow_pickle=False)
-        partial.replace(kept)
     except OSError as problem:
-        partial.unlink(missing_ok=True)
         raise DataError(f"{kept}: cannot be written ({problem.strerror})") from problem
     return right

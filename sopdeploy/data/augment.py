@@ -17,13 +17,11 @@ from PIL import Image
 from sopdeploy.data.base import OverPictures
 from sopdeploy.data.distort import Distortion
 from sopdeploy.data.stored import StoredPictures, loaded
-from sopdeploy.frozen import Frozen
+from sopdeploy.frozen import Frozen, Positive, Share
 from sopdeploy.preprocess import RESAMPLING, SIDEWAYS, Preprocess, Side, centre_crop, orientation, to_rgb
 from sopdeploy.seeds import seed_of
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the source
-Probability = Annotated[float, pydantic.Field(ge=0, le=1)]
-Positive = Annotated[float, pydantic.Field(gt=0)]
 Fraction = Annotated[float, pydantic.Field(gt=0, le=1)]
 
 
@@ -31,7 +29,7 @@ class CentreCrop(Frozen):
     """No crop of its own: the picture is prepared as in evaluation, then mirrored with chance `flip`."""
 
     kind: Literal["centre"]
-    flip: Probability = 0.0
+    flip: Share = 0.0
 
     def crop(self, picture: Image.Image, rules: Preprocess, _random: Random) -> NDArray[np.uint8]:
         """Return the centre crop."""
@@ -45,7 +43,7 @@ class PadCrop(Frozen):
     """
 
     kind: Literal["pad-crop"]
-    flip: Probability = 0.0
+    flip: Share = 0.0
     pad: Annotated[int, pydantic.Field(ge=1)] = 4
 
     def crop(self, picture: Image.Image, rules: Preprocess, random: Random) -> NDArray[np.uint8]:
@@ -62,7 +60,7 @@ class Boxed(Frozen):
     crop's pixels then: faster, and a few grey levels off (`benchmarks/training_throughput.py` says how many).
     """
 
-    flip: Probability = 0.0
+    flip: Share = 0.0
     draft: bool = False
 
     def crop(self, picture: Image.Image, rules: Preprocess, random: Random) -> NDArray[np.uint8]:

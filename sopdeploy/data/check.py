@@ -11,7 +11,7 @@ from PIL import Image
 
 from sopdeploy.data.folder import HELD_OUT, TRAIN, class_names, open_store, pictures_of, scan
 from sopdeploy.data.readable import each
-from sopdeploy.data.store import Opening
+from sopdeploy.data.store import Opening, passed_over
 from sopdeploy.data.stored import StoredPictures, loaded, opened
 from sopdeploy.errors import DataError
 from sopdeploy.frozen import Frozen
@@ -46,7 +46,10 @@ class Duplicates(Frozen):
 
 
 class Checked(Frozen):
-    """What was found; sides are in pixels, `strange` says why of each odd file that can be read."""
+    """What was found; sides are in pixels, `strange` says why of each odd file that can be read.
+
+    `passed_over` counts the files that are no pictures by their names, by ending.
+    """
 
     path: Path
     parts: tuple[Part, ...]
@@ -58,6 +61,7 @@ class Checked(Frozen):
     too_few: tuple[str, ...]
     duplicates: tuple[Duplicates, ...]
     strange: dict[str, tuple[str, ...]]
+    passed_over: dict[str, int]
 
     def must_be_usable(self) -> None:
         """Raise `DataError` with everything that keeps a run from its end."""
@@ -106,6 +110,7 @@ def check(path: Path, cache: Path | None = None) -> Checked:
         too_few=tuple(too_few(parts)),
         duplicates=tuple(duplicates(good)),
         strange={why: tuple(files) for why, files in strange.items()},
+        passed_over=dict(sum((Counter(others_in(part)) for part in parts.values()), Counter())),
     )
 
 
@@ -119,6 +124,11 @@ def parts_of(path: Path, opening: Opening) -> dict[str, StoredPictures]:
     labels = class_names(train)
     rest = {name: pictures_of(store.below(name), labels) for name in names[1:]}
     return {TRAIN: scan(train, labels), **rest}
+
+
+def others_in(pictures: StoredPictures) -> dict[str, int]:
+    """Return how many files beside the pictures of one part are none, by ending."""
+    return passed_over(pictures.store, pictures.labels)
 
 
 def looks_at(pictures: StoredPictures, part: str) -> Iterable[Look]:

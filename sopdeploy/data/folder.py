@@ -10,7 +10,15 @@ import numpy as np
 import pydantic
 
 from sopdeploy.data.base import Split, hold_out
-from sopdeploy.data.store import ENDINGS, FolderStore, Opening, Store, visible_folders
+from sopdeploy.data.store import (
+    ENDINGS,
+    FolderStore,
+    Opening,
+    Store,
+    in_words,
+    passed_over,
+    visible_folders,
+)
 from sopdeploy.data.stored import StoredPictures
 from sopdeploy.data.tar_store import open_tars
 from sopdeploy.data.unpacked import is_archive
@@ -43,8 +51,20 @@ def open_folder(config: FolderConfig, opening: Opening | None = None) -> Split:
     Classes are sorted by name. Hidden folders and files of other kinds are ignored.
     """
     if config.path is None:
-        raise ConfigError("data.path: not set; give the folder that holds one subfolder per class")
-    store = open_store(config.path.expanduser(), opening or Opening(config.cache))
+        raise ConfigError(
+            "data.path: not set; give --data DIR, the folder that holds one subfolder per class"
+        )
+    opening = opening or Opening(config.cache)
+    store = open_store(config.path.expanduser(), opening)
+    split = split_of(store, config)
+    others = passed_over(store, store.folders())
+    if others:
+        opening.say(f"{store.root}: files that are not called as pictures are left out: {in_words(others)}")
+    return split
+
+
+def split_of(store: Store, config: FolderConfig) -> Split:
+    """Return the images to learn from and to measure on: of train/ and val/, or of every class a fraction."""
     names = store.folders()
     held_names = [name for name in HELD_OUT if name in names]
     if TRAIN not in names:
@@ -65,8 +85,9 @@ def open_store(path: Path, opening: Opening) -> Store:
     if path.is_file() and is_archive(path):
         return open_tars(path, [path], (TRAIN, *HELD_OUT), opening)
     if not path.is_dir():
+        what = "neither a folder nor a tar file" if path.exists() else "no such folder"
         raise DataError(
-            f"{path}: no such folder; give one that holds one subfolder of images per class, or a tar file"
+            f"{path}: {what}; give one that holds one subfolder of images per class, or a tar file"
         )
     if not visible_folders(path):
         archives = sorted(file for file in path.iterdir() if file.is_file() and is_archive(file))
@@ -112,9 +133,11 @@ def scan(store: Store, labels: tuple[str, ...]) -> StoredPictures:
     found = [store.images(label) for label in labels]
     empty = [label for label, paths in zip(labels, found, strict=True) if not paths]
     if empty:
-        others = f" (as in {', '.join(empty[1:])})" if len(empty) > 1 else ""
+        same = f" (as in {', '.join(empty[1:])})" if len(empty) > 1 else ""
+        others = in_words(passed_over(store, empty[:1]))
+        instead = f", files of other kinds only ({others})" if others else ""
         raise DataError(
-            f"{store.root / empty[0]}: no images in this class folder{others}; "
+            f"{store.root / empty[0]}: no images in this class folder{same}{instead}; "
             f"add some ({', '.join(ENDINGS)}) or remove the folder"
         )
     paths = np.asarray([path for of_class in found for path in of_class], dtype=np.bytes_)

@@ -3,16 +3,11 @@
 Sources: Zhang et al., "mixup" (ICLR 2018); Yun et al., "CutMix" (ICCV 2019); as torchvision computes them.
 """
 
-from typing import Annotated
-
-import pydantic
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from sopdeploy.frozen import Frozen
-
-Alpha = Annotated[float, pydantic.Field(ge=0)]
+from sopdeploy.frozen import Frozen, NotNegative
 
 
 class Mix(Frozen):
@@ -22,8 +17,8 @@ class Mix(Frozen):
     the last one, so that a batch of any size will do.
     """
 
-    mixup: Alpha = 0.0
-    cutmix: Alpha = 0.0
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
 
     def __call__(self, images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         """Return float *images* (B, 3, H, W) and what to learn: classes (B,) or their shares (B, classes).

@@ -20,6 +20,7 @@ from sopdeploy.data.store import Opening
 from sopdeploy.data.stored import StoredPictures, loaded
 from sopdeploy.data.unpacked import cache_folder
 from sopdeploy.errors import DataError
+from sopdeploy.whole import whole
 
 CHUNK = 64  # pictures that a thread takes at a time
 MOST_NAMED = 200  # in one message; `sopdeploy data check` names all of any number
@@ -109,9 +110,8 @@ def kept_finding(pictures: StoredPictures, cache: Path | None) -> list[int]:
         return sorted({int(index) for index in kept if 0 <= int(index) < len(pictures)})
     except (OSError, ValueError, TypeError):
         found = list(find_unreadable(pictures))
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(found))
-        part.replace(path)
+        with whole(path, shared=True) as partial:
+            partial.write_text(json.dumps(found))
         return found
 
 

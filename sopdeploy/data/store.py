@@ -4,7 +4,8 @@ Names are bytes with `/` between folders, relative to the store; what begins wit
 """
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +31,9 @@ class Store(Protocol):
 
     def images(self, folder: str) -> list[bytes]:
         """Return the images of one folder and of those in it, sorted."""
+
+    def others(self, folder: str) -> list[str]:
+        """Return the names of the visible files there that are not called as images are."""
 
     def read(self, name: bytes) -> bytes:
         """Return the bytes of a file; raises `OSError`."""
@@ -63,12 +67,18 @@ class FolderStore:
 
     def images(self, folder: str) -> list[bytes]:
         """Return the images of one folder and of those in it, sorted."""
-        found = []
+        return sorted(os.fsencode(path) for path in self.files(folder) if is_image(path.name))
+
+    def others(self, folder: str) -> list[str]:
+        """Return the names of the visible files there that are not called as images are."""
+        return [str(path) for path in self.files(folder) if not is_image(path.name)]
+
+    def files(self, folder: str) -> Iterator[Path]:
+        """Yield the visible files of one folder and of those in it, relative to the store."""
         for path, folders, files in os.walk(self.root / folder):
             folders[:] = [name for name in folders if not is_hidden(name)]
             inside = Path(path).relative_to(self.root)
-            found += [os.fsencode(inside / name) for name in files if is_image(name)]
-        return sorted(found)
+            yield from (inside / name for name in files if not is_hidden(name))
 
     def read(self, name: bytes) -> bytes:
         """Return the bytes of a file; raises `OSError`."""
@@ -77,6 +87,18 @@ class FolderStore:
     def size(self, name: bytes) -> int:
         """Return the number of bytes of a file; raises `OSError`."""
         return (self.root / os.fsdecode(name)).stat().st_size
+
+
+def passed_over(store: Store, folders: Sequence[str]) -> dict[str, int]:
+    """Return how many files of *folders* are no pictures by their names: a count for each ending."""
+    names = [name for folder in folders for name in store.others(folder)]
+    return dict(Counter(Path(name).suffix.lower() or "without an ending" for name in names).most_common())
+
+
+def in_words(others: Mapping[str, int]) -> str:
+    """Return what `passed_over` found as words, and what to do with the pictures of telephones."""
+    listed = ", ".join(f"{ending} {count}" for ending, count in others.items())
+    return f"{listed}; convert .heic to JPEG first" if {".heic", ".heif"} & others.keys() else listed
 
 
 def visible_folders(root: Path) -> list[str]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.data.store import is_hidden, is_image
 from sopdeploy.errors import DataError
+from sopdeploy.whole import whole
 
 TAR = ".tar"
 Entry = tuple[bytes, int, int]  # name, first byte, number of bytes
@@ -116,13 +117,10 @@ def visible_name(name: str) -> str | None:
 
 def write_index(index: Index, path: Path) -> None:
     """Keep *index*, whole or not at all."""
-    part = path.with_suffix(f".{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
+        with whole(path, shared=True) as partial, partial.open("wb") as file:
             np.savez(file, names=index.names, offsets=index.offsets, sizes=index.sizes)
-        part.replace(path)
     except OSError as problem:
-        part.unlink(missing_ok=True)
         raise DataError(
             f"{path}: cannot be written ({problem.strerror}); set data.cache elsewhere"
         ) from problem

@@ -71,6 +71,10 @@ class TarStore:
         first, last = self.members.between(self.prefix + encoded(folder) + b"/")
         return [bytes(name)[len(self.prefix) :] for name in self.members.names[first:last]]
 
+    def others(self, folder: str) -> list[str]:  # noqa: ARG002 - an index holds images only
+        """Return nothing: what is no image is not known here."""
+        return []
+
     def read(self, name: bytes) -> bytes:
         """Return the bytes of a file; raises `OSError`."""
         at = self.members.position(self.prefix + name)

@@ -13,6 +13,7 @@ from typing import Any
 from sopdeploy.data.store import Opening
 from sopdeploy.data.tar_index import fingerprint
 from sopdeploy.errors import DataError
+from sopdeploy.whole import whole
 
 READERS: dict[str, Callable[[Path], Any]] = {
     ".tar.xz": lzma.LZMAFile,
@@ -49,11 +50,9 @@ def as_plain_tar(path: Path, opening: Opening) -> Path:
 
 def unpack(path: Path, reader: Callable[[Path], Any], target: Path) -> None:
     """Write what *path* holds to *target*, whole or not at all."""
-    part = target.with_suffix(f".{os.getpid()}.part")
     try:
-        with reader(path) as source, part.open("wb") as sink:
+        with whole(target, shared=True) as partial, reader(path) as source, partial.open("wb") as sink:
             shutil.copyfileobj(source, sink, PIECE)
-        part.replace(target)
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as problem:
         raise DataError(f"{path}: damaged ({problem}); copy it again") from problem
     except OSError as problem:
@@ -61,8 +60,6 @@ def unpack(path: Path, reader: Callable[[Path], Any], target: Path) -> None:
             f"{path}: cannot be unpacked into {target.parent} ({problem.strerror}); set data.cache to a "
             "folder with room"
         ) from problem
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def cache_folder(wanted: Path | None) -> Path:

@@ -44,7 +44,7 @@ class EngineSession:
 
         Raises `RuntimeUnavailableError` where it is no such engine.
         """
-        self._trt, self._cuda, self._profiles = trt, cuda, key.profiles
+        self._cuda, self._profiles = cuda, key.profiles
         self._logger = make_logger(trt)
         self._runtime, self.engine = deserialize(trt, plan, self._logger)
         self.largest_batch = key.largest_batch

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from sopdeploy.html.markup import Html, picture, shortened, tag, words
 
 WIDTH, LEFT, TOP = 360.0, 84.0, 14.0
-LETTERS, WIDEST = 13, 26.0
+LETTERS, WIDEST, HIGHEST = 13, 60.0, 26.0
+LETTER = 7.5  # wide, at most
 MOST_NUMBERS = 14  # columns that leave room for numbers
 
 
@@ -23,9 +24,9 @@ def heat(
     *wrong_off_diagonal* gives cells off the diagonal the colour of mistakes.
     """
     side = min(WIDEST, (WIDTH - LEFT) / len(columns))
-    height = min(side, WIDEST)
+    height, letters = min(side, HIGHEST), max(3, int(side / LETTER))
     shapes = [
-        words(LEFT + side * (place + 0.5), TOP - 4, shortened(column, 4), "small", "middle")
+        words(LEFT + side * (place + 0.5), TOP - 4, shortened(column, letters), "small", "middle")
         for place, column in enumerate(columns)
         if len(columns) <= MOST_NUMBERS or place % 5 == 0
     ]

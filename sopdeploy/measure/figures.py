@@ -12,14 +12,12 @@ from typing import Annotated
 import pydantic
 
 from sopdeploy.errors import DataError
-from sopdeploy.frozen import Frozen
+from sopdeploy.frozen import Frozen, Share
 from sopdeploy.measure.score import Score
 from sopdeploy.statistics import wilson
 
 BINS = 15
 SMALLEST = 2.2250738585072014e-308  # a probability that has become 0 counts as this one, a loss of 708
-
-Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 
 
 class Rate(Frozen):

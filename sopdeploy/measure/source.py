@@ -16,6 +16,8 @@ def recognise(source: str) -> Kind:
     if path.is_dir():
         if (path / "manifest.json").is_file():
             return "bundle"
+        if (path / "best.pt").is_file():
+            raise ConfigError(f"{source}: the folder of a run; give {path / 'best.pt'}")
         raise ConfigError(
             f"{source}: a folder without a manifest.json is no bundle; give a checkpoint, a bundle or a URL"
         )

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from sopdeploy.backbones.base import initialise
 from sopdeploy.errors import ConfigError
-from sopdeploy.frozen import Frozen
+from sopdeploy.frozen import Frozen, NotNegative
 from sopdeploy.models.base import Classifier, TrainingOutput
 from sopdeploy.pooling.isqrt_cov import ISqrtCov, ISqrtCovConfig, dimension_reduction
 
 Count = Annotated[int, pydantic.Field(ge=0)]
 Width = Annotated[int, pydantic.Field(ge=1)]
-Weight = Annotated[float, pydantic.Field(ge=0)]
 
 
 class DSoPConfig(Frozen):
@@ -37,10 +36,10 @@ class DSoPConfig(Frozen):
 
     aux_blocks: tuple[Count | tuple[Count, ...], ...] | None = None
     aux_widths: tuple[Width, ...] | None = None
-    aux_weights: tuple[Weight, ...] | None = None
+    aux_weights: tuple[NotNegative, ...] | None = None
     aux_pooling: Literal["isqrt", "gap"] = "isqrt"
     aux_dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] | None = None
-    main_weight: Weight = 1.0
+    main_weight: NotNegative = 1.0
     keep_unused_branches: bool = False
     iterations: Annotated[int, pydantic.Field(ge=1, le=15)] = 5
     prenorm: Literal["trace", "frobenius"] = "trace"

@@ -11,12 +11,9 @@ import pydantic
 import torch
 from torch import Tensor
 
-from sopdeploy.frozen import Frozen
+from sopdeploy.frozen import Frozen, NotNegative, Part, Positive
 from sopdeploy.optim.adahessian import AdaHessian
 
-Positive = Annotated[float, pydantic.Field(gt=0)]
-NotNegative = Annotated[float, pydantic.Field(ge=0)]
-Part = Annotated[float, pydantic.Field(ge=0, lt=1)]
 Betas = tuple[Part, Part]
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]  # or groups of them with values of their own
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sopdeploy.data.augment import Augmented
 from sopdeploy.data.base import Pictures
 from sopdeploy.data.batches import Batch, load_batches
 from sopdeploy.data.sources import open_data
@@ -15,7 +14,8 @@ from sopdeploy.frozen import Frozen
 from sopdeploy.models.counting import Counts
 from sopdeploy.models.describe import describe
 from sopdeploy.recipe import Recipe
-from sopdeploy.train import epoch_batches, train_step
+from sopdeploy.train import train_step
+from sopdeploy.training.epoch import epoch_batches, epoch_view
 from sopdeploy.training.finite import tensors_of
 from sopdeploy.training.parallel import Alone, choose_device
 from sopdeploy.training.run import Run, start_run
@@ -102,8 +102,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 def first_batch(run: Run, pictures: Pictures, batches: list[list[int]]) -> Batch:
     """Return the samples of the first step, read in this process."""
-    recipe = run.recipe
-    view = Augmented(pictures, recipe.augment, recipe.preprocess, recipe.seed, 0, recipe.distort)
+    view = epoch_view(run.recipe, pictures, 0)
     return next(iter(load_batches(view, batches[:1], 0, run.parallel.device)))
 
 

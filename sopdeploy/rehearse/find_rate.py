@@ -8,14 +8,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sopdeploy.data.augment import Augmented
+import torch
+
 from sopdeploy.data.base import Pictures
 from sopdeploy.data.batches import load_batches
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import TrainingError
 from sopdeploy.frozen import Frozen
 from sopdeploy.recipe import Recipe
-from sopdeploy.train import epoch_batches, train_step
+from sopdeploy.train import train_step
+from sopdeploy.training.epoch import epoch_batches, epoch_view
 from sopdeploy.training.parallel import Alone, choose_device
 from sopdeploy.training.run import Position, Run, start_run
 
@@ -49,6 +51,8 @@ def find_rate(recipe: Recipe, steps: int = 100) -> FoundRate:
 
     Raises `TrainingError` where the loss fell nowhere.
     """
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
     data = open_data(recipe.data)
     batches = epoch_batches(recipe, data.train, 0)
     rising = Rising(recipe.optimizer.lr, steps / len(batches))
@@ -72,7 +76,7 @@ def losses_of(run: Run, pictures: Pictures) -> Iterator[float]:
     while True:
         epoch = run.at.epoch
         batches = epoch_batches(recipe, pictures, epoch)
-        view = Augmented(pictures, recipe.augment, recipe.preprocess, recipe.seed, epoch, recipe.distort)
+        view = epoch_view(recipe, pictures, epoch)
         for batch in load_batches(view, batches, recipe.workers, run.parallel.device):
             samples = batches[run.at.step]
             try:
@@ -87,10 +91,13 @@ def losses_of(run: Run, pictures: Pictures) -> Iterator[float]:
 def steepest(rates: list[float], losses: list[float]) -> float:
     """Return the rate at which the loss falls fastest on the way to its lowest.
 
-    Raises `TrainingError` where it only rises.
+    A fall is measured over a tenth of the steps, and the first tenth is left out: the running mean is of a
+    few batches there, and what it loses is noise. Raises `TrainingError` where the loss only rises.
     """
-    way_down = losses[: losses.index(min(losses)) + 1] if losses else []
-    falls = [before - after for before, after in itertools.pairwise(way_down)]
-    if not falls or max(falls) <= 0:
+    span, skipped = max(1, len(losses) // 10), len(losses) // 10
+    seen = losses[skipped:]
+    lowest = skipped + seen.index(min(seen)) if seen else 0
+    falls = {start: losses[start] - losses[start + span] for start in range(skipped, lowest + 1 - span)}
+    if not falls or max(falls.values()) <= 0:
         raise TrainingError("the loss fell at no learning rate; look at the data and the preprocessing")
-    return rates[falls.index(max(falls)) + 1]
+    return rates[max(falls, key=falls.__getitem__) + (span + 1) // 2]

@@ -7,7 +7,7 @@ from sopdeploy.html.amounts import percent, short
 from sopdeploy.html.markup import Html, figure, folded, paragraph, section, table, tag
 from sopdeploy.html.plot import Axis, Curve, plot
 from sopdeploy.report.story import Story
-from sopdeploy.training.history import EpochRow, table_row
+from sopdeploy.training.history import EpochRow, best_row, columns, table_row
 
 EPOCHS = Axis("epoch")
 
@@ -90,11 +90,11 @@ def course_section(story: Story) -> Html:
     if rates:
         said += f" {short(round(rates[len(rates) // 2], 1))} pictures a second in the middle of the epochs."
     rows = [table_row(row) for row in story.history]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    names = columns(rows)
     numbers = table(
         "Every figure of every epoch",
-        columns,
-        [[f"{row[name]:.5g}" if name in row else "" for name in columns] for row in rows],
+        names,
+        [[f"{row[name]:.5g}" if name in row else "" for name in names] for row in rows],
         kind="figures",
     )
     return section(
@@ -121,7 +121,7 @@ def head(name: str, what: str, row: EpochRow) -> float | None:
 
 def summary(story: Story) -> dict[str, str]:
     """Return the figures that matter most."""
-    best = max(story.history, key=lambda row: (row.figures.top1, -row.epoch))
+    best = best_row(story.history)
     last = story.history[-1]
     return {
         "best epoch": f"{best.epoch} of {story.recipe.epochs}",

@@ -11,6 +11,7 @@ from sopdeploy.report.inside import gates_section, spectra_section
 from sopdeploy.report.learning import course_section, learning_section, summary
 from sopdeploy.report.story import Story, read_story
 from sopdeploy.training.resume import flat
+from sopdeploy.whole import whole
 
 LABELS_SHOWN = 20
 
@@ -28,12 +29,10 @@ def write_report(
     """
     path = destination or run / "report.html"
     text = render(read_story(run, data, on_picture))
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with whole(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as problem:
-        partial.unlink(missing_ok=True)
         raise ConfigError(f"{path}: cannot be written ({problem.strerror}); give another --out") from problem
     return path
 

@@ -2,13 +2,10 @@
 
 import csv
 import io
-from collections.abc import Sequence
-from typing import Annotated
-
-import pydantic
+from collections.abc import Iterable, Mapping, Sequence
 
 from sopdeploy.evaluate import Figures
-from sopdeploy.frozen import Frozen
+from sopdeploy.frozen import Frozen, Share
 from sopdeploy.training.sight import Sight
 
 FIGURES = ("loss", "top1", "top5")
@@ -18,7 +15,7 @@ class Speed(Frozen):
     """Pictures learnt from in a second of training, and the share of that time spent waiting for them."""
 
     pictures_per_second: float
-    waiting: Annotated[float, pydantic.Field(ge=0, le=1)]
+    waiting: Share
 
 
 class EpochRow(Frozen):
@@ -64,6 +61,11 @@ def table_row(row: EpochRow) -> dict[str, float]:
     return {**found, "seconds": round(row.seconds, 3)}
 
 
+def columns(rows: Iterable[Mapping[str, float]]) -> list[str]:
+    """Return every name in *rows*, in the order in which they first stand there."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
 def history_csv(history: Sequence[EpochRow]) -> str:
     """Return *history* as a table: one line per epoch, one column per figure.
 
@@ -71,9 +73,7 @@ def history_csv(history: Sequence[EpochRow]) -> str:
     """
     rows = [table_row(row) for row in history]
     text = io.StringIO()
-    writer = csv.DictWriter(
-        text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
-    )
+    writer = csv.DictWriter(text, columns(rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

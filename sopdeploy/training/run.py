@@ -159,7 +159,7 @@ class Run:
                 "weights": raw,
                 "average": average,
             }
-        must_be_finite({"weights": weights, "raw weights": raw, **(resume or {})})
+        must_be_finite({"weights": raw, "average": average, **(resume or {})})
         return Checkpoint(
             model=self.recipe.model.name,
             config=self.config,
@@ -200,11 +200,17 @@ def device_name(device: torch.device) -> str:
 
 def start_run(recipe: Recipe, pictures: Pictures, parallel: Parallel) -> Run:
     """Return a run with fresh weights, at its start."""
+    model = fresh_model(recipe, len(pictures.labels))
+    return assemble(recipe, pictures, model, recipe.model.full_config(), parallel)
+
+
+def fresh_model(recipe: Recipe, classes: int) -> Classifier:
+    """Return the network that *recipe* begins with by itself."""
     torch.manual_seed(seed_of(recipe.seed, "weights"))
-    model = create_model(recipe.model.name, num_classes=len(pictures.labels), **recipe.model.config)
+    model = create_model(recipe.model.name, num_classes=classes, **recipe.model.config)
     if recipe.start is not None:
         take_weights(recipe.start, model)
-    return assemble(recipe, pictures, model, recipe.model.full_config(), parallel)
+    return model
 
 
 def assemble(

@@ -15,8 +15,8 @@ from sopdeploy.recipe import SaveChoice
 from sopdeploy.training.history import history_csv
 from sopdeploy.training.parallel import Parallel
 from sopdeploy.training.run import Run
+from sopdeploy.whole import PARTIAL, whole
 
-PARTIAL = ".partial"
 MINUTE = 60.0
 
 
@@ -106,12 +106,10 @@ class RunFolder:
 
     def write_history(self, table: str) -> None:
         """Replace `history.csv`."""
-        partial = self.history.with_name(self.history.name + PARTIAL)
         try:
-            partial.write_text(table, encoding="utf-8")
-            partial.replace(self.history)
+            with whole(self.history) as partial:
+                partial.write_text(table, encoding="utf-8")
         except OSError as problem:
-            partial.unlink(missing_ok=True)
             raise CheckpointError(f"{self.history}: cannot be written ({problem.strerror})") from problem
 
 
@@ -125,15 +123,12 @@ def second_name(path: Path, name: Path) -> None:
 
     Where the file system has no such links it is copied.
     """
-    partial = name.with_name(name.name + PARTIAL)
-    partial.unlink(missing_ok=True)
     try:
-        try:
-            os.link(path, partial)
-        except OSError:
-            shutil.copyfile(path, partial)
-        partial.replace(name)
+        with whole(name) as partial:
+            partial.unlink(missing_ok=True)
+            try:
+                os.link(path, partial)
+            except OSError:
+                shutil.copyfile(path, partial)
     except OSError as problem:
         raise CheckpointError(f"{name}: cannot be written ({problem.strerror})") from problem
-    finally:
-        partial.unlink(missing_ok=True)

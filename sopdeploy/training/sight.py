@@ -6,10 +6,9 @@ that is watched ends with the same weights as one that is not.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import pydantic
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -17,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from sopdeploy.blocks.sparse_gate import SparseGate
 from sopdeploy.data.base import Dataset
 from sopdeploy.data.batches import load_batches
-from sopdeploy.frozen import Frozen
+from sopdeploy.frozen import Frozen, Share
 from sopdeploy.models.base import Classifier
 from sopdeploy.normalise import Normalise
 from sopdeploy.pooling.covariance import centred_positions, covariance
@@ -27,8 +26,6 @@ PICTURES = 512  # that heads and gates are measured on
 IN_SPECTRA = 16  # of these, whose covariances are looked at
 SPECTRA = 5  # epochs of a run whose spectra are kept
 PLACES = 48  # eigenvalues of a spectrum that are kept, closer together at its head
-
-Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 
 
 class HeadFigures(Frozen):

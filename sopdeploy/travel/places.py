@@ -4,6 +4,7 @@ A place takes a file under a name and gives a file of at most so many bytes. Wha
 word: the archive proves itself by hashes, and by a signature where one is asked for.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -45,13 +46,12 @@ def get(source: str, file: Path, limit: int) -> None:
         with stored(source) as (store, path), store.open(path, "rb") as remote:
             copy_limited(remote, file, source, limit)
         return
-    try:
-        if not Path(source).is_file():
-            raise BundleError(f"{source}: no archive here; say the path of the .tar that `push` wrote")
-        with Path(source).open("rb") as near:
-            copy_limited(near, file, source, limit)
-    except OSError as problem:
-        raise BundleError(f"{source}: cannot be read ({problem.strerror})") from problem
+    if not Path(source).is_file():
+        raise BundleError(f"{source}: no archive here; say the path of the .tar that `push` wrote")
+    if not os.access(source, os.R_OK):
+        raise BundleError(f"{source}: cannot be read; ask for the permission")
+    with Path(source).open("rb") as near:  # what goes wrong now is of where *file* lies
+        copy_limited(near, file, source, limit)
 
 
 def copy_limited(source: IO[bytes] | BinaryIO, file: Path, name: str, limit: int) -> None:

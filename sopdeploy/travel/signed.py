@@ -5,7 +5,6 @@ A bundle never changes, so the signature is no part of it: `NAME.minisig` lies b
 """
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from sopdeploy.bundle import open_bundle
@@ -23,6 +22,7 @@ from sopdeploy.travel.minisign import (
     secret_text,
     sign_message,
 )
+from sopdeploy.whole import whole
 
 SUFFIX = ".minisig"
 PUBLIC = ".pub"
@@ -92,11 +92,8 @@ def check_signed(manifest: Manifest, signature: Path, key: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Let *path* hold *text*, in one step; raises `ConfigError`."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with whole(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as problem:
-        with suppress(OSError):
-            partial.unlink()
         raise ConfigError(f"{path}: cannot be written ({problem.strerror})") from problem

@@ -1,5 +1,6 @@
 """The pages and what stands in them: command lines, code, links."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -44,3 +45,13 @@ def mentions(page: Path) -> list[list[str]]:
     """Return the words behind `sopdeploy` where the text mentions a command: `sopdeploy export --detach`."""
     text = page.read_text(encoding="utf-8")
     return [found.split() for found in re.findall(r"`sopdeploy ([^`\n]+)`", text)]
+
+
+def module_at(path: Path) -> Any:
+    """Return the module in the file at *path*, which is in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

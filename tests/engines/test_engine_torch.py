@@ -17,6 +17,7 @@ from sopdeploy.bundle import Bundle
 from sopdeploy.cli.app import app
 from sopdeploy.engines.cache import records
 from sopdeploy.errors import EngineError, ParityError, RuntimeUnavailableError
+from sopdeploy_export.engine_plan import plan_engine
 from sopdeploy_export.engine_tensorrt import EngineOptions, engine
 from sopdeploy_service.runtime.with_tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
@@ -24,6 +25,7 @@ from tests.engines.fake_tensorrt import MAGIC, FakeTensorRT
 from tests.engines.networks import answers, network, some_images, write
 
 Install = Callable[..., FakeTensorRT]
+DRY = ["engine", "--dry-run", "--via", "torch-tensorrt"]
 VIA = EngineOptions(via="torch-tensorrt")
 
 
@@ -149,18 +151,42 @@ def test_what_is_not_right_is_not_kept(
 
 
 @pytest.mark.parametrize(
-    ("fields", "program", "complaint"),
+    ("fields", "program", "asked", "complaint"),
     [
-        ({}, False, "has no network.pt2; export it with --pt2"),
-        ({"precision": "fp16"}, True, "builds in fp32, the bundle is fp16; leave --via out"),
+        ({}, False, None, "has no network.pt2; export it with --pt2"),
+        ({"precision": "fp16"}, True, None, "builds in fp32, the bundle is fp16; leave --via out"),
+        ({}, True, "fp16", "builds in fp32, fp16 was asked for; leave --precision out"),
     ],
 )
+@pytest.mark.parametrize("ask", [engine, plan_engine])
 def test_a_bundle_that_does_not_fit_is_refused_before_anything_is_loaded(
-    tmp_path: Path, fields: dict[str, str], program: bool, complaint: str
+    tmp_path: Path, ask: Any, fields: dict[str, str], program: bool, asked: str | None, complaint: str
 ) -> None:
     bundle = write(tmp_path, program=a_program() if program else None, **fields)
     with pytest.raises(EngineError, match=complaint):
-        engine(bundle, VIA)
+        ask(bundle, EngineOptions(via="torch-tensorrt", precision=asked))
+
+
+def test_the_dry_run_says_what_this_way_would_do_and_needs_nothing(
+    whole: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tensorrt", "torch_tensorrt", "cuda.bindings.runtime", "cuda.cudart"):
+        monkeypatch.setitem(sys.modules, name, None)
+    found = CliRunner().invoke(app, [*DRY, str(whole.path)])
+    assert found.exit_code == 0, found.stderr
+    assert ", fp32, by torch-tensorrt" in found.stdout
+    assert "batches 1-16" in found.stdout
+    assert f"sha256 {whole.manifest.files['network.pt2'].sha256[:16]}" in found.stdout
+    assert 'run: pip install "sopdeploy[torch-tensorrt]"' in found.stdout
+    assert "key       not known: TensorRT is not installed" in found.stdout
+    assert "lint" not in found.stdout
+
+
+def test_the_dry_run_knows_the_key_of_this_way(other_way: FakeTorchTensorRT, whole: Bundle) -> None:
+    planned = json.loads(CliRunner().invoke(app, [*DRY, str(whole.path), "--json"]).stdout)
+    assert (planned["memory"], planned["lint"]) == (None, [])
+    assert planned["key"] == engine(whole, VIA).record.key.name
+    assert planned["key"] != plan_engine(whole, EngineOptions()).key
 
 
 def test_without_torch_tensorrt_the_error_is_one_line_saying_how_to_get_it(

@@ -19,12 +19,12 @@ from sopdeploy_export.lower_onnx import check, operator_counts, write
 from sopdeploy_export.parity import FLOORS, compare, reference
 from sopdeploy_export.parity.bisect import (
     PARTS,
-    Boundary,
-    farthest,
     first_off,
     part_drifts,
+    run_file,
     spread_over_depth,
 )
+from sopdeploy_export.parity.drift import Boundary, farthest
 from sopdeploy_export.parity.routing import routing, routing_parity
 from tests.export.once import graph_of
 
@@ -138,11 +138,11 @@ def test_every_part_of_a_sound_file_is_measured_where_it_ends(
         "layer3.0",
     ]
     assert all(0 <= part.drift < FLOORS * part.noise_floor for part in found)
-    assert not [part for part in found if ": " in part.part]
+    assert [part.part for part in found][-3:] == ["pooling.root: covariance", "pooling.root: triangle", "fc"]
 
 
 def test_a_deep_network_is_measured_from_its_first_part_to_its_last() -> None:
-    places = [Boundary(value=str(at), part=f"layer.{at}") for at in range(300)]
+    places = [Boundary(value=str(at), node=str(at), part=f"layer.{at}") for at in range(300)]
     chosen = spread_over_depth(places)
     assert len(chosen) == PARTS
     assert (chosen[0], chosen[-1]) == (places[0], places[-1])
@@ -153,3 +153,15 @@ def test_what_a_gate_leaves_out_in_both_is_no_difference() -> None:
     assert farthest(both, both) == 0
     assert farthest(np.array([-np.inf, 1.5]), both) == 0.5
     assert farthest(np.array([0.0, 1.0]), both) == np.inf
+
+
+def test_values_inside_a_bfloat16_file_are_those_of_the_file_as_it_is_compared(
+    preprocess: Preprocess, probes: Tensor
+) -> None:
+    from tests.export.conftest import trained
+    from tests.export.test_precision import cast_graph
+
+    model, _ = cast_graph(trained("isqrt-resnet8"), preprocess, "bf16-backbone")
+    names = [node.output[0] for node in model.graph.node]
+    found, plain = (run_file(model, names, probes.numpy()[:4], optimised=asked) for asked in (True, False))
+    assert [name for name in names if not np.array_equal(found[name], plain[name])] == []

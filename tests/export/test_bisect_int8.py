@@ -14,7 +14,12 @@ from sopdeploy_export.capture import Deployed
 from sopdeploy_export.int8 import quantise
 from sopdeploy_export.lower_onnx import operator_counts, write
 from sopdeploy_export.parity import compare, reference
-from sopdeploy_export.parity.bisect_int8 import convolution_values, first_off_int8
+from sopdeploy_export.parity.bisect_int8 import (
+    Quantised,
+    convolution_values,
+    first_off_int8,
+    part_drifts_int8,
+)
 from sopdeploy_export.precision import in_float32
 from sopdeploy_export.probe_images import generated
 from sopdeploy_export.ship import unfused
@@ -56,7 +61,7 @@ def test_a_convolution_that_is_computed_otherwise_is_named_with_the_switch(
     expected = reference(network, images, unfused(sound), "int8")
 
     def locate(file: Path) -> str | None:
-        return first_off_int8(file, sound, plain, images, FLOORS)
+        return first_off_int8(file, Quantised(sound=sound, plain=plain), images, FLOORS)
 
     with pytest.raises(ParityError, match=rf"over its floor is {part} .*try --keep-float {part};"):
         compare(path, expected, images, BATCH, operator_counts(sound), locate=locate)
@@ -65,13 +70,30 @@ def test_a_convolution_that_is_computed_otherwise_is_named_with_the_switch(
 def test_a_sound_file_is_off_nowhere(graphs: tuple[onnx.ModelProto, ...], tmp_path: Path) -> None:
     plain, sound = graphs
     write(sound, tmp_path / "model.onnx")
-    assert first_off_int8(tmp_path / "model.onnx", sound, plain, generated(16), FLOORS) is None
+    graphs_of = Quantised(sound=sound, plain=plain)
+    assert first_off_int8(tmp_path / "model.onnx", graphs_of, generated(16), FLOORS) is None
+
+
+def test_the_part_that_int8_spoils_is_where_the_distance_from_float32_grows(
+    graphs: tuple[onnx.ModelProto, ...], preprocess: Preprocess, tmp_path: Path
+) -> None:
+    network, program, _ = graph_of("isqrt-resnet8", preprocess, BATCH)
+    pair = Quantised(sound=graphs[1], plain=graphs[0])
+    shares = {}
+    for name, model in (("sound", graphs[1]), ("spoilt", saturated(graphs[1], "layer2.0.conv1"))):
+        write(model, tmp_path / f"{name}.onnx")
+        found = part_drifts_int8(tmp_path / f"{name}.onnx", pair, program, network.outputs, generated(16))
+        shares[name] = {part.part: part.share for part in found}
+    assert list(shares["sound"])[-3:] == ["pooling.root: covariance", "pooling.root: triangle", "fc"]
+    before, after = (("normalise", "relu", "layer1.0"), ("layer2.0", "layer3.0", "fc"))
+    assert all(shares["spoilt"][part] == pytest.approx(shares["sound"][part], rel=0.2) for part in before)
+    assert all(shares["spoilt"][part] > 2 * shares["sound"][part] for part in after)
 
 
 def test_what_is_read_is_behind_every_int8_convolution_in_order(
     graphs: tuple[onnx.ModelProto, ...],
 ) -> None:
-    places = [place.part for place in convolution_values(graphs[1]).values()]
+    places = [part for part, _ in convolution_values(graphs[1]).values()]
     assert places == sorted(places)
     assert len(places) in {6, 7}  # without the convolution that reads the picture, and with it
     assert places[-1] == "layer3.0.conv2"

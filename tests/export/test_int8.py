@@ -110,6 +110,14 @@ def test_a_bundle_in_int8_says_what_it_lost_and_which_layers_cost_most(
     shares = [cost.share for cost in report.quantisation.costs]
     assert shares == sorted(shares, reverse=True)
     assert shares[-1] > 0
+    parts = {cost.part: cost.share for cost in report.quantisation.parts}
+    assert parts.keys() == {"conv1", "layer1", "layer2", "layer3"}
+    drifts = {part.part: part.share for part in found.parity.parts}
+    assert {"layer1.0", "layer3.0", "pooling.root: covariance", "fc"} <= drifts.keys()
+    assert 0 < drifts["normalise"] < drifts["layer3.0"] < 0.2
+    page = (found.path / "report.html").read_text(encoding="utf-8")
+    assert "Where it grows, int8 costs." in page
+    assert "part-costs-title" in page
     assert found.parity.passed
 
 
@@ -120,7 +128,9 @@ def test_more_than_the_allowed_drop_writes_nothing_and_names_the_dearest_layers(
 
     worse = accuracy(np.zeros(50, dtype=np.int64), np.repeat([0, 1], 25), before=1.0, after=0.5)
     monkeypatch.setattr(precision_toll, "without_labels", lambda *_: worse)
-    advice = r"cost most: \w.* --keep-float \w[\w.]+, or try --calibration minmax or entropy"
+    part = r"the part that costs most: (conv1|layer\d) "
+    layers = r"cost most: \w.* --keep-float \w[\w.]+, or try --calibration minmax or entropy"
+    advice = f"{part}.*{layers}"
     with pytest.raises(ParityError, match=rf"loses 50\.00 points of top-1 on 50 pictures.*{advice}"):
         run(make("resnet8"), "resnet8", tmp_path, preprocess, calibrate=pictures)
     assert not any((tmp_path / "out").iterdir())

@@ -15,7 +15,8 @@ from sopdeploy.html.markup import Html, clean, shortened, table, tag
 from sopdeploy.html.plot import Axis, Curve, plot
 from sopdeploy_export.parity.report import Flip
 from sopdeploy_export.pipeline import Exported
-from sopdeploy_export.report_page.measured import BECAUSE, flip_row
+from sopdeploy_export.report_page.answers import BECAUSE, answers_section, flip_matrix, flip_row
+from sopdeploy_export.report_page.measured import drift_section
 from tests.export.conftest import HOSTILE
 from tests.pages import ALLOWED, Reader
 
@@ -122,8 +123,6 @@ def test_a_flip_is_told_with_names_and_its_reason() -> None:
 
 
 def test_flips_and_drift_that_was_allowed_are_said(branched: Exported) -> None:
-    from sopdeploy_export.report_page.measured import answers_section, drift_section
-
     flip = Flip(image=1, network=0, file=2, margin=0.5, because="error")
     top1 = branched.parity.top1.model_copy(update={"flipped": (flip,), "flips": 1, "agree": 11})
     parity = branched.parity.model_copy(update={"top1": top1, "passed": False, "parts": ()})
@@ -131,9 +130,33 @@ def test_flips_and_drift_that_was_allowed_are_said(branched: Exported) -> None:
     labels = dataclasses.make_dataclass("Labels", ["labels"])(HOSTILE)
     facts: Any = found(parity, labels)
     assert "0 noise, 0 routing, 1 wrong" in answers_section(facts)
+    assert "flips-title" in answers_section(facts)
     assert "&lt;script&gt;" in answers_section(facts)
     assert "NOT within what is allowed" in drift_section(facts)
     assert "Part by part it was not measured" in drift_section(facts)
+
+
+def test_flips_are_drawn_as_a_matrix_of_the_classes_in_them() -> None:
+    pairs = [(0, 5), (0, 5), (5, 0), (2, 5)]
+    flips = [
+        Flip(image=at, network=network, file=file, margin=0.1, because="noise")
+        for at, (network, file) in enumerate(pairs)
+    ]
+    (drawn,) = flip_matrix(flips, tuple("abcdefghij"))
+    reader = Reader(drawn)
+    cells = [found for name, found in reader.met if name == "rect" and "cell" in (found["class"] or "")]
+    assert [float(cell["fill-opacity"] or "nan") for cell in cells] == [0, 0, 1, 0, 0, 0.5, 0.5, 0, 0]
+    assert [cell["class"] for cell in cells].count("cell wrong") == 6
+    assert "a, f: 2" in drawn
+    assert "c, f: 1" in drawn
+
+
+@pytest.mark.parametrize("count", [0, 31])
+def test_no_flips_and_flips_of_very_many_classes_are_no_matrix(count: int) -> None:
+    flips = [
+        Flip(image=at, network=at, file=(at + 1) % count, margin=0.1, because="noise") for at in range(count)
+    ]
+    assert flip_matrix(flips, tuple(map(str, range(count)))) == []
 
 
 @given(st.text())

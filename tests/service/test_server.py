@@ -195,7 +195,7 @@ def test_wrong_faults_or_keys_are_one_clear_line(bundle_path: Path, tmp_path: Pa
 
 
 def admitted(client: httpx.Client, sent: list[Future[httpx.Response]]) -> int:
-    """Return how many are answered or wait: where time is short the first are answered before all wait."""
+    """Return how many are answered or wait: a busy machine answers the first before the last wait."""
     answered = sum(one.done() for one in sent)
     return answered + queued(client)
 

@@ -22,6 +22,7 @@ from torch.export import Dim
 from sopdeploy.errors import LoweringError
 from sopdeploy.manifest import BatchRange
 from sopdeploy_export.capture import export
+from sopdeploy_export.lower_onnx import OPSET
 from sopdeploy_export.lowering.work import Forms
 
 RUNS, WARMUPS = 15, 3
@@ -67,7 +68,7 @@ def open_form(form: nn.Module, inputs: tuple[Tensor, ...]) -> ort.InferenceSessi
     batch = Dim("batch", min=1)
     program = export(form, inputs, tuple({0: batch} for _ in inputs))
     lowered = torch.onnx.export(
-        program, (), dynamo=True, opset_version=18, external_data=False, verbose=False
+        program, (), dynamo=True, opset_version=OPSET, external_data=False, verbose=False
     )
     if lowered is None:
         raise LoweringError("no ONNX form: the converter gave nothing")

@@ -61,7 +61,7 @@ def lower_by_rules(
     if rewritten.changed:
         program = capture_any_batch(rewritten.network, preprocess, batch)
         model = lower(program, certified.network.outputs)
-    rules = rewritten.rules
+    rules, root = rewritten.rules, program_root(certified.program).sha256
     if wish.rules:
         model, centred = centre_by_mean(model)
         rules += tuple(centred)
@@ -70,7 +70,7 @@ def lower_by_rules(
         textbook=not wish.rules,
         rules=rules,
         choices=rewritten.choices,
-        certified_root=program_root(certified.program).sha256,
-        lowered_root=program_root(program).sha256,
+        certified_root=root,
+        lowered_root=program_root(program).sha256 if rewritten.changed else root,
     )
     return Lowered(rewritten.network, program, model, report)

@@ -7,8 +7,7 @@ off where the file drifts from float64 by more than its own floor allows; the fi
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from sopdeploy_export.lower_onnx import named_inside
+from sopdeploy_export.parity.drift import Boundary, Drift, drift_at, finite
 from sopdeploy_export.parity.report import PartDrift
 from sopdeploy_export.parity.session import by_casts, fixed_batch, holds_bfloat16, open_session, widened
 
@@ -29,28 +29,6 @@ PICTURES = 4
 PARTS, PICTURES_OF_PARTS = 40, 2  # what every export can afford, in memory too
 HALVES = (torch.float16, torch.bfloat16, torch.float32)
 PRODUCTS = ("matmul", "bmm", "baddbmm")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Boundary:
-    """The value called `value` in the file and the graph: what a person calls `part`."""
-
-    value: str
-    part: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Drift:
-    """How far the file is off at one boundary, and its floor there, both in the units of that value."""
-
-    part: str
-    drift: float
-    floor: float
-
-    @property
-    def in_floors(self) -> float:
-        """Return the drift in multiples of the floor; without end where it is not a number."""
-        return self.drift / self.floor if np.isfinite(self.drift) else float("inf")
 
 
 class Exactly(fx.Interpreter):
@@ -100,19 +78,21 @@ def part_drifts(
 ) -> tuple[PartDrift, ...]:
     """Return how far the file at *path* is off where a part ends, for at most `PARTS` of them."""
     found = drifts(path, program, outputs, images[-PICTURES_OF_PARTS:], spread_over_depth)
-    return tuple(
-        PartDrift(part=place.part, drift=place.drift, noise_floor=place.floor)
-        for place in found
-        if np.isfinite(place.drift)
-    )
+    return finite(found)
 
 
 def spread_over_depth(places: Sequence[Boundary]) -> list[Boundary]:
-    """Return the ends of parts and of their direct children; every so many of them where there are many."""
-    ends = [place for place in places if ": " not in place.part and place.part.count(".") <= 1]
+    """Return the ends of parts and of their direct children; where they are many, `PARTS` of them."""
+    ends = [place for place in places if is_end(place.part)]
     if len(ends) <= PARTS:
         return ends
     return [ends[position] for position in np.linspace(0, len(ends) - 1, PARTS).round().astype(int)]
+
+
+def is_end(part: str) -> bool:
+    """Say whether *part* ends there, or what a second-order part begins and ends with."""
+    name, _, inner = part.partition(": ")
+    return name.count(".") <= 1 and inner in {"", "covariance", "triangle"}
 
 
 def drifts(
@@ -129,63 +109,55 @@ def drifts(
     if converted is None:
         return
     places = choose(boundaries(converted, model))
-    names = [place.value for place in places]
-    found = run_file(model, names, images)
-    runs = {}
+    found = run_file(model, [place.value for place in places], images)
+    runs: dict[bool, dict[str, NDArray[Any]]] = {}
     with torch.no_grad():
         for exact in (True, False):
-            interpreter = Exactly(converted, names, exact=exact)
+            interpreter = Exactly(converted, [place.node for place in places], exact=exact)
             interpreter.run(torch.from_numpy(images))
             runs[exact] = interpreter.kept
     for place in places:
-        drift = drift_at(place, found, runs[True], runs[False])
-        if drift is not None:
-            yield drift
-
-
-def drift_at(
-    place: Boundary, found: Mapping[str, Any], exact: Mapping[str, Any], own: Mapping[str, Any]
-) -> Drift | None:
-    """Return how far the file is off at *place*, and the floor of the graph's own run; None if unknown."""
-    name = place.value
-    if name not in exact or name not in own or found[name].shape != exact[name].shape:
-        return None
-    finite = np.abs(exact[name][np.isfinite(exact[name])])
-    smallest = 4 * float(np.finfo(np.float32).eps) * float(finite.max(initial=0.0))
-    floor = max(smallest, farthest(own[name], exact[name]), 1e-30)
-    return Drift(part=place.part, drift=farthest(found[name], exact[name]), floor=floor)
-
-
-def farthest(values: NDArray[Any], exact: NDArray[Any]) -> float:
-    """Return the largest difference; an infinity in both, as a gate gives what it leaves out, is none."""
-    same = values == exact
-    difference = np.where(same, 0.0, values.astype(np.float64)) - np.where(same, 0.0, exact)
-    return float(np.abs(difference).max(initial=0.0))
+        if place.node in runs[True] and found[place.value].shape == runs[True][place.node].shape:
+            kept = (runs[exact][place.node] for exact in (True, False))
+            yield drift_at(place.part, found[place.value], *kept)
 
 
 def boundaries(program: ExportedProgram, model: onnx.ModelProto) -> list[Boundary]:
     """Return the values of *model* where a part ends, and the products within second-order parts."""
     known = {name for node in model.graph.node for name in node.output}
+    results = next(node for node in program.graph.nodes if node.op == "output").args[0]
+    shown = dict(zip(results, (value.name for value in model.graph.output), strict=True))
     ends: dict[str, str] = {}
     inner: list[tuple[str, str]] = []
-    order: dict[str, int] = {}
+    values: dict[str, str] = {}
     products: dict[str, int] = {}
-    for position, node in enumerate(program.graph.nodes):
+    for node in program.graph.nodes:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
-        if node.op != "call_function" or not stack or node.name not in known:
+        value = shown.get(node, node.name)
+        if node.op != "call_function" or not stack or value not in known:
             continue
-        order[node.name] = position
+        values[node.name] = value
         for path, _ in stack:
             ends[path.removeprefix(PREFIX)] = node.name
-        kind, part = node.name.rstrip("0123456789").rstrip("_"), stack[-1][0].removeprefix(PREFIX)
-        if kind in PRODUCTS:
+        kind, part = kind_of(node), stack[-1][0].removeprefix(PREFIX)
+        if kind in PRODUCTS or (part in products and adds_to_product(node)):
             label, products[part] = product_name(kind, products.get(part, 0))
             inner.append((node.name, f"{part}: {label}"))
         elif kind in {"clamp_min", "index_select", "masked_fill"}:
             inner.append((node.name, f"{part}: {INNER[kind]}"))
-    named = [(value, part) for part, value in ends.items() if part and part != "network"]
+    named = [(name, part) for part, name in ends.items() if part and part != "network"]
     places = dict([*named, *inner])
-    return [Boundary(value=value, part=places[value]) for value in sorted(places, key=order.__getitem__)]
+    return [Boundary(value=values[name], node=name, part=places[name]) for name in values if name in places]
+
+
+def kind_of(node: fx.Node) -> str:
+    """Return what *node* computes, as the converter calls it: `matmul` of `matmul_4`."""
+    return node.name.rstrip("0123456789").rstrip("_")
+
+
+def adds_to_product(node: fx.Node) -> bool:
+    """Say whether *node* adds to a product, as the end of a step does where the two are not one operator."""
+    return kind_of(node) == "add" and any(kind_of(operand) in PRODUCTS for operand in node.all_input_nodes)
 
 
 INNER = {"clamp_min": "trace", "index_select": "triangle", "masked_fill": "gate"}
@@ -193,7 +165,7 @@ INNER = {"clamp_min": "trace", "index_select": "triangle", "masked_fill": "gate"
 
 def product_name(kind: str, count: int) -> tuple[str, int]:
     """Return what a product within a second-order part is called, after *count* steps of the iteration."""
-    if kind == "baddbmm":
+    if kind in {"baddbmm", "add"}:
         return f"iteration {count + 1}", count + 1
     return ("covariance", 1) if count == 0 else (f"iteration {count}", count)
 
@@ -201,13 +173,17 @@ def product_name(kind: str, count: int) -> tuple[str, int]:
 def run_file(
     model: onnx.ModelProto, names: Sequence[str], images: NDArray[np.uint8], *, optimised: bool = True
 ) -> dict[str, Any]:
-    """Return the values called *names* in *model* for *images*, with the runtime's fusions or without."""
-    probed, wanted = onnx.shape_inference.infer_shapes(model), list(names)
-    if holds_bfloat16(model):
+    """Return the values called *names* in *model* for *images*, with the runtime's fusions or without.
+
+    bfloat16 is emulated here as where the file is compared: without them, which could take casts away.
+    """
+    if emulated := holds_bfloat16(model):
         probed, wanted = widened(by_casts(model), names)
+    else:
+        probed, wanted = onnx.shape_inference.infer_shapes(model), list(names)
     outputs = {value.name for value in probed.graph.output}
     probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in outputs)
-    session: ort.InferenceSession = open_session(probed, optimised=optimised)
+    session: ort.InferenceSession = open_session(probed, optimised=optimised and not emulated)
     values = session.run(wanted, {session.get_inputs()[0].name: images})
     return dict(zip(names, values, strict=True))
 

@@ -1,56 +1,98 @@
-"""On failure in int8: which convolution is the first that the runtime's kernels compute otherwise.
+"""Int8: how far each part is from the float32 graph, and which convolution the runtime computes otherwise.
 
 What a convolution gives is read behind its DequantizeLinear where the graph rounds it to bytes, so that the
 runtime still fuses what is before. The yardstick is what rounding itself does there: how far the graph,
 operator by operator, is from the float32 graph.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from torch.export import ExportedProgram
 
-from sopdeploy_export.parity.bisect import PICTURES, Boundary, drift_at, run_file
+from sopdeploy_export.lower_onnx import named_inside
+from sopdeploy_export.parity.bisect import (
+    PICTURES,
+    PICTURES_OF_PARTS,
+    boundaries,
+    run_file,
+    spread_over_depth,
+)
+from sopdeploy_export.parity.drift import Drift, drift_at, finite
+from sopdeploy_export.parity.report import PartDrift
 from sopdeploy_export.parity.session import fixed_batch
 
+Places = Mapping[str, tuple[str, str]]  # by the value to read in int8, a part and its value in float32
 
-def first_off_int8(
-    path: Path, sound: onnx.ModelProto, plain: onnx.ModelProto, images: NDArray[np.uint8], floors: float
-) -> str | None:
-    """Say which convolution of the int8 file at *path* is the first off by over *floors*.
 
-    *sound* is the int8 graph as it was made, *plain* the float32 graph it was made of.
-    """
-    places = convolution_values(sound)
-    names, pixels = list(places), images[:PICTURES][: fixed_batch(sound)]
-    found = run_file(onnx.load(path), names, pixels)
-    own = run_file(sound, names, pixels, optimised=False)
-    exact = run_file(plain, [place.value for place in places.values()], pixels)
-    by_name = {name: exact[place.value].astype(np.float64) for name, place in places.items()}
-    for name, place in places.items():
-        drift = drift_at(Boundary(value=name, part=place.part), found, by_name, own)
-        if drift is not None and drift.in_floors > floors:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quantised:
+    """The int8 graph as it was made, `sound`, and the float32 graph that it was made of, `plain`."""
+
+    sound: onnx.ModelProto
+    plain: onnx.ModelProto
+
+
+def first_off_int8(path: Path, graphs: Quantised, images: NDArray[np.uint8], floors: float) -> str | None:
+    """Say which convolution of the int8 file at *path* is the first off by over *floors*."""
+    for drift in drifts(path, graphs, convolution_values(graphs.sound), images[:PICTURES]):
+        if drift.in_floors > floors:
             return (
-                f"the first part over its floor is {place.part} ({drift.in_floors:.0f} floors); "
-                f"this processor's int8 kernels compute it otherwise: try --keep-float {place.part}"
+                f"the first part over its floor is {drift.part} ({drift.in_floors:.0f} floors); "
+                f"this processor's int8 kernels compute it otherwise: try --keep-float {drift.part}"
             )
     return None
 
 
-def convolution_values(model: onnx.ModelProto) -> dict[str, Boundary]:
-    """Return what is behind every int8 convolution of *model*, by the name of the value to read there."""
-    dequantised = {node.input[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    rounded = {
-        node.input[0]: dequantised[node.output[0]].output[0]
+def part_drifts_int8(
+    path: Path,
+    graphs: Quantised,
+    program: ExportedProgram,
+    outputs: Sequence[str],
+    images: NDArray[np.uint8],
+) -> tuple[PartDrift, ...]:
+    """Return how far the int8 file at *path* is from the float32 graph at the parts of *program*."""
+    converted = named_inside(program, outputs)
+    if converted is None:
+        return ()
+    places = spread_over_depth(boundaries(converted, graphs.plain))
+    behind = rounded_values(graphs.sound)
+    read = {behind.get(place.value, place.value): (place.part, place.value) for place in places}
+    return finite(drifts(path, graphs, read, images[-PICTURES_OF_PARTS:]))
+
+
+def drifts(path: Path, graphs: Quantised, places: Places, images: NDArray[np.uint8]) -> Iterator[Drift]:
+    """Give the drift of the file at *path* at *places*."""
+    names, images = list(places), images[: fixed_batch(graphs.sound)]
+    found = run_file(onnx.load(path), names, images)
+    own = run_file(graphs.sound, names, images, optimised=False)
+    exact = run_file(graphs.plain, [value for _, value in places.values()], images)
+    for name, (part, value) in places.items():
+        yield drift_at(part, found[name], exact[value].astype(np.float64), own[name])
+
+
+def rounded_values(model: onnx.ModelProto) -> dict[str, str]:
+    """Return of every value that *model* rounds to bytes what stands for it behind its DequantizeLinear."""
+    back = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    return {
+        node.input[0]: back[node.output[0]]
         for node in model.graph.node
-        if node.op_type == "QuantizeLinear" and node.output[0] in dequantised
+        if node.op_type == "QuantizeLinear" and node.output[0] in back
     }
-    codes = {node.output[0]: name for name, node in dequantised.items()}
-    found = {}
+
+
+def convolution_values(model: onnx.ModelProto) -> Places:
+    """Return the convolutions of *model* that are int8."""
+    behind = rounded_values(model)
+    codes = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    found: dict[str, tuple[str, str]] = {}
     for node in model.graph.node:
         if node.op_type == "Conv" and node.input[1] in codes:
             value = node.output[0]
             part = codes[node.input[1]].rpartition(".")[0]
-            found[rounded.get(value, value)] = Boundary(value=value, part=part)
+            found[behind.get(value, value)] = part, value
     return found

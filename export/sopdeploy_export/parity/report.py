@@ -101,11 +101,15 @@ class RoutingParity(Frozen):
 
 
 class PartDrift(Frozen):
-    """How far the file is off where a part ends, and the noise floor there, in the units of that value."""
+    """How far the file is off where a part ends, and the noise floor there, in the units of that value.
+
+    `share` is the root mean square of what it is off by, over the standard deviation of the value.
+    """
 
     part: str
     drift: float
     noise_floor: float
+    share: float
 
     @property
     def in_floors(self) -> float:

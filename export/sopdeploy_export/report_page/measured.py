@@ -1,17 +1,11 @@
-"""The sections about what was measured: drift, answers, the gate, second-order parts, precision."""
+"""The sections about what was measured: drift, the gate, second-order parts, precision."""
 
 from sopdeploy.html.amounts import percent
-from sopdeploy.html.charts import Bar, bars, interval
+from sopdeploy.html.charts import Bar, bars
 from sopdeploy.html.markup import Html, figure, folded, paragraph, section, table
 from sopdeploy_export.findings import Findings
-from sopdeploy_export.parity.report import Flip
+from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.precision_report import Accuracy
-
-BECAUSE = {
-    "noise": "noise: the network itself was unsure",
-    "routing": "routing: the gate was unsure",
-    "error": "error: the network was sure",
-}
 
 
 def drift_section(found: Findings) -> Html:
@@ -42,63 +36,50 @@ def drift_section(found: Findings) -> Html:
 
 
 def parts_chart(found: Findings) -> Html:
-    """Return the drift of every named part as a bar, in multiples of the floor there."""
+    """Return the drift of every named part: in floors, and in int8, which is its own floor, of the spread."""
     parity = found.parity
     if not parity.parts:
-        return paragraph("Part by part it was not measured: an int8 graph has other values inside.")
+        return paragraph("Part by part it was not measured: no value inside the file could be read.")
+    numbers = table(
+        "Drift of each part",
+        ("part", "drift", "its noise floor", "in floors", "share of its spread"),
+        [
+            (
+                part.part,
+                f"{part.drift:.3g}",
+                f"{part.noise_floor:.3g}",
+                f"{part.in_floors:.2f}",
+                f"{part.share:.2g}",
+            )
+            for part in parity.parts
+        ],
+        kind="figures",
+    )
+    chart = of_spread(parity) if parity.precision == "int8" else of_floors(parity)
+    return Html(chart + folded("As numbers", numbers))
+
+
+def of_floors(parity: ParityReport) -> Html:
+    """Return the drift of every part in multiples of the floor there."""
     largest = max(parity.floors_allowed, *(part.in_floors for part in parity.parts))
     rows = [
         Bar(label=part.part, value=part.in_floors, text=f"{part.in_floors:.2f} floors")
         for part in parity.parts
     ]
     marks = ((1.0, "1 floor"), (parity.floors_allowed, f"{parity.floors_allowed:g} allowed"))
-    numbers = table(
-        "Drift of each part",
-        ("part", "drift", "its noise floor", "in floors"),
-        [
-            (part.part, f"{part.drift:.3g}", f"{part.noise_floor:.3g}", f"{part.in_floors:.2f}")
-            for part in parity.parts
-        ],
-        kind="figures",
-    )
     chart = bars("parts", "Drift of each part in multiples of its noise floor", rows, largest, marks)
-    return Html(
-        figure(chart, "Drift where each part ends, against the floor there.") + folded("As numbers", numbers)
-    )
+    return figure(chart, "Drift where each part ends, against the floor there.")
 
 
-def answers_section(found: Findings) -> Html:
-    """Return how often the top class agrees, with its interval, and every flip."""
-    top1 = found.parity.top1
-    said = (
-        f"The top class is the network's on {top1.agree} of {top1.images} probe images; so many images bound "
-        f"the true share to {percent(top1.low)} to {percent(top1.high)} (Wilson's interval at 95 %)."
-    )
-    chart = interval(
-        "agreement", "Share of images with the same top class", top1.agree / top1.images, top1.low, top1.high
-    )
-    flips = (
-        table(
-            f"Flips: {top1.flips_within_noise} noise, {top1.flips_by_routing} routing, {top1.flips} wrong",
-            ("image", "network says", "file says", "network's margin", "put down to"),
-            [flip_row(flip, found.checkpoint.labels) for flip in top1.flipped],
-        )
-        if top1.flipped
-        else paragraph("No answer flips.")
-    )
-    return section(
-        "Answers", "answers", paragraph(said), figure(chart, "Seen, and the 95 % interval."), flips
-    )
-
-
-def flip_row(flip: Flip, labels: tuple[str, ...]) -> tuple[str, ...]:
-    """Return one flip as a row."""
-    return (
-        str(flip.image),
-        labels[flip.network],
-        labels[flip.file],
-        f"{flip.margin:.3g}",
-        BECAUSE[flip.because],
+def of_spread(parity: ParityReport) -> Html:
+    """Return how far int8 is from the float32 graph where each part ends."""
+    rows = [Bar(label=part.part, value=part.share, text=percent(part.share)) for part in parity.parts]
+    largest = max(part.share for part in parity.parts)
+    chart = bars("parts", "How far each part is from float32, as a share of its spread", rows, largest)
+    return figure(
+        chart,
+        "Root mean square distance from the float32 graph where each part ends, over the standard deviation "
+        "of the values there. Where it grows, int8 costs.",
     )
 
 
@@ -201,14 +182,24 @@ def accuracy_table(found: Accuracy) -> Html:
 
 
 def costs_chart(found: Findings) -> Html:
-    """Return how far quantising each layer alone moves the logits."""
+    """Return how far quantising each part and each layer alone moves the logits."""
     report = found.precision.quantisation
     if report is None or not report.costs:
         return paragraph("No layer alone moves the logits.")
-    rows = [Bar(label=cost.part, value=cost.share, text=percent(cost.share)) for cost in report.costs]
-    chart = bars("costs", "How far int8 in one layer alone moves the logits", rows, report.costs[0].share)
-    return figure(
-        chart,
-        f"The dearest of {report.layers} int8 layers, as a share of the logits' spread; ranges by "
-        f"{report.calibration} on {report.images} pictures.",
+    layers, parts = (
+        bars(
+            f"{one}-costs",
+            f"How far int8 in one {one} alone moves the logits",
+            [Bar(label=cost.part, value=cost.share, text=percent(cost.share)) for cost in costs],
+            costs[0].share,
+        )
+        for one, costs in (("layer", report.costs), ("part", report.parts))
+    )
+    return Html(
+        figure(parts, "Each part of the network in int8 alone, as a share of the logits' spread.")
+        + figure(
+            layers,
+            f"The dearest of {report.layers} int8 layers, as a share of the logits' spread; ranges by "
+            f"{report.calibration} on {report.images} pictures.",
+        )
     )

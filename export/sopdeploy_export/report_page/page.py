@@ -4,8 +4,8 @@ from sopdeploy.html.amounts import percent, short, size
 from sopdeploy.html.document import document
 from sopdeploy.html.markup import Html, join, paragraph, tag
 from sopdeploy_export.findings import Findings
+from sopdeploy_export.report_page.answers import answers_section
 from sopdeploy_export.report_page.measured import (
-    answers_section,
     drift_section,
     gate_section,
     precision_section,

@@ -8,6 +8,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from sopdeploy_service.answer import best
 from sopdeploy_service.v2.request import Wanted
 from sopdeploy_service.v2.signature import DTYPES
 
@@ -63,10 +64,7 @@ def classify(values: NDArray[Any], classes: int, labels: Sequence[str]) -> list[
     """
     rows = values.reshape(len(values), -1)
     return [
-        [
-            f"{row[place]!s}:{place}" + (f":{labels[place]}" if labels else "")
-            for place in np.argsort(-row, kind="stable")[:classes]
-        ]
+        [f"{row[place]!s}:{place}" + (f":{labels[place]}" if labels else "") for place in best(row, classes)]
         for row in rows
     ]
 

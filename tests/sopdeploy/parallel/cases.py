@@ -13,7 +13,8 @@ from sopdeploy.blocks import balance_loss
 from sopdeploy.data.base import ArrayPictures
 from sopdeploy.models.gmsop import GMSOP
 from sopdeploy.recipe import Recipe, read_recipe
-from sopdeploy.train import epoch_batches, train_step
+from sopdeploy.train import train_step
+from sopdeploy.training.epoch import epoch_batches
 from sopdeploy.training.joined import processes_of
 from sopdeploy.training.run import start_run
 from sopdeploy.training.slices import slice_of

@@ -1,0 +1,124 @@
+"""Two replicas on Ray beside one plain process: how much more do they answer, and what does Ray cost?
+
+    python benchmarks/scale_out.py --quick
+    python benchmarks/scale_out.py --rounds 5
+
+All over pretend engines that sleep, so that two cores are enough for three engines. Every round measures the
+plain process, one replica and two replicas in turn; a figure is the median of the rounds' ratios to the plain
+process of its round. `slow`: 100 + 50 n ms for n images, at most 8: next to no processor time is needed, and
+the ratio is what routing and batching leave of 1 and 2. `batching`: 20 + 10 n. `fast`: 20 + 2 n, at most 32,
+where the processor is the limit on few cores. CPU is that of the whole process tree per image. Needs
+`sopdeploy[ray]`.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from measure import machine
+from serving import HERE, Case, drive, free_port, pictures
+from serving_peers import OURS, started
+
+CASES = (
+    Case(name="slow", largest=8, connections=64, fake="100,50"),
+    Case(name="batching", largest=8, connections=64, fake="20,10"),
+    Case(name="fast", largest=32, connections=256, fake="20,2"),
+)
+SERVERS = {"plain process": 0, "one replica": 1, "two replicas": 2}
+STARTS = 3
+
+
+@dataclass(slots=True)
+class Row:
+    """One server in one case, a figure for each round; *refused* counts answers other than 200."""
+
+    case: str
+    server: str
+    ratios: list[float] = field(default_factory=list)
+    images_per_s: list[float] = field(default_factory=list)
+    p99_ms: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
+    refused: int = 0
+
+
+def command(case: Case, replicas: int, port: int) -> list[str]:
+    """Return what starts the plain process, or so many replicas."""
+    program = "scale_out_ray.py" if replicas else "serving_ours.py"
+    words = [sys.executable, str(HERE / program), "--port", str(port), "--pretend", str(case.fake)]
+    return [*words, "--largest", str(case.largest), *(["--replicas", str(replicas)] if replicas else [])]
+
+
+def measured(row: Row, case: Case, replicas: int, folder: Path, seconds: float) -> float:
+    """Load one server, note what it did, and return its images per second."""
+    for attempt in range(STARTS):  # on a busy machine Ray's own processes may not start in their time
+        port = free_port()
+        try:
+            with started(command(case, replicas, port), OURS, port, {}, HERE) as process:
+                load, cpu = drive(OURS, port, process, case, folder, seconds)
+            break
+        except (SystemExit, subprocess.CalledProcessError):
+            if attempt == STARTS - 1:
+                raise
+            time.sleep(5)
+    row.images_per_s.append(load.images_per_s)
+    row.p99_ms.append(load.p99_ms)
+    row.cpu_ms.append(cpu)
+    row.refused += sum(count for code, count in load.codes.items() if code != "200")
+    return load.images_per_s
+
+
+def benchmark(cases: tuple[Case, ...], rounds: int, seconds: float) -> list[Row]:
+    """Return a row for every server in every case."""
+    rows = {(case.name, server): Row(case.name, server) for case in cases for server in SERVERS}
+    with tempfile.TemporaryDirectory() as name:
+        folder = pictures(Path(name))
+        for _ in range(rounds):
+            for case in cases:
+                plain = 0.0
+                for server, replicas in SERVERS.items():
+                    row = rows[case.name, server]
+                    found = measured(row, case, replicas, folder, seconds)
+                    plain = plain or found
+                    row.ratios.append(found / plain)
+    return list(rows.values())
+
+
+def show(rows: list[Row]) -> None:
+    """Print a table of the medians."""
+    print("| case | server | ratio to plain | rounds | images/s | p99 ms | CPU ms per image | not 200 |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        each = " ".join(f"{value:.2f}" for value in row.ratios)
+        figures = [statistics.median(values) for values in (row.images_per_s, row.p99_ms, row.cpu_ms)]
+        shown = " | ".join(f"{value:.1f}" for value in figures)
+        ratio = statistics.median(row.ratios)
+        print(f"| {row.case} | {row.server} | **{ratio:.2f}** | {each} | {shown} | {row.refused} |")
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="one short round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", help="which cases, comma separated")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    given = parser.parse_args()
+    wanted = given.only.split(",") if given.only else [case.name for case in CASES]
+    cases = tuple(case for case in CASES if case.name in wanted)
+    rows = benchmark(cases, 1 if given.quick else given.rounds, 5.0 if given.quick else 10.0)
+    if given.json:
+        print(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=2))
+    else:
+        show(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""`make audit` through the real pip-audit and a service that answers, knows nothing or is not there."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import audit
+import pytest
+
+LOCK = """\
+broken==1.0 \\
+    --hash=sha256:{0}
+numpy==2.4.6 ; python_full_version < '3.12' \\
+    --hash=sha256:{0}
+numpy==2.5.5 ; python_full_version >= '3.12' \\
+    --hash=sha256:{0}
+""".format("0" * 64)
+NOWHERE = "http://127.0.0.1:1"
+
+
+class Advisories(BaseHTTPRequestHandler):
+    """Answers as OSV does: one advisory for `broken`, none for others."""
+
+    asked: list[tuple[str, str]] = []  # noqa: RUF012
+    vulnerable = "broken"
+
+    def do_POST(self) -> None:
+        query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        name = query["package"]["name"]
+        self.asked.append((name, query["version"]))
+        advisory: dict[str, Any] = {"id": "PYSEC-1", "affected": [{"package": query["package"]}]}
+        body = json.dumps({"vulns": [advisory]} if name == self.vulnerable else {}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Let no service but ours be reached, and the lock be a small one."""
+    (tmp_path / "lock").mkdir()
+    (tmp_path / "lock" / "cpu.txt").write_text(LOCK)
+    monkeypatch.setattr(audit, "FOLDER", tmp_path / "lock")
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, NOWHERE)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setenv("PIP_AUDIT_OSV_URL", NOWHERE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Advisories]]:
+    handler = type("Handler", (Advisories,), {"asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("PIP_AUDIT_OSV_URL", f"http://127.0.0.1:{server.server_port}")
+    yield handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def run(capsys: pytest.CaptureFixture[str]) -> tuple[object, list[str]]:
+    with pytest.raises(SystemExit) as ended:
+        audit.main()
+    return ended.value.code, capsys.readouterr().out.splitlines()
+
+
+def test_a_known_vulnerability_fails_the_audit_and_is_named(
+    service: type[Advisories], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said = run(capsys)
+    assert code == 1
+    assert said == ["broken==1.0 is vulnerable: PYSEC-1", "audited 3 locked packages, 1 vulnerable"]
+
+
+def test_every_version_is_asked_for_those_of_other_machines_too(
+    service: type[Advisories], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "vulnerable", "")
+    assert run(capsys) == (0, ["audited 3 locked packages, none vulnerable"])
+    assert sorted(service.asked) == [("broken", "1.0"), ("numpy", "2.4.6"), ("numpy", "2.5.5")]
+
+
+def test_where_no_service_is_reached_one_line_says_that_nothing_was_audited(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, said = run(capsys)
+    assert code == 0
+    (line,) = said
+    assert line.startswith("NOT audited: 3 of 3 locked packages (broken==1.0, numpy==2.4.6, numpy==2.5.5): ")
+    assert "127.0.0.1 is not reached" in line
+    assert "pypi.org is not reached" in line
+
+
+REPORTS = {
+    "a service that knows nothing is no audit, though pip-audit ends with 0": (
+        {"dependencies": [{"name": "broken", "skip_reason": "not found"}]},
+        0,
+        "NOT audited: 3 of 3 locked packages",
+    ),
+    "what some do not know is said beside what others do": (
+        {"dependencies": [{"name": "broken", "version": "1.0", "vulns": []}]},
+        0,
+        "NOT audited: 2 of 3 locked packages (numpy==2.4.6, numpy==2.5.5): osv does not know them",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REPORTS)
+def test_a_report_is_read_and_not_its_exit_code(
+    case: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    report, code, line = REPORTS[case]
+    (tmp_path / "pip_audit.py").write_text(f"print({json.dumps(report)!r})")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found, said = run(capsys)
+    assert found == code
+    assert said[0].startswith(line)
+
+
+def test_a_pip_audit_that_does_not_run_is_a_failure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "pip_audit.py").write_text("import sys; sys.exit('no such option')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    code, said = run(capsys)
+    assert code == "pip-audit failed (1): no such option"
+    assert said == []

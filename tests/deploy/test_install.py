@@ -1,0 +1,78 @@
+"""Which of uv and pip installs, and that neither fails silently."""
+
+import os
+import sys
+from pathlib import Path
+
+import install
+import pytest
+
+PYTHON = Path("env/bin/python")
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Return the commands that were run; each succeeds, uv's and pip's."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(install, "succeeds", lambda command: commands.append(command) or True)
+    monkeypatch.setattr(install, "has_own_index", lambda: False)
+    monkeypatch.setattr(install, "find_uv", lambda: Path("bin/uv"))
+    return commands
+
+
+def test_uv_installs_where_nothing_is_against_it(ran: list[list[str]]) -> None:
+    install.install(PYTHON, "--editable", ".[dev]")
+    uv = ["bin/uv", "pip", "install", "--quiet", "--python", "env/bin/python", "--editable", ".[dev]"]
+    assert ran == [uv]
+
+
+def test_pip_installs_where_it_is_told_of_an_index_of_its_own(
+    ran: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(install, "has_own_index", lambda: True)
+    install.install(PYTHON, "x")
+    assert ran == [[*install.PIP, "--python", "env/bin/python", "install", "--quiet", "x"]]
+    assert "an index of its own" in capsys.readouterr().out
+
+
+def test_pip_tries_where_uv_fails_and_one_line_ends_it_where_both_do(
+    ran: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(install, "succeeds", lambda command: ran.append(command) or False)
+    with pytest.raises(SystemExit, match="not installed: x; what failed stands above"):
+        install.install(PYTHON, "x")
+    assert [command[0] for command in ran] == ["bin/uv", sys.executable]
+    assert capsys.readouterr().out == "uv could not; pip tries\n"
+
+
+def test_pip_tries_where_there_is_no_uv(ran: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "find_uv", lambda: None)
+    install.install(PYTHON, "x")
+    assert [command[0] for command in ran] == [sys.executable]
+
+
+SETTINGS = {
+    "an index by the environment": ({"PIP_INDEX_URL": "https://index.example/simple"}, None, True),
+    "an index by a file": ({}, "[global]\nindex-url = https://index.example/simple\n", True),
+    "an index for `install` only": ({}, "[install]\nindex-url = https://index.example/simple\n", True),
+    "no index at all": ({"PIP_NO_INDEX": "1"}, None, True),
+    "one more index": ({"PIP_EXTRA_INDEX_URL": "https://index.example/simple"}, None, False),
+    "nothing": ({}, None, False),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_what_pip_is_told_is_asked_of_pip(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environment, text, expected = SETTINGS[case]
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "pip.conf"
+    file.write_text(text or "")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(file) if text else os.devnull)  # which hides all other files
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert install.has_own_index() is expected
+
+
+def test_the_range_of_uv_is_the_one_of_the_project() -> None:
+    assert install.uv_requirement().startswith("uv>=")

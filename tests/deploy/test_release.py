@@ -1,0 +1,298 @@
+"""A release in a repository made for it: what it refuses, what it writes, and that it is all or nothing."""
+
+import hashlib
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import changelog
+import pytest
+import release
+import repository
+import version
+from builders import choose_builder
+
+from sopdeploy.travel.minisign import (
+    check_message,
+    new_secret_key,
+    public_of,
+    secret_text,
+)
+
+pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+ROOT = Path(__file__).parents[2]
+LINES = "# Changelog\n\n## [Unreleased]\n\n### Added\n\n- A thing.\n\n## [0.1.0] - 2026-01-01\n\n- All.\n"
+NAMES = {"sopdeploy-0.2.0.tar.gz", "sopdeploy-0.2.0-py3-none-any.whl", "sbom-cpu.json", "sbom-gpu.json"}
+
+
+def git(root: Path, *words: str) -> str:
+    found = subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
+def commit(root: Path, message: str) -> None:
+    git(root, "add", "--all")
+    git(root, "commit", "--quiet", "--message", message)
+
+
+def fake_build(source: Path, folder: Path, tools: Path) -> None:
+    """Write what a build would: two files that hold the version of *source*."""
+    found = version.current(source)
+    for end in (".tar.gz", "-py3-none-any.whl"):
+        (folder / f"sopdeploy-{found}{end}").write_text(found)
+
+
+class FakeBuilder:
+    """Saves an image that is the list of files it was built from."""
+
+    base = "a base"
+
+    def build(self, source: Path) -> None:
+        self.files = sorted(path.name for path in source.iterdir())
+
+    def save(self, path: Path) -> None:
+        path.write_text(" ".join(self.files))
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a repository on main that has released 0.1.0 and has something new."""
+    root = tmp_path / "repository"
+    for name, forms in version.PLACES.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n" + "\n".join(form.format("0.1.0") for form in forms) + "\n")
+    (root / changelog.NAME).write_text(LINES)
+    (root / ".gitignore").write_text("dist/\n.venv/\n.container/\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    for setting in ("user.name=A Person", "user.email=a@person.example", "init.defaultBranch=main"):
+        subprocess.run(["git", "config", "--global", *setting.split("=")], check=True)
+    git(root, "init", "--quiet")
+    commit(root, "All")
+    git(root, "tag", "v0.1.0")
+    monkeypatch.setattr(release, "ROOT", root)
+    monkeypatch.setattr(release, "build", fake_build)
+    monkeypatch.setattr(release, "build_tools", lambda folder: folder)
+    monkeypatch.setattr(release, "choose_builder", lambda image, folder: "no Docker daemon answers")
+    return root
+
+
+def state(root: Path) -> tuple[str, ...]:
+    """Return all that a release could change in *root*."""
+    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if ".git/" not in str(path))
+    return (git(root, "rev-parse", "HEAD"), git(root, "tag"), git(root, "status", "--porcelain"), *files)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> None:
+    monkeypatch.setattr("sys.argv", ["release", *map(str, words)])
+    release.main()
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> str:
+    """Return the one line that the release ends with."""
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, *words)
+    line = str(ended.value.code)
+    assert line.startswith("release: ")
+    assert "\n" not in line
+    return line
+
+
+def test_a_release_is_a_commit_a_tag_and_a_folder_with_sums(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "0.2.0")
+    assert (
+        git(root, "log", "-1", "--format=%s by %an <%ae>") == "Version 0.2.0 by A Person <a@person.example>"
+    )
+    assert git(root, "rev-parse", "v0.2.0^{commit}") == git(root, "rev-parse", "main")
+    assert git(root, "cat-file", "-t", "v0.2.0") == "tag"
+    assert git(root, "status", "--porcelain") == ""
+    assert version.current(root) == "0.2.0"
+    assert "0.1.0" not in "".join((root / name).read_text() for name in version.PLACES)
+    done = root / "dist" / "0.2.0"
+    assert [path.name for path in (root / "dist").iterdir()] == ["0.2.0"]
+    sums = dict(reversed(line.split("  ")) for line in (done / "SHA256SUMS").read_text().splitlines())
+    assert set(sums) == NAMES == {path.name for path in done.iterdir()} - {"SHA256SUMS"}
+    assert all(hashlib.sha256((done / name).read_bytes()).hexdigest() == sums[name] for name in sums)
+    assert '"version": "0.2.0"' in (done / "sbom-cpu.json").read_text()
+    said = capsys.readouterr().out
+    assert "0.1.0 -> 0.2.0; `make test` has NOT passed here on this commit" in said
+    assert "no image: no Docker daemon answers" in said
+    assert said.endswith("to publish: git push origin main v0.2.0\n")
+
+
+def test_the_changelog_gets_a_section_and_an_empty_one_above(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, "0.2.0")
+    text = (root / changelog.NAME).read_text()
+    day = r"\d{4}-\d\d-\d\d"
+    assert re.search(rf"## \[Unreleased\]\n\n## \[0\.2\.0\] - {day}\n\n### Added\n\n- A thing\.\n", text)
+    assert "CHANGELOG.md: nothing stands under [Unreleased]" in refusal(monkeypatch, "0.3.0")
+
+
+def test_the_sums_are_signed_where_a_key_is_given(
+    root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    key = new_secret_key()
+    (tmp_path / "key").write_text(secret_text(key))
+    run(monkeypatch, "0.2.0", "--key", tmp_path / "key")
+    sums = root / "dist" / "0.2.0" / "SHA256SUMS"
+    signature = sums.with_name("SHA256SUMS.minisig").read_text()
+    check_message(sums.read_bytes(), signature, public_of(key))
+    assert "trusted comment: sopdeploy 0.2.0" in signature
+
+
+def test_an_image_is_built_from_the_commit_and_summed_too(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / ".venv").mkdir()
+    monkeypatch.setattr(release, "choose_builder", lambda image, folder: FakeBuilder())
+    run(monkeypatch, "0.2.0")
+    image = root / "dist" / "0.2.0" / "sopdeploy-0.2.0-image-cpu.tar"
+    assert "Dockerfile" in image.read_text().split()
+    assert ".venv" not in image.read_text().split()
+    assert image.name in image.with_name("SHA256SUMS").read_text()
+    assert f"{image.name}, on a base" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_everything_and_changes_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = state(root)
+    run(monkeypatch, "0.2.0", "--dry-run")
+    assert state(root) == before
+    said = capsys.readouterr().out
+    for word in ("sopdeploy/__init__.py", "CHANGELOG.md", "wheel", "dist/0.2.0", "not signed", "tag v0.2.0"):
+        assert word in said
+
+
+def test_it_says_that_the_tests_have_passed_on_this_commit_only(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / ".venv").mkdir()
+    (root / repository.TESTED).write_text(git(root, "rev-parse", "HEAD") + "\n")
+    run(monkeypatch, "0.2.0", "--dry-run")
+    assert "`make test` passed here on this commit" in capsys.readouterr().out
+    (root / "new").write_text("x")
+    commit(root, "New")
+    run(monkeypatch, "0.2.0", "--dry-run")
+    assert "has NOT passed" in capsys.readouterr().out
+
+
+def spoil(root: Path, how: str) -> str:
+    """Make *root* unfit for a release; return the version to ask for."""
+    if how == "a file that is not committed":
+        (root / "new").write_text("x")
+    elif how == "a file that was changed":
+        (root / "compose.yaml").write_text("x")
+    elif how == "another branch":
+        git(root, "switch", "--quiet", "--create", "feature")
+    elif how == "nothing new":
+        (root / changelog.NAME).write_text(LINES.replace("- A thing.\n", ""))
+        commit(root, "Nothing")
+    elif how == "no such heading":
+        (root / changelog.NAME).write_text("# Changelog\n")
+        commit(root, "Nothing")
+    elif how == "a file without the version":
+        (root / "compose.yaml").write_text("image: sopdeploy:latest\n")
+        commit(root, "Latest")
+    elif how == "a folder of that name":
+        (root / "dist" / "0.2.0").mkdir(parents=True)
+    return {"a tag that exists": "0.1.0", "an older version": "0.0.9", "no version": "0.2"}.get(how, "0.2.0")
+
+
+REFUSED = {
+    "a file that was changed": "not everything is committed: compose.yaml",
+    "a file that is not committed": "not everything is committed: new",
+    "another branch": "the checkout is on feature; releases are made on main",
+    "nothing new": "CHANGELOG.md: nothing stands under [Unreleased]",
+    "no such heading": "CHANGELOG.md: no line `## [Unreleased]`",
+    "a file without the version": "compose.yaml: does not say image: sopdeploy:0.1.0",
+    "a folder of that name": "dist/0.2.0 exists without a tag",
+    "a tag that exists": "the tag v0.1.0 exists",
+    "an older version": "0.0.9 is not newer than 0.1.0",
+    "no version": "0.2: a version is three numbers",
+}
+
+
+@pytest.mark.parametrize("how", REFUSED)
+@pytest.mark.parametrize("option", [(), ("--dry-run",)], ids=["real", "dry run"])
+def test_what_is_not_fit_is_refused_in_one_line_and_left_alone(
+    how: str, option: tuple[str, ...], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = spoil(root, how)
+    before = state(root)
+    assert REFUSED[how] in refusal(monkeypatch, wanted, *option)
+    assert [name for name in state(root) if name != "dist"] == [name for name in before if name != "dist"]
+
+
+def test_a_key_that_is_none_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no key here" in refusal(monkeypatch, "0.2.0", "--key", root / "none")
+
+
+def fails(*_: object) -> None:
+    raise SystemExit("release: it broke")
+
+
+@pytest.mark.parametrize("step", ["build", "build_image", "write_sums"])
+def test_a_step_that_fails_leaves_no_commit_no_tag_and_no_file(
+    step: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = state(root)
+    monkeypatch.setattr(release, step, fails)
+    assert refusal(monkeypatch, "0.2.0") == "release: it broke"
+    assert list((root / "dist").iterdir()) == []
+    assert [name for name in state(root) if name not in {"dist", ".container"}] == list(before)
+
+
+def test_a_commit_that_comes_in_between_is_not_lost_and_nothing_is_released(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meanwhile(source: Path, folder: Path, tools: Path) -> None:
+        fake_build(source, folder, tools)
+        (root / "new").write_text("x")
+        commit(root, "Meanwhile")
+
+    monkeypatch.setattr(release, "build", meanwhile)
+    assert "git merge failed" in refusal(monkeypatch, "0.2.0")
+    assert git(root, "log", "-1", "--format=%s") == "Meanwhile"
+    assert git(root, "tag") == "v0.1.0"
+    assert list((root / "dist").iterdir()) == []
+
+
+def test_the_first_release_may_have_the_version_that_the_code_has(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git(root, "tag", "--delete", "v0.1.0")
+    run(monkeypatch, "0.1.0")
+    assert git(root, "tag") == "v0.1.0"
+
+
+def test_every_place_of_the_version_says_the_same_and_there_is_no_other() -> None:
+    found = version.current(ROOT)
+    assert set(version.raised(ROOT, found)) == set(version.PLACES)
+    command = ["git", "grep", "--name-only", "--fixed-strings", f"sopdeploy:{found}"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    assert {name for name in listed if not name.startswith("tests/")} <= set(version.PLACES)
+
+
+def test_the_real_changelog_can_be_released() -> None:
+    text = (ROOT / changelog.NAME).read_text(encoding="utf-8")
+    text = text.replace("## [Unreleased]\n", "## [Unreleased]\n\n- One more.\n")
+    later = changelog.released(text, "9.9.9", "2030-01-01")
+    assert later.count("## [9.9.9] - 2030-01-01\n") == 1
+    assert len(later.splitlines()) == len(text.splitlines()) + 2
+
+
+def test_where_no_image_can_be_built_the_reason_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    reason = choose_builder("x:1", tmp_path)
+    assert isinstance(reason, str)
+    assert "buildah and debootstrap are not installed" in reason
+    assert "start Docker" in reason

@@ -1,0 +1,111 @@
+"""The bill of materials: valid, complete, and the same bytes from the same lock."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sbom
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+from locks import read_licences, read_lock
+
+import sopdeploy
+
+ROOT = Path(__file__).parents[2]
+LOCK_FILES = {name: ROOT / "deploy" / "lock" / f"{name}.txt" for name in sbom.LOCKS}
+TEXTS = {name: sbom.make_sbom(name) for name in sbom.LOCKS}
+BOMS: dict[str, Any] = {name: json.loads(text) for name, text in TEXTS.items()}
+BOTH = pytest.mark.parametrize("name", sbom.LOCKS)
+
+
+@BOTH
+def test_it_has_the_schema_of_cyclonedx(name: str) -> None:
+    validator = JsonStrictValidator(SchemaVersion.V1_6)
+    assert validator.validate_str(TEXTS[name]) is None
+    assert validator.validate_str(TEXTS[name].replace('"alg": "SHA-256"', '"alg": "SHA-255"')) is not None
+
+
+@BOTH
+def test_every_locked_package_is_in_it_with_all_its_hashes_and_no_other(name: str) -> None:
+    text = LOCK_FILES[name].read_text(encoding="utf-8")
+    entries = re.split(r"\n(?=\S)", text.strip())
+    expected = {
+        re.match(r"[\w.-]+==\S+", entry)[0]: set(re.findall(r"sha256:(\w{64})", entry))  # type: ignore[index]
+        for entry in entries
+    }
+    found = {
+        f"{part['name']}=={part['version']}": {h["content"] for h in part["hashes"]}
+        for part in BOMS[name]["components"]
+    }
+    assert found == expected
+    assert sum(map(len, found.values())) == text.count("--hash=sha256:")
+
+
+@BOTH
+def test_it_says_whose_parts_these_are_and_which_are_asked_for(name: str) -> None:
+    ours = BOMS[name]["metadata"]["component"]
+    assert (ours["name"], ours["version"]) == ("sopdeploy", sopdeploy.__version__)
+    (asked,) = [d["dependsOn"] for d in BOMS[name]["dependencies"] if d["ref"] == ours["bom-ref"]]
+    names = {re.match(r"pkg:pypi/(.*)@", ref)[1] for ref in asked}  # type: ignore[index]
+    assert names == sbom.direct(name)
+
+
+@BOTH
+def test_a_package_for_some_machines_only_says_for_which(name: str) -> None:
+    markers = {
+        part["name"]: part["properties"][0]["value"]
+        for part in BOMS[name]["components"]
+        if "properties" in part
+    }
+    assert markers["colorama"] == "sys_platform == 'win32'"
+    assert "fastapi" not in markers
+
+
+def test_the_licences_of_all_locked_packages_were_looked_up() -> None:
+    locked = {f"{p.name}=={p.version}" for path in LOCK_FILES.values() for p in read_lock(path)}
+    assert set(read_licences()) == locked, "run `make lock`"
+    without = [name for name, found in read_licences().items() if not found]
+    assert len(without) < len(locked) / 10
+
+
+@BOTH
+def test_declared_licences_are_in_it_as_spdx_where_the_package_says_so(name: str) -> None:
+    found = {part["name"]: part.get("licenses") for part in BOMS[name]["components"]}
+    assert found["fastapi"] == [{"license": {"acknowledgement": "declared", "id": "MIT"}}]
+    assert found["cryptography"] == [
+        {"acknowledgement": "declared", "expression": "Apache-2.0 OR BSD-3-Clause"}
+    ]
+    assert [len(found["orjson"])] == [len(names) for key, names in read_licences().items() if "orjson" in key]
+
+
+def test_the_same_lock_gives_the_same_bytes_and_no_time_is_in_them(tmp_path: Path) -> None:
+    program = f"import sys; sys.path.insert(0, 'deploy'); import sbom; print(end=sbom.make_sbom({'cpu'!r}))"
+    for seed in ("1", "2"):
+        found = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        )
+        assert found.stdout == TEXTS["cpu"]
+    assert "timestamp" not in TEXTS["cpu"]
+
+
+def test_the_serial_number_follows_from_the_content() -> None:
+    numbers = {BOMS[name]["serialNumber"] for name in sbom.LOCKS}
+    numbers.add(json.loads(sbom.make_sbom("cpu", "9.9.9"))["serialNumber"])
+    assert len(numbers) == 3
+
+
+def test_a_lock_with_a_package_without_a_hash_is_refused(tmp_path: Path) -> None:
+    lock = tmp_path / "cpu.txt"
+    lock.write_text("fastapi==0.115.0\n")
+    with pytest.raises(ValueError, match=re.escape("cpu.txt: not a version with hashes: fastapi==0.115.0")):
+        read_lock(lock)

@@ -1,0 +1,82 @@
+"""The notebook runs from top to bottom; fast: all that it imports exists and is called as it can be."""
+
+import ast
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.docs.notebook import code_cells
+from tests.docs.reading import ROOT, name
+from tests.docs.test_pages import module_at
+
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+GENERATE = module_at(ROOT / "docs" / "generate_notebook.py")
+
+
+def imported(tree: ast.Module) -> Iterator[tuple[str, Any]]:
+    """Yield each name that the code imports from a module, and the object."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not str(node.module).startswith("IPython"):
+            for alias in node.names:
+                module = importlib.import_module(str(node.module))
+                yield alias.asname or alias.name, getattr(module, alias.name)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_every_cell_imports_what_exists_and_calls_it_as_it_can_be_called(path: Path) -> None:
+    cells = code_cells(path)
+    tree = ast.parse("\n".join(cells))
+    objects = dict(imported(tree))
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    ]
+    checked = [node for node in calls if node.func.id in objects]  # type: ignore[attr-defined]
+    for node in checked:
+        keywords = {keyword.arg: None for keyword in node.keywords}
+        function = objects[node.func.id]  # type: ignore[attr-defined]
+        inspect.signature(function).bind(*node.args, **keywords)  # type: ignore[arg-type]
+    assert len(checked) > 15
+    assert sum("assert " in cell for cell in cells) > len(cells) / 2
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_a_notebook_is_kept_without_outputs_and_its_page_is_what_it_says(path: Path) -> None:
+    book = json.loads(path.read_text(encoding="utf-8"))
+    assert (book["nbformat"], book["nbformat_minor"]) == (4, 5)
+    assert [cell["outputs"] for cell in book["cells"] if cell.get("outputs")] == []
+    assert len({cell["id"] for cell in book["cells"]}) == len(book["cells"])
+    page = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert page == GENERATE.notebook_page(path), "run `make docs`"
+
+
+def test_a_notebook_with_outputs_is_no_page(tmp_path: Path) -> None:
+    book = {"cells": [{"cell_type": "code", "source": ["1"], "outputs": [{"text": "1"}]}]}
+    (tmp_path / "b.ipynb").write_text(json.dumps(book), encoding="utf-8")
+    with pytest.raises(ValueError, match="holds outputs"):
+        GENERATE.notebook_page(tmp_path / "b.ipynb")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_every_cell_runs_in_order_without_a_warning(path: Path, tmp_path: Path) -> None:
+    packages = os.pathsep.join(str(ROOT / folder) for folder in (".", "export", "service"))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.docs.notebook", str(path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": packages, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "refused: " in done.stdout
+    assert list(tmp_path.glob("second-order-*/bundles/*/report.html"))
