@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from sopdeploy_service.isolate import Row, run_isolated
 from sopdeploy_service.latency import LatencyTable
 from sopdeploy_service.metrics import ModelMetrics
-from sopdeploy_service.outcome import NONFINITE, Answered, Outcome, Refusal
+from sopdeploy_service.outcome import NONFINITE, Answered, Refusal
 from sopdeploy_service.runtime.base import OutOfMemoryError, Runtime
-from sopdeploy_service.waiting import Item, WaitingLine
+from sopdeploy_service.waiting import Item, WaitingLine, call_soon, settle
 
 SMALLER_SECONDS = 60.0  # how long batches stay halved after the device had no memory for one
 
@@ -95,7 +95,7 @@ class Engine:
         outcomes = [
             row
             if isinstance(row, Refusal)
-            else Answered(row, started - item.arrived, ended - started, len(batch))
+            else Answered(row, started - item.arrived, ended - started, len(batch), item.warnings)
             for item, row in zip(batch, rows, strict=True)
         ]
         settle(batch, outcomes)
@@ -113,18 +113,3 @@ class Engine:
             self._largest = max(1, len(images) // 2)
             self._smaller_until = time.monotonic() + SMALLER_SECONDS
             raise
-
-
-def settle(items: Sequence[Item], outcomes: Sequence[Outcome]) -> None:
-    """Give each of *items* its outcome; those that nobody waits for are passed over. On the loop."""
-    for item, outcome in zip(items, outcomes, strict=True):
-        if not item.outcome.done():
-            item.outcome.set_result(outcome)
-
-
-def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *values: object) -> None:
-    """Run *function* on *loop*, from another thread; nothing where the loop is already closed."""
-    try:
-        loop.call_soon_threadsafe(function, *values)
-    except RuntimeError:
-        log.debug("the event loop is closed; an outcome is dropped")

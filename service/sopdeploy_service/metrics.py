@@ -173,17 +173,17 @@ class Metrics:
         """Count *images* for which *model* gave numbers that are not finite."""
         self._child(self._nonfinite, model).inc(images)
 
-    def depth(self, images: int) -> None:
-        """Say how many images are admitted and not yet answered."""
-        self._depth.set(images)
+    def depth(self, images: Callable[[], int]) -> None:
+        """Ask *images*, at every scrape, how many are admitted and not yet answered."""
+        self._depth.set_function(images)
 
     def connections(self, number: int) -> None:
         """Say how many connections are open."""
         self._connections.set(number)
 
-    def upload_bytes(self, number: int) -> None:
-        """Say how many bytes the bodies hold whose requests are not yet answered."""
-        self._upload_bytes.set(number)
+    def upload_bytes(self, number: Callable[[], int]) -> None:
+        """Ask *number*, at every scrape, how many bytes the bodies hold whose requests are not answered."""
+        self._upload_bytes.set_function(number)
 
     def loop_lag(self, worst: Callable[[], float]) -> None:
         """Ask *worst* for the seconds by which the event loop was late, at every scrape."""
