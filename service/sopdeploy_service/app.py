@@ -54,6 +54,7 @@ def create_app(
         redirect_slashes=False,  # a redirect would drop the image
         docs_url=None,  # FastAPI's own pages load their scripts from another host
         redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # `tracing` is ours, and costs less
     )
     app.state.service = service
     app.state.siblings = {}
