@@ -13,25 +13,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import ImageError
+from sopdeploy_service.ranking import Ranking
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
     """The outputs (...) float32 of one picture by name, logits first, and what happened on the way.
 
-    *batch* is how many pictures shared the run; *warnings* name what decoding changed in the picture.
+    *ranking* ranks the classes of all pictures of the run, of which this is number *place* of *batch*;
+    *warnings* name what decoding changed in the picture.
     """
 
     outputs: Mapping[str, NDArray[np.float32]]
     queue_seconds: float
     infer_seconds: float
     batch: int
+    ranking: Ranking
+    place: int
     warnings: tuple[str, ...] = ()
-
-    @property
-    def logits(self) -> NDArray[np.float32]:
-        """Return the first output, (C,)."""
-        return next(iter(self.outputs.values()))
 
 
 @dataclass(frozen=True, slots=True)

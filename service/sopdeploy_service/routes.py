@@ -103,7 +103,9 @@ async def classify(
 def answered(model: Model, outcome: Answered, top_k: int, gates: bool) -> dict[str, Any]:
     """Return the answer to one image, with the experts of its gate where *gates* were asked for."""
     weights = outcome.outputs[GATES] if gates else None
-    return answer(outcome.logits, model.labels, top_k, warnings=outcome.warnings, gates=weights)
+    return answer(
+        outcome.ranking.best(outcome.place, top_k), model.labels, warnings=outcome.warnings, gates=weights
+    )
 
 
 def refused(service: Service, refusal: Refusal) -> dict[str, Any]:
