@@ -15,6 +15,7 @@ from sopdeploy.manifest import BatchRange, Lineage, Manifest, TensorRecord
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_service.app import create_app
 from sopdeploy_service.runtime.pretend import PretendRuntime
+from sopdeploy_service.server import http_config
 from sopdeploy_service.settings import Settings, load_settings
 from sopdeploy_service.verified import Inference, open_verified
 
@@ -69,7 +70,9 @@ def main() -> None:
     else:
         sys.exit("say --pretend or --bundle")
     app = create_app({"model": inference}, settings)
-    uvicorn.run(app, port=given.port, log_config=None, access_log=False, ws="none", server_header=False)
+    config = http_config(app, settings)
+    config.port = given.port
+    uvicorn.Server(config).run()
 
 
 if __name__ == "__main__":

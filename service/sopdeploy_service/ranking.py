@@ -40,7 +40,7 @@ def ranked(places: NDArray[np.intp], logits: NDArray[np.float32]) -> list[Ranked
 
 
 def largest(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
-    """Return the places (n, count) of the *count* largest in each row of finite *values* (n, C), as `best`."""
+    """Return the places (n, count) of the *count* largest of each row of *values* (n, C), as `best`."""
     left, rows = values.copy(), np.arange(len(values))
     found = np.empty((len(values), min(count, values.shape[1])), np.intp)
     for column in found.T:
