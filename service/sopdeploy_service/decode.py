@@ -7,7 +7,7 @@ bytes say; a content type that says otherwise is a warning. Whatever the bytes a
 """
 
 import io
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,16 +42,14 @@ SMALLEST_FRACTION = 4  # of a side; 1/8 would need a check on pictures of 16 tim
 WANTED = "send a JPEG, PNG, WebP, BMP or GIF file"
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
+class Sent(NamedTuple):
     """The bytes of one image as they came, and the media type that came with them, if any."""
 
     body: bytes
     media_type: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
+class Decoded(NamedTuple):
     """The network's input (crop, crop, 3) uint8, and codes of what was done to the picture to get it."""
 
     pixels: NDArray[np.uint8]

@@ -110,4 +110,4 @@ def route_of(scope: Scope) -> str:
 def request_id(scope: Scope) -> str:
     """Return the client's `X-Request-ID` where it is harmless, else a new one of 32 hexadecimal digits."""
     given = text(scope, b"x-request-id")
-    return given if GOOD_ID.fullmatch(given) else f"{PROCESS}{next(NUMBERS):016x}"
+    return given if given and GOOD_ID.fullmatch(given) else f"{PROCESS}{next(NUMBERS):016x}"

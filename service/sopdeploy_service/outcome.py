@@ -7,7 +7,7 @@ was too late, 500 is ours.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,7 @@ from sopdeploy.errors import ImageError
 from sopdeploy_service.ranking import Ranking
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+class Answered(NamedTuple):
     """The outputs (...) float32 of one picture by name, logits first, and what happened on the way.
 
     *ranking* ranks the classes of all pictures of the run, of which this is number *place* of *batch*;

@@ -3,8 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -30,8 +29,7 @@ FETCHES_FULL = Refusal("fetches_full", 429, "too many URLs are being fetched; se
 NOT_A_FORM = Refusal("unsupported_multipart", 415, "send the image alone, or as multipart/form-data")
 
 
-@dataclass(frozen=True, slots=True)
-class Upload:
+class Upload(NamedTuple):
     """The images of one request; *several* is true where the answer is a list of results.
 
     *top_k* is how many classes the body itself asks for.
