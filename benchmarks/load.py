@@ -1,5 +1,7 @@
-"""A closed-loop load generator that costs little: each of N connections sends again when it was answered.
+"""A load generator that costs little: each of N connections sends again when it was answered.
 
+Or, with `--rate`, a Poisson stream: requests leave at random times whether or not others were answered, over
+as many connections as that takes, and a latency counts from when a request was due.
 Raw sockets under asyncio with requests made beforehand, because the client shares the cores with the server.
 Loopback only. `python benchmarks/load.py URL FOLDER --connections 32 --seconds 6` prints one JSON line.
 """
@@ -9,6 +11,7 @@ import asyncio
 import ipaddress
 import itertools
 import json
+import random
 import statistics
 import time
 from collections import Counter
@@ -19,6 +22,7 @@ from urllib.parse import urlsplit
 
 BOUNDARY = "--------sopdeploy-benchmark"
 WARM_UP_SECONDS = 1.0
+SEED = 0  # of the stream: every run has the same arrivals
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,9 @@ def requests(url: str, folder: Path, form: bool) -> list[bytes]:
 class Run:
     """One run against one server."""
 
-    def __init__(self, url: str, bodies: list[bytes], connections: int, seconds: float) -> None:
+    def __init__(
+        self, url: str, bodies: list[bytes], connections: int, seconds: float, rate: float | None = None
+    ) -> None:
         parts = urlsplit(url)
         if not ipaddress.ip_address(str(parts.hostname)).is_loopback:
             raise SystemExit(f"{url}: this generator sends to a loopback address only")
@@ -60,6 +66,8 @@ class Run:
         self._bodies: Iterator[bytes] = itertools.cycle(bodies)
         self._connections = connections
         self._seconds = seconds
+        self._rate = rate
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._latencies: list[float] = []
         self._codes: Counter[str] = Counter()
 
@@ -67,7 +75,10 @@ class Run:
         """Warm up, then measure."""
         start = time.perf_counter() + WARM_UP_SECONDS
         end = start + self._seconds
-        await asyncio.gather(*(self._connection(start, end) for _ in range(self._connections)))
+        if self._rate is None:
+            await asyncio.gather(*(self._connection(start, end) for _ in range(self._connections)))
+        else:
+            await self._stream(self._rate, start, end)
         times = sorted(self._latencies) or [0.0]
         return Load(
             images_per_s=len(self._latencies) / self._seconds,
@@ -81,13 +92,40 @@ class Run:
         reader, writer = await asyncio.open_connection(*self._address)
         while (sent := time.perf_counter()) < end:
             writer.write(next(self._bodies))
-            code = await answer(reader)
-            now = time.perf_counter()
-            if start <= now <= end:
-                self._codes[code] += 1
-                if code == "200":
-                    self._latencies.append(now - sent)
+            self._note(await answer(reader), sent, start, end)
         writer.close()
+
+    async def _stream(self, rate: float, start: float, end: float) -> None:
+        chance = random.Random(SEED)  # noqa: S311 - no secret
+        due = time.perf_counter()
+        async with asyncio.TaskGroup() as sending:
+            while due < end:
+                await asyncio.sleep(due - time.perf_counter())
+                sending.create_task(self._one(due, start, end))
+                due += chance.expovariate(rate)
+        for _, writer in self._idle:
+            writer.close()
+
+    async def _one(self, due: float, start: float, end: float) -> None:
+        reader, writer = await self._connected()
+        writer.write(next(self._bodies))
+        self._note(await answer(reader), due, start, end)
+        self._idle.append((reader, writer))
+
+    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():  # a server closes what idles for long
+                return reader, writer
+            writer.close()
+        return await asyncio.open_connection(*self._address)
+
+    def _note(self, code: str, sent: float, start: float, end: float) -> None:
+        now = time.perf_counter()
+        if start <= now <= end:
+            self._codes[code] += 1
+            if code == "200":
+                self._latencies.append(now - sent)
 
 
 async def answer(reader: asyncio.StreamReader) -> str:
@@ -110,9 +148,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--form", action="store_true")
     parser.add_argument("--connections", type=int, default=32)
+    parser.add_argument("--rate", type=float, help="requests per second of a Poisson stream")
     parser.add_argument("--seconds", type=float, default=6)
     given = parser.parse_args()
-    run = Run(given.url, requests(given.url, given.folder, given.form), given.connections, given.seconds)
+    bodies = requests(given.url, given.folder, given.form)
+    run = Run(given.url, bodies, given.connections, given.seconds, given.rate)
     print(json.dumps(asdict(asyncio.run(run.measure()))))
 
 

@@ -7,6 +7,7 @@ bytes say; a content type that says otherwise is a warning. Whatever the bytes a
 """
 
 import io
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +39,6 @@ ODD_JPEGS = {0xC3: "lossless", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded
 ALIASES = {"JPG": "JPEG", "PJPEG": "JPEG", "APNG": "PNG", "X-PNG": "PNG", "X-BMP": "BMP", "X-MS-BMP": "BMP"}
 ANIMATED = {"GIF", "PNG", "WEBP"}  # a JPEG may hold a second picture too, but that is a thumbnail
 HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heif", b"avif", b"avis"}
-SMALLEST_FRACTION = 4  # of a side; 1/8 would need a check on pictures of 16 times the network's input
 WANTED = "send a JPEG, PNG, WebP, BMP or GIF file"
 
 
@@ -49,6 +49,10 @@ class Sent(NamedTuple):
     media_type: str = ""
 
 
+# From a picture with only its header read, its file, and what it is for, to the picture with its pixels.
+Load = Callable[[Image.Image, bytes, Preprocess], Image.Image]
+
+
 class Decoded(NamedTuple):
     """The network's input (crop, crop, 3) uint8, and codes of what was done to the picture to get it."""
 
@@ -56,14 +60,19 @@ class Decoded(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def decode(
-    sent: Sent, preprocess: Preprocess, *, max_bytes: int, max_pixels: int, fast: bool = False
-) -> Decoded:
-    """Return the input that *preprocess* makes of the image in *sent*.
+def exactly(picture: Image.Image, body: bytes, preprocess: Preprocess) -> Image.Image:  # noqa: ARG001
+    """Return *picture* with the pixels that training saw."""
+    picture.load()
+    return picture
 
-    Of an animation the first frame counts. Where *fast*, a large JPEG is decoded at a fraction of its size
-    (see `shrink`). Raises `ImageError` with the code and the HTTP status
-    that tell what is wrong with the image.
+
+def decode(
+    sent: Sent, preprocess: Preprocess, *, max_bytes: int, max_pixels: int, load: Load = exactly
+) -> Decoded:
+    """Return the input that *preprocess* makes of the image in *sent*, its pixels decoded by *load*.
+
+    Of an animation the first frame counts. Raises `ImageError` with the code and the HTTP status that tell
+    what is wrong with the image.
     """
     body = sent.body
     if not body:
@@ -74,10 +83,8 @@ def decode(
     picture = read_header(body, name, max_pixels)
     try:
         with picture:
-            if fast:
-                shrink(picture, preprocess)
-            picture.load()
-            pixels, changes = preprocess(picture), preprocess.changes(picture)
+            whole = load(picture, body, preprocess)
+            pixels, changes = preprocess(whole), preprocess.changes(whole)
             found = {
                 "content_type_mismatch": disagrees(sent.media_type, name),
                 "first_frame_only": name in ANIMATED and has_more_frames(picture),
@@ -86,16 +93,6 @@ def decode(
             return Decoded(pixels, tuple(sorted([*changes, *more])))
     except Exception as problem:  # foreign bytes in a decoder: it may raise anything
         raise damaged(problem) from problem
-
-
-def shrink(picture: Image.Image, preprocess: Preprocess) -> None:
-    """Let a JPEG whose pixels are not yet decoded be decoded at 1/2 or 1/4 of its size, other formats whole.
-
-    At least twice the pixels that resizing needs are left along each side, for its filter to work on. Without
-    the frequencies above, the result is close to the exact one, not equal: `fast_decode` measures how close.
-    """
-    side = max(2 * preprocess.resize, -(-min(picture.size) // SMALLEST_FRACTION))
-    picture.draft(picture.mode, (side, side))
 
 
 def keep_memory(decoders: int) -> None:

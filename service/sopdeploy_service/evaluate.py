@@ -17,6 +17,7 @@ from sopdeploy.measure.score import Score, score
 from sopdeploy.measure.views import Views, check_views, views
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_service.decode import Sent, decode
+from sopdeploy_service.loading import loader
 from sopdeploy_service.predict import read
 from sopdeploy_service.ranking import softmax
 from sopdeploy_service.settings import Settings, load_settings
@@ -100,5 +101,5 @@ def pixels(sent: Sent, settings: Settings, preprocess: Preprocess) -> NDArray[np
         preprocess,
         max_bytes=settings.max_body_bytes,
         max_pixels=settings.max_pixels,
-        fast=settings.decode == "fast",
+        load=loader(settings),
     ).pixels

@@ -1,9 +1,10 @@
-"""May this bundle's JPEGs be decoded the fast way? Measured on pictures, through the network itself.
+"""May this bundle's JPEGs be decoded in another way than in training? Measured through the network itself.
 
-The fast way lets libjpeg leave out the finest frequencies of a large picture (`draft`), so the network sees
-slightly other pixels than in training. By how much its numbers move depends on the network; beyond the bounds
-here a server with `decode=fast` does not start. The bundle's probes are pixels and prove nothing about this,
-so JPEGs are made, always the same ones, and those of `fast_decode_samples` are taken too.
+`fast` lets libjpeg leave out the finest frequencies of a large picture, and `nvimagecodec` rounds as NVIDIA's
+decoders do, so the network sees slightly other pixels than in training. By how much its numbers move depends
+on the network; beyond the bounds here a server that is to decode so does not start. The bundle's probes are
+pixels and prove nothing about this, so JPEGs are made, always the same ones, and those of
+`fast_decode_samples` are taken too.
 """
 
 import io
@@ -17,7 +18,8 @@ from PIL import Image
 
 from sopdeploy.bundle import Bundle
 from sopdeploy.errors import ConfigError, ParityError
-from sopdeploy_service.decode import Sent, decode
+from sopdeploy_service.decode import Sent, decode, exactly
+from sopdeploy_service.loading import loader
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.schema import FastDecode
 from sopdeploy_service.settings import Settings
@@ -26,21 +28,16 @@ MOST_DRIFT = 0.1  # root mean square of the logits' differences, of the spread o
 LEAST_AGREEMENT = 0.9  # share of pictures whose best class stays
 TIMES = (4, 6, 8)  # the shorter side over the network's `resize`: from 4 on a half, from 8 on a quarter
 SEEDS = 3
-OCTAVES = (
-    4,
-    16,
-    64,
-    256,
-)  # cells along the longer side of a made picture, and one of a quarter of its pixels
+OCTAVES = (4, 16, 64, 256)  # cells along a made picture's longer side; beside them one of 2 pixels each
 MOST_SAMPLES = 500
 JPEG = b"\xff\xd8\xff"
 
 
 def checked(bundle: Bundle, runtime: Runtime, settings: Settings) -> FastDecode | None:
-    """Return how far the fast way moves the numbers of *bundle*; None where *settings* decode exactly.
+    """Return how far the way of *settings* moves the numbers of *bundle*; None where they decode exactly.
 
     Raises `ParityError` beyond the bounds, `ConfigError` where there are samples, but no JPEG among them, and
-    `ImageError` for a damaged one.
+    `ImageError` for a damaged one, and what `loader` does.
     """
     if settings.decode == "exact":
         return None
@@ -48,25 +45,26 @@ def checked(bundle: Bundle, runtime: Runtime, settings: Settings) -> FastDecode 
     if found.drift <= MOST_DRIFT and found.agreement >= LEAST_AGREEMENT:
         return found
     raise ParityError(
-        f"{bundle.path}: decode=fast moves the logits by {found.drift:.3f} of their spread (at most "
-        f"{MOST_DRIFT:g}) and keeps {found.agreement:.1%} of the best classes "
+        f"{bundle.path}: decode={settings.decode} moves the logits by {found.drift:.3f} of their spread "
+        f"(at most {MOST_DRIFT:g}) and keeps {found.agreement:.1%} of the best classes "
         f"(at least {LEAST_AGREEMENT:.0%}) on {found.pictures} JPEGs; serve it with decode=exact"
     )
 
 
 def measure(bundle: Bundle, runtime: Runtime, settings: Settings) -> FastDecode:
-    """Return how the logits of *bundle* on *runtime* differ between the fast and the exact way."""
+    """Return how the logits of *bundle* on *runtime* differ between the way of *settings* and the exact."""
     output = bundle.manifest.outputs[0].name
+    ways = (exactly, loader(settings))
     exact: list[NDArray[np.float32]] = []
     fast: list[NDArray[np.float32]] = []
     for picture in pictures(bundle.manifest.preprocess.resize, settings):
-        for rows, quick in ((exact, False), (fast, True)):
+        for rows, load in zip((exact, fast), ways, strict=True):
             decoded = decode(
                 Sent(picture),
                 bundle.manifest.preprocess,
                 max_bytes=len(picture),
                 max_pixels=settings.max_pixels,
-                fast=quick,
+                load=load,
             )
             rows.append(runtime.run(decoded.pixels[None])[output][0])
     return compare(np.stack(exact).astype(np.float64), np.stack(fast).astype(np.float64))

@@ -9,6 +9,7 @@ from sopdeploy.errors import DataError, ImageError
 from sopdeploy.frozen import Frozen
 from sopdeploy_service.answer import answer
 from sopdeploy_service.decode import Sent, decode
+from sopdeploy_service.loading import loader
 from sopdeploy_service.outcome import NONFINITE, Refusal
 from sopdeploy_service.ranking import Ranking
 from sopdeploy_service.schema import Classes, ClassProbability, Problem
@@ -49,7 +50,7 @@ def predict_one(inference: Inference, path: Path, settings: Settings) -> Predict
             manifest.preprocess,
             max_bytes=settings.max_body_bytes,
             max_pixels=settings.max_pixels,
-            fast=settings.decode == "fast",
+            load=loader(settings),
         )
     except ImageError as problem:
         return Prediction(image=str(path), error=Problem.of(Refusal.of(problem)))

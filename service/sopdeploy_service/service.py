@@ -7,12 +7,12 @@ image never meets the images of other requests.
 
 import asyncio
 import contextlib
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from sopdeploy_service.decode import Sent, decode, keep_memory
 from sopdeploy_service.decoders import Decoders
 from sopdeploy_service.faults import NONE, Faults
+from sopdeploy_service.loading import loader
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import (
@@ -67,13 +68,13 @@ class Service:
         }
         self.repository = Repository(inferences, settings, self.metrics, shelf)
         keep_memory(settings.decoders)
-        decode_bytes = functools.partial(
+        decode_one = partial(
             faults.over_decoder(decode),
             max_bytes=settings.max_body_bytes,
             max_pixels=settings.max_pixels,
-            fast=settings.decode == "fast",
+            load=loader(settings),
         )
-        self._decoders = Decoders(decode_bytes, settings.decoders, self.metrics)
+        self._decoders = Decoders(decode_one, settings.decoders, self.metrics)
         self._parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
         self.fetches = Slots(settings.url_fetches)
         self.metrics.decoders(settings.decoders)

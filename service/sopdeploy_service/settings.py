@@ -26,7 +26,7 @@ from sopdeploy.frozen import first_problem
 
 Count = Annotated[int, pydantic.Field(ge=1)]
 RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt"]
-DecodeWay = Literal["exact", "fast"]
+DecodeWay = Literal["exact", "fast", "nvimagecodec"]
 Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]
 LogForm = Literal["json", "console"]
@@ -81,7 +81,7 @@ class Settings(BaseSettings):
     drain_seconds: Seconds = 20.0  # what SIGTERM leaves for the requests already admitted
 
     decoders: Count = 2  # threads that turn bytes into pixels
-    decode: DecodeWay = "exact"  # fast: large JPEGs at a fraction of their size, where the bundle bears it
+    decode: DecodeWay = "exact"  # fast: large JPEGs at a fraction of their size; nvimagecodec: on the GPU
     fast_decode_samples: Path | None = None  # a folder of JPEGs to check that on too
     parsers: Count = 2  # threads that read JSON
     devices: Devices = ()  # one process for each, GPUs by number or `cpu`; none: this process alone
@@ -126,7 +126,7 @@ class Settings(BaseSettings):
     @pydantic.model_validator(mode="after")
     def _samples_are_for_the_fast_way(self) -> "Settings":
         if self.fast_decode_samples is not None and self.decode == "exact":
-            raise ValueError("fast_decode_samples is for decode=fast; decode=exact needs no check")
+            raise ValueError("fast_decode_samples is for other ways to decode; decode=exact needs no check")
         return self
 
     @pydantic.model_validator(mode="after")

@@ -35,6 +35,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "verifyKey": {"configMap": "release"},
         "keys": {"secret": "keys"},
         "settings": {"SOPDEPLOY_THREADS": "2", "SOPDEPLOY_MAX_BATCH": "8"},
+        "maxSurge": "10%",
         "autoscaling": {"enabled": True, "minReplicas": 1, "maxReplicas": 3, "queueDepth": "8"},
         "nodeSelector": {"disk": "fast"},
         "tolerations": [{"key": "gpu", "operator": "Exists"}],
@@ -62,6 +63,17 @@ PODS = {
     for document in found
     if document["kind"] == "Deployment"
 }
+
+
+def test_a_roll_out_starts_as_many_at_once_as_the_chart_is_told() -> None:
+    surges = {
+        name: document["spec"]["strategy"]["rollingUpdate"]
+        for name, found in CLUSTER.items()
+        for document in found
+        if document["kind"] == "Deployment"
+    }
+    assert surges.pop("the chart with everything") == {"maxUnavailable": 0, "maxSurge": "10%"}
+    assert list(surges.values()) == [{"maxUnavailable": 0, "maxSurge": 1}] * 2
 
 
 @pytest.mark.parametrize("name", CLUSTER)

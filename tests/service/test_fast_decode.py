@@ -9,8 +9,9 @@ from PIL import Image
 from sopdeploy.errors import ConfigError, ParityError
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_service import fast_decode
-from sopdeploy_service.decode import Sent, decode
+from sopdeploy_service.decode import Sent, decode, exactly
 from sopdeploy_service.fast_decode import checked, compare, made
+from sopdeploy_service.loading import at_a_fraction
 from sopdeploy_service.runtime.pretend import PretendRuntime
 from sopdeploy_service.settings import Settings, load_settings
 from sopdeploy_service.verified import open_verified
@@ -21,8 +22,8 @@ FAST = Settings(decode="fast", threads=1)
 
 def both(body, rules=RULES):
     return [
-        decode(Sent(body), rules, max_bytes=10**8, max_pixels=10**8, fast=fast).pixels.astype(int)
-        for fast in (False, True)
+        decode(Sent(body), rules, max_bytes=10**8, max_pixels=10**8, load=load).pixels.astype(int)
+        for load in (exactly, at_a_fraction)
     ]
 
 
@@ -111,7 +112,7 @@ def test_samples_count_and_what_is_no_jpeg_does_not(bundle, onnx_runtime, tmp_pa
 
 
 def test_samples_without_the_fast_way_are_a_mistake(tmp_path):
-    with pytest.raises(ConfigError, match="fast_decode_samples is for decode=fast"):
+    with pytest.raises(ConfigError, match="fast_decode_samples is for other ways"):
         load_settings(fast_decode_samples=tmp_path)
 
 

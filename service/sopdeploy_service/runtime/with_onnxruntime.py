@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy_service.runtime.bound import BoundSession
 from sopdeploy_service.runtime.failures import translated
 
 CPU = "CPUExecutionProvider"
@@ -45,11 +46,18 @@ class OnnxRuntime:
         self._outputs = [output.name for output in manifest.outputs]
         chosen = (provider, dict(options or {}))
         self._session = open_session(engine, bundle, threads or available_cores(), chosen)
+        self._run = self._on_the_cpu
+        if provider != CPU:
+            shapes = {output.name: output.shape[1:] for output in manifest.outputs}
+            self._run = BoundSession(engine, self._session, self.device, self._input, shapes).run
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
         with translated():
-            values = self._session.run(self._outputs, {self._input: images})
+            return self._run(images)
+
+    def _on_the_cpu(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        values = self._session.run(self._outputs, {self._input: images})
         return dict(zip(self._outputs, values, strict=True))
 
 

@@ -1,0 +1,183 @@
+"""Is a simulated replica like a real one? The server over a pretend engine beside the simulation of it.
+
+    python benchmarks/capacity_server.py --rounds 5
+
+Each case is a load on one process: so many clients that ask again when they were answered, or a Poisson
+stream. Ratios are real / simulated. The simulation is given what the model is: the engine's times as they
+were ordered and the CPU time of a picture. Client and server share the cores; `core` is the share of a core
+that one thread got before and after. Far below 1 the neighbours are measured: believe the quietest round,
+and most the slower engine, to whose batches a decoder that waits for a core matters less.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+from capacity_model import System
+from capacity_simulation import Figures, Simulation
+from load import SEED, WARM_UP_SECONDS, Load
+from measure import machine
+from serving import decode_ms, free_port, pictures
+from serving_peers import OURS, started
+
+HERE = Path(__file__).resolve().parent
+LOOP_MS = 0.46  # CPU of a request beside decoding: benchmarks/request_cpu.py
+DECODERS = 2  # of serving_ours.py
+HELD = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """An engine (ms of a batch and of an image), and *clients* in a circle or a stream of *rate* a second."""
+
+    engine: tuple[float, float]
+    largest: int
+    clients: int = 0
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the case in words."""
+        fixed, each = self.engine
+        load = f"{self.clients} connections" if self.rate is None else f"{self.rate:g} images/s"
+        return f"{fixed:g} + {each:g} n ms, at most {self.largest}: {load}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Round:
+    """A case in one round: what was measured, what was simulated, and the share of a core that there was."""
+
+    case: str
+    real: Load
+    batch: float
+    simulated: Figures
+    core: float
+
+    @property
+    def ratios(self) -> tuple[float, float, float, float]:
+        """Return real / simulated of images per second, mean batch, p50 and p99."""
+        real, other = self.real, self.simulated
+        return (
+            real.images_per_s / other.images_per_s,
+            self.batch / other.batch,
+            real.p50_ms / other.p50_ms,
+            real.p99_ms / other.p99_ms,
+        )
+
+
+CASES = (
+    Case(engine=(20, 10), largest=8, clients=32),
+    Case(engine=(20, 10), largest=8, clients=4),
+    Case(engine=(20, 10), largest=8, rate=48),
+    Case(engine=(160, 80), largest=8, clients=32),
+    Case(engine=(160, 80), largest=8, rate=6),
+)
+
+
+def simulated(case: Case, decoding: float, seconds: float) -> Figures:
+    """Return what the simulation says of *case*: `load.py` and it draw the same arrivals."""
+    system = System(
+        fixed_ms=case.engine[0],
+        each_ms=case.engine[1],
+        largest=case.largest,
+        decode_ms=decoding,
+        loop_ms=LOOP_MS,
+        decoders=DECODERS,
+    )
+    play = Simulation(system, route="round-robin", held=HELD, seed=SEED)
+    images = int(2 * (WARM_UP_SECONDS + seconds) * (case.rate or system.capacity))
+    outcome = play.circle(case.clients, images) if case.rate is None else play.poisson(case.rate, images)
+    return outcome.measured(1000 * WARM_UP_SECONDS, 1000 * (WARM_UP_SECONDS + seconds))
+
+
+def measured(case: Case, folder: Path, seconds: float) -> tuple[Load, dict[str, float]]:
+    """Return what the load and the metrics of a server say of *case*."""
+    port = free_port()
+    fixed, each = case.engine
+    command = [sys.executable, str(HERE / "serving_ours.py"), "--port", str(port)]
+    command += ["--pretend", f"{fixed},{each}", "--largest", str(case.largest)]
+    with started(command, OURS, port, {}, HERE):
+        load = [sys.executable, str(HERE / "load.py"), f"http://127.0.0.1:{port}/v1/classify", str(folder)]
+        load += ["--seconds", str(seconds)]
+        load += ["--connections", str(case.clients)] if case.rate is None else ["--rate", str(case.rate)]
+        done = subprocess.run(load, capture_output=True, text=True, check=True)
+        return Load(**json.loads(done.stdout)), metrics(port)
+
+
+def metrics(port: int) -> dict[str, float]:
+    """Return the samples of the server on *port* by name, of all labels together."""
+    found: dict[str, float] = {}
+    for line in httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines():
+        if not line.startswith("#"):
+            name = line.partition("{")[0].partition(" ")[0]
+            found[name] = found.get(name, 0.0) + float(line.rpartition(" ")[2])
+    return found
+
+
+def core_share(folder: Path) -> float:
+    """Return the share of a core that one thread gets now: processor time over time, decoding *folder*."""
+    begun = time.perf_counter()
+    spent = decode_ms(folder) * len(list(folder.iterdir())) / 1000
+    return spent / (time.perf_counter() - begun)
+
+
+def one(case: Case, folder: Path, seconds: float) -> Round:
+    """Measure and simulate *case* once."""
+    before = core_share(folder)
+    real, said = measured(case, folder, seconds)
+    core = (before + core_share(folder)) / 2
+    return Round(
+        case=case.name,
+        real=real,
+        batch=said["sopdeploy_batch_size_sum"] / said["sopdeploy_batch_size_count"],
+        simulated=simulated(case, decode_ms(folder), seconds),
+        core=core,
+    )
+
+
+def show(rounds: list[Round]) -> None:
+    """Print medians over the rounds, and the round in which the machine was quietest."""
+    print("| case | | images/s | batch | p50 ms | p99 ms | core |\n|---|---|---|---|---|---|---|")
+    for name in dict.fromkeys(each.case for each in rounds):
+        found = [each for each in rounds if each.case == name]
+        best = max(found, key=lambda each: each.core)
+        seen = best.simulated
+        shown = f"{seen.images_per_s:.1f} | {seen.batch:.2f} | {seen.p50_ms:.0f} | {seen.p99_ms:.0f}"
+        print(f"| {name} | simulated | {shown} | |")
+        medians = [statistics.median(values) for values in zip(*(each.ratios for each in found), strict=True)]
+        usual = statistics.median(each.core for each in found)
+        for what, ratios, core in (
+            ("quietest round", best.ratios, best.core),
+            (f"median of {len(found)}", medians, usual),
+        ):
+            print(f"| | {what} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + f" | {core:.2f} |")
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        folder = pictures(Path(made))
+        rounds = [one(case, folder, given.seconds) for _ in range(given.rounds) for case in CASES]
+    if given.json:
+        shown = [asdict(each) | {"ratios": each.ratios} for each in rounds]
+        print(json.dumps({"machine": machine(), "rounds": shown}, indent=2))
+    else:
+        show(rounds)
+
+
+if __name__ == "__main__":
+    main()

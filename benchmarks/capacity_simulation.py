@@ -1,0 +1,194 @@
+"""Replicas behind a balancer, event by event: what `capacity_model` says in formulas, played with images.
+
+An image is admitted or refused (a bounded number is held), passes the event loop and the decoders, both first
+come first served, and waits for the engine, which takes what is there as soon as it is free. Times of work
+are constant, arrivals a Poisson stream or clients that ask again when they were answered. Times are ms.
+"""
+
+import heapq
+import random
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from capacity_model import System
+
+Route: TypeAlias = Literal["random", "round-robin", "least-loaded"]
+
+AGAIN_MS = 1000.0  # after which a refused client asks again; the server's Retry-After says so too
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A batch of *images* on *replica*: its time, since when the oldest waited, and how many still do."""
+
+    replica: int
+    start: float
+    end: float
+    oldest: float
+    images: int
+    left: int
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What happened to every image that was sent: *answered* has (arrival, answer) of each."""
+
+    sent: int = 0
+    refused: int = 0
+    lost: int = 0
+    answered: list[tuple[float, float]] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
+
+    def measured(self, since: float, until: float = float("inf")) -> "Figures":
+        """Return the figures of images that arrived between *since* and *until*."""
+        answers = [(came, gone) for came, gone in self.answered if since <= came < until]
+        times = sorted(gone - came for came, gone in answers)
+        span = max(gone for _, gone in answers) - min(gone for _, gone in answers)
+        sizes = [batch.images for batch in self.batches if since <= batch.start < until]
+        return Figures(
+            images_per_s=1000 * (len(times) - 1) / span,
+            mean_ms=statistics.fmean(times),
+            p50_ms=statistics.median(times),
+            p99_ms=times[int(0.99 * (len(times) - 1))],
+            batch=statistics.fmean(sizes),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """What was seen: images per second of all replicas together, milliseconds, images of a mean batch."""
+
+    images_per_s: float
+    mean_ms: float
+    p50_ms: float
+    p99_ms: float
+    batch: float
+
+
+@dataclass(slots=True)
+class Replica:
+    """One process: when its loop and decoders are free again, who waits for the engine, how many it holds."""
+
+    decoders: list[float]
+    loop: float = 0.0
+    waiting: deque[tuple[float, float]] = field(default_factory=deque)  # (arrival, there since)
+    working: bool = False
+    held: int = 0
+    up: bool = True
+
+
+class Simulation:
+    """*replicas* like *system*, each holding at most *held* images; the same *seed* gives the same run."""
+
+    def __init__(
+        self, system: System, *, replicas: int = 1, route: Route = "random", held: int = 256, seed: int = 0
+    ) -> None:
+        self.outcome = Outcome()
+        self._system = system
+        self._replicas = [Replica([0.0] * system.decoders) for _ in range(replicas)]
+        self._up = list(range(replicas))
+        self._held = held
+        self._random = random.Random(seed)  # noqa: S311 - no secret
+        self._turn = 0
+        ways: dict[Route, Callable[[], int]] = {
+            "random": lambda: self._random.choice(self._up),
+            "round-robin": self._next_in_turn,
+            "least-loaded": lambda: min(self._up, key=lambda number: self._replicas[number].held),
+        }
+        self._choose = ways[route]
+        self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
+        self._scheduled = 0
+        self._left = 0  # images still to be sent
+        self._gap: float | None = None  # of a Poisson stream, on average; None: clients in a circle
+
+    def poisson(self, rate: float, images: int, lose_at: float | None = None) -> Outcome:
+        """Send so many *images*, *rate* a second, and play to the end; replica 0 is lost at *lose_at*."""
+        self._left, self._gap = images, 1000 / rate
+        if lose_at is not None:
+            self._at(lose_at, self._lose, 0)
+        self._at(self._random.expovariate(1 / self._gap), self._arrive)
+        return self._play()
+
+    def circle(self, clients: int, images: int) -> Outcome:
+        """Let so many *clients* send again as soon as they are answered, *images* in all."""
+        self._left = images
+        for _ in range(clients):
+            self._at(0.0, self._arrive)
+        return self._play()
+
+    def _play(self) -> Outcome:
+        while self._events:
+            now, _, action, given = heapq.heappop(self._events)
+            action(now, *given)
+        return self.outcome
+
+    def _at(self, time: float, action: Callable[..., None], *given: object) -> None:
+        self._scheduled += 1
+        heapq.heappush(self._events, (time, self._scheduled, action, given))
+
+    def _next_in_turn(self) -> int:
+        self._turn += 1
+        return self._up[self._turn % len(self._up)]
+
+    def _arrive(self, now: float) -> None:
+        if not self._left:
+            return
+        self._left -= 1
+        self.outcome.sent += 1
+        if self._gap is not None:
+            self._at(now + self._random.expovariate(1 / self._gap), self._arrive)
+        number = self._choose()
+        replica = self._replicas[number]
+        if replica.held >= self._held:
+            self.outcome.refused += 1
+            self._send_again(now + AGAIN_MS)
+            return
+        replica.held += 1
+        replica.loop = max(now, replica.loop) + self._system.loop_ms
+        decoded = max(replica.loop, replica.decoders[0]) + self._system.decode_ms
+        heapq.heapreplace(replica.decoders, decoded)
+        self._at(decoded, self._decoded, number, now)
+
+    def _decoded(self, now: float, number: int, came: float) -> None:
+        replica = self._replicas[number]
+        if not replica.up:
+            return
+        replica.waiting.append((came, now))
+        if not replica.working:
+            self._take(now, number)
+
+    def _take(self, now: float, number: int) -> None:
+        replica = self._replicas[number]
+        oldest = replica.waiting[0][1]
+        count = min(self._system.largest, len(replica.waiting))
+        arrivals = [replica.waiting.popleft()[0] for _ in range(count)]
+        replica.working = True
+        end = now + self._system.batch_ms(count)
+        self.outcome.batches.append(Batch(number, now, end, oldest, count, len(replica.waiting)))
+        self._at(end, self._answer, number, arrivals)
+
+    def _answer(self, now: float, number: int, arrivals: list[float]) -> None:
+        replica = self._replicas[number]
+        if not replica.up:
+            return
+        replica.held -= len(arrivals)
+        replica.working = False
+        for came in arrivals:
+            self.outcome.answered.append((came, now))
+            self._send_again(now)
+        if replica.waiting:
+            self._take(now, number)
+
+    def _send_again(self, time: float) -> None:
+        if self._gap is None:
+            self._at(time, self._arrive)
+
+    def _lose(self, now: float, number: int) -> None:  # noqa: ARG002 - every event has a time
+        replica = self._replicas[number]
+        replica.up = False
+        self._up.remove(number)
+        self.outcome.lost += replica.held
+        replica.held = 0

@@ -1,0 +1,54 @@
+"""The tables of the page on capacity are what the model computes, and what it names exists."""
+
+import re
+import shlex
+from typing import Any
+
+import pytest
+import yaml
+from capacity import HEAD, facts, line, parser, planned
+
+from sopdeploy_service.settings import Settings
+from tests.docs.reading import ROOT
+
+PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+SHOWN = re.findall(r"^python benchmarks/capacity\.py (.*)$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("typed", SHOWN, ids=["GPUs", "CPUs"])
+def test_a_table_is_what_its_command_prints(typed: str) -> None:
+    system, wanted, rows = planned(parser().parse_args(shlex.split(typed)))
+    printed = "\n".join([facts(system, wanted), "", HEAD, *map(line, rows)])
+    assert (rows[0].rate, rows[-1].rate) == (100, 1_000_000)
+    assert f"{typed}\n```\n\n{printed}\n\n" in PAGE
+
+
+def test_cores_and_bandwidth_of_pictures_follow_from_their_bytes_and_times() -> None:
+    rows = re.findall(r"^\| \d+ x \d+ \|(.*)\|$", PAGE, re.MULTILINE)
+    assert len(rows) == 4
+    engine = 2162
+    for row in rows:
+        size, exact, fast, *computed = (float(cell.replace(",", "")) for cell in row.split("|"))
+        expected = (engine * exact / 1000, engine * fast / 1000, engine * size * 8 / 1e9)
+        assert computed == [round(value, 1) for value in expected]
+
+
+def test_every_program_that_measures_is_there() -> None:
+    programs = set(re.findall(r"`(benchmarks/\w+\.py)", PAGE))
+    assert len(programs) >= 6
+    assert [program for program in programs if not (ROOT / program).is_file()] == []
+
+
+def test_every_value_of_the_chart_that_is_named_or_set_exists() -> None:
+    chart: Any = yaml.safe_load((ROOT / "deploy/helm/sopdeploy/values.yaml").read_text(encoding="utf-8"))
+    rows = PAGE.partition("## On Kubernetes")[2]
+    named = set(re.findall(r"`((?:autoscaling|resources|settings)\.[\w.]+|replicas|maxSurge)`", rows))
+    named |= set(re.findall(r"--set(?:-string)? ([\w.]+)=", rows))
+    assert len(named) >= 9
+    for path in named:
+        if path.startswith("settings."):
+            assert path.removeprefix("settings.SOPDEPLOY_").lower() in Settings.model_fields
+            continue
+        value = chart
+        for part in path.split("."):
+            value = value[part]
