@@ -5,6 +5,7 @@ python benchmarks/serving_ours.py --port 8000 --bundle FOLDER --largest 8
 """
 
 import argparse
+import gc
 import sys
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--decoders", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
+    gc.freeze()  # as `serve` does after its imports
     settings = settings_for(given.largest, decoders=given.decoders, threads=given.threads)
     if given.bundle is not None:
         inference = open_verified(given.bundle, settings)
