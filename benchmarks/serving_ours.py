@@ -5,6 +5,7 @@ python benchmarks/serving_ours.py --port 8000 --bundle FOLDER --largest 8
 """
 
 import argparse
+import gc
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from sopdeploy.manifest import BatchRange, Lineage, Manifest, TensorRecord
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_service.app import create_app
 from sopdeploy_service.runtime.pretend import PretendRuntime
+from sopdeploy_service.server import http_config
 from sopdeploy_service.settings import Settings, load_settings
 from sopdeploy_service.verified import Inference, open_verified
 
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--decoders", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
+    gc.freeze()  # as `serve` does after its imports
     settings = settings_for(given.largest, decoders=given.decoders, threads=given.threads)
     if given.bundle is not None:
         inference = open_verified(given.bundle, settings)
@@ -69,7 +72,9 @@ def main() -> None:
     else:
         sys.exit("say --pretend or --bundle")
     app = create_app({"model": inference}, settings)
-    uvicorn.run(app, port=given.port, log_config=None, access_log=False, ws="none", server_header=False)
+    config = http_config(app, settings)
+    config.port = given.port
+    uvicorn.Server(config).run()
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ PROBES = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/hea
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
-def note(scope: Scope, route: str, tally: Tally, status: int, seconds: float, received: int) -> None:
-    """Log the request of *scope*, answered with *status* in *seconds*, whose body had *received* bytes.
+def note(scope: Scope, route: str, tally: Tally, status: int, seconds: float) -> None:
+    """Log the request of *scope*, answered with *status* in *seconds*.
 
     A status of 0 means that no answer left. Probes and scrapes are logged at debug level.
     """
@@ -31,7 +31,7 @@ def note(scope: Scope, route: str, tally: Tally, status: int, seconds: float, re
         "model": model.name if model is not None else None,
         "digest": model.version if model is not None else None,
         "images": tally.images,
-        "bytes": received,
+        "bytes": tally.bytes,
         "ms": round(seconds * 1000, 2),
         "stages_ms": {name: round(spent * 1000, 2) for name, spent in tally.stages.seconds.items()},
         "trace": tally.trace.id if tally.trace is not None else None,

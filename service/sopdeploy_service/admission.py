@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 from fastapi import Request
 from starlette.types import Receive
 
+from sopdeploy_service.begun import Begun
 from sopdeploy_service.gate import require
+from sopdeploy_service.heads import header
 from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import CLIENT_GONE, DEADLINE, Refusal
 from sopdeploy_service.problems import RefusedError
@@ -18,7 +20,7 @@ from sopdeploy_service.tally import rate_refusal
 
 Value = TypeVar("Value")
 
-TIMEOUT_HEADER = "x-request-timeout-ms"
+TIMEOUT_HEADER = b"x-request-timeout-ms"
 BAD_TIMEOUT = Refusal("invalid_timeout", 400, "X-Request-Timeout-Ms: say how many milliseconds, at least 1")
 
 
@@ -38,7 +40,7 @@ def admit(request: Request, name: str | None = None, version: str | None = None)
     service = service_of(request)
     deadline = time.monotonic() + seconds_allowed(request, service.settings.deadline_seconds)
     model = unless_refused(service.repository.find(name, version))
-    request.state.model = model
+    request.scope["state"]["model"] = model
     unless_refused(service.refusal(model, deadline) or rate_refusal())
     return model, deadline
 
@@ -61,10 +63,10 @@ async def taking_apart(service: Service, model: Model, deadline: float) -> Async
 
 def seconds_allowed(request: Request, longest: float) -> float:
     """Return for how long *request* may take: what its header says, but never more than *longest*."""
-    given = request.headers.get(TIMEOUT_HEADER)
+    given = header(request.scope, TIMEOUT_HEADER)
     if given is None:
         return longest
-    if not given.isascii() or not given.isdecimal() or len(given) > 9 or int(given) == 0:
+    if not given.isdigit() or len(given) > 9 or int(given) == 0:
         raise RefusedError(BAD_TIMEOUT)
     return min(longest, int(given) / 1000)
 
@@ -82,6 +84,9 @@ async def unless_gone(work: Coroutine[Any, Any, Value], receive: Receive) -> Val
     The work stays in the task of the request; a task of its own would cost more than what it waits for.
     """
     leaving = Leaving(receive)
+    if leaving.left_before:
+        work.close()
+        raise RefusedError(CLIENT_GONE)
     try:
         return await work
     except asyncio.CancelledError:
@@ -90,23 +95,49 @@ async def unless_gone(work: Coroutine[Any, Any, Value], receive: Receive) -> Val
         leaving.task.uncancel()
         raise RefusedError(CLIENT_GONE) from None
     finally:
-        leaving.watch.cancel()
-        del leaving.watch  # what it ends with holds frames that lead back here, and to the model
+        leaving.forget()
 
 
 class Leaving:
-    """Cancels the task that makes it when the client has hung up; the request's body must have been read."""
+    """Cancels the task that makes it when the client has hung up; the request's body must have been read.
+
+    Nearly always the answer comes first, so the wait begins without a task of its own.
+    """
 
     def __init__(self, receive: Receive) -> None:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("only a task can be cancelled")
-        self.noticed = False
         self.task = task
-        self.watch = asyncio.ensure_future(self._watch(receive))
+        self._hang_up = Begun(hang_up(receive))
+        self.left_before = self._over = self._hang_up.done
+        self.noticed = False
+        self._watch: asyncio.Task[None] | None = None
+        if asyncio.isfuture(self._hang_up.waits_for):
+            self._hang_up.waits_for.add_done_callback(self._go_on)
+        else:
+            self._go_on()
 
-    async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+    def forget(self) -> None:
+        """Wait no more, and keep nothing that leads to the request or its model."""
+        self._over = True
+        if self._watch is None:
+            self._hang_up.close()
+        else:
+            self._watch.cancel()
+            self._watch = None  # what it ends with holds frames that lead back here
+
+    def _go_on(self, _message: object = None) -> None:
+        if not self._over:
+            self._watch = asyncio.ensure_future(self._notice())
+
+    async def _notice(self) -> None:
+        await self._hang_up
         self.noticed = True
         self.task.cancel()
+
+
+async def hang_up(receive: Receive) -> None:
+    """Return when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

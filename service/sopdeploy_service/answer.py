@@ -1,4 +1,4 @@
-"""From logits to the answer: the one truth for the HTTP server and for `sopdeploy predict`.
+"""From classes to the answer: the one truth for the HTTP server and for `sopdeploy predict`.
 
 Plain dictionaries of the shape that `schema` describes: to build and check models of it would cost CPU at
 every request and find nothing.
@@ -10,42 +10,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy_service.ranking import Ranked, best
+
 
 def answer(
-    logits: NDArray[np.float32],
+    ranked: Ranked,
     labels: Sequence[str],
-    top_k: int,
     *,
     warnings: tuple[str, ...] = (),
     gates: NDArray[np.float32] | None = None,
 ) -> dict[str, Any]:
-    """Return a `schema.Classes` as JSON has it: the *top_k* most probable of *logits* (C,), best first.
+    """Return a `schema.Classes` as JSON has it: the classes of *ranked*, places in *labels*.
 
-    Equal logits keep the order of *labels*; a *top_k* above C gives all C classes. *gates* (N,)
-    are the weights of a gate's experts, where they belong into the answer.
+    *gates* (N,) are the weights of a gate's experts, where they belong into the answer.
     """
-    places = best(logits, top_k)
-    probabilities = softmax(logits)[places].tolist()
     found: dict[str, Any] = {
-        "classes": [
-            {"label": labels[place], "probability": probability}
-            for place, probability in zip(places.tolist(), probabilities, strict=True)
-        ],
-        "warnings": list(warnings),
+        "classes": [{"label": labels[place], "probability": probability} for place, probability in ranked],
+        "warnings": warnings,
     }
     return found if gates is None else {**found, "gates": experts(gates)}
-
-
-def best(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
-    """Return the places of the *count* largest of finite *values* (C,), best first, equal ones in order.
-
-    The rest is not sorted.
-    """
-    if count >= len(values):
-        return np.argsort(-values, kind="stable")
-    least = np.partition(values, -count)[-count]
-    places = np.flatnonzero(values >= least)  # more than *count* where several are equal to the least
-    return places[np.argsort(-values[places], kind="stable")[:count]]
 
 
 def experts(gates: NDArray[np.float32]) -> list[dict[str, Any]]:
@@ -55,11 +38,3 @@ def experts(gates: NDArray[np.float32]) -> list[dict[str, Any]]:
         for place in best(gates, len(gates)).tolist()
         if gates[place] != 0
     ]
-
-
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the probabilities (C,) float64 of finite *logits* (C,), without overflow."""
-    wide = logits.astype(np.float64)
-    powers = np.exp(wide - wide.max())
-    probabilities: NDArray[np.float64] = powers / powers.sum()
-    return probabilities

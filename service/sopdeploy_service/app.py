@@ -7,6 +7,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from sopdeploy_service import pages, problems, routes, status
+from sopdeploy_service.direct import Direct
 from sopdeploy_service.faults import NONE, Faults
 from sopdeploy_service.gate import METRICS, OPEN, Gate
 from sopdeploy_service.intake import Intake
@@ -53,6 +54,7 @@ def create_app(
         redirect_slashes=False,  # a redirect would drop the image
         docs_url=None,  # FastAPI's own pages load their scripts from another host
         redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # `tracing` is ours, and costs less
     )
     app.state.service = service
     app.state.siblings = {}
@@ -60,6 +62,7 @@ def create_app(
     for router in (status.router, v2.router, pages.router):
         app.include_router(router)
     problems.install(app)
+    app.add_middleware(Direct, route=routes.route, readers=routes.PLAIN)
     app.add_middleware(Intake, settings=settings, metrics=service.metrics)
     if settings.keys is not None:
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS}

@@ -1,4 +1,4 @@
-"""The event loop's side of batching: hand in one decoded image, wait for its outcome.
+"""One model's batching: put in a decoded image, and its item will have its outcome.
 
 One waiting line, one engine thread, and a watchdog that notices when that thread dies or hangs.
 Then everything that waits is refused at once and `dead` stays true: a server that cannot answer
@@ -9,16 +9,13 @@ import asyncio
 import contextlib
 import logging
 
-import numpy as np
-from numpy.typing import NDArray
-
-from sopdeploy_service.engine import Engine, settle
+from sopdeploy_service.engine import Engine
 from sopdeploy_service.latency import LatencyTable
 from sopdeploy_service.metrics import Metrics
-from sopdeploy_service.outcome import DRAINING, ENGINE_DEAD, Outcome, Refusal
+from sopdeploy_service.outcome import DRAINING, ENGINE_DEAD, Refusal
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.verified import Inference, largest_batch
-from sopdeploy_service.waiting import Item, WaitingLine
+from sopdeploy_service.waiting import Item, WaitingLine, settle
 
 JOIN_SECONDS = 2.0  # what a batch at work gets to end after the line was closed
 WATCH_SECONDS = 0.25
@@ -29,7 +26,7 @@ log = logging.getLogger("sopdeploy.engine")
 
 
 class Batcher:
-    """Every method is called on the event loop; *name* is the model's, for its metrics."""
+    """Every method but `put` is called on the event loop; *name* is the model's, for its metrics."""
 
     def __init__(self, name: str, inference: Inference, settings: Settings, metrics: Metrics) -> None:
         self.dead = False
@@ -57,16 +54,13 @@ class Batcher:
         self._engine.start(asyncio.get_running_loop(), self._engine_ended)
         self._watchdog = asyncio.create_task(self._watch())
 
-    async def submit(self, image: NDArray[np.uint8], deadline: float) -> Outcome:
-        """Return the outcome of *image* (H, W, 3); cancelling this takes it out of the line."""
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        item = Item(image=image, outcome=future, deadline=deadline)
-        if not self._line.put(item):
-            return self._closed_with or DRAINING
-        try:
-            return await future
-        finally:
-            self._line.discard(item)
+    def put(self, item: Item) -> Refusal | None:
+        """Let *item* wait for its batch, or return why it cannot; any thread may call this."""
+        return None if self._line.put(item) else self._closed_with or DRAINING
+
+    def discard(self, item: Item) -> None:
+        """Take *item* out if it still waits."""
+        self._line.discard(item)
 
     def close(self, refusal: Refusal) -> None:
         """Let nothing more in and give *refusal* to every item without an outcome."""

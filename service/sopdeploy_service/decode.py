@@ -8,7 +8,7 @@ bytes say; a content type that says otherwise is a warning. Whatever the bytes a
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +42,7 @@ HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heif", b"avif", b"
 WANTED = "send a JPEG, PNG, WebP, BMP or GIF file"
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
+class Sent(NamedTuple):
     """The bytes of one image as they came, and the media type that came with them, if any."""
 
     body: bytes
@@ -54,8 +53,7 @@ class Sent:
 Load = Callable[[Image.Image, bytes, Preprocess], Image.Image]
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
+class Decoded(NamedTuple):
     """The network's input (crop, crop, 3) uint8, and codes of what was done to the picture to get it."""
 
     pixels: NDArray[np.uint8]

@@ -1,8 +1,8 @@
-"""The short way to an endpoint whose parameters all stand in the query.
+"""The short way to the one endpoint that counts, whose parameters all stand in the query.
 
-FastAPI reads parameters of any kind through one general machine, which is a good part of what a request
-costs. A query that is plain is read here and the endpoint called with it; any other, and each that is wrong,
-goes FastAPI's way. So there is one description, and one wording of every error.
+FastAPI finds routes and reads parameters of any kind through one general machine, which is a good part of
+what a request costs. A query that is plain is read here and the endpoint called with it; any other, each that
+is wrong, and every other path goes FastAPI's way. So there is one description and one wording of every error.
 """
 
 import re
@@ -11,7 +11,9 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sopdeploy_service.problems import RefusedError, refused
 
 Read = Callable[[str], Any]
 
@@ -20,23 +22,37 @@ WORD = re.compile(r"[A-Za-z0-9._~-]{1,200}")  # what no URL has to escape
 MOST = 500  # characters
 
 
-def direct(readers: Mapping[str, Read]) -> type[APIRoute]:
-    """Return a class of routes that read the query with *readers*, which give None for what is not plain.
+class Direct:
+    """Wraps *app*; calls the endpoint of *route* for queries that *readers* read, which are None for others.
 
     The endpoint must take the request and, all of them optional, the parameters that *readers* names.
     """
 
-    class Direct(APIRoute):
-        async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-            query = scope["query_string"].decode("latin-1")
-            given = read_query(query, readers) if scope["method"] in (self.methods or ()) else None
-            if given is None:
-                await super().handle(scope, receive, send)
-                return
-            response: Response = await self.endpoint(Request(scope, receive, send), **given)
-            await response(scope, receive, send)
+    def __init__(self, app: ASGIApp, route: APIRoute, readers: Mapping[str, Read]) -> None:
+        self._app = app
+        self._route = route
+        self._path = route.path
+        (self._method,) = route.methods or {""}
+        self._readers = readers
 
-    return Direct
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        given = self._given(scope)
+        if given is None:
+            await self._app(scope, receive, send)
+            return
+        scope["route"] = self._route
+        request = Request(scope, receive, send)
+        try:
+            response: Response = await self._route.endpoint(request, **given)
+        except RefusedError as problem:
+            response = refused(request, problem)
+        await response(scope, receive, send)
+
+    def _given(self, scope: Scope) -> dict[str, Any] | None:
+        if scope["type"] != "http" or scope["path"] != self._path or scope["method"] != self._method:
+            return None
+        return read_query(scope["query_string"].decode("latin-1"), self._readers)
 
 
 def read_query(query: str, readers: Mapping[str, Read]) -> dict[str, Any] | None:

@@ -13,8 +13,9 @@ from sopdeploy_service.isolate import Row, run_isolated
 from sopdeploy_service.latency import LatencyTable
 from sopdeploy_service.metrics import ModelMetrics
 from sopdeploy_service.outcome import NONFINITE, Answered, Outcome, Refusal
+from sopdeploy_service.ranking import Ranking
 from sopdeploy_service.runtime.base import OutOfMemoryError, Runtime
-from sopdeploy_service.waiting import Item, WaitingLine
+from sopdeploy_service.waiting import Item, WaitingLine, call_soon, settle
 
 SMALLER_SECONDS = 60.0  # how long batches stay halved after the device had no memory for one
 
@@ -92,19 +93,28 @@ class Engine:
 
     def _finish(self, batch: Sequence[Item], rows: Sequence[Row], started: float, ended: float) -> None:
         """Settle and count *batch*, on the loop: the engine thread is already with the next one."""
-        outcomes = [
-            row
-            if isinstance(row, Refusal)
-            else Answered(row, started - item.arrived, ended - started, len(batch))
-            for item, row in zip(batch, rows, strict=True)
-        ]
-        settle(batch, outcomes)
+        settle(batch, self._outcomes(batch, rows, started, ended - started))
         self._latency.note(len(batch), ended - started)
         self._metrics.batch([started - item.arrived for item in batch], self._whole, started, ended)
         self._metrics.nonfinite(sum(row is NONFINITE for row in rows))
         sharing = [item.trace for item in batch if item.trace is not None]
         if sharing:
             sharing[0].batch(sharing, started, ended)
+
+    def _outcomes(
+        self, batch: Sequence[Item], rows: Sequence[Row], started: float, seconds: float
+    ) -> list[Outcome]:
+        logits: list[NDArray[np.float32]] = []
+        ranking = Ranking(logits)
+        outcomes: list[Outcome] = []
+        for item, row in zip(batch, rows, strict=True):
+            if isinstance(row, Refusal):
+                outcomes.append(row)
+                continue
+            queued = started - item.arrived
+            outcomes.append(Answered(row, queued, seconds, len(batch), ranking, len(logits), item.warnings))
+            logits.append(row[self._outputs[0]])
+        return outcomes
 
     def _run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[np.float32]]:
         try:
@@ -113,18 +123,3 @@ class Engine:
             self._largest = max(1, len(images) // 2)
             self._smaller_until = time.monotonic() + SMALLER_SECONDS
             raise
-
-
-def settle(items: Sequence[Item], outcomes: Sequence[Outcome]) -> None:
-    """Give each of *items* its outcome; those that nobody waits for are passed over. On the loop."""
-    for item, outcome in zip(items, outcomes, strict=True):
-        if not item.outcome.done():
-            item.outcome.set_result(outcome)
-
-
-def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *values: object) -> None:
-    """Run *function* on *loop*, from another thread; nothing where the loop is already closed."""
-    try:
-        loop.call_soon_threadsafe(function, *values)
-    except RuntimeError:
-        log.debug("the event loop is closed; an outcome is dropped")

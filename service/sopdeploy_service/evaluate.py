@@ -16,10 +16,10 @@ from sopdeploy.errors import DataError, ImageError
 from sopdeploy.measure.score import Score, score
 from sopdeploy.measure.views import Views, check_views, views
 from sopdeploy.preprocess import Preprocess
-from sopdeploy_service.answer import softmax
 from sopdeploy_service.decode import Sent, decode
 from sopdeploy_service.loading import loader
 from sopdeploy_service.predict import read
+from sopdeploy_service.ranking import softmax
 from sopdeploy_service.settings import Settings, load_settings
 from sopdeploy_service.verified import Inference, open_verified
 

@@ -6,10 +6,10 @@ Pure ASGI and in front of everything that reads a body: a stranger costs this se
 from collections.abc import Awaitable, Callable, Collection
 
 from fastapi import Request
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as AsgiScope
 
+from sopdeploy_service.heads import header
 from sopdeploy_service.keys import KeyRing, Scope
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.outcome import Refusal
@@ -44,7 +44,7 @@ class Gate:
         if scope["type"] != "http" or scope["path"] in self._open:
             await self._app(scope, receive, send)
             return
-        key = self._ring.find(given_key(Headers(scope=scope)))
+        key = self._ring.find(given_key(scope))
         if key is None:
             self._metrics.rejected(NO_KEY.code)
             await problem_response(NO_KEY, {"WWW-Authenticate": CHALLENGE})(scope, receive, send)
@@ -55,11 +55,10 @@ class Gate:
         await self._app(scope, receive, send)
 
 
-def given_key(headers: Headers) -> bytes:
-    """Return the key in *headers* as its bytes came; empty where there is none."""
-    kind, _, token = headers.get("authorization", "").partition(" ")
-    text = token.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")
-    return text.encode("latin-1")  # what ASGI decoded with, so any byte goes back
+def given_key(scope: AsgiScope) -> bytes:
+    """Return the key of the request in *scope* as its bytes came; empty where there is none."""
+    kind, _, token = (header(scope, b"authorization") or b"").partition(b" ")
+    return token.strip() if kind.lower() == b"bearer" else header(scope, b"x-api-key") or b""
 
 
 def require(scope: Scope) -> None:

@@ -5,14 +5,18 @@ What only was announced does not count: a client could reserve the memory of oth
 """
 
 import asyncio
+import contextlib
 import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sopdeploy_service.begun import Begun
+from sopdeploy_service.heads import header
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.outcome import Refusal
 from sopdeploy_service.problems import RefusedError
 from sopdeploy_service.settings import Settings
+from sopdeploy_service.tally import CURRENT
 
 SMALL_BODY = 1_000_000  # most pictures; the last eighth of the room is for them alone
 
@@ -26,8 +30,8 @@ class Room:
 
     def __init__(self, size: int, metrics: Metrics) -> None:
         self._size = size
-        self._metrics = metrics
         self._held = 0
+        metrics.upload_bytes(lambda: self._held)
 
     def fits(self, held: int, more: int) -> bool:
         """Return whether a body that holds *held* bytes may hold *more*."""
@@ -37,7 +41,6 @@ class Room:
     def add(self, count: int) -> None:
         """Count bytes that came, or with a minus bytes that are gone."""
         self._held += count
-        self._metrics.upload_bytes(self._held)
 
 
 class Intake:
@@ -58,6 +61,9 @@ class Intake:
             await self._app(scope, body.receive, send)
         finally:
             self._room.add(-body.held)
+            tally = CURRENT.get()
+            if tally is not None:
+                tally.bytes = body.held
 
 
 class Body:
@@ -97,17 +103,17 @@ class Body:
         A bucket of seconds: waiting empties it, bytes fill it, and it never holds more than the grace.
         """
         started = time.monotonic()
-        try:
-            async with asyncio.timeout(max(0.0, self._patience)):
-                message = await self._receive()
-        except TimeoutError:
-            message = await self._glance()
+        begun: Begun[Message] = Begun(self._receive())
+        message = begun.value if begun.done else await self._wait_for(begun)
         earned = len(message.get("body", b"")) / self._rate - (time.monotonic() - started)
         self._patience = min(self._grace, self._patience + earned)
         return message
 
-    async def _glance(self) -> Message:
-        """Look once more: a loop that was blocked sees its clock before what has come meanwhile."""
+    async def _wait_for(self, begun: Begun[Message]) -> Message:
+        """Wait for what has *begun*, then look once more: a loop that was blocked sees its clock first."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, self._patience)):
+                return await begun
         try:
             async with asyncio.timeout(GLANCE_SECONDS):
                 return await self._receive()
@@ -121,4 +127,4 @@ class Body:
 
 def announced(scope: Scope) -> int:
     """Return the `Content-Length` of a request, 0 where it has none."""
-    return next((int(value) for name, value in scope["headers"] if name == b"content-length"), 0)
+    return int(header(scope, b"content-length") or 0)

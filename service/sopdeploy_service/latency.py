@@ -25,6 +25,8 @@ class LatencyTable:
         A size that was never seen is taken from the nearest larger one, else in proportion to the largest.
         """
         known = self._seconds
+        if images in known:
+            return known[images]
         if not known:
             return 0.0
         larger = [size for size in known if size >= images]

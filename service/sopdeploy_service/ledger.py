@@ -1,6 +1,7 @@
 """What one model has done since it was loaded: the sums behind the protocol's statistics."""
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -31,8 +32,8 @@ class Ledger:
 
     success: Sum = field(default_factory=Sum)
     failure: Sum = field(default_factory=Sum)
-    stages: dict[str, Sum] = field(default_factory=dict)
-    batches: dict[int, Sum] = field(default_factory=dict)
+    stages: defaultdict[str, Sum] = field(default_factory=lambda: defaultdict(Sum))
+    batches: defaultdict[int, Sum] = field(default_factory=lambda: defaultdict(Sum))
     last: float = 0.0  # time.time() of the last answer
 
     def note(self, found: Sequence[Outcome] | Refusal, stages: Stages, seconds: float) -> None:
@@ -40,14 +41,14 @@ class Ledger:
         outcomes = [] if isinstance(found, Refusal) else found
         answered = [outcome for outcome in outcomes if isinstance(outcome, Answered)]
         for outcome in answered:
-            self.batches.setdefault(outcome.batch, Sum()).add(outcome.infer_seconds)
+            self.batches[outcome.batch].add(outcome.infer_seconds)
         if not answered or len(answered) < len(outcomes):
             self.failure.add(seconds)
             return
         self.last = time.time()
         self.success.add(seconds)
         for stage, spent in stages.seconds.items():
-            self.stages.setdefault(stage, Sum()).add(spent)
+            self.stages[stage].add(spent)
 
     def executions(self) -> dict[int, Sum]:
         """Return the runs of the engine by batch size: the images of a batch shared one run and its time."""

@@ -107,6 +107,7 @@ class Metrics:
 
         self._models: dict[str, ModelMetrics] = {}
         self._loaded: Counts[tuple[str, ...]] = Counts()
+        self._answered: dict[tuple[str, int, str], tuple[Counter, Histogram]] = {}
         self._children: dict[
             tuple[object, ...], Any
         ] = {}  # to find one anew takes longer than to count in it
@@ -141,8 +142,12 @@ class Metrics:
 
     def request(self, route: str, code: int, seconds: float, model: str = "") -> None:
         """Count a request answered with the status *code*, by *model* where one was asked."""
-        self._child(self._requests, route, str(code), model).inc()
-        self._child(self._request_seconds, route).observe(seconds)
+        found = self._answered.get((route, code, model))
+        if found is None:
+            counter = self._requests.labels(route, str(code), model)
+            found = self._answered[route, code, model] = counter, self._request_seconds.labels(route)
+        found[0].inc()
+        found[1].observe(seconds)
 
     def stage(self, stage: str, seconds: float) -> None:
         """Count *seconds* spent in one of `receive`, `decode`, `queue`, `infer`."""
@@ -173,17 +178,17 @@ class Metrics:
         """Count *images* for which *model* gave numbers that are not finite."""
         self._child(self._nonfinite, model).inc(images)
 
-    def depth(self, images: int) -> None:
-        """Say how many images are admitted and not yet answered."""
-        self._depth.set(images)
+    def depth(self, images: Callable[[], int]) -> None:
+        """Ask *images*, at every scrape, how many are admitted and not yet answered."""
+        self._depth.set_function(images)
 
     def connections(self, number: int) -> None:
         """Say how many connections are open."""
         self._connections.set(number)
 
-    def upload_bytes(self, number: int) -> None:
-        """Say how many bytes the bodies hold whose requests are not yet answered."""
-        self._upload_bytes.set(number)
+    def upload_bytes(self, number: Callable[[], int]) -> None:
+        """Ask *number*, at every scrape, how many bytes the bodies hold whose requests are not answered."""
+        self._upload_bytes.set_function(number)
 
     def loop_lag(self, worst: Callable[[], float]) -> None:
         """Ask *worst* for the seconds by which the event loop was late, at every scrape."""

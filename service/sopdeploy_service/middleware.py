@@ -15,9 +15,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sopdeploy_service import access_log
+from sopdeploy_service.heads import text
 from sopdeploy_service.problems import INTERNAL, problem_response
 from sopdeploy_service.service import Service
-from sopdeploy_service.tally import OpenTrace, Tally
+from sopdeploy_service.tally import CURRENT, OpenTrace, Tally
 
 GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # anything else could forge lines of a log
 PROCESS = secrets.token_hex(8)  # of this process, drawn once: a draw for each request would be a system call
@@ -45,47 +46,33 @@ class Envelope:
         if self._open_trace is not None and scope["path"] not in access_log.PROBES:
             tally.trace = self._open_trace(Headers(scope=scope), started)
         stamp = Stamp(send, tally, scope["state"])
-        meter = Meter(receive)
         self._service.requests += 1
+        token = CURRENT.set(tally)
         try:
-            with tally.current():
-                await self._answer(scope, meter, stamp)
+            await self._answer(scope, receive, stamp)
         finally:
+            CURRENT.reset(token)
             self._service.requests -= 1
-            self._note(scope, tally, stamp.status, time.monotonic() - started, meter.bytes)
+            self._note(scope, tally, stamp.status, time.monotonic() - started)
             scope["state"].pop("model", None)  # an idle connection keeps its last scope, but no model
 
     async def _answer(self, scope: Scope, receive: Receive, send: "Stamp") -> None:
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, send.send)
         except Exception:  # a mistake of ours; the client gets a problem, the log a traceback
             log.exception("a mistake at %s", route_of(scope))
             if send.status:
                 raise  # half an answer is out; the connection must end
-            await problem_response(INTERNAL, path=scope["path"])(scope, receive, send)
+            await problem_response(INTERNAL, path=scope["path"])(scope, receive, send.send)
 
-    def _note(self, scope: Scope, tally: Tally, status: int, seconds: float, received: int) -> None:
+    def _note(self, scope: Scope, tally: Tally, status: int, seconds: float) -> None:
         route = route_of(scope)
         model = scope["state"].get("model")
         name = model.name if model is not None else ""
         self._service.metrics.request(route, status, seconds, name)
         if tally.trace is not None:
             tally.trace.end(route, status, tally.stages)
-        access_log.note(scope, route, tally, status, seconds, received)
-
-
-class Meter:
-    """A `receive` that counts the bytes of the body."""
-
-    def __init__(self, receive: Receive) -> None:
-        self.bytes = 0
-        self._receive = receive
-
-    async def __call__(self) -> Message:
-        """Receive the next message."""
-        message = await self._receive()
-        self.bytes += len(message.get("body", b""))
-        return message
+        access_log.note(scope, route, tally, status, seconds)
 
 
 class Stamp:
@@ -100,7 +87,7 @@ class Stamp:
         self._tally = tally
         self._state = state
 
-    async def __call__(self, message: Message) -> None:
+    async def send(self, message: Message) -> None:
         """Send *message* on."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
@@ -122,5 +109,5 @@ def route_of(scope: Scope) -> str:
 
 def request_id(scope: Scope) -> str:
     """Return the client's `X-Request-ID` where it is harmless, else a new one of 32 hexadecimal digits."""
-    given = Headers(scope=scope).get("x-request-id", "")
-    return given if GOOD_ID.fullmatch(given) else f"{PROCESS}{next(NUMBERS):016x}"
+    given = text(scope, b"x-request-id")
+    return given if given and GOOD_ID.fullmatch(given) else f"{PROCESS}{next(NUMBERS):016x}"

@@ -1,23 +1,37 @@
 """One bundle that answers: its runtime, its waiting line, its engine thread, and who is using it now."""
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import numpy as np
-from numpy.typing import NDArray
 
 from sopdeploy.bundle import Bundle
 from sopdeploy_service.batcher import Batcher
 from sopdeploy_service.ledger import Ledger
 from sopdeploy_service.metrics import Metrics
-from sopdeploy_service.outcome import Outcome, Refusal
+from sopdeploy_service.outcome import Refusal
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.verified import Inference
+from sopdeploy_service.waiting import Item
+
+
+class Users:
+    """The requests that are with a model; `gone` is set while there are none."""
+
+    def __init__(self) -> None:
+        self.gone = asyncio.Event()
+        self.gone.set()
+        self._number = 0
+
+    def __enter__(self) -> None:
+        self._number += 1
+        self.gone.clear()
+
+    def __exit__(self, *_problem: object) -> None:
+        self._number -= 1
+        if self._number == 0:
+            self.gone.set()
 
 
 class Model:
-    """A bundle under the *name* clients know it by; every method is called on the event loop."""
+    """A bundle under the *name* clients know it by; every method but `put` is called on the event loop."""
 
     def __init__(self, name: str, inference: Inference, settings: Settings, metrics: Metrics) -> None:
         self.name = name
@@ -25,9 +39,7 @@ class Model:
         self.ledger = Ledger()
         self.version = inference.bundle.manifest.id  # whoever knows it can say which weights gave an answer
         self._batcher = Batcher(name, inference, settings, metrics)
-        self._users = 0
-        self._unused = asyncio.Event()
-        self._unused.set()
+        self._users = Users()
 
     @property
     def bundle(self) -> Bundle:
@@ -57,21 +69,17 @@ class Model:
         """Start the engine thread."""
         self._batcher.start()
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Keep the model from being stopped by `retire` while a request is with it."""
-        self._users += 1
-        self._unused.clear()
-        try:
-            yield
-        finally:
-            self._users -= 1
-            if self._users == 0:
-                self._unused.set()
+    def in_use(self) -> Users:
+        """Keep the model, `with` this, from being stopped by `retire` while a request is with it."""
+        return self._users
 
-    async def infer(self, image: NDArray[np.uint8], deadline: float) -> Outcome:
-        """Return the outcome of *image* (H, W, 3); *deadline* is on the clock of `time.monotonic`."""
-        return await self._batcher.submit(image, deadline)
+    def put(self, item: Item) -> Refusal | None:
+        """Let *item* wait for its batch, or return why it cannot; any thread may call this."""
+        return self._batcher.put(item)
+
+    def discard(self, item: Item) -> None:
+        """Take *item* out if it still waits for its batch."""
+        self._batcher.discard(item)
 
     def close(self, refusal: Refusal) -> None:
         """Give *refusal* to everything without an outcome and let nothing more in."""
@@ -79,7 +87,7 @@ class Model:
 
     async def retire(self) -> None:
         """Stop once the last request that is with this model has its answer."""
-        await self._unused.wait()
+        await self._users.gone.wait()
         await self.stop()
 
     async def stop(self) -> None:

@@ -7,31 +7,29 @@ was too late, 500 is ours.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import ImageError
+from sopdeploy_service.ranking import Ranking
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+class Answered(NamedTuple):
     """The outputs (...) float32 of one picture by name, logits first, and what happened on the way.
 
-    *batch* is how many pictures shared the run; *warnings* name what decoding changed in the picture.
+    *ranking* ranks the classes of all pictures of the run, of which this is number *place* of *batch*;
+    *warnings* name what decoding changed in the picture.
     """
 
     outputs: Mapping[str, NDArray[np.float32]]
     queue_seconds: float
     infer_seconds: float
     batch: int
+    ranking: Ranking
+    place: int
     warnings: tuple[str, ...] = ()
-
-    @property
-    def logits(self) -> NDArray[np.float32]:
-        """Return the first output, (C,)."""
-        return next(iter(self.outputs.values()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from sopdeploy_service.answer import answer
 from sopdeploy_service.decode import Sent, decode
 from sopdeploy_service.loading import loader
 from sopdeploy_service.outcome import NONFINITE, Refusal
+from sopdeploy_service.ranking import Ranking
 from sopdeploy_service.schema import Classes, ClassProbability, Problem
 from sopdeploy_service.settings import Settings, load_settings
 from sopdeploy_service.verified import Inference, open_verified
@@ -60,7 +61,7 @@ def predict_one(inference: Inference, path: Path, settings: Settings) -> Predict
     logits = outputs[manifest.outputs[0].name][0]
     return Prediction(
         image=str(path),
-        classes=Classes(**answer(logits, inference.bundle.labels, settings.top_k)).classes,
+        classes=Classes(**answer(Ranking([logits]).best(0, settings.top_k), inference.bundle.labels)).classes,
         warnings=decoded.warnings,
     )
 

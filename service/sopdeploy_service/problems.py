@@ -64,6 +64,16 @@ def problem_response(
     return Response(body, status_code=refusal.status, headers=extra, media_type=PROBLEM_JSON)
 
 
+def refused(request: Request, problem: RefusedError) -> Response:
+    """Count *problem* and return the answer to *request* that it stands for."""
+    metrics = request.app.state.service.metrics
+    if problem.refusal is CLIENT_GONE:
+        metrics.cancelled()
+    else:
+        metrics.rejected(problem.refusal.code)
+    return problem_response(problem.refusal, path=request.url.path)
+
+
 def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return how the OpenAPI description tells that these *statuses* come with a `Problem`."""
     body = {"schema": {"$ref": "#/components/schemas/Problem"}}
@@ -77,13 +87,8 @@ def install(app: FastAPI) -> None:
     """Make every error of *app* a problem; no FastAPI default is left."""
 
     @app.exception_handler(RefusedError)
-    async def refused(request: Request, problem: RefusedError) -> Response:
-        metrics = request.app.state.service.metrics
-        if problem.refusal is CLIENT_GONE:
-            metrics.cancelled()
-        else:
-            metrics.rejected(problem.refusal.code)
-        return problem_response(problem.refusal, path=request.url.path)
+    async def refused_error(request: Request, problem: RefusedError) -> Response:
+        return refused(request, problem)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, problem: HTTPException) -> Response:

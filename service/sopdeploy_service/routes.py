@@ -4,10 +4,11 @@ import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.routing import APIRoute
 
 from sopdeploy_service.admission import admit, service_of, unless_gone, unless_refused
 from sopdeploy_service.answer import answer
-from sopdeploy_service.direct import direct, flag, number, word
+from sopdeploy_service.direct import flag, number, word
 from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import Answered, Refusal
 from sopdeploy_service.problems import RefusedError, described, json_response
@@ -19,7 +20,7 @@ from sopdeploy_service.upload import read_upload
 # The names and kinds of the parameters of `classify`.
 PLAIN = {"top_k": number, "model": word, "version": word, "gates": flag}
 
-router = APIRouter(route_class=direct(PLAIN))
+router = APIRouter()
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 FORM = {
@@ -82,7 +83,7 @@ async def classify(
         upload = await read_upload(request, service, chosen, deadline)
         received = time.monotonic()
         service.metrics.stage("receive", received - started)
-        stages.note("receive", received - started)
+        stages.note("receive", received - started, received)
         work = service.classify(chosen, upload.images, deadline, stages)
         outcomes = unless_refused(await unless_gone(work, request.receive))
     top_k = top_k or upload.top_k or service.settings.top_k
@@ -96,10 +97,15 @@ async def classify(
     return json_response({"results": results}, headers=headers)
 
 
+(route,) = (one for one in router.routes if isinstance(one, APIRoute))
+
+
 def answered(model: Model, outcome: Answered, top_k: int, gates: bool) -> dict[str, Any]:
     """Return the answer to one image, with the experts of its gate where *gates* were asked for."""
     weights = outcome.outputs[GATES] if gates else None
-    return answer(outcome.logits, model.labels, top_k, warnings=outcome.warnings, gates=weights)
+    return answer(
+        outcome.ranking.best(outcome.place, top_k), model.labels, warnings=outcome.warnings, gates=weights
+    )
 
 
 def refused(service: Service, refusal: Refusal) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import gc
 import logging
 import socket
 import sys
@@ -69,6 +70,7 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, place: Inherited
     timeline = Timeline()
     timeline.mark("imports")
     keep_little()
+    gc.freeze()  # modules stay: to look through them for garbage stops every thread for 45 ms
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
     warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, which counts for nothing
     allow_files(settings.max_connections)
@@ -107,6 +109,7 @@ def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nothing here asks where a client is
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )

@@ -1,32 +1,32 @@
 """What lives behind the HTTP face: admission, decoders and the repository of models.
 
-The way of an image: admitted (or refused at once) -> decoded in a thread pool -> its model's batcher ->
-outputs. A bad image is refused by the decoder, so it never meets the images of other requests.
+The way of an image: admitted (or refused at once) -> decoded in a thread -> its model's batcher -> outputs.
+Whoever knows its outcome first settles it: the decoder that finds it bad, the engine, or the deadline. A bad
+image never meets the images of other requests.
 """
 
 import asyncio
 import contextlib
-import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.errors import ImageError
-from sopdeploy_service.decode import Decoded, Sent, decode, keep_memory
+from sopdeploy_service.decode import Sent, decode, keep_memory
+from sopdeploy_service.decoders import Decoders
 from sopdeploy_service.faults import NONE, Faults
 from sopdeploy_service.loading import loader
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import (
+    CLIENT_GONE,
     DEADLINE,
-    DECODER_FAILED,
     DRAINING,
     ENGINE_DEAD,
     TOO_LATE,
@@ -43,12 +43,11 @@ from sopdeploy_service.slots import Slots
 from sopdeploy_service.tally import charge
 from sopdeploy_service.timing import Stages
 from sopdeploy_service.verified import Inference
+from sopdeploy_service.waiting import Item, settle
 
 LONGEST_RETRY_SECONDS = 60
 
 Value = TypeVar("Value")
-
-log = logging.getLogger("sopdeploy.service")
 
 
 class Service:
@@ -69,12 +68,18 @@ class Service:
         }
         self.repository = Repository(inferences, settings, self.metrics, shelf)
         keep_memory(settings.decoders)
-        self._decoders = ThreadPoolExecutor(settings.decoders, thread_name_prefix="decoder")
+        decode_one = partial(
+            faults.over_decoder(decode),
+            max_bytes=settings.max_body_bytes,
+            max_pixels=settings.max_pixels,
+            load=loader(settings),
+        )
+        self._decoders = Decoders(decode_one, settings.decoders, self.metrics)
         self._parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
         self.fetches = Slots(settings.url_fetches)
-        self._decode_bytes = faults.over_decoder(partial(decode, load=loader(settings)))
         self.metrics.decoders(settings.decoders)
         self._admitted = 0
+        self.metrics.depth(lambda: self._admitted)
         self._draining = True
 
     @property
@@ -89,6 +94,7 @@ class Service:
     def start(self) -> None:
         """Start the threads; from here on images are answered."""
         self.repository.start()
+        self._decoders.start()
         self._draining = False
 
     def drain(self) -> None:
@@ -103,8 +109,8 @@ class Service:
     async def stop(self) -> None:
         """End the threads."""
         self.abandon()
-        for pool in (self._decoders, self._parsers):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._decoders.stop()
+        self._parsers.shutdown(wait=False, cancel_futures=True)
         await self.repository.stop()
 
     def refusal(self, model: Model, deadline: float) -> Refusal | None:
@@ -129,11 +135,11 @@ class Service:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Count a request as one admitted image while nobody knows yet how many it has."""
-        self._count(1)
+        self._admitted += 1
         try:
             yield
         finally:
-            self._count(-1)
+            self._admitted -= 1
 
     async def parse(self, read: Callable[..., Value], *given: object) -> Value:
         """Return what *read* returns for *given*, from one of few threads: it holds the interpreter."""
@@ -144,21 +150,34 @@ class Service:
     ) -> list[Outcome] | Refusal:
         """Return the outcome of each of the encoded *images*, in order, or why there is none at all.
 
-        *deadline* is on the clock of `time.monotonic`. Cancelling this frees what it holds.
+        *deadline* is on the clock of `time.monotonic`; *model* must be in use. Cancelling this frees what it
+        holds.
         """
-        return await self._all(model, images, self._classify, deadline, stages)
+        rules = model.bundle.manifest.preprocess
+
+        def begin(item: Item, image: Sent) -> None:
+            self._decoders.hand_in(item, image, rules, model.put)
+
+        return await self._all(model, images, begin, deadline, stages)
 
     async def infer(
         self, model: Model, images: NDArray[np.uint8], deadline: float, stages: Stages
     ) -> list[Outcome] | Refusal:
         """Return the outcome of each of *images* (n, H, W, 3), which the client has decoded itself."""
-        return await self._all(model, images, self._infer, deadline, stages)
+
+        def begin(item: Item, image: NDArray[np.uint8]) -> None:
+            item.image = image
+            refusal = model.put(item)
+            if refusal is not None:
+                settle([item], [refusal])
+
+        return await self._all(model, images, begin, deadline, stages)
 
     async def _all(
         self,
         model: Model,
-        images: Sequence[Sent] | NDArray[np.uint8],
-        work: Callable[..., Awaitable[Outcome]],
+        images: Sequence[Value] | NDArray[np.uint8],
+        begin: Callable[[Item, Any], None],
         deadline: float,
         stages: Stages,
     ) -> list[Outcome] | Refusal:
@@ -166,62 +185,39 @@ class Service:
         refused = self.overload(model, len(images)) or charge(len(images), stages)
         if refused is not None:
             return refused
-        self._count(len(images))
-        found: list[Outcome] | Refusal = DEADLINE
+        loop = asyncio.get_running_loop()
+        items = [Item(outcome=loop.create_future(), deadline=deadline) for _ in images]
+        late = loop.call_later(deadline - started, give_up, model, items, DEADLINE)
+        self._admitted += len(images)
         try:
-            with contextlib.suppress(TimeoutError), model.in_use():
-                async with asyncio.timeout(deadline - time.monotonic()):
-                    found = await gather(work(model, image, deadline, stages) for image in images)
+            for item, image in zip(items, images, strict=True):
+                begin(item, image)
+            outcomes = [await item.outcome for item in items]
+        except asyncio.CancelledError:
+            give_up(model, items, CLIENT_GONE)
+            raise
         finally:
-            self._count(-len(images))
+            late.cancel()
+            self._admitted -= len(images)
+        note_stages(stages, items, outcomes)
+        found = DEADLINE if any(outcome is DEADLINE for outcome in outcomes) else outcomes
         model.ledger.note(found, stages, time.monotonic() - started)
         return found
 
-    async def _classify(self, model: Model, sent: Sent, deadline: float, stages: Stages) -> Outcome:
-        started = time.monotonic()
-        loop = asyncio.get_running_loop()
-        try:
-            decoded = await loop.run_in_executor(self._decoders, self._decode, model, sent)
-        except ImageError as problem:
-            return Refusal.of(problem)
-        except Exception:  # a mistake of ours costs its own image, not those beside it in the form
-            log.exception("the decoder failed on an image of %d bytes", len(sent.body))
-            return DECODER_FAILED
-        seconds = time.monotonic() - started
-        self.metrics.stage("decode", seconds)
-        stages.note("decode", seconds)
-        outcome = await self._infer(model, decoded.pixels, deadline, stages)
-        return replace(outcome, warnings=decoded.warnings) if isinstance(outcome, Answered) else outcome
 
-    async def _infer(
-        self, model: Model, image: NDArray[np.uint8], deadline: float, stages: Stages
-    ) -> Outcome:
-        outcome = await model.infer(image, deadline)
+def give_up(model: Model, items: Sequence[Item], why: Refusal) -> None:
+    """Give *why* to those of *items* that have no outcome, and let none of them come to the engine."""
+    for item in items:
+        model.discard(item)
+    settle(items, [why] * len(items))
+
+
+def note_stages(stages: Stages, items: Sequence[Item], outcomes: Sequence[Outcome]) -> None:
+    """Keep in *stages* where the time of *items* went, which became *outcomes*."""
+    for item, outcome in zip(items, outcomes, strict=True):
+        if item.decode_seconds is not None:
+            stages.note("decode", item.decode_seconds, item.arrived)
         if isinstance(outcome, Answered):
-            stages.note("queue", outcome.queue_seconds, time.monotonic() - outcome.infer_seconds)
-            stages.note("infer", outcome.infer_seconds)
-        return outcome
-
-    def _decode(self, model: Model, sent: Sent) -> Decoded:
-        started = time.monotonic()
-        try:
-            return self._decode_bytes(
-                sent,
-                model.bundle.manifest.preprocess,
-                max_bytes=self.settings.max_body_bytes,
-                max_pixels=self.settings.max_pixels,
-            )
-        finally:
-            self.metrics.decoded(time.monotonic() - started)
-
-    def _count(self, images: int) -> None:
-        self._admitted += images
-        self.metrics.depth(self._admitted)
-
-
-async def gather(work: Iterable[Awaitable[Outcome]]) -> list[Outcome]:
-    """Return the outcomes of *work* in order, all awaited at once; one alone needs no task of its own."""
-    waiting = list(work)
-    if len(waiting) == 1:
-        return [await waiting[0]]
-    return list(await asyncio.gather(*waiting))
+            began = item.arrived + outcome.queue_seconds
+            stages.note("queue", outcome.queue_seconds, began)
+            stages.note("infer", outcome.infer_seconds, began + outcome.infer_seconds)

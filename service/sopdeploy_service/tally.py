@@ -4,8 +4,7 @@ There is one tally for each request, known to whatever runs on its behalf by the
 no endpoint can forget to charge or to count.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
@@ -39,26 +38,19 @@ OpenTrace: TypeAlias = Callable[[Mapping[str, str], float], Trace | None]
 
 @dataclass(slots=True)
 class Tally:
-    """One request: its id, whose key it came with, what it asked for and how it went."""
+    """One request: its id, whose key it came with, what it asked for, its body's bytes and how it went."""
 
     request: str
     key: Key | None = None
     bucket: Bucket | None = None
+    bytes: int = 0
     images: int = 0
     code: str = "ok"
     stages: Stages = field(default_factory=Stages)
     trace: Trace | None = None
 
-    @contextmanager
-    def current(self) -> Iterator[None]:
-        """Make this the tally of the running task, and of those it starts."""
-        token = CURRENT.set(self)
-        try:
-            yield
-        finally:
-            CURRENT.reset(token)
 
-
+# The tally of the running task's request, and of the tasks it starts.
 CURRENT: ContextVar[Tally | None] = ContextVar("sopdeploy_tally", default=None)
 
 

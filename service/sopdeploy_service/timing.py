@@ -1,11 +1,10 @@
 """Where the time of one request went, for its `Server-Timing` header, its log line and its spans."""
 
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """One stage of one image, on the clock of `time.monotonic`."""
 
     stage: str

@@ -1,4 +1,4 @@
-"""The waiting line between the event loop, which puts decoded images in, and the engine.
+"""The waiting line between the decoders, which put images in, and the engine.
 
 The line is work-conserving: an engine that comes for a batch gets what is there. Only while it is
 idle anyway does it wait for more, at most `max_delay` seconds from the arrival of the oldest item.
@@ -7,10 +7,11 @@ Items whose request has gone or whose deadline has passed never leave the line a
 """
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,14 +20,21 @@ from numpy.typing import NDArray
 from sopdeploy_service.outcome import Outcome
 from sopdeploy_service.tally import Trace, current_trace
 
+log = logging.getLogger("sopdeploy.engine")
+
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class Item:
-    """One decoded image (H, W, 3) uint8, who waits for it, and until when (`time.monotonic`)."""
+    """One image, who waits for its outcome, and until when (`time.monotonic`).
 
-    image: NDArray[np.uint8]
+    Before it enters a line it has its *image* (H, W, 3) uint8, and *arrived* is when it got it.
+    """
+
     outcome: asyncio.Future[Outcome]
     deadline: float
+    image: NDArray[np.uint8] = field(init=False, repr=False)
+    warnings: tuple[str, ...] = ()
+    decode_seconds: float | None = None
     arrived: float = field(default_factory=time.monotonic)
     trace: Trace | None = field(default_factory=current_trace)
 
@@ -98,3 +106,18 @@ class WaitingLine:
         if len(self._items) >= largest:
             return 0.0
         return self._items[0].arrived + self._max_delay - time.monotonic()
+
+
+def settle(items: Sequence[Item], outcomes: Sequence[Outcome]) -> None:
+    """Give each of *items* its outcome; those that nobody waits for are passed over. On the loop."""
+    for item, outcome in zip(items, outcomes, strict=True):
+        if not item.outcome.done():
+            item.outcome.set_result(outcome)
+
+
+def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *values: object) -> None:
+    """Run *function* on *loop*, from another thread; nothing where the loop is already closed."""
+    try:
+        loop.call_soon_threadsafe(function, *values)
+    except RuntimeError:
+        log.debug("the event loop is closed; an outcome is dropped")

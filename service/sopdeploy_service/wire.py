@@ -15,6 +15,7 @@ from sopdeploy_service.connections import Connections
 from sopdeploy_service.decode import too_large
 from sopdeploy_service.middleware import request_id
 from sopdeploy_service.outcome import Refusal
+from sopdeploy_service.outlet import Outlet
 from sopdeploy_service.problems import problem_response
 from sopdeploy_service.timers import Timers
 
@@ -118,12 +119,15 @@ class Wire(HttpToolsProtocol):
         self._refusal = self._refusal or self._refusal_of_head()
         if self._refusal is None:
             super().on_headers_complete()
-            self.cycle.transport = cast(asyncio.Transport, Hangup(self, self.transport))
+            self.cycle.transport = cast(asyncio.Transport, Outlet(self.cycle, self.transport, self.hang_up))
 
     def on_body(self, body: bytes) -> None:
         """Hand on a piece of the body."""
-        if self._refusal is None:
-            super().on_body(body)
+        if self._refusal is not None:
+            return
+        if not self.cycle.body and self._answering():  # a piece that comes alone is never copied
+            self.cycle.body, body = cast(bytearray, body), b""
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """End the request."""
@@ -235,16 +239,3 @@ class Wire(HttpToolsProtocol):
             self._refuse(SLOW_HEAD)
         else:
             self.transport.close()  # nothing was asked, so nothing is answered
-
-
-class Hangup:
-    """The transport as one answer sees it: to close it is to `hang_up`."""
-
-    def __init__(self, wire: Wire, transport: asyncio.Transport) -> None:
-        self._wire = wire
-        self.write = transport.write
-        self.is_closing = transport.is_closing
-
-    def close(self) -> None:
-        """End the connection after this answer."""
-        self._wire.hang_up()

@@ -9,24 +9,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from sopdeploy_service.answer import answer, best
+from sopdeploy_service.answer import answer
 from sopdeploy_service.direct import read_query
 from sopdeploy_service.middleware import request_id
+from sopdeploy_service.ranking import FEW, Ranking, best, softmax
 from sopdeploy_service.routes import PLAIN
 from sopdeploy_service.schema import Classes
 
-FEW = arrays.arrays(np.float32, st.integers(1, 40), elements=st.integers(-3, 3).map(float))
+SMALL = arrays.arrays(np.float32, st.integers(1, 40), elements=st.integers(-3, 3).map(float))
+SAME = arrays.arrays(np.float32, 300, elements=st.floats(-50, 50, width=32))
 
 
-@given(FEW, st.integers(1, 50))
+@given(SMALL, st.integers(1, 50))
 def test_the_best_are_those_of_a_whole_stable_sort(values, count):
     assert best(values, count).tolist() == np.argsort(-values, kind="stable")[:count].tolist()
 
 
-@given(FEW, st.integers(1, 50), st.none() | FEW, st.lists(st.sampled_from(["exif_rotated", "x"])))
+@given(st.lists(SAME, min_size=1, max_size=9), st.integers(1, 2 * FEW))
+def test_a_ranking_of_a_batch_is_that_of_each_image_alone(images, count):
+    batch = Ranking(images)
+    for place, logits in enumerate(images):
+        places = best(logits, count)
+        alone = list(zip(places.tolist(), softmax(logits)[places].tolist(), strict=True))
+        assert batch.best(place, count) == alone
+
+
+@given(SMALL, st.integers(1, 50), st.none() | SMALL, st.lists(st.sampled_from(["exif_rotated", "x"])))
 def test_an_answer_is_what_its_model_would_write(logits, top_k, gates, warnings):
     labels = [f"class {place}" for place in range(len(logits))]
-    found = answer(logits, labels, top_k, warnings=tuple(warnings), gates=gates)
+    ranked = Ranking([logits]).best(0, top_k)
+    found = answer(ranked, labels, warnings=tuple(warnings), gates=gates)
     model = Classes.model_validate(found, strict=False)
     assert orjson.dumps(found) == orjson.dumps(model.model_dump(exclude_none=True))
 

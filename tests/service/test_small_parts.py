@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.answer import answer, softmax
+from sopdeploy_service.answer import answer
 from sopdeploy_service.metrics import BusyMeter
+from sopdeploy_service.ranking import Ranking, softmax
 from sopdeploy_service.runtime.pretend import PretendRuntime
 from sopdeploy_service.settings import Settings, load_settings
 from sopdeploy_service.timing import Stages
@@ -67,7 +68,7 @@ def test_extreme_logits_give_probabilities(logits):
     ],
 )
 def test_the_best_classes_come_first_and_ties_keep_the_order_of_the_labels(logits, top_k, labels):
-    found = answer(np.array(logits, np.float32), ["a", "b", "c"], top_k)
+    found = answer(Ranking([np.array(logits, np.float32)]).best(0, top_k), ["a", "b", "c"])
     assert [entry["label"] for entry in found["classes"]] == labels
 
 

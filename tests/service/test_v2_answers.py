@@ -9,6 +9,7 @@ import pytest
 from sopdeploy_service.ledger import Ledger, Sum
 from sopdeploy_service.outcome import DEADLINE, ENGINE_FAILED, NONFINITE, Answered
 from sopdeploy_service.problems import RefusedError
+from sopdeploy_service.ranking import Ranking
 from sopdeploy_service.timing import Stages
 from sopdeploy_service.v2.answers import HEADER_LENGTH, classify, write_answer
 from sopdeploy_service.v2.infer import stacked
@@ -82,7 +83,8 @@ def test_classes_as_binary_have_their_lengths_in_bytes_before_them():
 
 
 def answered(place: int, batch: int) -> Answered:
-    return Answered({name: values[place] for name, values in VALUES.items()}, 0.1, 0.4, batch)
+    outputs = {name: values[place] for name, values in VALUES.items()}
+    return Answered(outputs, 0.1, 0.4, batch, Ranking([]), place)
 
 
 def test_the_outputs_of_the_images_are_stacked_by_name():

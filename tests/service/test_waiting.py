@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
 from sopdeploy_service.outcome import DRAINING
@@ -20,11 +19,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 def item(loop: asyncio.AbstractEventLoop, *, seconds: float = 60.0) -> Item:
-    return Item(
-        image=np.zeros((2, 2, 3), np.uint8),
-        outcome=loop.create_future(),
-        deadline=time.monotonic() + seconds,
-    )
+    return Item(outcome=loop.create_future(), deadline=time.monotonic() + seconds)
 
 
 def fill(line: WaitingLine, items: list[Item]) -> list[Item]:

@@ -8,7 +8,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from sopdeploy_service.answer import best
+from sopdeploy_service.ranking import best
 from sopdeploy_service.v2.request import Wanted
 from sopdeploy_service.v2.signature import DTYPES
 

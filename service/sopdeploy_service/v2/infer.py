@@ -15,7 +15,7 @@ from sopdeploy_service.outcome import Answered, Outcome, Refusal
 from sopdeploy_service.problems import RefusedError
 from sopdeploy_service.service import Service
 from sopdeploy_service.timing import Stages
-from sopdeploy_service.upload import receiving, whole
+from sopdeploy_service.upload import in_time, whole
 from sopdeploy_service.v2.answers import HEADER_LENGTH, write_answer
 from sopdeploy_service.v2.request import InferRequest, read_body
 from sopdeploy_service.v2.signature import Signature
@@ -32,7 +32,7 @@ async def answer_infer(request: Request, name: str, version: str | None) -> Resp
         asked = await receive(request, service, model, signature, deadline)
         received = time.monotonic()
         service.metrics.stage("receive", received - started)
-        stages.note("receive", received - started)
+        stages.note("receive", received - started, received)
         if asked.timeout_seconds is not None:
             deadline = min(deadline, started + asked.timeout_seconds)
         work = run(service, model, asked, deadline, stages)
@@ -50,8 +50,7 @@ async def receive(
 ) -> InferRequest:
     """Return the request in the body; it is read in a thread, a large JSON would hold up the event loop."""
     settings = service.settings
-    async with receiving(request, deadline):
-        body = await whole(request, settings.max_body_bytes)
+    body = await in_time(request, whole(request, settings.max_body_bytes), deadline)
     header = request.headers.get(HEADER_LENGTH)
     async with taking_apart(service, model, deadline):
         return await service.parse(read_body, body, header, signature, settings.max_json_bytes)

@@ -12,7 +12,7 @@ from sopdeploy_service.admission import service_of, unless_refused
 from sopdeploy_service.gate import needs
 from sopdeploy_service.model import Model
 from sopdeploy_service.strict_json import bad_request, parse
-from sopdeploy_service.upload import receiving, whole
+from sopdeploy_service.upload import in_time, whole
 from sopdeploy_service.v2 import metadata
 from sopdeploy_service.v2.infer import answer_infer
 from sopdeploy_service.v2.openapi import ERRORS, INFER_BODY, REPOSITORY_BODY
@@ -165,6 +165,6 @@ def signature_of(request: Request, model: Model) -> Signature:
 async def read_object(request: Request) -> dict[str, Any]:
     """Return the JSON object in the body; no body is an empty one."""
     settings = service_of(request).settings
-    async with receiving(request, time.monotonic() + settings.deadline_seconds):
-        raw = await whole(request, SMALL_BODY)
+    deadline = time.monotonic() + settings.deadline_seconds
+    raw = await in_time(request, whole(request, SMALL_BODY), deadline)
     return fields.as_object(parse(raw, SMALL_BODY), "the body") if raw.strip() else {}

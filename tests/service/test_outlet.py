@@ -1,0 +1,55 @@
+"""An answer leaves in as few writes as it can, and nothing of it is held back for good."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from sopdeploy_service.outlet import Outlet
+
+
+class Sink(asyncio.Transport):
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[bytes] = []
+
+    def write(self, data) -> None:
+        self.writes.append(bytes(data))
+
+    def is_closing(self) -> bool:
+        return False
+
+
+@pytest.fixture
+def sink() -> Sink:
+    return Sink()
+
+
+def outlet(sink: Sink, *, method: str = "POST", started: bool = True) -> Outlet:
+    cycle = SimpleNamespace(scope={"method": method}, response_started=started)
+    return Outlet(cycle, sink, lambda: sink.writes.append(b"<closed>"))
+
+
+def test_the_head_leaves_with_the_first_piece_of_the_body(sink):
+    answer = outlet(sink)
+    for piece in (b"head ", b"one", b"two"):
+        answer.write(piece)
+    assert sink.writes == [b"head one", b"two"]
+
+
+def test_the_head_of_an_answer_without_a_body_is_not_held_back(sink):
+    outlet(sink, method="HEAD").write(b"head")
+    assert sink.writes == [b"head"]
+
+
+def test_an_invitation_to_send_the_body_leaves_at_once(sink):
+    answer = outlet(sink, started=False)
+    answer.write(b"100 Continue")
+    assert sink.writes == [b"100 Continue"]
+
+
+def test_an_answer_that_breaks_off_shows_its_head(sink):
+    answer = outlet(sink)
+    answer.write(b"head")
+    answer.close()
+    assert sink.writes == [b"head", b"<closed>"]
