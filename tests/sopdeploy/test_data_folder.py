@@ -143,7 +143,7 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path) -> None:
 
 
 def test_a_folder_recipe_without_a_path_says_which_key_to_set() -> None:
-    with pytest.raises(ConfigError, match=r"data\.path: not set; give the folder"):
+    with pytest.raises(ConfigError, match=r"data\.path: not set; give --data DIR"):
         open_folder(FolderConfig(kind="folder"))
 
 
