@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy.cli.console import one_line_errors
+from sopdeploy.cli.console import one_line_errors, storage_errors
+from sopdeploy.errors import StorageError
 
 
 def test_a_mistake_shows_its_code_and_gives_it_to_a_script() -> None:
@@ -28,6 +29,11 @@ def test_what_a_disk_refuses_is_one_line(number: int, capsys: pytest.CaptureFixt
     line = capsys.readouterr().err
     assert line.startswith(f"error: bundles/x: cannot be read or written ({os.strerror(number)});")
     assert line.endswith("[no_storage]\n")
+
+
+def test_what_a_disk_refuses_names_no_file_where_the_system_does_not() -> None:
+    with pytest.raises(StorageError, match=r"^a file: cannot be read or written \("), storage_errors():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_an_error_of_the_system_that_is_no_disks_is_ours() -> None:

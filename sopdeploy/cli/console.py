@@ -33,15 +33,26 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
     With *as_json* a script finds code and message on stdout too. What the disk refuses is a user's error.
     """
     try:
-        yield
+        with storage_errors():
+            yield
     except SopdeployError as problem:
         tell(problem, as_json)
         raise typer.Exit(USER_ERROR) from problem
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Raise `StorageError`, which names the file where the system does, for what the disk refuses."""
+    try:
+        yield
     except OSError as problem:
         if problem.errno not in OF_STORAGE:
             raise
-        tell(storage_error(problem), as_json)
-        raise typer.Exit(USER_ERROR) from problem
+        what = "a file" if problem.filename is None else problem.filename
+        raise StorageError(
+            f"{what}: cannot be read or written ({problem.strerror}); make room, or choose another file or "
+            "folder"
+        ) from problem
 
 
 def tell(problem: SopdeployError, as_json: bool) -> None:
@@ -56,14 +67,6 @@ def tell(problem: SopdeployError, as_json: bool) -> None:
 def error_line(message: str, code: str) -> str:
     """Return the line of an error, for rich: what is wrong, and the code that `docs/errors.md` explains."""
     return f"[bold red]error:[/] {plain(message)} [dim]{escape(f'[{code}]')}[/]"
-
-
-def storage_error(problem: OSError) -> StorageError:
-    """Return what the disk said, as an error that names the file where the system does."""
-    what = "a file" if problem.filename is None else problem.filename
-    return StorageError(
-        f"{what}: cannot be read or written ({problem.strerror}); make room, or choose another file or folder"
-    )
 
 
 def plain(text: str) -> str:
