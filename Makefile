@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOAK ?= --seconds 300
+# One more than there are cores: a good part of the tests waits, for servers and clocks.
+WORKERS = $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
@@ -37,7 +39,7 @@ contracts: $(STAMP)
 	$(BIN)/lint-imports
 
 tests: $(STAMP)
-	$(BIN)/pytest -n auto --dist loadfile -m "not ray"
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not ray"
 	$(BIN)/pytest -m ray tests/service/on_ray  # a cluster on a busy machine gives up before it has started
 
 test-models: $(STAMP)  ## every network of the catalog at full width through training, export and parity (an hour)

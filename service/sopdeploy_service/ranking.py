@@ -9,9 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-FEW = (
-    10  # classes that are looked for one by one, in all images at once; more need a sort, of one image alone
-)
+FEW = 10  # classes that are looked for one by one, in all images at once; more need a sort of each alone
 
 Ranked = list[tuple[int, float]]  # places of classes and their probabilities, best first
 

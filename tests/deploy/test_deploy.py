@@ -19,7 +19,7 @@ from sopdeploy.cli.app import app
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.settings import Settings, load_settings
 from tests.deploy.rendering import render
-from tests.test_architecture import by_path
+from tests.docs.reading import module_at
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -198,7 +198,7 @@ def test_every_metric_that_is_asked_for_exists(file: str) -> None:
 
 def test_the_dashboard_shows_every_metric_and_is_what_its_program_writes() -> None:
     text = (DEPLOY / "dashboard.json").read_text(encoding="utf-8")
-    assert text == by_path(DEPLOY / "dashboard.py").rendered(), "run `python deploy/dashboard.py`"
+    assert text == module_at(DEPLOY / "dashboard.py").rendered(), "run `python deploy/dashboard.py`"
     families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in metric_names()}
     assert [name for name in sorted(families) if name not in text] == []
 

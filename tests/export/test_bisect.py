@@ -163,5 +163,5 @@ def test_values_inside_a_bfloat16_file_are_those_of_the_file_as_it_is_compared(
 
     model, _ = cast_graph(trained("isqrt-resnet8"), preprocess, "bf16-backbone")
     names = [node.output[0] for node in model.graph.node]
-    found, plain = (run_file(model, names, probes.numpy()[:4], optimised=asked) for asked in (True, False))
+    found, plain = (run_file(model, names, probes.numpy()[:1], optimised=asked) for asked in (True, False))
     assert [name for name in names if not np.array_equal(found[name], plain[name])] == []

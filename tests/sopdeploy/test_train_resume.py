@@ -105,6 +105,15 @@ def test_a_signal_saves_says_how_to_go_on_and_gives_the_handlers_back(tmp_path, 
     ]
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """Let SIGINT raise, which a shell that starts the tests in the background has it ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path) -> None:
     class Impatient(Onlooker):
         def maybe_stop(self, *moment) -> None:
