@@ -6,9 +6,10 @@
 
 Three cases. `batching`: a pretend accelerator that sleeps 20 + 10 n ms for n images, at most 8, under 32
 connections. `fast device`: 20 + 2 n, at most 32, 128 connections: here the decoders' CPU is the limit.
-`real engine` (with --bundle; --onnx is what the others load): onnxruntime on one thread. Every round measures
-the bare engine, every server, and the bare engine again; a figure is the median of the rounds' ratios to
-the bare engine of its round. CPU per image is the server's process tree's, less decoding and engine alone.
+`real engine` (with --bundle; --onnx is what the others load, the same network): onnxruntime on one thread.
+Every round measures the bare engine, every server, and the bare engine again; a figure is the median of the
+rounds' ratios to the bare engine of its round. CPU per image is that of the server's process tree, less
+decoding and engine alone.
 """
 
 import argparse
@@ -138,7 +139,8 @@ class Benchmark:
 
     def run(self) -> list[Row]:
         """Measure every case in every round."""
-        cases = [*CASES, *([REAL] if self._given.bundle else [])]
+        known = [*CASES, *([REAL] if self._given.bundle else [])]
+        cases = [case for case in known if case.name in (self._given.case or [case.name])]
         for _ in range(1 if self._given.quick else self._given.rounds):
             for case in cases:
                 self._round(case)
@@ -228,7 +230,10 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="a folder with the other servers' scripts")
     parser.add_argument("--peers-python", default=sys.executable, help="a Python that has their packages")
     parser.add_argument("--only", help="which of them, comma separated")
-    parser.add_argument("--bundle", type=Path, help="a bundle of 224 pixels, for the real engine")
+    parser.add_argument("--case", action="append", help="only this one; may be repeated")
+    parser.add_argument(
+        "--bundle", type=Path, help="a bundle of 224 pixels, for the real engine: the network of --onnx"
+    )
     parser.add_argument("--onnx", type=Path, help="the others' ONNX file for the real engine")
     given = parser.parse_args()
     if given.peers is not None and given.onnx is None:
