@@ -16,7 +16,7 @@ import pydantic
 
 from sopdeploy.bundle import Bundle, digest, staging
 from sopdeploy.errors import BundleError
-from sopdeploy.frozen import Frozen
+from sopdeploy.frozen import Count, Frozen
 from sopdeploy.manifest import TensorRecord
 from sopdeploy.probes import read_probes
 
@@ -25,7 +25,6 @@ WARMUP = "image"
 LABELS = "labels.txt"
 
 Microseconds = Annotated[int, pydantic.Field(ge=0)]
-Count = Annotated[int, pydantic.Field(ge=1)]
 
 
 class TritonOptions(Frozen):

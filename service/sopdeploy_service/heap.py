@@ -6,6 +6,7 @@ end of each. So the memory of a server would be the sum of the peaks that its th
 for hours in steps that look like a leak. Nothing happens where the C library is not glibc.
 """
 
+import asyncio
 import ctypes
 import os
 from collections.abc import Callable, Mapping
@@ -37,6 +38,11 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def give_back_in_a_thread() -> None:
+    """`give_back` in a thread of the running event loop."""
+    asyncio.get_running_loop().run_in_executor(None, give_back)
 
 
 class Rest:

@@ -25,7 +25,7 @@ from sopdeploy_service.app import create_app
 from sopdeploy_service.connections import Connections, allow_files
 from sopdeploy_service.faults import ordered_faults
 from sopdeploy_service.health_port import LoopWatch, answering, health_app
-from sopdeploy_service.heap import Rest, give_back, keep_little
+from sopdeploy_service.heap import Rest, give_back_in_a_thread, keep_little
 from sopdeploy_service.listening import bind, url
 from sopdeploy_service.service import Service
 from sopdeploy_service.settings import Settings
@@ -69,10 +69,8 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, place: Inherited
     """Serve the bundles at *sources* in this process, on the sockets of *place*; else as `serve`."""
     timeline = Timeline()
     timeline.mark("imports")
-    keep_little()
+    prepare_process()
     gc.freeze()  # modules stay: to look through them for garbage stops every thread for 45 ms
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
-    warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, which counts for nothing
     allow_files(settings.max_connections)
     with ExitStack() as stack:
         stack.enter_context(logs.writing(settings))
@@ -96,6 +94,13 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, place: Inherited
         state = app.state.service.state
         log.info("stopped", extra={"state": state})
     return ENGINE_DEAD_EXIT if state == "engine_dead" else 0
+
+
+def prepare_process() -> None:
+    """Set what holds for all of a process that answers: how memory is kept, and that Pillow does not warn."""
+    keep_little()
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
+    warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, which counts for nothing
 
 
 def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
@@ -141,7 +146,7 @@ class DrainingServer(uvicorn.Server):
         self._drain_until: float | None = None
         self._drain_told = False
         self.watch = LoopWatch()
-        self._rest = Rest(lambda: asyncio.get_running_loop().run_in_executor(None, give_back))
+        self._rest = Rest(give_back_in_a_thread)
         service.metrics.loop_lag(self.watch.worst)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -22,9 +22,8 @@ from pydantic_settings import (
 )
 
 from sopdeploy.errors import ConfigError
-from sopdeploy.frozen import first_problem
+from sopdeploy.frozen import Count, first_problem
 
-Count = Annotated[int, pydantic.Field(ge=1)]
 RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt"]
 DecodeWay = Literal["exact", "fast", "nvimagecodec"]
 Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]

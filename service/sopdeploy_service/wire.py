@@ -13,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from sopdeploy_service.connections import Connections
 from sopdeploy_service.decode import too_large
+from sopdeploy_service.heads import find
 from sopdeploy_service.middleware import request_id
 from sopdeploy_service.outcome import Refusal
 from sopdeploy_service.outlet import Outlet
@@ -198,7 +199,7 @@ class Wire(HttpToolsProtocol):
     def _refusal_of_head(self) -> Refusal | None:
         if self.parser.get_http_version() not in {"1.0", "1.1"} or len(self.pipeline) >= MAX_PIPELINE:
             return MALFORMED
-        length = next((int(value) for name, value in self.headers if name == b"content-length"), 0)
+        length = int(find(self.headers, b"content-length") or 0)
         limit = self._limits.max_body_bytes
         return Refusal.of(too_large(limit)) if length > limit else None
 

@@ -5,15 +5,11 @@ batch, so every batch has one profile, and the single image gets an engine witho
 """
 
 from collections.abc import Sequence
-from typing import Annotated
-
-import pydantic
 
 from sopdeploy.errors import ConfigError
-from sopdeploy.frozen import Frozen
+from sopdeploy.frozen import Count, Frozen
 from sopdeploy.manifest import BatchRange
 
-Count = Annotated[int, pydantic.Field(ge=1)]
 MOST = 8  # each profile is tuned by itself and holds memory of its own
 
 

@@ -7,12 +7,13 @@ word: the archive proves itself by hashes, and by a signature where one is asked
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from sopdeploy.bundle import READ_BYTES
 from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy.whole import whole
 
 OCI = "oci://"
 
@@ -28,14 +29,11 @@ def put(file: Path, place: str, name: str) -> str:
             store.put_file(str(file), path)
         return target
     folder = Path(place)
-    partial = folder / f".{name}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, partial)
-        partial.replace(folder / name)
+        with whole(folder / name) as partial:
+            shutil.copyfile(file, partial)
     except OSError as problem:
-        with suppress(OSError):
-            partial.unlink()
         raise BundleError(f"{folder / name}: cannot be written ({problem.strerror})") from problem
     return str(folder / name)
 

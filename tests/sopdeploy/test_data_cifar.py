@@ -1,38 +1,17 @@
-import hashlib
 import pickle  # noqa: TID251  # the official files are pickles
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sopdeploy.data.cifar import KINDS, CifarConfig, open_cifar
+from sopdeploy.data.cifar import CifarConfig, open_cifar
 from sopdeploy.errors import ConfigError, DataError
-
-
-def write_pickle(path: Path, content: dict) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = pickle.dumps(content)
-    path.write_bytes(data)
-    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+from tests.sopdeploy.small_data import write_cifar
 
 
 @pytest.fixture(params=["cifar10", "cifar100"])
 def small_cifar(request, tmp_path, monkeypatch):
     """Write a few random pictures in the official layout and let torchvision accept their checksums."""
-    official, rng = KINDS[request.param], np.random.default_rng(0)
-    classes = 10 if request.param == "cifar10" else 100
-    root, key = tmp_path / official.base_folder, "labels" if classes == 10 else "fine_labels"
-    for attribute in ("train_list", "test_list"):
-        files = []
-        for name, _ in getattr(official, attribute):
-            pixels = rng.integers(0, 256, (4, 3072), dtype=np.uint8)
-            labels = rng.integers(0, classes, 4).tolist()
-            files.append([name, write_pickle(root / name, {"data": pixels, key: labels})])
-        monkeypatch.setattr(official, attribute, files)
-    meta = dict(official.meta)
-    names = [f"class {number}" for number in range(classes)]
-    meta["md5"] = write_pickle(root / meta["filename"], {meta["key"]: names})
-    monkeypatch.setattr(official, "meta", meta)
+    root = write_cifar(tmp_path, request.param, monkeypatch)
     return CifarConfig(kind=request.param, path=tmp_path), root
 
 

@@ -4,7 +4,6 @@ Ray scales and routes, we batch. So a replica is sent far more requests than a b
 started where more wait than that.
 """
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,8 @@ import yaml
 
 from sopdeploy.bundle import read_manifest
 from sopdeploy.errors import ConfigError
-from sopdeploy.frozen import Frozen, first_problem
+from sopdeploy.frozen import Count, Frozen, first_problem
+from sopdeploy.whole import whole
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.verified import LARGEST_ON_CPU
 
@@ -27,17 +27,16 @@ HEAD = (
     "# `serve deploy` again, with other bundles in user_config, swaps them and drops no request.\n"
 )
 
-Positive = Annotated[int, pydantic.Field(ge=1)]
-Share = Annotated[float, pydantic.Field(ge=0, le=64)]
+Gpus = Annotated[float, pydantic.Field(ge=0, le=64)]
 
 
 class Scale(Frozen):
     """How many replicas, from *fewest* to *most*, and what each reserves of its machine."""
 
     fewest: Annotated[int, pydantic.Field(ge=0)] = 1
-    most: Positive = 1
-    cpus: Positive = 1
-    gpus: Share = 0.0  # 0.5: two replicas share one
+    most: Count = 1
+    cpus: Count = 1
+    gpus: Gpus = 0.0  # 0.5: two replicas share one
 
     @pydantic.model_validator(mode="after")
     def _in_order(self) -> "Scale":
@@ -84,15 +83,11 @@ def as_yaml(told: Mapping[str, Any]) -> str:
 
 def write(path: Path, told: Mapping[str, Any]) -> None:
     """Write the file of the config *told*, whole or not at all; raises `ConfigError` where it cannot."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(as_yaml(told), encoding="utf-8")
-        partial.replace(path)
+        with whole(path) as partial:
+            partial.write_text(as_yaml(told), encoding="utf-8")
     except OSError as problem:
         raise ConfigError(f"{path}: cannot be written ({problem.strerror})") from problem
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def http_options(settings: Settings) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import asyncio
 import logging
 import os
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,7 +17,6 @@ from typing import Any
 
 import pydantic
 from fastapi import FastAPI
-from PIL import Image
 
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy.frozen import first_problem
@@ -26,9 +24,9 @@ from sopdeploy_service import logs
 from sopdeploy_service.app import create_app
 from sopdeploy_service.faults import ordered_faults
 from sopdeploy_service.health_port import BEAT_SECONDS, LoopWatch
-from sopdeploy_service.heap import Rest, give_back, keep_little
+from sopdeploy_service.heap import Rest, give_back_in_a_thread
 from sopdeploy_service.on_ray.plan import UserConfig, check
-from sopdeploy_service.server import CLOSING_SECONDS, ENGINE_DEAD_EXIT
+from sopdeploy_service.server import CLOSING_SECONDS, ENGINE_DEAD_EXIT, prepare_process
 from sopdeploy_service.service import Service
 from sopdeploy_service.settings import load_settings
 from sopdeploy_service.traced import traced
@@ -52,9 +50,7 @@ class Replica:
         self._stack = ExitStack()
         self.settings = load_settings(**settings)
         check(self.settings)
-        keep_little()
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
-        warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, which counts for nothing
+        prepare_process()
         self._stack.enter_context(logs.writing(self.settings))
         open_trace = self._stack.enter_context(traced(self.settings))
         self._faults = ordered_faults()
@@ -100,7 +96,7 @@ class Replica:
         return replace(found, runtime=self._faults.over(found.runtime))
 
     async def _end_with_the_engine(self) -> None:
-        rest = Rest(lambda: asyncio.get_running_loop().run_in_executor(None, give_back))
+        rest = Rest(give_back_in_a_thread)
         while self.service.state != "engine_dead":
             await asyncio.sleep(BEAT_SECONDS)
             self._watch.beat()
