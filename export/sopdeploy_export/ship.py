@@ -35,7 +35,7 @@ from sopdeploy_export.parity.bisect_int8 import Quantised, first_off_int8, part_
 from sopdeploy_export.parity.reference import Gate, Run
 from sopdeploy_export.parity.report import PartDrift
 from sopdeploy_export.parity.routing import gate_logits, gate_of, has_gate
-from sopdeploy_export.parity.session import fixed_batch, open_session
+from sopdeploy_export.parity.session import file_outputs, fixed_batch, open_session
 from sopdeploy_export.precision import (
     STORED,
     Calibration,
@@ -205,13 +205,11 @@ def quantised(
 def unfused(model: onnx.ModelProto) -> Run:
     """Return a run of *model* operator by operator: quantise, dequantise, convolve in float32."""
     session = open_session(model, optimised=False)
-    source, batch = session.get_inputs()[0].name, fixed_batch(model)
+    batch = fixed_batch(model)
 
     def run(pixels: Tensor) -> tuple[Tensor, ...]:
-        size = batch or len(pixels)
-        parts = (pixels[i : i + size].numpy() for i in range(0, len(pixels), size))
-        chunks = [session.run(None, {source: part}) for part in parts]
-        return tuple(torch.from_numpy(np.concatenate(values)) for values in zip(*chunks, strict=True))
+        found = file_outputs(session, pixels.numpy(), batch or len(pixels))
+        return tuple(torch.from_numpy(values) for values in found.values())
 
     return run
 
