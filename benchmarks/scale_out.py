@@ -18,12 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 from measure import machine
 from serving import HERE, Case, drive, free_port, pictures
 from serving_peers import OURS, started
+from serving_row import Row
 
 CASES = (
     Case(name="slow", largest=8, connections=64, fake="100,50"),
@@ -32,19 +33,6 @@ CASES = (
 )
 SERVERS = {"plain process": 0, "one replica": 1, "two replicas": 2}
 STARTS = 3
-
-
-@dataclass(slots=True)
-class Row:
-    """One server in one case, a figure for each round; *refused* counts answers other than 200."""
-
-    case: str
-    server: str
-    ratios: list[float] = field(default_factory=list)
-    images_per_s: list[float] = field(default_factory=list)
-    p99_ms: list[float] = field(default_factory=list)
-    cpu_ms: list[float] = field(default_factory=list)
-    refused: int = 0
 
 
 def command(case: Case, replicas: int, port: int) -> list[str]:
@@ -66,16 +54,13 @@ def measured(row: Row, case: Case, replicas: int, folder: Path, seconds: float) 
             if attempt == STARTS - 1:
                 raise
             time.sleep(5)
-    row.images_per_s.append(load.images_per_s)
-    row.p99_ms.append(load.p99_ms)
-    row.cpu_ms.append(cpu)
-    row.refused += sum(count for code, count in load.codes.items() if code != "200")
+    row.note(load, cpu)
     return load.images_per_s
 
 
 def benchmark(cases: tuple[Case, ...], rounds: int, seconds: float) -> list[Row]:
     """Return a row for every server in every case."""
-    rows = {(case.name, server): Row(case.name, server) for case in cases for server in SERVERS}
+    rows = {(case.name, server): Row(server, case.name) for case in cases for server in SERVERS}
     with tempfile.TemporaryDirectory() as name:
         folder = pictures(Path(name))
         for _ in range(rounds):
@@ -95,8 +80,7 @@ def show(rows: list[Row]) -> None:
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         each = " ".join(f"{value:.2f}" for value in row.ratios)
-        figures = [statistics.median(values) for values in (row.images_per_s, row.p99_ms, row.cpu_ms)]
-        shown = " | ".join(f"{value:.1f}" for value in figures)
+        shown = " | ".join(f"{value:.1f}" for value in row.medians())
         ratio = statistics.median(row.ratios)
         print(f"| {row.case} | {row.server} | **{ratio:.2f}** | {each} | {shown} | {row.refused} |")
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from measure import machine
 from PIL import Image
 from serving_ours import pretend, settings_for
 from serving_peers import OURS, PEERS, Peer, cpu_seconds, peer_command, started
+from serving_row import Row
 
 from sopdeploy_service.decode import Sent, decode
 from sopdeploy_service.runtime.base import Runtime
@@ -46,18 +47,6 @@ class Case:
     largest: int
     connections: int
     fake: str | None = None  # milliseconds of a batch and of an image
-
-
-@dataclass(slots=True)
-class Row:
-    """One server in one case, a figure for each round."""
-
-    server: str
-    case: str
-    ratios: list[float] = field(default_factory=list)
-    images_per_s: list[float] = field(default_factory=list)
-    p99_ms: list[float] = field(default_factory=list)
-    cpu_over_ms: list[float] = field(default_factory=list)
 
 
 CASES = (
@@ -156,9 +145,7 @@ class Benchmark:
         for name, (load, cpu_ms) in measured.items():
             row = self._rows.setdefault((name, case.name), Row(name, case.name))
             row.ratios.append(load.images_per_s / speed)
-            row.images_per_s.append(load.images_per_s)
-            row.p99_ms.append(load.p99_ms)
-            row.cpu_over_ms.append(cpu_ms - alone)
+            row.note(load, cpu_ms - alone)
 
     def _runtime(self, case: Case) -> Runtime:
         if case.fake is None:
@@ -211,10 +198,9 @@ def show(rows: list[Row]) -> None:
     for row in rows:
         ratio = statistics.median(row.ratios)
         each = " ".join(f"{value:.3f}" for value in row.ratios)
-        figures = [statistics.median(values) for values in (row.images_per_s, row.p99_ms, row.cpu_over_ms)]
         print(
             f"| {row.case} | {row.server} | **{ratio:.3f}** | {each} | "
-            + " | ".join(f"{x:.2f}" for x in figures)
+            + " | ".join(f"{x:.2f}" for x in row.medians())
             + " |"
         )
 

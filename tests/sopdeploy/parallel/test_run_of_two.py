@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sopdeploy import train as training
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.training.stop import TrainingStoppedError
+from tests.service.children import free_port
 from tests.sopdeploy.parallel import ranks
 from tests.sopdeploy.runs import short_recipe
 from tests.sopdeploy.test_data_folder import make
@@ -130,7 +131,7 @@ def test_a_picture_that_only_one_process_reads_is_named_once(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_torchrun_starts_again_what_was_killed_and_only_one_process_speaks(tmp_path) -> None:
-    run = ["--max-restarts", "1", "--nproc-per-node", "2", "--master-port", str(ranks.free_port())]
+    run = ["--max-restarts", "1", "--nproc-per-node", "2", "--master-port", str(free_port())]
     settings = ("epochs=12", GLOBAL, "device=cpu")
     words = [*run, "-m", "sopdeploy", *command(tmp_path / "run", *settings), "--resume", "auto", "--json"]
     (torchrun,) = ranks.start("torch.distributed.run", *words, world=1)
