@@ -5,7 +5,6 @@ python benchmarks/serving_ours.py --port 8000 --bundle FOLDER --largest 8
 """
 
 import argparse
-import gc
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from sopdeploy.manifest import BatchRange, Lineage, Manifest, TensorRecord
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_service.app import create_app
 from sopdeploy_service.runtime.pretend import PretendRuntime
-from sopdeploy_service.server import http_config
+from sopdeploy_service.server import http_config, prepare_process
 from sopdeploy_service.settings import Settings, load_settings
 from sopdeploy_service.verified import Inference, open_verified
 
@@ -62,7 +61,7 @@ def main() -> None:
     parser.add_argument("--decoders", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
-    gc.freeze()  # as `serve` does after its imports
+    prepare_process()
     settings = settings_for(given.largest, decoders=given.decoders, threads=given.threads)
     if given.bundle is not None:
         inference = open_verified(given.bundle, settings)
