@@ -22,9 +22,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from measure import machine
-from serving import HERE, Case, drive, free_port, pictures
-from serving_peers import OURS, started
-from serving_row import Row
+from serving import HERE, Case, drive
+from serving_alone import pictures
+from serving_peers import OURS, free_port, started
+from serving_rounds import Rounds
 
 CASES = (
     Case(name="slow", largest=8, connections=64, fake="100,50"),
@@ -42,25 +43,25 @@ def command(case: Case, replicas: int, port: int) -> list[str]:
     return [*words, "--largest", str(case.largest), *(["--replicas", str(replicas)] if replicas else [])]
 
 
-def measured(row: Row, case: Case, replicas: int, folder: Path, seconds: float) -> float:
+def measured(row: Rounds, case: Case, replicas: int, folder: Path, seconds: float) -> float:
     """Load one server, note what it did, and return its images per second."""
     for attempt in range(STARTS):  # on a busy machine Ray's own processes may not start in their time
         port = free_port()
         try:
             with started(command(case, replicas, port), OURS, port, {}, HERE) as process:
-                load, cpu = drive(OURS, port, process, case, folder, seconds)
+                driven = drive(OURS, port, process, case, folder, seconds)
             break
         except (SystemExit, subprocess.CalledProcessError):
             if attempt == STARTS - 1:
                 raise
             time.sleep(5)
-    row.note(load, cpu)
-    return load.images_per_s
+    row.note(driven.load, driven.cpu_ms)
+    return driven.load.images_per_s
 
 
-def benchmark(cases: tuple[Case, ...], rounds: int, seconds: float) -> list[Row]:
+def benchmark(cases: tuple[Case, ...], rounds: int, seconds: float) -> list[Rounds]:
     """Return a row for every server in every case."""
-    rows = {(case.name, server): Row(server, case.name) for case in cases for server in SERVERS}
+    rows = {(case.name, server): Rounds(server, case.name) for case in cases for server in SERVERS}
     with tempfile.TemporaryDirectory() as name:
         folder = pictures(Path(name))
         for _ in range(rounds):
@@ -74,7 +75,7 @@ def benchmark(cases: tuple[Case, ...], rounds: int, seconds: float) -> list[Row]
     return list(rows.values())
 
 
-def show(rows: list[Row]) -> None:
+def show(rows: list[Rounds]) -> None:
     """Print a table of the medians."""
     print("| case | server | ratio to plain | rounds | images/s | p99 ms | CPU ms per image | not 200 |")
     print("|---|---|---|---|---|---|---|---|")

@@ -7,7 +7,7 @@ from load import Load
 
 
 @dataclass(slots=True)
-class Row:
+class Rounds:
     """One server in one case, a figure for each round; *refused* counts answers other than 200.
 
     Which CPU time of an image *cpu_ms* is, its benchmark says.
