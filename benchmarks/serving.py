@@ -48,7 +48,7 @@ class Case:
 
 @dataclass(slots=True)
 class Row(Rounds):
-    """One server in one case; its CPU time is that over decoding and engine, of ours by its own account too."""
+    """One server in one case; CPU time is that over decoding and engine, of ours by its own account too."""
 
     cpu_by_account_ms: list[float] = field(default_factory=list)
 
