@@ -8,8 +8,8 @@ import tokenize
 from pathlib import Path
 
 from prometheus_client.metrics import MetricWrapperBase
-from prometheus_client.registry import Collector
 
+from sopdeploy_service.histograms import Histograms
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.settings import PREFIX, Settings
 
@@ -42,7 +42,7 @@ def metrics_table() -> str:
     """Return one line for each metric: its name, labels and meaning."""
     rows = ["| metric | | labels | |", "|---|---|---|---|"]
     for metric in vars(Metrics()).values():
-        if isinstance(metric, Collector):
+        if isinstance(metric, MetricWrapperBase | Histograms):
             (family,) = metric.collect()
             labels = ", ".join((metric if isinstance(metric, MetricWrapperBase) else family)._labelnames)
             shown = f"{family.name}_total" if family.type == "counter" else family.name
