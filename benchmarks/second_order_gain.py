@@ -11,8 +11,8 @@ reported whatever comes out. `gates` asks when GM-SOP's gate earns its place.
 
 Runs of one seed are paired; an interval is Student's of the paired difference, 95 %, not corrected for the
 number of comparisons. The numbers of seeds are fixed here. The last epoch counts. One thread a process,
-processor seconds of the training alone. Quick: 35 minutes of processor time; full: never yet
-run to its end. A run that --cache already holds is not repeated. Exit status 1: something that must hold does not.
+processor seconds of the training alone. Quick: 35 minutes of processor time; full: never yet run to its end.
+A run that --cache already holds is not repeated. Exit status 1: something that must hold does not.
 """
 
 import argparse
