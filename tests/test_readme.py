@@ -1,4 +1,4 @@
-"""The README: its commands parse (`tests/docs/test_typed.py` types them), its Python runs, what it names exists."""
+"""The README: commands parse (`tests/docs/test_typed.py` types them), Python runs, what it names exists."""
 
 import re
 import shlex
