@@ -43,7 +43,7 @@ def metrics_table() -> str:
     rows = ["| metric | | labels | |", "|---|---|---|---|"]
     for metric in vars(Metrics()).values():
         if isinstance(metric, MetricWrapperBase | Histograms):
-            (family,) = metric.describe() if isinstance(metric, MetricWrapperBase) else metric.collect()
+            (family,) = metric.describe()
             labels = metric.label if isinstance(metric, Histograms) else ", ".join(metric._labelnames)
             shown = f"{family.name}_total" if family.type == "counter" else family.name
             rows.append(f"| `{shown}` | {family.type} | {labels} | {family.documentation} |")

@@ -43,6 +43,10 @@ class Histograms(Collector):
             with self._counting:
                 self._count(value)
 
+    def describe(self) -> Iterable[Metric]:
+        """Return the metric without a number."""
+        return [HistogramMetricFamily(self._name, self._what, labels=(self.label,))]
+
     def collect(self) -> Iterable[Metric]:
         """Return the metric as it stands now."""
         family = HistogramMetricFamily(self._name, self._what, labels=(self.label,))

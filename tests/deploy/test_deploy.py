@@ -11,7 +11,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.registry import Collector
 from typer.main import get_command
 
 import sopdeploy
@@ -174,8 +174,8 @@ def metric_names() -> set[str]:
     """Return every name under which a number is scraped."""
     found = set()
     for metric in vars(Metrics()).values():
-        if isinstance(metric, MetricWrapperBase):
-            family = metric.describe()[0]
+        if isinstance(metric, Collector):
+            (family,) = metric.describe()
             ends = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}
             found |= {family.name + end for end in ends[family.type]}
     return found
