@@ -43,8 +43,8 @@ def metrics_table() -> str:
     rows = ["| metric | | labels | |", "|---|---|---|---|"]
     for metric in vars(Metrics()).values():
         if isinstance(metric, MetricWrapperBase | Histograms):
-            (family,) = metric.collect()
-            labels = ", ".join((metric if isinstance(metric, MetricWrapperBase) else family)._labelnames)
+            (family,) = metric.describe()
+            labels = metric.label if isinstance(metric, Histograms) else ", ".join(metric._labelnames)
             shown = f"{family.name}_total" if family.type == "counter" else family.name
             rows.append(f"| `{shown}` | {family.type} | {labels} | {family.documentation} |")
     return "\n".join(rows)
