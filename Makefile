@@ -13,6 +13,8 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
+# uv compiles nothing: where bytecode may not be kept, every process that a test starts compiles torch again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check format lint types contracts tests test-models goldens docs site gpu-check soak dist wheel-test \
 	container-test container-base audit sbom release lock clean
