@@ -54,3 +54,14 @@ SMALL: dict[str, list[str]] = {
     "photos-dsop": [*DSOP, *AT_16],
     "places365-gmsop-resnet18": [f"model.config={{{GATED}}}", *AT_16, "augment.sides=[20,20]"],
 }
+
+# Recipes whose small network is also another's, which is exported for both.
+EXPORTED_AS = {
+    "cifar100-dsop-resnet20": "cifar10-dsop-resnet20",
+    "fine-grained-isqrt-resnet50": "imagenet-isqrt-resnet50",
+    "imagenet-distilled-resnet50": "imagenet-resnet50",
+    "imagenet-dsop-resnet50": "imagenet-dsop-resnet18",
+    "imagenet-dsop-two-phase": "imagenet-dsop-resnet18",
+    "imagenet64-gmsop-resnet18": "places365-gmsop-resnet18",
+    "photos-dsop": "imagenet-dsop-resnet18",
+}
