@@ -17,6 +17,7 @@ import torch
 
 from sopdeploy.checkpoint import load_plain
 from sopdeploy.training.joined import joined_processes
+from tests.sopdeploy.runs import few_digits
 
 ROOT = Path(__file__).parents[3]
 PATIENCE = 240  # seconds
@@ -101,7 +102,7 @@ def one_of_them(function: str, folder: Path, variables: dict[str, str]) -> None:
     torch.set_num_threads(1)
     module, name = function.split(":")
     try:
-        with joined_processes():
+        with joined_processes(), few_digits():
             result = getattr(importlib.import_module(module), name)(folder)
         torch.save(result, folder / f"rank{variables['RANK']}.pt")
     except BaseException:

@@ -15,6 +15,8 @@ from tests.sopdeploy.parallel import ranks
 from tests.sopdeploy.runs import short_recipe
 from tests.sopdeploy.test_data_folder import make
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 GLOBAL = "batch_norm=global"
 
 
