@@ -4,15 +4,16 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from tests.docs.reading import ROOT, blocks
+from tests.ports import held_port
 
 PAGE = ROOT / "docs" / "quickstart.md"
 TINY = "--set epochs=1 --set threads=1 --set preprocess.resize=18 --set preprocess.crop=16"
@@ -81,9 +82,9 @@ def typed(line: str, home: Path) -> str:
 
 
 @pytest.fixture
-def port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return str(free.getsockname()[1])
+def port() -> Iterator[str]:
+    with held_port() as held:
+        yield str(held)
 
 
 @pytest.mark.slow

@@ -17,18 +17,12 @@ from pathlib import Path
 
 import httpx
 
-from sopdeploy_service.listening import bind
+from tests.ports import held_port
 from tests.service.children import line_of
 
 STARTED = re.compile(r"ray start --address='([^']+)'")  # it says how other machines join
 REPLICA = "ray::ServeReplica"
 ATTEMPTS = 2
-
-
-def free_port() -> int:
-    """Return a port that nobody uses now."""
-    with bind("127.0.0.1", 0) as listener:
-        return int(listener.getsockname()[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +99,13 @@ def own_cluster() -> Iterator[Cluster]:
 @contextmanager
 def started_head(folder: Path) -> Iterator[Cluster | None]:
     """Start Ray's processes with their files in *folder*, whose name must be short; None where it fails."""
-    port, numbers_port = free_port(), free_port()
+    with held_port() as port, held_port() as numbers_port, ray_on(folder, port, numbers_port) as cluster:
+        yield cluster
+
+
+@contextmanager
+def ray_on(folder: Path, port: int, numbers_port: int) -> Iterator[Cluster | None]:
+    """Start Ray's processes on these ports; end all of them."""
     environment = {
         **os.environ,
         "PYTHONUNBUFFERED": "1",
