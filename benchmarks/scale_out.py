@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from measure import machine
-from serving import HERE, Case, drive, free_port, pictures
-from serving_peers import OURS, started
+from serving import HERE, Case, drive
+from serving_alone import pictures
+from serving_peers import OURS, free_port, started
 
 CASES = (
     Case(name="slow", largest=8, connections=64, fake="100,50"),
@@ -60,17 +61,17 @@ def measured(row: Row, case: Case, replicas: int, folder: Path, seconds: float) 
         port = free_port()
         try:
             with started(command(case, replicas, port), OURS, port, {}, HERE) as process:
-                load, cpu = drive(OURS, port, process, case, folder, seconds)
+                driven = drive(OURS, port, process, case, folder, seconds)
             break
         except (SystemExit, subprocess.CalledProcessError):
             if attempt == STARTS - 1:
                 raise
             time.sleep(5)
-    row.images_per_s.append(load.images_per_s)
-    row.p99_ms.append(load.p99_ms)
-    row.cpu_ms.append(cpu)
-    row.refused += sum(count for code, count in load.codes.items() if code != "200")
-    return load.images_per_s
+    row.images_per_s.append(driven.load.images_per_s)
+    row.p99_ms.append(driven.load.p99_ms)
+    row.cpu_ms.append(driven.cpu_ms)
+    row.refused += sum(count for code, count in driven.load.codes.items() if code != "200")
+    return driven.load.images_per_s
 
 
 def benchmark(cases: tuple[Case, ...], rounds: int, seconds: float) -> list[Row]:

@@ -2,21 +2,30 @@
 
 python benchmarks/serving_ours.py --port 8000 --pretend 20,10 --largest 8
 python benchmarks/serving_ours.py --port 8000 --bundle FOLDER --largest 8
+
+With `--accounts FILE` it writes at its end how many images it decoded, and the CPU seconds that decoding them
+and the engine's batches took, each on the clock of the thread that did it.
 """
 
 import argparse
-import gc
+import json
+import signal
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
 from sopdeploy.bundle import Bundle
 from sopdeploy.manifest import BatchRange, Lineage, Manifest, TensorRecord
 from sopdeploy.preprocess import Preprocess
+from sopdeploy_service import service
 from sopdeploy_service.app import create_app
 from sopdeploy_service.runtime.pretend import PretendRuntime
-from sopdeploy_service.server import http_config
+from sopdeploy_service.server import http_config, prepare_process
 from sopdeploy_service.settings import Settings, load_settings
 from sopdeploy_service.verified import Inference, open_verified
 
@@ -52,6 +61,42 @@ def settings_for(largest: int, *, decoders: int, threads: int) -> Settings:
     return load_settings(max_batch=largest, decoders=decoders, threads=threads, queue_size=1024)
 
 
+@dataclass(slots=True)
+class Accounts:
+    """Images decoded, and the CPU seconds of decoding and of the engine; a network of one output each."""
+
+    images: int = 0
+    decode_s: float = 0.0
+    engine_s: float = 0.0
+
+    def over_decoder(self, decode: Callable[..., Any]) -> Callable[..., Any]:
+        """Return *decode*, entered here."""
+
+        def entered(*given: Any, **more: Any) -> Any:
+            begun = time.thread_time()
+            found = decode(*given, **more)
+            self.decode_s += time.thread_time() - begun
+            self.images += 1
+            return found
+
+        return entered
+
+    def over(self, inference: Inference) -> Inference:
+        """Return *inference* with its runtime entered here."""
+        runtime = inference.runtime
+
+        class Entered:
+            name, device, largest_batch = runtime.name, runtime.device, runtime.largest_batch
+
+            def run(_, images: Any) -> Any:  # noqa: N805
+                begun = time.thread_time()
+                found = runtime.run(images)
+                self.engine_s += time.thread_time() - begun
+                return found
+
+        return replace(inference, runtime=Entered())
+
+
 def main() -> None:
     """Serve until a signal comes."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -61,8 +106,9 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=8)
     parser.add_argument("--decoders", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--accounts", type=Path, help="where to write what decoding and the engine took")
     given = parser.parse_args()
-    gc.freeze()  # as `serve` does after its imports
+    prepare_process()
     settings = settings_for(given.largest, decoders=given.decoders, threads=given.threads)
     if given.bundle is not None:
         inference = open_verified(given.bundle, settings)
@@ -71,10 +117,19 @@ def main() -> None:
         inference = pretend(fixed, each, given.largest)
     else:
         sys.exit("say --pretend or --bundle")
+    accounts = Accounts()
+    if given.accounts is not None:
+        service.decode = accounts.over_decoder(service.decode)
+        inference = accounts.over(inference)
     app = create_app({"model": inference}, settings)
     config = http_config(app, settings)
     config.port = given.port
-    uvicorn.Server(config).run()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # uvicorn raises it again when it has stopped
+    try:
+        uvicorn.Server(config).run()
+    finally:
+        if given.accounts is not None:
+            given.accounts.write_text(json.dumps(asdict(accounts)))
 
 
 if __name__ == "__main__":

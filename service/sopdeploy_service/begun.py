@@ -37,8 +37,9 @@ class Begun(Generic[Value]):
         return self.value
 
     def close(self) -> None:
-        """End it where it waits."""
+        """End it where it waits, and keep nothing of that."""
         self._steps.close()
+        self.waits_for = None
 
     def _go(self, step: Callable[[Any], Any], given: BaseException | None) -> None:
         try:

@@ -15,6 +15,7 @@ from sopdeploy_service.metrics import ModelMetrics
 from sopdeploy_service.outcome import NONFINITE, Answered, Outcome, Refusal
 from sopdeploy_service.ranking import Ranking
 from sopdeploy_service.runtime.base import OutOfMemoryError, Runtime
+from sopdeploy_service.stacking import Stack
 from sopdeploy_service.waiting import Item, WaitingLine, call_soon, settle
 
 SMALLER_SECONDS = 60.0  # how long batches stay halved after the device had no memory for one
@@ -44,6 +45,7 @@ class Engine:
         self._metrics = metrics
         self._outputs = tuple(outputs)
         self._whole = self._largest = largest
+        self._stack = Stack(largest)
         self._smaller_until = 0.0
         self._batch: list[Item] = []
         self._since: float | None = None  # when the batch at work began
@@ -116,9 +118,9 @@ class Engine:
             logits.append(row[self._outputs[0]])
         return outcomes
 
-    def _run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[np.float32]]:
+    def _run(self, images: Sequence[NDArray[np.uint8]]) -> Mapping[str, NDArray[np.float32]]:
         try:
-            return self._runtime.run(images)
+            return self._runtime.run(self._stack.of(images))
         except OutOfMemoryError:
             self._largest = max(1, len(images) // 2)
             self._smaller_until = time.monotonic() + SMALLER_SECONDS

@@ -64,6 +64,8 @@ class Wire(HttpToolsProtocol):
         self._timers.stop_all()
         self.pipeline.clear()
         super().connection_lost(exc)
+        if self.cycle is not None:
+            self.cycle.transport = self.transport  # its outlet leads back here
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, and refuse what breaks a limit."""
@@ -120,7 +122,8 @@ class Wire(HttpToolsProtocol):
         self._refusal = self._refusal or self._refusal_of_head()
         if self._refusal is None:
             super().on_headers_complete()
-            self.cycle.transport = cast(asyncio.Transport, Outlet(self.cycle, self.transport, self.hang_up))
+            outlet = Outlet(self.transport, self.hang_up, bodiless=self.scope["method"] == "HEAD")
+            self.cycle.transport = cast(asyncio.Transport, outlet)
 
     def on_body(self, body: bytes) -> None:
         """Hand on a piece of the body."""

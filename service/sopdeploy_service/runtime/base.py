@@ -24,7 +24,8 @@ class Runtime(Protocol):
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8.
 
-        n is 1 to `largest_batch`. Any exception means that this batch got no result; `DeviceLostError` that
+        n is 1 to `largest_batch`. Nothing that is returned or kept may lie in the memory of *images*: the
+        next batch will fill it. Any exception means that this batch got no result; `DeviceLostError` that
         no other will, `OutOfMemoryError` that a smaller one may.
         """
         ...
