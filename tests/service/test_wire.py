@@ -187,7 +187,7 @@ def test_an_idle_connection_is_closed_after_its_time(serve_with):
         assert read(idle, to_the_end=False).status == 200
         started = time.monotonic()
         assert idle.recv(10) == b""
-        assert 0.5 < time.monotonic() - started < 3
+        assert 0.5 < time.monotonic() - started < 10
 
 
 def test_the_second_head_of_a_connection_has_a_deadline_too(wire):

@@ -1,8 +1,6 @@
 """The integers of the counting convention; the papers' own rounded figures stand beside them."""
 
-import functools
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -61,17 +59,9 @@ def meets(figure: Published, cut: bool) -> bool:
     return round(figure.ours, digits) == figure.printed
 
 
-@functools.cache
-def published(
-    model: str, num_classes: int | None, config: tuple[tuple[str, Any], ...]
-) -> tuple[Published, ...]:
-    """Describe a network once for all rows that are of it."""
-    return describe(model, num_classes=num_classes, **dict(config)).published
-
-
 @pytest.mark.parametrize("row", ROWS, ids=row_id)
 def test_figures_that_papers_print_are_met_or_named_as_misprints(row: Row) -> None:
-    described = published(row.model, row.num_classes, tuple(row.config.items()))
+    described = describe(row.model, num_classes=row.num_classes, **row.config).published
     note = "; ".join(filter(None, (row.note, "cut off, not rounded" if row.cut else "")))
     found = [figure for figure in described if (figure.source, figure.note) == (row.source, note)]
     assert found
