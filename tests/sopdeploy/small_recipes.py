@@ -1,5 +1,9 @@
 """Settings that make the network of every packaged recipe small, of the same family and on fewer pixels."""
 
+import pytest
+
+from sopdeploy.backbones import efficientnet, resnet
+
 HEADS = "aux_widths=[8,8,8], iterations=2"
 DSOP = ["model.name=dsop-resnet8", f"model.config={{{HEADS}}}"]
 PLAIN = ["model.name=resnet8", "model.config={}"]
@@ -65,3 +69,11 @@ EXPORTED_AS = {
     "imagenet64-gmsop-resnet18": "places365-gmsop-resnet18",
     "photos-dsop": "imagenet-dsop-resnet18",
 }
+
+
+def few_blocks(patch: pytest.MonkeyPatch) -> None:
+    """Leave one block in a stage and two in one stage, if no switch does: each costs an export a second."""
+    patch.setitem(resnet.BLOCKS, 18, (2, 1, 1, 1))
+    stages = {name: stage._replace(blocks=1) for name, stage in efficientnet.STAGES.items()}
+    stages["blocks.1"] = efficientnet.STAGES["blocks.1"]
+    patch.setattr(efficientnet, "STAGES", stages)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from sopdeploy.backbones import efficientnet, resnet
 from sopdeploy.bundle import open_bundle
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.evaluate import scores_of_checkpoint
@@ -28,7 +27,7 @@ from tests.sopdeploy.small_data import (
     write_places,
     write_small_imagenet,
 )
-from tests.sopdeploy.small_recipes import EXPORTED_AS, SMALL
+from tests.sopdeploy.small_recipes import EXPORTED_AS, SMALL, few_blocks
 
 ALONE = BatchRange(optimum=1, maximum=1)  # one graph of each network instead of two, without symbols
 
@@ -50,12 +49,8 @@ def small_recipe(name: str, *settings: str) -> Recipe:
 
 
 @pytest.fixture(autouse=True)
-def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One block a stage, and one stage of two: the others are of the same kinds, and each costs a second."""
-    monkeypatch.setitem(resnet.BLOCKS, 18, (2, 1, 1, 1))
-    stages = {name: stage._replace(blocks=1) for name, stage in efficientnet.STAGES.items()}
-    stages["blocks.1"] = efficientnet.STAGES["blocks.1"]
-    monkeypatch.setattr(efficientnet, "STAGES", stages)
+def _few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    few_blocks(monkeypatch)
 
 
 def data_of(name: str, kind: str, root: Path, monkeypatch: Any) -> list[str]:
