@@ -12,7 +12,8 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from sopdeploy.manifest import BatchRange, Lineage, Manifest, TensorRecord
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_service import service
 from sopdeploy_service.app import create_app
-from sopdeploy_service.runtime.pretend import PretendRuntime
+from sopdeploy_service.runtime.base import Overlapping
+from sopdeploy_service.runtime.pretend import PretendDevice
 from sopdeploy_service.server import http_config, prepare_process
 from sopdeploy_service.settings import Settings, load_settings
 from sopdeploy_service.verified import Inference, open_verified
@@ -48,7 +50,7 @@ def pretend(fixed_ms: float, per_image_ms: float, largest: int) -> Inference:
         files={},
     )
     labels = tuple(f"class {number}" for number in range(CLASSES))
-    runtime = PretendRuntime(
+    runtime = PretendDevice(
         classes=CLASSES, fixed_ms=fixed_ms, per_image_ms=per_image_ms, largest_batch=largest
     )
     return Inference(
@@ -73,28 +75,57 @@ class Accounts:
         """Return *decode*, entered here."""
 
         def entered(*given: Any, **more: Any) -> Any:
-            begun = time.thread_time()
-            found = decode(*given, **more)
-            self.decode_s += time.thread_time() - begun
             self.images += 1
-            return found
+            with self._of("decode_s"):
+                return decode(*given, **more)
 
         return entered
 
     def over(self, inference: Inference) -> Inference:
         """Return *inference* with its runtime entered here."""
-        runtime = inference.runtime
+        kind = EnteredDevice if isinstance(inference.runtime, Overlapping) else Entered
+        return replace(inference, runtime=kind(inference.runtime, self))
 
-        class Entered:
-            name, device, largest_batch = runtime.name, runtime.device, runtime.largest_batch
+    @contextmanager
+    def engine(self) -> Iterator[None]:
+        """Enter the CPU seconds of what this thread does in the block as the engine's."""
+        with self._of("engine_s"):
+            yield
 
-            def run(_, images: Any) -> Any:  # noqa: N805
-                begun = time.thread_time()
-                found = runtime.run(images)
-                self.engine_s += time.thread_time() - begun
-                return found
+    @contextmanager
+    def _of(self, name: str) -> Iterator[None]:
+        begun = time.thread_time()
+        yield
+        setattr(self, name, getattr(self, name) + time.thread_time() - begun)
 
-        return replace(inference, runtime=Entered())
+
+class Entered:
+    """A *runtime* whose runs are entered in *accounts*."""
+
+    def __init__(self, runtime: Any, accounts: Accounts) -> None:
+        self.name, self.device, self.largest_batch = runtime.name, runtime.device, runtime.largest_batch
+        self._runtime = runtime
+        self._accounts = accounts
+
+    def run(self, images: Any) -> Any:
+        """Return what it computes."""
+        with self._accounts.engine():
+            return self._runtime.run(images)
+
+
+class EnteredDevice(Entered):
+    """The same of a runtime that is given the next batch while one is at work."""
+
+    def begin(self, images: Any) -> Any:
+        """Begin a batch."""
+        with self._accounts.engine():
+            wait = self._runtime.begin(images)
+
+        def entered() -> Any:
+            with self._accounts.engine():
+                return wait()
+
+        return entered
 
 
 def main() -> None:

@@ -92,7 +92,7 @@ class Batcher:
         """Return for how many seconds the batch at work may run before the engine counts as hung."""
         if self._timeout is not None:
             return self._timeout
-        usual = self._latency.batch(len(self._engine.at_work()))
+        usual = self._latency.batch(self._engine.size())
         return max(HANGS_AFTER_SECONDS, HANGS_AFTER_TIMES * usual)
 
     async def _watch(self) -> None:

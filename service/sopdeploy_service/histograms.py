@@ -24,7 +24,7 @@ class Histograms(Collector):
     """
 
     def __init__(self, name: str, what: str, bounds: Sequence[float], label: str) -> None:
-        self._name, self._what, self._label = name, what, label
+        self._name, self._what, self.label = name, what, label
         self._bounds = (*map(float, bounds), float("inf"))
         self._kept: defaultdict[str, deque[float]] = defaultdict(deque)
         self._counts: dict[str, NDArray[np.int64]] = {}
@@ -43,9 +43,13 @@ class Histograms(Collector):
             with self._counting:
                 self._count(value)
 
+    def describe(self) -> Iterable[Metric]:
+        """Return the metric without a number."""
+        return [HistogramMetricFamily(self._name, self._what, labels=(self.label,))]
+
     def collect(self) -> Iterable[Metric]:
         """Return the metric as it stands now."""
-        family = HistogramMetricFamily(self._name, self._what, labels=(self._label,))
+        family = HistogramMetricFamily(self._name, self._what, labels=(self.label,))
         with self._counting:
             for value in list(self._kept):
                 totals = self._count(value).cumsum().tolist()
