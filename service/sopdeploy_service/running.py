@@ -18,23 +18,28 @@ class Runner:
 
     def __init__(self, runtime: Runtime, largest: int) -> None:
         self._runtime = runtime
+        self._device = runtime if isinstance(runtime, Overlapping) else None
         self._stack = Stack(largest)
-        self.overlaps = isinstance(runtime, Overlapping)
+
+    @property
+    def overlaps(self) -> bool:
+        """Return whether a batch may be begun while another is under way."""
+        return self._device is not None
 
     def begin(self, images: Images) -> Callable[[], Outputs]:
         """Begin a batch; what is returned gives its outputs, or raises what went wrong, once."""
-        if not isinstance(self._runtime, Overlapping):
+        if self._device is None:
             return partial(self.run, images)
         try:
-            return self._runtime.begin(images)
+            return self._device.begin(images)
         except Exception as problem:  # told when it is this batch's turn: another one is under way
             return partial(fail, problem)
 
     def run(self, images: Images) -> Outputs:
         """Return the outputs of a batch."""
-        if isinstance(self._runtime, Overlapping):
-            return self._runtime.begin(images)()
-        return self._runtime.run(self._stack.of(images))
+        if self._device is None:
+            return self._runtime.run(self._stack.of(images))
+        return self._device.begin(images)()
 
 
 def fail(problem: Exception) -> Outputs:
