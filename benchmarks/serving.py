@@ -28,6 +28,7 @@ from measure import machine
 from serving_alone import bare, pictures, pipeline, their_pipeline
 from serving_ours import Accounts, pretend, settings_for
 from serving_peers import OURS, PEERS, Peer, cpu_seconds, free_port, peer_command, started
+from serving_rounds import Rounds
 
 from sopdeploy_service.verified import Inference, open_verified
 
@@ -46,15 +47,9 @@ class Case:
 
 
 @dataclass(slots=True)
-class Row:
-    """One server in one case, a figure for each round."""
+class Row(Rounds):
+    """One server in one case; CPU time is that over decoding and engine, of ours by its own account too."""
 
-    server: str
-    case: str
-    ratios: list[float] = field(default_factory=list)
-    images_per_s: list[float] = field(default_factory=list)
-    p99_ms: list[float] = field(default_factory=list)
-    cpu_over_ms: list[float] = field(default_factory=list)
     cpu_by_account_ms: list[float] = field(default_factory=list)
 
 
@@ -123,9 +118,7 @@ class Benchmark:
     def _enter(self, name: str, case: Case, driven: Driven, speed: float, alone_ms: float) -> None:
         row = self._rows.setdefault((name, case.name), Row(name, case.name))
         row.ratios.append(driven.load.images_per_s / speed)
-        row.images_per_s.append(driven.load.images_per_s)
-        row.p99_ms.append(driven.load.p99_ms)
-        row.cpu_over_ms.append(driven.cpu_ms - alone_ms)
+        row.note(driven.load, driven.cpu_ms - alone_ms)
 
     def _inference(self, case: Case) -> Inference:
         if case.fake is None:
@@ -197,8 +190,8 @@ def show(rows: list[Row]) -> None:
     for row in rows:
         ratio = statistics.median(row.ratios)
         each = " ".join(f"{value:.3f}" for value in row.ratios)
-        figures = (row.images_per_s, row.p99_ms, row.cpu_over_ms, row.cpu_by_account_ms)
-        shown = [f"{statistics.median(values):.2f}" if values else "" for values in figures]
+        shown = [f"{value:.2f}" for value in row.medians()]
+        shown.append(f"{statistics.median(row.cpu_by_account_ms):.2f}" if row.cpu_by_account_ms else "")
         print(f"| {row.case} | {row.server} | **{ratio:.3f}** | {each} | {' | '.join(shown)} |")
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.extras import how_to_get
 
 MODULES = ("cuda.bindings.runtime", "cuda.cudart")  # of cuda-python 12.6 and later, and before
 
@@ -166,4 +167,4 @@ def import_cuda() -> Any:
             return importlib.import_module(name)
         except ImportError:
             continue
-    raise RuntimeUnavailableError('cuda-python is not installed; run: pip install "sopdeploy[tensorrt]"')
+    raise RuntimeUnavailableError(how_to_get("cuda-python", "sopdeploy[tensorrt]"))

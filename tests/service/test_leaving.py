@@ -10,22 +10,8 @@ from sopdeploy_service.leaving import DEPARTURE, Departure, unless_gone
 from sopdeploy_service.outcome import CLIENT_GONE
 from sopdeploy_service.problems import RefusedError
 from sopdeploy_service.runtime.pretend import PretendRuntime
+from tests.service.held import Held
 from tests.service.raw import POST, connect, count
-
-
-class Gated(PretendRuntime):
-    """A pretend runtime that computes nothing before `gate` is set."""
-
-    def __init__(self) -> None:
-        super().__init__(classes=7, largest_batch=1)
-        self.gate = threading.Event()
-        self.entered = threading.Event()
-
-    def run(self, images):
-        self.entered.set()
-        self.gate.wait(20)
-        return super().run(images)
-
 
 GONE = 'requests_total{code="499",model="tiny",route="/v1/classify"}'
 
@@ -62,7 +48,7 @@ def test_who_leaves_in_a_form_is_counted_and_forgotten(serve_with, until):
 
 
 def test_who_leaves_while_its_image_waits_or_is_computed_is_counted_and_forgotten(serve_with, jpeg, until):
-    runtime = Gated()
+    runtime = Held(largest_batch=1)
     client = serve_with(runtime)
     computed = connect(client)
     computed.sendall(POST + length(jpeg) + jpeg)

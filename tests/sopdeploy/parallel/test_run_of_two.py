@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sopdeploy import train as training
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.training.joined import attempt
 from sopdeploy.training.stop import TrainingStoppedError
 from tests.ports import held_port
 from tests.sopdeploy.parallel import ranks
@@ -127,6 +128,22 @@ def test_a_picture_that_only_one_process_reads_is_named_once(tmp_path) -> None:
     assert sum("photos/a/000.jpg" in line for line in lines) == 1
     assert len(lines) <= 2
     assert "Traceback" not in "".join(err for _, _, err in ends)
+
+
+@pytest.mark.parametrize(
+    ("here", "all_of_them", "restarts", "expected"),
+    [("2", "2", "1", "1"), ("2", "2", None, "0"), ("2", "4", "1", "0")],
+)
+def test_processes_of_one_machine_meet_anew_after_each_restart(
+    monkeypatch, here, all_of_them, restarts, expected
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    monkeypatch.setenv("WORLD_SIZE", all_of_them)
+    if restarts is None:
+        monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    else:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    assert attempt() == expected
 
 
 @pytest.mark.slow
