@@ -13,16 +13,18 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
+# uv compiles nothing: where bytecode may not be kept, every process that a test starts compiles torch again.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check format lint types contracts tests test-models goldens docs site gpu-check soak dist wheel-test \
+.PHONY: demo test check format lint types contracts tests ray-test compiled test-models goldens docs site gpu-check soak dist wheel-test \
 	container-test container-base audit sbom release lock clean
 
 demo: $(STAMP)  ## the main job, from handwritten digits to answers over HTTP
 	$(BIN)/sopdeploy demo
 
-# The wheel is tried beside mypy, which has one core only; the tests take all cores.
+# Ray mostly waits for its own processes, so what has one core only goes beside it; the tests take all cores.
 test: $(STAMP)  ## format, lint, types, import contracts, the wheel, the tests: what CI runs
-	$(MAKE) --jobs=2 check wheel-test
+	$(MAKE) --jobs=2 ray-test check wheel-test compiled
 	$(MAKE) tests
 	@if git diff --quiet HEAD 2>/dev/null; then git rev-parse HEAD >$(VENV)/.tested; fi
 
@@ -33,14 +35,20 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 
 types: $(STAMP)
-	$(BIN)/mypy
+	nice $(BIN)/mypy
 
 contracts: $(STAMP)
-	$(BIN)/lint-imports
+	nice $(BIN)/lint-imports
 
 tests: $(STAMP)
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not ray"
-	$(BIN)/pytest -m ray tests/service/on_ray  # a cluster on a busy machine gives up before it has started
+
+# On its own: a cluster gives up before it has started where other processes come first.
+ray-test: $(STAMP)
+	$(BIN)/pytest -m ray tests/service/on_ray
+
+compiled: $(STAMP)  # once for all processes of `tests`, each of which would do it at the same moment
+	nice $(BIN)/pytest --collect-only --quiet >/dev/null || true
 
 test-models: $(STAMP)  ## every network of the catalog at full width through training, export and parity (an hour)
 	$(BIN)/pytest --slow -m slow
@@ -69,7 +77,7 @@ dist: $(STAMP)  ## sdist and wheel in dist/, the same bytes for the same commit
 	$(BIN)/python deploy/distributions.py
 
 wheel-test: $(STAMP)  ## build the wheel twice, install it into empty environments, train with [train], serve with [cpu]
-	$(BIN)/python deploy/wheel_test.py
+	nice $(BIN)/python deploy/wheel_test.py
 
 container-test:  ## build the image with Docker, or buildah and debootstrap, run it and look at it
 	$(MAKE) --jobs=2 $(STAMP) container-base

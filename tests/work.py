@@ -2,15 +2,27 @@
 
 A file's tests share what its fixtures make, those of the export also their proofs; a process that gets half
 of them makes all of it again. Where tests share nothing each goes alone, so that no process waits at the end.
+Those of the service stay together because they wait, for servers and clocks, while the others compute: three
+processes that wait at once would leave the cores idle.
 """
 
 from typing import Any
 
 from xdist.scheduler import LoadFileScheduling
 
-TOGETHER = ("tests/export/",)
+TOGETHER = ("tests/export/", "tests/service/")
 APART = ("tests/sopdeploy/test_recipe_walks.py", "tests/sweep/test_catalog_sweep.py")
-LONG = (*TOGETHER, *APART, "tests/attacks/test_certificate.py", "tests/test_walk.py")
+LONG = (
+    *TOGETHER,
+    *APART,
+    "tests/test_walk.py",
+    "tests/attacks/test_certificate.py",
+    "tests/sopdeploy/test_train_killed.py",
+    "tests/sopdeploy/test_train",
+    "tests/sopdeploy/importers/",
+    "tests/benchmarks/",
+    "tests/test_",
+)
 
 
 class ByWhatIsShared(LoadFileScheduling):  # type: ignore[misc]

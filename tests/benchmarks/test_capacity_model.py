@@ -1,13 +1,23 @@
 """The model of a replica against closed forms, and what a plan promises."""
 
+import functools
 import math
 
+import capacity_plan
 import numpy as np
 import pytest
 from capacity_model import System, batch_sizes, chain, delay, erlang, forecast, poisson
 from capacity_plan import Wanted, cores_each, plan, provisioned
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+forecast_once = functools.cache(forecast)
+
+
+@pytest.fixture(autouse=True)
+def _the_same_forecast_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate at which a replica just keeps a p99 is searched for anew in every plan: 13 forecasts."""
+    monkeypatch.setattr(capacity_plan, "forecast", forecast_once)
 
 
 def engine_alone(fixed: float, each: float, largest: int) -> System:

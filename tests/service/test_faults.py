@@ -3,12 +3,14 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
 
 from sopdeploy.errors import ConfigError
+from sopdeploy_service import engine
 from sopdeploy_service.faults import NONE, OrderedError, parse_faults
 from sopdeploy_service.runtime.base import OutOfMemoryError
 from sopdeploy_service.runtime.pretend import PretendRuntime
@@ -107,9 +109,10 @@ def test_the_neighbours_in_a_form_keep_their_answers(run_server, bundle, jpeg, f
 
 
 def test_without_memory_batches_are_halved_and_creep_back(run_server, bundle, jpeg, monkeypatch):
-    monkeypatch.setattr("sopdeploy_service.engine.SMALLER_SECONDS", 0.5)
+    later = 0.0
+    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + later))
     runtime = PretendRuntime(classes=7, fixed_ms=5, largest_batch=8)
-    settings = Settings(max_batch=8, max_queue_delay_ms=200)
+    settings = Settings(max_batch=8, max_queue_delay_ms=1000)  # for the slowest decoder
 
     def eight() -> list[int]:
         del runtime.batches[:]
@@ -120,7 +123,7 @@ def test_without_memory_batches_are_halved_and_creep_back(run_server, bundle, jp
     with run_server(runtime, bundle, settings, faults=parse_faults("engine=oom@1")) as client:
         assert eight() == [4, 4]
         assert eight() == [4, 4]
-        time.sleep(0.6)
+        later = engine.SMALLER_SECONDS + 1
         assert eight() == [4, 4]  # the engine had asked for four before it waited
         assert eight() == [8]
 

@@ -42,14 +42,13 @@ def test_a_slow_and_large_crowd_leaves_room_for_small_images(serve_with, jpeg, u
     until(lambda: count(client, "upload_bytes") == 0)
 
 
-def test_an_upload_that_finds_no_room_is_429_before_it_is_sent(serve_with):
+def test_an_upload_that_finds_no_room_is_429_before_it_is_sent(serve_with, until):
     client = serve_with(
         PretendRuntime(classes=7), max_body_bytes=2_000_000, max_upload_bytes=2_300_000, body_grace_seconds=60
     )
     with connect(client) as first, connect(client) as second:
         first.sendall(POST + b"Content-Length: 1900000\r\n\r\n" + bytes(1_800_000))
-        while count(client, "upload_bytes") < 1_800_000:
-            time.sleep(0.01)
+        until(lambda: count(client, "upload_bytes") >= 1_800_000)
         second.sendall(POST + b"Content-Length: 1900000\r\n" + EXPECT + b"\r\n")
         reply = read(second, to_the_end=False)
     assert (reply.status, reply.code, reply.headers["retry-after"]) == (429, "uploads_full", "2")

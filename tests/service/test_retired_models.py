@@ -132,7 +132,7 @@ def test_a_server_does_not_keep_the_engine_that_it_started_with(
         repository.start()
         for path in versions[1:3]:
             assert isinstance(await repository.load("tiny", path.name), Model)
-        end = time.monotonic() + 5
+        end = time.monotonic() + 20
         while engines[0]() is not None and time.monotonic() < end:
             await asyncio.sleep(0.02)
             gc.collect()
@@ -169,9 +169,11 @@ def test_a_version_that_does_not_end_well_is_forgotten_and_told(
         monkeypatch.setattr(first, "stop", fails)
         for path in versions[1:3]:
             await repository.load("tiny", path.name)
-        for _ in range(100):
+        gone = open_bundle(versions[0]).manifest.id
+        end = time.monotonic() + 20
+        while gone in metrics.render().decode():
+            assert time.monotonic() < end
             await asyncio.sleep(0.01)
-        assert open_bundle(versions[0]).manifest.id not in metrics.render().decode()
         await repository.stop()  # would stop it once more, and fail
 
     with caplog.at_level(logging.ERROR, "sopdeploy.models"):

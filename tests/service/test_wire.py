@@ -187,7 +187,7 @@ def test_an_idle_connection_is_closed_after_its_time(serve_with):
         assert read(idle, to_the_end=False).status == 200
         started = time.monotonic()
         assert idle.recv(10) == b""
-        assert 0.5 < time.monotonic() - started < 3
+        assert 0.5 < time.monotonic() - started < 10
 
 
 def test_the_second_head_of_a_connection_has_a_deadline_too(wire):
@@ -204,6 +204,7 @@ def test_a_client_that_does_not_read_is_cut_off(client, wire, until):
     asked = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
 
     def is_cut() -> bool:
+        client.get("/livez")  # the server has read what was sent before: too many at once are malformed
         try:
             bad.send(asked)
         except BlockingIOError:

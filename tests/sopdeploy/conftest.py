@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests import quick_torch
+from tests.sopdeploy import runs
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,3 +20,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def few_digits() -> Iterator[None]:
+    with runs.few_digits():
+        yield

@@ -1,5 +1,9 @@
 """Settings that make the network of every packaged recipe small, of the same family and on fewer pixels."""
 
+import pytest
+
+from sopdeploy.backbones import efficientnet, resnet
+
 HEADS = "aux_widths=[8,8,8], iterations=2"
 DSOP = ["model.name=dsop-resnet8", f"model.config={{{HEADS}}}"]
 PLAIN = ["model.name=resnet8", "model.config={}"]
@@ -54,3 +58,22 @@ SMALL: dict[str, list[str]] = {
     "photos-dsop": [*DSOP, *AT_16],
     "places365-gmsop-resnet18": [f"model.config={{{GATED}}}", *AT_16, "augment.sides=[20,20]"],
 }
+
+# Recipes whose small network is also another's, which is exported for both.
+EXPORTED_AS = {
+    "cifar100-dsop-resnet20": "cifar10-dsop-resnet20",
+    "fine-grained-isqrt-resnet50": "imagenet-isqrt-resnet50",
+    "imagenet-distilled-resnet50": "imagenet-resnet50",
+    "imagenet-dsop-resnet50": "imagenet-dsop-resnet18",
+    "imagenet-dsop-two-phase": "imagenet-dsop-resnet18",
+    "imagenet64-gmsop-resnet18": "places365-gmsop-resnet18",
+    "photos-dsop": "imagenet-dsop-resnet18",
+}
+
+
+def few_blocks(patch: pytest.MonkeyPatch) -> None:
+    """Leave one block in a stage and two in one stage, if no switch does: each costs an export a second."""
+    patch.setitem(resnet.BLOCKS, 18, (2, 1, 1, 1))
+    stages = {name: stage._replace(blocks=1) for name, stage in efficientnet.STAGES.items()}
+    stages["blocks.1"] = efficientnet.STAGES["blocks.1"]
+    patch.setattr(efficientnet, "STAGES", stages)

@@ -10,6 +10,8 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.train import train
 from tests.sopdeploy.runs import same_bits, short_recipe
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 
 def network() -> nn.Module:
     torch.manual_seed(0)

@@ -19,7 +19,9 @@ from sopdeploy.training.run import start_run
 from sopdeploy.training.stop import TrainingStoppedError
 from tests.sopdeploy.runs import Onlooker, same_bits, short_recipe
 
-TINY = ["epochs=1", "batch_size=480", "model.config.base_width=2", "preprocess.resize=8", "preprocess.crop=8"]
+pytestmark = pytest.mark.usefixtures("few_digits")
+
+TINY = ["epochs=1", "batch_size=120", "model.config.base_width=2", "preprocess.resize=8", "preprocess.crop=8"]
 PAIR = ["digits-plain", "digits-dsop"]
 
 
@@ -91,7 +93,7 @@ def test_a_comparison_runs_every_pair_counts_the_last_epoch_and_is_not_run_twice
     out, found, told = whole
     assert told == [("digits-plain", 0), ("digits-dsop", 0), ("digits-plain", 1), ("digits-dsop", 1)]
     assert json.loads((out / "plan.json").read_text()) == {"recipes": PAIR, "seeds": 2}
-    assert (found.pictures, len(found.pairs)) == (359, 1)
+    assert (found.pictures, len(found.pairs)) == (91, 1)
     stored = read_checkpoint(out / "digits-dsop" / "seed-1" / "last.pt")
     assert stored.training["seed"] == 1
     assert found.arms[1].top1[1] == pytest.approx(stored.training["figures"]["top1"])

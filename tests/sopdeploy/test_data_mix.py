@@ -16,6 +16,8 @@ from sopdeploy.preprocess import Preprocess
 from sopdeploy.train import train
 from tests.sopdeploy.runs import short_recipe
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 RULES = Preprocess(resize=16, crop=16)
 WAYS = [Mix(mixup=0.4), Mix(cutmix=1.0), Mix(mixup=0.4, cutmix=1.0)]
 

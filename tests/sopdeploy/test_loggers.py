@@ -11,6 +11,8 @@ from sopdeploy.train import train
 from sopdeploy.training.loggers import Several, loggers
 from tests.sopdeploy.runs import Onlooker, short_recipe
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 
 class Writer:
     """Stands in for TensorBoard's and for Weights & Biases' run."""

@@ -11,6 +11,8 @@ from sopdeploy.optim.adahessian import AdaHessian, signs
 from sopdeploy.train import train
 from tests.sopdeploy.runs import short_recipe
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 KINDS = {
     "sgd": (torch.optim.SGD, "lr=0.05"),
     "adamw": (torch.optim.AdamW, "lr=0.01"),

@@ -19,9 +19,11 @@ from sopdeploy.train import train
 from tests.pages import ALLOWED, Reader
 from tests.sopdeploy.runs import short_recipe
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 HOSTILE = "<script>alert(1)</script>"
 GATED = [
-    *("epochs=1", "batch_size=480", "preprocess.resize=8", "preprocess.crop=8"),
+    *("epochs=1", "batch_size=120", "preprocess.resize=8", "preprocess.crop=8"),
     *("model.name=gmsop-16-8-resnet18", "model.config.blocks_per_stage=1", "model.config.components=4"),
     *("model.config.chosen=2", "model.config.component_widths=[8]", "model.config.gate_widths=[8]"),
 ]

@@ -13,6 +13,8 @@ from sopdeploy.train import TrainingResult, train
 from sopdeploy.training.resume import recorded_recipe
 from tests.sopdeploy.runs import Onlooker, same_bits, short_recipe
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -34,7 +36,7 @@ def test_a_run_leaves_last_best_and_history_and_nothing_else(finished) -> None:
         out / "last.pt",
         out / "history.csv",
     )
-    assert (result.train_count, result.held_out_count, result.classes) == (1438, 359, 10)
+    assert (result.train_count, result.held_out_count, result.classes) == (359, 91, 10)
     assert TrainingResult.model_validate_json(result.model_dump_json()) == result
 
 
@@ -92,8 +94,8 @@ def test_the_onlooker_is_told_of_every_step(finished) -> None:
     assert onlooker.told[0][1] == {
         "epochs": 3,
         "first_epoch": 0,
-        "train_count": 1438,
-        "held_out_count": 359,
+        "train_count": 359,
+        "held_out_count": 91,
     }
     assert [facts["step"] for what, facts in onlooker.told if what == "stepped"] == [0, 1, 2, 3, 4, 5] * 3
 

@@ -12,6 +12,8 @@ from sopdeploy.training.stop import TrainingStoppedError
 from tests.sopdeploy.runs import Onlooker, short_recipe
 from tests.sopdeploy.test_data_folder import make
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 ONE = ("epochs=1", "data={kind='folder'}", "batch_size=4")
 
 

@@ -11,6 +11,8 @@ from sopdeploy.train import train
 from sopdeploy.training.stop import TrainingStoppedError
 from tests.sopdeploy.runs import Onlooker, same_run, short_recipe
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 PLAIN = ["model.name=resnet8", "model.config={base_width=4}", "epochs=1"]
 
 

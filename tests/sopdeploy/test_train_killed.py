@@ -33,7 +33,7 @@ CASES = {
     ),
     "gated mixture with noise": (
         f"model={{name='gmsop-16-8-resnet18', config={SMALL_GATE}}}",
-        "batch_size=360",
+        "batch_size=90",
         "optimizer.lr=0.01",
     ),
     "dsop that loses its branches, with average": (
@@ -94,7 +94,7 @@ def killed_often(server: Server, out: Path, overrides: tuple[str, ...], random: 
         if life == in_write:
             order: dict[str, Any] = {"die_in_write": random.randint(1, 2)}
         else:
-            order = {"die_after_steps": random.randint(1, 3), "and_seconds": random.uniform(0, 0.15)}
+            order = {"die_after_steps": random.randint(1, 3), "and_seconds": random.uniform(0, 0.02)}
         codes.append(server.run(out, overrides + workers, **order))
     codes.append(server.run(out, overrides))
     return codes

@@ -18,6 +18,8 @@ from sopdeploy.training.slices import slice_of
 from sopdeploy.training.stop import TrainingStoppedError
 from tests.sopdeploy.runs import Onlooker, same_run, short_recipe
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 CPU = torch.device("cpu")
 ONE = ("epochs=1",)
 COMBINATIONS = list(product(["fp32", "bf16", "fp16"], [False, True], [False, True]))

@@ -8,6 +8,8 @@ from sopdeploy.train import train
 from sopdeploy.training.stop import TrainingStoppedError
 from tests.sopdeploy.runs import Onlooker, same_run, short_recipe
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
@@ -21,8 +23,8 @@ MOMENTS = [
     ("stepped", 0, 0),
     ("stepped", 1, 2),
     ("stepped", 1, 5),
-    ("measured", 1, 240),
-    ("measured", 2, 359),
+    ("measured", 1, 60),
+    ("measured", 2, 91),
     ("finished", 0, 0),
     ("finished", 1, 0),
 ]

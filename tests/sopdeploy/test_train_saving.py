@@ -17,6 +17,8 @@ from sopdeploy.training.finite import not_finite
 from sopdeploy.training.stop import TrainingStoppedError
 from tests.sopdeploy.runs import Onlooker, same_run, short_recipe
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):

@@ -14,7 +14,7 @@ from sopdeploy.manifest import Precision
 from sopdeploy.models.catalog import CATALOG, create_model, entry
 from sopdeploy.recipe import read_recipe
 from sopdeploy_export.pipeline import ExportOptions, export
-from tests.sopdeploy.small_recipes import SMALL
+from tests.sopdeploy.small_recipes import SMALL, few_blocks
 from tests.sweep.smallest import ALL, DETACHED, LOWERED, TOO_LONG, WALKED
 from tests.sweep.steps import Small, agreed, detached, exported
 
@@ -31,7 +31,10 @@ def outputs_of(model: str) -> set[str]:
 
 
 @pytest.mark.parametrize("small", LOWERED, ids=name)
-def test_the_smallest_agrees_with_its_onnx_file(small: Small, tmp_path: Path) -> None:
+def test_the_smallest_agrees_with_its_onnx_file(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_blocks(monkeypatch)
     report = agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx")
     assert report.passed
     assert set(report.outputs) == outputs_of(small.name)

@@ -25,6 +25,7 @@ from sopdeploy.travel import pull, push, sign
 from sopdeploy.travel.minisign import read_public, read_secret
 from sopdeploy.travel.signed import check_signed, make_key, signature_path
 from tests.forged import write_hollow
+from tests.ports import held_port
 
 MINISIGN = pytest.mark.skipif(shutil.which("minisign") is None, reason="minisign is not installed")
 
@@ -217,21 +218,19 @@ log: {{level: error}}
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[str]:
     """Give the address of a real registry, with nothing in it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     config = tmp_path / "registry.yml"
-    config.write_text(REGISTRY.format(folder=tmp_path / "registry", port=port))
-    server = subprocess.Popen(["docker-registry", "serve", config], stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(100):
-            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            time.sleep(0.1)
-        yield f"oci://127.0.0.1:{port}"
-    finally:
-        server.kill()
-        server.wait()
+    with held_port() as port:
+        config.write_text(REGISTRY.format(folder=tmp_path / "registry", port=port))
+        server = subprocess.Popen(["docker-registry", "serve", config], stderr=subprocess.DEVNULL)
+        try:
+            for _ in range(600):
+                with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                    break
+                time.sleep(0.1)
+            yield f"oci://127.0.0.1:{port}"
+        finally:
+            server.kill()
+            server.wait()
 
 
 @pytest.mark.skipif(shutil.which("docker-registry") is None, reason="docker-registry is not installed")

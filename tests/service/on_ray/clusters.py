@@ -17,7 +17,8 @@ from pathlib import Path
 
 import httpx
 
-from tests.service.children import free_port, line_of
+from tests.ports import held_port
+from tests.service.children import line_of
 
 STARTED = re.compile(r"ray start --address='([^']+)'")  # it says how other machines join
 REPLICA = "ray::ServeReplica"
@@ -98,7 +99,13 @@ def own_cluster() -> Iterator[Cluster]:
 @contextmanager
 def started_head(folder: Path) -> Iterator[Cluster | None]:
     """Start Ray's processes with their files in *folder*, whose name must be short; None where it fails."""
-    port, numbers_port = free_port(), free_port()
+    with held_port() as port, held_port() as numbers_port, ray_on(folder, port, numbers_port) as cluster:
+        yield cluster
+
+
+@contextmanager
+def ray_on(folder: Path, port: int, numbers_port: int) -> Iterator[Cluster | None]:
+    """Start Ray's processes on these ports; end all of them."""
     environment = {
         **os.environ,
         "PYTHONUNBUFFERED": "1",

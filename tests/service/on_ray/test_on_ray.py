@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from tests.service.children import START_SECONDS, free_port, line_of
+from tests.ports import held_port
+from tests.service.children import START_SECONDS, line_of
 from tests.service.on_ray.clusters import Clients, Cluster, own_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -38,8 +39,7 @@ def test_replicas_answer_swap_bundles_and_lose_only_what_a_killed_one_was_at(
     make_bundle: Callable[..., Path], tmp_path: Path, jpeg: bytes, until: Callable[..., None]
 ) -> None:
     before, after = (make_bundle(tmp_path, seed=seed) for seed in range(2))
-    port = free_port()
-    with own_cluster() as cluster:
+    with held_port() as port, own_cluster() as cluster:
         the_verb_answers_until_it_is_told_to_end(cluster, before, port)
         cluster.run("ray.serve.scripts", "run", "--non-blocking", written(tmp_path, before, port))
         until(lambda: ready(port), START_SECONDS)

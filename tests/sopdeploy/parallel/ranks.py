@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import torch
 
 from sopdeploy.checkpoint import load_plain
 from sopdeploy.training.joined import joined_processes
-from tests.service.children import free_port
+from tests.ports import held_port
+from tests.sopdeploy.runs import few_digits
 
 ROOT = Path(__file__).parents[3]
 PATIENCE = 240  # seconds
@@ -38,30 +41,32 @@ def environment(rank: int, world: int, port: int) -> dict[str, str]:
     }
 
 
-def start(module: str, *arguments: str, world: int) -> list[subprocess.Popen[str]]:
-    """Start `python -m module *arguments*` in *world* processes that can find each other."""
-    port = free_port()
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            env=environment(rank, world, port),
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(world)
-    ]
+@contextmanager
+def started(module: str, *arguments: str, world: int) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start `python -m module *arguments*` in *world* processes that find each other; leave none."""
+    processes: list[subprocess.Popen[str]] = []
+    with held_port() as port:
+        try:
+            for rank in range(world):
+                child = subprocess.Popen(
+                    [sys.executable, "-m", module, *arguments],
+                    env=environment(rank, world, port),
+                    cwd=ROOT,
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+                processes.append(child)
+            yield processes
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Return exit code, stdout and stderr of each process; none is left behind."""
-    try:
-        ends = [process.communicate(timeout=PATIENCE) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+def ends_of(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Wait for the *processes*; return exit code, stdout and stderr of each."""
+    ends = [process.communicate(timeout=PATIENCE) for process in processes]
     return [(process.returncode, *end) for process, end in zip(processes, ends, strict=True)]
 
 
@@ -69,20 +74,20 @@ def run_in_processes(function: str, folder: Path, *, world: int) -> list[Any]:
     """Return what *function*, `module:name`, makes of *folder* in each of *world* joined processes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    port = free_port()
-    processes = [
-        context.Process(target=one_of_them, args=(function, folder, environment(rank, world, port)))
-        for rank in range(world)
-    ]
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(PATIENCE)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+    with held_port() as port:
+        processes = [
+            context.Process(target=one_of_them, args=(function, folder, environment(rank, world, port)))
+            for rank in range(world)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(PATIENCE)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
     said = "\n".join(path.read_text() for path in sorted(folder.glob("rank*.txt")))
     assert [process.exitcode for process in processes] == [0] * world, said
     return [load_plain(folder / f"rank{rank}.pt") for rank in range(world)]
@@ -94,7 +99,7 @@ def one_of_them(function: str, folder: Path, variables: dict[str, str]) -> None:
     torch.set_num_threads(1)
     module, name = function.split(":")
     try:
-        with joined_processes():
+        with joined_processes(), few_digits():
             result = getattr(importlib.import_module(module), name)(folder)
         torch.save(result, folder / f"rank{variables['RANK']}.pt")
     except BaseException:

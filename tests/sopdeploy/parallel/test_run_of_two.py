@@ -12,10 +12,12 @@ from sopdeploy import train as training
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.training.joined import attempt
 from sopdeploy.training.stop import TrainingStoppedError
-from tests.service.children import free_port
+from tests.ports import held_port
 from tests.sopdeploy.parallel import ranks
 from tests.sopdeploy.runs import short_recipe
 from tests.sopdeploy.test_data_folder import make
+
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 GLOBAL = "batch_norm=global"
 
@@ -82,12 +84,12 @@ def command(out: Path, *settings: str) -> list[str]:
 
 
 def test_a_process_that_is_killed_ends_the_other_with_one_line(tmp_path) -> None:
-    both = ranks.start("sopdeploy", *command(tmp_path / "run", "epochs=400"), world=2)
-    assert both[0].stderr is not None
-    started = both[0].stderr.readline()
-    first_epoch = both[0].stderr.readline()
-    both[1].kill()
-    (code, out, err), (killed, _, silence) = ranks.finish(both)
+    with ranks.started("sopdeploy", *command(tmp_path / "run", "epochs=400"), world=2) as both:
+        assert both[0].stderr is not None
+        started = both[0].stderr.readline()
+        first_epoch = both[0].stderr.readline()
+        both[1].kill()
+        (code, out, err), (killed, _, silence) = ranks.ends_of(both)
     assert (started, first_epoch[:12]) == ("1438 pictures to learn from, 359 held out\n", "epoch   1/40")
     assert (code, killed, out, silence) == (2, -signal.SIGKILL, "", "")
     lines = [line for line in err.splitlines() if not line.startswith("epoch ")]
@@ -106,7 +108,8 @@ def test_a_process_that_is_killed_ends_the_other_with_one_line(tmp_path) -> None
     ],
 )
 def test_what_both_find_is_said_once(tmp_path, setting, message) -> None:
-    ends = ranks.finish(ranks.start("sopdeploy", *command(tmp_path / "run", setting), world=2))
+    with ranks.started("sopdeploy", *command(tmp_path / "run", setting), world=2) as both:
+        ends = ranks.ends_of(both)
     assert [code for code, _, _ in ends] == [2, 2]
     lines = [line for _, _, err in ends for line in err.splitlines() if "pictures to learn" not in line]
     assert len(lines) == 1
@@ -117,12 +120,9 @@ def test_what_both_find_is_said_once(tmp_path, setting, message) -> None:
 def test_a_picture_that_only_one_process_reads_is_named_once(tmp_path) -> None:
     make(tmp_path / "photos", a=8, b=8)
     (tmp_path / "photos" / "a" / "000.jpg").write_bytes(b"no picture")
-    both = ranks.start(
-        "sopdeploy",
-        *("train", "--data", str(tmp_path / "photos"), "--out", str(tmp_path / "run"), "--set", "epochs=1"),
-        world=2,
-    )
-    ends = ranks.finish(both)
+    words = ["train", "--data", str(tmp_path / "photos"), "--out", str(tmp_path / "run"), "--set", "epochs=1"]
+    with ranks.started("sopdeploy", *words, world=2) as both:
+        ends = ranks.ends_of(both)
     assert [code for code, _, _ in ends] == [2, 2]
     lines = [line for _, _, err in ends for line in err.splitlines() if line.startswith("error")]
     assert sum("photos/a/000.jpg" in line for line in lines) == 1
@@ -148,14 +148,15 @@ def test_processes_of_one_machine_meet_anew_after_each_restart(
 
 @pytest.mark.slow
 def test_torchrun_starts_again_what_was_killed_and_only_one_process_speaks(tmp_path) -> None:
-    run = ["--max-restarts", "1", "--nproc-per-node", "2", "--master-port", str(free_port())]
     settings = ("epochs=12", GLOBAL, "device=cpu")
-    words = [*run, "-m", "sopdeploy", *command(tmp_path / "run", *settings), "--resume", "auto", "--json"]
-    (torchrun,) = ranks.start("torch.distributed.run", *words, world=1)
+    words = ["-m", "sopdeploy", *command(tmp_path / "run", *settings), "--resume", "auto", "--json"]
     last = tmp_path / "run" / "last.pt"
-    wait_for(last)
-    os.kill(worker_of(torchrun.pid), signal.SIGKILL)
-    ((code, out, error),) = ranks.finish([torchrun])
+    with held_port() as port:
+        run = ["--max-restarts", "1", "--nproc-per-node", "2", "--master-port", str(port)]
+        with ranks.started("torch.distributed.run", *run, *words, world=1) as processes:
+            wait_for(last)
+            os.kill(worker_of(processes[0].pid), signal.SIGKILL)
+            ((code, out, error),) = ranks.ends_of(processes)
     assert code == 0, error
     assert out.count('"best_epoch"') == 1
     assert read_checkpoint(last).training["epoch"] == 12
