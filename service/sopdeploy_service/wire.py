@@ -132,9 +132,11 @@ class Wire(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """End the request."""
-        self._in_body = False
-        if self._refusal is not None:
+        if (
+            self._refusal is not None
+        ):  # the app never learns that the body is whole, so it must not wait for it
             return
+        self._in_body = False
         super().on_message_complete()
         if self._timers.stop("rest"):  # it was answered long ago
             self._await_next()
@@ -197,7 +199,11 @@ class Wire(HttpToolsProtocol):
         self._shared.idle(self)
 
     def _refusal_of_head(self) -> Refusal | None:
-        if self.parser.get_http_version() not in {"1.0", "1.1"} or len(self.pipeline) >= MAX_PIPELINE:
+        version = self.parser.get_http_version()
+        if version not in {"1.0", "1.1"} or len(self.pipeline) >= MAX_PIPELINE:
+            return MALFORMED
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1 or (hosts == 0 and version == "1.1"):  # RFC 9112, 3.2: two readers could see two hosts
             return MALFORMED
         length = int(find(self.headers, b"content-length") or 0)
         limit = self._limits.max_body_bytes
