@@ -34,7 +34,6 @@ RUN mkdir -p /var/cache/sopdeploy && chown 10001:10001 /var/cache/sopdeploy
 ENV PATH=/opt/sopdeploy/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/var/cache/sopdeploy \
     SOPDEPLOY_ENGINE_CACHE=/var/cache/sopdeploy/engines \
-    MALLOC_ARENA_MAX=2 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 VOLUME /var/cache/sopdeploy
@@ -79,7 +78,6 @@ RUN mkdir -p /var/cache/sopdeploy && chown 10001:10001 /var/cache/sopdeploy
 ENV PATH=/opt/sopdeploy/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/var/cache/sopdeploy \
     SOPDEPLOY_ENGINE_CACHE=/var/cache/sopdeploy/engines \
-    MALLOC_ARENA_MAX=2 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 VOLUME /var/cache/sopdeploy

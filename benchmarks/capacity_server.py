@@ -24,8 +24,8 @@ from capacity_model import System
 from capacity_simulation import Figures, Simulation
 from load import SEED, WARM_UP_SECONDS, Load
 from measure import machine
-from serving import decode_ms, free_port, pictures
-from serving_peers import OURS, started
+from serving_alone import decode_ms, pictures
+from serving_peers import OURS, free_port, started
 
 HERE = Path(__file__).resolve().parent
 LOOP_MS = 0.46  # CPU of a request beside decoding: benchmarks/request_cpu.py

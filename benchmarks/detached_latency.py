@@ -26,8 +26,8 @@ from sopdeploy_export.pipeline import ExportOptions, export
 CLASSES = tuple(f"class {number}" for number in range(1000))
 
 
-def checkpoint(name: str, network: Classifier, folder: Path) -> Path:
-    """Write *network* as a checkpoint."""
+def checkpoint(name: str, network: Classifier, folder: Path, side: int | None = None) -> Path:
+    """Write *network* as a checkpoint, for pictures of 224 pixels unless *side* says otherwise."""
     path = folder / f"{name}.pt"
     write_checkpoint(
         path,
@@ -36,7 +36,7 @@ def checkpoint(name: str, network: Classifier, folder: Path) -> Path:
             config=network.config.model_dump(mode="json"),
             weights=network.state_dict(),
             labels=CLASSES,
-            preprocess=Preprocess(),
+            preprocess=Preprocess() if side is None else Preprocess(resize=side, crop=side),
             training={},
         ),
     )

@@ -93,6 +93,7 @@ def check(case: Case, here: Machine, runs: int) -> dict[str, Any]:
         session = stack.enter_context(EngineSession(here.trt, here.cuda, plan, bundle.manifest, key))
         sides = {"TensorRT": session.run, **case.torch, **onnxruntime_side(bundle)}
         rows = [timed(bundle, sides, batch, runs) for batch in BATCHES]
+        rates = back_to_back(session, bundle, max(BATCHES), runs)
     return {
         "bundle": bundle.name,
         "precision": case.precision,
@@ -102,6 +103,7 @@ def check(case: Case, here: Machine, runs: int) -> dict[str, Any]:
         "replays": [replay.model_dump(mode="json") for replay in built.record.replays],
         "plan_bytes": built.record.plan_bytes,
         "milliseconds": rows,
+        "images_per_second": rates,
     }
 
 
@@ -121,6 +123,28 @@ def timed(bundle: Bundle, sides: dict[str, Run], batch: int, runs: int) -> dict[
     seconds = interleaved([lambda run=run: run(images) for run in sides.values()], runs=runs, warmups=10)
     medians = {name: statistics.median(taken) * 1e3 for name, taken in zip(sides, seconds, strict=True)}
     return {"batch": batch, **{name: round(value, 3) for name, value in medians.items()}}
+
+
+def back_to_back(session: EngineSession, bundle: Bundle, batch: int, runs: int) -> dict[str, int]:
+    """Return the images per second of batches after each other, and with the next one begun meanwhile."""
+    shape = (batch, *bundle.manifest.image_shape)
+    images = list(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+
+    def one_at_a_time() -> None:
+        for _ in range(runs):
+            session.begin(images)()
+
+    def two_under_way() -> None:
+        end = session.begin(images)
+        for _ in range(runs - 1):
+            following = session.begin(images)
+            end()
+            end = following
+        end()
+
+    alone, two = interleaved([one_at_a_time, two_under_way], runs=5, warmups=1)
+    rates = [round(batch * runs / statistics.median(seconds)) for seconds in (alone, two)]
+    return {"batch": batch, **dict(zip(("one at a time", "two under way"), rates, strict=True))}
 
 
 def page(found: dict[str, Any]) -> str:
@@ -144,6 +168,8 @@ def page(found: dict[str, Any]) -> str:
         lines += [
             f"| {row['batch']} | {' | '.join(str(row[n]) for n in names)} |" for row in case["milliseconds"]
         ]
+        told = ", ".join(f"{name} {rate}" for name, rate in case["images_per_second"].items())
+        lines += ["", f"Images per second of one batch after the other: {told}."]
     return "\n".join(lines) + "\n"
 
 

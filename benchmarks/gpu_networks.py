@@ -9,18 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from detached_latency import CLASSES, checkpoint
 from numpy.typing import NDArray
 
-from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
+from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.manifest import BatchRange
 from sopdeploy.models.catalog import create_model
-from sopdeploy.preprocess import Preprocess
 from sopdeploy_export.capture import Deployed
 from sopdeploy_export.detach import detach
 from sopdeploy_export.pipeline import ExportOptions, export
 
 SIDES = {"dsop-resnet50": 224, "gsop-net2-resnet50": 224, "gmsop-16-8-resnet18": 64}
-CLASSES = tuple(f"class {number}" for number in range(1000))
 Run = Callable[[NDArray[np.uint8]], Any]
 
 
@@ -28,37 +27,24 @@ def make_checkpoint(name: str, folder: Path) -> Path:
     """Write a checkpoint of the network *name* with random weights."""
     torch.manual_seed(0)
     network = create_model(name, num_classes=len(CLASSES))
-    side = SIDES[name]
-    path = folder / f"{name}.pt"
-    write_checkpoint(
-        path,
-        Checkpoint(
-            model=name,
-            config=network.config.model_dump(mode="json"),
-            weights=network.state_dict(),
-            labels=CLASSES,
-            preprocess=Preprocess(resize=side, crop=side),
-            training={},
-        ),
-    )
-    return path
+    return checkpoint(name, network, folder, SIDES[name])
 
 
-def make_bundle(checkpoint: Path, precision: str, folder: Path) -> Path:
-    """Export *checkpoint*, detached where it has what can be detached, in *precision*."""
-    network = build_classifier(read_checkpoint(checkpoint), checkpoint)
+def make_bundle(source: Path, precision: str, folder: Path) -> Path:
+    """Export *source*, detached where it has what can be detached, in *precision*."""
+    network = build_classifier(read_checkpoint(source), source)
     wanted = {} if precision == "fp32" else {"precision": {"precision": precision}}
     batch = BatchRange(minimum=1, optimum=8, maximum=32)
     options = ExportOptions(detach=bool(network.training_only), batch=batch, **wanted)
-    return export(checkpoint, folder / precision, options).path
+    return export(source, folder / precision, options).path
 
 
 def torch_sides(path: Path, precision: str) -> dict[str, Run]:
     """Return torch on the GPU, eager and compiled, from uint8 pixels in host memory to logits there."""
-    checkpoint = read_checkpoint(path)
-    network = build_classifier(checkpoint, path)
+    trained = read_checkpoint(path)
+    network = build_classifier(trained, path)
     lean = detach(network) if network.training_only else network
-    deployed = Deployed(lean, checkpoint.preprocess).eval().cuda()
+    deployed = Deployed(lean, trained.preprocess).eval().cuda()
 
     def side(model: Any) -> Run:
         def run(images: NDArray[np.uint8]) -> Any:

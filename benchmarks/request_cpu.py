@@ -19,9 +19,9 @@ from pathlib import Path
 import httpx
 import numpy as np
 import uvicorn
-from serving import free_port, pictures
+from serving_alone import pictures
 from serving_ours import CLASSES, pretend
-from serving_peers import OURS, cpu_seconds, started
+from serving_peers import OURS, cpu_seconds, free_port, started
 
 from sopdeploy_service import service
 from sopdeploy_service.app import create_app

@@ -18,12 +18,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 from measure import machine
-from serving import HERE, Case, drive, free_port, pictures
-from serving_peers import OURS, started
+from serving import HERE, Case, drive
+from serving_alone import pictures
+from serving_peers import OURS, free_port, started
+from serving_rounds import Rounds
 
 CASES = (
     Case(name="slow", largest=8, connections=64, fake="100,50"),
@@ -34,19 +36,6 @@ SERVERS = {"plain process": 0, "one replica": 1, "two replicas": 2}
 STARTS = 3
 
 
-@dataclass(slots=True)
-class Row:
-    """One server in one case, a figure for each round; *refused* counts answers other than 200."""
-
-    case: str
-    server: str
-    ratios: list[float] = field(default_factory=list)
-    images_per_s: list[float] = field(default_factory=list)
-    p99_ms: list[float] = field(default_factory=list)
-    cpu_ms: list[float] = field(default_factory=list)
-    refused: int = 0
-
-
 def command(case: Case, replicas: int, port: int) -> list[str]:
     """Return what starts the plain process, or so many replicas."""
     program = "scale_out_ray.py" if replicas else "serving_ours.py"
@@ -54,28 +43,25 @@ def command(case: Case, replicas: int, port: int) -> list[str]:
     return [*words, "--largest", str(case.largest), *(["--replicas", str(replicas)] if replicas else [])]
 
 
-def measured(row: Row, case: Case, replicas: int, folder: Path, seconds: float) -> float:
+def measured(row: Rounds, case: Case, replicas: int, folder: Path, seconds: float) -> float:
     """Load one server, note what it did, and return its images per second."""
     for attempt in range(STARTS):  # on a busy machine Ray's own processes may not start in their time
         port = free_port()
         try:
             with started(command(case, replicas, port), OURS, port, {}, HERE) as process:
-                load, cpu = drive(OURS, port, process, case, folder, seconds)
+                driven = drive(OURS, port, process, case, folder, seconds)
             break
         except (SystemExit, subprocess.CalledProcessError):
             if attempt == STARTS - 1:
                 raise
             time.sleep(5)
-    row.images_per_s.append(load.images_per_s)
-    row.p99_ms.append(load.p99_ms)
-    row.cpu_ms.append(cpu)
-    row.refused += sum(count for code, count in load.codes.items() if code != "200")
-    return load.images_per_s
+    row.note(driven.load, driven.cpu_ms)
+    return driven.load.images_per_s
 
 
-def benchmark(cases: tuple[Case, ...], rounds: int, seconds: float) -> list[Row]:
+def benchmark(cases: tuple[Case, ...], rounds: int, seconds: float) -> list[Rounds]:
     """Return a row for every server in every case."""
-    rows = {(case.name, server): Row(case.name, server) for case in cases for server in SERVERS}
+    rows = {(case.name, server): Rounds(server, case.name) for case in cases for server in SERVERS}
     with tempfile.TemporaryDirectory() as name:
         folder = pictures(Path(name))
         for _ in range(rounds):
@@ -89,14 +75,13 @@ def benchmark(cases: tuple[Case, ...], rounds: int, seconds: float) -> list[Row]
     return list(rows.values())
 
 
-def show(rows: list[Row]) -> None:
+def show(rows: list[Rounds]) -> None:
     """Print a table of the medians."""
     print("| case | server | ratio to plain | rounds | images/s | p99 ms | CPU ms per image | not 200 |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         each = " ".join(f"{value:.2f}" for value in row.ratios)
-        figures = [statistics.median(values) for values in (row.images_per_s, row.p99_ms, row.cpu_ms)]
-        shown = " | ".join(f"{value:.1f}" for value in figures)
+        shown = " | ".join(f"{value:.1f}" for value in row.medians())
         ratio = statistics.median(row.ratios)
         print(f"| {row.case} | {row.server} | **{ratio:.2f}** | {each} | {shown} | {row.refused} |")
 

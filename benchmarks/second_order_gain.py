@@ -11,7 +11,7 @@ reported whatever comes out. `gates` asks when GM-SOP's gate earns its place.
 
 Runs of one seed are paired; an interval is Student's of the paired difference, 95 %, not corrected for the
 number of comparisons. The numbers of seeds are fixed here. The last epoch counts. One thread a process,
-processor seconds of the training alone. Quick: about ten minutes on two free cores, full: about an hour.
+processor seconds of the training alone. Quick: 35 minutes of processor time; full: never yet run to its end.
 A run that --cache already holds is not repeated. Exit status 1: something that must hold does not.
 """
 
@@ -52,9 +52,9 @@ def arguments_of(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="fewer seeds and arms, about ten minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer seeds and arms, 35 CPU minutes")
     parser.add_argument("--cache", type=Path, help="folder of finished runs; created where it is missing")
-    parser.add_argument("--cifar", type=Path, help="folder of CIFAR-10's pictures; needs --cache")
+    parser.add_argument("--cifar", type=Path, help="CIFAR-10's pictures, a folder; needs --cache")
     parser.add_argument("--study", action="append", choices=NAMES, help="only this one; may be repeated")
     parser.add_argument(
         "--seeds", type=int, help="only the first SEEDS of each study; the tables say how many"

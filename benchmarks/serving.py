@@ -8,31 +8,29 @@ Three cases. `batching`: a pretend accelerator that sleeps 20 + 10 n ms for n im
 connections. `fast device`: 20 + 2 n, at most 32, 128 connections: here the decoders' CPU is the limit.
 `real engine` (with --bundle; --onnx is what the others load, the same network): onnxruntime on one thread.
 Every round measures the bare engine, every server, and the bare engine again; a figure is the median of the
-rounds' ratios to the bare engine of its round. CPU per image is that of the server's process tree, less
-decoding and engine alone.
+rounds' ratios to the bare engine of its round. CPU per image is that of the server's process tree, less that
+of decoding and engine in turn in one thread, each server's by its own decoder; beside it ours by its own
+account, where every call of the decoder and of the engine is measured in the server itself.
 """
 
 import argparse
 import json
-import socket
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
-from load import Load
+from load import WARM_UP_SECONDS, Load
 from measure import machine
-from PIL import Image
-from serving_ours import pretend, settings_for
-from serving_peers import OURS, PEERS, Peer, cpu_seconds, peer_command, started
+from serving_alone import bare, pictures, pipeline, their_pipeline
+from serving_ours import Accounts, pretend, settings_for
+from serving_peers import OURS, PEERS, Peer, cpu_seconds, free_port, peer_command, started
+from serving_rounds import Rounds
 
-from sopdeploy_service.decode import Sent, decode
-from sopdeploy_service.runtime.base import Runtime
-from sopdeploy_service.verified import open_verified
+from sopdeploy_service.verified import Inference, open_verified
 
 HERE = Path(__file__).resolve().parent
 DELAY_MS = 5  # the others' waiting for a batch; ours needs none
@@ -49,15 +47,10 @@ class Case:
 
 
 @dataclass(slots=True)
-class Row:
-    """One server in one case, a figure for each round."""
+class Row(Rounds):
+    """One server in one case; CPU time is that over decoding and engine, of ours by its own account too."""
 
-    server: str
-    case: str
-    ratios: list[float] = field(default_factory=list)
-    images_per_s: list[float] = field(default_factory=list)
-    p99_ms: list[float] = field(default_factory=list)
-    cpu_over_ms: list[float] = field(default_factory=list)
+    cpu_by_account_ms: list[float] = field(default_factory=list)
 
 
 CASES = (
@@ -67,65 +60,28 @@ CASES = (
 REAL = Case(name="real engine", largest=8, connections=32)
 
 
-def pictures(folder: Path, count: int = 32) -> Path:
-    """Write *count* JPEGs of 500 x 375 pixels, about 50 kB each, into *folder*."""
-    rng = np.random.default_rng(0)
-    for number in range(count):
-        coarse = Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC))
-        noisy = np.clip(smooth + rng.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)
-        Image.fromarray(noisy).save(folder / f"{number:03d}.jpg", quality=88)
-    return folder
+@dataclass(frozen=True, slots=True)
+class Driven:
+    """What a load did to a server in *seconds*, and the CPU seconds that this took with the warm-up."""
+
+    load: Load
+    seconds: float
+    cpu_s: float
+
+    @property
+    def cpu_ms(self) -> float:
+        """Return the CPU milliseconds per image."""
+        return 1000 * self.cpu_s / max(self.load.images_per_s * (self.seconds + WARM_UP_SECONDS), 1.0)
 
 
-def bare(runtime: Runtime, largest: int, seconds: float) -> tuple[float, float]:
-    """Return images per second of *runtime* in full batches and nothing else, and its CPU ms per image."""
-    images = np.zeros((largest, 224, 224, 3), dtype=np.uint8)
-    runtime.run(images)
-    begun, cpu, done = time.perf_counter(), time.process_time(), 0
-    while time.perf_counter() - begun < seconds:
-        runtime.run(images)
-        done += largest
-    return done / (time.perf_counter() - begun), 1000 * (time.process_time() - cpu) / done
-
-
-def decode_ms(folder: Path) -> float:
-    """Return the CPU milliseconds of decoding one picture of *folder*, as our server does."""
-    bodies = [path.read_bytes() for path in sorted(folder.iterdir())]
-    rules = pretend(0, 0, 1).bundle.manifest.preprocess
-    begun = time.process_time()
-    for body in bodies:
-        decode(Sent(body), rules, max_bytes=10**8, max_pixels=10**8)
-    return 1000 * (time.process_time() - begun) / len(bodies)
-
-
-def free_port() -> int:
-    """Return a port that nobody uses now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def drive(
-    peer: Peer, port: int, process: int, case: Case, folder: Path, seconds: float
-) -> tuple[Load, float]:
-    """Load a server and return what was measured, and its CPU milliseconds per image."""
+def drive(peer: Peer, port: int, process: int, case: Case, folder: Path, seconds: float) -> Driven:
+    """Load a server and return what was measured."""
     url = f"http://127.0.0.1:{port}{peer.path}"
-    command = [
-        sys.executable,
-        str(HERE / "load.py"),
-        url,
-        str(folder),
-        "--connections",
-        str(case.connections),
-    ]
-    command += ["--seconds", str(seconds)] + (["--form"] if peer.form else [])
+    command = [sys.executable, str(HERE / "load.py"), url, str(folder), "--seconds", str(seconds)]
+    command += ["--connections", str(case.connections)] + (["--form"] if peer.form else [])
     before = cpu_seconds(process)
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    spent = cpu_seconds(process) - before
-    load = Load(**json.loads(done.stdout))
-    whole = load.images_per_s * (seconds + 1.0)  # the warm-up is a second
-    return load, 1000 * spent / max(whole, 1.0)
+    return Driven(Load(**json.loads(done.stdout)), seconds, cpu_seconds(process) - before)
 
 
 class Benchmark:
@@ -147,44 +103,67 @@ class Benchmark:
         return list(self._rows.values())
 
     def _round(self, case: Case) -> None:
-        runtime = self._runtime(case)
-        before = bare(runtime, case.largest, self._seconds / 2)
-        measured = {name: self._measure(peer, case) for name, peer in self._servers().items()}
-        after = bare(runtime, case.largest, self._seconds / 2)
-        speed, engine_ms = (statistics.mean(pair) for pair in zip(before, after, strict=True))
-        alone = decode_ms(self._folder) + (0.0 if case.fake else engine_ms)
-        for name, (load, cpu_ms) in measured.items():
-            row = self._rows.setdefault((name, case.name), Row(name, case.name))
-            row.ratios.append(load.images_per_s / speed)
-            row.images_per_s.append(load.images_per_s)
-            row.p99_ms.append(load.p99_ms)
-            row.cpu_over_ms.append(cpu_ms - alone)
+        inference = self._inference(case)
+        befores = bare(inference.runtime, case.largest, self._seconds / 2)
+        measured = {name: self._measure(peer, case) for name, peer in self._peers().items()}
+        driven, account_ms = self._measure_ours(case)
+        afters = bare(inference.runtime, case.largest, self._seconds / 2)
+        speed = statistics.mean((befores.images_per_s, afters.images_per_s))
+        self._enter("sopdeploy", case, driven, speed, self._pipeline_ms(inference, case))
+        self._rows["sopdeploy", case.name].cpu_by_account_ms.append(account_ms)
+        alone = self._their_pipeline_ms(case) if measured else 0.0
+        for name, one in measured.items():
+            self._enter(name, case, one, speed, alone)
 
-    def _runtime(self, case: Case) -> Runtime:
+    def _enter(self, name: str, case: Case, driven: Driven, speed: float, alone_ms: float) -> None:
+        row = self._rows.setdefault((name, case.name), Row(name, case.name))
+        row.ratios.append(driven.load.images_per_s / speed)
+        row.note(driven.load, driven.cpu_ms - alone_ms)
+
+    def _inference(self, case: Case) -> Inference:
         if case.fake is None:
-            settings = settings_for(case.largest, decoders=2, threads=1)
-            return open_verified(self._given.bundle, settings).runtime
+            return open_verified(self._given.bundle, settings_for(case.largest, decoders=2, threads=1))
         fixed, each = map(float, case.fake.split(","))
-        return pretend(fixed, each, case.largest).runtime
+        return pretend(fixed, each, case.largest)
 
-    def _servers(self) -> dict[str, Peer]:
+    def _pipeline_ms(self, inference: Inference, case: Case) -> float:
+        rules = inference.bundle.manifest.preprocess
+        return pipeline(inference.runtime, rules, self._folder, case.largest, self._seconds / 2).cpu_ms
+
+    def _their_pipeline_ms(self, case: Case) -> float:
+        python, environment = self._given.peers_python, {**os.environ, **self._environment(case)}
+        found = their_pipeline(
+            python, self._given.peers, environment, self._folder, case.largest, self._seconds / 2
+        )
+        return found.cpu_ms
+
+    def _peers(self) -> dict[str, Peer]:
         if self._given.peers is None:
-            return {"sopdeploy": OURS}
+            return {}
         names = self._given.only.split(",") if self._given.only else list(PEERS)
-        return {"sopdeploy": OURS, **{name: PEERS[name] for name in names}}
+        return {name: PEERS[name] for name in names}
 
-    def _measure(self, peer: Peer, case: Case) -> tuple[Load, float]:
+    def _measure(self, peer: Peer, case: Case) -> Driven:
         port = free_port()
-        if peer is OURS:
-            engine = ["--pretend", case.fake] if case.fake else ["--bundle", str(self._given.bundle)]
-            command = [sys.executable, str(HERE / "serving_ours.py"), "--port", str(port), *engine]
-            command += ["--largest", str(case.largest)]
-            place, environment = HERE, {}
-        else:
-            command = peer_command(self._given.peers_python, peer, port)
-            place, environment = self._given.peers, peer_environment(case, self._given.onnx)
-        with started(command, peer, port, environment, place) as process:
+        command = peer_command(self._given.peers_python, peer, port)
+        with started(command, peer, port, self._environment(case), self._given.peers) as process:
             return drive(peer, port, process, case, self._folder, self._seconds)
+
+    def _measure_ours(self, case: Case) -> tuple[Driven, float]:
+        """Return what was measured, and the CPU ms per image over decoding and engine by our own account."""
+        port = free_port()
+        engine = ["--pretend", case.fake] if case.fake else ["--bundle", str(self._given.bundle)]
+        command = [sys.executable, str(HERE / "serving_ours.py"), "--port", str(port), *engine]
+        with tempfile.TemporaryDirectory() as place:
+            accounts = Path(place) / "accounts.json"
+            command += ["--largest", str(case.largest), "--accounts", str(accounts)]
+            with started(command, OURS, port, {}, HERE) as process:
+                driven = drive(OURS, port, process, case, self._folder, self._seconds)
+            known = Accounts(**json.loads(accounts.read_text()))
+        return driven, 1000 * (driven.cpu_s - known.decode_s - known.engine_s) / known.images
+
+    def _environment(self, case: Case) -> dict[str, str]:
+        return peer_environment(case, self._given.onnx)
 
 
 def peer_environment(case: Case, onnx: Path | None) -> dict[str, str]:
@@ -194,6 +173,7 @@ def peer_environment(case: Case, onnx: Path | None) -> dict[str, str]:
         "PEER_DELAY_MS": str(DELAY_MS),
         "PEER_THREADS": "1",
         "PEER_DECODERS": "2",
+        "OMP_NUM_THREADS": "1",
         "PEER_ONNX": str(onnx),
         "DO_NOT_TRACK": "1",
         "BENTOML_DO_NOT_TRACK": "True",
@@ -204,19 +184,15 @@ def peer_environment(case: Case, onnx: Path | None) -> dict[str, str]:
 
 def show(rows: list[Row]) -> None:
     """Print a table of the medians."""
-    print(
-        "| case | server | ratio to bare engine | rounds | images/s | p99 ms | CPU ms over decode + engine |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    heads = ("case", "server", "ratio to bare engine", "rounds", "images/s", "p99 ms")
+    heads += ("CPU ms over decode + engine", "by its own account")
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for row in rows:
         ratio = statistics.median(row.ratios)
         each = " ".join(f"{value:.3f}" for value in row.ratios)
-        figures = [statistics.median(values) for values in (row.images_per_s, row.p99_ms, row.cpu_over_ms)]
-        print(
-            f"| {row.case} | {row.server} | **{ratio:.3f}** | {each} | "
-            + " | ".join(f"{x:.2f}" for x in figures)
-            + " |"
-        )
+        shown = [f"{value:.2f}" for value in row.medians()]
+        shown.append(f"{statistics.median(row.cpu_by_account_ms):.2f}" if row.cpu_by_account_ms else "")
+        print(f"| {row.case} | {row.server} | **{ratio:.3f}** | {each} | {' | '.join(shown)} |")
 
 
 def main() -> None:

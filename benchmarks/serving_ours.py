@@ -2,21 +2,32 @@
 
 python benchmarks/serving_ours.py --port 8000 --pretend 20,10 --largest 8
 python benchmarks/serving_ours.py --port 8000 --bundle FOLDER --largest 8
+
+With `--accounts FILE` it writes at its end how many images it decoded, and the CPU seconds that decoding them
+and the engine's batches took, each on the clock of the thread that did it.
 """
 
 import argparse
-import gc
+import json
+import signal
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
 from sopdeploy.bundle import Bundle
 from sopdeploy.manifest import BatchRange, Lineage, Manifest, TensorRecord
 from sopdeploy.preprocess import Preprocess
+from sopdeploy_service import service
 from sopdeploy_service.app import create_app
-from sopdeploy_service.runtime.pretend import PretendRuntime
-from sopdeploy_service.server import http_config
+from sopdeploy_service.runtime.base import Overlapping
+from sopdeploy_service.runtime.pretend import PretendDevice
+from sopdeploy_service.server import http_config, prepare_process
 from sopdeploy_service.settings import Settings, load_settings
 from sopdeploy_service.verified import Inference, open_verified
 
@@ -39,7 +50,7 @@ def pretend(fixed_ms: float, per_image_ms: float, largest: int) -> Inference:
         files={},
     )
     labels = tuple(f"class {number}" for number in range(CLASSES))
-    runtime = PretendRuntime(
+    runtime = PretendDevice(
         classes=CLASSES, fixed_ms=fixed_ms, per_image_ms=per_image_ms, largest_batch=largest
     )
     return Inference(
@@ -52,6 +63,71 @@ def settings_for(largest: int, *, decoders: int, threads: int) -> Settings:
     return load_settings(max_batch=largest, decoders=decoders, threads=threads, queue_size=1024)
 
 
+@dataclass(slots=True)
+class Accounts:
+    """Images decoded, and the CPU seconds of decoding and of the engine; a network of one output each."""
+
+    images: int = 0
+    decode_s: float = 0.0
+    engine_s: float = 0.0
+
+    def over_decoder(self, decode: Callable[..., Any]) -> Callable[..., Any]:
+        """Return *decode*, entered here."""
+
+        def entered(*given: Any, **more: Any) -> Any:
+            self.images += 1
+            with self._of("decode_s"):
+                return decode(*given, **more)
+
+        return entered
+
+    def over(self, inference: Inference) -> Inference:
+        """Return *inference* with its runtime entered here."""
+        kind = EnteredDevice if isinstance(inference.runtime, Overlapping) else Entered
+        return replace(inference, runtime=kind(inference.runtime, self))
+
+    @contextmanager
+    def engine(self) -> Iterator[None]:
+        """Enter the CPU seconds of what this thread does in the block as the engine's."""
+        with self._of("engine_s"):
+            yield
+
+    @contextmanager
+    def _of(self, name: str) -> Iterator[None]:
+        begun = time.thread_time()
+        yield
+        setattr(self, name, getattr(self, name) + time.thread_time() - begun)
+
+
+class Entered:
+    """A *runtime* whose runs are entered in *accounts*."""
+
+    def __init__(self, runtime: Any, accounts: Accounts) -> None:
+        self.name, self.device, self.largest_batch = runtime.name, runtime.device, runtime.largest_batch
+        self._runtime = runtime
+        self._accounts = accounts
+
+    def run(self, images: Any) -> Any:
+        """Return what it computes."""
+        with self._accounts.engine():
+            return self._runtime.run(images)
+
+
+class EnteredDevice(Entered):
+    """The same of a runtime that is given the next batch while one is at work."""
+
+    def begin(self, images: Any) -> Any:
+        """Begin a batch."""
+        with self._accounts.engine():
+            wait = self._runtime.begin(images)
+
+        def entered() -> Any:
+            with self._accounts.engine():
+                return wait()
+
+        return entered
+
+
 def main() -> None:
     """Serve until a signal comes."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -61,8 +137,9 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=8)
     parser.add_argument("--decoders", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--accounts", type=Path, help="where to write what decoding and the engine took")
     given = parser.parse_args()
-    gc.freeze()  # as `serve` does after its imports
+    prepare_process()
     settings = settings_for(given.largest, decoders=given.decoders, threads=given.threads)
     if given.bundle is not None:
         inference = open_verified(given.bundle, settings)
@@ -71,10 +148,19 @@ def main() -> None:
         inference = pretend(fixed, each, given.largest)
     else:
         sys.exit("say --pretend or --bundle")
+    accounts = Accounts()
+    if given.accounts is not None:
+        service.decode = accounts.over_decoder(service.decode)
+        inference = accounts.over(inference)
     app = create_app({"model": inference}, settings)
     config = http_config(app, settings)
     config.port = given.port
-    uvicorn.Server(config).run()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # uvicorn raises it again when it has stopped
+    try:
+        uvicorn.Server(config).run()
+    finally:
+        if given.accounts is not None:
+            given.accounts.write_text(json.dumps(asdict(accounts)))
 
 
 if __name__ == "__main__":

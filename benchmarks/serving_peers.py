@@ -6,6 +6,7 @@ pretend accelerator) and answers a picture; all decode and compute the same.
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -85,6 +86,13 @@ def wait_for(url: str, child: subprocess.Popen[bytes]) -> None:
 def peer_command(python: str, peer: Peer, port: int) -> list[str]:
     """Return the command line of *peer*."""
     return [python, *(part.format(port=port) for part in peer.command)]
+
+
+def free_port() -> int:
+    """Return a port that nobody uses now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def cpu_seconds(process: int) -> float:

@@ -7,15 +7,14 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import numpy as np
 from builders import WORK, builder_for_test
-from images import ROOT, Builder, run
+from commands import run, timed
+from images import ROOT, Builder
 from PIL import Image
 
 USER = 10_001
@@ -32,15 +31,6 @@ def check(said: str, *, holds: bool) -> None:
     sys.stdout.flush()
     if not holds:
         sys.exit(1)
-
-
-@contextmanager
-def timed(what: str) -> Iterator[None]:
-    """Print how long the block took."""
-    started = time.monotonic()
-    yield
-    sys.stdout.write(f"     {what}: {time.monotonic() - started:.0f} s\n")
-    sys.stdout.flush()
 
 
 def sopdeploy(*arguments: str) -> str:
@@ -105,7 +95,7 @@ def look_at_image(builder: Builder) -> None:
 def look_at_server(builder: Builder, bundles: Path, port: int) -> None:
     """Start the image's command, ask it, look at its process, and stop it."""
     builder.start(bundles, port)
-    with timed("until ready"):
+    with timed("ready"):
         wait_until_ready(builder)
     photo = photograph()
     answer = httpx.post(f"http://127.0.0.1:{port}/v1/classify", content=photo.read_bytes(), timeout=30)
@@ -120,7 +110,7 @@ def look_at_server(builder: Builder, bundles: Path, port: int) -> None:
     for path in ("/models/x", "/opt/sopdeploy/x", "/x"):
         check(f"the user cannot write {path}", holds=builder.inside("touch", path)[0] != 0)
     check("the user can write to the engine cache", holds=builder.inside("mkdir", "-p", cache())[0] == 0)
-    with timed("until stopped"):
+    with timed("stopped"):
         code = builder.stop()
     check(f"SIGTERM ends it with {code}", holds=code == 0)
 
@@ -135,7 +125,7 @@ def main() -> None:
     started = time.monotonic()
     builder = builder_for_test()
     sys.stdout.write(f"     with {type(builder).__name__.lower()}\n")
-    with timed("a bundle and the image, side by side"), ThreadPoolExecutor() as pool:
+    with timed("a bundle and the image made, side by side"), ThreadPoolExecutor() as pool:
         bundle = pool.submit(make_bundle)
         builder.build(ROOT)
         bundles = bundle.result()

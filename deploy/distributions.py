@@ -10,31 +10,22 @@ import sys
 import tempfile
 from pathlib import Path
 
+from commands import run
 from install import install
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(*command: str | Path, **environment: str) -> str:
-    """Run *command* in an empty folder and return its output; where it fails, print that and end."""
+def apart(*command: str | Path, **environment: str) -> str:
+    """Run *command* in an empty folder, where it finds nothing of this checkout, and return its output."""
     settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
     with tempfile.TemporaryDirectory() as folder:
-        found = subprocess.run(
-            [str(word) for word in command],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=folder,
-            env=settings,
-        )
-    if found.returncode:
-        sys.exit(f"{found.stdout}{found.stderr}failed ({found.returncode}): {' '.join(map(str, command))}")
-    return found.stdout
+        return run(*command, cwd=folder, env=settings)
 
 
 def empty_environment(folder: Path, *what: str) -> Path:
     """Make an environment at *folder* that holds *what* and nothing else, not even pip; return its `bin`."""
-    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    apart(sys.executable, "-m", "venv", "--without-pip", folder)
     install(folder / "bin" / "python", *what)
     return folder / "bin"
 
@@ -53,7 +44,9 @@ def commit_time(source: Path) -> dict[str, str]:
 
 def build(source: Path, folder: Path, tools: Path) -> tuple[Path, Path]:
     """Build *source* into *folder* with the programs in *tools*; return sdist and wheel."""
-    run(tools / "python", "-m", "build", "--no-isolation", "--outdir", folder, source, **commit_time(source))
+    apart(
+        tools / "python", "-m", "build", "--no-isolation", "--outdir", folder, source, **commit_time(source)
+    )
     return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
 
 

@@ -1,7 +1,6 @@
 """An image of the server: what can be done with it, whoever builds and runs it."""
 
 import subprocess
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,17 +9,6 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 SECRETS = {"pip": Path("/etc/pip.conf"), "ca": Path("/etc/ssl/certs/ca-certificates.crt")}
 STOP_SECONDS = 60
-
-
-def run(*command: str | Path, **options: Any) -> str:
-    """Run *command* and return its output; where it fails, print its last lines and end."""
-    found = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, check=False, **options
-    )
-    if found.returncode:
-        lines = (found.stdout + found.stderr).splitlines()[-30:]
-        sys.exit("\n".join([*lines, f"failed ({found.returncode}): {' '.join(map(str, command))}"]))
-    return found.stdout.strip()
 
 
 def secrets() -> list[str]:

@@ -9,26 +9,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from distributions import ROOT, build, build_tools, empty_environment, run
+from commands import timed
+from distributions import ROOT, apart, build, build_tools, empty_environment
 from no_torch import UNWANTED
 
 READY_SECONDS = 120
 SMALL = ["--recipe", "digits-dsop", "--set", "epochs=1"]
-
-
-@contextmanager
-def timed(what: str) -> Iterator[None]:
-    """Print that *what* was done, and how long it took."""
-    started = time.monotonic()
-    yield
-    sys.stdout.write(f"ok   wheel: {what} ({time.monotonic() - started:.0f} s)\n")
-    sys.stdout.flush()
 
 
 def build_twice(folder: Path) -> Path:
@@ -49,15 +38,17 @@ def build_twice(folder: Path) -> Path:
 
 def make_bundle(programs: Path, folder: Path) -> Path:
     """Train on digits for an epoch and export, with the `sopdeploy` in *programs*; return the bundle."""
-    run(programs / "sopdeploy", "train", *SMALL, "--out", folder / "run")
-    run(programs / "sopdeploy", "export", folder / "run" / "best.pt", "--detach", "--out", folder / "bundles")
+    apart(programs / "sopdeploy", "train", *SMALL, "--out", folder / "run")
+    apart(
+        programs / "sopdeploy", "export", folder / "run" / "best.pt", "--detach", "--out", folder / "bundles"
+    )
     return next((folder / "bundles").iterdir())
 
 
 def without_torch(programs: Path) -> None:
     """End where the environment of *programs* holds what only training needs."""
     heavy = f"import importlib.util as u; print([n for n in {UNWANTED} if u.find_spec(n)])"
-    found = run(programs / "python", "-c", heavy).strip()
+    found = apart(programs / "python", "-c", heavy).strip()
     if found != "[]":
         sys.exit(f"the base install and [cpu] bring what only training needs: {found}")
 
@@ -75,7 +66,7 @@ def serve(programs: Path, bundle: Path) -> None:
         if not line.startswith("ready: "):
             sys.exit(f"the server did not start: {line}")
         url = line.split()[1]
-        run(programs / "sopdeploy", "health", "--url", url)
+        apart(programs / "sopdeploy", "health", "--url", url)
         with urllib.request.urlopen(f"{url}/info") as answer:  # noqa: S310 - our own server
             if json.load(answer)["models"][0]["bundle"] != bundle.name:
                 sys.exit("the server serves another bundle")
@@ -91,17 +82,17 @@ def main() -> None:
     (ROOT / "build").mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="wheel-test-", dir=ROOT / "build"))
     try:
-        with timed("built twice, byte for byte the same"):
+        with timed("wheel: built twice, byte for byte the same"):
             wheel = build_twice(folder)
-        with timed(f"{wheel.name}, {wheel.stat().st_size:,} bytes, installed with [train]"):
+        with timed(f"wheel: {wheel.name}, {wheel.stat().st_size:,} bytes, installed with [train]"):
             trainer = empty_environment(folder / "train", f"{wheel}[train,cpu]")
-        with timed("trained and exported"):
+        with timed("wheel: trained and exported"):
             bundle = make_bundle(trainer, folder)
-        with timed("installed with [cpu], without torch"):
+        with timed("wheel: installed with [cpu], without torch"):
             programs = empty_environment(folder / "cpu", f"{wheel}[cpu]")
             without_torch(programs)
-        with timed("verified, served, stopped"):
-            run(programs / "sopdeploy", "verify", bundle)
+        with timed("wheel: verified, served, stopped"):
+            apart(programs / "sopdeploy", "verify", bundle)
             serve(programs, bundle)
     finally:
         shutil.rmtree(folder)

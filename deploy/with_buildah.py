@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from images import STOP_SECONDS, Builder, exit_and_output, run, secrets, uid
+from commands import run
+from images import STOP_SECONDS, Builder, exit_and_output, secrets, uid
 
 DEBIAN = "bookworm"
 DEBIAN_PACKAGES = "python3,python3-venv,ca-certificates"

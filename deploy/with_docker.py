@@ -5,7 +5,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from images import ROOT, STOP_SECONDS, Builder, exit_and_output, run, secrets, uid
+from commands import run
+from images import ROOT, STOP_SECONDS, Builder, exit_and_output, secrets, uid
 
 
 class Docker(Builder):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from prometheus_client.metrics import MetricWrapperBase
 
+from sopdeploy_service.histograms import Histograms
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.settings import PREFIX, Settings
 
@@ -41,9 +42,9 @@ def metrics_table() -> str:
     """Return one line for each metric: its name, labels and meaning."""
     rows = ["| metric | | labels | |", "|---|---|---|---|"]
     for metric in vars(Metrics()).values():
-        if isinstance(metric, MetricWrapperBase):
-            family = metric.describe()[0]
-            labels = ", ".join(metric._labelnames)
+        if isinstance(metric, MetricWrapperBase | Histograms):
+            (family,) = metric.describe()
+            labels = metric.label if isinstance(metric, Histograms) else ", ".join(metric._labelnames)
             shown = f"{family.name}_total" if family.type == "counter" else family.name
             rows.append(f"| `{shown}` | {family.type} | {labels} | {family.documentation} |")
     return "\n".join(rows)

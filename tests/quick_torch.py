@@ -5,7 +5,8 @@ and to asking the dispatcher for its operators once for each namespace. The answ
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch._export.utils as operators
@@ -34,3 +35,13 @@ def where_new(materialise: Callable[[], None]) -> Callable[[], None]:
             last[:] = known
 
     return quick
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep both, and let torch compute in one thread until the block ends: small networks are quicker so."""
+    keep()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""The README is executed: its commands parse, its Python runs, its extras and targets exist."""
+"""The README: commands parse (`tests/docs/test_typed.py` types them), Python runs, what it names exists."""
 
 import re
 import shlex

@@ -11,12 +11,13 @@ from sopdeploy.engines.cuda import Gpu, open_cuda
 from sopdeploy.engines.profiles import Profile
 from sopdeploy.engines.record import Hazard, Via
 from sopdeploy.errors import LoweringError, RuntimeUnavailableError
+from sopdeploy.extras import how_to_get
 from sopdeploy.frozen import Frozen
 from sopdeploy.machine import installed
 from sopdeploy_export.engine_estimate import MemoryEstimate, estimate
 from sopdeploy_export.engine_lint import lint, refuse_another_precision
 from sopdeploy_export.engine_tensorrt import EngineOptions, make_key, profiles_of
-from sopdeploy_export.engine_torch import HOW_TO_GET_IT, PROGRAM
+from sopdeploy_export.engine_torch import PACKAGE, PROGRAM, SOURCE
 
 SUPPORTED = ("8.6.1", "10.0.1", "10.16.0", "11.0.0", "11.1.0")
 
@@ -89,8 +90,8 @@ def plan_engine(bundle: Bundle, options: EngineOptions) -> EnginePlan:
 def program_found(bundle: Bundle) -> ProgramFound:
     """Return what torch-tensorrt would be given of *bundle*; neither it nor torch is imported."""
     record = bundle.manifest.files[PROGRAM]
-    found = installed(("torch", "torch-tensorrt"))
-    missing = None if "torch-tensorrt" in found else HOW_TO_GET_IT
+    found = installed(("torch", PACKAGE))
+    missing = None if PACKAGE in found else how_to_get(PACKAGE, SOURCE)
     return ProgramFound(
         file=PROGRAM, bytes=record.bytes, sha256=record.sha256, installed=found, missing=missing
     )

@@ -14,10 +14,11 @@ from sopdeploy.bundle import Bundle
 from sopdeploy.engines.profiles import Profile
 from sopdeploy.engines.record import EngineKey
 from sopdeploy.errors import EngineError, RuntimeUnavailableError
+from sopdeploy.extras import imported
 from sopdeploy.manifest import BatchRange
 
 PROGRAM = "network.pt2"
-HOW_TO_GET_IT = 'torch-tensorrt is not installed; run: pip install "sopdeploy[torch-tensorrt]"'
+PACKAGE, SOURCE = "torch-tensorrt", "sopdeploy[torch-tensorrt]"
 
 
 def one_profile(profiles: Sequence[Profile], batch: BatchRange) -> Profile:
@@ -45,10 +46,7 @@ def refuse_without_program(bundle: Bundle, precision: str | None) -> None:
 
 def import_torch_tensorrt() -> Any:
     """Return the torch_tensorrt module, or raise `RuntimeUnavailableError` saying how to get it."""
-    try:
-        return importlib.import_module("torch_tensorrt")
-    except ImportError as problem:
-        raise RuntimeUnavailableError(HOW_TO_GET_IT) from problem
+    return imported("torch_tensorrt", PACKAGE, SOURCE, RuntimeUnavailableError)
 
 
 def build_by_torch(bundle: Bundle, key: EngineKey, workspace: int) -> bytes:

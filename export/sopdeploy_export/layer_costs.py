@@ -87,14 +87,43 @@ def quantise_in_place(convolution: nn.Conv2d, grid: Grid) -> Callable[[], None]:
     return undo
 
 
-def layer_costs(deployed: Deployed, grids: Mapping[str, Grid], images: NDArray[np.uint8]) -> tuple[Cost, ...]:
-    """Return the most expensive of the layers whose inputs *grids* round, the dearest first."""
-    return costs(deployed, {layer: [layer] for layer in grids}, grids, images)[:SHOWN]
+class Trial:
+    """A copy of a network, *grids* for the inputs of its layers, some pictures and its answers to them."""
 
+    @torch.no_grad()
+    def __init__(self, deployed: Deployed, grids: Mapping[str, Grid], images: NDArray[np.uint8]) -> None:
+        some = np.linspace(0, len(images) - 1, min(PICTURES, len(images))).astype(int)
+        self._pixels = torch.from_numpy(images[some])
+        self._network = copy.deepcopy(deployed)
+        self._plain = self._network(self._pixels)[0]
+        self._grids = grids
 
-def part_costs(deployed: Deployed, grids: Mapping[str, Grid], images: NDArray[np.uint8]) -> tuple[Cost, ...]:
-    """Return what each part of the network costs, all its layers of *grids* together, the dearest first."""
-    return costs(deployed, by_part(list(grids)), grids, images)
+    def layers(self) -> tuple[Cost, ...]:
+        """Return the most expensive of the layers, the dearest first."""
+        return self._costs({layer: [layer] for layer in self._grids})[:SHOWN]
+
+    def parts(self) -> tuple[Cost, ...]:
+        """Return what each part of the network costs, all its layers together, the dearest first."""
+        return self._costs(by_part(list(self._grids)))
+
+    @torch.no_grad()
+    def _costs(self, groups: Mapping[str, Sequence[str]]) -> tuple[Cost, ...]:
+        """Return what each of *groups* costs, its layers quantised together and no others."""
+        spread = float(self._plain.std()) or 1.0
+        found = []
+        for name, layers in groups.items():
+            convolutions = {layer: convolution_of(self._network, layer) for layer in layers}
+            undo = [
+                quantise_in_place(one, self._grids[layer])
+                for layer, one in convolutions.items()
+                if one is not None
+            ]
+            if undo:
+                change = float((self._network(self._pixels)[0] - self._plain).square().mean().sqrt())
+                found.append(Cost(part=name, share=change / spread))
+            for restore in undo:
+                restore()
+        return tuple(sorted(found, key=lambda cost: -cost.share))
 
 
 def by_part(layers: Sequence[str]) -> dict[str, list[str]]:
@@ -107,29 +136,3 @@ def by_part(layers: Sequence[str]) -> dict[str, list[str]]:
         if len(found) > 1:
             break
     return found
-
-
-@torch.no_grad()
-def costs(
-    deployed: Deployed,
-    groups: Mapping[str, Sequence[str]],
-    grids: Mapping[str, Grid],
-    images: NDArray[np.uint8],
-) -> tuple[Cost, ...]:
-    """Return what each of *groups* costs, its layers quantised together and no others, the dearest first."""
-    pixels = torch.from_numpy(images[np.linspace(0, len(images) - 1, min(PICTURES, len(images))).astype(int)])
-    trial = copy.deepcopy(deployed)
-    plain = trial(pixels)[0]
-    spread = float(plain.std()) or 1.0
-    found = []
-    for name, layers in groups.items():
-        convolutions = {layer: convolution_of(trial, layer) for layer in layers}
-        undo = [
-            quantise_in_place(one, grids[layer]) for layer, one in convolutions.items() if one is not None
-        ]
-        if undo:
-            change = float((trial(pixels)[0] - plain).square().mean().sqrt())
-            found.append(Cost(part=name, share=change / spread))
-        for restore in undo:
-            restore()
-    return tuple(sorted(found, key=lambda cost: -cost.share))

@@ -25,7 +25,7 @@ from sopdeploy.normalise import Normalise
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_export.capture import Deployed, capture_any_batch
 from sopdeploy_export.int8 import quantise, refuse_unknown_parts
-from sopdeploy_export.layer_costs import input_grids, layer_costs, part_costs
+from sopdeploy_export.layer_costs import Trial, input_grids
 from sopdeploy_export.lower_onnx import OPSET, OPSET_OF_BFLOAT16
 from sopdeploy_export.lowering.lowered import Lowered
 from sopdeploy_export.lowering.network import Wish
@@ -172,6 +172,7 @@ def quantised(
     shipped = quantise(lowered.model, images, kept, options.calibration, options.int8_for)
     refuse_other_types(shipped, deployed.network, "int8")
     grids = input_grids(shipped)
+    trial = Trial(deployed, grids, images)
     graphs, outputs = Quantised(sound=shipped, plain=lowered.model), deployed.network.outputs
     report = PrecisionReport(
         precision="int8",
@@ -183,8 +184,8 @@ def quantised(
             calibration=options.calibration,
             images=len(images),
             layers=len(grids),
-            costs=layer_costs(deployed, grids, images),
-            parts=part_costs(deployed, grids, images),
+            costs=trial.layers(),
+            parts=trial.parts(),
         ),
     )
     return Shipping(

@@ -2,18 +2,16 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
-from starlette.types import Receive
 
-from sopdeploy_service.begun import Begun
 from sopdeploy_service.gate import require
 from sopdeploy_service.heads import header
 from sopdeploy_service.model import Model
-from sopdeploy_service.outcome import CLIENT_GONE, DEADLINE, Refusal
+from sopdeploy_service.outcome import DEADLINE, Refusal
 from sopdeploy_service.problems import RefusedError
 from sopdeploy_service.service import Service
 from sopdeploy_service.tally import rate_refusal
@@ -76,68 +74,3 @@ def unless_refused(value: Value | Refusal) -> Value:
     if isinstance(value, Refusal):
         raise RefusedError(value)
     return value
-
-
-async def unless_gone(work: Coroutine[Any, Any, Value], receive: Receive) -> Value:
-    """Return what *work* returns; cancel it and raise `RefusedError` when the client leaves before.
-
-    The work stays in the task of the request; a task of its own would cost more than what it waits for.
-    """
-    leaving = Leaving(receive)
-    if leaving.left_before:
-        work.close()
-        raise RefusedError(CLIENT_GONE)
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if not leaving.noticed:
-            raise
-        leaving.task.uncancel()
-        raise RefusedError(CLIENT_GONE) from None
-    finally:
-        leaving.forget()
-
-
-class Leaving:
-    """Cancels the task that makes it when the client has hung up; the request's body must have been read.
-
-    Nearly always the answer comes first, so the wait begins without a task of its own.
-    """
-
-    def __init__(self, receive: Receive) -> None:
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("only a task can be cancelled")
-        self.task = task
-        self._hang_up = Begun(hang_up(receive))
-        self.left_before = self._over = self._hang_up.done
-        self.noticed = False
-        self._watch: asyncio.Task[None] | None = None
-        if asyncio.isfuture(self._hang_up.waits_for):
-            self._hang_up.waits_for.add_done_callback(self._go_on)
-        else:
-            self._go_on()
-
-    def forget(self) -> None:
-        """Wait no more, and keep nothing that leads to the request or its model."""
-        self._over = True
-        if self._watch is None:
-            self._hang_up.close()
-        else:
-            self._watch.cancel()
-            self._watch = None  # what it ends with holds frames that lead back here
-
-    def _go_on(self, _message: object = None) -> None:
-        if not self._over:
-            self._watch = asyncio.ensure_future(self._notice())
-
-    async def _notice(self) -> None:
-        await self._hang_up
-        self.noticed = True
-        self.task.cancel()
-
-
-async def hang_up(receive: Receive) -> None:
-    """Return when the client has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -18,7 +18,7 @@ from sopdeploy_service.verified import Inference, largest_batch
 from sopdeploy_service.waiting import Item, WaitingLine, settle
 
 JOIN_SECONDS = 2.0  # what a batch at work gets to end after the line was closed
-WATCH_SECONDS = 0.25
+WATCH_SECONDS = 1.0  # at most, from one look at the engine to the next
 HANGS_AFTER_SECONDS = 4.0  # at least; a clock that jumps or a machine that stalls is no hung engine
 HANGS_AFTER_TIMES = 20  # as long as such a batch usually takes
 
@@ -92,12 +92,12 @@ class Batcher:
         """Return for how many seconds the batch at work may run before the engine counts as hung."""
         if self._timeout is not None:
             return self._timeout
-        usual = self._latency.batch(len(self._engine.at_work()))
+        usual = self._latency.batch(self._engine.size())
         return max(HANGS_AFTER_SECONDS, HANGS_AFTER_TIMES * usual)
 
     async def _watch(self) -> None:
         while not self.dead:
-            await asyncio.sleep(WATCH_SECONDS)
-            patience = self._patience()
-            if self._engine.busy_for() > patience:
+            patience, busy = self._patience(), self._engine.busy_for()
+            if busy > patience:
                 self._die(f"a batch runs for more than {patience:.1f} s")
+            await asyncio.sleep(min(WATCH_SECONDS, max(patience - busy, patience / 20)))

@@ -36,10 +36,6 @@ class Begun(Generic[Value]):
                 self._go(self._steps.send, None)
         return self.value
 
-    def close(self) -> None:
-        """End it where it waits."""
-        self._steps.close()
-
     def _go(self, step: Callable[[Any], Any], given: BaseException | None) -> None:
         try:
             self.waits_for = step(given)

@@ -1,10 +1,16 @@
-"""The one thread that owns a runtime: takes a batch, runs it, hands the outputs to the loop."""
+"""The one thread that owns a runtime: takes a batch, runs it, hands the outputs to the loop.
+
+Where the runtime can have two batches under way and a full one waits, that is begun before the one before it
+has ended, so the device goes from one to the next while Python is busy with what comes before and after. One
+that is not full stays in the line: until the device is free, it may still grow.
+"""
 
 import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +20,26 @@ from sopdeploy_service.latency import LatencyTable
 from sopdeploy_service.metrics import ModelMetrics
 from sopdeploy_service.outcome import NONFINITE, Answered, Outcome, Refusal
 from sopdeploy_service.ranking import Ranking
+from sopdeploy_service.running import Images, Outputs, Runner
 from sopdeploy_service.runtime.base import OutOfMemoryError, Runtime
 from sopdeploy_service.waiting import Item, WaitingLine, call_soon, settle
 
 SMALLER_SECONDS = 60.0  # how long batches stay halved after the device had no memory for one
 
 log = logging.getLogger("sopdeploy.engine")
+
+
+@dataclass(slots=True)
+class Batch:
+    """Items under way; when it has begun, *outputs* waits for theirs or raises what went wrong, once."""
+
+    items: list[Item]
+    outputs: Callable[[], Outputs] = field(init=False)
+
+    @property
+    def images(self) -> Images:
+        """Return their images."""
+        return [item.image for item in self.items]
 
 
 class Engine:
@@ -38,15 +58,15 @@ class Engine:
         outputs: Sequence[str],
         largest: int,
     ) -> None:
-        self._runtime = runtime
+        self._runner = Runner(runtime, largest)
         self._line = line
         self._latency = latency
         self._metrics = metrics
         self._outputs = tuple(outputs)
         self._whole = self._largest = largest
         self._smaller_until = 0.0
-        self._batch: list[Item] = []
-        self._since: float | None = None  # when the batch at work began
+        self._at_work: list[Batch] = []  # oldest first
+        self._since: float | None = None  # when the oldest had the device to itself
         self._thread: threading.Thread | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[], None]) -> None:
@@ -64,32 +84,49 @@ class Engine:
         since = self._since
         return 0.0 if since is None else time.monotonic() - since
 
+    def size(self) -> int:
+        """Return how many images the batch at work has; 0 while idle."""
+        return next((len(batch.items) for batch in tuple(self._at_work)), 0)
+
     def at_work(self) -> Sequence[Item]:
-        """Return the items of the batch at work."""
-        return tuple(self._batch)
+        """Return the items of every batch under way."""
+        return [item for batch in tuple(self._at_work) for item in batch.items]
 
     def _live(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[], None]) -> None:
         try:
-            while batch := self._line.take(self._size()):
-                self._work(batch, loop)
+            while self._at_work or self._begin(self._line.take(self._limit())):
+                if self._runner.overlaps:
+                    self._begin(self._line.take_full(self._limit()))
+                self._end(loop)
         except BaseException:  # the last word of this thread; the service ends the process
             log.critical("the engine thread ends", exc_info=True)
         finally:
             call_soon(loop, on_end)
 
-    def _size(self) -> int:
+    def _limit(self) -> int:
         if self._largest < self._whole and time.monotonic() >= self._smaller_until:
             self._largest = min(self._whole, self._largest * 2)
             self._smaller_until = time.monotonic() + SMALLER_SECONDS
         return self._largest
 
-    def _work(self, batch: list[Item], loop: asyncio.AbstractEventLoop) -> None:
-        started = time.monotonic()
-        self._batch, self._since = batch, started
-        rows = run_isolated(self._run, [item.image for item in batch], self._outputs)
-        ended = time.monotonic()
-        self._batch, self._since = [], None
-        call_soon(loop, self._finish, batch, rows, started, ended)
+    def _begin(self, items: list[Item]) -> bool:
+        """Begin a batch of *items*; return whether there are any."""
+        if items:
+            batch = Batch(items)
+            self._since = self._since or time.monotonic()
+            self._at_work.append(batch)  # the watchdog must see it before it begins, where it may hang
+            batch.outputs = self._runner.begin(batch.images)
+        return bool(items)
+
+    def _end(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wait for the oldest batch and hand it to the loop."""
+        batch = self._at_work[0]
+        begun = [batch.outputs]
+        rows = run_isolated(lambda some: self._outputs_of(some, begun), batch.images, self._outputs)
+        started, ended = self._since or 0.0, time.monotonic()
+        del self._at_work[0]
+        self._since = ended if self._at_work else None
+        call_soon(loop, self._finish, batch.items, rows, started, ended)
 
     def _finish(self, batch: Sequence[Item], rows: Sequence[Row], started: float, ended: float) -> None:
         """Settle and count *batch*, on the loop: the engine thread is already with the next one."""
@@ -116,9 +153,10 @@ class Engine:
             logits.append(row[self._outputs[0]])
         return outcomes
 
-    def _run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[np.float32]]:
+    def _outputs_of(self, images: Images, begun: list[Callable[[], Outputs]]) -> Outputs:
+        """Return the outputs of *images*: of what was *begun* the first time, then run anew."""
         try:
-            return self._runtime.run(images)
+            return begun.pop()() if begun else self._runner.run(images)
         except OutOfMemoryError:
             self._largest = max(1, len(images) // 2)
             self._smaller_until = time.monotonic() + SMALLER_SECONDS

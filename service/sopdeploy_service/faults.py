@@ -3,8 +3,8 @@
     SOPDEPLOY_FAULTS=engine=hang@5,engine=nan@3,engine=raise@2,engine=slow*10,engine=oom@4,decoder=die@2
 
 `@n` is the n-th run of an engine (its batches and their halves are counted from the first request on), or the
-n-th picture of a decoder; each happens once. `slow*n` lets every run take n times as long. The engines of
-models that are loaded later have no faults.
+n-th picture of a decoder; each happens once. `slow*n` lets every run take n times as long. Each model counts
+its runs for itself, one that is loaded later too.
 """
 
 import logging

@@ -4,6 +4,8 @@ Starlette's own form parser writes files above 1 MB to disk and takes a body tha
 a whole one; neither is wanted here.
 """
 
+from typing import TYPE_CHECKING
+
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
@@ -11,6 +13,9 @@ from python_multipart.multipart import parse_options_header
 from sopdeploy_service.decode import Sent
 from sopdeploy_service.outcome import Refusal
 from sopdeploy_service.problems import RefusedError
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
 
 FIELDS = {"image", "images", "file", "files"}
 
@@ -27,27 +32,9 @@ class ImageForm:
         boundary = parse_options_header(content_type)[1].get(b"boundary")
         if not boundary:
             raise RefusedError(NO_BOUNDARY)
-        self._images: list[bytearray] = []
-        self._kinds: list[str] = []
-        self._max_images = max_images
-        self._header = bytearray()
-        self._value = bytearray()
-        self._name: str | None = None
-        self._kind = ""
-        self._whole = False
+        self._parts = Parts(max_images)
         try:
-            self._parser = MultipartParser(
-                boundary,
-                {
-                    "on_part_begin": self._part_begins,
-                    "on_header_field": lambda data, start, end: self._header.extend(data[start:end]),
-                    "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
-                    "on_header_end": self._header_ends,
-                    "on_headers_finished": self._headers_end,
-                    "on_part_data": lambda data, start, end: self._images[-1].extend(data[start:end]),
-                    "on_end": self._form_ends,
-                },
-            )
+            self._parser = MultipartParser(boundary, self._parts.callbacks())
         except FormParserError as problem:
             raise RefusedError(NO_BOUNDARY) from problem
 
@@ -60,11 +47,38 @@ class ImageForm:
 
     def images(self) -> list[Sent]:
         """Return the images after the last piece; raises `RefusedError` where the form is cut short."""
-        if not self._whole:
+        found = self._parts
+        if not found.whole:
             raise RefusedError(MALFORMED)
-        if not self._images:
+        if not found.images:
             raise RefusedError(NO_IMAGE)
-        return [Sent(bytes(image), kind) for image, kind in zip(self._images, self._kinds, strict=True)]
+        return [Sent(bytes(image), kind) for image, kind in zip(found.images, found.kinds, strict=True)]
+
+
+class Parts:
+    """The parts of a form so far. A parser leads here and nothing leads back, so both go with the request."""
+
+    def __init__(self, max_images: int) -> None:
+        self.images: list[bytearray] = []
+        self.kinds: list[str] = []
+        self.whole = False
+        self._max_images = max_images
+        self._header = bytearray()
+        self._value = bytearray()
+        self._name: str | None = None
+        self._kind = ""
+
+    def callbacks(self) -> "MultipartCallbacks":
+        """Return what a parser calls."""
+        return {
+            "on_part_begin": self._part_begins,
+            "on_header_field": lambda data, start, end: self._header.extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+            "on_header_end": self._header_ends,
+            "on_headers_finished": self._headers_end,
+            "on_part_data": lambda data, start, end: self.images[-1].extend(data[start:end]),
+            "on_end": self._form_ends,
+        }
 
     def _part_begins(self) -> None:
         self._name, self._kind = None, ""
@@ -82,11 +96,11 @@ class ImageForm:
         if self._name not in FIELDS:
             wanted = "the images go into fields named `image`"
             raise RefusedError(Refusal("unexpected_field", 422, f"field {self._name!r:.80}: {wanted}"))
-        if len(self._images) == self._max_images:
+        if len(self.images) == self._max_images:
             limit = f"the form holds more than {self._max_images} images, the limit of this server"
             raise RefusedError(Refusal("too_many_images", 400, limit))
-        self._images.append(bytearray())
-        self._kinds.append(self._kind)
+        self.images.append(bytearray())
+        self.kinds.append(self._kind)
 
     def _form_ends(self) -> None:
-        self._whole = True
+        self.whole = True

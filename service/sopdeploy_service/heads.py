@@ -1,13 +1,18 @@
-"""One header of a request, found without reading the others."""
+"""The headers of a request by name, sorted once."""
 
 from collections.abc import Iterable
 
 from starlette.types import Scope
 
+BY_NAME = "sopdeploy.headers"  # where a scope keeps them
+
 
 def header(scope: Scope, name: bytes) -> bytes | None:
     """Return the value of the header *name*, in lower case; of several the first, or None."""
-    return find(scope["headers"], name)
+    known: dict[bytes, bytes] | None = scope.get(BY_NAME)
+    if known is None:
+        known = scope[BY_NAME] = dict(reversed(scope["headers"]))
+    return known.get(name)
 
 
 def find(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
@@ -20,5 +25,5 @@ def find(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
 
 def text(scope: Scope, name: bytes) -> str:
     """Return the value of the header *name* as text, empty where there is none."""
-    value = find(scope["headers"], name)
+    value = header(scope, name)
     return "" if value is None else value.decode("latin-1")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sopdeploy_service.outcome import ENGINE_FAILED, NONFINITE, OUT_OF_MEMORY, Refusal
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
 
-Run = Callable[[NDArray[np.uint8]], Mapping[str, NDArray[np.float32]]]
+Run = Callable[[Sequence[NDArray[np.uint8]]], Mapping[str, NDArray[np.float32]]]
 Row = dict[str, NDArray[np.float32]] | Refusal
 
 log = logging.getLogger("sopdeploy.engine")
@@ -30,8 +30,8 @@ class Budget:
 def run_isolated(run: Run, images: Sequence[NDArray[np.uint8]], outputs: Sequence[str]) -> list[Row]:
     """Return for each of *images* (H, W, 3) its row of each of *outputs*, or why it has none.
 
-    At most `1 + 4 * log2(n)` runs, rounded up: enough to single out two bad images of n. Raises
-    `DeviceLostError`: another run would fail too.
+    *run* takes some of them as one batch. At most `1 + 4 * log2(n)` runs, rounded up: enough to single out
+    two bad images of n. Raises `DeviceLostError`: another run would fail too.
     """
     return halve(run, images, outputs, Budget(1 + 4 * (len(images) - 1).bit_length()))
 
@@ -43,7 +43,7 @@ def halve(run: Run, images: Sequence[NDArray[np.uint8]], outputs: Sequence[str],
     budget.runs -= 1
     failure = ENGINE_FAILED
     try:
-        return rows(run(np.stack(images)), outputs, len(images))
+        return rows(run(images), outputs, len(images))
     except DeviceLostError:
         raise
     except OutOfMemoryError:

@@ -5,19 +5,17 @@ import time
 from collections import Counter as Counts
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Metric, generate_latest
 
 from sopdeploy.bundle import Bundle
+from sopdeploy_service.histograms import Histograms
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.schema import FastDecode
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 WINDOW_SECONDS = 10.0
-
-Labelled = TypeVar("Labelled", Counter, Histogram)
 
 
 class BusyMeter:
@@ -107,18 +105,15 @@ class Metrics:
 
         self._models: dict[str, ModelMetrics] = {}
         self._loaded: Counts[tuple[str, ...]] = Counts()
-        self._answered: dict[tuple[str, int, str], tuple[Counter, Histogram]] = {}
-        self._children: dict[
-            tuple[object, ...], Any
-        ] = {}  # to find one anew takes longer than to count in it
+        self._children: dict[tuple[object, ...], Counter] = {}  # to find one takes longer than to count in it
 
     def of(self, model: str) -> ModelMetrics:
         """Return the numbers of *model*; the same whenever it is asked for."""
         if model not in self._models:
             found = self._models[model] = ModelMetrics(self, model)
             self._busy.labels(model).set_function(found.busy.ratio)
-            for metric in (self._batch_size, self._nonfinite):
-                metric.labels(model)  # shown as 0 before the first
+            self._batch_size.open(model)  # shown as 0 before the first
+            self._nonfinite.labels(model)
         return self._models[model]
 
     def serves(self, name: str, bundle: Bundle, runtime: Runtime) -> None:
@@ -142,16 +137,12 @@ class Metrics:
 
     def request(self, route: str, code: int, seconds: float, model: str = "") -> None:
         """Count a request answered with the status *code*, by *model* where one was asked."""
-        found = self._answered.get((route, code, model))
-        if found is None:
-            counter = self._requests.labels(route, str(code), model)
-            found = self._answered[route, code, model] = counter, self._request_seconds.labels(route)
-        found[0].inc()
-        found[1].observe(seconds)
+        self._child(self._requests, route, code, model).inc()
+        self._request_seconds.observe(route, seconds)
 
     def stage(self, stage: str, seconds: float) -> None:
         """Count *seconds* spent in one of `receive`, `decode`, `queue`, `infer`."""
-        self._child(self._stage_seconds, stage).observe(seconds)
+        self._stage_seconds.observe(stage, seconds)
 
     def decoders(self, threads: int) -> None:
         """Say how many *threads* decode."""
@@ -163,7 +154,7 @@ class Metrics:
 
     def batch(self, model: str, size: int, closed: str) -> None:
         """Count a batch of *size* images and why it was *closed*."""
-        self._child(self._batch_size, model).observe(size)
+        self._batch_size.observe(model, size)
         self._child(self._closed, model, closed).inc()
 
     def rejected(self, reason: str) -> None:
@@ -202,12 +193,12 @@ class Metrics:
         """Return every metric in Prometheus' text form."""
         return generate_latest(self._registry)
 
-    def _child(self, metric: Labelled, *labels: str) -> Labelled:
+    def _child(self, metric: Counter, *labels: object) -> Counter:
         """Return the child of *metric* with *labels*, which have few values."""
         key = (metric, *labels)
-        found: Labelled | None = self._children.get(key)
+        found = self._children.get(key)
         if found is None:
-            found = self._children[key] = metric.labels(*labels)
+            found = self._children[key] = metric.labels(*map(str, labels))
         return found
 
     def _counter(self, name: str, what: str, *labels: str) -> Counter:
@@ -216,5 +207,7 @@ class Metrics:
     def _gauge(self, name: str, what: str, *labels: str) -> Gauge:
         return Gauge(f"sopdeploy_{name}", what, labels, registry=self._registry)
 
-    def _histogram(self, name: str, what: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(f"sopdeploy_{name}", what, labels, registry=self._registry, buckets=buckets)
+    def _histogram(self, name: str, what: str, bounds: tuple[float, ...], label: str) -> Histograms:
+        found = Histograms(f"sopdeploy_{name}", what, bounds, label)
+        self._registry.register(found)
+        return found

@@ -5,7 +5,6 @@ over whatever is not a plain 8-bit JPEG or fails here; its error is the one that
 not round as libjpeg does, so `fast_decode` measures what that changes before a server answers.
 """
 
-import importlib
 from functools import cache
 from threading import local
 from typing import Any
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.extras import imported
 from sopdeploy.preprocess import Preprocess
 
 PLAIN = {"RGB", "L"}
@@ -75,9 +75,5 @@ def on_this_gpu() -> NvImageCodec:
 
 def import_library() -> Any:
     """Return the library, or raise `RuntimeUnavailableError` saying how to get it."""
-    try:
-        return importlib.import_module("nvidia.nvimgcodec")
-    except ImportError as problem:
-        raise RuntimeUnavailableError(
-            'decode=nvimagecodec: nvImageCodec is not installed; run: pip install "sopdeploy[nvimagecodec]"'
-        ) from problem
+    source, needed_by = "sopdeploy[nvimagecodec]", "decode=nvimagecodec"
+    return imported("nvidia.nvimgcodec", "nvImageCodec", source, RuntimeUnavailableError, needed_by)

@@ -3,29 +3,28 @@
 import asyncio
 from collections.abc import Callable
 
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+INTERIM = b"HTTP/1.1 100 "
 
 
 class Outlet:
-    """Writes the answer of *cycle* to *transport*; to close it is to *hang_up*.
+    """Writes one answer to *transport*; to close it is to *hang_up*.
 
     The head of an answer leaves together with the first piece of its body: uvicorn writes each alone, and
-    each write would be a call of the system and wake the client.
+    each write would be a call of the system and wake the client. An answer to `HEAD` has none: *bodiless*.
     """
 
     def __init__(
-        self, cycle: RequestResponseCycle, transport: asyncio.Transport, hang_up: Callable[[], None]
+        self, transport: asyncio.Transport, hang_up: Callable[[], None], *, bodiless: bool = False
     ) -> None:
-        self._cycle = cycle
         self._transport = transport
         self._hang_up = hang_up
-        self._begun = cycle.scope["method"] == "HEAD"  # its answer has no body that the head could wait for
+        self._begun = bodiless
         self._head = b""
         self.is_closing = transport.is_closing
 
     def write(self, data: bytes) -> None:
         """Write a piece of the answer, or `100 Continue` before it."""
-        if self._cycle.response_started and not self._begun:
+        if not self._begun and not data.startswith(INTERIM):
             self._begun = True
             self._head = data
         elif self._head:

@@ -8,10 +8,11 @@ step. The one before that ends when its last request has its answer.
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sopdeploy.errors import SopdeployError
+from sopdeploy_service.faults import NONE, Faults
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import DRAINING, Refusal
@@ -34,8 +35,14 @@ class Repository:
     """Every method is called on the event loop."""
 
     def __init__(
-        self, inferences: Mapping[str, Inference], settings: Settings, metrics: Metrics, shelf: Shelf | None
+        self,
+        inferences: Mapping[str, Inference],
+        settings: Settings,
+        metrics: Metrics,
+        shelf: Shelf | None,
+        faults: Faults = NONE,
     ) -> None:
+        self._faults = faults
         self._settings = settings
         self._metrics = metrics
         self._shelf = shelf
@@ -151,6 +158,7 @@ class Repository:
         await asyncio.gather(*(model.stop() for model in (*self.models(), *self._leaving)))
 
     def _model(self, name: str, inference: Inference) -> Model:
+        inference = replace(inference, runtime=self._faults.over(inference.runtime))
         self._metrics.serves(name, inference.bundle, inference.runtime)
         if inference.fast_decode is not None:
             self._metrics.decodes_fast(name, inference.fast_decode)

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.routing import APIRoute
 
-from sopdeploy_service.admission import admit, service_of, unless_gone, unless_refused
+from sopdeploy_service.admission import admit, service_of, unless_refused
 from sopdeploy_service.answer import answer
 from sopdeploy_service.direct import flag, number, word
+from sopdeploy_service.leaving import unless_gone
 from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import Answered, Refusal
 from sopdeploy_service.problems import RefusedError, described, json_response
@@ -85,7 +86,7 @@ async def classify(
         service.metrics.stage("receive", received - started)
         stages.note("receive", received - started, received)
         work = service.classify(chosen, upload.images, deadline, stages)
-        outcomes = unless_refused(await unless_gone(work, request.receive))
+        outcomes = unless_refused(await unless_gone(work, request.scope, request.receive))
     top_k = top_k or upload.top_k or service.settings.top_k
     headers = {"Server-Timing": stages.header()}
     if not upload.several:

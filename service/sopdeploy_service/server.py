@@ -2,7 +2,6 @@
 
 import asyncio
 import functools
-import gc
 import logging
 import socket
 import sys
@@ -25,7 +24,7 @@ from sopdeploy_service.app import create_app
 from sopdeploy_service.connections import Connections, allow_files
 from sopdeploy_service.faults import ordered_faults
 from sopdeploy_service.health_port import LoopWatch, answering, health_app
-from sopdeploy_service.heap import Rest, give_back_in_a_thread, keep_little
+from sopdeploy_service.heap import Rest, collect_seldom, give_back_in_a_thread, keep_little
 from sopdeploy_service.listening import bind, url
 from sopdeploy_service.service import Service
 from sopdeploy_service.settings import Settings
@@ -70,7 +69,6 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, place: Inherited
     timeline = Timeline()
     timeline.mark("imports")
     prepare_process()
-    gc.freeze()  # modules stay: to look through them for garbage stops every thread for 45 ms
     allow_files(settings.max_connections)
     with ExitStack() as stack:
         stack.enter_context(logs.writing(settings))
@@ -97,8 +95,12 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, place: Inherited
 
 
 def prepare_process() -> None:
-    """Set what holds for all of a process that answers: how memory is kept, and that Pillow does not warn."""
+    """Set what holds for all of a process that answers: how memory is kept, and that Pillow does not warn.
+
+    To be called after the imports.
+    """
     keep_little()
+    collect_seldom()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
     warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, which counts for nothing
 

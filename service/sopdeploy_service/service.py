@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -63,10 +62,7 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.requests = 0  # being answered now, counted by the middleware
-        inferences = {
-            name: replace(found, runtime=faults.over(found.runtime)) for name, found in inferences.items()
-        }
-        self.repository = Repository(inferences, settings, self.metrics, shelf)
+        self.repository = Repository(inferences, settings, self.metrics, shelf, faults)
         keep_memory(settings.decoders)
         decode_one = partial(
             faults.over_decoder(decode),

@@ -1,10 +1,10 @@
 """Tracing is an extra: nothing of it is loaded before a setting asks for it."""
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sopdeploy.errors import ConfigError
+from sopdeploy.extras import imported
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.tally import OpenTrace
 
@@ -18,10 +18,9 @@ def traced(settings: Settings) -> Iterator[OpenTrace | None]:
     if not settings.tracing:
         yield None
         return
-    try:
-        tracing = importlib.import_module("sopdeploy_service.tracing")
-    except ImportError as problem:
-        raise ConfigError("tracing: needs OpenTelemetry; pip install 'sopdeploy[otel]'") from problem
+    tracing = imported(
+        "sopdeploy_service.tracing", "OpenTelemetry", "sopdeploy[otel]", ConfigError, "tracing"
+    )
     tracer = tracing.Tracing(tracing.exporting())
     try:
         yield tracer.open

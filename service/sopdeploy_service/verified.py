@@ -19,7 +19,8 @@ from sopdeploy.manifest import Manifest
 from sopdeploy.probes import Probes, Replay, Run, read_probes, replay
 from sopdeploy.travel.signed import check_signed, signature_path
 from sopdeploy_service.fast_decode import checked
-from sopdeploy_service.runtime.base import Runtime
+from sopdeploy_service.overlap import replay_overlapping
+from sopdeploy_service.runtime.base import Overlapping, Runtime
 from sopdeploy_service.runtime.choose import choose
 from sopdeploy_service.schema import FastDecode
 from sopdeploy_service.settings import Settings
@@ -67,7 +68,10 @@ def open_verified(path: Path, settings: Settings, *, thorough: bool = False) -> 
     runtime = choose(bundle, settings)
     moments.append(time.monotonic())
     timed = Timed(runtime)
-    replays = replay_all(bundle, timed, largest_batch(runtime, settings), thorough=thorough)
+    largest = largest_batch(runtime, settings)
+    replays = replay_all(bundle, timed, largest, thorough=thorough)
+    if isinstance(runtime, Overlapping):
+        replay_overlapping(read_probes(bundle.probes), runtime, largest)
     moments.append(time.monotonic())
     drift = checked(bundle, runtime, settings)
     moments.append(time.monotonic())

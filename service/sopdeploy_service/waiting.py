@@ -85,6 +85,13 @@ class WaitingLine:
                     return []
                 self._changed.wait(pause)
 
+    def take_full(self, size: int) -> list[Item]:
+        """Return a batch of *size* wanted items where so many wait, else an empty one; never waits."""
+        with self._changed:
+            if len(self._items) >= size:
+                self._drop_unwanted()
+            return [self._items.popleft() for _ in range(size)] if len(self._items) >= size else []
+
     def close(self) -> Iterable[Item]:
         """Let nothing more in and return the items that were left, now taken out."""
         with self._changed:

@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from sopdeploy_service.connections import Connections
 from sopdeploy_service.decode import too_large
 from sopdeploy_service.heads import find
+from sopdeploy_service.leaving import DEPARTURE, Departure
 from sopdeploy_service.middleware import request_id
 from sopdeploy_service.outcome import Refusal
 from sopdeploy_service.outlet import Outlet
@@ -47,6 +48,7 @@ class Wire(HttpToolsProtocol):
         self._ignored = 0
         self._hung_up = False
         self._timers = Timers(self.loop)
+        self._departure = Departure()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connection or refuse it; the clock of the first head starts."""
@@ -63,7 +65,10 @@ class Wire(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._timers.stop_all()
         self.pipeline.clear()
+        self._departure.happen()
         super().connection_lost(exc)
+        if self.cycle is not None:
+            self.cycle.transport = self.transport  # its outlet leads back here
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, and refuse what breaks a limit."""
@@ -120,7 +125,9 @@ class Wire(HttpToolsProtocol):
         self._refusal = self._refusal or self._refusal_of_head()
         if self._refusal is None:
             super().on_headers_complete()
-            self.cycle.transport = cast(asyncio.Transport, Outlet(self.cycle, self.transport, self.hang_up))
+            self.scope["state"][DEPARTURE] = self._departure
+            outlet = Outlet(self.transport, self.hang_up, bodiless=self.scope["method"] == "HEAD")
+            self.cycle.transport = cast(asyncio.Transport, outlet)
 
     def on_body(self, body: bytes) -> None:
         """Hand on a piece of the body."""

@@ -6,7 +6,6 @@ stride 4 on: what the papers call conv2_x to conv5_x.
 """
 
 import difflib
-import importlib
 from collections.abc import Callable, Collection
 from functools import cache
 from typing import Annotated, Any
@@ -19,6 +18,7 @@ from sopdeploy.backbones.base import Backbone
 from sopdeploy.blocks.mbconv import MBConv
 from sopdeploy.blocks.residual import BasicBlock, Bottleneck
 from sopdeploy.errors import ConfigError
+from sopdeploy.extras import imported
 from sopdeploy.frozen import Frozen
 
 FIRST_STRIDE = 4  # stems end before it
@@ -32,10 +32,7 @@ class TimmConfig(Frozen):
 
 def import_timm(name: str) -> Any:
     """Return the module `timm`; raises `ConfigError` where it is not installed or has no network *name*."""
-    try:
-        timm = importlib.import_module("timm")
-    except ImportError as problem:
-        raise ConfigError(f"timm:{name} needs timm; `pip install 'sopdeploy[train]'`") from problem
+    timm = imported("timm", "timm", "sopdeploy[train]", ConfigError, f"timm:{name}")
     if not timm.is_model(name) or "." in name:
         near = (
             ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3)) or "one of its list_models()"

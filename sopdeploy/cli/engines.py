@@ -78,9 +78,10 @@ def needs_onnx() -> None:
     from importlib.util import find_spec
 
     from sopdeploy.errors import RuntimeUnavailableError
+    from sopdeploy.extras import how_to_get
 
     if find_spec("onnx") is None:
-        raise RuntimeUnavailableError('onnx is not installed; run: pip install "sopdeploy[tensorrt]"')
+        raise RuntimeUnavailableError(how_to_get("onnx", "sopdeploy[tensorrt]"))
 
 
 @contextmanager

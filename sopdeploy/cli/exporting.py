@@ -72,7 +72,7 @@ def export(
 ) -> None:
     """Turn a checkpoint into a bundle: detach, prove, lower to ONNX, compare, write.
 
-    Example: [bold]sopdeploy export runs/photos/best.pt --detach[/bold]
+    Example: [bold]sopdeploy export runs/photos-dsop/best.pt --detach[/bold]
     """
     with one_line_errors(as_json), steps("exporting", quiet=as_json) as step:
         from sopdeploy.manifest import BatchRange

@@ -43,11 +43,11 @@ def evaluate(
 
     Classes are matched by name. Shares come with Wilson's 95 % interval, the calibration error has 15 bins.
 
-    Example: [bold]sopdeploy eval runs/photos-dsop/best.pt --data photos/val[/bold]
+    Example: [bold]sopdeploy eval runs/photos-dsop/best.pt --data test-photos[/bold]
 
-    Example: [bold]sopdeploy eval bundles/dsop-resnet20-3f6c01d2a4b7 --data photos/val --tta flip[/bold]
+    Example: [bold]sopdeploy eval bundles/dsop-resnet20-3f6c01d2a4b7 --data test-photos --tta flip[/bold]
 
-    Example: [bold]sopdeploy eval http://127.0.0.1:8000 --data photos/val --json[/bold]
+    Example: [bold]sopdeploy eval http://127.0.0.1:8000 --data test-photos --json[/bold]
     """
     with one_line_errors(as_json):
         from sopdeploy.errors import ConfigError
@@ -90,7 +90,7 @@ def report(
 
     Example: [bold]sopdeploy report runs/photos-dsop[/bold]
 
-    Example: [bold]sopdeploy report runs/photos-dsop --data photos/test --out page.html[/bold]
+    Example: [bold]sopdeploy report runs/photos-dsop --data test-photos --out page.html[/bold]
     """
     with one_line_errors(as_json), counted(quiet=as_json) as tell:
         from sopdeploy.report import write_report

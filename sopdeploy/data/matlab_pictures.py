@@ -4,7 +4,6 @@
 classes from 1; `images/set` is 1 for training, 2 or 3 for what is measured on, as in MatConvNet.
 """
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import DataError
+from sopdeploy.extras import imported
 
 TRAIN_SET, HELD_OUT_SETS = 1, (2, 3)
 AT_A_TIME = 8192  # pictures
@@ -23,10 +23,7 @@ def read_imdb(path: Path, side: int) -> tuple[Batches, Batches]:
 
     Raises `DataError` where h5py is missing, the file is damaged, or keeps its numbers in other files.
     """
-    try:
-        h5py = importlib.import_module("h5py")
-    except ImportError as problem:
-        raise DataError(f"{path}: needs h5py; `pip install 'sopdeploy[import]'`") from problem
+    h5py = imported("h5py", "h5py", "sopdeploy[import]", DataError, str(path))
     try:
         with h5py.File(path, "r") as file:
             images = part(h5py, part(h5py, file, "imdb", file), "images")

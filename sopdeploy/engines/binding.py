@@ -4,10 +4,10 @@ What differs between the releases stands in this file and in the builder's, each
 module itself (`hasattr`) where there is one, behind the major version where there is none.
 """
 
-import importlib
 from typing import Any
 
 from sopdeploy.errors import EngineError, RuntimeUnavailableError
+from sopdeploy.extras import imported
 
 OLDEST = (8, 6)
 Version = tuple[int, int]  # major, minor
@@ -15,12 +15,7 @@ Version = tuple[int, int]  # major, minor
 
 def import_tensorrt() -> Any:
     """Return the tensorrt module, or raise `RuntimeUnavailableError` saying how to get it."""
-    try:
-        trt = importlib.import_module("tensorrt")
-    except ImportError as problem:
-        raise RuntimeUnavailableError(
-            'TensorRT is not installed; run: pip install "sopdeploy[tensorrt]"'
-        ) from problem
+    trt = imported("tensorrt", "TensorRT", "sopdeploy[tensorrt]", RuntimeUnavailableError)
     if version_of(trt) < OLDEST:
         raise RuntimeUnavailableError(f"TensorRT {trt.__version__} is too old; 8.6, 10 and 11 can be used")
     return trt

@@ -1,4 +1,4 @@
-"""The few CUDA calls that an engine needs, through `cuda-python`: one GPU, memory, one stream.
+"""The few CUDA calls that an engine needs, through `cuda-python`: one GPU, memory, streams, events.
 
 The driver must be asked first: TensorRT 8.6 ends the process where there is none.
 """
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.extras import how_to_get
 
 MODULES = ("cuda.bindings.runtime", "cuda.cudart")  # of cuda-python 12.6 and later, and before
 
@@ -110,12 +111,37 @@ class Cuda:
         """Give back a graph."""
         self.call("cudaGraphExecDestroy", graph)
 
-    def free(self, addresses: list[int], arrays: list[NDArray[Any]], stream: Any) -> None:
-        """Give back device memory, pinned arrays and a stream."""
-        for address in addresses:
-            self.call("cudaFree", address)
-        for array in arrays:
-            self.call("cudaFreeHost", array.ctypes.data)
+    def event(self) -> Any:
+        """Return a new event; who waits for it sleeps, and leaves the core to the decoders."""
+        kinds = self._runtime.cudaEventBlockingSync | self._runtime.cudaEventDisableTiming
+        return self.call("cudaEventCreateWithFlags", kinds)
+
+    def record(self, event: Any, stream: Any) -> None:
+        """Let *event* happen when everything that is on *stream* now is done."""
+        self.call("cudaEventRecord", event, stream)
+
+    def follow(self, stream: Any, event: Any) -> None:
+        """Let what comes on *stream* wait for *event*."""
+        self.call("cudaStreamWaitEvent", stream, event, 0)
+
+    def wait_for(self, event: Any) -> None:
+        """Wait until *event* has happened."""
+        self.call("cudaEventSynchronize", event)
+
+    def free(self, address: int) -> None:
+        """Give back memory of the GPU."""
+        self.call("cudaFree", address)
+
+    def free_pinned(self, array: NDArray[Any]) -> None:
+        """Give back a pinned array."""
+        self.call("cudaFreeHost", array.ctypes.data)
+
+    def free_event(self, event: Any) -> None:
+        """Give back an event."""
+        self.call("cudaEventDestroy", event)
+
+    def free_stream(self, stream: Any) -> None:
+        """Give back a stream."""
         self.call("cudaStreamDestroy", stream)
 
 
@@ -141,4 +167,4 @@ def import_cuda() -> Any:
             return importlib.import_module(name)
         except ImportError:
             continue
-    raise RuntimeUnavailableError('cuda-python is not installed; run: pip install "sopdeploy[tensorrt]"')
+    raise RuntimeUnavailableError(how_to_get("cuda-python", "sopdeploy[tensorrt]"))

@@ -1,16 +1,19 @@
 """Running an engine: named tensors and `execute_async_v3`, which 8.6, 10 and 11 have in common.
 
-Every profile has an execution context of its own, because switching one costs time; the buffers, as large as
-the largest batch, and the stream are shared, because one batch runs at a time.
+Two batches may be under way: while one is computed, the next is copied to the GPU on a stream of its own,
+into the other of two slots of memory. Every profile has an execution context of its own, because switching
+one costs time; kernels run on one stream, one batch after the other, so a context serves both slots.
 
-With *graphs* a profile of one batch size becomes a CUDA graph after its first run: copies and kernels then
-start by one call. Only those profiles: a graph holds for the shape it was captured with, and the context of a
-wider profile changes its shape from batch to batch. What fails as a graph is run without one from then on.
+With *graphs* a profile of one batch size becomes a CUDA graph for each slot after its first run: kernels and
+the copies back then start by one call. Only those profiles: a graph holds for the shape it was captured with,
+and the context of a wider profile changes its shape from batch to batch. What fails as a graph is run without
+one from then on.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -21,14 +24,17 @@ from sopdeploy.engines.binding import deserialize, last_error, make_logger
 from sopdeploy.engines.cuda import Cuda
 from sopdeploy.engines.profiles import Profile, index_for
 from sopdeploy.engines.record import EngineKey, Via
+from sopdeploy.engines.slot import Slot
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.manifest import Manifest, TensorRecord
+
+SLOTS = 2  # batches that may be under way
 
 log = logging.getLogger("sopdeploy.engines")
 
 
 class EngineSession:
-    """A deserialised engine with its contexts, pinned buffers and stream; used by one thread at a time."""
+    """A deserialised engine with its contexts, slots of memory and streams; for one thread at a time."""
 
     def __init__(
         self,
@@ -52,16 +58,13 @@ class EngineSession:
         self._outputs = [output.name for output in manifest.outputs]
         self._names = tensor_names(self.engine, manifest, key.via)
         refuse_another_engine(trt, self.engine, manifest, self._names, self._profiles)
-        self._stream = cuda.stream()
-        self._host: dict[str, NDArray[Any]] = {}
-        self._device: dict[str, int] = {}
-        for tensor in (*manifest.inputs, *manifest.outputs):
-            shape = (self.largest_batch, *(int(size or 1) for size in tensor.shape[1:]))
-            self._host[tensor.name] = cuda.pinned_array(shape, np.dtype(tensor.dtype))
-            self._device[tensor.name] = cuda.device_memory(self._host[tensor.name].nbytes)
+        self._stream, self._uploads = cuda.stream(), cuda.stream()
+        tensors = (*manifest.inputs, *manifest.outputs)
+        self._slots = [Slot(cuda, tensors, self.largest_batch) for _ in range(SLOTS)]
+        self._free = list(self._slots)
         exact = (index for index, profile in enumerate(self._profiles) if profile.minimum == profile.maximum)
         self._to_capture = set(exact) if graphs else set()
-        self._graphs: dict[int, Any] = {}  # by profile
+        self._graphs: dict[tuple[int, Slot], Any] = {}  # by profile and slot
         self._contexts = [self._make_context(index) for index in range(len(self._profiles))]
 
     def _make_context(self, index: int) -> Any:
@@ -72,76 +75,118 @@ class EngineSession:
             )
         context.set_optimization_profile_async(index, int(self._stream))
         self._cuda.wait(self._stream)
-        for name, address in self._device.items():
-            context.set_tensor_address(self._names[name], address)
         return context
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
-        count = len(images)
+        return self.begin(list(images))()
+
+    def begin(self, images: Sequence[NDArray[np.uint8]]) -> Callable[[], dict[str, NDArray[np.float32]]]:
+        """Begin a batch of *images* (H, W, 3); what is returned waits for it, once, and gives its outputs.
+
+        The images are copied before this returns. Raises `RuntimeError` where two are under way already.
+        """
+        if not self._free:
+            raise RuntimeError(f"{SLOTS} batches are under way; wait for the first of them")
+        slot, count = self._free.pop(), len(images)
         index = index_for(self._profiles, count)
-        self._host[self._input][:count] = images
-        if index in self._graphs:
-            self._launch(index)
-        else:
-            context = self._contexts[index]
-            if not context.set_input_shape(self._names[self._input], images.shape):
-                reason = last_error(self._logger)
-                raise RuntimeError(f"TensorRT refuses images of shape {images.shape}: {reason}")
-            self._enqueue(context, count)
-            self._cuda.wait(self._stream)
-        found = {name: self._host[name][:count].copy() for name in self._outputs}
-        if index in self._to_capture:
-            self._capture(index, count)
-        return found
+        try:
+            self._upload(slot, images)
+            self._start(index, slot, count)
+            self._cuda.record(slot.done, self._stream)
+        except BaseException:
+            with suppress(RuntimeUnavailableError):  # nobody may write into a slot that is being copied
+                self._cuda.wait(self._uploads)
+                self._cuda.wait(self._stream)
+            self._free.append(slot)
+            raise
+        return partial(self._end, index, slot, count)
 
     @property
     def captured(self) -> tuple[Profile, ...]:
         """Return the profiles that run as a graph now."""
-        return tuple(self._profiles[index] for index in sorted(self._graphs))
+        return tuple(self._profiles[index] for index in sorted({index for index, _ in self._graphs}))
 
-    def _enqueue(self, context: Any, count: int) -> None:
-        """Put copies and kernels for *count* images on the stream."""
-        self._cuda.upload(self._device[self._input], self._host[self._input][:count], self._stream)
+    def _upload(self, slot: Slot, images: Sequence[NDArray[np.uint8]]) -> None:
+        pinned = slot.host[self._input][: len(images)]
+        np.stack(images, out=pinned)
+        self._cuda.upload(slot.device[self._input], pinned, self._uploads)
+        self._cuda.record(slot.uploaded, self._uploads)
+        self._cuda.follow(self._stream, slot.uploaded)
+
+    def _start(self, index: int, slot: Slot, count: int) -> None:
+        """Put kernels and copies back on the stream, as a graph where there is one."""
+        graph = self._graphs.get((index, slot))
+        if graph is None:
+            self._enqueue(index, slot, count)
+            return
+        try:
+            self._cuda.launch(graph, self._stream)
+        except RuntimeUnavailableError as problem:
+            raise self._without_graph(index, problem) from problem
+
+    def _enqueue(self, index: int, slot: Slot, count: int) -> None:
+        context, shape = self._contexts[index], (count, *slot.host[self._input].shape[1:])
+        for name, address in slot.device.items():
+            context.set_tensor_address(self._names[name], address)
+        if not context.set_input_shape(self._names[self._input], shape):
+            reason = last_error(self._logger)
+            raise RuntimeError(f"TensorRT refuses images of shape {shape}: {reason}")
         if not context.execute_async_v3(int(self._stream)):
             self._cuda.wait(self._stream)  # names CUDA's code where the device is what failed
             raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._logger)}")
         for name in self._outputs:
-            self._cuda.download(self._host[name][:count], self._device[name], self._stream)
+            self._cuda.download(slot.host[name][:count], slot.device[name], self._stream)
+
+    def _end(self, index: int, slot: Slot, count: int) -> dict[str, NDArray[np.float32]]:
+        try:
+            self._cuda.wait_for(slot.done)
+            found = slot.outputs(self._outputs, count)
+        except RuntimeUnavailableError as problem:
+            if (index, slot) in self._graphs:
+                raise self._without_graph(index, problem) from problem
+            raise
+        finally:
+            self._free.append(slot)
+        if index in self._to_capture and len(self._free) == SLOTS:
+            self._capture(index, count)
+        return found
 
     def _capture(self, index: int, count: int) -> None:
-        """Make the graph of a profile whose context has just run; where that fails, it is not tried again."""
+        """Make the graphs of a profile whose context has just run; what fails is not tried again."""
         self._to_capture.discard(index)
-        context = self._contexts[index]
         try:
-            self._graphs[index] = self._cuda.captured(lambda: self._enqueue(context, count), self._stream)
-        except Exception as problem:  # whatever is wrong with the graph, the engine runs without it
+            for slot in self._slots:
+                work = partial(self._enqueue, index, slot, count)
+                self._graphs[index, slot] = self._cuda.captured(work, self._stream)
+        except Exception as problem:  # whatever is wrong with a graph, the engine runs without it
+            self._forget(index)
             log.warning("profile %s runs without a CUDA graph: %s", self._profiles[index], problem)
 
-    def _launch(self, index: int) -> None:
-        """Run the graph of a profile; one that fails is given up, so that the next batch runs without it."""
-        try:
-            self._cuda.launch(self._graphs[index], self._stream)
-            self._cuda.wait(self._stream)
-        except RuntimeUnavailableError as problem:
-            self._forget(index)
-            raise RuntimeError(
-                f"the CUDA graph of profile {self._profiles[index]} failed: {problem}"
-            ) from problem
+    def _without_graph(self, index: int, problem: RuntimeUnavailableError) -> RuntimeError:
+        """Give up the graphs of a profile, one of which failed: the next batch runs without."""
+        self._forget(index)
+        return RuntimeError(f"the CUDA graph of profile {self._profiles[index]} failed: {problem}")
 
     def _forget(self, index: int) -> None:
-        with suppress(RuntimeUnavailableError):  # after an error of the device nothing can be given back
-            self._cuda.forget(self._graphs.pop(index))
+        for slot in self._slots:
+            graph = self._graphs.pop((index, slot), None)
+            with suppress(RuntimeUnavailableError):  # after an error of the device nothing can be given back
+                if graph is not None:
+                    self._cuda.forget(graph)
 
     def close(self) -> None:
         """Give back graphs, contexts, engine and memory."""
-        for index in list(self._graphs):
+        for index in range(len(self._profiles)):
             self._forget(index)
         self._contexts.clear()
         self.engine = self._runtime = None
-        self._cuda.free(list(self._device.values()), list(self._host.values()), self._stream)
-        self._host.clear()
-        self._device.clear()
+        for slot in self._slots:
+            slot.free()
+        for stream in (self._stream, self._uploads):
+            self._cuda.free_stream(stream)
+        self._slots.clear()
+        self._free.clear()
 
     def __enter__(self) -> "EngineSession":
         return self

@@ -5,7 +5,6 @@ has its axes reversed. Links to other files, data kept in other files and virtua
 refused: a weight file has no business in the rest of a disk.
 """
 
-import importlib
 import math
 from collections.abc import Collection
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sopdeploy.errors import WeightsError
+from sopdeploy.extras import imported
 from sopdeploy.importers.matlab_v5 import DEEPEST, MOST_BYTES, MOST_PARTS, VARIABLES, DamagedError
 
 NOT_READ = {
@@ -29,10 +29,7 @@ CLASS, EMPTY = "MATLAB_class", "MATLAB_empty"
 
 def read_hdf5(path: Path, wanted: Collection[str] = VARIABLES) -> dict[str, Any]:
     """Return the *wanted* variables of the file at *path*, as `read_v5` does; raises `WeightsError`."""
-    try:
-        h5py = importlib.import_module("h5py")
-    except ImportError as problem:
-        raise WeightsError(f"{path}: needs h5py; `pip install 'sopdeploy[import]'`") from problem
+    h5py = imported("h5py", "h5py", "sopdeploy[import]", WeightsError, str(path))
     try:
         with h5py.File(path, "r") as file:
             tree = Tree(h5py, file)

@@ -4,7 +4,6 @@ Nothing of a file is run: `.pth` goes through the reader of our own checkpoints,
 and numbers.
 """
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from sopdeploy.checkpoint import FORMAT, is_state_dict, load_plain
 from sopdeploy.errors import CheckpointError, WeightsError
+from sopdeploy.extras import imported
 from sopdeploy.importers.weight_file import WeightFile, checked
 
 TABLES = ("state_dict", "model", "model_state_dict")
@@ -39,10 +39,7 @@ def read_torch(path: Path) -> WeightFile:
 
 def read_safetensors(path: Path) -> WeightFile:
     """Return what a `.safetensors` file holds; raises `WeightsError`."""
-    try:
-        safetensors = importlib.import_module("safetensors.torch")
-    except ImportError as problem:
-        raise WeightsError(f"{path}: needs safetensors; `pip install 'sopdeploy[import]'`") from problem
+    safetensors = imported("safetensors.torch", "safetensors", "sopdeploy[import]", WeightsError, str(path))
     try:
         table: dict[str, Tensor] = safetensors.load_file(path, device="cpu")
     except Exception as problem:  # its reader's error, or the system's

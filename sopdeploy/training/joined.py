@@ -34,6 +34,16 @@ def is_first() -> bool:
     return not started_by_torchrun() or os.environ.get("RANK", "0") == "0"
 
 
+def attempt() -> str:
+    """Return how often torchrun has started this run again, under which its processes find each other.
+
+    On one machine its store lives on and still has the addresses of those that died. Several machines get a
+    new store each time, and count for themselves.
+    """
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+
+
 @contextmanager
 def joined_processes() -> Iterator[None]:
     """Join the other processes while the context lasts, where there are any.
@@ -46,7 +56,8 @@ def joined_processes() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local_device())
-    store, rank, world = next(rendezvous("env://"))
+    found, rank, world = next(rendezvous("env://"))
+    store = PrefixStore(attempt(), found)
     dist.init_process_group(store=PrefixStore("run", store), rank=rank, world_size=world)
     try:
         yield

@@ -4,12 +4,12 @@
 resumed run does again are told again, and TensorBoard forgets what it had of them.
 """
 
-import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sopdeploy.errors import ConfigError
+from sopdeploy.extras import imported
 from sopdeploy.training.history import EpochRow, table_row
 from sopdeploy.training.progress import Progress, Quiet
 
@@ -21,7 +21,7 @@ class TensorBoard(Quiet):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "tensorboard"
-        self.make = module("torch.utils.tensorboard", "tensorboard", "pip install tensorboard").SummaryWriter
+        self.make = logger("torch.utils.tensorboard", "tensorboard", "sopdeploy[tensorboard]").SummaryWriter
         self.writer: Any = None
 
     def started(self, **facts: int) -> None:
@@ -39,7 +39,7 @@ class WeightsAndBiases(Quiet):
     """Sends figures to Weights & Biases, as its own environment variables say; one run per folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.wandb = module("wandb", "wandb", "pip install wandb")
+        self.wandb = logger("wandb", "wandb", "wandb")
         self.folder = folder
         self.run: Any = None
 
@@ -108,9 +108,6 @@ def group(name: str) -> str:
     return AMONG.get(name, "heads" if name.endswith(("_top1", "_loss", "_imbalance")) else "course")
 
 
-def module(name: str, package: str, advice: str) -> Any:
-    """Return the module *name*; raises `ConfigError` where its package is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as problem:
-        raise ConfigError(f"--log {package}: {package} is not installed here; {advice}") from problem
+def logger(module: str, package: str, source: str) -> Any:
+    """Return the *module* of *package*, which `--log` names; raises `ConfigError` where it is missing."""
+    return imported(module, package, source, ConfigError, f"--log {package}")

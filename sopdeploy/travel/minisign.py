@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy.extras import imported
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -45,10 +46,7 @@ class PublicKey(NamedTuple):
 
 def require_cryptography() -> None:
     """Raise `ConfigError` where the package that signs is not installed."""
-    try:
-        import cryptography  # noqa: F401, PLC0415
-    except ImportError as problem:
-        raise ConfigError('signatures need an extra: pip install "sopdeploy[sign]"') from problem
+    imported("cryptography", "cryptography", "sopdeploy[sign]", ConfigError, "signatures")
 
 
 def sign_message(message: bytes, key: SecretKey, comment: str) -> str:

@@ -13,6 +13,7 @@ from typing import IO, Any, BinaryIO
 
 from sopdeploy.bundle import READ_BYTES
 from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy.extras import imported
 from sopdeploy.whole import whole
 
 OCI = "oci://"
@@ -69,10 +70,7 @@ def stored(url: str) -> Iterator[tuple[Any, str]]:
 
     Raises `BundleError` for whatever the store says, `ConfigError` without fsspec.
     """
-    try:
-        import fsspec  # noqa: PLC0415
-    except ImportError as problem:
-        raise ConfigError(f'{url}: object stores need an extra: pip install "sopdeploy[s3]"') from problem
+    fsspec = imported("fsspec", "fsspec", "sopdeploy[s3]", ConfigError, url)
     try:
         yield fsspec.core.url_to_fs(url)
     except (BundleError, ConfigError):

@@ -9,6 +9,7 @@ from typing import Any
 
 from sopdeploy.bundle import digest
 from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy.extras import imported
 from sopdeploy.travel.places import OCI, copy_limited
 
 ARCHIVE = "application/vnd.sopdeploy.bundle.v1.tar"
@@ -68,14 +69,9 @@ def registry_client(target: str) -> Any:
 
     Raises `BundleError` where it does not, `ConfigError` where the client is not installed.
     """
-    try:
-        from oras.client import OrasClient  # noqa: PLC0415
-    except ImportError as problem:
-        raise ConfigError(
-            f'{OCI}{target}: registries need an extra: pip install "sopdeploy[oci]"'
-        ) from problem
+    oras = imported("oras.client", "oras", "sopdeploy[oci]", ConfigError, f"{OCI}{target}")
     host = target.partition("/")[0]
-    client = OrasClient(insecure=host.partition(":")[0] in {"localhost", "127.0.0.1"})
+    client = oras.OrasClient(insecure=host.partition(":")[0] in {"localhost", "127.0.0.1"})
     try:
         client.session.get(f"{client.prefix}://{host}/v2/", timeout=ANSWER_SECONDS)
     except OSError as problem:

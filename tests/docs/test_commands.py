@@ -1,4 +1,4 @@
-"""Every command that a page shows or mentions has a verb and options that exist. Nothing is run."""
+"""Every command that a page shows or mentions has a verb and options that exist. `test_typed` runs them."""
 
 from pathlib import Path
 from typing import Any

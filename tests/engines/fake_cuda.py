@@ -1,7 +1,9 @@
 """`cuda.bindings.runtime` over the memory of this process; counts what was not given back."""
 
 import ctypes
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,10 +19,22 @@ class Failed(Status):
 OK, FAILED = Status(0), Failed(35)
 
 
+@dataclass
+class Mark:
+    """A place on a stream."""
+
+    stream: int
+    reached: bool = False
+
+    def reach(self) -> None:
+        self.reached = True
+
+
 class FakeCuda(ModuleType):
-    """One GPU, or none."""
+    """One GPU, or none; it does nothing before somebody waits for it."""
 
     cudaStreamNonBlocking = 1
+    cudaEventBlockingSync, cudaEventDisableTiming = 1, 2
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
 
@@ -30,8 +44,11 @@ class FakeCuda(ModuleType):
         super().__init__("cuda.bindings.runtime")
         self.gpus, self.gpu_name, self.sm = gpus, name, sm
         self.held: dict[int, Any] = {}
-        self.streams = 0
+        self.numbers = itertools.count(1)
+        self.streams: dict[int, list[Callable[[], Any]]] = {}  # what is still to be done on each
+        self.events: dict[int, Mark] = {}
         self.recording: list[Callable[[], Any]] | None = None  # of the capture under way
+        self.captured = 0  # the stream of that
         self.graphs: dict[int, list[Callable[[], Any]]] = {}
         self.launched = 0
         self.broken: set[str] = set()  # functions that fail
@@ -52,39 +69,74 @@ class FakeCuda(ModuleType):
         return self.cudaMalloc(size)
 
     def cudaFree(self, address: int) -> Any:
+        assert not any(self.streams.values()), "memory is given back while something is on its way"
         del self.held[address]
         return (OK,)
 
     cudaFreeHost = cudaFree
 
     def cudaStreamCreateWithFlags(self, flags: int) -> Any:
-        self.streams += 1
-        return OK, 77
+        number = 77 + next(self.numbers)
+        self.streams[number] = []
+        return OK, number
 
     def cudaStreamDestroy(self, stream: int) -> Any:
-        self.streams -= 1
+        del self.streams[stream]
         return (OK,)
 
     def cudaStreamSynchronize(self, stream: int) -> Any:
-        assert stream == 77
         assert self.recording is None, "a capture must not be waited for"
+        while self.streams[stream]:
+            self.streams[stream].pop(0)()
+        return self.status("cudaStreamSynchronize")
+
+    def cudaEventCreateWithFlags(self, flags: int) -> Any:
+        assert flags == self.cudaEventBlockingSync | self.cudaEventDisableTiming
+        number = next(self.numbers)
+        self.events[number] = Mark(stream=0, reached=True)
+        return OK, number
+
+    def cudaEventRecord(self, event: int, stream: int) -> Any:
+        mark = self.events[event] = Mark(stream)
+        self.put(mark.reach, stream)
         return (OK,)
+
+    def cudaStreamWaitEvent(self, stream: int, event: int, flags: int) -> Any:
+        mark = self.events[event]
+        self.put(lambda: self.drive(mark), stream)
+        return (OK,)
+
+    def cudaEventSynchronize(self, event: int) -> Any:
+        self.drive(self.events[event])
+        return self.status("cudaEventSynchronize")
+
+    def cudaEventDestroy(self, event: int) -> Any:
+        del self.events[event]
+        return (OK,)
+
+    def status(self, function: str) -> Any:
+        return (FAILED,) if function in self.broken else (OK,)
+
+    def drive(self, mark: Mark) -> None:
+        """Do what is on the stream of *mark* until it is reached."""
+        while not mark.reached:
+            self.streams[mark.stream].pop(0)()
 
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> Any:
-        assert stream == 77
-        self.put(lambda: ctypes.memmove(target, source, size))
+        self.put(lambda: ctypes.memmove(target, source, size), stream)
         return (OK,)
 
-    def put(self, work: Callable[[], Any]) -> None:
-        """Do *work* now, or keep it for the graph that is being captured."""
+    def put(self, work: Callable[[], Any], stream: int) -> None:
+        """Let *work* be done when somebody waits for it, as late as a GPU may; or keep it for a graph."""
         if self.recording is None:
-            work()
+            self.streams[stream].append(work)
         else:
+            assert stream == self.captured, "only one stream is captured"
             self.recording.append(work)
 
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> Any:
-        assert (stream, mode, self.recording) == (77, 1, None)
-        self.recording = []
+        assert (mode, self.recording) == (1, None)
+        self.recording, self.captured = [], stream
         return (OK,)
 
     def cudaStreamEndCapture(self, stream: int) -> Any:
@@ -103,12 +155,11 @@ class FakeCuda(ModuleType):
         return number
 
     def cudaGraphLaunch(self, graph: int, stream: int) -> Any:
-        assert stream == 77
         if "cudaGraphLaunch" in self.broken:
             return (FAILED,)
         self.launched += 1
         for work in self.graphs[graph]:
-            work()
+            self.put(work, stream)
         return (OK,)
 
     def cudaGraphDestroy(self, graph: int) -> Any:

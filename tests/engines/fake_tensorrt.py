@@ -8,6 +8,7 @@ ReduceMean, an untyped network is built in fp32 whatever its graph says, TF32 is
 import ctypes
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -419,18 +420,19 @@ class Context(Part):
     def execute_async_v3(self, stream: int) -> bool:
         if "fails" in self._trt._sabotage:
             return False
-        sys.modules["cuda.bindings.runtime"].put(self._compute)  # type: ignore[attr-defined]
+        work = partial(self._compute, self._shape, dict(self._addresses))
+        sys.modules["cuda.bindings.runtime"].put(work, stream)  # type: ignore[attr-defined]
         return True
 
-    def _compute(self) -> None:
+    def _compute(self, shape: tuple[int, ...], addresses: dict[str, int]) -> None:
         session = self._engine._session
-        size = int(np.prod(self._shape))
+        size = int(np.prod(shape))
         source = session.get_inputs()[0].name
-        raw = (ctypes.c_char * size).from_address(self._addresses[source])
-        images = np.frombuffer(raw, dtype=np.uint8).reshape(self._shape).copy()
+        raw = (ctypes.c_char * size).from_address(addresses[source])
+        images = np.frombuffer(raw, dtype=np.uint8).reshape(shape).copy()
         for output, values in zip(session.get_outputs(), session.run(None, {source: images}), strict=True):
             content = np.ascontiguousarray(values).tobytes()
-            ctypes.memmove(self._addresses[output.name], content, len(content))
+            ctypes.memmove(addresses[output.name], content, len(content))
 
 
 class Runtime(Part):

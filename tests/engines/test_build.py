@@ -33,7 +33,7 @@ def test_every_release_builds_an_engine_that_gives_the_bundles_numbers(
     assert [replay.batch for replay in built.record.replays] == [1, 2, 4, 5, 16]
     assert all(r.deviation["logits"] <= r.tolerance["logits"] for r in built.record.replays)
     assert any("50%" in text for text in told) == (trt._major >= 10)
-    assert (cuda.held, cuda.streams) == ({}, 0)
+    assert (cuda.held, cuda.streams, cuda.events) == ({}, {}, {})
 
 
 def test_the_second_time_the_engine_comes_from_the_cache_and_its_probes_run_again(

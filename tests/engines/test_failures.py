@@ -104,6 +104,7 @@ def test_an_engine_on_a_failing_gpu_names_cudas_code(
     if wrong == "execute says so":
         trt._sabotage.add("fails")
     failed = type("Status", (int,), {"name": status[1]})(status[0])
-    monkeypatch.setattr(cuda, "cudaStreamSynchronize", lambda _stream: (failed,))
+    for function in ("cudaStreamSynchronize", "cudaEventSynchronize"):
+        monkeypatch.setattr(cuda, function, lambda _: (failed,))
     with pytest.raises(kind, match=rf"^CUDA {status[0]}, {status[1]}"):
         runtime.run(some_images(1))

@@ -38,7 +38,7 @@ def test_profiles_of_one_size_become_graphs_and_give_the_same_numbers(built: Bun
         right(runtime, count)
     assert captured(runtime) == ["1", "2"]
     assert cuda.launched == 3  # the first run of each size is without
-    assert len(cuda.graphs) == 2
+    assert len(cuda.graphs) == 4  # of each profile one for each slot of memory
 
 
 def test_without_the_setting_there_is_no_graph(built: Bundle, cuda: FakeCuda) -> None:
@@ -96,16 +96,16 @@ def test_a_graph_that_fails_costs_its_batch_and_the_next_runs_without(built: Bun
     right(runtime, 1)
     right(runtime, 1)
     assert captured(runtime) == ["2"]
-    assert len(cuda.graphs) == 1
+    assert len(cuda.graphs) == 2
 
 
 def test_at_the_end_nothing_is_held(built: Bundle, cuda: FakeCuda) -> None:
-    before = dict(cuda.held), cuda.streams
+    before = dict(cuda.held), dict(cuda.streams), dict(cuda.events)
     runtime = TensorRTRuntime(built, GRAPHS)
     right(runtime, 1)
     assert cuda.graphs
     runtime._session.close()
-    assert (cuda.held, cuda.streams) == before
+    assert (cuda.held, cuda.streams, cuda.events) == before
     assert cuda.graphs == {}
 
 

@@ -35,3 +35,15 @@ def test_the_server_runs_every_batch_on_a_real_engine(tmp_path: Path) -> None:
         images = some_images(count)
         expected = answers(network(), images)
         np.testing.assert_allclose(runtime.run(images)["logits"], expected, rtol=1e-4, atol=1e-2)
+
+
+def test_two_batches_under_way_on_a_real_engine_keep_their_own_numbers(tmp_path: Path) -> None:
+    bundle = write(tmp_path)
+    engine(bundle, EngineOptions(profiles="1,4,16"))
+    runtime = TensorRTRuntime(bundle, Settings(runtime="tensorrt", cuda_graphs=True))
+    batches = [np.roll(some_images(count), 7 * count, axis=2) for count in (16, 4, 1, 16, 3, 1)]
+    ends = [runtime.begin(list(batches[0]))]
+    for number, images in enumerate(batches[1:]):
+        ends.append(runtime.begin(list(images)))
+        found = ends[number]()["logits"]
+        np.testing.assert_allclose(found, answers(network(), batches[number]), rtol=1e-4, atol=1e-2)

@@ -1,5 +1,6 @@
 """Server processes that a test starts: nothing waits for them without a limit."""
 
+import socket
 import subprocess
 import threading
 
@@ -15,3 +16,9 @@ def line_of(child: subprocess.Popen[str], seconds: float = START_SECONDS) -> str
         return child.stdout.readline()
     finally:
         timer.cancel()
+
+
+def free_port() -> int:
+    """A port of this machine on which nothing listens now."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])

@@ -1,5 +1,7 @@
 """One bad image fails alone."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -15,9 +17,9 @@ class Network:
     def __init__(self) -> None:
         self.runs = 0
 
-    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    def __call__(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         self.runs += 1
-        first = images[:, 0, 0].astype(np.float32)
+        first = np.array([image[0, 0] for image in images], np.float32)
         if (first == BAD).any():
             raise RuntimeError("a bad image")
         first[first == STRANGE] = np.nan
@@ -71,7 +73,7 @@ def test_an_output_that_is_not_finite_fails_its_own_image_only() -> None:
 
 
 def test_a_second_output_that_is_not_finite_fails_its_image_too() -> None:
-    def network(batch: np.ndarray) -> dict[str, np.ndarray]:
+    def network(batch: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         gate = np.zeros((len(batch), 4), np.float32)
         gate[1, 2] = np.inf
         return {"logits": np.zeros((len(batch), 3), np.float32), "gate": gate}

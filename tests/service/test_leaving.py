@@ -1,27 +1,17 @@
 """Clients that hang up: nobody computes for them, they are counted, and nothing of theirs stays behind."""
 
+import asyncio
 import threading
 from pathlib import Path
 
 import pytest
 
+from sopdeploy_service.leaving import DEPARTURE, Departure, unless_gone
+from sopdeploy_service.outcome import CLIENT_GONE
+from sopdeploy_service.problems import RefusedError
 from sopdeploy_service.runtime.pretend import PretendRuntime
+from tests.service.held import Held
 from tests.service.raw import POST, connect, count
-
-
-class Gated(PretendRuntime):
-    """A pretend runtime that computes nothing before `gate` is set."""
-
-    def __init__(self) -> None:
-        super().__init__(classes=7, largest_batch=1)
-        self.gate = threading.Event()
-        self.entered = threading.Event()
-
-    def run(self, images):
-        self.entered.set()
-        self.gate.wait(20)
-        return super().run(images)
-
 
 GONE = 'requests_total{code="499",model="tiny",route="/v1/classify"}'
 
@@ -58,7 +48,7 @@ def test_who_leaves_in_a_form_is_counted_and_forgotten(serve_with, until):
 
 
 def test_who_leaves_while_its_image_waits_or_is_computed_is_counted_and_forgotten(serve_with, jpeg, until):
-    runtime = Gated()
+    runtime = Held(largest_batch=1)
     client = serve_with(runtime)
     computed = connect(client)
     computed.sendall(POST + length(jpeg) + jpeg)
@@ -75,6 +65,62 @@ def test_who_leaves_while_its_image_waits_or_is_computed_is_counted_and_forgotte
     runtime.gate.set()
     assert client.post("/v1/classify", content=jpeg).status_code == 200
     assert runtime.batches == [1, 1]
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told by the connection", "asking the server"])
+@pytest.mark.parametrize("when", ["before", "meanwhile", "never"])
+def test_work_ends_when_its_client_has_left_and_only_then(told, when):
+    ends = []
+
+    async def work() -> str:
+        try:
+            await asyncio.sleep(0 if when == "never" else 20)
+        except asyncio.CancelledError:
+            ends.append("cancelled")
+            raise
+        return "done"
+
+    async def run() -> str:
+        departure, left = Departure(), asyncio.Event()
+
+        async def receive() -> dict[str, str]:
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        def leave() -> None:
+            left.set()
+            departure.happen()
+
+        if when == "before":
+            leave()
+        elif when == "meanwhile":
+            asyncio.get_running_loop().call_later(0.01, leave)
+        return await unless_gone(work(), {"state": {DEPARTURE: departure} if told else {}}, receive)
+
+    if when == "never":
+        assert asyncio.run(run()) == "done"
+        return
+    with pytest.raises(RefusedError) as refused:
+        asyncio.run(run())
+    assert refused.value.refusal is CLIENT_GONE
+    assert ends == ([] if told and when == "before" else ["cancelled"])
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_who_is_cancelled_for_another_reason_is_told_so(told):
+    async def run() -> None:
+        async def receive() -> dict[str, str]:
+            await asyncio.Event().wait()
+            return {}
+
+        scope = {"state": {DEPARTURE: Departure()} if told else {}}
+        task = asyncio.ensure_future(unless_gone(asyncio.sleep(20), scope, receive))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
 
 
 def test_a_crowd_that_leaves_at_every_point_leaves_no_file_and_no_thread(serve_with, jpeg, until):

@@ -1,7 +1,6 @@
 """An answer leaves in as few writes as it can, and nothing of it is held back for good."""
 
 import asyncio
-from types import SimpleNamespace
 
 import pytest
 
@@ -25,9 +24,8 @@ def sink() -> Sink:
     return Sink()
 
 
-def outlet(sink: Sink, *, method: str = "POST", started: bool = True) -> Outlet:
-    cycle = SimpleNamespace(scope={"method": method}, response_started=started)
-    return Outlet(cycle, sink, lambda: sink.writes.append(b"<closed>"))
+def outlet(sink: Sink, *, bodiless: bool = False) -> Outlet:
+    return Outlet(sink, lambda: sink.writes.append(b"<closed>"), bodiless=bodiless)
 
 
 def test_the_head_leaves_with_the_first_piece_of_the_body(sink):
@@ -38,14 +36,15 @@ def test_the_head_leaves_with_the_first_piece_of_the_body(sink):
 
 
 def test_the_head_of_an_answer_without_a_body_is_not_held_back(sink):
-    outlet(sink, method="HEAD").write(b"head")
+    outlet(sink, bodiless=True).write(b"head")
     assert sink.writes == [b"head"]
 
 
 def test_an_invitation_to_send_the_body_leaves_at_once(sink):
-    answer = outlet(sink, started=False)
-    answer.write(b"100 Continue")
-    assert sink.writes == [b"100 Continue"]
+    answer = outlet(sink)
+    for piece in (b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", b"body"):
+        answer.write(piece)
+    assert sink.writes == [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\nbody"]
 
 
 def test_an_answer_that_breaks_off_shows_its_head(sink):

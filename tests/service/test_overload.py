@@ -10,20 +10,7 @@ import pytest
 
 from sopdeploy_service.runtime.pretend import PretendRuntime
 from sopdeploy_service.settings import Settings
-
-
-class Gated(PretendRuntime):
-    """A pretend runtime that computes nothing before `gate` is set."""
-
-    def __init__(self, **options) -> None:
-        super().__init__(classes=7, **options)
-        self.gate = threading.Event()
-        self.entered = threading.Event()
-
-    def run(self, images):
-        self.entered.set()
-        self.gate.wait(20)
-        return super().run(images)
+from tests.service.held import Held
 
 
 class Broken(PretendRuntime):
@@ -61,7 +48,7 @@ def depth(client: httpx.Client) -> int:
 
 
 def test_images_that_wait_for_a_busy_engine_share_a_batch(serve_with, pool, jpeg, until):
-    runtime = Gated(largest_batch=8)
+    runtime = Held(largest_batch=8)
     client = serve_with(runtime)
     replies = [pool.submit(post, client, jpeg)]
     assert runtime.entered.wait(10)
@@ -83,7 +70,7 @@ def test_under_load_most_batches_are_full(serve_with, pool, jpeg):
 
 
 def test_a_full_queue_is_429_with_a_time_to_come_back(serve_with, pool, jpeg, until):
-    runtime = Gated()
+    runtime = Held()
     client = serve_with(runtime, queue_size=3, max_images=3)
     replies = [pool.submit(post, client, jpeg) for _ in range(3)]
     until(lambda: depth(client) == 3)
@@ -98,7 +85,7 @@ def test_a_full_queue_is_429_with_a_time_to_come_back(serve_with, pool, jpeg, un
 
 
 def test_the_images_of_a_form_all_count_in_the_queue(serve_with, pool, jpeg, until):
-    runtime = Gated()
+    runtime = Held()
     client = serve_with(runtime, queue_size=4, max_images=4)
     first = pool.submit(post, client, jpeg)
     until(lambda: depth(client) == 1)
@@ -110,7 +97,7 @@ def test_the_images_of_a_form_all_count_in_the_queue(serve_with, pool, jpeg, unt
 
 
 def test_an_image_that_waits_too_long_is_504_and_never_reaches_the_engine(serve_with, pool, jpeg):
-    runtime = Gated(largest_batch=1)
+    runtime = Held(largest_batch=1)
     client = serve_with(runtime, deadline_seconds=0.3)
     replies = [pool.submit(post, client, jpeg) for _ in range(4)]
     answers = [reply.result() for reply in replies]
@@ -123,7 +110,7 @@ def test_an_image_that_waits_too_long_is_504_and_never_reaches_the_engine(serve_
 
 
 def test_a_client_that_leaves_takes_its_image_out_of_the_queue(serve_with, pool, jpeg, until):
-    runtime = Gated(largest_batch=1)
+    runtime = Held(largest_batch=1)
     client = serve_with(runtime)
     first = pool.submit(post, client, jpeg)
     assert runtime.entered.wait(10)
@@ -171,7 +158,7 @@ def test_a_dead_engine_thread_refuses_everything_and_looks_dead(serve_with, jpeg
 
 
 def test_a_hung_engine_is_noticed_and_what_waits_is_refused(serve_with, pool, jpeg):
-    runtime = Gated(largest_batch=1)
+    runtime = Held(largest_batch=1)
     client = serve_with(runtime, engine_timeout_seconds=0.4)
     replies = [pool.submit(post, client, jpeg) for _ in range(3)]
     codes = [reply.result().json()["code"] for reply in replies]

@@ -11,10 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 from sopdeploy.bundle import open_bundle
 from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy_service.faults import OrderedError, parse_faults
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import Refusal
@@ -24,6 +26,7 @@ from sopdeploy_service.shelf import Shelf
 from sopdeploy_service.verified import open_verified
 
 SETTINGS = Settings(threads=1, model_control=True)
+IMAGE = np.zeros((1, 32, 32, 3), np.uint8)
 
 
 @pytest.fixture
@@ -68,6 +71,22 @@ def test_a_new_version_answers_and_the_one_before_stays_for_going_back(versions)
         assert found(await repository.load("tiny", versions[1].name)) is after
         await repository.stop()
         assert not [thread for thread in threading.enumerate() if thread.name == "engine"]
+
+    asyncio.run(life())
+
+
+def test_faults_are_over_every_model_and_over_those_that_are_loaded_later(versions) -> None:
+    async def life() -> None:
+        first, shelf = {"tiny": open_verified(versions[0], SETTINGS)}, Shelf([f"tiny={versions[0]}"])
+        repository = Repository(first, SETTINGS, Metrics(), shelf, parse_faults("engine=raise@2"))
+        repository.start()
+        later = found(await repository.load("tiny"))
+        assert repository.models()[0] is later
+        for model in repository.models():
+            model.inference.runtime.run(IMAGE)
+            with pytest.raises(OrderedError, match="engine=raise@2"):
+                model.inference.runtime.run(IMAGE)
+        await repository.stop()
 
     asyncio.run(life())
 

@@ -77,8 +77,10 @@ def test_a_board_forgets_what_a_resumed_run_does_again(monkeypatch, tmp_path) ->
 def test_a_logger_that_is_not_installed_or_not_known_is_named(monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    for name in ("wandb", "tensorboard"):
-        with pytest.raises(ConfigError, match=f"{name} is not installed here; pip install {name}"):
+    for name, source in (("wandb", "wandb"), ("tensorboard", r"sopdeploy\[tensorboard\]")):
+        with pytest.raises(
+            ConfigError, match=f'^--log {name}: {name} is not installed; run: pip install "{source}"$'
+        ):
             loggers([name], tmp_path)
     with pytest.raises(ConfigError, match="--log x: none of tensorboard, wandb"):
         loggers(["x"], tmp_path)

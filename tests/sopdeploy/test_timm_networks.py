@@ -108,7 +108,9 @@ def test_without_timm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
         raise ImportError(name)
 
     monkeypatch.setattr(importlib, "import_module", absent)
-    with pytest.raises(ConfigError, match=r"timm:resnet18 needs timm; `pip install 'sopdeploy\[train\]'`"):
+    with pytest.raises(
+        ConfigError, match=r'timm:resnet18: timm is not installed; run: pip install "sopdeploy\[train\]"'
+    ):
         create_model("timm:resnet18")
 
 

@@ -11,8 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pydantic
@@ -53,9 +52,8 @@ class Replica:
         prepare_process()
         self._stack.enter_context(logs.writing(self.settings))
         open_trace = self._stack.enter_context(traced(self.settings))
-        self._faults = ordered_faults()
         self.asgi: FastAPI = create_app(
-            inferences or {}, self.settings, faults=self._faults, open_trace=open_trace
+            inferences or {}, self.settings, faults=ordered_faults(), open_trace=open_trace
         )
         self.service: Service = self.asgi.state.service
         self._watch = LoopWatch()
@@ -71,7 +69,7 @@ class Replica:
             wanted = UserConfig.model_validate(user_config)
         except pydantic.ValidationError as problem:
             raise ConfigError(f"user_config: {first_problem(problem)}") from problem
-        await self.service.repository.follow(wanted.bundles, self._open)
+        await self.service.repository.follow(wanted.bundles, partial(open_verified, settings=self.settings))
 
     async def check_health(self) -> None:
         """Raise unless images are answered here."""
@@ -90,10 +88,6 @@ class Replica:
         if self._watching is not None:
             self._watching.cancel()
         self._stack.close()
-
-    def _open(self, path: Path) -> Inference:
-        found = open_verified(path, self.settings)
-        return replace(found, runtime=self._faults.over(found.runtime))
 
     async def _end_with_the_engine(self) -> None:
         rest = Rest(give_back_in_a_thread)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sopdeploy.errors import ConfigError
+from sopdeploy.extras import how_to_get
 from sopdeploy_service.on_ray.plan import NAME, Scale, config
 from sopdeploy_service.settings import Settings
 
@@ -33,9 +34,8 @@ def run(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> int:
     try:
         ray, serve = importlib.import_module("ray"), importlib.import_module("ray.serve")
     except ImportError as problem:
-        raise ConfigError(
-            "ray: needs Ray Serve; pip install 'sopdeploy[ray]', or write a config file with --emit"
-        ) from problem
+        how = how_to_get("Ray Serve", "sopdeploy[ray]")
+        raise ConfigError(f"{how}, or write a config file with --emit") from problem
     ray.init(namespace="serve")
     try:
         serve.start(proxy_location=told["proxy_location"], http_options=told["http_options"])

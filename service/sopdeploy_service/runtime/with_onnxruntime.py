@@ -1,6 +1,5 @@
 """onnxruntime on the CPU, or on a GPU with CUDA or TensorRT. The only module that imports onnxruntime."""
 
-import importlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.extras import imported
 from sopdeploy_service.runtime.bound import BoundSession
 from sopdeploy_service.runtime.failures import translated
 
@@ -63,12 +63,7 @@ class OnnxRuntime:
 
 def import_onnxruntime() -> Any:
     """Return the onnxruntime module, or raise `RuntimeUnavailableError` saying how to get it."""
-    try:
-        return importlib.import_module("onnxruntime")
-    except ImportError as problem:
-        raise RuntimeUnavailableError(
-            'onnxruntime is not installed; run: pip install "sopdeploy[cpu]"'
-        ) from problem
+    return imported("onnxruntime", "onnxruntime", "sopdeploy[cpu]", RuntimeUnavailableError)
 
 
 def open_session(engine: Any, bundle: Bundle, threads: int, chosen: tuple[str, dict[str, str]]) -> Any:

@@ -1,5 +1,7 @@
 """TensorRT on the GPU, from the engine cache; never builds, never loads a plan that was not checked."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -46,6 +48,17 @@ class TensorRTRuntime:
         """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
         with translated():
             return self._session.run(images)
+
+    def begin(self, images: Sequence[NDArray[np.uint8]]) -> Callable[[], dict[str, NDArray[np.float32]]]:
+        """Begin a batch of *images* (H, W, 3); what is returned waits for its outputs."""
+        with translated():
+            end = self._session.begin(images)
+
+        def wait() -> dict[str, NDArray[np.float32]]:
+            with translated():
+                return end()
+
+        return wait
 
 
 def is_set_up(bundle: Bundle, settings: Settings) -> bool:

@@ -8,8 +8,9 @@ import numpy as np
 from fastapi import Request, Response
 from numpy.typing import NDArray
 
-from sopdeploy_service.admission import admit, service_of, taking_apart, unless_gone, unless_refused
+from sopdeploy_service.admission import admit, service_of, taking_apart, unless_refused
 from sopdeploy_service.decode import Sent
+from sopdeploy_service.leaving import unless_gone
 from sopdeploy_service.model import Model
 from sopdeploy_service.outcome import Answered, Outcome, Refusal
 from sopdeploy_service.problems import RefusedError
@@ -36,7 +37,7 @@ async def answer_infer(request: Request, name: str, version: str | None) -> Resp
         if asked.timeout_seconds is not None:
             deadline = min(deadline, started + asked.timeout_seconds)
         work = run(service, model, asked, deadline, stages)
-        outcomes = unless_refused(await unless_gone(work, request.receive))
+        outcomes = unless_refused(await unless_gone(work, request.scope, request.receive))
     head = {"model_name": model.name, "model_version": model.version}
     if asked.id is not None:
         head = {"id": asked.id, **head}

@@ -17,18 +17,11 @@ from pathlib import Path
 
 import httpx
 
-from sopdeploy_service.listening import bind
-from tests.service.children import line_of
+from tests.service.children import free_port, line_of
 
 STARTED = re.compile(r"ray start --address='([^']+)'")  # it says how other machines join
 REPLICA = "ray::ServeReplica"
 ATTEMPTS = 2
-
-
-def free_port() -> int:
-    """Return a port that nobody uses now."""
-    with bind("127.0.0.1", 0) as listener:
-        return int(listener.getsockname()[1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from tests.service.children import START_SECONDS, line_of
-from tests.service.on_ray.clusters import Clients, Cluster, free_port, own_cluster
+from tests.service.children import START_SECONDS, free_port, line_of
+from tests.service.on_ray.clusters import Clients, Cluster, own_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 

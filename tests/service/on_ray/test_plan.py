@@ -143,7 +143,7 @@ def test_without_ray_one_line_says_what_to_install(bundle_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
-    assert "pip install 'sopdeploy[ray]'" in done.stderr
+    assert 'pip install "sopdeploy[ray]"' in done.stderr
 
 
 def test_a_setting_by_name_counts_where_its_flag_was_not_given(bundle_path: Path) -> None:

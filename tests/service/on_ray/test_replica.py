@@ -86,7 +86,8 @@ def test_going_back_opens_nothing(versions: list[Path], monkeypatch: pytest.Monk
         async with started() as replica:
             await replica.reconfigure(told(first))
             await replica.reconfigure(told(second))
-            monkeypatch.setattr(replica, "_open", None)
+            opened = "sopdeploy_service.on_ray.replica.open_verified"
+            monkeypatch.setattr(opened, lambda *_, **__: pytest.fail("opened anew"))
             await replica.reconfigure(told(first))
             await replica.reconfigure(told(first))
             assert ids(replica) == [first.name]

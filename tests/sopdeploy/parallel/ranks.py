@@ -6,7 +6,6 @@ They are forked off one process that has imported torch, for that takes longer t
 import importlib
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import traceback
@@ -17,17 +16,11 @@ import torch
 
 from sopdeploy.checkpoint import load_plain
 from sopdeploy.training.joined import joined_processes
+from tests.service.children import free_port
 
 ROOT = Path(__file__).parents[3]
 PATIENCE = 240  # seconds
 PRELOADED = ["torch", "sopdeploy.train"]
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def environment(rank: int, world: int, port: int) -> dict[str, str]:

@@ -10,7 +10,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sopdeploy import train as training
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.training.joined import attempt
 from sopdeploy.training.stop import TrainingStoppedError
+from tests.service.children import free_port
 from tests.sopdeploy.parallel import ranks
 from tests.sopdeploy.runs import short_recipe
 from tests.sopdeploy.test_data_folder import make
@@ -128,9 +130,25 @@ def test_a_picture_that_only_one_process_reads_is_named_once(tmp_path) -> None:
     assert "Traceback" not in "".join(err for _, _, err in ends)
 
 
+@pytest.mark.parametrize(
+    ("here", "all_of_them", "restarts", "expected"),
+    [("2", "2", "1", "1"), ("2", "2", None, "0"), ("2", "4", "1", "0")],
+)
+def test_processes_of_one_machine_meet_anew_after_each_restart(
+    monkeypatch, here, all_of_them, restarts, expected
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    monkeypatch.setenv("WORLD_SIZE", all_of_them)
+    if restarts is None:
+        monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    else:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    assert attempt() == expected
+
+
 @pytest.mark.slow
 def test_torchrun_starts_again_what_was_killed_and_only_one_process_speaks(tmp_path) -> None:
-    run = ["--max-restarts", "1", "--nproc-per-node", "2", "--master-port", str(ranks.free_port())]
+    run = ["--max-restarts", "1", "--nproc-per-node", "2", "--master-port", str(free_port())]
     settings = ("epochs=12", GLOBAL, "device=cpu")
     words = [*run, "-m", "sopdeploy", *command(tmp_path / "run", *settings), "--resume", "auto", "--json"]
     (torchrun,) = ranks.start("torch.distributed.run", *words, world=1)

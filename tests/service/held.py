@@ -1,0 +1,22 @@
+"""A runtime that a test holds back, so that images wait for it."""
+
+import threading
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy_service.runtime.pretend import PretendRuntime
+
+
+class Held(PretendRuntime):
+    """Computes nothing before `gate` is set; `entered` is set once a batch is with it."""
+
+    def __init__(self, *, largest_batch: int = 8) -> None:
+        super().__init__(classes=7, largest_batch=largest_batch)
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        self.entered.set()
+        self.gate.wait(20)
+        return super().run(images)
