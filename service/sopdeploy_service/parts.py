@@ -1,7 +1,7 @@
 """How many parts a picture may have: bytes that are cheap to send must not be dear to read.
 
-Pillow reads headers part by part, in Python: 19 MB of empty segments hold the interpreter for seconds. And each
-scan of a JPEG goes over all of its pixels, so 240 kB of empty scans cost half a minute of a decoder.
+Pillow reads headers part by part, in Python: 19 MB of empty segments hold the interpreter for seconds. And
+each scan of a JPEG goes over all of its pixels, so 240 kB of empty scans cost half a minute of a decoder.
 """
 
 import io
