@@ -6,7 +6,6 @@ bytes say; a content type that says otherwise is a warning. Whatever the bytes a
 `ImageError`.
 """
 
-import io
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from PIL import Image
 
 from sopdeploy.errors import ImageError
 from sopdeploy.preprocess import Preprocess
+from sopdeploy_service.parts import WANTED, PatientFile, refuse_odd_jpeg
 
 ALLOWED = {
     b"\xff\xd8\xff": "JPEG",
@@ -35,11 +35,9 @@ REFUSED = {
     b"<svg": "SVG",
     b"<?xml": "XML or SVG",
 }
-ODD_JPEGS = {0xC3: "lossless", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded"}  # by their frame header
 ALIASES = {"JPG": "JPEG", "PJPEG": "JPEG", "APNG": "PNG", "X-PNG": "PNG", "X-BMP": "BMP", "X-MS-BMP": "BMP"}
 ANIMATED = {"GIF", "PNG", "WEBP"}  # a JPEG may hold a second picture too, but that is a thumbnail
 HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heif", b"avif", b"avis"}
-WANTED = "send a JPEG, PNG, WebP, BMP or GIF file"
 
 
 class Sent(NamedTuple):
@@ -124,19 +122,6 @@ def sniff(body: bytes) -> str:
     raise ImageError(f"this is not an image; {WANTED}", code="not_an_image", status=415)
 
 
-def refuse_odd_jpeg(body: bytes) -> None:
-    """Raise `ImageError` for a coding that not every build of libjpeg reads."""
-    place = 2
-    while place + 4 <= len(body) and body[place] == 0xFF:
-        marker = body[place + 1]
-        if marker in ODD_JPEGS:
-            what = f"{ODD_JPEGS[marker]} JPEG files are not accepted; {WANTED}"
-            raise ImageError(what, code="unsupported_format", status=415)
-        if marker == 0xDA:  # pixels begin
-            return
-        place += 1 if marker == 0xFF else 2 + int.from_bytes(body[place + 2 : place + 4], "big")
-
-
 def disagrees(media_type: str, name: str) -> bool:
     """Say whether *media_type* names an image format other than Pillow's *name*; `image/*` names none."""
     kind, _, subtype = media_type.partition(";")[0].strip().upper().partition("/")
@@ -164,7 +149,7 @@ def read_header(body: bytes, name: str, max_pixels: int) -> Image.Image:
     Raises `ImageError` where the header is damaged or says more than *max_pixels*.
     """
     try:
-        picture = Image.open(io.BytesIO(body), formats=(name,))
+        picture = Image.open(PatientFile(body, name), formats=(name,))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
         raise too_many_pixels(max_pixels) from problem
     except Exception as problem:  # foreign bytes in a parser: it may raise anything
@@ -195,6 +180,8 @@ def too_many_pixels(max_pixels: int, size: tuple[int, int] | None = None) -> Ima
 
 def damaged(problem: Exception) -> ImageError:
     """Return the error of a picture whose decoder raised *problem*."""
+    if isinstance(problem, ImageError):
+        return problem
     if isinstance(problem, MemoryError):
         return ImageError("the image needs more memory than there is", code="too_many_pixels", status=413)
     if isinstance(problem, EOFError) or "truncated" in str(problem).lower():

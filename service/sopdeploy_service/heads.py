@@ -27,3 +27,12 @@ def text(scope: Scope, name: bytes) -> str:
     """Return the value of the header *name* as text, empty where there is none."""
     value = header(scope, name)
     return "" if value is None else value.decode("latin-1")
+
+
+def right_host(headers: Iterable[tuple[bytes, bytes]], version: str) -> bool:
+    """Say whether a request of HTTP *version* names its host as RFC 9112, 3.2 has it; no other version may.
+
+    With two names a proxy in front could see another host than this server.
+    """
+    hosts = sum(name == b"host" for name, _ in headers)
+    return hosts == 1 if version == "1.1" else version == "1.0" and hosts <= 1

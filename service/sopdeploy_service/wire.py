@@ -13,7 +13,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from sopdeploy_service.connections import Connections
 from sopdeploy_service.decode import too_large
-from sopdeploy_service.heads import find
+from sopdeploy_service.heads import find, right_host
 from sopdeploy_service.leaving import DEPARTURE, Departure
 from sopdeploy_service.middleware import request_id
 from sopdeploy_service.outcome import Refusal
@@ -139,9 +139,9 @@ class Wire(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """End the request."""
-        self._in_body = False
-        if self._refusal is not None:
+        if self._refusal is not None:  # the app is not told that the body is whole: it must not wait
             return
+        self._in_body = False
         super().on_message_complete()
         if self._timers.stop("rest"):  # it was answered long ago
             self._await_next()
@@ -204,7 +204,7 @@ class Wire(HttpToolsProtocol):
         self._shared.idle(self)
 
     def _refusal_of_head(self) -> Refusal | None:
-        if self.parser.get_http_version() not in {"1.0", "1.1"} or len(self.pipeline) >= MAX_PIPELINE:
+        if len(self.pipeline) >= MAX_PIPELINE or not right_host(self.headers, self.parser.get_http_version()):
             return MALFORMED
         length = int(find(self.headers, b"content-length") or 0)
         limit = self._limits.max_body_bytes

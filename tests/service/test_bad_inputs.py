@@ -44,6 +44,7 @@ def saved(kind: str, **options: object) -> bytes:
     return file.getvalue()
 
 
+EMPTY_SCAN = b"\xff\xda\0\x08\1\1\0\1\x3f\x10"
 ZTXT_BOMB = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(50_000_000), 9))
 
 BAD_BODIES = {
@@ -75,6 +76,42 @@ BAD_BODIES = {
         lambda jpeg: png(8, 8, extra=b"\0\0\0\0tEXt\0\0\0\0" * 20_000),
         422,
         None,
+    ),
+    "PNG with 20000 chunks": (
+        lambda jpeg: png(8, 8, extra=chunk(b"prVt", b"") * 20_000),
+        422,
+        "damaged_image",
+    ),
+    "JPEG with 20000 empty segments": (
+        lambda jpeg: jpeg[:2] + b"\xff\xfe\0\2" * 20_000 + jpeg[2:],
+        422,
+        "damaged_image",
+    ),
+    "JPEG with 20000 bytes of filling": (
+        lambda jpeg: jpeg[:2] + b"\xff" * 20_000 + jpeg[2:],
+        422,
+        "damaged_image",
+    ),
+    "GIF with 20000 empty extensions": (
+        lambda jpeg: saved("GIF").replace(b",\0\0\0\0", b"!\xfe\x01a\0" * 20_000 + b",\0\0\0\0", 1),
+        422,
+        "damaged_image",
+    ),
+    "progressive JPEG with 1000 scans": (
+        lambda jpeg: saved("JPEG", progressive=True)[:-2] + EMPTY_SCAN * 1000 + b"\xff\xd9",
+        422,
+        "damaged_image",
+    ),
+    "progressive JPEG with 1000 scans behind a stray byte": (
+        lambda jpeg: (
+            saved("JPEG", progressive=True)[:20]
+            + b"\0"
+            + saved("JPEG", progressive=True)[20:-2]
+            + EMPTY_SCAN * 1000
+            + b"\xff\xd9"
+        ),
+        422,
+        "damaged_image",
     ),
     "TIFF": (lambda jpeg: saved("TIFF"), 415, "unsupported_format"),
     "ICO": (lambda jpeg: saved("ICO"), 415, "unsupported_format"),

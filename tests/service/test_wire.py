@@ -80,6 +80,13 @@ REFUSED_AT_ONCE = {
     "a zero byte in a header": (GET + b"A: b\0c\r\n\r\n", 400, "malformed_request"),
     "a URL that is none": (b"GET livez HTTP/1.1\r\nHost: x\r\n\r\n", 400, "malformed_request"),
     "a URL with a broken host": (b"GET http://[::1/a HTTP/1.1\r\n\r\n", 400, "malformed_request"),
+    "no host": (b"GET /livez HTTP/1.1\r\n\r\n", 400, "malformed_request"),
+    "two hosts": (GET + b"Host: y\r\n\r\n", 400, "malformed_request"),
+    "1000 trailers behind chunks": (
+        POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n" + LARGE + b"\r\n",
+        431,
+        "headers_too_large",
+    ),
     "a tunnel": (b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n", 400, "malformed_request"),
     "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "malformed_request"),
     "HTTP/0.9": (b"GET /livez HTTP/0.9\r\n\r\n", 400, "malformed_request"),

@@ -1,0 +1,67 @@
+"""How many parts a picture may have: bytes that are cheap to send must not be dear to read.
+
+Pillow reads headers part by part, in Python: 19 MB of empty segments hold the interpreter for seconds. And
+each scan of a JPEG goes over all of its pixels, so 240 kB of empty scans cost half a minute of a decoder.
+"""
+
+import io
+import re
+
+from sopdeploy.errors import ImageError
+
+WANTED = "send a JPEG, PNG, WebP, BMP or GIF file"
+ODD_JPEGS = {0xC3: "lossless", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded"}  # by their frame header
+SCAN, END, SEQUENTIAL = 0xDA, 0xD9, {0xC0, 0xC1}
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # that has a length; libjpeg too skips what is between
+MOST_SCANS = 100  # progressive files have about ten
+MOST_SEGMENTS = 10_000
+READS = 10_000  # of small files; a PNG in pieces of 8 kB and a GIF in blocks of 255 bytes need far fewer
+BYTES_PER_READ = 100
+BMP_READS = 2_000_000  # a run-length-coded one is decoded in Python, a byte or two at a time
+
+
+class PatientFile(io.BytesIO):
+    """The bytes of an image of format *name*, of which Pillow may ask for a part so often only.
+
+    Beyond that `read` raises `ImageError`.
+    """
+
+    def __init__(self, body: bytes, name: str) -> None:
+        super().__init__(body)
+        self._reads = BMP_READS if name == "BMP" else READS + len(body) // BYTES_PER_READ
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next *size* bytes."""
+        self._reads -= 1
+        if self._reads < 0:
+            raise too_many_parts()
+        return super().read(size)
+
+
+def refuse_odd_jpeg(body: bytes) -> None:
+    """Raise `ImageError` for a coding that not every build of libjpeg reads, or one with too many parts."""
+    place = 2
+    scans = components = 0  # components of a file that may have all of them in one scan
+    for _ in range(MOST_SEGMENTS):
+        found = MARKER.search(body, place)
+        if found is None:
+            return
+        place = found.end()
+        marker = body[place - 1]
+        if marker in ODD_JPEGS:
+            what = f"{ODD_JPEGS[marker]} JPEG files are not accepted; {WANTED}"
+            raise ImageError(what, code="unsupported_format", status=415)
+        if marker in SEQUENTIAL:
+            components = int.from_bytes(body[place + 7 : place + 8], "big")
+        if marker == END or (marker == SCAN and body[place + 2 : place + 3] == bytes([components])):
+            return
+        scans += marker == SCAN
+        if scans > MOST_SCANS:
+            raise too_many_parts()
+        place += int.from_bytes(body[place : place + 2], "big")
+    raise too_many_parts()
+
+
+def too_many_parts() -> ImageError:
+    """Return the error of a picture in more pieces than any program writes."""
+    return ImageError("the image has more parts than a picture needs", code="damaged_image", status=422)
