@@ -9,8 +9,9 @@ connections. `fast device`: 20 + 2 n, at most 32, 128 connections: here the deco
 `real engine` (with --bundle; --onnx is what the others load, the same network): onnxruntime on one thread.
 Every round measures the bare engine, every server, and the bare engine again; a figure is the median of the
 rounds' ratios to the bare engine of its round. CPU per image is that of the server's process tree, less that
-of decoding and engine in turn in one thread, each server's by its own decoder; beside it ours by its own
-account, where every call of the decoder and of the engine is measured in the server itself.
+of decoding and engine in turn in one thread: for all servers the decoder of the others' scripts, where they
+are, else ours. Beside it stands ours by its own account, where every call of the decoder and of the engine is
+measured in the server itself.
 """
 
 import argparse
@@ -109,11 +110,10 @@ class Benchmark:
         driven, account_ms = self._measure_ours(case)
         afters = bare(inference.runtime, case.largest, self._seconds / 2)
         speed = statistics.mean((befores.images_per_s, afters.images_per_s))
-        self._enter("sopdeploy", case, driven, speed, self._pipeline_ms(inference, case))
+        alone_ms = self._their_pipeline_ms(case) if measured else self._pipeline_ms(inference, case)
+        for name, one in {"sopdeploy": driven, **measured}.items():
+            self._enter(name, case, one, speed, alone_ms)
         self._rows["sopdeploy", case.name].cpu_by_account_ms.append(account_ms)
-        alone = self._their_pipeline_ms(case) if measured else 0.0
-        for name, one in measured.items():
-            self._enter(name, case, one, speed, alone)
 
     def _enter(self, name: str, case: Case, driven: Driven, speed: float, alone_ms: float) -> None:
         row = self._rows.setdefault((name, case.name), Row(name, case.name))
