@@ -19,6 +19,7 @@ from sopdeploy_service.tally import rate_refusal
 Value = TypeVar("Value")
 
 TIMEOUT_HEADER = b"x-request-timeout-ms"
+DIGITS = 9  # more milliseconds than any deadline may have; `int` refuses thousands of digits
 BAD_TIMEOUT = Refusal("invalid_timeout", 400, "X-Request-Timeout-Ms: say how many milliseconds, at least 1")
 
 
@@ -64,9 +65,10 @@ def seconds_allowed(request: Request, longest: float) -> float:
     given = header(request.scope, TIMEOUT_HEADER)
     if given is None:
         return longest
-    if not given.isdigit() or len(given) > 9 or int(given) == 0:
+    digits = given.lstrip(b"0")
+    if not given.isdigit() or not digits:
         raise RefusedError(BAD_TIMEOUT)
-    return min(longest, int(given) / 1000)
+    return longest if len(digits) > DIGITS else min(longest, int(digits) / 1000)
 
 
 def unless_refused(value: Value | Refusal) -> Value:

@@ -13,9 +13,11 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from fastapi import Request
 
 from sopdeploy.bundle import open_bundle
 from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy_service.admission import TIMEOUT_HEADER, seconds_allowed
 from sopdeploy_service.faults import OrderedError, parse_faults
 from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.model import Model
@@ -248,11 +250,26 @@ def test_where_several_models_answer_a_request_must_name_one(two, jpeg) -> None:
     assert 'requests_total{code="200",model="bees"' in two.get("/metrics").text
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "1.5", "soon", "9" * 30, "٣"])
+@pytest.mark.parametrize("value", ["0", "000", "-1", "1.5", "nan", "1e3", "soon", "٣"])
 def test_a_timeout_that_is_no_number_of_milliseconds_is_400(two, jpeg, value) -> None:
     headers = {"X-Request-Timeout-Ms": value.encode()}
     reply = two.post("/v1/classify?model=ants", content=jpeg, headers=headers)
     assert (reply.status_code, reply.json()["code"]) == (400, "invalid_timeout")
+
+
+@pytest.mark.parametrize("value", ["30001", "9999999999", "9" * 30, "9" * 20_000, "0" * 20_000 + "9000"])
+def test_a_timeout_of_any_length_is_cut_to_the_deadline_of_the_server(two, jpeg, value) -> None:
+    reply = two.post("/v1/classify?model=ants", content=jpeg, headers={"X-Request-Timeout-Ms": value})
+    assert reply.status_code == 200
+
+
+def test_no_timeout_lengthens_the_deadline_of_the_server(two) -> None:
+    def allowed(value: bytes) -> float:
+        scope = {"type": "http", "headers": [(TIMEOUT_HEADER, value)]}
+        return seconds_allowed(Request(scope), longest=30.0)
+
+    found = [allowed(value) for value in (b"1", b"0001500", b"29999", b"30001", b"9" * 10, b"9" * 20_000)]
+    assert found == [0.001, 1.5, 29.999, 30.0, 30.0, 30.0]
 
 
 def test_a_folder_of_bundles_is_served_by_name(tmp_path, make_bundle) -> None:
