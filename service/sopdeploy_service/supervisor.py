@@ -52,6 +52,7 @@ class Supervisor:
         self._settings = settings
         self._listener = listener
         self._stopping = threading.Event()
+        self._starting = threading.RLock()  # a process is born before a signal, which then finds it, or never
         self._changed = threading.Condition()
         self._announced = False
         self._code = 0
@@ -79,14 +80,18 @@ class Supervisor:
 
     def _stop(self, sign: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self._stopping.set()
-        for worker in self._workers:
-            if worker.child is not None and worker.child.poll() is None:
-                worker.child.send_signal(signal.SIGTERM)
+        with self._starting:
+            for worker in self._workers:
+                if worker.child is not None and worker.child.poll() is None:
+                    worker.child.send_signal(signal.SIGTERM)
 
     def _keep(self, worker: Worker, lifeline: int) -> None:
-        while not self._stopping.is_set():
+        while True:
             started = time.monotonic()
-            worker.child = self._spawn(worker, lifeline)
+            with self._starting:
+                if self._stopping.is_set():
+                    return
+                worker.child = self._spawn(worker, lifeline)
             code = self._live(worker.child, worker)
             if self._stopping.is_set():
                 return

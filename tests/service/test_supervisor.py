@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -14,8 +15,10 @@ import httpx
 import pytest
 
 from sopdeploy.errors import ConfigError
+from sopdeploy_service.listening import bind
 from sopdeploy_service.settings import load_settings
 from sopdeploy_service.siblings import merge
+from sopdeploy_service.supervisor import Supervisor, Worker
 from tests.service.children import line_of
 
 Start = Callable[..., tuple[subprocess.Popen[str], httpx.Client]]
@@ -96,6 +99,26 @@ def alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+class Interrupted(Supervisor):
+    """A signal comes while its one process is being started."""
+
+    def _spawn(self, worker: Worker, lifeline: int) -> subprocess.Popen[str]:
+        code = "import time; print(flush=True); time.sleep(20)"
+        self.born = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        line_of(self.born)
+        os.kill(os.getpid(), signal.SIGTERM)
+        self._stopping.wait(20)
+        time.sleep(0.1)  # for the rest of what the signal does
+        return self.born
+
+
+def test_a_process_that_a_signal_meets_at_its_birth_gets_that_signal() -> None:
+    with bind("127.0.0.1", 0) as listener:
+        supervisor = Interrupted(["bundle"], load_settings(devices="cpu"), listener)
+        assert supervisor.run() == 0
+    assert supervisor.born.returncode == -signal.SIGTERM
 
 
 def test_a_bundle_that_no_process_can_serve_is_one_line_and_exit_code_2(tmp_path) -> None:
