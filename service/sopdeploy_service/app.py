@@ -10,6 +10,7 @@ from sopdeploy_service import pages, problems, routes, status
 from sopdeploy_service.direct import Direct
 from sopdeploy_service.faults import NONE, Faults
 from sopdeploy_service.gate import METRICS, OPEN, Gate
+from sopdeploy_service.head_requests import HeadRequests
 from sopdeploy_service.intake import Intake
 from sopdeploy_service.keys import open_ring
 from sopdeploy_service.middleware import Envelope
@@ -62,6 +63,7 @@ def create_app(
     for router in (status.router, v2.router, pages.router):
         app.include_router(router)
     problems.install(app)
+    app.add_middleware(HeadRequests)
     app.add_middleware(Direct, route=routes.route, readers=routes.PLAIN)
     app.add_middleware(Intake, settings=settings, metrics=service.metrics)
     if settings.keys is not None:

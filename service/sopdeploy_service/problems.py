@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from sopdeploy_service.head_requests import with_head
 from sopdeploy_service.outcome import CLIENT_GONE, Refusal
 from sopdeploy_service.schema import PROBLEM_JSON, Problem
 from sopdeploy_service.tally import CURRENT
@@ -94,7 +95,7 @@ def install(app: FastAPI) -> None:
     async def http_error(request: Request, problem: HTTPException) -> Response:
         code = HTTPStatus(problem.status_code).name.lower()
         refusal = Refusal(code, problem.status_code, str(problem.detail))
-        return problem_response(refusal, problem.headers, path=request.url.path)
+        return problem_response(refusal, with_head(problem.headers or {}), path=request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def wrong_parameter(request: Request, problem: RequestValidationError) -> Response:

@@ -240,7 +240,8 @@ class Wire(HttpToolsProtocol):
         lines = [STATUS_LINE[refusal.status]]
         for name, value in [*self.server_state.default_headers, *response.raw_headers]:
             lines += [name, b": ", value, b"\r\n"]
-        self.transport.write(b"".join([*lines, b"\r\n", bytes(response.body)]))
+        body = b"" if self.parser.get_method() == b"HEAD" else bytes(response.body)
+        self.transport.write(b"".join([*lines, b"\r\n", body]))
 
     def _head_is_late(self) -> None:
         if self._in_head:
