@@ -47,7 +47,7 @@ class Connections:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
-        self._open: set[Connection] = set()
+        self._open: dict[Connection, None] = {}  # in the order they came
         self._idle: dict[Connection, None] = {}  # in the order they became so
 
     def opened(self, connection: Connection) -> Refusal | None:
@@ -55,7 +55,7 @@ class Connections:
 
         Where the limit is reached, the connection that has been idle for longest makes room.
         """
-        self._open.add(connection)
+        self._open[connection] = None
         self.metrics.connections(len(self._open))
         excess = len(self._open) - self.settings.max_connections
         if excess <= 0 or self._close_oldest_idle():
@@ -66,7 +66,7 @@ class Connections:
 
     def closed(self, connection: Connection) -> None:
         """Strike *connection* out."""
-        self._open.discard(connection)
+        self._open.pop(connection, None)
         self._idle.pop(connection, None)
         self.metrics.connections(len(self._open))
 
@@ -86,3 +86,18 @@ class Connections:
             connection.hang_up()
             return True
         return False
+
+
+class Fleeting(Connections):
+    """The book of a port that answers at once: who has been there longest makes room, whatever it waits for.
+
+    So nobody keeps others out by holding connections on which nothing, or half a request, is said.
+    """
+
+    def opened(self, connection: Connection) -> Refusal | None:
+        """Enter *connection*, which is always answered."""
+        if len(self._open) >= self.settings.max_connections:
+            oldest = next(iter(self._open))
+            self.closed(oldest)
+            oldest.cut()
+        return super().opened(connection)

@@ -1,11 +1,14 @@
 """Liveness on a thread and a port of its own, so that it is answered while the service's loop is not."""
 
+import asyncio
+import functools
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -14,12 +17,24 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from sopdeploy_service.connections import Fleeting
+from sopdeploy_service.metrics import Metrics
 from sopdeploy_service.problems import json_response
 from sopdeploy_service.schema import Health, State
+from sopdeploy_service.settings import Settings
+from sopdeploy_service.wire import Wire
 
 BEAT_SECONDS = 0.1  # how often uvicorn ticks
 BEATS = 100  # the last ten seconds
 JOIN_SECONDS = 5.0
+MOST = 64  # connections; as many more may wait to be accepted, all out of `OTHER_FILES`
+# Whoever probes is near and asks little. Not from the environment: these are not the service's limits.
+LIMITS: dict[str, Any] = {
+    "max_connections": MOST,
+    "head_seconds": 2.0,
+    "write_seconds": 5.0,
+    "max_body_bytes": 1000,
+}
 
 
 class LoopWatch:
@@ -72,14 +87,16 @@ def health_app(
 @contextmanager
 def answering(app: Starlette, listener: socket.socket) -> Iterator[None]:
     """Answer with *app* on *listener*, which is bound, in a thread of its own until the block ends."""
+    wire = functools.partial(Wire, Fleeting(Settings.model_construct(**LIMITS), Metrics()))
     config = uvicorn.Config(
         app,
+        http=cast(type[asyncio.Protocol], wire),
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=64,
+        backlog=MOST,
         timeout_keep_alive=5,
         timeout_graceful_shutdown=1,
     )

@@ -2,10 +2,11 @@
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
@@ -14,6 +15,7 @@ from sopdeploy_service import health_port
 from sopdeploy_service.health_port import LoopWatch, answering, health_app
 from sopdeploy_service.listening import bind, url
 from tests.service.children import START_SECONDS, line_of
+from tests.service.raw import EXPECT, GET, POST, connect, read
 
 BLOCKING = """
 import sys, time
@@ -95,6 +97,45 @@ def test_a_lag_is_forgotten_after_ten_seconds_of_beats(clock):
     for _ in range(100):
         watch.beat()
     assert watch.worst() == watch.lag() == 0
+
+
+def held(client: httpx.Client, number: int, said: bytes, stack: ExitStack) -> list[socket.socket]:
+    wires = []
+    for _ in range(number):
+        wires.append(stack.enter_context(connect(client)))
+        with suppress(OSError):  # it had to make room before it could speak
+            wires[-1].sendall(said)
+    return wires
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /livez HTTP/1.1\r\nHo", GET, GET + b"\r\n", POST + EXPECT])
+def test_probes_are_answered_while_200_connections_are_held(health, said):
+    client, _ = health("ok", max_lag=60)
+    address = client.base_url
+    with ExitStack() as stack:
+        held(client, 200, said, stack)
+        for path in ("/livez", "/readyz", "/metrics") * 10:
+            assert httpx.get(address.join(path), timeout=10).status_code == 200
+            held(client, 20, said, stack)
+
+
+def test_half_a_request_is_408_after_two_seconds_and_the_port_free_again(health):
+    client, _ = health("ok", max_lag=60)
+    with connect(client) as wire:
+        wire.sendall(GET)
+        reply = read(wire)
+    assert (reply.status, reply.code) == (408, "slow_request")
+    assert 1.5 < reply.seconds < 8
+    assert client.get("/livez").status_code == 200
+
+
+def test_the_limits_of_the_health_port_are_its_own(monkeypatch):
+    monkeypatch.setenv("SOPDEPLOY_MAX_URL_BYTES", "1")
+    monkeypatch.setenv("SOPDEPLOY_HEAD_SECONDS", "0.001")
+    with bind("127.0.0.1", 0) as listener:
+        app = health_app(lambda: "ok", lambda: b"", LoopWatch(), 60)
+        with answering(app, listener), httpx.Client(base_url=url(listener), timeout=10) as client:
+            assert client.get("/livez").status_code == 200
 
 
 def test_the_health_port_answers_while_the_event_loop_is_blocked(bundle_path, tmp_path, until):
