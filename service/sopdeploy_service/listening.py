@@ -1,8 +1,11 @@
 """Sockets that a server listens on."""
 
+import contextlib
 import socket
 
 from sopdeploy.errors import ConfigError
+
+LONGEST_QUEUE = 4096  # of connections not accepted; Linux keeps no more unless it is told to
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -24,6 +27,19 @@ def bind(host: str, port: int) -> socket.socket:
             f"{host}:{port}: cannot listen ({problem.strerror}); choose another host or port"
         ) from problem
     return listener
+
+
+def take_in(listener: socket.socket) -> list[socket.socket]:
+    """Return the connections that wait at *listener*, which does not block.
+
+    To be called before it is closed: the system completes a connection on its own, and resets those that
+    nobody has accepted by then.
+    """
+    found: list[socket.socket] = []
+    with contextlib.suppress(OSError):  # none is left, or no file can be opened any more
+        while len(found) < LONGEST_QUEUE:
+            found.append(listener.accept()[0])
+    return found
 
 
 def url(listener: socket.socket) -> str:

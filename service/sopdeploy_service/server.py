@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from sopdeploy_service.connections import Connections, allow_files
 from sopdeploy_service.faults import ordered_faults
 from sopdeploy_service.health_port import LoopWatch, answering, health_app
 from sopdeploy_service.heap import Rest, collect_seldom, give_back_in_a_thread, keep_little
-from sopdeploy_service.listening import bind, url
+from sopdeploy_service.listening import bind, take_in, url
 from sopdeploy_service.service import Service
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.shelf import Shelf
@@ -37,6 +37,8 @@ from sopdeploy_service.wire import Wire
 
 ENGINE_DEAD_EXIT = 70  # EX_SOFTWARE; a supervisor should start the process again
 CLOSING_SECONDS = 2  # for the last answers to leave, after everything was answered or refused
+LAST_SECONDS = 1.0  # for those connected when the port closes to say what they want
+GLANCE_SECONDS = 0.02
 
 log = logging.getLogger("sopdeploy.server")
 
@@ -135,8 +137,8 @@ class DrainingServer(uvicorn.Server):
     """A uvicorn that goes on answering while it drains, and ends when the engine is dead.
 
     The first signal makes the server not ready: new requests get 503, those already here are
-    answered for at most `drain_seconds`, then the port is closed. A second signal ends the drain:
-    what is not answered by then gets 503.
+    answered for at most `drain_seconds`, then the port is closed. Who was connected by then may still ask
+    and gets 503. A second signal ends the drain: what is not answered by then gets 503.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service, ready: str, timeline: Timeline) -> None:
@@ -182,6 +184,31 @@ class DrainingServer(uvicorn.Server):
             if late or self._service.requests == 0:
                 return True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the port, answer who has come through it, and end."""
+        # An engine that is dead leaves who waits at the port to other processes that listen there.
+        if self._drain_until is not None:
+            late = [connection for listener in sockets or [] for connection in take_in(listener)]
+            for server in self.servers:
+                server.close()
+            loop = asyncio.get_running_loop()
+            for connection in late:
+                await loop.connect_accepted_socket(self._protocol, connection)
+            await self._answer_the_last()
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        protocol = cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class)
+        return protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+    async def _answer_the_last(self) -> None:
+        end = time.monotonic() + LAST_SECONDS
+        asking = True
+        while asking and time.monotonic() < end:
+            await asyncio.sleep(GLANCE_SECONDS)  # first: what has arrived was not read yet
+            wires = cast(set[Wire], self.server_state.connections)
+            asking = any(wire.timeout_keep_alive_task is None for wire in wires)  # it runs for idle ones
 
     def _tell_drain(self) -> None:  # not in the signal's handler, which may interrupt a line of the log
         if not self._drain_told:

@@ -51,6 +51,7 @@ class Supervisor:
         self._sources = [str(source) for source in sources]
         self._settings = settings
         self._listener = listener
+        self._url = url(listener)
         self._stopping = threading.Event()
         self._starting = threading.RLock()  # a process is born before a signal, which then finds it, or never
         self._changed = threading.Condition()
@@ -81,6 +82,7 @@ class Supervisor:
     def _stop(self, sign: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self._stopping.set()
         with self._starting:
+            self._listener.close()  # the last process to end closes the port, after it has taken in who waits
             for worker in self._workers:
                 if worker.child is not None and worker.child.poll() is None:
                     worker.child.send_signal(signal.SIGTERM)
@@ -139,5 +141,5 @@ class Supervisor:
                 log.info("device %s: answers", worker.name)
                 return
             self._announced = True
-            sys.stdout.write(f"ready: {url(self._listener)}  {bundles}\n")
+            sys.stdout.write(f"ready: {self._url}  {bundles}\n")
             sys.stdout.flush()

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,10 +18,11 @@ import httpx
 import pytest
 
 from sopdeploy.errors import BundleError, ConfigError, ParityError
-from sopdeploy_service.listening import bind
+from sopdeploy_service.listening import bind, take_in
 from sopdeploy_service.server import serve
 from sopdeploy_service.settings import Settings
 from tests.service.children import line_of
+from tests.service.raw import GET, connect, read
 
 PATIENCE = 90  # seconds; only a machine that has no time for it takes more than a few
 SERVE = """
@@ -57,6 +59,18 @@ def hang(self, images):
         time.sleep(1000)
     return whole(self, images)
 OnnxRuntime.run = hang
+"""
+
+HALTS = """
+import os, signal
+from sopdeploy_service.server import DrainingServer
+whole = DrainingServer.on_tick
+async def halt(self, counter):
+    ends = await whole(self, counter)
+    if ends:
+        os.kill(os.getpid(), signal.SIGSTOP)  # what comes now comes just before the port is closed
+    return ends
+DrainingServer.on_tick = halt
 """
 
 
@@ -118,6 +132,50 @@ def test_sigterm_under_load_answers_every_request_that_was_admitted(start, jpeg)
     assert (late.status_code, late.json()["code"]) == (503, "draining")
     assert late.headers["connection"] == "close"
     assert child.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("said", [b"", b"POST /v1/cl", b"POST /v1/classify HTTP/1.1\r\nHost: x\r\n"])
+def test_who_is_connected_before_the_port_closes_is_answered(start, jpeg, said) -> None:
+    child, client = start(faults=HALTS)
+    whole = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(jpeg) + jpeg
+    with ExitStack() as stack:
+        known = [stack.enter_context(connect(client)) for _ in range(20)]
+        for wire in known:
+            wire.sendall(whole)
+            assert read(wire, to_the_end=False).status == 200
+            wire.sendall(said)
+        child.send_signal(signal.SIGTERM)
+        wait_until(lambda: os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOHANG) is not None)
+        strangers = [stack.enter_context(connect(client)) for _ in range(40)]
+        for wire in strangers:
+            wire.sendall(whole)
+        for wire in known:
+            wire.sendall(whole.removeprefix(said))
+        child.send_signal(signal.SIGCONT)
+        replies = [read(wire) for wire in known + strangers]
+    assert [(reply.status, reply.code) for reply in replies] == [(503, "draining")] * 60
+    assert child.wait(PATIENCE) == 0
+
+
+def test_connections_that_say_nothing_do_not_keep_the_server_from_its_end(start) -> None:
+    child, client = start()
+    with ExitStack() as stack:
+        for said in (b"", b"GET /li", GET, GET + b"\r\n") * 5:
+            stack.enter_context(connect(client)).sendall(said)
+        assert client.get("/livez").status_code == 200
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(20) == 0
+
+
+def test_a_port_is_asked_for_all_who_wait_at_it() -> None:
+    with ExitStack() as stack:
+        listener = stack.enter_context(bind("127.0.0.1", 0))
+        listener.listen()
+        listener.setblocking(False)
+        wires = [stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(3)]
+        found = [stack.enter_context(one).getpeername() for one in take_in(listener)]
+        assert found == [wire.getsockname() for wire in wires]
+        assert take_in(listener) == []
 
 
 def test_what_cannot_be_answered_within_the_drain_is_refused_and_not_cut_off(start, jpeg) -> None:

@@ -118,6 +118,7 @@ def test_a_process_that_a_signal_meets_at_its_birth_gets_that_signal() -> None:
     with bind("127.0.0.1", 0) as listener:
         supervisor = Interrupted(["bundle"], load_settings(devices="cpu"), listener)
         assert supervisor.run() == 0
+        assert listener.fileno() == -1  # so the last process closes the port, who has taken in those at it
     assert supervisor.born.returncode == -signal.SIGTERM
 
 
