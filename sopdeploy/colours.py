@@ -12,6 +12,7 @@ from PIL import Image
 
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
 TILE = 2**16  # pixels
+LEVELS = {"L;2": 85, "L;4": 17}  # grey levels between two values of such a PNG
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -55,10 +56,30 @@ def translucent(tile: Image.Image) -> Image.Image:
     if tile.mode not in SIXTEEN_BIT:
         return tile if tile.mode == "RGBA" else tile.convert("RGBA")
     values = np.asarray(tile)
-    return Image.fromarray(scaled_to_8_bits(values)).convert("RGBA")
+    grey = Image.fromarray(scaled_to_8_bits(values)).convert("RGBA")
+    clear = tile.info.get("transparency")
+    if isinstance(clear, int):  # one of 65536 greys: to be found before they are scaled
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def scaled_to_8_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
     """Return 16-bit *values* of any integer type as 8 bits, rounded to the nearest: 65535 becomes 255."""
     sixteen: NDArray[np.uint32] = np.clip(values, 0, 65535).astype(np.uint32)
     return ((sixteen + np.uint32(128)) // np.uint32(257)).astype(np.uint8)
+
+
+def match_transparency(picture: Image.Image) -> None:
+    """Bring the transparent colour of an opened PNG to 8 bits, as its pixels will be.
+
+    Pillow leaves it in the depth of the file, in which no pixel, or a wrong one, is found after decoding.
+    Of 48-bit colours Pillow keeps the upper bytes, so those decide. Nothing is decoded.
+    """
+    tiles = getattr(picture, "tile", None)
+    if picture.format != "PNG" or not tiles:
+        return
+    coding, clear = tiles[0][3], picture.info.get("transparency")
+    if coding in LEVELS and isinstance(clear, int):
+        picture.info["transparency"] = clear * LEVELS[coding]
+    elif coding == "RGB;16B" and isinstance(clear, tuple):
+        picture.info["transparency"] = tuple(value >> 8 for value in clear)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sopdeploy.colours import match_transparency
 from sopdeploy.errors import ImageError
 from sopdeploy.preprocess import Preprocess
 from sopdeploy_service.parts import WANTED, PatientFile, refuse_odd_jpeg
@@ -156,6 +157,7 @@ def read_header(body: bytes, name: str, max_pixels: int) -> Image.Image:
         raise damaged(problem) from problem
     if picture.width * picture.height > max_pixels:
         raise too_many_pixels(max_pixels, picture.size)
+    match_transparency(picture)
     return picture
 
 

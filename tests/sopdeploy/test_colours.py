@@ -1,5 +1,9 @@
 """Colours a tile at a time are those of the whole picture, and every transparent colour is found."""
 
+import io
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -7,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sopdeploy import colours
-from sopdeploy.colours import SIXTEEN_BIT, boxes, in_rgb, is_transparent
+from sopdeploy.colours import SIXTEEN_BIT, boxes, in_rgb, is_transparent, match_transparency
+from sopdeploy.data.stored import opened
 
 FUZZ = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 GREEN = (0, 200, 0)
@@ -97,3 +102,68 @@ def test_boxes_cover_a_picture_once_and_are_never_larger_than_a_tile(size):
     areas = [(right - left) * (bottom - top) for left, top, right, bottom in boxes(size)]
     assert sum(areas) == size[0] * size[1]
     assert max(areas) <= colours.TILE
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(depth: int, colour: int, row: bytes, width: int, *extra: bytes) -> bytes:
+    """A PNG of one row, made by hand, since Pillow writes not every depth."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + b"".join(extra)
+        + chunk(b"IDAT", zlib.compress(b"\0" + row))
+        + chunk(b"IEND", b"")
+    )
+
+
+def words(*values: int) -> bytes:
+    return struct.pack(f">{len(values)}H", *values)
+
+
+def trns(*values: int) -> bytes:
+    return chunk(b"tRNS", words(*values))
+
+
+PALETTE = chunk(b"PLTE", bytes([255, 0, 0, 0, 0, 255, 9, 9, 9]))
+GREYS = [(n, n, n) for n in range(256)]
+
+# A row of pixels with a transparent colour in each depth, and what is seen of it on green.
+TRANSPARENT = {
+    "16-bit grey": (
+        png(16, 0, words(1000, 1001, 999, 1257, 65535), 5, trns(1000)),
+        [GREEN, GREYS[4], GREYS[4], GREYS[5], GREYS[255]],
+    ),
+    "16-bit grey, white transparent": (png(16, 0, words(65535, 65534), 2, trns(65535)), [GREEN, GREYS[255]]),
+    "8-bit grey": (png(8, 0, bytes([100, 101, 0]), 3, trns(100)), [GREEN, GREYS[101], GREYS[0]]),
+    "4-bit grey": (png(4, 0, bytes([0x5F, 0x05]), 4, trns(5)), [GREEN, GREYS[255], GREYS[0], GREEN]),
+    "2-bit grey": (png(2, 0, bytes([0b10110100]), 4, trns(2)), [GREEN, GREYS[255], GREYS[85], GREYS[0]]),
+    "1-bit grey": (png(1, 0, bytes([0b10000000]), 2, trns(1)), [GREEN, GREYS[0]]),
+    "8-bit RGB": (png(8, 2, bytes([1, 2, 3, 1, 2, 4]), 2, trns(1, 2, 3)), [GREEN, (1, 2, 4)]),
+    "16-bit RGB": (
+        png(16, 2, words(1000, 2000, 3000, 1000, 2000, 9000), 2, trns(1000, 2000, 3000)),
+        [GREEN, (3, 7, 35)],
+    ),
+    "palette, half transparent": (
+        png(8, 3, bytes([0, 1, 2]), 3, PALETTE, chunk(b"tRNS", bytes([128, 0]))),
+        [(128, 100, 0), GREEN, (9, 9, 9)],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSPARENT)
+def test_the_transparent_colour_of_a_png_shows_the_background_in_every_depth(kind):
+    body, expected = TRANSPARENT[kind]
+    picture = opened(body, "a.png")
+    assert list(map(tuple, np.asarray(in_rgb(picture, GREEN))[0])) == expected
+    assert is_transparent(picture)
+
+
+def test_a_png_with_two_headers_is_left_as_it_is():
+    second = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+    picture = Image.open(io.BytesIO(png(8, 0, words(1, 2, 3), 1, trns(5), second)))
+    match_transparency(picture)
+    assert picture.info["transparency"] == 5
