@@ -16,6 +16,7 @@ from PIL import Image
 from sopdeploy.colours import match_transparency
 from sopdeploy.errors import ImageError
 from sopdeploy.preprocess import Preprocess
+from sopdeploy_service.jpeg import lacks_data
 from sopdeploy_service.parts import WANTED, PatientFile, refuse_odd_jpeg
 
 ALLOWED = {
@@ -83,6 +84,8 @@ def decode(
     try:
         with picture:
             whole = load(picture, body, preprocess)
+            if name == "JPEG" and lacks_data(whole, body):
+                raise cut_short()
             pixels, changes = preprocess(whole), preprocess.changes(whole)
             found = {
                 "content_type_mismatch": disagrees(sent.media_type, name),
@@ -187,5 +190,10 @@ def damaged(problem: Exception) -> ImageError:
     if isinstance(problem, MemoryError):
         return ImageError("the image needs more memory than there is", code="too_many_pixels", status=413)
     if isinstance(problem, EOFError) or "truncated" in str(problem).lower():
-        return ImageError("the image is cut short", code="truncated_image", status=422)
+        return cut_short()
     return ImageError("the image is damaged", code="damaged_image", status=422)
+
+
+def cut_short() -> ImageError:
+    """Return the error of a picture whose data ends before its pixels."""
+    return ImageError("the image is cut short", code="truncated_image", status=422)
