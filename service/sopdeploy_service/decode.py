@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from sopdeploy.colours import match_transparency
 from sopdeploy.errors import ImageError
 from sopdeploy.preprocess import Preprocess
-from sopdeploy_service.jpeg import lacks_data
+from sopdeploy_service.jpeg import lacks_data, without_short_adobe
 from sopdeploy_service.parts import WANTED, PatientFile, refuse_odd_jpeg
 
 ALLOWED = {
@@ -153,7 +153,7 @@ def read_header(body: bytes, name: str, max_pixels: int) -> Image.Image:
     Raises `ImageError` where the header is damaged or says more than *max_pixels*.
     """
     try:
-        picture = Image.open(PatientFile(body, name), formats=(name,))
+        picture = opened(body, name)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
         raise too_many_pixels(max_pixels) from problem
     except Exception as problem:  # foreign bytes in a parser: it may raise anything
@@ -162,6 +162,17 @@ def read_header(body: bytes, name: str, max_pixels: int) -> Image.Image:
         raise too_many_pixels(max_pixels, picture.size)
     match_transparency(picture)
     return picture
+
+
+def opened(body: bytes, name: str) -> Image.Image:
+    """Return the picture of format *name*; raises what Pillow does, but not for a short note of Adobe."""
+    try:
+        return Image.open(PatientFile(body, name), formats=(name,))
+    except UnidentifiedImageError:
+        plain = without_short_adobe(body)
+        if name != "JPEG" or plain == body:
+            raise
+        return Image.open(PatientFile(plain, name), formats=(name,))
 
 
 def too_large(max_bytes: int) -> ImageError:

@@ -1,4 +1,4 @@
-"""What Pillow does not say of a JPEG: that its data ends before its pixels."""
+"""What Pillow does not say of a JPEG, that its data ends before its pixels, and what it need not refuse."""
 
 import io
 import random
@@ -10,6 +10,7 @@ from sopdeploy_service.parts import MARKER, SCAN
 
 NO_DATA = {127, 128}  # libjpeg's grey where there is none; in CMYK Pillow turns it round
 NOISE = random.Random(0).randbytes(2048).replace(b"\xff", b"")  # noqa: S311 - data that paints something
+SHORT_ADOBE = re.compile(rb"\xff\xee(\0[\x07\x08]Adobe)")
 RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 
 
@@ -48,6 +49,14 @@ def more_data(before: bytes) -> bytes:
 
 def small(body: bytes) -> bytes:
     """Return the pixels of the JPEG *body* at an eighth of its size."""
-    picture = Image.open(io.BytesIO(body), formats=("JPEG",))
+    picture = Image.open(io.BytesIO(without_short_adobe(body)), formats=("JPEG",))
     picture.draft(picture.mode, (1, 1))
     return picture.tobytes()
+
+
+def without_short_adobe(body: bytes) -> bytes:
+    """Return the JPEG *body*, its notes of Adobe that are too short marked as another program's.
+
+    Pillow fails on them; libjpeg and other decoders take no note of any that is shorter than 12 bytes.
+    """
+    return SHORT_ADOBE.sub(b"\xff\xef\\1", body)

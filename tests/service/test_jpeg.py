@@ -86,3 +86,15 @@ def test_a_whole_jpeg_may_be_as_grey_as_it_likes(
     picture = photograph(size)
     picture.paste((128, 128, 128), (max(0, size[0] - grey[0]), max(0, size[1] - grey[1]), *size))
     assert not lacks(saved(picture, way, quality) + behind)
+
+
+@pytest.mark.parametrize("note", [b"Adobe", b"Adobe\0", b"Adobe\0d", b"Adobe\0d\0\0\0\0", b"Adob"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_short_note_of_adobe_changes_nothing(way: str, note: bytes) -> None:
+    body = saved(photograph(), way)
+    noted = body[:2] + b"\xff\xee" + struct.pack(">H", 2 + len(note)) + note + body[2:]
+    limits = {"max_bytes": 10**6, "max_pixels": 10**6}
+    found, plain = decode(Sent(noted), RULES, **limits), decode(Sent(body), RULES, **limits)
+    assert found.pixels.tobytes() == plain.pixels.tobytes()
+    with pytest.raises(ImageError, match="cut short"):
+        decode(Sent(that_says(noted, 160, 400)), RULES, **limits)
