@@ -28,7 +28,7 @@ from serving_alone import decode_ms, pictures
 from serving_peers import OURS, free_port, started
 
 HERE = Path(__file__).resolve().parent
-LOOP_MS = 0.46  # CPU of a request beside decoding: benchmarks/request_cpu.py
+LOOP_MS = 0.2  # CPU of a request beside decoding: benchmarks/request_cpu.py
 DECODERS = 2  # of serving_ours.py
 HELD = 1024
 

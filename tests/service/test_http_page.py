@@ -1,14 +1,8 @@
-"""`docs/http.md` is true: its examples run, and its codes are the service's."""
+"""`docs/http.md` has the service's codes and no others; `tests/docs/test_typed.py` types its examples."""
 
 import ast
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
@@ -16,47 +10,6 @@ SERVICE = ROOT / "service" / "sopdeploy_service"
 MAKERS = {"Refusal", "bad_request", "ImageError", "cls"}
 FRAMEWORK = {"not_found", "method_not_allowed"}  # made of the status by `problems`
 NAMED_BY_FIELD = {f"{what}_{side}" for what in ("unknown", "duplicate") for side in ("input", "output")}
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-
-
-@pytest.fixture
-def place(client, jpeg, tmp_path) -> str:
-    """Where the examples find their pictures; the address of the server instead of that on the page."""
-    for name in ("photo.jpg", "other.png"):
-        (tmp_path / name).write_bytes(jpeg)
-    return client.base_url.netloc.decode()
-
-
-@pytest.mark.parametrize("example", blocks("python"))
-def test_every_python_example_runs(example, place, tmp_path):
-    if "tritonclient" in example:
-        pytest.importorskip("tritonclient")
-    code = example.replace("127.0.0.1:8000", place)
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
-    )
-    assert found.returncode == 0, found.stderr
-    assert re.search(r"ant|bee|cat|dog|eel|fox|gnu", found.stdout)
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-@pytest.mark.parametrize("example", blocks("bash"))
-def test_every_curl_example_is_answered(example, place, tmp_path):
-    command = example.replace("127.0.0.1:8000", place).replace("curl ", "curl -sS --fail ", 1)
-    found = subprocess.run(
-        ["bash", "-c", command],  # noqa: S607
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env={**os.environ, "NO_PROXY": "127.0.0.1"},
-    )
-    assert found.returncode == 0, found.stderr
-    assert re.search(r"probability|logits", found.stdout)
 
 
 def codes_of(module: Path) -> set[str]:
