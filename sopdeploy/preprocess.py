@@ -12,13 +12,13 @@ import pydantic
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from sopdeploy.colours import SIXTEEN_BIT, in_rgb, is_transparent
 from sopdeploy.frozen import Frozen, Positive
 
 Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Colour = Annotated[int, pydantic.Field(ge=0, le=255)]
 
 LONGEST_STRIP = 16  # resized whole up to this ratio of its sides
-SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
 ORIENTATION, UPRIGHT = 0x0112, 1  # of EXIF
 SIDEWAYS = range(5, 9)  # the orientations that exchange width and height
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -60,19 +60,8 @@ class Preprocess(Frozen):
 
 
 def to_rgb(picture: Image.Image, rules: Preprocess) -> Image.Image:
-    """Return *picture* upright and in RGB, transparency laid onto the declared background.
-
-    16-bit grey is scaled to 8 bits; Pillow's own conversion would clip it to white.
-    """
-    if rules.exif_orientation:
-        picture = upright(picture)
-    if picture.mode in SIXTEEN_BIT:
-        picture = scale_to_8_bits(picture)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        canvas = Image.new("RGBA", picture.size, (*rules.background, 255))
-        picture = Image.alpha_composite(canvas, picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    """Return *picture* upright and in RGB, transparency laid onto the declared background."""
+    return in_rgb(upright(picture) if rules.exif_orientation else picture, rules.background)
 
 
 def upright(picture: Image.Image) -> Image.Image:
@@ -96,20 +85,6 @@ def orientation(picture: Image.Image) -> Any:
         return picture.getexif().get(ORIENTATION, UPRIGHT)
     except Exception:  # as in `upright`
         return UPRIGHT
-
-
-def is_transparent(picture: Image.Image) -> bool:
-    """Say whether any pixel of *picture* is not opaque."""
-    if not picture.has_transparency_data:
-        return False
-    return picture.convert("RGBA").getchannel("A").histogram()[255] < picture.width * picture.height
-
-
-def scale_to_8_bits(picture: Image.Image) -> Image.Image:
-    """Return a 16-bit grey *picture* as 8-bit grey: 65535 becomes 255."""
-    values = np.asarray(picture).astype(np.float64)
-    scaled = np.clip(np.rint(values / 257.0), 0, 255).astype(np.uint8)
-    return Image.fromarray(scaled)
 
 
 def centre_crop(picture: Image.Image, rules: Preprocess) -> NDArray[np.uint8]:

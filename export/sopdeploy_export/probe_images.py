@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from sopdeploy.colours import match_transparency
 from sopdeploy.errors import DataError
 from sopdeploy.preprocess import Preprocess
 
@@ -77,6 +78,7 @@ def photograph(path: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
     """Return the picture at *path* as the network sees it."""
     try:
         with Image.open(path) as picture:
+            match_transparency(picture)
             return preprocess(picture)
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as problem:
         raise DataError(f"{path}: cannot be read as a picture; remove it from the folder") from problem

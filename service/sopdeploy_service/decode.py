@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from sopdeploy.colours import match_transparency
 from sopdeploy.errors import ImageError
 from sopdeploy.preprocess import Preprocess
+from sopdeploy_service.jpeg import lacks_data, without_short_adobe
 from sopdeploy_service.parts import WANTED, PatientFile, refuse_odd_jpeg
 
 ALLOWED = {
@@ -82,6 +84,8 @@ def decode(
     try:
         with picture:
             whole = load(picture, body, preprocess)
+            if name == "JPEG" and lacks_data(whole, body):
+                raise cut_short()
             pixels, changes = preprocess(whole), preprocess.changes(whole)
             found = {
                 "content_type_mismatch": disagrees(sent.media_type, name),
@@ -149,14 +153,26 @@ def read_header(body: bytes, name: str, max_pixels: int) -> Image.Image:
     Raises `ImageError` where the header is damaged or says more than *max_pixels*.
     """
     try:
-        picture = Image.open(PatientFile(body, name), formats=(name,))
+        picture = opened(body, name)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
         raise too_many_pixels(max_pixels) from problem
     except Exception as problem:  # foreign bytes in a parser: it may raise anything
         raise damaged(problem) from problem
     if picture.width * picture.height > max_pixels:
         raise too_many_pixels(max_pixels, picture.size)
+    match_transparency(picture)
     return picture
+
+
+def opened(body: bytes, name: str) -> Image.Image:
+    """Return the picture of format *name*; raises what Pillow does, but not for a short note of Adobe."""
+    try:
+        return Image.open(PatientFile(body, name), formats=(name,))
+    except UnidentifiedImageError:
+        plain = without_short_adobe(body)
+        if name != "JPEG" or plain == body:
+            raise
+        return Image.open(PatientFile(plain, name), formats=(name,))
 
 
 def too_large(max_bytes: int) -> ImageError:
@@ -185,5 +201,10 @@ def damaged(problem: Exception) -> ImageError:
     if isinstance(problem, MemoryError):
         return ImageError("the image needs more memory than there is", code="too_many_pixels", status=413)
     if isinstance(problem, EOFError) or "truncated" in str(problem).lower():
-        return ImageError("the image is cut short", code="truncated_image", status=422)
+        return cut_short()
     return ImageError("the image is damaged", code="damaged_image", status=422)
+
+
+def cut_short() -> ImageError:
+    """Return the error of a picture whose data ends before its pixels."""
+    return ImageError("the image is cut short", code="truncated_image", status=422)

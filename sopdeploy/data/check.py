@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sopdeploy.colours import SIXTEEN_BIT
 from sopdeploy.data.folder import HELD_OUT, TRAIN, class_names, open_store, pictures_of, scan
 from sopdeploy.data.readable import each
 from sopdeploy.data.store import Opening, passed_over
 from sopdeploy.data.stored import StoredPictures, loaded, opened
 from sopdeploy.errors import DataError
 from sopdeploy.frozen import Frozen
-from sopdeploy.preprocess import SIXTEEN_BIT, Preprocess, is_turned, to_rgb
+from sopdeploy.preprocess import Preprocess, is_turned, to_rgb
 
 TINY = 32  # pixels of the shorter side, below which hardly anything is to be seen
 LONG = 4.0  # times its width, above which the centre crop shows little of a picture

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from sopdeploy.colours import match_transparency
 from sopdeploy.data.store import Store
 from sopdeploy.errors import DataError
 
@@ -57,11 +58,13 @@ class StoredPictures:
 def opened(data: bytes, where: str) -> Image.Image:
     """Return the picture in *data*, its pixels still to be decoded; raises `DataError` naming *where*."""
     try:
-        return Image.open(io.BytesIO(data))
+        picture = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as problem:
         raise DataError(f"{where}: not an image; delete it or put the right file there") from problem
     except UNREADABLE as problem:
         raise DataError(f"{where}: cannot be read ({problem}); repair or delete it") from problem
+    match_transparency(picture)
+    return picture
 
 
 def loaded(picture: Image.Image, where: str) -> Image.Image:

@@ -3,10 +3,14 @@ soon, and without allocating what a header only promises.
 """
 
 import io
+import os
 import resource
 import struct
+import subprocess
+import sys
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +121,47 @@ def test_a_pixel_bomb_is_refused_by_its_header(name: str) -> None:
     assert time.thread_time() - started < 0.5
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
     assert grown < 20_000  # kB
+
+
+def blank(depth: int, colour: int, channels: int) -> bytes:
+    """A PNG of 16 megapixels in a few kB."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4000, 4000, depth, colour, 0, 0, 0))
+    data = zlib.compress(bytes((1 + 4000 * channels * depth // 8) * 4000), 9)
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from sopdeploy.preprocess import Preprocess
+from sopdeploy_service.decode import Sent, decode
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+body = sys.stdin.buffer.read()
+before = peak()
+decode(Sent(body), Preprocess(), max_bytes=10**6, max_pixels=10**8)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read as Linux tells it")
+@pytest.mark.parametrize(
+    ("depth", "colour", "channels"), [(16, 0, 1), (8, 4, 2), (8, 6, 4)], ids=["16 bits", "LA", "RGBA"]
+)
+def test_a_large_picture_of_any_mode_costs_about_twice_its_rgb(
+    depth: int, colour: int, channels: int
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK],
+        input=blank(depth, colour, channels),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        check=True,
+    )
+    assert int(done.stdout) < 2.3 * 4000 * 4000 * 4 / 1024  # Pillow keeps RGB in 4 bytes a pixel
 
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
