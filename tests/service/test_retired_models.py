@@ -117,6 +117,7 @@ def test_the_metrics_have_no_more_lines_after_many_swaps(
         assert counts[-1] == counts[3], counts
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_a_server_does_not_keep_the_engine_that_it_started_with(
     versions: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,7 +136,6 @@ def test_a_server_does_not_keep_the_engine_that_it_started_with(
         end = time.monotonic() + 20
         while engines[0]() is not None and time.monotonic() < end:
             await asyncio.sleep(0.02)
-            gc.collect()
         await repository.stop()
 
     def run(self: Any, sockets: object) -> None:

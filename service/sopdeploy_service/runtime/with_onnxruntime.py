@@ -46,19 +46,18 @@ class OnnxRuntime:
         self._outputs = [output.name for output in manifest.outputs]
         chosen = (provider, dict(options or {}))
         self._session = open_session(engine, bundle, threads or available_cores(), chosen)
-        self._run = self._on_the_cpu
+        self._bound: BoundSession | None = None
         if provider != CPU:
             shapes = {output.name: output.shape[1:] for output in manifest.outputs}
-            self._run = BoundSession(engine, self._session, self.device, self._input, shapes).run
+            self._bound = BoundSession(engine, self._session, self.device, self._input, shapes)
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
         with translated():
-            return self._run(images)
-
-    def _on_the_cpu(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-        values = self._session.run(self._outputs, {self._input: images})
-        return dict(zip(self._outputs, values, strict=True))
+            if self._bound is not None:
+                return self._bound.run(images)
+            values = self._session.run(self._outputs, {self._input: images})
+            return dict(zip(self._outputs, values, strict=True))
 
 
 def import_onnxruntime() -> Any:
