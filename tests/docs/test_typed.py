@@ -24,6 +24,7 @@ NOT_TYPED = {  # a step that begins or goes on like this: why nobody types it he
     r"#!/bin/bash\n#SBATCH": "needs SLURM",
     r"sopdeploy --(install|show)-completion": "asks what shell it is typed in, which here is none",
     r"python benchmarks/capacity": "`test_scaling` computes its tables",
+    r"python benchmarks/serving": "needs other servers and their scripts",
     r"python benchmarks/second_order_gain": "takes hours; `tests/benchmarks` walks it with tiny networks",
 }
 ELSEWHERE = {  # pages that another test runs, or that show examples for themselves, not a way to go
