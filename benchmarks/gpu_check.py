@@ -27,6 +27,7 @@ from typing import Any, get_args
 
 import numpy as np
 from measure import interleaved, machine, versions
+from numpy.typing import NDArray
 
 from sopdeploy.bundle import Bundle, open_bundle
 from sopdeploy.engines.session import EngineSession
@@ -118,17 +119,21 @@ def onnxruntime_side(bundle: Bundle) -> dict[str, Run]:
 
 def timed(bundle: Bundle, sides: dict[str, Run], batch: int, runs: int) -> dict[str, Any]:
     """Return the median milliseconds of each side for one batch, timed in turn."""
-    shape = (batch, *bundle.manifest.image_shape)
-    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    images = noise(bundle, batch)
     seconds = interleaved([lambda run=run: run(images) for run in sides.values()], runs=runs, warmups=10)
     medians = {name: statistics.median(taken) * 1e3 for name, taken in zip(sides, seconds, strict=True)}
     return {"batch": batch, **{name: round(value, 3) for name, value in medians.items()}}
 
 
+def noise(bundle: Bundle, batch: int) -> NDArray[np.uint8]:
+    """Return *batch* images of the size of *bundle*."""
+    shape = (batch, *bundle.manifest.image_shape)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
 def back_to_back(session: EngineSession, bundle: Bundle, batch: int, runs: int) -> dict[str, int]:
     """Return the images per second of batches after each other, and with the next one begun meanwhile."""
-    shape = (batch, *bundle.manifest.image_shape)
-    images = list(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    images = list(noise(bundle, batch))
 
     def one_at_a_time() -> None:
         for _ in range(runs):

@@ -65,7 +65,7 @@ def settings_for(largest: int, *, decoders: int, threads: int) -> Settings:
 
 @dataclass(slots=True)
 class Accounts:
-    """Images decoded, and the CPU seconds of decoding and of the engine; a network of one output each."""
+    """Images decoded, and the CPU seconds of decoding and of the engine."""
 
     images: int = 0
     decode_s: float = 0.0
@@ -74,12 +74,12 @@ class Accounts:
     def over_decoder(self, decode: Callable[..., Any]) -> Callable[..., Any]:
         """Return *decode*, entered here."""
 
-        def entered(*given: Any, **more: Any) -> Any:
+        def counted(*given: Any, **more: Any) -> Any:
             self.images += 1
-            with self._of("decode_s"):
+            with self.entered("decode_s"):
                 return decode(*given, **more)
 
-        return entered
+        return counted
 
     def over(self, inference: Inference) -> Inference:
         """Return *inference* with its runtime entered here."""
@@ -87,13 +87,8 @@ class Accounts:
         return replace(inference, runtime=kind(inference.runtime, self))
 
     @contextmanager
-    def engine(self) -> Iterator[None]:
-        """Enter the CPU seconds of what this thread does in the block as the engine's."""
-        with self._of("engine_s"):
-            yield
-
-    @contextmanager
-    def _of(self, name: str) -> Iterator[None]:
+    def entered(self, name: str) -> Iterator[None]:
+        """Enter the CPU seconds of what this thread does in the block under *name*."""
         begun = time.thread_time()
         yield
         setattr(self, name, getattr(self, name) + time.thread_time() - begun)
@@ -109,7 +104,7 @@ class Entered:
 
     def run(self, images: Any) -> Any:
         """Return what it computes."""
-        with self._accounts.engine():
+        with self._accounts.entered("engine_s"):
             return self._runtime.run(images)
 
 
@@ -118,11 +113,11 @@ class EnteredDevice(Entered):
 
     def begin(self, images: Any) -> Any:
         """Begin a batch."""
-        with self._accounts.engine():
+        with self._accounts.entered("engine_s"):
             wait = self._runtime.begin(images)
 
         def entered() -> Any:
-            with self._accounts.engine():
+            with self._accounts.entered("engine_s"):
                 return wait()
 
         return entered

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.probes import Outputs
 from sopdeploy_service.isolate import Row, run_isolated
 from sopdeploy_service.latency import LatencyTable
 from sopdeploy_service.metrics import ModelMetrics
 from sopdeploy_service.outcome import NONFINITE, Answered, Outcome, Refusal
 from sopdeploy_service.ranking import Ranking
-from sopdeploy_service.running import Images, Outputs, Runner
+from sopdeploy_service.running import Images, Runner
 from sopdeploy_service.runtime.base import OutOfMemoryError, Runtime
 from sopdeploy_service.waiting import Item, WaitingLine, call_soon, settle
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import Metric
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
@@ -43,13 +42,13 @@ class Histograms(Collector):
             with self._counting:
                 self._count(value)
 
-    def describe(self) -> Iterable[Metric]:
+    def describe(self) -> Iterable[HistogramMetricFamily]:
         """Return the metric without a number."""
         return [HistogramMetricFamily(self._name, self._what, labels=(self.label,))]
 
-    def collect(self) -> Iterable[Metric]:
+    def collect(self) -> Iterable[HistogramMetricFamily]:
         """Return the metric as it stands now."""
-        family = HistogramMetricFamily(self._name, self._what, labels=(self.label,))
+        (family,) = self.describe()
         with self._counting:
             for value in list(self._kept):
                 totals = self._count(value).cumsum().tolist()

@@ -5,16 +5,17 @@ an output that is not finite fails the image it belongs to.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.probes import Outputs
 from sopdeploy_service.outcome import ENGINE_FAILED, NONFINITE, OUT_OF_MEMORY, Refusal
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
 
-Run = Callable[[Sequence[NDArray[np.uint8]]], Mapping[str, NDArray[np.float32]]]
+Run = Callable[[Sequence[NDArray[np.uint8]]], Outputs]
 Row = dict[str, NDArray[np.float32]] | Refusal
 
 log = logging.getLogger("sopdeploy.engine")
@@ -60,7 +61,7 @@ def halve(run: Run, images: Sequence[NDArray[np.uint8]], outputs: Sequence[str],
     ]
 
 
-def rows(found: Mapping[str, NDArray[np.float32]], outputs: Sequence[str], images: int) -> list[Row]:
+def rows(found: Outputs, outputs: Sequence[str], images: int) -> list[Row]:
     """Return the rows of *outputs*; a row is refused where any output of its image is not finite.
 
     Raises `ValueError` where an output does not have one row for each of the *images*.

@@ -6,8 +6,9 @@ import re
 
 from PIL import Image
 
-from sopdeploy_service.parts import MARKER, SCAN
+from sopdeploy_service.parts import SCAN, segments
 
+MARKER_BYTES = 2
 NO_DATA = {127, 128}  # libjpeg's grey where there is none; in CMYK Pillow turns it round
 NOISE = random.Random(0).randbytes(2048).replace(b"\xff", b"")  # noqa: S311 - data that paints something
 SHORT_ADOBE = re.compile(rb"\xff\xee(\0[\x07\x08]Adobe)")
@@ -30,13 +31,11 @@ def lacks_data(picture: Image.Image, body: bytes) -> bool:
 
 def end_of_first_scan(body: bytes) -> int:
     """Return where the data of the first scan of *body* ends, a JPEG that was decoded."""
-    place, marker = 2, None
-    while found := MARKER.search(body, place):
-        if marker == SCAN:
-            return found.start()
-        place = found.end()
-        marker = body[place - 1]
-        place += int.from_bytes(body[place : place + 2], "big")
+    before = None
+    for marker, place in segments(body):
+        if before == SCAN:
+            return place - MARKER_BYTES
+        before = marker
     return len(body)
 
 

@@ -1,14 +1,10 @@
 """The probes of a bundle on a device that has two batches under way, as it will have under load."""
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.probes import Probes, replay
+from sopdeploy.probes import Outputs, Probes, Run, replay
 from sopdeploy_service.runtime.base import Overlapping
-
-Outputs = dict[str, NDArray[np.float32]]
 
 
 def replay_overlapping(probes: Probes, runtime: Overlapping, largest: int) -> None:
@@ -17,28 +13,17 @@ def replay_overlapping(probes: Probes, runtime: Overlapping, largest: int) -> No
     So numbers that reach into the memory of their neighbour show before the first request. Raises
     `ParityError`.
     """
-    for run in (behind_another(runtime), before_another(runtime)):
-        replay(probes, run, batch=largest)
+    for place in (1, 0):
+        replay(probes, beside_others(runtime, place), batch=largest)
 
 
-def behind_another(runtime: Overlapping) -> Callable[[NDArray[np.uint8]], Outputs]:
-    """Return a run that begins its images while others are at work."""
-
-    def run(images: NDArray[np.uint8]) -> Outputs:
-        other, these = runtime.begin(list(~images)), runtime.begin(list(images))
-        other()
-        return these()
-
-    return run
-
-
-def before_another(runtime: Overlapping) -> Callable[[NDArray[np.uint8]], Outputs]:
-    """Return a run that begins others while its images are at work."""
+def beside_others(runtime: Overlapping, place: int) -> Run:
+    """Return a run whose images are the first (*place* 0) or the second (1) of two batches under way."""
 
     def run(images: NDArray[np.uint8]) -> Outputs:
-        these, other = runtime.begin(list(images)), runtime.begin(list(~images))
-        found = these()
-        other()
-        return found
+        batches = [~images, ~images]
+        batches[place] = images
+        ends = [runtime.begin(list(batch)) for batch in batches]
+        return [end() for end in ends][place]
 
     return run

@@ -6,6 +6,7 @@ each scan of a JPEG goes over all of its pixels, so 240 kB of empty scans cost h
 
 import io
 import re
+from collections.abc import Iterator
 
 from sopdeploy.errors import ImageError
 
@@ -40,14 +41,10 @@ class PatientFile(io.BytesIO):
 
 def refuse_odd_jpeg(body: bytes) -> None:
     """Raise `ImageError` for a coding that not every build of libjpeg reads, or one with too many parts."""
-    place = 2
     scans = components = 0  # components of a file that may have all of them in one scan
-    for _ in range(MOST_SEGMENTS):
-        found = MARKER.search(body, place)
-        if found is None:
-            return
-        place = found.end()
-        marker = body[place - 1]
+    for number, (marker, place) in enumerate(segments(body)):
+        if number == MOST_SEGMENTS:
+            raise too_many_parts()
         if marker in ODD_JPEGS:
             what = f"{ODD_JPEGS[marker]} JPEG files are not accepted; {WANTED}"
             raise ImageError(what, code="unsupported_format", status=415)
@@ -58,8 +55,18 @@ def refuse_odd_jpeg(body: bytes) -> None:
         scans += marker == SCAN
         if scans > MOST_SCANS:
             raise too_many_parts()
+
+
+def segments(body: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the marker of each segment of the JPEG *body*, and the place behind it, where its length stands.
+
+    After a scan comes the next segment behind its data.
+    """
+    place = 2
+    while found := MARKER.search(body, place):
+        place = found.end()
+        yield body[place - 1], place
         place += int.from_bytes(body[place : place + 2], "big")
-    raise too_many_parts()
 
 
 def too_many_parts() -> ImageError:

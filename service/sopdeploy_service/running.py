@@ -1,15 +1,15 @@
 """A batch that a runtime was given: begun at once where the runtime can, else run when it is waited for."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.probes import Outputs
 from sopdeploy_service.runtime.base import Overlapping, Runtime
 from sopdeploy_service.stacking import Stack
 
-Outputs = Mapping[str, NDArray[np.float32]]
 Images = Sequence[NDArray[np.uint8]]
 
 

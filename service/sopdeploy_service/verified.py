@@ -69,9 +69,10 @@ def open_verified(path: Path, settings: Settings, *, thorough: bool = False) -> 
     moments.append(time.monotonic())
     timed = Timed(runtime)
     largest = largest_batch(runtime, settings)
-    replays = replay_all(bundle, timed, largest, thorough=thorough)
+    probes = proving_probes(bundle)
+    replays = replay_all(probes, timed, largest, thorough=thorough)
     if isinstance(runtime, Overlapping):
-        replay_overlapping(read_probes(bundle.probes), runtime, largest)
+        replay_overlapping(probes, runtime, largest)
     moments.append(time.monotonic())
     drift = checked(bundle, runtime, settings)
     moments.append(time.monotonic())
@@ -102,18 +103,23 @@ class Timed:
         return outputs
 
 
-def replay_all(bundle: Bundle, run: Run, largest: int, *, thorough: bool) -> dict[int, Replay]:
-    """Replay the probes one by one, and in batches of *largest* where there are so many.
-
-    Unless *thorough*, of larger batches and single images the latter are the first `FEW` only.
-
-    Raises `ParityError` for other numbers and `BundleError` for probes that would prove nothing.
-    """
+def proving_probes(bundle: Bundle) -> Probes:
+    """Return the probes of *bundle*; raises `BundleError` for some that would prove nothing."""
     probes = read_probes(bundle.probes)
     if not fit(probes, bundle.manifest):
         raise BundleError(
             f"{bundle.probes}: does not probe every output; nothing would be proved: export the bundle again"
         )
+    return probes
+
+
+def replay_all(probes: Probes, run: Run, largest: int, *, thorough: bool) -> dict[int, Replay]:
+    """Replay *probes* one by one, and in batches of *largest* where there are so many.
+
+    Unless *thorough*, of larger batches and single images the latter are the first `FEW` only.
+
+    Raises `ParityError` for other numbers.
+    """
     sizes = {1, min(largest, len(probes.images))}
     few = probes if thorough or len(sizes) == 1 else first(probes, FEW)
     return {size: replay(few if size == 1 else probes, run, batch=size) for size in sorted(sizes)}
