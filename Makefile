@@ -45,7 +45,7 @@ tests: $(STAMP)
 
 # On its own: a cluster gives up before it has started where other processes come first.
 ray-test: $(STAMP)
-	$(BIN)/pytest -m ray tests/service/on_ray
+	$(BIN)/pytest -m ray tests/service/server/on_ray
 
 compiled: $(STAMP)  # once for all processes of `tests`, each of which would do it at the same moment
 	nice $(BIN)/pytest --collect-only --quiet >/dev/null

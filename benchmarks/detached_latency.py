@@ -18,9 +18,9 @@ import torch
 from measure import Result, compare, parse, report
 
 from sopdeploy.checkpoint import Checkpoint, write_checkpoint
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.catalog import create_model
-from sopdeploy.preprocess import Preprocess
+from sopdeploy.models.registry import create_model
 from sopdeploy_export.pipeline import ExportOptions, export
 
 CLASSES = tuple(f"class {number}" for number in range(1000))

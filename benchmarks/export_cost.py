@@ -21,7 +21,7 @@ import torch
 from detached_latency import checkpoint
 from measure import machine, parse, versions
 
-from sopdeploy.models.catalog import create_model
+from sopdeploy.models.registry import create_model
 from sopdeploy_export.pipeline import ExportOptions, export
 
 BOUNDS = {"dsop-resnet18": (60, 4.0), "dsop-resnet50": (90, 4.0)}  # seconds, GB

@@ -10,10 +10,10 @@ from time import process_time
 
 from measure import compare, parse, report
 
-from sopdeploy.preprocess import Preprocess
-from sopdeploy_service.decode import Sent, decode
-from sopdeploy_service.fast_decode import made
-from sopdeploy_service.loading import at_a_fraction
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_service.images.decode import EncodedImage, decode
+from sopdeploy_service.images.fast_decode import made
+from sopdeploy_service.images.loaders import at_a_fraction
 
 SIZES = ((4000, 3000), (2048, 1536), (1400, 1050), (500, 375))
 
@@ -24,7 +24,7 @@ def main() -> None:
     rules = Preprocess(resize=256, crop=224)
     results = []
     for size in SIZES[:2] if arguments.quick else SIZES:
-        work = partial(decode, Sent(made(size, 0)), rules, max_bytes=10**9, max_pixels=10**8)
+        work = partial(decode, EncodedImage(made(size, 0)), rules, max_bytes=10**9, max_pixels=10**8)
         case = f"decode {size[0]} x {size[1]}"
         runs = 5 if arguments.quick else 15
         results.append(

@@ -29,12 +29,12 @@ import numpy as np
 from measure import interleaved, machine, versions
 from numpy.typing import NDArray
 
-from sopdeploy.bundle import Bundle, open_bundle
-from sopdeploy.engines.session import EngineSession
+from sopdeploy.bundle.folder import Bundle, open_bundle
+from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import RuntimeUnavailableError, SopdeployError
-from sopdeploy.manifest import Manifest
-from sopdeploy_export.engine_tensorrt import EngineOptions, Machine, engine, this_machine
-from sopdeploy_service.runtime.with_onnxruntime import CUDA, OnnxRuntime
+from sopdeploy.tensorrt.session import EngineSession
+from sopdeploy_export.tensorrt.engine import EngineOptions, Machine, engine, this_machine
+from sopdeploy_service.runtime.onnxruntime import CUDA, OnnxRuntime
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("dsop-resnet50", "gsop-net2-resnet50", "gmsop-16-8-resnet18")

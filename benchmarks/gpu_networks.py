@@ -12,11 +12,11 @@ import torch
 from detached_latency import CLASSES, checkpoint
 from numpy.typing import NDArray
 
+from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.manifest import BatchRange
-from sopdeploy.models.catalog import create_model
-from sopdeploy_export.capture import Deployed
+from sopdeploy.models.registry import create_model
 from sopdeploy_export.detach import detach
+from sopdeploy_export.graph.torch_export import Deployed
 from sopdeploy_export.pipeline import ExportOptions, export
 
 SIDES = {"dsop-resnet50": 224, "gsop-net2-resnet50": 224, "gmsop-16-8-resnet18": 64}

@@ -16,15 +16,15 @@ import onnxruntime as ort
 import torch
 from measure import Result, compare, parse, report
 
-from sopdeploy.manifest import BatchRange
-from sopdeploy.models.catalog import create_model
-from sopdeploy.preprocess import Preprocess
-from sopdeploy_export.capture import capture
+from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.registry import create_model
 from sopdeploy_export.detach import detach
-from sopdeploy_export.int8 import quantise
-from sopdeploy_export.lower_onnx import lower
-from sopdeploy_export.precision import in_float32
-from sopdeploy_export.probe_images import generated
+from sopdeploy_export.graph.onnx_export import lower
+from sopdeploy_export.graph.probe_images import generated
+from sopdeploy_export.graph.torch_export import capture
+from sopdeploy_export.precision.casts import in_float32
+from sopdeploy_export.precision.int8 import quantise
 
 NETWORKS = ("dsop-resnet18", "isqrt-resnet18")
 

@@ -15,10 +15,10 @@ from measure import compare, parse, report
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.data.base import Prepared
 from sopdeploy.data.sources import open_data
-from sopdeploy.normalise import Normalise
-from sopdeploy.recipe import read_recipe
-from sopdeploy.train import train
-from sopdeploy.training.sight import look
+from sopdeploy.layers.normalize import Normalize
+from sopdeploy.training.diagnostics import look
+from sopdeploy.training.loop import train
+from sopdeploy.training.recipe import read_recipe
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     arguments = parse(__doc__)
     recipe = read_recipe("digits-dsop", ["epochs=1", "threads=1"])
     held_out = Prepared(open_data(recipe.data).held_out, recipe.preprocess)
-    normalise = Normalise(recipe.preprocess)
+    normalise = Normalize(recipe.preprocess)
     with tempfile.TemporaryDirectory() as folder:
         train(recipe, Path(folder) / "first")
         path = Path(folder) / "first" / "last.pt"

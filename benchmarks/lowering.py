@@ -18,16 +18,16 @@ import torch
 from measure import Result, compare, parse, report
 from torch import Tensor, nn
 
-from sopdeploy.blocks.components import Components, make_components
-from sopdeploy.blocks.gsop_block import GSoPBlock, GSoPBlockConfig
-from sopdeploy.blocks.sparse_gate import keep_largest
-from sopdeploy.manifest import BatchRange
-from sopdeploy.pooling.isqrt_cov import ISqrtCov, ISqrtCovConfig
-from sopdeploy_export.lowering.autotune import ByThumb, open_form
-from sopdeploy_export.lowering.experts import AllMasked, GatheredWeights
-from sopdeploy_export.lowering.network import FORMULAS, RULES
-from sopdeploy_export.lowering.observe import observe
-from sopdeploy_export.lowering.work import Work
+from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
+from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtCovConfig
+from sopdeploy.layers.mixture.components import Components, make_components
+from sopdeploy.layers.mixture.gate import keep_largest
+from sopdeploy_export.rewrites.apply import FORMULAS, RULES
+from sopdeploy_export.rewrites.autotune import Heuristic, open_form
+from sopdeploy_export.rewrites.context import Work
+from sopdeploy_export.rewrites.equivalence import observe
+from sopdeploy_export.rewrites.mixture import AllMasked, GatheredWeights
 
 AGREEMENT = 2e-5  # of the largest value, float32 against float32
 
@@ -59,7 +59,7 @@ def rewritten(part: nn.Module, inputs: tuple[Tensor, ...], *, by_rules: bool) ->
     """Return *part* rewritten by the rules, or as the papers write it."""
     network = Part(part).eval()
     batch = BatchRange(optimum=8)
-    work = Work(network=network, calls=observe(network, inputs), batch=batch, choose=ByThumb())
+    work = Work(network=network, calls=observe(network, inputs), batch=batch, choose=Heuristic())
     for apply in RULES if by_rules else FORMULAS:
         apply(work)
     return network.part

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sopdeploy.machine import installed, processor
+from sopdeploy.environment import installed, processor
 
 Clock = Callable[[], float]
 PACKAGES = (

@@ -23,10 +23,10 @@ from serving_alone import pictures
 from serving_ours import CLASSES, pretend
 from serving_peers import OURS, cpu_seconds, free_port, started
 
-from sopdeploy_service import service
 from sopdeploy_service.app import create_app
-from sopdeploy_service.decode import Decoded
-from sopdeploy_service.server import http_config
+from sopdeploy_service.images.decode import Decoded
+from sopdeploy_service.inference import service
+from sopdeploy_service.server.process import http_config
 from sopdeploy_service.settings import load_settings
 
 HERE = Path(__file__).resolve()

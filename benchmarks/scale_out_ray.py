@@ -14,8 +14,8 @@ import ray
 from ray import serve
 from serving_ours import pretend, settings_for
 
-from sopdeploy_service.on_ray.application import OnRay, application
-from sopdeploy_service.on_ray.plan import NAME, Scale, changed, deployment, http_options
+from sopdeploy_service.server.on_ray.application import OnRay, application
+from sopdeploy_service.server.on_ray.plan import NAME, Scale, changed, deployment, http_options
 
 
 def replica_of(fixed_ms: float, per_image_ms: float, largest: int) -> type[OnRay]:

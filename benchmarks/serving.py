@@ -31,7 +31,7 @@ from serving_ours import Accounts, pretend, settings_for
 from serving_peers import OURS, PEERS, Peer, cpu_seconds, free_port, peer_command, started
 from serving_rounds import Rounds
 
-from sopdeploy_service.verified import Inference, open_verified
+from sopdeploy_service.inference.loader import LoadedModel, load_model
 
 HERE = Path(__file__).resolve().parent
 DELAY_MS = 5  # the others' waiting for a batch; ours needs none
@@ -120,13 +120,13 @@ class Benchmark:
         row.ratios.append(driven.load.images_per_s / speed)
         row.note(driven.load, driven.cpu_ms - alone_ms)
 
-    def _inference(self, case: Case) -> Inference:
+    def _inference(self, case: Case) -> LoadedModel:
         if case.fake is None:
-            return open_verified(self._given.bundle, settings_for(case.largest, decoders=2, threads=1))
+            return load_model(self._given.bundle, settings_for(case.largest, decoders=2, threads=1))
         fixed, each = map(float, case.fake.split(","))
         return pretend(fixed, each, case.largest)
 
-    def _pipeline_ms(self, inference: Inference, case: Case) -> float:
+    def _pipeline_ms(self, inference: LoadedModel, case: Case) -> float:
         rules = inference.bundle.manifest.preprocess
         return pipeline(inference.runtime, rules, self._folder, case.largest, self._seconds / 2).cpu_ms
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from serving_ours import pretend
 
-from sopdeploy.preprocess import Preprocess
-from sopdeploy_service.decode import Sent, decode
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.runtime.base import Runtime
 
 LIMIT = 10**8  # bytes and pixels, which no picture here has
@@ -36,7 +36,7 @@ print(json.dumps([done / (time.perf_counter() - begun), 1000 * (time.process_tim
 
 
 @dataclass(frozen=True, slots=True)
-class Alone:
+class SingleProcess:
     """How fast something went, and its CPU milliseconds per image."""
 
     images_per_s: float
@@ -54,13 +54,15 @@ def pictures(folder: Path, count: int = 32) -> Path:
     return folder
 
 
-def bare(runtime: Runtime, largest: int, seconds: float) -> Alone:
+def bare(runtime: Runtime, largest: int, seconds: float) -> SingleProcess:
     """Return what *runtime* does in full batches and nothing else."""
     images = np.zeros((largest, 224, 224, 3), dtype=np.uint8)
     return repeated(lambda _: runtime.run(images), largest, seconds)
 
 
-def pipeline(runtime: Runtime, rules: Preprocess, folder: Path, largest: int, seconds: float) -> Alone:
+def pipeline(
+    runtime: Runtime, rules: Preprocess, folder: Path, largest: int, seconds: float
+) -> SingleProcess:
     """Return what decoding, as our server does it, and *runtime* take in turn in one thread, batch by batch.
 
     Between its batches a decoder finds the caches as cold as in a server that waits for the same engine.
@@ -75,13 +77,13 @@ def pipeline(runtime: Runtime, rules: Preprocess, folder: Path, largest: int, se
 
 def their_pipeline(
     python: str, scripts: Path, environment: Mapping[str, str], folder: Path, largest: int, seconds: float
-) -> Alone:
+) -> SingleProcess:
     """Return the same of the other servers' decoder and engine, in the folder *scripts*."""
     command = [python, "-c", THEIRS, str(folder), str(largest), str(seconds)]
     done = subprocess.run(
         command, cwd=scripts, env=dict(environment), capture_output=True, text=True, check=True
     )
-    return Alone(*json.loads(done.stdout))
+    return SingleProcess(*json.loads(done.stdout))
 
 
 def decode_ms(folder: Path) -> float:
@@ -100,14 +102,14 @@ def read(folder: Path) -> Sequence[bytes]:
 
 def pixels(body: bytes, rules: Preprocess) -> NDArray[np.uint8]:
     """Return what our decoders make of *body*."""
-    return decode(Sent(body), rules, max_bytes=LIMIT, max_pixels=LIMIT).pixels
+    return decode(EncodedImage(body), rules, max_bytes=LIMIT, max_pixels=LIMIT).pixels
 
 
-def repeated(batch: Callable[[int], object], images: int, seconds: float) -> Alone:
+def repeated(batch: Callable[[int], object], images: int, seconds: float) -> SingleProcess:
     """Call *batch*, which does so many *images*, with the number done before, once and then for *seconds*."""
     batch(0)
     begun, cpu, done = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - begun < seconds:
         batch(done)
         done += images
-    return Alone(done / (time.perf_counter() - begun), 1000 * (time.process_time() - cpu) / done)
+    return SingleProcess(done / (time.perf_counter() - begun), 1000 * (time.process_time() - cpu) / done)

@@ -20,21 +20,21 @@ from typing import Any
 
 import uvicorn
 
-from sopdeploy.bundle import Bundle
-from sopdeploy.manifest import BatchRange, Lineage, Manifest, TensorRecord
-from sopdeploy.preprocess import Preprocess
-from sopdeploy_service import service
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.manifest import BatchRange, Lineage, Manifest, TensorRecord
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.app import create_app
+from sopdeploy_service.inference import service
+from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import Overlapping
-from sopdeploy_service.runtime.pretend import PretendDevice
-from sopdeploy_service.server import http_config, prepare_process
+from sopdeploy_service.runtime.fake import FakeDevice
+from sopdeploy_service.server.process import http_config, prepare_process
 from sopdeploy_service.settings import Settings, load_settings
-from sopdeploy_service.verified import Inference, open_verified
 
 CLASSES = 1000
 
 
-def pretend(fixed_ms: float, per_image_ms: float, largest: int) -> Inference:
+def pretend(fixed_ms: float, per_image_ms: float, largest: int) -> LoadedModel:
     """Return a network of 224 pixels and 1000 classes that only sleeps."""
     manifest = Manifest(
         model="pretend",
@@ -50,10 +50,8 @@ def pretend(fixed_ms: float, per_image_ms: float, largest: int) -> Inference:
         files={},
     )
     labels = tuple(f"class {number}" for number in range(CLASSES))
-    runtime = PretendDevice(
-        classes=CLASSES, fixed_ms=fixed_ms, per_image_ms=per_image_ms, largest_batch=largest
-    )
-    return Inference(
+    runtime = FakeDevice(classes=CLASSES, fixed_ms=fixed_ms, per_image_ms=per_image_ms, largest_batch=largest)
+    return LoadedModel(
         bundle=Bundle(path=Path("pretend"), manifest=manifest, labels=labels), runtime=runtime, replays={}
     )
 
@@ -81,7 +79,7 @@ class Accounts:
 
         return counted
 
-    def over(self, inference: Inference) -> Inference:
+    def over(self, inference: LoadedModel) -> LoadedModel:
         """Return *inference* with its runtime entered here."""
         kind = EnteredDevice if isinstance(inference.runtime, Overlapping) else Entered
         return replace(inference, runtime=kind(inference.runtime, self))
@@ -137,7 +135,7 @@ def main() -> None:
     prepare_process()
     settings = settings_for(given.largest, decoders=given.decoders, threads=given.threads)
     if given.bundle is not None:
-        inference = open_verified(given.bundle, settings)
+        inference = load_model(given.bundle, settings)
     elif given.pretend:
         fixed, each = map(float, given.pretend.split(","))
         inference = pretend(fixed, each, given.largest)

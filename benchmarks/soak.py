@@ -32,7 +32,7 @@ from soak_accounts import Bound, Holding, Tally, bounds, document, holding
 from soak_clients import Ground, bad, flood, forms, good_bodies, leaving, one_by_one, slow, watching
 from soak_swaps import NAME, crowd, json_bodies, protocol, swapping
 
-from sopdeploy.bundle import read_manifest
+from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.client import Client
 
 ROUND_SECONDS = 15.0

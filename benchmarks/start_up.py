@@ -23,7 +23,7 @@ import torch
 from detached_latency import checkpoint
 from measure import machine, versions
 
-from sopdeploy.models.catalog import create_model
+from sopdeploy.models.registry import create_model
 from sopdeploy_export.pipeline import ExportOptions, export
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("SOPDEPLOY_")}

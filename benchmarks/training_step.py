@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sopdeploy import create_model
+from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtCovConfig
 from sopdeploy.models.base import TrainingOutput
-from sopdeploy.pooling.isqrt_cov import ISqrtCov, ISqrtCovConfig
 
 POOLINGS = (
     (256, 196),

@@ -25,8 +25,8 @@ from PIL import Image
 
 from sopdeploy.data.augment import Augmentation, Augmented, RandomResizedCrop, RandomSide
 from sopdeploy.data.batches import KEPT_BLOCKS, load_batches
-from sopdeploy.data.folder import open_classes
-from sopdeploy.preprocess import Preprocess
+from sopdeploy.data.datasets.folder import open_classes
+from sopdeploy.images.preprocess import Preprocess
 
 SIZES = {"500x375": ((500, 375), 92), "1200x900": ((1200, 900), 80)}  # and the quality of the JPEGs
 WAYS: dict[str, Augmentation] = {

@@ -19,8 +19,8 @@ from builders import choose_builder
 from distributions import build, build_tools
 from version import current, parts, raised
 
+from sopdeploy.bundle.signing import SecretKey, read_secret, require_cryptography, sign_message
 from sopdeploy.errors import SopdeployError
-from sopdeploy.travel.minisign import SecretKey, read_secret, require_cryptography, sign_message
 
 ROOT = Path(__file__).parents[1]
 SUMS = "SHA256SUMS"

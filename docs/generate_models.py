@@ -12,16 +12,15 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from sopdeploy.frozen import Frozen
-from sopdeploy.models import counting, printed_row
-from sopdeploy.models.base import Classifier
-from sopdeploy.models.catalog import CATALOG, FAMILIES, entry, title
+from sopdeploy.config import StrictModel
+from sopdeploy.layers.pooling.base import PoolingConfig
+from sopdeploy.layers.pooling.registry import AnyPoolingConfig
+from sopdeploy.models import published as printed_row
+from sopdeploy.models import stats as counting
+from sopdeploy.models.base import Classifier, Entry
 from sopdeploy.models.describe import Description, describe
-from sopdeploy.models.entry import Entry
-from sopdeploy.models.printed_row import Row
-from sopdeploy.models.published import ROWS
-from sopdeploy.pooling.base import PoolingConfig
-from sopdeploy.pooling.choice import AnyPoolingConfig
+from sopdeploy.models.published import ROWS, Row
+from sopdeploy.models.registry import CATALOG, FAMILIES, entry, title
 
 HEAD = """# The networks
 
@@ -152,7 +151,7 @@ def shown(value: Any) -> str:
         return "{" + ", ".join(f"{key} = {shown(item)}" for key, item in value.items()) + "}"
     if isinstance(value, tuple | list):
         return "[" + ", ".join(map(shown, value)) + "]"
-    if isinstance(value, Frozen):
+    if isinstance(value, StrictModel):
         return str(getattr(value, "kind", value))
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -181,9 +180,9 @@ def takes(schema: dict[str, Any]) -> str:
     return " ".join([kind, *limits])
 
 
-def config_section(config: type[Frozen], level: str = "###") -> str:
+def config_section(config: type[StrictModel], level: str = "###") -> str:
     """Return the switches of one config: its defaults, what they take, what its bases say of them."""
-    about = [base for base in config.__mro__ if issubclass(base, Frozen) and base is not Frozen]
+    about = [base for base in config.__mro__ if issubclass(base, StrictModel) and base is not StrictModel]
     texts = dict.fromkeys(prose(base.__doc__) for base in about if base is not PoolingConfig)
     properties = config.model_json_schema()["properties"]
     rows = (

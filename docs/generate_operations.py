@@ -9,8 +9,7 @@ from pathlib import Path
 
 from prometheus_client.metrics import MetricWrapperBase
 
-from sopdeploy_service.histograms import Histograms
-from sopdeploy_service.metrics import Metrics
+from sopdeploy_service.observability.metrics import Histograms, Metrics
 from sopdeploy_service.settings import PREFIX, Settings
 
 PAGE = Path(__file__).parent / "operations.md"

@@ -12,7 +12,7 @@ __all__ = ["__version__", "create_model", "describe", "list_models"]
 
 def __getattr__(name: str) -> Any:
     if name in {"create_model", "list_models"}:
-        from sopdeploy.models import catalog
+        from sopdeploy.models import registry as catalog
 
         return getattr(catalog, name)
     if name == "describe":

@@ -15,25 +15,25 @@ import pydantic
 import torch
 from torch import Tensor
 
+from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import CheckpointError, ConfigError
-from sopdeploy.frozen import Frozen, first_problem
+from sopdeploy.files import atomic_write
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.catalog import create_model, make_config
-from sopdeploy.preprocess import Preprocess
-from sopdeploy.whole import whole
+from sopdeploy.models.registry import create_model, make_config
 
 FORMAT = "sopdeploy-checkpoint"
 VERSION = 1
 
 
-class ModelRecord(Frozen):
+class ModelRecord(StrictModel):
     """Which network of the catalog the weights belong to, with every switch of its config."""
 
     name: str
     config: dict[str, Any]
 
 
-class Header(Frozen):
+class Header(StrictModel):
     """Everything in a checkpoint but its tensors."""
 
     format: Literal["sopdeploy-checkpoint"]
@@ -84,7 +84,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         content["resume"] = checkpoint.resume
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as partial, partial.open("wb") as file:
+        with atomic_write(path) as partial, partial.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())

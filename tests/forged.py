@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.bundle import MANIFEST, REQUIRED, digest, publish, seal, staging
-from sopdeploy.manifest import BatchRange, Lineage, Manifest, TensorRecord, to_json
-from sopdeploy.preprocess import Preprocess
+from sopdeploy.bundle.folder import MANIFEST, REQUIRED, digest, publish, seal, staging
+from sopdeploy.bundle.manifest import BatchRange, Lineage, Manifest, TensorRecord, to_json
+from sopdeploy.images.preprocess import Preprocess
 
 LABELS = ["ant", "bee", "cat"]
 FIELDS: dict[str, Any] = {

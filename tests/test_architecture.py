@@ -226,14 +226,14 @@ def test_every_file_that_a_page_names_exists(page: str) -> None:
 
 LIGHT = [
     "sopdeploy",
-    "sopdeploy.bundle",
-    "sopdeploy.manifest",
-    "sopdeploy.preprocess",
-    "sopdeploy.probes",
+    "sopdeploy.bundle.folder",
+    "sopdeploy.bundle.manifest",
+    "sopdeploy.images.preprocess",
+    "sopdeploy.bundle.probes",
     "sopdeploy.cli.app",
-    "sopdeploy_service.predict",
-    "sopdeploy_service.server",
-    "sopdeploy_service.verify",
+    "sopdeploy_service.commands.predict",
+    "sopdeploy_service.server.process",
+    "sopdeploy_service.commands.verify",
 ]
 
 

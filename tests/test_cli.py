@@ -19,12 +19,11 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import sopdeploy
-from sopdeploy.cli.app import app
+from sopdeploy.cli.app import BESIDE, WALK, app
 from sopdeploy.cli.console import plain
-from sopdeploy.cli.start import BESIDE, WALK
 from sopdeploy.errors import ConfigError
-from sopdeploy.models.catalog import CATALOG, FAMILIES, title
-from sopdeploy.recipe import Recipe, list_recipes
+from sopdeploy.models.registry import CATALOG, FAMILIES, title
+from sopdeploy.training.recipe import Recipe, list_recipes
 
 ROOT = Path(sopdeploy.__file__).parents[1]
 COMMANDS: Any = get_command(app)
@@ -141,7 +140,7 @@ def test_the_version_is_that_of_the_package() -> None:
 HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "onnxscript", "fastapi", "uvicorn", "sklearn", "timm")
 SHOW_HELP = f"""
 import sys
-from sopdeploy.cli.app import main
+from sopdeploy.cli.app import (main)
 sys.argv = ["sopdeploy", "--help"]
 try:
     main()
@@ -209,7 +208,7 @@ def test_training_takes_the_pooling_too(monkeypatch: pytest.MonkeyPatch) -> None
         seen.append(recipe)
         raise ConfigError("enough")
 
-    monkeypatch.setattr("sopdeploy.train.train", stop_at_once)
+    monkeypatch.setattr("sopdeploy.training.loop.train", stop_at_once)
     assert "enough" in refusal("train", "--recipe", "digits-plain", "--pooling", "netvlad")
     assert seen[0].model.full_config()["pooling"] == {"kind": "netvlad", "words": 64}
 

@@ -11,13 +11,13 @@ from typing import Any
 from xdist.scheduler import LoadFileScheduling
 
 TOGETHER = ("tests/export/", "tests/service/")
-APART = ("tests/sopdeploy/test_recipe_walks.py", "tests/sweep/test_catalog_sweep.py")
+APART = ("tests/sopdeploy/training/test_recipe_walks.py", "tests/sweep/test_catalog_sweep.py")
 LONG = (
     *TOGETHER,
     *APART,
     "tests/test_walk.py",
     "tests/attacks/test_certificate.py",
-    "tests/sopdeploy/test_train_killed.py",
+    "tests/sopdeploy/training/test_train_killed.py",
     "tests/sopdeploy/test_train",
     "tests/sopdeploy/importers/",
     "tests/benchmarks/",

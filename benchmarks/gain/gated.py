@@ -11,18 +11,16 @@ from torch import Tensor, nn
 
 from gain.networks import TextureNet, TextureNetConfig
 from sopdeploy.backbones.base import Backbone
-from sopdeploy.backbones.small_resnet import SmallResNet, SmallResNetConfig
-from sopdeploy.blocks.balance_loss import balance_loss
-from sopdeploy.blocks.components import make_components
-from sopdeploy.blocks.fusion_head import FusionHead
-from sopdeploy.blocks.sparse_gate import GateNoise, SparseGate, keep_largest
-from sopdeploy.frozen import Frozen
+from sopdeploy.backbones.cifar_resnet import SmallResNet, SmallResNetConfig
+from sopdeploy.config import StrictModel
+from sopdeploy.layers.mixture.components import FusionHead, make_components
+from sopdeploy.layers.mixture.gate import GateNoise, SparseGate, balance_loss, keep_largest
 from sopdeploy.models.base import Classifier, TrainingOutput
 from sopdeploy.models.gmsop import GMSOPConfig, make_gate
 from sopdeploy_export.detach import detach
 
 
-class MixtureConfig(Frozen):
+class MixtureConfig(StrictModel):
     """A mixture's switches. `expert_norm`: batch norm between an expert's last convolution and its ReLU.
 
     `head_norm`: batch norm of the mixed vector (the paper). `gate_start` "random" breaks the tie that the
@@ -122,7 +120,7 @@ class Gated(Classifier):
         logits: Tensor = self.head(mix(features, weights_BN))
         return TrainingOutput(logits, {}, {"balance": balance_loss(weights_BN, self.mixing.balance)})
 
-    def plain(self) -> Backbone:
+    def inference_model(self) -> Backbone:
         """Return another one, without noise."""
         other = type(self)(self.config, self.num_classes)
         return detach(other) if other.training_only else other

@@ -6,19 +6,19 @@ from typing import Literal
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialise, run_stages
-from sopdeploy.backbones.small_resnet import SmallResNetConfig
-from sopdeploy.blocks.gsop_block import GSoPBlock, GSoPBlockConfig
-from sopdeploy.frozen import Frozen
+from sopdeploy.backbones.cifar_resnet import SmallResNetConfig
+from sopdeploy.config import StrictModel
+from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
+from sopdeploy.layers.pooling.base import GapConfig
+from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches, shared_fields
 from sopdeploy.models.plain import PlainSmallResNet
-from sopdeploy.pooling.average import GapConfig
-from sopdeploy.pooling.choice import Pooling
 
 STAGES = ("layer1", "layer2")
 
 
-class TextureNetConfig(Frozen):
+class TextureNetConfig(StrictModel):
     """conv5x5, batch norm, then `layers`: nothing, a ReLU, or ReLU, conv1x1, batch norm, ReLU."""
 
     filters: int = 16
@@ -72,7 +72,7 @@ class TextureNet(Backbone):
 class PlainTextureNet(Classifier, TextureNet):
     """The network as it is, with any global pooling."""
 
-    def plain(self) -> Backbone:
+    def inference_model(self) -> Backbone:
         """Return another one."""
         return TextureNet(self.config, self.num_classes)
 
@@ -94,7 +94,7 @@ class DSoPTextureNet(DSoP, TextureNet):
         """Return what suits the textures; no paper knows them."""
         return PaperBranches(blocks=(1, 1), widths=(32, 32), weights=(1.0, 1.0), strides=(1, 1))
 
-    def plain(self) -> Backbone:
+    def inference_model(self) -> Backbone:
         """Return the network without branches."""
         return TextureNet(TextureNetConfig(**shared_fields(self.config, TextureNetConfig)), self.num_classes)
 
@@ -125,7 +125,7 @@ class GSoPSmallResNet(PlainSmallResNet):
             initialise(block)
             self.get_submodule(stage).add_module("gsop", block)
 
-    def plain(self) -> Backbone:
+    def inference_model(self) -> Backbone:
         """Return another one: all of it ships."""
         return GSoPSmallResNet(self.config, self.num_classes)
 
@@ -154,6 +154,6 @@ class ExtraConvSmallResNet(PlainSmallResNet):
         """Return logits of the averaged wider map."""
         return super().classify(self.wider(features))
 
-    def plain(self) -> Backbone:
+    def inference_model(self) -> Backbone:
         """Return another one."""
         return ExtraConvSmallResNet(self.config, self.num_classes)

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sopdeploy.statistics import t_quantile, t_tail
+from sopdeploy.evaluation.statistics import t_quantile, t_tail
 
 
 @dataclass(frozen=True, slots=True)

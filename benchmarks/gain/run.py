@@ -28,16 +28,16 @@ from gain.networks import (
 from gain.task import CifarConfig, DigitsConfig, Task, cifar, digits
 from gain.textures import TextureConfig, textures
 from sopdeploy.backbones.base import Backbone
-from sopdeploy.backbones.small_resnet import SmallResNetConfig
-from sopdeploy.blocks.residual import PaddedShortcut
+from sopdeploy.backbones.cifar_resnet import SmallResNetConfig
+from sopdeploy.config import StrictModel
 from sopdeploy.data.batches import batches_in_order, shuffled_batches
-from sopdeploy.frozen import Frozen
-from sopdeploy.losses import training_loss
+from sopdeploy.layers.residual import PaddedShortcut
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.dsop_small_networks import DSoPSmallResNet, DSoPSmallResNetConfig
+from sopdeploy.models.dsop_cifar import DSoPSmallResNet, DSoPSmallResNetConfig
 from sopdeploy.models.plain import PlainSmallResNet
-from sopdeploy.schedule import OneCycle
 from sopdeploy.seeds import seed_of
+from sopdeploy.training.losses import training_loss
+from sopdeploy.training.schedule import OneCycle
 from sopdeploy_export.detach import detach
 
 CLASSES = 10
@@ -49,7 +49,7 @@ TRUNK = {
     "base_width",
     "shortcut",
 }  # switches of the networks' common part
-NETWORKS: dict[str, tuple[type[Classifier], type[Frozen]]] = {
+NETWORKS: dict[str, tuple[type[Classifier], type[StrictModel]]] = {
     "textures": (PlainTextureNet, TextureNetConfig),
     "dsop-textures": (DSoPTextureNet, DSoPTextureNetConfig),
     "gated-textures": (GatedTextureNet, GatedTextureNetConfig),
@@ -61,7 +61,7 @@ NETWORKS: dict[str, tuple[type[Classifier], type[Frozen]]] = {
 }
 
 
-class Run(Frozen):
+class Run(StrictModel):
     """Everything that a run's result depends on; `revision` grows when the code gives other numbers.
 
     `strides` are those of the stem and of the last stage of a ResNet, which set the size of its maps.
@@ -87,7 +87,7 @@ class Run(Frozen):
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-class Outcome(Frozen):
+class Outcome(StrictModel):
     """Accuracy in percent of what ships, processor seconds of the training alone, its last loss.
 
     `experts` is the number of experts that a gate really uses: e to the entropy of its mean weights.
@@ -198,7 +198,7 @@ def augmented(images: Tensor) -> Tensor:
 def ship(network: Classifier, run: Run) -> Backbone:
     """Return the network that ships, built anew, with the weights that are left after detaching."""
     lean = detach(network) if network.training_only else network
-    shipped = network.plain()
+    shipped = network.inference_model()
     set_strides(shipped, run)
     shipped.load_state_dict(lean.state_dict())
     return shipped.eval()

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sopdeploy.data.base import ArrayPictures
-from sopdeploy.data.digits import open_digits
-from sopdeploy.data.folder import FolderConfig, open_folder
-from sopdeploy.frozen import Frozen
+from sopdeploy.config import StrictModel
+from sopdeploy.data.base import ArrayImages
+from sopdeploy.data.datasets.folder import FolderConfig, open_folder
+from sopdeploy.data.datasets.small import open_digits
 from sopdeploy.seeds import seed_of
 
 HELD_OUT = 5000  # of CIFAR's training pictures, to look at hyper-parameters
@@ -25,13 +25,13 @@ class Task(NamedTuple):
     test_labels: Tensor
 
 
-class DigitsConfig(Frozen):
+class DigitsConfig(StrictModel):
     """How many of the 1797 digits are learnt from; all others are measured on."""
 
     train: int = 200
 
 
-class CifarConfig(Frozen):
+class CifarConfig(StrictModel):
     """How many pictures are learnt from; measured on the test pictures, or on 5000 held-out training ones."""
 
     arrays: Path
@@ -42,7 +42,7 @@ class CifarConfig(Frozen):
 def digits(config: DigitsConfig, seed: int) -> Task:
     """Return the digits of scikit-learn, 8 x 8, split by *seed*."""
     split = open_digits()
-    parts = [part for part in (split.train, split.held_out) if isinstance(part, ArrayPictures)]
+    parts = [part for part in (split.train, split.held_out) if isinstance(part, ArrayImages)]
     grey = torch.from_numpy(np.concatenate([part.images for part in parts])).float() / 255.0
     labels = torch.from_numpy(np.concatenate([part.targets for part in parts]))
     pictures = ((grey - grey.mean()) / grey.std())[:, None].expand(-1, 3, -1, -1)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gain.task import Task
-from sopdeploy.frozen import Frozen
+from sopdeploy.config import StrictModel
 from sopdeploy.seeds import seed_of
 
 SIDE, CHANNELS, REACH = 32, 3, 5
@@ -30,7 +30,7 @@ TEST_PICTURES = 4000
 CUE = 1.5 * torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, -1.0], [-1.0, 1.0, -1.0], [-1.0, -1.0, 1.0]])
 
 
-class TextureConfig(Frozen):
+class TextureConfig(StrictModel):
     """How many pictures and classes, how far apart classes are, how strong the nuisances are."""
 
     train: int = 500

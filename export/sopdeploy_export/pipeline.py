@@ -8,36 +8,36 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from sopdeploy import bundle
+from sopdeploy.bundle import folder as bundle
+from sopdeploy.bundle.manifest import BatchRange, Lineage, to_json
+from sopdeploy.bundle.probes import write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.frozen import Frozen
-from sopdeploy.manifest import BatchRange, Lineage, to_json
+from sopdeploy.config import StrictModel
 from sopdeploy.models.base import Classifier
-from sopdeploy.probes import write_probes
-from sopdeploy_export import model_card, report_page, torch_program
-from sopdeploy_export.anatomy import anatomy
-from sopdeploy_export.capture import Deployed
-from sopdeploy_export.certificate import Certificate, Proof, certify, with_onnx_root
+from sopdeploy_export import report as report_page
 from sopdeploy_export.detach import detach
-from sopdeploy_export.findings import Exported, Findings
-from sopdeploy_export.lower_onnx import lower, operator_counts, write
-from sopdeploy_export.lowering.lowered import Certified, Lowered, lower_by_rules
-from sopdeploy_export.onnx_root import file_root, onnx_root
-from sopdeploy_export.parity import ParityReport, Reference, compare, reference, with_spectral
+from sopdeploy_export.graph.onnx_export import lower, operator_counts, write
+from sopdeploy_export.graph.probe_images import probe_images
+from sopdeploy_export.graph.torch_export import Deployed
+from sopdeploy_export.parity import ParityReport, Reference, compare, reference, torch_program, with_spectral
 from sopdeploy_export.parity.spectral import spectral_records
-from sopdeploy_export.precision_toll import measured
-from sopdeploy_export.preconditions import refuse_training_parts, refuse_what_cannot_ship
-from sopdeploy_export.probe_images import probe_images
-from sopdeploy_export.records import as_probes, manifest_fields, write_reports
-from sopdeploy_export.ship import PrecisionOptions, Shipping, ship, wished
-from sopdeploy_export.speed import measure_speed
+from sopdeploy_export.precision.accuracy_gate import measured
+from sopdeploy_export.precision.convert import ConvertedGraph, PrecisionOptions, ship, wished
+from sopdeploy_export.proof.certificate import Certificate, Proof, certify, with_onnx_root
+from sopdeploy_export.proof.onnx_hash import file_root, onnx_root
+from sopdeploy_export.proof.preconditions import refuse_training_parts, refuse_what_cannot_ship
+from sopdeploy_export.report import model_card
+from sopdeploy_export.report.network_summary import network_summary
+from sopdeploy_export.report.results import Exported, Findings, as_probes, manifest_fields, write_reports
+from sopdeploy_export.report.speed import measure_speed
+from sopdeploy_export.rewrites.apply import Certified, Lowered, lower_by_rules
 
 __all__ = ["ExportOptions", "Exported", "export"]
 
 Step = Callable[[str], None]
 
 
-class ExportOptions(Frozen):
+class ExportOptions(StrictModel):
     """What a user may ask of an export."""
 
     detach: bool = False
@@ -134,7 +134,7 @@ def export(
         )
         findings = Findings(
             checkpoint=checkpoint,
-            anatomy=anatomy(checkpoint),
+            network_summary=network_summary(checkpoint),
             certificate=certificate,
             lowering=shipping.rules,
             parity=parity,
@@ -153,7 +153,7 @@ def export(
         parity=parity,
         lowering=shipping.rules,
         precision=precision,
-        anatomy=findings.anatomy,
+        network_summary=findings.network_summary,
         speed=speed,
     )
 
@@ -172,7 +172,7 @@ def in_precision(
     checkpoint: Checkpoint,
     options: ExportOptions,
     step: Step,
-) -> Shipping:
+) -> ConvertedGraph:
     """Return the graph that ships: the *lowered* one, or what the precision asked for makes of it."""
     if options.precision.precision != "fp32":
         step(f"placing {options.precision.precision} in the graph")
@@ -182,7 +182,7 @@ def in_precision(
 def compared(
     path: Path,
     lean: Classifier,
-    shipping: Shipping,
+    shipping: ConvertedGraph,
     checkpoint: Checkpoint,
     images: NDArray[np.uint8],
     options: ExportOptions,

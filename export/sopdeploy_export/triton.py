@@ -14,11 +14,11 @@ from typing import Annotated
 
 import pydantic
 
-from sopdeploy.bundle import Bundle, digest, staging
+from sopdeploy.bundle.folder import Bundle, digest, staging
+from sopdeploy.bundle.manifest import TensorRecord
+from sopdeploy.bundle.probes import read_probes
+from sopdeploy.config import Count, StrictModel
 from sopdeploy.errors import BundleError
-from sopdeploy.frozen import Count, Frozen
-from sopdeploy.manifest import TensorRecord
-from sopdeploy.probes import read_probes
 
 TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 WARMUP = "image"
@@ -27,7 +27,7 @@ LABELS = "labels.txt"
 Microseconds = Annotated[int, pydantic.Field(ge=0)]
 
 
-class TritonOptions(Frozen):
+class TritonOptions(StrictModel):
     """How Triton batches and queues."""
 
     max_queue_delay: Microseconds = 1000
@@ -36,7 +36,7 @@ class TritonOptions(Frozen):
     instances: Count = 1
 
 
-class TritonModel(Frozen):
+class TritonModel(StrictModel):
     """What was written."""
 
     path: Path

@@ -6,26 +6,29 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from sopdeploy_service import pages, problems, routes, status
-from sopdeploy_service.direct import Direct
-from sopdeploy_service.faults import NONE, Faults
-from sopdeploy_service.gate import METRICS, OPEN, Gate
-from sopdeploy_service.head_requests import HeadRequests
-from sopdeploy_service.intake import Intake
-from sopdeploy_service.keys import open_ring
-from sopdeploy_service.middleware import Envelope
-from sopdeploy_service.service import Service
+from sopdeploy_service.api import status
+from sopdeploy_service.api import v1 as routes
+from sopdeploy_service.api import web as pages
+from sopdeploy_service.api.direct import Direct
+from sopdeploy_service.api.v2 import routes as v2
+from sopdeploy_service.http import problems
+from sopdeploy_service.http.api_keys import open_ring
+from sopdeploy_service.http.auth import METRICS, OPEN, Gate
+from sopdeploy_service.http.body_limits import Intake
+from sopdeploy_service.http.headers import HeadRequests
+from sopdeploy_service.http.middleware import RequestContextMiddleware
+from sopdeploy_service.inference.bundle_store import BundleStore
+from sopdeploy_service.inference.fault_injection import NONE, Faults
+from sopdeploy_service.inference.loader import LoadedModel
+from sopdeploy_service.inference.service import Service
+from sopdeploy_service.observability.request_context import OpenTrace
 from sopdeploy_service.settings import Settings
-from sopdeploy_service.shelf import Shelf
-from sopdeploy_service.tally import OpenTrace
-from sopdeploy_service.v2 import routes as v2
-from sopdeploy_service.verified import Inference
 
 
 def create_app(
-    inferences: Mapping[str, Inference],
+    inferences: Mapping[str, LoadedModel],
     settings: Settings,
-    shelf: Shelf | None = None,
+    shelf: BundleStore | None = None,
     *,
     faults: Faults = NONE,
     open_trace: OpenTrace | None = None,
@@ -71,5 +74,5 @@ def create_app(
         app.add_middleware(
             Gate, ring=open_ring(settings.keys), metrics=service.metrics, open_paths=open_paths
         )
-    app.add_middleware(Envelope, service=service, open_trace=open_trace)
+    app.add_middleware(RequestContextMiddleware, service=service, open_trace=open_trace)
     return app

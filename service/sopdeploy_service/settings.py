@@ -21,8 +21,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from sopdeploy.config import Count, first_problem
 from sopdeploy.errors import ConfigError
-from sopdeploy.frozen import Count, first_problem
 
 RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt"]
 DecodeWay = Literal["exact", "fast", "nvimagecodec"]

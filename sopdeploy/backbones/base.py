@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sopdeploy.frozen import Frozen
+from sopdeploy.config import StrictModel
 
 
 class Backbone(nn.Module, ABC):
@@ -20,7 +20,7 @@ class Backbone(nn.Module, ABC):
     tap_channels: dict[str, int]
     outputs: ClassVar[tuple[str, ...]] = ("logits",)
 
-    def __init__(self, config: Frozen, num_classes: int) -> None:
+    def __init__(self, config: StrictModel, num_classes: int) -> None:
         super().__init__()
         self.config = config
         self.num_classes = num_classes
@@ -41,7 +41,7 @@ class Backbone(nn.Module, ABC):
         """Return (B, classes) float logits of normalised (B, 3, H, W) images."""
         return self.classify(self.features(images)[0])
 
-    def answer(self, images: Tensor) -> tuple[Tensor, ...]:
+    def outputs_tuple(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return what ships computes, one tensor per name in `outputs`; in eval mode."""
         return (self(images),)
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialise, run_stages
-from sopdeploy.blocks.mbconv import DepthwiseSeparable, MBConv
-from sopdeploy.blocks.residual import conv1x1
-from sopdeploy.frozen import Frozen, Part
-from sopdeploy.pooling.average import GapConfig
-from sopdeploy.pooling.choice import Pooling
+from sopdeploy.config import Part, StrictModel
+from sopdeploy.layers.mbconv import DepthwiseSeparable, MBConv
+from sopdeploy.layers.pooling.base import GapConfig
+from sopdeploy.layers.pooling.registry import Pooling
+from sopdeploy.layers.residual import conv1x1
 
 
 class Stage(NamedTuple):
@@ -40,7 +40,7 @@ KERNELS = {stage.channels: stage.kernel for stage in STAGES.values()}
 STEM_CHANNELS, HEAD_CHANNELS = 32, 1280
 
 
-class EfficientNetConfig(Frozen):
+class EfficientNetConfig(StrictModel):
     """Regularisation in training: dropout before the classifier, and the last block's stochastic depth.
 
     The blocks before the last one leave out their residual less often, in proportion to their depth.

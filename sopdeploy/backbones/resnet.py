@@ -4,16 +4,18 @@ Paper: He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), Ta
 The second-order papers leave out the last down-sampling: `conv5_stride=1` ("s1").
 """
 
+import math
 from collections.abc import Collection
-from typing import Literal
+from typing import Annotated, Literal
 
+import pydantic
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialise, run_stages
-from sopdeploy.blocks.residual import BasicBlock, Bottleneck
-from sopdeploy.frozen import Frozen
-from sopdeploy.pooling.average import GapConfig
-from sopdeploy.pooling.choice import Pooling
+from sopdeploy.config import StrictModel
+from sopdeploy.layers.pooling.base import GapConfig
+from sopdeploy.layers.pooling.registry import Pooling
+from sopdeploy.layers.residual import BasicBlock, Bottleneck, conv1x1
 
 BLOCKS = {
     18: (2, 2, 2, 2),
@@ -26,7 +28,7 @@ WIDTHS = (64, 128, 256, 512)
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # the paper's conv2_x .. conv5_x
 
 
-class ResNetConfig(Frozen):
+class ResNetConfig(StrictModel):
     """Depth and the two strides that papers and code disagree on.
 
     `conv5_stride` 2 is the usual network, 1 the papers'; `bottleneck_stride` says whether the 3x3
@@ -86,3 +88,70 @@ class ResNet(Backbone):
         """Return logits of globally pooled features."""
         logits: Tensor = self.fc(self.pooling(features))
         return logits
+
+
+WIDTHS_LOW_RESOLUTION_RESNET = (16, 32, 64, 128)
+RAW_SCALE = 1.0 / 60.0
+
+
+class LowResolutionResNetConfig(StrictModel):
+    """n, k, and the switches that paper and code disagree on.
+
+    `project_first_stage` gives conv2_x a projection even where its channels do not change, as the
+    released WRN has it (only WRN-36-1 is touched). `input_scaling="raw"` takes images of 0..255 less
+    the mean and divides by 60 before conv1: the released conv1, whose weights start 60 times smaller
+    and learn 3600 times slower, learns the same function but for its weight decay.
+    """
+
+    blocks_per_stage: Annotated[int, pydantic.Field(ge=1)] = 2
+    widen: Annotated[int, pydantic.Field(ge=1)] = 1
+    conv5_stride: Literal[1, 2] = 2
+    project_first_stage: bool = False
+    input_scaling: Literal["standardised", "raw"] = "standardised"
+
+
+class LowResolutionResNet(Backbone):
+    """Stem and stages, (B, 3, H, W) to (B, 128k, h, w); what follows them is the network's own."""
+
+    config: LowResolutionResNetConfig
+
+    def __init__(self, config: LowResolutionResNetConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.conv1 = nn.Conv2d(3, WIDTHS_LOW_RESOLUTION_RESNET[0], 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(WIDTHS_LOW_RESOLUTION_RESNET[0])
+        self.relu = nn.ReLU(inplace=True)
+        self.tap_channels = {}
+        channels = WIDTHS_LOW_RESOLUTION_RESNET[0]
+        for stage, base, stride in zip(
+            STAGES, WIDTHS_LOW_RESOLUTION_RESNET, (1, 2, 2, config.conv5_stride), strict=True
+        ):
+            width = base * config.widen
+            first = BasicBlock(channels, width, stride)
+            if config.project_first_stage and first.downsample is None:
+                first.downsample = nn.Sequential(conv1x1(channels, width), nn.BatchNorm2d(width))
+            rest = [self.branch_block(width, width, 1) for _ in range(config.blocks_per_stage - 1)]
+            self.add_module(stage, nn.Sequential(first, *rest))
+            self.tap_channels |= {f"{stage}.{p}": width for p in range(config.blocks_per_stage)}
+            channels = width
+        self.channels = channels
+        initialise_by_fan_in(self)
+
+    def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+        """Return one basic block."""
+        return BasicBlock(in_channels, out_channels, stride)
+
+    def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Return the output of conv5_x and of every tapped block."""
+        if self.config.input_scaling == "raw":
+            images = images * RAW_SCALE
+        x = self.relu(self.bn1(self.conv1(images)))
+        return run_stages(self, STAGES, x, taps)
+
+
+def initialise_by_fan_in(network: nn.Module) -> None:
+    """Give every convolution of *network* N(0, 2 / fan in) weights, the released code's, and no bias."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=math.sqrt(2.0 / module.weight[0].numel()))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone
-from sopdeploy.blocks.mbconv import MBConv
-from sopdeploy.blocks.residual import BasicBlock, Bottleneck
+from sopdeploy.config import StrictModel
+from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError
-from sopdeploy.extras import imported
-from sopdeploy.frozen import Frozen
+from sopdeploy.layers.mbconv import MBConv
+from sopdeploy.layers.residual import BasicBlock, Bottleneck
 
 FIRST_STRIDE = 4  # stems end before it
 
 
-class TimmConfig(Frozen):
+class TimmConfig(StrictModel):
     """`backbone` is the network's name in timm, such as `convnext_tiny`."""
 
     backbone: Annotated[str, pydantic.Field(min_length=1)]
@@ -32,7 +32,7 @@ class TimmConfig(Frozen):
 
 def import_timm(name: str) -> Any:
     """Return the module `timm`; raises `ConfigError` where it is not installed or has no network *name*."""
-    timm = imported("timm", "timm", "sopdeploy[train]", ConfigError, f"timm:{name}")
+    timm = import_optional("timm", "timm", "sopdeploy[train]", ConfigError, f"timm:{name}")
     if not timm.is_model(name) or "." in name:
         near = (
             ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3)) or "one of its list_models()"

@@ -12,14 +12,14 @@ import pydantic
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialise, run_stages
-from sopdeploy.frozen import Frozen
-from sopdeploy.pooling.choice import Pooling
-from sopdeploy.pooling.isqrt_pooling import ISqrtPoolingConfig
+from sopdeploy.config import StrictModel
+from sopdeploy.layers.pooling.isqrt import ISqrtPoolingConfig
+from sopdeploy.layers.pooling.registry import Pooling
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
-class VGGConfig(Frozen):
+class VGGConfig(StrictModel):
     """`classifier` is the usual one of three layers (4096 wide) or one linear layer, as after fine-tuning."""
 
     pooling: Pooling = ISqrtPoolingConfig()

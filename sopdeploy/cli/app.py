@@ -7,26 +7,25 @@ from typing import Annotated
 import typer
 
 from sopdeploy import __version__
-from sopdeploy.cli import (
-    benching,
-    catalog,
-    comparing,
-    data_checking,
-    demo,
-    doctoring,
-    engines,
-    environment,
-    exporting,
-    health,
-    importing,
-    keying,
-    measuring,
-    scaling,
-    serving,
-    start,
-    training,
-    travelling,
-)
+from sopdeploy.cli import app as start
+from sopdeploy.cli import demo
+from sopdeploy.cli import env as environment
+from sopdeploy.cli.console import out
+from sopdeploy.cli.deployment import engine as engines
+from sopdeploy.cli.deployment import export as exporting
+from sopdeploy.cli.deployment import transfer as keying
+from sopdeploy.cli.deployment import transfer as travelling
+from sopdeploy.cli.serving import bench as benching
+from sopdeploy.cli.serving import doctor as doctoring
+from sopdeploy.cli.serving import health
+from sopdeploy.cli.serving import ray as scaling
+from sopdeploy.cli.serving import serve as serving
+from sopdeploy.cli.training import compare as comparing
+from sopdeploy.cli.training import data as data_checking
+from sopdeploy.cli.training import evaluate as measuring
+from sopdeploy.cli.training import import_weights as importing
+from sopdeploy.cli.training import models as catalog
+from sopdeploy.cli.training import train as training
 
 app = typer.Typer(
     name="sopdeploy",
@@ -87,3 +86,35 @@ def main() -> None:
     # On shared cores, OpenMP threads that spin while they wait stop each other; must be set before torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(prog_name="sopdeploy")
+
+
+WALK = (
+    ("sopdeploy demo", "see all of it work, in about a minute"),
+    ("sopdeploy train --data photos", "learn from photos/<class>/*.jpg"),
+    ("sopdeploy export runs/photos-dsop/best.pt --detach", "take off the branches, prove it, write a bundle"),
+    ("sopdeploy verify bundles/dsop-resnet20-*/", "is the bundle whole, does this machine compute it"),
+    ("sopdeploy predict bundles/dsop-resnet20-*/ photo.jpg", "classify on the spot"),
+    ("sopdeploy serve bundles/dsop-resnet20-*/", "answer over HTTP, and in a browser"),
+    ("sopdeploy doctor --url http://127.0.0.1:8000", "what limits the server"),
+)
+BESIDE = {
+    "before training": ("data", "recipes", "models", "describe", "import"),
+    "of what learned": ("eval", "report", "compare"),
+    "of a bundle": ("bench", "engine", "triton", "sign", "push", "pull"),
+    "of a server": ("key", "health", "ray"),
+    "of this machine": ("env",),
+}
+
+
+def show_map() -> None:
+    """Print the walk, a command a line, and the verbs beside it."""
+    out.print("[bold]What to type first[/]\n")
+    width = max(len(command) for command, _ in WALK)
+    for number, (command, about) in enumerate(WALK, 1):
+        out.print(f"  {number}  [cyan]{command:<{width}}[/]  [dim]{about}[/]")
+    out.print("\n[bold]Beside the walk[/]\n")
+    for what, verbs in BESIDE.items():
+        out.print(f"     {what:<16} {', '.join(verbs)}")
+    out.print(
+        "\n`sopdeploy VERB --help` shows a verb's options and an example, `sopdeploy --help` every verb."
+    )

@@ -105,7 +105,7 @@ def ask(url: str) -> float:
     """Send every held-out digit to the server; show the first answers; return the share that is right."""
     import httpx
 
-    from sopdeploy.data.digits import open_digits
+    from sopdeploy.data.datasets.small import open_digits
 
     digits = open_digits().held_out
     table = Table("digit", "answer", "probability", "", box=None, pad_edge=False)

@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 
 from sopdeploy.client.requests import BYTES, checked_url, headers
-from sopdeploy.client.talk import Patience, Send
+from sopdeploy.client.retry import Patience, Send
 from sopdeploy.errors import ConfigError
 
 FORM_FIELD = "image"

@@ -7,7 +7,7 @@ import httpx
 
 from sopdeploy.client.images import Picture, encoded, listed
 from sopdeploy.client.results import Classification, ServerInfo, classifications, server_info
-from sopdeploy.client.talk import Compute, Patience, Pause, Send, Talk, ask
+from sopdeploy.client.retry import Compute, Patience, Pause, Send, Talk, ask
 from sopdeploy.errors import ConfigError, ServiceError, UnreachableError
 
 BYTES = "application/octet-stream"  # the server looks at the bytes; a wrong image type would be a warning

@@ -6,14 +6,14 @@ from typing import Any, TypeVar
 import httpx
 import pydantic
 
+from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ServiceError
-from sopdeploy.frozen import Frozen, first_problem
 
 Kind = TypeVar("Kind", bound="Received")
 DURATION = re.compile(r"([a-z]+);dur=(\d+(?:\.\d+)?)")
 
 
-class Received(Frozen):
+class Received(StrictModel):
     """A part of an answer."""
 
     model_config = pydantic.ConfigDict(extra="ignore")

@@ -11,7 +11,7 @@ from sopdeploy.client import requests
 from sopdeploy.client.connection import Connection, request_options
 from sopdeploy.client.images import Picture
 from sopdeploy.client.results import Classification, ServerInfo
-from sopdeploy.client.talk import Compute, Pause, Send, Step, Talk
+from sopdeploy.client.retry import Compute, Pause, Send, Step, Talk
 
 Value = TypeVar("Value")
 

@@ -14,18 +14,26 @@ import pydantic
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.data.base import OverPictures
-from sopdeploy.data.distort import Distortion
-from sopdeploy.data.stored import StoredPictures, loaded
-from sopdeploy.frozen import Frozen, Positive, Share
-from sopdeploy.preprocess import RESAMPLING, SIDEWAYS, Preprocess, Side, centre_crop, orientation, to_rgb
+from sopdeploy.config import Positive, Share, StrictModel
+from sopdeploy.data.base import ImagesDataset
+from sopdeploy.data.image_files import ImageFiles, loaded
+from sopdeploy.data.rand_augment import Distortion
+from sopdeploy.images.preprocess import (
+    RESAMPLING,
+    SIDEWAYS,
+    Preprocess,
+    Side,
+    centre_crop,
+    orientation,
+    to_rgb,
+)
 from sopdeploy.seeds import seed_of
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the source
 Fraction = Annotated[float, pydantic.Field(gt=0, le=1)]
 
 
-class CentreCrop(Frozen):
+class CentreCrop(StrictModel):
     """No crop of its own: the picture is prepared as in evaluation, then mirrored with chance `flip`."""
 
     kind: Literal["centre"]
@@ -36,7 +44,7 @@ class CentreCrop(Frozen):
         return centre_crop(picture, rules)
 
 
-class PadCrop(Frozen):
+class PadCrop(StrictModel):
     """The centre crop in a black frame of `pad` pixels, a window of the crop's size cut out of it.
 
     Source: He et al. (CVPR 2016), section 4.2.
@@ -53,7 +61,7 @@ class PadCrop(Frozen):
         return framed[top : top + rules.crop, left : left + rules.crop]
 
 
-class Boxed(Frozen):
+class Boxed(StrictModel):
     """What cuts a random box out of the picture and resizes it.
 
     With `draft` a JPEG is decoded at a half, a quarter or an eighth of its size where the box still has the
@@ -130,7 +138,7 @@ def cut(picture: Image.Image, box: Box, rules: Preprocess) -> NDArray[np.uint8]:
 
 
 def crop_of_draft(
-    pictures: StoredPictures, index: int, way: Boxed, rules: Preprocess, random: Random
+    pictures: ImageFiles, index: int, way: Boxed, rules: Preprocess, random: Random
 ) -> tuple[NDArray[np.uint8], int]:
     """Return the crop of a picture that is decoded no larger than needed, and its class.
 
@@ -153,7 +161,7 @@ NONE = Distortion()
 
 
 @dataclass(frozen=True, slots=True)
-class Augmented(OverPictures):
+class Augmented(ImagesDataset):
     """Pictures as one epoch of training sees them: a function of seed, epoch and sample.
 
     A sample that an epoch shows again is asked for as `sample + copy * len`, so that it looks different.
@@ -169,7 +177,7 @@ class Augmented(OverPictures):
         index = position % len(self.pictures)
         random = Random(seed_of(self.seed, "augment", self.epoch, position))  # noqa: S311
         way, rules = self.augmentation, self.preprocess
-        if isinstance(way, Boxed) and way.draft and isinstance(self.pictures, StoredPictures):
+        if isinstance(way, Boxed) and way.draft and isinstance(self.pictures, ImageFiles):
             array, label = crop_of_draft(self.pictures, index, way, rules, random)
         else:
             stored, label = self.pictures[index]

@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.preprocess import Preprocess
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.seeds import seed_of
 
 
-class Pictures(Protocol):
+class LabeledImages(Protocol):
     """Pictures of any size and mode as they are stored, each with the position of its class in `labels`."""
 
     @property
@@ -47,16 +47,16 @@ class Split:
     `skipped` names the files that were left out because they cannot be read.
     """
 
-    train: Pictures
-    held_out: Pictures
+    train: LabeledImages
+    held_out: LabeledImages
     skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class OverPictures:
+class ImagesDataset:
     """What every way to look at pictures has from them."""
 
-    pictures: Pictures
+    pictures: LabeledImages
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ class OverPictures:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared(OverPictures):
+class Prepared(ImagesDataset):
     """Pictures as the service would prepare them: evaluation sees exactly what is served."""
 
     preprocess: Preprocess
@@ -79,7 +79,7 @@ class Prepared(OverPictures):
 
 
 @dataclass(frozen=True, slots=True)
-class ArrayPictures:
+class ArrayImages:
     """Small pictures that fit in memory: (N, H, W) grey or (N, H, W, 3) RGB, uint8."""
 
     labels: tuple[str, ...]

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sopdeploy.colours import SIXTEEN_BIT
-from sopdeploy.data.folder import HELD_OUT, TRAIN, class_names, open_store, pictures_of, scan
-from sopdeploy.data.readable import each
-from sopdeploy.data.store import Opening, passed_over
-from sopdeploy.data.stored import StoredPictures, loaded, opened
+from sopdeploy.config import StrictModel
+from sopdeploy.data.datasets.folder import HELD_OUT, TRAIN, class_names, open_store, pictures_of, scan
+from sopdeploy.data.image_files import ImageFiles, Opening, loaded, opened, passed_over
+from sopdeploy.data.validation import each
 from sopdeploy.errors import DataError
-from sopdeploy.frozen import Frozen
-from sopdeploy.preprocess import Preprocess, is_turned, to_rgb
+from sopdeploy.images.color import SIXTEEN_BIT
+from sopdeploy.images.preprocess import Preprocess, is_turned, to_rgb
 
 TINY = 32  # pixels of the shorter side, below which hardly anything is to be seen
 LONG = 4.0  # times its width, above which the centre crop shows little of a picture
@@ -24,7 +23,7 @@ RULES = Preprocess()  # of which turning and colours are used
 EVERYTHING = "all"  # the only part, where there are no folders train and val
 
 
-class Part(Frozen):
+class Part(StrictModel):
     """The images of train/, val/ or of a folder without such; `classes` counts those of each class."""
 
     name: str
@@ -33,7 +32,7 @@ class Part(Frozen):
     classes: dict[str, int]
 
 
-class Duplicates(Frozen):
+class Duplicates(StrictModel):
     """Files with the same pixels; `same_bytes` where the files are equal too.
 
     `across` says that a part to measure on shows what was learnt, `labels_differ` that one picture is said to
@@ -46,7 +45,7 @@ class Duplicates(Frozen):
     labels_differ: bool
 
 
-class Checked(Frozen):
+class Checked(StrictModel):
     """What was found; sides are in pixels, `strange` says why of each odd file that can be read.
 
     `passed_over` counts the files that are no pictures by their names, by ending.
@@ -115,7 +114,7 @@ def check(path: Path, cache: Path | None = None) -> Checked:
     )
 
 
-def parts_of(path: Path, opening: Opening) -> dict[str, StoredPictures]:
+def parts_of(path: Path, opening: Opening) -> dict[str, ImageFiles]:
     """Return the parts of a data set, each with the classes of the first."""
     store = open_store(path, opening)
     names = [name for name in (TRAIN, *HELD_OUT) if name in store.folders()]
@@ -127,12 +126,12 @@ def parts_of(path: Path, opening: Opening) -> dict[str, StoredPictures]:
     return {TRAIN: scan(train, labels), **rest}
 
 
-def others_in(pictures: StoredPictures) -> dict[str, int]:
+def others_in(pictures: ImageFiles) -> dict[str, int]:
     """Return how many files beside the pictures of one part are none, by ending."""
     return passed_over(pictures.store, pictures.labels)
 
 
-def looks_at(pictures: StoredPictures, part: str) -> Iterable[Look]:
+def looks_at(pictures: ImageFiles, part: str) -> Iterable[Look]:
     """Yield what each file of one part gives."""
 
     def look(index: int) -> Look:
@@ -194,7 +193,7 @@ def duplicates(looks: list[Look]) -> Iterable[Duplicates]:
             )
 
 
-def count_part(name: str, pictures: StoredPictures, looks: list[Look]) -> Part:
+def count_part(name: str, pictures: ImageFiles, looks: list[Look]) -> Part:
     """Return the counts of one part, unreadable files included."""
     counts = np.bincount(pictures.targets, minlength=len(pictures.labels)).tolist()
     return Part(
@@ -205,7 +204,7 @@ def count_part(name: str, pictures: StoredPictures, looks: list[Look]) -> Part:
     )
 
 
-def too_few(parts: dict[str, StoredPictures]) -> Iterable[str]:
+def too_few(parts: dict[str, ImageFiles]) -> Iterable[str]:
     """Yield the classes of which nothing can be held out."""
     if len(parts) == 1:
         for pictures in parts.values():

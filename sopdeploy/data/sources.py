@@ -5,13 +5,12 @@ from typing import Annotated
 import pydantic
 
 from sopdeploy.data.base import Split
-from sopdeploy.data.cifar import CifarConfig, open_cifar
-from sopdeploy.data.digits import DigitsConfig, open_digits
-from sopdeploy.data.folder import FolderConfig, open_folder
-from sopdeploy.data.places import PlacesConfig, open_places
-from sopdeploy.data.readable import without_unreadable
-from sopdeploy.data.small_imagenet import SmallImageNetConfig, open_small_imagenet
-from sopdeploy.data.store import Opening, Say
+from sopdeploy.data.datasets.folder import FolderConfig, open_folder
+from sopdeploy.data.datasets.places import PlacesConfig, open_places
+from sopdeploy.data.datasets.small import CifarConfig, DigitsConfig, open_cifar, open_digits
+from sopdeploy.data.datasets.small_imagenet import SmallImageNetConfig, open_small_imagenet
+from sopdeploy.data.image_files import Opening, Say
+from sopdeploy.data.validation import without_unreadable
 
 DataConfig = Annotated[
     DigitsConfig | FolderConfig | CifarConfig | SmallImageNetConfig | PlacesConfig,

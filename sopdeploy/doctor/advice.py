@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-from sopdeploy.doctor.measured import Measured
-from sopdeploy.frozen import Frozen
+from sopdeploy.config import StrictModel
+from sopdeploy.doctor.measure import Measured
 
 Limit: TypeAlias = Literal["engine", "decode", "queue", "client", "network", "cores", "load"]
 
@@ -15,7 +15,7 @@ MOST_DECODERS_TIMES = 4
 WORTH = 0.05  # a gain below this is noise
 
 
-class Advice(Frozen):
+class Advice(StrictModel):
     """The stage that is the *limit*, *why* one can say so, what to *change*, and the *gain* to expect."""
 
     limit: Limit

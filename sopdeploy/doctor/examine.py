@@ -1,23 +1,53 @@
 """An examination from the first question to the diagnosis."""
 
 import asyncio
+import io
 import ipaddress
 import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
+from PIL import Image
+
 from sopdeploy.client import AsyncClient, ModelInfo
+from sopdeploy.client.images import read
+from sopdeploy.config import StrictModel
 from sopdeploy.doctor.advice import Advice, judge
-from sopdeploy.doctor.load import Load, ramp_to
-from sopdeploy.doctor.measured import Measured, bare_ratio
-from sopdeploy.doctor.pictures import pictures
-from sopdeploy.errors import ConfigError, ServiceError
-from sopdeploy.frozen import Frozen
+from sopdeploy.doctor.measure import Load, Measured, bare_ratio, ramp_to
+from sopdeploy.errors import ConfigError, DataError, ServiceError
+
+KINDS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
+MOST_FILES = 32
+MADE = 4
+SIDES = (640, 480)
+
+
+def pictures(folder: Path | None) -> list[bytes]:
+    """Return the bytes of the first pictures below *folder*, or of made JPEGs; raises `DataError`."""
+    if folder is None:
+        return [made(seed) for seed in range(MADE)]
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in KINDS)[:MOST_FILES]
+    if not found:
+        raise DataError(f"{folder}: no picture here ({', '.join(sorted(KINDS))})")
+    return [read(path) for path in found]
+
+
+def made(seed: int) -> bytes:
+    """Return a JPEG with the detail of a photograph, as its size in bytes depends on that."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (SIDES[1] // 16, SIDES[0] // 16, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize(SIDES, Image.Resampling.BICUBIC)).astype(np.int16)
+    grain = rng.integers(-8, 9, smooth.shape, dtype=np.int16)
+    file = io.BytesIO()
+    Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=88)
+    return file.getvalue()
+
 
 TIMEOUT_SECONDS = 30.0
 
 
-class Diagnosis(Frozen):
+class Diagnosis(StrictModel):
     """What was found: every step, the *best* of them, and what limits that one.
 
     `bare_ratio` is the best rate over that of the engine alone. `stopped` is the error that ended the load

@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Iterable, Sequence
+from importlib.resources import files
 
 VOID = frozenset({"br", "img", "meta"})
 KEPT = frozenset("\n\N{NO-BREAK SPACE}")  # not printable by Python's reckoning, and harmless
@@ -105,3 +106,56 @@ def shortened(text: str, longest: int) -> str:
         return text
     head = (longest - 1) // 2
     return f"{text[:head]}\N{HORIZONTAL ELLIPSIS}{text[len(text) - (longest - 1 - head) :]}"
+
+
+SPACE = "\N{NO-BREAK SPACE}"  # a number and its unit stay on one line
+STEPS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def short(count: float) -> str:
+    """Return *count* with three digits and a unit: 11.7 M."""
+    for step, unit in STEPS:
+        if count >= step:
+            return f"{count / step:.3g}{SPACE}{unit}"
+    return f"{count:g}"
+
+
+def size(count: int) -> str:
+    """Return a number of bytes: 44.7 MB."""
+    return f"{short(count)}B" if count >= 1000 else f"{count}{SPACE}bytes"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """Return *share* in percent: 12.5 %."""
+    return f"{100 * share:.{digits}f}{SPACE}%"
+
+
+def less(before: float, after: float) -> str:
+    """Return how much less *after* is: 12.5 % less, or the same."""
+    if after >= before:
+        return "the same"
+    return f"{percent(1 - after / before)} less"
+
+
+def shape(sizes: tuple[int, ...]) -> str:
+    """Return the shape of one image's tensor: 64 x 56 x 56."""
+    return "\N{MULTIPLICATION SIGN}".join(map(str, sizes))
+
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # pictures lie in the page itself
+
+
+def document(title: str, *children: Html) -> str:
+    """Return the page called *title* with *children* in it."""
+    style = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("style", Html(style)),
+    )
+    body = tag("body", tag("main", *children))
+    return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"

@@ -1,22 +1,22 @@
 """Fitting a translated file to the network the user named: its config, then tensor by tensor."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.frozen import Frozen
-from sopdeploy.importers.source import Mapped, Translation
-from sopdeploy.importers.weight_file import WeightFile
-from sopdeploy.models.catalog import create_model, entry, make_config
+from sopdeploy.importers.source import Mapped, Translation, WeightFile
+from sopdeploy.models.registry import create_model, entry, make_config
 
 COUNTER = "num_batches_tracked"  # of a batch norm; plays no part in what a network computes
 ABSENT = "absent, set to 0"
 
 
-def choose_config(file: WeightFile, found: Translation, name: str, wishes: Mapping[str, Any]) -> Frozen:
+def choose_config(file: WeightFile, found: Translation, name: str, wishes: Mapping[str, Any]) -> StrictModel:
     """Return the config of model *name*: its own values, the project's, the user's *wishes*, the file's.
 
     Raises `WeightsError` where the file is of another network, `ConfigError` where a wish contradicts the
@@ -38,7 +38,7 @@ def choose_config(file: WeightFile, found: Translation, name: str, wishes: Mappi
 
 
 def fitted(
-    file: WeightFile, found: Translation, name: str, config: Frozen
+    file: WeightFile, found: Translation, name: str, config: StrictModel
 ) -> tuple[dict[str, Tensor], list[Mapped]]:
     """Return the state dict of *name*, and every tensor of it with where it came from.
 
@@ -72,7 +72,7 @@ def fitted(
     return state, rows
 
 
-def values_of(config: Frozen) -> dict[str, Any]:
+def values_of(config: StrictModel) -> dict[str, Any]:
     """Return the fields of *config* as the catalog takes them."""
     return {key: getattr(config, key) for key in type(config).model_fields}
 
@@ -125,3 +125,16 @@ def looked_up(values: Mapping[str, Any], key: str) -> Any:
             return here
         here = here.get(part) if isinstance(here, Mapping) else None
     return here
+
+
+def column_positions(channels: int) -> Tensor:
+    """Return where each element of the row-wise order stands in the column-wise one, int64."""
+    rows, columns = torch.triu_indices(channels, channels)
+    position: Tensor = columns * (columns + 1) // 2 + rows
+    return position
+
+
+def triangle_side(length: int) -> int | None:
+    """Return d for a *length* of d (d + 1) / 2, else `None`."""
+    side = (math.isqrt(8 * length + 1) - 1) // 2
+    return side if side > 0 and side * (side + 1) // 2 == length else None

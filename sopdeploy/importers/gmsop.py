@@ -14,23 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sopdeploy.backbones.low_resolution_resnet import RAW_SCALE, WIDTHS
+from sopdeploy.backbones.resnet import RAW_SCALE
+from sopdeploy.backbones.resnet import WIDTHS_LOW_RESOLUTION_RESNET as WIDTHS
 from sopdeploy.errors import WeightsError
-from sopdeploy.importers.matconvnet_arrays import batch_norm, in_order, kernel, pointwise, vector
-from sopdeploy.importers.matconvnet_layers import (
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.fit import column_positions
+from sopdeploy.importers.matconvnet import (
+    batch_norm,
     conv5_stride,
     dropout,
+    in_order,
     integer,
+    kernel,
     known_layers,
     named,
+    pointwise,
     root_switches,
     scalar,
+    vector,
 )
-from sopdeploy.importers.resnet_layout import tensor
-from sopdeploy.importers.source import Mapped, Translation
-from sopdeploy.importers.vector_order import column_positions
-from sopdeploy.importers.weight_file import WeightFile
-from sopdeploy.preprocess import Preprocess
+from sopdeploy.importers.resnets import tensor
+from sopdeploy.importers.source import Mapped, Translation, WeightFile
 
 STAGES = (2, 3, 4, 5)
 LETTERS = "abcdefgh"  # of a component's convolutions

@@ -12,13 +12,12 @@ import re
 import torch
 
 from sopdeploy.errors import WeightsError
-from sopdeploy.importers.resnet_layout import is_part, matrix, resnet_depth, tensor
-from sopdeploy.importers.source import Mapped, Translation, renamed
-from sopdeploy.importers.vector_order import column_positions, triangle_side
-from sopdeploy.importers.weight_file import WeightFile
-from sopdeploy.models.catalog import CATALOG
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.fit import column_positions, triangle_side
+from sopdeploy.importers.resnets import is_part, matrix, resnet_depth, tensor
+from sopdeploy.importers.source import Mapped, Translation, WeightFile, renamed
 from sopdeploy.models.gsop import RELEASED
-from sopdeploy.preprocess import Preprocess
+from sopdeploy.models.registry import CATALOG
 
 BLOCK = {
     "conv_for_DR": "channel.reduction.0",

@@ -8,17 +8,42 @@ import pydantic
 
 import sopdeploy
 from sopdeploy.checkpoint import Checkpoint, write_checkpoint
-from sopdeploy.errors import ConfigError
-from sopdeploy.frozen import Frozen, first_problem
+from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.files import sha256
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.class_names import class_names
-from sopdeploy.importers.file_hash import sha256
+from sopdeploy.importers.fast_mpncov import FastMpnCovResNet, FastMpnCovVgg
 from sopdeploy.importers.fit import choose_config, fitted
-from sopdeploy.importers.open_file import open_weights
-from sopdeploy.importers.sources import recognise
-from sopdeploy.preprocess import Preprocess
+from sopdeploy.importers.gmsop import GMSOPNetwork
+from sopdeploy.importers.gsop import GSoPNet
+from sopdeploy.importers.resnets import CifarResNet, TorchvisionResNet
+from sopdeploy.importers.source import Source, WeightFile
+from sopdeploy.importers.timm_network import TimmNetwork
+from sopdeploy.importers.weight_files import open_weights
+
+SOURCES: tuple[Source, ...] = (
+    TimmNetwork(),
+    GSoPNet(),
+    FastMpnCovResNet(),
+    FastMpnCovVgg(),
+    CifarResNet(),
+    GMSOPNetwork(),
+    TorchvisionResNet(),
+)
 
 
-class ImportOptions(Frozen):
+def recognise(file: WeightFile, name: str) -> Source:
+    """Return the source of *file*; raises `WeightsError` with its first names where nobody knows it."""
+    for source in SOURCES:
+        if source.recognises(file, name):
+            return source
+    some = ", ".join(list(file.tensors)[:3])
+    known = ", ".join(sorted({source.project for source in SOURCES}))
+    raise WeightsError(f"{file.path}: its tensors ({some} ..) are those of none of {known}")
+
+
+class ImportOptions(StrictModel):
     """What the file cannot say: switches of the network, class names, other sizes of pictures."""
 
     settings: dict[str, Any] = pydantic.Field(default_factory=dict)
@@ -28,7 +53,7 @@ class ImportOptions(Frozen):
     interpolation: str | None = None
 
 
-class Row(Frozen):
+class Row(StrictModel):
     """One tensor of the checkpoint, the file's tensors it was made of, and how."""
 
     name: str
@@ -37,7 +62,7 @@ class Row(Frozen):
     shape: tuple[int, ...]
 
 
-class ImportReport(Frozen):
+class ImportReport(StrictModel):
     """What an import did, key by key."""
 
     file: str

@@ -8,10 +8,8 @@ import importlib
 
 from sopdeploy.backbones.timm_backbone import import_timm
 from sopdeploy.errors import WeightsError
-from sopdeploy.importers.resnet_layout import matrix
-from sopdeploy.importers.source import Translation, renamed
-from sopdeploy.importers.timm_card import CARD, FROM_CARD, preprocess_of, read_card
-from sopdeploy.importers.weight_file import WeightFile
+from sopdeploy.importers.resnets import CARD, FROM_CARD, matrix, preprocess_of, read_card
+from sopdeploy.importers.source import Translation, WeightFile, renamed
 
 PREFIX = "timm:"
 NO_CARD = f"no {CARD} beside the file: preprocessing is that of timm's default weights"

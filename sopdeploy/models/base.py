@@ -1,10 +1,13 @@
 """What every network of the catalog is: a backbone that knows what only its training needs."""
 
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from sopdeploy.backbones.base import Backbone
+from sopdeploy.config import StrictModel
 
 
 class TrainingOutput(NamedTuple):
@@ -29,7 +32,7 @@ class Classifier(Backbone):
 
     training_only: ClassVar[tuple[str, ...]] = ()
 
-    def plain(self) -> Backbone:
+    def inference_model(self) -> Backbone:
         """Return the network that should ship, built anew from the config, with fresh weights.
 
         It shares no object with this one: the certificate compares the two.
@@ -44,6 +47,18 @@ class Classifier(Backbone):
         """Return the weight of each head's loss: `main` and the names in `branches`."""
         return {"main": 1.0}
 
-    def representation(self) -> int:
+    def num_features(self) -> int:
         """Return the length of the vector that the shipped classifier sees."""
         raise TypeError(f"{type(self).__name__} must say how long its representation is")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One line of the catalog; `image_size` is the side of the images its paper uses, in pixels."""
+
+    network: type[Classifier]
+    config: type[StrictModel]
+    defaults: Mapping[str, Any]
+    image_size: int
+    num_classes: int
+    summary: str

@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 
+from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError
-from sopdeploy.frozen import Frozen
-from sopdeploy.models.catalog import create_model, entry
-from sopdeploy.models.counting import Counts, tally
 from sopdeploy.models.published import Published, published
+from sopdeploy.models.registry import create_model, entry
+from sopdeploy.models.stats import Counts, tally
 
 
-class Description(Frozen):
+class Description(StrictModel):
     """What `sopdeploy describe` prints; `representation` is the vector the shipped head sees.
 
     `parts` are those of the network in training and sum to `training`; `published` holds the figures that
@@ -41,13 +41,13 @@ def describe(
     side = entry(name).image_size if image_size is None else image_size
     with torch.device("meta"):
         network = create_model(name, num_classes=num_classes, **config)
-        plain = network.plain() if network.training_only else None
+        plain = network.inference_model() if network.training_only else None
     try:
         training = tally(network.train(), side)
         shipped = tally(plain.eval(), side) if plain else training  # without such parts all of it ships
     except RuntimeError as problem:
         raise ConfigError(f"image_size: {side} pixels are too few for {name}") from problem
-    length = network.representation()
+    length = network.num_features()
     usual = side == entry(name).image_size
     return Description(
         name=name,

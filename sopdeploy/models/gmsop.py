@@ -22,19 +22,12 @@ import pydantic
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone
-from sopdeploy.backbones.low_resolution_resnet import (
-    LowResolutionResNet,
-    LowResolutionResNetConfig,
-    initialise_by_fan_in,
-)
-from sopdeploy.blocks.balance_loss import balance_loss
-from sopdeploy.blocks.components import Kind, make_components, pooling
-from sopdeploy.blocks.fusion_head import FusionHead
-from sopdeploy.blocks.sparse_gate import GateNoise, NoisePer, SparseGate, keep_largest
+from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig, initialise_by_fan_in
 from sopdeploy.errors import ConfigError
-from sopdeploy.models.base import Classifier, TrainingOutput
-from sopdeploy.models.entry import Entry
-from sopdeploy.pooling.isqrt_cov import ISqrtCovConfig, dimension_reduction
+from sopdeploy.layers.isqrt_cov import ISqrtCovConfig, dimension_reduction
+from sopdeploy.layers.mixture.components import FusionHead, Kind, make_components, pooling
+from sopdeploy.layers.mixture.gate import GateNoise, NoisePer, SparseGate, balance_loss, keep_largest
+from sopdeploy.models.base import Classifier, Entry, TrainingOutput
 
 Width = Annotated[int, pydantic.Field(ge=1)]
 
@@ -100,7 +93,7 @@ class GatedResNet(LowResolutionResNet):
         """Return logits (B, classes) and the gate's weights (B, N), K of them not 0, without noise."""
         return self.classify_with_gates(self.features(images)[0])
 
-    def answer(self, images: Tensor) -> tuple[Tensor, ...]:
+    def outputs_tuple(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the logits and the gate's weights: who decided is part of the answer."""
         return self.forward_with_gates(images)
 
@@ -144,11 +137,11 @@ class GMSOP(Classifier, GatedResNet):
         mixed: Tensor = self.mixture(features, weights_BN)
         return mixed
 
-    def plain(self) -> Backbone:
+    def inference_model(self) -> Backbone:
         """Return the gated network without noise."""
         return GatedResNet(self.config, self.num_classes)
 
-    def representation(self) -> int:
+    def num_features(self) -> int:
         """Return the length of a component's vector."""
         return self.head.fc.in_features
 

@@ -16,13 +16,11 @@ import pydantic
 from torch import Tensor
 
 from sopdeploy.backbones.base import Backbone
-from sopdeploy.backbones.low_resolution_resnet import LowResolutionResNet, LowResolutionResNetConfig
-from sopdeploy.blocks.components import make_components
-from sopdeploy.blocks.fusion_head import FusionHead
-from sopdeploy.models.base import Classifier
-from sopdeploy.models.entry import Entry
-from sopdeploy.pooling.isqrt_cov import ISqrtCovConfig
-from sopdeploy.pooling.netvlad import NetVLAD
+from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig
+from sopdeploy.layers.isqrt_cov import ISqrtCovConfig
+from sopdeploy.layers.mixture.components import FusionHead, make_components
+from sopdeploy.layers.pooling.codebook import NetVLAD
+from sopdeploy.models.base import Classifier, Entry
 
 Width = Annotated[int, pydantic.Field(ge=1)]
 
@@ -70,11 +68,11 @@ class AveragedResNet(Classifier, LowResolutionResNet):
         logits: Tensor = self.head(self.mixture(features).mean(dim=1))
         return logits
 
-    def plain(self) -> Backbone:
+    def inference_model(self) -> Backbone:
         """Return another one."""
         return AveragedResNet(self.config, self.num_classes)
 
-    def representation(self) -> int:
+    def num_features(self) -> int:
         """Return the length of a component's vector."""
         return self.head.fc.in_features
 
@@ -100,11 +98,11 @@ class NetVLADResNet(Classifier, LowResolutionResNet):
         logits: Tensor = self.head(self.pooling(features))
         return logits
 
-    def plain(self) -> Backbone:
+    def inference_model(self) -> Backbone:
         """Return another one."""
         return NetVLADResNet(self.config, self.num_classes)
 
-    def representation(self) -> int:
+    def num_features(self) -> int:
         """Return words times channels."""
         return self.pooling.out_features
 

@@ -1,24 +1,28 @@
 """The plain first-order networks: baselines, and what a detached network must equal."""
 
 from sopdeploy.backbones.base import Backbone
+from sopdeploy.backbones.cifar_resnet import (
+    PreActResNet,
+    PreActResNetConfig,
+    ResNeXt,
+    ResNeXtConfig,
+    SmallResNet,
+    SmallResNetConfig,
+)
 from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetConfig
-from sopdeploy.backbones.preact_resnet import PreActResNet, PreActResNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
-from sopdeploy.backbones.resnext import ResNeXt, ResNeXtConfig
-from sopdeploy.backbones.small_resnet import SmallResNet, SmallResNetConfig
-from sopdeploy.frozen import Frozen
-from sopdeploy.models.base import Classifier
-from sopdeploy.models.entry import Entry
+from sopdeploy.config import StrictModel
+from sopdeploy.models.base import Classifier, Entry
 
 
 class PlainResNet(Classifier, ResNet):
     """ResNet-18/34/50/101 for 224-pixel images."""
 
-    def plain(self) -> Backbone:
+    def inference_model(self) -> Backbone:
         """Return another one."""
         return ResNet(self.config, self.num_classes)
 
-    def representation(self) -> int:
+    def num_features(self) -> int:
         """Return what the global pooling gives: the channels of conv5_x by default."""
         return self.pooling.out_features
 
@@ -26,11 +30,11 @@ class PlainResNet(Classifier, ResNet):
 class PlainSmallResNet(Classifier, SmallResNet):
     """ResNet-20/32/44/56/110 for 32-pixel images."""
 
-    def plain(self) -> Backbone:
+    def inference_model(self) -> Backbone:
         """Return another one."""
         return SmallResNet(self.config, self.num_classes)
 
-    def representation(self) -> int:
+    def num_features(self) -> int:
         """Return what the global pooling gives: the channels of the last stage by default."""
         return self.pooling.out_features
 
@@ -38,11 +42,11 @@ class PlainSmallResNet(Classifier, SmallResNet):
 class PlainPreActResNet(Classifier, PreActResNet):
     """Pre-activation ResNet-110/164 and WRN for 32-pixel images."""
 
-    def plain(self) -> Backbone:
+    def inference_model(self) -> Backbone:
         """Return another one."""
         return PreActResNet(self.config, self.num_classes)
 
-    def representation(self) -> int:
+    def num_features(self) -> int:
         """Return what the global pooling gives: the channels of the last map by default."""
         return self.pooling.out_features
 
@@ -50,11 +54,11 @@ class PlainPreActResNet(Classifier, PreActResNet):
 class PlainResNeXt(Classifier, ResNeXt):
     """ResNeXt-29 for 32-pixel images."""
 
-    def plain(self) -> Backbone:
+    def inference_model(self) -> Backbone:
         """Return another one."""
         return ResNeXt(self.config, self.num_classes)
 
-    def representation(self) -> int:
+    def num_features(self) -> int:
         """Return what the global pooling gives: the channels of the last map by default."""
         return self.pooling.out_features
 
@@ -62,11 +66,11 @@ class PlainResNeXt(Classifier, ResNeXt):
 class PlainEfficientNet(Classifier, EfficientNet):
     """EfficientNet-b0 for 224-pixel images."""
 
-    def plain(self) -> Backbone:
+    def inference_model(self) -> Backbone:
         """Return another one."""
         return EfficientNet(self.config, self.num_classes)
 
-    def representation(self) -> int:
+    def num_features(self) -> int:
         """Return what the global pooling gives: the channels of the last map by default."""
         return self.pooling.out_features
 
@@ -92,7 +96,7 @@ def resnet(depth: int) -> Entry:
 
 
 def small(
-    network: type[Classifier], config: type[Frozen], defaults: dict[str, int | str], title: str
+    network: type[Classifier], config: type[StrictModel], defaults: dict[str, int | str], title: str
 ) -> Entry:
     """Return the entry of a network for 32-pixel images."""
     return Entry(

@@ -5,25 +5,31 @@ pooling goes onto any backbone by the switch `pooling`, such as `create_model("r
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from sopdeploy.backbones.base import Backbone
+import pydantic
+from torch import Tensor, nn
+
+from sopdeploy.backbones.base import Backbone, initialise
+from sopdeploy.backbones.cifar_resnet import SmallResNetConfig
+from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNetConfig
-from sopdeploy.backbones.small_resnet import SmallResNetConfig
 from sopdeploy.backbones.vgg import VGG, VGGConfig
-from sopdeploy.models.base import Classifier
-from sopdeploy.models.entry import Entry
+from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtCovConfig
+from sopdeploy.layers.mbconv import swish_reduction
+from sopdeploy.layers.pooling.base import GapConfig
+from sopdeploy.models.base import Classifier, Entry
 from sopdeploy.models.plain import PlainResNet, PlainSmallResNet
 
 
 class PooledVGG(Classifier, VGG):
     """VGG-16 with batch norm and a global pooling."""
 
-    def plain(self) -> Backbone:
+    def inference_model(self) -> Backbone:
         """Return another one."""
         return VGG(self.config, self.num_classes)
 
-    def representation(self) -> int:
+    def num_features(self) -> int:
         """Return what the global pooling gives."""
         return self.pooling.out_features
 
@@ -67,6 +73,45 @@ def pooled_vgg(pooling: str | Mapping[str, Any], classifier: str, summary: str) 
 ISQRT = "iSQRT-COV (iterated square root of the covariance)"
 MPNCOV = "MPN-COV (square root by eigenvalues; cannot be exported)"
 
+
+class SecondOrderEfficientNetConfig(EfficientNetConfig):
+    """EfficientNet-b0, and the covariance's `width` and iteration."""
+
+    pooling: GapConfig = GapConfig()  # the end of this network is its own
+    width: Annotated[int, pydantic.Field(ge=1)] = 64
+    iterations: Annotated[int, pydantic.Field(ge=1, le=15)] = 5
+    prenorm: Literal["trace", "frobenius"] = "trace"
+
+
+class SecondOrderEfficientNet(Classifier, EfficientNet):
+    """EfficientNet-b0 whose global average is replaced by DR and the root of the covariance."""
+
+    config: SecondOrderEfficientNetConfig
+
+    def __init__(self, config: SecondOrderEfficientNetConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.reduction = swish_reduction(self.pooling.out_features, config.width)
+        self.root = ISqrtCov(
+            ISqrtCovConfig(width=config.width, iterations=config.iterations, prenorm=config.prenorm)
+        )
+        self.classifier = nn.Linear(self.root.out_features, num_classes)
+        initialise(self.reduction)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return logits of second-order pooled features."""
+        pooled = self.root(self.reduction(features))
+        logits: Tensor = self.classifier(self.dropout(pooled))
+        return logits
+
+    def inference_model(self) -> Backbone:
+        """Return another one."""
+        return SecondOrderEfficientNet(self.config, self.num_classes)
+
+    def num_features(self) -> int:
+        """Return the length of the triangle."""
+        return self.root.out_features
+
+
 ENTRIES = {
     **{f"isqrt-resnet{depth}": pooled_resnet(depth, "isqrt", ISQRT) for depth in (18, 34, 50, 101)},
     **{
@@ -79,4 +124,12 @@ ENTRIES = {
     "bcnn-vgg16": pooled_vgg("bcnn", "linear", "B-CNN (bilinear pooling)"),
     "cbp-vgg16": pooled_vgg("cbp", "linear", "compact bilinear pooling"),
     "netvlad-vgg16": pooled_vgg("netvlad", "linear", "NetVLAD"),
+    "isqrt-efficientnet-b0": Entry(
+        network=SecondOrderEfficientNet,
+        config=SecondOrderEfficientNetConfig,
+        defaults={},
+        image_size=224,
+        num_classes=1000,
+        summary="EfficientNet-b0 with iSQRT-COV in place of its global average",
+    ),
 }

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from sopdeploy.backbones.base import Backbone, initialise
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.errors import ConfigError
-from sopdeploy.models.base import Classifier, TrainingOutput
-from sopdeploy.models.entry import Entry
-from sopdeploy.pooling.average import GapConfig
-from sopdeploy.pooling.base import GlobalPooling
-from sopdeploy.pooling.isqrt_cov import ISqrtCov, ISqrtCovConfig, dimension_reduction
+from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtCovConfig, dimension_reduction
+from sopdeploy.layers.pooling.base import GapConfig, GlobalPooling
+from sopdeploy.models.base import Classifier, Entry, TrainingOutput
 
 
 class PSDRConfig(ResNetConfig):
@@ -102,11 +100,11 @@ class PSDRResNet(Classifier, ResNet):
         logits: Tensor = self.fc(self.pooling(features))
         return logits
 
-    def plain(self) -> Backbone:
+    def inference_model(self) -> Backbone:
         """Return the network with its chain, without auxiliary heads."""
         return PSDRResNet(self.config, self.num_classes)
 
-    def representation(self) -> int:
+    def num_features(self) -> int:
         """Return the length of the triangle."""
         return self.pooling.out_features
 

@@ -7,19 +7,18 @@ from torch import nn
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.timm_backbone import TimmBackbone, TimmConfig, timm_image_size
-from sopdeploy.models.base import Classifier
+from sopdeploy.models.base import Classifier, Entry
 from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches, shared_fields
-from sopdeploy.models.entry import Entry
 
 
 class PlainTimm(Classifier, TimmBackbone):
     """A network of timm as it is."""
 
-    def plain(self) -> Backbone:
+    def inference_model(self) -> Backbone:
         """Return another one."""
         return TimmBackbone(self.config, self.num_classes)
 
-    def representation(self) -> int:
+    def num_features(self) -> int:
         """Return the channels that the classifier sees."""
         return self.head_channels()
 
@@ -57,11 +56,11 @@ class DSoPTimm(DSoP, TimmBackbone):
         """Return batch norm and ReLU."""
         return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
-    def plain(self) -> Backbone:
+    def inference_model(self) -> Backbone:
         """Return timm's network without branches."""
         return TimmBackbone(TimmConfig(**shared_fields(self.config, TimmConfig)), self.num_classes)
 
-    def representation(self) -> int:
+    def num_features(self) -> int:
         """Return the channels that the classifier sees."""
         return self.head_channels()
 

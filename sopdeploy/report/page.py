@@ -4,14 +4,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sopdeploy.errors import ConfigError
-from sopdeploy.html.document import document
-from sopdeploy.html.markup import Html, paragraph, section, table, tag
-from sopdeploy.report.answered import answer_tiles, answers_section, calibration_section, mistakes_section
-from sopdeploy.report.inside import gates_section, spectra_section
-from sopdeploy.report.learning import course_section, learning_section, summary
-from sopdeploy.report.story import Story, read_story
+from sopdeploy.files import atomic_write
+from sopdeploy.html.markup import Html, document, paragraph, section, table, tag
+from sopdeploy.report.predictions import answer_tiles, answers_section, calibration_section, mistakes_section
+from sopdeploy.report.run_data import Story, read_story
+from sopdeploy.report.training import (
+    course_section,
+    gates_section,
+    learning_section,
+    spectra_section,
+    summary,
+)
 from sopdeploy.training.resume import flat
-from sopdeploy.whole import whole
 
 LABELS_SHOWN = 20
 
@@ -30,7 +34,7 @@ def write_report(
     path = destination or run / "report.html"
     text = render(read_story(run, data, on_picture))
     try:
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as problem:
         raise ConfigError(f"{path}: cannot be written ({problem.strerror}); give another --out") from problem

@@ -1,1 +1,1 @@
-"""The parts of a training run that `sopdeploy.train` puts together."""
+"""The parts of a training run that `sopdeploy.training.loop` puts together."""

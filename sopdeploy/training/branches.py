@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.catalog import create_model
 from sopdeploy.models.dsop import DSoP
+from sopdeploy.models.registry import create_model
 from sopdeploy.training.run import Run
 
 

@@ -4,21 +4,21 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 
-from sopdeploy.evaluate import Figures
-from sopdeploy.frozen import Frozen, Share
-from sopdeploy.training.sight import Sight
+from sopdeploy.config import Share, StrictModel
+from sopdeploy.evaluation.prediction import Figures
+from sopdeploy.training.diagnostics import Sight
 
 FIGURES = ("loss", "top1", "top5")
 
 
-class Speed(Frozen):
+class Speed(StrictModel):
     """Pictures learnt from in a second of training, and the share of that time spent waiting for them."""
 
     pictures_per_second: float
     waiting: Share
 
 
-class EpochRow(Frozen):
+class EpochRow(StrictModel):
     """`epoch` counts from 1; `losses` are the means of the heads and penalties over the training pictures.
 
     `figures` are those of the weights that a checkpoint carries for use; where weights are averaged, those

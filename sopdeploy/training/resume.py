@@ -8,12 +8,14 @@ from typing import Any
 import pydantic
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, is_state_dict
-from sopdeploy.data.base import Pictures
+from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.data.base import LabeledImages, Split
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
-from sopdeploy.frozen import first_problem
-from sopdeploy.recipe import Recipe, validate
-from sopdeploy.training.parallel import Parallel
+from sopdeploy.training.distributed.strategy import Parallel
+from sopdeploy.training.history import best_row
+from sopdeploy.training.recipe import Recipe, validate
 from sopdeploy.training.run import Position, Run, assemble
+from sopdeploy.training.run_folder import RunFolder
 
 MAY_CHANGE = {  # when a run is resumed
     "summary",
@@ -30,7 +32,7 @@ MAY_CHANGE = {  # when a run is resumed
 
 
 def resume_run(
-    recipe: Recipe, pictures: Pictures, parallel: Parallel, checkpoint: Checkpoint, where: Path
+    recipe: Recipe, pictures: LabeledImages, parallel: Parallel, checkpoint: Checkpoint, where: Path
 ) -> Run:
     """Return the run of *checkpoint*, read from *where*, at the step where it was saved.
 
@@ -92,3 +94,49 @@ def flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def recorded_recipe(checkpoint: Checkpoint, where: Path) -> Recipe:
     """Return the recipe that *checkpoint* was trained with."""
     return validate(checkpoint.training.get("recipe", {}), str(where))
+
+
+class TrainingResult(StrictModel):
+    """What a finished run gave; shares are of the held-out pictures, `seconds` those of all its parts.
+
+    `skipped` names the pictures that were left out because they cannot be read.
+    """
+
+    out: Path
+    best: Path
+    last: Path
+    history: Path
+    model: str
+    classes: int
+    train_count: int
+    held_out_count: int
+    skipped: tuple[str, ...]
+    epochs: int
+    best_epoch: int
+    best_top1: float
+    best_top5: float
+    last_top1: float
+    seconds: float
+
+
+def summarise(run: Run, folder: RunFolder, data: Split) -> TrainingResult:
+    """Return what the run gave."""
+    history = run.at.history
+    best = best_row(history)
+    return TrainingResult(
+        out=folder.path,
+        best=folder.best,
+        last=folder.last,
+        history=folder.history,
+        model=run.recipe.model.name,
+        classes=len(run.labels),
+        train_count=run.train_count,
+        held_out_count=len(data.held_out),
+        skipped=data.skipped,
+        epochs=run.at.epoch,
+        best_epoch=best.epoch,
+        best_top1=best.figures.top1,
+        best_top5=best.figures.top5,
+        last_top1=history[-1].figures.top1,
+        seconds=run.at.seconds,
+    )

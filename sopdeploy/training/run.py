@@ -14,26 +14,24 @@ from torch import nn
 from torch.optim import Optimizer
 
 import sopdeploy
-from sopdeploy.averaging import Average
 from sopdeploy.checkpoint import Checkpoint
-from sopdeploy.data.base import Pictures
-from sopdeploy.evaluate import Figures
-from sopdeploy.frozen import Frozen
-from sopdeploy.losses import Loss
-from sopdeploy.machine import machine
+from sopdeploy.config import StrictModel
+from sopdeploy.data.base import LabeledImages
+from sopdeploy.environment import machine
+from sopdeploy.evaluation.prediction import Figures
+from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.catalog import create_model
-from sopdeploy.normalise import Normalise
-from sopdeploy.recipe import Recipe
+from sopdeploy.models.registry import create_model
 from sopdeploy.seeds import seed_of
-from sopdeploy.training.finite import float_buffers, must_be_finite
+from sopdeploy.training.diagnostics import Sight
+from sopdeploy.training.distributed.batch_sharding import share_batches
+from sopdeploy.training.distributed.strategy import Parallel
+from sopdeploy.training.ema import ExponentialMovingAverage
+from sopdeploy.training.fine_tuning import parameter_groups, take_weights
 from sopdeploy.training.history import EpochRow, Speed, best_row
-from sopdeploy.training.parallel import Parallel
-from sopdeploy.training.precision import Precision
-from sopdeploy.training.share import share_batches
-from sopdeploy.training.sight import Sight
-from sopdeploy.training.start import parameter_groups, take_weights
-from sopdeploy.training.teacher import Teacher
+from sopdeploy.training.losses import Loss, Teacher
+from sopdeploy.training.precision import Precision, float_buffers, must_be_finite
+from sopdeploy.training.recipe import Recipe
 
 SHORTEST = 1e-9  # seconds
 
@@ -45,7 +43,7 @@ class StepResult(NamedTuple):
     gradient: float
 
 
-class Position(Frozen):
+class Position(StrictModel):
     """How far a run is: whole epochs, steps of the next one, and what has been counted on the way.
 
     `sums` are the parts of the loss and `gradient` its gradient's norm, added up over the `seen` pictures of
@@ -71,13 +69,13 @@ class Run:
     labels: tuple[str, ...]
     train_count: int
     parallel: Parallel
-    normalise: Normalise
+    normalise: Normalize
     precision: Precision
     config: dict[str, Any]
     model: Classifier
     network: nn.Module
     optimizer: Optimizer
-    average: Average | None = None
+    average: ExponentialMovingAverage | None = None
     teacher: Teacher | None = None
     at: Position = field(default_factory=Position)
 
@@ -198,7 +196,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def start_run(recipe: Recipe, pictures: Pictures, parallel: Parallel) -> Run:
+def start_run(recipe: Recipe, pictures: LabeledImages, parallel: Parallel) -> Run:
     """Return a run with fresh weights, at its start."""
     model = fresh_model(recipe, len(pictures.labels))
     return assemble(recipe, pictures, model, recipe.model.full_config(), parallel)
@@ -214,7 +212,7 @@ def fresh_model(recipe: Recipe, classes: int) -> Classifier:
 
 
 def assemble(
-    recipe: Recipe, pictures: Pictures, model: Classifier, config: dict[str, Any], parallel: Parallel
+    recipe: Recipe, pictures: LabeledImages, model: Classifier, config: dict[str, Any], parallel: Parallel
 ) -> Run:
     """Put *model*, its optimizer and its normalisation where the recipe wants them."""
     model, network, optimizer = placed(recipe, model, parallel)
@@ -226,13 +224,13 @@ def assemble(
         labels=pictures.labels,
         train_count=len(pictures),
         parallel=parallel,
-        normalise=Normalise(recipe.preprocess).to(parallel.device),
+        normalise=Normalize(recipe.preprocess).to(parallel.device),
         precision=Precision(recipe.precision, parallel.device),
         config=config,
         model=model,
         network=network,
         optimizer=optimizer,
-        average=Average(recipe.ema, model) if recipe.ema is not None else None,
+        average=ExponentialMovingAverage(recipe.ema, model) if recipe.ema is not None else None,
         teacher=teacher,
     )
 

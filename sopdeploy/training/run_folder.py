@@ -11,11 +11,11 @@ from pathlib import Path
 
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError
-from sopdeploy.recipe import SaveChoice
+from sopdeploy.files import PARTIAL, atomic_write
+from sopdeploy.training.distributed.strategy import Parallel
 from sopdeploy.training.history import history_csv
-from sopdeploy.training.parallel import Parallel
+from sopdeploy.training.recipe import SaveChoice
 from sopdeploy.training.run import Run
-from sopdeploy.whole import PARTIAL, whole
 
 MINUTE = 60.0
 
@@ -107,7 +107,7 @@ class RunFolder:
     def write_history(self, table: str) -> None:
         """Replace `history.csv`."""
         try:
-            with whole(self.history) as partial:
+            with atomic_write(self.history) as partial:
                 partial.write_text(table, encoding="utf-8")
         except OSError as problem:
             raise CheckpointError(f"{self.history}: cannot be written ({problem.strerror})") from problem
@@ -124,7 +124,7 @@ def second_name(path: Path, name: Path) -> None:
     Where the file system has no such links it is copied.
     """
     try:
-        with whole(name) as partial:
+        with atomic_write(name) as partial:
             partial.unlink(missing_ok=True)
             try:
                 os.link(path, partial)

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sopdeploy.errors import ImageError
-from sopdeploy.preprocess import Preprocess
-from sopdeploy_service.decode import Sent, decode
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_service.images.decode import EncodedImage, decode
 
 RULES = Preprocess(resize=36, crop=32)
 CODES = {
@@ -38,7 +38,7 @@ FUZZ = settings(max_examples=150, deadline=None, database=None, suppress_health_
 def attack(body: bytes, *, max_pixels: int = 50_000_000) -> str | None:
     """Decode *body*; return the code of its refusal, or None for an accepted image."""
     try:
-        image = decode(Sent(body), RULES, max_bytes=20_000_000, max_pixels=max_pixels).pixels
+        image = decode(EncodedImage(body), RULES, max_bytes=20_000_000, max_pixels=max_pixels).pixels
     except ImageError as caught:
         problem = caught
     else:
@@ -133,8 +133,8 @@ def blank(depth: int, colour: int, channels: int) -> bytes:
 PEAK = """
 import sys
 from pathlib import Path
-from sopdeploy.preprocess import Preprocess
-from sopdeploy_service.decode import Sent, decode
+from sopdeploy.images.preprocess import (Preprocess)
+from sopdeploy_service.images.decode import (Sent, decode)
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -18,8 +18,8 @@ from click.testing import Result
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
+from sopdeploy.bundle.manifest import to_json
 from sopdeploy.cli.app import app
-from sopdeploy.manifest import to_json
 from tests.forged import LABELS, flip, forge, write_hollow
 
 SIDE = 16

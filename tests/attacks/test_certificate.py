@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone
-from sopdeploy.backbones.small_resnet import SmallResNet
+from sopdeploy.backbones.cifar_resnet import SmallResNet
+from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import CertificateError
-from sopdeploy.manifest import BatchRange
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.catalog import create_model
-from sopdeploy.preprocess import Preprocess
-from sopdeploy_export import certificate
-from sopdeploy_export.capture import Captured, capture
-from sopdeploy_export.certificate import certify
+from sopdeploy.models.registry import create_model
 from sopdeploy_export.detach import detach
-from sopdeploy_export.probe_images import probe_images
+from sopdeploy_export.graph.probe_images import probe_images
+from sopdeploy_export.graph.torch_export import Captured, capture
+from sopdeploy_export.proof import certificate
+from sopdeploy_export.proof.certificate import certify
 from tests import quick_torch
 from tests.export.once import bits
 

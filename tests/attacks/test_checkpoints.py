@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from sopdeploy.checkpoint import Checkpoint, load_plain, read_checkpoint, write_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.errors import CheckpointError
-from sopdeploy.models.catalog import create_model
-from sopdeploy.preprocess import Preprocess
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.registry import create_model
 
 MARKER = "pwned"
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sopdeploy.data.array_pickle import read_array_pickle
+from sopdeploy.data.datasets.array_pickle import read_array_pickle
 from sopdeploy.errors import DataError
 
 

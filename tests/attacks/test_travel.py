@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from sopdeploy.bundle import open_bundle
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.bundle.signing import make_key, signature_path
+from sopdeploy.bundle.transfer import pull, push, sign
+from sopdeploy.bundle.transfer.archive import BLOCK, END, header, padding
 from sopdeploy.cli.app import app
 from sopdeploy.errors import BundleError
-from sopdeploy.travel import pull, push, sign
-from sopdeploy.travel.archive import BLOCK, END, header, padding
-from sopdeploy.travel.signed import make_key, signature_path
 from tests.forged import flip, forge, write_hollow
 
 ARCHIVE = "tiny.tar"

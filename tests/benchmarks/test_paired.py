@@ -6,7 +6,7 @@ import pytest
 from gain.paired import Paired, paired
 from scipy import stats
 
-from sopdeploy.statistics import t_quantile, t_tail
+from sopdeploy.evaluation.statistics import t_quantile, t_tail
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 4, 7, 23, 60])

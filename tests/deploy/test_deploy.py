@@ -16,8 +16,7 @@ from typer.main import get_command
 
 import sopdeploy
 from sopdeploy.cli.app import app
-from sopdeploy_service.histograms import Histograms
-from sopdeploy_service.metrics import Metrics
+from sopdeploy_service.observability.metrics import Histograms, Metrics
 from sopdeploy_service.settings import Settings, load_settings
 from tests.deploy.rendering import render
 from tests.docs.reading import module_at

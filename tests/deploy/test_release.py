@@ -13,12 +13,7 @@ import repository
 import version
 from builders import choose_builder
 
-from sopdeploy.travel.minisign import (
-    check_message,
-    new_secret_key,
-    public_of,
-    secret_text,
-)
+from sopdeploy.bundle.signing import check_message, new_secret_key, public_of, secret_text
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import sopdeploy
-from sopdeploy.cli import environment
+from sopdeploy.cli import env as environment
 from sopdeploy.cli.app import app
 from sopdeploy.errors import RuntimeUnavailableError
 
@@ -66,7 +66,7 @@ def test_what_is_not_installed_is_told_and_no_error(monkeypatch: pytest.MonkeyPa
     def missing() -> ModuleType:
         raise RuntimeUnavailableError("TensorRT is not installed")
 
-    monkeypatch.setattr("sopdeploy.engines.binding.import_tensorrt", missing)
+    monkeypatch.setattr("sopdeploy.tensorrt.binding.import_tensorrt", missing)
     assert environment.onnxruntime_sees().startswith("none (")
     assert environment.tensorrt_sees() == "none (TensorRT is not installed)"
 
@@ -80,6 +80,6 @@ def test_the_gpu_that_tensorrt_would_use_is_named(monkeypatch: pytest.MonkeyPatc
 
     trt = ModuleType("tensorrt")
     trt.__version__ = "10.16.1"
-    monkeypatch.setattr("sopdeploy.engines.binding.import_tensorrt", lambda: trt)
-    monkeypatch.setattr("sopdeploy.engines.cuda.open_cuda", Cuda)
+    monkeypatch.setattr("sopdeploy.tensorrt.binding.import_tensorrt", lambda: trt)
+    monkeypatch.setattr("sopdeploy.tensorrt.cuda.open_cuda", Cuda)
     assert environment.tensorrt_sees() == "10.16.1 on NVIDIA H200"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sopdeploy.extras import how_to_get
+from sopdeploy.environment import install_hint
 from tests.docs.reading import PAGES, ROOT, module_at, name
 
 SECURITY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
@@ -75,7 +75,7 @@ def raised(name: str) -> list[list[str]]:
 
 
 def test_the_example_of_an_error_is_a_message_of_the_source() -> None:
-    assert ERRORS.EXAMPLES["RuntimeUnavailableError"] == how_to_get("TensorRT", "sopdeploy[tensorrt]")
+    assert ERRORS.EXAMPLES["RuntimeUnavailableError"] == install_hint("TensorRT", "sopdeploy[tensorrt]")
     elsewhere = {"ImageError", "OverloadedError", "RuntimeUnavailableError"}  # the first two: a server's
     for kind in set(ERRORS.EXAMPLES) - elsewhere:
         shown = re.sub(r" \[\w+\]$", "", ERRORS.EXAMPLES[kind])

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.checkpoint import Checkpoint, write_checkpoint
-from sopdeploy.manifest import BatchRange
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.catalog import create_model
-from sopdeploy.preprocess import Preprocess
+from sopdeploy.models.registry import create_model
+from sopdeploy_export.graph.probe_images import probe_images
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
-from sopdeploy_export.probe_images import probe_images
 from tests import quick_torch
 from tests.export.once import proving_once
 

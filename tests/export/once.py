@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from sopdeploy.backbones.base import Backbone
-from sopdeploy.manifest import BatchRange
+from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy.preprocess import Preprocess
-from sopdeploy_export import certificate, pipeline
-from sopdeploy_export.capture import capture_any_batch
-from sopdeploy_export.certificate import Certificate, Proof
-from sopdeploy_export.lower_onnx import lower
+from sopdeploy_export import pipeline
+from sopdeploy_export.graph.onnx_export import lower
+from sopdeploy_export.graph.torch_export import capture_any_batch
+from sopdeploy_export.proof import certificate
+from sopdeploy_export.proof.certificate import Certificate, Proof
 
 lower_honestly = pipeline.lower_with_proof
 PROOFS: dict[str, Proof] = {}

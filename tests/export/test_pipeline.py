@@ -6,16 +6,16 @@ import onnx
 import pytest
 from PIL import Image
 
-from sopdeploy.bundle import open_bundle
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.bundle.probes import read_probes
 from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.errors import DataError, DetachError, ParityError, SopdeployError
-from sopdeploy.manifest import BatchRange
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy.preprocess import Preprocess
-from sopdeploy.probes import read_probes
 from sopdeploy_export import pipeline
-from sopdeploy_export.onnx_root import file_root
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
+from sopdeploy_export.proof.onnx_hash import file_root
 from tests.export.once import proving_once
 
 LABELS = tuple("abcdefghij")
@@ -185,7 +185,7 @@ def test_the_steps_are_told_in_order(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_generated_probes_are_the_same_everywhere(preprocess: Preprocess) -> None:
-    from sopdeploy_export.probe_images import probe_images
+    from sopdeploy_export.graph.probe_images import probe_images
 
     images = probe_images(preprocess)
     assert images.dtype == np.uint8

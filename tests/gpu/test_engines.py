@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sopdeploy.engines.cache import StoredEngine, look
-from sopdeploy_export.engine_tensorrt import EngineOptions, engine
-from sopdeploy_service.runtime.with_tensorrt import TensorRTRuntime
+from sopdeploy.tensorrt.cache import StoredEngine, look
+from sopdeploy_export.tensorrt.engine import EngineOptions, engine
+from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
-from tests.engines.networks import answers, network, some_images, write
+from tests.tensorrt.networks import answers, network, some_images, write
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
 

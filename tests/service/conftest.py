@@ -20,22 +20,22 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from sopdeploy.bundle import Bundle, open_bundle, publish, seal, staging
-from sopdeploy.manifest import BatchRange, Lineage, TensorRecord, to_json
-from sopdeploy.preprocess import Preprocess
-from sopdeploy.probes import Probes, write_probes
-from sopdeploy_export.accounts import TensorEntry
-from sopdeploy_export.certificate import Certificate, Roots
+from sopdeploy.bundle.folder import Bundle, open_bundle, publish, seal, staging
+from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
+from sopdeploy.bundle.probes import Probes, write_probes
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export.proof.certificate import Certificate, Roots
+from sopdeploy_export.proof.tensor_inventory import TensorEntry
+from sopdeploy_service.api.schema import FastDecode
 from sopdeploy_service.app import create_app
-from sopdeploy_service.listening import bind, url
+from sopdeploy_service.inference.bundle_store import BundleStore
+from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.runtime.base import Runtime
-from sopdeploy_service.runtime.pretend import PretendRuntime
-from sopdeploy_service.runtime.with_onnxruntime import OnnxRuntime
-from sopdeploy_service.schema import FastDecode
-from sopdeploy_service.server import http_config
+from sopdeploy_service.runtime.fake import FakeRuntime
+from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
+from sopdeploy_service.server.process import http_config
+from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
-from sopdeploy_service.shelf import Shelf
-from sopdeploy_service.verified import Inference
 
 LABELS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 RULES = Preprocess(resize=36, crop=32)
@@ -153,7 +153,7 @@ def gated_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bu
     return replace(bundle, path=folder, manifest=changed)
 
 
-class GatedRuntime(PretendRuntime):
+class GatedRuntime(FakeRuntime):
     """Experts 0 to 3 want red, green, blue and grey; those that an image gives nothing stay out."""
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
@@ -208,7 +208,7 @@ def running(
     settings: Settings,
     *,
     names: Iterable[str] = ("tiny",),
-    shelf: Shelf | None = None,
+    shelf: BundleStore | None = None,
     fast_decode: FastDecode | None = None,
     **options: Any,
 ) -> Iterator[Client]:
@@ -216,7 +216,7 @@ def running(
 
     *options* go to `create_app`.
     """
-    inference = Inference(bundle=bundle, runtime=runtime, replays={}, fast_decode=fast_decode)
+    inference = LoadedModel(bundle=bundle, runtime=runtime, replays={}, fast_decode=fast_decode)
     app = create_app(dict.fromkeys(names, inference), settings, shelf, **options)
     server = uvicorn.Server(http_config(app, settings))
     with bind("127.0.0.1", 0) as listener:

@@ -5,10 +5,10 @@ import threading
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy_service.runtime.pretend import PretendRuntime
+from sopdeploy_service.runtime.fake import FakeRuntime
 
 
-class Held(PretendRuntime):
+class Held(FakeRuntime):
     """Computes nothing before `gate` is set; `entered` is set once a batch is with it."""
 
     def __init__(self, *, largest_batch: int = 8) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import quick_torch
-from tests.sopdeploy import runs
+from tests.sopdeploy.training import runs
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, load_plain, read_checkpoint, write_checkpoint
 from sopdeploy.errors import CheckpointError
-from sopdeploy.models.catalog import create_model
-from sopdeploy.preprocess import Preprocess
-from tests.sopdeploy.runs import same_bits
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.registry import create_model
+from tests.sopdeploy.training.runs import same_bits
 
 WHERE = Path("ckpt.pt")
 

@@ -22,7 +22,7 @@ def test_every_public_function_says_what_it_does() -> None:
     assert all(f.__doc__ and f.__doc__[0].isupper() for f in functions)
 
 
-@pytest.mark.parametrize("module", ["sopdeploy", "sopdeploy.bundle", "sopdeploy.preprocess"])
+@pytest.mark.parametrize("module", ["sopdeploy", "sopdeploy.bundle.folder", "sopdeploy.images.preprocess"])
 def test_what_the_server_imports_brings_no_torch(module: str) -> None:
     root = Path(sopdeploy.__file__).parents[1]
     code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
@@ -31,5 +31,5 @@ def test_what_the_server_imports_brings_no_torch(module: str) -> None:
 
 def test_the_catalog_imports_no_timm() -> None:
     root = Path(sopdeploy.__file__).parents[1]
-    code = "import sopdeploy.models.catalog, sys; sys.exit('timm' in sys.modules)"
+    code = "import sopdeploy.models.registry, sys; sys.exit('timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

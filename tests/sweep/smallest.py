@@ -3,7 +3,7 @@
 from typing import Any
 
 from sopdeploy.backbones.efficientnet import EfficientNet
-from sopdeploy.models.second_order_efficientnet import SecondOrderEfficientNet
+from sopdeploy.models.pooled import SecondOrderEfficientNet
 from tests.sweep.steps import Small
 
 NARROW: dict[str, Any] = {"width": 8, "iterations": 2}

@@ -10,26 +10,25 @@ import torch
 from numpy.typing import NDArray
 
 from sopdeploy.backbones.base import Backbone
+from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
-from sopdeploy.losses import training_loss
-from sopdeploy.manifest import BatchRange, Precision
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.catalog import create_model
-from sopdeploy.normalise import Normalise
-from sopdeploy.preprocess import Preprocess
-from sopdeploy_export.accounts import account
-from sopdeploy_export.capture import Deployed, capture_any_batch
-from sopdeploy_export.certificate import equal_numbers, plain_network
+from sopdeploy.models.registry import create_model
+from sopdeploy.training.losses import training_loss
 from sopdeploy_export.detach import detach
-from sopdeploy_export.lower_onnx import lower, write
-from sopdeploy_export.lowering.centring import centre_by_mean
-from sopdeploy_export.lowering.lowered import Lowered
-from sopdeploy_export.lowering.network import rewrite
-from sopdeploy_export.lowering.report import LoweringReport
+from sopdeploy_export.graph.onnx_export import lower, write
+from sopdeploy_export.graph.probe_images import probe_images
+from sopdeploy_export.graph.torch_export import Deployed, capture_any_batch
 from sopdeploy_export.parity import ParityReport, Reference
 from sopdeploy_export.pipeline import Exported, ExportOptions, compared, export
-from sopdeploy_export.probe_images import probe_images
-from sopdeploy_export.ship import PrecisionOptions, ship, wished
+from sopdeploy_export.precision.convert import PrecisionOptions, ship, wished
+from sopdeploy_export.proof.certificate import equal_numbers, plain_network
+from sopdeploy_export.proof.tensor_inventory import account
+from sopdeploy_export.rewrites.apply import Lowered, rewrite
+from sopdeploy_export.rewrites.centering import centre_by_mean
+from sopdeploy_export.rewrites.context import LoweringReport
 
 TRAINED_ON = 4
 FEW = BatchRange(optimum=2, maximum=3)
@@ -106,7 +105,7 @@ def measured(
     """
     found = detached(checkpoint)
     wish = PrecisionOptions(precision=precision)
-    pixels = Normalise(found.preprocess)(torch.from_numpy(found.images[:2]))
+    pixels = Normalize(found.preprocess)(torch.from_numpy(found.images[:2]))
     rewritten = rewrite(found.network, pixels, FEW, wished(wish, rules=True, autotune=False))
     program = capture_any_batch(rewritten.network, found.preprocess, FEW)
     model, _ = centre_by_mean(lower(program, found.network.outputs))

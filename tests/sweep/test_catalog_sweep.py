@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import LoweringError
-from sopdeploy.manifest import Precision
-from sopdeploy.models.catalog import CATALOG, create_model, entry
-from sopdeploy.recipe import read_recipe
+from sopdeploy.models.registry import CATALOG, create_model, entry
+from sopdeploy.training.recipe import read_recipe
 from sopdeploy_export.pipeline import ExportOptions, export
-from tests.sopdeploy.small_recipes import SMALL, few_blocks
+from tests.sopdeploy.training.small_recipes import SMALL, few_blocks
 from tests.sweep.smallest import ALL, DETACHED, LOWERED, TOO_LONG, WALKED
 from tests.sweep.steps import Small, agreed, detached, exported
 
@@ -52,7 +52,7 @@ def test_every_class_of_network_and_config_has_its_smallest() -> None:
 
 def shipped_class(small: Small) -> type:
     with torch.device("meta"):
-        return type(small.build().plain())
+        return type(small.build().inference_model())
 
 
 def test_every_class_that_ships_is_lowered_in_every_run() -> None:
@@ -63,7 +63,10 @@ def test_every_class_that_ships_is_lowered_in_every_run() -> None:
 def test_what_the_recipes_walk_is_what_is_not_lowered_here() -> None:
     models = [read_recipe(recipe, settings).model for recipe, settings in SMALL.items()]
     with torch.device("meta"):
-        walked = {type(create_model(model.name, num_classes=3, **model.config).plain()) for model in models}
+        walked = {
+            type(create_model(model.name, num_classes=3, **model.config).inference_model())
+            for model in models
+        }
     assert {shipped_class(small) for small in WALKED} <= walked
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from sopdeploy import models
-from sopdeploy.models.catalog import FAMILIES
 from sopdeploy.models.published import ROWS
+from sopdeploy.models.registry import FAMILIES
 from tests.sweep.goldens import FOLDER, golden, path_of, small_models
 
 TOLERANCE = 1e-9

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from sopdeploy import create_model, describe
 from sopdeploy.backbones.base import Backbone
+from sopdeploy.config import StrictModel
 from sopdeploy.errors import CheckpointError, DetachError
-from sopdeploy.frozen import Frozen
-from sopdeploy.models.base import Classifier, TrainingOutput
-from sopdeploy.models.catalog import CATALOG
-from sopdeploy.models.entry import Entry
+from sopdeploy.models.base import Classifier, Entry, TrainingOutput
+from sopdeploy.models.registry import CATALOG
 from sopdeploy_export.pipeline import ExportOptions, export
 from tests.sweep.goldens import golden
 from tests.sweep.steps import Small, exported, loaded, one_training_step, save
@@ -22,7 +21,7 @@ NAME = "made-up"
 SMALL = Small(NAME, 8)
 
 
-class MadeUpConfig(Frozen):
+class MadeUpConfig(StrictModel):
     """The channels."""
 
     width: int = 5
@@ -67,10 +66,10 @@ class MadeUp(Classifier, Plain):
     def loss_weights(self) -> dict[str, float]:
         return {"main": 1.0, "helper": 0.5}
 
-    def plain(self) -> Backbone:
+    def inference_model(self) -> Backbone:
         return Plain(self.config, self.num_classes)
 
-    def representation(self) -> int:
+    def num_features(self) -> int:
         return self.config.width
 
 

@@ -1,9 +1,8 @@
 """Parity: the file that ships, reloaded from disk, must give the network's numbers."""
 
-from sopdeploy_export.parity.agreement import agreement
 from sopdeploy_export.parity.compare import compare, with_spectral
 from sopdeploy_export.parity.reference import Reference, reference
-from sopdeploy_export.parity.report import FLOORS, Agreement, OutputParity, ParityReport
+from sopdeploy_export.parity.report import FLOORS, Agreement, OutputParity, ParityReport, agreement
 
 __all__ = [
     "FLOORS",

@@ -14,15 +14,17 @@ import onnx
 from numpy.typing import NDArray
 from torch.export import ExportedProgram
 
-from sopdeploy_export.lower_onnx import named_inside
+from sopdeploy_export.graph.onnx_export import named_inside
 from sopdeploy_export.parity.bisect import (
     PICTURES,
     PICTURES_OF_PARTS,
+    Drift,
     boundaries,
+    drift_at,
+    finite,
     run_file,
     spread_over_depth,
 )
-from sopdeploy_export.parity.drift import Drift, drift_at, finite
 from sopdeploy_export.parity.report import PartDrift
 from sopdeploy_export.parity.session import fixed_batch
 

@@ -13,9 +13,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import ParityError
-from sopdeploy.manifest import BatchRange
-from sopdeploy_export.parity.agreement import agreement
 from sopdeploy_export.parity.reference import UNDECIDED, Arrays, Reference
 from sopdeploy_export.parity.report import (
     GATES,
@@ -24,6 +23,7 @@ from sopdeploy_export.parity.report import (
     OutputParity,
     ParityReport,
     SpectralRecord,
+    agreement,
 )
 from sopdeploy_export.parity.routing import counted, rerouted, routing_parity
 from sopdeploy_export.parity.session import emulation, file_outputs, open_session

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import ParityError
-from sopdeploy.manifest import Precision
-from sopdeploy_export.capture import Deployed
+from sopdeploy_export.graph.torch_export import Deployed
 from sopdeploy_export.parity.report import FLOORS_BY_PRECISION
 from sopdeploy_export.parity.routing import Routing, gate_logits, has_gate, routing
 

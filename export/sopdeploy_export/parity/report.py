@@ -6,11 +6,16 @@ float32, where kernels and folded batch norms reorder sums and take 1 to 4; 4 in
 the floor is the rounding itself and another kernel can only round again.
 """
 
+from collections import Counter
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-from sopdeploy.frozen import Frozen
-from sopdeploy.manifest import Precision
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.bundle.manifest import Precision
+from sopdeploy.config import StrictModel
+from sopdeploy.evaluation.statistics import wilson
 
 PROVIDER = "CPUExecutionProvider"
 LOGITS = "logits"
@@ -24,7 +29,7 @@ FLOORS_BY_PRECISION: Mapping[Precision, float] = {
 }
 
 
-class Flip(Frozen):
+class Flip(StrictModel):
     """A probe image whose top class is another: class numbers, and the network's margin between them."""
 
     image: int
@@ -34,7 +39,7 @@ class Flip(Frozen):
     because: Literal["noise", "routing", "error"]
 
 
-class Agreement(Frozen):
+class Agreement(StrictModel):
     """How often the top class is the network's.
 
     A flip counts as noise where the network's own margin between the two is below twice the tolerance, as
@@ -52,7 +57,7 @@ class Agreement(Frozen):
     high: float
 
 
-class OutputParity(Frozen):
+class OutputParity(StrictModel):
     """What was measured on one output of the shipped file, in the units of that output.
 
     `drift` is the largest difference from the network in float64 by batch size, `alone_or_in_batch` the
@@ -80,7 +85,7 @@ class OutputParity(Frozen):
         return max(self.largest_drift, self.alone_or_in_batch) <= self.tolerance
 
 
-class RoutingParity(Frozen):
+class RoutingParity(StrictModel):
     """How the gate of the shipped file chose, against the network in float64.
 
     An image is `unsteady` where the margin between the K-th and the next logit of the gate is within twice
@@ -100,7 +105,7 @@ class RoutingParity(Frozen):
     usage: tuple[int, ...] = ()
 
 
-class PartDrift(Frozen):
+class PartDrift(StrictModel):
     """How far the file is off where a part ends, and the noise floor there, in the units of that value.
 
     `share` is the root mean square of what it is off by, over the standard deviation of the value.
@@ -117,7 +122,7 @@ class PartDrift(Frozen):
         return self.drift / self.noise_floor
 
 
-class SpectralRecord(Frozen):
+class SpectralRecord(StrictModel):
     """What must hold of one second-order part whatever the picture, measured in torch.
 
     `asymmetry` is the largest ||R - R^T|| / ||R|| of its root, `residual` the largest ||R R - S|| / ||S||
@@ -137,7 +142,7 @@ class SpectralRecord(Frozen):
     allowed: float
 
 
-class ParityReport(Frozen):
+class ParityReport(StrictModel):
     """What was measured on the shipped file.
 
     `spread` is the largest range of a logit over the images, in a reduced precision; a file that ignores the
@@ -185,3 +190,47 @@ class ParityReport(Frozen):
     def logits(self) -> OutputParity:
         """Return what was measured on the logits."""
         return self.outputs[LOGITS]
+
+
+def agreement(
+    values: NDArray[Any],
+    expected: NDArray[Any],
+    tolerance: float,
+    rerouted: NDArray[np.bool_] | None = None,
+) -> Agreement:
+    """Return how often the top class agrees; flips it was unsure of are counted apart."""
+    rows = np.arange(len(expected))
+    theirs, ours = expected.argmax(axis=1), values.argmax(axis=1)
+    margin = expected[rows, theirs] - expected[rows, ours]
+    flipped = theirs != ours
+    other_route = np.zeros(len(expected), dtype=bool) if rerouted is None else rerouted
+    agree = int((~flipped).sum())
+    low, high = wilson(agree, len(expected))
+    found = tuple(
+        Flip(
+            image=int(image),
+            network=int(theirs[image]),
+            file=int(ours[image]),
+            margin=float(margin[image]),
+            because=why(bool(other_route[image]), bool(margin[image] <= 2 * tolerance)),
+        )
+        for image in np.flatnonzero(flipped)
+    )
+    counts = Counter(flip.because for flip in found)
+    return Agreement(
+        images=len(expected),
+        agree=agree,
+        flips_within_noise=counts["noise"],
+        flips_by_routing=counts["routing"],
+        flips=counts["error"],
+        flipped=found,
+        low=low,
+        high=high,
+    )
+
+
+def why(other_route: bool, unsure: bool) -> Literal["noise", "routing", "error"]:
+    """Return what a flip is put down to."""
+    if other_route:
+        return "routing"
+    return "noise" if unsure else "error"

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sopdeploy.blocks.sparse_gate import SparseGate
+from sopdeploy.layers.mixture.gate import SparseGate
 from sopdeploy_export.parity.report import RoutingParity
 
 

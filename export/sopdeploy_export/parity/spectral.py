@@ -18,20 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.pooling.covariance import (
+from sopdeploy.layers.covariance import (
     centred,
     centred_positions,
     covariance,
     covariance_trace,
     frobenius_norm,
 )
-from sopdeploy.pooling.isqrt_cov import ISqrtCov
-from sopdeploy.pooling.isqrt_root import SMALLEST_NORM, Rule, covariance_root
-from sopdeploy_export.lowering.compensation import CompensatedAfter
-from sopdeploy_export.lowering.experts import Experts
-from sopdeploy_export.lowering.root import LoweredRoot
-from sopdeploy_export.lowering.textbook import TextbookRoot
+from sopdeploy.layers.isqrt_cov import ISqrtCov
+from sopdeploy.layers.isqrt_gradient import SMALLEST_NORM, Rule, covariance_root
 from sopdeploy_export.parity.report import FLOORS_BY_PRECISION, SpectralRecord
+from sopdeploy_export.rewrites.linear import CompensatedAfter
+from sopdeploy_export.rewrites.mixture import Experts
+from sopdeploy_export.rewrites.newton_schulz import LoweredRoot
+from sopdeploy_export.rewrites.reference_formulas import TextbookRoot
 
 PICTURES = 4
 ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11}

@@ -2,10 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.backbones.low_resolution_resnet import (
-    LowResolutionResNet,
-    LowResolutionResNetConfig,
-)
+from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig
 
 
 class Trunk(LowResolutionResNet):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.importers.torch_file import read_torch
+from sopdeploy.importers.weight_files import read_torch
 from tests.sopdeploy.importers.comparing import (
     assert_same_numbers,
     imported,

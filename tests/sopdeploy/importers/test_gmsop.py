@@ -10,12 +10,11 @@ import torch
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.importers.fit import choose_config, fitted
 from sopdeploy.importers.gmsop import GMSOPNetwork
-from sopdeploy.importers.matconvnet_arrays import batch_norm, kernel
-from sopdeploy.importers.open_file import open_weights
-from sopdeploy.importers.source import Mapped
-from sopdeploy.importers.weight_file import WeightFile
-from sopdeploy.models.catalog import create_model
-from sopdeploy.normalise import Normalise
+from sopdeploy.importers.matconvnet import batch_norm, kernel
+from sopdeploy.importers.source import Mapped, WeightFile
+from sopdeploy.importers.weight_files import open_weights
+from sopdeploy.layers.normalize import Normalize
+from sopdeploy.models.registry import create_model
 from tests.sopdeploy.importers.comparing import NOISE, imported
 from tests.sopdeploy.importers.released_matconvnet import (
     AVERAGE,
@@ -113,7 +112,7 @@ def test_the_network_sees_the_raw_pictures_less_the_mean(tmp_path: Path) -> None
     net = random_net(order=1, gated=False)
     _, report = imported(save_v73(tmp_path / "net.mat", net), "resnet18-64px")
     picture = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8)
-    seen = Normalise(report.preprocess)(picture)
+    seen = Normalize(report.preprocess)(picture)
     wanted = picture.permute(0, 3, 1, 2).double() - torch.tensor(AVERAGE, dtype=torch.float64)[:, None, None]
     torch.testing.assert_close(seen.double(), wanted, rtol=1e-5, atol=1e-4)
     assert (report.preprocess.resize, report.preprocess.crop) == (16, 16)

@@ -13,9 +13,8 @@ from typer.testing import CliRunner
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.cli.app import app
-from sopdeploy.importers.import_weights import ImportOptions, import_weights
-from sopdeploy.importers.sources import SOURCES
-from sopdeploy.normalise import Normalise
+from sopdeploy.importers.import_weights import SOURCES, ImportOptions, import_weights
+from sopdeploy.layers.normalize import Normalize
 from tests.sopdeploy.importers.released_torch import CifarResNet, prefixed, settled
 
 SHARED = Path(os.environ.get("SOPDEPLOY_SHARED", Path(__file__).parents[4] / "shared"))
@@ -111,7 +110,7 @@ def answers_agree(file: Path, name: str, folder: Path, shown: Path) -> None:
     with Image.open(shown) as opened:
         images = torch.from_numpy(stored.preprocess(opened).copy())[None]
     with torch.no_grad():
-        expected = build_classifier(stored, ckpt)(Normalise(stored.preprocess)(images)).softmax(dim=1)[0]
+        expected = build_classifier(stored, ckpt)(Normalize(stored.preprocess)(images)).softmax(dim=1)[0]
     found = {one["label"]: one["probability"] for one in answer[0]["classes"]}
     for label, probability in found.items():
         assert probability == pytest.approx(float(expected[stored.labels.index(label)]), abs=1e-4)

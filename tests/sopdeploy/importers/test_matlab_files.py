@@ -10,9 +10,9 @@ import pytest
 import scipy.io
 
 from sopdeploy.errors import WeightsError
-from sopdeploy.importers.dagnn import average_colour, read_dagnn
-from sopdeploy.importers.matlab_v5 import read_v5
-from sopdeploy.importers.open_file import open_weights
+from sopdeploy.importers.matconvnet import average_colour, read_dagnn
+from sopdeploy.importers.matlab_file import read_v5
+from sopdeploy.importers.weight_files import open_weights
 
 SAMPLES = sorted((Path(scipy.io.matlab.__file__).parent / "tests" / "data").glob("test*_7.*GLNX86.mat"))
 
@@ -113,7 +113,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, what: str) -> None:
 
 
 def test_what_decompresses_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sopdeploy.importers.matlab_v5.MOST_BYTES", 1 << 20)
+    monkeypatch.setattr("sopdeploy.importers.matlab_file.MOST_BYTES", 1 << 20)
     data = zlib.compress(matrix(9, (1 << 22, 1), b"net", element(2, bytes(1 << 22))))
     file = tmp_path / "a.mat"
     body = struct.pack("<II", 15, len(data)) + data

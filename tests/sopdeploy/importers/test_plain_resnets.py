@@ -10,7 +10,7 @@ import torch
 import torchvision
 
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.importers.torchvision_resnet import published_rules
+from sopdeploy.importers.resnets import published_rules
 from tests.sopdeploy.importers.comparing import (
     assert_same_numbers,
     imported,

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from sopdeploy.errors import ConfigError, TrainingError
 from sopdeploy.models.base import TrainingOutput
-from sopdeploy.models.catalog import create_model, make_config
 from sopdeploy.models.gmsop import GMSOP, GatedResNet
+from sopdeploy.models.registry import create_model, make_config
 
 TINY: dict[str, Any] = {
     "blocks_per_stage": 1,
@@ -74,7 +74,7 @@ def test_eval_never_touches_the_noise() -> None:
 @pytest.mark.parametrize("name", GATED)
 def test_what_ships_is_the_network_without_its_training_only_parts(name: str) -> None:
     network = untied(tiny(name)).eval()
-    plain = network.plain().eval()
+    plain = network.inference_model().eval()
     assert type(plain) is GatedResNet
     kept = {key: value for key, value in network.state_dict().items() if not key.startswith("gate.noise.")}
     assert list(plain.state_dict()) == list(kept)
@@ -85,7 +85,9 @@ def test_what_ships_is_the_network_without_its_training_only_parts(name: str) ->
 
 def test_what_ships_shares_no_object() -> None:
     network = tiny()
-    assert not {id(part) for part in network.modules()} & {id(part) for part in network.plain().modules()}
+    assert not {id(part) for part in network.modules()} & {
+        id(part) for part in network.inference_model().modules()
+    }
 
 
 @pytest.mark.parametrize("noise_per", ["image", "component"])
@@ -195,7 +197,7 @@ def test_baselines_train_and_ship_as_they_are(name: str, switches: dict[str, Any
     network = create_model(name, num_classes=5, blocks_per_stage=1, **switches)
     network(images()).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-    plain = network.plain().eval()
+    plain = network.inference_model().eval()
     plain.load_state_dict(network.state_dict())
     assert network.training_only == ()
     assert torch.equal(plain(images()), network.eval()(images()))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.models.catalog import create_model
 from sopdeploy.models.gmsop import GatedResNet
+from sopdeploy.models.registry import create_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 CONTROL_FLOW = {"Loop", "If", "Scan", "NonZero", "Compress"}
@@ -45,7 +45,7 @@ def test_the_graph_agrees_for_any_batch_and_has_no_control_flow(
     component: str, tied: bool, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    shipped = create_model("gmsop-16-8-resnet18", component=component, **SWITCHES).plain().eval()
+    shipped = create_model("gmsop-16-8-resnet18", component=component, **SWITCHES).inference_model().eval()
     assert isinstance(shipped, GatedResNet)
     if not tied:
         nn.init.normal_(shipped.gate.weight)

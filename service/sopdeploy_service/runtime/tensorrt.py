@@ -1,0 +1,72 @@
+"""TensorRT on the GPU, from the engine cache; never builds, never loads a plan that was not checked."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.tensorrt.binding import import_tensorrt
+from sopdeploy.tensorrt.cache import NoEngine, best_for, cache_folder, records
+from sopdeploy.tensorrt.cuda import open_cuda
+from sopdeploy.tensorrt.session import EngineSession
+from sopdeploy_service.runtime.base import translated
+from sopdeploy_service.settings import Settings
+
+DEVICE = "cuda:0"
+
+
+class TensorRTRuntime:
+    """The engine of a bundle on this machine's first GPU."""
+
+    device = DEVICE
+
+    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+        """Load the engine of *bundle* from the cache.
+
+        Raises `RuntimeUnavailableError` where TensorRT, a GPU or a fitting engine is missing.
+        """
+        trt = import_tensorrt()
+        cuda = open_cuda()
+        gpu = cuda.gpu()
+        self.name = f"tensorrt {trt.__version__}"
+        found = best_for(
+            cache_folder(bundle, settings.engine_cache),
+            bundle,
+            tensorrt=str(trt.__version__),
+            gpu=gpu.name,
+            architecture=gpu.architecture,
+        )
+        if isinstance(found, NoEngine):
+            raise RuntimeUnavailableError(f"{found.reason}; run: sopdeploy engine {bundle.path}")
+        key, graphs = found.record.key, settings.cuda_graphs
+        self._session = EngineSession(trt, cuda, found.plan, bundle.manifest, key, graphs=graphs)
+        self.largest_batch = self._session.largest_batch
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
+        with translated():
+            return self._session.run(images)
+
+    def begin(self, images: Sequence[NDArray[np.uint8]]) -> Callable[[], dict[str, NDArray[np.float32]]]:
+        """Begin a batch of *images* (H, W, 3); what is returned waits for its outputs."""
+        with translated():
+            end = self._session.begin(images)
+
+        def wait() -> dict[str, NDArray[np.float32]]:
+            with translated():
+                return end()
+
+        return wait
+
+
+def is_set_up(bundle: Bundle, settings: Settings) -> bool:
+    """Say whether TensorRT is installed and somebody built an engine of *bundle*."""
+    if not records(cache_folder(bundle, settings.engine_cache)):
+        return False
+    try:
+        import_tensorrt()
+    except RuntimeUnavailableError:
+        return False
+    return True

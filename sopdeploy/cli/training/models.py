@@ -1,0 +1,75 @@
+"""`sopdeploy models` and `sopdeploy describe`: what can be trained, and what it costs."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from sopdeploy.cli.console import one_line_errors, out, plain, print_json
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+
+
+def models(as_json: Json = False) -> None:
+    """List the networks of the catalog.
+
+    Example: [bold]sopdeploy models[/bold]
+    """
+    from sopdeploy.models.registry import CATALOG, FAMILIES, title
+
+    if as_json:
+        print_json([{"name": name, "summary": entry.summary} for name, entry in CATALOG.items()])
+        return
+    for family in FAMILIES:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(min_width=max(map(len, CATALOG)), no_wrap=True)
+        for name, entry in family.ENTRIES.items():
+            table.add_row(name, entry.summary, f"{entry.image_size} px", f"{entry.num_classes} classes")
+        out.print(f"[bold]{plain(title(family))}[/]")
+        out.print(table)
+        out.print()
+    out.print("[bold]Networks of timm[/], 'timm:NAME' and 'dsop-timm:NAME' for every NAME with feature maps")
+
+
+def describe(
+    name: Annotated[str, typer.Argument(help="A name that `sopdeploy models` lists.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A switch of the network's config.")
+    ] = None,
+    pooling: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The global pooling: short for --set pooling=NAME.")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the image in pixels.")] = None,
+    num_classes: Annotated[int | None, typer.Option(min=1, help="Number of classes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Count parameters and multiply-adds of a network: while it trains, and of what ships.
+
+    Example: [bold]sopdeploy describe dsop-resnet18 --set aux_stride=table[/bold]
+
+    Example: [bold]sopdeploy describe resnet50 --pooling isqrt --set conv5_stride=1[/bold]
+    """
+    with one_line_errors(as_json):
+        from sopdeploy.layers.pooling.registry import check_name
+        from sopdeploy.models.describe import describe as count
+        from sopdeploy.models.registry import make_config
+        from sopdeploy.training.recipe import parse_override
+
+        config: dict[str, Any] = dict(parse_override(setting) for setting in settings or [])
+        if pooling is not None:
+            config["pooling"] = check_name(pooling)
+        make_config(name, config)  # a key may be named as an argument of describe
+        found = count(name, image_size=image_size, num_classes=num_classes, **config)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    table = Table("", "parameters", "multiply-adds", box=None, pad_edge=False)
+    parts = {f"  {name}": counts for name, counts in found.parts.items()}
+    for label, counts in {"training": found.training, **parts, "shipped": found.shipped}.items():
+        table.add_row(label, f"{counts.parameters:,}", f"{counts.macs:,}")
+    out.print(f"[bold]{found.name}[/] for {found.num_classes} classes at {found.image_size} pixels")
+    out.print(table)
+    out.print(f"training only: {', '.join(found.training_only) or 'nothing'}")
+    out.print(f"representation: {found.representation} numbers")
+    for figure in found.published:
+        out.print(plain(figure.sentence()), highlight=False)

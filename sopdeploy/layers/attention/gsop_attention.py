@@ -1,0 +1,185 @@
+"""The channel-wise half of GSoP: channel correlations of the whole map say how to scale each channel.
+
+Paper: Gao et al., "Global Second-order Pooling Convolutional Networks" (CVPR 2019), section 3.1, Table 2.
+Letters: B images, C channels, d channels after dimension reduction (DR), H height, W width.
+
+The released code feeds DR with a rectified copy of the map (`pre_relu`; the map that is scaled stays
+as it is) and lets DR stride by 2 in conv2_x (`dr_stride`). The covariance is the plain one, centred
+and divided by the number of positions; the block takes no matrix root.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sopdeploy.config import StrictModel
+from sopdeploy.layers.covariance import at_least_float32, centred_positions, covariance, without_autocast
+
+Activation = Literal["none", "relu", "lrelu"]
+OUTPUTS_PER_ROW = 4
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """Return *x* after nothing, ReLU or LReLU(0.1)."""
+    if activation == "lrelu":
+        return F.leaky_relu(x, 0.1)
+    return F.relu(x) if activation == "relu" else x
+
+
+class RowConv(nn.Conv2d):
+    """Row-wise convolution: (B, n, n, 1) to (B, 4n, 1, 1); output 4i + r sees row i only.
+
+    The paper's grouped convolution with kernel (n, 1), and its parameters, computed as one batched
+    product: runtimes have slow kernels for a convolution of n groups whose output is one pixel.
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(rows, OUTPUTS_PER_ROW * rows, (rows, 1), groups=rows)
+
+    def forward(self, cov_Bnn1: Tensor) -> Tensor:
+        """Return what the grouped convolution would."""
+        rows = self.in_channels
+        cov_nBn = cov_Bnn1.squeeze(3).transpose(0, 1)
+        weight_nnr = self.weight.reshape(rows, OUTPUTS_PER_ROW, rows).transpose(1, 2)
+        out_nBr = torch.matmul(cov_nBn, weight_nnr)
+        out_BR11 = out_nBr.transpose(0, 1).reshape(-1, rows * OUTPUTS_PER_ROW, 1, 1)
+        return out_BR11 if self.bias is None else out_BR11 + self.bias[:, None, None]
+
+
+class Excitation(nn.Module):
+    """Covariance (B, n, n) in, weights (B, out, 1, 1) in (0, 1) out.
+
+    Row-wise batch norm, row-wise convolution n to 4n, activation, 1x1 convolution 4n to out, sigmoid.
+    """
+
+    def __init__(self, rows: int, out_channels: int, activation: Activation) -> None:
+        super().__init__()
+        self.activation: Activation = activation
+        self.row_bn = nn.BatchNorm2d(rows)
+        self.row_conv = RowConv(rows)
+        self.conv = nn.Conv2d(OUTPUTS_PER_ROW * rows, out_channels, 1)
+
+    def forward(self, cov_Bnn: Tensor) -> Tensor:
+        """Return the weights."""
+        rows_BR11 = self.row_conv(self.row_bn(cov_Bnn.unsqueeze(3)))
+        return torch.sigmoid(self.conv(activate(rows_BR11, self.activation)))
+
+    def extra_repr(self) -> str:
+        """Name the activation in the printed module."""
+        return f"activation={self.activation}"
+
+
+class ChannelAttention(nn.Module):
+    """Feature map (B, C, H, W) in, channel weights (B, C, 1, 1) out."""
+
+    def __init__(
+        self, channels: int, width: int, dr_stride: int, activation: Activation, *, pre_relu: bool
+    ) -> None:
+        super().__init__()
+        self.pre_relu = pre_relu
+        self.reduction = nn.Sequential(
+            nn.Conv2d(channels, width, 1, stride=dr_stride), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
+        self.excitation = Excitation(width, channels, activation)
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        """Return the weights; the covariance is taken in float32 at least."""
+        reduced_BdHW = self.reduction(F.relu(features_BCHW) if self.pre_relu else features_BCHW)
+        with without_autocast(reduced_BdHW):
+            cov_Bdd = covariance(centred_positions(at_least_float32(reduced_BdHW)))
+        weights_BC11: Tensor = self.excitation(cov_Bdd)
+        return weights_BC11
+
+    def extra_repr(self) -> str:
+        """Name the switch in the printed module."""
+        return f"pre_relu={self.pre_relu}"
+
+
+Rows = Callable[[int, int], list[list[float]]]
+
+
+def averaging_rows(size: int, target: int) -> list[list[float]]:
+    """Return the (target, size) matrix of adaptive average pooling along one side.
+
+    Row i averages from floor(i size / target) up to, not including, ceil((i + 1) size / target).
+    """
+    rows = []
+    for i in range(target):
+        start, stop = i * size // target, -(-(i + 1) * size // target)
+        rows.append([1.0 / (stop - start) if start <= j < stop else 0.0 for j in range(size)])
+    return rows
+
+
+def nearest_rows(size: int, target: int) -> list[list[float]]:
+    """Return the (target, size) matrix of nearest-neighbour sampling: row i takes floor(i size / target)."""
+    return [[1.0 if j == i * size // target else 0.0 for j in range(size)] for i in range(target)]
+
+
+def resample(x_BCHW: Tensor, height: int, width: int, rows: Rows) -> Tensor:
+    """Return *x_BCHW* as (B, C, height, width), each side by the matrix that *rows* gives."""
+    down = torch.tensor(rows(x_BCHW.shape[2], height), dtype=x_BCHW.dtype, device=x_BCHW.device)
+    across = torch.tensor(rows(x_BCHW.shape[3], width), dtype=x_BCHW.dtype, device=x_BCHW.device)
+    return down @ x_BCHW @ across.T
+
+
+class PositionSwitches(StrictModel):
+    """What changes the numbers of the position-wise block; defaults are the paper's."""
+
+    side: int = 8
+    activation: Activation = "lrelu"
+    rectify: Literal["reduced", "scaled"] = "reduced"
+    covariance: Literal["centred", "uncentred"] = "centred"
+    upsampling: Literal["nearest", "average"] = "nearest"
+    pre_relu: bool = False
+
+
+class PositionAttention(nn.Module):
+    """Feature map (B, C, H, W) in, position weights (B, 1, H, W) out."""
+
+    def __init__(self, channels: int, width: int, switches: PositionSwitches) -> None:
+        super().__init__()
+        self.switches = switches
+        self.reduction = nn.Sequential(nn.Conv2d(channels, width, 1), nn.BatchNorm2d(width))
+        positions = switches.side**2
+        self.excitation = Excitation(positions, positions, switches.activation)
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        """Return the weights; the covariance is taken in float32 at least."""
+        switches, side = self.switches, self.switches.side
+        height, width = features_BCHW.shape[2:]
+        reduced_BdHW = self.reduction(F.relu(features_BCHW) if switches.pre_relu else features_BCHW)
+        if switches.rectify == "reduced":
+            reduced_BdHW = F.relu(reduced_BdHW)
+        with without_autocast(reduced_BdHW):
+            small_Bdss = resample(at_least_float32(reduced_BdHW), side, side, averaging_rows)
+            small_BdP = small_Bdss.flatten(start_dim=2)
+            uncentred = switches.covariance == "uncentred"
+            cov_BPP = released_covariance(small_BdP) if uncentred else position_covariance(small_BdP)
+        weights_B1ss = self.excitation(cov_BPP).reshape(-1, 1, side, side)
+        rows = nearest_rows if switches.upsampling == "nearest" else averaging_rows
+        return resample(weights_B1ss, height, width, rows)
+
+    def extra_repr(self) -> str:
+        """Name the switches in the printed module."""
+        return ", ".join(f"{name}={value}" for name, value in self.switches)
+
+
+def position_covariance(small_BdP: Tensor) -> Tensor:
+    """Return the (B, P, P) covariance between positions; the d channels are the samples."""
+    return covariance(centred_positions(small_BdP.transpose(1, 2)))
+
+
+def released_covariance(small_BdP: Tensor) -> Tensor:
+    """Return X^T X / P - s s^T / P^2, where s (B, P) sums over the d channels.
+
+    The released code means to centre, but its centring matrix is built for P samples while there
+    are d: with d different from P the mean stays in, and the result has negative eigenvalues.
+    """
+    positions = small_BdP.shape[2]
+    sums_B1P = small_BdP.sum(dim=1, keepdim=True)
+    return (
+        small_BdP.transpose(1, 2) @ small_BdP / positions - sums_B1P.transpose(1, 2) @ sums_B1P / positions**2
+    )

@@ -1,0 +1,154 @@
+"""The GSoP block: a feature map scaled by what its own second-order statistics say.
+
+Paper: Gao et al., "Global Second-order Pooling Convolutional Networks" (CVPR 2019), section 3, Fig. 1(b).
+Letters: B images, C channels, d channels after dimension reduction (DR), H height, W width.
+
+Names in released checkpoints, under `layerS.B.`, and here, under `layerS.B.attention.`:
+
+    conv_for_DR, bn_for_DR                   channel.reduction.0, .1
+    row_bn, row_conv_group                   channel.excitation.row_bn, .row_conv
+    fc_adapt_channels                        channel.excitation.conv
+    the same five with _spatial at the end   position.*  (row_bn_for_spatial, ...)
+    dilate_conv_for_concat1, 2               fusion.conv_channel, fusion.conv_position
+    bn_for_concat                            fusion.bn
+"""
+
+import math
+from typing import Annotated, Literal
+
+import pydantic
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sopdeploy.config import StrictModel
+from sopdeploy.layers.attention.gsop_attention import (
+    Activation,
+    ChannelAttention,
+    PositionAttention,
+    PositionSwitches,
+)
+
+FusionKind = Literal["average", "sum", "maximum", "concatenation"]
+CHANNELS_PER_GROUP = 64
+MOST_GROUPS = 32
+
+
+class Concatenation(nn.Module):
+    """Two tensors (B, C, H, W) in, one out: grouped convolutions with kernel (k, 1), sum, batch norm.
+
+    The same as one convolution of the tensors' concatenation. k is 11, 9, 7, 5 for C = 256, 512,
+    1024, 2048: the fewer the groups, the longer.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        groups = channels // CHANNELS_PER_GROUP
+        reach = int(math.log2(MOST_GROUPS / groups)) + 2
+        kernel, padding = (2 * reach + 1, 1), (reach, 0)
+        self.conv_channel = nn.Conv2d(channels, channels, kernel, padding=padding, groups=groups)
+        self.conv_position = nn.Conv2d(channels, channels, kernel, padding=padding, groups=groups)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, by_channel: Tensor, by_position: Tensor) -> Tensor:
+        """Return the fused tensor."""
+        fused: Tensor = self.bn(self.conv_channel(by_channel) + self.conv_position(by_position))
+        return fused
+
+
+class Fusion(nn.Module):
+    """Two tensors (B, C, H, W) in, their mean, sum or larger values out; it has no parameters."""
+
+    def __init__(self, kind: Literal["average", "sum", "maximum"]) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, by_channel: Tensor, by_position: Tensor) -> Tensor:
+        """Return the fused tensor."""
+        if self.kind == "maximum":
+            return torch.maximum(by_channel, by_position)
+        summed = by_channel + by_position
+        return summed if self.kind == "sum" else summed * 0.5
+
+    def extra_repr(self) -> str:
+        """Name the kind in the printed module."""
+        return self.kind
+
+
+def fusion(kind: FusionKind, channels: int) -> nn.Module:
+    """Return what makes one tensor of two."""
+    return Concatenation(channels) if kind == "concatenation" else Fusion(kind)
+
+
+class GSoPBlockConfig(StrictModel):
+    """Switches of the block that change its numbers; defaults are the paper's.
+
+    `attention` says what the map is scaled by: its channels, its positions, or both and how the two
+    are fused. `cov_width` is d. `position_side` is the side of the map whose positions are
+    correlated (6, 8 and 12 are Table 4's 36, 64 and 144). The others are where the released code
+    leaves the paper: `RELEASED_BLOCK` names the code's values.
+    """
+
+    attention: Literal["channel", "position"] | FusionKind = "channel"
+    cov_width: Annotated[int, pydantic.Field(ge=32, le=256)] = 128
+    position_side: Annotated[int, pydantic.Field(ge=2, le=16)] = 8
+    pre_relu: bool = False
+    channel_activation: Activation = "lrelu"
+    position_activation: Activation = "lrelu"
+    position_rectify: Literal["reduced", "scaled"] = "reduced"
+    position_covariance: Literal["centred", "uncentred"] = "centred"
+    position_upsampling: Literal["nearest", "average"] = "nearest"
+
+
+RELEASED_BLOCK = {
+    "pre_relu": True,
+    "channel_activation": "none",
+    "position_activation": "relu",
+    "position_rectify": "scaled",
+    "position_covariance": "uncentred",
+    "position_upsampling": "average",
+}
+
+
+class GSoPBlock(nn.Module):
+    """Feature map (B, C, H, W) in, the scaled map of the same shape out; the shortcut is not in it."""
+
+    channel: ChannelAttention | None
+    position: PositionAttention | None
+    fusion: nn.Module | None
+
+    def __init__(self, config: GSoPBlockConfig, channels: int, dr_stride: int) -> None:
+        super().__init__()
+        self.config = config
+        kind = config.attention
+        self.channel = self.position = self.fusion = None
+        if kind != "position":
+            self.channel = ChannelAttention(
+                channels, config.cov_width, dr_stride, config.channel_activation, pre_relu=config.pre_relu
+            )
+        if kind != "channel":
+            self.position = PositionAttention(channels, config.cov_width, position_switches(config))
+            self.fusion = None if kind == "position" else fusion(kind, channels)
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        """Return the map scaled by channel, by position, or by both and fused."""
+        scaled: list[Tensor] = []
+        if self.channel is not None:
+            scaled.append(features_BCHW * self.channel(features_BCHW))
+        if self.position is not None:
+            by_position = features_BCHW * self.position(features_BCHW)
+            scaled.append(F.relu(by_position) if self.config.position_rectify == "scaled" else by_position)
+        fused: Tensor = scaled[0] if self.fusion is None else self.fusion(*scaled)
+        return fused
+
+
+def position_switches(config: GSoPBlockConfig) -> PositionSwitches:
+    """Return the switches of the position-wise half."""
+    return PositionSwitches(
+        side=config.position_side,
+        activation=config.position_activation,
+        rectify=config.position_rectify,
+        covariance=config.position_covariance,
+        upsampling=config.position_upsampling,
+        pre_relu=config.pre_relu,
+    )

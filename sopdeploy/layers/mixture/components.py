@@ -1,0 +1,163 @@
+"""The components of a mixture: N poolings of one feature map, each behind its own 1x1 convolutions.
+
+Paper: Wang et al., GM-SOP (NeurIPS 2018), Eq. (1) and section 2.2.
+Letters: B images, C channels, H height, W width, N components, D length of a pooled vector.
+
+Parametric SR-SOP is two 1x1 convolutions on the channels, then SR-SOP. Eq. (6) writes it without
+centring; its text and the released code run centred SR-SOP (Eq. 5) after the convolutions, with a ReLU
+after each and neither bias nor batch norm.
+
+All of a step's weights lie in one (N, out, in) tensor. So every parameter has a gradient in every step,
+zero for a component that no image chose, which data-parallel training needs.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sopdeploy.errors import TrainingError
+from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtCovConfig
+
+Kind = Literal["gap", "sop", "linear"]
+
+
+class Components(nn.Module):
+    """Feature map (B, C, H, W) in, every component's vector (B, N, D) out; with weights (B, N), their sum.
+
+    A component is `before`, its own chain of 1x1 convolutions to *widths*, `after`; see
+    `make_components`. *counted* is how many of the N work for one image when a mixture is routed:
+    the number whose multiply-adds `macs` counts.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        widths: tuple[int, ...],
+        *,
+        components: int,
+        counted: int,
+        before: nn.Module,
+        after: nn.Module,
+        rectified: bool,
+    ) -> None:
+        super().__init__()
+        self.components, self.counted, self.rectified = components, counted, rectified
+        inputs = (channels, *widths)[: len(widths)]
+        self.weights = nn.ParameterList(
+            torch.randn(components, width, fan_in) * math.sqrt(2.0 / fan_in)
+            for width, fan_in in zip(widths, inputs, strict=True)
+        )
+        self.before, self.after = before, after
+
+    def forward(self, features_BCHW: Tensor, weights_BN: Tensor | None = None) -> Tensor:
+        """Evaluate all components on all images; no shape depends on the data.
+
+        Return their vectors (B, N, D), or with *weights_BN* the weighted sum (B, D).
+        """
+        x = self.before(features_BCHW)
+        for step, weight_Noi in enumerate(self.weights):
+            groups = 1 if step == 0 else self.components
+            x = self.activate(F.conv2d(x, as_kernel(weight_Noi.flatten(end_dim=1)), groups=groups))
+        grouped = x.unflatten(1, (self.components, -1)).flatten(end_dim=1)
+        pooled_BND: Tensor = self.after(grouped).unflatten(0, (-1, self.components))
+        return pooled_BND if weights_BN is None else weighted_sum(pooled_BND, weights_BN)
+
+    def routed_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
+        """Return the (B, D) weighted sum, each component evaluated on the images that chose it only."""
+        x_BCHW = self.before(features_BCHW)
+        chains = list(zip(*(weight.unbind() for weight in self.weights), strict=True))
+        parts, owners = [], []
+        for component, chain in enumerate(chains):
+            images = weights_BN[:, component].nonzero().squeeze(1)
+            if len(images) == 0:
+                continue
+            x = x_BCHW[images]
+            for weight_oi in chain:
+                x = self.activate(F.conv2d(x, as_kernel(weight_oi)))
+            parts.append(self.after(x) * weights_BN[images, component].unsqueeze(1))
+            owners.append(images)
+        pairs_PD = torch.cat(parts)
+        total_BD = pairs_PD.new_zeros(len(weights_BN), pairs_PD.shape[1])
+        return total_BD.index_add(0, torch.cat(owners), pairs_PD)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Return *x*, rectified where the components have a ReLU."""
+        return F.relu(x) if self.rectified else x
+
+    def macs(self, features: torch.Size) -> int:
+        """Return the multiply-adds of one image of a (B, C, H, W) map in `counted` components."""
+        positions = 1 if isinstance(self.before, nn.AdaptiveAvgPool2d) else features[2] * features[3]
+        weights: int = sum(weight[0].numel() for weight in self.weights)
+        return self.counted * positions * weights
+
+
+def weighted_sum(pooled_BND: Tensor, weights_BN: Tensor) -> Tensor:
+    """Return Eq. (1), sum_i omega_i M_i, as (B, D)."""
+    return (pooled_BND * weights_BN.unsqueeze(2)).sum(dim=1)
+
+
+def as_kernel(weight_oi: Tensor) -> Tensor:
+    """Return a matrix as the kernel of a 1x1 convolution."""
+    return weight_oi.unsqueeze(2).unsqueeze(3)
+
+
+def make_components(
+    kind: Kind,
+    channels: int,
+    widths: tuple[int, ...],
+    *,
+    components: int,
+    counted: int,
+    root: ISqrtCovConfig,
+) -> tuple[Components, int]:
+    """Return components of *kind* and D.
+
+    "gap" is convolutions, ReLU, global average; "sop" parametric SR-SOP, its root as *root* says but for
+    the width; "linear" a linear map of the averaged features, the expert of a one-layer SG-MoE.
+    """
+    last = (channels, *widths)[-1]
+    before: nn.Module = nn.Identity()
+    after, length = pooling(kind, last, root)
+    if kind == "linear":
+        before = nn.AdaptiveAvgPool2d(1)
+    bank = Components(
+        channels,
+        widths,
+        components=components,
+        counted=counted,
+        before=before,
+        after=after,
+        rectified=kind != "linear",
+    )
+    return bank, length
+
+
+def pooling(kind: Kind, channels: int, root: ISqrtCovConfig) -> tuple[nn.Module, int]:
+    """Return what turns a map of *channels* into a vector, and the vector's length."""
+    if kind == "sop":
+        layer = ISqrtCov(root.model_copy(update={"width": channels}))
+        return layer, layer.out_features
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels
+
+
+class FusionHead(nn.Module):
+    """Pooled vectors (B, D) in, logits (B, classes) out; the baselines have no batch norm."""
+
+    def __init__(self, length: int, num_classes: int, *, norm: bool, dropout: float) -> None:
+        super().__init__()
+        self.bn: nn.Module = nn.BatchNorm1d(length) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(length, num_classes)
+
+    def forward(self, pooled_BD: Tensor) -> Tensor:
+        """Return the logits; raises `TrainingError` for a training batch of one image."""
+        if self.training and isinstance(self.bn, nn.BatchNorm1d) and pooled_BD.shape[0] == 1:
+            raise TrainingError(
+                "a training batch of one image has no batch statistics for the fusion batch norm; "
+                "leave out the last, incomplete batch or choose another batch size"
+            )
+        logits: Tensor = self.fc(self.dropout(self.bn(pooled_BD)))
+        return logits

@@ -1,0 +1,111 @@
+"""Poolings with a learnt codebook: NetVLAD and NetFV.
+
+Papers: Arandjelovic et al., "NetVLAD: CNN Architecture for Weakly Supervised Place Recognition" (CVPR
+2016), Eq. (4); NetFV, the Fisher vector in the same form, as Miech et al., "Learnable pooling with Context
+Gating" (2017), Eqs. (6) and (7), write it. 64 words make 32768 dimensions of VGG's 512 channels.
+Letters: B images, C channels, M positions, K words.
+"""
+
+import math
+from typing import Annotated, Literal
+
+import pydantic
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_length
+
+SMALLEST_DEVIATION = 1e-3
+
+Words = Annotated[int, pydantic.Field(ge=1)]
+
+
+class NetVladConfig(PoolingConfig):
+    """`words` is K."""
+
+    kind: Literal["netvlad"] = "netvlad"
+    words: Words = 64
+
+    def build(self, channels: int) -> GlobalPooling:
+        """Return the layer."""
+        return NetVlad(self.words, channels)
+
+
+class NetFvConfig(PoolingConfig):
+    """`words` is K, the components of the mixture."""
+
+    kind: Literal["netfv"] = "netfv"
+    words: Words = 64
+
+    def build(self, channels: int) -> GlobalPooling:
+        """Return the layer."""
+        return NetFv(self.words, channels)
+
+
+class Codebook(GlobalPooling):
+    """Soft assignment of positions to words: 1x1 convolution with bias, softmax over words."""
+
+    def __init__(self, words: int, channels: int) -> None:
+        super().__init__()
+        self.assignment = nn.Conv2d(channels, words, 1)
+        self.centres = nn.Parameter(torch.rand(words, channels))
+
+    def assigned(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return assignments (B, K, M), positions (B, M, C) and each word's total (B, K, 1)."""
+        a_BKM = self.assignment(features).flatten(start_dim=2).softmax(dim=1)
+        return a_BKM, features.flatten(start_dim=2).transpose(1, 2), a_BKM.sum(dim=2, keepdim=True)
+
+
+class NetVlad(Codebook):
+    """Feature map (B, C, H, W) in, sums of residuals to K centres (B, K C) out.
+
+    Each word's residuals are brought to unit length, then the whole vector is.
+    """
+
+    def __init__(self, words: int, channels: int) -> None:
+        super().__init__(words, channels)
+        self.out_features = words * channels
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Return the vector: sum of a (x - c) = a x - (sum of a) c."""
+        a_BKM, x_BMC, total_BK1 = self.assigned(features)
+        residuals_BKC = a_BKM @ x_BMC - total_BK1 * self.centres
+        return unit_length(F.normalize(residuals_BKC, dim=2).flatten(start_dim=1))
+
+
+class NetFv(Codebook):
+    """Feature map (B, C, H, W) in, first and second order residuals to K words (B, 2 K C) out."""
+
+    def __init__(self, words: int, channels: int) -> None:
+        super().__init__(words, channels)
+        self.deviations = nn.Parameter(torch.ones(words, channels))
+        self.out_features = 2 * words * channels
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Return the vector: sums of a (x - c) / s and of a ((x - c)^2 / s^2 - 1)."""
+        a_BKM, x_BMC, total_BK1 = self.assigned(features)
+        deviations_KC = self.deviations.abs().clamp_min(SMALLEST_DEVIATION)
+        sum_BKC = a_BKM @ x_BMC
+        first_BKC = (sum_BKC - total_BK1 * self.centres) / deviations_KC
+        spread_BKC = a_BKM @ x_BMC.square() - 2.0 * sum_BKC * self.centres + total_BK1 * self.centres.square()
+        second_BKC = spread_BKC / deviations_KC.square() - total_BK1
+        halves = [F.normalize(half, dim=2).flatten(start_dim=1) for half in (first_BKC, second_BKC)]
+        return unit_length(torch.cat([unit_length(half) for half in halves], dim=1))
+
+
+class NetVLAD(nn.Module):
+    """Feature map (B, C, H, W) in, normalised residuals to the words (B, K C) out."""
+
+    def __init__(self, channels: int, words: int) -> None:
+        super().__init__()
+        self.assign = nn.Conv2d(channels, words, 1)
+        self.centres = nn.Parameter(torch.randn(words, channels) / math.sqrt(channels))
+        self.out_features = words * channels
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        """Return the residuals, each word's at unit length, then the whole vector's."""
+        share_BKM = self.assign(features_BCHW).flatten(start_dim=2).softmax(dim=1)
+        x_BMC = features_BCHW.flatten(start_dim=2).transpose(1, 2)
+        residual_BKC = share_BKM @ x_BMC - share_BKM.sum(dim=2, keepdim=True) * self.centres
+        return F.normalize(F.normalize(residual_BKC, dim=2).flatten(start_dim=1), dim=1)

@@ -1,0 +1,156 @@
+"""Compact bilinear pooling: the bilinear matrix, projected to D dimensions by two count sketches.
+
+Paper: Gao et al., "Compact Bilinear Pooling" (CVPR 2016), algorithm 2 (tensor sketch): the circular
+convolution of two sketches of each position, by FFT, summed over positions; signed root, unit length.
+
+Summing first gives the same numbers without an FFT, which TensorRT does not have, and without a vector
+of D per position: element k is the sum of s1_i s2_j (X X^T)_ij over all i, j with h1_i + h2_j = k mod D.
+Letters: B images, C channels, M positions, D sketch dimensions, E entries of the fullest element, K = C^2.
+"""
+
+import math
+import random
+from itertools import pairwise
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from sopdeploy.layers.pooling.base import (
+    GlobalPooling,
+    PoolingConfig,
+    signed_root,
+    steady_signed_root,
+    unit_length,
+)
+
+
+class Sketch(NamedTuple):
+    """h, the place (0 .. dim - 1) of each channel, and s, its sign; lists of length C."""
+
+    places: list[int]
+    signs: list[float]
+
+
+def draw_sketches(count: int, channels: int, dim: int, seed: int) -> list[Sketch]:
+    """Return *count* independent sketches.
+
+    Python's own generator keeps its sequence for a seed across versions and machines, torch's does not.
+    """
+    generator = random.Random(seed)  # noqa: S311 (a projection, not a secret)
+    return [
+        Sketch(
+            [int(generator.random() * dim) for _ in range(channels)],
+            [1.0 if generator.random() < 0.5 else -1.0 for _ in range(channels)],
+        )
+        for _ in range(count)
+    ]
+
+
+def sketched(x_BMC: Tensor, places_C: Tensor, signs_C: Tensor, dim: int) -> Tensor:
+    """Return the sketch (B, M, dim) of features (B, M, C)."""
+    empty_BMD = x_BMC.new_zeros(*x_BMC.shape[:2], dim)
+    return torch.index_add(empty_BMD, 2, places_C, x_BMC * signs_C)
+
+
+class CompactBilinearConfig(PoolingConfig):
+    """`dim` is D; the sketches are drawn from `seed`."""
+
+    kind: Literal["cbp"] = "cbp"
+    dim: Annotated[int, pydantic.Field(ge=1)] = 8192
+    seed: Annotated[int, pydantic.Field(ge=0)] = 0
+
+    def build(self, channels: int) -> GlobalPooling:
+        """Return the layer; it has no weights."""
+        return CompactBilinear(self, channels)
+
+
+class CompactBilinear(GlobalPooling):
+    """Feature map (B, C, H, W) in, tensor sketch of its bilinear matrix (B, D) out."""
+
+    entries: Tensor
+    signs: Tensor
+
+    def __init__(self, config: CompactBilinearConfig, channels: int) -> None:
+        super().__init__()
+        self.out_features = config.dim
+        entries, signs = sketch_table(config, channels)
+        self.register_buffer("entries", entries, persistent=False)
+        self.register_buffer("signs", signs, persistent=False)
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Return the vector."""
+        x_BCM = features.flatten(start_dim=2)
+        product_BK = (x_BCM @ x_BCM.transpose(1, 2)).flatten(start_dim=1)
+        gathered_BDE = product_BK.index_select(1, self.entries.flatten()).view(-1, *self.signs.shape)
+        return unit_length(signed_root((gathered_BDE * self.signs).sum(dim=2)))
+
+
+def sketch_table(config: CompactBilinearConfig, channels: int) -> tuple[Tensor, Tensor]:
+    """Return for each element the entries of the flattened matrix that it sums, and their signs.
+
+    int64 and float32 of shape (D, E); elements of fewer entries are filled up with sign 0.
+    """
+    first, second = draw_sketches(2, channels, config.dim, config.seed)
+    places_K = np.add.outer(first.places, second.places).ravel() % config.dim
+    signs_K = np.multiply.outer(first.signs, second.signs).ravel()
+    by_place_K = np.argsort(places_K, kind="stable")
+    fill_D = np.bincount(places_K, minlength=config.dim)
+    column_K = np.arange(len(places_K)) - np.repeat(fill_D.cumsum() - fill_D, fill_D)
+    entries_DE = np.zeros((config.dim, fill_D.max()), dtype=np.int64)
+    signs_DE = np.zeros(entries_DE.shape, dtype=np.float32)
+    entries_DE[places_K[by_place_K], column_K] = by_place_K
+    signs_DE[places_K[by_place_K], column_K] = signs_K[by_place_K]
+    return torch.tensor(entries_DE), torch.tensor(signs_DE)
+
+
+class KernelPoolingConfig(PoolingConfig):
+    """`dim` is the sketch dimension of each order from 2 to `order`; sketches are drawn from `seed`."""
+
+    kind: Literal["kernel"] = "kernel"
+    order: Annotated[int, pydantic.Field(ge=2, le=4)] = 4
+    dim: Annotated[int, pydantic.Field(ge=2, multiple_of=2)] = 4096
+    seed: Annotated[int, pydantic.Field(ge=0)] = 0
+
+    def build(self, channels: int) -> GlobalPooling:
+        """Return the layer."""
+        return KernelPooling(self, channels)
+
+
+class KernelPooling(GlobalPooling):
+    """Feature map (B, C, H, W) in, (B, 1 + C + (order - 1) D) out."""
+
+    not_exportable = "its FFT has no TensorRT form; train with pooling cbp, the second order without one"
+    places: Tensor
+    signs: Tensor
+
+    def __init__(self, config: KernelPoolingConfig, channels: int) -> None:
+        super().__init__()
+        self.config = config
+        self.out_features = 1 + channels + (config.order - 1) * config.dim
+        count = sum(range(2, config.order + 1))
+        sketches = draw_sketches(count, channels, config.dim, config.seed)
+        self.register_buffer("places", torch.tensor([s.places for s in sketches]), persistent=False)
+        self.register_buffer("signs", torch.tensor([s.signs for s in sketches]), persistent=False)
+        taylor = [1.0 / math.sqrt(math.factorial(p)) for p in range(config.order + 1)]
+        self.order_weights = nn.Parameter(torch.tensor(taylor))
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Return the vector."""
+        x_BMC = features.flatten(start_dim=2).transpose(1, 2)
+        orders = [x_BMC.new_ones(len(x_BMC), 1), x_BMC.mean(dim=1)]
+        starts = [0, 2, 5, 9][: self.config.order]
+        orders += [self.tensor_sketch(x_BMC, range(start, stop)) for start, stop in pairwise(starts)]
+        weighted = [weight * order for weight, order in zip(self.order_weights, orders, strict=True)]
+        return unit_length(steady_signed_root(torch.cat(weighted, dim=1)))
+
+    def tensor_sketch(self, x_BMC: Tensor, sketches: range) -> Tensor:
+        """Return the mean over positions (B, D) of the circular convolution of *sketches* of each."""
+        spectrum_BMF = torch.ones((), dtype=torch.complex64, device=x_BMC.device)
+        for s in sketches:
+            sketch_BMD = sketched(x_BMC, self.places[s], self.signs[s], self.config.dim)
+            spectrum_BMF = spectrum_BMF * torch.fft.rfft(sketch_BMD)
+        mean_BD: Tensor = torch.fft.irfft(spectrum_BMF.mean(dim=1), n=self.config.dim)
+        return mean_BD

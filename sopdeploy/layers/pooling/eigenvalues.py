@@ -1,0 +1,116 @@
+"""Poolings by the eigenvalues of the covariance: MPN-COV and the log-Euclidean one of DeepO2P.
+
+Papers: Li et al., "Is Second-order Information Helpful for Large-scale Visual Recognition?" (MPN-COV,
+ICCV 2017), Eqs. (3) to (5); Ionescu et al., "Matrix Backpropagation ..." (DeepO2P, ICCV 2015).
+Letters: B images, d channels, H height, W width; Sigma = U diag(l) U^T.
+"""
+
+from typing import Annotated, Literal
+
+import pydantic
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sopdeploy.layers.covariance import centred_positions, covariance, frobenius_norm, upper_triangle_indices
+from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, ReducedPooling
+from sopdeploy.layers.pooling.bilinear import bilinear
+from sopdeploy.layers.spectral import (
+    NO_EIGEN_FORM,
+    RootConfig,
+    Spectral,
+    logarithm,
+    power,
+    spectral,
+    square_root,
+)
+
+SMALLEST = 1e-12  # of a divisor
+Width = Annotated[int, pydantic.Field(ge=1)] | None
+
+
+class MpnCovConfig(PoolingConfig):
+    """`power` is alpha; `normalise` divides by the largest l^alpha or by the Frobenius norm."""
+
+    kind: Literal["mpncov"] = "mpncov"
+    width: Width = 256
+    power: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.5
+    normalise: Literal["none", "M-l2", "M-Fro"] = "none"
+
+    def build(self, channels: int) -> "EigenPooling":
+        """Return the layer."""
+        return EigenPooling(channels, self.width, power(self.power), self.normalise)
+
+
+class LogEuclideanConfig(PoolingConfig):
+    """`eps` is added to the eigenvalues, of which the logarithm needs positive ones.
+
+    DeepO2P does not centre; here the covariance is that of all other poolings, as in the MPN-COV paper's
+    comparison with the log-Euclidean metric.
+    """
+
+    kind: Literal["deepo2p"] = "deepo2p"
+    width: Width = 256
+    eps: Annotated[float, pydantic.Field(gt=0)] = 1e-3
+
+    def build(self, channels: int) -> "EigenPooling":
+        """Return the layer."""
+        return EigenPooling(channels, self.width, logarithm(self.eps), "none")
+
+
+class EigenPooling(ReducedPooling):
+    """Feature map (B, C, H, W) in, triangle (B, d (d + 1) / 2) of f(covariance) out."""
+
+    not_exportable = NO_EIGEN_FORM
+    triangle: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        width: int | None,
+        function: Spectral,
+        normalise: Literal["none", "M-l2", "M-Fro"],
+    ) -> None:
+        super().__init__(channels, width)
+        self.function = function
+        self.normalise = normalise
+        self.out_features = self.channels * (self.channels + 1) // 2
+        self.register_buffer("triangle", upper_triangle_indices(self.channels), persistent=False)
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Return the triangle."""
+        value_Bdd, lambda_Bd = spectral(covariance(centred_positions(features)), self.function)
+        if self.normalise == "M-l2":
+            largest_B1 = self.function.value(lambda_Bd)[:, -1:]
+            value_Bdd = value_Bdd / largest_B1.clamp_min(SMALLEST)[:, :, None]
+        elif self.normalise == "M-Fro":
+            value_Bdd = value_Bdd / frobenius_norm(value_Bdd).clamp_min(SMALLEST)
+        return value_Bdd.flatten(start_dim=1).index_select(1, self.triangle)
+
+
+class GaussianConfig(PoolingConfig, RootConfig):
+    """How the matrix square root is taken; the paper's is exact."""
+
+    kind: Literal["g2denet"] = "g2denet"
+
+    def build(self, channels: int) -> GlobalPooling:
+        """Return the layer; it has no weights."""
+        return GaussianEmbedding(self, channels)
+
+
+class GaussianEmbedding(GlobalPooling):
+    """Feature map (B, C, H, W) in, the embedded Gaussian (B, (C + 1)^2) out."""
+
+    def __init__(self, config: GaussianConfig, channels: int) -> None:
+        super().__init__()
+        self.config = config
+        self.not_exportable = config.not_exportable
+        self.out_features = (channels + 1) ** 2
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Return the vector; Sigma + mu mu^T is X X^T / M."""
+        mean_B1C = features.mean(dim=(2, 3))[:, None, :]
+        left_BDC = torch.cat([bilinear(features), mean_B1C], dim=1)
+        right_BD1 = F.pad(mean_B1C, (0, 1), value=1.0).transpose(1, 2)
+        embedded_BDD = torch.cat([left_BDC, right_BD1], dim=2)
+        return square_root(embedded_BDD, self.config).flatten(start_dim=1)

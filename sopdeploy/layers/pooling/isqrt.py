@@ -1,0 +1,58 @@
+"""iSQRT-COV as a network's global pooling: dimension reduction, covariance, iterated root, triangle.
+
+Paper: iSQRT-COV, section 3; its table of post-compensations. fast-MPN-COV's own ResNets and VGG-D carry
+this layer with d = 256 and N = 5, GSoP-Net2's released code with N = 3.
+"""
+
+from typing import Annotated, Literal
+
+import pydantic
+from torch import Tensor, nn
+
+from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtCovConfig
+from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
+
+
+class ISqrtPoolingConfig(PoolingConfig):
+    """Switches of the layer; `width` is d (`None`: all channels), the others are `ISqrtCovConfig`'s.
+
+    `compensation` undoes the pre-normalisation by the root of the norm, by batch norm on the vector
+    (a percent worse in the paper), or not at all (which the paper could not train).
+    """
+
+    kind: Literal["isqrt"] = "isqrt"
+    width: Annotated[int, pydantic.Field(ge=1)] | None = 256
+    iterations: Annotated[int, pydantic.Field(ge=1, le=15)] = 5
+    prenorm: Literal["trace", "frobenius"] = "trace"
+    compensation: Literal["norm", "batch_norm", "none"] = "norm"
+
+    def build(self, channels: int) -> "ISqrtPooling":
+        """Return the layer."""
+        return ISqrtPooling(self, channels)
+
+
+class ISqrtPooling(ReducedPooling):
+    """Feature map (B, C, H, W) in, triangle (B, d (d + 1) / 2) of the root of its covariance out."""
+
+    def __init__(self, config: ISqrtPoolingConfig, channels: int) -> None:
+        super().__init__(channels, config.width)
+        self.root = ISqrtCov(
+            ISqrtCovConfig(
+                width=self.channels,
+                iterations=config.iterations,
+                prenorm=config.prenorm,
+                compensate=config.compensation == "norm",
+            )
+        )
+        self.out_features = self.root.out_features
+        by_batch = config.compensation == "batch_norm"
+        self.batch_norm: nn.Module = nn.BatchNorm1d(self.out_features) if by_batch else nn.Identity()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the vector; half-precision maps are widened inside the root, where its gradient is."""
+        return self.pool(self.reduce(features))
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Return the vector of a reduced map."""
+        vector: Tensor = self.batch_norm(self.root(features))
+        return vector

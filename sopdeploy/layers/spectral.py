@@ -1,0 +1,143 @@
+"""Functions of symmetric matrices through their eigenvalues, with gradients that stay finite.
+
+Papers: MPN-COV (ICCV 2017), section 3; Ionescu et al., "Matrix Backpropagation for Deep Networks with
+Structured Layers" (ICCV 2015). Letters: B matrices of C rows, A = U diag(l) U^T, f(A) = U diag(f(l)) U^T.
+
+The papers' gradient divides by l_i - l_j and is not finite where eigenvalues repeat, as they do for
+dead channels and for fewer positions than channels. Here it is U (K * U^T G U) U^T with
+K_ij = (f(l_i) - f(l_j)) / (l_i - l_j), the same number, and f' where the two are too close to divide.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple
+
+import pydantic
+import torch
+from torch import Tensor
+
+from sopdeploy.config import StrictModel
+from sopdeploy.errors import TrainingError
+from sopdeploy.layers.covariance import frobenius_norm
+from sopdeploy.layers.isqrt_gradient import SMALLEST_NORM
+from sopdeploy.layers.newton_schulz import newton_schulz
+
+TOO_CLOSE = 1e-5  # of the largest eigenvalue, in float32
+
+NO_EIGEN_FORM = (
+    "an eigendecomposition has no ONNX or TensorRT form; train with pooling isqrt, which takes the square "
+    "root by matrix products"
+)
+
+NO_SECOND_GRADIENT = (
+    "the gradient through eigenvalues cannot be differentiated again; train with pooling isqrt, or with an "
+    "optimizer other than AdaHessian"
+)
+
+
+class Spectral(NamedTuple):
+    """f and f', each from ascending eigenvalues (B, C) to (B, C)."""
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+
+
+class SpectralFunction(torch.autograd.Function):
+    """Symmetric (B, C, C) in; f of it (B, C, C) and its ascending eigenvalues (B, C) out."""
+
+    @staticmethod
+    def forward(ctx: Any, a_BCC: Tensor, function: Spectral) -> tuple[Tensor, Tensor]:
+        """Decompose, apply, compose."""
+        lambda_BC, u_BCC = torch.linalg.eigh(a_BCC)
+        ctx.function = function
+        ctx.save_for_backward(lambda_BC, u_BCC)
+        value_BC = function.value(lambda_BC)
+        return (u_BCC * value_BC[:, None, :]) @ u_BCC.transpose(1, 2), lambda_BC
+
+    @staticmethod
+    def backward(ctx: Any, grad_BCC: Tensor, lambda_grad_BC: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient for the matrix, symmetric; refuse to be differentiated, as AdaHessian would."""
+        if torch.is_grad_enabled():
+            raise TrainingError(NO_SECOND_GRADIENT)
+        lambda_BC, u_BCC = ctx.saved_tensors
+        symmetric_BCC = 0.5 * (grad_BCC + grad_BCC.transpose(1, 2))
+        inner_BCC = u_BCC.transpose(1, 2) @ symmetric_BCC @ u_BCC
+        inner_BCC = inner_BCC * divided_differences(lambda_BC, ctx.function)
+        inner_BCC = inner_BCC + torch.diag_embed(lambda_grad_BC)
+        return u_BCC @ inner_BCC @ u_BCC.transpose(1, 2), None
+
+
+def divided_differences(lambda_BC: Tensor, function: Spectral) -> Tensor:
+    """Return K (B, C, C)."""
+    value_BC, slope_BC = function.value(lambda_BC), function.slope(lambda_BC)
+    gap_BCC = lambda_BC[:, :, None] - lambda_BC[:, None, :]
+    rise_BCC = value_BC[:, :, None] - value_BC[:, None, :]
+    mean_slope_BCC = 0.5 * (slope_BC[:, :, None] + slope_BC[:, None, :])
+    close_BCC = gap_BCC.abs() <= TOO_CLOSE * lambda_BC[:, -1:, None]
+    return torch.where(close_BCC, mean_slope_BCC, rise_BCC / gap_BCC.masked_fill(close_BCC, 1.0))
+
+
+def power(exponent: float) -> Spectral:
+    """Return l -> l^exponent; eigenvalues that are only rounding count as 0, slope included."""
+    return Spectral(
+        partial(scaled_power, factor=1.0, exponent=exponent),
+        partial(scaled_power, factor=exponent, exponent=exponent - 1.0),
+    )
+
+
+def scaled_power(lambda_BC: Tensor, *, factor: float, exponent: float) -> Tensor:
+    """Return factor * l^exponent, 0 for what the decomposition cannot tell from 0."""
+    rounding = lambda_BC.shape[1] * torch.finfo(lambda_BC.dtype).eps
+    smallest_B1 = (lambda_BC[:, -1:] * rounding).clamp_min(torch.finfo(torch.float32).tiny)
+    told_apart_BC = lambda_BC > smallest_B1
+    return torch.where(told_apart_BC, factor * lambda_BC.where(told_apart_BC, 1.0).pow(exponent), 0.0)
+
+
+def logarithm(eps: float) -> Spectral:
+    """Return l -> log(l + eps); rounding below 0 counts as 0."""
+    return Spectral(partial(shifted_logarithm, eps=eps), partial(shifted_reciprocal, eps=eps))
+
+
+def shifted_logarithm(lambda_BC: Tensor, *, eps: float) -> Tensor:
+    """Return log(l + eps)."""
+    return (lambda_BC.clamp_min(0.0) + eps).log()
+
+
+def shifted_reciprocal(lambda_BC: Tensor, *, eps: float) -> Tensor:
+    """Return 1 / (l + eps)."""
+    return (lambda_BC.clamp_min(0.0) + eps).reciprocal()
+
+
+def spectral(a_BCC: Tensor, function: Spectral) -> tuple[Tensor, Tensor]:
+    """Return f of symmetric matrices (B, C, C) and their ascending eigenvalues (B, C)."""
+    value_BCC, lambda_BC = SpectralFunction.apply(a_BCC, function)
+    return value_BCC, lambda_BC
+
+
+NO_ROOT_FORM = (
+    "an eigendecomposition has no ONNX or TensorRT form; train with root newton-schulz, which takes the "
+    "square root by matrix products"
+)
+
+
+class RootConfig(StrictModel):
+    """How the root is taken: exactly, by eigenvalues, or by N = `iterations` steps, which can be exported.
+
+    The steps start from the matrix over its Frobenius norm, nearer to the root than over its trace.
+    """
+
+    root: Literal["eigen", "newton-schulz"] = "eigen"
+    iterations: Annotated[int, pydantic.Field(ge=1, le=15)] = 5
+
+    @property
+    def not_exportable(self) -> str | None:
+        """Return why this root cannot be exported, `None` where it can."""
+        return NO_ROOT_FORM if self.root == "eigen" else None
+
+
+def square_root(a_BCC: Tensor, config: RootConfig) -> Tensor:
+    """Return the root (B, C, C) of positive semi-definite matrices."""
+    if config.root == "eigen":
+        return spectral(a_BCC, power(0.5))[0]
+    norm_B11 = frobenius_norm(a_BCC).clamp_min(SMALLEST_NORM)
+    return newton_schulz(a_BCC / norm_B11, config.iterations) * norm_B11.sqrt()

@@ -1,1 +1,0 @@
-"""The optimizers that a recipe can name."""

@@ -1,0 +1,150 @@
+"""`network.pt2`: the certified program, nothing of what was removed, of where it was made, or of chance."""
+
+import copy
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.export import ExportedProgram
+
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.bundle.probes import read_probes
+from sopdeploy.checkpoint import Checkpoint, write_checkpoint
+from sopdeploy.errors import CertificateError, ParityError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export.detach import detach
+from sopdeploy_export.parity import ParityReport
+from sopdeploy_export.parity.torch_program import FILE, prove, torch_program
+from sopdeploy_export.pipeline import Exported, ExportOptions, export
+from sopdeploy_export.proof.certificate import Proof
+from tests.export.conftest import trained
+from tests.export.once import certify, proving_once
+
+BATCH = BatchRange(optimum=2, maximum=4)
+WITH_FILE = ExportOptions(detach=True, batch=BATCH, pt2=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(preprocess: Preprocess, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    network, path = trained(), tmp_path_factory.mktemp("pt2") / "ckpt.pt"
+    config = network.config.model_dump(mode="json")
+    labels = tuple("abcdefghij")
+    whole = Checkpoint(
+        model="dsop-resnet8",
+        config=config,
+        weights=network.state_dict(),
+        labels=labels,
+        preprocess=preprocess,
+        training={},
+    )
+    write_checkpoint(path, whole)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path) -> Exported:
+    with proving_once(FILE):
+        return export(checkpoint, checkpoint.parent / "out", WITH_FILE)
+
+
+@pytest.fixture(scope="module")
+def proof(preprocess: Preprocess, probes: torch.Tensor) -> Proof:
+    network = trained()
+    return certify(network, detach(network), preprocess, probes, model="dsop-resnet8", batch=BATCH)
+
+
+def test_it_is_a_file_of_the_bundle_and_gives_the_bundles_logits(exported: Exported) -> None:
+    bundle = open_bundle(exported.path)
+    assert FILE in bundle.manifest.files
+    probes = read_probes(bundle.probes)
+    program = torch.export.load(bundle.path / FILE)
+    for count in (1, 3):
+        (logits,) = program.module()(torch.from_numpy(probes.images[:count]))
+        drift = np.abs(logits.detach().numpy() - probes.expected["logits"][:count]).max()
+        assert drift <= probes.tolerance["logits"]
+
+
+def test_it_holds_the_kept_tensors_and_none_that_was_removed(exported: Exported) -> None:
+    program = torch.export.load(exported.path / FILE)
+    removed = {entry.name for entry in exported.certificate.removed}
+    names = {name.removeprefix("network.") for name in program.state_dict}
+    assert removed
+    assert not names & removed
+    with zipfile.ZipFile(exported.path / FILE) as archive:
+        written = sum(i.file_size for i in archive.infolist() if "/data/weights/weight_" in i.filename)
+        text = b"".join(archive.read(name) for name in archive.namelist())
+    normalisation = 2 * 3 * 4  # a scale and an offset for each colour, which the graph holds beside them
+    assert written == sum(entry.bytes for entry in exported.certificate.kept) + normalisation
+    assert not [name for name in removed if name.replace(".", "_").encode() in text]
+
+
+def test_no_path_no_source_line_and_no_pickle_is_in_it(exported: Exported) -> None:
+    with zipfile.ZipFile(exported.path / FILE) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    here = str(Path(__file__).resolve().parents[3]).encode()
+    for name, raw in content.items():
+        for trace in (here, str(Path(torch.__file__).parents[1]).encode(), b".py", b'File "', b"line "):
+            assert trace not in raw, name
+        assert not raw.startswith(b"\x80"), name
+        assert b"data.pkl" not in raw, name
+
+
+def test_two_exports_give_the_same_bytes_and_without_the_wish_there_is_no_file(
+    exported: Exported, branched: Exported, checkpoint: Path, tmp_path: Path
+) -> None:
+    again = export(checkpoint, tmp_path / "again", WITH_FILE)
+    assert (again.path / FILE).read_bytes() == (exported.path / FILE).read_bytes()
+    assert again.path.name == exported.path.name
+    assert not (branched.path / FILE).exists()
+
+
+def saved(program: ExportedProgram) -> bytes:
+    memory = io.BytesIO()
+    torch.export.save(program, memory)
+    return memory.getvalue()
+
+
+def another_weight(proof: Proof) -> ExportedProgram:
+    changed = copy.deepcopy(proof.lean.any_batch)
+    with torch.no_grad():
+        changed.state_dict["network.fc.bias"].add_(1e-3)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "complaint"),
+    [
+        (lambda proof: proof.trained.any_batch, r"holds .*, which was not kept"),
+        (another_weight, "not the certified one"),
+    ],
+    ids=["the trained program, which computes the same", "another weight"],
+)
+def test_another_program_is_refused(proof: Proof, sabotage: Any, complaint: str) -> None:
+    with pytest.raises(CertificateError, match=f"{FILE}: .*{complaint}"):
+        prove(saved(sabotage(proof)), proof.certificate)
+
+
+def test_a_tensor_that_lies_in_a_larger_storage_is_refused(proof: Proof, monkeypatch: Any) -> None:
+    content = torch_program(copy.deepcopy(proof.lean.any_batch), proof.certificate)
+    program = torch.export.load(io.BytesIO(content))
+    bias = program.state_dict["network.fc.bias"]
+    wide = torch.cat([bias.detach(), torch.zeros(90)])
+    program.state_dict["network.fc.bias"] = wide[: len(bias)]
+    monkeypatch.setattr("sopdeploy_export.parity.torch_program.load", lambda _: program)
+    with pytest.raises(CertificateError, match=r"fc.bias lies in a storage that holds more"):
+        prove(content, proof.certificate)
+
+
+def test_other_numbers_than_the_bundles_stop_the_export(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ParityReport, "counted", property(lambda self: [0]))
+    monkeypatch.setattr("sopdeploy_export.parity.torch_program.distance", lambda *_: float("inf"))
+    with proving_once(FILE), pytest.raises(ParityError, match=rf"{FILE}: drifts by inf in logits"):
+        export(checkpoint, tmp_path, WITH_FILE)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,117 @@
+"""What stands between quantised values in each form of int8, and which form each runtime takes."""
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from sopdeploy.bundle.manifest import BatchRange, Int8For
+from sopdeploy.errors import ConfigError, LoweringError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.module_names import is_in
+from sopdeploy.tensorrt.profiles import Profile
+from sopdeploy_export.graph.probe_images import generated
+from sopdeploy_export.precision.casts import in_float32
+from sopdeploy_export.precision.int8 import choose_int8_for, choose_keep_float, quantise
+from sopdeploy_export.precision.sensitivity import input_grids
+from sopdeploy_export.tensorrt.lint import lint
+from sopdeploy_export.tensorrt.rewrites import graph_precision
+from tests.export.once import graph_of
+
+BATCH = BatchRange(optimum=2, maximum=4)
+RUNTIMES: tuple[Int8For, ...] = ("cpu", "tensorrt")
+Graph = tuple[dict[Int8For, onnx.ModelProto], list[str]]
+NETWORKS: dict[str, dict[str, Any]] = {
+    "isqrt-resnet8": {},
+    "gsop-net2-preact-resnet29": {"blocks": 2, "cov_width": 32, "final_width": 32},
+    "gmsop-16-8-resnet18": {
+        "blocks_per_stage": 1,
+        "components": 4,
+        "chosen": 2,
+        "component_widths": (16, 8),
+        "gate_widths": (8, 6),
+        "iterations": 3,
+    },
+}
+BETWEEN = {  # operators that read a rounded value
+    "cpu": {"Conv", "Relu", "Add", "Slice", "Mul"},
+    "tensorrt": {"Conv", "Add", "Slice", "Mul"},
+}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def graph(request: pytest.FixtureRequest, preprocess: Preprocess) -> Graph:
+    """A network of each family in both forms, and its parts that stay in float32."""
+    made = {
+        runtime: graph_of(request.param, preprocess, BATCH, **NETWORKS[request.param]) for runtime in RUNTIMES
+    }
+    kept = in_float32(made["cpu"].network)
+    return {
+        runtime: quantise(made[runtime].model, generated(16)[:4], kept, "minmax", runtime)
+        for runtime in RUNTIMES
+    }, kept
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_only_convolutions_and_what_lies_between_them_read_rounded_values(
+    graph: Graph, runtime: Int8For
+) -> None:
+    model = graph[0][runtime]
+    wide = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    readers = [node for node in model.graph.node if wide.keys() & set(node.input)]
+    assert {node.op_type for node in readers} <= BETWEEN[runtime]
+    weights = [wide[node.input[1]].input[0] for node in readers if node.input[1:] and node.input[1] in wide]
+    assert weights
+    assert not [weight for weight in weights for part in graph[1] if is_in(weight, part)]
+    rounded = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    made = {node.op_type for node in model.graph.node if rounded & set(node.output)}
+    assert made <= {"Conv", "Relu", "Add"}
+
+
+def test_tensorrt_takes_its_form_and_refuses_the_one_for_a_cpu_with_the_switch(graph: Graph) -> None:
+    profiles = [Profile(minimum=1, optimum=2, maximum=4)]
+    for version in ((8, 6), (10, 0), (10, 16), (11, 0)):
+        safe, _ = lint(graph[0]["tensorrt"], version, profiles)
+        assert graph_precision(safe) == "int8"
+        with pytest.raises(LoweringError, match=r"quantised-for-a-cpu.*--int8-for tensorrt"):
+            lint(graph[0]["cpu"], version, profiles)
+
+
+def test_in_the_form_for_tensorrt_every_code_is_signed_around_zero_and_biases_are_float(graph: Graph) -> None:
+    model = graph[0]["tensorrt"]
+    fixed = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type in {"QuantizeLinear", "DequantizeLinear"}:
+            assert fixed[node.input[2]].dtype == np.int8
+            assert not fixed[node.input[2]].any()
+    codes = {name: values for name, values in fixed.items() if name.endswith("_quantized")}
+    assert {values.dtype for values in codes.values()} == {np.dtype(np.int8)}
+    assert min(values.min() for values in codes.values()) >= -127
+    first = next(node for node in model.graph.node if node.op_type == "Conv")
+    assert fixed[first.input[1]].dtype == np.float32  # it reads the picture
+    grids = input_grids(model).values()
+    assert {(grid.zero, grid.lowest, grid.highest) for grid in grids} == {(0, -128, 127)}
+
+
+def test_tensorrt_gets_the_shortcuts_convolution_as_int8_too(preprocess: Preprocess) -> None:
+    plain = graph_of("resnet8", preprocess, BATCH, shortcut="projection").model
+    model = quantise(plain, generated(16)[:4], (), "minmax", "tensorrt")
+    made = {name: node for node in model.graph.node for name in node.output}
+    rounded = [made[node.input[0]] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    wide = [made[node.input[1]].input[0] for node in rounded if node.op_type == "Conv"]
+    assert wide == ["layer2.0.downsample.0.weight_quantized", "layer3.0.downsample.0.weight_quantized"]
+
+
+def test_a_wish_for_int8_without_int8_is_refused() -> None:
+    assert choose_int8_for(None, "fp16") == "cpu"
+    assert choose_int8_for("tensorrt", "int8") == "tensorrt"
+    assert choose_keep_float(["conv1"], "int8") == ("conv1",)
+    for wish, message in (
+        (lambda: choose_int8_for("gpu", "int8"), "none of cpu, tensorrt"),
+        (lambda: choose_int8_for("tensorrt", "fp16"), "--int8-for: only with --precision int8"),
+        (lambda: choose_keep_float(["conv1"], "fp32"), "--keep-float: only with --precision int8"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            wish()

@@ -1,0 +1,278 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor, nn
+
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.bundle.manifest import BatchRange, Precision
+from sopdeploy.bundle.probes import read_probes
+from sopdeploy.errors import ConfigError, LoweringError, ParityError, RuntimeUnavailableError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.isqrt_cov import ISqrtCovConfig
+from sopdeploy.layers.mixture.components import Components, make_components
+from sopdeploy.layers.mixture.gate import keep_largest
+from sopdeploy.layers.normalize import Normalize
+from sopdeploy.models.base import Classifier
+from sopdeploy_export.detach import detach
+from sopdeploy_export.graph.onnx_export import OPSET, OPSET_OF_BFLOAT16, lower
+from sopdeploy_export.graph.probe_images import probe_images
+from sopdeploy_export.graph.torch_export import capture_any_batch
+from sopdeploy_export.parity.session import open_session
+from sopdeploy_export.pipeline import Exported, ExportOptions, export
+from sopdeploy_export.precision import convert as shipping
+from sopdeploy_export.precision import fold_batch_norm as fold_norms
+from sopdeploy_export.precision.casts import choose_iteration, choose_precision, with_precision
+from sopdeploy_export.precision.convert import PrecisionOptions
+from sopdeploy_export.precision.report import part_precisions, refuse_other_types
+from sopdeploy_export.rewrites.apply import Lowered, rewrite
+from sopdeploy_export.rewrites.autotune import open_form
+from sopdeploy_export.rewrites.context import LoweringReport
+from sopdeploy_export.rewrites.mixture import GatheredWeights
+from sopdeploy_export.rewrites.newton_schulz import NAME
+from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
+from tests.export.once import graph_of, proving_once
+from tests.sweep.steps import agreed, save
+
+Make = Callable[..., Classifier]
+SMALL = BatchRange(optimum=2, maximum=4)
+ALONE = BatchRange(optimum=1, maximum=1)  # types are those of every batch, and without symbols it is quick
+MIXTURE = {
+    "components": 4,
+    "chosen": 2,
+    "component_widths": (8, 6),
+    "gate_widths": (8, 6),
+    "blocks_per_stage": 1,
+    "conv5_stride": 1,
+}
+
+
+def cast_graph(
+    network: Classifier,
+    preprocess: Preprocess,
+    precision: Precision,
+    iteration: str = "fp32",
+    *,
+    rules: bool = True,
+) -> tuple[onnx.ModelProto, dict[str, set[str]]]:
+    """Return the ONNX graph in *precision*, and the types that each part computes in."""
+    lean = detach(network) if network.training_only else network
+    options = PrecisionOptions(precision=precision, newton_schulz=choose_iteration(iteration, precision))
+    pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
+    rewritten = rewrite(lean, pixels, SMALL, shipping.wished(options, rules=rules, autotune=False)).network
+    cast = with_precision(rewritten, capture_any_batch(rewritten, preprocess, ALONE), precision, pixels)
+    graph = capture_any_batch(cast, preprocess, ALONE)
+    opset = OPSET_OF_BFLOAT16 if precision == "bf16-backbone" else OPSET
+    model = lower(graph, lean.outputs, opset)
+    refuse_other_types(model, rewritten, precision)
+    return model, {part.part: set(part.operations) for part in part_precisions(model, graph)}
+
+
+def test_fp16_leaves_the_root_in_float32_and_nothing_else(make: Make, preprocess: Preprocess) -> None:
+    model, types = cast_graph(make("isqrt-resnet8"), preprocess, "fp16")
+    assert types["pooling.root"] == {"float32"}
+    assert types["layer1.0.conv1"] == types["fc"] == {"float16"}
+    assert {value.type.tensor_type.elem_type for value in model.graph.output} == {onnx.TensorProto.FLOAT}
+    folded = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    assert folded["conv1.weight"] == folded["conv1.bias"] == onnx.TensorProto.FLOAT16
+
+
+def test_bf16_backbone_leaves_the_classifier_alone(make: Make, preprocess: Preprocess) -> None:
+    _, types = cast_graph(make("isqrt-resnet8"), preprocess, "bf16-backbone")
+    assert types["layer3.0.conv2"] == {"bfloat16"}
+    assert types["fc"] == types["pooling.root"] == {"float32"}
+
+
+def test_newton_schulz_in_fp16_stores_halves_and_multiplies_in_float32(
+    make: Make, preprocess: Preprocess
+) -> None:
+    model, types = cast_graph(make("isqrt-resnet8"), preprocess, "fp16", "fp16")
+    assert types["fc"] == {"float16", "float32"}  # the root and its scale; the products are a part of it
+    assert types["fc.linear"] == {"float16"}
+    typed = onnx.shape_inference.infer_shapes(model)
+    kinds = {value.name: value.type.tensor_type.elem_type for value in typed.graph.value_info}
+    products = [kinds[node.output[0]] for node in typed.graph.node if node.op_type == "MatMul"]
+    assert set(products) == {onnx.TensorProto.FLOAT}
+    assert len(products) == 1 + 3 * 5 - 3
+
+
+def test_a_mixture_keeps_gate_roots_and_sums_in_float32_and_its_banks_do_not(
+    make: Make, preprocess: Preprocess
+) -> None:
+    model, types = cast_graph(make("gmsop-16-8-resnet18", **MIXTURE), preprocess, "fp16")
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    assert kinds["mixture.banks.0"] == kinds["head.weight"] == onnx.TensorProto.FLOAT16
+    assert types["mixture"] == {"float16", "float32"}
+    assert types["gate"] == types["gate.feature.2"] == {"float32"}
+    assert types["layer4.0.conv1"] == {"float16"}
+
+
+def test_attention_keeps_its_folded_excitation_in_float32_and_the_maps_do_not(
+    make: Make, preprocess: Preprocess
+) -> None:
+    config = {"cov_width": 32, "block_stages": ("layer4",)}
+    model, types = cast_graph(make("gsop-net1-resnet26", **config), preprocess, "fp16")
+    excitations = [part for part in types if part.endswith("excitation")]
+    assert excitations
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for part in excitations:
+        assert types[part] == {"float32"}
+        assert kinds[f"{part}.weight"] == onnx.TensorProto.FLOAT
+    assert types["layer2.0.conv1"] == types["layer4.0.conv1"] == {"float16"}
+
+
+def test_the_papers_formulas_are_cast_too(make: Make, preprocess: Preprocess) -> None:
+    _, types = cast_graph(make("isqrt-resnet8"), preprocess, "fp16", rules=False)
+    assert types["pooling.root"] == {"float32"}
+    assert types["fc"] == {"float16"}
+
+
+def test_a_batch_norm_folded_twice_is_refused_though_the_noise_floor_would_swallow_it(
+    preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = fold_norms.fold
+
+    def twice(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+        honest(convolution, norm)
+        honest(convolution, norm)
+
+    monkeypatch.setattr(fold_norms, "fold", twice)
+    network, program, _ = graph_of("resnet8", preprocess, SMALL)
+    pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
+    with pytest.raises(
+        LoweringError, match=r"'batch norms folded into the convolutions'.*changes the answer"
+    ):
+        with_precision(network, program, "fp16", pixels)
+
+
+def test_a_copy_is_cast_and_the_network_stays(make: Make, preprocess: Preprocess) -> None:
+    network = make("resnet8")
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    cast_graph(network, preprocess, "fp16")
+    after = network.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_fp32_graph_asked_to_be_fp16_is_caught_and_named(preprocess: Preprocess) -> None:
+    network, _, model = graph_of("isqrt-resnet8", preprocess, SMALL)
+    with pytest.raises(LoweringError, match=r"fp16 was asked for, but the graph holds conv1 in float32"):
+        refuse_other_types(model, network, "fp16")
+
+
+def test_a_cast_that_is_never_placed_stops_the_export(
+    preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, program, model = graph_of("resnet8", preprocess, SMALL)
+    report = LoweringReport(textbook=False, rules=(), choices=(), certified_root="", lowered_root="")
+    lowered = Lowered(network, program, model, report)
+    monkeypatch.setattr(shipping, "with_precision", lambda lean, *_: lean)
+    with pytest.raises(LoweringError, match="fp16 was asked for"):
+        shipping.ship(network, lowered, preprocess, SMALL, PrecisionOptions(precision="fp16"))
+
+
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [
+        (lambda: choose_precision("half"), "none of fp32, fp16, bf16-backbone, int8"),
+        (lambda: choose_iteration("bf16", "bf16-backbone"), "bf16 loses three digits"),
+        (lambda: choose_iteration("fp16", "fp32"), "only with --precision fp16"),
+        (lambda: choose_iteration("fp8", "fp16"), "none of fp32, fp16"),
+        (
+            lambda: shipping.wished(
+                PrecisionOptions(precision="fp16", newton_schulz="fp16"), rules=False, autotune=False
+            ),
+            "--newton-schulz fp16: --no-lowering writes the papers' loop in float32",
+        ),
+        (
+            lambda: shipping.wished(PrecisionOptions(precision="bf16-backbone"), rules=True, autotune=True),
+            "--autotune: onnxruntime has no bfloat16 kernels",
+        ),
+    ],
+)
+def test_a_precision_that_does_not_exist_or_does_not_fit_is_refused(
+    choose: Callable[[], object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose()
+
+
+def exported(
+    network: Classifier, name: str, folder: Path, preprocess: Preprocess, **options: object
+) -> Exported:
+    from tests.export.test_pipeline import save
+
+    wish = ExportOptions(batch=SMALL, precision=PrecisionOptions.model_validate(options))
+    checkpoint = save(network, name, folder / "ckpt.pt", preprocess)
+    with proving_once():
+        return export(checkpoint, folder / "out", wish)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16-backbone"])
+def test_a_bundle_says_its_precision_and_bounds_its_probes_by_the_noise_of_it(
+    make: Make, preprocess: Preprocess, tmp_path: Path, precision: str
+) -> None:
+    found = exported(make("isqrt-resnet8"), "isqrt-resnet8", tmp_path, preprocess, precision=precision)
+    assert found.manifest.precision == found.precision.precision == found.parity.precision == precision
+    assert found.parity.floors_allowed == 4
+    assert found.parity.logits.noise_floor > 1e-5
+    probes = read_probes(found.path / "probes.npz")
+    assert probes.tolerance["logits"] == pytest.approx(4 * found.parity.logits.noise_floor)
+    assert (found.path / "precision.json").is_file()
+    assert not found.lowering.textbook
+    assert NAME in found.lowering.summary
+    assert found.lowering.lowered_root != found.lowering.certified_root
+    emulated = precision == "bf16-backbone"
+    assert (found.parity.emulation is not None) == emulated
+    assert ("no bfloat16 kernels" in (found.path / "README.md").read_text()) == emulated
+    if emulated:
+        as_the_reference_evaluator(found.path / "model.onnx", probes.images[:2])
+        refused_where_there_are_no_kernels(found.path)
+
+
+def as_the_reference_evaluator(path: Path, images: np.ndarray) -> None:
+    """The emulation gives what ONNX's own evaluator, which computes in bfloat16, gives."""
+    expected = ReferenceEvaluator(onnx.load(path)).run(None, {"images": images})[0]
+    found = open_session(path).run(None, {"images": images})[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def refused_where_there_are_no_kernels(path: Path) -> None:
+    """A machine without such kernels says so in one line."""
+    with pytest.raises(
+        RuntimeUnavailableError, match=r"bfloat16, for which onnxruntime .* has no kernels"
+    ) as e:
+        OnnxRuntime(open_bundle(path))
+    assert "\n" not in str(e.value)
+    assert "--precision fp16 or fp32" in str(e.value)
+
+
+def test_halves_timed_by_the_clock_are_timed_with_their_casts(make: Make, preprocess: Preprocess) -> None:
+    options = PrecisionOptions(precision="fp16")
+    wish = shipping.wished(options, rules=True, autotune=True)
+    timed = wish.cast(nn.Sequential(nn.Conv2d(3, 4, 1)))
+    assert timed(torch.zeros(1, 3, 2, 2)).dtype == torch.float16
+    bank, (x, weights) = tiny_mixture()
+    session = open_form(wish.cast(GatheredWeights(bank, 2).eval()), (x, weights))
+    names = [given.name for given in session.get_inputs()]
+    assert (
+        session.run(None, dict(zip(names, (x.numpy(), weights.numpy()), strict=True)))[0].dtype == np.float32
+    )
+
+
+def tiny_mixture() -> tuple[Components, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    bank, _ = make_components("sop", 6, (5,), components=3, counted=2, root=ISqrtCovConfig(iterations=2))
+    return bank.eval(), (torch.rand(2, 6, 3, 3), keep_largest(torch.randn(2, 3), 2))
+
+
+def test_maps_beyond_the_range_of_float16_are_refused_with_another_precision(
+    make: Make, tmp_path: Path
+) -> None:
+    network = make("resnet8")
+    network.get_parameter("bn1.weight").data.mul_(1e6)
+    with pytest.raises(ParityError, match=r"in fp16 the network's own logits are not finite.*bf16-backbone"):
+        agreed(save(network, "resnet8", 16, tmp_path / "ckpt.pt"), tmp_path / "model.onnx", "fp16")

@@ -1,0 +1,55 @@
+"""What an export ends with: a frame on a terminal, a line for each fact elsewhere."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from sopdeploy.cli.deployment import export_summary as closing
+from sopdeploy_export.pipeline import Exported
+
+NAMES = [
+    *("removed", "kept", "graph", "logits", "rules", "types", "drift", "answers", "costs", "onnx"),
+    *("speed", "bundle", "page"),
+]
+
+
+def shown(exported: Exported, monkeypatch: pytest.MonkeyPatch, *, terminal: bool, width: int = 100) -> str:
+    screen = io.StringIO()
+    console = Console(
+        file=screen, force_terminal=terminal, width=width, highlight=False, soft_wrap=True, color_system=None
+    )
+    monkeypatch.setattr(closing, "out", console)
+    closing.show(exported)
+    return screen.getvalue()
+
+
+def test_elsewhere_there_is_a_line_for_each_fact(branched: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = shown(branched, monkeypatch, terminal=False).splitlines()
+    assert [line.split()[0] for line in lines] == NAMES
+    facts = {line.split()[0]: line for line in lines}
+    assert f"{branched.certificate.bytes_removed:,} bytes saved" in facts["removed"]
+    assert branched.certificate.roots.any_batch[:16] in facts["graph"]
+    assert f"{branched.parity.logits.drift_in_floors:.1f} noise floors" in facts["drift"]
+    assert f"of {branched.anatomy.trained.parameters:,} parameters" in facts["costs"]
+    assert "of the plain backbone's time" in facts["speed"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_on_a_terminal_it_is_one_framed_screen(
+    branched: Exported, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    lines = shown(branched, monkeypatch, terminal=True, width=width).splitlines()
+    assert "exported dsop-resnet8" in lines[0]
+    assert max(map(len, lines)) <= width
+    assert len(lines) <= 50
+    assert all(any(f" {name} " in line for line in lines) for name in NAMES)
+
+
+def test_the_rules_the_routes_and_the_way_to_a_speed_are_named(
+    gated: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = shown(gated, monkeypatch, terminal=False)
+    assert "K of N experts (1)" in screen
+    assert "0 routes flipped, 0 wrong" in screen
+    assert f"sopdeploy bench {gated.path}" in screen

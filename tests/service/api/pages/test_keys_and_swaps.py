@@ -1,0 +1,109 @@
+"""The pages of a server that wants a key, and of one whose model is replaced while somebody looks at it."""
+
+import pytest
+
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy_service.http.api_keys import new_key
+from sopdeploy_service.inference.bundle_store import BundleStore
+from sopdeploy_service.settings import Settings
+from tests.service.api.pages.person import done, give, shown
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture
+def key(tmp_path):
+    return new_key(tmp_path / "keys.toml", "person", rate=None, burst=None, admin=False)
+
+
+@pytest.fixture
+def locked(serve_with, onnx_runtime, key, tmp_path):
+    return serve_with(onnx_runtime, keys=tmp_path / "keys.toml")
+
+
+def type_key(page, key):
+    page.get_by_label("Key", exact=True).fill(key)
+    page.get_by_role("button", name="Use").click()
+
+
+def test_a_server_without_keys_asks_for_none(page):
+    page.locator("h1", has_text="tiny").wait_for()
+    assert page.get_by_label("Key", exact=True).is_hidden()
+
+
+def test_the_page_asks_for_a_key_in_a_sentence_and_works_with_it(open_page, locked, key, jpeg):
+    page = open_page(locked.base_url)
+    alert = page.get_by_role("alert")
+    alert.wait_for()
+    assert "this server wants a key; type yours above." in alert.text_content()
+    assert page.evaluate("document.activeElement.id") == "key"
+    type_key(page, "sop_wrong\u00e4")
+    page.get_by_text("does not know the key").wait_for()
+    type_key(page, key)
+    page.locator("h1", has_text="tiny").wait_for()
+    assert alert.is_hidden()
+    give(page, jpeg)
+    headers = {"Authorization": f"Bearer {key}"}
+    classes = locked.post("/v1/classify", content=jpeg, headers=headers).json()["classes"]
+    assert [label for label, _ in shown(page)] == [entry["label"] for entry in classes]
+
+
+def test_a_picture_that_came_before_the_key_is_answered_with_it(open_page, locked, key, jpeg):
+    page = open_page(locked.base_url)
+    page.get_by_role("alert").wait_for()
+    give(page, jpeg)
+    type_key(page, key)
+    page.wait_for_selector("#classes li")
+    assert len(shown(page)) == 5
+
+
+def test_the_key_stays_for_a_reload_and_goes_with_the_tab(open_page, locked, key):
+    page = open_page(locked.base_url)
+    page.get_by_role("alert").wait_for()
+    type_key(page, key)
+    page.locator("h1", has_text="tiny").wait_for()
+    page.reload()
+    page.locator("h1", has_text="tiny").wait_for()
+    assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+    assert key not in page.content()
+    other = page.context.new_page()
+    other.goto(str(locked.base_url))
+    other.get_by_role("alert").wait_for()
+
+
+def test_the_docs_ask_for_the_key_too(open_page, locked, key):
+    page = open_page(locked.base_url, "/docs")
+    page.get_by_text("this server wants a key").wait_for()
+    type_key(page, key)
+    page.wait_for_selector("#schemas section")
+    assert page.get_by_role("alert").is_hidden()
+
+
+def test_a_key_that_is_taken_back_is_said_at_the_next_picture(page, jpeg):
+    page.locator("h1", has_text="tiny").wait_for()
+    refused = '{"code": "unauthenticated", "detail": "send a key"}'
+    page.route("**/v1/classify**", lambda route: route.fulfill(status=401, body=refused))
+    give(page, jpeg)
+    assert "This server wants a key; type yours above." in page.get_by_role("alert").text_content()
+    assert page.get_by_label("Key", exact=True).is_visible()
+
+
+def test_a_model_that_was_replaced_is_noticed_and_shown_anew(
+    open_page, run_server, onnx_runtime, make_bundle, tmp_path, jpeg
+):
+    first, second = make_bundle(tmp_path, probes=3), make_bundle(tmp_path, probes=4)
+    settings = Settings(threads=1, model_control=True)
+    with run_server(
+        onnx_runtime, open_bundle(first), settings, shelf=BundleStore([f"tiny={first}"])
+    ) as client:
+        page = open_page(client.base_url)
+        page.locator("#bundle", has_text=first.name).wait_for()
+        give(page, jpeg)
+        before = shown(page)
+        load = {"parameters": {"folder": second.name}}
+        assert client.post("/v2/repository/models/tiny/load", json=load).status_code == 200
+        page.evaluate("void ask()")
+        page.locator("#bundle", has_text=second.name).wait_for()
+        done(page)
+        assert shown(page) == before
+        assert page.get_by_role("alert").is_hidden()

@@ -1,0 +1,71 @@
+"""The pages at a desk and on a phone, by day and by night; `/docs` shows all there is.
+
+`SOPDEPLOY_SCREENSHOTS=folder` keeps the pictures.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.service.api.pages.person import give
+
+pytestmark = pytest.mark.browser
+
+PHONE = {"width": 380, "height": 800}
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+@pytest.mark.parametrize(
+    ("name", "traits"),
+    [
+        ("light", {}),
+        ("dark", {"color_scheme": "dark"}),
+        ("phone", {"viewport": PHONE}),
+        ("phone-dark", {"viewport": PHONE, "color_scheme": "dark"}),
+    ],
+)
+def test_the_pages_fit_a_desk_and_a_phone_by_day_and_by_night(
+    open_page, client, jpeg, tmp_path, path, name, traits
+):
+    page = open_page(client.base_url, path, **traits)
+    if path == "/":
+        give(page, jpeg, name="a-file-with-a-long-name-and-nowhere-to-break-it-" * 3 + ".jpg")
+    else:
+        page.wait_for_selector("#schemas section")
+    folder = Path(os.environ.get("SOPDEPLOY_SCREENSHOTS", tmp_path))
+    picture = page.screenshot(path=folder / f"{path.strip('/') or 'page'}-{name}.png", full_page=True)
+    assert len(picture) > 10_000
+    wide, there = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert wide <= there
+    ground = page.locator("body").evaluate("e => getComputedStyle(e).backgroundColor")
+    brightness = sum(map(int, re.findall(r"\d+", ground)[:3])) / 3
+    assert (brightness < 60) == (traits.get("color_scheme") == "dark")
+
+
+def test_the_docs_show_every_operation_and_body_of_the_description(open_page, client):
+    page = open_page(client.base_url, "/docs")
+    page.wait_for_selector("#schemas section")
+    described = client.get("/openapi.json").json()
+    operations = [f"{verb.upper()}{path}" for path, verbs in described["paths"].items() for verb in verbs]
+    assert page.locator(".operation h2").all_text_contents() == operations
+    assert page.locator("#contents a").all_text_contents() == operations
+    assert page.locator("#schemas h3").all_text_contents() == list(described["components"]["schemas"])
+    dead = page.locator("a[href^='#']").evaluate_all(
+        "all => all.filter(e => !document.querySelector(e.getAttribute('href'))).map(e => e.href)"
+    )
+    assert dead == []
+
+
+def test_the_policy_stops_a_script_that_the_page_did_not_bring(chromium, client):
+    page = chromium.new_page()
+    page.goto(str(client.base_url))
+    page.evaluate(
+        "document.body.append(Object.assign(document.createElement('div'), {id: 'mark'}));"
+        "const script = document.createElement('script');"
+        "try { script.text = 'document.querySelector(`#mark`).remove()'; document.body.append(script); }"
+        "catch { /* trusted types refuse the text itself */ }"
+    )
+    assert page.locator("#mark").count() == 1
+    page.close()

@@ -1,0 +1,161 @@
+"""The page at `/` in a real browser, as a person uses it."""
+
+import json
+import subprocess
+import sys
+from importlib.resources import files
+from typing import Any
+
+import pytest
+
+from sopdeploy_service.settings import Settings
+from tests.service.api.pages.person import answered, done, give, shown
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.mark.parametrize("kind", ["drop", "paste"])
+def test_a_picture_that_is_dropped_or_pasted_gets_the_five_classes_of_the_api(page, client, jpeg, kind):
+    give(page, jpeg, kind=kind)
+    assert shown(page) == answered(client, jpeg)
+    assert len(shown(page)) == 5
+    widths = page.locator("#classes .track > span").evaluate_all("all => all.map(e => e.clientWidth)")
+    assert widths == sorted(widths, reverse=True)
+    assert page.locator("#preview").evaluate("image => image.naturalWidth") == 50
+
+
+def test_the_page_works_by_keyboard_alone(page, client, jpeg):
+    choosers: list[Any] = []
+    page.on("filechooser", lambda chooser: choosers.append(chooser))
+    for _ in range(10):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "file":
+            break
+    outline = page.locator("#drop").evaluate("e => getComputedStyle(e).outlineStyle")
+    assert outline == "solid", "the focus must be seen"
+    page.keyboard.press("Enter")
+    for _ in range(200):
+        if choosers:
+            break
+        page.wait_for_timeout(20)
+    choosers[0].set_files({"name": "a.jpg", "mimeType": "image/jpeg", "buffer": jpeg})
+    done(page)
+    assert shown(page) == answered(client, jpeg)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "top-k"
+    page.keyboard.press("Control+A")
+    page.keyboard.type("2")
+    page.keyboard.press("Tab")
+    page.wait_for_selector("#classes:not(:has(li:nth-child(3))) li:nth-child(2)")
+    assert page.evaluate("document.activeElement.id") == "tab-curl"
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.id") == "tab-Python"
+    assert page.locator("#code-Python").is_visible()
+
+
+def test_what_cannot_be_seen_is_said(page, client, jpeg):
+    give(page, jpeg)
+    label, percent = answered(client, jpeg)[0]
+    assert page.get_by_role("status").text_content().startswith(f"Answer: {label} {percent}, ")
+    nameless = page.locator("button, a, input, select").evaluate_all(
+        "all => all.filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length)).length"
+    )
+    assert nameless == 0
+    assert page.get_by_label("Drop another photo").count() == 1
+
+
+def test_the_waterfall_adds_up_to_the_time_that_the_answer_took(page, jpeg):
+    give(page, jpeg)
+    rows = page.locator("#waterfall li > span:first-child").all_text_contents()
+    assert rows == ["receive", "decode", "queue", "infer", "network"]
+    times = [float(text.split()[0]) for text in page.locator("#waterfall .ms").all_text_contents()]
+    total = float(page.locator("#total").text_content().split()[0])
+    assert sum(times) == pytest.approx(total, abs=0.05 * len(rows) + 0.5)
+
+
+def test_a_bad_file_shows_the_sentence_of_the_service_and_the_next_picture_an_answer(page, client, jpeg):
+    give(page, b"no picture", name="notes.txt", type="text/plain")
+    problem = client.post("/v1/classify", content=b"no picture").json()
+    alert = page.get_by_role("alert")
+    assert alert.text_content().lower() == f"{problem['detail']}.{problem['code']}".lower()
+    assert page.locator("#classes li").count() == 0
+    give(page, jpeg)
+    assert alert.is_hidden()
+    assert shown(page) == answered(client, jpeg)
+
+
+def test_a_server_that_is_gone_is_named_in_a_sentence(page, jpeg):
+    page.route("**/v1/classify**", lambda route: route.fulfill(status=200, body="not JSON"))
+    give(page, jpeg)
+    assert "cannot be reached" in page.get_by_role("alert").text_content()
+
+
+def test_warnings_are_sentences(page, make_picture):
+    give(page, make_picture(kind="PNG"))
+    found = page.locator("#warnings li").all_text_contents()
+    assert len(found) == 1
+    assert found[0].startswith("The content type names another format")
+
+
+HARMFUL = 'it\'s "x" $(touch owned) `b` <img src=x onerror=alert(1)>.jpg'
+
+
+@pytest.mark.parametrize("language", ["curl", "Python", "JavaScript"])
+def test_the_snippet_for_a_picture_gives_its_answer(page, client, jpeg, tmp_path, language):
+    (tmp_path / HARMFUL).write_bytes(jpeg)
+    give(page, jpeg, name=HARMFUL)
+    code = page.locator(f"#code-{language} code").text_content()
+    command = {
+        "curl": ["sh", "-c", code],
+        "Python": [sys.executable, "-c", code],
+        # playwright brings its own node
+        "JavaScript": [str(files("playwright") / "driver" / "node"), "--input-type=module", "--eval", code],
+    }[language]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    expected = client.post("/v1/classify", content=jpeg).json()["classes"]
+    if language == "curl":
+        assert json.loads(ran.stdout)["classes"] == expected
+    else:
+        assert [line.split()[0] for line in ran.stdout.splitlines()] == [entry["label"] for entry in expected]
+    assert [path.name for path in tmp_path.iterdir()] == [HARMFUL]
+
+
+def test_the_copy_button_copies_the_code(page, client, jpeg):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    give(page, jpeg)
+    page.get_by_label("Copy curl code").click()
+    page.get_by_text("Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == page.locator("#code-curl code").text_content()
+
+
+def test_the_experts_of_a_gate_are_shown(open_page, gated_client, make_picture):
+    page = open_page(gated_client.base_url)
+    page.get_by_text("sopdeploy verify .").wait_for()
+    picture = make_picture((200, 190, 20), kind="PNG")
+    give(page, picture, type="image/png")
+    chosen = page.locator("#gates li.chosen .unseen").all_text_contents()
+    gates = gated_client.post("/v1/classify?gates=true", content=picture).json()["gates"]
+    assert sorted(chosen) == sorted(f"expert {entry['expert']}: {entry['weight']:.4f}" for entry in gates)
+    assert page.locator("#gates li").count() == 4
+
+
+def test_card_and_certificate_are_text_and_never_markup(open_page, gated_client):
+    page = open_page(gated_client.base_url)
+    page.get_by_text("sopdeploy verify .").wait_for()
+    assert page.locator("#card strong").text_content() == "linear"
+    assert page.locator("#card li").all_text_contents() == ["one entry\n  that goes on\n", "two"]
+    assert "<img src=x" in page.locator("#card").text_content()
+    assert page.locator("#card img").count() == 0
+    assert "gate.noise (1 tensor, 8 bytes)" in page.locator("#proof").text_content()
+
+
+def test_of_several_models_one_is_chosen_and_asked(open_page, run_server, onnx_runtime, bundle, jpeg):
+    with run_server(onnx_runtime, bundle, Settings(), names=("first", "second")) as client:
+        page = open_page(client.base_url)
+        give(page, jpeg)
+        assert shown(page) == answered(client, jpeg, "?model=first")
+        page.get_by_label("Model", exact=True).select_option("second")
+        page.locator("h1", has_text="second").wait_for()
+        done(page)
+        assert shown(page) == answered(client, jpeg, "?model=second")
+        assert "model=second" in page.locator("#code-curl code").text_content()

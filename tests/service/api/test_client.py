@@ -1,0 +1,113 @@
+"""The client against real servers."""
+
+import asyncio
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sopdeploy.client import AsyncClient, Client
+from sopdeploy.errors import OverloadedError, ServiceError, UnreachableError
+from sopdeploy_service.commands.predict import predict
+from sopdeploy_service.runtime.fake import FakeRuntime
+from sopdeploy_service.settings import Settings
+
+
+@pytest.fixture
+def asker(client):
+    with Client(str(client.base_url)) as asker:
+        yield asker
+
+
+def test_an_answer_is_that_of_predict_and_says_which_weights_gave_it(asker, bundle_path, jpeg, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg)
+    found = asker.classify(tmp_path / "a.jpg", top_k=7)
+    expected = predict(bundle_path, [tmp_path / "a.jpg"], Settings(threads=1, top_k=7))[0]
+    assert [c.label for c in found.classes] == [c.label for c in expected.classes]
+    assert [c.probability for c in found.classes] == pytest.approx([c.probability for c in expected.classes])
+    assert found.model_digest == asker.info().models[0].id
+    assert {"decode", "queue", "infer"} <= found.timing_ms.keys()
+
+
+def test_every_kind_of_picture_is_answered_alike(asker, tmp_path):
+    pixels = np.random.default_rng(3).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    body = (tmp_path / "a.png").read_bytes()
+    pictures = [tmp_path / "a.png", str(tmp_path / "a.png"), body, Image.fromarray(pixels), pixels]
+    alone = [asker.classify(picture).classes for picture in pictures]
+    together = [found.classes for found in asker.classify(pictures)]
+    assert all(classes == alone[0] for classes in alone)
+    for classes in together:
+        assert [c.probability for c in classes] == pytest.approx([c.probability for c in alone[0]])
+
+
+def test_a_bad_image_is_an_error_alone_and_has_its_own_among_others(asker, jpeg):
+    with pytest.raises(ServiceError) as caught:
+        asker.classify(b"no image")
+    assert (caught.value.status, caught.value.code) == (415, "not_an_image")
+    good, bad = asker.classify([jpeg, jpeg[:300]])
+    assert good.error is None
+    assert bad.error.code == "truncated_image"
+
+
+def test_metrics_and_readiness_are_there(asker):
+    asker.wait_ready(timeout=5)
+    assert "sopdeploy_decoders" in asker.metrics()
+
+
+def test_many_awaited_calls_share_the_server(client, jpeg):
+    async def run():
+        async with AsyncClient(str(client.base_url)) as asker:
+            return await asyncio.gather(*(asker.classify(jpeg) for _ in range(20)))
+
+    assert len({found.classes[0].label for found in asyncio.run(run())}) == 1
+
+
+def test_a_deadline_ends_an_awaited_call(serve_with, jpeg):
+    server = serve_with(FakeRuntime(classes=7, fixed_ms=1500))
+
+    async def run():
+        async with AsyncClient(str(server.base_url)) as asker:
+            await asker.classify(jpeg, timeout=0.2)
+
+    with pytest.raises((UnreachableError, ServiceError)) as caught:
+        asyncio.run(run())
+    assert caught.value.code in {"timeout", "deadline"}
+
+
+def test_a_full_queue_is_tried_again_until_it_is_not(serve_with, jpeg):
+    server = serve_with(FakeRuntime(classes=7, fixed_ms=400), queue_size=1, max_images=1)
+
+    async def run():
+        async with AsyncClient(str(server.base_url), timeout=15) as asker:
+            await asyncio.gather(*(asker.classify(jpeg) for _ in range(2)))
+        async with AsyncClient(str(server.base_url), retries=0) as asker:
+            return await asyncio.gather(*(asker.classify(jpeg) for _ in range(3)), return_exceptions=True)
+
+    refused = [found for found in asyncio.run(run()) if isinstance(found, Exception)]
+    assert [(type(problem), problem.code) for problem in refused] == [(OverloadedError, "queue_full")] * 2
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "client.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_every_example_of_the_page_runs(block, client, jpeg, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("photo.jpg").write_bytes(jpeg)
+    names: dict[str, Any] = {}
+    exec(block.replace("http://127.0.0.1:8000", str(client.base_url)), names)  # noqa: S102
+    results = names["found"] if isinstance(names["found"], list) else [names["found"]]
+    assert {result.classes[0].label for result in results} <= {
+        "ant",
+        "bee",
+        "cat",
+        "dog",
+        "eel",
+        "fox",
+        "gnu",
+    }

@@ -1,0 +1,40 @@
+"""`docs/http.md` has the service's codes and no others; `tests/docs/test_typed.py` types its examples."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
+SERVICE = ROOT / "service" / "sopdeploy_service"
+MAKERS = {"Rejection", "bad_request", "ImageError", "cls"}
+FRAMEWORK = {"not_found", "method_not_allowed"}  # made of the status by `problems`
+NAMED_BY_FIELD = {f"{what}_{side}" for what in ("unknown", "duplicate") for side in ("input", "output")}
+
+
+def codes_of(module: Path) -> set[str]:
+    """Return the codes that *module* writes into refusals."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        first = [*node.args[:1]] if isinstance(node.func, ast.Name) and node.func.id in MAKERS else []
+        given = first + [keyword.value for keyword in node.keywords if keyword.arg == "code"]
+        for value in given:
+            found |= {
+                n.value for n in ast.walk(value) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            }
+    return {
+        code
+        for code in found
+        if re.fullmatch(r"[a-z]+(_[a-z0-9]+)+|deadline|draining|forbidden|unauthenticated", code)
+    }
+
+
+def test_every_code_of_the_service_is_on_the_page_and_no_other():
+    table = PAGE.partition("## Errors")[2]
+    named = {
+        code for row in re.findall(r"^\| \d+.*$", table, re.MULTILINE) for code in re.findall(r"`(\w+)`", row)
+    }
+    written = set().union(*(codes_of(module) for module in SERVICE.rglob("*.py")))
+    assert named - FRAMEWORK - NAMED_BY_FIELD == written

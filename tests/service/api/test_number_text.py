@@ -1,0 +1,99 @@
+"""Lists of numbers read from their text are what a JSON parser makes of them, or are refused."""
+
+import json
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from sopdeploy_service.api.v2 import number_text
+from sopdeploy_service.api.v2.metadata import Tensor
+from sopdeploy_service.api.v2.number_text import NumberText, lift, put_back
+from sopdeploy_service.http.problems import RejectedError
+
+BYTES = Tensor("images", "UINT8", (-1, 2, 2))
+FLOATS = Tensor("x", "FP32", (-1, 2, 2))
+SHAPE = (1, 2, 2)
+
+TEXTS = [
+    '{"inputs": [{"name": "x", "data": [1, 2]}]}',
+    '{"inputs": [{"data": [[1], [2]], "name": "x"}]}',
+    '{"inputs": [{"data" : [ 1 ,2\n] , "name": "x"}, {"data":[]}]}',
+    '{"id": "\\"data\\": [1]", "inputs": [{"data": ["a", "b"]}]}',
+    '{"id": "data", "inputs": [{"data": [1, null]}, {"data": [true]}, {"data": 5}, {"data": {"data": [1]}}]}',
+    '{"inputs": [{"data": [[1], "a"]}, {"data": [[1], {}]}], "data": [7]}',
+    '{"inputs": {"data": [1]}}',
+    '[{"data": [1]}, "\\\\", "data"]',
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_was_taken_out_and_put_back_is_the_whole_document(text):
+    rest, lists = lift(text.encode())
+    value = orjson.loads(rest)
+    put_back(value, lists)
+    known = {token: json.loads(found.text) for token, found in lists.items()}
+
+    def plain(node):
+        if isinstance(node, NumberText):
+            return json.loads(node.text)
+        if isinstance(node, dict):
+            return {key: plain(inner) for key, inner in node.items()}
+        if isinstance(node, list):
+            return [plain(inner) for inner in node]
+        return known.get(node, node) if isinstance(node, str) else node
+
+    assert plain(value) == json.loads(text)
+
+
+def test_a_token_cannot_be_guessed_from_another_request():
+    first, second = (lift(b'{"inputs": [{"data": [1]}]}')[1] for _ in range(2))
+    assert first.keys().isdisjoint(second)
+
+
+CHANGES = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(0, 2), st.text("[],0125 -.eE\n", max_size=2)), max_size=3
+)
+
+
+@pytest.mark.parametrize("tensor", [BYTES, FLOATS], ids=lambda tensor: tensor.datatype)
+@given(nested=st.booleans(), changes=CHANGES)
+@example(nested=True, changes=[(6, 1, ""), (8, 0, "]")])
+@example(nested=True, changes=[(0, 20, "[[[1,2],[3]4]]")])
+@example(nested=True, changes=[(0, 20, "[[[1,2]3,[4,5]]]")])
+@example(nested=True, changes=[(0, 20, "[[[1,2],3[4,5]]]")])
+def test_no_text_is_read_otherwise_than_a_parser_reads_it(tensor, nested, changes):
+    text = "[[[1,2],[3,4]]]" if nested else "[1, 2, 3, 4]"
+    for place, length, new in changes:
+        text = text[:place] + new + text[place + length :]
+    try:
+        found = NumberText(text.encode()).read(tensor, SHAPE)
+    except RejectedError:
+        found = None
+    try:
+        wanted = np.array(orjson.loads(text), np.float64)
+    except ValueError:
+        wanted = np.zeros(0)
+    right = wanted.shape in {SHAPE, (4,)} and np.isfinite(wanted.astype(np.float32)).all()
+    if tensor is BYTES:
+        right = right and not set(text) & set(".eE") and wanted.min() >= 0 and wanted.max() <= 255
+    assert (found is not None) == right
+    if found is not None:
+        assert np.array_equal(found, wanted.reshape(SHAPE).astype(found.dtype))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 10**6])
+def test_where_the_text_is_cut_makes_no_difference(monkeypatch, size):
+    monkeypatch.setattr(number_text, "PIECE_BYTES", size)
+    text = b"[ [[1, 20],\n [255,0]] ,[[7, 8 ],[9,10] ]]"
+    found = NumberText(text).read(BYTES, (2, 2, 2))
+    assert found.tolist() == json.loads(text)
+    for bad in (
+        b"[[[1,20],[255,0]],[[7,8],[9]10]]",
+        b"[[[1,20],[255,0]],[[7,8]9,[10]]]",
+        b"[[[1,20],[255,]],[[7,8],[9,10]]]",
+    ):
+        with pytest.raises(RejectedError):
+            NumberText(bad).read(BYTES, (2, 2, 2))

@@ -1,0 +1,169 @@
+"""NVIDIA's own client works unchanged, and gets what `/v1/classify` gives, to the last digit."""
+
+import base64
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sopdeploy_service.images.decode import EncodedImage, decode
+from sopdeploy_service.inference.results import Ranking, answer
+
+with warnings.catch_warnings():  # of its own dependencies
+    warnings.simplefilter("ignore")
+    http = pytest.importorskip("tritonclient.http")
+    from tritonclient.utils import InferenceServerException
+
+LIMITS = {"max_bytes": 10**6, "max_pixels": 10**6}
+
+
+@pytest.fixture(scope="module")
+def triton(client) -> Iterator[Any]:
+    with http.InferenceServerClient(client.base_url.netloc.decode()) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def images(make_picture) -> list[bytes]:
+    return [make_picture(), make_picture((10, 200, 30), kind="PNG"), make_picture((0, 0, 250), (90, 33))]
+
+
+@pytest.fixture(scope="module")
+def pixels(images, bundle):
+    return np.stack(
+        [decode(EncodedImage(image), bundle.manifest.preprocess, **LIMITS).pixels for image in images]
+    )
+
+
+@pytest.fixture(scope="module")
+def classified(client, images):
+    return [client.post("/v1/classify?top_k=7", content=image).json()["classes"] for image in images]
+
+
+def given(name: str, values: np.ndarray, datatype: str, binary: bool) -> Any:
+    tensor = http.InferInput(name, list(values.shape), datatype)
+    tensor.set_data_from_numpy(values, binary_data=binary)
+    return tensor
+
+
+def same(logits: np.ndarray, bundle: Any, classified: Any) -> bool:
+    found = [answer(Ranking([row]).best(0, 7), bundle.labels)["classes"] for row in logits]
+    return [list(classes) for classes in found] == classified
+
+
+@pytest.mark.parametrize("binary_out", [True, False, None])
+@pytest.mark.parametrize("binary_in", [True, False])
+def test_tensors_are_answered_as_v1_answers_the_images(
+    triton, pixels, classified, bundle, binary_in, binary_out
+):
+    outputs = None if binary_out is None else [http.InferRequestedOutput("logits", binary_data=binary_out)]
+    sent = [given("images", pixels, "UINT8", binary_in)]
+    found = triton.infer("tiny", sent, outputs=outputs, request_id="r1")
+    logits = found.as_numpy("logits")
+    assert (logits.dtype, logits.shape) == (np.float32, (3, 7))
+    assert same(logits, bundle, classified)
+    response = found.get_response()
+    assert (response["id"], response["model_name"]) == ("r1", "tiny")
+    assert response["model_version"] == bundle.manifest.id
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+@pytest.mark.parametrize("binary", [True, False])
+def test_encoded_images_are_answered_as_v1_answers_them(triton, images, classified, bundle, shape, binary):
+    sent = images if binary else [base64.b64encode(image) for image in images]
+    values = np.array(sent, dtype=object).reshape(shape)
+    found = triton.infer("tiny", [given("IMAGE", values, "BYTES", binary)], model_version=bundle.manifest.id)
+    assert same(found.as_numpy("logits"), bundle, classified)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_classes_come_with_their_labels_in_the_order_of_v1(triton, pixels, classified, binary):
+    wanted = http.InferRequestedOutput("logits", binary_data=binary, class_count=2)
+    sent = [given("images", pixels, "UINT8", True)]
+    found = triton.infer("tiny", sent, outputs=[wanted]).as_numpy("logits")
+    texts = [[t.decode() if isinstance(t, bytes) else str(t) for t in row] for row in found]
+    assert [[text.split(":")[2] for text in row] for row in texts] == [
+        [best["label"] for best in classes[:2]] for classes in classified
+    ]
+
+
+def test_server_and_model_say_what_they_are(triton, bundle):
+    assert triton.is_server_live()
+    assert triton.is_server_ready()
+    assert triton.is_model_ready("tiny")
+    assert triton.is_model_ready("tiny", bundle.manifest.id)
+    assert not triton.is_model_ready("other")
+    assert not triton.is_model_ready("tiny", "1")
+    extensions = triton.get_server_metadata()["extensions"]
+    assert {"binary_tensor_data", "classification", "model_repository"} <= set(extensions)
+    metadata = triton.get_model_metadata("tiny", bundle.manifest.id)
+    assert metadata == {
+        "name": "tiny",
+        "versions": [bundle.manifest.id],
+        "platform": "onnxruntime_onnx",
+        "inputs": [
+            {"name": "images", "datatype": "UINT8", "shape": [-1, 32, 32, 3]},
+            {"name": "IMAGE", "datatype": "BYTES", "shape": [-1, 1]},
+        ],
+        "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, 7]}],
+    }
+    config = triton.get_model_config("tiny")
+    assert (config["max_batch_size"], config["input"][0]["dims"]) == (8, [32, 32, 3])
+    assert config["output"] == [{"name": "logits", "data_type": "TYPE_FP32", "dims": [7]}]
+
+
+def test_the_repository_is_listed_and_its_models_are_fixed_unless_the_operator_says_otherwise(triton, bundle):
+    line = {"name": "tiny", "version": bundle.manifest.id, "state": "READY", "reason": ""}
+    assert triton.get_model_repository_index() == [line]
+    for change in (triton.load_model, triton.unload_model):
+        with pytest.raises(InferenceServerException, match="loaded at the start only") as caught:
+            change("tiny")
+        assert caught.value.status() == "403"
+
+
+def test_the_statistics_count_requests_images_and_runs(triton, pixels):
+    def stats() -> dict[str, Any]:
+        (found,) = triton.get_inference_statistics("tiny")["model_stats"]
+        return found
+
+    before = stats()
+    triton.infer("tiny", [given("images", pixels[:1], "UINT8", True)])
+    with pytest.raises(InferenceServerException):
+        triton.infer("tiny", [given("IMAGE", np.array([b"no image"], dtype=object), "BYTES", True)])
+    after = stats()
+    assert after["inference_count"] == before["inference_count"] + 1
+    assert after["execution_count"] == before["execution_count"] + 1
+    for name, more in {"success": 1, "fail": 1, "compute_infer": 1, "compute_input": 0}.items():
+        old, new = before["inference_stats"][name], after["inference_stats"][name]
+        assert new["count"] == old["count"] + more
+        assert (new["ns"] > old["ns"]) == bool(more)
+    assert after["last_inference"] >= max(before["last_inference"], 1.6e12)
+    assert (
+        sum(b["batch_size"] * b["compute_infer"]["count"] for b in after["batch_stats"])
+        == (after["inference_count"])
+    )
+    assert triton.get_inference_statistics()["model_stats"] == [after]
+
+
+def test_errors_arrive_as_the_client_reads_them(triton, pixels, images):
+    with pytest.raises(InferenceServerException, match=r"\[n, 32, 32, 3\]"):
+        triton.infer("tiny", [given("images", pixels[:, :5], "UINT8", True)])
+    with pytest.raises(InferenceServerException, match="must be UINT8"):
+        triton.infer("tiny", [given("images", pixels.astype(np.float32), "FP32", True)])
+    with pytest.raises(InferenceServerException, match="no model 'other'"):
+        triton.infer("other", [given("images", pixels, "UINT8", True)])
+    bad = np.array([images[0], b"text", images[1]], dtype=object)
+    with pytest.raises(InferenceServerException, match="image 1: this is not an image") as caught:
+        triton.infer("tiny", [given("IMAGE", bad, "BYTES", True)])
+    assert caught.value.status() == "415"
+    with pytest.raises(InferenceServerException) as caught:
+        triton.get_trace_settings()
+    assert caught.value.status() == "404"
+
+
+def test_requests_may_be_sent_side_by_side(client, pixels, classified, bundle):
+    with http.InferenceServerClient(client.base_url.netloc.decode(), concurrency=4) as triton:
+        sent = [triton.async_infer("tiny", [given("images", pixels, "UINT8", True)]) for _ in range(8)]
+        assert all(same(one.get_result().as_numpy("logits"), bundle, classified) for one in sent)

@@ -1,0 +1,134 @@
+"""The doctor against real servers whose limit is known."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from sopdeploy.cli.app import app
+from sopdeploy.doctor.examine import examine
+from sopdeploy.errors import ConfigError, DataError, ServiceError, UnreachableError
+from sopdeploy_service.inference import service
+from sopdeploy_service.runtime.fake import FakeRuntime
+from sopdeploy_service.settings import Settings
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    grid = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(grid).save(tmp_path / "a.jpg", quality=85)
+    return tmp_path
+
+
+@pytest.fixture
+def slow_decoders(monkeypatch):
+    """Decoders that take 80 ms, asleep: what a real one takes is also the machine's load."""
+    whole = service.decode
+
+    def slow(*given, **options):
+        time.sleep(0.08)
+        return whole(*given, **options)
+
+    monkeypatch.setattr(service, "decode", slow)
+
+
+def test_a_slow_engine_is_found(serve_with):
+    server = serve_with(FakeRuntime(classes=7, fixed_ms=100, largest_batch=2))
+    found = examine(str(server.base_url), seconds=4, concurrency=8)
+    assert found.advice.limit == "engine"
+    assert found.best.engine_busy > 0.85
+    assert found.bare_ratio > 0.8
+    assert found.best.mean_batch > 1.5
+    assert found.advice.change == "--max-batch 4"
+    assert "this machine" in found.notes[0]
+    assert found.stopped is None
+
+
+@pytest.mark.usefixtures("slow_decoders")
+def test_too_few_decoders_are_found(serve_with, pictures):
+    server = serve_with(FakeRuntime(classes=7), decoders=1)
+    found = examine(str(server.base_url), images=pictures, seconds=3, concurrency=4)
+    assert found.advice.limit == "decode"
+    assert "decoders=" in found.advice.change
+    assert found.best.engine_busy < 0.5
+
+
+def test_a_queue_that_is_too_small_is_found_and_its_refusals_are_obeyed(serve_with):
+    server = serve_with(FakeRuntime(classes=7, fixed_ms=4), queue_size=1, max_images=1)
+    found = examine(str(server.base_url), seconds=3, concurrency=4)
+    assert found.advice.limit == "queue"
+    assert found.advice.change.startswith("--queue-size")
+    refused = sum(step.refused.get("queue_full", 0) for step in found.steps)
+    assert 0 < refused <= 4 * (3 + 2)  # four clients, each at most once a second
+
+
+class Breaks(FakeRuntime):
+    """A pretend runtime that answers so many batches and then raises."""
+
+    left = 12
+
+    def run(self, images):
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("no")
+        return super().run(images)
+
+
+def test_an_error_ends_the_load_at_once(serve_with):
+    runtime = Breaks(classes=7, fixed_ms=20)
+    server = serve_with(runtime)
+    found = examine(str(server.base_url), seconds=60, concurrency=1)
+    assert "engine_failed" in found.stopped
+    assert found.best.seconds < 30
+    assert -10 < runtime.left < 0
+
+
+def test_a_server_that_answers_nothing_under_load_is_an_error(serve_with):
+    runtime = Breaks(classes=7)
+    runtime.left = 4  # those before the load
+    with pytest.raises(ServiceError, match=r"nothing was answered under load.*engine_failed"):
+        examine(str(serve_with(runtime).base_url), seconds=2, concurrency=2)
+
+
+def test_what_cannot_be_examined_is_one_clear_line(serve_with, tmp_path):
+    with pytest.raises(UnreachableError):
+        examine("http://127.0.0.1:9", seconds=1)
+    server = serve_with(FakeRuntime(classes=7))
+    with pytest.raises(ConfigError, match=r"--model.*tiny"):
+        examine(str(server.base_url), model="other")
+    with pytest.raises(DataError, match="no picture here"):
+        examine(str(server.base_url), images=tmp_path)
+    (tmp_path / "a.jpg").write_bytes(b"text")
+    with pytest.raises(ServiceError, match="not_an_image"):
+        examine(str(server.base_url), images=tmp_path)
+
+
+def test_several_models_need_a_name_and_share_their_numbers(run_server, bundle):
+    runtime = FakeRuntime(classes=7, fixed_ms=5)
+    with run_server(runtime, bundle, Settings(), names=("a", "b")) as server:
+        with pytest.raises(ConfigError, match="a, b"):
+            examine(str(server.base_url), seconds=1)
+        found = examine(str(server.base_url), seconds=1, concurrency=2, model="b")
+    assert found.model == "b"
+    assert any("several models" in note for note in found.notes)
+
+
+def test_the_verb_prints_a_table_and_json_for_a_script(serve_with):
+    server = serve_with(FakeRuntime(classes=7, fixed_ms=20, largest_batch=2))
+    arguments = ["doctor", "--url", str(server.base_url), "--seconds", "1", "--concurrency", "4"]
+    shown = CliRunner().invoke(app, arguments)
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    assert "of the rate of the bare engine" in shown.stdout
+    assert "expected" in shown.stdout or "the rate follows" in shown.stdout
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert [step["concurrency"] for step in found["steps"]] == [1, 2, 4]
+    assert found["advice"]["limit"]
+
+
+def test_a_wrong_url_ends_with_exit_code_2():
+    found = CliRunner().invoke(app, ["doctor", "--url", "nonsense"])
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert found.stderr.startswith("error: 'nonsense'")

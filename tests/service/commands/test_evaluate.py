@@ -1,0 +1,108 @@
+"""A bundle, `predict` and a running service are measured to the same last digit."""
+
+import subprocess
+import sys
+
+import pytest
+
+from sopdeploy.client import Client
+from sopdeploy.errors import ConfigError, DataError, ServiceError
+from sopdeploy.evaluation.metrics import measure
+from sopdeploy.evaluation.sources import scores_of_service
+from sopdeploy_service.commands.evaluate import scores_of_bundle
+from sopdeploy_service.commands.predict import predict
+from sopdeploy_service.settings import Settings
+
+ONE_THREAD = Settings(threads=1)
+COLOURS = {"ant": (200, 30, 60), "bee": (90, 160, 30), "cat": (10, 90, 220), "dog": (200, 200, 20)}
+REST = ("eel", "fox", "gnu")
+
+
+def silent(_done: int, _all: int) -> None:
+    """Say nothing."""
+
+
+@pytest.fixture
+def folder(tmp_path, make_picture):
+    """Two pictures of each of the tiny bundle's seven classes, in formats that differ."""
+    for label in (*COLOURS, *REST):
+        (tmp_path / label).mkdir()
+        for number, kind in enumerate(("JPEG", "PNG")):
+            colour = COLOURS.get(label, (40 * number, 120, 200))
+            body = make_picture(colour, size=(50 + 7 * number, 40), kind=kind)
+            (tmp_path / label / f"{number}.{kind.lower()}").write_bytes(body)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    return tmp_path
+
+
+def test_a_bundle_predict_and_a_service_agree_to_the_last_digit(client, bundle_path, folder) -> None:
+    told: list[tuple[int, int]] = []
+    ours = scores_of_bundle(
+        bundle_path, folder, settings=ONE_THREAD, on_picture=lambda *done: told.append(done)
+    )
+    with Client(str(client.base_url)) as asking:
+        labels, theirs = scores_of_service(asking, folder, on_picture=silent)
+    assert (labels, theirs) == (ours.labels, ours.scores)
+    assert told == [(done, 14) for done in range(1, 15)]
+    paths = [path for label in ours.labels for path in sorted((folder / label).iterdir())]
+    predictions = predict(bundle_path, paths, Settings(threads=1, top_k=7))
+    for one, prediction in zip(ours.scores, predictions, strict=True):
+        assert one.confidence == prediction.classes[0].probability
+        assert [ours.labels[place] for place in one.answers] == [c.label for c in prediction.classes[:5]]
+    assert measure(labels, theirs) == measure(ours.labels, ours.scores)
+
+
+def test_views_are_averaged_and_a_mirror_changes_nothing_for_the_mean_colour(bundle_path, folder) -> None:
+    plain, flip, ten = (
+        scores_of_bundle(bundle_path, folder, tta=tta, settings=ONE_THREAD, on_picture=silent)
+        for tta in ("none", "flip", "ten-crop")
+    )
+    for one, other in zip(plain.scores, flip.scores, strict=True):
+        assert one.confidence == pytest.approx(other.confidence, abs=1e-6)
+    assert any(
+        abs(one.confidence - other.confidence) > 1e-4
+        for one, other in zip(plain.scores, ten.scores, strict=True)
+    )
+
+
+def test_other_classes_than_the_bundles_are_named(client, bundle_path, folder) -> None:
+    (folder / "fox").rename(folder / "yak")
+    message = "classes yak are none of those learnt.*classes fox of those learnt are missing"
+    with pytest.raises(DataError, match=message):
+        scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_picture=silent)
+    with Client(str(client.base_url)) as asking, pytest.raises(DataError, match=message):
+        scores_of_service(asking, folder, on_picture=silent)
+
+
+def test_an_empty_class_is_named(client, bundle_path, folder) -> None:
+    for path in (folder / "fox").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match="fox: no images in this class folder"):
+        scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_picture=silent)
+    with Client(str(client.base_url)) as asking, pytest.raises(DataError, match="fox: no images"):
+        scores_of_service(asking, folder, on_picture=silent)
+
+
+def test_a_picture_that_is_none_is_named_and_a_service_that_is_not_there_too(
+    client, bundle_path, folder
+) -> None:
+    (folder / "gnu" / "0.jpeg").write_bytes(b"text")
+    with pytest.raises(DataError, match=r"gnu/0\.jpeg: this is not an image"):
+        scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_picture=silent)
+    with Client(str(client.base_url)) as asking, pytest.raises(DataError, match=r"gnu/0\.jpeg: refused"):
+        scores_of_service(asking, folder, on_picture=silent)
+    with Client("http://127.0.0.1:1", retries=0) as asking, pytest.raises(ServiceError, match="no answer"):
+        scores_of_service(asking, folder, on_picture=silent)
+
+
+def test_views_that_the_bundle_does_not_have_are_refused(bundle_path, folder) -> None:
+    with pytest.raises(ConfigError, match="none of none, flip, ten-crop"):
+        scores_of_bundle(bundle_path, folder, tta="x", settings=ONE_THREAD, on_picture=silent)
+
+
+def test_neither_a_bundle_nor_a_service_needs_torch_to_be_measured() -> None:
+    code = (
+        "import sys; import sopdeploy.cli.app, sopdeploy.evaluation.sources, sopdeploy_service.commands.evaluate, "
+        "sopdeploy.evaluation.metrics; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})

@@ -1,0 +1,122 @@
+"""Without HTTP: the same numbers, and no trust in files that changed."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sopdeploy.errors import BundleError, DataError, ParityError, RuntimeUnavailableError
+from sopdeploy_service.commands.predict import predict
+from sopdeploy_service.commands.verify import verify
+from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.settings import Settings
+
+ONE_THREAD = Settings(threads=1)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
+def test_predict_and_http_give_the_same_probabilities(client, bundle_path, make_picture, tmp_path, kind):
+    body = make_picture((90, 160, 30), size=(123, 77), kind=kind)
+    (tmp_path / "x").write_bytes(body)
+    prediction = predict(bundle_path, [tmp_path / "x"], ONE_THREAD)[0]
+    http = client.post("/v1/classify", content=body).json()["classes"]
+    assert [entry.label for entry in prediction.classes] == [entry["label"] for entry in http]
+    for ours, theirs in zip(prediction.classes, http, strict=True):
+        assert ours.probability == pytest.approx(theirs["probability"], abs=1e-6)
+
+
+def test_predict_answers_every_path_in_order_and_says_which_is_bad(bundle_path, jpeg, tmp_path):
+    paths = [tmp_path / name for name in ("a.jpg", "b.txt", "c.jpg")]
+    for path, body in zip(paths, (jpeg, b"text", jpeg), strict=True):
+        path.write_bytes(body)
+    first, bad, last = predict(bundle_path, paths, Settings(threads=1, top_k=2))
+    assert [entry.image for entry in (first, bad, last)] == [str(path) for path in paths]
+    assert first.classes == last.classes
+    assert len(first.classes) == 2
+    assert bad.error is not None
+    assert (bad.error.code, bad.classes) == ("not_an_image", ())
+
+
+def test_predict_says_which_file_cannot_be_read(bundle_path, tmp_path):
+    with pytest.raises(DataError, match=r"nothing\.jpg: cannot be read"):
+        predict(bundle_path, [tmp_path / "nothing.jpg"], ONE_THREAD)
+
+
+def test_a_file_over_the_byte_limit_is_not_read_whole(bundle_path, tmp_path):
+    (tmp_path / "big").write_bytes(bytes(3000))
+    settings = Settings(threads=1, max_body_bytes=2000)
+    error = predict(bundle_path, [tmp_path / "big"], settings)[0].error
+    assert error is not None
+    assert error.code == "too_large"
+
+
+def test_verify_reports_every_file_and_the_replay_at_two_batch_sizes(bundle_path, bundle):
+    report = verify(bundle_path, ONE_THREAD)
+    assert (report.bundle, report.id) == (bundle_path.name, bundle.manifest.id)
+    assert (report.files, report.device) == (5, "cpu")
+    assert [(entry.batch, entry.images) for entry in report.replays] == [(1, 3), (3, 3)]
+    for entry in report.replays:
+        assert entry.deviation["logits"] <= entry.tolerance["logits"]
+
+
+FILES = [
+    "manifest.json",
+    "model.onnx",
+    "labels.json",
+    "certificate.json",
+    "parity.json",
+    "probes.npz",
+]
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_in_any_file_is_found(bundle_path, tmp_path, name, place):
+    copy = Path(shutil.copytree(bundle_path, tmp_path / bundle_path.name))
+    body = bytearray((copy / name).read_bytes())
+    body[int(place * len(body))] ^= 1
+    (copy / name).write_bytes(body)
+    with pytest.raises(BundleError, match=name.replace(".", r"\.")):
+        verify(copy, ONE_THREAD)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_found(bundle_path, tmp_path, name):
+    copy = Path(shutil.copytree(bundle_path, tmp_path / bundle_path.name))
+    (copy / name).unlink()
+    with pytest.raises(BundleError, match=name.replace(".", r"\.")):
+        verify(copy, ONE_THREAD)
+
+
+def test_verify_refuses_a_network_with_other_numbers(wrong_bundle_path):
+    with pytest.raises(ParityError, match=r"deviates by 0\.01"):
+        verify(wrong_bundle_path, ONE_THREAD)
+
+
+@pytest.mark.parametrize("options", [{"probes": 0}, {"output": "gate"}])
+def test_verify_refuses_probes_that_would_prove_nothing(make_bundle, tmp_path, options):
+    with pytest.raises(BundleError, match=r"probes\.npz: does not probe every output"):
+        verify(make_bundle(tmp_path, **options), ONE_THREAD)
+
+
+def test_without_onnxruntime_the_error_says_how_to_get_it(bundle_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(RuntimeUnavailableError, match=r"pip install \"sopdeploy\[cpu\]\""):
+        verify(bundle_path, ONE_THREAD)
+
+
+def test_a_start_runs_every_probe_in_batches_and_two_alone_and_verify_all_of_them_both_ways(
+    make_bundle, tmp_path
+):
+    path = make_bundle(tmp_path, probes=6)
+    settings = Settings(threads=1)
+    at_start = load_model(path, settings).replays
+    assert {batch: found.images for batch, found in at_start.items()} == {1: 2, 4: 6}
+    alone = load_model(path, Settings(threads=1, max_batch=1)).replays
+    assert {batch: found.images for batch, found in alone.items()} == {1: 6}
+    report = verify(path, settings)
+    assert [(entry.batch, entry.images) for entry in report.replays] == [(1, 6), (4, 6)]
+
+
+def test_a_start_says_how_long_each_step_of_opening_a_bundle_took(bundle_path):
+    assert list(load_model(bundle_path, Settings(threads=1)).seconds) == ["hashes", "session", "probes"]

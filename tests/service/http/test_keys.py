@@ -1,0 +1,247 @@
+"""Keys: who may ask, for what and how often; what a file of keys may hold."""
+
+import asyncio
+import hashlib
+import stat
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from sopdeploy.cli.app import app as cli
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.http.api_keys import ApiKeys, Key, new_key, open_ring, read_keys
+from sopdeploy_service.http.auth import needs
+from sopdeploy_service.http.problems import RejectedError
+from sopdeploy_service.http.rate_limit import TokenBucket
+from sopdeploy_service.observability.request_context import CURRENT, RequestContext
+from sopdeploy_service.runtime.fake import FakeRuntime
+from sopdeploy_service.settings import load_settings
+
+DIGEST = hashlib.sha256(b"secret").hexdigest()
+
+
+def entry(name: str = "app", sha256: str = DIGEST, more: str = "") -> str:
+    return f'[[key]]\nname = "{name}"\nsha256 = "{sha256}"\n{more}\n'
+
+
+def test_a_new_key_opens_and_only_its_hash_is_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    first = new_key(path, "phone", rate=10.0, burst=4, admin=False)
+    second = new_key(path, "ops", rate=None, burst=None, admin=True)
+    assert first != second
+    assert first not in path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert list(tmp_path.iterdir()) == [path]
+    ring = open_ring(path)
+    assert ring.find(first.encode()) == Key(
+        name="phone", sha256=hashlib.sha256(first.encode()).hexdigest(), rate=10.0, burst=4
+    )
+    found = ring.find(second.encode())
+    assert found is not None
+    assert (found.name, found.rate, found.scopes) == ("ops", None, ("classify", "admin"))
+    assert ring.find(first.encode() + b" ") is None
+    assert ring.find(b"") is None
+
+
+def test_comments_of_a_file_outlive_a_new_key_and_a_failed_one_leaves_it_alone(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text("# ours\n" + entry())
+    new_key(path, "other", rate=None, burst=None, admin=False)
+    before = path.read_text()
+    assert before.startswith("# ours\n[[key]]")
+    for name in ("app", "a b", ""):
+        with pytest.raises(ConfigError):
+            new_key(path, name, rate=None, burst=None, admin=False)
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[key", "not TOML"),
+        (entry() + entry(), "two keys have the name app"),
+        (entry() + entry("b"), "two keys have the sha256"),
+        (entry(sha256="abc"), "key.0.sha256"),
+        (entry(more="rate = 0"), "key.0.rate"),
+        (entry(more='scopes = ["root"]'), "key.0.scopes.0"),
+        (entry(more='secret = "x"'), "key.0.secret: unknown key"),
+        ("", "holds no key"),
+    ],
+)
+def test_a_wrong_file_of_keys_is_one_clear_line(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        open_ring(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="sopdeploy key"):
+        read_keys(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        new_key(tmp_path / "none" / "keys.toml", "a", rate=None, burst=None, admin=False)
+
+
+def test_the_verb_prints_the_key_alone_on_stdout(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    done = CliRunner().invoke(cli, ["key", "lab", "--file", str(path), "--rate", "5", "--admin"])
+    assert done.exit_code == 0
+    found = open_ring(path).find(done.stdout.strip().encode())
+    assert found is not None
+    assert (found.name, found.rate, found.scopes) == ("lab", 5.0, ("classify", "admin"))
+    again = CliRunner().invoke(cli, ["key", "lab", "--file", str(path)])
+    assert again.exit_code == 2
+    assert "another name" in again.stderr
+
+
+@pytest.mark.parametrize("host", ["::", "10.1.2.3", "example.org"])
+def test_model_control_without_keys_is_for_this_machine_only(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"^settings: model_control on .* without keys[^\n]*admin"):
+        load_settings(model_control=True, host=host)
+    assert load_settings(model_control=True, host=host, keys="keys.toml").model_control
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_model_control_on_this_machine_needs_no_keys(host: str) -> None:
+    assert load_settings(model_control=True, host=host).keys is None
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Keys by name, and under `path` the file that holds their hashes."""
+    path = tmp_path_factory.mktemp("keys") / "keys.toml"
+    made = {
+        "free": new_key(path, "free", rate=None, burst=None, admin=False),
+        "four": new_key(path, "four", rate=0.5, burst=4, admin=False),
+        "admin": new_key(path, "admin", rate=None, burst=None, admin=True),
+        "watch": new_key(path, "watch", rate=None, burst=None, admin=False),
+    }
+    text = path.read_text()
+    head, tail = text.split('name = "watch"')
+    path.write_text(head + 'name = "watch"' + tail.replace('"classify"', '"admin"'))
+    return made | {"path": str(path)}
+
+
+@pytest.fixture
+def locked(serve_with, keys: dict[str, str]) -> httpx.Client:
+    return serve_with(FakeRuntime(classes=7), keys=keys["path"])
+
+
+def post(client: httpx.Client, body: bytes, **headers: str) -> httpx.Response:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return client.post("/v1/classify", content=body, headers=named)
+
+
+def test_without_a_key_there_is_no_answer_but_for_probes_metrics_and_the_empty_pages(
+    locked, keys, jpeg
+) -> None:
+    for reply in (
+        post(locked, jpeg),
+        locked.get("/info"),
+        locked.get("/nothing"),
+        locked.get("/openapi.json"),
+    ):
+        assert (reply.status_code, reply.json()["code"]) == (401, "unauthenticated")
+        assert reply.headers["content-type"] == "application/problem+json"
+        assert reply.headers["www-authenticate"].startswith("Bearer")
+        assert reply.headers["x-request-id"]
+    open_paths = ("/livez", "/readyz", "/metrics", "/", "/docs")
+    assert [locked.get(path).status_code for path in open_paths] == [200] * 5
+    assert 'rejected_total{reason="unauthenticated"} 4.0' in locked.get("/metrics").text
+
+
+def test_a_key_comes_as_a_bearer_or_in_a_header_of_its_own(locked, keys, jpeg) -> None:
+    assert post(locked, jpeg, authorization=f"Bearer {keys['free']}").status_code == 200
+    assert post(locked, jpeg, authorization=f"bearer  {keys['free']}").status_code == 200
+    assert post(locked, jpeg, x_api_key=keys["free"]).status_code == 200
+    assert post(locked, jpeg, authorization="Basic abc", x_api_key=keys["free"]).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"Bearer", b"", b"Bearer sop_wrong", b"Bearer \xfcml\xe4ut", b"\xff\xfe", b"Bearer a b"],
+)
+def test_any_other_bytes_are_no_key(locked, jpeg, value: bytes) -> None:
+    reply = locked.post("/v1/classify", content=jpeg, headers={b"Authorization": value})
+    assert reply.status_code == 401
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_break_the_comparison(value: bytes) -> None:
+    ring = ApiKeys((Key(name="a", sha256=DIGEST), Key(name="b", sha256="0" * 64)))
+    found = ring.find(value)
+    assert (found is not None) == (value == b"secret")
+
+
+def test_a_key_without_the_scope_is_403(locked, keys, jpeg) -> None:
+    reply = post(locked, jpeg, x_api_key=keys["watch"])
+    assert (reply.status_code, reply.json()["code"]) == (403, "forbidden")
+    assert locked.get("/info", headers={"x-api-key": keys["watch"]}).status_code == 200
+
+
+@pytest.mark.parametrize(("scopes", "passes"), [(("admin",), True), (("classify",), False), (None, True)])
+def test_a_route_of_admins_is_closed_to_other_keys_and_open_where_no_keys_are_set(scopes, passes) -> None:
+    key = None if scopes is None else Key(name="a", sha256=DIGEST, scopes=scopes)
+    check = needs("admin")
+    token = CURRENT.set(RequestContext("id", key=key))
+    try:
+        if passes:
+            assert asyncio.run(check(None)) is None
+        else:
+            with pytest.raises(RejectedError, match="admin"):
+                asyncio.run(check(None))
+    finally:
+        CURRENT.reset(token)
+
+
+def test_metrics_need_a_key_where_the_setting_says_so(serve_with, keys) -> None:
+    client = serve_with(FakeRuntime(classes=7), keys=keys["path"], metrics_need_key=True)
+    assert client.get("/metrics").status_code == 401
+    assert client.get("/metrics", headers={"x-api-key": keys["watch"]}).status_code == 200
+    assert client.get("/readyz").status_code == 200
+
+
+def test_every_image_of_a_form_counts_and_the_limit_says_when_to_come_back(locked, keys, jpeg) -> None:
+    mine = {"x-api-key": keys["four"]}
+    form = locked.post("/v1/classify", files=[("image", jpeg)] * 3, headers=mine)
+    assert form.status_code == 200
+    assert (form.headers["ratelimit-limit"], form.headers["ratelimit-remaining"]) == ("4", "1")
+    assert int(form.headers["ratelimit-reset"]) in {5, 6}
+    refused = locked.post("/v1/classify", files=[("image", jpeg)] * 3, headers=mine)
+    assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
+    assert 3 <= int(refused.headers["retry-after"]) <= 4
+    assert refused.headers["ratelimit-remaining"] == "1"
+    assert locked.post("/v1/classify", content=jpeg, headers=mine).status_code == 200
+    assert locked.post("/v1/classify", content=jpeg, headers=mine).status_code == 429
+    other = post(locked, jpeg, x_api_key=keys["free"])
+    assert other.status_code == 200
+    assert "ratelimit-limit" not in other.headers
+
+
+def test_more_images_than_a_burst_can_never_be_sent_at_once(locked, keys, jpeg) -> None:
+    reply = locked.post("/v1/classify", files=[("image", jpeg)] * 5, headers={"x-api-key": keys["four"]})
+    assert (reply.status_code, reply.json()["code"]) == (400, "too_many_images")
+    assert "(4)" in reply.json()["detail"]
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.floats(0, 30)), max_size=40), st.floats(0.1, 50))
+def test_no_sequence_of_requests_gets_more_than_burst_plus_rate_times_time(steps, rate) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        now = 1000.0
+        patch.setattr("sopdeploy_service.http.rate_limit.time.monotonic", lambda: now)
+        bucket, taken, began = TokenBucket(rate, 8), 0, now
+        for images, pause in steps:
+            refusal = bucket.spend(images)
+            if refusal is None:
+                taken += images
+            elif refusal.retry_after is not None:
+                now += refusal.retry_after
+                assert bucket.refusal(images) is None  # what the answer promised is kept
+            assert taken <= 8 + rate * (now - began) + 1e-6
+            now += pause
+            assert 0 <= int(bucket.headers()["RateLimit-Remaining"]) <= 8

@@ -1,0 +1,150 @@
+"""Faults on order: what a rehearsal shows is what a real failure would."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.inference import model_worker as engine
+from sopdeploy_service.inference.fault_injection import NONE, OrderedError, parse_faults
+from sopdeploy_service.runtime.base import OutOfMemoryError
+from sopdeploy_service.runtime.fake import FakeRuntime
+from sopdeploy_service.settings import Settings
+
+IMAGES = np.zeros((2, 8, 8, 3), np.uint8)
+
+
+def test_the_words_of_the_manual_are_understood():
+    found = parse_faults(
+        "engine=hang@5, engine=nan@3,engine=raise@2,engine=slow*10,engine=oom@4,decoder=die@2,decoder=die@9,"
+    )
+    assert found.engine == {5: "hang", 3: "nan", 2: "raise", 4: "oom"}
+    assert (found.decoder, found.slow) == ({2, 9}, 10)
+    assert parse_faults("") == NONE
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "engine",
+        "engine=hang",
+        "engine=hang@0",
+        "engine=hang@-1",
+        "engine=slow@3",
+        "decoder=nan@1",
+        "x=y@1",
+        "engine=nan@1;engine=nan@2",
+        "engine=nan@\u0661",
+    ],
+)
+def test_anything_else_is_one_clear_line(text):
+    with pytest.raises(ConfigError, match=r"^SOPDEPLOY_FAULTS: .* is no fault; there are: engine=hang@5"):
+        parse_faults(text)
+
+
+def test_without_faults_nothing_stands_between():
+    runtime = FakeRuntime(classes=3)
+    assert NONE.over(runtime) is runtime
+    assert NONE.over_decoder(len) is len
+    assert parse_faults("decoder=die@1").over(runtime) is runtime
+
+
+def test_each_fault_hits_its_run_and_no_other():
+    runtime = parse_faults("engine=nan@1,engine=raise@2,engine=oom@3").over(FakeRuntime(classes=3))
+    assert np.isnan(runtime.run(IMAGES)["logits"]).all(axis=1).tolist() == [True, False]
+    with pytest.raises(OrderedError, match="engine=raise@2"):
+        runtime.run(IMAGES)
+    with pytest.raises(OutOfMemoryError):
+        runtime.run(IMAGES)
+    assert np.isfinite(runtime.run(IMAGES)["logits"]).all()
+    assert (runtime.name, runtime.device) == ("pretend", "pretend")
+
+
+def test_a_slow_engine_takes_a_multiple_of_its_time():
+    runtime = parse_faults("engine=slow*5").over(FakeRuntime(classes=3, fixed_ms=10))
+    started = time.monotonic()
+    runtime.run(IMAGES)
+    assert time.monotonic() - started >= 0.05
+
+
+@pytest.fixture
+def rehearse(run_server, bundle):
+    """`rehearse(faults, body, times)` gives the answers of a server with *faults*, one after another."""
+
+    def run(faults: str, body: bytes, times: int, **settings) -> list[httpx.Response]:
+        runtime = FakeRuntime(classes=7, largest_batch=8)
+        with run_server(runtime, bundle, Settings(**settings), faults=parse_faults(faults)) as client:
+            return [client.post("/v1/classify", content=body) for _ in range(times)]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("faults", "status", "code"),
+    [
+        ("engine=nan@2", 500, "nonfinite_output"),
+        ("engine=raise@2", 500, "engine_failed"),
+        ("engine=oom@2", 503, "out_of_memory"),
+        ("decoder=die@2", 500, "decoder_failed"),
+    ],
+)
+def test_a_fault_costs_its_own_image_and_no_other(rehearse, jpeg, faults, status, code):
+    answers = rehearse(faults, jpeg, 4)
+    assert [answer.status_code for answer in answers] == [200, status, 200, 200]
+    assert answers[1].json()["code"] == code
+
+
+@pytest.mark.parametrize("faults", ["decoder=die@2", "engine=nan@1"])
+def test_the_neighbours_in_a_form_keep_their_answers(run_server, bundle, jpeg, faults):
+    runtime = FakeRuntime(classes=7, largest_batch=8)
+    with run_server(runtime, bundle, Settings(), faults=parse_faults(faults)) as client:
+        results = client.post("/v1/classify", files=[("image", jpeg)] * 5).json()["results"]
+    assert sum("classes" in result for result in results) == 4
+    assert sum("error" in result for result in results) == 1
+
+
+def test_without_memory_batches_are_halved_and_creep_back(run_server, bundle, jpeg, monkeypatch):
+    later = 0.0
+    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + later))
+    runtime = FakeRuntime(classes=7, fixed_ms=5, largest_batch=8)
+    settings = Settings(max_batch=8, max_queue_delay_ms=1000)  # for the slowest decoder
+
+    def eight() -> list[int]:
+        del runtime.batches[:]
+        reply = client.post("/v1/classify", files=[("image", jpeg)] * 8)
+        assert all("classes" in result for result in reply.json()["results"])
+        return runtime.batches[:]
+
+    with run_server(runtime, bundle, settings, faults=parse_faults("engine=oom@1")) as client:
+        assert eight() == [4, 4]
+        assert eight() == [4, 4]
+        later = engine.SMALLER_SECONDS + 1
+        assert eight() == [4, 4]  # the engine had asked for four before it waited
+        assert eight() == [8]
+
+
+def test_a_hung_engine_is_not_ready_within_five_seconds_and_everybody_is_answered(
+    run_server, bundle, jpeg, monkeypatch, until
+):
+    monkeypatch.setattr("sopdeploy_service.inference.fault_injection.HANG_SECONDS", 7.0)
+    runtime = FakeRuntime(classes=7)
+    with (
+        run_server(runtime, bundle, Settings(max_batch=1), faults=parse_faults("engine=hang@2")) as client,
+        ThreadPoolExecutor(6) as pool,
+    ):
+        assert client.post("/v1/classify", content=jpeg).status_code == 200
+        began = time.monotonic()
+        replies = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(6)]
+        while client.get("/readyz").status_code == 200:
+            assert time.monotonic() - began < 20
+            time.sleep(0.05)
+        waited = time.monotonic() - began
+        assert {reply.result().json()["code"] for reply in replies} == {"engine_dead"}
+        assert client.get("/livez").status_code == 503
+    assert waited < 6
+    until(lambda: not any(thread.name == "engine" for thread in threading.enumerate()))  # others count them

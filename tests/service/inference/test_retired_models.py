@@ -1,0 +1,183 @@
+"""A model that others have replaced is gone: its objects, its engine, its lines in the metrics."""
+
+import asyncio
+import gc
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy_service.inference.bundle_store import BundleStore
+from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.inference.model import Model
+from sopdeploy_service.inference.registry import ModelRegistry
+from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
+from sopdeploy_service.server import process as server
+from sopdeploy_service.server.process import DrainingServer, Inherited, serve_on
+from sopdeploy_service.server.sockets import bind
+from sopdeploy_service.settings import Settings
+from tests.service.raw import POST, connect, read
+
+SETTINGS = Settings(threads=1, model_control=True)
+Running = Callable[..., AbstractContextManager[httpx.Client]]
+
+
+@pytest.fixture
+def versions(tmp_path: Path, make_bundle: Callable[..., Path]) -> list[Path]:
+    """Four versions of the tiny network: the next one is never loaded already."""
+    return [make_bundle(tmp_path, probes=number) for number in (3, 4, 5, 6)]
+
+
+def ask_in_every_way(client: httpx.Client, jpeg: bytes) -> None:
+    """Ask as clients do, and leave once in the middle of a body and once while the engine is at work."""
+    replies = [
+        client.post("/v1/classify", content=jpeg),
+        client.post("/v1/classify", files=[("image", jpeg), ("image", b"no picture")]),
+        client.post("/v1/classify", content=b"no picture"),
+        client.get("/v2/models/tiny"),
+        client.get("/v2/models/tiny/stats"),
+        client.get("/selftest"),
+        client.get("/metrics"),
+        client.get("/info"),
+    ]
+    assert [reply.status_code for reply in replies] == [200, 200, 415, 200, 200, 200, 200, 200]
+    for sent in (len(jpeg) // 2, len(jpeg)):
+        with connect(client) as wire:
+            wire.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(jpeg) + jpeg[:sent])
+            time.sleep(0.02)
+
+
+def replace(client: Any, path: Path) -> weakref.ref[Model]:
+    """Load the bundle at *path*; return a weak reference to its model."""
+    service = client.app.state.service
+    loaded = asyncio.run_coroutine_threadsafe(service.repository.load("tiny", path.name), client.loop)
+    return weakref.ref(loaded.result(20))
+
+
+def alive(models: list[weakref.ref[Model]]) -> int:
+    return sum(model() is not None for model in models)
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Only counted references: the collector does not know how large an engine is and may come late."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_no_replaced_model_outlives_its_requests_though_their_connections_stay(
+    versions: list[Path], run_server: Running, jpeg: bytes, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = OnnxRuntime.run
+    monkeypatch.setattr(OnnxRuntime, "run", lambda self, images: time.sleep(0.05) or run(self, images))
+    first = load_model(versions[0], SETTINGS)
+    shelf = BundleStore([f"tiny={versions[0]}"])
+    with run_server(first.runtime, first.bundle, SETTINGS, shelf=shelf) as client:
+        models = [weakref.ref(client.app.state.service.repository.find())]
+        idle = []
+        for number in range(1, 7):
+            idle.append(connect(client))
+            idle[-1].sendall(POST + b"Content-Length: %d\r\n\r\n" % len(jpeg) + jpeg)
+            assert read(idle[-1], to_the_end=False).status == 200
+            ask_in_every_way(client, jpeg)
+            models.append(replace(client, versions[number % 4]))
+        until(lambda: alive(models) == 2)  # the one that answers and the one before it
+        for wire in idle:
+            wire.close()
+
+
+def test_the_metrics_have_no_more_lines_after_many_swaps(
+    versions: list[Path], run_server: Running, jpeg: bytes, until: Any
+) -> None:
+    first = load_model(versions[0], SETTINGS)
+    with run_server(
+        first.runtime, first.bundle, SETTINGS, shelf=BundleStore([f"tiny={versions[0]}"])
+    ) as client:
+
+        def lines() -> int:
+            return len(client.get("/metrics").text.splitlines())
+
+        def bundles() -> int:
+            return client.get("/metrics").text.count("bundle_info{")
+
+        counts = []
+        for number in range(1, 13):
+            ask_in_every_way(client, jpeg)
+            replace(client, versions[number % 4])
+            until(lambda: bundles() == 2)
+            counts.append(lines())
+        assert counts[-1] == counts[3], counts
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_server_does_not_keep_the_engine_that_it_started_with(
+    versions: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines: list[weakref.ref[OnnxRuntime]] = []
+    open_first = server.load_model
+
+    def opened(path: Path, settings: Settings) -> Any:
+        inference = open_first(path, settings)
+        engines.append(weakref.ref(inference.runtime))
+        return inference
+
+    async def swaps(repository: ModelRegistry) -> None:
+        repository.start()
+        for path in versions[1:3]:
+            assert isinstance(await repository.load("tiny", path.name), Model)
+        end = time.monotonic() + 20
+        while engines[0]() is not None and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        await repository.stop()
+
+    def run(self: Any, sockets: object) -> None:
+        asyncio.run(swaps(self._service.repository))
+        gone.append(engines[0]() is None)
+
+    gone: list[bool] = []
+    monkeypatch.setattr(server, "open_verified", opened)
+    monkeypatch.setattr(DrainingServer, "run", run)
+    with bind("127.0.0.1", 0) as listener:
+        assert serve_on([f"tiny={versions[0]}"], SETTINGS, Inherited(sockets=(listener,), siblings={})) == 0
+    assert gone == [True]
+
+
+def test_a_version_that_does_not_end_well_is_forgotten_and_told(
+    versions: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def life() -> None:
+        metrics = Metrics()
+        shelf = BundleStore([f"tiny={versions[0]}"])
+        repository = ModelRegistry({"tiny": load_model(versions[0], SETTINGS)}, SETTINGS, metrics, shelf)
+        repository.start()
+        first = repository.find()
+        assert isinstance(first, Model)
+        stop = first.stop
+
+        async def fails() -> None:
+            await stop()
+            raise OSError("the device is gone")
+
+        monkeypatch.setattr(first, "stop", fails)
+        for path in versions[1:3]:
+            await repository.load("tiny", path.name)
+        gone = open_bundle(versions[0]).manifest.id
+        end = time.monotonic() + 20
+        while gone in metrics.render().decode():
+            assert time.monotonic() < end
+            await asyncio.sleep(0.01)
+        await repository.stop()  # would stop it once more, and fail
+
+    with caplog.at_level(logging.ERROR, "sopdeploy.models"):
+        asyncio.run(life())
+    assert "tiny: a version that was replaced did not end well" in caplog.text

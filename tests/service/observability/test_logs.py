@@ -1,0 +1,173 @@
+"""The log: one line per event whatever a client sent, and no secret in it."""
+
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import httpx
+import pytest
+
+from sopdeploy_service.http.api_keys import new_key
+from sopdeploy_service.http.auth import Gate
+from sopdeploy_service.observability import logs
+from sopdeploy_service.observability.timeline import Timeline, process_age
+from sopdeploy_service.runtime.fake import FakeRuntime
+from sopdeploy_service.settings import Settings
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def logged() -> Iterator[Callable[..., io.StringIO]]:
+    """`logged(**settings)` sends the log to a stream of its own and gives the stream."""
+    with ExitStack() as stack:
+
+        def start(stream: io.StringIO | None = None, **settings: object) -> io.StringIO:
+            stream = stream or io.StringIO()
+            stack.enter_context(logs.writing(Settings(**settings), stream))
+            return stream
+
+        yield start
+
+
+def events(stream: io.StringIO) -> list[dict]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def requests(stream: io.StringIO) -> list[dict]:
+    return [event for event in events(stream) if event["event"] == "request"]
+
+
+def test_each_request_is_one_line_with_what_an_operator_asks_for(logged, serve_with, tmp_path, jpeg, until):
+    stream = logged(log="json")
+    key = new_key(tmp_path / "keys.toml", "phone", rate=100, burst=None, admin=False)
+    client = serve_with(FakeRuntime(classes=7), keys=tmp_path / "keys.toml")
+    sent = {"x-api-key": key, "x-request-id": "trip-7"}
+    client.post("/v1/classify", files=[("image", jpeg)] * 2, headers=sent)
+    until(lambda: len(requests(stream)) == 1)
+    (line,) = requests(stream)
+    assert {name: line[name] for name in ("request", "key", "method", "route", "status", "code")} == {
+        "request": "trip-7",
+        "key": "phone",
+        "method": "POST",
+        "route": "/v1/classify",
+        "status": 200,
+        "code": "ok",
+    }
+    assert (line["model"], line["images"], line["level"]) == ("tiny", 2, "info")
+    assert len(line["digest"]) >= 12
+    assert line["bytes"] > 2 * len(jpeg)
+    assert set(line["stages_ms"]) == {"receive", "decode", "queue", "infer"}
+    assert line["ms"] >= max(line["stages_ms"].values())
+    assert key not in stream.getvalue()
+
+
+def test_a_refusal_is_logged_with_its_code_and_a_stranger_without_a_name(logged, serve_with, tmp_path, until):
+    stream = logged(log="json")
+    new_key(tmp_path / "keys.toml", "phone", rate=None, burst=None, admin=False)
+    client = serve_with(FakeRuntime(classes=7), keys=tmp_path / "keys.toml")
+    client.post("/v1/classify", content=b"x", headers={"x-api-key": "guess"})
+    until(lambda: len(requests(stream)) == 1)
+    (line,) = requests(stream)
+    assert (line["status"], line["code"], line["route"]) == (401, "unauthenticated", "other")
+    assert "key" not in line
+    assert "guess" not in stream.getvalue()
+
+
+def test_probes_and_scrapes_are_lines_at_debug_level_only(logged, serve_with, until):
+    stream = logged(log="json")
+    client = serve_with(FakeRuntime(classes=7))
+    for path in ("/readyz", "/livez", "/metrics", "/info"):
+        client.get(path)
+    until(lambda: len(requests(stream)) > 0)
+    assert [line["route"] for line in requests(stream)] == ["/info"]
+    logging.getLogger(logs.ROOT).setLevel(logging.DEBUG)
+    client.get("/readyz")
+    until(lambda: len(requests(stream)) == 2)
+    assert requests(stream)[1]["level"] == "debug"
+
+
+FORGED = [
+    ("/nothing%0a%7B%22event%22:%22request%22%7D", {}),
+    ("/nothing", {"x-request-id": 'a" "status": 200'}),
+    ("/v1/classify?model=%0aforged%1b[2J", {}),
+]
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+@pytest.mark.parametrize(("path", "headers"), FORGED)
+def test_no_client_forges_a_line_or_steers_a_terminal(
+    logged, serve_with, until, form, path, headers, monkeypatch
+):
+    stream = logged(log=form)
+    client = serve_with(FakeRuntime(classes=7))
+    client.post(path, content=b"x", headers=headers)
+    until(lambda: stream.getvalue().count("\n") == 1)
+    assert "forged" not in stream.getvalue()
+    assert "\x1b" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_a_traceback_with_a_clients_words_begins_no_line(logged, form):
+    stream = logged(log=form)
+    words = 'x\n{"event": "request", "status": 200}\n2026-01-01 [info] \x1b[31mforged'
+    try:
+        raise ValueError(words)
+    except ValueError:
+        logging.getLogger("sopdeploy.http").exception("a mistake at %s", "\nforged", extra={"why": words})
+    lines = stream.getvalue().splitlines()
+    assert "ValueError" in stream.getvalue()
+    assert "\x1b" not in stream.getvalue()
+    assert len(lines) == 1 if form == "json" else all(line.startswith("    ") for line in lines[1:])
+
+
+@pytest.mark.parametrize(
+    ("settings", "stream", "expected"),
+    [
+        ({}, io.StringIO, ["warn"]),
+        ({"startup_timeline": True}, io.StringIO, ["started", "warn"]),
+        ({"log": "json"}, io.StringIO, ["hint", "started", "warn"]),
+        ({"log": "console"}, io.StringIO, ["hint", "started", "warn"]),
+        ({"log": "json", "log_level": "error"}, io.StringIO, []),
+        ({}, Terminal, ["hint", "started", "warn"]),
+        ({"log_level": "warning"}, Terminal, ["warn"]),
+    ],
+)
+def test_a_server_that_is_not_asked_says_nothing_but_warnings_away_from_a_terminal(
+    logged, settings, stream, expected
+):
+    found = logged(stream(), **settings)
+    logging.getLogger("sopdeploy.server").info("hint")
+    Timeline().tell()
+    logging.getLogger("sopdeploy.engine").warning("warn")
+    logging.getLogger("urllib3").info("of another library")
+    assert [word for word in ("hint", "started", "warn") if word in found.getvalue()] == expected
+    assert found.getvalue().count("\n") == len(expected)
+
+
+def test_a_timeline_begins_with_the_process_and_its_steps_are_its_whole(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("sopdeploy_service.observability.timeline.time.monotonic", lambda: now)
+    monkeypatch.setattr("sopdeploy_service.observability.timeline.process_age", lambda: 0.5)
+    timeline = Timeline()
+    timeline.mark("imports")
+    now = 103.0
+    timeline.add("hashes", 1.0)
+    timeline.add("probes", 1.75)
+    timeline.mark("listen")
+    assert timeline.steps_ms == {"imports": 500.0, "hashes": 1000.0, "probes": 1750.0, "listen": 250.0}
+
+
+def test_the_age_of_this_process_is_known_where_the_system_tells():
+    assert 0 < process_age() < 86_400
+
+
+def test_a_gate_is_no_part_of_an_app_without_keys(serve_with):
+    client = serve_with(FakeRuntime(classes=7))
+    assert Gate not in [layer.cls for layer in client.app.user_middleware]
+    assert client.get("/info").status_code == httpx.codes.OK

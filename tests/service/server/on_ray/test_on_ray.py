@@ -1,0 +1,104 @@
+"""A real Ray on this machine: one test, because it takes seconds to start."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from sopdeploy.cli.app import app
+from tests.ports import held_port
+from tests.service.children import START_SECONDS, line_of
+from tests.service.server.on_ray.clusters import Clients, Cluster, own_cluster
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+CLIENTS = 16
+
+
+def written(folder: Path, bundle: Path, port: int) -> str:
+    """Write the config of two replicas; a batch waits a second, so that a kill always hits requests."""
+    file = folder / f"{bundle.name}.yaml"
+    words = ["ray", f"tiny={bundle}", "--replicas", "2", "--port", str(port), "--set", "max_batch=64"]
+    done = CliRunner().invoke(app, [*words, "--set", "max_queue_delay_ms=1000", "--emit", str(file)])
+    assert done.exit_code == 0, done.output
+    return str(file)
+
+
+def digest(bundle: Path) -> str:
+    return bundle.name.rpartition("-")[2]
+
+
+def test_replicas_answer_swap_bundles_and_lose_only_what_a_killed_one_was_at(
+    make_bundle: Callable[..., Path], tmp_path: Path, jpeg: bytes, until: Callable[..., None]
+) -> None:
+    before, after = (make_bundle(tmp_path, seed=seed) for seed in range(2))
+    with held_port() as port, own_cluster() as cluster:
+        the_verb_answers_until_it_is_told_to_end(cluster, before, port)
+        cluster.run("ray.serve.scripts", "run", "--non-blocking", written(tmp_path, before, port))
+        until(lambda: ready(port), START_SECONDS)
+        the_verb_does_not_take_what_is_there(cluster, after, port)
+        clients = Clients(port, jpeg, CLIENTS)
+        with clients.asking():
+            replicas = cluster.replicas()
+            assert len(replicas) == 2
+            until(lambda: both_have_answered(cluster), START_SECONDS)
+            cluster.run("ray.serve.scripts", "run", "--non-blocking", written(tmp_path, after, port))
+            until(lambda: clients.latest() == {digest(after)}, START_SECONDS)
+            assert cluster.replicas() == replicas
+            assert {answer.status for answer in clients.answers} == {200}
+
+            until(lambda: clients.waiting == CLIENTS, START_SECONDS)
+            time.sleep(0.1)  # what was sent is with a replica now
+            killed = time.monotonic()
+            os.kill(replicas[0], signal.SIGKILL)
+            until(lambda: replicas[0] not in cluster.replicas(), START_SECONDS)
+            until(lambda: len(cluster.replicas()) == 2, START_SECONDS)
+            time.sleep(1.0)
+        lost = [answer for answer in clients.answers if answer.status != 200]
+        assert 0 < len(lost) <= CLIENTS
+        assert all(answer.sent <= killed <= answer.done for answer in lost)
+
+
+def ready(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=10).json() == {"status": "ok"}
+    except (httpx.HTTPError, ValueError):
+        return False
+
+
+def both_have_answered(cluster: Cluster) -> bool:
+    found = cluster.numbers("ray_sopdeploy_requests_total").values()
+    return sum(number > CLIENTS / 2 for number in found) == 2  # one that has ended had few
+
+
+def the_verb_answers_until_it_is_told_to_end(cluster: Cluster, bundle: Path, port: int) -> None:
+    command = [sys.executable, "-m", "sopdeploy", "ray", f"tiny={bundle}", "--port", str(port)]
+    with subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            while not (line := line_of(child)).startswith("ready: "):
+                assert line, "it did not start"
+            assert line == f"ready: http://127.0.0.1:{port}  {bundle.name}\n"
+            answer = httpx.get(f"http://127.0.0.1:{port}/info", timeout=30)
+            assert [model["id"] for model in answer.json()["models"]] == [digest(bundle)]
+            assert len(answer.headers.get_list("x-request-id")) == 1
+            child.terminate()
+            child.communicate(timeout=START_SECONDS)
+        finally:
+            child.kill()
+    assert child.returncode == 0
+    assert not ready(port)
+
+
+def the_verb_does_not_take_what_is_there(cluster: Cluster, bundle: Path, port: int) -> None:
+    command = [sys.executable, "-m", "sopdeploy", "ray", f"tiny={bundle}", "--port", str(port)]
+    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error: sopdeploy runs on this Ray already" in done.stderr
+    assert ready(port)

@@ -1,0 +1,165 @@
+"""Health on a port of its own: true while the service answers, and while it cannot."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack, suppress
+
+import httpx
+import pytest
+
+from sopdeploy_service.server import health_port
+from sopdeploy_service.server.health_port import LoopWatch, answering, health_app
+from sopdeploy_service.server.sockets import bind, url
+from tests.service.children import START_SECONDS, line_of
+from tests.service.raw import EXPECT, GET, POST, connect, read
+
+BLOCKING = """
+import sys, time
+from pathlib import Path
+from sopdeploy_service.server import process as server
+from sopdeploy_service.settings import (load_settings)
+from sopdeploy_service.api.upload import (ImageForm)
+def images(self):  # a mistake: work on the event loop, here until a file is there
+    while not Path(sys.argv[2]).exists():
+        time.sleep(0.01)
+    return []
+ImageForm.images = images
+sys.exit(server.serve([Path(sys.argv[1])], load_settings(
+    port=0, health_port=0, threads=1, max_loop_lag_seconds=0.5)))
+"""
+
+
+class Clock:
+    """In place of `time`: what a test says."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(health_port, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def health():
+    """`health(state)` answers for *state* on a port; gives a client and the watch."""
+    with ExitStack() as stack:
+
+        def start(state: str, *, max_lag: float = 0.4) -> tuple[httpx.Client, LoopWatch]:
+            watch = LoopWatch()
+            listener = stack.enter_context(bind("127.0.0.1", 0))
+            app = health_app(lambda: state, lambda: b"metric 1\n", watch, max_lag)
+            stack.enter_context(answering(app, listener))
+            return stack.enter_context(httpx.Client(base_url=url(listener), timeout=10)), watch
+
+        yield start
+
+
+@pytest.mark.parametrize(
+    ("state", "live", "ready"),
+    [("ok", 200, 200), ("draining", 200, 503), ("no_model", 200, 503), ("engine_dead", 503, 503)],
+)
+def test_the_states_of_the_service_have_their_statuses(health, state, live, ready):
+    client, _ = health(state, max_lag=60)
+    for path, status in (("/livez", live), ("/readyz", ready)):
+        reply = client.get(path)
+        assert (reply.status_code, reply.json()) == (status, {"status": state})
+    assert client.get("/metrics").text == "metric 1\n"
+    assert client.get("/").status_code == 404
+
+
+def test_a_loop_that_does_not_beat_is_not_alive_until_it_beats_again(health, clock):
+    client, watch = health("ok")
+    clock.now += 0.45  # 0.35 after the next beat was due
+    assert client.get("/livez").status_code == 200
+    clock.now += 0.1
+    assert client.get("/livez").json() == {"status": "loop_blocked"}
+    assert client.get("/livez").status_code == client.get("/readyz").status_code == 503
+    watch.beat()
+    assert client.get("/livez").status_code == 200
+    assert watch.worst() == pytest.approx(0.45)
+
+
+def test_a_lag_is_forgotten_after_ten_seconds_of_beats(clock):
+    watch = LoopWatch()
+    clock.now += 0.3
+    watch.beat()
+    assert watch.worst() == pytest.approx(0.2)
+    for _ in range(100):
+        watch.beat()
+    assert watch.worst() == watch.lag() == 0
+
+
+def held(client: httpx.Client, number: int, said: bytes, stack: ExitStack) -> list[socket.socket]:
+    wires = []
+    for _ in range(number):
+        wires.append(stack.enter_context(connect(client)))
+        with suppress(OSError):  # it had to make room before it could speak
+            wires[-1].sendall(said)
+    return wires
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /livez HTTP/1.1\r\nHo", GET, GET + b"\r\n", POST + EXPECT])
+def test_probes_are_answered_while_200_connections_are_held(health, said):
+    client, _ = health("ok", max_lag=60)
+    address = client.base_url
+    with ExitStack() as stack:
+        held(client, 200, said, stack)
+        for path in ("/livez", "/readyz", "/metrics") * 10:
+            assert httpx.get(address.join(path), timeout=10).status_code == 200
+            held(client, 20, said, stack)
+
+
+def test_half_a_request_is_408_after_two_seconds_and_the_port_free_again(health):
+    client, _ = health("ok", max_lag=60)
+    with connect(client) as wire:
+        wire.sendall(GET)
+        reply = read(wire)
+    assert (reply.status, reply.code) == (408, "slow_request")
+    assert 1.5 < reply.seconds < 8
+    assert client.get("/livez").status_code == 200
+
+
+def test_the_limits_of_the_health_port_are_its_own(monkeypatch):
+    monkeypatch.setenv("SOPDEPLOY_MAX_URL_BYTES", "1")
+    monkeypatch.setenv("SOPDEPLOY_HEAD_SECONDS", "0.001")
+    with bind("127.0.0.1", 0) as listener:
+        app = health_app(lambda: "ok", lambda: b"", LoopWatch(), 60)
+        with answering(app, listener), httpx.Client(base_url=url(listener), timeout=10) as client:
+            assert client.get("/livez").status_code == 200
+
+
+def test_the_health_port_answers_while_the_event_loop_is_blocked(bundle_path, tmp_path, until):
+    free = tmp_path / "free"
+    child = subprocess.Popen(
+        [sys.executable, "-c", BLOCKING, str(bundle_path), str(free)], stdout=subprocess.PIPE, text=True
+    )
+    with child:
+        try:
+            health = re.fullmatch(r"health: (\S+)\n", line_of(child))[1]
+            service = re.match(r"ready: (\S+)  ", line_of(child))[1]
+            with httpx.Client(timeout=10) as client:
+                assert client.get(f"{health}/livez").json() == {"status": "ok"}
+                form = {"files": [("image", b"x")], "timeout": START_SECONDS}
+                asking = threading.Thread(target=httpx.post, args=[f"{service}/v1/classify"], kwargs=form)
+                asking.start()
+                until(lambda: client.get(f"{health}/livez").status_code == 503)
+                numbers = client.get(f"{health}/metrics").text
+                lag = re.search(r"^sopdeploy_event_loop_lag_seconds (\S+)$", numbers, re.M)
+                assert float(lag[1]) > 0.4
+                free.touch()
+                until(lambda: client.get(f"{health}/livez").status_code == 200)
+                asking.join()
+        finally:
+            free.touch()
+            child.send_signal(signal.SIGTERM)
+        assert child.wait(START_SECONDS) == 0

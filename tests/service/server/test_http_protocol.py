@@ -1,0 +1,414 @@
+"""Real sockets against a real server: what a client does slowly, too large or wrong is refused in time."""
+
+import itertools
+import re
+import resource
+import socket
+import time
+from contextlib import ExitStack, suppress
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.runtime.fake import FakeRuntime
+from sopdeploy_service.server.connection_limits import allow_files
+from sopdeploy_service.settings import Settings
+from tests.service.raw import EXPECT, GET, POST, connect, count, read
+
+LIMITS = {
+    "max_body_bytes": 1_000_000,
+    "head_seconds": 0.4,
+    "body_grace_seconds": 0.4,
+    "write_seconds": 0.5,
+    "deadline_seconds": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def client(run_server, bundle):
+    with run_server(FakeRuntime(classes=7), bundle, Settings(**LIMITS)) as client:
+        yield client
+
+
+@pytest.fixture
+def wire(client):
+    """`wire()` opens a connection to the server of this test."""
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(connect(client))
+
+
+LARGE = b"".join(b"X-%d: 1\r\n" % number for number in range(1000))
+
+REFUSED_AT_ONCE = {
+    "a header of 100 kB": (GET + b"X: " + b"x" * 100_000 + b"\r\n\r\n", 431, "headers_too_large"),
+    "a header without an end": (GET + b"X: " + b"x" * 1_000_000, 431, "headers_too_large"),
+    "1000 headers": (GET + LARGE + b"\r\n", 431, "headers_too_large"),
+    "a URL of 64 kB": (b"GET /" + b"x" * 65_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414, "url_too_long"),
+    "a URL without an end": (b"GET /" + b"x" * 1_000_000, 414, "url_too_long"),
+    "a length of 1 TB": (POST + b"Content-Length: 1000000000000\r\n\r\n", 413, "too_large"),
+    "a length one over the limit": (POST + b"Content-Length: 1000001\r\n\r\n", 413, "too_large"),
+    "a length one over, on a GET": (GET + b"Content-Length: 1000001\r\n\r\n", 413, "too_large"),
+    "a length over 64 bits": (
+        POST + b"Content-Length: 1" + b"0" * 30 + b"\r\n\r\n",
+        400,
+        "malformed_request",
+    ),
+    "a negative length": (POST + b"Content-Length: -1\r\n\r\n", 400, "malformed_request"),
+    "a length that is a word": (POST + b"Content-Length: five\r\n\r\n", 400, "malformed_request"),
+    "two lengths": (POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400, "malformed_request"),
+    "a length and chunks": (
+        POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        400,
+        "malformed_request",
+    ),
+    "another transfer encoding": (POST + b"Transfer-Encoding: gzip\r\n\r\nhello", 400, "malformed_request"),
+    "a chunk without a size": (
+        POST + b"Transfer-Encoding: chunked\r\n\r\nhello\r\n",
+        400,
+        "malformed_request",
+    ),
+    "a chunk with a negative size": (
+        POST + b"Transfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n",
+        400,
+        "malformed_request",
+    ),
+    "a space in a header's name": (GET + b"A b: c\r\n\r\n", 400, "malformed_request"),
+    "a header over two lines": (GET + b"A: b\r\n c\r\n\r\n", 400, "malformed_request"),
+    "a zero byte in a header": (GET + b"A: b\0c\r\n\r\n", 400, "malformed_request"),
+    "a URL that is none": (b"GET livez HTTP/1.1\r\nHost: x\r\n\r\n", 400, "malformed_request"),
+    "a URL with a broken host": (b"GET http://[::1/a HTTP/1.1\r\n\r\n", 400, "malformed_request"),
+    "no host": (b"GET /livez HTTP/1.1\r\n\r\n", 400, "malformed_request"),
+    "two hosts": (GET + b"Host: y\r\n\r\n", 400, "malformed_request"),
+    "1000 trailers behind chunks": (
+        POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n" + LARGE + b"\r\n",
+        431,
+        "headers_too_large",
+    ),
+    "a tunnel": (b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n", 400, "malformed_request"),
+    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "malformed_request"),
+    "HTTP/0.9": (b"GET /livez HTTP/0.9\r\n\r\n", 400, "malformed_request"),
+    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400, "malformed_request"),
+    "zeros": (b"\0" * 100, 400, "malformed_request"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_AT_ONCE)
+def test_what_breaks_a_rule_is_refused_at_once_and_the_next_request_answered(client, wire, jpeg, name):
+    sent, status, code = REFUSED_AT_ONCE[name]
+    before = count(client, f'rejected_total{{reason="{code}"}}')
+    bad = wire()
+    bad.sendall(sent)
+    reply = read(bad)
+    assert (reply.status, reply.code) == (status, code)
+    assert reply.seconds < 1
+    assert reply.headers["content-type"] == "application/problem+json"
+    assert len(reply.headers["x-request-id"]) == 32
+    assert count(client, f'rejected_total{{reason="{code}"}}') == before + 1
+    assert client.post("/v1/classify", content=jpeg).status_code == 200
+
+
+def test_a_refusal_by_the_wire_is_a_request_in_the_metrics_and_keeps_the_clients_id(client, wire):
+    before = count(client, 'requests_total{code="413",model="",route="other"}')
+    bad = wire()
+    bad.sendall(POST + b"X-Request-ID: mine\r\nContent-Length: 9000000\r\n\r\n")
+    assert read(bad).headers["x-request-id"] == "mine"
+    assert count(client, 'requests_total{code="413",model="",route="other"}') == before + 1
+
+
+SLOW = {
+    "a head without an end": (GET, "slow_request"),
+    "one byte": (b"G", "slow_request"),
+    "a body that stops": (POST + b"Content-Length: 1000\r\n\r\n" + b"\xff\xd8\xff", "slow_body"),
+    "a body that never starts": (POST + b"Content-Length: 1000\r\n\r\n", "slow_body"),
+    "a body that stops after most of it": (
+        POST + b"Content-Length: 900000\r\n\r\n" + bytes(899_999),
+        "slow_body",
+    ),
+    "chunks that stop": (POST + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n", "slow_body"),
+    "a chunk extension without an end": (POST + b"Transfer-Encoding: chunked\r\n\r\n3;a=", "slow_body"),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_request_that_does_not_arrive_is_408(client, wire, jpeg, name):
+    sent, code = SLOW[name]
+    before = count(client, f'rejected_total{{reason="{code}"}}')
+    bad = wire()
+    bad.sendall(sent)
+    reply = read(bad)
+    assert (reply.status, reply.code) == (408, code)
+    assert 0.2 < reply.seconds < 2
+    assert count(client, f'rejected_total{{reason="{code}"}}') == before + 1
+    assert client.post("/v1/classify", content=jpeg).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("start", "code"),
+    [
+        (GET + b"X: ", "slow_request"),
+        (POST + b"Content-Length: 900000\r\n\r\n", "slow_body"),
+    ],
+)
+def test_a_byte_now_and_then_does_not_keep_a_request_alive(wire, start, code):
+    bad = wire()
+    bad.sendall(start)
+    bad.settimeout(0.05)
+    started = time.monotonic()
+    data = b""
+    while not data:
+        assert time.monotonic() - started < 2
+        bad.sendall(b"a")
+        try:
+            data = bad.recv(65_536)
+        except TimeoutError:
+            continue
+    assert data.startswith(b"HTTP/1.1 408")
+    assert code.encode() in data
+
+
+def test_a_body_fast_enough_for_the_rate_ends_at_the_deadline_all_the_same(serve_with):
+    client = serve_with(FakeRuntime(classes=7), min_body_rate=100, deadline_seconds=0.6)
+    with connect(client) as bad:
+        bad.sendall(POST + b"Content-Length: 1000000\r\n\r\n")
+        for _ in range(9):
+            bad.sendall(bytes(1000))
+            time.sleep(0.1)
+        reply = read(bad)
+    assert (reply.status, reply.code) == (408, "slow_body")
+
+
+def test_a_connection_that_asks_nothing_is_closed_without_a_word(wire):
+    quiet, blank = wire(), wire()
+    blank.sendall(b"\r\n\r\n")
+    assert quiet.recv(10) == b""
+    assert blank.recv(10) == b""
+
+
+def test_an_idle_connection_is_closed_after_its_time(serve_with):
+    client = serve_with(FakeRuntime(classes=7), keep_alive_seconds=1)
+    with connect(client) as idle:
+        idle.sendall(GET + b"\r\n")
+        assert read(idle, to_the_end=False).status == 200
+        started = time.monotonic()
+        assert idle.recv(10) == b""
+        assert 0.5 < time.monotonic() - started < 10
+
+
+def test_the_second_head_of_a_connection_has_a_deadline_too(wire):
+    bad = wire()
+    bad.sendall(GET + b"\r\n" + GET)
+    assert read(bad, to_the_end=False).status == 200
+    assert read(bad).code == "slow_request"
+
+
+def test_a_client_that_does_not_read_is_cut_off(client, wire, until):
+    bad = wire()
+    bad.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    bad.setblocking(False)
+    asked = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+
+    def is_cut() -> bool:
+        client.get("/livez")  # the server has read what was sent before: too many at once are malformed
+        try:
+            bad.send(asked)
+        except BlockingIOError:
+            return False
+        except (ConnectionResetError, BrokenPipeError):
+            return True
+        return False
+
+    until(is_cut, 60)
+    assert count(client, 'rejected_total{reason="slow_reader"}') == 1
+
+
+def test_too_many_requests_at_once_on_one_connection_are_refused(client, wire, jpeg):
+    bad = wire()
+    bad.sendall((GET + b"\r\n") * 1000)
+    data = b""
+    while piece := bad.recv(65_536):
+        data += piece
+    assert 1 <= data.count(b"HTTP/1.1 200") < 40
+    assert client.post("/v1/classify", content=jpeg).status_code == 200
+
+
+def test_a_few_requests_at_once_on_one_connection_are_answered_in_order(wire, jpeg):
+    good = wire()
+    post = POST + b"Content-Length: %d\r\n\r\n" % len(jpeg) + jpeg
+    good.sendall((post + GET + b"\r\n") * 3)
+    data = b""
+    while data.count(b'"status":"ok"') < 3:
+        data += good.recv(65_536)
+    assert re.findall(rb'{"(classes|status)"', data) == [b"classes", b"status"] * 3
+
+
+def test_garbage_behind_a_request_does_not_cost_its_answer(client, wire, jpeg):
+    bad = wire()
+    bad.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(jpeg) + jpeg + b"\0garbage")
+    assert read(bad).status == 200
+    assert client.post("/v1/classify", content=jpeg).status_code == 200
+
+
+def test_an_answer_given_before_the_body_came_leaves_the_connection_usable(wire):
+    good = wire()
+    good.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n")
+    assert read(good, to_the_end=False).status == 404
+    good.sendall(b"hello" + GET + b"\r\n")
+    assert read(good, to_the_end=False).status == 200
+
+
+def test_an_answer_given_before_a_body_that_never_comes_ends_the_connection(wire):
+    bad = wire()
+    bad.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n")
+    assert read(bad, to_the_end=False).status == 404
+    assert bad.recv(10) == b""
+
+
+def test_websockets_are_404_and_the_connection_ends(wire):
+    bad = wire()
+    bad.sendall(
+        b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n\x81\x05hello"
+    )
+    reply = read(bad)
+    assert (reply.status, reply.code) == (404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/v1/classify", b"Content-Length: 2000000\r\n", 413),
+        ("/v1/classify", b"Content-Length: 100\r\nContent-Encoding: gzip\r\n", 415),
+        ("/v1/classify", b"Content-Length: 100\r\nContent-Type: multipart/mixed\r\n", 415),
+        ("/v1/classify?top_k=no", b"Content-Length: 100\r\n", 422),
+        ("/nowhere", b"Content-Length: 100\r\n", 404),
+        ("/livez", b"Content-Length: 100\r\n", 405),
+    ],
+)
+def test_who_asks_before_sending_what_will_be_refused_is_refused_before(wire, path, headers, status):
+    bad = wire()
+    bad.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\n".encode() + headers + EXPECT + b"\r\n")
+    assert read(bad, to_the_end=False).status == status
+
+
+def test_who_asks_before_sending_a_good_image_may_send_it(wire, jpeg):
+    good = wire()
+    good.sendall(POST + b"Content-Length: %d\r\n" % len(jpeg) + EXPECT + b"\r\n")
+    assert good.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    good.sendall(jpeg)
+    assert read(good, to_the_end=False).status == 200
+
+
+def fill(client: httpx.Client, number: int, stack: ExitStack) -> list[socket.socket]:
+    """*number* connections, each with an answered request, now idle."""
+    wires = []
+    for _ in range(number):
+        wires.append(stack.enter_context(connect(client)))
+        wires[-1].sendall(GET + b"\r\n")
+        assert read(wires[-1], to_the_end=False).status == 200
+    return wires
+
+
+def is_open(wire: socket.socket) -> bool:
+    wire.settimeout(0.3)
+    try:
+        return wire.recv(1) != b""
+    except TimeoutError:
+        return True
+
+
+def test_one_connection_too_many_makes_the_longest_idle_one_go(serve_with):
+    client = serve_with(FakeRuntime(classes=7), max_connections=4)
+    with ExitStack() as stack:
+        wires = fill(client, 6, stack)
+        assert [is_open(wire) for wire in wires] == [False] * 2 + [True] * 4
+
+
+def test_one_connection_too_many_is_503_where_none_is_idle(serve_with, until):
+    client = serve_with(FakeRuntime(classes=7), max_connections=4)
+    with ExitStack() as stack:
+        wires = [stack.enter_context(connect(client)) for _ in range(4)]
+        for wire in wires:
+            wire.sendall(GET)
+        extra = stack.enter_context(connect(client))
+        reply = read(extra)
+        assert (reply.status, reply.code, reply.headers["retry-after"]) == (503, "too_many_connections", "1")
+        for wire in wires:
+            wire.sendall(b"\r\n")
+            assert read(wire, to_the_end=False).status == 200
+    until(lambda: count(client, "connections") == 1)
+
+
+def test_only_so_many_connections_stay_idle(serve_with):
+    client = serve_with(FakeRuntime(classes=7), max_idle_connections=2)
+    with ExitStack() as stack:
+        wires = fill(client, 5, stack)
+        assert [is_open(wire) for wire in wires] == [False] * 3 + [True] * 2
+
+
+def test_hundreds_of_connections_over_the_limit_do_no_harm(serve_with, jpeg, until):
+    client = serve_with(FakeRuntime(classes=7), max_connections=50, head_seconds=0.5)
+    with ExitStack() as stack:
+        wires = [stack.enter_context(connect(client)) for _ in range(300)]
+        assert any(not is_open(wire) for wire in wires[-2:])
+
+        def answered() -> bool:
+            try:
+                return client.post("/v1/classify", content=jpeg).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        until(answered)
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised"),
+    [(100, 10_000, 756), (100, 756, 756), (10_000, 10_000, None), (100, -1, 756), (-1, -1, None)],
+)
+def test_the_process_may_open_as_many_files_as_its_connections_need(monkeypatch, soft, hard, raised):
+    calls = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _kind: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _kind, limits: calls.append(limits))
+    allow_files(500)
+    assert calls == ([(raised, hard)] if raised else [])
+
+
+def test_more_connections_than_the_system_has_files_for_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _kind: (100, 755))
+    with pytest.raises(ConfigError, match=r"max_connections 500: needs 756 .* allows 755; choose fewer"):
+        allow_files(500)
+
+
+VALID = POST + b"Content-Type: image/jpeg\r\nContent-Length: 20\r\nX-Request-ID: a\r\n\r\n" + bytes(20)
+
+
+@settings(max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(
+    edits=st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.binary(max_size=4)), max_size=4),
+    cuts=st.lists(st.integers(1, len(VALID)), max_size=3),
+)
+def test_whatever_comes_is_answered_or_the_connection_ends(
+    fuzzed: httpx.Client, edits: list[tuple[int, bytes]], cuts: list[int]
+) -> None:
+    request = VALID
+    for place, new in edits:
+        request = request[:place] + new + request[place + 1 :]
+    with connect(fuzzed) as wire:
+        for start, end in itertools.pairwise([0, *sorted(cuts), len(request)]):
+            with suppress(ConnectionError):
+                wire.sendall(request[start:end])
+        try:
+            answer = wire.recv(65_536)
+        except ConnectionError:
+            answer = b""
+    assert re.match(rb"HTTP/1\.1 [24]\d\d ", answer) or not answer
+    assert fuzzed.get("/livez").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def fuzzed(run_server, bundle):
+    with run_server(
+        FakeRuntime(classes=7), bundle, Settings(head_seconds=0.05, body_grace_seconds=0.05)
+    ) as client:
+        yield client

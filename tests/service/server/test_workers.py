@@ -1,0 +1,162 @@
+"""Several processes behind one port: started again when they die, ended together, counted together."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.observability.multiprocess_metrics import merge
+from sopdeploy_service.server.sockets import bind
+from sopdeploy_service.server.workers import Supervisor, Worker
+from sopdeploy_service.settings import load_settings
+from tests.service.children import line_of
+
+Start = Callable[..., tuple[subprocess.Popen[str], httpx.Client]]
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def start(bundle_path: Path) -> Iterator[Start]:
+    with ExitStack() as stack:
+
+        def started(*options: str) -> tuple[subprocess.Popen[str], httpx.Client]:
+            child = stack.enter_context(
+                spawn(str(bundle_path), "--set", "devices=cpu,cpu", "--threads", "1", *options)
+            )
+            stack.callback(child.kill)
+            found = re.fullmatch(r"ready: (\S+)  (\S+)\n", line_of(child))
+            assert found, child.communicate(timeout=20)
+            return child, stack.enter_context(httpx.Client(base_url=found[1], timeout=20))
+
+        yield started
+
+
+def spawn(*arguments: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join(str(ROOT / part) for part in (".", "export", "service"))
+    return subprocess.Popen(
+        [sys.executable, "-m", "sopdeploy", "serve", "--port", "0", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+def workers(parent: int) -> list[int]:
+    text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+    found = [int(part) for part in text.split()]
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        found += [int(part) for part in (task / "children").read_text().split()]
+    return sorted(set(found))
+
+
+def test_two_processes_share_a_port_and_a_page_of_metrics(start: Start, jpeg, until) -> None:
+    child, client = start()
+    assert len(workers(child.pid)) == 2
+    for _ in range(10):
+        assert httpx.post(f"{client.base_url}/v1/classify", content=jpeg, timeout=20).status_code == 200
+    page = client.get("/metrics").text
+    assert re.findall(r"^sopdeploy_worker_up\{device=.*$", page, re.M)
+    answered = re.findall(r'sopdeploy_requests_total\{code="200",device="\S+",.*classify"\} (\S+)', page)
+    assert sum(map(float, answered)) == 10
+    child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=30)
+    assert (child.returncode, out, err) == (0, "", "")
+
+
+def test_a_process_that_dies_is_started_again_while_the_other_answers(start: Start, jpeg, until) -> None:
+    child, client = start()
+    first = workers(child.pid)
+    os.kill(first[0], signal.SIGKILL)
+    codes = Counter(httpx.post(f"{client.base_url}/v1/classify", content=jpeg).status_code for _ in range(5))
+    assert codes == {200: 5}
+    until(lambda: len(set(workers(child.pid)) - set(first)) == 1)
+    until(lambda: client.get("/metrics").text.count("sopdeploy_worker_up{") == 2)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(30) == 0
+
+
+def test_workers_end_when_their_parent_is_killed(start: Start, until) -> None:
+    child, _ = start()
+    orphans = workers(child.pid)
+    child.kill()
+    until(lambda: not any(alive(process) for process in orphans))
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class Interrupted(Supervisor):
+    """A signal comes while its one process is being started."""
+
+    def _spawn(self, worker: Worker, lifeline: int) -> subprocess.Popen[str]:
+        code = "import time; print(flush=True); time.sleep(20)"
+        self.born = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        line_of(self.born)
+        os.kill(os.getpid(), signal.SIGTERM)
+        self._stopping.wait(20)
+        time.sleep(0.1)  # for the rest of what the signal does
+        return self.born
+
+
+def test_a_process_that_a_signal_meets_at_its_birth_gets_that_signal() -> None:
+    with bind("127.0.0.1", 0) as listener:
+        supervisor = Interrupted(["bundle"], load_settings(devices="cpu"), listener)
+        assert supervisor.run() == 0
+        assert listener.fileno() == -1  # so the last process closes the port, who has taken in those at it
+    assert supervisor.born.returncode == -signal.SIGTERM
+
+
+def test_a_bundle_that_no_process_can_serve_is_one_line_and_exit_code_2(tmp_path) -> None:
+    child = spawn(str(tmp_path), "--set", "devices=cpu,cpu")
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (2, "")
+    assert err.count("no bundle here") >= 1
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"devices": "gpu"}, "devices"),
+        ({"devices": "0,0", "model_control": True}, "one process"),
+        ({"devices": "0", "health_port": 9}, "one process"),
+    ],
+)
+def test_devices_that_do_not_fit_are_one_clear_line(settings, reason) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_settings(**settings)
+
+
+def test_a_page_of_metrics_keeps_every_sample_and_says_who_is_down() -> None:
+    page = (
+        "# HELP a_total x\n# TYPE a_total counter\n"
+        'a_total{route="/"} 2.0\n# TYPE b histogram\n# HELP b y\nb_bucket{le="1.0"} 1.0\n'
+        'b_bucket{le="+Inf"} 3.0\nb_count 3.0\nb_sum 4.5\n'
+    )
+    text = merge({"0": page, "1": page, "2": None}).decode()
+    for line in (
+        'a_total{device="0",route="/"} 2.0',
+        'a_total{device="1",route="/"} 2.0',
+        'b_bucket{device="1",le="+Inf"} 3.0',
+        'b_sum{device="0"} 4.5',
+        'sopdeploy_worker_up{device="1"} 1.0',
+        'sopdeploy_worker_up{device="2"} 0.0',
+    ):
+        assert line in text, text
+    assert text.count("# TYPE a_total counter") == 1

@@ -1,0 +1,139 @@
+import json
+from typing import Any
+
+import pydantic
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sopdeploy.bundle.manifest import ID_LENGTH, BatchRange, FileRecord, Manifest, to_json
+from tests.forged import FIELDS
+
+FUZZ = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+FILES = {"model.onnx": FileRecord(bytes=3, sha256="a" * 64)}
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | NAMES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def manifest(**fields: Any) -> Manifest:
+    return Manifest(**{**FIELDS, "files": FILES, **fields})
+
+
+@FUZZ
+@given(
+    model=st.from_regex(r"[A-Za-z0-9._-]+", fullmatch=True),
+    config=st.dictionaries(
+        NAMES, VALUES.filter(lambda v: v not in (float("inf"), float("-inf"))), max_size=4
+    ),
+    detached=st.lists(NAMES, max_size=3),
+)
+def test_reading_what_was_written_gives_the_same_manifest(
+    model: str, config: dict[str, Any], detached: list[str]
+) -> None:
+    written = manifest(model=model, config=config, detached=tuple(detached))
+    assert Manifest.from_bytes(written.to_bytes()) == written
+
+
+def test_the_id_comes_first_and_hashes_everything_else() -> None:
+    one = manifest()
+    assert list(json.loads(one.to_bytes()))[:3] == ["id", "format", "version"]
+    assert json.loads(one.to_bytes())["id"] == one.id
+    assert len(one.id) == ID_LENGTH
+    others = [
+        manifest(model="other"),
+        manifest(opset=19),
+        manifest(config={"width": 5}),
+        manifest(files={"model.onnx": FileRecord(bytes=3, sha256="b" * 64)}),
+        manifest(batch=BatchRange(maximum=65)),
+    ]
+    assert len({one.id, *(other.id for other in others)}) == 6
+
+
+def test_the_same_manifest_has_the_same_bytes() -> None:
+    assert manifest().to_bytes() == manifest().to_bytes()
+
+
+def test_the_image_shape_is_that_of_the_crop() -> None:
+    assert manifest().image_shape == (16, 16, 3)
+
+
+def edited(**changes: Any) -> bytes:
+    values = json.loads(manifest().to_bytes())
+    values.update(changes)
+    return to_json(values)
+
+
+def lineage(**changes: Any) -> bytes:
+    return edited(lineage={**json.loads(manifest().to_bytes())["lineage"], **changes})
+
+
+WHOLE = manifest().to_bytes()
+REFUSED: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"", "Expecting value"),
+    "not JSON": (b"{]", "Expecting"),
+    "not UTF-8": (b'{"id": "\xff"}', "decode"),
+    "a list": (b"[]\n", "not a JSON object"),
+    "an empty table": (b"{}\n", "model: missing"),
+    "an unknown key": (edited(extra=1), "extra: unknown key"),
+    "a newer version": (edited(version=2), r"version: .*\(got '2'\)"),
+    "another format": (edited(format="other"), "format: .*other"),
+    "another precision": (edited(precision="fp8"), "precision"),
+    "no files": (WHOLE.replace(b'"files"', b'"flies"'), "files: missing"),
+    "a hash that is none": (lineage(onnx_root="xyz"), r"lineage\.onnx_root"),
+    "a hash in capitals": (lineage(onnx_root="A" * 64), r"lineage\.onnx_root"),
+    "a negative size": (edited(files={"a": {"bytes": -1, "sha256": "a" * 64}}), r"files\.a\.bytes"),
+    "an unknown key inside": (edited(batch={"minimum": 1, "largest": 3}), r"batch\.largest: unknown key"),
+    "batches out of order": (edited(batch={"minimum": 9, "optimum": 8}), "minimum <= optimum"),
+    "another id": (edited(id="0" * 12), "was edited or damaged"),
+    "no id": (to_json({k: v for k, v in json.loads(WHOLE).items() if k != "id"}), "was edited or damaged"),
+    "another value": (edited(opset=19), "was edited or damaged"),
+    "other spaces": (json.dumps(json.loads(WHOLE)).encode(), "was edited or damaged"),
+    "another order of keys": (to_json(dict(reversed(json.loads(WHOLE).items()))), "was edited or damaged"),
+    "a key twice": (
+        WHOLE.replace(b'  "opset": 18', b'  "opset": 17,\n  "opset": 18'),
+        "was edited or damaged",
+    ),
+    "a number as text": (edited(opset="18"), "was edited or damaged|opset"),
+    "something behind it": (WHOLE + b"\n", "was edited or damaged"),
+    "a byte order mark": (b"\xef\xbb\xbf" + WHOLE, "was edited or damaged"),
+    "UTF-16": (WHOLE.decode().encode("utf-16"), "was edited or damaged"),
+    "half of a pair": (edited(model="@").replace(b'"@"', b'"\\ud800"'), "hex escape"),
+    "a number too long": (b'{"opset": ' + b"1" * 10_000 + b"}", "digits"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bytes_that_are_no_whole_manifest_are_refused(case: str) -> None:
+    raw, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        Manifest.from_bytes(raw)
+
+
+def test_one_flipped_bit_at_any_place_is_found() -> None:
+    accepted = []
+    for place in range(len(WHOLE)):
+        body = bytearray(WHOLE)
+        body[place] ^= 1
+        try:
+            Manifest.from_bytes(bytes(body))
+        except ValueError:
+            continue
+        accepted.append(place)
+    assert accepted == []
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"minimum": 0}, {"minimum": 2, "optimum": 1}, {"optimum": 65}, {"maximum": 4}, {"minimum": 1.5}]
+)
+def test_batch_sizes_that_cannot_be_are_refused(sizes: dict[str, Any]) -> None:
+    with pytest.raises(pydantic.ValidationError):
+        BatchRange(**sizes)

@@ -1,0 +1,183 @@
+"""Probes say what a bundle must compute; a replay finds every way of not computing it."""
+
+import io
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from sopdeploy.bundle.probes import Probes, read_probes, replay, write_probes
+from sopdeploy.errors import BundleError, ParityError
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+LOGITS = np.zeros((5, 3), np.float32)
+
+
+def network(images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+    means = images.mean(axis=(1, 2)).astype(np.float32)
+    return {"logits": means, "gate": means[:, :2]}
+
+
+PROBES = Probes(images=IMAGES, expected=network(IMAGES), tolerance={"logits": 1e-3, "gate": 1e-4})
+
+
+def test_reading_what_was_written_gives_the_same_probes(tmp_path: Path) -> None:
+    write_probes(tmp_path / "probes.npz", PROBES)
+    found = read_probes(tmp_path / "probes.npz")
+    assert np.array_equal(found.images, IMAGES)
+    assert found.images.dtype == np.uint8
+    assert found.tolerance == PROBES.tolerance
+    assert found.expected.keys() == {"logits", "gate"}
+    for name, values in found.expected.items():
+        assert values.dtype == np.float32
+        assert np.array_equal(values, PROBES.expected[name])
+
+
+def test_the_same_probes_are_the_same_bytes(tmp_path: Path) -> None:
+    write_probes(tmp_path / "a", PROBES)
+    write_probes(tmp_path / "b", PROBES)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 64])
+def test_the_right_network_passes_at_every_batch_size(batch: int) -> None:
+    sizes: list[int] = []
+
+    def counted(images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        sizes.append(len(images))
+        return network(images)
+
+    found = replay(PROBES, counted, batch=batch)
+    assert found.deviation == {"logits": 0.0, "gate": 0.0}
+    assert (found.images, found.tolerance) == (5, PROBES.tolerance)
+    assert (sum(sizes), max(sizes)) == (5, min(batch, 5))
+
+
+Wrong = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
+
+
+def changed(change: Callable[[NDArray[np.float32]], NDArray[Any]], name: str = "logits") -> Wrong:
+    def run(images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        outputs: dict[str, NDArray[Any]] = dict(network(images))
+        outputs[name] = change(outputs[name])
+        return outputs
+
+    return run
+
+
+def last_only(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    last = network(IMAGES)["logits"][-1]
+    return values + np.where(np.isclose(values, last).all(axis=1, keepdims=True), np.float32(0.01), 0)
+
+
+WRONG: dict[str, tuple[Wrong, str]] = {
+    "a little off": (changed(lambda v: v + 0.0011), r"'logits' deviates by 0\.0011, the bound is 0\.001"),
+    "off below": (changed(lambda v: v - 0.01), "deviates"),
+    "off on the last image only": (changed(last_only), "deviates"),
+    "the second output off": (changed(lambda v: v + 0.0005, "gate"), "'gate' deviates"),
+    "not a number": (changed(lambda v: v * np.nan), "is not finite"),
+    "infinite": (changed(lambda v: v + np.inf), "is not finite"),
+    "a class too few": (changed(lambda v: v[:, :-1]), "is .*, not"),
+    "an image too few": (changed(lambda v: v[:-1]), "is .*, not"),
+    "one axis more": (changed(lambda v: v[..., None]), "is .*, not"),
+    "no output": (lambda images: {"gate": network(images)["gate"]}, "gives no output 'logits'"),
+    "classes swapped": (changed(lambda v: v[:, ::-1]), "deviates"),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("case", WRONG)
+def test_a_network_with_other_answers_is_refused(case: str, batch: int) -> None:
+    run, message = WRONG[case]
+    with pytest.raises(ParityError, match=message):
+        replay(PROBES, run, batch=batch)
+
+
+def test_a_deviation_within_the_bound_is_measured() -> None:
+    found = replay(PROBES, changed(lambda v: v + np.float32(0.0005)), batch=2)
+    assert 0.0004 < found.deviation["logits"] < 0.0006
+
+
+@pytest.mark.parametrize(
+    "probes",
+    [
+        Probes(images=IMAGES, expected={"logits": LOGITS * np.float32("nan")}, tolerance={"logits": 1.0}),
+        Probes(images=IMAGES, expected={"logits": LOGITS}, tolerance={"logits": np.nan}),
+    ],
+    ids=["expected", "tolerance"],
+)
+def test_probes_that_are_no_numbers_never_pass(probes: Probes) -> None:
+    with pytest.raises(ParityError):
+        replay(probes, network)
+
+
+def saved(**arrays: Any) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=True, **arrays)
+    return file.getvalue()
+
+
+def one_array() -> bytes:
+    file = io.BytesIO()
+    np.save(file, IMAGES)
+    return file.getvalue()
+
+
+def zipped(name: str, body: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, body)
+    return file.getvalue()
+
+
+def damaged(place: float) -> bytes:
+    body = bytearray(saved(images=IMAGES, output_logits=LOGITS, tolerance_logits=1.0))
+    for offset in range(8):
+        body[int(place * len(body)) + offset] ^= 0xFF
+    return bytes(body)
+
+
+UNREADABLE = {
+    "empty": b"",
+    "random bytes": bytes(range(256)) * 4,
+    "a single array": one_array(),
+    "a zip of text": zipped("images", b"hello"),
+    "a zip of broken arrays": zipped("images.npy", b"\x93NUMPY\x01\x00\xff\xff"),
+    "an empty zip": b"PK\x05\x06" + bytes(18),
+    "half a zip": saved(images=IMAGES, output_logits=LOGITS)[:300],
+    "a pickled array": saved(images=np.array([{"a": 1}, None], dtype=object)),
+    "a pickled output": saved(images=IMAGES, output_logits=np.array([{}]), tolerance_logits=1.0),
+    "a bare pickle": b"\x80\x04K\x01.",
+    "no images": saved(output_logits=LOGITS, tolerance_logits=1.0),
+    "no tolerance": saved(images=IMAGES, output_logits=LOGITS),
+    "a tolerance of text": saved(images=IMAGES, output_logits=LOGITS, tolerance_logits="wide"),
+    "several tolerances": saved(images=IMAGES, output_logits=LOGITS, tolerance_logits=np.ones(3)),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_a_file_that_holds_no_probes_is_refused(tmp_path: Path, case: str) -> None:
+    path = tmp_path / "probes.npz"
+    path.write_bytes(UNREADABLE[case])
+    with pytest.raises(BundleError, match=r"probes\.npz: not a probe file") as caught:
+        read_probes(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", [0.1, 0.3, 0.5, 0.7, 0.9, 0.95])
+def test_a_damaged_file_is_refused_or_read(tmp_path: Path, place: float) -> None:
+    path = tmp_path / "probes.npz"
+    path.write_bytes(damaged(place))
+    try:
+        read_probes(path)
+    except BundleError as problem:
+        assert "not a probe file" in str(problem)  # noqa: PT017
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="not a probe file"):
+        read_probes(tmp_path / "probes.npz")

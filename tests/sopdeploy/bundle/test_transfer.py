@@ -1,0 +1,283 @@
+"""Bundles go to a folder, a store and a registry, and come back as they were."""
+
+import json
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.bundle.signing import check_signed, make_key, read_public, read_secret, signature_path
+from sopdeploy.bundle.transfer import pull, push, sign
+from sopdeploy.cli.app import app
+from sopdeploy.errors import BundleError, ConfigError
+from tests.forged import write_hollow
+from tests.ports import held_port
+
+MINISIGN = pytest.mark.skipif(shutil.which("minisign") is None, reason="minisign is not installed")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_hollow(tmp_path / "bundles")
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    path = tmp_path / "release.key"
+    make_key(path)
+    return path
+
+
+def cli(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in arguments])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_bundle_comes_back_from_a_folder_as_it_was(bundle: Path, tmp_path: Path) -> None:
+    pushed = push(bundle, str(tmp_path / "shared" / "models"))
+    pulled = pull(pushed.place, tmp_path / "here", sha256=pushed.sha256)
+    assert pulled.path == tmp_path / "here" / bundle.name
+    assert contents(pulled.path) == contents(bundle)
+    assert [path.name for path in (tmp_path / "here").iterdir()] == [bundle.name]
+    assert [path.name for path in (tmp_path / "shared" / "models").iterdir()] == [f"{bundle.name}.tar"]
+
+
+def test_the_archive_is_the_same_whoever_packs_it_and_when(bundle: Path, tmp_path: Path) -> None:
+    first = push(bundle, str(tmp_path / "a"))
+    copied = Path(shutil.copytree(bundle, tmp_path / "another name"))
+    for path in copied.iterdir():
+        path.chmod(0o600)
+        os.utime(path, (1, 1))
+    (copied / "notes.txt").write_text("not of the bundle")
+    second = push(copied, str(tmp_path / "b"))
+    assert Path(first.place).read_bytes() == Path(second.place).read_bytes()
+    assert (first.sha256, first.bytes) == (second.sha256, Path(second.place).stat().st_size)
+
+
+def test_every_tar_reads_the_archive_and_finds_plain_files_of_nobody(bundle: Path, tmp_path: Path) -> None:
+    with tarfile.open(push(bundle, str(tmp_path / "a")).place) as archive:
+        entries = archive.getmembers()
+        assert entries[0].name == "manifest.json"
+        assert [entry.name for entry in entries[1:]] == sorted(entry.name for entry in entries[1:])
+        assert {(e.type, e.mode, e.mtime, e.uid, e.gid, e.uname) for e in entries} == {
+            (tarfile.REGTYPE, 0o644, 0, 0, 0, "")
+        }
+        found = {entry.name: archive.extractfile(entry) for entry in entries}
+        assert {name: file.read() for name, file in found.items() if file} == contents(bundle)
+
+
+def test_pulling_twice_is_pulling_once(bundle: Path, tmp_path: Path) -> None:
+    place = push(bundle, str(tmp_path / "a")).place
+    assert pull(place, tmp_path / "here").path == pull(place, tmp_path / "here").path
+
+
+def test_a_damaged_bundle_is_not_pushed(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "labels.json").write_text("[]")
+    with pytest.raises(BundleError, match=r"labels\.json"):
+        push(bundle, str(tmp_path / "a"))
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_signature_travels_with_its_bundle_and_is_checked_before_it_is_unpacked(
+    bundle: Path, key: Path, tmp_path: Path
+) -> None:
+    public = key.with_name("release.key.pub")
+    sign(bundle, key)
+    pushed = push(bundle, str(tmp_path / "a"))
+    assert pushed.signed
+    pulled = pull(pushed.place, tmp_path / "here", verify_key=public)
+    assert pulled.verified
+    assert signature_path(pulled.path).read_bytes() == signature_path(bundle).read_bytes()
+    check_signed(open_bundle(pulled.path).manifest, signature_path(pulled.path), public)
+
+
+def test_a_key_is_readable_by_its_owner_only_and_never_replaced(key: Path) -> None:
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    with pytest.raises(ConfigError, match="never replaced"):
+        make_key(key)
+
+
+KEYS = {
+    "nothing": "",
+    "text": "untrusted comment: x\ntrust me\n",
+    "of another length": "untrusted comment: x\nRWQ=\n",
+    "no text": "\x00\xff",
+}
+
+
+@pytest.mark.parametrize("case", KEYS)
+def test_a_file_that_is_no_key_is_refused(case: str, tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text(KEYS[case], encoding="latin-1")
+    for read in (read_public, read_secret):
+        with pytest.raises(ConfigError, match="not the file of such a key"):
+            read(file)
+    with pytest.raises(ConfigError, match="no key here"):
+        read_public(tmp_path / "none")
+
+
+def test_a_damaged_key_and_one_with_a_password_are_refused(key: Path) -> None:
+    import base64
+
+    comment, line = key.read_text().splitlines()
+    for place, said in ((70, "two halves"), (2, "password")):
+        body = bytearray(base64.b64decode(line))
+        body[place] ^= 1
+        key.write_text(f"{comment}\n{base64.b64encode(body).decode()}\n")
+        with pytest.raises(ConfigError, match=said):
+            read_secret(key)
+
+
+@MINISIGN
+def test_minisign_accepts_our_signature(bundle: Path, key: Path) -> None:
+    signature = sign(bundle, key)
+    command = ["minisign", "-V", "-m", bundle / "manifest.json", "-x", signature, "-p", f"{key}.pub"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "Signature and comment signature verified" in found.stdout, found.stderr
+    assert f"sopdeploy bundle {bundle.name}" in found.stdout
+
+
+@MINISIGN
+def test_we_accept_the_keys_and_signatures_of_minisign(bundle: Path, tmp_path: Path) -> None:
+    secret, public = tmp_path / "m.key", tmp_path / "m.pub"
+    subprocess.run(["minisign", "-G", "-W", "-s", secret, "-p", public], check=True, capture_output=True)
+    sign(bundle, secret)
+    manifest = open_bundle(bundle).manifest
+    check_signed(manifest, signature_path(bundle), public)
+    theirs = ["minisign", "-S", "-s", secret, "-m", bundle / "manifest.json", "-x", tmp_path / "theirs"]
+    subprocess.run(theirs, check=True, capture_output=True)
+    check_signed(manifest, tmp_path / "theirs", public)
+
+
+def test_an_object_store_takes_and_gives_a_bundle(bundle: Path, key: Path, tmp_path: Path) -> None:
+    sign(bundle, key)
+    pushed = push(bundle, "memory://models/flowers")
+    assert pushed.place == f"memory://models/flowers/{bundle.name}.tar"
+    pulled = pull(pushed.place, tmp_path / "here", verify_key=key.with_name("release.key.pub"))
+    assert contents(pulled.path) == contents(bundle)
+
+
+@pytest.mark.parametrize("url", ["memory://models/none.tar", "nosuchstore://models/x.tar"])
+def test_a_store_without_the_archive_is_one_line(url: str, tmp_path: Path) -> None:
+    found = cli("pull", url, tmp_path / "here")
+    assert (found.exit_code, found.stdout, found.stderr.count("\n")) == (2, "", 1)
+    assert url in found.stderr
+
+
+MISSING = {
+    "memory://m/x.tar": ("fsspec", "sopdeploy[s3]"),
+    "oci://127.0.0.1:9/x": ("oras", "sopdeploy[oci]"),
+}
+
+
+@pytest.mark.parametrize("url", MISSING)
+def test_a_store_without_its_extra_says_what_to_install(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, extra = MISSING[url]
+    loaded = [name for name in sys.modules if name.partition(".")[0] == package]
+    for name in {package, *loaded}:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=extra.replace("[", r"\[")):
+        pull(url, tmp_path / "here")
+
+
+def test_signing_without_its_extra_says_what_to_install(
+    bundle: Path, key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    with pytest.raises(ConfigError, match=r"sopdeploy\[sign\]"):
+        sign(bundle, key)
+
+
+REGISTRY = """
+version: 0.1
+storage: {{filesystem: {{rootdirectory: {folder}}}}}
+http: {{addr: "127.0.0.1:{port}"}}
+log: {{level: error}}
+"""
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[str]:
+    """Give the address of a real registry, with nothing in it."""
+    config = tmp_path / "registry.yml"
+    with held_port() as port:
+        config.write_text(REGISTRY.format(folder=tmp_path / "registry", port=port))
+        server = subprocess.Popen(["docker-registry", "serve", config], stderr=subprocess.DEVNULL)
+        try:
+            for _ in range(600):
+                with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                    break
+                time.sleep(0.1)
+            yield f"oci://127.0.0.1:{port}"
+        finally:
+            server.kill()
+            server.wait()
+
+
+@pytest.mark.skipif(shutil.which("docker-registry") is None, reason="docker-registry is not installed")
+def test_a_registry_takes_and_gives_a_bundle_with_its_signature(
+    bundle: Path, key: Path, registry: str, tmp_path: Path
+) -> None:
+    sign(bundle, key)
+    pushed = push(bundle, f"{registry}/models/flowers")
+    assert pushed.place == f"{registry}/models/flowers:{bundle.name.rpartition('-')[2]}"
+    assert push(bundle, f"{registry}/models/flowers:latest").sha256 == pushed.sha256
+    public = key.with_name("release.key.pub")
+    for reference in (pushed.place, f"{registry}/models/flowers:latest"):
+        pulled = pull(reference, tmp_path / "here", sha256=pushed.sha256, verify_key=public)
+        assert contents(pulled.path) == contents(bundle)
+    with pytest.raises(BundleError, match="larger than 100 bytes"):
+        pull(pushed.place, tmp_path / "small", max_bytes=100)
+    with pytest.raises(BundleError, match="none"):
+        pull(f"{registry}/models/flowers:none", tmp_path / "small")
+    assert list((tmp_path / "small").iterdir()) == []
+
+
+def test_a_registry_that_does_not_answer_is_one_line(bundle: Path, tmp_path: Path) -> None:
+    for words in (
+        ("push", bundle, "oci://127.0.0.1:9/flowers"),
+        ("pull", "oci://127.0.0.1:9/flowers:1", tmp_path / "x"),
+    ):
+        found = cli(*words)
+        assert (found.exit_code, found.stdout, found.stderr.count("\n")) == (2, "", 1)
+        assert "oci://127.0.0.1:9/flowers" in found.stderr
+
+
+def test_the_verbs_say_what_they_did(bundle: Path, tmp_path: Path) -> None:
+    key = tmp_path / "my.key"
+    signed = cli("sign", bundle, "--key", key, "--new-key")
+    assert signed.exit_code == 0, signed.stderr
+    assert f"signed   {signature_path(bundle)}" in signed.stdout
+    pushed: Any = json.loads(cli("push", bundle, tmp_path / "a", "--json").stdout)
+    assert pushed["signed"] is True
+    text = cli("push", bundle, tmp_path / "a").stdout
+    assert pushed["sha256"] in text
+    assert "with its signature" in text
+    options = ("--verify-key", f"{key}.pub", "--sha256", pushed["sha256"])
+    pulled = cli("pull", pushed["place"], tmp_path / "here", *options)
+    assert "(signature and hashes checked)" in pulled.stdout
+
+
+def test_a_place_that_cannot_be_written_is_one_line(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for words in (("push", bundle, tmp_path / "file"), ("pull", bundle, tmp_path / "x")):
+        found = cli(*words)
+        assert (found.exit_code, found.stderr.count("\n")) == (2, 1)

@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sopdeploy.data.base import Prepared, hold_out
+from sopdeploy.data.datasets.small import open_digits
+from sopdeploy.data.sources import DigitsConfig, open_data
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.seeds import seed_of
+
+CLASSES = st.lists(st.integers(0, 4), min_size=1, max_size=60)
+
+
+@given(targets=CLASSES, fraction=st.floats(0.01, 0.99), seed=st.integers(0, 2**40))
+def test_every_class_of_two_or_more_is_on_both_sides_of_a_hold_out(targets, fraction, seed) -> None:
+    held = hold_out([str(i) for i in range(len(targets))], targets, fraction, seed)
+    for target, count in enumerate(np.bincount(targets)):
+        out = sum(h for h, t in zip(held, targets, strict=True) if t == target)
+        if count > 1:
+            assert 1 <= out < count
+            assert abs(out - fraction * count) <= 1
+
+
+def test_a_hold_out_depends_on_the_pictures_names_not_on_their_order() -> None:
+    keys, targets = [f"{i}.jpg" for i in range(40)], [i % 3 for i in range(40)]
+    held = dict(zip(keys, hold_out(keys, targets, 0.2, 0), strict=True))
+    backwards = hold_out(keys[::-1], targets[::-1], 0.2, 0)
+    assert dict(zip(keys[::-1], backwards, strict=True)) == held
+    assert hold_out(keys, targets, 0.2, 1) != list(held.values())
+
+
+def test_a_seed_is_the_same_on_every_machine_and_in_every_version() -> None:
+    assert seed_of(0, "order", 1) == 4739946833832999988
+    assert len({seed_of(a, b) for a in range(30) for b in range(30)}) == 900
+    assert seed_of(1, 23) != seed_of(12, 3)
+    assert seed_of("\udcff") >= 0  # a file name that is no UTF-8
+
+
+def test_digits_are_1797_pictures_of_which_a_fifth_of_every_class_is_held_out() -> None:
+    split = open_data(DigitsConfig(kind="digits"))
+    assert len(split.train) + len(split.held_out) == 1797
+    held = np.bincount([split.held_out[i][1] for i in range(len(split.held_out))])
+    assert len(split.held_out) == 359
+    assert held.min() >= 35
+    assert held.max() <= 37
+    assert split.train.labels == split.held_out.labels == tuple("0123456789")
+
+
+@pytest.mark.parametrize(("resize", "crop"), [(16, 16), (32, 32), (9, 8)])
+def test_prepared_pictures_are_what_the_preprocessing_gives(resize, crop) -> None:
+    rules = Preprocess(resize=resize, crop=crop)
+    pictures = open_digits().held_out
+    prepared = Prepared(pictures, rules)
+    array, label = prepared[7]
+    assert array.dtype == np.uint8
+    assert array.shape == (crop, crop, 3)
+    assert np.array_equal(array, rules(pictures[7][0]))
+    assert label == pictures[7][1]
+    assert (len(prepared), prepared.labels) == (len(pictures), pictures.labels)

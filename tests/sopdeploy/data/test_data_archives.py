@@ -1,0 +1,185 @@
+"""Tar archives as folders of images."""
+
+import gzip
+import io
+import lzma
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sopdeploy.data.datasets.folder import FolderConfig, open_folder
+from sopdeploy.data.image_files import Opening
+from sopdeploy.data.tar.index import index_of, read_index
+from sopdeploy.data.tar.store import cache_folder, open_tars
+from sopdeploy.errors import DataError
+from tests.sopdeploy.data.small_data import jpeg, tar_of, write_classes, write_photos
+
+
+def open_at(path: Path, **settings: object):
+    return open_folder(FolderConfig(kind="folder", path=path, **settings))
+
+
+def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def same(left, right) -> bool:
+    """Say whether two parts hold the same pictures and classes in the same order."""
+    return (
+        left.labels == right.labels
+        and left.paths.tolist() == right.paths.tolist()
+        and left.targets.tolist() == right.targets.tolist()
+        and all(
+            np.array_equal(np.asarray(left[i][0]), np.asarray(right[i][0])) and left[i][1] == right[i][1]
+            for i in range(len(left))
+        )
+    )
+
+
+@pytest.mark.parametrize("name", [".", "photos", "a/b"])
+def test_an_archive_is_read_as_the_folder_it_was_made_of(tmp_path, name) -> None:
+    photos = write_photos(tmp_path / "photos")
+    folder, archive = open_at(photos), open_at(tar_of(photos, tmp_path / "p.tar", name))
+    assert same(folder.train, archive.train)
+    assert same(folder.held_out, archive.held_out)
+
+
+def test_an_archive_without_parts_is_split_as_its_folder_is(tmp_path) -> None:
+    photos = write_classes(tmp_path / "photos", ("a", "b"), 9)
+    folder, archive = open_at(photos), open_at(tar_of(photos, tmp_path / "p.tar"))
+    assert same(folder.train, archive.train)
+    assert same(folder.held_out, archive.held_out)
+
+
+def test_shards_are_one_data_set_and_may_stand_for_train_and_val(tmp_path) -> None:
+    photos = write_photos(tmp_path / "photos")
+    shards = tmp_path / "shards"
+    for part in ("train", "val"):
+        (shards / part).mkdir(parents=True)
+        files = sorted((photos / part).rglob("*.jpg"))
+        for number in range(3):
+            with tarfile.open(shards / part / f"{number}.tar", "w") as archive:
+                for file in files[number::3]:
+                    archive.add(file, arcname=str(file.relative_to(photos / part)))
+    assert same(open_at(shards).train, open_at(photos).train)
+    assert same(open_at(shards).held_out, open_at(photos).held_out)
+
+
+def test_an_archive_for_each_class_or_part_stands_for_a_folder_of_its_name(tmp_path) -> None:
+    photos = write_photos(tmp_path / "photos")
+    (tmp_path / "tars" / "train").mkdir(parents=True)
+    for label in ("cat", "dog"):
+        tar_of(photos / "train" / label, tmp_path / "tars" / "train" / f"{label}.tar")
+    (tmp_path / "tars" / "val").symlink_to(photos / "val")
+    assert same(open_at(tmp_path / "tars").train, open_at(photos).train)
+    assert same(open_at(tmp_path / "tars").held_out, open_at(photos).held_out)
+    (tmp_path / "parts").mkdir()
+    for part in ("train", "val"):
+        tar_of(photos / part, tmp_path / "parts" / f"{part}.tar")
+    assert same(open_at(tmp_path / "parts").train, open_at(photos).train)
+
+
+def test_an_archive_of_archives_is_read_in_place(tmp_path) -> None:
+    photos = write_photos(tmp_path / "photos")
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        for label in ("cat", "dog"):
+            add(archive, f"{label}.tar", tar_of(photos / "train" / label, tmp_path / "x.tar").read_bytes())
+    store = open_tars(tmp_path / "all.tar", [tmp_path / "all.tar"], (), Opening())
+    assert store.folders() == ["cat", "dog"]
+    assert store.read(b"dog/3.jpg") == (photos / "train" / "dog" / "3.jpg").read_bytes()
+
+
+def test_hidden_members_links_and_other_files_are_left_out(tmp_path) -> None:
+    with tarfile.open(tmp_path / "p.tar", "w") as archive:
+        for name in ("a/1.jpg", "a/.hidden.jpg", ".trash/x/1.jpg", "a/notes.txt", "../up/1.jpg", "b/1.png"):
+            add(archive, name, jpeg(1))
+        add(archive, "a/1.jpg", jpeg(2))  # written again: the later one counts
+        twin, pointer = tarfile.TarInfo("b/twin.jpg"), tarfile.TarInfo("b/pointer.jpg")
+        twin.type, twin.linkname = tarfile.LNKTYPE, "a/1.jpg"
+        pointer.type, pointer.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(twin)
+        archive.addfile(pointer)
+    store = open_tars(tmp_path / "p.tar", [tmp_path / "p.tar"], (), Opening())
+    assert [store.images(label) for label in ("a", "b")] == [[b"a/1.jpg"], [b"b/1.png", b"b/twin.jpg"]]
+    assert store.read(b"a/1.jpg") == store.read(b"b/twin.jpg") == jpeg(2)
+
+
+@pytest.mark.parametrize(("ending", "opener"), [("xz", lzma.open), ("gz", gzip.open)])
+def test_a_compressed_archive_is_unpacked_once_and_says_so(tmp_path, ending, opener) -> None:
+    photos = write_photos(tmp_path / "photos")
+    plain, packed = tar_of(photos, tmp_path / "p.tar"), tmp_path / f"p.tar.{ending}"
+    with opener(packed, "wb") as file:
+        file.write(plain.read_bytes())
+    said: list[str] = []
+    config = FolderConfig(kind="folder", path=packed)
+    for _ in range(2):
+        split = open_folder(config, Opening(tmp_path / "cache", said.append))
+    assert same(split.train, open_at(photos).train)
+    assert len(said) == 1
+    assert said[0].startswith(f"unpacking {packed} once into {tmp_path / 'cache'}")
+    assert {file.suffix for file in (tmp_path / "cache").iterdir()} == {".tar", ".npz"}
+
+
+@pytest.mark.parametrize("keep", [10, 2000])
+def test_a_damaged_compressed_archive_leaves_nothing_behind(tmp_path, keep) -> None:
+    plain, packed = tar_of(write_photos(tmp_path / "photos"), tmp_path / "p.tar"), tmp_path / "p.tar.xz"
+    packed.write_bytes(lzma.compress(plain.read_bytes())[:keep])
+    with pytest.raises(DataError, match=r"p\.tar\.xz: damaged .*; copy it again"):
+        open_at(packed, cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data: b"no archive at all" * 100, "not a whole tar file"),
+        (lambda data: data[:3000], "cut off|not a whole tar file"),
+        (lambda data: b"", "not a whole tar file|holds no class folders"),
+    ],
+    ids=["text", "cut", "empty"],
+)
+def test_a_file_that_is_no_whole_archive_is_named(tmp_path, spoil, message) -> None:
+    path = tar_of(write_photos(tmp_path / "photos"), tmp_path / "p.tar")
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(DataError, match=message) as problem:
+        open_at(path)
+    assert str(path) in str(problem.value)
+    assert "\n" not in str(problem.value)
+
+
+def test_one_name_in_two_shards_is_an_error_with_both(tmp_path) -> None:
+    photos = write_classes(tmp_path / "photos", ("a", "b"))
+    (tmp_path / "shards").mkdir()
+    for number in (1, 2):
+        tar_of(photos, tmp_path / "shards" / f"{number}.tar")
+    with pytest.raises(DataError, match=r"a/0\.jpg: lies both in .*1\.tar and in .*2\.tar"):
+        open_at(tmp_path / "shards")
+
+
+def test_an_index_is_kept_and_made_anew_when_it_or_the_archive_changes(tmp_path) -> None:
+    photos = write_photos(tmp_path / "photos")
+    path, cache = tar_of(photos, tmp_path / "p.tar"), cache_folder(tmp_path / "cache")
+    first = index_of(path, cache)
+    (kept,) = cache.iterdir()
+    assert np.array_equal(index_of(path, cache).offsets, first.offsets)
+    kept.write_bytes(kept.read_bytes()[:-30])
+    assert np.array_equal(index_of(path, cache).names, first.names)
+    assert read_index(kept, path.stat().st_size) is not None
+    assert read_index(kept, 10) is None
+    (photos / "train" / "cat" / "9.jpg").write_bytes(jpeg(9))
+    tar_of(photos, path)
+    os.utime(path, (1, 1))
+    assert len(index_of(path, cache).names) == len(first.names) + 1
+
+
+def test_a_folder_of_others_is_no_cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    assert cache_folder(None).stat().st_mode & 0o777 == 0o700
+    cache_folder(None).chmod(0o777)
+    with pytest.raises(DataError, match=r"others may write there; set data\.cache"):
+        cache_folder(None)

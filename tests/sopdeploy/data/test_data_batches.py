@@ -1,0 +1,78 @@
+import multiprocessing
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sopdeploy.data.augment import Augmented, PadCrop
+from sopdeploy.data.base import ArrayImages
+from sopdeploy.data.batches import batches_in_order, load_batches, shuffled_batches
+from sopdeploy.errors import DataError
+from sopdeploy.images.preprocess import Preprocess
+
+CPU = torch.device("cpu")
+
+
+@given(
+    samples=st.integers(1, 2000),
+    size=st.integers(2, 300),
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 99),
+)
+def test_an_epoch_is_a_permutation_in_batches_of_nearly_equal_size(samples, size, seed, epoch) -> None:
+    batches = shuffled_batches(samples, size, seed, epoch)
+    assert sorted(index for batch in batches for index in batch) == list(range(samples))
+    sizes = [len(batch) for batch in batches]
+    assert max(sizes) <= size
+    assert max(sizes) - min(sizes) <= 1
+    assert shuffled_batches(samples, size, seed, epoch) == batches
+
+
+def test_the_order_changes_with_seed_and_epoch() -> None:
+    orders = [shuffled_batches(50, 50, seed, epoch)[0] for seed in range(3) for epoch in range(3)]
+    assert len({tuple(order) for order in orders}) == 9
+
+
+@given(samples=st.integers(0, 500), size=st.integers(1, 70))
+def test_evaluation_goes_through_the_samples_in_their_order(samples, size) -> None:
+    batches = batches_in_order(samples, size)
+    assert [index for batch in batches for index in batch] == list(range(samples))
+    assert all(len(batch) == size for batch in batches[:-1])
+
+
+def test_batches_are_the_same_with_any_number_of_loader_processes() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 12, 12, 3), dtype=np.uint8)
+    pictures = ArrayImages(("a", "b"), images, np.arange(30) % 2)
+    view = Augmented(pictures, PadCrop(kind="pad-crop", flip=0.5), Preprocess(resize=12, crop=12), 0, 0)
+    alone, shared = (
+        list(load_batches(view, shuffled_batches(30, 8, 0, 0), workers, CPU)) for workers in (0, 2)
+    )
+    assert len(alone) == len(shared) == 4
+    for (left, a), (right, b) in zip(alone, shared, strict=True):
+        assert torch.equal(left, right)
+        assert torch.equal(a, b)
+        assert left.dtype == torch.uint8
+    assert not multiprocessing.active_children()
+
+
+@dataclass
+class Spoilt:
+    labels = ("a",)
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int):
+        if index == 5:
+            raise DataError("a/5.jpg: cannot be read; repair or delete it")
+        return np.zeros((4, 4, 3), dtype=np.uint8), 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_picture_is_one_line_also_from_a_loader_process(workers) -> None:
+    with pytest.raises(DataError) as problem:
+        list(load_batches(Spoilt(), batches_in_order(8, 2), workers, CPU))
+    assert str(problem.value) == "a/5.jpg: cannot be read; repair or delete it"

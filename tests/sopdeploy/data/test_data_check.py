@@ -1,0 +1,100 @@
+"""`sopdeploy data check`."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from sopdeploy.cli.app import app
+from sopdeploy.data.check import check
+from sopdeploy.errors import DataError
+from tests.sopdeploy.data.small_data import jpeg, tar_of, write_classes, write_photos
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Return photos with a copy in val/, the same pixels in another class, and odd ones."""
+    root = write_photos(tmp_path / "photos")
+    (root / "val" / "cat" / "copy.jpg").write_bytes((root / "train" / "cat" / "0.jpg").read_bytes())
+    Image.open(root / "train" / "cat" / "1.jpg").save(root / "train" / "dog" / "same.png")
+    Image.new("RGB", (200, 20)).save(root / "train" / "dog" / "thin.png")
+    deep = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(deep).save(root / "train" / "dog" / "deep.png")
+    frames = [Image.fromarray(np.full((40, 40), shade, dtype=np.uint8)) for shade in (9, 99)]
+    frames[0].save(root / "train" / "dog" / "moving.gif", save_all=True, append_images=frames[1:])
+    return root
+
+
+def test_parts_classes_formats_and_sizes_are_counted(photos) -> None:
+    found = check(photos)
+    assert {part.name: part.classes for part in found.parts} == {
+        "train": {"cat": 4, "dog": 8},
+        "val": {"cat": 3, "dog": 2},
+    }
+    assert found.parts[0].bytes == sum(file.stat().st_size for file in (photos / "train").rglob("*.*"))
+    assert found.formats == {"JPEG": 13, "PNG": 3, "GIF": 1}
+    assert found.shorter_side == (20, 32, 64)
+    assert found.longer_side == (40, 40, 200)
+    found.must_be_usable()
+
+
+def test_duplicates_are_found_by_bytes_and_by_pixels_across_parts_and_classes(photos) -> None:
+    copied, same = check(photos).duplicates
+    assert (copied.same_bytes, copied.across, copied.labels_differ) == (True, True, False)
+    assert (same.same_bytes, same.across, same.labels_differ) == (False, False, True)
+    assert [file.rpartition("photos/")[2] for file in same.files] == ["train/cat/1.jpg", "train/dog/same.png"]
+
+
+def test_odd_pictures_are_named_with_why(photos) -> None:
+    strange = {
+        why: [file.rpartition("/")[2] for file in files] for why, files in check(photos).strange.items()
+    }
+    assert strange == {
+        "16 bits a pixel": ["deep.png"],
+        "several frames, the first one counts": ["moving.gif"],
+        "one colour only": ["moving.gif", "thin.png"],
+        "shorter side under 32 pixels": ["thin.png"],
+        "longer than 4 times its width": ["thin.png"],
+    }
+
+
+def test_an_archive_is_checked_as_its_folder_is(photos, tmp_path) -> None:
+    folder, archive = check(photos), check(tar_of(photos, tmp_path / "p.tar"))
+    assert folder.parts == archive.parts
+    assert folder.formats == archive.formats
+    assert len(folder.duplicates) == len(archive.duplicates)
+
+
+def test_every_file_that_cannot_be_read_is_named(photos) -> None:
+    (photos / "train" / "cat" / "2.jpg").write_bytes(b"text")
+    (photos / "val" / "dog" / "1.jpg").write_bytes(jpeg(3)[:-200])
+    found = check(photos)
+    assert len(found.unreadable) == 2
+    with pytest.raises(DataError, match=r"train/cat/2\.jpg: not an image.*val/dog/1\.jpg: cannot be read"):
+        found.must_be_usable()
+
+
+def test_a_class_of_one_picture_cannot_be_split(tmp_path) -> None:
+    write_classes(tmp_path / "p", ("a", "b"), 1)
+    with pytest.raises(DataError, match="a: one image only; add another"):
+        check(tmp_path / "p").must_be_usable()
+
+
+def test_the_verb_prints_tables_or_json_and_ends_with_2_where_a_run_would_fail(photos) -> None:
+    found = CliRunner().invoke(app, ["data", "check", str(photos)])
+    assert (found.exit_code, found.stderr) == (0, "")
+    assert "1 both to learn from and to measure on, 1 of different classes" in found.stdout
+    (photos / "train" / "cat" / "2.jpg").write_bytes(b"text")
+    found = CliRunner().invoke(app, ["data", "check", str(photos), "--json"])
+    assert found.exit_code == 2
+    assert len(json.loads(found.stdout)["unreadable"]) == 1
+    assert found.stderr.startswith(f"error: {photos}: cannot be used as it is: ")
+    assert found.stderr.count("\n") == 1
+
+
+def test_a_folder_without_classes_is_one_line(tmp_path) -> None:
+    found = CliRunner().invoke(app, ["data", "check", str(tmp_path / "nowhere")])
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert "nowhere: no such folder" in found.stderr

@@ -1,0 +1,112 @@
+"""Pictures that cannot be read: all named at once, or left out before the first step."""
+
+from pathlib import Path
+
+import pytest
+
+from sopdeploy.data.datasets.folder import FolderConfig, open_folder
+from sopdeploy.data.sources import open_data
+from sopdeploy.data.validation import all_unreadable, kept_finding
+from sopdeploy.errors import DataError
+from sopdeploy.evaluation.prediction import scores_of_checkpoint
+from sopdeploy.training.loop import train
+from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.signals import TrainingStoppedError
+from tests.sopdeploy.data.small_data import jpeg, tar_of, write_photos
+from tests.sopdeploy.training.runs import Onlooker, same_run
+
+SMALL = [
+    "model.name=dsop-resnet8",
+    "model.config={aux_widths=[8,8,8], iterations=2}",
+    "preprocess.resize=20",
+    "preprocess.crop=16",
+    "batch_size=3",
+    "epochs=2",
+]
+
+
+@pytest.fixture
+def spoilt(tmp_path) -> Path:
+    """Return photos of which three cannot be read: two to learn from, one to measure on."""
+    root = write_photos(tmp_path / "photos")
+    (root / "train" / "cat" / "1.jpg").write_bytes(b"no picture")
+    (root / "train" / "dog" / "2.jpg").write_bytes(jpeg(1)[:-300])
+    (root / "val" / "dog" / "0.jpg").write_bytes(b"")
+    return root
+
+
+def recipe_for(path: Path, *settings: str):
+    return read_recipe("photos-dsop", [*SMALL, f"data.path={path}", *settings])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_meets_one_names_all_and_stops(spoilt, tmp_path, workers) -> None:
+    with pytest.raises(DataError) as problem:
+        train(recipe_for(spoilt, f"workers={workers}"), tmp_path / "run")
+    text = str(problem.value)
+    assert text.startswith("3 pictures cannot be used (data.skip_corrupt=true leaves them out): ")
+    assert all(
+        name in text for name in ("train/cat/1.jpg: not", "train/dog/2.jpg: can", "val/dog/0.jpg: not")
+    )
+    assert "\n" not in text
+
+
+def test_a_single_one_is_named_as_it_was_met(tmp_path) -> None:
+    split = open_data(FolderConfig(kind="folder", path=write_photos(tmp_path / "photos")))
+    met = DataError("a/5.jpg: cannot be read")
+    assert all_unreadable(met, split.train) is met
+
+
+def test_left_out_they_are_counted_and_named(spoilt, tmp_path) -> None:
+    onlooker = Onlooker()
+    result = train(recipe_for(spoilt, "data.skip_corrupt=true"), tmp_path / "run", progress=onlooker)
+    assert (result.train_count, result.held_out_count) == (6, 3)
+    assert [Path(name).parts[-3:] for name in result.skipped] == [
+        ("train", "cat", "1.jpg"),
+        ("train", "dog", "2.jpg"),
+        ("val", "dog", "0.jpg"),
+    ]
+    (warning,) = [facts["warning"] for event, facts in onlooker.told if event == "warned"]
+    assert warning.startswith("3 pictures cannot be read and are left out: ")
+
+
+def test_a_run_without_them_is_resumed_bit_for_bit(spoilt, tmp_path) -> None:
+    recipe = recipe_for(tar_of(spoilt, tmp_path / "p.tar"), "data.skip_corrupt=true")
+    train(recipe, tmp_path / "whole")
+    with pytest.raises(TrainingStoppedError):
+        train(recipe, tmp_path / "parts", progress=Onlooker(stop_at=("stepped", 1, 0)))
+    train(recipe, tmp_path / "parts", resume=True)
+    assert same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_picture_repaired_in_between_stops_the_resume(spoilt, tmp_path) -> None:
+    recipe = recipe_for(spoilt, "data.skip_corrupt=true")
+    with pytest.raises(TrainingStoppedError):
+        train(recipe, tmp_path / "run", progress=Onlooker(stop_at=("stepped", 0, 0)))
+    (spoilt / "train" / "cat" / "1.jpg").write_bytes(jpeg(1))
+    with pytest.raises(DataError, match="began with 6 training pictures, there are 7 now"):
+        train(recipe, tmp_path / "run", resume=True)
+
+
+def test_a_class_of_which_nothing_is_left_is_named(spoilt) -> None:
+    for file in (spoilt / "val" / "dog").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match="no image of the classes dog can be read"):
+        open_data(FolderConfig(kind="folder", path=spoilt, skip_corrupt=True))
+
+
+def test_what_was_found_is_kept_until_a_file_changes(spoilt, tmp_path, monkeypatch) -> None:
+    pictures = open_folder(FolderConfig(kind="folder", path=spoilt)).train
+    cache = tmp_path / "cache"
+    assert kept_finding(pictures, cache) == [1, 6]
+    with monkeypatch.context() as patch:
+        patch.setattr("sopdeploy.data.validation.find_unreadable", lambda _: {0: "asked again"})
+        assert kept_finding(pictures, cache) == [1, 6]
+        (spoilt / "train" / "cat" / "1.jpg").write_bytes(jpeg(1))
+        assert kept_finding(pictures, cache) == [0]
+
+
+def test_an_evaluation_names_all_too(spoilt, tmp_path) -> None:
+    result = train(recipe_for(spoilt, "data.skip_corrupt=true", "epochs=1"), tmp_path / "run")
+    with pytest.raises(DataError, match="2 pictures cannot be used"):
+        scores_of_checkpoint(result.best, spoilt / "train", on_picture=lambda _done, _all: None)

@@ -1,0 +1,172 @@
+"""The doctor's arithmetic and its judgement, without a server."""
+
+import io
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sopdeploy.doctor.advice import judge, larger_batches
+from sopdeploy.doctor.examine import is_here, pictures
+from sopdeploy.doctor.measure import Between, Measured, Scrape, bare_ratio, measure, percentile, ramp_to, read
+from sopdeploy.errors import ServiceError
+from sopdeploy_service.observability.multiprocess_metrics import merge
+
+BEFORE = """
+sopdeploy_decoders 2.0
+sopdeploy_decode_seconds_total 1.0
+sopdeploy_stage_duration_seconds_sum{stage="infer"} 5.0
+sopdeploy_stage_duration_seconds_count{stage="infer"} 10.0
+sopdeploy_batch_size_sum{model="a"} 40.0
+sopdeploy_batch_size_count{model="a"} 10.0
+python_info 1.0
+"""
+AFTER = """
+sopdeploy_decoders 2.0
+sopdeploy_decode_seconds_total 4.0
+sopdeploy_stage_duration_seconds_sum{stage="infer"} 7.0
+sopdeploy_stage_duration_seconds_count{stage="infer"} 20.0
+sopdeploy_stage_duration_seconds_sum{stage="decode"} 6.0
+sopdeploy_stage_duration_seconds_count{stage="decode"} 60.0
+sopdeploy_batch_size_sum{model="a"} 80.0
+sopdeploy_batch_size_count{model="a"} 20.0
+sopdeploy_batch_size_sum{model="b"} 20.0
+sopdeploy_batch_size_count{model="b"} 5.0
+"""
+
+
+def at(text: str, moment: float) -> Scrape:
+    return Scrape(read(text).samples, moment)
+
+
+def step(**changes: Any) -> Measured:
+    facts: dict[str, Any] = {
+        "concurrency": 8, "seconds": 1.0, "answered": 100, "rate": 100.0, "p50_ms": 10, "p95_ms": 20,
+        "p99_ms": 30, "refused": {}, "engines": 1, "engine_busy": 0.3, "decoder_busy": 0.3, "decoders": 2,
+        "client_busy": 0.3, "batches": 50, "mean_batch": 2.0, "infer_ms_per_batch": 5.0, "elsewhere_ms": 1.0,
+        "stage_ms": {"receive": 1.0, "decode": 3.0, "queue": 3.0, "infer": 5.0},
+    }  # fmt: skip
+    return Measured(**{**facts, **changes})
+
+
+def test_a_step_is_what_grew_between_two_scrapes() -> None:
+    latencies = [0.010] * 90 + [0.110] * 10
+    between = Between(at(BEFORE, 100.0), at(AFTER, 104.0))
+    found = measure(between, latencies, {"queue_full": 25}, concurrency=8, client_busy=0.1)
+    assert (found.rate, found.engine_busy, found.decoder_busy) == (25.0, 0.5, 0.375)
+    assert (found.batches, found.mean_batch) == (15, 4.0)
+    assert found.infer_ms_per_batch == pytest.approx(200)
+    assert found.stage_ms["decode"] == pytest.approx(100)
+    assert found.stage_ms["receive"] == 0
+    assert (found.p50_ms, found.p95_ms) == (10, 110)
+    assert found.refused_share == pytest.approx(0.2)
+
+
+def test_several_processes_behind_one_port_are_several_engines() -> None:
+    pages = []
+    for text in (BEFORE, AFTER):
+        page = merge({"cuda:0": text, "cuda:1": text, "cuda:2": None}).decode()
+        pages.append(at(page, 0.0).samples)
+    between = Between(Scrape(pages[0], 100.0), Scrape(pages[1], 104.0))
+    found = measure(between, [0.01] * 200, {}, concurrency=8, client_busy=0.1)
+    assert (found.engines, found.decoders, found.engine_busy, found.decoder_busy) == (2, 4, 0.5, 0.375)
+    assert bare_ratio(found, [found]) == pytest.approx(50 * 0.05 / 2)
+
+
+def test_a_step_without_answers_is_zeros() -> None:
+    found = measure(Between(at(AFTER, 0.0), at(AFTER, 1.0)), [], {}, concurrency=1, client_busy=0.0)
+    assert (found.rate, found.p99_ms, found.mean_batch, found.elsewhere_ms) == (0, 0, 0, 0)
+
+
+def test_counters_of_a_server_that_began_anew_grew_by_nothing() -> None:
+    assert Between(at(AFTER, 0.0), at(BEFORE, 1.0)).grown("decode_seconds_total") == 0
+
+
+@pytest.mark.parametrize("text", ["", "python_info 1.0", "<html>", 'a{b="c'])
+def test_numbers_of_another_server_are_one_clear_line(text: str) -> None:
+    with pytest.raises(ServiceError, match="not those of a sopdeploy server"):
+        read(text)
+
+
+LIMITS: list[tuple[dict[str, Any], str, str]] = [
+    ({"engine_busy": 0.97}, "engine", "a faster engine"),
+    ({"engine_busy": 0.97, "decoder_busy": 0.95, "refused": {"queue_full": 9}}, "engine", "a faster engine"),
+    ({"decoder_busy": 0.95, "engine_busy": 0.5}, "decode", "--set decoders=4"),
+    ({"refused": {"queue_full": 9}}, "queue", "--queue-size 64"),
+    ({"client_busy": 0.97}, "client", "run doctor on a faster machine"),
+    ({"elsewhere_ms": 50.0}, "network", "smaller files"),
+    ({"refused": {"draining": 9}}, "load", "--concurrency 16"),
+    ({}, "load", "--concurrency 16"),
+]
+
+
+@pytest.mark.parametrize(("changes", "limit", "change"), LIMITS)
+def test_each_limit_has_its_advice(changes: dict[str, Any], limit: str, change: str) -> None:
+    best = step(**changes)
+    found = judge(best, [best], largest_batch=8, cores=None)
+    assert found.limit == limit
+    assert change in found.change
+    assert found.gain
+
+
+def test_more_requests_that_give_no_more_answers_wait_for_cores() -> None:
+    best = step()
+    found = judge(best, [best, step(concurrency=16, rate=90.0)], largest_batch=8, cores=None)
+    assert found.limit == "cores"
+    assert "more processor cores" in found.change
+
+
+def test_the_gain_of_more_decoders_ends_where_the_engine_or_the_cores_do() -> None:
+    best = step(decoder_busy=0.95, engine_busy=0.5)
+    assert "+100%" in judge(best, [best], largest_batch=8, cores=None).gain
+    three = judge(best, [best], largest_batch=8, cores=3)
+    assert ("decoders=3" in three.change, "+50%" in three.gain) == (True, True)
+    assert "smaller pictures" in judge(best, [best], largest_batch=8, cores=2).change
+    idle = step(decoder_busy=0.95, engine_busy=0.0)
+    assert "decoders=8" in judge(idle, [idle], largest_batch=8, cores=None).change
+
+
+def test_larger_batches_gain_what_the_fixed_part_of_a_batch_costs() -> None:
+    steps = [step(mean_batch=n, infer_ms_per_batch=10 + 2 * n) for n in (1.0, 4.0)]
+    assert larger_batches(steps, 4) == pytest.approx((10 / 4 + 2) / (10 / 8 + 2) - 1)
+    assert larger_batches(steps[:1], 4) == 0
+    flat = [step(mean_batch=n, infer_ms_per_batch=10) for n in (1.0, 4.0)]
+    assert larger_batches(flat, 4) == pytest.approx(1)
+    best = step(engine_busy=0.99, mean_batch=4.0, infer_ms_per_batch=18)
+    assert judge(best, steps, largest_batch=4, cores=None).change == "--max-batch 8"
+
+
+def test_the_bare_engine_is_the_fastest_that_was_seen() -> None:
+    steps = [step(rate=100, mean_batch=1, infer_ms_per_batch=5), step(mean_batch=4, infer_ms_per_batch=10)]
+    assert bare_ratio(steps[0], steps) == pytest.approx(0.25)
+    assert bare_ratio(step(mean_batch=0), [step(mean_batch=0)]) == 0
+
+
+@pytest.mark.parametrize(("most", "ramp"), [(1, [1]), (2, [1, 2]), (5, [1, 2, 4, 5]), (8, [1, 2, 4, 8])])
+def test_a_ramp_doubles_up_to_its_end(most: int, ramp: list[int]) -> None:
+    assert ramp_to(most) == ramp
+
+
+def test_a_percentile_is_one_of_the_values() -> None:
+    assert percentile([3, 1, 2], 0.5) == 2
+    assert percentile([3, 1, 2], 0.99) == 3
+    assert percentile([], 0.5) == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "here"),
+    [
+        ("http://127.0.0.1:80", True),
+        ("http://[::1]", True),
+        ("http://localhost", True),
+        ("http://a.b", False),
+    ],
+)
+def test_this_machine_is_known_by_its_loopback(url: str, here: bool) -> None:
+    assert is_here(url) is here
+
+
+def test_made_pictures_are_jpegs_of_a_common_size_and_differ() -> None:
+    found = pictures(None)
+    assert len(set(found)) == len(found) > 1
+    assert {Image.open(io.BytesIO(body)).size for body in found} == {(640, 480)}

@@ -1,0 +1,135 @@
+"""Figures by hand and by definition; sources told apart; views of a picture."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.evaluation.metrics import BINS, Score, measure, score
+from sopdeploy.evaluation.sources import recognise
+from sopdeploy.evaluation.tta import check_views, views
+from sopdeploy.images.preprocess import Preprocess
+
+LABELS = ("a", "b", "c")
+
+
+def answered(target: int, *probabilities: float) -> Score:
+    ranked = sorted(enumerate(probabilities), key=lambda pair: -pair[1])
+    return score(target, ranked)
+
+
+def test_four_pictures_by_hand() -> None:
+    found = measure(
+        LABELS,
+        [
+            answered(0, 0.7, 0.2, 0.1),
+            answered(0, 0.3, 0.6, 0.1),
+            answered(1, 0.1, 0.8, 0.1),
+            answered(2, 0.5, 0.3, 0.2),
+        ],
+    )
+    assert (found.count, found.top1.right, found.top1.share, found.top5.share) == (4, 2, 0.5, 1.0)
+    assert found.confusion == ((1, 1, 0), (0, 1, 0), (1, 0, 0))
+    assert [(one.label, one.count, one.answered, one.precision) for one in found.classes] == [
+        ("a", 2, 2, 0.5),
+        ("b", 1, 2, 0.5),
+        ("c", 1, 0, None),
+    ]
+    assert [one.recall.share for one in found.classes] == [0.5, 1.0, 0.0]
+    assert found.nll == pytest.approx(-np.mean(np.log([0.7, 0.3, 0.8, 0.2])))
+    assert found.calibration.error == pytest.approx((0.3 + 0.6 + 0.2 + 0.5) / 4)
+    assert found.top1.low < 0.5 < found.top1.high
+
+
+def test_fifteen_bins_hold_their_upper_edge_and_not_their_lower_one() -> None:
+    scores = [Score(0, (0, 1), confidence, 0.5) for confidence in (1 / 15, 1 / 15 + 1e-9, 0.6, 1.0)]
+    counts = [one.count for one in measure(("a", "b"), scores).calibration.curve]
+    assert (len(counts), sum(counts)) == (BINS, 4)
+    assert [place for place, count in enumerate(counts) if count] == [0, 1, 8, 14]
+
+
+probability_rows = st.lists(
+    st.tuples(st.integers(0, 2), st.lists(st.floats(0.01, 1), min_size=3, max_size=3)),
+    min_size=1,
+    max_size=40,
+)
+
+
+@given(probability_rows)
+def test_figures_are_what_their_definitions_say(rows) -> None:
+    scaled = [(target, np.asarray(row) / sum(row)) for target, row in rows]
+    found = measure(LABELS, [answered(target, *map(float, row)) for target, row in scaled])
+    matrix = np.asarray(found.confusion)
+    assert matrix.sum() == len(rows)
+    assert found.top1.right == np.trace(matrix)
+    assert [one.count for one in found.classes] == matrix.sum(axis=1).tolist()
+    confidence = np.asarray([row.max() for _, row in scaled])
+    right = np.asarray([int(row.argmax()) == target for target, row in scaled])
+    wanted = 0.0
+    for low in range(BINS):
+        inside = (confidence > low / BINS) & (confidence <= (low + 1) / BINS)
+        if inside.any():
+            wanted += abs(confidence[inside].sum() - right[inside].sum()) / len(rows)
+    assert found.calibration.error == pytest.approx(wanted, abs=2.0 / BINS / len(rows) + 1e-9)
+    assert found.nll == pytest.approx(-np.mean([math.log(row[target]) for target, row in scaled]))
+
+
+def test_a_probability_that_has_become_0_has_a_finite_loss() -> None:
+    assert measure(("a", "b"), [Score(1, (0, 1), 1.0, 0.0)]).nll == pytest.approx(708.4, abs=0.1)
+
+
+def test_no_pictures_are_an_error() -> None:
+    with pytest.raises(DataError, match="no pictures to measure on"):
+        measure(LABELS, [])
+
+
+def test_a_source_is_told_by_what_it_is(tmp_path) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "manifest.json").write_text("{}")
+    assert recognise("http://host:8000") == recognise("https://host") == "service"
+    assert recognise(str(tmp_path / "bundle")) == "bundle"
+    assert recognise("runs/a/best.pt") == "checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("{tmp}", "without a manifest.json"), ("ftp://host/x", "only services on http://")],
+)
+def test_what_gives_no_answers_is_refused(source, message, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recognise(source.format(tmp=tmp_path))
+
+
+RULES = Preprocess(resize=12, crop=8)
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
+
+
+def test_flip_is_the_picture_and_its_mirror() -> None:
+    plain = RULES(PICTURE)
+    found = views(lambda rules: rules(PICTURE), RULES, "flip")
+    assert np.array_equal(found, [plain, plain[:, ::-1]])
+    assert np.array_equal(views(lambda rules: rules(PICTURE), RULES, "none"), [plain])
+
+
+def test_ten_crops_are_corners_and_centre_and_their_mirrors() -> None:
+    whole = np.asarray(PICTURE)
+    found = views(lambda rules: rules(PICTURE), RULES, "ten-crop")
+    corners = [whole[:8, :8], whole[:8, 4:], whole[4:, :8], whole[4:, 4:]]
+    assert np.array_equal(found[:5], [whole[2:10, 2:10], *corners])
+    assert np.array_equal(found[5:], found[:5, :, ::-1])
+
+
+@pytest.mark.parametrize(
+    ("wish", "rules", "message"),
+    [
+        ("five", RULES, "--tta five: none of none, flip, ten-crop"),
+        ("ten-crop", Preprocess(resize=8, crop=8), "no corners to cut"),
+    ],
+)
+def test_views_that_do_not_exist_are_refused(wish, rules, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_views(wish, rules)

@@ -1,0 +1,33 @@
+"""iSQRT-COV as the paper writes it, for comparison: every product of every step, in channels."""
+
+import torch
+from torch import Tensor
+
+from sopdeploy.layers.isqrt_gradient import Rule
+
+
+def textbook_root(features: Tensor, rule: Rule) -> Tensor:
+    x = features.flatten(2)
+    x = x - x.mean(dim=2, keepdim=True)
+    cov = x @ x.transpose(1, 2) / x.shape[2]
+    trace = cov.diagonal(dim1=1, dim2=2).sum(dim=1)
+    norm = (trace if rule.prenorm == "trace" else torch.linalg.matrix_norm(cov))[:, None, None]
+    identity = torch.eye(cov.shape[1], dtype=cov.dtype)
+    y, z = cov / norm, identity.expand_as(cov)
+    for _ in range(rule.iterations):
+        step = 0.5 * (3.0 * identity - z @ y)
+        y, z = y @ step, step @ z
+    return y * norm.sqrt() if rule.compensate else y
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def relu_features(batch: int, channels: int, side: int, *, seed: int = 0) -> Tensor:
+    """Return correlated non-negative float64 maps, as a network's are."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(channels, channels, generator=generator, dtype=torch.float64) / channels**0.5
+    raw = torch.randn(batch, channels, side * side, generator=generator, dtype=torch.float64)
+    return (mixing @ raw).relu().view(batch, channels, side, side)

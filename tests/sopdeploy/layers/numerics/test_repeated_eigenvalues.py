@@ -1,0 +1,78 @@
+"""D4: gradients through eigenvalues are right where these differ and finite where they repeat."""
+
+import pytest
+import torch
+
+from sopdeploy.errors import TrainingError
+from sopdeploy.layers.pooling.eigenvalues import LogEuclideanConfig, MpnCovConfig
+from sopdeploy.layers.spectral import logarithm, power, spectral
+from tests.sopdeploy.layers.numerics.references import relu_features
+
+CONFIGS = [
+    MpnCovConfig(),
+    MpnCovConfig(power=0.7),
+    MpnCovConfig(normalise="M-l2"),
+    MpnCovConfig(normalise="M-Fro"),
+    LogEuclideanConfig(),
+]
+EACH_CONFIG = pytest.mark.parametrize(
+    "config", CONFIGS, ids=lambda c: f"{c.kind}-{getattr(c, 'normalise', '')}"
+)
+
+
+@EACH_CONFIG
+def test_gradients_of_a_full_rank_map_are_those_of_finite_differences(config) -> None:
+    features = relu_features(2, 4, 4).requires_grad_()
+    assert torch.autograd.gradcheck(config.build(4), (features,), fast_mode=True)
+
+
+@EACH_CONFIG
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dead_channels_give_finite_gradients(config, dtype: torch.dtype) -> None:
+    features = relu_features(2, 16, 5).to(dtype)
+    features[:, 3:9] = 0  # six eigenvalues of exactly 0
+    features.requires_grad_()
+    vector = config.build(16)(features)
+    vector.square().sum().backward()
+    assert torch.isfinite(vector).all()
+    assert torch.isfinite(features.grad).all()
+
+
+@EACH_CONFIG
+def test_rank_deficient_and_constant_maps_give_finite_gradients(config) -> None:
+    for features in (
+        relu_features(2, 16, 2).float(),
+        torch.full((2, 16, 3, 3), 0.7),
+        torch.zeros(2, 16, 3, 3),
+    ):
+        features.requires_grad_()
+        vector = config.build(16)(features)
+        vector.sum().backward()
+        assert torch.isfinite(vector).all()
+        assert torch.isfinite(features.grad).all()
+
+
+@pytest.mark.parametrize("function", [power(0.5), power(0.3), logarithm(1e-3)], ids=["root", "power", "log"])
+def test_equal_eigenvalues_take_the_slope(function) -> None:
+    a = (2.0 * torch.eye(3, dtype=torch.float64))[None].requires_grad_()
+    direction = torch.tensor([[[1.0, 2, 0], [2, -1, 3], [0, 3, 0.5]]], dtype=torch.float64)
+    value, _ = spectral(a, function)
+    (found,) = torch.autograd.grad(value, a, direction)
+    slope = function.slope(torch.full((1, 3), 2.0, dtype=torch.float64))[0, 0]
+    torch.testing.assert_close(found, slope * direction)
+
+
+def test_root_and_log_are_those_of_the_eigenvalues() -> None:
+    features = relu_features(1, 6, 5).flatten(2)
+    a = features @ features.transpose(1, 2)
+    root, eigenvalues = spectral(a, power(0.5))
+    torch.testing.assert_close(root @ root, a)
+    torch.testing.assert_close(eigenvalues, torch.linalg.eigvalsh(a))
+    torch.testing.assert_close(torch.linalg.matrix_exp(spectral(a, logarithm(1e-12))[0]), a)
+
+
+def test_second_gradients_are_refused_rather_than_wrong() -> None:
+    features = relu_features(1, 4, 4).requires_grad_()
+    loss = MpnCovConfig().build(4)(features).sum()
+    with pytest.raises(TrainingError, match="train with pooling isqrt"):
+        torch.autograd.grad(loss, features, create_graph=True)

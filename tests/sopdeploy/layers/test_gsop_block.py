@@ -1,0 +1,205 @@
+"""The block against its definitions written out: the paper's, and what the released code computes.
+
+The references take a checkpoint's own names, so that they also fix how an importer maps them.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sopdeploy.layers.attention.first_order import BottleneckAttendedInside
+from sopdeploy.layers.attention.gsop_block import RELEASED_BLOCK, Concatenation, GSoPBlock, GSoPBlockConfig
+from sopdeploy.layers.covariance import centred_positions
+
+EPS = 1e-5
+NAMES = {
+    "conv_for_DR": "channel.reduction.0",
+    "bn_for_DR": "channel.reduction.1",
+    "row_bn": "channel.excitation.row_bn",
+    "row_conv_group": "channel.excitation.row_conv",
+    "fc_adapt_channels": "channel.excitation.conv",
+    "conv_for_DR_spatial": "position.reduction.0",
+    "bn_for_DR_spatial": "position.reduction.1",
+    "row_bn_for_spatial": "position.excitation.row_bn",
+    "row_conv_group_for_spatial": "position.excitation.row_conv",
+    "fc_adapt_channels_for_spatial": "position.excitation.conv",
+    "dilate_conv_for_concat1": "fusion.conv_channel",
+    "dilate_conv_for_concat2": "fusion.conv_position",
+    "bn_for_concat": "fusion.bn",
+}
+
+
+def random_block(channels: int, dr_stride: int = 1, **switches: object) -> GSoPBlock:
+    """A block in eval mode whose batch norms have statistics and factors of their own."""
+    torch.manual_seed(0)
+    config = GSoPBlockConfig(**{"cov_width": 32, **switches})
+    block = GSoPBlock(config, channels, dr_stride).double().eval()
+    for module in block.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.weight.data, 0.5, 1.5),
+                (module.bias.data, -1, 1),
+                (module.running_mean, -0.5, 0.5),
+                (module.running_var, 0.2, 2),
+            ):
+                tensor.uniform_(low, high)
+    return block
+
+
+class Weights:
+    """The parameters of a block under the names of a released checkpoint."""
+
+    def __init__(self, block: GSoPBlock) -> None:
+        ours = block.state_dict()
+        self.of = {
+            f"{theirs}.{leaf.removeprefix(mine + '.')}": tensor
+            for theirs, mine in NAMES.items()
+            for leaf, tensor in ours.items()
+            if leaf.startswith(mine + ".")
+        }
+        assert len(self.of) == len(ours)
+
+    def conv(self, name: str, x: Tensor, **how: object) -> Tensor:
+        return F.conv2d(x, self.of[f"{name}.weight"], self.of[f"{name}.bias"], **how)
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        of = [self.of[f"{name}.{leaf}"] for leaf in ("running_mean", "running_var", "weight", "bias")]
+        return F.batch_norm(x, *of, eps=EPS)
+
+
+def pooled_by_centring_matrix(x_BCM: Tensor) -> Tensor:
+    """X (I - 11^T / M) X^T / M."""
+    positions = x_BCM.shape[2]
+    centring = torch.eye(positions, dtype=x_BCM.dtype) - 1.0 / positions
+    return x_BCM @ (centring / positions) @ x_BCM.transpose(1, 2)
+
+
+def released_channel(w: Weights, x: Tensor, stride: int) -> Tensor:
+    reduced = F.relu(w.norm("bn_for_DR", w.conv("conv_for_DR", F.relu(x), stride=stride)))
+    rows = w.norm("row_bn", pooled_by_centring_matrix(reduced.flatten(2))[..., None])
+    rows = w.conv("row_conv_group", rows, groups=rows.shape[1])
+    return torch.sigmoid(w.conv("fc_adapt_channels", rows))
+
+
+def released_position(w: Weights, x: Tensor) -> Tensor:
+    small = w.norm("bn_for_DR_spatial", w.conv("conv_for_DR_spatial", F.relu(x)))
+    small = F.adaptive_avg_pool2d(small, 8).flatten(2)
+    width, positions = small.shape[1:]
+    ones, eye = torch.ones(width, width, dtype=x.dtype), torch.eye(width, dtype=x.dtype)
+    cov = small.transpose(1, 2) @ (eye / positions - ones / positions / positions) @ small
+    rows = w.norm("row_bn_for_spatial", cov[..., None])
+    rows = F.relu(w.conv("row_conv_group_for_spatial", rows, groups=positions))
+    weights = torch.sigmoid(w.conv("fc_adapt_channels_for_spatial", rows)).reshape(-1, 1, 8, 8)
+    return F.adaptive_avg_pool2d(weights, x.shape[2:])
+
+
+def released(attention: str, w: Weights, x: Tensor, stride: int) -> Tensor:
+    if attention == "position":
+        return F.relu(x * released_position(w, x))
+    by_channel = x * released_channel(w, x, stride)
+    if attention == "channel":
+        return by_channel
+    by_position = F.relu(x * released_position(w, x))
+    if attention == "sum":
+        return by_channel + by_position
+    if attention == "maximum":
+        return torch.max(by_channel, by_position)
+    groups = x.shape[1] // 64
+    reach = {256: 5, 512: 4, 1024: 3, 2048: 2}[x.shape[1]]
+    how = {"padding": (reach, 0), "groups": groups}
+    first = w.conv("dilate_conv_for_concat1", by_channel, **how)
+    return w.norm("bn_for_concat", first + w.conv("dilate_conv_for_concat2", by_position, **how))
+
+
+@pytest.mark.parametrize("attention", ["channel", "position", "sum", "maximum", "concatenation"])
+@pytest.mark.parametrize(("channels", "side", "stride"), [(256, 14, 2), (512, 9, 1)])
+def test_released_switches_compute_what_the_released_code_does(attention, channels, side, stride) -> None:
+    block = random_block(channels, stride, attention=attention, **RELEASED_BLOCK)
+    x = torch.randn(2, channels, side, side, dtype=torch.float64)
+    with torch.no_grad():
+        expected = released(attention, Weights(block), x, stride)
+        torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_paper_channel_block() -> None:
+    block = random_block(256)
+    w, x = Weights(block), torch.randn(2, 256, 10, 10, dtype=torch.float64)
+    reduced = F.relu(w.norm("bn_for_DR", w.conv("conv_for_DR", x)))
+    rows = w.norm("row_bn", pooled_by_centring_matrix(reduced.flatten(2))[..., None])
+    rows = F.leaky_relu(w.conv("row_conv_group", rows, groups=32), 0.1)
+    expected = x * torch.sigmoid(w.conv("fc_adapt_channels", rows))
+    torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("cov_side", [6, 8, 12])
+def test_paper_position_block(cov_side: int) -> None:
+    block = random_block(256, attention="position", position_side=cov_side)
+    w, x = Weights(block), torch.randn(2, 256, 10, 10, dtype=torch.float64)
+    small = F.relu(w.norm("bn_for_DR_spatial", w.conv("conv_for_DR_spatial", x)))
+    small = F.adaptive_avg_pool2d(small, cov_side).flatten(2)
+    cov = torch.stack([torch.cov(image.T, correction=0) for image in small])
+    rows = w.norm("row_bn_for_spatial", cov[..., None])
+    rows = F.leaky_relu(w.conv("row_conv_group_for_spatial", rows, groups=cov_side**2), 0.1)
+    weights = torch.sigmoid(w.conv("fc_adapt_channels_for_spatial", rows))
+    weights = F.interpolate(weights.reshape(-1, 1, cov_side, cov_side), size=(10, 10), mode="nearest")
+    torch.testing.assert_close(block(x), x * weights, rtol=1e-10, atol=1e-10)
+
+
+def test_released_position_covariance_is_no_covariance() -> None:
+    """Its centring matrix is built for 64 samples where there are 32 or 128: eigenvalues below zero."""
+    block = random_block(256, attention="position", position_covariance="uncentred", cov_width=128)
+    seen: list[Tensor] = []
+    block.position.excitation.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    block(torch.randn(1, 256, 8, 8, dtype=torch.float64))
+    assert torch.linalg.eigvalsh(seen[0]).min() < -1e-3
+
+
+@pytest.mark.parametrize("channels", [64, 256, 512, 1024, 2048])
+def test_concatenation_is_one_convolution_of_the_concatenated_tensors(channels: int) -> None:
+    torch.manual_seed(0)
+    fusion = Concatenation(channels).double().eval()
+    one, two = (torch.randn(1, channels, 5, 2, dtype=torch.float64) for _ in range(2))
+    groups = channels // 64
+    interleaved = torch.stack([one.unflatten(1, (groups, 64)), two.unflatten(1, (groups, 64))], dim=2)
+    weight = torch.cat([fusion.conv_channel.weight, fusion.conv_position.weight], dim=1)
+    bias = fusion.conv_channel.bias + fusion.conv_position.bias
+    padding = fusion.conv_channel.padding
+    summed = F.conv2d(interleaved.flatten(1, 3), weight, bias, padding=padding, groups=groups)
+    torch.testing.assert_close(fusion(one, two), fusion.bn(summed), rtol=1e-9, atol=1e-9)
+
+
+def test_kernels_of_the_concatenation_are_11_9_7_5() -> None:
+    kernels = [Concatenation(channels).conv_channel.kernel_size for channels in (256, 512, 1024, 2048)]
+    assert kernels == [(11, 1), (9, 1), (7, 1), (5, 1)]
+
+
+@pytest.mark.parametrize("attention", ["channel", "position"])
+def test_covariance_is_taken_in_float32_under_autocast(attention: str) -> None:
+    torch.manual_seed(0)
+    block = GSoPBlock(GSoPBlockConfig(attention=attention, cov_width=32), 64, dr_stride=1).eval()
+    half = getattr(block, attention)
+    types: list[torch.dtype] = []
+    half.reduction.register_forward_hook(lambda _, __, out: types.append(out.dtype))
+    half.excitation.register_forward_pre_hook(lambda _, args: types.append(args[0].dtype))
+    features = torch.randn(2, 64, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = block(features)
+    assert types == [torch.bfloat16, torch.float32]
+    torch.testing.assert_close(under_autocast.float(), block(features), rtol=0.05, atol=0.05)
+
+
+def test_attention_inside_leaves_the_shortcut_alone() -> None:
+    torch.manual_seed(0)
+    block = BottleneckAttendedInside(64, 64).double().eval()
+    block.attention = random_block(64)
+    x = torch.randn(2, 64, 6, 6, dtype=torch.float64)
+    convolved = F.relu(block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x))))))
+    residual = block.bn3(block.conv3(convolved))
+    torch.testing.assert_close(block(x), F.relu(block.attention(residual) + x))
+
+
+def test_covariance_of_positions_has_channels_as_samples() -> None:
+    small_BdP = torch.randn(2, 5, 3, dtype=torch.float64)
+    centred = centred_positions(small_BdP.transpose(1, 2))
+    torch.testing.assert_close(centred @ centred.transpose(1, 2), pooled_by_centring_matrix(small_BdP.mT))

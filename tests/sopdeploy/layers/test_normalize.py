@@ -1,0 +1,28 @@
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import Compose, ToTensor
+from torchvision.transforms import Normalize as TorchvisionNormalize
+
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import Normalize
+
+MEANS = st.tuples(*[st.floats(0.0, 1.0)] * 3)
+STDS = st.tuples(*[st.floats(0.01, 2.0)] * 3)
+
+
+@given(mean=MEANS, std=STDS, seed=st.integers(0, 1000))
+def test_normalise_gives_what_torchvision_gives(mean, std, seed) -> None:
+    picture = np.random.default_rng(seed).integers(0, 256, (7, 5, 3), dtype=np.uint8)
+    expected = Compose([ToTensor(), TorchvisionNormalize(mean, std)])(Image.fromarray(picture))
+    found = Normalize(Preprocess(mean=mean, std=std))(torch.from_numpy(picture)[None])[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 / min(std))
+
+
+def test_normalise_has_no_parameters_and_gives_the_documented_type_and_shape() -> None:
+    found = Normalize(Preprocess())(torch.zeros(2, 6, 4, 3, dtype=torch.uint8))
+    assert found.dtype == torch.float32
+    assert found.shape == (2, 3, 6, 4)
+    assert not list(Normalize(Preprocess()).parameters())

@@ -1,0 +1,262 @@
+"""Each pooling against its paper's formula, written out in float64 one image at a time."""
+
+import math
+
+import pydantic
+import pytest
+import torch
+from torch import Tensor
+
+from sopdeploy.layers.covariance import upper_triangle_indices
+from sopdeploy.layers.pooling.compact_bilinear import draw_sketches
+from sopdeploy.layers.pooling.registry import Pooling
+from tests.sopdeploy.layers.numerics.all_poolings import EACH_POOLING, build
+from tests.sopdeploy.layers.numerics.references import relu_features
+
+CHANNELS = 5
+
+
+def columns(features: Tensor, image: int) -> list[Tensor]:
+    """Return the positions of an image, each a vector of channels."""
+    return list(features[image].flatten(1).T)
+
+
+def second_moment(features: Tensor, image: int, *, centred: bool) -> Tensor:
+    positions = columns(features, image)
+    mean = sum(positions) / len(positions) if centred else torch.zeros_like(positions[0])
+    return sum(torch.outer(x - mean, x - mean) for x in positions) / len(positions)
+
+
+def function_of(matrix: Tensor, function) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ torch.diag(function(values.clamp_min(0))) @ vectors.T
+
+
+def triangle(matrix: Tensor) -> Tensor:
+    size = len(matrix)
+    return torch.stack([matrix[i, j] for i in range(size) for j in range(i, size)])
+
+
+def unit_signed_root(vector: Tensor) -> Tensor:
+    rooted = torch.sign(vector) * torch.sqrt(vector.abs() + 1e-8)
+    return rooted / rooted.norm()
+
+
+def mpncov(features, image, power=0.5) -> Tensor:
+    return function_of(second_moment(features, image, centred=True), lambda values: values**power)
+
+
+def largest_power(features, image) -> Tensor:
+    return torch.linalg.eigvalsh(second_moment(features, image, centred=True))[-1].sqrt()
+
+
+def deepo2p(features, image) -> Tensor:
+    cov = second_moment(features, image, centred=True)
+    return function_of(cov, lambda values: torch.log(values + 1e-3))
+
+
+def gaussian(features, image) -> Tensor:
+    cov, mean = second_moment(features, image, centred=True), sum(columns(features, image)) / 16
+    top = torch.cat([cov + torch.outer(mean, mean), mean[:, None]], dim=1)
+    return torch.cat([top, torch.cat([mean, torch.ones(1, dtype=mean.dtype)])[None]])
+
+
+def iterated(matrix: Tensor) -> Tensor:
+    norm, identity = matrix.norm(), torch.eye(len(matrix), dtype=matrix.dtype)
+    y, z = matrix / norm, identity
+    for _ in range(5):
+        step = (3 * identity - z @ y) / 2
+        y, z = y @ step, step @ z
+    return y * norm.sqrt()
+
+
+def root(matrix: Tensor) -> Tensor:
+    return function_of(matrix, torch.sqrt)
+
+
+def bilinear(features, image) -> Tensor:
+    return second_moment(features, image, centred=False)
+
+
+REFERENCES = [
+    ("gap", lambda f, i: sum(columns(f, i)) / 16),
+    ("mpncov", lambda f, i: triangle(mpncov(f, i))),
+    ({"kind": "mpncov", "power": 0.7}, lambda f, i: triangle(mpncov(f, i, 0.7))),
+    ({"kind": "mpncov", "normalise": "M-l2"}, lambda f, i: triangle(mpncov(f, i) / largest_power(f, i))),
+    ({"kind": "mpncov", "normalise": "M-Fro"}, lambda f, i: triangle(mpncov(f, i) / mpncov(f, i).norm())),
+    ("deepo2p", lambda f, i: triangle(deepo2p(f, i))),
+    ("bcnn", lambda f, i: unit_signed_root(bilinear(f, i).flatten())),
+    ("improved-bcnn", lambda f, i: unit_signed_root(root(bilinear(f, i)).flatten())),
+    (
+        {"kind": "improved-bcnn", "root": "newton-schulz"},
+        lambda f, i: unit_signed_root(iterated(bilinear(f, i)).flatten()),
+    ),
+    ("g2denet", lambda f, i: root(gaussian(f, i)).flatten()),
+    ({"kind": "g2denet", "root": "newton-schulz"}, lambda f, i: iterated(gaussian(f, i)).flatten()),
+]
+
+
+@pytest.mark.parametrize(
+    ("choice", "reference"), REFERENCES, ids=lambda value: "" if callable(value) else str(value)[:48]
+)
+def test_pooling_is_the_formula_of_its_paper(choice, reference) -> None:
+    features = relu_features(2, CHANNELS, 4)
+    pooling = build(choice, CHANNELS)
+    found = pooling(features)
+    expected = torch.stack([reference(features, image) for image in range(2)])
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(pooling(features.float()).double(), expected, rtol=2e-3, atol=2e-4)
+
+
+def convolved(x: Tensor, sketches: list[tuple[list[int], list[float]]], dim: int) -> Tensor:
+    """Return the tensor sketch of one position, by the circular convolution itself."""
+    result = torch.zeros(dim, dtype=x.dtype)
+    result[0] = 1
+    for places, signs in sketches:
+        sketch = torch.zeros(dim, dtype=x.dtype)
+        for value, place, sign in zip(x, places, signs, strict=True):
+            sketch[place] += sign * value
+        result = sum(result[k] * sketch.roll(k) for k in range(dim))
+    return result
+
+
+def test_compact_bilinear_sums_the_circular_convolutions_of_positions() -> None:
+    features = relu_features(2, CHANNELS, 3)
+    sketches = draw_sketches(2, CHANNELS, 16, seed=7)
+    found = build({"kind": "cbp", "dim": 16, "seed": 7}, CHANNELS)(features)
+    for image in range(2):
+        summed = sum(convolved(x, sketches, 16) for x in columns(features, image))
+        torch.testing.assert_close(found[image], unit_signed_root(summed))
+
+
+def test_kernel_pooling_joins_the_sketches_of_four_orders() -> None:
+    features = relu_features(1, CHANNELS, 3)
+    pooling = build({"kind": "kernel", "dim": 16, "seed": 3}, CHANNELS).double()
+    drawn = draw_sketches(9, CHANNELS, 16, seed=3)
+    sketches = [drawn[0:2], drawn[2:5], drawn[5:9]]
+    orders = []
+    for x in columns(features, 0):
+        high = [
+            convolved(x, part, 16) / math.sqrt(math.factorial(p)) for p, part in enumerate(sketches, start=2)
+        ]
+        orders.append(torch.cat([torch.ones(1, dtype=x.dtype), x, *high]))
+    mean = sum(orders) / len(orders)
+    rooted = mean / torch.sqrt(mean.abs() + 1e-8)
+    expected = rooted / rooted.norm()
+    torch.testing.assert_close(pooling(features)[0], expected, rtol=1e-6, atol=1e-8)
+
+
+def test_a_sketch_keeps_inner_products_on_average() -> None:
+    torch.manual_seed(0)
+    x, y = torch.rand(2, CHANNELS, dtype=torch.float64)
+    products = []
+    for seed in range(400):
+        sketches = draw_sketches(2, CHANNELS, 16, seed)
+        products.append(convolved(x, sketches, 16) @ convolved(y, sketches, 16))
+    assert float(torch.stack(products).mean()) == pytest.approx(float(x @ y) ** 2, rel=0.15)
+
+
+def test_the_same_seed_draws_the_same_sketch_for_ever() -> None:
+    (sketch,) = draw_sketches(1, 6, 100, seed=0)
+    assert sketch.places == [84, 75, 42, 25, 51, 40]
+    assert sketch.signs == [-1.0, 1.0, 1.0, -1.0, -1.0, -1.0]
+
+
+def test_low_rank_logits_are_those_of_the_matrices_they_stand_for() -> None:
+    torch.manual_seed(1)
+    features = relu_features(2, CHANNELS, 4)
+    pooling = build({"kind": "low-rank-bilinear", "width": 3, "rank": 4}, CHANNELS).double()
+    classifier = pooling.classifier(7).double()
+    logits = classifier(pooling(features))
+    factors = classifier.factors.weight.view(7, 4, 3)
+    for image in range(2):
+        s = second_moment(pooling.layer_reduce(features), image, centred=False)
+        for k in range(7):
+            u, v = factors[k, :2].T, factors[k, 2:].T
+            expected = torch.trace((u @ u.T - v @ v.T).T @ s) + classifier.bias[k]
+            torch.testing.assert_close(logits[image, k], expected)
+
+
+def soft_words(pooling, x: Tensor) -> Tensor:
+    weight, bias = pooling.assignment.weight[:, :, 0, 0], pooling.assignment.bias
+    return torch.softmax(weight @ x + bias, dim=0)
+
+
+def test_netvlad_sums_assigned_residuals_and_normalises_twice() -> None:
+    torch.manual_seed(2)
+    features = relu_features(1, CHANNELS, 4)
+    pooling = build({"kind": "netvlad", "words": 3}, CHANNELS).double()
+    rows = []
+    for k in range(3):
+        row = sum(soft_words(pooling, x)[k] * (x - pooling.centres[k]) for x in columns(features, 0))
+        rows.append(row / row.norm())
+    expected = torch.cat(rows) / torch.cat(rows).norm()
+    torch.testing.assert_close(pooling(features)[0], expected)
+
+
+def test_netfv_adds_the_second_order_residuals() -> None:
+    torch.manual_seed(3)
+    features = relu_features(1, CHANNELS, 4)
+    pooling = build({"kind": "netfv", "words": 3}, CHANNELS).double()
+    with torch.no_grad():
+        pooling.deviations.uniform_(0.5, 2.0)
+    first, second = [], []
+    for k in range(3):
+        shares = [soft_words(pooling, x)[k] for x in columns(features, 0)]
+        scaled = [(x - pooling.centres[k]) / pooling.deviations[k] for x in columns(features, 0)]
+        one = sum(a * u for a, u in zip(shares, scaled, strict=True))
+        two = sum(a * (u**2 - 1) for a, u in zip(shares, scaled, strict=True))
+        first.append(one / one.norm())
+        second.append(two / two.norm())
+    halves = [torch.cat(half) / torch.cat(half).norm() for half in (first, second)]
+    torch.testing.assert_close(pooling(features)[0], torch.cat(halves) / torch.cat(halves).norm())
+
+
+@EACH_POOLING
+def test_gradients_are_those_of_finite_differences(choice) -> None:
+    torch.manual_seed(4)
+    features = relu_features(2, 4, 4).requires_grad_()
+    pooling = build(choice, 4).double().eval()
+    assert torch.autograd.gradcheck(pooling, (features,), fast_mode=True, nondet_tol=1e-10)
+
+
+@EACH_POOLING
+def test_vector_has_the_length_it_says(choice) -> None:
+    pooling = build(choice, 6)
+    vector = pooling(torch.rand(3, 6, 4, 4))
+    assert vector.shape == (3, pooling.out_features)
+    assert pooling.classifier(10)(vector).shape == (3, 10)
+    assert pooling.classifier(10).in_features == pooling.out_features
+
+
+def test_batch_norm_can_stand_for_the_compensation() -> None:
+    torch.manual_seed(5)
+    pooling = build({"kind": "isqrt", "compensation": "batch_norm"}, 6)
+    vector = pooling(torch.rand(64, 6, 4, 4))
+    torch.testing.assert_close(vector.mean(dim=0), torch.zeros(21), atol=1e-5, rtol=0)
+    bare = build({"kind": "isqrt", "compensation": "none"}, 6)
+    features = torch.rand(2, 6, 4, 4)
+    torch.testing.assert_close(bare(9.0 * features), bare(features))
+
+
+def test_vector_order_is_row_by_row_as_in_fast_mpn_cov() -> None:
+    d = 7
+    indices = upper_triangle_indices(d).tolist()
+    for i in range(d):
+        for j in range(i, d):
+            assert indices[i * d - i * (i - 1) // 2 + (j - i)] == i * d + j
+    # GSoP and MatConvNet go column by column: p brings their columns into this order, once.
+    by_row = [(i, j) for i in range(d) for j in range(i, d)]
+    p = torch.tensor([j * (j + 1) // 2 + i for i, j in by_row])
+    matrix = torch.rand(d, d)
+    by_column = torch.stack([matrix[i, j] for j in range(d) for i in range(j + 1)])
+    assert torch.equal(by_column[p], matrix.flatten()[indices])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["cpb", {"kind": "isqrt", "iteration": 5}, {"kind": "mpncov", "power": 0.0}, {"iterations": 5}, 5],
+)
+def test_a_choice_that_does_not_exist_is_refused(wrong) -> None:
+    with pytest.raises(pydantic.ValidationError):
+        pydantic.TypeAdapter(Pooling).validate_python(wrong)

@@ -1,0 +1,114 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sopdeploy.layers.mixture.gate import GateNoise, SparseGate, keep_largest, rank
+
+F64 = torch.float64
+
+
+@pytest.mark.parametrize(
+    ("logits", "ranks"),
+    [
+        ([3.0, 1.0, 2.0], [0, 2, 1]),
+        ([1.0, 1.0, 1.0], [0, 1, 2]),
+        ([0.0, 2.0, 0.0, 2.0], [2, 0, 3, 1]),
+        ([-0.0, 0.0], [0, 1]),
+    ],
+)
+def test_rank_breaks_ties_by_lower_index(logits: list[float], ranks: list[int]) -> None:
+    assert rank(torch.tensor([logits])).tolist() == [ranks]
+
+
+def test_rank_is_that_of_a_stable_sort() -> None:
+    torch.manual_seed(0)
+    logits = torch.randint(-3, 3, (64, 16)).float()
+    order = torch.sort(logits, dim=1, descending=True, stable=True).indices
+    assert torch.equal(rank(logits).long(), order.argsort(dim=1))
+
+
+def test_kept_weights_are_the_softmax_over_the_kept_alone() -> None:
+    weights = keep_largest(torch.tensor([[1.0, 3.0, 2.0, -5.0]], dtype=F64), 2)
+    expected = torch.tensor([[0.0, 3.0, 2.0, 0.0]], dtype=F64).exp()
+    expected = expected * torch.tensor([0, 1, 1, 0]) / (expected[0, 1] + expected[0, 2])
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-15)
+    assert weights[0, 0] == 0
+    assert weights[0, 3] == 0
+
+
+def test_a_kept_logit_of_exactly_zero_keeps_its_share() -> None:
+    weights = keep_largest(torch.tensor([[0.0, -1.0, -2.0]]), 2)
+    assert weights[0, 0] > weights[0, 1] > 0
+
+
+def test_all_equal_logits_keep_the_first_components() -> None:
+    assert keep_largest(torch.full((1, 4), 0.25), 2).tolist() == [[0.5, 0.5, 0.0, 0.0]]
+
+
+def test_keeping_all_is_the_plain_softmax() -> None:
+    logits = torch.randn(5, 7, dtype=F64)
+    assert torch.equal(keep_largest(logits, 7), logits.softmax(dim=1))
+
+
+def test_one_kept_weighs_one_and_gives_the_gate_no_gradient() -> None:
+    logits = torch.randn(3, 4, requires_grad=True)
+    weights = keep_largest(logits, 1)
+    (weights * torch.randn(3, 4)).sum().backward()
+    assert weights.sum(dim=1).tolist() == [1, 1, 1]
+    assert logits.grad is not None
+    assert logits.grad.abs().max() == 0
+
+
+def test_gradients_of_the_weights_match_differences() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(4, 6, dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: keep_largest(x, 3), logits)
+
+
+def test_gradients_of_the_whole_gate_match_differences() -> None:
+    torch.manual_seed(0)
+    gate = SparseGate(nn.Flatten(), features=8, components=5, chosen=3).double()
+    noise = GateNoise(8, 5, "image").double()
+    images = torch.randn(2, 2, 2, 2, dtype=F64, requires_grad=True)
+    wg = torch.randn(5, 8, dtype=F64, requires_grad=True)
+    wn = torch.randn(5, 8, dtype=F64, requires_grad=True)
+
+    def noisy_weights(images: Tensor, wg: Tensor, wn: Tensor) -> Tensor:
+        feature = gate.feature(images)
+        torch.manual_seed(1)
+        perturbation = torch.func.functional_call(noise, {"weight": wn}, (feature,))
+        return keep_largest(feature @ wg.T + perturbation, 3)
+
+    assert torch.autograd.gradcheck(noisy_weights, (images, wg, wn))
+
+
+@pytest.mark.parametrize(("per", "draws"), [("image", 1), ("component", 4)])
+def test_noise_draws_one_gamma_per_image_or_per_component(per: str, draws: int) -> None:
+    torch.manual_seed(0)
+    noise = GateNoise(6, 4, per)  # type: ignore[arg-type]
+    feature = torch.rand(3, 6)
+    gammas = noise(feature) / torch.nn.functional.softplus(feature @ noise.weight.T)
+    assert [len({round(value, 4) for value in row}) for row in gammas.tolist()] == [draws] * 3
+
+
+def test_noise_of_a_huge_feature_stays_finite() -> None:
+    noise = GateNoise(4, 2, "image")
+    assert noise(torch.full((2, 4), 1e4)).isfinite().all()
+
+
+def test_the_gate_starts_with_all_components_tied() -> None:
+    gate = SparseGate(nn.Flatten(), features=4, components=3, chosen=2)
+    logits = gate.logits(torch.rand(5, 4))
+    assert (logits == logits[:, :1]).all()
+
+
+def test_autocast_does_not_touch_the_choice() -> None:
+    torch.manual_seed(0)
+    gate = SparseGate(nn.Flatten(), features=32, components=8, chosen=3)
+    nn.init.normal_(gate.weight)
+    maps = torch.randn(4, 8, 2, 2)
+    expected = gate(maps)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weights = gate(maps)
+    assert weights.dtype == torch.float32
+    assert torch.equal(weights, expected)

@@ -1,0 +1,115 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sopdeploy import create_model
+from sopdeploy.errors import ConfigError
+from sopdeploy.layers.attention.first_order import CBAM, GatherExcite, SqueezeExcite
+
+FEATURES = torch.randn(2, 32, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+SMALL_GE = {"side": 64, "conv5_stride": 1}
+
+
+def test_squeeze_excite_is_two_linear_layers_on_the_means() -> None:
+    block = SqueezeExcite(32, 16).double()
+    means = F.adaptive_avg_pool2d(FEATURES, 1).flatten(1)
+    hidden = F.relu(F.linear(means, block.fc1.weight.flatten(1), block.fc1.bias))
+    weights = torch.sigmoid(F.linear(hidden, block.fc2.weight.flatten(1), block.fc2.bias))
+    torch.testing.assert_close(block(FEATURES), FEATURES * weights[:, :, None, None])
+
+
+def test_cbam_scales_channels_then_positions() -> None:
+    block = CBAM(32, 16, 7).double().eval()
+    averaged, largest = F.adaptive_avg_pool2d(FEATURES, 1), F.adaptive_max_pool2d(FEATURES, 1)
+    by_channel = FEATURES * torch.sigmoid(block.mlp(averaged) + block.mlp(largest))
+    two = torch.stack([by_channel.max(dim=1).values, by_channel.mean(dim=1)], dim=1)
+    by_position = torch.sigmoid(block.bn(block.conv(two)))
+    torch.testing.assert_close(block(FEATURES), by_channel * by_position)
+
+
+def test_gather_excite_without_parameters_scales_by_the_means() -> None:
+    block = GatherExcite(32, 7, "global", "none", 16)
+    assert list(block.parameters()) == []
+    expected = FEATURES * torch.sigmoid(FEATURES.mean(dim=(2, 3), keepdim=True))
+    torch.testing.assert_close(block(FEATURES), expected)
+
+
+@pytest.mark.parametrize(("extent", "side"), [(2, 4), (4, 2), (8, 1)])
+@pytest.mark.parametrize("parameters", ["none", "gather", "gather+excite"])
+def test_extents_gather_that_much_and_bring_it_back(extent: int, side: int, parameters: str) -> None:
+    block = GatherExcite(32, 7, extent, parameters, 16).double().eval()
+    gathered = block.gather(FEATURES)
+    assert gathered.shape == (2, 32, side, side)
+    weights = F.interpolate(torch.sigmoid(block.mlp(gathered)), size=(7, 7), mode="nearest")
+    torch.testing.assert_close(block(FEATURES), FEATURES * weights)
+
+
+def test_gathering_without_parameters_averages_what_is_inside_the_map() -> None:
+    gathered = GatherExcite(32, 7, 4, "none", 16).gather(FEATURES)
+    torch.testing.assert_close(gathered[:, :, 0, 0], FEATURES[:, :, :4, :4].mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("se-resnet18", {}),
+        ("cbam-resnet18", {"kernel": 3}),
+        ("ge-resnet18", SMALL_GE),
+        ("ge-resnet18", {"parameters": "none", "extent": 4}),
+        ("ge-resnet18", {"parameters": "gather", **SMALL_GE}),
+        ("se-preact-resnet164", {"blocks": 1}),
+    ],
+)
+def test_one_step_of_training_and_batches_agree(name: str, config: dict) -> None:
+    torch.manual_seed(0)
+    network = create_model(name, num_classes=3, **config).double()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    F.cross_entropy(network(images), torch.tensor([0, 2])).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    network.eval()
+    with torch.no_grad():
+        together = network(images)
+        apart = torch.cat([network(image[None]) for image in images])
+    torch.testing.assert_close(apart, together, rtol=1e-9, atol=1e-9)
+    plain = network.inference_model().double().eval()
+    plain.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        assert torch.equal(plain(images), network(images))
+
+
+@pytest.mark.parametrize("kind", ["se", "cbam", "ge"])
+def test_every_block_has_one_and_torchvisions_keys_stay(kind: str) -> None:
+    with torch.device("meta"):
+        plain, ours = create_model("resnet50"), create_model(f"{kind}-resnet50")
+    attended = [name for name, _ in ours.named_modules() if name.endswith(".attention")]
+    assert attended == [f"{place}.attention" for place in ours.tap_channels]
+    extra = ours.state_dict().keys() - plain.state_dict().keys()
+    assert plain.state_dict().keys() <= ours.state_dict().keys()
+    assert all(".attention." in key for key in extra)
+
+
+@pytest.mark.parametrize("conv5_stride", [1, 2])
+def test_global_gathering_is_as_large_as_the_maps(conv5_stride: int) -> None:
+    with torch.device("meta"):
+        network = create_model("ge-resnet50", conv5_stride=conv5_stride)
+        sides = [network.get_submodule(f"layer{s}.0.attention.gather.0").kernel_size[0] for s in (1, 2, 3, 4)]
+    assert sides == [56, 28, 14, 7 if conv5_stride == 2 else 14]
+
+
+def test_global_gathering_refuses_other_image_sizes() -> None:
+    network = create_model("ge-resnet18", side=64).eval()
+    with pytest.raises(RuntimeError):
+        network(torch.zeros(1, 3, 96, 96))
+
+
+def test_an_even_kernel_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="kernel must be odd"):
+        create_model("cbam-resnet18", kernel=4)
+
+
+def test_attention_starts_with_kaimings_deviation() -> None:
+    torch.manual_seed(0)
+    fc1 = create_model("se-resnet18").layer4[0].attention.fc1
+    assert isinstance(fc1, nn.Conv2d)
+    assert fc1.weight.std().item() == pytest.approx((2 / 32) ** 0.5, rel=0.1)

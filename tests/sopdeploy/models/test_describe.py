@@ -1,0 +1,147 @@
+"""The integers of the counting convention; the papers' own rounded figures stand beside them."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sopdeploy import describe
+from sopdeploy.errors import ConfigError
+from sopdeploy.models.published import ROWS, Published, Row
+from sopdeploy.models.stats import count
+
+S1 = {"conv5_stride": 1}
+TABLE = {"aux_stride": "table"}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "parameters", "macs"),
+    [
+        ("resnet18", S1, 11_689_512, 3_047_198_720),
+        ("resnet50", S1, 25_557_032, 6_208_618_496),
+        ("dsop-resnet18", {}, 100_494_536, 6_385_970_944),
+        ("dsop-resnet18", TABLE, 100_577_224, 5_698_760_448),
+        ("dsop-resnet50", TABLE, 181_917_384, 10_537_324_544),
+        ("dsop-resnet50", {}, 148_686_920, 12_076_816_640),
+    ],
+)
+def test_training_counts_are_the_expected_integers(name, config, parameters: int, macs: int) -> None:
+    counted = describe(name, **config).training
+    assert (counted.parameters, counted.macs) == (parameters, macs)
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50])
+def test_what_ships_of_a_dsop_network_counts_as_the_plain_one(depth: int) -> None:
+    plain = describe(f"resnet{depth}", conv5_stride=1)
+    assert plain.training == plain.shipped
+    assert describe(f"dsop-resnet{depth}").shipped == plain.shipped
+    assert describe(f"dsop-resnet{depth}", aux_stride="table").shipped == plain.shipped
+
+
+def test_branches_that_really_train_in_table_x_are_smaller() -> None:
+    blocks = (8, 0, 0, 0)
+    assert describe("dsop-resnet18", aux_blocks=blocks, **TABLE).training.parameters == 14_362_384
+
+
+def row_id(row: Row) -> str:
+    return f"{row.source}, {row.model} {dict(row.config)} {row.module} {row.params}"
+
+
+def meets(figure: Published, cut: bool) -> bool:
+    """Say whether ours is the printed figure to its last digit."""
+    digits = len(str(figure.printed).partition(".")[2].removesuffix("0")) if figure.printed % 1 else 0
+    if figure.quantity == "training operations":  # 42 d^3 per root is a fit
+        return figure.ours == pytest.approx(figure.printed, abs=0.035)
+    if cut:
+        return math.floor(figure.ours * 10**digits) / 10**digits == figure.printed
+    return round(figure.ours, digits) == figure.printed
+
+
+@pytest.mark.parametrize("row", ROWS, ids=row_id)
+def test_figures_that_papers_print_are_met_or_named_as_misprints(row: Row) -> None:
+    described = describe(row.model, num_classes=row.num_classes, **row.config).published
+    note = "; ".join(filter(None, (row.note, "cut off, not rounded" if row.cut else "")))
+    found = [figure for figure in described if (figure.source, figure.note) == (row.source, note)]
+    assert found
+    for figure in found:
+        assert meets(figure, row.cut) == row.reached, figure
+        assert row.reached or "misprint" in row.note
+
+
+@pytest.mark.parametrize(
+    ("name", "switches"),
+    [
+        ("dsop-resnet18", {}),  # the text's definition: the tables count strided branches
+        ("dsop-resnet18", {"aux_stride": "table", "image_size": 192}),
+        ("resnet20", {"num_classes": 100}),
+        ("resnet18", {}),  # conv5_x with stride 2
+    ],
+)
+def test_nothing_is_shown_as_published_for_another_network(name: str, switches: dict) -> None:
+    assert describe(name, **switches).published == ()
+
+
+def test_misprint_of_table_i_is_named() -> None:
+    notes = {figure.note for figure in describe("dsop-resnet50", aux_stride="table").published}
+    assert "13 blocks" in notes.pop()
+
+
+@pytest.mark.parametrize("name", ["dsop-resnet18", "psdr-resnet50", "efficientnet-b0", "wrn-22-10"])
+def test_parts_sum_to_the_whole(name: str) -> None:
+    found = describe(name)
+    assert sum(part.parameters for part in found.parts.values()) == found.training.parameters
+    assert sum(part.macs for part in found.parts.values()) == found.training.macs
+
+
+def test_branches_are_parts_of_their_own() -> None:
+    parts = describe("dsop-resnet18").parts
+    assert [part for part in parts if part.startswith("branches")] == [
+        f"branches.layer{stage}_1" for stage in (1, 2, 3, 4)
+    ]
+    assert parts["fc"].parameters == 513_000
+    assert parts["branches.layer1_1"].macs == 4 * 64 * 64 * 9 * 56**2 + 2080 * 1000
+
+
+def test_counting_allocates_nothing() -> None:
+    assert describe("dsop-resnet18", num_classes=10**9).training.parameters > 10**12
+
+
+def test_description_says_what_it_counted() -> None:
+    told = describe("dsop-resnet20", num_classes=7, image_size=16, aux_pooling="gap")
+    assert (told.name, told.num_classes, told.image_size) == ("dsop-resnet20", 7, 16)
+    assert told.config["aux_pooling"] == "gap"
+    assert told.config["depth"] == 20
+    assert told.training_only == ("branches",)
+    assert told.representation == 64
+    assert told.loss_weights["layer3_2"] == 0.3
+    assert told.model_dump(mode="json")["training"]["macs"] > told.shipped.macs
+
+
+def test_twice_the_side_is_four_times_the_convolutions() -> None:
+    small, large = (describe("resnet20", image_size=side).shipped.macs - 640 for side in (32, 64))
+    assert large == 4 * small
+
+
+@pytest.mark.parametrize(
+    ("layer", "channels", "macs"),
+    [
+        (nn.Conv2d(4, 6, 3, padding=1), 4, 6 * 4 * 9 * 25),
+        (nn.Conv2d(4, 6, 3, padding=1, groups=2), 4, 6 * 2 * 9 * 25),
+        (nn.Conv2d(4, 6, 1, stride=2), 4, 6 * 4 * 9),
+    ],
+    ids=["3x3", "grouped", "strided"],
+)
+def test_multiply_adds_of_a_convolution(layer: nn.Conv2d, channels: int, macs: int) -> None:
+    network = nn.Sequential(nn.Conv2d(3, channels, 1), layer).to("meta")
+    assert count(network, 5).macs - 3 * channels * 25 == macs
+
+
+def test_an_image_too_small_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="image_size: 0 pixels are too few for resnet18"):
+        describe("resnet18", image_size=0)
+
+
+def test_real_weights_stay_where_they_were() -> None:
+    describe("resnet8")
+    assert torch.empty(1).device.type == "cpu"

@@ -1,0 +1,247 @@
+import pytest
+import torch
+from torch import nn
+
+from sopdeploy import create_model
+from sopdeploy.errors import ConfigError
+from sopdeploy.models.base import TrainingOutput
+from sopdeploy.models.dsop import Branch, DSoP
+
+FOUR = ["layer1_1", "layer2_1", "layer3_1", "layer4_1"]
+NARROW = {"aux_widths": (8, 8, 8, 8), "aux_blocks": (1, 1, 1, 1)}
+
+
+def branches_of(name: str, **config: object) -> dict[str, Branch]:
+    with torch.device("meta"):
+        network = create_model(name, **config)
+    return dict(network.branches.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "config"),
+    [
+        ("dsop-resnet18", 64, NARROW),
+        ("dsop-resnet18", 64, {**NARROW, "conv5_stride": 2, "aux_pooling": "gap"}),
+        ("dsop-resnet50", 32, {**NARROW, "bottleneck_stride": "v1"}),
+        ("dsop-resnet8", 16, {}),
+        ("dsop-resnet20", 16, {"shortcut": "projection"}),
+        ("dsop-preact-resnet164", 8, {"blocks": 3}),
+        ("dsop-preact-resnet110", 8, {"blocks": 2}),
+        ("dsop-resnext29-8x64d", 8, {"cardinality": 2, "group_width": 4, "aux_widths": (8, 8, 8)}),
+        ("dsop-efficientnet-b0", 32, {}),
+    ],
+)
+def test_eval_forward_is_the_plain_network_bit_for_bit(name: str, side: int, config: dict) -> None:
+    torch.manual_seed(0)
+    trained = create_model(name, num_classes=5, **config).eval()
+    plain = trained.inference_model().eval()
+    kept = {key: v for key, v in trained.state_dict().items() if not key.startswith("branches.")}
+    assert kept.keys() == plain.state_dict().keys()
+    plain.load_state_dict(kept)
+    images = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        assert torch.equal(trained(images), plain(images))
+
+
+def test_plain_network_shares_no_tensor_with_the_trained_one() -> None:
+    trained = create_model("dsop-resnet8")
+    ours = {p.data_ptr() for p in trained.parameters()}
+    assert ours.isdisjoint(p.data_ptr() for p in trained.inference_model().parameters())
+
+
+def test_train_forward_gives_logits_of_every_head() -> None:
+    network = create_model("dsop-resnet18", num_classes=5, **NARROW)
+    out = network(torch.randn(2, 3, 64, 64))
+    assert isinstance(out, TrainingOutput)
+    assert list(out.branches) == FOUR
+    assert {tuple(logits.shape) for logits in (out.logits, *out.branches.values())} == {(2, 5)}
+    assert out.penalties == {}
+    assert out.branches.keys() | {"main"} == network.loss_weights().keys()
+
+
+def test_every_parameter_learns() -> None:
+    torch.manual_seed(0)
+    network = create_model("dsop-resnet20")
+    out = network(torch.randn(4, 3, 16, 16))
+    (out.logits.square().sum() + sum(b.square().sum() for b in out.branches.values())).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
+
+
+def test_branches_do_not_change_the_running_statistics_of_the_backbone() -> None:
+    torch.manual_seed(0)
+    network = create_model("dsop-resnet8")
+    plain = network.inference_model()
+    plain.load_state_dict({k: v for k, v in network.state_dict().items() if not k.startswith("branches.")})
+    images = torch.randn(4, 3, 16, 16)
+    network(images)
+    plain(images)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(buffer, network.get_buffer(name)), name
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        ("dsop-resnet18", {}, FOUR),
+        ("dsop-resnet50", {}, ["layer1_2", "layer2_3", "layer3_5", "layer4_2"]),
+        ("dsop-resnet20", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
+        ("dsop-resnet32", {}, ["layer1_4", "layer2_4", "layer3_4"]),
+        ("dsop-resnet8", {}, ["layer1_0", "layer2_0", "layer3_0"]),
+        ("dsop-preact-resnet110", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in range(2, 18, 3)]),
+        ("dsop-preact-resnet164", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in range(2, 18, 3)]),
+        ("dsop-preact-resnet164", {"blocks": 5}, ["layer1_4", "layer2_4", "layer3_4"]),
+        ("dsop-wrn-22-10", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
+        ("dsop-wrn-28-10", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (1, 3)]),
+        ("dsop-resnext29-8x64d", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
+        ("dsop-resnext29-16x64d", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
+        ("dsop-efficientnet-b0", {}, ["blocks_4_2", "blocks_6_0"]),
+        ("dsop-resnet18", {"aux_blocks": (0, 1, (2, 0), (0, 3))}, ["layer2_1", "layer3_0", "layer4_1"]),
+    ],
+)
+def test_branches_start_where_the_paper_says(name: str, config: dict, expected: list[str]) -> None:
+    assert list(branches_of(name, **config)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "blocks", "widths"),
+    [
+        ("dsop-resnet18", {}, [2, 2, 2, 2], [64, 128, 256, 256]),
+        ("dsop-resnet34", {}, [2, 2, 2, 2], [64, 128, 256, 256]),
+        ("dsop-resnet50", {}, [3, 4, 6, 3], [64, 256, 256, 256]),
+        ("dsop-resnet101", {}, [3, 4, 6, 3], [64, 256, 256, 256]),
+        ("dsop-resnet50", {"aux_stride": "table"}, [3, 4, 7, 3], [256, 256, 256, 256]),
+        ("dsop-resnet18", {"aux_widths": (128,) * 4}, [2, 2, 2, 2], [64, 128, 128, 128]),
+        ("dsop-resnet20", {}, [1, 2, 1, 2, 1, 2], [16, 16, 32, 32, 64, 64]),
+        ("dsop-resnet32", {"base_width": 64}, [2, 2, 2], [64, 128, 128]),
+        ("dsop-preact-resnet110", {}, [3] * 18, [16] * 6 + [32] * 6 + [64] * 6),
+        ("dsop-preact-resnet164", {}, [3] * 18, [64] * 6 + [128] * 12),
+        ("dsop-wrn-22-10", {}, [1, 2] * 3, [128] * 6),
+        ("dsop-wrn-28-10", {}, [2] * 6, [128] * 6),
+        ("dsop-resnext29-8x64d", {}, [1, 2] * 3, [128] * 6),
+        ("dsop-efficientnet-b0", {}, [3, 1], [64, 64]),
+    ],
+)
+def test_branches_are_made_of_what_the_paper_says(name, config, blocks, widths) -> None:
+    branches = branches_of(name, **config).values()
+    assert [len(branch.blocks) for branch in branches] == blocks
+    assert [branch.pooling.config.width for branch in branches] == widths
+
+
+def test_channels_are_reduced_only_where_there_are_more_than_the_target() -> None:
+    branches = branches_of("dsop-resnet18").values()
+    kinds = [type(branch.reduction) for branch in branches]
+    assert kinds == [nn.Identity, nn.Identity, nn.Identity, nn.Sequential]
+
+
+@pytest.mark.parametrize(("aux_stride", "strides"), [("text", [1, 1, 1, 1]), ("table", [1, 2, 2, 1])])
+def test_text_keeps_the_size_of_the_maps_and_the_table_halves_two(aux_stride, strides) -> None:
+    branches = branches_of("dsop-resnet18", aux_stride=aux_stride).values()
+    assert [branch.blocks[0].conv1.stride[0] for branch in branches] == strides
+    assert [branch.blocks[0].downsample is not None for branch in branches] == [s == 2 for s in strides]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"base_width": 64}, [0.0, 0.5, 0.5]),
+        ({}, [0.0, 0.0, 0.0]),
+        ({"base_width": 64, "aux_dropout": 0.2}, [0.2, 0.2, 0.2]),
+    ],
+)
+def test_dropout_stands_only_behind_covariances_of_128_channels(config: dict, expected: list[float]) -> None:
+    """Section V-D; "4K-d" is half of the 8256 values that the classifier sees."""
+    branches = branches_of("dsop-resnet32", **config).values()
+    assert [branch.dropout.p for branch in branches] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        ("dsop-resnet18", {}, {"main": 1.0, **dict.fromkeys(FOUR, 1.0)}),
+        ("dsop-resnet32", {}, {"main": 1.0, "layer1_4": 0.1, "layer2_4": 0.2, "layer3_4": 0.3}),
+        (
+            "dsop-resnet32",
+            {"main_weight": 0.5, "aux_weights": (1, 0, 2)},
+            {"main": 0.5, "layer1_4": 1.0, "layer2_4": 0.0, "layer3_4": 2.0},
+        ),
+    ],
+)
+def test_losses_are_weighted_as_the_paper_says_unless_told_otherwise(name, config, expected) -> None:
+    with torch.device("meta"):
+        assert create_model(name, **config).loss_weights() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "convolutions"),
+    [
+        ("preact-resnet110", 36),
+        ("preact-resnet164", 54),
+        ("wrn-22-10", 6),
+        ("wrn-28-10", 8),
+        ("resnext29-8x64d", 9),
+        ("resnext29-16x64d", 9),
+    ],
+)
+def test_branches_of_table_iv_have_as_many_convolutions_as_the_stage(name: str, convolutions: int) -> None:
+    with torch.device("meta"):
+        network = create_model(f"dsop-{name}")
+    for stage in ("layer1", "layer2", "layer3"):
+        of_stage = [m for n, m in network.get_submodule(stage).named_modules() if "downsample" not in n]
+        of_branches = [
+            module
+            for tap, branch in network.branches.items()
+            for module in branch.blocks.modules()
+            if tap.startswith(stage)
+        ]
+        for modules in (of_stage, of_branches):
+            assert sum(isinstance(module, nn.Conv2d) for module in modules) == convolutions
+
+
+def test_stages_without_activation_get_one_before_the_pooling_of_their_branches() -> None:
+    for branch in branches_of("dsop-preact-resnet164").values():
+        assert [type(module) for module in branch.ending] == [nn.BatchNorm2d, nn.ReLU]
+    for branch in branches_of("dsop-resnext29-8x64d").values():
+        assert isinstance(branch.ending, nn.Identity)
+
+
+def test_efficientnets_branches_reduce_with_swish_and_drop_a_fifth() -> None:
+    branches = branches_of("dsop-efficientnet-b0")
+    assert all(isinstance(branch.reduction[2], nn.SiLU) for branch in branches.values())
+    assert [branch.dropout.p for branch in branches.values()] == [0.2, 0.2]
+    assert [branch.fc.in_features for branch in branches.values()] == [2080, 2080]
+
+
+def test_gap_branches_reduce_no_channels_and_take_no_covariance() -> None:
+    for branch in branches_of("dsop-resnet18", aux_pooling="gap").values():
+        assert isinstance(branch.reduction, nn.Identity)
+        assert isinstance(branch.pooling, nn.AdaptiveAvgPool2d)
+    assert branch.fc.in_features == 512
+
+
+def test_unused_branches_can_be_kept_but_do_not_compute() -> None:
+    config = {**NARROW, "aux_blocks": (0, 0, 0, 2), "keep_unused_branches": True, "aux_pooling": "gap"}
+    network = create_model("dsop-resnet18", num_classes=3, **config)
+    assert list(network.branches) == FOUR
+    assert [len(branch.blocks) for branch in network.branches.values()] == [1, 1, 1, 2]
+    assert list(network(torch.randn(2, 3, 32, 32)).branches) == ["layer4_1"]
+    assert list(network.loss_weights()) == ["main", "layer4_1"]
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"aux_blocks": (1, 1)}, "aux_blocks"),
+        ({"aux_blocks": ((1, 2, 3), 1, 1, 1)}, "aux_blocks"),
+        ({"aux_widths": (64,)}, "aux_widths"),
+        ({"aux_weights": (1.0,) * 5}, "aux_weights"),
+    ],
+)
+def test_wishes_that_do_not_fit_the_stages_are_refused(config: dict, key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        create_model("dsop-resnet18", **config)
+
+
+def test_what_trains_only_is_declared_by_its_name() -> None:
+    network = create_model("dsop-resnet8")
+    assert isinstance(network, DSoP)
+    assert network.training_only == ("branches",)

@@ -1,0 +1,158 @@
+import pytest
+import torch
+from torch import nn
+
+from sopdeploy import create_model, describe
+from sopdeploy.errors import ConfigError
+from sopdeploy.layers.attention.first_order import AttentionAfter, AttentionInside
+from sopdeploy.layers.attention.gsop_block import GSoPBlock
+from sopdeploy.models.gsop import RELEASED
+
+SMALL = "preact-resnet29"
+KINDS = ["channel", "position", "average", "sum", "maximum", "concatenation"]
+
+
+def on_meta(name: str, **config: object) -> nn.Module:
+    with torch.device("meta"):
+        return create_model(name, **config)
+
+
+def places(network: nn.Module) -> list[str]:
+    return [
+        name.removesuffix(".attention") for name, m in network.named_modules() if isinstance(m, GSoPBlock)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        ("gsop-net1-resnet50", {}, ["layer1.2", "layer2.3", "layer3.5", "layer4.2"]),
+        ("gsop-net2-resnet101", {}, ["layer1.2", "layer2.3", "layer3.22"]),
+        ("gsop-net1-resnet26", {"block_stages": ["layer3"]}, ["layer3.1"]),
+        ("gsop-net2-resnet26", {"block_stages": []}, []),
+        ("gsop-net2-resnet26", {"block_stages": ["layer4"]}, ["layer4.1"]),
+        ("gsop-net1-preact-resnet29", {}, ["layer1.2", "layer2.2", "layer3.2"]),
+        ("gsop-net2-preact-resnet29", {}, ["layer1.2", "layer2.2"]),
+        ("gsop-net1-preact-resnet29", {"blocks": 2}, ["layer1.1", "layer2.1", "layer3.1"]),
+    ],
+)
+def test_blocks_are_where_the_paper_has_them(name: str, config: dict, expected: list[str]) -> None:
+    assert places(on_meta(name, **config)) == expected
+
+
+@pytest.mark.parametrize(("net", "blocks"), [(1, 18), (2, 17)])
+def test_resnet_164_has_six_blocks_a_stage(net: int, blocks: int) -> None:
+    found = places(on_meta(f"gsop-net{net}-preact-resnet164"))
+    assert len(found) == blocks
+    assert found[:6] == [f"layer1.{position}" for position in (2, 5, 8, 11, 14, 17)]
+    assert ("layer3.17" in found) is (net == 1)
+
+
+@pytest.mark.parametrize(("place", "kind"), [("after", AttentionAfter), ("inside", AttentionInside)])
+@pytest.mark.parametrize("backbone", ["resnet26", SMALL])
+def test_block_place_is_after_the_bottleneck_or_inside_it(backbone: str, place: str, kind: type) -> None:
+    network = on_meta(f"gsop-net1-{backbone}", block_place=place)
+    assert all(isinstance(network.get_submodule(name), kind) for name in places(network))
+    other = on_meta(f"gsop-net1-{backbone}")
+    assert network.state_dict().keys() == other.state_dict().keys()
+
+
+def test_keys_of_the_backbone_stay_torchvisions() -> None:
+    plain, ours = on_meta("resnet50"), on_meta("gsop-net1-resnet50")
+    shapes = {key: tensor.shape for key, tensor in ours.state_dict().items()}
+    assert all(shapes[key] == tensor.shape for key, tensor in plain.state_dict().items())
+    assert all(".attention." in key for key in shapes.keys() - plain.state_dict().keys())
+
+
+@pytest.mark.parametrize(("net", "entries"), [(1, 384), (2, 374)])
+def test_released_checkpoints_have_as_many_entries(net: int, entries: int) -> None:
+    """`num_batches_tracked` included; files of PyTorch 0.3 lack them."""
+    keys = on_meta(f"gsop-net{net}-resnet50", **RELEASED).state_dict().keys()
+    assert len(keys) == entries
+
+
+def test_dr_strides_only_where_it_is_asked_for() -> None:
+    network = on_meta("gsop-net1-resnet50", **RELEASED)
+    strides = [network.get_submodule(f"{p}.attention.channel.reduction.0").stride for p in places(network)]
+    assert strides == [(2, 2), (1, 1), (1, 1), (1, 1)]
+
+
+def test_newton_schulz_runs_five_steps_and_three_as_released() -> None:
+    assert on_meta("gsop-net2-resnet26").pooling.root.config.iterations == 5
+    assert on_meta("gsop-net2-resnet26", **RELEASED).pooling.root.config.iterations == 3
+
+
+def test_dropout_is_the_small_networks_only() -> None:
+    assert on_meta("gsop-net2-preact-resnet29").dropout.p == 0.5
+    assert on_meta("gsop-net2-resnet26").dropout.p == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "says"),
+    [
+        (f"gsop-net1-{SMALL}", {"block_stages": ["layer4"]}, "no layer4; stages are layer1, layer2, layer3"),
+        (f"gsop-net1-{SMALL}", {"strided_dr_stages": ["layer4"]}, "no layer4"),
+        ("gsop-net1-resnet50", {"block_stages": ["layer5"]}, "block_stages.0"),
+        ("gsop-net1-resnet50", {"cov_width": 16}, "cov_width"),
+        ("gsop-net1-resnet50", {"depth": 18}, "depth"),
+        ("gsop-net1-resnet50", {"attention": "channels"}, "attention"),
+        (f"gsop-net1-{SMALL}", {"block": "basic"}, "block"),
+        (f"gsop-net1-{SMALL}", {"blocks": 1}, "blocks"),
+    ],
+)
+def test_a_wrong_switch_is_a_config_error(name: str, config: dict, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        on_meta(name, **config)
+
+
+@pytest.mark.parametrize("net", [1, 2])
+def test_nothing_is_for_training_only_and_plain_is_another_one(net: int) -> None:
+    network = create_model(f"gsop-net{net}-{SMALL}", num_classes=3)
+    plain = network.inference_model()
+    assert network.training_only == ()
+    assert {p.data_ptr() for p in network.parameters()}.isdisjoint(p.data_ptr() for p in plain.parameters())
+    plain.load_state_dict(network.state_dict())
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(network.eval()(images), plain.eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        *[(f"gsop-net1-{SMALL}", {"attention": kind}) for kind in KINDS],
+        (f"gsop-net2-{SMALL}", {}),
+        (f"gsop-net2-{SMALL}", RELEASED),
+        (f"gsop-net1-{SMALL}", {**RELEASED, "attention": "concatenation"}),
+        ("gsop-net2-resnet26", {"block_stages": ["layer1"], "final_width": 32}),
+        ("gsop-net1-resnet26", {**RELEASED, "attention": "sum", "block_stages": ["layer2"]}),
+    ],
+)
+def test_one_step_of_training_moves_every_parameter(name: str, config: dict) -> None:
+    torch.manual_seed(0)
+    network = create_model(name, num_classes=3, **config)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    logits = network(torch.randn(2, 3, 32, 32))
+    loss = nn.functional.cross_entropy(logits, torch.tensor([0, 2]))
+    loss.backward()
+    dead = [key for key, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert logits.shape == (2, 3)
+    assert dead == []
+    before = [p.detach().clone() for p in network.parameters()]
+    optimizer.step()
+    moved = [not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True)]
+    assert sum(moved) > 0.9 * len(moved)  # a bias before a batch norm has no gradient
+
+
+@pytest.mark.parametrize("name", [f"gsop-net1-{SMALL}", "gsop-net2-resnet26"])
+def test_convolutions_start_with_kaimings_deviation(name: str) -> None:
+    torch.manual_seed(0)
+    network = create_model(name)
+    conv = network.get_submodule("layer2." + places(network)[1].split(".")[1]).attention.channel.reduction[0]
+    assert conv.weight.std().item() == pytest.approx((2 / conv.out_channels) ** 0.5, rel=0.1)
+    assert conv.bias.abs().max() == 0
+
+
+def test_image_size_does_not_change_the_parameters() -> None:
+    sizes = {describe("gsop-net1-resnet26", image_size=side).shipped.parameters for side in (96, 224)}
+    assert len(sizes) == 1

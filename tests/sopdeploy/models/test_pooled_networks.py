@@ -1,0 +1,165 @@
+"""Networks with a global pooling: published counts and dimensions, names of weights, what ships."""
+
+import pytest
+import torch
+
+from sopdeploy import create_model, describe, list_models
+from sopdeploy.errors import ConfigError
+from sopdeploy.models import pooled
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "macs"),
+    [
+        ("isqrt-resnet50", 56_929_832, 6_342_226_944),  # DSoP Table II: 56.9M; GSoP Table 5: 6.342 G
+        ("isqrt-resnet101", 75_921_960, None),  # fast-MPN-COV's file of 289.9 MB
+        ("mpncov-resnet50", 56_929_832, 6_342_226_944),
+        ("isqrt-vgg16", 170_479_144, None),  # fast-MPN-COV's 650.4 MB
+        ("resnet50", 25_557_032, None),
+    ],
+)
+def test_counts_are_the_published_ones(name: str, parameters: int, macs: int | None) -> None:
+    counts = describe(name).shipped
+    assert counts.parameters == parameters
+    assert macs in {None, counts.macs}
+
+
+@pytest.mark.parametrize(
+    ("pooling", "dimensions"),
+    [
+        ("gap", 512),
+        ("isqrt", 32896),
+        ({"kind": "isqrt", "width": 128}, 8256),
+        ({"kind": "isqrt", "width": 64}, 2080),
+        ("mpncov", 32896),
+        ("bcnn", 262144),
+        ("improved-bcnn", 262144),
+        ("g2denet", 263169),
+        ("cbp", 8192),
+        ("kernel", 12801),  # "13K"
+        ("low-rank-bilinear", 10000),  # "10K"
+        ("netvlad", 32768),
+        ("netfv", 65536),
+    ],
+)
+def test_dimensions_on_vgg_are_the_published_ones(pooling: object, dimensions: int) -> None:
+    described = describe("isqrt-vgg16", classifier="linear", pooling=pooling)
+    assert described.representation == dimensions
+
+
+def test_kernel_pooling_on_resnet50_has_the_published_14k() -> None:
+    assert describe("resnet50", pooling="kernel").representation == 14337
+
+
+@pytest.mark.parametrize("name", pooled.ENTRIES)
+def test_every_entry_is_in_the_catalog_and_can_be_described(name: str) -> None:
+    assert name in list_models()
+    described = describe(name)
+    assert described.training == described.shipped
+    assert described.training_only == ()
+
+
+def test_names_of_weights_are_fast_mpn_covs_under_one_prefix() -> None:
+    with torch.device("meta"):
+        keys = {
+            key.removeprefix("pooling."): tensor.shape
+            for key, tensor in create_model("isqrt-resnet50").state_dict().items()
+        }
+    assert len(keys) == 326
+    assert keys["layer_reduce.weight"] == (256, 2048, 1, 1)
+    assert keys["layer_reduce_bn.running_var"] == (256,)
+    assert keys["fc.weight"] == (1000, 32896)
+
+
+def test_names_of_vgg_weights_are_fast_mpn_covs() -> None:
+    with torch.device("meta"):
+        keys = set(create_model("isqrt-vgg16").state_dict())
+    numbers = [
+        0,
+        1,
+        3,
+        4,
+        7,
+        8,
+        10,
+        11,
+        14,
+        15,
+        17,
+        18,
+        20,
+        21,
+        24,
+        25,
+        27,
+        28,
+        30,
+        31,
+        34,
+        35,
+        37,
+        38,
+        40,
+        41,
+    ]
+    assert {f"layers.{n}.weight" for n in numbers} | {f"classifier.{n}.bias" for n in (0, 3, 6)} <= keys
+    assert len(keys) == 103
+
+
+def test_the_default_pooling_adds_no_weights_and_no_names() -> None:
+    with torch.device("meta"):
+        keys = set(create_model("resnet18").state_dict())
+    assert not [key for key in keys if key.startswith("pooling")]
+
+
+def test_a_pooling_with_its_switches_reaches_the_layer() -> None:
+    with torch.device("meta"):
+        network = create_model(
+            "resnet20", pooling={"kind": "isqrt", "width": 32, "iterations": 3, "prenorm": "frobenius"}
+        )
+    assert network.pooling.root.config.iterations == 3
+    assert network.pooling.layer_reduce.out_channels == 32
+    assert network.fc.in_features == 32 * 33 // 2
+
+
+def test_what_ships_of_a_branched_network_carries_the_pooling() -> None:
+    torch.manual_seed(0)
+    network = create_model("dsop-resnet8", pooling="isqrt")
+    plain = network.inference_model()
+    assert plain.config.pooling == network.config.pooling
+    kept = {key: value for key, value in network.state_dict().items() if not key.startswith("branches")}
+    plain.load_state_dict(kept, strict=True)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(network.eval()(images), plain.eval()(images))
+    assert network.num_features() == 2080
+
+
+@pytest.mark.parametrize(
+    ("pooling", "message"),
+    [
+        ("isqr", "pooling"),
+        ({"kind": "isqrt", "iterations": 16}, r"pooling.isqrt.iterations"),
+        ({"kind": "isqrt", "rows": 1}, r"pooling.isqrt.rows: unknown key"),
+    ],
+)
+def test_a_wrong_pooling_is_one_line_that_names_it(pooling: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_model("resnet20", pooling=pooling)
+
+
+@pytest.mark.parametrize(
+    "pooling", ["isqrt", "mpncov", "deepo2p", "bcnn", "cbp", "netvlad", "low-rank-bilinear"]
+)
+def test_a_small_network_learns_a_batch_by_heart(pooling: str) -> None:
+    torch.manual_seed(1)
+    network = create_model("resnet8", num_classes=4, base_width=4, pooling=pooling)
+    images, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 4
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = torch.nn.functional.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]

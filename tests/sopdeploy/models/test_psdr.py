@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from sopdeploy import create_model, describe
+from sopdeploy.errors import ConfigError
+from sopdeploy.models.psdr import intermediate_widths
+
+SMALL = {"depth": 18, "width": 16, "decay": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("target", "decay", "widths"),
+    [
+        (64, 0.25, [1024, 256]),
+        (128, 0.25, [1024, 256]),
+        (64, 0.5, [1024, 512, 256, 128]),  # Fig. 3
+        (128, 0.5, [1024, 512, 256]),
+        (256, 0.5, [1024, 512]),
+        (100, 0.3, [1024, 307]),
+        (1024, 0.5, []),
+    ],
+)
+def test_steps_go_down_as_eq_4_says(target: int, decay: float, widths: list[int]) -> None:
+    assert intermediate_widths(2048, target, decay) == widths
+
+
+@pytest.mark.parametrize(
+    ("decay", "parameters", "macs"),
+    [
+        (0.25, 2_378_368, 465_633_280),
+        (0.5, 2_797_440, 547_520_512),
+    ],
+)
+def test_chain_ships_and_is_not_free(decay: float, parameters: int, macs: int) -> None:
+    """Nothing is published; the direct reduction has 131,200 parameters and 25,690,112 MACs."""
+    with torch.device("meta"):
+        chain = create_model("psdr-resnet50-no-aux", decay=decay).pooling.chain
+    assert sum(p.numel() for p in chain.parameters()) == parameters
+    found = describe("psdr-resnet50-no-aux", decay=decay).shipped
+    backbone, fc = describe("resnet50", conv5_stride=1).shipped, (2080 + 1) * 1000
+    assert found.parameters == backbone.parameters - 2049 * 1000 + parameters + fc
+    assert found.macs - (backbone.macs - 2048 * 1000) - 2080 * 1000 == macs
+
+
+@pytest.mark.parametrize(("decay", "heads"), [(0.25, 2), (0.5, 4)])
+def test_every_step_but_the_last_has_a_head_that_leaves(decay: float, heads: int) -> None:
+    found = describe("psdr-resnet50", decay=decay)
+    assert found.training_only == ("auxiliary",)
+    assert found.loss_weights == {"main": 1.0, **{f"step{n}": 1.0 for n in range(1, heads + 1)}}
+    assert found.shipped == describe("psdr-resnet50-no-aux", decay=decay).training
+    widths = intermediate_widths(2048, 64, decay)
+    head_parameters = [c * 64 + 128 + 2081 * 1000 for c in widths]
+    assert found.training.parameters - found.shipped.parameters == sum(head_parameters)
+
+
+def test_eval_forward_is_the_network_without_heads_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    trained = create_model("psdr-resnet50", num_classes=5, **SMALL).eval()
+    plain = trained.inference_model().eval()
+    kept = {k: v for k, v in trained.state_dict().items() if not k.startswith("auxiliary.")}
+    plain.load_state_dict(kept)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(trained(images), plain(images))
+
+
+def test_train_forward_gives_logits_of_every_head_and_everything_learns() -> None:
+    torch.manual_seed(0)
+    network = create_model("psdr-resnet50", num_classes=5, main_weight=2, aux_weight=0.5, **SMALL)
+    out = network(torch.randn(2, 3, 64, 64))
+    assert list(out.branches) == ["step1", "step2", "step3", "step4"]
+    assert network.loss_weights() == {"main": 2.0, **dict.fromkeys(out.branches, 0.5)}
+    (out.logits.square().sum() + sum(b.square().sum() for b in out.branches.values())).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
+
+
+def test_heads_can_be_deleted() -> None:
+    network = create_model("psdr-resnet50", num_classes=5, **SMALL)
+    del network.auxiliary
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+
+
+def test_a_target_that_reduces_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="width: 512 is no reduction of 512 channels"):
+        create_model("psdr-resnet50", depth=18, width=512)

@@ -1,0 +1,78 @@
+import re
+
+import pytest
+import torch
+
+from sopdeploy import create_model, list_models
+from sopdeploy.errors import ConfigError
+from sopdeploy.models.base import Classifier
+from sopdeploy.models.registry import entry, make_config
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_name_builds_a_network_that_says_what_ships(name: str) -> None:
+    with torch.device("meta"):
+        network = create_model(name, num_classes=3)
+        plain = network.inference_model()
+    assert isinstance(network, Classifier)
+    assert network.num_classes == 3
+    assert network.num_features() > 0
+    removed = network.state_dict().keys() - plain.state_dict().keys()
+    assert all(key.startswith(network.training_only) for key in removed)
+    assert plain.state_dict().keys() <= network.state_dict().keys()
+    assert network.loss_weights()["main"] > 0
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_config_survives_a_checkpoint(name: str) -> None:
+    config = make_config(name, {})
+    assert make_config(name, config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_no_switch_is_named_as_an_argument_of_describe(name: str) -> None:
+    assert not entry(name).config.model_fields.keys() & {"name", "num_classes", "image_size"}
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_entry_has_a_summary_and_a_size(name: str) -> None:
+    assert entry(name).summary
+    assert entry(name).image_size >= 8
+    assert entry(name).num_classes >= 2
+
+
+def test_default_number_of_classes_is_the_catalogs() -> None:
+    assert create_model("resnet8").num_classes == entry("resnet8").num_classes == 10
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [("resnet19", "resnet18"), ("dsop_resnet18", "dsop-resnet18"), ("dsop-resnet5", "dsop-resnet50")],
+)
+def test_a_misspelt_name_gets_the_nearest_ones(wrong: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=rf"'{wrong}' is not in the catalog; did you mean .*{near}"):
+        create_model(wrong)
+
+
+def test_a_name_like_no_other_is_sent_to_the_list() -> None:
+    with pytest.raises(ConfigError, match="lists them all"):
+        create_model("xyzzy")
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "says"),
+    [
+        ("resnet18", {"dept": 18}, "resnet18: dept: unknown key; its keys are depth, conv5_stride"),
+        ("resnet18", {"conv5_stride": 3}, "conv5_stride: Input should be 1 or 2 (got '3')"),
+        ("resnet20", {"depth": 21}, "depth must be 6n + 2"),
+        ("dsop-resnet18", {"aux_dropout": 1.0}, "aux_dropout"),
+        ("dsop-resnet18", {"aux_blocks": (-1, 0, 0, 0)}, "aux_blocks.0"),
+        ("dsop-resnet18", {"iterations": 16}, "iterations"),
+        ("dsop-resnet18", {"main_weight": float("nan")}, "main_weight"),
+        ("resnet18", {"num_classes": 0}, "num_classes: must be at least 1 (got 0)"),
+    ],
+)
+def test_a_bad_value_is_one_line_that_names_it(name: str, config: dict, says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)) as caught:
+        create_model(name, **config)
+    assert "\n" not in str(caught.value)

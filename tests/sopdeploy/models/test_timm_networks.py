@@ -1,0 +1,169 @@
+import copy
+import importlib
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from sopdeploy import create_model, describe
+from sopdeploy.backbones.timm_backbone import nearest_block, tappable
+from sopdeploy.errors import ConfigError
+from sopdeploy.layers.mbconv import MBConv
+from sopdeploy.layers.residual import BasicBlock, Bottleneck
+from sopdeploy.models.registry import entry
+
+NAMES = ["resnet18", "convnext_tiny", "efficientnet_b0", "mobilenetv3_small_100", "regnety_002"]
+FEW = {"aux_blocks": (1, 1, 1, 1), "aux_widths": (4, 4, 4, 4)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_ships_is_timms_own_network_with_timms_own_keys(name: str) -> None:
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, num_classes=5).eval()
+    trained = create_model(f"dsop-timm:{name}", num_classes=5, **FEW).eval()
+    kept = {k: v for k, v in trained.state_dict().items() if not k.startswith("branches.")}
+    assert list(kept) == list(theirs.state_dict())
+    plain = trained.inference_model().eval()
+    plain.load_state_dict(kept)
+    theirs.load_state_dict(kept)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs(images)
+        assert torch.equal(trained(images), expected)
+        assert torch.equal(plain(images), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_learns(name: str) -> None:
+    torch.manual_seed(0)
+    network = create_model(f"dsop-timm:{name}", num_classes=3, **FEW)
+    out = network(torch.randn(2, 3, 64, 64))
+    assert len(out.branches) == 4
+    (out.logits.square().sum() + sum(b.square().sum() for b in out.branches.values())).backward()
+    silent = [n for n, p in network.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert silent == []
+
+
+@pytest.mark.parametrize(
+    ("name", "taps", "kind"),
+    [
+        ("resnet18", {"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512}, BasicBlock),
+        ("resnet50", {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": 2048}, Bottleneck),
+        ("regnety_002", {"s1": 24, "s2": 56, "s3": 152, "s4": 368}, Bottleneck),
+        ("convnext_tiny", {"stages.0": 96, "stages.1": 192, "stages.2": 384, "stages.3": 768}, MBConv),
+        ("efficientnet_b0", {"blocks.1": 24, "blocks.2": 40, "blocks.4": 112, "blocks.6": 320}, MBConv),
+        ("mobilenetv3_small_100", {"blocks.0": 16, "blocks.1": 24, "blocks.3": 48, "blocks.5": 576}, MBConv),
+    ],
+)
+def test_branches_follow_timms_stages_in_the_nearest_kind_of_block(name, taps, kind) -> None:
+    with torch.device("meta"):
+        network = create_model(f"dsop-timm:{name}")
+    assert network.tap_channels == taps
+    assert list(network.branches) == [tap.replace(".", "_") for tap in taps]
+    for branch, channels in zip(network.branches.values(), taps.values(), strict=True):
+        assert [type(block) for block in branch.blocks] == [kind, kind]
+        assert branch.pooling.config.width == min(channels, 256)
+        assert isinstance(branch.reduction, nn.Identity) == (channels <= 256)
+
+
+def test_nearest_block_of_plain_convolutions_is_the_basic_block() -> None:
+    network = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()))
+    assert nearest_block(network, ["0"]) is BasicBlock
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s16_224"])
+@pytest.mark.parametrize("family", ["timm", "dsop-timm"])
+def test_networks_without_feature_maps_are_refused_with_the_reason(family: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"timm:{name} has no feature maps to pool: .* gives \(1, "):
+        create_model(f"{family}:{name}")
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet181", "", "hf-hub:timm/resnet18.a1_in1k", "local-dir:/tmp", "resnet18.a1_in1k"]
+)
+def test_what_timm_has_not_built_in_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"timm:{name}: timm .* has no such network"):
+        create_model(f"timm:{name}")
+
+
+@pytest.mark.parametrize("name", ["densenet121", "vgg11"])
+def test_networks_with_a_part_named_as_our_own_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"timm:{name}: the name of its part 'features' is taken here"):
+        create_model(f"timm:{name}")
+
+
+def test_a_network_that_does_not_name_its_stages_is_refused() -> None:
+    with pytest.raises(ConfigError, match="timm:hrnet_w18_small does not say which of its parts"):
+        create_model("timm:hrnet_w18_small")
+
+
+def test_another_family_than_timm_is_unknown() -> None:
+    with pytest.raises(ConfigError, match="not in the catalog"):
+        create_model("torchvision:resnet18")
+
+
+def test_without_timm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    with pytest.raises(
+        ConfigError, match=r'timm:resnet18: timm is not installed; run: pip install "sopdeploy\[train\]"'
+    ):
+        create_model("timm:resnet18")
+
+
+def test_images_are_as_large_as_timm_says() -> None:
+    assert entry("timm:resnet18").image_size == 224
+    assert entry("dsop-timm:inception_v3").image_size == 299
+
+
+def test_train_and_eval_mode_reach_timms_own_module() -> None:
+    network = create_model("timm:resnet18", num_classes=3)
+    inside = nn.Sequential(network)
+    for mode in (False, True):
+        inside.train(mode)
+        assert network.outside[0].training is mode
+        assert network.layer1.training is mode
+
+
+def test_a_copy_is_independent_and_loses_its_branches_alone() -> None:
+    network = create_model("dsop-timm:resnet18", num_classes=3, **FEW).eval()
+    lean = copy.deepcopy(network)
+    del lean.branches
+    nn.init.zeros_(lean.conv1.weight)
+    assert "branches" in network._modules
+    assert network.conv1.weight.any()
+    assert lean.outside[0].conv1 is lean.conv1
+    assert lean(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_moving_the_network_moves_timms_own_module() -> None:
+    network = create_model("timm:resnet18", num_classes=3).eval().double()
+    assert network(torch.randn(1, 3, 32, 32, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_ships_can_be_exported(name: str) -> None:
+    network = create_model(f"timm:{name}", num_classes=3).eval()
+    images = torch.randn(2, 3, 64, 64)
+    program = torch.export.export(network, (images,), strict=False)
+    assert set(program.state_dict) == set(network.state_dict())
+    torch.testing.assert_close(program.module()(images), network(images))
+
+
+def test_counts_are_those_of_the_resnet_of_our_own() -> None:
+    found = describe("dsop-timm:resnet18")
+    assert found.shipped == describe("resnet18").shipped
+    assert found.representation == 512
+    assert found.config["backbone"] == "resnet18"
+
+
+def test_reading_the_stages_leaves_the_random_numbers_alone() -> None:
+    tappable.cache_clear()
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    tappable("resnet18")
+    assert torch.equal(torch.rand(1), expected)

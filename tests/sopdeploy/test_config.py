@@ -1,0 +1,66 @@
+import math
+from typing import Any
+
+import pydantic
+import pytest
+
+from sopdeploy.config import StrictModel, first_problem
+
+
+class Inner(StrictModel):
+    width: int = 1
+
+
+class Outer(StrictModel):
+    name: str
+    share: float = 0.5
+    inner: Inner = Inner()
+    many: tuple[Inner, ...] = ()
+
+
+def test_a_value_cannot_change() -> None:
+    value = Outer(name="a")
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        value.name = "b"
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        value.inner.width = 3
+
+
+def test_equal_values_are_equal_and_hash_alike() -> None:
+    assert {Outer(name="a"), Outer(name="a")} == {Outer(name="a")}
+
+
+PROBLEMS: dict[str, tuple[Any, str]] = {
+    "missing": ({}, "name: missing"),
+    "unknown": ({"name": "a", "nmae": 3}, "nmae: unknown key"),
+    "unknown inside": ({"name": "a", "inner": {"wdith": 3}}, "inner.wdith: unknown key"),
+    "wrong type": (
+        {"name": "a", "inner": {"width": "wide"}},
+        "inner.width: Input should be a valid integer, unable to parse string as an integer (got 'wide')",
+    ),
+    "in a list": (
+        {"name": "a", "many": [{}, {"width": None}]},
+        "many.1.width: Input should be a valid integer",
+    ),
+    "infinite": ({"name": "a", "share": math.inf}, "share: Input should be a finite number (got 'inf')"),
+    "not a number": ({"name": "a", "share": math.nan}, "share: Input should be a finite number (got 'nan')"),
+    "no table": ([1, 2], "value: Input should be a valid dictionary or instance of Outer (got '[1, 2]')"),
+}
+
+
+@pytest.mark.parametrize("case", PROBLEMS)
+def test_the_first_problem_is_said_on_one_line_with_its_key(case: str) -> None:
+    value, message = PROBLEMS[case]
+    with pytest.raises(pydantic.ValidationError) as caught:
+        Outer.model_validate(value)
+    said = first_problem(caught.value)
+    assert said.startswith(message)
+    assert "\n" not in said
+
+
+def test_a_long_or_many_lined_value_is_shortened_on_one_line() -> None:
+    with pytest.raises(pydantic.ValidationError) as caught:
+        Outer(name="a", share="x\ny" * 1000)
+    said = first_problem(caught.value)
+    assert "\n" not in said
+    assert len(said) < 250

@@ -1,0 +1,191 @@
+import contextlib
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sopdeploy
+from sopdeploy.errors import ConfigError
+from sopdeploy.models.registry import create_model
+from sopdeploy.training.recipe import Recipe, list_recipes, read_recipe, recipe_text
+
+FOLDER = Path(sopdeploy.__file__).parent / "recipes"
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_a_packaged_recipe_is_valid_and_says_why_of_every_value(name) -> None:
+    recipe = read_recipe(name)
+    assert name.split("-", 1)[0] in recipe.data.kind or recipe.data.kind == "folder"
+    for line in recipe_text(name).splitlines():
+        if " = " in line and not line.startswith(("#", "summary")):
+            assert re.search(r" # \S.+", line), f"{line} has no reason"
+
+
+def test_the_packaged_recipes_are_those_of_the_folder() -> None:
+    assert list_recipes() == sorted(path.stem for path in FOLDER.glob("*.toml"))
+    assert {"digits-dsop", "digits-plain", "photos-dsop", "imagenet-dsop-resnet50"} <= set(list_recipes())
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_a_recipe_written_down_is_read_again_as_the_same(name) -> None:
+    recipe = read_recipe(name)
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+def test_the_network_of_a_recipe_is_recorded_with_every_switch() -> None:
+    choice = read_recipe("digits-dsop", ["model.config.aux_dropout=0.5"]).model
+    full = choice.full_config()
+    assert full["aux_dropout"] == 0.5
+    assert full["depth"] == 8
+    create_model(choice.name, num_classes=3, **full)
+
+
+def test_the_paper_runs_on_imagenet_are_as_the_paper_says() -> None:
+    recipe = read_recipe("imagenet-dsop-resnet50")
+    assert (recipe.epochs, recipe.batch_size) == (90, 256)
+    assert recipe.augment.model_dump() == {
+        "kind": "random-side",
+        "flip": 0.5,
+        "draft": False,
+        "sides": (256, 512),
+    }
+    rates = [recipe.optimizer.lr * recipe.schedule.factor(epoch, 90) for epoch in (0, 29.99, 30, 60, 89.99)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.001])
+    assert recipe.optimizer.model_dump() == {
+        "kind": "sgd",
+        "lr": 0.1,
+        "momentum": 0.9,
+        "nesterov": False,
+        "weight_decay": 1e-4,
+        "clip_norm": 0.0,
+    }
+
+
+OVERRIDES = [
+    (["epochs=3"], lambda recipe: recipe.epochs == 3),
+    (["optimizer.lr = 0.5"], lambda recipe: recipe.optimizer.lr == 0.5),
+    (["preprocess.mean=[0.1, 0.2, 0.3]"], lambda recipe: recipe.preprocess.mean == (0.1, 0.2, 0.3)),
+    (["device=cpu"], lambda recipe: recipe.device == "cpu"),
+    (['device="cpu"'], lambda recipe: recipe.device == "cpu"),
+    (["optimizer.nesterov=false"], lambda recipe: recipe.optimizer.nesterov is False),
+    (["epochs=3", "epochs=4"], lambda recipe: recipe.epochs == 4),
+    (["summary=a = b"], lambda recipe: recipe.summary == "a = b"),
+    (["summary="], lambda recipe: recipe.summary == ""),
+    (['schedule={kind = "milestones"}'], lambda recipe: recipe.schedule.kind == "milestones"),
+    (["model.config.aux_pooling=gap"], lambda recipe: recipe.model.full_config()["aux_pooling"] == "gap"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "holds"), OVERRIDES, ids=[o[0] for o, _ in OVERRIDES])
+def test_an_override_changes_one_value(overrides, holds) -> None:
+    assert holds(read_recipe("digits-dsop", overrides))
+
+
+def test_a_path_with_spaces_needs_no_quotes() -> None:
+    recipe = read_recipe("photos-dsop", ["data.path=my photos/summer 2024"])
+    assert recipe.data.path == Path("my photos/summer 2024")
+
+
+MISTAKES = [
+    ("optimiser.lr=1", "digits-dsop: optimiser: unknown key; did you mean optimizer?"),
+    ("optimizer.momentun=1", "optimizer.momentun: unknown key; did you mean optimizer.momentum?"),
+    ("batchsize=3", "batchsize: unknown key; did you mean batch_size?"),
+    ("schedule.ris=0.3", "schedule.ris: unknown key; did you mean schedule.rise?"),
+    ("zzz=1", "digits-dsop: zzz: unknown key"),
+    (
+        "data.kind=digit",
+        "data.kind: 'digit' is none of 'digits', 'folder', 'cifar10', 'cifar100', "
+        "'imagenet64', 'imagenet32', 'places365'",
+    ),
+    ("data={}", "data.kind: missing"),
+    ("data.path=x", "data.path: unknown key"),
+    ("model.name=dsop-resnt8", "model 'dsop-resnt8' is not in the catalog; did you mean dsop-resnet8"),
+    ("model.config.depht=8", "dsop-resnet8: depht: unknown key; its keys are"),
+    ("model.config.depth=9", "depth must be 6n + 2"),
+    ("epochs=0", "epochs: Input should be greater than or equal to 1 (got '0')"),
+    ("batch_size=1", "batch_size: Input should be greater than or equal to 2"),
+    ("seed=abc", "seed: Input should be a valid integer"),
+    ("optimizer.lr=nan", "optimizer.lr: Input should be"),
+    ("optimizer.lr=inf", "optimizer.lr: Input should be"),
+    ("optimizer.momentum=0.0", "nesterov needs a momentum above 0"),
+    ("preprocess.crop=99", "crop (99) is larger than resize (16)"),
+    ("loss.label_smoothing=1", "loss.label_smoothing: Input should be less than 1"),
+    ('schedule={kind="milestones", milestones=[3, 2]}', "milestones must grow"),
+    ("epochs", "--set epochs: write key=value, such as optimizer.lr=0.05"),
+    ("=3", "write key=value"),
+    ("a..b=3", "write key=value"),
+    ("epochs.a=1", "--set epochs.a=1: epochs is a value, not a table with keys"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), MISTAKES, ids=[o for o, _ in MISTAKES])
+def test_a_mistake_is_named_on_one_line_with_what_to_do(override, message) -> None:
+    with pytest.raises(ConfigError) as problem:
+        read_recipe("digits-dsop", [override])
+    assert message in str(problem.value)
+    assert "\n" not in str(problem.value)
+
+
+@given(key=st.text(min_size=1, max_size=20), value=st.text(max_size=20))
+def test_no_override_ends_in_anything_but_a_recipe_or_a_config_error(key, value) -> None:
+    with contextlib.suppress(ConfigError):
+        read_recipe("digits-dsop", [f"{key}={value}"])
+
+
+def test_a_file_is_read_and_its_mistakes_name_it(tmp_path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(recipe_text("digits-dsop"))
+    assert read_recipe(path) == read_recipe("digits-dsop") == read_recipe(str(path))
+    path.write_text(recipe_text("digits-dsop").replace("epochs", "epoch"))
+    with pytest.raises(ConfigError, match=r"mine\.toml: "):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"epochs = ", "not a TOML file"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"", "missing"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path, content, message) -> None:
+    path = tmp_path / "mine.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as problem:
+        read_recipe(path)
+    assert str(path) in str(problem.value)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_ones() -> None:
+    with pytest.raises(ConfigError, match="no such recipe; did you mean digits-dsop"):
+        read_recipe("digit-dsop")
+    with pytest.raises(ConfigError, match=r"no such recipe; there are cifar10-dsop-resnet20, .*photos-dsop"):
+        read_recipe("xyz")
+
+
+def test_recipes_are_plain_toml_with_distinct_summaries() -> None:
+    summaries = [tomllib.loads(recipe_text(name))["summary"] for name in list_recipes()]
+    assert len(set(summaries)) == len(summaries)
+
+
+def lines_of_settings() -> list[tuple[str, list[str]]]:
+    """Return recipe and settings of every line that a recipe's comments offer."""
+    found = []
+    for name in list_recipes():
+        for line in recipe_text(name).splitlines():
+            if line.startswith("#   --set "):
+                words = shlex.split(line.removeprefix("#"))
+                found.append((name, [word for word in words if word != "--set"]))
+    return found
+
+
+@pytest.mark.parametrize(("name", "settings"), lines_of_settings(), ids=str)
+def test_the_settings_that_a_recipe_offers_in_its_comments_are_valid(name, settings) -> None:
+    assert read_recipe(name, settings) != read_recipe(name)

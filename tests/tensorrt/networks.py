@@ -1,0 +1,113 @@
+"""A second-order network of a dozen operators, as the export writes them, and bundles of it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+from sopdeploy.bundle.folder import Bundle, open_bundle, publish, seal, staging
+from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
+from sopdeploy.bundle.probes import Probes, write_probes
+from sopdeploy.images.preprocess import Preprocess
+
+SIDE, CHANNELS, CLASSES = 8, 4, 5
+
+
+def network(*, half: bool = False, batch: str | int = "batch", opset: int = 18) -> onnx.ModelProto:
+    """uint8 images to logits by way of a centred covariance; with *half* the convolution is in fp16."""
+    rng = np.random.default_rng(0)
+    kind = np.float16 if half else np.float32
+    weights = {
+        "layer1.weight": (rng.normal(size=(CHANNELS, 3, 3, 3)) / 400).astype(kind),
+        "fc.weight": rng.normal(size=(CHANNELS * CHANNELS, CLASSES)).astype(np.float32),
+        "axes": np.array([2], dtype=np.int64),
+        "rows": np.array([0, CHANNELS, -1], dtype=np.int64),
+        "flat": np.array([0, CHANNELS * CHANNELS], dtype=np.int64),
+    }
+    wide = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
+        ("Transpose", ["images"], "moved", {"perm": [0, 3, 1, 2]}),
+        ("Cast", ["moved"], "pixels", {"to": wide}),
+        ("Conv", ["pixels", "layer1.weight"], "convolved", {"pads": [1, 1, 1, 1]}),
+        ("Relu", ["convolved"], "features", {}),
+        ("Cast", ["features"], "exact", {"to": TensorProto.FLOAT}),
+        ("Reshape", ["exact", "rows"], "matrix", {}),
+        ("ReduceMean", ["matrix", "axes"], "mean", {"keepdims": 1}),
+        ("Sub", ["matrix", "mean"], "centred", {}),
+        ("Transpose", ["centred"], "turned", {"perm": [0, 2, 1]}),
+        ("MatMul", ["centred", "turned"], "covariance", {}),
+        ("Reshape", ["covariance", "flat"], "vector", {}),
+        ("MatMul", ["vector", "fc.weight"], "logits", {}),
+    ]
+    nodes = [
+        helper.make_node(op, inputs, [output], name=f"node_{output}", **attributes)
+        for op, inputs, output, attributes in steps
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "sopdeploy",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, [batch, SIDE, SIDE, 3])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, CLASSES])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def exact(model: onnx.ModelProto) -> bool:
+    return all(t.data_type != TensorProto.FLOAT16 for t in model.graph.initializer)
+
+
+def some_images(count: int = 3) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.random.default_rng(1).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def answers(model: onnx.ModelProto, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found: np.ndarray[Any, Any] = session.run(None, {"images": images})[0]
+    return found
+
+
+def write(
+    folder: Path,
+    model: onnx.ModelProto | None = None,
+    *,
+    wrong_by: float = 0.0,
+    probes: int = 3,
+    program: bytes | None = None,
+    **fields: Any,
+) -> Bundle:
+    """Write and open a bundle of *model*; its probes want numbers that are *wrong_by* so much."""
+    model = model or network()
+    images = some_images(probes)
+    logits = answers(model, images) + np.float32(wrong_by)
+    with staging(folder) as stage:
+        (stage / "model.onnx").write_bytes(model.SerializeToString())
+        (stage / "labels.json").write_bytes(to_json([f"class {i}" for i in range(CLASSES)]))
+        (stage / "certificate.json").write_bytes(to_json({}))
+        (stage / "parity.json").write_bytes(to_json({}))
+        kept = Probes(
+            images=images,
+            expected={"logits": logits},
+            tolerance={"logits": 1e-5 * float(abs(logits).max()) if exact(model) else 0.1},
+        )
+        if program is not None:
+            (stage / "network.pt2").write_bytes(program)
+        write_probes(stage / "probes.npz", kept)
+        values: dict[str, Any] = {
+            "model": "tiny",
+            "config": {},
+            "inputs": (TensorRecord(name="images", dtype="uint8", shape=(None, SIDE, SIDE, 3)),),
+            "outputs": (TensorRecord(name="logits", dtype="float32", shape=(None, CLASSES)),),
+            "preprocess": Preprocess(resize=SIDE, crop=SIDE),
+            "batch": BatchRange(minimum=1, optimum=4, maximum=16),
+            "opset": 18,
+            "detached": (),
+            "lineage": Lineage(checkpoint_sha256="0" * 64, program_root="1" * 64, onnx_root="2" * 64),
+            "versions": {"onnx": onnx.__version__},
+        }
+        return open_bundle(publish(stage, seal(stage, values | fields), folder))

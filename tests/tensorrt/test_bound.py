@@ -1,0 +1,105 @@
+"""Bound tensors, through onnxruntime's own binding on the CPU: the calls are those that a GPU gets."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from sopdeploy_service.runtime import onnxruntime as bound
+from sopdeploy_service.runtime import onnxruntime as with_onnxruntime
+from sopdeploy_service.runtime.onnxruntime import BoundSession
+
+SHAPES = {"sums": (3,), "doubled": (2, 2, 3)}
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path: Path = tmp_path_factory.mktemp("bound") / "two.onnx"
+    nodes = [
+        helper.make_node("Cast", ["images"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["wide", "axes"], ["sums"], keepdims=0),
+        helper.make_node("Add", ["wide", "wide"], ["doubled"]),
+    ]
+    outputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *shape])
+        for name, shape in SHAPES.items()
+    ]
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 2, 2, 3])
+    axes = helper.make_tensor("axes", TensorProto.INT64, [2], [1, 2])
+    graph = helper.make_graph(nodes, "two", [images], outputs, [axes])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path.write_bytes(model.SerializeToString())
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def over(session: Any) -> BoundSession:
+    return BoundSession(onnxruntime, session, "cpu", "images", SHAPES)
+
+
+def some_images(count: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).integers(0, 256, (count, 2, 2, 3), dtype=np.uint8)
+
+
+def test_every_batch_gets_its_own_numbers_in_any_order_of_sizes(session: Any) -> None:
+    bound_session = over(session)
+    for seed, count in enumerate([1, 4, 1, 2, 4, 4, 1]):
+        images = some_images(count, seed)
+        found = bound_session.run(images)
+        assert list(found) == list(SHAPES)
+        np.testing.assert_array_equal(found["sums"], images.astype(np.float32).sum(axis=(1, 2)))
+        np.testing.assert_array_equal(found["doubled"], images * np.float32(2))
+
+
+def test_an_answer_is_not_written_over_by_the_next_batch(session: Any) -> None:
+    bound_session = over(session)
+    first = bound_session.run(some_images(2, 1))["doubled"]
+    kept = first.copy()
+    bound_session.run(some_images(2, 2))
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_images_that_are_not_contiguous_are_read_as_they_look(session: Any) -> None:
+    images = some_images(4)[::2, :, ::-1]
+    found = over(session).run(images)["doubled"]
+    np.testing.assert_array_equal(found, images * np.float32(2))
+
+
+def test_memory_on_the_device_is_made_once_for_a_size_and_kept_for_few_sizes(
+    session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bound, "KEPT", 2)
+    bindings = []
+    counted = SimpleNamespace(
+        io_binding=lambda: bindings.append(session.io_binding()) or bindings[-1],
+        run_with_iobinding=session.run_with_iobinding,
+    )
+    bound_session = over(counted)
+    for count in (1, 2, 1, 2, 1):
+        bound_session.run(some_images(count))
+    assert len(bindings) == 2
+    bound_session.run(some_images(3))  # 2, used longest ago, is given up
+    bound_session.run(some_images(1))
+    assert len(bindings) == 3
+    bound_session.run(some_images(2))
+    assert len(bindings) == 4
+
+
+def test_a_runtime_on_a_gpu_runs_on_bound_tensors(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Recorded:
+        def __init__(self, *given: Any) -> None:
+            asked.append(given[2:])
+
+        def run(self, images: Any) -> Any:
+            return {"logits": images}
+
+    monkeypatch.setattr(with_onnxruntime, "BoundSession", Recorded)
+    monkeypatch.setattr(with_onnxruntime, "open_session", lambda *given: None)
+    runtime = with_onnxruntime.OnnxRuntime(bundle, provider=with_onnxruntime.CUDA)
+    assert runtime.run(some_images(1))["logits"].shape == (1, 2, 2, 3)
+    assert asked == [("cuda:0", "images", {"logits": (5,)})]

@@ -1,0 +1,204 @@
+"""torch-tensorrt as another way to the same artifact: cache, key, receipt, probes."""
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.cli.app import app
+from sopdeploy.errors import EngineError, ParityError, RuntimeUnavailableError
+from sopdeploy.tensorrt.cache import records
+from sopdeploy_export.tensorrt.engine import EngineOptions, engine
+from sopdeploy_export.tensorrt.plan import plan_engine
+from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
+from sopdeploy_service.settings import Settings
+from tests.tensorrt.fake_tensorrt import MAGIC, FakeTensorRT
+from tests.tensorrt.networks import answers, network, some_images, write
+
+Install = Callable[..., FakeTensorRT]
+DRY = ["engine", "--dry-run", "--via", "torch-tensorrt"]
+VIA = EngineOptions(via="torch-tensorrt")
+
+
+class Pixels(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean(dim=(1, 2))
+
+
+@cache
+def a_program() -> bytes:
+    memory = io.BytesIO()
+    program = torch.export.export(Pixels(), (torch.zeros(2, 8, 8, 3, dtype=torch.uint8),))
+    program.example_inputs = None
+    torch.export.save(program, memory)
+    return memory.getvalue()
+
+
+class FakeTorchTensorRT(ModuleType):
+    """Gives plans of the network of these tests, with outputs called by number, as torch-tensorrt's are."""
+
+    def __init__(self, trt: FakeTensorRT) -> None:
+        super().__init__("torch_tensorrt")
+        self.trt, self.asked, self.program = trt, {}, None
+        self.types = "Float"
+        self.wrong = False
+        self.Input = SimpleNamespace
+        self.dynamo = SimpleNamespace(convert_exported_program_to_serialized_trt_engine=self.convert)
+
+    def convert(self, program: Any, *, arg_inputs: Any, **settings: Any) -> bytes:
+        if self.types == "none":
+            raise NotImplementedError("no converter for aten.foo\nand a page of graph")
+        self.program, self.asked = program, {"images": arg_inputs[0], **settings}
+        model = network(half=self.wrong)
+        for node in model.graph.node:
+            node.output[:] = ["output0" if name == "logits" else name for name in node.output]
+        model.graph.output[0].name = "output0"
+        sizes = (arg_inputs[0].min_shape, arg_inputs[0].opt_shape, arg_inputs[0].max_shape)
+        border = [{"Name": "x", "Format/Datatype": self.types}]
+        layer = {"Name": "[CONVOLUTION]-[aten_ops.convolution.default]-[conv2d]", "LayerType": "Cask"}
+        facts = {"profiles": [sizes], "layers": [{**layer, "Inputs": border, "Outputs": border}]}
+        head = MAGIC + self.trt._version.encode() + b"\n" + json.dumps(facts).encode() + b"\n"
+        return head + bytes(model.SerializeToString())
+
+
+@pytest.fixture
+def other_way(install: Install, monkeypatch: pytest.MonkeyPatch) -> FakeTorchTensorRT:
+    fake = FakeTorchTensorRT(install())
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", fake)
+    return fake
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Bundle:
+    return write(tmp_path, program=a_program())
+
+
+def test_it_builds_keeps_and_serves_the_same_artifact(other_way: FakeTorchTensorRT, whole: Bundle) -> None:
+    built = engine(whole, VIA)
+    key = built.record.key
+    assert (key.via, key.precision, [str(profile) for profile in key.profiles]) == (
+        "torch-tensorrt",
+        "fp32",
+        ["1-16"],
+    )
+    assert built.record.receipt.parts["network"].realised == {"fp32": 1}
+    assert [replay.batch for replay in built.record.replays] == [1, 16]
+    assert built.record.parsed_onnx_sha256 == whole.manifest.files["network.pt2"].sha256
+    assert engine(whole, VIA).reason is None
+    images = some_images(3)
+    found = TensorRTRuntime(whole, Settings(runtime="tensorrt")).run(images)
+    assert found["logits"] == pytest.approx(answers(network(), images), rel=1e-4, abs=1e-3)
+
+
+def test_it_is_told_no_tf32_no_fallback_and_the_range_of_batches(
+    other_way: FakeTorchTensorRT, whole: Bundle
+) -> None:
+    engine(whole, EngineOptions(via="torch-tensorrt", level=4, profiles="2,8"))
+    asked, images = other_way.asked, other_way.asked["images"]
+    assert isinstance(other_way.program, torch.export.ExportedProgram)
+    assert (asked["disable_tf32"], asked["require_full_compilation"]) == (True, True)
+    assert (asked["optimization_level"], asked["workspace_size"]) == (4, 2**28)
+    assert [images.min_shape, images.opt_shape, images.max_shape] == [
+        (1, 8, 8, 3),
+        (4, 8, 8, 3),
+        (8, 8, 8, 3),
+    ]
+    assert images.dtype is torch.uint8
+
+
+def test_both_ways_lie_in_one_cache_under_names_of_their_own(
+    other_way: FakeTorchTensorRT, whole: Bundle
+) -> None:
+    first, second = engine(whole, EngineOptions()), engine(whole, VIA)
+    assert first.path.parent == second.path.parent
+    assert first.path != second.path
+    assert {record.key.via for record in records(first.path.parent)} == {"onnx", "torch-tensorrt"}
+    assert "via" not in json.loads(first.path.with_suffix(".json").read_bytes())["key"]
+
+
+@pytest.mark.parametrize(
+    ("types", "wrong", "kind", "complaint"),
+    [
+        ("Half", False, EngineError, "network: layer .* computes with fp16, the graph asks for fp32"),
+        ("Int32", False, EngineError, "shows no floating type"),
+        (
+            "none",
+            False,
+            EngineError,
+            "cannot build the engine: no converter for aten.foo and a page of graph$",
+        ),
+        ("Float", True, ParityError, "probes: output 'logits' deviates"),
+    ],
+    ids=["another precision", "no precision", "an operator without a converter", "other numbers"],
+)
+def test_what_is_not_right_is_not_kept(
+    other_way: FakeTorchTensorRT, tmp_path: Path, types: str, wrong: bool, kind: Any, complaint: str
+) -> None:
+    bundle = write(tmp_path, program=a_program())
+    other_way.types, other_way.wrong = types, wrong
+    with pytest.raises(kind, match=complaint):
+        engine(bundle, VIA)
+    assert not list(tmp_path.rglob("*.plan"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "program", "asked", "complaint"),
+    [
+        ({}, False, None, "has no network.pt2; export it with --pt2"),
+        ({"precision": "fp16"}, True, None, "builds in fp32, the bundle is fp16; leave --via out"),
+        ({}, True, "fp16", "builds in fp32, fp16 was asked for; leave --precision out"),
+    ],
+)
+@pytest.mark.parametrize("ask", [engine, plan_engine])
+def test_a_bundle_that_does_not_fit_is_refused_before_anything_is_loaded(
+    tmp_path: Path, ask: Any, fields: dict[str, str], program: bool, asked: str | None, complaint: str
+) -> None:
+    bundle = write(tmp_path, program=a_program() if program else None, **fields)
+    with pytest.raises(EngineError, match=complaint):
+        ask(bundle, EngineOptions(via="torch-tensorrt", precision=asked))
+
+
+def test_the_dry_run_says_what_this_way_would_do_and_needs_nothing(
+    whole: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tensorrt", "torch_tensorrt", "cuda.bindings.runtime", "cuda.cudart"):
+        monkeypatch.setitem(sys.modules, name, None)
+    found = CliRunner().invoke(app, [*DRY, str(whole.path)])
+    assert found.exit_code == 0, found.stderr
+    assert ", fp32, by torch-tensorrt" in found.stdout
+    assert "batches 1-16" in found.stdout
+    assert f"sha256 {whole.manifest.files['network.pt2'].sha256[:16]}" in found.stdout
+    assert 'run: pip install "sopdeploy[torch-tensorrt]"' in found.stdout
+    assert "key       not known: TensorRT is not installed" in found.stdout
+    assert "lint" not in found.stdout
+
+
+def test_the_dry_run_knows_the_key_of_this_way(other_way: FakeTorchTensorRT, whole: Bundle) -> None:
+    planned = json.loads(CliRunner().invoke(app, [*DRY, str(whole.path), "--json"]).stdout)
+    assert (planned["memory"], planned["lint"]) == (None, [])
+    assert planned["key"] == engine(whole, VIA).record.key.name
+    assert planned["key"] != plan_engine(whole, EngineOptions()).key
+
+
+def test_without_torch_tensorrt_the_error_is_one_line_saying_how_to_get_it(
+    install: Install, whole: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install()
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
+    with pytest.raises(RuntimeUnavailableError, match=r'pip install "sopdeploy\[torch-tensorrt\]"$'):
+        engine(whole, VIA)
+
+
+def test_a_way_that_does_not_exist_is_refused(whole: Bundle) -> None:
+    found = CliRunner().invoke(app, ["engine", str(whole.path), "--via", "jit"])
+    assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
+    assert "--via jit: write onnx or torch-tensorrt" in found.stderr

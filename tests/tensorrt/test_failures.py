@@ -1,0 +1,109 @@
+"""What libraries say of a failing GPU becomes the error that the server acts on."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy_export.tensorrt.engine import EngineOptions, engine
+from sopdeploy_service.runtime.base import LOST, DeviceLostError, OutOfMemoryError, failure, translated
+from sopdeploy_service.runtime.onnxruntime import CPU, OnnxRuntime
+from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
+from sopdeploy_service.settings import Settings
+from tests.tensorrt.fake_cuda import FakeCuda
+from tests.tensorrt.fake_tensorrt import FakeTensorRT
+from tests.tensorrt.networks import some_images
+
+ORT = "Non-zero status code returned while running Conv node. Name:'node_3' Status Message: "
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (f"{ORT}CUDA failure 2: out of memory ; GPU=0 ; hostname=host ; expr=cudaMalloc(", OutOfMemoryError),
+        (f"{ORT}Failed to allocate memory for requested buffer of size 1073741824", OutOfMemoryError),
+        (f"{ORT}Available memory of 512 is smaller than requested bytes of 1024", OutOfMemoryError),
+        (f"{ORT}CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0", OutOfMemoryError),
+        ("CUDA: cudaMalloc failed with cudaErrorMemoryAllocation", OutOfMemoryError),
+        (
+            "IExecutionContext::executeV3: Error Code 2: OutOfMemory (Requested size was 9 bytes.)",
+            OutOfMemoryError,
+        ),
+        ("std::bad_alloc", OutOfMemoryError),
+        (f"{ORT}CUDA failure 700: an illegal memory access was encountered ; GPU=0", DeviceLostError),
+        ("Error Code 1: Cuda Runtime (an illegal memory access was encountered)", DeviceLostError),
+        ("CUDA error 710: device-side assert triggered", DeviceLostError),
+        ("CUDA: cudaStreamSynchronize failed with cudaErrorLaunchFailure", DeviceLostError),
+        ("Cuda Runtime (unspecified launch failure)", DeviceLostError),
+        ("CUDA_ERROR_ECC_UNCORRECTABLE", DeviceLostError),
+        ("CUDA failure 719: out of memory, says a driver that is gone", DeviceLostError),
+        ("CUDA failure 1: invalid argument", None),
+        ("CUDA failure 7000: no such code", None),
+        ("Got invalid dimensions for input: images", None),
+        ("TensorRT cannot run the batch: Error Code 3: API Usage Error", None),
+    ],
+)
+def test_every_wording_is_read(text: str, kind: type[Exception] | None) -> None:
+    found = failure(text)
+    assert (None if found is None else type(found)) is kind
+    assert "\n" not in str(found)
+
+
+@pytest.mark.parametrize(
+    "form", ["{0.runtime}", "{0.driver}", "CUDA failure {0.code}: x", "an {0.words} was met"]
+)
+@pytest.mark.parametrize("one", LOST, ids=lambda one: str(one.code))
+def test_a_code_that_sticks_is_a_lost_device_however_it_is_told(one: Any, form: str) -> None:
+    found = failure(form.format(one))
+    assert isinstance(found, DeviceLostError)
+    assert str(found).startswith(f"CUDA {one.code}, ")
+
+
+def test_what_is_no_failure_of_the_device_stays_as_it_is() -> None:
+    with pytest.raises(ValueError, match="shape"), translated():
+        raise ValueError("another shape")
+
+
+def test_onnxruntimes_errors_are_translated_and_keep_their_cause(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = OnnxRuntime(bundle, provider=CPU)
+
+    def run(*_: Any) -> Any:
+        raise RuntimeError(f"{ORT}CUDA failure 700: an illegal memory access was encountered")
+
+    monkeypatch.setattr(runtime, "_session", SimpleNamespace(run=run))
+    with pytest.raises(DeviceLostError, match=r"^CUDA 700, cudaErrorIllegalAddress") as caught:
+        runtime.run(some_images(1))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize("wrong", ["execute says so", "only the stream does"])
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        ((2, "cudaErrorMemoryAllocation"), OutOfMemoryError),
+        ((719, "cudaErrorLaunchFailure"), DeviceLostError),
+    ],
+)
+def test_an_engine_on_a_failing_gpu_names_cudas_code(
+    install: Callable[..., FakeTensorRT],
+    bundle: Bundle,
+    cuda: FakeCuda,
+    monkeypatch: pytest.MonkeyPatch,
+    status: tuple[int, str],
+    kind: type[Exception],
+    wrong: str,
+) -> None:
+    trt = install()
+    engine(bundle, EngineOptions(profiles="1,4"))
+    runtime = TensorRTRuntime(bundle, Settings(runtime="tensorrt"))
+    if wrong == "execute says so":
+        trt._sabotage.add("fails")
+    failed = type("Status", (int,), {"name": status[1]})(status[0])
+    for function in ("cudaStreamSynchronize", "cudaEventSynchronize"):
+        monkeypatch.setattr(cuda, function, lambda _: (failed,))
+    with pytest.raises(kind, match=rf"^CUDA {status[0]}, {status[1]}"):
+        runtime.run(some_images(1))

@@ -1,0 +1,253 @@
+"""What a release reads wrongly is rewritten without changing a number, or refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from sopdeploy.errors import EngineError, LoweringError
+from sopdeploy.tensorrt.profiles import Profile
+from sopdeploy_export.tensorrt.lint import lint, refuse_another_precision
+from tests.tensorrt.networks import answers, network, some_images
+
+ONE = (Profile(minimum=1, optimum=1, maximum=1),)
+FREE = (Profile(minimum=1, optimum=1, maximum=1), Profile(minimum=2, optimum=8, maximum=8))
+EVERY = [(8, 6), (10, 0), (10, 16), (11, 0), (11, 1)]
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    return model.opset_import[0].version
+
+
+@pytest.mark.parametrize("version", EVERY)
+def test_what_the_lint_returns_gives_the_same_numbers(version: tuple[int, int]) -> None:
+    model, images = network(), some_images(5)
+    safe, _ = lint(model, version, FREE)
+    np.testing.assert_allclose(answers(safe, images), answers(model, images), rtol=1e-6, atol=1e-4)
+
+
+def test_sabotage_opset_18_reduce_mean_is_given_to_8_6_as_opset_17() -> None:
+    safe, hazards = lint(network(), (8, 6), FREE)
+    mean = next(node for node in safe.graph.node if node.op_type == "ReduceMean")
+    assert opset_of(safe) == 17
+    assert (list(mean.input), [a.ints[:] for a in mean.attribute if a.name == "axes"]) == (["matrix"], [[2]])
+    assert [(h.rule, h.operators) for h in hazards][-1] == ("reduce-axes-input", 1)
+    assert "axes" not in {tensor.name for tensor in safe.graph.initializer}
+
+
+@pytest.mark.parametrize("version", EVERY[1:])
+def test_later_releases_read_the_axes_themselves(version: tuple[int, int]) -> None:
+    safe, hazards = lint(network(), version, FREE)
+    assert opset_of(safe) == 18
+    assert "reduce-axes-input" not in {hazard.rule for hazard in hazards}
+
+
+@pytest.mark.parametrize("version", EVERY)
+def test_bytes_are_widened_at_the_border_before_they_are_moved(version: tuple[int, int]) -> None:
+    safe, hazards = lint(network(), version, FREE)
+    assert [node.op_type for node in safe.graph.node][:3] == ["Cast", "Transpose", "Conv"]
+    assert hazards[0].rule == "uint8-beyond-the-border"
+
+
+def test_every_operator_gets_a_name_of_its_own_by_which_layers_are_traced_back() -> None:
+    model = network()
+    model.graph.node[3].name = ""
+    model.graph.node[4].name = model.graph.node[5].name = "twice"
+    names = [node.name for node in lint(model, (10, 16), FREE)[0].graph.node]
+    assert "" not in names
+    assert len(set(names)) == len(names)
+
+
+def test_the_model_that_was_given_is_left_as_it_was() -> None:
+    model = network()
+    before = model.SerializeToString()
+    lint(model, (8, 6), FREE)
+    assert model.SerializeToString() == before
+
+
+def graph(
+    operator: str,
+    inputs: list[str],
+    *,
+    constants: dict[str, Any] | None = None,
+    opset: int = 18,
+    kind: int = TensorProto.FLOAT,
+    domain: str = "",
+    others: list[onnx.NodeProto] | None = None,
+    shape: tuple[Any, ...] = ("batch", 4, 4),
+    **attributes: Any,
+) -> onnx.ModelProto:
+    """A graph of one operator over x (batch, 4, 4)."""
+    results = ["y", "indices"] if operator == "TopK" else ["y"]
+    made = helper.make_graph(
+        [
+            *(others or []),
+            helper.make_node(operator, inputs, results, name="it", domain=domain, **attributes),
+        ],
+        "one",
+        [helper.make_tensor_value_info("x", kind, ["batch", 4, 4])],
+        [helper.make_tensor_value_info("y", kind, shape)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in (constants or {}).items()],
+    )
+    opsets = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, 1)] if domain else [])]
+    return helper.make_model(made, opset_imports=opsets, ir_version=10)
+
+
+REFUSED: list[tuple[str, Callable[[], onnx.ModelProto], str, list[tuple[int, int]]]] = [
+    (
+        "axes that are computed",
+        lambda: graph("ReduceSum", ["x", "n"], others=[helper.make_node("Shape", ["x"], ["n"])]),
+        "axes of ReduceSum are computed",
+        EVERY,
+    ),
+    (
+        "an opset that it does not know",
+        lambda: graph("Relu", ["x"], opset=21),
+        "opset 21 is newer",
+        EVERY[1:2],
+    ),
+    ("an opset after all", lambda: graph("Relu", ["x"], opset=26), "opset 26 is newer", EVERY[1:]),
+    ("doubles", lambda: graph("Relu", ["x"], kind=TensorProto.DOUBLE), "double", EVERY),
+    ("bfloat16", lambda: graph("Relu", ["x"], kind=TensorProto.BFLOAT16), "bfloat16", EVERY[:1]),
+    (
+        "long integers",
+        lambda: graph("Reshape", ["x", "s"], constants={"s": np.array([-1, 2**40])}),
+        "s does not fit into 32 bits",
+        EVERY[:1],
+    ),
+    ("a determinant", lambda: graph("Det", ["x"]), "Det is not supported", EVERY),
+    (
+        "a TopK whose k is computed",
+        lambda: graph("TopK", ["x", "k"], others=[helper.make_node("Size", ["x"], ["k"])]),
+        "k of TopK is computed",
+        EVERY,
+    ),
+    (
+        "a large TopK",
+        lambda: graph("TopK", ["x", "k"], constants={"k": np.array([4000])}),
+        "at most 3840",
+        EVERY,
+    ),
+    (
+        "a ScatterND that adds",
+        lambda: graph(
+            "ScatterND",
+            ["x", "i", "u"],
+            constants={"i": np.array([[0]]), "u": np.zeros((1, 4, 4), np.float32)},
+            reduction="add",
+        ),
+        "ScatterND with a reduction",
+        EVERY,
+    ),
+    (
+        "an Einsum with an ellipsis",
+        lambda: graph("Einsum", ["x", "x"], equation="...ij,...jk->...ik"),
+        "needs TensorRT 10.12",
+        EVERY[:2],
+    ),
+    ("a NonZero", lambda: graph("NonZero", ["x"]), "makes shapes depend on data", EVERY),
+    ("an operator of a plugin", lambda: graph("Magic", ["x"], domain="acme"), "domain acme", EVERY),
+    (
+        "a group normalisation",
+        lambda: graph(
+            "GroupNormalization",
+            ["x", "s", "s"],
+            constants={"s": np.ones(2, np.float32)},
+            num_groups=2,
+        ),
+        "plugin over cuDNN",
+        EVERY[:1],
+    ),
+]
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case[0])
+@pytest.mark.parametrize("version", EVERY)
+def test_what_a_release_cannot_read_rightly_is_refused_for_it(case: Any, version: tuple[int, int]) -> None:
+    _, make, complaint, versions = case
+    model = make()
+    if version in versions:
+        with pytest.raises(LoweringError, match=complaint):
+            lint(model, version, FREE)
+    elif version >= (10, 0):
+        lint(model, version, FREE)
+
+
+@pytest.mark.parametrize("version", EVERY)
+@pytest.mark.parametrize("point", [np.uint8(0), np.uint8(128), np.int8(3), None])
+def test_what_was_quantised_for_a_cpu_is_refused(version: tuple[int, int], point: Any) -> None:
+    with pytest.raises(LoweringError, match="it needs signed bytes around zero"):
+        lint(quantised(point), version, FREE)
+
+
+@pytest.mark.parametrize("version", EVERY)
+def test_signed_bytes_around_zero_are_taken(version: tuple[int, int]) -> None:
+    safe, _ = lint(quantised(np.int8(0)), version, FREE)
+    assert "QuantizeLinear" in {node.op_type for node in safe.graph.node}
+
+
+def test_weights_in_signed_bytes_need_no_zero_point() -> None:
+    codes = {"w": np.ones((4, 4), np.int8), "s": np.float32(0.1)}
+    weight = helper.make_node("DequantizeLinear", ["w", "s"], ["wide"], name="widen")
+    lint(graph("MatMul", ["x", "wide"], constants=codes, others=[weight]), (8, 6), FREE)
+
+
+def quantised(point: Any) -> onnx.ModelProto:
+    """x, quantised and back, with the zero point *point*."""
+    constants = {"s": np.float32(0.1)} | ({} if point is None else {"z": point})
+    rest = list(constants)
+    first = helper.make_node("QuantizeLinear", ["x", *rest], ["q"], name="quantise")
+    return graph("DequantizeLinear", ["q", *rest], constants=constants, others=[first])
+
+
+def test_a_newer_operator_that_8_6_has_no_form_of_is_refused() -> None:
+    with pytest.raises(LoweringError, match=r"no opset 17 form for TensorRT 8\.6"):
+        lint(graph("Gelu", ["x"], opset=20), (8, 6), FREE)
+
+
+def test_a_slice_to_the_end_of_all_integers_is_no_hazard() -> None:
+    ends = {"a": np.array([0]), "b": np.array([2**63 - 1])}
+    lint(graph("Slice", ["x", "a", "b", "a"], constants=ends, shape=("some", 4, 4)), (8, 6), FREE)
+
+
+@pytest.mark.parametrize(("axes", "keep"), [([], 0), (None, 1)])
+def test_a_reduction_over_everything_stays_one(axes: list[int] | None, keep: int) -> None:
+    inputs = ["x"] if axes is None else ["x", "a"]
+    constants = {} if axes is None else {"a": np.array(axes, dtype=np.int64)}
+    safe, _ = lint(
+        graph("ReduceMax", inputs, constants=constants, keepdims=keep, shape=(1, 1, 1)[: 3 * keep]),
+        (8, 6),
+        FREE,
+    )
+    assert [a.name for a in safe.graph.node[0].attribute] == ["keepdims"]
+
+
+def test_a_reduction_over_nothing_has_no_form_in_opset_17() -> None:
+    with pytest.raises(LoweringError, match="over no axes has no form"):
+        lint(graph("ReduceMax", ["x"], noop_with_empty_axes=1), (8, 6), FREE)
+
+
+def test_computing_with_unsigned_bytes_is_refused() -> None:
+    with pytest.raises(LoweringError, match="Add uses unsigned bytes, which TensorRT only casts"):
+        lint(graph("Add", ["x", "x"], kind=TensorProto.UINT8), (10, 16), FREE)
+
+
+def test_sabotage_a_batch_fixed_to_one_takes_no_profile_of_more() -> None:
+    with pytest.raises(LoweringError, match="fixes the batch of images to 1"):
+        lint(network(batch=1), (11, 0), FREE)
+    lint(network(batch=1), (11, 0), ONE)
+
+
+@pytest.mark.parametrize("asked", ["fp16", "bf16-backbone", "int8"])
+def test_sabotage_a_precision_that_is_not_in_the_graph_is_refused(asked: str) -> None:
+    with pytest.raises(EngineError, match=f"{asked} was asked for and the graph is fp32"):
+        refuse_another_precision(network(), asked, (11, 0))
+    refuse_another_precision(network(half=True), "fp16", (11, 0))
+
+
+def test_an_fp16_graph_is_not_called_fp32() -> None:
+    with pytest.raises(EngineError, match="fp32 was asked for and the graph is fp16"):
+        refuse_another_precision(network(half=True), "fp32", None)

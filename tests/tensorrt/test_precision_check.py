@@ -1,0 +1,154 @@
+"""What was asked and what was realised, part by part; a difference fails."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import helper, numpy_helper
+
+from sopdeploy.errors import EngineError
+from sopdeploy_export.tensorrt.precision_check import receipt, word_to_precision
+from sopdeploy_export.tensorrt.rewrites import graph_precision, parts
+from tests.tensorrt.networks import network
+
+
+def inspected(changes: dict[str, dict[str, Any]] | None = None, *, half: bool = False) -> str:
+    """What the inspector says of an engine whose layers are the operators of the network."""
+    low = {"node_convolved", "node_features"} if half else set()
+    layers = []
+    for node in network(half=half).graph.node:
+        word = "Half" if node.name in low else "Float"
+        layer = {
+            "Name": f"layer of {node.name}",
+            "LayerType": "gemm",
+            "Inputs": [{"Name": "a", "Format/Datatype": word}],
+            "Outputs": [{"Name": "b", "Format/Datatype": word}],
+            "TacticName": "sm90_gemm_f32",
+            "Metadata": f"[ONNX Layer: {node.name}]",
+        }
+        layers.append({**layer, **(changes or {}).get(node.name, {})})
+    return json.dumps({"Layers": layers})
+
+
+def tensor(word: str) -> list[dict[str, str]]:
+    return [{"Name": "t", "Format/Datatype": word}]
+
+
+def test_every_part_is_named_with_what_was_asked_and_what_became_of_it() -> None:
+    found = receipt(network(half=True), "fp16", inspected(half=True))
+    assert {name: (part.asked, part.realised) for name, part in found.parts.items()} == {
+        "layer1": (("fp16",), {"fp16": 2}),
+        "second order": (("fp32",), {"fp32": 3}),
+        "fc": (("fp32",), {"fp32": 1}),
+    }
+    assert (found.operators, found.operators_seen) == (6, 6)
+
+
+def test_half_where_the_graph_asks_for_float_fails_and_names_the_part() -> None:
+    changes = {"node_covariance": {"Outputs": tensor("Half")}}
+    with pytest.raises(
+        EngineError, match=r"^second order: layer .* computes with fp16, the graph asks for fp32"
+    ):
+        receipt(network(), "fp32", inspected(changes))
+
+
+def test_sabotage_tf32_in_the_iteration_fails() -> None:
+    changes = {"node_covariance": {"TacticName": "sm80_xmma_gemm_f32f32_tf32f32_f32_nn_n"}}
+    with pytest.raises(EngineError, match=r"^second order: .*tf32, the graph asks for fp32"):
+        receipt(network(), "fp32", inspected(changes))
+
+
+def test_float_where_the_graph_asks_for_half_fails() -> None:
+    changes = {"node_convolved": {"Inputs": tensor("Float"), "Outputs": tensor("Float")}}
+    with pytest.raises(EngineError, match=r"^layer1: .* the graph asks for fp16"):
+        receipt(network(half=True), "fp16", inspected(changes, half=True))
+
+
+def test_int8_that_nobody_asked_for_fails() -> None:
+    changes = {
+        "node_convolved": {"Inputs": tensor("Thirty-two wide channel vectorized row major Int8 format")}
+    }
+    with pytest.raises(EngineError, match="computes with int8"):
+        receipt(network(), "fp32", inspected(changes))
+
+
+def test_a_fused_layer_may_have_the_types_of_all_its_operators() -> None:
+    both = "[ONNX Layer: node_features]\x1f[ONNX Layer: node_exact]\x1f[ONNX Layer: node_mean]"
+    changes = {
+        "node_features": {"Metadata": both, "Inputs": tensor("Half"), "Outputs": tensor("Float")},
+        "node_exact": {"Metadata": ""},
+        "node_mean": {"Metadata": ""},
+    }
+    receipt(network(half=True), "fp16", inspected(changes, half=True))
+
+
+def test_reformats_and_layers_of_no_operator_are_no_evidence() -> None:
+    changes = {
+        "node_mean": {"LayerType": "Reformat", "Outputs": tensor("Half")},
+        "node_moved": {"Metadata": "", "Name": "shape call", "Outputs": tensor("Half")},
+    }
+    assert receipt(network(), "fp32", inspected(changes)).operators_seen == 5
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"Layers": ["conv1", "conv2"]}', '{"Layers": []}'])
+def test_an_inspector_that_shows_nothing_proves_nothing(text: str) -> None:
+    with pytest.raises(EngineError, match="inspector"):
+        receipt(network(), "fp32", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "precision"),
+    [
+        ("Row major linear FP32", "fp32"),
+        ("Row major linear FP16 format", "fp16"),
+        ("Channel major FP16 format where channel % 8 == 0", "fp16"),
+        ("Half", "fp16"),
+        ("Float", "fp32"),
+        ("BFloat16", "bf16"),
+        ("Four wide channel vectorized row major Int8 format", "int8"),
+        ("UInt8", None),
+        ("Int32", None),
+        ("Unknown format", None),
+    ],
+)
+def test_the_words_of_every_release_are_understood(text: str, precision: str | None) -> None:
+    assert word_to_precision(text) == precision
+
+
+def test_a_graph_has_the_lowest_precision_of_its_products() -> None:
+    assert (graph_precision(network()), graph_precision(network(half=True))) == ("fp32", "fp16")
+
+
+def test_a_quantised_weight_still_names_its_part() -> None:
+    model = network()
+    weight = next(t for t in model.graph.initializer if t.name == "layer1.weight")
+    scale = numpy_helper.from_array(np.float32(1e-3), "scale")
+    codes = numpy_helper.from_array(np.ones(tuple(weight.dims), np.int8), "layer1.weight_quantized")
+    model.graph.initializer.extend([scale, codes])
+    convolution = model.graph.node[2]
+    convolution.input[1] = "widened"
+    back = helper.make_node(
+        "DequantizeLinear", ["layer1.weight_quantized", "scale"], ["widened"], name="back"
+    )
+    model.graph.node.insert(2, back)
+    found = parts(model)
+    assert (found["node_convolved"], found["node_features"]) == ("layer1", "layer1")
+    assert graph_precision(model) == "int8"
+
+
+def test_parts_are_named_by_weights_and_by_the_product_of_two_computed_matrices() -> None:
+    assert parts(network()) == {
+        "node_moved": "input",
+        "node_pixels": "input",
+        "node_convolved": "layer1",
+        "node_features": "layer1",
+        "node_exact": "second order",
+        "node_matrix": "second order",
+        "node_mean": "second order",
+        "node_centred": "second order",
+        "node_turned": "second order",
+        "node_covariance": "second order",
+        "node_vector": "second order",
+        "node_logits": "fc",
+    }

@@ -1,0 +1,156 @@
+"""Which batches an engine takes, how much memory that needs, and how far a build is."""
+
+import ast
+import importlib.util
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.errors import ConfigError, EngineError
+from sopdeploy.tensorrt.binding import parse_version
+from sopdeploy.tensorrt.profiles import index_for, make_profiles, parse_profiles
+from sopdeploy_export.tensorrt.build import Phases, heartbeat, line
+from sopdeploy_export.tensorrt.plan import estimate
+from tests.tensorrt.networks import CHANNELS, CLASSES, SIDE, network
+
+RANGE = BatchRange(minimum=1, optimum=8, maximum=64)
+
+
+def test_without_a_wish_the_profiles_are_the_bundles_batch_range() -> None:
+    assert [str(p) for p in parse_profiles(None, RANGE)] == ["1", "2-8", "9-64"]
+    assert [str(p) for p in parse_profiles(None, BatchRange(optimum=1, maximum=1))] == ["1"]
+
+
+@given(st.sets(st.integers(1, 64), min_size=1, max_size=8))
+def test_every_batch_has_exactly_one_profile_up_to_the_largest(sizes: set[int]) -> None:
+    profiles = make_profiles(sorted(sizes), RANGE)
+    for batch in range(1, max(sizes) + 1):
+        fitting = [i for i, p in enumerate(profiles) if p.minimum <= batch <= p.maximum]
+        assert fitting == [index_for(profiles, batch)]
+    with pytest.raises(ConfigError, match="no profile takes"):
+        index_for(profiles, max(sizes) + 1)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "1,,8", "0", "-1", "1,65", "1.5", ",".join(map(str, range(1, 11)))]
+)
+def test_a_wish_that_cannot_be_met_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--profiles"):
+        parse_profiles(text, RANGE)
+
+
+def test_the_memory_of_a_profile_is_that_of_its_largest_batch() -> None:
+    found = estimate(network(), make_profiles([1, 8], RANGE))
+    one, eight = found.profiles
+    pixels = SIDE * SIDE * 4
+    assert one.borders == SIDE * SIDE * 3 + CLASSES * 4
+    # at the covariance: both operands and the result
+    assert one.activations == 2 * pixels * CHANNELS + CHANNELS * CHANNELS * 4
+    assert (eight.activations, eight.borders) == (8 * one.activations, 8 * one.borders)
+    assert found.total == found.weights + eight.borders + one.activations + eight.activations
+
+
+def test_the_share_comes_from_nested_phases() -> None:
+    phases = Phases()
+    phases.start("build", None, 4)
+    phases.step("build", 0)
+    phases.start("tactics", "build", 2)
+    phases.step("tactics", 0)
+    assert phases.share == pytest.approx((1 + 0.5) / 4)
+    phases.finish("tactics")
+    phases.step("unknown", 3)
+    assert (phases.share, phases.innermost) == (0.25, "build")
+    phases.finish("build")
+    assert (phases.share, phases.innermost) == (0.0, "")
+
+
+@pytest.mark.parametrize(
+    ("share", "last", "text"),
+    [
+        (0.25, None, "building, 1:00, 25%, about 3:00 left"),
+        (0.001, None, "building, 1:00"),
+        (None, 90.0, "building, 1:00, about 0:30 left"),
+        (None, 30.0, "building, 1:00, about 0:00 left"),
+        (None, None, "building, 1:00"),
+    ],
+)
+def test_the_estimate_comes_from_the_share_or_the_last_build(
+    share: float | None, last: float | None, text: str
+) -> None:
+    assert line(60.0, share, last) == text
+
+
+def test_tensorrt_8_gives_a_heartbeat_that_ends_with_the_build() -> None:
+    told: list[str] = []
+    with heartbeat(told.append, 5.0, seconds=0.01):
+        end = time.monotonic() + 10
+        while not told and time.monotonic() < end:
+            time.sleep(0.005)
+    count = len(told)
+    time.sleep(0.03)
+    assert told[0].startswith("building, 0:0")
+    assert len(told) == count
+
+
+def test_a_version_is_a_pair_of_numbers() -> None:
+    assert parse_version("10.16.1.11") == (10, 16)
+    for text in ("", "ten", "10"):
+        with pytest.raises(EngineError, match="not a version"):
+            parse_version(text)
+
+
+STARTS = [
+    "sopdeploy.tensorrt.session",
+    "sopdeploy.tensorrt.cache",
+    "sopdeploy_export.tensorrt.plan",
+    "sopdeploy_export.tensorrt.engine",
+    "sopdeploy_service.runtime.tensorrt",
+]
+NEWER_THAN_3_10 = {
+    "tomllib",
+    "Self",
+    "StrEnum",
+    "assert_never",
+    "file_digest",
+    "TaskGroup",
+    "override",
+    "UTC",
+}
+
+
+def own_imports(name: str) -> set[str]:
+    """Return the project's own modules that *name* needs, itself included."""
+    todo, found = [name], set()
+    while todo:
+        current = todo.pop()
+        spec = importlib.util.find_spec(current) if current.startswith("sopdeploy") else None
+        if spec is None or spec.origin is None or current in found:
+            continue
+        found.add(current)
+        nodes = ast.walk(ast.parse(Path(spec.origin).read_text()))
+        todo.extend(node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module)
+    return found
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_what_tensorrt_8_needs_keeps_to_python_3_10(start: str) -> None:
+    for name in own_imports(start):
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        source = Path(str(spec.origin)).read_text()
+        names = {
+            n.attr
+            for n in ast.walk(ast.parse(source, feature_version=(3, 10)))
+            if isinstance(n, ast.Attribute)
+        }
+        imported = {
+            alias.name
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        assert (names | imported) & NEWER_THAN_3_10 == set(), name

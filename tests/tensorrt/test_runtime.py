@@ -1,0 +1,214 @@
+"""The server on an engine: only a checked one, and never the CPU without a word."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.errors import ConfigError, RuntimeUnavailableError
+from sopdeploy_export.tensorrt.engine import EngineOptions, engine
+from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.runtime import onnxruntime as with_onnxruntime
+from sopdeploy_service.runtime.onnxruntime import CPU, CUDA, TENSORRT
+from sopdeploy_service.runtime.selection import choose
+from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
+from sopdeploy_service.settings import Settings, load_settings
+from tests.tensorrt.fake_cuda import FakeCuda
+from tests.tensorrt.fake_tensorrt import FakeTensorRT
+from tests.tensorrt.networks import answers, network, some_images, write
+
+Install = Callable[..., FakeTensorRT]
+OPTIONS = EngineOptions(profiles="1,4,16")
+ON_ENGINE = Settings(runtime="tensorrt")
+
+
+def test_the_server_runs_every_batch_on_the_engine_of_every_release(
+    trt: FakeTensorRT, bundle: Bundle
+) -> None:
+    engine(bundle, OPTIONS)
+    runtime = TensorRTRuntime(bundle, ON_ENGINE)
+    assert (runtime.name, runtime.device, runtime.largest_batch) == (
+        f"tensorrt {trt.__version__}",
+        "cuda:0",
+        16,
+    )
+    for count in (1, 2, 4, 5, 16):
+        images = some_images(count)
+        np.testing.assert_allclose(
+            runtime.run(images)["logits"], answers(network(), images), rtol=1e-4, atol=1e-3
+        )
+
+
+def test_the_answers_of_one_batch_stay_when_the_next_is_run(install: Install, bundle: Bundle) -> None:
+    install()
+    engine(bundle, OPTIONS)
+    runtime = TensorRTRuntime(bundle, ON_ENGINE)
+    images = some_images(2)
+    first = runtime.run(images[:1])["logits"]
+    before = first.copy()
+    runtime.run(images[1:])
+    assert (first == before).all()
+
+
+def test_a_server_is_ready_after_the_probes_ran_on_the_engine(install: Install, bundle: Bundle) -> None:
+    install()
+    engine(bundle, OPTIONS)
+    found = load_model(bundle.path, Settings())
+    assert found.runtime.device == "cuda:0"
+    assert sorted(found.replays) == [1, 3]
+
+
+def test_without_an_engine_the_error_says_how_to_get_one(install: Install, bundle: Bundle) -> None:
+    install()
+    with pytest.raises(RuntimeUnavailableError, match=r"no engine of this bundle.*; run: sopdeploy engine"):
+        choose(bundle, ON_ENGINE)
+
+
+def test_the_engine_of_another_tensorrt_is_not_loaded(install: Install, bundle: Bundle) -> None:
+    install("10.16")
+    engine(bundle, OPTIONS)
+    install("11.1")
+    with pytest.raises(
+        RuntimeUnavailableError, match=r"TensorRT 10\.16\.0, not 11\.1\.0; run: sopdeploy engine"
+    ):
+        choose(bundle, ON_ENGINE)
+
+
+def test_a_replaced_plan_is_not_loaded(install: Install, bundle: Bundle) -> None:
+    install()
+    engine(bundle, OPTIONS).path.write_bytes(b"native code of a stranger")
+    with pytest.raises(RuntimeUnavailableError, match="has not the sha256 of its record"):
+        choose(bundle, ON_ENGINE)
+
+
+def test_auto_takes_the_engine_that_somebody_built(install: Install, bundle: Bundle) -> None:
+    install()
+    assert choose(bundle, Settings()).name.startswith("onnxruntime")
+    engine(bundle, OPTIONS)
+    assert choose(bundle, Settings()).name == "tensorrt 10.16.0"
+
+
+def test_auto_does_not_fall_back_to_the_cpu_when_the_gpu_is_gone(
+    install: Install, bundle: Bundle, cuda: FakeCuda
+) -> None:
+    install()
+    engine(bundle, OPTIONS)
+    cuda.gpus = 0
+    with pytest.raises(
+        RuntimeUnavailableError, match=r"tensorrt is set up here and does not work: no NVIDIA GPU"
+    ):
+        choose(bundle, Settings())
+    assert choose(bundle, Settings(runtime="onnxruntime-cpu")).device == "cpu"
+
+
+def test_a_batch_that_tensorrt_cannot_run_is_an_error(install: Install, bundle: Bundle) -> None:
+    trt = install()
+    engine(bundle, OPTIONS)
+    runtime = TensorRTRuntime(bundle, ON_ENGINE)
+    trt._sabotage.add("fails")
+    with pytest.raises(RuntimeError, match="cannot run the batch"):
+        runtime.run(some_images(1))
+
+
+class FakeOnnxRuntime(ModuleType):
+    """An onnxruntime made for CUDA and TensorRT whose sessions run on *chosen*."""
+
+    def __init__(self, chosen: list[str]) -> None:
+        super().__init__("onnxruntime")
+        self.__version__ = "1.31.1"
+        self.entries: dict[str, str] = {}
+        self.asked: Any = None
+        self._chosen = chosen
+        self.GraphOptimizationLevel = SimpleNamespace(ORT_ENABLE_ALL=99)
+
+    def get_available_providers(self) -> list[str]:
+        return [TENSORRT, CUDA, CPU]
+
+    def SessionOptions(self) -> Any:  # noqa: N802
+        return SimpleNamespace(add_session_config_entry=self.entries.__setitem__)
+
+    def InferenceSession(self, path: str, options: Any, providers: Any) -> Any:  # noqa: N802
+        self.asked = providers
+        named = [SimpleNamespace(name=name) for name in ("images", "logits")]
+        return SimpleNamespace(
+            get_providers=lambda: self._chosen, get_inputs=lambda: named[:1], get_outputs=lambda: named[1:]
+        )
+
+
+def test_onnxruntime_with_cuda_is_asked_for_cuda_without_tf32_and_without_the_cpu(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeOnnxRuntime([CUDA, CPU])
+    monkeypatch.setattr(with_onnxruntime, "import_onnxruntime", lambda: fake)
+    assert choose(bundle, Settings()).device == "cuda:0"
+    assert fake.asked == [(CUDA, {"use_tf32": "0"})]
+    assert fake.entries["session.disable_cpu_ep_fallback"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "asked", "chosen"),
+    [
+        ("auto", CUDA, [CPU]),
+        ("onnxruntime-cuda", CUDA, [CPU]),
+        ("onnxruntime-tensorrt", TENSORRT, [CPU]),
+        ("onnxruntime-tensorrt", TENSORRT, [CUDA, CPU]),
+    ],
+)
+def test_onnxruntime_that_silently_takes_another_provider_is_refused(
+    runtime: Any, asked: str, chosen: list[str], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(with_onnxruntime, "import_onnxruntime", lambda: FakeOnnxRuntime(chosen))
+    with pytest.raises(RuntimeUnavailableError, match=f"asked for {asked}, onnxruntime chose"):
+        choose(bundle, Settings(runtime=runtime))
+
+
+@pytest.mark.parametrize(
+    ("precision", "types"),
+    [
+        ("fp32", {"fp16": "0", "bf16": "0", "int8": "0"}),
+        ("fp16", {"fp16": "1", "bf16": "0", "int8": "0"}),
+        ("bf16-backbone", {"fp16": "0", "bf16": "1", "int8": "0"}),
+        ("int8", {"fp16": "0", "bf16": "0", "int8": "1"}),
+    ],
+)
+def test_onnxruntime_with_tensorrt_is_told_precision_batches_and_a_folder_for_this_bundle(
+    precision: str, types: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"int8_for": "tensorrt"} if precision == "int8" else {}
+    bundle = write(tmp_path, precision=precision, **fields)
+    fake = FakeOnnxRuntime([TENSORRT, CPU])
+    monkeypatch.setattr(with_onnxruntime, "import_onnxruntime", lambda: fake)
+    runtime = choose(bundle, Settings(runtime="onnxruntime-tensorrt", engine_cache=tmp_path / "cache"))
+    assert (runtime.name, runtime.device) == ("onnxruntime with tensorrt 1.31.1", "cuda:0")
+    [(provider, options)] = fake.asked
+    folder = tmp_path / "cache" / bundle.name / "onnxruntime-tensorrt"
+    assert provider == TENSORRT
+    assert fake.entries["session.disable_cpu_ep_fallback"] == "1"
+    assert folder.is_dir()
+    assert {options["trt_engine_cache_path"], options["trt_timing_cache_path"]} == {str(folder)}
+    assert {kind: options[f"trt_{kind}_enable"] for kind in types} == types
+    assert [options[f"trt_profile_{which}_shapes"] for which in ("min", "opt", "max")] == [
+        "images:1x8x8x3",
+        "images:4x8x8x3",
+        "images:16x8x8x3",
+    ]
+
+
+def test_a_cache_that_cannot_be_made_is_one_line(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(RuntimeUnavailableError, match=r"cannot be made .*SOPDEPLOY_ENGINE_CACHE"):
+        choose(bundle, Settings(runtime="onnxruntime-tensorrt", engine_cache=tmp_path / "file"))
+
+
+def test_cuda_with_an_onnxruntime_for_the_cpu_says_what_to_install(bundle: Bundle) -> None:
+    with pytest.raises(RuntimeUnavailableError, match=r"has no CUDAExecutionProvider here; run: pip install"):
+        choose(bundle, Settings(runtime="onnxruntime-cuda"))
+
+
+def test_a_runtime_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match="settings: runtime"):
+        load_settings(runtime="openvino")

@@ -1,0 +1,108 @@
+"""An engine takes the next batch while one is at work; the pretend GPU does each thing as late as it may."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.probes import read_probes
+from sopdeploy.errors import ParityError
+from sopdeploy_export.tensorrt.engine import EngineOptions, engine
+from sopdeploy_service.inference.loader import replay_overlapping
+from sopdeploy_service.runtime.base import Overlapping
+from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
+from sopdeploy_service.settings import Settings
+from tests.tensorrt.fake_cuda import FakeCuda
+from tests.tensorrt.fake_tensorrt import FakeTensorRT
+from tests.tensorrt.networks import answers, network, some_images
+
+SIZES = (1, 5, 2, 8, 8, 1, 1, 2, 3)
+
+
+@pytest.fixture(params=[False, True], ids=["without graphs", "with graphs"])
+def runtime(request: pytest.FixtureRequest, trt: FakeTensorRT, bundle: Bundle) -> TensorRTRuntime:
+    engine(bundle, EngineOptions(profiles="1,2,8"))
+    return TensorRTRuntime(bundle, Settings(runtime="tensorrt", cuda_graphs=request.param))
+
+
+def batch(number: int, size: int) -> np.ndarray:
+    return np.roll(some_images(size), 7 * number, axis=2)
+
+
+def right(found: dict[str, np.ndarray], number: int, size: int) -> None:
+    expected = answers(network(), batch(number, size))
+    np.testing.assert_allclose(found["logits"], expected, rtol=1e-4, atol=1e-3)
+
+
+def test_batches_that_overlap_give_their_own_numbers(runtime: TensorRTRuntime) -> None:
+    assert isinstance(runtime, Overlapping)
+    for size in (1, 2, 8):
+        runtime.run(some_images(size))  # what can be a graph is one now
+    ends = []
+    for number, size in enumerate(SIZES):
+        images = batch(number, size)
+        ends.append(runtime.begin(list(images)))
+        images[:] = 0  # they are copied already
+        if number:
+            right(ends[number - 1](), number - 1, SIZES[number - 1])
+    right(ends[-1](), len(SIZES) - 1, SIZES[-1])
+
+
+def test_a_third_batch_is_refused_until_the_first_has_ended(runtime: TensorRTRuntime) -> None:
+    ends = [runtime.begin(list(batch(number, 2))) for number in range(2)]
+    with pytest.raises(RuntimeError, match="2 batches are under way"):
+        runtime.begin(list(batch(2, 2)))
+    for number, end in enumerate(ends):
+        right(end(), number, 2)
+    right(runtime.run(batch(3, 2)), 3, 2)
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_a_batch_that_cannot_begin_leaves_the_other_at_work_and_its_place_free(
+    runtime: TensorRTRuntime, trt: FakeTensorRT, times: int
+) -> None:
+    end = runtime.begin(list(batch(0, 5)))
+    trt._sabotage.add("fails")
+    for _ in range(times):
+        with pytest.raises(RuntimeError, match="cannot run the batch"):
+            runtime.begin(list(batch(1, 5)))
+    trt._sabotage.clear()
+    following = runtime.begin(list(batch(2, 5)))
+    right(end(), 0, 5)
+    right(following(), 2, 5)
+
+
+def test_a_batch_that_fails_at_its_end_costs_itself_only(runtime: TensorRTRuntime, cuda: FakeCuda) -> None:
+    ends = [runtime.begin(list(batch(number, 5))) for number in range(2)]
+    cuda.broken.add("cudaEventSynchronize")
+    with pytest.raises(Exception, match="cudaErrorInsufficientDriver"):
+        ends[0]()
+    cuda.broken.clear()
+    right(ends[1](), 1, 5)
+    right(runtime.run(batch(2, 5)), 2, 5)
+
+
+class Leaking:
+    """A runtime where what is begun behind another batch gives the numbers of that one."""
+
+    name, device, largest_batch = "leaking", "cuda:0", 8
+
+    def __init__(self, runtime: TensorRTRuntime) -> None:
+        self._runtime = runtime
+        self._at_work: list[dict[str, np.ndarray]] = []
+
+    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        return self._runtime.run(images)
+
+    def begin(self, images: list[np.ndarray]) -> Callable[[], dict[str, np.ndarray]]:
+        found = self._at_work[0] if self._at_work else self.run(np.stack(images))
+        self._at_work.append(found)
+        return self._at_work.pop
+
+
+def test_a_start_with_numbers_of_a_neighbour_is_refused(runtime: TensorRTRuntime, bundle: Bundle) -> None:
+    probes = read_probes(bundle.probes)
+    replay_overlapping(probes, runtime, 8)
+    with pytest.raises(ParityError, match="deviates by"):
+        replay_overlapping(probes, Leaking(runtime), 8)
