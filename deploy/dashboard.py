@@ -1,6 +1,6 @@
 """Write `deploy/dashboard.json`, the Grafana dashboard: `python deploy/dashboard.py`. A test compares.
 
-Metric names come from `sopdeploy_service.observability.metrics`; docs/operations.md says what each of them counts.
+Metric names come from `sopdeploy_service.observability.metrics`; docs/operations.md describes each of them.
 """
 
 import json

@@ -20,7 +20,7 @@ NOT_TYPED = {  # a step that begins or goes on like this: why nobody types it he
     r"sopdeploy ray .*--replicas": "starts a Ray cluster; `tests/service/server/on_ray` does",
     r".*(--profiles|--runtime tensorrt)": "needs TensorRT and a GPU; `tests/tensorrt` has stand-ins",
     r"sopdeploy (import|\w+ ckpt\.pt)": "needs a published file; `tests/sopdeploy/importers` has its like",
-    r"torchrun .*mine\.toml": "needs eight GPUs; `tests/sopdeploy/training/distributed` starts several processes",
+    r"torchrun .*mine\.toml": "needs eight GPUs; see `tests/sopdeploy/training/distributed`",
     r"#!/bin/bash\n#SBATCH": "needs SLURM",
     r"sopdeploy --(install|show)-completion": "asks what shell it is typed in, which here is none",
     r"python benchmarks/capacity": "`test_scaling` computes its tables",

@@ -1,6 +1,6 @@
 """Rules of GSoP's excitation: row batch norm folded into the row-wise convolution; that as conv or product.
 
-Letters as in `sopdeploy.layers.attention.gsop_attention`. Algebra: row i of the covariance becomes a_i S_i + c_i, and
+Letters as in `sopdeploy.layers.attention.gsop_attention`. Row i of the covariance becomes a_i S_i + c_i, and
 output r of row i is w_ir . (a_i S_i + c_i) + b_ir = (a_i w_ir) . S_i + (b_ir + c_i sum(w_ir)): other weights,
 no norm. A convolution of n groups with kernel (n, 1) is n products of (B, n) with (n, r), so it may be
 written as one batched product; its weights are turned round once, here, and not in the graph.

@@ -102,7 +102,8 @@ def test_views_that_the_bundle_does_not_have_are_refused(bundle_path, folder) ->
 
 def test_neither_a_bundle_nor_a_service_needs_torch_to_be_measured() -> None:
     code = (
-        "import sys; import sopdeploy.cli.app, sopdeploy.evaluation.sources, sopdeploy_service.commands.evaluate, "
+        "import sys; import sopdeploy.cli.app, sopdeploy.evaluation.sources, "
+        "sopdeploy_service.commands.evaluate, "
         "sopdeploy.evaluation.metrics; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})

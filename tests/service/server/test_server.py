@@ -296,7 +296,8 @@ def test_a_network_that_gives_other_numbers_than_promised_is_never_served(
 
 def test_the_server_and_the_app_never_load_torch_or_the_exporter() -> None:
     code = (
-        "import sys, sopdeploy_service.app, sopdeploy_service.server.process, sopdeploy_service.commands.predict, "
+        "import sys, sopdeploy_service.app, sopdeploy_service.server.process, "
+        "sopdeploy_service.commands.predict, "
         "sopdeploy_service.commands.verify; "
         "print([name for name in ('torch', 'onnx', 'sklearn', 'onnxruntime', 'sopdeploy_export') "
         "if name in sys.modules])"
