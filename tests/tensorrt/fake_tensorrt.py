@@ -363,7 +363,7 @@ class Inspector(Part):
         return json.dumps({"Layers": found, "Bindings": []})
 
 
-class ModelWorker(Part):
+class Engine(Part):
     def __init__(self, facts: Any, graph: bytes) -> None:
         self._facts = facts
         self._model = onnx.ModelProto.FromString(graph)
@@ -461,7 +461,7 @@ PARTS = {
     "ITimingCache": TimingCache,
     "IHostMemory": Memory,
     "Runtime": Runtime,
-    "ICudaEngine": ModelWorker,
+    "ICudaEngine": Engine,
     "IExecutionContext": Context,
     "EngineInspector": Inspector,
 }

@@ -11,7 +11,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.cache import NoEngine, StoredEngine, best_for, look
 from sopdeploy.tensorrt.record import EngineRecord
-from sopdeploy_export.tensorrt.engine import EngineOptions, ModelWorker, engine
+from sopdeploy_export.tensorrt.engine import EngineOptions, Engine, engine
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_tensorrt import FakeTensorRT
 from tests.tensorrt.networks import write
@@ -21,7 +21,7 @@ OPTIONS = EngineOptions(profiles="1,4")
 
 
 @pytest.fixture
-def built(bundle: Bundle, install: Install) -> ModelWorker:
+def built(bundle: Bundle, install: Install) -> Engine:
     install()
     return engine(bundle, OPTIONS)
 
@@ -34,12 +34,12 @@ def rebuilt_because(bundle: Bundle, options: EngineOptions = OPTIONS) -> str:
     return again.reason
 
 
-def edit(built: ModelWorker, **changes: Any) -> None:
+def edit(built: Engine, **changes: Any) -> None:
     file = built.path.with_suffix(".json")
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def test_a_damaged_plan_is_never_loaded(built: ModelWorker, bundle: Bundle) -> None:
+def test_a_damaged_plan_is_never_loaded(built: Engine, bundle: Bundle) -> None:
     content = bytearray(built.path.read_bytes())
     content[-1] ^= 1
     built.path.write_bytes(content)
@@ -47,7 +47,7 @@ def test_a_damaged_plan_is_never_loaded(built: ModelWorker, bundle: Bundle) -> N
 
 
 def test_sabotage_the_plan_of_another_bundle_is_never_loaded(
-    built: ModelWorker, bundle: Bundle, tmp_path: Path
+    built: Engine, bundle: Bundle, tmp_path: Path
 ) -> None:
     other = engine(write(tmp_path / "other", config={"width": 5}), OPTIONS)
     assert other.record.key.name != built.record.key.name
@@ -58,7 +58,7 @@ def test_sabotage_the_plan_of_another_bundle_is_never_loaded(
 
 
 def test_sabotage_the_plan_of_another_bundle_under_this_ones_record_is_never_loaded(
-    built: ModelWorker, bundle: Bundle, tmp_path: Path
+    built: Engine, bundle: Bundle, tmp_path: Path
 ) -> None:
     other = engine(write(tmp_path / "other", config={"width": 5}, wrong_by=1e-4), OPTIONS)
     built.path.write_bytes(other.path.read_bytes() + b" ")
@@ -66,24 +66,24 @@ def test_sabotage_the_plan_of_another_bundle_under_this_ones_record_is_never_loa
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"not JSON", b"[" * 100_000, b"\xff\xfe"])
-def test_a_record_that_is_none_is_not_believed(content: bytes, built: ModelWorker, bundle: Bundle) -> None:
+def test_a_record_that_is_none_is_not_believed(content: bytes, built: Engine, bundle: Bundle) -> None:
     built.path.with_suffix(".json").write_bytes(content)
     assert "is not an engine's record" in rebuilt_because(bundle)
 
 
-def test_a_record_with_another_key_is_not_believed(built: ModelWorker, bundle: Bundle) -> None:
+def test_a_record_with_another_key_is_not_believed(built: Engine, bundle: Bundle) -> None:
     edit(built, key={**built.record.key.model_dump(mode="json"), "precision": "fp16"})
     assert "precision fp16, not fp32" in rebuilt_because(bundle)
 
 
-def test_a_plan_behind_a_link_is_not_loaded(built: ModelWorker, bundle: Bundle, tmp_path: Path) -> None:
+def test_a_plan_behind_a_link_is_not_loaded(built: Engine, bundle: Bundle, tmp_path: Path) -> None:
     built.path.rename(tmp_path / "elsewhere")
     built.path.symlink_to(tmp_path / "elsewhere")
     assert "is missing or a link" in rebuilt_because(bundle)
 
 
 def test_another_tensorrt_gets_an_engine_of_its_own_and_says_why(
-    built: ModelWorker, bundle: Bundle, install: Install
+    built: Engine, bundle: Bundle, install: Install
 ) -> None:
     install("11.1")
     assert rebuilt_because(bundle) == "the nearest engine here was built for TensorRT 10.16.0, not 11.1.0"
@@ -91,35 +91,35 @@ def test_another_tensorrt_gets_an_engine_of_its_own_and_says_why(
 
 
 def test_another_gpu_gets_an_engine_of_its_own_and_says_why(
-    built: ModelWorker, bundle: Bundle, cuda: FakeCuda
+    built: Engine, bundle: Bundle, cuda: FakeCuda
 ) -> None:
     cuda.gpu_name, cuda.sm = "Fake B200", (10, 0)
     reason = rebuilt_because(bundle)
     assert "GPU Fake H200, not Fake B200; GPU architecture sm_90, not sm_100" in reason
 
 
-def test_other_profiles_get_an_engine_of_their_own_and_say_why(built: ModelWorker, bundle: Bundle) -> None:
+def test_other_profiles_get_an_engine_of_their_own_and_say_why(built: Engine, bundle: Bundle) -> None:
     assert "profiles 1,2-4, not 1,2-8" in rebuilt_because(bundle, EngineOptions(profiles="1,8"))
 
 
-def test_the_server_takes_the_engine_for_the_largest_batches(built: ModelWorker, bundle: Bundle) -> None:
+def test_the_server_takes_the_engine_for_the_largest_batches(built: Engine, bundle: Bundle) -> None:
     larger = engine(bundle, EngineOptions(profiles="1,16"))
     found = best_for(built.path.parent, bundle, tensorrt="10.16.0", gpu="Fake H200", architecture="sm_90")
     assert isinstance(found, StoredEngine)
     assert found.record == larger.record
 
 
-def test_the_server_is_told_why_no_engine_fits(built: ModelWorker, bundle: Bundle) -> None:
+def test_the_server_is_told_why_no_engine_fits(built: Engine, bundle: Bundle) -> None:
     found = best_for(built.path.parent, bundle, tensorrt="8.6.1", gpu="Fake H200", architecture="sm_90")
     assert found == NoEngine("the nearest engine here was built for TensorRT 10.16.0, not 8.6.1")
 
 
-def test_a_record_reads_back_as_it_was_written(built: ModelWorker) -> None:
+def test_a_record_reads_back_as_it_was_written(built: Engine) -> None:
     assert EngineRecord.from_bytes(built.record.to_bytes()) == built.record
     assert built.path.with_suffix(".json").read_bytes() == built.record.to_bytes()
 
 
-def test_a_record_holds_no_path(built: ModelWorker, tmp_path: Path) -> None:
+def test_a_record_holds_no_path(built: Engine, tmp_path: Path) -> None:
     assert str(tmp_path) not in built.record.to_bytes().decode()
 
 
