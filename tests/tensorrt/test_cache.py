@@ -11,7 +11,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.cache import NoEngine, StoredEngine, best_for, look
 from sopdeploy.tensorrt.record import EngineRecord
-from sopdeploy_export.tensorrt.engine import EngineOptions, Engine, engine
+from sopdeploy_export.tensorrt.engine import Engine, EngineOptions, engine
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_tensorrt import FakeTensorRT
 from tests.tensorrt.networks import write

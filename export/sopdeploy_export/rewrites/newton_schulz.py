@@ -1,6 +1,6 @@
 """Rules of the root: centring by mean, trace without a diagonal, 3N - 3 products, the Gram domain.
 
-Letters as in `sopdeploy.layers.isqrt_gradient`; X is centered, not divided by sqrt(M); n is the norm of X X^T.
+Letters as in `sopdeploy.layers.isqrt_gradient`; X is centered; n is the norm of X X^T.
 
 Algebra. A = (X X^T / M) / (n / M) = X X^T / n: the 1 / M cancels, so no pass over the map scales it, and
 the root is Y_N sqrt(n / M). trace(X X^T) is the sum of the squares of X, and the trace of X^T X too: that
