@@ -1,4 +1,4 @@
-"""What needs something that is not here is skipped, and the summary says what was not run and why."""
+"""Test selection, hypothesis profiles and the summary of tests that did not run."""
 
 import gc
 import importlib.util
@@ -7,16 +7,18 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# The default run is reproducible: fixed examples, no example database. `make fuzz` draws new examples.
+settings.register_profile("reproducible", derandomize=True, database=None, deadline=None)
+settings.register_profile("fuzz", derandomize=False, database=None, deadline=None, print_blob=True)
+settings.load_profile("reproducible")
 
 
 def no_cuda() -> str | None:
     import torch
 
     return None if torch.cuda.is_available() else "no CUDA device"
-
-
-def no_tensorrt() -> str | None:
-    return None if importlib.util.find_spec("tensorrt") else "TensorRT is not installed"
 
 
 def no_container() -> str | None:
@@ -26,34 +28,32 @@ def no_container() -> str | None:
 def no_browser() -> str | None:
     if importlib.util.find_spec("playwright") is None:
         return "playwright is not installed"
-    return None if shutil.which("chromium") else "no chromium"
+    return None if shutil.which("chromium") else "chromium is not installed"
 
 
-def no_ray() -> str | None:
-    return None if importlib.util.find_spec("ray") else "Ray is not installed"
+def no_module(name: str) -> str | None:
+    return None if importlib.util.find_spec(name) else f"{name} is not installed"
 
 
 MISSING = {
     "gpu": no_cuda,
-    "tensorrt": no_tensorrt,
+    "tensorrt": lambda: no_module("tensorrt"),
     "container": no_container,
     "browser": no_browser,
-    "ray": no_ray,
+    "ray": lambda: no_module("ray"),
 }
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
-    parser.addoption(
-        "--rewrite-goldens", action="store_true", help="write tests/goldens again; look at the diff"
-    )
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--rewrite-goldens", action="store_true", help="rewrite tests/goldens; review the diff")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    from tests.work import ByWhatIsShared
+    from tests.scheduling import GroupScheduling
 
-    return ByWhatIsShared(config, log) if config.getvalue("dist") == "loadfile" else None
+    return GroupScheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -66,15 +66,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if reason and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
     if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
-        from tests.work import when
+        from tests.scheduling import start_position
 
-        items.sort(key=lambda item: when(item.nodeid))
+        items.sort(key=lambda item: start_position(item.nodeid))
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of every collection to come, and collect where there is something to find.
+    """Exclude imported objects from garbage collection.
 
-    Capturing a graph makes so many small objects that a tenth of an export went into looking at torch's own.
+    Capturing a graph allocates many small objects; without this, collections took a tenth of an export.
     """
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)
@@ -87,4 +87,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for reason, count in sorted(reasons.items()):
         terminalreporter.line(f"{count} tests: {reason}")
     if not reasons:
-        terminalreporter.line("nothing: everything was run")
+        terminalreporter.line("none: every test ran")

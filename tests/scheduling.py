@@ -1,0 +1,44 @@
+"""Distribute tests over xdist workers: which tests stay together, and which start first.
+
+Tests of one file share fixtures, and those of the exporter share certificates, so each such group runs on
+one worker. Files without shared fixtures are split into single tests to keep all workers busy at the end. The
+service tests form one group because they mostly wait for servers while the other workers compute.
+"""
+
+from typing import Any
+
+from xdist.scheduler import LoadFileScheduling
+
+ONE_GROUP_PER_FOLDER = ("tests/export/", "tests/service/")
+ONE_GROUP_PER_TEST = ("tests/sopdeploy/training/test_recipe_walks.py", "tests/sweep/test_catalog_sweep.py")
+LONGEST_FIRST = (
+    *ONE_GROUP_PER_FOLDER,
+    *ONE_GROUP_PER_TEST,
+    "tests/test_walk.py",
+    "tests/attacks/test_certificate.py",
+    "tests/sopdeploy/training/test_train_killed.py",
+    "tests/sopdeploy/training/test_train",
+    "tests/sopdeploy/importers/",
+    "tests/benchmarks/",
+    "tests/test_",
+)
+
+
+class GroupScheduling(LoadFileScheduling):  # type: ignore[misc]
+    """Assign one file at a time to each worker, except for the groups named above."""
+
+    def __init__(self, config: Any, log: Any) -> None:
+        config.option.loadscopereorder = False
+        super().__init__(config, log)
+
+    def _split_scope(self, nodeid: str) -> str:
+        if nodeid.startswith(ONE_GROUP_PER_TEST):
+            return nodeid
+        folders = (folder for folder in ONE_GROUP_PER_FOLDER if nodeid.startswith(folder))
+        return next(folders, nodeid.partition("::")[0])
+
+
+def start_position(nodeid: str) -> int:
+    """Return the sort key of a test: groups that take long start first."""
+    positions = (i for i, prefix in enumerate(LONGEST_FIRST) if nodeid.startswith(prefix))
+    return next(positions, len(LONGEST_FIRST))
