@@ -1,34 +1,43 @@
-# The commands of this project. `make demo` and `make test` need Python 3.11 to 3.13 and a package index.
+# Commands of this project. `make demo` and `make test` need Python 3.11 to 3.13 and a package index.
 PYTHON ?= python3
 OPTIONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOAK ?= --seconds 300
-# One more than there are cores: a good part of the tests waits, for servers and clocks.
+# One worker more than cores: many tests wait for servers and processes.
 WORKERS = $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
+# Unit tests that start no other process; `make quick` runs them.
+UNIT := $(addprefix tests/sopdeploy/,layers backbones images data bundle evaluation doctor) \
+	$(addprefix tests/service/,http images) tests/sweep/test_goldens.py
 
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
-# uv compiles nothing: where bytecode may not be kept, every process that a test starts compiles torch again.
+# uv does not compile to bytecode. Without a bytecode cache every process that a test starts compiles torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check format lint types contracts tests ray-test compiled test-models goldens docs site gpu-check soak dist wheel-test \
-	container-test container-base audit sbom release lock clean
+.PHONY: demo quick test fuzz check lint types contracts unit tests ray-test bytecode test-models goldens format docs site \
+	gpu-check soak dist wheel-test container-test container-base audit sbom release lock clean
 
-demo: $(STAMP)  ## the main job, from handwritten digits to answers over HTTP
+demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over HTTP
 	$(BIN)/sopdeploy demo
 
-# Ray mostly waits for its own processes, so what has one core only goes beside it; the tests take all cores.
-test: $(STAMP)  ## format, lint, types, import contracts, the wheel, the tests: what CI runs
-	$(MAKE) --jobs=2 ray-test check wheel-test compiled
+quick: $(STAMP)  ## format, lint, types, import contracts and unit tests, in under 90 seconds
+	$(MAKE) --jobs=2 types lint contracts unit
+
+# Ray mostly waits for its own processes, so single-core jobs run beside it; the tests then use all cores.
+test: $(STAMP)  ## format, lint, types, import contracts, the wheel, all tests: what CI runs
+	$(MAKE) --jobs=2 ray-test check wheel-test bytecode
 	$(MAKE) tests
 	@if git diff --quiet HEAD 2>/dev/null; then git rev-parse HEAD >$(VENV)/.tested; fi
 
-check: lint types contracts  ## format, lint, types, import contracts
+fuzz: $(STAMP)  ## the property tests with new random examples; a failure prints how to reproduce it
+	$(BIN)/pytest -n $(WORKERS) --hypothesis-profile=fuzz -m "hypothesis and not ray"
+
+check: lint types contracts
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -40,62 +49,65 @@ types: $(STAMP)
 contracts: $(STAMP)
 	nice $(BIN)/lint-imports
 
+unit: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet $(UNIT)
+
 tests: $(STAMP)
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not ray"
 
-# On its own: a cluster gives up before it has started where other processes come first.
+# A Ray cluster gives up when other processes delay its start, so this runs before the other tests.
 ray-test: $(STAMP)
 	$(BIN)/pytest -m ray tests/service/server/on_ray
 
-compiled: $(STAMP)  # once for all processes of `tests`, each of which would do it at the same moment
+bytecode: $(STAMP)  # compile once; otherwise all test workers compile the same modules at the same time
 	nice $(BIN)/pytest --collect-only --quiet >/dev/null
 
-test-models: $(STAMP)  ## every network of the catalog at full width through training, export and parity (an hour)
+test-models: $(STAMP)  ## the slow tests: every network at full width through training, export and parity (one hour)
 	$(BIN)/pytest --slow -m slow
 
-goldens: $(STAMP)  ## write tests/goldens again; the diff says which numbers changed
+goldens: $(STAMP)  ## rewrite tests/goldens; review the diff
 	$(BIN)/pytest --rewrite-goldens tests/sweep/test_goldens.py
 
-format: $(STAMP)  ## write the format and the fixes that ruff knows
+format: $(STAMP)  ## format the code and apply ruff's automatic fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(STAMP)  ## write the generated pages again
+docs: $(STAMP)  ## rewrite the generated pages of docs/
 	$(BIN)/python docs/generate.py
 
-site: $(STAMP)  ## docs/ as a site in build/site; open build/site/index.html
+site: $(STAMP)  ## build docs/ as a site; open build/site/index.html
 	$(BIN)/mkdocs build --strict --quiet
 
-gpu-check: $(STAMP)  ## build and run real engines on this machine's GPU, write docs/benchmarks/
+gpu-check: $(STAMP)  ## build and run engines on this machine's GPU; write docs/benchmarks/
 	$(BIN)/python benchmarks/gpu_check.py
 	$(BIN)/pytest tests/gpu
 
-soak: $(STAMP)  ## five minutes of good, bad, slow and leaving clients and swaps; fails on a leak, a wrong answer or a 5xx
+soak: $(STAMP)  ## five minutes of valid, invalid, slow and disconnecting clients and model swaps; fails on a leak or a 5xx
 	$(BIN)/python benchmarks/soak.py $(SOAK)
 
-dist: $(STAMP)  ## sdist and wheel in dist/, the same bytes for the same commit
+dist: $(STAMP)  ## sdist and wheel in dist/, reproducible for the same commit
 	$(BIN)/python deploy/distributions.py
 
 wheel-test: $(STAMP)  ## build the wheel twice, install it into empty environments, train with [train], serve with [cpu]
 	nice $(BIN)/python deploy/wheel_test.py
 
-container-test:  ## build the image with Docker, or buildah and debootstrap, run it and look at it
+container-test:  ## build the image with Docker, or buildah and debootstrap, then run and inspect it
 	$(MAKE) --jobs=2 $(STAMP) container-base
 	$(BIN)/python deploy/container_test.py
 
 container-base:
 	$(PYTHON) deploy/builders.py
 
-audit: $(STAMP)  ## is something in deploy/lock/ known to be vulnerable; says so where nobody can be asked
+audit: $(STAMP)  ## check deploy/lock/ for known vulnerabilities; reports when the database is not reachable
 	$(BIN)/python deploy/audit.py
 
-sbom: $(STAMP)  ## what the images hold, as CycloneDX: dist/sbom-cpu.json and dist/sbom-gpu.json
+sbom: $(STAMP)  ## software bill of materials of the images (CycloneDX): dist/sbom-cpu.json and dist/sbom-gpu.json
 	$(BIN)/python deploy/sbom.py
 
 release: $(STAMP)  ## make release VERSION=1.2.3 [OPTIONS=--dry-run]: docs/releasing.md
 	$(BIN)/python deploy/release.py $(VERSION) $(OPTIONS)
 
-lock: $(STAMP)  ## write deploy/lock/ again: the newest versions that fit, with the hashes of their files
+lock: $(STAMP)  ## rewrite deploy/lock/: the newest compatible versions with the hashes of their files
 	$(COMPILE) pyproject.toml --extra cpu --extra sign --extra oci --output-file deploy/lock/cpu.txt
 	$(COMPILE) pyproject.toml --extra gpu --extra sign --extra oci --output-file deploy/lock/gpu.txt
 	printf 'build>=1.2\nhatchling>=1.27\n' | $(COMPILE) - --output-file deploy/lock/build.txt
@@ -106,5 +118,5 @@ $(STAMP): pyproject.toml
 	$(BIN)/python deploy/install.py --editable '.[cpu,train,import,otel,sign,s3,oci,ray,docs,dev]'
 	touch $(STAMP)
 
-clean:  ## remove what the targets above made
+clean:  ## remove everything that the targets above create
 	rm -rf $(VENV) .container demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
