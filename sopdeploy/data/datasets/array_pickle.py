@@ -7,7 +7,7 @@ NumPy's own reconstruction sees a stranger's values.
 
 import io
 import math
-import pickle  # noqa: TID251  # only as the reader of the opcodes, with every name replaced
+import pickle  # only as the reader of the opcodes, with every name replaced
 from pathlib import Path
 from typing import Any
 
