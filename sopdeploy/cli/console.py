@@ -1,4 +1,7 @@
-"""What the verbs share: the console, and how an error ends."""
+"""Console output that all commands share: text, JSON, progress and one-line errors.
+
+External text (paths, names, error messages) is printed as `rich.text.Text`: rich does not parse it as markup.
+"""
 
 import errno
 import json
@@ -10,6 +13,7 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from sopdeploy.errors import SopdeployError, StorageError
 
@@ -18,9 +22,8 @@ USER_ERROR = 2
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
-
-# What a machine answers to a write or a read that it cannot do: the user's to mend, in whatever step it came.
-OF_STORAGE = {
+# Operating system errors that the user can fix: permissions, disk space, file names.
+STORAGE_ERRNOS = {
     errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR,
     errno.EPERM, errno.EROFS,
 }  # fmt: skip
@@ -28,63 +31,73 @@ OF_STORAGE = {
 
 @contextmanager
 def one_line_errors(as_json: bool = False) -> Iterator[None]:
-    """End with one line on stderr and exit code 2 where a user's error is raised.
+    """Print a user error as one line on stderr and exit with code 2.
 
-    With *as_json* a script finds code and message on stdout too. What the disk refuses is a user's error.
+    With *as_json*, also print its code and message as JSON on stdout. Storage errors of the operating system
+    are user errors. An error that another process has already shown (`told`) is not printed again.
     """
     try:
         with storage_errors():
             yield
-    except SopdeployError as problem:
-        tell(problem, as_json)
-        raise typer.Exit(USER_ERROR) from problem
+    except SopdeployError as error:
+        if not error.told:
+            print_error(str(error), error.code)
+            if as_json:
+                print_json({"error": {"code": error.code, "message": str(error)}})
+        raise typer.Exit(USER_ERROR) from error
 
 
 @contextmanager
 def storage_errors() -> Iterator[None]:
-    """Raise `StorageError`, which names the file where the system does, for what the disk refuses."""
+    """Convert an `OSError` of `STORAGE_ERRNOS` to a `StorageError` that names the file if it is known."""
     try:
         yield
-    except OSError as problem:
-        if problem.errno not in OF_STORAGE:
+    except OSError as error:
+        if error.errno not in STORAGE_ERRNOS:
             raise
-        what = "a file" if problem.filename is None else problem.filename
+        name = "a file" if error.filename is None else error.filename
         raise StorageError(
-            f"{what}: cannot be read or written ({problem.strerror}); make room, or choose another file or "
-            "folder"
-        ) from problem
+            f"{name}: cannot be read or written ({error.strerror}); free disk space, or choose another file "
+            "or folder"
+        ) from error
 
 
-def tell(problem: SopdeployError, as_json: bool) -> None:
-    """Show *problem* with its code, unless another process has."""
-    if problem.told:
-        return
-    err.print(error_line(str(problem), problem.code))
-    if as_json:
-        print_json({"error": {"code": problem.code, "message": str(problem)}})
-
-
-def error_line(message: str, code: str) -> str:
-    """Return the line of an error, for rich: what is wrong, and the code that `docs/errors.md` explains."""
-    return f"[bold red]error:[/] {plain(message)} [dim]{escape(f'[{code}]')}[/]"
-
-
-def plain(text: str) -> str:
-    """Return *text* on one line, without what would steer the terminal, escaped for rich."""
+def plain_text(text: str) -> Text:
+    """Build one line of rich text from *text*, without markup; `?` replaces control characters."""
     line = " ".join(text.split())
-    return escape("".join(character if character.isprintable() else "?" for character in line))
+    return Text("".join(character if character.isprintable() else "?" for character in line))
+
+
+def print_field(label: str, text: str, *, style: str = "bold", width: int = 8) -> None:
+    """Print *label* in *style*, padded to *width* columns, followed by *text* without markup."""
+    out.print(Text.assemble((f"{label:{width}}", style), " ", plain_text(text)))
+
+
+def print_error(message: str, code: str) -> None:
+    """Print an error line on stderr: the message and the code that docs/errors.md explains."""
+    err.print(Text.assemble(("error:", "bold red"), " ", plain_text(message), " ", (f"[{code}]", "dim")))
 
 
 def print_json(value: Any) -> None:
-    """Print *value* as JSON for a script."""
+    """Print *value* as indented JSON on stdout."""
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
 
 
 @contextmanager
 def steps(title: str, *, quiet: bool) -> Iterator[Any]:
-    """Give a function that is told each step's name: a spinner on a terminal, silence elsewhere."""
+    """Yield a callback for step names that updates a spinner on a terminal and otherwise does nothing."""
     if quiet or not err.is_terminal:
         yield lambda _: None
         return
     with err.status(title) as status:
         yield lambda name: status.update(f"{title}: {name}")
+
+
+def error_line(message: str, code: str) -> str:
+    """Return the line of an error as markup."""
+    return f"[bold red]error:[/] {plain(message)} [dim]{escape(f'[{code}]')}[/]"
+
+
+def plain(text: str) -> str:
+    """Return *text* on one line, escaped for rich markup."""
+    return escape(plain_text(text).plain)

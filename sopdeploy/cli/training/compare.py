@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
-from sopdeploy.cli.console import err, one_line_errors, out, plain, print_json
+from sopdeploy.cli.console import err, one_line_errors, out, plain_text, print_json
 from sopdeploy.cli.training.train import SIGNALLED, Bars
 
 if TYPE_CHECKING:
@@ -40,14 +41,14 @@ def compare(
 
         def tell(name: str, seed: int) -> None:
             if not as_json:
-                err.print(f"{plain(name)}, seed {seed}")
+                err.print(plain_text(f"{name}, seed {seed}"))
 
         try:
             found = run(
                 recipes, destination, seeds=seeds, overrides=settings or (), progress=progress, on_run=tell
             )
         except TrainingStoppedError as stopped:
-            err.print(plain(f"{stopped} or with the same command"))
+            err.print(plain_text(f"{stopped} or with the same command"))
             raise typer.Exit(SIGNALLED + stopped.signal_number) from stopped
     if as_json:
         print_json(found.model_dump(mode="json"))
@@ -62,7 +63,10 @@ def show(found: "Comparison") -> None:
     )
     for arm in found.arms:
         table.add_row(
-            plain(arm.name), f"{arm.mean:.2%}", f"{100 * arm.sd:.2f}", *(f"{share:.2%}" for share in arm.top1)
+            plain_text(arm.name),
+            f"{arm.mean:.2%}",
+            f"{100 * arm.sd:.2f}",
+            *(f"{share:.2%}" for share in arm.top1),
         )
     out.print(table)
     out.print(f"the last epoch, on {found.pictures} held-out pictures; differences are in points of top-1")
@@ -74,12 +78,11 @@ def show(found: "Comparison") -> None:
 
 def show_pair(pair: "Pair") -> None:
     """Print how one recipe differs from the first."""
-    out.print(
-        f"\n{plain(pair.second)} - {plain(pair.first)}: {100 * pair.mean:+.2f} (sd {100 * pair.sd:.2f})"
-    )
+    out.print()
+    out.print(plain_text(f"{pair.second} - {pair.first}: {100 * pair.mean:+.2f} (sd {100 * pair.sd:.2f})"))
     out.print(f"  paired t, 95 %         {100 * pair.low:+.2f} to {100 * pair.high:+.2f}")
     out.print(f"  seeds and pictures     {100 * pair.bootstrap_low:+.2f} to {100 * pair.bootstrap_high:+.2f}")
     out.print(f"  wins, ties, losses     {pair.wins}, {pair.ties}, {pair.losses}")
     splits = ", ".join(f"{one.only_second}:{one.only_first} (p {one.p:.2g})" for one in pair.mcnemar)
     out.print(f"  McNemar by seed        {splits}")
-    out.print(f"  [bold]{plain(pair.verdict)}[/]")
+    out.print(Text.assemble("  ", (pair.verdict, "bold")))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from sopdeploy.cli.console import one_line_errors, out, plain, print_json
+from sopdeploy.cli.console import one_line_errors, out, plain_text, print_json
 
 if TYPE_CHECKING:
     from sopdeploy.data.check import Checked
@@ -61,8 +61,10 @@ def show(found: "Checked") -> None:
     for part in found.parts:
         rarest = sorted(part.classes.items(), key=lambda pair: pair[1])
         listed = ", ".join(f"{label} {count}" for label, count in rarest[:SHOWN])
-        out.print(plain(f"{part.name}, rarest classes first: {listed}{dots(len(rarest))}"), highlight=False)
-    out.print(f"formats: {listing(found.formats)}; colours: {listing(found.modes)}")
+        out.print(
+            plain_text(f"{part.name}, rarest classes first: {listed}{dots(len(rarest))}"), highlight=False
+        )
+    out.print(plain_text(f"formats: {listing(found.formats)}; colours: {listing(found.modes)}"))
     for name, (least, median, most) in {
         "shorter side": found.shorter_side,
         "longer side": found.longer_side,
@@ -71,9 +73,9 @@ def show(found: "Checked") -> None:
     show_duplicates(found)
     for why, files in found.strange.items():
         listed = ", ".join(files[:SHOWN])
-        out.print(plain(f"{counted(files)}: {why}: {listed}{dots(len(files))}"), highlight=False)
+        out.print(plain_text(f"{counted(files)}: {why}: {listed}{dots(len(files))}"), highlight=False)
     if found.passed_over:
-        out.print(plain(f"not called as pictures are and left out: {in_words(found.passed_over)}"))
+        out.print(plain_text(f"not called as pictures are and left out: {in_words(found.passed_over)}"))
     out.print(
         "every picture can be read" if not found.unreadable else f"{len(found.unreadable)} cannot be read"
     )
@@ -90,7 +92,7 @@ def show_duplicates(found: "Checked") -> None:
     )
     worst_first = sorted(found.duplicates, key=lambda group: (not group.across, not group.labels_differ))
     for group in worst_first[:SHOWN]:
-        out.print(plain(" = ".join(group.files)), highlight=False)
+        out.print(plain_text(" = ".join(group.files)), highlight=False)
 
 
 def listing(counts: dict[str, int]) -> str:

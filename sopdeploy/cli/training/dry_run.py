@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from sopdeploy.cli.console import out, plain, print_json
+from sopdeploy.cli.console import out, plain_text, print_json
 
 if TYPE_CHECKING:
     from sopdeploy.training.dry_run import DryRun
@@ -26,7 +26,7 @@ def show_rehearsal(recipe: "Recipe", *, find_learning_rate: bool, as_json: bool)
         print_json(dry.model_dump(mode="json"))
         return
     for key, value in flat(dry.recipe):
-        out.print(plain(f"{key} = {value}"))
+        out.print(plain_text(f"{key} = {value}"))
     show_costs(dry)
 
 
@@ -48,7 +48,7 @@ def show_costs(dry: "DryRun") -> None:
         f"{dry.load_seconds:.3f} s",
     ]
     for line in lines:
-        out.print(plain(line))
+        out.print(plain_text(line))
 
 
 def show_rates(recipe: "Recipe", *, as_json: bool) -> None:

@@ -9,7 +9,7 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from sopdeploy.cli.console import err, one_line_errors, out, plain, print_json
+from sopdeploy.cli.console import err, one_line_errors, out, plain_text, print_json
 
 if TYPE_CHECKING:
     from sopdeploy.evaluation.metrics import Measurement, Rate, Score
@@ -98,7 +98,7 @@ def report(
     if as_json:
         print_json({"report": str(page), "bytes": page.stat().st_size})
     else:
-        out.print(f"{plain(str(page))}: {page.stat().st_size:,} bytes, opens without a network")
+        out.print(plain_text(f"{page}: {page.stat().st_size:,} bytes, opens without a network"))
 
 
 def of_service(url: str, data: Path, tta: str, model: str | None, api_key: str | None, tell: Tell) -> Scored:
@@ -155,19 +155,21 @@ def show(found: "Measurement") -> None:
     for one in classes:
         precision = "-" if one.precision is None else f"{one.precision:.2%}"
         interval = f"{one.recall.low:.1%} to {one.recall.high:.1%}"
-        table.add_row(plain(one.label), str(one.count), precision, f"{one.recall.share:.2%}", interval)
+        table.add_row(plain_text(one.label), str(one.count), precision, f"{one.recall.share:.2%}", interval)
     out.print(table)
     if len(found.classes) <= MOST_COLUMNS:
         show_confusion(found)
     for count, shown, answered in mistakes(found)[:MOST_MISTAKES]:
-        out.print(f"{count} x {plain(shown)} taken for {plain(answered)}")
+        out.print(plain_text(f"{count} x {shown} taken for {answered}"))
 
 
 def show_confusion(found: "Measurement") -> None:
     """Print the confusion matrix: a row is what the pictures show, a column what was answered."""
-    table = Table("shown \\ answered", *(plain(one.label) for one in found.classes), box=None, pad_edge=False)
+    table = Table(
+        "shown \\ answered", *(plain_text(one.label) for one in found.classes), box=None, pad_edge=False
+    )
     for one, row in zip(found.classes, found.confusion, strict=True):
-        table.add_row(plain(one.label), *map(str, row))
+        table.add_row(plain_text(one.label), *map(str, row))
     out.print(table)
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sopdeploy.cli.console import one_line_errors, out, plain, print_json, steps
+from sopdeploy.cli.console import one_line_errors, out, plain_text, print_field, print_json, steps
 
 if TYPE_CHECKING:
     from sopdeploy.importers.import_weights import ImportReport
@@ -60,7 +60,7 @@ def show(report: "ImportReport", *, keys: bool) -> None:
     """Print what was found, mapped and left out."""
     if keys:
         for row in report.rows:
-            out.print(plain(f"{row.name} {row.shape} <- {several(row.of)}: {row.how}"))
+            out.print(plain_text(f"{row.name} {row.shape} <- {several(row.of)}: {row.how}"))
     absent = sum(not row.of for row in report.rows)
     rules = report.preprocess
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (rules.mean, rules.std))
@@ -73,9 +73,9 @@ def show(report: "ImportReport", *, keys: bool) -> None:
         "written": report.checkpoint,
     }
     for title, text in rows.items():
-        out.print(f"[bold]{title:8}[/] {plain(text)}")
+        print_field(title, text)
     for note in report.notes:
-        out.print(f"[bold]note[/]     {plain(note)}")
+        print_field("note", note)
 
 
 def several(names: tuple[str, ...]) -> str:

@@ -4,8 +4,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
-from sopdeploy.cli.console import one_line_errors, out, plain, print_json
+from sopdeploy.cli.console import one_line_errors, out, plain_text, print_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 
@@ -25,7 +26,7 @@ def models(as_json: Json = False) -> None:
         table.add_column(min_width=max(map(len, CATALOG)), no_wrap=True)
         for name, entry in family.ENTRIES.items():
             table.add_row(name, entry.summary, f"{entry.image_size} px", f"{entry.num_classes} classes")
-        out.print(f"[bold]{plain(title(family))}[/]")
+        out.print(Text(title(family), "bold"))
         out.print(table)
         out.print()
     out.print("[bold]Networks of timm[/], 'timm:NAME' and 'dsop-timm:NAME' for every NAME with feature maps")
@@ -72,4 +73,4 @@ def describe(
     out.print(f"training only: {', '.join(found.training_only) or 'nothing'}")
     out.print(f"representation: {found.representation} numbers")
     for figure in found.published:
-        out.print(plain(figure.sentence()), highlight=False)
+        out.print(plain_text(figure.sentence()), highlight=False)

@@ -11,9 +11,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperCommand
 
-from sopdeploy.cli.console import err, one_line_errors, out, plain, print_json
+from sopdeploy.cli.console import err, one_line_errors, out, plain_text, print_json
 from sopdeploy.cli.training.dry_run import show_rehearsal
 
 WIDTH_OF_BAR = 28
@@ -52,7 +53,7 @@ class Bars:
 
     def warned(self, warning: str) -> None:
         """Print the warning."""
-        self.console.print(f"[yellow]warning:[/] {plain(warning)}")
+        self.console.print(Text.assemble(("warning:", "yellow"), " ", plain_text(warning)))
 
     def stepped(self, *, epoch: int, step: int, steps: int, loss: float) -> None:
         """Move the bar of the epoch."""
@@ -194,7 +195,7 @@ def train(
         f"best epoch {result.best_epoch} of {result.epochs}: top-1 [bold]{result.best_top1:.2%}[/] of "
         f"{result.held_out_count} held-out pictures, {result.seconds:.0f} s"
     )
-    out.print(f"next: sopdeploy export {plain(str(result.best))} --detach")
+    out.print(plain_text(f"next: sopdeploy export {result.best} --detach"))
 
 
 @contextmanager
@@ -206,7 +207,7 @@ def stopped_by_a_signal() -> Iterator[None]:
         yield
     except TrainingStoppedError as stopped:
         if not stopped.told:
-            err.print(plain(str(stopped)))
+            err.print(plain_text(str(stopped)))
         raise typer.Exit(SIGNALLED + stopped.signal_number) from stopped
 
 
