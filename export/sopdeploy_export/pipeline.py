@@ -19,7 +19,10 @@ from sopdeploy_export.detach import detach
 from sopdeploy_export.graph.onnx_export import lower, operator_counts, write
 from sopdeploy_export.graph.probe_images import probe_images
 from sopdeploy_export.graph.torch_export import Deployed
-from sopdeploy_export.parity import ParityReport, Reference, compare, reference, torch_program, with_spectral
+from sopdeploy_export.parity import torch_program
+from sopdeploy_export.parity.compare import add_spectral_records, compare
+from sopdeploy_export.parity.reference import Reference, compute_reference
+from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.parity.spectral import spectral_records
 from sopdeploy_export.precision.accuracy_gate import measured
 from sopdeploy_export.precision.convert import ConvertedGraph, PrecisionOptions, ship, wished
@@ -28,7 +31,7 @@ from sopdeploy_export.proof.onnx_hash import file_root, onnx_root
 from sopdeploy_export.proof.preconditions import refuse_training_parts, refuse_what_cannot_ship
 from sopdeploy_export.report import model_card
 from sopdeploy_export.report.network_summary import network_summary
-from sopdeploy_export.report.results import Exported, Findings, as_probes, manifest_fields, write_reports
+from sopdeploy_export.report.results import Exported, ExportResults, as_probes, manifest_fields, write_reports
 from sopdeploy_export.report.speed import measure_speed
 from sopdeploy_export.rewrites.apply import Certified, Lowered, lower_by_rules
 
@@ -111,8 +114,8 @@ def export(
 
         if options.pt2:
             step("writing and proving network.pt2")
-            content = torch_program.torch_program(program, certificate)
-            torch_program.refuse_other_numbers(content, expected, parity, images, options.batch.maximum)
+            content = torch_program.serialize_program(program, certificate)
+            torch_program.check_outputs(content, expected, parity, images, options.batch.maximum)
             (folder / torch_program.FILE).write_bytes(content)
 
         step("writing the bundle")
@@ -132,7 +135,7 @@ def export(
         (folder / "README.md").write_text(
             model_card.render(checkpoint, certificate, parity, precision, card), encoding="utf-8"
         )
-        findings = Findings(
+        findings = ExportResults(
             checkpoint=checkpoint,
             network_summary=network_summary(checkpoint),
             certificate=certificate,
@@ -189,7 +192,9 @@ def compared(
 ) -> tuple[Reference, ParityReport]:
     """Return what *lean* gives for *images* in float64, and how the file at *path* compares with it."""
     deployed = Deployed(lean, checkpoint.preprocess).eval()
-    expected = reference(deployed, images, shipping.own, options.precision.precision, shipping.own_gate)
+    expected = compute_reference(
+        deployed, images, shipping.own, options.precision.precision, shipping.own_gate
+    )
 
     parity = compare(
         path,
@@ -201,8 +206,8 @@ def compared(
         locate=lambda file: shipping.locate(file, images, expected.floors),
     )
     records = spectral_records(shipping.spectral, torch.from_numpy(images))
-    parts = shipping.drifts(path, images[parity.counted])
-    parity = with_spectral(parity, records, allow_drift=options.allow_drift)
+    parts = shipping.drifts(path, images[parity.compared_images])
+    parity = add_spectral_records(parity, records, allow_drift=options.allow_drift)
     return expected, parity.model_copy(update={"parts": parts})
 
 

@@ -21,7 +21,8 @@ from sopdeploy_export.detach import detach
 from sopdeploy_export.graph.onnx_export import lower, write
 from sopdeploy_export.graph.probe_images import probe_images
 from sopdeploy_export.graph.torch_export import Deployed, capture_any_batch
-from sopdeploy_export.parity import ParityReport, Reference
+from sopdeploy_export.parity.reference import Reference
+from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.pipeline import Exported, ExportOptions, compared, export
 from sopdeploy_export.precision.convert import PrecisionOptions, ship, wished
 from sopdeploy_export.proof.certificate import equal_numbers, plain_network

@@ -129,7 +129,7 @@ def exact_type(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) and value in HALVES else value
 
 
-def first_off(
+def find_first_drift(
     path: Path, program: ExportedProgram, outputs: Sequence[str], images: NDArray[np.uint8], floors: float
 ) -> str | None:
     """Say which part of the file at *path*, lowered from *program*, is the first off by over *floors*."""
@@ -238,7 +238,7 @@ def product_name(kind: str, count: int) -> tuple[str, int]:
 
 
 def run_file(
-    model: onnx.ModelProto, names: Sequence[str], images: NDArray[np.uint8], *, optimised: bool = True
+    model: onnx.ModelProto, names: Sequence[str], images: NDArray[np.uint8], *, optimized: bool = True
 ) -> dict[str, Any]:
     """Return the values called *names* in *model* for *images*, with the runtime's fusions or without.
 
@@ -250,7 +250,7 @@ def run_file(
         probed, wanted = onnx.shape_inference.infer_shapes(model), list(names)
     outputs = {value.name for value in probed.graph.output}
     probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in outputs)
-    session: ort.InferenceSession = open_session(probed, optimised=optimised and not emulated)
+    session: ort.InferenceSession = open_session(probed, optimized=optimized and not emulated)
     values = session.run(wanted, {session.get_inputs()[0].name: images})
     return dict(zip(names, values, strict=True))
 

@@ -32,16 +32,18 @@ Places = Mapping[str, tuple[str, str]]  # by the value to read in int8, a part a
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Quantised:
+class Int8Graphs:
     """The int8 graph as it was made, `sound`, and the float32 graph that it was made of, `plain`."""
 
-    sound: onnx.ModelProto
-    plain: onnx.ModelProto
+    int8: onnx.ModelProto
+    float32: onnx.ModelProto
 
 
-def first_off_int8(path: Path, graphs: Quantised, images: NDArray[np.uint8], floors: float) -> str | None:
+def find_first_int8_drift(
+    path: Path, graphs: Int8Graphs, images: NDArray[np.uint8], floors: float
+) -> str | None:
     """Say which convolution of the int8 file at *path* is the first off by over *floors*."""
-    for drift in drifts(path, graphs, convolution_values(graphs.sound), images[:PICTURES]):
+    for drift in drifts(path, graphs, convolution_values(graphs.int8), images[:PICTURES]):
         if drift.in_floors > floors:
             return (
                 f"the first part over its floor is {drift.part} ({drift.in_floors:.0f} floors); "
@@ -52,7 +54,7 @@ def first_off_int8(path: Path, graphs: Quantised, images: NDArray[np.uint8], flo
 
 def part_drifts_int8(
     path: Path,
-    graphs: Quantised,
+    graphs: Int8Graphs,
     program: ExportedProgram,
     outputs: Sequence[str],
     images: NDArray[np.uint8],
@@ -61,18 +63,18 @@ def part_drifts_int8(
     converted = named_inside(program, outputs)
     if converted is None:
         return ()
-    places = spread_over_depth(boundaries(converted, graphs.plain))
-    behind = rounded_values(graphs.sound)
+    places = spread_over_depth(boundaries(converted, graphs.float32))
+    behind = rounded_values(graphs.int8)
     read = {behind.get(place.value, place.value): (place.part, place.value) for place in places}
     return finite(drifts(path, graphs, read, images[-PICTURES_OF_PARTS:]))
 
 
-def drifts(path: Path, graphs: Quantised, places: Places, images: NDArray[np.uint8]) -> Iterator[Drift]:
+def drifts(path: Path, graphs: Int8Graphs, places: Places, images: NDArray[np.uint8]) -> Iterator[Drift]:
     """Give the drift of the file at *path* at *places*."""
-    names, images = list(places), images[: fixed_batch(graphs.sound)]
+    names, images = list(places), images[: fixed_batch(graphs.int8)]
     found = run_file(onnx.load(path), names, images)
-    own = run_file(graphs.sound, names, images, optimised=False)
-    exact = run_file(graphs.plain, [value for _, value in places.values()], images)
+    own = run_file(graphs.int8, names, images, optimized=False)
+    exact = run_file(graphs.float32, [value for _, value in places.values()], images)
     for name, (part, value) in places.items():
         yield drift_at(part, found[name], exact[value].astype(np.float64), own[name])
 

@@ -92,7 +92,7 @@ def spread(logits: NDArray[Any]) -> float:
     return float(np.ptp(logits, axis=0 if len(logits) > 1 else 1).max())
 
 
-def with_spectral(
+def add_spectral_records(
     report: ParityReport, records: tuple[SpectralRecord, ...], *, allow_drift: bool
 ) -> ParityReport:
     """Return *report* with the second-order parts' *records*.

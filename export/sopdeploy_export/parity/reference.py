@@ -41,7 +41,7 @@ class Reference:
         return FLOORS_BY_PRECISION[self.precision]
 
 
-def reference(
+def compute_reference(
     deployed: Deployed,
     images: NDArray[np.uint8],
     own: Run | None = None,

@@ -181,7 +181,7 @@ class ParityReport(StrictModel):
         return judged and self.logits.tolerance >= (self.spread or 0.0) / 2
 
     @property
-    def counted(self) -> list[int]:
+    def compared_images(self) -> list[int]:
         """Return the images whose numbers were compared: all whose route is certain."""
         left_out = () if self.routing is None else self.routing.left_out
         return [image for image in range(self.images) if image not in left_out]

@@ -26,12 +26,12 @@ EMULATION = (
 )
 
 
-def open_session(model: Path | onnx.ModelProto, *, optimised: bool = True) -> ort.InferenceSession:
+def open_session(model: Path | onnx.ModelProto, *, optimized: bool = True) -> ort.InferenceSession:
     """Return *model* in the runtime it is compared in; raises `ParityError` for another provider."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if not optimised:
+    if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
     if isinstance(model, Path) and holds_bfloat16(loaded := onnx.load(model)):

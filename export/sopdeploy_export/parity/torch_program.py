@@ -17,9 +17,9 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from sopdeploy.errors import CertificateError, ParityError
-from sopdeploy_export.parity import ParityReport, Reference
 from sopdeploy_export.parity.compare import distance
-from sopdeploy_export.parity.reference import network_outputs
+from sopdeploy_export.parity.reference import Reference, network_outputs
+from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.proof.certificate import PREFIX, Certificate
 from sopdeploy_export.proof.graph_hash import program_root, tensor_hash
 from sopdeploy_export.proof.tensor_inventory import TensorEntry
@@ -31,7 +31,7 @@ BATCH = 8
 WEIGHTS = "/data/weights/weight_"
 
 
-def torch_program(program: ExportedProgram, certificate: Certificate) -> bytes:
+def serialize_program(program: ExportedProgram, certificate: Certificate) -> bytes:
     """Return the bytes of *program*, the lean one that *certificate* speaks of; its origins are forgotten.
 
     Raises `CertificateError` where the bytes hold another program or other tensors than were certified.
@@ -88,7 +88,7 @@ def refuse_another_tensor(name: str, tensor: torch.Tensor, kept: Mapping[str, Te
         raise CertificateError(f"{FILE}: {name} is not the tensor that was kept")
 
 
-def refuse_other_numbers(
+def check_outputs(
     content: bytes, expected: Reference, parity: ParityReport, images: NDArray[np.uint8], largest: int
 ) -> None:
     """Raise `ParityError` where the program in *content* gives other outputs than the bundle may.
@@ -96,7 +96,7 @@ def refuse_other_numbers(
     *images* are the uint8 probes (P, H, W, 3), computed in batches of at most *largest*; the tolerance is the
     bundle's, from its noise floor.
     """
-    counted = parity.counted
+    counted = parity.compared_images
     found = network_outputs(
         load(content).module(), tuple(expected.outputs), images[counted], min(BATCH, largest)
     )

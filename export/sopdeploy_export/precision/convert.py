@@ -26,8 +26,8 @@ from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.graph.onnx_export import OPSET, OPSET_OF_BFLOAT16
 from sopdeploy_export.graph.probe_images import calibration_images, probe_images
 from sopdeploy_export.graph.torch_export import Deployed, capture_any_batch
-from sopdeploy_export.parity.bisect import first_off, part_drifts
-from sopdeploy_export.parity.bisect_int8 import Quantised, first_off_int8, part_drifts_int8
+from sopdeploy_export.parity.bisect import find_first_drift, part_drifts
+from sopdeploy_export.parity.bisect_int8 import Int8Graphs, find_first_int8_drift, part_drifts_int8
 from sopdeploy_export.parity.reference import Gate, Run
 from sopdeploy_export.parity.report import PartDrift
 from sopdeploy_export.parity.routing import gate_logits, gate_of, has_gate
@@ -151,7 +151,7 @@ def ship(
         certified=lowered.model,
         report=report,
         opset=opset,
-        locate=lambda path, images, floors: first_off(path, program, lean.outputs, images, floors),
+        locate=lambda path, images, floors: find_first_drift(path, program, lean.outputs, images, floors),
         drifts=lambda path, images: part_drifts(path, program, lean.outputs, images),
     )
 
@@ -172,7 +172,7 @@ def quantised(
     refuse_other_types(shipped, deployed.network, "int8")
     grids = input_grids(shipped)
     trial = Trial(deployed, grids, images)
-    graphs, outputs = Quantised(sound=shipped, plain=lowered.model), deployed.network.outputs
+    graphs, outputs = Int8Graphs(int8=shipped, float32=lowered.model), deployed.network.outputs
     report = PrecisionReport(
         precision="int8",
         newton_schulz="fp32",
@@ -196,7 +196,7 @@ def quantised(
         certified=lowered.model,
         report=report,
         opset=OPSET,
-        locate=lambda path, pixels, floors: first_off_int8(path, graphs, pixels, floors),
+        locate=lambda path, pixels, floors: find_first_int8_drift(path, graphs, pixels, floors),
         drifts=lambda path, pixels: part_drifts_int8(path, graphs, lowered.program, outputs, pixels),
         calibration=images,
     )
@@ -204,7 +204,7 @@ def quantised(
 
 def unfused(model: onnx.ModelProto) -> Run:
     """Return a run of *model* operator by operator: quantise, dequantise, convolve in float32."""
-    session = open_session(model, optimised=False)
+    session = open_session(model, optimized=False)
     batch = fixed_batch(model)
 
     def run(pixels: Tensor) -> tuple[Tensor, ...]:

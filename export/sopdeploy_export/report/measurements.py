@@ -4,10 +4,10 @@ from sopdeploy.html.charts import Bar, bars
 from sopdeploy.html.markup import Html, figure, folded, paragraph, percent, section, table
 from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.precision.report import Accuracy
-from sopdeploy_export.report.results import Findings
+from sopdeploy_export.report.results import ExportResults
 
 
-def drift_section(found: Findings) -> Html:
+def drift_section(found: ExportResults) -> Html:
     """Return how far the file is from the network in float64, output by output and part by part."""
     parity = found.parity
     outputs = table(
@@ -34,7 +34,7 @@ def drift_section(found: Findings) -> Html:
     return section("Drift", "drift", intro, outputs, parts_chart(found))
 
 
-def parts_chart(found: Findings) -> Html:
+def parts_chart(found: ExportResults) -> Html:
     """Return the drift of every named part: in floors, and in int8, which is its own floor, of the spread."""
     parity = found.parity
     if not parity.parts:
@@ -82,7 +82,7 @@ def of_spread(parity: ParityReport) -> Html:
     )
 
 
-def gate_section(found: Findings) -> Html | None:
+def gate_section(found: ExportResults) -> Html | None:
     """Return which components the gate chose; None for a network without a gate."""
     routes = found.parity.routing
     if routes is None:
@@ -109,7 +109,7 @@ def gate_section(found: Findings) -> Html | None:
     return section("The gate", "gate", paragraph(said), figure(chart, "Expert usage on the probe images."))
 
 
-def spectral_section(found: Findings) -> Html | None:
+def spectral_section(found: ExportResults) -> Html | None:
     """Return what holds of each second-order part; None where there is none."""
     records = found.parity.spectral
     if not records:
@@ -133,7 +133,7 @@ def spectral_section(found: Findings) -> Html | None:
     )
 
 
-def precision_section(found: Findings) -> Html:
+def precision_section(found: ExportResults) -> Html:
     """Return the types of the parts, what int8 costs by layer, and the answers before and after."""
     report = found.precision
     kinds = report.summary()
@@ -180,7 +180,7 @@ def accuracy_table(found: Accuracy) -> Html:
     return table(f"What the precision costs, on {found.images} pictures", ("", ""), rows)
 
 
-def costs_chart(found: Findings) -> Html:
+def costs_chart(found: ExportResults) -> Html:
     """Return how far quantising each part and each layer alone moves the logits."""
     report = found.precision.quantisation
     if report is None or not report.costs:

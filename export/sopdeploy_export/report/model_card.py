@@ -5,7 +5,7 @@ from typing import Any
 
 from sopdeploy.bundle.manifest import Int8For, TensorRecord
 from sopdeploy.checkpoint import Checkpoint
-from sopdeploy_export.parity import ParityReport
+from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.precision.report import Accuracy, PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 

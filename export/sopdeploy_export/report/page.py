@@ -7,7 +7,7 @@ from sopdeploy_export.report.measurements import (
     precision_section,
     spectral_section,
 )
-from sopdeploy_export.report.results import Findings
+from sopdeploy_export.report.results import ExportResults
 from sopdeploy_export.report.sections import (
     answers_section,
     files_section,
@@ -20,7 +20,7 @@ from sopdeploy_export.report.sections import (
 LABELS_SHOWN = 20
 
 
-def render(found: Findings) -> str:
+def render(found: ExportResults) -> str:
     """Return the page; the same findings give the same text."""
     title = f"{found.checkpoint.model}: what was exported"
     sections = (
@@ -38,7 +38,7 @@ def render(found: Findings) -> str:
     return document(title, header(found), *(one for one in sections if one is not None))
 
 
-def header(found: Findings) -> Html:
+def header(found: ExportResults) -> Html:
     """Return the name, the figures that matter most, and the classes."""
     parity, counts = found.parity, found.network_summary
     removed = found.certificate.bytes_removed

@@ -18,7 +18,8 @@ from sopdeploy.bundle.manifest import BatchRange, FileRecord, Lineage, Manifest,
 from sopdeploy.bundle.probes import Probes
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy_export.graph.onnx_export import INPUT
-from sopdeploy_export.parity import ParityReport, Reference
+from sopdeploy_export.parity.reference import Reference
+from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.precision.report import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 from sopdeploy_export.report.network_summary import NetworkSummary
@@ -27,7 +28,7 @@ from sopdeploy_export.rewrites.context import LoweringReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Findings:
+class ExportResults:
     """What was proved and measured; `fields` are the manifest's, `files` what lies in the bundle so far."""
 
     checkpoint: Checkpoint
@@ -98,7 +99,7 @@ def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityRepo
         for name, output in parity.outputs.items():
             observed = max(output.largest_drift, output.alone_or_in_batch)
             tolerance[name] = max(output.tolerance, 2 * observed)
-    kept = parity.counted
+    kept = parity.compared_images
     return Probes(
         images=images[kept],
         expected={name: values[kept].astype(np.float32) for name, values in expected.outputs.items()},

@@ -20,7 +20,7 @@ from sopdeploy.html.markup import (
 )
 from sopdeploy_export.parity.report import Flip
 from sopdeploy_export.report.drawing import drawings
-from sopdeploy_export.report.results import Findings
+from sopdeploy_export.report.results import ExportResults
 
 MOST_CLASSES = 30  # of a matrix that can still be read
 BECAUSE = {
@@ -30,7 +30,7 @@ BECAUSE = {
 }
 
 
-def answers_section(found: Findings) -> Html:
+def answers_section(found: ExportResults) -> Html:
     """Return how often the top class agrees, with its interval, and every flip."""
     top1 = found.parity.top1
     said = (
@@ -90,7 +90,7 @@ def flip_row(flip: Flip, labels: tuple[str, ...]) -> tuple[str, ...]:
     )
 
 
-def network_section(found: Findings) -> Html:
+def network_section(found: ExportResults) -> Html:
     """Return the network before and after, and its parts as a table."""
     trained, shipped = found.network_summary.trained, found.network_summary.shipped
     costs = table(
@@ -132,7 +132,7 @@ def network_section(found: Findings) -> Html:
     )
 
 
-def proof_section(found: Findings) -> Html:
+def proof_section(found: ExportResults) -> Html:
     """Return what the certificate says, statement by statement."""
     proof = found.certificate
     gone = (
@@ -183,7 +183,7 @@ def proof_section(found: Findings) -> Html:
     )
 
 
-def lowering_section(found: Findings) -> Html:
+def lowering_section(found: ExportResults) -> Html:
     """Return the rules that rewrote the graph, with what they needed and did."""
     report = found.lowering
     if report.textbook:
@@ -213,7 +213,7 @@ def lowering_section(found: Findings) -> Html:
     )
 
 
-def files_section(found: Findings) -> Html:
+def files_section(found: ExportResults) -> Html:
     """Return sizes and hashes of the files beside this page, and the versions that made them."""
     files = table(
         "Files of the bundle beside this page; manifest.json has the page's own hash",
@@ -230,7 +230,7 @@ def files_section(found: Findings) -> Html:
     return section("Files", "files", files, folded("Operators and versions", operators, versions))
 
 
-def speed_section(found: Findings) -> Html:
+def speed_section(found: ExportResults) -> Html:
     """Return the latency over batch sizes; nothing that a clock says stands here unless it was asked for."""
     if found.speed is None:
         return section(

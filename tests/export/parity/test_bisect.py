@@ -16,16 +16,18 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.graph.onnx_export import check, operator_counts, write
 from sopdeploy_export.graph.torch_export import Deployed
-from sopdeploy_export.parity import FLOORS, compare, reference
 from sopdeploy_export.parity.bisect import (
     PARTS,
     Boundary,
     farthest,
-    first_off,
+    find_first_drift,
     part_drifts,
     run_file,
     spread_over_depth,
 )
+from sopdeploy_export.parity.compare import compare
+from sopdeploy_export.parity.reference import compute_reference
+from sopdeploy_export.parity.report import FLOORS
 from sopdeploy_export.parity.routing import routing, routing_parity
 from tests.export.once import graph_of
 
@@ -69,10 +71,10 @@ def test_noise_as_of_tf32_is_caught_and_its_place_is_named(
     network, program, model = shipped
     path, images = tmp_path / "model.onnx", probes.numpy()
     write(rounded(model, value), path)
-    expected = reference(Deployed(network, preprocess).eval(), images)
+    expected = compute_reference(Deployed(network, preprocess).eval(), images)
 
     def locate(file: Path) -> str | None:
-        return first_off(file, program, network.outputs, images, FLOORS)
+        return find_first_drift(file, program, network.outputs, images, FLOORS)
 
     with pytest.raises(ParityError, match=rf"first part over its floor is {part}"):
         compare(path, expected, images, BATCH, operator_counts(model), locate=locate)
@@ -81,7 +83,7 @@ def test_noise_as_of_tf32_is_caught_and_its_place_is_named(
 def test_a_sound_file_has_no_part_over_its_floor(shipped: Shipped, probes: Tensor, tmp_path: Path) -> None:
     network, program, model = shipped
     write(model, tmp_path / "model.onnx")
-    assert first_off(tmp_path / "model.onnx", program, network.outputs, probes.numpy(), FLOORS) is None
+    assert find_first_drift(tmp_path / "model.onnx", program, network.outputs, probes.numpy(), FLOORS) is None
 
 
 def test_a_batch_axis_fixed_to_one_is_caught(
@@ -93,7 +95,7 @@ def test_a_batch_axis_fixed_to_one_is_caught(
     fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     path, images = tmp_path / "model.onnx", probes.numpy()
     write(fixed, path)
-    expected = reference(Deployed(network, preprocess).eval(), images)
+    expected = compute_reference(Deployed(network, preprocess).eval(), images)
     with pytest.raises(ParityError, match="takes no batch of 2"):
         compare(path, expected, images, BATCH, operator_counts(fixed))
 
@@ -164,5 +166,5 @@ def test_values_inside_a_bfloat16_file_are_those_of_the_file_as_it_is_compared(
 
     model, _ = cast_graph(trained("isqrt-resnet8"), preprocess, "bf16-backbone")
     names = [node.output[0] for node in model.graph.node]
-    found, plain = (run_file(model, names, probes.numpy()[:1], optimised=asked) for asked in (True, False))
+    found, plain = (run_file(model, names, probes.numpy()[:1], optimized=asked) for asked in (True, False))
     assert [name for name in names if not np.array_equal(found[name], plain[name])] == []

@@ -13,13 +13,14 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.graph.onnx_export import operator_counts, write
 from sopdeploy_export.graph.probe_images import generated
 from sopdeploy_export.graph.torch_export import Deployed
-from sopdeploy_export.parity import compare, reference
 from sopdeploy_export.parity.bisect_int8 import (
-    Quantised,
+    Int8Graphs,
     convolution_values,
-    first_off_int8,
+    find_first_int8_drift,
     part_drifts_int8,
 )
+from sopdeploy_export.parity.compare import compare
+from sopdeploy_export.parity.reference import compute_reference
 from sopdeploy_export.precision.casts import in_float32
 from sopdeploy_export.precision.convert import unfused
 from sopdeploy_export.precision.int8 import quantise
@@ -58,10 +59,10 @@ def test_a_convolution_that_is_computed_otherwise_is_named_with_the_switch(
     images, path = generated(16), tmp_path / "model.onnx"
     write(saturated(sound, part), path)
     network = Deployed(trained("isqrt-resnet8"), preprocess).eval()
-    expected = reference(network, images, unfused(sound), "int8")
+    expected = compute_reference(network, images, unfused(sound), "int8")
 
     def locate(file: Path) -> str | None:
-        return first_off_int8(file, Quantised(sound=sound, plain=plain), images, FLOORS)
+        return find_first_int8_drift(file, Int8Graphs(int8=sound, float32=plain), images, FLOORS)
 
     with pytest.raises(ParityError, match=rf"over its floor is {part} .*try --keep-float {part};"):
         compare(path, expected, images, BATCH, operator_counts(sound), locate=locate)
@@ -70,15 +71,15 @@ def test_a_convolution_that_is_computed_otherwise_is_named_with_the_switch(
 def test_a_sound_file_is_off_nowhere(graphs: tuple[onnx.ModelProto, ...], tmp_path: Path) -> None:
     plain, sound = graphs
     write(sound, tmp_path / "model.onnx")
-    graphs_of = Quantised(sound=sound, plain=plain)
-    assert first_off_int8(tmp_path / "model.onnx", graphs_of, generated(16), FLOORS) is None
+    graphs_of = Int8Graphs(int8=sound, float32=plain)
+    assert find_first_int8_drift(tmp_path / "model.onnx", graphs_of, generated(16), FLOORS) is None
 
 
 def test_the_part_that_int8_spoils_is_where_the_distance_from_float32_grows(
     graphs: tuple[onnx.ModelProto, ...], preprocess: Preprocess, tmp_path: Path
 ) -> None:
     network, program, _ = graph_of("isqrt-resnet8", preprocess, BATCH)
-    pair = Quantised(sound=graphs[1], plain=graphs[0])
+    pair = Int8Graphs(int8=graphs[1], float32=graphs[0])
     shares = {}
     for name, model in (("sound", graphs[1]), ("spoilt", saturated(graphs[1], "layer2.0.conv1"))):
         write(model, tmp_path / f"{name}.onnx")

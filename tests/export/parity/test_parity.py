@@ -12,8 +12,9 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.graph.onnx_export import operator_counts, write
 from sopdeploy_export.graph.torch_export import Deployed
-from sopdeploy_export.parity import FLOORS, ParityReport, Reference, compare, reference
-from sopdeploy_export.parity import report as agreement
+from sopdeploy_export.parity.compare import compare
+from sopdeploy_export.parity.reference import Reference, compute_reference
+from sopdeploy_export.parity.report import FLOORS, ParityReport, agreement
 from tests.export.once import graph_of
 
 Make = Callable[..., Classifier]
@@ -43,7 +44,7 @@ def measure(
 ) -> ParityReport:
     write(model, path)
     images = probes.numpy()
-    expected = reference(deployed, images)
+    expected = compute_reference(deployed, images)
     return compare(path, expected, images, BATCH, operator_counts(model), allow_drift=allow_drift)
 
 
@@ -106,13 +107,13 @@ def test_a_network_whose_own_answer_is_not_finite_is_refused(
     network = make("resnet8")
     network.get_parameter("fc.bias").data.fill_(float("inf"))
     with pytest.raises(ParityError, match="network's own logits are not finite"):
-        reference(Deployed(network, preprocess).eval(), probes.numpy())
+        compute_reference(Deployed(network, preprocess).eval(), probes.numpy())
 
 
 def test_the_noise_floor_is_the_distance_of_the_networks_own_float32_run(
     shipped: tuple[onnx.ModelProto, Deployed], probes: Tensor
 ) -> None:
-    found: Reference = reference(shipped[1], probes.numpy())
+    found: Reference = compute_reference(shipped[1], probes.numpy())
     logits, floor = found.outputs["logits"], found.noise_floor["logits"]
     scale = float(np.abs(logits).max())
     assert logits.dtype == np.float64

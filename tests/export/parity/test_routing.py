@@ -12,8 +12,8 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.graph.onnx_export import operator_counts, write
 from sopdeploy_export.graph.probe_images import probe_images
 from sopdeploy_export.graph.torch_export import Deployed
-from sopdeploy_export.parity import Reference, compare, reference
-from sopdeploy_export.parity.compare import spread
+from sopdeploy_export.parity.compare import compare, spread
+from sopdeploy_export.parity.reference import Reference, compute_reference
 from sopdeploy_export.parity.routing import Routing, counted, rerouted, routing, routing_parity
 from sopdeploy_export.report.results import as_probes
 from tests.export.conftest import trained
@@ -102,7 +102,7 @@ def test_a_gate_that_rounding_turns_on_every_image_is_refused_with_what_to_do(
     images = probes[:3].numpy()
     noisy = np.tile([0.0, 1.0, 2.0, 3.0], (3, 1))  # the network's own gate ties and takes the first two
     with pytest.raises(ParityError, match=r"undecided on every probe image.*int8.*add --probes DIR"):
-        reference(deployed, images, deployed, "int8", lambda _: noisy)
+        compute_reference(deployed, images, deployed, "int8", lambda _: noisy)
 
 
 def test_a_spread_is_over_images_and_over_classes_where_there_is_one() -> None:
@@ -119,7 +119,7 @@ def test_noise_as_wide_as_the_logits_stops_a_reduced_precision(
     network, _, model = graph_of("resnet8", preprocess, batch)
     write(model, tmp_path / "model.onnx")
     images = probes.numpy()
-    exact = reference(Deployed(network, preprocess).eval(), images)
+    exact = compute_reference(Deployed(network, preprocess).eval(), images)
     floor = share * spread(exact.outputs["logits"])
     noisy = Reference(outputs=exact.outputs, noise_floor={"logits": floor}, precision="fp16")
     arguments = (tmp_path / "model.onnx", noisy, images, batch, operator_counts(model))
@@ -142,7 +142,7 @@ def test_in_int8_answers_on_pictures_are_what_is_judged_and_not_the_noise_of_a_p
     network, _, model = graph_of("resnet8", preprocess, batch)
     write(model, tmp_path / "model.onnx")
     images = probes.numpy()
-    exact = reference(Deployed(network, preprocess).eval(), images)
+    exact = compute_reference(Deployed(network, preprocess).eval(), images)
     floor = 0.3 * spread(exact.outputs["logits"])
     noisy = Reference(outputs=exact.outputs, noise_floor={"logits": floor}, precision="int8")
     report = compare(tmp_path / "model.onnx", noisy, images, batch, operator_counts(model))

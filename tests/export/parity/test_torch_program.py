@@ -18,8 +18,8 @@ from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.errors import CertificateError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.detach import detach
-from sopdeploy_export.parity import ParityReport
-from sopdeploy_export.parity.torch_program import FILE, prove, torch_program
+from sopdeploy_export.parity.report import ParityReport
+from sopdeploy_export.parity.torch_program import FILE, prove, serialize_program
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.proof.certificate import Proof
 from tests.export.conftest import trained
@@ -130,7 +130,7 @@ def test_another_program_is_refused(proof: Proof, sabotage: Any, complaint: str)
 
 
 def test_a_tensor_that_lies_in_a_larger_storage_is_refused(proof: Proof, monkeypatch: Any) -> None:
-    content = torch_program(copy.deepcopy(proof.lean.any_batch), proof.certificate)
+    content = serialize_program(copy.deepcopy(proof.lean.any_batch), proof.certificate)
     program = torch.export.load(io.BytesIO(content))
     bias = program.state_dict["network.fc.bias"]
     wide = torch.cat([bias.detach(), torch.zeros(90)])
@@ -143,7 +143,7 @@ def test_a_tensor_that_lies_in_a_larger_storage_is_refused(proof: Proof, monkeyp
 def test_other_numbers_than_the_bundles_stop_the_export(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ParityReport, "counted", property(lambda self: [0]))
+    monkeypatch.setattr(ParityReport, "compared_images", property(lambda self: [0]))
     monkeypatch.setattr("sopdeploy_export.parity.torch_program.distance", lambda *_: float("inf"))
     with proving_once(FILE), pytest.raises(ParityError, match=rf"{FILE}: drifts by inf in logits"):
         export(checkpoint, tmp_path, WITH_FILE)
