@@ -35,7 +35,7 @@ class Row:
         return self.rate / self.replicas
 
     @property
-    def held(self) -> float:
+    def reserve(self) -> float:
         """Return the images that a replica holds on average (Little): the metric `sopdeploy_queue_depth`."""
         return self.each * self.now.mean_ms / 1000
 

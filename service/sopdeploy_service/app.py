@@ -18,7 +18,7 @@ from sopdeploy_service.http.body_limits import Intake
 from sopdeploy_service.http.headers import HeadRequests
 from sopdeploy_service.http.middleware import RequestContextMiddleware
 from sopdeploy_service.inference.bundle_store import BundleStore
-from sopdeploy_service.inference.fault_injection import NONE, Faults
+from sopdeploy_service.inference.fault_injection import NO_FAULTS, Faults
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.request_context import OpenTrace
@@ -30,7 +30,7 @@ def create_app(
     settings: Settings,
     shelf: BundleStore | None = None,
     *,
-    faults: Faults = NONE,
+    faults: Faults = NO_FAULTS,
     open_trace: OpenTrace | None = None,
 ) -> FastAPI:
     """Return the app that answers with *inferences* by name, each as `open_verified` gave it.

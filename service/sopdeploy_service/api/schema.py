@@ -1,18 +1,17 @@
 """The bodies of the HTTP answers; `sopdeploy predict` prints the same classes."""
 
 from http import HTTPStatus
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated
 
 import pydantic
 
 from sopdeploy.config import StrictModel
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_service.images.fast_decode import FastDecode
 from sopdeploy_service.inference.results import Rejection
+from sopdeploy_service.inference.service import State
 
-GATES = "gates"  # the output of a network that chooses among experts
 PROBLEM_JSON = "application/problem+json"
-
-State: TypeAlias = Literal["ok", "draining", "no_model", "engine_dead", "loop_blocked"]
 
 
 class ClassProbability(StrictModel):
@@ -78,19 +77,6 @@ class Health(StrictModel):
     """What `/livez` and `/readyz` say."""
 
     status: State
-
-
-class FastDecode(StrictModel):
-    """What decoding large JPEGs fast changed on so many pictures at the start.
-
-    *largest* is the largest difference of a logit, *drift* the differences' root mean square over the spread
-    of the logits, *agreement* the share of pictures whose best class stayed.
-    """
-
-    pictures: int
-    largest: float
-    drift: float
-    agreement: float
 
 
 class ModelInfo(StrictModel):

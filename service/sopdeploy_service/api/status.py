@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from sopdeploy.bundle.probes import Probes, deviation, read_probes
 from sopdeploy.errors import BundleError, ParityError
 from sopdeploy_service.api.schema import Health, Info, ModelInfo, SelfTest
-from sopdeploy_service.api.upload import admit, service_of, unless_rejected
+from sopdeploy_service.api.upload import admit, context_of, service_of, unless_rejected
 from sopdeploy_service.api.web import Card, read_card
 from sopdeploy_service.http.auth import needs
 from sopdeploy_service.http.problems import RejectedError, described, json_response
@@ -20,10 +20,12 @@ from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.registry import NOT_CONTROLLED
 from sopdeploy_service.inference.results import Prediction, Rejection
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.observability.request_context import Stages
+from sopdeploy_service.observability.request_context import RequestContext
 
 
-async def self_test(service: Service, model: Model, deadline: float) -> SelfTest | Rejection:
+async def self_test(
+    service: Service, model: Model, deadline: float, context: RequestContext
+) -> SelfTest | Rejection:
     """Replay the probes of *model* through *service*; a refusal where that, or the comparison, fails."""
     try:
         probes = await asyncio.to_thread(read_probes, model.bundle.probes)
@@ -35,7 +37,7 @@ async def self_test(service: Service, model: Model, deadline: float) -> SelfTest
     room = min(len(probes.images), service.settings.queue_size, model.largest_batch)
     answers: list[Prediction] = []
     for start in range(0, len(probes.images), room):
-        found = await service.infer(model, probes.images[start : start + room], deadline, Stages())
+        found = await service.infer(model, probes.images[start : start + room], deadline, context)
         if isinstance(found, Rejection):
             return found
         for outcome in found:
@@ -106,7 +108,7 @@ async def metrics(request: Request, *, own: bool = False) -> Response:
 @router.get("/info", summary="Which networks answer here?", response_model=Info)
 async def info(request: Request) -> Response:
     """Give the facts of each model and of what it runs on."""
-    repository = service_of(request).repository
+    repository = service_of(request).registry
     loaded = repository.models()
     current = [model for model in loaded if repository.find(model.name) is model]
     return json_response(
@@ -126,13 +128,13 @@ async def info(request: Request) -> Response:
 )
 async def card(request: Request, model: str | None = None) -> Response:
     """Give the model card of *model* (needed where several answer) and its certificate in short."""
-    chosen = unless_rejected(service_of(request).repository.find(model))
+    chosen = unless_rejected(service_of(request).registry.find(model))
     return json_response(await asyncio.to_thread(read_card, chosen.bundle))
 
 
 def model_info(model: Model) -> ModelInfo:
     """Return what `/info` says of *model*."""
-    manifest, runtime = model.bundle.manifest, model.inference.runtime
+    manifest, runtime = model.bundle.manifest, model.loaded.runtime
     return ModelInfo(
         name=model.name,
         bundle=model.bundle.name,
@@ -145,7 +147,7 @@ def model_info(model: Model) -> ModelInfo:
         device=runtime.device,
         largest_batch=model.largest_batch,
         versions=manifest.versions,
-        fast_decode=model.inference.fast_decode,
+        fast_decode=model.loaded.fast_decode,
     )
 
 
@@ -158,7 +160,8 @@ def model_info(model: Model) -> ModelInfo:
 async def selftest(request: Request, model: str | None = None) -> Response:
     """Replay the bundle's probes through the engine, between the requests of others."""
     chosen, deadline = admit(request, model)
-    return json_response(unless_rejected(await self_test(service_of(request), chosen, deadline)))
+    found = await self_test(service_of(request), chosen, deadline, context_of(request))
+    return json_response(unless_rejected(found))
 
 
 @router.post(
@@ -173,6 +176,6 @@ async def roll_back(request: Request, name: str) -> Response:
     service = service_of(request)
     if not service.settings.model_control:
         raise RejectedError(NOT_CONTROLLED)
-    model = unless_rejected(await service.repository.roll_back(name))
+    model = unless_rejected(await service.registry.roll_back(name))
     request.state.model = model
     return json_response(model_info(model))

@@ -17,12 +17,13 @@ from sopdeploy_service.http.fetch import fetch
 from sopdeploy_service.http.forms import ImageForm
 from sopdeploy_service.http.headers import header, text
 from sopdeploy_service.http.problems import RejectedError
+from sopdeploy_service.http.rate_limit import TokenBucket
 from sopdeploy_service.http.strict_json import bad_request, decode_text, parse
-from sopdeploy_service.images.decode import EncodedImage, begins_like_an_image, too_large
+from sopdeploy_service.images.decode import EncodedImage, has_image_signature, too_large_error
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import CLIENT_GONE, DEADLINE, Rejection
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.observability.request_context import rate_refusal
+from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.settings import Settings
 
 Value = TypeVar("Value")
@@ -38,6 +39,12 @@ def service_of(request: Request) -> Service:
     return service
 
 
+def context_of(request: Request) -> RequestContext:
+    """Return the state that the middleware keeps for *request*."""
+    context: RequestContext = request.scope["state"]["context"]
+    return context
+
+
 def admit(request: Request, name: str | None = None, version: str | None = None) -> tuple[Model, float]:
     """Return the model for *request* and its deadline (`time.monotonic`), before its body is read.
 
@@ -47,9 +54,12 @@ def admit(request: Request, name: str | None = None, version: str | None = None)
     require("classify")
     service = service_of(request)
     deadline = time.monotonic() + seconds_allowed(request, service.settings.deadline_seconds)
-    model = unless_rejected(service.repository.find(name, version))
+    model = unless_rejected(service.registry.find(name, version))
     request.scope["state"]["model"] = model
-    unless_rejected(service.refusal(model, deadline) or rate_refusal())
+    unless_rejected(service.check_admission(model, deadline))
+    limit = context_of(request).rate_limit
+    if isinstance(limit, TokenBucket):
+        limit.check(1)
     return model, deadline
 
 
@@ -60,9 +70,9 @@ async def taking_apart(service: Service, model: Model, deadline: float) -> Async
     So what waits for a parser, or for the host of a URL, is bounded like all that waits. Raises
     `RefusedError`.
     """
-    unless_rejected(service.overload(model))
+    unless_rejected(service.check_queue(model))
     try:
-        with service.held():
+        with service.reserve():
             async with asyncio.timeout(deadline - time.monotonic()):
                 yield
     except TimeoutError as problem:
@@ -180,7 +190,7 @@ async def read_upload(request: Request, service: Service, model: Model, deadline
     raw = await in_time(
         request, whole(request, min(settings.max_body_bytes, settings.max_json_bytes)), deadline
     )
-    if begins_like_an_image(raw):
+    if has_image_signature(raw):
         return Upload([EncodedImage(raw, content_type)], several=False)
     async with taking_apart(service, model, deadline):
         return await read_json_upload(raw, service)
@@ -225,9 +235,9 @@ async def read_json_upload(raw: bytes, service: Service) -> Upload:
     body = await service.parse(read_json, raw, limit, settings.max_images)
     if body.url is None:
         return Upload([EncodedImage(image) for image in body.images], several=body.several, top_k=body.top_k)
-    if service.fetches.full:
+    if service.fetches.locked():
         raise RejectedError(FETCHES_FULL)
-    with service.fetches.one():
+    async with service.fetches:
         image = await fetch(body.url, settings)
     return Upload([EncodedImage(image)], several=body.several, top_k=body.top_k)
 
@@ -246,7 +256,7 @@ async def read(request: Request, limit: int, take: Callable[[bytes], None]) -> N
     """
     announced = header(request.scope, b"content-length") or b"0"
     if announced.isdigit() and int(announced[:20]) > limit:
-        raise RejectedError(Rejection.of(too_large(limit)))
+        raise RejectedError(Rejection.of(too_large_error(limit)))
     seen, more = 0, True
     while more:
         message = await request.receive()
@@ -255,7 +265,7 @@ async def read(request: Request, limit: int, take: Callable[[bytes], None]) -> N
         piece = message.get("body", b"")
         seen += len(piece)
         if seen > limit:
-            raise RejectedError(Rejection.of(too_large(limit)))
+            raise RejectedError(Rejection.of(too_large_error(limit)))
         if piece:
             take(piece)
         more = message.get("more_body", False)

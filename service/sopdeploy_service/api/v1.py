@@ -7,14 +7,13 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.routing import APIRoute
 
 from sopdeploy_service.api.direct import flag, number, word
-from sopdeploy_service.api.schema import GATES, Classes, Problem, Results
-from sopdeploy_service.api.upload import admit, read_upload, service_of, unless_rejected
+from sopdeploy_service.api.schema import Classes, Problem, Results
+from sopdeploy_service.api.upload import admit, context_of, read_upload, service_of, unless_rejected
 from sopdeploy_service.http.disconnect import cancel_on_disconnect
 from sopdeploy_service.http.problems import RejectedError, described, json_response
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.results import Prediction, Rejection, answer
+from sopdeploy_service.inference.results import GATES, Prediction, Rejection, answer
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.observability.request_context import Stages
 
 # The names and kinds of the parameters of `classify`.
 PLAIN = {"top_k": number, "model": word, "version": word, "gates": flag}
@@ -77,16 +76,16 @@ async def classify(
     chosen, deadline = admit(request, model, version)
     if gates and not has_gates(chosen):
         raise RejectedError(no_gates(chosen))
-    stages = Stages()
+    context = context_of(request)
     with chosen.in_use():  # from its admission on: while a slow body comes, the model may be replaced twice
         upload = await read_upload(request, service, chosen, deadline)
         received = time.monotonic()
         service.metrics.stage("receive", received - started)
-        stages.note("receive", received - started, received)
-        work = service.classify(chosen, upload.images, deadline, stages)
+        context.record_stage("receive", received - started, received)
+        work = service.classify(chosen, upload.images, deadline, context)
         outcomes = unless_rejected(await cancel_on_disconnect(work, request.scope, request.receive))
     top_k = top_k or upload.top_k or service.settings.top_k
-    headers = {"Server-Timing": stages.header()}
+    headers = {"Server-Timing": context.server_timing()}
     if not upload.several:
         return json_response(answered(chosen, unless_rejected(outcomes[0]), top_k, gates), headers=headers)
     results = [
@@ -105,7 +104,7 @@ def answered(model: Model, outcome: Prediction, top_k: int, gates: bool) -> dict
     """Return the answer to one image, with the experts of its gate where *gates* were asked for."""
     weights = outcome.outputs[GATES] if gates else None
     return answer(
-        outcome.ranking.best(outcome.place, top_k), model.labels, warnings=outcome.warnings, gates=weights
+        outcome.ranking.top_k(outcome.row, top_k), model.labels, warnings=outcome.warnings, gates=weights
     )
 
 

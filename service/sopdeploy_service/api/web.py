@@ -16,7 +16,7 @@ from fastapi import APIRouter, Response
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.config import StrictModel
-from sopdeploy_service.api.schema import GATES
+from sopdeploy_service.inference.results import GATES
 
 FOLDER = files("sopdeploy_service.api") / "pages"
 NOTHING = "'none'"

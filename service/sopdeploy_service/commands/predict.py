@@ -59,7 +59,9 @@ def predict_one(inference: LoadedModel, path: Path, settings: Settings) -> FileP
     logits = outputs[manifest.outputs[0].name][0]
     return FilePrediction(
         image=str(path),
-        classes=Classes(**answer(Ranking([logits]).best(0, settings.top_k), inference.bundle.labels)).classes,
+        classes=Classes(
+            **answer(Ranking([logits]).top_k(0, settings.top_k), inference.bundle.labels)
+        ).classes,
         warnings=decoded.warnings,
     )
 

@@ -53,7 +53,8 @@ class Gate:
             return
         tally = CURRENT.get()
         if tally is not None:
-            tally.key, tally.bucket = key, self._buckets.get(key.name)
+            tally.key_name, tally.scopes = key.name, key.scopes
+            tally.rate_limit = self._buckets.get(key.name)
         await self._app(scope, receive, send)
 
 
@@ -69,8 +70,7 @@ def require(scope: Scope) -> None:
     Raises `RefusedError` (403).
     """
     tally = CURRENT.get()
-    key = None if tally is None else tally.key
-    if key is not None and scope not in key.scopes:
+    if tally is not None and tally.scopes is not None and scope not in tally.scopes:
         raise RejectedError(Rejection("forbidden", 403, f"this key has no scope `{scope}`"))
 
 

@@ -131,7 +131,7 @@ async def download(
             async for piece in reply.aiter_raw():
                 body += piece
                 if len(body) > limit:
-                    raise RejectedError(too_large(limit))
+                    raise RejectedError(too_large_error(limit))
     except httpx.HTTPError as problem:
         raise nothing(f"{host_of(target)} gives no answer ({type(problem).__name__})") from problem
     return bytes(body)
@@ -153,7 +153,7 @@ def nothing(why: str) -> RejectedError:
     return RejectedError(Rejection("url_unreachable", 422, f"url: {why}"))
 
 
-def too_large(limit: int) -> Rejection:
+def too_large_error(limit: int) -> Rejection:
     """Return the refusal of an image behind a URL that is larger than *limit* bytes."""
     return Rejection(
         "too_large", 413, f"url: the image is larger than {limit} bytes, the limit of this server"

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sopdeploy_service.http.headers import text
 from sopdeploy_service.http.problems import INTERNAL, problem_response
+from sopdeploy_service.http.rate_limit import TokenBucket
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability import logs as access_log
 from sopdeploy_service.observability.request_context import CURRENT, OpenTrace, RequestContext
@@ -42,17 +43,17 @@ class RequestContextMiddleware:
             return
         started = time.monotonic()
         scope.setdefault("state", {})
-        tally = RequestContext(request_id(scope))
+        tally = scope["state"]["context"] = RequestContext(request_id(scope))
         if self._open_trace is not None and scope["path"] not in access_log.PROBES:
             tally.trace = self._open_trace(Headers(scope=scope), started)
         stamp = Stamp(send, tally, scope["state"])
-        self._service.requests += 1
+        self._service.active_requests += 1
         token = CURRENT.set(tally)
         try:
             await self._answer(scope, receive, stamp)
         finally:
             CURRENT.reset(token)
-            self._service.requests -= 1
+            self._service.active_requests -= 1
             self._note(scope, tally, stamp.status, time.monotonic() - started)
             scope["state"].pop("model", None)  # an idle connection keeps its last scope, but no model
 
@@ -68,11 +69,12 @@ class RequestContextMiddleware:
     def _note(self, scope: Scope, tally: RequestContext, status: int, seconds: float) -> None:
         route = route_of(scope)
         model = scope["state"].get("model")
-        name = model.name if model is not None else ""
-        self._service.metrics.request(route, status, seconds, name)
+        if model is not None:
+            tally.model_name, tally.model_version = model.name, model.version
+        self._service.metrics.request(route, status, seconds, tally.model_name)
         if tally.trace is not None:
-            tally.trace.end(route, status, tally.stages)
-        access_log.note(scope, route, tally, status, seconds)
+            tally.trace.end(route, status, tally.spans)
+        access_log.log_request(tally, scope["method"], route, status, seconds)
 
 
 class Stamp:
@@ -92,12 +94,12 @@ class Stamp:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = message["headers"]  # a list of this answer alone; no route sets one of these
-            headers.append((b"x-request-id", self._tally.request.encode("ascii")))
+            headers.append((b"x-request-id", self._tally.request_id.encode("ascii")))
             model = self._state.get("model")
             if model is not None:
                 headers.append((b"x-model-digest", model.version.encode("ascii")))
-            if self._tally.bucket is not None:
-                found = self._tally.bucket.headers().items()
+            if isinstance(self._tally.rate_limit, TokenBucket):
+                found = self._tally.rate_limit.headers().items()
                 headers.extend((name.lower().encode("ascii"), value.encode("ascii")) for name, value in found)
         await self._send(message)
 

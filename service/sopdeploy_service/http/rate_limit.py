@@ -3,6 +3,7 @@
 import math
 import time
 
+from sopdeploy_service.http.problems import RejectedError
 from sopdeploy_service.inference.results import Rejection
 
 
@@ -28,12 +29,16 @@ class TokenBucket:
             "rate_limited", 429, f"this key may send {self._rate:g} images per second; send it later", wait
         )
 
-    def spend(self, images: int) -> Rejection | None:
-        """Take the tokens of *images*, or return why not and take none."""
-        refusal = self.refusal(images)
-        if refusal is None:
-            self._tokens -= images
-        return refusal
+    def check(self, images: int) -> None:
+        """Raise `RejectedError` if *images* exceed the limit now; take no tokens."""
+        rejection = self.refusal(images)
+        if rejection is not None:
+            raise RejectedError(rejection)
+
+    def spend(self, images: int) -> None:
+        """Take the tokens of *images*, or raise `RejectedError` and take none."""
+        self.check(images)
+        self._tokens -= images
 
     def headers(self) -> dict[str, str]:
         """Return what an answer tells of the limit; `Reset` is the seconds until the bucket is full again."""

@@ -83,7 +83,7 @@ def decode(
     if not body:
         raise ImageError("the body is empty; " + WANTED, code="empty_body", status=400)
     if len(body) > max_bytes:
-        raise too_large(max_bytes)
+        raise too_large_error(max_bytes)
     name = sniff(body)
     picture = read_header(body, name, max_pixels)
     try:
@@ -111,7 +111,7 @@ def keep_memory(decoders: int) -> None:
     Image.core.set_blocks_max(2 * decoders)  # type: ignore[attr-defined]
 
 
-def begins_like_an_image(body: bytes) -> bool:
+def has_image_signature(body: bytes) -> bool:
     """Return whether the first bytes of *body* are those of an accepted format."""
     return body.startswith((*ALLOWED, b"RIFF"))
 
@@ -180,7 +180,7 @@ def opened(body: bytes, name: str) -> Image.Image:
         return Image.open(LimitedReader(plain, name), formats=(name,))
 
 
-def too_large(max_bytes: int) -> ImageError:
+def too_large_error(max_bytes: int) -> ImageError:
     """Return the error of a body longer than *max_bytes*."""
     return ImageError(
         f"the body is larger than {max_bytes} bytes, the limit of this server",

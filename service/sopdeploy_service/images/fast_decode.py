@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, ParityError
-from sopdeploy_service.api.schema import FastDecode
 from sopdeploy_service.images.decode import EncodedImage, decode, exactly
 from sopdeploy_service.images.loaders import loader
 from sopdeploy_service.runtime.base import Runtime
@@ -31,6 +31,19 @@ SEEDS = 3
 OCTAVES = (4, 16, 64, 256)  # cells along a made picture's longer side; beside them one of 2 pixels each
 MOST_SAMPLES = 500
 JPEG = b"\xff\xd8\xff"
+
+
+class FastDecode(StrictModel):
+    """What decoding large JPEGs fast changed on so many pictures at the start.
+
+    *largest* is the largest difference of a logit, *drift* the differences' root mean square over the spread
+    of the logits, *agreement* the share of pictures whose best class stayed.
+    """
+
+    pictures: int
+    largest: float
+    drift: float
+    agreement: float
 
 
 def checked(bundle: Bundle, runtime: Runtime, settings: Settings) -> FastDecode | None:

@@ -54,7 +54,7 @@ class Faults:
         return FaultyDecoder(decode, self.decoder) if self.decoder else decode
 
 
-NONE = Faults()
+NO_FAULTS = Faults()
 
 
 def parse_faults(text: str) -> Faults:
@@ -78,7 +78,7 @@ def parse_faults(text: str) -> Faults:
     return Faults(engine=engine, decoder=frozenset(decoder), slow=slow)
 
 
-def ordered_faults() -> Faults:
+def faults_from_environment() -> Faults:
     """Return the faults that the environment orders, and warn of them; raises `ConfigError`."""
     text = os.environ.get(FAULTS_VARIABLE, "")
     faults = parse_faults(text)

@@ -18,8 +18,7 @@ from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.bundle.probes import Outputs, Probes, Replay, Run, read_probes, replay
 from sopdeploy.bundle.signing import check_signed, signature_path
 from sopdeploy.errors import BundleError, RuntimeUnavailableError
-from sopdeploy_service.api.schema import FastDecode
-from sopdeploy_service.images.fast_decode import checked
+from sopdeploy_service.images.fast_decode import FastDecode, checked
 from sopdeploy_service.runtime.base import Overlapping, Runtime
 from sopdeploy_service.runtime.selection import choose
 from sopdeploy_service.settings import Settings

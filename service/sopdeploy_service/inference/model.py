@@ -35,8 +35,8 @@ class Model:
 
     def __init__(self, name: str, inference: LoadedModel, settings: Settings, metrics: Metrics) -> None:
         self.name = name
-        self.inference = inference
-        self.ledger = ModelStatistics()
+        self.loaded = inference
+        self.statistics = ModelStatistics()
         self.version = inference.bundle.manifest.id  # whoever knows it can say which weights gave an answer
         self._batcher = Batcher(name, inference, settings, metrics)
         self._users = Users()
@@ -44,12 +44,12 @@ class Model:
     @property
     def bundle(self) -> Bundle:
         """Return the bundle behind it."""
-        return self.inference.bundle
+        return self.loaded.bundle
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Return the class names in output order."""
-        return self.inference.bundle.labels
+        return self.loaded.bundle.labels
 
     @property
     def dead(self) -> bool:

@@ -2,11 +2,10 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sopdeploy_service.inference.results import Outcome, Prediction, Rejection
-from sopdeploy_service.observability.request_context import Stages
 
 
 @dataclass(slots=True)
@@ -36,7 +35,7 @@ class ModelStatistics:
     batches: defaultdict[int, Sum] = field(default_factory=lambda: defaultdict(Sum))
     last: float = 0.0  # time.time() of the last answer
 
-    def note(self, found: Sequence[Outcome] | Rejection, stages: Stages, seconds: float) -> None:
+    def note(self, found: Sequence[Outcome] | Rejection, stages: Mapping[str, float], seconds: float) -> None:
         """Count a request that became *found* in so many *seconds*; one refused image makes it a failure."""
         outcomes = [] if isinstance(found, Rejection) else found
         answered = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
@@ -47,7 +46,7 @@ class ModelStatistics:
             return
         self.last = time.time()
         self.success.add(seconds)
-        for stage, spent in stages.seconds.items():
+        for stage, spent in stages.items():
             self.stages[stage].add(spent)
 
     def executions(self) -> dict[int, Sum]:

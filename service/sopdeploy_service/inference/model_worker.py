@@ -193,7 +193,7 @@ class ModelWorker:
         self._metrics.nonfinite(sum(row is NONFINITE for row in rows))
         sharing = [item.trace for item in batch if item.trace is not None]
         if sharing:
-            sharing[0].batch(sharing, started, ended)
+            sharing[0].record_batch(sharing, started, ended)
 
     def _outcomes(
         self, batch: Sequence[QueuedImage], rows: Sequence[Row], started: float, seconds: float

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy_service.inference.results import Outcome
-from sopdeploy_service.observability.request_context import Trace, current_trace
+from sopdeploy_service.observability.request_context import Trace
 
 log = logging.getLogger("sopdeploy.engine")
 
@@ -36,7 +36,7 @@ class QueuedImage:
     warnings: tuple[str, ...] = ()
     decode_seconds: float | None = None
     arrived: float = field(default_factory=time.monotonic)
-    trace: Trace | None = field(default_factory=current_trace)
+    trace: Trace | None = None
 
     def wanted(self, now: float) -> bool:
         """Return whether anybody still waits for this item at *now*."""

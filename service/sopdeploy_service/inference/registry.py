@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sopdeploy.errors import SopdeployError
 from sopdeploy_service.inference.bundle_store import BundleStore, id_of
-from sopdeploy_service.inference.fault_injection import NONE, Faults
+from sopdeploy_service.inference.fault_injection import NO_FAULTS, Faults
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import DRAINING, Rejection
@@ -40,7 +40,7 @@ class ModelRegistry:
         settings: Settings,
         metrics: Metrics,
         shelf: BundleStore | None,
-        faults: Faults = NONE,
+        faults: Faults = NO_FAULTS,
     ) -> None:
         self._faults = faults
         self._settings = settings
@@ -161,7 +161,7 @@ class ModelRegistry:
         inference = replace(inference, runtime=self._faults.over(inference.runtime))
         self._metrics.serves(name, inference.bundle, inference.runtime)
         if inference.fast_decode is not None:
-            self._metrics.decodes_fast(name, inference.fast_decode)
+            self._metrics.decodes_fast(name, inference.fast_decode.drift, inference.fast_decode.agreement)
         return Model(name, inference, self._settings, self._metrics)
 
     def _loaded(self, name: str, version: str) -> Model | None:
@@ -201,7 +201,7 @@ class ModelRegistry:
             log.exception("%s: a version that was replaced did not end well", model.name)
         finally:
             del self._leaving[model]
-            self._metrics.serves_no_more(model.name, model.bundle, model.inference.runtime)
+            self._metrics.serves_no_more(model.name, model.bundle, model.loaded.runtime)
 
 
 NOT_CONTROLLED = Rejection(

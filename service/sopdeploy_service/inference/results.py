@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.errors import ImageError
 
+GATES = "gates"  # the output of a network that chooses among experts
 FEW = 10  # classes that are looked for one by one, in all images at once; more need a sort of each alone
 
 Ranked = list[tuple[int, float]]  # places of classes and their probabilities, best first
@@ -26,7 +27,7 @@ class Ranking:
         self._logits = logits
         self._found: dict[int, list[Ranked]] = {}
 
-    def best(self, image: int, count: int) -> Ranked:
+    def top_k(self, image: int, count: int) -> Ranked:
         """Return the *count* most probable classes of *image*, equal ones in order; of C at most C."""
         if count > FEW:
             return ranked(best(self._logits[image], count)[None], self._logits[image][None])[0]
@@ -85,7 +86,7 @@ class Prediction(NamedTuple):
     infer_seconds: float
     batch: int
     ranking: Ranking
-    place: int
+    row: int
     warnings: tuple[str, ...] = ()
 
 

@@ -11,19 +11,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy_service.api.schema import State
 from sopdeploy_service.images.decode import EncodedImage, decode, keep_memory
 from sopdeploy_service.images.decode_pool import DecodePool
 from sopdeploy_service.images.loaders import loader
 from sopdeploy_service.inference.bundle_store import BundleStore
-from sopdeploy_service.inference.fault_injection import NONE, Faults
+from sopdeploy_service.inference.fault_injection import NO_FAULTS, Faults
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.queue import QueuedImage, settle
@@ -40,30 +38,10 @@ from sopdeploy_service.inference.results import (
     queue_full,
 )
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.observability.request_context import Stages, charge
+from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.settings import Settings
 
-
-class Slots:
-    """So many slots as *limit* says; used on one event loop only."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self.taken = 0
-
-    @property
-    def full(self) -> bool:
-        """Return whether none is free."""
-        return self.taken >= self._limit
-
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        """Hold a slot, which the caller has seen to be free."""
-        self.taken += 1
-        try:
-            yield
-        finally:
-            self.taken -= 1
+State: TypeAlias = Literal["ok", "draining", "no_model", "engine_dead", "loop_blocked"]
 
 
 LONGEST_RETRY_SECONDS = 60
@@ -79,12 +57,12 @@ class Service:
         inferences: Mapping[str, LoadedModel],
         settings: Settings,
         shelf: BundleStore | None = None,
-        faults: Faults = NONE,
+        faults: Faults = NO_FAULTS,
     ) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.requests = 0  # being answered now, counted by the middleware
-        self.repository = ModelRegistry(inferences, settings, self.metrics, shelf, faults)
+        self.active_requests = 0  # being answered now, counted by the middleware
+        self.registry = ModelRegistry(inferences, settings, self.metrics, shelf, faults)
         keep_memory(settings.decoders)
         decode_one = partial(
             faults.over_decoder(decode),
@@ -94,7 +72,7 @@ class Service:
         )
         self._decoders = DecodePool(decode_one, settings.decoders, self.metrics)
         self._parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
-        self.fetches = Slots(settings.url_fetches)
+        self.fetches = asyncio.Semaphore(settings.url_fetches)
         self.metrics.decoders(settings.decoders)
         self._admitted = 0
         self.metrics.depth(lambda: self._admitted)
@@ -103,15 +81,15 @@ class Service:
     @property
     def state(self) -> State:
         """Return `ok`, `draining` (also before `start`), `no_model` or `engine_dead`."""
-        if self.repository.dead:
+        if self.registry.dead:
             return "engine_dead"
         if self._draining:
             return "draining"
-        return "ok" if self.repository.names else "no_model"
+        return "ok" if self.registry.names else "no_model"
 
     def start(self) -> None:
         """Start the threads; from here on images are answered."""
-        self.repository.start()
+        self.registry.start()
         self._decoders.start()
         self._draining = False
 
@@ -119,31 +97,31 @@ class Service:
         """Refuse new requests; those already here are answered."""
         self._draining = True
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         """Give up on what is not answered yet: the time to drain is over."""
         self._draining = True
-        self.repository.close(DRAINING)
+        self.registry.close(DRAINING)
 
     async def stop(self) -> None:
         """End the threads."""
-        self.abandon()
+        self.abort()
         self._decoders.stop()
         self._parsers.shutdown(wait=False, cancel_futures=True)
-        await self.repository.stop()
+        await self.registry.stop()
 
-    def refusal(self, model: Model, deadline: float) -> Rejection | None:
+    def check_admission(self, model: Model, deadline: float) -> Rejection | None:
         """Return why a new request for *model* gets no answer by *deadline*, before it is read; else None."""
         if model.dead:
             return ENGINE_DEAD
         if self._draining:
             return DRAINING
-        full = self.overload(model)
+        full = self.check_queue(model)
         # An idle engine is always tried: an estimate that kept everybody out would never be corrected.
         if self._admitted and time.monotonic() + model.seconds(self._admitted + 1) > deadline:
             return full or TOO_LATE
         return full
 
-    def overload(self, model: Model, images: int = 1) -> Rejection | None:
+    def check_queue(self, model: Model, images: int = 1) -> Rejection | None:
         """Return why so many *images* more cannot be admitted now, or None."""
         if self._admitted + images <= self.settings.queue_size:
             return None
@@ -151,7 +129,7 @@ class Service:
         return queue_full(min(LONGEST_RETRY_SECONDS, max(1, seconds)))
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def reserve(self) -> Iterator[None]:
         """Count a request as one admitted image while nobody knows yet how many it has."""
         self._admitted += 1
         try:
@@ -164,7 +142,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._parsers, read, *given)
 
     async def classify(
-        self, model: Model, images: Sequence[EncodedImage], deadline: float, stages: Stages
+        self, model: Model, images: Sequence[EncodedImage], deadline: float, context: RequestContext
     ) -> list[Outcome] | Rejection:
         """Return the outcome of each of the encoded *images*, in order, or why there is none at all.
 
@@ -176,10 +154,10 @@ class Service:
         def begin(item: QueuedImage, image: EncodedImage) -> None:
             self._decoders.hand_in(item, image, rules, model.put)
 
-        return await self._all(model, images, begin, deadline, stages)
+        return await self._all(model, images, begin, deadline, context)
 
     async def infer(
-        self, model: Model, images: NDArray[np.uint8], deadline: float, stages: Stages
+        self, model: Model, images: NDArray[np.uint8], deadline: float, context: RequestContext
     ) -> list[Outcome] | Rejection:
         """Return the outcome of each of *images* (n, H, W, 3), which the client has decoded itself."""
 
@@ -189,7 +167,7 @@ class Service:
             if refusal is not None:
                 settle([item], [refusal])
 
-        return await self._all(model, images, begin, deadline, stages)
+        return await self._all(model, images, begin, deadline, context)
 
     async def _all(
         self,
@@ -197,14 +175,17 @@ class Service:
         images: Sequence[Value] | NDArray[np.uint8],
         begin: Callable[[QueuedImage, Any], None],
         deadline: float,
-        stages: Stages,
+        context: RequestContext,
     ) -> list[Outcome] | Rejection:
         started = time.monotonic()
-        refused = self.overload(model, len(images)) or charge(len(images), stages)
+        refused = self.check_queue(model, len(images))
         if refused is not None:
             return refused
+        context.charge(len(images))
         loop = asyncio.get_running_loop()
-        items = [QueuedImage(outcome=loop.create_future(), deadline=deadline) for _ in images]
+        items = [
+            QueuedImage(outcome=loop.create_future(), deadline=deadline, trace=context.trace) for _ in images
+        ]
         late = loop.call_later(deadline - started, give_up, model, items, DEADLINE)
         self._admitted += len(images)
         try:
@@ -217,9 +198,9 @@ class Service:
         finally:
             late.cancel()
             self._admitted -= len(images)
-        note_stages(stages, items, outcomes)
+        note_stages(context, items, outcomes)
         found = DEADLINE if any(outcome is DEADLINE for outcome in outcomes) else outcomes
-        model.ledger.note(found, stages, time.monotonic() - started)
+        model.statistics.note(found, context.stage_seconds, time.monotonic() - started)
         return found
 
 
@@ -230,12 +211,12 @@ def give_up(model: Model, items: Sequence[QueuedImage], why: Rejection) -> None:
     settle(items, [why] * len(items))
 
 
-def note_stages(stages: Stages, items: Sequence[QueuedImage], outcomes: Sequence[Outcome]) -> None:
-    """Keep in *stages* where the time of *items* went, which became *outcomes*."""
+def note_stages(context: RequestContext, items: Sequence[QueuedImage], outcomes: Sequence[Outcome]) -> None:
+    """Keep in *context* where the time of *items* went, which became *outcomes*."""
     for item, outcome in zip(items, outcomes, strict=True):
         if item.decode_seconds is not None:
-            stages.note("decode", item.decode_seconds, item.arrived)
+            context.record_stage("decode", item.decode_seconds, item.arrived)
         if isinstance(outcome, Prediction):
             began = item.arrived + outcome.queue_seconds
-            stages.note("queue", outcome.queue_seconds, began)
-            stages.note("infer", outcome.infer_seconds, began + outcome.infer_seconds)
+            context.record_stage("queue", outcome.queue_seconds, began)
+            context.record_stage("infer", outcome.infer_seconds, began + outcome.infer_seconds)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import TextIO
 
 import structlog
-from starlette.types import Scope
 from structlog.typing import EventDict, Processor
 
 from sopdeploy_service.observability.request_context import RequestContext
@@ -23,7 +22,7 @@ START_UP = "sopdeploy.start_up"  # the timeline; may be asked for alone
 
 
 @contextmanager
-def writing(settings: Settings, stream: TextIO | None = None) -> Iterator[None]:
+def configured(settings: Settings, stream: TextIO | None = None) -> Iterator[None]:
     """Send the log of this process to *stream*, by default stderr, in the form that *settings* name.
 
     Where they name none: lines for people on a terminal, elsewhere JSON of warnings and errors only, so that
@@ -89,28 +88,27 @@ PROBES = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/hea
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
-def note(scope: Scope, route: str, tally: RequestContext, status: int, seconds: float) -> None:
-    """Log the request of *scope*, answered with *status* in *seconds*.
+def log_request(context: RequestContext, method: str, route: str, status: int, seconds: float) -> None:
+    """Log the request of *context*, answered with *status* in *seconds*.
 
     A status of 0 means that no answer left. Probes and scrapes are logged at debug level.
     """
     level = logging.DEBUG if route in PROBES and status < 400 else logging.INFO
     if not log.isEnabledFor(level):
         return
-    model = scope["state"].get("model")
     fields = {
-        "request": tally.request,
-        "key": tally.key.name if tally.key is not None else None,
-        "method": scope["method"] if scope["method"] in METHODS else "other",
+        "request": context.request_id,
+        "key": context.key_name,
+        "method": method if method in METHODS else "other",
         "route": route,
         "status": status,
-        "code": tally.code,
-        "model": model.name if model is not None else None,
-        "digest": model.version if model is not None else None,
-        "images": tally.images,
-        "bytes": tally.bytes,
+        "code": context.code,
+        "model": context.model_name or None,
+        "digest": context.model_version or None,
+        "images": context.images,
+        "bytes": context.bytes,
         "ms": round(seconds * 1000, 2),
-        "stages_ms": {name: round(spent * 1000, 2) for name, spent in tally.stages.seconds.items()},
-        "trace": tally.trace.id if tally.trace is not None else None,
+        "stages_ms": {name: round(spent * 1000, 2) for name, spent in context.stage_seconds.items()},
+        "trace": context.trace.id if context.trace is not None else None,
     }
     log.log(level, "request", extra={name: value for name, value in fields.items() if value is not None})

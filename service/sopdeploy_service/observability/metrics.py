@@ -14,7 +14,6 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy_service.api.schema import FastDecode
 from sopdeploy_service.runtime.base import Runtime
 
 MOST = 1024  # observations that are kept before they are counted, of each histogram
@@ -179,10 +178,10 @@ class Metrics:
         self._loaded[labels] += 1
         self._info.labels(*labels).set(1)
 
-    def decodes_fast(self, name: str, found: FastDecode) -> None:
+    def decodes_fast(self, name: str, drift: float, agreement: float) -> None:
         """Say by how much fast decoding moves the numbers of the model *name*."""
-        self._fast_drift.labels(name).set(found.drift)
-        self._fast_agreement.labels(name).set(found.agreement)
+        self._fast_drift.labels(name).set(drift)
+        self._fast_agreement.labels(name).set(agreement)
 
     def serves_no_more(self, name: str, bundle: Bundle, runtime: Runtime) -> None:
         """Say that *bundle* is gone; it may have been loaded anew before its last request had its answer."""

@@ -1,7 +1,7 @@
-"""What one request did: for its rate limit, its log line and its spans.
+"""The state of one request: identity, API key, rate limit, model, measured times and trace.
 
-There is one tally for each request, known to whatever runs on its behalf by the context of its task, so that
-no endpoint can forget to charge or to count.
+`RequestContextMiddleware` creates one `RequestContext` per request, stores it as `scope["state"]["context"]`
+and writes it to metrics, access log and trace when the request ends.
 """
 
 import time
@@ -10,96 +10,81 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
-from sopdeploy_service.http.api_keys import Key
-from sopdeploy_service.http.rate_limit import TokenBucket
-from sopdeploy_service.inference.results import Rejection
-
 
 class Span(NamedTuple):
-    """One stage of one image, on the clock of `time.monotonic`."""
+    """One stage of one image; times are those of `time.monotonic`."""
 
     stage: str
     started: float
     ended: float
 
 
-class Stages:
-    """Seconds by stage; of several images in one request the slowest counts."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.spans: list[Span] = []
-
-    def note(self, stage: str, seconds: float, ended: float | None = None) -> None:
-        """Keep *seconds* for *stage*, which ended now or at *ended*; the slowest image is what counts."""
-        self.seconds[stage] = max(seconds, self.seconds.get(stage, 0.0))
-        end = time.monotonic() if ended is None else ended
-        self.spans.append(Span(stage, end - seconds, end))
-
-    def header(self) -> str:
-        """Return the header's value; durations in milliseconds, as the standard has it."""
-        return ", ".join(f"{stage};dur={seconds * 1000:.2f}" for stage, seconds in self.seconds.items())
-
-
 class Trace(Protocol):
-    """The trace that a request belongs to; times are those of `time.monotonic`."""
+    """The trace of one request; times are those of `time.monotonic`."""
 
     @property
     def id(self) -> str:
-        """Return the trace's id as W3C has it, 32 hexadecimal digits."""
+        """The W3C trace id: 32 hexadecimal digits."""
         ...
 
-    def batch(self, sharing: Sequence["Trace"], started: float, ended: float) -> None:
-        """Tell of a batch, linked to the requests *sharing* it."""
+    def record_batch(self, traces: Sequence["Trace"], started: float, ended: float) -> None:
+        """Write the span of a batch, linked to the requests of *traces*; one trace per image."""
         ...
 
-    def end(self, route: str, status: int, stages: Stages) -> None:
-        """Tell of the request, answered now with *status*, and of its *stages*."""
+    def end(self, route: str, status: int, spans: Sequence[Span]) -> None:
+        """Write *spans* and end the span of the request, answered with *status*."""
         ...
 
 
-# The headers of a request and when it began (`time.monotonic`) to its trace, or None where it is not sampled.
+# (request headers, start time) -> trace, or None if the request is not sampled.
 OpenTrace: TypeAlias = Callable[[Mapping[str, str], float], Trace | None]
+
+
+class RateLimit(Protocol):
+    """The rate limit of one API key, in images."""
+
+    def spend(self, images: int) -> None:
+        """Take the tokens of *images*, or raise the error that rejects the request and take none."""
+        ...
 
 
 @dataclass(slots=True)
 class RequestContext:
-    """One request: its id, whose key it came with, what it asked for, its body's bytes and how it went."""
+    """The state of one request, passed to the service with it.
 
-    request: str
-    key: Key | None = None
-    bucket: TokenBucket | None = None
+    `scopes` are those of its API key; None means that the server has no keys. `stage_seconds` has the slowest
+    image of each stage, `spans` every image.
+    """
+
+    request_id: str
+    trace: Trace | None = None
+    key_name: str | None = None
+    scopes: tuple[str, ...] | None = None
+    rate_limit: RateLimit | None = None
+    model_name: str = ""
+    model_version: str = ""
     bytes: int = 0
     images: int = 0
     code: str = "ok"
-    stages: Stages = field(default_factory=Stages)
-    trace: Trace | None = None
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+
+    def record_stage(self, stage: str, seconds: float, ended: float | None = None) -> None:
+        """Record that one image spent *seconds* in *stage*, which ended at *ended* (default: now)."""
+        self.stage_seconds[stage] = max(seconds, self.stage_seconds.get(stage, 0.0))
+        end = time.monotonic() if ended is None else ended
+        self.spans.append(Span(stage, end - seconds, end))
+
+    def charge(self, images: int) -> None:
+        """Count *images* and take them from the rate limit, which raises if they exceed it."""
+        self.images += images
+        if self.rate_limit is not None:
+            self.rate_limit.spend(images)
+
+    def server_timing(self) -> str:
+        """Format the value of the `Server-Timing` header; durations are in milliseconds."""
+        return ", ".join(f"{stage};dur={spent * 1000:.2f}" for stage, spent in self.stage_seconds.items())
 
 
-# The tally of the running task's request, and of the tasks it starts.
-CURRENT: ContextVar[RequestContext | None] = ContextVar("sopdeploy_tally", default=None)
-
-
-def current_trace() -> Trace | None:
-    """Return the trace of the request that the running task works for, where it is traced."""
-    tally = CURRENT.get()
-    return None if tally is None else tally.trace
-
-
-def rate_refusal() -> Rejection | None:
-    """Return why the key of the running task's request may not send one more image now, or None."""
-    tally = CURRENT.get()
-    return None if tally is None or tally.bucket is None else tally.bucket.refusal(1)
-
-
-def charge(images: int, stages: Stages) -> Rejection | None:
-    """Count *images*, whose times *stages* keeps, for the running task's request and take them from its rate.
-
-    Return why the rate does not allow them; then none is taken.
-    """
-    tally = CURRENT.get()
-    if tally is None:
-        return None
-    tally.images += images
-    tally.stages = stages
-    return None if tally.bucket is None else tally.bucket.spend(images)
+# The context of the running task's request, for code that is not given one.
+CURRENT: ContextVar[RequestContext | None] = ContextVar("sopdeploy_request", default=None)

@@ -1,7 +1,7 @@
 """Requests as OpenTelemetry sees them: receive, decode, queue, infer, and the batch that several shared.
 
-Spans are written when a request has ended, from the times that its `Stages` kept, so that a request that is
-not traced costs nothing. Where they go, the standard variables say (`OTEL_EXPORTER_OTLP_ENDPOINT`,
+Spans are written when a request ends, from the times in its `RequestContext`, so that a request without a
+trace costs nothing. Where they go, the standard variables say (`OTEL_EXPORTER_OTLP_ENDPOINT`,
 `OTEL_SERVICE_NAME`, `OTEL_TRACES_SAMPLER`).
 """
 
@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from sopdeploy_service.observability.request_context import Stages, Trace
+from sopdeploy_service.observability.request_context import Span, Trace
 
 PROPAGATOR = TraceContextTextMapPropagator()  # only `traceparent`: baggage of strangers is not carried
 
@@ -63,7 +63,7 @@ class RequestTrace:
         """Return the trace's id, 32 hexadecimal digits."""
         return trace.format_trace_id(self._span.get_span_context().trace_id)
 
-    def batch(self, sharing: Sequence[Trace], started: float, ended: float) -> None:
+    def record_batch(self, sharing: Sequence[Trace], started: float, ended: float) -> None:
         """Write the span of a batch; a root of its own, linked to the requests *sharing* it."""
         requests = {id(one): one for one in sharing if isinstance(one, RequestTrace)}
         span = self._tracer.start_span(
@@ -75,10 +75,10 @@ class RequestTrace:
         )
         span.end(epoch(ended))
 
-    def end(self, route: str, status: int, stages: Stages) -> None:
+    def end(self, route: str, status: int, spans: Sequence[Span]) -> None:
         """Write the spans of the stages, then the request's."""
         parent = trace.set_span_in_context(self._span)
-        for stage in stages.spans:
+        for stage in spans:
             span = self._tracer.start_span(stage.stage, context=parent, start_time=epoch(stage.started))
             span.end(epoch(stage.ended))
         self._span.update_name(route)

@@ -17,8 +17,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from sopdeploy_service.api.schema import Health, State
+from sopdeploy_service.api.schema import Health
 from sopdeploy_service.http.problems import json_response
+from sopdeploy_service.inference.service import State
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.server.connection_limits import Fleeting
 from sopdeploy_service.server.http_protocol import LimitedHttpProtocol

@@ -16,7 +16,7 @@ from sopdeploy_service.http.disconnect import DEPARTURE, Disconnect
 from sopdeploy_service.http.headers import find, right_host
 from sopdeploy_service.http.middleware import request_id
 from sopdeploy_service.http.problems import problem_response
-from sopdeploy_service.images.decode import too_large
+from sopdeploy_service.images.decode import too_large_error
 from sopdeploy_service.inference.results import Rejection
 from sopdeploy_service.server.connection_limits import Connections, Timers
 
@@ -244,7 +244,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             return MALFORMED
         length = int(find(self.headers, b"content-length") or 0)
         limit = self._limits.max_body_bytes
-        return Rejection.of(too_large(limit)) if length > limit else None
+        return Rejection.of(too_large_error(limit)) if length > limit else None
 
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

@@ -21,7 +21,7 @@ from PIL import Image
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.bundle_store import BundleStore
-from sopdeploy_service.inference.fault_injection import ordered_faults
+from sopdeploy_service.inference.fault_injection import faults_from_environment
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability import logs
@@ -61,7 +61,7 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
     """
     with bind(settings.host, settings.port) as listener:
         if settings.devices:
-            with logs.writing(settings):
+            with logs.configured(settings):
                 return Supervisor(sources, settings, listener).run()
         return serve_on(sources, settings, Inherited(sockets=(listener,), siblings={}))
 
@@ -73,9 +73,9 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, place: Inherited
     prepare_process()
     allow_files(settings.max_connections)
     with ExitStack() as stack:
-        stack.enter_context(logs.writing(settings))
+        stack.enter_context(logs.configured(settings))
         open_trace = stack.enter_context(traced(settings))
-        faults = ordered_faults()
+        faults = faults_from_environment()
         health = settings.health_port
         prober = None if health is None else stack.enter_context(bind(settings.host, health))
         shelf = BundleStore(sources)
@@ -173,15 +173,15 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Return whether to close the port now; uvicorn asks ten times a second."""
         self.watch.beat()
-        self._rest.tick(time.monotonic(), self._service.requests)
+        self._rest.tick(time.monotonic(), self._service.active_requests)
         if self._service.state == "engine_dead":
             return True
         if self._drain_until is not None:
             self._tell_drain()
             late = time.monotonic() >= self._drain_until
             if late:
-                self._service.abandon()
-            if late or self._service.requests == 0:
+                self._service.abort()
+            if late or self._service.active_requests == 0:
                 return True
         return await super().on_tick(counter)
 
@@ -213,4 +213,6 @@ class DrainingServer(uvicorn.Server):
     def _tell_drain(self) -> None:  # not in the signal's handler, which may interrupt a line of the log
         if not self._drain_told:
             self._drain_told = True
-            log.info("draining", extra={"requests": self._service.requests, "seconds": self._drain_seconds})
+            log.info(
+                "draining", extra={"requests": self._service.active_requests, "seconds": self._drain_seconds}
+            )

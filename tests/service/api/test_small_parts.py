@@ -7,7 +7,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.loader import largest_batch
 from sopdeploy_service.inference.results import Ranking, answer, softmax
 from sopdeploy_service.observability.metrics import BusyMeter
-from sopdeploy_service.observability.request_context import Stages
+from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings, load_settings
 
@@ -67,7 +67,7 @@ def test_extreme_logits_give_probabilities(logits):
     ],
 )
 def test_the_best_classes_come_first_and_ties_keep_the_order_of_the_labels(logits, top_k, labels):
-    found = answer(Ranking([np.array(logits, np.float32)]).best(0, top_k), ["a", "b", "c"])
+    found = answer(Ranking([np.array(logits, np.float32)]).top_k(0, top_k), ["a", "b", "c"])
     assert [entry["label"] for entry in found["classes"]] == labels
 
 
@@ -90,11 +90,11 @@ def test_the_pretend_runtime_is_deterministic_whatever_the_batch():
 
 
 def test_the_timing_header_keeps_the_slowest_image_of_a_request():
-    stages = Stages()
-    stages.note("decode", 0.001)
-    stages.note("decode", 0.003)
-    stages.note("infer", 0.0125)
-    assert stages.header() == "decode;dur=3.00, infer;dur=12.50"
+    context = RequestContext("id")
+    context.record_stage("decode", 0.001)
+    context.record_stage("decode", 0.003)
+    context.record_stage("infer", 0.0125)
+    assert context.server_timing() == "decode;dur=3.00, infer;dur=12.50"
 
 
 def test_the_busy_meter_is_a_share_between_0_and_1(monkeypatch):

@@ -12,7 +12,6 @@ from sopdeploy_service.api.v2.response import HEADER_LENGTH, classify, stacked, 
 from sopdeploy_service.http.problems import RejectedError
 from sopdeploy_service.inference.model_statistics import ModelStatistics, Sum
 from sopdeploy_service.inference.results import DEADLINE, ENGINE_FAILED, NONFINITE, Prediction, Ranking
-from sopdeploy_service.observability.request_context import Stages
 
 LOGITS = Tensor("logits", "FP32", (-1, 3))
 GATE = Tensor("gate", "FP32", (-1, 2))
@@ -100,8 +99,7 @@ def test_the_first_refused_image_refuses_the_request_and_is_named():
 
 
 def test_the_ledger_counts_requests_by_their_end_and_runs_by_their_size():
-    ledger, stages = ModelStatistics(), Stages()
-    stages.note("queue", 0.25)
+    ledger, stages = ModelStatistics(), {"queue": 0.25}
     ledger.note([answered(0, 2), answered(1, 2)], stages, 1.0)
     ledger.note([answered(0, 1)], stages, 0.5)
     ledger.note([answered(0, 1), NONFINITE], stages, 2.0)

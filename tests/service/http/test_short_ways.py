@@ -30,13 +30,13 @@ def test_a_ranking_of_a_batch_is_that_of_each_image_alone(images, count):
     for place, logits in enumerate(images):
         places = best(logits, count)
         alone = list(zip(places.tolist(), softmax(logits)[places].tolist(), strict=True))
-        assert batch.best(place, count) == alone
+        assert batch.top_k(place, count) == alone
 
 
 @given(SMALL, st.integers(1, 50), st.none() | SMALL, st.lists(st.sampled_from(["exif_rotated", "x"])))
 def test_an_answer_is_what_its_model_would_write(logits, top_k, gates, warnings):
     labels = [f"class {place}" for place in range(len(logits))]
-    ranked = Ranking([logits]).best(0, top_k)
+    ranked = Ranking([logits]).top_k(0, top_k)
     found = answer(ranked, labels, warnings=tuple(warnings), gates=gates)
     model = Classes.model_validate(found, strict=False)
     assert orjson.dumps(found) == orjson.dumps(model.model_dump(exclude_none=True))

@@ -11,7 +11,7 @@ import pytest
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference import model_worker as engine
-from sopdeploy_service.inference.fault_injection import NONE, OrderedError, parse_faults
+from sopdeploy_service.inference.fault_injection import NO_FAULTS, OrderedError, parse_faults
 from sopdeploy_service.runtime.base import OutOfMemoryError
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
@@ -25,7 +25,7 @@ def test_the_words_of_the_manual_are_understood():
     )
     assert found.engine == {5: "hang", 3: "nan", 2: "raise", 4: "oom"}
     assert (found.decoder, found.slow) == ({2, 9}, 10)
-    assert parse_faults("") == NONE
+    assert parse_faults("") == NO_FAULTS
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,8 @@ def test_anything_else_is_one_clear_line(text):
 
 def test_without_faults_nothing_stands_between():
     runtime = FakeRuntime(classes=3)
-    assert NONE.over(runtime) is runtime
-    assert NONE.over_decoder(len) is len
+    assert NO_FAULTS.over(runtime) is runtime
+    assert NO_FAULTS.over_decoder(len) is len
     assert parse_faults("decoder=die@1").over(runtime) is runtime
 
 

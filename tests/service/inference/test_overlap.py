@@ -59,7 +59,7 @@ def ask(serve_with, make_picture, pool, until):
         pictures = [make_picture(colour) for colour in COLOURS[:count]]
         futures = [pool.submit(post, client, pictures[0])]
         until(lambda: "wait 1" in runtime.told)
-        line = client.app.state.service.repository.find()._batcher._line
+        line = client.app.state.service.registry.find()._batcher._line
         for place, picture in enumerate(pictures[1:]):  # so that they stand in this order
             futures.append(pool.submit(post, client, picture))
             until(lambda place=place: len(line) > place)
@@ -87,7 +87,7 @@ def test_every_answer_is_that_of_its_own_picture(serve_with, make_picture, pool)
         return reply["classes"][0]["label"] == ["ant", "bee", "cat"][place]
 
     assert all(pool.map(best, [number % 3 for number in range(240)]))
-    assert max(client.app.state.service.repository.find().inference.runtime.batches) == 4
+    assert max(client.app.state.service.registry.find().loaded.runtime.batches) == 4
 
 
 @pytest.mark.parametrize("where", [0, 1], ids=["where it begins", "at its end"])
@@ -103,7 +103,7 @@ def test_a_device_without_memory_gets_halves(ask):
     runtime = Scripted({(2, 1): OutOfMemoryError("no memory")})
     replies, client = ask(runtime, 5)
     assert [reply.status_code for reply in replies] == [200] * 5
-    assert client.app.state.service.repository.find()._batcher._engine._largest == 1
+    assert client.app.state.service.registry.find()._batcher._engine._largest == 1
 
 
 def test_a_lost_device_answers_both_batches_and_everything_behind(ask):

@@ -87,9 +87,9 @@ def test_faults_are_over_every_model_and_over_those_that_are_loaded_later(versio
         later = found(await repository.load("tiny"))
         assert repository.models()[0] is later
         for model in repository.models():
-            model.inference.runtime.run(IMAGE)
+            model.loaded.runtime.run(IMAGE)
             with pytest.raises(OrderedError, match="engine=raise@2"):
-                model.inference.runtime.run(IMAGE)
+                model.loaded.runtime.run(IMAGE)
         await repository.stop()
 
     asyncio.run(life())
@@ -186,7 +186,7 @@ def test_a_swap_under_load_fails_no_request_and_every_answer_names_its_weights(
         replies = [pool.submit(post_until, client, jpeg, ended) for _ in range(6)]
         service = client.app.state.service
         for path in [*reversed(versions), versions[1]]:
-            swap = asyncio.run_coroutine_threadsafe(service.repository.load("tiny", path.name), client.loop)
+            swap = asyncio.run_coroutine_threadsafe(service.registry.load("tiny", path.name), client.loop)
             assert found(swap.result(20)).bundle.path == path
             threading.Event().wait(0.2)
         ended.set()

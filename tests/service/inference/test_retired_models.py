@@ -58,7 +58,7 @@ def ask_in_every_way(client: httpx.Client, jpeg: bytes) -> None:
 def replace(client: Any, path: Path) -> weakref.ref[Model]:
     """Load the bundle at *path*; return a weak reference to its model."""
     service = client.app.state.service
-    loaded = asyncio.run_coroutine_threadsafe(service.repository.load("tiny", path.name), client.loop)
+    loaded = asyncio.run_coroutine_threadsafe(service.registry.load("tiny", path.name), client.loop)
     return weakref.ref(loaded.result(20))
 
 
@@ -83,7 +83,7 @@ def test_no_replaced_model_outlives_its_requests_though_their_connections_stay(
     first = load_model(versions[0], SETTINGS)
     shelf = BundleStore([f"tiny={versions[0]}"])
     with run_server(first.runtime, first.bundle, SETTINGS, shelf=shelf) as client:
-        models = [weakref.ref(client.app.state.service.repository.find())]
+        models = [weakref.ref(client.app.state.service.registry.find())]
         idle = []
         for number in range(1, 7):
             idle.append(connect(client))
@@ -141,11 +141,11 @@ def test_a_server_does_not_keep_the_engine_that_it_started_with(
         await repository.stop()
 
     def run(self: Any, sockets: object) -> None:
-        asyncio.run(swaps(self._service.repository))
+        asyncio.run(swaps(self._service.registry))
         gone.append(engines[0]() is None)
 
     gone: list[bool] = []
-    monkeypatch.setattr(server, "open_verified", opened)
+    monkeypatch.setattr(server, "load_model", opened)
     monkeypatch.setattr(DrainingServer, "run", run)
     with bind("127.0.0.1", 0) as listener:
         assert serve_on([f"tiny={versions[0]}"], SETTINGS, Inherited(sockets=(listener,), siblings={})) == 0

@@ -29,7 +29,7 @@ def logged() -> Iterator[Callable[..., io.StringIO]]:
 
         def start(stream: io.StringIO | None = None, **settings: object) -> io.StringIO:
             stream = stream or io.StringIO()
-            stack.enter_context(logs.writing(Settings(**settings), stream))
+            stack.enter_context(logs.configured(Settings(**settings), stream))
             return stream
 
         yield start

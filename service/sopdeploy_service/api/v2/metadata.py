@@ -102,13 +102,13 @@ def described(tensor: Tensor) -> dict[str, Any]:
 
 def platform(model: Model) -> str:
     """Return Triton's word for what runs *model*."""
-    return "tensorrt_plan" if model.inference.runtime.name == "tensorrt" else "onnxruntime_onnx"
+    return "tensorrt_plan" if model.loaded.runtime.name == "tensorrt" else "onnxruntime_onnx"
 
 
 def model_config(model: Model, signature: Signature, settings: Settings) -> dict[str, Any]:
     """Return the model as a Triton configuration would have it; dimensions are without the batch."""
     delay = round(settings.max_queue_delay_ms * 1000)
-    kind = "KIND_CPU" if model.inference.runtime.device == "cpu" else "KIND_GPU"
+    kind = "KIND_CPU" if model.loaded.runtime.device == "cpu" else "KIND_GPU"
     return {
         "name": model.name,
         "platform": platform(model),
@@ -138,7 +138,7 @@ def statistics(model: Model) -> dict[str, Any]:
 
     `compute_input` is decoding. The answer is put together outside of the model, so `compute_output` is 0.
     """
-    ledger = model.ledger
+    ledger = model.statistics
     executions = ledger.executions()
     nothing = Sum()
     return {

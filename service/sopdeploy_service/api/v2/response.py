@@ -11,7 +11,15 @@ import orjson
 from fastapi import Request, Response
 from numpy.typing import NDArray
 
-from sopdeploy_service.api.upload import admit, in_time, service_of, taking_apart, unless_rejected, whole
+from sopdeploy_service.api.upload import (
+    admit,
+    context_of,
+    in_time,
+    service_of,
+    taking_apart,
+    unless_rejected,
+    whole,
+)
 from sopdeploy_service.api.v2.metadata import DTYPES, Signature
 from sopdeploy_service.api.v2.request import InferRequest, Wanted, read_body
 from sopdeploy_service.http.disconnect import cancel_on_disconnect
@@ -20,7 +28,7 @@ from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import Outcome, Prediction, Rejection, best
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.observability.request_context import Stages
+from sopdeploy_service.observability.request_context import RequestContext
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
@@ -91,22 +99,22 @@ async def answer_infer(request: Request, name: str, version: str | None) -> Resp
     started = time.monotonic()
     model, deadline = admit(request, name, version)
     signature = Signature.of(model.bundle, service.settings.max_images)
-    stages = Stages()
+    context = context_of(request)
     with model.in_use():  # from its admission on: while a slow body comes, the model may be replaced twice
         asked = await receive(request, service, model, signature, deadline)
         received = time.monotonic()
         service.metrics.stage("receive", received - started)
-        stages.note("receive", received - started, received)
+        context.record_stage("receive", received - started, received)
         if asked.timeout_seconds is not None:
             deadline = min(deadline, started + asked.timeout_seconds)
-        work = run(service, model, asked, deadline, stages)
+        work = run(service, model, asked, deadline, context)
         outcomes = unless_rejected(await cancel_on_disconnect(work, request.scope, request.receive))
     head = {"model_name": model.name, "model_version": model.version}
     if asked.id is not None:
         head = {"id": asked.id, **head}
     labels = {signature.outputs[0].name: model.labels}
     body, headers = write_answer(head, stacked(outcomes), asked.outputs, labels)
-    return Response(body, headers={**headers, "Server-Timing": stages.header()})
+    return Response(body, headers={**headers, "Server-Timing": context.server_timing()})
 
 
 async def receive(
@@ -121,14 +129,14 @@ async def receive(
 
 
 async def run(
-    service: Service, model: Model, asked: InferRequest, deadline: float, stages: Stages
+    service: Service, model: Model, asked: InferRequest, deadline: float, context: RequestContext
 ) -> list[Outcome] | Rejection:
     """Return the outcome of each image of *asked*, decoding those that are files."""
     if isinstance(asked.images, list):
         return await service.classify(
-            model, [EncodedImage(image) for image in asked.images], deadline, stages
+            model, [EncodedImage(image) for image in asked.images], deadline, context
         )
-    return await service.infer(model, asked.images, deadline, stages)
+    return await service.infer(model, asked.images, deadline, context)
 
 
 def stacked(outcomes: Sequence[Outcome]) -> dict[str, NDArray[np.float32]]:

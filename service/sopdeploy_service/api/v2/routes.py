@@ -138,7 +138,7 @@ async def ready(request: Request) -> Response:
 @router.get("/v2/models/stats")
 async def all_statistics(request: Request) -> Response:
     """Give the statistics of every model."""
-    return json({"model_stats": [metadata.statistics(m) for m in service_of(request).repository.models()]})
+    return json({"model_stats": [metadata.statistics(m) for m in service_of(request).registry.models()]})
 
 
 @with_and_without_version("GET", "/ready")
@@ -167,7 +167,7 @@ async def model_statistics(request: Request, name: str, version: str | None) -> 
 async def model_metadata(request: Request, name: str, version: str | None) -> Response:
     """Give the model's inputs and outputs."""
     model = found(request, name, version)
-    loaded = service_of(request).repository.models()
+    loaded = service_of(request).registry.models()
     versions = [other.version for other in loaded if other.name == name]
     return json(metadata.model_metadata(model, versions, signature_of(request, model)))
 
@@ -183,7 +183,7 @@ async def index(request: Request) -> Response:
     """List the loaded models; with `{"ready": true}` those that answer."""
     asked = await read_object(request)
     only_ready = fields.as_flag(asked.get("ready"), "ready")
-    loaded = service_of(request).repository.models()
+    loaded = service_of(request).registry.models()
     return json([metadata.indexed(model) for model in loaded if not (only_ready and model.dead)])
 
 
@@ -198,7 +198,7 @@ async def load(request: Request, name: str) -> Response:
         )
     folder = parameters.get("folder")
     wanted = None if folder is None else fields.as_text(folder, "parameters.folder")
-    request.state.model = unless_rejected(await service_of(request).repository.load(name, wanted))
+    request.state.model = unless_rejected(await service_of(request).registry.load(name, wanted))
     return Response()
 
 
@@ -206,13 +206,13 @@ async def load(request: Request, name: str) -> Response:
 async def unload(request: Request, name: str) -> Response:
     """Let *name* answer no more; requests that are with it still get their answers."""
     await read_object(request)
-    unless_rejected(await service_of(request).repository.unload(name))
+    unless_rejected(await service_of(request).registry.unload(name))
     return Response()
 
 
 def found(request: Request, name: str, version: str | None) -> Model:
     """Return the model that is meant; the answer will carry its digest."""
-    model = unless_rejected(service_of(request).repository.find(name, version))
+    model = unless_rejected(service_of(request).registry.find(name, version))
     request.state.model = model
     return model
 

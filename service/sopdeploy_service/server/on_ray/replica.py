@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from sopdeploy.config import first_problem
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy_service.app import create_app
-from sopdeploy_service.inference.fault_injection import ordered_faults
+from sopdeploy_service.inference.fault_injection import faults_from_environment
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability import logs
@@ -50,10 +50,10 @@ class Replica:
         self.settings = load_settings(**settings)
         check(self.settings)
         prepare_process()
-        self._stack.enter_context(logs.writing(self.settings))
+        self._stack.enter_context(logs.configured(self.settings))
         open_trace = self._stack.enter_context(traced(self.settings))
         self.asgi: FastAPI = create_app(
-            inferences or {}, self.settings, faults=ordered_faults(), open_trace=open_trace
+            inferences or {}, self.settings, faults=faults_from_environment(), open_trace=open_trace
         )
         self.service: Service = self.asgi.state.service
         self._watch = LoopWatch()
@@ -69,7 +69,7 @@ class Replica:
             wanted = UserConfig.model_validate(user_config)
         except pydantic.ValidationError as problem:
             raise ConfigError(f"user_config: {first_problem(problem)}") from problem
-        await self.service.repository.follow(wanted.bundles, partial(load_model, settings=self.settings))
+        await self.service.registry.follow(wanted.bundles, partial(load_model, settings=self.settings))
 
     async def check_health(self) -> None:
         """Raise unless images are answered here."""
@@ -94,10 +94,10 @@ class Replica:
         while self.service.state != "engine_dead":
             await asyncio.sleep(BEAT_SECONDS)
             self._watch.beat()
-            rest.tick(time.monotonic(), self.service.requests)
+            rest.tick(time.monotonic(), self.service.active_requests)
         log.critical("an engine is dead; this replica ends, Ray starts another")
         end = time.monotonic() + CLOSING_SECONDS
-        while self.service.requests and time.monotonic() < end:
+        while self.service.active_requests and time.monotonic() < end:
             await asyncio.sleep(BEAT_SECONDS)
         await asyncio.sleep(LAST_ANSWERS_SECONDS)
         self.leave(ENGINE_DEAD_EXIT)

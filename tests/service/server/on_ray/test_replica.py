@@ -40,8 +40,8 @@ def told(*bundles: Path) -> dict[str, Any]:
 def ids(replica: Replica) -> list[str]:
     return [
         model.bundle.path.name
-        for model in replica.service.repository.models()
-        if replica.service.repository.find(model.name) is model
+        for model in replica.service.registry.models()
+        if replica.service.registry.find(model.name) is model
     ]
 
 
@@ -91,7 +91,7 @@ def test_going_back_opens_nothing(versions: list[Path], monkeypatch: pytest.Monk
             await replica.reconfigure(told(first))
             await replica.reconfigure(told(first))
             assert ids(replica) == [first.name]
-            assert len(replica.service.repository.models()) == 2
+            assert len(replica.service.registry.models()) == 2
 
     live(life)
 
