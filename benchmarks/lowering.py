@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
-from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtCovConfig
+from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture.components import Components, make_components
 from sopdeploy.layers.mixture.gate import keep_largest
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy_export.rewrites.apply import FORMULAS, RULES
 from sopdeploy_export.rewrites.autotune import Heuristic, open_form
 from sopdeploy_export.rewrites.context import Work
@@ -73,10 +74,7 @@ def features(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
 def pooling_case(width: int, side: int, promised: float) -> Case:
     """Return iSQRT pooling, covariance to triangle."""
     made = features(width, side, side)
-    both = [
-        rewritten(ISqrtCov(ISqrtCovConfig(width=width)), made(2), by_rules=lowered)
-        for lowered in (True, False)
-    ]
+    both = [rewritten(ISqrtCov(width), made(2), by_rules=lowered) for lowered in (True, False)]
     name = f"iSQRT pooling, d={width}, M={side * side}"
     return Case(name, "textbook loop", both[0], both[1], made, (promised, promised))
 
@@ -85,7 +83,7 @@ def mixture(chosen: int, *, channels: int = 256) -> tuple[Components, Callable[[
     """Return 16 experts, and a maker of 8x8 maps with weights of which *chosen* are not 0."""
     torch.manual_seed(0)
     bank, _ = make_components(
-        "sop", channels, (256, 128), components=16, counted=chosen, root=ISqrtCovConfig()
+        "sop", channels, (256, 128), components=16, counted=chosen, root=NewtonSchulzConfig()
     )
     maps = features(channels, 8, 8)
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sopdeploy import create_model
-from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtCovConfig
+from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.models.base import TrainingOutput
 
 POOLINGS = (
@@ -94,7 +94,7 @@ def peak_mebibytes(call: Callable[[], object]) -> float:
 def pooling_results(channels: int, positions: int, batch: int, runs: int) -> list[Result]:
     """Return time and peak memory of one pooling, forward and backward."""
     torch.manual_seed(0)
-    layer = ISqrtCov(ISqrtCovConfig(width=channels))
+    layer = ISqrtCov(channels)
     features = torch.randn(batch, channels, positions, 1).relu().requires_grad_()
     grad = torch.randn(batch, layer.out_features)
     ours = forward_backward(layer, features, grad)

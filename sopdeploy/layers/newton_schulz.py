@@ -1,107 +1,130 @@
 """Newton-Schulz iteration: the matrix square root as a fixed number of matrix products.
 
 Paper: iSQRT-COV, Eq. (4): Y_0 = A, Z_0 = I; T = (3 I - Z Y) / 2, Y <- Y T, Z <- T Z, for N steps.
-Letters: B matrices of C rows and columns.
+Shapes: B matrices of C rows and columns.
 
-The first step knows that Z is the identity and the last one needs only one of Y and Z, so N steps
-take 3N - 3 products (N = 1 takes one for Y and none for Z). The result is the truncated iterate, not
-the square root: at N = 5 it is 18 to 42 % away from it on ReLU features, so N belongs to the trained
-network and never changes.
+The first step uses Z = I and the last one needs only one of Y and Z, so N steps take 3N - 3 products (N = 1
+takes one for Y and none for Z). The result is the truncated iterate, not the square root: at N = 5 it differs
+from the root by 18 to 42 % on ReLU features. N is therefore part of the trained network and never changes.
 
-Matrices in float16, an exporter's wish, are multiplied in float32: only what is stored is rounded.
+Matrices stored in float16 (an export option) are multiplied in float32: only the stored values are rounded.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+import pydantic
 import torch
 from torch import Tensor
 
+from sopdeploy.config import StrictModel
+
+Iterations = Annotated[int, pydantic.Field(ge=1, le=15)]
+Prenorm = Literal["trace", "frobenius"]
+
+
+class NewtonSchulzConfig(StrictModel):
+    """How the square root of a covariance is computed.
+
+    Attributes:
+        iterations: N. The papers and fast-MPN-COV use 5, the released GSoP-Net2 and GM-SOP 3.
+        prenorm: The norm that divides the covariance before the iteration.
+        compensate: Multiply the root by the square root of that norm after the iteration.
+        stored: Type of the matrices between two products; the exporter may choose float16. A network in
+            float64 (the reference of the parity checks) ignores it.
+    """
+
+    iterations: Iterations = 5
+    prenorm: Prenorm = "trace"
+    compensate: bool = True
+    stored: Literal["float32", "float16"] = "float32"
+
+
+class RootOptions(StrictModel):
+    """The options `iterations` and `prenorm` of networks and layers that pool by iSQRT-COV."""
+
+    iterations: Iterations = 5
+    prenorm: Prenorm = "trace"
+
+    def newton_schulz(self, *, compensate: bool = True) -> NewtonSchulzConfig:
+        """Build the configuration of the matrix square root."""
+        return NewtonSchulzConfig(iterations=self.iterations, prenorm=self.prenorm, compensate=compensate)
+
 
 class Step(NamedTuple):
-    """One step: Y_k and Z_k (B, C, C), and the T_k that multiplies both; Z_0, the identity, is `None`."""
+    """One step: Y_k and Z_k (B, C, C), and T_k, which multiplies both; Z_0, the identity, is `None`."""
 
     y: Tensor
     z: Tensor | None
     t: Tensor
 
     def next_y(self) -> Tensor:
-        """Return Y_(k+1)."""
-        return product(self.y, self.t)
+        """Compute Y_(k+1)."""
+        return _product(self.y, self.t)
 
     def next_z(self) -> Tensor:
-        """Return Z_(k+1)."""
-        return self.t if self.z is None else product(self.t, self.z)
+        """Compute Z_(k+1)."""
+        return self.t if self.z is None else _product(self.t, self.z)
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return *left* @ *right*, of float16 matrices by a product in float32."""
+def _product(left: Tensor, right: Tensor) -> Tensor:
     if left.dtype != torch.float16:
         return left @ right
     return (left.float() @ right.float()).half()
 
 
-def next_t(identity: Tensor, z_BCC: Tensor, y_BCC: Tensor) -> Tensor:
-    """Return T = (3 I - Z Y) / 2."""
-    if y_BCC.dtype != torch.float16:
-        return torch.baddbmm(identity, z_BCC, y_BCC, beta=1.5, alpha=-0.5)
-    return (1.5 * identity.float() - 0.5 * (z_BCC.float() @ y_BCC.float())).half()
-
-
 def steps(a_BCC: Tensor, iterations: int) -> Iterator[Step]:
-    """Yield the N steps on *a_BCC*; what to compute of the last one is the caller's choice."""
+    """Yield the N steps on *a_BCC*; the caller computes Y_N or Z_N from the last one."""
     identity = torch.eye(a_BCC.shape[-1], dtype=a_BCC.dtype, device=a_BCC.device)
     step = Step(a_BCC, None, 1.5 * identity - 0.5 * a_BCC)
     yield step
     for _ in range(iterations - 1):
         y_BCC, z_BCC = step.next_y(), step.next_z()
-        step = Step(y_BCC, z_BCC, next_t(identity, z_BCC, y_BCC))
+        if y_BCC.dtype == torch.float16:
+            t_BCC = (1.5 * identity.float() - 0.5 * (z_BCC.float() @ y_BCC.float())).half()
+        else:
+            t_BCC = torch.baddbmm(identity, z_BCC, y_BCC, beta=1.5, alpha=-0.5)
+        step = Step(y_BCC, z_BCC, t_BCC)
         yield step
 
 
 def last_step(a_BCC: Tensor, iterations: int) -> Step:
-    """Return the last of the N steps; the others are forgotten on the way."""
+    """Run the N steps and keep only the last one."""
     return deque(steps(a_BCC, iterations), maxlen=1).pop()
 
 
 def newton_schulz(a_BCC: Tensor, iterations: int) -> Tensor:
-    """Return Y_N, near A^(1/2), for pre-normalised matrices *a_BCC*: symmetric, ||I - A|| < 1.
+    """Compute Y_N, near A^(1/2), of prenormalized matrices *a_BCC*: symmetric, ||I - A|| < 1.
 
-    *iterations* is N >= 1. float32 stays finite up to N = 15 on singular matrices.
+    *iterations* is N >= 1. In float32 the result is finite up to N = 15, for singular matrices too.
     """
     return last_step(a_BCC, iterations).next_y()
 
 
 def steps_adjoint(f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence[Tensor | None]) -> Tensor:
-    """Return the gradient (B, C, C) for the matrix that N steps were run on, given that for F_N.
+    """Backpropagate through N steps: from the gradient of F_N to that of the input matrix, both (B, C, C).
 
-    *f_grad_BCC* is symmetric. *ts* are T_0 .. T_(N-1), *fs* are F_0 .. F_(N-1): F_0 is the matrix
-    itself where F is Y, and `None`, the identity, where F is Z.
+    F is Y or Z. *f_grad_BCC* is symmetric. *ts* are T_0 .. T_(N-1), *fs* are F_0 .. F_(N-1): F_0 is the input
+    matrix where F is Y, and `None`, the identity, where F is Z.
+
+    With W_k = Z_k Y_k, W_(k+1) = T W_k T and T = (3 I - W_k) / 2, the gradient of T receives
+    Q W_k + (Q W_k)^T from W_(k+1), where Q = W_grad T and Q W_k = 3 Q - 2 Q T.
     """
-    f_grad_BCC, t_grad_BCC = factor_gradients(f_grad_BCC, fs[-1], ts[-1])
+    f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, fs[-1], ts[-1])
     w_grad_BCC = -0.25 * (t_grad_BCC + t_grad_BCC.transpose(1, 2))
     for t_BCC, f_BCC in zip(reversed(ts[:-1]), reversed(fs[:-1]), strict=True):
-        f_grad_BCC, t_grad_BCC = factor_gradients(f_grad_BCC, f_BCC, t_BCC)
-        w_grad_BCC = w_adjoint(w_grad_BCC, t_grad_BCC, t_BCC)
+        f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, f_BCC, t_BCC)
+        q_BCC = w_grad_BCC @ t_BCC
+        half_BCC = torch.baddbmm(t_grad_BCC, q_BCC, t_BCC, beta=0.25, alpha=-1.0).add_(q_BCC, alpha=1.5)
+        w_grad_BCC = torch.baddbmm(half_BCC, t_BCC, q_BCC, beta=-1.0).sub_(half_BCC.transpose(1, 2))
     if fs[0] is None:
         return w_grad_BCC
     return w_grad_BCC + 0.5 * (f_grad_BCC + f_grad_BCC.transpose(1, 2))
 
 
-def factor_gradients(f_grad_BCC: Tensor, f_BCC: Tensor | None, t_BCC: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients for F_k and for T, given that for F_(k+1) = F_k T."""
+def _factor_gradients(f_grad_BCC: Tensor, f_BCC: Tensor | None, t_BCC: Tensor) -> tuple[Tensor, Tensor]:
+    """Split the gradient of F_(k+1) = F_k T into those of F_k and T."""
     if f_BCC is None:
         return f_grad_BCC, f_grad_BCC
     return f_grad_BCC @ t_BCC, f_BCC @ f_grad_BCC
-
-
-def w_adjoint(w_grad_BCC: Tensor, t_grad_BCC: Tensor, t_BCC: Tensor) -> Tensor:
-    """Return the gradient for W_k, given those for W_(k+1) = T W_k T and, from F, for T.
-
-    T = (3 I - W_k) / 2, so W_(k+1) hands T the gradient Q W_k + (Q W_k)^T with Q = W_grad T and
-    Q W_k = 3 Q - 2 Q T.
-    """
-    q_BCC = w_grad_BCC @ t_BCC
-    half_BCC = torch.baddbmm(t_grad_BCC, q_BCC, t_BCC, beta=0.25, alpha=-1.0).add_(q_BCC, alpha=1.5)
-    return torch.baddbmm(half_BCC, t_BCC, q_BCC, beta=-1.0).sub_(half_BCC.transpose(1, 2))

@@ -19,7 +19,7 @@ from torch import Tensor
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import TrainingError
 from sopdeploy.layers.covariance import frobenius_norm
-from sopdeploy.layers.isqrt_gradient import SMALLEST_NORM
+from sopdeploy.layers.isqrt_cov import SMALLEST_NORM
 from sopdeploy.layers.newton_schulz import newton_schulz
 
 TOO_CLOSE = 1e-5  # of the largest eigenvalue, in float32

@@ -19,15 +19,16 @@ from sopdeploy.backbones.efficientnet import STAGES, EfficientNet, EfficientNetC
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.config import NotNegative, StrictModel
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtCovConfig, dimension_reduction
+from sopdeploy.layers.isqrt_cov import ISqrtCov, dimension_reduction
 from sopdeploy.layers.mbconv import swish_reduction
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, RootOptions
 from sopdeploy.models.base import Classifier, Entry, TrainingOutput
 
 Count = Annotated[int, pydantic.Field(ge=0)]
 Width = Annotated[int, pydantic.Field(ge=1)]
 
 
-class DSoPConfig(StrictModel):
+class DSoPConfig(RootOptions):
     """The branches, stage by stage; `None` means as in the paper for this backbone.
 
     `aux_blocks` gives for each stage either the number of blocks of a branch after its last block
@@ -44,8 +45,6 @@ class DSoPConfig(StrictModel):
     aux_dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] | None = None
     main_weight: NotNegative = 1.0
     keep_unused_branches: bool = False
-    iterations: Annotated[int, pydantic.Field(ge=1, le=15)] = 5
-    prenorm: Literal["trace", "frobenius"] = "trace"
 
 
 class PaperBranches(StrictModel):
@@ -64,14 +63,15 @@ class PaperBranches(StrictModel):
 
 
 class BranchPlan(StrictModel):
-    """One branch: where it starts and what it is made of; `pooling` None is global average."""
+    """One branch: where it starts and what it is made of; `newton_schulz` None is global average."""
 
     tap: str
     blocks: int
     stride: int
     weight: float
     dropout: float
-    pooling: ISqrtCovConfig | None
+    width: int
+    newton_schulz: NewtonSchulzConfig | None
 
     @property
     def name(self) -> str:
@@ -141,10 +141,10 @@ class DSoP(Classifier):
         strides = [plan.stride, *(1 for _ in range(plan.blocks - 1))]
         reduction: nn.Module = nn.Identity()
         pooling: nn.Module = nn.AdaptiveAvgPool2d(1)
-        if plan.pooling is not None:
-            if channels > plan.pooling.width:
-                reduction = self.branch_reduction(channels, plan.pooling.width)
-            isqrt = ISqrtCov(plan.pooling)
+        if plan.newton_schulz is not None:
+            if channels > plan.width:
+                reduction = self.branch_reduction(channels, plan.width)
+            isqrt = ISqrtCov(plan.width, plan.newton_schulz)
             pooling, features = isqrt, isqrt.out_features
         return Branch(
             nn.Sequential(*(self.branch_block(channels, channels, stride) for stride in strides)),
@@ -204,19 +204,16 @@ def plan_branches(
         for tap, blocks in zip(taps, pattern(aux_blocks[stage], len(taps), name), strict=True):
             if blocks == 0 and not (config.keep_unused_branches and tap == taps[-1]):
                 continue
-            isqrt = ISqrtCovConfig(
-                width=min(widths[stage], channels[tap]),
-                iterations=config.iterations,
-                prenorm=config.prenorm,
-            )
-            dropout = paper.dropout(isqrt.width) if config.aux_dropout is None else config.aux_dropout
+            width = min(widths[stage], channels[tap])
+            dropout = paper.dropout(width) if config.aux_dropout is None else config.aux_dropout
             plans.append(
                 BranchPlan(
                     tap=tap,
                     blocks=blocks,
                     stride=paper.strides[stage],
                     weight=weights[stage],
-                    pooling=isqrt if config.aux_pooling == "isqrt" else None,
+                    width=width,
+                    newton_schulz=config.newton_schulz() if config.aux_pooling == "isqrt" else None,
                     dropout=dropout,
                 )
             )

@@ -24,15 +24,16 @@ from torch import Tensor, nn
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig, initialise_by_fan_in
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.isqrt_cov import ISqrtCovConfig, dimension_reduction
+from sopdeploy.layers.isqrt_cov import dimension_reduction
 from sopdeploy.layers.mixture.components import FusionHead, Kind, make_components, pooling
 from sopdeploy.layers.mixture.gate import GateNoise, NoisePer, SparseGate, balance_loss, keep_largest
+from sopdeploy.layers.newton_schulz import RootOptions
 from sopdeploy.models.base import Classifier, Entry, TrainingOutput
 
 Width = Annotated[int, pydantic.Field(ge=1)]
 
 
-class GMSOPConfig(LowResolutionResNetConfig):
+class GMSOPConfig(LowResolutionResNetConfig, RootOptions):
     """`chosen` of `components` poolings answer for each image (the paper's K and N).
 
     `component_widths` are a component's 1x1 convolutions, `gate_widths` the gate's prediction layers.
@@ -47,8 +48,6 @@ class GMSOPConfig(LowResolutionResNetConfig):
     chosen: Annotated[int, pydantic.Field(ge=1)] = 8
     component_widths: tuple[Width, ...] = pydantic.Field(default=(256, 128), min_length=1)
     gate_widths: tuple[Width, ...] = (256, 128)
-    iterations: Annotated[int, pydantic.Field(ge=1, le=15)] = 5
-    prenorm: Literal["trace", "frobenius"] = "trace"
     dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.2
     noise_per: NoisePer = "image"
     balance_weight: Annotated[float, pydantic.Field(ge=0)] = 100.0
@@ -59,11 +58,6 @@ class GMSOPConfig(LowResolutionResNetConfig):
         if self.chosen > self.components:
             raise ValueError(f"chosen ({self.chosen}) is more than components ({self.components})")
         return self
-
-    @property
-    def root(self) -> ISqrtCovConfig:
-        """Return the matrix root of gate and components; its width is that of where it stands."""
-        return ISqrtCovConfig(iterations=self.iterations, prenorm=self.prenorm)
 
 
 class GatedResNet(LowResolutionResNet):
@@ -81,7 +75,7 @@ class GatedResNet(LowResolutionResNet):
             config.component_widths,
             components=config.components,
             counted=config.chosen,
-            root=config.root,
+            root=config.newton_schulz(),
         )
         self.head = FusionHead(length, num_classes, norm=True, dropout=config.dropout)
 
@@ -150,7 +144,7 @@ def make_gate(config: GMSOPConfig, channels: int) -> SparseGate:
     """Return the gate: prediction layers, the components' kind of pooling, Wg, top K."""
     widths = (channels, *config.gate_widths)
     layers = [dimension_reduction(*pair) for pair in pairwise(widths)]
-    pool, length = pooling(config.component, widths[-1], config.root)
+    pool, length = pooling(config.component, widths[-1], config.newton_schulz())
     gate = SparseGate(nn.Sequential(*layers, pool), length, config.components, config.chosen)
     initialise_by_fan_in(gate)
     return gate

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig
-from sopdeploy.layers.isqrt_cov import ISqrtCovConfig
 from sopdeploy.layers.mixture.components import FusionHead, make_components
+from sopdeploy.layers.newton_schulz import RootOptions
 from sopdeploy.layers.pooling.codebook import NetVLAD
 from sopdeploy.models.base import Classifier, Entry
 
 Width = Annotated[int, pydantic.Field(ge=1)]
 
 
-class AveragedResNetConfig(LowResolutionResNetConfig):
+class AveragedResNetConfig(LowResolutionResNetConfig, RootOptions):
     """K = `components` poolings of one kind, averaged; 1 is a single pooling.
 
     `component_widths` are a component's 1x1 convolutions, none for GAP and SR-SOP themselves.
@@ -34,8 +34,6 @@ class AveragedResNetConfig(LowResolutionResNetConfig):
     component: Literal["gap", "sop"] = "gap"
     components: Annotated[int, pydantic.Field(ge=1)] = 1
     component_widths: tuple[Width, ...] = ()
-    iterations: Annotated[int, pydantic.Field(ge=1, le=15)] = 5
-    prenorm: Literal["trace", "frobenius"] = "trace"
     fusion_norm: bool = False
     dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
 
@@ -59,7 +57,7 @@ class AveragedResNet(Classifier, LowResolutionResNet):
             config.component_widths,
             components=config.components,
             counted=config.components,
-            root=ISqrtCovConfig(iterations=config.iterations, prenorm=config.prenorm),
+            root=config.newton_schulz(),
         )
         self.head = FusionHead(length, num_classes, norm=config.fusion_norm, dropout=config.dropout)
 

@@ -5,7 +5,7 @@ pooling goes onto any backbone by the switch `pooling`, such as `create_model("r
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pydantic
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from sopdeploy.backbones.cifar_resnet import SmallResNetConfig
 from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNetConfig
 from sopdeploy.backbones.vgg import VGG, VGGConfig
-from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtCovConfig
+from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mbconv import swish_reduction
+from sopdeploy.layers.newton_schulz import RootOptions
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.models.base import Classifier, Entry
 from sopdeploy.models.plain import PlainResNet, PlainSmallResNet
@@ -74,13 +75,11 @@ ISQRT = "iSQRT-COV (iterated square root of the covariance)"
 MPNCOV = "MPN-COV (square root by eigenvalues; cannot be exported)"
 
 
-class SecondOrderEfficientNetConfig(EfficientNetConfig):
+class SecondOrderEfficientNetConfig(EfficientNetConfig, RootOptions):
     """EfficientNet-b0, and the covariance's `width` and iteration."""
 
     pooling: GapConfig = GapConfig()  # the end of this network is its own
     width: Annotated[int, pydantic.Field(ge=1)] = 64
-    iterations: Annotated[int, pydantic.Field(ge=1, le=15)] = 5
-    prenorm: Literal["trace", "frobenius"] = "trace"
 
 
 class SecondOrderEfficientNet(Classifier, EfficientNet):
@@ -91,9 +90,7 @@ class SecondOrderEfficientNet(Classifier, EfficientNet):
     def __init__(self, config: SecondOrderEfficientNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
         self.reduction = swish_reduction(self.pooling.out_features, config.width)
-        self.root = ISqrtCov(
-            ISqrtCovConfig(width=config.width, iterations=config.iterations, prenorm=config.prenorm)
-        )
+        self.root = ISqrtCov(config.width, config.newton_schulz())
         self.classifier = nn.Linear(self.root.out_features, num_classes)
         initialise(self.reduction)
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from sopdeploy.backbones.base import Backbone, initialise
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtCovConfig, dimension_reduction
+from sopdeploy.layers.isqrt_cov import ISqrtCov, dimension_reduction
+from sopdeploy.layers.newton_schulz import RootOptions
 from sopdeploy.layers.pooling.base import GapConfig, GlobalPooling
 from sopdeploy.models.base import Classifier, Entry, TrainingOutput
 
 
-class PSDRConfig(ResNetConfig):
+class PSDRConfig(ResNetConfig, RootOptions):
     """The backbone, the target `width`, and delta, the `decay` of channels from step to step.
 
     `main_weight` and `aux_weight` are lambda and gamma, the weights of the losses.
@@ -33,14 +34,12 @@ class PSDRConfig(ResNetConfig):
     pooling: GapConfig = GapConfig()  # the end of this network is its own
     width: Annotated[int, pydantic.Field(ge=1)] = 64
     decay: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.25
-    iterations: Annotated[int, pydantic.Field(ge=1, le=15)] = 5
-    prenorm: Literal["trace", "frobenius"] = "trace"
     main_weight: Annotated[float, pydantic.Field(ge=0)] = 1.0
     aux_weight: Annotated[float, pydantic.Field(ge=0)] = 1.0
 
     def isqrt(self) -> ISqrtCov:
         """Return a new covariance root of the target width."""
-        return ISqrtCov(ISqrtCovConfig(width=self.width, iterations=self.iterations, prenorm=self.prenorm))
+        return ISqrtCov(self.width, self.newton_schulz())
 
 
 def intermediate_widths(channels: int, target: int, decay: float) -> list[int]:

@@ -104,7 +104,7 @@ def note(found: Tally, name: str, module: nn.Module, inputs: tuple[Tensor, ...],
     elif isinstance(module, NORMS):
         found.norm_outputs += output[0].numel()
     elif isinstance(module, ISqrtCov):
-        found.root_products += module.config.width**3
+        found.root_products += module.width**3
 
 
 def layer_macs(layer: nn.Module, output: Tensor) -> int:

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from sopdeploy.config import Share, StrictModel
 from sopdeploy.data.base import Dataset
 from sopdeploy.data.batches import load_batches
-from sopdeploy.layers.covariance import centred_positions, covariance
+from sopdeploy.layers.covariance import centered_and_scaled, covariance
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture.gate import SparseGate
 from sopdeploy.layers.normalize import Normalize
@@ -133,7 +133,7 @@ def spectra_of(
 
 def spectrum(root: Any, features_BdHW: Tensor, vector: Tensor) -> Spectrum:
     """Return the spectra before and after *root*, which made *vector* of *features_BdHW*."""
-    before_Bdd = covariance(centred_positions(features_BdHW.double()))
+    before_Bdd = covariance(centered_and_scaled(features_BdHW.double()))
     width = before_Bdd.shape[1]
     upper_Bdd = vector.new_zeros(len(vector), width * width, dtype=torch.float64)
     upper_Bdd = upper_Bdd.index_copy(1, root.triangle, vector.double()).view(-1, width, width)

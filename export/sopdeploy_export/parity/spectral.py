@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.layers.covariance import (
-    centred,
-    centred_positions,
+    centered,
+    centered_and_scaled,
     covariance,
     covariance_trace,
     frobenius_norm,
 )
-from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.isqrt_gradient import SMALLEST_NORM, Rule, covariance_root
+from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov, covariance_root
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy_export.parity.report import FLOORS_BY_PRECISION, SpectralRecord
 from sopdeploy_export.rewrites.linear import CompensatedAfter
 from sopdeploy_export.rewrites.mixture import Experts
@@ -62,19 +62,19 @@ def named(name: str, part: nn.Module) -> str:
     return inner.removeprefix("network.")
 
 
-def rule_of(part: nn.Module) -> Rule | None:
+def rule_of(part: nn.Module) -> NewtonSchulzConfig | None:
     """Return the rule of the root that *part* takes, if it takes one."""
     if isinstance(part, CompensatedAfter):
-        return part.root.rule
+        return part.root.config
     if isinstance(part, Experts):
         return part.root
-    return part.rule if isinstance(part, ISqrtCov | LoweredRoot | TextbookRoot) else None
+    return part.config if isinstance(part, ISqrtCov | LoweredRoot | TextbookRoot) else None
 
 
 def maps_and_roots(part: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """Return the maps (P, d, H, W) that *part* takes roots of, given *inputs*, and the roots (P, d, d)."""
     if isinstance(part, ISqrtCov):
-        return inputs[0], covariance_root(inputs[0], part.rule)
+        return inputs[0], covariance_root(inputs[0], part.config)
     taker: Any = part.root if isinstance(part, CompensatedAfter) else part
     found: tuple[Tensor, Tensor] = taker.roots(*inputs)
     return found
@@ -102,13 +102,13 @@ def record(name: str, part: nn.Module, inputs: tuple[Tensor, ...]) -> SpectralRe
     )
 
 
-def allowed(floor: float, most: float, rule: Rule) -> float:
+def allowed(floor: float, most: float, rule: NewtonSchulzConfig) -> float:
     """Return how far a root may be from N exact steps, of its norm."""
     smallest = max(ROUNDOFF[rule.stored], 8 * ROUNDOFF["float32"])
     return min(FLOORS[rule.stored] * max(floor, smallest), most)
 
 
-def ceiling(maps: Tensor, rule: Rule) -> float:
+def ceiling(maps: Tensor, rule: NewtonSchulzConfig) -> float:
     """Return what the root of *maps* can lose at most, of its norm.
 
     Three products a step, each with one rounding of what is stored and sqrt(d) of its sums, which are of
@@ -117,15 +117,15 @@ def ceiling(maps: Tensor, rule: Rule) -> float:
     """
     products, sums = 3 * rule.iterations, math.sqrt(maps.shape[1])
     kept, wide = ROUNDOFF[rule.stored], ROUNDOFF["float32"]
-    deviations = centred(maps.double())
+    deviations = centered(maps.double())
     sizes = torch.linalg.vector_norm(deviations, dim=(1, 2)).clamp_min(SMALLEST_NORM)
     offset = float((torch.linalg.vector_norm(maps.double(), dim=(1, 2, 3)) / sizes).max())
     return 1.5**rule.iterations * (products * (kept + sums * wide) + 4 * offset * wide)
 
 
-def target(maps: Tensor, rule: Rule) -> Tensor:
+def target(maps: Tensor, rule: NewtonSchulzConfig) -> Tensor:
     """Return what the square of the root comes near to: the covariance, divided where it stays so."""
-    whole = covariance(centred_positions(maps))
+    whole = covariance(centered_and_scaled(maps))
     if rule.compensate:
         return whole
     norm = covariance_trace(whole) if rule.prenorm == "trace" else frobenius_norm(whole)

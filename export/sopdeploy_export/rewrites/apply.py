@@ -90,7 +90,7 @@ def rewrite(
     network = copy.deepcopy(certified).eval()
     for part in network.modules():
         if isinstance(part, ISqrtCov):
-            part.rule = part.rule._replace(stored=wish.stored)
+            part.config = part.config.model_copy(update={"stored": wish.stored})
     work = RewriteContext(
         network=network,
         calls=observe(network, (images,)),

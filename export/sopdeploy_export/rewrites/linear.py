@@ -61,7 +61,7 @@ class CompensatedAfter(nn.Module):
 def apply(work: RewriteContext) -> None:
     """Move the scale of every root whose triangle only one linear layer reads."""
     for where, root in list(work.network.named_modules()):
-        if not isinstance(root, LoweredRoot) or where not in work.calls or not root.rule.compensate:
+        if not isinstance(root, LoweredRoot) or where not in work.calls or not root.config.compensate:
             continue
         reader = only_reader(work, where)
         features = work.calls[where].inputs

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sopdeploy.errors import LoweringError
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.isqrt_gradient import Rule
 from sopdeploy.layers.mixture.components import Components
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy_export.rewrites.context import RewriteContext
 from sopdeploy_export.rewrites.equivalence import Build
 from sopdeploy_export.rewrites.newton_schulz import (
@@ -35,7 +35,7 @@ class Experts(nn.Module, ABC):
         self.count, self.chosen = bank.components, chosen
         self.before, self.rectified = bank.before, bank.rectified
         self.banks = nn.ParameterList(w.detach().transpose(1, 2).contiguous() for w in bank.weights)
-        self.root: Rule | None = bank.after.rule if isinstance(bank.after, ISqrtCov) else None
+        self.root: NewtonSchulzConfig | None = bank.after.config if isinstance(bank.after, ISqrtCov) else None
         if isinstance(bank.after, ISqrtCov):
             self.register_buffer("triangle", bank.after.triangle)
 
@@ -68,7 +68,7 @@ class Experts(nn.Module, ABC):
         return x.relu() if self.rectified else x
 
 
-def summed_roots(maps_BKMd: Tensor, weights_BK: Tensor, rule: Rule) -> Tensor:
+def summed_roots(maps_BKMd: Tensor, weights_BK: Tensor, rule: NewtonSchulzConfig) -> Tensor:
     """Return the weighted sum of the experts' roots, (B, d, d), from one last product."""
     experts, positions, width = maps_BKMd.shape[1:]
     x_PMd = at_least_float32(maps_BKMd).flatten(end_dim=1)
@@ -182,7 +182,7 @@ def count_chosen(where: str, bank: Components, weights_BN: torch.Tensor) -> int:
 def describe_roots(work: RewriteContext, where: str, after: ISqrtCov, chosen: int) -> None:
     """Write down the rules that the experts' roots follow."""
     shape = work.calls[f"{where}.after"].inputs[0].shape
-    describe(work, f"{where}.after", after.rule, shape[1], shape[2] * shape[3])
+    describe(work, f"{where}.after", after.config, shape[1], shape[2] * shape[3])
     work.note(
         TRIANGLE,
         where,

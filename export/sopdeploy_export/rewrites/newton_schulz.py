@@ -1,6 +1,6 @@
 """Rules of the root: centring by mean, trace without a diagonal, 3N - 3 products, the Gram domain.
 
-Letters as in `sopdeploy.layers.isqrt_gradient`; X is centered; n is the norm of X X^T.
+Letters as in `sopdeploy.layers.isqrt_cov`; X is centered; n is the norm of X X^T.
 
 Algebra. A = (X X^T / M) / (n / M) = X X^T / n: the 1 / M cancels, so no pass over the map scales it, and
 the root is Y_N sqrt(n / M). trace(X X^T) is the sum of the squares of X, and the trace of X^T X too: that
@@ -23,8 +23,8 @@ from sopdeploy.layers.covariance import (
     frobenius_norm,
     upper_triangle_indices,
 )
-from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.isqrt_gradient import SMALLEST_NORM, Rule, as_stored, positions_are_cheaper
+from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov, as_stored, gram_is_cheaper
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy_export.rewrites.centering import NAME as CENTRING
 from sopdeploy_export.rewrites.centering import Centering, recognise, textbook_centring
 from sopdeploy_export.rewrites.context import RewriteContext
@@ -75,7 +75,7 @@ TRACE = "trace without a diagonal"
 GRAM = "iteration in the Gram domain"
 
 
-def start(x_BMd: Tensor, rule: Rule) -> tuple[Tensor, Tensor, bool]:
+def start(x_BMd: Tensor, rule: NewtonSchulzConfig) -> tuple[Tensor, Tensor, bool]:
     """Return the matrix to iterate on, its norm n (B, 1, 1), and whether it is X^T X; *x_BMd* is centred."""
     positions, channels = x_BMd.shape[1], x_BMd.shape[2]
     by_positions = in_gram_domain(rule, channels, positions)
@@ -86,12 +86,12 @@ def start(x_BMd: Tensor, rule: Rule) -> tuple[Tensor, Tensor, bool]:
     return as_stored(matrix / norm, rule), norm, by_positions
 
 
-def in_gram_domain(rule: Rule, channels: int, positions: int) -> bool:
+def in_gram_domain(rule: NewtonSchulzConfig, channels: int, positions: int) -> bool:
     """Say whether the iteration runs on positions: where they are fewer, and in float32 only.
 
     Rounded to float16, a Gram matrix has negative eigenvalues where there are none.
     """
-    return rule.stored == "float32" and positions_are_cheaper(channels, positions, rule.iterations)
+    return rule.stored == "float32" and gram_is_cheaper(channels, positions, rule.iterations)
 
 
 def inner_scale(norm: Tensor, positions: int, *, compensate: bool) -> Tensor:
@@ -111,7 +111,7 @@ class LoweredRoot(nn.Module):
 
     def __init__(self, before: ISqrtCov) -> None:
         super().__init__()
-        self.rule = before.rule
+        self.config = before.config
         self.register_buffer("triangle", before.triangle)
 
     def forward(self, features_BdHW: Tensor) -> Tensor:
@@ -132,12 +132,12 @@ class LoweredRoot(nn.Module):
         x_BdM = at_least_float32(features_BdHW).flatten(start_dim=2)
         x_BdM = x_BdM - x_BdM.mean(dim=2, keepdim=True)
         positions = x_BdM.shape[2]
-        matrix, norm, by_positions = start(x_BdM.transpose(1, 2), self.rule)
-        last = iterate(matrix, self.rule.iterations)
+        matrix, norm, by_positions = start(x_BdM.transpose(1, 2), self.config)
+        last = iterate(matrix, self.config.iterations)
         if by_positions:
-            inner = last.next_z(inner_scale(norm, positions, compensate=self.rule.compensate))
+            inner = last.next_z(inner_scale(norm, positions, compensate=self.config.compensate))
             return x_BdM @ inner @ x_BdM.transpose(1, 2), None
-        return last.next_y(), outer_scale(norm, positions) if self.rule.compensate else None
+        return last.next_y(), outer_scale(norm, positions) if self.config.compensate else None
 
 
 def apply(work: RewriteContext) -> None:
@@ -146,18 +146,20 @@ def apply(work: RewriteContext) -> None:
         refuse_other_triangle(where, part)
         work.replace(NAME, where, LoweredRoot)
         shape = work.calls[where].inputs[0].shape
-        describe(work, where, part.rule, shape[1], math.prod(shape[2:]))
+        describe(work, where, part.config, shape[1], math.prod(shape[2:]))
 
 
 def refuse_other_triangle(where: str, part: ISqrtCov) -> None:
     """Check the actual constant: a transposed triangle has the right numbers in the wrong order."""
-    if not torch.equal(part.triangle, upper_triangle_indices(part.config.width)):
+    if not torch.equal(part.triangle, upper_triangle_indices(part.width)):
         raise LoweringError(
-            f"{where}: its triangle is not the upper one of {part.config.width} channels, row by row"
+            f"{where}: its triangle is not the upper one of {part.width} channels, row by row"
         )
 
 
-def describe(work: RewriteContext, where: str, rule: Rule, channels: int, positions: int) -> None:
+def describe(
+    work: RewriteContext, where: str, rule: NewtonSchulzConfig, channels: int, positions: int
+) -> None:
     """Write down the rules of one root, with the numbers that they were checked on."""
     constant: Centering | None = recognise(textbook_centring(positions))
     if constant is not None and constant.removes_the_mean:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from sopdeploy.layers.attention.gsop_attention import ChannelAttention, RowConv
 from sopdeploy.layers.covariance import at_least_float32, covariance_trace, frobenius_norm
-from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.isqrt_gradient import SMALLEST_NORM
+from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov
 from sopdeploy_export.rewrites.context import RewriteContext
 
 NAME = "textbook formula"
@@ -35,7 +34,7 @@ class TextbookRoot(nn.Module):
 
     def __init__(self, before: ISqrtCov) -> None:
         super().__init__()
-        self.rule = before.rule
+        self.config = before.config
         self.register_buffer("triangle", before.triangle)
 
     def forward(self, features_BdHW: Tensor) -> Tensor:
@@ -49,14 +48,14 @@ class TextbookRoot(nn.Module):
     def matrix(self, features_BdHW: Tensor) -> Tensor:
         """Return the root (B, d, d)."""
         cov_Bdd = textbook_covariance(features_BdHW.flatten(start_dim=2))
-        norm = covariance_trace(cov_Bdd) if self.rule.prenorm == "trace" else frobenius_norm(cov_Bdd)
+        norm = covariance_trace(cov_Bdd) if self.config.prenorm == "trace" else frobenius_norm(cov_Bdd)
         norm = norm.clamp_min(SMALLEST_NORM)
         identity = torch.eye(cov_Bdd.shape[1], dtype=cov_Bdd.dtype)
         y, z = cov_Bdd / norm, identity.expand_as(cov_Bdd)
-        for _ in range(self.rule.iterations):
+        for _ in range(self.config.iterations):
             t = 0.5 * (3.0 * identity - z @ y)
             y, z = y @ t, t @ z
-        return y * norm.sqrt() if self.rule.compensate else y
+        return y * norm.sqrt() if self.config.compensate else y
 
 
 class TextbookChannelAttention(nn.Module):

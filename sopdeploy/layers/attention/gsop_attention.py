@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.config import StrictModel
-from sopdeploy.layers.covariance import at_least_float32, centred_positions, covariance, without_autocast
+from sopdeploy.layers.covariance import at_least_float32, centered_and_scaled, covariance, without_autocast
+from sopdeploy.layers.export_hints import ExportHints
 
 Activation = Literal["none", "relu", "lrelu"]
 OUTPUTS_PER_ROW = 4
@@ -29,12 +30,14 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     return F.relu(x) if activation == "relu" else x
 
 
-class RowConv(nn.Conv2d):
+class RowConv(nn.Conv2d, ExportHints):
     """Row-wise convolution: (B, n, n, 1) to (B, 4n, 1, 1); output 4i + r sees row i only.
 
     The paper's grouped convolution with kernel (n, 1), and its parameters, computed as one batched
     product: runtimes have slow kernels for a convolution of n groups whose output is one pixel.
     """
+
+    reference_formula = "row_convolution"
 
     def __init__(self, rows: int) -> None:
         super().__init__(rows, OUTPUTS_PER_ROW * rows, (rows, 1), groups=rows)
@@ -49,11 +52,14 @@ class RowConv(nn.Conv2d):
         return out_BR11 if self.bias is None else out_BR11 + self.bias[:, None, None]
 
 
-class Excitation(nn.Module):
+class Excitation(nn.Module, ExportHints):
     """Covariance (B, n, n) in, weights (B, out, 1, 1) in (0, 1) out.
 
     Row-wise batch norm, row-wise convolution n to 4n, activation, 1x1 convolution 4n to out, sigmoid.
     """
+
+    keep_float32 = True
+    rewrite_rules = ("row_convolution",)
 
     def __init__(self, rows: int, out_channels: int, activation: Activation) -> None:
         super().__init__()
@@ -72,8 +78,12 @@ class Excitation(nn.Module):
         return f"activation={self.activation}"
 
 
-class ChannelAttention(nn.Module):
+class ChannelAttention(nn.Module, ExportHints):
     """Feature map (B, C, H, W) in, channel weights (B, C, 1, 1) out."""
+
+    keep_output_dtype = True
+    rewrite_rules = ("centering",)
+    reference_formula = "channel_covariance"
 
     def __init__(
         self, channels: int, width: int, dr_stride: int, activation: Activation, *, pre_relu: bool
@@ -89,7 +99,7 @@ class ChannelAttention(nn.Module):
         """Return the weights; the covariance is taken in float32 at least."""
         reduced_BdHW = self.reduction(F.relu(features_BCHW) if self.pre_relu else features_BCHW)
         with without_autocast(reduced_BdHW):
-            cov_Bdd = covariance(centred_positions(at_least_float32(reduced_BdHW)))
+            cov_Bdd = covariance(centered_and_scaled(at_least_float32(reduced_BdHW)))
         weights_BC11: Tensor = self.excitation(cov_Bdd)
         return weights_BC11
 
@@ -136,8 +146,11 @@ class PositionSwitches(StrictModel):
     pre_relu: bool = False
 
 
-class PositionAttention(nn.Module):
+class PositionAttention(nn.Module, ExportHints):
     """Feature map (B, C, H, W) in, position weights (B, 1, H, W) out."""
+
+    keep_output_dtype = True
+    rewrite_rules = ("centering", "position_resampling")
 
     def __init__(self, channels: int, width: int, switches: PositionSwitches) -> None:
         super().__init__()
@@ -169,7 +182,7 @@ class PositionAttention(nn.Module):
 
 def position_covariance(small_BdP: Tensor) -> Tensor:
     """Return the (B, P, P) covariance between positions; the d channels are the samples."""
-    return covariance(centred_positions(small_BdP.transpose(1, 2)))
+    return covariance(centered_and_scaled(small_BdP.transpose(1, 2)))
 
 
 def released_covariance(small_BdP: Tensor) -> Tensor:

@@ -19,18 +19,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.errors import TrainingError
-from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtCovConfig
+from sopdeploy.layers.export_hints import ExportHints
+from sopdeploy.layers.isqrt_cov import ISqrtCov
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 
 Kind = Literal["gap", "sop", "linear"]
 
 
-class Components(nn.Module):
+class Components(nn.Module, ExportHints):
     """Feature map (B, C, H, W) in, every component's vector (B, N, D) out; with weights (B, N), their sum.
 
     A component is `before`, its own chain of 1x1 convolutions to *widths*, `after`; see
     `make_components`. *counted* is how many of the N work for one image when a mixture is routed:
     the number whose multiply-adds `macs` counts.
     """
+
+    rewrite_rules = ("mixture_routing",)
 
     def __init__(
         self,
@@ -111,7 +115,7 @@ def make_components(
     *,
     components: int,
     counted: int,
-    root: ISqrtCovConfig,
+    root: NewtonSchulzConfig,
 ) -> tuple[Components, int]:
     """Return components of *kind* and D.
 
@@ -135,16 +139,19 @@ def make_components(
     return bank, length
 
 
-def pooling(kind: Kind, channels: int, root: ISqrtCovConfig) -> tuple[nn.Module, int]:
+def pooling(kind: Kind, channels: int, root: NewtonSchulzConfig) -> tuple[nn.Module, int]:
     """Return what turns a map of *channels* into a vector, and the vector's length."""
     if kind == "sop":
-        layer = ISqrtCov(root.model_copy(update={"width": channels}))
+        layer = ISqrtCov(channels, root)
         return layer, layer.out_features
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels
 
 
-class FusionHead(nn.Module):
+class FusionHead(nn.Module, ExportHints):
     """Pooled vectors (B, D) in, logits (B, classes) out; the baselines have no batch norm."""
+
+    is_classifier = True
+    rewrite_rules = ("fold_fusion_norm",)
 
     def __init__(self, length: int, num_classes: int, *, norm: bool, dropout: float) -> None:
         super().__init__()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sopdeploy.layers.covariance import at_least_float32, without_autocast
 from sopdeploy.layers.distributed import Rows, sum_over_ranks
+from sopdeploy.layers.export_hints import ExportHints
 
 NoisePer = Literal["image", "component"]
 
@@ -44,11 +45,14 @@ class GateNoise(nn.Module):
             return self.rows.draw(shape.detach(), Tensor.normal_) * size_BN
 
 
-class SparseGate(nn.Module):
+class SparseGate(nn.Module, ExportHints):
     """Feature map in, weights (B, N) out: K of them positive and summing to 1, the others 0.
 
     *feature* turns the feature map into f, of D numbers: the prediction layers and a pooling.
     """
+
+    keep_float32 = True
+    is_gate = True
 
     def __init__(self, feature: nn.Module, features: int, components: int, chosen: int) -> None:
         super().__init__()

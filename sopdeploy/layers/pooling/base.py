@@ -9,18 +9,18 @@ from torch import Tensor, nn
 
 from sopdeploy.config import StrictModel
 from sopdeploy.layers.covariance import at_least_float32, without_autocast
+from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.isqrt_cov import dimension_reduction
 
 
-class GlobalPooling(nn.Module, ABC):
-    """Feature map (B, C, H, W) in, representation (B, `out_features`) out.
+class GlobalPooling(nn.Module, ExportHints, ABC):
+    """Feature map (B, C, H, W) in, representation (B, `out_features`) out."""
 
-    `not_exportable` says, where there is no ONNX form that every runtime takes, why, and what to use
-    instead; the exporter refuses with it.
-    """
+    keep_float32 = True
+    cast_inputs = True
+    low_precision_children = ("layer_reduce", "layer_reduce_bn")
 
     out_features: int
-    not_exportable: str | None = None
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the representation; statistics are taken in float32 at least, under autocast too."""

@@ -12,7 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sopdeploy.layers.covariance import centred_positions, covariance, frobenius_norm, upper_triangle_indices
+from sopdeploy.layers.covariance import (
+    centered_and_scaled,
+    covariance,
+    frobenius_norm,
+    upper_triangle_indices,
+)
 from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, ReducedPooling
 from sopdeploy.layers.pooling.bilinear import bilinear
 from sopdeploy.layers.spectral import (
@@ -79,7 +84,7 @@ class EigenPooling(ReducedPooling):
 
     def pool(self, features: Tensor) -> Tensor:
         """Return the triangle."""
-        value_Bdd, lambda_Bd = spectral(covariance(centred_positions(features)), self.function)
+        value_Bdd, lambda_Bd = spectral(covariance(centered_and_scaled(features)), self.function)
         if self.normalise == "M-l2":
             largest_B1 = self.function.value(lambda_Bd)[:, -1:]
             value_Bdd = value_Bdd / largest_B1.clamp_min(SMALLEST)[:, :, None]

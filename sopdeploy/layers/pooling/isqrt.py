@@ -9,12 +9,13 @@ from typing import Annotated, Literal
 import pydantic
 from torch import Tensor, nn
 
-from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtCovConfig
+from sopdeploy.layers.isqrt_cov import ISqrtCov
+from sopdeploy.layers.newton_schulz import RootOptions
 from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
 
 
-class ISqrtPoolingConfig(PoolingConfig):
-    """Switches of the layer; `width` is d (`None`: all channels), the others are `ISqrtCovConfig`'s.
+class ISqrtPoolingConfig(PoolingConfig, RootOptions):
+    """Switches of the layer; `width` is d (`None`: all channels), the others are `RootOptions`'s.
 
     `compensation` undoes the pre-normalisation by the root of the norm, by batch norm on the vector
     (a percent worse in the paper), or not at all (which the paper could not train).
@@ -22,8 +23,6 @@ class ISqrtPoolingConfig(PoolingConfig):
 
     kind: Literal["isqrt"] = "isqrt"
     width: Annotated[int, pydantic.Field(ge=1)] | None = 256
-    iterations: Annotated[int, pydantic.Field(ge=1, le=15)] = 5
-    prenorm: Literal["trace", "frobenius"] = "trace"
     compensation: Literal["norm", "batch_norm", "none"] = "norm"
 
     def build(self, channels: int) -> "ISqrtPooling":
@@ -36,14 +35,7 @@ class ISqrtPooling(ReducedPooling):
 
     def __init__(self, config: ISqrtPoolingConfig, channels: int) -> None:
         super().__init__(channels, config.width)
-        self.root = ISqrtCov(
-            ISqrtCovConfig(
-                width=self.channels,
-                iterations=config.iterations,
-                prenorm=config.prenorm,
-                compensate=config.compensation == "norm",
-            )
-        )
+        self.root = ISqrtCov(self.channels, config.newton_schulz(compensate=config.compensation == "norm"))
         self.out_features = self.root.out_features
         by_batch = config.compensation == "batch_norm"
         self.batch_norm: nn.Module = nn.BatchNorm1d(self.out_features) if by_batch else nn.Identity()

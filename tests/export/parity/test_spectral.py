@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from sopdeploy.errors import ParityError
 from sopdeploy.layers import newton_schulz
-from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtCovConfig
+from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture.components import make_components
 from sopdeploy.layers.mixture.gate import keep_largest
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy_export.graph.torch_export import Deployed
 from sopdeploy_export.parity.report import SpectralRecord
 from sopdeploy_export.parity.spectral import record, spectral_records, violation
@@ -34,8 +35,8 @@ def maps(*shape: int, offset: float = 0.0) -> Tensor:
 
 
 def root(iterations: int = 5, stored: str = "float32", **config: object) -> ISqrtCov:
-    part = ISqrtCov(ISqrtCovConfig(width=24, iterations=iterations, **config))
-    part.rule = part.rule._replace(stored=stored)
+    part = ISqrtCov(24, NewtonSchulzConfig(iterations=iterations, **config))
+    part.config = part.config.model_copy(update={"stored": stored})
     return part
 
 
@@ -78,8 +79,10 @@ def test_every_honest_form_keeps_the_invariants(case: str, form: Callable) -> No
 @pytest.mark.parametrize("form", list(forms(2)))
 def test_the_roots_of_experts_are_measured_one_by_one(form: str, stored: str) -> None:
     torch.manual_seed(0)
-    bank, _ = make_components("sop", 10, (9, 7), components=6, counted=2, root=ISqrtCovConfig(iterations=3))
-    bank.after.rule = bank.after.rule._replace(stored=stored)
+    bank, _ = make_components(
+        "sop", 10, (9, 7), components=6, counted=2, root=NewtonSchulzConfig(iterations=3)
+    )
+    bank.after.config = bank.after.config.model_copy(update={"stored": stored})
     weights = keep_largest(torch.randn(3, 6), 2)
     found = record("mixture", forms(2)[form](bank).eval(), (maps(3, 10, 4, 4), weights))
     assert violation((found,)) is None, found
@@ -108,11 +111,11 @@ def one_step_less(honest: Callable, self: LoweredRoot, given: Tensor) -> Tensor:
     """Stop early, in float32 only."""
     if given.dtype == torch.float64:
         return honest(self, given)
-    rule, self.rule = self.rule, self.rule._replace(iterations=self.rule.iterations - 1)
+    rule, self.config = self.config, self.config.model_copy(update={"iterations": self.config.iterations - 1})
     try:
         return honest(self, given)
     finally:
-        self.rule = rule
+        self.config = rule
 
 
 SABOTAGE = {

@@ -13,9 +13,9 @@ from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import ConfigError, LoweringError, ParityError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.isqrt_cov import ISqrtCovConfig
 from sopdeploy.layers.mixture.components import Components, make_components
 from sopdeploy.layers.mixture.gate import keep_largest
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.detach import detach
@@ -265,7 +265,7 @@ def test_halves_timed_by_the_clock_are_timed_with_their_casts(make: Make, prepro
 
 def tiny_mixture() -> tuple[Components, tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
-    bank, _ = make_components("sop", 6, (5,), components=3, counted=2, root=ISqrtCovConfig(iterations=2))
+    bank, _ = make_components("sop", 6, (5,), components=3, counted=2, root=NewtonSchulzConfig(iterations=2))
     return bank.eval(), (torch.rand(2, 6, 3, 3), keep_largest(torch.randn(2, 3), 2))
 
 

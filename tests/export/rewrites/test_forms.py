@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from sopdeploy.errors import LoweringError
 from sopdeploy.layers.attention.gsop_attention import Excitation
-from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtCovConfig
+from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture.components import Components, FusionHead, make_components
 from sopdeploy.layers.mixture.gate import keep_largest
-from sopdeploy.layers.newton_schulz import newton_schulz
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, newton_schulz
 from sopdeploy_export.rewrites import linear as fusion_norm
 from sopdeploy_export.rewrites.attention import FORMS
 from sopdeploy_export.rewrites.centering import Centering, centre_by_mean, recognise, textbook_centring
@@ -44,7 +44,7 @@ def uneven(part: nn.Module) -> nn.Module:
 
 
 ROOTS = [
-    {"width": 12, "iterations": iterations, "prenorm": prenorm, "compensate": compensate}
+    {"iterations": iterations, "prenorm": prenorm, "compensate": compensate}
     for iterations in (1, 2, 5)
     for prenorm in ("trace", "frobenius")
     for compensate in (True, False)
@@ -55,12 +55,12 @@ ROOTS = [
 @pytest.mark.parametrize("config", ROOTS, ids=str)
 @pytest.mark.parametrize("form", [LoweredRoot, TextbookRoot])
 def test_every_form_of_the_root_is_the_root(config: dict, side: int, form: Callable) -> None:
-    prove("root", "here", ISqrtCov(ISqrtCovConfig(**config)), form, (maps(2, 12, side, side),))
+    prove("root", "here", ISqrtCov(12, NewtonSchulzConfig(**config)), form, (maps(2, 12, side, side),))
 
 
 def test_a_constant_map_has_the_root_of_zero_in_every_form() -> None:
     constant = torch.full((1, 12, 3, 3), 0.3)
-    assert LoweredRoot(ISqrtCov(ISqrtCovConfig(width=12)))(constant).abs().max() < 1e-6
+    assert LoweredRoot(ISqrtCov(12))(constant).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 5])
@@ -74,7 +74,7 @@ def test_the_iteration_without_scalings_is_the_same_bit_for_bit(iterations: int)
 
 def bank(kind: str, chosen: int) -> tuple[Components, tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
-    root = ISqrtCovConfig(iterations=3)
+    root = NewtonSchulzConfig(iterations=3)
     made, _ = make_components(kind, 10, (9, 7), components=6, counted=chosen, root=root)
     weights = keep_largest(torch.randn(3, 6), chosen)
     return made.eval(), (maps(3, 10, 4, 4), weights)
@@ -148,7 +148,7 @@ def test_a_product_with_such_a_constant_becomes_a_mean_or_a_sum(scale: int) -> N
 
 
 def wrong_number_of_steps(before: ISqrtCov) -> nn.Module:
-    before.rule = before.rule._replace(iterations=before.rule.iterations - 1)
+    before.config = before.config.model_copy(update={"iterations": before.config.iterations - 1})
     return LoweredRoot(before)
 
 
@@ -177,7 +177,7 @@ def row_norm_twice(part: Excitation) -> nn.Module:
 
 
 def root() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    return ISqrtCov(ISqrtCovConfig(width=12)), (maps(2, 12, 3, 3),)
+    return ISqrtCov(12), (maps(2, 12, 3, 3),)
 
 
 def head() -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -208,7 +208,7 @@ def test_a_wrong_rewrite_is_refused_with_the_rule_and_the_place(sabotage: str) -
 
 
 def test_a_triangle_in_another_order_is_refused_before_anything_is_rewritten() -> None:
-    part = ISqrtCov(ISqrtCovConfig(width=12))
+    part = ISqrtCov(12)
     part.triangle = part.triangle.flip(0)
     with pytest.raises(LoweringError, match="pooling: its triangle is not the upper one of 12 channels"):
         refuse_other_triangle("pooling", part)

@@ -119,7 +119,7 @@ def test_a_gate_that_keeps_more_than_it_says_is_refused(make: Make) -> None:
 
 def one_step_less(self: LoweredRoot, before: nn.Module) -> None:
     nn.Module.__init__(self)
-    self.rule = before.rule._replace(iterations=before.rule.iterations - 1)
+    self.config = before.config.model_copy(update={"iterations": before.config.iterations - 1})
     self.register_buffer("triangle", before.triangle)
 
 

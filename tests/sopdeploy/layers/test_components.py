@@ -3,16 +3,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtCovConfig
+from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture.components import Components, Kind, make_components, weighted_sum
 from sopdeploy.layers.mixture.gate import keep_largest
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 
 KINDS: list[tuple[Kind, tuple[int, ...]]] = [("gap", (7,)), ("sop", (6, 4)), ("linear", (5,))]
 
 
 def components(kind: Kind, widths: tuple[int, ...], count: int = 4) -> Components:
     torch.manual_seed(0)
-    root = ISqrtCovConfig(iterations=3)
+    root = NewtonSchulzConfig(iterations=3)
     return make_components(kind, 5, widths, components=count, counted=2, root=root)[0].double()
 
 
@@ -32,7 +33,7 @@ def one_by_one(bank: Components, kind: Kind, features: Tensor, component: int) -
     for weight in bank.weights:
         x = F.conv2d(x, weight[component][:, :, None, None])
         x = x if kind == "linear" else F.relu(x)
-    return ISqrtCov(ISqrtCovConfig(width=4, iterations=3))(x) if kind == "sop" else x.mean(dim=(2, 3))
+    return ISqrtCov(4, NewtonSchulzConfig(iterations=3))(x) if kind == "sop" else x.mean(dim=(2, 3))
 
 
 @pytest.mark.parametrize(("kind", "widths"), KINDS)

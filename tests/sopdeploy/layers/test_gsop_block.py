@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sopdeploy.layers.attention.first_order import BottleneckAttendedInside
 from sopdeploy.layers.attention.gsop_block import RELEASED_BLOCK, Concatenation, GSoPBlock, GSoPBlockConfig
-from sopdeploy.layers.covariance import centred_positions
+from sopdeploy.layers.covariance import centered_and_scaled
 
 EPS = 1e-5
 NAMES = {
@@ -201,5 +201,5 @@ def test_attention_inside_leaves_the_shortcut_alone() -> None:
 
 def test_covariance_of_positions_has_channels_as_samples() -> None:
     small_BdP = torch.randn(2, 5, 3, dtype=torch.float64)
-    centred = centred_positions(small_BdP.transpose(1, 2))
+    centred = centered_and_scaled(small_BdP.transpose(1, 2))
     torch.testing.assert_close(centred @ centred.transpose(1, 2), pooled_by_centring_matrix(small_BdP.mT))

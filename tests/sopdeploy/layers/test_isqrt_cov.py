@@ -5,12 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtCovConfig, dimension_reduction
+from sopdeploy.layers.isqrt_cov import ISqrtCov, dimension_reduction
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 
 PRENORMS = ["trace", "frobenius"]
 
 
-def reference(features: Tensor, config: ISqrtCovConfig) -> Tensor:
+def reference(features: Tensor, config: NewtonSchulzConfig) -> Tensor:
     """The layer step by step in float64: centring matrix, plain loop, triangle by two loops."""
     x = features.double().flatten(2)
     _, channels, positions = x.shape
@@ -35,30 +36,30 @@ def reference(features: Tensor, config: ISqrtCovConfig) -> Tensor:
 def test_layer_equals_a_reference_in_float64(prenorm, compensate: bool, width: int, side: int) -> None:
     torch.manual_seed(0)
     for iterations in range(1, 10):
-        config = ISqrtCovConfig(width=width, iterations=iterations, prenorm=prenorm, compensate=compensate)
+        config = NewtonSchulzConfig(iterations=iterations, prenorm=prenorm, compensate=compensate)
         features = torch.randn(2, width, side, side).relu()
         expected = reference(features, config)
-        layer = ISqrtCov(config)
+        layer = ISqrtCov(width, config)
         torch.testing.assert_close(layer(features.double()), expected, rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(layer(features).double(), expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(("width", "features"), [(64, 2080), (128, 8256), (256, 32896)])
 def test_vector_has_the_published_length(width: int, features: int) -> None:
-    layer = ISqrtCov(ISqrtCovConfig(width=width))
+    layer = ISqrtCov(width)
     assert layer.out_features == features
     assert layer(torch.randn(1, width, 2, 2)).shape == (1, features)
 
 
 def test_layer_has_no_state_to_save() -> None:
-    assert not ISqrtCov(ISqrtCovConfig(width=4)).state_dict()
+    assert not ISqrtCov(4).state_dict()
 
 
 @pytest.mark.parametrize("prenorm", PRENORMS)
 @pytest.mark.parametrize("side", [4, 2], ids=["full rank", "rank-deficient"])
 def test_gradients_are_those_of_finite_differences(prenorm, side: int) -> None:
     torch.manual_seed(1)
-    layer = ISqrtCov(ISqrtCovConfig(width=5, iterations=5, prenorm=prenorm))
+    layer = ISqrtCov(5, NewtonSchulzConfig(iterations=5, prenorm=prenorm))
     features = torch.randn(2, 5, side, side, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, (features,))
 
@@ -66,7 +67,7 @@ def test_gradients_are_those_of_finite_differences(prenorm, side: int) -> None:
 @pytest.mark.parametrize("prenorm", PRENORMS)
 @pytest.mark.parametrize("level", [0.0, 0.1, 7.7, 1e4])
 def test_constant_maps_give_a_finite_answer_and_finite_gradients(prenorm, level: float) -> None:
-    layer = ISqrtCov(ISqrtCovConfig(width=8, prenorm=prenorm))
+    layer = ISqrtCov(8, NewtonSchulzConfig(prenorm=prenorm))
     features = torch.full((2, 8, 7, 7), level, requires_grad=True)
     answer = layer(features)
     answer.sum().backward()
@@ -77,7 +78,7 @@ def test_constant_maps_give_a_finite_answer_and_finite_gradients(prenorm, level:
 @pytest.mark.parametrize("prenorm", PRENORMS)
 def test_one_constant_image_does_not_disturb_its_neighbours(prenorm) -> None:
     torch.manual_seed(2)
-    layer = ISqrtCov(ISqrtCovConfig(width=4, prenorm=prenorm))
+    layer = ISqrtCov(4, NewtonSchulzConfig(prenorm=prenorm))
     features = torch.randn(3, 4, 5, 5)
     alone = layer(features[[0, 2]])
     features[1] = 0
@@ -90,7 +91,7 @@ def test_one_constant_image_does_not_disturb_its_neighbours(prenorm) -> None:
 @pytest.mark.parametrize("iterations", [5, 15])
 def test_fewer_positions_than_channels_stay_finite(prenorm, iterations: int) -> None:
     torch.manual_seed(3)
-    layer = ISqrtCov(ISqrtCovConfig(width=64, iterations=iterations, prenorm=prenorm))
+    layer = ISqrtCov(64, NewtonSchulzConfig(iterations=iterations, prenorm=prenorm))
     features = torch.randn(2, 64, 3, 3, requires_grad=True)
     answer = layer(features)
     answer.square().sum().backward()
@@ -100,7 +101,7 @@ def test_fewer_positions_than_channels_stay_finite(prenorm, iterations: int) -> 
 
 @given(scale=st.floats(1e-3, 1e4), shift=st.floats(-10, 10), seed=st.integers(0, 99))
 def test_answer_grows_with_the_features_and_ignores_their_mean(scale, shift, seed) -> None:
-    layer = ISqrtCov(ISqrtCovConfig(width=5))
+    layer = ISqrtCov(5)
     features = torch.randn(1, 5, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     expected = scale * layer(features)
     torch.testing.assert_close(layer(scale * (features + shift)), expected, rtol=1e-6, atol=1e-8 * scale)
@@ -109,7 +110,7 @@ def test_answer_grows_with_the_features_and_ignores_their_mean(scale, shift, see
 @given(seed=st.integers(0, 99))
 def test_order_of_the_positions_does_not_matter(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    layer = ISqrtCov(ISqrtCovConfig(width=5))
+    layer = ISqrtCov(5)
     features = torch.randn(1, 5, 12, 1, dtype=torch.float64, generator=generator)
     shuffled = features[:, :, torch.randperm(12, generator=generator)]
     torch.testing.assert_close(layer(shuffled), layer(features))
@@ -117,7 +118,7 @@ def test_order_of_the_positions_does_not_matter(seed: int) -> None:
 
 def test_autocast_does_not_reach_into_the_layer() -> None:
     torch.manual_seed(4)
-    layer = ISqrtCov(ISqrtCovConfig(width=16))
+    layer = ISqrtCov(16)
     features = torch.randn(2, 16, 6, 6)
     expected = layer(features)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -129,16 +130,14 @@ def test_autocast_does_not_reach_into_the_layer() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_features_are_widened(dtype: torch.dtype) -> None:
     features = torch.randn(1, 4, 6, 6, dtype=dtype)
-    layer = ISqrtCov(ISqrtCovConfig(width=4))
+    layer = ISqrtCov(4)
     assert torch.equal(layer(features), layer(features.float()))
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"iterations": 0}, {"iterations": 16}, {"width": 0}, {"prenorm": "none"}, {"depth": 3}]
-)
+@pytest.mark.parametrize("wrong", [{"iterations": 0}, {"iterations": 16}, {"prenorm": "none"}, {"depth": 3}])
 def test_config_refuses_what_the_layer_cannot_do(wrong: dict[str, object]) -> None:
     with pytest.raises(pydantic.ValidationError):
-        ISqrtCovConfig(**wrong)
+        NewtonSchulzConfig(**wrong)
 
 
 def test_dimension_reduction_is_a_1x1_convolution_without_bias_batch_norm_and_relu() -> None:

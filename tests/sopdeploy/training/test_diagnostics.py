@@ -8,7 +8,7 @@ from sopdeploy import create_model
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.base import ArrayImages, Prepared
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.covariance import centred_positions, covariance
+from sopdeploy.layers.covariance import centered_and_scaled, covariance
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.training.diagnostics import look, spectrum_epochs
 from sopdeploy.training.history import EpochRow, history_csv
@@ -64,7 +64,7 @@ def test_spectra_are_those_of_the_covariance_and_of_its_root(branched) -> None:
         branched.heads(NORMALISE(torch.from_numpy(np.stack([held_out[place][0] for place in range(7)]))))
     handle.remove()
     spectrum = seen.spectra["branches.layer1_0.pooling"]
-    sigma = covariance(centred_positions(maps[0].double()))
+    sigma = covariance(centered_and_scaled(maps[0].double()))
     wanted = torch.linalg.eigvalsh(sigma).flip(1).mean(0)
     assert spectrum.before == pytest.approx([float(wanted[place - 1]) for place in spectrum.places], abs=1e-9)
     roots = torch.linalg.eigvalsh(sigma).clamp_min(0).sqrt().flip(1).mean(0)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from sopdeploy.layers.isqrt_gradient import Rule
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 
 
-def textbook_root(features: Tensor, rule: Rule) -> Tensor:
+def textbook_root(features: Tensor, rule: NewtonSchulzConfig) -> Tensor:
     x = features.flatten(2)
     x = x - x.mean(dim=2, keepdim=True)
     cov = x @ x.transpose(1, 2) / x.shape[2]

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from sopdeploy.layers.isqrt_gradient import Rule, covariance_root
-from sopdeploy.layers.newton_schulz import newton_schulz
+from sopdeploy.layers.isqrt_cov import covariance_root
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, newton_schulz
 from tests.sopdeploy.layers.numerics.references import relu_features
 
 
 @pytest.mark.parametrize("iterations", [5, 10, 15])
 @pytest.mark.parametrize("side", [3, 9], ids=["positions", "channels"])
 def test_root_of_a_float32_map_is_symmetric_but_for_rounding(side: int, iterations: int) -> None:
-    root = covariance_root(relu_features(2, 48, side).float(), Rule(iterations, "trace", True))
+    root = covariance_root(relu_features(2, 48, side).float(), NewtonSchulzConfig(iterations=iterations))
     assert (root - root.transpose(1, 2)).norm() < 1e-5 * root.norm()
 
 

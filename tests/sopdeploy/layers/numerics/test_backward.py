@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from sopdeploy.layers.covariance import upper_triangle_indices
-from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtCovConfig
-from sopdeploy.layers.isqrt_gradient import ISqrtVector, Rule, isqrt_vector, plain_vector
+from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtVector, isqrt_vector
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 
 RULES = [
-    Rule(iterations, prenorm, compensate)
+    NewtonSchulzConfig(iterations=iterations, prenorm=prenorm, compensate=compensate)
     for iterations, prenorm, compensate in itertools.product(
         (1, 2, 3, 5, 9), ("trace", "frobenius"), (True, False)
     )
@@ -24,12 +24,12 @@ def gradient(function, features, triangle, rule, grad):
 
 @SHAPES
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_gradient_by_hand_is_that_of_autograd(channels: int, side: int, rule: Rule) -> None:
+def test_gradient_by_hand_is_that_of_autograd(channels: int, side: int, rule: NewtonSchulzConfig) -> None:
     torch.manual_seed(0)
     triangle = upper_triangle_indices(channels)
     features = torch.randn(3, channels, side, side, dtype=torch.float64).relu().requires_grad_()
     grad = torch.randn(3, len(triangle), dtype=torch.float64)
-    expected = gradient(plain_vector, features, triangle, rule, grad)
+    expected = gradient(isqrt_vector, features, triangle, rule, grad)
     found = gradient(ISqrtVector.apply, features, triangle, rule, grad)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
@@ -37,12 +37,12 @@ def test_gradient_by_hand_is_that_of_autograd(channels: int, side: int, rule: Ru
 @SHAPES
 def test_float32_gradient_is_as_near_to_float64_as_autograd_is(channels: int, side: int) -> None:
     torch.manual_seed(1)
-    triangle, rule = upper_triangle_indices(channels), Rule(5, "trace", True)
+    triangle, rule = upper_triangle_indices(channels), NewtonSchulzConfig()
     features = torch.randn(3, channels, side, side).relu().requires_grad_()
     grad = torch.randn(3, len(triangle))
-    exact = gradient(plain_vector, features.double(), triangle, rule, grad.double())
+    exact = gradient(isqrt_vector, features.double(), triangle, rule, grad.double())
     hand = gradient(ISqrtVector.apply, features, triangle, rule, grad)
-    autograd = gradient(plain_vector, features, triangle, rule, grad)
+    autograd = gradient(isqrt_vector, features, triangle, rule, grad)
     assert (hand - exact).norm() <= 4 * (autograd - exact).norm()
 
 
@@ -50,7 +50,7 @@ def test_float32_gradient_is_as_near_to_float64_as_autograd_is(channels: int, si
 @pytest.mark.parametrize("prenorm", ["trace", "frobenius"])
 def test_first_and_second_gradients_are_those_of_finite_differences(channels, side, prenorm) -> None:
     torch.manual_seed(2)
-    layer = ISqrtCov(ISqrtCovConfig(width=channels, prenorm=prenorm))
+    layer = ISqrtCov(channels, NewtonSchulzConfig(prenorm=prenorm))
     features = torch.randn(1, channels, side, side, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, (features,), fast_mode=True)
     assert torch.autograd.gradgradcheck(layer, (features,), fast_mode=True)
@@ -58,11 +58,11 @@ def test_first_and_second_gradients_are_those_of_finite_differences(channels, si
 
 def test_a_hessian_product_is_that_of_the_plain_forward() -> None:
     torch.manual_seed(3)
-    triangle, rule = upper_triangle_indices(8), Rule(5, "trace", True)
+    triangle, rule = upper_triangle_indices(8), NewtonSchulzConfig()
     features = torch.randn(2, 8, 2, 2, dtype=torch.float64, requires_grad=True)
     direction = torch.randint(0, 2, features.shape).double() * 2 - 1  # Rademacher, as AdaHessian draws
     products = []
-    for function in (isqrt_vector, plain_vector):
+    for function in (ISqrtVector.apply, isqrt_vector):
         loss = function(features, triangle, rule).square().sum()
         (first,) = torch.autograd.grad(loss, features, create_graph=True)
         products.append(torch.autograd.grad(first, features, direction)[0])
@@ -72,7 +72,7 @@ def test_a_hessian_product_is_that_of_the_plain_forward() -> None:
 @pytest.mark.parametrize("side", [2, 5])
 def test_training_and_inference_give_the_same_bits(side: int) -> None:
     torch.manual_seed(4)
-    layer = ISqrtCov(ISqrtCovConfig(width=12))
+    layer = ISqrtCov(12)
     features = torch.randn(2, 12, side, side)
     assert torch.equal(layer(features.clone().requires_grad_()), layer(features))
 
@@ -80,7 +80,7 @@ def test_training_and_inference_give_the_same_bits(side: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gradient_of_a_half_precision_map_has_its_type(dtype: torch.dtype) -> None:
     torch.manual_seed(5)
-    layer = ISqrtCov(ISqrtCovConfig(width=6))
+    layer = ISqrtCov(6)
     features = torch.randn(2, 6, 4, 4).to(dtype).requires_grad_()
     layer(features).sum().backward()
     assert features.grad.dtype == dtype
@@ -93,5 +93,5 @@ def test_gradient_of_the_map_sums_to_zero_over_positions() -> None:
     torch.manual_seed(6)
     for side in (2, 6):
         features = torch.randn(2, 8, side, side, dtype=torch.float64, requires_grad=True)
-        ISqrtCov(ISqrtCovConfig(width=8))(features).square().sum().backward()
+        ISqrtCov(8)(features).square().sum().backward()
         assert features.grad.sum(dim=(2, 3)).abs().max() < 1e-12

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sopdeploy.layers.isqrt_gradient import Rule, covariance_root, normalise, positions_are_cheaper
+from sopdeploy.layers.isqrt_cov import covariance_root, gram_is_cheaper, prenormalize
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from tests.sopdeploy.layers.numerics.references import relative_error, relu_features, textbook_root
 
 PRENORMS = pytest.mark.parametrize("prenorm", ["trace", "frobenius"])
@@ -14,7 +15,7 @@ PRENORMS = pytest.mark.parametrize("prenorm", ["trace", "frobenius"])
 @pytest.mark.parametrize("iterations", [1, 2, 3, 5, 10])
 @pytest.mark.parametrize(("channels", "side"), [(32, 3), (16, 1), (20, 4), (9, 5)])
 def test_root_is_the_textbook_loop_in_float64(channels, side, iterations, compensate, prenorm) -> None:
-    rule = Rule(iterations, prenorm, compensate)
+    rule = NewtonSchulzConfig(iterations=iterations, prenorm=prenorm, compensate=compensate)
     features = relu_features(2, channels, side)
     if side == 1:
         assert (covariance_root(features, rule) == 0).all()
@@ -27,9 +28,9 @@ def test_root_is_the_textbook_loop_in_float64(channels, side, iterations, compen
 def test_float32_over_positions_is_no_further_from_float64_than_over_channels(
     channels, side, prenorm
 ) -> None:
-    rule = Rule(5, prenorm, True)
+    rule = NewtonSchulzConfig(prenorm=prenorm)
     features = relu_features(2, channels, side)
-    assert normalise(features, rule).by_positions
+    assert prenormalize(features, rule).use_gram
     exact = textbook_root(features, rule)
     by_channels = relative_error(textbook_root(features.float(), rule), exact)
     assert relative_error(covariance_root(features.float(), rule), exact) < min(1e-6, 1.5 * by_channels)
@@ -50,19 +51,19 @@ def test_float32_over_positions_is_no_further_from_float64_than_over_channels(
     ],
 )
 def test_the_cheaper_product_is_chosen(channels, positions, iterations, expected) -> None:
-    assert positions_are_cheaper(channels, positions, iterations) is expected
+    assert gram_is_cheaper(channels, positions, iterations) is expected
 
 
 def test_shapes_unknown_beforehand_stay_with_the_channels() -> None:
     class Unknown(int):
         """Stands for a symbolic size."""
 
-    assert positions_are_cheaper(256, 49, 5)
-    assert not positions_are_cheaper(256, Unknown(49), 5)
+    assert gram_is_cheaper(256, 49, 5)
+    assert not gram_is_cheaper(256, Unknown(49), 5)
 
 
 @pytest.mark.parametrize("side", [3, 8])
 def test_root_grows_with_the_features(side: int) -> None:
     features = relu_features(2, 32, side)
-    rule = Rule(5, "trace", True)
+    rule = NewtonSchulzConfig()
     torch.testing.assert_close(covariance_root(7.0 * features, rule), 7.0 * covariance_root(features, rule))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sopdeploy.layers.isqrt_cov import ISqrtCov, ISqrtCovConfig
-from sopdeploy.layers.isqrt_gradient import Rule, covariance_root
+from sopdeploy.layers.isqrt_cov import ISqrtCov, covariance_root
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from tests.sopdeploy.layers.numerics.references import relative_error, relu_features
 
 
@@ -12,7 +12,7 @@ from tests.sopdeploy.layers.numerics.references import relative_error, relu_feat
 @pytest.mark.parametrize("iterations", range(1, 16))
 @pytest.mark.parametrize("side", [3, 9], ids=["rank-deficient", "full rank"])
 def test_forward_and_backward_stay_finite_and_near_float64(side, iterations, prenorm) -> None:
-    layer = ISqrtCov(ISqrtCovConfig(width=48, iterations=iterations, prenorm=prenorm))
+    layer = ISqrtCov(48, NewtonSchulzConfig(iterations=iterations, prenorm=prenorm))
     exact = relu_features(2, 48, side).requires_grad_()
     rough = exact.detach().float().requires_grad_()
     for features in (exact, rough):
@@ -25,6 +25,6 @@ def test_dead_channels_and_repeated_positions_stay_finite_at_fifteen_steps() -> 
     features = relu_features(2, 48, 7).float()
     features[:, ::2] = 0
     features[:, :, 3:] = features[:, :, :1]
-    root = covariance_root(features, Rule(15, "trace", True))
+    root = covariance_root(features, NewtonSchulzConfig(iterations=15))
     assert torch.isfinite(root).all()
     assert (root[:, ::2] == 0).all()

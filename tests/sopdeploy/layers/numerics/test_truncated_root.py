@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sopdeploy.layers.isqrt_gradient import Rule, covariance_root
-from sopdeploy.layers.newton_schulz import newton_schulz
+from sopdeploy.layers.isqrt_cov import covariance_root
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, newton_schulz
 from sopdeploy.layers.spectral import power, spectral
 from tests.sopdeploy.layers.numerics.references import relative_error, relu_features
 
@@ -20,6 +20,8 @@ def test_the_iterate_is_far_from_the_root_and_more_steps_come_nearer() -> None:
     features = relu_features(1, 64, 8)
     x = features.flatten(2) - features.flatten(2).mean(dim=2, keepdim=True)
     exact, _ = spectral(x @ x.transpose(1, 2) / 64, power(0.5))
-    errors = [relative_error(covariance_root(features, Rule(n, "trace", True)), exact) for n in (3, 5, 15)]
+    errors = [
+        relative_error(covariance_root(features, NewtonSchulzConfig(iterations=n)), exact) for n in (3, 5, 15)
+    ]
     assert errors[0] > errors[1] > 0.05
     assert errors[2] < 0.01

@@ -1,0 +1,54 @@
+"""Declarations on layers that tell the exporter how to convert them.
+
+The exporter reads these attributes instead of naming classes, so a new layer needs no change in the exporter.
+"""
+
+from typing import ClassVar
+
+from torch import nn
+
+
+class ExportHints:
+    """Mixin of class attributes for `nn.Module` subclasses that need special treatment at export.
+
+    Attributes:
+        keep_float32: The layer and its children stay in float32 when the network is converted to float16 or
+            bfloat16, and so does what they compute without weights (covariance, softmax, means).
+        low_precision_children: Names of children that are converted although `keep_float32` is set, such as
+            the 1x1 convolution that precedes a covariance.
+        cast_inputs: A layer without weights of its own receives its first input in float32. It has no
+            effect where one of `low_precision_children` exists: that child receives the input instead.
+        keep_output_dtype: The output is cast to the network's own type, because it scales a feature map.
+        is_classifier: A linear classifier; `bf16-backbone` keeps it in float32.
+        is_gate: A mixture gate with `feature`, `logits(feature)` and `chosen`; parity checks report routing.
+        rewrite_rules: Names of the rewrite rules that apply to the layer. A rule reads these attributes:
+
+            - `newton_schulz`: `width`, `config` (`NewtonSchulzConfig`), `triangle`, `roots(features)`
+            - `centering`: `reduction`, and `switches` on a position-wise attention
+            - `row_convolution`: `row_bn`, `row_conv`, `conv`, `activation`
+            - `position_resampling`: `switches`
+            - `mixture_routing`: `components`, `counted`, `before`, `weights`, `after`, `rectified`
+            - `fold_fusion_norm`: `bn`, `dropout`, `fc`
+        reference_formula: Name of the paper's formula that replaces the layer when the rewrite rules are
+            turned off: `newton_schulz`, `channel_covariance` or `row_convolution`.
+        not_exportable: Why the layer has no ONNX form that every runtime accepts, and what to use instead.
+            The exporter refuses the network with this message.
+    """
+
+    keep_float32: ClassVar[bool] = False
+    low_precision_children: ClassVar[tuple[str, ...]] = ()
+    cast_inputs: ClassVar[bool] = False
+    keep_output_dtype: ClassVar[bool] = False
+    is_classifier: ClassVar[bool] = False
+    is_gate: ClassVar[bool] = False
+    rewrite_rules: ClassVar[tuple[str, ...]] = ()
+    reference_formula: ClassVar[str | None] = None
+    not_exportable: str | None = None
+
+
+_DEFAULTS = ExportHints()
+
+
+def export_hints(module: nn.Module) -> ExportHints:
+    """Look up the declarations of *module*; modules of torch and timm have the defaults."""
+    return module if isinstance(module, ExportHints) else _DEFAULTS
