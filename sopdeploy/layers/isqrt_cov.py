@@ -51,9 +51,7 @@ class ISqrtCov(nn.Module, ExportHints):
 
     def forward(self, features_BdHW: Tensor) -> Tensor:
         """Compute the upper triangle, row by row."""
-        by_hand = (
-            features_BdHW.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        )
+        trains = features_BdHW.requires_grad and torch.is_grad_enabled()
         with without_autocast(features_BdHW):
             if trains and not torch.compiler.is_compiling():
                 vector: Tensor = ISqrtVector.apply(features_BdHW, self.triangle, self.config)
