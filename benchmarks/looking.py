@@ -13,7 +13,7 @@ from time import process_time
 from measure import compare, parse, report
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.data.base import Prepared
+from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.sources import open_data
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.training.diagnostics import look
@@ -25,7 +25,7 @@ def main() -> None:
     """Measure and print."""
     arguments = parse(__doc__)
     recipe = read_recipe("digits-dsop", ["epochs=1", "threads=1"])
-    held_out = Prepared(open_data(recipe.data).held_out, recipe.preprocess)
+    held_out = PreprocessedDataset(open_data(recipe.data).held_out, recipe.preprocess)
     normalise = Normalize(recipe.preprocess)
     with tempfile.TemporaryDirectory() as folder:
         train(recipe, Path(folder) / "first")

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sopdeploy.data.augment import Augmentation, Augmented, RandomResizedCrop, RandomSide
-from sopdeploy.data.batches import KEPT_BLOCKS, load_batches
+from sopdeploy.data.augment import Augmentation, AugmentedDataset, RandomResizedCrop, RandomSide
+from sopdeploy.data.batches import PILLOW_BLOCKS, load_batches
 from sopdeploy.data.datasets.folder import open_classes
 from sopdeploy.images.preprocess import Preprocess
 
@@ -70,21 +70,21 @@ def write(root: Path, size: tuple[int, int], quality: int, count: int) -> int:
     return int(statistics.mean(lengths))
 
 
-def view(root: Path, way: Augmentation, source: str = "files", epoch: int = 0) -> Augmented:
+def view(root: Path, way: Augmentation, source: str = "files", epoch: int = 0) -> AugmentedDataset:
     """Return the pictures as training sees them."""
-    return Augmented(open_classes(root / source, CLASSES), way, Preprocess(), 0, epoch)
+    return AugmentedDataset(open_classes(root / source, CLASSES), way, Preprocess(), 0, epoch)
 
 
 def per_core(root: Path, runs: int) -> dict[str, float]:
     """Return the pictures that one core prepares in a second, for each way and beside them."""
-    views = {name: (view(root, way), KEPT_BLOCKS) for name, way in WAYS.items()}
+    views = {name: (view(root, way), PILLOW_BLOCKS) for name, way in WAYS.items()}
     views["random-resized-crop, memory given back"] = (view(root, WAYS["random-resized-crop"]), 0)
     views["random-resized-crop from a tar"] = (
         view(root, WAYS["random-resized-crop"], "all.tar"),
-        KEPT_BLOCKS,
+        PILLOW_BLOCKS,
     )
 
-    def pass_over(pictures: Augmented, blocks: int) -> None:
+    def pass_over(pictures: AugmentedDataset, blocks: int) -> None:
         Image.core.set_blocks_max(blocks)  # type: ignore[attr-defined]
         for index in range(len(pictures)):
             pictures[index]

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sopdeploy.evaluation.statistics import t_quantile, t_tail
+from scipy.stats import t
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,4 +41,6 @@ def paired(ours: Sequence[float], other: Sequence[float]) -> Paired:
     error = statistics.stdev(differences) / math.sqrt(n)
     if error == 0:
         return Paired(n, mean, 0.0, wins, 1.0 if mean == 0 else 0.0)
-    return Paired(n, mean, t_quantile(0.975, n - 1) * error, wins, 2 * t_tail(abs(mean) / error, n - 1))
+    return Paired(
+        n, mean, float(t.ppf(0.975, n - 1)) * error, wins, float(2 * t.sf(abs(mean) / error, n - 1))
+    )

@@ -30,12 +30,12 @@ from gain.textures import TextureConfig, textures
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.cifar_resnet import SmallResNetConfig
 from sopdeploy.config import StrictModel
-from sopdeploy.data.batches import batches_in_order, shuffled_batches
+from sopdeploy.data.batches import sequential_batches, shuffled_batches
 from sopdeploy.layers.residual import PaddedShortcut
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.dsop_cifar import DSoPSmallResNet, DSoPSmallResNetConfig
 from sopdeploy.models.plain import PlainSmallResNet
-from sopdeploy.seeds import seed_of
+from sopdeploy.seeds import derive_seed
 from sopdeploy.training.losses import training_loss
 from sopdeploy.training.schedule import OneCycle
 from sopdeploy_export.detach import detach
@@ -140,7 +140,7 @@ def build(run: Run) -> Classifier:
 def made(name: str, values: Mapping[str, Any], run: Run) -> Classifier:
     """Return the network *name* with the switches *values*, freshly drawn by the run's seed."""
     kind, config = NETWORKS[name]
-    torch.manual_seed(seed_of(run.seed, "start"))
+    torch.manual_seed(derive_seed(run.seed, "start"))
     network = kind(config.model_validate(values), CLASSES)
     set_strides(network, run)
     return network
@@ -173,11 +173,11 @@ def train(network: Classifier, task: Task, run: Run) -> float:
         for step, members in enumerate(batches):
             factor = schedule.factor(epoch + step / len(batches), run.epochs)
             optimizer.param_groups[0]["lr"] = run.learning_rate * factor
-            torch.manual_seed(seed_of(run.seed, "step", epoch, step))
+            torch.manual_seed(derive_seed(run.seed, "step", epoch, step))
             images = task.train[members]
             if run.augment:
                 images = augmented(images)
-            torch.manual_seed(seed_of(run.seed, "noise", epoch, step))
+            torch.manual_seed(derive_seed(run.seed, "noise", epoch, step))
             loss = training_loss(network(images), task.labels[members], network.loss_weights())
             optimizer.zero_grad()
             loss.total.backward()
@@ -208,7 +208,7 @@ def ship(network: Classifier, run: Run) -> Backbone:
 def accuracy(network: Backbone, task: Task) -> float:
     """Return the percentage of test pictures that *network* names rightly."""
     hits = 0
-    for members in batches_in_order(len(task.test_labels), 500):
+    for members in sequential_batches(len(task.test_labels), 500):
         hits += int((network(task.test[members]).argmax(dim=1) == task.test_labels[members]).sum())
     return 100.0 * hits / len(task.test_labels)
 

@@ -11,7 +11,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.data.base import ArrayImages
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.datasets.small import open_digits
-from sopdeploy.seeds import seed_of
+from sopdeploy.seeds import derive_seed
 
 HELD_OUT = 5000  # of CIFAR's training pictures, to look at hyper-parameters
 
@@ -46,7 +46,7 @@ def digits(config: DigitsConfig, seed: int) -> Task:
     grey = torch.from_numpy(np.concatenate([part.images for part in parts])).float() / 255.0
     labels = torch.from_numpy(np.concatenate([part.targets for part in parts]))
     pictures = ((grey - grey.mean()) / grey.std())[:, None].expand(-1, 3, -1, -1)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed_of(seed, "subset")))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive_seed(seed, "subset")))
     learnt, measured = order[: config.train], order[config.train :]
     return Task(pictures[learnt], labels[learnt], pictures[measured], labels[measured])
 
@@ -57,9 +57,9 @@ def cifar(config: CifarConfig, seed: int) -> Task:
         train, labels, test, test_labels = (
             torch.from_numpy(stored[name]) for name in ("train", "labels", "test", "test_labels")
         )
-    fixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed_of(0, "held out")))
+    fixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive_seed(0, "held out")))
     held, rest = fixed[:HELD_OUT], fixed[HELD_OUT:]
-    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed_of(seed, "subset")))
+    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(derive_seed(seed, "subset")))
     learnt = rest[order[: config.train]]
     if config.held_out:
         test, test_labels = train[held], labels[held]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gain.task import Task
 from sopdeploy.config import StrictModel
-from sopdeploy.seeds import seed_of
+from sopdeploy.seeds import derive_seed
 
 SIDE, CHANNELS, REACH = 32, 3, 5
 TEST_PICTURES = 4000
@@ -44,7 +44,7 @@ class TextureConfig(StrictModel):
 
 def class_filters(config: TextureConfig, seed: int) -> Tensor:
     """Return (classes, 3, 3, 5, 5) filters, every output channel of unit length (unit power)."""
-    random = torch.Generator().manual_seed(seed_of(seed, "filters"))
+    random = torch.Generator().manual_seed(derive_seed(seed, "filters"))
     shape = (CHANNELS, CHANNELS, REACH, REACH)
     base = torch.randn(shape, generator=random)
     own = torch.randn(config.classes, *shape, generator=random)
@@ -80,7 +80,7 @@ def textures(config: TextureConfig, seed: int) -> Task:
     filters = class_filters(config, seed)
     parts = []
     for name, count in (("train", config.train), ("test", TEST_PICTURES)):
-        random = torch.Generator().manual_seed(seed_of(seed, name))
+        random = torch.Generator().manual_seed(derive_seed(seed, name))
         looks = torch.arange(count) % config.classes
         kinds = torch.arange(count) // config.classes % config.kinds
         pictures = disturbed(fields(filters, looks, random), config, random)

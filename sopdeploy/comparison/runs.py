@@ -20,7 +20,7 @@ from sopdeploy.comparison.verdict import Comparison, Results, judge
 from sopdeploy.data.base import Split
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.evaluation.prediction import scores_of
+from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.files import atomic_write
 from sopdeploy.training.callbacks import Progress
 from sopdeploy.training.distributed.strategy import SingleProcess, choose_device
@@ -71,8 +71,10 @@ def last_answers(recipe: Recipe, path: Path, data: Split) -> NDArray[np.bool_]:
             return right
     checkpoint = read_checkpoint(last)
     model = build_classifier(checkpoint, last).to(choose_device(recipe.device))
-    scores = scores_of(model, checkpoint.labels, data.held_out, checkpoint.preprocess, workers=recipe.workers)
-    right = np.asarray([one.right for one in scores])
+    scores = score_images(
+        model, checkpoint.labels, data.held_out, checkpoint.preprocess, workers=recipe.workers
+    )
+    right = np.asarray([one.correct for one in scores])
     try:
         with atomic_write(kept) as partial, partial.open("wb") as file:
             np.save(file, right, allow_pickle=False)

@@ -17,23 +17,23 @@ from PIL import Image
 from sopdeploy.config import Positive, Share, StrictModel
 from sopdeploy.data.base import ImagesDataset
 from sopdeploy.data.image_files import ImageFiles, loaded
-from sopdeploy.data.rand_augment import Distortion
+from sopdeploy.data.rand_augment import RandAugment
 from sopdeploy.images.preprocess import (
     RESAMPLING,
     SIDEWAYS,
     Preprocess,
     Side,
-    centre_crop,
-    orientation,
+    center_crop,
+    exif_orientation,
     to_rgb,
 )
-from sopdeploy.seeds import seed_of
+from sopdeploy.seeds import derive_seed
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the source
 Fraction = Annotated[float, pydantic.Field(gt=0, le=1)]
 
 
-class CentreCrop(StrictModel):
+class CenterCrop(StrictModel):
     """No crop of its own: the picture is prepared as in evaluation, then mirrored with chance `flip`."""
 
     kind: Literal["centre"]
@@ -41,7 +41,7 @@ class CentreCrop(StrictModel):
 
     def crop(self, picture: Image.Image, rules: Preprocess, _random: Random) -> NDArray[np.uint8]:
         """Return the centre crop."""
-        return centre_crop(picture, rules)
+        return center_crop(picture, rules)
 
 
 class PadCrop(StrictModel):
@@ -56,7 +56,7 @@ class PadCrop(StrictModel):
 
     def crop(self, picture: Image.Image, rules: Preprocess, random: Random) -> NDArray[np.uint8]:
         """Return the window."""
-        framed = np.pad(centre_crop(picture, rules), ((self.pad, self.pad), (self.pad, self.pad), (0, 0)))
+        framed = np.pad(center_crop(picture, rules), ((self.pad, self.pad), (self.pad, self.pad), (0, 0)))
         top, left = random.randint(0, 2 * self.pad), random.randint(0, 2 * self.pad)
         return framed[top : top + rules.crop, left : left + rules.crop]
 
@@ -127,7 +127,7 @@ class RandomSide(Boxed):
 
 
 Augmentation = Annotated[
-    CentreCrop | PadCrop | RandomResizedCrop | RandomSide, pydantic.Field(discriminator="kind")
+    CenterCrop | PadCrop | RandomResizedCrop | RandomSide, pydantic.Field(discriminator="kind")
 ]
 
 
@@ -146,7 +146,7 @@ def crop_of_draft(
     """
     picture = pictures.header(index)
     width, height = picture.size
-    turned = rules.exif_orientation and orientation(picture) in SIDEWAYS
+    turned = rules.exif_orientation and exif_orientation(picture) in SIDEWAYS
     size = (height, width) if turned else (width, height)
     box = way.box(size, rules.crop, random)
     left, top, right, bottom = box
@@ -157,11 +157,11 @@ def crop_of_draft(
     return cut(decoded, (left * x, top * y, right * x, bottom * y), rules), int(pictures.targets[index])
 
 
-NONE = Distortion()
+NONE = RandAugment()
 
 
 @dataclass(frozen=True, slots=True)
-class Augmented(ImagesDataset):
+class AugmentedDataset(ImagesDataset):
     """Pictures as one epoch of training sees them: a function of seed, epoch and sample.
 
     A sample that an epoch shows again is asked for as `sample + copy * len`, so that it looks different.
@@ -171,11 +171,11 @@ class Augmented(ImagesDataset):
     preprocess: Preprocess
     seed: int
     epoch: int
-    distortion: Distortion = NONE
+    distortion: RandAugment = NONE
 
     def __getitem__(self, position: int) -> tuple[NDArray[np.uint8], int]:
         index = position % len(self.pictures)
-        random = Random(seed_of(self.seed, "augment", self.epoch, position))  # noqa: S311
+        random = Random(derive_seed(self.seed, "augment", self.epoch, position))  # noqa: S311
         way, rules = self.augmentation, self.preprocess
         if isinstance(way, Boxed) and way.draft and isinstance(self.pictures, ImageFiles):
             array, label = crop_of_draft(self.pictures, index, way, rules, random)
@@ -184,5 +184,5 @@ class Augmented(ImagesDataset):
             array = way.crop(to_rgb(stored, rules), rules, random)
         if random.random() < way.flip:
             array = array[:, ::-1]
-        seed = seed_of(self.seed, "distort", self.epoch, position)
+        seed = derive_seed(self.seed, "distort", self.epoch, position)
         return self.distortion(array, rules, seed), label

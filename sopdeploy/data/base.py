@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.seeds import seed_of
+from sopdeploy.seeds import derive_seed
 
 
 class LabeledImages(Protocol):
@@ -68,7 +68,7 @@ class ImagesDataset:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared(ImagesDataset):
+class PreprocessedDataset(ImagesDataset):
     """Pictures as the service would prepare them: evaluation sees exactly what is served."""
 
     preprocess: Preprocess
@@ -104,7 +104,7 @@ def hold_out(keys: Sequence[str], targets: Sequence[int], fraction: float, seed:
         members.setdefault(target, []).append(index)
     held = [False] * len(keys)
     for indices in members.values():
-        drawn = sorted(indices, key=lambda index: (seed_of(seed, "hold-out", keys[index]), keys[index]))
+        drawn = sorted(indices, key=lambda index: (derive_seed(seed, "hold-out", keys[index]), keys[index]))
         count = min(max(1, round(fraction * len(indices))), len(indices) - 1)
         for index in drawn[:count]:
             held[index] = True

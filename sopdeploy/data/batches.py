@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from sopdeploy.data.base import Dataset
 from sopdeploy.errors import DataError
-from sopdeploy.seeds import seed_of
+from sopdeploy.seeds import derive_seed
 
-KEPT_BLOCKS = 2  # of 16 MB each, the most that a photograph and its conversion need
+PILLOW_BLOCKS = 2  # of 16 MB each, the most that a photograph and its conversion need
 Batch = tuple[Tensor, Tensor]  # images (B, H, W, 3) uint8, labels (B,) int64
 
 
@@ -26,7 +26,7 @@ def shuffled_batches(samples: int, batch_size: int, seed: int, epoch: int) -> li
 
     The sizes differ by one at most, so that no sample is dropped and no batch is too small for batch norm.
     """
-    generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
     order = torch.randperm(samples, generator=generator)
     return [chunk.tolist() for chunk in order.tensor_split(number_of_batches(samples, batch_size))]
 
@@ -37,7 +37,7 @@ def balanced_batches(targets: NDArray[np.int64], batch_size: int, seed: int, epo
     A class goes through its samples in a random order and starts again, so that none is shown twice before
     all were shown once; the second showing of a sample is `sample + len(targets)`, and so on.
     """
-    random = np.random.default_rng(seed_of(seed, "balanced order", epoch))
+    random = np.random.default_rng(derive_seed(seed, "balanced order", epoch))
     members = [np.flatnonzero(targets == target) for target in np.unique(targets)]
     shares = np.diff(np.linspace(0, len(targets), len(members) + 1).round().astype(int))
     shown: list[int] = []
@@ -55,7 +55,7 @@ def number_of_batches(samples: int, batch_size: int) -> int:
     return -(-samples // batch_size)
 
 
-def batches_in_order(samples: int, batch_size: int) -> list[list[int]]:
+def sequential_batches(samples: int, batch_size: int) -> list[list[int]]:
     """Return the samples in their own order, *batch_size* at a time."""
     return [list(range(start, min(start + batch_size, samples))) for start in range(0, samples, batch_size)]
 
@@ -83,7 +83,7 @@ def load_batches(
         yield images.to(device, non_blocking=on_gpu), labels.to(device, non_blocking=on_gpu)
 
 
-def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+def with_wait_time(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
     """Yield *batches*, each with the seconds that were spent waiting for it."""
     since = time.monotonic()
     for batch in batches:
@@ -125,4 +125,4 @@ def settle_in(_worker: int) -> None:
     """
     os.setpgrp()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    Image.core.set_blocks_max(KEPT_BLOCKS)  # type: ignore[attr-defined]
+    Image.core.set_blocks_max(PILLOW_BLOCKS)  # type: ignore[attr-defined]

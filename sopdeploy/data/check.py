@@ -15,7 +15,7 @@ from sopdeploy.data.image_files import ImageFiles, Opening, loaded, opened, pass
 from sopdeploy.data.validation import each
 from sopdeploy.errors import DataError
 from sopdeploy.images.color import SIXTEEN_BIT
-from sopdeploy.images.preprocess import Preprocess, is_turned, to_rgb
+from sopdeploy.images.preprocess import Preprocess, is_rotated, to_rgb
 
 TINY = 32  # pixels of the shorter side, below which hardly anything is to be seen
 LONG = 4.0  # times its width, above which the centre crop shows little of a picture
@@ -45,7 +45,7 @@ class Duplicates(StrictModel):
     labels_differ: bool
 
 
-class Checked(StrictModel):
+class DataReport(StrictModel):
     """What was found; sides are in pixels, `strange` says why of each odd file that can be read.
 
     `passed_over` counts the files that are no pictures by their names, by ending.
@@ -87,7 +87,7 @@ class Look:
     odd: tuple[str, ...] = ()
 
 
-def check(path: Path, cache: Path | None = None) -> Checked:
+def check(path: Path, cache: Path | None = None) -> DataReport:
     """Return what *path*, a folder or tar archive with one folder per class, holds: every file is decoded.
 
     Raises `DataError` where there are no classes, or others than to learn from.
@@ -99,7 +99,7 @@ def check(path: Path, cache: Path | None = None) -> Checked:
     for look in good:
         for why in look.odd:
             strange.setdefault(why, []).append(look.file)
-    return Checked(
+    return DataReport(
         path=path,
         parts=tuple(count_part(name, part, looks) for name, part in parts.items()),
         formats=dict(Counter(look.format for look in good).most_common()),
@@ -173,7 +173,7 @@ def oddities(picture: Image.Image, pixels: Image.Image, mode: str, frames: int) 
         "several frames, the first one counts": frames > 1,
         "printing colours (CMYK)": mode == "CMYK",
         "16 bits a pixel": mode in SIXTEEN_BIT,
-        "turned by its EXIF orientation": is_turned(picture),
+        "turned by its EXIF orientation": is_rotated(picture),
     }
     return [why for why, holds in found.items() if holds]
 

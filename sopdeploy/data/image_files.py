@@ -99,7 +99,7 @@ def passed_over(store: Store, folders: Sequence[str]) -> dict[str, int]:
     return dict(Counter(Path(name).suffix.lower() or "without an ending" for name in names).most_common())
 
 
-def in_words(others: Mapping[str, int]) -> str:
+def describe_ignored_files(others: Mapping[str, int]) -> str:
     """Return what `passed_over` found as words, and what to do with the pictures of telephones."""
     listed = ", ".join(f"{ending} {count}" for ending, count in others.items())
     return f"{listed}; convert .heic to JPEG first" if {".heic", ".heif"} & others.keys() else listed

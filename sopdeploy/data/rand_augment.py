@@ -17,7 +17,7 @@ from sopdeploy.config import NotNegative, StrictModel
 from sopdeploy.images.preprocess import Preprocess
 
 
-class Distortion(StrictModel):
+class RandAugment(StrictModel):
     """`ops` of RandAugment's operations at `magnitude` (0 to 30), then a box erased with chance `erase`.
 
     0 operations and chance 0 leave a picture as it is. An erased box has the mean colour, 0 after
@@ -46,7 +46,7 @@ class Distortion(StrictModel):
             torch.set_rng_state(before)
 
 
-class Mix(StrictModel):
+class Mixup(StrictModel):
     """`mixup` and `cutmix` are the alphas of their Beta distributions, 0 for never.
 
     Where both are set, each batch gets one of them with equal chance. The neighbour of the first picture is

@@ -52,7 +52,7 @@ def find_unreadable(pictures: ImageFiles) -> dict[int, str]:
     return {index: found for index, found in enumerate(each(problem, len(pictures))) if found}
 
 
-def all_unreadable(first: DataError, *parts: LabeledImages) -> DataError:
+def unreadable_images_error(first: DataError, *parts: LabeledImages) -> DataError:
     """Return the error that names every picture of *parts* that cannot be read; *first* where none is."""
     problems = [
         problem

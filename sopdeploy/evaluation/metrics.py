@@ -1,8 +1,8 @@
-"""From scores to figures: shares with intervals, the loss, calibration, every class, who is taken for whom.
+"""Classification metrics: accuracy with intervals, loss, calibration, per-class figures, confusion matrix.
 
-Calibration error: Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), Eq. (3): pictures go
-into 15 bins of equal width by the confidence of their first answer; the error is the mean distance of
-confidence and accuracy, each bin weighed by its pictures.
+This module does not import torch. Calibration error: Guo et al., "On Calibration of Modern Neural Networks"
+(ICML 2017), Eq. (3): images are grouped into 15 bins of equal width by the confidence of their prediction;
+the error is the mean of |confidence - accuracy| over the bins, weighted by the number of images.
 """
 
 import math
@@ -16,44 +16,39 @@ from sopdeploy.config import Share, StrictModel
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.statistics import wilson
 
-FIRST = 5  # answers that are kept of each picture
+TOP_K = 5
+BINS = 15
+MIN_PROBABILITY = 2.2250738585072014e-308  # smaller probabilities are raised to this one, a loss of 708
+NO_IMAGES = "there are no images to evaluate on; give a folder with images"
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Classes by their place among the sorted names.
+    """Prediction for one image; classes are indices into the sorted class names.
 
-    `answers` are the first five, best first; `confidence` is the probability of the first, `likelihood` that
-    of the picture's own class, `target`.
+    `top5` are the five most probable classes, best first. `confidence` is the probability of the first one,
+    `likelihood` the probability of the true class `target`.
     """
 
     target: int
-    answers: tuple[int, ...]
+    top5: tuple[int, ...]
     confidence: float
     likelihood: float
 
+    @classmethod
+    def from_ranking(cls, target: int, ranked: Sequence[tuple[int, float]]) -> "Score":
+        """Score an image of class *target* from all (class, probability) pairs, most probable first."""
+        likelihood = next(probability for index, probability in ranked if index == target)
+        return cls(target, tuple(index for index, _ in ranked[:TOP_K]), ranked[0][1], likelihood)
+
     @property
-    def right(self) -> bool:
-        """Say whether the first answer is the picture's class."""
-        return self.answers[0] == self.target
-
-
-def score(target: int, ranked: Sequence[tuple[int, float]]) -> Score:
-    """Return the score of a picture of class *target*, of all classes *ranked* with their probabilities."""
-    return Score(
-        target=target,
-        answers=tuple(place for place, _ in ranked[:FIRST]),
-        confidence=ranked[0][1],
-        likelihood=next(probability for place, probability in ranked if place == target),
-    )
-
-
-BINS = 15
-SMALLEST = 2.2250738585072014e-308  # a probability that has become 0 counts as this one, a loss of 708
+    def correct(self) -> bool:
+        """Whether the most probable class is the target."""
+        return self.top5[0] == self.target
 
 
 class Rate(StrictModel):
-    """`right` of `count` pictures: the share, and Wilson's 95 % interval of the true one."""
+    """A fraction `share` = `right` / `count` with Wilson's 95 % interval [`low`, `high`]."""
 
     share: Share
     right: int
@@ -63,21 +58,15 @@ class Rate(StrictModel):
 
     @classmethod
     def of(cls, right: int, count: int) -> "Rate":
-        """Return the rate of *right* of *count*, 0 where there is nothing to count."""
-        interval = wilson(right, count)
-        return cls(
-            share=right / count if count else 0.0,
-            right=right,
-            count=count,
-            low=interval.low,
-            high=interval.high,
-        )
+        """Compute the rate of *right* in *count*; the fraction is 0 if *count* is 0."""
+        low, high = wilson(right, count)
+        return cls(share=right / count if count else 0.0, right=right, count=count, low=low, high=high)
 
 
 class ClassFigures(StrictModel):
-    """One class: how often it is right when it is answered, and how often it is found.
+    """Precision and recall of one class.
 
-    `precision` is None where the class was never answered.
+    `answered` counts the predictions of this class; `precision` is None if there are none.
     """
 
     label: str
@@ -88,7 +77,7 @@ class ClassFigures(StrictModel):
 
 
 class Bin(StrictModel):
-    """Pictures whose confidence is above `low` and at most `high`; the means are None without any."""
+    """Images with confidence in (`low`, `high`]; the means are None for an empty bin."""
 
     low: float
     high: float
@@ -98,19 +87,19 @@ class Bin(StrictModel):
 
 
 class Calibration(StrictModel):
-    """The expected calibration error over `bins` bins, and the curve it is taken from."""
+    """Expected calibration error over `bins` bins, with the reliability curve."""
 
     error: Share
     bins: int
     curve: tuple[Bin, ...]
 
 
-class Measurement(StrictModel):
-    """How good the answers to `count` pictures are.
+class ClassificationReport(StrictModel):
+    """Metrics over `count` images.
 
-    `nll` is the mean negative log-likelihood. `classes` are sorted by name and `confusion` has their order:
-    rows are what the pictures show, columns what was answered. With fewer than five classes `top5` counts
-    the pictures whose class is among all answers.
+    `nll` is the mean negative log-likelihood. `classes` are sorted by name; the rows of `confusion` are true
+    classes and its columns predicted classes, in the same order. With fewer than five classes `top5` covers
+    all of them.
     """
 
     count: int
@@ -122,61 +111,48 @@ class Measurement(StrictModel):
     confusion: tuple[tuple[int, ...], ...]
 
 
-def measure(labels: Sequence[str], scores: Sequence[Score]) -> Measurement:
-    """Return the figures of *scores* over the classes *labels*; raises `DataError` without any score."""
+def classification_report(labels: Sequence[str], scores: Sequence[Score]) -> ClassificationReport:
+    """Compute all metrics of *scores* over the classes *labels*; raises `DataError` if there are none."""
     count = len(scores)
     if not count:
-        raise DataError("there are no pictures to measure on; give a folder with images")
+        raise DataError(NO_IMAGES)
     confusion = [[0] * len(labels) for _ in labels]
-    for one in scores:
-        confusion[one.target][one.answers[0]] += 1
-    return Measurement(
+    for score in scores:
+        confusion[score.target][score.top5[0]] += 1
+    predicted = [sum(column) for column in zip(*confusion, strict=True)]
+    classes = (
+        ClassFigures(
+            label=label,
+            count=sum(row),
+            answered=predicted[index],
+            precision=row[index] / predicted[index] if predicted[index] else None,
+            recall=Rate.of(row[index], sum(row)),
+        )
+        for index, (label, row) in enumerate(zip(labels, confusion, strict=True))
+    )
+    return ClassificationReport(
         count=count,
-        top1=Rate.of(sum(one.right for one in scores), count),
-        top5=Rate.of(sum(one.target in one.answers for one in scores), count),
-        nll=math.fsum(-math.log(max(one.likelihood, SMALLEST)) for one in scores) / count,
-        calibration=calibration(scores),
-        classes=tuple(class_figures(labels, confusion)),
+        top1=Rate.of(sum(score.correct for score in scores), count),
+        top5=Rate.of(sum(score.target in score.top5 for score in scores), count),
+        nll=math.fsum(-math.log(max(score.likelihood, MIN_PROBABILITY)) for score in scores) / count,
+        calibration=_calibration(scores),
+        classes=tuple(classes),
         confusion=tuple(map(tuple, confusion)),
     )
 
 
-def class_figures(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> list[ClassFigures]:
-    """Return the figures of each class from who was taken for whom."""
-    answered = [sum(column) for column in zip(*confusion, strict=True)]
-    return [
-        ClassFigures(
-            label=label,
-            count=sum(row),
-            answered=answered[place],
-            precision=row[place] / answered[place] if answered[place] else None,
-            recall=Rate.of(row[place], sum(row)),
-        )
-        for place, (label, row) in enumerate(zip(labels, confusion, strict=True))
-    ]
-
-
-def calibration(scores: Sequence[Score]) -> Calibration:
-    """Return how far confidence is from accuracy."""
+def _calibration(scores: Sequence[Score]) -> Calibration:
     members: list[list[Score]] = [[] for _ in range(BINS)]
-    for one in scores:
-        members[min(BINS - 1, max(0, math.ceil(one.confidence * BINS) - 1))].append(one)
-    curve = tuple(one_bin(place, found) for place, found in enumerate(members))
-    gaps = (
-        one.count * abs(one.confidence - one.accuracy)
-        for one in curve
-        if one.confidence is not None and one.accuracy is not None
-    )
-    return Calibration(error=min(1.0, math.fsum(gaps) / len(scores)), bins=BINS, curve=curve)
-
-
-def one_bin(place: int, found: Sequence[Score]) -> Bin:
-    """Return the bin at *place* with the pictures *found* in it."""
-    count = len(found)
-    return Bin(
-        low=place / BINS,
-        high=(place + 1) / BINS,
-        count=count,
-        confidence=min(1.0, math.fsum(one.confidence for one in found) / count) if count else None,
-        accuracy=sum(one.right for one in found) / count if count else None,
-    )
+    for score in scores:
+        members[min(BINS - 1, max(0, math.ceil(score.confidence * BINS) - 1))].append(score)
+    curve = []
+    gaps = []
+    for index, inside in enumerate(members):
+        count, confidence, accuracy = len(inside), None, None
+        if count:
+            confidence = min(1.0, math.fsum(score.confidence for score in inside) / count)
+            accuracy = sum(score.correct for score in inside) / count
+            gaps.append(count * abs(confidence - accuracy))
+        low, high = index / BINS, (index + 1) / BINS
+        curve.append(Bin(low=low, high=high, count=count, confidence=confidence, accuracy=accuracy))
+    return Calibration(error=min(1.0, math.fsum(gaps) / len(scores)), bins=BINS, curve=tuple(curve))

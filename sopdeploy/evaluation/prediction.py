@@ -15,17 +15,16 @@ from torch.nn.functional import cross_entropy
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.config import Share, StrictModel
 from sopdeploy.data.base import Dataset, ImagesDataset, LabeledImages
-from sopdeploy.data.batches import batches_in_order, load_batches
+from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.datasets.folder import open_classes
-from sopdeploy.data.validation import all_unreadable
+from sopdeploy.data.validation import unreadable_images_error
 from sopdeploy.errors import DataError, TrainingError
-from sopdeploy.evaluation.metrics import Score, score
-from sopdeploy.evaluation.tta import Views, check_views, views
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.evaluation.metrics import NO_IMAGES, Score
+from sopdeploy.images.preprocess import Preprocess, TtaMode, check_tta_mode, tta_views
 from sopdeploy.layers.normalize import Normalize
 
 
-class Processes(Protocol):
+class ProcessGroup(Protocol):
     """The processes that share a piece of work; `rank` counts from 0 to `world` - 1."""
 
     rank: int
@@ -35,7 +34,7 @@ class Processes(Protocol):
         """Return the sum of *values* over the processes."""
 
 
-class OneProcess:
+class SingleProcessGroup:
     """Nobody to share with."""
 
     rank = 0
@@ -49,7 +48,7 @@ class OneProcess:
 BATCH = 32  # pictures; each may have ten views
 
 
-class Figures(StrictModel):
+class EvalMetrics(StrictModel):
     """Shares of `count` pictures whose class is the first or among the first five answers; mean loss.
 
     With fewer than five classes, `top5` counts the pictures whose class is among all answers.
@@ -69,9 +68,9 @@ def evaluate(
     *,
     batch_size: int = 64,
     workers: int = 0,
-    processes: Processes = OneProcess(),  # noqa: B008  # has no state
+    processes: ProcessGroup = SingleProcessGroup(),  # noqa: B008  # has no state
     on_batch: Callable[[int], None] = lambda _done: None,
-) -> Figures:
+) -> EvalMetrics:
     """Return the figures of the main head of *model* on *dataset*, computed where the model is.
 
     Every one of *processes* measures its part of the pictures, none twice, and all return the figures of
@@ -81,7 +80,7 @@ def evaluate(
     device = next(model.parameters()).device
     normalise = Normalize(preprocess).to(device)
     mine = list(range(processes.rank, len(dataset), processes.world))
-    batches = [[mine[place] for place in batch] for batch in batches_in_order(len(mine), batch_size)]
+    batches = [[mine[place] for place in batch] for batch in sequential_batches(len(mine), batch_size)]
     at_once = batch_size * processes.world
     was_training = model.training
     model.eval()
@@ -101,29 +100,29 @@ def evaluate(
     return figures(top1, top5, done, float(processes.all_reduce(loss)))
 
 
-def figures(top1: int, top5: int, done: int, loss: float) -> Figures:
+def figures(top1: int, top5: int, done: int, loss: float) -> EvalMetrics:
     """Return the shares; raises `DataError` for no pictures, `TrainingError` for weights that diverged."""
     if done == 0:
-        raise DataError("there are no pictures to measure on; give a folder with images")
+        raise DataError(NO_IMAGES)
     if not math.isfinite(loss):
         raise TrainingError(
             "the loss on the held-out pictures is not finite, the weights have diverged; "
             "lower the learning rate"
         )
-    return Figures(top1=top1 / done, top5=top5 / done, count=done, loss=loss / done)
+    return EvalMetrics(top1=top1 / done, top5=top5 / done, count=done, loss=loss / done)
 
 
-def scores_of_checkpoint(
+def score_checkpoint(
     path: Path,
     data: Path,
     *,
     tta: str = "none",
     workers: int = 0,
-    on_picture: Callable[[int, int], None],
+    on_image: Callable[[int, int], None],
 ) -> tuple[tuple[str, ...], list[Score]]:
     """Return the classes of the checkpoint at *path*, sorted, and its scores on the pictures below *data*.
 
-    *data* holds one subfolder per class, matched by name. *on_picture* is told how many of how many are done.
+    *data* holds one subfolder per class, matched by name. *on_image* is told how many of how many are done.
     """
     stored = read_checkpoint(path)
     model = build_classifier(stored, path)
@@ -131,15 +130,15 @@ def scores_of_checkpoint(
     pictures = open_classes(data.expanduser(), tuple(sorted(stored.labels)))
     labels = stored.labels
     try:
-        return pictures.labels, scores_of(
-            model, labels, pictures, stored.preprocess, tta=tta, workers=workers, on_picture=on_picture
+        return pictures.labels, score_images(
+            model, labels, pictures, stored.preprocess, tta=tta, workers=workers, on_image=on_image
         )
     except DataError as problem:
-        raise all_unreadable(problem, pictures) from None
+        raise unreadable_images_error(problem, pictures) from None
 
 
 @torch.no_grad()
-def scores_of(
+def score_images(
     model: nn.Module,
     labels: Sequence[str],
     pictures: LabeledImages,
@@ -147,19 +146,19 @@ def scores_of(
     *,
     tta: str = "none",
     workers: int = 0,
-    on_picture: Callable[[int, int], None] = lambda _done, _all: None,
+    on_image: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> list[Score]:
     """Return the score of each of *pictures* by *model*, whose outputs are *labels*; matched by name.
 
     Of several views the probabilities are averaged. The model must be in eval mode; it computes where it is.
     """
-    wish = check_views(tta, preprocess)
+    wish = check_tta_mode(tta, preprocess)
     device = next(model.parameters()).device
     normalise = Normalize(preprocess).to(device)
     columns = [pictures.labels.index(label) for label in labels]
     seen = Viewed(pictures, preprocess, wish)
     scores: list[Score] = []
-    for images, targets in load_batches(seen, batches_in_order(len(seen), BATCH), workers, device):
+    for images, targets in load_batches(seen, sequential_batches(len(seen), BATCH), workers, device):
         logits = model(normalise(images.flatten(end_dim=1))).double()
         if not bool(torch.isfinite(logits).all()):
             raise TrainingError(
@@ -169,8 +168,8 @@ def scores_of(
         ranking = logits if images.shape[1] == 1 else several
         order = ranking.argsort(dim=1, descending=True, stable=True).tolist()
         for target, places, row in zip(targets.tolist(), order, several.tolist(), strict=True):
-            scores.append(score(target, [(columns[place], row[place]) for place in places]))
-        on_picture(len(scores), len(seen))
+            scores.append(Score.from_ranking(target, [(columns[place], row[place]) for place in places]))
+        on_image(len(scores), len(seen))
     return scores
 
 
@@ -179,11 +178,11 @@ class Viewed(ImagesDataset):
     """Pictures as the service would prepare them, each in several views: (V, crop, crop, 3) uint8."""
 
     preprocess: Preprocess
-    wish: Views
+    wish: TtaMode
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
         picture, label = self.pictures[index]
-        return views(lambda rules: rules(picture), self.preprocess, self.wish), label
+        return tta_views(lambda rules: rules(picture), self.preprocess, self.wish), label
 
 
 def hits(logits: Tensor, labels: Tensor, k: int) -> int:

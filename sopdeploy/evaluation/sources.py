@@ -8,12 +8,12 @@ from sopdeploy.client import Classification, Client
 from sopdeploy.data.datasets.folder import open_classes, open_store, scan
 from sopdeploy.data.image_files import Opening
 from sopdeploy.errors import ConfigError, DataError, OverloadedError, ServiceError, UnreachableError
-from sopdeploy.evaluation.metrics import Score, score
+from sopdeploy.evaluation.metrics import Score
 
 Kind = Literal["checkpoint", "bundle", "service"]
 
 
-def recognise(source: str) -> Kind:
+def detect_source(source: str) -> Kind:
     """Return what *source* names; raises `ConfigError` where it is nothing that answers."""
     if source.startswith(("http://", "https://")):
         return "service"
@@ -34,12 +34,12 @@ def recognise(source: str) -> Kind:
 EVERY_CLASS = 1_000_000  # the service answers with as many as there are
 
 
-def scores_of_service(
-    client: Client, data: Path, *, model: str | None = None, on_picture: Callable[[int, int], None]
+def score_service(
+    client: Client, data: Path, *, model: str | None = None, on_image: Callable[[int, int], None]
 ) -> tuple[tuple[str, ...], list[Score]]:
     """Return the classes of a service, sorted, and its scores on the pictures below *data*.
 
-    Which classes it knows, its first answer says. *on_picture* is told how many of how many are done. Raises
+    Which classes it knows, its first answer says. *on_image* is told how many of how many are done. Raises
     `DataError` for classes that do not fit and for a picture that the service refuses.
     """
     store = open_store(data, Opening())
@@ -53,8 +53,8 @@ def scores_of_service(
     for place in range(len(pictures)):
         answer = ask(client, pictures.path(place), model)
         ranked = [(positions[one.label], one.probability) for one in answer.classes]
-        scores.append(score(int(pictures.targets[place]), ranked))
-        on_picture(place + 1, len(pictures))
+        scores.append(Score.from_ranking(int(pictures.targets[place]), ranked))
+        on_image(place + 1, len(pictures))
     return labels, scores
 
 

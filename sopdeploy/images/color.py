@@ -1,7 +1,7 @@
-"""A picture of any colour mode in RGB: 16 bits scaled to 8, transparency laid onto a background.
+"""Conversion of any image mode to RGB: 16 bits scaled to 8, transparency composited onto a background.
 
-What needs steps in between is done a tile at a time. Whole, those steps would hold six times the memory of
-the RGB picture, and a PNG of 100 kB can have 50 megapixels.
+Conversions with intermediate results run in tiles. On the whole image they would need six times the memory of
+the RGB image, and a PNG of 100 kB can have 50 megapixels.
 """
 
 from collections.abc import Iterator
@@ -12,37 +12,35 @@ from PIL import Image
 
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
 TILE = 2**16  # pixels
-LEVELS = {"L;2": 85, "L;4": 17}  # grey levels between two values of such a PNG
-
-Box = tuple[int, int, int, int]  # left, top, right, bottom
+GRAY_STEPS = {"L;2": 85, "L;4": 17}  # distance of two gray values of such a PNG, in 8-bit levels
 
 
-def in_rgb(picture: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Return *picture* in RGB, *background* behind what is transparent.
+def in_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Convert *image* to RGB with *background* behind transparent pixels.
 
-    16-bit grey is scaled to 8 bits; Pillow's own conversion would clip it to white.
+    16-bit gray is scaled to 8 bits; Pillow's own conversion would clip it to white.
     """
-    picture.load()
-    if picture.mode not in SIXTEEN_BIT and not picture.has_transparency_data:
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
-    whole = Image.new("RGB", picture.size)
-    for box in boxes(picture.size):
-        tile = translucent(picture.crop(box))
+    image.load()
+    if image.mode not in SIXTEEN_BIT and not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    rgb = Image.new("RGB", image.size)
+    for box in tile_boxes(image.size):
+        tile = _to_rgba(image.crop(box))
         canvas = Image.new("RGBA", tile.size, (*background, 255))
-        whole.paste(Image.alpha_composite(canvas, tile).convert("RGB"), box)
-    return whole
+        rgb.paste(Image.alpha_composite(canvas, tile).convert("RGB"), box)
+    return rgb
 
 
-def is_transparent(picture: Image.Image) -> bool:
-    """Say whether any pixel of *picture* is not opaque."""
-    if not picture.has_transparency_data:
+def is_transparent(image: Image.Image) -> bool:
+    """Check whether any pixel of *image* is not opaque."""
+    if not image.has_transparency_data:
         return False
-    tiles = (translucent(picture.crop(box)) for box in boxes(picture.size))
+    tiles = (_to_rgba(image.crop(box)) for box in tile_boxes(image.size))
     return any(tile.getchannel("A").histogram()[255] < tile.width * tile.height for tile in tiles)
 
 
-def boxes(size: tuple[int, int]) -> Iterator[Box]:
-    """Yield boxes of at most `TILE` pixels that cover a picture of *size*, be it one pixel high."""
+def tile_boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (left, top, right, bottom) boxes of at most `TILE` pixels that cover an image of *size*."""
     width, height = size
     columns = min(width, TILE)
     rows = TILE // columns
@@ -51,35 +49,34 @@ def boxes(size: tuple[int, int]) -> Iterator[Box]:
             yield left, top, min(left + columns, width), min(top + rows, height)
 
 
-def translucent(tile: Image.Image) -> Image.Image:
-    """Return *tile* in RGBA."""
+def _to_rgba(tile: Image.Image) -> Image.Image:
     if tile.mode not in SIXTEEN_BIT:
         return tile if tile.mode == "RGBA" else tile.convert("RGBA")
     values = np.asarray(tile)
-    grey = Image.fromarray(scaled_to_8_bits(values)).convert("RGBA")
-    clear = tile.info.get("transparency")
-    if isinstance(clear, int):  # one of 65536 greys: to be found before they are scaled
-        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
-    return grey
+    gray = Image.fromarray(scale_to_8_bits(values)).convert("RGBA")
+    transparent = tile.info.get("transparency")
+    if isinstance(transparent, int):  # one of 65536 gray levels: compare before scaling
+        gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return gray
 
 
-def scaled_to_8_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Return 16-bit *values* of any integer type as 8 bits, rounded to the nearest: 65535 becomes 255."""
+def scale_to_8_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """Scale 16-bit *values* of any integer type to 8 bits, rounded to the nearest (65535 becomes 255)."""
     sixteen: NDArray[np.uint32] = np.clip(values, 0, 65535).astype(np.uint32)
     return ((sixteen + np.uint32(128)) // np.uint32(257)).astype(np.uint8)
 
 
-def match_transparency(picture: Image.Image) -> None:
-    """Bring the transparent colour of an opened PNG to 8 bits, as its pixels will be.
+def match_transparency(image: Image.Image) -> None:
+    """Convert the transparent color of an opened PNG to 8 bits, as its decoded pixels will be.
 
-    Pillow leaves it in the depth of the file, in which no pixel, or a wrong one, is found after decoding.
-    Of 48-bit colours Pillow keeps the upper bytes, so those decide. Nothing is decoded.
+    Pillow keeps that color at the file's bit depth, which matches no pixel or a wrong one after decoding. Of
+    48-bit colors Pillow keeps the upper bytes of the pixels, so these are compared. Decodes nothing.
     """
-    tiles = getattr(picture, "tile", None)
-    if picture.format != "PNG" or not tiles:
+    tiles = getattr(image, "tile", None)
+    if image.format != "PNG" or not tiles:
         return
-    coding, clear = tiles[0][3], picture.info.get("transparency")
-    if coding in LEVELS and isinstance(clear, int):
-        picture.info["transparency"] = clear * LEVELS[coding]
-    elif coding == "RGB;16B" and isinstance(clear, tuple):
-        picture.info["transparency"] = tuple(value >> 8 for value in clear)
+    coding, color = tiles[0][3], image.info.get("transparency")
+    if coding in GRAY_STEPS and isinstance(color, int):
+        image.info["transparency"] = color * GRAY_STEPS[coding]
+    elif coding == "RGB;16B" and isinstance(color, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in color)

@@ -1,11 +1,12 @@
-"""How a picture becomes the network's input: the one truth for training, export and service.
+"""Preprocessing from a decoded image to network input, shared by training, export and service.
 
-A picture leaves this module as a uint8 array of shape (crop, crop, 3), RGB. Mean and standard
-deviation are part of the exported graph, so no server can get them wrong; they are kept here as
-they travel with the geometry, in the checkpoint and in the bundle.
+The result is a uint8 RGB array of shape (crop, crop, 3). Mean and standard deviation are part of the exported
+graph; they are stored here with the geometry, in the checkpoint and in the bundle.
 """
 
-from typing import Annotated, Any, Literal
+import contextlib
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import pydantic
@@ -13,22 +14,25 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from sopdeploy.config import Positive, StrictModel
+from sopdeploy.errors import ConfigError
 from sopdeploy.images.color import SIXTEEN_BIT, in_rgb, is_transparent
 
 Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
-Colour = Annotated[int, pydantic.Field(ge=0, le=255)]
+Channel = Annotated[int, pydantic.Field(ge=0, le=255)]
+Pixels = NDArray[np.uint8]
+TtaMode = Literal["none", "flip", "ten-crop"]
 
-LONGEST_STRIP = 16  # resized whole up to this ratio of its sides
-ORIENTATION, UPRIGHT = 0x0112, 1  # of EXIF
-SIDEWAYS = range(5, 9)  # the orientations that exchange width and height
+MAX_ASPECT_RATIO = 16  # longer strips are not resized as a whole
+EXIF_ORIENTATION, UPRIGHT = 0x0112, 1
+SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 class Preprocess(StrictModel):
-    """Geometry and colour rules of one network's input.
+    """Preprocessing rules of one network.
 
-    `resize` is the length of the shorter side in pixels before the centre crop of `crop` x `crop`;
-    `mean` and `std` are in units of the 0..1 range; transparent pixels show `background`.
+    `resize` is the length of the shorter side in pixels before the center crop of `crop` x `crop`. `mean` and
+    `std` refer to pixel values in [0, 1]. Transparent pixels are composited onto `background`.
     """
 
     resize: Side = 256
@@ -36,7 +40,7 @@ class Preprocess(StrictModel):
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    background: tuple[Colour, Colour, Colour] = (255, 255, 255)
+    background: tuple[Channel, Channel, Channel] = (255, 255, 255)
     exif_orientation: bool = True
 
     @pydantic.model_validator(mode="after")
@@ -45,56 +49,52 @@ class Preprocess(StrictModel):
             raise ValueError(f"crop ({self.crop}) is larger than resize ({self.resize})")
         return self
 
-    def __call__(self, picture: Image.Image) -> NDArray[np.uint8]:
-        """Return the (crop, crop, 3) uint8 array of *picture*: upright, RGB, resized, cropped."""
-        return centre_crop(to_rgb(picture, self), self)
+    def __call__(self, image: Image.Image) -> Pixels:
+        """Convert *image* to upright RGB, resize and crop it; returns (crop, crop, 3) uint8."""
+        return center_crop(to_rgb(image, self), self)
 
-    def changes(self, picture: Image.Image) -> tuple[str, ...]:
-        """Name what `__call__` does to a loaded *picture* that its owner may not expect, in order."""
-        found = {
-            "alpha_flattened": is_transparent(picture),
-            "exif_rotated": self.exif_orientation and is_turned(picture),
-            "sixteen_bit_scaled": picture.mode in SIXTEEN_BIT,
+    def changes(self, image: Image.Image) -> tuple[str, ...]:
+        """List the conversions of a loaded *image* that its owner may not expect, in order."""
+        conversions = {
+            "alpha_flattened": is_transparent(image),
+            "exif_rotated": self.exif_orientation and is_rotated(image),
+            "sixteen_bit_scaled": image.mode in SIXTEEN_BIT,
         }
-        return tuple(name for name, holds in found.items() if holds)
+        return tuple(name for name, applies in conversions.items() if applies)
 
 
-def to_rgb(picture: Image.Image, rules: Preprocess) -> Image.Image:
-    """Return *picture* upright and in RGB, transparency laid onto the declared background."""
-    return in_rgb(upright(picture) if rules.exif_orientation else picture, rules.background)
+def to_rgb(image: Image.Image, rules: Preprocess) -> Image.Image:
+    """Rotate *image* upright, convert it to RGB and composite it onto the background.
+
+    The EXIF orientation is ignored where its data is unreadable.
+    """
+    if rules.exif_orientation and is_rotated(image):  # Pillow copies upright images, too
+        with contextlib.suppress(Exception):  # Pillow rewrites the tags; damaged ones fail in many ways
+            image = ImageOps.exif_transpose(image)
+    return in_rgb(image, rules.background)
 
 
-def upright(picture: Image.Image) -> Image.Image:
-    """Return *picture* turned as its EXIF orientation says; unreadable EXIF data is ignored."""
-    if not is_turned(picture):  # Pillow would copy the picture all the same
-        return picture
+def is_rotated(image: Image.Image) -> bool:
+    """Check whether the EXIF orientation of *image* is valid and not upright."""
+    return exif_orientation(image) in range(2, 9)
+
+
+def exif_orientation(image: Image.Image) -> Any:
+    """Read the EXIF orientation of *image*; upright (1) if it is absent or unreadable."""
     try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # Pillow also writes the data anew, and damaged tags fail there in many ways
-        return picture
-
-
-def is_turned(picture: Image.Image) -> bool:
-    """Say whether the EXIF orientation of *picture* is another than upright; unreadable data says no."""
-    return orientation(picture) in range(2, 9)
-
-
-def orientation(picture: Image.Image) -> Any:
-    """Return the EXIF orientation of *picture*, upright where there is none or its data is unreadable."""
-    try:
-        return picture.getexif().get(ORIENTATION, UPRIGHT)
-    except Exception:  # as in `upright`
+        return image.getexif().get(EXIF_ORIENTATION, UPRIGHT)
+    except Exception:  # damaged tags fail in many ways
         return UPRIGHT
 
 
-def centre_crop(picture: Image.Image, rules: Preprocess) -> NDArray[np.uint8]:
-    """Return the centre crop of an RGB *picture* after resizing its shorter side.
+def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:
+    """Resize the shorter side of an RGB *image* and crop its center; returns (crop, crop, 3) uint8.
 
-    Pixel for pixel torchvision's `Resize(resize)` and `CenterCrop(crop)` on a PIL picture. Only of a strip
-    that would become longer than `LONGEST_STRIP` times its width is the part computed that the crop shows
-    (within a few grey levels), so that 1 x 20000 pixels cost no more than a photograph.
+    Equals torchvision's `Resize(resize)` and `CenterCrop(crop)` on a PIL image pixel for pixel. For strips
+    with an aspect ratio above `MAX_ASPECT_RATIO` only the cropped part is computed (a few gray levels off):
+    1 x 20000 pixels cost no more than a photograph.
     """
-    width, height = picture.size
+    width, height = image.size
     if width <= height:
         size = (rules.resize, max(1, int(rules.resize * height / width)))
     else:
@@ -103,8 +103,40 @@ def centre_crop(picture: Image.Image, rules: Preprocess) -> NDArray[np.uint8]:
     top = round((size[1] - rules.crop) / 2.0)
     right, bottom = left + rules.crop, top + rules.crop
     resampling = RESAMPLING[rules.interpolation]
-    if max(size) <= LONGEST_STRIP * rules.resize:
-        return np.asarray(picture.resize(size, resampling).crop((left, top, right, bottom)))
+    if max(size) <= MAX_ASPECT_RATIO * rules.resize:
+        return np.asarray(image.resize(size, resampling).crop((left, top, right, bottom)))
     scale_x, scale_y = width / size[0], height / size[1]
     box = (left * scale_x, top * scale_y, min(width, right * scale_x), min(height, bottom * scale_y))
-    return np.asarray(picture.resize((rules.crop, rules.crop), resampling, box=box))
+    return np.asarray(image.resize((rules.crop, rules.crop), resampling, box=box))
+
+
+def check_tta_mode(mode: str, preprocess: Preprocess) -> TtaMode:
+    """Validate the test-time augmentation *mode*; raises `ConfigError`."""
+    known: dict[str, TtaMode] = {name: name for name in get_args(TtaMode)}
+    if mode not in known:
+        raise ConfigError(f"--tta {mode}: not one of {', '.join(known)}")
+    if mode == "ten-crop" and preprocess.crop == preprocess.resize:
+        raise ConfigError(
+            f"--tta ten-crop: resize and crop are both {preprocess.resize}, so there are no corners to crop; "
+            "use --tta flip"
+        )
+    return known[mode]
+
+
+def tta_views(prepare: Callable[[Preprocess], Pixels], preprocess: Preprocess, mode: TtaMode) -> Pixels:
+    """Compute the views of one image for test-time augmentation; returns (V, crop, crop, 3) uint8.
+
+    *prepare* maps preprocessing rules to the preprocessed image. The first view is the plain center crop.
+    "ten-crop" adds the four corners of the central square and mirrors all five (Krizhevsky et al., NIPS 2012,
+    section 4.1).
+    """
+    center = prepare(preprocess)
+    if mode == "none":
+        return center[None]
+    crops = [center]
+    if mode == "ten-crop":
+        side, crop = preprocess.resize, preprocess.crop
+        square = prepare(preprocess.model_copy(update={"crop": side}))
+        ends = (slice(0, crop), slice(side - crop, side))
+        crops += [square[rows, columns] for rows in ends for columns in ends]
+    return np.stack([*crops, *(view[:, ::-1] for view in crops)])

@@ -139,7 +139,7 @@ def resized(rules: Preprocess, options: ImportOptions) -> Preprocess:
         raise ConfigError(f"--resize, --crop, --interpolation: {first_problem(problem)}") from problem
 
 
-def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+def nest_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return dotted *settings* as tables: `pooling.iterations` becomes a key of `pooling`."""
     tree: dict[str, Any] = {}
     for key, value in settings.items():

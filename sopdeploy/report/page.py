@@ -25,14 +25,14 @@ def write_report(
     destination: Path | None = None,
     *,
     data: Path | None = None,
-    on_picture: Callable[[int, int], None] = lambda _done, _all: None,
+    on_image: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> Path:
     """Write the page of the run in the folder *run* and return where it is; `report.html` there by default.
 
     *data* is a folder of pictures to measure on, one subfolder per class. The file is written whole or not.
     """
     path = destination or run / "report.html"
-    text = render(read_story(run, data, on_picture))
+    text = render(read_story(run, data, on_image))
     try:
         with atomic_write(path) as partial:
             partial.write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
 """The sections on the answers: figures with intervals, classes, confusions, calibration, worst mistakes."""
 
-from sopdeploy.evaluation.metrics import Measurement, Rate
+from sopdeploy.evaluation.metrics import ClassificationReport, Rate
 from sopdeploy.html.charts import Axis, Curve, heat, interval, plot
 from sopdeploy.html.markup import Html, figure, folded, paragraph, percent, section, table, tag
 from sopdeploy.report.run_data import Answers, Mistake, Story
@@ -36,7 +36,7 @@ def answers_section(story: Story) -> Html:
     )
 
 
-def confusion(found: Measurement) -> Html:
+def confusion(found: ClassificationReport) -> Html:
     """Return who is taken for whom: a matrix of few classes, of many the most frequent mistakes."""
     names = [one.label for one in found.classes]
     pairs_found = sorted(
@@ -62,7 +62,7 @@ def confusion(found: Measurement) -> Html:
     return pairs(figure(matrix, "Rows are what pictures show, columns what was answered."), frequent)
 
 
-def classes_table(found: Measurement) -> Html:
+def classes_table(found: ClassificationReport) -> Html:
     """Return precision and recall of every class."""
     return table(
         "Precision and recall",

@@ -16,8 +16,8 @@ from sopdeploy.data.base import LabeledImages
 from sopdeploy.data.datasets.folder import open_classes
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
-from sopdeploy.evaluation.metrics import Measurement, Score, measure
-from sopdeploy.evaluation.prediction import scores_of
+from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
+from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.images.preprocess import Preprocess, to_rgb
 from sopdeploy.training.history import EpochRow
 from sopdeploy.training.recipe import Recipe
@@ -44,7 +44,7 @@ class Mistake:
 class Answers:
     """How the network answers: figures, the worst mistakes, and whose pictures these are."""
 
-    measured: Measurement
+    measured: ClassificationReport
     mistakes: tuple[Mistake, ...]
     pictures: str
 
@@ -62,7 +62,7 @@ class Story:
     reason: str = ""
 
 
-def read_story(run: Path, data: Path | None, on_picture: Callable[[int, int], None]) -> Story:
+def read_story(run: Path, data: Path | None, on_image: Callable[[int, int], None]) -> Story:
     """Return the story of the run in the folder *run*.
 
     Its network is that of `best.pt`; it is measured on the folder *data*, else on what the recipe holds out,
@@ -83,7 +83,7 @@ def read_story(run: Path, data: Path | None, on_picture: Callable[[int, int], No
             raise
         reason = str(problem)
     else:
-        answers = answers_of(checkpoint, best, pictures, name, recipe.workers, on_picture)
+        answers = answers_of(checkpoint, best, pictures, name, recipe.workers, on_image)
     return Story(
         run=run,
         recipe=recipe,
@@ -124,14 +124,14 @@ def answers_of(
     pictures: LabeledImages,
     name: str,
     workers: int,
-    on_picture: Callable[[int, int], None],
+    on_image: Callable[[int, int], None],
 ) -> Answers:
     """Return how the network of *checkpoint* answers *pictures*."""
     model = build_classifier(checkpoint, where)
     rules = checkpoint.preprocess
-    scores = scores_of(model, checkpoint.labels, pictures, rules, workers=workers, on_picture=on_picture)
+    scores = score_images(model, checkpoint.labels, pictures, rules, workers=workers, on_image=on_image)
     return Answers(
-        measured=measure(pictures.labels, scores),
+        measured=classification_report(pictures.labels, scores),
         mistakes=tuple(worst(scores, pictures, rules)),
         pictures=name,
     )
@@ -139,12 +139,12 @@ def answers_of(
 
 def worst(scores: Sequence[Score], pictures: LabeledImages, rules: Preprocess) -> list[Mistake]:
     """Return the mistakes that the network was surest of."""
-    wrong = [place for place, one in enumerate(scores) if not one.right]
+    wrong = [place for place, one in enumerate(scores) if not one.correct]
     wrong.sort(key=lambda place: (-scores[place].confidence, place))
     return [
         Mistake(
             shown=pictures.labels[scores[place].target],
-            answered=pictures.labels[scores[place].answers[0]],
+            answered=pictures.labels[scores[place].top5[0]],
             confidence=scores[place].confidence,
             likelihood=scores[place].likelihood,
             jpeg=thumbnail(pictures[place][0], rules),

@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 
 from sopdeploy.config import Share, StrictModel
-from sopdeploy.evaluation.prediction import Figures
+from sopdeploy.evaluation.prediction import EvalMetrics
 from sopdeploy.training.diagnostics import Sight
 
 FIGURES = ("loss", "top1", "top5")
@@ -29,12 +29,12 @@ class EpochRow(StrictModel):
     epoch: int
     lr: float
     losses: dict[str, float]
-    figures: Figures
+    figures: EvalMetrics
     gradient: float | None = None
     speed: Speed | None = None
     sight: Sight | None = None
-    raw: Figures | None = None
-    average: Figures | None = None
+    raw: EvalMetrics | None = None
+    average: EvalMetrics | None = None
     seconds: float
 
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from sopdeploy.data.augment import Augmented
-from sopdeploy.data.base import LabeledImages, Prepared, Split
-from sopdeploy.data.batches import Batch, balanced_batches, load_batches, shuffled_batches, timed
+from sopdeploy.data.augment import AugmentedDataset
+from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
+from sopdeploy.data.batches import Batch, balanced_batches, load_batches, shuffled_batches, with_wait_time
 from sopdeploy.data.sources import open_data
-from sopdeploy.data.validation import all_unreadable
+from sopdeploy.data.validation import unreadable_images_error
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.prediction import Figures, evaluate
-from sopdeploy.seeds import seed_of
+from sopdeploy.evaluation.prediction import EvalMetrics, evaluate
+from sopdeploy.seeds import derive_seed
 from sopdeploy.training.branches import remove_branches_if_due
 from sopdeploy.training.callbacks import NullCallback, Progress
 from sopdeploy.training.diagnostics import look, spectrum_epochs
@@ -51,9 +51,9 @@ def epoch_batches(recipe: Recipe, pictures: LabeledImages, epoch: int) -> list[l
     return shuffled_batches(len(pictures), recipe.batch_size, recipe.seed, epoch)
 
 
-def epoch_view(recipe: Recipe, pictures: LabeledImages, epoch: int) -> Augmented:
+def epoch_view(recipe: Recipe, pictures: LabeledImages, epoch: int) -> AugmentedDataset:
     """Return *pictures* as the network sees them in *epoch*, augmented."""
-    return Augmented(pictures, recipe.augment, recipe.preprocess, recipe.seed, epoch, recipe.distort)
+    return AugmentedDataset(pictures, recipe.augment, recipe.preprocess, recipe.seed, epoch, recipe.distort)
 
 
 def train(
@@ -77,7 +77,7 @@ def train(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     run, data = begin(recipe, folder, parallel, onlooker, resume=resume)
-    held_out = Prepared(data.held_out, recipe.preprocess)
+    held_out = PreprocessedDataset(data.held_out, recipe.preprocess)
     with watch_for_stop(parallel) as stop:
         try:
             while run.at.epoch < recipe.epochs:
@@ -95,7 +95,7 @@ def train(
                 stop.signal_number,
             ) from None
         except DataError as problem:
-            raise all_unreadable(problem, data.train, data.held_out) from None
+            raise unreadable_images_error(problem, data.train, data.held_out) from None
     return summarise(run, folder, data)
 
 
@@ -134,7 +134,7 @@ def train_epoch(run: Run, pictures: LabeledImages, folder: RunFolder, stop: Stop
     into_training(run.model, recipe.start)
     since = time.monotonic()
     shares = [slice_of(samples, recipe, run.parallel).samples for samples in batches[run.at.step :]]
-    for batch, waited in timed(load_batches(view, shares, recipe.workers, run.parallel.device)):
+    for batch, waited in with_wait_time(load_batches(view, shares, recipe.workers, run.parallel.device)):
         samples = batches[run.at.step]
         result = train_step(run, batch, samples, len(batches))
         now = time.monotonic()
@@ -152,7 +152,7 @@ def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> StepRe
     *samples* are those of the whole step, of which *batch* is what this process computes.
     """
     recipe, at = run.recipe, run.at
-    torch.manual_seed(seed_of(recipe.seed, "step", at.epoch, at.step))
+    torch.manual_seed(derive_seed(recipe.seed, "step", at.epoch, at.step))
     factor = recipe.schedule.factor(at.epoch + at.step / steps, recipe.epochs)
     for group in run.optimizer.param_groups:
         group["lr"] = recipe.optimizer.lr * factor * group.get(TIMES, 1.0)
@@ -199,7 +199,7 @@ def differentiate(run: Run, loss: Tensor, *, last: bool) -> None:
     """Add the gradient of *loss*, for AdaHessian the curvature too."""
     if isinstance(run.optimizer, AdaHessian):
         at = run.at
-        run.optimizer.differentiate(loss, seed_of(run.recipe.seed, "curvature", at.epoch, at.step))
+        run.optimizer.differentiate(loss, derive_seed(run.recipe.seed, "curvature", at.epoch, at.step))
         if last:
             run.optimizer.sum_over(run.parallel.sums)
     else:
@@ -222,7 +222,7 @@ def stop_unless_finite(run: Run, loss: Loss, norm: Tensor, samples: list[int]) -
     raise not_finite(culprit, run.at.epoch, run.at.step, samples)
 
 
-def measure_epoch(run: Run, held_out: Prepared, stop: Stop, onlooker: Progress) -> None:
+def measure_epoch(run: Run, held_out: PreprocessedDataset, stop: Stop, onlooker: Progress) -> None:
     """Measure the network on the held-out pictures, and its average beside it, and close the epoch."""
     since, epoch = time.monotonic(), run.at.epoch
     run.settle()
@@ -231,7 +231,7 @@ def measure_epoch(run: Run, held_out: Prepared, stop: Stop, onlooker: Progress) 
         onlooker.measured(epoch=epoch, done=done)
         stop.check()
 
-    def figures_of(model: nn.Module) -> Figures:
+    def figures_of(model: nn.Module) -> EvalMetrics:
         return evaluate(
             model,
             held_out,

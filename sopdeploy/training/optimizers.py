@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sopdeploy.config import NotNegative, Part, Positive, StrictModel
-from sopdeploy.seeds import seed_of
+from sopdeploy.seeds import derive_seed
 
 
 class AdaHessian(Optimizer):
@@ -107,7 +107,7 @@ class AdaHessian(Optimizer):
 
 def signs(seed: int, number: int, like: Tensor) -> Tensor:
     """Return -1 and 1 by chance in the shape of *like*, a function of *seed* and the parameter's *number*."""
-    generator = torch.Generator().manual_seed(seed_of(seed, "signs", number))
+    generator = torch.Generator().manual_seed(derive_seed(seed, "signs", number))
     drawn = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
     return drawn.to(like.device, like.dtype).mul_(2).sub_(1)
 

@@ -15,7 +15,7 @@ import pydantic
 
 from sopdeploy.config import NotNegative, Part, StrictModel, first_problem
 from sopdeploy.data.augment import Augmentation
-from sopdeploy.data.rand_augment import Distortion, Mix
+from sopdeploy.data.rand_augment import Mixup, RandAugment
 from sopdeploy.data.sources import DataConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
@@ -94,8 +94,8 @@ class Recipe(StrictModel):
     data: DataConfig
     preprocess: Preprocess
     augment: Augmentation
-    distort: Distortion = Distortion()
-    mix: Mix = Mix()
+    distort: RandAugment = RandAugment()
+    mix: Mixup = Mixup()
     optimizer: OptimizerChoice
     schedule: Schedule
     loss: LossConfig = LossConfig()

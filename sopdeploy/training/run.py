@@ -18,11 +18,11 @@ from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.environment import machine
-from sopdeploy.evaluation.prediction import Figures
+from sopdeploy.evaluation.prediction import EvalMetrics
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
-from sopdeploy.seeds import seed_of
+from sopdeploy.seeds import derive_seed
 from sopdeploy.training.diagnostics import Sight
 from sopdeploy.training.distributed.batch_sharding import share_batches
 from sopdeploy.training.distributed.strategy import Parallel
@@ -101,7 +101,9 @@ class Run:
             }
         )
 
-    def after_epoch(self, raw: Figures, average: Figures | None, sight: Sight, seconds: float) -> EpochRow:
+    def after_epoch(
+        self, raw: EvalMetrics, average: EvalMetrics | None, sight: Sight, seconds: float
+    ) -> EpochRow:
         """Move to the start of the next epoch; return what this one gave."""
         at = self.at
         row = EpochRow(
@@ -204,7 +206,7 @@ def start_run(recipe: Recipe, pictures: LabeledImages, parallel: Parallel) -> Ru
 
 def fresh_model(recipe: Recipe, classes: int) -> Classifier:
     """Return the network that *recipe* begins with by itself."""
-    torch.manual_seed(seed_of(recipe.seed, "weights"))
+    torch.manual_seed(derive_seed(recipe.seed, "weights"))
     model = create_model(recipe.model.name, num_classes=classes, **recipe.model.config)
     if recipe.start is not None:
         take_weights(recipe.start, model)

@@ -13,7 +13,7 @@ from types import FrameType
 import torch
 
 from sopdeploy.errors import TrainingError
-from sopdeploy.evaluation.prediction import Processes
+from sopdeploy.evaluation.prediction import ProcessGroup
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAVE = signal.SIGUSR1
@@ -37,7 +37,7 @@ class Stop:
     signal_number = 0
     save_wanted = False
 
-    def __init__(self, processes: Processes) -> None:
+    def __init__(self, processes: ProcessGroup) -> None:
         self.processes = processes
         self.heard: set[int] = set()
 
@@ -61,7 +61,7 @@ class Stop:
 
 
 @contextmanager
-def watch_for_stop(processes: Processes) -> Iterator[Stop]:
+def watch_for_stop(processes: ProcessGroup) -> Iterator[Stop]:
     """Turn signals into requests; a second Ctrl-C or SIGTERM acts as it did before.
 
     Not so where several processes train: torchrun and a batch system both pass on the same signal, and

@@ -134,7 +134,7 @@ PEAK = """
 import sys
 from pathlib import Path
 from sopdeploy.images.preprocess import (Preprocess)
-from sopdeploy_service.images.decode import (Sent, decode)
+from sopdeploy_service.images.decode import (EncodedImage, decode)
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -142,7 +142,7 @@ def peak():
 
 body = sys.stdin.buffer.read()
 before = peak()
-decode(Sent(body), Preprocess(), max_bytes=10**6, max_pixels=10**8)
+decode(EncodedImage(body), Preprocess(), max_bytes=10**6, max_pixels=10**8)
 print(peak() - before)
 """
 

@@ -9,7 +9,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.data.base import Dataset, Prepared
+from sopdeploy.data.base import Dataset, PreprocessedDataset
 from sopdeploy.data.datasets.folder import open_classes
 from sopdeploy.errors import ParityError
 from sopdeploy.evaluation.statistics import wilson
@@ -24,7 +24,7 @@ BATCH = 8
 
 def labelled(folder: Path, labels: tuple[str, ...], preprocess: Preprocess) -> Dataset:
     """Return the pictures below *folder*, one subfolder per class; raises `DataError`."""
-    return Prepared(open_classes(folder.expanduser(), labels), preprocess)
+    return PreprocessedDataset(open_classes(folder.expanduser(), labels), preprocess)
 
 
 def with_labels(before: onnx.ModelProto, after: Path, dataset: Dataset, largest_batch: int) -> Accuracy:

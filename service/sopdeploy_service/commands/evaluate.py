@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from sopdeploy.data.datasets.folder import open_classes
 from sopdeploy.errors import DataError, ImageError
-from sopdeploy.evaluation.metrics import Score, score
-from sopdeploy.evaluation.tta import Views, check_views, views
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.evaluation.metrics import Score
+from sopdeploy.images.preprocess import Preprocess, TtaMode, check_tta_mode, tta_views
 from sopdeploy_service.commands.predict import read
 from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.images.loaders import loader
@@ -41,16 +40,16 @@ def scores_of_bundle(
     *,
     tta: str = "none",
     settings: Settings | None = None,
-    on_picture: Callable[[int, int], None],
+    on_image: Callable[[int, int], None],
 ) -> BundleScores:
     """Return the scores of the bundle at *path* on the pictures below *data*, classes matched by name.
 
-    *on_picture* is told how many of how many are done. Raises `DataError` for classes that do not fit and for
+    *on_image* is told how many of how many are done. Raises `DataError` for classes that do not fit and for
     a picture that the server would refuse, and what `open_verified` raises for the bundle.
     """
     settings = settings or load_settings()
     inference = load_model(path, settings)
-    wish = check_views(tta, inference.bundle.manifest.preprocess)
+    wish = check_tta_mode(tta, inference.bundle.manifest.preprocess)
     labels = inference.bundle.labels
     by_name = tuple(sorted(labels))
     columns = [by_name.index(label) for label in labels]
@@ -59,8 +58,10 @@ def scores_of_bundle(
     for place in range(len(pictures)):
         ranked = answer(inference, pictures.path(place), wish, settings)
         target = int(pictures.targets[place])
-        scores.append(score(target, [(columns[column], probability) for column, probability in ranked]))
-        on_picture(place + 1, len(pictures))
+        scores.append(
+            Score.from_ranking(target, [(columns[column], probability) for column, probability in ranked])
+        )
+        on_image(place + 1, len(pictures))
     return BundleScores(
         labels=by_name,
         scores=scores,
@@ -70,7 +71,7 @@ def scores_of_bundle(
     )
 
 
-def answer(inference: LoadedModel, path: Path, wish: Views, settings: Settings) -> list[tuple[int, float]]:
+def answer(inference: LoadedModel, path: Path, wish: TtaMode, settings: Settings) -> list[tuple[int, float]]:
     """Return the classes of the picture at *path* with their probabilities, best first.
 
     Of several views the probabilities are averaged.
@@ -78,7 +79,7 @@ def answer(inference: LoadedModel, path: Path, wish: Views, settings: Settings) 
     manifest = inference.bundle.manifest
     body = EncodedImage(read(path, settings.max_body_bytes))
     try:
-        seen = views(partial(pixels, body, settings), manifest.preprocess, wish)
+        seen = tta_views(partial(pixels, body, settings), manifest.preprocess, wish)
     except ImageError as problem:
         raise DataError(f"{path}: {problem}; repair or remove it") from problem
     name = manifest.outputs[0].name

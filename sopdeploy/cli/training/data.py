@@ -10,7 +10,7 @@ from rich.table import Table
 from sopdeploy.cli.console import one_line_errors, out, plain_text, print_json
 
 if TYPE_CHECKING:
-    from sopdeploy.data.check import Checked
+    from sopdeploy.data.check import DataReport
 
 SHOWN = 10  # of the classes, groups and files of a kind; --json gives all
 
@@ -48,9 +48,9 @@ def check(
         found.must_be_usable()
 
 
-def show(found: "Checked") -> None:
+def show(found: "DataReport") -> None:
     """Print the tables."""
-    from sopdeploy.data.image_files import in_words
+    from sopdeploy.data.image_files import describe_ignored_files
 
     table = Table("part", "pictures", "MB", "classes", "fewest", "most", box=None, pad_edge=False)
     for part in found.parts:
@@ -75,13 +75,17 @@ def show(found: "Checked") -> None:
         listed = ", ".join(files[:SHOWN])
         out.print(plain_text(f"{counted(files)}: {why}: {listed}{dots(len(files))}"), highlight=False)
     if found.passed_over:
-        out.print(plain_text(f"not called as pictures are and left out: {in_words(found.passed_over)}"))
+        out.print(
+            plain_text(
+                f"not called as pictures are and left out: {describe_ignored_files(found.passed_over)}"
+            )
+        )
     out.print(
         "every picture can be read" if not found.unreadable else f"{len(found.unreadable)} cannot be read"
     )
 
 
-def show_duplicates(found: "Checked") -> None:
+def show_duplicates(found: "DataReport") -> None:
     """Print how many pictures are there twice, the worst kinds first."""
     across = [group for group in found.duplicates if group.across]
     differ = [group for group in found.duplicates if group.labels_differ]

@@ -12,7 +12,7 @@ from rich.table import Table
 from sopdeploy.cli.console import err, one_line_errors, out, plain_text, print_json
 
 if TYPE_CHECKING:
-    from sopdeploy.evaluation.metrics import Measurement, Rate, Score
+    from sopdeploy.evaluation.metrics import ClassificationReport, Rate, Score
 
 MOST_CLASSES = 50  # that are listed; of more, the ones found least often
 MOST_COLUMNS = 12  # of a confusion matrix on a terminal
@@ -50,10 +50,10 @@ def evaluate(
     """
     with one_line_errors(as_json):
         from sopdeploy.errors import ConfigError
-        from sopdeploy.evaluation.metrics import measure
-        from sopdeploy.evaluation.sources import recognise
+        from sopdeploy.evaluation.metrics import classification_report
+        from sopdeploy.evaluation.sources import detect_source
 
-        kind = recognise(source)
+        kind = detect_source(source)
         if runtime is not None and kind != "bundle":
             raise ConfigError(
                 f"--runtime {runtime}: only a bundle has a choice of runtimes, this is a {kind}"
@@ -65,7 +65,7 @@ def evaluate(
                 labels, scores, facts = of_bundle(Path(source), data, tta, runtime, tell)
             else:
                 labels, scores, facts = of_checkpoint(Path(source), data, tta, workers, tell)
-        found = measure(labels, scores)
+        found = classification_report(labels, scores)
     if as_json:
         print_json({"source": source, "kind": kind, "tta": tta, **facts, **found.model_dump(mode="json")})
     else:
@@ -94,7 +94,7 @@ def report(
     with one_line_errors(as_json), counted(quiet=as_json) as tell:
         from sopdeploy.report import write_report
 
-        page = write_report(run, destination, data=data, on_picture=tell)
+        page = write_report(run, destination, data=data, on_image=tell)
     if as_json:
         print_json({"report": str(page), "bytes": page.stat().st_size})
     else:
@@ -105,12 +105,12 @@ def of_service(url: str, data: Path, tta: str, model: str | None, api_key: str |
     """Return the scores of a service."""
     from sopdeploy.client import Client
     from sopdeploy.errors import ConfigError
-    from sopdeploy.evaluation.sources import scores_of_service
+    from sopdeploy.evaluation.sources import score_service
 
     if tta != "none":
         raise ConfigError(f"--tta {tta}: a service answers pictures as they are; measure its bundle")
     with Client(url, api_key=api_key) as client:
-        labels, scores = scores_of_service(client, data, model=model, on_picture=tell)
+        labels, scores = score_service(client, data, model=model, on_image=tell)
     return labels, scores, {}
 
 
@@ -119,16 +119,16 @@ def of_bundle(path: Path, data: Path, tta: str, runtime: str | None, tell: Tell)
     from sopdeploy_service.commands.evaluate import scores_of_bundle
     from sopdeploy_service.settings import load_settings
 
-    found = scores_of_bundle(path, data, tta=tta, settings=load_settings(runtime=runtime), on_picture=tell)
+    found = scores_of_bundle(path, data, tta=tta, settings=load_settings(runtime=runtime), on_image=tell)
     facts = {"bundle": found.bundle, "runtime": found.runtime, "device": found.device}
     return found.labels, found.scores, facts
 
 
 def of_checkpoint(path: Path, data: Path, tta: str, workers: int, tell: Tell) -> Scored:
     """Return the scores of a checkpoint."""
-    from sopdeploy.evaluation.prediction import scores_of_checkpoint
+    from sopdeploy.evaluation.prediction import score_checkpoint
 
-    labels, scores = scores_of_checkpoint(path, data, tta=tta, workers=workers, on_picture=tell)
+    labels, scores = score_checkpoint(path, data, tta=tta, workers=workers, on_image=tell)
     return labels, scores, {}
 
 
@@ -143,7 +143,7 @@ def counted(*, quiet: bool) -> Iterator[Tell]:
         yield lambda done, everything: progress.update(task, completed=done, total=everything)
 
 
-def show(found: "Measurement") -> None:
+def show(found: "ClassificationReport") -> None:
     """Print the figures, the classes, and who is taken for whom."""
     out.print(f"top-1 {rate(found.top1)}   top-5 {rate(found.top5)}   of {found.count} pictures")
     error = found.calibration
@@ -163,7 +163,7 @@ def show(found: "Measurement") -> None:
         out.print(plain_text(f"{count} x {shown} taken for {answered}"))
 
 
-def show_confusion(found: "Measurement") -> None:
+def show_confusion(found: "ClassificationReport") -> None:
     """Print the confusion matrix: a row is what the pictures show, a column what was answered."""
     table = Table(
         "shown \\ answered", *(plain_text(one.label) for one in found.classes), box=None, pad_edge=False
@@ -173,7 +173,7 @@ def show_confusion(found: "Measurement") -> None:
     out.print(table)
 
 
-def mistakes(found: "Measurement") -> list[tuple[int, str, str]]:
+def mistakes(found: "ClassificationReport") -> list[tuple[int, str, str]]:
     """Return how often which class was taken for which other one, most often first."""
     names = [one.label for one in found.classes]
     pairs = [

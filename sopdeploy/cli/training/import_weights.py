@@ -39,11 +39,11 @@ def import_file(
     Example: [bold]sopdeploy import net-epoch-60.mat --as gmsop-16-8-resnet18 --labels names.txt[/bold]
     """
     with one_line_errors(as_json), steps("importing", quiet=as_json):
-        from sopdeploy.importers.import_weights import ImportOptions, import_weights, nested
+        from sopdeploy.importers.import_weights import ImportOptions, import_weights, nest_settings
         from sopdeploy.training.recipe import parse_override
 
         options = ImportOptions(
-            settings=nested(dict(parse_override(setting) for setting in settings or [])),
+            settings=nest_settings(dict(parse_override(setting) for setting in settings or [])),
             labels=labels,
             resize=resize,
             crop=crop,

@@ -17,7 +17,7 @@ from sopdeploy.data.image_files import (
     ImageFiles,
     Opening,
     Store,
-    in_words,
+    describe_ignored_files,
     passed_over,
     visible_folders,
 )
@@ -58,7 +58,7 @@ def open_folder(config: FolderConfig, opening: Opening | None = None) -> Split:
     split = split_of(store, config)
     others = passed_over(store, store.folders())
     if others:
-        opening.say(f"{store.root}: files that are not called as pictures are left out: {in_words(others)}")
+        opening.say(f"{store.root}: ignored files without an image suffix: {describe_ignored_files(others)}")
     return split
 
 
@@ -133,7 +133,7 @@ def scan(store: Store, labels: tuple[str, ...]) -> ImageFiles:
     empty = [label for label, paths in zip(labels, found, strict=True) if not paths]
     if empty:
         same = f" (as in {', '.join(empty[1:])})" if len(empty) > 1 else ""
-        others = in_words(passed_over(store, empty[:1]))
+        others = describe_ignored_files(passed_over(store, empty[:1]))
         instead = f", files of other kinds only ({others})" if others else ""
         raise DataError(
             f"{store.root / empty[0]}: no images in this class folder{same}{instead}; "

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from sopdeploy.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from sopdeploy.errors import ConfigError
-from sopdeploy.evaluation.prediction import OneProcess, Processes
+from sopdeploy.evaluation.prediction import ProcessGroup, SingleProcessGroup
 from sopdeploy.layers.distributed import Rows
 
 
-class Parallel(Processes, Protocol):
+class Parallel(ProcessGroup, Protocol):
     """The processes of a run. A step's loss is the sum over all of them of what each one computed."""
 
     device: torch.device
@@ -55,7 +55,7 @@ class Parallel(Processes, Protocol):
         """Return the checkpoint at *path*, the same in every process."""
 
 
-class SingleProcess(OneProcess):
+class SingleProcess(SingleProcessGroup):
     """One process on one device."""
 
     def __init__(self, device: torch.device) -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from sopdeploy.client import Client
 from sopdeploy.errors import ConfigError, DataError, ServiceError
-from sopdeploy.evaluation.metrics import measure
-from sopdeploy.evaluation.sources import scores_of_service
+from sopdeploy.evaluation.metrics import classification_report
+from sopdeploy.evaluation.sources import score_service
 from sopdeploy_service.commands.evaluate import scores_of_bundle
 from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.settings import Settings
@@ -38,23 +38,23 @@ def folder(tmp_path, make_picture):
 def test_a_bundle_predict_and_a_service_agree_to_the_last_digit(client, bundle_path, folder) -> None:
     told: list[tuple[int, int]] = []
     ours = scores_of_bundle(
-        bundle_path, folder, settings=ONE_THREAD, on_picture=lambda *done: told.append(done)
+        bundle_path, folder, settings=ONE_THREAD, on_image=lambda *done: told.append(done)
     )
     with Client(str(client.base_url)) as asking:
-        labels, theirs = scores_of_service(asking, folder, on_picture=silent)
+        labels, theirs = score_service(asking, folder, on_image=silent)
     assert (labels, theirs) == (ours.labels, ours.scores)
     assert told == [(done, 14) for done in range(1, 15)]
     paths = [path for label in ours.labels for path in sorted((folder / label).iterdir())]
     predictions = predict(bundle_path, paths, Settings(threads=1, top_k=7))
     for one, prediction in zip(ours.scores, predictions, strict=True):
         assert one.confidence == prediction.classes[0].probability
-        assert [ours.labels[place] for place in one.answers] == [c.label for c in prediction.classes[:5]]
-    assert measure(labels, theirs) == measure(ours.labels, ours.scores)
+        assert [ours.labels[place] for place in one.top5] == [c.label for c in prediction.classes[:5]]
+    assert classification_report(labels, theirs) == classification_report(ours.labels, ours.scores)
 
 
 def test_views_are_averaged_and_a_mirror_changes_nothing_for_the_mean_colour(bundle_path, folder) -> None:
     plain, flip, ten = (
-        scores_of_bundle(bundle_path, folder, tta=tta, settings=ONE_THREAD, on_picture=silent)
+        scores_of_bundle(bundle_path, folder, tta=tta, settings=ONE_THREAD, on_image=silent)
         for tta in ("none", "flip", "ten-crop")
     )
     for one, other in zip(plain.scores, flip.scores, strict=True):
@@ -69,18 +69,18 @@ def test_other_classes_than_the_bundles_are_named(client, bundle_path, folder) -
     (folder / "fox").rename(folder / "yak")
     message = "classes yak are none of those learnt.*classes fox of those learnt are missing"
     with pytest.raises(DataError, match=message):
-        scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_picture=silent)
+        scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_image=silent)
     with Client(str(client.base_url)) as asking, pytest.raises(DataError, match=message):
-        scores_of_service(asking, folder, on_picture=silent)
+        score_service(asking, folder, on_image=silent)
 
 
 def test_an_empty_class_is_named(client, bundle_path, folder) -> None:
     for path in (folder / "fox").iterdir():
         path.unlink()
     with pytest.raises(DataError, match="fox: no images in this class folder"):
-        scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_picture=silent)
+        scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_image=silent)
     with Client(str(client.base_url)) as asking, pytest.raises(DataError, match="fox: no images"):
-        scores_of_service(asking, folder, on_picture=silent)
+        score_service(asking, folder, on_image=silent)
 
 
 def test_a_picture_that_is_none_is_named_and_a_service_that_is_not_there_too(
@@ -88,16 +88,16 @@ def test_a_picture_that_is_none_is_named_and_a_service_that_is_not_there_too(
 ) -> None:
     (folder / "gnu" / "0.jpeg").write_bytes(b"text")
     with pytest.raises(DataError, match=r"gnu/0\.jpeg: this is not an image"):
-        scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_picture=silent)
+        scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_image=silent)
     with Client(str(client.base_url)) as asking, pytest.raises(DataError, match=r"gnu/0\.jpeg: refused"):
-        scores_of_service(asking, folder, on_picture=silent)
+        score_service(asking, folder, on_image=silent)
     with Client("http://127.0.0.1:1", retries=0) as asking, pytest.raises(ServiceError, match="no answer"):
-        scores_of_service(asking, folder, on_picture=silent)
+        score_service(asking, folder, on_image=silent)
 
 
 def test_views_that_the_bundle_does_not_have_are_refused(bundle_path, folder) -> None:
-    with pytest.raises(ConfigError, match="none of none, flip, ten-crop"):
-        scores_of_bundle(bundle_path, folder, tta="x", settings=ONE_THREAD, on_picture=silent)
+    with pytest.raises(ConfigError, match="not one of none, flip, ten-crop"):
+        scores_of_bundle(bundle_path, folder, tta="x", settings=ONE_THREAD, on_image=silent)
 
 
 def test_neither_a_bundle_nor_a_service_needs_torch_to_be_measured() -> None:

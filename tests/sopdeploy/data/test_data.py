@@ -3,11 +3,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sopdeploy.data.base import Prepared, hold_out
+from sopdeploy.data.base import PreprocessedDataset, hold_out
 from sopdeploy.data.datasets.small import open_digits
 from sopdeploy.data.sources import DigitsConfig, open_data
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.seeds import seed_of
+from sopdeploy.seeds import derive_seed
 
 CLASSES = st.lists(st.integers(0, 4), min_size=1, max_size=60)
 
@@ -31,10 +31,10 @@ def test_a_hold_out_depends_on_the_pictures_names_not_on_their_order() -> None:
 
 
 def test_a_seed_is_the_same_on_every_machine_and_in_every_version() -> None:
-    assert seed_of(0, "order", 1) == 4739946833832999988
-    assert len({seed_of(a, b) for a in range(30) for b in range(30)}) == 900
-    assert seed_of(1, 23) != seed_of(12, 3)
-    assert seed_of("\udcff") >= 0  # a file name that is no UTF-8
+    assert derive_seed(0, "order", 1) == 4739946833832999988
+    assert len({derive_seed(a, b) for a in range(30) for b in range(30)}) == 900
+    assert derive_seed(1, 23) != derive_seed(12, 3)
+    assert derive_seed("\udcff") >= 0  # a file name that is no UTF-8
 
 
 def test_digits_are_1797_pictures_of_which_a_fifth_of_every_class_is_held_out() -> None:
@@ -51,7 +51,7 @@ def test_digits_are_1797_pictures_of_which_a_fifth_of_every_class_is_held_out() 
 def test_prepared_pictures_are_what_the_preprocessing_gives(resize, crop) -> None:
     rules = Preprocess(resize=resize, crop=crop)
     pictures = open_digits().held_out
-    prepared = Prepared(pictures, rules)
+    prepared = PreprocessedDataset(pictures, rules)
     array, label = prepared[7]
     assert array.dtype == np.uint8
     assert array.shape == (crop, crop, 3)

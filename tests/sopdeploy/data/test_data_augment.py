@@ -7,14 +7,21 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import TypeAdapter
 
-from sopdeploy.data.augment import Augmentation, Augmented, CentreCrop, PadCrop, RandomResizedCrop, RandomSide
+from sopdeploy.data.augment import (
+    Augmentation,
+    AugmentedDataset,
+    CenterCrop,
+    PadCrop,
+    RandomResizedCrop,
+    RandomSide,
+)
 from sopdeploy.data.base import ArrayImages
 from sopdeploy.data.datasets.folder import open_classes
 from sopdeploy.images.preprocess import Preprocess
 
 RULES = Preprocess(resize=18, crop=16)
 WAYS = [
-    CentreCrop(kind="centre", flip=0.5),
+    CenterCrop(kind="centre", flip=0.5),
     PadCrop(kind="pad-crop", flip=0.5, pad=2),
     RandomResizedCrop(kind="random-resized-crop", flip=0.5),
     RandomSide(kind="random-side", flip=0.5, sides=(16, 40)),
@@ -29,7 +36,7 @@ def pictures(count: int = 12) -> ArrayImages:
 
 
 def arrays(way, seed: int, epoch: int) -> np.ndarray:
-    view = Augmented(pictures(), way, RULES, seed, epoch)
+    view = AugmentedDataset(pictures(), way, RULES, seed, epoch)
     assert view.labels == ("a", "b")
     return np.stack([view[index][0] for index in range(len(view))])
 
@@ -37,7 +44,7 @@ def arrays(way, seed: int, epoch: int) -> np.ndarray:
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.kind)
 def test_augmentation_is_a_function_of_seed_epoch_and_sample(way) -> None:
     first = arrays(way, seed=1, epoch=2)
-    view = Augmented(pictures(), way, RULES, 1, 2)
+    view = AugmentedDataset(pictures(), way, RULES, 1, 2)
     assert np.array_equal(np.stack([view[i][0] for i in reversed(range(12))])[::-1], first)
     assert not np.array_equal(arrays(way, seed=1, epoch=3), first)
     assert not np.array_equal(arrays(way, seed=2, epoch=2), first)
@@ -58,18 +65,18 @@ def test_pictures_of_any_size_and_mode_become_the_networks_input(way, mode, size
         def __getitem__(self, index: int):
             return Image.new(mode, size), 0
 
-    array, _ = Augmented(One(), way, RULES, 0, 0)[0]
+    array, _ = AugmentedDataset(One(), way, RULES, 0, 0)[0]
     assert array.shape == (16, 16, 3)
 
 
 def test_a_centre_crop_without_mirroring_is_what_evaluation_sees() -> None:
-    view = Augmented(pictures(), CentreCrop(kind="centre"), RULES, 0, 0)
+    view = AugmentedDataset(pictures(), CenterCrop(kind="centre"), RULES, 0, 0)
     assert all(np.array_equal(view[i][0], RULES(pictures()[i][0])) for i in range(12))
 
 
 def test_about_half_of_the_pictures_are_mirrored() -> None:
     many = pictures(400)
-    view = Augmented(many, CentreCrop(kind="centre", flip=0.5), RULES, 0, 0)
+    view = AugmentedDataset(many, CenterCrop(kind="centre", flip=0.5), RULES, 0, 0)
     mirrored = sum(np.array_equal(view[i][0], RULES(many[i][0])[:, ::-1]) for i in range(400))
     assert 160 < mirrored < 240
 
@@ -117,7 +124,9 @@ def test_a_draft_shows_the_same_part_a_few_grey_levels_off(tmp_path, kind, turne
     way = {"kind": kind, "flip": 0.5} | ({"sides": (66, 100)} if kind == "random-side" else {})
     full, draft = (
         [
-            Augmented(pictures, TypeAdapter(Augmentation).validate_python(way | switch), rules, 0, epoch)[0]
+            AugmentedDataset(
+                pictures, TypeAdapter(Augmentation).validate_python(way | switch), rules, 0, epoch
+            )[0]
             for epoch in range(12)
         ]
         for switch in ({}, {"draft": True})

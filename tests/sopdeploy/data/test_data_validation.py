@@ -6,9 +6,9 @@ import pytest
 
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.sources import open_data
-from sopdeploy.data.validation import all_unreadable, kept_finding
+from sopdeploy.data.validation import kept_finding, unreadable_images_error
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.prediction import scores_of_checkpoint
+from sopdeploy.evaluation.prediction import score_checkpoint
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.signals import TrainingStoppedError
@@ -54,7 +54,7 @@ def test_a_run_that_meets_one_names_all_and_stops(spoilt, tmp_path, workers) -> 
 def test_a_single_one_is_named_as_it_was_met(tmp_path) -> None:
     split = open_data(FolderConfig(kind="folder", path=write_photos(tmp_path / "photos")))
     met = DataError("a/5.jpg: cannot be read")
-    assert all_unreadable(met, split.train) is met
+    assert unreadable_images_error(met, split.train) is met
 
 
 def test_left_out_they_are_counted_and_named(spoilt, tmp_path) -> None:
@@ -109,4 +109,4 @@ def test_what_was_found_is_kept_until_a_file_changes(spoilt, tmp_path, monkeypat
 def test_an_evaluation_names_all_too(spoilt, tmp_path) -> None:
     result = train(recipe_for(spoilt, "data.skip_corrupt=true", "epochs=1"), tmp_path / "run")
     with pytest.raises(DataError, match="2 pictures cannot be used"):
-        scores_of_checkpoint(result.best, spoilt / "train", on_picture=lambda _done, _all: None)
+        score_checkpoint(result.best, spoilt / "train", on_image=lambda _done, _all: None)

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sopdeploy.data.augment import Augmented, CentreCrop
+from sopdeploy.data.augment import AugmentedDataset, CenterCrop
 from sopdeploy.data.base import ArrayImages
 from sopdeploy.data.batches import balanced_batches, load_batches
-from sopdeploy.data.rand_augment import Distortion, Mix
+from sopdeploy.data.rand_augment import Mixup, RandAugment
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.loop import train
 from sopdeploy.training.losses import training_loss
@@ -18,7 +18,7 @@ from tests.sopdeploy.training.runs import short_recipe
 pytestmark = pytest.mark.usefixtures("few_digits")
 
 RULES = Preprocess(resize=16, crop=16)
-WAYS = [Mix(mixup=0.4), Mix(cutmix=1.0), Mix(mixup=0.4, cutmix=1.0)]
+WAYS = [Mixup(mixup=0.4), Mixup(cutmix=1.0), Mixup(mixup=0.4, cutmix=1.0)]
 
 
 def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,7 +52,7 @@ def test_what_is_drawn_follows_from_the_seed_of_the_step(mix) -> None:
 def test_mixup_blends_with_the_neighbour_by_the_share_of_the_class() -> None:
     torch.manual_seed(0)
     images, labels = batch(3)
-    mixed, shares = Mix(mixup=1.0)(images, labels, 3)
+    mixed, shares = Mixup(mixup=1.0)(images, labels, 3)
     share = shares[0, 0]
     torch.testing.assert_close(mixed, share * images + (1 - share) * images.roll(1, 0))
 
@@ -62,7 +62,7 @@ def test_both_ways_are_drawn_where_both_are_wanted() -> None:
     images = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
     kinds = set()
     for _ in range(20):
-        mixed, _ = Mix(mixup=1.0, cutmix=1.0)(images, torch.tensor([0, 1]), 2)
+        mixed, _ = Mixup(mixup=1.0, cutmix=1.0)(images, torch.tensor([0, 1]), 2)
         kinds.add(bool(((mixed == 0) | (mixed == 1)).all()))
     assert kinds == {True, False}
 
@@ -70,7 +70,7 @@ def test_both_ways_are_drawn_where_both_are_wanted() -> None:
 def test_without_mixing_nothing_is_touched_or_drawn() -> None:
     before = torch.get_rng_state()
     images, labels = batch(4)
-    same, classes = Mix()(images, labels, 3)
+    same, classes = Mixup()(images, labels, 3)
     assert same is images
     assert classes is labels
     assert torch.equal(torch.get_rng_state(), before)
@@ -81,11 +81,11 @@ def pictures(count: int = 12) -> ArrayImages:
     return ArrayImages(("a", "b"), images, np.arange(count) % 2)
 
 
-def view(distortion: Distortion, epoch: int = 0) -> Augmented:
-    return Augmented(pictures(), CentreCrop(kind="centre"), RULES, 0, epoch, distortion)
+def view(distortion: RandAugment, epoch: int = 0) -> AugmentedDataset:
+    return AugmentedDataset(pictures(), CenterCrop(kind="centre"), RULES, 0, epoch, distortion)
 
 
-DISTORTIONS = [Distortion(ops=2), Distortion(erase=1.0), Distortion(ops=1, magnitude=20, erase=0.5)]
+DISTORTIONS = [RandAugment(ops=2), RandAugment(erase=1.0), RandAugment(ops=1, magnitude=20, erase=0.5)]
 
 
 @pytest.mark.parametrize("distortion", DISTORTIONS, ids=str)
@@ -103,7 +103,7 @@ def test_a_distortion_is_a_function_of_seed_epoch_and_sample(distortion) -> None
 
 
 def test_an_erased_box_has_the_mean_colour() -> None:
-    before, after = view(Distortion())[3][0], view(Distortion(erase=1.0))[3][0]
+    before, after = view(RandAugment())[3][0], view(RandAugment(erase=1.0))[3][0]
     changed = (before != after).any(axis=2)
     assert changed.any()
     mean = [round(255 * value) for value in RULES.mean]
@@ -111,7 +111,7 @@ def test_an_erased_box_has_the_mean_colour() -> None:
 
 
 def test_a_second_showing_of_a_sample_looks_different() -> None:
-    shown = view(Distortion(ops=2, magnitude=20))
+    shown = view(RandAugment(ops=2, magnitude=20))
     (first, label), (second, same) = shown[3], shown[3 + len(shown)]
     assert label == same
     assert not np.array_equal(first, second)

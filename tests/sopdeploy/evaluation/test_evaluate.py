@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from sopdeploy import create_model
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
-from sopdeploy.data.base import ArrayImages, Prepared
+from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.errors import DataError, TrainingError
-from sopdeploy.evaluation.metrics import Measurement, measure
-from sopdeploy.evaluation.prediction import evaluate, scores_of_checkpoint
+from sopdeploy.evaluation.metrics import ClassificationReport, classification_report
+from sopdeploy.evaluation.prediction import evaluate, score_checkpoint
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from tests.sopdeploy.data.test_data_folder import make
@@ -36,12 +36,12 @@ class FromPixels(nn.Module):
         return -distance * self.scale
 
 
-def pictures(answers: list[int], targets: list[int], classes: int) -> Prepared:
+def pictures(answers: list[int], targets: list[int], classes: int) -> PreprocessedDataset:
     images = np.broadcast_to(
         np.asarray(answers, dtype=np.uint8)[:, None, None, None], (len(answers), 4, 4, 3)
     )
     labels = tuple(str(number) for number in range(classes))
-    return Prepared(ArrayImages(labels, images.copy(), np.asarray(targets)), RULES)
+    return PreprocessedDataset(ArrayImages(labels, images.copy(), np.asarray(targets)), RULES)
 
 
 @settings(deadline=None)
@@ -69,7 +69,7 @@ def test_the_network_sees_the_normalised_pictures_of_the_service_and_keeps_its_m
     model = create_model("dsop-resnet8", num_classes=3, base_width=4)
     images = np.random.default_rng(0).integers(0, 256, (10, 30, 20, 3), dtype=np.uint8)
     stored = ArrayImages(("a", "b", "c"), images, np.arange(10) % 3)
-    figures = evaluate(model, Prepared(stored, rules), rules, batch_size=4)
+    figures = evaluate(model, PreprocessedDataset(stored, rules), rules, batch_size=4)
     assert model.training
     model.eval()
     served = torch.from_numpy(np.stack([rules(stored[i][0]) for i in range(10)]))
@@ -78,7 +78,7 @@ def test_the_network_sees_the_normalised_pictures_of_the_service_and_keeps_its_m
     assert figures.top1 == int((logits.argmax(1) == targets).sum()) / 10
     assert figures.loss == pytest.approx(float(nn.functional.cross_entropy(logits, targets)), rel=1e-5)
     assert figures.top5 == 1.0
-    evaluate(model, Prepared(stored, rules), rules, workers=2)
+    evaluate(model, PreprocessedDataset(stored, rules), rules, workers=2)
     assert not model.training
 
 
@@ -90,8 +90,10 @@ def test_a_network_that_has_diverged_is_an_error() -> None:
 
 
 def test_nothing_to_measure_on_is_an_error() -> None:
-    nothing = Prepared(ArrayImages(("a",), np.zeros((0, 4, 4), np.uint8), np.zeros(0, np.int64)), RULES)
-    with pytest.raises(DataError, match="no pictures to measure on"):
+    nothing = PreprocessedDataset(
+        ArrayImages(("a",), np.zeros((0, 4, 4), np.uint8), np.zeros(0, np.int64)), RULES
+    )
+    with pytest.raises(DataError, match="no images to evaluate on"):
         evaluate(FromPixels(1), nothing, RULES)
 
 
@@ -113,11 +115,11 @@ def stored(tmp_path) -> Path:
     return tmp_path / "ckpt.pt"
 
 
-def measured(stored: Path, data: Path, **options: Any) -> Measurement:
+def measured(stored: Path, data: Path, **options: Any) -> ClassificationReport:
     told: list[tuple[int, int]] = []
-    labels, scores = scores_of_checkpoint(stored, data, on_picture=lambda *done: told.append(done), **options)
+    labels, scores = score_checkpoint(stored, data, on_image=lambda *done: told.append(done), **options)
     assert told[-1] == (len(scores), len(scores))
-    return measure(labels, scores)
+    return classification_report(labels, scores)
 
 
 def test_a_checkpoint_is_measured_on_a_folder_whose_classes_are_matched_by_name(stored, tmp_path) -> None:

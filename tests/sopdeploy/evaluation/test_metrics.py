@@ -9,21 +9,20 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.evaluation.metrics import BINS, Score, measure, score
-from sopdeploy.evaluation.sources import recognise
-from sopdeploy.evaluation.tta import check_views, views
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.evaluation.metrics import BINS, Score, classification_report
+from sopdeploy.evaluation.sources import detect_source
+from sopdeploy.images.preprocess import Preprocess, check_tta_mode, tta_views
 
 LABELS = ("a", "b", "c")
 
 
 def answered(target: int, *probabilities: float) -> Score:
     ranked = sorted(enumerate(probabilities), key=lambda pair: -pair[1])
-    return score(target, ranked)
+    return Score.from_ranking(target, ranked)
 
 
 def test_four_pictures_by_hand() -> None:
-    found = measure(
+    found = classification_report(
         LABELS,
         [
             answered(0, 0.7, 0.2, 0.1),
@@ -47,7 +46,7 @@ def test_four_pictures_by_hand() -> None:
 
 def test_fifteen_bins_hold_their_upper_edge_and_not_their_lower_one() -> None:
     scores = [Score(0, (0, 1), confidence, 0.5) for confidence in (1 / 15, 1 / 15 + 1e-9, 0.6, 1.0)]
-    counts = [one.count for one in measure(("a", "b"), scores).calibration.curve]
+    counts = [one.count for one in classification_report(("a", "b"), scores).calibration.curve]
     assert (len(counts), sum(counts)) == (BINS, 4)
     assert [place for place, count in enumerate(counts) if count] == [0, 1, 8, 14]
 
@@ -62,7 +61,7 @@ probability_rows = st.lists(
 @given(probability_rows)
 def test_figures_are_what_their_definitions_say(rows) -> None:
     scaled = [(target, np.asarray(row) / sum(row)) for target, row in rows]
-    found = measure(LABELS, [answered(target, *map(float, row)) for target, row in scaled])
+    found = classification_report(LABELS, [answered(target, *map(float, row)) for target, row in scaled])
     matrix = np.asarray(found.confusion)
     assert matrix.sum() == len(rows)
     assert found.top1.right == np.trace(matrix)
@@ -79,20 +78,22 @@ def test_figures_are_what_their_definitions_say(rows) -> None:
 
 
 def test_a_probability_that_has_become_0_has_a_finite_loss() -> None:
-    assert measure(("a", "b"), [Score(1, (0, 1), 1.0, 0.0)]).nll == pytest.approx(708.4, abs=0.1)
+    assert classification_report(("a", "b"), [Score(1, (0, 1), 1.0, 0.0)]).nll == pytest.approx(
+        708.4, abs=0.1
+    )
 
 
 def test_no_pictures_are_an_error() -> None:
-    with pytest.raises(DataError, match="no pictures to measure on"):
-        measure(LABELS, [])
+    with pytest.raises(DataError, match="no images to evaluate on"):
+        classification_report(LABELS, [])
 
 
 def test_a_source_is_told_by_what_it_is(tmp_path) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "manifest.json").write_text("{}")
-    assert recognise("http://host:8000") == recognise("https://host") == "service"
-    assert recognise(str(tmp_path / "bundle")) == "bundle"
-    assert recognise("runs/a/best.pt") == "checkpoint"
+    assert detect_source("http://host:8000") == detect_source("https://host") == "service"
+    assert detect_source(str(tmp_path / "bundle")) == "bundle"
+    assert detect_source("runs/a/best.pt") == "checkpoint"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_a_source_is_told_by_what_it_is(tmp_path) -> None:
 )
 def test_what_gives_no_answers_is_refused(source, message, tmp_path) -> None:
     with pytest.raises(ConfigError, match=message):
-        recognise(source.format(tmp=tmp_path))
+        detect_source(source.format(tmp=tmp_path))
 
 
 RULES = Preprocess(resize=12, crop=8)
@@ -110,14 +111,14 @@ PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3),
 
 def test_flip_is_the_picture_and_its_mirror() -> None:
     plain = RULES(PICTURE)
-    found = views(lambda rules: rules(PICTURE), RULES, "flip")
+    found = tta_views(lambda rules: rules(PICTURE), RULES, "flip")
     assert np.array_equal(found, [plain, plain[:, ::-1]])
-    assert np.array_equal(views(lambda rules: rules(PICTURE), RULES, "none"), [plain])
+    assert np.array_equal(tta_views(lambda rules: rules(PICTURE), RULES, "none"), [plain])
 
 
 def test_ten_crops_are_corners_and_centre_and_their_mirrors() -> None:
     whole = np.asarray(PICTURE)
-    found = views(lambda rules: rules(PICTURE), RULES, "ten-crop")
+    found = tta_views(lambda rules: rules(PICTURE), RULES, "ten-crop")
     corners = [whole[:8, :8], whole[:8, 4:], whole[4:, :8], whole[4:, 4:]]
     assert np.array_equal(found[:5], [whole[2:10, 2:10], *corners])
     assert np.array_equal(found[5:], found[:5, :, ::-1])
@@ -126,10 +127,10 @@ def test_ten_crops_are_corners_and_centre_and_their_mirrors() -> None:
 @pytest.mark.parametrize(
     ("wish", "rules", "message"),
     [
-        ("five", RULES, "--tta five: none of none, flip, ten-crop"),
-        ("ten-crop", Preprocess(resize=8, crop=8), "no corners to cut"),
+        ("five", RULES, "--tta five: not one of none, flip, ten-crop"),
+        ("ten-crop", Preprocess(resize=8, crop=8), "no corners to crop"),
     ],
 )
 def test_views_that_do_not_exist_are_refused(wish, rules, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_views(wish, rules)
+        check_tta_mode(wish, rules)

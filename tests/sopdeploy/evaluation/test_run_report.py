@@ -11,8 +11,8 @@ from PIL import Image
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
-from sopdeploy.evaluation.metrics import measure
-from sopdeploy.evaluation.prediction import scores_of_checkpoint
+from sopdeploy.evaluation.metrics import classification_report
+from sopdeploy.evaluation.prediction import score_checkpoint
 from sopdeploy.report import write_report
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
@@ -112,10 +112,8 @@ def test_other_pictures_are_measured_by_name_and_hostile_names_are_only_shown(tm
     page = write_report(tmp_path / "run", data=data).read_text(encoding="utf-8")
     Reader(page)
     assert "<script>" not in page
-    labels, scores = scores_of_checkpoint(
-        tmp_path / "run" / "best.pt", data, on_picture=lambda _done, _all: None
-    )
-    assert f"negative log-likelihood {measure(labels, scores).nll:.4f}" in page
+    labels, scores = score_checkpoint(tmp_path / "run" / "best.pt", data, on_image=lambda _done, _all: None)
+    assert f"negative log-likelihood {classification_report(labels, scores).nll:.4f}" in page
     for path in data.rglob("*.png"):
         path.unlink()
     without = write_report(tmp_path / "run").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sopdeploy.data.image_files import opened
 from sopdeploy.images import color as colours
-from sopdeploy.images.color import SIXTEEN_BIT, boxes, in_rgb, is_transparent, match_transparency
+from sopdeploy.images.color import SIXTEEN_BIT, in_rgb, is_transparent, match_transparency, tile_boxes
 
 FUZZ = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 GREEN = (0, 200, 0)
@@ -91,7 +91,7 @@ def test_a_tile_at_a_time_gives_the_pixels_of_the_whole(kind, size, tile, seed, 
 
 def test_every_16_bit_value_becomes_the_nearest_of_8_bits():
     every = np.arange(65_536, dtype=np.uint16)
-    assert np.array_equal(colours.scaled_to_8_bits(every), np.rint(every / 257.0))
+    assert np.array_equal(colours.scale_to_8_bits(every), np.rint(every / 257.0))
 
 
 @FUZZ
@@ -99,7 +99,7 @@ def test_every_16_bit_value_becomes_the_nearest_of_8_bits():
     size=st.tuples(st.integers(1, 300_000), st.integers(1, 300_000)).filter(lambda s: s[0] * s[1] < 3_000_000)
 )
 def test_boxes_cover_a_picture_once_and_are_never_larger_than_a_tile(size):
-    areas = [(right - left) * (bottom - top) for left, top, right, bottom in boxes(size)]
+    areas = [(right - left) * (bottom - top) for left, top, right, bottom in tile_boxes(size)]
     assert sum(areas) == size[0] * size[1]
     assert max(areas) <= colours.TILE
 

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
-from sopdeploy.images.preprocess import Preprocess, upright
+from sopdeploy.images.preprocess import Preprocess, to_rgb
 
 FUZZ = settings(max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 PILLOW_MAY_WARN = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -236,7 +236,7 @@ def test_whatever_the_exif_data_says_the_picture_is_used(
         struct.pack("<H", len(entries) + 1) + turn + b"".join(struct.pack("<HHII", *e) for e in entries)
     )
     picture = with_exif(TIFF + directory + bytes(4) + rest)
-    assert upright(picture).size == (8, 8)
+    assert to_rgb(picture, WHOLE).size == (8, 8)
     assert WHOLE(picture).shape == (8, 8, 3)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.importers.import_weights import ImportOptions, ImportReport, import_weights, nested
+from sopdeploy.importers.import_weights import ImportOptions, ImportReport, import_weights, nest_settings
 from sopdeploy.models.base import Classifier
 
 NOISE = 3.0  # times the original's own distance from float64
@@ -16,7 +16,7 @@ NOISE = 3.0  # times the original's own distance from float64
 
 def imported(source: Path, name: str, **options: Any) -> tuple[Classifier, ImportReport]:
     """Import *source* as *name*; `settings` has dotted keys."""
-    settings = nested(options.pop("settings", {}))
+    settings = nest_settings(options.pop("settings", {}))
     out = source.with_name("imported.pt")
     report = import_weights(source, name, out, ImportOptions(settings=settings, **options))
     return build_classifier(read_checkpoint(out), out), report

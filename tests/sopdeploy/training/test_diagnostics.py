@@ -6,7 +6,7 @@ import torch
 
 from sopdeploy import create_model
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.data.base import ArrayImages, Prepared
+from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import centered_and_scaled, covariance
 from sopdeploy.layers.normalize import Normalize
@@ -23,9 +23,9 @@ LABELS = ("a", "b", "c")
 NORMALISE = Normalize(RULES)
 
 
-def pictures(count: int = 7) -> Prepared:
+def pictures(count: int = 7) -> PreprocessedDataset:
     images = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
-    return Prepared(ArrayImages(LABELS, images, np.arange(count) % 3), RULES)
+    return PreprocessedDataset(ArrayImages(LABELS, images, np.arange(count) % 3), RULES)
 
 
 @pytest.fixture

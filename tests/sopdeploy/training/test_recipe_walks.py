@@ -12,7 +12,7 @@ import pytest
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.evaluation.prediction import scores_of_checkpoint
+from sopdeploy.evaluation.prediction import score_checkpoint
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, list_recipes, read_recipe
@@ -97,8 +97,8 @@ def walk(name: str, root: Path, monkeypatch: Any) -> Path:
     assert result.epochs == 1
     assert stored.training["recipe"]["summary"] == recipe.summary
     assert (stored.model, stored.config) == (recipe.model.name, recipe.model.full_config())
-    _, scores = scores_of_checkpoint(
-        result.best, write_classes(root / "measured", stored.labels, 1), on_picture=lambda _done, _all: None
+    _, scores = score_checkpoint(
+        result.best, write_classes(root / "measured", stored.labels, 1), on_image=lambda _done, _all: None
     )
     assert len(scores) == len(stored.labels)
     return result.best

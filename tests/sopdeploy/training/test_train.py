@@ -6,7 +6,7 @@ import torch
 
 import sopdeploy
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.data.base import Prepared
+from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.sources import open_data
 from sopdeploy.evaluation.prediction import evaluate
 from sopdeploy.training.loop import TrainingResult, train
@@ -65,7 +65,9 @@ def test_the_best_checkpoint_gives_the_figures_it_was_written_with(finished) -> 
     out, result, _ = finished
     best = read_checkpoint(out / "best.pt")
     held_out = open_data(short_recipe().data).held_out
-    figures = evaluate(build_classifier(best, out), Prepared(held_out, best.preprocess), best.preprocess)
+    figures = evaluate(
+        build_classifier(best, out), PreprocessedDataset(held_out, best.preprocess), best.preprocess
+    )
     assert figures.top1 == result.best_top1
     assert figures.top5 == result.best_top5
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sopdeploy.data.base import ArrayImages, Prepared
-from sopdeploy.evaluation.prediction import OneProcess, evaluate
+from sopdeploy.data.base import ArrayImages, PreprocessedDataset
+from sopdeploy.evaluation.prediction import SingleProcessGroup, evaluate
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed.data_parallel import DataParallel
@@ -29,7 +29,7 @@ def measured(processes=None, batch_size: int = 10) -> dict[str, float]:
     processes = processes or DataParallel(choose_device("cpu"))
     found = evaluate(
         network,
-        Prepared(stored, RULES),
+        PreprocessedDataset(stored, RULES),
         RULES,
         batch_size=batch_size,
         processes=processes,
@@ -46,7 +46,7 @@ def shared(_folder: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_any_number_of_processes_measures_the_same(tmp_path, world) -> None:
-    alone = measured(OneProcess())
+    alone = measured(SingleProcessGroup())
     found = ranks.run_in_processes(f"{__name__}:shared", tmp_path, world=world)
     assert all(each == found[0] for each in found)
     assert [found[0][key] for key in ("top1", "top5", "count")] == [
