@@ -21,10 +21,10 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.detach import detach
 from sopdeploy_export.graph.onnx_export import lower
-from sopdeploy_export.graph.probe_images import generated
+from sopdeploy_export.graph.probe_images import generated_images
 from sopdeploy_export.graph.torch_export import capture
-from sopdeploy_export.precision.casts import in_float32
-from sopdeploy_export.precision.int8 import quantise
+from sopdeploy_export.precision.casts import float32_parts
+from sopdeploy_export.precision.int8 import quantize
 
 NETWORKS = ("dsop-resnet18", "isqrt-resnet18")
 
@@ -36,7 +36,7 @@ def graphs(name: str) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     lean = detach(network) if network.training_only else network
     rules = Preprocess()
     plain = lower(capture(lean, rules, BatchRange(maximum=8)).any_batch, lean.outputs)
-    return quantise(plain, generated(rules.crop), in_float32(lean)), plain
+    return quantize(plain, generated_images(rules.crop), float32_parts(lean)), plain
 
 
 def session(model: onnx.ModelProto) -> ort.InferenceSession:

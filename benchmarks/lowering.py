@@ -26,8 +26,8 @@ from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy_export.rewrites.apply import FORMULAS, RULES
 from sopdeploy_export.rewrites.autotune import Heuristic, open_form
-from sopdeploy_export.rewrites.context import Work
-from sopdeploy_export.rewrites.equivalence import observe
+from sopdeploy_export.rewrites.context import RewriteContext
+from sopdeploy_export.rewrites.equivalence import record_activations
 from sopdeploy_export.rewrites.mixture import AllMasked, GatheredWeights
 
 AGREEMENT = 2e-5  # of the largest value, float32 against float32
@@ -60,7 +60,9 @@ def rewritten(part: nn.Module, inputs: tuple[Tensor, ...], *, by_rules: bool) ->
     """Return *part* rewritten by the rules, or as the papers write it."""
     network = Part(part).eval()
     batch = BatchRange(optimum=8)
-    work = Work(network=network, calls=observe(network, inputs), batch=batch, choose=Heuristic())
+    work = RewriteContext(
+        network=network, calls=record_activations(network, inputs), batch=batch, choose=Heuristic()
+    )
     for apply in RULES if by_rules else FORMULAS:
         apply(work)
     return network.part

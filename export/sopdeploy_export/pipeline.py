@@ -25,7 +25,12 @@ from sopdeploy_export.parity.reference import Reference, compute_reference
 from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.parity.spectral import spectral_records
 from sopdeploy_export.precision.accuracy_gate import measured
-from sopdeploy_export.precision.convert import ConvertedGraph, PrecisionOptions, ship, wished
+from sopdeploy_export.precision.convert import (
+    ConvertedGraph,
+    PrecisionOptions,
+    convert_precision,
+    lowering_options,
+)
 from sopdeploy_export.proof.certificate import Certificate, Proof, certify, with_onnx_root
 from sopdeploy_export.proof.onnx_hash import file_root, onnx_root
 from sopdeploy_export.proof.preconditions import refuse_training_parts, refuse_what_cannot_ship
@@ -33,7 +38,7 @@ from sopdeploy_export.report import model_card
 from sopdeploy_export.report.network_summary import network_summary
 from sopdeploy_export.report.results import Exported, ExportResults, as_probes, manifest_fields, write_reports
 from sopdeploy_export.report.speed import measure_speed
-from sopdeploy_export.rewrites.apply import Certified, Lowered, lower_by_rules
+from sopdeploy_export.rewrites.apply import CertifiedGraph, LoweredGraph, lower_by_rules
 
 __all__ = ["ExportOptions", "Exported", "export"]
 
@@ -89,14 +94,16 @@ def export(
     model, certificate = lower_with_proof(proof, trained.outputs)
     program = proof.lean.any_batch
     del trained, proof  # three networks and six graphs of them, proved: a large one needs the memory
-    lowered = lowered_for(Certified(lean, program, model), images, checkpoint, options)
+    lowered = lowered_for(CertifiedGraph(lean, program, model), images, checkpoint, options)
     shipping = in_precision(lean, lowered, checkpoint, options, step)
 
     with bundle.staging(destination) as folder:
         write(shipping.model, folder / "model.onnx")
 
         step("comparing the file with the network")
-        expected, parity = compared(folder / "model.onnx", lean, shipping, checkpoint, images, options)
+        expected, parity = compare_with_network(
+            folder / "model.onnx", lean, shipping, checkpoint, images, options
+        )
         precision = measured(
             shipping,
             folder / "model.onnx",
@@ -162,16 +169,16 @@ def export(
 
 
 def lowered_for(
-    certified: Certified, images: NDArray[np.uint8], checkpoint: Checkpoint, options: ExportOptions
-) -> Lowered:
+    certified: CertifiedGraph, images: NDArray[np.uint8], checkpoint: Checkpoint, options: ExportOptions
+) -> LoweredGraph:
     """Return the network and its graph by the rules, with the forms that suit the precision asked for."""
-    wish = wished(options.precision, rules=options.lowering, autotune=options.autotune)
+    wish = lowering_options(options.precision, rules=options.lowering, autotune=options.autotune)
     return lower_by_rules(certified, images, checkpoint.preprocess, options.batch, wish)
 
 
 def in_precision(
     lean: Classifier,
-    lowered: Lowered,
+    lowered: LoweredGraph,
     checkpoint: Checkpoint,
     options: ExportOptions,
     step: Step,
@@ -179,10 +186,10 @@ def in_precision(
     """Return the graph that ships: the *lowered* one, or what the precision asked for makes of it."""
     if options.precision.precision != "fp32":
         step(f"placing {options.precision.precision} in the graph")
-    return ship(lean, lowered, checkpoint.preprocess, options.batch, options.precision)
+    return convert_precision(lean, lowered, checkpoint.preprocess, options.batch, options.precision)
 
 
-def compared(
+def compare_with_network(
     path: Path,
     lean: Classifier,
     shipping: ConvertedGraph,

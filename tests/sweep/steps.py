@@ -23,12 +23,12 @@ from sopdeploy_export.graph.probe_images import probe_images
 from sopdeploy_export.graph.torch_export import Deployed, capture_any_batch
 from sopdeploy_export.parity.reference import Reference
 from sopdeploy_export.parity.report import ParityReport
-from sopdeploy_export.pipeline import Exported, ExportOptions, compared, export
-from sopdeploy_export.precision.convert import PrecisionOptions, ship, wished
-from sopdeploy_export.proof.certificate import equal_numbers, plain_network
-from sopdeploy_export.proof.tensor_inventory import account
-from sopdeploy_export.rewrites.apply import Lowered, rewrite
-from sopdeploy_export.rewrites.centering import centre_by_mean
+from sopdeploy_export.pipeline import Exported, ExportOptions, compare_with_network, export
+from sopdeploy_export.precision.convert import PrecisionOptions, convert_precision, lowering_options
+from sopdeploy_export.proof.certificate import assert_equal_outputs, build_plain_network
+from sopdeploy_export.proof.tensor_inventory import build_inventory
+from sopdeploy_export.rewrites.apply import LoweredGraph, rewrite
+from sopdeploy_export.rewrites.centering import center_by_mean
 from sopdeploy_export.rewrites.context import LoweringReport
 
 TRAINED_ON = 4
@@ -107,18 +107,20 @@ def measured(
     found = detached(checkpoint)
     wish = PrecisionOptions(precision=precision)
     pixels = Normalize(found.preprocess)(torch.from_numpy(found.images[:2]))
-    rewritten = rewrite(found.network, pixels, FEW, wished(wish, rules=True, autotune=False))
+    rewritten = rewrite(found.network, pixels, FEW, lowering_options(wish, rules=True, autotune=False))
     program = capture_any_batch(rewritten.network, found.preprocess, FEW)
-    model, _ = centre_by_mean(lower(program, found.network.outputs))
+    model, _ = center_by_mean(lower(program, found.network.outputs))
     report = LoweringReport(
         textbook=False, rules=rewritten.rules, choices=(), certified_root="", lowered_root=""
     )
-    shipping = ship(
-        found.network, Lowered(rewritten.network, program, model, report), found.preprocess, FEW, wish
+    shipping = convert_precision(
+        found.network, LoweredGraph(rewritten.network, program, model, report), found.preprocess, FEW, wish
     )
     write(shipping.model, destination)
     options = ExportOptions(batch=FEW, precision=wish)
-    return compared(destination, found.network, shipping, read_checkpoint(checkpoint), found.images, options)
+    return compare_with_network(
+        destination, found.network, shipping, read_checkpoint(checkpoint), found.images, options
+    )
 
 
 class Detached(NamedTuple):
@@ -133,8 +135,8 @@ def detached(checkpoint: Path) -> Detached:
     """Load *checkpoint*, take off what only training needs, and compare with a plain network built anew."""
     found, trained = read_checkpoint(checkpoint), loaded(checkpoint)
     images, lean = probe_images(found.preprocess), detach(trained) if trained.training_only else trained
-    account(trained, lean)
-    networks = {"plain": plain_network(trained, lean), "trained": trained, "detached": lean}
+    build_inventory(trained, lean)
+    networks = {"plain": build_plain_network(trained, lean), "trained": trained, "detached": lean}
     deployed = {role: Deployed(network, found.preprocess).eval() for role, network in networks.items()}
-    equal_numbers(deployed, torch.from_numpy(images))
+    assert_equal_outputs(deployed, torch.from_numpy(images))
     return Detached(lean, images, found.preprocess)

@@ -44,7 +44,7 @@ def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) 
     return proto
 
 
-def named_inside(
+def with_converter_names(
     program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET
 ) -> ExportedProgram | None:
     """Return *program* as the converter names its values; from the last conversion where there was one."""

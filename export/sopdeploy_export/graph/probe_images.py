@@ -23,13 +23,13 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 
 def probe_images(preprocess: Preprocess, folder: Path | None = None) -> NDArray[np.uint8]:
     """Return (P, crop, crop, 3) uint8 images: generated ones, then the pictures of *folder*."""
-    images = generated(preprocess.crop)
+    images = generated_images(preprocess.crop)
     if folder is None:
         return images
     return np.concatenate([images, photographs(folder, preprocess)])
 
 
-def generated(side: int) -> NDArray[np.uint8]:
+def generated_images(side: int) -> NDArray[np.uint8]:
     """Return the generated images for a network of *side* pixels."""
     random = np.random.default_rng(SEED)
     ramp = np.linspace(0, 255, side)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import fx
 from torch.export import ExportedProgram
 
-from sopdeploy_export.graph.onnx_export import named_inside
+from sopdeploy_export.graph.onnx_export import with_converter_names
 from sopdeploy_export.parity.report import PartDrift
 from sopdeploy_export.parity.session import by_casts, fixed_batch, holds_bfloat16, open_session, widened
 
@@ -172,7 +172,7 @@ def drifts(
     """Give the drift of the file at *path*, lowered from *program*, at the boundaries chosen."""
     model = onnx.load(path)
     images = images[: fixed_batch(model)]
-    converted = named_inside(program, outputs, max(opset.version for opset in model.opset_import))
+    converted = with_converter_names(program, outputs, max(opset.version for opset in model.opset_import))
     if converted is None:
         return
     places = choose(boundaries(converted, model))

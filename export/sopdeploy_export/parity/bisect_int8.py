@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from torch.export import ExportedProgram
 
-from sopdeploy_export.graph.onnx_export import named_inside
+from sopdeploy_export.graph.onnx_export import with_converter_names
 from sopdeploy_export.parity.bisect import (
     PICTURES,
     PICTURES_OF_PARTS,
@@ -60,7 +60,7 @@ def part_drifts_int8(
     images: NDArray[np.uint8],
 ) -> tuple[PartDrift, ...]:
     """Return how far the int8 file at *path* is from the float32 graph at the parts of *program*."""
-    converted = named_inside(program, outputs)
+    converted = with_converter_names(program, outputs)
     if converted is None:
         return ()
     places = spread_over_depth(boundaries(converted, graphs.float32))

@@ -31,7 +31,7 @@ from sopdeploy_export.parity.report import FLOORS_BY_PRECISION, SpectralRecord
 from sopdeploy_export.rewrites.linear import CompensatedAfter
 from sopdeploy_export.rewrites.mixture import Experts
 from sopdeploy_export.rewrites.newton_schulz import LoweredRoot
-from sopdeploy_export.rewrites.reference_formulas import TextbookRoot
+from sopdeploy_export.rewrites.reference_formulas import ReferenceRoot
 
 PICTURES = 4
 ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11}
@@ -68,7 +68,7 @@ def rule_of(part: nn.Module) -> NewtonSchulzConfig | None:
         return part.root.config
     if isinstance(part, Experts):
         return part.root
-    return part.config if isinstance(part, ISqrtCov | LoweredRoot | TextbookRoot) else None
+    return part.config if isinstance(part, ISqrtCov | LoweredRoot | ReferenceRoot) else None
 
 
 def maps_and_roots(part: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

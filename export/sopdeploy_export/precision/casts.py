@@ -34,19 +34,19 @@ from sopdeploy_export.rewrites.attention import FoldedExcitation
 from sopdeploy_export.rewrites.equivalence import prove
 from sopdeploy_export.rewrites.linear import CompensatedAfter
 from sopdeploy_export.rewrites.newton_schulz import LoweredRoot
-from sopdeploy_export.rewrites.reference_formulas import TextbookChannelAttention, TextbookRoot
+from sopdeploy_export.rewrites.reference_formulas import ReferenceChannelAttention, ReferenceRoot
 
 Part = TypeVar("Part", bound=nn.Module)
 Iteration = Literal["fp32", "fp16"]
 Calibration = Literal["minmax", "entropy", "percentile"]
 FOLD = "batch norms folded into the convolutions"
 STORED = {"fp16": torch.float16, "bf16-backbone": torch.bfloat16}
-ROOTS = (ISqrtCov, LoweredRoot, TextbookRoot)
+ROOTS = (ISqrtCov, LoweredRoot, ReferenceRoot)
 ISLANDS = (GlobalPooling, *ROOTS, SparseGate, Excitation, FoldedExcitation, nn.BatchNorm1d)
 ALONE = (CompensatedAfter,)  # islands but for their parts: root and scale here, the products in `linear`
 RETURNING = (
     ChannelAttention,
-    TextbookChannelAttention,
+    ReferenceChannelAttention,
     PositionAttention,
 )  # they scale a map, and keep its type
 REDUCTIONS = ("layer_reduce", "layer_reduce_bn")  # parts of a pooling that are ordinary convolutions
@@ -117,7 +117,7 @@ def with_precision(
 
 def place_casts(network: Part, precision: Precision) -> Part:
     """Store the weights of *network* and place casts in it, as *precision*, of `STORED`, says."""
-    stored, kept = STORED[precision], in_float32(network, precision)
+    stored, kept = STORED[precision], float32_parts(network, precision)
     for name, part in network.named_modules():
         own = torch.float32 if is_below(name, kept) or isinstance(part, ALONE) else stored
         store(part, own)
@@ -130,7 +130,7 @@ def place_casts(network: Part, precision: Precision) -> Part:
     return network.eval()
 
 
-def in_float32(network: nn.Module, precision: Precision = "fp16") -> list[str]:
+def float32_parts(network: nn.Module, precision: Precision = "fp16") -> list[str]:
     """Return the names of the parts of *network* that keep float32, whole."""
     islands = (*ISLANDS, nn.Linear, FusionHead) if precision == "bf16-backbone" else ISLANDS
     return [name for name, part in network.named_modules() if isinstance(part, islands)]

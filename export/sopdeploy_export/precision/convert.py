@@ -36,11 +36,11 @@ from sopdeploy_export.precision.casts import (
     STORED,
     Calibration,
     Iteration,
-    in_float32,
+    float32_parts,
     place_casts,
     with_precision,
 )
-from sopdeploy_export.precision.int8 import quantise, refuse_unknown_parts
+from sopdeploy_export.precision.int8 import quantize, refuse_unknown_parts
 from sopdeploy_export.precision.report import (
     PrecisionReport,
     Quantisation,
@@ -48,7 +48,7 @@ from sopdeploy_export.precision.report import (
     refuse_other_types,
 )
 from sopdeploy_export.precision.sensitivity import Trial, input_grids
-from sopdeploy_export.rewrites.apply import Lowered, LoweringOptions
+from sopdeploy_export.rewrites.apply import LoweredGraph, LoweringOptions
 from sopdeploy_export.rewrites.context import LoweringReport
 
 Locate = Callable[[Path, NDArray[np.uint8], float], str | None]
@@ -96,7 +96,7 @@ class ConvertedGraph:
     calibration: NDArray[np.uint8] | None = None
 
 
-def wished(options: PrecisionOptions, *, rules: bool, autotune: bool) -> LoweringOptions:
+def lowering_options(options: PrecisionOptions, *, rules: bool, autotune: bool) -> LoweringOptions:
     """Return what to ask of the lowering so that its result may ship in the precision of *options*.
 
     Raises `ConfigError` where the two do not go together.
@@ -116,9 +116,9 @@ def wished(options: PrecisionOptions, *, rules: bool, autotune: bool) -> Lowerin
     return LoweringOptions(rules, autotune, stored, partial(place_casts, precision=options.precision))
 
 
-def ship(
+def convert_precision(
     lean: Backbone,
-    lowered: Lowered,
+    lowered: LoweredGraph,
     preprocess: Preprocess,
     batch: BatchRange,
     options: PrecisionOptions,
@@ -158,7 +158,7 @@ def ship(
 
 def quantised(
     deployed: Deployed,
-    lowered: Lowered,
+    lowered: LoweredGraph,
     preprocess: Preprocess,
     options: PrecisionOptions,
 ) -> ConvertedGraph:
@@ -167,8 +167,8 @@ def quantised(
         raise ConfigError("--precision int8 needs pictures to read ranges off: add --calibrate DIR")
     images = calibration_images(options.calibrate, preprocess)
     refuse_unknown_parts(lowered.model, options.keep_float)
-    kept = [*in_float32(deployed.network), *options.keep_float]
-    shipped = quantise(lowered.model, images, kept, options.calibration, options.int8_for)
+    kept = [*float32_parts(deployed.network), *options.keep_float]
+    shipped = quantize(lowered.model, images, kept, options.calibration, options.int8_for)
     refuse_other_types(shipped, deployed.network, "int8")
     grids = input_grids(shipped)
     trial = Trial(deployed, grids, images)
@@ -189,7 +189,7 @@ def quantised(
     )
     return ConvertedGraph(
         model=shipped,
-        own=unfused(shipped),
+        own=run_unfused(shipped),
         own_gate=gate_of_file(shipped, deployed.network),
         spectral=Deployed(lowered.network, preprocess).eval(),
         rules=lowered.report,
@@ -202,8 +202,8 @@ def quantised(
     )
 
 
-def unfused(model: onnx.ModelProto) -> Run:
-    """Return a run of *model* operator by operator: quantise, dequantise, convolve in float32."""
+def run_unfused(model: onnx.ModelProto) -> Run:
+    """Return a run of *model* operator by operator: quantize, dequantise, convolve in float32."""
     session = open_session(model, optimized=False)
     batch = fixed_batch(model)
 
@@ -225,5 +225,5 @@ def gate_of_file(model: onnx.ModelProto, network: nn.Module) -> Gate | None:
     probed = onnx.ModelProto()
     probed.CopyFrom(model)
     probed.graph.output.insert(0, onnx.ValueInfoProto(name=readers[0].output[0]))
-    run = unfused(probed)
+    run = run_unfused(probed)
     return lambda pixels: run(pixels)[0].numpy()

@@ -118,7 +118,7 @@ def choose_keep_float(names: Sequence[str], precision: Precision) -> tuple[str, 
     return tuple(names)
 
 
-def quantise(
+def quantize(
     model: onnx.ModelProto,
     images: NDArray[np.uint8],
     in_float: Sequence[str] = (),

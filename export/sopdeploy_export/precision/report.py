@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from sopdeploy.bundle.manifest import Int8For, Precision
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import LoweringError
-from sopdeploy_export.precision.casts import STORED, Iteration, in_float32, is_below
+from sopdeploy_export.precision.casts import STORED, Iteration, float32_parts, is_below
 from sopdeploy_export.rewrites.attention import FoldedExcitation
 
 PREFIX = "network."
@@ -144,7 +144,7 @@ def refuse_other_types(model: onnx.ModelProto, network: nn.Module, precision: Pr
 
 def expected_types(network: nn.Module, precision: Precision) -> Mapping[str, str]:
     """Return the type that the weights of each part of *network* should have."""
-    kept = in_float32(network, precision)
+    kept = float32_parts(network, precision)
     low = str(STORED[precision]).removeprefix("torch.")
     return {
         name: "float32" if is_below(name, kept) else low

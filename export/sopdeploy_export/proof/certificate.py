@@ -26,7 +26,7 @@ from sopdeploy.models.base import Classifier
 from sopdeploy_export.graph.torch_export import Captured, Deployed, capture
 from sopdeploy_export.proof.graph_hash import ProgramRoot, program_root
 from sopdeploy_export.proof.preconditions import refuse_hooks, refuse_train_mode, standard_layout
-from sopdeploy_export.proof.tensor_inventory import TensorEntry, account, tensors
+from sopdeploy_export.proof.tensor_inventory import TensorEntry, build_inventory, tensors
 
 ALONE, TOGETHER = 4, 16  # probes compared one by one, and the largest batch they are compared in
 PREFIX = "network."  # what the captured wrapper puts before the network's own names
@@ -94,14 +94,16 @@ def certify(
     whole = lean is trained  # nothing was detached
     trained = standard_layout(trained)
     lean = trained if whole else standard_layout(lean)
-    removed, kept = account(trained, lean)
+    removed, kept = build_inventory(trained, lean)
     networks: dict[str, Backbone] = {
-        "plain": plain_network(trained, lean),
+        "plain": build_plain_network(trained, lean),
         "trained": trained,
         "detached": lean,
     }
     captured, roots = same_graphs(networks, preprocess, batch, {entry.name for entry in removed})
-    batches = equal_numbers({name: Deployed(net, preprocess) for name, net in networks.items()}, probes)
+    batches = assert_equal_outputs(
+        {name: Deployed(net, preprocess) for name, net in networks.items()}, probes
+    )
     certificate = Certificate(
         model=model,
         detached=trained.training_only,
@@ -119,7 +121,7 @@ def certify(
     )
 
 
-def plain_network(trained: Classifier, lean: nn.Module) -> Backbone:
+def build_plain_network(trained: Classifier, lean: nn.Module) -> Backbone:
     """Return a plain network, built anew from the config, that holds the weights of *lean*."""
     plain = trained.inference_model()
     source, target = tensors(lean), tensors(plain)
@@ -203,7 +205,7 @@ def first_difference(found: ProgramRoot, plain: ProgramRoot) -> str:
     return "its inputs or outputs differ"
 
 
-def equal_numbers(networks: dict[str, nn.Module], probes: Tensor) -> tuple[int, ...]:
+def assert_equal_outputs(networks: dict[str, nn.Module], probes: Tensor) -> tuple[int, ...]:
     """Refuse outputs that are not bitwise those of the plain network; return the batch sizes compared."""
     alone = [probes[i : i + 1] for i in range(min(ALONE, len(probes)))]
     together = [probes[i : i + TOGETHER] for i in range(0, len(probes), TOGETHER)]

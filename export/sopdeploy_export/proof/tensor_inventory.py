@@ -26,7 +26,9 @@ def tensors(network: nn.Module) -> dict[str, Tensor]:
     )
 
 
-def account(trained: Classifier, lean: nn.Module) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
+def build_inventory(
+    trained: Classifier, lean: nn.Module
+) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
     """Return what was removed and what was kept; raise where the books do not balance."""
     before, after = tensors(trained), tensors(lean)
     invented = sorted(after.keys() - before.keys())

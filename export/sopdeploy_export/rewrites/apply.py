@@ -33,9 +33,9 @@ from sopdeploy_export.rewrites import mixture as routing
 from sopdeploy_export.rewrites import newton_schulz as root
 from sopdeploy_export.rewrites import reference_formulas as textbook
 from sopdeploy_export.rewrites.autotune import Heuristic, Timed, as_it_is
-from sopdeploy_export.rewrites.centering import centre_by_mean
+from sopdeploy_export.rewrites.centering import center_by_mean
 from sopdeploy_export.rewrites.context import AppliedRule, Choice, LoweringReport, RewriteContext
-from sopdeploy_export.rewrites.equivalence import observe
+from sopdeploy_export.rewrites.equivalence import record_activations
 
 # A mixture goes before the roots: its experts share one.
 RULES: tuple[Callable[[RewriteContext], None], ...] = (
@@ -43,9 +43,9 @@ RULES: tuple[Callable[[RewriteContext], None], ...] = (
     root.apply,
     compensation.apply,
     row_conv.apply,
-    fusion_norm.apply,
-    gsop_centering.apply,
-    position.apply,
+    fusion_norm.apply_of_fusion_norm,
+    gsop_centering.apply_of_gsop_centring,
+    position.apply_of_position,
 )
 FORMULAS: tuple[Callable[[RewriteContext], None], ...] = (textbook.apply,)
 
@@ -93,7 +93,7 @@ def rewrite(
             part.config = part.config.model_copy(update={"stored": wish.stored})
     work = RewriteContext(
         network=network,
-        calls=observe(network, (images,)),
+        calls=record_activations(network, (images,)),
         batch=batch,
         choose=Timed(batch, wish.cast) if wish.autotune else Heuristic(),
     )
@@ -107,7 +107,7 @@ def rewrite(
 OBSERVED = 2  # images: the fewest that are a batch
 
 
-class Certified(NamedTuple):
+class CertifiedGraph(NamedTuple):
     """The network that the certificate speaks of, its graph, and that graph as ONNX."""
 
     network: Backbone
@@ -115,7 +115,7 @@ class Certified(NamedTuple):
     model: onnx.ModelProto
 
 
-class Lowered(NamedTuple):
+class LoweredGraph(NamedTuple):
     """The rewritten network, its graph, that graph as ONNX in float32, and what was done."""
 
     network: Backbone
@@ -123,23 +123,23 @@ class Lowered(NamedTuple):
     model: onnx.ModelProto
     report: LoweringReport
 
-    def in_other_types(self, network: Backbone, program: ExportedProgram, opset: int) -> "Lowered":
+    def in_other_types(self, network: Backbone, program: ExportedProgram, opset: int) -> "LoweredGraph":
         """Return the same for *network*, a copy of this one with casts, whose graph is *program*."""
         model = lower(program, network.outputs, opset)
         if not self.report.textbook:
-            model, _ = centre_by_mean(model)
+            model, _ = center_by_mean(model)
             check(model, opset)
         report = self.report.model_copy(update={"lowered_root": program_root(program).sha256})
-        return Lowered(network, program, model, report)
+        return LoweredGraph(network, program, model, report)
 
 
 def lower_by_rules(
-    certified: Certified,
+    certified: CertifiedGraph,
     images: NDArray[Any],
     preprocess: Preprocess,
     batch: BatchRange,
     wish: LoweringOptions,
-) -> Lowered:
+) -> LoweredGraph:
     """Return the ONNX model to ship, its graph and the report of the rules; *images* are uint8 probes.
 
     Where no rule changes the graph the model is the certified one itself. Raises `LoweringError` naming the
@@ -153,7 +153,7 @@ def lower_by_rules(
         model = lower(program, certified.network.outputs)
     rules, root = rewritten.rules, program_root(certified.program).sha256
     if wish.rules:
-        model, centred = centre_by_mean(model)
+        model, centred = center_by_mean(model)
         rules += tuple(centred)
         check(model)
     report = LoweringReport(
@@ -163,4 +163,4 @@ def lower_by_rules(
         certified_root=root,
         lowered_root=program_root(program).sha256 if rewritten.changed else root,
     )
-    return Lowered(rewritten.network, program, model, report)
+    return LoweredGraph(rewritten.network, program, model, report)

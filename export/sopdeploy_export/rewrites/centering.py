@@ -53,7 +53,7 @@ def textbook_centring(positions: int) -> NDArray[np.float64]:
     return np.eye(positions) / positions - np.ones((positions, positions)) / positions**2
 
 
-def centre_by_mean(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[AppliedRule]]:
+def center_by_mean(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[AppliedRule]]:
     """Return *model* with every product by such a constant rewritten, and what was done.
 
     Constants with beta = 0, the identity among them, and products that have the constant on the left stay;

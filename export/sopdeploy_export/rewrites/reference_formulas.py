@@ -27,7 +27,7 @@ def textbook_covariance(x_BdM: Tensor) -> Tensor:
     return x_BdM @ centring @ x_BdM.transpose(1, 2)
 
 
-class TextbookRoot(nn.Module):
+class ReferenceRoot(nn.Module):
     """Feature map (B, d, H, W) in, upper triangle (B, d (d + 1) / 2) of N Newton-Schulz steps out."""
 
     triangle: Tensor
@@ -58,7 +58,7 @@ class TextbookRoot(nn.Module):
         return y * norm.sqrt() if self.config.compensate else y
 
 
-class TextbookChannelAttention(nn.Module):
+class ReferenceChannelAttention(nn.Module):
     """`ChannelAttention` with the centring matrix."""
 
     def __init__(self, before: ChannelAttention) -> None:
@@ -84,8 +84,8 @@ def grouped(before: RowConv) -> nn.Conv2d:
 
 FORMULAS: dict[type[nn.Module], Any] = {
     RowConv: grouped,
-    ChannelAttention: TextbookChannelAttention,
-    ISqrtCov: TextbookRoot,
+    ChannelAttention: ReferenceChannelAttention,
+    ISqrtCov: ReferenceRoot,
 }
 
 

@@ -11,7 +11,7 @@ from sopdeploy.bundle.manifest import BatchRange, Int8For
 from sopdeploy.errors import ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.graph.onnx_export import operator_counts, write
-from sopdeploy_export.graph.probe_images import generated
+from sopdeploy_export.graph.probe_images import generated_images
 from sopdeploy_export.graph.torch_export import Deployed
 from sopdeploy_export.parity.bisect_int8 import (
     Int8Graphs,
@@ -21,9 +21,9 @@ from sopdeploy_export.parity.bisect_int8 import (
 )
 from sopdeploy_export.parity.compare import compare
 from sopdeploy_export.parity.reference import compute_reference
-from sopdeploy_export.precision.casts import in_float32
-from sopdeploy_export.precision.convert import unfused
-from sopdeploy_export.precision.int8 import quantise
+from sopdeploy_export.precision.casts import float32_parts
+from sopdeploy_export.precision.convert import run_unfused
+from sopdeploy_export.precision.int8 import quantize
 from tests.export.once import graph_of
 
 BATCH = BatchRange(optimum=4, maximum=9)
@@ -36,7 +36,7 @@ def graphs(request: pytest.FixtureRequest, preprocess: Preprocess) -> tuple[onnx
     network, _, plain = graph_of("isqrt-resnet8", preprocess, BATCH)
     copy = onnx.ModelProto.FromString(plain.SerializeToString())
     runtime: Int8For = request.param
-    return plain, quantise(copy, generated(16), in_float32(network), "percentile", runtime)
+    return plain, quantize(copy, generated_images(16), float32_parts(network), "percentile", runtime)
 
 
 def saturated(model: onnx.ModelProto, part: str) -> onnx.ModelProto:
@@ -56,10 +56,10 @@ def test_a_convolution_that_is_computed_otherwise_is_named_with_the_switch(
     from tests.export.conftest import trained
 
     plain, sound = graphs
-    images, path = generated(16), tmp_path / "model.onnx"
+    images, path = generated_images(16), tmp_path / "model.onnx"
     write(saturated(sound, part), path)
     network = Deployed(trained("isqrt-resnet8"), preprocess).eval()
-    expected = compute_reference(network, images, unfused(sound), "int8")
+    expected = compute_reference(network, images, run_unfused(sound), "int8")
 
     def locate(file: Path) -> str | None:
         return find_first_int8_drift(file, Int8Graphs(int8=sound, float32=plain), images, FLOORS)
@@ -72,7 +72,7 @@ def test_a_sound_file_is_off_nowhere(graphs: tuple[onnx.ModelProto, ...], tmp_pa
     plain, sound = graphs
     write(sound, tmp_path / "model.onnx")
     graphs_of = Int8Graphs(int8=sound, float32=plain)
-    assert find_first_int8_drift(tmp_path / "model.onnx", graphs_of, generated(16), FLOORS) is None
+    assert find_first_int8_drift(tmp_path / "model.onnx", graphs_of, generated_images(16), FLOORS) is None
 
 
 def test_the_part_that_int8_spoils_is_where_the_distance_from_float32_grows(
@@ -83,7 +83,9 @@ def test_the_part_that_int8_spoils_is_where_the_distance_from_float32_grows(
     shares = {}
     for name, model in (("sound", graphs[1]), ("spoilt", saturated(graphs[1], "layer2.0.conv1"))):
         write(model, tmp_path / f"{name}.onnx")
-        found = part_drifts_int8(tmp_path / f"{name}.onnx", pair, program, network.outputs, generated(16))
+        found = part_drifts_int8(
+            tmp_path / f"{name}.onnx", pair, program, network.outputs, generated_images(16)
+        )
         shares[name] = {part.part: part.share for part in found}
     assert list(shares["sound"])[-3:] == ["pooling.root: covariance", "pooling.root: triangle", "fc"]
     before, after = (("normalise", "relu", "layer1.0"), ("layer2.0", "layer3.0", "fc"))

@@ -22,7 +22,7 @@ from sopdeploy_export.rewrites import newton_schulz as iteration
 from sopdeploy_export.rewrites.linear import CompensatedAfter, RootThenLinear
 from sopdeploy_export.rewrites.mixture import forms
 from sopdeploy_export.rewrites.newton_schulz import LoweredRoot
-from sopdeploy_export.rewrites.reference_formulas import TextbookRoot
+from sopdeploy_export.rewrites.reference_formulas import ReferenceRoot
 from tests.sweep.smallest import NARROW
 from tests.sweep.steps import Small, agreed
 
@@ -63,8 +63,8 @@ HONEST = {
 }
 
 
-FORMS = (as_library, LoweredRoot, with_classifier, TextbookRoot)
-PAIRS = [(case, form) for case in HONEST for form in FORMS if (case, form) != ("shifted maps", TextbookRoot)]
+FORMS = (as_library, LoweredRoot, with_classifier, ReferenceRoot)
+PAIRS = [(case, form) for case in HONEST for form in FORMS if (case, form) != ("shifted maps", ReferenceRoot)]
 
 
 @pytest.mark.parametrize(("case", "form"), PAIRS)
@@ -152,7 +152,7 @@ def test_a_broken_invariant_is_found_and_named(sabotage: str, monkeypatch: pytes
 
 def test_the_papers_centring_matrix_rounds_a_shift_times_itself_which_shows() -> None:
     part, given = HONEST["shifted maps"]
-    found = record("pooling.root", TextbookRoot(part), (given,))
+    found = record("pooling.root", ReferenceRoot(part), (given,))
     assert violation((found,)) is not None, found
 
 

@@ -11,12 +11,12 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import ConfigError, DataError, LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph.probe_images import calibration_images, generated
+from sopdeploy_export.graph.probe_images import calibration_images, generated_images
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.precision.accuracy_gate import accuracy
-from sopdeploy_export.precision.casts import Calibration, choose_calibration, in_float32
+from sopdeploy_export.precision.casts import Calibration, choose_calibration, float32_parts
 from sopdeploy_export.precision.convert import PrecisionOptions
-from sopdeploy_export.precision.int8 import quantise
+from sopdeploy_export.precision.int8 import quantize
 from sopdeploy_export.precision.report import weight_types
 from sopdeploy_export.precision.sensitivity import input_grids
 from tests.export.once import graph_of, proving_once
@@ -29,7 +29,9 @@ SMALL = BatchRange(optimum=2, maximum=4)
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of pictures by class, two of each."""
     folder = tmp_path_factory.mktemp("pictures")
-    for label, image in zip("aabbccddeeffgghhiijj", np.resize(generated(16), (20, 16, 16, 3)), strict=True):
+    for label, image in zip(
+        "aabbccddeeffgghhiijj", np.resize(generated_images(16), (20, 16, 16, 3)), strict=True
+    ):
         (folder / label).mkdir(exist_ok=True)
         name = f"{len(list((folder / label).iterdir()))}.png"
         Image.fromarray(image).save(folder / label / name)
@@ -45,7 +47,7 @@ def test_convolutions_become_int8_and_second_order_parts_do_not(
     preprocess: Preprocess, method: Calibration
 ) -> None:
     network, _, plain = graph_of("isqrt-resnet8", preprocess, SMALL)
-    model = quantise(plain, generated(16), in_float32(network), method)
+    model = quantize(plain, generated_images(16), float32_parts(network), method)
     types = weight_types(model)
     assert {types[part] for part in types if part.startswith(("conv1", "layer"))} == {"int8"}
     assert types["fc"] == "float32"
@@ -58,20 +60,22 @@ def test_convolutions_become_int8_and_second_order_parts_do_not(
 
 
 def test_weights_are_quantised_per_channel(preprocess: Preprocess) -> None:
-    model = quantise(graph("resnet8", preprocess), generated(16))
+    model = quantize(graph("resnet8", preprocess), generated_images(16))
     scales = {t.name: t.dims for t in model.graph.initializer if t.name.startswith("conv1.weight_scale")}
     assert list(scales.values()) == [[16]]
 
 
 def test_the_same_pictures_give_the_same_bytes(preprocess: Preprocess) -> None:
     model = graph("resnet8", preprocess)
-    first, second = (quantise(model, generated(16)).SerializeToString(deterministic=True) for _ in range(2))
+    first, second = (
+        quantize(model, generated_images(16)).SerializeToString(deterministic=True) for _ in range(2)
+    )
     assert first == second
 
 
 def test_a_network_without_convolutions_to_quantise_is_refused(preprocess: Preprocess) -> None:
     with pytest.raises(LoweringError, match="no convolution to quantise"):
-        quantise(graph("resnet8", preprocess), generated(16), ("conv1", "layer1", "layer2", "layer3"))
+        quantize(graph("resnet8", preprocess), generated_images(16), ("conv1", "layer1", "layer2", "layer3"))
 
 
 def run(

@@ -12,9 +12,9 @@ from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.module_names import is_in
 from sopdeploy.tensorrt.profiles import Profile
-from sopdeploy_export.graph.probe_images import generated
-from sopdeploy_export.precision.casts import in_float32
-from sopdeploy_export.precision.int8 import choose_int8_for, choose_keep_float, quantise
+from sopdeploy_export.graph.probe_images import generated_images
+from sopdeploy_export.precision.casts import float32_parts
+from sopdeploy_export.precision.int8 import choose_int8_for, choose_keep_float, quantize
 from sopdeploy_export.precision.sensitivity import input_grids
 from sopdeploy_export.tensorrt.lint import lint
 from sopdeploy_export.tensorrt.rewrites import graph_precision
@@ -47,9 +47,9 @@ def graph(request: pytest.FixtureRequest, preprocess: Preprocess) -> Graph:
     made = {
         runtime: graph_of(request.param, preprocess, BATCH, **NETWORKS[request.param]) for runtime in RUNTIMES
     }
-    kept = in_float32(made["cpu"].network)
+    kept = float32_parts(made["cpu"].network)
     return {
-        runtime: quantise(made[runtime].model, generated(16)[:4], kept, "minmax", runtime)
+        runtime: quantize(made[runtime].model, generated_images(16)[:4], kept, "minmax", runtime)
         for runtime in RUNTIMES
     }, kept
 
@@ -97,7 +97,7 @@ def test_in_the_form_for_tensorrt_every_code_is_signed_around_zero_and_biases_ar
 
 def test_tensorrt_gets_the_shortcuts_convolution_as_int8_too(preprocess: Preprocess) -> None:
     plain = graph_of("resnet8", preprocess, BATCH, shortcut="projection").model
-    model = quantise(plain, generated(16)[:4], (), "minmax", "tensorrt")
+    model = quantize(plain, generated_images(16)[:4], (), "minmax", "tensorrt")
     made = {name: node for node in model.graph.node for name in node.output}
     rounded = [made[node.input[0]] for node in model.graph.node if node.op_type == "QuantizeLinear"]
     wide = [made[node.input[1]].input[0] for node in rounded if node.op_type == "Conv"]

@@ -29,7 +29,7 @@ from sopdeploy_export.precision import fold_batch_norm as fold_norms
 from sopdeploy_export.precision.casts import choose_iteration, choose_precision, with_precision
 from sopdeploy_export.precision.convert import PrecisionOptions
 from sopdeploy_export.precision.report import part_precisions, refuse_other_types
-from sopdeploy_export.rewrites.apply import Lowered, rewrite
+from sopdeploy_export.rewrites.apply import LoweredGraph, rewrite
 from sopdeploy_export.rewrites.autotune import open_form
 from sopdeploy_export.rewrites.context import LoweringReport
 from sopdeploy_export.rewrites.mixture import GatheredWeights
@@ -63,7 +63,9 @@ def cast_graph(
     lean = detach(network) if network.training_only else network
     options = PrecisionOptions(precision=precision, newton_schulz=choose_iteration(iteration, precision))
     pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
-    rewritten = rewrite(lean, pixels, SMALL, shipping.wished(options, rules=rules, autotune=False)).network
+    rewritten = rewrite(
+        lean, pixels, SMALL, shipping.lowering_options(options, rules=rules, autotune=False)
+    ).network
     cast = with_precision(rewritten, capture_any_batch(rewritten, preprocess, ALONE), precision, pixels)
     graph = capture_any_batch(cast, preprocess, ALONE)
     opset = OPSET_OF_BFLOAT16 if precision == "bf16-backbone" else OPSET
@@ -168,10 +170,10 @@ def test_a_cast_that_is_never_placed_stops_the_export(
 ) -> None:
     network, program, model = graph_of("resnet8", preprocess, SMALL)
     report = LoweringReport(textbook=False, rules=(), choices=(), certified_root="", lowered_root="")
-    lowered = Lowered(network, program, model, report)
+    lowered = LoweredGraph(network, program, model, report)
     monkeypatch.setattr(shipping, "with_precision", lambda lean, *_: lean)
     with pytest.raises(LoweringError, match="fp16 was asked for"):
-        shipping.ship(network, lowered, preprocess, SMALL, PrecisionOptions(precision="fp16"))
+        shipping.convert_precision(network, lowered, preprocess, SMALL, PrecisionOptions(precision="fp16"))
 
 
 @pytest.mark.parametrize(
@@ -182,13 +184,15 @@ def test_a_cast_that_is_never_placed_stops_the_export(
         (lambda: choose_iteration("fp16", "fp32"), "only with --precision fp16"),
         (lambda: choose_iteration("fp8", "fp16"), "none of fp32, fp16"),
         (
-            lambda: shipping.wished(
+            lambda: shipping.lowering_options(
                 PrecisionOptions(precision="fp16", newton_schulz="fp16"), rules=False, autotune=False
             ),
             "--newton-schulz fp16: --no-lowering writes the papers' loop in float32",
         ),
         (
-            lambda: shipping.wished(PrecisionOptions(precision="bf16-backbone"), rules=True, autotune=True),
+            lambda: shipping.lowering_options(
+                PrecisionOptions(precision="bf16-backbone"), rules=True, autotune=True
+            ),
             "--autotune: onnxruntime has no bfloat16 kernels",
         ),
     ],
@@ -252,7 +256,7 @@ def refused_where_there_are_no_kernels(path: Path) -> None:
 
 def test_halves_timed_by_the_clock_are_timed_with_their_casts(make: Make, preprocess: Preprocess) -> None:
     options = PrecisionOptions(precision="fp16")
-    wish = shipping.wished(options, rules=True, autotune=True)
+    wish = shipping.lowering_options(options, rules=True, autotune=True)
     timed = wish.cast(nn.Sequential(nn.Conv2d(3, 4, 1)))
     assert timed(torch.zeros(1, 3, 2, 2)).dtype == torch.float16
     bank, (x, weights) = tiny_mixture()

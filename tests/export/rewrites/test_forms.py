@@ -19,12 +19,12 @@ from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, newton_schulz
 from sopdeploy_export.rewrites import linear as fusion_norm
 from sopdeploy_export.rewrites.attention import FORMS
-from sopdeploy_export.rewrites.centering import Centering, centre_by_mean, recognise, textbook_centring
+from sopdeploy_export.rewrites.centering import Centering, center_by_mean, recognise, textbook_centring
 from sopdeploy_export.rewrites.equivalence import prove
 from sopdeploy_export.rewrites.linear import folded
 from sopdeploy_export.rewrites.mixture import GatheredWeights, forms
 from sopdeploy_export.rewrites.newton_schulz import LoweredRoot, iterate, refuse_other_triangle
-from sopdeploy_export.rewrites.reference_formulas import TextbookRoot
+from sopdeploy_export.rewrites.reference_formulas import ReferenceRoot
 
 
 def maps(*shape: int) -> Tensor:
@@ -53,7 +53,7 @@ ROOTS = [
 
 @pytest.mark.parametrize("side", [3, 6], ids=["positions fewer than channels", "more"])
 @pytest.mark.parametrize("config", ROOTS, ids=str)
-@pytest.mark.parametrize("form", [LoweredRoot, TextbookRoot])
+@pytest.mark.parametrize("form", [LoweredRoot, ReferenceRoot])
 def test_every_form_of_the_root_is_the_root(config: dict, side: int, form: Callable) -> None:
     prove("root", "here", ISqrtCov(12, NewtonSchulzConfig(**config)), form, (maps(2, 12, side, side),))
 
@@ -135,7 +135,7 @@ def test_a_product_with_such_a_constant_becomes_a_mean_or_a_sum(scale: int) -> N
     node = helper.make_node("MatMul", ["x", "J"], ["y"])
     graph = helper.make_graph([node], "g", info[:1], info[1:], [numpy_helper.from_array(constant, "J")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    rewritten, rules = centre_by_mean(model)
+    rewritten, rules = center_by_mean(model)
     onnx.checker.check_model(rewritten, full_check=True)
     kinds = [node.op_type for node in rewritten.graph.node]
     assert kinds[0] == ("ReduceMean" if scale == 9 else "ReduceSum")

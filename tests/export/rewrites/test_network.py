@@ -25,7 +25,7 @@ from sopdeploy_export.rewrites import newton_schulz as root
 from sopdeploy_export.rewrites.apply import RULES, rewrite
 from sopdeploy_export.rewrites.autotune import Heuristic
 from sopdeploy_export.rewrites.context import RewriteContext
-from sopdeploy_export.rewrites.equivalence import observe
+from sopdeploy_export.rewrites.equivalence import record_activations
 from sopdeploy_export.rewrites.mixture import GatheredWeights
 from sopdeploy_export.rewrites.newton_schulz import LoweredRoot
 
@@ -214,7 +214,9 @@ def test_every_rule_of_a_gsop_block_holds_and_the_released_constant_is_not_taken
     maps = torch.randn(2, 64, 7, 7)
     with torch.no_grad():
         expected = block(maps)
-        work = RewriteContext(network=block, calls=observe(block, (maps,)), batch=SMALL, choose=Heuristic())
+        work = RewriteContext(
+            network=block, calls=record_activations(block, (maps,)), batch=SMALL, choose=Heuristic()
+        )
         for apply in RULES:
             apply(work)
         torch.testing.assert_close(block(maps), expected, rtol=1e-5, atol=1e-6)
