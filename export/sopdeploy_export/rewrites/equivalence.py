@@ -62,7 +62,7 @@ class Call:
     times: int
 
 
-def observe(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Call]:
+def record_activations(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Call]:
     """Return the calls of all named parts of *network* that take and give tensors, by name."""
     calls: dict[str, Call] = {}
     handles = [
