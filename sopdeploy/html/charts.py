@@ -1,157 +1,49 @@
-"""Two charts that fit a telephone: bars and an interval."""
+"""Draw charts as inline SVG, small enough for a phone: bars, an interval, a heat map and a line plot."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sopdeploy.html.markup import Html, join, picture, shortened, tag, words
+from markupsafe import Markup
+
+from sopdeploy.html.svg import element, svg, text
+from sopdeploy.html.templates import shorten
 
 WIDTH = 360.0
-LABELS, FIGURES = 118.0, 300.0  # where bars begin, and where their figures do
-STEP, HEAD = 18.0, 30.0
-LETTERS = 19
+
+# Bars: x positions where the bars and the texts behind them begin, and heights, in SVG units.
+_BARS_LEFT, _BARS_RIGHT = 118.0, 300.0
+_BAR_STEP, _MARKS_HEIGHT = 18.0, 30.0
+_BAR_LABEL_LENGTH = 19  # characters
+
+# Heat map: the space for labels, the largest cell, and the most columns that leave room for numbers.
+_HEAT_LEFT, _HEAT_TOP = 84.0, 14.0
+_CELL_WIDTH, _CELL_HEIGHT = 60.0, 26.0
+_ROW_LABEL_LENGTH, _CHARACTER_WIDTH = 13, 7.5
+_MAX_NUMBERED_COLUMNS = 14
+
+# Line plot: the plotting area, the line styles (`.c0` to `.c5` in style.css) and the legend.
+_PLOT_LEFT, _PLOT_RIGHT, _PLOT_TOP, _PLOT_BOTTOM = 46.0, 346.0, 44.0, 190.0
+_STYLES = 6
+_LEGEND_COLUMNS, _LEGEND_LINE = 2, 15.0
+_MAX_MARKERS = 12  # longer curves have no markers, and their description gives the first and last point only
+_TICK_LABEL_WIDTH = 34.0
+
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bar:
-    """One bar: its label, its length, and its length in words."""
+    """One bar: its label, its length and the text that states its value."""
 
     label: str
     value: float
     text: str
 
 
-def bars(
-    name: str, title: str, rows: Sequence[Bar], largest: float, marks: Sequence[tuple[float, str]] = ()
-) -> Html:
-    """Return bars of at most *largest*, and upright *marks* at some values."""
-
-    def length(value: float) -> float:
-        return (FIGURES - 6 - LABELS) * min(value, largest) / largest if largest > 0 else 0.0
-
-    head = HEAD if marks else 2.0
-    height = head + STEP * len(rows)
-    shapes = [
-        join(
-            [
-                tag("path", d=f"M{LABELS + length(value):.2f} 18V{height - 2}", class_="mark"),
-                words(LABELS + length(value), 13, text, "small", "end" if value > largest / 2 else "start"),
-            ]
-        )
-        for value, text in marks
-    ]
-    for position, row in enumerate(rows):
-        y = head + STEP * position
-        shapes.append(
-            tag(
-                "g",
-                tag("title", f"{row.label}: {row.text}"),
-                words(LABELS - 6, y + 10, shortened(row.label, LETTERS), "small", "end"),
-                tag("rect", x=LABELS, y=y + 1, width=length(row.value), height=STEP - 6, class_="bar"),
-                words(FIGURES, y + 10, row.text, "small"),
-            )
-        )
-    said = "; ".join(f"{row.label} {row.text}" for row in rows)
-    lines = "".join(f" A line marks {text}." for _, text in marks)
-    return picture(name, title, f"{said}.{lines}", (WIDTH, height), *shapes)
-
-
-def interval(name: str, title: str, share: float, low: float, high: float) -> Html:
-    """Return a share between 0 and 1, and the interval that it is believed to lie in."""
-    left, right, y = 12.0, WIDTH - 20, 22.0
-
-    def place(value: float) -> float:
-        return left + value * (right - left)
-
-    ticks = [
-        join(
-            [
-                tag("path", d=f"M{place(value)} {y + 8}v5", class_="axis"),
-                words(place(value), y + 26, f"{100 * value:.0f} %", "small", "middle"),
-            ]
-        )
-        for value in (0.0, 0.25, 0.5, 0.75, 1.0)
-    ]
-    return picture(
-        name,
-        title,
-        f"{100 * share:.1f} % were seen; the true share lies between {100 * low:.1f} and {100 * high:.1f} %.",
-        (WIDTH, 54),
-        tag("path", d=f"M{left} {y + 8}H{right}", class_="axis"),
-        tag(
-            "rect", x=place(low), y=y - 6, width=max(2.0, place(high) - place(low)), height=10, class_="band"
-        ),
-        tag("circle", cx=place(share), cy=y - 1, r=5, class_="bar"),
-        *ticks,
-    )
-
-
-WIDTH_HEAT, LEFT, TOP = 360.0, 84.0, 14.0
-LETTERS_HEAT, WIDEST, HIGHEST = 13, 60.0, 26.0
-LETTER = 7.5  # wide, at most
-MOST_NUMBERS = 14  # columns that leave room for numbers
-
-
-def heat(
-    name: str,
-    title: str,
-    rows: Sequence[tuple[str, Sequence[float]]],
-    columns: Sequence[str],
-    told: Sequence[Sequence[str]],
-    *,
-    wrong_off_diagonal: bool = False,
-) -> Html:
-    """Return a grid of *rows*, a label with shares from 0 to 1 each, whose numbers in words are *told*.
-
-    *wrong_off_diagonal* gives cells off the diagonal the colour of mistakes.
-    """
-    side = min(WIDEST, (WIDTH_HEAT - LEFT) / len(columns))
-    height, letters = min(side, HIGHEST), max(3, int(side / LETTER))
-    shapes = [
-        words(LEFT + side * (place + 0.5), TOP - 4, shortened(column, letters), "small", "middle")
-        for place, column in enumerate(columns)
-        if len(columns) <= MOST_NUMBERS or place % 5 == 0
-    ]
-    for down, (label, shares) in enumerate(rows):
-        y = TOP + height * down
-        shapes.append(words(LEFT - 5, y + height / 2 + 4, shortened(label, LETTERS_HEAT), "small", "end"))
-        for across, share in enumerate(shares):
-            kind = "cell wrong" if wrong_off_diagonal and across != down else "cell"
-            text = told[down][across]
-            x = LEFT + side * across
-            shapes.append(
-                tag(
-                    "g",
-                    tag("title", f"{label}, {columns[across]}: {text}"),
-                    tag("rect", x=x, y=y, width=side - 1, height=height - 1, class_="empty"),
-                    tag("rect", x=x, y=y, width=side - 1, height=height - 1, class_=kind, fill_opacity=share),
-                    *number(x + side / 2, y + height / 2 + 4, text, share, len(columns)),
-                )
-            )
-    said = "; ".join(f"{label}: {', '.join(told[place])}" for place, (label, _) in enumerate(rows))
-    size = (WIDTH_HEAT, TOP + height * len(rows) + 4)
-    return picture(name, title, f"Columns are {', '.join(columns)}. {said}.", size, *shapes)
-
-
-def number(x: float, y: float, text: str, share: float, columns: int) -> list[Html]:
-    """Return the number of a cell where there is room for it and something to say."""
-    if columns > MOST_NUMBERS or text == "0":
-        return []
-    return [words(x, y, text, "small dark" if share > 0.5 else "small", "middle")]
-
-
-WIDTH_PLOT, LEFT_PLOT, RIGHT, TOP_PLOT, BOTTOM = 360.0, 46.0, 346.0, 44.0, 190.0
-KINDS = 6  # ways of drawing a curve; the seventh is drawn as the first
-COLUMNS, LINE = 2, 15.0  # of the legend
-MOST_POINTS = 12  # that are drawn as points and told one by one
-TICK = 34.0  # room that a label below the axis takes
-
-Point = tuple[float, float]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
-    """One curve: its name and its points, from left to right."""
+    """One curve of a line plot: its name and its points (x, y) in the order of x."""
 
     name: str
     points: tuple[Point, ...]
@@ -159,18 +51,18 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """What is measured along an axis; *low* and *high* are its ends where they are not those of the points.
+    """An axis: its label and, if they are not those of the data, its limits.
 
-    On a logarithmic axis values that are not above 0 are drawn at its low end.
+    A logarithmic axis draws values that are not positive at its low end.
     """
 
-    unit: str
+    label: str
     logarithmic: bool = False
     low: float | None = None
     high: float | None = None
 
     def scale(self, values: Sequence[float]) -> "Scale":
-        """Return the axis for *values*."""
+        """Choose the limits of the axis for *values*."""
         shown = [value for value in values if value > 0 or not self.logarithmic] or [1.0]
         low = min(shown) if self.low is None else self.low
         high = max(shown) if self.high is None else self.high
@@ -179,86 +71,184 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """An axis with its ends."""
+    """A linear or logarithmic mapping between [low, high] and [0, 1]."""
 
     low: float
     high: float
     logarithmic: bool
 
-    def share(self, value: float) -> float:
-        """Return where *value* lies, 0 at the low end and 1 at the high one."""
+    def position(self, value: float) -> float:
+        """Map *value*, clipped to the limits, to [0, 1]."""
         value = min(max(value, self.low), self.high)
-        if not self.logarithmic:
-            return (value - self.low) / (self.high - self.low)
-        return math.log(value / self.low) / math.log(self.high / self.low)
+        if self.logarithmic:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
 
-    def between(self, share: float) -> float:
-        """Return the value that lies at *share*."""
-        if not self.logarithmic:
-            return self.low + share * (self.high - self.low)
-        return float(self.low * (self.high / self.low) ** share)
-
-
-def plot(name: str, title: str, lines: Sequence[Curve], across: Axis, up: Axis) -> Html:
-    """Return *lines* with a legend above them; each has a point at least."""
-    places = sorted({x for line in lines for x, _ in line.points})
-    x_scale, y_scale = across.scale(places), up.scale([y for line in lines for _, y in line.points])
-    down = LINE * ((len(lines) - 1) // COLUMNS)  # what a longer legend takes
-
-    def at(point: Point) -> Point:
-        x, y = x_scale.share(point[0]), y_scale.share(point[1])
-        return LEFT_PLOT + x * (RIGHT - LEFT_PLOT), BOTTOM - y * (BOTTOM - TOP_PLOT) + down
-
-    shapes = [
-        words(8, TOP_PLOT - 12 + down, up.unit, "small"),
-        *grid(y_scale, down),
-        *(
-            words(at((x, y_scale.low))[0], BOTTOM + 16 + down, f"{x:.3g}", "small", "middle")
-            for x in ticks(places, x_scale)
-        ),
-        words((LEFT_PLOT + RIGHT) / 2, BOTTOM + 32 + down, across.unit, "small", "middle"),
-    ]
-    for number, line in enumerate(lines):
-        shapes += drawn(number, line, [at(point) for point in line.points])
-    said = ". ".join(in_words(line) for line in lines)
-    size = (WIDTH_PLOT, BOTTOM + 36 + down)
-    return picture(name, title, f"In {up.unit}, over {across.unit}. {said}.", size, *shapes)
+    def value(self, position: float) -> float:
+        """Map a *position* in [0, 1] back to a value."""
+        if self.logarithmic:
+            return float(self.low * (self.high / self.low) ** position)
+        return self.low + position * (self.high - self.low)
 
 
-def grid(scale: Scale, down: float) -> Iterator[Html]:
-    """Yield the lines at both ends and in the middle, with their values."""
-    for share in (0.0, 0.5, 1.0):
-        y = BOTTOM - share * (BOTTOM - TOP_PLOT) + down
-        yield join(
-            [
-                tag("path", d=f"M{LEFT_PLOT} {y:.2f}H{RIGHT}", class_="mark"),
-                words(LEFT_PLOT - 4, y + 4, f"{scale.between(share):.3g}", "small", "end"),
-            ]
+def bars(
+    id: str,
+    title: str,
+    rows: Sequence[Bar],
+    largest: float,
+    marks: Sequence[tuple[float, str]] = (),
+) -> Markup:
+    """Draw horizontal bars; *largest* is the value at full length.
+
+    Each of *marks*, a value and its label, is a vertical line across the bars.
+    """
+
+    def length(value: float) -> float:
+        return (_BARS_RIGHT - 6 - _BARS_LEFT) * min(value, largest) / largest if largest > 0 else 0.0
+
+    top = _MARKS_HEIGHT if marks else 2.0
+    height = top + _BAR_STEP * len(rows)
+    shapes = []
+    for value, label in marks:
+        x = _BARS_LEFT + length(value)
+        shapes.append(element("path", d=f"M{x:.2f} 18V{height - 2}", class_="mark"))
+        shapes.append(text(x, 13, label, anchor="end" if value > largest / 2 else "start"))
+    for number, row in enumerate(rows):
+        y = top + _BAR_STEP * number
+        shapes.append(
+            element(
+                "g",
+                element("title", f"{row.label}: {row.text}"),
+                text(_BARS_LEFT - 6, y + 10, shorten(row.label, _BAR_LABEL_LENGTH), anchor="end"),
+                element(
+                    "rect", x=_BARS_LEFT, y=y + 1, width=length(row.value), height=_BAR_STEP - 6, class_="bar"
+                ),
+                text(_BARS_RIGHT, y + 10, row.text),
+            )
         )
+    description = "; ".join(f"{row.label} {row.text}" for row in rows) + "."
+    description += "".join(f" A line marks {label}." for _, label in marks)
+    return svg(id, title, description, (WIDTH, height), *shapes)
 
 
-def ticks(places: Sequence[float], scale: Scale) -> list[float]:
-    """Return those of the sorted *places* that have room for a label, the last one always."""
-    room = TICK / (RIGHT - LEFT_PLOT)
-    found: list[float] = []
-    for place in reversed(places):
-        if not found or scale.share(found[-1]) - scale.share(place) >= room:
-            found.append(place)
-    return found
+def interval(id: str, title: str, fraction: float, low: float, high: float) -> Markup:
+    """Draw a measured *fraction* in [0, 1] with its confidence interval from *low* to *high*."""
+    left, right, y = 12.0, WIDTH - 20, 22.0
+
+    def place(value: float) -> float:
+        return left + value * (right - left)
+
+    ticks = []
+    for value in (0.0, 0.25, 0.5, 0.75, 1.0):
+        ticks.append(element("path", d=f"M{place(value)} {y + 8}v5", class_="axis"))
+        ticks.append(text(place(value), y + 26, f"{100 * value:.0f} %", anchor="middle"))
+    width = max(2.0, place(high) - place(low))
+    return svg(
+        id,
+        title,
+        f"{100 * fraction:.1f} %, with a confidence interval between {100 * low:.1f} and {100 * high:.1f} %.",
+        (WIDTH, 54),
+        element("path", d=f"M{left} {y + 8}H{right}", class_="axis"),
+        element("rect", x=place(low), y=y - 6, width=width, height=10, class_="band"),
+        element("circle", cx=place(fraction), cy=y - 1, r=5, class_="bar"),
+        *ticks,
+    )
 
 
-def drawn(number: int, line: Curve, points: Sequence[Point]) -> Iterator[Html]:
-    """Yield the curve through *points*, and its line in the legend."""
-    kind = f"c{number % KINDS}"
-    yield tag("path", d="M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in points), class_=f"curve {kind}")
-    if len(points) <= MOST_POINTS:
-        yield from (tag("circle", cx=x, cy=y, r=3, class_=f"point {kind}") for x, y in points)
-    x, y = 8 + number % COLUMNS * WIDTH_PLOT / COLUMNS, 8 + number // COLUMNS * LINE
-    yield tag("path", d=f"M{x} {y}h22", class_=f"curve {kind}")
-    yield words(x + 27, y + 4, shortened(line.name, 24), "small")
+def heat(
+    id: str,
+    title: str,
+    rows: Sequence[tuple[str, Sequence[float]]],
+    columns: Sequence[str],
+    texts: Sequence[Sequence[str]],
+    *,
+    wrong_off_diagonal: bool = False,
+) -> Markup:
+    """Draw a heat map of *rows*: each has a label and one value in [0, 1] per column.
+
+    *texts* are the numbers to write into the cells. *wrong_off_diagonal* gives the cells off the diagonal the
+    color of errors, as in a confusion matrix.
+    """
+    width = min(_CELL_WIDTH, (WIDTH - _HEAT_LEFT) / len(columns))
+    height, letters = min(width, _CELL_HEIGHT), max(3, int(width / _CHARACTER_WIDTH))
+    numbered = len(columns) <= _MAX_NUMBERED_COLUMNS
+    shapes = [
+        text(_HEAT_LEFT + width * (number + 0.5), _HEAT_TOP - 4, shorten(column, letters), anchor="middle")
+        for number, column in enumerate(columns)
+        if numbered or number % 5 == 0
+    ]
+    for row, (label, values) in enumerate(rows):
+        y = _HEAT_TOP + height * row
+        shapes.append(
+            text(_HEAT_LEFT - 5, y + height / 2 + 4, shorten(label, _ROW_LABEL_LENGTH), anchor="end")
+        )
+        for column, value in enumerate(values):
+            number = texts[row][column]
+            x = _HEAT_LEFT + width * column
+            cell = {"x": x, "y": y, "width": width - 1, "height": height - 1}
+            kind = "cell wrong" if wrong_off_diagonal and column != row else "cell"
+            children = [
+                element("title", f"{label}, {columns[column]}: {number}"),
+                element("rect", **cell, class_="empty"),
+                element("rect", **cell, class_=kind, fill_opacity=value),
+            ]
+            if numbered and number != "0":
+                style = "small dark" if value > 0.5 else "small"
+                children.append(text(x + width / 2, y + height / 2 + 4, number, style, "middle"))
+            shapes.append(element("g", *children))
+    cells = "; ".join(f"{label}: {', '.join(texts[row])}" for row, (label, _) in enumerate(rows))
+    size = (WIDTH, _HEAT_TOP + height * len(rows) + 4)
+    return svg(id, title, f"Columns are {', '.join(columns)}. {cells}.", size, *shapes)
 
 
-def in_words(line: Curve) -> str:
-    """Return *line* told: every point of a few, else where it begins and ends."""
-    told = line.points if len(line.points) <= MOST_POINTS else (line.points[0], line.points[-1])
-    return f"{line.name}: " + ", ".join(f"{y:.3g} at {x:.3g}" for x, y in told)
+def plot(id: str, title: str, curves: Sequence[Curve], x_axis: Axis, y_axis: Axis) -> Markup:
+    """Draw *curves*, of at least one point each, with a legend above them."""
+    xs = sorted({x for curve in curves for x, _ in curve.points})
+    x_scale, y_scale = x_axis.scale(xs), y_axis.scale([y for curve in curves for _, y in curve.points])
+    down = _LEGEND_LINE * ((len(curves) - 1) // _LEGEND_COLUMNS)  # more legend lines move the plot down
+    top, bottom = _PLOT_TOP + down, _PLOT_BOTTOM + down
+
+    def place(point: Point) -> Point:
+        x, y = x_scale.position(point[0]), y_scale.position(point[1])
+        return _PLOT_LEFT + x * (_PLOT_RIGHT - _PLOT_LEFT), bottom - y * (bottom - top)
+
+    shapes = [text(8, top - 12, y_axis.label)]
+    for position in (0.0, 0.5, 1.0):
+        y = bottom - position * (bottom - top)
+        shapes.append(element("path", d=f"M{_PLOT_LEFT} {y:.2f}H{_PLOT_RIGHT}", class_="mark"))
+        shapes.append(text(_PLOT_LEFT - 4, y + 4, f"{y_scale.value(position):.3g}", anchor="end"))
+    shapes += [
+        text(place((tick, y_scale.low))[0], bottom + 16, f"{tick:.3g}", anchor="middle")
+        for tick in _ticks(xs, x_scale)
+    ]
+    shapes.append(text((_PLOT_LEFT + _PLOT_RIGHT) / 2, bottom + 32, x_axis.label, anchor="middle"))
+    descriptions = []
+    for number, curve in enumerate(curves):
+        shapes += _draw_curve(number, curve, [place(point) for point in curve.points])
+        told = curve.points if len(curve.points) <= _MAX_MARKERS else (curve.points[0], curve.points[-1])
+        descriptions.append(f"{curve.name}: " + ", ".join(f"{y:.3g} at {x:.3g}" for x, y in told))
+    description = f"{y_axis.label} over {x_axis.label}. {'. '.join(descriptions)}."
+    return svg(id, title, description, (WIDTH, bottom + 36), *shapes)
+
+
+def _ticks(values: Sequence[float], scale: Scale) -> list[float]:
+    """Select from the sorted *values* those whose labels do not overlap; the last one is always selected."""
+    ticks: list[float] = []
+    for value in reversed(values):
+        distance = scale.position(ticks[-1]) - scale.position(value) if ticks else 1.0
+        if distance >= _TICK_LABEL_WIDTH / (_PLOT_RIGHT - _PLOT_LEFT):
+            ticks.append(value)
+    return ticks
+
+
+def _draw_curve(number: int, curve: Curve, points: Sequence[Point]) -> Iterator[Markup]:
+    """Yield the line through *points* (SVG coordinates), its markers and its legend entry."""
+    style = f"c{number % _STYLES}"
+    path = "M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in points)
+    yield element("path", d=path, class_=f"curve {style}")
+    if len(points) <= _MAX_MARKERS:
+        yield from (element("circle", cx=x, cy=y, r=3, class_=f"point {style}") for x, y in points)
+    x = 8 + number % _LEGEND_COLUMNS * WIDTH / _LEGEND_COLUMNS
+    y = 8 + number // _LEGEND_COLUMNS * _LEGEND_LINE
+    yield element("path", d=f"M{x} {y}h22", class_=f"curve {style}")
+    yield text(x + 27, y + 4, shorten(curve.name, 24))

@@ -4,15 +4,14 @@ import html
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
+from markupsafe import Markup
+
 VOID = frozenset({"br", "img", "meta"})
 KEPT = frozenset("\n\N{NO-BREAK SPACE}")  # not printable by Python's reckoning, and harmless
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-class Html(str):
-    """Markup, safe as it stands; any other string is text and will be escaped."""
-
-    __slots__ = ()
+Html = Markup
 
 
 def tag(name: str, /, *children: str, **attributes: str | float | None) -> Html:
@@ -147,7 +146,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # pictu
 
 def document(title: str, *children: Html) -> str:
     """Return the page called *title* with *children* in it."""
-    style = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
+    style = files(__package__).joinpath("templates/style.css").read_text(encoding="utf-8")
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
