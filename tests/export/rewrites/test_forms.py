@@ -153,8 +153,8 @@ def wrong_number_of_steps(before: ISqrtCov) -> nn.Module:
 
 
 def other_triangle(before: ISqrtCov) -> nn.Module:
-    columns_rows = torch.tril_indices(before.config.width, before.config.width)
-    before.triangle = columns_rows[0] * before.config.width + columns_rows[1]
+    columns_rows = torch.tril_indices(before.width, before.width)
+    before.triangle = columns_rows[0] * before.width + columns_rows[1]
     return LoweredRoot(before)
 
 
