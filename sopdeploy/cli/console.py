@@ -8,16 +8,19 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.text import Text
 
 from sopdeploy.errors import SopdeployError, StorageError
 
 USER_ERROR = 2
+
+BundleArgument = Annotated[Path, typer.Argument(help="A bundle written by `sopdeploy export`.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -91,13 +94,3 @@ def steps(title: str, *, quiet: bool) -> Iterator[Any]:
         return
     with err.status(title) as status:
         yield lambda name: status.update(f"{title}: {name}")
-
-
-def error_line(message: str, code: str) -> str:
-    """Return the line of an error as markup."""
-    return f"[bold red]error:[/] {plain(message)} [dim]{escape(f'[{code}]')}[/]"
-
-
-def plain(text: str) -> str:
-    """Return *text* on one line, escaped for rich markup."""
-    return escape(plain_text(text).plain)

@@ -1,16 +1,16 @@
-"""`sopdeploy env`: what a report of a bug needs, without what nobody should read in it."""
+"""`sopdeploy env`: system information for bug reports, without secrets."""
 
 import os
 import platform
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from rich.text import Text
 
 from sopdeploy import __version__
-from sopdeploy.cli.console import one_line_errors, out, plain, print_json
+from sopdeploy.cli.console import JsonOption, one_line_errors, out, plain_text, print_json
 from sopdeploy.errors import RuntimeUnavailableError
 
 PACKAGES = (
@@ -24,69 +24,63 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|HEADERS|CREDENTIAL|AUTH|COOKIE", re.
 HIDDEN = "(hidden)"
 
 
-def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a script.")] = False) -> None:
-    """Print what a report of a bug needs: versions, system, processor, GPU, environment; secrets are hidden.
+def env(as_json: JsonOption = False) -> None:
+    """Print versions, system, processor, GPU and environment for a bug report; secrets are hidden.
 
     Example: [bold]sopdeploy env[/bold]
     """
     with one_line_errors(as_json):
-        found = facts(os.environ)
+        from sopdeploy.environment import installed, machine
+
+        python = f"{platform.python_implementation()} {platform.python_version()}"
+        libc = " ".join(platform.libc_ver()).strip()
+        sections: dict[str, dict[str, Any]] = {
+            "versions": {"sopdeploy": __version__, "python": python, **installed(PACKAGES)},
+            "machine": {**machine(), "release": platform.release(), "libc": libc},
+            "accelerators": {"onnxruntime": onnxruntime_providers(), "tensorrt": tensorrt_device()},
+            "environment": relevant_variables(os.environ),
+        }
     if as_json:
-        print_json(found)
+        print_json(sections)
         return
-    for section, values in found.items():
-        out.print(f"[bold]{section}[/]")
+    for section, values in sections.items():
+        out.print(Text(section, "bold"))
         for name, value in values.items():
-            out.print(f"  {plain(name):<20} {plain(str(value))}")
+            out.print(Text.assemble("  ", f"{plain_text(name).plain:<20} ", plain_text(str(value))))
 
 
-def facts(variables: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Return the sections of a report, each a table of name and value."""
-    from sopdeploy.environment import installed, machine
-
-    python = f"{platform.python_implementation()} {platform.python_version()}"
-    return {
-        "versions": {"sopdeploy": __version__, "python": python, **installed(PACKAGES)},
-        "machine": {
-            **machine(),
-            "release": platform.release(),
-            "libc": " ".join(platform.libc_ver()).strip(),
-        },
-        "accelerators": {"onnxruntime": onnxruntime_sees(), "tensorrt": tensorrt_sees()},
-        "environment": shown(variables),
-    }
-
-
-def onnxruntime_sees() -> str:
-    """Return the providers that ONNX Runtime was built with, or why it says none."""
+def onnxruntime_providers() -> str:
+    """List the execution providers of the installed ONNX Runtime, or the reason for none."""
     try:
         import onnxruntime
-    except ImportError as problem:
-        return f"none ({problem})"
+    except ImportError as error:
+        return f"none ({error})"
     return ", ".join(onnxruntime.get_available_providers())
 
 
-def tensorrt_sees() -> str:
-    """Return TensorRT's version and the GPU that its runtime would use, or why there is none."""
+def tensorrt_device() -> str:
+    """Return the TensorRT version and its GPU, or the reason for none."""
     from sopdeploy.tensorrt.binding import import_tensorrt
     from sopdeploy.tensorrt.cuda import open_cuda
 
     try:
         version = import_tensorrt().__version__
         gpu = open_cuda().gpu()
-    except RuntimeUnavailableError as problem:
-        return f"none ({problem})"
+    except RuntimeUnavailableError as error:
+        return f"none ({error})"
     return f"{version} on {gpu.name}"
 
 
-def shown(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return what matters of *variables*, sorted; secrets are hidden, the home folder is `~`."""
-    return {name: harmless(name, variables[name]) for name in sorted(variables) if RELEVANT.match(name)}
+def relevant_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """Select the environment variables that affect sopdeploy, sorted by name.
 
-
-def harmless(name: str, value: str) -> str:
-    """Return *value* as others may read it: nothing secret by its name, no login, no name of a user."""
-    if SECRET.search(name):
-        return HIDDEN
-    without_login = re.sub(r"(?<=://)[^/@\s]+@", f"{HIDDEN}@", value)
-    return without_login.replace(str(Path.home()), "~") if len(Path.home().parts) > 1 else without_login
+    Values of variables with secret names and logins in URLs are hidden; the home folder becomes `~`.
+    """
+    shown, home = {}, Path.home()
+    for name in filter(RELEVANT.match, sorted(variables)):
+        if SECRET.search(name):
+            shown[name] = HIDDEN
+        else:
+            value = re.sub(r"(?<=://)[^/@\s]+@", f"{HIDDEN}@", variables[name])
+            shown[name] = value.replace(str(home), "~") if len(home.parts) > 1 else value
+    return shown

@@ -1,70 +1,71 @@
-"""`sopdeploy doctor`: which stage of a running server is the limit, and what to change."""
+"""`sopdeploy doctor`: find the bottleneck of a running server."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
-from sopdeploy.cli.console import err, one_line_errors, out, plain, print_json, steps
+from sopdeploy.cli.console import JsonOption, err, one_line_errors, out, plain_text, print_json, steps
 
 if TYPE_CHECKING:
     from sopdeploy.doctor.examine import Diagnosis
 
 
 def doctor(
-    url: Annotated[str, typer.Option(help="The server to examine.")],
+    url: Annotated[str, typer.Option(help="URL of the server.")],
     images: Annotated[
-        Path | None, typer.Option(help="Folder of pictures to send. [dim]default made ones, 640 x 480[/dim]")
+        Path | None,
+        typer.Option(help="Folder of images to send. [dim]default: generated images, 640 x 480[/dim]"),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=1, max=300, help="How long to ask.")] = 20.0,
-    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Most requests at once.")] = 32,
-    model: Annotated[str | None, typer.Option(help="Which model, where several answer.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="The server's API key.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a script.")] = False,
+    seconds: Annotated[float, typer.Option(min=1, max=300, help="Duration of the load.")] = 20.0,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Most concurrent requests.")] = 32,
+    model: Annotated[str | None, typer.Option(help="Model name, if the server has several.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="API key of the server.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Say what limits a running server: decoding, queue, engine, network or the client itself.
+    """Find the bottleneck of a running server: decoding, queue, engine, network or the client itself.
 
-    Sends a bounded load that obeys every refusal and stops at the first error, and reads /metrics meanwhile.
+    Sends a bounded load that respects every rejection and stops at the first error, and reads /metrics.
 
     Example: [bold]sopdeploy doctor --url http://127.0.0.1:8000 --images photos --seconds 20[/bold]
     """
-    with one_line_errors(as_json), steps(f"asking for {seconds:.0f} s", quiet=as_json):
+    with one_line_errors(as_json), steps(f"measuring for {seconds:.0f} s", quiet=as_json):
         from sopdeploy.doctor.examine import examine
 
-        found = examine(
+        diagnosis = examine(
             url, images=images, seconds=seconds, concurrency=concurrency, model=model, api_key=api_key
         )
     if as_json:
-        print_json(found.model_dump(mode="json"))
+        print_json(diagnosis.model_dump(mode="json"))
     else:
-        show(found)
+        _show(diagnosis)
 
 
-def show(found: "Diagnosis") -> None:
-    """Print the steps, the numbers of the best one, and the advice."""
-    out.print(plain(f"{found.model} at {found.url}, {found.device}"))
+def _show(diagnosis: "Diagnosis") -> None:
+    out.print(plain_text(f"{diagnosis.model} at {diagnosis.url}, {diagnosis.device}"))
     table = Table(
-        "at once", "img/s", "p50 ms", "p95", "p99", "engine", "decode", "client", "batch", "refused",
+        "clients", "img/s", "p50 ms", "p95", "p99", "engine", "decode", "client", "batch", "refused",
         box=None, pad_edge=False,
     )  # fmt: skip
-    for step in found.steps:
-        shares = (step.engine_busy, step.decoder_busy, step.client_busy)
+    for step in diagnosis.steps:
         table.add_row(
-            f"{step.concurrency}{' *' if step == found.best else ''}",
+            f"{step.concurrency}{' *' if step == diagnosis.best else ''}",
             f"{step.rate:.1f}",
             *(f"{value:.1f}" for value in (step.p50_ms, step.p95_ms, step.p99_ms)),
-            *(f"{share:.0%}" for share in shares),
+            *(f"{busy:.0%}" for busy in (step.engine_busy, step.decoder_busy, step.client_busy)),
             f"{step.mean_batch:.1f}",
             f"{step.refused_share:.0%}",
         )
     out.print(table)
-    stages = {**found.best.stage_ms, "elsewhere": found.best.elsewhere_ms}
-    out.print("a request: " + ", ".join(f"{name} {value:.1f} ms" for name, value in stages.items()))
-    out.print(f"{found.bare_ratio:.2f} of the rate of the bare engine")
-    out.print(f"\n[bold]{plain(found.advice.why)}[/]")
-    out.print(f"  {plain(found.advice.change)}\n  {plain(found.advice.gain)}")
-    for note in found.notes:
-        out.print(f"[dim]note:[/] {plain(note)}")
-    if found.stopped is not None:
-        err.print(f"[yellow]stopped early:[/] {plain(found.stopped)}")
+    stages = {**diagnosis.best.stage_ms, "elsewhere": diagnosis.best.elsewhere_ms}
+    out.print("per request: " + ", ".join(f"{name} {value:.1f} ms" for name, value in stages.items()))
+    out.print(f"{diagnosis.bare_ratio:.2f} of the rate of the bare engine\n")
+    out.print(Text.assemble((plain_text(diagnosis.advice.why).plain, "bold")))
+    for line in (diagnosis.advice.change, diagnosis.advice.gain):
+        out.print(Text.assemble("  ", plain_text(line)))
+    for note in diagnosis.notes:
+        out.print(Text.assemble(("note:", "dim"), " ", plain_text(note)))
+    if diagnosis.stopped is not None:
+        err.print(Text.assemble(("stopped early:", "yellow"), " ", plain_text(diagnosis.stopped)))

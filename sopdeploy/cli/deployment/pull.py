@@ -1,0 +1,32 @@
+"""`sopdeploy pull`: download a bundle and check it."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sopdeploy.cli.console import JsonOption, one_line_errors, print_field, print_json
+
+
+def pull(
+    source: Annotated[str, typer.Argument(help="Location printed by `push`: a path, s3://... or oci://...")],
+    destination: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the bundle.")],
+    sha256: Annotated[str | None, typer.Option(help="Expected sha256 of the archive.")] = None,
+    verify_key: Annotated[Path | None, typer.Option(help="Public key that must have signed it.")] = None,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Largest archive size.")] = 8_000_000_000,
+    as_json: JsonOption = False,
+) -> None:
+    """Download a bundle, check signature and hashes, and only then move it to its final name.
+
+    Example: [bold]sopdeploy pull s3://models/flowers/dsop-resnet20-3f6c01d2a4b7.tar bundles[/bold]
+    """
+    with one_line_errors(as_json):
+        from sopdeploy.bundle.transfer.push_pull import pull as run
+
+        pulled = run(source, destination, sha256=sha256, verify_key=verify_key, max_bytes=max_bytes)
+    if as_json:
+        print_json(asdict(pulled))
+        return
+    checked = "signature and hashes" if pulled.verified else "hashes"
+    print_field("pulled", f"{pulled.path} ({checked} checked)", style="")

@@ -1,0 +1,46 @@
+"""`sopdeploy predict`: classify image files without a server."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from sopdeploy.cli.console import (
+    USER_ERROR,
+    BundleArgument,
+    JsonOption,
+    one_line_errors,
+    out,
+    plain_text,
+    print_error,
+    print_json,
+)
+
+
+def predict(
+    bundle: BundleArgument,
+    images: Annotated[list[Path], typer.Argument(help="Image files to classify.")],
+    top_k: Annotated[int | None, typer.Option(min=1, help="Classes per image.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Classify image files without a server; the results equal those of the service.
+
+    Example: [bold]sopdeploy predict bundles/dsop-resnet20-3f6c01d2a4b7 photo.jpg[/bold]
+    """
+    with one_line_errors(as_json):
+        from sopdeploy_service.commands.predict import predict as run
+        from sopdeploy_service.settings import load_settings
+
+        predictions = run(bundle, images, load_settings(top_k=top_k))
+    if as_json:
+        print_json([prediction.model_dump(mode="json") for prediction in predictions])
+    for prediction in predictions:
+        if prediction.error is not None:
+            print_error(f"{prediction.image}: {prediction.error.detail}", prediction.error.code)
+        elif not as_json:
+            classes = ", ".join(f"{c.label} {c.probability:.4f}" for c in prediction.classes)
+            warnings = f" ({', '.join(prediction.warnings)})" if prediction.warnings else ""
+            out.print(Text.assemble(plain_text(f"{prediction.image}: {classes}"), (warnings, "dim")))
+    if any(prediction.error is not None for prediction in predictions):
+        raise typer.Exit(USER_ERROR)
