@@ -1,29 +1,31 @@
-"""How an error of a verb ends: one line with its code, for a script as JSON; a full disk is an error too."""
+"""User errors end in one line with an error code, and external text is printed literally."""
 
 import errno
 import json
 import os
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy.cli.console import one_line_errors, storage_errors
+from sopdeploy.cli.console import one_line_errors, plain_text, print_error, print_field, storage_errors
 from sopdeploy.errors import StorageError
 
 
-def test_a_mistake_shows_its_code_and_gives_it_to_a_script() -> None:
-    found = CliRunner().invoke(app, ["verify", "nowhere", "--json"])
-    assert found.exit_code == 2
-    assert found.stderr.endswith(" [unusable_bundle]\n")
-    told = json.loads(found.stdout)["error"]
-    assert told["code"] == "unusable_bundle"
-    assert told["message"] in found.stderr
+def test_errors_print_their_code_and_return_it_as_json() -> None:
+    result = CliRunner().invoke(app, ["verify", "nowhere", "--json"])
+    assert result.exit_code == 2
+    assert result.stderr.endswith(" [unusable_bundle]\n")
+    error = json.loads(result.stdout)["error"]
+    assert error["code"] == "unusable_bundle"
+    assert error["message"] in result.stderr
     assert CliRunner().invoke(app, ["verify", "nowhere"]).stdout == ""
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_what_a_disk_refuses_is_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_storage_errors_are_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(BaseException, match="2"), one_line_errors():
         raise OSError(number, os.strerror(number), "bundles/x")
     line = capsys.readouterr().err
@@ -31,11 +33,28 @@ def test_what_a_disk_refuses_is_one_line(number: int, capsys: pytest.CaptureFixt
     assert line.endswith("[no_storage]\n")
 
 
-def test_what_a_disk_refuses_names_no_file_where_the_system_does_not() -> None:
+def test_storage_errors_without_a_file_name_say_a_file() -> None:
     with pytest.raises(StorageError, match=r"^a file: cannot be read or written \("), storage_errors():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_an_error_of_the_system_that_is_no_disks_is_ours() -> None:
+def test_other_system_errors_are_not_user_errors() -> None:
     with pytest.raises(ConnectionResetError), one_line_errors():
         raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+
+MARKUP = ["\\[.", "[bold]x[/]", "[/]", "\\[bold]x", "\\", ":dog:", "x\\", "[link=http://x]y", "{x}"]
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_markup_in_external_text_is_printed_literally(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    print_error(text, "x[y]")
+    print_field("label", text)
+    captured = capsys.readouterr()
+    assert (captured.err, captured.out) == (f"error: {text} [x[y]]\n", f"label    {text}\n")
+
+
+@given(st.text(st.characters(categories=["L", "N", "P", "S", "Zs", "Cc"]), max_size=30))
+def test_external_text_is_one_line_without_control_characters(text: str) -> None:
+    expected = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    assert plain_text(text).plain == expected

@@ -48,10 +48,10 @@ app.command("demo", rich_help_panel="Get started")(demo.demo)
 app.command("env", rich_help_panel="Get started")(env.env)
 
 QUICK_START = (
-    ("sopdeploy demo", "run the whole workflow on a small data set, about one minute"),
+    ("sopdeploy demo", "run the whole workflow in a minute"),
     ("sopdeploy train --data photos", "train on photos/<class>/*.jpg"),
-    ("sopdeploy export runs/photos-dsop/best.pt --detach", "detach the branches, prove it, write a bundle"),
-    ("sopdeploy verify bundles/dsop-resnet20-*/", "check the files and the numbers on this machine"),
+    ("sopdeploy export runs/photos-dsop/best.pt --detach", "detach branches, prove, write a bundle"),
+    ("sopdeploy verify bundles/dsop-resnet20-*/", "check files and numbers on this machine"),
     ("sopdeploy predict bundles/dsop-resnet20-*/ photo.jpg", "classify images without a server"),
     ("sopdeploy serve bundles/dsop-resnet20-*/", "serve over HTTP, with a web page"),
     ("sopdeploy doctor --url http://127.0.0.1:8000", "find the bottleneck of a server"),
@@ -88,7 +88,7 @@ def root(
     out.print("\n[bold]Other commands[/]\n")
     for topic, commands in OTHER_COMMANDS.items():
         out.print(f"     {topic:<16} {', '.join(commands)}")
-    out.print("\n`sopdeploy COMMAND --help` shows options and an example, `sopdeploy --help` lists all commands.")
+    out.print("\n`sopdeploy COMMAND --help` shows options and an example, `sopdeploy --help` all commands.")
 
 
 def main() -> None:

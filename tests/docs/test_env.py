@@ -1,4 +1,4 @@
-"""`sopdeploy env`: all that a report of a bug needs, and no secret."""
+"""`sopdeploy env` shows what a bug report needs and hides secrets."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import sopdeploy
-from sopdeploy.cli import env as environment
+from sopdeploy.cli import env
 from sopdeploy.cli.app import app
 from sopdeploy.errors import RuntimeUnavailableError
 
@@ -23,55 +23,55 @@ WORD = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=8, max_size=20)
 
 
 @given(st.sampled_from(SECRETS), WORD)
-def test_no_secret_is_shown(name: str, secret: str) -> None:
-    assert environment.shown({name: secret}) == {name: "(hidden)"}
+def test_values_of_secret_variables_are_hidden(name: str, secret: str) -> None:
+    assert env.relevant_variables({name: secret}) == {name: "(hidden)"}
 
 
 @given(WORD, WORD)
-def test_no_login_of_a_url_is_shown(user: str, password: str) -> None:
+def test_logins_in_urls_are_hidden(user: str, password: str) -> None:
     url = f"https://{user}:{password}@collector.example:4318/v1"
-    assert environment.shown({"OTEL_EXPORTER_OTLP_ENDPOINT": url}) == {
+    assert env.relevant_variables({"OTEL_EXPORTER_OTLP_ENDPOINT": url}) == {
         "OTEL_EXPORTER_OTLP_ENDPOINT": "https://(hidden)@collector.example:4318/v1"
     }
 
 
-def test_only_what_matters_is_shown_and_no_name_of_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_relevant_variables_are_shown_and_the_home_folder_is_shortened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(Path, "home", lambda: Path("/people/ada"))
-    given = {
-        "OMP_NUM_THREADS": "4",
-        "AWS_REGION": "x",
-        "PYTHONPATH": "/people/ada/src",
-        "SOPDEPLOY_PORT": "1",
+    variables = {
+        **{"SOPDEPLOY_PORT": "1", "OMP_NUM_THREADS": "4"},
+        **{"AWS_REGION": "x", "PYTHONPATH": "/people/ada/src"},
     }
     expected = {"OMP_NUM_THREADS": "4", "PYTHONPATH": "~/src", "SOPDEPLOY_PORT": "1"}
-    assert environment.shown(given) == expected
+    assert env.relevant_variables(variables) == expected
 
 
-def test_versions_machine_accelerators_and_environment_are_there() -> None:
+def test_all_sections_are_printed_as_json_and_as_text() -> None:
     found = CliRunner(env={"SOPDEPLOY_TOKEN": "abc123"}).invoke(app, ["env", "--json"])
     assert (found.exit_code, found.stderr) == (0, "")
-    told = json.loads(found.stdout)
-    assert list(told) == ["versions", "machine", "accelerators", "environment"]
-    assert told["versions"]["sopdeploy"] == sopdeploy.__version__
-    assert {"python", "numpy", "pydantic"} <= set(told["versions"])
-    assert {"processor", "cores", "system", "release"} <= set(told["machine"])
-    assert set(told["accelerators"]) == {"onnxruntime", "tensorrt"}
-    assert told["environment"]["SOPDEPLOY_TOKEN"] == "(hidden)"
+    report = json.loads(found.stdout)
+    assert list(report) == ["versions", "machine", "accelerators", "environment"]
+    assert report["versions"]["sopdeploy"] == sopdeploy.__version__
+    assert {"python", "numpy", "pydantic"} <= set(report["versions"])
+    assert {"processor", "cores", "system", "release"} <= set(report["machine"])
+    assert set(report["accelerators"]) == {"onnxruntime", "tensorrt"}
+    assert report["environment"]["SOPDEPLOY_TOKEN"] == "(hidden)"
     assert "abc123" not in CliRunner(env={"SOPDEPLOY_TOKEN": "abc123"}).invoke(app, ["env"]).stdout
 
 
-def test_what_is_not_installed_is_told_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_runtimes_are_reported_without_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
 
     def missing() -> ModuleType:
         raise RuntimeUnavailableError("TensorRT is not installed")
 
     monkeypatch.setattr("sopdeploy.tensorrt.binding.import_tensorrt", missing)
-    assert environment.onnxruntime_sees().startswith("none (")
-    assert environment.tensorrt_sees() == "none (TensorRT is not installed)"
+    assert env.onnxruntime_providers().startswith("none (")
+    assert env.tensorrt_device() == "none (TensorRT is not installed)"
 
 
-def test_the_gpu_that_tensorrt_would_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tensorrt_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     class Cuda:
         def gpu(self) -> "Cuda":
             return self
@@ -82,4 +82,4 @@ def test_the_gpu_that_tensorrt_would_use_is_named(monkeypatch: pytest.MonkeyPatc
     trt.__version__ = "10.16.1"
     monkeypatch.setattr("sopdeploy.tensorrt.binding.import_tensorrt", lambda: trt)
     monkeypatch.setattr("sopdeploy.tensorrt.cuda.open_cuda", Cuda)
-    assert environment.tensorrt_sees() == "10.16.1 on NVIDIA H200"
+    assert env.tensorrt_device() == "10.16.1 on NVIDIA H200"

@@ -196,9 +196,3 @@ def test_without_torch_tensorrt_the_error_is_one_line_saying_how_to_get_it(
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     with pytest.raises(RuntimeUnavailableError, match=r'pip install "sopdeploy\[torch-tensorrt\]"$'):
         engine(whole, VIA)
-
-
-def test_a_way_that_does_not_exist_is_refused(whole: Bundle) -> None:
-    found = CliRunner().invoke(app, ["engine", str(whole.path), "--via", "jit"])
-    assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
-    assert "--via jit: write onnx or torch-tensorrt" in found.stderr

@@ -14,7 +14,7 @@ accumulator. bfloat16 there costs 5e-3 relative where float16 costs 7e-4, and is
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from torch.export import ExportedProgram
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import Precision
-from sopdeploy.errors import ConfigError
 from sopdeploy.layers.attention.gsop_attention import ChannelAttention, Excitation, PositionAttention
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture.components import FusionHead
@@ -50,37 +49,6 @@ RETURNING = (
     PositionAttention,
 )  # they scale a map, and keep its type
 REDUCTIONS = ("layer_reduce", "layer_reduce_bn")  # parts of a pooling that are ordinary convolutions
-
-
-def choose_precision(name: str) -> Precision:
-    """Return the precision called *name*; raises `ConfigError` naming those there are."""
-    for known in get_args(Precision):
-        if name == known:
-            found: Precision = known
-            return found
-    raise ConfigError(f"--precision: {name!r} is none of {', '.join(get_args(Precision))}")
-
-
-def choose_iteration(name: str, precision: Precision) -> Iteration:
-    """Return the type that Newton-Schulz stores its matrices in; raises `ConfigError` where it may not."""
-    if name == "bf16":
-        raise ConfigError(
-            "--newton-schulz: bf16 loses three digits more than fp16 in the iteration; choose fp32 or fp16"
-        )
-    if name not in get_args(Iteration):
-        raise ConfigError(f"--newton-schulz: {name!r} is none of {', '.join(get_args(Iteration))}")
-    if name == "fp16" and precision != "fp16":
-        raise ConfigError("--newton-schulz fp16: only with --precision fp16")
-    return "fp16" if name == "fp16" else "fp32"
-
-
-def choose_calibration(name: str) -> Calibration:
-    """Return the calibration called *name*; raises `ConfigError` naming those there are."""
-    for known in get_args(Calibration):
-        if name == known:
-            found: Calibration = known
-            return found
-    raise ConfigError(f"--calibration: {name!r} is none of {', '.join(get_args(Calibration))}")
 
 
 class Answer(nn.Module):

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -26,7 +26,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-from sopdeploy.bundle.manifest import Int8For, Precision
+from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.module_names import is_in, is_in_any
 from sopdeploy_export.precision.casts import Calibration
@@ -98,24 +98,6 @@ FORMS: Mapping[Int8For, Form] = {
         },
     ),
 }
-
-
-def choose_int8_for(name: str | None, precision: Precision) -> Int8For:
-    """Return the runtime called *name*, by default the CPU; raises `ConfigError` where there is none."""
-    if name is not None and precision != "int8":
-        raise ConfigError("--int8-for: only with --precision int8")
-    for known in get_args(Int8For):
-        if (name or "cpu") == known:
-            found: Int8For = known
-            return found
-    raise ConfigError(f"--int8-for: {name!r} is none of {', '.join(get_args(Int8For))}")
-
-
-def choose_keep_float(names: Sequence[str], precision: Precision) -> tuple[str, ...]:
-    """Return the parts called *names*; raises `ConfigError` where there is no int8 to be kept out of."""
-    if names and precision != "int8":
-        raise ConfigError("--keep-float: only with --precision int8")
-    return tuple(names)
 
 
 def quantize(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,7 +17,7 @@ import onnx
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import Probes, read_probes, replay
 from sopdeploy.config import StrictModel
-from sopdeploy.errors import ConfigError, EngineError
+from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.binding import import_tensorrt, make_logger, version_of
 from sopdeploy.tensorrt.cache import NoEngine, cache_folder, look, records, store, write_whole
 from sopdeploy.tensorrt.cuda import Cuda, Gpu, open_cuda
@@ -46,15 +46,6 @@ class EngineOptions(StrictModel):
     cache: Path | None = None  # None: beside the bundle
     rebuild: bool = False
     via: Via = "onnx"
-
-
-def choose_via(text: str) -> Via:
-    """Return *text* as a way to a plan; raises `ConfigError` where it is none."""
-    for known in get_args(Via):
-        if text == known:
-            found: Via = known
-            return found
-    raise ConfigError(f"--via {text}: write onnx or torch-tensorrt")
 
 
 @dataclass(frozen=True)

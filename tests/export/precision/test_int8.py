@@ -14,7 +14,7 @@ from sopdeploy.models.base import Classifier
 from sopdeploy_export.graph.probe_images import calibration_images, generated_images
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.precision.accuracy_gate import accuracy
-from sopdeploy_export.precision.casts import Calibration, choose_calibration, float32_parts
+from sopdeploy_export.precision.casts import Calibration, float32_parts
 from sopdeploy_export.precision.convert import PrecisionOptions
 from sopdeploy_export.precision.int8 import quantize
 from sopdeploy_export.precision.report import weight_types
@@ -179,9 +179,3 @@ def test_calibration_takes_pictures_from_all_over_the_folder(preprocess: Preproc
     assert len(calibration_images(pictures, preprocess)) == 20
     with pytest.raises(DataError, match="--calibrate a folder"):
         calibration_images(pictures / "nowhere", preprocess)
-
-
-def test_a_calibration_that_does_not_exist_is_refused() -> None:
-    assert choose_calibration("entropy") == "entropy"
-    with pytest.raises(ConfigError, match="none of minmax, entropy, percentile"):
-        choose_calibration("guess")

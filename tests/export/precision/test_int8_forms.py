@@ -8,13 +8,13 @@ import pytest
 from onnx import numpy_helper
 
 from sopdeploy.bundle.manifest import BatchRange, Int8For
-from sopdeploy.errors import ConfigError, LoweringError
+from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.module_names import is_in
 from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy_export.graph.probe_images import generated_images
 from sopdeploy_export.precision.casts import float32_parts
-from sopdeploy_export.precision.int8 import choose_int8_for, choose_keep_float, quantize
+from sopdeploy_export.precision.int8 import quantize
 from sopdeploy_export.precision.sensitivity import input_grids
 from sopdeploy_export.tensorrt.lint import lint
 from sopdeploy_export.tensorrt.rewrites import graph_precision
@@ -102,16 +102,3 @@ def test_tensorrt_gets_the_shortcuts_convolution_as_int8_too(preprocess: Preproc
     rounded = [made[node.input[0]] for node in model.graph.node if node.op_type == "QuantizeLinear"]
     wide = [made[node.input[1]].input[0] for node in rounded if node.op_type == "Conv"]
     assert wide == ["layer2.0.downsample.0.weight_quantized", "layer3.0.downsample.0.weight_quantized"]
-
-
-def test_a_wish_for_int8_without_int8_is_refused() -> None:
-    assert choose_int8_for(None, "fp16") == "cpu"
-    assert choose_int8_for("tensorrt", "int8") == "tensorrt"
-    assert choose_keep_float(["conv1"], "int8") == ("conv1",)
-    for wish, message in (
-        (lambda: choose_int8_for("gpu", "int8"), "none of cpu, tensorrt"),
-        (lambda: choose_int8_for("tensorrt", "fp16"), "--int8-for: only with --precision int8"),
-        (lambda: choose_keep_float(["conv1"], "fp32"), "--keep-float: only with --precision int8"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            wish()

@@ -26,7 +26,7 @@ from sopdeploy_export.parity.session import open_session
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.precision import convert as shipping
 from sopdeploy_export.precision import fold_batch_norm as fold_norms
-from sopdeploy_export.precision.casts import choose_iteration, choose_precision, with_precision
+from sopdeploy_export.precision.casts import Iteration, with_precision
 from sopdeploy_export.precision.convert import PrecisionOptions
 from sopdeploy_export.precision.report import part_precisions, refuse_other_types
 from sopdeploy_export.rewrites.apply import LoweredGraph, rewrite
@@ -55,13 +55,13 @@ def cast_graph(
     network: Classifier,
     preprocess: Preprocess,
     precision: Precision,
-    iteration: str = "fp32",
+    iteration: Iteration = "fp32",
     *,
     rules: bool = True,
 ) -> tuple[onnx.ModelProto, dict[str, set[str]]]:
     """Return the ONNX graph in *precision*, and the types that each part computes in."""
     lean = detach(network) if network.training_only else network
-    options = PrecisionOptions(precision=precision, newton_schulz=choose_iteration(iteration, precision))
+    options = PrecisionOptions(precision=precision, newton_schulz=iteration)
     pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
     rewritten = rewrite(
         lean, pixels, SMALL, shipping.lowering_options(options, rules=rules, autotune=False)
@@ -179,10 +179,6 @@ def test_a_cast_that_is_never_placed_stops_the_export(
 @pytest.mark.parametrize(
     ("choose", "message"),
     [
-        (lambda: choose_precision("half"), "none of fp32, fp16, bf16-backbone, int8"),
-        (lambda: choose_iteration("bf16", "bf16-backbone"), "bf16 loses three digits"),
-        (lambda: choose_iteration("fp16", "fp32"), "only with --precision fp16"),
-        (lambda: choose_iteration("fp8", "fp16"), "none of fp32, fp16"),
         (
             lambda: shipping.lowering_options(
                 PrecisionOptions(precision="fp16", newton_schulz="fp16"), rules=False, autotune=False

@@ -11,7 +11,7 @@ from sopdeploy_service.settings import load_settings
 def test_the_batch_sizes_are_a_list_of_numbers() -> None:
     assert batch_sizes("1, 8,8") == (1, 8)
     for text in ("", "0x1", "1;8", "a", "-1", "²"):
-        with pytest.raises(ConfigError, match="no list of batch sizes"):
+        with pytest.raises(ConfigError, match="batch sizes"):
             batch_sizes(text)
 
 
