@@ -1,4 +1,4 @@
-"""The base of every config, manifest, report and setting: frozen, and unknown keys are refused."""
+"""Base class of configs, manifests, reports and settings: immutable, without unknown keys."""
 
 from typing import Annotated, Any
 
@@ -6,13 +6,13 @@ import pydantic
 
 Count = Annotated[int, pydantic.Field(ge=1)]
 Positive = Annotated[float, pydantic.Field(gt=0)]
-NotNegative = Annotated[float, pydantic.Field(ge=0)]
-Share = Annotated[float, pydantic.Field(ge=0, le=1)]
-Part = Annotated[float, pydantic.Field(ge=0, lt=1)]  # of what may not all go, such as dropout
+NonNegative = Annotated[float, pydantic.Field(ge=0)]
+Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
+FractionBelowOne = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 
 class StrictModel(pydantic.BaseModel):
-    """A value that cannot change and has no keys but the declared ones."""
+    """An immutable pydantic model that rejects unknown keys, NaN and infinity."""
 
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
@@ -20,14 +20,14 @@ class StrictModel(pydantic.BaseModel):
 
 
 def first_problem(error: pydantic.ValidationError) -> str:
-    """Say the first thing wrong in *error* as `key: reason (got value)`, on one line."""
+    """Describe the first problem in *error* as `key: reason (got value)` on one line."""
     problem: Any = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in problem["loc"]) or "value"
     if problem["type"] == "missing":
         return f"{where}: missing"
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key"
-    if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # a rule over several keys
-        said = str(problem["ctx"]["error"])
-        return f"{where}: {said}" if problem["loc"] else said
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # a rule for several keys
+        reason = str(problem["ctx"]["error"])
+        return f"{where}: {reason}" if problem["loc"] else reason
     return f"{where}: {problem['msg']} (got {str(problem['input'])[:80]!r})"

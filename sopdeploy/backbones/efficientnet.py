@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialise, run_stages
-from sopdeploy.config import Part, StrictModel
+from sopdeploy.config import FractionBelowOne, StrictModel
 from sopdeploy.layers.mbconv import DepthwiseSeparable, MBConv
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
@@ -46,8 +46,8 @@ class EfficientNetConfig(StrictModel):
     The blocks before the last one leave out their residual less often, in proportion to their depth.
     """
 
-    dropout: Part = 0.2
-    stochastic_depth: Part = 0.2
+    dropout: FractionBelowOne = 0.2
+    stochastic_depth: FractionBelowOne = 0.2
     pooling: Pooling = GapConfig()
 
 

@@ -14,7 +14,7 @@ import pydantic
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.config import Positive, Share, StrictModel
+from sopdeploy.config import Fraction, Positive, StrictModel
 from sopdeploy.data.base import ImagesDataset
 from sopdeploy.data.image_files import ImageFiles, loaded
 from sopdeploy.data.rand_augment import RandAugment
@@ -30,14 +30,14 @@ from sopdeploy.images.preprocess import (
 from sopdeploy.seeds import derive_seed
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the source
-Fraction = Annotated[float, pydantic.Field(gt=0, le=1)]
+PositiveFraction = Annotated[float, pydantic.Field(gt=0, le=1)]
 
 
 class CenterCrop(StrictModel):
     """No crop of its own: the picture is prepared as in evaluation, then mirrored with chance `flip`."""
 
     kind: Literal["centre"]
-    flip: Share = 0.0
+    flip: Fraction = 0.0
 
     def crop(self, picture: Image.Image, rules: Preprocess, _random: Random) -> NDArray[np.uint8]:
         """Return the centre crop."""
@@ -51,7 +51,7 @@ class PadCrop(StrictModel):
     """
 
     kind: Literal["pad-crop"]
-    flip: Share = 0.0
+    flip: Fraction = 0.0
     pad: Annotated[int, pydantic.Field(ge=1)] = 4
 
     def crop(self, picture: Image.Image, rules: Preprocess, random: Random) -> NDArray[np.uint8]:
@@ -68,7 +68,7 @@ class Boxed(StrictModel):
     crop's pixels then: faster, and a few grey levels off (`benchmarks/training_throughput.py` says how many).
     """
 
-    flip: Share = 0.0
+    flip: Fraction = 0.0
     draft: bool = False
 
     def crop(self, picture: Image.Image, rules: Preprocess, random: Random) -> NDArray[np.uint8]:
@@ -87,7 +87,7 @@ class RandomResizedCrop(Boxed):
     """
 
     kind: Literal["random-resized-crop"]
-    scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    scale: tuple[PositiveFraction, PositiveFraction] = (0.08, 1.0)
     ratio: tuple[Positive, Positive] = (0.75, 4 / 3)
 
     def box(self, size: tuple[int, int], _crop: int, random: Random) -> Box:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import v2
 
-from sopdeploy.config import NotNegative, StrictModel
+from sopdeploy.config import NonNegative, StrictModel
 from sopdeploy.images.preprocess import Preprocess
 
 
@@ -53,8 +53,8 @@ class Mixup(StrictModel):
     the last one, so that a batch of any size will do.
     """
 
-    mixup: NotNegative = 0.0
-    cutmix: NotNegative = 0.0
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
 
     def __call__(self, images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         """Return float *images* (B, 3, H, W) and what to learn: classes (B,) or their shares (B, classes).

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import pydantic
 
-from sopdeploy.config import Share, StrictModel
+from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.statistics import wilson
 
@@ -50,11 +50,11 @@ class Score:
 class Rate(StrictModel):
     """A fraction `share` = `right` / `count` with Wilson's 95 % interval [`low`, `high`]."""
 
-    share: Share
+    share: Fraction
     right: int
     count: int
-    low: Share
-    high: Share
+    low: Fraction
+    high: Fraction
 
     @classmethod
     def of(cls, right: int, count: int) -> "Rate":
@@ -72,7 +72,7 @@ class ClassFigures(StrictModel):
     label: str
     count: int
     answered: int
-    precision: Share | None
+    precision: Fraction | None
     recall: Rate
 
 
@@ -82,14 +82,14 @@ class Bin(StrictModel):
     low: float
     high: float
     count: int
-    confidence: Share | None
-    accuracy: Share | None
+    confidence: Fraction | None
+    accuracy: Fraction | None
 
 
 class Calibration(StrictModel):
     """Expected calibration error over `bins` bins, with the reliability curve."""
 
-    error: Share
+    error: Fraction
     bins: int
     curve: tuple[Bin, ...]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.config import Share, StrictModel
+from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.base import Dataset, ImagesDataset, LabeledImages
 from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.datasets.folder import open_classes
@@ -54,8 +54,8 @@ class EvalMetrics(StrictModel):
     With fewer than five classes, `top5` counts the pictures whose class is among all answers.
     """
 
-    top1: Share
-    top5: Share
+    top1: Fraction
+    top5: Fraction
     count: int
     loss: float
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sopdeploy.backbones.base import Backbone, initialise
 from sopdeploy.backbones.efficientnet import STAGES, EfficientNet, EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
-from sopdeploy.config import NotNegative, StrictModel
+from sopdeploy.config import NonNegative, StrictModel
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov, dimension_reduction
 from sopdeploy.layers.mbconv import swish_reduction
@@ -40,10 +40,10 @@ class DSoPConfig(RootOptions):
 
     aux_blocks: tuple[Count | tuple[Count, ...], ...] | None = None
     aux_widths: tuple[Width, ...] | None = None
-    aux_weights: tuple[NotNegative, ...] | None = None
+    aux_weights: tuple[NonNegative, ...] | None = None
     aux_pooling: Literal["isqrt", "gap"] = "isqrt"
     aux_dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] | None = None
-    main_weight: NotNegative = 1.0
+    main_weight: NonNegative = 1.0
     keep_unused_branches: bool = False
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sopdeploy.config import Share, StrictModel
+from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.base import Dataset
 from sopdeploy.data.batches import load_batches
 from sopdeploy.layers.covariance import centered_and_scaled, covariance
@@ -31,7 +31,7 @@ PLACES = 48  # eigenvalues of a spectrum that are kept, closer together at its h
 class HeadFigures(StrictModel):
     """One head: the share of pictures it gets right, and its mean loss."""
 
-    top1: Share
+    top1: Fraction
     loss: float
 
 
@@ -41,7 +41,7 @@ class GateFigures(StrictModel):
     `imbalance` is (std / mean)^2 of the weights, Eq. (4) of GM-SOP without its factor.
     """
 
-    chosen: tuple[Share, ...]
+    chosen: tuple[Fraction, ...]
     weights: tuple[float, ...]
     imbalance: float
 

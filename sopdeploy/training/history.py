@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 
-from sopdeploy.config import Share, StrictModel
+from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.evaluation.prediction import EvalMetrics
 from sopdeploy.training.diagnostics import Sight
 
@@ -15,7 +15,7 @@ class Speed(StrictModel):
     """Pictures learnt from in a second of training, and the share of that time spent waiting for them."""
 
     pictures_per_second: float
-    waiting: Share
+    waiting: Fraction
 
 
 class EpochRow(StrictModel):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sopdeploy.config import NotNegative, Part, Positive, StrictModel
+from sopdeploy.config import FractionBelowOne, NonNegative, Positive, StrictModel
 from sopdeploy.seeds import derive_seed
 
 
@@ -117,7 +117,7 @@ def add(sum_so_far: Tensor | None, tensor: Tensor) -> Tensor:
     return tensor.clone() if sum_so_far is None else sum_so_far.add_(tensor)
 
 
-Betas = tuple[Part, Part]
+Betas = tuple[FractionBelowOne, FractionBelowOne]
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]  # or groups of them with values of their own
 
 
@@ -126,10 +126,10 @@ class Sgd(StrictModel):
 
     kind: Literal["sgd"] = "sgd"
     lr: Positive
-    momentum: Part = 0.9
+    momentum: FractionBelowOne = 0.9
     nesterov: bool = False
-    weight_decay: NotNegative = 0.0
-    clip_norm: NotNegative = 0.0
+    weight_decay: NonNegative = 0.0
+    clip_norm: NonNegative = 0.0
 
     @pydantic.model_validator(mode="after")
     def _nesterov_has_momentum(self) -> "Sgd":
@@ -155,8 +155,8 @@ class AdamW(StrictModel):
     lr: Positive
     betas: Betas = (0.9, 0.999)
     eps: Positive = 1e-8
-    weight_decay: NotNegative = 0.01
-    clip_norm: NotNegative = 0.0
+    weight_decay: NonNegative = 0.01
+    clip_norm: NonNegative = 0.0
 
     def make(self, parameters: Parameters) -> torch.optim.Optimizer:
         """Return the optimizer of *parameters*."""
@@ -172,8 +172,8 @@ class RAdam(StrictModel):
     lr: Positive
     betas: Betas = (0.9, 0.999)
     eps: Positive = 1e-8
-    weight_decay: NotNegative = 0.0
-    clip_norm: NotNegative = 0.0
+    weight_decay: NonNegative = 0.0
+    clip_norm: NonNegative = 0.0
 
     def make(self, parameters: Parameters) -> torch.optim.Optimizer:
         """Return the optimizer of *parameters*."""
@@ -192,11 +192,11 @@ class RMSProp(StrictModel):
 
     kind: Literal["rmsprop"]
     lr: Positive
-    alpha: Part = 0.9
-    momentum: Part = 0.9
+    alpha: FractionBelowOne = 0.9
+    momentum: FractionBelowOne = 0.9
     eps: Positive = 1e-3
-    weight_decay: NotNegative = 0.0
-    clip_norm: NotNegative = 0.0
+    weight_decay: NonNegative = 0.0
+    clip_norm: NonNegative = 0.0
 
     def make(self, parameters: Parameters) -> torch.optim.Optimizer:
         """Return the optimizer of *parameters*."""
@@ -217,9 +217,9 @@ class AdaHessianChoice(StrictModel):
     lr: Positive
     betas: Betas = (0.9, 0.999)
     eps: Positive = 1e-4
-    weight_decay: NotNegative = 0.0
+    weight_decay: NonNegative = 0.0
     power: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
-    clip_norm: NotNegative = 0.0
+    clip_norm: NonNegative = 0.0
 
     def make(self, parameters: Parameters) -> torch.optim.Optimizer:
         """Return the optimizer of *parameters*."""

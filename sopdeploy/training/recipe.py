@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 
-from sopdeploy.config import NotNegative, Part, StrictModel, first_problem
+from sopdeploy.config import FractionBelowOne, NonNegative, StrictModel, first_problem
 from sopdeploy.data.augment import Augmentation
 from sopdeploy.data.rand_augment import Mixup, RandAugment
 from sopdeploy.data.sources import DataConfig
@@ -54,7 +54,7 @@ class ModelChoice(StrictModel):
 class LossConfig(StrictModel):
     """Switches of the loss that are not the model's own."""
 
-    label_smoothing: Part = 0.0
+    label_smoothing: FractionBelowOne = 0.0
 
 
 class SaveChoice(StrictModel):
@@ -64,7 +64,7 @@ class SaveChoice(StrictModel):
     """
 
     every_steps: Count = 0
-    every_minutes: NotNegative = 15.0
+    every_minutes: NonNegative = 15.0
     keep_every: Count = 0
 
 

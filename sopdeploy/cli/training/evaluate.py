@@ -165,9 +165,9 @@ def show(found: "ClassificationReport") -> None:
 
 def show_confusion(found: "ClassificationReport") -> None:
     """Print the confusion matrix: a row is what the pictures show, a column what was answered."""
-    table = Table(
-        "shown \\ answered", *(plain_text(one.label) for one in found.classes), box=None, pad_edge=False
-    )
+    table = Table("shown \\ answered", box=None, pad_edge=False)
+    for one in found.classes:
+        table.add_column(plain_text(one.label))
     for one, row in zip(found.classes, found.confusion, strict=True):
         table.add_row(plain_text(one.label), *map(str, row))
     out.print(table)
