@@ -1,9 +1,8 @@
-"""Part by part: how far the file is off at each named part; on failure, the first that is, and what to try.
+"""Measure the drift module by module, and name the first module that exceeds its noise floor.
 
-The graph that ships keeps the names that the converter gives the values inside. Converting the network again
-gives the same names and, for each, the part it belongs to: so the boundary of every part, and every product
-of an iteration, can be read from the file and computed in float64 from the captured graph. A boundary is
-off where the file drifts from float64 by more than its own floor allows; the first one is the culprit.
+The exported graph keeps the value names of the converter. Converting the network again gives the same names
+and, for each value, its module. So the output of every module and every product of a Newton-Schulz iteration
+can be read from the file and computed in float64 from the captured graph.
 """
 
 import copy
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import fx
@@ -22,12 +20,25 @@ from torch.export import ExportedProgram
 
 from sopdeploy_export.graph.onnx_export import with_converter_names
 from sopdeploy_export.parity.report import PartDrift
-from sopdeploy_export.parity.session import by_casts, fixed_batch, holds_bfloat16, open_session, widened
+from sopdeploy_export.parity.session import (
+    cast_to_float32,
+    emulate_bfloat16,
+    fixed_batch,
+    has_bfloat16,
+    open_session,
+)
+
+PREFIX = "network."
+IMAGES = 4
+MAX_PARTS, PART_IMAGES = 40, 2  # limits time and memory of every export
+REDUCED = (torch.float16, torch.bfloat16, torch.float32)
+PRODUCTS = ("matmul", "bmm", "baddbmm")
+INNER = {"clamp_min": "trace", "index_select": "triangle", "masked_fill": "gate"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Boundary:
-    """What a person calls `part` ends with the value that the file calls `value` and the graph `node`."""
+    """The output of module `part`: `value` in the file, `node` in the captured graph."""
 
     value: str
     node: str
@@ -36,9 +47,9 @@ class Boundary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drift:
-    """How far the file is off at one boundary, and its floor there, both in the units of that value.
+    """Drift and noise floor at one boundary, in the units of that value.
 
-    `share` is the root mean square of the first over the standard deviation of the value.
+    `share` is the root mean square error divided by the standard deviation of the value.
     """
 
     part: str
@@ -48,42 +59,36 @@ class Drift:
 
     @property
     def in_floors(self) -> float:
-        """Return the drift in multiples of the floor; without end where it is not a number."""
+        """The drift in multiples of the noise floor; infinite if the drift is not finite."""
         return self.drift / self.floor if np.isfinite(self.drift) else float("inf")
 
 
-def drift_at(part: str, found: NDArray[Any], exact: NDArray[Any], own: NDArray[Any]) -> Drift:
-    """Return how far *found* is off at *part* from *exact*, and the floor: how far its *own* run is."""
-    largest = float(np.abs(exact[np.isfinite(exact)]).max(initial=0.0))
-    smallest = 4 * float(np.finfo(np.float32).eps) * largest
+def measure_drift(part: str, found: NDArray[Any], exact: NDArray[Any], own: NDArray[Any]) -> Drift:
+    """Compute the drift of *found* from *exact*; the noise floor is the drift of *own*."""
+    finite = exact[np.isfinite(exact)]
+    error = difference(found, exact)
+    floor = max(
+        4 * float(np.finfo(np.float32).eps) * float(np.abs(finite).max(initial=0.0)),
+        float(np.abs(difference(own, exact)).max(initial=0.0)),
+        1e-30,
+    )
     return Drift(
         part=part,
-        drift=farthest(found, exact),
-        floor=max(smallest, farthest(own, exact), 1e-30),
-        share=share_of_spread(found, exact),
+        drift=float(np.abs(error).max(initial=0.0)),
+        floor=floor,
+        share=float(np.sqrt(np.square(error).mean())) / (float(finite.std()) or 1.0),
     )
 
 
-def farthest(values: NDArray[Any], exact: NDArray[Any]) -> float:
-    """Return the largest difference; an infinity in both, as a gate gives what it leaves out, is none."""
-    return float(np.abs(difference(values, exact)).max(initial=0.0))
-
-
-def share_of_spread(values: NDArray[Any], exact: NDArray[Any]) -> float:
-    """Return the root mean square difference over the standard deviation of what is finite in *exact*."""
-    spread = float(exact[np.isfinite(exact)].std()) or 1.0
-    return float(np.sqrt(np.square(difference(values, exact)).mean())) / spread
-
-
 def difference(values: NDArray[Any], exact: NDArray[Any]) -> NDArray[np.float64]:
-    """Return *values* - *exact* in float64, 0 where they are equal."""
+    """Compute *values* - *exact* in float64; equal infinities, as in a masked gate, differ by 0."""
     same = values == exact
     found: NDArray[np.float64] = np.where(same, 0.0, values.astype(np.float64)) - np.where(same, 0.0, exact)
     return found
 
 
-def finite(found: Iterable[Drift]) -> tuple[PartDrift, ...]:
-    """Return what a report can say of *found*: all that is a number."""
+def finite_drifts(found: Iterable[Drift]) -> tuple[PartDrift, ...]:
+    """Convert *found* to report entries, without drifts that are not finite."""
     return tuple(
         PartDrift(part=place.part, drift=place.drift, noise_floor=place.floor, share=place.share)
         for place in found
@@ -91,15 +96,8 @@ def finite(found: Iterable[Drift]) -> tuple[PartDrift, ...]:
     )
 
 
-PREFIX = "network."
-PICTURES = 4
-PARTS, PICTURES_OF_PARTS = 40, 2  # what every export can afford, in memory too
-HALVES = (torch.float16, torch.bfloat16, torch.float32)
-PRODUCTS = ("matmul", "bmm", "baddbmm")
-
-
-class Exactly(fx.Interpreter):
-    """Runs a captured graph, in float64 where *exact*, and keeps the values asked for by name."""
+class RecordingInterpreter(fx.Interpreter):
+    """Run a captured graph, in float64 if *exact*, and keep the values of the nodes named *wanted*."""
 
     def __init__(self, program: ExportedProgram, wanted: Sequence[str], *, exact: bool) -> None:
         module = copy.deepcopy(program.module())
@@ -108,10 +106,10 @@ class Exactly(fx.Interpreter):
         self.kept: dict[str, NDArray[Any]] = {}
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one operation; types that the graph names are float64 where all is."""
+        """Run one operation; explicit floating-point dtypes become float64 if *exact*."""
         if self.exact:
-            args = tuple(exact_type(value) for value in args)
-            kwargs = {key: exact_type(value) for key, value in kwargs.items()}
+            args = tuple(torch.float64 if _is_reduced(value) else value for value in args)
+            kwargs = {key: torch.float64 if _is_reduced(value) else value for key, value in kwargs.items()}
         if target is torch.ops.aten._assert_tensor_metadata.default:
             return None
         return super().call_function(target, args, kwargs)
@@ -124,42 +122,44 @@ class Exactly(fx.Interpreter):
         return value
 
 
-def exact_type(value: Any) -> Any:
-    """Return float64 for a smaller floating-point type, anything else as it is."""
-    return torch.float64 if isinstance(value, torch.dtype) and value in HALVES else value
+def _is_reduced(value: Any) -> bool:
+    return isinstance(value, torch.dtype) and value in REDUCED
 
 
 def find_first_drift(
     path: Path, program: ExportedProgram, outputs: Sequence[str], images: NDArray[np.uint8], floors: float
 ) -> str | None:
-    """Say which part of the file at *path*, lowered from *program*, is the first off by over *floors*."""
-    for place in drifts(path, program, outputs, images[:PICTURES]):
+    """Find the first module of the file at *path* that drifts by more than *floors* noise floors.
+
+    *program* is the captured network. Returns a sentence with the module and an option to try, or None.
+    """
+    for place in drifts(path, program, outputs, images[:IMAGES]):
         if place.in_floors > floors:
-            found = f"the first part over its floor is {place.part} ({place.in_floors:.0f} floors)"
-            return f"{found}; {advice(place.part)}"
+            found = f"the first module over its noise floor is {place.part} ({place.in_floors:.0f}x)"
+            return f"{found}; {_advice(place.part)}"
     return None
 
 
 def part_drifts(
     path: Path, program: ExportedProgram, outputs: Sequence[str], images: NDArray[np.uint8]
 ) -> tuple[PartDrift, ...]:
-    """Return how far the file at *path* is off where a part ends, for at most `PARTS` of them."""
-    found = drifts(path, program, outputs, images[-PICTURES_OF_PARTS:], spread_over_depth)
-    return finite(found)
+    """Measure the drift of the file at *path* at the outputs of at most `MAX_PARTS` modules."""
+    return finite_drifts(drifts(path, program, outputs, images[-PART_IMAGES:], select_parts))
 
 
-def spread_over_depth(places: Sequence[Boundary]) -> list[Boundary]:
-    """Return the ends of parts and of their direct children; where they are many, `PARTS` of them."""
-    ends = [place for place in places if is_end(place.part)]
-    if len(ends) <= PARTS:
+def select_parts(places: Sequence[Boundary]) -> list[Boundary]:
+    """Select the outputs of modules and their children, evenly spaced if more than `MAX_PARTS`.
+
+    Of a second-order module, also the covariance and the triangle.
+    """
+    ends = []
+    for place in places:
+        name, _, inner = place.part.partition(": ")
+        if name.count(".") <= 1 and inner in {"", "covariance", "triangle"}:
+            ends.append(place)
+    if len(ends) <= MAX_PARTS:
         return ends
-    return [ends[position] for position in np.linspace(0, len(ends) - 1, PARTS).round().astype(int)]
-
-
-def is_end(part: str) -> bool:
-    """Say whether *part* ends there, or what a second-order part begins and ends with."""
-    name, _, inner = part.partition(": ")
-    return name.count(".") <= 1 and inner in {"", "covariance", "triangle"}
+    return [ends[position] for position in np.linspace(0, len(ends) - 1, MAX_PARTS).round().astype(int)]
 
 
 def drifts(
@@ -169,7 +169,7 @@ def drifts(
     images: NDArray[np.uint8],
     choose: Callable[[Sequence[Boundary]], Sequence[Boundary]] = lambda places: places,
 ) -> Iterator[Drift]:
-    """Give the drift of the file at *path*, lowered from *program*, at the boundaries chosen."""
+    """Yield the drift of the file at *path* at the boundaries that *choose* selects, in graph order."""
     model = onnx.load(path)
     images = images[: fixed_batch(model)]
     converted = with_converter_names(program, outputs, max(opset.version for opset in model.opset_import))
@@ -180,89 +180,77 @@ def drifts(
     runs: dict[bool, dict[str, NDArray[Any]]] = {}
     with torch.no_grad():
         for exact in (True, False):
-            interpreter = Exactly(converted, [place.node for place in places], exact=exact)
+            interpreter = RecordingInterpreter(converted, [place.node for place in places], exact=exact)
             interpreter.run(torch.from_numpy(images))
             runs[exact] = interpreter.kept
     for place in places:
         if place.node in runs[True] and found[place.value].shape == runs[True][place.node].shape:
-            kept = (runs[exact][place.node] for exact in (True, False))
-            yield drift_at(place.part, found[place.value], *kept)
+            yield measure_drift(
+                place.part, found[place.value], runs[True][place.node], runs[False][place.node]
+            )
 
 
 def boundaries(program: ExportedProgram, model: onnx.ModelProto) -> list[Boundary]:
-    """Return the values of *model* where a part ends, and the products within second-order parts."""
+    """Find the values of *model* where a module ends, and the steps inside second-order modules."""
     known = {name for node in model.graph.node for name in node.output}
     results = next(node for node in program.graph.nodes if node.op == "output").args[0]
-    shown = dict(zip(results, (value.name for value in model.graph.output), strict=True))
+    output_names = dict(zip(results, (value.name for value in model.graph.output), strict=True))
     ends: dict[str, str] = {}
-    inner: list[tuple[str, str]] = []
+    inner: dict[str, str] = {}
     values: dict[str, str] = {}
     products: dict[str, int] = {}
     for node in program.graph.nodes:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
-        value = shown.get(node, node.name)
+        value = output_names.get(node, node.name)
         if node.op != "call_function" or not stack or value not in known:
             continue
         values[node.name] = value
         for path, _ in stack:
             ends[path.removeprefix(PREFIX)] = node.name
-        kind, part = kind_of(node), stack[-1][0].removeprefix(PREFIX)
-        if kind in PRODUCTS or (part in products and adds_to_product(node)):
-            label, products[part] = product_name(kind, products.get(part, 0))
-            inner.append((node.name, f"{part}: {label}"))
-        elif kind in {"clamp_min", "index_select", "masked_fill"}:
-            inner.append((node.name, f"{part}: {INNER[kind]}"))
-    named = [(name, part) for part, name in ends.items() if part and part != "network"]
-    places = dict([*named, *inner])
+        kind, part = _operation(node), stack[-1][0].removeprefix(PREFIX)
+        # Where baddbmm is decomposed, an iteration step ends with the addition to a product.
+        is_sum = kind == "add" and any(_operation(operand) in PRODUCTS for operand in node.all_input_nodes)
+        if kind in PRODUCTS or (part in products and is_sum):
+            count = products.get(part, 0)
+            if kind in {"baddbmm", "add"}:
+                label, products[part] = f"iteration {count + 1}", count + 1
+            else:
+                label, products[part] = ("covariance", 1) if count == 0 else (f"iteration {count}", count)
+            inner[node.name] = f"{part}: {label}"
+        elif kind in INNER:
+            inner[node.name] = f"{part}: {INNER[kind]}"
+    places = {name: part for part, name in ends.items() if part and part != "network"} | inner
     return [Boundary(value=values[name], node=name, part=places[name]) for name in values if name in places]
 
 
-def kind_of(node: fx.Node) -> str:
-    """Return what *node* computes, as the converter calls it: `matmul` of `matmul_4`."""
+def _operation(node: fx.Node) -> str:
+    # `matmul_4` is a matmul.
     return node.name.rstrip("0123456789").rstrip("_")
-
-
-def adds_to_product(node: fx.Node) -> bool:
-    """Say whether *node* adds to a product, as the end of a step does where the two are not one operator."""
-    return kind_of(node) == "add" and any(kind_of(operand) in PRODUCTS for operand in node.all_input_nodes)
-
-
-INNER = {"clamp_min": "trace", "index_select": "triangle", "masked_fill": "gate"}
-
-
-def product_name(kind: str, count: int) -> tuple[str, int]:
-    """Return what a product within a second-order part is called, after *count* steps of the iteration."""
-    if kind in {"baddbmm", "add"}:
-        return f"iteration {count + 1}", count + 1
-    return ("covariance", 1) if count == 0 else (f"iteration {count}", count)
 
 
 def run_file(
     model: onnx.ModelProto, names: Sequence[str], images: NDArray[np.uint8], *, optimized: bool = True
 ) -> dict[str, Any]:
-    """Return the values called *names* in *model* for *images*, with the runtime's fusions or without.
+    """Run *model* on *images* and read the inner values *names*, with or without graph optimizations.
 
-    bfloat16 is emulated here as where the file is compared: without them, which could take casts away.
+    A bfloat16 model is emulated without optimizations, as in the comparison of the file.
     """
-    if emulated := holds_bfloat16(model):
-        probed, wanted = widened(by_casts(model), names)
+    if emulated := has_bfloat16(model):
+        probed, wanted = cast_to_float32(emulate_bfloat16(model), names)
     else:
         probed, wanted = onnx.shape_inference.infer_shapes(model), list(names)
     outputs = {value.name for value in probed.graph.output}
     probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in outputs)
-    session: ort.InferenceSession = open_session(probed, optimized=optimized and not emulated)
+    session = open_session(probed, optimized=optimized and not emulated)
     values = session.run(wanted, {session.get_inputs()[0].name: images})
     return dict(zip(names, values, strict=True))
 
 
-def advice(part: str) -> str:
-    """Return the switch to try for *part*."""
+def _advice(part: str) -> str:
     if ": iteration" in part:
-        return (
-            "its products round too much: --newton-schulz fp32, and no TF32 or half precision in the runtime"
-        )
+        return "its products lose precision: try --newton-schulz fp32, and disable TF32 and half precision"
     if ": covariance" in part or ": trace" in part:
-        return "second-order statistics need float32: forbid TF32 and half precision in the runtime"
+        return "second-order statistics need float32: disable TF32 and half precision in the runtime"
     if ": triangle" in part:
-        return "the file takes other elements of the matrix: export it again"
+        return "the file selects other matrix elements: export it again"
     return "try --no-lowering, or --precision fp32"

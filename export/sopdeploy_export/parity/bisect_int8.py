@@ -1,8 +1,8 @@
-"""Int8: how far each part is from the float32 graph, and which convolution the runtime computes otherwise.
+"""Measure the drift of an int8 file, and name the first convolution that the runtime computes differently.
 
-What a convolution gives is read behind its DequantizeLinear where the graph rounds it to bytes, so that the
-runtime still fuses what is before. The yardstick is what rounding itself does there: how far the graph,
-operator by operator, is from the float32 graph.
+A quantized convolution is read after its DequantizeLinear, so that the runtime still fuses the operators
+before it. The noise floor is the effect of quantization itself: the difference between the int8 graph, run
+operator by operator, and the float32 graph.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,24 +16,24 @@ from torch.export import ExportedProgram
 
 from sopdeploy_export.graph.onnx_export import with_converter_names
 from sopdeploy_export.parity.bisect import (
-    PICTURES,
-    PICTURES_OF_PARTS,
+    IMAGES,
+    PART_IMAGES,
     Drift,
     boundaries,
-    drift_at,
-    finite,
+    finite_drifts,
+    measure_drift,
     run_file,
-    spread_over_depth,
+    select_parts,
 )
 from sopdeploy_export.parity.report import PartDrift
 from sopdeploy_export.parity.session import fixed_batch
 
-Places = Mapping[str, tuple[str, str]]  # by the value to read in int8, a part and its value in float32
+Places = Mapping[str, tuple[str, str]]  # value to read in the int8 graph: (module, value in float32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Int8Graphs:
-    """The int8 graph as it was made, `sound`, and the float32 graph that it was made of, `plain`."""
+    """The quantized graph and the float32 graph that it was made from."""
 
     int8: onnx.ModelProto
     float32: onnx.ModelProto
@@ -42,12 +42,15 @@ class Int8Graphs:
 def find_first_int8_drift(
     path: Path, graphs: Int8Graphs, images: NDArray[np.uint8], floors: float
 ) -> str | None:
-    """Say which convolution of the int8 file at *path* is the first off by over *floors*."""
-    for drift in drifts(path, graphs, convolution_values(graphs.int8), images[:PICTURES]):
+    """Find the first convolution of the file at *path* over *floors* noise floors.
+
+    Returns a sentence with the module and the option to try, or None.
+    """
+    for drift in drifts(path, graphs, convolution_values(graphs.int8), images[:IMAGES]):
         if drift.in_floors > floors:
             return (
-                f"the first part over its floor is {drift.part} ({drift.in_floors:.0f} floors); "
-                f"this processor's int8 kernels compute it otherwise: try --keep-float {drift.part}"
+                f"the first module over its noise floor is {drift.part} ({drift.in_floors:.0f}x); the int8 "
+                f"kernels of this processor give other results: try --keep-float {drift.part}"
             )
     return None
 
@@ -59,44 +62,45 @@ def part_drifts_int8(
     outputs: Sequence[str],
     images: NDArray[np.uint8],
 ) -> tuple[PartDrift, ...]:
-    """Return how far the int8 file at *path* is from the float32 graph at the parts of *program*."""
+    """Measure the drift of the int8 file at *path* from float32 at the modules of *program*."""
     converted = with_converter_names(program, outputs)
     if converted is None:
         return ()
-    places = spread_over_depth(boundaries(converted, graphs.float32))
-    behind = rounded_values(graphs.int8)
-    read = {behind.get(place.value, place.value): (place.part, place.value) for place in places}
-    return finite(drifts(path, graphs, read, images[-PICTURES_OF_PARTS:]))
+    dequantized = _dequantized_values(graphs.int8)
+    places = {
+        dequantized.get(place.value, place.value): (place.part, place.value)
+        for place in select_parts(boundaries(converted, graphs.float32))
+    }
+    return finite_drifts(drifts(path, graphs, places, images[-PART_IMAGES:]))
 
 
 def drifts(path: Path, graphs: Int8Graphs, places: Places, images: NDArray[np.uint8]) -> Iterator[Drift]:
-    """Give the drift of the file at *path* at *places*."""
+    """Yield the drift of the file at *path* at *places*."""
     names, images = list(places), images[: fixed_batch(graphs.int8)]
     found = run_file(onnx.load(path), names, images)
     own = run_file(graphs.int8, names, images, optimized=False)
     exact = run_file(graphs.float32, [value for _, value in places.values()], images)
     for name, (part, value) in places.items():
-        yield drift_at(part, found[name], exact[value].astype(np.float64), own[name])
+        yield measure_drift(part, found[name], exact[value].astype(np.float64), own[name])
 
 
-def rounded_values(model: onnx.ModelProto) -> dict[str, str]:
-    """Return of every value that *model* rounds to bytes what stands for it behind its DequantizeLinear."""
+def convolution_values(model: onnx.ModelProto) -> Places:
+    """Find the outputs of the int8 convolutions of *model*."""
+    dequantized = _dequantized_values(model)
+    codes = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    found: dict[str, tuple[str, str]] = {}
+    for node in model.graph.node:
+        if node.op_type == "Conv" and node.input[1] in codes:
+            value = node.output[0]
+            found[dequantized.get(value, value)] = codes[node.input[1]].rpartition(".")[0], value
+    return found
+
+
+def _dequantized_values(model: onnx.ModelProto) -> dict[str, str]:
+    # Each quantized value with the output of the DequantizeLinear that follows it.
     back = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     return {
         node.input[0]: back[node.output[0]]
         for node in model.graph.node
         if node.op_type == "QuantizeLinear" and node.output[0] in back
     }
-
-
-def convolution_values(model: onnx.ModelProto) -> Places:
-    """Return the convolutions of *model* that are int8."""
-    behind = rounded_values(model)
-    codes = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    found: dict[str, tuple[str, str]] = {}
-    for node in model.graph.node:
-        if node.op_type == "Conv" and node.input[1] in codes:
-            value = node.output[0]
-            part = codes[node.input[1]].rpartition(".")[0]
-            found[behind.get(value, value)] = part, value
-    return found

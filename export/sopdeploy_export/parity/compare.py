@@ -1,8 +1,8 @@
-"""The comparison: the file that ships, reloaded from disk, against the network it came from.
+"""Compare the exported ONNX file, loaded from disk, with the network it was exported from.
 
-It must stay within a measured tolerance (`report`) at every batch size tried, alone or in company; a class
-that flips although the network was sure is an error by itself, and so is an image that goes to other
-components although the gate was. Where it fails, the caller's *locate* names the first part that is off.
+Every output must stay within its tolerance at every tested batch size and must not depend on the batch. A
+changed top class or gate route is an error where the network's margin was clear. If the comparison fails,
+*locate* names the first module that is wrong.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import ParityError
-from sopdeploy_export.parity.reference import UNDECIDED, Arrays, Reference
+from sopdeploy_export.parity.reference import UNDECIDED, Reference
 from sopdeploy_export.parity.report import (
     GATES,
     LOGITS,
@@ -25,7 +25,7 @@ from sopdeploy_export.parity.report import (
     SpectralRecord,
     agreement,
 )
-from sopdeploy_export.parity.routing import counted, rerouted, routing_parity
+from sopdeploy_export.parity.routing import compared, rerouted, routing_parity
 from sopdeploy_export.parity.session import emulation, file_outputs, open_session
 from sopdeploy_export.parity.spectral import violation
 
@@ -42,24 +42,39 @@ def compare(
     allow_drift: bool = False,
     locate: Locate = lambda _: None,
 ) -> ParityReport:
-    """Return how the ONNX file at *path* compares with the network it came from.
+    """Compare the ONNX file at *path* with *expected* on uint8 *images* (P, H, W, 3).
 
-    Raises `ParityError` where an output drifts by more than its tolerance or is not finite, or a class or
-    a route flips that the network was sure of; with *allow_drift* the report says so instead.
+    Raises `ParityError` if an output exceeds its tolerance or is not finite, or if a class or route changed
+    despite a clear margin. *allow_drift* records these errors in the report instead; values that are not
+    finite always raise.
     """
     session = open_session(path)
     sizes = sorted({1, min(2, batch.maximum), batch.optimum, max(1, batch.maximum - 1)})
     found = {size: file_outputs(session, images, size) for size in sizes}
-    other = other_routes(found, expected)
-    kept = ~other if expected.routing is None else counted(other, expected.routing)
-    outputs = {name: measure(name, found, expected, kept) for name in expected.outputs}
+    routes, other = expected.routing, np.zeros(len(images), dtype=bool)
+    if routes is not None:
+        other = np.any([rerouted(outputs[GATES], routes) for outputs in found.values()], axis=0)
+    kept = compared(other, routes) if routes is not None else ~other
+    outputs = {}
+    for name, exact in expected.outputs.items():
+        tolerance = expected.floors * expected.noise_floor[name]
+        outputs[name] = OutputParity(
+            noise_floor=expected.noise_floor[name],
+            tolerance=tolerance,
+            drift={str(size): max_drift(name, values[name], exact, kept) for size, values in found.items()},
+            alone_or_in_batch=max(
+                max_drift(name, values[name], found[1][name], kept) for values in found.values()
+            ),
+        )
     if not kept.any():
         raise ParityError(f"the exported file sends every image to other components; {UNDECIDED}")
     top1 = agreement(found[1][LOGITS], expected.outputs[LOGITS], outputs[LOGITS].tolerance, ~kept)
-    routes = None if expected.routing is None else routing_parity(other, expected.routing)
-    passed = all(output.within_tolerance for output in outputs.values()) and top1.flips == 0
-    passed = passed and (routes is None or routes.wrong == 0)
-    reduced = expected.precision != "fp32"
+    routing = None if routes is None else routing_parity(other, routes)
+    passed = (
+        all(max(o.largest_drift, o.alone_or_in_batch) <= o.tolerance for o in outputs.values())
+        and top1.flips == 0
+        and (routing is None or routing.wrong == 0)
+    )
     report = ParityReport(
         precision=expected.precision,
         runtime=f"onnxruntime {ort.__version__}",
@@ -68,9 +83,9 @@ def compare(
         images=len(images),
         floors_allowed=expected.floors,
         outputs=outputs,
-        spread=spread(expected.outputs[LOGITS][kept]) if reduced else None,
+        spread=logit_spread(expected.outputs[LOGITS][kept]) if expected.precision != "fp32" else None,
         top1=top1,
-        routing=routes,
+        routing=routing,
         first_over_floor=None if passed else locate(path),
         operators=operators,
         file_bytes=path.stat().st_size,
@@ -80,14 +95,14 @@ def compare(
     if report.vacuous:
         report = report.model_copy(update={"passed": False, "drift_allowed": allow_drift})
     if not report.passed and not allow_drift:
-        raise ParityError(complaint(report))
+        raise ParityError(_error_message(report))
     return report
 
 
-def spread(logits: NDArray[Any]) -> float:
-    """Return the largest range of a class over images, for *logits* (P, C); over classes where P is 1.
+def logit_spread(logits: NDArray[Any]) -> float:
+    """Compute the largest range of a class over images for (P, C) *logits*; over classes if P is 1.
 
-    A file that gives one row of numbers for every picture is off by at least half of it.
+    A file that gives the same logits for every image is wrong by at least half of it.
     """
     return float(np.ptp(logits, axis=0 if len(logits) > 1 else 1).max())
 
@@ -95,13 +110,13 @@ def spread(logits: NDArray[Any]) -> float:
 def add_spectral_records(
     report: ParityReport, records: tuple[SpectralRecord, ...], *, allow_drift: bool
 ) -> ParityReport:
-    """Return *report* with the second-order parts' *records*.
+    """Add the *records* of second-order modules to *report*.
 
-    Raises `ParityError` where one of them breaks an invariant; with *allow_drift* the report says so instead.
+    Raises `ParityError` if a record violates an invariant, unless *allow_drift*.
     """
     broken = violation(records)
     passed = report.passed and broken is None
-    whole = report.model_copy(
+    checked = report.model_copy(
         update={
             "spectral": records,
             "broken": broken,
@@ -110,36 +125,15 @@ def add_spectral_records(
         }
     )
     if broken is not None and not allow_drift:
-        raise ParityError(complaint(whole))
-    return whole
+        raise ParityError(_error_message(checked))
+    return checked
 
 
-def other_routes(found: dict[int, Arrays], expected: Reference) -> NDArray[np.bool_]:
-    """Say of each image whether the file sent it to other components, at any batch size."""
-    other = np.zeros(len(expected.outputs[LOGITS]), dtype=bool)
-    if expected.routing is not None:
-        for outputs in found.values():
-            other |= rerouted(outputs[GATES], expected.routing)
-    return other
+def max_drift(name: str, values: NDArray[Any], expected: NDArray[Any], kept: NDArray[np.bool_]) -> float:
+    """Compute the maximum absolute difference over the *kept* images (P,).
 
-
-def measure(
-    name: str, found: dict[int, Arrays], expected: Reference, kept: NDArray[np.bool_]
-) -> OutputParity:
-    """Return how output *name*, computed at several batch sizes, compares on *kept* images."""
-    exact, floor = expected.outputs[name], expected.noise_floor[name]
-    return OutputParity(
-        noise_floor=floor,
-        tolerance=expected.floors * floor,
-        drift={str(size): distance(name, outputs[name], exact, kept) for size, outputs in found.items()},
-        alone_or_in_batch=max(
-            distance(name, outputs[name], found[1][name], kept) for outputs in found.values()
-        ),
-    )
-
-
-def distance(name: str, values: NDArray[Any], expected: NDArray[Any], kept: NDArray[np.bool_]) -> float:
-    """Return the largest absolute difference; raises where *values* are not finite or of another shape."""
+    Raises `ParityError` if the shapes differ or *values* are not finite.
+    """
     if values.shape != expected.shape:
         raise ParityError(f"the exported file gives {name} of shape {values.shape}, not {expected.shape}")
     if not np.isfinite(values).all():
@@ -147,33 +141,31 @@ def distance(name: str, values: NDArray[Any], expected: NDArray[Any], kept: NDAr
     return float(np.abs(values.astype(np.float64) - expected)[kept].max(initial=0.0))
 
 
-def complaint(report: ParityReport) -> str:
-    """Return in one line why *report* did not pass."""
-    what = f"flips the top class of {report.top1.flips} of {report.images} images"
+def _error_message(report: ParityReport) -> str:
+    what = f"changes the top class of {report.top1.flips} of {report.images} images"
     for name, output in report.outputs.items():
         if output.largest_drift > output.tolerance:
             what = (
-                f"drifts by {output.largest_drift:.3g} in {name}, {output.drift_in_floors:.1f} noise floors; "
-                f"{report.floors_allowed:.0f} ({output.tolerance:.3g}) are allowed"
+                f"drifts by {output.largest_drift:.3g} in {name} ({output.drift_in_floors:.1f}x noise floor, "
+                f"limit {report.floors_allowed:.0f}x = {output.tolerance:.3g})"
             )
         elif output.alone_or_in_batch > output.tolerance:
-            what = f"gives an image other {name} in a batch than alone, by {output.alone_or_in_batch:.3g}"
-    if report.routing is not None and report.routing.wrong:
-        what = (
-            f"sends {report.routing.wrong} of {report.images} images to other components than the gate chose"
-        )
+            what = f"changes {name} by {output.alone_or_in_batch:.3g} when images are batched"
+    routing = report.routing
+    if routing is not None and routing.wrong:
+        what = f"routes {routing.wrong} of {report.images} images to components that the gate did not choose"
     if report.vacuous:
         floor = report.logits.noise_floor
         what = (
-            f"cannot be judged in {report.precision}: its noise floor of {floor:.3g} is "
-            f"{floor / max(report.spread or 0.0, floor * 1e-6):.0%} of the spread of the logits, and from "
-            f"{0.5 / report.floors_allowed:.1%} on a file that ignores the picture would pass; train it "
-            "longer, or choose --precision fp32"
+            f"cannot be verified in {report.precision}: its noise floor of {floor:.3g} is "
+            f"{floor / max(report.spread or 0.0, floor * 1e-6):.0%} of the spread of the logits; from "
+            f"{0.5 / report.floors_allowed:.1%} on, a file that ignores its input would pass; train longer, "
+            "or choose --precision fp32"
         )
     if report.broken is not None:
-        what = f"breaks what must hold of second-order parts: {report.broken}"
+        what = f"violates an invariant of a second-order module: {report.broken}"
     if report.first_over_floor is not None:
         what += f"; {report.first_over_floor}"
-    elif report.routing is not None and report.routing.flips and report.routing.unsteady == report.images:
-        what += "; its gate is undecided on every image, so that rounding chooses: train it longer"
-    return f"the exported file {what}; nothing was written (--allow-drift records it and goes on)"
+    elif routing is not None and routing.flips and routing.unsteady == report.images:
+        what += "; the gate is undecided on every image, so rounding decides: train longer"
+    return f"the exported file {what}; nothing was written (--allow-drift records the error and continues)"

@@ -1,8 +1,4 @@
-"""What the shipped file is measured against: the network in float64, and its own noise.
-
-The noise floor is the distance of the network's own run from that, alone and in company, in the precision
-that ships. For float32 that run is the network as it is; for float16 and bfloat16 the copy with the casts.
-"""
+"""The reference of the comparison: the network in float64, and its own noise in the exported precision."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -23,12 +19,13 @@ from sopdeploy_export.parity.routing import Routing, gate_logits, has_gate, rout
 Arrays = dict[str, NDArray[Any]]
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 Gate = Callable[[Tensor], NDArray[Any]]
-ALONE, TOGETHER = 4, 16  # probes the network computes one by one, and the largest batch it computes
+SINGLE_IMAGES, BATCH = 4, 16
+UNDECIDED = "add --probes DIR with images from the target domain, or train longer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """The network's outputs in float64, how far its own run in *precision* is from each, and its routes."""
+    """The float64 outputs of the network, its noise floor per output in *precision*, and its routes."""
 
     outputs: Arrays
     noise_floor: dict[str, float]
@@ -37,7 +34,7 @@ class Reference:
 
     @property
     def floors(self) -> float:
-        """Return how many noise floors the file may drift."""
+        """The allowed drift in noise floors."""
         return FLOORS_BY_PRECISION[self.precision]
 
 
@@ -48,56 +45,49 @@ def compute_reference(
     precision: Precision = "fp32",
     own_gate: Gate | None = None,
 ) -> Reference:
-    """Return the float64 outputs of *deployed* for *images* (P, H, W, 3), and the noise of *own*.
+    """Compute the float64 outputs of *deployed* for *images* (P, H, W, 3) and the noise floor of *own*.
 
-    *own* is its run in *precision*; None is *deployed* itself. *own_gate* gives its gate's
-    logits. Raises `ParityError` where numbers are not finite.
+    *own* runs the network in *precision*, by default *deployed* itself; *own_gate* gives the gate logits of
+    that run. The noise floor is the larger error of *own* in batches of 16 and image by image. Raises
+    `ParityError` if outputs are not finite or the gate is undecided on every image.
     """
     own = own or deployed
-    names, exact_network = deployed.network.outputs, copy.deepcopy(deployed).double()
-    exact = network_outputs(exact_network, names, images, TOGETHER)
-    together = network_outputs(own, names, images, TOGETHER)
-    alone = network_outputs(own, names, images[:ALONE], 1)
-    routes = None
+    names, network64 = deployed.network.outputs, copy.deepcopy(deployed).double()
+    exact = network_outputs(network64, names, images, BATCH)
+    batched = network_outputs(own, names, images, BATCH)
+    single = network_outputs(own, names, images[:SINGLE_IMAGES], 1)
+    routes, kept = None, np.ones(len(images), dtype=bool)
     if has_gate(deployed.network):
-        allowed = FLOORS_BY_PRECISION[precision]
         pixels = torch.from_numpy(images)
         own_logits = gate_logits(deployed, pixels) if own_gate is None else own_gate(pixels)
-        routes = routing(gate_logits(exact_network, pixels), own_logits, deployed, allowed)
-    kept = np.ones(len(images), dtype=bool) if routes is None else routes.steady
+        routes = routing(gate_logits(network64, pixels), own_logits, deployed, FLOORS_BY_PRECISION[precision])
+        kept = routes.steady
     if not kept.any():
         raise ParityError(
-            f"the gate is undecided on every probe image, and rounding to {precision} sends each to other "
-            f"components, so that no number can be compared; {UNDECIDED}"
+            f"the gate is undecided on every probe image and rounding to {precision} changes every route, "
+            f"so no output can be compared; {UNDECIDED}"
         )
     floors = {}
     for name, values in exact.items():
-        refuse_not_finite(values, f"the network's own {name} are not finite; train it again")
-        for run in (together[name], alone[name]):
-            refuse_not_finite(run, f"in {precision} the network's own {name} are not finite; {ADVICE}")
-        smallest = 4 * float(np.finfo(np.float32).eps) * float(np.abs(values).max())
+        if not np.isfinite(values).all():
+            raise ParityError(f"the network's own {name} are not finite on the probe images; train it again")
+        if not (np.isfinite(batched[name]).all() and np.isfinite(single[name]).all()):
+            raise ParityError(
+                f"the network's own {name} are not finite in {precision} on the probe images: activations "
+                "overflow; choose --precision bf16-backbone or fp32"
+            )
         floors[name] = max(
-            smallest,
-            float(np.abs(together[name] - values)[kept].max(initial=0.0)),
-            float(np.abs(alone[name] - values[:ALONE])[kept[:ALONE]].max(initial=0.0)),
+            4 * float(np.finfo(np.float32).eps) * float(np.abs(values).max()),
+            float(np.abs(batched[name] - values)[kept].max(initial=0.0)),
+            float(np.abs(single[name] - values[:SINGLE_IMAGES])[kept[:SINGLE_IMAGES]].max(initial=0.0)),
         )
     return Reference(outputs=exact, noise_floor=floors, precision=precision, routing=routes)
 
 
-UNDECIDED = "add --probes DIR with pictures like those it will see, or train it longer"
-ADVICE = "maps leave the range of the type: choose --precision bf16-backbone or fp32"
-
-
 def network_outputs(run: Run, names: Sequence[str], images: NDArray[np.uint8], batch: int) -> Arrays:
-    """Return the outputs of *run* by name, computed in batches of at most *batch* images."""
+    """Run *images* in batches of at most *batch* and concatenate the outputs by name."""
     pixels = torch.from_numpy(images)
     with torch.no_grad():
         chunks = [run(pixels[i : i + batch]) for i in range(0, len(pixels), batch)]
     joined = (torch.cat(values).numpy() for values in zip(*chunks, strict=True))
     return dict(zip(names, joined, strict=True))
-
-
-def refuse_not_finite(values: NDArray[Any], complaint: str) -> None:
-    """Raise `ParityError` with *complaint* where *values* are not finite."""
-    if not np.isfinite(values).all():
-        raise ParityError(f"on the probe images {complaint}")

@@ -1,9 +1,9 @@
-"""What a comparison of the shipped file with its network measured, as `parity.json` holds it.
+"""The measurements of `parity.json`: drift, noise floors, top-1 agreement, routing and spectral errors.
 
-The yardstick is measured, not guessed. The network runs in float64; the noise floor of an output is how far
-the network's own run in the precision that ships is from that. The file may drift by `FLOORS` floors: 16 in
-float32, where kernels and folded batch norms reorder sums and take 1 to 4; 4 in a reduced precision, where
-the floor is the rounding itself and another kernel can only round again.
+Tolerances are measured. The reference is the network in float64. The noise floor of an output is the distance
+between that reference and the network's own run in the exported precision. The file may drift by
+`FLOORS_BY_PRECISION` noise floors: 16 in float32, where reordered sums and folded batch norms cause 1 to 4; 4
+in a reduced precision, where the floor already contains the rounding to that precision.
 """
 
 from collections import Counter
@@ -30,7 +30,7 @@ FLOORS_BY_PRECISION: Mapping[Precision, float] = {
 
 
 class Flip(StrictModel):
-    """A probe image whose top class is another: class numbers, and the network's margin between them."""
+    """A probe image whose top class changed, and the network's margin between the two classes."""
 
     image: int
     network: int
@@ -40,11 +40,10 @@ class Flip(StrictModel):
 
 
 class Agreement(StrictModel):
-    """How often the top class is the network's.
+    """Top-1 agreement between the file and the network.
 
-    A flip counts as noise where the network's own margin between the two is below twice the tolerance, as
-    routing where the gate chose other components (and was unsure). `low` and `high` bound the true share of
-    agreement: Wilson's interval at 95 %. `flipped` lists the flips one by one.
+    A flip is noise where the network's margin is at most twice the tolerance, and routing where the gate,
+    undecided, chose other components. `low` and `high` are the 95 % Wilson interval of the agreement rate.
     """
 
     images: int
@@ -58,10 +57,10 @@ class Agreement(StrictModel):
 
 
 class OutputParity(StrictModel):
-    """What was measured on one output of the shipped file, in the units of that output.
+    """The drift of one output, in the units of that output.
 
-    `drift` is the largest difference from the network in float64 by batch size, `alone_or_in_batch` the
-    largest difference that an image's company makes.
+    `drift` is the maximum absolute difference from the float64 network by batch size; `alone_or_in_batch` is
+    the maximum change caused by batching.
     """
 
     noise_floor: float
@@ -71,28 +70,22 @@ class OutputParity(StrictModel):
 
     @property
     def largest_drift(self) -> float:
-        """Return the largest drift over all batch sizes."""
+        """The maximum drift over all batch sizes."""
         return max(self.drift.values())
 
     @property
     def drift_in_floors(self) -> float:
-        """Return the largest drift in multiples of the noise floor."""
+        """The maximum drift in multiples of the noise floor."""
         return self.largest_drift / self.noise_floor
-
-    @property
-    def within_tolerance(self) -> bool:
-        """Say whether neither drift nor company moves the output by more than its tolerance."""
-        return max(self.largest_drift, self.alone_or_in_batch) <= self.tolerance
 
 
 class RoutingParity(StrictModel):
-    """How the gate of the shipped file chose, against the network in float64.
+    """How the gate of the file routed the images, compared with the float64 network.
 
-    An image is `unsteady` where the margin between the K-th and the next logit of the gate is within twice
-    what those logits may drift, `tolerance`. Other components for such an image are a routing flip, for a
-    steady image they are wrong. Unsteady images, or where all are unsteady those that took other routes, are
-    `left_out` of the drift and of the probes. `usage` says of each component how many images chose it in
-    float64.
+    An image is `unsteady` if its margin between the K-th and the next gate logit is at most twice
+    `tolerance`, the allowed drift of these logits. Other components for an unsteady image are a flip; for a
+    steady image they are wrong. `left_out` are the images excluded from the drift and from the probes.
+    `usage` is the number of images per component in float64.
     """
 
     noise_floor: float
@@ -106,9 +99,9 @@ class RoutingParity(StrictModel):
 
 
 class PartDrift(StrictModel):
-    """How far the file is off where a part ends, and the noise floor there, in the units of that value.
+    """Drift and noise floor of the output of one module, in the units of that output.
 
-    `share` is the root mean square of what it is off by, over the standard deviation of the value.
+    `share` is the root mean square error divided by the standard deviation of the output.
     """
 
     part: str
@@ -118,17 +111,17 @@ class PartDrift(StrictModel):
 
     @property
     def in_floors(self) -> float:
-        """Return the drift in multiples of the noise floor."""
+        """The drift in multiples of the noise floor."""
         return self.drift / self.noise_floor
 
 
 class SpectralRecord(StrictModel):
-    """What must hold of one second-order part whatever the picture, measured in torch.
+    """Errors of the matrix square root R of one second-order module, measured in torch.
 
-    `asymmetry` is the largest ||R - R^T|| / ||R|| of its root, `residual` the largest ||R R - S|| / ||S||
-    from its covariance S of `width` channels, `residual_exact` the same in float64: the distance that N
-    steps leave by design. `distance` is the largest ||R - R*|| / ||R*|| from N steps in float64, which may
-    be `allowed`; bounds for the others follow from it. `stored` is the type of matrices between products.
+    `asymmetry` is max ||R - R^T|| / ||R||. `residual` is max ||R R - S|| / ||S|| for the covariance S of
+    `width` channels; `residual_exact` is the same in float64, the residual that N iterations leave.
+    `distance` is max ||R - R*|| / ||R*|| for N iterations R* in float64, and `allowed` is its limit, from
+    which the other limits follow. `stored` is the dtype of matrices between products.
     """
 
     part: str
@@ -143,12 +136,11 @@ class SpectralRecord(StrictModel):
 
 
 class ParityReport(StrictModel):
-    """What was measured on the shipped file.
+    """The comparison of the exported file with its network.
 
-    `spread` is the largest range of a logit over the images, in a reduced precision; a file that ignores the
-    picture is off by half of it somewhere. `emulation` says how the runtime computed what it has no kernels
-    for; absent, it ran the file as it is.
-    `broken` names the first invariant of `spectral` that does not hold.
+    `spread` is the largest range of a logit over the images, in a reduced precision. `emulation` describes
+    how the runtime computed operators without kernels; None if it ran the file unchanged. `broken` names the
+    first violated invariant of `spectral`.
     """
 
     precision: Precision = "fp32"
@@ -172,23 +164,24 @@ class ParityReport(StrictModel):
 
     @property
     def vacuous(self) -> bool:
-        """Say whether a file that ignores the picture could be within tolerance, by noise alone.
+        """Whether a file that ignores its input could be within the tolerance.
 
-        In int8 that is not asked of the probes, on one of which rounding may be far off: there agreement with
-        float32 on the calibration pictures, or top-1 on labelled ones, is always measured and bounded.
+        Such a file is wrong by at least half of the spread. int8 is exempt: rounding may move a single probe
+        far, and agreement with float32 is measured on the calibration or evaluation images instead.
         """
-        judged = self.precision != "int8" and self.spread is not None
-        return judged and self.logits.tolerance >= (self.spread or 0.0) / 2
+        if self.precision == "int8" or self.spread is None:
+            return False
+        return self.logits.tolerance >= self.spread / 2
 
     @property
     def compared_images(self) -> list[int]:
-        """Return the images whose numbers were compared: all whose route is certain."""
+        """The indices of the images whose numbers were compared."""
         left_out = () if self.routing is None else self.routing.left_out
         return [image for image in range(self.images) if image not in left_out]
 
     @property
     def logits(self) -> OutputParity:
-        """Return what was measured on the logits."""
+        """The drift of the logits."""
         return self.outputs[LOGITS]
 
 
@@ -198,39 +191,37 @@ def agreement(
     tolerance: float,
     rerouted: NDArray[np.bool_] | None = None,
 ) -> Agreement:
-    """Return how often the top class agrees; flips it was unsure of are counted apart."""
+    """Compare the top classes of logits *values* and *expected*, both (P, C).
+
+    *rerouted* (P,) marks images whose gate chose other components.
+    """
     rows = np.arange(len(expected))
-    theirs, ours = expected.argmax(axis=1), values.argmax(axis=1)
-    margin = expected[rows, theirs] - expected[rows, ours]
-    flipped = theirs != ours
-    other_route = np.zeros(len(expected), dtype=bool) if rerouted is None else rerouted
-    agree = int((~flipped).sum())
-    low, high = wilson(agree, len(expected))
-    found = tuple(
-        Flip(
-            image=int(image),
-            network=int(theirs[image]),
-            file=int(ours[image]),
-            margin=float(margin[image]),
-            because=why(bool(other_route[image]), bool(margin[image] <= 2 * tolerance)),
+    network, file = expected.argmax(axis=1), values.argmax(axis=1)
+    margin = expected[rows, network] - expected[rows, file]
+    flipped = []
+    for image in np.flatnonzero(network != file):
+        because: Literal["noise", "routing", "error"] = "noise" if margin[image] <= 2 * tolerance else "error"
+        if rerouted is not None and rerouted[image]:
+            because = "routing"
+        flipped.append(
+            Flip(
+                image=int(image),
+                network=int(network[image]),
+                file=int(file[image]),
+                margin=float(margin[image]),
+                because=because,
+            )
         )
-        for image in np.flatnonzero(flipped)
-    )
-    counts = Counter(flip.because for flip in found)
+    counts = Counter(flip.because for flip in flipped)
+    agree = len(expected) - len(flipped)
+    low, high = wilson(agree, len(expected))
     return Agreement(
         images=len(expected),
         agree=agree,
         flips_within_noise=counts["noise"],
         flips_by_routing=counts["routing"],
         flips=counts["error"],
-        flipped=found,
+        flipped=tuple(flipped),
         low=low,
         high=high,
     )
-
-
-def why(other_route: bool, unsure: bool) -> Literal["noise", "routing", "error"]:
-    """Return what a flip is put down to."""
-    if other_route:
-        return "routing"
-    return "noise" if unsure else "error"

@@ -1,9 +1,8 @@
-"""The shipped file in the runtime and with the optimisations it will be served with.
+"""Run exported ONNX files in ONNX Runtime, with the graph optimizations used for serving.
 
-ONNX Runtime's CPU has no bfloat16 kernels. A bfloat16 graph is compared there by emulation: a cast to float32
-before each such operator and one back after it, without the runtime's optimisations, which could take the
-pair away. Every value that the graph stores is rounded as a GPU rounds it, sums are float32 as on a GPU, and
-the graph is the same; speed and kernels are not. Reports say so: `EMULATION`.
+ONNX Runtime has no bfloat16 CPU kernels. A bfloat16 graph is emulated: each such operator runs in float32
+between two casts, without graph optimizations, which could remove the casts. Every stored value is rounded as
+on a GPU and sums are float32 as on a GPU; only speed and kernels differ. Reports state this: `EMULATION`.
 """
 
 from collections.abc import Sequence
@@ -27,15 +26,17 @@ EMULATION = (
 
 
 def open_session(model: Path | onnx.ModelProto, *, optimized: bool = True) -> ort.InferenceSession:
-    """Return *model* in the runtime it is compared in; raises `ParityError` for another provider."""
+    """Load *model* on the CPU; bfloat16 files are emulated.
+
+    Raises `ParityError` if ONNX Runtime chose another execution provider.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if not optimized:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
-    if isinstance(model, Path) and holds_bfloat16(loaded := onnx.load(model)):
-        source = by_casts(loaded).SerializeToString()
+    if isinstance(model, Path) and has_bfloat16(loaded := onnx.load(model)):
+        source, optimized = emulate_bfloat16(loaded).SerializeToString(), False
+    if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(source, options, providers=[PROVIDER])
     if session.get_providers()[0] != PROVIDER:
@@ -44,93 +45,86 @@ def open_session(model: Path | onnx.ModelProto, *, optimized: bool = True) -> or
 
 
 def file_outputs(session: ort.InferenceSession, images: NDArray[np.uint8], batch: int) -> Arrays:
-    """Return the file's outputs for *images*, each computed in a batch of exactly *batch* images.
+    """Run *images* in batches of exactly *batch*, repeating images to fill the last one.
 
-    Raises `ParityError` where the file does not take such a batch.
+    Raises `ParityError` if the file does not accept this batch size.
     """
     source = session.get_inputs()[0].name
     names = [output.name for output in session.get_outputs()]
     chunks = []
     for start in range(0, len(images), batch):
-        wanted = np.arange(start, start + batch) % len(images)
+        indices = np.arange(start, start + batch) % len(images)
         try:
-            chunks.append(session.run(names, {source: images[wanted]}))
+            chunks.append(session.run(names, {source: images[indices]}))
         except Exception as problem:  # onnxruntime's errors share no base class
-            raise ParityError(
-                f"the exported file takes no batch of {batch}: {first_line(problem)}"
-            ) from problem
+            reason = str(problem).strip().partition("\n")[0][:200]
+            raise ParityError(f"the exported file rejects a batch of {batch}: {reason}") from problem
     joined = (np.concatenate(values)[: len(images)] for values in zip(*chunks, strict=True))
     return dict(zip(names, joined, strict=True))
 
 
 def fixed_batch(model: onnx.ModelProto) -> int | None:
-    """Return the batch that *model* takes, `None` where it takes any: `--max-batch 1` fixes it to one."""
+    """Read the fixed batch size of *model*, set by `--max-batch 1`; None if the batch axis is dynamic."""
     return model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
 
 
-def first_line(problem: BaseException) -> str:
-    """Return the first line of what *problem* says."""
-    return str(problem).strip().partition("\n")[0][:200]
-
-
 def emulation(path: Path) -> str | None:
-    """Return how the file at *path* is run where the runtime cannot run it as it stands, `None` if it can."""
-    return EMULATION if holds_bfloat16(onnx.load(path)) else None
+    """Describe how the file at *path* is emulated; None if the runtime runs it unchanged."""
+    return EMULATION if has_bfloat16(onnx.load(path)) else None
 
 
-def holds_bfloat16(model: onnx.ModelProto) -> bool:
-    """Say whether any weight of *model* is bfloat16."""
+def has_bfloat16(model: onnx.ModelProto) -> bool:
+    """Whether any weight of *model* is bfloat16."""
     return any(tensor.data_type == BFLOAT16 for tensor in model.graph.initializer)
 
 
-def by_casts(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return *model* with every bfloat16 operator computed in float32 between two casts."""
+def emulate_bfloat16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy *model* with every bfloat16 operator computed in float32 between two casts."""
     typed = onnx.shape_inference.infer_shapes(model)
-    narrow = {v.name for v in typed.graph.value_info if v.type.tensor_type.elem_type == BFLOAT16}
+    narrow = _bfloat16_values(typed)
     narrow |= {tensor.name for tensor in model.graph.initializer if tensor.data_type == BFLOAT16}
     nodes: list[onnx.NodeProto] = []
+    widened: set[str] = set()
     for node in typed.graph.node:
         if node.op_type == "Cast":
             nodes.append(node)
+            widened.update(node.output)
             continue
         after = []
         for position, name in enumerate(node.input):
             if name in narrow:
-                nodes.append(cast(name, f"{name}:wide", onnx.TensorProto.FLOAT))
                 node.input[position] = f"{name}:wide"
+                if f"{name}:wide" not in widened:
+                    nodes.append(_cast(name, f"{name}:wide", onnx.TensorProto.FLOAT))
+                    widened.add(f"{name}:wide")
         for position, name in enumerate(node.output):
             if name in narrow:
                 node.output[position] = f"{name}:exact"
-                after.append(cast(f"{name}:exact", name, BFLOAT16))
+                after.append(_cast(f"{name}:exact", name, BFLOAT16))
         nodes += [node, *after]
     del typed.graph.node[:]
-    typed.graph.node.extend(once(nodes))
+    typed.graph.node.extend(nodes)
     del typed.graph.value_info[:]
     return typed
 
 
-def widened(model: onnx.ModelProto, names: Sequence[str]) -> tuple[onnx.ModelProto, list[str]]:
-    """Return *model* and what to ask of it for *names*: numpy has no bfloat16, so it is cast."""
+def cast_to_float32(model: onnx.ModelProto, names: Sequence[str]) -> tuple[onnx.ModelProto, list[str]]:
+    """Copy *model* with casts of the bfloat16 values among *names*, which numpy cannot read.
+
+    Returns the copy and the names to request instead.
+    """
     typed = onnx.shape_inference.infer_shapes(model)
-    narrow = {v.name for v in typed.graph.value_info if v.type.tensor_type.elem_type == BFLOAT16}
-    there = {output for node in typed.graph.node for output in node.output}
+    narrow = _bfloat16_values(typed)
+    existing = {output for node in typed.graph.node for output in node.output}
     for name in narrow.intersection(names):
-        if f"{name}:wide" not in there:
-            typed.graph.node.append(cast(name, f"{name}:wide", onnx.TensorProto.FLOAT))
+        if f"{name}:wide" not in existing:
+            typed.graph.node.append(_cast(name, f"{name}:wide", onnx.TensorProto.FLOAT))
     return typed, [f"{name}:wide" if name in narrow else name for name in names]
 
 
-def cast(source: str, target: str, to: int) -> onnx.NodeProto:
-    """Return a cast of *source*, called *target*."""
+def _bfloat16_values(typed: onnx.ModelProto) -> set[str]:
+    return {v.name for v in typed.graph.value_info if v.type.tensor_type.elem_type == BFLOAT16}
+
+
+def _cast(source: str, target: str, to: int) -> onnx.NodeProto:
     return onnx.helper.make_node("Cast", [source], [target], to=to)
-
-
-def once(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """Return *nodes* without those that compute what an earlier one does."""
-    seen: set[str] = set()
-    kept = []
-    for node in nodes:
-        if not seen.issuperset(node.output):
-            kept.append(node)
-        seen.update(node.output)
-    return kept

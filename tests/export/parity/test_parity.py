@@ -1,3 +1,5 @@
+"""The exported file is compared with its network: drift, finiteness, noise floor and top-1 agreement."""
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,52 +8,54 @@ import onnx
 import pytest
 from torch import Tensor
 
-from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.errors import ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.graph.onnx_export import operator_counts, write
 from sopdeploy_export.graph.torch_export import Deployed
-from sopdeploy_export.parity.compare import compare
+from sopdeploy_export.parity.compare import compare, logit_spread
 from sopdeploy_export.parity.reference import Reference, compute_reference
 from sopdeploy_export.parity.report import FLOORS, ParityReport, agreement
 from tests.export.once import graph_of
 
 Make = Callable[..., Classifier]
+Exported = tuple[onnx.ModelProto, Deployed]
+Measure = Callable[..., ParityReport]
 BATCH = BatchRange(optimum=4, maximum=9)
 
 
 @pytest.fixture(scope="module")
-def shipped(
-    preprocess: Preprocess,
-) -> tuple[onnx.ModelProto, Deployed]:
+def exported(preprocess: Preprocess) -> Exported:
     network, _, model = graph_of("resnet8", preprocess, BATCH)
     return model, Deployed(network, preprocess).eval()
 
 
-def changed(model: onnx.ModelProto, name: str, change: Callable[[np.ndarray], np.ndarray]) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    for tensor in copy.graph.initializer:
-        if tensor.name == name:
-            values = change(onnx.numpy_helper.to_array(tensor).copy())
-            tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float32), name))
-    return copy
+@pytest.fixture
+def measure(exported: Exported, probes: Tensor, tmp_path: Path) -> Measure:
+    """Change a weight of the exported file, then compare the file with the network."""
+
+    def run(
+        name: str = "",
+        change: Callable[[np.ndarray], np.ndarray] | None = None,
+        *,
+        allow_drift: bool = False,
+    ) -> ParityReport:
+        copy = onnx.ModelProto.FromString(exported[0].SerializeToString())
+        for tensor in copy.graph.initializer:
+            if change is not None and tensor.name == name:
+                values = change(onnx.numpy_helper.to_array(tensor).copy())
+                tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float32), name))
+        path, images = tmp_path / "model.onnx", probes.numpy()
+        write(copy, path)
+        expected = compute_reference(exported[1], images)
+        return compare(path, expected, images, BATCH, operator_counts(copy), allow_drift=allow_drift)
+
+    return run
 
 
-def measure(
-    model: onnx.ModelProto, deployed: Deployed, probes: Tensor, path: Path, *, allow_drift: bool = False
-) -> ParityReport:
-    write(model, path)
-    images = probes.numpy()
-    expected = compute_reference(deployed, images)
-    return compare(path, expected, images, BATCH, operator_counts(model), allow_drift=allow_drift)
-
-
-def test_the_file_that_ships_stays_within_the_noise(
-    shipped: tuple[onnx.ModelProto, Deployed], probes: Tensor, tmp_path: Path
-) -> None:
-    report = measure(*shipped, probes, tmp_path / "model.onnx")
+def test_the_exported_file_stays_within_its_tolerance(measure: Measure) -> None:
+    report = measure()
     assert report.passed
     assert report.outputs.keys() == {"logits"}
     assert report.logits.drift.keys() == {"1", "2", "4", "8"}
@@ -70,38 +74,24 @@ def test_the_file_that_ships_stays_within_the_noise(
     ],
 )
 def test_a_file_that_drifts_stops_the_export(
-    shipped: tuple[onnx.ModelProto, Deployed],
-    probes: Tensor,
-    tmp_path: Path,
-    name: str,
-    change: Callable[[np.ndarray], np.ndarray],
+    measure: Measure, name: str, change: Callable[[np.ndarray], np.ndarray]
 ) -> None:
-    model, deployed = shipped
-    with pytest.raises(ParityError, match=r"drifts by .* in logits, .* noise floors; .*--allow-drift"):
-        measure(changed(model, name, change), deployed, probes, tmp_path / "model.onnx")
+    with pytest.raises(ParityError, match=r"drifts by .* in logits .*x noise floor.*--allow-drift"):
+        measure(name, change)
 
 
-def test_an_allowed_drift_is_recorded(
-    shipped: tuple[onnx.ModelProto, Deployed], probes: Tensor, tmp_path: Path
-) -> None:
-    model, deployed = shipped
-    drifting = changed(model, "fc.bias", lambda values: values + 1e-3)
-    report = measure(drifting, deployed, probes, tmp_path / "model.onnx", allow_drift=True)
-    assert not report.passed
-    assert report.drift_allowed
+def test_an_allowed_drift_is_recorded(measure: Measure) -> None:
+    report = measure("fc.bias", lambda values: values + 1e-3, allow_drift=True)
+    assert (report.passed, report.drift_allowed) == (False, True)
     assert report.logits.largest_drift == pytest.approx(1e-3, rel=0.05)
 
 
-def test_numbers_that_are_not_finite_are_never_allowed(
-    shipped: tuple[onnx.ModelProto, Deployed], probes: Tensor, tmp_path: Path
-) -> None:
-    model, deployed = shipped
-    broken = changed(model, "fc.bias", lambda values: values * np.nan)
+def test_outputs_that_are_not_finite_are_never_allowed(measure: Measure) -> None:
     with pytest.raises(ParityError, match="not finite"):
-        measure(broken, deployed, probes, tmp_path / "model.onnx", allow_drift=True)
+        measure("fc.bias", lambda values: values * np.nan, allow_drift=True)
 
 
-def test_a_network_whose_own_answer_is_not_finite_is_refused(
+def test_a_network_whose_own_outputs_are_not_finite_is_refused(
     make: Make, preprocess: Preprocess, probes: Tensor
 ) -> None:
     network = make("resnet8")
@@ -110,36 +100,72 @@ def test_a_network_whose_own_answer_is_not_finite_is_refused(
         compute_reference(Deployed(network, preprocess).eval(), probes.numpy())
 
 
-def test_the_noise_floor_is_the_distance_of_the_networks_own_float32_run(
-    shipped: tuple[onnx.ModelProto, Deployed], probes: Tensor
-) -> None:
-    found: Reference = compute_reference(shipped[1], probes.numpy())
+def test_the_noise_floor_is_the_error_of_the_network_in_float32(exported: Exported, probes: Tensor) -> None:
+    found = compute_reference(exported[1], probes.numpy())
     logits, floor = found.outputs["logits"], found.noise_floor["logits"]
     scale = float(np.abs(logits).max())
     assert logits.dtype == np.float64
     assert 1e-7 * scale < floor < 1e-4 * scale
 
 
+def test_the_spread_is_over_images_and_for_one_image_over_classes() -> None:
+    assert logit_spread(np.array([[1.0, 5.0], [4.0, 5.5]])) == 3.0
+    assert logit_spread(np.array([[1.0, 5.0]])) == 4.0
+
+
 @pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ([0.0, 2.0], (1, 0, 0)),
-        ([1.05, 1.0], (0, 1, 0)),
-        ([2.0, 0.0], (0, 0, 1)),
-    ],
-    ids=["the same class", "a flip the network was unsure of", "a flip it was sure of"],
+    ("precision", "fraction", "vacuous"),
+    [("fp16", 0.124, False), ("fp16", 0.126, True), ("int8", 0.3, False)],
 )
-def test_flips_are_counted_by_the_networks_margin(row: list[float], expected: tuple[int, int, int]) -> None:
-    margin = [1.0, 1.1] if expected[1] else [0.0, 2.0]
-    found = agreement(np.array([row]), np.array([margin]), tolerance=0.06)
-    assert (found.agree, found.flips_within_noise, found.flips) == expected
+def test_a_noise_floor_as_wide_as_the_logits_stops_a_16_bit_precision(
+    exported: Exported,
+    probes: Tensor,
+    tmp_path: Path,
+    precision: Precision,
+    fraction: float,
+    vacuous: bool,
+) -> None:
+    """A file that ignores its input is wrong by half of the spread; 4 floors of an eighth would allow it."""
+    model, deployed = exported
+    write(model, tmp_path / "model.onnx")
+    images = probes.numpy()
+    exact = compute_reference(deployed, images)
+    floor = fraction * logit_spread(exact.outputs["logits"])
+    noisy = Reference(outputs=exact.outputs, noise_floor={"logits": floor}, precision=precision)
+    arguments = (tmp_path / "model.onnx", noisy, images, BATCH, operator_counts(model))
+    if not vacuous:
+        report = compare(*arguments)
+        assert (report.passed, report.vacuous) == (True, False)
+        return
+    with pytest.raises(
+        ParityError, match=r"noise floor of .* is 13% of the spread.*from 12\.5% on"
+    ) as caught:
+        compare(*arguments)
+    assert "\n" not in str(caught.value)
+    allowed = compare(*arguments, allow_drift=True)
+    assert (allowed.passed, allowed.drift_allowed, allowed.vacuous) == (False, True, True)
 
 
-def test_every_flip_is_listed_with_its_margin_and_its_reason() -> None:
-    expected = np.array([[1.0, 0.0, 0.9], [1.0, 0.0, 0.9], [1.0, 0.0, 0.9], [1.0, 0.0, 0.9]])
+@pytest.mark.parametrize(
+    ("expected", "values", "counts"),
+    [
+        ([0.0, 2.0], [0.0, 2.0], (1, 0, 0)),
+        ([1.0, 1.1], [1.05, 1.0], (0, 1, 0)),
+        ([0.0, 2.0], [2.0, 0.0], (0, 0, 1)),
+    ],
+    ids=["the same class", "a flip within the noise", "a flip with a clear margin"],
+)
+def test_flips_are_counted_by_the_margin_of_the_network(
+    expected: list[float], values: list[float], counts: tuple[int, int, int]
+) -> None:
+    found = agreement(np.array([values]), np.array([expected]), tolerance=0.06)
+    assert (found.agree, found.flips_within_noise, found.flips) == counts
+
+
+def test_every_flip_is_listed_with_its_margin_and_cause() -> None:
+    expected = np.array([[1.0, 0.0, 0.9]] * 4)
     values = np.array([[1.0, 0.0, 0.9], [1.0, 0.0, 1.1], [0.0, 1.0, 0.9], [0.0, 1.0, 0.9]])
-    rerouted = np.array([False, False, False, True])
-    found = agreement(values, expected, 0.06, rerouted)
+    found = agreement(values, expected, 0.06, np.array([False, False, False, True]))
     assert [(flip.image, flip.network, flip.file, flip.because) for flip in found.flipped] == [
         (1, 0, 2, "noise"),
         (2, 0, 1, "error"),

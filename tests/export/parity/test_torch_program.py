@@ -1,4 +1,4 @@
-"""`network.pt2`: the certified program, nothing of what was removed, of where it was made, or of chance."""
+"""`network.pt2` holds the certified program and the kept tensors, and is reproducible."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ from sopdeploy.errors import CertificateError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.detach import detach
 from sopdeploy_export.parity.report import ParityReport
-from sopdeploy_export.parity.torch_program import FILE, prove, serialize_program
+from sopdeploy_export.parity.torch_program import FILE, check_program, serialize_program
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.proof.certificate import Proof
 from tests.export.conftest import trained
@@ -32,17 +32,15 @@ WITH_FILE = ExportOptions(detach=True, batch=BATCH, pt2=True)
 @pytest.fixture(scope="module")
 def checkpoint(preprocess: Preprocess, tmp_path_factory: pytest.TempPathFactory) -> Path:
     network, path = trained(), tmp_path_factory.mktemp("pt2") / "ckpt.pt"
-    config = network.config.model_dump(mode="json")
-    labels = tuple("abcdefghij")
-    whole = Checkpoint(
+    checkpoint = Checkpoint(
         model="dsop-resnet8",
-        config=config,
+        config=network.config.model_dump(mode="json"),
         weights=network.state_dict(),
-        labels=labels,
+        labels=tuple("abcdefghij"),
         preprocess=preprocess,
         training={},
     )
-    write_checkpoint(path, whole)
+    write_checkpoint(path, checkpoint)
     return path
 
 
@@ -58,7 +56,7 @@ def proof(preprocess: Preprocess, probes: torch.Tensor) -> Proof:
     return certify(network, detach(network), preprocess, probes, model="dsop-resnet8", batch=BATCH)
 
 
-def test_it_is_a_file_of_the_bundle_and_gives_the_bundles_logits(exported: Exported) -> None:
+def test_the_file_is_part_of_the_bundle_and_gives_its_logits(exported: Exported) -> None:
     bundle = open_bundle(exported.path)
     assert FILE in bundle.manifest.files
     probes = read_probes(bundle.probes)
@@ -69,7 +67,7 @@ def test_it_is_a_file_of_the_bundle_and_gives_the_bundles_logits(exported: Expor
         assert drift <= probes.tolerance["logits"]
 
 
-def test_it_holds_the_kept_tensors_and_none_that_was_removed(exported: Exported) -> None:
+def test_the_file_holds_the_kept_tensors_and_no_removed_one(exported: Exported) -> None:
     program = torch.export.load(exported.path / FILE)
     removed = {entry.name for entry in exported.certificate.removed}
     names = {name.removeprefix("network.") for name in program.state_dict}
@@ -78,12 +76,12 @@ def test_it_holds_the_kept_tensors_and_none_that_was_removed(exported: Exported)
     with zipfile.ZipFile(exported.path / FILE) as archive:
         written = sum(i.file_size for i in archive.infolist() if "/data/weights/weight_" in i.filename)
         text = b"".join(archive.read(name) for name in archive.namelist())
-    normalisation = 2 * 3 * 4  # a scale and an offset for each colour, which the graph holds beside them
-    assert written == sum(entry.bytes for entry in exported.certificate.kept) + normalisation
+    normalization = 2 * 3 * 4  # scale and offset per channel
+    assert written == sum(entry.bytes for entry in exported.certificate.kept) + normalization
     assert not [name for name in removed if name.replace(".", "_").encode() in text]
 
 
-def test_no_path_no_source_line_and_no_pickle_is_in_it(exported: Exported) -> None:
+def test_the_file_contains_no_path_no_source_line_and_no_pickle(exported: Exported) -> None:
     with zipfile.ZipFile(exported.path / FILE) as archive:
         content = {name: archive.read(name) for name in archive.namelist()}
     here = str(Path(__file__).resolve().parents[3]).encode()
@@ -94,7 +92,7 @@ def test_no_path_no_source_line_and_no_pickle_is_in_it(exported: Exported) -> No
         assert b"data.pkl" not in raw, name
 
 
-def test_two_exports_give_the_same_bytes_and_without_the_wish_there_is_no_file(
+def test_the_file_is_reproducible_and_written_only_on_request(
     exported: Exported, branched: Exported, checkpoint: Path, tmp_path: Path
 ) -> None:
     again = export(checkpoint, tmp_path / "again", WITH_FILE)
@@ -117,34 +115,34 @@ def another_weight(proof: Proof) -> ExportedProgram:
 
 
 @pytest.mark.parametrize(
-    ("sabotage", "complaint"),
+    ("change", "message"),
     [
         (lambda proof: proof.trained.any_batch, r"holds .*, which was not kept"),
         (another_weight, "not the certified one"),
     ],
-    ids=["the trained program, which computes the same", "another weight"],
+    ids=["the trained program", "another weight"],
 )
-def test_another_program_is_refused(proof: Proof, sabotage: Any, complaint: str) -> None:
-    with pytest.raises(CertificateError, match=f"{FILE}: .*{complaint}"):
-        prove(saved(sabotage(proof)), proof.certificate)
+def test_another_program_is_refused(proof: Proof, change: Any, message: str) -> None:
+    with pytest.raises(CertificateError, match=f"{FILE}: .*{message}"):
+        check_program(saved(change(proof)), proof.certificate)
 
 
-def test_a_tensor_that_lies_in_a_larger_storage_is_refused(proof: Proof, monkeypatch: Any) -> None:
+def test_a_tensor_in_a_larger_storage_is_refused(proof: Proof, monkeypatch: Any) -> None:
     content = serialize_program(copy.deepcopy(proof.lean.any_batch), proof.certificate)
     program = torch.export.load(io.BytesIO(content))
     bias = program.state_dict["network.fc.bias"]
     wide = torch.cat([bias.detach(), torch.zeros(90)])
     program.state_dict["network.fc.bias"] = wide[: len(bias)]
-    monkeypatch.setattr("sopdeploy_export.parity.torch_program.load", lambda _: program)
-    with pytest.raises(CertificateError, match=r"fc.bias lies in a storage that holds more"):
-        prove(content, proof.certificate)
+    monkeypatch.setattr("sopdeploy_export.parity.torch_program._load", lambda _: program)
+    with pytest.raises(CertificateError, match=r"storage of fc.bias is larger"):
+        check_program(content, proof.certificate)
 
 
-def test_other_numbers_than_the_bundles_stop_the_export(
+def test_outputs_other_than_those_of_the_bundle_stop_the_export(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ParityReport, "compared_images", property(lambda self: [0]))
-    monkeypatch.setattr("sopdeploy_export.parity.torch_program.distance", lambda *_: float("inf"))
-    with proving_once(FILE), pytest.raises(ParityError, match=rf"{FILE}: drifts by inf in logits"):
+    monkeypatch.setattr("sopdeploy_export.parity.torch_program.max_drift", lambda *_: float("inf"))
+    with proving_once(FILE), pytest.raises(ParityError, match=rf"{FILE}: logits drifts by inf"):
         export(checkpoint, tmp_path, WITH_FILE)
     assert not list(tmp_path.iterdir())
