@@ -1,13 +1,13 @@
-"""Dotted names of a network's parts, as `named_modules` and a state dict give them."""
+"""Dotted names of modules and tensors, as `named_modules()` and `state_dict()` list them."""
 
 from collections.abc import Iterable
 
 
-def is_in(name: str, part: str) -> bool:
-    """Say whether the part or tensor *name* is *part* or lies in it."""
-    return name == part or name.startswith(f"{part}.")
+def is_in(name: str, module: str) -> bool:
+    """Check whether *name* is *module* or one of its submodules or tensors."""
+    return name == module or name.startswith(f"{module}.")
 
 
-def is_in_any(name: str, parts: Iterable[str]) -> bool:
-    """Say whether *name* is one of *parts* or lies in one."""
-    return any(is_in(name, part) for part in parts)
+def is_in_any(name: str, modules: Iterable[str]) -> bool:
+    """Check whether *name* is one of *modules* or one of their submodules or tensors."""
+    return any(is_in(name, module) for module in modules)

@@ -1,14 +1,14 @@
-"""Randomness as a function of where it is used, not as a state that has to be kept.
+"""Random seeds derived from the place where they are used, instead of a generator state that must be saved.
 
-Every random choice of a run is drawn from `derive_seed(seed, what for, epoch, step or sample)`. A run that is
-stopped anywhere and resumed therefore makes the same choices, with any number of loader processes.
+Every random choice of a run uses `derive_seed(seed, purpose, epoch, step or sample)`. A resumed run therefore
+makes the same choices as an uninterrupted one, with any number of loader processes.
 """
 
 import hashlib
 
 
-def derive_seed(*position: int | str) -> int:
-    """Return 63 random-looking bits for *position*, the same on every machine and version."""
-    text = "\x1f".join(str(part) for part in position)
+def derive_seed(*keys: int | str) -> int:
+    """Hash *keys* to a 63-bit seed that is the same on every machine and in every version."""
+    text = "\x1f".join(str(key) for key in keys)
     digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -251,7 +251,7 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
         "answers pictures as they are",
     ),
     "a runtime for a checkpoint": (("eval", "c.pt", "--data", "d", "--runtime", "auto"), "only a bundle"),
-    "a folder without a manifest": (("eval", ".", "--data", "d"), "without a manifest.json"),
+    "a folder without a manifest": (("eval", ".", "--data", "d"), "it has no manifest.json"),
     "a missing run": (("report", "nowhere"), "nowhere: holds no run"),
     "a comparison of one recipe": (("compare", "digits-plain"), "two recipes at least"),
     "an unknown logger": (("train", "--recipe", "digits-plain", "--log", "x"), "--log x: none of"),

@@ -1,1 +1,1 @@
-"""Pictures with their classes: where they come from and how they become batches."""
+"""Labeled images: data sources, augmentation and batches."""

@@ -1,10 +1,11 @@
-"""What training does to a picture instead of the centre crop: four ways, each with or without mirroring.
+"""Training augmentation: the crop that replaces the center crop, mirroring, then RandAugment.
 
-All of them start from the RGB picture that the service would see and end in a uint8 array of the crop's
-size; what they draw is a function of (seed, epoch, sample).
+Every augmentation maps an RGB image to a uint8 array of the crop size. Random choices depend on (seed, epoch,
+sample) only.
 """
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from random import Random
 from typing import Annotated, Literal
@@ -16,7 +17,7 @@ from PIL import Image
 
 from sopdeploy.config import Fraction, Positive, StrictModel
 from sopdeploy.data.base import ImagesDataset
-from sopdeploy.data.image_files import ImageFiles, loaded
+from sopdeploy.data.image_files import ImageFiles, load_pixels
 from sopdeploy.data.rand_augment import RandAugment
 from sopdeploy.images.preprocess import (
     RESAMPLING,
@@ -29,23 +30,24 @@ from sopdeploy.images.preprocess import (
 )
 from sopdeploy.seeds import derive_seed
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the source
+Box = tuple[float, float, float, float]  # left, top, right, bottom in source pixels
+NO_RAND_AUGMENT = RandAugment()
 PositiveFraction = Annotated[float, pydantic.Field(gt=0, le=1)]
 
 
 class CenterCrop(StrictModel):
-    """No crop of its own: the picture is prepared as in evaluation, then mirrored with chance `flip`."""
+    """Center crop as in evaluation, mirrored with probability `flip`."""
 
-    kind: Literal["centre"]
+    kind: Literal["centre", "center"]
     flip: Fraction = 0.0
 
-    def crop(self, picture: Image.Image, rules: Preprocess, _random: Random) -> NDArray[np.uint8]:
-        """Return the centre crop."""
-        return center_crop(picture, rules)
+    def crop(self, image: Image.Image, rules: Preprocess, _random: Random) -> NDArray[np.uint8]:
+        """Crop the center of *image*."""
+        return center_crop(image, rules)
 
 
 class PadCrop(StrictModel):
-    """The centre crop in a black frame of `pad` pixels, a window of the crop's size cut out of it.
+    """Random crop of the center crop after padding it with `pad` black pixels on each side.
 
     Source: He et al. (CVPR 2016), section 4.2.
     """
@@ -54,34 +56,34 @@ class PadCrop(StrictModel):
     flip: Fraction = 0.0
     pad: Annotated[int, pydantic.Field(ge=1)] = 4
 
-    def crop(self, picture: Image.Image, rules: Preprocess, random: Random) -> NDArray[np.uint8]:
-        """Return the window."""
-        framed = np.pad(center_crop(picture, rules), ((self.pad, self.pad), (self.pad, self.pad), (0, 0)))
+    def crop(self, image: Image.Image, rules: Preprocess, random: Random) -> NDArray[np.uint8]:
+        """Crop a random window of the padded center crop."""
+        padded = np.pad(center_crop(image, rules), ((self.pad, self.pad), (self.pad, self.pad), (0, 0)))
         top, left = random.randint(0, 2 * self.pad), random.randint(0, 2 * self.pad)
-        return framed[top : top + rules.crop, left : left + rules.crop]
+        return padded[top : top + rules.crop, left : left + rules.crop]
 
 
-class Boxed(StrictModel):
-    """What cuts a random box out of the picture and resizes it.
+class BoxCrop(StrictModel):
+    """Base class of augmentations that crop a random box and resize it.
 
-    With `draft` a JPEG is decoded at a half, a quarter or an eighth of its size where the box still has the
-    crop's pixels then: faster, and a few grey levels off (`benchmarks/training_throughput.py` says how many).
+    With `draft`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the box still has the pixels of the
+    crop: faster, but a few gray levels off (`benchmarks/training_throughput.py` measures how many).
     """
 
     flip: Fraction = 0.0
     draft: bool = False
 
-    def crop(self, picture: Image.Image, rules: Preprocess, random: Random) -> NDArray[np.uint8]:
-        """Return the box, resized; computed from the part of the picture that it shows."""
-        return cut(picture, self.box(picture.size, rules.crop, random), rules)
+    def crop(self, image: Image.Image, rules: Preprocess, random: Random) -> NDArray[np.uint8]:
+        """Crop a random box of *image* and resize it."""
+        return _resize_box(image, self.box(image.size, rules.crop, random), rules)
 
-    def box(self, _size: tuple[int, int], _crop: int, _random: Random) -> Box:
-        """Return a box inside a picture of *size*, in its pixels."""
-        raise TypeError(f"{type(self).__name__} must say what it cuts out")
+    @abstractmethod
+    def box(self, size: tuple[int, int], crop: int, random: Random) -> Box:
+        """Draw a box inside an image of *size* (width, height)."""
 
 
-class RandomResizedCrop(Boxed):
-    """A box of random area (`scale`, a fraction of the picture) and shape (`ratio`, width by height).
+class RandomResizedCrop(BoxCrop):
+    """Box of random area (`scale`, a fraction of the image) and aspect ratio (`ratio`, width / height).
 
     Source: Szegedy et al., "Going Deeper with Convolutions" (CVPR 2015); drawn as torchvision does.
     """
@@ -90,8 +92,8 @@ class RandomResizedCrop(Boxed):
     scale: tuple[PositiveFraction, PositiveFraction] = (0.08, 1.0)
     ratio: tuple[Positive, Positive] = (0.75, 4 / 3)
 
-    def box(self, size: tuple[int, int], _crop: int, random: Random) -> Box:
-        """Return a box inside *size*; the largest centred one of an allowed shape if ten draws miss."""
+    def box(self, size: tuple[int, int], crop: int, random: Random) -> Box:  # noqa: ARG002
+        """Draw a box; after ten misses, the largest centered box of an allowed aspect ratio."""
         width, height = size
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for _ in range(10):
@@ -107,8 +109,8 @@ class RandomResizedCrop(Boxed):
         return left, top, left + w, top + h
 
 
-class RandomSide(Boxed):
-    """The shorter side resized to a random length in `sides`, a window of the crop's size cut out.
+class RandomSide(BoxCrop):
+    """Resize of the shorter side to a random length in `sides`, then a random crop.
 
     Source: He et al. (CVPR 2016), section 3.4; DSoP, section V-B.
     """
@@ -117,11 +119,10 @@ class RandomSide(Boxed):
     sides: tuple[Side, Side] = (256, 512)
 
     def box(self, size: tuple[int, int], crop: int, random: Random) -> Box:
-        """Return the window in pixels of the picture."""
+        """Draw a square box in source pixels."""
         width, height = size
         side = max(crop, random.randint(*self.sides))
-        pixel = min(width, height) / side  # of the resized picture, in pixels of the source
-        window = crop * pixel
+        window = crop * (min(width, height) / side)
         left, top = random.random() * (width - window), random.random() * (height - window)
         return left, top, min(width, left + window), min(height, top + window)
 
@@ -131,58 +132,50 @@ Augmentation = Annotated[
 ]
 
 
-def cut(picture: Image.Image, box: Box, rules: Preprocess) -> NDArray[np.uint8]:
-    """Return *box* of *picture*, resized to the crop."""
-    resized = picture.resize((rules.crop, rules.crop), RESAMPLING[rules.interpolation], box=box)
-    return np.asarray(resized, dtype=np.uint8)
-
-
-def crop_of_draft(
-    pictures: ImageFiles, index: int, way: Boxed, rules: Preprocess, random: Random
-) -> tuple[NDArray[np.uint8], int]:
-    """Return the crop of a picture that is decoded no larger than needed, and its class.
-
-    What is drawn is drawn from the picture's full size, so that the same part is shown as without.
-    """
-    picture = pictures.header(index)
-    width, height = picture.size
-    turned = rules.exif_orientation and exif_orientation(picture) in SIDEWAYS
-    size = (height, width) if turned else (width, height)
-    box = way.box(size, rules.crop, random)
-    left, top, right, bottom = box
-    shrink = max(1, int(min(right - left, bottom - top) / rules.crop))
-    picture.draft(None, (width // shrink, height // shrink))
-    decoded = to_rgb(loaded(picture, pictures.where(index)), rules)
-    x, y = decoded.width / size[0], decoded.height / size[1]
-    return cut(decoded, (left * x, top * y, right * x, bottom * y), rules), int(pictures.targets[index])
-
-
-NONE = RandAugment()
-
-
 @dataclass(frozen=True, slots=True)
 class AugmentedDataset(ImagesDataset):
-    """Pictures as one epoch of training sees them: a function of seed, epoch and sample.
+    """Augmented images of one epoch.
 
-    A sample that an epoch shows again is asked for as `sample + copy * len`, so that it looks different.
+    Repeated uses of a sample have the indices `sample + copy * len(self)` and are augmented differently.
     """
 
     augmentation: Augmentation
     preprocess: Preprocess
     seed: int
     epoch: int
-    distortion: RandAugment = NONE
+    rand_augment: RandAugment = NO_RAND_AUGMENT
 
-    def __getitem__(self, position: int) -> tuple[NDArray[np.uint8], int]:
-        index = position % len(self.pictures)
-        random = Random(derive_seed(self.seed, "augment", self.epoch, position))  # noqa: S311
-        way, rules = self.augmentation, self.preprocess
-        if isinstance(way, Boxed) and way.draft and isinstance(self.pictures, ImageFiles):
-            array, label = crop_of_draft(self.pictures, index, way, rules, random)
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        sample = index % len(self.images)
+        random = Random(derive_seed(self.seed, "augment", self.epoch, index))  # noqa: S311
+        rules, augmentation = self.preprocess, self.augmentation
+        if isinstance(augmentation, BoxCrop) and augmentation.draft and isinstance(self.images, ImageFiles):
+            array, target = _crop_draft(self.images, sample, augmentation, rules, random)
         else:
-            stored, label = self.pictures[index]
-            array = way.crop(to_rgb(stored, rules), rules, random)
-        if random.random() < way.flip:
+            image, target = self.images[sample]
+            array = augmentation.crop(to_rgb(image, rules), rules, random)
+        if random.random() < augmentation.flip:
             array = array[:, ::-1]
-        seed = derive_seed(self.seed, "distort", self.epoch, position)
-        return self.distortion(array, rules, seed), label
+        seed = derive_seed(self.seed, "distort", self.epoch, index)
+        return self.rand_augment(array, rules, seed), target
+
+
+def _resize_box(image: Image.Image, box: Box, rules: Preprocess) -> NDArray[np.uint8]:
+    resized = image.resize((rules.crop, rules.crop), RESAMPLING[rules.interpolation], box=box)
+    return np.asarray(resized, dtype=np.uint8)
+
+
+def _crop_draft(
+    images: ImageFiles, index: int, augmentation: BoxCrop, rules: Preprocess, random: Random
+) -> tuple[NDArray[np.uint8], int]:
+    """Decode an image no larger than needed and crop the box that is drawn from its full size."""
+    image = images.open(index)
+    width, height = image.size
+    sideways = rules.exif_orientation and exif_orientation(image) in SIDEWAYS
+    size = (height, width) if sideways else (width, height)
+    left, top, right, bottom = augmentation.box(size, rules.crop, random)
+    factor = max(1, int(min(right - left, bottom - top) / rules.crop))
+    image.draft(None, (width // factor, height // factor))
+    decoded = to_rgb(load_pixels(image, images.path(index)), rules)
+    x, y = decoded.width / size[0], decoded.height / size[1]
+    return _resize_box(decoded, (left * x, top * y, right * x, bottom * y), rules), int(images.targets[index])

@@ -1,4 +1,4 @@
-"""What data is: labelled pictures on one side, labelled uint8 arrays of one size on the other."""
+"""Dataset types: labeled images of any size, and labeled uint8 arrays of one size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from sopdeploy.seeds import derive_seed
 
 
 class LabeledImages(Protocol):
-    """Pictures of any size and mode as they are stored, each with the position of its class in `labels`."""
+    """Images of any size and mode with their class indices into `labels`."""
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Return the class names in output order."""
+        """Class names in output order."""
 
     @property
     def targets(self) -> NDArray[np.int64]:
-        """Return the class of each picture, without reading one."""
+        """Class index of each image, available without reading the images."""
 
     def __len__(self) -> int: ...
 
@@ -29,11 +29,11 @@ class LabeledImages(Protocol):
 
 
 class Dataset(Protocol):
-    """What a network is fed with: (height, width, 3) uint8 arrays of one size, each with its class."""
+    """Network inputs: (height, width, 3) uint8 arrays of one size with their class indices."""
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Return the class names in output order."""
+        """Class names in output order."""
 
     def __len__(self) -> int: ...
 
@@ -42,10 +42,7 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """Pictures to learn from, and pictures that are only ever measured on; the labels are the same.
-
-    `skipped` names the files that were left out because they cannot be read.
-    """
+    """Training and held-out images with the same labels; `skipped` lists unreadable files left out."""
 
     train: LabeledImages
     held_out: LabeledImages
@@ -54,33 +51,33 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class ImagesDataset:
-    """What every way to look at pictures has from them."""
+    """Base class of datasets that convert the images of a source."""
 
-    pictures: LabeledImages
+    images: LabeledImages
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Return the class names in output order."""
-        return self.pictures.labels
+        """Class names in output order."""
+        return self.images.labels
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
 
 @dataclass(frozen=True, slots=True)
 class PreprocessedDataset(ImagesDataset):
-    """Pictures as the service would prepare them: evaluation sees exactly what is served."""
+    """Images preprocessed exactly as the service does, for evaluation."""
 
     preprocess: Preprocess
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        picture, label = self.pictures[index]
-        return self.preprocess(picture), label
+        image, target = self.images[index]
+        return self.preprocess(image), target
 
 
 @dataclass(frozen=True, slots=True)
 class ArrayImages:
-    """Small pictures that fit in memory: (N, H, W) grey or (N, H, W, 3) RGB, uint8."""
+    """Images in memory: (N, H, W) gray or (N, H, W, 3) RGB, uint8."""
 
     labels: tuple[str, ...]
     images: NDArray[np.uint8]
@@ -94,18 +91,18 @@ class ArrayImages:
 
 
 def hold_out(keys: Sequence[str], targets: Sequence[int], fraction: float, seed: int) -> list[bool]:
-    """Say of each picture whether it is held out: *fraction* of every class, at least one and not all.
+    """Select *fraction* of every class for the held-out set, at least one image and never all.
 
-    The choice depends on *seed* and the pictures' *keys* alone, so that it is the same on every machine
-    and in every version: a picture that was learnt from is never measured on later.
+    The selection depends on *seed* and the images' *keys* only. It is the same on every machine and in every
+    version, so that an image used for training is never used for evaluation later.
     """
     members: dict[int, list[int]] = {}
     for index, target in enumerate(targets):
         members.setdefault(target, []).append(index)
     held = [False] * len(keys)
     for indices in members.values():
-        drawn = sorted(indices, key=lambda index: (derive_seed(seed, "hold-out", keys[index]), keys[index]))
+        order = sorted(indices, key=lambda index: (derive_seed(seed, "hold-out", keys[index]), keys[index]))
         count = min(max(1, round(fraction * len(indices))), len(indices) - 1)
-        for index in drawn[:count]:
+        for index in order[:count]:
             held[index] = True
     return held

@@ -1,8 +1,8 @@
-"""What a folder or archive of images holds, and what is wrong with it, before a network learns from it."""
+"""`sopdeploy data check`: the content and the problems of a folder or archive of images."""
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,21 +10,34 @@ import numpy as np
 from PIL import Image
 
 from sopdeploy.config import StrictModel
-from sopdeploy.data.datasets.folder import HELD_OUT, TRAIN, class_names, open_store, pictures_of, scan
-from sopdeploy.data.image_files import ImageFiles, Opening, loaded, opened, passed_over
-from sopdeploy.data.validation import each
+from sopdeploy.data.datasets.folder import (
+    HELD_OUT,
+    TRAIN,
+    class_names,
+    match_classes,
+    open_store,
+    scan_classes,
+)
+from sopdeploy.data.image_files import (
+    ImageFiles,
+    OpenOptions,
+    count_ignored_files,
+    load_pixels,
+    open_image,
+)
+from sopdeploy.data.validation import map_threaded
 from sopdeploy.errors import DataError
 from sopdeploy.images.color import SIXTEEN_BIT
 from sopdeploy.images.preprocess import Preprocess, is_rotated, to_rgb
 
-TINY = 32  # pixels of the shorter side, below which hardly anything is to be seen
-LONG = 4.0  # times its width, above which the centre crop shows little of a picture
-RULES = Preprocess()  # of which turning and colours are used
-EVERYTHING = "all"  # the only part, where there are no folders train and val
+MIN_SIDE = 32  # pixels; smaller images are reported
+MAX_ASPECT_RATIO = 4.0  # the center crop shows little of longer images
+RULES = Preprocess()  # for conversion to upright RGB
+UNSPLIT = "all"  # the name of the only part if there are no folders train and val
 
 
 class Part(StrictModel):
-    """The images of train/, val/ or of a folder without such; `classes` counts those of each class."""
+    """Images of train/, val/ or an unsplit folder; `classes` counts the images of each class."""
 
     name: str
     count: int
@@ -33,10 +46,10 @@ class Part(StrictModel):
 
 
 class Duplicates(StrictModel):
-    """Files with the same pixels; `same_bytes` where the files are equal too.
+    """Files with identical pixels; `same_bytes` if the files are identical, too.
 
-    `across` says that a part to measure on shows what was learnt, `labels_differ` that one picture is said to
-    be of two classes.
+    `across`: the files are in different parts (train/test leakage). `labels_differ`: they have different
+    labels.
     """
 
     files: tuple[str, ...]
@@ -46,16 +59,17 @@ class Duplicates(StrictModel):
 
 
 class DataReport(StrictModel):
-    """What was found; sides are in pixels, `strange` says why of each odd file that can be read.
+    """Result of a check.
 
-    `passed_over` counts the files that are no pictures by their names, by ending.
+    Sides are (minimum, median, maximum) in pixels. `strange` lists readable but unusual files by reason,
+    `passed_over` counts the files without an image suffix.
     """
 
     path: Path
     parts: tuple[Part, ...]
     formats: dict[str, int]
     modes: dict[str, int]
-    shorter_side: tuple[int, int, int]  # least, median, most
+    shorter_side: tuple[int, int, int]
     longer_side: tuple[int, int, int]
     unreadable: tuple[str, ...]
     too_few: tuple[str, ...]
@@ -64,154 +78,144 @@ class DataReport(StrictModel):
     passed_over: dict[str, int]
 
     def must_be_usable(self) -> None:
-        """Raise `DataError` with everything that keeps a run from its end."""
+        """Raise `DataError` with every problem that would stop a training run."""
         problems = [*self.unreadable, *self.too_few]
         if problems:
             raise DataError(f"{self.path}: cannot be used as it is: " + "; ".join(problems))
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """What one file gave: `problem`, or all the rest."""
+class _FileInfo:
+    """Properties of one file; only `error` is set for an unreadable one."""
 
     file: str
     part: str
     label: str
-    length: int
-    problem: str = ""
+    length: int = 0
+    error: str = ""
     format: str = ""
     mode: str = ""
     size: tuple[int, int] = (0, 0)
-    content: bytes = b""
-    pixels: bytes = b""
-    odd: tuple[str, ...] = ()
+    file_hash: bytes = b""
+    pixel_hash: bytes = b""
+    oddities: tuple[str, ...] = ()
 
 
 def check(path: Path, cache: Path | None = None) -> DataReport:
-    """Return what *path*, a folder or tar archive with one folder per class, holds: every file is decoded.
+    """Decode every image of *path*, a folder or tar archive with one folder per class.
 
-    Raises `DataError` where there are no classes, or others than to learn from.
+    Raises `DataError` if there are no classes, or if the held-out classes are not the training classes.
     """
-    parts = parts_of(path.expanduser(), Opening(cache))
-    looks = [look for name, part in parts.items() for look in looks_at(part, name)]
-    good = [look for look in looks if not look.problem]
+    parts = _open_parts(path.expanduser(), OpenOptions(cache))
+    infos = [info for name, part in parts.items() for info in _inspect_files(part, name)]
+    readable = [info for info in infos if not info.error]
     strange: dict[str, list[str]] = {}
-    for look in good:
-        for why in look.odd:
-            strange.setdefault(why, []).append(look.file)
+    for info in readable:
+        for reason in info.oddities:
+            strange.setdefault(reason, []).append(info.file)
+    ignored = sum(
+        (Counter(count_ignored_files(part.store, part.labels)) for part in parts.values()), Counter()
+    )
     return DataReport(
         path=path,
-        parts=tuple(count_part(name, part, looks) for name, part in parts.items()),
-        formats=dict(Counter(look.format for look in good).most_common()),
-        modes=dict(Counter(look.mode for look in good).most_common()),
-        shorter_side=spread([min(look.size) for look in good]),
-        longer_side=spread([max(look.size) for look in good]),
-        unreadable=tuple(look.problem for look in looks if look.problem),
-        too_few=tuple(too_few(parts)),
-        duplicates=tuple(duplicates(good)),
-        strange={why: tuple(files) for why, files in strange.items()},
-        passed_over=dict(sum((Counter(others_in(part)) for part in parts.values()), Counter())),
+        parts=tuple(_count_part(name, part, infos) for name, part in parts.items()),
+        formats=dict(Counter(info.format for info in readable).most_common()),
+        modes=dict(Counter(info.mode for info in readable).most_common()),
+        shorter_side=_min_median_max([min(info.size) for info in readable]),
+        longer_side=_min_median_max([max(info.size) for info in readable]),
+        unreadable=tuple(info.error for info in infos if info.error),
+        too_few=tuple(_single_image_classes(parts)),
+        duplicates=tuple(_find_duplicates(readable)),
+        strange={reason: tuple(files) for reason, files in strange.items()},
+        passed_over=dict(ignored),
     )
 
 
-def parts_of(path: Path, opening: Opening) -> dict[str, ImageFiles]:
-    """Return the parts of a data set, each with the classes of the first."""
-    store = open_store(path, opening)
+def _open_parts(path: Path, options: OpenOptions) -> dict[str, ImageFiles]:
+    store = open_store(path, options)
     names = [name for name in (TRAIN, *HELD_OUT) if name in store.folders()]
     if TRAIN not in names:
-        return {EVERYTHING: scan(store, class_names(store))}
-    train = store.below(TRAIN)
+        return {UNSPLIT: scan_classes(store, class_names(store))}
+    train = store.open_folder(TRAIN)
     labels = class_names(train)
-    rest = {name: pictures_of(store.below(name), labels) for name in names[1:]}
-    return {TRAIN: scan(train, labels), **rest}
+    held_out = {name: match_classes(store.open_folder(name), labels) for name in names[1:]}
+    return {TRAIN: scan_classes(train, labels), **held_out}
 
 
-def others_in(pictures: ImageFiles) -> dict[str, int]:
-    """Return how many files beside the pictures of one part are none, by ending."""
-    return passed_over(pictures.store, pictures.labels)
-
-
-def looks_at(pictures: ImageFiles, part: str) -> Iterable[Look]:
-    """Yield what each file of one part gives."""
-
-    def look(index: int) -> Look:
-        file, label = pictures.where(index), pictures.labels[int(pictures.targets[index])]
+def _inspect_files(images: ImageFiles, part: str) -> Iterator[_FileInfo]:
+    def inspect(index: int) -> _FileInfo:
+        path, label = images.path(index), images.labels[int(images.targets[index])]
         try:
-            data = pictures.store.read(bytes(pictures.paths[index]))
-        except OSError as problem:
-            return Look(file, part, label, 0, f"{file}: cannot be read ({problem}); repair or delete it")
+            data = images.store.read(bytes(images.paths[index]))
+        except OSError as error:
+            message = f"{path}: cannot be read ({error}); repair or delete it"
+            return _FileInfo(str(path), part, label, error=message)
         try:
-            picture = opened(data, file)
-            mode, name, frames = picture.mode, picture.format or "", getattr(picture, "n_frames", 1)
-            pixels = to_rgb(loaded(picture, file), RULES)
-        except DataError as problem:
-            return Look(file, part, label, len(data), str(problem))
-        shape = repr(pixels.size).encode()
-        return Look(
-            file=file,
+            image = open_image(data, path)
+            mode, name, frames = image.mode, image.format or "", getattr(image, "n_frames", 1)
+            pixels = to_rgb(load_pixels(image, path), RULES)
+        except DataError as error:
+            return _FileInfo(str(path), part, label, len(data), str(error))
+        return _FileInfo(
+            file=str(path),
             part=part,
             label=label,
             length=len(data),
             format=name,
             mode=mode,
             size=pixels.size,
-            content=hashlib.sha256(data).digest()[:16],
-            pixels=hashlib.sha256(shape + pixels.tobytes()).digest()[:16],
-            odd=tuple(oddities(picture, pixels, mode, frames)),
+            file_hash=hashlib.sha256(data).digest()[:16],
+            pixel_hash=hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest()[:16],
+            oddities=_oddities(image, pixels, mode, frames),
         )
 
-    return each(look, len(pictures))
+    return map_threaded(inspect, len(images))
 
 
-def oddities(picture: Image.Image, pixels: Image.Image, mode: str, frames: int) -> Iterable[str]:
-    """Say what is unusual about a picture that can be read."""
-    short, long = sorted(picture.size)
-    found = {
-        f"shorter side under {TINY} pixels": short < TINY,
-        f"longer than {LONG:g} times its width": long > LONG * short,
-        "one colour only": all(low == high for low, high in pixels.getextrema()),  # type: ignore[misc]
+def _oddities(image: Image.Image, pixels: Image.Image, mode: str, frames: int) -> tuple[str, ...]:
+    short, long = sorted(image.size)
+    single_color = all(low == high for low, high in pixels.getextrema())  # type: ignore[misc]
+    found = {  # these texts are keys of the JSON output
+        f"shorter side under {MIN_SIDE} pixels": short < MIN_SIDE,
+        f"longer than {MAX_ASPECT_RATIO:g} times its width": long > MAX_ASPECT_RATIO * short,
+        "one colour only": single_color,
         "several frames, the first one counts": frames > 1,
         "printing colours (CMYK)": mode == "CMYK",
         "16 bits a pixel": mode in SIXTEEN_BIT,
-        "turned by its EXIF orientation": is_rotated(picture),
+        "turned by its EXIF orientation": is_rotated(image),
     }
-    return [why for why, holds in found.items() if holds]
+    return tuple(reason for reason, applies in found.items() if applies)
 
 
-def duplicates(looks: list[Look]) -> Iterable[Duplicates]:
-    """Yield the groups of files that show the same pixels, in the order of their first files."""
-    groups: dict[bytes, list[Look]] = {}
-    for look in looks:
-        groups.setdefault(look.pixels, []).append(look)
+def _find_duplicates(infos: list[_FileInfo]) -> Iterator[Duplicates]:
+    groups: dict[bytes, list[_FileInfo]] = {}
+    for info in infos:
+        groups.setdefault(info.pixel_hash, []).append(info)
     for group in groups.values():
         if len(group) > 1:
             yield Duplicates(
-                files=tuple(look.file for look in group),
-                same_bytes=len({look.content for look in group}) == 1,
-                across=len({look.part for look in group}) > 1,
-                labels_differ=len({look.label for look in group}) > 1,
+                files=tuple(info.file for info in group),
+                same_bytes=len({info.file_hash for info in group}) == 1,
+                across=len({info.part for info in group}) > 1,
+                labels_differ=len({info.label for info in group}) > 1,
             )
 
 
-def count_part(name: str, pictures: ImageFiles, looks: list[Look]) -> Part:
-    """Return the counts of one part, unreadable files included."""
-    counts = np.bincount(pictures.targets, minlength=len(pictures.labels)).tolist()
+def _count_part(name: str, images: ImageFiles, infos: list[_FileInfo]) -> Part:
+    counts = np.bincount(images.targets, minlength=len(images.labels)).tolist()
     return Part(
         name=name,
-        count=len(pictures),
-        bytes=sum(look.length for look in looks if look.part == name),
-        classes=dict(zip(pictures.labels, counts, strict=True)),
+        count=len(images),
+        bytes=sum(info.length for info in infos if info.part == name),
+        classes=dict(zip(images.labels, counts, strict=True)),
     )
 
 
-def too_few(parts: dict[str, ImageFiles]) -> Iterable[str]:
-    """Yield the classes of which nothing can be held out."""
-    if len(parts) == 1:
-        for pictures in parts.values():
-            for target in np.flatnonzero(np.bincount(pictures.targets) == 1):
-                yield f"{pictures.store.root / pictures.labels[target]}: one image only; add another"
+def _single_image_classes(parts: dict[str, ImageFiles]) -> Iterator[str]:
+    for images in parts.values() if len(parts) == 1 else ():
+        for target in np.flatnonzero(np.bincount(images.targets) == 1):
+            yield f"{images.store.root / images.labels[target]}: only one image; add another"
 
 
-def spread(values: list[int]) -> tuple[int, int, int]:
-    """Return the least, the median and the most of *values*, zeros for none."""
+def _min_median_max(values: list[int]) -> tuple[int, int, int]:
     return (min(values), int(np.median(values)), max(values)) if values else (0, 0, 0)

@@ -1,4 +1,4 @@
-"""Pictures as image files in a store, each with its class."""
+"""Labeled image files in a folder or archive."""
 
 import io
 import os
@@ -16,123 +16,118 @@ from PIL import Image, UnidentifiedImageError
 from sopdeploy.errors import DataError
 from sopdeploy.images.color import match_transparency
 
-ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-Say = Callable[[str], None]
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+Log = Callable[[str], None]
 
 
-class Store(Protocol):
-    """Files below one point; an error names them by `where`."""
+class FileStore(Protocol):
+    """Read access to the files of a folder or archive; hidden files are ignored."""
 
     @property
     def root(self) -> Path:
-        """Return what an error calls the store."""
+        """Path of the folder or archive, for error messages."""
 
     def folders(self) -> list[str]:
-        """Return the names of the visible folders, sorted."""
+        """List the names of the subfolders, sorted."""
 
-    def below(self, folder: str) -> "Store":
-        """Return the store that one of the folders is."""
+    def open_folder(self, folder: str) -> "FileStore":
+        """Open a subfolder as a store."""
 
     def images(self, folder: str) -> list[bytes]:
-        """Return the images of one folder and of those in it, sorted."""
+        """List the images below a subfolder, relative to the store, sorted."""
 
-    def others(self, folder: str) -> list[str]:
-        """Return the names of the visible files there that are not called as images are."""
+    def other_files(self, folder: str) -> list[str]:
+        """List the files below a subfolder that have no image suffix."""
 
     def read(self, name: bytes) -> bytes:
-        """Return the bytes of a file; raises `OSError`."""
+        """Read a file; raises `OSError`."""
 
     def size(self, name: bytes) -> int:
-        """Return the number of bytes of a file; raises `OSError`."""
+        """Get the size of a file in bytes; raises `OSError`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
-    """How stores are opened: where to keep what is made of them, and whom to tell."""
+class OpenOptions:
+    """Options for opening data: the cache folder for archives, and a function for log messages."""
 
     cache: Path | None = None
-    say: Say = field(default=lambda _line: None)
+    log: Log = field(default=lambda _line: None)
 
 
 @dataclass(frozen=True, slots=True)
 class FolderStore:
-    """A folder of files; *enter* opens one of its folders."""
+    """A folder on disk; *open_path* opens a subfolder, which may hold archives."""
 
     root: Path
-    enter: Callable[[Path], Store]
+    open_path: Callable[[Path], FileStore]
 
     def folders(self) -> list[str]:
-        """Return the names of the visible folders, sorted; raises `DataError`."""
+        """List the names of the subfolders, sorted; raises `DataError`."""
         return visible_folders(self.root)
 
-    def below(self, folder: str) -> Store:
-        """Return the store that one of the folders is."""
-        return self.enter(self.root / folder)
+    def open_folder(self, folder: str) -> FileStore:
+        """Open a subfolder as a store."""
+        return self.open_path(self.root / folder)
 
     def images(self, folder: str) -> list[bytes]:
-        """Return the images of one folder and of those in it, sorted."""
-        return sorted(os.fsencode(path) for path in self.files(folder) if is_image(path.name))
+        """List the images below a subfolder, relative to the store, sorted."""
+        return sorted(os.fsencode(path) for path in self._files(folder) if is_image(path.name))
 
-    def others(self, folder: str) -> list[str]:
-        """Return the names of the visible files there that are not called as images are."""
-        return [str(path) for path in self.files(folder) if not is_image(path.name)]
+    def other_files(self, folder: str) -> list[str]:
+        """List the files below a subfolder that have no image suffix."""
+        return [str(path) for path in self._files(folder) if not is_image(path.name)]
 
-    def files(self, folder: str) -> Iterator[Path]:
-        """Yield the visible files of one folder and of those in it, relative to the store."""
+    def read(self, name: bytes) -> bytes:
+        """Read a file; raises `OSError`."""
+        return (self.root / os.fsdecode(name)).read_bytes()
+
+    def size(self, name: bytes) -> int:
+        """Get the size of a file in bytes; raises `OSError`."""
+        return (self.root / os.fsdecode(name)).stat().st_size
+
+    def _files(self, folder: str) -> Iterator[Path]:
         for path, folders, files in os.walk(self.root / folder):
             folders[:] = [name for name in folders if not is_hidden(name)]
             inside = Path(path).relative_to(self.root)
             yield from (inside / name for name in files if not is_hidden(name))
 
-    def read(self, name: bytes) -> bytes:
-        """Return the bytes of a file; raises `OSError`."""
-        return (self.root / os.fsdecode(name)).read_bytes()
 
-    def size(self, name: bytes) -> int:
-        """Return the number of bytes of a file; raises `OSError`."""
-        return (self.root / os.fsdecode(name)).stat().st_size
-
-
-def passed_over(store: Store, folders: Sequence[str]) -> dict[str, int]:
-    """Return how many files of *folders* are no pictures by their names: a count for each ending."""
-    names = [name for folder in folders for name in store.others(folder)]
+def count_ignored_files(store: FileStore, folders: Sequence[str]) -> dict[str, int]:
+    """Count the files below *folders* without an image suffix, by suffix."""
+    names = [name for folder in folders for name in store.other_files(folder)]
     return dict(Counter(Path(name).suffix.lower() or "without an ending" for name in names).most_common())
 
 
-def describe_ignored_files(others: Mapping[str, int]) -> str:
-    """Return what `passed_over` found as words, and what to do with the pictures of telephones."""
-    listed = ", ".join(f"{ending} {count}" for ending, count in others.items())
-    return f"{listed}; convert .heic to JPEG first" if {".heic", ".heif"} & others.keys() else listed
+def describe_ignored_files(counts: Mapping[str, int]) -> str:
+    """Format the result of `count_ignored_files`, with advice for HEIC images."""
+    listed = ", ".join(f"{suffix} {count}" for suffix, count in counts.items())
+    return f"{listed}; convert .heic to JPEG first" if {".heic", ".heif"} & counts.keys() else listed
 
 
 def visible_folders(root: Path) -> list[str]:
-    """Return the names of the visible folders in *root*, sorted; raises `DataError`."""
+    """List the names of the visible folders in *root*, sorted; raises `DataError`."""
     try:
         return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry.name))
-    except OSError as problem:
-        raise DataError(
-            f"{root}: cannot be listed ({problem.strerror}); give a folder you may read"
-        ) from problem
+    except OSError as error:
+        raise DataError(f"{root}: cannot be listed ({error.strerror}); check its permissions") from error
 
 
 def is_hidden(name: str) -> bool:
-    """Say whether *name* is hidden, as `.ipynb_checkpoints` is."""
+    """Check whether the file or folder *name* is hidden, such as `.ipynb_checkpoints`."""
     return name.startswith(".")
 
 
 def is_image(name: str) -> bool:
-    """Say whether a visible file is called as images are."""
-    return name.lower().endswith(ENDINGS) and not is_hidden(name)
-
-
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+    """Check whether the file *name* is visible and has an image suffix."""
+    return name.lower().endswith(SUFFIXES) and not is_hidden(name)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFiles:
-    """Image files of `store`; `paths` is one array of bytes, which loader processes can share."""
+    """Image files of a store; `paths` is one array of bytes, which loader processes can share."""
 
-    store: Store
+    store: FileStore
     labels: tuple[str, ...]
     paths: NDArray[np.bytes_]
     targets: NDArray[np.int64]
@@ -141,47 +136,41 @@ class ImageFiles:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return loaded(self.header(index), self.where(index)), int(self.targets[index])
+        return load_pixels(self.open(index), self.path(index)), int(self.targets[index])
 
-    def header(self, index: int) -> Image.Image:
-        """Return a picture of which no pixel is decoded yet; raises `DataError` naming the file."""
+    def open(self, index: int) -> Image.Image:
+        """Open an image without decoding its pixels; raises `DataError` naming the file."""
         try:
             data = self.store.read(bytes(self.paths[index]))
-        except OSError as problem:
-            raise DataError(
-                f"{self.where(index)}: cannot be read ({problem}); repair or delete it"
-            ) from problem
-        return opened(data, self.where(index))
+        except OSError as error:
+            raise DataError(f"{self.path(index)}: cannot be read ({error}); repair or delete it") from error
+        return open_image(data, self.path(index))
 
     def path(self, index: int) -> Path:
-        """Return where the file lies, or would lie if its archive were a folder."""
+        """Path of a file; inside an archive, the path as if the archive were a folder."""
         return self.store.root / os.fsdecode(self.paths[index])
 
-    def where(self, index: int) -> str:
-        """Return what an error calls the file."""
-        return str(self.path(index))
-
-    def only(self, mask: NDArray[np.bool_]) -> "ImageFiles":
-        """Return the pictures that *mask* (N,) keeps."""
+    def select(self, mask: NDArray[np.bool_]) -> "ImageFiles":
+        """Keep the images where *mask* (N,) is true."""
         return ImageFiles(self.store, self.labels, self.paths[mask], self.targets[mask])
 
 
-def opened(data: bytes, where: str) -> Image.Image:
-    """Return the picture in *data*, its pixels still to be decoded; raises `DataError` naming *where*."""
+def open_image(data: bytes, path: Path) -> Image.Image:
+    """Open the encoded image *data* without decoding its pixels; raises `DataError` naming *path*."""
     try:
-        picture = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as problem:
-        raise DataError(f"{where}: not an image; delete it or put the right file there") from problem
-    except UNREADABLE as problem:
-        raise DataError(f"{where}: cannot be read ({problem}); repair or delete it") from problem
-    match_transparency(picture)
-    return picture
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path}: not an image; delete or replace it") from error
+    except DECODE_ERRORS as error:
+        raise DataError(f"{path}: cannot be read ({error}); repair or delete it") from error
+    match_transparency(image)
+    return image
 
 
-def loaded(picture: Image.Image, where: str) -> Image.Image:
-    """Return *picture* with its pixels; raises `DataError` naming *where*."""
+def load_pixels(image: Image.Image, path: Path) -> Image.Image:
+    """Decode the pixels of *image* in place and return it; raises `DataError` naming *path*."""
     try:
-        picture.load()
-    except UNREADABLE as problem:
-        raise DataError(f"{where}: cannot be read ({problem}); repair or delete it") from problem
-    return picture
+        image.load()
+    except DECODE_ERRORS as error:
+        raise DataError(f"{path}: cannot be read ({error}); repair or delete it") from error
+    return image

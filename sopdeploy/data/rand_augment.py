@@ -1,8 +1,4 @@
-"""What training does to the cropped picture: RandAugment and random erasing, drawn for each sample.
-
-Sources: Cubuk et al., "RandAugment" (NeurIPS 2020); Zhong et al., "Random Erasing Data Augmentation" (AAAI
-2020); both as torchvision computes them.
-"""
+"""RandAugment, random erasing, mixup and CutMix, as torchvision computes them."""
 
 from typing import Annotated
 
@@ -18,10 +14,10 @@ from sopdeploy.images.preprocess import Preprocess
 
 
 class RandAugment(StrictModel):
-    """`ops` of RandAugment's operations at `magnitude` (0 to 30), then a box erased with chance `erase`.
+    """RandAugment (`ops` operations at `magnitude` 0 to 30), then random erasing with probability `erase`.
 
-    0 operations and chance 0 leave a picture as it is. An erased box has the mean colour, 0 after
-    normalisation.
+    Sources: Cubuk et al., "RandAugment" (NeurIPS 2020); Zhong et al., "Random Erasing Data Augmentation"
+    (AAAI 2020). Erased boxes and borders get the mean color, which is 0 after normalization.
     """
 
     ops: Annotated[int, pydantic.Field(ge=0, le=10)] = 0
@@ -29,45 +25,42 @@ class RandAugment(StrictModel):
     erase: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0
 
     def __call__(self, array: NDArray[np.uint8], rules: Preprocess, seed: int) -> NDArray[np.uint8]:
-        """Return the (height, width, 3) picture, distorted as *seed* draws it."""
+        """Augment the (H, W, 3) uint8 *array*; depends on *seed* only and keeps torch's random state."""
         if self.ops == 0 and self.erase == 0:
             return array
         before = torch.get_rng_state()
         try:
             torch.default_generator.manual_seed(seed)
-            picture = torch.from_numpy(array.copy()).permute(2, 0, 1)
+            image = torch.from_numpy(array.copy()).permute(2, 0, 1)
             mean = [float(round(255 * value)) for value in rules.mean]
             if self.ops:
-                picture = v2.RandAugment(self.ops, self.magnitude, fill=mean)(picture)
+                image = v2.RandAugment(self.ops, self.magnitude, fill=mean)(image)
             if self.erase:
-                picture = v2.RandomErasing(self.erase, value=mean)(picture)
-            return picture.permute(1, 2, 0).contiguous().numpy()
+                image = v2.RandomErasing(self.erase, value=mean)(image)
+            return image.permute(1, 2, 0).contiguous().numpy()
         finally:
             torch.set_rng_state(before)
 
 
 class Mixup(StrictModel):
-    """`mixup` and `cutmix` are the alphas of their Beta distributions, 0 for never.
+    """Mixup and CutMix; `mixup` and `cutmix` are the alphas of their Beta distributions, 0 disables one.
 
-    Where both are set, each batch gets one of them with equal chance. The neighbour of the first picture is
-    the last one, so that a batch of any size will do.
+    If both are enabled, each batch uses one of them with equal probability. Each image is mixed with its
+    neighbor in the batch, the first one with the last one.
     """
 
     mixup: NonNegative = 0.0
     cutmix: NonNegative = 0.0
 
     def __call__(self, images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-        """Return float *images* (B, 3, H, W) and what to learn: classes (B,) or their shares (B, classes).
+        """Mix float *images* (B, 3, H, W); returns them with labels (B,) or mixed labels (B, classes).
 
-        Draws from torch's generator of the CPU.
+        Draws from torch's default CPU generator.
         """
         if self.mixup == 0 and self.cutmix == 0:
             return images, labels
-        use_cutmix = self.mixup == 0 or (self.cutmix > 0 and bool(torch.rand(()) < 0.5))
-        way = (
-            v2.CutMix(alpha=self.cutmix, num_classes=classes)
-            if use_cutmix
-            else v2.MixUp(alpha=self.mixup, num_classes=classes)
-        )
-        mixed: tuple[Tensor, Tensor] = way(images, labels)
+        transform: v2.Transform = v2.MixUp(alpha=self.mixup, num_classes=classes) if self.mixup else None
+        if self.cutmix and (transform is None or bool(torch.rand(()) < 0.5)):
+            transform = v2.CutMix(alpha=self.cutmix, num_classes=classes)
+        mixed: tuple[Tensor, Tensor] = transform(images, labels)
         return mixed

@@ -1,4 +1,4 @@
-"""The kinds of data a recipe can name, and the one function that opens them."""
+"""The data sources that a recipe can name, and the function that opens them."""
 
 from typing import Annotated
 
@@ -9,8 +9,8 @@ from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.datasets.places import PlacesConfig, open_places
 from sopdeploy.data.datasets.small import CifarConfig, DigitsConfig, open_cifar, open_digits
 from sopdeploy.data.datasets.small_imagenet import SmallImageNetConfig, open_small_imagenet
-from sopdeploy.data.image_files import Opening, Say
-from sopdeploy.data.validation import without_unreadable
+from sopdeploy.data.image_files import Log, OpenOptions
+from sopdeploy.data.validation import drop_unreadable
 
 DataConfig = Annotated[
     DigitsConfig | FolderConfig | CifarConfig | SmallImageNetConfig | PlacesConfig,
@@ -18,10 +18,11 @@ DataConfig = Annotated[
 ]
 
 
-def open_data(config: DataConfig, say: Say = lambda _line: None) -> Split:
-    """Return the pictures to learn from and those held out; *say* is told what takes long or is left out.
+def open_data(config: DataConfig, log: Log = lambda _line: None) -> Split:
+    """Open the training and held-out images of *config*.
 
-    Raises `ConfigError` where no path is set, `DataError` naming what is wrong with the data.
+    Slow steps and skipped files are reported to *log*. Raises `ConfigError` if no path is set and `DataError`
+    if the data cannot be used.
     """
     match config:
         case DigitsConfig():
@@ -31,6 +32,6 @@ def open_data(config: DataConfig, say: Say = lambda _line: None) -> Split:
         case SmallImageNetConfig():
             return open_small_imagenet(config)
         case FolderConfig() | PlacesConfig():
-            opening = Opening(config.cache, say)
-            found = open_folder(config, opening) if config.kind == "folder" else open_places(config, opening)
-            return without_unreadable(found, opening) if config.skip_corrupt else found
+            options = OpenOptions(config.cache, log)
+            split = open_folder(config, options) if config.kind == "folder" else open_places(config, options)
+            return drop_unreadable(split, options) if config.skip_corrupt else split

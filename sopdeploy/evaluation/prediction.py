@@ -1,4 +1,4 @@
-"""How good a network is on pictures it has not learnt from."""
+"""Evaluation of networks: metrics during training, and per-image scores of a checkpoint."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,35 +23,34 @@ from sopdeploy.evaluation.metrics import NO_IMAGES, Score
 from sopdeploy.images.preprocess import Preprocess, TtaMode, check_tta_mode, tta_views
 from sopdeploy.layers.normalize import Normalize
 
+SCORE_BATCH = 32  # images, each with up to ten views
+
 
 class ProcessGroup(Protocol):
-    """The processes that share a piece of work; `rank` counts from 0 to `world` - 1."""
+    """Processes that evaluate together; `rank` counts from 0 to `world` - 1."""
 
     rank: int
     world: int
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Return the sum of *values* over the processes."""
+        """Sum *values* over the processes."""
 
 
 class SingleProcessGroup:
-    """Nobody to share with."""
+    """Group of one process."""
 
     rank = 0
     world = 1
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Return *values*."""
+        """Return *values* unchanged."""
         return values
 
 
-BATCH = 32  # pictures; each may have ten views
-
-
 class EvalMetrics(StrictModel):
-    """Shares of `count` pictures whose class is the first or among the first five answers; mean loss.
+    """Top-1 and top-5 accuracy and mean loss over `count` images.
 
-    With fewer than five classes, `top5` counts the pictures whose class is among all answers.
+    With fewer than five classes `top5` covers all of them.
     """
 
     top1: Fraction
@@ -71,45 +70,47 @@ def evaluate(
     processes: ProcessGroup = SingleProcessGroup(),  # noqa: B008  # has no state
     on_batch: Callable[[int], None] = lambda _done: None,
 ) -> EvalMetrics:
-    """Return the figures of the main head of *model* on *dataset*, computed where the model is.
+    """Evaluate the main head of *model* on *dataset*, on the device of the model.
 
-    Every one of *processes* measures its part of the pictures, none twice, and all return the figures of
-    the whole. *on_batch* is told the number of pictures done after every batch, in each process equally
-    often. The model is in eval mode meanwhile and gets its mode back.
+    Each of *processes* evaluates a different part of the images; all return the metrics of the whole.
+    *on_batch* receives the number of images done after every batch, equally often in each process. The model
+    is in eval mode meanwhile. Raises `DataError` if there are no images, `TrainingError` if the loss is not
+    finite.
     """
     device = next(model.parameters()).device
-    normalise = Normalize(preprocess).to(device)
-    mine = list(range(processes.rank, len(dataset), processes.world))
-    batches = [[mine[place] for place in batch] for batch in sequential_batches(len(mine), batch_size)]
-    at_once = batch_size * processes.world
+    normalize = Normalize(preprocess).to(device)
+    own = range(processes.rank, len(dataset), processes.world)
+    batches = [[own[index] for index in batch] for batch in sequential_batches(len(own), batch_size)]
+    step = batch_size * processes.world
     was_training = model.training
     model.eval()
     counts, loss = torch.zeros(3, dtype=torch.int64), torch.zeros((), dtype=torch.float64)
     try:
         loaded = load_batches(dataset, batches, workers, device)
-        for number in range(-(-len(dataset) // at_once)):
-            batch = next(loaded, None)  # the last round may be of other processes only
+        for number in range(-(-len(dataset) // step)):
+            batch = next(loaded, None)  # in the last round only some processes may have a batch
             if batch is not None:
-                logits, labels = model(normalise(batch[0])).double(), batch[1]
-                counts += torch.tensor([hits(logits, labels, 1), hits(logits, labels, 5), len(labels)])
+                logits, labels = model(normalize(batch[0])).double(), batch[1]
+                correct = [_count_correct(logits, labels, k) for k in (1, 5)]
+                counts += torch.tensor([*correct, len(labels)])
                 loss += cross_entropy(logits, labels, reduction="sum").cpu()
-            on_batch(min(len(dataset), (number + 1) * at_once))
+            on_batch(min(len(dataset), (number + 1) * step))
     finally:
         model.train(was_training)
-    top1, top5, done = processes.all_reduce(counts).tolist()
-    return figures(top1, top5, done, float(processes.all_reduce(loss)))
-
-
-def figures(top1: int, top5: int, done: int, loss: float) -> EvalMetrics:
-    """Return the shares; raises `DataError` for no pictures, `TrainingError` for weights that diverged."""
-    if done == 0:
+    top1, top5, count = processes.all_reduce(counts).tolist()
+    total_loss = float(processes.all_reduce(loss))
+    if count == 0:
         raise DataError(NO_IMAGES)
-    if not math.isfinite(loss):
+    if not math.isfinite(total_loss):
         raise TrainingError(
-            "the loss on the held-out pictures is not finite, the weights have diverged; "
-            "lower the learning rate"
+            "the loss on the held-out images is not finite, training has diverged; lower the learning rate"
         )
-    return EvalMetrics(top1=top1 / done, top5=top5 / done, count=done, loss=loss / done)
+    return EvalMetrics(top1=top1 / count, top5=top5 / count, count=count, loss=total_loss / count)
+
+
+def _count_correct(logits: Tensor, labels: Tensor, k: int) -> int:
+    predictions = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return int((predictions == labels[:, None]).sum())
 
 
 def score_checkpoint(
@@ -120,72 +121,65 @@ def score_checkpoint(
     workers: int = 0,
     on_image: Callable[[int, int], None],
 ) -> tuple[tuple[str, ...], list[Score]]:
-    """Return the classes of the checkpoint at *path*, sorted, and its scores on the pictures below *data*.
+    """Score the checkpoint at *path* on the images below *data*, one subfolder per class.
 
-    *data* holds one subfolder per class, matched by name. *on_image* is told how many of how many are done.
+    Returns the sorted class names and the scores. *on_image* receives the numbers of images done and in
+    total.
     """
-    stored = read_checkpoint(path)
-    model = build_classifier(stored, path)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    pictures = open_classes(data.expanduser(), tuple(sorted(stored.labels)))
-    labels = stored.labels
+    checkpoint = read_checkpoint(path)
+    model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
+    images = open_classes(data.expanduser(), tuple(sorted(checkpoint.labels)))
+    labels, rules = checkpoint.labels, checkpoint.preprocess
     try:
-        return pictures.labels, score_images(
-            model, labels, pictures, stored.preprocess, tta=tta, workers=workers, on_image=on_image
-        )
-    except DataError as problem:
-        raise unreadable_images_error(problem, pictures) from None
+        scores = score_images(model, labels, images, rules, tta=tta, workers=workers, on_image=on_image)
+    except DataError as error:
+        raise unreadable_images_error(error, images) from None
+    return images.labels, scores
 
 
 @torch.no_grad()
 def score_images(
     model: nn.Module,
     labels: Sequence[str],
-    pictures: LabeledImages,
+    images: LabeledImages,
     preprocess: Preprocess,
     *,
     tta: str = "none",
     workers: int = 0,
-    on_image: Callable[[int, int], None] = lambda _done, _all: None,
+    on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[Score]:
-    """Return the score of each of *pictures* by *model*, whose outputs are *labels*; matched by name.
+    """Score *model*, whose outputs are *labels*, on *images*; classes are matched by name.
 
-    Of several views the probabilities are averaged. The model must be in eval mode; it computes where it is.
+    Probabilities are averaged over the views of *tta*. The model must be in eval mode and is not moved.
     """
-    wish = check_tta_mode(tta, preprocess)
+    mode = check_tta_mode(tta, preprocess)
     device = next(model.parameters()).device
-    normalise = Normalize(preprocess).to(device)
-    columns = [pictures.labels.index(label) for label in labels]
-    seen = Viewed(pictures, preprocess, wish)
+    normalize = Normalize(preprocess).to(device)
+    columns = [images.labels.index(label) for label in labels]
+    dataset = _TtaDataset(images, preprocess, mode)
     scores: list[Score] = []
-    for images, targets in load_batches(seen, sequential_batches(len(seen), BATCH), workers, device):
-        logits = model(normalise(images.flatten(end_dim=1))).double()
+    for views, targets in load_batches(
+        dataset, sequential_batches(len(dataset), SCORE_BATCH), workers, device
+    ):
+        logits = model(normalize(views.flatten(end_dim=1))).double()
         if not bool(torch.isfinite(logits).all()):
-            raise TrainingError(
-                "the network's answers are not finite; train again with a lower learning rate"
-            )
-        several = logits.softmax(dim=1).unflatten(0, images.shape[:2]).mean(dim=1)
-        ranking = logits if images.shape[1] == 1 else several
+            raise TrainingError("the logits are not finite; train again with a lower learning rate")
+        probabilities = logits.softmax(dim=1).unflatten(0, views.shape[:2]).mean(dim=1)
+        ranking = logits if views.shape[1] == 1 else probabilities  # logits differ where probabilities are 0
         order = ranking.argsort(dim=1, descending=True, stable=True).tolist()
-        for target, places, row in zip(targets.tolist(), order, several.tolist(), strict=True):
-            scores.append(Score.from_ranking(target, [(columns[place], row[place]) for place in places]))
-        on_image(len(scores), len(seen))
+        for target, ranked, row in zip(targets.tolist(), order, probabilities.tolist(), strict=True):
+            scores.append(Score.from_ranking(target, [(columns[column], row[column]) for column in ranked]))
+        on_image(len(scores), len(dataset))
     return scores
 
 
 @dataclass(frozen=True, slots=True)
-class Viewed(ImagesDataset):
-    """Pictures as the service would prepare them, each in several views: (V, crop, crop, 3) uint8."""
+class _TtaDataset(ImagesDataset):
+    """Preprocessed images in several views: (V, crop, crop, 3) uint8."""
 
     preprocess: Preprocess
-    wish: TtaMode
+    mode: TtaMode
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        picture, label = self.pictures[index]
-        return tta_views(lambda rules: rules(picture), self.preprocess, self.wish), label
-
-
-def hits(logits: Tensor, labels: Tensor, k: int) -> int:
-    """Return how many of *labels* are among the first *k* answers."""
-    answers = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return int((answers == labels[:, None]).sum())
+        image, target = self.images[index]
+        return tta_views(lambda rules: rules(image), self.preprocess, self.mode), target

@@ -1,6 +1,6 @@
 """Images with one folder per class: `DIR/<class>/*.jpg`, or the same under train/ and val/.
 
-DIR may be a tar archive instead, or a folder of archives; so may train/ and val/.
+DIR, train/ and val/ may also be tar archives or folders of archives.
 """
 
 from pathlib import Path
@@ -12,28 +12,29 @@ import pydantic
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import Split, hold_out
 from sopdeploy.data.image_files import (
-    ENDINGS,
+    SUFFIXES,
+    FileStore,
     FolderStore,
     ImageFiles,
-    Opening,
-    Store,
+    OpenOptions,
+    count_ignored_files,
     describe_ignored_files,
-    passed_over,
     visible_folders,
 )
 from sopdeploy.data.tar.store import is_archive, open_tars
 from sopdeploy.errors import ConfigError, DataError
 
 TRAIN = "train"
-HELD_OUT = ("val", "valid", "validation", "test")  # the first that exists is measured on
+HELD_OUT = ("val", "valid", "validation", "test")  # the first existing one is used
 
 
 class FolderConfig(StrictModel):
-    """Where the images lie, and which of them are held out where there is no folder of such.
+    """Location of the images and selection of the held-out ones.
 
-    `hold_out` is the fraction of every class, drawn by `hold_out_seed`: it belongs to the data, not to
-    the run, so that runs with other seeds are measured on the same images. `cache` is where indexes of
-    archives are kept and compressed ones unpacked. `skip_corrupt` leaves out images that cannot be read.
+    Without a folder of held-out images, the fraction `hold_out` of every class is selected by
+    `hold_out_seed`. That seed belongs to the data: runs with different seeds are evaluated on the same
+    images. `cache` stores archive indexes and decompressed archives. `skip_corrupt` leaves out unreadable
+    images.
     """
 
     kind: Literal["folder"]
@@ -44,114 +45,108 @@ class FolderConfig(StrictModel):
     skip_corrupt: bool = False
 
 
-def open_folder(config: FolderConfig, opening: Opening | None = None) -> Split:
-    """Return the images of a folder; raises `DataError` naming what cannot be used.
+def open_folder(config: FolderConfig, options: OpenOptions | None = None) -> Split:
+    """Open the training and held-out images of a folder, with classes sorted by name.
 
-    Classes are sorted by name. Hidden folders and files of other kinds are ignored.
+    Hidden folders and files without an image suffix are ignored. Raises `DataError` if the images cannot be
+    used.
     """
     if config.path is None:
-        raise ConfigError(
-            "data.path: not set; give --data DIR, the folder that holds one subfolder per class"
-        )
-    opening = opening or Opening(config.cache)
-    store = open_store(config.path.expanduser(), opening)
-    split = split_of(store, config)
-    others = passed_over(store, store.folders())
-    if others:
-        opening.say(f"{store.root}: ignored files without an image suffix: {describe_ignored_files(others)}")
+        raise ConfigError("data.path: not set; give --data DIR, the folder with one subfolder per class")
+    options = options or OpenOptions(config.cache)
+    store = open_store(config.path.expanduser(), options)
+    split = _open_split(store, config)
+    ignored = count_ignored_files(store, store.folders())
+    if ignored:
+        options.log(f"{store.root}: ignored files without an image suffix: {describe_ignored_files(ignored)}")
     return split
 
 
-def split_of(store: Store, config: FolderConfig) -> Split:
-    """Return the images to learn from and to measure on: of train/ and val/, or of every class a fraction."""
-    names = store.folders()
-    held_names = [name for name in HELD_OUT if name in names]
-    if TRAIN not in names:
-        if names and not set(names) - set(HELD_OUT):
-            raise DataError(
-                f"{store.root}: holds {names[0]} but no {TRAIN}; put the images to learn from there"
-            )
-        return split_folder(store, config)
-    train = store.below(TRAIN)
-    if not held_names:
-        return split_folder(train, config)
-    labels = class_names(train)
-    return Split(train=scan(train, labels), held_out=pictures_of(store.below(held_names[0]), labels))
-
-
-def open_store(path: Path, opening: Opening) -> Store:
-    """Return what lies at *path*: a tar file, or a folder of files, or of tar files and no folders."""
+def open_store(path: Path, options: OpenOptions) -> FileStore:
+    """Open a folder, a tar archive, or a folder that holds archives and no subfolders."""
     if path.is_file() and is_archive(path):
-        return open_tars(path, [path], (TRAIN, *HELD_OUT), opening)
+        return open_tars(path, [path], (TRAIN, *HELD_OUT), options)
     if not path.is_dir():
-        what = "neither a folder nor a tar file" if path.exists() else "no such folder"
+        problem = "neither a folder nor a tar file" if path.exists() else "no such folder"
         raise DataError(
-            f"{path}: {what}; give one that holds one subfolder of images per class, or a tar file"
+            f"{path}: {problem}; give a folder or tar file with one subfolder of images per class"
         )
     if not visible_folders(path):
         archives = sorted(file for file in path.iterdir() if file.is_file() and is_archive(file))
         if archives:
-            return open_tars(path, archives, (TRAIN, *HELD_OUT), opening)
-    return FolderStore(path, lambda inside: open_store(inside, opening))
+            return open_tars(path, archives, (TRAIN, *HELD_OUT), options)
+    return FolderStore(path, lambda inside: open_store(inside, options))
 
 
 def open_classes(root: Path, labels: tuple[str, ...]) -> ImageFiles:
-    """Return the images below *root* for a network that knows *labels*; folders are matched by name.
+    """Open the images below *root* for a network with the classes *labels*, matched by folder name.
 
-    Raises `DataError` naming the classes that only one of both has.
+    Raises `DataError` naming unknown and missing classes.
     """
-    return pictures_of(open_store(root, Opening()), labels)
+    return match_classes(open_store(root, OpenOptions()), labels)
 
 
-def pictures_of(store: Store, labels: tuple[str, ...]) -> ImageFiles:
-    """Return the images of *store*, whose folders must be *labels*; raises `DataError` naming the others."""
+def match_classes(store: FileStore, labels: tuple[str, ...]) -> ImageFiles:
+    """Open the images of *store*, whose folders must be exactly *labels*; raises `DataError`."""
     found = set(store.folders())
     unknown, missing = sorted(found - set(labels)), sorted(set(labels) - found)
-    wrong = []
+    problems = []
     if unknown:
-        wrong.append(f"classes {', '.join(unknown)} are none of those learnt, remove them or learn them too")
+        problems.append(
+            f"classes {', '.join(unknown)} are not training classes, remove them or train on them"
+        )
     if missing:
-        wrong.append(f"classes {', '.join(missing)} of those learnt are missing, add them")
-    if wrong:
-        raise DataError(f"{store.root}: {'; '.join(wrong)}")
-    return scan(store, labels)
+        problems.append(f"training classes {', '.join(missing)} are missing, add them")
+    if problems:
+        raise DataError(f"{store.root}: {'; '.join(problems)}")
+    return scan_classes(store, labels)
 
 
-def class_names(store: Store) -> tuple[str, ...]:
-    """Return the classes of *store*; raises `DataError` for fewer than two."""
+def class_names(store: FileStore) -> tuple[str, ...]:
+    """List the class folders of *store*; raises `DataError` if there are fewer than two."""
     names = store.folders()
     if len(names) > 1:
         return tuple(names)
     if names:
-        raise DataError(f"{store.root}: holds one class only ({names[0]}); a classifier needs at least two")
+        raise DataError(f"{store.root}: holds only one class ({names[0]}); a classifier needs at least two")
     raise DataError(f"{store.root}: holds no class folders; sort the images into one subfolder per class")
 
 
-def scan(store: Store, labels: tuple[str, ...]) -> ImageFiles:
-    """Return the images of every class, sorted; raises `DataError` naming the classes without."""
+def scan_classes(store: FileStore, labels: tuple[str, ...]) -> ImageFiles:
+    """List the images of every class, sorted; raises `DataError` naming the classes without images."""
     found = [store.images(label) for label in labels]
     empty = [label for label, paths in zip(labels, found, strict=True) if not paths]
     if empty:
-        same = f" (as in {', '.join(empty[1:])})" if len(empty) > 1 else ""
-        others = describe_ignored_files(passed_over(store, empty[:1]))
-        instead = f", files of other kinds only ({others})" if others else ""
+        same = f" (also in {', '.join(empty[1:])})" if len(empty) > 1 else ""
+        ignored = describe_ignored_files(count_ignored_files(store, empty[:1]))
+        others = f", only other files ({ignored})" if ignored else ""
         raise DataError(
-            f"{store.root / empty[0]}: no images in this class folder{same}{instead}; "
-            f"add some ({', '.join(ENDINGS)}) or remove the folder"
+            f"{store.root / empty[0]}: no images in this class folder{same}{others}; "
+            f"add some ({', '.join(SUFFIXES)}) or remove the folder"
         )
     paths = np.asarray([path for of_class in found for path in of_class], dtype=np.bytes_)
     targets = np.repeat(np.arange(len(labels)), [len(of_class) for of_class in found])
     return ImageFiles(store, labels, paths, targets)
 
 
-def split_folder(store: Store, config: FolderConfig) -> Split:
-    """Return the images of *store* with a fraction of every class held out."""
+def _open_split(store: FileStore, config: FolderConfig) -> Split:
+    names = store.folders()
+    held_out = [name for name in HELD_OUT if name in names]
+    if TRAIN in names:
+        train = store.open_folder(TRAIN)
+        if held_out:
+            labels = class_names(train)
+            held_images = match_classes(store.open_folder(held_out[0]), labels)
+            return Split(train=scan_classes(train, labels), held_out=held_images)
+        store = train
+    elif names and set(names) <= set(HELD_OUT):
+        raise DataError(f"{store.root}: holds {names[0]} but no {TRAIN}; put the training images there")
     labels = class_names(store)
-    everything = scan(store, labels)
-    counts = np.bincount(everything.targets)
+    images = scan_classes(store, labels)
+    counts = np.bincount(images.targets)
     if counts.min() == 1:
-        alone = store.root / labels[int(counts.argmin())]
-        raise DataError(f"{alone}: one image only; add another, one has to be held out")
-    keys = [path.decode("utf-8", "surrogateescape") for path in everything.paths.tolist()]
-    held = np.asarray(hold_out(keys, everything.targets.tolist(), config.hold_out, config.hold_out_seed))
-    return Split(train=everything.only(~held), held_out=everything.only(held))
+        single = store.root / labels[int(counts.argmin())]
+        raise DataError(f"{single}: only one image; add another, one has to be held out")
+    keys = [path.decode("utf-8", "surrogateescape") for path in images.paths.tolist()]
+    held = np.asarray(hold_out(keys, images.targets.tolist(), config.hold_out, config.hold_out_seed))
+    return Split(train=images.select(~held), held_out=images.select(held))

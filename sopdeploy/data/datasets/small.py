@@ -1,7 +1,7 @@
-"""CIFAR-10 and CIFAR-100: 50 000 + 10 000 colour pictures of 32 x 32 pixels.
+"""Small datasets: CIFAR-10, CIFAR-100 and the scikit-learn digits.
 
-Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009). torchvision checks the
-files against their published checksums before it reads them.
+Source of CIFAR: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009). torchvision
+verifies the published checksums of its files before reading them.
 """
 
 from pathlib import Path
@@ -15,7 +15,10 @@ from sopdeploy.config import StrictModel
 from sopdeploy.data.base import ArrayImages, Split, hold_out
 from sopdeploy.errors import ConfigError, DataError
 
-KINDS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+MAX_DIGIT_VALUE = 16.0  # of a pixel in scikit-learn's digits
+DIGITS_HELD_OUT = 0.2
+DIGITS_SEED = 0  # belongs to the data: runs with different seeds are evaluated on the same images
 
 
 class CifarConfig(StrictModel):
@@ -25,18 +28,24 @@ class CifarConfig(StrictModel):
     path: Path | None = None
 
 
+class DigitsConfig(StrictModel):
+    """The digits have no settings."""
+
+    kind: Literal["digits"]
+
+
 def open_cifar(config: CifarConfig) -> Split:
-    """Return the official training and test pictures; raises `DataError` where they do not lie there."""
-    official = KINDS[config.kind]
+    """Open the official training and test images; raises `DataError` if the files are not complete."""
+    dataset = CIFAR[config.kind]
     if config.path is None:
-        raise ConfigError(f"data.path: not set; give the folder that holds {official.base_folder}")
+        raise ConfigError(f"data.path: not set; give the folder that holds {dataset.base_folder}")
     root = config.path.expanduser()
     try:
-        parts = [official(root=str(root), train=train, download=False) for train in (True, False)]
-    except (RuntimeError, OSError) as problem:
+        parts = [dataset(root=str(root), train=train, download=False) for train in (True, False)]
+    except (RuntimeError, OSError) as error:
         raise DataError(
-            f"{root}: holds no complete {official.base_folder}; unpack {official.url} there"
-        ) from problem
+            f"{root}: holds no complete {dataset.base_folder}; unpack {dataset.url} there"
+        ) from error
     train, held_out = (
         ArrayImages(tuple(part.classes), part.data, np.asarray(part.targets, dtype=np.int64))
         for part in parts
@@ -44,25 +53,14 @@ def open_cifar(config: CifarConfig) -> Split:
     return Split(train=train, held_out=held_out)
 
 
-BRIGHTEST = 16.0  # the data set counts ink in 0..16
-HELD_OUT = 0.2
-SEED = 0  # of the split, not of the run: runs with other seeds are measured on the same pictures
-
-
-class DigitsConfig(StrictModel):
-    """The digits need no settings; the preprocessing enlarges them."""
-
-    kind: Literal["digits"]
-
-
 def open_digits() -> Split:
-    """Return the digits as 8 x 8 grey pictures, one fifth of every class held out."""
+    """Open the digits as 8 x 8 gray images; one fifth of every class is held out."""
     stored = load_digits()
-    images = np.rint(stored.images * (255.0 / BRIGHTEST)).astype(np.uint8)
+    images = np.rint(stored.images * (255.0 / MAX_DIGIT_VALUE)).astype(np.uint8)
     targets = stored.target.astype(np.int64)
     labels = tuple(str(digit) for digit in range(10))
     keys = [str(index) for index in range(len(targets))]
-    held = np.asarray(hold_out(keys, targets.tolist(), HELD_OUT, SEED))
+    held = np.asarray(hold_out(keys, targets.tolist(), DIGITS_HELD_OUT, DIGITS_SEED))
     return Split(
         train=ArrayImages(labels, images[~held], targets[~held]),
         held_out=ArrayImages(labels, images[held], targets[held]),

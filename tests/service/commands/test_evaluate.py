@@ -67,7 +67,7 @@ def test_views_are_averaged_and_a_mirror_changes_nothing_for_the_mean_colour(bun
 
 def test_other_classes_than_the_bundles_are_named(client, bundle_path, folder) -> None:
     (folder / "fox").rename(folder / "yak")
-    message = "classes yak are none of those learnt.*classes fox of those learnt are missing"
+    message = "classes yak are not training classes.*training classes fox are missing"
     with pytest.raises(DataError, match=message):
         scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_image=silent)
     with Client(str(client.base_url)) as asking, pytest.raises(DataError, match=message):
@@ -89,7 +89,7 @@ def test_a_picture_that_is_none_is_named_and_a_service_that_is_not_there_too(
     (folder / "gnu" / "0.jpeg").write_bytes(b"text")
     with pytest.raises(DataError, match=r"gnu/0\.jpeg: this is not an image"):
         scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_image=silent)
-    with Client(str(client.base_url)) as asking, pytest.raises(DataError, match=r"gnu/0\.jpeg: refused"):
+    with Client(str(client.base_url)) as asking, pytest.raises(DataError, match=r"gnu/0\.jpeg: rejected"):
         score_service(asking, folder, on_image=silent)
     with Client("http://127.0.0.1:1", retries=0) as asking, pytest.raises(ServiceError, match="no answer"):
         score_service(asking, folder, on_image=silent)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
-from sopdeploy.data.image_files import Opening
-from sopdeploy.data.tar.index import index_of, read_index
+from sopdeploy.data.image_files import OpenOptions
+from sopdeploy.data.tar.index import load_index, read_index
 from sopdeploy.data.tar.store import cache_folder, open_tars
 from sopdeploy.errors import DataError
 from tests.sopdeploy.data.small_data import jpeg, tar_of, write_classes, write_photos
@@ -89,7 +89,7 @@ def test_an_archive_of_archives_is_read_in_place(tmp_path) -> None:
     with tarfile.open(tmp_path / "all.tar", "w") as archive:
         for label in ("cat", "dog"):
             add(archive, f"{label}.tar", tar_of(photos / "train" / label, tmp_path / "x.tar").read_bytes())
-    store = open_tars(tmp_path / "all.tar", [tmp_path / "all.tar"], (), Opening())
+    store = open_tars(tmp_path / "all.tar", [tmp_path / "all.tar"], (), OpenOptions())
     assert store.folders() == ["cat", "dog"]
     assert store.read(b"dog/3.jpg") == (photos / "train" / "dog" / "3.jpg").read_bytes()
 
@@ -104,7 +104,7 @@ def test_hidden_members_links_and_other_files_are_left_out(tmp_path) -> None:
         pointer.type, pointer.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(twin)
         archive.addfile(pointer)
-    store = open_tars(tmp_path / "p.tar", [tmp_path / "p.tar"], (), Opening())
+    store = open_tars(tmp_path / "p.tar", [tmp_path / "p.tar"], (), OpenOptions())
     assert [store.images(label) for label in ("a", "b")] == [[b"a/1.jpg"], [b"b/1.png", b"b/twin.jpg"]]
     assert store.read(b"a/1.jpg") == store.read(b"b/twin.jpg") == jpeg(2)
 
@@ -118,10 +118,10 @@ def test_a_compressed_archive_is_unpacked_once_and_says_so(tmp_path, ending, ope
     said: list[str] = []
     config = FolderConfig(kind="folder", path=packed)
     for _ in range(2):
-        split = open_folder(config, Opening(tmp_path / "cache", said.append))
+        split = open_folder(config, OpenOptions(tmp_path / "cache", said.append))
     assert same(split.train, open_at(photos).train)
     assert len(said) == 1
-    assert said[0].startswith(f"unpacking {packed} once into {tmp_path / 'cache'}")
+    assert said[0].startswith(f"decompressing {packed} once to {tmp_path / 'cache'}")
     assert {file.suffix for file in (tmp_path / "cache").iterdir()} == {".tar", ".npz"}
 
 
@@ -137,9 +137,9 @@ def test_a_damaged_compressed_archive_leaves_nothing_behind(tmp_path, keep) -> N
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda data: b"no archive at all" * 100, "not a whole tar file"),
-        (lambda data: data[:3000], "cut off|not a whole tar file"),
-        (lambda data: b"", "not a whole tar file|holds no class folders"),
+        (lambda data: b"no archive at all" * 100, "not a tar file"),
+        (lambda data: data[:3000], "truncated|not a tar file"),
+        (lambda data: b"", "not a tar file|holds no class folders"),
     ],
     ids=["text", "cut", "empty"],
 )
@@ -157,29 +157,29 @@ def test_one_name_in_two_shards_is_an_error_with_both(tmp_path) -> None:
     (tmp_path / "shards").mkdir()
     for number in (1, 2):
         tar_of(photos, tmp_path / "shards" / f"{number}.tar")
-    with pytest.raises(DataError, match=r"a/0\.jpg: lies both in .*1\.tar and in .*2\.tar"):
+    with pytest.raises(DataError, match=r"a/0\.jpg: is both in .*1\.tar and in .*2\.tar"):
         open_at(tmp_path / "shards")
 
 
 def test_an_index_is_kept_and_made_anew_when_it_or_the_archive_changes(tmp_path) -> None:
     photos = write_photos(tmp_path / "photos")
     path, cache = tar_of(photos, tmp_path / "p.tar"), cache_folder(tmp_path / "cache")
-    first = index_of(path, cache)
+    first = load_index(path, cache)
     (kept,) = cache.iterdir()
-    assert np.array_equal(index_of(path, cache).offsets, first.offsets)
+    assert np.array_equal(load_index(path, cache).offsets, first.offsets)
     kept.write_bytes(kept.read_bytes()[:-30])
-    assert np.array_equal(index_of(path, cache).names, first.names)
+    assert np.array_equal(load_index(path, cache).names, first.names)
     assert read_index(kept, path.stat().st_size) is not None
     assert read_index(kept, 10) is None
     (photos / "train" / "cat" / "9.jpg").write_bytes(jpeg(9))
     tar_of(photos, path)
     os.utime(path, (1, 1))
-    assert len(index_of(path, cache).names) == len(first.names) + 1
+    assert len(load_index(path, cache).names) == len(first.names) + 1
 
 
 def test_a_folder_of_others_is_no_cache(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     assert cache_folder(None).stat().st_mode & 0o777 == 0o700
     cache_folder(None).chmod(0o777)
-    with pytest.raises(DataError, match=r"others may write there; set data\.cache"):
+    with pytest.raises(DataError, match=r"other users can write there; set data\.cache"):
         cache_folder(None)

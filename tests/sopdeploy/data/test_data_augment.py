@@ -21,7 +21,7 @@ from sopdeploy.images.preprocess import Preprocess
 
 RULES = Preprocess(resize=18, crop=16)
 WAYS = [
-    CenterCrop(kind="centre", flip=0.5),
+    CenterCrop(kind="center", flip=0.5),
     PadCrop(kind="pad-crop", flip=0.5, pad=2),
     RandomResizedCrop(kind="random-resized-crop", flip=0.5),
     RandomSide(kind="random-side", flip=0.5, sides=(16, 40)),
@@ -70,13 +70,13 @@ def test_pictures_of_any_size_and_mode_become_the_networks_input(way, mode, size
 
 
 def test_a_centre_crop_without_mirroring_is_what_evaluation_sees() -> None:
-    view = AugmentedDataset(pictures(), CenterCrop(kind="centre"), RULES, 0, 0)
+    view = AugmentedDataset(pictures(), CenterCrop(kind="center"), RULES, 0, 0)
     assert all(np.array_equal(view[i][0], RULES(pictures()[i][0])) for i in range(12))
 
 
 def test_about_half_of_the_pictures_are_mirrored() -> None:
     many = pictures(400)
-    view = AugmentedDataset(many, CenterCrop(kind="centre", flip=0.5), RULES, 0, 0)
+    view = AugmentedDataset(many, CenterCrop(kind="center", flip=0.5), RULES, 0, 0)
     mirrored = sum(np.array_equal(view[i][0], RULES(many[i][0])[:, ::-1]) for i in range(400))
     assert 160 < mirrored < 240
 

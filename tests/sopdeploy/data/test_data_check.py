@@ -78,7 +78,7 @@ def test_every_file_that_cannot_be_read_is_named(photos) -> None:
 
 def test_a_class_of_one_picture_cannot_be_split(tmp_path) -> None:
     write_classes(tmp_path / "p", ("a", "b"), 1)
-    with pytest.raises(DataError, match="a: one image only; add another"):
+    with pytest.raises(DataError, match="a: only one image; add another"):
         check(tmp_path / "p").must_be_usable()
 
 

@@ -113,17 +113,17 @@ def test_a_file_name_that_is_no_utf8_is_read(tmp_path) -> None:
 
 BAD_FOLDERS = [
     ({}, "holds no class folders; sort the images into one subfolder per class"),
-    ({"a": 3}, "holds one class only (a); a classifier needs at least two"),
+    ({"a": 3}, "holds only one class (a); a classifier needs at least two"),
     ({"a": 3, "b": 0}, "b: no images in this class folder; add some"),
-    ({"a": 3, "b": 1}, "b: one image only; add another"),
+    ({"a": 3, "b": 1}, "b: only one image; add another"),
     ({"train": 0}, "train: holds no class folders"),
-    ({"train__a": 2, "train__b": 2, "val__a": 1}, "val: classes b of those learnt are missing, add them"),
+    ({"train__a": 2, "train__b": 2, "val__a": 1}, "val: training classes b are missing, add them"),
     (
         {"train__a": 2, "train__b": 2, "val__a": 1, "val__b": 1, "val__c": 1, "val__d": 1},
-        "val: classes c, d are none of those learnt, remove them or learn them too",
+        "val: classes c, d are not training classes, remove them",
     ),
     ({"train__a": 2, "train__b": 2, "val__a": 1, "val__b": 0}, "b: no images in this class folder"),
-    ({"val__a": 2, "val__b": 2}, "holds val but no train; put the images to learn from there"),
+    ({"val__a": 2, "val__b": 2}, "holds val but no train; put the training images there"),
 ]
 
 
@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_used_is_named_with_what_to_do(tmp_path, counts,
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path) -> None:
-    with pytest.raises(DataError, match="nowhere: no such folder; give one that holds one subfolder"):
+    with pytest.raises(DataError, match="nowhere: no such folder; give a folder or tar file"):
         open_at(tmp_path / "nowhere")
 
 
@@ -161,8 +161,8 @@ def cut_short(path: Path) -> None:
 
 
 BAD_IMAGES = [
-    ("text", lambda path: path.write_text("no picture"), "not an image; delete it"),
-    ("empty", lambda path: path.write_bytes(b""), "not an image; delete it"),
+    ("text", lambda path: path.write_text("no picture"), "not an image; delete or replace it"),
+    ("empty", lambda path: path.write_bytes(b""), "not an image; delete or replace it"),
     ("truncated", cut_short, "cannot be read"),
     ("a folder", lambda path: (path.unlink(), path.mkdir()), None),
     ("gone", lambda path: path.unlink(), "cannot be read"),

@@ -33,9 +33,9 @@ BROKEN = [
     ("categories_places365.txt", None, "cannot be read"),
     ("categories_places365.txt", "/a/abbey 0\n/a/abbey 1\n", "needs different classes"),
     ("categories_places365.txt", "/a/abbey 0\n/b/bar 2\n", "numbered from 0 without gaps"),
-    ("categories_places365.txt", "/a/abbey 0\n/b/bar 0\n", "number 0 stands twice"),
-    ("categories_places365.txt", "abbey\n", "line 1 is no name and number"),
-    ("places365_val.txt", "Places365_val_00000000.jpg 7\n", "classes 7 are none of categories_places365"),
+    ("categories_places365.txt", "/a/abbey 0\n/b/bar 0\n", "number 0 occurs twice"),
+    ("categories_places365.txt", "abbey\n", "line 1 is not a name and a number"),
+    ("places365_val.txt", "Places365_val_00000000.jpg 7\n", "classes 7 are not in categories_places365"),
     (
         "places365_val.txt",
         "Places365_val_00000000.jpg 0\n",

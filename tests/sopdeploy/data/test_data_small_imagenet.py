@@ -67,19 +67,19 @@ def test_a_matlab_file_shows_the_same_pictures_upright(tmp_path) -> None:
 def test_a_matlab_file_whose_numbers_lie_elsewhere_is_refused(tmp_path) -> None:
     with h5py.File(tmp_path / "imdb.mat", "w") as file:
         file["images"] = h5py.ExternalLink("/etc/passwd", "/images")
-    with pytest.raises(DataError, match=r"not a whole MATLAB 7\.3 imdb .*lies in another file"):
+    with pytest.raises(DataError, match=r"damaged MATLAB 7\.3 imdb .*link to another file"):
         open_at(tmp_path / "imdb.mat")
     (tmp_path / "text.mat").write_text("no HDF5")
-    with pytest.raises(DataError, match=r"not a whole MATLAB 7\.3 imdb"):
+    with pytest.raises(DataError, match=r"damaged MATLAB 7\.3 imdb"):
         open_at(tmp_path / "text.mat")
 
 
 WRONG = [
     ({"labels": [1, 2, 3, 1, 2, 3]}, "holds no data and labels"),
     ({"data": planes(6, 32), "labels": [1] * 6}, "is it of another size than 64 x 64"),
-    ({"data": planes(6, 64), "labels": [1] * 5}, "needs one class from 1 for each of its 6"),
-    ({"data": planes(6, 64), "labels": [0] * 6}, "needs one class from 1"),
-    ({"data": planes(6, 64), "labels": [5] * 6}, "no pictures of the classes 4"),
+    ({"data": planes(6, 64), "labels": [1] * 5}, "needs one class, counted from 1, for each of its 6"),
+    ({"data": planes(6, 64), "labels": [0] * 6}, "needs one class, counted from 1"),
+    ({"data": planes(6, 64), "labels": [5] * 6}, "no images of the classes 4"),
 ]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.sources import open_data
-from sopdeploy.data.validation import kept_finding, unreadable_images_error
+from sopdeploy.data.validation import cached_unreadable, unreadable_images_error
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.prediction import score_checkpoint
 from sopdeploy.training.loop import train
@@ -44,7 +44,7 @@ def test_a_run_that_meets_one_names_all_and_stops(spoilt, tmp_path, workers) -> 
     with pytest.raises(DataError) as problem:
         train(recipe_for(spoilt, f"workers={workers}"), tmp_path / "run")
     text = str(problem.value)
-    assert text.startswith("3 pictures cannot be used (data.skip_corrupt=true leaves them out): ")
+    assert text.startswith("3 images cannot be used (set data.skip_corrupt=true to leave them out): ")
     assert all(
         name in text for name in ("train/cat/1.jpg: not", "train/dog/2.jpg: can", "val/dog/0.jpg: not")
     )
@@ -67,7 +67,7 @@ def test_left_out_they_are_counted_and_named(spoilt, tmp_path) -> None:
         ("val", "dog", "0.jpg"),
     ]
     (warning,) = [facts["warning"] for event, facts in onlooker.told if event == "warned"]
-    assert warning.startswith("3 pictures cannot be read and are left out: ")
+    assert warning.startswith("3 unreadable images are left out: ")
 
 
 def test_a_run_without_them_is_resumed_bit_for_bit(spoilt, tmp_path) -> None:
@@ -91,22 +91,22 @@ def test_a_picture_repaired_in_between_stops_the_resume(spoilt, tmp_path) -> Non
 def test_a_class_of_which_nothing_is_left_is_named(spoilt) -> None:
     for file in (spoilt / "val" / "dog").iterdir():
         file.write_bytes(b"")
-    with pytest.raises(DataError, match="no image of the classes dog can be read"):
+    with pytest.raises(DataError, match="no readable image in the classes dog"):
         open_data(FolderConfig(kind="folder", path=spoilt, skip_corrupt=True))
 
 
 def test_what_was_found_is_kept_until_a_file_changes(spoilt, tmp_path, monkeypatch) -> None:
     pictures = open_folder(FolderConfig(kind="folder", path=spoilt)).train
     cache = tmp_path / "cache"
-    assert kept_finding(pictures, cache) == [1, 6]
+    assert cached_unreadable(pictures, cache) == [1, 6]
     with monkeypatch.context() as patch:
         patch.setattr("sopdeploy.data.validation.find_unreadable", lambda _: {0: "asked again"})
-        assert kept_finding(pictures, cache) == [1, 6]
+        assert cached_unreadable(pictures, cache) == [1, 6]
         (spoilt / "train" / "cat" / "1.jpg").write_bytes(jpeg(1))
-        assert kept_finding(pictures, cache) == [0]
+        assert cached_unreadable(pictures, cache) == [0]
 
 
 def test_an_evaluation_names_all_too(spoilt, tmp_path) -> None:
     result = train(recipe_for(spoilt, "data.skip_corrupt=true", "epochs=1"), tmp_path / "run")
-    with pytest.raises(DataError, match="2 pictures cannot be used"):
+    with pytest.raises(DataError, match="2 images cannot be used"):
         score_checkpoint(result.best, spoilt / "train", on_image=lambda _done, _all: None)

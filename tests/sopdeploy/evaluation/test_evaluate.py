@@ -85,7 +85,7 @@ def test_the_network_sees_the_normalised_pictures_of_the_service_and_keeps_its_m
 def test_a_network_that_has_diverged_is_an_error() -> None:
     model = FromPixels(3)
     model.scale.data.fill_(float("nan"))
-    with pytest.raises(TrainingError, match="held-out pictures is not finite"):
+    with pytest.raises(TrainingError, match="held-out images is not finite"):
         evaluate(model, pictures([0], [0], 3), RULES)
 
 
@@ -154,8 +154,8 @@ def test_views_of_a_checkpoint_are_averaged(stored, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({"a": 1, "b": 1, "c": 1}, "classes c are none of those learnt"),
-        ({"a": 1}, "classes b of those learnt are missing"),
+        ({"a": 1, "b": 1, "c": 1}, "classes c are not training classes"),
+        ({"a": 1}, "training classes b are missing"),
         ({"a": 1, "b": 0}, "no images in this class folder"),
     ],
 )

@@ -98,7 +98,7 @@ def test_a_source_is_told_by_what_it_is(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("{tmp}", "without a manifest.json"), ("ftp://host/x", "only services on http://")],
+    [("{tmp}", "it has no manifest.json"), ("ftp://host/x", "only services on http://")],
 )
 def test_what_gives_no_answers_is_refused(source, message, tmp_path) -> None:
     with pytest.raises(ConfigError, match=message):

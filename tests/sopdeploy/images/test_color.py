@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sopdeploy.data.image_files import opened
+from sopdeploy.data.image_files import open_image
 from sopdeploy.images import color as colours
 from sopdeploy.images.color import SIXTEEN_BIT, in_rgb, is_transparent, match_transparency, tile_boxes
 
@@ -157,7 +158,7 @@ TRANSPARENT = {
 @pytest.mark.parametrize("kind", TRANSPARENT)
 def test_the_transparent_colour_of_a_png_shows_the_background_in_every_depth(kind):
     body, expected = TRANSPARENT[kind]
-    picture = opened(body, "a.png")
+    picture = open_image(body, Path("a.png"))
     assert list(map(tuple, np.asarray(in_rgb(picture, GREEN))[0])) == expected
     assert is_transparent(picture)
 

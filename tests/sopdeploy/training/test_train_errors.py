@@ -124,7 +124,7 @@ def test_an_unreadable_image_ends_the_run_on_one_line_and_leaves_nothing(tmp_pat
     for path in (tmp_path / "images" / "a").iterdir():
         path.write_bytes(b"no image")
     recipe = short_recipe(*ONE, f"data.path={tmp_path / 'images'}", f"workers={workers}")
-    with pytest.raises(DataError, match=r"a/00\d\.jpg: not an image; delete it or put the right file there$"):
+    with pytest.raises(DataError, match=r"a/00\d\.jpg: not an image; delete or replace it$"):
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
