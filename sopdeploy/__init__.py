@@ -1,7 +1,8 @@
-"""sopdeploy: train with second-order pooling, deploy a first-order network, prove the difference.
+"""sopdeploy: train with second-order pooling, deploy a first-order network, prove that they are equal.
 
-`create_model(name, num_classes=..., **config)` builds a network of the catalog, `list_models()`
-names them, `describe(name, **config)` counts them. Importing this package imports no torch.
+`create_model(name, num_classes=..., **config)` builds a network of the catalog, `list_models()` lists the
+names, and `describe(name, **config)` counts parameters and multiply-adds. Importing sopdeploy does not import
+torch.
 """
 
 from typing import Any
@@ -12,9 +13,9 @@ __all__ = ["__version__", "create_model", "describe", "list_models"]
 
 def __getattr__(name: str) -> Any:
     if name in {"create_model", "list_models"}:
-        from sopdeploy.models import registry as catalog
+        from sopdeploy.models import registry
 
-        return getattr(catalog, name)
+        return getattr(registry, name)
     if name == "describe":
         from sopdeploy.models.describe import describe
 

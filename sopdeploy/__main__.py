@@ -1,18 +1,16 @@
-"""What the script `sopdeploy` and `python -m sopdeploy` begin with."""
+"""Entry point of the `sopdeploy` script and of `python -m sopdeploy`."""
 
 import sys
 
-STOPPED = 130  # what a shell says of a program that Ctrl-C ended
-
 
 def main() -> None:
-    """Run the command line; a Ctrl-C while it is still loading ends it as quietly as one later."""
+    """Run the command line; Ctrl-C during import exits quietly with code 130, as a shell does."""
     try:
         from sopdeploy.cli.app import main as run
 
         run()
     except KeyboardInterrupt:
-        sys.exit(STOPPED)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""`ckpt.pt`: the only meeting point of training and export, and the only place that reads `.pt` files.
+"""Checkpoint files (`.pt`), the interface between training and export.
 
-A checkpoint is one plain dict of tensors, numbers, strings, lists and dicts, so that
-`torch.load(weights_only=True)` reads it without running code. It is written to a `.partial` name, flushed
-to the disk and renamed, and the folder is flushed too: a power cut leaves the old file or the new one.
+A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so `torch.load(weights_only=True)` reads
+it without running code. Writing flushes a `.partial` file, renames it and flushes the folder, so after a
+power failure either the old or the new file exists. No other module reads `.pt` files.
 """
 
 import os
-import pickle  # only for the name of the error that torch.load raises
+import pickle  # for the exception type of torch.load
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,14 +27,14 @@ VERSION = 1
 
 
 class ModelRecord(StrictModel):
-    """Which network of the catalog the weights belong to, with every switch of its config."""
+    """Catalog name and full config of the network."""
 
     name: str
     config: dict[str, Any]
 
 
 class Header(StrictModel):
-    """Everything in a checkpoint but its tensors."""
+    """All checkpoint fields except weights and resume state."""
 
     format: Literal["sopdeploy-checkpoint"]
     version: Literal[1]
@@ -53,11 +53,16 @@ class Header(StrictModel):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A trained network with what is needed to use it.
+    """A trained network and everything needed to use it.
 
-    `weights` is the state dict of the whole training network (averaged weights if averaging was on);
-    `training` records recipe, epoch, best figures, seed and versions; `resume` holds optimizer,
-    scheduler and random states, or `None` in a checkpoint that is only to be used.
+    Attributes:
+        model: catalog name of the network.
+        config: keyword arguments of `create_model`.
+        weights: state dict of the training network; the averaged weights if EMA was enabled.
+        labels: class names in output order.
+        preprocess: image preprocessing.
+        training: recipe, epoch, best metrics, seed and versions.
+        resume: optimizer, scheduler and random states; `None` if training cannot be resumed from the file.
     """
 
     model: str
@@ -70,7 +75,7 @@ class Checkpoint:
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write *checkpoint* to *path*, all or nothing; raises `CheckpointError` where it cannot."""
+    """Write *checkpoint* to *path* atomically; raise `CheckpointError` on failure."""
     content: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -88,40 +93,34 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        flush_folder(path.parent)
-    except (OSError, RuntimeError) as problem:
-        full = f"; is there room in {path.parent}?" if isinstance(problem, RuntimeError) else ""
-        raise CheckpointError(f"{path}: cannot be written ({problem}){full}") from problem
-
-
-def flush_folder(folder: Path) -> None:
-    """Bring the names in *folder* to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except (OSError, RuntimeError) as error:
+        hint = f"; is the disk of {path.parent} full?" if isinstance(error, RuntimeError) else ""
+        raise CheckpointError(f"{path}: cannot be written ({error}){hint}") from error
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Return the checkpoint at *path*, its tensors on the CPU.
+    """Read the checkpoint at *path* with all tensors on the CPU.
 
-    Raises `CheckpointError` for a missing or damaged file, another format, or one that would need to
-    run code to be read.
+    Raises `CheckpointError` if the file is missing, damaged, of another format or would run code.
     """
     content = load_plain(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them, weights of other "
-            "projects have to be imported (`sopdeploy import`)"
+            f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; use "
+            "`sopdeploy import` for weights of other projects"
         )
     weights, resume = content.pop("weights", None), content.pop("resume", None)
     try:
         header = Header.model_validate(content)
-    except pydantic.ValidationError as problem:
-        raise CheckpointError(f"{path}: {first_problem(problem)}; train or import it again") from problem
+    except pydantic.ValidationError as error:
+        raise CheckpointError(f"{path}: {first_problem(error)}; train or import it again") from error
     if not is_state_dict(weights):
-        raise CheckpointError(f"{path}: its weights are not a table of tensors; train or import it again")
+        raise CheckpointError(f"{path}: its weights are not a dict of tensors; train or import it again")
     return Checkpoint(
         model=header.model.name,
         config=header.model.config,
@@ -134,35 +133,31 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_plain(path: Path, advice: str = "only open checkpoints that sopdeploy wrote") -> Any:
-    """Return what `torch.load(weights_only=True)` reads from *path*: never runs code of the file.
+    """Load *path* with `torch.load(weights_only=True)`, which never runs code of the file.
 
-    *advice* ends the refusal of a file that would need to run code.
+    *advice* ends the error message for a file that would run code.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: {why_no_file(path)}")
+        hint = "no such file; use the best.pt of a training run"
+        if (path / "manifest.json").is_file():
+            hint = "a bundle, which is already exported; use the best.pt of a training run"
+        elif (path / "best.pt").is_file():
+            hint = f"a folder; use {path / 'best.pt'}"
+        raise CheckpointError(f"{path}: {hint}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as problem:
-        raise CheckpointError(f"{path}: cannot be read ({problem.strerror or problem})") from problem
-    except pickle.UnpicklingError as problem:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, it is no plain table of tensors and reading it could run code; {advice}"
-        ) from problem
-    except Exception as problem:  # whatever a damaged file makes of torch's readers
-        raise CheckpointError(f"{path}: damaged or not a checkpoint; copy or train it again") from problem
-
-
-def why_no_file(path: Path) -> str:
-    """Return what is at *path* in place of a checkpoint, and what to give instead."""
-    if (path / "manifest.json").is_file():
-        return "a bundle, which was exported already; give the best.pt of a training run"
-    if (path / "best.pt").is_file():
-        return f"a folder; give {path / 'best.pt'}"
-    return "no such file; give the best.pt of a training run"
+            f"{path}: refused, it contains objects other than tensors and reading it could run code; {advice}"
+        ) from error
+    except Exception as error:  # torch raises many types for damaged files
+        raise CheckpointError(f"{path}: damaged or not a checkpoint; copy or train it again") from error
 
 
 def is_state_dict(weights: Any) -> bool:
-    """Say whether *weights* is a non-empty table of names and tensors."""
+    """Check whether *weights* is a non-empty dict of names and tensors."""
     return (
         isinstance(weights, dict)
         and len(weights) > 0
@@ -170,22 +165,21 @@ def is_state_dict(weights: Any) -> bool:
     )
 
 
-def storage(tensor: Tensor) -> str:
-    """Return how the numbers of *tensor* are stored, such as `float32 strided on cpu`."""
+def _layout(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tensor.layout} on {tensor.device}".replace("torch.", "")
 
 
 def build_classifier(checkpoint: Checkpoint, where: Path) -> Classifier:
-    """Return the network of *checkpoint* with its weights, in eval mode.
+    """Build the network of *checkpoint* and load its weights, in eval mode.
 
-    Raises `CheckpointError` naming *where* and the first tensor that is missing, unknown, of another
-    shape or dtype, or not finite.
+    Raises `CheckpointError` naming *where* and the first tensor that is missing, unknown not finite, or has
+    another shape, dtype or layout.
     """
     try:
-        make_config(checkpoint.model, checkpoint.config)  # a key may be named as an argument of create_model
+        make_config(checkpoint.model, checkpoint.config)  # rejects keys that shadow arguments
         network = create_model(checkpoint.model, num_classes=len(checkpoint.labels), **checkpoint.config)
-    except ConfigError as problem:
-        raise CheckpointError(f"{where}: {problem}") from problem
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
     expected = network.state_dict()
     for name, tensor in expected.items():
         if name not in checkpoint.weights:
@@ -193,8 +187,8 @@ def build_classifier(checkpoint: Checkpoint, where: Path) -> Classifier:
         found = checkpoint.weights[name]
         if found.shape != tensor.shape:
             raise CheckpointError(f"{where}: {name} is {tuple(found.shape)}, not {tuple(tensor.shape)}")
-        if storage(found) != storage(tensor):
-            raise CheckpointError(f"{where}: {name} is {storage(found)}, not {storage(tensor)}")
+        if _layout(found) != _layout(tensor):
+            raise CheckpointError(f"{where}: {name} is {_layout(found)}, not {_layout(tensor)}")
         if found.is_floating_point() and not bool(torch.isfinite(found).all()):
             raise CheckpointError(f"{where}: {name} has values that are not finite; train again")
     unknown = sorted(checkpoint.weights.keys() - expected.keys())

@@ -1,4 +1,4 @@
-"""The machine that a measured figure depends on. No torch here."""
+"""The machine, installed packages and optional imports. Does not import torch."""
 
 import importlib
 import os
@@ -12,7 +12,7 @@ from sopdeploy.errors import SopdeployError
 
 
 def machine() -> dict[str, str | int | float]:
-    """Return what a figure depends on: processor, usable cores, load, system."""
+    """Describe the machine for benchmark reports: processor, usable cores, load average and system."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "processor": processor(),
@@ -23,35 +23,35 @@ def machine() -> dict[str, str | int | float]:
 
 
 def processor() -> str:
-    """Return the processor's own name, where the system tells it."""
+    """Return the processor model from /proc/cpuinfo, or the architecture if it is not listed."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
-    """Return the version of each of *packages* that is installed, by its own record: nothing is imported."""
-    found = {}
+    """Look up the version of each installed package in *packages* without importing it."""
+    versions = {}
     for package in packages:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def install_hint(package: str, source: str) -> str:
-    """Return the line on *package*, which `pip install` of *source* brings: an extra or its own name."""
+    """Explain how to install *package*; *source* is the `pip install` argument, such as `sopdeploy[s3]`."""
     return f'{package} is not installed; run: pip install "{source}"'
 
 
 def import_optional(
     module: str, package: str, source: str, error: type[SopdeployError], needed_by: str = ""
 ) -> Any:
-    """Return *module* of *package*; where it is missing raises *error*: *needed_by*, and how to get it."""
+    """Import *module* of *package*; if it is missing, raise *error* with *needed_by* and an install hint."""
     try:
         return importlib.import_module(module)
     except ImportError as problem:
-        where = f"{needed_by}: " if needed_by else ""
-        raise error(where + install_hint(package, source)) from problem
+        prefix = f"{needed_by}: " if needed_by else ""
+        raise error(prefix + install_hint(package, source)) from problem

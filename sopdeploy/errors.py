@@ -1,31 +1,32 @@
-"""Every error a user can meet, on one page.
+"""All errors that sopdeploy raises for users. Exit codes, codes and HTTP statuses: docs/errors.md.
 
-SopdeployError              one line: what, where, what to do; the CLI ends with exit code 2
- +- ConfigError             a value in a recipe, a config or an option is wrong
- +- DataError               a data folder or an image in it cannot be used
- +- CheckpointError         the file is not a sopdeploy checkpoint, is unsafe or is damaged
- +- WeightsError            a weight file of another project cannot be read or is another network
- +- TrainingError           training cannot go on (a number is no longer finite, say)
- +- DetachError             there is nothing to detach, or a training-only name does not exist
- +- CertificateError        what is left after detaching is not the plain network
- +- LoweringError           the network has no ONNX form that every runtime accepts
- +- ParityError             the exported file gives other numbers than the network
- +- BundleError             files and manifest of a bundle disagree
- +- EngineError             a TensorRT engine cannot be built, or is not what was asked for
+SopdeployError
+ +- ConfigError             invalid value in a recipe, config or option
+ +- DataError               unusable data folder or image file
+ +- CheckpointError         not a sopdeploy checkpoint, unsafe or damaged
+ +- WeightsError            unreadable weight file of another project, or another network
+ +- TrainingError           training cannot continue
+ +- DetachError             nothing to detach, or unknown training-only module
+ +- CertificateError        detached network differs from the plain network
+ +- LoweringError           no ONNX form that all runtimes accept
+ +- ParityError             exported file and network compute different numbers
+ +- BundleError             bundle files and manifest do not match
+ +- EngineError             TensorRT engine cannot be built or violates the request
  +- RuntimeUnavailableError no runtime on this machine can run the bundle
- +- StorageError            a disk is full, or somebody else's, or only reads
- +- ImageError              a picture cannot be used; the service answers with its own 4xx
- +- ServiceError            a server answered with an error; has the problem's code and status
- +- OverloadedError         a ServiceError: the server refused for now, and went on refusing
- +- UnreachableError        a ServiceError: no answer came at all, or none in time
+ +- StorageError            file cannot be read or written
+ +- ImageError              unusable image, with an HTTP status
+ +- ServiceError            error response of a server
+ +- OverloadedError         a ServiceError: the server rejected every attempt for now (429, 503)
+ +- UnreachableError        a ServiceError: no response, or none before the deadline
 """
 
 
 class SopdeployError(Exception):
-    """Shown to the user as it is; names the file or value and the next step.
+    """Base class. The message is one line that names the file or value and the next step.
 
-    `code` is stable: scripts may ask for it, a kind keeps the one it has. `told` where several processes
-    compute together: another one has shown the same line.
+    Attributes:
+        code: stable identifier for scripts.
+        told: whether another process of the same run has already printed the error.
     """
 
     code: str = "failed"
@@ -33,13 +34,13 @@ class SopdeployError(Exception):
 
 
 class ConfigError(SopdeployError):
-    """A value in a recipe, a config or an option is wrong."""
+    """Invalid value in a recipe, config or option."""
 
     code = "wrong_value"
 
 
 class DataError(SopdeployError):
-    """A data folder or an image in it cannot be used."""
+    """Unusable data folder or image file."""
 
     code = "unusable_data"
 
@@ -51,49 +52,49 @@ class CheckpointError(SopdeployError):
 
 
 class WeightsError(SopdeployError):
-    """A weight file of another project cannot be read or is another network."""
+    """A weight file of another project is unreadable or belongs to another network."""
 
     code = "unusable_weights"
 
 
 class TrainingError(SopdeployError):
-    """Training cannot go on."""
+    """Training cannot continue, for example because the loss is not finite."""
 
     code = "training_failed"
 
 
 class DetachError(SopdeployError):
-    """There is nothing to detach, or a training-only name does not exist."""
+    """The network has nothing to detach, or the training-only module does not exist."""
 
     code = "wrong_detach"
 
 
 class CertificateError(SopdeployError):
-    """What is left after detaching is not the plain network."""
+    """The detached network differs from the plain network."""
 
     code = "not_certified"
 
 
 class LoweringError(SopdeployError):
-    """The network has no ONNX form that every runtime accepts."""
+    """The network has no ONNX form that all runtimes accept."""
 
     code = "not_lowered"
 
 
 class ParityError(SopdeployError):
-    """The exported file gives other numbers than the network it came from."""
+    """The exported file and its network compute different numbers."""
 
     code = "numbers_differ"
 
 
 class BundleError(SopdeployError):
-    """Files and manifest of a bundle disagree."""
+    """Files and manifest of a bundle do not match."""
 
     code = "unusable_bundle"
 
 
 class EngineError(SopdeployError):
-    """A TensorRT engine cannot be built, or is not what was asked for."""
+    """A TensorRT engine cannot be built, or differs from the request."""
 
     code = "no_engine"
 
@@ -105,16 +106,13 @@ class RuntimeUnavailableError(SopdeployError):
 
 
 class StorageError(SopdeployError):
-    """A file cannot be read or written: no space, no permission, a medium that only reads."""
+    """A file cannot be read or written: no space, no permission or a read-only file system."""
 
     code = "no_storage"
 
 
 class ImageError(SopdeployError):
-    """A picture cannot be used.
-
-    `code` is stable and machine-readable; `status` is the HTTP answer that fits it.
-    """
+    """An image cannot be used; *status* is the matching HTTP status."""
 
     code = "unusable_image"
 
@@ -125,11 +123,7 @@ class ImageError(SopdeployError):
 
 
 class ServiceError(SopdeployError):
-    """A server answered with an error.
-
-    `code` is the stable one of the problem that it sent; `status` is the HTTP status, 0 where there was no
-    answer.
-    """
+    """Error response of a server: its problem *code* and HTTP *status* (0 without a response)."""
 
     code = "service_error"
 
@@ -140,9 +134,9 @@ class ServiceError(SopdeployError):
 
 
 class OverloadedError(ServiceError):
-    """The server refused for now (429, 503), and went on until there was no time or attempt left.
+    """The server rejected every attempt for now (429, 503).
 
-    `retry_after` is how many seconds it asked to wait the last time; 0 where it said nothing.
+    *retry_after* is the delay in seconds that its last response asked for, 0 if none.
     """
 
     code = "overloaded"
@@ -153,6 +147,6 @@ class OverloadedError(ServiceError):
 
 
 class UnreachableError(ServiceError):
-    """No answer came, or none before the deadline."""
+    """The server did not respond, or not before the deadline."""
 
     code = "unreachable"

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: each is written beside its place and takes it in one step."""
+"""Atomic file writes and file hashes."""
 
 import hashlib
 import os
@@ -7,14 +7,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial"
+BLOCK_BYTES = 1 << 20
 
 
 @contextmanager
 def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Give the name to write under; what is there after the block becomes *path*, after an error it goes.
+    """Yield a temporary path; rename it to *path* on success, delete it on error.
 
-    A file that several processes may write at once is *shared*: each writes under a name of its own.
-    Errors of the file system are the caller's to explain.
+    With *shared*, the temporary name contains the process id, for files that several processes may write at
+    the same time. Errors of the file system are raised unchanged.
     """
     own = f".{os.getpid()}" if shared else ""
     partial = path.with_name(f"{path.name}{own}{PARTIAL}")
@@ -27,6 +28,9 @@ def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def sha256(path: Path) -> str:
-    """Return the hash of the file at *path* as hexadecimal digits."""
+    """Compute the sha256 of the file at *path* as hexadecimal digits."""
+    found = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(BLOCK_BYTES):  # Python 3.10, required by TensorRT 8.6, has no file_digest
+            found.update(block)
+    return found.hexdigest()

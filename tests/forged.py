@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.bundle.folder import MANIFEST, REQUIRED, digest, publish, seal, staging
+from sopdeploy.bundle.folder import MANIFEST, REQUIRED, publish, seal, staging
 from sopdeploy.bundle.manifest import BatchRange, Lineage, Manifest, TensorRecord, to_json
+from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
 
 LABELS = ["ant", "bee", "cat"]
@@ -45,7 +46,7 @@ def forge(bundle: Path, **fields: Any) -> Path:
     values = json.loads((bundle / MANIFEST).read_bytes())
     values.pop("id")
     values["files"] = {
-        path.name: {"bytes": path.stat().st_size, "sha256": digest(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(bundle.iterdir())
         if path.is_file() and path.name != MANIFEST
     }

@@ -13,6 +13,7 @@ from sopdeploy.bundle.manifest import BatchRange, Lineage, to_json
 from sopdeploy.bundle.probes import write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import StrictModel
+from sopdeploy.files import sha256
 from sopdeploy.models.base import Classifier
 from sopdeploy_export import report as report_page
 from sopdeploy_export.detach import detach
@@ -130,7 +131,7 @@ def export(
         (folder / "lowering.json").write_bytes(to_json(shipping.rules.model_dump(mode="json")))
         write_probes(folder / "probes.npz", as_probes(images, expected, parity))
         lineage = Lineage(
-            checkpoint_sha256=bundle.digest(checkpoint_path),
+            checkpoint_sha256=sha256(checkpoint_path),
             program_root=certificate.roots.any_batch,
             onnx_root=file_root(folder / "model.onnx"),
         )

@@ -14,11 +14,12 @@ from typing import Annotated
 
 import pydantic
 
-from sopdeploy.bundle.folder import Bundle, digest, staging
+from sopdeploy.bundle.folder import Bundle, staging
 from sopdeploy.bundle.manifest import TensorRecord
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.config import Count, StrictModel
 from sopdeploy.errors import BundleError
+from sopdeploy.files import sha256
 
 TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 WARMUP = "image"
@@ -96,7 +97,7 @@ def refuse_unwritable_labels(bundle: Bundle) -> None:
 def content(folder: Path) -> dict[str, str]:
     """Return the sha256 of every file below *folder* by its relative name."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): digest(path) for path in paths}
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
 
 
 def config_text(bundle: Bundle, options: TritonOptions) -> str:

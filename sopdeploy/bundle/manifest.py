@@ -1,4 +1,4 @@
-"""The manifest: what a bundle holds and how it came to be. No torch here."""
+"""The bundle manifest: contents, inputs and outputs, and origin. Does not import torch."""
 
 import hashlib
 import json
@@ -17,14 +17,14 @@ Sha256 = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class FileRecord(StrictModel):
-    """Size in bytes and sha256 of one file of the bundle."""
+    """Size in bytes and sha256 of one bundle file."""
 
     bytes: Annotated[int, pydantic.Field(ge=0)]
     sha256: Sha256
 
 
 class TensorRecord(StrictModel):
-    """One tensor of the graph's border; a `None` dimension is the batch."""
+    """An input or output of the graph; a `None` dimension is the batch size."""
 
     name: str
     dtype: Literal["uint8", "float32", "int64"]
@@ -32,7 +32,7 @@ class TensorRecord(StrictModel):
 
 
 class BatchRange(StrictModel):
-    """Batch sizes the graph was verified for."""
+    """Batch sizes that the graph was verified for."""
 
     minimum: Annotated[int, pydantic.Field(ge=1)] = 1
     optimum: Annotated[int, pydantic.Field(ge=1)] = 8
@@ -46,7 +46,7 @@ class BatchRange(StrictModel):
 
 
 class Lineage(StrictModel):
-    """Hash chain from the checkpoint to the graph that ships."""
+    """Hashes from the checkpoint to the exported graph."""
 
     checkpoint_sha256: Sha256
     program_root: Sha256
@@ -54,7 +54,7 @@ class Lineage(StrictModel):
 
 
 class Manifest(StrictModel):
-    """What `manifest.json` holds; `int8_for`, the runtime int8 was placed for, only where there is int8."""
+    """Content of `manifest.json`; `int8_for` (the runtime of int8 graphs) is written only with int8."""
 
     format: Literal["sopdeploy-bundle"] = "sopdeploy-bundle"
     version: Literal[1] = 1
@@ -73,25 +73,25 @@ class Manifest(StrictModel):
     files: dict[str, FileRecord]
 
     @pydantic.model_serializer(mode="wrap")
-    def _without_what_is_not_there(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _omit_empty_int8_for(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = dump(self)
         return fields if self.int8_for else {key: fields[key] for key in fields if key != "int8_for"}
 
     @property
     def id(self) -> str:
-        """Return the bundle's id: a hash over the manifest, and through it over every file."""
+        """Bundle id: a hash over the manifest, which contains the hashes of all files."""
         return hashlib.sha256(to_json(self.model_dump(mode="json"))).hexdigest()[:ID_LENGTH]
 
     def to_bytes(self) -> bytes:
-        """Return the bytes of `manifest.json`; there is exactly one rendering of a manifest."""
+        """Serialize to `manifest.json`; a manifest has exactly one serialization."""
         return to_json({"id": self.id, **self.model_dump(mode="json")})
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> "Manifest":
-        """Return the manifest that *raw* renders.
+        """Parse a manifest file.
 
-        Raises `ValueError` where *raw* is not JSON, has another schema, or is not, byte for byte,
-        the rendering of the manifest it holds: then it was edited or damaged.
+        Raises `ValueError` if *raw* is not JSON, has another schema, or differs from the serialization of
+        its manifest by any byte.
         """
         fields = json.loads(raw)
         if not isinstance(fields, dict):
@@ -107,15 +107,15 @@ class Manifest(StrictModel):
 
     @property
     def name(self) -> str:
-        """Return `<model>-<id>`, the name of the bundle's folder; `timm:resnet18` becomes `timm-resnet18`."""
+        """Folder name of the bundle: `<model>-<id>`, with `timm-resnet18` for `timm:resnet18`."""
         return f"{self.model.replace(':', '-')}-{self.id}"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Return (height, width, 3) of one input image."""
+        """Shape of one input image: (height, width, 3)."""
         return (self.preprocess.crop, self.preprocess.crop, 3)
 
 
 def to_json(value: Any) -> bytes:
-    """Return *value* as the JSON bytes every file of a bundle is written in."""
+    """Serialize *value* in the JSON style of all bundle files."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,8 +1,8 @@
-"""Probes: a few images and the numbers they must give, replayed wherever a bundle is to be trusted.
+"""Probes: images with expected outputs, replayed to check that a runtime computes the exported network.
 
-`verify` replays them, the server does before it is ready, an engine build does after it. A probe
-file is an `.npz` with `images` (P, H, W, 3) uint8 and, per output of the graph, `output_<name>`
-float32 and `tolerance_<name>`, one absolute float64 bound derived at export.
+`sopdeploy verify`, the server at start and engine builds replay them. The file is an `.npz` with `images`
+(P, H, W, 3) uint8 and, for each output of the graph, `output_<name>` float32 and `tolerance_<name>`, an
+absolute float64 bound derived at export.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ Run = Callable[[NDArray[np.uint8]], Outputs]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probes:
-    """Images (P, H, W, 3) uint8, what each output must be for them, and within what bound."""
+    """Probe images (P, H, W, 3) uint8, the expected outputs and their absolute tolerances, by name."""
 
     images: NDArray[np.uint8]
     expected: dict[str, NDArray[np.float32]]
@@ -29,7 +29,7 @@ class Probes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replay:
-    """What a replay measured: the largest deviation per output and the bound it kept."""
+    """Result of a replay: the largest deviation and the tolerance per output, and the number of images."""
 
     deviation: dict[str, float]
     tolerance: dict[str, float]
@@ -37,7 +37,7 @@ class Replay:
 
 
 def write_probes(path: Path, probes: Probes) -> None:
-    """Write *probes* to *path*; the same probes give the same bytes."""
+    """Write *probes* to *path*; equal probes give equal bytes."""
     arrays: dict[str, NDArray[np.generic]] = {"images": probes.images}
     for name, values in probes.expected.items():
         arrays[f"output_{name}"] = values
@@ -47,7 +47,7 @@ def write_probes(path: Path, probes: Probes) -> None:
 
 
 def read_probes(path: Path) -> Probes:
-    """Return the probes at *path*; raises `BundleError` where the file is no probe file."""
+    """Read the probes at *path*; raise `BundleError` if the file is not a probe file."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             names = [key.removeprefix("output_") for key in arrays if key.startswith("output_")]
@@ -56,22 +56,22 @@ def read_probes(path: Path) -> Probes:
                 expected={name: arrays[f"output_{name}"] for name in names},
                 tolerance={name: float(arrays[f"tolerance_{name}"]) for name in names},
             )
-    except Exception as problem:  # whatever other content makes of numpy's reader
-        raise BundleError(f"{path}: not a probe file; export the bundle again") from problem
+    except Exception as error:  # numpy raises many types for damaged files
+        raise BundleError(f"{path}: not a probe file; export the bundle again") from error
 
 
 def replay(probes: Probes, run: Run, *, batch: int = 1) -> Replay:
     """Run the probes in batches of *batch* and compare every output.
 
-    Raises `ParityError` where an output is missing, has another shape, is not finite or deviates by
-    more than its bound.
+    Raises `ParityError` if an output is missing, has another shape, is not finite or deviates by more than
+    its tolerance.
     """
     worst = dict.fromkeys(probes.expected, 0.0)
     for start in range(0, len(probes.images), batch):
         outputs = run(probes.images[start : start + batch])
         for name, expected in probes.expected.items():
             found = deviation(name, outputs, expected[start : start + batch])
-            worst[name] = float(np.maximum(worst[name], found))  # keeps what is not a number
+            worst[name] = float(np.maximum(worst[name], found))  # unlike max(), propagates NaN
     for name, found in worst.items():
         if not found <= probes.tolerance[name]:
             raise ParityError(
@@ -82,7 +82,7 @@ def replay(probes: Probes, run: Run, *, batch: int = 1) -> Replay:
 
 
 def deviation(name: str, outputs: Outputs, expected: NDArray[np.float32]) -> float:
-    """Return the largest absolute difference of output *name* from *expected*."""
+    """Compute the largest absolute difference between output *name* and *expected*."""
     if name not in outputs:
         raise ParityError(f"probes: the runtime gives no output {name!r}")
     values = outputs[name]

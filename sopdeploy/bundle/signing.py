@@ -1,8 +1,8 @@
-"""Ed25519 keys and signatures in minisign's formats, so that its own program makes and checks them too.
+"""Ed25519 keys and signatures in the file formats of minisign.
 
-The format is described on minisign's page (Frank Denis): every file is a comment and a line of base64. What
-is signed is the BLAKE2b-512 of the message (algorithm `ED`); a second signature covers the first and the
-trusted comment. Secret keys are unencrypted (`minisign -G -W` makes such): keep the file as a secret.
+Format: https://jedisct1.github.io/minisign (Frank Denis). Each file has a comment line and a base64 line. The
+first signature covers the BLAKE2b-512 hash of the message (algorithm `ED`), the second one covers the first
+signature and the trusted comment. Secret keys are not encrypted, like those of `minisign -G -W`.
 """
 
 import base64
@@ -20,215 +20,202 @@ from sopdeploy.files import atomic_write
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-KEY, PREHASHED, PLAIN_KDF, CHECKSUM = b"Ed", b"ED", b"\0\0", b"B2"
-NO_KDF = bytes(32 + 8 + 8)  # salt and limits of the key derivation that is not used
-NO_CHECKSUM = bytes(32)  # it is there to know a wrong password
-LONGEST_FILE = 4096
+KEY, PREHASHED, NO_KDF, CHECKSUM = b"Ed", b"ED", b"\0\0", b"B2"
+KDF_PARAMETERS = bytes(32 + 8 + 8)  # salt and limits of the key derivation, unused without a password
+KEY_CHECKSUM = bytes(32)  # detects a wrong password, unused without one
+MAX_FILE_BYTES = 4096
 COMMENT = "trusted comment: "
+INVALID = "the signature is not a file of minisign's form"
+SUFFIX = ".minisig"
+PUBLIC_SUFFIX = ".pub"
 
 
 class SecretKey(NamedTuple):
-    """Eight bytes that name the key, and its seed."""
+    """The 8-byte key id and the 32-byte seed."""
 
     name: bytes
     seed: bytes
 
     def signer(self) -> "Ed25519PrivateKey":
-        """Return the key that signs."""
+        """Build the private key of the cryptography package."""
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # noqa: PLC0415
 
         return Ed25519PrivateKey.from_private_bytes(self.seed)
 
+    def public(self) -> "PublicKey":
+        """Derive the public key."""
+        return PublicKey(self.name, self.signer().public_key().public_bytes_raw())
+
+    def to_text(self) -> str:
+        """Serialize to a secret key file."""
+        pair = self.name + self.seed + self.public().point
+        body = KEY + NO_KDF + CHECKSUM + KDF_PARAMETERS + pair + KEY_CHECKSUM
+        return f"untrusted comment: secret key of sopdeploy, do not share\n{_encode(body)}\n"
+
 
 class PublicKey(NamedTuple):
-    """Eight bytes that name the key, and its point."""
+    """The 8-byte key id and the 32-byte curve point."""
 
     name: bytes
     point: bytes
 
 
 def require_cryptography() -> None:
-    """Raise `ConfigError` where the package that signs is not installed."""
+    """Raise `ConfigError` with an install hint if the cryptography package is missing."""
     import_optional("cryptography", "cryptography", "sopdeploy[sign]", ConfigError, "signatures")
 
 
+def new_secret_key() -> SecretKey:
+    """Generate a random key."""
+    return SecretKey(os.urandom(8), os.urandom(32))
+
+
 def sign_message(message: bytes, key: SecretKey, comment: str) -> str:
-    """Return the signature file of *message*; *comment* is one line, and signed too."""
+    """Create the signature file of *message*; the one-line *comment* is signed too."""
     signer = key.signer()
     first = signer.sign(hashlib.blake2b(message).digest())
     second = signer.sign(first + comment.encode())
     lines = [
         f"untrusted comment: signature from the key {key.name[::-1].hex().upper()}",
-        encoded(PREHASHED + key.name + first),
+        _encode(PREHASHED + key.name + first),
         COMMENT + comment,
-        encoded(second),
+        _encode(second),
     ]
     return "\n".join(lines) + "\n"
 
 
 def check_message(message: bytes, signature: str, key: PublicKey) -> None:
-    """Raise `BundleError` unless *signature* is one of *message*, comment included, by *key*."""
+    """Raise `BundleError` unless *signature* is valid for *message*, its comment and *key*."""
     from cryptography.exceptions import InvalidSignature  # noqa: PLC0415
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey  # noqa: PLC0415
 
     lines = signature.splitlines()
     if len(lines) != 4 or not lines[2].startswith(COMMENT):
-        raise BundleError("the signature is not a file of minisign's form")
+        raise BundleError(INVALID)
     try:
-        head, second = decoded(lines[1], 74), decoded(lines[3], 64)
-    except ValueError as problem:
-        raise BundleError(f"the signature is not a file of minisign's form ({problem})") from problem
+        head, second = _decode(lines[1], 74), _decode(lines[3], 64)
+    except ValueError as error:
+        raise BundleError(f"{INVALID} ({error})") from error
     algorithm, name, first = head[:2], head[2:10], head[10:]
     if algorithm != PREHASHED:
         raise BundleError("the signature is not prehashed; sign with `sopdeploy sign` or `minisign -S`")
     if name != key.name:
-        raise BundleError("the signature is of another key than the one given")
-    point = Ed25519PublicKey.from_public_bytes(key.point)
+        raise BundleError("the signature was made with another key")
+    public = Ed25519PublicKey.from_public_bytes(key.point)
     try:
-        point.verify(first, hashlib.blake2b(message).digest())
-        point.verify(second, first + lines[2].removeprefix(COMMENT).encode())
-    except InvalidSignature as problem:
-        raise BundleError("the signature does not fit: the bundle is not what was signed") from problem
-
-
-def new_secret_key() -> SecretKey:
-    """Return a new key."""
-    return SecretKey(os.urandom(8), os.urandom(32))
-
-
-def public_of(key: SecretKey) -> PublicKey:
-    """Return the public part of *key*."""
-    return PublicKey(key.name, key.signer().public_key().public_bytes_raw())
-
-
-def secret_text(key: SecretKey) -> str:
-    """Return the file of *key*."""
-    pair = key.name + key.seed + public_of(key).point
-    body = KEY + PLAIN_KDF + CHECKSUM + NO_KDF + pair + NO_CHECKSUM
-    return f"untrusted comment: a secret key of sopdeploy: keep it\n{encoded(body)}\n"
-
-
-def public_text(key: PublicKey) -> str:
-    """Return the file of *key*."""
-    named = key.name[::-1].hex().upper()
-    return f"untrusted comment: minisign public key {named}\n{encoded(KEY + key.name + key.point)}\n"
+        public.verify(first, hashlib.blake2b(message).digest())
+        public.verify(second, first + lines[2].removeprefix(COMMENT).encode())
+    except InvalidSignature as error:
+        raise BundleError("the signature does not fit: the bundle is not what was signed") from error
 
 
 def read_secret(path: Path) -> SecretKey:
-    """Return the secret key at *path*; raises `ConfigError` where it is none, or has a password."""
-    body = read_key(path, 158)
-    if body[2:4] != PLAIN_KDF:
-        raise ConfigError(f"{path}: has a password; make a key without one: `minisign -G -W`")
+    """Read a secret key file; raise `ConfigError` if it is invalid or has a password."""
+    body = _read_key(path, 158)
+    if body[2:4] != NO_KDF:
+        raise ConfigError(f"{path}: has a password; create a key without one: `minisign -G -W`")
     key, point = SecretKey(body[54:62], body[62:94]), body[94:126]
-    if public_of(key).point != point:
-        raise ConfigError(f"{path}: damaged, its two halves do not belong together")
+    if key.public().point != point:
+        raise ConfigError(f"{path}: damaged, secret and public part do not match")
     return key
 
 
 def read_public(path: Path) -> PublicKey:
-    """Return the public key at *path*; raises `ConfigError` where it is none."""
-    body = read_key(path, 42)
+    """Read a public key file; raise `ConfigError` if it is invalid."""
+    body = _read_key(path, 42)
     return PublicKey(body[2:10], body[10:])
 
 
-def read_key(path: Path, size: int) -> bytes:
-    """Return the *size* bytes of the key file at *path*; raises `ConfigError`."""
-    try:
-        with path.open("rb") as file:
-            lines = file.read(LONGEST_FILE).decode().splitlines()
-        body = decoded(lines[-1] if lines else "", size)
-        if body[:2] != KEY:
-            raise ValueError("of another algorithm")
-    except OSError as problem:
-        raise ConfigError(f"{path}: no key here ({problem.strerror})") from problem
-    except ValueError as problem:
-        raise ConfigError(f"{path}: not the file of such a key ({problem})") from problem
-    return body
-
-
-def encoded(body: bytes) -> str:
-    """Return *body* as base64."""
-    return base64.b64encode(body).decode()
-
-
-def decoded(line: str, size: int) -> bytes:
-    """Return the *size* bytes that *line* holds as base64; raises `ValueError`."""
-    body = base64.b64decode(line, validate=True)
-    if len(body) != size:
-        raise ValueError(f"{len(body)} bytes where {size} belong")
-    return body
-
-
-SUFFIX = ".minisig"
-PUBLIC = ".pub"
-
-
 def signature_path(bundle: Path) -> Path:
-    """Return where the signature of the bundle at *bundle* lies."""
-    place = bundle.resolve()
-    return place.with_name(place.name + SUFFIX)
+    """Return the path of the signature file beside *bundle*."""
+    resolved = bundle.resolve()
+    return resolved.with_name(resolved.name + SUFFIX)
 
 
 def sign(bundle: Path, key: Path) -> Path:
-    """Sign the bundle at *bundle* with the secret key at *key*; return the path of the signature.
+    """Sign the bundle at *bundle* with the secret key file *key* and return the signature path.
 
-    Raises `BundleError` for a damaged bundle, `ConfigError` for a key that is none.
+    Raises `BundleError` for a damaged bundle and `ConfigError` for an invalid key.
     """
     require_cryptography()
-    opened = open_bundle(bundle)
-    manifest = opened.manifest
+    manifest = open_bundle(bundle).manifest
     text = sign_message(manifest.to_bytes(), read_secret(key), f"sopdeploy bundle {manifest.name}")
     path = signature_path(bundle)
-    write_whole(path, text)
+    _write(path, text)
     return path
 
 
 def make_key(path: Path) -> Path:
-    """Write a new secret key to *path*, mode 0600, its public part to `path.pub`; return the latter's path.
+    """Write a new secret key to *path* (mode 0600) and its public key to `path.pub`; return the latter.
 
-    Raises `ConfigError` where a file is there already or cannot be written.
+    Raises `ConfigError` if *path* exists or cannot be written.
     """
     require_cryptography()
     key = new_secret_key()
-    public = path.with_name(path.name + PUBLIC)
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(secret_text(key))
-    except FileExistsError as problem:
-        raise ConfigError(f"{path}: a file is there already; a key is never replaced") from problem
-    except OSError as problem:
-        raise ConfigError(f"{path}: cannot be written ({problem.strerror})") from problem
-    write_whole(public, public_text(public_of(key)))
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(key.to_text())
+    except FileExistsError as error:
+        raise ConfigError(f"{path}: exists already; a key is never replaced") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
+    name, point = key.public()
+    comment = f"untrusted comment: minisign public key {name[::-1].hex().upper()}"
+    public = path.with_name(path.name + PUBLIC_SUFFIX)
+    _write(public, f"{comment}\n{_encode(KEY + name + point)}\n")
     return public
 
 
 def check_signed(manifest: Manifest, signature: Path, key: Path) -> None:
-    """Raise `BundleError` unless the file *signature* signs *manifest* with the public key at *key*.
+    """Raise `BundleError` unless the file *signature* signs *manifest* with the public key file *key*.
 
-    Raises `ConfigError` where *key* is no public key.
+    Raises `ConfigError` if *key* is not a public key file.
     """
     require_cryptography()
-    known = read_public(key)
+    public = read_public(key)
     try:
         with signature.open("rb") as file:
-            text = file.read(LONGEST_FILE).decode()
-    except OSError as problem:
+            text = file.read(MAX_FILE_BYTES).decode()
+        check_message(manifest.to_bytes(), text, public)
+    except OSError as error:
         raise BundleError(
-            f"{manifest.name}: no signature at {signature.name} ({problem.strerror}); see `sopdeploy sign`"
-        ) from problem
-    except UnicodeDecodeError as problem:
-        raise BundleError(f"{manifest.name}: the signature is not a file of minisign's form") from problem
+            f"{manifest.name}: no signature at {signature.name} ({error.strerror}); see `sopdeploy sign`"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{manifest.name}: {INVALID}") from error
+    except BundleError as error:
+        raise BundleError(f"{manifest.name}: {error}") from error
+
+
+def _read_key(path: Path, size: int) -> bytes:
     try:
-        check_message(manifest.to_bytes(), text, known)
-    except BundleError as problem:
-        raise BundleError(f"{manifest.name}: {problem}") from problem
+        with path.open("rb") as file:
+            lines = file.read(MAX_FILE_BYTES).decode().splitlines()
+        body = _decode(lines[-1] if lines else "", size)
+        if body[:2] != KEY:
+            raise ValueError("another algorithm")
+    except OSError as error:
+        raise ConfigError(f"{path}: no key here ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not a minisign key file of this kind ({error})") from error
+    return body
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Let *path* hold *text*, in one step; raises `ConfigError`."""
+def _write(path: Path, text: str) -> None:
     try:
         with atomic_write(path) as partial:
             partial.write_text(text, encoding="utf-8")
-    except OSError as problem:
-        raise ConfigError(f"{path}: cannot be written ({problem.strerror})") from problem
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _encode(body: bytes) -> str:
+    return base64.b64encode(body).decode()
+
+
+def _decode(line: str, size: int) -> bytes:
+    body = base64.b64decode(line, validate=True)
+    if len(body) != size:
+        raise ValueError(f"{len(body)} bytes instead of {size}")
+    return body

@@ -13,7 +13,7 @@ import repository
 import version
 from builders import choose_builder
 
-from sopdeploy.bundle.signing import check_message, new_secret_key, public_of, secret_text
+from sopdeploy.bundle.signing import check_message, new_secret_key
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 ROOT = Path(__file__).parents[2]
@@ -133,11 +133,11 @@ def test_the_sums_are_signed_where_a_key_is_given(
     root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     key = new_secret_key()
-    (tmp_path / "key").write_text(secret_text(key))
+    (tmp_path / "key").write_text(key.to_text())
     run(monkeypatch, "0.2.0", "--key", tmp_path / "key")
     sums = root / "dist" / "0.2.0" / "SHA256SUMS"
     signature = sums.with_name("SHA256SUMS.minisig").read_text()
-    check_message(sums.read_bytes(), signature, public_of(key))
+    check_message(sums.read_bytes(), signature, key.public())
     assert "trusted comment: sopdeploy 0.2.0" in signature
 
 

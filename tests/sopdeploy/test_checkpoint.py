@@ -197,11 +197,11 @@ HEADERS: dict[str, tuple[Change, str]] = {
     "no preprocess": (lambda c: c.pop("preprocess"), "preprocess: missing"),
     "a tensor for text": (lambda c: c["model"].update(name=torch.ones(2)), "model.name: "),
     "no training": (lambda c: c.pop("training"), "training: missing"),
-    "no weights": (lambda c: c.pop("weights"), "not a table of tensors"),
-    "empty weights": (lambda c: c.update(weights={}), "not a table of tensors"),
-    "a list of weights": (lambda c: c.update(weights=[torch.ones(2)]), "not a table of tensors"),
-    "a number among the weights": (lambda c: c["weights"].update(bias=3), "not a table of tensors"),
-    "a weight without a name": (lambda c: c["weights"].update({3: torch.ones(1)}), "not a table of tensors"),
+    "no weights": (lambda c: c.pop("weights"), "not a dict of tensors"),
+    "empty weights": (lambda c: c.update(weights={}), "not a dict of tensors"),
+    "a list of weights": (lambda c: c.update(weights=[torch.ones(2)]), "not a dict of tensors"),
+    "a number among the weights": (lambda c: c["weights"].update(bias=3), "not a dict of tensors"),
+    "a weight without a name": (lambda c: c["weights"].update({3: torch.ones(1)}), "not a dict of tensors"),
 }
 
 

@@ -1,9 +1,9 @@
-"""A bundle as one file: a tar that has exactly one form, so that nothing else is ever unpacked.
+"""Pack a bundle as one tar file with exactly one valid byte sequence.
 
-The manifest comes first and fixes all that follows: the other files by name, each a plain file of mode 0644,
-of nobody, from 1970. A reader therefore parses no tar. It computes the headers that must be there and
-compares bytes: there is no room for a link, a path, a device, a long name, a second file of one name or
-anything behind the end. Two archives of one bundle are equal, whoever wrote them.
+The manifest is the first entry and determines the rest: the other files sorted by name, as plain files with
+mode 0644, no owner and time 0. The reader does not parse tar. It computes each expected header and compares
+bytes, so links, paths, devices, long names, duplicates and trailing data are rejected. Archives of equal
+bundles are equal.
 """
 
 import shutil
@@ -11,112 +11,102 @@ import tarfile
 from pathlib import Path
 from typing import BinaryIO
 
-from sopdeploy.bundle.folder import MANIFEST, MAX_MANIFEST_BYTES, READ_BYTES, Bundle, check_name
+from sopdeploy.bundle.folder import MANIFEST, MAX_MANIFEST_BYTES, Bundle, check_name
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import BundleError
+from sopdeploy.files import BLOCK_BYTES
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
-SIZE = slice(124, 136)  # of a tar header: an octal number
+SIZE_FIELD = slice(124, 136)  # of a tar header, an octal number
 
 
 def write_archive(bundle: Bundle, file: BinaryIO) -> None:
-    """Write the archive of *bundle* to *file*; raises `BundleError` for a name that tar has no room for."""
+    """Write the archive of *bundle* to *file*; raise `BundleError` for a name that does not fit a header."""
     raw = bundle.manifest.to_bytes()
     file.write(header(MANIFEST, len(raw)) + raw + padding(len(raw)))
     for name, record in sorted(bundle.manifest.files.items()):
         file.write(header(name, record.bytes))
         with (bundle.path / name).open("rb") as content:
-            shutil.copyfileobj(content, file, READ_BYTES)
+            shutil.copyfileobj(content, file, BLOCK_BYTES)
         file.write(padding(record.bytes))
     file.write(END)
 
 
 def archived_manifest(archive: Path) -> Manifest:
-    """Return the manifest that *archive* begins with, after looking at the size of the whole.
+    """Read the manifest at the start of *archive* and check the total size.
 
-    Raises `BundleError` where it is not the archive of a bundle.
+    Raises `BundleError` if the file is not a bundle archive.
     """
     try:
         with archive.open("rb") as file:
             first = file.read(BLOCK)
-            size = octal(first[SIZE])
+            digits = first[SIZE_FIELD].rstrip(b"\0 ")
+            if not digits or digits.strip(b"01234567"):
+                raise ValueError("does not begin with a tar header")
+            size = int(digits, 8)
             if size > MAX_MANIFEST_BYTES or first != header(MANIFEST, size):
                 raise ValueError("does not begin with a manifest")
             raw = file.read(size)
         manifest = Manifest.from_bytes(raw)
-    except (ValueError, RecursionError) as problem:
-        raise BundleError(f"{archive.name}: not an archive of `sopdeploy push` ({problem})") from problem
-    if archive.stat().st_size != archive_bytes(manifest):
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{archive.name}: not an archive of `sopdeploy push` ({error})") from error
+    sizes = [len(raw), *(record.bytes for record in manifest.files.values())]
+    expected = sum(BLOCK + size + len(padding(size)) for size in sizes) + len(END)
+    found = archive.stat().st_size
+    if found != expected:
         raise BundleError(
-            f"{archive.name}: has {archive.stat().st_size} bytes, its manifest says "
-            f"{archive_bytes(manifest)}; push the bundle again"
+            f"{archive.name}: has {found} bytes, its manifest says {expected}; push the bundle again"
         )
     return manifest
 
 
 def unpack(archive: Path, manifest: Manifest, folder: Path) -> None:
-    """Write the files of *archive*, which begins with *manifest*, into the empty *folder*.
+    """Write the files of *archive* into the empty *folder*; *manifest* comes from `archived_manifest`.
 
-    Contents are not looked at: `open_bundle` compares their hashes. Raises `BundleError` where the archive
-    is not, but for contents, byte for byte what `write_archive` gives.
+    Raises `BundleError` if anything but file contents differs from what `write_archive` writes. File contents
+    are checked later by `open_bundle`.
     """
     raw = manifest.to_bytes()
     (folder / MANIFEST).write_bytes(raw)
     with archive.open("rb") as file:
+
+        def expect(expected: bytes, name: str) -> None:
+            if file.read(len(expected)) != expected:
+                raise BundleError(f"{archive.name}: {name!r} is not packed as `sopdeploy push` packs it")
+
         file.seek(BLOCK + len(raw))
-        expect(file, padding(len(raw)), MANIFEST)
+        expect(padding(len(raw)), MANIFEST)
         for name, record in sorted(manifest.files.items()):
             check_name(Path(archive.name), name)
             if name.casefold() == MANIFEST:
                 raise BundleError(f"{archive.name}: its manifest lists {name!r}, which would replace itself")
-            expect(file, header(name, record.bytes), name)
-            copy(file, folder / name, record.bytes)
-            expect(file, padding(record.bytes), name)
-        expect(file, END, "its end")
+            expect(header(name, record.bytes), name)
+            _copy(file, folder / name, record.bytes)
+            expect(padding(record.bytes), name)
+        expect(END, "its end")
 
 
-def expect(file: BinaryIO, wanted: bytes, name: str) -> None:
-    """Read from *file* as many bytes as are *wanted*, and refuse others."""
-    if file.read(len(wanted)) != wanted:
-        raise BundleError(f"{Path(file.name).name}: {name!r} is not packed as `sopdeploy push` packs it")
-
-
-def copy(source: BinaryIO, target: Path, size: int) -> None:
-    """Write the next *size* bytes of *source* to *target*, a new file."""
+def _copy(source: BinaryIO, target: Path, size: int) -> None:
     try:
         with target.open("xb") as file:
-            while size > 0 and (block := source.read(min(size, READ_BYTES))):
+            while size > 0 and (block := source.read(min(size, BLOCK_BYTES))):
                 file.write(block)
                 size -= len(block)
-    except OSError as problem:
-        raise BundleError(f"{target.name}: cannot be written ({problem.strerror})") from problem
-
-
-def archive_bytes(manifest: Manifest) -> int:
-    """Return how long the archive of the bundle with *manifest* is."""
-    sizes = [len(manifest.to_bytes()), *(record.bytes for record in manifest.files.values())]
-    return sum(BLOCK + size + len(padding(size)) for size in sizes) + len(END)
+    except OSError as error:
+        raise BundleError(f"{target.name}: cannot be written ({error.strerror})") from error
 
 
 def header(name: str, size: int) -> bytes:
-    """Return the tar header (USTAR) of a plain file; raises `BundleError` where one block cannot hold it."""
+    """Build the USTAR header of a plain file; raise `BundleError` if *name* or *size* does not fit."""
     entry = tarfile.TarInfo(name)
     entry.size = size
     try:
         return entry.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
-    except ValueError as problem:
-        raise BundleError(f"{name!r}: does not fit into an archive ({problem})") from problem
+    except ValueError as error:
+        raise BundleError(f"{name!r}: does not fit into an archive ({error})") from error
 
 
 def padding(size: int) -> bytes:
-    """Return the zeros that follow *size* bytes, up to the next block."""
+    """Return the zero bytes that fill the last block of a file of *size* bytes."""
     return bytes(-size % BLOCK)
-
-
-def octal(field: bytes) -> int:
-    """Return the number in a *field* of a header; raises `ValueError`."""
-    digits = field.rstrip(b"\0 ")
-    if not digits or digits.strip(b"01234567"):
-        raise ValueError("does not begin as a tar")
-    return int(digits, 8)

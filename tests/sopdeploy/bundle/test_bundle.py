@@ -14,7 +14,6 @@ from sopdeploy.bundle.folder import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     REQUIRED,
-    digest,
     open_bundle,
     publish,
     read_manifest,
@@ -23,6 +22,7 @@ from sopdeploy.bundle.folder import (
 )
 from sopdeploy.bundle.manifest import Manifest, to_json
 from sopdeploy.errors import BundleError
+from sopdeploy.files import sha256
 from tests.forged import FIELDS, LABELS, fill, flip, forge, write_hollow
 
 FILES = (*REQUIRED, "README.md")
@@ -394,7 +394,7 @@ def test_checks_come_in_order_and_the_first_one_that_fails_is_told(copy: Path) -
 def test_nothing_is_hashed_before_every_size_is_right(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
     monkeypatch.setattr(
-        "sopdeploy.bundle.folder.digest", lambda path: hashed.append(path.name) or digest(path)
+        "sopdeploy.bundle.folder.sha256", lambda path: hashed.append(path.name) or sha256(path)
     )
     grow(copy / "README.md")
     with pytest.raises(BundleError, match="bytes, the manifest says"):

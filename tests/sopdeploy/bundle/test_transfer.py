@@ -19,8 +19,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.bundle.signing import check_signed, make_key, read_public, read_secret, signature_path
-from sopdeploy.bundle.transfer import pull, push, sign
+from sopdeploy.bundle.signing import check_signed, make_key, read_public, read_secret, sign, signature_path
+from sopdeploy.bundle.transfer.push_pull import pull, push
 from sopdeploy.cli.app import app
 from sopdeploy.errors import BundleError, ConfigError
 from tests.forged import write_hollow
@@ -126,7 +126,7 @@ def test_a_file_that_is_no_key_is_refused(case: str, tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text(KEYS[case], encoding="latin-1")
     for read in (read_public, read_secret):
-        with pytest.raises(ConfigError, match="not the file of such a key"):
+        with pytest.raises(ConfigError, match="not a minisign key file"):
             read(file)
     with pytest.raises(ConfigError, match="no key here"):
         read_public(tmp_path / "none")
@@ -136,7 +136,7 @@ def test_a_damaged_key_and_one_with_a_password_are_refused(key: Path) -> None:
     import base64
 
     comment, line = key.read_text().splitlines()
-    for place, said in ((70, "two halves"), (2, "password")):
+    for place, said in ((70, "do not match"), (2, "password")):
         body = bytearray(base64.b64decode(line))
         body[place] ^= 1
         key.write_text(f"{comment}\n{base64.b64encode(body).decode()}\n")
