@@ -1,4 +1,4 @@
-"""The tables of `docs/operations.md` that come from the code: settings and metrics."""
+"""Generate the tables of `docs/operations.md`: settings and metrics."""
 
 import ast
 import inspect
@@ -16,7 +16,7 @@ PAGE = Path(__file__).parent / "operations.md"
 
 
 def comments() -> dict[str, str]:
-    """Return what `Settings` says behind each of its fields, by name."""
+    """Read the comment of each field of `Settings`."""
     source = inspect.getsource(Settings)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     by_line = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
@@ -26,15 +26,15 @@ def comments() -> dict[str, str]:
 
 
 def settings_table() -> str:
-    """Return one line for each setting: its name, default and meaning."""
+    """Build one table row per setting: name, default and meaning."""
     notes = comments()
-    rows = ["| setting | default | |", "|---|---|---|"]
+    rows = ["| setting | default | meaning |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
         default = "not set" if field.default in (None, ()) else f"`{str(field.default).lower()}`"
         if isinstance(field.default, str):
             default = f"`{field.default}`"
         rows.append(f"| `{name}` | {default} | {notes[name].replace('|', chr(92) + '|')} |")
-    return "\n".join([*rows, "", f"In the environment `{PREFIX}` stands before the name, in capitals."])
+    return "\n".join([*rows, "", f"Environment variables have the prefix `{PREFIX}` and upper-case names."])
 
 
 def metrics_table() -> str:
