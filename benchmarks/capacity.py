@@ -1,24 +1,24 @@
-"""How many replicas, cores and Gbit/s does a rate of images need, and is the arithmetic true?
+"""Capacity planning: replicas, cores and Gbit/s for a rate of images, checked by simulation.
 
     python benchmarks/capacity.py --rate 100,1000000 --engine 2,0.4 --decode-ms 2.6 --loop-ms 0.5 --p99-ms 50
 
-Prints a row of the model for each rate, then what a simulation of single images gives for it: replicas that
-are chosen at random, in turn or by least load, and one of them lost. More than eight replicas are simulated
-by eight at the same rate each. Ends with 1 where model and simulation differ by more than `BOUND`: sizes of
-batches, p50 and p99 where replicas are chosen at random, which is what the model computes; otherwise the
-model is an upper bound of p99. Where the figures come from: docs/scaling.md.
+Prints a row of the model for each rate, then a simulation of single images with random, round-robin and
+least-loaded balancing and with the loss of one replica. More than eight replicas are simulated by eight at
+the same rate each. Exits with 1 if model and simulation differ by more than `BOUND` in batch size, p50 or
+p99 with random balancing, which the model describes; for other strategies the model is an upper bound of
+p99. docs/scaling.md explains the inputs.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from capacity_model import Forecast, System
 from capacity_plan import Row, Wanted, cores_each, plan, provisioned
 from capacity_simulation import Figures, Outcome, Route, Simulation
+from measure import Result, report
 
 BOUND = 0.10
 MOST_REFUSED = 0.001
@@ -32,7 +32,7 @@ HEAD = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """A simulation beside the model: ratios are simulated / forecast."""
+    """A simulation compared with the model: ratios are simulated / predicted."""
 
     rate: float
     way: str
@@ -47,7 +47,7 @@ class Check:
 
 
 def check(model: Forecast, way: str, outcome: Outcome, figures: Figures, row: Row, replicas: int) -> Check:
-    """Return how far *figures* are from what *model* says, and whether that is within the bound."""
+    """Compare *figures* with *model* and check the bound."""
     ratios = (figures.batch / model.batch, figures.p50_ms / model.p50_ms, figures.p99_ms / model.p99_ms)
     above = ratios[2] <= 1 + BOUND
     both = all(abs(ratio - 1) <= BOUND for ratio in ratios)
@@ -67,14 +67,14 @@ def check(model: Forecast, way: str, outcome: Outcome, figures: Figures, row: Ro
 
 
 def checks(system: System, row: Row, images: int, held: int) -> Iterator[Check]:
-    """Yield the simulations of *row*, *images* in each."""
+    """Simulate *row* with each strategy, *images* images each."""
     replicas = min(row.replicas, MOST_SIMULATED)
     settled = 5 * row.lost.p99_ms
     for number, route in enumerate(ROUTES):
         fleet = Simulation(system, replicas=replicas, route=route, held=held, seed=number)
         outcome = fleet.poisson(replicas * row.each, images)
         yield check(row.now, route, outcome, outcome.measured(settled), row, replicas)
-    # As fast that the replicas left get what those of the whole plan get when it has lost one.
+    # The remaining replicas receive the rate that they would have in the whole plan after the loss of one.
     rate = row.rate * (replicas - 1) / (row.replicas - 1)
     lose_at = settled + 250 * images / rate
     outcome = Simulation(system, replicas=replicas, held=held, seed=9).poisson(rate, images, lose_at)
@@ -83,7 +83,7 @@ def checks(system: System, row: Row, images: int, held: int) -> Iterator[Check]:
 
 
 def line(row: Row) -> str:
-    """Return *row* as a line of the table."""
+    """Format *row* as a table row."""
     now = row.now
     times = f"{now.batch:.1f} | {now.p50_ms:.1f} | {now.p99_ms:.1f} | {row.lost.p99_ms:.1f}"
     needs = f"{row.cores:,.1f} | {row.gbit_per_s:,.2f} | {row.held:.1f}"
@@ -91,14 +91,14 @@ def line(row: Row) -> str:
 
 
 def facts(system: System, wanted: Wanted) -> str:
-    """Return what holds for every row, in one line."""
+    """Describe one replica in one line."""
     limits = ", ".join(f"{name} {rate:,.0f}" for name, rate in system.limits.items())
     cores = cores_each(system, wanted)
     return f"one replica: {system.decoders} decoders, {cores} cores; images/s at most: {limits}"
 
 
 def show(found: list[Check]) -> None:
-    """Print the simulations beside the model."""
+    """Print the simulations and their ratios to the model."""
     print("\n| images/s | way | simulated | batch | p50 ms | p99 ms | refused | lost | |")
     print("|---|---|---|---|---|---|---|---|---|")
     for one in found:
@@ -108,11 +108,34 @@ def show(found: list[Check]) -> None:
         ends = f"{one.refused} | {one.lost} | {'' if one.holds else '**off**'}"
         print(f"| {one.rate:,.0f} | {one.way} | {one.replicas} | {shown} | {ends} |")
     off = sum(not one.holds for one in found)
-    print(f"\nin brackets: simulated / forecast; bound {BOUND:.0%}: {off} of {len(found)} beyond it")
+    print(f"\nin parentheses: simulated / predicted; {off} of {len(found)} exceed the bound of {BOUND:.0%}")
+
+
+def results(rows: list[Row], found: list[Check]) -> list[Result]:
+    """Build the results: replicas and p99 of each plan, then simulated values compared with the model."""
+    plans = [
+        Result(case=f"{row.rate:,.0f} images/s: {what}", ours=value, unit=unit, runs=1)
+        for row in rows
+        for what, value, unit in (
+            ("replicas", row.replicas, "replicas"),
+            ("p99", row.now.p99_ms, "ms"),
+            ("p99 with one lost", row.lost.p99_ms, "ms"),
+        )
+    ]
+    return plans + [
+        Result(case=f"{one.rate:,.0f} images/s, {one.way}: {what}", against="model", ours=value,
+               other=value / ratio, unit=unit, runs=1)
+        for one in found
+        for what, value, ratio, unit in (
+            ("batch size", one.figures.batch, one.batch, "images"),
+            ("p50", one.figures.p50_ms, one.p50, "ms"),
+            ("p99", one.figures.p99_ms, one.p99, "ms"),
+        )
+    ]  # fmt: skip
 
 
 def amounts(text: str) -> list[float]:
-    """Return the numbers of at least 0 in *text*, with commas between; raises `ValueError`."""
+    """Parse comma-separated non-negative numbers; raises `ValueError`."""
     found = [float(part) for part in text.split(",")]
     if not all(0 <= number < math.inf for number in found):
         raise ValueError(text)
@@ -120,31 +143,33 @@ def amounts(text: str) -> list[float]:
 
 
 def amount(text: str) -> float:
-    """Return the one number of at least 0 in *text*; raises `ValueError`."""
+    """Parse one non-negative number; raises `ValueError`."""
     (found,) = amounts(text)
     return found
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Build the argument parser."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--rate", type=amounts, default=[1e2, 1e3, 1e4, 1e5, 1e6], help="images per second")
-    made.add_argument("--engine", type=amounts, required=True, help="ms of a batch and of an image: 2,0.4")
+    made.add_argument("--engine", type=amounts, required=True, help="ms per batch and per image: 2,0.4")
     made.add_argument("--batch", type=int, default=32, help="images in the largest batch")
     made.add_argument("--decode-ms", type=amount, required=True, help="CPU ms of decoding an image")
-    made.add_argument("--loop-ms", type=amount, required=True, help="CPU ms of a request beside decoding")
-    made.add_argument("--kilobytes", type=amount, default=50.0, help="of an image on the wire")
-    made.add_argument("--p99-ms", type=amount, required=True, help="to be kept with one replica lost")
-    made.add_argument("--headroom", type=amount, default=0.3, help="share of capacity to leave free")
-    made.add_argument("--engine-cores", type=amount, default=0.0, help="threads of the engine, on a CPU")
-    made.add_argument("--queue-size", type=int, default=256, help="images that a replica holds at most")
-    made.add_argument("--images", type=int, default=40_000, help="to simulate each way; 0: none")
+    made.add_argument("--loop-ms", type=amount, required=True, help="CPU ms per request without decoding")
+    made.add_argument("--kilobytes", type=amount, default=50.0, help="size of an image")
+    made.add_argument(
+        "--p99-ms", type=amount, required=True, help="required p99 after the loss of one replica"
+    )
+    made.add_argument("--headroom", type=amount, default=0.3, help="fraction of the capacity to keep free")
+    made.add_argument("--engine-cores", type=amount, default=0.0, help="threads of a CPU runtime")
+    made.add_argument("--queue-size", type=int, default=256, help="maximum number of images per replica")
+    made.add_argument("--images", type=int, default=40_000, help="images per simulation; 0: no simulation")
     made.add_argument("--json", action="store_true", help="print one JSON document")
     return made
 
 
 def planned(given: argparse.Namespace) -> tuple[System, Wanted, list[Row]]:
-    """Return the replica, the wishes and the rows that *given* asks for; raises `ValueError`."""
+    """Compute the replica, the requirements and the rows; raises `ValueError`."""
     if len(given.engine) != 2 or not sum(given.engine) or given.batch < 1:
         raise ValueError("--engine takes two numbers, not both 0; --batch is at least 1")
     if given.headroom >= 1 or not all(given.rate):
@@ -173,9 +198,7 @@ def main() -> int:
     images = given.images
     found = [one for row in rows for one in checks(system, row, images, given.queue_size)] if images else []
     if given.json:
-        shown = [asdict(row) | {"each": row.each, "held": row.held} for row in rows]
-        document = {"system": asdict(system), "wanted": asdict(wanted), "rows": shown, "bound": BOUND}
-        print(json.dumps(document | {"checks": [asdict(one) for one in found]}, indent=2))
+        report(results(rows, found), as_json=True, images_per_simulation=images)
     else:
         print(facts(system, wanted), HEAD, *map(line, rows), sep="\n")
         if found:

@@ -35,7 +35,7 @@ class Row:
         return self.rate / self.replicas
 
     @property
-    def reserve(self) -> float:
+    def held(self) -> float:
         """Return the images that a replica holds on average (Little): the metric `sopdeploy_queue_depth`."""
         return self.each * self.now.mean_ms / 1000
 

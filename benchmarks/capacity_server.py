@@ -1,12 +1,12 @@
-"""Is a simulated replica like a real one? The server over a pretend engine beside the simulation of it.
+"""Compares the real server, with a simulated runtime, to the simulation of `capacity_simulation`.
 
     python benchmarks/capacity_server.py --rounds 5
 
-Each case is a load on one process: so many clients that ask again when they were answered, or a Poisson
-stream. Ratios are real / simulated. The simulation is given what the model is: the engine's times as they
-were ordered and the CPU time of a picture. Client and server share the cores; `core` is the share of a core
-that one thread got before and after. Far below 1 the neighbours are measured: believe the quietest round,
-and most the slower engine, to whose batches a decoder that waits for a core matters less.
+Each case is a load on one process: a number of clients that send the next request after each response, or a
+Poisson stream. Ratios are real / simulated. The simulation uses the configured batch times and the measured
+CPU time per image. Client and server share the cores; `core` is the fraction of a core that one thread
+received before and after. If it is far below 1, other load disturbs the measurement: use the quietest round
+and the slower runtime, whose batches depend least on decoders that wait for a core.
 """
 
 import argparse
@@ -16,14 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 from capacity_model import System
 from capacity_simulation import Figures, Simulation
 from load import SEED, WARM_UP_SECONDS, Load
-from measure import machine
+from measure import Result, report
 from serving_alone import decode_ms, pictures
 from serving_peers import OURS, free_port, started
 
@@ -160,6 +160,30 @@ def show(rounds: list[Round]) -> None:
             print(f"| | {what} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + f" | {core:.2f} |")
 
 
+def results(rounds: list[Round]) -> list[Result]:
+    """Compare medians over the rounds with the simulation."""
+    found = []
+    for name in dict.fromkeys(each.case for each in rounds):
+        of_case = [each for each in rounds if each.case == name]
+        for what, unit, real, simulated_value in (
+            ("throughput", "images/s", lambda r: r.real.images_per_s, lambda r: r.simulated.images_per_s),
+            ("batch size", "images", lambda r: r.batch, lambda r: r.simulated.batch),
+            ("p50", "ms", lambda r: r.real.p50_ms, lambda r: r.simulated.p50_ms),
+            ("p99", "ms", lambda r: r.real.p99_ms, lambda r: r.simulated.p99_ms),
+        ):
+            found.append(
+                Result(
+                    case=f"{name}: {what}",
+                    against="simulation",
+                    ours=statistics.median(map(real, of_case)),
+                    other=statistics.median(map(simulated_value, of_case)),
+                    unit=unit,
+                    runs=len(of_case),
+                )
+            )
+    return found
+
+
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(
@@ -173,8 +197,7 @@ def main() -> None:
         folder = pictures(Path(made))
         rounds = [one(case, folder, given.seconds) for _ in range(given.rounds) for case in CASES]
     if given.json:
-        shown = [asdict(each) | {"ratios": each.ratios} for each in rounds]
-        print(json.dumps({"machine": machine(), "rounds": shown}, indent=2))
+        report(results(rounds), as_json=True)
     else:
         show(rounds)
 

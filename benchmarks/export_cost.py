@@ -1,8 +1,8 @@
-"""What does an export cost: seconds and memory of every step, certificate and parity included.
+"""Time and memory of an export by step, including certificate and parity.
 
-Exports networks of random weights with --detach, each in a process of its own, because the largest memory
-of a process never falls. Processor seconds count all threads, and other work disturbs them least; the bounds
-are those of two cores: 90 seconds and 4 GB for DSoP ResNet-50, 60 seconds for ResNet-18.
+Exports networks with random weights with --detach, each in its own process, because the peak memory
+of a process never decreases. Processor seconds include all threads; other load affects them least. The limits
+are for two cores: 90 seconds and 4 GB for DSoP ResNet-50, 60 seconds for ResNet-18.
 
     python benchmarks/export_cost.py [--quick] [--json]
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from detached_latency import checkpoint
-from measure import machine, parse, versions
+from measure import Result, parse, report
 
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.pipeline import ExportOptions, export
@@ -28,7 +28,7 @@ BOUNDS = {"dsop-resnet18": (60, 4.0), "dsop-resnet50": (90, 4.0)}  # seconds, GB
 
 
 def measured(path: Path, folder: Path) -> dict[str, Any]:
-    """Return the cost of exporting the checkpoint at *path* into *folder*, by step and in all."""
+    """Export the checkpoint at *path* into *folder* and measure each step and the total."""
     marks: list[tuple[str, float, float]] = []
 
     def step(name: str) -> None:
@@ -46,41 +46,42 @@ def measured(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def in_a_process(name: str, folder: Path) -> dict[str, Any]:
-    """Return the cost of exporting *name*, with random weights, in a new process."""
+    """Measure the export of network *name* with random weights in a new process."""
     torch.manual_seed(0)
     path = checkpoint(name, create_model(name), folder)
     command = [sys.executable, __file__, "--one", str(path), str(folder / "bundles")]
     found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return found
+
+
+def results(name: str, found: dict[str, Any]) -> list[Result]:
+    """Build the results of one network: totals compared with their limits, then every step."""
     seconds, memory = BOUNDS[name]
-    return {"model": name, "seconds_allowed": seconds, "gb_allowed": memory, **found}
-
-
-def show(row: dict[str, Any]) -> None:
-    """Print one network's cost, step by step."""
-    for name, cost in row["steps"].items():
-        print(f"  {name:50} {cost['wall']:8.1f} s {cost['processor']:8.1f} cpu-s")
-    print(
-        f"{row['model']}: {row['wall_seconds']:.1f} s, {row['processor_seconds']:.1f} cpu-s "
-        f"(allowed {row['seconds_allowed']} s), peak {row['peak_gb']:.2f} GB (allowed {row['gb_allowed']:g})"
-    )
+    totals = (("wall time", "wall_seconds", "s", seconds), ("peak memory", "peak_gb", "GB", memory))
+    return [
+        *(
+            Result(case=f"{name}: {what}", against="limit", ours=found[key], other=limit, unit=unit, runs=1)
+            for what, key, unit, limit in totals
+        ),
+        Result(case=f"{name}: processor time", ours=found["processor_seconds"], unit="cpu-s", runs=1),
+        *(
+            Result(case=f"{name}: {step}", ours=cost["processor"], unit="cpu-s", runs=1)
+            for step, cost in found["steps"].items()
+        ),
+    ]
 
 
 def main() -> None:
-    """Print the table or the JSON document; `--one` is a process's own half."""
+    """Run from the command line; `--one` is the part that runs in its own process."""
     if "--one" in sys.argv:
         print(json.dumps(measured(Path(sys.argv[-2]), Path(sys.argv[-1]))))
         return
     arguments = parse(__doc__)
-    rows = []
+    found: list[Result] = []
     for name in list(BOUNDS)[: 1 if arguments.quick else None]:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(in_a_process(name, Path(folder)))
-    if arguments.json:
-        print(json.dumps({"machine": machine(), "versions": versions(), "results": rows}, indent=2))
-        return
-    print(", ".join(f"{key} {value}" for key, value in (machine() | versions()).items()))
-    for row in rows:
-        show(row)
+            found += results(name, in_a_process(name, Path(folder)))
+    report(found, as_json=arguments.json)
 
 
 if __name__ == "__main__":

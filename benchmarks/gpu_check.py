@@ -1,14 +1,14 @@
-"""Do real engines build on this machine's GPU, give the bundle's numbers, and how fast are they?
+"""Builds real engines on this machine's GPU, verifies them and measures their speed.
 
-Builds engines of a detached DSoP-ResNet-50, a GSoP-Net2 and a GM-SOP in fp32, and in fp16 once the export
-writes it, and times them, copies to and from the GPU included, against torch eager, torch.compile and ONNX
+Builds engines of a detached DSoP-ResNet-50, a GSoP-Net2 and a GM-SOP in fp32 and fp16, and times them,
+including copies to and from the GPU, against torch eager, torch.compile and ONNX
 Runtime on CUDA. Writes docs/benchmarks/engines.md and engines.json.
-Ends with one line and exit code 1 where there is no GPU or no TensorRT.
+Exits with code 1 and one line if there is no GPU or no TensorRT.
 
     python benchmarks/gpu_check.py [--quick] [--bundle BUNDLE ...] [--out FOLDER]
 
-With --bundle the engines are those of bundles made elsewhere, and no torch is needed: so it is run with the
-Python 3.10 of TensorRT 8.6.
+With --bundle, existing bundles are used and torch is not needed; TensorRT 8.6 needs this with
+Python 3.10.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from measure import interleaved, machine, versions
+from measure import Result, document, interleaved, machine, versions
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle, open_bundle
@@ -105,6 +105,7 @@ def check(case: Case, here: Machine, runs: int) -> dict[str, Any]:
         "plan_bytes": built.record.plan_bytes,
         "milliseconds": rows,
         "images_per_second": rates,
+        "runs": runs,
     }
 
 
@@ -178,6 +179,24 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def results(checked: list[dict[str, Any]]) -> list[Result]:
+    """Build the results: milliseconds per batch of TensorRT against every other runtime."""
+    return [
+        Result(
+            case=f"{case['bundle']} {case['precision']}, batch {row['batch']}",
+            against=name,
+            ours=row["TensorRT"],
+            other=milliseconds,
+            unit="ms",
+            runs=case["runs"],
+        )
+        for case in checked
+        for row in case["milliseconds"]
+        for name, milliseconds in row.items()
+        if name not in {"batch", "TensorRT"}
+    ]
+
+
 def slow(found: dict[str, Any]) -> list[str]:
     """Return the cases whose engine does not gain what it must over torch.compile at batch 1."""
     rows = [(case["bundle"], case["precision"], case["milliseconds"][0]) for case in found["cases"]]
@@ -214,8 +233,11 @@ def main() -> int:
         return 1
     facts = {**machine(), "gpu": here.gpu.name, "architecture": here.gpu.architecture}
     found = {"machine": facts, "commit": commit(), "versions": versions(), "cases": checked}
+    summary = document(
+        results(checked), gpu=here.gpu.name, architecture=here.gpu.architecture, commit=commit()
+    )
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "engines.json").write_text(json.dumps(found, indent=2) + "\n")
+    (given.out / "engines.json").write_text(json.dumps(summary, indent=2) + "\n")
     (given.out / "engines.md").write_text(page(found))
     say(f"written: {given.out / 'engines.md'}")
     for complaint in slow(found):

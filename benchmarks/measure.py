@@ -1,10 +1,10 @@
-"""What the benchmarks share: interleaved timing, facts about the machine, one shape of result.
+"""Shared by all benchmarks: interleaved timing, facts about the machine, one format of results.
 
-Both sides of a comparison are timed in turn within one run, so that a busy machine slows both; the
-figure of a side is its median. `ratio` is always ours / other: below 1, ours takes less.
+Both sides of a comparison run alternately within one process, so that other load slows both; the value of a
+side is its median. `ratio` is ours / other: for times, a value below 1 means that ours is faster.
 
     arguments = parse(__doc__)
-    report([compare("pooling", "textbook loop", ours, other, runs=9)], as_json=arguments.json)
+    report([compare("pooling", "reference loop", ours, other, runs=9)], as_json=arguments.json)
 """
 
 import argparse
@@ -34,23 +34,26 @@ PACKAGES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """One comparison: what ours and the other side took, in *unit*, as medians of *runs*."""
+    """One measured value in *unit*, the median of *runs*, and the value it is compared with.
+
+    `against` names the other side; it is empty, and `other` is None, for a value without comparison.
+    """
 
     case: str
-    against: str
+    against: str = ""
     ours: float
-    other: float
+    other: float | None = None
     unit: str
     runs: int
 
     @property
-    def ratio(self) -> float:
-        """Return ours / other."""
-        return self.ours / self.other
+    def ratio(self) -> float | None:
+        """ours / other, or None without comparison."""
+        return self.ours / self.other if self.other else None
 
 
 def parse(description: str | None) -> argparse.Namespace:
-    """Return the arguments that every benchmark takes: `quick` and `json`."""
+    """Parse the options that every benchmark has: `--quick` and `--json`."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -62,7 +65,7 @@ def parse(description: str | None) -> argparse.Namespace:
 def interleaved(
     sides: Sequence[Callable[[], object]], *, runs: int, warmups: int = 1, clock: Clock = time.perf_counter
 ) -> tuple[list[float], ...]:
-    """Return the seconds of *runs* calls of each side, called in turn, after *warmups* untimed calls."""
+    """Time *runs* calls of each side in seconds, alternately, after *warmups* untimed calls."""
     for _ in range(warmups):
         for side in sides:
             side()
@@ -85,11 +88,10 @@ def compare(
     warmups: int = 1,
     clock: Clock = time.perf_counter,
 ) -> Result:
-    """Time *ours* and *other* in turn; return their medians in milliseconds.
+    """Time *ours* and *other* alternately; return their medians in milliseconds.
 
-    A call must end only when its work has ended: synchronise a device inside it. Work of one thread is
-    best timed by `time.process_time`, the processor time of this process, which neighbours on a busy
-    machine disturb least.
+    Each call must finish its work: synchronize a device inside the call. Time single-threaded work with
+    `time.process_time`, the processor time of this process, which other load affects least.
     """
     ours_s, other_s = interleaved((ours, other), runs=runs, warmups=warmups, clock=clock)
     return Result(
@@ -103,7 +105,7 @@ def compare(
 
 
 def machine() -> dict[str, Any]:
-    """Return what a figure depends on: processor, usable cores, memory, system."""
+    """Describe the machine: processor, usable cores, memory, system."""
     return {
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -113,19 +115,26 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed packages that a figure may depend on."""
+    """List the versions of Python and of the installed packages that affect results."""
     return {"python": platform.python_version(), **installed(PACKAGES)}
 
 
+def document(results: Sequence[Result], **facts: object) -> dict[str, Any]:
+    """Build the JSON document of every benchmark; *facts* are added to the description of the machine."""
+    rows = [{**asdict(result), "ratio": result.ratio} for result in results]
+    return {"machine": machine() | facts, "versions": versions(), "results": rows}
+
+
 def report(results: Sequence[Result], *, as_json: bool, **facts: object) -> None:
-    """Print *results*: one JSON document, or a table; *facts* join what is said of the machine."""
+    """Print *results* as one JSON document or as a table."""
     if as_json:
-        rows = [{**asdict(result), "ratio": result.ratio} for result in results]
-        print(json.dumps({"machine": machine() | facts, "versions": versions(), "results": rows}, indent=2))
+        print(json.dumps(document(results, **facts), indent=2))
         return
     print(", ".join(f"{key} {value}" for key, value in (machine() | facts | versions()).items()))
     for result in results:
-        print(
-            f"{result.case:48} {result.ours:10.2f} {result.unit:6} against {result.against:24}"
-            f"{result.other:10.2f} {result.unit:6} ratio {result.ratio:6.3f} (1 : {1 / result.ratio:.2f})"
-        )
+        line = f"{result.case:56} {result.ours:10.2f} {result.unit:8}"
+        if result.other is not None:
+            line += f" against {result.against:24}{result.other:10.2f} {result.unit:8}"
+        if result.ratio:
+            line += f" ratio {result.ratio:6.3f} (1 : {1 / result.ratio:.2f})"
+        print(line)

@@ -1,8 +1,8 @@
-"""What a request costs the server beside decoding and the engine: CPU milliseconds, of this tree and another.
+"""CPU time of a request without decoding and inference, for this checkout and another.
 
-Both are replaced by constants, so what is left is HTTP, admission, the ways between threads and the answer.
-With `--other FOLDER` (another checkout of this project) both are measured in turn. Every round starts a
-server anew; a figure is the median of the rounds.
+Constants replace decoding and inference; HTTP, admission, thread hand-over and the response remain.
+With `--other FOLDER` (another checkout of this project), both are measured alternately. Every round starts a
+new server; the value is the median of the rounds.
 
     python benchmarks/request_cpu.py --other ../before --rounds 5
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import uvicorn
+from measure import Result, report
 from serving_alone import pictures
 from serving_ours import CLASSES, pretend
 from serving_peers import OURS, cpu_seconds, free_port, started
@@ -37,12 +38,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--serve", type=int, metavar="PORT", help="be the server (used by the benchmark)")
+    parser.add_argument("--serve", type=int, metavar="PORT", help="run as the server (used internally)")
     parser.add_argument("--other", type=Path, help="another checkout to compare with")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--connections", type=int, default=32)
-    parser.add_argument("--query", default="", help="of every request: top_k=3")
+    parser.add_argument("--query", default="", help="query of every request, such as top_k=3")
     given = parser.parse_args()
     if given.serve is not None:
         serve(given.serve)
@@ -54,16 +56,20 @@ def main() -> None:
         for _ in range(given.rounds):
             for name, tree in trees.items():
                 figures[name].append(measure(tree, Path(folder), given))
-    for name, values in figures.items():
-        each = " ".join(f"{value:.3f}" for value in values)
-        print(f"{name:6} {statistics.median(values):.3f} ms CPU per request ({each})")
-    if given.other:
-        ratios = [ours / other for ours, other in zip(figures["this"], figures["other"], strict=True)]
-        print(f"ratio  {statistics.median(ratios):.3f}")
+    medians = {name: statistics.median(values) for name, values in figures.items()}
+    result = Result(
+        case="CPU per request",
+        against=str(given.other or ""),
+        ours=medians["this"],
+        other=medians.get("other"),
+        unit="cpu-ms",
+        runs=given.rounds,
+    )
+    report([result], as_json=given.json)
 
 
 def measure(tree: Path, folder: Path, given: argparse.Namespace) -> float:
-    """Return the CPU milliseconds per request of the server in *tree* under load."""
+    """Measure the CPU milliseconds per request of the server in *tree* under load."""
     port = free_port()
     places = {"PYTHONPATH": os.pathsep.join([str(tree), str(tree / "service"), str(HERE.parent)])}
     command = [sys.executable, str(HERE), "--serve", str(port)]
@@ -79,14 +85,14 @@ def measure(tree: Path, folder: Path, given: argparse.Namespace) -> float:
 
 
 def answered(port: int) -> float:
-    """Return how many pictures the server on *port* has answered."""
+    """Read the number of classified images from the metrics of the server on *port*."""
     lines = httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
     name = 'sopdeploy_requests_total{code="200",model="model",route="/v1/classify"} '
     return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
 
 
 def serve(port: int) -> None:
-    """Serve a network that says the same to every picture, and decode none."""
+    """Serve constant outputs without decoding images."""
     found = pretend(0, 0, 8)
     picture = Decoded(np.zeros((224, 224, 3), dtype=np.uint8), ())
     logits = np.random.default_rng(0).normal(size=(8, CLASSES)).astype(np.float32)

@@ -1,27 +1,25 @@
-"""Two replicas on Ray beside one plain process: how much more do they answer, and what does Ray cost?
+"""Throughput and CPU cost of replicas on Ray, compared with one plain process.
 
     python benchmarks/scale_out.py --quick
     python benchmarks/scale_out.py --rounds 5
 
-All over pretend engines that sleep, so that two cores are enough for three engines. Every round measures the
-plain process, one replica and two replicas in turn; a figure is the median of the rounds' ratios to the plain
-process of its round. `slow`: 100 + 50 n ms for n images, at most 8: next to no processor time is needed, and
-the ratio is what routing and batching leave of 1 and 2. `batching`: 20 + 10 n. `fast`: 20 + 2 n, at most 32,
-where the processor is the limit on few cores. CPU is that of the whole process tree per image. Needs
-`sopdeploy[ray]`.
+All servers use simulated runtimes that sleep, so two cores are enough for three of them. Every round
+measures the plain process, one replica and two replicas alternately; a value is the median of the rounds'
+ratios to the plain process of the same round. `slow`: 100 + 50 n ms for n images, at most 8: almost no
+processor time, so the ratio shows the cost of routing and batching. `batching`: 20 + 10 n. `fast`: 20 + 2
+n, at most 32, limited by the processor on few cores. CPU is the time of the whole process tree per image.
+Needs `sopdeploy[ray]`.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
-from measure import machine
+from measure import report
 from serving import HERE, Case, drive
 from serving_alone import pictures
 from serving_peers import OURS, free_port, started
@@ -100,7 +98,7 @@ def main() -> None:
     cases = tuple(case for case in CASES if case.name in wanted)
     rows = benchmark(cases, 1 if given.quick else given.rounds, 5.0 if given.quick else 10.0)
     if given.json:
-        print(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=2))
+        report([result for row in rows for result in row.results("plain process")], as_json=True)
     else:
         show(rows)
 

@@ -1,18 +1,18 @@
-"""What second-order pooling gains in accuracy: on textures that need it, on digits, on CIFAR-10.
+"""Accuracy gain of second-order pooling on generated textures, digits and CIFAR-10.
 
     python benchmarks/second_order_gain.py [--quick] [--cache DIR] [--cifar FOLDER] [--study NAME] [--json]
 
-Generated textures differ in their second moments only, so what must hold there can be demanded: linear
-features with average pooling are at chance, an iSQRT-COV head is 30 points above a two-layer network with
-average pooling, the same network trained with DSoP's branches (and detached) 15. The controls are printed
-beside them: branches that average (DSoP's Table VII), the plain network trained as long as DSoP takes, and
-the learning rates. Digits and CIFAR-10 (a folder of pictures, train/ and test/, one folder per class) are
-reported whatever comes out. `gates` asks when GM-SOP's gate earns its place.
+Generated textures differ in second moments only, so minimum results can be required: linear features with
+average pooling are at chance, an iSQRT-COV head is at least 30 points above a two-layer network with
+average pooling, the same network trained with DSoP branches (and detached) at least 15. Control
+experiments: branches with average pooling (DSoP's Table VII), the plain network trained as long as DSoP,
+and learning rates. Digits and CIFAR-10 (a folder of images, train/ and test/, one folder per class) have no
+required result. `gates` measures the benefit of GM-SOP's gate.
 
-Runs of one seed are paired; an interval is Student's of the paired difference, 95 %, not corrected for the
-number of comparisons. The numbers of seeds are fixed here. The last epoch counts. One thread a process,
-processor seconds of the training alone. Quick: 35 minutes of processor time; full: never yet run to its end.
-A run that --cache already holds is not repeated. Exit status 1: something that must hold does not.
+Runs with the same seed are paired; intervals are 95 % Student intervals of the paired difference, without
+correction for multiple comparisons. The numbers of seeds are fixed. The last epoch counts. One thread per
+process, processor seconds of the training alone. Quick: 35 minutes of processor time; the full version has
+not been run to its end. Runs in --cache are not repeated. Exit status 1: a required result was not reached.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from gain.gates import gates_on_cifar, kinds
-from gain.report import checks, document, show
+from gain.report import checks, measured, show
 from gain.runs import Results, finish_studies
 from gain.studies import cifar, digits, few_textures, texture_rates, textures
 from gain.study import Study
 from gain.task import write_arrays
-from measure import machine, versions
+from measure import machine, report, versions
 from rich.console import Console
 
 NAMES = ("learning rates", "textures", "few textures", "digits", "kinds", "CIFAR-10", "CIFAR-10 gates")
@@ -102,8 +102,8 @@ def main(arguments: list[str]) -> int:
     ]
     results: Results = finish_studies(chosen, given.cache, given.jobs)
     if given.json:
-        found = [document(study, results[study.name]) for study in chosen]
-        print(json.dumps(facts(given.jobs) | {"studies": found}, indent=2))
+        found = [result for study in chosen for result in measured(study, results[study.name])]
+        report(found, as_json=True, commit=commit(), processes=given.jobs)
     else:
         console = Console(width=None if sys.stdout.isatty() else 160)
         console.print(json.dumps(facts(given.jobs)), soft_wrap=True)

@@ -1,17 +1,16 @@
-"""Our server beside the bare engine and, where their scripts and packages are at hand, beside other servers.
+"""Throughput of sopdeploy compared with the bare runtime and, if available, with other servers.
 
     python benchmarks/serving.py --quick
     python benchmarks/serving.py --peers FOLDER --peers-python PYTHON --onnx FILE [--only litserve,mosec]
     python benchmarks/serving.py --bundle BUNDLE --peers FOLDER --peers-python PYTHON --onnx FILE
 
-Three cases. `batching`: a pretend accelerator that sleeps 20 + 10 n ms for n images, at most 8, under 32
-connections. `fast device`: 20 + 2 n, at most 32, 128 connections: here the decoders' CPU is the limit.
-`real engine` (with --bundle; --onnx is what the others load, the same network): onnxruntime on one thread.
-Every round measures the bare engine, every server, and the bare engine again; a figure is the median of the
-rounds' ratios to the bare engine of its round. CPU per image is that of the server's process tree, less that
-of decoding and engine in turn in one thread: for all servers the decoder of the others' scripts, where they
-are, else ours. Beside it stands ours by its own account, where every call of the decoder and of the engine is
-measured in the server itself.
+Three cases. `batching`: a simulated accelerator that sleeps 20 + 10 n ms for n images, at most 8, with 32
+connections. `fast device`: 20 + 2 n ms, at most 32, 128 connections; decoding is the bottleneck.
+`real engine` (with --bundle; --onnx is the same network for the other servers): onnxruntime on one thread.
+Every round measures the bare runtime, every server, and the bare runtime again; a value is the median of the
+rounds' ratios to the bare runtime of the same round. CPU per image is that of the server's process tree minus
+that of decoding and inference in one thread (with the other servers' decoder, if available, otherwise
+ours). A second value for sopdeploy is measured inside the server around every call of decoder and runtime.
 """
 
 import argparse
@@ -21,11 +20,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from load import WARM_UP_SECONDS, Load
-from measure import machine
+from measure import Result, report
 from serving_alone import bare, pictures, pipeline, their_pipeline
 from serving_ours import Accounts, pretend, settings_for
 from serving_peers import OURS, PEERS, Peer, cpu_seconds, free_port, peer_command, started
@@ -34,12 +33,12 @@ from serving_rounds import Rounds
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 
 HERE = Path(__file__).resolve().parent
-DELAY_MS = 5  # the others' waiting for a batch; ours needs none
+DELAY_MS = 5  # batching delay of the other servers; sopdeploy needs none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One engine and one load."""
+    """A runtime and a load."""
 
     name: str
     largest: int
@@ -49,9 +48,18 @@ class Case:
 
 @dataclass(slots=True)
 class Row(Rounds):
-    """One server in one case; CPU time is that over decoding and engine, of ours by its own account too."""
+    """One server in one case, with CPU time in addition to decoding and inference."""
 
     cpu_by_account_ms: list[float] = field(default_factory=list)
+
+    def results(self, against: str) -> list[Result]:
+        """Add the CPU time that the server itself measured."""
+        found = Rounds.results(self, against)
+        if self.cpu_by_account_ms:
+            value = statistics.median(self.cpu_by_account_ms)
+            case = f"{self.case}, {self.server}: CPU per image, measured in the server"
+            found.append(Result(case=case, ours=value, unit="cpu-ms", runs=len(self.cpu_by_account_ms)))
+        return found
 
 
 CASES = (
@@ -63,7 +71,7 @@ REAL = Case(name="real engine", largest=8, connections=32)
 
 @dataclass(frozen=True, slots=True)
 class Driven:
-    """What a load did to a server in *seconds*, and the CPU seconds that this took with the warm-up."""
+    """Result of a load of *seconds*, and the CPU seconds of the server including the warm-up."""
 
     load: Load
     seconds: float
@@ -71,12 +79,12 @@ class Driven:
 
     @property
     def cpu_ms(self) -> float:
-        """Return the CPU milliseconds per image."""
+        """CPU milliseconds per image."""
         return 1000 * self.cpu_s / max(self.load.images_per_s * (self.seconds + WARM_UP_SECONDS), 1.0)
 
 
 def drive(peer: Peer, port: int, process: int, case: Case, folder: Path, seconds: float) -> Driven:
-    """Load a server and return what was measured."""
+    """Put load on a server and measure it."""
     url = f"http://127.0.0.1:{port}{peer.path}"
     command = [sys.executable, str(HERE / "load.py"), url, str(folder), "--seconds", str(seconds)]
     command += ["--connections", str(case.connections)] + (["--form"] if peer.form else [])
@@ -86,7 +94,7 @@ def drive(peer: Peer, port: int, process: int, case: Case, folder: Path, seconds
 
 
 class Benchmark:
-    """The servers, measured in turn."""
+    """Measures all servers alternately."""
 
     def __init__(self, given: argparse.Namespace, folder: Path) -> None:
         self._given = given
@@ -150,7 +158,7 @@ class Benchmark:
             return drive(peer, port, process, case, self._folder, self._seconds)
 
     def _measure_ours(self, case: Case) -> tuple[Driven, float]:
-        """Return what was measured, and the CPU ms per image over decoding and engine by our own account."""
+        """Measure sopdeploy; also return the additional CPU ms per image, measured inside the server."""
         port = free_port()
         engine = ["--pretend", case.fake] if case.fake else ["--bundle", str(self._given.bundle)]
         command = [sys.executable, str(HERE / "serving_ours.py"), "--port", str(port), *engine]
@@ -167,7 +175,7 @@ class Benchmark:
 
 
 def peer_environment(case: Case, onnx: Path | None) -> dict[str, str]:
-    """Return what tells a peer's script its engine and its batches."""
+    """Environment variables that configure the script of another server."""
     environment = {
         "PEER_MAX_BATCH": str(case.largest),
         "PEER_DELAY_MS": str(DELAY_MS),
@@ -203,21 +211,21 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peers", type=Path, help="a folder with the other servers' scripts")
-    parser.add_argument("--peers-python", default=sys.executable, help="a Python that has their packages")
-    parser.add_argument("--only", help="which of them, comma separated")
-    parser.add_argument("--case", action="append", help="only this one; may be repeated")
+    parser.add_argument("--peers", type=Path, help="folder with the scripts of other servers")
+    parser.add_argument("--peers-python", default=sys.executable, help="Python with their packages")
+    parser.add_argument("--only", help="names of servers, comma-separated")
+    parser.add_argument("--case", action="append", help="run only this case; can be repeated")
     parser.add_argument(
-        "--bundle", type=Path, help="a bundle of 224 pixels, for the real engine: the network of --onnx"
+        "--bundle", type=Path, help="bundle with 224-pixel input for the real engine: the network of --onnx"
     )
-    parser.add_argument("--onnx", type=Path, help="the others' ONNX file for the real engine")
+    parser.add_argument("--onnx", type=Path, help="ONNX file of the other servers for the real engine")
     given = parser.parse_args()
     if given.peers is not None and given.onnx is None:
         parser.error("--peers needs --onnx, the file that those servers load")
     with tempfile.TemporaryDirectory() as folder:
         rows = Benchmark(given, pictures(Path(folder))).run()
     if given.json:
-        print(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=2))
+        report([result for row in rows for result in row.results("bare runtime")], as_json=True)
     else:
         show(rows)
 

@@ -1,16 +1,18 @@
-"""What the benchmarks of servers keep of each: figures by round, and their medians."""
+"""Results of the server benchmarks by round, and their medians."""
 
 import statistics
 from dataclasses import dataclass, field
 
 from load import Load
+from measure import Result
 
 
 @dataclass(slots=True)
 class Rounds:
-    """One server in one case, a figure for each round; *refused* counts answers other than 200.
+    """Measurements of one server in one case, one value per round.
 
-    Which CPU time of an image *cpu_ms* is, its benchmark says.
+    `ratios` compare with the reference of the same round; `refused` counts responses other than 200. Each
+    benchmark documents what `cpu_ms` includes.
     """
 
     server: str
@@ -22,13 +24,31 @@ class Rounds:
     refused: int = 0
 
     def note(self, load: Load, cpu_ms: float) -> None:
-        """Note what one round measured."""
+        """Add the measurements of one round."""
         self.images_per_s.append(load.images_per_s)
         self.p99_ms.append(load.p99_ms)
         self.cpu_ms.append(cpu_ms)
         self.refused += sum(count for code, count in load.codes.items() if code != "200")
 
     def medians(self) -> tuple[float, float, float]:
-        """Return images per second, p99 and CPU milliseconds per image, each the median of its rounds."""
+        """Medians of images per second, p99 and CPU milliseconds per image."""
         middle = statistics.median
         return middle(self.images_per_s), middle(self.p99_ms), middle(self.cpu_ms)
+
+    def results(self, against: str) -> list[Result]:
+        """Throughput compared with *against* (its ratio is the median of the rounds), p99 and CPU time."""
+        rate, p99, cpu = self.medians()
+        runs, case = len(self.ratios), f"{self.case}, {self.server}"
+        reference = rate / statistics.median(self.ratios)
+        return [
+            Result(
+                case=f"{case}: throughput",
+                against=against,
+                ours=rate,
+                other=reference,
+                unit="images/s",
+                runs=runs,
+            ),
+            Result(case=f"{case}: p99", ours=p99, unit="ms", runs=runs),
+            Result(case=f"{case}: CPU per image", ours=cpu, unit="cpu-ms", runs=runs),
+        ]

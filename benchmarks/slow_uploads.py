@@ -1,17 +1,16 @@
-"""Many clients that send a large body slowly: what the server's memory does, and what others notice.
+"""Memory of the server and latency of small requests while many clients upload large bodies slowly.
 
     python benchmarks/slow_uploads.py bundles/NAME --clients 100 --megabytes 19 --seconds 20
 
-starts `sopdeploy serve` twice, with the limit on bytes in flight and (for comparison) practically without,
-lets the clients send at the same pace, and posts a small picture ten times a second meanwhile. Prints the
-resident memory before and at its peak, how the uploads ended, and how long the small pictures took.
+Starts `sopdeploy serve` twice, with the limit on bytes in memory and practically without it. The clients
+send at the same pace while a small image is posted ten times a second. Measures the resident memory before
+and at its peak, the results of the uploads, and the latency of the small images.
 """
 
 import argparse
 import asyncio
 import collections
 import io
-import json
 import re
 import resource
 import statistics
@@ -20,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+from measure import Result, report
 from PIL import Image
 
 HEAD = "POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n"
@@ -29,17 +29,30 @@ PIECE_SECONDS = 0.1
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("bundle", type=Path)
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--megabytes", type=float, default=19)
     parser.add_argument("--seconds", type=float, default=20, help="that one upload takes")
     given = parser.parse_args()
-    for name, limit in (("limited", 256_000_000), ("not limited", 10**12)):
-        print(name, json.dumps(measure(given, limit)))
+    limited, unlimited = (measure(given, limit) for limit in (256_000_000, 10**12))
+    units = {"resident memory before": "MB", "peak resident memory": "MB", "small image, median": "ms"}
+    results = [
+        Result(
+            case=case,
+            against="no limit",
+            ours=value,
+            other=unlimited.get(case, 0),
+            unit=units.get(case, "ms" if case.startswith("small image,") else "requests"),
+            runs=1,
+        )
+        for case, value in limited.items()
+    ]
+    report(results, as_json=given.json)
 
 
-def measure(given: argparse.Namespace, limit: int) -> dict[str, object]:
+def measure(given: argparse.Namespace, limit: int) -> dict[str, float]:
     command = [sys.executable, "-m", "sopdeploy", "serve", str(given.bundle), "--port", "0"]
-    command += ["--set", f"max_upload_bytes={limit}", "--set", "deadline_seconds=120"]
+    command += ["--set", f"max_upload_bytes={limit}", "--set", "request_timeout=120"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             found = re.match(r"ready: http://(\S+):(\d+)", server.stdout.readline() if server.stdout else "")
@@ -50,8 +63,8 @@ def measure(given: argparse.Namespace, limit: int) -> dict[str, object]:
             server.terminate()
 
 
-async def load(given: argparse.Namespace, address: tuple[str, int], pid: int) -> dict[str, object]:
-    small = picture()
+async def load(given: argparse.Namespace, address: tuple[str, int], pid: int) -> dict[str, float]:
+    small = small_image()
     for _ in range(5):
         await post(address, small, 1, 0)
     before = resident(pid)
@@ -68,15 +81,17 @@ async def load(given: argparse.Namespace, address: tuple[str, int], pid: int) ->
     await asyncio.sleep(1)
     ended = collections.Counter(task.result() for task in crowd)
     return {
-        "resident_MB": {"before": before, "peak": peak, "after": resident(pid)},
-        "uploads": dict(ended),
-        "small_pictures": dict(others),
-        "small_ms": {"median": ms(statistics.median(seconds)), "worst": ms(max(seconds))},
+        "resident memory before": before,
+        "peak resident memory": peak,
+        "small image, median": ms(statistics.median(seconds)),
+        "small image, slowest": ms(max(seconds)),
+        **{f"uploads with result {status}": count for status, count in ended.items()},
+        **{f"small images with result {status}": count for status, count in others.items()},
     }
 
 
 async def post(address: tuple[str, int], body: bytes, pieces: int, pause: float) -> str:
-    """Send *body* in *pieces*; return the status, or how the connection ended."""
+    """Send *body* in *pieces*; return the status, or `closed` or `reset`."""
     reader, writer = await asyncio.open_connection(*address)
     try:
         writer.write(HEAD.format(len(body)).encode())
@@ -85,7 +100,7 @@ async def post(address: tuple[str, int], body: bytes, pieces: int, pause: float)
             writer.write(body[place : place + size])
             await writer.drain()
             await asyncio.sleep(pause)
-            if reader._buffer:  # the answer is here before the body is out
+            if reader._buffer:  # the response arrived before the body was sent
                 break
         return (await reader.read(12)).decode()[9:] or "closed"
     except ConnectionError:
@@ -94,7 +109,7 @@ async def post(address: tuple[str, int], body: bytes, pieces: int, pause: float)
         writer.close()
 
 
-def picture() -> bytes:
+def small_image() -> bytes:
     file = io.BytesIO()
     Image.linear_gradient("L").convert("RGB").save(file, "JPEG")
     return file.getvalue()

@@ -1,12 +1,12 @@
-"""A server under a mix of clients for minutes: does it leak, and is every answer right?
+"""Soak test: a server under a mix of clients for minutes, checked for leaks and wrong responses.
 
-One `sopdeploy serve` with real bundles and ONNX Runtime on the CPU gets good pictures of several sizes,
-alone, in forms, in JSON and in the Open Inference Protocol, bodies that are no picture, clients that leave in
-the middle, slow bodies and floods; its model is swapped every few seconds. Every `ROUND_SECONDS` all clients
-leave, and what the server then still holds is counted: under load the memory moves by tens of MB with what
-is on its way just then, which hides any leak. Bounds: resident memory at rest grows by less than 1 MB a
-minute, no thread or descriptor stays, every answer names the bundle that gave it and is what `sopdeploy
-predict` says with that one, no 5xx. Exit code 1 where one is broken.
+One `sopdeploy serve` with real bundles and ONNX Runtime on the CPU receives valid images of several sizes,
+alone, in forms, in JSON and in the Open Inference Protocol, invalid bodies, clients that disconnect, slow
+bodies and floods; its model is swapped every few seconds. Every `ROUND_SECONDS` all clients stop and the
+resources of the idle server are measured, because requests in progress change the memory by tens of MB.
+Limits: resident memory at rest grows by less than 1 MB per minute, no thread or descriptor remains, every
+response names its bundle and equals `sopdeploy predict` with that bundle, no 5xx. Exit code 1 if a limit is
+exceeded.
 
     python benchmarks/soak.py --seconds 300
 """
@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from soak_accounts import Bound, Holding, Tally, bounds, document, holding
+from measure import report
+from soak_accounts import Bound, Holding, Tally, bounds, holding, results
 from soak_clients import Ground, bad, flood, forms, good_bodies, leaving, one_by_one, slow, watching
 from soak_swaps import NAME, crowd, json_bodies, protocol, swapping
 
@@ -58,7 +59,7 @@ def main() -> int:
         bundles = arguments.bundles or [digits_bundle(Path(name), seed) for seed in (0, 1)]
         tally, held, found = soak(bundles, Path(name), arguments.seconds, warm_up)
     if arguments.json:
-        print(json.dumps(document(tally, held, found), indent=2))
+        report(results(tally, held), as_json=True, seconds=arguments.seconds)
     else:
         show(tally, found)
     return int(any(bound.held is False for bound in found))

@@ -1,4 +1,4 @@
-"""The soak's books: what the server process holds, what was answered, and which bounds that breaks."""
+"""Bookkeeping of the soak test: resources of the server process, responses, and limits."""
 
 import statistics
 import time
@@ -7,20 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+
+from measure import Result
 
 from sopdeploy.client import ClassProbability
 
-ALLOWED_5XX = {(503, "deadline_unreachable")}  # an estimate of the queue; the client may come again
-CLOSE = 1e-5  # of probabilities: a batch of four may round otherwise than a batch of one
+ALLOWED_5XX = {(503, "deadline_unreachable")}  # an estimate of the queue; the client may retry
+CLOSE = 1e-5  # difference of probabilities: rounding depends on the batch size
 MOST_MB_PER_MINUTE = 1.0
-JUDGED_SECONDS = 60.0  # a slope over less time is the allocator's noise
+JUDGED_SECONDS = 60.0  # over less time, the slope is noise of the allocator
 KEPT = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What a process holds at *moment*: resident bytes, threads, open descriptors."""
+    """Resources of a process at *moment*: resident bytes, threads, open descriptors."""
 
     moment: float
     resident: int
@@ -60,24 +61,24 @@ def deviation(found: Sequence[ClassProbability], expected: Mapping[str, float]) 
 
 @dataclass(slots=True)
 class Tally:
-    """What became of every request; *failures* are those that must not be."""
+    """Results of all requests; `failures` lists unexpected ones."""
 
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     failed: int = 0
     compared: int = 0
-    by_digest: Counter[str] = field(default_factory=Counter)  # answers compared, by who gave them
+    by_digest: Counter[str] = field(default_factory=Counter)  # compared responses by bundle
     worst: float = 0.0
 
     def note(self, kind: str, status: int, code: str = "", wanted: Sequence[int] = (200,)) -> None:
-        """Count an answer to a request of *kind*; 429 may always come, a 5xx only where it is allowed."""
+        """Count a response; 429 is always allowed, a 5xx only if listed in ALLOWED_5XX."""
         self.outcomes[kind, f"{status} {code}".strip()] += 1
         fine = status in wanted or status == 429 or (status, code) in ALLOWED_5XX
         if not fine:
             self.fail(f"{kind}: {status} {code}, wanted {' or '.join(map(str, wanted))}")
 
     def compare(self, kind: str, found: Sequence[ClassProbability], expected: Mapping[str, float]) -> None:
-        """Compare an answer with the engine's own."""
+        """Compare a response with direct inference."""
         off = deviation(found, expected)
         self.compared += 1
         self.worst = max(self.worst, off)
@@ -85,7 +86,7 @@ class Tally:
             self.fail(f"{kind}: off by {off}")
 
     def fail(self, what: str) -> None:
-        """Keep what must not be; the first of them in words."""
+        """Count a failure and store the first few messages."""
         self.failed += 1
         if len(self.failures) < KEPT:
             self.failures.append(what)
@@ -93,7 +94,7 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bound:
-    """One promise: what was found, what is allowed, and whether it held; None is not judged."""
+    """A limit: measured value, allowed value, and whether it was kept (None: not judged)."""
 
     name: str
     found: str
@@ -102,7 +103,7 @@ class Bound:
 
 
 def bounds(tally: Tally, held: Sequence[Holding], exit_code: int) -> list[Bound]:
-    """Return every bound of a soak; *held* is with no client there: before it and after each round."""
+    """Check all limits; *held* was measured without clients, before the test and after each round."""
     before, after = held[0], held[-1]
     slope = mb_per_minute(held)
     judged = len(held) > 1 and held[-1].moment - held[0].moment >= JUDGED_SECONDS
@@ -132,12 +133,20 @@ def bounds(tally: Tally, held: Sequence[Holding], exit_code: int) -> list[Bound]
     ]  # fmt: skip
 
 
-def document(tally: Tally, held: Sequence[Holding], found: Sequence[Bound]) -> dict[str, Any]:
-    """Return everything for `--json`."""
-    first = held[0].moment if held else 0.0
-    return {
-        "bounds": [{"name": b.name, "found": b.found, "allowed": b.allowed, "held": b.held} for b in found],
-        "outcomes": {f"{kind}: {what}": count for (kind, what), count in sorted(tally.outcomes.items())},
-        "failures": tally.failures,
-        "memory": [(round(h.moment - first, 1), h.resident) for h in held],
-    }
+def results(tally: Tally, held: Sequence[Holding]) -> list[Result]:
+    """Build the results: growth of memory, largest deviation, and the number of responses by kind."""
+    found = [
+        Result(
+            case="memory growth", against="limit", ours=mb_per_minute(held), other=MOST_MB_PER_MINUTE,
+            unit="MB/min", runs=len(held),
+        ),
+        Result(
+            case="largest deviation of a probability", against="limit", ours=tally.worst, other=CLOSE,
+            unit="", runs=tally.compared,
+        ),
+        Result(case="wrong responses", ours=tally.failed, unit="requests", runs=1),
+    ]  # fmt: skip
+    return found + [
+        Result(case=f"{kind}: {what}", ours=count, unit="requests", runs=1)
+        for (kind, what), count in sorted(tally.outcomes.items())
+    ]

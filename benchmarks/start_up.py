@@ -1,8 +1,8 @@
-"""How soon is a server ready, how much memory has it then, and where did the time go?
+"""Start-up time and memory of the server, by step.
 
 Starts `sopdeploy serve` several times for a detached DSoP ResNet-18 (random weights, exported here unless
---bundle names another bundle) and reads its own timeline, its processor time and its resident memory at the
-moment of the `ready:` line. On a busy machine the processor time says more than the wall clock.
+--bundle names another bundle) and reads the server's timeline, processor time and resident memory when it
+prints `ready:`. On a busy machine, processor time is more reliable than wall time.
 
     python benchmarks/start_up.py [--bundle BUNDLE] [--quick] [--json]
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from detached_latency import checkpoint
-from measure import machine, versions
+from measure import Result, report
 
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.pipeline import ExportOptions, export
@@ -37,7 +37,7 @@ def random_bundle(folder: Path) -> Path:
 
 
 def start(bundle: Path) -> dict[str, Any]:
-    """Start a server for *bundle*, look at it when it is ready, and stop it."""
+    """Start a server for *bundle*, measure it when it is ready, and stop it."""
     command = [sys.executable, "-m", "sopdeploy", "serve", str(bundle), "--port", "0", "--log", "json"]
     began = time.perf_counter()
     with subprocess.Popen(
@@ -63,38 +63,36 @@ def start(bundle: Path) -> dict[str, Any]:
     }
 
 
-def run(bundle: Path, runs: int) -> dict[str, Any]:
-    """Return medians over *runs* starts, after one that warms the disk's cache."""
+def run(bundle: Path, runs: int) -> list[Result]:
+    """Measure *runs* starts after one warm-up; values are medians except for the fastest start."""
     found = [start(bundle) for _ in range(runs + 1)][1:]
-    figures = {name: statistics.median(one[name] for one in found) for name in found[0] if name != "torch"}
-    figures["fastest ready_ms"] = min(one["ready_ms"] for one in found)
-    figures["model_mb"] = (bundle / "model.onnx").stat().st_size / 1e6
-    figures["resident_without_model_mb"] = figures["resident_mb"] - figures["model_mb"]
-    return {name: round(value, 1) for name, value in figures.items()} | {
-        "torch": any(one["torch"] for one in found)
-    }
+    if any(one.pop("torch") for one in found):
+        sys.exit("the server loaded torch")
+    values = {name: statistics.median(one[name] for one in found) for name in found[0]}
+    values["fastest ready_ms"] = min(one["ready_ms"] for one in found)
+    values["model_mb"] = (bundle / "model.onnx").stat().st_size / 1e6
+    values["resident_without_model_mb"] = values["resident_mb"] - values["model_mb"]
+    return [
+        Result(case=name, ours=round(value, 1), unit="MB" if name.endswith("_mb") else "ms", runs=runs)
+        for name, value in values.items()
+    ]
 
 
 def main() -> None:
-    """Print the figures or a JSON document."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bundle", type=Path, help="a bundle; else one is exported, which takes a minute")
+    parser.add_argument(
+        "--bundle", type=Path, help="a bundle; by default one is exported, which takes a minute"
+    )
     parser.add_argument("--quick", action="store_true", help="3 starts instead of 9")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bundle = arguments.bundle or random_bundle(Path(folder))
-        figures = run(bundle, 3 if arguments.quick else 9)
-    if arguments.json:
-        facts = {"load": os.getloadavg()[0]}
-        print(
-            json.dumps({"machine": machine() | facts, "versions": versions(), "results": figures}, indent=2)
-        )
-        return
-    for name, value in figures.items():
-        print(f"{name:28} {value}")
+        results = run(bundle, 3 if arguments.quick else 9)
+    report(results, as_json=arguments.json, load=os.getloadavg()[0])
 
 
 if __name__ == "__main__":

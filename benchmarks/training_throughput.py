@@ -1,13 +1,13 @@
-"""Training's loading: pictures per second and core, the cores that a GPU needs, and how long it waits.
+"""Image loading for training: images per second and core, cores per GPU, and waiting time of the GPU.
 
     python benchmarks/training_throughput.py [--quick] [--json]
 
-JPEGs of ImageNet's size (500 x 375) and larger ones (1200 x 900) are written as files and as one archive;
-they are filtered noise with the spectrum of photographs and about their bytes. One core is measured by the
-processor time of one thread, each way of cropping in turn with the others. Draft's drift is the mean and the
-99th percentile of the difference in grey levels. The wait is that of the real loader, with a process per
-core, before a step of a GPU that takes 2,500 pictures a second from 16 cores: the share of an epoch in which
-that GPU would stand still, scaled to the cores that there are.
+Synthetic JPEGs of ImageNet's size (500 x 375) and larger ones (1200 x 900), stored as files and in one
+archive; they are filtered noise with the spectrum and approximate file size of photographs. The rate of one
+core is measured in processor time of one thread, alternating between the augmentations. The error of draft
+decoding is the mean and the 99th percentile of the difference in gray levels. The waiting time is that of
+the real loader, with one process per core, for a GPU that takes 2,500 images per second from 16 cores,
+scaled to the available cores.
 """
 
 import io
@@ -18,9 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import measure
 import numpy as np
 import torch
+from measure import Result, interleaved, parse, report
 from PIL import Image
 
 from sopdeploy.data.augment import Augmentation, AugmentedDataset, RandomResizedCrop, RandomSide
@@ -28,27 +28,27 @@ from sopdeploy.data.batches import PILLOW_BLOCKS, load_batches
 from sopdeploy.data.datasets.folder import open_classes
 from sopdeploy.images.preprocess import Preprocess
 
-SIZES = {"500x375": ((500, 375), 92), "1200x900": ((1200, 900), 80)}  # and the quality of the JPEGs
+SIZES = {"500x375": ((500, 375), 92), "1200x900": ((1200, 900), 80)}  # size and JPEG quality
 WAYS: dict[str, Augmentation] = {
     "random-side": RandomSide(kind="random-side", flip=0.5),
     "random-side draft": RandomSide(kind="random-side", flip=0.5, draft=True),
     "random-resized-crop": RandomResizedCrop(kind="random-resized-crop", flip=0.5),
     "random-resized-crop draft": RandomResizedCrop(kind="random-resized-crop", flip=0.5, draft=True),
 }
-WANTED, CORES = 2500, 16  # pictures a second, of so many cores
+WANTED, CORES = 2500, 16  # images per second from this number of cores
 CLASSES = ("a", "b")
 BATCH = 32
 
 
 def photo(size: tuple[int, int], seed: int) -> Image.Image:
-    """Return colour noise whose power falls with the square of the frequency, as a photograph's does."""
+    """Generate color noise with the power spectrum of photographs (1 / frequency squared)."""
     width, height = size
     random = np.random.default_rng(seed)
     y, x = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :]
     fall = 1 / np.maximum(np.hypot(x, y), 1 / max(size))
-    grey = np.fft.irfft2(np.fft.rfft2(random.normal(size=(height, width))) * fall, s=(height, width))
+    gray = np.fft.irfft2(np.fft.rfft2(random.normal(size=(height, width))) * fall, s=(height, width))
     tint = np.fft.irfft2(np.fft.rfft2(random.normal(size=(height, width))) * fall**1.5, s=(height, width))
-    planes = [grey / grey.std() + weight * tint / tint.std() for weight in (0.3, 0.0, -0.3)]
+    planes = [gray / gray.std() + weight * tint / tint.std() for weight in (0.3, 0.0, -0.3)]
     return Image.fromarray(np.clip(128 + 50 * np.stack(planes, axis=-1), 0, 255).astype(np.uint8))
 
 
@@ -71,26 +71,26 @@ def write(root: Path, size: tuple[int, int], quality: int, count: int) -> int:
 
 
 def view(root: Path, way: Augmentation, source: str = "files", epoch: int = 0) -> AugmentedDataset:
-    """Return the pictures as training sees them."""
+    """Open the images with augmentation."""
     return AugmentedDataset(open_classes(root / source, CLASSES), way, Preprocess(), 0, epoch)
 
 
 def per_core(root: Path, runs: int) -> dict[str, float]:
-    """Return the pictures that one core prepares in a second, for each way and beside them."""
+    """Measure the images per second of one core for each augmentation."""
     views = {name: (view(root, way), PILLOW_BLOCKS) for name, way in WAYS.items()}
-    views["random-resized-crop, memory given back"] = (view(root, WAYS["random-resized-crop"]), 0)
+    views["random-resized-crop, without memory reuse"] = (view(root, WAYS["random-resized-crop"]), 0)
     views["random-resized-crop from a tar"] = (
         view(root, WAYS["random-resized-crop"], "all.tar"),
         PILLOW_BLOCKS,
     )
 
-    def pass_over(pictures: AugmentedDataset, blocks: int) -> None:
+    def pass_over(images: AugmentedDataset, blocks: int) -> None:
         Image.core.set_blocks_max(blocks)  # type: ignore[attr-defined]
-        for index in range(len(pictures)):
-            pictures[index]
+        for index in range(len(images)):
+            images[index]
 
     sides = [lambda pair=pair: pass_over(*pair) for pair in views.values()]
-    taken = measure.interleaved(sides, runs=runs, clock=time.process_time)
+    taken = interleaved(sides, runs=runs, clock=time.process_time)
     return {
         name: len(pair[0]) / statistics.median(seconds)
         for (name, pair), seconds in zip(views.items(), taken, strict=True)
@@ -98,7 +98,7 @@ def per_core(root: Path, runs: int) -> dict[str, float]:
 
 
 def drift(root: Path, name: str) -> tuple[float, float, float]:
-    """Return mean and 99th percentile of the grey levels by which draft is off, and the share it changes."""
+    """Mean and 99th percentile of the difference in gray levels, and the fraction of changed images."""
     plain, draft = view(root, WAYS[name]), view(root, WAYS[f"{name} draft"])
     gaps = [
         np.abs(plain[index][0].astype(int) - draft[index][0].astype(int)).ravel()
@@ -112,13 +112,13 @@ def drift(root: Path, name: str) -> tuple[float, float, float]:
 
 
 def waiting(root: Path, way: Augmentation, batches: int) -> tuple[float, float]:
-    """Return the share of time a simulated GPU waits for the loader, and the pictures it got a second."""
+    """Fraction of time a simulated GPU waits for the loader, and images per second it receives."""
     workers = len(os.sched_getaffinity(0))
     step = BATCH / (WANTED * workers / CORES)
-    pictures = view(root, way)
-    order = [[(n * BATCH + i) % len(pictures) for i in range(BATCH)] for n in range(batches + 2 * workers)]
+    images = view(root, way)
+    order = [[(n * BATCH + i) % len(images) for i in range(BATCH)] for n in range(batches + 2 * workers)]
     waited, start, since = 0.0, 0.0, 0.0
-    for number, _ in enumerate(load_batches(pictures, order, workers, torch.device("cpu"))):
+    for number, _ in enumerate(load_batches(images, order, workers, torch.device("cpu"))):
         now = time.perf_counter()
         if number == 2 * workers:  # the first batches wait for the processes to start
             start = now
@@ -131,9 +131,9 @@ def waiting(root: Path, way: Augmentation, batches: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    arguments = measure.parse(__doc__)
+    arguments = parse(__doc__)
     count, runs, batches = (16, 3, 8) if arguments.quick else (64, 7, 40)
-    rows = []
+    found: list[Result] = []
     for name, (size, quality) in SIZES.items():
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
@@ -141,24 +141,40 @@ def main() -> None:
             rates = per_core(root, runs)
             drifts = {way: drift(root, way) for way in ("random-side", "random-resized-crop")}
             waits = {way: waiting(root, WAYS[way], batches) for way in WAYS}
-        rows.append({"size": name, "bytes": length, "rates": rates, "drift": drifts, "waiting": waits})
-    if arguments.json:
-        measure.report([], as_json=True, rows=rows)
-        return
-    measure.report([], as_json=False)
-    for row in rows:
-        print(f"\n{row['size']}, {row['bytes'] / 1e3:.0f} kB a picture")
-        for way, rate in row["rates"].items():
-            print(
-                f"  {way:42}{rate:7.0f} pictures/s a core, {CORES} cores {CORES * rate:6.0f}, "
-                f"cores for {WANTED}/s {WANTED / rate:5.1f}"
-            )
-        for way, (mean, high, share) in row["drift"].items():
-            print(
-                f"  draft changes {share:4.0%} of {way}: mean {mean:.2f}, 99 % within {high:.0f} grey levels"
-            )
-        for way, (share, rate) in row["waiting"].items():
-            print(f"  {way:42} the GPU waits {share:4.0%} of the time and gets {rate:.0f} pictures/s")
+        found += results(f"{name}, {length / 1e3:.0f} kB", rates, drifts, waits, runs)
+    report(found, as_json=arguments.json)
+
+
+def results(
+    size: str,
+    rates: dict[str, float],
+    drifts: dict[str, tuple[float, float, float]],
+    waits: dict[str, tuple[float, float]],
+    runs: int,
+) -> list[Result]:
+    """Build the results of one image size."""
+    found = [
+        Result(
+            case=f"{size}: {way}, images/s per core",
+            against=f"{CORES} cores feed {WANTED}/s",
+            ours=rate,
+            other=WANTED / CORES,
+            unit="images/s",
+            runs=runs,
+        )
+        for way, rate in rates.items()
+    ]
+    for way, (mean, high, fraction) in drifts.items():
+        for what, value, unit in (
+            ("images changed by draft", 100 * fraction, "%"),
+            ("mean difference of changed images", mean, "levels"),
+            ("99th percentile of the difference", high, "levels"),
+        ):
+            found.append(Result(case=f"{size}: {way}, {what}", ours=value, unit=unit, runs=runs))
+    for way, (fraction, rate) in waits.items():
+        found.append(Result(case=f"{size}: {way}, GPU waits", ours=100 * fraction, unit="%", runs=1))
+        found.append(Result(case=f"{size}: {way}, GPU receives", ours=rate, unit="images/s", runs=1))
+    return found
 
 
 if __name__ == "__main__":

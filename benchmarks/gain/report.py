@@ -1,10 +1,10 @@
-"""What was measured, as tables and as JSON; every verdict is computed from an interval."""
+"""Results as tables and as JSON; every verdict is computed from an interval."""
 
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
+from measure import Result
 from rich.console import Console
 from rich.table import Table
 
@@ -94,27 +94,17 @@ def show(studies: Sequence[Study], results: Results, console: Console) -> None:
         console.print()
 
 
-def document(study: Study, arms: dict[str, list[Outcome]]) -> dict[str, Any]:
-    """Return a study as JSON values."""
-    return {
-        "name": study.name,
-        "title": study.title,
-        "seeds": list(study.seeds),
-        "arms": {
-            arm: [outcome.model_dump(mode="json") for outcome in outcomes] for arm, outcomes in arms.items()
-        },
-        "comparisons": [
-            {
-                "ours": ours,
-                "other": other,
-                "n": gain.n,
-                "mean": gain.mean,
-                "half": gain.half if math.isfinite(gain.half) else None,
-                "wins": gain.wins,
-                "p": None if math.isnan(gain.p) else gain.p,
-                "verdict": gain.verdict,
-            }
-            for ours, other, gain in compared(study, arms)
-        ],
-        "checks": [{"says": said, "holds": holds} for said, holds in checks(study, arms)],
-    }
+def measured(study: Study, arms: dict[str, list[Outcome]]) -> list[Result]:
+    """Build the results of a study: accuracy of each arm in percent, compared with the reference arm."""
+    means = {arm: statistics.fmean(accuracies(outcomes)) for arm, outcomes in arms.items()}
+    return [
+        Result(
+            case=f"{study.name}: {arm}",
+            against=study.reference if study.reference and arm != study.reference else "",
+            ours=means[arm],
+            other=means[study.reference] if study.reference and arm != study.reference else None,
+            unit="% accuracy",
+            runs=len(outcomes),
+        )
+        for arm, outcomes in arms.items()
+    ]
