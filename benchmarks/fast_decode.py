@@ -12,8 +12,8 @@ from measure import compare, parse, report
 
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import EncodedImage, decode
-from sopdeploy_service.images.fast_decode import made
-from sopdeploy_service.images.loaders import at_a_fraction
+from sopdeploy_service.images.fast_decode import synthetic_jpeg
+from sopdeploy_service.images.loaders import load_reduced
 
 SIZES = ((4000, 3000), (2048, 1536), (1400, 1050), (500, 375))
 
@@ -24,11 +24,13 @@ def main() -> None:
     rules = Preprocess(resize=256, crop=224)
     results = []
     for size in SIZES[:2] if arguments.quick else SIZES:
-        work = partial(decode, EncodedImage(made(size, 0)), rules, max_bytes=10**9, max_pixels=10**8)
+        work = partial(
+            decode, EncodedImage(synthetic_jpeg(size, 0)), rules, max_bytes=10**9, max_pixels=10**8
+        )
         case = f"decode {size[0]} x {size[1]}"
         runs = 5 if arguments.quick else 15
         results.append(
-            compare(case, "exact", partial(work, load=at_a_fraction), work, runs=runs, clock=process_time)
+            compare(case, "exact", partial(work, load=load_reduced), work, runs=runs, clock=process_time)
         )
     report(results, as_json=arguments.json)
 

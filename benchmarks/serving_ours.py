@@ -26,8 +26,8 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference import service
 from sopdeploy_service.inference.loader import LoadedModel, load_model
-from sopdeploy_service.runtime.base import Overlapping
-from sopdeploy_service.runtime.fake import FakeDevice
+from sopdeploy_service.runtime.base import OverlappingRuntime
+from sopdeploy_service.runtime.fake import FakeOverlappingRuntime
 from sopdeploy_service.server.process import http_config, prepare_process
 from sopdeploy_service.settings import Settings, load_settings
 
@@ -50,7 +50,9 @@ def pretend(fixed_ms: float, per_image_ms: float, largest: int) -> LoadedModel:
         files={},
     )
     labels = tuple(f"class {number}" for number in range(CLASSES))
-    runtime = FakeDevice(classes=CLASSES, fixed_ms=fixed_ms, per_image_ms=per_image_ms, largest_batch=largest)
+    runtime = FakeOverlappingRuntime(
+        classes=CLASSES, fixed_ms=fixed_ms, per_image_ms=per_image_ms, largest_batch=largest
+    )
     return LoadedModel(
         bundle=Bundle(path=Path("pretend"), manifest=manifest, labels=labels), runtime=runtime, replays={}
     )
@@ -81,7 +83,7 @@ class Accounts:
 
     def over(self, inference: LoadedModel) -> LoadedModel:
         """Return *inference* with its runtime entered here."""
-        kind = EnteredDevice if isinstance(inference.runtime, Overlapping) else Entered
+        kind = EnteredDevice if isinstance(inference.runtime, OverlappingRuntime) else Entered
         return replace(inference, runtime=kind(inference.runtime, self))
 
     @contextmanager
@@ -143,8 +145,8 @@ def main() -> None:
         sys.exit("say --pretend or --bundle")
     accounts = Accounts()
     if given.accounts is not None:
-        service.decode = accounts.over_decoder(service.decode)
-        inference = accounts.over(inference)
+        service.decode = accounts.wrap_decoder(service.decode)
+        inference = accounts.wrap_runtime(inference)
     app = create_app({"model": inference}, settings)
     config = http_config(app, settings)
     config.port = given.port

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prometheus_client.metrics import MetricWrapperBase
 
-from sopdeploy_service.observability.metrics import Histograms, Metrics
+from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import PREFIX, Settings
 
 PAGE = Path(__file__).parent / "operations.md"
@@ -41,9 +41,9 @@ def metrics_table() -> str:
     """Return one line for each metric: its name, labels and meaning."""
     rows = ["| metric | | labels | |", "|---|---|---|---|"]
     for metric in vars(Metrics()).values():
-        if isinstance(metric, MetricWrapperBase | Histograms):
+        if isinstance(metric, MetricWrapperBase):
             (family,) = metric.describe()
-            labels = metric.label if isinstance(metric, Histograms) else ", ".join(metric._labelnames)
+            labels = ", ".join(metric._labelnames)
             shown = f"{family.name}_total" if family.type == "counter" else family.name
             rows.append(f"| `{shown}` | {family.type} | {labels} | {family.documentation} |")
     return "\n".join(rows)

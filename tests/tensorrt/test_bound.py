@@ -71,7 +71,7 @@ def test_images_that_are_not_contiguous_are_read_as_they_look(session: Any) -> N
 def test_memory_on_the_device_is_made_once_for_a_size_and_kept_for_few_sizes(
     session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bound, "KEPT", 2)
+    monkeypatch.setattr(bound, "MAX_BINDINGS", 2)
     bindings = []
     counted = SimpleNamespace(
         io_binding=lambda: bindings.append(session.io_binding()) or bindings[-1],
@@ -99,7 +99,7 @@ def test_a_runtime_on_a_gpu_runs_on_bound_tensors(bundle: Any, monkeypatch: pyte
             return {"logits": images}
 
     monkeypatch.setattr(with_onnxruntime, "BoundSession", Recorded)
-    monkeypatch.setattr(with_onnxruntime, "open_session", lambda *given: None)
+    monkeypatch.setattr(with_onnxruntime, "_open_session", lambda *given: None)
     runtime = with_onnxruntime.OnnxRuntime(bundle, provider=with_onnxruntime.CUDA)
     assert runtime.run(some_images(1))["logits"].shape == (1, 2, 2, 3)
     assert asked == [("cuda:0", "images", {"logits": (5,)})]

@@ -128,5 +128,5 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_names_the_option(
 ) -> None:
     install()
     (tmp_path / "file").write_text("")
-    with pytest.raises(EngineError, match=r"cannot be written .*; choose another --cache"):
+    with pytest.raises(EngineError, match=r"cannot be written .*; open_runtime another --cache"):
         engine(bundle, EngineOptions(cache=tmp_path / "file"))

@@ -8,7 +8,13 @@ import pytest
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy_export.tensorrt.engine import EngineOptions, engine
-from sopdeploy_service.runtime.base import LOST, DeviceLostError, OutOfMemoryError, failure, translated
+from sopdeploy_service.runtime.base import (
+    STICKY_ERRORS,
+    DeviceLostError,
+    OutOfMemoryError,
+    classify_error,
+    translate_errors,
+)
 from sopdeploy_service.runtime.onnxruntime import CPU, OnnxRuntime
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
@@ -46,23 +52,23 @@ ORT = "Non-zero status code returned while running Conv node. Name:'node_3' Stat
     ],
 )
 def test_every_wording_is_read(text: str, kind: type[Exception] | None) -> None:
-    found = failure(text)
+    found = classify_error(text)
     assert (None if found is None else type(found)) is kind
     assert "\n" not in str(found)
 
 
 @pytest.mark.parametrize(
-    "form", ["{0.runtime}", "{0.driver}", "CUDA failure {0.code}: x", "an {0.words} was met"]
+    "form", ["{0.runtime}", "{0.driver}", "CUDA failure {0.code}: x", "an {0.text} was met"]
 )
-@pytest.mark.parametrize("one", LOST, ids=lambda one: str(one.code))
+@pytest.mark.parametrize("one", STICKY_ERRORS, ids=lambda one: str(one.code))
 def test_a_code_that_sticks_is_a_lost_device_however_it_is_told(one: Any, form: str) -> None:
-    found = failure(form.format(one))
+    found = classify_error(form.format(one))
     assert isinstance(found, DeviceLostError)
     assert str(found).startswith(f"CUDA {one.code}, ")
 
 
 def test_what_is_no_failure_of_the_device_stays_as_it_is() -> None:
-    with pytest.raises(ValueError, match="shape"), translated():
+    with pytest.raises(ValueError, match="shape"), translate_errors():
         raise ValueError("another shape")
 
 

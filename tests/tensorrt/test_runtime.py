@@ -14,7 +14,7 @@ from sopdeploy_export.tensorrt.engine import EngineOptions, engine
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime import onnxruntime as with_onnxruntime
 from sopdeploy_service.runtime.onnxruntime import CPU, CUDA, TENSORRT
-from sopdeploy_service.runtime.selection import choose
+from sopdeploy_service.runtime.selection import open_runtime
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings, load_settings
 from tests.tensorrt.fake_cuda import FakeCuda
@@ -65,7 +65,7 @@ def test_a_server_is_ready_after_the_probes_ran_on_the_engine(install: Install, 
 def test_without_an_engine_the_error_says_how_to_get_one(install: Install, bundle: Bundle) -> None:
     install()
     with pytest.raises(RuntimeUnavailableError, match=r"no engine of this bundle.*; run: sopdeploy engine"):
-        choose(bundle, ON_ENGINE)
+        open_runtime(bundle, ON_ENGINE)
 
 
 def test_the_engine_of_another_tensorrt_is_not_loaded(install: Install, bundle: Bundle) -> None:
@@ -75,21 +75,21 @@ def test_the_engine_of_another_tensorrt_is_not_loaded(install: Install, bundle: 
     with pytest.raises(
         RuntimeUnavailableError, match=r"TensorRT 10\.16\.0, not 11\.1\.0; run: sopdeploy engine"
     ):
-        choose(bundle, ON_ENGINE)
+        open_runtime(bundle, ON_ENGINE)
 
 
 def test_a_replaced_plan_is_not_loaded(install: Install, bundle: Bundle) -> None:
     install()
     engine(bundle, OPTIONS).path.write_bytes(b"native code of a stranger")
     with pytest.raises(RuntimeUnavailableError, match="has not the sha256 of its record"):
-        choose(bundle, ON_ENGINE)
+        open_runtime(bundle, ON_ENGINE)
 
 
 def test_auto_takes_the_engine_that_somebody_built(install: Install, bundle: Bundle) -> None:
     install()
-    assert choose(bundle, Settings()).name.startswith("onnxruntime")
+    assert open_runtime(bundle, Settings()).name.startswith("onnxruntime")
     engine(bundle, OPTIONS)
-    assert choose(bundle, Settings()).name == "tensorrt 10.16.0"
+    assert open_runtime(bundle, Settings()).name == "tensorrt 10.16.0"
 
 
 def test_auto_does_not_fall_back_to_the_cpu_when_the_gpu_is_gone(
@@ -99,10 +99,10 @@ def test_auto_does_not_fall_back_to_the_cpu_when_the_gpu_is_gone(
     engine(bundle, OPTIONS)
     cuda.gpus = 0
     with pytest.raises(
-        RuntimeUnavailableError, match=r"tensorrt is set up here and does not work: no NVIDIA GPU"
+        RuntimeUnavailableError, match=r"tensorrt is set up here but does not work: no NVIDIA GPU"
     ):
-        choose(bundle, Settings())
-    assert choose(bundle, Settings(runtime="onnxruntime-cpu")).device == "cpu"
+        open_runtime(bundle, Settings())
+    assert open_runtime(bundle, Settings(runtime="onnxruntime-cpu")).device == "cpu"
 
 
 def test_a_batch_that_tensorrt_cannot_run_is_an_error(install: Install, bundle: Bundle) -> None:
@@ -143,8 +143,8 @@ def test_onnxruntime_with_cuda_is_asked_for_cuda_without_tf32_and_without_the_cp
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = FakeOnnxRuntime([CUDA, CPU])
-    monkeypatch.setattr(with_onnxruntime, "import_onnxruntime", lambda: fake)
-    assert choose(bundle, Settings()).device == "cuda:0"
+    monkeypatch.setattr(with_onnxruntime, "_import_onnxruntime", lambda: fake)
+    assert open_runtime(bundle, Settings()).device == "cuda:0"
     assert fake.asked == [(CUDA, {"use_tf32": "0"})]
     assert fake.entries["session.disable_cpu_ep_fallback"] == "1"
 
@@ -161,9 +161,9 @@ def test_onnxruntime_with_cuda_is_asked_for_cuda_without_tf32_and_without_the_cp
 def test_onnxruntime_that_silently_takes_another_provider_is_refused(
     runtime: Any, asked: str, chosen: list[str], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(with_onnxruntime, "import_onnxruntime", lambda: FakeOnnxRuntime(chosen))
+    monkeypatch.setattr(with_onnxruntime, "_import_onnxruntime", lambda: FakeOnnxRuntime(chosen))
     with pytest.raises(RuntimeUnavailableError, match=f"asked for {asked}, onnxruntime chose"):
-        choose(bundle, Settings(runtime=runtime))
+        open_runtime(bundle, Settings(runtime=runtime))
 
 
 @pytest.mark.parametrize(
@@ -181,8 +181,8 @@ def test_onnxruntime_with_tensorrt_is_told_precision_batches_and_a_folder_for_th
     fields = {"int8_for": "tensorrt"} if precision == "int8" else {}
     bundle = write(tmp_path, precision=precision, **fields)
     fake = FakeOnnxRuntime([TENSORRT, CPU])
-    monkeypatch.setattr(with_onnxruntime, "import_onnxruntime", lambda: fake)
-    runtime = choose(bundle, Settings(runtime="onnxruntime-tensorrt", engine_cache=tmp_path / "cache"))
+    monkeypatch.setattr(with_onnxruntime, "_import_onnxruntime", lambda: fake)
+    runtime = open_runtime(bundle, Settings(runtime="onnxruntime-tensorrt", engine_cache=tmp_path / "cache"))
     assert (runtime.name, runtime.device) == ("onnxruntime with tensorrt 1.31.1", "cuda:0")
     [(provider, options)] = fake.asked
     folder = tmp_path / "cache" / bundle.name / "onnxruntime-tensorrt"
@@ -200,13 +200,13 @@ def test_onnxruntime_with_tensorrt_is_told_precision_batches_and_a_folder_for_th
 
 def test_a_cache_that_cannot_be_made_is_one_line(bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(RuntimeUnavailableError, match=r"cannot be made .*SOPDEPLOY_ENGINE_CACHE"):
-        choose(bundle, Settings(runtime="onnxruntime-tensorrt", engine_cache=tmp_path / "file"))
+    with pytest.raises(RuntimeUnavailableError, match=r"cannot be created .*SOPDEPLOY_ENGINE_CACHE"):
+        open_runtime(bundle, Settings(runtime="onnxruntime-tensorrt", engine_cache=tmp_path / "file"))
 
 
 def test_cuda_with_an_onnxruntime_for_the_cpu_says_what_to_install(bundle: Bundle) -> None:
     with pytest.raises(RuntimeUnavailableError, match=r"has no CUDAExecutionProvider here; run: pip install"):
-        choose(bundle, Settings(runtime="onnxruntime-cuda"))
+        open_runtime(bundle, Settings(runtime="onnxruntime-cuda"))
 
 
 def test_a_runtime_that_does_not_exist_is_refused() -> None:

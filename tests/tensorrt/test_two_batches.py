@@ -10,7 +10,7 @@ from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import ParityError
 from sopdeploy_export.tensorrt.engine import EngineOptions, engine
 from sopdeploy_service.inference.loader import replay_overlapping
-from sopdeploy_service.runtime.base import Overlapping
+from sopdeploy_service.runtime.base import OverlappingRuntime
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
 from tests.tensorrt.fake_cuda import FakeCuda
@@ -36,7 +36,7 @@ def right(found: dict[str, np.ndarray], number: int, size: int) -> None:
 
 
 def test_batches_that_overlap_give_their_own_numbers(runtime: TensorRTRuntime) -> None:
-    assert isinstance(runtime, Overlapping)
+    assert isinstance(runtime, OverlappingRuntime)
     for size in (1, 2, 8):
         runtime.run(some_images(size))  # what can be a graph is one now
     ends = []

@@ -12,7 +12,7 @@ from sopdeploy_service.api.upload import admit, context_of, read_upload, service
 from sopdeploy_service.http.disconnect import cancel_on_disconnect
 from sopdeploy_service.http.problems import RejectedError, described, json_response
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.results import GATES, Prediction, Rejection, answer
+from sopdeploy_service.inference.results import GATES, Prediction, Rejection, format_prediction
 from sopdeploy_service.inference.service import Service
 
 # The names and kinds of the parameters of `classify`.
@@ -82,7 +82,7 @@ async def classify(
         received = time.monotonic()
         service.metrics.stage("receive", received - started)
         context.record_stage("receive", received - started, received)
-        work = service.classify(chosen, upload.images, deadline, context)
+        work = service.infer(chosen, upload.images, deadline, context)
         outcomes = unless_rejected(await cancel_on_disconnect(work, request.scope, request.receive))
     top_k = top_k or upload.top_k or service.settings.top_k
     headers = {"Server-Timing": context.server_timing()}
@@ -103,7 +103,7 @@ async def classify(
 def answered(model: Model, outcome: Prediction, top_k: int, gates: bool) -> dict[str, Any]:
     """Return the answer to one image, with the experts of its gate where *gates* were asked for."""
     weights = outcome.outputs[GATES] if gates else None
-    return answer(
+    return format_prediction(
         outcome.ranking.top_k(outcome.row, top_k), model.labels, warnings=outcome.warnings, gates=weights
     )
 

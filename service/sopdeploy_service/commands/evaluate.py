@@ -17,7 +17,7 @@ from sopdeploy.evaluation.metrics import Score
 from sopdeploy.images.preprocess import Preprocess, TtaMode, check_tta_mode, tta_views
 from sopdeploy_service.commands.predict import read
 from sopdeploy_service.images.decode import EncodedImage, decode
-from sopdeploy_service.images.loaders import loader
+from sopdeploy_service.images.loaders import pixel_loader
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.results import softmax
 from sopdeploy_service.settings import Settings, load_settings
@@ -102,5 +102,5 @@ def pixels(sent: EncodedImage, settings: Settings, preprocess: Preprocess) -> ND
         preprocess,
         max_bytes=settings.max_body_bytes,
         max_pixels=settings.max_pixels,
-        load=loader(settings),
+        load=pixel_loader(settings),
     ).pixels

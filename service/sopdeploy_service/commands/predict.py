@@ -10,9 +10,9 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy_service.api.schema import Classes, ClassProbability, Problem
 from sopdeploy_service.images.decode import EncodedImage, decode
-from sopdeploy_service.images.loaders import loader
+from sopdeploy_service.images.loaders import pixel_loader
 from sopdeploy_service.inference.loader import LoadedModel, load_model
-from sopdeploy_service.inference.results import NONFINITE, Ranking, Rejection, answer
+from sopdeploy_service.inference.results import NONFINITE, Ranking, Rejection, format_prediction
 from sopdeploy_service.settings import Settings, load_settings
 
 
@@ -49,7 +49,7 @@ def predict_one(inference: LoadedModel, path: Path, settings: Settings) -> FileP
             manifest.preprocess,
             max_bytes=settings.max_body_bytes,
             max_pixels=settings.max_pixels,
-            load=loader(settings),
+            load=pixel_loader(settings),
         )
     except ImageError as problem:
         return FilePrediction(image=str(path), error=Problem.of(Rejection.of(problem)))
@@ -60,7 +60,7 @@ def predict_one(inference: LoadedModel, path: Path, settings: Settings) -> FileP
     return FilePrediction(
         image=str(path),
         classes=Classes(
-            **answer(Ranking([logits]).top_k(0, settings.top_k), inference.bundle.labels)
+            **format_prediction(Ranking([logits]).top_k(0, settings.top_k), inference.bundle.labels)
         ).classes,
         warnings=decoded.warnings,
     )

@@ -1,9 +1,8 @@
-"""From the bytes of a request to the network's input: the only place that looks at image bytes.
+"""Decode the bytes of a request to the network's input: the only module that interprets image bytes.
 
-Every step is cheaper than the next and may refuse: size in bytes, first bytes of the format, header
-(its pixels are counted before one is allocated), full decode, preprocessing. What a picture is, its own
-bytes say; a content type that says otherwise is a warning. Whatever the bytes are, the only error is
-`ImageError`.
+Each step is cheaper than the next and may reject the image: size in bytes, file signature, header (pixels are
+counted before any is allocated), decoding, preprocessing. The bytes decide the format; a content type that
+disagrees is a warning. The only exception for bad bytes is `ImageError`.
 """
 
 from collections.abc import Callable
@@ -17,21 +16,21 @@ from sopdeploy.errors import ImageError
 from sopdeploy.images.color import match_transparency
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.limits import (
-    WANTED,
+    ACCEPTED,
     LimitedReader,
+    check_jpeg_segments,
     is_truncated,
-    refuse_odd_jpeg,
     without_short_adobe,
 )
 
-ALLOWED = {
+SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"GIF87a": "GIF",
     b"GIF89a": "GIF",
     b"BM": "BMP",
 }
-REFUSED = {
+REJECTED_SIGNATURES = {
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
     b"%PDF": "PDF",
@@ -43,173 +42,150 @@ REFUSED = {
     b"<?xml": "XML or SVG",
 }
 ALIASES = {"JPG": "JPEG", "PJPEG": "JPEG", "APNG": "PNG", "X-PNG": "PNG", "X-BMP": "BMP", "X-MS-BMP": "BMP"}
-ANIMATED = {"GIF", "PNG", "WEBP"}  # a JPEG may hold a second picture too, but that is a thumbnail
+ANIMATED = {"GIF", "PNG", "WEBP"}  # the second image of a JPEG is a thumbnail
 HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heif", b"avif", b"avis"}
 
 
 class EncodedImage(NamedTuple):
-    """The bytes of one image as they came, and the media type that came with them, if any."""
+    """The bytes of one image and its media type, if the client sent one."""
 
     body: bytes
     media_type: str = ""
 
 
-# From a picture with only its header read, its file, and what it is for, to the picture with its pixels.
-Load = Callable[[Image.Image, bytes, Preprocess], Image.Image]
-
-
 class Decoded(NamedTuple):
-    """The network's input (crop, crop, 3) uint8, and codes of what was done to the picture to get it."""
+    """The network's input (crop, crop, 3) uint8 and codes of what decoding changed."""
 
     pixels: NDArray[np.uint8]
     warnings: tuple[str, ...]
 
 
-def exactly(picture: Image.Image, body: bytes, preprocess: Preprocess) -> Image.Image:  # noqa: ARG001
-    """Return *picture* with the pixels that training saw."""
-    picture.load()
-    return picture
+# (image with only its header read, file, preprocessing) -> image with its pixels.
+Load = Callable[[Image.Image, bytes, Preprocess], Image.Image]
+
+
+def load_exact(image: Image.Image, body: bytes, preprocess: Preprocess) -> Image.Image:  # noqa: ARG001
+    """Load the pixels that training saw."""
+    image.load()
+    return image
 
 
 def decode(
-    sent: EncodedImage, preprocess: Preprocess, *, max_bytes: int, max_pixels: int, load: Load = exactly
+    encoded: EncodedImage, preprocess: Preprocess, *, max_bytes: int, max_pixels: int, load: Load = load_exact
 ) -> Decoded:
-    """Return the input that *preprocess* makes of the image in *sent*, its pixels decoded by *load*.
+    """Decode *encoded*, with its pixels from *load*, and apply *preprocess*.
 
-    Of an animation the first frame counts. Raises `ImageError` with the code and the HTTP status that tell
-    what is wrong with the image.
+    Only the first frame of an animation is decoded. Raises `ImageError` with a code and an HTTP status.
     """
-    body = sent.body
+    body = encoded.body
     if not body:
-        raise ImageError("the body is empty; " + WANTED, code="empty_body", status=400)
+        raise ImageError("the body is empty; " + ACCEPTED, code="empty_body", status=400)
     if len(body) > max_bytes:
         raise too_large_error(max_bytes)
-    name = sniff(body)
-    picture = read_header(body, name, max_pixels)
+    kind = _image_format(body)
+    header = _read_header(body, kind, max_pixels)
     try:
-        with picture:
-            whole = load(picture, body, preprocess)
-            if name == "JPEG" and is_truncated(whole, body):
-                raise cut_short()
-            pixels, changes = preprocess(whole), preprocess.changes(whole)
-            found = {
-                "content_type_mismatch": disagrees(sent.media_type, name),
-                "first_frame_only": name in ANIMATED and has_more_frames(picture),
-            }
-            more = (warning for warning, holds in found.items() if holds)
-            return Decoded(pixels, tuple(sorted([*changes, *more])))
-    except Exception as problem:  # foreign bytes in a decoder: it may raise anything
-        raise damaged(problem) from problem
+        with header:
+            image = load(header, body, preprocess)
+            if kind == "JPEG" and is_truncated(image, body):
+                raise _truncated_error()
+            pixels, warnings = preprocess(image), list(preprocess.changes(image))
+            if _contradicts(encoded.media_type, kind):
+                warnings.append("content_type_mismatch")
+            if kind in ANIMATED and _has_more_frames(header):
+                warnings.append("first_frame_only")
+            return Decoded(pixels, tuple(sorted(warnings)))
+    except Exception as error:  # untrusted bytes: a decoder may raise anything
+        raise _as_image_error(error) from error
 
 
 def keep_memory(decoders: int) -> None:
-    """Let Pillow keep a few freed pictures' memory for the next ones of so many *decoders*.
+    """Let Pillow keep a few freed memory blocks of at most 16 MB for the next images of *decoders* threads.
 
-    Given back to the system, every page of the next picture would be mapped and cleared again: a quarter of
-    the time of a 500 x 375 JPEG. A block has at most 16 MB.
+    Without this, every page of the next image is mapped and cleared again: a quarter of the time of a 500 x
+    375 JPEG.
     """
     Image.core.set_blocks_max(2 * decoders)  # type: ignore[attr-defined]
 
 
 def has_image_signature(body: bytes) -> bool:
-    """Return whether the first bytes of *body* are those of an accepted format."""
-    return body.startswith((*ALLOWED, b"RIFF"))
-
-
-def sniff(body: bytes) -> str:
-    """Return Pillow's name of the format *body* starts like; raises `ImageError` for others."""
-    for magic, name in ALLOWED.items():
-        if body.startswith(magic):
-            if name == "JPEG":
-                refuse_odd_jpeg(body)
-            return name
-    if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
-        return "WEBP"
-    other = name_of_other(body)
-    if other is not None:
-        raise ImageError(f"{other} files are not accepted; {WANTED}", code="unsupported_format", status=415)
-    raise ImageError(f"this is not an image; {WANTED}", code="not_an_image", status=415)
-
-
-def disagrees(media_type: str, name: str) -> bool:
-    """Say whether *media_type* names an image format other than Pillow's *name*; `image/*` names none."""
-    kind, _, subtype = media_type.partition(";")[0].strip().upper().partition("/")
-    return kind == "IMAGE" and subtype != "*" and ALIASES.get(subtype, subtype) != name
-
-
-def has_more_frames(picture: Image.Image) -> bool:
-    """Say whether *picture*, whose first frame is already read, holds another, be it a damaged one."""
-    try:
-        return bool(getattr(picture, "is_animated", False))
-    except Exception:  # foreign bytes behind the frame that counts
-        return True
-
-
-def name_of_other(body: bytes) -> str | None:
-    """Return the name of a format that is known and not accepted, or None."""
-    if body[4:8] == b"ftyp" and body[8:12] in HEIF_BRANDS:
-        return "HEIC and AVIF (a phone writes JPEG when its camera is set to `most compatible`)"
-    return next((name for magic, name in REFUSED.items() if body.startswith(magic)), None)
-
-
-def read_header(body: bytes, name: str, max_pixels: int) -> Image.Image:
-    """Return the picture of format *name* with its header read and no pixel decoded.
-
-    Raises `ImageError` where the header is damaged or says more than *max_pixels*.
-    """
-    try:
-        picture = opened(body, name)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
-        raise too_many_pixels(max_pixels) from problem
-    except Exception as problem:  # foreign bytes in a parser: it may raise anything
-        raise damaged(problem) from problem
-    if picture.width * picture.height > max_pixels:
-        raise too_many_pixels(max_pixels, picture.size)
-    match_transparency(picture)
-    return picture
-
-
-def opened(body: bytes, name: str) -> Image.Image:
-    """Return the picture of format *name*; raises what Pillow does, but not for a short note of Adobe."""
-    try:
-        return Image.open(LimitedReader(body, name), formats=(name,))
-    except UnidentifiedImageError:
-        plain = without_short_adobe(body)
-        if name != "JPEG" or plain == body:
-            raise
-        return Image.open(LimitedReader(plain, name), formats=(name,))
+    """Return whether *body* starts like a file of an accepted format."""
+    return body.startswith((*SIGNATURES, b"RIFF"))
 
 
 def too_large_error(max_bytes: int) -> ImageError:
-    """Return the error of a body longer than *max_bytes*."""
-    return ImageError(
-        f"the body is larger than {max_bytes} bytes, the limit of this server",
-        code="too_large",
-        status=413,
-    )
+    """Build the error of a body longer than *max_bytes*."""
+    message = f"the body is larger than {max_bytes} bytes, the limit of this server"
+    return ImageError(message, code="too_large", status=413)
 
 
-def too_many_pixels(max_pixels: int, size: tuple[int, int] | None = None) -> ImageError:
-    """Return the error of a picture of more than *max_pixels*."""
-    what = f"{size[0]} x {size[1]}" if size else "this"
-    return ImageError(
-        f"{what} is more than {max_pixels} pixels, the limit of this server",
-        code="too_many_pixels",
-        status=413,
-    )
+def _image_format(body: bytes) -> str:
+    """Return Pillow's name of the format of *body*; raise `ImageError` for formats that are not accepted."""
+    for signature, kind in SIGNATURES.items():
+        if body.startswith(signature):
+            if kind == "JPEG":
+                check_jpeg_segments(body)
+            return kind
+    if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
+        return "WEBP"
+    known = next((name for magic, name in REJECTED_SIGNATURES.items() if body.startswith(magic)), None)
+    if body[4:8] == b"ftyp" and body[8:12] in HEIF_BRANDS:
+        known = "HEIC and AVIF (a phone writes JPEG if its camera is set to `most compatible`)"
+    if known is not None:
+        raise ImageError(f"{known} files are not accepted; {ACCEPTED}", code="unsupported_format", status=415)
+    raise ImageError(f"this is not an image; {ACCEPTED}", code="not_an_image", status=415)
 
 
-def damaged(problem: Exception) -> ImageError:
-    """Return the error of a picture whose decoder raised *problem*."""
-    if isinstance(problem, ImageError):
-        return problem
-    if isinstance(problem, MemoryError):
-        return ImageError("the image needs more memory than there is", code="too_many_pixels", status=413)
-    if isinstance(problem, EOFError) or "truncated" in str(problem).lower():
-        return cut_short()
+def _contradicts(media_type: str, kind: str) -> bool:
+    """Return whether *media_type* names an image format other than *kind*; `image/*` names none."""
+    family, _, subtype = media_type.partition(";")[0].strip().upper().partition("/")
+    return family == "IMAGE" and subtype != "*" and ALIASES.get(subtype, subtype) != kind
+
+
+def _has_more_frames(image: Image.Image) -> bool:
+    """Return whether *image*, whose first frame is loaded, has another frame, even a damaged one."""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # untrusted bytes after the first frame
+        return True
+
+
+def _read_header(body: bytes, kind: str, max_pixels: int) -> Image.Image:
+    """Open an image of format *kind* without decoding pixels; check that it has at most *max_pixels*."""
+    limit = f"more than {max_pixels} pixels, the limit of this server"
+    try:
+        image = _open(body, kind)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"this is {limit}", code="too_many_pixels", status=413) from error
+    except Exception as error:  # untrusted bytes: a parser may raise anything
+        raise _as_image_error(error) from error
+    if image.width * image.height > max_pixels:
+        message = f"{image.width} x {image.height} is {limit}"
+        raise ImageError(message, code="too_many_pixels", status=413)
+    match_transparency(image)
+    return image
+
+
+def _open(body: bytes, kind: str) -> Image.Image:
+    """Open with Pillow, if needed without short Adobe segments, which only Pillow rejects."""
+    try:
+        return Image.open(LimitedReader(body, kind), formats=(kind,))
+    except UnidentifiedImageError:
+        plain = without_short_adobe(body)
+        if kind != "JPEG" or plain == body:
+            raise
+        return Image.open(LimitedReader(plain, kind), formats=(kind,))
+
+
+def _as_image_error(error: Exception) -> ImageError:
+    if isinstance(error, ImageError):
+        return error
+    if isinstance(error, MemoryError):
+        return ImageError("the image needs too much memory", code="too_many_pixels", status=413)
+    if isinstance(error, EOFError) or "truncated" in str(error).lower():
+        return _truncated_error()
     return ImageError("the image is damaged", code="damaged_image", status=422)
 
 
-def cut_short() -> ImageError:
-    """Return the error of a picture whose data ends before its pixels."""
-    return ImageError("the image is cut short", code="truncated_image", status=422)
+def _truncated_error() -> ImageError:
+    return ImageError("the image is truncated", code="truncated_image", status=422)

@@ -1,16 +1,15 @@
-"""May this bundle's JPEGs be decoded in another way than in training? Measured through the network itself.
+"""Check how much inexact JPEG decoding changes the outputs of a network.
 
-`fast` lets libjpeg leave out the finest frequencies of a large picture, and `nvimagecodec` rounds as NVIDIA's
-decoders do, so the network sees slightly other pixels than in training. By how much its numbers move depends
-on the network; beyond the bounds here a server that is to decode so does not start. The bundle's probes are
-pixels and prove nothing about this, so JPEGs are made, always the same ones, and those of
-`fast_decode_samples` are taken too.
+`decode=fast` lets libjpeg skip the highest frequencies of a large image, and `decode=nvimagecodec` rounds as
+NVIDIA's decoders do, so the network gets slightly other pixels than in training. The effect depends on the
+network; a server does not start if it exceeds the limits below. The probes of the bundle are already decoded
+and prove nothing about this, so the check uses synthetic JPEGs, always the same ones, and those of the
+setting `fast_decode_samples`.
 """
 
 import io
 from collections.abc import Iterator
 from itertools import islice, product
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,25 +18,25 @@ from PIL import Image
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, ParityError
-from sopdeploy_service.images.decode import EncodedImage, decode, exactly
-from sopdeploy_service.images.loaders import loader
+from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
+from sopdeploy_service.images.loaders import pixel_loader
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.settings import Settings
 
-MOST_DRIFT = 0.1  # root mean square of the logits' differences, of the spread of the logits
-LEAST_AGREEMENT = 0.9  # share of pictures whose best class stays
-TIMES = (4, 6, 8)  # the shorter side over the network's `resize`: from 4 on a half, from 8 on a quarter
+MAX_DRIFT = 0.1  # root mean square difference of the logits, relative to their spread
+MIN_AGREEMENT = 0.9  # fraction of images whose best class stays the same
+SCALES = (4, 6, 8)  # shorter side / `resize` of the network: from 4 on decoded at 1/2, from 8 on at 1/4
 SEEDS = 3
-OCTAVES = (4, 16, 64, 256)  # cells along a made picture's longer side; beside them one of 2 pixels each
-MOST_SAMPLES = 500
-JPEG = b"\xff\xd8\xff"
+OCTAVES = (4, 16, 64, 256)  # noise cells along the longer side; one more octave has cells of 2 pixels
+MAX_SAMPLES = 500
+JPEG_SIGNATURE = b"\xff\xd8\xff"
 
 
 class FastDecode(StrictModel):
-    """What decoding large JPEGs fast changed on so many pictures at the start.
+    """How inexact decoding changed the outputs on *pictures* images at the start.
 
-    *largest* is the largest difference of a logit, *drift* the differences' root mean square over the spread
-    of the logits, *agreement* the share of pictures whose best class stayed.
+    *largest* is the largest difference of a logit, *drift* the root mean square difference relative to the
+    spread of the logits, *agreement* the fraction of images whose best class stayed the same.
     """
 
     pictures: int
@@ -46,86 +45,76 @@ class FastDecode(StrictModel):
     agreement: float
 
 
-def checked(bundle: Bundle, runtime: Runtime, settings: Settings) -> FastDecode | None:
-    """Return how far the way of *settings* moves the numbers of *bundle*; None where they decode exactly.
+def check_fast_decode(bundle: Bundle, runtime: Runtime, settings: Settings) -> FastDecode | None:
+    """Measure the effect of the setting `decode` on the outputs of *bundle*; None if it decodes exactly.
 
-    Raises `ParityError` beyond the bounds, `ConfigError` where there are samples, but no JPEG among them, and
-    `ImageError` for a damaged one, and what `loader` does.
+    Raises `ParityError` if it exceeds the limits, `ConfigError` if `fast_decode_samples` has no JPEG,
+    `ImageError` for a damaged sample, and the errors of `pixel_loader`.
     """
     if settings.decode == "exact":
         return None
-    found = measure(bundle, runtime, settings)
-    if found.drift <= MOST_DRIFT and found.agreement >= LEAST_AGREEMENT:
-        return found
-    raise ParityError(
-        f"{bundle.path}: decode={settings.decode} moves the logits by {found.drift:.3f} of their spread "
-        f"(at most {MOST_DRIFT:g}) and keeps {found.agreement:.1%} of the best classes "
-        f"(at least {LEAST_AGREEMENT:.0%}) on {found.pictures} JPEGs; serve it with decode=exact"
-    )
-
-
-def measure(bundle: Bundle, runtime: Runtime, settings: Settings) -> FastDecode:
-    """Return how the logits of *bundle* on *runtime* differ between the way of *settings* and the exact."""
     output = bundle.manifest.outputs[0].name
-    ways = (exactly, loader(settings))
     exact: list[NDArray[np.float32]] = []
     fast: list[NDArray[np.float32]] = []
-    for picture in pictures(bundle.manifest.preprocess.resize, settings):
-        for rows, load in zip((exact, fast), ways, strict=True):
+    for jpeg in _test_jpegs(bundle.manifest.preprocess.resize, settings):
+        for logits, load in ((exact, load_exact), (fast, pixel_loader(settings))):
             decoded = decode(
-                EncodedImage(picture),
+                EncodedImage(jpeg),
                 bundle.manifest.preprocess,
-                max_bytes=len(picture),
+                max_bytes=len(jpeg),
                 max_pixels=settings.max_pixels,
                 load=load,
             )
-            rows.append(runtime.run(decoded.pixels[None])[output][0])
-    return compare(np.stack(exact).astype(np.float64), np.stack(fast).astype(np.float64))
+            logits.append(runtime.run(decoded.pixels[None])[output][0])
+    result = compare(np.stack(exact).astype(np.float64), np.stack(fast).astype(np.float64))
+    if result.drift <= MAX_DRIFT and result.agreement >= MIN_AGREEMENT:
+        return result
+    raise ParityError(
+        f"{bundle.path}: decode={settings.decode} moves the logits by {result.drift:.3f} of their spread "
+        f"(at most {MAX_DRIFT:g}) and keeps {result.agreement:.1%} of the best classes "
+        f"(at least {MIN_AGREEMENT:.0%}) on {result.pictures} JPEGs; serve it with decode=exact"
+    )
 
 
 def compare(exact: NDArray[np.float64], fast: NDArray[np.float64]) -> FastDecode:
-    """Return how the logits *fast* (P, C) differ from *exact* (P, C)."""
+    """Compare the logits *fast* (P, C) with *exact* (P, C)."""
     spread = float(np.sqrt(np.square(exact - exact.mean(axis=1, keepdims=True)).mean()))
-    moved = float(np.sqrt(np.square(fast - exact).mean()))
+    difference = float(np.sqrt(np.square(fast - exact).mean()))
     return FastDecode(
         pictures=len(exact),
         largest=float(np.abs(fast - exact).max()),
-        drift=moved / spread if spread else float(moved > 0),
+        drift=difference / spread if spread else float(difference > 0),
         agreement=float((exact.argmax(axis=1) == fast.argmax(axis=1)).mean()),
     )
 
 
-def pictures(resize: int, settings: Settings) -> Iterator[bytes]:
-    """Yield the JPEGs to compare: made ones that the fast way applies to, then the samples of *settings*."""
-    for times, seed in product(TIMES, range(SEEDS)):
-        short = times * resize
+def _test_jpegs(resize: int, settings: Settings) -> Iterator[bytes]:
+    """Yield synthetic JPEGs large enough for fast decoding, then the samples, sorted by path."""
+    for scale, seed in product(SCALES, range(SEEDS)):
+        short = scale * resize
         size = (short, short * 4 // 3) if seed % 2 else (short * 4 // 3, short)
         if size[0] * size[1] <= settings.max_pixels:
-            yield made(size, seed)
-    if settings.fast_decode_samples is not None:
-        yield from samples(settings.fast_decode_samples, settings)
+            yield synthetic_jpeg(size, seed)
+    folder = settings.fast_decode_samples
+    if folder is not None:
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        bodies = (path.read_bytes() for path in files if path.stat().st_size <= settings.max_body_bytes)
+        samples = islice((body for body in bodies if body.startswith(JPEG_SIGNATURE)), MAX_SAMPLES)
+        first = next(samples, None)
+        if first is None:
+            raise ConfigError(f"fast_decode_samples: no JPEG in {folder}; name a folder of photographs")
+        yield first
+        yield from samples
 
 
-def made(size: tuple[int, int], seed: int) -> bytes:
-    """Return a JPEG of *size* with structure of every fineness, as photographs have it; *seed* says which."""
+def synthetic_jpeg(size: tuple[int, int], seed: int) -> bytes:
+    """Generate a JPEG of *size* with noise of every spatial frequency, as photographs have."""
     rng = np.random.default_rng(seed)
-    picture = Image.new("RGB", size, (128, 128, 128))
+    image = Image.new("RGB", size, (128, 128, 128))
     for cells in (*OCTAVES, max(size) // 2):
         shape = (max(2, cells * size[1] // max(size)), max(2, cells * size[0] // max(size)), 3)
         layer = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
-        picture = Image.blend(picture, layer.resize(size, Image.Resampling.BICUBIC), 0.35)
+        image = Image.blend(image, layer.resize(size, Image.Resampling.BICUBIC), 0.35)
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=88)
+    image.save(file, "JPEG", quality=88)
     return file.getvalue()
-
-
-def samples(folder: Path, settings: Settings) -> Iterator[bytes]:
-    """Yield the JPEGs in *folder* by name, at most `MOST_SAMPLES`; what is no JPEG is passed over."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    bodies = (path.read_bytes() for path in files if path.stat().st_size <= settings.max_body_bytes)
-    count = 0
-    for body in islice((body for body in bodies if body.startswith(JPEG)), MOST_SAMPLES):
-        count += 1
-        yield body
-    if not count:
-        raise ConfigError(f"fast_decode_samples: no JPEG in {folder}; name a folder of photographs")

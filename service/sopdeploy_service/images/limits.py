@@ -1,7 +1,7 @@
-"""How many parts a picture may have: bytes that are cheap to send must not be dear to read.
+"""Limit segments, scans and reads so that small files cannot take seconds to decode.
 
-Pillow reads headers part by part, in Python: 19 MB of empty segments hold the interpreter for seconds. And
-each scan of a JPEG goes over all of its pixels, so 240 kB of empty scans cost half a minute of a decoder.
+Pillow reads headers segment by segment, in Python: 19 MB of empty segments hold the interpreter lock for
+seconds. Each scan of a JPEG visits all of its pixels, so 240 kB of empty scans take half a minute to decode.
 """
 
 import io
@@ -13,118 +13,107 @@ from PIL import Image
 
 from sopdeploy.errors import ImageError
 
-WANTED = "send a JPEG, PNG, WebP, BMP or GIF file"
-ODD_JPEGS = {0xC3: "lossless", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded"}  # by their frame header
+ACCEPTED = "send a JPEG, PNG, WebP, BMP or GIF file"
+UNSUPPORTED_FRAMES = {0xC3: "lossless", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded"}  # by SOF marker
 SCAN, END, SEQUENTIAL = 0xDA, 0xD9, {0xC0, 0xC1}
-MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # that has a length; libjpeg too skips what is between
-MOST_SCANS = 100  # progressive files have about ten
-MOST_SEGMENTS = 10_000
-READS = 10_000  # of small files; a PNG in pieces of 8 kB and a GIF in blocks of 255 bytes need far fewer
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # with a length; like libjpeg, skip bytes in between
+MARKER_BYTES = 2
+MAX_SCANS = 100  # progressive files have about ten
+MAX_SEGMENTS = 10_000
+MAX_READS = 10_000  # of a small file; a PNG in 8 kB chunks or a GIF in 255-byte blocks needs far fewer
 BYTES_PER_READ = 100
-BMP_READS = 2_000_000  # a run-length-coded one is decoded in Python, a byte or two at a time
+MAX_BMP_READS = 2_000_000  # a run-length-encoded BMP is decoded in Python, one or two bytes at a time
+FILL_COLOR = {127, 128}  # libjpeg's gray for missing data; Pillow inverts it in CMYK
+NOISE = random.Random(0).randbytes(2048).replace(b"\xff", b"")  # noqa: S311 - data that changes pixels
+SHORT_ADOBE = re.compile(rb"\xff\xee(\0[\x07\x08]Adobe)")
+RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 
 
 class LimitedReader(io.BytesIO):
-    """The bytes of an image of format *name*, of which Pillow may ask for a part so often only.
+    """The bytes of a file of format *kind*; `read` raises `ImageError` after too many calls."""
 
-    Beyond that `read` raises `ImageError`.
-    """
-
-    def __init__(self, body: bytes, name: str) -> None:
+    def __init__(self, body: bytes, kind: str) -> None:
         super().__init__(body)
-        self._reads = BMP_READS if name == "BMP" else READS + len(body) // BYTES_PER_READ
+        self._reads = MAX_BMP_READS if kind == "BMP" else MAX_READS + len(body) // BYTES_PER_READ
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Return the next *size* bytes."""
         self._reads -= 1
         if self._reads < 0:
-            raise too_many_parts()
+            raise _too_many_parts_error()
         return super().read(size)
 
 
-def refuse_odd_jpeg(body: bytes) -> None:
-    """Raise `ImageError` for a coding that not every build of libjpeg reads, or one with too many parts."""
-    scans = components = 0  # components of a file that may have all of them in one scan
-    for number, (marker, place) in enumerate(segments(body)):
-        if number == MOST_SEGMENTS:
-            raise too_many_parts()
-        if marker in ODD_JPEGS:
-            what = f"{ODD_JPEGS[marker]} JPEG files are not accepted; {WANTED}"
-            raise ImageError(what, code="unsupported_format", status=415)
+def check_jpeg_segments(body: bytes) -> None:
+    """Raise `ImageError` for too many segments or scans and for rare codings.
+
+    Not every build of libjpeg reads lossless and arithmetic-coded files.
+    """
+    scans = components = 0  # `components` of a file that may have all of them in one scan
+    for number, (marker, start) in enumerate(_segments(body)):
+        if number == MAX_SEGMENTS:
+            raise _too_many_parts_error()
+        if marker in UNSUPPORTED_FRAMES:
+            message = f"{UNSUPPORTED_FRAMES[marker]} JPEG files are not accepted; {ACCEPTED}"
+            raise ImageError(message, code="unsupported_format", status=415)
         if marker in SEQUENTIAL:
-            components = int.from_bytes(body[place + 7 : place + 8], "big")
-        if marker == END or (marker == SCAN and body[place + 2 : place + 3] == bytes([components])):
+            components = int.from_bytes(body[start + 7 : start + 8], "big")
+        if marker == END or (marker == SCAN and body[start + 2 : start + 3] == bytes([components])):
             return
         scans += marker == SCAN
-        if scans > MOST_SCANS:
-            raise too_many_parts()
+        if scans > MAX_SCANS:
+            raise _too_many_parts_error()
 
 
-def segments(body: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the marker of each segment of the JPEG *body*, and the place behind it, where its length stands.
+def _segments(body: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the marker of each segment of a JPEG and the position after it, where its length stands.
 
-    After a scan comes the next segment behind its data.
+    The segment after a scan is found behind the data of the scan.
     """
-    place = 2
-    while found := MARKER.search(body, place):
-        place = found.end()
-        yield body[place - 1], place
-        place += int.from_bytes(body[place : place + 2], "big")
+    position = 2
+    while found := MARKER.search(body, position):
+        position = found.end()
+        yield body[position - 1], position
+        position += int.from_bytes(body[position : position + 2], "big")
 
 
-def too_many_parts() -> ImageError:
-    """Return the error of a picture in more pieces than any program writes."""
-    return ImageError("the image has more parts than a picture needs", code="damaged_image", status=422)
+def _too_many_parts_error() -> ImageError:
+    return ImageError("the image has too many segments", code="damaged_image", status=422)
 
 
-MARKER_BYTES = 2
-NO_DATA = {127, 128}  # libjpeg's grey where there is none; in CMYK Pillow turns it round
-NOISE = random.Random(0).randbytes(2048).replace(b"\xff", b"")  # noqa: S311 - data that paints something
-SHORT_ADOBE = re.compile(rb"\xff\xee(\0[\x07\x08]Adobe)")
-RESTART = re.compile(rb"\xff([\xd0-\xd7])")
+def is_truncated(image: Image.Image, body: bytes) -> bool:
+    """Return whether the data of a decoded JPEG *image*, whose file is *body*, ends before its last pixel.
 
-
-def is_truncated(picture: Image.Image, body: bytes) -> bool:
-    """Say whether the pixels of a JPEG *picture*, whose file is *body*, go on where its data has ended.
-
-    libjpeg paints the rest grey, and Pillow hides its warning. So where the last pixel is that grey, and only
-    there, the picture is decoded twice more at an eighth of its size, once with more data behind its first
-    scan: that is passed over in a whole file, and painted in one that lacks data.
+    libjpeg fills missing pixels with gray and Pillow hides its warning. Only if the last pixel has that gray,
+    the image is decoded twice more at 1/8 scale, once with noise appended to its first scan: a complete file
+    ignores the noise, a truncated one shows it.
     """
-    last = picture.getpixel((picture.width - 1, picture.height - 1))
-    if not NO_DATA.issuperset(last if isinstance(last, tuple) else (last,)):
+    last = image.getpixel((image.width - 1, image.height - 1))
+    if not FILL_COLOR.issuperset(last if isinstance(last, tuple) else (last,)):
         return False
-    end = end_of_first_scan(body)
-    return small(body) != small(body[:end] + more_data(body[:end]) + body[end:])
-
-
-def end_of_first_scan(body: bytes) -> int:
-    """Return where the data of the first scan of *body* ends, a JPEG that was decoded."""
-    before = None
-    for marker, place in segments(body):
+    end, before = len(body), None
+    for marker, start in _segments(body):
         if before == SCAN:
-            return place - MARKER_BYTES
+            end = start - MARKER_BYTES
+            break
         before = marker
-    return len(body)
-
-
-def more_data(before: bytes) -> bytes:
-    """Return noise that a decoder takes for the data after *before*, be a restart due next or not."""
-    restarts = RESTART.findall(before)
+    # A decoder that expects a restart marker reads noise only after it, so all eight markers follow in turn.
+    restarts = RESTART.findall(body[:end])
     due = restarts[-1][0] + 1 if restarts else 0
-    return NOISE + b"".join(b"\xff%c" % (0xD0 | (due + count) & 7) + NOISE for count in range(8))
+    noise = NOISE + b"".join(b"\xff%c" % (0xD0 | (due + count) & 7) + NOISE for count in range(8))
+    return _thumbnail(body) != _thumbnail(body[:end] + noise + body[end:])
 
 
-def small(body: bytes) -> bytes:
-    """Return the pixels of the JPEG *body* at an eighth of its size."""
-    picture = Image.open(io.BytesIO(without_short_adobe(body)), formats=("JPEG",))
-    picture.draft(picture.mode, (1, 1))
-    return picture.tobytes()
+def _thumbnail(body: bytes) -> bytes:
+    """Return the pixels of a JPEG at 1/8 scale."""
+    image = Image.open(io.BytesIO(without_short_adobe(body)), formats=("JPEG",))
+    image.draft(image.mode, (1, 1))
+    return image.tobytes()
 
 
 def without_short_adobe(body: bytes) -> bytes:
-    """Return the JPEG *body*, its notes of Adobe that are too short marked as another program's.
+    """Turn Adobe segments shorter than 12 bytes into those of an unknown application.
 
-    Pillow fails on them; libjpeg and other decoders take no note of any that is shorter than 12 bytes.
+    Pillow fails on them; libjpeg and other decoders ignore them.
     """
     return SHORT_ADOBE.sub(b"\xff\xef\\1", body)

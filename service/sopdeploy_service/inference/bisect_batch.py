@@ -1,7 +1,7 @@
-"""One bad image must not cost its neighbours their answer.
+"""Isolate images that make a batch fail, so that the other images of the batch get their outputs.
 
-An exception from a batch is narrowed down by halving until the image that causes it fails alone;
-an output that is not finite fails the image it belongs to.
+A batch that raises is halved until the image that causes it fails alone. An output that is not finite fails
+only the image it belongs to.
 """
 
 import logging
@@ -15,63 +15,57 @@ from sopdeploy.bundle.probes import Outputs
 from sopdeploy_service.inference.results import ENGINE_FAILED, NONFINITE, OUT_OF_MEMORY, Rejection
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
 
-Run = Callable[[Sequence[NDArray[np.uint8]]], Outputs]
+Images = Sequence[NDArray[np.uint8]]
+Run = Callable[[Images], Outputs]
 Row = dict[str, NDArray[np.float32]] | Rejection
 
 log = logging.getLogger("sopdeploy.engine")
 
 
 @dataclass(slots=True)
-class Budget:
-    """How many more runs the halving may cost, so that an engine that always fails ends soon."""
-
+class _Budget:
     runs: int
 
 
-def run_isolated(run: Run, images: Sequence[NDArray[np.uint8]], outputs: Sequence[str]) -> list[Row]:
-    """Return for each of *images* (H, W, 3) its row of each of *outputs*, or why it has none.
+def run_bisected(run: Run, images: Images, outputs: Sequence[str]) -> list[Row]:
+    """Run *images* (H, W, 3) as one batch; halve it as long as it fails.
 
-    *run* takes some of them as one batch. At most `1 + 4 * log2(n)` runs, rounded up: enough to single out
-    two bad images of n. Raises `DeviceLostError`: another run would fail too.
+    Returns for each image its row of each of *outputs*, or a rejection.
+    Makes at most 1 + 4 * ceil(log2(n)) runs, enough to find two bad images among n. Raises `DeviceLostError`,
+    because another run would fail too.
     """
-    return halve(run, images, outputs, Budget(1 + 4 * (len(images) - 1).bit_length()))
+    return _bisect(run, images, outputs, _Budget(1 + 4 * (len(images) - 1).bit_length()))
 
 
-def halve(run: Run, images: Sequence[NDArray[np.uint8]], outputs: Sequence[str], budget: Budget) -> list[Row]:
-    """Run *images* as one batch and, where that raises, as two halves within *budget*."""
-    if budget.runs == 0:
+def _bisect(
+    run: Run, images: Sequence[NDArray[np.uint8]], outputs: Sequence[str], left: _Budget
+) -> list[Row]:
+    if left.runs == 0:
         return [ENGINE_FAILED] * len(images)
-    budget.runs -= 1
-    failure = ENGINE_FAILED
+    left.runs -= 1
+    rejection = ENGINE_FAILED
     try:
-        return rows(run(images), outputs, len(images))
+        return _split_rows(run(images), outputs, len(images))
     except DeviceLostError:
         raise
     except OutOfMemoryError:
-        log.warning("no memory for a batch of %d", len(images))
-        failure = OUT_OF_MEMORY
+        log.warning("out of memory for a batch of %d", len(images))
+        rejection = OUT_OF_MEMORY
     except Exception:  # a runtime may raise anything
-        log.exception("the engine failed on a batch of %d", len(images))
+        log.exception("inference failed on a batch of %d", len(images))
     if len(images) == 1:
-        return [failure]
+        return [rejection]
     middle = len(images) // 2
-    return [
-        *halve(run, images[:middle], outputs, budget),
-        *halve(run, images[middle:], outputs, budget),
-    ]
+    return [*_bisect(run, images[:middle], outputs, left), *_bisect(run, images[middle:], outputs, left)]
 
 
-def rows(found: Outputs, outputs: Sequence[str], images: int) -> list[Row]:
-    """Return the rows of *outputs*; a row is refused where any output of its image is not finite.
-
-    Raises `ValueError` where an output does not have one row for each of the *images*.
-    """
+def _split_rows(values: Outputs, outputs: Sequence[str], images: int) -> list[Row]:
+    """Split the batch outputs into one row per image; reject rows with any output that is not finite."""
     finite = np.ones(images, dtype=bool)
-    for name, values in found.items():
-        if len(values) != images:
-            raise ValueError(f"output {name!r} has {len(values)} rows for {images} images")
-        finite &= np.isfinite(values.reshape(images, -1)).all(axis=1)
+    for name, batch in values.items():
+        if len(batch) != images:
+            raise ValueError(f"output {name!r} has {len(batch)} rows for {images} images")
+        finite &= np.isfinite(batch.reshape(images, -1)).all(axis=1)
     return [
-        {name: found[name][place] for name in outputs} if finite[place] else NONFINITE
-        for place in range(images)
+        {name: values[name][row] for name in outputs} if finite[row] else NONFINITE for row in range(images)
     ]

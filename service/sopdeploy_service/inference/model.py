@@ -1,95 +1,120 @@
-"""One bundle that answers: its runtime, its waiting line, its engine thread, and who is using it now."""
+"""A loaded bundle under the name that clients use, with its queue, worker thread and statistics.
+
+A watchdog notices when the worker thread dies or hangs. Then every queued image is rejected at once and
+`dead` stays true: a server that cannot predict must not look healthy.
+"""
 
 import asyncio
+import contextlib
+import logging
+from collections.abc import Iterator
 
-from sopdeploy.bundle.folder import Bundle
-from sopdeploy_service.inference.batcher import Batcher
-from sopdeploy_service.inference.loader import LoadedModel
-from sopdeploy_service.inference.model_statistics import ModelStatistics
-from sopdeploy_service.inference.queue import QueuedImage
-from sopdeploy_service.inference.results import Rejection
+from sopdeploy_service.inference.loader import LoadedModel, largest_batch
+from sopdeploy_service.inference.model_statistics import LatencyTable, ModelStatistics
+from sopdeploy_service.inference.model_worker import ModelWorker
+from sopdeploy_service.inference.queue import QueuedImage, RequestQueue, settle
+from sopdeploy_service.inference.results import DRAINING, ENGINE_DEAD, Rejection
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
+JOIN_SECONDS = 2.0  # how long a running batch may take to end after the queue was closed
+WATCH_SECONDS = 1.0  # longest time between two checks of the worker
+MIN_HANG_SECONDS = 4.0  # a clock that jumps or a machine that stalls is no hung worker
+HANG_FACTOR = 20  # a batch counts as hung after this many times its usual seconds
 
-class Users:
-    """The requests that are with a model; `gone` is set while there are none."""
-
-    def __init__(self) -> None:
-        self.gone = asyncio.Event()
-        self.gone.set()
-        self._number = 0
-
-    def __enter__(self) -> None:
-        self._number += 1
-        self.gone.clear()
-
-    def __exit__(self, *_problem: object) -> None:
-        self._number -= 1
-        if self._number == 0:
-            self.gone.set()
+log = logging.getLogger("sopdeploy.engine")
 
 
 class Model:
-    """A bundle under the *name* clients know it by; every method but `put` is called on the event loop."""
+    """A bundle being served; every method but `put` is called on the event loop."""
 
-    def __init__(self, name: str, inference: LoadedModel, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, name: str, loaded: LoadedModel, settings: Settings, metrics: Metrics) -> None:
         self.name = name
-        self.loaded = inference
+        self.loaded = loaded
+        self.bundle = loaded.bundle
+        self.labels = loaded.bundle.labels
+        self.version = loaded.bundle.manifest.id
+        self.largest_batch = largest_batch(loaded.runtime, settings)
         self.statistics = ModelStatistics()
-        self.version = inference.bundle.manifest.id  # whoever knows it can say which weights gave an answer
-        self._batcher = Batcher(name, inference, settings, metrics)
-        self._users = Users()
+        self.dead = False
+        self.queue = RequestQueue(max_delay=settings.max_queue_delay_ms / 1000)
+        self._closed_with: Rejection | None = None
+        self._timeout = settings.engine_timeout_seconds
+        self._latency = LatencyTable(loaded.timings)
+        self._worker = ModelWorker(
+            loaded.runtime,
+            self.queue,
+            self._latency,
+            metrics.of(name),
+            outputs=[output.name for output in loaded.bundle.manifest.outputs],
+            max_batch=self.largest_batch,
+        )
+        self._watchdog: asyncio.Task[None] | None = None
+        self._users = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
 
-    @property
-    def bundle(self) -> Bundle:
-        """Return the bundle behind it."""
-        return self.loaded.bundle
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep `retire` waiting while a request uses the model."""
+        self._users += 1
+        self._unused.clear()
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._unused.set()
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Return the class names in output order."""
-        return self.loaded.bundle.labels
-
-    @property
-    def dead(self) -> bool:
-        """Return whether its engine has died or hangs; that is for ever."""
-        return self._batcher.dead
-
-    @property
-    def largest_batch(self) -> int:
-        """Return how many images one batch may hold."""
-        return self._batcher.largest
-
-    def seconds(self, images: int) -> float:
-        """Return the measured engine time of so many *images*, in full batches; 0 before any was measured."""
-        return self._batcher.seconds(images)
+    def estimate_seconds(self, images: int) -> float:
+        """Estimate the seconds of *images* in full batches; 0 before the first measurement."""
+        return self._latency.total_seconds(images, self.largest_batch)
 
     def start(self) -> None:
-        """Start the engine thread."""
-        self._batcher.start()
-
-    def in_use(self) -> Users:
-        """Keep the model, `with` this, from being stopped by `retire` while a request is with it."""
-        return self._users
+        """Start the worker thread and its watchdog."""
+        self._worker.start(asyncio.get_running_loop(), self._worker_ended)
+        self._watchdog = asyncio.create_task(self._watch())
 
     def put(self, item: QueuedImage) -> Rejection | None:
-        """Let *item* wait for its batch, or return why it cannot; any thread may call this."""
-        return self._batcher.put(item)
+        """Queue *item*; return a rejection if the model is closed. Thread-safe."""
+        return None if self.queue.put(item) else self._closed_with or DRAINING
 
-    def discard(self, item: QueuedImage) -> None:
-        """Take *item* out if it still waits for its batch."""
-        self._batcher.discard(item)
-
-    def close(self, refusal: Rejection) -> None:
-        """Give *refusal* to everything without an outcome and let nothing more in."""
-        self._batcher.close(refusal)
+    def close(self, rejection: Rejection) -> None:
+        """Accept no more images and give *rejection* to every image without an outcome."""
+        if self._closed_with is None:
+            self._closed_with = rejection
+            items = [*self.queue.close(), *self._worker.in_flight()]
+            settle(items, [rejection] * len(items))
 
     async def retire(self) -> None:
-        """Stop once the last request that is with this model has its answer."""
-        await self._users.gone.wait()
+        """Stop after the last request that uses the model has its response."""
+        await self._unused.wait()
         await self.stop()
 
     async def stop(self) -> None:
-        """End the engine thread."""
-        await self._batcher.stop()
+        """Close the model and end its worker thread."""
+        self.close(DRAINING)
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watchdog
+        await asyncio.to_thread(self._worker.join, 0.0 if self.dead else JOIN_SECONDS)
+
+    def _worker_ended(self) -> None:
+        if self._closed_with is None:
+            self._declare_dead("the model worker has ended")
+
+    def _declare_dead(self, reason: str) -> None:
+        log.critical("%s; the model rejects every image from now on", reason)
+        self.dead = True
+        self.close(ENGINE_DEAD)
+
+    async def _watch(self) -> None:
+        while not self.dead:
+            images, seconds = self._worker.current_batch()
+            limit = self._timeout
+            if limit is None:
+                limit = max(MIN_HANG_SECONDS, HANG_FACTOR * self._latency.batch_seconds(images))
+            if seconds > limit:
+                self._declare_dead(f"a batch has been running for more than {limit:.1f} s")
+            await asyncio.sleep(min(WATCH_SECONDS, max(limit - seconds, limit / 20)))

@@ -1,9 +1,8 @@
-"""The waiting line between the decoders, which put images in, and the engine.
+"""The queue between the decoders, which put images in, and the model worker, which takes batches out.
 
-The line is work-conserving: an engine that comes for a batch gets what is there. Only while it is
-idle anyway does it wait for more, at most `max_delay` seconds from the arrival of the oldest item.
-A batch is open until the engine takes it, so it grows while the engine is busy with the one before.
-Items whose request has gone or whose deadline has passed never leave the line as part of a batch.
+The queue is work-conserving: an idle worker gets what is there, and waits for more images only up to
+`max_delay` seconds after the arrival of the oldest one. Images that arrive while a batch runs join the next
+batch. Images whose request has ended or whose deadline has passed never leave the queue as part of a batch.
 """
 
 import asyncio
@@ -11,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,9 +24,9 @@ log = logging.getLogger("sopdeploy.engine")
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class QueuedImage:
-    """One image, who waits for its outcome, and until when (`time.monotonic`).
+    """One image and the future that gets its outcome; times are those of `time.monotonic`.
 
-    Before it enters a line it has its *image* (H, W, 3) uint8, and *arrived* is when it got it.
+    *image* (H, W, 3) uint8 is set, with *arrived*, before it enters a queue.
     """
 
     outcome: asyncio.Future[Outcome]
@@ -38,15 +37,11 @@ class QueuedImage:
     arrived: float = field(default_factory=time.monotonic)
     trace: Trace | None = None
 
-    def wanted(self, now: float) -> bool:
-        """Return whether anybody still waits for this item at *now*."""
-        return not self.outcome.done() and now < self.deadline
-
 
 class RequestQueue:
-    """Items in order of arrival. Every method may be called by any thread.
+    """Images in order of arrival. Thread-safe.
 
-    The number of items is bounded by the admission in front of it, which counts them earlier.
+    Admission counts images before they are decoded and bounds the length of the queue.
     """
 
     def __init__(self, *, max_delay: float = 0.0) -> None:
@@ -59,7 +54,7 @@ class RequestQueue:
         return len(self._items)
 
     def put(self, item: QueuedImage) -> bool:
-        """Add *item*; return False, without it, where the line is closed."""
+        """Add *item*; return False, without adding it, if the queue is closed."""
         with self._changed:
             if self._closed:
                 return False
@@ -68,62 +63,58 @@ class RequestQueue:
             return True
 
     def discard(self, item: QueuedImage) -> None:
-        """Take *item* out if it still waits."""
+        """Remove *item* if it is still in the queue."""
         with self._changed:
             if item in self._items:
                 self._items.remove(item)
 
-    def take(self, largest: int) -> list[QueuedImage]:
-        """Wait for a batch of 1 to *largest* wanted items and return it; empty: line closed."""
+    def take(self, max_size: int) -> list[QueuedImage]:
+        """Wait for a batch of 1 to *max_size* images; an empty list means that the queue is closed."""
         with self._changed:
             while True:
-                self._drop_unwanted()
-                pause = self._pause(largest)
-                if pause is not None and pause <= 0:
-                    return [self._items.popleft() for _ in range(min(largest, len(self._items)))]
-                if pause is None and self._closed:
+                self._drop_expired()
+                wait = None
+                if self._items:
+                    wait = self._items[0].arrived + self._max_delay - time.monotonic()
+                    if wait <= 0 or len(self._items) >= max_size:
+                        return [self._items.popleft() for _ in range(min(max_size, len(self._items)))]
+                elif self._closed:
                     return []
-                self._changed.wait(pause)
+                self._changed.wait(wait)
 
     def take_full(self, size: int) -> list[QueuedImage]:
-        """Return a batch of *size* wanted items where so many wait, else an empty one; never waits."""
+        """Return a batch of exactly *size* images, or an empty list if fewer are queued; never wait."""
         with self._changed:
             if len(self._items) >= size:
-                self._drop_unwanted()
+                self._drop_expired()
             return [self._items.popleft() for _ in range(size)] if len(self._items) >= size else []
 
-    def close(self) -> Iterable[QueuedImage]:
-        """Let nothing more in and return the items that were left, now taken out."""
+    def close(self) -> list[QueuedImage]:
+        """Accept no more images and return those that are still queued."""
         with self._changed:
             self._closed = True
-            left = list(self._items)
+            remaining = list(self._items)
             self._items.clear()
             self._changed.notify_all()
-            return left
+            return remaining
 
-    def _drop_unwanted(self) -> None:
+    def _drop_expired(self) -> None:
         now = time.monotonic()
-        if not all(item.wanted(now) for item in self._items):
-            self._items = deque(item for item in self._items if item.wanted(now))
-
-    def _pause(self, largest: int) -> float | None:
-        """Return the seconds until a batch should close: 0 is now, None is no item at all."""
-        if not self._items:
-            return None
-        if len(self._items) >= largest:
-            return 0.0
-        return self._items[0].arrived + self._max_delay - time.monotonic()
+        if any(item.outcome.done() or item.deadline <= now for item in self._items):
+            self._items = deque(
+                item for item in self._items if not item.outcome.done() and item.deadline > now
+            )
 
 
 def settle(items: Sequence[QueuedImage], outcomes: Sequence[Outcome]) -> None:
-    """Give each of *items* its outcome; those that nobody waits for are passed over. On the loop."""
+    """Set the outcome of each of *items* that has none yet. Call it on the event loop."""
     for item, outcome in zip(items, outcomes, strict=True):
         if not item.outcome.done():
             item.outcome.set_result(outcome)
 
 
 def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *values: object) -> None:
-    """Run *function* on *loop*, from another thread; nothing where the loop is already closed."""
+    """Run *function* on *loop* from another thread; do nothing if the loop is closed."""
     try:
         loop.call_soon_threadsafe(function, *values)
     except RuntimeError:

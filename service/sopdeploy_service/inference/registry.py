@@ -1,8 +1,8 @@
-"""The models of one server by name, and how one takes another's place without a request noticing.
+"""The models of one server by name, and how a version replaces another without failing a request.
 
-A name has one current model. A new version is opened, verified and started beside it; then the name points
-to the new one, in one step on the event loop. The one before stays loaded: going back to it is the same
-step. The one before that ends when its last request has its answer.
+A name has one current model. A new version is loaded, verified and started beside it; then the name points to
+the new one, in one step on the event loop. The previous version stays loaded, so that a rollback is the same
+step. The version before that is stopped when its last request has its response.
 """
 
 import asyncio
@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.errors import SopdeployError
-from sopdeploy_service.inference.bundle_store import BundleStore, id_of
+from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.fault_injection import NO_FAULTS, Faults
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.model import Model
@@ -20,212 +21,193 @@ from sopdeploy_service.inference.results import DRAINING, Rejection
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
+NOT_CONTROLLED = Rejection(
+    "model_control_off", 403, "models are loaded at the start only; start the server with --model-control"
+)
+
 log = logging.getLogger("sopdeploy.models")
 
 
 @dataclass(slots=True)
 class Versions:
-    """What a name stands for: the model that answers, and the one it may go back to."""
+    """The current model of a name and the one a rollback returns to."""
 
     current: Model
     previous: Model | None = None
 
 
 class ModelRegistry:
-    """Every method is called on the event loop."""
+    """The loaded models. Every method is called on the event loop."""
 
     def __init__(
         self,
-        inferences: Mapping[str, LoadedModel],
+        loaded: Mapping[str, LoadedModel],
         settings: Settings,
         metrics: Metrics,
-        shelf: BundleStore | None,
+        store: BundleStore | None,
         faults: Faults = NO_FAULTS,
     ) -> None:
+        """Register *loaded* by name. Without a *store* clients cannot load or unload models."""
         self._faults = faults
         self._settings = settings
         self._metrics = metrics
-        self._shelf = shelf
+        self._store = store
         self._changing = asyncio.Lock()
-        self._leaving: dict[Model, asyncio.Task[None]] = {}
-        self._by_name = {name: Versions(self._model(name, found)) for name, found in inferences.items()}
+        self._retiring: dict[Model, asyncio.Task[None]] = {}
+        self._by_name = {name: Versions(self._make_model(name, model)) for name, model in loaded.items()}
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Return the names that answer, sorted."""
-        return tuple(sorted(self._by_name))
-
-    @property
-    def dead(self) -> bool:
-        """Return whether an engine has died."""
-        return any(model.dead for model in self.models())
+    def names(self) -> list[str]:
+        """Return the served names, sorted."""
+        return sorted(self._by_name)
 
     def models(self) -> list[Model]:
-        """Return every loaded model, by name, the current version before the previous."""
-        pairs = [(found.current, found.previous) for _, found in sorted(self._by_name.items())]
+        """Return every loaded model, by name, the current version before the previous one."""
+        pairs = [(versions.current, versions.previous) for _, versions in sorted(self._by_name.items())]
         return [model for pair in pairs for model in pair if model is not None]
 
     def find(self, name: str | None = None, version: str | None = None) -> Model | Rejection:
-        """Return the model that *name* and *version* mean; no name is the only one."""
+        """Return the model of *name* and *version*; without a name the only model, if there is one."""
+        listed = ", ".join(self.names())
         if name is None:
-            if len(self._by_name) != 1:
-                return no_name(self.names)
-            name = next(iter(self._by_name))
+            if not self._by_name:
+                return Rejection("no_model", 503, "no model is loaded", 5)
+            if len(self._by_name) > 1:
+                return Rejection(
+                    "model_needed", 400, f"the server has several models; choose one with ?model= ({listed})"
+                )
+            name = listed
         if name not in self._by_name:
-            return unknown(name, self.names)
-        found = self._by_name[name]
-        for model in (found.current, found.previous):
+            return self._unknown_model(name)
+        versions = self._by_name[name]
+        for model in (versions.current, versions.previous):
             if model is not None and version in {None, model.version}:
                 return model
-        return unknown_version(name, str(version), found.current.version)
+        message = f"{name}: no version {str(version)[:100]!r}; the current one is {versions.current.version}"
+        return Rejection("unknown_version", 404, message)
 
     def start(self) -> None:
-        """Start every engine."""
+        """Start the worker of every model."""
         for model in self.models():
             model.start()
 
     async def load(self, name: str, folder: str | None = None) -> Model | Rejection:
-        """Let the bundle in *folder*, or the only new one of that *name*, answer for *name*.
+        """Serve the bundle in *folder*, or the only new bundle of that *name*, as *name*.
 
-        It is opened and verified in a thread while the model before it goes on answering. A bundle that
-        cannot be served is a refusal, and nothing changes.
+        It is loaded and verified in a thread while the current model serves requests. A bundle that cannot be
+        served is a rejection and changes nothing.
         """
         async with self._changing:
-            if self._shelf is None:
+            if self._store is None:
                 return NOT_CONTROLLED
-            known = self._by_name.get(name)
+            versions = self._by_name.get(name)
             try:
-                path = self._shelf.find(name, folder, serving=known.current.version if known else None)
-                if known is not None and path == known.current.bundle.path:
-                    return known.current
-                if known is not None and known.previous is not None and path == known.previous.bundle.path:
-                    return self._turn(known, known.previous)
-                inference = await asyncio.to_thread(load_model, path, self._settings)
-            except SopdeployError as problem:
-                return Rejection("cannot_load", 400, str(problem))
-            return self._take_over(name, inference)
+                serving = versions.current.version if versions else None
+                path = self._store.find(name, folder, serving=serving)
+                if versions is not None and path == versions.current.bundle.path:
+                    return versions.current
+                previous = versions.previous if versions else None
+                if versions is not None and previous is not None and path == previous.bundle.path:
+                    return self._swap(versions)
+                loaded = await asyncio.to_thread(load_model, path, self._settings)
+            except SopdeployError as error:
+                return Rejection("cannot_load", 400, str(error))
+            return self._serve(name, loaded)
 
-    async def follow(self, bundles: Mapping[str, Path], open_bundle: Callable[[Path], LoadedModel]) -> None:
-        """Let exactly *bundles* answer, by name; of a version that is loaded already nothing is opened anew.
+    async def follow(self, bundles: Mapping[str, Path], load: Callable[[Path], LoadedModel]) -> None:
+        """Serve exactly *bundles*, by name; versions that are already loaded are not loaded again.
 
-        Every new one is opened by *open_bundle*, in a thread, before the first takes over: what that raises,
-        or `BundleError` where there is none, is raised here, and nothing has changed.
+        New bundles are loaded by *load*, in a thread, before any of them is served. Its errors, and
+        `BundleError` for a path without a bundle, are raised here and change nothing.
         """
         async with self._changing:
             wanted: dict[str, Model | LoadedModel] = {}
             for name, path in bundles.items():
-                version = await asyncio.to_thread(id_of, path)
-                known = self._loaded(name, version)
-                wanted[name] = known if known else await asyncio.to_thread(open_bundle, path)
-            for name, found in wanted.items():
-                if isinstance(found, LoadedModel):
-                    self._take_over(name, found)
-                elif found is not self._by_name[name].current:
-                    self._turn(self._by_name[name], found)
+                version = (await asyncio.to_thread(read_manifest, path)).id
+                known = self.find(name, version)
+                wanted[name] = known if isinstance(known, Model) else await asyncio.to_thread(load, path)
+            for name, model in wanted.items():
+                if isinstance(model, LoadedModel):
+                    self._serve(name, model)
+                elif model is not self._by_name[name].current:
+                    self._swap(self._by_name[name])
             for name in set(self._by_name) - set(bundles):
-                self._drop(name)
+                self._remove(name)
 
     async def roll_back(self, name: str) -> Model | Rejection:
-        """Let the version before the current one answer for *name* again."""
+        """Serve the previous version of *name* again."""
         async with self._changing:
             if name not in self._by_name:
-                return unknown(name, self.names)
-            found = self._by_name[name]
-            if found.previous is None:
-                return Rejection("no_previous_version", 409, f"{name}: no earlier version is loaded")
-            return self._turn(found, found.previous)
+                return self._unknown_model(name)
+            versions = self._by_name[name]
+            if versions.previous is None:
+                return Rejection("no_previous_version", 409, f"{name}: no previous version is loaded")
+            return self._swap(versions)
 
     async def unload(self, name: str) -> Rejection | None:
-        """Let *name* answer no more; requests that are with it still get their answers."""
+        """Stop serving *name*; requests that use it still get their responses."""
         async with self._changing:
-            if self._shelf is None:
+            if self._store is None:
                 return NOT_CONTROLLED
             if name not in self._by_name:
-                return unknown(name, self.names)
-            self._drop(name)
+                return self._unknown_model(name)
+            self._remove(name)
             return None
 
-    def close(self, refusal: Rejection) -> None:
-        """Give *refusal* to everything without an outcome."""
-        for model in (*self.models(), *self._leaving):
-            model.close(refusal)
+    def close(self, rejection: Rejection) -> None:
+        """Give *rejection* to every image without an outcome."""
+        for model in (*self.models(), *self._retiring):
+            model.close(rejection)
 
     async def stop(self) -> None:
-        """End every engine."""
+        """Stop every model."""
         self.close(DRAINING)
-        for task in self._leaving.values():
+        for task in self._retiring.values():
             task.cancel()
-        await asyncio.gather(*(model.stop() for model in (*self.models(), *self._leaving)))
+        await asyncio.gather(*(model.stop() for model in (*self.models(), *self._retiring)))
 
-    def _model(self, name: str, inference: LoadedModel) -> Model:
-        inference = replace(inference, runtime=self._faults.over(inference.runtime))
-        self._metrics.serves(name, inference.bundle, inference.runtime)
-        if inference.fast_decode is not None:
-            self._metrics.decodes_fast(name, inference.fast_decode.drift, inference.fast_decode.agreement)
-        return Model(name, inference, self._settings, self._metrics)
+    def _unknown_model(self, name: str) -> Rejection:
+        listed = ", ".join(self.names()) or "none"
+        return Rejection("unknown_model", 404, f"no model {name[:100]!r}; available: {listed}")
 
-    def _loaded(self, name: str, version: str) -> Model | None:
-        found = self.find(name, version)
-        return found if isinstance(found, Model) else None
+    def _make_model(self, name: str, loaded: LoadedModel) -> Model:
+        loaded = replace(loaded, runtime=self._faults.wrap_runtime(loaded.runtime))
+        self._metrics.bundle_loaded(name, loaded.bundle, loaded.runtime)
+        if loaded.fast_decode is not None:
+            self._metrics.fast_decode(name, loaded.fast_decode.drift, loaded.fast_decode.agreement)
+        return Model(name, loaded, self._settings, self._metrics)
 
-    def _drop(self, name: str) -> None:
-        found = self._by_name.pop(name)
-        for model in (found.current, found.previous):
-            self._retire(model)
+    def _serve(self, name: str, loaded: LoadedModel) -> Model:
+        model = self._make_model(name, loaded)
+        model.start()
+        before = self._by_name.get(name)
+        self._by_name[name] = Versions(model, before.current if before else None)
+        if before is not None:
+            self._retire(before.previous)
+        log.info("%s: now serving %s", name, model.bundle.name)
+        return model
+
+    def _swap(self, versions: Versions) -> Model:
+        """Exchange the current and the previous version; return the new current one."""
+        if versions.previous is not None:
+            versions.current, versions.previous = versions.previous, versions.current
+            log.info("%s: back to %s", versions.current.name, versions.current.bundle.name)
+        return versions.current
+
+    def _remove(self, name: str) -> None:
+        versions = self._by_name.pop(name)
+        self._retire(versions.current)
+        self._retire(versions.previous)
         log.info("%s: unloaded", name)
 
-    def _take_over(self, name: str, inference: LoadedModel) -> Model:
-        model = self._model(name, inference)
-        model.start()
-        known = self._by_name.get(name)
-        self._by_name[name] = Versions(model, known.current if known else None)
-        if known is not None:
-            self._retire(known.previous)
-        log.info("%s: %s answers now", name, model.bundle.name)
-        return model
-
-    def _turn(self, found: Versions, model: Model) -> Model:
-        found.current, found.previous = model, found.current
-        log.info("%s: back to %s", model.name, model.bundle.name)
-        return model
-
     def _retire(self, model: Model | None) -> None:
-        if model is None:
-            return
-        self._leaving[model] = asyncio.create_task(self._end(model))
+        if model is not None:
+            self._retiring[model] = asyncio.create_task(self._end(model))
 
     async def _end(self, model: Model) -> None:
         try:
             await model.retire()
-        except Exception:  # a mistake of ours, in a task that nobody waits for
-            log.exception("%s: a version that was replaced did not end well", model.name)
+        except Exception:  # nothing awaits this task
+            log.exception("%s: a replaced version did not stop cleanly", model.name)
         finally:
-            del self._leaving[model]
-            self._metrics.serves_no_more(model.name, model.bundle, model.loaded.runtime)
-
-
-NOT_CONTROLLED = Rejection(
-    "model_control_off", 403, "models are loaded at the start only; start the server with --model-control"
-)
-
-
-def no_name(names: tuple[str, ...]) -> Rejection:
-    """Return the refusal of a request that names no model where there is not exactly one."""
-    if not names:
-        return Rejection("no_model", 503, "no model is loaded", 5)
-    listed = ", ".join(names)
-    return Rejection("model_needed", 400, f"several models answer here; say which with ?model= ({listed})")
-
-
-def unknown(name: str, names: tuple[str, ...]) -> Rejection:
-    """Return the refusal of a request for a model that is not here."""
-    return Rejection(
-        "unknown_model", 404, f"no model {name[:100]!r} here; there is: {', '.join(names) or 'none'}"
-    )
-
-
-def unknown_version(name: str, version: str, current: str) -> Rejection:
-    """Return the refusal of a request for a version that is not loaded."""
-    return Rejection(
-        "unknown_version", 404, f"{name}: no version {version[:100]!r} here; {current} is current"
-    )
+            del self._retiring[model]
+            self._metrics.bundle_unloaded(model.name, model.bundle, model.loaded.runtime)

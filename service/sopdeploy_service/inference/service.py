@@ -1,8 +1,8 @@
-"""What lives behind the HTTP face: admission, decoders and the repository of models.
+"""Everything behind the HTTP layer: admission, decoder threads and the model registry.
 
-The way of an image: admitted (or refused at once) -> decoded in a thread -> its model's batcher -> outputs.
-Whoever knows its outcome first settles it: the decoder that finds it bad, the engine, or the deadline. A bad
-image never meets the images of other requests.
+An image is admitted or rejected, decoded in a thread, queued at its model, and gets its outcome from whatever
+settles it first: the decoder that finds it bad, the model worker, or the deadline. A bad image never shares a
+batch with the images of other requests.
 """
 
 import asyncio
@@ -12,23 +12,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy_service.images.decode import EncodedImage, decode, keep_memory
-from sopdeploy_service.images.decode_pool import DecodePool
-from sopdeploy_service.images.loaders import loader
+from sopdeploy.errors import ImageError
+from sopdeploy_service.images.decode import Decoded, EncodedImage, decode, keep_memory
+from sopdeploy_service.images.decode_pool import DecodePool, PoolClosedError
+from sopdeploy_service.images.loaders import pixel_loader
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.fault_injection import NO_FAULTS, Faults
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.queue import QueuedImage, settle
+from sopdeploy_service.inference.queue import QueuedImage, call_soon, settle
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import (
     CLIENT_GONE,
     DEADLINE,
+    DECODER_FAILED,
     DRAINING,
     ENGINE_DEAD,
     TOO_LATE,
@@ -41,64 +43,62 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.settings import Settings
 
+MAX_RETRY_SECONDS = 60
+
 State: TypeAlias = Literal["ok", "draining", "no_model", "engine_dead", "loop_blocked"]
-
-
-LONGEST_RETRY_SECONDS = 60
-
 Value = TypeVar("Value")
 
 
 class Service:
-    """Answers images from `start` to `stop`, once; every method is called on the event loop."""
+    """Runs inference from `start` to `stop`, once. Every method is called on the event loop."""
 
     def __init__(
         self,
-        inferences: Mapping[str, LoadedModel],
+        loaded: Mapping[str, LoadedModel],
         settings: Settings,
-        shelf: BundleStore | None = None,
+        store: BundleStore | None = None,
         faults: Faults = NO_FAULTS,
     ) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.active_requests = 0  # being answered now, counted by the middleware
-        self.registry = ModelRegistry(inferences, settings, self.metrics, shelf, faults)
+        self.active_requests = 0  # counted by the middleware
+        self.registry = ModelRegistry(loaded, settings, self.metrics, store, faults)
+        self.fetches = asyncio.Semaphore(settings.url_fetches)
         keep_memory(settings.decoders)
         decode_one = partial(
-            faults.over_decoder(decode),
+            faults.wrap_decoder(decode),
             max_bytes=settings.max_body_bytes,
             max_pixels=settings.max_pixels,
-            load=loader(settings),
+            load=pixel_loader(settings),
         )
-        self._decoders = DecodePool(decode_one, settings.decoders, self.metrics)
+        self._decoders = DecodePool(decode_one, settings.decoders)
         self._parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
-        self.fetches = asyncio.Semaphore(settings.url_fetches)
-        self.metrics.decoders(settings.decoders)
         self._admitted = 0
+        self.metrics.decoders(settings.decoders)
         self.metrics.depth(lambda: self._admitted)
         self._draining = True
 
     @property
     def state(self) -> State:
-        """Return `ok`, `draining` (also before `start`), `no_model` or `engine_dead`."""
-        if self.registry.dead:
+        """The health: `ok`, `draining` (also before `start`), `no_model` or `engine_dead`."""
+        if any(model.dead for model in self.registry.models()):
             return "engine_dead"
         if self._draining:
             return "draining"
-        return "ok" if self.registry.names else "no_model"
+        return "ok" if self.registry.names() else "no_model"
 
     def start(self) -> None:
-        """Start the threads; from here on images are answered."""
+        """Start the threads and accept requests."""
         self.registry.start()
         self._decoders.start()
         self._draining = False
 
     def drain(self) -> None:
-        """Refuse new requests; those already here are answered."""
+        """Reject new requests; finish those already admitted."""
         self._draining = True
 
     def abort(self) -> None:
-        """Give up on what is not answered yet: the time to drain is over."""
+        """Reject every image without an outcome: the time to drain is over."""
         self._draining = True
         self.registry.close(DRAINING)
 
@@ -110,113 +110,127 @@ class Service:
         await self.registry.stop()
 
     def check_admission(self, model: Model, deadline: float) -> Rejection | None:
-        """Return why a new request for *model* gets no answer by *deadline*, before it is read; else None."""
+        """Return why a new request for *model* cannot be served by *deadline*, before its body is read."""
         if model.dead:
             return ENGINE_DEAD
         if self._draining:
             return DRAINING
-        full = self.check_queue(model)
-        # An idle engine is always tried: an estimate that kept everybody out would never be corrected.
-        if self._admitted and time.monotonic() + model.seconds(self._admitted + 1) > deadline:
-            return full or TOO_LATE
-        return full
+        rejection = self.check_queue(model)
+        # An idle worker is always tried: an estimate that rejects everything could never be corrected.
+        if rejection is None and self._admitted:
+            end = time.monotonic() + model.estimate_seconds(self._admitted + 1)
+            return TOO_LATE if end > deadline else None
+        return rejection
 
     def check_queue(self, model: Model, images: int = 1) -> Rejection | None:
-        """Return why so many *images* more cannot be admitted now, or None."""
+        """Return why *images* more cannot be admitted now, or None."""
         if self._admitted + images <= self.settings.queue_size:
             return None
-        seconds = math.ceil(model.seconds(self._admitted))
-        return queue_full(min(LONGEST_RETRY_SECONDS, max(1, seconds)))
+        seconds = math.ceil(model.estimate_seconds(self._admitted))
+        return queue_full(min(MAX_RETRY_SECONDS, max(1, seconds)))
 
     @contextlib.contextmanager
-    def reserve(self) -> Iterator[None]:
-        """Count a request as one admitted image while nobody knows yet how many it has."""
-        self._admitted += 1
+    def reserve(self, images: int = 1) -> Iterator[None]:
+        """Count *images* as admitted; a request whose images are not known yet counts as one."""
+        self._admitted += images
         try:
             yield
         finally:
-            self._admitted -= 1
+            self._admitted -= images
 
-    async def parse(self, read: Callable[..., Value], *given: object) -> Value:
-        """Return what *read* returns for *given*, from one of few threads: it holds the interpreter."""
-        return await asyncio.get_running_loop().run_in_executor(self._parsers, read, *given)
-
-    async def classify(
-        self, model: Model, images: Sequence[EncodedImage], deadline: float, context: RequestContext
-    ) -> list[Outcome] | Rejection:
-        """Return the outcome of each of the encoded *images*, in order, or why there is none at all.
-
-        *deadline* is on the clock of `time.monotonic`; *model* must be in use. Cancelling this frees what it
-        holds.
-        """
-        rules = model.bundle.manifest.preprocess
-
-        def begin(item: QueuedImage, image: EncodedImage) -> None:
-            self._decoders.hand_in(item, image, rules, model.put)
-
-        return await self._all(model, images, begin, deadline, context)
+    async def parse(self, function: Callable[..., Value], *values: object) -> Value:
+        """Run *function* in one of few parser threads: a JSON parser holds the interpreter lock."""
+        return await asyncio.get_running_loop().run_in_executor(self._parsers, function, *values)
 
     async def infer(
-        self, model: Model, images: NDArray[np.uint8], deadline: float, context: RequestContext
-    ) -> list[Outcome] | Rejection:
-        """Return the outcome of each of *images* (n, H, W, 3), which the client has decoded itself."""
-
-        def begin(item: QueuedImage, image: NDArray[np.uint8]) -> None:
-            item.image = image
-            refusal = model.put(item)
-            if refusal is not None:
-                settle([item], [refusal])
-
-        return await self._all(model, images, begin, deadline, context)
-
-    async def _all(
         self,
         model: Model,
-        images: Sequence[Value] | NDArray[np.uint8],
-        begin: Callable[[QueuedImage, Any], None],
+        images: Sequence[EncodedImage] | NDArray[np.uint8],
         deadline: float,
         context: RequestContext,
     ) -> list[Outcome] | Rejection:
+        """Run *model*, which must be in use, on encoded images or on a tensor (n, H, W, 3) uint8.
+
+        Returns the outcome of each image, in order, or one rejection for the whole request. *deadline* is a
+        time of `time.monotonic`. Raises the error of the rate limit of *context*. Cancelling it removes its
+        images from the queue.
+        """
         started = time.monotonic()
-        refused = self.check_queue(model, len(images))
-        if refused is not None:
-            return refused
+        rejection = self.check_queue(model, len(images))
+        if rejection is not None:
+            return rejection
         context.charge(len(images))
         loop = asyncio.get_running_loop()
         items = [
             QueuedImage(outcome=loop.create_future(), deadline=deadline, trace=context.trace) for _ in images
         ]
-        late = loop.call_later(deadline - started, give_up, model, items, DEADLINE)
-        self._admitted += len(images)
+        timer = loop.call_later(deadline - started, _give_up, model, items, DEADLINE)
         try:
-            for item, image in zip(items, images, strict=True):
-                begin(item, image)
-            outcomes = [await item.outcome for item in items]
+            with self.reserve(len(items)):
+                for item, image in zip(items, images, strict=True):
+                    self._submit(model, item, image)
+                outcomes = [await item.outcome for item in items]
         except asyncio.CancelledError:
-            give_up(model, items, CLIENT_GONE)
+            _give_up(model, items, CLIENT_GONE)
             raise
         finally:
-            late.cancel()
-            self._admitted -= len(images)
-        note_stages(context, items, outcomes)
-        found = DEADLINE if any(outcome is DEADLINE for outcome in outcomes) else outcomes
-        model.statistics.note(found, context.stage_seconds, time.monotonic() - started)
-        return found
+            timer.cancel()
+        stages = _record_stages(context, items, outcomes)
+        result = DEADLINE if any(outcome is DEADLINE for outcome in outcomes) else outcomes
+        model.statistics.record(result, stages, time.monotonic() - started)
+        return result
+
+    def _submit(self, model: Model, item: QueuedImage, image: EncodedImage | NDArray[np.uint8]) -> None:
+        """Queue a decoded *image* at *model*, or decode it first in a decoder thread."""
+        if not isinstance(image, EncodedImage):
+            item.image = image
+            rejection = model.put(item)
+            if rejection is not None:
+                settle([item], [rejection])
+            return
+        loop = asyncio.get_running_loop()
+
+        def on_done(result: Decoded | Exception, seconds: float) -> None:  # in a decoder thread
+            self.metrics.decoded(seconds)
+            rejection: Rejection | None = DECODER_FAILED
+            if isinstance(result, Decoded):
+                ended = time.monotonic()
+                item.image, item.warnings = result.pixels, result.warnings
+                item.decode_seconds, item.arrived = ended - item.arrived, ended
+                self.metrics.stage("decode", item.decode_seconds)
+                rejection = model.put(item)
+            elif isinstance(result, PoolClosedError):
+                rejection = DRAINING
+            elif isinstance(result, ImageError):
+                rejection = Rejection.of(result)
+            if rejection is not None:
+                call_soon(loop, settle, [item], [rejection])
+
+        preprocess = model.bundle.manifest.preprocess
+        self._decoders.submit(image, preprocess, on_done, cancelled=item.outcome.done)
 
 
-def give_up(model: Model, items: Sequence[QueuedImage], why: Rejection) -> None:
-    """Give *why* to those of *items* that have no outcome, and let none of them come to the engine."""
+def _give_up(model: Model, items: Sequence[QueuedImage], rejection: Rejection) -> None:
+    """Give *rejection* to those of *items* without an outcome and remove them from the queue."""
     for item in items:
-        model.discard(item)
-    settle(items, [why] * len(items))
+        model.queue.discard(item)
+    settle(items, [rejection] * len(items))
 
 
-def note_stages(context: RequestContext, items: Sequence[QueuedImage], outcomes: Sequence[Outcome]) -> None:
-    """Keep in *context* where the time of *items* went, which became *outcomes*."""
+def _record_stages(
+    context: RequestContext, items: Sequence[QueuedImage], outcomes: Sequence[Outcome]
+) -> dict[str, float]:
+    """Record in *context* the stages of *items*; return the seconds of the slowest image of each stage."""
+    slowest: dict[str, float] = {}
     for item, outcome in zip(items, outcomes, strict=True):
+        stages = []
         if item.decode_seconds is not None:
-            context.record_stage("decode", item.decode_seconds, item.arrived)
+            stages.append(("decode", item.decode_seconds, item.arrived))
         if isinstance(outcome, Prediction):
-            began = item.arrived + outcome.queue_seconds
-            context.record_stage("queue", outcome.queue_seconds, began)
-            context.record_stage("infer", outcome.infer_seconds, began + outcome.infer_seconds)
+            begun = item.arrived + outcome.queue_seconds
+            stages.append(("queue", outcome.queue_seconds, begun))
+            stages.append(("infer", outcome.infer_seconds, begun + outcome.infer_seconds))
+        for stage, seconds, ended in stages:
+            context.record_stage(stage, seconds, ended)
+            slowest[stage] = max(seconds, slowest.get(stage, 0.0))
+    return slowest

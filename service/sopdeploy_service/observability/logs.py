@@ -1,14 +1,17 @@
-"""The form of the log: one JSON line per event, or lines for people on a terminal.
+"""Logging: JSON lines or readable lines, the access log, and the timeline of a start.
 
-Modules log through the standard library; what they add as `extra` becomes a field. Whatever a client sent, a
-line of the log stays one line: JSON escapes it, and for people nothing unprintable is left.
+Modules log with the standard library; the fields of `extra` become fields of the line. Text from clients
+never starts a new line: JSON escapes it, and console output replaces unprintable characters.
 """
 
 import logging
+import os
 import sys
+import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 import structlog
@@ -18,22 +21,26 @@ from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.settings import Settings
 
 ROOT = "sopdeploy"
-START_UP = "sopdeploy.start_up"  # the timeline; may be asked for alone
+START_UP = "sopdeploy.start_up"  # the timeline, which a setting enables at any log level
+PROBES = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+access_log = logging.getLogger("sopdeploy.access")
 
 
 @contextmanager
 def configured(settings: Settings, stream: TextIO | None = None) -> Iterator[None]:
-    """Send the log of this process to *stream*, by default stderr, in the form that *settings* name.
+    """Write the log of this process to *stream* (default: stderr) as *settings* say.
 
-    Where they name none: lines for people on a terminal, elsewhere JSON of warnings and errors only, so that
-    a server without trouble says nothing.
+    Without the setting `log`, a terminal gets readable lines; anything else gets JSON of warnings and errors
+    only.
     """
     stream = stream or sys.stderr
-    people = settings.log == "console" or (settings.log is None and stream.isatty())
-    quiet = settings.log is None and not people
+    console = settings.log == "console" or (settings.log is None and stream.isatty())
+    quiet = settings.log is None and not console
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(formatter(for_people=people, colours=stream.isatty()))
-    logging.getLogger().addHandler(handler)  # of other libraries too; their level stays as it is: warnings
+    handler.setFormatter(make_formatter(console=console, colors=stream.isatty()))
+    logging.getLogger().addHandler(handler)  # also for other libraries, whose level stays at warning
     logging.getLogger(ROOT).setLevel("WARNING" if quiet else settings.log_level.upper())
     logging.getLogger(START_UP).setLevel("INFO" if settings.startup_timeline else logging.NOTSET)
     try:
@@ -44,13 +51,14 @@ def configured(settings: Settings, stream: TextIO | None = None) -> Iterator[Non
             logging.getLogger(name).setLevel(logging.NOTSET)
 
 
-def formatter(*, for_people: bool, colours: bool = False) -> structlog.stdlib.ProcessorFormatter:
-    """Return what turns a record into its line."""
-    last: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
-    if for_people:
-        last += [printable, structlog.dev.ConsoleRenderer(colors=colours, exception_formatter=indented)]
+def make_formatter(*, console: bool, colors: bool = False) -> structlog.stdlib.ProcessorFormatter:
+    """Create the formatter of log records."""
+    processors: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    if console:
+        renderer = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=_write_traceback)
+        processors += [_make_printable, renderer]
     else:
-        last += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
+        processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[
             structlog.stdlib.add_log_level,
@@ -58,43 +66,36 @@ def formatter(*, for_people: bool, colours: bool = False) -> structlog.stdlib.Pr
             structlog.stdlib.ExtraAdder(),
             structlog.processors.TimeStamper(fmt="iso", utc=True),
         ],
-        processors=last,
+        processors=processors,
     )
 
 
-def printable(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """Leave no character in *event* that would steer a terminal or begin a line."""
-    return {name: value if name == "exc_info" else clean(value) for name, value in event.items()}
+def _make_printable(_logger: object, _method: str, event: EventDict) -> EventDict:
+    return {name: value if name == "exc_info" else _printable(value) for name, value in event.items()}
 
 
-def clean(value: object) -> object:
-    """Return *value* with `?` for every unprintable character of its texts."""
+def _printable(value: object) -> object:
+    """Replace unprintable characters, which could control a terminal or start a line, by `?`."""
     if isinstance(value, Mapping):
-        return " ".join(f"{name}={clean(one)}" for name, one in value.items())
+        return " ".join(f"{name}={_printable(item)}" for name, item in value.items())
     if isinstance(value, str):
         return "".join(character if character.isprintable() else "?" for character in value)
     return value
 
 
-def indented(stream: TextIO, exc_info: structlog.typing.ExcInfo) -> None:
-    """Write a traceback to *stream*; indented, so that no text in it looks like a line of the log."""
+def _write_traceback(stream: TextIO, exc_info: structlog.typing.ExcInfo) -> None:
+    """Write an indented traceback, so that no text in it looks like a log line."""
     lines = "".join(traceback.format_exception(*exc_info)).splitlines()
-    stream.write("".join(f"\n    {clean(line)}" for line in lines))
-
-
-log = logging.getLogger("sopdeploy.access")
-
-PROBES = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+    stream.write("".join(f"\n    {_printable(line)}" for line in lines))
 
 
 def log_request(context: RequestContext, method: str, route: str, status: int, seconds: float) -> None:
-    """Log the request of *context*, answered with *status* in *seconds*.
+    """Log a request that took *seconds*; *status* is 0 if no response was sent.
 
-    A status of 0 means that no answer left. Probes and scrapes are logged at debug level.
+    Successful probes and scrapes are logged at debug level.
     """
     level = logging.DEBUG if route in PROBES and status < 400 else logging.INFO
-    if not log.isEnabledFor(level):
+    if not access_log.isEnabledFor(level):
         return
     fields = {
         "request": context.request_id,
@@ -111,4 +112,41 @@ def log_request(context: RequestContext, method: str, route: str, status: int, s
         "stages_ms": {name: round(spent * 1000, 2) for name, spent in context.stage_seconds.items()},
         "trace": context.trace.id if context.trace is not None else None,
     }
-    log.log(level, "request", extra={name: value for name, value in fields.items() if value is not None})
+    extra = {name: value for name, value in fields.items() if value is not None}
+    access_log.log(level, "request", extra=extra)
+
+
+class Timeline:
+    """The steps of a server's start in milliseconds; the first step begins with the process."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic() - process_age()
+        self.steps_ms: dict[str, float] = {}
+
+    def mark(self, step: str) -> None:
+        """Record that *step* ends now."""
+        now = time.monotonic()
+        self.add([{step: now - self._last}])
+        self._last = now
+
+    def add(self, bundles: Iterable[Mapping[str, float]]) -> None:
+        """Add the seconds of each step of loading *bundles*."""
+        for seconds in bundles:
+            for step, spent in seconds.items():
+                self.steps_ms[step] = round(self.steps_ms.get(step, 0.0) + spent * 1000, 1)
+                self._last += spent
+
+    def log(self) -> None:
+        """Log the steps and their sum."""
+        total = round(sum(self.steps_ms.values()), 1)
+        logging.getLogger(START_UP).info("started", extra={"ms": total, "steps_ms": self.steps_ms})
+
+
+def process_age() -> float:
+    """Return for how many seconds this process has been running, 0 if the system does not tell."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        ticks = int(fields[19])  # field 22 of the line: start time since boot, see proc(5)
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, AttributeError, ValueError, IndexError):
+        return 0.0

@@ -1,4 +1,4 @@
-"""The metrics of several worker processes as one page: every sample says which device it is of."""
+"""Merge the metrics of several worker processes into one page; every sample gets the label `device`."""
 
 import asyncio
 from collections.abc import Iterable, Mapping
@@ -9,51 +9,48 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-SECONDS = 2.0  # a sibling that takes longer to tell its numbers counts as down
+TIMEOUT_SECONDS = 2.0  # a worker that takes longer counts as down
 
 
-async def collect(siblings: Mapping[str, str], headers: Mapping[str, str]) -> bytes:
-    """Return the metrics of *siblings*, URLs by device, asked at once with a client's *headers* on."""
-    async with httpx.AsyncClient(timeout=SECONDS, trust_env=False) as client:
-        texts = await asyncio.gather(*(ask(client, url, headers) for url in siblings.values()))
-    return merge(dict(zip(siblings, texts, strict=True)))
+async def collect(workers: Mapping[str, str], headers: Mapping[str, str]) -> bytes:
+    """Scrape *workers*, base URLs by device, concurrently with *headers*, and merge their pages."""
+
+    async def scrape(client: httpx.AsyncClient, url: str) -> str | None:
+        try:
+            response = await client.get(f"{url}/metrics", params={"own": "true"}, headers=dict(headers))
+        except httpx.HTTPError:
+            return None
+        return response.text if response.status_code == httpx.codes.OK else None
+
+    async with httpx.AsyncClient(timeout=TIMEOUT_SECONDS, trust_env=False) as client:
+        pages = await asyncio.gather(*(scrape(client, url) for url in workers.values()))
+    return merge(dict(zip(workers, pages, strict=True)))
 
 
-async def ask(client: httpx.AsyncClient, url: str, headers: Mapping[str, str]) -> str | None:
-    """Return the metrics page of one sibling's own numbers, or None where it gives none."""
-    try:
-        reply = await client.get(f"{url}/metrics", params={"own": "true"}, headers=dict(headers))
-    except httpx.HTTPError:
-        return None
-    return reply.text if reply.status_code == httpx.codes.OK else None
-
-
-def merge(texts: Mapping[str, str | None]) -> bytes:
-    """Return one page of the pages *texts* by device, with `sopdeploy_worker_up` for each; None is down."""
+def merge(pages: Mapping[str, str | None]) -> bytes:
+    """Merge *pages* by device, where None is a worker that is down, and add `sopdeploy_worker_up`."""
     registry = CollectorRegistry()
-    registry.register(Merged(texts))
+    registry.register(_MergedPages(pages))
     return generate_latest(registry)
 
 
-class Merged(Collector):
-    """What prometheus_client asks for the families of a page."""
-
-    def __init__(self, texts: Mapping[str, str | None]) -> None:
-        self._texts = texts
+class _MergedPages(Collector):
+    def __init__(self, pages: Mapping[str, str | None]) -> None:
+        self._pages = pages
 
     def collect(self) -> Iterable[Metric]:
-        """Return the families of all pages, joined by name."""
+        """Collect the metric families of all pages, joined by name."""
         up = GaugeMetricFamily(
-            "sopdeploy_worker_up", "Whether a device's process answers", labels=("device",)
+            "sopdeploy_worker_up", "Whether the process of a device answers", labels=("device",)
         )
         families: dict[str, Metric] = {}
-        for device, text in self._texts.items():
-            up.add_metric((device,), float(text is not None))
-            for family in text_string_to_metric_families(text or ""):
-                joined = families.setdefault(
+        for device, page in self._pages.items():
+            up.add_metric((device,), float(page is not None))
+            for family in text_string_to_metric_families(page or ""):
+                merged = families.setdefault(
                     family.name, Metric(family.name, family.documentation, family.type)
                 )
-                joined.samples += [
+                merged.samples += [
                     sample._replace(labels={**sample.labels, "device": device}) for sample in family.samples
                 ]
         return [up, *families.values()]

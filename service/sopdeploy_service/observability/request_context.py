@@ -5,10 +5,15 @@ and writes it to metrics, access log and trace when the request ends.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
+
+from sopdeploy.environment import import_optional
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.settings import Settings
 
 
 class Span(NamedTuple):
@@ -88,3 +93,23 @@ class RequestContext:
 
 # The context of the running task's request, for code that is not given one.
 CURRENT: ContextVar[RequestContext | None] = ContextVar("sopdeploy_request", default=None)
+
+
+@contextmanager
+def open_tracing(settings: Settings) -> Iterator[OpenTrace | None]:
+    """Yield the function that opens the trace of a request, or None if *settings* do not enable tracing.
+
+    OpenTelemetry is imported only if needed. Remaining spans are sent at the end of the block. Raises
+    `ConfigError` if it is not installed.
+    """
+    if not settings.tracing:
+        yield None
+        return
+    tracing = import_optional(
+        "sopdeploy_service.observability.tracing", "OpenTelemetry", "sopdeploy[otel]", ConfigError, "tracing"
+    )
+    tracer = tracing.Tracing(tracing.otlp_provider())
+    try:
+        yield tracer.open
+    finally:
+        tracer.close()

@@ -1,8 +1,8 @@
-"""Requests as OpenTelemetry sees them: receive, decode, queue, infer, and the batch that several shared.
+"""OpenTelemetry spans of requests: receive, decode, queue, infer, and the batch that requests share.
 
 Spans are written when a request ends, from the times in its `RequestContext`, so that a request without a
-trace costs nothing. Where they go, the standard variables say (`OTEL_EXPORTER_OTLP_ENDPOINT`,
-`OTEL_SERVICE_NAME`, `OTEL_TRACES_SAMPLER`).
+trace costs nothing. The standard variables `OTEL_EXPORTER_OTLP_ENDPOINT`, `OTEL_SERVICE_NAME` and
+`OTEL_TRACES_SAMPLER` apply.
 """
 
 import time
@@ -17,11 +17,11 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from sopdeploy_service.observability.request_context import Span, Trace
 
-PROPAGATOR = TraceContextTextMapPropagator()  # only `traceparent`: baggage of strangers is not carried
+PROPAGATOR = TraceContextTextMapPropagator()  # only `traceparent`: baggage from clients is not propagated
 
 
-def exporting() -> TracerProvider:
-    """Return a provider that sends spans by OTLP over HTTP; `shutdown` sends the last ones."""
+def otlp_provider() -> TracerProvider:
+    """Create a provider that sends spans by OTLP over HTTP."""
     resource = Resource({"service.name": "sopdeploy"}).merge(OTELResourceDetector().detect())
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(timeout=2)))
@@ -36,23 +36,23 @@ class Tracing:
         self._tracer = provider.get_tracer("sopdeploy")
 
     def open(self, headers: Mapping[str, str], started: float) -> Trace | None:
-        """Return the trace of a request that began at *started*; None where it is not sampled."""
+        """Open the trace of a request that began at *started*; None if it is not sampled."""
         carrier = {"traceparent": headers["traceparent"]} if "traceparent" in headers else {}
         span = self._tracer.start_span(
             "request",
             context=PROPAGATOR.extract(carrier),
             kind=trace.SpanKind.SERVER,
-            start_time=epoch(started),
+            start_time=_to_epoch(started),
         )
         return RequestTrace(self._tracer, span) if span.is_recording() else None
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining spans."""
         self._provider.shutdown()
 
 
 class RequestTrace:
-    """The span of one request."""
+    """The span of one request; implements `Trace`."""
 
     def __init__(self, tracer: trace.Tracer, span: trace.Span) -> None:
         self._tracer = tracer
@@ -60,27 +60,28 @@ class RequestTrace:
 
     @property
     def id(self) -> str:
-        """Return the trace's id, 32 hexadecimal digits."""
+        """The W3C trace id: 32 hexadecimal digits."""
         return trace.format_trace_id(self._span.get_span_context().trace_id)
 
-    def record_batch(self, sharing: Sequence[Trace], started: float, ended: float) -> None:
-        """Write the span of a batch; a root of its own, linked to the requests *sharing* it."""
-        requests = {id(one): one for one in sharing if isinstance(one, RequestTrace)}
+    def record_batch(self, traces: Sequence[Trace], started: float, ended: float) -> None:
+        """Write the span of a batch: a root span, linked once to each request of *traces*."""
+        requests = {id(one): one for one in traces if isinstance(one, RequestTrace)}
         span = self._tracer.start_span(
             "batch",
             context=trace.set_span_in_context(trace.INVALID_SPAN),
             links=[trace.Link(one._span.get_span_context()) for one in requests.values()],
-            attributes={"sopdeploy.images": len(sharing)},
-            start_time=epoch(started),
+            attributes={"sopdeploy.images": len(traces)},
+            start_time=_to_epoch(started),
         )
-        span.end(epoch(ended))
+        span.end(_to_epoch(ended))
 
     def end(self, route: str, status: int, spans: Sequence[Span]) -> None:
-        """Write the spans of the stages, then the request's."""
+        """Write *spans*, then end the span of the request."""
         parent = trace.set_span_in_context(self._span)
-        for stage in spans:
-            span = self._tracer.start_span(stage.stage, context=parent, start_time=epoch(stage.started))
-            span.end(epoch(stage.ended))
+        for stage, started, ended in spans:
+            self._tracer.start_span(stage, context=parent, start_time=_to_epoch(started)).end(
+                _to_epoch(ended)
+            )
         self._span.update_name(route)
         self._span.set_attributes({"http.route": route, "http.response.status_code": status})
         if status >= 500:
@@ -88,6 +89,6 @@ class RequestTrace:
         self._span.end()
 
 
-def epoch(moment: float) -> int:
-    """Return *moment*, a time of `time.monotonic`, as nanoseconds since 1970."""
+def _to_epoch(moment: float) -> int:
+    """Convert a time of `time.monotonic` to nanoseconds since 1970."""
     return time.time_ns() - int((time.monotonic() - moment) * 1e9)

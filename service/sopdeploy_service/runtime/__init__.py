@@ -1,1 +1,0 @@
-"""What can run a bundle: one module for each, siblings of one Protocol."""

@@ -1,4 +1,4 @@
-"""The replaceable part: whatever turns a batch of images into the network's outputs."""
+"""The interface of a runtime, which runs batches of images, and its errors."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 
 class OutOfMemoryError(Exception):
-    """The device has no memory for a batch of this size now; a smaller one may do."""
+    """The device has no memory for a batch of this size now; a smaller one may fit."""
 
 
 class DeviceLostError(Exception):
-    """The device will answer nothing more in this process (a CUDA error that sticks, say)."""
+    """The device cannot run anything more in this process, for example after a sticky CUDA error."""
 
 
 class Runtime(Protocol):
@@ -25,56 +25,57 @@ class Runtime(Protocol):
     largest_batch: int
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-        """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8.
+        """Run *images* (n, H, W, 3) uint8, n from 1 to `largest_batch`; return every output (n, ...) by name.
 
-        n is 1 to `largest_batch`. Nothing that is returned or kept may lie in the memory of *images*: the
-        next batch will fill it. Any exception means that this batch got no result; `DeviceLostError` that
-        no other will, `OutOfMemoryError` that a smaller one may.
+        The outputs must not share memory with *images*. Raises `DeviceLostError` if no other batch can run,
+        `OutOfMemoryError` if a smaller one may, and any other exception if this batch has no outputs.
         """
         ...
 
 
 @runtime_checkable
-class Overlapping(Runtime, Protocol):
-    """A runtime that is given the next batch while one is at work, so that no device waits for Python."""
+class OverlappingRuntime(Runtime, Protocol):
+    """A runtime that accepts a batch while another one runs, so that the device does not wait for Python."""
 
     def begin(self, images: Sequence[NDArray[np.uint8]]) -> Callable[[], dict[str, NDArray[np.float32]]]:
-        """Begin a batch of *images* (H, W, 3); what is returned waits for it and gives what `run` would.
+        """Begin a batch of *images* (H, W, 3); return a function that waits for the outputs of `run`.
 
-        At most two may be under way; they end in the order they were begun. The images may change as soon as
-        this returns. Raises as `run` does, here or where it is waited for.
+        At most two batches may be in flight; they end in the order they began. *images* may be overwritten
+        after this returns. Raises as `run` does, here or in the returned function.
         """
         ...
 
 
-class Failure(NamedTuple):
-    """One of CUDA's errors: its code, the names it has in runtime and driver, what libraries print of it."""
+class CudaError(NamedTuple):
+    """A CUDA error: its code, its names in the runtime and driver API, and the text that libraries print."""
 
     code: int
     runtime: str
     driver: str
-    words: str
+    text: str
 
 
-LOST = (
-    Failure(214, "cudaErrorECCUncorrectable", "CUDA_ERROR_ECC_UNCORRECTABLE", "uncorrectable ECC error"),
-    Failure(
+STICKY_ERRORS = (
+    CudaError(214, "cudaErrorECCUncorrectable", "CUDA_ERROR_ECC_UNCORRECTABLE", "uncorrectable ECC error"),
+    CudaError(
         220, "cudaErrorNvlinkUncorrectable", "CUDA_ERROR_NVLINK_UNCORRECTABLE", "uncorrectable NVLink error"
     ),
-    Failure(700, "cudaErrorIllegalAddress", "CUDA_ERROR_ILLEGAL_ADDRESS", "illegal memory access"),
-    Failure(702, "cudaErrorLaunchTimeout", "CUDA_ERROR_LAUNCH_TIMEOUT", "launch timed out"),
-    Failure(709, "cudaErrorContextIsDestroyed", "CUDA_ERROR_CONTEXT_IS_DESTROYED", "context is destroyed"),
-    Failure(710, "cudaErrorAssert", "CUDA_ERROR_ASSERT", "device-side assert triggered"),
-    Failure(714, "cudaErrorHardwareStackError", "CUDA_ERROR_HARDWARE_STACK_ERROR", "hardware stack error"),
-    Failure(715, "cudaErrorIllegalInstruction", "CUDA_ERROR_ILLEGAL_INSTRUCTION", "illegal instruction"),
-    Failure(716, "cudaErrorMisalignedAddress", "CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address"),
-    Failure(717, "cudaErrorInvalidAddressSpace", "CUDA_ERROR_INVALID_ADDRESS_SPACE", "shared address space"),
-    Failure(718, "cudaErrorInvalidPc", "CUDA_ERROR_INVALID_PC", "invalid program counter"),
-    Failure(719, "cudaErrorLaunchFailure", "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"),
+    CudaError(700, "cudaErrorIllegalAddress", "CUDA_ERROR_ILLEGAL_ADDRESS", "illegal memory access"),
+    CudaError(702, "cudaErrorLaunchTimeout", "CUDA_ERROR_LAUNCH_TIMEOUT", "launch timed out"),
+    CudaError(709, "cudaErrorContextIsDestroyed", "CUDA_ERROR_CONTEXT_IS_DESTROYED", "context is destroyed"),
+    CudaError(710, "cudaErrorAssert", "CUDA_ERROR_ASSERT", "device-side assert triggered"),
+    CudaError(714, "cudaErrorHardwareStackError", "CUDA_ERROR_HARDWARE_STACK_ERROR", "hardware stack error"),
+    CudaError(715, "cudaErrorIllegalInstruction", "CUDA_ERROR_ILLEGAL_INSTRUCTION", "illegal instruction"),
+    CudaError(716, "cudaErrorMisalignedAddress", "CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address"),
+    CudaError(
+        717, "cudaErrorInvalidAddressSpace", "CUDA_ERROR_INVALID_ADDRESS_SPACE", "shared address space"
+    ),
+    CudaError(718, "cudaErrorInvalidPc", "CUDA_ERROR_INVALID_PC", "invalid program counter"),
+    CudaError(719, "cudaErrorLaunchFailure", "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"),
 )
-MEMORY = Failure(2, "cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "out of memory")
-NUMBER = re.compile(r"\bCUDA (?:failure|error) (\d+)", re.IGNORECASE)
-MEMORY_OF_LIBRARIES = (
+MEMORY_ERROR = CudaError(2, "cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "out of memory")
+ERROR_CODE = re.compile(r"\bCUDA (?:failure|error) (\d+)", re.IGNORECASE)
+LIBRARY_MEMORY_ERRORS = (
     "outofmemory",  # TensorRT's own code
     "failed to allocate memory",  # onnxruntime's arena
     "smaller than requested bytes",
@@ -84,33 +85,30 @@ MEMORY_OF_LIBRARIES = (
 
 
 @contextmanager
-def translated() -> Iterator[None]:
-    """Turn an exception from inside into `DeviceLostError` or `OutOfMemoryError` where it is one."""
+def translate_errors() -> Iterator[None]:
+    """Re-raise library errors from the block as `DeviceLostError` or `OutOfMemoryError` if they are such."""
     try:
         yield
-    except Exception as problem:
-        known = failure(str(problem))
+    except Exception as error:
+        known = classify_error(str(error))
         if known is None:
             raise
-        raise known from problem
+        raise known from error
 
 
-def failure(text: str) -> DeviceLostError | OutOfMemoryError | None:
-    """Return the error that *text*, a library's message, speaks of; None where it is another one."""
-    number = NUMBER.search(text)
-    code, small = int(number[1]) if number else None, text.lower()
-    for one in LOST:
-        if said(one, code, small):
-            return DeviceLostError(f"CUDA {one.code}, {one.runtime}: {one.words}")
-    if said(MEMORY, code, small):
-        return OutOfMemoryError(f"CUDA {MEMORY.code}, {MEMORY.runtime}: {MEMORY.words}")
-    words = next((words for words in MEMORY_OF_LIBRARIES if words in small), None)
-    return None if words is None else OutOfMemoryError(" ".join(text.split())[:200])
-
-
-def said(one: Failure, code: int | None, small: str) -> bool:
-    """Say whether a message with *code*, or none, in lower case *small*, speaks of *one*."""
-    if code is not None:
-        return code == one.code
-    names = (one.runtime.lower(), one.driver.lower(), one.words.lower())
-    return any(re.search(rf"\b{re.escape(name)}\b", small) for name in names)
+def classify_error(message: str) -> DeviceLostError | OutOfMemoryError | None:
+    """Convert a library's error *message*; return None if it is neither a lost device nor lack of memory."""
+    found, lower = ERROR_CODE.search(message), message.lower()
+    code = int(found[1]) if found else None
+    for error in (*STICKY_ERRORS, MEMORY_ERROR):
+        names = (error.runtime.lower(), error.driver.lower(), error.text.lower())
+        if code is None:
+            matches = any(re.search(rf"\b{re.escape(name)}\b", lower) for name in names)
+        else:
+            matches = code == error.code
+        if matches:
+            kind = OutOfMemoryError if error is MEMORY_ERROR else DeviceLostError
+            return kind(f"CUDA {error.code}, {error.runtime}: {error.text}")
+    if any(text in lower for text in LIBRARY_MEMORY_ERRORS):
+        return OutOfMemoryError(" ".join(message.split())[:200])
+    return None

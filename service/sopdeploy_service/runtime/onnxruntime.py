@@ -4,7 +4,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,80 +13,75 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.tensorrt.cache import cache_folder
-from sopdeploy_service.runtime.base import translated
+from sopdeploy_service.runtime.base import translate_errors
 from sopdeploy_service.settings import Settings
 
-KEPT = 8  # batch sizes whose tensors stay on the device; the one used longest ago is given up first
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
+CUDA_OPTIONS = {"use_tf32": "0"}  # fp32 in the graph stays fp32
+DEVICES = {CPU: "cpu", CUDA: "cuda:0", TENSORRT: "cuda:0"}
+NAMES = {CPU: "onnxruntime", CUDA: "onnxruntime", TENSORRT: "onnxruntime with tensorrt"}
+CACHE_FOLDER = "onnxruntime-tensorrt"
+PRECISIONS = {"fp16": "trt_fp16_enable", "bf16-backbone": "trt_bf16_enable", "int8": "trt_int8_enable"}
+MAX_BINDINGS = 8  # batch sizes whose tensors stay on the device; the least recently used one is dropped
 
 
 @dataclass(frozen=True, slots=True)
-class Tensors:
-    """The input and the outputs of one batch size on the device, and their binding."""
+class Binding:
+    """The input and outputs of one batch size on the device, bound to the session."""
 
     images: Any
     outputs: Mapping[str, Any]
-    binding: Any
+    io_binding: Any
 
 
 class BoundSession:
-    """Runs *session*, of the module *engine*, on tensors of *device*, such as `cuda:0`.
+    """Runs *session* of the module *onnxruntime* on tensors that stay on *device*, such as `cuda:0`.
 
-    *image* is the name of the input, *outputs* are the names and the shapes (without the batch) of float32
-    outputs.
+    *image* is the name of the input; *outputs* has the shape of each float32 output without the batch.
     """
 
     def __init__(
         self,
-        engine: Any,
+        onnxruntime: Any,
         session: Any,
         device: str,
         image: str,
         outputs: Mapping[str, tuple[int | None, ...]],
     ) -> None:
-        self._engine, self._session = engine, session
-        self._kind, _, number = device.partition(":")
-        self._number = int(number or 0)
+        self._onnxruntime, self._session = onnxruntime, session
+        kind, _, number = device.partition(":")
+        self._device = (kind, int(number or 0))
         self._image, self._shapes = image, outputs
-        self._kept: OrderedDict[tuple[int, ...], Tensors] = OrderedDict()
+        self._bindings: OrderedDict[tuple[int, ...], Binding] = OrderedDict()
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-        """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
-        tensors = self._tensors(images)
-        tensors.images.update_inplace(images)
-        self._session.run_with_iobinding(tensors.binding)
-        return {name: np.array(value.numpy()) for name, value in tensors.outputs.items()}
+        """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
+        binding = self._bindings.pop(images.shape, None) or self._bind(images)
+        self._bindings[images.shape] = binding
+        if len(self._bindings) > MAX_BINDINGS:
+            self._bindings.popitem(last=False)
+        binding.images.update_inplace(images)
+        self._session.run_with_iobinding(binding.io_binding)
+        return {name: np.array(value.numpy()) for name, value in binding.outputs.items()}
 
-    def _tensors(self, images: NDArray[np.uint8]) -> Tensors:
-        found = self._kept.pop(images.shape, None) or self._bound(images)
-        self._kept[images.shape] = found
-        if len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        return found
-
-    def _bound(self, images: NDArray[np.uint8]) -> Tensors:
-        value, place = self._engine.OrtValue, (self._kind, self._number)
-        binding = self._session.io_binding()
-        given = value.ortvalue_from_numpy(images, *place)
-        binding.bind_ortvalue_input(self._image, given)
+    def _bind(self, images: NDArray[np.uint8]) -> Binding:
+        value = self._onnxruntime.OrtValue
+        io_binding = self._session.io_binding()
+        on_device = value.ortvalue_from_numpy(images, *self._device)
+        io_binding.bind_ortvalue_input(self._image, on_device)
         outputs = {
-            name: value.ortvalue_from_shape_and_type((len(images), *shape), np.float32, *place)
+            name: value.ortvalue_from_shape_and_type((len(images), *shape), np.float32, *self._device)
             for name, shape in self._shapes.items()
         }
         for name, output in outputs.items():
-            binding.bind_ortvalue_output(name, output)
-        return Tensors(given, outputs, binding)
-
-
-CPU = "CPUExecutionProvider"
-CUDA = "CUDAExecutionProvider"
-TENSORRT = "TensorrtExecutionProvider"
-CUDA_OPTIONS = {"use_tf32": "0"}  # a number that the graph calls fp32 is to be one
-DEVICES = {CPU: "cpu", CUDA: "cuda:0", TENSORRT: "cuda:0"}
-NAMES = {CPU: "onnxruntime", CUDA: "onnxruntime", TENSORRT: "onnxruntime with tensorrt"}
+            io_binding.bind_ortvalue_output(name, output)
+        return Binding(on_device, outputs, io_binding)
 
 
 class OnnxRuntime:
-    """A session over `model.onnx` of a bundle."""
+    """A session on `model.onnx` of a bundle."""
 
     def __init__(
         self,
@@ -97,99 +91,89 @@ class OnnxRuntime:
         provider: str = CPU,
         options: Mapping[str, str] | None = None,
     ) -> None:
-        """Load *bundle* for *provider*, told *options*, with *threads* engine threads (None: one a core).
+        """Load *bundle* on *provider* with its *options*; *threads* defaults to one per core.
 
-        Raises `RuntimeUnavailableError` where onnxruntime is not installed, cannot run the graph, or would
-        run it on another provider.
+        Raises `RuntimeUnavailableError` if onnxruntime is not installed, cannot load the graph, or would run
+        it on another provider.
         """
-        engine = import_onnxruntime()
+        onnxruntime = _import_onnxruntime()
         manifest = bundle.manifest
-        self.name = f"{NAMES[provider]} {engine.__version__}"
+        self.name = f"{NAMES[provider]} {onnxruntime.__version__}"
         self.device = DEVICES[provider]
         self.largest_batch = manifest.batch.maximum
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
-        chosen = (provider, dict(options or {}))
-        self._session = open_session(engine, bundle, threads or available_cores(), chosen)
+        threads = threads or available_cores()
+        self._session = _open_session(onnxruntime, bundle, threads, provider, dict(options or {}))
         self._bound: BoundSession | None = None
         if provider != CPU:
             shapes = {output.name: output.shape[1:] for output in manifest.outputs}
-            self._bound = BoundSession(engine, self._session, self.device, self._input, shapes)
+            self._bound = BoundSession(onnxruntime, self._session, self.device, self._input, shapes)
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-        """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
-        with translated():
+        """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
+        with translate_errors():
             if self._bound is not None:
                 return self._bound.run(images)
             values = self._session.run(self._outputs, {self._input: images})
             return dict(zip(self._outputs, values, strict=True))
 
 
-def import_onnxruntime() -> Any:
-    """Return the onnxruntime module, or raise `RuntimeUnavailableError` saying how to get it."""
+def _import_onnxruntime() -> Any:
     return import_optional("onnxruntime", "onnxruntime", "sopdeploy[cpu]", RuntimeUnavailableError)
 
 
-def open_session(engine: Any, bundle: Bundle, threads: int, chosen: tuple[str, dict[str, str]]) -> Any:
-    """Return a session that runs on the provider *chosen*, there only, and has the manifest's tensors.
+def _open_session(
+    onnxruntime: Any, bundle: Bundle, threads: int, provider: str, provider_options: dict[str, str]
+) -> Any:
+    """Open a session on *provider* only and check that the graph has the tensors of the manifest.
 
-    No other provider is given, and the CPU, which onnxruntime adds by itself, may take no operator.
+    onnxruntime adds the CPU provider by itself; with another *provider* no operator may fall back to it.
     """
-    provider = chosen[0]
-    options = engine.SessionOptions()
-    options.graph_optimization_level = engine.GraphOptimizationLevel.ORT_ENABLE_ALL
+    version = onnxruntime.__version__
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors only: they reach us as exceptions
+    options.log_severity_level = 3  # errors only; they are raised as exceptions too
     # Spinning threads would take the cores from the decoders.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if provider != CPU:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    if provider not in engine.get_available_providers():
+    if provider not in onnxruntime.get_available_providers():
         raise RuntimeUnavailableError(
-            f"onnxruntime {engine.__version__} has no {provider} here; "
+            f"onnxruntime {version} has no {provider} here; "
             'run: pip install "sopdeploy[gpu]" in an environment without [cpu]'
         )
     try:
-        session = engine.InferenceSession(str(bundle.onnx), options, providers=[chosen])
-    except Exception as problem:  # onnxruntime's errors share no base class
-        raise RuntimeUnavailableError(why_not_loaded(engine, bundle, provider, problem)) from problem
+        providers = [(provider, provider_options)]
+        session = onnxruntime.InferenceSession(str(bundle.onnx), options, providers=providers)
+    except Exception as error:  # onnxruntime's errors share no base class
+        reason = f"cannot load the graph: {' '.join(str(error).split())}"
+        if bundle.manifest.precision == "bf16-backbone":
+            reason = (
+                f"has no bfloat16 kernels on {DEVICES[provider]}; build an engine for a GPU "
+                "(sopdeploy engine), or export with --precision fp16 or fp32"
+            )
+        raise RuntimeUnavailableError(f"{bundle.onnx}: onnxruntime {version} {reason}") from error
     if session.get_providers()[0] != provider:
         raise RuntimeUnavailableError(
             f"{bundle.onnx}: asked for {provider}, onnxruntime chose {session.get_providers()}"
         )
-    refuse_other_tensors(session, bundle)
-    return session
-
-
-def why_not_loaded(engine: Any, bundle: Bundle, provider: str, problem: Exception) -> str:
-    """Return in one line why a session was not made of *bundle*, and what to do."""
-    if bundle.manifest.precision == "bf16-backbone":
-        return (
-            f"{bundle.onnx}: bfloat16, for which onnxruntime {engine.__version__} has no kernels on "
-            f"{DEVICES[provider]}; build an engine for a GPU (sopdeploy engine), or export with "
-            "--precision fp16 or fp32"
-        )
-    reason = " ".join(str(problem).split())
-    return f"{bundle.onnx}: onnxruntime {engine.__version__} cannot load the graph: {reason}"
-
-
-def refuse_other_tensors(session: Any, bundle: Bundle) -> None:
-    """Refuse a *session* whose inputs and outputs are not the manifest's."""
-    manifest = bundle.manifest
-    declared = [tensor.name for tensor in (*manifest.inputs, *manifest.outputs)]
+    declared = [tensor.name for tensor in (*bundle.manifest.inputs, *bundle.manifest.outputs)]
     found = [tensor.name for tensor in (*session.get_inputs(), *session.get_outputs())]
     if found != declared:
         raise RuntimeUnavailableError(
             f"{bundle.onnx}: the graph has the tensors {found}, the manifest says {declared}; "
             "export the bundle again"
         )
+    return session
 
 
 def has_cuda() -> bool:
-    """Say whether the installed onnxruntime was made for CUDA."""
+    """Return whether the installed onnxruntime supports CUDA."""
     try:
-        return CUDA in import_onnxruntime().get_available_providers()
+        return CUDA in _import_onnxruntime().get_available_providers()
     except RuntimeUnavailableError:
         return False
 
@@ -201,17 +185,18 @@ def available_cores() -> int:
     return max(1, os.cpu_count() or 1)
 
 
-FOLDER = "onnxruntime-tensorrt"
-TYPES = {"fp16": "trt_fp16_enable", "bf16-backbone": "trt_bf16_enable", "int8": "trt_int8_enable"}
+def tensorrt_options(bundle: Bundle, settings: Settings) -> dict[str, str]:
+    """Return the TensorRT provider options of *bundle*: precision, batch sizes and its own cache folder.
 
-
-def provider_options(bundle: Bundle, settings: Settings) -> dict[str, str]:
-    """Return the provider's options for *bundle*: its precision, its batches, a folder of its own.
-
-    The cache's folder is named by the bundle, id included. Raises `RuntimeUnavailableError` where it cannot
-    be made.
+    Raises `RuntimeUnavailableError` if the folder cannot be created.
     """
-    folder = made(cache_folder(bundle, settings.engine_cache) / FOLDER)
+    folder = cache_folder(bundle, settings.engine_cache) / CACHE_FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeUnavailableError(
+            f"{folder}: cannot be created ({error.strerror}); set SOPDEPLOY_ENGINE_CACHE to another folder"
+        ) from error
     batch, name = bundle.manifest.batch, bundle.manifest.inputs[0].name
     sizes = {"min": batch.minimum, "opt": batch.optimum, "max": batch.maximum}
     image = "x".join(map(str, bundle.manifest.image_shape))
@@ -221,17 +206,6 @@ def provider_options(bundle: Bundle, settings: Settings) -> dict[str, str]:
         "trt_engine_cache_path": str(folder),
         "trt_timing_cache_enable": "1",
         "trt_timing_cache_path": str(folder),
-        **{option: str(int(kind == bundle.manifest.precision)) for kind, option in TYPES.items()},
+        **{option: str(int(key == bundle.manifest.precision)) for key, option in PRECISIONS.items()},
         **{f"trt_profile_{which}_shapes": f"{name}:{size}x{image}" for which, size in sizes.items()},
     }
-
-
-def made(folder: Path) -> Path:
-    """Return *folder*, which is made if it is missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise RuntimeUnavailableError(
-            f"{folder}: cannot be made ({problem.strerror}); set SOPDEPLOY_ENGINE_CACHE to another folder"
-        ) from problem
-    return folder

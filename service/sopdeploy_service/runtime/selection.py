@@ -1,11 +1,8 @@
-"""Which runtime serves a bundle on this machine: one line for each.
+"""Choose the runtime of a bundle on this machine.
 
-`auto` takes the first that was set up here, and only that one: where the GPU was meant and does not work, the
-server says so and ends, instead of answering from the CPU without a word.
+`auto` takes the first runtime that is set up here, and only that one: if the GPU was meant and does not work,
+the server ends with an error instead of silently using the CPU.
 """
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
@@ -17,60 +14,40 @@ from sopdeploy_service.runtime.onnxruntime import (
     TENSORRT,
     OnnxRuntime,
     has_cuda,
-    provider_options,
+    tensorrt_options,
 )
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime, is_set_up
 from sopdeploy_service.settings import Settings
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
-    """A runtime: how it is opened, and whether somebody set it up on this machine."""
+def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
+    """Open the runtime that *settings* name, or for `auto` the first one that is set up here.
 
-    open: Callable[[Bundle, Settings], Runtime]
-    set_up: Callable[[Bundle, Settings], bool]
-
-
-RUNTIMES = {
-    "tensorrt": Choice(open=TensorRTRuntime, set_up=is_set_up),
-    "onnxruntime-cuda": Choice(
-        open=lambda bundle, settings: OnnxRuntime(
-            bundle, threads=settings.threads, provider=CUDA, options=CUDA_OPTIONS
-        ),
-        set_up=lambda _bundle, _settings: has_cuda(),
-    ),
-    "onnxruntime-tensorrt": Choice(
-        open=lambda bundle, settings: OnnxRuntime(
-            bundle,
-            threads=settings.threads,
-            provider=TENSORRT,
-            options=provider_options(bundle, settings),
-        ),
-        set_up=lambda _bundle, _settings: (
-            False
-        ),  # it builds for minutes at the first start: only if asked for
-    ),
-    "onnxruntime-cpu": Choice(
-        open=lambda bundle, settings: OnnxRuntime(bundle, threads=settings.threads, provider=CPU),
-        set_up=lambda _bundle, _settings: True,
-    ),
-}
-
-
-def choose(bundle: Bundle, settings: Settings) -> Runtime:
-    """Return the runtime that *settings* name, or for `auto` the first that was set up here.
-
-    Raises `RuntimeUnavailableError` where it cannot run *bundle*.
+    `auto` never chooses `onnxruntime-tensorrt`, which builds for minutes at its first start. Raises
+    `RuntimeUnavailableError` if the runtime cannot run *bundle*.
     """
     if settings.runtime != "auto":
-        return RUNTIMES[settings.runtime].open(bundle, settings)
-    name = next(name for name, choice in RUNTIMES.items() if choice.set_up(bundle, settings))
+        return _open(settings.runtime, bundle, settings)
+    if is_set_up(bundle, settings):
+        name = "tensorrt"
+    elif has_cuda():
+        name = "onnxruntime-cuda"
+    else:
+        return _open("onnxruntime-cpu", bundle, settings)
     try:
-        return RUNTIMES[name].open(bundle, settings)
-    except RuntimeUnavailableError as problem:
-        if name == "onnxruntime-cpu":
-            raise
+        return _open(name, bundle, settings)
+    except RuntimeUnavailableError as error:
         raise RuntimeUnavailableError(
-            f"{name} is set up here and does not work: {problem} (SOPDEPLOY_RUNTIME=onnxruntime-cpu "
-            "would answer from the CPU)"
-        ) from problem
+            f"{name} is set up here but does not work: {error} "
+            "(SOPDEPLOY_RUNTIME=onnxruntime-cpu would serve from the CPU)"
+        ) from error
+
+
+def _open(name: str, bundle: Bundle, settings: Settings) -> Runtime:
+    if name == "tensorrt":
+        return TensorRTRuntime(bundle, settings)
+    provider = {"onnxruntime-cuda": CUDA, "onnxruntime-tensorrt": TENSORRT}.get(name, CPU)
+    options = CUDA_OPTIONS if provider == CUDA else {}
+    if provider == TENSORRT:
+        options = tensorrt_options(bundle, settings)
+    return OnnxRuntime(bundle, threads=settings.threads, provider=provider, options=options)

@@ -1,4 +1,4 @@
-"""TensorRT on the GPU, from the engine cache; never builds, never loads a plan that was not checked."""
+"""TensorRT on the GPU, with an engine from the cache; never builds or loads a plan that was not checked."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,21 +11,19 @@ from sopdeploy.tensorrt.binding import import_tensorrt
 from sopdeploy.tensorrt.cache import NoEngine, best_for, cache_folder, records
 from sopdeploy.tensorrt.cuda import open_cuda
 from sopdeploy.tensorrt.session import EngineSession
-from sopdeploy_service.runtime.base import translated
+from sopdeploy_service.runtime.base import translate_errors
 from sopdeploy_service.settings import Settings
-
-DEVICE = "cuda:0"
 
 
 class TensorRTRuntime:
     """The engine of a bundle on this machine's first GPU."""
 
-    device = DEVICE
+    device = "cuda:0"
 
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
         """Load the engine of *bundle* from the cache.
 
-        Raises `RuntimeUnavailableError` where TensorRT, a GPU or a fitting engine is missing.
+        Raises `RuntimeUnavailableError` if TensorRT, a GPU or a matching engine is missing.
         """
         trt = import_tensorrt()
         cuda = open_cuda()
@@ -45,24 +43,24 @@ class TensorRTRuntime:
         self.largest_batch = self._session.largest_batch
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-        """Return every output by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
-        with translated():
+        """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
+        with translate_errors():
             return self._session.run(images)
 
     def begin(self, images: Sequence[NDArray[np.uint8]]) -> Callable[[], dict[str, NDArray[np.float32]]]:
-        """Begin a batch of *images* (H, W, 3); what is returned waits for its outputs."""
-        with translated():
+        """Begin a batch of *images* (H, W, 3); return a function that waits for its outputs."""
+        with translate_errors():
             end = self._session.begin(images)
 
         def wait() -> dict[str, NDArray[np.float32]]:
-            with translated():
+            with translate_errors():
                 return end()
 
         return wait
 
 
 def is_set_up(bundle: Bundle, settings: Settings) -> bool:
-    """Say whether TensorRT is installed and somebody built an engine of *bundle*."""
+    """Return whether TensorRT is installed and the cache has an engine of *bundle*."""
     if not records(cache_folder(bundle, settings.engine_cache)):
         return False
     try:

@@ -25,8 +25,8 @@ from sopdeploy_service.inference.fault_injection import faults_from_environment
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability import logs
-from sopdeploy_service.observability.timeline import Timeline
-from sopdeploy_service.observability.traced import traced
+from sopdeploy_service.observability.logs import Timeline
+from sopdeploy_service.observability.request_context import open_tracing
 from sopdeploy_service.server.connection_limits import Connections, allow_files
 from sopdeploy_service.server.health_port import LoopWatch, answering, health_app
 from sopdeploy_service.server.http_protocol import LimitedHttpProtocol
@@ -74,13 +74,13 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, place: Inherited
     allow_files(settings.max_connections)
     with ExitStack() as stack:
         stack.enter_context(logs.configured(settings))
-        open_trace = stack.enter_context(traced(settings))
+        open_trace = stack.enter_context(open_tracing(settings))
         faults = faults_from_environment()
         health = settings.health_port
         prober = None if health is None else stack.enter_context(bind(settings.host, health))
         shelf = BundleStore(sources)
         inferences = {name: load_model(path, settings) for name, path in shelf.bundles.items()}
-        timeline.opened(inference.seconds for inference in inferences.values())
+        timeline.add(inference.seconds for inference in inferences.values())
         control = shelf if settings.model_control else None
         app = create_app(inferences, settings, control, faults=faults, open_trace=open_trace)
         app.state.siblings = place.siblings
@@ -162,7 +162,7 @@ class DrainingServer(uvicorn.Server):
         sys.stdout.write(self._ready + "\n")
         sys.stdout.flush()
         self._timeline.mark("listen")
-        self._timeline.tell()
+        self._timeline.log()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Begin to drain, or end the drain; uvicorn's own would end with the signal's exit code."""

@@ -5,7 +5,7 @@ import pytest
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.loader import largest_batch
-from sopdeploy_service.inference.results import Ranking, answer, softmax
+from sopdeploy_service.inference.results import Ranking, format_prediction, softmax
 from sopdeploy_service.observability.metrics import BusyMeter
 from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.runtime.fake import FakeRuntime
@@ -67,7 +67,7 @@ def test_extreme_logits_give_probabilities(logits):
     ],
 )
 def test_the_best_classes_come_first_and_ties_keep_the_order_of_the_labels(logits, top_k, labels):
-    found = answer(Ranking([np.array(logits, np.float32)]).top_k(0, top_k), ["a", "b", "c"])
+    found = format_prediction(Ranking([np.array(logits, np.float32)]).top_k(0, top_k), ["a", "b", "c"])
     assert [entry["label"] for entry in found["classes"]] == labels
 
 

@@ -13,7 +13,7 @@ from sopdeploy_service.api.direct import read_query
 from sopdeploy_service.api.schema import Classes
 from sopdeploy_service.api.v1 import PLAIN
 from sopdeploy_service.http.middleware import request_id
-from sopdeploy_service.inference.results import FEW, Ranking, answer, best, softmax
+from sopdeploy_service.inference.results import SMALL_K, Ranking, format_prediction, softmax, top_indices
 
 SMALL = arrays.arrays(np.float32, st.integers(1, 40), elements=st.integers(-3, 3).map(float))
 SAME = arrays.arrays(np.float32, 300, elements=st.floats(-50, 50, width=32))
@@ -21,14 +21,14 @@ SAME = arrays.arrays(np.float32, 300, elements=st.floats(-50, 50, width=32))
 
 @given(SMALL, st.integers(1, 50))
 def test_the_best_are_those_of_a_whole_stable_sort(values, count):
-    assert best(values, count).tolist() == np.argsort(-values, kind="stable")[:count].tolist()
+    assert top_indices(values, count).tolist() == np.argsort(-values, kind="stable")[:count].tolist()
 
 
-@given(st.lists(SAME, min_size=1, max_size=9), st.integers(1, 2 * FEW))
+@given(st.lists(SAME, min_size=1, max_size=9), st.integers(1, 2 * SMALL_K))
 def test_a_ranking_of_a_batch_is_that_of_each_image_alone(images, count):
     batch = Ranking(images)
     for place, logits in enumerate(images):
-        places = best(logits, count)
+        places = top_indices(logits, count)
         alone = list(zip(places.tolist(), softmax(logits)[places].tolist(), strict=True))
         assert batch.top_k(place, count) == alone
 
@@ -37,7 +37,7 @@ def test_a_ranking_of_a_batch_is_that_of_each_image_alone(images, count):
 def test_an_answer_is_what_its_model_would_write(logits, top_k, gates, warnings):
     labels = [f"class {place}" for place in range(len(logits))]
     ranked = Ranking([logits]).top_k(0, top_k)
-    found = answer(ranked, labels, warnings=tuple(warnings), gates=gates)
+    found = format_prediction(ranked, labels, warnings=tuple(warnings), gates=gates)
     model = Classes.model_validate(found, strict=False)
     assert orjson.dumps(found) == orjson.dumps(model.model_dump(exclude_none=True))
 

@@ -9,9 +9,9 @@ from PIL import Image
 from sopdeploy.errors import ConfigError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images import fast_decode
-from sopdeploy_service.images.decode import EncodedImage, decode, exactly
-from sopdeploy_service.images.fast_decode import checked, compare, made
-from sopdeploy_service.images.loaders import at_a_fraction
+from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
+from sopdeploy_service.images.fast_decode import check_fast_decode, compare, synthetic_jpeg
+from sopdeploy_service.images.loaders import load_reduced
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings, load_settings
@@ -23,13 +23,13 @@ FAST = Settings(decode="fast", threads=1)
 def both(body, rules=RULES):
     return [
         decode(EncodedImage(body), rules, max_bytes=10**8, max_pixels=10**8, load=load).pixels.astype(int)
-        for load in (exactly, at_a_fraction)
+        for load in (load_exact, load_reduced)
     ]
 
 
 def saved(size, kind="JPEG", mode="RGB", **options):
     file = io.BytesIO()
-    with Image.open(io.BytesIO(made(size, 0))) as picture:
+    with Image.open(io.BytesIO(synthetic_jpeg(size, 0))) as picture:
         picture.convert(mode).save(file, kind, **options)
     return file.getvalue()
 
@@ -73,17 +73,17 @@ def test_at_least_twice_the_pixels_that_resizing_needs_are_left(monkeypatch):
 
 
 def test_the_check_pictures_are_always_the_same():
-    assert made((64, 48), 1) == made((64, 48), 1) != made((64, 48), 2)
+    assert synthetic_jpeg((64, 48), 1) == synthetic_jpeg((64, 48), 1) != synthetic_jpeg((64, 48), 2)
 
 
 def test_without_the_setting_nothing_is_checked(bundle, onnx_runtime):
-    assert checked(bundle, onnx_runtime, Settings()) is None
+    assert check_fast_decode(bundle, onnx_runtime, Settings()) is None
 
 
 def test_a_network_that_bears_it_is_opened_with_its_drift(bundle_path):
     found = load_model(bundle_path, FAST)
     assert found.fast_decode.pictures == 9
-    assert 0 < found.fast_decode.drift < fast_decode.MOST_DRIFT
+    assert 0 < found.fast_decode.drift < fast_decode.MAX_DRIFT
     assert found.fast_decode.agreement == 1
     assert list(found.seconds) == ["hashes", "session", "probes", "fast_decode"]
 
@@ -99,16 +99,16 @@ class Sharp(FakeRuntime):
 
 def test_a_network_that_does_not_bear_it_is_refused_in_one_line(bundle):
     with pytest.raises(ParityError, match=r"decode=fast moves the logits by .*serve it with decode=exact"):
-        checked(bundle, Sharp(classes=7), FAST)
+        check_fast_decode(bundle, Sharp(classes=7), FAST)
 
 
 def test_samples_count_and_what_is_no_jpeg_does_not(bundle, onnx_runtime, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     settings = Settings(decode="fast", fast_decode_samples=tmp_path)
     with pytest.raises(ConfigError, match="no JPEG in"):
-        checked(bundle, onnx_runtime, settings)
+        check_fast_decode(bundle, onnx_runtime, settings)
     (tmp_path / "a.jpg").write_bytes(saved((400, 300)))
-    assert checked(bundle, onnx_runtime, settings).pictures == 10
+    assert check_fast_decode(bundle, onnx_runtime, settings).pictures == 10
 
 
 def test_samples_without_the_fast_way_are_a_mistake(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference import model_worker as engine
-from sopdeploy_service.inference.fault_injection import NO_FAULTS, OrderedError, parse_faults
+from sopdeploy_service.inference.fault_injection import NO_FAULTS, InjectedError, parse_faults
 from sopdeploy_service.runtime.base import OutOfMemoryError
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
@@ -43,30 +43,30 @@ def test_the_words_of_the_manual_are_understood():
     ],
 )
 def test_anything_else_is_one_clear_line(text):
-    with pytest.raises(ConfigError, match=r"^SOPDEPLOY_FAULTS: .* is no fault; there are: engine=hang@5"):
+    with pytest.raises(ConfigError, match=r"^SOPDEPLOY_FAULTS: .* is not a fault; use one of: engine=hang@5"):
         parse_faults(text)
 
 
 def test_without_faults_nothing_stands_between():
     runtime = FakeRuntime(classes=3)
-    assert NO_FAULTS.over(runtime) is runtime
-    assert NO_FAULTS.over_decoder(len) is len
-    assert parse_faults("decoder=die@1").over(runtime) is runtime
+    assert NO_FAULTS.wrap_runtime(runtime) is runtime
+    assert NO_FAULTS.wrap_decoder(len) is len
+    assert parse_faults("decoder=die@1").wrap_runtime(runtime) is runtime
 
 
 def test_each_fault_hits_its_run_and_no_other():
-    runtime = parse_faults("engine=nan@1,engine=raise@2,engine=oom@3").over(FakeRuntime(classes=3))
+    runtime = parse_faults("engine=nan@1,engine=raise@2,engine=oom@3").wrap_runtime(FakeRuntime(classes=3))
     assert np.isnan(runtime.run(IMAGES)["logits"]).all(axis=1).tolist() == [True, False]
-    with pytest.raises(OrderedError, match="engine=raise@2"):
+    with pytest.raises(InjectedError, match="engine=raise@2"):
         runtime.run(IMAGES)
     with pytest.raises(OutOfMemoryError):
         runtime.run(IMAGES)
     assert np.isfinite(runtime.run(IMAGES)["logits"]).all()
-    assert (runtime.name, runtime.device) == ("pretend", "pretend")
+    assert (runtime.name, runtime.device) == ("fake", "fake")
 
 
 def test_a_slow_engine_takes_a_multiple_of_its_time():
-    runtime = parse_faults("engine=slow*5").over(FakeRuntime(classes=3, fixed_ms=10))
+    runtime = parse_faults("engine=slow*5").wrap_runtime(FakeRuntime(classes=3, fixed_ms=10))
     started = time.monotonic()
     runtime.run(IMAGES)
     assert time.monotonic() - started >= 0.05
@@ -147,4 +147,4 @@ def test_a_hung_engine_is_not_ready_within_five_seconds_and_everybody_is_answere
         assert {reply.result().json()["code"] for reply in replies} == {"engine_dead"}
         assert client.get("/livez").status_code == 503
     assert waited < 6
-    until(lambda: not any(thread.name == "engine" for thread in threading.enumerate()))  # others count them
+    until(lambda: not any(thread.name == "model_worker" for thread in threading.enumerate()))

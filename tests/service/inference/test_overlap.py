@@ -6,13 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
-from sopdeploy_service.runtime.fake import FakeDevice
+from sopdeploy_service.runtime.fake import FakeOverlappingRuntime
 
 LARGEST = 2
 COLOURS = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (250, 250, 10), (10, 250, 250), (250, 10, 250)]
 
 
-class Scripted(FakeDevice):
+class Scripted(FakeOverlappingRuntime):
     """Notes what happens in which order; a batch ends when `gate` is set, and fails as *problems* say.
 
     *problems* has an exception by the number of a batch and where it shows: 0 where it begins, 1 at its end.
@@ -59,7 +59,7 @@ def ask(serve_with, make_picture, pool, until):
         pictures = [make_picture(colour) for colour in COLOURS[:count]]
         futures = [pool.submit(post, client, pictures[0])]
         until(lambda: "wait 1" in runtime.told)
-        line = client.app.state.service.registry.find()._batcher._line
+        line = client.app.state.service.registry.find().queue
         for place, picture in enumerate(pictures[1:]):  # so that they stand in this order
             futures.append(pool.submit(post, client, picture))
             until(lambda place=place: len(line) > place)
@@ -79,7 +79,7 @@ def test_a_full_batch_is_begun_while_another_is_at_work_and_one_that_is_not_stay
 
 
 def test_every_answer_is_that_of_its_own_picture(serve_with, make_picture, pool):
-    client = serve_with(FakeDevice(classes=3, fixed_ms=2, largest_batch=4))
+    client = serve_with(FakeOverlappingRuntime(classes=3, fixed_ms=2, largest_batch=4))
     pictures = {place: make_picture(colour) for place, colour in enumerate(COLOURS[:3])}
 
     def best(place: int) -> bool:
@@ -103,7 +103,7 @@ def test_a_device_without_memory_gets_halves(ask):
     runtime = Scripted({(2, 1): OutOfMemoryError("no memory")})
     replies, client = ask(runtime, 5)
     assert [reply.status_code for reply in replies] == [200] * 5
-    assert client.app.state.service.registry.find()._batcher._engine._largest == 1
+    assert client.app.state.service.registry.find()._worker._limit == 1
 
 
 def test_a_lost_device_answers_both_batches_and_everything_behind(ask):
@@ -114,7 +114,7 @@ def test_a_lost_device_answers_both_batches_and_everything_behind(ask):
 
 
 def test_a_device_is_busy_from_one_batch_to_the_next(serve_with, jpeg, pool):
-    client = serve_with(FakeDevice(classes=7, fixed_ms=10, per_image_ms=1, largest_batch=4))
+    client = serve_with(FakeOverlappingRuntime(classes=7, fixed_ms=10, per_image_ms=1, largest_batch=4))
     replies = list(pool.map(lambda _: client.post("/v1/classify", content=jpeg), range(200)))
     spans = client.app.state.service.metrics.of("tiny").busy._spans
     assert all(reply.status_code == 200 for reply in replies)

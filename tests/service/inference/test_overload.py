@@ -169,7 +169,7 @@ def test_a_hung_engine_is_noticed_and_what_waits_is_refused(serve_with, pool, jp
 
 def test_a_mistake_of_ours_is_a_problem_too(serve_with, jpeg, monkeypatch):
     client = serve_with(FakeRuntime(classes=7))
-    monkeypatch.setattr("sopdeploy_service.api.v1.answer", lambda *_: 1 / 0)
+    monkeypatch.setattr("sopdeploy_service.api.v1.format_prediction", lambda *_: 1 / 0)
     reply = post(client, jpeg)
     assert (reply.status_code, reply.json()["code"]) == (500, "internal_error")
     assert len(reply.headers["x-request-id"]) == 32
@@ -189,5 +189,5 @@ def test_a_server_that_ended_leaves_no_thread_behind(run_server, bundle, jpeg, u
     with run_server(FakeRuntime(classes=7), bundle, Settings()) as client:
         assert post(client, jpeg).status_code == 200
         names = {thread.name for thread in threading.enumerate()}
-        assert "engine" in names
-    until(lambda: not any(t.name.startswith(("engine", "decoder")) for t in threading.enumerate()))
+        assert "model_worker" in names
+    until(lambda: not any(t.name.startswith(("model_worker", "decoder")) for t in threading.enumerate()))

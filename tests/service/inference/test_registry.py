@@ -19,7 +19,7 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy_service.api.upload import TIMEOUT_HEADER, seconds_allowed
 from sopdeploy_service.inference.bundle_store import BundleStore
-from sopdeploy_service.inference.fault_injection import OrderedError, parse_faults
+from sopdeploy_service.inference.fault_injection import InjectedError, parse_faults
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.registry import ModelRegistry
@@ -74,7 +74,7 @@ def test_a_new_version_answers_and_the_one_before_stays_for_going_back(versions)
         assert found(await repository.load("tiny", versions[1].name)) is after
         assert found(await repository.load("tiny", versions[1].name)) is after
         await repository.stop()
-        assert not [thread for thread in threading.enumerate() if thread.name == "engine"]
+        assert not [thread for thread in threading.enumerate() if thread.name == "model_worker"]
 
     asyncio.run(life())
 
@@ -88,7 +88,7 @@ def test_faults_are_over_every_model_and_over_those_that_are_loaded_later(versio
         assert repository.models()[0] is later
         for model in repository.models():
             model.loaded.runtime.run(IMAGE)
-            with pytest.raises(OrderedError, match="engine=raise@2"):
+            with pytest.raises(InjectedError, match="engine=raise@2"):
                 model.loaded.runtime.run(IMAGE)
         await repository.stop()
 
@@ -117,7 +117,7 @@ def test_a_version_that_leaves_waits_for_its_last_request(versions, make_bundle,
 
 
 def engines() -> int:
-    return sum(thread.name == "engine" for thread in threading.enumerate())
+    return sum(thread.name == "model_worker" for thread in threading.enumerate())
 
 
 def test_a_version_that_gives_other_numbers_than_promised_never_answers(versions, make_bundle) -> None:

@@ -180,4 +180,4 @@ def test_a_version_that_does_not_end_well_is_forgotten_and_told(
 
     with caplog.at_level(logging.ERROR, "sopdeploy.models"):
         asyncio.run(life())
-    assert "tiny: a version that was replaced did not end well" in caplog.text
+    assert "tiny: a version that was replaced did not stop cleanly" in caplog.text

@@ -12,7 +12,7 @@ import pytest
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.http.auth import Gate
 from sopdeploy_service.observability import logs
-from sopdeploy_service.observability.timeline import Timeline, process_age
+from sopdeploy_service.observability.logs import Timeline, process_age
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 
@@ -143,7 +143,7 @@ def test_a_server_that_is_not_asked_says_nothing_but_warnings_away_from_a_termin
 ):
     found = logged(stream(), **settings)
     logging.getLogger("sopdeploy.server").info("hint")
-    Timeline().tell()
+    Timeline().log()
     logging.getLogger("sopdeploy.engine").warning("warn")
     logging.getLogger("urllib3").info("of another library")
     assert [word for word in ("hint", "started", "warn") if word in found.getvalue()] == expected
@@ -152,13 +152,12 @@ def test_a_server_that_is_not_asked_says_nothing_but_warnings_away_from_a_termin
 
 def test_a_timeline_begins_with_the_process_and_its_steps_are_its_whole(monkeypatch):
     now = 100.0
-    monkeypatch.setattr("sopdeploy_service.observability.timeline.time.monotonic", lambda: now)
-    monkeypatch.setattr("sopdeploy_service.observability.timeline.process_age", lambda: 0.5)
+    monkeypatch.setattr("sopdeploy_service.observability.logs.time.monotonic", lambda: now)
+    monkeypatch.setattr("sopdeploy_service.observability.logs.process_age", lambda: 0.5)
     timeline = Timeline()
     timeline.mark("imports")
     now = 103.0
-    timeline.add("hashes", 1.0)
-    timeline.add("probes", 1.75)
+    timeline.add([{"hashes": 1.0, "probes": 1.0}, {"probes": 0.75}])
     timeline.mark("listen")
     assert timeline.steps_ms == {"imports": 500.0, "hashes": 1000.0, "probes": 1750.0, "listen": 250.0}
 

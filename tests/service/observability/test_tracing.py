@@ -9,7 +9,7 @@ import pytest
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.runtime.fake import FakeRuntime
-from sopdeploy_service.server.process import serve, traced
+from sopdeploy_service.server.process import open_tracing, serve
 from sopdeploy_service.settings import Settings
 
 pytest.importorskip("opentelemetry.sdk", reason="needs the extra otel")
@@ -97,7 +97,7 @@ def test_tracing_without_the_extra_is_one_clear_line(monkeypatch, bundle_path: P
 def test_without_the_setting_nothing_of_it_is_loaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     monkeypatch.delitem(sys.modules, "sopdeploy_service.observability.tracing", raising=False)
-    with traced(Settings()) as open_trace:
+    with open_tracing(Settings()) as open_trace:
         assert open_trace is None
     assert "sopdeploy_service.observability.tracing" not in sys.modules
 
@@ -106,7 +106,7 @@ def test_a_collector_that_is_not_there_costs_no_request_and_little_time(monkeypa
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     began = asyncio.new_event_loop()
     try:
-        with traced(Settings(tracing=True)) as open_trace:
+        with open_tracing(Settings(tracing=True)) as open_trace:
             assert open_trace is not None
             assert len(open_trace({"traceparent": PARENT}, began.time()).id) == 32
     finally:

@@ -26,7 +26,7 @@ from sopdeploy_service.http.disconnect import cancel_on_disconnect
 from sopdeploy_service.http.problems import RejectedError
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.results import Outcome, Prediction, Rejection, best
+from sopdeploy_service.inference.results import Outcome, Prediction, Rejection, top_indices
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.request_context import RequestContext
 
@@ -82,7 +82,10 @@ def classify(values: NDArray[Any], classes: int, labels: Sequence[str]) -> list[
     """
     rows = values.reshape(len(values), -1)
     return [
-        [f"{row[place]!s}:{place}" + (f":{labels[place]}" if labels else "") for place in best(row, classes)]
+        [
+            f"{row[place]!s}:{place}" + (f":{labels[place]}" if labels else "")
+            for place in top_indices(row, classes)
+        ]
         for row in rows
     ]
 
@@ -133,9 +136,7 @@ async def run(
 ) -> list[Outcome] | Rejection:
     """Return the outcome of each image of *asked*, decoding those that are files."""
     if isinstance(asked.images, list):
-        return await service.classify(
-            model, [EncodedImage(image) for image in asked.images], deadline, context
-        )
+        return await service.infer(model, [EncodedImage(image) for image in asked.images], deadline, context)
     return await service.infer(model, asked.images, deadline, context)
 
 

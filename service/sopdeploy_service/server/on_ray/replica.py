@@ -24,7 +24,7 @@ from sopdeploy_service.inference.fault_injection import faults_from_environment
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability import logs
-from sopdeploy_service.observability.traced import traced
+from sopdeploy_service.observability.request_context import open_tracing
 from sopdeploy_service.server.health_port import BEAT_SECONDS, LoopWatch
 from sopdeploy_service.server.memory import Rest, give_back_in_a_thread
 from sopdeploy_service.server.on_ray.plan import UserConfig, check
@@ -51,7 +51,7 @@ class Replica:
         check(self.settings)
         prepare_process()
         self._stack.enter_context(logs.configured(self.settings))
-        open_trace = self._stack.enter_context(traced(self.settings))
+        open_trace = self._stack.enter_context(open_tracing(self.settings))
         self.asgi: FastAPI = create_app(
             inferences or {}, self.settings, faults=faults_from_environment(), open_trace=open_trace
         )

@@ -179,4 +179,4 @@ def test_a_dead_engine_answers_what_waits_and_then_ends_the_process(
             assert await ended == 70
 
     live(life)
-    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "engine"])
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "model_worker"])
