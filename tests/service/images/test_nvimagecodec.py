@@ -133,9 +133,7 @@ class Absent:
 
 
 def test_without_a_gpu_the_server_does_not_start_and_says_why():
-    with pytest.raises(
-        RuntimeUnavailableError, match=r"no GPU that can decode.*#35.*decode=exact"
-    ):
+    with pytest.raises(RuntimeUnavailableError, match=r"no GPU that can decode.*#35.*decode=exact"):
         NvImageCodec(Absent(), 0, ("CPU_ONLY",))
 
 
