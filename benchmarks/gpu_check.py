@@ -33,7 +33,7 @@ from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import RuntimeUnavailableError, SopdeployError
 from sopdeploy.tensorrt.session import EngineSession
-from sopdeploy_export.tensorrt.engine import EngineOptions, Machine, engine, this_machine
+from sopdeploy_export.tensorrt.engine import EngineOptions, Machine, get_engine, this_machine
 from sopdeploy_service.runtime.onnxruntime import CUDA, OnnxRuntime
 
 ROOT = Path(__file__).parents[1]
@@ -85,9 +85,9 @@ def check(case: Case, here: Machine, runs: int) -> dict[str, Any]:
     """Build the engine of *case*, which replays its probes, and time it against the others."""
     bundle = open_bundle(case.bundle)
     begin = time.monotonic()
-    built = engine(bundle, EngineOptions(profiles=",".join(map(str, BATCHES))), say)
+    built = get_engine(bundle, EngineOptions(profiles=",".join(map(str, BATCHES))), say)
     seconds = time.monotonic() - begin
-    again = engine(bundle, EngineOptions(profiles=",".join(map(str, BATCHES))))
+    again = get_engine(bundle, EngineOptions(profiles=",".join(map(str, BATCHES))))
     with ExitStack() as stack:
         plan = built.path.read_bytes()
         key = built.record.key

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sopdeploy.tensorrt.cache import StoredEngine, look
-from sopdeploy_export.tensorrt.engine import EngineOptions, engine
+from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
 from tests.tensorrt.networks import answers, network, some_images, write
@@ -16,20 +16,20 @@ pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
 
 def test_a_real_engine_gives_the_bundles_numbers_and_comes_from_the_cache_then(tmp_path: Path) -> None:
     bundle = write(tmp_path)
-    built = engine(bundle, EngineOptions(profiles="1,4,16"))
+    built = get_engine(bundle, EngineOptions(profiles="1,4,16"))
     assert built.reason is not None
     assert isinstance(look(built.path.parent, built.record.key), StoredEngine)
-    assert engine(bundle, EngineOptions(profiles="1,4,16")).reason is None
+    assert get_engine(bundle, EngineOptions(profiles="1,4,16")).reason is None
 
 
 def test_a_real_engine_of_an_fp16_graph_shows_fp16_in_its_receipt(tmp_path: Path) -> None:
-    built = engine(write(tmp_path, network(half=True)), EngineOptions(precision="fp16", profiles="1,4"))
+    built = get_engine(write(tmp_path, network(half=True)), EngineOptions(precision="fp16", profiles="1,4"))
     assert built.record.receipt.parts["layer1"].realised.get("fp16", 0) > 0
 
 
 def test_the_server_runs_every_batch_on_a_real_engine(tmp_path: Path) -> None:
     bundle = write(tmp_path)
-    engine(bundle, EngineOptions(profiles="1,4,16"))
+    get_engine(bundle, EngineOptions(profiles="1,4,16"))
     runtime = TensorRTRuntime(bundle, Settings(runtime="tensorrt"))
     for count in (1, 3, 16):
         images = some_images(count)
@@ -39,7 +39,7 @@ def test_the_server_runs_every_batch_on_a_real_engine(tmp_path: Path) -> None:
 
 def test_two_batches_under_way_on_a_real_engine_keep_their_own_numbers(tmp_path: Path) -> None:
     bundle = write(tmp_path)
-    engine(bundle, EngineOptions(profiles="1,4,16"))
+    get_engine(bundle, EngineOptions(profiles="1,4,16"))
     runtime = TensorRTRuntime(bundle, Settings(runtime="tensorrt", cuda_graphs=True))
     batches = [np.roll(some_images(count), 7 * count, axis=2) for count in (16, 4, 1, 16, 3, 1)]
     ends = [runtime.begin(list(batches[0]))]

@@ -11,7 +11,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.cache import NoEngine, StoredEngine, best_for, look
 from sopdeploy.tensorrt.record import EngineRecord
-from sopdeploy_export.tensorrt.engine import Engine, EngineOptions, engine
+from sopdeploy_export.tensorrt.engine import Engine, EngineOptions, get_engine
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_tensorrt import FakeTensorRT
 from tests.tensorrt.networks import write
@@ -23,12 +23,12 @@ OPTIONS = EngineOptions(profiles="1,4")
 @pytest.fixture
 def built(bundle: Bundle, install: Install) -> Engine:
     install()
-    return engine(bundle, OPTIONS)
+    return get_engine(bundle, OPTIONS)
 
 
 def rebuilt_because(bundle: Bundle, options: EngineOptions = OPTIONS) -> str:
     """Return why the engine was built again; it must be right afterwards."""
-    again = engine(bundle, options)
+    again = get_engine(bundle, options)
     assert again.reason is not None
     assert isinstance(look(again.path.parent, again.record.key), StoredEngine)
     return again.reason
@@ -49,7 +49,7 @@ def test_a_damaged_plan_is_never_loaded(built: Engine, bundle: Bundle) -> None:
 def test_sabotage_the_plan_of_another_bundle_is_never_loaded(
     built: Engine, bundle: Bundle, tmp_path: Path
 ) -> None:
-    other = engine(write(tmp_path / "other", config={"width": 5}), OPTIONS)
+    other = get_engine(write(tmp_path / "other", config={"width": 5}), OPTIONS)
     assert other.record.key.name != built.record.key.name
     built.path.write_bytes(other.path.read_bytes())
     built.path.with_suffix(".json").write_bytes(other.path.with_suffix(".json").read_bytes())
@@ -60,7 +60,7 @@ def test_sabotage_the_plan_of_another_bundle_is_never_loaded(
 def test_sabotage_the_plan_of_another_bundle_under_this_ones_record_is_never_loaded(
     built: Engine, bundle: Bundle, tmp_path: Path
 ) -> None:
-    other = engine(write(tmp_path / "other", config={"width": 5}, wrong_by=1e-4), OPTIONS)
+    other = get_engine(write(tmp_path / "other", config={"width": 5}, wrong_by=1e-4), OPTIONS)
     built.path.write_bytes(other.path.read_bytes() + b" ")
     assert "sha256" in rebuilt_because(bundle)
 
@@ -103,7 +103,7 @@ def test_other_profiles_get_an_engine_of_their_own_and_say_why(built: Engine, bu
 
 
 def test_the_server_takes_the_engine_for_the_largest_batches(built: Engine, bundle: Bundle) -> None:
-    larger = engine(bundle, EngineOptions(profiles="1,16"))
+    larger = get_engine(bundle, EngineOptions(profiles="1,16"))
     found = best_for(built.path.parent, bundle, tensorrt="10.16.0", gpu="Fake H200", architecture="sm_90")
     assert isinstance(found, StoredEngine)
     assert found.record == larger.record
@@ -128,5 +128,5 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_names_the_option(
 ) -> None:
     install()
     (tmp_path / "file").write_text("")
-    with pytest.raises(EngineError, match=r"cannot be written .*; open_runtime another --cache"):
-        engine(bundle, EngineOptions(cache=tmp_path / "file"))
+    with pytest.raises(EngineError, match=r"cannot be written .*; choose another --cache"):
+        get_engine(bundle, EngineOptions(cache=tmp_path / "file"))

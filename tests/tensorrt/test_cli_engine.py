@@ -70,7 +70,7 @@ def test_the_dry_run_knows_the_key_that_the_build_will_have(install: Install, bu
 
 
 def test_the_dry_run_refuses_what_the_build_would_refuse(nothing: None, bundle: Bundle) -> None:
-    assert "fp16 was asked for and the graph is fp32" in one_line(
+    assert "fp16 was requested but the graph is fp32" in one_line(
         run(bundle.path, "--dry-run", "--precision", "fp16")
     )
     assert "--profiles 1,99" in one_line(run(bundle.path, "--dry-run", "--profiles", "1,99"))

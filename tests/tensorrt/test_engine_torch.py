@@ -17,7 +17,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.cli.app import app
 from sopdeploy.errors import EngineError, ParityError, RuntimeUnavailableError
 from sopdeploy.tensorrt.cache import records
-from sopdeploy_export.tensorrt.engine import EngineOptions, engine
+from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine
 from sopdeploy_export.tensorrt.plan import plan_engine
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
@@ -83,7 +83,7 @@ def whole(tmp_path: Path) -> Bundle:
 
 
 def test_it_builds_keeps_and_serves_the_same_artifact(other_way: FakeTorchTensorRT, whole: Bundle) -> None:
-    built = engine(whole, VIA)
+    built = get_engine(whole, VIA)
     key = built.record.key
     assert (key.via, key.precision, [str(profile) for profile in key.profiles]) == (
         "torch-tensorrt",
@@ -93,7 +93,7 @@ def test_it_builds_keeps_and_serves_the_same_artifact(other_way: FakeTorchTensor
     assert built.record.receipt.parts["network"].realised == {"fp32": 1}
     assert [replay.batch for replay in built.record.replays] == [1, 16]
     assert built.record.parsed_onnx_sha256 == whole.manifest.files["network.pt2"].sha256
-    assert engine(whole, VIA).reason is None
+    assert get_engine(whole, VIA).reason is None
     images = some_images(3)
     found = TensorRTRuntime(whole, Settings(runtime="tensorrt")).run(images)
     assert found["logits"] == pytest.approx(answers(network(), images), rel=1e-4, abs=1e-3)
@@ -102,7 +102,7 @@ def test_it_builds_keeps_and_serves_the_same_artifact(other_way: FakeTorchTensor
 def test_it_is_told_no_tf32_no_fallback_and_the_range_of_batches(
     other_way: FakeTorchTensorRT, whole: Bundle
 ) -> None:
-    engine(whole, EngineOptions(via="torch-tensorrt", level=4, profiles="2,8"))
+    get_engine(whole, EngineOptions(via="torch-tensorrt", level=4, profiles="2,8"))
     asked, images = other_way.asked, other_way.asked["images"]
     assert isinstance(other_way.program, torch.export.ExportedProgram)
     assert (asked["disable_tf32"], asked["require_full_compilation"]) == (True, True)
@@ -118,7 +118,7 @@ def test_it_is_told_no_tf32_no_fallback_and_the_range_of_batches(
 def test_both_ways_lie_in_one_cache_under_names_of_their_own(
     other_way: FakeTorchTensorRT, whole: Bundle
 ) -> None:
-    first, second = engine(whole, EngineOptions()), engine(whole, VIA)
+    first, second = get_engine(whole, EngineOptions()), get_engine(whole, VIA)
     assert first.path.parent == second.path.parent
     assert first.path != second.path
     assert {record.key.via for record in records(first.path.parent)} == {"onnx", "torch-tensorrt"}
@@ -146,7 +146,7 @@ def test_what_is_not_right_is_not_kept(
     bundle = write(tmp_path, program=a_program())
     other_way.types, other_way.wrong = types, wrong
     with pytest.raises(kind, match=complaint):
-        engine(bundle, VIA)
+        get_engine(bundle, VIA)
     assert not list(tmp_path.rglob("*.plan"))
 
 
@@ -154,11 +154,11 @@ def test_what_is_not_right_is_not_kept(
     ("fields", "program", "asked", "complaint"),
     [
         ({}, False, None, "has no network.pt2; export it with --pt2"),
-        ({"precision": "fp16"}, True, None, "builds in fp32, the bundle is fp16; leave --via out"),
-        ({}, True, "fp16", "builds in fp32, fp16 was asked for; leave --precision out"),
+        ({"precision": "fp16"}, True, None, "builds only fp32, the bundle is fp16; omit --via"),
+        ({}, True, "fp16", "builds only fp32, fp16 was requested; omit --precision"),
     ],
 )
-@pytest.mark.parametrize("ask", [engine, plan_engine])
+@pytest.mark.parametrize("ask", [get_engine, plan_engine])
 def test_a_bundle_that_does_not_fit_is_refused_before_anything_is_loaded(
     tmp_path: Path, ask: Any, fields: dict[str, str], program: bool, asked: str | None, complaint: str
 ) -> None:
@@ -185,7 +185,7 @@ def test_the_dry_run_says_what_this_way_would_do_and_needs_nothing(
 def test_the_dry_run_knows_the_key_of_this_way(other_way: FakeTorchTensorRT, whole: Bundle) -> None:
     planned = json.loads(CliRunner().invoke(app, [*DRY, str(whole.path), "--json"]).stdout)
     assert (planned["memory"], planned["lint"]) == (None, [])
-    assert planned["key"] == engine(whole, VIA).record.key.name
+    assert planned["key"] == get_engine(whole, VIA).record.key.name
     assert planned["key"] != plan_engine(whole, EngineOptions()).key
 
 
@@ -195,4 +195,4 @@ def test_without_torch_tensorrt_the_error_is_one_line_saying_how_to_get_it(
     install()
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     with pytest.raises(RuntimeUnavailableError, match=r'pip install "sopdeploy\[torch-tensorrt\]"$'):
-        engine(whole, VIA)
+        get_engine(whole, VIA)

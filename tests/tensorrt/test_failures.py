@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy_export.tensorrt.engine import EngineOptions, engine
+from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine
 from sopdeploy_service.runtime.base import (
     STICKY_ERRORS,
     DeviceLostError,
@@ -104,7 +104,7 @@ def test_an_engine_on_a_failing_gpu_names_cudas_code(
     wrong: str,
 ) -> None:
     trt = install()
-    engine(bundle, EngineOptions(profiles="1,4"))
+    get_engine(bundle, EngineOptions(profiles="1,4"))
     runtime = TensorRTRuntime(bundle, Settings(runtime="tensorrt"))
     if wrong == "execute says so":
         trt._sabotage.add("fails")

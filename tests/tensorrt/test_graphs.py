@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy_export.tensorrt.engine import EngineOptions, engine
+from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
@@ -18,7 +18,7 @@ GRAPHS = Settings(runtime="tensorrt", cuda_graphs=True)
 @pytest.fixture
 def built(trt: FakeTensorRT, bundle: Bundle) -> Bundle:
     """The bundle with an engine of the profiles 1, 2 and 3 to 8, for every release."""
-    engine(bundle, EngineOptions(profiles="1,2,8"))
+    get_engine(bundle, EngineOptions(profiles="1,2,8"))
     return bundle
 
 

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sopdeploy.errors import EngineError, LoweringError
 from sopdeploy.tensorrt.profiles import Profile
-from sopdeploy_export.tensorrt.lint import lint, refuse_another_precision
+from sopdeploy_export.tensorrt.lint import check_precision, lint
 from tests.tensorrt.networks import answers, network, some_images
 
 ONE = (Profile(minimum=1, optimum=1, maximum=1),)
@@ -231,7 +231,7 @@ def test_a_reduction_over_nothing_has_no_form_in_opset_17() -> None:
 
 
 def test_computing_with_unsigned_bytes_is_refused() -> None:
-    with pytest.raises(LoweringError, match="Add uses unsigned bytes, which TensorRT only casts"):
+    with pytest.raises(LoweringError, match="Add uses unsigned bytes, which TensorRT can only cast"):
         lint(graph("Add", ["x", "x"], kind=TensorProto.UINT8), (10, 16), FREE)
 
 
@@ -243,11 +243,11 @@ def test_sabotage_a_batch_fixed_to_one_takes_no_profile_of_more() -> None:
 
 @pytest.mark.parametrize("asked", ["fp16", "bf16-backbone", "int8"])
 def test_sabotage_a_precision_that_is_not_in_the_graph_is_refused(asked: str) -> None:
-    with pytest.raises(EngineError, match=f"{asked} was asked for and the graph is fp32"):
-        refuse_another_precision(network(), asked, (11, 0))
-    refuse_another_precision(network(half=True), "fp16", (11, 0))
+    with pytest.raises(EngineError, match=f"{asked} was requested but the graph is fp32"):
+        check_precision(network(), asked, (11, 0))
+    check_precision(network(half=True), "fp16", (11, 0))
 
 
 def test_an_fp16_graph_is_not_called_fp32() -> None:
-    with pytest.raises(EngineError, match="fp32 was asked for and the graph is fp16"):
-        refuse_another_precision(network(half=True), "fp32", None)
+    with pytest.raises(EngineError, match="fp32 was requested but the graph is fp16"):
+        check_precision(network(half=True), "fp32", None)

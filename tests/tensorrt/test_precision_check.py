@@ -8,8 +8,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 from sopdeploy.errors import EngineError
-from sopdeploy_export.tensorrt.precision_check import receipt, word_to_precision
-from sopdeploy_export.tensorrt.rewrites import graph_precision, parts
+from sopdeploy_export.tensorrt.precision_check import check_engine_precision, precision_of_format
+from sopdeploy_export.tensorrt.rewrites import graph_precision, operator_parts
 from tests.tensorrt.networks import network
 
 
@@ -36,7 +36,7 @@ def tensor(word: str) -> list[dict[str, str]]:
 
 
 def test_every_part_is_named_with_what_was_asked_and_what_became_of_it() -> None:
-    found = receipt(network(half=True), "fp16", inspected(half=True))
+    found = check_engine_precision(network(half=True), "fp16", inspected(half=True))
     assert {name: (part.asked, part.realised) for name, part in found.parts.items()} == {
         "layer1": (("fp16",), {"fp16": 2}),
         "second order": (("fp32",), {"fp32": 3}),
@@ -50,19 +50,19 @@ def test_half_where_the_graph_asks_for_float_fails_and_names_the_part() -> None:
     with pytest.raises(
         EngineError, match=r"^second order: layer .* computes with fp16, the graph asks for fp32"
     ):
-        receipt(network(), "fp32", inspected(changes))
+        check_engine_precision(network(), "fp32", inspected(changes))
 
 
 def test_sabotage_tf32_in_the_iteration_fails() -> None:
     changes = {"node_covariance": {"TacticName": "sm80_xmma_gemm_f32f32_tf32f32_f32_nn_n"}}
     with pytest.raises(EngineError, match=r"^second order: .*tf32, the graph asks for fp32"):
-        receipt(network(), "fp32", inspected(changes))
+        check_engine_precision(network(), "fp32", inspected(changes))
 
 
 def test_float_where_the_graph_asks_for_half_fails() -> None:
     changes = {"node_convolved": {"Inputs": tensor("Float"), "Outputs": tensor("Float")}}
     with pytest.raises(EngineError, match=r"^layer1: .* the graph asks for fp16"):
-        receipt(network(half=True), "fp16", inspected(changes, half=True))
+        check_engine_precision(network(half=True), "fp16", inspected(changes, half=True))
 
 
 def test_int8_that_nobody_asked_for_fails() -> None:
@@ -70,7 +70,7 @@ def test_int8_that_nobody_asked_for_fails() -> None:
         "node_convolved": {"Inputs": tensor("Thirty-two wide channel vectorized row major Int8 format")}
     }
     with pytest.raises(EngineError, match="computes with int8"):
-        receipt(network(), "fp32", inspected(changes))
+        check_engine_precision(network(), "fp32", inspected(changes))
 
 
 def test_a_fused_layer_may_have_the_types_of_all_its_operators() -> None:
@@ -80,7 +80,7 @@ def test_a_fused_layer_may_have_the_types_of_all_its_operators() -> None:
         "node_exact": {"Metadata": ""},
         "node_mean": {"Metadata": ""},
     }
-    receipt(network(half=True), "fp16", inspected(changes, half=True))
+    check_engine_precision(network(half=True), "fp16", inspected(changes, half=True))
 
 
 def test_reformats_and_layers_of_no_operator_are_no_evidence() -> None:
@@ -88,13 +88,13 @@ def test_reformats_and_layers_of_no_operator_are_no_evidence() -> None:
         "node_mean": {"LayerType": "Reformat", "Outputs": tensor("Half")},
         "node_moved": {"Metadata": "", "Name": "shape call", "Outputs": tensor("Half")},
     }
-    assert receipt(network(), "fp32", inspected(changes)).operators_seen == 5
+    assert check_engine_precision(network(), "fp32", inspected(changes)).operators_seen == 5
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"Layers": ["conv1", "conv2"]}', '{"Layers": []}'])
 def test_an_inspector_that_shows_nothing_proves_nothing(text: str) -> None:
     with pytest.raises(EngineError, match="inspector"):
-        receipt(network(), "fp32", text)
+        check_engine_precision(network(), "fp32", text)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_an_inspector_that_shows_nothing_proves_nothing(text: str) -> None:
     ],
 )
 def test_the_words_of_every_release_are_understood(text: str, precision: str | None) -> None:
-    assert word_to_precision(text) == precision
+    assert precision_of_format(text) == precision
 
 
 def test_a_graph_has_the_lowest_precision_of_its_products() -> None:
@@ -132,13 +132,13 @@ def test_a_quantised_weight_still_names_its_part() -> None:
         "DequantizeLinear", ["layer1.weight_quantized", "scale"], ["widened"], name="back"
     )
     model.graph.node.insert(2, back)
-    found = parts(model)
+    found = operator_parts(model)
     assert (found["node_convolved"], found["node_features"]) == ("layer1", "layer1")
     assert graph_precision(model) == "int8"
 
 
 def test_parts_are_named_by_weights_and_by_the_product_of_two_computed_matrices() -> None:
-    assert parts(network()) == {
+    assert operator_parts(network()) == {
         "node_moved": "input",
         "node_pixels": "input",
         "node_convolved": "layer1",

@@ -13,8 +13,8 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import ConfigError, EngineError
 from sopdeploy.tensorrt.binding import parse_version
 from sopdeploy.tensorrt.profiles import index_for, make_profiles, parse_profiles
-from sopdeploy_export.tensorrt.build import Phases, heartbeat, line
 from sopdeploy_export.tensorrt.plan import estimate
+from sopdeploy_export.tensorrt.progress import Phases, heartbeat, progress_line
 from tests.tensorrt.networks import CHANNELS, CLASSES, SIDE, network
 
 RANGE = BatchRange(minimum=1, optimum=8, maximum=64)
@@ -60,12 +60,12 @@ def test_the_share_comes_from_nested_phases() -> None:
     phases.step("build", 0)
     phases.start("tactics", "build", 2)
     phases.step("tactics", 0)
-    assert phases.share == pytest.approx((1 + 0.5) / 4)
+    assert phases.fraction == pytest.approx((1 + 0.5) / 4)
     phases.finish("tactics")
     phases.step("unknown", 3)
-    assert (phases.share, phases.innermost) == (0.25, "build")
+    assert (phases.fraction, phases.innermost) == (0.25, "build")
     phases.finish("build")
-    assert (phases.share, phases.innermost) == (0.0, "")
+    assert (phases.fraction, phases.innermost) == (0.0, "")
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_the_share_comes_from_nested_phases() -> None:
 def test_the_estimate_comes_from_the_share_or_the_last_build(
     share: float | None, last: float | None, text: str
 ) -> None:
-    assert line(60.0, share, last) == text
+    assert progress_line(60.0, share, last) == text
 
 
 def test_tensorrt_8_gives_a_heartbeat_that_ends_with_the_build() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
-from sopdeploy_export.tensorrt.engine import EngineOptions, engine
+from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime import onnxruntime as with_onnxruntime
 from sopdeploy_service.runtime.onnxruntime import CPU, CUDA, TENSORRT
@@ -29,7 +29,7 @@ ON_ENGINE = Settings(runtime="tensorrt")
 def test_the_server_runs_every_batch_on_the_engine_of_every_release(
     trt: FakeTensorRT, bundle: Bundle
 ) -> None:
-    engine(bundle, OPTIONS)
+    get_engine(bundle, OPTIONS)
     runtime = TensorRTRuntime(bundle, ON_ENGINE)
     assert (runtime.name, runtime.device, runtime.largest_batch) == (
         f"tensorrt {trt.__version__}",
@@ -45,7 +45,7 @@ def test_the_server_runs_every_batch_on_the_engine_of_every_release(
 
 def test_the_answers_of_one_batch_stay_when_the_next_is_run(install: Install, bundle: Bundle) -> None:
     install()
-    engine(bundle, OPTIONS)
+    get_engine(bundle, OPTIONS)
     runtime = TensorRTRuntime(bundle, ON_ENGINE)
     images = some_images(2)
     first = runtime.run(images[:1])["logits"]
@@ -56,7 +56,7 @@ def test_the_answers_of_one_batch_stay_when_the_next_is_run(install: Install, bu
 
 def test_a_server_is_ready_after_the_probes_ran_on_the_engine(install: Install, bundle: Bundle) -> None:
     install()
-    engine(bundle, OPTIONS)
+    get_engine(bundle, OPTIONS)
     found = load_model(bundle.path, Settings())
     assert found.runtime.device == "cuda:0"
     assert sorted(found.replays) == [1, 3]
@@ -70,7 +70,7 @@ def test_without_an_engine_the_error_says_how_to_get_one(install: Install, bundl
 
 def test_the_engine_of_another_tensorrt_is_not_loaded(install: Install, bundle: Bundle) -> None:
     install("10.16")
-    engine(bundle, OPTIONS)
+    get_engine(bundle, OPTIONS)
     install("11.1")
     with pytest.raises(
         RuntimeUnavailableError, match=r"TensorRT 10\.16\.0, not 11\.1\.0; run: sopdeploy engine"
@@ -80,7 +80,7 @@ def test_the_engine_of_another_tensorrt_is_not_loaded(install: Install, bundle: 
 
 def test_a_replaced_plan_is_not_loaded(install: Install, bundle: Bundle) -> None:
     install()
-    engine(bundle, OPTIONS).path.write_bytes(b"native code of a stranger")
+    get_engine(bundle, OPTIONS).path.write_bytes(b"native code of a stranger")
     with pytest.raises(RuntimeUnavailableError, match="has not the sha256 of its record"):
         open_runtime(bundle, ON_ENGINE)
 
@@ -88,7 +88,7 @@ def test_a_replaced_plan_is_not_loaded(install: Install, bundle: Bundle) -> None
 def test_auto_takes_the_engine_that_somebody_built(install: Install, bundle: Bundle) -> None:
     install()
     assert open_runtime(bundle, Settings()).name.startswith("onnxruntime")
-    engine(bundle, OPTIONS)
+    get_engine(bundle, OPTIONS)
     assert open_runtime(bundle, Settings()).name == "tensorrt 10.16.0"
 
 
@@ -96,7 +96,7 @@ def test_auto_does_not_fall_back_to_the_cpu_when_the_gpu_is_gone(
     install: Install, bundle: Bundle, cuda: FakeCuda
 ) -> None:
     install()
-    engine(bundle, OPTIONS)
+    get_engine(bundle, OPTIONS)
     cuda.gpus = 0
     with pytest.raises(
         RuntimeUnavailableError, match=r"tensorrt is set up here but does not work: no NVIDIA GPU"
@@ -107,7 +107,7 @@ def test_auto_does_not_fall_back_to_the_cpu_when_the_gpu_is_gone(
 
 def test_a_batch_that_tensorrt_cannot_run_is_an_error(install: Install, bundle: Bundle) -> None:
     trt = install()
-    engine(bundle, OPTIONS)
+    get_engine(bundle, OPTIONS)
     runtime = TensorRTRuntime(bundle, ON_ENGINE)
     trt._sabotage.add("fails")
     with pytest.raises(RuntimeError, match="cannot run the batch"):

@@ -152,7 +152,7 @@ def test_written_twice_it_is_one_and_another_content_stays(bundle: Bundle, tmp_p
     first = write_triton(bundle, models)
     assert write_triton(bundle, models) == first
     (first.path / "labels.txt").write_text("mine\n")
-    with pytest.raises(BundleError, match="exists with another content"):
+    with pytest.raises(BundleError, match="exists with other content"):
         write_triton(bundle, models)
     assert (first.path / "labels.txt").read_text() == "mine\n"
     assert [path.name for path in models.iterdir()] == [bundle.name]

@@ -8,7 +8,7 @@ import pytest
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import ParityError
-from sopdeploy_export.tensorrt.engine import EngineOptions, engine
+from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine
 from sopdeploy_service.inference.loader import replay_overlapping
 from sopdeploy_service.runtime.base import OverlappingRuntime
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
@@ -22,7 +22,7 @@ SIZES = (1, 5, 2, 8, 8, 1, 1, 2, 3)
 
 @pytest.fixture(params=[False, True], ids=["without graphs", "with graphs"])
 def runtime(request: pytest.FixtureRequest, trt: FakeTensorRT, bundle: Bundle) -> TensorRTRuntime:
-    engine(bundle, EngineOptions(profiles="1,2,8"))
+    get_engine(bundle, EngineOptions(profiles="1,2,8"))
     return TensorRTRuntime(bundle, Settings(runtime="tensorrt", cuda_graphs=request.param))
 
 

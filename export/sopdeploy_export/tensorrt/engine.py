@@ -1,7 +1,6 @@
-"""`sopdeploy engine`: an engine of a bundle for this machine, from the cache or built with proof. No torch.
+"""Build or find the TensorRT engine of a bundle for this machine, without torch.
 
-Read from top to bottom: lint, key, cache, build, receipt, probes on the engine, cache. Nothing is kept that
-was not seen to have the precision asked for and to give the bundle's numbers.
+An engine is kept only if its layers have the requested precision and it reproduces the bundle's probes.
 """
 
 import hashlib
@@ -24,24 +23,20 @@ from sopdeploy.tensorrt.cuda import Cuda, Gpu, open_cuda
 from sopdeploy.tensorrt.profiles import Profile, parse_profiles
 from sopdeploy.tensorrt.record import EngineKey, EngineRecord, Hazard, ProbeReplay, Receipt, Via
 from sopdeploy.tensorrt.session import EngineSession
-from sopdeploy_export.tensorrt.build import BuildRequest, Built, Tell, build, inspect
-from sopdeploy_export.tensorrt.lint import lint, refuse_another_precision
-from sopdeploy_export.tensorrt.precision_check import receipt, receipt_without_operators
-from sopdeploy_export.tensorrt.torch_tensorrt import (
-    PROGRAM,
-    build_by_torch,
-    one_profile,
-    refuse_without_program,
-)
+from sopdeploy_export.tensorrt.build import BuildRequest, build, inspect
+from sopdeploy_export.tensorrt.lint import check_precision, lint
+from sopdeploy_export.tensorrt.precision_check import check_engine_precision, check_float32_engine
+from sopdeploy_export.tensorrt.progress import Report
+from sopdeploy_export.tensorrt.torch_tensorrt import PROGRAM, build_with_torch, check_program, merge_profiles
 
-WORKSPACE_SHARE = 4  # a quarter of the GPU's memory may be workspace while it builds
+WORKSPACE_DIVISOR = 4  # the builder may use a quarter of the GPU's memory
 
 
 class EngineOptions(StrictModel):
-    """What a user may ask of an engine."""
+    """The options of an engine build; None selects the bundle's own value."""
 
-    precision: str | None = None  # None: the bundle's
-    profiles: str | None = None  # None: the bundle's batch range
+    precision: str | None = None
+    profiles: str | None = None
     level: int = 3
     cache: Path | None = None  # None: beside the bundle
     rebuild: bool = False
@@ -50,7 +45,7 @@ class EngineOptions(StrictModel):
 
 @dataclass(frozen=True)
 class Engine:
-    """A plan in the cache, its record, and why it was built; no reason where it was there already."""
+    """A plan in the cache, its record, and why it was built; None if it was cached."""
 
     path: Path
     record: EngineRecord
@@ -67,7 +62,10 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Return TensorRT and the GPU; raises `RuntimeUnavailableError` where one is missing."""
+    """Load TensorRT and open the GPU.
+
+    Raises `RuntimeUnavailableError` if either is missing.
+    """
     trt = import_tensorrt()
     cuda = open_cuda()
     return Machine(trt=trt, cuda=cuda, gpu=cuda.gpu())
@@ -76,7 +74,7 @@ def this_machine() -> Machine:
 def make_key(
     bundle: Bundle, options: EngineOptions, profiles: Sequence[Profile], tensorrt: str, gpu: Gpu
 ) -> EngineKey:
-    """Return the key of the engine of *bundle* that *options* ask for, on this machine."""
+    """Compute the cache key of the engine of *bundle* with *options*."""
     return EngineKey(
         bundle=bundle.name,
         bundle_onnx=bundle.manifest.files[bundle.onnx.name].sha256,
@@ -90,140 +88,123 @@ def make_key(
     )
 
 
-def profiles_of(bundle: Bundle, options: EngineOptions) -> tuple[Profile, ...]:
-    """Return the profiles that *options* ask for; raises where *bundle* cannot go the way they ask for."""
+def select_profiles(bundle: Bundle, options: EngineOptions) -> tuple[Profile, ...]:
+    """Compute the optimization profiles; torch-tensorrt supports only one.
+
+    Raises `EngineError` if *bundle* cannot be built with torch-tensorrt as requested.
+    """
     profiles = parse_profiles(options.profiles, bundle.manifest.batch)
     if options.via == "onnx":
         return profiles
-    refuse_without_program(bundle, options.precision)
-    return (one_profile(profiles, bundle.manifest.batch),)
+    check_program(bundle, options.precision)
+    return (merge_profiles(profiles, bundle.manifest.batch),)
 
 
-def engine(bundle: Bundle, options: EngineOptions, tell: Tell = lambda _: None) -> Engine:
-    """Return a checked engine of *bundle* for this machine, built where the cache has none.
+def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _: None) -> Engine:
+    """Find the engine of *bundle* for this machine in the cache, or build it; replay the probes on it.
 
-    Raises `RuntimeUnavailableError` without TensorRT or a GPU, `LoweringError` or `EngineError` where no
-    right engine can be built, `ParityError` where it gives other numbers than the bundle's probes.
+    *report* receives the progress. Raises `RuntimeUnavailableError` without TensorRT or a GPU,
+    `LoweringError` or `EngineError` if no correct engine can be built, `ParityError` if it deviates from the
+    probes.
     """
-    profiles = profiles_of(bundle, options)
+    profiles = select_profiles(bundle, options)
     machine = this_machine()
     key = make_key(bundle, options, profiles, str(machine.trt.__version__), machine.gpu)
     folder = cache_folder(bundle, options.cache)
     found = NoEngine("--rebuild was given") if options.rebuild else look(folder, key)
     if not isinstance(found, NoEngine):
-        tell("replaying the probes on the engine in the cache")
+        report("replaying the probes on the cached engine")
         replay_probes(machine, bundle, found.plan, key)
         return Engine(path=folder / f"{key.name}.plan", record=found.record, reason=None)
-    tell(f"building: {found.reason}")
-    plan, record = build_checked(machine, bundle, key, folder, tell)
-    return Engine(path=store(folder, plan, record), record=record, reason=found.reason)
-
-
-def build_checked(
-    machine: Machine, bundle: Bundle, key: EngineKey, folder: Path, tell: Tell
-) -> tuple[bytes, EngineRecord]:
-    """Return a new plan for *key* and its record, after receipt and probes."""
+    report(f"building: {found.reason}")
     begin = time.monotonic()
-    way = by_torch if key.via == "torch-tensorrt" else by_onnx
-    made = way(machine, bundle, key, folder, tell)
+    if key.via == "torch-tensorrt":
+        built = _build_from_program(machine, bundle, key, report)
+    else:
+        built = _build_from_onnx(machine, bundle, key, folder, report)
     record = EngineRecord(
         key=key,
-        plan_sha256=hashlib.sha256(made.plan).hexdigest(),
-        plan_bytes=len(made.plan),
-        parsed_onnx_sha256=made.graph_sha256,
+        plan_sha256=hashlib.sha256(built.plan).hexdigest(),
+        plan_bytes=len(built.plan),
+        parsed_onnx_sha256=built.source_sha256,
         build_seconds=round(time.monotonic() - begin, 3),
-        hazards=made.hazards,
-        receipt=made.receipt,
-        replays=replay_probes(machine, bundle, made.plan, key),
+        hazards=built.hazards,
+        receipt=built.receipt,
+        replays=replay_probes(machine, bundle, built.plan, key),
     )
-    return made.plan, record
+    return Engine(path=store(folder, built.plan, record), record=record, reason=found.reason)
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A plan, the sha256 of what it was made of, what the lint rewrote, what the inspector showed."""
+    """A plan, the sha256 of its source, the lint's rewrites, and the precision of its layers."""
 
     plan: bytes
-    graph_sha256: str
+    source_sha256: str
     hazards: tuple[Hazard, ...]
     receipt: Receipt
 
 
-def by_torch(machine: Machine, bundle: Bundle, key: EngineKey, _folder: Path, tell: Tell) -> BuildResult:
-    """Return the plan that torch-tensorrt makes of the bundle's exported program."""
-    tell("torch-tensorrt is building, which tells no progress")
-    plan = build_by_torch(bundle, key, machine.gpu.memory // WORKSPACE_SHARE)
-    tell("comparing precision and numbers")
+def _build_from_program(machine: Machine, bundle: Bundle, key: EngineKey, report: Report) -> BuildResult:
+    report("torch-tensorrt is building; it does not report progress")
+    plan = build_with_torch(bundle, key, machine.gpu.memory // WORKSPACE_DIVISOR)
+    report("checking precision and outputs")
     information = inspect(machine.trt, plan, make_logger(machine.trt))
-    return BuildResult(
-        plan, bundle.manifest.files[PROGRAM].sha256, (), receipt_without_operators(information)
-    )
+    source = bundle.manifest.files[PROGRAM].sha256
+    return BuildResult(plan, source, (), check_float32_engine(information))
 
 
-def by_onnx(machine: Machine, bundle: Bundle, key: EngineKey, folder: Path, tell: Tell) -> BuildResult:
-    """Return the plan that TensorRT makes of the bundle's graph, after the lint."""
-    model = onnx.load(bundle.onnx)
-    version = version_of(machine.trt)
-    refuse_another_precision(model, key.precision, version)
+def _build_from_onnx(
+    machine: Machine, bundle: Bundle, key: EngineKey, folder: Path, report: Report
+) -> BuildResult:
+    trt, model = machine.trt, onnx.load(bundle.onnx)
+    version = version_of(trt)
+    check_precision(model, key.precision, version)
     safe, hazards = lint(model, version, key.profiles)
     graph = safe.SerializeToString(deterministic=True)
-    timings = folder / timing_cache_name(machine)
+    # The timing cache is valid for one TensorRT version and one GPU model.
+    digest = hashlib.sha256(f"{trt.__version__} {machine.gpu.name}".encode()).hexdigest()[:8]
+    timings = folder / f"timing-{trt.__version__}-{machine.gpu.architecture}-{digest}.cache"
     request = BuildRequest(
         onnx=graph,
         profiles=key.profiles,
         precision=key.precision,
         level=key.level,
-        workspace=machine.gpu.memory // WORKSPACE_SHARE,
+        workspace=machine.gpu.memory // WORKSPACE_DIVISOR,
         timing_cache=timings.read_bytes() if timings.is_file() else b"",
-        last_build=last_build_seconds(folder),
+        last_build=max((record.build_seconds for record in records(folder)), default=None),
     )
-    built = build(machine.trt, request, tell)
-    keep_timings(timings, built)
-    tell("comparing precision and numbers")
-    found = receipt(safe, key.precision, built.information)
-    return BuildResult(built.plan, hashlib.sha256(graph).hexdigest(), hazards, found)
-
-
-def timing_cache_name(machine: Machine) -> str:
-    """Return the name of the timing cache, which is good for one TensorRT and one kind of GPU."""
-    kind = hashlib.sha256(f"{machine.trt.__version__} {machine.gpu.name}".encode()).hexdigest()[:8]
-    return f"timing-{machine.trt.__version__}-{machine.gpu.architecture}-{kind}.cache"
-
-
-def keep_timings(path: Path, built: Built) -> None:
-    """Keep the timings of a build, so that the next one is several times faster."""
+    built = build(trt, request, report)
     if built.timing_cache:
-        write_whole(path, built.timing_cache)
-
-
-def last_build_seconds(folder: Path) -> float | None:
-    """Return how long the slowest build of this bundle took, for an estimate."""
-    return max((record.build_seconds for record in records(folder)), default=None)
+        write_whole(timings, built.timing_cache)
+    report("checking precision and outputs")
+    receipt = check_engine_precision(safe, key.precision, built.information)
+    return BuildResult(built.plan, hashlib.sha256(graph).hexdigest(), hazards, receipt)
 
 
 def replay_probes(machine: Machine, bundle: Bundle, plan: bytes, key: EngineKey) -> tuple[ProbeReplay, ...]:
-    """Return the replays of the bundle's probes on the engine in *plan*, in batches of every profile.
+    """Run the bundle's probes on the engine in *plan*, at the smallest and largest batch of every profile.
 
-    Raises `ParityError` where a number deviates by more than the bundle allows.
+    Raises `ParityError` if an output deviates by more than the bundle's tolerance.
     """
     probes = read_probes(bundle.probes)
-    if not len(probes.images) or set(probes.expected) != {t.name for t in bundle.manifest.outputs}:
-        raise EngineError(f"{bundle.probes}: does not probe every output; nothing would be proved")
-    sizes = sorted({size for profile in key.profiles for size in (profile.minimum, profile.maximum)})
-    with EngineSession(machine.trt, machine.cuda, plan, bundle.manifest, key) as session:
-        replays = {size: replay(fill(probes, size), session.run, batch=size) for size in sizes}
-    return tuple(
-        ProbeReplay(batch=size, images=r.images, deviation=r.deviation, tolerance=r.tolerance)
-        for size, r in replays.items()
-    )
-
-
-def fill(probes: Probes, size: int) -> Probes:
-    """Return *probes*, repeated until they fill whole batches of *size*."""
     count = len(probes.images)
-    indices = np.arange(-(-count // size) * size) % count
-    return Probes(
-        images=probes.images[indices],
-        expected={name: values[indices] for name, values in probes.expected.items()},
-        tolerance=probes.tolerance,
-    )
+    if not count or set(probes.expected) != {t.name for t in bundle.manifest.outputs}:
+        raise EngineError(f"{bundle.probes}: has no probes for some output, so the engine cannot be verified")
+    sizes = sorted({size for profile in key.profiles for size in (profile.minimum, profile.maximum)})
+    replays = []
+    with EngineSession(machine.trt, machine.cuda, plan, bundle.manifest, key) as session:
+        for size in sizes:
+            indices = np.arange(-(-count // size) * size) % count  # repeat images to fill whole batches
+            repeated = Probes(
+                images=probes.images[indices],
+                expected={name: values[indices] for name, values in probes.expected.items()},
+                tolerance=probes.tolerance,
+            )
+            found = replay(repeated, session.run, batch=size)
+            replays.append(
+                ProbeReplay(
+                    batch=size, images=found.images, deviation=found.deviation, tolerance=found.tolerance
+                )
+            )
+    return tuple(replays)

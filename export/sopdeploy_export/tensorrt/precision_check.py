@@ -1,15 +1,14 @@
-"""The precision receipt: what the graph asked for, and what the engine's inspector shows it became.
+"""Check that every layer of an engine has the precision that the graph asks for.
 
-A builder may end without an error and hand out another precision than was asked for. So every layer of the
-finished engine is compared with the operators it was made of (TensorRT notes their names in the layer): a
-floating type at its border that none of them has at theirs, or a low precision that was asked for and
-is nowhere to be seen, fails the build.
+A build may succeed with another precision than requested. TensorRT's inspector lists the ONNX operators of
+every layer. The check fails if a layer has a floating type that none of its operators has, or if a low
+precision of the graph appears nowhere in its part of the engine.
 """
 
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,12 @@ import onnx
 
 from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.record import PartPrecision, Receipt
-from sopdeploy_export.tensorrt.rewrites import PRECISIONS, asked_precisions, parts, value_types
+from sopdeploy_export.tensorrt.rewrites import PRECISIONS, operator_parts, operator_precisions, value_types
 
 ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 LOW = frozenset({"fp16", "bf16", "int8"})
 MOVES_ONLY = frozenset({"Reformat", "NoOp", "Constant", "Shuffle", "shape call", "ShapeHostToDevice"})
-# what the inspectors of 8.6 ("Row major linear FP16 format") to 11 ("Half") write, longest first
+# The words of the inspectors of 8.6 ("Row major linear FP16 format") to 11 ("Half"), longest first.
 WORDS = (
     ("bfloat16", "bf16"),
     ("bf16", "bf16"),
@@ -36,16 +35,27 @@ WORDS = (
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the graph says by operator: precision, part, the floating types it takes and gives."""
+class Requested:
+    """The graph's request by operator: precision, part, and floating types of inputs and outputs."""
 
     precision: Mapping[str, str]
     part: Mapping[str, str]
     border: Mapping[str, "frozenset[str]"]
 
 
-def what_was_asked(model: onnx.ModelProto) -> Asked:
-    """Return what *model* asks of every operator."""
+def precision_of_format(text: str) -> str | None:
+    """Parse the floating precision in the inspector's *text*; None for integers."""
+    lowered = text.lower()
+    if "uint8" in lowered:
+        return None
+    return next((precision for word, precision in WORDS if word in lowered), None)
+
+
+def check_engine_precision(model: onnx.ModelProto, requested: str, information: str) -> Receipt:
+    """Compare the layers of an engine of *model* with its operators.
+
+    *information* is the inspector's JSON. Raises `EngineError` with the first part that differs.
+    """
     types = value_types(model)
     border = {
         node.name: frozenset(
@@ -53,125 +63,103 @@ def what_was_asked(model: onnx.ModelProto) -> Asked:
         )
         for node in model.graph.node
     }
-    return Asked(precision=asked_precisions(model), part=parts(model), border=border)
-
-
-def word_to_precision(text: str) -> str | None:
-    """Return the floating precision that the inspector's *text* names; `None` for whole numbers."""
-    lowered = text.lower()
-    if "uint8" in lowered:
-        return None
-    return next((precision for word, precision in WORDS if word in lowered), None)
-
-
-def receipt(model: onnx.ModelProto, asked: str, information: str) -> Receipt:
-    """Return the receipt for an engine of *model*, by the inspector's JSON *information*.
-
-    Raises `EngineError` naming the first part that is not what was asked for.
-    """
-    wanted = what_was_asked(model)
-    layers = inspected_layers(information)
-    realised: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    wanted = Requested(precision=operator_precisions(model), part=operator_parts(model), border=border)
+    layers = _inspected_layers(information)
+    realized: defaultdict[str, Counter[str]] = defaultdict(Counter)
     seen: set[str] = set()
     for layer in layers:
-        names = [name for name in operators_of(layer) if name in wanted.precision]
+        operators = _operators_of(layer)
+        names = [name for name in operators if name in wanted.precision]
         if not names or str(layer.get("LayerType")) in MOVES_ONLY:
             continue
         seen.update(names)
-        found = border_precisions(layer)
-        compare_layer(layer, names, found, wanted)
+        found = _check_layer(layer, operators, names, wanted)
         for part in {wanted.part[name] for name in names}:
-            realised[part].update(found)
+            realized[part].update(found)
     if not seen:
-        raise EngineError("the engine's inspector names no operator of the graph; its precision is not known")
+        raise EngineError("the engine's inspector names no operator of the graph; its precision is unknown")
     return Receipt(
-        asked=asked,
-        parts=part_precisions(wanted, realised),
+        asked=requested,
+        parts=_part_precisions(wanted, realized),
         layers=len(layers),
         operators=len(wanted.precision),
         operators_seen=len(seen),
     )
 
 
-def receipt_without_operators(information: str) -> Receipt:
-    """Return the receipt of an engine whose layers name no operator and which must be float32 throughout.
+def check_float32_engine(information: str) -> Receipt:
+    """Check that an engine whose layers name no operator is float32 throughout.
 
-    Raises `EngineError` where a layer computes with another floating type, or in TF32.
+    Raises `EngineError` if a layer has another floating type or uses TF32.
     """
-    layers = inspected_layers(information)
-    whole = "network"
-    wanted = Asked(precision={whole: "fp32"}, part={whole: whole}, border={})
-    realised: Counter[str] = Counter()
+    layers = _inspected_layers(information)
+    network = "network"
+    wanted = Requested(precision={network: "fp32"}, part={network: network}, border={})
+    realized: Counter[str] = Counter()
     for layer in layers:
         if str(layer.get("LayerType")) not in MOVES_ONLY:
-            found = border_precisions(layer)
-            compare_layer(layer, [whole], found, wanted)
-            realised.update(found)
-    if not realised:
-        raise EngineError("the engine's inspector shows no floating type; its precision is not known")
-    part = PartPrecision(asked=("fp32",), realised=dict(realised))
-    return Receipt(asked="fp32", parts={whole: part}, layers=len(layers), operators=0, operators_seen=0)
+            realized.update(_check_layer(layer, (), [network], wanted))
+    if not realized:
+        raise EngineError("the engine's inspector shows no floating type; its precision is unknown")
+    part = PartPrecision(asked=("fp32",), realised=dict(realized))
+    return Receipt(asked="fp32", parts={network: part}, layers=len(layers), operators=0, operators_seen=0)
 
 
-def part_precisions(wanted: Asked, realised: Mapping[str, Counter[str]]) -> dict[str, PartPrecision]:
-    """Return asked and realised by part, in the order of the graph; a low precision must be seen."""
-    asked_by_part: dict[str, set[str]] = {}
+def _part_precisions(wanted: Requested, realized: Mapping[str, Counter[str]]) -> dict[str, PartPrecision]:
+    """Collect requested and realized precisions by part, in graph order."""
+    requested: dict[str, set[str]] = {}
     for name, precision in wanted.precision.items():
-        asked_by_part.setdefault(wanted.part[name], set()).add(precision)
-    found = {
-        part: PartPrecision(
-            asked=tuple(sorted(asked)), realised=dict(sorted(realised.get(part, Counter()).items()))
-        )
-        for part, asked in asked_by_part.items()
-    }
-    for part, shown in found.items():
-        lost = (set(shown.asked) & LOW) - set(shown.realised)
-        if lost and shown.realised:
+        requested.setdefault(wanted.part[name], set()).add(precision)
+    found = {}
+    for part, precisions in requested.items():
+        seen = dict(sorted(realized.get(part, Counter()).items()))
+        missing = (precisions & LOW) - set(seen)
+        if missing and seen:
             raise EngineError(
-                f"{part}: {min(lost)} was asked for, the engine computes in "
-                f"{', '.join(shown.realised)}; no engine was kept"
+                f"{part}: the graph asks for {min(missing)}, the engine computes in {', '.join(seen)}; "
+                "the engine was not kept"
             )
+        found[part] = PartPrecision(asked=tuple(sorted(precisions)), realised=seen)
     return found
 
 
-def inspected_layers(information: str) -> list[dict[str, Any]]:
-    """Return the layers in the inspector's JSON, which must be detailed."""
+def _inspected_layers(information: str) -> list[dict[str, Any]]:
     try:
         layers = json.loads(information)["Layers"]
     except (ValueError, KeyError, TypeError) as problem:
         raise EngineError(f"the engine's inspector gave no list of layers ({problem})") from problem
     if not all(isinstance(layer, dict) for layer in layers):
-        raise EngineError("the engine's inspector gives names only; its precision is not known")
+        raise EngineError("the engine's inspector gave only layer names; the precision is unknown")
     return list(layers)
 
 
-def operators_of(layer: dict[str, Any]) -> list[str]:
-    """Return the names of the ONNX operators that an inspected *layer* was made of."""
+def _operators_of(layer: dict[str, Any]) -> list[str]:
     named: list[str] = ONNX_LAYER.findall(str(layer.get("Metadata", "")))
     return named or str(layer.get("Name", "")).split(" + ")
 
 
-def border_precisions(layer: dict[str, Any]) -> dict[str, int]:
-    """Return the floating precisions at the inputs and outputs of *layer*, once for the layer."""
+def _check_layer(
+    layer: dict[str, Any], operators: Sequence[str], names: Sequence[str], wanted: Requested
+) -> list[str]:
+    """Check the floating types at the inputs and outputs of *layer*, and list them.
+
+    *names* are those of its *operators* that compute floats.
+    """
     tensors = [*layer.get("Inputs", []), *layer.get("Outputs", [])]
-    found = {word_to_precision(str(tensor.get("Format/Datatype", ""))) for tensor in tensors}
-    return {precision: 1 for precision in sorted(found - {None}, key=str) if precision is not None}
-
-
-def compare_layer(layer: dict[str, Any], names: list[str], found: Mapping[str, int], wanted: Asked) -> None:
-    """Refuse a *layer* made of the operators *names* with a type that none of them has, or with TF32."""
-    asked = {wanted.precision[name] for name in names}
-    allowed = asked.union(*(wanted.border.get(name, frozenset()) for name in operators_of(layer)))
-    foreign = sorted(set(found) - allowed)
-    where = f"{wanted.part[names[0]]}: layer {layer.get('Name')}"
-    if foreign:
+    types = {precision_of_format(str(tensor.get("Format/Datatype", ""))) for tensor in tensors}
+    found = sorted(precision for precision in types if precision is not None)
+    requested = {wanted.precision[name] for name in names}
+    allowed = requested.union(*(wanted.border.get(name, frozenset()) for name in operators))
+    wrong = None
+    if foreign := [precision for precision in found if precision not in allowed]:
+        wrong = foreign[0]
+    elif len(requested) == 1 and requested <= LOW and found and not requested & set(found):
+        wrong = ", ".join(found)
+    elif "fp32" in requested and "tf32" in str(layer.get("TacticName", "")).lower():
+        wrong = "tf32"
+    if wrong is not None:
         raise EngineError(
-            f"{where} computes with {foreign[0]}, the graph asks for {', '.join(sorted(asked))}; "
-            "no engine was kept"
+            f"{wanted.part[names[0]]}: layer {layer.get('Name')} computes with {wrong}, the graph asks for "
+            f"{', '.join(sorted(requested))}; the engine was not kept"
         )
-    if len(asked) == 1 and asked <= LOW and found and not asked & set(found):
-        raise EngineError(
-            f"{where} computes with {', '.join(found)}, the graph asks for {min(asked)}; no engine was kept"
-        )
-    if "fp32" in asked and "tf32" in str(layer.get("TacticName", "")).lower():
-        raise EngineError(f"{where} computes with tf32, the graph asks for fp32; no engine was kept")
+    return found

@@ -1,9 +1,9 @@
-"""Rewrites that a TensorRT release needs, each exact: the graph means the same in ONNX before and after.
+"""Read ONNX graphs, and apply the exact rewrites that a TensorRT version needs.
 
-- TensorRT 8.6 ignores the axes *input* that the Reduce operators have since opset 18 (but for ReduceSum) and
-  reduces over everything. Nothing fails, because the result broadcasts. In opset 17 axes are an attribute.
-- An unsigned byte may stand in TensorRT only at the network's border, so the cast must be the first operator:
-  moving bytes and then widening them is widening them and then moving.
+- TensorRT 8.6 ignores the axes *input* that Reduce operators have since opset 18, except for ReduceSum, and
+  reduces over all axes without an error. In opset 17 the axes are an attribute.
+- TensorRT accepts unsigned bytes only as network inputs, so the cast to a floating type must come first.
+  Moving bytes and then casting them equals casting and then moving them.
 """
 
 from collections.abc import Mapping
@@ -25,14 +25,19 @@ PRECISIONS: dict[int, str] = {
     TensorProto.INT8: "int8",
     TensorProto.DOUBLE: "fp64",
 }
+PRODUCTS = frozenset({"Conv", "MatMul", "Gemm"})
 MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 COMPUTES_NOTHING = MOVES | {"Cast", "Constant", "DequantizeLinear", "QuantizeLinear"}
-CENTRING = MOVES | {"Cast", "Div", "MatMul", "Mul", "ReduceMean", "ReduceSum", "Sub"}
+CENTERING = MOVES | {"Cast", "Div", "MatMul", "Mul", "ReduceMean", "ReduceSum", "Sub"}
 SECOND_ORDER = "second order"
+OPSET_OF_8 = 17
+AXES_AS_INPUT = frozenset(
+    f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
+)
 
 
 def constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
-    """Return every constant of *model* by name: initializers and the tensors of Constant nodes."""
+    """Collect the constants of *model* by name: initializers and the tensors of Constant nodes."""
     found = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
@@ -41,13 +46,13 @@ def constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
 
 
 def array(tensor: onnx.TensorProto) -> NDArray[Any]:
-    """Return the numbers of a constant."""
+    """Convert a constant to numpy."""
     values: NDArray[Any] = np.asarray(numpy_helper.to_array(tensor))
     return values
 
 
 def value_types(model: onnx.ModelProto) -> dict[str, int]:
-    """Return the element type of every value of *model* that can be inferred."""
+    """Infer the element type of every value of *model*."""
     inferred = onnx.shape_inference.infer_shapes(model)
     values = (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)
     types = {value.name: value.type.tensor_type.elem_type for value in values}
@@ -55,45 +60,45 @@ def value_types(model: onnx.ModelProto) -> dict[str, int]:
     return types
 
 
-def operator_precision(node: onnx.NodeProto, types: Mapping[str, int], producers: Mapping[str, str]) -> str:
-    """Return the precision that the graph asks of *node*; empty where it computes no floating numbers."""
-    if any(producers.get(name) == "DequantizeLinear" for name in node.input):
-        return "int8" if node.op_type in {"Conv", "MatMul", "Gemm"} else ""
-    asked = PRECISIONS.get(types.get(node.output[0], 0), "")
-    return "" if node.op_type in COMPUTES_NOTHING else asked
-
-
-def asked_precisions(model: onnx.ModelProto) -> dict[str, str]:
-    """Return by operator's name the precision that the graph asks of it."""
+def operator_precisions(model: onnx.ModelProto) -> dict[str, str]:
+    """Determine the precision of every operator by name, without operators that compute no floats."""
     types = value_types(model)
     producers = {output: node.op_type for node in model.graph.node for output in node.output}
-    found = {node.name: operator_precision(node, types, producers) for node in model.graph.node if node.name}
-    return {name: precision for name, precision in found.items() if precision}
+    found = {}
+    for node in model.graph.node:
+        if any(producers.get(name) == "DequantizeLinear" for name in node.input):
+            precision = "int8" if node.op_type in PRODUCTS else ""
+        elif node.op_type in COMPUTES_NOTHING:
+            precision = ""
+        else:
+            precision = PRECISIONS.get(types.get(node.output[0], 0), "")
+        if node.name and precision:
+            found[node.name] = precision
+    return found
 
 
 def graph_precision(model: onnx.ModelProto) -> str:
-    """Return the precision of the graph's heavy operators: the lowest that any of them is asked to have."""
-    heavy = {"Conv", "MatMul", "Gemm"}
-    names = {node.name for node in model.graph.node if node.op_type in heavy}
-    asked = {precision for name, precision in asked_precisions(model).items() if name in names}
-    return next((precision for precision in ("int8", "bf16", "fp16") if precision in asked), "fp32")
+    """Determine the precision of the graph: the lowest of its convolutions and matrix products."""
+    names = {node.name for node in model.graph.node if node.op_type in PRODUCTS}
+    found = {precision for name, precision in operator_precisions(model).items() if name in names}
+    return next((precision for precision in ("int8", "bf16", "fp16") if precision in found), "fp32")
 
 
-def parts(model: onnx.ModelProto) -> dict[str, str]:
-    """Return by operator's name the part of the network it belongs to.
+def operator_parts(model: onnx.ModelProto) -> dict[str, str]:
+    """Assign every operator of *model*, by name, to a part of the network.
 
-    An operator with weights belongs to the part that its weight's name begins with (`layer3`, `fc`). A
-    product of two computed matrices, the centring that leads to it alone and what follows it, is the
-    second-order part; anything else belongs to where its first operand was computed.
+    An operator with weights belongs to the module that its weight's name begins with, such as `layer3` or
+    `fc`. A product of two computed matrices, the centering that only leads to it and the operators after it
+    are the second-order part. Any other operator belongs to the part of its first operand.
     """
     fixed = constants(model)
-    weights = {name: name for name in fixed if "." in name}  # the others do not say where they come from
+    weights = {name: name for name in fixed if "." in name}  # other names do not contain a module
     part_of = {value.name: "input" for value in model.graph.input}
     found = {}
     for node in model.graph.node:
         own = [weights[name] for name in node.input if name in weights]
         computed = [name for name in node.input if name and name not in fixed and name not in weights]
-        if own and node.op_type in {"Cast", "DequantizeLinear"}:  # of a weight is that weight
+        if own and node.op_type in {"Cast", "DequantizeLinear"}:  # the output is still that weight
             weights[node.output[0]] = own[0]
         if own:
             part = own[0].partition(".")[0]
@@ -105,69 +110,62 @@ def parts(model: onnx.ModelProto) -> dict[str, str]:
         found[node.output[0]] = part
     for node in reversed(model.graph.node):
         after = {found[user.output[0]] for user in model.graph.node if node.output[0] in user.input}
-        if node.op_type in CENTRING and after == {SECOND_ORDER} and not weights.keys() & set(node.input):
+        if node.op_type in CENTERING and after == {SECOND_ORDER} and not weights.keys() & set(node.input):
             found[node.output[0]] = SECOND_ORDER
     return {node.name: found[node.output[0]] for node in model.graph.node if node.name}
 
 
-LAST_OPSET_OF_8 = 17
-AXES_AS_INPUT = frozenset(
-    {
-        "ReduceL1",
-        "ReduceL2",
-        "ReduceLogSum",
-        "ReduceLogSumExp",
-        "ReduceMax",
-        "ReduceMean",
-        "ReduceMin",
-        "ReduceProd",
-        "ReduceSumSquare",
-    }
-)
+def reduce_axes_to_attributes(model: onnx.ModelProto, version: Version) -> Hazard | None:
+    """Convert *model* to opset 17 in place for TensorRT 8.6.
 
-
-def axes_as_attributes(model: onnx.ModelProto, version: Version) -> Hazard | None:
-    """Turn *model* into opset 17 in place where TensorRT 8.6 is to read it.
-
-    Raises `LoweringError` where axes are computed, or an operator means something else in opset 17.
+    Raises `LoweringError` if axes are computed or an operator has no equivalent in opset 17.
     """
     opset = next(entry for entry in model.opset_import if entry.domain == "")
-    if version >= (10, 0) or opset.version <= LAST_OPSET_OF_8:
+    if version >= (10, 0) or opset.version <= OPSET_OF_8:
         return None
-    before = opset.version
-    fixed = constants(model)
+    before, fixed = opset.version, constants(model)
     reductions = [node for node in model.graph.node if node.op_type in AXES_AS_INPUT]
     for node in reductions:
-        move_axes(node, fixed)
-    opset.version = LAST_OPSET_OF_8
-    drop_defaults(model)
-    drop_unused(model)
+        _move_axes(node, fixed)
+    opset.version = OPSET_OF_8
+    defaults = {("Cast", "saturate", 1), ("Reshape", "allowzero", 0)}  # attributes unknown to opset 17
+    for node in model.graph.node:
+        kept = [a for a in node.attribute if (node.op_type, a.name, a.i) not in defaults]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    used = {name for node in model.graph.node for name in node.input}
+    copies = [
+        TensorProto.FromString(tensor.SerializeToString())
+        for tensor in model.graph.initializer
+        if tensor.name in used
+    ]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(copies)
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as problem:
         reason = str(problem).strip().partition("\n")[0]
-        raise LoweringError(f"no opset {LAST_OPSET_OF_8} form for TensorRT 8.6: {reason}") from problem
+        raise LoweringError(f"no opset {OPSET_OF_8} form for TensorRT 8.6: {reason}") from problem
     return Hazard(
         rule="reduce-axes-input",
         operators=len(reductions),
         done=f"TensorRT 8.6 ignores axes given as an input: rewritten from opset {before} to "
-        f"{LAST_OPSET_OF_8}, where they are an attribute",
+        f"{OPSET_OF_8}, where they are an attribute",
     )
 
 
-def move_axes(node: onnx.NodeProto, fixed: dict[str, onnx.TensorProto]) -> None:
-    """Make the axes of the reduction *node* an attribute."""
+def _move_axes(node: onnx.NodeProto, fixed: Mapping[str, onnx.TensorProto]) -> None:
     no_op = any(a.name == "noop_with_empty_axes" and a.i for a in node.attribute)
     kept = [a for a in node.attribute if a.name != "noop_with_empty_axes"]
+    axes: list[int] = []
     if len(node.input) > 1 and node.input[1]:
         if node.input[1] not in fixed:
             raise LoweringError(
                 f"{node.name}: the axes of {node.op_type} are computed; TensorRT needs constants"
             )
         axes = [int(axis) for axis in array(fixed[node.input[1]]).reshape(-1)]
-        if not axes and no_op:
-            raise LoweringError(f"{node.name}: {node.op_type} over no axes has no form in opset 17")
-        kept += [helper.make_attribute("axes", axes)] if axes else []
+    if axes:
+        kept.append(helper.make_attribute("axes", axes))
     elif no_op:
         raise LoweringError(f"{node.name}: {node.op_type} over no axes has no form in opset 17")
     del node.attribute[:]
@@ -175,57 +173,35 @@ def move_axes(node: onnx.NodeProto, fixed: dict[str, onnx.TensorProto]) -> None:
     del node.input[1:]
 
 
-def drop_defaults(model: onnx.ModelProto) -> None:
-    """Drop attributes that opset 17 does not know where they hold what opset 17 does anyway."""
-    harmless = {("Cast", "saturate", 1), ("Reshape", "allowzero", 0)}
-    for node in model.graph.node:
-        kept = [a for a in node.attribute if (node.op_type, a.name, a.i) not in harmless]
-        del node.attribute[:]
-        node.attribute.extend(kept)
-
-
-def drop_unused(model: onnx.ModelProto) -> None:
-    """Drop the constants that no operator reads any more."""
-    used = {name for node in model.graph.node for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    if len(kept) < len(model.graph.initializer):
-        copies = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in kept]
-        del model.graph.initializer[:]
-        model.graph.initializer.extend(copies)
-
-
-def widen_bytes_first(model: onnx.ModelProto, _version: Version) -> Hazard | None:
+def cast_bytes_first(model: onnx.ModelProto, _version: Version) -> Hazard | None:
     """Move the cast of every uint8 input before the operators that only move its bytes, in place.
 
-    Raises `LoweringError` where something else computes with unsigned bytes.
+    Raises `LoweringError` if another operator uses unsigned bytes.
     """
-    moved = 0
-    for value in model.graph.input:
-        if value.type.tensor_type.elem_type == TensorProto.UINT8:
-            moved += widen_one(model, value.name)
+    inputs = [v.name for v in model.graph.input if v.type.tensor_type.elem_type == TensorProto.UINT8]
+    moved = sum(_move_cast_to_front(model, name) for name in inputs)
     if not moved:
         return None
     return Hazard(
         rule="uint8-beyond-the-border",
         operators=moved,
-        done="TensorRT takes unsigned bytes only at the border: the cast now comes first",
+        done="TensorRT accepts unsigned bytes only as an input: the cast now comes first",
     )
 
 
-def widen_one(model: onnx.ModelProto, name: str) -> int:
-    """Move the cast of the input *name* to the front; return how many operators it passed."""
+def _move_cast_to_front(model: onnx.ModelProto, name: str) -> int:
+    """Move the cast of the input *name* to the front and count the operators it passed."""
     chain: list[onnx.NodeProto] = []
     value = name
     while True:
         users = [node for node in model.graph.node if value in node.input]
-        if len(users) == 1 and users[0].op_type in MOVES and users[0].input[0] == value:
-            chain.append(users[0])
-            value = users[0].output[0]
-            continue
-        break
+        if len(users) != 1 or users[0].op_type not in MOVES or users[0].input[0] != value:
+            break
+        chain.append(users[0])
+        value = users[0].output[0]
     if len(users) != 1 or users[0].op_type != "Cast":
         operators = ", ".join(sorted({node.op_type for node in users})) or "the output"
-        raise LoweringError(f"{name}: {operators} uses unsigned bytes, which TensorRT only casts")
+        raise LoweringError(f"{name}: {operators} uses unsigned bytes, which TensorRT can only cast")
     if not chain:
         return 0
     cast = users[0]
@@ -234,8 +210,8 @@ def widen_one(model: onnx.ModelProto, name: str) -> int:
     chain[0].input[0] = widened
     chain[-1].output[0] = final
     nodes = [node for node in model.graph.node if node is not cast]
-    place = next(index for index, node in enumerate(nodes) if widened in node.input)
-    reordered = [*nodes[:place], cast, *nodes[place:]]
+    position = next(index for index, node in enumerate(nodes) if widened in node.input)
+    reordered = [*nodes[:position], cast, *nodes[position:]]
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reordered]
     del model.graph.node[:]
     model.graph.node.extend(copies)

@@ -1,14 +1,12 @@
-"""Another way to the same plan: torch-tensorrt, from the exported program instead of from ONNX.
+"""Build a plan with torch-tensorrt, from the exported program instead of the ONNX graph.
 
-A second opinion, and a way around a parser that refuses an operator. It is told what the other way tells
-TensorRT: no TF32, one level, all of the network in TensorRT or nothing. It knows one profile only, and
-float32, which is what the certified program is. torch is imported where it is needed: nobody else here needs
-it.
+This is an alternative for operators that the ONNX parser rejects. As in the ONNX build, TF32 is off and the
+whole network runs in TensorRT. It supports one profile and float32, the precision of the certified
+program. torch is imported only here and only on use.
 """
 
 import importlib
 from collections.abc import Sequence
-from typing import Any
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange
@@ -21,40 +19,31 @@ PROGRAM = "network.pt2"
 PACKAGE, SOURCE = "torch-tensorrt", "sopdeploy[torch-tensorrt]"
 
 
-def one_profile(profiles: Sequence[Profile], batch: BatchRange) -> Profile:
-    """Return one profile over all of *profiles*, tuned for the bundle's optimum or the nearest size to it."""
+def merge_profiles(profiles: Sequence[Profile], batch: BatchRange) -> Profile:
+    """Merge *profiles* into one, tuned for the bundle's optimum batch or the nearest size to it."""
     low, high = profiles[0].minimum, profiles[-1].maximum
     return Profile(minimum=low, optimum=min(max(batch.optimum, low), high), maximum=high)
 
 
-def refuse_without_program(bundle: Bundle, precision: str | None) -> None:
-    """Raise `EngineError` where *bundle* holds no program, or none of the *precision* asked for."""
-    if bundle.manifest.precision != "fp32":
-        raise EngineError(
-            f"--via torch-tensorrt: builds in fp32, the bundle is {bundle.manifest.precision}; "
-            "leave --via out"
-        )
+def check_program(bundle: Bundle, precision: str | None) -> None:
+    """Raise `EngineError` unless *bundle* has a float32 program and *precision* is fp32 or None."""
+    option = "--via torch-tensorrt"
+    own = bundle.manifest.precision
+    if own != "fp32":
+        raise EngineError(f"{option}: builds only fp32, the bundle is {own}; omit --via")
     if precision not in {None, "fp32"}:
-        raise EngineError(
-            f"--via torch-tensorrt: builds in fp32, {precision} was asked for; leave --precision out"
-        )
+        raise EngineError(f"{option}: builds only fp32, {precision} was requested; omit --precision")
     if PROGRAM not in bundle.manifest.files:
-        raise EngineError(
-            f"{bundle.path}: has no {PROGRAM}; export it with --pt2, or leave --via torch-tensorrt out"
-        )
+        raise EngineError(f"{bundle.path}: has no {PROGRAM}; export it with --pt2, or omit {option}")
 
 
-def import_torch_tensorrt() -> Any:
-    """Return the torch_tensorrt module, or raise `RuntimeUnavailableError` saying how to get it."""
-    return import_optional("torch_tensorrt", PACKAGE, SOURCE, RuntimeUnavailableError)
+def build_with_torch(bundle: Bundle, key: EngineKey, workspace: int) -> bytes:
+    """Build a plan for *key* from the program of *bundle*, with *workspace* bytes.
 
-
-def build_by_torch(bundle: Bundle, key: EngineKey, workspace: int) -> bytes:
-    """Return a plan for *key* of the program in *bundle*, whose hash was checked when it was opened.
-
-    Raises `EngineError` in torch-tensorrt's words where it gives none.
+    Raises `RuntimeUnavailableError` if torch-tensorrt is not installed, `EngineError` with its message if it
+    fails.
     """
-    torch_tensorrt = import_torch_tensorrt()
+    torch_tensorrt = import_optional("torch_tensorrt", PACKAGE, SOURCE, RuntimeUnavailableError)
     torch = importlib.import_module("torch")
     program = torch.export.load(bundle.path / PROGRAM)
     (profile,) = key.profiles
@@ -74,7 +63,7 @@ def build_by_torch(bundle: Bundle, key: EngineKey, workspace: int) -> bytes:
             optimization_level=key.level,
             workspace_size=workspace,
         )
-    except Exception as problem:  # converters raise whatever they like
+    except Exception as problem:  # converters raise any exception class
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise EngineError(f"torch-tensorrt cannot build the engine: {reason}") from problem
     return bytes(plan)

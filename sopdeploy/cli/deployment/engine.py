@@ -60,8 +60,7 @@ def engine(
 
         import_optional("onnx", "onnx", "sopdeploy[tensorrt]", RuntimeUnavailableError)
         from sopdeploy.bundle.folder import open_bundle
-        from sopdeploy_export.tensorrt.engine import EngineOptions
-        from sopdeploy_export.tensorrt.engine import engine as build
+        from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine
         from sopdeploy_export.tensorrt.plan import plan_engine
 
         options = EngineOptions(
@@ -72,7 +71,7 @@ def engine(
             plan = plan_engine(opened, options)
             return print_json(plan.model_dump(mode="json")) if as_json else _show_plan(plan)
         with _progress(quiet=as_json) as report:
-            built = build(opened, options, report)
+            built = get_engine(opened, options, report)
     if not as_json:
         return _show_engine(built)
     record = built.record.model_dump(mode="json")
