@@ -5,14 +5,14 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone, initialise, run_stages
+from sopdeploy.backbones.base import Backbone, initialize, run_stages
 from sopdeploy.backbones.cifar_resnet import SmallResNetConfig
 from sopdeploy.config import StrictModel
 from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches, shared_fields
+from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches
 from sopdeploy.models.plain import PlainSmallResNet
 
 STAGES = ("layer1", "layer2")
@@ -45,7 +45,7 @@ class TextureNet(Backbone):
             self.channels = self.tap_channels["layer2.0"] = config.hidden
         self.pooling = config.pooling.build(self.channels)
         self.fc = self.pooling.classifier(num_classes)
-        initialise(self)
+        initialize(self)
 
     def second(self, config: TextureNetConfig) -> list[nn.Module]:
         """Return the blocks behind the first convolution; ReLU spares its input, which a branch may see."""
@@ -72,9 +72,7 @@ class TextureNet(Backbone):
 class PlainTextureNet(Classifier, TextureNet):
     """The network as it is, with any global pooling."""
 
-    def inference_model(self) -> Backbone:
-        """Return another one."""
-        return TextureNet(self.config, self.num_classes)
+    inference_class = TextureNet
 
 
 class DSoPTextureNetConfig(TextureNetConfig, DSoPConfig):
@@ -84,19 +82,13 @@ class DSoPTextureNetConfig(TextureNetConfig, DSoPConfig):
 class DSoPTextureNet(DSoP, TextureNet):
     """Branches behind the first convolution and at the end, weighted 1; averages instead: the control."""
 
+    inference_class = TextureNet
+    inference_config = TextureNetConfig
     config: DSoPTextureNetConfig
-
-    def __init__(self, config: DSoPTextureNetConfig, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.attach_branches()
 
     def paper_branches(self) -> PaperBranches:
         """Return what suits the textures; no paper knows them."""
         return PaperBranches(blocks=(1, 1), widths=(32, 32), weights=(1.0, 1.0), strides=(1, 1))
-
-    def inference_model(self) -> Backbone:
-        """Return the network without branches."""
-        return TextureNet(TextureNetConfig(**shared_fields(self.config, TextureNetConfig)), self.num_classes)
 
 
 class AttendedStage(nn.Module):
@@ -118,16 +110,14 @@ class GSoPSmallResNet(PlainSmallResNet):
     The first stage is narrower than the block's narrowest covariance and has none.
     """
 
+    inference_class = None  # all of it is exported
+
     def __init__(self, config: SmallResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
         for stage in ("layer2", "layer3"):
             block = AttendedStage(self.tap_channels[f"{stage}.0"], 32)
-            initialise(block)
+            initialize(block)
             self.get_submodule(stage).add_module("gsop", block)
-
-    def inference_model(self) -> Backbone:
-        """Return another one: all of it ships."""
-        return GSoPSmallResNet(self.config, self.num_classes)
 
 
 class ExtraConvSmallResNetConfig(SmallResNetConfig):
@@ -139,6 +129,7 @@ class ExtraConvSmallResNetConfig(SmallResNetConfig):
 class ExtraConvSmallResNet(PlainSmallResNet):
     """The control for capacity: as many parameters and multiply-adds as a second-order head, averaged."""
 
+    inference_class = None  # all of it is exported
     config: ExtraConvSmallResNetConfig
 
     def __init__(self, config: ExtraConvSmallResNetConfig, num_classes: int) -> None:
@@ -148,12 +139,8 @@ class ExtraConvSmallResNet(PlainSmallResNet):
             nn.Conv2d(channels, config.extra, 1, bias=False), nn.BatchNorm2d(config.extra), nn.ReLU()
         )
         self.fc = nn.Linear(config.extra, num_classes)
-        initialise(self.wider)
+        initialize(self.wider)
 
     def classify(self, features: Tensor) -> Tensor:
         """Return logits of the averaged wider map."""
         return super().classify(self.wider(features))
-
-    def inference_model(self) -> Backbone:
-        """Return another one."""
-        return ExtraConvSmallResNet(self.config, self.num_classes)

@@ -1,4 +1,4 @@
-"""What every backbone is: images in, feature maps by stage on the way, class logits out."""
+"""Backbone interface: images in, feature maps by stage on the way, class logits out."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
@@ -10,11 +10,12 @@ from sopdeploy.config import StrictModel
 
 
 class Backbone(nn.Module, ABC):
-    """A network that can be tapped.
+    """Base class of networks whose intermediate feature maps can be tapped.
 
-    `tap_channels` maps the name of every place where a branch may start (`layer2.0` is the output of
-    the first block of the second stage) to the number of channels there, in the order of computing.
-    `outputs` names what `answer` gives: the tensors that ship, class logits first.
+    Attributes:
+        tap_channels: Maps the name of every place where a branch may start (`layer2.0` is the output of the
+            first block of the second stage) to its number of channels, in the order of computation.
+        outputs: Names of the tensors that `outputs_tuple` returns and that are exported, class logits first.
     """
 
     tap_channels: dict[str, int]
@@ -24,32 +25,42 @@ class Backbone(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.num_classes = num_classes
+        self.tap_channels = {}
 
     @abstractmethod
     def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Return the last feature map (B, C, h, w) and those of *taps*, in the order of computing."""
-
-    @abstractmethod
-    def classify(self, features: Tensor) -> Tensor:
-        """Return (B, classes) logits of the last feature map."""
+        """Compute the last feature map (B, C, h, w) and those of *taps*, in the order of computation."""
 
     @abstractmethod
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-        """Return a new block of the backbone's own kind, for a branch."""
+        """Build a block of the backbone's own kind, for a branch."""
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Compute (B, classes) logits of the last feature map by the parts `pooling` and `fc`."""
+        pooled = self.get_submodule("pooling")(features)
+        logits: Tensor = self.get_submodule("fc")(pooled)
+        return logits
 
     def forward(self, images: Tensor) -> Any:
-        """Return (B, classes) float logits of normalised (B, 3, H, W) images."""
+        """Compute (B, classes) float logits of normalized (B, 3, H, W) images."""
         return self.classify(self.features(images)[0])
 
     def outputs_tuple(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return what ships computes, one tensor per name in `outputs`; in eval mode."""
+        """Compute the exported outputs in eval mode, one tensor per name in `outputs`."""
         return (self(images),)
+
+    def add_stage(self, name: str, in_channels: int, out_channels: int, blocks: int, stride: int) -> None:
+        """Add a stage of blocks, each of which can be tapped; the first block strides."""
+        first = self.branch_block(in_channels, out_channels, stride)
+        rest = [self.branch_block(out_channels, out_channels, 1) for _ in range(blocks - 1)]
+        self.add_module(name, nn.Sequential(first, *rest))
+        self.tap_channels |= {f"{name}.{position}": out_channels for position in range(blocks)}
 
 
 def run_stages(
     network: nn.Module, stages: Collection[str], x: Tensor, taps: Collection[str]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run the blocks of *network*'s *stages* on *x*; collect the output of each block named in *taps*."""
+    """Run the blocks of *network*'s *stages* on *x* and collect the output of each block named in *taps*."""
     tapped = []
     for stage in stages:
         for position, block in enumerate(network.get_submodule(stage).children()):
@@ -59,8 +70,8 @@ def run_stages(
     return x, tapped
 
 
-def initialise(network: nn.Module) -> None:
-    """Give *network* the usual start: Kaiming (fan out) convolutions, batch norms at 1 and 0."""
+def initialize(network: nn.Module) -> None:
+    """Initialize convolutions by Kaiming's normal distribution (fan out), batch norms to 1 and 0."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone, initialise, run_stages
+from sopdeploy.backbones.base import Backbone, initialize, run_stages
 from sopdeploy.config import FractionBelowOne, StrictModel
 from sopdeploy.layers.mbconv import DepthwiseSeparable, MBConv
 from sopdeploy.layers.pooling.base import GapConfig
@@ -19,7 +19,7 @@ from sopdeploy.layers.residual import conv1x1
 
 
 class Stage(NamedTuple):
-    """One row of the paper's Table 1; the stride is that of its first block."""
+    """One row of the paper's Table 1; the first block of the stage strides."""
 
     kernel: int
     stride: int
@@ -41,9 +41,9 @@ STEM_CHANNELS, HEAD_CHANNELS = 32, 1280
 
 
 class EfficientNetConfig(StrictModel):
-    """Regularisation in training: dropout before the classifier, and the last block's stochastic depth.
+    """Regularization: dropout before the classifier, and the stochastic depth of the last block.
 
-    The blocks before the last one leave out their residual less often, in proportion to their depth.
+    The drop probability of the blocks before the last one is lower, in proportion to their depth.
     """
 
     dropout: FractionBelowOne = 0.2
@@ -52,7 +52,7 @@ class EfficientNetConfig(StrictModel):
 
 
 class EfficientNet(Backbone):
-    """Stem, seven stages, a 1x1 convolution to 1280 channels, global average, one linear layer."""
+    """Stem, seven stages, a 1x1 convolution to 1280 channels, global pooling, one linear layer."""
 
     config: EfficientNetConfig
 
@@ -61,42 +61,36 @@ class EfficientNet(Backbone):
         self.conv_stem = nn.Conv2d(3, STEM_CHANNELS, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
         self.blocks = nn.Sequential()
-        self.tap_channels = {}
         channels, depth = STEM_CHANNELS, 0
+        total = sum(stage.blocks for stage in STAGES.values())
         for name, stage in STAGES.items():
-            self.blocks.append(self.make_stage(channels, stage, depth))
-            self.tap_channels |= {f"{name}.{p}": stage.channels for p in range(stage.blocks)}
-            channels, depth = stage.channels, depth + stage.blocks
+            blocks = nn.Sequential()
+            for position in range(stage.blocks):
+                kind = DepthwiseSeparable if name == "blocks.0" else MBConv
+                stride = stage.stride if position == 0 else 1
+                drop = config.stochastic_depth * depth / total
+                blocks.append(kind(channels, stage.channels, stage.kernel, stride, drop))
+                self.tap_channels[f"{name}.{position}"] = stage.channels
+                channels, depth = stage.channels, depth + 1
+            self.blocks.append(blocks)
         self.conv_head = conv1x1(channels, HEAD_CHANNELS)
         self.bn2 = nn.BatchNorm2d(HEAD_CHANNELS)
         self.dropout = nn.Dropout(config.dropout)
         self.pooling = config.pooling.build(HEAD_CHANNELS)
         self.classifier = self.pooling.classifier(num_classes)
-        initialise(self)
-
-    def make_stage(self, in_channels: int, stage: Stage, depth: int) -> nn.Sequential:
-        """Return a stage whose first block strides; *depth* blocks stand before it."""
-        total = sum(other.blocks for other in STAGES.values())
-        blocks = nn.Sequential()
-        for position in range(stage.blocks):
-            kind = DepthwiseSeparable if depth == 0 else MBConv
-            drop = self.config.stochastic_depth * (depth + position) / total
-            stride = stage.stride if position == 0 else 1
-            blocks.append(kind(in_channels, stage.channels, stage.kernel, stride, drop))
-            in_channels = stage.channels
-        return blocks
+        initialize(self)
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-        """Return one MBConv with the kernel of the stage of *out_channels*, without stochastic depth."""
+        """Build an MBConv with the kernel of the stage of *out_channels*, without stochastic depth."""
         return MBConv(in_channels, out_channels, KERNELS[out_channels], stride)
 
     def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Return the 1280 activated maps before the average, and the output of every tapped block."""
+        """Compute the 1280 activated maps before the global pooling, and the output of every tapped block."""
         stem = F.silu(self.bn1(self.conv_stem(images)))
         x, tapped = run_stages(self, STAGES, stem, taps)
         return F.silu(self.bn2(self.conv_head(x))), tapped
 
     def classify(self, features: Tensor) -> Tensor:
-        """Return logits of globally pooled features."""
+        """Compute logits of globally pooled features."""
         logits: Tensor = self.classifier(self.dropout(self.pooling(features)))
         return logits

@@ -1,17 +1,17 @@
-"""ResNet for 224-pixel images, under torchvision's key names.
+"""ResNets with four stages: for 224-pixel images under torchvision's key names, and for 64-pixel images.
 
 Paper: He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), Table 1.
-The second-order papers leave out the last down-sampling: `conv5_stride=1` ("s1").
+The second-order papers remove the last down-sampling: `conv5_stride=1` ("s1").
 """
 
 import math
 from collections.abc import Collection
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone, initialise, run_stages
+from sopdeploy.backbones.base import Backbone, initialize, run_stages
 from sopdeploy.config import StrictModel
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
@@ -26,13 +26,15 @@ BLOCKS = {
 }
 WIDTHS = (64, 128, 256, 512)
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # the paper's conv2_x .. conv5_x
+LOW_RESOLUTION_WIDTHS = (16, 32, 64, 128)
+RAW_SCALE = 1.0 / 60.0
 
 
 class ResNetConfig(StrictModel):
-    """Depth and the two strides that papers and code disagree on.
+    """Depth, global pooling, and the two strides on which papers and code differ.
 
-    `conv5_stride` 2 is the usual network, 1 the papers'; `bottleneck_stride` says whether the 3x3
-    ("v1.5") or the 1x1 convolution ("v1") of a bottleneck strides; `pooling` is the global one.
+    `conv5_stride` is 2 in the usual network and 1 in the second-order papers; `bottleneck_stride` selects the
+    convolution of a bottleneck that strides: the 3x3 ("v1.5") or the first 1x1 ("v1").
     """
 
     depth: Literal[18, 26, 34, 50, 101] = 18
@@ -54,53 +56,39 @@ class ResNet(Backbone):
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.tap_channels = {}
         channels = 64
         strides = (1, 2, 2, config.conv5_stride)
         for stage, width, blocks, stride in zip(STAGES, WIDTHS, BLOCKS[config.depth], strides, strict=True):
-            out_channels = width * expansion
-            self.add_module(stage, self.make_stage(channels, out_channels, blocks, stride))
-            self.tap_channels |= {f"{stage}.{p}": out_channels for p in range(blocks)}
-            channels = out_channels
+            self.add_stage(stage, channels, width * expansion, blocks, stride)
+            channels = width * expansion
         self.pooling = config.pooling.build(channels)
         self.fc = self.pooling.classifier(num_classes)
-        initialise(self)
+        initialize(self)
 
-    def make_stage(self, in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
-        """Return a stage whose first block strides."""
-        first = self.branch_block(in_channels, out_channels, stride)
-        rest = [self.branch_block(out_channels, out_channels, 1) for _ in range(blocks - 1)]
-        return nn.Sequential(first, *rest)
+    @property
+    def stride_on(self) -> Literal["1x1", "3x3"]:
+        """Name the convolution of a bottleneck that strides."""
+        return "1x1" if self.config.bottleneck_stride == "v1" else "3x3"
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-        """Return one residual block of this network's kind."""
+        """Build a residual block of this network's kind."""
         if not self.bottlenecks:
             return BasicBlock(in_channels, out_channels, stride)
-        stride_on: Literal["1x1", "3x3"] = "1x1" if self.config.bottleneck_stride == "v1" else "3x3"
-        return Bottleneck(in_channels, out_channels, stride, stride_on)
+        return Bottleneck(in_channels, out_channels, stride, self.stride_on)
 
     def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Return the output of conv5_x and of every tapped block."""
+        """Compute the output of conv5_x and of every tapped block."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         return run_stages(self, STAGES, x, taps)
 
-    def classify(self, features: Tensor) -> Tensor:
-        """Return logits of globally pooled features."""
-        logits: Tensor = self.fc(self.pooling(features))
-        return logits
-
-
-WIDTHS_LOW_RESOLUTION_RESNET = (16, 32, 64, 128)
-RAW_SCALE = 1.0 / 60.0
-
 
 class LowResolutionResNetConfig(StrictModel):
-    """n, k, and the switches that paper and code disagree on.
+    """n (`blocks_per_stage`), k (`widen`), and the options on which GM-SOP's paper and code differ.
 
-    `project_first_stage` gives conv2_x a projection even where its channels do not change, as the
-    released WRN has it (only WRN-36-1 is touched). `input_scaling="raw"` takes images of 0..255 less
-    the mean and divides by 60 before conv1: the released conv1, whose weights start 60 times smaller
-    and learn 3600 times slower, learns the same function but for its weight decay.
+    `project_first_stage` adds a projection to conv2_x even where its channels do not change, as in the
+    released WRN (only WRN-36-1 is affected). `input_scaling="raw"` takes images of 0..255 minus the mean and
+    divides them by 60 before conv1. The released conv1, whose weights start 60 times smaller and learn 3600
+    times slower, learns the same function except for its weight decay.
     """
 
     blocks_per_stage: Annotated[int, pydantic.Field(ge=1)] = 2
@@ -111,45 +99,40 @@ class LowResolutionResNetConfig(StrictModel):
 
 
 class LowResolutionResNet(Backbone):
-    """Stem and stages, (B, 3, H, W) to (B, 128k, h, w); what follows them is the network's own."""
+    """GM-SOP's stem and stages, (B, 3, H, W) to (B, 128k, h, w); subclasses add pooling and classifier."""
 
     config: LowResolutionResNetConfig
 
     def __init__(self, config: LowResolutionResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.conv1 = nn.Conv2d(3, WIDTHS_LOW_RESOLUTION_RESNET[0], 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(WIDTHS_LOW_RESOLUTION_RESNET[0])
+        channels = LOW_RESOLUTION_WIDTHS[0]
+        self.conv1 = nn.Conv2d(3, channels, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
-        self.tap_channels = {}
-        channels = WIDTHS_LOW_RESOLUTION_RESNET[0]
-        for stage, base, stride in zip(
-            STAGES, WIDTHS_LOW_RESOLUTION_RESNET, (1, 2, 2, config.conv5_stride), strict=True
-        ):
+        strides = (1, 2, 2, config.conv5_stride)
+        for stage, base, stride in zip(STAGES, LOW_RESOLUTION_WIDTHS, strides, strict=True):
             width = base * config.widen
-            first = BasicBlock(channels, width, stride)
+            self.add_stage(stage, channels, width, config.blocks_per_stage, stride)
+            first: Any = self.get_submodule(f"{stage}.0")
             if config.project_first_stage and first.downsample is None:
                 first.downsample = nn.Sequential(conv1x1(channels, width), nn.BatchNorm2d(width))
-            rest = [self.branch_block(width, width, 1) for _ in range(config.blocks_per_stage - 1)]
-            self.add_module(stage, nn.Sequential(first, *rest))
-            self.tap_channels |= {f"{stage}.{p}": width for p in range(config.blocks_per_stage)}
             channels = width
         self.channels = channels
-        initialise_by_fan_in(self)
+        initialize_by_fan_in(self)
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-        """Return one basic block."""
+        """Build a basic block."""
         return BasicBlock(in_channels, out_channels, stride)
 
     def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Return the output of conv5_x and of every tapped block."""
+        """Compute the output of conv5_x and of every tapped block."""
         if self.config.input_scaling == "raw":
             images = images * RAW_SCALE
-        x = self.relu(self.bn1(self.conv1(images)))
-        return run_stages(self, STAGES, x, taps)
+        return run_stages(self, STAGES, self.relu(self.bn1(self.conv1(images))), taps)
 
 
-def initialise_by_fan_in(network: nn.Module) -> None:
-    """Give every convolution of *network* N(0, 2 / fan in) weights, the released code's, and no bias."""
+def initialize_by_fan_in(network: nn.Module) -> None:
+    """Draw every convolution's weights from N(0, 2 / fan in), as in GM-SOP's released code; biases are 0."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=math.sqrt(2.0 / module.weight[0].numel()))

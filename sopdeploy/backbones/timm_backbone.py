@@ -1,12 +1,12 @@
 """Any convolutional network of timm as a backbone, under timm's own key names.
 
-The network is built by `timm.create_model(pretrained=False)`; this is the only module that imports timm,
-and only when such a network is asked for. Taps are the stages that timm's `feature_info` names, from
-stride 4 on: what the papers call conv2_x to conv5_x.
+The network is built by `timm.create_model(pretrained=False)`. This is the only module that imports timm, and
+only when such a network is requested. Taps are the stages in timm's `feature_info` from stride 4 on: what the
+papers call conv2_x to conv5_x.
 """
 
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import cache
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.layers.mbconv import MBConv
 from sopdeploy.layers.residual import BasicBlock, Bottleneck
 
-FIRST_STRIDE = 4  # stems end before it
+FIRST_STRIDE = 4  # stages of smaller stride belong to the stem
 
 
 class TimmConfig(StrictModel):
@@ -31,25 +31,24 @@ class TimmConfig(StrictModel):
 
 
 def import_timm(name: str) -> Any:
-    """Return the module `timm`; raises `ConfigError` where it is not installed or has no network *name*."""
+    """Import `timm`; raise `ConfigError` if it is not installed or has no network *name*."""
     timm = import_optional("timm", "timm", "sopdeploy[train]", ConfigError, f"timm:{name}")
     if not timm.is_model(name) or "." in name:
-        near = (
-            ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3)) or "one of its list_models()"
-        )
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
+        near = near or "one of its list_models()"
         raise ConfigError(f"timm:{name}: timm {timm.__version__} has no such network; did you mean {near}?")
     return timm
 
 
 def timm_image_size(name: str) -> int:
-    """Return the side of the images that network *name* of timm is meant for; raises `ConfigError`."""
+    """Look up the image size in pixels of timm's network *name*; raise `ConfigError` if unknown."""
     size: int = import_timm(name).get_pretrained_cfg(name).input_size[-1]
     return size
 
 
 @cache
 def tappable(name: str) -> dict[str, int]:
-    """Return the taps of network *name* of timm with their channels, in the order of computing.
+    """Find the taps of timm's network *name* with their channels, in the order of computation.
 
     Raises `ConfigError` where a stage is not named or its output is not a (B, C, H, W) feature map.
     """
@@ -60,7 +59,7 @@ def tappable(name: str) -> dict[str, int]:
         channels = {stage["module"]: int(stage["num_chs"]) for stage in stages}
         absent = channels.keys() - dict(network.named_modules()).keys()
         if absent or not channels:
-            raise ConfigError(f"timm:{name} does not say which of its parts are its stages; choose another")
+            raise ConfigError(f"timm:{name} does not name its stages; choose another network")
         _, outputs = run_tapped(network, torch.empty(1, 3, side, side), channels)
     for tap, output in outputs.items():
         if output.dim() != 4 or output.shape[1] != channels[tap]:
@@ -72,13 +71,13 @@ def tappable(name: str) -> dict[str, int]:
 
 
 def run_tapped(network: Any, images: Tensor, taps: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the last feature map of timm's *network*, and the outputs of the modules named in *taps*."""
+    """Compute the last feature map of timm's *network*, and the outputs of the modules named in *taps*."""
     outputs: dict[str, Tensor] = {}
 
-    def keep(tap: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    def save_output(tap: str) -> Any:
         return lambda _module, _inputs, output: outputs.update({tap: output})
 
-    handles = [network.get_submodule(tap).register_forward_hook(keep(tap)) for tap in taps]
+    handles = [network.get_submodule(tap).register_forward_hook(save_output(tap)) for tap in taps]
     features: Tensor = network.forward_features(images)
     for handle in handles:
         handle.remove()
@@ -86,19 +85,16 @@ def run_tapped(network: Any, images: Tensor, taps: Collection[str]) -> tuple[Ten
 
 
 def nearest_block(network: nn.Module, taps: Collection[str]) -> type[MBConv | Bottleneck | BasicBlock]:
-    """Return our block that is most like those of *network*'s stages.
+    """Select the block of this package that is most like those of *network*'s stages.
 
-    MBConv for depthwise convolutions, else Bottleneck for 1x1 convolutions beside shortcuts, else BasicBlock.
+    MBConv for depthwise convolutions, else Bottleneck for 1x1 convolutions besides shortcuts, else
+    BasicBlock.
     """
-    convolutions = [
-        module
-        for tap in taps
-        for module in network.get_submodule(tap).modules()
-        if isinstance(module, nn.Conv2d)
-    ]
-    if any(module.groups == module.in_channels > 1 for module in convolutions):
+    parts = [part for tap in taps for part in network.get_submodule(tap).modules()]
+    convolutions = [part for part in parts if isinstance(part, nn.Conv2d)]
+    if any(part.groups == part.in_channels > 1 for part in convolutions):
         return MBConv
-    if any(module.kernel_size == (1, 1) and module.stride == (1, 1) for module in convolutions):
+    if any(part.kernel_size == (1, 1) and part.stride == (1, 1) for part in convolutions):
         return Bottleneck
     return BasicBlock
 
@@ -106,8 +102,8 @@ def nearest_block(network: nn.Module, taps: Collection[str]) -> type[MBConv | Bo
 class TimmBackbone(Backbone):
     """A network of timm that can be tapped; keys are timm's, without a prefix.
 
-    It shares its tables of parts with timm's own module, which stays outside of them: what is moved,
-    loaded or saved here is so there.
+    It shares its tables of modules, parameters and buffers with timm's own module, which is not a child:
+    moving, loading or saving this module does the same to timm's.
     """
 
     config: TimmConfig
@@ -119,11 +115,9 @@ class TimmBackbone(Backbone):
         if taken:
             raise ConfigError(f"timm:{config.backbone}: the name of its part {taken[0]!r} is taken here")
         self._modules, self._parameters = network._modules, network._parameters
-        self._buffers, self._non_persistent_buffers_set = (
-            network._buffers,
-            network._non_persistent_buffers_set,
-        )
-        self.outside = (network,)  # in a tuple, so that it is no part of this module
+        self._buffers = network._buffers
+        self._non_persistent_buffers_set = network._non_persistent_buffers_set
+        self.outside = (network,)  # a tuple keeps it from becoming a child
         self.tap_channels = dict(tappable(config.backbone))
 
     def train(self, mode: bool = True) -> "TimmBackbone":
@@ -132,21 +126,21 @@ class TimmBackbone(Backbone):
         return super().train(mode)
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-        """Return one block of our own, of the kind most like timm's."""
+        """Build the block that `nearest_block` selects."""
         kind = nearest_block(self.outside[0], self.tap_channels)
         return kind(in_channels, out_channels, stride=stride)
 
     def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Return what timm's `forward_features` gives and the output of every tapped stage."""
+        """Compute the output of timm's `forward_features` and of every tapped stage."""
         last, outputs = run_tapped(self.outside[0], images, taps)
         return last, list(outputs.values())
 
     def classify(self, features: Tensor) -> Tensor:
-        """Return what timm's `forward_head` gives."""
+        """Compute logits by timm's `forward_head`."""
         logits: Tensor = self.outside[0].forward_head(features)
         return logits
 
     def head_channels(self) -> int:
-        """Return the channels that timm's classifier sees."""
+        """Return the number of features that timm's classifier reads."""
         channels: int = self.outside[0].head_hidden_size
         return channels

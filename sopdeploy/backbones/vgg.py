@@ -1,8 +1,8 @@
-"""VGG-16 with batch norm, as fast-MPN-COV's VGG-D has it: without the last max-pooling.
+"""VGG-16 with batch norm, as fast-MPN-COV's VGG-D: without the last max-pooling.
 
 Papers: Simonyan and Zisserman, "Very Deep Convolutional Networks" (ICLR 2015), Table 1, column D;
-iSQRT-COV, section 4.3. `layers` is numbered as torchvision's and fast-MPN-COV's `features` (which is the
-name of a backbone's method here), `classifier` as fast-MPN-COV's.
+iSQRT-COV, section 4.3. `layers` is numbered like torchvision's and fast-MPN-COV's `features` (here the name
+of a method), `classifier` like fast-MPN-COV's.
 """
 
 from collections.abc import Collection
@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import pydantic
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone, initialise, run_stages
+from sopdeploy.backbones.base import Backbone, initialize, run_stages
 from sopdeploy.config import StrictModel
 from sopdeploy.layers.pooling.isqrt import ISqrtPoolingConfig
 from sopdeploy.layers.pooling.registry import Pooling
@@ -34,57 +34,47 @@ class VGG(Backbone):
 
     def __init__(self, config: VGGConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.layers, self.tap_channels = convolutions()
-        channels = STAGES[-1][-1]
+        layers: list[nn.Module] = []
+        channels = 3
+        for position, stage in enumerate(STAGES):
+            if position > 0:
+                layers.append(nn.MaxPool2d(2, stride=2))
+            for width in stage:
+                layers += _convolution(channels, width, 1)
+                self.tap_channels[f"layers.{len(layers) - 1}"] = width
+                channels = width
+        self.layers = nn.Sequential(*layers)
         self.pooling = config.pooling.build(channels)
-        self.classifier = self.make_classifier()
-        initialise(self)
-
-    def make_classifier(self) -> nn.Module:
-        """Return one linear layer, or three with ReLU and dropout between them."""
-        if self.config.classifier == "linear":
-            return self.pooling.classifier(self.num_classes)
-        return nn.Sequential(
-            nn.Linear(self.pooling.out_features, 4096),
-            nn.ReLU(inplace=True),
-            nn.Dropout(self.config.dropout),
-            nn.Linear(4096, 4096),
-            nn.ReLU(inplace=True),
-            nn.Dropout(self.config.dropout),
-            nn.Linear(4096, self.num_classes),
-        )
+        if config.classifier == "linear":
+            self.classifier = self.pooling.classifier(num_classes)
+        else:
+            self.classifier = nn.Sequential(
+                nn.Linear(self.pooling.out_features, 4096),
+                nn.ReLU(inplace=True),
+                nn.Dropout(config.dropout),
+                nn.Linear(4096, 4096),
+                nn.ReLU(inplace=True),
+                nn.Dropout(config.dropout),
+                nn.Linear(4096, num_classes),
+            )
+        initialize(self)
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-        """Return a convolution with batch norm and ReLU."""
-        return nn.Sequential(*convolution(in_channels, out_channels, stride))
+        """Build a convolution with batch norm and ReLU."""
+        return nn.Sequential(*_convolution(in_channels, out_channels, stride))
 
     def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Return the output of the last convolution and of every tapped ReLU."""
+        """Compute the output of the last convolution and of every tapped ReLU."""
         return run_stages(self, ("layers",), images, taps)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Return logits of globally pooled features."""
+        """Compute logits of globally pooled features."""
         logits: Tensor = self.classifier(self.pooling(features))
         return logits
 
 
-def convolutions() -> tuple[nn.Sequential, dict[str, int]]:
-    """Return the layers before the global pooling, and the channels after each ReLU."""
-    layers: list[nn.Module] = []
-    tap_channels = {}
-    channels = 3
-    for position, stage in enumerate(STAGES):
-        if position > 0:
-            layers.append(nn.MaxPool2d(2, stride=2))
-        for width in stage:
-            layers += convolution(channels, width, 1)
-            tap_channels[f"layers.{len(layers) - 1}"] = width
-            channels = width
-    return nn.Sequential(*layers), tap_channels
-
-
-def convolution(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
-    """Return a 3x3 convolution with bias, as published though batch norm follows, batch norm and ReLU."""
+def _convolution(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
+    """Build a 3x3 convolution, batch norm and ReLU; the published network has the redundant bias."""
     return [
         nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1),
         nn.BatchNorm2d(out_channels),

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sopdeploy.backbones.resnet import LOW_RESOLUTION_WIDTHS as WIDTHS
 from sopdeploy.backbones.resnet import RAW_SCALE
-from sopdeploy.backbones.resnet import WIDTHS_LOW_RESOLUTION_RESNET as WIDTHS
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.fit import column_positions

@@ -1,9 +1,10 @@
-"""Residual blocks with the activation after the addition: BasicBlock and Bottleneck.
+"""Residual blocks, with the activation after the addition or before each convolution.
 
-Paper: He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), Figs. 3 and 5.
-Names of the parts are torchvision's, so that its weight files fit.
+Papers: He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), Figs. 3 and 5; "Identity
+Mappings in Deep Residual Networks" (ECCV 2016). Attributes have torchvision's names, so its weight files fit.
 """
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch.nn.functional as F
@@ -13,17 +14,17 @@ Shortcut = Literal["projection", "pad"]
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """Return a 3x3 convolution that keeps the size at stride 1; batch norm follows, so no bias."""
+    """Build a 3x3 convolution that keeps the size at stride 1; batch norm follows, so it has no bias."""
     return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, groups=groups, bias=False)
 
 
 def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """Return a 1x1 convolution; batch norm follows, so no bias."""
+    """Build a 1x1 convolution; batch norm follows, so it has no bias."""
     return nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
 
 
 class PaddedShortcut(nn.Module):
-    """Shortcut without parameters ("option A"): subsample, then zero channels on either side."""
+    """Shortcut without parameters ("option A"): subsample, then pad with zero channels on both sides."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -32,13 +33,12 @@ class PaddedShortcut(nn.Module):
         self.before, self.after = missing // 2, missing - missing // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return *x* of shape (B, C_in, H, W) as (B, C_out, H / stride, W / stride)."""
+        """Convert (B, C_in, H, W) to (B, C_out, H / stride, W / stride)."""
         strided = x[:, :, :: self.stride, :: self.stride]
         return F.pad(strided, (0, 0, 0, 0, self.before, self.after))
 
 
-def shortcut(in_channels: int, out_channels: int, stride: int, kind: Shortcut) -> nn.Module | None:
-    """Return what brings the input to the output's shape; `None` where it has it already."""
+def _shortcut(in_channels: int, out_channels: int, stride: int, kind: Shortcut) -> nn.Module | None:
     if stride == 1 and in_channels == out_channels:
         return None
     if kind == "pad":
@@ -46,17 +46,17 @@ def shortcut(in_channels: int, out_channels: int, stride: int, kind: Shortcut) -
     return nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
 
 
-class ResidualBlock(nn.Module):
-    """relu(residual + shortcut); a kind of block says what its residual is."""
+class ResidualBlock(nn.Module, ABC):
+    """relu(residual + shortcut); `downsample` is the shortcut where the shape changes."""
 
     downsample: nn.Module | None
 
+    @abstractmethod
     def residual(self, x: Tensor) -> Tensor:
-        """Return what is added to the shortcut; leave *x* as it is."""
-        raise TypeError(f"{type(self).__name__} must say what its residual of {tuple(x.shape)} is")
+        """Compute the residual without changing *x*."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return relu(residual + shortcut)."""
+        """Compute relu(residual + shortcut)."""
         identity = x if self.downsample is None else self.downsample(x)
         return F.relu(self.residual(x) + identity, inplace=True)
 
@@ -75,21 +75,20 @@ class BasicBlock(ResidualBlock):
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = conv3x3(out_channels, out_channels)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.downsample = shortcut(in_channels, out_channels, stride, kind)
+        self.downsample = _shortcut(in_channels, out_channels, stride, kind)
 
     def residual(self, x: Tensor) -> Tensor:
-        """Return the output of the second convolution's batch norm."""
-        out = self.relu(self.bn1(self.conv1(x)))
-        normalised: Tensor = self.bn2(self.conv2(out))
-        return normalised
+        """Compute the output of the second batch norm."""
+        out: Tensor = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return out
 
 
 class Bottleneck(ResidualBlock):
-    """1x1, 3x3, 1x1 convolutions and a shortcut; the middle is a quarter of the output's channels.
+    """1x1, 3x3, 1x1 convolutions and a shortcut.
 
-    ResNeXt asks for another `middle` and splits the 3x3 convolution into `groups`. `stride_on` says which
-    convolution strides: "3x3" is torchvision's and every released code's ("v1.5"), "1x1" the first
-    paper's ("v1").
+    `middle` channels default to a quarter of the output's; ResNeXt sets them and splits the 3x3 convolution
+    into `groups`. `stride_on` selects the convolution that strides: "3x3" is torchvision's and every released
+    code's ("v1.5"), "1x1" the first paper's ("v1").
     """
 
     expansion = 4
@@ -113,33 +112,34 @@ class Bottleneck(ResidualBlock):
         self.conv3 = conv1x1(middle, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = shortcut(in_channels, out_channels, stride, "projection")
+        self.downsample = _shortcut(in_channels, out_channels, stride, "projection")
 
     def residual(self, x: Tensor) -> Tensor:
-        """Return the output of the third convolution's batch norm."""
+        """Compute the output of the third batch norm."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        normalised: Tensor = self.bn3(self.conv3(out))
-        return normalised
-
-
-def projection(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d | None:
-    """Return the shortcut's convolution; `None` where the shape stays."""
-    if stride == 1 and in_channels == out_channels:
-        return None
-    return conv1x1(in_channels, out_channels, stride)
+        result: Tensor = self.bn3(self.conv3(out))
+        return result
 
 
 class PreActBlock(ResidualBlock):
-    """residual + shortcut; nothing follows the addition."""
+    """residual + shortcut, without an activation after the addition.
+
+    Both read the activated input; an identity shortcut reads the input itself.
+    """
 
     bn1: nn.BatchNorm2d
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return residual + shortcut; both see the activated input, an identity sees the input itself."""
+        """Compute residual + shortcut."""
         active = F.relu(self.bn1(x))
         identity = x if self.downsample is None else self.downsample(active)
         return self.residual(active) + identity
+
+
+def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d | None:
+    same_shape = stride == 1 and in_channels == out_channels
+    return None if same_shape else conv1x1(in_channels, out_channels, stride)
 
 
 class PreActBasicBlock(PreActBlock):
@@ -153,10 +153,10 @@ class PreActBasicBlock(PreActBlock):
         self.conv1 = conv3x3(in_channels, out_channels, stride)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = conv3x3(out_channels, out_channels)
-        self.downsample = projection(in_channels, out_channels, stride)
+        self.downsample = _projection(in_channels, out_channels, stride)
 
     def residual(self, x: Tensor) -> Tensor:
-        """Return the output of the second convolution for an input that is already activated."""
+        """Compute the output of the second convolution for an activated input."""
         out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(x))))
         return out
 
@@ -175,10 +175,10 @@ class PreActBottleneck(PreActBlock):
         self.conv2 = conv3x3(middle, middle, stride)
         self.bn3 = nn.BatchNorm2d(middle)
         self.conv3 = conv1x1(middle, out_channels)
-        self.downsample = projection(in_channels, out_channels, stride)
+        self.downsample = _projection(in_channels, out_channels, stride)
 
     def residual(self, x: Tensor) -> Tensor:
-        """Return the output of the third convolution for an input that is already activated."""
+        """Compute the output of the third convolution for an activated input."""
         middle = self.conv2(F.relu(self.bn2(self.conv1(x))))
         out: Tensor = self.conv3(F.relu(self.bn3(middle)))
         return out

@@ -1,4 +1,4 @@
-"""What every network of the catalog is: a backbone that knows what only its training needs."""
+"""Base class of catalog networks: a backbone with training-only parts and an inference model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from sopdeploy.config import StrictModel
 
 
 class TrainingOutput(NamedTuple):
-    """What a network with training-only parts returns in train mode.
+    """Output in train mode of a network with training-only parts.
 
-    `logits` (B, classes) come from the part that ships; `branches` maps each training-only head to
-    its (B, classes) logits; `penalties` maps names to scalars that are added to the loss as they are.
+    `logits` (B, classes) come from the part that is exported; `branches` maps each training-only head to its
+    (B, classes) logits; `penalties` maps names to scalars that are added to the loss without a weight.
     """
 
     logits: Tensor
@@ -25,22 +25,35 @@ class TrainingOutput(NamedTuple):
 class Classifier(Backbone):
     """A network of the catalog.
 
-    `training_only` holds the dotted names of the parts that may leave before it ships: in eval mode
-    `forward` never touches them and returns (B, classes) logits. In train mode `forward` returns a
-    `TrainingOutput` where there are such parts, else the logits.
+    In eval mode `forward` returns (B, classes) logits and never uses the training-only parts. In train mode
+    it returns a `TrainingOutput` if there are such parts, else the logits.
+
+    Attributes:
+        training_only: Dotted names of the parts that are removed before export.
+        inference_class: Class of the inference model; `None` is this class, for networks that are exported
+            whole.
+        inference_config: Config class of the inference model; `None` is the config of this network.
     """
 
     training_only: ClassVar[tuple[str, ...]] = ()
+    inference_class: ClassVar[type[Backbone] | None] = None
+    inference_config: ClassVar[type[StrictModel] | None] = None
 
     def inference_model(self) -> Backbone:
-        """Return the network that should ship, built anew from the config, with fresh weights.
+        """Build the network to export from the config, with fresh weights.
 
-        It shares no object with this one: the certificate compares the two.
+        It shares no object with this one, because the certificate compares the two.
         """
-        raise TypeError(f"{type(self).__name__} must say what ships")
+        if self.training_only and self.inference_class is None:
+            raise TypeError(f"{type(self).__name__} has training-only parts; set inference_class")
+        config = self.config
+        if self.inference_config is not None:
+            names = self.inference_config.model_fields
+            config = self.inference_config(**{name: getattr(config, name) for name in names})
+        return (self.inference_class or type(self))(config, self.num_classes)
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the (B, classes) logits of every head, `main` and those that only training needs."""
+        """Compute the (B, classes) logits of every head: `main` and the training-only ones."""
         return {"main": self(images)}
 
     def loss_weights(self) -> dict[str, float]:
@@ -48,13 +61,15 @@ class Classifier(Backbone):
         return {"main": 1.0}
 
     def num_features(self) -> int:
-        """Return the length of the vector that the shipped classifier sees."""
-        raise TypeError(f"{type(self).__name__} must say how long its representation is")
+        """Return the length of the vector that the exported classifier reads."""
+        pooling: Any = self.get_submodule("pooling")
+        length: int = pooling.out_features
+        return length
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One line of the catalog; `image_size` is the side of the images its paper uses, in pixels."""
+    """One line of the catalog; `image_size` is the side in pixels of the images in its paper."""
 
     network: type[Classifier]
     config: type[StrictModel]

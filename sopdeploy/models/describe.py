@@ -1,4 +1,4 @@
-"""Describing: what trains and what ships, part by part, beside what papers print for it."""
+"""Describe a network: parameters and multiply-adds of training and inference model, and published figures."""
 
 from typing import Any
 
@@ -12,10 +12,11 @@ from sopdeploy.models.stats import Counts, tally
 
 
 class Description(StrictModel):
-    """What `sopdeploy describe` prints; `representation` is the vector the shipped head sees.
+    """Output of `sopdeploy describe`.
 
-    `parts` are those of the network in training and sum to `training`; `published` holds the figures that
-    papers print for exactly this network, if any.
+    `representation` is the length of the vector that the exported classifier reads. `parts` are those of the
+    network in training and sum to `training`; `published` holds the figures that papers print for exactly
+    this network, if any.
     """
 
     name: str
@@ -34,21 +35,23 @@ class Description(StrictModel):
 def describe(
     name: str, *, image_size: int | None = None, num_classes: int | None = None, **config: Any
 ) -> Description:
-    """Return the counts of catalog model *name*; nothing is allocated, weights are on `meta`.
+    """Count catalog model *name* on the `meta` device, without allocating weights.
 
     *image_size* is the side of the input in pixels. Raises `ConfigError`.
     """
     side = entry(name).image_size if image_size is None else image_size
     with torch.device("meta"):
         network = create_model(name, num_classes=num_classes, **config)
-        plain = network.inference_model() if network.training_only else None
+        inference = network.inference_model() if network.training_only else None
     try:
         training = tally(network.train(), side)
-        shipped = tally(plain.eval(), side) if plain else training  # without such parts all of it ships
+        shipped = training if inference is None else tally(inference.eval(), side)
     except RuntimeError as problem:
         raise ConfigError(f"image_size: {side} pixels are too few for {name}") from problem
     length = network.num_features()
-    usual = side == entry(name).image_size
+    figures: tuple[Published, ...] = ()
+    if side == entry(name).image_size:
+        figures = published(name, network.config, network.num_classes, training, shipped, length)
     return Description(
         name=name,
         config=network.config.model_dump(mode="json"),
@@ -60,7 +63,5 @@ def describe(
         training_only=network.training_only,
         loss_weights=network.loss_weights(),
         parts=training.by_part(network.training_only),
-        published=published(name, network.config, network.num_classes, training, shipped, length)
-        if usual
-        else (),
+        published=figures,
     )

@@ -1,12 +1,12 @@
-"""DSoP: detachable second-order pooling. Branches help a first-order network learn, then leave.
+"""DSoP: detachable second-order pooling. Branches train a first-order network and are then removed.
 
-Paper: "DSoP: Detachable Second-Order Pooling" (papers' section III): a branch is a_convK_x (blocks of
-the backbone's own kind, no down-sampling) on the output of convK_x, dimension reduction where there
-are more channels than the target, iSQRT-COV, a linear classifier. All losses are summed, weighted.
+Paper: "DSoP: Detachable Second-Order Pooling" (papers' section III): a branch is a_convK_x (blocks of the
+backbone's own kind, no down-sampling) on the output of convK_x, dimension reduction where there are more
+channels than the target, iSQRT-COV, a linear classifier. The loss is the weighted sum of all losses.
 
-The paper's text and its tables disagree: parameters and FLOPs printed for ResNet-18 and ResNet-34
-belong to branches whose a_conv3_x and a_conv4_x stride. `aux_stride="text"` is the definition,
-"table" reproduces the printed counts (ResNet-50 then needs 3, 4, 7, 3 blocks and four heads of 256).
+The paper's text and its tables disagree: the parameters and FLOPs printed for ResNet-18 and ResNet-34 belong
+to branches whose a_conv3_x and a_conv4_x stride. `aux_stride="text"` is the definition, "table" reproduces
+the printed counts (ResNet-50 then needs 3, 4, 7, 3 blocks and four heads of 256).
 """
 
 from typing import Annotated, Any, Literal
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone, initialise
+from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.efficientnet import STAGES, EfficientNet, EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.config import NonNegative, StrictModel
@@ -22,14 +22,15 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov, dimension_reduction
 from sopdeploy.layers.mbconv import swish_reduction
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, RootOptions
-from sopdeploy.models.base import Classifier, Entry, TrainingOutput
+from sopdeploy.models.base import Classifier, TrainingOutput
+from sopdeploy.models.plain import imagenet_entry
 
 Count = Annotated[int, pydantic.Field(ge=0)]
 Width = Annotated[int, pydantic.Field(ge=1)]
 
 
 class DSoPConfig(RootOptions):
-    """The branches, stage by stage; `None` means as in the paper for this backbone.
+    """The branches, stage by stage; `None` selects the paper's value for this backbone.
 
     `aux_blocks` gives for each stage either the number of blocks of a branch after its last block
     (0: no branch) or one such number per block of the stage (section V-D's patterns, "[1, 0, 2]").
@@ -48,7 +49,10 @@ class DSoPConfig(RootOptions):
 
 
 class PaperBranches(StrictModel):
-    """What the paper says of the branches on one backbone, stage by stage."""
+    """The paper's branches on one backbone, stage by stage.
+
+    `dropout_rate` applies to covariances of at least `dropout_from` channels.
+    """
 
     blocks: tuple[int | tuple[int, ...], ...]
     widths: tuple[int, ...]
@@ -57,13 +61,9 @@ class PaperBranches(StrictModel):
     dropout_rate: float = 0.0
     dropout_from: int = 1
 
-    def dropout(self, width: int) -> float:
-        """Return the dropout on the triangle of a covariance of *width* channels."""
-        return self.dropout_rate if width >= self.dropout_from else 0.0
-
 
 class BranchPlan(StrictModel):
-    """One branch: where it starts and what it is made of; `newton_schulz` None is global average."""
+    """One branch: its tap and its layers; `newton_schulz` None is global average pooling."""
 
     tap: str
     blocks: int
@@ -73,17 +73,12 @@ class BranchPlan(StrictModel):
     width: int
     newton_schulz: NewtonSchulzConfig | None
 
-    @property
-    def name(self) -> str:
-        """Return the branch's name among `branches`: its tap, without the dot."""
-        return self.tap.replace(".", "_")
-
 
 class Branch(nn.Module):
-    """Feature map (B, C, H, W) of the backbone in, (B, classes) logits out.
+    """Map features (B, C, H, W) of the backbone to (B, classes) logits.
 
     `blocks` are of the backbone's kind, `ending` is what the backbone has between its last block and
-    its pooling, `reduction` brings the channels down to those of the covariance.
+    its pooling, `reduction` reduces the channels to those of the covariance.
     """
 
     def __init__(
@@ -100,45 +95,75 @@ class Branch(nn.Module):
         self.pooling, self.dropout, self.fc = pooling, dropout, fc
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the branch's logits."""
+        """Compute the branch's logits."""
         pooled = self.pooling(self.reduction(self.ending(self.blocks(features))))
         logits: Tensor = self.fc(self.dropout(pooled.flatten(start_dim=1)))
         return logits
 
 
 class DSoP(Classifier):
-    """A first-order network that learns with second-order branches and answers without them.
+    """Mixin that trains a first-order backbone with second-order branches.
 
-    To be mixed in before a backbone, whose `forward` is the network's own in eval mode; the
-    backbone's parts keep their names, the branches live under `branches`.
+    Put it before a backbone in the bases. The backbone computes the eval mode and keeps the names of its
+    parts; the branches are under `branches`.
     """
 
     training_only = ("branches",)
     config: DSoPConfig
 
+    def __init__(self, config: DSoPConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        plans = plan_branches(config, self.paper_branches(), self.tap_stages(), self.tap_channels)
+        self.plans = {plan.tap.replace(".", "_"): plan for plan in plans}
+        self.branches = nn.ModuleDict({name: self._branch(plan) for name, plan in self.plans.items()})
+        initialize(self.branches)
+        self.taps = {plan.tap: name for name, plan in self.plans.items() if plan.blocks > 0}
+
     def paper_branches(self) -> PaperBranches:
-        """Return what the paper says of the branches on this backbone."""
-        raise TypeError(f"{type(self).__name__} must say what the paper's branches are")
+        """Return the paper's branches on this backbone."""
+        raise NotImplementedError(f"{type(self).__name__} must define paper_branches")
 
     def tap_stages(self) -> dict[str, list[str]]:
-        """Return the taps of each stage: `layer2` has `layer2.0`, `layer2.1` and so on."""
+        """Group the taps by stage: `layer2` has `layer2.0`, `layer2.1` and so on."""
         stages: dict[str, list[str]] = {}
         for tap in self.tap_channels:
             stages.setdefault(tap.rpartition(".")[0], []).append(tap)
         return stages
 
-    def attach_branches(self) -> None:
-        """Build the branches that the config and the paper ask for."""
-        plans = plan_branches(self.config, self.paper_branches(), self.tap_stages(), self.tap_channels)
-        self.plans = {plan.name: plan for plan in plans}
-        self.branches = nn.ModuleDict({plan.name: self.make_branch(plan) for plan in plans})
-        initialise(self.branches)
-        self.taps = {plan.tap: plan.name for plan in plans if plan.blocks > 0}
+    def branch_ending(self, _channels: int, /) -> nn.Module:
+        """Build the layers between a branch's last block and its pooling: none after a ReLU."""
+        return nn.Identity()
 
-    def make_branch(self, plan: BranchPlan) -> Branch:
-        """Return one branch; a branch that is kept though unused has one block."""
+    def branch_reduction(self, channels: int, width: int) -> nn.Module:
+        """Build DR from *channels* to *width*."""
+        return dimension_reduction(channels, width)
+
+    def forward(self, images: Tensor) -> Any:
+        """Compute (B, classes) logits in eval mode or without branches, else a `TrainingOutput`."""
+        if not self.training or "branches" not in self._modules:
+            return super().forward(images)
+        branches = self.heads(images)
+        return TrainingOutput(branches.pop("main"), branches, {})
+
+    def heads(self, images: Tensor) -> dict[str, Tensor]:
+        """Compute the logits of every branch and of the network itself."""
+        if "branches" not in self._modules:
+            return super().heads(images)
+        features, tapped = self.features(images, self.taps)
+        logits = {
+            name: self.branches[name](feature)
+            for name, feature in zip(self.taps.values(), tapped, strict=True)
+        }
+        return {**logits, "main": self.classify(features)}
+
+    def loss_weights(self) -> dict[str, float]:
+        """Return alpha as `main` and beta of every branch that is not unused."""
+        betas = {name: self.plans[name].weight for name in self.taps.values()}
+        return {"main": self.config.main_weight, **betas}
+
+    def _branch(self, plan: BranchPlan) -> Branch:
         channels = features = self.tap_channels[plan.tap]
-        strides = [plan.stride, *(1 for _ in range(plan.blocks - 1))]
+        strides = [plan.stride, *(1 for _ in range(plan.blocks - 1))]  # an unused branch has one block
         reduction: nn.Module = nn.Identity()
         pooling: nn.Module = nn.AdaptiveAvgPool2d(1)
         if plan.newton_schulz is not None:
@@ -155,42 +180,11 @@ class DSoP(Classifier):
             nn.Linear(features, self.num_classes),
         )
 
-    def branch_ending(self, _channels: int, /) -> nn.Module:
-        """Return what stands between a branch's last block and its pooling: nothing after a ReLU."""
-        return nn.Identity()
-
-    def branch_reduction(self, channels: int, width: int) -> nn.Module:
-        """Return DR from *channels* to *width*."""
-        return dimension_reduction(channels, width)
-
-    def forward(self, images: Tensor) -> Any:
-        """Return (B, classes) logits in eval mode or without branches, else a `TrainingOutput`."""
-        if not self.training or "branches" not in self._modules:
-            return super().forward(images)
-        branches = self.heads(images)
-        return TrainingOutput(branches.pop("main"), branches, {})
-
-    def heads(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the logits of every branch and of the network itself."""
-        if "branches" not in self._modules:
-            return super().heads(images)
-        features, tapped = self.features(images, self.taps)
-        logits = {
-            name: self.branches[name](feature)
-            for name, feature in zip(self.taps.values(), tapped, strict=True)
-        }
-        return {**logits, "main": self.classify(features)}
-
-    def loss_weights(self) -> dict[str, float]:
-        """Return alpha as `main` and beta of every branch that computes."""
-        betas = {name: self.plans[name].weight for name in self.taps.values()}
-        return {"main": self.config.main_weight, **betas}
-
 
 def plan_branches(
     config: DSoPConfig, paper: PaperBranches, stages: dict[str, list[str]], channels: dict[str, int]
 ) -> list[BranchPlan]:
-    """Return a plan per branch, in the order of computing: the config's wishes, else the paper's.
+    """Plan the branches in the order of computation: the config's values, else the paper's.
 
     *stages* holds the taps of each stage, *channels* the channels at each tap. Raises `ConfigError`.
     """
@@ -201,37 +195,27 @@ def plan_branches(
             raise ConfigError(f"{key}: {len(values)} values for {len(stages)} stages; give one per stage")
     plans = []
     for stage, (name, taps) in enumerate(stages.items()):
-        for tap, blocks in zip(taps, pattern(aux_blocks[stage], len(taps), name), strict=True):
+        counts = aux_blocks[stage]
+        if isinstance(counts, int):
+            counts = (0,) * (len(taps) - 1) + (counts,)
+        if len(counts) != len(taps):
+            raise ConfigError(f"aux_blocks: {len(counts)} values for the {len(taps)} blocks of {name}")
+        for tap, blocks in zip(taps, counts, strict=True):
             if blocks == 0 and not (config.keep_unused_branches and tap == taps[-1]):
                 continue
             width = min(widths[stage], channels[tap])
-            dropout = paper.dropout(width) if config.aux_dropout is None else config.aux_dropout
-            plans.append(
-                BranchPlan(
-                    tap=tap,
-                    blocks=blocks,
-                    stride=paper.strides[stage],
-                    weight=weights[stage],
-                    width=width,
-                    newton_schulz=config.newton_schulz() if config.aux_pooling == "isqrt" else None,
-                    dropout=dropout,
-                )
+            dropout = paper.dropout_rate if width >= paper.dropout_from else 0.0
+            plan = BranchPlan(
+                tap=tap,
+                blocks=blocks,
+                stride=paper.strides[stage],
+                weight=weights[stage],
+                width=width,
+                newton_schulz=config.newton_schulz() if config.aux_pooling == "isqrt" else None,
+                dropout=dropout if config.aux_dropout is None else config.aux_dropout,
             )
+            plans.append(plan)
     return plans
-
-
-def pattern(wish: int | tuple[int, ...], count: int, stage: str) -> tuple[int, ...]:
-    """Return the branch's blocks after each of a stage's *count* blocks."""
-    if isinstance(wish, int):
-        return (0,) * (count - 1) + (wish,)
-    if len(wish) != count:
-        raise ConfigError(f"aux_blocks: {len(wish)} values for the {count} blocks of {stage}")
-    return wish
-
-
-def shared_fields(config: StrictModel, narrower: type[StrictModel]) -> dict[str, Any]:
-    """Return the fields of *config* that *narrower* has too."""
-    return {name: getattr(config, name) for name in narrower.model_fields}
 
 
 class DSoPResNetConfig(ResNetConfig, DSoPConfig):
@@ -247,11 +231,9 @@ class DSoPResNet(DSoP, ResNet):
     Assumption: the branches of ResNet-26 and ResNet-101 are those of ResNet-50.
     """
 
+    inference_class = ResNet
+    inference_config = ResNetConfig
     config: DSoPResNetConfig
-
-    def __init__(self, config: DSoPResNetConfig, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.attach_branches()
 
     def paper_branches(self) -> PaperBranches:
         """Return four branches of 2 basic blocks, or of 3, 4, 6, 3 bottlenecks."""
@@ -263,14 +245,6 @@ class DSoPResNet(DSoP, ResNet):
         strides = (1, 2, 2, 1) if table else (1, 1, 1, 1)
         return PaperBranches(blocks=blocks, widths=widths, weights=(1.0,) * 4, strides=strides)
 
-    def inference_model(self) -> Backbone:
-        """Return the ResNet without branches."""
-        return ResNet(ResNetConfig(**shared_fields(self.config, ResNetConfig)), self.num_classes)
-
-    def num_features(self) -> int:
-        """Return what the global pooling gives: the channels of conv5_x by default."""
-        return self.pooling.out_features
-
 
 class DSoPEfficientNetConfig(EfficientNetConfig, DSoPConfig):
     """EfficientNet-b0 with branches."""
@@ -279,17 +253,15 @@ class DSoPEfficientNetConfig(EfficientNetConfig, DSoPConfig):
 class DSoPEfficientNet(DSoP, EfficientNet):
     """DSoP on EfficientNet-b0: two branches, in the middle and at the end (section V-B).
 
-    As in the paper's second-order head for this network, DR to 64 channels ends with swish and dropout
-    of 0.2 stands before the classifier. Assumptions, where the paper is silent: the middle is the last
-    block of stride 16 and the end the last block before the 1x1 convolution to 1280 channels; a branch
-    repeats its stage, that is three blocks and one block; all losses weigh alike.
+    As in the paper's second-order head for this network, DR to 64 channels ends with swish, and dropout of
+    0.2 precedes the classifier. Assumptions, where the paper is silent: the middle is the last block of
+    stride 16 and the end the last block before the 1x1 convolution to 1280 channels; a branch repeats its
+    stage, that is three blocks and one block; all losses have the same weight.
     """
 
+    inference_class = EfficientNet
+    inference_config = EfficientNetConfig
     config: DSoPEfficientNetConfig
-
-    def __init__(self, config: DSoPEfficientNetConfig, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.attach_branches()
 
     def paper_branches(self) -> PaperBranches:
         """Return two branches, after `blocks.4` and `blocks.6`, the fifth and the seventh stage."""
@@ -302,40 +274,23 @@ class DSoPEfficientNet(DSoP, EfficientNet):
         )
 
     def branch_reduction(self, channels: int, width: int) -> nn.Module:
-        """Return DR that ends with swish instead of ReLU."""
+        """Build DR that ends with swish instead of ReLU."""
         return swish_reduction(channels, width)
 
-    def inference_model(self) -> Backbone:
-        """Return the EfficientNet without branches."""
-        config = EfficientNetConfig(**shared_fields(self.config, EfficientNetConfig))
-        return EfficientNet(config, self.num_classes)
 
-    def num_features(self) -> int:
-        """Return what the global pooling gives: the channels of the last map by default."""
-        return self.pooling.out_features
-
-
-def dsop_resnet(depth: int) -> Entry:
-    """Return the entry of a ResNet that learns with four branches."""
-    return Entry(
-        network=DSoPResNet,
-        config=DSoPResNetConfig,
-        defaults={"depth": depth},
-        image_size=224,
-        num_classes=1000,
-        summary=f"DSoP on ResNet-{depth}: four second-order branches, detached before it ships",
-    )
-
-
-EFFICIENTNET_B0 = Entry(
-    network=DSoPEfficientNet,
-    config=DSoPEfficientNetConfig,
-    defaults={},
-    image_size=224,
-    num_classes=1000,
-    summary="DSoP on EfficientNet-b0: two second-order branches, detached before it ships",
-)
 ENTRIES = {
-    **{f"dsop-resnet{depth}": dsop_resnet(depth) for depth in (18, 34, 50, 101)},
-    "dsop-efficientnet-b0": EFFICIENTNET_B0,
+    **{
+        f"dsop-resnet{depth}": imagenet_entry(
+            DSoPResNet,
+            DSoPResNetConfig,
+            f"DSoP on ResNet-{depth}: four second-order branches, detached before export",
+            depth=depth,
+        )
+        for depth in (18, 34, 50, 101)
+    },
+    "dsop-efficientnet-b0": imagenet_entry(
+        DSoPEfficientNet,
+        DSoPEfficientNetConfig,
+        "DSoP on EfficientNet-b0: two second-order branches, detached before export",
+    ),
 }

@@ -1,28 +1,26 @@
-"""GM-SOP: a gate picks K of N second-order poolings for each image; their weighted sum is classified.
+"""GM-SOP: a gate selects K of N second-order poolings for each image; their weighted sum is classified.
 
 Paper: Wang et al., "Global Gated Mixture of Second-order Pooling for Improving Deep Convolutional Neural
 Networks" (NeurIPS 2018), section 2. GM-GAP has average poolings instead; the one-layer SG-MoE of Table 3
 linear experts, and a gate on the averaged features.
 
-What ships is `GatedResNet`; `GMSOP` adds what only training needs, the gate's noise (Wn of Eq. 2) and
+The inference model is `GatedResNet`; `GMSOP` adds the training-only parts, the gate's noise (Wn of Eq. 2) and
 the balance loss (Eq. 4). Multiply-adds count K of N components and not the gate's Wg f.
 
 Where paper and released code differ the default is the paper's: 5 Newton-Schulz iterations (code 3), the
 map of conv5_x halved (code, with second order: not), dropout 0.2 (code 0.4 for GM-SOP on WRN). The
-paper's prediction layers "share the architecture" of a component; 2.3M parameters of GM-GAP on
-ResNet-18 fit that as well as the code's 256, 128, which stand here. README's 15.7M for GM-SOP on WRN-36-2
-is reached by no construction: the released code builds 17.8M.
+paper's prediction layers "share the architecture" of a component; the 2.3M parameters of GM-GAP on
+ResNet-18 match that as well as the code's 256, 128, which are used here. No construction reaches README's
+15.7M for GM-SOP on WRN-36-2: the released code builds 17.8M.
 """
 
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import pydantic
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone
-from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig, initialise_by_fan_in
+from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig, initialize_by_fan_in
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import dimension_reduction
 from sopdeploy.layers.mixture.components import FusionHead, Kind, make_components, pooling
@@ -34,13 +32,13 @@ Width = Annotated[int, pydantic.Field(ge=1)]
 
 
 class GMSOPConfig(LowResolutionResNetConfig, RootOptions):
-    """`chosen` of `components` poolings answer for each image (the paper's K and N).
+    """The mixture evaluates `chosen` of `components` poolings per image (the paper's K and N).
 
     `component_widths` are a component's 1x1 convolutions, `gate_widths` the gate's prediction layers.
-    `noise_per` is what the gate's gamma is drawn for: an image, as in Eq. (2) and the released code, or
-    every component of an image, as in SG-MoE. `balance_weight` is alpha. `evaluation` says how a
-    training batch meets its components: "routed" gives each component its images only, "dense" runs
-    all on all; the numbers are the same. In eval mode it is dense: no shape depends on the data.
+    `noise_per` selects how the gate's gamma is drawn: per image, as in Eq. (2) and the released code, or per
+    component of an image, as in SG-MoE. `balance_weight` is alpha. `evaluation` selects how a training batch
+    is computed: "routed" evaluates each component on its images only, "dense" all components on all images;
+    the results are equal. Eval mode is dense: no shape depends on the data.
     """
 
     component: Kind = "sop"
@@ -61,7 +59,7 @@ class GMSOPConfig(LowResolutionResNetConfig, RootOptions):
 
 
 class GatedResNet(LowResolutionResNet):
-    """What ships: images in, logits and the gate's weights out, over K of N components per image."""
+    """Inference model: images to logits and the gate's weights, by K of N components per image."""
 
     outputs = ("logits", "gates")
     config: GMSOPConfig
@@ -80,27 +78,24 @@ class GatedResNet(LowResolutionResNet):
         self.head = FusionHead(length, num_classes, norm=True, dropout=config.dropout)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Return (B, classes) logits of the last feature map."""
+        """Compute (B, classes) logits of the last feature map."""
         return self.classify_with_gates(features)[0]
 
-    def forward_with_gates(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits (B, classes) and the gate's weights (B, N), K of them not 0, without noise."""
+    def outputs_tuple(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute logits (B, classes) and the gate's weights (B, N), K of them not 0, without noise."""
         return self.classify_with_gates(self.features(images)[0])
 
-    def outputs_tuple(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the logits and the gate's weights: who decided is part of the answer."""
-        return self.forward_with_gates(images)
-
     def classify_with_gates(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits of the last feature map, and the weights they were mixed with."""
+        """Compute the logits of the last feature map, and the gate's weights."""
         weights_BN = self.gate(features)
         return self.head(self.mixture(features, weights_BN)), weights_BN
 
 
 class GMSOP(Classifier, GatedResNet):
-    """`GatedResNet` with what only its training needs."""
+    """`GatedResNet` with its training-only parts."""
 
     training_only = ("gate.noise",)
+    inference_class = GatedResNet
 
     def __init__(self, config: GMSOPConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
@@ -108,32 +103,25 @@ class GMSOP(Classifier, GatedResNet):
         self.gate.add_module("noise", GateNoise(features, config.components, config.noise_per))
 
     def forward(self, images: Tensor) -> Any:
-        """Return (B, classes) logits in eval mode, a `TrainingOutput` in train mode.
+        """Compute (B, classes) logits in eval mode, a `TrainingOutput` in train mode.
 
-        In train mode raises `ConfigError` for chosen=1: the softmax of one logit is 1, whatever the
-        gate says, so the gate would never learn. A shipped network may have chosen=1.
+        Raises `ConfigError` in train mode for chosen=1: the softmax of one logit is always 1, so the gate has
+        no gradient. An exported network may have chosen=1.
         """
         if not self.training:
             return super().forward(images)
         if self.config.chosen == 1:
-            raise ConfigError("chosen: must be at least 2 to train, the gate learns nothing from one")
+            raise ConfigError("chosen: must be at least 2 to train; with 1 the gate has no gradient")
         features, _ = self.features(images)
         feature_BD = self.gate.feature(features)
         noise: Tensor = self.gate.get_submodule("noise")(feature_BD)
         weights_BN = keep_largest(self.gate.logits(feature_BD) + noise, self.config.chosen)
-        logits: Tensor = self.head(self.mix(features, weights_BN))
+        if self.config.evaluation == "routed" and not features.is_meta:  # `meta` has no weights to route by
+            mixed = self.mixture.routed_sum(features, weights_BN)
+        else:
+            mixed = self.mixture(features, weights_BN)
+        logits: Tensor = self.head(mixed)
         return TrainingOutput(logits, {}, {"balance": balance_loss(weights_BN, self.config.balance_weight)})
-
-    def mix(self, features: Tensor, weights_BN: Tensor) -> Tensor:
-        """Return the mixed vectors (B, D); on `meta` there are no weights to route by."""
-        if self.config.evaluation == "routed" and not features.is_meta:
-            return self.mixture.routed_sum(features, weights_BN)
-        mixed: Tensor = self.mixture(features, weights_BN)
-        return mixed
-
-    def inference_model(self) -> Backbone:
-        """Return the gated network without noise."""
-        return GatedResNet(self.config, self.num_classes)
 
     def num_features(self) -> int:
         """Return the length of a component's vector."""
@@ -141,39 +129,38 @@ class GMSOP(Classifier, GatedResNet):
 
 
 def make_gate(config: GMSOPConfig, channels: int) -> SparseGate:
-    """Return the gate: prediction layers, the components' kind of pooling, Wg, top K."""
+    """Build the gate: prediction layers, the components' kind of pooling, Wg, top K."""
     widths = (channels, *config.gate_widths)
     layers = [dimension_reduction(*pair) for pair in pairwise(widths)]
     pool, length = pooling(config.component, widths[-1], config.newton_schulz())
     gate = SparseGate(nn.Sequential(*layers, pool), length, config.components, config.chosen)
-    initialise_by_fan_in(gate)
+    initialize_by_fan_in(gate)
     return gate
 
 
-def gated(summary: str, defaults: Mapping[str, Any]) -> Entry:
-    """Return the entry of a gated mixture, 8 of 16."""
+def _gated(summary: str, **defaults: object) -> Entry:
     return Entry(
         network=GMSOP,
         config=GMSOPConfig,
         defaults=defaults,
         image_size=64,
         num_classes=1000,
-        summary=summary,
+        summary=f"{summary} for 64-pixel images",
     )
 
 
-RESNET50 = {"blocks_per_stage": 6}
-WRN_36_2 = {"blocks_per_stage": 4, "widen": 2, "project_first_stage": True}
-GAP = {"component": "gap", "component_widths": (512,)}
-WRN_GAP = {**WRN_36_2, **GAP, "gate_widths": (512,)}
-WRN_SOP = {**WRN_36_2, "component_widths": (512, 128), "gate_widths": (512, 128)}
-SG_MOE = {"component": "linear", "component_widths": (512,), "gate_widths": ()}
+WRN_36_2: dict[str, Any] = {"blocks_per_stage": 4, "widen": 2, "project_first_stage": True}
+GAP: dict[str, Any] = {"component": "gap", "component_widths": (512,)}
+WRN_SOP: dict[str, Any] = {**WRN_36_2, "component_widths": (512, 128), "gate_widths": (512, 128)}
+WRN_GAP: dict[str, Any] = {**WRN_36_2, **GAP, "gate_widths": (512,)}
 
 ENTRIES = {
-    "gmsop-16-8-resnet18": gated("GM-SOP on ResNet-18 for 64-pixel images, 8 of 16 poolings", {}),
-    "gmsop-16-8-resnet50": gated("GM-SOP on ResNet-50 for 64-pixel images, 8 of 16 poolings", RESNET50),
-    "gmsop-16-8-wrn36-2": gated("GM-SOP on WRN-36-2 for 64-pixel images, 8 of 16 poolings", WRN_SOP),
-    "gmgap-16-8-resnet18": gated("GM-GAP on ResNet-18 for 64-pixel images, 8 of 16 poolings", GAP),
-    "gmgap-16-8-wrn36-2": gated("GM-GAP on WRN-36-2 for 64-pixel images, 8 of 16 poolings", WRN_GAP),
-    "sgmoe-16-8-resnet18": gated("one-layer SG-MoE on ResNet-18 for 64-pixel images", SG_MOE),
+    "gmsop-16-8-resnet18": _gated("GM-SOP (8 of 16 poolings) on ResNet-18"),
+    "gmsop-16-8-resnet50": _gated("GM-SOP (8 of 16 poolings) on ResNet-50", blocks_per_stage=6),
+    "gmsop-16-8-wrn36-2": _gated("GM-SOP (8 of 16 poolings) on WRN-36-2", **WRN_SOP),
+    "gmgap-16-8-resnet18": _gated("GM-GAP (8 of 16 poolings) on ResNet-18", **GAP),
+    "gmgap-16-8-wrn36-2": _gated("GM-GAP (8 of 16 poolings) on WRN-36-2", **WRN_GAP),
+    "sgmoe-16-8-resnet18": _gated(
+        "one-layer SG-MoE on ResNet-18", component="linear", component_widths=(512,), gate_widths=()
+    ),
 }

@@ -4,12 +4,11 @@ Paper: Gao et al., "Global Second-order Pooling Convolutional Networks" (CVPR 20
 GSoP-Net1 ends in global average pooling, GSoP-Net2 in dimension reduction and iSQRT-COV instead of the
 last block.
 
-Where paper and released code differ the paper is the default, and `RELEASED` holds the code's
-values: the paper puts the block after the last bottleneck of a stage, with a shortcut around it
-(sections 3.4 and 4.1), the code on that bottleneck's residual before the addition; the code's DR has
-stride 2 in conv2_x, on which the GFLOPs of Tables 5 and 6 rest; Newton-Schulz runs 5 steps in the
-paper, 3 in the code. What differs inside the block is told in `blocks/gsop_block.py`. Nothing of the
-network is for training only, so nothing leaves when it ships.
+Where paper and released code differ the paper is the default, and `RELEASED` holds the code's values: the
+paper puts the block after the last bottleneck of a stage, with a shortcut around it (sections 3.4 and 4.1),
+the code on that bottleneck's residual before the addition; the code's DR has stride 2 in conv2_x, on which
+the GFLOPs of Tables 5 and 6 rest; Newton-Schulz runs 5 steps in the paper, 3 in the code. Differences inside
+the block are documented in `layers/attention/gsop_block.py`. The network has no training-only parts.
 """
 
 from abc import abstractmethod
@@ -19,7 +18,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone, initialise
+from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.cifar_resnet import STAGES as PREACT_STAGES
 from sopdeploy.backbones.cifar_resnet import PreActResNet, PreActResNetConfig
 from sopdeploy.backbones.resnet import BLOCKS, STAGES, ResNet, ResNetConfig
@@ -33,33 +32,15 @@ from sopdeploy.layers.attention.first_order import (
     PreActBottleneckAttendedInside,
 )
 from sopdeploy.layers.attention.gsop_block import RELEASED_BLOCK, GSoPBlock, GSoPBlockConfig
+from sopdeploy.layers.newton_schulz import RootOptions
 from sopdeploy.layers.pooling.base import GapConfig, GlobalPooling
 from sopdeploy.layers.pooling.isqrt import ISqrtPoolingConfig
 from sopdeploy.models.base import Classifier, Entry
+from sopdeploy.models.plain import imagenet_entry
 
 Stage = Literal["layer1", "layer2", "layer3", "layer4"]  # conv2_x .. conv5_x
-Place = Literal["after", "inside"]
-
-
-class GSoPConfig(GSoPBlockConfig):
-    """The blocks, where they are, and the end of the network.
-
-    `final_pooling` is "gap" (GSoP-Net1) or "isqrt" (GSoP-Net2, with `final_width` channels after DR, N
-    `iterations` and `dropout` on the vector). `block_stages` are the stages with blocks; `None` means
-    the paper's: all for GSoP-Net1, all but the end of the last for GSoP-Net2. `block_place` and
-    `strided_dr_stages` (stages whose channel-wise DR strides by 2) are where the code leaves the paper.
-    """
-
-    final_pooling: Literal["gap", "isqrt"] = "gap"
-    final_width: Annotated[int, pydantic.Field(ge=1)] = 256
-    iterations: Annotated[int, pydantic.Field(ge=1, le=15)] = 5
-    prenorm: Literal["trace", "frobenius"] = "trace"
-    dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
-    block_stages: tuple[Stage, ...] | None = None
-    block_place: Place = "after"
-    strided_dr_stages: tuple[Stage, ...] = ()
-
-
+BLOCK_SPACING = 3  # 18 bottlenecks per stage, 6 of them with a block
+FINAL_POOLING = {1: "gap", 2: "isqrt"}  # of GSoP-Net1 and GSoP-Net2
 RELEASED: dict[str, Any] = {
     **RELEASED_BLOCK,
     "block_place": "inside",
@@ -68,8 +49,25 @@ RELEASED: dict[str, Any] = {
 }
 
 
+class GSoPConfig(GSoPBlockConfig, RootOptions):
+    """The blocks, their places, and the end of the network.
+
+    `final_pooling` is "gap" (GSoP-Net1) or "isqrt" (GSoP-Net2, with `final_width` channels after DR, N
+    `iterations` and `dropout` on the vector). `block_stages` are the stages with blocks; `None` selects
+    the paper's: all for GSoP-Net1, all but the end of the last for GSoP-Net2. `block_place` and
+    `strided_dr_stages` (stages whose channel-wise DR strides by 2) are where the code differs from the paper.
+    """
+
+    final_pooling: Literal["gap", "isqrt"] = "gap"
+    final_width: Annotated[int, pydantic.Field(ge=1)] = 256
+    dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
+    block_stages: tuple[Stage, ...] | None = None
+    block_place: Literal["after", "inside"] = "after"
+    strided_dr_stages: tuple[Stage, ...] = ()
+
+
 class GSoP(Classifier):
-    """A network with GSoP blocks; to be mixed in before a backbone.
+    """Mixin that adds GSoP blocks to a backbone; put it before the backbone in the bases.
 
     The backbone's parts keep their names; a block is the part `attention` of the residual block it
     belongs to, GSoP-Net2 has its own `pooling` and `fc`.
@@ -81,62 +79,45 @@ class GSoP(Classifier):
 
     @abstractmethod
     def attended_block(self, channels: int) -> AttentionAfter | AttentionInside:
-        """Return a residual block of the backbone's kind that takes an attention where the config says."""
+        """Build a residual block of the backbone's kind that takes an attention where the config says."""
 
     def attach(self, places: Mapping[str, tuple[int, ...]]) -> None:
-        """Put blocks at these positions of the stages, and the second-order end where it is asked for."""
-        wanted: set[str] = {*(self.config.block_stages or ()), *self.config.strided_dr_stages}
-        for name in sorted(wanted - set(places)):
-            raise ConfigError(f"block_stages, strided_dr_stages: no {name}; stages are {', '.join(places)}")
-        for name, positions in self.paper_places(places).items():
+        """Insert blocks at these positions of the stages, and the second-order end if the config has one."""
+        config = self.config
+        for unknown in sorted({*(config.block_stages or ()), *config.strided_dr_stages} - set(places)):
+            raise ConfigError(
+                f"block_stages, strided_dr_stages: no {unknown}; stages are {', '.join(places)}"
+            )
+        kept = dict(places)
+        if config.block_stages is not None:
+            kept = {name: places[name] for name in config.block_stages}
+        elif config.final_pooling == "isqrt":
+            last = list(places)[-1]
+            kept[last] = places[last][:-1]
+        for name, positions in kept.items():
             stage = self.get_submodule(name)
-            dr_stride = 2 if name in self.config.strided_dr_stages else 1
+            dr_stride = 2 if name in config.strided_dr_stages else 1
             for position in positions:
                 channels = self.tap_channels[f"{name}.{position}"]
                 block = self.attended_block(channels)
-                block.attention = GSoPBlock(self.config, channels, dr_stride)
+                block.attention = GSoPBlock(config, channels, dr_stride)
                 stage.register_module(str(position), block)
-                initialise(block)
-        if self.config.final_pooling == "isqrt":
-            self.attach_second_order_end()
+                initialize(block)
+        if config.final_pooling == "isqrt":
+            isqrt = ISqrtPoolingConfig(
+                width=config.final_width, iterations=config.iterations, prenorm=config.prenorm
+            )
+            self.pooling = isqrt.build(self.pooling.out_features)
+            initialize(self.pooling)
+            self.dropout = nn.Dropout(config.dropout)
+            self.fc = self.pooling.classifier(self.num_classes)
 
-    def paper_places(self, places: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """Return the positions that the config keeps of all the *places*, stage by stage."""
-        if self.config.block_stages is not None:
-            return {name: places[name] for name in self.config.block_stages}
-        kept = dict(places)
-        if self.config.final_pooling == "isqrt":
-            last = list(places)[-1]
-            kept[last] = places[last][:-1]
-        return kept
-
-    def attach_second_order_end(self) -> None:
-        """Replace global average pooling by DR, iSQRT-COV and a wider linear layer."""
-        config = self.config
-        isqrt = ISqrtPoolingConfig(
-            width=config.final_width, iterations=config.iterations, prenorm=config.prenorm
-        )
-        self.pooling = isqrt.build(self.pooling.out_features)
-        initialise(self.pooling)
-        self.dropout = nn.Dropout(config.dropout)
-        self.fc = self.pooling.classifier(self.num_classes)
-
-    def second_order_logits(self, features: Tensor) -> Tensor:
-        """Return logits of the root of the features' covariance: how GSoP-Net2 classifies."""
+    def classify(self, features: Tensor) -> Tensor:
+        """Compute logits of averaged features, or of the root of their covariance (GSoP-Net2)."""
+        if self.config.final_pooling == "gap":
+            return super().classify(features)
         logits: Tensor = self.fc(self.dropout(self.pooling(features)))
         return logits
-
-    def inference_model(self) -> Backbone:
-        """Return another one: all of it ships."""
-        return type(self)(self.config, self.num_classes)
-
-    def num_features(self) -> int:
-        """Return the channels of the last map, or the length of the triangle."""
-        return self.pooling.out_features
-
-
-BLOCK_SPACING = 3  # 18 bottlenecks a stage, 6 of them with a block
-FINAL_POOLING = {1: "gap", 2: "isqrt"}  # of GSoP-Net1 and GSoP-Net2
 
 
 class GSoPResNetConfig(ResNetConfig, GSoPConfig):
@@ -144,7 +125,7 @@ class GSoPResNetConfig(ResNetConfig, GSoPConfig):
 
     depth: Literal[26, 50, 101] = 50
     conv5_stride: Literal[1, 2] = 1
-    pooling: GapConfig = GapConfig()  # the end of this network is its own
+    pooling: GapConfig = GapConfig()  # fixed: `final_pooling` selects the pooling
 
 
 class GSoPResNet(GSoP, ResNet):
@@ -157,15 +138,9 @@ class GSoPResNet(GSoP, ResNet):
         self.attach({stage: (n - 1,) for stage, n in zip(STAGES, BLOCKS[config.depth], strict=True)})
 
     def attended_block(self, channels: int) -> AttentionAfter | AttentionInside:
-        """Return a bottleneck that keeps its input's shape."""
+        """Build a bottleneck that keeps its input's shape."""
         inside = self.config.block_place == "inside"
         return (BottleneckAttendedInside if inside else BottleneckAttendedAfter)(channels, channels)
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Return logits of averaged features, or of their covariance's root."""
-        if self.config.final_pooling == "isqrt":
-            return self.second_order_logits(features)
-        return super().classify(features)
 
 
 class GSoPPreActResNetConfig(PreActResNetConfig, GSoPConfig):
@@ -174,7 +149,7 @@ class GSoPPreActResNetConfig(PreActResNetConfig, GSoPConfig):
     blocks: Annotated[int, pydantic.Field(ge=2)] = 18  # the first of a stage changes the shape
     block: Literal["bottleneck"] = "bottleneck"
     last_stride: Literal[1, 2] = 1
-    pooling: GapConfig = GapConfig()  # the end of this network is its own
+    pooling: GapConfig = GapConfig()  # fixed: `final_pooling` selects the pooling
     cov_width: Annotated[int, pydantic.Field(ge=32, le=256)] = 64
     final_width: Annotated[int, pydantic.Field(ge=1)] = 128
     dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.5
@@ -183,8 +158,8 @@ class GSoPPreActResNetConfig(PreActResNetConfig, GSoPConfig):
 class GSoPPreActResNet(GSoP, PreActResNet):
     """GSoP-Net on PreAct-ResNet-164: a block at every third bottleneck (section 4.3).
 
-    In GSoP-Net2 iSQRT-COV takes the place of the last one. Stages of two bottlenecks, which the paper does
-    not have, get one block at their last.
+    In GSoP-Net2 iSQRT-COV replaces the last one. Stages of two bottlenecks, which the paper does not have,
+    have one block at their last.
     """
 
     config: GSoPPreActResNetConfig
@@ -195,53 +170,33 @@ class GSoPPreActResNet(GSoP, PreActResNet):
         self.attach(dict.fromkeys(PREACT_STAGES, tuple(range(spacing - 1, config.blocks, spacing))))
 
     def attended_block(self, channels: int) -> AttentionAfter | AttentionInside:
-        """Return a pre-activation bottleneck that keeps its input's shape."""
+        """Build a pre-activation bottleneck that keeps its input's shape."""
         inside = self.config.block_place == "inside"
-        return (PreActBottleneckAttendedInside if inside else PreActBottleneckAttendedAfter)(
-            channels, channels
-        )
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Return logits of averaged features, or of their covariance's root."""
-        if self.config.final_pooling == "isqrt":
-            return self.second_order_logits(features)
-        return super().classify(features)
-
-
-def gsop_resnet(net: int, depth: int) -> Entry:
-    """Return the entry of GSoP-Net*net* on a ResNet."""
-    defaults: dict[str, Any] = {"depth": depth, "final_pooling": FINAL_POOLING[net]}
-    return Entry(
-        network=GSoPResNet,
-        config=GSoPResNetConfig,
-        defaults=defaults,
-        image_size=224,
-        num_classes=1000,
-        summary=f"GSoP-Net{net} on ResNet-{depth}: covariances scale the channels of every stage",
-    )
-
-
-def gsop_preact_resnet(net: int, depth: int) -> Entry:
-    """Return the entry of GSoP-Net*net* on a pre-activation ResNet of (depth - 2) / 9 bottlenecks a stage."""
-    defaults: dict[str, Any] = {"blocks": (depth - 2) // 9, "final_pooling": FINAL_POOLING[net]}
-    return Entry(
-        network=GSoPPreActResNet,
-        config=GSoPPreActResNetConfig,
-        defaults=defaults,
-        image_size=32,
-        num_classes=100,
-        summary=f"GSoP-Net{net} on PreAct-ResNet-{depth} for 32-pixel images",
-    )
+        kind = PreActBottleneckAttendedInside if inside else PreActBottleneckAttendedAfter
+        return kind(channels, channels)
 
 
 ENTRIES = {
     **{
-        f"gsop-net{net}-resnet{depth}": gsop_resnet(net, depth)
+        f"gsop-net{net}-resnet{depth}": imagenet_entry(
+            GSoPResNet,
+            GSoPResNetConfig,
+            f"GSoP-Net{net} on ResNet-{depth}: covariances scale the channels of every stage",
+            depth=depth,
+            final_pooling=FINAL_POOLING[net],
+        )
         for net in FINAL_POOLING
         for depth in (26, 50, 101)
     },
     **{
-        f"gsop-net{net}-preact-resnet{depth}": gsop_preact_resnet(net, depth)
+        f"gsop-net{net}-preact-resnet{depth}": Entry(
+            network=GSoPPreActResNet,
+            config=GSoPPreActResNetConfig,
+            defaults={"blocks": (depth - 2) // 9, "final_pooling": FINAL_POOLING[net]},
+            image_size=32,
+            num_classes=100,
+            summary=f"GSoP-Net{net} on PreAct-ResNet-{depth} for 32-pixel images",
+        )
         for net in FINAL_POOLING
         for depth in (29, 164)
     },

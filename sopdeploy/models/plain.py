@@ -1,6 +1,5 @@
-"""The plain first-order networks: baselines, and what a detached network must equal."""
+"""First-order networks: baselines, and what a detached network must equal."""
 
-from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.cifar_resnet import (
     PreActResNet,
     PreActResNetConfig,
@@ -18,61 +17,31 @@ from sopdeploy.models.base import Classifier, Entry
 class PlainResNet(Classifier, ResNet):
     """ResNet-18/34/50/101 for 224-pixel images."""
 
-    def inference_model(self) -> Backbone:
-        """Return another one."""
-        return ResNet(self.config, self.num_classes)
-
-    def num_features(self) -> int:
-        """Return what the global pooling gives: the channels of conv5_x by default."""
-        return self.pooling.out_features
+    inference_class = ResNet
 
 
 class PlainSmallResNet(Classifier, SmallResNet):
     """ResNet-20/32/44/56/110 for 32-pixel images."""
 
-    def inference_model(self) -> Backbone:
-        """Return another one."""
-        return SmallResNet(self.config, self.num_classes)
-
-    def num_features(self) -> int:
-        """Return what the global pooling gives: the channels of the last stage by default."""
-        return self.pooling.out_features
+    inference_class = SmallResNet
 
 
 class PlainPreActResNet(Classifier, PreActResNet):
     """Pre-activation ResNet-110/164 and WRN for 32-pixel images."""
 
-    def inference_model(self) -> Backbone:
-        """Return another one."""
-        return PreActResNet(self.config, self.num_classes)
-
-    def num_features(self) -> int:
-        """Return what the global pooling gives: the channels of the last map by default."""
-        return self.pooling.out_features
+    inference_class = PreActResNet
 
 
 class PlainResNeXt(Classifier, ResNeXt):
     """ResNeXt-29 for 32-pixel images."""
 
-    def inference_model(self) -> Backbone:
-        """Return another one."""
-        return ResNeXt(self.config, self.num_classes)
-
-    def num_features(self) -> int:
-        """Return what the global pooling gives: the channels of the last map by default."""
-        return self.pooling.out_features
+    inference_class = ResNeXt
 
 
 class PlainEfficientNet(Classifier, EfficientNet):
     """EfficientNet-b0 for 224-pixel images."""
 
-    def inference_model(self) -> Backbone:
-        """Return another one."""
-        return EfficientNet(self.config, self.num_classes)
-
-    def num_features(self) -> int:
-        """Return what the global pooling gives: the channels of the last map by default."""
-        return self.pooling.out_features
+    inference_class = EfficientNet
 
 
 PREACT_NETWORKS: dict[str, tuple[dict[str, int | str], str]] = {
@@ -83,54 +52,44 @@ PREACT_NETWORKS: dict[str, tuple[dict[str, int | str], str]] = {
 }
 
 
-def resnet(depth: int) -> Entry:
-    """Return the entry of a ResNet for 224-pixel images."""
-    return Entry(
-        network=PlainResNet,
-        config=ResNetConfig,
-        defaults={"depth": depth},
-        image_size=224,
-        num_classes=1000,
-        summary=f"plain ResNet-{depth}",
-    )
-
-
-def small(
-    network: type[Classifier], config: type[StrictModel], defaults: dict[str, int | str], title: str
+def imagenet_entry(
+    network: type[Classifier], config: type[StrictModel], summary: str, **defaults: object
 ) -> Entry:
-    """Return the entry of a network for 32-pixel images."""
+    """Build the entry of a network for 224-pixel images and 1000 classes."""
     return Entry(
-        network=network,
-        config=config,
-        defaults=defaults,
-        image_size=32,
-        num_classes=10,
-        summary=f"plain {title} for 32-pixel images",
+        network=network, config=config, defaults=defaults, image_size=224, num_classes=1000, summary=summary
     )
 
 
-EFFICIENTNET_B0 = Entry(
-    network=PlainEfficientNet,
-    config=EfficientNetConfig,
-    defaults={},
-    image_size=224,
-    num_classes=1000,
-    summary="plain EfficientNet-b0",
-)
+def cifar_entry(
+    network: type[Classifier], config: type[StrictModel], summary: str, **defaults: object
+) -> Entry:
+    """Build the entry of a network for 32-pixel images and 10 classes."""
+    summary = f"{summary} for 32-pixel images"
+    return Entry(
+        network=network, config=config, defaults=defaults, image_size=32, num_classes=10, summary=summary
+    )
+
+
 ENTRIES = {
-    **{f"resnet{depth}": resnet(depth) for depth in (18, 34, 50, 101)},
-    "efficientnet-b0": EFFICIENTNET_B0,
     **{
-        f"resnet{depth}": small(PlainSmallResNet, SmallResNetConfig, {"depth": depth}, f"ResNet-{depth}")
+        f"resnet{depth}": imagenet_entry(PlainResNet, ResNetConfig, f"plain ResNet-{depth}", depth=depth)
+        for depth in (18, 34, 50, 101)
+    },
+    "efficientnet-b0": imagenet_entry(PlainEfficientNet, EfficientNetConfig, "plain EfficientNet-b0"),
+    **{
+        f"resnet{depth}": cifar_entry(
+            PlainSmallResNet, SmallResNetConfig, f"plain ResNet-{depth}", depth=depth
+        )
         for depth in (8, 20, 32, 44, 56, 110)
     },
     **{
-        name: small(PlainPreActResNet, PreActResNetConfig, defaults, title)
+        name: cifar_entry(PlainPreActResNet, PreActResNetConfig, f"plain {title}", **defaults)
         for name, (defaults, title) in PREACT_NETWORKS.items()
     },
     **{
-        f"resnext29-{groups}x64d": small(
-            PlainResNeXt, ResNeXtConfig, {"cardinality": groups}, f"ResNeXt-29 {groups}x64d"
+        f"resnext29-{groups}x64d": cifar_entry(
+            PlainResNeXt, ResNeXtConfig, f"plain ResNeXt-29 {groups}x64d", cardinality=groups
         )
         for groups in (8, 16)
     },

@@ -1,4 +1,4 @@
-"""The catalog: a name, the network it builds, and the size of image it is meant for."""
+"""Catalog of networks: names, networks with their default configs, and image sizes."""
 
 import difflib
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from sopdeploy.models import (
 )
 from sopdeploy.models.base import Classifier, Entry
 
-FAMILIES: tuple[ModuleType, ...] = (  # in the order they are shown; each has its ENTRIES
+FAMILIES: tuple[ModuleType, ...] = (  # in display order; each has its ENTRIES
     plain,
     pooled,
     dsop,
@@ -38,7 +38,7 @@ CATALOG: dict[str, Entry] = {name: line for family in FAMILIES for name, line in
 
 
 def entry(name: str) -> Entry:
-    """Return the catalog's entry *name*; raises `ConfigError` with the nearest names.
+    """Look up *name* in the catalog; raise `ConfigError` with the nearest names if it is unknown.
 
     `timm:NAME` and `dsop-timm:NAME` are entries for every NAME of timm that has feature maps.
     """
@@ -53,9 +53,9 @@ def entry(name: str) -> Entry:
 
 
 def make_config(name: str, values: Mapping[str, Any]) -> StrictModel:
-    """Return the config of model *name* with *values* over the catalog's defaults.
+    """Build the config of model *name* from the catalog's defaults and *values*.
 
-    Raises `ConfigError` naming the first key or value that the model does not accept.
+    Raises `ConfigError` with the first key or value that the model does not accept.
     """
     found = entry(name)
     try:
@@ -66,10 +66,10 @@ def make_config(name: str, values: Mapping[str, Any]) -> StrictModel:
 
 
 def create_model(name: str, *, num_classes: int | None = None, **config: Any) -> Classifier:
-    """Return network *name* of the catalog with fresh weights, in train mode.
+    """Build network *name* of the catalog with fresh weights, in train mode.
 
-    *num_classes* defaults to the catalog's (1000 or 10); *config* are the switches of the model's
-    config class. Raises `ConfigError` for an unknown name, key or value.
+    *num_classes* defaults to the catalog's (1000, 100 or 10); *config* sets options of the model's config
+    class. Raises `ConfigError` for an unknown name, key or value.
     """
     classes = entry(name).num_classes if num_classes is None else num_classes
     if classes < 1:
@@ -78,10 +78,10 @@ def create_model(name: str, *, num_classes: int | None = None, **config: Any) ->
 
 
 def title(family: ModuleType) -> str:
-    """Return what the first sentence of *family* says it is."""
+    """Return the first sentence of the docstring of *family*."""
     return (family.__doc__ or family.__name__).split("\n\n")[0].replace("\n", " ").rstrip(".")
 
 
 def list_models() -> list[str]:
-    """Return the names of the catalog in the order they are shown."""
+    """List the names of the catalog in display order."""
     return list(CATALOG)

@@ -1,25 +1,22 @@
 """Networks of timm, plain (`timm:NAME`) and with DSoP's branches (`dsop-timm:NAME`).
 
-NAME is timm's own. What ships is timm's network with timm's key names, so its weight files fit.
+NAME is timm's own. The inference model is timm's network with timm's key names, so timm's weight files fit.
 """
 
 from torch import nn
 
-from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.timm_backbone import TimmBackbone, TimmConfig, timm_image_size
 from sopdeploy.models.base import Classifier, Entry
-from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches, shared_fields
+from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches
 
 
 class PlainTimm(Classifier, TimmBackbone):
-    """A network of timm as it is."""
+    """A network of timm without changes."""
 
-    def inference_model(self) -> Backbone:
-        """Return another one."""
-        return TimmBackbone(self.config, self.num_classes)
+    inference_class = TimmBackbone
 
     def num_features(self) -> int:
-        """Return the channels that the classifier sees."""
+        """Return the number of channels that the classifier reads."""
         return self.head_channels()
 
 
@@ -30,16 +27,14 @@ class DSoPTimmConfig(TimmConfig, DSoPConfig):
 class DSoPTimm(DSoP, TimmBackbone):
     """DSoP on a network of timm: a branch after every stage from stride 4 on, as on ResNet-18.
 
-    Assumptions, the paper knows no such networks: a branch has two of our blocks nearest to timm's,
-    then batch norm and ReLU, for many of timm's stages end without either; covariances of at most 256
-    channels; all losses weigh alike.
+    Assumptions, because the paper does not cover these networks: a branch has two blocks of the kind nearest
+    to timm's, then batch norm and ReLU, because many of timm's stages end without either; covariances of at
+    most 256 channels; all losses have the same weight.
     """
 
+    inference_class = TimmBackbone
+    inference_config = TimmConfig
     config: DSoPTimmConfig
-
-    def __init__(self, config: DSoPTimmConfig, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.attach_branches()
 
     def paper_branches(self) -> PaperBranches:
         """Return two blocks and at most 256 channels for every stage."""
@@ -53,30 +48,16 @@ class DSoPTimm(DSoP, TimmBackbone):
         return {tap: [tap] for tap in self.tap_channels}
 
     def branch_ending(self, channels: int, /) -> nn.Module:
-        """Return batch norm and ReLU."""
+        """Build batch norm and ReLU."""
         return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
-    def inference_model(self) -> Backbone:
-        """Return timm's network without branches."""
-        return TimmBackbone(TimmConfig(**shared_fields(self.config, TimmConfig)), self.num_classes)
-
     def num_features(self) -> int:
-        """Return the channels that the classifier sees."""
+        """Return the number of channels that the classifier reads."""
         return self.head_channels()
 
 
-def plain_timm(name: str) -> Entry:
-    """Return the entry of timm's network *name*; raises `ConfigError`."""
-    return timm_entry(PlainTimm, TimmConfig, name, f"timm's {name}")
-
-
-def dsop_timm(name: str) -> Entry:
-    """Return the entry of timm's network *name* that learns with branches; raises `ConfigError`."""
-    return timm_entry(DSoPTimm, DSoPTimmConfig, name, f"DSoP on timm's {name}")
-
-
-def timm_entry(network: type[Classifier], config: type[TimmConfig], name: str, summary: str) -> Entry:
-    """Return an entry whose images are as large as timm's weights want them."""
+def _entry(network: type[Classifier], config: type[TimmConfig], name: str, summary: str) -> Entry:
+    """Build an entry with the image size of timm's weights; raise `ConfigError` if unknown."""
     return Entry(
         network=network,
         config=config,
@@ -87,4 +68,7 @@ def timm_entry(network: type[Classifier], config: type[TimmConfig], name: str, s
     )
 
 
-FAMILIES = {"timm": plain_timm, "dsop-timm": dsop_timm}
+FAMILIES = {
+    "timm": lambda name: _entry(PlainTimm, TimmConfig, name, f"timm's {name}"),
+    "dsop-timm": lambda name: _entry(DSoPTimm, DSoPTimmConfig, name, f"DSoP on timm's {name}"),
+}

@@ -124,7 +124,7 @@ def test_branches_start_where_the_paper_says(name: str, config: dict, expected: 
 def test_branches_are_made_of_what_the_paper_says(name, config, blocks, widths) -> None:
     branches = branches_of(name, **config).values()
     assert [len(branch.blocks) for branch in branches] == blocks
-    assert [branch.pooling.config.width for branch in branches] == widths
+    assert [branch.pooling.width for branch in branches] == widths
 
 
 def test_channels_are_reduced_only_where_there_are_more_than_the_target() -> None:

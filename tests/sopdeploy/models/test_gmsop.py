@@ -52,7 +52,7 @@ def test_training_gives_logits_and_the_balance_penalty(name: str) -> None:
 @pytest.mark.parametrize("name", GATED)
 def test_eval_gives_logits_and_on_request_the_gates(name: str) -> None:
     network = untied(tiny(name)).eval()
-    logits, gates = network.forward_with_gates(images())
+    logits, gates = network.outputs_tuple(images())
     assert torch.equal(network(images()), logits)
     assert gates.shape == (4, 4)
     assert (gates > 0).sum(dim=1).tolist() == [2] * 4
@@ -60,7 +60,7 @@ def test_eval_gives_logits_and_on_request_the_gates(name: str) -> None:
 
 
 def test_at_the_start_the_first_components_answer() -> None:
-    _, gates = tiny().eval().forward_with_gates(images())
+    _, gates = tiny().eval().outputs_tuple(images())
     assert gates.tolist() == [[0.5, 0.5, 0.0, 0.0]] * 4
 
 
@@ -145,7 +145,7 @@ def test_choosing_one_ships_but_does_not_train() -> None:
 
 def test_choosing_all_is_the_plain_softmax() -> None:
     network = untied(tiny(chosen=4)).eval()
-    _, gates = network.forward_with_gates(images())
+    _, gates = network.outputs_tuple(images())
     logits = network.gate.logits(network.gate.feature(network.features(images())[0]))
     torch.testing.assert_close(gates, logits.softmax(dim=1))
 

@@ -34,7 +34,7 @@ class WithGates(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.network.forward_with_gates(images)
+        return self.network.outputs_tuple(images)
 
 
 @pytest.mark.slow

@@ -81,5 +81,5 @@ def test_heads_can_be_deleted() -> None:
 
 
 def test_a_target_that_reduces_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="width: 512 is no reduction of 512 channels"):
+    with pytest.raises(ConfigError, match="width: 512 is not smaller than 512 channels"):
         create_model("psdr-resnet50", depth=18, width=512)

@@ -63,7 +63,7 @@ def test_branches_follow_timms_stages_in_the_nearest_kind_of_block(name, taps, k
     assert list(network.branches) == [tap.replace(".", "_") for tap in taps]
     for branch, channels in zip(network.branches.values(), taps.values(), strict=True):
         assert [type(block) for block in branch.blocks] == [kind, kind]
-        assert branch.pooling.config.width == min(channels, 256)
+        assert branch.pooling.width == min(channels, 256)
         assert isinstance(branch.reduction, nn.Identity) == (channels <= 256)
 
 
@@ -94,7 +94,7 @@ def test_networks_with_a_part_named_as_our_own_are_refused(name: str) -> None:
 
 
 def test_a_network_that_does_not_name_its_stages_is_refused() -> None:
-    with pytest.raises(ConfigError, match="timm:hrnet_w18_small does not say which of its parts"):
+    with pytest.raises(ConfigError, match="timm:hrnet_w18_small does not name its stages"):
         create_model("timm:hrnet_w18_small")
 
 
