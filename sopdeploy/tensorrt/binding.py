@@ -1,7 +1,7 @@
-"""The `tensorrt` module of 8.6, 10 and 11 behind one door: everything here exists in all of them.
+"""Access to the `tensorrt` module in versions 8.6, 10 and 11.
 
-What differs between the releases stands in this file and in the builder's, each behind a question to the
-module itself (`hasattr`) where there is one, behind the major version where there is none.
+Version differences are handled here and in the engine builder: by `hasattr` if possible, otherwise by the
+major version.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ Version = tuple[int, int]  # major, minor
 
 
 def import_tensorrt() -> Any:
-    """Return the tensorrt module, or raise `RuntimeUnavailableError` saying how to get it."""
+    """Import tensorrt; raise `RuntimeUnavailableError` if it is missing or too old."""
     trt = import_optional("tensorrt", "TensorRT", "sopdeploy[tensorrt]", RuntimeUnavailableError)
     if version_of(trt) < OLDEST:
         raise RuntimeUnavailableError(f"TensorRT {trt.__version__} is too old; 8.6, 10 and 11 can be used")
@@ -27,26 +27,26 @@ def version_of(trt: Any) -> Version:
 
 
 def parse_version(text: str) -> Version:
-    """Return (10, 16) of `10.16.1.11`; raises `EngineError` where *text* is no version."""
+    """Parse `10.16.1.11` as (10, 16); raise `EngineError` for other text."""
     parts = text.split(".")
     try:
         return int(parts[0]), int(parts[1])
-    except (ValueError, IndexError) as problem:
-        raise EngineError(f"{text}: not a version of TensorRT, such as 10.16") from problem
+    except (ValueError, IndexError) as error:
+        raise EngineError(f"{text}: not a TensorRT version, such as 10.16") from error
 
 
 def make_logger(trt: Any) -> Any:
-    """Return a logger that keeps TensorRT's errors in `errors` and prints nothing."""
+    """Create a logger that collects TensorRT errors in `errors` and prints nothing."""
 
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
-        """Errors, for the one line that the user sees."""
+        """Collects error messages."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            """Keep *message* where it is an error."""
+            """Store *message* if it is an error."""
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
                 self.errors.append(message.strip())
 
@@ -54,14 +54,14 @@ def make_logger(trt: Any) -> Any:
 
 
 def last_error(logger: Any) -> str:
-    """Return what TensorRT said last, on one line."""
+    """Return the last TensorRT error of *logger* on one line."""
     return " ".join(logger.errors[-1].split()) if logger.errors else "TensorRT gave no reason"
 
 
 def deserialize(trt: Any, plan: bytes, logger: Any) -> tuple[Any, Any]:
-    """Return a TensorRT runtime, which must live as long, and the engine of *plan*.
+    """Deserialize *plan*; return the TensorRT runtime, which must outlive the engine, and the engine.
 
-    The plan must be a checked one; host code in it stays forbidden.
+    The caller must have verified *plan*. Host code in plans stays disabled.
     """
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(plan)

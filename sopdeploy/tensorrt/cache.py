@@ -1,8 +1,8 @@
-"""The engine cache: one plan and one JSON file per key, in `engines/<bundle>/` beside the bundle.
+"""The engine cache: a plan and a JSON record per key, in `engines/<bundle>/` beside the bundle.
 
-A plan is native code for one GPU and one TensorRT. So its bytes are handed out only after the key and the
-sha256 in its record are the wanted ones, and whoever asks in vain is told why. The folder must be as
-trustworthy as the program itself: a hash finds damage and mistakes, not somebody who may write here.
+A plan is native code for one GPU model and one TensorRT version. It is loaded only if the key and the sha256
+in its record match; a cache miss returns its reason. The hash detects damage, not an attacker: everyone who
+can write to the folder can run code.
 """
 
 import hashlib
@@ -16,12 +16,13 @@ from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.record import EngineKey, EngineRecord
 
 FOLDER = "engines"
-LARGEST_RECORD = 4_000_000
+MAX_RECORD_BYTES = 4_000_000
+EMPTY = "no engine of this bundle was built here yet"
 
 
 @dataclass(frozen=True)
 class StoredEngine:
-    """A plan whose key and hash were checked; `plan` are the very bytes that were hashed."""
+    """A cached plan whose key and hash were verified, and its record."""
 
     plan: bytes
     record: EngineRecord
@@ -29,19 +30,19 @@ class StoredEngine:
 
 @dataclass(frozen=True)
 class NoEngine:
-    """There is no plan that may be loaded; `reason` says why, in words for the user."""
+    """A cache miss and its reason."""
 
     reason: str
 
 
 def cache_folder(bundle: Bundle, folder: Path | None = None) -> Path:
-    """Return where the engines of *bundle* lie: in *folder*, or beside the bundle."""
+    """Return the cache folder of *bundle*, in *folder* or beside the bundle."""
     parent = folder if folder is not None else bundle.path.resolve().parent / FOLDER
     return parent / bundle.name
 
 
 def store(folder: Path, plan: bytes, record: EngineRecord) -> Path:
-    """Write *plan* and then its *record*, each whole under its name or not at all; return the plan's path."""
+    """Write *plan* and then its *record* atomically; return the path of the plan."""
     path = folder / f"{record.key.name}.plan"
     write_whole(path, plan)
     write_whole(path.with_suffix(".json"), record.to_bytes())
@@ -49,31 +50,29 @@ def store(folder: Path, plan: bytes, record: EngineRecord) -> Path:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write *content* to *path* by way of a hidden file that is renamed."""
+    """Write *content* to *path* atomically; concurrent writers do not disturb each other."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=".engine-", suffix=".partial", dir=path.parent)
+        descriptor, partial = tempfile.mkstemp(prefix=".engine-", suffix=".partial", dir=path.parent)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)  # noqa: PTH105
+            Path(partial).replace(path)
         except BaseException:
             Path(partial).unlink(missing_ok=True)
             raise
-    except OSError as problem:
-        raise EngineError(
-            f"{path}: cannot be written ({problem.strerror}); choose another --cache"
-        ) from problem
+    except OSError as error:
+        raise EngineError(f"{path}: cannot be written ({error.strerror}); choose another --cache") from error
 
 
 def look(folder: Path, key: EngineKey) -> StoredEngine | NoEngine:
-    """Return the checked plan of *key* in *folder*, or why there is none that may be loaded."""
+    """Look up the plan of *key* in *folder* and verify it; return the reason if there is none."""
     path = folder / f"{key.name}.plan"
     if not path.with_suffix(".json").is_file():
-        return NoEngine(nearest(folder, key))
-    record = read_record(path.with_suffix(".json"))
+        return NoEngine(_nearest(folder, key))
+    record = _read_record(path.with_suffix(".json"))
     if isinstance(record, NoEngine):
         return record
     if record.key != key:
@@ -82,41 +81,38 @@ def look(folder: Path, key: EngineKey) -> StoredEngine | NoEngine:
         return NoEngine(f"{path.name} is missing or a link")
     plan = path.read_bytes()
     if hashlib.sha256(plan).hexdigest() != record.plan_sha256:
-        return NoEngine(f"{path.name} has not the sha256 of its record: it was damaged or replaced")
+        return NoEngine(f"{path.name} does not have the sha256 of its record: it was damaged or replaced")
     return StoredEngine(plan=plan, record=record)
 
 
-def read_record(path: Path) -> EngineRecord | NoEngine:
-    """Return the record at *path*, or why it is none."""
+def _read_record(path: Path) -> EngineRecord | NoEngine:
     try:
-        if path.is_symlink() or path.stat().st_size > LARGEST_RECORD:
-            return NoEngine(f"{path.name} is a link, or larger than any record")
+        if path.is_symlink() or path.stat().st_size > MAX_RECORD_BYTES:
+            return NoEngine(f"{path.name} is a link, or larger than {MAX_RECORD_BYTES} bytes")
         return EngineRecord.from_bytes(path.read_bytes())
     except (OSError, ValueError, RecursionError):
-        return NoEngine(f"{path.name} is not an engine's record")
+        return NoEngine(f"{path.name} is not an engine record")
 
 
 def records(folder: Path) -> list[EngineRecord]:
-    """Return every readable record in *folder*, in the order of their names."""
-    found = [read_record(path) for path in sorted(folder.glob("*.json"))]
+    """Read every valid record in *folder*, sorted by file name."""
+    found = [_read_record(path) for path in sorted(folder.glob("*.json"))]
     return [record for record in found if isinstance(record, EngineRecord)]
 
 
-def nearest(folder: Path, key: EngineKey) -> str:
-    """Say why *folder* has no engine of *key*, by the engine in it that differs least."""
+def _nearest(folder: Path, key: EngineKey) -> str:
+    """Explain a miss of *key* by the cached engine with the fewest differences."""
     differences = sorted((key.differences(record.key) for record in records(folder)), key=len)
-    if not differences:
-        return "no engine of this bundle was built here yet"
-    return f"the nearest engine here was built for {'; '.join(differences[0])}"
+    return f"the nearest engine here was built for {'; '.join(differences[0])}" if differences else EMPTY
 
 
 def best_for(
     folder: Path, bundle: Bundle, *, tensorrt: str, gpu: str, architecture: str
 ) -> StoredEngine | NoEngine:
-    """Return the checked engine of *bundle* for this machine that takes the largest batches."""
+    """Find the engine of *bundle* for this machine with the largest batch size."""
     found = records(folder)
     if not found:
-        return NoEngine("no engine of this bundle was built here yet")
+        return NoEngine(EMPTY)
     here = {
         "bundle": bundle.name,
         "bundle_onnx": bundle.manifest.files[bundle.onnx.name].sha256,
@@ -126,7 +122,7 @@ def best_for(
         "precision": bundle.manifest.precision,
     }
     wanted = [record.key.model_copy(update=here) for record in found]
-    fitting = [record.key for record, key in zip(found, wanted, strict=True) if record.key == key]
-    if not fitting:
-        return NoEngine(nearest(folder, wanted[0]))
-    return look(folder, max(fitting, key=lambda key: (key.largest_batch, len(key.profiles), key.name)))
+    matching = [record.key for record, key in zip(found, wanted, strict=True) if record.key == key]
+    if not matching:
+        return NoEngine(_nearest(folder, wanted[0]))
+    return look(folder, max(matching, key=lambda key: (key.largest_batch, len(key.profiles), key.name)))

@@ -1,6 +1,6 @@
-"""The few CUDA calls that an engine needs, through `cuda-python`: one GPU, memory, streams, events.
+"""The CUDA runtime calls that an engine needs, through `cuda-python`.
 
-The driver must be asked first: TensorRT 8.6 ends the process where there is none.
+Call `open_cuda` before TensorRT: TensorRT 8.6 terminates the process if there is no driver.
 """
 
 import ctypes
@@ -16,31 +16,28 @@ from numpy.typing import NDArray
 from sopdeploy.environment import install_hint
 from sopdeploy.errors import RuntimeUnavailableError
 
-MODULES = ("cuda.bindings.runtime", "cuda.cudart")  # of cuda-python 12.6 and later, and before
+MODULES = ("cuda.bindings.runtime", "cuda.cudart")  # of cuda-python 12.6 and later, and of older versions
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that this process sees first."""
+    """The first GPU: model name, compute capability such as `sm_90`, memory in bytes."""
 
     name: str
-    architecture: str  # sm_90
-    memory: int  # bytes
+    architecture: str
+    memory: int
 
 
 class Cuda:
-    """Calls of the CUDA runtime whose failures are raised."""
+    """CUDA runtime calls that raise `RuntimeUnavailableError` on failure."""
 
     def __init__(self, runtime: Any) -> None:
         self._runtime = runtime
-        self._to_device = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._to_host = runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._thread_local = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Return what the CUDA function *name* gives beside its status.
+        """Call the CUDA function *name* and return its result without the status.
 
-        Raises `RuntimeUnavailableError` where the status is not success.
+        Raises `RuntimeUnavailableError` if the status is not success.
         """
         status, *values = getattr(self._runtime, name)(*arguments)
         if int(status) != 0:
@@ -49,52 +46,52 @@ class Cuda:
         return values[0] if values else None
 
     def gpu(self) -> Gpu:
-        """Return the first GPU."""
-        facts = self.call("cudaGetDeviceProperties", 0)
-        name = facts.name.decode() if isinstance(facts.name, bytes) else str(facts.name)
+        """Query the first GPU."""
+        properties = self.call("cudaGetDeviceProperties", 0)
+        name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
         return Gpu(
             name=name.rstrip("\0"),
-            architecture=f"sm_{facts.major}{facts.minor}",
-            memory=int(facts.totalGlobalMem),
+            architecture=f"sm_{properties.major}{properties.minor}",
+            memory=int(properties.totalGlobalMem),
         )
 
-    def device_memory(self, size: int) -> int:
-        """Return the address of *size* new bytes on the GPU."""
-        return int(self.call("cudaMalloc", size))
-
     def pinned_array(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        """Return an array in page-locked memory, which the GPU copies from and to by itself."""
+        """Allocate an array in page-locked host memory, for asynchronous copies."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         address = int(self.call("cudaHostAlloc", size, 0))
         memory = (ctypes.c_char * size).from_address(address)
         return np.frombuffer(memory, dtype=dtype).reshape(shape)
 
     def stream(self) -> Any:
-        """Return a new stream that does not wait for the default one."""
+        """Create a stream that does not synchronize with the default stream."""
         return self.call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
 
+    def event(self) -> Any:
+        """Create an event; waiting for it blocks the thread and leaves its core to the decoders."""
+        flags = self._runtime.cudaEventBlockingSync | self._runtime.cudaEventDisableTiming
+        return self.call("cudaEventCreateWithFlags", flags)
+
     def upload(self, target: int, source: NDArray[Any], stream: Any) -> None:
-        """Begin to copy the pinned array *source* to the GPU's address *target*."""
-        self.call("cudaMemcpyAsync", target, source.ctypes.data, source.nbytes, self._to_device, stream)
+        """Copy the pinned array *source* to the device address *target* asynchronously."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.call("cudaMemcpyAsync", target, source.ctypes.data, source.nbytes, kind, stream)
 
     def download(self, target: NDArray[Any], source: int, stream: Any) -> None:
-        """Begin to copy from the GPU's address *source* into the pinned array *target*."""
-        self.call("cudaMemcpyAsync", target.ctypes.data, source, target.nbytes, self._to_host, stream)
+        """Copy from the device address *source* to the pinned array *target* asynchronously."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.call("cudaMemcpyAsync", target.ctypes.data, source, target.nbytes, kind, stream)
 
-    def wait(self, stream: Any) -> None:
-        """Wait until everything on *stream* is done."""
-        self.call("cudaStreamSynchronize", stream)
+    def capture(self, enqueue: Callable[[], None], stream: Any) -> Any:
+        """Capture the work that *enqueue* puts on *stream* as an executable graph, without running it.
 
-    def captured(self, work: Callable[[], None], stream: Any) -> Any:
-        """Return the graph of what *work* puts on *stream*: later one call starts it; now nothing runs.
-
-        Raises `RuntimeUnavailableError` where CUDA cannot make a graph of it, and what *work* raises.
+        Raises `RuntimeUnavailableError` if CUDA cannot capture it, and the errors of *enqueue*.
         """
-        self.call("cudaStreamBeginCapture", stream, self._thread_local)
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.call("cudaStreamBeginCapture", stream, mode)
         try:
-            work()
+            enqueue()
         except BaseException:
-            with suppress(RuntimeUnavailableError):  # a broken capture must end all the same
+            with suppress(RuntimeUnavailableError):  # a failed capture must be ended too
                 self.call("cudaStreamEndCapture", stream)
             raise
         graph = self.call("cudaStreamEndCapture", stream)
@@ -103,68 +100,19 @@ class Cuda:
         finally:
             self.call("cudaGraphDestroy", graph)
 
-    def launch(self, graph: Any, stream: Any) -> None:
-        """Begin everything in *graph*."""
-        self.call("cudaGraphLaunch", graph, stream)
-
-    def forget(self, graph: Any) -> None:
-        """Give back a graph."""
-        self.call("cudaGraphExecDestroy", graph)
-
-    def event(self) -> Any:
-        """Return a new event; who waits for it sleeps, and leaves the core to the decoders."""
-        kinds = self._runtime.cudaEventBlockingSync | self._runtime.cudaEventDisableTiming
-        return self.call("cudaEventCreateWithFlags", kinds)
-
-    def record(self, event: Any, stream: Any) -> None:
-        """Let *event* happen when everything that is on *stream* now is done."""
-        self.call("cudaEventRecord", event, stream)
-
-    def follow(self, stream: Any, event: Any) -> None:
-        """Let what comes on *stream* wait for *event*."""
-        self.call("cudaStreamWaitEvent", stream, event, 0)
-
-    def wait_for(self, event: Any) -> None:
-        """Wait until *event* has happened."""
-        self.call("cudaEventSynchronize", event)
-
-    def free(self, address: int) -> None:
-        """Give back memory of the GPU."""
-        self.call("cudaFree", address)
-
-    def free_pinned(self, array: NDArray[Any]) -> None:
-        """Give back a pinned array."""
-        self.call("cudaFreeHost", array.ctypes.data)
-
-    def free_event(self, event: Any) -> None:
-        """Give back an event."""
-        self.call("cudaEventDestroy", event)
-
-    def free_stream(self, stream: Any) -> None:
-        """Give back a stream."""
-        self.call("cudaStreamDestroy", stream)
-
 
 def open_cuda() -> Cuda:
-    """Return CUDA with at least one GPU.
-
-    Raises `RuntimeUnavailableError` where cuda-python, the driver or a GPU is missing.
-    """
-    cuda = Cuda(import_cuda())
+    """Open CUDA; raise `RuntimeUnavailableError` if cuda-python, the driver or a GPU is missing."""
+    for name in MODULES:
+        with suppress(ImportError):
+            cuda = Cuda(importlib.import_module(name))
+            break
+    else:
+        raise RuntimeUnavailableError(install_hint("cuda-python", "sopdeploy[tensorrt]"))
     try:
         count = cuda.call("cudaGetDeviceCount")
-    except RuntimeUnavailableError as problem:
-        raise RuntimeUnavailableError(f"no NVIDIA GPU can be used here ({problem})") from problem
+    except RuntimeUnavailableError as error:
+        raise RuntimeUnavailableError(f"no NVIDIA GPU can be used here ({error})") from error
     if not count:
         raise RuntimeUnavailableError("no NVIDIA GPU can be used here (CUDA sees 0 devices)")
     return cuda
-
-
-def import_cuda() -> Any:
-    """Return cuda-python's runtime module, whichever name it has in the installed version."""
-    for name in MODULES:
-        try:
-            return importlib.import_module(name)
-        except ImportError:
-            continue
-    raise RuntimeUnavailableError(install_hint("cuda-python", "sopdeploy[tensorrt]"))

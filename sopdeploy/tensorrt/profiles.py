@@ -1,7 +1,7 @@
-"""Optimisation profiles: which batch sizes an engine is built and tuned for.
+"""Optimization profiles: the batch sizes that an engine is built and tuned for.
 
-`1,8,32` gives three profiles that do not overlap: exactly 1, 2 to 8, 9 to 32. Each is tuned for its largest
-batch, so every batch has one profile, and the single image gets an engine without a free dimension.
+`1,8,32` gives three disjoint profiles: 1, 2 to 8, and 9 to 32. Each is tuned for its largest batch. Every
+batch size has exactly one profile, and single images run without a dynamic dimension.
 """
 
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.config import Count, StrictModel
 from sopdeploy.errors import ConfigError
 
-MOST = 8  # each profile is tuned by itself and holds memory of its own
+MAX_PROFILES = 8  # each one adds build time and memory
 
 
 class Profile(StrictModel):
-    """The batch sizes of one profile, and the one it is tuned for."""
+    """The batch sizes of a profile; it is tuned for `optimum`."""
 
     minimum: Count
     optimum: Count
@@ -25,29 +25,29 @@ class Profile(StrictModel):
 
 
 def parse_profiles(text: str | None, batch: BatchRange) -> tuple[Profile, ...]:
-    """Return the profiles of *text* such as `1,8,32`; of *batch* where there is no text.
+    """Parse `1,8,32` to profiles; without *text*, use the sizes of *batch*.
 
-    Raises `ConfigError` where a size is no number, or outside of what the bundle was verified for.
+    Raises `ConfigError` if a size is not a number or outside the range that the bundle was verified for.
     """
     if text is None:
         return make_profiles((batch.minimum, batch.optimum, batch.maximum), batch)
     try:
         sizes = [int(part) for part in text.split(",")]
-    except ValueError as problem:
-        raise ConfigError(f"--profiles {text}: write batch sizes such as 1,8,32") from problem
+    except ValueError as error:
+        raise ConfigError(f"--profiles {text}: write batch sizes such as 1,8,32") from error
     return make_profiles(sizes, batch)
 
 
 def make_profiles(sizes: Sequence[int], batch: BatchRange) -> tuple[Profile, ...]:
-    """Return one profile for each of *sizes*, each from the one before it up to the size."""
+    """Create one profile per size, from the previous size plus one up to the size."""
     ordered = sorted(set(sizes))
     if not ordered or ordered[0] < batch.minimum or ordered[-1] > batch.maximum:
         raise ConfigError(
             f"--profiles {','.join(map(str, sizes))}: the bundle was verified for batches of "
             f"{batch.minimum} to {batch.maximum}"
         )
-    if len(ordered) > MOST:
-        raise ConfigError(f"--profiles: {len(ordered)} profiles, at most {MOST} are sensible")
+    if len(ordered) > MAX_PROFILES:
+        raise ConfigError(f"--profiles: {len(ordered)} profiles, at most {MAX_PROFILES} are allowed")
     starts = [batch.minimum, *(size + 1 for size in ordered[:-1])]
     return tuple(
         Profile(minimum=start, optimum=size, maximum=size)
@@ -56,8 +56,8 @@ def make_profiles(sizes: Sequence[int], batch: BatchRange) -> tuple[Profile, ...
 
 
 def index_for(profiles: Sequence[Profile], batch: int) -> int:
-    """Return the index of the profile that takes *batch* images."""
+    """Return the index of the profile for *batch* images; raise `ConfigError` if there is none."""
     for index, profile in enumerate(profiles):
         if profile.minimum <= batch <= profile.maximum:
             return index
-    raise ConfigError(f"no profile takes {batch} images; there are {', '.join(map(str, profiles))}")
+    raise ConfigError(f"no profile accepts {batch} images; there are {', '.join(map(str, profiles))}")

@@ -1,7 +1,7 @@
-"""What is written beside a plan: the key it was built for, its hash, and what was measured on it.
+"""Engine records: JSON files beside plans with the cache key, the plan's hash and measurements.
 
-The key says everything that makes a plan fit or not fit; two keys differ in named fields, so that a rebuild
-can say why.
+The key contains everything that decides whether a plan can be used. Keys are compared field by field, so a
+rebuild can state its reason.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from sopdeploy.bundle.manifest import Sha256, to_json
-from sopdeploy.config import StrictModel
+from sopdeploy.config import Count, NonNegative, StrictModel
 from sopdeploy.tensorrt.profiles import Profile
 
 NAME_LENGTH = 16
@@ -25,14 +25,14 @@ FIELD_NAMES = {
     "architecture": "GPU architecture",
     "precision": "precision",
     "profiles": "profiles",
-    "level": "optimisation level",
-    "via": "way to the plan:",
-    "builder": "version of the engine builder",
+    "level": "optimization level",
+    "via": "builder input",
+    "builder": "engine builder version",
 }
 
 
 class EngineKey(StrictModel):
-    """Everything that decides whether a plan fits: bundle, TensorRT, GPU, precision, profiles."""
+    """Cache key of a plan: bundle, TensorRT, GPU, precision, profiles and builder options."""
 
     bundle: str  # <model>-<id>
     bundle_onnx: Sha256
@@ -43,50 +43,49 @@ class EngineKey(StrictModel):
     profiles: Annotated[tuple[Profile, ...], pydantic.Field(min_length=1)]
     level: Annotated[int, pydantic.Field(ge=0, le=5)] = 3
     via: Via = "onnx"
-    builder: Literal[1] = 1  # raised where the lint or the builder's flags change what a plan computes
+    builder: Literal[1] = 1  # increased when the lint or the builder flags change what a plan computes
 
     @pydantic.model_serializer(mode="wrap")
-    def _without_the_usual_way(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `via` out where it is ONNX, so that such an engine keeps the name it always had."""
+    def _omit_default_via(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit `via` if it is ONNX: names of plans from before this field stay valid."""
         fields: dict[str, Any] = dump(self)
         return {name: value for name, value in fields.items() if (name, value) != ("via", "onnx")}
 
     @property
     def name(self) -> str:
-        """Return the name of the plan's files: a hash over the key."""
+        """File name of the plan without suffix: a hash over the key."""
         return hashlib.sha256(to_json(self.model_dump(mode="json"))).hexdigest()[:NAME_LENGTH]
 
     @property
     def largest_batch(self) -> int:
-        """Return the largest batch that any profile takes."""
+        """Largest batch of all profiles."""
         return max(profile.maximum for profile in self.profiles)
 
     def differences(self, other: "EngineKey") -> list[str]:
-        """Return in words where *other* is not this key."""
+        """Describe each field in which *other* differs from this key; hashes are shortened."""
+
+        def shown(key: EngineKey, field: str) -> str:
+            value = getattr(key, field)
+            if isinstance(value, tuple):
+                return ",".join(map(str, value))
+            return str(value)[:NAME_LENGTH] if field == "bundle_onnx" else str(value)
+
         return [
-            f"{FIELD_NAMES[field]} {said(getattr(other, field))}, not {said(getattr(self, field))}"
-            for field in FIELD_NAMES
+            f"{name} {shown(other, field)}, not {shown(self, field)}"
+            for field, name in FIELD_NAMES.items()
             if getattr(self, field) != getattr(other, field)
         ]
 
 
-def said(value: Any) -> str:
-    """Return a key's field as a person reads it; a hash is shortened."""
-    if isinstance(value, tuple):
-        return ",".join(str(profile) for profile in value)
-    text = str(value)
-    return text[:NAME_LENGTH] if len(text) == hashlib.sha256().digest_size * 2 else text
-
-
 class PartPrecision(StrictModel):
-    """Of one part of the network: the precisions its graph asks for, and those of the engine's layers."""
+    """Precisions of a network part: requested by the graph, and the number of engine layers by precision."""
 
     asked: tuple[str, ...]
     realised: dict[str, int]
 
 
 class Receipt(StrictModel):
-    """The precision receipt: what was asked and what the engine's inspector shows, part by part."""
+    """Requested precision and the precision of the engine's layers per network part, from the inspector."""
 
     asked: str
     parts: dict[str, PartPrecision]
@@ -96,7 +95,7 @@ class Receipt(StrictModel):
 
 
 class ProbeReplay(StrictModel):
-    """The largest deviation per output when the probes ran on the engine in batches of *batch*."""
+    """Largest deviation per output when the engine ran the probes in batches of `batch`."""
 
     batch: int
     images: int
@@ -105,7 +104,7 @@ class ProbeReplay(StrictModel):
 
 
 class Hazard(StrictModel):
-    """One thing that this TensorRT would have read wrongly, and what was done to the graph."""
+    """A pattern that this TensorRT version would compute incorrectly, and how the graph was changed."""
 
     rule: str
     operators: int
@@ -113,24 +112,24 @@ class Hazard(StrictModel):
 
 
 class EngineRecord(StrictModel):
-    """What `<name>.json` holds."""
+    """Content of `<name>.json`; `parsed_onnx_sha256` is the hash of the builder's input."""
 
     format: Literal["sopdeploy-engine"] = "sopdeploy-engine"
     version: Literal[1] = 1
     key: EngineKey
     plan_sha256: Sha256
-    plan_bytes: Annotated[int, pydantic.Field(ge=1)]
-    parsed_onnx_sha256: Sha256  # of the graph after the lint; by torch-tensorrt of network.pt2
-    build_seconds: Annotated[float, pydantic.Field(ge=0)]
+    plan_bytes: Count
+    parsed_onnx_sha256: Sha256  # the linted graph, or network.pt2 with torch-tensorrt
+    build_seconds: NonNegative
     hazards: tuple[Hazard, ...]
     receipt: Receipt
     replays: tuple[ProbeReplay, ...]
 
     def to_bytes(self) -> bytes:
-        """Return the bytes of the JSON file."""
+        """Serialize to JSON."""
         return to_json(self.model_dump(mode="json"))
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> "EngineRecord":
-        """Return the record in *raw*; raises `ValueError` (pydantic's is one) where it is none."""
+        """Parse the JSON in *raw*; raise `ValueError` if it is not a valid record."""
         return cls.model_validate_json(json.dumps(json.loads(raw)))

@@ -43,7 +43,7 @@ def test_a_damaged_plan_is_never_loaded(built: Engine, bundle: Bundle) -> None:
     content = bytearray(built.path.read_bytes())
     content[-1] ^= 1
     built.path.write_bytes(content)
-    assert "has not the sha256 of its record" in rebuilt_because(bundle)
+    assert "does not have the sha256 of its record" in rebuilt_because(bundle)
 
 
 def test_sabotage_the_plan_of_another_bundle_is_never_loaded(
@@ -68,7 +68,7 @@ def test_sabotage_the_plan_of_another_bundle_under_this_ones_record_is_never_loa
 @pytest.mark.parametrize("content", [b"", b"{}", b"not JSON", b"[" * 100_000, b"\xff\xfe"])
 def test_a_record_that_is_none_is_not_believed(content: bytes, built: Engine, bundle: Bundle) -> None:
     built.path.with_suffix(".json").write_bytes(content)
-    assert "is not an engine's record" in rebuilt_because(bundle)
+    assert "is not an engine record" in rebuilt_because(bundle)
 
 
 def test_a_record_with_another_key_is_not_believed(built: Engine, bundle: Bundle) -> None:

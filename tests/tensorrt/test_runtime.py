@@ -81,7 +81,7 @@ def test_the_engine_of_another_tensorrt_is_not_loaded(install: Install, bundle: 
 def test_a_replaced_plan_is_not_loaded(install: Install, bundle: Bundle) -> None:
     install()
     get_engine(bundle, OPTIONS).path.write_bytes(b"native code of a stranger")
-    with pytest.raises(RuntimeUnavailableError, match="has not the sha256 of its record"):
+    with pytest.raises(RuntimeUnavailableError, match="does not have the sha256 of its record"):
         open_runtime(bundle, ON_ENGINE)
 
 

@@ -51,7 +51,7 @@ def test_batches_that_overlap_give_their_own_numbers(runtime: TensorRTRuntime) -
 
 def test_a_third_batch_is_refused_until_the_first_has_ended(runtime: TensorRTRuntime) -> None:
     ends = [runtime.begin(list(batch(number, 2))) for number in range(2)]
-    with pytest.raises(RuntimeError, match="2 batches are under way"):
+    with pytest.raises(RuntimeError, match="2 batches are in flight"):
         runtime.begin(list(batch(2, 2)))
     for number, end in enumerate(ends):
         right(end(), number, 2)
