@@ -25,8 +25,8 @@ from serving_ours import CLASSES, pretend
 from serving_peers import OURS, cpu_seconds, free_port, started
 
 from sopdeploy_service.app import create_app
+from sopdeploy_service.images import loaders
 from sopdeploy_service.images.decode import Decoded
-from sopdeploy_service.inference import service
 from sopdeploy_service.server.process import http_config
 from sopdeploy_service.settings import load_settings
 
@@ -103,7 +103,7 @@ def serve(port: int) -> None:
         def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
             return {"logits": logits[: len(images)]}
 
-    service.decode = lambda *_, **__: picture  # type: ignore[assignment]
+    loaders.decode = lambda *_, **__: picture  # type: ignore[assignment]
     settings = load_settings(port=port, queue_size=1024, max_batch=8)
     app = create_app({"model": replace(found, runtime=Constant())}, settings)
     config = http_config(app, settings)

@@ -24,7 +24,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange, Lineage, Manifest, TensorRecord
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.app import create_app
-from sopdeploy_service.inference import service
+from sopdeploy_service.images import loaders
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import OverlappingRuntime
 from sopdeploy_service.runtime.fake import FakeOverlappingRuntime
@@ -145,8 +145,8 @@ def main() -> None:
         sys.exit("say --pretend or --bundle")
     accounts = Accounts()
     if given.accounts is not None:
-        service.decode = accounts.wrap_decoder(service.decode)
-        inference = accounts.wrap_runtime(inference)
+        loaders.decode = accounts.over_decoder(loaders.decode)
+        inference = accounts.over(inference)
     app = create_app({"model": inference}, settings)
     config = http_config(app, settings)
     config.port = given.port

@@ -1,4 +1,4 @@
-"""`sopdeploy verify`: is this bundle whole, and does this machine compute it right? Offline."""
+"""`sopdeploy verify`: check the files of a bundle and what this machine computes with it, offline."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from sopdeploy_service.settings import Settings, load_settings
 
 
 class ReplayRecord(StrictModel):
-    """How far the outputs of the probes deviated at one batch size, and the bounds they kept."""
+    """The largest deviation of each output from the probes at one batch size, and its tolerance."""
 
     batch: int
     images: int
@@ -17,7 +17,7 @@ class ReplayRecord(StrictModel):
 
 
 class Verification(StrictModel):
-    """What was verified; that it exists means that everything held."""
+    """The facts of a bundle that passed every check."""
 
     bundle: str
     id: str
@@ -30,28 +30,25 @@ class Verification(StrictModel):
 
 
 def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
-    """Check every file of the bundle against its manifest, then replay its probes.
+    """Check every file against the manifest, then replay every probe alone and in batches.
 
-    Raises `BundleError` for the files, `ParityError` for the numbers, `RuntimeUnavailableError`
-    where nothing here can run it.
+    Raises `BundleError` for the files, `ParityError` for the numbers, and `RuntimeUnavailableError` if no
+    runtime here can run the bundle.
     """
-    inference = load_model(bundle_path, settings or load_settings(), thorough=True)
-    bundle = inference.bundle
+    loaded = load_model(bundle_path, settings or load_settings(), thorough=True)
+    bundle = loaded.bundle
     return Verification(
         bundle=bundle.name,
         id=bundle.manifest.id,
         model=bundle.manifest.model,
         files=len(bundle.manifest.files),
         bytes=sum(record.bytes for record in bundle.manifest.files.values()),
-        runtime=inference.runtime.name,
-        device=inference.runtime.device,
+        runtime=loaded.runtime.name,
+        device=loaded.runtime.device,
         replays=tuple(
             ReplayRecord(
-                batch=batch,
-                images=found.images,
-                deviation=found.deviation,
-                tolerance=found.tolerance,
+                batch=batch, images=found.images, deviation=found.deviation, tolerance=found.tolerance
             )
-            for batch, found in inference.replays.items()
+            for batch, found in loaded.replays.items()
         ),
     )

@@ -1,6 +1,7 @@
 """Load the pixels of an image: exactly, at a reduced scale, or on the GPU."""
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from threading import local
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.images.decode import Load, load_exact
+from sopdeploy_service.images.decode import Decoded, EncodedImage, Load, decode, load_exact
 from sopdeploy_service.settings import Settings
 
 GPU_MODES = {"RGB", "L"}
@@ -28,6 +29,16 @@ def pixel_loader(settings: Settings) -> Load:
     if settings.decode == "nvimagecodec":
         return _gpu_loader()
     return {"exact": load_exact, "fast": load_reduced}[settings.decode]
+
+
+def make_decoder(settings: Settings) -> Callable[[EncodedImage, Preprocess], Decoded]:
+    """Create the decoder of encoded images with the limits of *settings*; raises as `pixel_loader` does."""
+    return partial(
+        decode,
+        max_bytes=settings.max_body_bytes,
+        max_pixels=settings.max_pixels,
+        load=pixel_loader(settings),
+    )
 
 
 def load_reduced(image: Image.Image, body: bytes, preprocess: Preprocess) -> Image.Image:  # noqa: ARG001

@@ -11,16 +11,15 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import ImageError
-from sopdeploy_service.images.decode import Decoded, EncodedImage, decode, keep_memory
+from sopdeploy_service.images.decode import Decoded, EncodedImage, keep_memory
 from sopdeploy_service.images.decode_pool import DecodePool, PoolClosedError
-from sopdeploy_service.images.loaders import pixel_loader
+from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.fault_injection import NO_FAULTS, Faults
 from sopdeploy_service.inference.loader import LoadedModel
@@ -65,13 +64,7 @@ class Service:
         self.registry = ModelRegistry(loaded, settings, self.metrics, store, faults)
         self.fetches = asyncio.Semaphore(settings.url_fetches)
         keep_memory(settings.decoders)
-        decode_one = partial(
-            faults.wrap_decoder(decode),
-            max_bytes=settings.max_body_bytes,
-            max_pixels=settings.max_pixels,
-            load=pixel_loader(settings),
-        )
-        self._decoders = DecodePool(decode_one, settings.decoders)
+        self._decoders = DecodePool(faults.wrap_decoder(make_decoder(settings)), settings.decoders)
         self._parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
         self._admitted = 0
         self.metrics.decoders(settings.decoders)

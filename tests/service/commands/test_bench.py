@@ -16,7 +16,7 @@ def test_the_batch_sizes_are_a_list_of_numbers() -> None:
 
 
 def test_latencies_come_with_tails_and_rates() -> None:
-    found = timing.latency(4, [0.001 * n for n in range(1, 101)])
+    found = timing.summarize(4, [0.001 * n for n in range(1, 101)])
     assert found.median_ms == pytest.approx(50.5)
     assert found.p95_ms < found.p99_ms <= 100
     assert found.images_per_s == pytest.approx(4 / 0.0505)
@@ -24,14 +24,14 @@ def test_latencies_come_with_tails_and_rates() -> None:
 
 @pytest.fixture
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "BUDGET_S", 0.01)
+    monkeypatch.setattr(timing, "BUDGET_SECONDS", 0.01)
 
 
 @pytest.mark.usefixtures("_short")
 def test_a_bundle_is_timed_at_every_batch_size_with_what_a_figure_depends_on(bundle_path: Path) -> None:
     found = timing.bench(bundle_path, load_settings(threads=1), (1, 2))
     assert [row.batch for row in found.ours.latencies] == [1, 2]
-    assert all(row.runs >= timing.FEWEST for row in found.ours.latencies)
+    assert all(row.runs >= timing.MIN_RUNS for row in found.ours.latencies)
     assert found.ours.precision == "fp32"
     assert found.threads == 1
     assert {"processor", "cores"} <= found.machine.keys()

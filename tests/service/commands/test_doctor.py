@@ -1,4 +1,4 @@
-"""The doctor against real servers whose limit is known."""
+"""`sopdeploy doctor` against servers with a known bottleneck."""
 
 import json
 import time
@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from sopdeploy.doctor.examine import examine
 from sopdeploy.errors import ConfigError, DataError, ServiceError, UnreachableError
-from sopdeploy_service.inference import service
+from sopdeploy_service.images import loaders
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     grid = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     Image.fromarray(grid).save(tmp_path / "a.jpg", quality=85)
     return tmp_path
@@ -25,17 +25,18 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def slow_decoders(monkeypatch):
-    """Decoders that take 80 ms, asleep: what a real one takes is also the machine's load."""
-    whole = service.decode
+    """Decoders that sleep 80 ms: unlike CPU time, independent of the load of the machine."""
+    decode = loaders.decode
 
     def slow(*given, **options):
         time.sleep(0.08)
-        return whole(*given, **options)
+        return decode(*given, **options)
 
-    monkeypatch.setattr(service, "decode", slow)
+    monkeypatch.setattr(loaders, "decode", slow)
 
 
-def test_a_slow_engine_is_found(serve_with):
+@pytest.mark.slow  # measures the load of the machine too
+def test_a_slow_model_is_found(serve_with):
     server = serve_with(FakeRuntime(classes=7, fixed_ms=100, largest_batch=2))
     found = examine(str(server.base_url), seconds=4, concurrency=8)
     assert found.advice.limit == "engine"
@@ -47,16 +48,18 @@ def test_a_slow_engine_is_found(serve_with):
     assert found.stopped is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("slow_decoders")
-def test_too_few_decoders_are_found(serve_with, pictures):
+def test_too_few_decoders_are_found(serve_with, images):
     server = serve_with(FakeRuntime(classes=7), decoders=1)
-    found = examine(str(server.base_url), images=pictures, seconds=3, concurrency=4)
+    found = examine(str(server.base_url), images=images, seconds=3, concurrency=4)
     assert found.advice.limit == "decode"
     assert "decoders=" in found.advice.change
     assert found.best.engine_busy < 0.5
 
 
-def test_a_queue_that_is_too_small_is_found_and_its_refusals_are_obeyed(serve_with):
+@pytest.mark.slow
+def test_a_small_queue_is_found_and_its_retry_times_are_respected(serve_with):
     server = serve_with(FakeRuntime(classes=7, fixed_ms=4), queue_size=1, max_images=1)
     found = examine(str(server.base_url), seconds=3, concurrency=4)
     assert found.advice.limit == "queue"
@@ -66,7 +69,7 @@ def test_a_queue_that_is_too_small_is_found_and_its_refusals_are_obeyed(serve_wi
 
 
 class Breaks(FakeRuntime):
-    """A pretend runtime that answers so many batches and then raises."""
+    """Runs `left` batches, then raises."""
 
     left = 12
 
@@ -77,7 +80,7 @@ class Breaks(FakeRuntime):
         return super().run(images)
 
 
-def test_an_error_ends_the_load_at_once(serve_with):
+def test_an_error_ends_the_load_immediately(serve_with):
     runtime = Breaks(classes=7, fixed_ms=20)
     server = serve_with(runtime)
     found = examine(str(server.base_url), seconds=60, concurrency=1)
@@ -86,14 +89,14 @@ def test_an_error_ends_the_load_at_once(serve_with):
     assert -10 < runtime.left < 0
 
 
-def test_a_server_that_answers_nothing_under_load_is_an_error(serve_with):
+def test_no_response_under_load_is_an_error(serve_with):
     runtime = Breaks(classes=7)
     runtime.left = 4  # those before the load
     with pytest.raises(ServiceError, match=r"nothing was answered under load.*engine_failed"):
         examine(str(serve_with(runtime).base_url), seconds=2, concurrency=2)
 
 
-def test_what_cannot_be_examined_is_one_clear_line(serve_with, tmp_path):
+def test_unusable_arguments_raise_the_matching_error(serve_with, tmp_path):
     with pytest.raises(UnreachableError):
         examine("http://127.0.0.1:9", seconds=1)
     server = serve_with(FakeRuntime(classes=7))
@@ -106,7 +109,7 @@ def test_what_cannot_be_examined_is_one_clear_line(serve_with, tmp_path):
         examine(str(server.base_url), images=tmp_path)
 
 
-def test_several_models_need_a_name_and_share_their_numbers(run_server, bundle):
+def test_several_models_require_a_name(run_server, bundle):
     runtime = FakeRuntime(classes=7, fixed_ms=5)
     with run_server(runtime, bundle, Settings(), names=("a", "b")) as server:
         with pytest.raises(ConfigError, match="a, b"):
@@ -116,7 +119,7 @@ def test_several_models_need_a_name_and_share_their_numbers(run_server, bundle):
     assert any("several models" in note for note in found.notes)
 
 
-def test_the_verb_prints_a_table_and_json_for_a_script(serve_with):
+def test_the_command_prints_a_table_or_json(serve_with):
     server = serve_with(FakeRuntime(classes=7, fixed_ms=20, largest_batch=2))
     arguments = ["doctor", "--url", str(server.base_url), "--seconds", "1", "--concurrency", "4"]
     shown = CliRunner().invoke(app, arguments)
@@ -128,7 +131,7 @@ def test_the_verb_prints_a_table_and_json_for_a_script(serve_with):
     assert found["advice"]["limit"]
 
 
-def test_a_wrong_url_ends_with_exit_code_2():
+def test_an_invalid_url_exits_with_code_2():
     found = CliRunner().invoke(app, ["doctor", "--url", "nonsense"])
     assert (found.exit_code, found.stdout) == (2, "")
     assert found.stderr.startswith("error: 'nonsense'")
