@@ -1,9 +1,11 @@
-"""A client of `sopdeploy serve`, to block on or to await; needs no torch and nothing of the server."""
+"""Sync and async Python clients of `sopdeploy serve`; import neither torch nor the server."""
 
 from sopdeploy.client.asynchronous import AsyncClient
-from sopdeploy.client.images import Picture
+from sopdeploy.client.images import ImageLike
 from sopdeploy.client.results import Classification, ClassProbability, Expert, ModelInfo, Problem, ServerInfo
 from sopdeploy.client.synchronous import Client
+
+Picture = ImageLike  # former name
 
 __all__ = [
     "AsyncClient",
@@ -11,6 +13,7 @@ __all__ = [
     "Classification",
     "Client",
     "Expert",
+    "ImageLike",
     "ModelInfo",
     "Picture",
     "Problem",

@@ -1,4 +1,4 @@
-"""The client to await, on asyncio."""
+"""The asyncio client."""
 
 import asyncio
 from collections.abc import Sequence
@@ -8,22 +8,21 @@ from typing import Any, Self, TypeVar, overload
 import httpx
 
 from sopdeploy.client import requests
-from sopdeploy.client.connection import Connection, request_options
-from sopdeploy.client.images import Picture
+from sopdeploy.client.images import ImageLike
 from sopdeploy.client.results import Classification, ServerInfo
-from sopdeploy.client.retry import Compute, Pause, Send, Step, Talk
+from sopdeploy.client.retry import Flow, RunInThread, Send, Sleep
 
 Value = TypeVar("Value")
 
 
 class AsyncClient:
-    """`Client` for asyncio: the same options, methods, results and errors, awaited.
+    """Asyncio version of `Client`, with the same options, methods, results and errors.
 
-    *connections* is how many may be open at once. Cancelling a call closes its connection, and the server
-    drops the image.
+    *connections* limits the open connections. Cancelling a call closes its connection, and the server drops
+    the request.
 
         async with AsyncClient("http://127.0.0.1:8000") as client:
-            found = await asyncio.gather(*(client.classify(path) for path in paths))
+            results = await asyncio.gather(*(client.classify(path) for path in paths))
     """
 
     def __init__(
@@ -36,10 +35,10 @@ class AsyncClient:
         connections: int = 100,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self._connection = Connection(url, api_key, timeout, retries)
+        self._options = requests.ClientOptions(url, api_key, timeout, retries)
         self._http = httpx.AsyncClient(
-            base_url=self._connection.url,
-            headers=self._connection.headers,
+            base_url=self._options.url,
+            headers=self._options.headers,
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
             transport=transport,
         )
@@ -57,7 +56,7 @@ class AsyncClient:
     @overload
     async def classify(
         self,
-        image: Picture,
+        image: ImageLike,
         *,
         top_k: int | None = ...,
         model: str | None = ...,
@@ -66,45 +65,43 @@ class AsyncClient:
     ) -> Classification: ...
     async def classify(
         self,
-        image: Picture | Sequence[Picture],
+        image: ImageLike | Sequence[ImageLike],
         *,
         top_k: int | None = None,
         model: str | None = None,
         gates: bool = False,
         timeout: float | None = None,
     ) -> Classification | list[Classification]:
-        """Return the classes of *image*, as `Client.classify` does; files and arrays are read in a thread.
+        """Classify *image* like `Client.classify`; files are read and arrays encoded in a thread.
 
         Example:
-            found = await client.classify("photo.jpg", timeout=2.0)
+            result = await client.classify("photo.jpg", timeout=2.0)
         """
-        return await self._do(
-            requests.classify(image, top_k, model, gates, self._connection.patience(timeout))
-        )
+        return await self._run(requests.classify(image, top_k, model, gates, self._options.budget(timeout)))
 
     async def info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Return which networks answer.
+        """Request the server version and its models.
 
         Example:
             print((await client.info()).models)
         """
-        return await self._do(requests.info(self._connection.patience(timeout)))
+        return await self._run(requests.info(self._options.budget(timeout)))
 
     async def metrics(self, *, timeout: float | None = None) -> str:
-        """Return the server's numbers in Prometheus' text form.
+        """Request the metrics in the Prometheus text format.
 
         Example:
             print(await client.metrics())
         """
-        return await self._do(requests.metrics(self._connection.patience(timeout)))
+        return await self._run(requests.metrics(self._options.budget(timeout)))
 
     async def wait_ready(self, *, timeout: float = 60.0) -> None:
-        """Return when the server is ready; raises `UnreachableError` where it is not within *timeout*.
+        """Wait until the server is ready; raise `UnreachableError` after *timeout* seconds.
 
         Example:
             await client.wait_ready(timeout=10)
         """
-        await self._do(requests.wait_ready(self._connection.patience(timeout)))
+        await self._run(requests.wait_ready(self._options.budget(timeout)))
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -114,28 +111,26 @@ class AsyncClient:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
 
-    async def _do(self, talk: Talk[Value]) -> Value:
-        outcome: Any = None
-        try:
-            while True:
-                outcome = await self._step(talk.send(outcome))
-        except StopIteration as end:
-            value: Value = end.value
-            return value
-
-    async def _step(self, step: Step) -> Any:
-        match step:
-            case Send():
-                try:
-                    async with asyncio.timeout(step.seconds):
-                        return await self._http.request(**request_options(step))
-                except (httpx.RequestError, TimeoutError) as problem:
-                    return problem
-            case Pause():
-                return await asyncio.sleep(step.seconds)
-            case Compute():
-                return await asyncio.to_thread(step.function)
+    async def _run(self, flow: Flow[Value]) -> Value:
+        result: Any = None
+        while True:
+            try:
+                action = flow.send(result)
+            except StopIteration as end:
+                value: Value = end.value
+                return value
+            match action:
+                case Send():
+                    try:
+                        async with asyncio.timeout(action.seconds):
+                            result = await self._http.request(**requests.httpx_arguments(action))
+                    except (httpx.RequestError, TimeoutError) as error:
+                        result = error
+                case Sleep():
+                    result = await asyncio.sleep(action.seconds)
+                case RunInThread():
+                    result = await asyncio.to_thread(action.function)

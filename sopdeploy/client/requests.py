@@ -1,97 +1,124 @@
-"""What a client can ask of a server, as talks: the one place that knows the paths and their answers."""
+"""Client options and API requests, shared by both clients."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import httpx
 
-from sopdeploy.client.images import Picture, encoded, listed
-from sopdeploy.client.results import Classification, ServerInfo, classifications, server_info
-from sopdeploy.client.retry import Compute, Patience, Pause, Send, Talk, ask
+from sopdeploy.client.images import ImageLike, encode_image
+from sopdeploy.client.results import Classification, ServerInfo, parse_classifications, parse_server_info
+from sopdeploy.client.retry import Flow, RetryBudget, RunInThread, Send, Sleep, send_with_retries
 from sopdeploy.errors import ConfigError, ServiceError, UnreachableError
 
-BYTES = "application/octet-stream"  # the server looks at the bytes; a wrong image type would be a warning
-READY_PAUSE_SECONDS = 0.2
-PROBE_SECONDS = 5.0
+CONTENT_TYPE = "application/octet-stream"  # the server detects the format; a wrong type causes a warning
+FORM_FIELD = "image"
+MAX_TIMEOUT = 86_400  # seconds
+READY_INTERVAL = 0.2
+READY_REQUEST_TIMEOUT = 5.0
 
 
-def checked_url(url: str) -> httpx.URL:
-    """Return *url*, with or without a path; raises `ConfigError` where it is no address of a server."""
-    try:
-        parsed = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError) as problem:
-        raise ConfigError(f"{url!r}: not a URL ({problem})") from problem
-    if parsed.scheme not in {"http", "https"} or not parsed.host:
-        raise ConfigError(f"{url!r}: not the URL of a server; write it as http://host:8000")
-    return parsed
+class ClientOptions:
+    """Validated options of a client."""
+
+    def __init__(self, url: str, api_key: str | None, timeout: float, retries: int) -> None:
+        """Validate the options; raise `ConfigError` for an invalid URL, key, timeout or number of retries."""
+        if retries < 0:
+            raise ConfigError(f"retries={retries}: use 0 or more")
+        try:
+            self.url = httpx.URL(url)
+        except (httpx.InvalidURL, TypeError) as error:
+            raise ConfigError(f"{url!r}: not a URL ({error})") from error
+        if self.url.scheme not in {"http", "https"} or not self.url.host:
+            raise ConfigError(f"{url!r}: not the URL of a server; write it as http://host:8000")
+        self.headers: dict[str, str] = {}
+        if api_key is not None:
+            if not api_key.isascii() or not api_key.isprintable() or " " in api_key or not api_key:
+                raise ConfigError("the API key contains characters that are not allowed in a header")
+            self.headers["Authorization"] = f"Bearer {api_key}"
+        self._retries = retries
+        self._timeout = timeout
+        self.budget(None)
+
+    def budget(self, timeout: float | None) -> RetryBudget:
+        """Start the time budget of a call; raise `ConfigError` for an invalid *timeout* (seconds)."""
+        seconds = self._timeout if timeout is None else timeout
+        if not 0 < seconds <= MAX_TIMEOUT:
+            raise ConfigError(f"timeout={seconds}: use seconds above 0 and at most {MAX_TIMEOUT}")
+        return RetryBudget(seconds=seconds, retries=self._retries)
 
 
-def headers(api_key: str | None) -> dict[str, str]:
-    """Return the headers of every request; raises `ConfigError` for a key that no header can hold."""
-    if api_key is None:
-        return {}
-    if not api_key.isascii() or not api_key.isprintable() or " " in api_key or not api_key:
-        raise ConfigError("the API key holds characters that no header can carry")
-    return {"Authorization": f"Bearer {api_key}"}
+def httpx_arguments(send: Send) -> dict[str, Any]:
+    """Convert *send* to the arguments of `httpx.Client.request`."""
+    files = [(FORM_FIELD, ("image", body, CONTENT_TYPE)) for body in send.form]
+    return {
+        "method": send.method,
+        "url": send.path,
+        "headers": dict(send.headers),
+        "params": dict(send.params),
+        "content": send.body,
+        "files": files or None,
+        "timeout": httpx.Timeout(send.seconds),
+    }
 
 
 def classify(
-    pictures: Picture | Sequence[Picture],
+    images: ImageLike | Sequence[ImageLike],
     top_k: int | None,
     model: str | None,
     gates: bool,
-    patience: Patience,
-) -> Talk[Classification | list[Classification]]:
-    """Ask for the classes of one picture, or of each in a list."""
-    items, several = listed(pictures)
+    budget: RetryBudget,
+) -> Flow[Classification | list[Classification]]:
+    """Classify one image, or a list of images in one request."""
+    several = isinstance(images, list | tuple)
+    items: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
     if not items:
         return []
     bodies = tuple(item for item in items if isinstance(item, bytes))
-    if len(bodies) < len(items):  # bytes need no thread to be made
-        bodies = yield Compute(lambda: tuple(map(encoded, items)))
-    wanted: dict[str, Any] = {"top_k": top_k, "model": model, "gates": "true" if gates else None}
-    what = Send(
+    if len(bodies) < len(items):  # bytes need no encoding
+        bodies = yield RunInThread(lambda: tuple(map(encode_image, items)))
+    options: dict[str, Any] = {"top_k": top_k, "model": model, "gates": "true" if gates else None}
+    send = Send(
         method="POST",
         path="/v1/classify",
-        seconds=patience.seconds,
-        headers={} if several else {"Content-Type": BYTES},
-        params={name: str(value) for name, value in wanted.items() if value is not None},
+        seconds=budget.seconds,
+        headers={} if several else {"Content-Type": CONTENT_TYPE},
+        params={name: str(value) for name, value in options.items() if value is not None},
         body=None if several else bodies[0],
         form=bodies if several else (),
     )
-    response = yield from ask(what, patience)
-    found = classifications(response)
-    if len(found) != len(bodies):
+    response = yield from send_with_retries(send, budget)
+    results = parse_classifications(response)
+    if len(results) != len(bodies):
         raise ServiceError(
-            f"{what.path}: {len(found)} results for {len(bodies)} images",
+            f"{send.path}: {len(results)} results for {len(bodies)} images",
             code="foreign_answer",
             status=response.status_code,
         )
-    return found if several else found[0]
+    return results if several else results[0]
 
 
-def info(patience: Patience) -> Talk[ServerInfo]:
-    """Ask which networks answer."""
-    response = yield from ask(Send(method="GET", path="/info", seconds=patience.seconds), patience)
-    return server_info(response)
+def info(budget: RetryBudget) -> Flow[ServerInfo]:
+    """Request the server version and its models."""
+    response = yield from send_with_retries(Send("GET", "/info", budget.seconds), budget)
+    return parse_server_info(response)
 
 
-def metrics(patience: Patience) -> Talk[str]:
-    """Ask for the server's numbers, in Prometheus' text form."""
-    response = yield from ask(Send(method="GET", path="/metrics", seconds=patience.seconds), patience)
+def metrics(budget: RetryBudget) -> Flow[str]:
+    """Request the metrics in the Prometheus text format."""
+    response = yield from send_with_retries(Send("GET", "/metrics", budget.seconds), budget)
     return str(response.text)
 
 
-def wait_ready(patience: Patience) -> Talk[None]:
-    """Ask until the server is ready; raises `UnreachableError` with what it said last."""
-    last = "was not asked"
-    while patience.left() > 0:
-        probe = Patience(seconds=min(PROBE_SECONDS, patience.left()), retries=0)
+def wait_ready(budget: RetryBudget) -> Flow[None]:
+    """Poll until the server is ready; raise `UnreachableError` with the last response otherwise."""
+    last = "no request was sent"
+    while budget.left() > 0:
+        attempt = RetryBudget(seconds=min(READY_REQUEST_TIMEOUT, budget.left()), retries=0)
         try:
-            yield from ask(Send(method="GET", path="/readyz", seconds=probe.seconds), probe)
-        except ServiceError as problem:
-            last = str(problem)
+            yield from send_with_retries(Send("GET", "/readyz", attempt.seconds), attempt)
+        except ServiceError as error:
+            last = str(error)
         else:
             return
-        yield Pause(min(READY_PAUSE_SECONDS, max(0.0, patience.left())))
-    raise UnreachableError(f"not ready after {patience.seconds:.3g} s: {last}", code="not_ready", status=0)
+        yield Sleep(min(READY_INTERVAL, max(0.0, budget.left())))
+    raise UnreachableError(f"not ready after {budget.seconds:.3g} s: {last}", code="not_ready", status=0)

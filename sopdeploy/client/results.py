@@ -1,4 +1,4 @@
-"""What a server answers, typed. Unknown keys are passed over: a newer server may say more."""
+"""Typed responses of the server. Unknown keys are ignored, so newer servers can add some."""
 
 import re
 from typing import Any, TypeVar
@@ -9,44 +9,48 @@ import pydantic
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ServiceError
 
-Kind = TypeVar("Kind", bound="Received")
+Model = TypeVar("Model", bound="Response")
 DURATION = re.compile(r"([a-z]+);dur=(\d+(?:\.\d+)?)")
 
 
-class Received(StrictModel):
-    """A part of an answer."""
+class Response(StrictModel):
+    """Base class of responses and their parts."""
 
     model_config = pydantic.ConfigDict(extra="ignore")
 
 
-class ClassProbability(Received):
-    """One class and how probable it is, 0 to 1."""
+class ClassProbability(Response):
+    """A class and its probability in [0, 1]."""
 
     label: str
     probability: float
 
 
-class Expert(Received):
-    """One expert that a gate chose, by its number, and its weight in the sum."""
+class Expert(Response):
+    """Index and mixture weight of an expert that the gate selected."""
 
     expert: int
     weight: float
 
 
-class Problem(Received):
-    """Why one image has no answer; `code` is stable, `detail` is for people."""
+class Problem(Response):
+    """Why an image was not classified: stable `code`, HTTP `status`, readable `detail`."""
 
     code: str
     status: int
     detail: str
 
 
-class Classification(Received):
-    """The answer to one image: its classes, best first, or the `error` it met among others.
+class Classification(Response):
+    """The result for one image.
 
-    `gates` are the experts that a gated network chose, best first, where they were asked for; `warnings` name
-    what decoding changed; `model_digest` is the id of the bundle that answered; `timing_ms` is how long the
-    server took by stage (receive, decode, queue, infer), of several images in one request the slowest.
+    Attributes:
+        classes: most probable classes, best first; empty if `error` is set.
+        gates: selected experts of a gated network, best first, if requested.
+        warnings: codes of changes made while decoding.
+        error: set if this image of a list could not be classified.
+        model_digest: id of the bundle that computed the result.
+        timing_ms: server time per stage (receive, decode, queue, infer); of a list, the slowest image.
     """
 
     classes: tuple[ClassProbability, ...] = ()
@@ -57,8 +61,8 @@ class Classification(Received):
     timing_ms: dict[str, float] = pydantic.Field(default_factory=dict)
 
 
-class ModelInfo(Received):
-    """One network that answers; `id` is its bundle's, `labels` how many classes it knows."""
+class ModelInfo(Response):
+    """A served model; `id` is its bundle id, `labels` the number of classes."""
 
     name: str
     id: str
@@ -71,73 +75,70 @@ class ModelInfo(Received):
     largest_batch: int
 
 
-class ServerInfo(Received):
-    """The server's version and its models."""
+class ServerInfo(Response):
+    """Version and models of the server."""
 
     server: str
     models: tuple[ModelInfo, ...]
 
 
-def classifications(response: httpx.Response) -> list[Classification]:
-    """Return the results in *response*, in the order of the images; raises `ServiceError`."""
-    envelope = {
+def parse_classifications(response: httpx.Response) -> list[Classification]:
+    """Parse the results in *response*, in the order of the images; raise `ServiceError` if invalid."""
+    shared = {
         "model_digest": response.headers.get("X-Model-Digest", ""),
-        "timing_ms": timing(response.headers.get("Server-Timing", "")),
+        "timing_ms": parse_timing(response.headers.get("Server-Timing", "")),
     }
-    body = document(response)
+    body = _json_object(response)
     rows = body.get("results", [body])
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and ("classes" in row or "error" in row) for row in rows
     ):
-        raise foreign(response, "no results in it")
-    return [parsed(Classification, {**row, **envelope}, response) for row in rows]
+        raise _unexpected(response, "no results")
+    return [_validate(Classification, {**row, **shared}, response) for row in rows]
 
 
-def server_info(response: httpx.Response) -> ServerInfo:
-    """Return what `/info` says; raises `ServiceError` where it is another server's."""
-    return parsed(ServerInfo, document(response), response)
+def parse_server_info(response: httpx.Response) -> ServerInfo:
+    """Parse the response of `/info`; raise `ServiceError` if it is invalid."""
+    return _validate(ServerInfo, _json_object(response), response)
 
 
-def problem_of(response: httpx.Response) -> ServiceError:
-    """Return the error that *response* tells; its body may be anything, a proxy's page say."""
+def parse_error(response: httpx.Response) -> ServiceError:
+    """Convert an error response to an exception; its body may be anything, such as a proxy's HTML page."""
     status = response.status_code
     try:
         problem = Problem.model_validate_json(response.content)
     except pydantic.ValidationError:
         problem = Problem(code="http_error", status=status, detail=response.reason_phrase or "no explanation")
-    where = f"{response.request.url}: {status} {problem.code}"
-    return ServiceError(f"{where}: {problem.detail}", code=problem.code, status=status)
+    message = f"{response.request.url}: {status} {problem.code}: {problem.detail}"
+    return ServiceError(message, code=problem.code, status=status)
 
 
-def timing(header: str) -> dict[str, float]:
-    """Return the milliseconds by stage of a `Server-Timing` header."""
+def parse_timing(header: str) -> dict[str, float]:
+    """Parse the milliseconds per stage from a `Server-Timing` header."""
     return {stage: float(milliseconds) for stage, milliseconds in DURATION.findall(header)}
 
 
-def document(response: httpx.Response) -> dict[str, Any]:
-    """Return the JSON object in *response*; raises `ServiceError`."""
+def _json_object(response: httpx.Response) -> dict[str, Any]:
     try:
         value = response.json()
-    except ValueError as problem:
-        raise foreign(response, "not JSON") from problem
+    except ValueError as error:
+        raise _unexpected(response, "not JSON") from error
     if not isinstance(value, dict):
-        raise foreign(response, "no JSON object")
+        raise _unexpected(response, "not a JSON object")
     return value
 
 
-def parsed(kind: type[Kind], value: dict[str, Any], response: httpx.Response) -> Kind:
-    """Return *value* as a *kind*; raises `ServiceError`."""
+def _validate(kind: type[Model], value: dict[str, Any], response: httpx.Response) -> Model:
     try:
         return kind.model_validate(value)
-    except pydantic.ValidationError as problem:
-        raise foreign(response, first_problem(problem)) from problem
+    except pydantic.ValidationError as error:
+        raise _unexpected(response, first_problem(error)) from error
 
 
-def foreign(response: httpx.Response, what: str) -> ServiceError:
-    """Return the error of an answer that no sopdeploy server gives."""
+def _unexpected(response: httpx.Response, reason: str) -> ServiceError:
+    status = response.status_code
     return ServiceError(
-        f"{response.request.url}: answered {response.status_code}, but not as sopdeploy does ({what}); "
-        "is the URL right?",
+        f"{response.request.url}: status {status}, but not a sopdeploy response ({reason}); check the URL",
         code="foreign_answer",
-        status=response.status_code,
+        status=status,
     )

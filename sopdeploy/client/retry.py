@@ -1,7 +1,7 @@
-"""How one request goes: sent, sent again where that is safe, never beyond its deadline. Without any I/O.
+"""Retries and deadlines of a request, without I/O.
 
-A talk is a generator: it yields what is to be done, a `Send`, a `Pause` or a `Compute`, and is told what
-came of it. The two clients differ only in how they do these three, so none of the rules is written twice.
+A flow is a generator that yields actions (`Send`, `Sleep`, `RunInThread`) and receives their results. Both
+clients run the same flows and differ only in how they perform the actions.
 """
 
 import random
@@ -14,20 +14,20 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import httpx
 
-from sopdeploy.client.results import problem_of
+from sopdeploy.client.results import parse_error
 from sopdeploy.errors import OverloadedError, UnreachableError
 
 Value = TypeVar("Value")
 
-FIRST_PAUSE_SECONDS = 0.2
-LONGEST_PAUSE_SECONDS = 5.0
-LONGEST_TIMEOUT_MS = 999_999_999  # more digits the server does not take
-AGAIN = {429, 503}  # the server says itself that it did not answer and may do so later
+FIRST_DELAY = 0.2  # seconds
+MAX_DELAY = 5.0
+MAX_TIMEOUT_MS = 999_999_999  # largest header value that the server accepts
+RETRY_STATUSES = {429, 503}  # the server did not process the request
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Send:
-    """Send this and wait at most *seconds*; the outcome is an `httpx.Response` or the error that came."""
+    """Send a request and wait at most *seconds*; the result is an `httpx.Response` or the exception."""
 
     method: str
     path: str
@@ -39,26 +39,26 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
-class Pause:
-    """Wait so many *seconds*."""
+class Sleep:
+    """Sleep for *seconds*."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class Compute:
-    """Call *function*, which takes processor time or reads files; the outcome is what it returns."""
+class RunInThread:
+    """Call a slow or blocking *function*; the result is its return value."""
 
     function: Callable[[], Any]
 
 
-Step: TypeAlias = Send | Pause | Compute
-Talk: TypeAlias = Generator[Step, Any, Value]
+Action: TypeAlias = Send | Sleep | RunInThread
+Flow: TypeAlias = Generator[Action, Any, Value]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Patience:
-    """How long and how often a request is tried: *seconds* from now, *retries* after the first time."""
+class RetryBudget:
+    """Time limit of a call in *seconds* from now, and the number of *retries* after the first attempt."""
 
     seconds: float
     retries: int
@@ -69,76 +69,60 @@ class Patience:
         return self.started + self.seconds - time.monotonic()
 
 
-def ask(what: Send, patience: Patience) -> Talk[httpx.Response]:
-    """Send *what* until it is answered with a success, within *patience*.
+def send_with_retries(send: Send, budget: RetryBudget) -> Flow[httpx.Response]:
+    """Send until a response is successful, within *budget*.
 
-    Raises `OverloadedError` or `UnreachableError` where there is no time or attempt left, `ServiceError` for
-    an answer that would be the same again.
+    The server is told the remaining time, and its `Retry-After` is respected. Retries happen after 429, 503
+    and connections that broke before a response. Raises `OverloadedError` or `UnreachableError` when time or
+    attempts are used up, and `ServiceError` for responses that a retry would not change.
     """
-    for attempt in range(patience.retries + 1):
-        outcome = yield before_deadline(what, patience)
-        if isinstance(outcome, httpx.Response) and outcome.is_success:
-            return outcome
-        seconds = pause(attempt, outcome)
-        if attempt == patience.retries or seconds >= patience.left() or not may_be_sent_again(outcome):
-            give_up(what, outcome)
-        yield Pause(seconds)
+    for attempt in range(budget.retries + 1):
+        left = max(0.001, budget.left())
+        milliseconds = min(MAX_TIMEOUT_MS, max(1, int(left * 1000)))
+        headers = {**send.headers, "X-Request-Timeout-Ms": str(milliseconds)}
+        outcome = yield replace(send, seconds=left, headers=headers)
+        if isinstance(outcome, httpx.Response):
+            if outcome.is_success:
+                return outcome
+            retry = outcome.status_code in RETRY_STATUSES
+        else:
+            retry = isinstance(outcome, httpx.NetworkError | httpx.RemoteProtocolError | httpx.ConnectTimeout)
+        seconds = backoff(attempt, outcome)
+        if not retry or attempt == budget.retries or seconds >= budget.left():
+            _raise_error(send, outcome)
+        yield Sleep(seconds)
     raise AssertionError("the last attempt returns or raises")
 
 
-def before_deadline(what: Send, patience: Patience) -> Send:
-    """Return *what* with the time that is left, told to the server too."""
-    left = max(0.001, patience.left())
-    milliseconds = min(LONGEST_TIMEOUT_MS, max(1, int(left * 1000)))
-    headers = {**what.headers, "X-Request-Timeout-Ms": str(milliseconds)}
-    return replace(what, seconds=left, headers=headers)
-
-
-def may_be_sent_again(outcome: httpx.Response | Exception) -> bool:
-    """Say whether another attempt can help and does no harm; a timeout has used up the deadline."""
+def _raise_error(send: Send, outcome: httpx.Response | Exception) -> NoReturn:
     if isinstance(outcome, httpx.Response):
-        return outcome.status_code in AGAIN
-    return isinstance(outcome, httpx.NetworkError | httpx.RemoteProtocolError | httpx.ConnectTimeout)
-
-
-def give_up(what: Send, outcome: httpx.Response | Exception) -> NoReturn:
-    """Raise the error that *outcome* stands for."""
-    if isinstance(outcome, httpx.Response):
-        problem = problem_of(outcome)
-        if outcome.status_code not in AGAIN:
-            raise problem
+        error = parse_error(outcome)
+        if outcome.status_code not in RETRY_STATUSES:
+            raise error
         raise OverloadedError(
-            str(problem), code=problem.code, status=problem.status, retry_after=retry_after(outcome)
+            str(error), code=error.code, status=error.status, retry_after=retry_after(outcome)
         )
-    if isinstance(outcome, httpx.TimeoutException | TimeoutError):
-        raise UnreachableError(
-            f"{asked(what, outcome)}: no answer within {what.seconds:.3g} s", code="timeout", status=0
-        ) from outcome
-    reason = str(outcome) or type(outcome).__name__
-    raise UnreachableError(
-        f"{asked(what, outcome)}: no answer ({reason}); is a server running there?",
-        code="unreachable",
-        status=0,
-    ) from outcome
-
-
-def asked(what: Send, outcome: Exception) -> str:
-    """Return what was asked for: the whole URL where *outcome* knows it, else the path of *what*."""
     try:
-        return str(outcome.request.url) if isinstance(outcome, httpx.RequestError) else what.path
-    except RuntimeError:  # httpx's, of an error without its request
-        return what.path
+        url = str(outcome.request.url) if isinstance(outcome, httpx.RequestError) else send.path
+    except RuntimeError:  # httpx: the exception has no request
+        url = send.path
+    if isinstance(outcome, httpx.TimeoutException | TimeoutError):
+        message = f"{url}: no response within {send.seconds:.3g} s"
+        raise UnreachableError(message, code="timeout", status=0) from outcome
+    reason = str(outcome) or type(outcome).__name__
+    message = f"{url}: no response ({reason}); is a server running there?"
+    raise UnreachableError(message, code="unreachable", status=0) from outcome
 
 
-def pause(attempt: int, outcome: httpx.Response | Exception) -> float:
-    """Return the seconds before the next attempt: never less than the server asks for, and jittered."""
-    longest = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(attempt, 10))
-    asked = retry_after(outcome) if isinstance(outcome, httpx.Response) else 0.0
-    return asked + random.uniform(0.5, 1.0) * longest  # noqa: S311 - clients must not come back together
+def backoff(attempt: int, outcome: httpx.Response | Exception) -> float:
+    """Compute the delay in seconds before the next attempt: exponential with jitter, plus `Retry-After`."""
+    longest = min(MAX_DELAY, FIRST_DELAY * 2.0 ** min(attempt, 10))
+    requested = retry_after(outcome) if isinstance(outcome, httpx.Response) else 0.0
+    return requested + random.uniform(0.5, 1.0) * longest  # noqa: S311 - jitter needs no secure randomness
 
 
 def retry_after(response: httpx.Response) -> float:
-    """Return the seconds of a `Retry-After` header, a number or a date; 0 without one or for nonsense."""
+    """Parse `Retry-After`, a number of seconds or a date; 0 without a valid value."""
     text = response.headers.get("Retry-After", "")
     if text.isascii() and text.isdecimal():
         return float(text[:9])

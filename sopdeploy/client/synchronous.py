@@ -1,4 +1,4 @@
-"""The client to block on."""
+"""The blocking client."""
 
 import time
 from collections.abc import Sequence
@@ -8,19 +8,18 @@ from typing import Any, Self, TypeVar, overload
 import httpx
 
 from sopdeploy.client import requests
-from sopdeploy.client.connection import Connection, request_options
-from sopdeploy.client.images import Picture
+from sopdeploy.client.images import ImageLike
 from sopdeploy.client.results import Classification, ServerInfo
-from sopdeploy.client.retry import Compute, Pause, Send, Step, Talk
+from sopdeploy.client.retry import Flow, RunInThread, Send, Sleep
 
 Value = TypeVar("Value")
 
 
 class Client:
-    """Asks the server at *url*; thread-safe, and keeps its connections until it is closed.
+    """Blocking client of the server at *url*. Thread-safe; connections stay open until it is closed.
 
-    *timeout* is the seconds of a whole call, attempts and pauses together; *retries* how often a request is
-    sent again after 429, 503 or a connection that broke before an answer.
+    *timeout* is the total time of a call in seconds, including retries. *retries* is how often a request is
+    repeated after 429, 503 or a connection that broke before a response.
 
         with Client("http://127.0.0.1:8000") as client:
             print(client.classify("photo.jpg").classes[0].label)
@@ -35,9 +34,9 @@ class Client:
         retries: int = 4,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._connection = Connection(url, api_key, timeout, retries)
+        self._options = requests.ClientOptions(url, api_key, timeout, retries)
         self._http = httpx.Client(
-            base_url=self._connection.url, headers=self._connection.headers, transport=transport
+            base_url=self._options.url, headers=self._options.headers, transport=transport
         )
 
     @overload
@@ -53,7 +52,7 @@ class Client:
     @overload
     def classify(
         self,
-        image: Picture,
+        image: ImageLike,
         *,
         top_k: int | None = ...,
         model: str | None = ...,
@@ -62,50 +61,50 @@ class Client:
     ) -> Classification: ...
     def classify(
         self,
-        image: Picture | Sequence[Picture],
+        image: ImageLike | Sequence[ImageLike],
         *,
         top_k: int | None = None,
         model: str | None = None,
         gates: bool = False,
         timeout: float | None = None,
     ) -> Classification | list[Classification]:
-        """Return the classes of *image*: a path, bytes, a PIL image, an array (H, W, 3) uint8, or a list.
+        """Classify *image*: a path, bytes, a PIL image, a uint8 array (H, W, 3) or (H, W), or a list of them.
 
-        A list is one request; a bad image among several has its `error` set. *gates* asks for the experts
-        that a gated network chose. Raises `ServiceError` where the server refuses the request,
-        `OverloadedError` where it went on to do so for now, `UnreachableError` without an answer in time,
-        `DataError` and `ConfigError` for a picture that cannot be sent.
+        A list is sent as one request; an image of the list that cannot be classified has `error` set. *gates*
+        requests the experts that a gated network selects. Raises `ServiceError` if the server rejects the
+        request, `OverloadedError` if it is overloaded, `UnreachableError` without a response in time, and
+        `DataError` or `ConfigError` for an image that cannot be sent.
 
         Example:
             best = client.classify(np.asarray(frame), top_k=3, timeout=2.0).classes[0]
-            for found in client.classify(["a.jpg", "b.jpg"], model="flowers"):
-                print(found.error.detail if found.error else found.classes[0].label)
+            for result in client.classify(["a.jpg", "b.jpg"], model="flowers"):
+                print(result.error.detail if result.error else result.classes[0].label)
         """
-        return self._do(requests.classify(image, top_k, model, gates, self._connection.patience(timeout)))
+        return self._run(requests.classify(image, top_k, model, gates, self._options.budget(timeout)))
 
     def info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Return which networks answer.
+        """Request the server version and its models.
 
         Example:
             print([model.name for model in client.info().models])
         """
-        return self._do(requests.info(self._connection.patience(timeout)))
+        return self._run(requests.info(self._options.budget(timeout)))
 
     def metrics(self, *, timeout: float | None = None) -> str:
-        """Return the server's numbers in Prometheus' text form.
+        """Request the metrics in the Prometheus text format.
 
         Example:
             print(client.metrics())
         """
-        return self._do(requests.metrics(self._connection.patience(timeout)))
+        return self._run(requests.metrics(self._options.budget(timeout)))
 
     def wait_ready(self, *, timeout: float = 60.0) -> None:
-        """Return when the server is ready; raises `UnreachableError` where it is not within *timeout*.
+        """Wait until the server is ready; raise `UnreachableError` after *timeout* seconds.
 
         Example:
             client.wait_ready(timeout=10)
         """
-        self._do(requests.wait_ready(self._connection.patience(timeout)))
+        self._run(requests.wait_ready(self._options.budget(timeout)))
 
     def close(self) -> None:
         """Close the connections."""
@@ -115,27 +114,25 @@ class Client:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 
-    def _do(self, talk: Talk[Value]) -> Value:
-        outcome: Any = None
-        try:
-            while True:
-                outcome = self._step(talk.send(outcome))
-        except StopIteration as end:
-            value: Value = end.value
-            return value
-
-    def _step(self, step: Step) -> Any:
-        match step:
-            case Send():
-                try:
-                    return self._http.request(**request_options(step))
-                except httpx.RequestError as problem:
-                    return problem
-            case Pause():
-                return time.sleep(step.seconds)
-            case Compute():
-                return step.function()
+    def _run(self, flow: Flow[Value]) -> Value:
+        result: Any = None
+        while True:
+            try:
+                action = flow.send(result)
+            except StopIteration as end:
+                value: Value = end.value
+                return value
+            match action:
+                case Send():
+                    try:
+                        result = self._http.request(**requests.httpx_arguments(action))
+                    except httpx.RequestError as error:
+                        result = error
+                case Sleep():
+                    result = time.sleep(action.seconds)  # type: ignore[func-returns-value]
+                case RunInThread():
+                    result = action.function()

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from sopdeploy.client import AsyncClient, ModelInfo
-from sopdeploy.client.images import read
+from sopdeploy.client.images import read_file
 from sopdeploy.config import StrictModel
 from sopdeploy.doctor.advice import Advice, judge
 from sopdeploy.doctor.measure import Load, Measured, bare_ratio, ramp_to
@@ -30,7 +30,7 @@ def pictures(folder: Path | None) -> list[bytes]:
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in KINDS)[:MOST_FILES]
     if not found:
         raise DataError(f"{folder}: no picture here ({', '.join(sorted(KINDS))})")
-    return [read(path) for path in found]
+    return [read_file(path) for path in found]
 
 
 def made(seed: int) -> bytes:

@@ -1,4 +1,4 @@
-"""The package: what it exports, what it loads, and the examples of its docstrings."""
+"""The client package: exports, imports and docstring examples."""
 
 import ast
 import inspect
@@ -18,12 +18,12 @@ METHODS = [
 ]
 
 
-def test_all_is_what_is_there():
+def test_all_lists_existing_names_in_order():
     assert client.__all__ == sorted(client.__all__)
     assert all(hasattr(client, name) for name in client.__all__)
 
 
-def test_a_client_loads_no_server_and_no_torch():
+def test_the_client_imports_neither_the_server_nor_torch():
     code = (
         "import sys, sopdeploy.client; print([n for n in ('torch', 'onnx', 'onnxruntime', 'fastapi', "
         "'uvicorn', 'sopdeploy_service') if n in sys.modules])"
@@ -32,17 +32,16 @@ def test_a_client_loads_no_server_and_no_torch():
     assert done.stdout.strip() == "[]"
 
 
-def test_both_clients_offer_the_same():
-    offered = [{name for kind, name in METHODS if kind is wanted} for wanted in (Client, AsyncClient)]
-    assert offered[0] == offered[1] == {"classify", "info", "metrics", "wait_ready"}
-    for name in offered[0]:
-        assert inspect.signature(getattr(Client, name)).parameters.keys() == (
-            inspect.signature(getattr(AsyncClient, name)).parameters.keys()
-        )
+def test_both_clients_have_the_same_methods_and_parameters():
+    names = [{name for kind, name in METHODS if kind is wanted} for wanted in (Client, AsyncClient)]
+    assert names[0] == names[1] == {"classify", "info", "metrics", "wait_ready"}
+    for name in names[0]:
+        blocking, awaited = (inspect.signature(getattr(kind, name)) for kind in (Client, AsyncClient))
+        assert blocking.parameters.keys() == awaited.parameters.keys()
 
 
 @pytest.mark.parametrize(("kind", "name"), METHODS, ids=lambda part: getattr(part, "__name__", part))
-def test_every_method_shows_an_example_that_parses(kind, name):
+def test_every_method_has_an_example_that_parses(kind, name):
     lines = getattr(kind, name).__doc__.splitlines()
     example = [line for line in lines if line.startswith(" " * 12)]
     tree = ast.parse("async def _():\n" + "\n".join(example))

@@ -1,0 +1,146 @@
+"""Requests and parsed responses, the same for both clients."""
+
+import io
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sopdeploy.client import Client
+from sopdeploy.client.images import encode_image
+from sopdeploy.client.results import parse_timing
+from sopdeploy.errors import ConfigError, DataError, ServiceError, UnreachableError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+def test_the_result_contains_the_whole_response(call, script):
+    body = {
+        "classes": [{"label": "cat", "probability": 0.75, "later": 1}],
+        "gates": [{"expert": 3, "weight": 0.5}],
+        "warnings": ["exif_rotated"],
+        "key_of_a_newer_server": {},
+    }
+    headers = {"X-Model-Digest": "3f6c01d2a4b7", "Server-Timing": "decode;dur=3.10, infer;dur=5"}
+    result = call(script(httpx.Response(200, json=body, headers=headers)), "classify", b"x")
+    assert (result.classes[0].label, result.classes[0].probability) == ("cat", 0.75)
+    assert [(gate.expert, gate.weight) for gate in result.gates] == [(3, 0.5)]
+    assert (result.warnings, result.error) == (("exif_rotated",), None)
+    assert (result.model_digest, result.timing_ms) == ("3f6c01d2a4b7", {"decode": 3.1, "infer": 5.0})
+
+
+def test_one_image_is_sent_as_the_body_with_its_options(call, script, success):
+    server = script(success)
+    call(server, "classify", b"bytes", top_k=3, model="a b", gates=True, api_key="secret")
+    sent = server.requests[0]
+    assert (sent.method, sent.url.path, sent.content) == ("POST", "/v1/classify", b"bytes")
+    assert dict(sent.url.params) == {"top_k": "3", "model": "a b", "gates": "true"}
+    assert sent.headers["Authorization"] == "Bearer secret"
+    assert sent.headers["Content-Type"] == "application/octet-stream"
+
+
+def test_a_list_is_sent_as_a_form_and_returned_in_order_with_errors(call, script):
+    error = {"title": "x", "status": 422, "code": "truncated_image", "detail": "cut"}
+    server = script(httpx.Response(200, json={"results": [{"classes": []}, {"error": error}]}))
+    good, bad = call(server, "classify", [b"first", b"second"])
+    assert (good.error, bad.error.code, bad.classes) == (None, "truncated_image", ())
+    body = server.requests[0].content
+    assert 0 < body.index(b"first") < body.index(b"second")
+    assert body.count(b'; name="image"') == 2
+
+
+def test_short_lists(call, script, success):
+    server = script(success)
+    assert (call(server, "classify", []), server.requests) == ([], [])
+    assert len(call(server, "classify", (b"x",))) == 1
+    with pytest.raises(ServiceError, match="1 results for 2 images"):
+        call(server, "classify", [b"x", b"y"])
+
+
+FOREIGN = [
+    b"", b"<html>", b"[]", b"null", b"{}", b'{"classes": 3}', b'{"results": 1}', b'{"results": [1]}', b"\xff",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_responses_of_other_servers_are_rejected(call, script, content):
+    with pytest.raises(ServiceError, match="not a sopdeploy response") as caught:
+        call(script(httpx.Response(200, content=content)), "classify", b"x")
+    assert caught.value.code == "foreign_answer"
+
+
+@pytest.mark.parametrize("content", [b"<html>Bad Gateway</html>", b"", b'{"detail": "no"}'])
+def test_error_pages_of_proxies_are_errors(call, script, content):
+    with pytest.raises(ServiceError, match="502") as caught:
+        call(script(httpx.Response(502, content=content)), "classify", b"x")
+    assert (caught.value.status, caught.value.code) == (502, "http_error")
+
+
+def test_info_is_typed(call, script):
+    model = {
+        "name": "tiny", "id": "3f", "bundle": "tiny-3f", "model": "tiny", "labels": 7, "precision": "fp32",
+        "runtime": "onnxruntime", "device": "cpu", "largest_batch": 4, "preprocess": {},
+    }  # fmt: skip
+    info = call(script(httpx.Response(200, json={"server": "0.1", "models": [model]})), "info")
+    assert (info.models[0].name, info.models[0].labels) == ("tiny", 7)
+
+
+def test_wait_ready_polls_until_the_server_is_ready(call, script, problem, success, delays):
+    server = script(httpx.ConnectError("no"), problem(503, "draining"), success)
+    assert call(server, "wait_ready", timeout=5) is None
+    assert len(server.requests) == 3
+
+
+def test_wait_ready_reports_the_last_response(call, script, problem):
+    with pytest.raises(UnreachableError, match=r"not ready after 0.3 s.*draining"):
+        call(script(problem(503, "draining")), "wait_ready", timeout=0.3)
+
+
+@pytest.mark.parametrize("url", ["", "server:8000", "ftp://server", "http://", "http://server:port", 3])
+def test_invalid_urls_are_rejected(url):
+    with pytest.raises(ConfigError, match="URL"):
+        Client(url)
+
+
+@pytest.mark.parametrize("key", ["", "a b", "ü", "a\r\nX: y"])
+def test_invalid_api_keys_are_rejected(key):
+    with pytest.raises(ConfigError, match="API key"):
+        Client("http://server", api_key=key)
+
+
+@pytest.mark.parametrize("image", [PIXELS, PIXELS[..., 0], PIXELS[:, ::2], Image.fromarray(PIXELS)])
+def test_arrays_are_encoded_without_loss(image):
+    decoded = np.asarray(Image.open(io.BytesIO(encode_image(image))))
+    np.testing.assert_array_equal(decoded, np.asarray(image))
+
+
+def test_files_and_bytes_are_sent_unchanged(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"any")
+    assert encode_image(path) == encode_image(str(path)) == encode_image(b"any") == b"any"
+
+
+@pytest.mark.parametrize(
+    "image",
+    [3, None, PIXELS.astype(np.float32), PIXELS[None], PIXELS[:0], Image.new("CMYK", (2, 2))],
+    ids=["number", "none", "floats", "batch", "empty", "cmyk"],
+)
+def test_other_values_are_rejected_before_sending(call, script, success, image):
+    server = script(success)
+    with pytest.raises(ConfigError, match=r"not an image|PNG"):
+        call(server, "classify", image)
+    assert server.requests == []
+
+
+def test_a_missing_file_is_rejected(call, script, success, tmp_path):
+    with pytest.raises(DataError, match="cannot be read"):
+        call(script(success), "classify", tmp_path / "none.jpg")
+
+
+@settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(st.text())
+def test_any_timing_header_is_accepted(text):
+    assert all(value >= 0 for value in parse_timing(text).values())
