@@ -1,4 +1,4 @@
-"""The README: commands parse (`tests/docs/test_typed.py` types them), Python runs, what it names exists."""
+"""The README: commands parse (`tests/docs/test_page_commands.py` runs them), Python code runs."""
 
 import re
 import shlex
@@ -24,7 +24,7 @@ def blocks(language: str) -> list[str]:
 
 
 def shown_commands() -> list[str]:
-    """Return every command line of the README: of its shell blocks, and after a `$` elsewhere."""
+    """List all commands of the README: lines of shell blocks, and lines after `$`."""
     typed = [line for block in blocks("sh") for line in block.splitlines()]
     shown = re.findall(r"^\$ (.*)$", README, re.MULTILINE)
     return [line for line in (*typed, *shown) if line.strip() and not line.startswith("#")]
@@ -35,28 +35,28 @@ def of_program(program: str) -> list[list[str]]:
     return [words[1:] for words in lines if words[0] == program]
 
 
-def test_the_readme_shows_every_program_that_these_tests_know() -> None:
+def test_the_readme_uses_only_known_programs() -> None:
     programs = {shlex.split(line)[0] for line in shown_commands()}
     assert programs == {"sopdeploy", "make", "pip", "curl"}
 
 
 @pytest.mark.parametrize("words", of_program("sopdeploy"), ids=" ".join)
-def test_a_command_names_a_verb_and_options_that_exist(words: list[str]) -> None:
-    verb, *arguments = words
-    context = COMMANDS.commands[verb].make_context(verb, list(arguments))
+def test_every_command_and_its_options_exist(words: list[str]) -> None:
+    command, *arguments = words
+    context = COMMANDS.commands[command].make_context(command, list(arguments))
     assert context.args == []
 
 
-def test_the_verbs_that_the_text_names_exist() -> None:
+def test_the_readme_names_every_command_and_no_other() -> None:
     named = set(re.findall(r"`sopdeploy ([a-z]+)", README))
     table = {
         word
         for row in re.findall(r"^\| (`.*?) \|", README, re.MULTILINE)
         for word in re.findall(r"`([^`]*)`", row)
     }
-    verbs = {words.removeprefix("sopdeploy ").split()[0] for words in table}
-    assert named | verbs <= set(COMMANDS.commands)
-    assert set(COMMANDS.commands) - {"demo"} <= named | verbs, "a verb that the README does not name"
+    commands = {words.removeprefix("sopdeploy ").split()[0] for words in table}
+    assert named | commands <= set(COMMANDS.commands)
+    assert set(COMMANDS.commands) - {"demo"} <= named | commands, "a command that the README does not name"
 
 
 @pytest.mark.parametrize("words", of_program("make"), ids=" ".join)
@@ -65,7 +65,7 @@ def test_a_make_target_exists(words: list[str]) -> None:
     assert all(re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE) for target in words)
 
 
-def test_every_extra_that_is_installed_exists() -> None:
+def test_every_installed_extra_exists() -> None:
     installed = [
         extra for block in re.findall(r"sopdeploy\[([\w,-]+)\]", README) for extra in block.split(",")
     ]
@@ -73,20 +73,20 @@ def test_every_extra_that_is_installed_exists() -> None:
     assert set(installed) <= set(PROJECT["optional-dependencies"])
 
 
-def test_the_versions_of_python_are_those_of_the_package() -> None:
+def test_the_readme_states_the_supported_python_versions() -> None:
     assert PROJECT["requires-python"] == ">=3.11,<3.14"
     assert "Python 3.11 to 3.13" in README
 
 
-def test_the_address_that_curl_asks_is_served() -> None:
-    routes = (ROOT / "service" / "sopdeploy_service" / "routes.py").read_text(encoding="utf-8")
+def test_the_url_in_the_curl_command_is_served() -> None:
+    routes = (ROOT / "service" / "sopdeploy_service" / "api" / "v1.py").read_text(encoding="utf-8")
     addresses = {re.sub(r"https?://[^/]+", "", word) for words in of_program("curl") for word in words[2:]}
     assert addresses == {"/v1/classify"}
     assert '"/v1/classify"' in routes
 
 
 @pytest.mark.parametrize("block", blocks("python"))
-def test_the_python_runs_and_prints_what_it_says(block: str, tmp_path: Path) -> None:
+def test_the_python_code_runs_and_prints_the_stated_values(block: str, tmp_path: Path) -> None:
     found = subprocess.run(
         [sys.executable, "-W", "error", "-c", block], capture_output=True, text=True, check=True, cwd=tmp_path
     )
@@ -95,5 +95,5 @@ def test_the_python_runs_and_prints_what_it_says(block: str, tmp_path: Path) -> 
     assert found.stdout.splitlines() == expected
 
 
-def test_the_line_under_the_name_is_the_one_of_the_package() -> None:
+def test_the_tagline_is_the_package_description() -> None:
     assert PROJECT["description"].rstrip(".") in README.replace("*", "")

@@ -6,16 +6,16 @@ from pathlib import Path
 
 
 def code_cells(path: Path) -> list[str]:
-    """Return the source of every cell of code."""
+    """List the source of all code cells."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
 def run(path: Path) -> None:
-    """Run every cell; the first error ends it, its cell named in the traceback."""
+    """Run all cells in one namespace; a traceback contains the cell number."""
     names: dict[str, object] = {"__name__": "__main__"}
     for number, source in enumerate(code_cells(path), 1):
-        exec(compile(source, f"cell {number}", "exec"), names)  # noqa: S102 - ours
+        exec(compile(source, f"cell {number}", "exec"), names)  # noqa: S102 - our own code
 
 
 if __name__ == "__main__":

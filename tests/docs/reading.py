@@ -1,4 +1,4 @@
-"""The pages and what stands in them: command lines, code, links."""
+"""Read the documentation pages: command lines, code blocks, mentions."""
 
 import importlib.util
 import re
@@ -20,7 +20,7 @@ def name(page: Path) -> str:
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """Return what the fenced blocks of *language* hold, those below a list too, from the margin."""
+    """List the contents of fenced blocks of *language*, dedented."""
     found = re.findall(
         rf"^( *)```{language}\n(.*?)^\1```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
@@ -32,7 +32,7 @@ RUN = re.compile(rf"^ *{BEFORE}(?:(?:srun )?torchrun .*? -m )?(sopdeploy(?: .*)?
 
 
 def command_lines(page: Path) -> list[list[str]]:
-    """Return the words behind `sopdeploy` in each line of code that begins with it."""
+    """List the arguments of each `sopdeploy` command line in code blocks."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     fenced = re.findall(r"^( *)```\w*\n(.*?)^\1```", text, re.MULTILINE | re.DOTALL)
     indented = re.findall(r"^ {4}.*$", text, re.MULTILINE)
@@ -42,13 +42,13 @@ def command_lines(page: Path) -> list[list[str]]:
 
 
 def mentions(page: Path) -> list[list[str]]:
-    """Return the words behind `sopdeploy` where the text mentions a command: `sopdeploy export --detach`."""
+    """List the arguments of each command in inline code such as `sopdeploy export --detach`."""
     text = page.read_text(encoding="utf-8")
     return [found.split() for found in re.findall(r"`sopdeploy ([^`\n]+)`", text)]
 
 
 def module_at(path: Path) -> Any:
-    """Return the module in the file at *path*, which is in no package."""
+    """Import the file at *path*, which belongs to no package."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""Every command that a page shows or mentions has a verb and options that exist. `test_typed` runs them."""
+"""Every command on every page exists with its options. `test_page_commands` runs them."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ def title(value: object) -> str:
     return name(value) if isinstance(value, Path) else " ".join(value) if isinstance(value, list) else ""
 
 
-def meant(words: list[str]) -> tuple[Any, list[str]]:
-    """Return the command that *words* begin with, of a group the one within, and the words behind it."""
+def resolve(words: list[str]) -> tuple[Any, list[str]]:
+    """Resolve the (sub)command at the start of *words*; return it and the remaining words."""
     assert words[0] in COMMANDS.commands
     command, rest = COMMANDS.commands[words[0]], words[1:]
     while hasattr(command, "commands") and rest:
@@ -32,25 +32,25 @@ def options_of(command: Any) -> set[str]:
 
 
 @pytest.mark.parametrize(("page", "words"), SHOWN, ids=title)
-def test_a_shown_command_can_be_typed_as_it_stands(page: Path, words: list[str]) -> None:
-    verb = words[0] if words else "--help"
-    if verb in ROOT_OPTIONS:
+def test_a_shown_command_line_parses(page: Path, words: list[str]) -> None:
+    command = words[0] if words else "--help"
+    if command in ROOT_OPTIONS:
         assert words[1:] == []
         return
-    command, rest = meant(words)
-    assert command.make_context(verb, rest).args == []
+    command, rest = resolve(words)
+    assert command.make_context(command, rest).args == []
 
 
 @pytest.mark.parametrize(("page", "words"), MENTIONED, ids=title)
-def test_a_mentioned_command_has_its_verb_and_options(page: Path, words: list[str]) -> None:
+def test_a_mentioned_command_exists_with_its_options(page: Path, words: list[str]) -> None:
     if words[0] in ROOT_OPTIONS | {"VERB"}:
         return
-    command, rest = meant(words)
+    command, rest = resolve(words)
     given = {word.partition("=")[0] for word in rest if word.startswith("-")}
     assert given <= options_of(command)
 
 
-def test_commands_are_found_in_blocks_of_every_kind() -> None:
+def test_commands_are_found_in_all_kinds_of_blocks() -> None:
     pages = {name(page) for page, _ in SHOWN}
     assert {"README.md", "docs/quickstart.md", "docs/training.md", "docs/howto/tensorrt.md"} <= pages
     distributed = [words for page, words in SHOWN if page.name == "distributed.md"]
@@ -58,19 +58,19 @@ def test_commands_are_found_in_blocks_of_every_kind() -> None:
     assert all(words[0] == "train" for words in distributed)
 
 
-def test_the_sight_of_a_wrong_option_is_a_failure(tmp_path: Path) -> None:
+def test_a_wrong_option_is_detected(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("1. This:\n\n    ```sh\n    SOPDEPLOY_PORT=1 sopdeploy serve b --prot 2  # no\n    ```\n")
     words = command_lines(page)[0]
     assert words == ["serve", "b", "--prot", "2"]
     with pytest.raises(AssertionError):
-        test_a_mentioned_command_has_its_verb_and_options(page, words)
+        test_a_mentioned_command_exists_with_its_options(page, words)
     with pytest.raises(Exception, match="No such option"):
-        test_a_shown_command_can_be_typed_as_it_stands(page, words)
+        test_a_shown_command_line_parses(page, words)
 
 
-def test_every_verb_is_on_the_page_of_the_command_line_and_in_the_readme() -> None:
+def test_every_command_is_documented() -> None:
     pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/cli.md")]
-    assert [verb for verb in COMMANDS.commands if f"\n## sopdeploy {verb}" not in pages[1]] == []
+    assert [command for command in COMMANDS.commands if f"\n## sopdeploy {command}" not in pages[1]] == []
     table = " ".join(line for line in pages[0].splitlines() if line.startswith("| `") or "sopdeploy" in line)
-    assert [verb for verb in COMMANDS.commands if verb not in table] == []
+    assert [command for command in COMMANDS.commands if command not in table] == []

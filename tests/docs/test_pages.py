@@ -1,4 +1,4 @@
-"""The pages that come from the code say what it says, and what pages name exists."""
+"""Generated pages are up to date, error codes are stable, figures are self-contained."""
 
 import ast
 import re
@@ -10,22 +10,20 @@ import pytest
 from sopdeploy.environment import install_hint
 from tests.docs.reading import PAGES, ROOT, module_at, name
 
-SECURITY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
-HOLDING = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", SECURITY)))
 PICTURES = sorted((ROOT / "docs" / "pictures").glob("*.svg"))
 ERRORS = module_at(ROOT / "docs" / "generate_errors.py")
 
 
-def test_the_page_of_the_errors_is_what_the_code_says() -> None:
+def test_the_errors_page_is_up_to_date() -> None:
     page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     assert page == ERRORS.errors_page(), "run `make docs`"
 
 
-def test_the_page_that_a_server_shows_is_what_the_code_says() -> None:
+def test_the_errors_page_of_the_server_is_up_to_date() -> None:
     assert ERRORS.SERVED.read_text(encoding="utf-8") == ERRORS.served_page(), "run `make docs`"
 
 
-# A code that was given away stays with its meaning: add to this table, take nothing out of it.
+# Published codes keep their meaning: add rows, never remove one.
 CODES = {
     "failed": "SopdeployError",
     "wrong_value": "ConfigError",
@@ -48,21 +46,21 @@ CODES = {
 }
 
 
-def test_every_error_has_a_code_of_its_own_for_ever() -> None:
+def test_every_error_class_keeps_its_code() -> None:
     assert {kind.code: kind.__name__ for kind in ERRORS.kinds()} == CODES
     assert [kind for kind in ERRORS.kinds() if "code" not in vars(kind)] == []
     over_http = {error.code for error in ERRORS.http_errors()}
     assert not set(CODES) & (over_http | set(ERRORS.OF_THE_CLIENT))
 
 
-def test_every_error_says_what_to_do_and_no_other() -> None:
+def test_every_error_class_has_advice_and_an_example() -> None:
     names = [kind.__name__ for kind in ERRORS.kinds()]
     assert names == list(ERRORS.WHAT_TO_DO) == list(ERRORS.EXAMPLES)
     assert len(ERRORS.tree()) == len(names)
 
 
 def raised(name: str) -> list[list[str]]:
-    """Return the texts of each message that the source makes a `name(...)` with, values left out."""
+    """Find the constant parts of each message passed to `name(...)` in the source."""
     found = []
     sources = [path for part in ("sopdeploy", "export", "service") for path in (ROOT / part).rglob("*.py")]
     for path in sources:
@@ -74,24 +72,28 @@ def raised(name: str) -> list[list[str]]:
     return found
 
 
-def test_the_example_of_an_error_is_a_message_of_the_source() -> None:
+def test_every_example_is_a_message_of_the_source() -> None:
     assert ERRORS.EXAMPLES["RuntimeUnavailableError"] == install_hint("TensorRT", "sopdeploy[tensorrt]")
-    elsewhere = {"ImageError", "OverloadedError", "RuntimeUnavailableError"}  # the first two: a server's
+    elsewhere = {
+        "ImageError",
+        "OverloadedError",
+        "RuntimeUnavailableError",
+    }  # two come from servers
     for kind in set(ERRORS.EXAMPLES) - elsewhere:
         shown = re.sub(r" \[\w+\]$", "", ERRORS.EXAMPLES[kind])
         patterns = [".*".join(map(re.escape, texts)) for texts in raised(kind) if texts]
         assert any(re.fullmatch(f".*{pattern}.*", shown) for pattern in patterns), kind
 
 
-def test_every_code_that_the_client_makes_up_is_explained() -> None:
+def test_every_code_of_the_client_is_explained() -> None:
     client = "".join(
         path.read_text(encoding="utf-8") for path in (ROOT / "sopdeploy" / "client").glob("*.py")
     )
-    made_up = set(re.findall(r'code="(\w+)"', client))
-    assert made_up == set(ERRORS.OF_THE_CLIENT) | {"unreachable"}
+    of_client = set(re.findall(r'code="(\w+)"', client))
+    assert of_client == set(ERRORS.OF_THE_CLIENT) | {"unreachable"}
 
 
-def test_every_code_of_the_service_says_what_to_do() -> None:
+def test_every_code_of_the_service_has_advice() -> None:
     http = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
     found = ERRORS.http_errors()
     assert len({error.code for error in found}) == len(found) > 60
@@ -103,24 +105,10 @@ def test_every_code_of_the_service_says_what_to_do() -> None:
     assert [error.code for error in found if f'id="{error.code}"' not in page] == []
 
 
-@pytest.mark.parametrize(("file", "test"), HOLDING, ids="::".join)
-def test_a_test_that_is_said_to_hold_a_line_exists(file: str, test: str) -> None:
-    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    assert test in {node.name for node in tree.body if isinstance(node, functions)}
-
-
-def test_every_line_of_the_threat_model_names_a_test_that_holds_it() -> None:
-    rows = [line for line in SECURITY.splitlines() if re.match(r"\| (?!an enemy|what goes|-)", line)]
-    assert len(rows) > 25
-    assert [row for row in rows if "::test_" not in row and not row.startswith("|---")] == []
-    assert {file.split("/")[1] for file, _ in HOLDING} >= {"attacks", "service", "engines", "sopdeploy"}
-
-
 @pytest.mark.parametrize("picture", PICTURES, ids=name)
-def test_a_picture_is_drawn_without_anything_from_elsewhere_and_tells_itself(picture: Path) -> None:
+def test_every_figure_is_self_contained_and_has_a_description(picture: Path) -> None:
     text = picture.read_text(encoding="utf-8")
-    root = ET.fromstring(text)  # noqa: S314 - ours
+    root = ET.fromstring(text)  # noqa: S314 - our own file
     space = "{http://www.w3.org/2000/svg}"
     assert root.findtext(f"{space}title")
     assert root.findtext(f"{space}desc")

@@ -1,4 +1,4 @@
-"""The tables of the page on capacity are what the model computes, and what it names exists."""
+"""The tables of the capacity page equal the model's results; named programs and values exist."""
 
 import re
 import shlex
@@ -16,14 +16,14 @@ SHOWN = re.findall(r"^python benchmarks/capacity\.py (.*)$", PAGE, re.MULTILINE)
 
 
 @pytest.mark.parametrize("typed", SHOWN, ids=["GPUs", "CPUs"])
-def test_a_table_is_what_its_command_prints(typed: str) -> None:
+def test_a_table_equals_the_output_of_its_command(typed: str) -> None:
     system, wanted, rows = planned(parser().parse_args(shlex.split(typed)))
     printed = "\n".join([facts(system, wanted), "", HEAD, *map(line, rows)])
     assert (rows[0].rate, rows[-1].rate) == (100, 1_000_000)
     assert f"{typed}\n```\n\n{printed}\n\n" in PAGE
 
 
-def test_cores_and_bandwidth_of_pictures_follow_from_their_bytes_and_times() -> None:
+def test_cores_and_bandwidth_follow_from_bytes_and_times() -> None:
     rows = re.findall(r"^\| \d+ x \d+ \|(.*)\|$", PAGE, re.MULTILINE)
     assert len(rows) == 4
     engine = 2162
@@ -33,13 +33,13 @@ def test_cores_and_bandwidth_of_pictures_follow_from_their_bytes_and_times() -> 
         assert computed == [round(value, 1) for value in expected]
 
 
-def test_every_program_that_measures_is_there() -> None:
+def test_every_named_benchmark_exists() -> None:
     programs = set(re.findall(r"`(benchmarks/\w+\.py)", PAGE))
     assert len(programs) >= 6
     assert [program for program in programs if not (ROOT / program).is_file()] == []
 
 
-def test_every_value_of_the_chart_that_is_named_or_set_exists() -> None:
+def test_every_named_chart_value_exists() -> None:
     chart: Any = yaml.safe_load((ROOT / "deploy/helm/sopdeploy/values.yaml").read_text(encoding="utf-8"))
     rows = PAGE.partition("## On Kubernetes")[2]
     named = set(re.findall(r"`((?:autoscaling|resources|settings)\.[\w.]+|replicas|maxSurge)`", rows))

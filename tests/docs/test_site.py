@@ -1,4 +1,4 @@
-"""The site: every page has its place, it builds without a warning, and no browser asks elsewhere."""
+"""The documentation site: navigation is complete, it builds without warnings and is self-contained."""
 
 import importlib.util
 import os
@@ -18,30 +18,28 @@ LOADED = re.compile(
 )
 
 
-def test_every_page_has_a_place_in_the_navigation_and_no_other() -> None:
+def test_the_navigation_lists_every_page() -> None:
     named = re.findall(r"^ +- (?:.*: )?([\w/-]+\.md)$", CONFIG.partition("\nnav:")[2], re.MULTILINE)
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
-    measured = {
-        page for page in pages if page.startswith("benchmarks/")
-    }  # of `make gpu-check`, where it was run
+    measured = {page for page in pages if page.startswith("benchmarks/")}  # created by benchmarks
     assert sorted(named) == sorted(set(pages) - measured)
 
 
-def test_no_font_and_no_script_of_another_host_is_asked_for() -> None:
+def test_the_site_uses_no_external_fonts_or_scripts() -> None:
     assert re.search(r"^  font: false$", CONFIG, re.MULTILINE)
     assert "://" not in CONFIG
 
 
-def test_every_object_of_the_api_page_exists_and_says_what_it_is() -> None:
+def test_every_object_of_the_api_page_exists_and_has_a_docstring() -> None:
     named = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(named) > 15
-    silent = [path for path in named if not pkgutil.resolve_name(path).__doc__]
-    assert silent == []
+    undocumented = [path for path in named if not pkgutil.resolve_name(path).__doc__]
+    assert undocumented == []
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed")
-def test_it_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+def test_the_site_builds_without_warnings_and_is_self_contained(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""What a page lets people type, and a home to type it in: pictures, the program, the page's server."""
+"""Extract the commands of a documentation page, and run them in a prepared folder."""
 
 import os
 import re
@@ -21,11 +21,14 @@ PROGRAM = re.compile(r"(?:[A-Z_]+=\S+ )*(?:curl|docker|git|helm|make|pip|python|
 SERVE = re.compile(r"(?:[A-Z_]+=\S+ )*sopdeploy serve ")
 TINY = "--set epochs=1 --set threads=1 --set preprocess.resize=18 --set preprocess.crop=16"
 QUICKER = {"train --data photos": f"train --data photos {TINY}", "--seconds 20": "--seconds 2"}
-FIRST_BUNDLE, LAST_BUNDLE = "dsop-resnet20-3f6c01d2a4b7", "dsop-resnet20-77aa01d2e0c4"  # stand for one's own
+FIRST_BUNDLE, LAST_BUNDLE = (
+    "dsop-resnet20-3f6c01d2a4b7",
+    "dsop-resnet20-77aa01d2e0c4",
+)  # example names
 
 
 def steps(page: Path) -> list[str]:
-    """Return what *page* lets people type, in order: lines of a shell, scripts, and blocks of Python."""
+    """List the steps of *page* in order: shell lines, shell scripts and Python blocks."""
     text = re.sub(r" \\\n +", " ", page.read_text(encoding="utf-8"))
     found: list[str] = []
     for indent, language, block, line in CODE.findall(text):
@@ -40,14 +43,14 @@ def steps(page: Path) -> list[str]:
 
 
 def draw(folder: Path, photos: str = "photos", seed: int = 0) -> None:
-    """Let the script of the quick start draw its pictures into *folder*."""
+    """Run the image script of the quick start in *folder*."""
     script = DRAW.replace("default_rng(0)", f"default_rng({seed})").replace('"photos"', f'"{photos}"')
     (folder / "make_photos.py").write_text(script, encoding="utf-8")
     subprocess.run([sys.executable, "make_photos.py"], cwd=folder, check=True)
 
 
-class Home:
-    """A folder with pictures, in which `sopdeploy` is this one and the ports of the pages are free ones."""
+class Workspace:
+    """A folder with images in which `sopdeploy` is this checkout and ports of the pages are free ports."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -57,9 +60,9 @@ class Home:
         program.chmod(0o755)
         draw(folder)
         draw(folder, "test-photos", 1)
-        with Image.open(folder / "photos" / "rings" / "0.jpg") as picture:
-            picture.save(folder / "photo.jpg")
-            picture.save(folder / "other.png")
+        with Image.open(folder / "photos" / "rings" / "0.jpg") as image:
+            image.save(folder / "photo.jpg")
+            image.save(folder / "other.png")
         with tarfile.open(folder / "photos.tar.xz", "w:xz") as archive:
             archive.add(folder / "photos", "photos")
         self.ports = {shown: str(free_port()) for shown in ("8000", "9000")}
@@ -77,8 +80,8 @@ class Home:
             "SOPDEPLOY_PORT": self.ports["8000"],
         }
 
-    def meant(self, step: str) -> str:
-        """Return *step* with the ports and the bundles of this home; what fails over HTTP is an error."""
+    def resolve(self, step: str) -> str:
+        """Replace ports and bundle names of *step* by those of this workspace; HTTP errors fail."""
         for shown, port in self.ports.items():
             step = re.sub(rf"\b{shown}\b", port, step)
         made = sorted((self.folder / "bundles").glob("*-*/"), key=lambda path: path.stat().st_mtime_ns)
@@ -88,12 +91,12 @@ class Home:
             step = step.replace(shown, quicker)
         return re.sub(r"^curl ", "curl -sS --fail ", step)
 
-    def typed(self, step: str) -> str:
-        """Return what *step* prints, a line for the shell or some Python; it must end well."""
-        meant = self.meant(step)
-        python = "\n" in meant or meant.startswith(("import ", "from "))
+    def run(self, step: str) -> str:
+        """Run a shell line or Python code, which must succeed, and return its output."""
+        resolved = self.resolve(step)
+        python = "\n" in resolved or resolved.startswith(("import ", "from "))
         done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", meant] if python else ["/bin/sh", "-c", meant],
+            [sys.executable, "-W", "error", "-c", resolved] if python else ["/bin/sh", "-c", resolved],
             cwd=self.folder,
             env=self.environment(),
             capture_output=True,
@@ -101,14 +104,14 @@ class Home:
             check=False,
             timeout=280,
         )
-        assert done.returncode == 0, f"{meant}\n{done.stdout}{done.stderr}"
+        assert done.returncode == 0, f"{resolved}\n{done.stdout}{done.stderr}"
         return done.stdout
 
     @contextmanager
     def serving(self, step: str) -> Iterator[None]:
-        """Run the server of *step* until it was interrupted, and must end with 0."""
+        """Run the server of *step* until the block ends; it must then exit with 0."""
         server = subprocess.Popen(
-            ["/bin/sh", "-c", re.sub(r"sopdeploy serve", "exec sopdeploy serve", self.meant(step))],
+            ["/bin/sh", "-c", re.sub(r"sopdeploy serve", "exec sopdeploy serve", self.resolve(step))],
             cwd=self.folder,
             env=self.environment(),
             stdout=subprocess.PIPE,
