@@ -15,7 +15,6 @@ from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import StrictModel
 from sopdeploy.files import sha256
 from sopdeploy.models.base import Classifier
-from sopdeploy_export import report as report_page
 from sopdeploy_export.detach import detach
 from sopdeploy_export.graph.onnx_export import lower, operator_counts, write
 from sopdeploy_export.graph.probe_images import probe_images
@@ -35,8 +34,9 @@ from sopdeploy_export.precision.convert import (
 from sopdeploy_export.proof.certificate import Certificate, Proof, certify, with_onnx_root
 from sopdeploy_export.proof.onnx_hash import file_root, onnx_root
 from sopdeploy_export.proof.preconditions import refuse_training_parts, refuse_what_cannot_ship
-from sopdeploy_export.report import model_card
+from sopdeploy_export.report.model_card import render_model_card
 from sopdeploy_export.report.network_summary import network_summary
+from sopdeploy_export.report.page import render_report
 from sopdeploy_export.report.results import Exported, ExportResults, as_probes, manifest_fields, write_reports
 from sopdeploy_export.report.speed import measure_speed
 from sopdeploy_export.rewrites.apply import CertifiedGraph, LoweredGraph, lower_by_rules
@@ -141,7 +141,7 @@ def export(
             "opset": shipping.opset,
         }
         (folder / "README.md").write_text(
-            model_card.render(checkpoint, certificate, parity, precision, card), encoding="utf-8"
+            render_model_card(checkpoint, certificate, parity, precision, card), encoding="utf-8"
         )
         findings = ExportResults(
             checkpoint=checkpoint,
@@ -154,7 +154,7 @@ def export(
             fields=card,
             files=bundle.file_records(folder),
         )
-        (folder / "report.html").write_text(report_page.render(findings), encoding="utf-8")
+        (folder / "report.html").write_text(render_report(findings), encoding="utf-8")
         manifest = bundle.seal(folder, card)
         path = bundle.publish(folder, manifest, destination)
     return Exported(

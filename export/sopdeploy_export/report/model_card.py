@@ -1,33 +1,42 @@
-"""The page of a bundle that a person reads."""
+"""Render the model card of a bundle, its `README.md`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from sopdeploy.bundle.manifest import Int8For, TensorRecord
+from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy_export.parity.report import ParityReport
-from sopdeploy_export.precision.report import Accuracy, PrecisionReport
+from sopdeploy_export.precision.report import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 
-LABELS_SHOWN = 20
-MADE_FOR: Mapping[Int8For, str] = {
-    "cpu": "for a CPU (TensorRT does not take this form)",
-    "tensorrt": "for TensorRT (a CPU runs this form slower than float32)",
+MAX_LABELS = 20
+TARGETS: Mapping[Int8For, str] = {
+    "cpu": "for CPUs (TensorRT does not accept this form)",
+    "tensorrt": "for TensorRT (CPUs run this form slower than float32)",
 }
 
 
-def render(
+def render_model_card(
     checkpoint: Checkpoint,
     certificate: Certificate,
     parity: ParityReport,
     precision: PrecisionReport,
     fields: Mapping[str, Any],
 ) -> str:
-    """Return the model card as Markdown; *fields* are those of the manifest."""
-    rules = checkpoint.preprocess
-    labels = ", ".join(checkpoint.labels[:LABELS_SHOWN])
-    if len(checkpoint.labels) > LABELS_SHOWN:
-        labels += f", ... ({len(checkpoint.labels)} in all, see labels.json)"
+    """Render the model card as Markdown; *fields* are those of the manifest."""
+    preprocess, batch = checkpoint.preprocess, fields["batch"]
+    labels = ", ".join(checkpoint.labels[:MAX_LABELS])
+    if len(checkpoint.labels) > MAX_LABELS:
+        labels += f", ... ({len(checkpoint.labels)} in total, see labels.json)"
+    outputs = ", ".join(
+        f"`{output.name}`: {output.dtype}, (batch, {', '.join(str(size) for size in output.shape[1:])})"
+        for output in fields["outputs"]
+    )
+    training = "\n".join(
+        f"- {key}: {value}"
+        for key, value in sorted(checkpoint.training.items())
+        if isinstance(value, int | float | str) and not isinstance(value, bool)
+    )
     return f"""# {checkpoint.model}
 
 An image classifier exported by sopdeploy {fields["versions"]["sopdeploy"]}.
@@ -42,104 +51,74 @@ Classes: {labels}
 
 ## Input and output
 
-`{fields["inputs"][0].name}`: uint8, (batch, {rules.crop}, {rules.crop}, 3), RGB. The shorter side of
-a picture is resized to {rules.resize} pixels ({rules.interpolation}), then the centre is cropped;
-mean and standard deviation are inside the graph. Batches of {fields["batch"].minimum} to
-{fields["batch"].maximum} images. {output_words(fields["outputs"])}
+`{fields["inputs"][0].name}`: uint8, (batch, {preprocess.crop}, {preprocess.crop}, 3), RGB. Resize the
+shorter side of an image to {preprocess.resize} pixels ({preprocess.interpolation}), then crop the center;
+the graph subtracts the mean and divides by the standard deviation. Batches of {batch.minimum} to
+{batch.maximum} images. {outputs}
 
 ## Training
 
-{training_lines(checkpoint)}
+{training or "Not recorded."}
 
-## What was proved
+## Proof
 
-{proof_lines(certificate)}
+{_proof_lines(certificate)}
 
-## What was measured
+## Parity
 
-{parity_lines(parity)}
+{_parity_lines(parity)}
 
 ## Precision
 
-{precision_lines(precision)}
+{_precision_lines(precision)}
 """
 
 
-def output_words(outputs: Sequence[TensorRecord]) -> str:
-    """Return names, types and shapes of the outputs."""
-    return ", ".join(
-        f"`{output.name}`: {output.dtype}, (batch, {', '.join(str(size) for size in output.shape[1:])})"
-        for output in outputs
-    )
-
-
-def training_lines(checkpoint: Checkpoint) -> str:
-    """Return what the checkpoint says of its training: plain figures only."""
-    plain = {
-        key: value
-        for key, value in checkpoint.training.items()
-        if isinstance(value, int | float | str) and not isinstance(value, bool)
-    }
-    return "\n".join(f"- {key}: {value}" for key, value in sorted(plain.items())) or "Not recorded."
-
-
-def proof_lines(certificate: Certificate) -> str:
-    """Return the certificate in words."""
-    removed = (
-        f"- removed: {', '.join(certificate.detached)} ({len(certificate.removed)} tensors, "
-        f"{certificate.bytes_removed} bytes)"
-        if certificate.removed
-        else "- removed: nothing, all of the network computes the answer"
-    )
-    return f"""{removed}
+def _proof_lines(certificate: Certificate) -> str:
+    removed = "nothing"
+    if certificate.removed:
+        tensors = f"{len(certificate.removed)} tensors, {certificate.bytes_removed} bytes"
+        removed = f"{', '.join(certificate.detached)} ({tensors})"
+    return f"""- removed: {removed}
 - kept: {len(certificate.kept)} tensors, each with the same sha256 before and after
-- one graph: trained, detached and plain network share the root {certificate.roots.any_batch[:16]}
-  ({certificate.roots.operations} operations), also for a batch of one and after lowering to ONNX
-- one answer: bitwise equal logits on {certificate.images} probe images"""
+- graphs: the trained, detached and plain network have the same hash {certificate.roots.any_batch[:16]}
+  ({certificate.roots.operations} operations), also for a batch of one and as ONNX
+- outputs: bitwise equal logits on {certificate.images} probe images"""
 
 
-def drift_lines(parity: ParityReport) -> str:
-    """Return a line per output."""
-    return "\n".join(
-        f"- {name}: largest drift {output.largest_drift:.3g}, {output.drift_in_floors:.1f} times the "
-        f"network's own {parity.precision} noise ({output.noise_floor:.3g}); allowed {output.tolerance:.3g}"
-        for name, output in parity.outputs.items()
-    )
-
-
-def parity_lines(parity: ParityReport) -> str:
-    """Return the parity report in words."""
-    state = "passed" if parity.passed else "DID NOT PASS, drift was allowed"
-    emulated = "" if parity.emulation is None else f"\n- {parity.emulation}"
-    where = f"{parity.runtime} ({parity.provider})"
-    return f"""- {state}: model.onnx in {where} against the network in float64{emulated}
-{drift_lines(parity)}
-- top class agrees on {parity.top1.agree} of {parity.top1.images} probe images (95 % interval \
-{100 * parity.top1.low:.1f} to {100 * parity.top1.high:.1f} %)"""
-
-
-def precision_lines(report: PrecisionReport) -> str:
-    """Return types of the parts, and what they cost, in words."""
-    types = ", ".join(f"{count} parts in {name}" for name, count in report.summary().items())
-    lines = [f"- {report.precision}: weights of {types}; part by part in `precision.json`"]
-    if report.quantisation is not None:
-        found = report.quantisation
-        dear = ", ".join(f"{cost.part} ({100 * cost.share:.1f} %)" for cost in found.costs[:3])
+def _parity_lines(parity: ParityReport) -> str:
+    state = "passed" if parity.passed else "DID NOT PASS, the drift was allowed"
+    top1, limit = parity.top1, parity.floors_allowed
+    lines = [f"- {state}: model.onnx in {parity.runtime} ({parity.provider}) against the network in float64"]
+    if parity.emulation is not None:
+        lines.append(f"- {parity.emulation}")
+    for name, output in parity.outputs.items():
         lines.append(
-            f"- {found.layers} convolutions in int8 {MADE_FOR[found.runtime]}, ranges by "
-            f"{found.calibration} on {found.images} pictures; alone they move the logits most: {dear}"
+            f"- {name}: max drift {output.largest_drift:.3g} ({output.drift_in_floors:.1f}x "
+            f"{parity.precision} noise floor, limit {limit:g}x)"
         )
-    if report.accuracy is not None:
-        lines.append(f"- {accuracy_words(report.accuracy)}")
+    lines.append(
+        f"- same top class on {top1.agree} of {top1.images} probe images (95 % interval "
+        f"{100 * top1.low:.1f} to {100 * top1.high:.1f} %)"
+    )
     return "\n".join(lines)
 
 
-def accuracy_words(found: Accuracy) -> str:
-    """Return what the precision costs in answers, in words."""
-    words = (
-        f"same top class as float32 on {found.agree} of {found.images} pictures "
-        f"(95 % interval {100 * found.low:.1f} to {100 * found.high:.1f} %)"
-    )
-    if found.before is None or found.after is None:
-        return words
-    return f"top-1 {100 * found.before:.2f} % before, {100 * found.after:.2f} % after; {words}"
+def _precision_lines(report: PrecisionReport) -> str:
+    types = ", ".join(f"{count} modules in {name}" for name, count in report.summary().items())
+    lines = [f"- {report.precision}: weights of {types}; by module in `precision.json`"]
+    if (int8 := report.quantisation) is not None:
+        costs = ", ".join(f"{cost.part} ({100 * cost.share:.1f} %)" for cost in int8.costs[:3])
+        lines.append(
+            f"- {int8.layers} convolutions in int8 {TARGETS[int8.runtime]}, ranges by {int8.calibration} on "
+            f"{int8.images} images; largest change of the logits by one layer: {costs}"
+        )
+    if (found := report.accuracy) is not None:
+        text = (
+            f"same top class as float32 on {found.agree} of {found.images} images "
+            f"(95 % interval {100 * found.low:.1f} to {100 * found.high:.1f} %)"
+        )
+        if found.before is not None and found.after is not None:
+            text = f"top-1 {100 * found.before:.2f} % before, {100 * found.after:.2f} % after; {text}"
+        lines.append(f"- {text}")
+    return "\n".join(lines)

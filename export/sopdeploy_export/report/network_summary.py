@@ -1,10 +1,11 @@
-"""The anatomy of a network for a reader: its parts in the order of computing, and where each branch starts.
+"""Summarize a network for readers: its modules in order of execution, and where each branch starts.
 
-Nothing is declared twice: a forward pass in train mode on `meta` tells which part took whose output. A part
-is a child of the network; a child in which several training-only parts start is shown child by child.
+A forward pass in train mode on the `meta` device shows which module reads whose output. The summary lists the
+network's children; a child in which several training-only modules start is split into its own children.
 """
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,175 +19,149 @@ from sopdeploy.models.registry import create_model
 from sopdeploy.models.stats import Counts, Tally, tally
 from sopdeploy.module_names import is_in
 
-DEEPEST = 3  # levels of children that may be shown one by one
+MAX_DEPTH = 3
 
 
 class Part(StrictModel):
-    """One box: `shape` is that of its output for one image, `source` the shipped part a leaver starts at."""
+    """One module: `shape` is its output for one image, `source` the exported module a branch starts at."""
 
     name: str
     kind: str
     shape: tuple[int, ...]
     parameters: int
     macs: int
-    leaves: bool = False
+    training_only: bool = False
     source: str | None = None
 
 
 class NetworkSummary(StrictModel):
-    """The parts in the order of computing, those that leave after them, and what all of them cost."""
+    """The exported modules in order of execution, then the training-only ones, and the total counts."""
 
     parts: tuple[Part, ...]
     trained: Counts
     shipped: Counts
 
 
-class Watched:
-    """What forward hooks saw: modules in the order of ending, shapes of outputs, where inputs came from."""
+class ForwardTrace:
+    """Record by forward hooks the order in which modules end, output shapes, and the source of inputs."""
 
     def __init__(self, network: nn.Module) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.sources: dict[str, str] = {}
-        self._makers: dict[int, str] = {}
-        self._alive: list[Tensor] = []  # an id is that of one tensor only as long as the tensor lives
+        self._producers: dict[int, str] = {}
+        self._alive: list[Tensor] = []  # an id identifies a tensor only while the tensor lives
         self._last = ""
-        self._handles = [
-            handle
-            for name, module in network.named_modules()
-            if name
-            for handle in (
-                module.register_forward_pre_hook(lambda _m, inputs, name=name: self._began(name, inputs)),
-                module.register_forward_hook(lambda _m, _i, output, name=name: self._ended(name, output)),
-            )
-        ]
+        self._handles = []
+        for name, module in network.named_modules():
+            if name:
+                self._handles.append(module.register_forward_pre_hook(partial(self._begin, name)))
+                self._handles.append(module.register_forward_hook(partial(self._end, name)))
 
-    def _began(self, name: str, inputs: tuple[Any, ...]) -> None:
+    def _begin(self, name: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         tensors = [value for value in inputs if isinstance(value, Tensor)]
-        makers = [self._makers[id(value)] for value in tensors if id(value) in self._makers]
-        self.sources.setdefault(name, makers[0] if makers else self._last)
+        producers = [self._producers[id(value)] for value in tensors if id(value) in self._producers]
+        self.sources.setdefault(name, producers[0] if producers else self._last)
 
-    def _ended(self, name: str, output: Any) -> None:
+    def _end(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             self._alive.append(output)
             self._last = name
-            self._makers.setdefault(id(output), name)  # the innermost: what lies around it passes it on
+            self._producers.setdefault(id(output), name)  # the innermost module; outer ones pass it on
             self.shapes.pop(name, None)
             self.shapes[name] = tuple(output.shape[1:])
 
-    def stop(self) -> None:
-        """Take the hooks off and let the tensors go."""
+    def close(self) -> None:
+        """Remove the hooks and release the tensors."""
         for handle in self._handles:
             handle.remove()
         self._alive.clear()
 
 
 def network_summary(checkpoint: Checkpoint) -> NetworkSummary:
-    """Return the anatomy of the network of *checkpoint* at the size that it takes; nothing is allocated."""
+    """Summarize the network of *checkpoint* at its input size, without allocating memory."""
     side = checkpoint.preprocess.crop
     with torch.device("meta"):
         network = create_model(checkpoint.model, num_classes=len(checkpoint.labels), **checkpoint.config)
         plain = network.inference_model() if network.training_only else network
     shipped = tally(plain.eval(), side)
-    watched, trained = watch(network, side)
-    leavers = training_only_parts(network)
-    main = main_parts(network, leavers, watched)
-    return NetworkSummary(
-        parts=(
-            *(part(network, name, leavers, watched, trained) for name in main),
-            *(leaver(network, name, main, watched, trained) for name in leavers),
-        ),
-        trained=trained.total(),
-        shipped=shipped.total(),
-    )
-
-
-def watch(network: Classifier, side: int) -> tuple[Watched, Tally]:
-    """Return what a forward pass showed: in train mode, or in eval mode where its config forbids to train."""
     try:
-        return watched_pass(network.train(), side)
-    except (ConfigError, RuntimeError):
-        return watched_pass(network.eval(), side)
+        trace, trained = _trace(network.train(), side)
+    except (ConfigError, RuntimeError):  # the config forbids training
+        trace, trained = _trace(network.eval(), side)
+    branches = _training_only_modules(network)
+    main = _exported_modules(network, branches, trace)
+    modules = dict(network.named_modules())
+
+    def total(counts: Mapping[str, int], name: str) -> int:
+        return sum(count for key, count in counts.items() if is_in(key, name))
+
+    parts = []
+    for name in main:
+        inner = [branch for branch in branches if is_in(branch, name)]
+        # The output is that of the module inside it that ended last.
+        shape = [shape for seen, shape in trace.shapes.items() if is_in(seen, name)][-1]
+        parameters, macs = (
+            total(counts, name) - sum(total(counts, branch) for branch in inner)
+            for counts in (trained.parameters, trained.macs)
+        )
+        kind = type(modules[name]).__name__
+        parts.append(Part(name=name, kind=kind, shape=shape, parameters=parameters, macs=macs))
+    for name in branches:
+        start = trace.sources.get(name, name)
+        owners = [owner for owner in main if is_in(name, owner) or is_in(start, owner)]
+        parts.append(
+            Part(
+                name=name,
+                kind=type(modules[name]).__name__ if name in modules else "parameter",
+                shape=trace.shapes.get(name, ()),
+                parameters=total(trained.parameters, name),
+                macs=total(trained.macs, name),
+                training_only=True,
+                source=owners[-1] if owners else None,
+            )
+        )
+    return NetworkSummary(parts=tuple(parts), trained=trained.total(), shipped=shipped.total())
 
 
-def watched_pass(network: Classifier, side: int) -> tuple[Watched, Tally]:
-    """Return what a forward pass in the mode that *network* is in showed, and its counts."""
-    watched = Watched(network)
+def _trace(network: Classifier, side: int) -> tuple[ForwardTrace, Tally]:
+    trace = ForwardTrace(network)
     try:
-        return watched, tally(network, side)
+        return trace, tally(network, side)
     finally:
-        watched.stop()
+        trace.close()
 
 
-def training_only_parts(network: Classifier) -> list[str]:
-    """Return the names of what leaves: the children of a container one by one."""
-    found = []
+def _training_only_modules(network: Classifier) -> list[str]:
+    """List the training-only modules, a container as its children."""
+    modules, found = dict(network.named_modules()), []
     for name in network.training_only:
-        whole = dict(network.named_modules()).get(name)
-        if isinstance(whole, nn.ModuleDict | nn.ModuleList):
-            found += [f"{name}.{child}" for child, _ in whole.named_children()]
+        module = modules.get(name)
+        if isinstance(module, nn.ModuleDict | nn.ModuleList):
+            found += [f"{name}.{child}" for child, _ in module.named_children()]
         else:
             found.append(name)
     return found
 
 
-def main_parts(network: Classifier, leavers: Collection[str], watched: Watched) -> list[str]:
-    """Return the names of the parts that ship, in the order of computing, without those that only pass on."""
-    starts = [watched.sources.get(name, "") for name in leavers]
+def _exported_modules(network: Classifier, branches: Collection[str], trace: ForwardTrace) -> list[str]:
+    """List the exported modules that have weights or change the shape, in order of execution."""
+    starts = [trace.sources.get(name, "") for name in branches]
     names = [name for name, _ in network.named_children() if name not in network.training_only]
-    for _ in range(DEEPEST):
-        names = [child for name in names for child in children_of(network, name, starts)]
-    order = list(watched.shapes)
-    ended = {name: [at for at, seen in enumerate(order) if is_in(seen, name)] for name in names}
-    weighty = [name for name in names if ended[name] and has_weights(network, name, watched)]
-    return sorted(weighty, key=lambda name: ended[name][-1])
+    for _ in range(MAX_DEPTH):
+        names = [child for name in names for child in _split(network, name, starts)]
+    last: dict[str, int] = {}
+    for position, seen in enumerate(trace.shapes):
+        last.update((name, position) for name in names if is_in(seen, name))
+    shown = []
+    for name in last:
+        changes_shape = trace.shapes.get(name) != trace.shapes.get(trace.sources.get(name, ""))
+        if changes_shape or any(True for _ in network.get_submodule(name).parameters()):
+            shown.append(name)
+    return sorted(shown, key=lambda name: last[name])
 
 
-def children_of(network: nn.Module, name: str, starts: Collection[str]) -> list[str]:
-    """Return the children of part *name* where several of *starts* lie in it, else the name itself."""
+def _split(network: nn.Module, name: str, starts: Collection[str]) -> list[str]:
+    """Split module *name* into its children if branches start in more than one of them."""
     children = [f"{name}.{child}" for child, _ in network.get_submodule(name).named_children()]
-    inside = {child for child in children if any(is_in(start, child) for start in starts)}
-    return children if len(inside) > 1 else [name]
-
-
-def has_weights(network: nn.Module, name: str, watched: Watched) -> bool:
-    """Say whether part *name* is worth a box: it has weights, or changes the shape of what it takes."""
-    if any(True for _ in network.get_submodule(name).parameters()):
-        return True
-    return watched.shapes.get(name) != watched.shapes.get(watched.sources.get(name, ""))
-
-
-def part(network: nn.Module, name: str, leavers: Collection[str], watched: Watched, counted: Tally) -> Part:
-    """Return the box of shipped part *name* without the leavers in it.
-
-    Its output is that of the last module in it that ended.
-    """
-    shapes = [shape for seen, shape in watched.shapes.items() if is_in(seen, name)]
-    inner = [leaver for leaver in leavers if is_in(leaver, name)]
-    return Part(
-        name=name,
-        kind=type(network.get_submodule(name)).__name__,
-        shape=shapes[-1],
-        parameters=summed(counted.parameters, name) - sum(summed(counted.parameters, one) for one in inner),
-        macs=summed(counted.macs, name) - sum(summed(counted.macs, one) for one in inner),
-    )
-
-
-def leaver(network: nn.Module, name: str, main: Collection[str], watched: Watched, counted: Tally) -> Part:
-    """Return the box of training-only part *name* and the shipped part it starts at or belongs to."""
-    start = watched.sources.get(name, name)
-    owners = [owner for owner in main if is_in(name, owner) or is_in(start, owner)]
-    whole = dict(network.named_modules()).get(name)
-    return Part(
-        name=name,
-        kind="parameter" if whole is None else type(whole).__name__,
-        shape=watched.shapes.get(name, ()),
-        parameters=summed(counted.parameters, name),
-        macs=summed(counted.macs, name),
-        leaves=True,
-        source=owners[-1] if owners else None,
-    )
-
-
-def summed(counts: Mapping[str, int], name: str) -> int:
-    """Return the sum of *counts* over what lies in part *name*."""
-    return sum(count for key, count in counts.items() if is_in(key, name))
+    used = {child for child in children if any(is_in(start, child) for start in starts)}
+    return children if len(used) > 1 else [name]

@@ -1,73 +1,243 @@
-"""`report.html`: one page that needs no network and no script, light or dark, on paper or a telephone."""
+"""Render `report.html`, a self-contained page about one export. It needs no network and no script."""
 
-from sopdeploy.html.markup import Html, document, join, paragraph, percent, short, size, tag
-from sopdeploy_export.report.measurements import (
-    drift_section,
-    gate_section,
-    precision_section,
-    spectral_section,
-)
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from sopdeploy.html.charts import Axis, Bar, Curve, bars, heat, interval, plot
+from sopdeploy.html.templates import dimensions, percent, reduction, render, short_number
+from sopdeploy_export.parity.report import Flip, ParityReport
+from sopdeploy_export.precision.report import PrecisionReport
+from sopdeploy_export.report.drawing import draw_network
 from sopdeploy_export.report.results import ExportResults
-from sopdeploy_export.report.sections import (
-    answers_section,
-    files_section,
-    lowering_section,
-    network_section,
-    proof_section,
-    speed_section,
-)
+from sopdeploy_export.report.speed import Speed
 
-LABELS_SHOWN = 20
+MAX_CLASSES = 30  # of a readable confusion matrix
+Rows = list[tuple[str, ...]]
+CAUSES = {
+    "noise": "noise: the network's margin is within the tolerance",
+    "routing": "routing: the gate was undecided",
+    "error": "error: the network's margin is clear",
+}
 
 
-def render(found: ExportResults) -> str:
-    """Return the page; the same findings give the same text."""
-    title = f"{found.checkpoint.model}: what was exported"
-    sections = (
-        network_section(found),
-        proof_section(found),
-        lowering_section(found),
-        drift_section(found),
-        answers_section(found),
-        gate_section(found),
-        spectral_section(found),
-        precision_section(found),
-        speed_section(found),
-        files_section(found),
+def render_report(results: ExportResults) -> str:
+    """Render the page; equal *results* give equal text."""
+    return render("sopdeploy_export.report", "report.html", results=results, **page_context(results))
+
+
+def page_context(results: ExportResults) -> dict[str, Any]:
+    """Prepare the charts and table rows of the page, by section."""
+    flipped, labels = results.parity.top1.flipped, results.checkpoint.labels
+    top1 = results.parity.top1
+    agreement = interval(
+        "agreement", "Images with the same top class", top1.agree / top1.images, top1.low, top1.high
     )
-    return document(title, header(found), *(one for one in sections if one is not None))
-
-
-def header(found: ExportResults) -> Html:
-    """Return the name, the figures that matter most, and the classes."""
-    parity, counts = found.parity, found.network_summary
-    removed = found.certificate.bytes_removed
-    tiles = {
-        "taken off": size(removed) if removed else "nothing",
-        "parameters": f"{short(counts.shipped.parameters)} of {short(counts.trained.parameters)}",
-        "multiply-adds": f"{short(counts.shipped.macs)} of {short(counts.trained.macs)}",
-        "precision": found.precision.precision,
-        "drift": f"{parity.logits.drift_in_floors:.1f} floors",
-        "same answer": percent(parity.top1.agree / parity.top1.images),
-        "model.onnx": size(parity.file_bytes),
+    return {
+        "drawings": draw_network(results.network_summary),
+        "network": _network_tables(results),
+        "proof": _proof_tables(results),
+        "drift": _drift_tables(results.parity),
+        "drift_chart": _drift_chart(results.parity),
+        "agreement_chart": agreement,
+        "flip_rows": [flip_row(flip, labels) for flip in flipped],
+        "flip_chart": flip_matrix(flipped, labels),
+        "gate_chart": _gate_chart(results.parity),
+        "precision": _precision_tables(results.precision),
+        "type_chart": _type_chart(results.precision),
+        "cost_charts": _cost_charts(results.precision),
+        "speed_chart": None if results.speed is None else _speed_chart(results.speed),
     }
-    if found.speed is not None:
-        first = found.speed.rows[0]
-        tiles["one image"] = f"{first.ours_ms:.1f} ms"
-    labels = ", ".join(found.checkpoint.labels[:LABELS_SHOWN])
-    more = len(found.checkpoint.labels) - LABELS_SHOWN
-    state = (
-        "Everything below held, or this bundle would not exist."
-        if parity.passed
-        else "The numbers drift by more than is allowed; that was accepted when the bundle was exported."
+
+
+def _network_tables(results: ExportResults) -> dict[str, Rows]:
+    trained, shipped = results.network_summary.trained, results.network_summary.shipped
+    return {
+        "costs": [
+            (name, f"{before:,}", f"{after:,}", reduction(before, after))
+            for name, before, after in (
+                ("parameters", trained.parameters, shipped.parameters),
+                ("multiply-adds", trained.macs, shipped.macs),
+            )
+        ],
+        "parts": [
+            (
+                part.name,
+                part.kind,
+                dimensions(part.shape) or "none",
+                short_number(part.parameters),
+                short_number(part.macs),
+                "removed" if part.training_only else "exported",
+            )
+            for part in results.network_summary.parts
+        ],
+    }
+
+
+def _proof_tables(results: ExportResults) -> dict[str, Rows]:
+    roots, lowering = results.certificate.roots, results.lowering
+    lineage = results.fields["lineage"]
+    return {
+        "hashes": [
+            ("graph for any batch size", roots.any_batch),
+            ("graph for one image", roots.batch_of_one),
+            ("ONNX graph before rewrites", roots.onnx),
+            ("checkpoint (sha256)", lineage.checkpoint_sha256),
+            ("model.onnx of this bundle", lineage.onnx_root),
+        ],
+        "removed": [
+            (entry.name, dimensions(entry.shape) or "scalar", f"{entry.bytes:,}")
+            for entry in results.certificate.removed
+        ],
+        "rules": [(rule.where, rule.name, rule.precondition, rule.effect) for rule in lowering.rules],
+        "choices": [
+            (choice.where, choice.form, "; ".join(choice.among), choice.by) for choice in lowering.choices
+        ],
+        "files": [(name, f"{record.bytes:,}", record.sha256) for name, record in results.files.items()],
+    }
+
+
+def _drift_tables(parity: ParityReport) -> dict[str, Rows]:
+    return {
+        "outputs": [
+            (
+                name,
+                f"{output.largest_drift:.3g}",
+                f"{output.noise_floor:.3g}",
+                f"{output.drift_in_floors:.2f}x",
+                f"{output.tolerance:.3g}",
+            )
+            for name, output in parity.outputs.items()
+        ],
+        "parts": [
+            (
+                part.part,
+                f"{part.drift:.3g}",
+                f"{part.noise_floor:.3g}",
+                f"{part.in_floors:.2f}x",
+                f"{part.share:.2g}",
+            )
+            for part in parity.parts
+        ],
+        "spectral": [
+            (
+                record.part,
+                str(record.iterations),
+                f"{record.residual:.3g}",
+                f"{record.residual_exact:.3g}",
+                f"{record.asymmetry:.3g}",
+            )
+            for record in parity.spectral
+        ],
+    }
+
+
+def _drift_chart(parity: ParityReport) -> Markup | None:
+    """Draw the drift per module: in noise floors, or in int8 relative to the spread of the values."""
+    if not parity.parts:
+        return None
+    if parity.precision == "int8":
+        rows = [Bar(label=part.part, value=part.share, text=percent(part.share)) for part in parity.parts]
+        title = "RMS error of each module relative to the standard deviation"
+        return bars("parts", title, rows, max(part.share for part in parity.parts))
+    limit = parity.floors_allowed
+    rows = [
+        Bar(label=part.part, value=part.in_floors, text=f"{part.in_floors:.2f}x") for part in parity.parts
+    ]
+    marks = ((1.0, "noise floor"), (limit, f"limit {limit:g}x"))
+    longest = max(limit, *(part.in_floors for part in parity.parts))
+    return bars("parts", "Drift of each module in noise floors", rows, longest, marks)
+
+
+def flip_row(flip: Flip, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """Describe one changed top class: image, class of the network, class of the file, margin, cause."""
+    return (
+        str(flip.image),
+        labels[flip.network],
+        labels[flip.file],
+        f"{flip.margin:.3g}",
+        CAUSES[flip.because],
     )
-    return tag(
-        "header",
-        tag("h1", found.checkpoint.model),
-        tag("p", state, class_=None if parity.passed else "warning"),
-        tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in tiles.items())),
-        paragraph(
-            f"{len(found.checkpoint.labels)} classes: ",
-            join([labels, f" and {more} more, see labels.json" if more > 0 else ""]),
+
+
+def flip_matrix(flipped: Sequence[Flip], labels: tuple[str, ...]) -> Markup | None:
+    """Draw the confusion matrix of the changed top classes, for at most `MAX_CLASSES` classes."""
+    classes = sorted({number for flip in flipped for number in (flip.network, flip.file)})
+    if not 0 < len(classes) <= MAX_CLASSES:
+        return None
+    counts = Counter((flip.network, flip.file) for flip in flipped)
+    most = max(counts.values())
+    rows = [(labels[row], [counts[row, column] / most for column in classes]) for row in classes]
+    texts = [[str(counts[row, column]) for column in classes] for row in classes]
+    names = [labels[number] for number in classes]
+    return heat("flips", "Changed top classes", rows, names, texts, wrong_off_diagonal=True)
+
+
+def _gate_chart(parity: ParityReport) -> Markup | None:
+    if parity.routing is None:
+        return None
+    usage, images = parity.routing.usage, parity.images
+    rows = [
+        Bar(label=f"component {number}", value=count / images, text=percent(count / images, 0))
+        for number, count in enumerate(usage)
+    ]
+    uniform = sum(usage) / (images * len(usage))
+    title = "Fraction of probe images routed to each component"
+    return bars("usage", title, rows, 1.0, ((uniform, f"uniform: {percent(uniform)}"),))
+
+
+def _precision_tables(report: PrecisionReport) -> dict[str, Rows]:
+    accuracy: Rows = []
+    if (found := report.accuracy) is not None:
+        interval = f"{percent(found.low)} to {percent(found.high)}"
+        accuracy.append(("same top class", f"{found.agree} of {found.images} ({interval})"))
+        if found.before is not None and found.after is not None:
+            accuracy.append(("top-1 in float32", percent(found.before, 2)))
+            accuracy.append(("top-1 as exported", percent(found.after, 2)))
+        accuracy.append(("drop", f"{found.drop:.2f} points"))
+    parts = []
+    for part in report.parts:
+        operations = ", ".join(f"{count} in {name}" for name, count in part.operations.items())
+        parts.append((part.part, part.weights or "none", operations or "none"))
+    return {"accuracy": accuracy, "parts": parts}
+
+
+def _type_chart(report: PrecisionReport) -> Markup:
+    counts = report.summary()
+    rows = [Bar(label=name, value=count, text=f"{count} modules") for name, count in counts.items()]
+    return bars("types", "Modules by weight type", rows, max(counts.values(), default=1))
+
+
+def _cost_charts(report: PrecisionReport) -> list[Markup]:
+    """Draw the effect on the logits of quantizing one module, and one layer, alone."""
+    found = report.quantisation
+    if found is None or not found.costs:
+        return []
+    return [
+        bars(
+            f"{kind}-costs",
+            f"Change of the logits with int8 in one {kind}",
+            [Bar(label=cost.part, value=cost.share, text=percent(cost.share)) for cost in costs],
+            costs[0].share,
+        )
+        for kind, costs in (("module", found.parts), ("layer", found.costs))
+    ]
+
+
+def _speed_chart(speed: Speed) -> Markup:
+    curves = (
+        Curve(name="model.onnx", points=tuple((row.batch, row.ours_ms / row.batch) for row in speed.rows)),
+        Curve(
+            name="plain backbone, no rewrites",
+            points=tuple((row.batch, row.plain_ms / row.batch) for row in speed.rows),
         ),
+    )
+    return plot(
+        "latency",
+        "Milliseconds per image by batch size",
+        curves,
+        Axis("batch size", logarithmic=True),
+        Axis("milliseconds per image", low=0.0),
     )

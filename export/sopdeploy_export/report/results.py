@@ -1,4 +1,4 @@
-"""What an export found out about one bundle, and what it gives back."""
+"""The results of an export, and the files of the bundle that hold them."""
 
 import json
 import platform
@@ -29,7 +29,7 @@ from sopdeploy_export.rewrites.context import LoweringReport
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportResults:
-    """What was proved and measured; `fields` are the manifest's, `files` what lies in the bundle so far."""
+    """The results shown in `report.html`; `fields` are those of the manifest, `files` the other files."""
 
     checkpoint: Checkpoint
     network_summary: NetworkSummary
@@ -44,7 +44,7 @@ class ExportResults:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exported:
-    """The bundle that was written, and what was proved and measured on the way."""
+    """The bundle that an export wrote, and its results."""
 
     path: Path
     manifest: Manifest
@@ -56,7 +56,7 @@ class Exported:
     speed: Speed | None
 
     def summary(self) -> dict[str, Any]:
-        """Return what `sopdeploy export --json` prints."""
+        """Build the output of `sopdeploy export --json`."""
         return {
             "bundle": str(self.path),
             "id": self.manifest.id,
@@ -82,7 +82,7 @@ def write_reports(
     parity: ParityReport,
     precision: PrecisionReport,
 ) -> None:
-    """Write labels, certificate and what was measured into *folder*."""
+    """Write labels, certificate, parity and precision into *folder* as JSON."""
     (folder / "labels.json").write_bytes(to_json(list(checkpoint.labels)))
     (folder / "certificate.json").write_bytes(to_json(certificate.model_dump(mode="json")))
     (folder / "parity.json").write_bytes(to_json(parity.model_dump(mode="json")))
@@ -90,9 +90,9 @@ def write_reports(
 
 
 def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityReport) -> Probes:
-    """Return the probes of the bundle: the images whose numbers were compared.
+    """Create the bundle's probes from the *images* (P, H, W, 3) that were compared.
 
-    An allowed drift widens the bound that replays must keep.
+    An allowed drift widens the tolerance of replays to twice the observed drift.
     """
     tolerance = {name: output.tolerance for name, output in parity.outputs.items()}
     if parity.drift_allowed:
@@ -114,7 +114,7 @@ def manifest_fields(
     lineage: Lineage,
     expected: Reference,
 ) -> dict[str, Any]:
-    """Return every field of the manifest but `files` and those of the precision."""
+    """Collect the fields of the manifest, without `files` and the precision."""
     side = checkpoint.preprocess.crop
     return {
         "model": checkpoint.model,

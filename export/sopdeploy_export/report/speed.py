@@ -1,14 +1,12 @@
-"""How fast the file that ships is on this machine, against the plain backbone written without any rule.
+"""Measure the speed of the exported file against the plain backbone, converted without rewrites.
 
-Only where it is asked for: what a clock says is another thing each time, and so is a bundle that holds it.
-Both graphs are called in turn, each ahead of the other every second time, so that a busy machine slows
-both; a figure is the median of the warm calls.
+Only on request, because timings differ between runs and would make bundles differ. Both graphs run in turn,
+in alternating order, so that other load slows both; the result is the median of the warm runs.
 """
 
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -20,13 +18,13 @@ from sopdeploy.config import StrictModel
 from sopdeploy.environment import machine
 from sopdeploy_export.parity.session import open_session
 
-WARMUPS, FEWEST, MOST = 2, 5, 200
-BUDGET_S = 1.0  # of timed calls for one batch size
+WARMUPS, MIN_RUNS, MAX_RUNS = 2, 5, 200
+BUDGET_SECONDS = 1.0  # of timed runs per batch size
 LARGEST_BATCH = 32
 
 
 class SpeedRow(StrictModel):
-    """Medians of `runs` calls with `batch` images, in milliseconds: of what ships, and the plain graph."""
+    """Median milliseconds of `runs` runs with `batch` images, of the exported file and the plain graph."""
 
     batch: int
     runs: int
@@ -35,12 +33,12 @@ class SpeedRow(StrictModel):
 
     @property
     def ratio(self) -> float:
-        """Return ours over the plain graph's time: below 1 ours takes less."""
+        """The exported file's time divided by the plain graph's."""
         return self.ours_ms / self.plain_ms
 
 
 class Speed(StrictModel):
-    """What the clock said on one machine, batch size by batch size."""
+    """The timings on one machine, by batch size."""
 
     runtime: str
     machine: dict[str, str | int | float]
@@ -48,41 +46,26 @@ class Speed(StrictModel):
 
 
 def measure_speed(path: Path, plain: onnx.ModelProto, images: NDArray[np.uint8], batch: BatchRange) -> Speed:
-    """Return how long the file at *path* and the *plain* graph take for *images* (P, H, W, 3), repeated."""
+    """Time the file at *path* and the *plain* graph on *images* (P, H, W, 3), for batches of 1, 2, 4, ..."""
     sessions = (open_session(path), open_session(plain))
+    name = sessions[0].get_inputs()[0].name, sessions[1].get_inputs()[0].name
     rows = []
-    for size in sizes(batch):
-        pictures = images[np.arange(size) % len(images)]
-        ours, other = timed(sessions, pictures)
-        rows.append(
-            SpeedRow(
-                batch=size,
-                runs=len(ours),
-                ours_ms=statistics.median(ours) * 1e3,
-                plain_ms=statistics.median(other) * 1e3,
-            )
-        )
+    for power in range(min(batch.maximum, LARGEST_BATCH).bit_length()):
+        size = 2**power
+        pixels = images[np.arange(size) % len(images)]
+        seconds: tuple[list[float], list[float]] = ([], [])
+        sides = [(session, {name[i]: pixels}, seconds[i]) for i, session in enumerate(sessions)]
+        for _ in range(WARMUPS):
+            for session, feed, _taken in sides:
+                session.run(None, feed)
+        while len(seconds[0]) < MAX_RUNS and (
+            len(seconds[0]) < MIN_RUNS or sum(map(sum, seconds)) < BUDGET_SECONDS
+        ):
+            sides.reverse()  # the second graph runs with the caches of the first
+            for session, feed, taken in sides:
+                start = time.perf_counter()
+                session.run(None, feed)
+                taken.append(time.perf_counter() - start)
+        ours, other = (statistics.median(taken) * 1e3 for taken in seconds)
+        rows.append(SpeedRow(batch=size, runs=len(seconds[0]), ours_ms=ours, plain_ms=other))
     return Speed(runtime=f"onnxruntime {ort.__version__}", machine=machine(), rows=tuple(rows))
-
-
-def sizes(batch: BatchRange) -> list[int]:
-    """Return the batch sizes that are timed: 1, 2, 4 and so on."""
-    largest = min(batch.maximum, LARGEST_BATCH)
-    return [2**power for power in range(largest.bit_length())]
-
-
-def timed(sessions: tuple[Any, Any], pictures: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
-    """Return the seconds of warm calls of both *sessions*, made in turn, for as long as the budget lasts."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    feeds = [{session.get_inputs()[0].name: pictures} for session in sessions]
-    for _ in range(WARMUPS):
-        for session, feed in zip(sessions, feeds, strict=True):
-            session.run(None, feed)
-    sides = list(zip(sessions, feeds, seconds, strict=True))
-    while len(seconds[0]) < MOST and (len(seconds[0]) < FEWEST or sum(map(sum, seconds)) < BUDGET_S):
-        sides.reverse()  # whoever goes second meets what the first one left behind
-        for session, feed, taken in sides:
-            start = time.perf_counter()
-            session.run(None, feed)
-            taken.append(time.perf_counter() - start)
-    return seconds

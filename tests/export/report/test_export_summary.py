@@ -31,7 +31,7 @@ def test_elsewhere_there_is_a_line_for_each_fact(branched: Exported, monkeypatch
     assert f"{branched.certificate.bytes_removed:,} bytes saved" in facts["removed"]
     assert branched.certificate.roots.any_batch[:16] in facts["graph"]
     assert f"{branched.parity.logits.drift_in_floors:.1f} noise floors" in facts["drift"]
-    assert f"of {branched.anatomy.trained.parameters:,} parameters" in facts["costs"]
+    assert f"of {branched.network_summary.trained.parameters:,} parameters" in facts["costs"]
     assert "of the plain backbone's time" in facts["speed"]
 
 
