@@ -1,1 +1,1 @@
-"""What limits a running server, found from outside: bounded load, its metrics before and after, advice."""
+"""Find the bottleneck of a running server from outside: bounded load, metrics, advice."""

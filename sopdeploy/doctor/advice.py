@@ -1,4 +1,4 @@
-"""From the numbers to a word: which stage is the limit, what to change, and what that should bring."""
+"""Diagnose measurements: which stage is the bottleneck, what to change and the expected gain."""
 
 import math
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from sopdeploy.doctor.measure import Measured
 
 Limit: TypeAlias = Literal["engine", "decode", "queue", "client", "network", "cores", "load"]
 
-BUSY = 0.85  # a stage at work for this share of the time has no room left worth speaking of
-FEW = 0.05
-MOST_DECODERS_TIMES = 4
-WORTH = 0.05  # a gain below this is noise
+BUSY = 0.85  # a stage with a higher utilization is saturated
+MIN_UTILIZATION = 0.05  # bounds the estimated gain
+MAX_DECODER_FACTOR = 4
+MIN_GAIN = 0.05  # smaller gains are within noise
 
 
 class Advice(StrictModel):
-    """The stage that is the *limit*, *why* one can say so, what to *change*, and the *gain* to expect."""
+    """The bottleneck (*limit*), the evidence (*why*), what to *change* and the expected *gain*."""
 
     limit: Limit
     why: str
@@ -25,36 +25,71 @@ class Advice(StrictModel):
 
 
 def judge(best: Measured, steps: Sequence[Measured], *, largest_batch: int, cores: int | None) -> Advice:
-    """Return the advice that the step *best* calls for.
+    """Diagnose the step with the *best* rate.
 
-    *steps* are all that were measured, for the time of a batch by its size; *cores* are those of the
-    server's machine where they are known.
+    *steps* are all measurements, used to model batch time by batch size. *cores* is the number of cores of
+    the server, if known.
     """
+    stages_ms = sum(best.stage_ms.values()) - best.stage_ms["receive"]
+    transfer_ms = best.elsewhere_ms + best.stage_ms["receive"]
+    headroom = 1 / max(best.engine_busy, best.decoder_busy, MIN_UTILIZATION) - 1
+    gain = f"{_up_to(headroom)}, until engine or decoders are the bottleneck"
+    fullest = max(steps, key=lambda step: step.refused.get("queue_full", 0))
+    idle = f"the engine was busy for only {best.engine_busy:.0%}"
     if best.engine_busy >= BUSY:
-        return engine(best, steps, largest_batch)
+        return _engine(best, steps, largest_batch)
     if best.decoder_busy >= BUSY:
-        return decode(best, cores)
-    full = max(steps, key=lambda step: step.refused.get("queue_full", 0))
-    if full.refused.get("queue_full"):
-        return queue(best, full)
+        return _decoders(best, cores)
+    if fullest.refused.get("queue_full"):
+        return Advice(
+            limit="queue",
+            why=f"the queue is the bottleneck: {fullest.refused_share:.0%} of the requests were rejected "
+            f"while the engine was busy for only {fullest.engine_busy:.0%} of the time",
+            change=f"--queue-size {max(64, 2 * fullest.concurrency)}",
+            gain=gain,
+        )
     if best.client_busy >= BUSY:
-        return client(best)
-    inside = sum(best.stage_ms.values()) - best.stage_ms["receive"]
-    if best.elsewhere_ms + best.stage_ms["receive"] > inside:
-        return network(best, inside)
-    return cores_shared(best) if best.concurrency < max(step.concurrency for step in steps) else load(best)
+        return Advice(
+            limit="client",
+            why=f"this client is the bottleneck: its core is {min(1.0, best.client_busy):.0%} busy",
+            change="run doctor on a faster machine, or on several at once",
+            gain=f"{idle}: the server can handle more load",
+        )
+    if transfer_ms > stages_ms:
+        return Advice(
+            limit="network",
+            why=f"the connection to the server is the bottleneck: a request spends {transfer_ms:.1f} ms "
+            f"in HTTP and on the network, {stages_ms:.1f} ms in the server's stages",
+            change="send smaller files, send several images per request, or use a nearer client",
+            gain=gain,
+        )
+    if best.concurrency < max(step.concurrency for step in steps):
+        return Advice(
+            limit="cores",
+            why=f"more than {best.concurrency} clients did not increase the rate, although {idle}, the "
+            f"decoders for {best.decoder_busy:.0%}: too few cores",
+            change="give the server more processor cores, or stop other processes on them",
+            gain=gain,
+        )
+    return Advice(
+        limit="load",
+        why=f"no bottleneck with {best.concurrency} clients: the engine was busy for {best.engine_busy:.0%}, "
+        f"the decoders for {best.decoder_busy:.0%}",
+        change=f"--concurrency {2 * best.concurrency} increases the load",
+        gain=gain,
+    )
 
 
-def engine(best: Measured, steps: Sequence[Measured], largest_batch: int) -> Advice:
-    """The engine never rests: only larger batches or a faster engine help."""
-    why = f"the engine is the limit: at work for {min(1.0, best.engine_busy):.0%} of the time"
-    gain = larger_batches(steps, largest_batch) if best.mean_batch >= 0.8 * largest_batch else 0.0
-    if gain > WORTH:
+def _engine(best: Measured, steps: Sequence[Measured], largest_batch: int) -> Advice:
+    """Advise larger batches if the batch times predict a gain, otherwise a faster engine."""
+    why = f"the engine is the bottleneck: busy for {min(1.0, best.engine_busy):.0%} of the time"
+    gain = gain_of_larger_batches(steps, largest_batch) if best.mean_batch >= 0.8 * largest_batch else 0.0
+    if gain > MIN_GAIN:
         return Advice(
             limit="engine",
-            why=f"{why}, in batches of {best.mean_batch:.1f} of {largest_batch}",
+            why=f"{why}, with batches of {best.mean_batch:.1f} of {largest_batch}",
             change=f"--max-batch {2 * largest_batch}",
-            gain=f"{up_to(gain)}, by the time that its batches take here",
+            gain=f"{_up_to(gain)}, from the measured batch times",
         )
     return Advice(
         limit="engine",
@@ -64,101 +99,35 @@ def engine(best: Measured, steps: Sequence[Measured], largest_batch: int) -> Adv
     )
 
 
-def larger_batches(steps: Sequence[Measured], largest_batch: int) -> float:
-    """Return the gain of batches twice as large, where t(n) = a + b n fits the batches that were seen."""
-    seen = [(step.mean_batch, step.infer_ms_per_batch) for step in steps if step.batches]
-    (few, short), (many, long) = min(seen), max(seen)
-    if many < 1.5 * few:
+def gain_of_larger_batches(steps: Sequence[Measured], largest_batch: int) -> float:
+    """Predict the gain of doubling the batch size from a linear fit t(n) = a + b n of the batch times."""
+    points = [(step.mean_batch, step.infer_ms_per_batch) for step in steps if step.batches]
+    (small, short), (large, long) = min(points), max(points)
+    if large < 1.5 * small:
         return 0.0
-    each = (long - short) / (many - few)
-    fixed = max(0.0, long - each * many)
-    now = fixed / largest_batch + each
-    return now / max(1e-9, fixed / (2 * largest_batch) + each) - 1 if each > 0 else 1.0
+    per_image = (long - short) / (large - small)
+    fixed = max(0.0, long - per_image * large)
+    now = fixed / largest_batch + per_image
+    return now / max(1e-9, fixed / (2 * largest_batch) + per_image) - 1 if per_image > 0 else 1.0
 
 
-def decode(best: Measured, cores: int | None) -> Advice:
-    """The decoders never rest while the engine does."""
-    why = (
-        f"decoders are the limit: all {best.decoders} at work for {min(1.0, best.decoder_busy):.0%} of the "
-        f"time, the engine for {best.engine_busy:.0%}"
-    )
-    times = 1 / max(best.engine_busy, 1 / MOST_DECODERS_TIMES)
-    wanted = min(math.ceil(best.decoders * times), cores or best.decoders * MOST_DECODERS_TIMES)
-    if wanted <= best.decoders:
-        return Advice(
-            limit="decode",
-            why=why,
-            change="send smaller pictures, or move to more cores: there is a decoder for each core",
-            gain=f"{up_to(times - 1)}, until the engine is the limit",
-        )
+def _decoders(best: Measured, cores: int | None) -> Advice:
+    """Advise more decoders, as many as the engine can use and the cores allow."""
+    factor = 1 / max(best.engine_busy, 1 / MAX_DECODER_FACTOR)
+    decoders = min(math.ceil(best.decoders * factor), cores or best.decoders * MAX_DECODER_FACTOR)
+    change = f"--set decoders={decoders}, or send smaller images"
+    gain = min(factor, decoders / best.decoders) - 1
+    if decoders <= best.decoders:
+        change = "send smaller images, or use more cores: there is already a decoder per core"
+        gain = factor - 1
     return Advice(
         limit="decode",
-        why=why,
-        change=f"--set decoders={wanted}, or send smaller pictures",
-        gain=f"{up_to(min(times, wanted / best.decoders) - 1)}, until the engine is the limit",
+        why=f"decoders are the bottleneck: all {best.decoders} are busy for {min(1.0, best.decoder_busy):.0%} "
+        f"of the time, the engine for {best.engine_busy:.0%}",
+        change=change,
+        gain=f"{_up_to(gain)}, until the engine is the bottleneck",
     )
 
 
-def queue(best: Measured, full: Measured) -> Advice:
-    """Requests are refused in the step *full* although engine and decoders have time even in the best."""
-    return Advice(
-        limit="queue",
-        why=f"the queue is the limit: {full.refused_share:.0%} of the requests were refused while the engine "
-        f"was at work for only {full.engine_busy:.0%} of the time",
-        change=f"--queue-size {max(64, 2 * full.concurrency)}",
-        gain=f"{up_to(room(best))}, until engine or decoders are the limit",
-    )
-
-
-def client(best: Measured) -> Advice:
-    """This program is too slow to load the server."""
-    return Advice(
-        limit="client",
-        why=f"this client is the limit: its core is at work for {min(1.0, best.client_busy):.0%} of the time",
-        change="run doctor on a faster machine, or on several at once",
-        gain=f"the engine was at work for only {best.engine_busy:.0%}: the server can do more than was asked",
-    )
-
-
-def network(best: Measured, inside: float) -> Advice:
-    """Most of a request's time passes outside of the server's stages."""
-    outside = best.elsewhere_ms + best.stage_ms["receive"]
-    return Advice(
-        limit="network",
-        why=f"the way to the server is the limit: {outside:.1f} ms of a request pass in HTTP and on the "
-        f"network, {inside:.1f} ms in the server's stages",
-        change="send smaller files, several images in one request, or ask from nearer",
-        gain=f"{up_to(room(best))}, until engine or decoders are the limit",
-    )
-
-
-def cores_shared(best: Measured) -> Advice:
-    """More requests gave no more answers though no stage is always at work: they wait for processor cores."""
-    return Advice(
-        limit="cores",
-        why=f"more than {best.concurrency} requests at once gave no more answers, though the engine was at "
-        f"work for only {best.engine_busy:.0%}, the decoders for {best.decoder_busy:.0%}: too few cores",
-        change="give the server more processor cores, or fewer neighbours on them",
-        gain=f"{up_to(room(best))}, until engine or decoders are the limit",
-    )
-
-
-def load(best: Measured) -> Advice:
-    """Nothing is at its limit."""
-    return Advice(
-        limit="load",
-        why=f"nothing is at its limit with {best.concurrency} requests at once: the engine was at work for "
-        f"{best.engine_busy:.0%}, the decoders for {best.decoder_busy:.0%}",
-        change=f"--concurrency {2 * best.concurrency} asks for more",
-        gain=f"{up_to(room(best))}, until engine or decoders are the limit",
-    )
-
-
-def room(best: Measured) -> float:
-    """Return the gain until the busier of engine and decoders never rests."""
-    return 1 / max(best.engine_busy, best.decoder_busy, FEW) - 1
-
-
-def up_to(gain: float) -> str:
-    """Return *gain*, 0.41 say, in words."""
+def _up_to(gain: float) -> str:
     return f"expected: up to +{max(0.0, gain):.0%}"

@@ -1,4 +1,4 @@
-"""An examination from the first question to the diagnosis."""
+"""Run a diagnosis: prepare images, load the server, and judge the measurements."""
 
 import asyncio
 import io
@@ -14,44 +14,21 @@ from sopdeploy.client import AsyncClient, ModelInfo
 from sopdeploy.client.images import read_file
 from sopdeploy.config import StrictModel
 from sopdeploy.doctor.advice import Advice, judge
-from sopdeploy.doctor.measure import Load, Measured, bare_ratio, ramp_to
+from sopdeploy.doctor.measure import Load, Measured, bare_ratio
 from sopdeploy.errors import ConfigError, DataError, ServiceError
 
-KINDS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
-MOST_FILES = 32
-MADE = 4
-SIDES = (640, 480)
-
-
-def pictures(folder: Path | None) -> list[bytes]:
-    """Return the bytes of the first pictures below *folder*, or of made JPEGs; raises `DataError`."""
-    if folder is None:
-        return [made(seed) for seed in range(MADE)]
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in KINDS)[:MOST_FILES]
-    if not found:
-        raise DataError(f"{folder}: no picture here ({', '.join(sorted(KINDS))})")
-    return [read_file(path) for path in found]
-
-
-def made(seed: int) -> bytes:
-    """Return a JPEG with the detail of a photograph, as its size in bytes depends on that."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (SIDES[1] // 16, SIDES[0] // 16, 3), dtype=np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize(SIDES, Image.Resampling.BICUBIC)).astype(np.int16)
-    grain = rng.integers(-8, 9, smooth.shape, dtype=np.int16)
-    file = io.BytesIO()
-    Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=88)
-    return file.getvalue()
-
-
-TIMEOUT_SECONDS = 30.0
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
+MAX_FILES = 32
+GENERATED_IMAGES = 4
+IMAGE_SIZE = (640, 480)
+REQUEST_TIMEOUT = 30.0  # seconds
 
 
 class Diagnosis(StrictModel):
-    """What was found: every step, the *best* of them, and what limits that one.
+    """Measurements per number of clients, the *best* of them and the *advice*.
 
-    `bare_ratio` is the best rate over that of the engine alone. `stopped` is the error that ended the load
-    early, if any.
+    `bare_ratio` is the best rate relative to that of the engine alone. `stopped` is the error that ended the
+    load early, if any.
     """
 
     url: str
@@ -75,83 +52,93 @@ def examine(
     model: str | None = None,
     api_key: str | None = None,
 ) -> Diagnosis:
-    """Ask the server at *url*, up to *concurrency* requests at once for about *seconds*; say what limits it.
+    """Load the server at *url* for about *seconds* with up to *concurrency* clients and diagnose it.
 
-    Raises `ServiceError` where it cannot be reached, refuses a picture or answers nothing under load;
-    `DataError` where *images* holds none, and `ConfigError` where *model* is needed or not there.
+    Raises `ServiceError` if it is unreachable, rejects an image or completes no request under load,
+    `DataError` if the folder *images* has no image, and `ConfigError` if *model* is required or unknown.
     """
-    return asyncio.run(examination(url, pictures(images), seconds, concurrency, model, api_key))
+    bodies = load_images(images)
 
-
-async def examination(
-    url: str, bodies: list[bytes], seconds: float, concurrency: int, model: str | None, api_key: str | None
-) -> Diagnosis:
-    """Return the diagnosis of the server at *url*, asked with *bodies*."""
-    async with AsyncClient(
-        url, api_key=api_key, retries=0, timeout=TIMEOUT_SECONDS, connections=concurrency + 1
-    ) as client:
-        info = await client.info()
-        chosen = choose(info.models, model)
-        for body in bodies:  # each alone: a bad picture is told before the load, and the engine is warm
-            await client.classify(body, model=chosen.name)
-        load = Load(client, bodies, chosen.name)
-        steps = await load.run(ramp_to(concurrency), seconds)
-    answered = [step for step in steps if step.answered]
-    if not answered:
-        raise ServiceError(
-            f"{url}: nothing was answered under load ({load.stopped or 'everything was refused'})",
-            code="nothing_answered",
-            status=0,
+    async def run() -> Diagnosis:
+        async with AsyncClient(
+            url, api_key=api_key, retries=0, timeout=REQUEST_TIMEOUT, connections=concurrency + 1
+        ) as client:
+            info = await client.info()
+            chosen = _choose_model(info.models, model)
+            for body in bodies:  # reports a bad image before the load, and warms up the engine
+                await client.classify(body, model=chosen.name)
+            load = Load(client, bodies, chosen.name)
+            steps = await load.run(concurrency, seconds)
+        completed = [step for step in steps if step.answered]
+        if not completed:
+            reason = load.stopped or "every request was rejected"
+            message = f"{url}: no request was completed under load ({reason})"
+            raise ServiceError(message, code="nothing_answered", status=0)
+        best = max(completed, key=lambda step: step.rate)
+        cores = len(os.sched_getaffinity(0)) if is_local(url) else None
+        return Diagnosis(
+            url=url,
+            model=chosen.name,
+            device=f"{chosen.runtime} on {chosen.device}",
+            largest_batch=chosen.largest_batch,
+            steps=tuple(steps),
+            best=best,
+            bare_ratio=bare_ratio(best, completed),
+            advice=judge(best, completed, largest_batch=chosen.largest_batch, cores=cores),
+            notes=tuple(_notes(url, best, len(info.models))),
+            stopped=load.stopped,
         )
-    best = max(answered, key=lambda step: step.rate)
-    cores = len(os.sched_getaffinity(0)) if is_here(url) else None
-    return Diagnosis(
-        url=url,
-        model=chosen.name,
-        device=f"{chosen.runtime} on {chosen.device}",
-        largest_batch=chosen.largest_batch,
-        steps=tuple(steps),
-        best=best,
-        bare_ratio=bare_ratio(best, answered),
-        advice=judge(best, answered, largest_batch=chosen.largest_batch, cores=cores),
-        notes=tuple(notes(url, best, len(info.models))),
-        stopped=load.stopped,
-    )
+
+    return asyncio.run(run())
 
 
-def choose(models: tuple[ModelInfo, ...], name: str | None) -> ModelInfo:
-    """Return the model that *name* means, or the only one; raises `ConfigError`."""
+def load_images(folder: Path | None) -> list[bytes]:
+    """Read up to 32 image files below *folder*, or generate JPEGs; raise `DataError` if there is none."""
+    if folder is not None:
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not paths:
+            raise DataError(f"{folder}: contains no image ({', '.join(sorted(SUFFIXES))})")
+        return [read_file(path) for path in paths[:MAX_FILES]]
+    images = []
+    width, height = IMAGE_SIZE
+    for seed in range(GENERATED_IMAGES):  # with detail like a photograph, so that file sizes are realistic
+        rng = np.random.default_rng(seed)
+        coarse = rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
+        smooth = np.asarray(Image.fromarray(coarse).resize(IMAGE_SIZE, Image.Resampling.BICUBIC))
+        grain = rng.integers(-8, 9, smooth.shape, dtype=np.int16)
+        file = io.BytesIO()
+        pixels = (smooth.astype(np.int16) + grain).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(file, "JPEG", quality=88)
+        images.append(file.getvalue())
+    return images
+
+
+def _choose_model(models: tuple[ModelInfo, ...], name: str | None) -> ModelInfo:
     found = [model for model in models if name in {None, model.name}]
     if len(found) != 1:
         names = ", ".join(model.name for model in models) or "none"
-        raise ConfigError(f"--model: say which of the server's models to ask ({names})")
+        raise ConfigError(f"--model: choose one of the server's models ({names})")
     return found[0]
 
 
-def notes(url: str, best: Measured, models: int) -> list[str]:
-    """Return what a reader should know before believing the numbers."""
-    found = []
-    if is_here(url):
-        found.append(
-            "client and server share this machine and take time from each other; ask from another one"
-        )
+def _notes(url: str, best: Measured, models: int) -> list[str]:
+    """List conditions that distort the measurements."""
+    notes = []
+    if is_local(url):
+        notes.append("client and server share this machine and slow each other down; use another machine")
         load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
         if load > cores:
-            found.append(
-                f"this machine has more to do (load {load:.1f}) than cores ({cores}): all stages wait"
-            )
+            notes.append(f"this machine is overloaded (load {load:.1f}, {cores} cores): all stages wait")
     others = best.mean_batch * best.batches - best.answered
     if others > 0.1 * best.answered + best.concurrency:
-        found.append(
-            f"about {others:.0f} of the images in the best step were somebody else's; they count too"
-        )
+        notes.append(f"about {others:.0f} images in the best step came from other clients and are included")
     if models > 1:
-        found.append("several models answer here; the times of stages are those of all of them")
-    return found
+        notes.append("the server has several models; stage times include all of them")
+    return notes
 
 
-def is_here(url: str) -> bool:
-    """Say whether *url* leads to this machine by its loopback address."""
+def is_local(url: str) -> bool:
+    """Check whether the host of *url* is a loopback address."""
     host = urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback

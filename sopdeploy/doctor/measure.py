@@ -1,4 +1,7 @@
-"""One step of the load: what the clients saw and what the server says it did meanwhile."""
+"""Load a server with an increasing number of clients and measure each step.
+
+A measurement combines client latencies with the difference between two scrapes of `/metrics`.
+"""
 
 import asyncio
 import contextlib
@@ -15,16 +18,20 @@ from sopdeploy.client import AsyncClient
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import OverloadedError, ServiceError
 
+STAGES = ("receive", "decode", "queue", "infer")
+REJECTION_DELAY = 1.0  # seconds, if the server names none
+MAX_REJECTED = 0.5  # with more rejections, additional clients would only be rejected
+
 
 @dataclass(frozen=True, slots=True)
 class Scrape:
-    """What `/metrics` said at *moment* (`time.monotonic`)."""
+    """The samples of `/metrics` at *moment* (`time.monotonic`)."""
 
     samples: tuple[Sample, ...]
     moment: float = field(default_factory=time.monotonic)
 
     def total(self, name: str, **labels: str) -> float:
-        """Return the sum of the samples `sopdeploy_`*name* that have *labels*; 0 where there is none."""
+        """Sum the samples of `sopdeploy_<name>` that have all *labels*; 0 if there is none."""
         wanted = labels.items()
         return sum(
             sample.value
@@ -34,69 +41,60 @@ class Scrape:
 
     @property
     def processes(self) -> int:
-        """Return how many processes answer behind the port, each with an engine of its own."""
+        """Number of server processes behind the port, each with its own engine."""
         return sum(sample.name == "sopdeploy_decoders" for sample in self.samples)
 
 
 @dataclass(frozen=True, slots=True)
-class Between:
-    """What happened from the scrape *before* to that *after*."""
+class Interval:
+    """The difference between two scrapes."""
 
     before: Scrape
     after: Scrape
 
     @property
     def seconds(self) -> float:
-        """Return how long that was."""
+        """Length of the interval."""
         return self.after.moment - self.before.moment
 
-    def grown(self, name: str, **labels: str) -> float:
-        """Return by how much a counter grew; a server that began anew in between has none."""
+    def increase(self, name: str, **labels: str) -> float:
+        """Compute the increase of a counter; 0 if the server restarted."""
         return max(0.0, self.after.total(name, **labels) - self.before.total(name, **labels))
 
     def mean(self, name: str, **labels: str) -> float:
-        """Return the mean of what a histogram saw; 0 where it saw nothing."""
-        count = self.grown(f"{name}_count", **labels)
-        return self.grown(f"{name}_sum", **labels) / count if count else 0.0
+        """Compute the mean observation of a histogram; 0 without observations."""
+        count = self.increase(f"{name}_count", **labels)
+        return self.increase(f"{name}_sum", **labels) / count if count else 0.0
 
 
-def read(text: str) -> Scrape:
-    """Return the scrape that *text* is; raises `ServiceError` where no sopdeploy server wrote it."""
+def parse_metrics(text: str) -> Scrape:
+    """Parse the text of `/metrics`; raise `ServiceError` if it is not from a sopdeploy server."""
+    reason = "its metrics are missing"
     try:
-        samples = tuple(
-            sample
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name.startswith("sopdeploy_")
+        scrape = Scrape(
+            tuple(
+                sample
+                for family in text_string_to_metric_families(text)
+                for sample in family.samples
+                if sample.name.startswith("sopdeploy_")
+            )
         )
-    except ValueError as problem:
-        raise not_ours(str(problem)) from problem
-    scrape = Scrape(samples)
-    if not scrape.processes:
-        raise not_ours("its numbers are not there")
-    return scrape
-
-
-def not_ours(reason: str) -> ServiceError:
-    """Return the error of numbers that this version does not know."""
-    return ServiceError(
-        f"/metrics: not those of a sopdeploy server of this version ({reason})",
-        code="foreign_answer",
-        status=200,
+        if scrape.processes:
+            return scrape
+    except ValueError as error:
+        reason = str(error)
+    raise ServiceError(
+        f"/metrics: not from a sopdeploy server of this version ({reason})", code="foreign_answer", status=200
     )
 
 
-STAGES = ("receive", "decode", "queue", "infer")
-
-
 class Measured(StrictModel):
-    """So many clients at once for so many seconds.
+    """Measurement of one step with a constant number of clients.
 
     Rates are images per second, times milliseconds. `engine_busy`, `decoder_busy` and `client_busy` are
-    shares of the step: of all engines (one for each process of the server), of all decoders, of the one core
-    that this client can use.
-    `stage_ms` is the mean of an image in each stage; `elsewhere_ms` what of a request no stage explains: the
-    network, HTTP and the event loops on both sides.
+    fractions of the step: of all engines (one per server process), of all decoders, and of the one core of
+    this client. `stage_ms` is the mean time of an image per stage. `elsewhere_ms` is the rest of a request:
+    network, HTTP and event loops.
     """
 
     concurrency: int
@@ -120,67 +118,64 @@ class Measured(StrictModel):
 
     @property
     def refused_share(self) -> float:
-        """Return which share of the requests was refused."""
+        """Fraction of requests that the server rejected."""
         refused = sum(self.refused.values())
         return refused / max(1, refused + self.answered)
 
 
 def measure(
-    between: Between,
+    interval: Interval,
     latencies: Sequence[float],
     refused: Mapping[str, int],
     *,
     concurrency: int,
     client_busy: float,
 ) -> Measured:
-    """Return the step whose answers took *latencies* (seconds), *between* two scrapes."""
-    engines = between.after.processes
-    decoders = int(between.after.total("decoders"))
-    stage_ms = {name: 1000 * between.mean("stage_duration_seconds", stage=name) for name in STAGES}
+    """Combine client *latencies* (seconds) and rejections by code with the metrics of *interval*."""
+    engines = interval.after.processes
+    decoders = int(interval.after.total("decoders"))
+    stage_ms = {name: 1000 * interval.mean("stage_duration_seconds", stage=name) for name in STAGES}
     mean_ms = 1000 * statistics.fmean(latencies) if latencies else 0.0
+    infer_seconds = interval.increase("stage_duration_seconds_sum", stage="infer")
     return Measured(
         concurrency=concurrency,
-        seconds=between.seconds,
+        seconds=interval.seconds,
         answered=len(latencies),
-        rate=len(latencies) / between.seconds,
+        rate=len(latencies) / interval.seconds,
         p50_ms=1000 * percentile(latencies, 0.50),
         p95_ms=1000 * percentile(latencies, 0.95),
         p99_ms=1000 * percentile(latencies, 0.99),
         refused=dict(refused),
         engines=engines,
-        engine_busy=between.grown("stage_duration_seconds_sum", stage="infer") / (between.seconds * engines),
-        decoder_busy=between.grown("decode_seconds_total") / (between.seconds * max(1, decoders)),
+        engine_busy=infer_seconds / (interval.seconds * engines),
+        decoder_busy=interval.increase("decode_seconds_total") / (interval.seconds * max(1, decoders)),
         decoders=decoders,
         client_busy=client_busy,
-        batches=int(between.grown("batch_size_count")),
-        mean_batch=between.mean("batch_size"),
+        batches=int(interval.increase("batch_size_count")),
+        mean_batch=interval.mean("batch_size"),
         infer_ms_per_batch=stage_ms["infer"],
         stage_ms=stage_ms,
         elsewhere_ms=max(0.0, mean_ms - sum(stage_ms.values())),
     )
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """Return the smallest of *values* that *share* of them do not exceed; 0 of none."""
+def percentile(values: Sequence[float], fraction: float) -> float:
+    """Return the value that *fraction* of *values* do not exceed; 0 if there is none."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+    return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))] if ordered else 0.0
 
 
 def bare_ratio(best: Measured, steps: Sequence[Measured]) -> float:
-    """Return the rate of *best* over that of the engines alone, fed without a pause in their best batches.
+    """Compute the rate of *best* relative to the engines alone, running without pause.
 
-    An engine alone is the fewest engine seconds per image of any of *steps*.
+    The speed of the engines alone is the smallest engine time per image of all *steps*.
     """
     alone = [step.infer_ms_per_batch / step.mean_batch for step in steps if step.mean_batch]
     return best.rate * min(alone) / 1000 / best.engines if alone else 0.0
 
 
-REFUSAL_PAUSE_SECONDS = 1.0  # where the server names none
-MOST_REFUSED = 0.5  # more clients would only be refused
-
-
 class Load:
-    """The clients of one examination; *bodies* are sent in turn."""
+    """Concurrent clients that send *bodies* in turn and stop at the first error."""
 
     def __init__(self, client: AsyncClient, bodies: Sequence[bytes], model: str | None) -> None:
         self.stopped: str | None = None  # the error that ended the load early
@@ -188,42 +183,43 @@ class Load:
         self._bodies = bodies
         self._model = model
         self._ended = asyncio.Event()
-        self._workers: list[asyncio.Task[None]] = []
         self._latencies: list[float] = []
         self._refused: Counter[str] = Counter()
 
-    async def run(self, ramp: Sequence[int], seconds: float) -> list[Measured]:
-        """Return a measured step for each number of clients in *ramp*, all within about *seconds*."""
+    async def run(self, concurrency: int, seconds: float) -> list[Measured]:
+        """Measure 1, 2, 4, ... up to *concurrency* clients within about *seconds* in total."""
+        ramp = ramp_to(concurrency)
         steps: list[Measured] = []
+        workers: list[asyncio.Task[None]] = []
         try:
-            before = await self._scrape()
-            for concurrency in ramp:
-                self._grow(concurrency)
-                step, before = await self._step(before, concurrency, seconds / len(ramp))
+            before = parse_metrics(await self._client.metrics())
+            for clients in ramp:
+                workers += [
+                    asyncio.create_task(self._work(number)) for number in range(len(workers), clients)
+                ]
+                self._latencies, self._refused = [], Counter()
+                busy = time.thread_time()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._ended.wait(), seconds / len(ramp))
+                after = parse_metrics(await self._client.metrics())
+                interval = Interval(before, after)
+                step = measure(
+                    interval,
+                    self._latencies,
+                    self._refused,
+                    concurrency=clients,
+                    client_busy=(time.thread_time() - busy) / interval.seconds,
+                )
                 steps.append(step)
-                if self._ended.is_set() or step.refused_share > MOST_REFUSED:
+                if self._ended.is_set() or step.refused_share > MAX_REJECTED:
                     break
+                before = after
         finally:
             self._ended.set()
-            for worker in self._workers:
+            for worker in workers:
                 worker.cancel()
-            await asyncio.gather(*self._workers, return_exceptions=True)
+            await asyncio.gather(*workers, return_exceptions=True)
         return steps
-
-    async def _step(self, before: Scrape, concurrency: int, seconds: float) -> tuple[Measured, Scrape]:
-        self._latencies, self._refused = [], Counter()
-        busy = time.thread_time()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._ended.wait(), seconds)
-        after = await self._scrape()
-        between = Between(before, after)
-        share = (time.thread_time() - busy) / between.seconds
-        step = measure(between, self._latencies, self._refused, concurrency=concurrency, client_busy=share)
-        return step, after
-
-    def _grow(self, concurrency: int) -> None:
-        for number in range(len(self._workers), concurrency):
-            self._workers.append(asyncio.create_task(self._work(number)))
 
     async def _work(self, number: int) -> None:
         while not self._ended.is_set():
@@ -231,20 +227,17 @@ class Load:
             started = time.monotonic()
             try:
                 await self._client.classify(self._bodies[number % len(self._bodies)], model=self._model)
-            except OverloadedError as problem:
-                self._refused[problem.code] += 1
-                await asyncio.sleep(problem.retry_after or REFUSAL_PAUSE_SECONDS)
-            except ServiceError as problem:
-                self.stopped = self.stopped or str(problem)
+            except OverloadedError as error:
+                self._refused[error.code] += 1
+                await asyncio.sleep(error.retry_after or REJECTION_DELAY)
+            except ServiceError as error:
+                self.stopped = self.stopped or str(error)
                 self._ended.set()
             else:
                 self._latencies.append(time.monotonic() - started)
 
-    async def _scrape(self) -> Scrape:
-        return read(await self._client.metrics())
-
 
 def ramp_to(concurrency: int) -> list[int]:
-    """Return 1, 2, 4 and so on, up to *concurrency*."""
+    """Return 1, 2, 4, ... and *concurrency*."""
     powers = [2**n for n in range(concurrency.bit_length()) if 2**n < concurrency]
     return [*powers, concurrency]

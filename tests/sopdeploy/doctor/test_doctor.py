@@ -1,4 +1,4 @@
-"""The doctor's arithmetic and its judgement, without a server."""
+"""Arithmetic and diagnosis of the doctor, without a server."""
 
 import io
 from typing import Any
@@ -6,9 +6,18 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sopdeploy.doctor.advice import judge, larger_batches
-from sopdeploy.doctor.examine import is_here, pictures
-from sopdeploy.doctor.measure import Between, Measured, Scrape, bare_ratio, measure, percentile, ramp_to, read
+from sopdeploy.doctor.advice import gain_of_larger_batches, judge
+from sopdeploy.doctor.examine import is_local, load_images
+from sopdeploy.doctor.measure import (
+    Interval,
+    Measured,
+    Scrape,
+    bare_ratio,
+    measure,
+    parse_metrics,
+    percentile,
+    ramp_to,
+)
 from sopdeploy.errors import ServiceError
 from sopdeploy_service.observability.multiprocess_metrics import merge
 
@@ -35,8 +44,8 @@ sopdeploy_batch_size_count{model="b"} 5.0
 """
 
 
-def at(text: str, moment: float) -> Scrape:
-    return Scrape(read(text).samples, moment)
+def scrape(text: str, moment: float) -> Scrape:
+    return Scrape(parse_metrics(text).samples, moment)
 
 
 def step(**changes: Any) -> Measured:
@@ -49,10 +58,10 @@ def step(**changes: Any) -> Measured:
     return Measured(**{**facts, **changes})
 
 
-def test_a_step_is_what_grew_between_two_scrapes() -> None:
+def test_a_measurement_is_the_difference_of_two_scrapes() -> None:
     latencies = [0.010] * 90 + [0.110] * 10
-    between = Between(at(BEFORE, 100.0), at(AFTER, 104.0))
-    found = measure(between, latencies, {"queue_full": 25}, concurrency=8, client_busy=0.1)
+    interval = Interval(scrape(BEFORE, 100.0), scrape(AFTER, 104.0))
+    found = measure(interval, latencies, {"queue_full": 25}, concurrency=8, client_busy=0.1)
     assert (found.rate, found.engine_busy, found.decoder_busy) == (25.0, 0.5, 0.375)
     assert (found.batches, found.mean_batch) == (15, 4.0)
     assert found.infer_ms_per_batch == pytest.approx(200)
@@ -62,30 +71,30 @@ def test_a_step_is_what_grew_between_two_scrapes() -> None:
     assert found.refused_share == pytest.approx(0.2)
 
 
-def test_several_processes_behind_one_port_are_several_engines() -> None:
+def test_each_server_process_has_an_engine() -> None:
     pages = []
     for text in (BEFORE, AFTER):
         page = merge({"cuda:0": text, "cuda:1": text, "cuda:2": None}).decode()
-        pages.append(at(page, 0.0).samples)
-    between = Between(Scrape(pages[0], 100.0), Scrape(pages[1], 104.0))
-    found = measure(between, [0.01] * 200, {}, concurrency=8, client_busy=0.1)
+        pages.append(scrape(page, 0.0).samples)
+    interval = Interval(Scrape(pages[0], 100.0), Scrape(pages[1], 104.0))
+    found = measure(interval, [0.01] * 200, {}, concurrency=8, client_busy=0.1)
     assert (found.engines, found.decoders, found.engine_busy, found.decoder_busy) == (2, 4, 0.5, 0.375)
     assert bare_ratio(found, [found]) == pytest.approx(50 * 0.05 / 2)
 
 
-def test_a_step_without_answers_is_zeros() -> None:
-    found = measure(Between(at(AFTER, 0.0), at(AFTER, 1.0)), [], {}, concurrency=1, client_busy=0.0)
+def test_a_step_without_responses_is_zero() -> None:
+    found = measure(Interval(scrape(AFTER, 0.0), scrape(AFTER, 1.0)), [], {}, concurrency=1, client_busy=0.0)
     assert (found.rate, found.p99_ms, found.mean_batch, found.elsewhere_ms) == (0, 0, 0, 0)
 
 
-def test_counters_of_a_server_that_began_anew_grew_by_nothing() -> None:
-    assert Between(at(AFTER, 0.0), at(BEFORE, 1.0)).grown("decode_seconds_total") == 0
+def test_counters_of_a_restarted_server_do_not_decrease() -> None:
+    assert Interval(scrape(AFTER, 0.0), scrape(BEFORE, 1.0)).increase("decode_seconds_total") == 0
 
 
 @pytest.mark.parametrize("text", ["", "python_info 1.0", "<html>", 'a{b="c'])
-def test_numbers_of_another_server_are_one_clear_line(text: str) -> None:
-    with pytest.raises(ServiceError, match="not those of a sopdeploy server"):
-        read(text)
+def test_metrics_of_other_servers_are_rejected(text: str) -> None:
+    with pytest.raises(ServiceError, match="not from a sopdeploy server"):
+        parse_metrics(text)
 
 
 LIMITS: list[tuple[dict[str, Any], str, str]] = [
@@ -101,7 +110,7 @@ LIMITS: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("changes", "limit", "change"), LIMITS)
-def test_each_limit_has_its_advice(changes: dict[str, Any], limit: str, change: str) -> None:
+def test_each_bottleneck_has_its_advice(changes: dict[str, Any], limit: str, change: str) -> None:
     best = step(**changes)
     found = judge(best, [best], largest_batch=8, cores=None)
     assert found.limit == limit
@@ -109,52 +118,52 @@ def test_each_limit_has_its_advice(changes: dict[str, Any], limit: str, change: 
     assert found.gain
 
 
-def test_more_requests_that_give_no_more_answers_wait_for_cores() -> None:
+def test_a_rate_that_does_not_grow_with_clients_needs_cores() -> None:
     best = step()
     found = judge(best, [best, step(concurrency=16, rate=90.0)], largest_batch=8, cores=None)
     assert found.limit == "cores"
     assert "more processor cores" in found.change
 
 
-def test_the_gain_of_more_decoders_ends_where_the_engine_or_the_cores_do() -> None:
+def test_more_decoders_are_limited_by_engine_and_cores() -> None:
     best = step(decoder_busy=0.95, engine_busy=0.5)
     assert "+100%" in judge(best, [best], largest_batch=8, cores=None).gain
     three = judge(best, [best], largest_batch=8, cores=3)
     assert ("decoders=3" in three.change, "+50%" in three.gain) == (True, True)
-    assert "smaller pictures" in judge(best, [best], largest_batch=8, cores=2).change
+    assert "smaller images" in judge(best, [best], largest_batch=8, cores=2).change
     idle = step(decoder_busy=0.95, engine_busy=0.0)
     assert "decoders=8" in judge(idle, [idle], largest_batch=8, cores=None).change
 
 
-def test_larger_batches_gain_what_the_fixed_part_of_a_batch_costs() -> None:
+def test_larger_batches_save_the_fixed_time_per_batch() -> None:
     steps = [step(mean_batch=n, infer_ms_per_batch=10 + 2 * n) for n in (1.0, 4.0)]
-    assert larger_batches(steps, 4) == pytest.approx((10 / 4 + 2) / (10 / 8 + 2) - 1)
-    assert larger_batches(steps[:1], 4) == 0
+    assert gain_of_larger_batches(steps, 4) == pytest.approx((10 / 4 + 2) / (10 / 8 + 2) - 1)
+    assert gain_of_larger_batches(steps[:1], 4) == 0
     flat = [step(mean_batch=n, infer_ms_per_batch=10) for n in (1.0, 4.0)]
-    assert larger_batches(flat, 4) == pytest.approx(1)
+    assert gain_of_larger_batches(flat, 4) == pytest.approx(1)
     best = step(engine_busy=0.99, mean_batch=4.0, infer_ms_per_batch=18)
     assert judge(best, steps, largest_batch=4, cores=None).change == "--max-batch 8"
 
 
-def test_the_bare_engine_is_the_fastest_that_was_seen() -> None:
+def test_the_bare_engine_is_the_fastest_measured() -> None:
     steps = [step(rate=100, mean_batch=1, infer_ms_per_batch=5), step(mean_batch=4, infer_ms_per_batch=10)]
     assert bare_ratio(steps[0], steps) == pytest.approx(0.25)
     assert bare_ratio(step(mean_batch=0), [step(mean_batch=0)]) == 0
 
 
 @pytest.mark.parametrize(("most", "ramp"), [(1, [1]), (2, [1, 2]), (5, [1, 2, 4, 5]), (8, [1, 2, 4, 8])])
-def test_a_ramp_doubles_up_to_its_end(most: int, ramp: list[int]) -> None:
+def test_the_number_of_clients_doubles_up_to_the_limit(most: int, ramp: list[int]) -> None:
     assert ramp_to(most) == ramp
 
 
-def test_a_percentile_is_one_of_the_values() -> None:
+def test_percentiles_are_measured_values() -> None:
     assert percentile([3, 1, 2], 0.5) == 2
     assert percentile([3, 1, 2], 0.99) == 3
     assert percentile([], 0.5) == 0
 
 
 @pytest.mark.parametrize(
-    ("url", "here"),
+    ("url", "local"),
     [
         ("http://127.0.0.1:80", True),
         ("http://[::1]", True),
@@ -162,11 +171,11 @@ def test_a_percentile_is_one_of_the_values() -> None:
         ("http://a.b", False),
     ],
 )
-def test_this_machine_is_known_by_its_loopback(url: str, here: bool) -> None:
-    assert is_here(url) is here
+def test_loopback_addresses_are_local(url: str, local: bool) -> None:
+    assert is_local(url) is local
 
 
-def test_made_pictures_are_jpegs_of_a_common_size_and_differ() -> None:
-    found = pictures(None)
+def test_generated_images_are_different_jpegs_of_one_size() -> None:
+    found = load_images(None)
     assert len(set(found)) == len(found) > 1
     assert {Image.open(io.BytesIO(body)).size for body in found} == {(640, 480)}
