@@ -122,8 +122,8 @@ def _decoders(best: Measured, cores: int | None) -> Advice:
         gain = factor - 1
     return Advice(
         limit="decode",
-        why=f"decoders are the bottleneck: all {best.decoders} are busy for {min(1.0, best.decoder_busy):.0%} "
-        f"of the time, the engine for {best.engine_busy:.0%}",
+        why=f"decoders are the bottleneck: all {best.decoders} are busy for "
+        f"{min(1.0, best.decoder_busy):.0%} of the time, the engine for {best.engine_busy:.0%}",
         change=change,
         gain=f"{_up_to(gain)}, until the engine is the bottleneck",
     )

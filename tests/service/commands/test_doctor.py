@@ -92,7 +92,7 @@ def test_an_error_ends_the_load_immediately(serve_with):
 def test_no_response_under_load_is_an_error(serve_with):
     runtime = Breaks(classes=7)
     runtime.left = 4  # those before the load
-    with pytest.raises(ServiceError, match=r"nothing was answered under load.*engine_failed"):
+    with pytest.raises(ServiceError, match=r"no request was completed under load.*engine_failed"):
         examine(str(serve_with(runtime).base_url), seconds=2, concurrency=2)
 
 
