@@ -1,1 +1,1 @@
-"""Published weight files of other projects, turned into checkpoints; one project, one file."""
+"""Import of published weight files of other projects; one module per project."""

@@ -1,10 +1,10 @@
-"""fast-MPN-COV: iSQRT-COV on ResNets, as published and as its training script saves them.
+"""Importer of fast-MPN-COV: iSQRT-COV and B-CNN on ResNet and VGG-16.
 
 Published files (`mpncovresnet50-15991845.pth`) have torchvision's names and `layer_reduce`. Training
-checkpoints number the same parts as a sequence, `features.0` to `features.7`; dimension reduction is
-`representation.conv_dr_block`, or `features.8` and `.9` where a published network was fine-tuned. Which
-pooling it was is told by the length of what `classifier` sees, and only `arch` tells the stride of
-conv5_x: 1 for `mpncovresnet50`, 2 for a `resnet50` that was trained with the pooling.
+checkpoints number the parts, `features.0` to `features.7`; the dimension reduction is
+`representation.conv_dr_block`, or `features.8` and `.9` if a published network was fine-tuned. The pooling
+follows from the classifier's input size. Only `arch` tells the stride of conv5_x: 1 for `mpncovresnet50`, 2
+for a `resnet50` trained with the pooling.
 """
 
 import re
@@ -12,78 +12,82 @@ import re
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.fit import triangle_side
-from sopdeploy.importers.resnets import is_part, matrix, resnet_depth, tensor
-from sopdeploy.importers.source import Mapped, Translation, WeightFile, renamed
+from sopdeploy.importers.resnets import is_resnet_tensor, resnet_depth
+from sopdeploy.importers.source import ConvertedWeights, MappedTensor, WeightFile, rename_tensors
 from sopdeploy.models.registry import CATALOG
 
-PARTS = {"0": "conv1", "1": "bn1", **{str(3 + stage): f"layer{stage}" for stage in range(1, 5)}}
+TITLES = {"isqrt": "iSQRT-COV", "bcnn": "B-CNN", "gap": "average pooling"}
+STAGES = {"0": "conv1", "1": "bn1", **{str(3 + stage): f"layer{stage}" for stage in range(1, 5)}}
 REDUCTION = {
     "features.8": "layer_reduce",
     "features.9": "layer_reduce_bn",
     "representation.conv_dr_block.0": "layer_reduce",
     "representation.conv_dr_block.1": "layer_reduce_bn",
 }
-NUMBERED = re.compile(r"features\.([014567])\.(.+)")
-NO_STRIDE = "the file does not say the stride of conv5_x: 1 for mpncovresnet, 2 for resnet with the pooling"
+NUMBERED_TENSOR = re.compile(r"features\.(?P<stage>[014567])\.(?P<rest>.+)")
+UNKNOWN_STRIDE = (
+    "the file does not tell the stride of conv5_x: 1 for mpncovresnet, 2 for resnet with the pooling"
+)
+
+VGG_CHANNELS = 512
+VGG_MODELS = {"isqrt": "isqrt-vgg16", "bcnn": "bcnn-vgg16"}
+VGG_CONV = re.compile(r"features\.(?P<index>\d+)\.(?P<leaf>[a-z_]+)")
+VGG_CLASSIFIER = re.compile(r"classifier\.([036]\.)?(weight|bias)")
 
 
 class FastMpnCovResNet:
-    """iSQRT-COV, B-CNN or plain averages behind a ResNet."""
+    """ResNets with iSQRT-COV, B-CNN or average pooling."""
 
     project = "fast-MPN-COV"
 
-    def recognises(self, file: WeightFile, _name: str, /) -> bool:
-        """Say whether there is a ResNet with DR, or one that is numbered; GSoP-Net2 has blocks besides."""
+    def matches(self, file: WeightFile, _model: str, /) -> bool:
+        """Check for a ResNet with `layer_reduce` or numbered parts, and no GSoP blocks."""
         names = file.tensors.keys()
         if any(".conv_for_DR" in name for name in names):
             return False
         published = {"layer4.0.conv1.weight", "layer_reduce.weight"} <= names
         return published or "features.4.0.conv1.weight" in names
 
-    def translate(self, file: WeightFile, _name: str, /) -> Translation:
-        """Return the network with its pooling under `pooling`."""
-        mapped = renamed(file, place)
-        tensors = {entry.ours: entry.tensor for entry in mapped}
-        depth = resnet_depth(file.path, tensors)
-        classes, length = matrix(file.path, tensors, "fc.weight").shape
-        channels = len(tensor(file.path, tensors, f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight"))
-        pooling = pooling_of(file, mapped, channels, length)
-        stride = conv5_stride(file)
+    def convert(self, file: WeightFile, _model: str, /) -> ConvertedWeights:
+        """Map the network with its pooling under `pooling`."""
+        mapped = rename_tensors(file, _rename_resnet)
+        renamed = WeightFile(path=file.path, tensors={entry.name: entry.tensor for entry in mapped})
+        depth = resnet_depth(file.path, renamed.tensors)
+        classes, length = renamed.classifier_weight("fc.weight").shape
+        channels = len(renamed.tensor(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight"))
+        pooling = _detect_pooling(file, mapped, channels, length)
         kind = str(pooling["kind"])
-        name = f"isqrt-resnet{depth}" if kind == "isqrt" else f"resnet{depth}"
-        return Translation(
-            looks_like=f"{TITLES[kind]} on ResNet-{depth} of {self.project}",
-            name=(f"{name} --set pooling=bcnn" if kind == "bcnn" else name) if name in CATALOG else None,
-            mapped=mapped,
+        stride = _conv5_stride(file)
+        model = f"isqrt-resnet{depth}" if kind == "isqrt" else f"resnet{depth}"
+        return ConvertedWeights(
+            description=f"{TITLES[kind]} on ResNet-{depth} of {self.project}",
+            model=(f"{model} --set pooling=bcnn" if kind == "bcnn" else model) if model in CATALOG else None,
+            tensors=mapped,
             num_classes=classes,
             preprocess=Preprocess(),
-            must={"depth": depth, "pooling.kind": kind},
-            read={"pooling": pooling} if stride is None else {"pooling": pooling, "conv5_stride": stride},
-            ask={} if stride is not None else {"conv5_stride": NO_STRIDE},
+            required={"depth": depth, "pooling.kind": kind},
+            detected={"pooling": pooling} | ({} if stride is None else {"conv5_stride": stride}),
+            undetermined={} if stride is not None else {"conv5_stride": UNKNOWN_STRIDE},
             labels="imagenet",
         )
 
 
-TITLES = {"isqrt": "iSQRT-COV", "bcnn": "B-CNN", "gap": "average pooling"}
-
-
-def place(name: str) -> str | None:
-    """Return what *name* is here, whether published or numbered."""
-    part, _, leaf = name.rpartition(".")
+def _rename_resnet(source: str) -> str | None:
+    part, _, leaf = source.rpartition(".")
     if part in REDUCTION or part in REDUCTION.values():
         return f"pooling.{REDUCTION.get(part, part)}.{leaf}"
     if part == "classifier":
         return f"fc.{leaf}"
-    numbered = NUMBERED.fullmatch(name)
-    ours = f"{PARTS[numbered[1]]}.{numbered[2]}" if numbered else name
-    return ours if is_part(ours) else None
+    match = NUMBERED_TENSOR.fullmatch(source)
+    name = f"{STAGES[match['stage']]}.{match['rest']}" if match else source
+    return name if is_resnet_tensor(name) else None
 
 
-def pooling_of(
-    file: WeightFile, mapped: tuple[Mapped, ...], channels: int, length: int
+def _detect_pooling(
+    file: WeightFile, mapped: tuple[MappedTensor, ...], channels: int, length: int
 ) -> dict[str, str | int]:
-    """Return the pooling that makes *length* numbers of *channels*, or of those after DR."""
-    reduced = [len(entry.tensor) for entry in mapped if entry.ours == "pooling.layer_reduce.weight"]
+    """Find the pooling that turns *channels*, or the reduced channels, into *length* numbers."""
+    reduced = [len(entry.tensor) for entry in mapped if entry.name == "pooling.layer_reduce.weight"]
     width = reduced[0] if reduced else channels
     if triangle_side(length) == width:
         return {"kind": "isqrt", "width": width}
@@ -92,13 +96,12 @@ def pooling_of(
     if length == channels**2 and not reduced:
         return {"kind": "bcnn"}
     raise WeightsError(
-        f"{file.path}: its classifier sees {length} numbers, which neither iSQRT-COV, B-CNN nor "
-        f"averages make of {width} channels (compact bilinear pooling: its random parts are not in the file)"
+        f"{file.path}: no supported pooling turns {width} channels into the {length} inputs of its classifier"
+        " (compact bilinear pooling is not supported: its random parts are not stored)"
     )
 
 
-def conv5_stride(file: WeightFile) -> int | None:
-    """Return the stride of conv5_x, `None` where nothing in the file tells it."""
+def _conv5_stride(file: WeightFile) -> int | None:
     names = file.tensors.keys()
     if "layer_reduce.weight" in names or "features.8.weight" in names:
         return 1
@@ -107,52 +110,45 @@ def conv5_stride(file: WeightFile) -> int | None:
     return 1 if file.arch.startswith("mpncov") else 2
 
 
-CHANNELS = 512
-CONVOLUTION = re.compile(r"features\.(\d+)\.([a-z_]+)")
-CLASSIFIER = re.compile(r"classifier\.([036]\.)?(weight|bias)")
-NAMES = {"isqrt": "isqrt-vgg16", "bcnn": "bcnn-vgg16"}
-
-
 class FastMpnCovVgg:
-    """iSQRT-COV or B-CNN behind VGG-16 with batch norm."""
+    """VGG-16 with batch norm and iSQRT-COV or B-CNN."""
 
     project = "fast-MPN-COV"
 
-    def recognises(self, file: WeightFile, _name: str, /) -> bool:
-        """Say whether there are VGG's first two convolutions with batch norm, and a classifier."""
+    def matches(self, file: WeightFile, _model: str, /) -> bool:
+        """Check for VGG's first two convolutions with batch norm, and a classifier."""
         names = file.tensors.keys()
         first = {"features.0.weight", "features.1.running_mean", "features.3.weight"} <= names
         return first and any(name.startswith("classifier") for name in names)
 
-    def translate(self, file: WeightFile, _name: str, /) -> Translation:
-        """Return the network with `features` as `layers`, and its pooling under `pooling`."""
-        mapped = renamed(file, place_of_fast_mpncov_vgg)
+    def convert(self, file: WeightFile, _model: str, /) -> ConvertedWeights:
+        """Map the network with `features` as `layers` and its pooling under `pooling`."""
+        mapped = rename_tensors(file, _rename_vgg)
         linear = "classifier.weight" in file.tensors
-        first = "classifier.weight" if linear else "classifier.0.weight"
-        last = "classifier.weight" if linear else "classifier.6.weight"
-        pooling = pooling_of(file, mapped, CHANNELS, matrix(file.path, file.tensors, first).shape[1])
+        first, last = ("classifier.weight",) * 2 if linear else ("classifier.0.weight", "classifier.6.weight")
+        pooling = _detect_pooling(file, mapped, VGG_CHANNELS, file.classifier_weight(first).shape[1])
         kind = str(pooling["kind"])
         if kind == "gap":
-            raise WeightsError(f"{file.path}: VGG-16 before plain averages is not in the catalog")
+            raise WeightsError(f"{file.path}: VGG-16 with average pooling is not in the catalog")
         classifier = "linear" if linear else "mlp"
-        own = classifier == ("mlp" if kind == "isqrt" else "linear")
-        return Translation(
-            looks_like=f"{TITLES[kind]} on VGG-16 of {self.project}",
-            name=NAMES[kind] if own else f"{NAMES[kind]} --set classifier={classifier}",
-            mapped=mapped,
-            num_classes=len(matrix(file.path, file.tensors, last)),
+        default = "mlp" if kind == "isqrt" else "linear"
+        model = VGG_MODELS[kind]
+        return ConvertedWeights(
+            description=f"{TITLES[kind]} on VGG-16 of {self.project}",
+            model=model if classifier == default else f"{model} --set classifier={classifier}",
+            tensors=mapped,
+            num_classes=len(file.classifier_weight(last)),
             preprocess=Preprocess(),
-            must={"pooling.kind": kind},
-            read={"pooling": pooling, "classifier": classifier},
+            required={"pooling.kind": kind},
+            detected={"pooling": pooling, "classifier": classifier},
             labels="imagenet",
         )
 
 
-def place_of_fast_mpncov_vgg(name: str) -> str | None:
-    """Return what *name* is here."""
-    part, _, leaf = name.rpartition(".")
+def _rename_vgg(source: str) -> str | None:
+    part, _, leaf = source.rpartition(".")
     if part.startswith("representation.") and part in REDUCTION:
         return f"pooling.{REDUCTION[part]}.{leaf}"
-    if convolution := CONVOLUTION.fullmatch(name):
-        return f"layers.{convolution[1]}.{convolution[2]}"
-    return name if CLASSIFIER.fullmatch(name) else None
+    if match := VGG_CONV.fullmatch(source):
+        return f"layers.{match['index']}.{match['leaf']}"
+    return source if VGG_CLASSIFIER.fullmatch(source) else None

@@ -1,4 +1,4 @@
-"""Fitting a translated file to the network the user named: its config, then tensor by tensor."""
+"""Matching of converted weights with the network that the user named: config first, then each tensor."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -9,116 +9,108 @@ from torch import Tensor
 
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.importers.source import Mapped, Translation, WeightFile
+from sopdeploy.importers.source import ConvertedWeights, MappedTensor, WeightFile
 from sopdeploy.models.registry import create_model, entry, make_config
 
-COUNTER = "num_batches_tracked"  # of a batch norm; plays no part in what a network computes
-ABSENT = "absent, set to 0"
+COUNTER = "num_batches_tracked"  # of a batch norm; without effect on inference
 
 
-def choose_config(file: WeightFile, found: Translation, name: str, wishes: Mapping[str, Any]) -> StrictModel:
-    """Return the config of model *name*: its own values, the project's, the user's *wishes*, the file's.
+def choose_config(
+    file: WeightFile, converted: ConvertedWeights, model: str, settings: Mapping[str, Any]
+) -> StrictModel:
+    """Build the config of *model* from its defaults, the project's, the user's *settings* and the file's.
 
-    Raises `WeightsError` where the file is of another network, `ConfigError` where a wish contradicts the
-    file or is missing.
+    Raises `WeightsError` if the file is of another network, `ConfigError` if a setting contradicts the file
+    or is missing.
     """
-    defaults = entry(name).defaults
-    config = make_config(name, merged(defaults, wishes)).model_dump(mode="json")
-    for key, value in found.must.items():
-        if looked_up(config, key) != value:
-            raise misfit(file, found, name, f"{key} is {looked_up(config, key)}, not {value}")
-    for key, reason in found.ask.items():
-        if key not in wishes:
+    defaults = entry(model).defaults
+    config = make_config(model, _merge(defaults, settings)).model_dump(mode="json")
+    for key, value in converted.required.items():
+        if _look_up(config, key) != value:
+            raise _misfit(file, converted, model, f"{key} is {_look_up(config, key)}, not {value}")
+    for key, reason in converted.undetermined.items():
+        if key not in settings:
             raise ConfigError(f"{file.path}: {reason}; add --set {key}=..")
-    for key, value in leaves(found.read):
-        wish = looked_up(wishes, key)
-        if wish is not None and wish != value:
-            raise ConfigError(f"--set {key}={wish}: {file.path} holds {value}; leave the setting out")
-    return make_config(name, merged(merged(merged(defaults, found.usual), wishes), found.read))
+    for key, value in _leaves(converted.detected):
+        setting = _look_up(settings, key)
+        if setting is not None and setting != value:
+            raise ConfigError(f"--set {key}={setting}: {file.path} holds {value}; leave the setting out")
+    values = _merge(_merge(_merge(defaults, converted.defaults), settings), converted.detected)
+    return make_config(model, values)
 
 
-def fitted(
-    file: WeightFile, found: Translation, name: str, config: StrictModel
-) -> tuple[dict[str, Tensor], list[Mapped]]:
-    """Return the state dict of *name*, and every tensor of it with where it came from.
+def fit_tensors(
+    file: WeightFile, converted: ConvertedWeights, model: str, config: StrictModel
+) -> tuple[dict[str, Tensor], list[MappedTensor]]:
+    """Build the state dict of *model*, with the origin of each tensor.
 
-    Raises `WeightsError` naming the first tensor that is left over, missing, of another shape or not finite.
+    Raises `WeightsError` naming the first tensor that is unused, missing, not finite or of another shape.
     """
+    values = {key: getattr(config, key) for key in type(config).model_fields}
     with torch.device("meta"):
-        network = create_model(name, num_classes=found.num_classes, **values_of(config))
+        network = create_model(model, num_classes=converted.num_classes, **values)
     expected = network.state_dict()
-    by_name = {one.ours: one for one in found.mapped}
-    used = {theirs for one in found.mapped for theirs in one.theirs} | found.ignored.keys()
-    for theirs in file.tensors:
-        if theirs not in used:
-            raise misfit(file, found, name, f"{theirs} has no place in it")
-    for ours in by_name.keys() - expected.keys():
-        raise misfit(file, found, name, f"it has no {ours} for {by_name[ours].theirs[0]}")
+    by_name = {mapped.name: mapped for mapped in converted.tensors}
+    used = {source for mapped in converted.tensors for source in mapped.sources} | converted.ignored.keys()
+    for source in file.tensors:
+        if source not in used:
+            raise _misfit(file, converted, model, f"it has no place for {source}")
+    for name in by_name.keys() - expected.keys():
+        raise _misfit(file, converted, model, f"it has no {name} for {by_name[name].sources[0]}")
     state: dict[str, Tensor] = {}
-    rows: list[Mapped] = []
-    for ours, wanted in expected.items():
-        one = by_name.get(ours)
-        if one is None and ours.endswith(COUNTER):
-            one = Mapped(ours, (), torch.zeros((), dtype=wanted.dtype), ABSENT)
-        if one is None:
-            raise misfit(file, found, name, f"{ours} is not in the file")
-        if ours.endswith(COUNTER):
-            one = one._replace(tensor=one.tensor.reshape(()))
-        if one.tensor.shape != wanted.shape:
-            shapes = f"{tuple(one.tensor.shape)}, not {tuple(wanted.shape)}"
-            raise misfit(file, found, name, f"{ours} is {shapes}")
-        state[ours] = stored(file, one, wanted.dtype)
-        rows.append(one)
+    rows: list[MappedTensor] = []
+    for name, wanted in expected.items():
+        mapped = by_name.get(name)
+        if mapped is None and name.endswith(COUNTER):
+            mapped = MappedTensor(name, (), torch.zeros((), dtype=wanted.dtype), "absent, set to 0")
+        if mapped is None:
+            raise _misfit(file, converted, model, f"{name} is not in the file")
+        if name.endswith(COUNTER):
+            mapped = mapped._replace(tensor=mapped.tensor.reshape(()))
+        if mapped.tensor.shape != wanted.shape:
+            shapes = f"{tuple(mapped.tensor.shape)}, not {tuple(wanted.shape)}"
+            raise _misfit(file, converted, model, f"{name} has shape {shapes}")
+        tensor = mapped.tensor.detach().to(wanted.dtype).contiguous().clone()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise WeightsError(
+                f"{file.path}: {mapped.sources[0]} has values that are not finite in {wanted.dtype}"
+            )
+        state[name] = tensor
+        rows.append(mapped)
     return state, rows
 
 
-def values_of(config: StrictModel) -> dict[str, Any]:
-    """Return the fields of *config* as the catalog takes them."""
-    return {key: getattr(config, key) for key in type(config).model_fields}
-
-
-def stored(file: WeightFile, one: Mapped, dtype: torch.dtype) -> Tensor:
-    """Return the tensor as the network stores it; raises `WeightsError` where a value is not finite."""
-    tensor = one.tensor.detach().to(dtype).contiguous().clone()
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise WeightsError(f"{file.path}: {one.theirs[0]} has values that are not finite in {dtype}")
-    return tensor
-
-
-def misfit(file: WeightFile, found: Translation, name: str, difference: str) -> WeightsError:
-    """Return the error of a file that is not the network *name*, saying what it looks like."""
-    if found.name == name:
-        return WeightsError(f"{file.path}: does not fit {name} ({difference})")
-    advice = f"import it --as {found.name}" if found.name else "the catalog has no such network"
+def _misfit(file: WeightFile, converted: ConvertedWeights, model: str, difference: str) -> WeightsError:
+    if converted.model == model:
+        return WeightsError(f"{file.path}: does not fit {model} ({difference})")
+    advice = f"import it --as {converted.model}" if converted.model else "which the catalog does not have"
     return WeightsError(
-        f"{file.path}: does not fit {name} ({difference}); it looks like {found.looks_like}, {advice}"
+        f"{file.path}: does not fit {model} ({difference}); it looks like {converted.description}, {advice}"
     )
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return *base* with the values of *over*; a choice by its bare name counts as one with its `kind`."""
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested tables; the bare name of a choice counts as a table with its `kind`."""
     result = dict(base)
     for key, value in over.items():
         if isinstance(value, Mapping):
             below = result.get(key, {})
-            below = below if isinstance(below, Mapping) else {"kind": below}
-            result[key] = merged(below, value)
+            result[key] = _merge(below if isinstance(below, Mapping) else {"kind": below}, value)
         else:
             result[key] = value
     return result
 
 
-def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys of *values* and what they hold."""
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
-def looked_up(values: Mapping[str, Any], key: str) -> Any:
-    """Return what the dotted *key* holds, `None` where there is no such key."""
+def _look_up(values: Mapping[str, Any], key: str) -> Any:
+    """Get the value of the dotted *key*; None if it is missing."""
     here: Any = values
     for part in key.split("."):
         if isinstance(here, str) and part == "kind":
@@ -127,14 +119,14 @@ def looked_up(values: Mapping[str, Any], key: str) -> Any:
     return here
 
 
-def column_positions(channels: int) -> Tensor:
-    """Return where each element of the row-wise order stands in the column-wise one, int64."""
+def row_wise_order(channels: int) -> Tensor:
+    """Compute the column-wise position of each element of a row-wise upper triangle, int64."""
     rows, columns = torch.triu_indices(channels, channels)
-    position: Tensor = columns * (columns + 1) // 2 + rows
-    return position
+    order: Tensor = columns * (columns + 1) // 2 + rows
+    return order
 
 
 def triangle_side(length: int) -> int | None:
-    """Return d for a *length* of d (d + 1) / 2, else `None`."""
+    """Compute d for a *length* of d (d + 1) / 2; None if there is none."""
     side = (math.isqrt(8 * length + 1) - 1) // 2
     return side if side > 0 and side * (side + 1) // 2 == length else None

@@ -1,21 +1,21 @@
-"""GSoP-Nets on ResNets, as the released training script saves them.
+"""Importer of GSoP-Nets on ResNets, as the released training script saves them.
 
-Names are torchvision's, with the blocks' own inside the last bottleneck of a stage and `layer_reduce` for
-GSoP-Net2; the key map is in `blocks/gsop_block.py`. The network is the released one (`RELEASED`), whose
-Newton-Schulz runs 3 steps and whose vector stands column by column. Fusing by sum and by maximum
-have the same tensors, so the user has to say which it was.
+Names are torchvision's, plus those of the blocks inside the last bottleneck of a stage and `layer_reduce` of
+GSoP-Net2. The network is the released one (`RELEASED`): 3 Newton-Schulz iterations, triangle vectors column
+by column. Fusion by sum and by maximum have the same tensors, so the user must choose.
 """
 
 import math
 import re
+from typing import Any
 
 import torch
 
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.fit import column_positions, triangle_side
-from sopdeploy.importers.resnets import is_part, matrix, resnet_depth, tensor
-from sopdeploy.importers.source import Mapped, Translation, WeightFile, renamed
+from sopdeploy.importers.fit import row_wise_order, triangle_side
+from sopdeploy.importers.resnets import is_resnet_tensor, resnet_depth
+from sopdeploy.importers.source import ConvertedWeights, MappedTensor, WeightFile, rename_tensors
 from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.registry import CATALOG
 
@@ -34,8 +34,10 @@ BLOCK = {
     "dilate_conv_for_concat2": "fusion.conv_position",
     "bn_for_concat": "fusion.bn",
 }
-PARTS = re.compile(r"(layer[1-4])\.(\d+)\.([A-Za-z0-9_]+)\.([a-z_]+)")
-SUM_OR_MAXIMUM = "sum and maximum (the code's fusion_avg and fusion_max) have the same tensors; say which"
+BLOCK_TENSOR = re.compile(
+    r"(?P<stage>layer[1-4])\.(?P<block>\d+)\.(?P<part>[A-Za-z0-9_]+)\.(?P<leaf>[a-z_]+)"
+)
+SUM_OR_MAXIMUM = "sum and maximum (the code's fusion_avg and fusion_max) have the same tensors; choose one"
 
 
 class GSoPNet:
@@ -43,76 +45,69 @@ class GSoPNet:
 
     project = "GSoP"
 
-    def recognises(self, file: WeightFile, _name: str, /) -> bool:
-        """Say whether there is a block."""
+    def matches(self, file: WeightFile, _model: str, /) -> bool:
+        """Check for the tensors of a GSoP block."""
         return any(".conv_for_DR" in name for name in file.tensors)
 
-    def translate(self, file: WeightFile, _name: str, /) -> Translation:
-        """Return the released network with the switches that its tensors show."""
+    def convert(self, file: WeightFile, _model: str, /) -> ConvertedWeights:
+        """Map the released network with the settings that its tensors show."""
         depth = resnet_depth(file.path, file.tensors)
         net = 2 if "layer_reduce.weight" in file.tensors else 1
-        attention = attention_of(file)
-        read = {**block_widths(file), "final_pooling": "gap" if net == 1 else "isqrt"}
+        detected = {**_block_config(file), "final_pooling": "gap" if net == 1 else "isqrt"}
         if net == 2:
-            read["final_width"] = len(file.tensors["layer_reduce.weight"])
-        name = f"gsop-net{net}-resnet{depth}"
-        return Translation(
-            looks_like=f"GSoP-Net{net} on ResNet-{depth}, {attention or 'sum or maximum'} blocks",
-            name=name if name in CATALOG else None,
-            mapped=tuple(rowwise(file, entry) for entry in renamed(file, place)),
-            num_classes=len(matrix(file.path, file.tensors, "fc.weight")),
+            detected["final_width"] = len(file.tensors["layer_reduce.weight"])
+        attention = detected.get("attention")
+        model = f"gsop-net{net}-resnet{depth}"
+        return ConvertedWeights(
+            description=f"GSoP-Net{net} on ResNet-{depth}, {attention or 'sum or maximum'} blocks",
+            model=model if model in CATALOG else None,
+            tensors=tuple(_make_row_wise(file, mapped) for mapped in rename_tensors(file, _rename)),
+            num_classes=len(file.classifier_weight("fc.weight")),
             preprocess=Preprocess(),
-            must={"depth": depth, "final_pooling": read["final_pooling"]},
-            read=read if attention is None else {**read, "attention": attention},
-            usual=RELEASED,
-            ask={} if attention else {"attention": SUM_OR_MAXIMUM},
+            required={"depth": depth, "final_pooling": detected["final_pooling"]},
+            detected=detected,
+            defaults=RELEASED,
+            undetermined={} if attention else {"attention": SUM_OR_MAXIMUM},
             labels="imagenet",
         )
 
 
-def place(name: str) -> str | None:
-    """Return what *name* is here."""
-    if name.startswith(("layer_reduce.", "layer_reduce_bn.")):
-        return f"pooling.{name}"
-    found = PARTS.fullmatch(name)
-    if found and found[3] in BLOCK:
-        return f"{found[1]}.{found[2]}.attention.{BLOCK[found[3]]}.{found[4]}"
-    return name if is_part(name) else None
+def _rename(source: str) -> str | None:
+    if source.startswith(("layer_reduce.", "layer_reduce_bn.")):
+        return f"pooling.{source}"
+    match = BLOCK_TENSOR.fullmatch(source)
+    if match and match["part"] in BLOCK:
+        return f"{match['stage']}.{match['block']}.attention.{BLOCK[match['part']]}.{match['leaf']}"
+    return source if is_resnet_tensor(source) else None
 
 
-def attention_of(file: WeightFile) -> str | None:
-    """Return which blocks these are, `None` where they are fused by sum or by maximum."""
-    parts = {found[3] for name in file.tensors if (found := PARTS.fullmatch(name))}
-    if "dilate_conv_for_concat1" in parts:
-        return "concatenation"
-    if {"conv_for_DR", "conv_for_DR_spatial"} <= parts:
-        return None
-    return "channel" if "conv_for_DR" in parts else "position"
-
-
-def block_widths(file: WeightFile) -> dict[str, object]:
-    """Return d, the side of the map of positions and the stages with blocks, off the tensors' shapes."""
-    blocks = {
-        name: found[1]
-        for name in file.tensors
-        if (found := PARTS.fullmatch(name)) and found[3].startswith("conv_for_DR") and found[4] == "weight"
-    }
-    widths: dict[str, object] = {
-        "cov_width": len(file.tensors[next(iter(blocks))]),
-        "block_stages": sorted(set(blocks.values())),
+def _block_config(file: WeightFile) -> dict[str, Any]:
+    """Read d, the side of the position map, the stages and the kind of the blocks from names and shapes."""
+    matches = [match for name in file.tensors if (match := BLOCK_TENSOR.fullmatch(name))]
+    parts = {match["part"] for match in matches}
+    reductions = [
+        match for match in matches if match["part"].startswith("conv_for_DR") and match["leaf"] == "weight"
+    ]
+    config: dict[str, Any] = {
+        "cov_width": len(file.tensors[reductions[0][0]]),
+        "block_stages": sorted({match["stage"] for match in reductions}),
     }
     for name in file.tensors:
         if name.endswith(".row_bn_for_spatial.weight"):
-            widths["position_side"] = math.isqrt(len(file.tensors[name]))
-    return widths
+            config["position_side"] = math.isqrt(len(file.tensors[name]))
+    if "dilate_conv_for_concat1" in parts:
+        config["attention"] = "concatenation"
+    elif not {"conv_for_DR", "conv_for_DR_spatial"} <= parts:  # both without concatenation: sum or maximum
+        config["attention"] = "channel" if "conv_for_DR" in parts else "position"
+    return config
 
 
-def rowwise(file: WeightFile, entry: Mapped) -> Mapped:
-    """Return GSoP-Net2's classifier with its vector in the order of here, every other tensor as it is."""
-    if entry.ours != "fc.weight" or "layer_reduce.weight" not in file.tensors:
-        return entry
-    width = len(tensor(file.path, file.tensors, "layer_reduce.weight"))
-    if triangle_side(matrix(file.path, file.tensors, "fc.weight").shape[1]) != width:
-        raise WeightsError(f"{file.path}: fc.weight does not see the triangle of {width} channels")
-    permuted = torch.index_select(entry.tensor, 1, column_positions(width))
-    return entry._replace(tensor=permuted, how="columns of the triangle into rows' order")
+def _make_row_wise(file: WeightFile, mapped: MappedTensor) -> MappedTensor:
+    """Permute the classifier of GSoP-Net2 from column-wise to row-wise triangles."""
+    if mapped.name != "fc.weight" or "layer_reduce.weight" not in file.tensors:
+        return mapped
+    width = len(file.tensor("layer_reduce.weight"))
+    if triangle_side(file.classifier_weight("fc.weight").shape[1]) != width:
+        raise WeightsError(f"{file.path}: fc.weight does not fit the triangle of {width} channels")
+    permuted = torch.index_select(mapped.tensor, 1, row_wise_order(width))
+    return mapped._replace(tensor=permuted, how="triangle made row-wise")

@@ -1,5 +1,7 @@
-"""A published weight file becomes a checkpoint: open, recognise, translate, fit, write."""
+"""`sopdeploy import`: turn a published weight file into a checkpoint."""
 
+import importlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,16 @@ from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.class_names import class_names
 from sopdeploy.importers.fast_mpncov import FastMpnCovResNet, FastMpnCovVgg
-from sopdeploy.importers.fit import choose_config, fitted
+from sopdeploy.importers.fit import choose_config, fit_tensors
 from sopdeploy.importers.gmsop import GMSOPNetwork
 from sopdeploy.importers.gsop import GSoPNet
 from sopdeploy.importers.resnets import CifarResNet, TorchvisionResNet
-from sopdeploy.importers.source import Source, WeightFile
+from sopdeploy.importers.source import ConvertedWeights, WeightFile, WeightSource
 from sopdeploy.importers.timm_network import TimmNetwork
 from sopdeploy.importers.weight_files import open_weights
 
-SOURCES: tuple[Source, ...] = (
+SOURCES: tuple[WeightSource, ...] = (  # the first match is used
     TimmNetwork(),
     GSoPNet(),
     FastMpnCovResNet(),
@@ -31,20 +32,12 @@ SOURCES: tuple[Source, ...] = (
     GMSOPNetwork(),
     TorchvisionResNet(),
 )
-
-
-def recognise(file: WeightFile, name: str) -> Source:
-    """Return the source of *file*; raises `WeightsError` with its first names where nobody knows it."""
-    for source in SOURCES:
-        if source.recognises(file, name):
-            return source
-    some = ", ".join(list(file.tensors)[:3])
-    known = ", ".join(sorted({source.project for source in SOURCES}))
-    raise WeightsError(f"{file.path}: its tensors ({some} ..) are those of none of {known}")
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+MAX_LABEL_BYTES = 1 << 22
 
 
 class ImportOptions(StrictModel):
-    """What the file cannot say: switches of the network, class names, other sizes of pictures."""
+    """What the file does not tell: config values, class names, other input sizes."""
 
     settings: dict[str, Any] = pydantic.Field(default_factory=dict)
     labels: Path | None = None
@@ -54,7 +47,7 @@ class ImportOptions(StrictModel):
 
 
 class Row(StrictModel):
-    """One tensor of the checkpoint, the file's tensors it was made of, and how."""
+    """A tensor of the checkpoint, the source tensors it was made of, and how."""
 
     name: str
     of: tuple[str, ...]
@@ -63,7 +56,10 @@ class Row(StrictModel):
 
 
 class ImportReport(StrictModel):
-    """What an import did, key by key."""
+    """Result of an import.
+
+    `labels` tells the origin of the class names, `beside` lists content of the file that was not imported.
+    """
 
     file: str
     sha256: str
@@ -81,27 +77,27 @@ class ImportReport(StrictModel):
     checkpoint: str
 
 
-def import_weights(source: Path, name: str, destination: Path, options: ImportOptions) -> ImportReport:
-    """Write the weights in the file *source* as a checkpoint of catalog model *name* to *destination*.
+def import_weights(source: Path, model: str, destination: Path, options: ImportOptions) -> ImportReport:
+    """Write the weight file *source* as a checkpoint of catalog *model* to *destination*.
 
-    Raises a `SopdeployError` where the file cannot be read, is of no known project or is another network.
+    Raises a `SopdeployError` if the file cannot be read, is of an unknown project or of another network.
     """
     if destination.exists() and source.exists() and destination.samefile(source):
-        raise ConfigError(f"--out {destination}: is the file to import; name another one")
+        raise ConfigError(f"--out {destination}: is the file to import; give another name")
     file = open_weights(source)
-    project = recognise(file, name)
-    found = project.translate(file, name)
-    config = choose_config(file, found, name, options.settings)
-    state, rows = fitted(file, found, name, config)
-    labels, where = class_names(found, options.labels)
-    rules = resized(found.preprocess, options)
+    project = _find_source(file, model)
+    converted = project.convert(file, model)
+    config = choose_config(file, converted, model, options.settings)
+    state, mapped = fit_tensors(file, converted, model, config)
+    labels, label_origin = _class_names(converted, options.labels)
+    preprocess = _override_preprocess(converted.preprocess, options)
     digest = sha256(source)
     checkpoint = Checkpoint(
-        model=name,
+        model=model,
         config=config.model_dump(mode="json"),
         weights=state,
         labels=labels,
-        preprocess=rules,
+        preprocess=preprocess,
         training={
             "imported_from": source.name,
             "imported_sha256": digest,
@@ -114,33 +110,25 @@ def import_weights(source: Path, name: str, destination: Path, options: ImportOp
         file=str(source),
         sha256=digest,
         project=project.project,
-        looks_like=found.looks_like,
-        model=name,
+        looks_like=converted.description,
+        model=model,
         config=checkpoint.config,
-        num_classes=found.num_classes,
-        labels=where,
-        preprocess=rules,
+        num_classes=converted.num_classes,
+        labels=label_origin,
+        preprocess=preprocess,
         rows=tuple(
-            Row(name=one.ours, of=one.theirs, how=one.how, shape=tuple(one.tensor.shape)) for one in rows
+            Row(name=entry.name, of=entry.sources, how=entry.how, shape=tuple(entry.tensor.shape))
+            for entry in mapped
         ),
-        ignored=dict(found.ignored),
-        beside=file.beside,
-        notes=found.notes,
+        ignored=dict(converted.ignored),
+        beside=file.other_keys,
+        notes=converted.notes,
         checkpoint=str(destination),
     )
 
 
-def resized(rules: Preprocess, options: ImportOptions) -> Preprocess:
-    """Return *rules* with the sizes the user asked for; raises `ConfigError`."""
-    wishes = options.model_dump(include={"resize", "crop", "interpolation"}, exclude_none=True)
-    try:
-        return Preprocess(**{**rules.model_dump(), **wishes})
-    except pydantic.ValidationError as problem:
-        raise ConfigError(f"--resize, --crop, --interpolation: {first_problem(problem)}") from problem
-
-
 def nest_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return dotted *settings* as tables: `pooling.iterations` becomes a key of `pooling`."""
+    """Convert dotted keys to nested tables: `pooling.iterations` becomes a key of `pooling`."""
     tree: dict[str, Any] = {}
     for key, value in settings.items():
         *tables, last = key.split(".")
@@ -152,3 +140,59 @@ def nest_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             here = below
         here[last] = value
     return tree
+
+
+def _find_source(file: WeightFile, model: str) -> WeightSource:
+    for source in SOURCES:
+        if source.matches(file, model):
+            return source
+    some = ", ".join(list(file.tensors)[:3])
+    known = ", ".join(sorted({source.project for source in SOURCES}))
+    raise WeightsError(f"{file.path}: its tensors ({some} ..) are not from a known project ({known})")
+
+
+def _override_preprocess(preprocess: Preprocess, options: ImportOptions) -> Preprocess:
+    changes = options.model_dump(include={"resize", "crop", "interpolation"}, exclude_none=True)
+    try:
+        return Preprocess(**{**preprocess.model_dump(), **changes})
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"--resize, --crop, --interpolation: {first_problem(error)}") from error
+
+
+def _class_names(converted: ConvertedWeights, file: Path | None) -> tuple[tuple[str, ...], str]:
+    """Get the class names in output order, and their origin.
+
+    *file* has one name per line, or is a `.json` list. Raises `ConfigError` if the number of names is wrong
+    or a name occurs twice.
+    """
+    count = converted.num_classes
+    if file is not None:
+        names = _read_class_names(file)
+        if len(names) != count:
+            raise ConfigError(f"--labels {file}: {len(names)} names for {count} classes; give one per class")
+        duplicate = next((name for name in names if names.count(name) > 1), None)
+        if duplicate is not None:
+            raise ConfigError(f"--labels {file}: {duplicate!r} occurs twice; names must be unique")
+        return names, str(file)
+    if converted.labels == "cifar10" and count == len(CIFAR10):
+        return CIFAR10, "CIFAR-10"
+    if converted.labels == "imagenet" and count == 1000:
+        weights = importlib.import_module("torchvision.models").ResNet18_Weights.IMAGENET1K_V1
+        return tuple(weights.meta["categories"]), "ImageNet, as torchvision names them"
+    width = len(str(count - 1))
+    return tuple(f"class {index:0{width}}" for index in range(count)), "numbers; give --labels for names"
+
+
+def _read_class_names(file: Path) -> tuple[str, ...]:
+    try:
+        if file.stat().st_size > MAX_LABEL_BYTES:
+            raise ConfigError(
+                f"--labels {file}: larger than {MAX_LABEL_BYTES >> 20} MiB; give one name per line"
+            )
+        content = file.read_text(encoding="utf-8")
+        names = json.loads(content) if file.suffix == ".json" else content.split("\n")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--labels {file}: cannot be read ({error})") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"--labels {file}: not a list of names")
+    return tuple(name.strip() for name in names if name.strip())

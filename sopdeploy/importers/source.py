@@ -1,6 +1,6 @@
-"""What every source is: it recognises its project's files and says their tensors' names here."""
+"""Common types of the importers: weight files, converted weights, and the interface of a project."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -11,12 +11,12 @@ from torch import Tensor
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 
-MOST_BYTES = 4 << 30  # of all tensors of a file together; the largest published one has 0.7 GB
+MAX_BYTES = 4 << 30  # of all tensors of a file; the largest published file has 0.7 GB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
-    """One layer of a MatConvNet network; `block` holds its settings, such as `iterNum` or `stride`."""
+    """A layer of a MatConvNet network; `block` holds its settings, such as `iterNum` or `stride`."""
 
     name: str
     kind: str
@@ -25,101 +25,103 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightFile:
-    """Tensors by the names they have in the file, without the prefixes of data parallelism.
+    """Content of a weight file; tensor names have no data-parallel prefixes.
 
-    `arch` is what PyTorch training scripts store beside them. MatConvNet's files also hold `layers`, the
-    `average` colour of 0..255 that is taken off every picture, and `image_size`; their tensors have
-    MATLAB's axes. `beside` names what else is in the file and is not read.
+    `arch` is the architecture name that PyTorch training scripts store. MatConvNet files also have `layers`,
+    the `average_color` (0 to 255) that is subtracted from images, and `image_size`; their tensors have
+    MATLAB's axes. `other_keys` lists content that is not imported.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     arch: str | None = None
     layers: tuple[Layer, ...] = ()
-    average: tuple[float, float, float] | None = None
+    average_color: tuple[float, float, float] | None = None
     image_size: int | None = None
-    beside: tuple[str, ...] = field(default=())
+    other_keys: tuple[str, ...] = ()
 
-    @property
-    def is_matconvnet(self) -> bool:
-        """Say whether the file is a MatConvNet network."""
-        return bool(self.layers)
+    def tensor(self, name: str) -> Tensor:
+        """Get the tensor *name*; raises `WeightsError` if the file has none."""
+        if name not in self.tensors:
+            raise WeightsError(f"{self.path}: has no {name}; give the file of a whole network")
+        return self.tensors[name]
+
+    def classifier_weight(self, name: str) -> Tensor:
+        """Get the matrix *name* (classes, features); raises `WeightsError`."""
+        weight = self.tensor(name)
+        if weight.dim() != 2:
+            raise WeightsError(
+                f"{self.path}: {name} has shape {tuple(weight.shape)}, not (classes, features)"
+            )
+        return weight
 
 
-def checked(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return *tensors* if they are plain numbers of a bearable size in all; raises `WeightsError`.
+def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Check that *tensors* are dense, real and not too large in total; raises `WeightsError`.
 
-    A few bytes can be declared to be a tensor of any shape, by strides of 0.
+    With strides of 0, a few bytes can declare a tensor of any shape.
     """
     total = 0
     for name, tensor in tensors.items():
-        plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_complex()
-        if not plain or tensor.is_meta:
-            raise WeightsError(f"{path}: {name} is no plain tensor of real numbers; save it as float32")
+        dense = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+        if not dense or tensor.is_complex():
+            raise WeightsError(f"{path}: {name} is not a dense tensor of real numbers; save it as float32")
         total += tensor.numel() * tensor.element_size()
-        if total > MOST_BYTES:
+        if total > MAX_BYTES:
             raise WeightsError(
-                f"{path}: its tensors have more than {MOST_BYTES >> 30} GiB, which is too much"
+                f"{path}: its tensors have more than {MAX_BYTES >> 30} GiB, which is the limit"
             )
     return dict(tensors)
 
 
-LabelSet = Literal["imagenet", "cifar10"]
+class MappedTensor(NamedTuple):
+    """A tensor of a sopdeploy network: its name, the source tensors it was made of, and how."""
 
-
-class Mapped(NamedTuple):
-    """One tensor of a network here: from which of the file's it was made, and how."""
-
-    ours: str
-    theirs: tuple[str, ...]
+    name: str
+    sources: tuple[str, ...]
     tensor: Tensor
-    how: str = "as it is"
+    how: str = "unchanged"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Translation:
-    """A weight file in the words of the catalog.
+class ConvertedWeights:
+    """A weight file with the tensor names and settings of the catalog.
 
-    `looks_like` says in words what network it is, `name` what the catalog calls it (with the settings it
-    takes), `None` where it has none. `must` are values, by dotted keys, that the config of the chosen
-    name has to have. `read` are switches that the file itself holds, `usual` those that only the
-    project's code holds; `ask` those that neither does, with the reason. `labels` is the order of
-    classes where it is a known one.
+    `model` is the catalog name (with settings), None if the catalog has no such network. `required` are
+    config values, by dotted key, that the model chosen by the user must have. `detected` are config values
+    read from the file, `defaults` those fixed by the project's code. `undetermined` are keys that neither
+    tells, with the reason; the user must set them. `labels` names the class order if it is a known one.
     """
 
-    looks_like: str
-    name: str | None
-    mapped: tuple[Mapped, ...]
+    description: str
+    model: str | None
+    tensors: tuple[MappedTensor, ...]
     num_classes: int
     preprocess: Preprocess
-    must: Mapping[str, Any] = field(default_factory=dict)
-    read: Mapping[str, Any] = field(default_factory=dict)
-    usual: Mapping[str, Any] = field(default_factory=dict)
-    ask: Mapping[str, str] = field(default_factory=dict)
+    required: Mapping[str, Any] = field(default_factory=dict)
+    detected: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    undetermined: Mapping[str, str] = field(default_factory=dict)
     ignored: Mapping[str, str] = field(default_factory=dict)
-    labels: LabelSet | None = None
+    labels: Literal["imagenet", "cifar10"] | None = None
     notes: tuple[str, ...] = ()
 
 
-class Source(Protocol):
-    """One project whose files can be imported."""
+class WeightSource(Protocol):
+    """A project whose weight files can be imported."""
 
     project: str
 
-    def recognises(self, file: WeightFile, name: str) -> bool:
-        """Say whether *file*, to be imported as catalog model *name*, is one of this project's."""
+    def matches(self, file: WeightFile, model: str) -> bool:
+        """Check whether *file*, to be imported as catalog *model*, is one of this project."""
 
-    def translate(self, file: WeightFile, name: str) -> Translation:
-        """Return *file* in the words of the catalog; raises `WeightsError`."""
+    def convert(self, file: WeightFile, model: str) -> ConvertedWeights:
+        """Map *file* to the names and settings of the catalog; raises `WeightsError`."""
 
 
-def renamed(file: WeightFile, place: Callable[[str], str | None]) -> tuple[Mapped, ...]:
-    """Return every tensor of *file* for which *place* knows a name here, unchanged."""
-
-    def places() -> Iterator[Mapped]:
-        for theirs, tensor in file.tensors.items():
-            ours = place(theirs)
-            if ours is not None:
-                yield Mapped(ours, (theirs,), tensor)
-
-    return tuple(places())
+def rename_tensors(file: WeightFile, rename: Callable[[str], str | None]) -> tuple[MappedTensor, ...]:
+    """Map every tensor of *file* for which *rename* returns a name."""
+    names = ((source, rename(source)) for source in file.tensors)
+    return tuple(
+        MappedTensor(name, (source,), file.tensors[source]) for source, name in names if name is not None
+    )

@@ -1,44 +1,86 @@
-"""Weight files of timm, for its networks in the catalog (`timm:NAME`), under timm's own names.
+"""Importer of timm's networks in the catalog (`timm:NAME`), and the preprocessing that timm's hub publishes.
 
-How timm prepares pictures depends on who trained the weights. Files of its hub lie beside a `config.json`
-that says it; without one, what timm says of its default weights is taken.
+Files of timm's hub lie next to a `config.json` with their preprocessing. Without it, the preprocessing of
+timm's default weights is used.
 """
 
 import importlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pydantic
 
 from sopdeploy.backbones.timm_backbone import import_timm
 from sopdeploy.errors import WeightsError
-from sopdeploy.importers.resnets import CARD, FROM_CARD, matrix, preprocess_of, read_card
-from sopdeploy.importers.source import Translation, WeightFile, renamed
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.source import ConvertedWeights, WeightFile, rename_tensors
 
 PREFIX = "timm:"
-NO_CARD = f"no {CARD} beside the file: preprocessing is that of timm's default weights"
+HUB_CONFIG = "config.json"
+MAX_CONFIG_BYTES = 1 << 16
+FROM_HUB_CONFIG = f"preprocessing from {HUB_CONFIG} next to the file"
+NO_HUB_CONFIG = f"no {HUB_CONFIG} next to the file: preprocessing of timm's default weights"
 
 
 class TimmNetwork:
-    """Any network of timm that the catalog takes."""
+    """Any timm network that the catalog supports, under timm's names."""
 
     project = "timm"
 
-    def recognises(self, file: WeightFile, name: str) -> bool:
-        """Say whether the user asks for timm's network."""
-        return name.startswith(PREFIX) and not file.is_matconvnet
+    def matches(self, file: WeightFile, model: str) -> bool:
+        """Check whether the user asks for a timm network."""
+        return model.startswith(PREFIX) and not file.layers
 
-    def translate(self, file: WeightFile, name: str) -> Translation:
-        """Return the network as it is."""
-        backbone = name.removeprefix(PREFIX)
+    def convert(self, file: WeightFile, model: str) -> ConvertedWeights:
+        """Map the network; the names are the same."""
+        backbone = model.removeprefix(PREFIX)
         import_timm(backbone)
-        stored = importlib.import_module("timm").get_pretrained_cfg(backbone).to_dict()
-        card = read_card(file.path)
-        classifier = stored.get("classifier")
+        pretrained = importlib.import_module("timm").get_pretrained_cfg(backbone).to_dict()
+        config = read_hub_config(file.path)
+        classifier = pretrained.get("classifier")
         if not isinstance(classifier, str):
             raise WeightsError(f"{file.path}: timm's {backbone} has no single classifier to count classes by")
-        return Translation(
-            looks_like=f"timm's {backbone}",
-            name=name,
-            mapped=renamed(file, lambda own: own),
-            num_classes=len(matrix(file.path, file.tensors, f"{classifier}.weight")),
-            preprocess=preprocess_of(file.path, {**stored, **card}),
+        return ConvertedWeights(
+            description=f"timm's {backbone}",
+            model=model,
+            tensors=rename_tensors(file, lambda name: name),
+            num_classes=len(file.classifier_weight(f"{classifier}.weight")),
+            preprocess=hub_preprocess(file.path, {**pretrained, **config}),
             labels="imagenet",
-            notes=(FROM_CARD if card else NO_CARD,),
+            notes=(FROM_HUB_CONFIG if config else NO_HUB_CONFIG,),
         )
+
+
+def read_hub_config(weights: Path) -> Mapping[str, Any]:
+    """Read `pretrained_cfg` of the config.json next to *weights*; empty if there is none."""
+    path = weights.with_name(HUB_CONFIG)
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            return {}
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    config = content.get("pretrained_cfg") if isinstance(content, dict) else None
+    return config if isinstance(config, dict) else {}
+
+
+def hub_preprocess(path: Path, config: Mapping[str, Any]) -> Preprocess:
+    """Convert timm's evaluation transform in *config*; raises `WeightsError` if it is not supported."""
+    if config.get("crop_mode", "center") != "center":
+        raise WeightsError(f"{path}: timm's crop_mode {config['crop_mode']!r} is not supported")
+    try:
+        crop = int(config["input_size"][-1])
+        return Preprocess(
+            resize=max(crop, math.floor(crop / float(config["crop_pct"]))),
+            crop=crop,
+            interpolation=config["interpolation"],
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+        )
+    except (LookupError, TypeError, ValueError, ArithmeticError, pydantic.ValidationError) as error:
+        raise WeightsError(
+            f"{path}: timm's preprocessing is not supported; see {HUB_CONFIG} next to it"
+        ) from error

@@ -156,7 +156,7 @@ def test_another_pooling_of_the_same_tensors_is_refused(tmp_path: Path) -> None:
 def test_a_vector_that_no_pooling_makes_is_refused(tmp_path: Path) -> None:
     state = resnet().state_dict()
     torch.save(state | {"fc.weight": torch.zeros(5, 8192)}, tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match="sees 8192 numbers"):
+    with pytest.raises(WeightsError, match="into the 8192 inputs"):
         imported(tmp_path / "a.pth", "isqrt-resnet18")
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.importers.fit import choose_config, fitted
+from sopdeploy.importers.fit import choose_config, fit_tensors
 from sopdeploy.importers.gmsop import GMSOPNetwork
-from sopdeploy.importers.matconvnet import batch_norm, kernel
-from sopdeploy.importers.source import Mapped, WeightFile
+from sopdeploy.importers.matconvnet import batch_norm, conv_kernel
+from sopdeploy.importers.source import MappedTensor, WeightFile
 from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.registry import create_model
@@ -54,11 +54,11 @@ def in_single(net: Net) -> Net:
 def in_float64(path: Path, name: str) -> torch.nn.Module:
     """The network with the file's numbers before they are rounded to what a checkpoint stores."""
     file = open_weights(path)
-    found = GMSOPNetwork().translate(file, name)
+    found = GMSOPNetwork().convert(file, name)
     config = choose_config(file, found, name, {})
-    _, rows = fitted(file, found, name, config)
+    _, rows = fit_tensors(file, found, name, config)
     network = create_model(name, num_classes=found.num_classes, **config.model_dump()).double().eval()
-    network.load_state_dict({row.ours: row.tensor for row in rows})
+    network.load_state_dict({row.name: row.tensor for row in rows})
     return network
 
 
@@ -122,7 +122,7 @@ def test_the_network_sees_the_raw_pictures_less_the_mean(tmp_path: Path) -> None
 def test_a_picture_as_the_average_gives_its_mean_colour(tmp_path: Path) -> None:
     net = random_net(order=1, gated=False)
     file = save_v7(tmp_path / "net.mat", net)
-    average = open_weights(file).average
+    average = open_weights(file).average_color
     assert average == pytest.approx(AVERAGE)
 
 
@@ -135,13 +135,13 @@ def weights(**arrays: np.ndarray[Any, Any]) -> WeightFile:
 def test_kernels_get_back_the_axes_that_matlab_dropped(shape: tuple[int, ...]) -> None:
     array = np.random.default_rng(0).normal(size=shape)
     full = array.reshape(*shape, *(1,) * (4 - len(shape)))
-    assert torch.equal(kernel(weights(a_f=array), "a_f"), torch.from_numpy(full).permute(3, 2, 0, 1))
+    assert torch.equal(conv_kernel(weights(a_f=array), "a_f"), torch.from_numpy(full).permute(3, 2, 0, 1))
 
 
 def test_a_deviation_below_the_smallest_keeps_its_effect() -> None:
     moments = np.array([[0.1, 1e-3], [0.2, 2.0]])
     file = weights(a_w=np.full((2, 1), 1.5), a_b=np.zeros((2, 1)), a_m=moments)
-    parts = {row.ours: row.tensor for row in batch_norm(file, "a", "a")}
+    parts = {row.name: row.tensor for row in batch_norm(file, "a", "a")}
     assert parts["a.running_var"][0] == 0
     factor = parts["a.weight"] / (parts["a.running_var"] + 1e-5).sqrt()
     torch.testing.assert_close(factor, torch.from_numpy(1.5 / moments[:, 1]))
@@ -154,34 +154,37 @@ def changed_block(net: Net, layer: str, key: str, value: Any) -> None:
 
 
 BROKEN: dict[str, tuple[Any, str]] = {
-    "no steps": (lambda n: changed_block(n, "Cov_Sqrtm", "iterNum", "3"), "does not say its iterNum"),
-    "half a step": (lambda n: changed_block(n, "Cov_Sqrtm", "iterNum", 2.5), "a whole number is needed"),
+    "no steps": (lambda n: changed_block(n, "Cov_Sqrtm", "iterNum", "3"), "has no iterNum"),
+    "half a step": (lambda n: changed_block(n, "Cov_Sqrtm", "iterNum", 2.5), "need an integer"),
     "a scaled root": (lambda n: changed_block(n, "Cov_Sqrtm", "coef", 2.0), "scales its root"),
     "two strides": (
         lambda n: changed_block(n, "conv5_1a_conv", "stride", np.array([[1.0, 2.0]])),
         "one number",
     ),
-    "another stride": (lambda n: changed_block(n, "conv3_1a_conv", "stride", 1.0), "does not stride by 2"),
-    "unknown layer": (lambda n: n.layers.append(("x", "dagnn.LRN", {})), "layer x is a LRN"),
+    "another stride": (
+        lambda n: changed_block(n, "conv3_1a_conv", "stride", 1.0),
+        "the paper's stride 2",
+    ),
+    "unknown layer": (lambda n: n.layers.append(("x", "dagnn.LRN", {})), "layer x has the type LRN"),
     "no layer": (
         lambda n: n.layers.pop(next(i for i, x in enumerate(n.layers) if x[0] == "conv5_1a_conv")),
         "no layer",
     ),
     "missing array": (lambda n: n.params.pop("conv3_2b_bn_m"), "has no conv3_2b_bn_m"),
-    "left over": (lambda n: n.params.update(extra=np.ones((2, 2))), "extra has no place in it"),
+    "left over": (lambda n: n.params.update(extra=np.ones((2, 2))), "no place for extra"),
     "moments of one column": (
         lambda n: n.params.update(conv1_bn_m=np.ones((16, 1))),
         "not \\(channels, 2\\)",
     ),
-    "untrained": (lambda n: n.params.update(conv1_bn_m=np.zeros((16, 2))), "never trained"),
+    "untrained": (lambda n: n.params.update(conv1_bn_m=np.zeros((16, 2))), "deviation that is not positive"),
     "another shape": (
         lambda n: n.params.update(conv1_b=np.ones((7, 1))),
-        "conv1.bias is \\(7,\\), not \\(16,\\)",
+        "conv1.bias has shape \\(7,\\), not \\(16,\\)",
     ),
     "not finite": (lambda n: n.params.update(conv1_b=np.full((16, 1), np.nan)), "not finite"),
     "a wide classifier": (
         lambda n: n.params.update(prediction_f=np.ones((3, 3, 4, 5))),
-        "no 1x1 convolution",
+        "not a 1x1 convolution",
     ),
 }
 
@@ -205,7 +208,7 @@ def test_a_network_that_is_not_the_released_one_is_refused(tmp_path: Path, what:
         ),
         ("gmsop-16-8-resnet18", "gmsop-16-8-resnet50", "blocks_per_stage is 6, not 2"),
         ("gmsop-16-8-wrn36-2", "gmsop-16-8-resnet18", "--as gmsop-16-8-wrn36-2"),
-        ("resnet18-64px", "resnet20", "looks like GAP, 2 blocks a stage"),
+        ("resnet18-64px", "resnet20", "looks like GAP, 2 blocks per stage"),
         ("gmsop-16-8-resnet18", "avesop-16-resnet18", "--as gmsop-16-8-resnet18"),
     ],
 )
@@ -223,11 +226,11 @@ def test_steps_that_contradict_the_file_are_refused(tmp_path: Path) -> None:
 
 def test_every_triangle_is_put_into_rows_order_once(tmp_path: Path) -> None:
     file = save_v7(tmp_path / "net.mat", random_net(order=2, gated=True))
-    found = GMSOPNetwork().translate(open_weights(file), "gmsop-16-8-resnet18")
-    turned = {row.ours for row in found.mapped if "rows' order" in row.how}
+    found = GMSOPNetwork().convert(open_weights(file), "gmsop-16-8-resnet18")
+    turned = {row.name for row in found.tensors if "row-wise" in row.how}
     norm = {f"head.bn.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var")}
     assert turned == {"gate.weight", "gate.noise.weight", "head.fc.weight", *norm}
-    assert all(isinstance(row, Mapped) for row in found.mapped)
+    assert all(isinstance(row, MappedTensor) for row in found.tensors)
 
 
 def test_columns_order_is_not_rows_order() -> None:

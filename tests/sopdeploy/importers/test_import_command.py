@@ -51,7 +51,7 @@ def test_keys_are_shown_one_a_line(tmp_path: Path) -> None:
     shown = run(
         "import", str(small(tmp_path)), "--as", "resnet8", "--out", str(tmp_path / "c.pt"), "--keys"
     ).stdout
-    assert "fc.weight (10, 64) <- linear.weight: as it is" in shown
+    assert "fc.weight (10, 64) <- linear.weight: unchanged" in shown
 
 
 def test_json_names_every_tensor(tmp_path: Path) -> None:
