@@ -15,7 +15,7 @@ from ray import serve
 from serving_ours import pretend, settings_for
 
 from sopdeploy_service.server.on_ray.application import OnRay, application
-from sopdeploy_service.server.on_ray.plan import NAME, Scale, changed, deployment, http_options
+from sopdeploy_service.server.on_ray.plan import NAME, Scale, changed_settings, deployment, http_options
 
 
 def replica_of(fixed_ms: float, per_image_ms: float, largest: int) -> type[OnRay]:
@@ -48,7 +48,8 @@ def main() -> None:
         fixed, each = map(float, given.pretend.split(","))
         serve.start(http_options=http_options(settings))
         serve.run(
-            application(replica_of(fixed, each, given.largest), changed(settings), **options), name=NAME
+            application(replica_of(fixed, each, given.largest), changed_settings(settings), **options),
+            name=NAME,
         )
         for one in (signal.SIGTERM, signal.SIGINT):
             signal.signal(one, lambda *_: told.set())

@@ -1,7 +1,8 @@
-"""The server's settings: every one is a flag, a `SOPDEPLOY_` environment variable and a line in a file.
+"""Server settings from command-line flags, `SOPDEPLOY_*` environment variables and a TOML file.
 
-A flag wins over the environment (`SOPDEPLOY_PORT=9000`), that over the file (`port = 9000`, TOML), that over
-the default. The file is the one given, else what `SOPDEPLOY_CONFIG` names.
+Flags override the environment (`SOPDEPLOY_PORT=9000`), the environment overrides the file (`port = 9000`),
+and the file overrides the defaults. The file is the one passed explicitly or the one named by
+`SOPDEPLOY_CONFIG`.
 """
 
 import difflib
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
+from pydantic import AliasChoices
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -24,82 +26,109 @@ from pydantic_settings import (
 from sopdeploy.config import Count, first_problem
 from sopdeploy.errors import ConfigError
 
+
+def _split_commas(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip().lower() for part in value.split(",") if part.strip())
+
+
 RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt"]
 DecodeWay = Literal["exact", "fast", "nvimagecodec"]
 Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]
 LogForm = Literal["json", "console"]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
-Hosts = Annotated[tuple[str, ...], NoDecode, pydantic.BeforeValidator(lambda given: separated(given))]
+Hosts = Annotated[tuple[str, ...], NoDecode, pydantic.BeforeValidator(_split_commas)]
 Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3})$")]
-Devices = Annotated[tuple[Device, ...], NoDecode, pydantic.BeforeValidator(lambda given: separated(given))]
+Devices = Annotated[tuple[Device, ...], NoDecode, pydantic.BeforeValidator(_split_commas)]
 
 PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
 FAULTS_VARIABLE = "SOPDEPLOY_FAULTS"
-WORKER_VARIABLE = "SOPDEPLOY_WORKER"  # what `supervisor` tells the processes it starts
-PILLOW_PIXELS = 178_956_970  # above this Pillow itself refuses a picture
+WORKER_VARIABLE = "SOPDEPLOY_WORKER"  # passed by `Supervisor` to its worker processes
+PILLOW_PIXELS = 178_956_970  # Pillow rejects larger images itself
+RENAMED = {  # old name -> new name; the old names are accepted for one release
+    "head_seconds": "header_timeout",
+    "write_seconds": "write_timeout",
+    "deadline_seconds": "request_timeout",
+}
 
 
 class Settings(BaseSettings):
-    """How one server process listens, what it refuses and how it batches."""
+    """Network, limits, batching, devices and logging of one server process."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_prefix_target="all",
+        validate_by_name=True,
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+    )
 
-    host: str = "127.0.0.1"  # who can reach it; 0.0.0.0: every address of this machine
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: every address of this machine
     port: Port = 8000  # 0: any free port
 
-    health_port: Port | None = None  # probes and metrics on a thread of their own, without keys
-    max_loop_lag_seconds: Seconds = 5.0  # an event loop that is later than this: not alive
+    health_port: Port | None = None  # probes and metrics on a separate thread, without keys
+    max_loop_lag_seconds: Seconds = 5.0  # the process is not live if its event loop lags more than this
 
-    max_connections: Count = 1000  # one more closes the longest idle one, or gets 503
-    max_idle_connections: Count = 500  # one more closes the longest idle one
-    keep_alive_seconds: Count = 65  # longer than the idle time of common load balancers
-    head_seconds: Seconds = 10.0  # of a request's head, from its first byte to its last
+    max_connections: Count = 1000  # one more closes the longest idle connection, or gets 503
+    max_idle_connections: Count = 500  # one more closes the longest idle connection
+    keep_alive_seconds: Count = 65  # longer than the idle timeout of common load balancers
+    header_timeout: Annotated[
+        Seconds, pydantic.Field(validation_alias=AliasChoices("header_timeout", "head_seconds"))
+    ] = 10.0  # seconds from the first to the last byte of a request's headers
     max_url_bytes: Count = 8192  # path and query
-    max_headers: Count = 100  # of one request
-    max_header_bytes: Count = 32_768  # of all headers of one request
-    write_seconds: Seconds = 30.0  # for which a client may not read
+    max_headers: Count = 100  # per request
+    max_header_bytes: Count = 32_768  # all headers of one request
+    write_timeout: Annotated[
+        Seconds, pydantic.Field(validation_alias=AliasChoices("write_timeout", "write_seconds"))
+    ] = 30.0  # seconds; connections whose client reads nothing for this long are closed
 
-    max_body_bytes: Count = 20_000_000  # of one request
-    max_json_bytes: Count = 16_000_000  # of a JSON body, or of the JSON before binary tensors
-    max_upload_bytes: Count = 256_000_000  # of all bodies not yet answered
-    min_body_rate: Count = 10_000  # of a request, in bytes per second, after body_grace_seconds
-    body_grace_seconds: Seconds = 5.0  # for which a body may be as slow as it likes
-    max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = 50_000_000  # of one picture
-    max_images: Count = 32  # in one request
-    top_k: Count = 5  # classes in an answer that asks for no other number
+    max_body_bytes: Count = 20_000_000  # per request
+    max_json_bytes: Count = 16_000_000  # a JSON body, or the JSON before binary tensors
+    max_upload_bytes: Count = 256_000_000  # all bodies of unfinished requests
+    min_body_rate: Count = 10_000  # bytes per second of a request body, after body_grace_seconds
+    body_grace_seconds: Seconds = 5.0  # a body may be slower than min_body_rate for this long
+    max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = 50_000_000  # per image
+    max_images: Count = 32  # per request
+    top_k: Count = 5  # classes in a response, unless the request sets its own top_k
 
-    url_hosts: Hosts = ()  # `host` or `host:port` to fetch images from; none: URLs are refused
-    url_plain_http: bool = False  # fetch from http:// too
-    url_seconds: Seconds = 5.0  # from the name of the host to the last byte
-    url_fetches: Count = 16  # at once; one more gets 429
+    url_hosts: Hosts = ()  # `host` or `host:port` to fetch images from; empty: URLs are rejected
+    url_plain_http: bool = False  # also fetch from http://
+    url_seconds: Seconds = 5.0  # from DNS lookup to the last byte
+    url_fetches: Count = 16  # concurrent fetches; one more gets 429
 
-    queue_size: Count = 256  # images admitted and not yet answered; one more gets 429
-    deadline_seconds: Seconds = 30.0  # from the first byte of a request to its answer
-    drain_seconds: Seconds = 20.0  # what SIGTERM leaves for the requests already admitted
+    queue_size: Count = 256  # images admitted and not finished; one more gets 429
+    request_timeout: Annotated[
+        Seconds, pydantic.Field(validation_alias=AliasChoices("request_timeout", "deadline_seconds"))
+    ] = 30.0  # seconds from the first byte of a request to its response
+    drain_seconds: Seconds = 20.0  # time after SIGTERM to finish admitted requests
 
-    decoders: Count = 2  # threads that turn bytes into pixels
-    decode: DecodeWay = "exact"  # fast: large JPEGs at a fraction of their size; nvimagecodec: on the GPU
-    fast_decode_samples: Path | None = None  # a folder of JPEGs to check that on too
-    parsers: Count = 2  # threads that read JSON
-    devices: Devices = ()  # one process for each, GPUs by number or `cpu`; none: this process alone
+    decoders: Count = 2  # image decoding threads
+    decode: DecodeWay = "exact"  # fast: decode large JPEGs at reduced size; nvimagecodec: decode on the GPU
+    fast_decode_samples: Path | None = None  # directory of JPEGs for an additional check of that decoder
+    parsers: Count = 2  # JSON parsing threads
+    devices: Devices = ()  # one process per device, GPU numbers or `cpu`; empty: this process only
     verify_key: Path | None = None  # serve only bundles signed by this public key; see `sopdeploy sign`
-    runtime: RuntimeName = "auto"  # auto: the first that was set up here
-    engine_cache: Path | None = None  # of TensorRT; not set: beside the bundle
-    cuda_graphs: bool = False  # TensorRT: a profile of one batch size, such as 1, starts by a single call
-    threads: Count | None = None  # of the engine; not set: one per core
-    max_batch: Count | None = None  # not set: 4 on a CPU, else what the bundle was verified for
-    max_queue_delay_ms: Delay = 0.0  # how long an idle engine waits for more images
-    engine_timeout_seconds: Seconds | None = None  # a batch may take; not set: 20 times the usual, >= 4 s
-    model_control: bool = False  # may clients load, unload and swap models? Needs keys where others can ask
+    runtime: RuntimeName = "auto"  # auto: the first installed one
+    engine_cache: Path | None = None  # TensorRT engine cache; not set: next to the bundle
+    cuda_graphs: bool = False  # TensorRT: capture profiles with one batch size, such as 1, as CUDA graphs
+    threads: Count | None = None  # CPU threads of the runtime; not set: one per core
+    max_batch: Count | None = None  # not set: 4 on a CPU, otherwise the largest verified batch
+    max_queue_delay_ms: Delay = 0.0  # how long an idle runtime waits for more images
+    engine_timeout_seconds: Seconds | None = None  # per batch; not set: 20 times the usual time, >= 4 s
+    model_control: bool = False  # clients may load, unload and swap models; needs keys on public addresses
 
-    keys: Path | None = None  # the file of `sopdeploy key`: who may ask, and how often; not set: everybody
-    metrics_need_key: bool = False  # else /metrics is open, as /livez and /readyz always are
+    keys: Path | None = None  # API key file of `sopdeploy key`; not set: no authentication
+    metrics_need_key: bool = False  # otherwise /metrics is public, like /livez and /readyz
 
-    log: LogForm | None = None  # json, console; not set: console on a terminal, else JSON of warnings only
+    log: LogForm | None = (
+        None  # json, console; not set: console on a terminal, otherwise JSON of warnings only
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"  # debug also logs probes and scrapes
-    startup_timeline: bool = False  # log where the time of the start went, whatever the log level
+    startup_timeline: bool = False  # log the duration of each startup step at any log level
     tracing: bool = False  # send OpenTelemetry spans to OTEL_EXPORTER_OTLP_ENDPOINT; needs the extra `otel`
 
     @classmethod
@@ -111,40 +140,23 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return where settings come from, the strongest first."""
+        """List the sources of settings in order of precedence: arguments, environment, TOML file."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     @pydantic.model_validator(mode="after")
-    def _devices_are_alike(self) -> "Settings":
+    def _check_combinations(self) -> "Settings":
         if self.devices and self.model_control:
-            raise ValueError("model_control is for one process; with devices, start the server anew instead")
+            raise ValueError(
+                "model_control needs a single process; restart the server with other bundles instead"
+            )
         if self.devices and self.health_port is not None:
-            raise ValueError("health_port is for one process; with devices, ask the port of the server")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _samples_are_for_the_fast_way(self) -> "Settings":
+            raise ValueError("health_port needs a single process; with devices, probe the server's own port")
         if self.fast_decode_samples is not None and self.decode == "exact":
-            raise ValueError("fast_decode_samples is for other ways to decode; decode=exact needs no check")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _request_fits_the_queue(self) -> "Settings":
+            raise ValueError(
+                "fast_decode_samples needs decode=fast or decode=nvimagecodec; exact has no check"
+            )
         if self.max_images > self.queue_size:
             raise ValueError(f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size})")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _models_are_not_everybodys(self) -> "Settings":
-        if self.model_control and self.keys is None and not is_loopback(self.host):
-            raise ValueError(
-                f"model_control on {self.host} without keys would let everybody swap models; "
-                "make a key with the scope admin (`sopdeploy key NAME --file keys.toml --admin`)"
-            )
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _body_fits_the_room(self) -> "Settings":
         if self.max_body_bytes > self.max_upload_bytes * 7 // 8:
             raise ValueError(
                 f"max_body_bytes ({self.max_body_bytes}) is larger than 7/8 of max_upload_bytes "
@@ -152,80 +164,70 @@ class Settings(BaseSettings):
             )
         return self
 
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach *host*."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def separated(given: Any) -> Any:
-    """Return the parts of the text *given*, with commas between them; a list stays as it is."""
-    if not isinstance(given, str):
-        return given
-    return tuple(part.strip().lower() for part in given.split(",") if part.strip())
+    @pydantic.model_validator(mode="after")
+    def _check_model_control_is_protected(self) -> "Settings":
+        try:
+            loopback = ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            loopback = self.host == "localhost"
+        if self.model_control and self.keys is None and not loopback:
+            raise ValueError(
+                f"model_control on {self.host} without keys would let every client swap models; create a key "
+                "with the scope admin (`sopdeploy key NAME --file keys.toml --admin`)"
+            )
+        return self
 
 
 def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
-    """Return the settings of *given* (a `None` means not given), the environment, *file* and the defaults.
+    """Load settings from *given* (None: not given), the environment, the TOML *file* and the defaults.
 
-    Raises `ConfigError` naming the first setting that is unknown or out of its range, or a file that is not
-    TOML.
+    Raises `ConfigError` for a missing or malformed file, and for the first unknown or invalid setting.
     """
     named = os.environ.get(FILE_VARIABLE)
     path = file or (Path(named) if named else None)
+    if path is not None and not path.is_file():
+        raise ConfigError(f"{path}: settings file not found")
 
-    class Sourced(Settings):
-        model_config = SettingsConfigDict(toml_file=readable(path))
+    class FileSettings(Settings):
+        model_config = SettingsConfigDict(toml_file=path)
 
     try:
-        return Sourced(**{name: value for name, value in given.items() if value is not None})
+        return FileSettings(**{name: value for name, value in given.items() if value is not None})
     except pydantic.ValidationError as problem:
-        raise ConfigError(f"settings: {first_problem(problem)}{service_link(problem)}") from problem
-    except ValueError as problem:  # the file is no TOML
+        hint = ""
+        if str(problem.errors()[0].get("input", "")).startswith("tcp://"):
+            hint = " (set by a Kubernetes Service named sopdeploy: give the pod `enableServiceLinks: false`)"
+        raise ConfigError(f"settings: {first_problem(problem)}{hint}") from problem
+    except ValueError as problem:  # raised by the TOML parser
         raise ConfigError(f"{path}: not TOML ({problem})") from problem
 
 
-def readable(path: Path | None) -> Path | None:
-    """Return *path*, or raise `ConfigError` where it is given and no file."""
-    if path is not None and not path.is_file():
-        raise ConfigError(f"{path}: no settings file here")
-    return path
+def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any]:
+    """Parse `name=value` *assignments* and override them with the *flags* that are not None.
 
-
-def service_link(problem: pydantic.ValidationError) -> str:
-    """Return a hint where Kubernetes, not a person, has set the port."""
-    if str(problem.errors()[0].get("input", "")).startswith("tcp://"):
-        return " (set by a Kubernetes Service named sopdeploy: give the pod `enableServiceLinks: false`)"
-    return ""
-
-
-def assigned(assignments: Iterable[str]) -> dict[str, str]:
-    """Return the settings of *assignments*, each `name=value`; raises `ConfigError` for any other form."""
-    pairs = [text.partition("=") for text in assignments]
-    for name, equals, _ in pairs:
-        if not equals or name not in Settings.model_fields:
-            close = difflib.get_close_matches(name, Settings.model_fields, n=1)
-            hint = f"did you mean {close[0]}?" if close else "`--print-config` shows every setting"
-            raise ConfigError(f"--set {name}: say name=value with the name of a setting; {hint}")
-    return {name: value for name, _, value in pairs}
-
-
-def said(assignments: Iterable[str], **flags: Any) -> dict[str, Any]:
-    """Return the settings of *assignments*, `name=value`, and over them the *flags* that were given."""
-    return {**assigned(assignments), **{name: value for name, value in flags.items() if value is not None}}
+    Raises `ConfigError` for an unknown name or a missing `=`.
+    """
+    found: dict[str, Any] = {}
+    known = [*Settings.model_fields, *RENAMED]
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals or name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "`--print-config` lists all settings"
+            raise ConfigError(f"--set {name}: expected name=value with the name of a setting; {hint}")
+        found[RENAMED.get(name, name)] = value
+    return {**found, **{name: value for name, value in flags.items() if value is not None}}
 
 
 def unused_variables() -> list[str]:
-    """Return the variables of the environment that look like settings and are none."""
-    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields} | {FILE_VARIABLE, FAULTS_VARIABLE}
+    """List environment variables that start with `SOPDEPLOY_` but name no setting."""
+    known = {f"{PREFIX}{name}".upper() for name in (*Settings.model_fields, *RENAMED)}
+    known |= {FILE_VARIABLE, FAULTS_VARIABLE}
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
 
 
-def as_toml(settings: Settings) -> str:
-    """Return *settings* as the lines of a settings file; what is not set stands in a comment."""
+def to_toml(settings: Settings) -> str:
+    """Format *settings* as a settings file; settings without a value become comments."""
     lines = []
     for name, value in settings.model_dump(mode="json").items():
         lines.append(f"# {name} is not set" if value is None else f"{name} = {json.dumps(value)}")

@@ -1,14 +1,14 @@
-"""Server processes that a test starts: nothing waits for them without a limit."""
+"""Helpers for server processes of tests; every wait has a timeout."""
 
 import socket
 import subprocess
 import threading
 
-START_SECONDS = 90.0  # far more than a start takes on a machine that is busy with other things
+START_SECONDS = 90.0  # far more than a start takes on a busy machine
 
 
 def line_of(child: subprocess.Popen[str], seconds: float = START_SECONDS) -> str:
-    """The next line of what *child* prints; it is killed, and the line empty, where none comes in time."""
+    """Read the next line of *child*; after *seconds* it is killed and the line is empty."""
     assert child.stdout is not None
     timer = threading.Timer(seconds, child.kill)
     timer.start()
@@ -19,6 +19,6 @@ def line_of(child: subprocess.Popen[str], seconds: float = START_SECONDS) -> str
 
 
 def free_port() -> int:
-    """A port of this machine on which nothing listens now."""
+    """Find a port on which nothing listens now."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])

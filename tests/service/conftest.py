@@ -262,6 +262,6 @@ def serve_with(bundle: Bundle) -> Iterator[Callable[..., httpx.Client]]:
 @pytest.fixture(scope="module")
 def client(bundle: Bundle, onnx_runtime: OnnxRuntime) -> Iterator[httpx.Client]:
     """A client of one server with the real runtime and low limits, shared by a test module."""
-    settings = Settings(max_body_bytes=1_000_000, max_images=8, deadline_seconds=10)
+    settings = Settings(max_body_bytes=1_000_000, max_images=8, request_timeout=10)
     with running(onnx_runtime, bundle, settings) as client:
         yield client

@@ -1,4 +1,4 @@
-"""A runtime that a test holds back, so that images wait for it."""
+"""A runtime that blocks until a test releases it, so that images queue up."""
 
 import threading
 
@@ -9,7 +9,7 @@ from sopdeploy_service.runtime.fake import FakeRuntime
 
 
 class Held(FakeRuntime):
-    """Computes nothing before `gate` is set; `entered` is set once a batch is with it."""
+    """Blocks until `gate` is set; sets `entered` when the first batch arrives."""
 
     def __init__(self, *, largest_batch: int = 8) -> None:
         super().__init__(classes=7, largest_batch=largest_batch)

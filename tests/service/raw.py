@@ -1,4 +1,4 @@
-"""HTTP by hand, for what a well-behaved client would never send."""
+"""Raw HTTP over sockets, for requests that no regular client sends."""
 
 import json
 import socket
@@ -23,17 +23,22 @@ class Reply(NamedTuple):
         return json.loads(self.body)["code"]
 
 
+def post_of(body: bytes) -> bytes:
+    """A request to classify *body*."""
+    return POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
 def connect(client: httpx.Client) -> socket.socket:
     return socket.create_connection((client.base_url.host, client.base_url.port), timeout=10)
 
 
 def read(wire: socket.socket, *, to_the_end: bool = True) -> Reply:
-    """The answer on *wire*; with *to_the_end* the server must hang up after it."""
+    """Read a response from *wire*; with *to_the_end* the server must close the connection after it."""
     started = time.monotonic()
     data = b""
     while b"\r\n\r\n" not in data:
         piece = wire.recv(65_536)
-        assert piece, f"hung up after {data!r}"
+        assert piece, f"closed after {data!r}"
         data += piece
     head, _, body = data.partition(b"\r\n\r\n")
     first, *lines = head.decode().split("\r\n")

@@ -1,39 +1,55 @@
-"""The bodies of the HTTP answers; `sopdeploy predict` prints the same classes."""
+"""Request and response bodies of the HTTP API; `sopdeploy predict` prints the same classes."""
 
-from http import HTTPStatus
 from typing import Annotated
 
 import pydantic
 
 from sopdeploy.config import StrictModel
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_service.http.problems import Problem
 from sopdeploy_service.images.fast_decode import FastDecode
-from sopdeploy_service.inference.results import Rejection
 from sopdeploy_service.inference.service import State
 
-PROBLEM_JSON = "application/problem+json"
+SOURCES = ("image", "images", "url")
+
+
+class ClassifyRequest(pydantic.BaseModel):
+    """JSON body of `/v1/classify`: exactly one of `image`, `images` and `url`."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
+
+    image: str | None = pydantic.Field(None, description="base64, or a data URI")
+    images: list[str] | None = pydantic.Field(None, description="base64, or data URIs")
+    url: str | None = pydantic.Field(None, description="of one image, if the server allows its host")
+    top_k: Annotated[int, pydantic.Field(ge=1)] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _has_one_source(self) -> "ClassifyRequest":
+        given = [name for name in SOURCES if name in self.model_fields_set]
+        if len(given) != 1 or getattr(self, given[0]) is None:
+            raise ValueError(f"the body must have exactly one of {', '.join(SOURCES)}")
+        return self
 
 
 class ClassProbability(StrictModel):
-    """One class and how probable it is."""
+    """One class and its probability."""
 
     label: str
     probability: Annotated[float, pydantic.Field(ge=0, le=1)]
 
 
 class Expert(StrictModel):
-    """One expert that the gate chose, by its number, and its weight in the sum."""
+    """One expert selected by the gate: its index and its weight in the sum."""
 
     expert: int
     weight: float
 
 
 class Classes(StrictModel):
-    """The answer to one image: its most probable classes, best first.
+    """Prediction for one image: its most probable classes, best first.
 
-    `warnings` name what was done to the image that its sender may not expect: `alpha_flattened`,
-    `content_type_mismatch`, `exif_rotated`, `first_frame_only`, `sixteen_bit_scaled`.
-    `gates` are the experts that decided, best first; they are there where they were asked for.
+    `warnings` name changes made while decoding: `alpha_flattened`, `content_type_mismatch`, `exif_rotated`,
+    `first_frame_only`, `sixteen_bit_scaled`. `gates` are the selected experts, best first, if requested.
     """
 
     classes: tuple[ClassProbability, ...]
@@ -41,46 +57,26 @@ class Classes(StrictModel):
     gates: tuple[Expert, ...] | None = None
 
 
-class Problem(StrictModel):
-    """An error as RFC 9457 has it; `code` is stable, `detail` for people, `type` a page on it."""
-
-    type: str
-    title: str
-    status: int
-    code: str
-    detail: str
-
-    @classmethod
-    def of(cls, refusal: Rejection) -> "Problem":
-        """Return the body that tells *refusal* to a client."""
-        try:
-            title = HTTPStatus(refusal.status).phrase
-        except ValueError:  # 499, which no standard names
-            title = "Client Closed Request"
-        page = f"/errors#{refusal.code}"
-        return cls(type=page, title=title, status=refusal.status, code=refusal.code, detail=refusal.message)
-
-
 class Failed(StrictModel):
-    """The place of one image that got no answer, among others that did."""
+    """The error of one image among several."""
 
     error: Problem
 
 
 class Results(StrictModel):
-    """The answers to several images, in the order they were sent."""
+    """Results of several images, in the order of the request."""
 
     results: tuple[Classes | Failed, ...]
 
 
 class Health(StrictModel):
-    """What `/livez` and `/readyz` say."""
+    """Response of `/livez` and `/readyz`."""
 
     status: State
 
 
 class ModelInfo(StrictModel):
-    """Which network answers for one name, on what; `fast_decode` is there where JPEGs are decoded fast."""
+    """A loaded network and its runtime; `fast_decode` is set if JPEGs are decoded at reduced size."""
 
     name: str
     bundle: str
@@ -97,7 +93,7 @@ class ModelInfo(StrictModel):
 
 
 class Info(StrictModel):
-    """What this server answers with: its models by name, and which earlier versions it could go back to."""
+    """The models of this server by name, and the versions available for rollback."""
 
     server: str
     models: tuple[ModelInfo, ...]
@@ -105,7 +101,7 @@ class Info(StrictModel):
 
 
 class SelfTest(StrictModel):
-    """What `/selftest` measured: the largest deviation of each output over the probes, and its bound."""
+    """Result of `/selftest`: the largest deviation of each output over the probes, and its tolerance."""
 
     model: str
     version: str
@@ -113,3 +109,26 @@ class SelfTest(StrictModel):
     deviation: dict[str, float]
     tolerance: dict[str, float]
     seconds: float
+
+
+class CertificateSummary(StrictModel):
+    """The certificate in short: detached modules, tensors removed and kept, and graph roots."""
+
+    detached: tuple[str, ...]
+    removed: int
+    bytes_removed: int
+    kept: int
+    root: str
+    onnx_root: str
+    operations: int
+    images: int
+    largest_difference: float
+
+
+class Card(StrictModel):
+    """The model card as Markdown; `experts` is the number of experts of the gate, 0 without a gate."""
+
+    bundle: str
+    text: str
+    certificate: CertificateSummary | None
+    experts: int

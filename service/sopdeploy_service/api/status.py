@@ -1,116 +1,69 @@
-"""The endpoints that say how the server is and what it serves."""
+"""Health, metrics, model information, self-test and rollback endpoints."""
 
 import asyncio
+import json
 import time
 from importlib import import_module
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from sopdeploy.bundle.probes import Probes, deviation, read_probes
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.probes import deviation, read_probes
 from sopdeploy.errors import BundleError, ParityError
-from sopdeploy_service.api.schema import Health, Info, ModelInfo, SelfTest
-from sopdeploy_service.api.upload import admit, context_of, service_of, unless_rejected
-from sopdeploy_service.api.web import Card, read_card
+from sopdeploy_service.api.schema import Card, CertificateSummary, Health, Info, ModelInfo, SelfTest
+from sopdeploy_service.api.upload import admit, context_of, raise_if_rejected, service_of, use_model
 from sopdeploy_service.http.auth import needs
-from sopdeploy_service.http.problems import RejectedError, described, json_response
+from sopdeploy_service.http.problems import RejectedError, json_response, problem_responses
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.registry import NOT_CONTROLLED
-from sopdeploy_service.inference.results import Prediction, Rejection
+from sopdeploy_service.inference.results import GATES, Prediction, Rejection
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.request_context import RequestContext
 
-
-async def self_test(
-    service: Service, model: Model, deadline: float, context: RequestContext
-) -> SelfTest | Rejection:
-    """Replay the probes of *model* through *service*; a refusal where that, or the comparison, fails."""
-    try:
-        probes = await asyncio.to_thread(read_probes, model.bundle.probes)
-    except (
-        BundleError
-    ) as problem:  # the folder was moved or changed since the start; the engine has its own copy
-        return Rejection("selftest_failed", 500, f"the probes are not where they were: {problem}")
-    started = time.monotonic()
-    room = min(len(probes.images), service.settings.queue_size, model.largest_batch)
-    answers: list[Prediction] = []
-    for start in range(0, len(probes.images), room):
-        found = await service.infer(model, probes.images[start : start + room], deadline, context)
-        if isinstance(found, Rejection):
-            return found
-        for outcome in found:
-            if isinstance(outcome, Rejection):
-                return outcome
-            answers.append(outcome)
-    try:
-        measured = {name: compare(name, probes, answers) for name in probes.expected}
-    except ParityError as problem:
-        return Rejection("selftest_failed", 500, str(problem))
-    return SelfTest(
-        model=model.name,
-        version=model.version,
-        images=len(answers),
-        deviation=measured,
-        tolerance=probes.tolerance,
-        seconds=round(time.monotonic() - started, 3),
-    )
-
-
-def compare(name: str, probes: Probes, answers: list[Prediction]) -> float:
-    """Return by how much output *name* deviates; raises `ParityError` where that is beyond its bound."""
-    found = {name: np.stack([answer.outputs[name] for answer in answers])}
-    off = deviation(name, found, probes.expected[name])
-    if not off <= probes.tolerance[name]:
-        raise ParityError(
-            f"output {name!r} deviates by {off:.3g}, the bound is {probes.tolerance[name]:.3g}; "
-            "take this server out and look at its device"
-        )
-    return off
-
-
 router = APIRouter()
 
-CREDENTIALS = ("authorization", "x-api-key")  # passed on to the siblings
+CREDENTIALS = ("authorization", "x-api-key")  # forwarded to the other workers
+README = "README.md"
 
 
-@router.get("/livez", summary="Is the process worth keeping?", response_model=Health)
+@router.get("/livez", summary="Liveness", response_model=Health)
 async def livez(request: Request) -> Response:
-    """Give 200 unless the engine is dead; then the process should be restarted."""
+    """Status 200 unless the runtime is dead; then the process must be restarted."""
     state = service_of(request).state
     return json_response(Health(status=state), status=503 if state == "engine_dead" else 200)
 
 
-@router.get("/readyz", summary="Should it get requests now?", response_model=Health)
+@router.get("/readyz", summary="Readiness", response_model=Health)
 async def readyz(request: Request) -> Response:
-    """Give 200 while images are answered; 503 while draining, without a model and after an engine's death.
+    """Status 200 while images are classified; 503 while draining, without a model and with a dead runtime.
 
-    The probes of every bundle were replayed before this server began to listen.
+    The probes of every bundle are replayed before the server starts to listen.
     """
     state = service_of(request).state
     return json_response(Health(status=state), status=200 if state == "ok" else 503)
 
 
-@router.get("/metrics", summary="For Prometheus", include_in_schema=False)
+@router.get("/metrics", summary="Prometheus metrics", include_in_schema=False)
 async def metrics(request: Request, *, own: bool = False) -> Response:
-    """Give the metrics of this server; of several processes behind one port, all of them unless *own*."""
+    """Metrics of this server; with several worker processes, those of all workers unless *own*."""
     siblings: dict[str, str] = request.app.state.siblings
     if own or not siblings:
         return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
     known = {name: request.headers[name] for name in CREDENTIALS if name in request.headers}
-    several = import_module(
-        "sopdeploy_service.observability.multiprocess_metrics"
-    )  # httpx: one process need not load it
-    return Response(await several.collect(siblings, known), media_type=CONTENT_TYPE_LATEST)
+    module = import_module("sopdeploy_service.observability.multiprocess_metrics")  # imports httpx
+    return Response(await module.collect(siblings, known), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/info", summary="Which networks answer here?", response_model=Info)
+@router.get("/info", summary="Loaded models", response_model=Info)
 async def info(request: Request) -> Response:
-    """Give the facts of each model and of what it runs on."""
-    repository = service_of(request).registry
-    loaded = repository.models()
-    current = [model for model in loaded if repository.find(model.name) is model]
+    """Facts about each loaded model and its runtime."""
+    registry = service_of(request).registry
+    loaded = registry.models()
+    current = [model for model in loaded if registry.find(model.name) is model]
     return json_response(
         Info(
             server=version("sopdeploy"),
@@ -120,20 +73,8 @@ async def info(request: Request) -> Response:
     )
 
 
-@router.get(
-    "/v1/card",
-    summary="What is this network, and what was proved of it?",
-    response_model=Card,
-    responses=described(400, 404, 422, 503),
-)
-async def card(request: Request, model: str | None = None) -> Response:
-    """Give the model card of *model* (needed where several answer) and its certificate in short."""
-    chosen = unless_rejected(service_of(request).registry.find(model))
-    return json_response(await asyncio.to_thread(read_card, chosen.bundle))
-
-
 def model_info(model: Model) -> ModelInfo:
-    """Return what `/info` says of *model*."""
+    """Describe *model* for `/info`."""
     manifest, runtime = model.bundle.manifest, model.loaded.runtime
     return ModelInfo(
         name=model.name,
@@ -152,30 +93,112 @@ def model_info(model: Model) -> ModelInfo:
 
 
 @router.get(
+    "/v1/card",
+    summary="Model card and certificate",
+    response_model=Card,
+    responses=problem_responses(400, 404, 422, 503),
+)
+async def card(request: Request, model: str | None = None) -> Response:
+    """Model card of *model* (required if several are loaded) and a summary of its certificate."""
+    chosen = raise_if_rejected(service_of(request).registry.find(model))
+    return json_response(await asyncio.to_thread(read_card, chosen.bundle))
+
+
+def read_card(bundle: Bundle) -> Card:
+    """Read the model card of *bundle*; its text is empty if the bundle has no README.md."""
+    readme = bundle.path / README
+    text = readme.read_text("utf-8", "replace") if README in bundle.manifest.files else ""
+    certificate = summarize(json.loads((bundle.path / "certificate.json").read_bytes()))
+    sizes = [output.shape[-1] for output in bundle.manifest.outputs if output.name == GATES]
+    return Card(bundle=bundle.name, text=text, certificate=certificate, experts=next(iter(sizes), 0) or 0)
+
+
+def summarize(certificate: Any) -> CertificateSummary | None:
+    """Summarize the parsed JSON of a *certificate*; None if it has another structure."""
+    try:
+        roots = certificate["roots"]
+        return CertificateSummary(
+            detached=certificate["detached"],
+            removed=len(certificate["removed"]),
+            bytes_removed=sum(entry["bytes"] for entry in certificate["removed"]),
+            kept=len(certificate["kept"]),
+            root=roots["any_batch"],
+            onnx_root=roots["onnx"],
+            operations=roots["operations"],
+            images=certificate["images"],
+            largest_difference=certificate["largest_difference"],
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+@router.get(
     "/selftest",
-    summary="Does it still compute what the bundle promises?",
+    summary="Replay the probes",
     response_model=SelfTest,
-    responses=described(400, 401, 403, 404, 422, 429, 500, 503, 504),
+    responses=problem_responses(400, 401, 403, 404, 422, 429, 500, 503, 504),
 )
 async def selftest(request: Request, model: str | None = None) -> Response:
-    """Replay the bundle's probes through the engine, between the requests of others."""
+    """Replay the probes of the bundle through the runtime, between the requests of clients."""
     chosen, deadline = admit(request, model)
     found = await self_test(service_of(request), chosen, deadline, context_of(request))
-    return json_response(unless_rejected(found))
+    return json_response(raise_if_rejected(found))
+
+
+async def self_test(
+    service: Service, model: Model, deadline: float, context: RequestContext
+) -> SelfTest | Rejection:
+    """Replay the probes of *model* through *service* and compare the outputs with the bundle's."""
+    try:
+        probes = await asyncio.to_thread(read_probes, model.bundle.probes)
+    except BundleError as problem:  # the files changed after the start; the runtime has its own copy
+        return Rejection("selftest_failed", 500, f"the probes cannot be read: {problem}")
+    started = time.monotonic()
+    size = min(len(probes.images), service.settings.queue_size, model.largest_batch)
+    predictions: list[Prediction] = []
+    for start in range(0, len(probes.images), size):
+        outcomes = await service.infer(model, probes.images[start : start + size], deadline, context)
+        if isinstance(outcomes, Rejection):
+            return outcomes
+        for outcome in outcomes:
+            if isinstance(outcome, Rejection):
+                return outcome
+            predictions.append(outcome)
+    measured = {}
+    for name, expected in probes.expected.items():
+        outputs = {name: np.stack([prediction.outputs[name] for prediction in predictions])}
+        try:
+            measured[name] = deviation(name, outputs, expected)
+        except ParityError as problem:
+            return Rejection("selftest_failed", 500, str(problem))
+        if not measured[name] <= probes.tolerance[name]:
+            message = (
+                f"output {name!r} deviates by {measured[name]:.3g}, the tolerance is "
+                f"{probes.tolerance[name]:.3g}; stop this server and check its device"
+            )
+            return Rejection("selftest_failed", 500, message)
+    return SelfTest(
+        model=model.name,
+        version=model.version,
+        images=len(predictions),
+        deviation=measured,
+        tolerance=probes.tolerance,
+        seconds=round(time.monotonic() - started, 3),
+    )
 
 
 @router.post(
     "/v1/models/{name}/rollback",
-    summary="Let the version before answer again",
+    summary="Activate the previous version",
     response_model=ModelInfo,
-    responses=described(401, 403, 404, 409, 422),
+    responses=problem_responses(401, 403, 404, 409, 422),
     dependencies=[Depends(needs("admin"))],
 )
 async def roll_back(request: Request, name: str) -> Response:
-    """Turn back what a load did, at once: the version before it is still loaded."""
+    """Switch back to the version before the last load; it is still loaded."""
     service = service_of(request)
     if not service.settings.model_control:
         raise RejectedError(NOT_CONTROLLED)
-    model = unless_rejected(await service.registry.roll_back(name))
-    request.state.model = model
+    model = raise_if_rejected(await service.registry.roll_back(name))
+    use_model(request, model)
     return json_response(model_info(model))

@@ -8,7 +8,8 @@ import numpy as np
 from sopdeploy.bundle.folder import MANIFEST
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import DataError, ImageError
-from sopdeploy_service.api.schema import Classes, ClassProbability, Problem
+from sopdeploy_service.api.schema import Classes, ClassProbability
+from sopdeploy_service.http.problems import Problem
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import LoadedModel, load_model

@@ -1,7 +1,7 @@
-"""API keys: who may ask this server, for what and how often.
+"""API keys: a file with names, hashes, rate limits and scopes.
 
-A key is 256 random bits, so its plain SHA-256 is all that a file needs to hold: there is nothing to guess
-that a slow hash would protect. `sopdeploy key` makes keys and shows each of them once.
+A key has 256 random bits, so the file stores its plain SHA-256: a slow hash protects only secrets that can be
+guessed. `sopdeploy key` creates keys and prints each one once.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import pydantic
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError
 
-PREFIX = "sop_"  # so that a scanner for leaked secrets can know one
+PREFIX = "sop_"  # lets secret scanners recognize leaked keys
 BITS = 256
 
 Scope: TypeAlias = Literal["classify", "admin"]
@@ -26,7 +26,7 @@ KeyName = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 
 class Key(StrictModel):
-    """One key, without the key itself; *rate* is in images per second, None is no limit."""
+    """One key, without the secret; *rate* is in images per second, None means unlimited."""
 
     name: KeyName
     sha256: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
@@ -36,7 +36,7 @@ class Key(StrictModel):
 
 
 class KeyFile(StrictModel):
-    """A file of keys: one `[[key]]` table for each."""
+    """A key file: one `[[key]]` table per key."""
 
     key: tuple[Key, ...] = ()
 
@@ -49,7 +49,7 @@ class ApiKeys:
         self._digests = [(bytes.fromhex(key.sha256), key) for key in keys]
 
     def find(self, given: bytes) -> Key | None:
-        """Return the key that *given* is; every key is compared, whatever the answer, in constant time."""
+        """Look up the secret *given* in constant time: all keys are compared in any case."""
         digest = hashlib.sha256(given).digest()
         found = None
         for known, key in self._digests:
@@ -59,68 +59,63 @@ class ApiKeys:
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
-    """Return the keys in the file at *path*.
+    """Read the key file at *path*.
 
-    Raises `ConfigError` where there is no such file, it is not one of keys, or two have one name or value.
+    Raises `ConfigError` if it is missing or malformed, or if two keys have the same name or hash.
     """
     try:
         found = KeyFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as problem:
-        raise ConfigError(
-            f"{path}: no keys here ({problem.strerror}); `sopdeploy key` makes one"
-        ) from problem
+        hint = "`sopdeploy key` creates a key file"
+        raise ConfigError(f"{path}: cannot read keys ({problem.strerror}); {hint}") from problem
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise ConfigError(f"{path}: not TOML ({problem})") from problem
     except pydantic.ValidationError as problem:
         raise ConfigError(f"{path}: {first_problem(problem)}") from problem
-    for what in ("name", "sha256"):
-        values = [getattr(key, what) for key in found.key]
-        twice = next((value for value in values if values.count(value) > 1), None)
-        if twice is not None:
-            raise ConfigError(f"{path}: two keys have the {what} {twice}; remove one")
+    for attribute in ("name", "sha256"):
+        values = [getattr(key, attribute) for key in found.key]
+        duplicate = next((value for value in values if values.count(value) > 1), None)
+        if duplicate is not None:
+            raise ConfigError(f"{path}: two keys have the {attribute} {duplicate}; remove one")
     return found.key
 
 
-def open_ring(path: Path) -> ApiKeys:
-    """Return the keys at *path* for a server; raises `ConfigError` also where there are none."""
+def load_keys(path: Path) -> ApiKeys:
+    """Load the keys of a server from *path*; raises `ConfigError` also if there are none."""
     keys = read_keys(path)
     if not keys:
-        raise ConfigError(f"{path}: holds no key, nobody could ask; `sopdeploy key` makes one")
+        raise ConfigError(f"{path}: has no key, every request would be rejected; `sopdeploy key` creates one")
     return ApiKeys(keys)
 
 
 def new_key(path: Path, name: str, *, rate: float | None, burst: int | None, admin: bool) -> str:
-    """Return a new key called *name* and write its hash to the file at *path*, in one step, mode 0600.
+    """Create a key called *name*, add its hash to the file at *path* (mode 0600) and give the secret.
 
-    Raises `ConfigError` where the name is taken or wrong, or the file cannot be written.
+    The write is atomic. Raises `ConfigError` if the name is invalid or in use, or if the file cannot be
+    written.
     """
-    key = PREFIX + secrets.token_urlsafe(BITS // 8)
+    secret = PREFIX + secrets.token_urlsafe(BITS // 8)
     known = read_keys(path) if path.exists() else ()
     if any(other.name == name for other in known):
-        raise ConfigError(f"{path}: has a key {name}; choose another name, or remove its lines first")
-    wanted = {
+        raise ConfigError(f"{path}: key {name} exists; choose another name or remove its entry first")
+    fields = {
         "name": name,
-        "sha256": hashlib.sha256(key.encode()).hexdigest(),
+        "sha256": hashlib.sha256(secret.encode()).hexdigest(),
         "rate": rate,
         "scopes": ("classify", "admin") if admin else ("classify",),
     }
     try:
-        entry = Key.model_validate(wanted if burst is None else wanted | {"burst": burst})
+        key = Key.model_validate(fields if burst is None else fields | {"burst": burst})
     except pydantic.ValidationError as problem:
         raise ConfigError(f"key: {first_problem(problem)}") from problem
-    write_private(path, (path.read_text(encoding="utf-8") if path.exists() else "") + as_toml(entry))
-    return key
-
-
-def as_toml(key: Key) -> str:
-    """Return *key* as its table in a file; no value in it needs escaping."""
-    rate = "# no rate: no limit" if key.rate is None else f"rate = {key.rate!r}\nburst = {key.burst}"
+    limit = "# no rate: unlimited" if key.rate is None else f"rate = {key.rate!r}\nburst = {key.burst}"
     scopes = ", ".join(f'"{scope}"' for scope in key.scopes)
-    return f'\n[[key]]\nname = "{key.name}"\nsha256 = "{key.sha256}"\n{rate}\nscopes = [{scopes}]\n'
+    entry = f'\n[[key]]\nname = "{key.name}"\nsha256 = "{key.sha256}"\n{limit}\nscopes = [{scopes}]\n'
+    _write_private(path, (path.read_text(encoding="utf-8") if path.exists() else "") + entry)
+    return secret
 
 
-def write_private(path: Path, text: str) -> None:
-    """Let *path* hold *text* in one step, readable by its owner only; raises `ConfigError`."""
+def _write_private(path: Path, text: str) -> None:
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
         try:

@@ -1,6 +1,6 @@
-"""The envelope of every answer: its headers, its place in metrics, log and trace, and a net under mistakes.
+"""Outermost middleware: request context, response headers, metrics, access log and internal errors.
 
-Pure ASGI: Starlette's `BaseHTTPMiddleware` would hide from the routes that a client has left.
+Plain ASGI middleware: Starlette's `BaseHTTPMiddleware` hides client disconnects from the routes.
 """
 
 import itertools
@@ -8,28 +8,24 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import MutableMapping
-from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sopdeploy_service.http.headers import text
-from sopdeploy_service.http.problems import INTERNAL, problem_response
-from sopdeploy_service.http.rate_limit import TokenBucket
+from sopdeploy_service.http.problems import INTERNAL, reject
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.observability import logs as access_log
-from sopdeploy_service.observability.request_context import CURRENT, OpenTrace, RequestContext
+from sopdeploy_service.observability.logs import PROBES, log_request
+from sopdeploy_service.observability.request_context import OpenTrace, RequestContext
 
-GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # anything else could forge lines of a log
-PROCESS = secrets.token_hex(8)  # of this process, drawn once: a draw for each request would be a system call
+VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # other characters could forge log lines
+PROCESS_ID = secrets.token_hex(8)  # random once per process: random bytes per request need a system call
 NUMBERS = itertools.count()
 
 log = logging.getLogger("sopdeploy.http")
 
 
 class RequestContextMiddleware:
-    """Wraps *app*, whose requests *service* answers; *open_trace* begins the trace of each, where traced."""
+    """Creates the `RequestContext` of each request and records the request when it ends."""
 
     def __init__(self, app: ASGIApp, service: Service, open_trace: OpenTrace | None = None) -> None:
         self._app = app
@@ -37,79 +33,75 @@ class RequestContextMiddleware:
         self._open_trace = open_trace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Handle one request; an exception becomes a 500 problem unless the response has started."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started = time.monotonic()
-        scope.setdefault("state", {})
-        tally = scope["state"]["context"] = RequestContext(request_id(scope))
-        if self._open_trace is not None and scope["path"] not in access_log.PROBES:
-            tally.trace = self._open_trace(Headers(scope=scope), started)
-        stamp = Stamp(send, tally, scope["state"])
+        headers = Headers(scope=scope)
+        context = RequestContext(request_id(headers))
+        if self._open_trace is not None and scope["path"] not in PROBES:
+            context.trace = self._open_trace(headers, started)
+        scope.setdefault("state", {})["context"] = context
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"].extend(_response_headers(context))
+            await send(message)
+
         self._service.active_requests += 1
-        token = CURRENT.set(tally)
         try:
-            await self._answer(scope, receive, stamp)
+            await self._app(scope, receive, send_with_headers)
+        except Exception:
+            log.exception("internal error in %s", _route(scope))
+            if status:
+                raise  # part of the response was sent: the connection must be closed
+            await reject(scope, INTERNAL)(scope, receive, send_with_headers)
         finally:
-            CURRENT.reset(token)
             self._service.active_requests -= 1
-            self._note(scope, tally, stamp.status, time.monotonic() - started)
-            scope["state"].pop("model", None)  # an idle connection keeps its last scope, but no model
+            seconds = time.monotonic() - started
+            self._service.metrics.request(_route(scope), status, seconds, context.model_name)
+            if context.trace is not None:
+                context.trace.end(_route(scope), status, context.spans)
+            log_request(context, scope["method"], _route(scope), status, seconds)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: "Stamp") -> None:
+
+class HeadMiddleware:
+    """Handles `HEAD` requests like `GET`; the server omits the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        get_scope = {**scope, "method": "GET"}  # a copy: the server reads the method from its own scope
         try:
-            await self._app(scope, receive, send.send)
-        except Exception:  # a mistake of ours; the client gets a problem, the log a traceback
-            log.exception("a mistake at %s", route_of(scope))
-            if send.status:
-                raise  # half an answer is out; the connection must end
-            await problem_response(INTERNAL, path=scope["path"])(scope, receive, send.send)
-
-    def _note(self, scope: Scope, tally: RequestContext, status: int, seconds: float) -> None:
-        route = route_of(scope)
-        model = scope["state"].get("model")
-        if model is not None:
-            tally.model_name, tally.model_version = model.name, model.version
-        self._service.metrics.request(route, status, seconds, tally.model_name)
-        if tally.trace is not None:
-            tally.trace.end(route, status, tally.spans)
-        access_log.log_request(tally, scope["method"], route, status, seconds)
+            await self._app(get_scope, receive, send)
+        finally:
+            if "route" in get_scope:
+                scope["route"] = get_scope["route"]
 
 
-class Stamp:
-    """A `send` that adds the headers every answer has and remembers the status; 0 is none yet.
-
-    *state* is the request's: a route that has chosen a `Model` keeps it there as `model`.
-    """
-
-    def __init__(self, send: Send, tally: RequestContext, state: MutableMapping[str, Any]) -> None:
-        self.status = 0
-        self._send = send
-        self._tally = tally
-        self._state = state
-
-    async def send(self, message: Message) -> None:
-        """Send *message* on."""
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            headers = message["headers"]  # a list of this answer alone; no route sets one of these
-            headers.append((b"x-request-id", self._tally.request_id.encode("ascii")))
-            model = self._state.get("model")
-            if model is not None:
-                headers.append((b"x-model-digest", model.version.encode("ascii")))
-            if isinstance(self._tally.rate_limit, TokenBucket):
-                found = self._tally.rate_limit.headers().items()
-                headers.extend((name.lower().encode("ascii"), value.encode("ascii")) for name, value in found)
-        await self._send(message)
+def request_id(headers: Headers) -> str:
+    """Choose the client's `X-Request-ID` if it is valid, else a new ID of 32 hexadecimal digits."""
+    given = headers.get("x-request-id", "")
+    return given if VALID_ID.fullmatch(given) else f"{PROCESS_ID}{next(NUMBERS):016x}"
 
 
-def route_of(scope: Scope) -> str:
-    """Return the template of the route, or `other`: clients cannot make new ones."""
-    return getattr(scope.get("route"), "path", "other")
+def _route(scope: Scope) -> str:
+    return getattr(scope.get("route"), "path", "other")  # the template: few values, whatever clients send
 
 
-def request_id(scope: Scope) -> str:
-    """Return the client's `X-Request-ID` where it is harmless, else a new one of 32 hexadecimal digits."""
-    given = text(scope, b"x-request-id")
-    return given if given and GOOD_ID.fullmatch(given) else f"{PROCESS}{next(NUMBERS):016x}"
+def _response_headers(context: RequestContext) -> list[tuple[bytes, bytes]]:
+    found = {"x-request-id": context.request_id}
+    if context.model_version:
+        found["x-model-digest"] = context.model_version
+    if context.rate_limit is not None:
+        found |= context.rate_limit.headers()
+    return [(name.lower().encode("ascii"), value.encode("ascii")) for name, value in found.items()]

@@ -1,6 +1,5 @@
-"""Errors on the wire: `application/problem+json`, for every status the server answers with."""
+"""Error responses: `application/problem+json` (RFC 9457) for every error status."""
 
-import logging
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -10,29 +9,57 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
-from sopdeploy_service.api.schema import PROBLEM_JSON, Problem
-from sopdeploy_service.http.headers import with_head
+from sopdeploy.config import StrictModel
 from sopdeploy_service.inference.results import CLIENT_GONE, Rejection
-from sopdeploy_service.observability.request_context import CURRENT
 
-INTERNAL = Rejection("internal_error", 500, "the server made a mistake; its log tells more")
-
-log = logging.getLogger("sopdeploy.http")
+PROBLEM_JSON = "application/problem+json"
+INTERNAL = Rejection("internal_error", 500, "internal error; the server log has the details")
 
 
 class RejectedError(Exception):
-    """A request that ends here, with the answer that *refusal* stands for."""
+    """Ends a request with the response of *rejection*."""
 
-    def __init__(self, refusal: Rejection) -> None:
-        super().__init__(refusal.message)
-        self.refusal = refusal
+    def __init__(self, rejection: Rejection) -> None:
+        super().__init__(rejection.message)
+        self.rejection = rejection
+
+
+def bad_request(code: str, message: str) -> RejectedError:
+    """Create the error of an invalid request, status 400."""
+    return RejectedError(Rejection(code, 400, message))
+
+
+class Problem(StrictModel):
+    """An error of RFC 9457: `code` is stable, `detail` is for people, `type` is a page about the code."""
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+
+    @classmethod
+    def of(cls, rejection: Rejection) -> "Problem":
+        """Create the response body of *rejection*."""
+        try:
+            title = HTTPStatus(rejection.status).phrase
+        except ValueError:  # 499 is not standardized
+            title = "Client Closed Request"
+        return cls(
+            type=f"/errors#{rejection.code}",
+            title=title,
+            status=rejection.status,
+            code=rejection.code,
+            detail=rejection.message,
+        )
 
 
 def json_response(
     body: BaseModel | dict[str, Any], *, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Return *body* as a JSON response; of a model what is None is left out."""
+    """Create a JSON response; fields of a model that are None are omitted."""
     return Response(
         orjson.dumps(body if isinstance(body, dict) else body.model_dump(exclude_none=True)),
         status_code=status,
@@ -42,41 +69,36 @@ def json_response(
 
 
 def problem_response(
-    refusal: Rejection, headers: Mapping[str, str] | None = None, *, path: str = ""
+    rejection: Rejection, headers: Mapping[str, str] | None = None, *, path: str = ""
 ) -> Response:
-    """Return the response that tells *refusal* to who asked for *path*.
+    """Create the response of *rejection* to a request for *path*.
 
-    The Open Inference Protocol has a form of its own, which its clients parse; it has no place for the
-    stable code, so that stands in the header `X-Error-Code`.
+    Below `/v2`, the body is `{"error": message}` as in the Open Inference Protocol, and the code is in the
+    header `X-Error-Code`.
     """
-    tally = CURRENT.get()
-    if tally is not None:
-        tally.code = refusal.code
-    extra = dict(headers or {})
-    if refusal.retry_after is not None:
-        extra["Retry-After"] = str(refusal.retry_after)
-    if refusal.status in {408, 413, 503}:
-        extra["Connection"] = "close"
+    headers = dict(headers or {})
+    if rejection.retry_after is not None:
+        headers["Retry-After"] = str(rejection.retry_after)
+    if rejection.status in {408, 413, 503}:
+        headers["Connection"] = "close"
     if path == "/v2" or path.startswith("/v2/"):
-        extra["X-Error-Code"] = refusal.code
-        error = orjson.dumps({"error": refusal.message})
-        return Response(error, status_code=refusal.status, headers=extra, media_type="application/json")
-    body = orjson.dumps(Problem.of(refusal).model_dump())
-    return Response(body, status_code=refusal.status, headers=extra, media_type=PROBLEM_JSON)
-
-
-def refused(request: Request, problem: RejectedError) -> Response:
-    """Count *problem* and return the answer to *request* that it stands for."""
-    metrics = request.app.state.service.metrics
-    if problem.refusal is CLIENT_GONE:
-        metrics.cancelled()
+        headers["X-Error-Code"] = rejection.code
+        body, media_type = orjson.dumps({"error": rejection.message}), "application/json"
     else:
-        metrics.rejected(problem.refusal.code)
-    return problem_response(problem.refusal, path=request.url.path)
+        body, media_type = orjson.dumps(Problem.of(rejection).model_dump()), PROBLEM_JSON
+    return Response(body, status_code=rejection.status, headers=headers, media_type=media_type)
 
 
-def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return how the OpenAPI description tells that these *statuses* come with a `Problem`."""
+def reject(scope: Scope, rejection: Rejection, headers: Mapping[str, str] | None = None) -> Response:
+    """Create the response of *rejection* and record its code for the access log."""
+    context = scope["state"].get("context") if "state" in scope else None
+    if context is not None:
+        context.code = rejection.code
+    return problem_response(rejection, headers, path=scope["path"])
+
+
+def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Describe *statuses* with a `Problem` body for OpenAPI."""
     body = {"schema": {"$ref": "#/components/schemas/Problem"}}
     return {
         status: {"description": HTTPStatus(status).phrase, "content": {PROBLEM_JSON: body}}
@@ -85,21 +107,28 @@ def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def install(app: FastAPI) -> None:
-    """Make every error of *app* a problem; no FastAPI default is left."""
+    """Replace all default error responses of *app* by problems."""
 
     @app.exception_handler(RejectedError)
-    async def refused_error(request: Request, problem: RejectedError) -> Response:
-        return refused(request, problem)
+    async def rejected(request: Request, error: RejectedError) -> Response:
+        metrics = request.app.state.service.metrics
+        if error.rejection is CLIENT_GONE:
+            metrics.cancelled()
+        else:
+            metrics.rejected(error.rejection.code)
+        return reject(request.scope, error.rejection)
 
     @app.exception_handler(HTTPException)
-    async def http_error(request: Request, problem: HTTPException) -> Response:
-        code = HTTPStatus(problem.status_code).name.lower()
-        refusal = Rejection(code, problem.status_code, str(problem.detail))
-        return problem_response(refusal, with_head(problem.headers or {}), path=request.url.path)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        headers = dict(error.headers or {})
+        allowed = {method.strip() for method in headers.get("Allow", "").split(",")}
+        if "GET" in allowed:
+            headers["Allow"] = ", ".join(sorted(allowed | {"HEAD"}))
+        code = HTTPStatus(error.status_code).name.lower()
+        return reject(request.scope, Rejection(code, error.status_code, str(error.detail)), headers)
 
     @app.exception_handler(RequestValidationError)
-    async def wrong_parameter(request: Request, problem: RequestValidationError) -> Response:
-        first = problem.errors()[0]
+    async def invalid_parameter(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        refusal = Rejection("invalid_parameter", 422, f"{where}: {first['msg']}")
-        return problem_response(refusal, path=request.url.path)
+        return reject(request.scope, Rejection("invalid_parameter", 422, f"{where}: {first['msg']}"))

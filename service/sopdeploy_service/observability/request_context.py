@@ -7,7 +7,6 @@ and writes it to metrics, access log and trace when the request ends.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -48,8 +47,16 @@ OpenTrace: TypeAlias = Callable[[Mapping[str, str], float], Trace | None]
 class RateLimit(Protocol):
     """The rate limit of one API key, in images."""
 
+    def check(self, images: int) -> None:
+        """Raise the error that rejects the request if *images* exceed the limit now; take none."""
+        ...
+
     def spend(self, images: int) -> None:
         """Take the tokens of *images*, or raise the error that rejects the request and take none."""
+        ...
+
+    def headers(self) -> dict[str, str]:
+        """Format the `RateLimit-*` response headers."""
         ...
 
 
@@ -89,10 +96,6 @@ class RequestContext:
     def server_timing(self) -> str:
         """Format the value of the `Server-Timing` header; durations are in milliseconds."""
         return ", ".join(f"{stage};dur={spent * 1000:.2f}" for stage, spent in self.stage_seconds.items())
-
-
-# The context of the running task's request, for code that is not given one.
-CURRENT: ContextVar[RequestContext | None] = ContextVar("sopdeploy_request", default=None)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""Memory that was freed goes back to the system: a server at rest holds what it needs, not its highest peak.
+"""Keep the memory of an idle server low: fewer malloc arenas, and free pages returned to the system.
 
-glibc gives every thread a heap of its own, up to 8 for a core, and once a large block was freed (to import
-the libraries is enough) it puts blocks of up to 32 MB into these heaps and leaves twice as much free at the
-end of each. So the memory of a server would be the sum of the peaks that its threads ever had, and would grow
-for hours in steps that look like a leak. Nothing happens where the C library is not glibc.
+glibc creates up to 8 heaps per core. Once a large block is freed (importing the libraries is enough), it
+keeps blocks of up to 32 MB in these heaps and leaves up to 64 MB free at the end of each. Without these
+settings, the memory of a server would be the sum of the peaks of all threads and look like a leak. On C
+libraries other than glibc these functions do nothing.
 """
 
 import asyncio
@@ -12,62 +12,59 @@ import gc
 import os
 from collections.abc import Callable, Mapping
 
-YOUNG = 10_000  # objects made and not yet freed before garbage is looked for among them; Python's own is 700
-REST_SECONDS = 1.0
+YOUNG_OBJECTS = 10_000  # threshold of the youngest garbage collector generation; Python's default is 700
+IDLE_SECONDS = 1.0
 MIB = 1 << 20
-# glibc's variable, which overrules us; mallopt's number of it (malloc.h); what we say. To map smaller blocks
-# alone too would cost 5 to 8 % of a picture's CPU, so it is left to `Rest` to return them.
-RULES = (
+# (environment variable that overrides us, mallopt parameter number of malloc.h, value). A lower mmap
+# threshold would cost 5 to 8 % of the CPU time of an image; `IdleTrigger` returns those blocks instead.
+MALLOPT = (
     ("MALLOC_ARENA_MAX", -8, 2),  # heaps
-    ("MALLOC_MMAP_THRESHOLD_", -3, MIB),  # bytes from which on a block is mapped alone
+    ("MALLOC_MMAP_THRESHOLD_", -3, MIB),  # bytes from which a block is mapped on its own
     ("MALLOC_TRIM_THRESHOLD_", -1, 4 * MIB),  # bytes that may stay free at the end of a heap
 )
 
 
-def keep_little(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Tell the allocator of this process `RULES`, before its threads start; return which it took.
+def limit_heaps(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """Apply `MALLOPT` before the threads start; give the names of the accepted parameters.
 
-    What *environment* says about the allocator holds instead.
+    Allocator settings in *environment* take precedence.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or "malloc" in environment.get("GLIBC_TUNABLES", ""):
         return ()
-    return tuple(name for name, rule, value in RULES if name not in environment and mallopt(rule, value))
+    return tuple(
+        name for name, option, value in MALLOPT if name not in environment and mallopt(option, value)
+    )
 
 
-def collect_seldom() -> None:
-    """Look for garbage among what a server makes from now on, and not often: every look stops all threads.
+def reduce_garbage_collection() -> None:
+    """Exclude the objects of the imports from garbage collection and collect less often.
 
-    What the imports made stays for good: to look through it takes 45 ms. A request leaves no garbage, so the
-    many that are open at once need not be looked through every time that some more have come.
+    A collection stops all threads, and scanning the imported objects takes 45 ms. A request leaves no
+    garbage.
     """
     gc.freeze()
-    gc.set_threshold(YOUNG, *gc.get_threshold()[1:])
+    gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
 
 
-def give_back() -> None:
-    """Give every page that is free in any heap back to the system; takes some milliseconds, not the GIL."""
+def trim_heaps() -> None:
+    """Return all free pages of all heaps to the system; takes milliseconds and releases the GIL."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
-def give_back_in_a_thread() -> None:
-    """`give_back` in a thread of the running event loop."""
-    asyncio.get_running_loop().run_in_executor(None, give_back)
+class IdleTrigger:
+    """Call *callback* once after each `IDLE_SECONDS` without requests; default: trim heaps in a thread."""
 
-
-class Rest:
-    """Calls *then* once, each time that there was nothing to do for `REST_SECONDS` after there was."""
-
-    def __init__(self, then: Callable[[], object]) -> None:
-        self._then = then
-        self._busy: float | None = None  # when there was last something to do, None once *then* was called
+    def __init__(self, callback: Callable[[], object] | None = None) -> None:
+        self._callback = callback or (lambda: asyncio.get_running_loop().run_in_executor(None, trim_heaps))
+        self._last_busy: float | None = None  # None after the callback was called
 
     def tick(self, now: float, requests: int) -> None:
-        """Take note that at *now* (seconds) so many *requests* are here."""
+        """Update with the number of active *requests* at *now* (seconds)."""
         if requests:
-            self._busy = now
-        elif self._busy is not None and now - self._busy >= REST_SECONDS:
-            self._busy = None
-            self._then()
+            self._last_busy = now
+        elif self._last_busy is not None and now - self._last_busy >= IDLE_SECONDS:
+            self._last_busy = None
+            self._callback()

@@ -1,4 +1,4 @@
-"""`sopdeploy serve`: one process, from a verified start to a drained end."""
+"""`sopdeploy serve`: run one server process from verified startup to graceful shutdown."""
 
 import asyncio
 import functools
@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,36 +28,36 @@ from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.logs import Timeline
 from sopdeploy_service.observability.request_context import open_tracing
 from sopdeploy_service.server.connection_limits import Connections, allow_files
-from sopdeploy_service.server.health_port import LoopWatch, answering, health_app
+from sopdeploy_service.server.health_port import LoopWatch, health_app, run_in_thread
 from sopdeploy_service.server.http_protocol import LimitedHttpProtocol
-from sopdeploy_service.server.memory import Rest, collect_seldom, give_back_in_a_thread, keep_little
-from sopdeploy_service.server.sockets import bind, take_in, url
+from sopdeploy_service.server.memory import IdleTrigger, limit_heaps, reduce_garbage_collection
+from sopdeploy_service.server.sockets import accept_pending, bind, url
 from sopdeploy_service.server.workers import Supervisor
 from sopdeploy_service.settings import Settings
 
-ENGINE_DEAD_EXIT = 70  # EX_SOFTWARE; a supervisor should start the process again
-CLOSING_SECONDS = 2  # for the last answers to leave, after everything was answered or refused
-LAST_SECONDS = 1.0  # for those connected when the port closes to say what they want
-GLANCE_SECONDS = 0.02
+ENGINE_DEAD_EXIT = 70  # EX_SOFTWARE; a supervisor should restart the process
+CLOSING_SECONDS = 2  # for sending the last responses after the drain
+LAST_SECONDS = 1.0  # for connections that are open without a request when the port closes
+POLL_SECONDS = 0.02
 
 log = logging.getLogger("sopdeploy.server")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inherited:
-    """What a worker of several devices is born with: its sockets, and where each device's numbers are."""
+    """Listening sockets of a process, and the metrics URLs of all workers by device."""
 
     sockets: tuple[socket.socket, ...]
     siblings: dict[str, str]
 
 
 def serve(sources: Sequence[str | Path], settings: Settings) -> int:
-    """Serve the bundles at *sources* until SIGTERM or SIGINT; return the exit code.
+    """Serve the bundles at *sources* until SIGTERM or SIGINT.
 
-    A source is a bundle, a folder of bundles, or `NAME=BUNDLE`. 0 after a drain, 70 where an engine died.
-    Prints one line, `ready: URL  BUNDLE ...`, when the probes gave the right numbers and the port is open.
-    Raises `ConfigError` where it cannot listen, keys or `SOPDEPLOY_FAULTS` are wrong, or tracing is asked for
-    and not installed; and what `Shelf` and `open_verified` raise for the bundles.
+    A source is a bundle, a directory of bundles, or `NAME=BUNDLE`. Prints one line, `ready: URL  BUNDLE ...`,
+    when the probes are verified and the port is open. The result is the exit code: 0 after a drain, 70 if a
+    runtime died. Raises `ConfigError` if it cannot listen, for invalid keys or `SOPDEPLOY_FAULTS`, and if
+    tracing is not installed; further what `BundleStore` and `load_model` raise.
     """
     with bind(settings.host, settings.port) as listener:
         if settings.devices:
@@ -66,8 +66,8 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
         return serve_on(sources, settings, Inherited(sockets=(listener,), siblings={}))
 
 
-def serve_on(sources: Sequence[str | Path], settings: Settings, place: Inherited) -> int:
-    """Serve the bundles at *sources* in this process, on the sockets of *place*; else as `serve`."""
+def serve_on(sources: Sequence[str | Path], settings: Settings, inherited: Inherited) -> int:
+    """Serve the bundles at *sources* in this process on the *inherited* sockets; see `serve`."""
     timeline = Timeline()
     timeline.mark("imports")
     prepare_process()
@@ -76,85 +76,79 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, place: Inherited
         stack.enter_context(logs.configured(settings))
         open_trace = stack.enter_context(open_tracing(settings))
         faults = faults_from_environment()
-        health = settings.health_port
-        prober = None if health is None else stack.enter_context(bind(settings.host, health))
-        shelf = BundleStore(sources)
-        inferences = {name: load_model(path, settings) for name, path in shelf.bundles.items()}
-        timeline.add(inference.seconds for inference in inferences.values())
-        control = shelf if settings.model_control else None
-        app = create_app(inferences, settings, control, faults=faults, open_trace=open_trace)
-        app.state.siblings = place.siblings
-        names = " ".join(inference.bundle.name for inference in inferences.values())
-        del inferences  # else a model of the start would keep its engine after others have replaced it
-        ready = f"ready: {url(place.sockets[0])}  {names}"
-        server = DrainingServer(http_config(app, settings), app.state.service, ready, timeline)
-        if prober is not None:
-            stack.enter_context(health_port(app.state.service, server.watch, prober))
-        server.run(sockets=list(place.sockets))
-        state = app.state.service.state
+        health = None
+        if settings.health_port is not None:
+            health = stack.enter_context(bind(settings.host, settings.health_port))
+        store = BundleStore(sources)
+        models = {name: load_model(path, settings) for name, path in store.bundles.items()}
+        timeline.add(model.seconds for model in models.values())
+        names = " ".join(model.bundle.name for model in models.values())
+        app = create_app(
+            models, settings, store if settings.model_control else None, faults=faults, open_trace=open_trace
+        )
+        del models  # a model that is replaced later must be freed
+        app.state.siblings = inherited.siblings
+        service: Service = app.state.service
+        ready = f"ready: {url(inherited.sockets[0])}  {names}"
+        server = DrainingServer(http_config(app, settings), service, ready, timeline)
+        if health is not None:
+            sys.stdout.write(f"health: {url(health)}\n")
+            probes = health_app(
+                lambda: service.state, service.metrics.render, server.watch, settings.max_loop_lag_seconds
+            )
+            stack.enter_context(run_in_thread(probes, health))
+        server.run(sockets=list(inherited.sockets))
+        state = service.state
         log.info("stopped", extra={"state": state})
     return ENGINE_DEAD_EXIT if state == "engine_dead" else 0
 
 
 def prepare_process() -> None:
-    """Set what holds for all of a process that answers: how memory is kept, and that Pillow does not warn.
-
-    To be called after the imports.
-    """
-    keep_little()
-    collect_seldom()
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels refuses such pictures
-    warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, which counts for nothing
+    """Configure memory, garbage collection and Pillow's warnings; call it after the imports."""
+    limit_heaps()
+    reduce_garbage_collection()
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` rejects such images
+    warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata, which is not used
 
 
 def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    """Return how uvicorn runs *app*: with every limit of *settings* on the wire."""
-    wire = functools.partial(LimitedHttpProtocol, Connections(settings, app.state.service.metrics))
+    """Create the uvicorn configuration of *app* with the connection limits of *settings*."""
+    protocol = functools.partial(LimitedHttpProtocol, Connections(settings, app.state.service.metrics))
     return uvicorn.Config(
         app,
-        http=cast(type[asyncio.Protocol], wire),
+        http=cast(type[asyncio.Protocol], protocol),
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # nothing here asks where a client is
+        proxy_headers=False,  # client addresses are not used
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
 
 
-def health_port(service: Service, watch: LoopWatch, listener: socket.socket) -> AbstractContextManager[None]:
-    """Answer for the health of *service* on *listener*, in a thread, until the block ends."""
-    app = health_app(
-        lambda: service.state, service.metrics.render, watch, service.settings.max_loop_lag_seconds
-    )
-    sys.stdout.write(f"health: {url(listener)}\n")
-    return answering(app, listener)
-
-
 class DrainingServer(uvicorn.Server):
-    """A uvicorn that goes on answering while it drains, and ends when the engine is dead.
+    """A uvicorn server that responds while it drains, and exits when a runtime is dead.
 
-    The first signal makes the server not ready: new requests get 503, those already here are
-    answered for at most `drain_seconds`, then the port is closed. Who was connected by then may still ask
-    and gets 503. A second signal ends the drain: what is not answered by then gets 503.
+    The first signal makes the server not ready: new requests get 503, admitted ones are completed within
+    `drain_seconds`, then the port is closed. Connections that are open by then may send one more request,
+    which gets 503. A second signal ends the drain: unfinished requests get 503.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service, ready: str, timeline: Timeline) -> None:
         super().__init__(config)
         self._service = service
-        self._drain_seconds = service.settings.drain_seconds
         self._ready = ready
         self._timeline = timeline
         self._drain_until: float | None = None
-        self._drain_told = False
+        self._drain_logged = False
+        self._idle = IdleTrigger()
         self.watch = LoopWatch()
-        self._rest = Rest(give_back_in_a_thread)
         service.metrics.loop_lag(self.watch.worst)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open the port and say so."""
+        """Open the port and print the `ready` line."""
         try:
             await super().startup(sockets)
         except OSError as problem:
@@ -165,54 +159,49 @@ class DrainingServer(uvicorn.Server):
         self._timeline.log()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """Begin to drain, or end the drain; uvicorn's own would end with the signal's exit code."""
+        """Start to drain, or end the drain; uvicorn would exit with the code of the signal."""
         again = self._drain_until is not None
-        self._drain_until = time.monotonic() + (0.0 if again else self._drain_seconds)
+        self._drain_until = time.monotonic() + (0.0 if again else self._service.settings.drain_seconds)
         self._service.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        """Return whether to close the port now; uvicorn asks ten times a second."""
+        """Decide ten times per second whether to close the port."""
         self.watch.beat()
-        self._rest.tick(time.monotonic(), self._service.active_requests)
+        self._idle.tick(time.monotonic(), self._service.active_requests)
         if self._service.state == "engine_dead":
             return True
         if self._drain_until is not None:
-            self._tell_drain()
-            late = time.monotonic() >= self._drain_until
-            if late:
+            if not self._drain_logged:  # a signal handler must not log: it may interrupt another log line
+                self._drain_logged = True
+                seconds = self._service.settings.drain_seconds
+                log.info("draining", extra={"requests": self._service.active_requests, "seconds": seconds})
+            expired = time.monotonic() >= self._drain_until
+            if expired:
                 self._service.abort()
-            if late or self._service.active_requests == 0:
+            if expired or self._service.active_requests == 0:
                 return True
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the port, answer who has come through it, and end."""
-        # An engine that is dead leaves who waits at the port to other processes that listen there.
+        """Close the port and respond to the connections that were pending.
+
+        After the death of a runtime, pending connections are left to other processes on the same port.
+        """
         if self._drain_until is not None:
-            late = [connection for listener in sockets or [] for connection in take_in(listener)]
+            pending = [connection for listener in sockets or [] for connection in accept_pending(listener)]
             for server in self.servers:
                 server.close()
             loop = asyncio.get_running_loop()
-            for connection in late:
-                await loop.connect_accepted_socket(self._protocol, connection)
-            await self._answer_the_last()
+            for connection in pending:
+                await loop.connect_accepted_socket(self._create_protocol, connection)
+            end = time.monotonic() + LAST_SECONDS
+            busy = True
+            while busy and time.monotonic() < end:
+                await asyncio.sleep(POLL_SECONDS)  # the loop reads what has arrived
+                protocols = cast(set[LimitedHttpProtocol], self.server_state.connections)
+                busy = any(protocol.timeout_keep_alive_task is None for protocol in protocols)
         await super().shutdown(sockets)
 
-    def _protocol(self) -> asyncio.Protocol:
+    def _create_protocol(self) -> asyncio.Protocol:
         protocol = cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class)
         return protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
-
-    async def _answer_the_last(self) -> None:
-        end = time.monotonic() + LAST_SECONDS
-        asking = True
-        while asking and time.monotonic() < end:
-            await asyncio.sleep(GLANCE_SECONDS)  # first: what has arrived was not read yet
-            wires = cast(set[LimitedHttpProtocol], self.server_state.connections)
-            asking = any(wire.timeout_keep_alive_task is None for wire in wires)  # it runs for idle ones
-
-    def _tell_drain(self) -> None:  # not in the signal's handler, which may interrupt a line of the log
-        if not self._drain_told:
-            self._drain_told = True
-            log.info(
-                "draining", extra={"requests": self._service.active_requests, "seconds": self._drain_seconds}
-            )

@@ -1,17 +1,17 @@
-"""Sockets that a server listens on."""
+"""Listening sockets."""
 
 import contextlib
 import socket
 
 from sopdeploy.errors import ConfigError
 
-LONGEST_QUEUE = 4096  # of connections not accepted; Linux keeps no more unless it is told to
+MAX_PENDING = 4096  # connections that are not accepted yet; the Linux default
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket bound to *host* and *port* that does not listen yet; port 0 is any free one.
+    """Bind a socket to *host* and *port* without listening; port 0 is any free port.
 
-    Raises `ConfigError` where the address does not exist here or is in use.
+    Raises `ConfigError` if the address does not exist on this machine or is in use.
     """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -29,20 +29,20 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def take_in(listener: socket.socket) -> list[socket.socket]:
-    """Return the connections that wait at *listener*, which does not block.
+def accept_pending(listener: socket.socket) -> list[socket.socket]:
+    """Accept all pending connections of the non-blocking *listener*.
 
-    To be called before it is closed: the system completes a connection on its own, and resets those that
-    nobody has accepted by then.
+    Call it before closing the listener: the kernel completes connections on its own and resets those that are
+    not accepted by then.
     """
     found: list[socket.socket] = []
-    with contextlib.suppress(OSError):  # none is left, or no file can be opened any more
-        while len(found) < LONGEST_QUEUE:
+    with contextlib.suppress(OSError):  # no pending connection is left, or no file descriptor
+        while len(found) < MAX_PENDING:
             found.append(listener.accept()[0])
     return found
 
 
 def url(listener: socket.socket) -> str:
-    """Return the URL of a bound *listener*."""
+    """Format the URL of the bound *listener*."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

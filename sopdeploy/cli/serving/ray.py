@@ -49,9 +49,9 @@ def ray(
         from sopdeploy.bundle.folder import open_bundle
         from sopdeploy_service.inference.bundle_store import BundleStore
         from sopdeploy_service.server.on_ray import plan
-        from sopdeploy_service.settings import load_settings, said
+        from sopdeploy_service.settings import load_settings, parse_assignments
 
-        settings = load_settings(config, **said(assignments or (), host=host, port=port))
+        settings = load_settings(config, **parse_assignments(assignments or (), host=host, port=port))
         scale = plan.scale_of(
             replicas, min_replicas, max_replicas, cpus=cpus_per_replica, gpus=gpus_per_replica
         )

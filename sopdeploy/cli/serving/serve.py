@@ -63,11 +63,11 @@ def serve(
     Example: [bold]sopdeploy serve flowers=bundles/dsop-resnet20-3f6c01d2a4b7 birds=other/bundle[/bold]
     """
     with one_line_errors():
-        from sopdeploy_service.settings import as_toml, load_settings, said, unused_variables
+        from sopdeploy_service.settings import load_settings, parse_assignments, to_toml, unused_variables
 
         settings = load_settings(
             config,
-            **said(
+            **parse_assignments(
                 assignments or (),
                 host=host,
                 port=port,
@@ -87,7 +87,7 @@ def serve(
             note = f"environment variable {name} is not a setting and has no effect"
             err.print(Text.assemble(("note:", "yellow"), " ", plain_text(note)))
         if print_config:
-            sys.stdout.write(as_toml(settings))
+            sys.stdout.write(to_toml(settings))
             raise typer.Exit
         from sopdeploy_service.server.process import serve as run
 

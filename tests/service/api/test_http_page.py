@@ -1,4 +1,4 @@
-"""`docs/http.md` has the service's codes and no others; `tests/docs/test_typed.py` types its examples."""
+"""`docs/http.md` lists exactly the error codes of the service."""
 
 import ast
 import re
@@ -8,12 +8,12 @@ ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
 SERVICE = ROOT / "service" / "sopdeploy_service"
 MAKERS = {"Rejection", "bad_request", "ImageError", "cls"}
-FRAMEWORK = {"not_found", "method_not_allowed"}  # made of the status by `problems`
+FRAMEWORK = {"not_found", "method_not_allowed"}  # derived from the status by `problems`
 NAMED_BY_FIELD = {f"{what}_{side}" for what in ("unknown", "duplicate") for side in ("input", "output")}
 
 
 def codes_of(module: Path) -> set[str]:
-    """Return the codes that *module* writes into refusals."""
+    """Collect the codes of the rejections that *module* creates."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call):
@@ -31,7 +31,7 @@ def codes_of(module: Path) -> set[str]:
     }
 
 
-def test_every_code_of_the_service_is_on_the_page_and_no_other():
+def test_the_page_lists_every_code_and_no_other():
     table = PAGE.partition("## Errors")[2]
     named = {
         code for row in re.findall(r"^\| \d+.*$", table, re.MULTILINE) for code in re.findall(r"`(\w+)`", row)

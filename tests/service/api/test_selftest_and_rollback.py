@@ -1,4 +1,4 @@
-"""The two things an operator asks of a running server: is it still right, and take that version back."""
+"""`/selftest` and `/v1/models/{name}/rollback`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from sopdeploy_service.settings import Settings
 
 
 class Drifting:
-    """A runtime that computed the right numbers once, and is off by *wrong* since."""
+    """A runtime whose outputs are off by *wrong*."""
 
     name, device, largest_batch = "drifting", "cpu", 4
 
@@ -24,7 +24,7 @@ class Drifting:
         return {name: values + self._wrong for name, values in self._runtime.run(images).items()}
 
 
-def test_a_sound_engine_passes_its_self_test(serve_with, onnx_runtime, bundle) -> None:
+def test_a_correct_runtime_passes_the_self_test(serve_with, onnx_runtime, bundle) -> None:
     reply = serve_with(onnx_runtime).get("/selftest")
     found = reply.json()
     assert (reply.status_code, found["images"], found["version"]) == (200, 3, bundle.manifest.id)
@@ -33,16 +33,16 @@ def test_a_sound_engine_passes_its_self_test(serve_with, onnx_runtime, bundle) -
 
 
 @pytest.mark.parametrize(("wrong", "code"), [(0.01, "selftest_failed"), (np.nan, "nonfinite_output")])
-def test_an_engine_that_went_wrong_since_the_start_fails_it(serve_with, onnx_runtime, wrong, code) -> None:
+def test_a_drifting_runtime_fails_the_self_test(serve_with, onnx_runtime, wrong, code) -> None:
     reply = serve_with(Drifting(onnx_runtime, wrong)).get("/selftest")
     assert (reply.status_code, reply.json()["code"]) == (500, code)
 
 
-def test_a_self_test_of_a_model_that_is_not_here_is_404(serve_with, onnx_runtime) -> None:
+def test_a_self_test_of_an_unknown_model_is_404(serve_with, onnx_runtime) -> None:
     assert serve_with(onnx_runtime).get("/selftest?model=nothing").json()["code"] == "unknown_model"
 
 
-def test_a_load_is_taken_back_by_one_request(
+def test_rollback_activates_the_previous_version(
     tmp_path: Path, make_bundle: Callable[..., Path], run_server, onnx_runtime, jpeg
 ) -> None:
     first, second = make_bundle(tmp_path, probes=3), make_bundle(tmp_path, probes=4)
@@ -54,17 +54,17 @@ def test_a_load_is_taken_back_by_one_request(
         load = {"parameters": {"folder": second.name}}
         assert client.post("/v2/repository/models/tiny/load", json=load).status_code == 200
         assert client.get("/info").json()["previous"] == {"tiny": open_bundle(first).manifest.id}
-        assert answering(client, jpeg) == open_bundle(second).manifest.id
+        assert version_of(client, jpeg) == open_bundle(second).manifest.id
         assert client.post("/v1/models/tiny/rollback").json()["bundle"] == first.name
-        assert answering(client, jpeg) == open_bundle(first).manifest.id
+        assert version_of(client, jpeg) == open_bundle(first).manifest.id
 
 
-def answering(client, body: bytes) -> str:
+def version_of(client, body: bytes) -> str:
     reply = client.post("/v1/classify", content=body)
     assert reply.status_code == 200
     return reply.headers["x-model-digest"]
 
 
-def test_without_model_control_nothing_is_taken_back(serve_with, onnx_runtime) -> None:
+def test_rollback_needs_model_control(serve_with, onnx_runtime) -> None:
     reply = serve_with(onnx_runtime).post("/v1/models/tiny/rollback")
     assert (reply.status_code, reply.json()["code"]) == (403, "model_control_off")

@@ -49,7 +49,7 @@ def given(name: str, values: np.ndarray, datatype: str, binary: bool) -> Any:
 
 
 def same(logits: np.ndarray, bundle: Any, classified: Any) -> bool:
-    found = [answer(Ranking([row]).best(0, 7), bundle.labels)["classes"] for row in logits]
+    found = [answer(Ranking([row]).top_k(0, 7), bundle.labels)["classes"] for row in logits]
     return [list(classes) for classes in found] == classified
 
 

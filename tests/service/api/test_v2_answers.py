@@ -93,9 +93,9 @@ def test_the_outputs_of_the_images_are_stacked_by_name():
 def test_the_first_refused_image_refuses_the_request_and_is_named():
     with pytest.raises(RejectedError) as caught:
         stacked([answered(0, 1), NONFINITE, ENGINE_FAILED])
-    refusal = caught.value.refusal
-    assert (refusal.code, refusal.status) == (NONFINITE.code, 500)
-    assert refusal.message == f"image 1: {NONFINITE.message}"
+    rejection = caught.value.rejection
+    assert (rejection.code, rejection.status) == (NONFINITE.code, 500)
+    assert rejection.message == f"image 1: {NONFINITE.message}"
 
 
 def test_the_ledger_counts_requests_by_their_end_and_runs_by_their_size():

@@ -35,8 +35,8 @@ def read(
 def refused(*args: Any, **options: Any) -> tuple[str, int, str]:
     with pytest.raises(RejectedError) as caught:
         read(*args, **options)
-    refusal = caught.value.refusal
-    return refusal.code, refusal.status, refusal.message
+    rejection = caught.value.rejection
+    return rejection.code, rejection.status, rejection.message
 
 
 def tensor(**changes: Any) -> dict[str, Any]:
@@ -241,8 +241,8 @@ def test_json_that_is_damaged_or_ambiguous_is_refused(case):
     limit = 99_999
     with pytest.raises(RejectedError) as caught:
         read_body(text, None, PIXELS, limit)
-    refusal = caught.value.refusal
-    assert (refusal.code, refusal.status) == (wanted, 413 if wanted == "json_too_large" else 400)
+    rejection = caught.value.rejection
+    assert (rejection.code, rejection.status) == (wanted, 413 if wanted == "json_too_large" else 400)
 
 
 @pytest.mark.parametrize("header", ["-1", "1e3", "", "abc", "0x10", "9999999", "9" * 5000, "1.5", "²", "٣"])
@@ -338,7 +338,7 @@ def test_no_body_is_answered_with_anything_but_a_request_or_a_400(text, binary):
     try:
         images = len(read(text, binary).images)
     except RejectedError as problem:
-        status = problem.refusal.status
+        status = problem.rejection.status
     assert status in {200, 400}
     assert 1 <= images <= 4
 
@@ -347,4 +347,4 @@ def test_no_body_is_answered_with_anything_but_a_request_or_a_400(text, binary):
 def test_no_bytes_at_all_are_answered_with_anything_but_a_400(body, header):
     with pytest.raises(RejectedError) as caught:
         read_body(body, header, PIXELS, LIMIT)
-    assert caught.value.refusal.status == 400
+    assert caught.value.rejection.status == 400

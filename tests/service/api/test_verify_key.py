@@ -1,4 +1,4 @@
-"""`verify_key`: a server opens only what was signed."""
+"""`verify_key`: only signed bundles are loaded."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ def key(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_bundle_is_opened_only_with_a_signature_of_the_key(
+def test_a_bundle_needs_a_signature_of_the_key(
     tmp_path: Path, key: Path, make_bundle: Callable[..., Path]
 ) -> None:
     bundle = make_bundle(tmp_path)
@@ -37,6 +37,6 @@ def test_a_bundle_is_opened_only_with_a_signature_of_the_key(
         load_model(bundle, settings)
 
 
-def test_a_key_that_is_none_stops_the_server(tmp_path: Path, make_bundle: Callable[..., Path]) -> None:
+def test_a_missing_key_is_a_config_error(tmp_path: Path, make_bundle: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="no key here"):
         load_model(make_bundle(tmp_path), Settings(threads=1, verify_key=tmp_path / "none"))

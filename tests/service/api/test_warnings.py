@@ -1,4 +1,4 @@
-"""What decoding does to a picture is said in its answer, over HTTP and by `predict`."""
+"""Warnings about changes made while decoding, over HTTP and in `predict`."""
 
 import io
 
@@ -12,9 +12,9 @@ from sopdeploy_service.settings import Settings
 SIZE = (48, 40)
 
 
-def saved(picture: Image.Image, kind: str, **options: object) -> bytes:
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -22,7 +22,7 @@ def plain() -> Image.Image:
     return Image.new("RGB", SIZE, (200, 30, 60))
 
 
-def turned(orientation: int) -> bytes:
+def rotated(orientation: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
     return saved(plain(), "JPEG", exif=exif)
@@ -36,27 +36,27 @@ def sixteen_bits() -> Image.Image:
     return Image.fromarray(np.full(SIZE, 40_000, dtype=np.uint16))
 
 
-def moving(kind: str) -> bytes:
+def animated(kind: str) -> bytes:
     return saved(plain(), kind, save_all=True, append_images=[Image.new("RGB", SIZE, (0, 0, 99))])
 
 
 CASES = {
-    "a plain picture": (saved(plain(), "JPEG"), []),
-    "upright by its own word": (turned(1), []),
-    "turned": (turned(6), ["exif_rotated"]),
-    "a damaged orientation": (turned(99), []),
-    "an opaque alpha channel": (saved(with_alpha(255), "PNG"), []),
-    "a transparent picture": (saved(with_alpha(120), "PNG"), ["alpha_flattened"]),
-    "sixteen bits": (saved(sixteen_bits(), "PNG"), ["sixteen_bit_scaled"]),
-    "a moving GIF": (moving("GIF"), ["first_frame_only"]),
-    "a moving PNG": (moving("PNG"), ["first_frame_only"]),
-    "a moving WebP": (moving("WEBP"), ["first_frame_only"]),
-    "a still GIF": (saved(plain(), "GIF"), []),
+    "plain": (saved(plain(), "JPEG"), []),
+    "orientation 1": (rotated(1), []),
+    "orientation 6": (rotated(6), ["exif_rotated"]),
+    "invalid orientation": (rotated(99), []),
+    "opaque alpha channel": (saved(with_alpha(255), "PNG"), []),
+    "transparent": (saved(with_alpha(120), "PNG"), ["alpha_flattened"]),
+    "16 bits": (saved(sixteen_bits(), "PNG"), ["sixteen_bit_scaled"]),
+    "animated GIF": (animated("GIF"), ["first_frame_only"]),
+    "animated PNG": (animated("PNG"), ["first_frame_only"]),
+    "animated WebP": (animated("WEBP"), ["first_frame_only"]),
+    "GIF": (saved(plain(), "GIF"), []),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_answer_says_what_was_done_to_the_picture(client, bundle_path, tmp_path, name):
+def test_warnings_name_the_changes_to_the_image(client, bundle_path, tmp_path, name):
     body, expected = CASES[name]
     assert client.post("/v1/classify", content=body).json()["warnings"] == expected
     (tmp_path / "x").write_bytes(body)
@@ -70,12 +70,12 @@ def test_an_answer_says_what_was_done_to_the_picture(client, bundle_path, tmp_pa
         ("IMAGE/JPG; charset=x", False),
         ("image/*", False),
         ("application/octet-stream", False),
-        ("application/x-www-form-urlencoded", False),  # what curl says where nobody told it anything
+        ("application/x-www-form-urlencoded", False),  # the default of curl
         ("image/png", True),
         ("image/svg+xml", True),
     ],
 )
-def test_a_content_type_that_names_another_format_is_a_warning(client, jpeg, media_type, warned):
+def test_a_content_type_of_another_format_is_a_warning(client, jpeg, media_type, warned):
     expected = ["content_type_mismatch"] if warned else []
     raw = client.post("/v1/classify", content=jpeg, headers={"Content-Type": media_type})
     form = client.post("/v1/classify", files={"image": ("x", jpeg, media_type)})
@@ -83,13 +83,13 @@ def test_a_content_type_that_names_another_format_is_a_warning(client, jpeg, med
 
 
 def test_each_image_of_a_form_has_its_own_warnings(client, jpeg):
-    files = [("image", ("a", jpeg, "image/jpeg")), ("image", ("b", jpeg, "image/gif")), ("image", turned(3))]
+    files = [("image", ("a", jpeg, "image/jpeg")), ("image", ("b", jpeg, "image/gif")), ("image", rotated(3))]
     results = client.post("/v1/classify", files=files).json()["results"]
     assert [entry["warnings"] for entry in results] == [[], ["content_type_mismatch"], ["exif_rotated"]]
 
 
-def test_a_second_frame_that_is_damaged_costs_no_answer(client):
-    body = moving("GIF")
+def test_a_damaged_second_frame_is_ignored(client):
+    body = animated("GIF")
     assert client.post("/v1/classify", content=body[: len(body) - 40]).json()["warnings"] == [
         "first_frame_only"
     ]

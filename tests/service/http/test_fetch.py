@@ -1,4 +1,4 @@
-"""A URL is fetched from listed public hosts only; no name, address, redirect or stream gets around that."""
+"""URL fetching: only allowed public hosts, whatever names, addresses, redirects or streams are used."""
 
 import asyncio
 import threading
@@ -14,55 +14,61 @@ from sopdeploy_service.http.problems import RejectedError
 from sopdeploy_service.settings import Settings
 
 PUBLIC = "93.184.216.34"
-OPEN = Settings(url_hosts=("img.example", "img.example:8443"), url_seconds=2, max_body_bytes=1000)
+ALLOWED = Settings(url_hosts=("img.example", "img.example:8443"), url_seconds=2, max_body_bytes=1000)
+URL = "https://img.example/a"
 
 
 class Resolver:
-    """Gives each of *answers* once, in turn, and remembers what it was asked."""
+    """Gives each of *results* once, in turn; a float is a delay, an exception is raised."""
 
-    def __init__(self, *answers: Sequence[str]) -> None:
-        self.answers = list(answers)
-        self.asked: list[tuple[str, int]] = []
+    def __init__(self, *results: Sequence[str] | float | OSError) -> None:
+        self.results = list(results)
+        self.calls: list[tuple[str, int]] = []
 
     async def __call__(self, host: str, port: int) -> Sequence[str]:
-        self.asked.append((host, port))
-        return self.answers.pop(0)
+        self.calls.append((host, port))
+        result = self.results.pop(0)
+        if isinstance(result, OSError):
+            raise result
+        if isinstance(result, float):
+            await asyncio.sleep(result)
+            return [PUBLIC]
+        return result
 
 
-class LimitedHttpProtocol(httpx.AsyncBaseTransport):
-    """Gives *reply* to every request and remembers it."""
+class Transport(httpx.AsyncBaseTransport):
+    """Gives *response* to every request and records it."""
 
-    def __init__(self, reply: httpx.Response | None = None) -> None:
-        self.reply = reply or httpx.Response(200, stream=httpx.ByteStream(b"image"))
+    def __init__(self, response: httpx.Response | None = None) -> None:
+        self.response = response or httpx.Response(200, stream=httpx.ByteStream(b"image"))
         self.requests: list[httpx.Request] = []
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
-        return self.reply
+        return self.response
 
 
 def got(
     url: str,
-    wire: LimitedHttpProtocol | None = None,
+    transport: Transport | None = None,
     resolver: Resolver | None = None,
-    settings: Settings = OPEN,
+    settings: Settings = ALLOWED,
 ) -> bytes:
-    return asyncio.run(
-        fetch(url, settings, resolve=resolver or Resolver([PUBLIC]), transport=wire or LimitedHttpProtocol())
-    )
+    resolver, transport = resolver or Resolver([PUBLIC]), transport or Transport()
+    return asyncio.run(fetch(url, settings, resolve=resolver, transport=transport))
 
 
-def refused(url: str, *args: object, **options: object) -> tuple[str, int]:
+def rejected(*args: object, **options: object) -> tuple[str, int]:
     with pytest.raises(RejectedError) as caught:
-        got(url, *args, **options)
-    return caught.value.refusal.code, caught.value.refusal.status
+        got(*args, **options)
+    return caught.value.rejection.code, caught.value.rejection.status
 
 
-def test_urls_are_refused_until_hosts_are_listed():
-    assert refused("https://img.example/a", settings=Settings()) == ("url_input_off", 403)
+def test_no_url_is_fetched_without_allowed_hosts():
+    assert rejected(URL, settings=Settings()) == ("url_input_off", 403)
 
 
-def test_hosts_are_listed_with_commas_in_the_environment(monkeypatch):
+def test_the_setting_accepts_comma_separated_hosts(monkeypatch):
     monkeypatch.setenv("SOPDEPLOY_URL_HOSTS", "IMG.example, other.example:8443,")
     assert Settings().url_hosts == ("img.example", "other.example:8443")
     assert Settings(url_hosts=["img.example"]).url_hosts == ("img.example",)
@@ -70,64 +76,39 @@ def test_hosts_are_listed_with_commas_in_the_environment(monkeypatch):
 
 
 @pytest.mark.parametrize("address", [PUBLIC, "2606:2800:220:1::1"])
-def test_the_connection_goes_to_the_resolved_address_with_the_name_of_the_host(address):
-    wire, resolver = LimitedHttpProtocol(), Resolver([address])
-    assert got("https://IMG.example/a?b=c", wire, resolver) == b"image"
-    (request,) = wire.requests
-    assert request.url.host == address
-    assert request.url.raw_path == b"/a?b=c"
-    assert request.headers["host"] == "img.example"
-    assert request.extensions["sni_hostname"] == "img.example"
-    assert resolver.asked == [("img.example", 443)]
+def test_the_connection_uses_the_resolved_address_and_the_host_name(address):
+    transport, resolver = Transport(), Resolver([address], ["127.0.0.1"])
+    assert got("https://IMG.example/a?b=c", transport, resolver) == b"image"
+    (request,) = transport.requests
+    assert (request.url.host, request.url.raw_path) == (address, b"/a?b=c")
+    assert request.headers["host"] == request.extensions["sni_hostname"] == "img.example"
+    assert resolver.calls == [("img.example", 443)]  # once: a second DNS response could differ
 
 
-def test_a_listed_port_is_used():
-    wire, resolver = LimitedHttpProtocol(), Resolver([PUBLIC])
-    got("https://img.example:8443/a", wire, resolver)
-    assert (wire.requests[0].url.port, wire.requests[0].headers["host"]) == (8443, "img.example:8443")
-    assert resolver.asked == [("img.example", 8443)]
-
-
-def test_a_name_that_is_bound_again_is_never_asked_for_twice():
-    wire, resolver = LimitedHttpProtocol(), Resolver([PUBLIC], ["127.0.0.1"])
-    got("https://img.example/a", wire, resolver)
-    assert len(resolver.asked) == 1
-    assert wire.requests[0].url.host == PUBLIC
+def test_an_allowed_port_is_used():
+    transport, resolver = Transport(), Resolver([PUBLIC])
+    got("https://img.example:8443/a", transport, resolver)
+    assert (transport.requests[0].url.port, transport.requests[0].headers["host"]) == (
+        8443,
+        "img.example:8443",
+    )
+    assert resolver.calls == [("img.example", 8443)]
 
 
 PRIVATE = [
-    "127.0.0.1",
-    "127.8.8.8",
-    "0.0.0.0",  # noqa: S104
-    "10.0.0.1",
-    "172.16.0.1",
-    "192.168.1.1",
-    "169.254.169.254",
-    "100.64.0.1",
-    "224.0.0.1",
-    "255.255.255.255",
-    "192.0.2.1",
-    "::1",
-    "::",
-    "::ffff:127.0.0.1",
-    "::ffff:8.8.8.8",
-    "fe80::1",
-    "fe80::1%eth0",
-    "fd00::1",
-    "ff02::1",
-    "64:ff9b::7f00:1",
-    "2002:7f00:1::1",
-    "2001:0:7f00:1::1",
-    "2001:db8::1",
+    *("127.0.0.1", "127.8.8.8", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.1.1"),  # noqa: S104
+    *("169.254.169.254", "100.64.0.1", "224.0.0.1", "255.255.255.255", "192.0.2.1"),
+    *("::1", "::", "::ffff:127.0.0.1", "::ffff:8.8.8.8", "fe80::1", "fe80::1%eth0", "fd00::1", "ff02::1"),
+    *("64:ff9b::7f00:1", "2002:7f00:1::1", "2001:0:7f00:1::1", "2001:db8::1"),
 ]
 
 
 @pytest.mark.parametrize("address", PRIVATE)
-def test_an_address_that_is_not_public_is_refused_alone_and_among_public_ones(address):
-    for answers in ([address], [PUBLIC, address]):
-        wire = LimitedHttpProtocol()
-        assert refused("https://img.example/a", wire, Resolver(answers)) == ("url_not_allowed", 403)
-        assert wire.requests == []
+def test_a_private_address_is_rejected_alone_and_among_public_ones(address):
+    for addresses in ([address], [PUBLIC, address]):
+        transport = Transport()
+        assert rejected(URL, transport, Resolver(addresses)) == ("url_not_allowed", 403)
+        assert transport.requests == []
 
 
 @pytest.mark.parametrize("address", [PUBLIC, "8.8.8.8", "2606:4700::1111", "2a00:1450:4001::1"])
@@ -136,6 +117,7 @@ def test_public_addresses_are_public(address):
 
 
 FORBIDDEN = [
+    "",
     "file:///etc/passwd",
     "http://img.example/a",
     "ftp://img.example/a",
@@ -161,53 +143,45 @@ FORBIDDEN = [
 ]
 
 
-@pytest.mark.parametrize("url", ["", *FORBIDDEN])
-def test_what_is_not_listed_is_refused_before_anything_is_asked(url):
+@pytest.mark.parametrize("url", FORBIDDEN)
+def test_other_urls_are_rejected_before_the_name_is_resolved(url):
     resolver = Resolver()
-    assert refused(url, resolver=resolver) == ("url_not_allowed", 403)
-    assert resolver.asked == []
+    assert rejected(url, resolver=resolver) == ("url_not_allowed", 403)
+    assert resolver.calls == []
 
 
 @pytest.mark.parametrize(
     "url", ["https://[::1", "https://a:b:c/", "https://a\n/b", "https://" + "a" * 70_000]
 )
-def test_what_is_no_url_is_refused(url):
-    assert refused(url) == ("bad_url", 400)
+def test_invalid_urls_are_rejected(url):
+    assert rejected(url) == ("bad_url", 400)
 
 
 @pytest.mark.parametrize(
     "url", ["https://127.0.0.1/", "https://0x7f.1/", "https://[::ffff:127.0.0.1]/", "https://localhost/"]
 )
-def test_even_a_listed_host_must_be_public_for_the_resolver_of_the_system(url):
+def test_an_allowed_host_must_be_public_for_the_system_resolver_too(url):
     settings = Settings(url_hosts=("127.0.0.1", "0x7f.1", "::ffff:127.0.0.1", "localhost"))
     with pytest.raises(RejectedError) as caught:
         asyncio.run(fetch(url, settings))
-    assert caught.value.refusal.status in {403, 422}
+    assert caught.value.rejection.status in {403, 422}
 
 
-def test_a_host_without_an_address_is_told():
-    async def unknown(host: str, port: int) -> Sequence[str]:
-        raise OSError("no such host")
-
-    with pytest.raises(RejectedError) as caught:
-        asyncio.run(fetch("https://img.example/", OPEN, resolve=unknown))
-    assert caught.value.refusal.code == "url_unreachable"
-    assert refused("https://img.example/", resolver=Resolver([])) == ("url_unreachable", 422)
+@pytest.mark.parametrize("resolver", [Resolver([]), Resolver(OSError("no such host"))], ids=["none", "error"])
+def test_a_host_without_an_address_is_unreachable(resolver):
+    assert rejected(URL, resolver=resolver) == ("url_unreachable", 422)
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_is_not_followed(status):
-    wire = LimitedHttpProtocol(httpx.Response(status, headers={"Location": "http://127.0.0.1/"}))
-    assert refused("https://img.example/a", wire) == ("url_not_allowed", 403)
-    assert len(wire.requests) == 1
+def test_redirects_are_not_followed(status):
+    transport = Transport(httpx.Response(status, headers={"Location": "http://127.0.0.1/"}))
+    assert rejected(URL, transport) == ("url_not_allowed", 403)
+    assert len(transport.requests) == 1
 
 
 @pytest.mark.parametrize("status", [204, 404, 500])
-def test_another_status_than_200_is_told(status):
-    assert refused("https://img.example/a", LimitedHttpProtocol(httpx.Response(status))) == (
-        "url_unreachable",
-        422,
-    )
+def test_other_statuses_than_200_are_unreachable(status):
+    assert rejected(URL, Transport(httpx.Response(status))) == ("url_unreachable", 422)
 
 
 class Endless(httpx.AsyncByteStream):
@@ -224,36 +198,24 @@ class Endless(httpx.AsyncByteStream):
             await asyncio.sleep(self.seconds)
 
 
-def test_an_endless_stream_is_cut_at_the_limit():
+def test_an_endless_stream_is_cut_at_the_size_limit():
     stream = Endless(0)
-    assert refused("https://img.example/a", LimitedHttpProtocol(httpx.Response(200, stream=stream))) == (
-        "too_large",
-        413,
-    )
+    assert rejected(URL, Transport(httpx.Response(200, stream=stream))) == ("too_large", 413)
     assert stream.sent == 1100
 
 
-def test_a_slow_stream_is_cut_at_the_time():
+@pytest.mark.parametrize("slow", ["stream", "resolver"])
+def test_a_slow_stream_and_a_slow_resolver_end_at_the_timeout(slow):
     settings = Settings(url_hosts=("img.example",), url_seconds=0.3)
     began = time.monotonic()
-    wire = LimitedHttpProtocol(httpx.Response(200, stream=Endless(0.05)))
-    assert refused("https://img.example/a", wire, settings=settings) == ("url_timeout", 504)
+    transport = Transport(httpx.Response(200, stream=Endless(0.05)))
+    resolver = Resolver([PUBLIC] if slow == "stream" else 30.0)
+    assert rejected(URL, transport, resolver, settings) == ("url_timeout", 504)
     assert time.monotonic() - began < 5
 
 
-def test_a_slow_resolver_is_cut_at_the_time():
-    async def slow(host: str, port: int) -> Sequence[str]:
-        await asyncio.sleep(30)
-        return [PUBLIC]
-
-    settings = Settings(url_hosts=("img.example",), url_seconds=0.1)
-    with pytest.raises(RejectedError) as caught:
-        asyncio.run(fetch("https://img.example/", settings, resolve=slow))
-    assert caught.value.refusal.code == "url_timeout"
-
-
-class LabeledImages(BaseHTTPRequestHandler):
-    """Answers every path with the host it was asked for."""
+class EchoHost(BaseHTTPRequestHandler):
+    """Responds to every path with the `Host` of the request."""
 
     def do_GET(self) -> None:
         body = self.headers["Host"].encode()
@@ -267,27 +229,23 @@ class LabeledImages(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def pictures() -> Iterator[int]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), LabeledImages) as server:
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A local server under a host name that does not exist, and whose address counts as public."""
+    monkeypatch.setattr("sopdeploy_service.http.fetch.is_public", lambda address: address == "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), EchoHost) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server.server_port
+        yield f"img.invalid:{server.server_port}"
         server.shutdown()
 
 
-def test_a_real_connection_goes_to_the_pinned_address(pictures, monkeypatch):
-    """The name does not exist, so only the pinned address can have been connected to."""
-    monkeypatch.setattr("sopdeploy_service.http.fetch.is_public", lambda address: address == "127.0.0.1")
+def test_a_real_connection_uses_the_resolved_address_and_no_proxy(place, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    place = f"img.invalid:{pictures}"
     settings = Settings(url_hosts=(place,), url_plain_http=True)
     found = asyncio.run(fetch(f"http://{place}/", settings, resolve=Resolver(["127.0.0.1"])))
     assert found == place.encode()
 
 
-def test_a_server_that_does_not_speak_tls_is_told(pictures, monkeypatch):
-    monkeypatch.setattr("sopdeploy_service.http.fetch.is_public", lambda address: True)
-    place = f"img.invalid:{pictures}"
-    settings = Settings(url_hosts=(place,))
+def test_a_server_without_tls_is_unreachable(place):
     with pytest.raises(RejectedError) as caught:
-        asyncio.run(fetch(f"https://{place}/", settings, resolve=Resolver(["127.0.0.1"])))
-    assert caught.value.refusal.code == "url_unreachable"
+        asyncio.run(fetch(f"https://{place}/", Settings(url_hosts=(place,)), resolve=Resolver(["127.0.0.1"])))
+    assert caught.value.rejection.code == "url_unreachable"

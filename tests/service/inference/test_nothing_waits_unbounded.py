@@ -34,8 +34,8 @@ def blocked(monkeypatch):
 
         return read
 
-    monkeypatch.setattr(upload, "read_json", waiting(upload.read_json))
-    monkeypatch.setattr(v2_infer, "read_body", waiting(v2_infer.read_body))
+    monkeypatch.setattr(upload, "parse_upload", waiting(upload.parse_upload))
+    monkeypatch.setattr(v2_infer, "parse_body", waiting(v2_infer.parse_body))
     yield gate
     gate.set()
 

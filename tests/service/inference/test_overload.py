@@ -98,7 +98,7 @@ def test_the_images_of_a_form_all_count_in_the_queue(serve_with, pool, jpeg, unt
 
 def test_an_image_that_waits_too_long_is_504_and_never_reaches_the_engine(serve_with, pool, jpeg):
     runtime = Held(largest_batch=1)
-    client = serve_with(runtime, deadline_seconds=0.3)
+    client = serve_with(runtime, request_timeout=0.3)
     replies = [pool.submit(post, client, jpeg) for _ in range(4)]
     answers = [reply.result() for reply in replies]
     assert [answer.status_code for answer in answers] == [504] * 4
@@ -179,7 +179,7 @@ def test_a_mistake_of_ours_is_a_problem_too(serve_with, jpeg, monkeypatch):
 
 
 def test_a_body_that_does_not_arrive_is_408(serve_with):
-    client = serve_with(FakeRuntime(classes=7), deadline_seconds=0.3)
+    client = serve_with(FakeRuntime(classes=7), request_timeout=0.3)
     with socket.create_connection((client.base_url.host, client.base_url.port), timeout=10) as wire:
         wire.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nslow")
         assert wire.recv(12) == b"HTTP/1.1 408"

@@ -17,7 +17,7 @@ from fastapi import Request
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import BundleError, ConfigError
-from sopdeploy_service.api.upload import TIMEOUT_HEADER, seconds_allowed
+from sopdeploy_service.api.upload import TIMEOUT_HEADER, timeout_of
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.fault_injection import InjectedError, parse_faults
 from sopdeploy_service.inference.loader import load_model
@@ -267,8 +267,8 @@ def test_a_timeout_of_any_length_is_cut_to_the_deadline_of_the_server(two, jpeg,
 
 def test_no_timeout_lengthens_the_deadline_of_the_server(two) -> None:
     def allowed(value: bytes) -> float:
-        scope = {"type": "http", "headers": [(TIMEOUT_HEADER, value)]}
-        return seconds_allowed(Request(scope), longest=30.0)
+        scope = {"type": "http", "headers": [(TIMEOUT_HEADER.encode(), value)]}
+        return timeout_of(Request(scope), longest=30.0)
 
     found = [allowed(value) for value in (b"1", b"0001500", b"29999", b"30001", b"9" * 10, b"9" * 20_000)]
     assert found == [0.001, 1.5, 29.999, 30.0, 30.0, 30.0]

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from sopdeploy_service.http.api_keys import new_key
-from sopdeploy_service.http.auth import Gate
+from sopdeploy_service.http.auth import ApiKeyMiddleware
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.logs import Timeline, process_age
 from sopdeploy_service.runtime.fake import FakeRuntime
@@ -168,5 +168,5 @@ def test_the_age_of_this_process_is_known_where_the_system_tells():
 
 def test_a_gate_is_no_part_of_an_app_without_keys(serve_with):
     client = serve_with(FakeRuntime(classes=7))
-    assert Gate not in [layer.cls for layer in client.app.user_middleware]
+    assert ApiKeyMiddleware not in [layer.cls for layer in client.app.user_middleware]
     assert client.get("/info").status_code == httpx.codes.OK

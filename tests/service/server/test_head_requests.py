@@ -1,11 +1,10 @@
-"""`HEAD` gets what `GET` gets, but for the body."""
+"""`HEAD` responses equal `GET` responses without the body."""
 
 import pytest
 
-from sopdeploy_service.http.headers import with_head
 from tests.service.raw import connect, count
 
-ITS_OWN = {"x-request-id", "date"}  # of each answer
+UNIQUE = {"x-request-id", "date"}  # differ in every response
 MODEL = "/v2/models/tiny"
 READ = [
     *("/", "/docs", "/errors", "/openapi.json", "/livez", "/readyz", "/info", "/v1/card"),
@@ -21,15 +20,15 @@ def test_head_has_the_status_and_headers_of_get_and_no_body(client, path):
     get, head = client.get(path), client.head(path)
     assert get.content
     assert (head.status_code, head.content) == (get.status_code, b"")
-    assert told(head) == told(get)
+    assert headers_of(head) == headers_of(get)
     assert int(head.headers["content-length"]) == len(get.content)
 
 
-def told(reply):
-    return {name: value for name, value in reply.headers.items() if name not in ITS_OWN}
+def headers_of(reply):
+    return {name: value for name, value in reply.headers.items() if name not in UNIQUE}
 
 
-def test_the_metrics_have_a_head_and_count_it_by_its_route(client):
+def test_metrics_support_head_and_count_it(client):
     before = count(client, 'requests_total{code="200",model="",route="/info"}')
     assert client.head("/info").status_code == 200
     assert count(client, 'requests_total{code="200",model="",route="/info"}') == before + 1
@@ -39,29 +38,20 @@ def test_the_metrics_have_a_head_and_count_it_by_its_route(client):
 
 
 @pytest.mark.parametrize("path", WRITTEN)
-def test_what_is_only_written_to_has_no_head(client, path):
+def test_post_endpoints_reject_head(client, path):
     head = client.head(path)
     assert (head.status_code, head.headers["allow"], head.content) == (405, "POST", b"")
 
 
 @pytest.mark.parametrize("path", ["/", "/readyz", "/openapi.json", f"{MODEL}/config"])
-def test_what_is_only_read_allows_get_and_head(client, path):
+def test_get_endpoints_allow_get_and_head(client, path):
     reply = client.delete(path)
     assert (reply.status_code, reply.headers["allow"]) == (405, "GET, HEAD")
 
 
-@pytest.mark.parametrize(
-    ("allow", "found"),
-    [("GET", "GET, HEAD"), ("HEAD, GET", "GET, HEAD"), ("POST, GET", "GET, HEAD, POST"), ("POST", "POST")],
-)
-def test_a_path_that_allows_get_allows_head(allow, found):
-    assert with_head({"Allow": allow, "X": "y"}) == {"Allow": found, "X": "y"}
-    assert with_head({"X": "y"}) == {"X": "y"}
-
-
-def test_not_one_byte_of_a_body_comes_before_the_next_answer(client):
+def test_no_body_precedes_the_next_response(client):
     with connect(client) as wire:
-        for _ in range(3):  # the wire must be usable after it
+        for _ in range(3):  # the connection must stay usable
             wire.sendall(b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\nGET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
             data = b""
             while not data.endswith(b'{"status":"ok"}'):
@@ -75,7 +65,7 @@ def test_not_one_byte_of_a_body_comes_before_the_next_answer(client):
     ("lines", "status"),
     [(b"HTTP/1.1\r\n\r\n", b"400"), (b"HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 40_000 + b"\r\n\r\n", b"431")],
 )
-def test_a_head_that_is_refused_by_the_wire_gets_no_body_either(client, lines, status):
+def test_a_rejected_head_request_has_no_body(client, lines, status):
     with connect(client) as wire:
         wire.sendall(b"HEAD /livez " + lines)
         data = b"".join(iter(lambda: wire.recv(65_536), b""))
@@ -84,6 +74,6 @@ def test_a_head_that_is_refused_by_the_wire_gets_no_body_either(client, lines, s
     assert data.count(b"\r\n\r\n") == 1
 
 
-def test_the_description_knows_no_head(client):
+def test_openapi_has_no_head(client):
     operations = client.get("/openapi.json").json()["paths"].values()
     assert not any("head" in methods for methods in operations)

@@ -1,4 +1,4 @@
-"""Health on a port of its own: true while the service answers, and while it cannot."""
+"""The health port: correct while the event loop of the service is running, and while it is blocked."""
 
 import re
 import signal
@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from sopdeploy_service.server import health_port
-from sopdeploy_service.server.health_port import LoopWatch, answering, health_app
+from sopdeploy_service.server.health_port import LoopWatch, health_app, run_in_thread
 from sopdeploy_service.server.sockets import bind, url
 from tests.service.children import START_SECONDS, line_of
 from tests.service.raw import EXPECT, GET, POST, connect, read
@@ -23,7 +23,7 @@ from pathlib import Path
 from sopdeploy_service.server import process as server
 from sopdeploy_service.settings import (load_settings)
 from sopdeploy_service.api.upload import (ImageForm)
-def images(self):  # a mistake: work on the event loop, here until a file is there
+def images(self):  # blocks the event loop until a file exists
     while not Path(sys.argv[2]).exists():
         time.sleep(0.01)
     return []
@@ -34,7 +34,7 @@ sys.exit(server.serve([Path(sys.argv[1])], load_settings(
 
 
 class Clock:
-    """In place of `time`: what a test says."""
+    """Replaces `time` by a clock that tests set."""
 
     now = 100.0
 
@@ -51,14 +51,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def health():
-    """`health(state)` answers for *state* on a port; gives a client and the watch."""
+    """`health(state)` starts a health port; gives a client and the watch."""
     with ExitStack() as stack:
 
         def start(state: str, *, max_lag: float = 0.4) -> tuple[httpx.Client, LoopWatch]:
             watch = LoopWatch()
             listener = stack.enter_context(bind("127.0.0.1", 0))
             app = health_app(lambda: state, lambda: b"metric 1\n", watch, max_lag)
-            stack.enter_context(answering(app, listener))
+            stack.enter_context(run_in_thread(app, listener))
             return stack.enter_context(httpx.Client(base_url=url(listener), timeout=10)), watch
 
         yield start
@@ -68,7 +68,7 @@ def health():
     ("state", "live", "ready"),
     [("ok", 200, 200), ("draining", 200, 503), ("no_model", 200, 503), ("engine_dead", 503, 503)],
 )
-def test_the_states_of_the_service_have_their_statuses(health, state, live, ready):
+def test_every_state_has_its_status(health, state, live, ready):
     client, _ = health(state, max_lag=60)
     for path, status in (("/livez", live), ("/readyz", ready)):
         reply = client.get(path)
@@ -77,7 +77,7 @@ def test_the_states_of_the_service_have_their_statuses(health, state, live, read
     assert client.get("/").status_code == 404
 
 
-def test_a_loop_that_does_not_beat_is_not_alive_until_it_beats_again(health, clock):
+def test_a_blocked_loop_is_not_live_until_it_beats_again(health, clock):
     client, watch = health("ok")
     clock.now += 0.45  # 0.35 after the next beat was due
     assert client.get("/livez").status_code == 200
@@ -89,7 +89,7 @@ def test_a_loop_that_does_not_beat_is_not_alive_until_it_beats_again(health, clo
     assert watch.worst() == pytest.approx(0.45)
 
 
-def test_a_lag_is_forgotten_after_ten_seconds_of_beats(clock):
+def test_a_lag_expires_after_ten_seconds_of_beats(clock):
     watch = LoopWatch()
     clock.now += 0.3
     watch.beat()
@@ -103,13 +103,13 @@ def held(client: httpx.Client, number: int, said: bytes, stack: ExitStack) -> li
     wires = []
     for _ in range(number):
         wires.append(stack.enter_context(connect(client)))
-        with suppress(OSError):  # it had to make room before it could speak
+        with suppress(OSError):  # it was closed to make room for others
             wires[-1].sendall(said)
     return wires
 
 
 @pytest.mark.parametrize("said", [b"", b"GET /livez HTTP/1.1\r\nHo", GET, GET + b"\r\n", POST + EXPECT])
-def test_probes_are_answered_while_200_connections_are_held(health, said):
+def test_probes_work_while_200_connections_are_open(health, said):
     client, _ = health("ok", max_lag=60)
     address = client.base_url
     with ExitStack() as stack:
@@ -119,7 +119,7 @@ def test_probes_are_answered_while_200_connections_are_held(health, said):
             held(client, 20, said, stack)
 
 
-def test_half_a_request_is_408_after_two_seconds_and_the_port_free_again(health):
+def test_an_incomplete_request_is_408_after_two_seconds(health):
     client, _ = health("ok", max_lag=60)
     with connect(client) as wire:
         wire.sendall(GET)
@@ -129,16 +129,22 @@ def test_half_a_request_is_408_after_two_seconds_and_the_port_free_again(health)
     assert client.get("/livez").status_code == 200
 
 
-def test_the_limits_of_the_health_port_are_its_own(monkeypatch):
+def test_a_body_over_the_limit_is_413(health):
+    client, _ = health("ok", max_lag=60)
+    reply = client.request("GET", "/livez", content=bytes(1001))
+    assert (reply.status_code, reply.json()["code"]) == (413, "too_large")
+
+
+def test_the_health_port_ignores_the_settings_of_the_service(monkeypatch):
     monkeypatch.setenv("SOPDEPLOY_MAX_URL_BYTES", "1")
-    monkeypatch.setenv("SOPDEPLOY_HEAD_SECONDS", "0.001")
+    monkeypatch.setenv("SOPDEPLOY_HEADER_TIMEOUT", "0.001")
     with bind("127.0.0.1", 0) as listener:
         app = health_app(lambda: "ok", lambda: b"", LoopWatch(), 60)
-        with answering(app, listener), httpx.Client(base_url=url(listener), timeout=10) as client:
+        with run_in_thread(app, listener), httpx.Client(base_url=url(listener), timeout=10) as client:
             assert client.get("/livez").status_code == 200
 
 
-def test_the_health_port_answers_while_the_event_loop_is_blocked(bundle_path, tmp_path, until):
+def test_the_health_port_works_while_the_event_loop_is_blocked(bundle_path, tmp_path, until):
     free = tmp_path / "free"
     child = subprocess.Popen(
         [sys.executable, "-c", BLOCKING, str(bundle_path), str(free)], stdout=subprocess.PIPE, text=True

@@ -20,10 +20,10 @@ from tests.service.raw import EXPECT, GET, POST, connect, count, read
 
 LIMITS = {
     "max_body_bytes": 1_000_000,
-    "head_seconds": 0.4,
+    "header_timeout": 0.4,
     "body_grace_seconds": 0.4,
-    "write_seconds": 0.5,
-    "deadline_seconds": 3,
+    "write_timeout": 0.5,
+    "request_timeout": 3,
 }
 
 
@@ -170,7 +170,7 @@ def test_a_byte_now_and_then_does_not_keep_a_request_alive(wire, start, code):
 
 
 def test_a_body_fast_enough_for_the_rate_ends_at_the_deadline_all_the_same(serve_with):
-    client = serve_with(FakeRuntime(classes=7), min_body_rate=100, deadline_seconds=0.6)
+    client = serve_with(FakeRuntime(classes=7), min_body_rate=100, request_timeout=0.6)
     with connect(client) as bad:
         bad.sendall(POST + b"Content-Length: 1000000\r\n\r\n")
         for _ in range(9):
@@ -348,7 +348,7 @@ def test_only_so_many_connections_stay_idle(serve_with):
 
 
 def test_hundreds_of_connections_over_the_limit_do_no_harm(serve_with, jpeg, until):
-    client = serve_with(FakeRuntime(classes=7), max_connections=50, head_seconds=0.5)
+    client = serve_with(FakeRuntime(classes=7), max_connections=50, header_timeout=0.5)
     with ExitStack() as stack:
         wires = [stack.enter_context(connect(client)) for _ in range(300)]
         assert any(not is_open(wire) for wire in wires[-2:])
@@ -376,7 +376,7 @@ def test_the_process_may_open_as_many_files_as_its_connections_need(monkeypatch,
 
 def test_more_connections_than_the_system_has_files_for_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _kind: (100, 755))
-    with pytest.raises(ConfigError, match=r"max_connections 500: needs 756 .* allows 755; choose fewer"):
+    with pytest.raises(ConfigError, match=r"max_connections 500: needs 756 .* allows 755; lower"):
         allow_files(500)
 
 
@@ -409,6 +409,6 @@ def test_whatever_comes_is_answered_or_the_connection_ends(
 @pytest.fixture(scope="module")
 def fuzzed(run_server, bundle):
     with run_server(
-        FakeRuntime(classes=7), bundle, Settings(head_seconds=0.05, body_grace_seconds=0.05)
+        FakeRuntime(classes=7), bundle, Settings(header_timeout=0.05, body_grace_seconds=0.05)
     ) as client:
         yield client

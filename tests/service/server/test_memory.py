@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system, unless the environment says something else about the allocator."""
+"""Freed memory returns to the system, unless the environment configures the allocator."""
 
 import os
 import subprocess
@@ -6,17 +6,17 @@ import sys
 
 import pytest
 
-from sopdeploy_service.server.memory import REST_SECONDS, RULES, Rest, keep_little
+from sopdeploy_service.server.memory import IDLE_SECONDS, MALLOPT, IdleTrigger, limit_heaps
 
-NAMES = [name for name, _, _ in RULES]
+NAMES = [name for name, _, _ in MALLOPT]
 HAS_GLIBC = "CS_GNU_LIBC_VERSION" in os.confstr_names
 
-# One large block was freed before, as importing the libraries does; then a peak, with something behind it.
+# Free one large block, as importing the libraries does; then a peak of memory, with one block behind it.
 PEAK = """
 import ctypes, sys
 from pathlib import Path
-from sopdeploy_service.server.memory import (give_back, keep_little)
-keep_little()
+from sopdeploy_service.server.memory import (trim_heaps, limit_heaps)
+limit_heaps()
 c = ctypes.CDLL(None)
 c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 c.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
@@ -34,7 +34,7 @@ behind = filled(900_000)
 for block in blocks:
     c.free(block)
 kept = resident() - before
-give_back()
+trim_heaps()
 print(kept // 1_000_000, (resident() - before) // 1_000_000)
 """
 
@@ -51,8 +51,8 @@ needs_glibc = pytest.mark.skipif(not HAS_GLIBC, reason="the C library is not gli
         ({"GLIBC_TUNABLES": "glibc.rtld.nns=2"}, NAMES),
     ],
 )
-def test_what_the_environment_says_about_the_allocator_holds(environment, taken):
-    assert list(keep_little(environment)) == taken
+def test_allocator_settings_of_the_environment_take_precedence(environment, taken):
+    assert list(limit_heaps(environment)) == taken
 
 
 @needs_glibc
@@ -60,27 +60,27 @@ def test_what_the_environment_says_about_the_allocator_holds(environment, taken)
     ("size", "tunables", "keeps"),
     [
         (2_000_000, "", False),
-        (2_000_000, "glibc.malloc.arena_max=8", True),  # the allocator as it is without our rules
+        (2_000_000, "glibc.malloc.arena_max=8", True),  # the default of glibc
         (400_000, "", True),
     ],
 )
-def test_a_peak_of_large_blocks_goes_back_at_once_and_every_other_at_rest(size, tunables, keeps):
+def test_large_blocks_return_immediately_and_all_others_when_idle(size, tunables, keeps):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     environment |= {"GLIBC_TUNABLES": tunables, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", PEAK, str(size)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    at_once, at_rest = map(int, ended.stdout.split())
+    at_once, when_idle = map(int, ended.stdout.split())
     assert (at_once > 90) is keeps
     assert at_once > 90 or at_once < 10
-    assert at_rest < 10
+    assert when_idle < 10
 
 
-def test_rest_comes_once_after_each_time_that_there_was_something_to_do():
+def test_the_trigger_fires_once_after_each_busy_period():
     seen = []
-    rest = Rest(lambda: seen.append(now))
-    step = REST_SECONDS / 10
+    trigger = IdleTrigger(lambda: seen.append(now))
+    step = IDLE_SECONDS / 10
     requests = [0] * 20 + [1, 2, 0, 0, 1] + [0] * 20 + [3] * 30 + [0] * 20
     for number, count in enumerate(requests):
         now = number * step
-        rest.tick(now, count)
+        trigger.tick(now, count)
     assert [round(at / step) for at in seen] == [34, 84]

@@ -1,4 +1,4 @@
-"""The server as a process: its first line, its last answer and its exit code."""
+"""The server process: startup, graceful shutdown, logs and exit codes."""
 
 import json
 import os
@@ -19,12 +19,12 @@ import pytest
 
 from sopdeploy.errors import BundleError, ConfigError, ParityError
 from sopdeploy_service.server.process import serve
-from sopdeploy_service.server.sockets import bind, take_in
+from sopdeploy_service.server.sockets import accept_pending, bind
 from sopdeploy_service.settings import Settings
 from tests.service.children import line_of
 from tests.service.raw import GET, connect, read
 
-PATIENCE = 90  # seconds; only a machine that has no time for it takes more than a few
+PATIENCE = 90  # seconds; usually a few are enough
 SERVE = """
 import sys
 from pathlib import Path
@@ -43,32 +43,32 @@ except SopdeployError as problem:
 SLOW = """
 import time
 from sopdeploy_service.runtime.onnxruntime import (OnnxRuntime)
-whole = OnnxRuntime.run
+original = OnnxRuntime.run
 def slow(self, images):
     time.sleep(0.15)
-    return whole(self, images)
+    return original(self, images)
 OnnxRuntime.run = slow
 """
 
 HANGS = """
 import time
 from sopdeploy_service.runtime.onnxruntime import (OnnxRuntime)
-whole = OnnxRuntime.run
+original = OnnxRuntime.run
 def hang(self, images):
     if images.max() == 0:
         time.sleep(1000)
-    return whole(self, images)
+    return original(self, images)
 OnnxRuntime.run = hang
 """
 
 HALTS = """
 import os, signal
 from sopdeploy_service.server.process import (DrainingServer)
-whole = DrainingServer.on_tick
+original = DrainingServer.on_tick
 async def halt(self, counter):
-    ends = await whole(self, counter)
+    ends = await original(self, counter)
     if ends:
-        os.kill(os.getpid(), signal.SIGSTOP)  # what comes now comes just before the port is closed
+        os.kill(os.getpid(), signal.SIGSTOP)  # the test connects now, just before the port closes
     return ends
 DrainingServer.on_tick = halt
 """
@@ -76,7 +76,7 @@ DrainingServer.on_tick = halt
 
 @contextmanager
 def process(
-    bundle: Path, faults: str = "", settings: str = "", ordered: str = ""
+    bundle: Path, faults: str = "", settings: str = "", faults_variable: str = ""
 ) -> Iterator[subprocess.Popen[str]]:
     code = SERVE.format(faults=faults, settings=settings)
     child = subprocess.Popen(
@@ -84,9 +84,9 @@ def process(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"SOPDEPLOY_FAULTS": ordered},
+        env=os.environ | {"SOPDEPLOY_FAULTS": faults_variable},
     )
-    with child:  # whose end waits for the process, so that must be over by then
+    with child:  # `Popen.__exit__` waits for the process
         try:
             yield child
             child.wait(PATIENCE)
@@ -109,7 +109,7 @@ def start(bundle_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[st
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_an_idle_server_says_when_it_is_ready_and_ends_with_0(start, jpeg, stop) -> None:
+def test_an_idle_server_prints_ready_and_exits_with_0(start, jpeg, stop) -> None:
     child, client = start()
     assert client.get("/readyz").status_code == 200
     assert client.post("/v1/classify", content=jpeg).status_code == 200
@@ -118,7 +118,7 @@ def test_an_idle_server_says_when_it_is_ready_and_ends_with_0(start, jpeg, stop)
     assert (child.returncode, out, err) == (0, "", "")
 
 
-def test_sigterm_under_load_answers_every_request_that_was_admitted(start, jpeg) -> None:
+def test_sigterm_under_load_completes_all_admitted_requests(start, jpeg) -> None:
     child, client = start(faults=SLOW, settings="max_batch=1")
     replies: list[httpx.Response] = []
     with ThreadPoolExecutor(16) as pool:
@@ -135,29 +135,29 @@ def test_sigterm_under_load_answers_every_request_that_was_admitted(start, jpeg)
 
 
 @pytest.mark.parametrize("said", [b"", b"POST /v1/cl", b"POST /v1/classify HTTP/1.1\r\nHost: x\r\n"])
-def test_who_is_connected_before_the_port_closes_is_answered(start, jpeg, said) -> None:
+def test_connections_opened_before_the_port_closes_get_a_response(start, jpeg, said) -> None:
     child, client = start(faults=HALTS)
-    whole = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(jpeg) + jpeg
+    request = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(jpeg) + jpeg
     with ExitStack() as stack:
         known = [stack.enter_context(connect(client)) for _ in range(20)]
         for wire in known:
-            wire.sendall(whole)
+            wire.sendall(request)
             assert read(wire, to_the_end=False).status == 200
             wire.sendall(said)
         child.send_signal(signal.SIGTERM)
         wait_until(lambda: os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOHANG) is not None)
-        strangers = [stack.enter_context(connect(client)) for _ in range(40)]
-        for wire in strangers:
-            wire.sendall(whole)
+        pending = [stack.enter_context(connect(client)) for _ in range(40)]
+        for wire in pending:
+            wire.sendall(request)
         for wire in known:
-            wire.sendall(whole.removeprefix(said))
+            wire.sendall(request.removeprefix(said))
         child.send_signal(signal.SIGCONT)
-        replies = [read(wire) for wire in known + strangers]
+        replies = [read(wire) for wire in known + pending]
     assert [(reply.status, reply.code) for reply in replies] == [(503, "draining")] * 60
     assert child.wait(PATIENCE) == 0
 
 
-def test_connections_that_say_nothing_do_not_keep_the_server_from_its_end(start) -> None:
+def test_silent_connections_do_not_delay_the_shutdown(start) -> None:
     child, client = start()
     with ExitStack() as stack:
         for said in (b"", b"GET /li", GET, GET + b"\r\n") * 5:
@@ -167,18 +167,18 @@ def test_connections_that_say_nothing_do_not_keep_the_server_from_its_end(start)
         assert child.wait(20) == 0
 
 
-def test_a_port_is_asked_for_all_who_wait_at_it() -> None:
+def test_accept_pending_accepts_all_connections() -> None:
     with ExitStack() as stack:
         listener = stack.enter_context(bind("127.0.0.1", 0))
         listener.listen()
         listener.setblocking(False)
         wires = [stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(3)]
-        found = [stack.enter_context(one).getpeername() for one in take_in(listener)]
+        found = [stack.enter_context(one).getpeername() for one in accept_pending(listener)]
         assert found == [wire.getsockname() for wire in wires]
-        assert take_in(listener) == []
+        assert accept_pending(listener) == []
 
 
-def test_what_cannot_be_answered_within_the_drain_is_refused_and_not_cut_off(start, jpeg) -> None:
+def test_requests_unfinished_after_the_drain_get_503(start, jpeg) -> None:
     child, client = start(faults=SLOW, settings="max_batch=1, drain_seconds=0.5")
     with ThreadPoolExecutor(16) as pool:
         sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
@@ -203,15 +203,15 @@ def test_a_second_signal_ends_the_drain(start, jpeg) -> None:
     assert child.wait(PATIENCE) == 0
 
 
-def test_a_hung_engine_ends_the_process_with_70(start, make_picture) -> None:
+def test_a_hanging_runtime_exits_with_70(start, make_picture) -> None:
     child, client = start(faults=HANGS, settings="engine_timeout_seconds=0.5")
     reply = client.post("/v1/classify", content=make_picture((0, 0, 0), kind="PNG"))
     assert (reply.status_code, reply.json()["code"]) == (503, "engine_dead")
     assert child.wait(PATIENCE) == 70
 
 
-def test_ordered_faults_are_warned_of_and_a_hung_engine_ends_the_process_with_70(start, jpeg) -> None:
-    child, client = start(ordered="engine=nan@1,engine=hang@2")
+def test_injected_faults_are_logged_and_a_hanging_runtime_exits_with_70(start, jpeg) -> None:
+    child, client = start(faults_variable="engine=nan@1,engine=hang@2")
     first = client.post("/v1/classify", content=jpeg)
     assert (first.status_code, first.json()["code"]) == (500, "nonfinite_output")
     assert client.post("/v1/classify", content=jpeg).json()["code"] == "engine_dead"
@@ -223,7 +223,7 @@ def test_ordered_faults_are_warned_of_and_a_hung_engine_ends_the_process_with_70
     assert events[0]["faults"] == "engine=nan@1,engine=hang@2"
 
 
-def test_the_log_tells_of_start_requests_drain_and_end(start, jpeg) -> None:
+def test_the_log_has_startup_requests_drain_and_stop(start, jpeg) -> None:
     child, client = start(settings="log='json'")
     assert client.post("/v1/classify", content=jpeg).status_code == 200
     child.send_signal(signal.SIGTERM)
@@ -236,7 +236,7 @@ def test_the_log_tells_of_start_requests_drain_and_end(start, jpeg) -> None:
     assert events[0]["ms"] == pytest.approx(sum(steps.values()), abs=0.2)
 
 
-def test_the_timeline_alone_is_printed_where_it_is_asked_for(start, jpeg) -> None:
+def test_the_startup_timeline_is_logged_on_request(start, jpeg) -> None:
     child, client = start(settings="startup_timeline=True")
     assert client.post("/v1/classify", content=jpeg).status_code == 200
     child.send_signal(signal.SIGTERM)
@@ -244,7 +244,7 @@ def test_the_timeline_alone_is_printed_where_it_is_asked_for(start, jpeg) -> Non
     assert json.loads(line)["event"] == "started"
 
 
-def test_wrong_faults_or_keys_are_one_clear_line(bundle_path: Path, tmp_path: Path, monkeypatch) -> None:
+def test_invalid_faults_and_keys_are_one_line_errors(bundle_path: Path, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(ConfigError, match="sopdeploy key"):
         serve([bundle_path], Settings(port=0, keys=tmp_path / "keys.toml"))
     monkeypatch.setenv("SOPDEPLOY_FAULTS", "engine=explode@1")
@@ -253,7 +253,7 @@ def test_wrong_faults_or_keys_are_one_clear_line(bundle_path: Path, tmp_path: Pa
 
 
 def arrived(client: httpx.Client) -> int:
-    """How many requests have been admitted so far; some of them may be answered already."""
+    """Number of requests received so far."""
     for line in client.get("/metrics").text.splitlines():
         if line.startswith('sopdeploy_stage_duration_seconds_count{stage="receive"} '):
             return int(float(line.split()[1]))
@@ -267,7 +267,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None
         time.sleep(0.01)
 
 
-def test_a_port_in_use_is_one_clear_line(bundle_path: Path) -> None:
+def test_a_port_in_use_is_a_one_line_error(bundle_path: Path) -> None:
     with bind("127.0.0.1", 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]
@@ -275,7 +275,7 @@ def test_a_port_in_use_is_one_clear_line(bundle_path: Path) -> None:
             serve([bundle_path], Settings(port=port))
 
 
-def test_a_host_that_is_not_here_is_one_clear_line(bundle_path: Path) -> None:
+def test_an_unknown_host_is_a_one_line_error(bundle_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot listen"):
         serve([bundle_path], Settings(host="host.invalid", port=0))
 
@@ -287,14 +287,14 @@ def test_a_damaged_bundle_is_never_served(bundle_path: Path, tmp_path: Path) -> 
         serve([copy], Settings(port=0))
 
 
-def test_a_network_that_gives_other_numbers_than_promised_is_never_served(
+def test_a_network_with_other_outputs_is_never_served(
     wrong_bundle_path: Path,
 ) -> None:
     with pytest.raises(ParityError, match="deviates"):
         serve([wrong_bundle_path], Settings(port=0))
 
 
-def test_the_server_and_the_app_never_load_torch_or_the_exporter() -> None:
+def test_the_server_never_imports_torch_or_the_exporter() -> None:
     code = (
         "import sys, sopdeploy_service.app, sopdeploy_service.server.process, "
         "sopdeploy_service.commands.predict, "

@@ -1,4 +1,4 @@
-"""The soak's books, and eight seconds of it."""
+"""The soak benchmark: its accounting, and a run of eight seconds."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -15,8 +15,8 @@ FOLDER = Path(__file__).parents[3] / "benchmarks"
 
 
 @pytest.fixture
-def books(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The modules of the soak, which are scripts beside each other and no package."""
+def soak_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The modules of the soak, which are scripts and no package."""
     monkeypatch.syspath_prepend(str(FOLDER))
     import soak
     import soak_accounts
@@ -28,57 +28,61 @@ def books(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         del sys.modules[name]
 
 
-def held(books: Any, resident: list[float], step: float = 1.0) -> list[Any]:
+def held(soak_modules: Any, resident: list[float], step: float = 1.0) -> list[Any]:
     return [
-        books.accounts.Holding(moment=step * n, resident=int(1e6 * mb), threads=5, descriptors=9)
+        soak_modules.accounts.Holding(moment=step * n, resident=int(1e6 * mb), threads=5, descriptors=9)
         for n, mb in enumerate(resident)
     ]
 
 
-def verdict(books: Any, tally: Any, samples: list[Any], **after: int) -> dict[str, bool | None]:
+def verdict(soak_modules: Any, tally: Any, samples: list[Any], **after: int) -> dict[str, bool | None]:
     last = replace(samples[-1], threads=after.get("threads", 5), descriptors=after.get("descriptors", 9))
-    found = books.accounts.bounds(tally, [*samples[:-1], last], after.get("code", 0))
+    found = soak_modules.accounts.bounds(tally, [*samples[:-1], last], after.get("code", 0))
     return {bound.name: bound.held for bound in found}
 
 
-def good_tally(books: Any) -> Any:
-    tally = books.accounts.Tally()
+def good_tally(soak_modules: Any) -> Any:
+    tally = soak_modules.accounts.Tally()
     tally.note("single", 200)
     tally.compare("single", [ClassProbability(label="a", probability=1.0)], {"a": 1.0})
     tally.by_digest.update(["one", "other"])
     return tally
 
 
-def test_a_leak_shows_as_a_slope_and_a_jump_or_a_wave_does_not(books: Any) -> None:
-    leak = held(books, [100 + 0.05 * n for n in range(120)])
-    assert books.accounts.mb_per_minute(leak) == pytest.approx(3)
-    wave = held(books, [100 + 20 * (n % 2) for n in range(120)])
-    assert abs(books.accounts.mb_per_minute(wave)) < 0.5
-    jump = held(books, [100] * 10 + [130] * 110)
-    assert books.accounts.mb_per_minute(jump) == 0
-    assert books.accounts.mb_per_minute(leak[:1]) == 0
+def test_a_leak_is_a_slope_but_a_jump_or_a_wave_is_not(soak_modules: Any) -> None:
+    leak = held(soak_modules, [100 + 0.05 * n for n in range(120)])
+    assert soak_modules.accounts.mb_per_minute(leak) == pytest.approx(3)
+    wave = held(soak_modules, [100 + 20 * (n % 2) for n in range(120)])
+    assert abs(soak_modules.accounts.mb_per_minute(wave)) < 0.5
+    jump = held(soak_modules, [100] * 10 + [130] * 110)
+    assert soak_modules.accounts.mb_per_minute(jump) == 0
+    assert soak_modules.accounts.mb_per_minute(leak[:1]) == 0
 
 
-def test_a_sound_soak_holds_every_bound(books: Any) -> None:
-    assert set(verdict(books, good_tally(books), held(books, [100] * 90)).values()) == {True}
+def test_a_clean_soak_meets_every_bound(soak_modules: Any) -> None:
+    assert set(verdict(soak_modules, good_tally(soak_modules), held(soak_modules, [100] * 90)).values()) == {
+        True
+    }
 
 
-def test_a_slope_over_a_short_time_is_not_judged(books: Any) -> None:
-    assert verdict(books, good_tally(books), held(books, [100, 200, 300]))["memory"] is None
+def test_a_short_slope_is_not_judged(soak_modules: Any) -> None:
+    assert (
+        verdict(soak_modules, good_tally(soak_modules), held(soak_modules, [100, 200, 300]))["memory"] is None
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "after"),
     [("threads", {"threads": 6}), ("descriptors", {"descriptors": 10}), ("exit code", {"code": 70})],
 )
-def test_what_stays_behind_breaks_its_bound(books: Any, name: str, after: dict[str, int]) -> None:
-    found = verdict(books, good_tally(books), held(books, [100] * 90), **after)
+def test_leftover_resources_break_their_bound(soak_modules: Any, name: str, after: dict[str, int]) -> None:
+    found = verdict(soak_modules, good_tally(soak_modules), held(soak_modules, [100] * 90), **after)
     assert [bound for bound, kept in found.items() if kept is False] == [name]
 
 
-def test_a_leak_breaks_the_bound_of_memory(books: Any) -> None:
-    leak = held(books, [100 + 0.05 * n for n in range(120)])
-    assert verdict(books, good_tally(books), leak)["memory"] is False
+def test_a_leak_breaks_the_bound_of_memory(soak_modules: Any) -> None:
+    leak = held(soak_modules, [100 + 0.05 * n for n in range(120)])
+    assert verdict(soak_modules, good_tally(soak_modules), leak)["memory"] is False
 
 
 @pytest.mark.parametrize(
@@ -94,51 +98,54 @@ def test_a_leak_breaks_the_bound_of_memory(books: Any) -> None:
         (0, "unreachable", [200], True),
     ],
 )
-def test_only_what_was_wanted_or_is_allowed_passes(
-    books: Any, status: int, code: str, wanted: list[int], fails: bool
+def test_only_expected_or_allowed_statuses_pass(
+    soak_modules: Any, status: int, code: str, wanted: list[int], fails: bool
 ) -> None:
-    tally = good_tally(books)
+    tally = good_tally(soak_modules)
     tally.note("any", status, code, wanted)
     assert bool(tally.failed) is fails
-    assert verdict(books, tally, held(books, [100] * 90))["answers"] is not fails
+    assert verdict(soak_modules, tally, held(soak_modules, [100] * 90))["answers"] is not fails
 
 
-def test_a_wrong_prediction_breaks_two_bounds(books: Any) -> None:
+def test_a_wrong_prediction_breaks_two_bounds(soak_modules: Any) -> None:
     for found in ({"a": 0.9}, {"b": 1.0}):
-        tally = good_tally(books)
+        tally = good_tally(soak_modules)
         tally.compare("single", [ClassProbability(label="a", probability=1.0)], found)
-        broken = verdict(books, tally, held(books, [100] * 90))
+        broken = verdict(soak_modules, tally, held(soak_modules, [100] * 90))
         assert (broken["predictions"], broken["answers"]) == (False, False)
 
 
-def test_nothing_compared_proves_nothing(books: Any) -> None:
-    assert verdict(books, books.accounts.Tally(), held(books, [100] * 90))["predictions"] is False
+def test_a_soak_without_comparisons_fails(soak_modules: Any) -> None:
+    assert (
+        verdict(soak_modules, soak_modules.accounts.Tally(), held(soak_modules, [100] * 90))["predictions"]
+        is False
+    )
 
 
-def test_failures_are_counted_all_and_kept_in_part(books: Any) -> None:
-    tally = books.accounts.Tally()
+def test_all_failures_are_counted_and_some_kept(soak_modules: Any) -> None:
+    tally = soak_modules.accounts.Tally()
     for _ in range(1000):
         tally.fail("no")
-    assert (tally.failed, len(tally.failures)) == (1000, books.accounts.KEPT)
+    assert (tally.failed, len(tally.failures)) == (1000, soak_modules.accounts.KEPT)
 
 
-def test_what_this_process_holds_is_read(books: Any) -> None:
+def test_the_resources_of_a_process_are_measured(soak_modules: Any) -> None:
     import os
 
-    before = books.accounts.holding(os.getpid())
+    before = soak_modules.accounts.holding(os.getpid())
     with FOLDER.joinpath("soak.py").open(encoding="utf-8"):
-        after = books.accounts.holding(os.getpid())
+        after = soak_modules.accounts.holding(os.getpid())
     assert after.descriptors == before.descriptors + 1
     assert after.threads >= 1
     assert after.resident > 1e6
 
 
-def test_an_answer_of_a_bundle_that_is_not_in_the_soak_fails_it(books: Any) -> None:
-    ground = books.clients.Ground(
+def test_a_response_of_an_unknown_bundle_fails_the_soak(soak_modules: Any) -> None:
+    ground = soak_modules.clients.Ground(
         url="",
         bodies={},
         expected={"one": {"a.jpg": {"a": 1.0}}},
-        tally=books.accounts.Tally(),
+        tally=soak_modules.accounts.Tally(),
         classes=1,
     )
     classes = [ClassProbability(label="a", probability=1.0)]
@@ -148,17 +155,17 @@ def test_an_answer_of_a_bundle_that_is_not_in_the_soak_fails_it(books: Any) -> N
     assert ground.tally.failures == ["single: answered by 'other', which is no bundle of this soak"]
 
 
-def test_answers_of_one_bundle_only_prove_no_swap(books: Any) -> None:
-    tally = good_tally(books)
+def test_responses_of_a_single_bundle_fail_the_swap_bound(soak_modules: Any) -> None:
+    tally = good_tally(soak_modules)
     del tally.by_digest["other"]
-    assert verdict(books, tally, held(books, [100] * 90))["bundles"] is False
+    assert verdict(soak_modules, tally, held(soak_modules, [100] * 90))["bundles"] is False
 
 
-def test_eight_seconds_of_soak_hold_every_bound(
-    books: Any, bundle_path: Path, make_bundle: Callable[..., Path], tmp_path: Path
+def test_eight_seconds_of_soak_meet_every_bound(
+    soak_modules: Any, bundle_path: Path, make_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     bundles = [bundle_path, make_bundle(tmp_path / "other", seed=1)]
-    tally, samples, found = books.run.soak(bundles, tmp_path, seconds=8, warm_up=4)
+    tally, samples, found = soak_modules.run.soak(bundles, tmp_path, seconds=8, warm_up=4)
     assert [bound for bound in found if bound.held is False] == [], tally.failures
     kinds = {kind for kind, _ in tally.outcomes}
     assert {"single", "form", "bad", "left", "slow", "json", "v2", "swap", "/readyz"} <= kinds

@@ -1,4 +1,4 @@
-"""Several processes behind one port: started again when they die, ended together, counted together."""
+"""Several worker processes behind one port: restarts, shutdown and joint metrics."""
 
 import os
 import re
@@ -14,7 +14,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sopdeploy.errors import ConfigError
 from sopdeploy_service.observability.multiprocess_metrics import merge
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.server.workers import Supervisor, Worker
@@ -75,7 +74,7 @@ def test_two_processes_share_a_port_and_a_page_of_metrics(start: Start, jpeg, un
     assert (child.returncode, out, err) == (0, "", "")
 
 
-def test_a_process_that_dies_is_started_again_while_the_other_answers(start: Start, jpeg, until) -> None:
+def test_a_dead_process_is_restarted_while_the_other_serves(start: Start, jpeg, until) -> None:
     child, client = start()
     first = workers(child.pid)
     os.kill(first[0], signal.SIGKILL)
@@ -87,7 +86,7 @@ def test_a_process_that_dies_is_started_again_while_the_other_answers(start: Sta
     assert child.wait(30) == 0
 
 
-def test_workers_end_when_their_parent_is_killed(start: Start, until) -> None:
+def test_workers_exit_when_their_parent_is_killed(start: Start, until) -> None:
     child, _ = start()
     orphans = workers(child.pid)
     child.kill()
@@ -102,27 +101,27 @@ def alive(process: int) -> bool:
 
 
 class Interrupted(Supervisor):
-    """A signal comes while its one process is being started."""
+    """Receives a signal while it starts its only process."""
 
     def _spawn(self, worker: Worker, lifeline: int) -> subprocess.Popen[str]:
         code = "import time; print(flush=True); time.sleep(20)"
-        self.born = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        line_of(self.born)
+        self.started = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        line_of(self.started)
         os.kill(os.getpid(), signal.SIGTERM)
         self._stopping.wait(20)
-        time.sleep(0.1)  # for the rest of what the signal does
-        return self.born
+        time.sleep(0.1)  # the signal handler continues
+        return self.started
 
 
-def test_a_process_that_a_signal_meets_at_its_birth_gets_that_signal() -> None:
+def test_a_process_that_starts_during_a_signal_gets_it() -> None:
     with bind("127.0.0.1", 0) as listener:
         supervisor = Interrupted(["bundle"], load_settings(devices="cpu"), listener)
         assert supervisor.run() == 0
-        assert listener.fileno() == -1  # so the last process closes the port, who has taken in those at it
-    assert supervisor.born.returncode == -signal.SIGTERM
+        assert listener.fileno() == -1  # the last worker closes the port
+    assert supervisor.started.returncode == -signal.SIGTERM
 
 
-def test_a_bundle_that_no_process_can_serve_is_one_line_and_exit_code_2(tmp_path) -> None:
+def test_a_missing_bundle_is_a_one_line_error_with_exit_code_2(tmp_path) -> None:
     child = spawn(str(tmp_path), "--set", "devices=cpu,cpu")
     out, err = child.communicate(timeout=60)
     assert (child.returncode, out) == (2, "")
@@ -130,20 +129,7 @@ def test_a_bundle_that_no_process_can_serve_is_one_line_and_exit_code_2(tmp_path
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"devices": "gpu"}, "devices"),
-        ({"devices": "0,0", "model_control": True}, "one process"),
-        ({"devices": "0", "health_port": 9}, "one process"),
-    ],
-)
-def test_devices_that_do_not_fit_are_one_clear_line(settings, reason) -> None:
-    with pytest.raises(ConfigError, match=reason):
-        load_settings(**settings)
-
-
-def test_a_page_of_metrics_keeps_every_sample_and_says_who_is_down() -> None:
+def test_joint_metrics_have_every_sample_and_the_workers_that_are_down() -> None:
     page = (
         "# HELP a_total x\n# TYPE a_total counter\n"
         'a_total{route="/"} 2.0\n# TYPE b histogram\n# HELP b y\nb_bucket{le="1.0"} 1.0\n'

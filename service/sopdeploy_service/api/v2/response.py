@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from sopdeploy_service.api.upload import (
     admit,
     context_of,
-    in_time,
+    parsing,
+    raise_if_rejected,
+    read_body,
     service_of,
-    taking_apart,
-    unless_rejected,
-    whole,
 )
 from sopdeploy_service.api.v2.metadata import DTYPES, Signature
-from sopdeploy_service.api.v2.request import InferRequest, Wanted, read_body
+from sopdeploy_service.api.v2.request import InferRequest, Wanted
+from sopdeploy_service.api.v2.request import read_body as parse_body
 from sopdeploy_service.http.disconnect import cancel_on_disconnect
 from sopdeploy_service.http.problems import RejectedError
 from sopdeploy_service.images.decode import EncodedImage
@@ -111,7 +111,7 @@ async def answer_infer(request: Request, name: str, version: str | None) -> Resp
         if asked.timeout_seconds is not None:
             deadline = min(deadline, started + asked.timeout_seconds)
         work = run(service, model, asked, deadline, context)
-        outcomes = unless_rejected(await cancel_on_disconnect(work, request.scope, request.receive))
+        outcomes = raise_if_rejected(await cancel_on_disconnect(work, request.receive))
     head = {"model_name": model.name, "model_version": model.version}
     if asked.id is not None:
         head = {"id": asked.id, **head}
@@ -125,10 +125,10 @@ async def receive(
 ) -> InferRequest:
     """Return the request in the body; it is read in a thread, a large JSON would hold up the event loop."""
     settings = service.settings
-    body = await in_time(request, whole(request, settings.max_body_bytes), deadline)
+    body = await read_body(request, settings.max_body_bytes, deadline)
     header = request.headers.get(HEADER_LENGTH)
-    async with taking_apart(service, model, deadline):
-        return await service.parse(read_body, body, header, signature, settings.max_json_bytes)
+    async with parsing(service, model, deadline):
+        return await service.parse(parse_body, body, header, signature, settings.max_json_bytes)
 
 
 async def run(

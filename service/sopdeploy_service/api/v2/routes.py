@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 from fastapi import APIRouter, Depends, Request, Response
 
-from sopdeploy_service.api.upload import in_time, service_of, unless_rejected, whole
+from sopdeploy_service.api.upload import raise_if_rejected, read_body, service_of, use_model
 from sopdeploy_service.api.v2 import metadata
 from sopdeploy_service.api.v2.metadata import Signature
 from sopdeploy_service.api.v2.response import answer_infer
@@ -198,7 +198,7 @@ async def load(request: Request, name: str) -> Response:
         )
     folder = parameters.get("folder")
     wanted = None if folder is None else fields.as_text(folder, "parameters.folder")
-    request.state.model = unless_rejected(await service_of(request).registry.load(name, wanted))
+    use_model(request, raise_if_rejected(await service_of(request).registry.load(name, wanted)))
     return Response()
 
 
@@ -206,14 +206,14 @@ async def load(request: Request, name: str) -> Response:
 async def unload(request: Request, name: str) -> Response:
     """Let *name* answer no more; requests that are with it still get their answers."""
     await read_object(request)
-    unless_rejected(await service_of(request).registry.unload(name))
+    raise_if_rejected(await service_of(request).registry.unload(name))
     return Response()
 
 
 def found(request: Request, name: str, version: str | None) -> Model:
     """Return the model that is meant; the answer will carry its digest."""
-    model = unless_rejected(service_of(request).registry.find(name, version))
-    request.state.model = model
+    model = raise_if_rejected(service_of(request).registry.find(name, version))
+    use_model(request, model)
     return model
 
 
@@ -225,6 +225,6 @@ def signature_of(request: Request, model: Model) -> Signature:
 async def read_object(request: Request) -> dict[str, Any]:
     """Return the JSON object in the body; no body is an empty one."""
     settings = service_of(request).settings
-    deadline = time.monotonic() + settings.deadline_seconds
-    raw = await in_time(request, whole(request, SMALL_BODY), deadline)
+    deadline = time.monotonic() + settings.request_timeout
+    raw = await read_body(request, SMALL_BODY, deadline)
     return fields.as_object(parse(raw, SMALL_BODY), "the body") if raw.strip() else {}

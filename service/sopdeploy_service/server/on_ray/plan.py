@@ -1,7 +1,7 @@
-"""What Ray Serve is told: our settings and bundles in its words, without Ray.
+"""Ray Serve configuration from our settings and bundles, without importing Ray.
 
-Ray scales and routes, we batch. So a replica is sent far more requests than a batch holds, and another one is
-started where more wait than that.
+Ray scales and routes, the replicas batch. So a replica gets far more requests than fit into one batch, and
+Ray starts another one if more requests wait than that.
 """
 
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ from sopdeploy.files import atomic_write
 from sopdeploy_service.inference.loader import LARGEST_ON_CPU
 from sopdeploy_service.settings import Settings
 
-NAME = "sopdeploy"  # of the application and of its one deployment
+NAME = "sopdeploy"  # of the application and of its only deployment
 IMPORT_PATH = "sopdeploy_service.server.on_ray.application:build"
-HEALTH_CHECK_SECONDS = 2.0  # Ray's own is 10: so long a dead engine would stay
-SPARE_SECONDS = 1.0  # ours says which deadline passed; Ray's limit only cuts
+HEALTH_CHECK_SECONDS = 2.0  # Ray's default of 10 would keep a dead replica too long
+SPARE_SECONDS = 1.0  # our own timeout responds first, with an error code
 HEAD = (
     "# Written by `sopdeploy ray`. `serve run FILE` starts it here, `serve deploy FILE` on a cluster.\n"
     "# `serve deploy` again, with other bundles in user_config, swaps them and drops no request.\n"
@@ -31,36 +31,37 @@ Gpus = Annotated[float, pydantic.Field(ge=0, le=64)]
 
 
 class Scale(StrictModel):
-    """How many replicas, from *fewest* to *most*, and what each reserves of its machine."""
+    """Number of replicas, from *fewest* to *most*, and the resources of each."""
 
     fewest: Annotated[int, pydantic.Field(ge=0)] = 1
     most: Count = 1
     cpus: Count = 1
-    gpus: Gpus = 0.0  # 0.5: two replicas share one
+    gpus: Gpus = 0.0  # 0.5: two replicas share a GPU
 
     @pydantic.model_validator(mode="after")
-    def _in_order(self) -> "Scale":
+    def _check(self) -> "Scale":
         if self.fewest > self.most:
             raise ValueError(f"min-replicas ({self.fewest}) is more than max-replicas ({self.most})")
         if self.gpus > 1 and not self.gpus.is_integer():
-            raise ValueError(f"gpus-per-replica ({self.gpus:g}) is a share of one GPU, or whole ones")
+            raise ValueError(
+                f"gpus-per-replica ({self.gpus:g}) must be a fraction of one GPU or a whole number"
+            )
         return self
 
 
 class UserConfig(StrictModel):
-    """What may change while the replicas run: the bundles by name, paths that every machine has."""
+    """What can change while the replicas run: bundle paths by name, valid on every machine."""
 
     bundles: Annotated[dict[str, Path], pydantic.Field(min_length=1)]
 
 
 def config(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> dict[str, Any]:
-    """Return the config of Ray Serve that answers with *bundles*, as `serve deploy` and `serve run` read it.
+    """Build the Ray Serve config of *bundles* for `serve deploy` and `serve run`.
 
-    Raises `ConfigError` for *settings* that mean one process, and `BundleError` for a manifest that cannot
-    be read.
+    Raises `ConfigError` for *settings* that need a single process and `BundleError` for an invalid manifest.
     """
     check(settings)
-    given = settings.model_copy(update={"threads": settings.threads or scale.cpus})
+    settings = settings.model_copy(update={"threads": settings.threads or scale.cpus})
     return {
         "proxy_location": "EveryNode",
         "http_options": http_options(settings),
@@ -69,40 +70,40 @@ def config(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> dic
                 "name": NAME,
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
-                "args": {"settings": changed(given)},
-                "deployments": [{"name": NAME, **deployment(bundles, given, scale)}],
+                "args": {"settings": changed_settings(settings)},
+                "deployments": [{"name": NAME, **deployment(bundles, settings, scale)}],
             }
         ],
     }
 
 
-def as_yaml(told: Mapping[str, Any]) -> str:
-    """Return the file of the config *told*."""
-    return f"{HEAD}{yaml.safe_dump(dict(told), sort_keys=False, allow_unicode=True)}"
+def to_yaml(options: Mapping[str, Any]) -> str:
+    """Format the config *options* as a file."""
+    return f"{HEAD}{yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)}"
 
 
-def write(path: Path, told: Mapping[str, Any]) -> None:
-    """Write the file of the config *told*, whole or not at all; raises `ConfigError` where it cannot."""
+def write(path: Path, options: Mapping[str, Any]) -> None:
+    """Write the config *options* to *path* atomically; raises `ConfigError` if it cannot."""
     try:
         with atomic_write(path) as partial:
-            partial.write_text(as_yaml(told), encoding="utf-8")
+            partial.write_text(to_yaml(options), encoding="utf-8")
     except OSError as problem:
         raise ConfigError(f"{path}: cannot be written ({problem.strerror})") from problem
 
 
 def http_options(settings: Settings) -> dict[str, Any]:
-    """Return how Ray's proxies listen."""
+    """Build the options of Ray's HTTP proxies."""
     return {
         "host": settings.host,
         "port": settings.port,
-        "request_timeout_s": settings.deadline_seconds + SPARE_SECONDS,
+        "request_timeout_s": settings.request_timeout + SPARE_SECONDS,
         "keep_alive_timeout_s": settings.keep_alive_seconds,
     }
 
 
 def deployment(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> dict[str, Any]:
-    """Return the options of the deployment."""
-    told: dict[str, Any] = {
+    """Build the options of the deployment; autoscaling targets one full batch per replica."""
+    options: dict[str, Any] = {
         "max_ongoing_requests": settings.queue_size,
         "max_queued_requests": settings.queue_size,
         "user_config": {"bundles": {name: str(path.resolve()) for name, path in bundles.items()}},
@@ -112,21 +113,23 @@ def deployment(bundles: Mapping[str, Path], settings: Settings, scale: Scale) ->
         "ray_actor_options": {"num_cpus": scale.cpus, "num_gpus": scale.gpus},
     }
     if scale.fewest == scale.most:
-        return {"num_replicas": scale.most, **told}
-    scaling = {
-        "min_replicas": scale.fewest,
-        "max_replicas": scale.most,
-        "target_ongoing_requests": largest_batch(bundles, settings, scale),
-    }
-    return {"autoscaling_config": scaling, **told}
+        return {"num_replicas": scale.most, **options}
+    if settings.max_batch is not None:
+        batch = settings.max_batch
+    elif not scale.gpus:
+        batch = LARGEST_ON_CPU
+    else:
+        batch = max(read_manifest(path).batch.maximum for path in bundles.values())
+    scaling = {"min_replicas": scale.fewest, "max_replicas": scale.most, "target_ongoing_requests": batch}
+    return {"autoscaling_config": scaling, **options}
 
 
 def scale_of(replicas: int | None, fewest: int | None, most: int | None, *, cpus: int, gpus: float) -> Scale:
-    """Return the scale of *replicas*, or of *fewest* to *most*; raises `ConfigError` where they disagree."""
+    """Build the scale of the flags; raises `ConfigError` if they contradict each other."""
     if replicas is not None and (fewest, most) != (None, None):
-        raise ConfigError("--replicas is a fixed number; leave it out, or --min-replicas and --max-replicas")
+        raise ConfigError("--replicas is a fixed number; omit it, or --min-replicas and --max-replicas")
     if fewest is not None and most is None:
-        raise ConfigError("--min-replicas: say --max-replicas too")
+        raise ConfigError("--min-replicas needs --max-replicas")
     fixed = 1 if replicas is None else replicas
     try:
         return Scale(
@@ -139,29 +142,24 @@ def scale_of(replicas: int | None, fewest: int | None, most: int | None, *, cpus
         raise ConfigError(f"ray: {first_problem(problem)}") from problem
 
 
-def largest_batch(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> int:
-    """Return how many images one batch of a replica holds: with more requests than that, some wait."""
-    if settings.max_batch is not None:
-        return settings.max_batch
-    if not scale.gpus:
-        return LARGEST_ON_CPU
-    return max(read_manifest(path).batch.maximum for path in bundles.values())
-
-
 def check(settings: Settings) -> None:
-    """Raise `ConfigError` where *settings* mean one process, and Ray starts several."""
+    """Raise `ConfigError` for *settings* that need a single process: Ray starts several."""
     if settings.devices:
-        raise ConfigError("devices: Ray gives each replica its device; say --gpus-per-replica and --replicas")
+        raise ConfigError(
+            "devices: Ray assigns a device to each replica; use --gpus-per-replica and --replicas"
+        )
     if settings.health_port is not None:
-        raise ConfigError("health_port: replicas of one machine would clash; Ray asks each for its health")
+        raise ConfigError(
+            "health_port: replicas of one machine would conflict; Ray checks their health itself"
+        )
     if settings.model_control:
-        raise ConfigError("model_control: one replica alone would change; deploy another user_config instead")
+        raise ConfigError("model_control would change one replica only; deploy another user_config instead")
     if settings.port == 0:
-        raise ConfigError("port 0: Ray's proxies on all machines listen on one port; choose it")
+        raise ConfigError("port 0: Ray's proxies on all machines listen on the same port; choose one")
 
 
-def changed(settings: Settings) -> dict[str, Any]:
-    """Return those of *settings* that are not the default and not the proxies' matter."""
+def changed_settings(settings: Settings) -> dict[str, Any]:
+    """Select the non-default *settings* of a replica, with absolute paths."""
     found = settings.model_dump(mode="json", exclude_defaults=True, exclude={"host", "port"})
     for name in ("keys", "verify_key", "fast_decode_samples", "engine_cache"):
         if name in found:

@@ -1,8 +1,7 @@
-"""One replica: the app of `serve` in a process that Ray started, feeds with requests and watches.
+"""One Ray Serve replica: the app of `serve` in a process that Ray starts, routes to and monitors.
 
-The bundles come by `reconfigure`, so that others can take their place while requests are answered. When an
-engine dies or hangs, the process ends: Ray starts another one. A replica that refused everything at once
-would look idle to Ray's router, and get ever more requests.
+`reconfigure` swaps bundles without dropping requests. When a runtime dies or hangs, the process exits and Ray
+starts another one: a replica that rejected every request at once would look idle to Ray's router.
 """
 
 import asyncio
@@ -26,26 +25,24 @@ from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.request_context import open_tracing
 from sopdeploy_service.server.health_port import BEAT_SECONDS, LoopWatch
-from sopdeploy_service.server.memory import Rest, give_back_in_a_thread
+from sopdeploy_service.server.memory import IdleTrigger
 from sopdeploy_service.server.on_ray.plan import UserConfig, check
 from sopdeploy_service.server.process import CLOSING_SECONDS, ENGINE_DEAD_EXIT, prepare_process
 from sopdeploy_service.settings import load_settings
 
-LAST_ANSWERS_SECONDS = 0.2  # an answer that is complete is still on its way to Ray's proxy
+LAST_RESPONSES_SECONDS = 0.2  # for complete responses on their way to Ray's proxy
 
 log = logging.getLogger("sopdeploy.server")
 
 
 class Replica:
-    """What Ray calls; all methods but the first on the event loop that answers requests."""
+    """The interface that Ray calls; all methods but `__init__` run on the event loop of the app."""
 
-    leave: Callable[[int], None] = staticmethod(os._exit)  # a hung engine would hold up any other end
+    leave: Callable[[int], None] = staticmethod(os._exit)  # a hanging runtime would block a regular exit
     _watching: asyncio.Task[None] | None = None
 
-    def __init__(
-        self, settings: Mapping[str, Any], inferences: Mapping[str, LoadedModel] | None = None
-    ) -> None:
-        """Make the app, with *inferences* by name before the first `reconfigure`; raises `ConfigError`."""
+    def __init__(self, settings: Mapping[str, Any], models: Mapping[str, LoadedModel] | None = None) -> None:
+        """Create the app with *models* by name until the first `reconfigure`; raises `ConfigError`."""
         self._stack = ExitStack()
         self.settings = load_settings(**settings)
         check(self.settings)
@@ -53,17 +50,17 @@ class Replica:
         self._stack.enter_context(logs.configured(self.settings))
         open_trace = self._stack.enter_context(open_tracing(self.settings))
         self.asgi: FastAPI = create_app(
-            inferences or {}, self.settings, faults=faults_from_environment(), open_trace=open_trace
+            models or {}, self.settings, faults=faults_from_environment(), open_trace=open_trace
         )
         self.service: Service = self.asgi.state.service
         self._watch = LoopWatch()
         self.service.metrics.loop_lag(self._watch.worst)
 
     async def reconfigure(self, user_config: Any) -> None:
-        """Answer with the bundles of *user_config*, `{"bundles": {NAME: PATH}}`, and with no others.
+        """Serve exactly the bundles of *user_config*, `{"bundles": {NAME: PATH}}`.
 
-        They take over when all are open and verified. Raises `ConfigError`, and what `open_verified` does;
-        then the bundles before go on answering.
+        The swap happens when all are loaded and verified. Raises `ConfigError` and what `load_model` raises;
+        the previous bundles stay in use then.
         """
         try:
             wanted = UserConfig.model_validate(user_config)
@@ -72,32 +69,32 @@ class Replica:
         await self.service.registry.follow(wanted.bundles, partial(load_model, settings=self.settings))
 
     async def check_health(self) -> None:
-        """Raise unless images are answered here."""
+        """Raise an error unless the service can classify images."""
         state = self.service.state
         if state == "no_model":
-            raise ConfigError("no bundle to answer with: name one in user_config, bundles: {NAME: PATH}")
+            raise ConfigError("no bundle is loaded; name one in user_config, bundles: {NAME: PATH}")
         if state != "ok":
-            raise RuntimeUnavailableError(f"this replica answers no more ({state})")
+            raise RuntimeUnavailableError(f"this replica does not serve ({state})")
 
     def watch(self) -> None:
-        """Begin to measure how late the loop is, and to end the process when an engine is dead."""
-        self._watching = asyncio.get_running_loop().create_task(self._end_with_the_engine())
+        """Start to measure the loop lag, and exit the process when a runtime is dead."""
+        self._watching = asyncio.get_running_loop().create_task(self._exit_with_runtime())
 
     def close(self) -> None:
-        """Send what is left of log and traces; the app has ended."""
+        """Flush logs and traces after the shutdown of the app."""
         if self._watching is not None:
             self._watching.cancel()
         self._stack.close()
 
-    async def _end_with_the_engine(self) -> None:
-        rest = Rest(give_back_in_a_thread)
+    async def _exit_with_runtime(self) -> None:
+        idle = IdleTrigger()
         while self.service.state != "engine_dead":
             await asyncio.sleep(BEAT_SECONDS)
             self._watch.beat()
-            rest.tick(time.monotonic(), self.service.active_requests)
-        log.critical("an engine is dead; this replica ends, Ray starts another")
+            idle.tick(time.monotonic(), self.service.active_requests)
+        log.critical("a runtime is dead; this replica exits and Ray starts another one")
         end = time.monotonic() + CLOSING_SECONDS
         while self.service.active_requests and time.monotonic() < end:
             await asyncio.sleep(BEAT_SECONDS)
-        await asyncio.sleep(LAST_ANSWERS_SECONDS)
+        await asyncio.sleep(LAST_RESPONSES_SECONDS)
         self.leave(ENGINE_DEAD_EXIT)

@@ -1,4 +1,4 @@
-"""`sopdeploy ray`: the application on the Ray of this machine, until a signal comes."""
+"""`sopdeploy ray`: run the application on the Ray of this machine until a signal arrives."""
 
 import importlib
 import os
@@ -22,15 +22,15 @@ OUR_ERROR = re.compile(r"sopdeploy\.errors\.\w+: (.+)")  # in the traceback of a
 
 
 def run(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> int:
-    """Answer with *bundles* until SIGTERM or SIGINT, then drain; return 0.
+    """Serve *bundles* until SIGTERM or SIGINT, then drain; the result is 0.
 
-    Joins the Ray that runs on this machine or that RAY_ADDRESS names, and leaves its other applications
-    alone; where there is none, starts one and ends it. Prints `ready: URL  BUNDLE ...` when all answer.
-    Raises `ConfigError` where Ray is not installed, has an application of ours already or listens elsewhere,
-    or where a replica does not start; and what `config` does.
+    Joins the Ray cluster of this machine or of RAY_ADDRESS and leaves its other applications alone; if there
+    is none, starts one and stops it in the end. Prints `ready: URL  BUNDLE ...` when all replicas are ready.
+    Raises `ConfigError` if Ray is not installed, already runs this application or listens elsewhere, or if a
+    replica does not start; further what `config` raises.
     """
-    told = config(bundles, settings, scale)
-    os.environ.setdefault(USAGE_VARIABLE, "0")  # Ray would tell its makers what it runs on
+    options = config(bundles, settings, scale)
+    os.environ.setdefault(USAGE_VARIABLE, "0")  # no usage statistics
     try:
         ray, serve = importlib.import_module("ray"), importlib.import_module("ray.serve")
     except ImportError as problem:
@@ -38,18 +38,22 @@ def run(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> int:
         raise ConfigError(f"{how}, or write a config file with --emit") from problem
     ray.init(namespace="serve")
     try:
-        serve.start(proxy_location=told["proxy_location"], http_options=told["http_options"])
+        serve.start(proxy_location=options["proxy_location"], http_options=options["http_options"])
         if NAME in serve.status().applications:
             raise ConfigError(
-                f"{NAME} runs on this Ray already; change it with --emit FILE and `serve deploy FILE`"
+                f"{NAME} already runs on this Ray; use --emit FILE and `serve deploy FILE` to change it"
             )
         try:
-            deploy(serve, told["applications"][0])
-            reach(settings.host, settings.port)
+            deploy(serve, options["applications"][0])
+            check_reachable(settings.host, settings.port)
             names = " ".join(path.resolve().name for path in bundles.values())
             sys.stdout.write(f"ready: http://{settings.host}:{settings.port}  {names}\n")
             sys.stdout.flush()
-            wait_for_a_signal()
+            stopped = threading.Event()
+            for number in (signal.SIGTERM, signal.SIGINT):  # Ray's own SIGTERM handler would not drain
+                signal.signal(number, lambda *_: stopped.set())
+            while not stopped.wait(1.0):
+                pass
         finally:
             serve.delete(NAME)
     finally:
@@ -57,32 +61,23 @@ def run(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> int:
     return 0
 
 
-def reach(host: str, port: int) -> None:
-    """Raise `ConfigError` where nobody listens: a Ray that is joined keeps the address it has."""
+def check_reachable(host: str, port: int) -> None:
+    """Raise `ConfigError` if nothing listens at *host* and *port*: a joined Ray keeps its own address."""
     try:
         socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     except OSError as problem:
         raise ConfigError(
-            f"{host}:{port}: nobody listens here; Ray's proxies were started with another --host or --port"
+            f"{host}:{port}: nothing listens here; Ray's proxies were started with another --host or --port"
         ) from problem
 
 
-def wait_for_a_signal() -> None:
-    """Wait for SIGTERM or SIGINT; Ray's own handler of the first would not let the replicas drain."""
-    told = threading.Event()
-    for one in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(one, lambda *_: told.set())
-    while not told.wait(1.0):
-        pass
-
-
-def deploy(serve: Any, told: Mapping[str, Any]) -> None:
-    """Start the application *told*, wait for its replicas; raises `ConfigError` where one does not start."""
-    made = importlib.import_module("sopdeploy_service.server.on_ray.application")
-    (options,) = told["deployments"]
+def deploy(serve: Any, application: Mapping[str, Any]) -> None:
+    """Deploy *application* of a config and wait for its replicas; raises `ConfigError` if one fails."""
+    module = importlib.import_module("sopdeploy_service.server.on_ray.application")
+    (options,) = application["deployments"]
     try:
-        app = made.application(made.OnRay, told["args"]["settings"], **options)
-        serve.run(app, name=told["name"], route_prefix=told["route_prefix"])
+        app = module.application(module.OnRay, application["args"]["settings"], **options)
+        serve.run(app, name=application["name"], route_prefix=application["route_prefix"])
     except RuntimeError as problem:
         found = OUR_ERROR.findall(str(problem))
         raise ConfigError(found[-1] if found else f"Ray could not start it: {problem}") from problem

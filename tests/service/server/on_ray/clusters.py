@@ -1,4 +1,4 @@
-"""A Ray of one test's own, and clients that never pause; nothing here imports Ray."""
+"""A Ray cluster for one test, and clients that send without pause; Ray is not imported."""
 
 import asyncio
 import contextlib
@@ -20,21 +20,21 @@ import httpx
 from tests.ports import held_port
 from tests.service.children import line_of
 
-STARTED = re.compile(r"ray start --address='([^']+)'")  # it says how other machines join
+STARTED = re.compile(r"ray start --address='([^']+)'")  # printed by `ray start`
 REPLICA = "ray::ServeReplica"
 ATTEMPTS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """The processes of one Ray, and the environment in which its programs find it."""
+    """The processes of a Ray cluster and the environment that connects to it."""
 
     head: subprocess.Popen[str]
     environment: dict[str, str]
     numbers_port: int
 
     def run(self, *command: str) -> None:
-        """Run a Python module of the command line and wait for its end."""
+        """Run a Python module as a command and wait for it."""
         done = subprocess.run(
             [sys.executable, "-m", *command],
             env=self.environment,
@@ -45,11 +45,11 @@ class Cluster:
         assert done.returncode == 0, done.stdout + done.stderr
 
     def replicas(self) -> list[int]:
-        """Return the process ids of the replicas."""
+        """List the process IDs of the replicas."""
         return sorted(pid for pid, line in below(self.head.pid).items() if line.startswith(REPLICA))
 
     def numbers(self, name: str) -> dict[str, float]:
-        """Return the metric *name* of each replica, summed over its labels, as Prometheus would read it."""
+        """Read the metric *name* of each replica, summed over its labels."""
         page = httpx.get(f"http://127.0.0.1:{self.numbers_port}/metrics", timeout=10).text
         found: dict[str, float] = {}
         for labels, value in re.findall(rf"^{name}{{(.*?)}} (\S+)$", page, re.MULTILINE):
@@ -60,7 +60,7 @@ class Cluster:
 
 
 def below(process: int) -> dict[int, str]:
-    """Return the command lines of the living descendants of *process* by their ids (Linux)."""
+    """List the command lines of the running descendants of *process* by process ID (Linux)."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -83,9 +83,9 @@ def below(process: int) -> dict[int, str]:
 
 @contextmanager
 def own_cluster() -> Iterator[Cluster]:
-    """Start a Ray without dashboard on free ports; end all of it.
+    """Start a Ray cluster without dashboard on free ports, and stop it in the end.
 
-    Ray gives its own processes half a minute to start, which is short on a busy machine: then once more.
+    Ray's startup timeout of half a minute is short on a busy machine, so the start is retried once.
     """
     for _ in range(ATTEMPTS):
         folder = tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True)
@@ -98,19 +98,19 @@ def own_cluster() -> Iterator[Cluster]:
 
 @contextmanager
 def started_head(folder: Path) -> Iterator[Cluster | None]:
-    """Start Ray's processes with their files in *folder*, whose name must be short; None where it fails."""
+    """Start Ray's processes with their files in *folder* (a short path); None on failure."""
     with held_port() as port, held_port() as numbers_port, ray_on(folder, port, numbers_port) as cluster:
         yield cluster
 
 
 @contextmanager
 def ray_on(folder: Path, port: int, numbers_port: int) -> Iterator[Cluster | None]:
-    """Start Ray's processes on these ports; end all of them."""
+    """Start Ray's processes on these ports and stop them in the end."""
     environment = {
         **os.environ,
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "RAY_AUTH_MODE": "disabled",  # its token would be written into the home folder
+        "RAY_AUTH_MODE": "disabled",  # otherwise Ray writes a token to the home directory
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_metrics_report_interval_ms": "500",
     }
@@ -135,15 +135,15 @@ def ray_on(folder: Path, port: int, numbers_port: int) -> Iterator[Cluster | Non
 
 
 def end(head: subprocess.Popen[str]) -> None:
-    """End *head* and every process below it, at once: nothing here is worth half a minute of draining."""
+    """Kill *head* and its descendants; draining would take half a minute."""
     for process in (head.pid, *below(head.pid)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """One request: when it was sent and answered (`time.monotonic`), with what, by which weights."""
+class Response:
+    """One request: times (`time.monotonic`), status and model digest."""
 
     sent: float
     done: float
@@ -153,19 +153,19 @@ class Answer:
 
 @dataclass(slots=True)
 class Clients:
-    """So many clients that each send the next picture when the one before is answered."""
+    """Clients that each send the next image after the previous response."""
 
     port: int
-    picture: bytes
+    image: bytes
     count: int
-    answers: list[Answer] = field(default_factory=list)
-    waiting: int = 0  # for an answer, now
+    responses: list[Response] = field(default_factory=list)
+    waiting: int = 0  # requests in flight
     _leaving: threading.Event = field(default_factory=threading.Event)
 
     @contextmanager
-    def asking(self) -> Iterator[None]:
-        """Ask until the block ends."""
-        thread = threading.Thread(target=lambda: asyncio.run(self._ask_all()))
+    def sending(self) -> Iterator[None]:
+        """Send requests until the block ends."""
+        thread = threading.Thread(target=lambda: asyncio.run(self._send_all()))
         thread.start()
         try:
             yield
@@ -174,14 +174,14 @@ class Clients:
             thread.join(60)
 
     def latest(self) -> set[str]:
-        """Return which weights gave the last answers."""
-        return {answer.digest for answer in self.answers[-2 * self.count :]}
+        """Model digests of the latest responses."""
+        return {response.digest for response in self.responses[-2 * self.count :]}
 
-    async def _ask_all(self) -> None:
-        await asyncio.gather(*(self._ask() for _ in range(self.count)))
+    async def _send_all(self) -> None:
+        await asyncio.gather(*(self._send() for _ in range(self.count)))
 
-    async def _ask(self) -> None:
-        while not self._leaving.is_set():  # a new connection after a failure: Ray's proxy ends the one before
+    async def _send(self) -> None:
+        while not self._leaving.is_set():  # reconnect after a failure: Ray's proxy closes the connection
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=60) as client:
                 while not self._leaving.is_set() and await self._once(client):
                     pass
@@ -190,10 +190,10 @@ class Clients:
         sent = time.monotonic()
         self.waiting += 1
         try:
-            answer = await client.post("/v1/classify", content=self.picture)
-            status, digest = answer.status_code, answer.headers.get("x-model-digest", "")
+            response = await client.post("/v1/classify", content=self.image)
+            status, digest = response.status_code, response.headers.get("x-model-digest", "")
         except httpx.HTTPError as problem:
             status, digest = 0, type(problem).__name__
         self.waiting -= 1
-        self.answers.append(Answer(sent, time.monotonic(), status, digest))
+        self.responses.append(Response(sent, time.monotonic(), status, digest))
         return status == httpx.codes.OK

@@ -1,4 +1,4 @@
-"""A real Ray on this machine: one test, because it takes seconds to start."""
+"""A real Ray cluster on this machine; one test, because it takes seconds to start."""
 
 import os
 import signal
@@ -22,8 +22,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 CLIENTS = 16
 
 
-def written(folder: Path, bundle: Path, port: int) -> str:
-    """Write the config of two replicas; a batch waits a second, so that a kill always hits requests."""
+def write_config(folder: Path, bundle: Path, port: int) -> str:
+    """Write the config of two replicas whose batches wait one second, so that a kill hits requests."""
     file = folder / f"{bundle.name}.yaml"
     words = ["ray", f"tiny={bundle}", "--replicas", "2", "--port", str(port), "--set", "max_batch=64"]
     done = CliRunner().invoke(app, [*words, "--set", "max_queue_delay_ms=1000", "--emit", str(file)])
@@ -35,33 +35,33 @@ def digest(bundle: Path) -> str:
     return bundle.name.rpartition("-")[2]
 
 
-def test_replicas_answer_swap_bundles_and_lose_only_what_a_killed_one_was_at(
+def test_replicas_swap_bundles_and_a_killed_one_loses_only_its_requests(
     make_bundle: Callable[..., Path], tmp_path: Path, jpeg: bytes, until: Callable[..., None]
 ) -> None:
     before, after = (make_bundle(tmp_path, seed=seed) for seed in range(2))
     with held_port() as port, own_cluster() as cluster:
-        the_verb_answers_until_it_is_told_to_end(cluster, before, port)
-        cluster.run("ray.serve.scripts", "run", "--non-blocking", written(tmp_path, before, port))
+        check_command_serves_until_a_signal(cluster, before, port)
+        cluster.run("ray.serve.scripts", "run", "--non-blocking", write_config(tmp_path, before, port))
         until(lambda: ready(port), START_SECONDS)
-        the_verb_does_not_take_what_is_there(cluster, after, port)
+        check_command_rejects_a_running_application(cluster, after, port)
         clients = Clients(port, jpeg, CLIENTS)
-        with clients.asking():
+        with clients.sending():
             replicas = cluster.replicas()
             assert len(replicas) == 2
-            until(lambda: both_have_answered(cluster), START_SECONDS)
-            cluster.run("ray.serve.scripts", "run", "--non-blocking", written(tmp_path, after, port))
+            until(lambda: both_have_responded(cluster), START_SECONDS)
+            cluster.run("ray.serve.scripts", "run", "--non-blocking", write_config(tmp_path, after, port))
             until(lambda: clients.latest() == {digest(after)}, START_SECONDS)
             assert cluster.replicas() == replicas
-            assert {answer.status for answer in clients.answers} == {200}
+            assert {answer.status for answer in clients.responses} == {200}
 
             until(lambda: clients.waiting == CLIENTS, START_SECONDS)
-            time.sleep(0.1)  # what was sent is with a replica now
+            time.sleep(0.1)  # the requests reach the replicas
             killed = time.monotonic()
             os.kill(replicas[0], signal.SIGKILL)
             until(lambda: replicas[0] not in cluster.replicas(), START_SECONDS)
             until(lambda: len(cluster.replicas()) == 2, START_SECONDS)
             time.sleep(1.0)
-        lost = [answer for answer in clients.answers if answer.status != 200]
+        lost = [answer for answer in clients.responses if answer.status != 200]
         assert 0 < len(lost) <= CLIENTS
         assert all(answer.sent <= killed <= answer.done for answer in lost)
 
@@ -73,12 +73,12 @@ def ready(port: int) -> bool:
         return False
 
 
-def both_have_answered(cluster: Cluster) -> bool:
+def both_have_responded(cluster: Cluster) -> bool:
     found = cluster.numbers("ray_sopdeploy_requests_total").values()
-    return sum(number > CLIENTS / 2 for number in found) == 2  # one that has ended had few
+    return sum(number > CLIENTS / 2 for number in found) == 2  # an ended replica had few
 
 
-def the_verb_answers_until_it_is_told_to_end(cluster: Cluster, bundle: Path, port: int) -> None:
+def check_command_serves_until_a_signal(cluster: Cluster, bundle: Path, port: int) -> None:
     command = [sys.executable, "-m", "sopdeploy", "ray", f"tiny={bundle}", "--port", str(port)]
     with subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, text=True) as child:
         try:
@@ -96,9 +96,9 @@ def the_verb_answers_until_it_is_told_to_end(cluster: Cluster, bundle: Path, por
     assert not ready(port)
 
 
-def the_verb_does_not_take_what_is_there(cluster: Cluster, bundle: Path, port: int) -> None:
+def check_command_rejects_a_running_application(cluster: Cluster, bundle: Path, port: int) -> None:
     command = [sys.executable, "-m", "sopdeploy", "ray", f"tiny={bundle}", "--port", str(port)]
     done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "error: sopdeploy runs on this Ray already" in done.stderr
+    assert "error: sopdeploy already runs on this Ray" in done.stderr
     assert ready(port)

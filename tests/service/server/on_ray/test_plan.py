@@ -1,4 +1,4 @@
-"""What `sopdeploy ray` writes and refuses; none of it needs Ray."""
+"""`sopdeploy ray` without Ray: config files and errors."""
 
 import subprocess
 import sys
@@ -36,22 +36,22 @@ def deployment(*words: object) -> dict[str, Any]:
     return found
 
 
-def test_the_file_says_what_ray_imports_and_which_bundles_answer(bundle_path: Path) -> None:
-    told = emitted(f"flowers={bundle_path}", "--replicas", 2, "--port", 9000)
-    (application,) = told["applications"]
-    assert told["http_options"]["port"] == 9000
+def test_the_config_names_the_import_path_and_the_bundles(bundle_path: Path) -> None:
+    config = emitted(f"flowers={bundle_path}", "--replicas", 2, "--port", 9000)
+    (application,) = config["applications"]
+    assert config["http_options"]["port"] == 9000
     assert application["import_path"] == plan.IMPORT_PATH
     (found,) = application["deployments"]
     assert found["num_replicas"] == 2
     assert found["user_config"] == {"bundles": {"flowers": str(bundle_path)}}
 
 
-def test_the_file_says_how_to_use_it(bundle_path: Path) -> None:
+def test_the_config_explains_its_use(bundle_path: Path) -> None:
     assert "`serve run serve.yaml` starts it here" in ray(bundle_path, "--emit", "serve.yaml").stdout
     assert "serve deploy" in Path("serve.yaml").read_text().splitlines()[0]
 
 
-def test_a_replica_is_sent_what_its_queue_holds_and_as_much_may_wait_outside(bundle_path: Path) -> None:
+def test_the_queue_size_limits_ongoing_and_queued_requests(bundle_path: Path) -> None:
     found = deployment(bundle_path, "--set", "queue_size=64", "--set", "drain_seconds=7")
     assert found["max_ongoing_requests"] == found["max_queued_requests"] == 64
     assert found["graceful_shutdown_timeout_s"] == 7
@@ -73,7 +73,7 @@ SCALES: list[tuple[list[object], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("words", "scaling"), SCALES, ids=str)
-def test_more_requests_than_one_batch_holds_ask_for_another_replica(
+def test_autoscaling_targets_one_full_batch(
     bundle_path: Path, words: list[object], scaling: dict[str, Any]
 ) -> None:
     found = deployment(bundle_path, *words)
@@ -81,54 +81,54 @@ def test_more_requests_than_one_batch_holds_ask_for_another_replica(
     assert ("num_replicas" in found) != ("autoscaling_config" in found)
 
 
-def test_a_replica_reserves_its_share_and_its_engine_has_as_many_threads(bundle_path: Path) -> None:
-    told = emitted(bundle_path, "--gpus-per-replica", 0.5, "--cpus-per-replica", 3)
-    (application,) = told["applications"]
+def test_a_replica_reserves_cpus_and_gpus(bundle_path: Path) -> None:
+    config = emitted(bundle_path, "--gpus-per-replica", 0.5, "--cpus-per-replica", 3)
+    (application,) = config["applications"]
     assert application["deployments"][0]["ray_actor_options"] == {"num_cpus": 3, "num_gpus": 0.5}
     assert application["args"]["settings"] == {"threads": 3}
 
 
-def test_settings_reach_the_replica_and_paths_are_whole(bundle_path: Path) -> None:
+def test_settings_reach_the_replica_with_absolute_paths(bundle_path: Path) -> None:
     words = ("--set", "keys=keys.toml", "--set", "top_k=3", "--set", "threads=2", "--host", "127.0.0.2")
-    told = emitted(bundle_path, *words)
-    given = told["applications"][0]["args"]["settings"]
+    config = emitted(bundle_path, *words)
+    given = config["applications"][0]["args"]["settings"]
     assert given == {"keys": str(Path.cwd() / "keys.toml"), "top_k": 3, "threads": 2}
     assert load_settings(**given).top_k == 3
-    assert told["http_options"]["host"] == "127.0.0.2"
+    assert config["http_options"]["host"] == "127.0.0.2"
 
 
-REFUSED: list[tuple[list[object], str]] = [
+INVALID: list[tuple[list[object], str]] = [
     (["--set", "devices=0,1"], "--gpus-per-replica"),
-    (["--set", "health_port=9000"], "would clash"),
+    (["--set", "health_port=9000"], "would conflict"),
     (["--set", "model_control=true"], "user_config"),
     (["--set", "port=0"], "port 0"),
     (["--replicas", 2, "--max-replicas", 3], "fixed number"),
     (["--min-replicas", 2], "--max-replicas"),
     (["--min-replicas", 3, "--max-replicas", 2], "more than"),
-    (["--gpus-per-replica", 1.5], "whole ones"),
+    (["--gpus-per-replica", 1.5], "whole number"),
     (["--emit", "no/folder/serve.yaml"], "cannot be written"),
 ]
 
 
-@pytest.mark.parametrize(("words", "said"), REFUSED, ids=str)
-def test_what_cannot_be_is_refused_in_one_line(bundle_path: Path, words: list[object], said: str) -> None:
+@pytest.mark.parametrize(("words", "message"), INVALID, ids=str)
+def test_invalid_options_are_one_line_errors(bundle_path: Path, words: list[object], message: str) -> None:
     done = ray(bundle_path, "--emit", "serve.yaml", *words)
     assert done.exit_code == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
-    assert said in done.stderr
+    assert message in done.stderr
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_a_damaged_bundle_is_found_before_anything_is_written(make_bundle: Any, tmp_path: Path) -> None:
+def test_a_damaged_bundle_is_detected_before_writing(make_bundle: Any, tmp_path: Path) -> None:
     damaged = make_bundle(tmp_path / "damaged")
     (damaged / "labels.json").write_text("[]")
     assert "labels.json" in ray(damaged, "--emit", "serve.yaml").stderr
     assert not Path("serve.yaml").exists()
 
 
-def test_without_ray_one_line_says_what_to_install(bundle_path: Path) -> None:
-    """In a process of its own: whether Ray was imported before must not matter."""
+def test_without_ray_the_error_names_the_package(bundle_path: Path) -> None:
+    """In a subprocess, independent of earlier imports of Ray."""
     program = (
         "import sys; sys.modules['ray'] = None\n"
         "from sopdeploy.cli.app import app\n"
@@ -146,7 +146,7 @@ def test_without_ray_one_line_says_what_to_install(bundle_path: Path) -> None:
     assert 'pip install "sopdeploy[ray]"' in done.stderr
 
 
-def test_a_setting_by_name_counts_where_its_flag_was_not_given(bundle_path: Path) -> None:
+def test_a_flag_overrides_an_assignment(bundle_path: Path) -> None:
     shown = (
         CliRunner().invoke(app, ["serve", str(bundle_path), "--set", "port=9001", "--print-config"]).stdout
     )

@@ -1,4 +1,4 @@
-"""A replica as Ray calls it, without Ray: bundles come and go, its health is the service's."""
+"""The replica without Ray: bundle swaps, health checks and exit."""
 
 import asyncio
 import threading
@@ -14,11 +14,11 @@ from sopdeploy.errors import ConfigError, ParityError, RuntimeUnavailableError, 
 from sopdeploy_service.server.on_ray.replica import Replica
 from sopdeploy_service.settings import FAULTS_VARIABLE
 
-BuildResult = Callable[..., Path]
+MakeBundle = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def versions(tmp_path_factory: pytest.TempPathFactory, make_bundle: BuildResult) -> list[Path]:
+def versions(tmp_path_factory: pytest.TempPathFactory, make_bundle: MakeBundle) -> list[Path]:
     folder = tmp_path_factory.mktemp("versions")
     return [make_bundle(folder / str(seed), seed=seed) for seed in range(3)]
 
@@ -33,7 +33,7 @@ async def started(**settings: Any) -> AsyncIterator[Replica]:
         replica.close()
 
 
-def told(*bundles: Path) -> dict[str, Any]:
+def config_of(*bundles: Path) -> dict[str, Any]:
     return {"bundles": {f"model{number}": str(path) for number, path in enumerate(bundles)}}
 
 
@@ -45,7 +45,7 @@ def ids(replica: Replica) -> list[str]:
     ]
 
 
-def live(life: Callable[[], Awaitable[None]]) -> None:
+def run(life: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(life(), 60))  # type: ignore[arg-type]
 
 
@@ -53,53 +53,53 @@ def client_of(replica: Replica) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(replica.asgi), base_url="http://replica")
 
 
-def test_it_is_healthy_as_soon_as_it_has_a_bundle(versions: list[Path], jpeg: bytes) -> None:
+def test_a_replica_is_healthy_with_a_bundle(versions: list[Path], jpeg: bytes) -> None:
     async def life() -> None:
         async with started() as replica, client_of(replica) as client:
             with pytest.raises(ConfigError, match="user_config"):
                 await replica.check_health()
-            await replica.reconfigure(told(versions[0]))
+            await replica.reconfigure(config_of(versions[0]))
             await replica.check_health()
             answer = await client.post("/v1/classify", content=jpeg, headers={"content-type": "image/jpeg"})
             assert answer.status_code == 200
             assert answer.headers["x-model-digest"] in versions[0].name
 
-    live(life)
+    run(life)
 
 
-def test_it_follows_the_bundles_that_it_is_told(versions: list[Path]) -> None:
+def test_reconfigure_serves_exactly_the_named_bundles(versions: list[Path]) -> None:
     first, second, third = versions
 
     async def life() -> None:
         async with started() as replica:
             for wanted in ([first], [second], [first, third], [third], [third]):
-                await replica.reconfigure(told(*wanted))
+                await replica.reconfigure(config_of(*wanted))
                 assert ids(replica) == [path.name for path in wanted]
 
-    live(life)
+    run(life)
 
 
-def test_going_back_opens_nothing(versions: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_switching_back_loads_nothing(versions: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, _ = versions
 
     async def life() -> None:
         async with started() as replica:
-            await replica.reconfigure(told(first))
-            await replica.reconfigure(told(second))
+            await replica.reconfigure(config_of(first))
+            await replica.reconfigure(config_of(second))
             opened = "sopdeploy_service.server.on_ray.replica.load_model"
-            monkeypatch.setattr(opened, lambda *_, **__: pytest.fail("opened anew"))
-            await replica.reconfigure(told(first))
-            await replica.reconfigure(told(first))
+            monkeypatch.setattr(opened, lambda *_, **__: pytest.fail("loaded again"))
+            await replica.reconfigure(config_of(first))
+            await replica.reconfigure(config_of(first))
             assert ids(replica) == [first.name]
             assert len(replica.service.registry.models()) == 2
 
-    live(life)
+    run(life)
 
 
 def test_no_request_is_lost_while_bundles_change(versions: list[Path], jpeg: bytes) -> None:
     async def life() -> None:
         async with started() as replica, client_of(replica) as client:
-            await replica.reconfigure(told(versions[0]))
+            await replica.reconfigure(config_of(versions[0]))
             asking, answers = True, []
 
             async def ask() -> None:
@@ -108,7 +108,7 @@ def test_no_request_is_lost_while_bundles_change(versions: list[Path], jpeg: byt
 
             clients = [asyncio.create_task(ask()) for _ in range(4)]
             for path in (*versions, *versions):
-                await replica.reconfigure(told(path))
+                await replica.reconfigure(config_of(path))
                 await asyncio.sleep(0.05)
             asking = False
             await asyncio.gather(*clients)
@@ -117,50 +117,48 @@ def test_no_request_is_lost_while_bundles_change(versions: list[Path], jpeg: byt
                 path.name.rpartition("-")[2] for path in versions
             }
 
-    live(life)
+    run(life)
 
 
-def test_of_several_bundles_one_that_is_wrong_changes_nothing(
-    versions: list[Path], wrong_bundle_path: Path
-) -> None:
+def test_an_invalid_bundle_keeps_the_previous_ones(versions: list[Path], wrong_bundle_path: Path) -> None:
     async def life() -> None:
         async with started() as replica:
-            await replica.reconfigure(told(versions[0]))
+            await replica.reconfigure(config_of(versions[0]))
             with pytest.raises(ParityError):
-                await replica.reconfigure(told(versions[1], wrong_bundle_path))
+                await replica.reconfigure(config_of(versions[1], wrong_bundle_path))
             await replica.check_health()
             assert ids(replica) == [versions[0].name]
 
-    live(life)
+    run(life)
 
 
 @pytest.mark.parametrize(
     "given", [None, {}, [], {"bundles": {}}, {"bundles": {"a": 1}}, {"bundles": {"a": "b"}, "c": 1}], ids=str
 )
-def test_a_user_config_of_another_form_is_refused(given: Any) -> None:
+def test_an_invalid_user_config_is_rejected(given: Any) -> None:
     async def life() -> None:
         async with started() as replica:
             with pytest.raises(ConfigError, match="user_config"):
                 await replica.reconfigure(given)
 
-    live(life)
+    run(life)
 
 
-def test_a_path_without_a_bundle_is_refused(tmp_path: Path) -> None:
+def test_a_missing_bundle_is_rejected(tmp_path: Path) -> None:
     async def life() -> None:
         async with started() as replica:
             with pytest.raises(SopdeployError, match="no-bundle"):
-                await replica.reconfigure(told(tmp_path / "no-bundle"))
+                await replica.reconfigure(config_of(tmp_path / "no-bundle"))
 
-    live(life)
+    run(life)
 
 
-def test_settings_for_one_process_are_refused() -> None:
+def test_settings_for_a_single_process_are_rejected() -> None:
     with pytest.raises(ConfigError, match="health_port"):
         Replica({"health_port": 9000})
 
 
-def test_a_dead_engine_answers_what_waits_and_then_ends_the_process(
+def test_a_dead_runtime_exits_the_process_after_its_responses(
     versions: list[Path], jpeg: bytes, monkeypatch: pytest.MonkeyPatch, until: Callable[..., None]
 ) -> None:
     monkeypatch.setenv(FAULTS_VARIABLE, "engine=hang@1")
@@ -171,12 +169,12 @@ def test_a_dead_engine_answers_what_waits_and_then_ends_the_process(
         async with started(engine_timeout_seconds=0.2) as replica, client_of(replica) as client:
             replica.leave = ended.set_result
             replica.watch()
-            await replica.reconfigure(told(versions[0]))
+            await replica.reconfigure(config_of(versions[0]))
             answers = await asyncio.gather(*(client.post("/v1/classify", content=jpeg) for _ in range(3)))
             assert {answer.json()["code"] for answer in answers} == {"engine_dead"}
             with pytest.raises(RuntimeUnavailableError, match="engine_dead"):
                 await replica.check_health()
             assert await ended == 70
 
-    live(life)
+    run(life)
     until(lambda: not [thread for thread in threading.enumerate() if thread.name == "model_worker"])

@@ -1,6 +1,5 @@
-"""Keys: who may ask, for what and how often; what a file of keys may hold."""
+"""API keys: the key file, authentication, scopes and rate limits."""
 
-import asyncio
 import hashlib
 import stat
 from pathlib import Path
@@ -13,11 +12,10 @@ from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app as cli
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.http.api_keys import ApiKeys, Key, new_key, open_ring, read_keys
-from sopdeploy_service.http.auth import needs
+from sopdeploy_service.http.api_keys import ApiKeys, Key, load_keys, new_key, read_keys
+from sopdeploy_service.http.auth import TokenBucket, require
 from sopdeploy_service.http.problems import RejectedError
-from sopdeploy_service.http.rate_limit import TokenBucket
-from sopdeploy_service.observability.request_context import CURRENT, RequestContext
+from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import load_settings
 
@@ -28,7 +26,7 @@ def entry(name: str = "app", sha256: str = DIGEST, more: str = "") -> str:
     return f'[[key]]\nname = "{name}"\nsha256 = "{sha256}"\n{more}\n'
 
 
-def test_a_new_key_opens_and_only_its_hash_is_in_the_file(tmp_path: Path) -> None:
+def test_the_file_has_only_the_hash_of_a_new_key(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     first = new_key(path, "phone", rate=10.0, burst=4, admin=False)
     second = new_key(path, "ops", rate=None, burst=None, admin=True)
@@ -36,18 +34,17 @@ def test_a_new_key_opens_and_only_its_hash_is_in_the_file(tmp_path: Path) -> Non
     assert first not in path.read_text()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert list(tmp_path.iterdir()) == [path]
-    ring = open_ring(path)
-    assert ring.find(first.encode()) == Key(
-        name="phone", sha256=hashlib.sha256(first.encode()).hexdigest(), rate=10.0, burst=4
-    )
-    found = ring.find(second.encode())
+    keys = load_keys(path)
+    digest = hashlib.sha256(first.encode()).hexdigest()
+    assert keys.find(first.encode()) == Key(name="phone", sha256=digest, rate=10.0, burst=4)
+    found = keys.find(second.encode())
     assert found is not None
     assert (found.name, found.rate, found.scopes) == ("ops", None, ("classify", "admin"))
-    assert ring.find(first.encode() + b" ") is None
-    assert ring.find(b"") is None
+    assert keys.find(first.encode() + b" ") is None
+    assert keys.find(b"") is None
 
 
-def test_comments_of_a_file_outlive_a_new_key_and_a_failed_one_leaves_it_alone(tmp_path: Path) -> None:
+def test_a_new_key_keeps_comments_and_an_invalid_one_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     path.write_text("# ours\n" + entry())
     new_key(path, "other", rate=None, burst=None, admin=False)
@@ -60,7 +57,7 @@ def test_comments_of_a_file_outlive_a_new_key_and_a_failed_one_leaves_it_alone(t
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("[[key", "not TOML"),
         (entry() + entry(), "two keys have the name app"),
@@ -69,29 +66,29 @@ def test_comments_of_a_file_outlive_a_new_key_and_a_failed_one_leaves_it_alone(t
         (entry(more="rate = 0"), "key.0.rate"),
         (entry(more='scopes = ["root"]'), "key.0.scopes.0"),
         (entry(more='secret = "x"'), "key.0.secret: unknown key"),
-        ("", "holds no key"),
+        ("", "has no key"),
     ],
 )
-def test_a_wrong_file_of_keys_is_one_clear_line(tmp_path: Path, text: str, said: str) -> None:
+def test_an_invalid_key_file_is_a_one_line_error(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=said) as caught:
-        open_ring(path)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_keys(path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_missing_key_file_is_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="sopdeploy key"):
         read_keys(tmp_path / "none.toml")
     with pytest.raises(ConfigError, match="cannot be written"):
         new_key(tmp_path / "none" / "keys.toml", "a", rate=None, burst=None, admin=False)
 
 
-def test_the_verb_prints_the_key_alone_on_stdout(tmp_path: Path) -> None:
+def test_the_command_prints_only_the_key_on_stdout(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     done = CliRunner().invoke(cli, ["key", "lab", "--file", str(path), "--rate", "5", "--admin"])
     assert done.exit_code == 0
-    found = open_ring(path).find(done.stdout.strip().encode())
+    found = load_keys(path).find(done.stdout.strip().encode())
     assert found is not None
     assert (found.name, found.rate, found.scopes) == ("lab", 5.0, ("classify", "admin"))
     again = CliRunner().invoke(cli, ["key", "lab", "--file", str(path)])
@@ -100,29 +97,27 @@ def test_the_verb_prints_the_key_alone_on_stdout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["::", "10.1.2.3", "example.org"])
-def test_model_control_without_keys_is_for_this_machine_only(host: str) -> None:
+def test_model_control_on_a_public_address_needs_keys(host: str) -> None:
     with pytest.raises(ConfigError, match=r"^settings: model_control on .* without keys[^\n]*admin"):
         load_settings(model_control=True, host=host)
     assert load_settings(model_control=True, host=host, keys="keys.toml").model_control
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
-def test_model_control_on_this_machine_needs_no_keys(host: str) -> None:
+def test_model_control_on_a_loopback_address_needs_no_keys(host: str) -> None:
     assert load_settings(model_control=True, host=host).keys is None
 
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Keys by name, and under `path` the file that holds their hashes."""
+    """Keys by name, and the path of their file as `path`."""
     path = tmp_path_factory.mktemp("keys") / "keys.toml"
     made = {
         "free": new_key(path, "free", rate=None, burst=None, admin=False),
         "four": new_key(path, "four", rate=0.5, burst=4, admin=False),
-        "admin": new_key(path, "admin", rate=None, burst=None, admin=True),
         "watch": new_key(path, "watch", rate=None, burst=None, admin=False),
     }
-    text = path.read_text()
-    head, tail = text.split('name = "watch"')
+    head, tail = path.read_text().split('name = "watch"')
     path.write_text(head + 'name = "watch"' + tail.replace('"classify"', '"admin"'))
     return made | {"path": str(path)}
 
@@ -137,15 +132,9 @@ def post(client: httpx.Client, body: bytes, **headers: str) -> httpx.Response:
     return client.post("/v1/classify", content=body, headers=named)
 
 
-def test_without_a_key_there_is_no_answer_but_for_probes_metrics_and_the_empty_pages(
-    locked, keys, jpeg
-) -> None:
-    for reply in (
-        post(locked, jpeg),
-        locked.get("/info"),
-        locked.get("/nothing"),
-        locked.get("/openapi.json"),
-    ):
+def test_requests_without_a_key_are_401_except_probes_metrics_and_pages(locked, keys, jpeg) -> None:
+    replies = [post(locked, jpeg), *map(locked.get, ("/info", "/nothing", "/openapi.json"))]
+    for reply in replies:
         assert (reply.status_code, reply.json()["code"]) == (401, "unauthenticated")
         assert reply.headers["content-type"] == "application/problem+json"
         assert reply.headers["www-authenticate"].startswith("Bearer")
@@ -155,7 +144,7 @@ def test_without_a_key_there_is_no_answer_but_for_probes_metrics_and_the_empty_p
     assert 'rejected_total{reason="unauthenticated"} 4.0' in locked.get("/metrics").text
 
 
-def test_a_key_comes_as_a_bearer_or_in_a_header_of_its_own(locked, keys, jpeg) -> None:
+def test_a_key_is_accepted_as_bearer_token_and_as_x_api_key(locked, keys, jpeg) -> None:
     assert post(locked, jpeg, authorization=f"Bearer {keys['free']}").status_code == 200
     assert post(locked, jpeg, authorization=f"bearer  {keys['free']}").status_code == 200
     assert post(locked, jpeg, x_api_key=keys["free"]).status_code == 200
@@ -163,19 +152,17 @@ def test_a_key_comes_as_a_bearer_or_in_a_header_of_its_own(locked, keys, jpeg) -
 
 
 @pytest.mark.parametrize(
-    "value",
-    [b"Bearer", b"", b"Bearer sop_wrong", b"Bearer \xfcml\xe4ut", b"\xff\xfe", b"Bearer a b"],
+    "value", [b"Bearer", b"", b"Bearer sop_wrong", b"Bearer \xfcml\xe4ut", b"\xff\xfe", b"Bearer a b"]
 )
-def test_any_other_bytes_are_no_key(locked, jpeg, value: bytes) -> None:
+def test_other_bytes_are_401(locked, jpeg, value: bytes) -> None:
     reply = locked.post("/v1/classify", content=jpeg, headers={b"Authorization": value})
     assert reply.status_code == 401
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_break_the_comparison(value: bytes) -> None:
-    ring = ApiKeys((Key(name="a", sha256=DIGEST), Key(name="b", sha256="0" * 64)))
-    found = ring.find(value)
-    assert (found is not None) == (value == b"secret")
+def test_any_bytes_can_be_compared_with_the_keys(value: bytes) -> None:
+    keys = ApiKeys((Key(name="a", sha256=DIGEST), Key(name="b", sha256="0" * 64)))
+    assert (keys.find(value) is not None) == (value == b"secret")
 
 
 def test_a_key_without_the_scope_is_403(locked, keys, jpeg) -> None:
@@ -184,37 +171,33 @@ def test_a_key_without_the_scope_is_403(locked, keys, jpeg) -> None:
     assert locked.get("/info", headers={"x-api-key": keys["watch"]}).status_code == 200
 
 
-@pytest.mark.parametrize(("scopes", "passes"), [(("admin",), True), (("classify",), False), (None, True)])
-def test_a_route_of_admins_is_closed_to_other_keys_and_open_where_no_keys_are_set(scopes, passes) -> None:
-    check = needs("admin")
-    token = CURRENT.set(RequestContext("id", scopes=scopes))
-    try:
-        if passes:
-            assert asyncio.run(check(None)) is None
-        else:
-            with pytest.raises(RejectedError, match="admin"):
-                asyncio.run(check(None))
-    finally:
-        CURRENT.reset(token)
+@pytest.mark.parametrize(("scopes", "allowed"), [(("admin",), True), (("classify",), False), (None, True)])
+def test_admin_routes_require_the_scope_unless_the_server_has_no_keys(scopes, allowed) -> None:
+    context = RequestContext("id", scopes=scopes)
+    if allowed:
+        require(context, "admin")
+    else:
+        with pytest.raises(RejectedError, match="admin"):
+            require(context, "admin")
 
 
-def test_metrics_need_a_key_where_the_setting_says_so(serve_with, keys) -> None:
+def test_metrics_can_require_a_key(serve_with, keys) -> None:
     client = serve_with(FakeRuntime(classes=7), keys=keys["path"], metrics_need_key=True)
     assert client.get("/metrics").status_code == 401
     assert client.get("/metrics", headers={"x-api-key": keys["watch"]}).status_code == 200
     assert client.get("/readyz").status_code == 200
 
 
-def test_every_image_of_a_form_counts_and_the_limit_says_when_to_come_back(locked, keys, jpeg) -> None:
+def test_the_rate_limit_counts_every_image_and_tells_when_to_retry(locked, keys, jpeg) -> None:
     mine = {"x-api-key": keys["four"]}
     form = locked.post("/v1/classify", files=[("image", jpeg)] * 3, headers=mine)
     assert form.status_code == 200
     assert (form.headers["ratelimit-limit"], form.headers["ratelimit-remaining"]) == ("4", "1")
     assert int(form.headers["ratelimit-reset"]) in {5, 6}
-    refused = locked.post("/v1/classify", files=[("image", jpeg)] * 3, headers=mine)
-    assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
-    assert 3 <= int(refused.headers["retry-after"]) <= 4
-    assert refused.headers["ratelimit-remaining"] == "1"
+    rejected = locked.post("/v1/classify", files=[("image", jpeg)] * 3, headers=mine)
+    assert (rejected.status_code, rejected.json()["code"]) == (429, "rate_limited")
+    assert 3 <= int(rejected.headers["retry-after"]) <= 4
+    assert rejected.headers["ratelimit-remaining"] == "1"
     assert locked.post("/v1/classify", content=jpeg, headers=mine).status_code == 200
     assert locked.post("/v1/classify", content=jpeg, headers=mine).status_code == 429
     other = post(locked, jpeg, x_api_key=keys["free"])
@@ -222,7 +205,7 @@ def test_every_image_of_a_form_counts_and_the_limit_says_when_to_come_back(locke
     assert "ratelimit-limit" not in other.headers
 
 
-def test_more_images_than_a_burst_can_never_be_sent_at_once(locked, keys, jpeg) -> None:
+def test_more_images_than_the_burst_are_400(locked, keys, jpeg) -> None:
     reply = locked.post("/v1/classify", files=[("image", jpeg)] * 5, headers={"x-api-key": keys["four"]})
     assert (reply.status_code, reply.json()["code"]) == (400, "too_many_images")
     assert "(4)" in reply.json()["detail"]
@@ -232,16 +215,16 @@ def test_more_images_than_a_burst_can_never_be_sent_at_once(locked, keys, jpeg) 
 def test_no_sequence_of_requests_gets_more_than_burst_plus_rate_times_time(steps, rate) -> None:
     with pytest.MonkeyPatch.context() as patch:
         now = 1000.0
-        patch.setattr("sopdeploy_service.http.rate_limit.time.monotonic", lambda: now)
+        patch.setattr("sopdeploy_service.http.auth.time.monotonic", lambda: now)
         bucket, taken, began = TokenBucket(rate, 8), 0, now
         for images, pause in steps:
             try:
                 bucket.spend(images)
                 taken += images
             except RejectedError as problem:
-                if problem.refusal.retry_after is not None:
-                    now += problem.refusal.retry_after
-                    bucket.check(images)  # what the answer promised is kept
+                if problem.rejection.retry_after is not None:
+                    now += problem.rejection.retry_after
+                    bucket.check(images)  # the announced time is sufficient
             assert taken <= 8 + rate * (now - began) + 1e-6
             now += pause
             assert 0 <= int(bucket.headers()["RateLimit-Remaining"]) <= 8

@@ -1,0 +1,119 @@
+"""Settings and their sources; batch limits, the fake runtime and small measurements."""
+
+import re
+
+import numpy as np
+import pytest
+
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.inference.loader import largest_batch
+from sopdeploy_service.observability.metrics import BusyMeter
+from sopdeploy_service.observability.request_context import RequestContext
+from sopdeploy_service.runtime.fake import FakeRuntime
+from sopdeploy_service.settings import (
+    RENAMED,
+    Settings,
+    load_settings,
+    parse_assignments,
+    to_toml,
+    unused_variables,
+)
+
+
+def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatch, tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text("port = 6000\ntop_k = 2\nmax_images = 3\n")
+    monkeypatch.setenv("SOPDEPLOY_PORT", "9000")
+    monkeypatch.setenv("SOPDEPLOY_TOP_K", "4")
+    settings = load_settings(file, port=7000, top_k=None)
+    assert (settings.port, settings.top_k, settings.max_images, settings.parsers) == (7000, 4, 3, 2)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_every_source_accepts_the_old_name_of_a_setting(monkeypatch, tmp_path, old, new):
+    file = tmp_path / "settings.toml"
+    file.write_text(f"{old} = 3\n")
+    found = [
+        load_settings(**{old: 3}),
+        load_settings(**parse_assignments([f"{old}=3"])),
+        load_settings(file),
+    ]
+    monkeypatch.setenv(f"SOPDEPLOY_{old.upper()}", "3")
+    found.append(load_settings())
+    assert unused_variables() == []
+    assert [getattr(settings, new) for settings in found] == [3] * 4
+    assert f"{new} = 3.0" in to_toml(found[0])
+    monkeypatch.setenv(new.upper(), "5")  # only variables with the prefix count
+    assert getattr(load_settings(), new) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"port": 70_000}, "port"),
+        ({"prot": 1}, "prot: unknown key"),
+        ({"request_timeout": float("nan")}, "request_timeout"),
+        ({"request_timeout": 0}, "request_timeout"),
+        ({"max_pixels": 10**9}, "max_pixels"),
+        ({"max_images": 20, "queue_size": 10}, "max_images"),
+        ({"decoders": 0}, "decoders"),
+        ({"devices": "gpu"}, "devices"),
+        ({"devices": "0,0", "model_control": True}, "single process"),
+        ({"devices": "0", "health_port": 9}, "single process"),
+    ],
+)
+def test_an_invalid_setting_is_named(given, message):
+    with pytest.raises(ConfigError, match=message):
+        load_settings(**given)
+
+
+def test_an_invalid_environment_variable_is_named(monkeypatch):
+    monkeypatch.setenv("SOPDEPLOY_PORT", "tcp://10.0.0.1:80")
+    with pytest.raises(ConfigError, match=r"port.*enableServiceLinks"):
+        load_settings()
+
+
+@pytest.mark.parametrize("text", ["port", "prot=1", "=1"])
+def test_an_invalid_assignment_is_named(text):
+    with pytest.raises(ConfigError, match=f"--set {re.escape(text.partition('=')[0])}: expected name=value"):
+        parse_assignments([text])
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "expected"),
+    [("cpu", None, 4), ("cpu", 16, 16), ("cpu", 100, 64), ("cuda:0", None, 64), ("cuda:0", 2, 2)],
+)
+def test_the_largest_batch_is_small_on_a_cpu_and_never_above_the_verified_one(device, wanted, expected):
+    runtime = FakeRuntime(classes=2, largest_batch=64, device=device)
+    assert largest_batch(runtime, Settings(max_batch=wanted)) == expected
+
+
+def test_the_fake_runtime_is_deterministic_for_any_batch_size():
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    runtime = FakeRuntime(classes=5)
+    together = runtime.run(images)["logits"]
+    alone = np.concatenate([runtime.run(image[None])["logits"] for image in images])
+    assert together.shape == (4, 5)
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_server_timing_has_the_slowest_image_of_a_request():
+    context = RequestContext("id")
+    context.record_stage("decode", 0.001)
+    context.record_stage("decode", 0.003)
+    context.record_stage("infer", 0.0125)
+    assert context.server_timing() == "decode;dur=3.00, infer;dur=12.50"
+
+
+def test_the_busy_meter_gives_the_fraction_of_the_last_seconds(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    meter = BusyMeter()
+    now = 104.0
+    meter.add(101.0, 102.0)
+    meter.add(102.0, 104.0)
+    assert meter.ratio() == pytest.approx(0.75)
+    now = 113.0
+    assert meter.ratio() == pytest.approx(0.1)
+    now = 1000.0
+    assert meter.ratio() == 0.0
