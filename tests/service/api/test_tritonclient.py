@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sopdeploy_service.images.decode import EncodedImage, decode
-from sopdeploy_service.inference.results import Ranking, answer
+from sopdeploy_service.inference.results import Ranking, format_prediction
 
 with warnings.catch_warnings():  # of its own dependencies
     warnings.simplefilter("ignore")
@@ -49,7 +49,7 @@ def given(name: str, values: np.ndarray, datatype: str, binary: bool) -> Any:
 
 
 def same(logits: np.ndarray, bundle: Any, classified: Any) -> bool:
-    found = [answer(Ranking([row]).top_k(0, 7), bundle.labels)["classes"] for row in logits]
+    found = [format_prediction(Ranking([row]).top_k(0, 7), bundle.labels)["classes"] for row in logits]
     return [list(classes) for classes in found] == classified
 
 

@@ -248,7 +248,7 @@ def test_invalid_faults_and_keys_are_one_line_errors(bundle_path: Path, tmp_path
     with pytest.raises(ConfigError, match="sopdeploy key"):
         serve([bundle_path], Settings(port=0, keys=tmp_path / "keys.toml"))
     monkeypatch.setenv("SOPDEPLOY_FAULTS", "engine=explode@1")
-    with pytest.raises(ConfigError, match="SOPDEPLOY_FAULTS: 'engine=explode@1' is no fault"):
+    with pytest.raises(ConfigError, match="SOPDEPLOY_FAULTS: 'engine=explode@1' is not a fault"):
         serve([bundle_path], Settings(port=0))
 
 
