@@ -102,7 +102,7 @@ def test_unusable_arguments_raise_the_matching_error(serve_with, tmp_path):
     server = serve_with(FakeRuntime(classes=7))
     with pytest.raises(ConfigError, match=r"--model.*tiny"):
         examine(str(server.base_url), model="other")
-    with pytest.raises(DataError, match="no picture here"):
+    with pytest.raises(DataError, match="contains no image"):
         examine(str(server.base_url), images=tmp_path)
     (tmp_path / "a.jpg").write_bytes(b"text")
     with pytest.raises(ServiceError, match="not_an_image"):
