@@ -1,8 +1,8 @@
-"""Batch norms that take an ordinary one's place in training: over all processes, or with fixed statistics.
+"""Layers for training on several processes: batch norms, and random numbers per shard of a batch.
 
-torch's SyncBatchNorm refuses a CPU and needs a process group even where there is one process. Here the
-mean and then the squared deviations from it are summed over ranks, so that nothing cancels, and autograd
-passes both sums. In eval mode all of them are the ordinary one.
+torch's SyncBatchNorm does not run on CPUs and needs a process group even for one process. Here the mean and
+then the squared deviations from it are summed over ranks, which avoids cancellation, and autograd
+differentiates both sums. In eval mode all batch norms here equal the ordinary one.
 """
 
 from collections.abc import Callable
@@ -18,42 +18,35 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.layers.covariance import at_least_float32, without_autocast
 
 
-def ranks() -> int:
-    """Return the number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Return the sum of every rank's *x*; the gradient is summed over the ranks as well.
+    """Sum *x* over all ranks; the gradient is summed over the ranks as well.
 
-    Every rank must ask for the same sums in the same order.
+    Every rank must call this in the same order.
     """
-    if ranks() == 1:
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x
-    summed: Tensor = SumOverRanks.apply(x)
+    summed: Tensor = _SumOverRanks.apply(x)
     return summed
 
 
-class SumOverRanks(torch.autograd.Function):
-    """All-reduce that gradients pass, of any order."""
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce that is differentiable any number of times."""
 
     @staticmethod
     def forward(_ctx: Any, x: Tensor) -> Tensor:
-        """Return the sum over ranks."""
         summed = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(summed)
         return summed
 
     @staticmethod
     def backward(_ctx: Any, *gradients: Tensor) -> Tensor:
-        """Return the sum over ranks of what each wants changed."""
         return sum_over_ranks(gradients[0])
 
 
 class Replacement(_BatchNorm):
-    """Has the parameters, buffers and children of the batch norm that it takes the place of.
+    """Base class of batch norms that replace another one and take over its parameters, buffers and children.
 
-    timm's batch norms hold a dropout and an activation, which come after the norm in this order.
+    timm's batch norms contain a dropout and an activation, which run after the norm in this order.
     """
 
     after: ClassVar[frozenset[str]] = frozenset({"drop", "act"})
@@ -65,7 +58,9 @@ class Replacement(_BatchNorm):
         super().__init__(norm.num_features, norm.eps, norm.momentum, affine=False, track_running_stats=False)
         children = dict(norm.named_children())
         if norm.running_mean is None or children.keys() - self.after:
-            raise ConfigError(f"batch_norm: {type(norm).__name__} has no global or frozen kind; use local")
+            raise ConfigError(
+                f"batch_norm: {type(norm).__name__} cannot be made global or frozen; use batch_norm=local"
+            )
         self.affine, self.track_running_stats = norm.affine, True
         self.weight, self.bias = norm.weight, norm.bias
         for name, buffer in norm.named_buffers(recurse=False):
@@ -75,30 +70,30 @@ class Replacement(_BatchNorm):
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (B, C, ...) *x* normalised, then what comes after the norm."""
-        y = self.normalised(x)
+        """Normalize (B, C, ...) *x*, then apply the children."""
+        y = self.normalized(x)
         for child in self.children():
             y = child(y)
         return y
 
-    def normalised(self, x: Tensor) -> Tensor:
-        """Return *x* normalised by the running statistics."""
+    def normalized(self, x: Tensor) -> Tensor:
+        """Normalize *x* by the running statistics."""
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
         )
 
 
 class FrozenBatchNorm(Replacement):
-    """The running statistics as they are, in training too; weight and bias learn."""
+    """Batch norm that uses the running statistics in training too; weight and bias are trained."""
 
 
 class GlobalBatchNorm(Replacement):
-    """The statistics of the batch on all ranks together; running variance over n - 1 of all of them."""
+    """Batch norm over the batch of all ranks; the running variance divides by n - 1 of all of them."""
 
-    def normalised(self, x: Tensor) -> Tensor:
-        """Return *x* normalised by the whole batch in train mode, else by the running statistics."""
+    def normalized(self, x: Tensor) -> Tensor:
+        """Normalize *x* by the whole batch in train mode, else by the running statistics."""
         if not self.training:
-            return super().normalised(x)
+            return super().normalized(x)
         with without_autocast(x):
             wide = at_least_float32(x)
             others = [axis for axis in range(x.dim()) if axis != 1]
@@ -107,34 +102,32 @@ class GlobalBatchNorm(Replacement):
             summed = sum_over_ranks(torch.cat([wide.sum(others), samples]))
             count = summed[-1].detach() * x.shape[2:].numel()
             mean_C = summed[:-1] / count
-            centred = wide - mean_C.view(shape)
-            variance_C = sum_over_ranks(centred.square().sum(others)) / count
-            self.follow(mean_C.detach(), (variance_C * count / (count - 1)).detach())
-            y = centred * (variance_C + self.eps).rsqrt().view(shape)
+            centered = wide - mean_C.view(shape)
+            variance_C = sum_over_ranks(centered.square().sum(others)) / count
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                rate = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), rate)
+                unbiased_C = variance_C * count / (count - 1)
+                self.running_var.lerp_(unbiased_C.to(self.running_var.dtype), rate)
+            y = centered * (variance_C + self.eps).rsqrt().view(shape)
             if self.affine:
                 y = y * self.weight.view(shape) + self.bias.view(shape)
             return y.to(x.dtype)
 
-    @torch.no_grad()
-    def follow(self, mean_C: Tensor, variance_C: Tensor) -> None:
-        """Move the running statistics towards those of a batch."""
-        self.num_batches_tracked.add_(1)
-        pace = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), pace)
-        self.running_var.lerp_(variance_C.to(self.running_var.dtype), pace)
-
 
 class Rows:
-    """Which rows of a step's batch are computed here: from `start`, of `total`; `None` is all of them.
+    """Random numbers for one shard of a batch, equal to those of a single process with the whole batch.
 
-    One object is shared by everything in a network that draws, and set before each forward.
+    The shard starts at row `start` of `total` rows; `total=None` is the whole batch. All random layers of a
+    network share one object, which is set before each forward pass.
     """
 
     start: int = 0
     total: int | None = None
 
     def draw(self, like: Tensor, fill: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return numbers for the rows of *like*, of its shape, dtype and device; *fill* draws in place."""
+        """Draw for the whole batch with *fill*, in place; return the shard's rows, shaped like *like*."""
         total = len(like) if self.total is None else self.total
         return fill(like.new_empty((total, *like.shape[1:])))[self.start : self.start + len(like)]
 
@@ -147,7 +140,7 @@ class RowsDropout(nn.Dropout):
         self.rows = rows
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return *x* with a share p of its numbers 0 and the others larger, in train mode."""
+        """Set a fraction p of *x* to 0 and scale the rest by 1 / (1 - p), in train mode."""
         if not self.training or self.p == 0:
             return x
         kept = self.rows.draw(x.detach(), lambda mask: mask.bernoulli_(1 - self.p))

@@ -41,7 +41,7 @@ class NewtonSchulzConfig(StrictModel):
     stored: Literal["float32", "float16"] = "float32"
 
 
-class RootOptions(StrictModel):
+class NewtonSchulzOptions(StrictModel):
     """The options `iterations` and `prenorm` of networks and layers that pool by iSQRT-COV."""
 
     iterations: Iterations = 5

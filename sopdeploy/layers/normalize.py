@@ -1,8 +1,4 @@
-"""From uint8 pictures to the float32 maps a network computes on: the same module in training and export.
-
-Mean and standard deviation are folded into one multiplication and one addition per channel:
-(x / 255 - mean) / std = x * scale + offset.
-"""
+"""Normalization of uint8 images to float32 maps, the same module in training and export."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +7,11 @@ from sopdeploy.images.preprocess import Preprocess
 
 
 class Normalize(nn.Module):
-    """Images (B, H, W, 3) uint8 in, (B, 3, H, W) float32 out, as *preprocess* declares mean and std."""
+    """Convert images (B, H, W, 3) uint8 to (B, 3, H, W) float32 with the mean and std of *preprocess*.
+
+    Mean and standard deviation become one multiplication and one addition per channel:
+    (x / 255 - mean) / std = x * scale + offset.
+    """
 
     scale: Tensor
     offset: Tensor
@@ -24,5 +24,5 @@ class Normalize(nn.Module):
         self.register_buffer("offset", (-mean / std).float().reshape(1, 3, 1, 1))
 
     def forward(self, images_BHWC: Tensor) -> Tensor:
-        """Return the normalised images, channels first."""
+        """Compute the normalized images, channels first."""
         return images_BHWC.permute(0, 3, 1, 2).float() * self.scale + self.offset

@@ -1,4 +1,4 @@
-"""Functions of symmetric matrices through their eigenvalues, with gradients that stay finite.
+"""Functions of symmetric matrices by their eigenvalues, with gradients that stay finite.
 
 Papers: MPN-COV (ICCV 2017), section 3; Ionescu et al., "Matrix Backpropagation for Deep Networks with
 Structured Layers" (ICCV 2015). Letters: B matrices of C rows, A = U diag(l) U^T, f(A) = U diag(f(l)) U^T.
@@ -10,9 +10,8 @@ K_ij = (f(l_i) - f(l_j)) / (l_i - l_j), the same number, and f' where the two ar
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import pydantic
 import torch
 from torch import Tensor
 
@@ -20,15 +19,15 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import TrainingError
 from sopdeploy.layers.covariance import frobenius_norm
 from sopdeploy.layers.isqrt_cov import SMALLEST_NORM
-from sopdeploy.layers.newton_schulz import newton_schulz
+from sopdeploy.layers.newton_schulz import Iterations, newton_schulz
 
 TOO_CLOSE = 1e-5  # of the largest eigenvalue, in float32
-
-NO_EIGEN_FORM = (
-    "an eigendecomposition has no ONNX or TensorRT form; train with pooling isqrt, which takes the square "
-    "root by matrix products"
+NO_ONNX_FORM = (
+    "an eigendecomposition has no ONNX or TensorRT form; train with {}, which takes the square root "
+    "by matrix products"
 )
-
+NO_EIGEN_FORM = NO_ONNX_FORM.format("pooling isqrt")
+NO_ROOT_FORM = NO_ONNX_FORM.format("root newton-schulz")
 NO_SECOND_GRADIENT = (
     "the gradient through eigenvalues cannot be differentiated again; train with pooling isqrt, or with an "
     "optimizer other than AdaHessian"
@@ -43,11 +42,11 @@ class Spectral(NamedTuple):
 
 
 class SpectralFunction(torch.autograd.Function):
-    """Symmetric (B, C, C) in; f of it (B, C, C) and its ascending eigenvalues (B, C) out."""
+    """Compute f of symmetric matrices (B, C, C), and their ascending eigenvalues (B, C)."""
 
     @staticmethod
     def forward(ctx: Any, a_BCC: Tensor, function: Spectral) -> tuple[Tensor, Tensor]:
-        """Decompose, apply, compose."""
+        """Decompose the matrices and apply f to the eigenvalues."""
         lambda_BC, u_BCC = torch.linalg.eigh(a_BCC)
         ctx.function = function
         ctx.save_for_backward(lambda_BC, u_BCC)
@@ -56,19 +55,19 @@ class SpectralFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_BCC: Tensor, lambda_grad_BC: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient for the matrix, symmetric; refuse to be differentiated, as AdaHessian would."""
+        """Compute the symmetric gradient of the matrix; raise `TrainingError` for second derivatives."""
         if torch.is_grad_enabled():
             raise TrainingError(NO_SECOND_GRADIENT)
         lambda_BC, u_BCC = ctx.saved_tensors
         symmetric_BCC = 0.5 * (grad_BCC + grad_BCC.transpose(1, 2))
         inner_BCC = u_BCC.transpose(1, 2) @ symmetric_BCC @ u_BCC
-        inner_BCC = inner_BCC * divided_differences(lambda_BC, ctx.function)
+        inner_BCC = inner_BCC * _divided_differences(lambda_BC, ctx.function)
         inner_BCC = inner_BCC + torch.diag_embed(lambda_grad_BC)
         return u_BCC @ inner_BCC @ u_BCC.transpose(1, 2), None
 
 
-def divided_differences(lambda_BC: Tensor, function: Spectral) -> Tensor:
-    """Return K (B, C, C)."""
+def _divided_differences(lambda_BC: Tensor, function: Spectral) -> Tensor:
+    """Compute K (B, C, C)."""
     value_BC, slope_BC = function.value(lambda_BC), function.slope(lambda_BC)
     gap_BCC = lambda_BC[:, :, None] - lambda_BC[:, None, :]
     rise_BCC = value_BC[:, :, None] - value_BC[:, None, :]
@@ -77,66 +76,57 @@ def divided_differences(lambda_BC: Tensor, function: Spectral) -> Tensor:
     return torch.where(close_BCC, mean_slope_BCC, rise_BCC / gap_BCC.masked_fill(close_BCC, 1.0))
 
 
-def power(exponent: float) -> Spectral:
-    """Return l -> l^exponent; eigenvalues that are only rounding count as 0, slope included."""
-    return Spectral(
-        partial(scaled_power, factor=1.0, exponent=exponent),
-        partial(scaled_power, factor=exponent, exponent=exponent - 1.0),
-    )
-
-
-def scaled_power(lambda_BC: Tensor, *, factor: float, exponent: float) -> Tensor:
-    """Return factor * l^exponent, 0 for what the decomposition cannot tell from 0."""
-    rounding = lambda_BC.shape[1] * torch.finfo(lambda_BC.dtype).eps
-    smallest_B1 = (lambda_BC[:, -1:] * rounding).clamp_min(torch.finfo(torch.float32).tiny)
-    told_apart_BC = lambda_BC > smallest_B1
-    return torch.where(told_apart_BC, factor * lambda_BC.where(told_apart_BC, 1.0).pow(exponent), 0.0)
-
-
-def logarithm(eps: float) -> Spectral:
-    """Return l -> log(l + eps); rounding below 0 counts as 0."""
-    return Spectral(partial(shifted_logarithm, eps=eps), partial(shifted_reciprocal, eps=eps))
-
-
-def shifted_logarithm(lambda_BC: Tensor, *, eps: float) -> Tensor:
-    """Return log(l + eps)."""
-    return (lambda_BC.clamp_min(0.0) + eps).log()
-
-
-def shifted_reciprocal(lambda_BC: Tensor, *, eps: float) -> Tensor:
-    """Return 1 / (l + eps)."""
-    return (lambda_BC.clamp_min(0.0) + eps).reciprocal()
-
-
 def spectral(a_BCC: Tensor, function: Spectral) -> tuple[Tensor, Tensor]:
-    """Return f of symmetric matrices (B, C, C) and their ascending eigenvalues (B, C)."""
+    """Compute f of symmetric matrices (B, C, C) and their ascending eigenvalues (B, C)."""
     value_BCC, lambda_BC = SpectralFunction.apply(a_BCC, function)
     return value_BCC, lambda_BC
 
 
-NO_ROOT_FORM = (
-    "an eigendecomposition has no ONNX or TensorRT form; train with root newton-schulz, which takes the "
-    "square root by matrix products"
-)
+def power(exponent: float) -> Spectral:
+    """Build f(l) = l^exponent; eigenvalues within rounding of 0 count as 0, also for the slope."""
+    return Spectral(
+        partial(_scaled_power, factor=1.0, exponent=exponent),
+        partial(_scaled_power, factor=exponent, exponent=exponent - 1.0),
+    )
 
 
-class RootConfig(StrictModel):
-    """How the root is taken: exactly, by eigenvalues, or by N = `iterations` steps, which can be exported.
+def _scaled_power(lambda_BC: Tensor, *, factor: float, exponent: float) -> Tensor:
+    rounding = lambda_BC.shape[1] * torch.finfo(lambda_BC.dtype).eps
+    smallest_B1 = (lambda_BC[:, -1:] * rounding).clamp_min(torch.finfo(torch.float32).tiny)
+    positive_BC = lambda_BC > smallest_B1
+    return torch.where(positive_BC, factor * lambda_BC.where(positive_BC, 1.0).pow(exponent), 0.0)
 
-    The steps start from the matrix over its Frobenius norm, nearer to the root than over its trace.
+
+def logarithm(eps: float) -> Spectral:
+    """Build f(l) = log(l + eps); eigenvalues rounded below 0 count as 0."""
+    return Spectral(partial(_log, eps=eps), partial(_reciprocal, eps=eps))
+
+
+def _log(lambda_BC: Tensor, *, eps: float) -> Tensor:
+    return (lambda_BC.clamp_min(0.0) + eps).log()
+
+
+def _reciprocal(lambda_BC: Tensor, *, eps: float) -> Tensor:
+    return (lambda_BC.clamp_min(0.0) + eps).reciprocal()
+
+
+class MatrixRootConfig(StrictModel):
+    """The matrix square root: exact, by eigenvalues, or by N = `iterations` steps, which can be exported.
+
+    The steps start from the matrix over its Frobenius norm, which is nearer to the root than over its trace.
     """
 
     root: Literal["eigen", "newton-schulz"] = "eigen"
-    iterations: Annotated[int, pydantic.Field(ge=1, le=15)] = 5
+    iterations: Iterations = 5
 
     @property
     def not_exportable(self) -> str | None:
-        """Return why this root cannot be exported, `None` where it can."""
+        """Why this root cannot be exported, `None` if it can."""
         return NO_ROOT_FORM if self.root == "eigen" else None
 
 
-def square_root(a_BCC: Tensor, config: RootConfig) -> Tensor:
-    """Return the root (B, C, C) of positive semi-definite matrices."""
+def square_root(a_BCC: Tensor, config: MatrixRootConfig) -> Tensor:
+    """Compute the root (B, C, C) of positive semi-definite matrices."""
     if config.root == "eigen":
         return spectral(a_BCC, power(0.5))[0]
     norm_B11 = frobenius_norm(a_BCC).clamp_min(SMALLEST_NORM)

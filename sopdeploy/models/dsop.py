@@ -21,7 +21,7 @@ from sopdeploy.config import NonNegative, StrictModel
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov, dimension_reduction
 from sopdeploy.layers.mbconv import swish_reduction
-from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, RootOptions
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, NewtonSchulzOptions
 from sopdeploy.models.base import Classifier, TrainingOutput
 from sopdeploy.models.plain import imagenet_entry
 
@@ -29,7 +29,7 @@ Count = Annotated[int, pydantic.Field(ge=0)]
 Width = Annotated[int, pydantic.Field(ge=1)]
 
 
-class DSoPConfig(RootOptions):
+class DSoPConfig(NewtonSchulzOptions):
     """The branches, stage by stage; `None` selects the paper's value for this backbone.
 
     `aux_blocks` gives for each stage either the number of blocks of a branch after its last block

@@ -25,13 +25,13 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import dimension_reduction
 from sopdeploy.layers.mixture.components import FusionHead, Kind, make_components, pooling
 from sopdeploy.layers.mixture.gate import GateNoise, NoisePer, SparseGate, balance_loss, keep_largest
-from sopdeploy.layers.newton_schulz import RootOptions
+from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.models.base import Classifier, Entry, TrainingOutput
 
 Width = Annotated[int, pydantic.Field(ge=1)]
 
 
-class GMSOPConfig(LowResolutionResNetConfig, RootOptions):
+class GMSOPConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     """The mixture evaluates `chosen` of `components` poolings per image (the paper's K and N).
 
     `component_widths` are a component's 1x1 convolutions, `gate_widths` the gate's prediction layers.

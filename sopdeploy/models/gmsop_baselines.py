@@ -17,14 +17,14 @@ from torch import Tensor
 
 from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig
 from sopdeploy.layers.mixture.components import FusionHead, make_components
-from sopdeploy.layers.newton_schulz import RootOptions
+from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.codebook import NetVLAD
 from sopdeploy.models.base import Classifier, Entry
 
 Width = Annotated[int, pydantic.Field(ge=1)]
 
 
-class AveragedResNetConfig(LowResolutionResNetConfig, RootOptions):
+class AveragedResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     """K = `components` poolings of one kind, averaged; 1 is a single pooling.
 
     `component_widths` are a component's 1x1 convolutions, none for GAP and SR-SOP themselves.

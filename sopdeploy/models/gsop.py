@@ -32,7 +32,7 @@ from sopdeploy.layers.attention.first_order import (
     PreActBottleneckAttendedInside,
 )
 from sopdeploy.layers.attention.gsop_block import RELEASED_BLOCK, GSoPBlock, GSoPBlockConfig
-from sopdeploy.layers.newton_schulz import RootOptions
+from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import GapConfig, GlobalPooling
 from sopdeploy.layers.pooling.isqrt import ISqrtPoolingConfig
 from sopdeploy.models.base import Classifier, Entry
@@ -49,7 +49,7 @@ RELEASED: dict[str, Any] = {
 }
 
 
-class GSoPConfig(GSoPBlockConfig, RootOptions):
+class GSoPConfig(GSoPBlockConfig, NewtonSchulzOptions):
     """The blocks, their places, and the end of the network.
 
     `final_pooling` is "gap" (GSoP-Net1) or "isqrt" (GSoP-Net2, with `final_width` channels after DR, N

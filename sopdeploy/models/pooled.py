@@ -17,7 +17,7 @@ from sopdeploy.backbones.resnet import ResNetConfig
 from sopdeploy.backbones.vgg import VGG, VGGConfig
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mbconv import swish_reduction
-from sopdeploy.layers.newton_schulz import RootOptions
+from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.models.base import Classifier, Entry
 from sopdeploy.models.plain import PlainResNet, PlainSmallResNet, cifar_entry, imagenet_entry
@@ -32,7 +32,7 @@ class PooledVGG(Classifier, VGG):
     inference_class = VGG
 
 
-class SecondOrderEfficientNetConfig(EfficientNetConfig, RootOptions):
+class SecondOrderEfficientNetConfig(EfficientNetConfig, NewtonSchulzOptions):
     """EfficientNet-b0, and the `width` of the covariance."""
 
     pooling: GapConfig = GapConfig()  # fixed: this network has its own second-order pooling

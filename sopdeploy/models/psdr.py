@@ -19,13 +19,13 @@ from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov, dimension_reduction
-from sopdeploy.layers.newton_schulz import RootOptions
+from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import GapConfig, GlobalPooling
 from sopdeploy.models.base import Classifier, TrainingOutput
 from sopdeploy.models.plain import imagenet_entry
 
 
-class PSDRConfig(ResNetConfig, RootOptions):
+class PSDRConfig(ResNetConfig, NewtonSchulzOptions):
     """The backbone, the target `width`, and delta, the `decay` of channels from step to step.
 
     `main_weight` and `aux_weight` are lambda and gamma, the weights of the losses.

@@ -1,11 +1,12 @@
-"""The channel-wise half of GSoP: channel correlations of the whole map say how to scale each channel.
+"""The channel-wise and position-wise halves of the GSoP block: correlations of a map give its scale.
 
 Paper: Gao et al., "Global Second-order Pooling Convolutional Networks" (CVPR 2019), section 3.1, Table 2.
-Letters: B images, C channels, d channels after dimension reduction (DR), H height, W width.
+Letters: B images, C channels, d channels after dimension reduction (DR), H height, W width, n rows of the
+covariance, P positions.
 
-The released code feeds DR with a rectified copy of the map (`pre_relu`; the map that is scaled stays
-as it is) and lets DR stride by 2 in conv2_x (`dr_stride`). The covariance is the plain one, centred
-and divided by the number of positions; the block takes no matrix root.
+The released code feeds DR with a rectified copy of the map (`pre_relu`; the scaled map itself is not
+rectified) and lets DR stride by 2 in conv2_x (`dr_stride`). The covariance is centered and divided by the
+number of positions; the block takes no matrix root.
 """
 
 from collections.abc import Callable
@@ -24,14 +25,14 @@ OUTPUTS_PER_ROW = 4
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """Return *x* after nothing, ReLU or LReLU(0.1)."""
+    """Apply no activation, ReLU or LReLU(0.1)."""
     if activation == "lrelu":
         return F.leaky_relu(x, 0.1)
     return F.relu(x) if activation == "relu" else x
 
 
 class RowConv(nn.Conv2d, ExportHints):
-    """Row-wise convolution: (B, n, n, 1) to (B, 4n, 1, 1); output 4i + r sees row i only.
+    """Row-wise convolution: (B, n, n, 1) to (B, 4n, 1, 1); output 4i + r reads row i only.
 
     The paper's grouped convolution with kernel (n, 1), and its parameters, computed as one batched
     product: runtimes have slow kernels for a convolution of n groups whose output is one pixel.
@@ -43,7 +44,7 @@ class RowConv(nn.Conv2d, ExportHints):
         super().__init__(rows, OUTPUTS_PER_ROW * rows, (rows, 1), groups=rows)
 
     def forward(self, cov_Bnn1: Tensor) -> Tensor:
-        """Return what the grouped convolution would."""
+        """Compute the grouped convolution."""
         rows = self.in_channels
         cov_nBn = cov_Bnn1.squeeze(3).transpose(0, 1)
         weight_nnr = self.weight.reshape(rows, OUTPUTS_PER_ROW, rows).transpose(1, 2)
@@ -53,7 +54,7 @@ class RowConv(nn.Conv2d, ExportHints):
 
 
 class Excitation(nn.Module, ExportHints):
-    """Covariance (B, n, n) in, weights (B, out, 1, 1) in (0, 1) out.
+    """Map a covariance (B, n, n) to weights (B, out, 1, 1) in (0, 1).
 
     Row-wise batch norm, row-wise convolution n to 4n, activation, 1x1 convolution 4n to out, sigmoid.
     """
@@ -69,17 +70,17 @@ class Excitation(nn.Module, ExportHints):
         self.conv = nn.Conv2d(OUTPUTS_PER_ROW * rows, out_channels, 1)
 
     def forward(self, cov_Bnn: Tensor) -> Tensor:
-        """Return the weights."""
+        """Compute the weights."""
         rows_BR11 = self.row_conv(self.row_bn(cov_Bnn.unsqueeze(3)))
         return torch.sigmoid(self.conv(activate(rows_BR11, self.activation)))
 
     def extra_repr(self) -> str:
-        """Name the activation in the printed module."""
+        """Show the activation in the printed module."""
         return f"activation={self.activation}"
 
 
 class ChannelAttention(nn.Module, ExportHints):
-    """Feature map (B, C, H, W) in, channel weights (B, C, 1, 1) out."""
+    """Map features (B, C, H, W) to channel weights (B, C, 1, 1)."""
 
     keep_output_dtype = True
     rewrite_rules = ("centering",)
@@ -96,7 +97,7 @@ class ChannelAttention(nn.Module, ExportHints):
         self.excitation = Excitation(width, channels, activation)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
-        """Return the weights; the covariance is taken in float32 at least."""
+        """Compute the weights; the covariance is float32 or float64."""
         reduced_BdHW = self.reduction(F.relu(features_BCHW) if self.pre_relu else features_BCHW)
         with without_autocast(reduced_BdHW):
             cov_Bdd = covariance(centered_and_scaled(at_least_float32(reduced_BdHW)))
@@ -104,15 +105,15 @@ class ChannelAttention(nn.Module, ExportHints):
         return weights_BC11
 
     def extra_repr(self) -> str:
-        """Name the switch in the printed module."""
+        """Show the option in the printed module."""
         return f"pre_relu={self.pre_relu}"
 
 
-Rows = Callable[[int, int], list[list[float]]]
+RowBuilder = Callable[[int, int], list[list[float]]]
 
 
 def averaging_rows(size: int, target: int) -> list[list[float]]:
-    """Return the (target, size) matrix of adaptive average pooling along one side.
+    """Build the (target, size) matrix of adaptive average pooling along one side.
 
     Row i averages from floor(i size / target) up to, not including, ceil((i + 1) size / target).
     """
@@ -124,19 +125,19 @@ def averaging_rows(size: int, target: int) -> list[list[float]]:
 
 
 def nearest_rows(size: int, target: int) -> list[list[float]]:
-    """Return the (target, size) matrix of nearest-neighbour sampling: row i takes floor(i size / target)."""
+    """Build the (target, size) matrix of nearest-neighbor sampling: row i reads floor(i size / target)."""
     return [[1.0 if j == i * size // target else 0.0 for j in range(size)] for i in range(target)]
 
 
-def resample(x_BCHW: Tensor, height: int, width: int, rows: Rows) -> Tensor:
-    """Return *x_BCHW* as (B, C, height, width), each side by the matrix that *rows* gives."""
+def resample(x_BCHW: Tensor, height: int, width: int, rows: RowBuilder) -> Tensor:
+    """Resize *x_BCHW* to (B, C, height, width), each side by the matrix that *rows* builds."""
     down = torch.tensor(rows(x_BCHW.shape[2], height), dtype=x_BCHW.dtype, device=x_BCHW.device)
     across = torch.tensor(rows(x_BCHW.shape[3], width), dtype=x_BCHW.dtype, device=x_BCHW.device)
     return down @ x_BCHW @ across.T
 
 
 class PositionSwitches(StrictModel):
-    """What changes the numbers of the position-wise block; defaults are the paper's."""
+    """Options of the position-wise half; defaults are the paper's."""
 
     side: int = 8
     activation: Activation = "lrelu"
@@ -147,7 +148,7 @@ class PositionSwitches(StrictModel):
 
 
 class PositionAttention(nn.Module, ExportHints):
-    """Feature map (B, C, H, W) in, position weights (B, 1, H, W) out."""
+    """Map features (B, C, H, W) to position weights (B, 1, H, W)."""
 
     keep_output_dtype = True
     rewrite_rules = ("centering", "position_resampling")
@@ -160,7 +161,7 @@ class PositionAttention(nn.Module, ExportHints):
         self.excitation = Excitation(positions, positions, switches.activation)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
-        """Return the weights; the covariance is taken in float32 at least."""
+        """Compute the weights; the covariance is float32 or float64."""
         switches, side = self.switches, self.switches.side
         height, width = features_BCHW.shape[2:]
         reduced_BdHW = self.reduction(F.relu(features_BCHW) if switches.pre_relu else features_BCHW)
@@ -169,27 +170,27 @@ class PositionAttention(nn.Module, ExportHints):
         with without_autocast(reduced_BdHW):
             small_Bdss = resample(at_least_float32(reduced_BdHW), side, side, averaging_rows)
             small_BdP = small_Bdss.flatten(start_dim=2)
-            uncentred = switches.covariance == "uncentred"
-            cov_BPP = released_covariance(small_BdP) if uncentred else position_covariance(small_BdP)
+            uncentered = switches.covariance == "uncentred"
+            cov_BPP = released_covariance(small_BdP) if uncentered else position_covariance(small_BdP)
         weights_B1ss = self.excitation(cov_BPP).reshape(-1, 1, side, side)
         rows = nearest_rows if switches.upsampling == "nearest" else averaging_rows
         return resample(weights_B1ss, height, width, rows)
 
     def extra_repr(self) -> str:
-        """Name the switches in the printed module."""
+        """Show the options in the printed module."""
         return ", ".join(f"{name}={value}" for name, value in self.switches)
 
 
 def position_covariance(small_BdP: Tensor) -> Tensor:
-    """Return the (B, P, P) covariance between positions; the d channels are the samples."""
+    """Compute the (B, P, P) covariance between positions; the d channels are the samples."""
     return covariance(centered_and_scaled(small_BdP.transpose(1, 2)))
 
 
 def released_covariance(small_BdP: Tensor) -> Tensor:
-    """Return X^T X / P - s s^T / P^2, where s (B, P) sums over the d channels.
+    """Compute X^T X / P - s s^T / P^2, where s (B, P) sums over the d channels.
 
-    The released code means to centre, but its centring matrix is built for P samples while there
-    are d: with d different from P the mean stays in, and the result has negative eigenvalues.
+    The released code intends to center, but its centering matrix is built for P samples while there are d.
+    Where d differs from P the mean is not removed, and the result has negative eigenvalues.
     """
     positions = small_BdP.shape[2]
     sums_B1P = small_BdP.sum(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The GSoP block: a feature map scaled by what its own second-order statistics say.
+"""The GSoP block: a feature map scaled by weights from its own second-order statistics.
 
 Paper: Gao et al., "Global Second-order Pooling Convolutional Networks" (CVPR 2019), section 3, Fig. 1(b).
 Letters: B images, C channels, d channels after dimension reduction (DR), H height, W width.
@@ -35,10 +35,10 @@ MOST_GROUPS = 32
 
 
 class Concatenation(nn.Module):
-    """Two tensors (B, C, H, W) in, one out: grouped convolutions with kernel (k, 1), sum, batch norm.
+    """Fuse two tensors (B, C, H, W): grouped convolutions with kernel (k, 1), sum, batch norm.
 
-    The same as one convolution of the tensors' concatenation. k is 11, 9, 7, 5 for C = 256, 512,
-    1024, 2048: the fewer the groups, the longer.
+    This equals one convolution of the tensors' concatenation. k is 11, 9, 7, 5 for C = 256, 512, 1024, 2048:
+    fewer groups have longer kernels.
     """
 
     def __init__(self, channels: int) -> None:
@@ -51,42 +51,37 @@ class Concatenation(nn.Module):
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, by_channel: Tensor, by_position: Tensor) -> Tensor:
-        """Return the fused tensor."""
+        """Compute the fused tensor."""
         fused: Tensor = self.bn(self.conv_channel(by_channel) + self.conv_position(by_position))
         return fused
 
 
 class Fusion(nn.Module):
-    """Two tensors (B, C, H, W) in, their mean, sum or larger values out; it has no parameters."""
+    """Fuse two tensors (B, C, H, W) by their mean, sum or maximum, without parameters."""
 
     def __init__(self, kind: Literal["average", "sum", "maximum"]) -> None:
         super().__init__()
         self.kind = kind
 
     def forward(self, by_channel: Tensor, by_position: Tensor) -> Tensor:
-        """Return the fused tensor."""
+        """Compute the fused tensor."""
         if self.kind == "maximum":
             return torch.maximum(by_channel, by_position)
         summed = by_channel + by_position
         return summed if self.kind == "sum" else summed * 0.5
 
     def extra_repr(self) -> str:
-        """Name the kind in the printed module."""
+        """Show the kind in the printed module."""
         return self.kind
 
 
-def fusion(kind: FusionKind, channels: int) -> nn.Module:
-    """Return what makes one tensor of two."""
-    return Concatenation(channels) if kind == "concatenation" else Fusion(kind)
-
-
 class GSoPBlockConfig(StrictModel):
-    """Switches of the block that change its numbers; defaults are the paper's.
+    """Options of the block; defaults are the paper's.
 
-    `attention` says what the map is scaled by: its channels, its positions, or both and how the two
-    are fused. `cov_width` is d. `position_side` is the side of the map whose positions are
-    correlated (6, 8 and 12 are Table 4's 36, 64 and 144). The others are where the released code
-    leaves the paper: `RELEASED_BLOCK` names the code's values.
+    `attention` is what scales the map: its channels, its positions, or both and how the two are fused.
+    `cov_width` is d. `position_side` is the side of the map whose positions are correlated (6, 8 and 12 are
+    Table 4's 36, 64 and 144). The released code differs from the paper in the others: `RELEASED_BLOCK` has
+    its values.
     """
 
     attention: Literal["channel", "position"] | FusionKind = "channel"
@@ -111,7 +106,7 @@ RELEASED_BLOCK = {
 
 
 class GSoPBlock(nn.Module):
-    """Feature map (B, C, H, W) in, the scaled map of the same shape out; the shortcut is not in it."""
+    """Scale a feature map (B, C, H, W); the shortcut is not part of the block."""
 
     channel: ChannelAttention | None
     position: PositionAttention | None
@@ -127,11 +122,22 @@ class GSoPBlock(nn.Module):
                 channels, config.cov_width, dr_stride, config.channel_activation, pre_relu=config.pre_relu
             )
         if kind != "channel":
-            self.position = PositionAttention(channels, config.cov_width, position_switches(config))
-            self.fusion = None if kind == "position" else fusion(kind, channels)
+            switches = PositionSwitches(
+                side=config.position_side,
+                activation=config.position_activation,
+                rectify=config.position_rectify,
+                covariance=config.position_covariance,
+                upsampling=config.position_upsampling,
+                pre_relu=config.pre_relu,
+            )
+            self.position = PositionAttention(channels, config.cov_width, switches)
+            if kind == "concatenation":
+                self.fusion = Concatenation(channels)
+            elif kind != "position":
+                self.fusion = Fusion(kind)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
-        """Return the map scaled by channel, by position, or by both and fused."""
+        """Scale the map by channel, by position, or by both and fuse the two."""
         scaled: list[Tensor] = []
         if self.channel is not None:
             scaled.append(features_BCHW * self.channel(features_BCHW))
@@ -140,15 +146,3 @@ class GSoPBlock(nn.Module):
             scaled.append(F.relu(by_position) if self.config.position_rectify == "scaled" else by_position)
         fused: Tensor = scaled[0] if self.fusion is None else self.fusion(*scaled)
         return fused
-
-
-def position_switches(config: GSoPBlockConfig) -> PositionSwitches:
-    """Return the switches of the position-wise half."""
-    return PositionSwitches(
-        side=config.position_side,
-        activation=config.position_activation,
-        rectify=config.position_rectify,
-        covariance=config.position_covariance,
-        upsampling=config.position_upsampling,
-        pre_relu=config.pre_relu,
-    )

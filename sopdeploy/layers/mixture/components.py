@@ -1,14 +1,14 @@
-"""The components of a mixture: N poolings of one feature map, each behind its own 1x1 convolutions.
+"""Components of a mixture: N poolings of one feature map, each after its own 1x1 convolutions.
 
 Paper: Wang et al., GM-SOP (NeurIPS 2018), Eq. (1) and section 2.2.
 Letters: B images, C channels, H height, W width, N components, D length of a pooled vector.
 
-Parametric SR-SOP is two 1x1 convolutions on the channels, then SR-SOP. Eq. (6) writes it without
-centring; its text and the released code run centred SR-SOP (Eq. 5) after the convolutions, with a ReLU
-after each and neither bias nor batch norm.
+Parametric SR-SOP is two 1x1 convolutions on the channels, then SR-SOP. Eq. (6) writes it without centering;
+the paper's text and the released code run centered SR-SOP (Eq. 5) after the convolutions, with a ReLU after
+each and neither bias nor batch norm.
 
-All of a step's weights lie in one (N, out, in) tensor. So every parameter has a gradient in every step,
-zero for a component that no image chose, which data-parallel training needs.
+All weights of a step are one (N, out, in) tensor. So every parameter has a gradient in every step, zero for a
+component that no image selected, which data-parallel training needs.
 """
 
 import math
@@ -27,11 +27,10 @@ Kind = Literal["gap", "sop", "linear"]
 
 
 class Components(nn.Module, ExportHints):
-    """Feature map (B, C, H, W) in, every component's vector (B, N, D) out; with weights (B, N), their sum.
+    """Map (B, C, H, W) features to every component's vector (B, N, D), or with weights (B, N) to their sum.
 
-    A component is `before`, its own chain of 1x1 convolutions to *widths*, `after`; see
-    `make_components`. *counted* is how many of the N work for one image when a mixture is routed:
-    the number whose multiply-adds `macs` counts.
+    A component is `before`, its own chain of 1x1 convolutions to *widths*, `after`; see `make_components`.
+    *counted* is the number of components that a routed mixture evaluates per image; `macs` counts these.
     """
 
     rewrite_rules = ("mixture_routing",)
@@ -59,18 +58,18 @@ class Components(nn.Module, ExportHints):
     def forward(self, features_BCHW: Tensor, weights_BN: Tensor | None = None) -> Tensor:
         """Evaluate all components on all images; no shape depends on the data.
 
-        Return their vectors (B, N, D), or with *weights_BN* the weighted sum (B, D).
+        Returns their vectors (B, N, D), or with *weights_BN* the weighted sum (B, D) of Eq. (1).
         """
         x = self.before(features_BCHW)
         for step, weight_Noi in enumerate(self.weights):
             groups = 1 if step == 0 else self.components
-            x = self.activate(F.conv2d(x, as_kernel(weight_Noi.flatten(end_dim=1)), groups=groups))
+            x = self._convolve(x, weight_Noi.flatten(end_dim=1), groups)
         grouped = x.unflatten(1, (self.components, -1)).flatten(end_dim=1)
         pooled_BND: Tensor = self.after(grouped).unflatten(0, (-1, self.components))
-        return pooled_BND if weights_BN is None else weighted_sum(pooled_BND, weights_BN)
+        return pooled_BND if weights_BN is None else (pooled_BND * weights_BN.unsqueeze(2)).sum(dim=1)
 
     def routed_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
-        """Return the (B, D) weighted sum, each component evaluated on the images that chose it only."""
+        """Compute the (B, D) weighted sum, evaluating each component only on the images that selected it."""
         x_BCHW = self.before(features_BCHW)
         chains = list(zip(*(weight.unbind() for weight in self.weights), strict=True))
         parts, owners = [], []
@@ -80,32 +79,22 @@ class Components(nn.Module, ExportHints):
                 continue
             x = x_BCHW[images]
             for weight_oi in chain:
-                x = self.activate(F.conv2d(x, as_kernel(weight_oi)))
+                x = self._convolve(x, weight_oi, 1)
             parts.append(self.after(x) * weights_BN[images, component].unsqueeze(1))
             owners.append(images)
         pairs_PD = torch.cat(parts)
         total_BD = pairs_PD.new_zeros(len(weights_BN), pairs_PD.shape[1])
         return total_BD.index_add(0, torch.cat(owners), pairs_PD)
 
-    def activate(self, x: Tensor) -> Tensor:
-        """Return *x*, rectified where the components have a ReLU."""
+    def _convolve(self, x: Tensor, weight_oi: Tensor, groups: int) -> Tensor:
+        x = F.conv2d(x, weight_oi.unsqueeze(2).unsqueeze(3), groups=groups)
         return F.relu(x) if self.rectified else x
 
     def macs(self, features: torch.Size) -> int:
-        """Return the multiply-adds of one image of a (B, C, H, W) map in `counted` components."""
+        """Count the multiply-adds of one image of a (B, C, H, W) map in `counted` components."""
         positions = 1 if isinstance(self.before, nn.AdaptiveAvgPool2d) else features[2] * features[3]
         weights: int = sum(weight[0].numel() for weight in self.weights)
         return self.counted * positions * weights
-
-
-def weighted_sum(pooled_BND: Tensor, weights_BN: Tensor) -> Tensor:
-    """Return Eq. (1), sum_i omega_i M_i, as (B, D)."""
-    return (pooled_BND * weights_BN.unsqueeze(2)).sum(dim=1)
-
-
-def as_kernel(weight_oi: Tensor) -> Tensor:
-    """Return a matrix as the kernel of a 1x1 convolution."""
-    return weight_oi.unsqueeze(2).unsqueeze(3)
 
 
 def make_components(
@@ -117,22 +106,18 @@ def make_components(
     counted: int,
     root: NewtonSchulzConfig,
 ) -> tuple[Components, int]:
-    """Return components of *kind* and D.
+    """Build components of *kind*; return them and D.
 
-    "gap" is convolutions, ReLU, global average; "sop" parametric SR-SOP, its root as *root* says but for
-    the width; "linear" a linear map of the averaged features, the expert of a one-layer SG-MoE.
+    "gap" is convolutions, ReLU, global average; "sop" parametric SR-SOP with the configuration *root*;
+    "linear" a linear map of the averaged features, the expert of a one-layer SG-MoE.
     """
-    last = (channels, *widths)[-1]
-    before: nn.Module = nn.Identity()
-    after, length = pooling(kind, last, root)
-    if kind == "linear":
-        before = nn.AdaptiveAvgPool2d(1)
+    after, length = pooling(kind, (channels, *widths)[-1], root)
     bank = Components(
         channels,
         widths,
         components=components,
         counted=counted,
-        before=before,
+        before=nn.AdaptiveAvgPool2d(1) if kind == "linear" else nn.Identity(),
         after=after,
         rectified=kind != "linear",
     )
@@ -140,7 +125,7 @@ def make_components(
 
 
 def pooling(kind: Kind, channels: int, root: NewtonSchulzConfig) -> tuple[nn.Module, int]:
-    """Return what turns a map of *channels* into a vector, and the vector's length."""
+    """Build the pooling of a map of *channels*; return it and the length of its vector."""
     if kind == "sop":
         layer = ISqrtCov(channels, root)
         return layer, layer.out_features
@@ -148,7 +133,7 @@ def pooling(kind: Kind, channels: int, root: NewtonSchulzConfig) -> tuple[nn.Mod
 
 
 class FusionHead(nn.Module, ExportHints):
-    """Pooled vectors (B, D) in, logits (B, classes) out; the baselines have no batch norm."""
+    """Classify pooled vectors (B, D) to logits (B, classes); the baselines have no batch norm."""
 
     is_classifier = True
     rewrite_rules = ("fold_fusion_norm",)
@@ -160,11 +145,11 @@ class FusionHead(nn.Module, ExportHints):
         self.fc = nn.Linear(length, num_classes)
 
     def forward(self, pooled_BD: Tensor) -> Tensor:
-        """Return the logits; raises `TrainingError` for a training batch of one image."""
+        """Compute the logits; raise `TrainingError` for a training batch of one image."""
         if self.training and isinstance(self.bn, nn.BatchNorm1d) and pooled_BD.shape[0] == 1:
             raise TrainingError(
                 "a training batch of one image has no batch statistics for the fusion batch norm; "
-                "leave out the last, incomplete batch or choose another batch size"
+                "drop the last, incomplete batch or choose another batch size"
             )
         logits: Tensor = self.fc(self.dropout(self.bn(pooled_BD)))
         return logits

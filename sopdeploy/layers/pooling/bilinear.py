@@ -1,4 +1,4 @@
-"""Bilinear pooling: B-CNN, its improved form, and the products of features they are made of.
+"""Bilinear pooling: B-CNN, improved B-CNN and low-rank bilinear pooling.
 
 Papers: Lin et al., "Bilinear CNN Models for Fine-grained Visual Recognition" (ICCV 2015); Lin and Maji,
 "Improved Bilinear Pooling with CNNs" (BMVC 2017). Letters: B images, C channels, M positions.
@@ -12,43 +12,43 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, signed_root, unit_length
-from sopdeploy.layers.spectral import RootConfig, square_root
+from sopdeploy.layers.spectral import MatrixRootConfig, square_root
 
 
 class BilinearConfig(PoolingConfig):
-    """Nothing to choose."""
+    """B-CNN; it has no options."""
 
     kind: Literal["bcnn"] = "bcnn"
 
     def build(self, channels: int) -> GlobalPooling:
-        """Return B-CNN; it has no weights."""
+        """Build the layer; it has no weights."""
         return Bilinear(channels)
 
 
-class ImprovedBilinearConfig(PoolingConfig, RootConfig):
-    """How the matrix square root is taken; the paper compares an exact root with iterations."""
+class ImprovedBilinearConfig(PoolingConfig, MatrixRootConfig):
+    """The matrix square root; the paper compares an exact root with iterations."""
 
     kind: Literal["improved-bcnn"] = "improved-bcnn"
 
     def build(self, channels: int) -> GlobalPooling:
-        """Return improved B-CNN; it has no weights."""
+        """Build the layer; it has no weights."""
         return ImprovedBilinear(self, channels)
 
 
 class Bilinear(GlobalPooling):
-    """Feature map (B, C, H, W) in; signed root of X X^T / M, at unit length (B, C^2), out."""
+    """Pool (B, C, H, W) maps to the signed root of X X^T / M, at unit length (B, C^2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.out_features = channels * channels
 
     def pool(self, features: Tensor) -> Tensor:
-        """Return the vector."""
+        """Compute the vector."""
         return unit_length(signed_root(bilinear(features).flatten(start_dim=1)))
 
 
 class ImprovedBilinear(GlobalPooling):
-    """Feature map (B, C, H, W) in; the same vector of the matrix square root out."""
+    """Pool (B, C, H, W) maps like `Bilinear`, by the matrix square root of X X^T / M."""
 
     def __init__(self, config: ImprovedBilinearConfig, channels: int) -> None:
         super().__init__()
@@ -57,13 +57,13 @@ class ImprovedBilinear(GlobalPooling):
         self.out_features = channels * channels
 
     def pool(self, features: Tensor) -> Tensor:
-        """Return the vector."""
+        """Compute the vector."""
         root_BCC = square_root(bilinear(features), self.config)
         return unit_length(signed_root(root_BCC.flatten(start_dim=1)))
 
 
 def bilinear(features_BCHW: Tensor) -> Tensor:
-    """Return X X^T / M as (B, C, C); X is not centred."""
+    """Compute X X^T / M as (B, C, C); X is not centered."""
     x_BCM = features_BCHW.flatten(start_dim=2)
     x_BCM = x_BCM * (1.0 / math.sqrt(x_BCM.shape[2]))
     return x_BCM @ x_BCM.transpose(1, 2)
@@ -77,12 +77,12 @@ class LowRankBilinearConfig(PoolingConfig):
     rank: Annotated[int, pydantic.Field(ge=2, multiple_of=2)] = 8
 
     def build(self, channels: int) -> GlobalPooling:
-        """Return the layer."""
+        """Build the layer."""
         return LowRankBilinear(self, channels)
 
 
 class LowRankBilinear(GlobalPooling):
-    """Feature map (B, C, H, W) in, (B, m^2) out, for a classifier of its own."""
+    """Pool (B, C, H, W) maps to (B, m^2), for its own low-rank classifier."""
 
     def __init__(self, config: LowRankBilinearConfig, channels: int) -> None:
         super().__init__()
@@ -91,21 +91,21 @@ class LowRankBilinear(GlobalPooling):
         self.layer_reduce = nn.Conv2d(channels, config.width, 1, bias=False)
 
     def reduce(self, features: Tensor) -> Tensor:
-        """Return (B, m, H, W)."""
+        """Reduce the map to (B, m, H, W)."""
         reduced: Tensor = self.layer_reduce(features)
         return reduced
 
     def pool(self, features: Tensor) -> Tensor:
-        """Return the bilinear matrix of reduced features as a vector."""
+        """Compute the bilinear matrix of reduced features as a vector."""
         return bilinear(features).flatten(start_dim=1)
 
     def classifier(self, num_classes: int) -> nn.Module:
-        """Return the classifier of low rank."""
+        """Build the low-rank classifier."""
         return LowRankClassifier(self.config, num_classes)
 
 
 class LowRankClassifier(nn.Module):
-    """Bilinear vector (B, m^2) in, (B, K) logits <W_k, S> + b_k out."""
+    """Classify a bilinear vector (B, m^2): (B, K) logits <W_k, S> + b_k with W_k of rank r."""
 
     signs: Tensor
 
@@ -119,7 +119,7 @@ class LowRankClassifier(nn.Module):
         self.register_buffer("signs", torch.tensor([1.0] * half + [-1.0] * half), persistent=False)
 
     def forward(self, vector: Tensor) -> Tensor:
-        """Return the sum of u^T S u over each class's factors u, with their signs."""
+        """Compute the sum of u^T S u over each class's factors u, with their signs."""
         matrix_Bmm = vector.view(-1, self.config.width, self.config.width)
         half_BmF = self.factors(matrix_Bmm)
         forms_BF = (half_BmF * self.factors.weight.T).sum(dim=1)

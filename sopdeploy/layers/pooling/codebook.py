@@ -1,4 +1,4 @@
-"""Poolings with a learnt codebook: NetVLAD and NetFV.
+"""Poolings with a learned codebook: NetVLAD and NetFV.
 
 Papers: Arandjelovic et al., "NetVLAD: CNN Architecture for Weakly Supervised Place Recognition" (CVPR
 2016), Eq. (4); NetFV, the Fisher vector in the same form, as Miech et al., "Learnable pooling with Context
@@ -28,18 +28,18 @@ class NetVladConfig(PoolingConfig):
     words: Words = 64
 
     def build(self, channels: int) -> GlobalPooling:
-        """Return the layer."""
+        """Build the layer."""
         return NetVlad(self.words, channels)
 
 
 class NetFvConfig(PoolingConfig):
-    """`words` is K, the components of the mixture."""
+    """`words` is K, the number of Gaussian components."""
 
     kind: Literal["netfv"] = "netfv"
     words: Words = 64
 
     def build(self, channels: int) -> GlobalPooling:
-        """Return the layer."""
+        """Build the layer."""
         return NetFv(self.words, channels)
 
 
@@ -52,15 +52,15 @@ class Codebook(GlobalPooling):
         self.centres = nn.Parameter(torch.rand(words, channels))
 
     def assigned(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return assignments (B, K, M), positions (B, M, C) and each word's total (B, K, 1)."""
+        """Compute assignments (B, K, M), positions (B, M, C) and each word's total (B, K, 1)."""
         a_BKM = self.assignment(features).flatten(start_dim=2).softmax(dim=1)
         return a_BKM, features.flatten(start_dim=2).transpose(1, 2), a_BKM.sum(dim=2, keepdim=True)
 
 
 class NetVlad(Codebook):
-    """Feature map (B, C, H, W) in, sums of residuals to K centres (B, K C) out.
+    """Pool (B, C, H, W) maps to sums of residuals to K centers (B, K C).
 
-    Each word's residuals are brought to unit length, then the whole vector is.
+    Each word's residuals are scaled to unit length, then the whole vector is.
     """
 
     def __init__(self, words: int, channels: int) -> None:
@@ -68,14 +68,14 @@ class NetVlad(Codebook):
         self.out_features = words * channels
 
     def pool(self, features: Tensor) -> Tensor:
-        """Return the vector: sum of a (x - c) = a x - (sum of a) c."""
+        """Compute the vector: sum of a (x - c) = a x - (sum of a) c."""
         a_BKM, x_BMC, total_BK1 = self.assigned(features)
         residuals_BKC = a_BKM @ x_BMC - total_BK1 * self.centres
         return unit_length(F.normalize(residuals_BKC, dim=2).flatten(start_dim=1))
 
 
 class NetFv(Codebook):
-    """Feature map (B, C, H, W) in, first and second order residuals to K words (B, 2 K C) out."""
+    """Pool (B, C, H, W) maps to first and second order residuals to K words (B, 2 K C)."""
 
     def __init__(self, words: int, channels: int) -> None:
         super().__init__(words, channels)
@@ -83,7 +83,7 @@ class NetFv(Codebook):
         self.out_features = 2 * words * channels
 
     def pool(self, features: Tensor) -> Tensor:
-        """Return the vector: sums of a (x - c) / s and of a ((x - c)^2 / s^2 - 1)."""
+        """Compute the vector: sums of a (x - c) / s and of a ((x - c)^2 / s^2 - 1)."""
         a_BKM, x_BMC, total_BK1 = self.assigned(features)
         deviations_KC = self.deviations.abs().clamp_min(SMALLEST_DEVIATION)
         sum_BKC = a_BKM @ x_BMC
@@ -95,7 +95,7 @@ class NetFv(Codebook):
 
 
 class NetVLAD(nn.Module):
-    """Feature map (B, C, H, W) in, normalised residuals to the words (B, K C) out."""
+    """GM-SOP's NetVLAD baseline: pool (B, C, H, W) maps to normalized residuals (B, K C)."""
 
     def __init__(self, channels: int, words: int) -> None:
         super().__init__()
@@ -104,8 +104,8 @@ class NetVLAD(nn.Module):
         self.out_features = words * channels
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
-        """Return the residuals, each word's at unit length, then the whole vector's."""
-        share_BKM = self.assign(features_BCHW).flatten(start_dim=2).softmax(dim=1)
+        """Compute the residuals, scaled to unit length per word, then as a whole."""
+        assigned_BKM = self.assign(features_BCHW).flatten(start_dim=2).softmax(dim=1)
         x_BMC = features_BCHW.flatten(start_dim=2).transpose(1, 2)
-        residual_BKC = share_BKM @ x_BMC - share_BKM.sum(dim=2, keepdim=True) * self.centres
+        residual_BKC = assigned_BKM @ x_BMC - assigned_BKM.sum(dim=2, keepdim=True) * self.centres
         return F.normalize(F.normalize(residual_BKC, dim=2).flatten(start_dim=1), dim=1)

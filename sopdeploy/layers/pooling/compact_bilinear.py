@@ -28,16 +28,16 @@ from sopdeploy.layers.pooling.base import (
 
 
 class Sketch(NamedTuple):
-    """h, the place (0 .. dim - 1) of each channel, and s, its sign; lists of length C."""
+    """h, the index (0 .. dim - 1) of each channel, and s, its sign; lists of length C."""
 
     places: list[int]
     signs: list[float]
 
 
 def draw_sketches(count: int, channels: int, dim: int, seed: int) -> list[Sketch]:
-    """Return *count* independent sketches.
+    """Draw *count* independent sketches.
 
-    Python's own generator keeps its sequence for a seed across versions and machines, torch's does not.
+    Python's generator gives the same sequence for a seed on all versions and machines; torch's does not.
     """
     generator = random.Random(seed)  # noqa: S311 (a projection, not a secret)
     return [
@@ -49,26 +49,20 @@ def draw_sketches(count: int, channels: int, dim: int, seed: int) -> list[Sketch
     ]
 
 
-def sketched(x_BMC: Tensor, places_C: Tensor, signs_C: Tensor, dim: int) -> Tensor:
-    """Return the sketch (B, M, dim) of features (B, M, C)."""
-    empty_BMD = x_BMC.new_zeros(*x_BMC.shape[:2], dim)
-    return torch.index_add(empty_BMD, 2, places_C, x_BMC * signs_C)
-
-
 class CompactBilinearConfig(PoolingConfig):
-    """`dim` is D; the sketches are drawn from `seed`."""
+    """`dim` is D; `seed` determines the sketches."""
 
     kind: Literal["cbp"] = "cbp"
     dim: Annotated[int, pydantic.Field(ge=1)] = 8192
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
 
     def build(self, channels: int) -> GlobalPooling:
-        """Return the layer; it has no weights."""
+        """Build the layer; it has no weights."""
         return CompactBilinear(self, channels)
 
 
 class CompactBilinear(GlobalPooling):
-    """Feature map (B, C, H, W) in, tensor sketch of its bilinear matrix (B, D) out."""
+    """Pool (B, C, H, W) maps to the tensor sketch (B, D) of their bilinear matrix."""
 
     entries: Tensor
     signs: Tensor
@@ -81,7 +75,7 @@ class CompactBilinear(GlobalPooling):
         self.register_buffer("signs", signs, persistent=False)
 
     def pool(self, features: Tensor) -> Tensor:
-        """Return the vector."""
+        """Compute the vector."""
         x_BCM = features.flatten(start_dim=2)
         product_BK = (x_BCM @ x_BCM.transpose(1, 2)).flatten(start_dim=1)
         gathered_BDE = product_BK.index_select(1, self.entries.flatten()).view(-1, *self.signs.shape)
@@ -89,9 +83,9 @@ class CompactBilinear(GlobalPooling):
 
 
 def sketch_table(config: CompactBilinearConfig, channels: int) -> tuple[Tensor, Tensor]:
-    """Return for each element the entries of the flattened matrix that it sums, and their signs.
+    """Tabulate, for each element, the entries of the flattened matrix that it sums, and their signs.
 
-    int64 and float32 of shape (D, E); elements of fewer entries are filled up with sign 0.
+    int64 and float32 of shape (D, E); elements of fewer entries are padded with sign 0.
     """
     first, second = draw_sketches(2, channels, config.dim, config.seed)
     places_K = np.add.outer(first.places, second.places).ravel() % config.dim
@@ -107,7 +101,7 @@ def sketch_table(config: CompactBilinearConfig, channels: int) -> tuple[Tensor, 
 
 
 class KernelPoolingConfig(PoolingConfig):
-    """`dim` is the sketch dimension of each order from 2 to `order`; sketches are drawn from `seed`."""
+    """`dim` is the sketch dimension of each order from 2 to `order`; `seed` determines the sketches."""
 
     kind: Literal["kernel"] = "kernel"
     order: Annotated[int, pydantic.Field(ge=2, le=4)] = 4
@@ -115,12 +109,12 @@ class KernelPoolingConfig(PoolingConfig):
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
 
     def build(self, channels: int) -> GlobalPooling:
-        """Return the layer."""
+        """Build the layer."""
         return KernelPooling(self, channels)
 
 
 class KernelPooling(GlobalPooling):
-    """Feature map (B, C, H, W) in, (B, 1 + C + (order - 1) D) out."""
+    """Kernel pooling: (B, C, H, W) maps to (B, 1 + C + (order - 1) D)."""
 
     not_exportable = "its FFT has no TensorRT form; train with pooling cbp, the second order without one"
     places: Tensor
@@ -138,7 +132,7 @@ class KernelPooling(GlobalPooling):
         self.order_weights = nn.Parameter(torch.tensor(taylor))
 
     def pool(self, features: Tensor) -> Tensor:
-        """Return the vector."""
+        """Compute the vector."""
         x_BMC = features.flatten(start_dim=2).transpose(1, 2)
         orders = [x_BMC.new_ones(len(x_BMC), 1), x_BMC.mean(dim=1)]
         starts = [0, 2, 5, 9][: self.config.order]
@@ -147,10 +141,11 @@ class KernelPooling(GlobalPooling):
         return unit_length(steady_signed_root(torch.cat(weighted, dim=1)))
 
     def tensor_sketch(self, x_BMC: Tensor, sketches: range) -> Tensor:
-        """Return the mean over positions (B, D) of the circular convolution of *sketches* of each."""
+        """Compute the mean over positions (B, D) of the circular convolution of *sketches*."""
         spectrum_BMF = torch.ones((), dtype=torch.complex64, device=x_BMC.device)
         for s in sketches:
-            sketch_BMD = sketched(x_BMC, self.places[s], self.signs[s], self.config.dim)
+            empty_BMD = x_BMC.new_zeros(*x_BMC.shape[:2], self.config.dim)
+            sketch_BMD = torch.index_add(empty_BMD, 2, self.places[s], x_BMC * self.signs[s])
             spectrum_BMF = spectrum_BMF * torch.fft.rfft(sketch_BMD)
         mean_BD: Tensor = torch.fft.irfft(spectrum_BMF.mean(dim=1), n=self.config.dim)
         return mean_BD

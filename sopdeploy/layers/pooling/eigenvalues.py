@@ -22,7 +22,7 @@ from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, ReducedP
 from sopdeploy.layers.pooling.bilinear import bilinear
 from sopdeploy.layers.spectral import (
     NO_EIGEN_FORM,
-    RootConfig,
+    MatrixRootConfig,
     Spectral,
     logarithm,
     power,
@@ -30,12 +30,12 @@ from sopdeploy.layers.spectral import (
     square_root,
 )
 
-SMALLEST = 1e-12  # of a divisor
+SMALLEST = 1e-12  # lower bound of divisors
 Width = Annotated[int, pydantic.Field(ge=1)] | None
 
 
 class MpnCovConfig(PoolingConfig):
-    """`power` is alpha; `normalise` divides by the largest l^alpha or by the Frobenius norm."""
+    """MPN-COV; `power` is alpha; `normalise` divides by the largest l^alpha or by the Frobenius norm."""
 
     kind: Literal["mpncov"] = "mpncov"
     width: Width = 256
@@ -43,14 +43,14 @@ class MpnCovConfig(PoolingConfig):
     normalise: Literal["none", "M-l2", "M-Fro"] = "none"
 
     def build(self, channels: int) -> "EigenPooling":
-        """Return the layer."""
+        """Build the layer."""
         return EigenPooling(channels, self.width, power(self.power), self.normalise)
 
 
 class LogEuclideanConfig(PoolingConfig):
-    """`eps` is added to the eigenvalues, of which the logarithm needs positive ones.
+    """DeepO2P; `eps` is added to the eigenvalues, because the logarithm requires positive ones.
 
-    DeepO2P does not centre; here the covariance is that of all other poolings, as in the MPN-COV paper's
+    DeepO2P does not center; here the covariance is that of all other poolings, as in the MPN-COV paper's
     comparison with the log-Euclidean metric.
     """
 
@@ -59,12 +59,12 @@ class LogEuclideanConfig(PoolingConfig):
     eps: Annotated[float, pydantic.Field(gt=0)] = 1e-3
 
     def build(self, channels: int) -> "EigenPooling":
-        """Return the layer."""
+        """Build the layer."""
         return EigenPooling(channels, self.width, logarithm(self.eps), "none")
 
 
 class EigenPooling(ReducedPooling):
-    """Feature map (B, C, H, W) in, triangle (B, d (d + 1) / 2) of f(covariance) out."""
+    """Pool (B, C, H, W) maps to the triangle (B, d (d + 1) / 2) of f(covariance)."""
 
     not_exportable = NO_EIGEN_FORM
     triangle: Tensor
@@ -83,7 +83,7 @@ class EigenPooling(ReducedPooling):
         self.register_buffer("triangle", upper_triangle_indices(self.channels), persistent=False)
 
     def pool(self, features: Tensor) -> Tensor:
-        """Return the triangle."""
+        """Compute the triangle."""
         value_Bdd, lambda_Bd = spectral(covariance(centered_and_scaled(features)), self.function)
         if self.normalise == "M-l2":
             largest_B1 = self.function.value(lambda_Bd)[:, -1:]
@@ -93,18 +93,18 @@ class EigenPooling(ReducedPooling):
         return value_Bdd.flatten(start_dim=1).index_select(1, self.triangle)
 
 
-class GaussianConfig(PoolingConfig, RootConfig):
-    """How the matrix square root is taken; the paper's is exact."""
+class GaussianConfig(PoolingConfig, MatrixRootConfig):
+    """G2DeNet; the paper's matrix square root is exact."""
 
     kind: Literal["g2denet"] = "g2denet"
 
     def build(self, channels: int) -> GlobalPooling:
-        """Return the layer; it has no weights."""
+        """Build the layer; it has no weights."""
         return GaussianEmbedding(self, channels)
 
 
 class GaussianEmbedding(GlobalPooling):
-    """Feature map (B, C, H, W) in, the embedded Gaussian (B, (C + 1)^2) out."""
+    """Pool (B, C, H, W) maps to the embedded Gaussian (B, (C + 1)^2)."""
 
     def __init__(self, config: GaussianConfig, channels: int) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class GaussianEmbedding(GlobalPooling):
         self.out_features = (channels + 1) ** 2
 
     def pool(self, features: Tensor) -> Tensor:
-        """Return the vector; Sigma + mu mu^T is X X^T / M."""
+        """Compute the vector; Sigma + mu mu^T is X X^T / M."""
         mean_B1C = features.mean(dim=(2, 3))[:, None, :]
         left_BDC = torch.cat([bilinear(features), mean_B1C], dim=1)
         right_BD1 = F.pad(mean_B1C, (0, 1), value=1.0).transpose(1, 2)

@@ -10,15 +10,15 @@ import pydantic
 from torch import Tensor, nn
 
 from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.newton_schulz import RootOptions
+from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
 
 
-class ISqrtPoolingConfig(PoolingConfig, RootOptions):
-    """Switches of the layer; `width` is d (`None`: all channels), the others are `RootOptions`'s.
+class ISqrtPoolingConfig(PoolingConfig, NewtonSchulzOptions):
+    """`width` is d (`None`: all channels); `compensation` reverts the prenormalization.
 
-    `compensation` undoes the pre-normalisation by the root of the norm, by batch norm on the vector
-    (a percent worse in the paper), or not at all (which the paper could not train).
+    It multiplies by the root of the norm ("norm"), applies batch norm to the vector ("batch_norm", a percent
+    worse in the paper), or does nothing ("none", which the paper could not train).
     """
 
     kind: Literal["isqrt"] = "isqrt"
@@ -26,12 +26,12 @@ class ISqrtPoolingConfig(PoolingConfig, RootOptions):
     compensation: Literal["norm", "batch_norm", "none"] = "norm"
 
     def build(self, channels: int) -> "ISqrtPooling":
-        """Return the layer."""
+        """Build the layer."""
         return ISqrtPooling(self, channels)
 
 
 class ISqrtPooling(ReducedPooling):
-    """Feature map (B, C, H, W) in, triangle (B, d (d + 1) / 2) of the root of its covariance out."""
+    """Pool (B, C, H, W) maps to the triangle (B, d (d + 1) / 2) of the root of their covariance."""
 
     def __init__(self, config: ISqrtPoolingConfig, channels: int) -> None:
         super().__init__(channels, config.width)
@@ -41,10 +41,10 @@ class ISqrtPooling(ReducedPooling):
         self.batch_norm: nn.Module = nn.BatchNorm1d(self.out_features) if by_batch else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the vector; half-precision maps are widened inside the root, where its gradient is."""
+        """Compute the vector; the root converts half-precision maps itself, inside its gradient."""
         return self.pool(self.reduce(features))
 
     def pool(self, features: Tensor) -> Tensor:
-        """Return the vector of a reduced map."""
+        """Compute the vector of a reduced map."""
         vector: Tensor = self.batch_norm(self.root(features))
         return vector

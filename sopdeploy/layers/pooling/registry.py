@@ -1,9 +1,9 @@
-"""All global poolings, as one choice that any backbone's config can hold.
+"""All global poolings, as the type of a config field.
 
-A pooling is written as its name, `"isqrt"`, or with its switches, `{"kind": "isqrt", "iterations": 3}`.
+The value is a pooling's name, `"isqrt"`, or a name with options, `{"kind": "isqrt", "iterations": 3}`.
 """
 
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import pydantic
 
@@ -14,12 +14,6 @@ from sopdeploy.layers.pooling.codebook import NetFvConfig, NetVladConfig
 from sopdeploy.layers.pooling.compact_bilinear import CompactBilinearConfig, KernelPoolingConfig
 from sopdeploy.layers.pooling.eigenvalues import GaussianConfig, LogEuclideanConfig, MpnCovConfig
 from sopdeploy.layers.pooling.isqrt import ISqrtPoolingConfig
-
-
-def with_kind(choice: Any) -> Any:
-    """Return a pooling's bare name as a config with that name."""
-    return {"kind": choice} if isinstance(choice, str) else choice
-
 
 AnyPoolingConfig = (
     GapConfig
@@ -42,12 +36,12 @@ POOLINGS: tuple[str, ...] = tuple(
 Pooling = Annotated[
     AnyPoolingConfig,
     pydantic.Field(discriminator="kind"),
-    pydantic.BeforeValidator(with_kind),
+    pydantic.BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value),
 ]
 
 
 def check_name(pooling: str) -> str:
-    """Return *pooling* if it is the name of one; raises `ConfigError` with all there are."""
+    """Return *pooling* if it is a known name, else raise `ConfigError` with the known names."""
     if pooling not in POOLINGS:
-        raise ConfigError(f"pooling {pooling!r}: no such pooling; there are {', '.join(POOLINGS)}")
+        raise ConfigError(f"pooling {pooling!r}: unknown; choose one of {', '.join(POOLINGS)}")
     return pooling

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.mixture.components import Components, Kind, make_components, weighted_sum
+from sopdeploy.layers.mixture.components import Components, Kind, make_components
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 
@@ -52,7 +52,7 @@ def test_routed_is_dense_in_numbers_and_gradients(kind: Kind, widths: tuple[int,
         bank = components(kind, widths)
         x = maps(images).requires_grad_()
         omega = weights(images).requires_grad_()
-        out = bank.routed_sum(x, omega) if routed else weighted_sum(bank(x), omega)
+        out = bank.routed_sum(x, omega) if routed else bank(x, omega)
         out.square().sum().backward()
         outputs.append(out)
         gradients.append([x.grad, *(weight.grad for weight in bank.weights)])
@@ -84,7 +84,7 @@ def test_a_dead_component_does_not_poison_the_mixture() -> None:
         bank.weights[1][3] = -bank.weights[1][3].abs()  # every map of component 3 is rectified to 0
     x = maps().requires_grad_()
     pooled = bank(x)
-    weighted_sum(pooled, weights(3, kept=4)).sum().backward()
+    (pooled * weights(3, kept=4).unsqueeze(2)).sum().backward()
     assert pooled[:, 3].abs().max() == 0
     assert x.grad is not None
     assert x.grad.isfinite().all()
@@ -94,7 +94,7 @@ def test_a_dead_component_does_not_poison_the_mixture() -> None:
 def test_half_precision_maps_are_mixed_in_float32() -> None:
     bank = components("sop", (6, 4)).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        dense = weighted_sum(bank(maps().float()), weights(3).float())
+        dense = bank(maps().float(), weights(3).float())
         routed = bank.routed_sum(maps().float(), weights(3).float())
     assert dense.dtype == routed.dtype == torch.float32
     torch.testing.assert_close(dense, routed, rtol=1e-2, atol=1e-2)
