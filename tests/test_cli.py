@@ -226,7 +226,7 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "an unknown pooling": (("describe", "resnet18", "--pooling", "isqr"), "there are gap, isqrt, mpncov"),
     "an unknown pooling for training": (
         ("train", "--recipe", "digits-plain", "--pooling", "x"),
-        "pooling 'x': no such pooling; there are gap, isqrt",
+        "pooling 'x': unknown; choose one of gap, isqrt",
     ),
     "a pooling for a network with its own head": (
         ("describe", "psdr-resnet50", "--pooling", "isqrt"),

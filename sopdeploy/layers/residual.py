@@ -4,7 +4,6 @@ Papers: He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), F
 Mappings in Deep Residual Networks" (ECCV 2016). Attributes have torchvision's names, so its weight files fit.
 """
 
-from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch.nn.functional as F
@@ -46,14 +45,14 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, kind: Shortcut) 
     return nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
 
 
-class ResidualBlock(nn.Module, ABC):
+class ResidualBlock(nn.Module):
     """relu(residual + shortcut); `downsample` is the shortcut where the shape changes."""
 
     downsample: nn.Module | None
 
-    @abstractmethod
     def residual(self, x: Tensor) -> Tensor:
         """Compute the residual without changing *x*."""
+        raise NotImplementedError(f"{type(self).__name__}: residual of {tuple(x.shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute relu(residual + shortcut)."""

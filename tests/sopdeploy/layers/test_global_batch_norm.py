@@ -80,5 +80,5 @@ def test_a_half_precision_map_is_summed_in_float32_and_comes_back_in_half() -> N
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(3, track_running_stats=False)])
 def test_a_batch_norm_without_running_statistics_is_refused_by_name(norm) -> None:
-    with pytest.raises(ConfigError, match="batch_norm: BatchNorm2d has no global or frozen kind"):
+    with pytest.raises(ConfigError, match="batch_norm: BatchNorm2d cannot be made global or frozen"):
         GlobalBatchNorm(norm)
