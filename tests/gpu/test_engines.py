@@ -1,4 +1,4 @@
-"""Real TensorRT on a real GPU: the same flow as against the fakes. Skipped where either is missing."""
+"""Real engines on a real GPU; skipped without one."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from sopdeploy.tensorrt.cache import StoredEngine, look
 from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
-from tests.tensorrt.networks import answers, network, some_images, write
+from tests.tensorrt.networks import network, outputs_of, some_images, write
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
 
 
-def test_a_real_engine_gives_the_bundles_numbers_and_comes_from_the_cache_then(tmp_path: Path) -> None:
+def test_an_engine_reproduces_the_probes_and_is_then_cached(tmp_path: Path) -> None:
     bundle = write(tmp_path)
     built = get_engine(bundle, EngineOptions(profiles="1,4,16"))
     assert built.reason is not None
@@ -22,22 +22,22 @@ def test_a_real_engine_gives_the_bundles_numbers_and_comes_from_the_cache_then(t
     assert get_engine(bundle, EngineOptions(profiles="1,4,16")).reason is None
 
 
-def test_a_real_engine_of_an_fp16_graph_shows_fp16_in_its_receipt(tmp_path: Path) -> None:
+def test_an_fp16_graph_becomes_an_fp16_engine(tmp_path: Path) -> None:
     built = get_engine(write(tmp_path, network(half=True)), EngineOptions(precision="fp16", profiles="1,4"))
     assert built.record.receipt.parts["layer1"].realised.get("fp16", 0) > 0
 
 
-def test_the_server_runs_every_batch_on_a_real_engine(tmp_path: Path) -> None:
+def test_the_server_runs_every_batch_size_on_the_engine(tmp_path: Path) -> None:
     bundle = write(tmp_path)
     get_engine(bundle, EngineOptions(profiles="1,4,16"))
     runtime = TensorRTRuntime(bundle, Settings(runtime="tensorrt"))
     for count in (1, 3, 16):
         images = some_images(count)
-        expected = answers(network(), images)
+        expected = outputs_of(network(), images)
         np.testing.assert_allclose(runtime.run(images)["logits"], expected, rtol=1e-4, atol=1e-2)
 
 
-def test_two_batches_under_way_on_a_real_engine_keep_their_own_numbers(tmp_path: Path) -> None:
+def test_overlapping_batches_give_their_own_outputs(tmp_path: Path) -> None:
     bundle = write(tmp_path)
     get_engine(bundle, EngineOptions(profiles="1,4,16"))
     runtime = TensorRTRuntime(bundle, Settings(runtime="tensorrt", cuda_graphs=True))
@@ -46,4 +46,4 @@ def test_two_batches_under_way_on_a_real_engine_keep_their_own_numbers(tmp_path:
     for number, images in enumerate(batches[1:]):
         ends.append(runtime.begin(list(images)))
         found = ends[number]()["logits"]
-        np.testing.assert_allclose(found, answers(network(), batches[number]), rtol=1e-4, atol=1e-2)
+        np.testing.assert_allclose(found, outputs_of(network(), batches[number]), rtol=1e-4, atol=1e-2)

@@ -1,4 +1,4 @@
-"""Machines without a GPU that pretend to have one, with a TensorRT of each release."""
+"""A simulated GPU and TensorRT of each release."""
 
 import sys
 from collections.abc import Callable
@@ -29,11 +29,11 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda) -> Install:
-    """`install("10.16")` makes that TensorRT the installed one."""
+    """`install("10.16")` simulates an installed TensorRT 10.16."""
 
-    def put(version: str = "10.16", *sabotage: str) -> FakeTensorRT:
+    def put(version: str = "10.16", *faults: str) -> FakeTensorRT:
         fake = FakeTensorRT(version)
-        fake._sabotage.update(sabotage)
+        fake._faults.update(faults)
         fake.__spec__ = ModuleSpec("tensorrt", None)  # torch asks for it
         monkeypatch.setitem(sys.modules, "tensorrt", fake)
         return fake
@@ -43,5 +43,5 @@ def install(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda) -> Install:
 
 @pytest.fixture(params=VERSIONS)
 def trt(request: pytest.FixtureRequest, install: Install) -> FakeTensorRT:
-    """TensorRT of every release in turn."""
+    """Every TensorRT release in turn."""
     return install(request.param)

@@ -1,4 +1,4 @@
-"""`cuda.bindings.runtime` over the memory of this process; counts what was not given back."""
+"""`cuda.bindings.runtime` simulated in the memory of this process; tracks unreleased resources."""
 
 import ctypes
 import itertools
@@ -21,7 +21,7 @@ OK, FAILED = Status(0), Failed(35)
 
 @dataclass
 class Mark:
-    """A place on a stream."""
+    """A position on a stream."""
 
     stream: int
     reached: bool = False
@@ -31,7 +31,7 @@ class Mark:
 
 
 class FakeCuda(ModuleType):
-    """One GPU, or none; it does nothing before somebody waits for it."""
+    """One GPU, or none; work runs only when a caller waits for it."""
 
     cudaStreamNonBlocking = 1
     cudaEventBlockingSync, cudaEventDisableTiming = 1, 2
@@ -45,10 +45,10 @@ class FakeCuda(ModuleType):
         self.gpus, self.gpu_name, self.sm = gpus, name, sm
         self.held: dict[int, Any] = {}
         self.numbers = itertools.count(1)
-        self.streams: dict[int, list[Callable[[], Any]]] = {}  # what is still to be done on each
+        self.streams: dict[int, list[Callable[[], Any]]] = {}  # pending work
         self.events: dict[int, Mark] = {}
-        self.recording: list[Callable[[], Any]] | None = None  # of the capture under way
-        self.captured = 0  # the stream of that
+        self.recording: list[Callable[[], Any]] | None = None  # by the current capture
+        self.captured = 0  # its stream
         self.graphs: dict[int, list[Callable[[], Any]]] = {}
         self.launched = 0
         self.broken: set[str] = set()  # functions that fail
@@ -118,7 +118,7 @@ class FakeCuda(ModuleType):
         return (FAILED,) if function in self.broken else (OK,)
 
     def drive(self, mark: Mark) -> None:
-        """Do what is on the stream of *mark* until it is reached."""
+        """Run the work of the stream of *mark* until it is reached."""
         while not mark.reached:
             self.streams[mark.stream].pop(0)()
 
@@ -127,7 +127,7 @@ class FakeCuda(ModuleType):
         return (OK,)
 
     def put(self, work: Callable[[], Any], stream: int) -> None:
-        """Let *work* be done when somebody waits for it, as late as a GPU may; or keep it for a graph."""
+        """Queue *work* until a caller waits for the stream, or record it for a graph."""
         if self.recording is None:
             self.streams[stream].append(work)
         else:

@@ -1,8 +1,7 @@
-"""A `tensorrt` of each release's real API surface, with onnxruntime for a GPU.
+"""A `tensorrt` module with the API of each release, which runs graphs in onnxruntime.
 
-`tensorrt_surface.json` says which names each release binds; a name that a release does not have raises
-`AttributeError` here as there. What the releases get wrong is imitated too: 8.6 ignores the axes input of
-ReduceMean, an untyped network is built in fp32 whatever its graph says, TF32 is on until it is cleared.
+`tensorrt_surface.json` lists the names of each release; other names raise `AttributeError`. Known defects
+are simulated: 8.6 ignores the axes input of ReduceMean, an untyped network is built in fp32, TF32 is on.
 """
 
 import ctypes
@@ -26,7 +25,7 @@ MAGIC = b"fake plan\n"
 
 
 def members(kind: str, version: str) -> frozenset[str] | None:
-    """The names that *kind* has in *version*; None where the class is not there."""
+    """The names of *kind* in *version*; None if the class does not exist."""
     entry = SURFACE["classes"][kind]
     if version in entry and entry[version] is None:
         return None
@@ -34,7 +33,7 @@ def members(kind: str, version: str) -> frozenset[str] | None:
 
 
 def limited(kind: str, version: str, base: type) -> type:
-    """*base* that shows only what *kind* has in *version*."""
+    """Restrict *base* to the names of *kind* in *version*."""
     known = members(kind, version)
     assert known is not None
 
@@ -52,7 +51,7 @@ def limited(kind: str, version: str, base: type) -> type:
 
 
 class Member(int):
-    """A value of an enumeration."""
+    """An enum value."""
 
     name: str
 
@@ -73,7 +72,7 @@ def enumeration(kind: str, version: str) -> type:
 
 
 class Flags:
-    """Flags that can be set, cleared and asked for."""
+    """Builder and parser flags."""
 
     def __init__(self) -> None:
         self._flags: set[int] = set()
@@ -106,14 +105,14 @@ def dtype_of(trt: Any, elem: int) -> Any:
 
 
 class FakeTensorRT(ModuleType):
-    """The module; `sabotage` names what it is to do wrong."""
+    """The module; `_faults` names the faults to inject."""
 
     def __init__(self, version: str) -> None:
         super().__init__("tensorrt")
         self.__version__ = version if version.count(".") == 2 else f"{version}.0"
         self._version = version
         self._major = int(version.split(".")[0])
-        self._sabotage: set[str] = set()
+        self._faults: set[str] = set()
         self._builds = 0
         self._last: dict[str, Any] = {}
         for kind in ("BuilderFlag", "NetworkDefinitionCreationFlag", "DataType", "LayerType", "TensorIOMode"):
@@ -218,7 +217,7 @@ class OnnxParser(Part, Flags):
 
 
 def forget_axes(model: Any) -> None:
-    """What the parser of 8.6 does with the axes input of every Reduce operator but ReduceSum."""
+    """Drop the axes input of Reduce operators except ReduceSum, as the parser of 8.6 does."""
     for node in model.graph.node:
         if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
             del node.input[1:]
@@ -302,7 +301,7 @@ class Builder(Part):
         trt = self._trt
         trt._builds += 1
         trt._last = {"network": network, "config": config}
-        if "refuse" in trt._sabotage:
+        if "refuse" in trt._faults:
             self._logger.log(trt.ILogger.ERROR, "Could not find any implementation for node x")
             return None
         if monitor := getattr(config, "_monitor", None) or config.__dict__.get("progress_monitor"):
@@ -323,18 +322,18 @@ class Builder(Part):
 
 
 def layers(trt: Any, network: Any, config: Any) -> list[dict[str, Any]]:
-    """What the inspector will say: fp16 only where the network is typed, or 8.6 was told layer by layer."""
+    """The inspector's layers: fp16 only if the network is typed or 8.6 has layer precisions."""
     types = types_of(network._model)
     words = SHOWN.get(trt._major, SHOWN_LATER)
     half = config.get_flag(getattr(trt.BuilderFlag, "FP16", -1)) if trt._major < 10 else network._typed
-    if "silent fp32" in trt._sabotage:
+    if "silent fp32" in trt._faults:
         half = False
 
     def shown(name: str) -> dict[str, Any]:
         low = types.get(name) == onnx.TensorProto.FLOAT16 and half
         floating = types.get(name) in {onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT}
         word = words["fp16" if low else "fp32"] if floating else "Int32"
-        if "half everywhere" in trt._sabotage and floating:
+        if "half everywhere" in trt._faults and floating:
             word = words["fp16"]
         return {"Name": name, "Dimensions": [1], "Format/Datatype": word}
 
@@ -358,7 +357,7 @@ class Inspector(Part):
 
     def get_engine_information(self, form: Any) -> str:
         found = self._facts["layers"]
-        if "names only" in self._trt._sabotage:
+        if "names only" in self._trt._faults:
             found = [layer["Name"] for layer in found]
         return json.dumps({"Layers": found, "Bindings": []})
 
@@ -418,7 +417,7 @@ class Context(Part):
         return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
 
     def execute_async_v3(self, stream: int) -> bool:
-        if "fails" in self._trt._sabotage:
+        if "fails" in self._trt._faults:
             return False
         work = partial(self._compute, self._shape, dict(self._addresses))
         sys.modules["cuda.bindings.runtime"].put(work, stream)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A second-order network of a dozen operators, as the export writes them, and bundles of it."""
+"""A second-order network of a dozen operators, as the exporter writes it, and bundles of it."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ SIDE, CHANNELS, CLASSES = 8, 4, 5
 
 
 def network(*, half: bool = False, batch: str | int = "batch", opset: int = 18) -> onnx.ModelProto:
-    """uint8 images to logits by way of a centred covariance; with *half* the convolution is in fp16."""
+    """Compute logits from uint8 images by a centered covariance; *half* makes the convolution fp16."""
     rng = np.random.default_rng(0)
     kind = np.float16 if half else np.float32
     weights = {
@@ -66,7 +66,7 @@ def some_images(count: int = 3) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.random.default_rng(1).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
 
 
-def answers(model: onnx.ModelProto, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def outputs_of(model: onnx.ModelProto, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     found: np.ndarray[Any, Any] = session.run(None, {"images": images})[0]
     return found
@@ -81,10 +81,10 @@ def write(
     program: bytes | None = None,
     **fields: Any,
 ) -> Bundle:
-    """Write and open a bundle of *model*; its probes want numbers that are *wrong_by* so much."""
+    """Write and open a bundle of *model*; *wrong_by* is added to the expected outputs of its probes."""
     model = model or network()
     images = some_images(probes)
-    logits = answers(model, images) + np.float32(wrong_by)
+    logits = outputs_of(model, images) + np.float32(wrong_by)
     with staging(folder) as stage:
         (stage / "model.onnx").write_bytes(model.SerializeToString())
         (stage / "labels.json").write_bytes(to_json([f"class {i}" for i in range(CLASSES)]))

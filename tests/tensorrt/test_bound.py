@@ -1,4 +1,4 @@
-"""Bound tensors, through onnxruntime's own binding on the CPU: the calls are those that a GPU gets."""
+"""I/O binding of onnxruntime on the CPU, with the calls of the GPU path."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +44,7 @@ def some_images(count: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).integers(0, 256, (count, 2, 2, 3), dtype=np.uint8)
 
 
-def test_every_batch_gets_its_own_numbers_in_any_order_of_sizes(session: Any) -> None:
+def test_every_batch_gets_its_own_outputs_in_any_order_of_sizes(session: Any) -> None:
     bound_session = over(session)
     for seed, count in enumerate([1, 4, 1, 2, 4, 4, 1]):
         images = some_images(count, seed)
@@ -54,7 +54,7 @@ def test_every_batch_gets_its_own_numbers_in_any_order_of_sizes(session: Any) ->
         np.testing.assert_array_equal(found["doubled"], images * np.float32(2))
 
 
-def test_an_answer_is_not_written_over_by_the_next_batch(session: Any) -> None:
+def test_outputs_are_not_overwritten_by_the_next_batch(session: Any) -> None:
     bound_session = over(session)
     first = bound_session.run(some_images(2, 1))["doubled"]
     kept = first.copy()
@@ -62,15 +62,13 @@ def test_an_answer_is_not_written_over_by_the_next_batch(session: Any) -> None:
     np.testing.assert_array_equal(first, kept)
 
 
-def test_images_that_are_not_contiguous_are_read_as_they_look(session: Any) -> None:
+def test_images_that_are_not_contiguous_are_read_correctly(session: Any) -> None:
     images = some_images(4)[::2, :, ::-1]
     found = over(session).run(images)["doubled"]
     np.testing.assert_array_equal(found, images * np.float32(2))
 
 
-def test_memory_on_the_device_is_made_once_for_a_size_and_kept_for_few_sizes(
-    session: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_device_memory_is_kept_for_a_few_batch_sizes(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bound, "MAX_BINDINGS", 2)
     bindings = []
     counted = SimpleNamespace(
@@ -88,7 +86,7 @@ def test_memory_on_the_device_is_made_once_for_a_size_and_kept_for_few_sizes(
     assert len(bindings) == 4
 
 
-def test_a_runtime_on_a_gpu_runs_on_bound_tensors(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_runtime_uses_bound_tensors(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     class Recorded:

@@ -1,20 +1,19 @@
-"""One module builds on every release, and keeps only what it saw to be right."""
+"""One builder works with every TensorRT release and keeps only verified engines."""
 
 import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import EngineError, LoweringError, ParityError, RuntimeUnavailableError
-from sopdeploy.tensorrt.cache import look
 from sopdeploy.tensorrt.profiles import Profile
-from sopdeploy_export.tensorrt import engine as engine_tensorrt
+from sopdeploy_export.tensorrt import engine as engine_module
 from sopdeploy_export.tensorrt.build import BuildRequest, build, network_flags
 from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine
+from sopdeploy_export.tensorrt.rewrites import cast_bytes_first
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_tensorrt import VERSIONS, FakeTensorRT
 from tests.tensorrt.networks import network, write
@@ -23,7 +22,7 @@ Install = Callable[..., FakeTensorRT]
 OPTIONS = EngineOptions(profiles="1,4,16")
 
 
-def test_every_release_builds_an_engine_that_gives_the_bundles_numbers(
+def test_every_release_builds_an_engine_that_reproduces_the_probes(
     trt: FakeTensorRT, bundle: Bundle, cuda: FakeCuda
 ) -> None:
     told: list[str] = []
@@ -36,16 +35,14 @@ def test_every_release_builds_an_engine_that_gives_the_bundles_numbers(
     assert (cuda.held, cuda.streams, cuda.events) == ({}, {}, {})
 
 
-def test_the_second_time_the_engine_comes_from_the_cache_and_its_probes_run_again(
-    trt: FakeTensorRT, bundle: Bundle
-) -> None:
+def test_a_cached_engine_is_not_built_again(trt: FakeTensorRT, bundle: Bundle) -> None:
     first, second = get_engine(bundle, OPTIONS), get_engine(bundle, OPTIONS)
     assert trt._builds == 1
     assert second.reason is None
     assert second.record == first.record
 
 
-def test_engines_lie_beside_the_bundle_or_where_the_user_wants_and_leave_the_bundle_alone(
+def test_engines_are_stored_beside_the_bundle_or_in_the_given_cache(
     bundle: Bundle, install: Install, tmp_path: Path
 ) -> None:
     install()
@@ -57,27 +54,21 @@ def test_engines_lie_beside_the_bundle_or_where_the_user_wants_and_leave_the_bun
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_tf32_which_every_release_has_on_is_cleared(trt: FakeTensorRT, bundle: Bundle) -> None:
+def test_tf32_is_off_and_the_network_flags_fit_the_release(trt: FakeTensorRT, bundle: Bundle) -> None:
     get_engine(bundle, OPTIONS)
     assert not trt._last["config"].get_flag(trt.BuilderFlag.TF32)
-
-
-def test_only_what_a_release_knows_is_asked_of_it(trt: FakeTensorRT) -> None:
     names = trt.NetworkDefinitionCreationFlag
-    kind = names.EXPLICIT_BATCH if trt._major == 8 else names.STRONGLY_TYPED
-    assert network_flags(trt) == 1 << kind
+    assert network_flags(trt) == 1 << (names.EXPLICIT_BATCH if trt._major == 8 else names.STRONGLY_TYPED)
 
 
-def test_fp16_in_the_graph_becomes_fp16_in_the_engine_of_every_release(
-    trt: FakeTensorRT, tmp_path: Path
-) -> None:
+def test_an_fp16_graph_becomes_an_fp16_engine(trt: FakeTensorRT, tmp_path: Path) -> None:
     bundle = write(tmp_path, network(half=True))
     built = get_engine(bundle, EngineOptions(precision="fp16", profiles="1,4"))
     assert built.record.receipt.parts["layer1"].realised["fp16"] > 0
     assert built.record.receipt.parts["second order"].realised == {"fp32": 3}
 
 
-def test_tensorrt_8_is_told_the_precision_of_every_layer(install: Install, tmp_path: Path) -> None:
+def test_tensorrt_8_gets_the_precision_of_every_layer(install: Install, tmp_path: Path) -> None:
     trt = install("8.6.1")
     get_engine(write(tmp_path, network(half=True)), EngineOptions(precision="fp16"))
     config, kinds = trt._last["config"], trt.BuilderFlag
@@ -90,11 +81,7 @@ def test_tensorrt_8_is_told_the_precision_of_every_layer(install: Install, tmp_p
     assert asked["node_covariance"] == trt.DataType.FLOAT
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_sabotage_an_fp32_graph_that_is_asked_to_be_fp16_is_refused_before_the_build(
-    version: str, install: Install, bundle: Bundle
-) -> None:
-    trt = install(version)
+def test_fp16_is_not_built_from_an_fp32_graph(trt: FakeTensorRT, bundle: Bundle) -> None:
     with pytest.raises(
         EngineError, match=r"fp16 was requested but the graph is fp32.*export.*--precision fp16"
     ):
@@ -103,7 +90,7 @@ def test_sabotage_an_fp32_graph_that_is_asked_to_be_fp16_is_refused_before_the_b
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_sabotage_a_builder_that_silently_stays_in_fp32_fails_by_its_receipt(
+def test_an_engine_that_silently_stays_in_fp32_is_rejected(
     version: str, install: Install, tmp_path: Path
 ) -> None:
     install(version, "silent fp32")
@@ -112,25 +99,22 @@ def test_sabotage_a_builder_that_silently_stays_in_fp32_fails_by_its_receipt(
     assert not list((tmp_path / "engines").rglob("*.plan"))
 
 
-def test_sabotage_opset_18_reduce_mean_read_by_8_6_without_the_lint_gives_other_numbers(
+def test_without_the_lint_only_the_probes_detect_that_8_6_ignores_axes(
     install: Install, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hazard is real: nothing fails but the probes."""
     install("8.6.1")
 
-    def only_the_bytes(model, version, profiles):
-        from sopdeploy_export.tensorrt.rewrites import cast_bytes_first
-
+    def without_axes_rewrite(model, version, profiles):
         safe = copy.deepcopy(model)
         cast_bytes_first(safe, version)
         return safe, ()
 
-    monkeypatch.setattr(engine_tensorrt, "lint", only_the_bytes)
+    monkeypatch.setattr(engine_module, "lint", without_axes_rewrite)
     with pytest.raises(ParityError, match="does not compute the exported network"):
         get_engine(bundle, OPTIONS)
 
 
-def test_sabotage_a_batch_fixed_to_one_is_refused_before_the_build(install: Install, tmp_path: Path) -> None:
+def test_a_graph_with_a_fixed_batch_is_not_built(install: Install, tmp_path: Path) -> None:
     trt = install()
     bundle = write(tmp_path / "free")
     (bundle.path / "model.onnx").write_bytes(network(batch=1).SerializeToString())
@@ -139,14 +123,14 @@ def test_sabotage_a_batch_fixed_to_one_is_refused_before_the_build(install: Inst
     assert trt._builds == 0
 
 
-def test_an_engine_with_other_numbers_is_not_kept(install: Install, tmp_path: Path) -> None:
+def test_an_engine_that_misses_the_probes_is_not_kept(install: Install, tmp_path: Path) -> None:
     install()
     with pytest.raises(ParityError, match="deviates by"):
         get_engine(write(tmp_path, wrong_by=0.01), OPTIONS)
     assert not list((tmp_path / "engines").rglob("*.plan"))
 
 
-def test_tensorrts_own_words_reach_the_user(install: Install, bundle: Bundle) -> None:
+def test_the_message_of_tensorrt_reaches_the_user(install: Install, bundle: Bundle) -> None:
     install("11.1", "refuse")
     with pytest.raises(
         EngineError, match=r"TensorRT 11\.1\.0 cannot build the engine: Could not find any impl"
@@ -154,7 +138,7 @@ def test_tensorrts_own_words_reach_the_user(install: Install, bundle: Bundle) ->
         get_engine(bundle, OPTIONS)
 
 
-def test_a_graph_that_the_parser_refuses_names_the_operator(trt: FakeTensorRT) -> None:
+def test_a_parser_error_names_the_operator(trt: FakeTensorRT) -> None:
     request = BuildRequest(
         onnx=network().SerializeToString(),
         profiles=(Profile(minimum=1, optimum=1, maximum=1),),
@@ -164,7 +148,7 @@ def test_a_graph_that_the_parser_refuses_names_the_operator(trt: FakeTensorRT) -
         build(trt, request, lambda _: None)
 
 
-def test_the_timings_of_one_build_serve_the_next(install: Install, bundle: Bundle) -> None:
+def test_the_timing_cache_of_one_build_is_used_by_the_next(install: Install, bundle: Bundle) -> None:
     trt = install()
     get_engine(bundle, OPTIONS)
     assert trt._last["config"]._timings._content == b""
@@ -173,7 +157,7 @@ def test_the_timings_of_one_build_serve_the_next(install: Install, bundle: Bundl
 
 
 @pytest.mark.parametrize("content", [b"damaged", b"of another machine"])
-def test_timings_that_do_not_fit_are_left_out(content: bytes, trt: FakeTensorRT, bundle: Bundle) -> None:
+def test_an_invalid_timing_cache_is_ignored(content: bytes, trt: FakeTensorRT, bundle: Bundle) -> None:
     folder = get_engine(bundle, OPTIONS).path.parent
     (timings,) = folder.glob("timing-*.cache")
     timings.write_bytes(content)
@@ -182,7 +166,7 @@ def test_timings_that_do_not_fit_are_left_out(content: bytes, trt: FakeTensorRT,
     assert timings.read_bytes() == b"t"
 
 
-def test_control_c_ends_a_build(install: Install, bundle: Bundle) -> None:
+def test_control_c_stops_a_build(install: Install, bundle: Bundle) -> None:
     install()
 
     def interrupt(text: str) -> None:
@@ -193,7 +177,7 @@ def test_control_c_ends_a_build(install: Install, bundle: Bundle) -> None:
         get_engine(bundle, OPTIONS, interrupt)
 
 
-def test_without_tensorrt_the_error_says_how_to_get_it(
+def test_without_tensorrt_the_error_says_how_to_install_it(
     bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
@@ -204,7 +188,7 @@ def test_without_tensorrt_the_error_says_how_to_get_it(
 
 
 @pytest.mark.parametrize("gpus", [None, 0])
-def test_without_a_gpu_tensorrt_is_not_even_asked(
+def test_without_a_gpu_nothing_is_built(
     gpus: int | None, bundle: Bundle, install: Install, cuda: FakeCuda
 ) -> None:
     trt = install("8.6.1")
@@ -214,7 +198,7 @@ def test_without_a_gpu_tensorrt_is_not_even_asked(
     assert trt._builds == 0
 
 
-def test_without_cuda_python_the_error_says_how_to_get_it(
+def test_without_cuda_python_the_error_says_how_to_install_it(
     bundle: Bundle, install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install()
@@ -228,10 +212,3 @@ def test_a_release_before_8_6_is_refused(install: Install, bundle: Bundle) -> No
     install().__version__ = "8.5.3"
     with pytest.raises(RuntimeUnavailableError, match="too old"):
         get_engine(bundle, OPTIONS)
-
-
-def test_what_is_stored_is_what_is_found(install: Install, bundle: Bundle) -> None:
-    install()
-    built = get_engine(bundle, OPTIONS)
-    found = look(built.path.parent, built.record.key)
-    assert np.frombuffer(found.plan, dtype=np.uint8).size == built.record.plan_bytes

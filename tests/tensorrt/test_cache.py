@@ -1,4 +1,4 @@
-"""A plan is handed out only when its hash, its bundle and its key match; otherwise the reason is said."""
+"""A plan is loaded only if its hash, bundle and key match; otherwise a reason is given."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def built(bundle: Bundle, install: Install) -> Engine:
 
 
 def rebuilt_because(bundle: Bundle, options: EngineOptions = OPTIONS) -> str:
-    """Return why the engine was built again; it must be right afterwards."""
+    """Rebuild the engine and give the reason."""
     again = get_engine(bundle, options)
     assert again.reason is not None
     assert isinstance(look(again.path.parent, again.record.key), StoredEngine)
@@ -39,14 +39,14 @@ def edit(built: Engine, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def test_a_damaged_plan_is_never_loaded(built: Engine, bundle: Bundle) -> None:
+def test_a_damaged_plan_is_not_loaded(built: Engine, bundle: Bundle) -> None:
     content = bytearray(built.path.read_bytes())
     content[-1] ^= 1
     built.path.write_bytes(content)
     assert "does not have the sha256 of its record" in rebuilt_because(bundle)
 
 
-def test_sabotage_the_plan_of_another_bundle_is_never_loaded(
+def test_the_plan_and_record_of_another_bundle_are_not_loaded(
     built: Engine, bundle: Bundle, tmp_path: Path
 ) -> None:
     other = get_engine(write(tmp_path / "other", config={"width": 5}), OPTIONS)
@@ -57,7 +57,7 @@ def test_sabotage_the_plan_of_another_bundle_is_never_loaded(
     assert "is an engine of another key: bundle tiny-" in reason
 
 
-def test_sabotage_the_plan_of_another_bundle_under_this_ones_record_is_never_loaded(
+def test_the_plan_of_another_bundle_with_this_record_is_not_loaded(
     built: Engine, bundle: Bundle, tmp_path: Path
 ) -> None:
     other = get_engine(write(tmp_path / "other", config={"width": 5}, wrong_by=1e-4), OPTIONS)
@@ -66,23 +66,23 @@ def test_sabotage_the_plan_of_another_bundle_under_this_ones_record_is_never_loa
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"not JSON", b"[" * 100_000, b"\xff\xfe"])
-def test_a_record_that_is_none_is_not_believed(content: bytes, built: Engine, bundle: Bundle) -> None:
+def test_an_invalid_record_is_not_used(content: bytes, built: Engine, bundle: Bundle) -> None:
     built.path.with_suffix(".json").write_bytes(content)
     assert "is not an engine record" in rebuilt_because(bundle)
 
 
-def test_a_record_with_another_key_is_not_believed(built: Engine, bundle: Bundle) -> None:
+def test_a_record_with_another_key_is_not_used(built: Engine, bundle: Bundle) -> None:
     edit(built, key={**built.record.key.model_dump(mode="json"), "precision": "fp16"})
     assert "precision fp16, not fp32" in rebuilt_because(bundle)
 
 
-def test_a_plan_behind_a_link_is_not_loaded(built: Engine, bundle: Bundle, tmp_path: Path) -> None:
+def test_a_linked_plan_is_not_loaded(built: Engine, bundle: Bundle, tmp_path: Path) -> None:
     built.path.rename(tmp_path / "elsewhere")
     built.path.symlink_to(tmp_path / "elsewhere")
     assert "is missing or a link" in rebuilt_because(bundle)
 
 
-def test_another_tensorrt_gets_an_engine_of_its_own_and_says_why(
+def test_another_tensorrt_version_gets_its_own_engine(
     built: Engine, bundle: Bundle, install: Install
 ) -> None:
     install("11.1")
@@ -90,40 +90,35 @@ def test_another_tensorrt_gets_an_engine_of_its_own_and_says_why(
     assert built.path.is_file()
 
 
-def test_another_gpu_gets_an_engine_of_its_own_and_says_why(
-    built: Engine, bundle: Bundle, cuda: FakeCuda
-) -> None:
+def test_another_gpu_gets_its_own_engine(built: Engine, bundle: Bundle, cuda: FakeCuda) -> None:
     cuda.gpu_name, cuda.sm = "Fake B200", (10, 0)
     reason = rebuilt_because(bundle)
     assert "GPU Fake H200, not Fake B200; GPU architecture sm_90, not sm_100" in reason
 
 
-def test_other_profiles_get_an_engine_of_their_own_and_say_why(built: Engine, bundle: Bundle) -> None:
+def test_other_profiles_get_their_own_engine(built: Engine, bundle: Bundle) -> None:
     assert "profiles 1,2-4, not 1,2-8" in rebuilt_because(bundle, EngineOptions(profiles="1,8"))
 
 
-def test_the_server_takes_the_engine_for_the_largest_batches(built: Engine, bundle: Bundle) -> None:
+def test_the_server_uses_the_engine_with_the_largest_batch(built: Engine, bundle: Bundle) -> None:
     larger = get_engine(bundle, EngineOptions(profiles="1,16"))
     found = best_for(built.path.parent, bundle, tensorrt="10.16.0", gpu="Fake H200", architecture="sm_90")
     assert isinstance(found, StoredEngine)
     assert found.record == larger.record
 
 
-def test_the_server_is_told_why_no_engine_fits(built: Engine, bundle: Bundle) -> None:
+def test_the_server_gets_the_reason_why_no_engine_fits(built: Engine, bundle: Bundle) -> None:
     found = best_for(built.path.parent, bundle, tensorrt="8.6.1", gpu="Fake H200", architecture="sm_90")
     assert found == NoEngine("the nearest engine here was built for TensorRT 10.16.0, not 8.6.1")
 
 
-def test_a_record_reads_back_as_it_was_written(built: Engine) -> None:
+def test_a_record_round_trips_and_contains_no_path(built: Engine, tmp_path: Path) -> None:
     assert EngineRecord.from_bytes(built.record.to_bytes()) == built.record
     assert built.path.with_suffix(".json").read_bytes() == built.record.to_bytes()
-
-
-def test_a_record_holds_no_path(built: Engine, tmp_path: Path) -> None:
     assert str(tmp_path) not in built.record.to_bytes().decode()
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_that_names_the_option(
+def test_an_unwritable_cache_is_an_error_that_names_the_option(
     bundle: Bundle, install: Install, tmp_path: Path
 ) -> None:
     install()

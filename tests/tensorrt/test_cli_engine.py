@@ -1,4 +1,4 @@
-"""`sopdeploy engine` as a user meets it."""
+"""The command `sopdeploy engine`."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ def one_line(found: Result) -> str:
     return found.stderr
 
 
-def test_the_dry_run_needs_nothing_and_says_everything(nothing: None, bundle: Bundle) -> None:
+def test_the_dry_run_needs_no_tensorrt(nothing: None, bundle: Bundle) -> None:
     found = run(bundle.path, "--dry-run", "--profiles", "1,8")
     assert found.exit_code == 0, found.stderr
     assert "batches 1, 2-8" in found.stdout
@@ -45,7 +45,7 @@ def test_the_dry_run_needs_nothing_and_says_everything(nothing: None, bundle: Bu
     assert "key       not known: TensorRT is not installed" in found.stdout
 
 
-def test_the_dry_run_gives_a_script_the_same(nothing: None, bundle: Bundle) -> None:
+def test_the_dry_run_prints_json(nothing: None, bundle: Bundle) -> None:
     found = run(bundle.path, "--dry-run", "--json")
     planned = json.loads(found.stdout)
     assert [lint["tensorrt"] for lint in planned["lint"]] == [
@@ -60,7 +60,7 @@ def test_the_dry_run_gives_a_script_the_same(nothing: None, bundle: Bundle) -> N
     assert planned["memory"]["weights"] > 0
 
 
-def test_the_dry_run_knows_the_key_that_the_build_will_have(install: Install, bundle: Bundle) -> None:
+def test_the_dry_run_computes_the_key_of_the_build(install: Install, bundle: Bundle) -> None:
     trt = install()
     planned = json.loads(run(bundle.path, "--dry-run", "--json").stdout)
     assert trt._builds == 0
@@ -69,21 +69,19 @@ def test_the_dry_run_knows_the_key_that_the_build_will_have(install: Install, bu
     assert [lint["tensorrt"] for lint in planned["lint"]] == ["10.16.0"]
 
 
-def test_the_dry_run_refuses_what_the_build_would_refuse(nothing: None, bundle: Bundle) -> None:
+def test_the_dry_run_rejects_what_the_build_rejects(nothing: None, bundle: Bundle) -> None:
     assert "fp16 was requested but the graph is fp32" in one_line(
         run(bundle.path, "--dry-run", "--precision", "fp16")
     )
     assert "--profiles 1,99" in one_line(run(bundle.path, "--dry-run", "--profiles", "1,99"))
 
 
-def test_the_dry_run_without_tensorrt_refuses_what_no_release_can_read(nothing: None, tmp_path: Path) -> None:
+def test_the_dry_run_rejects_a_graph_that_no_release_can_read(nothing: None, tmp_path: Path) -> None:
     bundle = write(tmp_path, network(batch=1), probes=1)
     assert "fixes the batch of images to 1" in one_line(run(bundle.path, "--dry-run"))
 
 
-def test_a_build_is_told_on_one_screen_and_the_second_comes_from_the_cache(
-    trt: FakeTensorRT, bundle: Bundle
-) -> None:
+def test_a_build_is_summarized_and_the_second_comes_from_the_cache(trt: FakeTensorRT, bundle: Bundle) -> None:
     first = run(bundle.path)
     assert first.exit_code == 0, first.stderr
     assert "built     no engine of this bundle was built here yet" in first.stdout
@@ -92,7 +90,7 @@ def test_a_build_is_told_on_one_screen_and_the_second_comes_from_the_cache(
     assert "built     no, it was in the cache" in run(bundle.path).stdout
 
 
-def test_rebuild_builds(install: Install, bundle: Bundle) -> None:
+def test_the_rebuild_option_builds_again(install: Install, bundle: Bundle) -> None:
     trt = install()
     run(bundle.path)
     assert "--rebuild was given" in run(bundle.path, "--rebuild").stdout
@@ -100,17 +98,17 @@ def test_rebuild_builds(install: Install, bundle: Bundle) -> None:
 
 
 @pytest.mark.usefixtures("nothing")
-def test_without_tensorrt_there_is_one_line(bundle: Bundle) -> None:
+def test_without_tensorrt_the_error_is_one_line(bundle: Bundle) -> None:
     assert "TensorRT is not installed; run: pip install" in one_line(run(bundle.path))
 
 
-def test_without_a_gpu_there_is_one_line(install: Install, bundle: Bundle, cuda: Any) -> None:
+def test_without_a_gpu_the_error_is_one_line(install: Install, bundle: Bundle, cuda: Any) -> None:
     install()
     cuda.gpus = None
     line = one_line(run(bundle.path))
     assert "no NVIDIA GPU can be used here (CUDA: cudaGetDeviceCount failed" in line
 
 
-def test_a_log_gets_a_line_of_progress(install: Install, bundle: Bundle) -> None:
+def test_progress_is_logged_to_stderr(install: Install, bundle: Bundle) -> None:
     install()
     assert run(bundle.path).stderr.startswith("building: no engine of this bundle")

@@ -1,4 +1,4 @@
-"""torch-tensorrt as another way to the same artifact: cache, key, receipt, probes."""
+"""Engines built with torch-tensorrt from the exported program."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from sopdeploy_export.tensorrt.plan import plan_engine
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
 from tests.tensorrt.fake_tensorrt import MAGIC, FakeTensorRT
-from tests.tensorrt.networks import answers, network, some_images, write
+from tests.tensorrt.networks import network, outputs_of, some_images, write
 
 Install = Callable[..., FakeTensorRT]
 DRY = ["engine", "--dry-run", "--via", "torch-tensorrt"]
@@ -35,7 +35,7 @@ class Pixels(torch.nn.Module):
 
 
 @cache
-def a_program() -> bytes:
+def pixels_program() -> bytes:
     memory = io.BytesIO()
     program = torch.export.export(Pixels(), (torch.zeros(2, 8, 8, 3, dtype=torch.uint8),))
     program.example_inputs = None
@@ -44,7 +44,7 @@ def a_program() -> bytes:
 
 
 class FakeTorchTensorRT(ModuleType):
-    """Gives plans of the network of these tests, with outputs called by number, as torch-tensorrt's are."""
+    """Builds plans of the test network; outputs have numbers as names, as in torch-tensorrt."""
 
     def __init__(self, trt: FakeTensorRT) -> None:
         super().__init__("torch_tensorrt")
@@ -71,19 +71,19 @@ class FakeTorchTensorRT(ModuleType):
 
 
 @pytest.fixture
-def other_way(install: Install, monkeypatch: pytest.MonkeyPatch) -> FakeTorchTensorRT:
+def torch_tensorrt(install: Install, monkeypatch: pytest.MonkeyPatch) -> FakeTorchTensorRT:
     fake = FakeTorchTensorRT(install())
     monkeypatch.setitem(sys.modules, "torch_tensorrt", fake)
     return fake
 
 
 @pytest.fixture
-def whole(tmp_path: Path) -> Bundle:
-    return write(tmp_path, program=a_program())
+def bundle_pt2(tmp_path: Path) -> Bundle:
+    return write(tmp_path, program=pixels_program())
 
 
-def test_it_builds_keeps_and_serves_the_same_artifact(other_way: FakeTorchTensorRT, whole: Bundle) -> None:
-    built = get_engine(whole, VIA)
+def test_the_engine_is_built_cached_and_served(torch_tensorrt: FakeTorchTensorRT, bundle_pt2: Bundle) -> None:
+    built = get_engine(bundle_pt2, VIA)
     key = built.record.key
     assert (key.via, key.precision, [str(profile) for profile in key.profiles]) == (
         "torch-tensorrt",
@@ -92,19 +92,19 @@ def test_it_builds_keeps_and_serves_the_same_artifact(other_way: FakeTorchTensor
     )
     assert built.record.receipt.parts["network"].realised == {"fp32": 1}
     assert [replay.batch for replay in built.record.replays] == [1, 16]
-    assert built.record.parsed_onnx_sha256 == whole.manifest.files["network.pt2"].sha256
-    assert get_engine(whole, VIA).reason is None
+    assert built.record.parsed_onnx_sha256 == bundle_pt2.manifest.files["network.pt2"].sha256
+    assert get_engine(bundle_pt2, VIA).reason is None
     images = some_images(3)
-    found = TensorRTRuntime(whole, Settings(runtime="tensorrt")).run(images)
-    assert found["logits"] == pytest.approx(answers(network(), images), rel=1e-4, abs=1e-3)
+    found = TensorRTRuntime(bundle_pt2, Settings(runtime="tensorrt")).run(images)
+    assert found["logits"] == pytest.approx(outputs_of(network(), images), rel=1e-4, abs=1e-3)
 
 
-def test_it_is_told_no_tf32_no_fallback_and_the_range_of_batches(
-    other_way: FakeTorchTensorRT, whole: Bundle
+def test_the_builder_gets_no_tf32_no_fallback_and_one_batch_range(
+    torch_tensorrt: FakeTorchTensorRT, bundle_pt2: Bundle
 ) -> None:
-    get_engine(whole, EngineOptions(via="torch-tensorrt", level=4, profiles="2,8"))
-    asked, images = other_way.asked, other_way.asked["images"]
-    assert isinstance(other_way.program, torch.export.ExportedProgram)
+    get_engine(bundle_pt2, EngineOptions(via="torch-tensorrt", level=4, profiles="2,8"))
+    asked, images = torch_tensorrt.asked, torch_tensorrt.asked["images"]
+    assert isinstance(torch_tensorrt.program, torch.export.ExportedProgram)
     assert (asked["disable_tf32"], asked["require_full_compilation"]) == (True, True)
     assert (asked["optimization_level"], asked["workspace_size"]) == (4, 2**28)
     assert [images.min_shape, images.opt_shape, images.max_shape] == [
@@ -115,10 +115,10 @@ def test_it_is_told_no_tf32_no_fallback_and_the_range_of_batches(
     assert images.dtype is torch.uint8
 
 
-def test_both_ways_lie_in_one_cache_under_names_of_their_own(
-    other_way: FakeTorchTensorRT, whole: Bundle
+def test_engines_from_onnx_and_from_torch_have_different_keys(
+    torch_tensorrt: FakeTorchTensorRT, bundle_pt2: Bundle
 ) -> None:
-    first, second = get_engine(whole, EngineOptions()), get_engine(whole, VIA)
+    first, second = get_engine(bundle_pt2, EngineOptions()), get_engine(bundle_pt2, VIA)
     assert first.path.parent == second.path.parent
     assert first.path != second.path
     assert {record.key.via for record in records(first.path.parent)} == {"onnx", "torch-tensorrt"}
@@ -126,7 +126,7 @@ def test_both_ways_lie_in_one_cache_under_names_of_their_own(
 
 
 @pytest.mark.parametrize(
-    ("types", "wrong", "kind", "complaint"),
+    ("types", "wrong", "kind", "message"),
     [
         ("Half", False, EngineError, "network: layer .* computes with fp16, the graph asks for fp32"),
         ("Int32", False, EngineError, "shows no floating type"),
@@ -140,18 +140,18 @@ def test_both_ways_lie_in_one_cache_under_names_of_their_own(
     ],
     ids=["another precision", "no precision", "an operator without a converter", "other numbers"],
 )
-def test_what_is_not_right_is_not_kept(
-    other_way: FakeTorchTensorRT, tmp_path: Path, types: str, wrong: bool, kind: Any, complaint: str
+def test_a_wrong_engine_is_not_kept(
+    torch_tensorrt: FakeTorchTensorRT, tmp_path: Path, types: str, wrong: bool, kind: Any, message: str
 ) -> None:
-    bundle = write(tmp_path, program=a_program())
-    other_way.types, other_way.wrong = types, wrong
-    with pytest.raises(kind, match=complaint):
+    bundle = write(tmp_path, program=pixels_program())
+    torch_tensorrt.types, torch_tensorrt.wrong = types, wrong
+    with pytest.raises(kind, match=message):
         get_engine(bundle, VIA)
     assert not list(tmp_path.rglob("*.plan"))
 
 
 @pytest.mark.parametrize(
-    ("fields", "program", "asked", "complaint"),
+    ("fields", "program", "asked", "message"),
     [
         ({}, False, None, "has no network.pt2; export it with --pt2"),
         ({"precision": "fp16"}, True, None, "builds only fp32, the bundle is fp16; omit --via"),
@@ -159,40 +159,42 @@ def test_what_is_not_right_is_not_kept(
     ],
 )
 @pytest.mark.parametrize("ask", [get_engine, plan_engine])
-def test_a_bundle_that_does_not_fit_is_refused_before_anything_is_loaded(
-    tmp_path: Path, ask: Any, fields: dict[str, str], program: bool, asked: str | None, complaint: str
+def test_a_bundle_that_torch_tensorrt_cannot_build_is_rejected(
+    tmp_path: Path, ask: Any, fields: dict[str, str], program: bool, asked: str | None, message: str
 ) -> None:
-    bundle = write(tmp_path, program=a_program() if program else None, **fields)
-    with pytest.raises(EngineError, match=complaint):
+    bundle = write(tmp_path, program=pixels_program() if program else None, **fields)
+    with pytest.raises(EngineError, match=message):
         ask(bundle, EngineOptions(via="torch-tensorrt", precision=asked))
 
 
-def test_the_dry_run_says_what_this_way_would_do_and_needs_nothing(
-    whole: Bundle, monkeypatch: pytest.MonkeyPatch
+def test_the_dry_run_shows_the_program_and_needs_no_tensorrt(
+    bundle_pt2: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("tensorrt", "torch_tensorrt", "cuda.bindings.runtime", "cuda.cudart"):
         monkeypatch.setitem(sys.modules, name, None)
-    found = CliRunner().invoke(app, [*DRY, str(whole.path)])
+    found = CliRunner().invoke(app, [*DRY, str(bundle_pt2.path)])
     assert found.exit_code == 0, found.stderr
     assert ", fp32, by torch-tensorrt" in found.stdout
     assert "batches 1-16" in found.stdout
-    assert f"sha256 {whole.manifest.files['network.pt2'].sha256[:16]}" in found.stdout
+    assert f"sha256 {bundle_pt2.manifest.files['network.pt2'].sha256[:16]}" in found.stdout
     assert 'run: pip install "sopdeploy[torch-tensorrt]"' in found.stdout
     assert "key       not known: TensorRT is not installed" in found.stdout
     assert "lint" not in found.stdout
 
 
-def test_the_dry_run_knows_the_key_of_this_way(other_way: FakeTorchTensorRT, whole: Bundle) -> None:
-    planned = json.loads(CliRunner().invoke(app, [*DRY, str(whole.path), "--json"]).stdout)
+def test_the_dry_run_computes_the_key_of_the_build(
+    torch_tensorrt: FakeTorchTensorRT, bundle_pt2: Bundle
+) -> None:
+    planned = json.loads(CliRunner().invoke(app, [*DRY, str(bundle_pt2.path), "--json"]).stdout)
     assert (planned["memory"], planned["lint"]) == (None, [])
-    assert planned["key"] == get_engine(whole, VIA).record.key.name
-    assert planned["key"] != plan_engine(whole, EngineOptions()).key
+    assert planned["key"] == get_engine(bundle_pt2, VIA).record.key.name
+    assert planned["key"] != plan_engine(bundle_pt2, EngineOptions()).key
 
 
-def test_without_torch_tensorrt_the_error_is_one_line_saying_how_to_get_it(
-    install: Install, whole: Bundle, monkeypatch: pytest.MonkeyPatch
+def test_without_torch_tensorrt_the_error_says_how_to_install_it(
+    install: Install, bundle_pt2: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install()
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     with pytest.raises(RuntimeUnavailableError, match=r'pip install "sopdeploy\[torch-tensorrt\]"$'):
-        get_engine(whole, VIA)
+        get_engine(bundle_pt2, VIA)

@@ -1,4 +1,4 @@
-"""What libraries say of a failing GPU becomes the error that the server acts on."""
+"""GPU errors of every library become the errors that the server handles."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -51,7 +51,7 @@ ORT = "Non-zero status code returned while running Conv node. Name:'node_3' Stat
         ("TensorRT cannot run the batch: Error Code 3: API Usage Error", None),
     ],
 )
-def test_every_wording_is_read(text: str, kind: type[Exception] | None) -> None:
+def test_error_messages_of_every_library_are_classified(text: str, kind: type[Exception] | None) -> None:
     found = classify_error(text)
     assert (None if found is None else type(found)) is kind
     assert "\n" not in str(found)
@@ -61,18 +61,18 @@ def test_every_wording_is_read(text: str, kind: type[Exception] | None) -> None:
     "form", ["{0.runtime}", "{0.driver}", "CUDA failure {0.code}: x", "an {0.text} was met"]
 )
 @pytest.mark.parametrize("one", STICKY_ERRORS, ids=lambda one: str(one.code))
-def test_a_code_that_sticks_is_a_lost_device_however_it_is_told(one: Any, form: str) -> None:
+def test_a_sticky_error_is_a_lost_device_in_every_wording(one: Any, form: str) -> None:
     found = classify_error(form.format(one))
     assert isinstance(found, DeviceLostError)
     assert str(found).startswith(f"CUDA {one.code}, ")
 
 
-def test_what_is_no_failure_of_the_device_stays_as_it_is() -> None:
+def test_other_exceptions_are_unchanged() -> None:
     with pytest.raises(ValueError, match="shape"), translate_errors():
         raise ValueError("another shape")
 
 
-def test_onnxruntimes_errors_are_translated_and_keep_their_cause(
+def test_onnxruntime_errors_are_translated_with_their_cause(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = OnnxRuntime(bundle, provider=CPU)
@@ -86,7 +86,7 @@ def test_onnxruntimes_errors_are_translated_and_keep_their_cause(
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
-@pytest.mark.parametrize("wrong", ["execute says so", "only the stream does"])
+@pytest.mark.parametrize("wrong", ["execute fails", "only the stream fails"])
 @pytest.mark.parametrize(
     ("status", "kind"),
     [
@@ -94,7 +94,7 @@ def test_onnxruntimes_errors_are_translated_and_keep_their_cause(
         ((719, "cudaErrorLaunchFailure"), DeviceLostError),
     ],
 )
-def test_an_engine_on_a_failing_gpu_names_cudas_code(
+def test_an_engine_on_a_failing_gpu_reports_the_cuda_error(
     install: Callable[..., FakeTensorRT],
     bundle: Bundle,
     cuda: FakeCuda,
@@ -106,8 +106,8 @@ def test_an_engine_on_a_failing_gpu_names_cudas_code(
     trt = install()
     get_engine(bundle, EngineOptions(profiles="1,4"))
     runtime = TensorRTRuntime(bundle, Settings(runtime="tensorrt"))
-    if wrong == "execute says so":
-        trt._sabotage.add("fails")
+    if wrong == "execute fails":
+        trt._faults.add("fails")
     failed = type("Status", (int,), {"name": status[1]})(status[0])
     for function in ("cudaStreamSynchronize", "cudaEventSynchronize"):
         monkeypatch.setattr(cuda, function, lambda _: (failed,))

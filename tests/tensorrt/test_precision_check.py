@@ -1,4 +1,4 @@
-"""What was asked and what was realised, part by part; a difference fails."""
+"""The layers of an engine must have the precision that the graph asks for."""
 
 import json
 from typing import Any
@@ -14,7 +14,7 @@ from tests.tensorrt.networks import network
 
 
 def inspected(changes: dict[str, dict[str, Any]] | None = None, *, half: bool = False) -> str:
-    """What the inspector says of an engine whose layers are the operators of the network."""
+    """The inspector output for an engine with one layer per operator of the network."""
     low = {"node_convolved", "node_features"} if half else set()
     layers = []
     for node in network(half=half).graph.node:
@@ -35,7 +35,7 @@ def tensor(word: str) -> list[dict[str, str]]:
     return [{"Name": "t", "Format/Datatype": word}]
 
 
-def test_every_part_is_named_with_what_was_asked_and_what_became_of_it() -> None:
+def test_requested_and_realized_precisions_are_listed_by_part() -> None:
     found = check_engine_precision(network(half=True), "fp16", inspected(half=True))
     assert {name: (part.asked, part.realised) for name, part in found.parts.items()} == {
         "layer1": (("fp16",), {"fp16": 2}),
@@ -45,7 +45,7 @@ def test_every_part_is_named_with_what_was_asked_and_what_became_of_it() -> None
     assert (found.operators, found.operators_seen) == (6, 6)
 
 
-def test_half_where_the_graph_asks_for_float_fails_and_names_the_part() -> None:
+def test_fp16_instead_of_fp32_is_rejected_with_the_part() -> None:
     changes = {"node_covariance": {"Outputs": tensor("Half")}}
     with pytest.raises(
         EngineError, match=r"^second order: layer .* computes with fp16, the graph asks for fp32"
@@ -53,19 +53,19 @@ def test_half_where_the_graph_asks_for_float_fails_and_names_the_part() -> None:
         check_engine_precision(network(), "fp32", inspected(changes))
 
 
-def test_sabotage_tf32_in_the_iteration_fails() -> None:
+def test_tf32_is_rejected() -> None:
     changes = {"node_covariance": {"TacticName": "sm80_xmma_gemm_f32f32_tf32f32_f32_nn_n"}}
     with pytest.raises(EngineError, match=r"^second order: .*tf32, the graph asks for fp32"):
         check_engine_precision(network(), "fp32", inspected(changes))
 
 
-def test_float_where_the_graph_asks_for_half_fails() -> None:
+def test_fp32_instead_of_fp16_is_rejected() -> None:
     changes = {"node_convolved": {"Inputs": tensor("Float"), "Outputs": tensor("Float")}}
     with pytest.raises(EngineError, match=r"^layer1: .* the graph asks for fp16"):
         check_engine_precision(network(half=True), "fp16", inspected(changes, half=True))
 
 
-def test_int8_that_nobody_asked_for_fails() -> None:
+def test_int8_instead_of_fp32_is_rejected() -> None:
     changes = {
         "node_convolved": {"Inputs": tensor("Thirty-two wide channel vectorized row major Int8 format")}
     }
@@ -83,7 +83,7 @@ def test_a_fused_layer_may_have_the_types_of_all_its_operators() -> None:
     check_engine_precision(network(half=True), "fp16", inspected(changes, half=True))
 
 
-def test_reformats_and_layers_of_no_operator_are_no_evidence() -> None:
+def test_reformats_and_layers_without_operators_are_ignored() -> None:
     changes = {
         "node_mean": {"LayerType": "Reformat", "Outputs": tensor("Half")},
         "node_moved": {"Metadata": "", "Name": "shape call", "Outputs": tensor("Half")},
@@ -92,7 +92,7 @@ def test_reformats_and_layers_of_no_operator_are_no_evidence() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"Layers": ["conv1", "conv2"]}', '{"Layers": []}'])
-def test_an_inspector_that_shows_nothing_proves_nothing(text: str) -> None:
+def test_an_inspector_without_layers_is_rejected(text: str) -> None:
     with pytest.raises(EngineError, match="inspector"):
         check_engine_precision(network(), "fp32", text)
 
@@ -112,15 +112,15 @@ def test_an_inspector_that_shows_nothing_proves_nothing(text: str) -> None:
         ("Unknown format", None),
     ],
 )
-def test_the_words_of_every_release_are_understood(text: str, precision: str | None) -> None:
+def test_the_formats_of_every_release_are_parsed(text: str, precision: str | None) -> None:
     assert precision_of_format(text) == precision
 
 
-def test_a_graph_has_the_lowest_precision_of_its_products() -> None:
+def test_the_precision_of_a_graph_is_the_lowest_of_its_products() -> None:
     assert (graph_precision(network()), graph_precision(network(half=True))) == ("fp32", "fp16")
 
 
-def test_a_quantised_weight_still_names_its_part() -> None:
+def test_a_quantized_weight_keeps_its_part() -> None:
     model = network()
     weight = next(t for t in model.graph.initializer if t.name == "layer1.weight")
     scale = numpy_helper.from_array(np.float32(1e-3), "scale")

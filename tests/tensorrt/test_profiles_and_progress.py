@@ -1,4 +1,4 @@
-"""Which batches an engine takes, how much memory that needs, and how far a build is."""
+"""Batch profiles, memory estimates, build progress, and Python 3.10 for TensorRT 8.6."""
 
 import ast
 import importlib.util
@@ -20,7 +20,7 @@ from tests.tensorrt.networks import CHANNELS, CLASSES, SIDE, network
 RANGE = BatchRange(minimum=1, optimum=8, maximum=64)
 
 
-def test_without_a_wish_the_profiles_are_the_bundles_batch_range() -> None:
+def test_the_default_profiles_are_the_batch_range_of_the_bundle() -> None:
     assert [str(p) for p in parse_profiles(None, RANGE)] == ["1", "2-8", "9-64"]
     assert [str(p) for p in parse_profiles(None, BatchRange(optimum=1, maximum=1))] == ["1"]
 
@@ -38,7 +38,7 @@ def test_every_batch_has_exactly_one_profile_up_to_the_largest(sizes: set[int]) 
 @pytest.mark.parametrize(
     "text", ["", "a", "1,,8", "0", "-1", "1,65", "1.5", ",".join(map(str, range(1, 11)))]
 )
-def test_a_wish_that_cannot_be_met_is_refused(text: str) -> None:
+def test_invalid_profiles_are_rejected(text: str) -> None:
     with pytest.raises(ConfigError, match="--profiles"):
         parse_profiles(text, RANGE)
 
@@ -54,7 +54,7 @@ def test_the_memory_of_a_profile_is_that_of_its_largest_batch() -> None:
     assert found.total == found.weights + eight.borders + one.activations + eight.activations
 
 
-def test_the_share_comes_from_nested_phases() -> None:
+def test_the_completed_fraction_comes_from_nested_phases() -> None:
     phases = Phases()
     phases.start("build", None, 4)
     phases.step("build", 0)
@@ -69,7 +69,7 @@ def test_the_share_comes_from_nested_phases() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "last", "text"),
+    ("fraction", "last", "text"),
     [
         (0.25, None, "building, 1:00, 25%, about 3:00 left"),
         (0.001, None, "building, 1:00"),
@@ -78,13 +78,13 @@ def test_the_share_comes_from_nested_phases() -> None:
         (None, None, "building, 1:00"),
     ],
 )
-def test_the_estimate_comes_from_the_share_or_the_last_build(
-    share: float | None, last: float | None, text: str
+def test_the_estimate_uses_the_fraction_or_the_last_build(
+    fraction: float | None, last: float | None, text: str
 ) -> None:
-    assert progress_line(60.0, share, last) == text
+    assert progress_line(60.0, fraction, last) == text
 
 
-def test_tensorrt_8_gives_a_heartbeat_that_ends_with_the_build() -> None:
+def test_the_heartbeat_of_tensorrt_8_ends_with_the_build() -> None:
     told: list[str] = []
     with heartbeat(told.append, 5.0, seconds=0.01):
         end = time.monotonic() + 10
@@ -96,7 +96,7 @@ def test_tensorrt_8_gives_a_heartbeat_that_ends_with_the_build() -> None:
     assert len(told) == count
 
 
-def test_a_version_is_a_pair_of_numbers() -> None:
+def test_a_version_is_parsed_to_two_numbers() -> None:
     assert parse_version("10.16.1.11") == (10, 16)
     for text in ("", "ten", "10"):
         with pytest.raises(EngineError, match="not a TensorRT version"):
@@ -111,19 +111,13 @@ STARTS = [
     "sopdeploy_service.runtime.tensorrt",
 ]
 NEWER_THAN_3_10 = {
-    "tomllib",
-    "Self",
-    "StrEnum",
-    "assert_never",
-    "file_digest",
-    "TaskGroup",
-    "override",
-    "UTC",
+    *("tomllib", "Self", "StrEnum", "assert_never"),
+    *("file_digest", "TaskGroup", "override", "UTC"),
 }
 
 
 def own_imports(name: str) -> set[str]:
-    """Return the project's own modules that *name* needs, itself included."""
+    """Find the modules of the project that *name* imports, itself included."""
     todo, found = [name], set()
     while todo:
         current = todo.pop()
@@ -137,7 +131,7 @@ def own_imports(name: str) -> set[str]:
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_what_tensorrt_8_needs_keeps_to_python_3_10(start: str) -> None:
+def test_modules_for_tensorrt_8_run_on_python_3_10(start: str) -> None:
     for name in own_imports(start):
         spec = importlib.util.find_spec(name)
         assert spec is not None

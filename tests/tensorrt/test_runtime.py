@@ -1,4 +1,4 @@
-"""The server on an engine: only a checked one, and never the CPU without a word."""
+"""The server runs on a verified engine and never falls back to the CPU silently."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +19,14 @@ from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings, load_settings
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_tensorrt import FakeTensorRT
-from tests.tensorrt.networks import answers, network, some_images, write
+from tests.tensorrt.networks import network, outputs_of, some_images, write
 
 Install = Callable[..., FakeTensorRT]
 OPTIONS = EngineOptions(profiles="1,4,16")
 ON_ENGINE = Settings(runtime="tensorrt")
 
 
-def test_the_server_runs_every_batch_on_the_engine_of_every_release(
-    trt: FakeTensorRT, bundle: Bundle
-) -> None:
+def test_the_server_runs_every_batch_size_on_the_engine(trt: FakeTensorRT, bundle: Bundle) -> None:
     get_engine(bundle, OPTIONS)
     runtime = TensorRTRuntime(bundle, ON_ENGINE)
     assert (runtime.name, runtime.device, runtime.largest_batch) == (
@@ -39,11 +37,11 @@ def test_the_server_runs_every_batch_on_the_engine_of_every_release(
     for count in (1, 2, 4, 5, 16):
         images = some_images(count)
         np.testing.assert_allclose(
-            runtime.run(images)["logits"], answers(network(), images), rtol=1e-4, atol=1e-3
+            runtime.run(images)["logits"], outputs_of(network(), images), rtol=1e-4, atol=1e-3
         )
 
 
-def test_the_answers_of_one_batch_stay_when_the_next_is_run(install: Install, bundle: Bundle) -> None:
+def test_outputs_are_not_overwritten_by_the_next_batch(install: Install, bundle: Bundle) -> None:
     install()
     get_engine(bundle, OPTIONS)
     runtime = TensorRTRuntime(bundle, ON_ENGINE)
@@ -54,7 +52,7 @@ def test_the_answers_of_one_batch_stay_when_the_next_is_run(install: Install, bu
     assert (first == before).all()
 
 
-def test_a_server_is_ready_after_the_probes_ran_on_the_engine(install: Install, bundle: Bundle) -> None:
+def test_the_probes_run_on_the_engine_at_startup(install: Install, bundle: Bundle) -> None:
     install()
     get_engine(bundle, OPTIONS)
     found = load_model(bundle.path, Settings())
@@ -62,7 +60,7 @@ def test_a_server_is_ready_after_the_probes_ran_on_the_engine(install: Install, 
     assert sorted(found.replays) == [1, 3]
 
 
-def test_without_an_engine_the_error_says_how_to_get_one(install: Install, bundle: Bundle) -> None:
+def test_without_an_engine_the_error_says_how_to_build_one(install: Install, bundle: Bundle) -> None:
     install()
     with pytest.raises(RuntimeUnavailableError, match=r"no engine of this bundle.*; run: sopdeploy engine"):
         open_runtime(bundle, ON_ENGINE)
@@ -80,19 +78,19 @@ def test_the_engine_of_another_tensorrt_is_not_loaded(install: Install, bundle: 
 
 def test_a_replaced_plan_is_not_loaded(install: Install, bundle: Bundle) -> None:
     install()
-    get_engine(bundle, OPTIONS).path.write_bytes(b"native code of a stranger")
+    get_engine(bundle, OPTIONS).path.write_bytes(b"another plan")
     with pytest.raises(RuntimeUnavailableError, match="does not have the sha256 of its record"):
         open_runtime(bundle, ON_ENGINE)
 
 
-def test_auto_takes_the_engine_that_somebody_built(install: Install, bundle: Bundle) -> None:
+def test_auto_uses_an_existing_engine(install: Install, bundle: Bundle) -> None:
     install()
     assert open_runtime(bundle, Settings()).name.startswith("onnxruntime")
     get_engine(bundle, OPTIONS)
     assert open_runtime(bundle, Settings()).name == "tensorrt 10.16.0"
 
 
-def test_auto_does_not_fall_back_to_the_cpu_when_the_gpu_is_gone(
+def test_auto_does_not_fall_back_to_the_cpu_without_a_gpu(
     install: Install, bundle: Bundle, cuda: FakeCuda
 ) -> None:
     install()
@@ -109,7 +107,7 @@ def test_a_batch_that_tensorrt_cannot_run_is_an_error(install: Install, bundle: 
     trt = install()
     get_engine(bundle, OPTIONS)
     runtime = TensorRTRuntime(bundle, ON_ENGINE)
-    trt._sabotage.add("fails")
+    trt._faults.add("fails")
     with pytest.raises(RuntimeError, match="cannot run the batch"):
         runtime.run(some_images(1))
 
@@ -139,7 +137,7 @@ class FakeOnnxRuntime(ModuleType):
         )
 
 
-def test_onnxruntime_with_cuda_is_asked_for_cuda_without_tf32_and_without_the_cpu(
+def test_onnxruntime_uses_cuda_without_tf32_and_without_cpu_fallback(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = FakeOnnxRuntime([CUDA, CPU])
@@ -158,7 +156,7 @@ def test_onnxruntime_with_cuda_is_asked_for_cuda_without_tf32_and_without_the_cp
         ("onnxruntime-tensorrt", TENSORRT, [CUDA, CPU]),
     ],
 )
-def test_onnxruntime_that_silently_takes_another_provider_is_refused(
+def test_another_provider_than_requested_is_rejected(
     runtime: Any, asked: str, chosen: list[str], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(with_onnxruntime, "_import_onnxruntime", lambda: FakeOnnxRuntime(chosen))
@@ -175,7 +173,7 @@ def test_onnxruntime_that_silently_takes_another_provider_is_refused(
         ("int8", {"fp16": "0", "bf16": "0", "int8": "1"}),
     ],
 )
-def test_onnxruntime_with_tensorrt_is_told_precision_batches_and_a_folder_for_this_bundle(
+def test_onnxruntime_with_tensorrt_gets_precision_batches_and_a_cache_folder(
     precision: str, types: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = {"int8_for": "tensorrt"} if precision == "int8" else {}
@@ -198,17 +196,17 @@ def test_onnxruntime_with_tensorrt_is_told_precision_batches_and_a_folder_for_th
     ]
 
 
-def test_a_cache_that_cannot_be_made_is_one_line(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_cache_folder_that_cannot_be_created_is_an_error(bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(RuntimeUnavailableError, match=r"cannot be created .*SOPDEPLOY_ENGINE_CACHE"):
         open_runtime(bundle, Settings(runtime="onnxruntime-tensorrt", engine_cache=tmp_path / "file"))
 
 
-def test_cuda_with_an_onnxruntime_for_the_cpu_says_what_to_install(bundle: Bundle) -> None:
+def test_cuda_without_a_cuda_onnxruntime_says_what_to_install(bundle: Bundle) -> None:
     with pytest.raises(RuntimeUnavailableError, match=r"has no CUDAExecutionProvider here; run: pip install"):
         open_runtime(bundle, Settings(runtime="onnxruntime-cuda"))
 
 
-def test_a_runtime_that_does_not_exist_is_refused() -> None:
+def test_an_unknown_runtime_is_rejected() -> None:
     with pytest.raises(ConfigError, match="settings: runtime"):
         load_settings(runtime="openvino")

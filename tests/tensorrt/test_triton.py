@@ -1,4 +1,4 @@
-"""A Triton repository that Triton's own schema takes, whole or not at all."""
+"""The Triton model repository parses with Triton's own schema and is written atomically."""
 
 import json
 from pathlib import Path
@@ -16,47 +16,23 @@ from sopdeploy.errors import BundleError
 from sopdeploy_export.triton import TritonOptions, write_triton
 from tests.tensorrt.networks import CLASSES, SIDE, some_images, write
 
-# What the bundle's config uses of Triton's model_config.proto: message: field: (type, repeated)
-SCHEMA: dict[str, dict[str, tuple[str, bool]]] = {
-    "ModelConfig": {
-        "name": ("string", False),
-        "backend": ("string", False),
-        "max_batch_size": ("int32", False),
-        "input": ("ModelInput", True),
-        "output": ("ModelOutput", True),
-        "instance_group": ("ModelInstanceGroup", True),
-        "dynamic_batching": ("ModelDynamicBatching", False),
-        "model_warmup": ("ModelWarmup", True),
-        "parameters": ("Parameter", True),
-    },
-    "ModelInput": {"name": ("string", False), "data_type": ("DataType", False), "dims": ("int64", True)},
-    "ModelOutput": {
-        "name": ("string", False),
-        "data_type": ("DataType", False),
-        "dims": ("int64", True),
-        "label_filename": ("string", False),
-    },
-    "ModelInstanceGroup": {"count": ("int32", False), "kind": ("Kind", False)},
-    "ModelDynamicBatching": {
-        "preferred_batch_size": ("int32", True),
-        "max_queue_delay_microseconds": ("uint64", False),
-        "default_queue_policy": ("ModelQueuePolicy", False),
-    },
-    "ModelQueuePolicy": {
-        "timeout_action": ("TimeoutAction", False),
-        "default_timeout_microseconds": ("uint64", False),
-        "allow_timeout_override": ("bool", False),
-        "max_queue_size": ("uint32", False),
-    },
-    "ModelWarmup": {"name": ("string", False), "batch_size": ("uint32", False), "inputs": ("Inputs", True)},
-    "Inputs": {"key": ("string", False), "value": ("WarmupInput", False)},
-    "WarmupInput": {
-        "data_type": ("DataType", False),
-        "dims": ("int64", True),
-        "input_data_file": ("string", False),
-    },
-    "Parameter": {"key": ("string", False), "value": ("ModelParameter", False)},
-    "ModelParameter": {"string_value": ("string", False)},
+# The used part of Triton's model_config.proto: the fields of each message; * is repeated.
+SCHEMA = {
+    "ModelConfig": "string name, string backend, int32 max_batch_size, ModelInput* input, ModelOutput* output, "
+    "ModelInstanceGroup* instance_group, ModelDynamicBatching dynamic_batching, ModelWarmup* model_warmup, "
+    "Parameter* parameters",
+    "ModelInput": "string name, DataType data_type, int64* dims",
+    "ModelOutput": "string name, DataType data_type, int64* dims, string label_filename",
+    "ModelInstanceGroup": "int32 count, Kind kind",
+    "ModelDynamicBatching": "int32* preferred_batch_size, uint64 max_queue_delay_microseconds, "
+    "ModelQueuePolicy default_queue_policy",
+    "ModelQueuePolicy": "TimeoutAction timeout_action, uint64 default_timeout_microseconds, "
+    "bool allow_timeout_override, uint32 max_queue_size",
+    "ModelWarmup": "string name, uint32 batch_size, Inputs* inputs",
+    "Inputs": "string key, WarmupInput value",
+    "WarmupInput": "DataType data_type, int64* dims, string input_data_file",
+    "Parameter": "string key, ModelParameter value",
+    "ModelParameter": "string string_value",
 }
 ENUMS = {
     "DataType": ["TYPE_INVALID", "TYPE_UINT8", "TYPE_FP32", "TYPE_INT64"],
@@ -66,7 +42,7 @@ ENUMS = {
 
 
 def schema() -> Any:
-    """The class of ModelConfig, made of SCHEMA."""
+    """Create the message class ModelConfig from SCHEMA."""
     file = descriptor_pb2.FileDescriptorProto(name="model_config.proto", package="t", syntax="proto3")
     kinds = descriptor_pb2.FieldDescriptorProto
     for name, values in ENUMS.items():
@@ -75,8 +51,10 @@ def schema() -> Any:
             enum.value.add(name=value, number=number)
     for name, fields in SCHEMA.items():
         message = file.message_type.add(name=name)
-        for number, (field, (kind, repeated)) in enumerate(fields.items(), 1):
-            label = kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL
+        for number, declaration in enumerate(fields.split(", "), 1):
+            kind, field = declaration.split()
+            label = kinds.LABEL_REPEATED if kind.endswith("*") else kinds.LABEL_OPTIONAL
+            kind = kind.rstrip("*")
             added = message.field.add(name=field, number=number, label=label)
             if kind in SCHEMA or kind in ENUMS:
                 added.type = kinds.TYPE_MESSAGE if kind in SCHEMA else kinds.TYPE_ENUM
@@ -92,7 +70,7 @@ def config_of(folder: Path) -> Any:
     return text_format.Parse((folder / "config.pbtxt").read_text(), schema()())
 
 
-def test_the_config_is_what_the_manifest_says(bundle: Bundle, tmp_path: Path) -> None:
+def test_the_config_matches_the_manifest(bundle: Bundle, tmp_path: Path) -> None:
     written = write_triton(bundle, tmp_path / "models")
     config = config_of(written.path)
     assert (config.name, config.backend, config.max_batch_size) == (bundle.name, "onnxruntime", 16)
@@ -103,7 +81,7 @@ def test_the_config_is_what_the_manifest_says(bundle: Bundle, tmp_path: Path) ->
     assert {p.key: p.value.string_value for p in config.parameters}["sopdeploy_bundle"] == bundle.name
 
 
-def test_requests_are_gathered_and_refused_when_they_waited_too_long(bundle: Bundle, tmp_path: Path) -> None:
+def test_requests_are_batched_and_time_out_in_the_queue(bundle: Bundle, tmp_path: Path) -> None:
     options = TritonOptions(max_queue_delay=500, timeout=2_000_000, max_queue_size=7, instances=2)
     config = config_of(write_triton(bundle, tmp_path / "models", options).path)
     batching, policy = config.dynamic_batching, config.dynamic_batching.default_queue_policy
@@ -118,7 +96,7 @@ def test_requests_are_gathered_and_refused_when_they_waited_too_long(bundle: Bun
     assert config.instance_group[0].count == 2
 
 
-def test_it_is_warm_for_every_batch_size_with_a_real_picture(bundle: Bundle, tmp_path: Path) -> None:
+def test_every_batch_size_is_warmed_up_with_a_probe_image(bundle: Bundle, tmp_path: Path) -> None:
     written = write_triton(bundle, tmp_path / "models")
     config = config_of(written.path)
     assert [warm.batch_size for warm in config.model_warmup] == [1, 4, 16]
@@ -127,27 +105,27 @@ def test_it_is_warm_for_every_batch_size_with_a_real_picture(bundle: Bundle, tmp
     assert np.frombuffer(raw, np.uint8).reshape(value.dims).tolist() == some_images()[0].tolist()
 
 
-def test_graph_and_labels_are_the_bundles(bundle: Bundle, tmp_path: Path) -> None:
+def test_graph_and_labels_are_copied_from_the_bundle(bundle: Bundle, tmp_path: Path) -> None:
     written = write_triton(bundle, tmp_path / "models")
     assert written.files == ("1/model.onnx", "config.pbtxt", "labels.txt", "warmup/image")
     assert (written.path / "1" / "model.onnx").read_bytes() == bundle.onnx.read_bytes()
     assert (written.path / "labels.txt").read_text().splitlines() == list(bundle.labels)
 
 
-def test_a_bundle_of_single_images_is_not_gathered(tmp_path: Path) -> None:
+def test_a_bundle_for_single_images_is_not_batched(tmp_path: Path) -> None:
     bundle = write(tmp_path, batch=BatchRange(minimum=1, optimum=1, maximum=1))
     config = config_of(write_triton(bundle, tmp_path / "models").path)
     assert not config.HasField("dynamic_batching")
     assert [warm.batch_size for warm in config.model_warmup] == [1]
 
 
-def test_a_bundle_that_was_not_verified_for_one_image_is_refused(tmp_path: Path) -> None:
+def test_a_bundle_not_verified_for_single_images_is_rejected(tmp_path: Path) -> None:
     bundle = write(tmp_path, batch=BatchRange(minimum=2, optimum=2, maximum=4))
     with pytest.raises(BundleError, match="Triton sends single images"):
         write_triton(bundle, tmp_path / "models")
 
 
-def test_written_twice_it_is_one_and_another_content_stays(bundle: Bundle, tmp_path: Path) -> None:
+def test_writing_twice_is_idempotent_and_other_content_is_kept(bundle: Bundle, tmp_path: Path) -> None:
     models = tmp_path / "models"
     first = write_triton(bundle, models)
     assert write_triton(bundle, models) == first
@@ -158,20 +136,20 @@ def test_written_twice_it_is_one_and_another_content_stays(bundle: Bundle, tmp_p
     assert [path.name for path in models.iterdir()] == [bundle.name]
 
 
-def test_a_class_name_of_two_lines_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_class_name_with_a_line_break_is_rejected(bundle: Bundle, tmp_path: Path) -> None:
     broken = Bundle(path=bundle.path, manifest=bundle.manifest, labels=("a", "b\nc", "d", "e", "f"))
     with pytest.raises(BundleError, match=r"'b\\nc' does not fit on a line"):
         write_triton(broken, tmp_path / "models")
     assert not (tmp_path / "models").exists()
 
 
-def test_no_file_names_the_machine(bundle: Bundle, tmp_path: Path) -> None:
+def test_no_file_contains_a_path(bundle: Bundle, tmp_path: Path) -> None:
     written = write_triton(bundle, tmp_path / "models")
     for name in written.files:
         assert str(tmp_path).encode() not in (written.path / name).read_bytes()
 
 
-def test_the_verb_tells_what_it_wrote(bundle: Bundle, tmp_path: Path) -> None:
+def test_the_command_prints_what_it_wrote(bundle: Bundle, tmp_path: Path) -> None:
     arguments = ["triton", str(bundle.path), str(tmp_path / "models")]
     found = CliRunner().invoke(app, arguments)
     assert (found.exit_code, found.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""An engine takes the next batch while one is at work; the pretend GPU does each thing as late as it may."""
+"""Two batches overlap on an engine; the simulated GPU runs everything as late as possible."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_tensorrt import FakeTensorRT
-from tests.tensorrt.networks import answers, network, some_images
+from tests.tensorrt.networks import network, outputs_of, some_images
 
 SIZES = (1, 5, 2, 8, 8, 1, 1, 2, 3)
 
@@ -30,12 +30,12 @@ def batch(number: int, size: int) -> np.ndarray:
     return np.roll(some_images(size), 7 * number, axis=2)
 
 
-def right(found: dict[str, np.ndarray], number: int, size: int) -> None:
-    expected = answers(network(), batch(number, size))
+def check_outputs(found: dict[str, np.ndarray], number: int, size: int) -> None:
+    expected = outputs_of(network(), batch(number, size))
     np.testing.assert_allclose(found["logits"], expected, rtol=1e-4, atol=1e-3)
 
 
-def test_batches_that_overlap_give_their_own_numbers(runtime: TensorRTRuntime) -> None:
+def test_overlapping_batches_give_their_own_outputs(runtime: TensorRTRuntime) -> None:
     assert isinstance(runtime, OverlappingRuntime)
     for size in (1, 2, 8):
         runtime.run(some_images(size))  # what can be a graph is one now
@@ -45,46 +45,46 @@ def test_batches_that_overlap_give_their_own_numbers(runtime: TensorRTRuntime) -
         ends.append(runtime.begin(list(images)))
         images[:] = 0  # they are copied already
         if number:
-            right(ends[number - 1](), number - 1, SIZES[number - 1])
-    right(ends[-1](), len(SIZES) - 1, SIZES[-1])
+            check_outputs(ends[number - 1](), number - 1, SIZES[number - 1])
+    check_outputs(ends[-1](), len(SIZES) - 1, SIZES[-1])
 
 
-def test_a_third_batch_is_refused_until_the_first_has_ended(runtime: TensorRTRuntime) -> None:
+def test_a_third_batch_is_rejected_until_the_first_has_ended(runtime: TensorRTRuntime) -> None:
     ends = [runtime.begin(list(batch(number, 2))) for number in range(2)]
     with pytest.raises(RuntimeError, match="2 batches are in flight"):
         runtime.begin(list(batch(2, 2)))
     for number, end in enumerate(ends):
-        right(end(), number, 2)
-    right(runtime.run(batch(3, 2)), 3, 2)
+        check_outputs(end(), number, 2)
+    check_outputs(runtime.run(batch(3, 2)), 3, 2)
 
 
 @pytest.mark.parametrize("times", [1, 5])
-def test_a_batch_that_cannot_begin_leaves_the_other_at_work_and_its_place_free(
+def test_a_batch_that_fails_to_begin_does_not_affect_the_other(
     runtime: TensorRTRuntime, trt: FakeTensorRT, times: int
 ) -> None:
     end = runtime.begin(list(batch(0, 5)))
-    trt._sabotage.add("fails")
+    trt._faults.add("fails")
     for _ in range(times):
         with pytest.raises(RuntimeError, match="cannot run the batch"):
             runtime.begin(list(batch(1, 5)))
-    trt._sabotage.clear()
+    trt._faults.clear()
     following = runtime.begin(list(batch(2, 5)))
-    right(end(), 0, 5)
-    right(following(), 2, 5)
+    check_outputs(end(), 0, 5)
+    check_outputs(following(), 2, 5)
 
 
-def test_a_batch_that_fails_at_its_end_costs_itself_only(runtime: TensorRTRuntime, cuda: FakeCuda) -> None:
+def test_a_batch_that_fails_at_its_end_affects_no_other(runtime: TensorRTRuntime, cuda: FakeCuda) -> None:
     ends = [runtime.begin(list(batch(number, 5))) for number in range(2)]
     cuda.broken.add("cudaEventSynchronize")
     with pytest.raises(Exception, match="cudaErrorInsufficientDriver"):
         ends[0]()
     cuda.broken.clear()
-    right(ends[1](), 1, 5)
-    right(runtime.run(batch(2, 5)), 2, 5)
+    check_outputs(ends[1](), 1, 5)
+    check_outputs(runtime.run(batch(2, 5)), 2, 5)
 
 
 class Leaking:
-    """A runtime where what is begun behind another batch gives the numbers of that one."""
+    """A runtime that gives an overlapping batch the outputs of the batch before it."""
 
     name, device, largest_batch = "leaking", "cuda:0", 8
 
@@ -101,7 +101,7 @@ class Leaking:
         return self._at_work.pop
 
 
-def test_a_start_with_numbers_of_a_neighbour_is_refused(runtime: TensorRTRuntime, bundle: Bundle) -> None:
+def test_a_runtime_that_mixes_up_batches_is_rejected(runtime: TensorRTRuntime, bundle: Bundle) -> None:
     probes = read_probes(bundle.probes)
     replay_overlapping(probes, runtime, 8)
     with pytest.raises(ParityError, match="deviates by"):

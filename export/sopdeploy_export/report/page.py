@@ -100,38 +100,20 @@ def _proof_tables(results: ExportResults) -> dict[str, Rows]:
 
 
 def _drift_tables(parity: ParityReport) -> dict[str, Rows]:
-    return {
-        "outputs": [
-            (
-                name,
-                f"{output.largest_drift:.3g}",
-                f"{output.noise_floor:.3g}",
-                f"{output.drift_in_floors:.2f}x",
-                f"{output.tolerance:.3g}",
-            )
-            for name, output in parity.outputs.items()
-        ],
-        "parts": [
-            (
-                part.part,
-                f"{part.drift:.3g}",
-                f"{part.noise_floor:.3g}",
-                f"{part.in_floors:.2f}x",
-                f"{part.share:.2g}",
-            )
-            for part in parity.parts
-        ],
-        "spectral": [
-            (
-                record.part,
-                str(record.iterations),
-                f"{record.residual:.3g}",
-                f"{record.residual_exact:.3g}",
-                f"{record.asymmetry:.3g}",
-            )
-            for record in parity.spectral
-        ],
-    }
+    short = "{:.3g}".format
+    outputs = [
+        (name, short(o.largest_drift), short(o.noise_floor), f"{o.drift_in_floors:.2f}x", short(o.tolerance))
+        for name, o in parity.outputs.items()
+    ]
+    parts = [
+        (part.part, short(part.drift), short(part.noise_floor), f"{part.in_floors:.2f}x", f"{part.share:.2g}")
+        for part in parity.parts
+    ]
+    spectral = [
+        (r.part, str(r.iterations), short(r.residual), short(r.residual_exact), short(r.asymmetry))
+        for r in parity.spectral
+    ]
+    return {"outputs": outputs, "parts": parts, "spectral": spectral}
 
 
 def _drift_chart(parity: ParityReport) -> Markup | None:
@@ -153,13 +135,8 @@ def _drift_chart(parity: ParityReport) -> Markup | None:
 
 def flip_row(flip: Flip, labels: tuple[str, ...]) -> tuple[str, ...]:
     """Describe one changed top class: image, class of the network, class of the file, margin, cause."""
-    return (
-        str(flip.image),
-        labels[flip.network],
-        labels[flip.file],
-        f"{flip.margin:.3g}",
-        CAUSES[flip.because],
-    )
+    names = labels[flip.network], labels[flip.file]
+    return str(flip.image), *names, f"{flip.margin:.3g}", CAUSES[flip.because]
 
 
 def flip_matrix(flipped: Sequence[Flip], labels: tuple[str, ...]) -> Markup | None:

@@ -27,7 +27,6 @@ from sopdeploy_export.tensorrt.rewrites import (
 NEWEST_OPSET = {(8, 6): 17, (10, 0): 20, (10, 15): 24, (11, 0): 25}
 MAX_K = 3840
 INT32 = (-(2**31), 2**31 - 1)
-ALL: Version = (8, 6)
 EXPORT_INT8 = "export again with --precision int8 --int8-for tensorrt"
 GRAPH_PRECISION = {"bf16-backbone": "bf16"}  # precisions whose name in the graph differs
 
@@ -136,40 +135,20 @@ def _quantized_for_cpu(graph: GraphView) -> str | None:
     return None
 
 
-# Name, rule, first version with the hazard, first version without it.
-RULES: tuple[tuple[str, Rule, Version, Version | None], ...] = (
-    ("other-domain", _other_domain, ALL, None),
-    ("computed-axes", _computed_axes, ALL, None),
-    (
-        "control-flow",
-        _forbid_operators("makes shapes depend on data", "If", "Loop", "Scan", "NonZero"),
-        ALL,
-        None,
-    ),
-    ("unknown-operator", _forbid_operators("is not supported", "Det"), ALL, None),
-    (
-        "double",
-        _forbid_type(TensorProto.DOUBLE, "is a double and would be computed as float silently"),
-        ALL,
-        None,
-    ),
-    (
-        "bfloat16",
-        _forbid_type(TensorProto.BFLOAT16, "is bfloat16, which needs TensorRT 10: export with fp16 or fp32"),
-        ALL,
-        (10, 0),
-    ),
-    ("int64-constant", _large_int64_constant, ALL, (10, 0)),
-    ("top-k", _top_k, ALL, None),
-    ("scatter-reduction", _scatter_reduction, ALL, None),
-    ("einsum", _einsum, ALL, (10, 12)),
-    ("quantised-for-a-cpu", _quantized_for_cpu, ALL, None),
-    (
-        "group-normalization",
-        _forbid_operators("would be a plugin over cuDNN 8", "GroupNormalization"),
-        ALL,
-        (10, 0),
-    ),
+# Name, rule, first version without the hazard.
+RULES: tuple[tuple[str, Rule, Version | None], ...] = (
+    ("other-domain", _other_domain, None),
+    ("computed-axes", _computed_axes, None),
+    ("control-flow", _forbid_operators("makes shapes depend on data", "If", "Loop", "Scan", "NonZero"), None),
+    ("unknown-operator", _forbid_operators("is not supported", "Det"), None),
+    ("double", _forbid_type(TensorProto.DOUBLE, "is a double and would silently become a float"), None),
+    ("bfloat16", _forbid_type(TensorProto.BFLOAT16, "is bfloat16: export with fp16 or fp32"), (10, 0)),
+    ("int64-constant", _large_int64_constant, (10, 0)),
+    ("top-k", _top_k, None),
+    ("scatter-reduction", _scatter_reduction, None),
+    ("einsum", _einsum, (10, 12)),
+    ("quantised-for-a-cpu", _quantized_for_cpu, None),
+    ("group-normalization", _forbid_operators("would need cuDNN 8", "GroupNormalization"), (10, 0)),
 )
 
 
@@ -197,8 +176,8 @@ def lint(
         taken.add(node.name)
     release = f"TensorRT {version[0]}.{version[1]}"
     view = GraphView(model=safe, version=version, constants=constants(safe), types=value_types(safe))
-    for name, rule, first, fixed in RULES:
-        if first <= version and (fixed is None or version < fixed):
+    for name, rule, fixed in RULES:
+        if fixed is None or version < fixed:
             complaint = rule(view)
             if complaint is not None:
                 raise LoweringError(f"{release} ({name}): {complaint}")
