@@ -18,9 +18,9 @@ from tests.tensorrt.networks import CLASSES, SIDE, some_images, write
 
 # The used part of Triton's model_config.proto: the fields of each message; * is repeated.
 SCHEMA = {
-    "ModelConfig": "string name, string backend, int32 max_batch_size, ModelInput* input, ModelOutput* output, "
-    "ModelInstanceGroup* instance_group, ModelDynamicBatching dynamic_batching, ModelWarmup* model_warmup, "
-    "Parameter* parameters",
+    "ModelConfig": "string name, string backend, int32 max_batch_size, ModelInput* input, "
+    "ModelOutput* output, ModelInstanceGroup* instance_group, ModelDynamicBatching dynamic_batching, "
+    "ModelWarmup* model_warmup, Parameter* parameters",
     "ModelInput": "string name, DataType data_type, int64* dims",
     "ModelOutput": "string name, DataType data_type, int64* dims, string label_filename",
     "ModelInstanceGroup": "int32 count, Kind kind",

@@ -108,8 +108,10 @@ class RecordingInterpreter(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation; explicit floating-point dtypes become float64 if *exact*."""
         if self.exact:
-            args = tuple(torch.float64 if _is_reduced(value) else value for value in args)
-            kwargs = {key: torch.float64 if _is_reduced(value) else value for key, value in kwargs.items()}
+            args = tuple(torch.float64 if any(v is dtype for dtype in REDUCED) else v for v in args)
+            kwargs = {
+                key: torch.float64 if any(v is dtype for dtype in REDUCED) else v for key, v in kwargs.items()
+            }
         if target is torch.ops.aten._assert_tensor_metadata.default:
             return None
         return super().call_function(target, args, kwargs)
@@ -120,10 +122,6 @@ class RecordingInterpreter(fx.Interpreter):
         if n.name in self.wanted and isinstance(value, torch.Tensor):
             self.kept[n.name] = value.double().numpy()
         return value
-
-
-def _is_reduced(value: Any) -> bool:
-    return isinstance(value, torch.dtype) and value in REDUCED
 
 
 def find_first_drift(

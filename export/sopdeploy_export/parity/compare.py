@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
@@ -26,7 +27,7 @@ from sopdeploy_export.parity.report import (
     agreement,
 )
 from sopdeploy_export.parity.routing import compared, rerouted, routing_parity
-from sopdeploy_export.parity.session import emulation, file_outputs, open_session
+from sopdeploy_export.parity.session import EMULATION, file_outputs, has_bfloat16, open_session
 from sopdeploy_export.parity.spectral import violation
 
 Locate = Callable[[Path], str | None]
@@ -79,7 +80,7 @@ def compare(
         precision=expected.precision,
         runtime=f"onnxruntime {ort.__version__}",
         provider=PROVIDER,
-        emulation=emulation(path),
+        emulation=EMULATION if has_bfloat16(onnx.load(path)) else None,
         images=len(images),
         floors_allowed=expected.floors,
         outputs=outputs,

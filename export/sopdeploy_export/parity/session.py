@@ -68,11 +68,6 @@ def fixed_batch(model: onnx.ModelProto) -> int | None:
     return model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
 
 
-def emulation(path: Path) -> str | None:
-    """Describe how the file at *path* is emulated; None if the runtime runs it unchanged."""
-    return EMULATION if has_bfloat16(onnx.load(path)) else None
-
-
 def has_bfloat16(model: onnx.ModelProto) -> bool:
     """Whether any weight of *model* is bfloat16."""
     return any(tensor.data_type == BFLOAT16 for tensor in model.graph.initializer)
