@@ -75,8 +75,7 @@ def write_bundle(
         (stage / "certificate.json").write_bytes(to_json({}))
         (stage / "parity.json").write_bytes(to_json({}))
         write_probes(
-            stage / "probes.npz",
-            Probes(images=images, expected={output: logits}, tolerance={output: 1e-4}),
+            stage / "probes.npz", Probes(images=images, expected={output: logits}, tolerance={output: 1e-4})
         )
         manifest = seal(
             stage,

@@ -33,11 +33,7 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
 def test_every_source_accepts_the_old_name_of_a_setting(monkeypatch, tmp_path, old, new):
     file = tmp_path / "settings.toml"
     file.write_text(f"{old} = 3\n")
-    found = [
-        load_settings(**{old: 3}),
-        load_settings(**parse_assignments([f"{old}=3"])),
-        load_settings(file),
-    ]
+    found = [load_settings(**{old: 3}), load_settings(**parse_assignments([f"{old}=3"])), load_settings(file)]
     monkeypatch.setenv(f"SOPDEPLOY_{old.upper()}", "3")
     found.append(load_settings())
     assert unused_variables() == []

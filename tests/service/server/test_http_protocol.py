@@ -1,5 +1,6 @@
-"""Real sockets against a real server: what a client does slowly, too large or wrong is refused in time."""
+"""Connection limits on real sockets: slow, large and malformed requests."""
 
+import inspect
 import itertools
 import re
 import resource
@@ -11,10 +12,12 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.server.connection_limits import allow_files
+from sopdeploy_service.server.http_protocol import LimitedHttpProtocol
 from sopdeploy_service.settings import Settings
 from tests.service.raw import EXPECT, GET, POST, connect, count, read
 
@@ -40,14 +43,46 @@ def wire(client):
         yield lambda: stack.enter_context(connect(client))
 
 
+def test_uvicorn_still_has_what_the_protocol_overrides_and_uses():
+    """Fails on a uvicorn whose protocol differs from the one that `LimitedHttpProtocol` extends."""
+    overridden = {
+        *("connection_made", "connection_lost", "data_received", "on_message_begin", "on_url", "on_header"),
+        *("on_headers_complete", "on_body", "on_message_complete", "on_response_complete", "pause_writing"),
+        *("resume_writing", "timeout_keep_alive_handler"),
+    }
+    own = {name for name in vars(LimitedHttpProtocol) if not name.startswith("_")} - {"close", "abort"}
+    assert own == overridden
+    for name in overridden:
+        ours, theirs = getattr(LimitedHttpProtocol, name), getattr(HttpToolsProtocol, name)
+        assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
+    used = {"config", "loop", "parser", "transport", "flow", "server_state", "pipeline", "scope", "headers"}
+    used |= {"cycle", "timeout_keep_alive", "timeout_keep_alive_task"}
+    assert used <= _attributes(HttpToolsProtocol)
+    cycle = {
+        "transport",
+        "keep_alive",
+        "disconnected",
+        "message_event",
+        "response_started",
+        "response_complete",
+    }
+    assert cycle <= _attributes(RequestResponseCycle)
+    writes = set(re.findall(r"self\.transport\.(\w+)", inspect.getsource(RequestResponseCycle)))
+    assert writes == {"write", "close", "is_closing"}  # the protocol takes the place of the transport
+
+
+def _attributes(cls: type) -> set[str]:
+    return set(re.findall(r"self\.(\w+)(?:: [^=\n]+)? = ", inspect.getsource(cls.__init__)))
+
+
 LARGE = b"".join(b"X-%d: 1\r\n" % number for number in range(1000))
 
-REFUSED_AT_ONCE = {
+REJECTED = {
     "a header of 100 kB": (GET + b"X: " + b"x" * 100_000 + b"\r\n\r\n", 431, "headers_too_large"),
-    "a header without an end": (GET + b"X: " + b"x" * 1_000_000, 431, "headers_too_large"),
+    "an endless header": (GET + b"X: " + b"x" * 1_000_000, 431, "headers_too_large"),
     "1000 headers": (GET + LARGE + b"\r\n", 431, "headers_too_large"),
     "a URL of 64 kB": (b"GET /" + b"x" * 65_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414, "url_too_long"),
-    "a URL without an end": (b"GET /" + b"x" * 1_000_000, 414, "url_too_long"),
+    "an endless URL": (b"GET /" + b"x" * 1_000_000, 414, "url_too_long"),
     "a length of 1 TB": (POST + b"Content-Length: 1000000000000\r\n\r\n", 413, "too_large"),
     "a length one over the limit": (POST + b"Content-Length: 1000001\r\n\r\n", 413, "too_large"),
     "a length one over, on a GET": (GET + b"Content-Length: 1000001\r\n\r\n", 413, "too_large"),
@@ -57,7 +92,7 @@ REFUSED_AT_ONCE = {
         "malformed_request",
     ),
     "a negative length": (POST + b"Content-Length: -1\r\n\r\n", 400, "malformed_request"),
-    "a length that is a word": (POST + b"Content-Length: five\r\n\r\n", 400, "malformed_request"),
+    "a length of letters": (POST + b"Content-Length: five\r\n\r\n", 400, "malformed_request"),
     "two lengths": (POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400, "malformed_request"),
     "a length and chunks": (
         POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
@@ -78,11 +113,11 @@ REFUSED_AT_ONCE = {
     "a space in a header's name": (GET + b"A b: c\r\n\r\n", 400, "malformed_request"),
     "a header over two lines": (GET + b"A: b\r\n c\r\n\r\n", 400, "malformed_request"),
     "a zero byte in a header": (GET + b"A: b\0c\r\n\r\n", 400, "malformed_request"),
-    "a URL that is none": (b"GET livez HTTP/1.1\r\nHost: x\r\n\r\n", 400, "malformed_request"),
+    "an invalid URL": (b"GET livez HTTP/1.1\r\nHost: x\r\n\r\n", 400, "malformed_request"),
     "a URL with a broken host": (b"GET http://[::1/a HTTP/1.1\r\n\r\n", 400, "malformed_request"),
     "no host": (b"GET /livez HTTP/1.1\r\n\r\n", 400, "malformed_request"),
     "two hosts": (GET + b"Host: y\r\n\r\n", 400, "malformed_request"),
-    "1000 trailers behind chunks": (
+    "1000 trailers": (
         POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n" + LARGE + b"\r\n",
         431,
         "headers_too_large",
@@ -95,9 +130,9 @@ REFUSED_AT_ONCE = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED_AT_ONCE)
-def test_what_breaks_a_rule_is_refused_at_once_and_the_next_request_answered(client, wire, jpeg, name):
-    sent, status, code = REFUSED_AT_ONCE[name]
+@pytest.mark.parametrize("name", REJECTED)
+def test_an_invalid_request_is_rejected_immediately(client, wire, jpeg, name):
+    sent, status, code = REJECTED[name]
     before = count(client, f'rejected_total{{reason="{code}"}}')
     bad = wire()
     bad.sendall(sent)
@@ -110,7 +145,7 @@ def test_what_breaks_a_rule_is_refused_at_once_and_the_next_request_answered(cli
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
-def test_a_refusal_by_the_wire_is_a_request_in_the_metrics_and_keeps_the_clients_id(client, wire):
+def test_a_rejected_request_is_in_the_metrics_and_keeps_its_id(client, wire):
     before = count(client, 'requests_total{code="413",model="",route="other"}')
     bad = wire()
     bad.sendall(POST + b"X-Request-ID: mine\r\nContent-Length: 9000000\r\n\r\n")
@@ -119,7 +154,7 @@ def test_a_refusal_by_the_wire_is_a_request_in_the_metrics_and_keeps_the_clients
 
 
 SLOW = {
-    "a head without an end": (GET, "slow_request"),
+    "incomplete headers": (GET, "slow_request"),
     "one byte": (b"G", "slow_request"),
     "a body that stops": (POST + b"Content-Length: 1000\r\n\r\n" + b"\xff\xd8\xff", "slow_body"),
     "a body that never starts": (POST + b"Content-Length: 1000\r\n\r\n", "slow_body"),
@@ -128,12 +163,12 @@ SLOW = {
         "slow_body",
     ),
     "chunks that stop": (POST + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n", "slow_body"),
-    "a chunk extension without an end": (POST + b"Transfer-Encoding: chunked\r\n\r\n3;a=", "slow_body"),
+    "an endless chunk extension": (POST + b"Transfer-Encoding: chunked\r\n\r\n3;a=", "slow_body"),
 }
 
 
 @pytest.mark.parametrize("name", SLOW)
-def test_a_request_that_does_not_arrive_is_408(client, wire, jpeg, name):
+def test_an_incomplete_request_is_408(client, wire, jpeg, name):
     sent, code = SLOW[name]
     before = count(client, f'rejected_total{{reason="{code}"}}')
     bad = wire()
@@ -147,12 +182,9 @@ def test_a_request_that_does_not_arrive_is_408(client, wire, jpeg, name):
 
 @pytest.mark.parametrize(
     ("start", "code"),
-    [
-        (GET + b"X: ", "slow_request"),
-        (POST + b"Content-Length: 900000\r\n\r\n", "slow_body"),
-    ],
+    [(GET + b"X: ", "slow_request"), (POST + b"Content-Length: 900000\r\n\r\n", "slow_body")],
 )
-def test_a_byte_now_and_then_does_not_keep_a_request_alive(wire, start, code):
+def test_slow_bytes_do_not_extend_the_timeout(wire, start, code):
     bad = wire()
     bad.sendall(start)
     bad.settimeout(0.05)
@@ -169,7 +201,7 @@ def test_a_byte_now_and_then_does_not_keep_a_request_alive(wire, start, code):
     assert code.encode() in data
 
 
-def test_a_body_fast_enough_for_the_rate_ends_at_the_deadline_all_the_same(serve_with):
+def test_a_body_above_the_minimum_rate_still_ends_at_the_deadline(serve_with):
     client = serve_with(FakeRuntime(classes=7), min_body_rate=100, request_timeout=0.6)
     with connect(client) as bad:
         bad.sendall(POST + b"Content-Length: 1000000\r\n\r\n")
@@ -180,14 +212,14 @@ def test_a_body_fast_enough_for_the_rate_ends_at_the_deadline_all_the_same(serve
     assert (reply.status, reply.code) == (408, "slow_body")
 
 
-def test_a_connection_that_asks_nothing_is_closed_without_a_word(wire):
+def test_a_silent_connection_is_closed_without_a_response(wire):
     quiet, blank = wire(), wire()
     blank.sendall(b"\r\n\r\n")
     assert quiet.recv(10) == b""
     assert blank.recv(10) == b""
 
 
-def test_an_idle_connection_is_closed_after_its_time(serve_with):
+def test_an_idle_connection_is_closed_after_the_keep_alive_time(serve_with):
     client = serve_with(FakeRuntime(classes=7), keep_alive_seconds=1)
     with connect(client) as idle:
         idle.sendall(GET + b"\r\n")
@@ -197,21 +229,21 @@ def test_an_idle_connection_is_closed_after_its_time(serve_with):
         assert 0.5 < time.monotonic() - started < 10
 
 
-def test_the_second_head_of_a_connection_has_a_deadline_too(wire):
+def test_the_header_timeout_applies_to_the_second_request(wire):
     bad = wire()
     bad.sendall(GET + b"\r\n" + GET)
     assert read(bad, to_the_end=False).status == 200
     assert read(bad).code == "slow_request"
 
 
-def test_a_client_that_does_not_read_is_cut_off(client, wire, until):
+def test_a_client_that_does_not_read_is_disconnected(client, wire, until):
     bad = wire()
     bad.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     bad.setblocking(False)
     asked = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
 
-    def is_cut() -> bool:
-        client.get("/livez")  # the server has read what was sent before: too many at once are malformed
+    def is_disconnected() -> bool:
+        client.get("/livez")  # wait until the server has read the previous request
         try:
             bad.send(asked)
         except BlockingIOError:
@@ -220,11 +252,11 @@ def test_a_client_that_does_not_read_is_cut_off(client, wire, until):
             return True
         return False
 
-    until(is_cut, 60)
+    until(is_disconnected, 60)
     assert count(client, 'rejected_total{reason="slow_reader"}') == 1
 
 
-def test_too_many_requests_at_once_on_one_connection_are_refused(client, wire, jpeg):
+def test_too_many_pipelined_requests_are_rejected(client, wire, jpeg):
     bad = wire()
     bad.sendall((GET + b"\r\n") * 1000)
     data = b""
@@ -234,7 +266,7 @@ def test_too_many_requests_at_once_on_one_connection_are_refused(client, wire, j
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
-def test_a_few_requests_at_once_on_one_connection_are_answered_in_order(wire, jpeg):
+def test_pipelined_requests_are_handled_in_order(wire, jpeg):
     good = wire()
     post = POST + b"Content-Length: %d\r\n\r\n" % len(jpeg) + jpeg
     good.sendall((post + GET + b"\r\n") * 3)
@@ -244,14 +276,14 @@ def test_a_few_requests_at_once_on_one_connection_are_answered_in_order(wire, jp
     assert re.findall(rb'{"(classes|status)"', data) == [b"classes", b"status"] * 3
 
 
-def test_garbage_behind_a_request_does_not_cost_its_answer(client, wire, jpeg):
+def test_garbage_after_a_request_does_not_affect_its_response(client, wire, jpeg):
     bad = wire()
     bad.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(jpeg) + jpeg + b"\0garbage")
     assert read(bad).status == 200
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
-def test_an_answer_given_before_the_body_came_leaves_the_connection_usable(wire):
+def test_a_response_before_the_body_keeps_the_connection(wire):
     good = wire()
     good.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n")
     assert read(good, to_the_end=False).status == 404
@@ -259,14 +291,14 @@ def test_an_answer_given_before_the_body_came_leaves_the_connection_usable(wire)
     assert read(good, to_the_end=False).status == 200
 
 
-def test_an_answer_given_before_a_body_that_never_comes_ends_the_connection(wire):
+def test_a_response_before_a_missing_body_closes_the_connection(wire):
     bad = wire()
     bad.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n")
     assert read(bad, to_the_end=False).status == 404
     assert bad.recv(10) == b""
 
 
-def test_websockets_are_404_and_the_connection_ends(wire):
+def test_websockets_are_404_and_close_the_connection(wire):
     bad = wire()
     bad.sendall(
         b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n\x81\x05hello"
@@ -286,13 +318,13 @@ def test_websockets_are_404_and_the_connection_ends(wire):
         ("/livez", b"Content-Length: 100\r\n", 405),
     ],
 )
-def test_who_asks_before_sending_what_will_be_refused_is_refused_before(wire, path, headers, status):
+def test_expect_100_gets_the_rejection_before_the_body(wire, path, headers, status):
     bad = wire()
     bad.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\n".encode() + headers + EXPECT + b"\r\n")
     assert read(bad, to_the_end=False).status == status
 
 
-def test_who_asks_before_sending_a_good_image_may_send_it(wire, jpeg):
+def test_expect_100_gets_100_continue_for_a_valid_request(wire, jpeg):
     good = wire()
     good.sendall(POST + b"Content-Length: %d\r\n" % len(jpeg) + EXPECT + b"\r\n")
     assert good.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -301,7 +333,7 @@ def test_who_asks_before_sending_a_good_image_may_send_it(wire, jpeg):
 
 
 def fill(client: httpx.Client, number: int, stack: ExitStack) -> list[socket.socket]:
-    """*number* connections, each with an answered request, now idle."""
+    """Open *number* idle connections, each after one request."""
     wires = []
     for _ in range(number):
         wires.append(stack.enter_context(connect(client)))
@@ -318,14 +350,14 @@ def is_open(wire: socket.socket) -> bool:
         return True
 
 
-def test_one_connection_too_many_makes_the_longest_idle_one_go(serve_with):
+def test_a_connection_over_the_limit_closes_the_longest_idle_one(serve_with):
     client = serve_with(FakeRuntime(classes=7), max_connections=4)
     with ExitStack() as stack:
         wires = fill(client, 6, stack)
         assert [is_open(wire) for wire in wires] == [False] * 2 + [True] * 4
 
 
-def test_one_connection_too_many_is_503_where_none_is_idle(serve_with, until):
+def test_a_connection_over_the_limit_is_503_if_none_is_idle(serve_with, until):
     client = serve_with(FakeRuntime(classes=7), max_connections=4)
     with ExitStack() as stack:
         wires = [stack.enter_context(connect(client)) for _ in range(4)]
@@ -340,33 +372,33 @@ def test_one_connection_too_many_is_503_where_none_is_idle(serve_with, until):
     until(lambda: count(client, "connections") == 1)
 
 
-def test_only_so_many_connections_stay_idle(serve_with):
+def test_the_number_of_idle_connections_is_limited(serve_with):
     client = serve_with(FakeRuntime(classes=7), max_idle_connections=2)
     with ExitStack() as stack:
         wires = fill(client, 5, stack)
         assert [is_open(wire) for wire in wires] == [False] * 3 + [True] * 2
 
 
-def test_hundreds_of_connections_over_the_limit_do_no_harm(serve_with, jpeg, until):
+def test_the_server_recovers_from_hundreds_of_connections_over_the_limit(serve_with, jpeg, until):
     client = serve_with(FakeRuntime(classes=7), max_connections=50, header_timeout=0.5)
     with ExitStack() as stack:
         wires = [stack.enter_context(connect(client)) for _ in range(300)]
         assert any(not is_open(wire) for wire in wires[-2:])
 
-        def answered() -> bool:
+        def responds() -> bool:
             try:
                 return client.post("/v1/classify", content=jpeg).status_code == 200
             except httpx.TransportError:
                 return False
 
-        until(answered)
+        until(responds)
 
 
 @pytest.mark.parametrize(
     ("soft", "hard", "raised"),
     [(100, 10_000, 756), (100, 756, 756), (10_000, 10_000, None), (100, -1, 756), (-1, -1, None)],
 )
-def test_the_process_may_open_as_many_files_as_its_connections_need(monkeypatch, soft, hard, raised):
+def test_the_limit_of_open_files_is_raised_for_the_connections(monkeypatch, soft, hard, raised):
     calls = []
     monkeypatch.setattr(resource, "getrlimit", lambda _kind: (soft, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda _kind, limits: calls.append(limits))
@@ -374,7 +406,7 @@ def test_the_process_may_open_as_many_files_as_its_connections_need(monkeypatch,
     assert calls == ([(raised, hard)] if raised else [])
 
 
-def test_more_connections_than_the_system_has_files_for_is_one_clear_line(monkeypatch):
+def test_more_connections_than_open_files_is_a_config_error(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _kind: (100, 755))
     with pytest.raises(ConfigError, match=r"max_connections 500: needs 756 .* allows 755; lower"):
         allow_files(500)
@@ -388,7 +420,7 @@ VALID = POST + b"Content-Type: image/jpeg\r\nContent-Length: 20\r\nX-Request-ID:
     edits=st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.binary(max_size=4)), max_size=4),
     cuts=st.lists(st.integers(1, len(VALID)), max_size=3),
 )
-def test_whatever_comes_is_answered_or_the_connection_ends(
+def test_any_bytes_get_a_response_or_a_closed_connection(
     fuzzed: httpx.Client, edits: list[tuple[int, bytes]], cuts: list[int]
 ) -> None:
     request = VALID
@@ -399,10 +431,10 @@ def test_whatever_comes_is_answered_or_the_connection_ends(
             with suppress(ConnectionError):
                 wire.sendall(request[start:end])
         try:
-            answer = wire.recv(65_536)
+            reply = wire.recv(65_536)
         except ConnectionError:
-            answer = b""
-    assert re.match(rb"HTTP/1\.1 [24]\d\d ", answer) or not answer
+            reply = b""
+    assert re.match(rb"HTTP/1\.1 [24]\d\d ", reply) or not reply
     assert fuzzed.get("/livez").status_code == 200
 
 

@@ -287,9 +287,7 @@ def test_a_damaged_bundle_is_never_served(bundle_path: Path, tmp_path: Path) -> 
         serve([copy], Settings(port=0))
 
 
-def test_a_network_with_other_outputs_is_never_served(
-    wrong_bundle_path: Path,
-) -> None:
+def test_a_network_with_other_outputs_is_never_served(wrong_bundle_path: Path) -> None:
     with pytest.raises(ParityError, match="deviates"):
         serve([wrong_bundle_path], Settings(port=0))
 

@@ -1,9 +1,9 @@
 "use strict";
-// What answers here: facts, certificate, model card.
+// The loaded model: facts, certificate, model card.
 
 const SEAL = "M12 2l2.4 2 3.1-.3 1 3 2.6 1.7-.9 3 .9 3-2.6 1.7-1 3-3.1-.3L12 21l-2.4-2.2-3.1.3-1-3L2.9 14.4l.9-3-.9-3 2.6-1.7 1-3 3.1.3z M8.5 11.6l2.4 2.4 4.6-4.8";
 
-/** Show who answers: `info` of a model in `/info`, its `card` of `/v1/card`, the version of the `server`. */
+/** Show `info` of a model in `/info`, its `card` of `/v1/card` and the version of the `server`. */
 function showAbout(info, card, server) {
   document.title = `${info.name} · sopdeploy`;
   byId("model").textContent = info.name;
@@ -17,11 +17,11 @@ function showAbout(info, card, server) {
 const counted = (count, what) => `${count.toLocaleString("en")} ${what}${count === 1 ? "" : "s"}`;
 const nothing = (what) => make("p", { className: "empty" }, `This bundle has no readable ${what}.`);
 
-/** Return nodes for a certificate's summary. */
+/** Nodes of a certificate summary. */
 function proof(certificate) {
   const { detached, removed, bytes_removed: bytes, kept, operations, images } = certificate;
   const rows = [
-    ["Taken off", removed ? `${detached.join(", ")} (${counted(removed, "tensor")}, ${bytes.toLocaleString("en")} bytes)` : "nothing; all of it computes the answer"],
+    ["Removed", removed ? `${detached.join(", ")} (${counted(removed, "tensor")}, ${bytes.toLocaleString("en")} bytes)` : "nothing; all tensors are used for inference"],
     ["Kept", `${counted(kept, "tensor")}, sha256 equal before and after`],
     ["One graph", `trained = detached = plain, ${operations} operations, also as ONNX`],
     ["Numbers", `logits bitwise equal on ${counted(images, "probe image")}`],
@@ -29,10 +29,10 @@ function proof(certificate) {
     ["ONNX root", make("code", {}, certificate.onnx_root)],
   ];
   const list = make("dl", {}, ...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
-  return [make("p", { className: "seal" }, seal(), "Proved: nothing was taken off but what only training needs."), list];
+  return [make("p", { className: "seal" }, seal(), "Verified: only training-only tensors were removed."), list];
 }
 
-/** Return the seal's drawing. */
+/** The seal icon. */
 function seal() {
   const names = "http://www.w3.org/2000/svg";
   const drawing = document.createElementNS(names, "svg");

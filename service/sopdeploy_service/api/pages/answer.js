@@ -1,19 +1,19 @@
 "use strict";
-// The answer to one picture: classes, warnings, experts, time.
+// The prediction for one image: classes, warnings, experts, timing.
 
 const WARNINGS = {
-  alpha_flattened: "Transparent parts were laid onto the network's background colour.",
-  content_type_mismatch: "The content type names another format than the picture has; the picture's own bytes counted.",
-  exif_rotated: "The picture was turned upright as its EXIF orientation says.",
-  first_frame_only: "Of this animation only the first frame was classified.",
-  sixteen_bit_scaled: "The picture's 16 bits per pixel were scaled to 8.",
+  alpha_flattened: "Transparent pixels were replaced by the background color of the network.",
+  content_type_mismatch: "The content type names another format than that of the image; the format of the image was used.",
+  exif_rotated: "The image was rotated by its EXIF orientation.",
+  first_frame_only: "Only the first frame of the animation was classified.",
+  sixteen_bit_scaled: "16-bit channels were scaled to 8 bits.",
 };
 const STAGES = { receive: "receive", decode: "decode", queue: "queue", infer: "infer", rest: "network" };
 
 const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 2 : 1)} %`;
 const milliseconds = (value) => `${value.toFixed(value < 99.5 ? 1 : 0)} ms`;
 
-/** Show `body`, the JSON of a 200, of a network whose gate has `experts` (0: no gate). */
+/** Show `body`, the JSON of a successful response; `experts` is the number of experts, 0 without a gate. */
 function showAnswer(body, experts) {
   byId("classes").replaceChildren(...body.classes.map(classBar));
   byId("warnings").replaceChildren(
@@ -21,12 +21,12 @@ function showAnswer(body, experts) {
   );
   byId("experts").hidden = !body.gates;
   if (body.gates) byId("gates").replaceChildren(...expertColumns(body.gates, experts));
-  byId("status").textContent = `Answer: ${body.classes
+  byId("status").textContent = `Prediction: ${body.classes
     .map((entry) => `${entry.label} ${percent(entry.probability)}`)
     .join(", ")}`;
 }
 
-/** Return the list entry of one class. */
+/** List entry of one class. */
 function classBar({ label, probability }) {
   return make(
     "li", {},
@@ -36,13 +36,13 @@ function classBar({ label, probability }) {
   );
 }
 
-/** Return a column for each of `count` experts; those in `gates` are chosen. */
+/** Columns of `count` experts; those in `gates` are selected. */
 function expertColumns(gates, count) {
   const weights = new Map(gates.map(({ expert, weight }) => [expert, weight]));
   const largest = Math.max(...weights.values());
   return Array.from({ length: count }, (_, expert) => {
     const weight = weights.get(expert);
-    const title = `expert ${expert}: ${weight === undefined ? "not chosen" : weight.toFixed(4)}`;
+    const title = `expert ${expert}: ${weight === undefined ? "not selected" : weight.toFixed(4)}`;
     return make(
       "li", { title, className: weight === undefined ? "" : "chosen" },
       make("span", { className: "unseen" }, title),
@@ -53,7 +53,7 @@ function expertColumns(gates, count) {
   });
 }
 
-/** Show where `total` milliseconds went, by the value of a `Server-Timing` header. */
+/** Show the stages of a `Server-Timing` header and the rest of `total` milliseconds. */
 function showTime(header, total) {
   const stages = [...header.matchAll(/([\w-]+);dur=([\d.]+)/g)].map(([, name, time]) => [name, Number(time)]);
   const served = stages.reduce((sum, [, time]) => sum + time, 0);
@@ -74,14 +74,14 @@ function showTime(header, total) {
   byId("time").hidden = false;
 }
 
-/** Take an old answer away; `hint` says what to expect instead. */
+/** Remove the previous prediction. */
 function clearAnswer() {
   for (const id of ["classes", "warnings", "gates", "waterfall"]) byId(id).replaceChildren();
   for (const id of ["experts", "time", "error", "empty"]) byId(id).hidden = true;
   byId("status").textContent = "";
 }
 
-/** Show why there is no answer; `code` is the service's stable name of it. */
+/** Show an error; `code` is its stable error code. */
 function showError(text, code) {
   clearAnswer();
   byId("error").replaceChildren(sentence(text), ...(code ? [make("small", {}, code)] : []));

@@ -1,10 +1,10 @@
 "use strict";
-// The page at `/docs`: /openapi.json for people.
+// The page at `/docs`: shows /openapi.json.
 
 const nameOf = (schema) => schema.$ref.split("/").at(-1);
 const anchor = (verb, path) => `${verb}${path.replaceAll(/[^\w]+/g, "-")}`;
 
-/** Return nodes that name the type of `schema`; named bodies are links. */
+/** Nodes that name the type of `schema`; named bodies are links. */
 function typeNodes(schema) {
   if (!schema || Object.keys(schema).length === 0) return ["anything"];
   if (schema.$ref) return [make("a", { href: `#body-${nameOf(schema)}` }, nameOf(schema))];
@@ -23,13 +23,13 @@ function typeNodes(schema) {
   return [schema.type + limits(schema)];
 }
 
-/** Return the range and default of a plain `schema` in words. */
+/** Range and default of a simple `schema`. */
 function limits({ minimum, maximum, default: preset }) {
   const range = minimum === undefined && maximum === undefined ? "" : `, ${minimum ?? ""} to ${maximum ?? ""}`;
   return range.trimEnd() + (preset === undefined || preset === null ? "" : `, default ${JSON.stringify(preset)}`);
 }
 
-/** Return a table of [name, small print, nodes] rows. */
+/** Table of [name, note, nodes] rows. */
 function table(rows) {
   return make("table", { className: "rows" }, make("tbody", {}, ...rows.map(([name, small, nodes]) =>
     make("tr", {},
@@ -37,13 +37,13 @@ function table(rows) {
       make("td", {}, ...nodes)))));
 }
 
-/** Return the rows of media types and what they hold. */
+/** Rows of media types and their schemas. */
 function contentNodes(content) {
   return Object.entries(content ?? {}).map(([type, { schema }]) =>
     make("div", {}, make("code", {}, type), ...(schema ? [" ", ...typeNodes(schema)] : [])));
 }
 
-/** Return a curl line that sends a good request of operation `about`. */
+/** Example curl command of operation `about`. */
 function curl(verb, path, about) {
   const given = (about.parameters ?? []).filter((entry) => entry.in === "query" && entry.required);
   const query = given.length ? `?${given.map((entry) => `${entry.name}=...`).join("&")}` : "";
@@ -56,8 +56,8 @@ function curl(verb, path, about) {
   return `${words.join(" ")} '${url}${query}'`;
 }
 
-/** Return the rows of `responses`; statuses that carry the same body share one. */
-function answers(responses) {
+/** Rows of `responses`; statuses with the same body share a row. */
+function responsesOf(responses) {
   const groups = new Map();
   for (const [status, { description, content }] of Object.entries(responses)) {
     const key = JSON.stringify(content ?? {});
@@ -69,7 +69,7 @@ function answers(responses) {
   return [...groups.values()].map(({ content, statuses }) => [make("div", {}, ...statuses), "", contentNodes(content)]);
 }
 
-/** Return the panel of one operation. */
+/** Panel of one operation. */
 function operation(verb, path, about) {
   const id = anchor(verb, path);
   const parts = [
@@ -83,22 +83,22 @@ function operation(verb, path, about) {
         [...typeNodes(entry.schema), ...(entry.description ? [make("div", {}, entry.description)] : [])]])));
   }
   if (about.requestBody) parts.push(make("h3", {}, "Body"), ...contentNodes(about.requestBody.content));
-  parts.push(make("h3", {}, "Answers"), table(answers(about.responses)));
+  parts.push(make("h3", {}, "Responses"), table(responsesOf(about.responses)));
   parts.push(make("h3", {}, "Example"), codeBlock(curl(verb, path, about), `curl for ${verb.toUpperCase()} ${path}`));
   return make("section", { className: "panel operation", id, "aria-labelledby": `${id}-title` }, ...parts);
 }
 
-/** Return the section of one named body. */
+/** Section of one named body. */
 function body(name, schema) {
   const required = new Set(schema.required ?? []);
   const rows = Object.entries(schema.properties ?? {}).map(([field, about]) =>
-    [make("code", {}, field), required.has(field) ? "" : "may be absent",
+    [make("code", {}, field), required.has(field) ? "" : "optional",
       [...typeNodes(about), ...(about.description ? [make("div", {}, about.description)] : [])]]);
   const text = (schema.description ?? "").split("\n\n")[0];
   return make("section", { id: `body-${name}` }, make("h3", {}, name), ...markdown(text), table(rows));
 }
 
-/** Read the description and show it. */
+/** Load openapi.json and show it. */
 async function start() {
   byId("error").hidden = true;
   try {

@@ -1,9 +1,9 @@
 "use strict";
-// Everything is built from nodes and text: no string ever becomes markup.
+// DOM helpers: elements are created from nodes and text, never from markup.
 
 const byId = (id) => document.getElementById(id);
 
-/** Return a new element `tag`; `traits` are its properties, `children` nodes or text. */
+/** Create an element; `traits` are its properties, `children` nodes or text. */
 function make(tag, traits = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(traits)) {
@@ -15,7 +15,7 @@ function make(tag, traits = {}, ...children) {
   return element;
 }
 
-/** Return a block of code with a button that copies it; `what` names it for the button. */
+/** Code block with a copy button; `what` is its accessible name. */
 function codeBlock(text, what) {
   const button = make("button", { type: "button", "aria-label": `Copy ${what}` }, "Copy");
   button.addEventListener("click", async () => {
@@ -26,7 +26,7 @@ function codeBlock(text, what) {
   return make("div", { className: "code" }, pre, button);
 }
 
-/** Copy `text`; browsers allow it on https and localhost only, elsewhere the old way may work. */
+/** Copy `text`; the clipboard API needs https or localhost, `execCommand` is the fallback. */
 async function copied(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text).then(() => true, () => false);
   const area = make("textarea", { value: text, className: "unseen" });
@@ -37,8 +37,7 @@ async function copied(text) {
   return done;
 }
 
-
-/** Return `text` as a sentence: capital letter, full stop. */
+/** Format `text` as a sentence: capital letter, full stop. */
 function sentence(text) {
   const end = /[.!?]$/.test(text) ? "" : ".";
   return text.charAt(0).toUpperCase() + text.slice(1) + end;

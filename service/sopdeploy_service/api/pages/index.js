@@ -1,9 +1,9 @@
 "use strict";
-// The page at `/`: from a picture that is dropped, chosen or pasted to its answer.
+// The page at `/`: classify an image that is dropped, chosen or pasted.
 
 const state = { server: null, info: null, card: null, file: null, request: null };
 
-/** Return the URL that classifies, as the page asks it. */
+/** URL of the classify request. */
 function classifyUrl() {
   const url = new URL("v1/classify", document.baseURI);
   url.searchParams.set("top_k", String(topK()));
@@ -12,23 +12,23 @@ function classifyUrl() {
   return url.href;
 }
 
-/** Return the number of classes asked for, 5 where the field holds no number. */
+/** Requested number of classes; 5 if the field has no number. */
 function topK() {
   const value = Math.trunc(Number(byId("top-k").value));
   return value >= 1 ? value : 5;
 }
 
-/** Take `file` as the picture: preview, answer, snippets. */
+/** Use `file` as the image: preview, prediction, snippets. */
 function take(file) {
   if (!file) return;
   state.file = file;
   showPreview(file);
   showSnippets();
   if (state.info) void ask();
-  else starting = starting.then(() => state.info ?? start()); // whatever starts well asks for the picture
+  else starting = starting.then(() => state.info ?? start()); // `start` classifies the image
 }
 
-/** Send the picture and show what comes back; a newer picture makes an older answer worthless. */
+/** Send the image and show the response; a newer image cancels an older request. */
 async function ask() {
   state.request?.abort();
   const request = new AbortController();
@@ -53,24 +53,24 @@ async function ask() {
       showTime(reply.headers.get("Server-Timing") ?? "", total);
     } else {
       const again = reply.headers.get("Retry-After");
-      showError(again ? `${body.detail} (again in ${again} s)` : body.detail, body.code);
+      showError(again ? `${body.detail} (retry in ${again} s)` : body.detail, body.code);
     }
   } catch {
     if (request.signal.aborted) return;
-    showError("the server cannot be reached, or it closed the connection; is it still running?");
+    showError("the server cannot be reached or closed the connection; check that it is running");
   }
   byId("answer").setAttribute("aria-busy", "false");
 }
 
 const typeOf = (file) => file?.type || "application/octet-stream";
 
-/** Show `file`, framed where the network will see it. */
+/** Show `file` with a frame around the crop of the network. */
 function showPreview(file) {
   URL.revokeObjectURL(byId("preview").src);
   byId("frame").hidden = true;
   byId("preview").src = URL.createObjectURL(file);
   byId("preview").alt = `Preview of ${file.name}`;
-  byId("invite").textContent = "Drop another photo";
+  byId("invite").textContent = "Drop another image";
   byId("file-note").textContent = `${file.name}, ${Math.max(1, Math.round(file.size / 1000)).toLocaleString("en")} kB`;
 }
 
@@ -82,10 +82,10 @@ byId("preview").addEventListener("load", () => {
   byId("crop").style.height = `${(100 * side) / height}%`;
   byId("preview").style.imageOrientation = rules?.exif_orientation === false ? "none" : "from-image";
   byId("frame").hidden = false;
-  byId("file-note").append(`, ${width} × ${height}. The frame shows what the network sees.`);
+  byId("file-note").append(`, ${width} × ${height}. The frame shows the input of the network.`);
 });
 
-/** Show the request for the picture in each language. */
+/** Show the request in each language. */
 function showSnippets() {
   const name = state.file?.name ?? "photo.jpg";
   const type = state.file ? typeOf(state.file) : "image/jpeg";
@@ -95,7 +95,7 @@ function showSnippets() {
 
 byId("file").addEventListener("change", (event) => {
   take(event.target.files[0]);
-  event.target.value = ""; // the same file may be chosen again
+  event.target.value = ""; // allow choosing the same file again
 });
 byId("top-k").addEventListener("change", () => {
   showSnippets();
@@ -117,11 +117,11 @@ document.addEventListener("drop", (event) => {
 
 byId("models").addEventListener("change", (event) => choose(event.target.value));
 
-/** Let the model `name` answer from now on. */
+/** Switch to the model `name`. */
 async function choose(name) {
   try {
     const card = await fetchJson(`v1/card?model=${encodeURIComponent(name)}`);
-    if (byId("models").value !== name) return; // another one was chosen meanwhile
+    if (byId("models").value !== name) return; // another model was chosen in the meantime
     state.card = card;
   } catch (problem) {
     showError(problem.message);
@@ -137,7 +137,7 @@ async function choose(name) {
   }
 }
 
-/** Read anew what is shown of the model where `digest`, of the bundle that answered, is not that one's: it was swapped. */
+/** Reload the model information if `digest`, the bundle of the response, is another one: the model was swapped. */
 async function followSwap(digest) {
   const name = state.info?.name;
   if (!digest || digest === state.info?.id) return;
@@ -145,31 +145,31 @@ async function followSwap(digest) {
     const server = await fetchJson("info");
     const card = await fetchJson(`v1/card?model=${encodeURIComponent(name)}`);
     const info = server.models.find((model) => model.name === name);
-    if (state.info?.name !== name || !info) return; // another one was chosen meanwhile, or it is gone
+    if (state.info?.name !== name || !info) return; // another model was chosen in the meantime, or it was unloaded
     Object.assign(state, { server, card, info });
     showAbout(info, card, server.server);
     byId("top-k").max = String(info.labels);
-    byId("status").textContent = `${name} was replaced: ${info.bundle} answers now`;
+    byId("status").textContent = `${name} was replaced: now ${info.bundle}`;
   } catch (problem) {
-    showError(`the model was replaced, and what is shown of it is the one before: ${problem.message}`);
+    showError(`the model was replaced, but its information cannot be loaded: ${problem.message}`);
   }
 }
 
-/** Ask the server which models it has and show the first. */
+/** Load the list of models and show the first. */
 async function start() {
   byId("error").hidden = true;
   showSnippets();
   try {
     state.server = await fetchJson("info");
   } catch (problem) {
-    showError(`the server does not say what it serves: ${problem.message}`);
+    showError(`the list of models cannot be loaded: ${problem.message}`);
     return;
   }
   const names = state.server.models.map((model) => model.name);
   byId("models").replaceChildren(...names.map((name) => make("option", {}, name)));
   byId("chooser").hidden = names.length < 2;
   if (names.length) await choose(names[0]);
-  else showError("no model is loaded; this server cannot answer yet");
+  else showError("no model is loaded");
 }
 
 onKey(() => { starting = start(); });

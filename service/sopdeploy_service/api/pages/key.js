@@ -1,9 +1,9 @@
 "use strict";
-// The key of a server that wants one: typed here, kept until the tab is closed, sent to this server only.
+// The API key: entered here, stored until the tab is closed, sent to this server only.
 
 const KEY = "sopdeploy-key";
 
-/** Return the key that was typed, "" where none was; a browser that keeps nothing has none after a reload. */
+/** The stored key, "" if there is none; browsers without session storage lose it on reload. */
 function storedKey() {
   try {
     return sessionStorage.getItem(KEY) ?? "";
@@ -14,20 +14,20 @@ function storedKey() {
 
 let key = storedKey();
 
-/** Return the headers that say whose request it is, beside `others`. */
+/** Request headers with the key and `others`. */
 const keyHeaders = (others = {}) => (key ? { ...others, Authorization: `Bearer ${key}` } : others);
 
-/** Return the sentence for `reply`, an answer of 401: what to do, not what the wire says. */
-const noKey = () => (key ? "this server does not know the key; type another one above"
-  : "this server wants a key; type yours above");
+/** Message for a response with status 401. */
+const noKey = () => (key ? "the key is not valid; enter another one above"
+  : "this server requires a key; enter it above");
 
-/** Show the field for a key, where the person can type at once. */
+/** Show and focus the key field. */
 function askForKey() {
   byId("key-form").hidden = false;
   byId("key").focus();
 }
 
-/** Return JSON from `path`, or throw an Error with a sentence: the server's own, but for a missing key. */
+/** Fetch JSON from `path`; throws an Error with the message of the server. */
 async function fetchJson(path) {
   const reply = await fetch(path, { headers: keyHeaders() });
   const body = await reply.json();
@@ -39,18 +39,18 @@ async function fetchJson(path) {
   return body;
 }
 
-/** Call `again` whenever another key was typed. */
+/** Call `again` whenever a key is entered. */
 function onKey(again) {
   byId("key-form").hidden = !key;
   byId("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
-    key = byId("key").value.replaceAll(/[^\x21-\x7e]/g, ""); // no key has more, and no header would carry it
+    key = byId("key").value.replaceAll(/[^\x21-\x7e]/g, ""); // keys and headers have no other characters
     byId("key").value = "";
     byId("key").placeholder = key ? "in use" : "";
     try {
       sessionStorage.setItem(KEY, key);
     } catch {
-      // kept in this page then, until it is left
+      // the key is lost on reload
     }
     again();
   });

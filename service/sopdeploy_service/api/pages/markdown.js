@@ -1,7 +1,7 @@
 "use strict";
-// The small part of Markdown that model cards are written in; whatever else there is stays text.
+// The subset of Markdown that model cards use; everything else is shown as text.
 
-/** Return nodes for Markdown `text`: headings, lists, indented and fenced code, paragraphs. */
+/** Nodes of the Markdown `text`: headings, lists, indented and fenced code, paragraphs. */
 function markdown(text) {
   const nodes = [];
   let lines = [];
@@ -25,7 +25,7 @@ function markdown(text) {
   return nodes;
 }
 
-/** Say what `line` is; a line below a list's entry belongs to it. */
+/** Kind of `line`; indented lines after a list entry belong to the list. */
 function kind(line, before) {
   if (line === undefined) return "nothing";
   if (/^#{1,6} /.test(line)) return `heading ${line}`;
@@ -33,7 +33,7 @@ function kind(line, before) {
   return /^ {4}/.test(line) ? "code" : "text";
 }
 
-/** Return the node for `lines` of one kind. */
+/** Node of `lines` of one kind. */
 function block(lines, fenced) {
   const what = fenced ? "code" : kind(lines[0], []);
   if (what === "code") {
@@ -48,7 +48,7 @@ function block(lines, fenced) {
   return make("h3", {}, ...spans(lines[0].replace(/^#+ /, "")));
 }
 
-/** Return nodes for a line's `code` and **strong** parts. */
+/** Nodes of the `code` and **strong** parts of a line. */
 function spans(text) {
   return text.split(/(`[^`]+`|\*\*[^*]+\*\*)/).filter(Boolean).map((part) => {
     if (/^`[^`]+`$/.test(part)) return make("code", {}, part.slice(1, -1));

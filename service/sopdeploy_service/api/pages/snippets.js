@@ -1,18 +1,18 @@
 "use strict";
-// The request for exactly this picture, in three languages; each runs as it stands.
+// Code that sends the current request, in three languages.
 
-/** Return `text` as one word of a POSIX shell. */
+/** Quote `text` for a POSIX shell. */
 const shellWord = (text) => `'${text.replaceAll("'", "'\\''")}'`;
-/** Return `text` as a string of Python and JavaScript; both read JSON's. */
+/** Quote `text` for Python and JavaScript. */
 const quoted = (text) => JSON.stringify(text);
 
-/** Show [name, node] pairs as tabs; where they are already there only the nodes change, so no focus is lost. */
+/** Show [name, node] pairs as tabs; existing tabs are kept, so that focus is kept. */
 function showTabs(pairs) {
   if (!byId("languages").hasChildNodes()) makeTabs(pairs.map(([name]) => name));
   for (const [name, node] of pairs) byId(`code-${name}`).replaceChildren(node);
 }
 
-/** Make a tab and a panel for each of `names`; arrow keys go from tab to tab. */
+/** Create a tab and a panel per name; arrow keys move between tabs. */
 function makeTabs(names) {
   const tabs = names.map((name) => make(
     "button", { type: "button", id: `tab-${name}`, role: "tab", "aria-controls": `code-${name}` }, name));
@@ -38,7 +38,7 @@ function makeTabs(names) {
   select(0);
 }
 
-/** Return [language, code] pairs that send the file `name` of media type `type` to `url`. */
+/** [language, code] pairs that send the file `name` of media type `type` to `url`. */
 function snippets(url, name, type) {
   return [
     ["curl", `curl --data-binary ${shellWord("@" + name)} \\

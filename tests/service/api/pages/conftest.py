@@ -1,4 +1,4 @@
-"""Chromium, and pages in it that must ask no other host and break no policy."""
+"""Chromium; pages must not contact other hosts or violate their policy."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,9 +22,9 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
-    """`open_page(url, **traits)`; at the end no other host was asked for anything and nothing was wrong."""
+    """`open_page(url, **traits)`; fails at the end on requests to other hosts and on console errors."""
     contexts: list[Any] = []
-    wrong: list[str] = []
+    errors: list[str] = []
 
     def open_one(url: httpx.URL, path: str = "/", **traits: Any) -> Any:
         host = str(url).rstrip("/")
@@ -32,23 +32,23 @@ def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
         contexts.append(context)
         context.set_default_timeout(10_000)
         context.route(
-            lambda asked: not asked.startswith((host, "blob:", "data:")),
-            lambda route: (wrong.append(f"asked {route.request.url}"), route.abort()),
+            lambda target: not target.startswith((host, "blob:", "data:")),
+            lambda route: (errors.append(f"target {route.request.url}"), route.abort()),
         )
         page = context.new_page()
-        page.on("pageerror", lambda problem: wrong.append(f"raised {problem}"))
-        page.on("console", lambda message: wrong.extend(complaints(message)))
+        page.on("pageerror", lambda problem: errors.append(f"raised {problem}"))
+        page.on("console", lambda message: errors.extend(complaints(message)))
         page.goto(host + path)
         return page
 
     yield open_one
     for context in contexts:
         context.close()
-    assert wrong == []
+    assert errors == []
 
 
 def complaints(message: Any) -> list[str]:
-    """An answer of 4xx is on the console too, and is no fault of the page."""
+    """Errors and warnings, except the expected 4xx responses."""
     expected = message.text.startswith("Failed to load resource: the server responded with a status of 4")
     return [message.text] if message.type in {"error", "warning"} and not expected else []
 

@@ -1,11 +1,11 @@
-"""What a person does to the page, and what they see there."""
+"""Actions of a user on the page, and its visible results."""
 
 from typing import Any
 
 import httpx
 
-# What a test hands over as a file: in the page, as a drop or a paste.
-HAND_OVER = """([kind, bytes, name, type]) => {
+# Dispatches a drop or paste event with a file.
+SEND_FILE = """([kind, bytes, name, type]) => {
   const files = new DataTransfer();
   files.items.add(new File([new Uint8Array(bytes)], name, { type }));
   const traits = { bubbles: true, cancelable: true };
@@ -19,7 +19,7 @@ HAND_OVER = """([kind, bytes, name, type]) => {
 def give(
     page: Any, body: bytes, *, kind: str = "drop", name: str = "a.jpg", type: str = "image/jpeg"
 ) -> None:
-    page.evaluate(HAND_OVER, [kind, list(body), name, type])
+    page.evaluate(SEND_FILE, [kind, list(body), name, type])
     done(page)
 
 
@@ -34,8 +34,8 @@ def shown(page: Any) -> list[tuple[str, str]]:
     return list(zip(labels, percents, strict=True))
 
 
-def answered(client: httpx.Client, body: bytes, query: str = "") -> list[tuple[str, str]]:
-    """What the API says to the same picture, as the page writes it."""
+def expected(client: httpx.Client, body: bytes, query: str = "") -> list[tuple[str, str]]:
+    """Response of the API to the same image, as the page formats it."""
     classes = client.post(f"/v1/classify{query}", content=body).json()["classes"]
     digits = [2 if entry["probability"] < 0.0995 else 1 for entry in classes]
     return [

@@ -1,4 +1,4 @@
-"""The pages of a server that wants a key, and of one whose model is replaced while somebody looks at it."""
+"""Pages of a server with API keys, and of a server whose model is swapped."""
 
 import pytest
 
@@ -26,19 +26,19 @@ def type_key(page, key):
     page.get_by_role("button", name="Use").click()
 
 
-def test_a_server_without_keys_asks_for_none(page):
+def test_a_server_without_keys_shows_no_key_field(page):
     page.locator("h1", has_text="tiny").wait_for()
     assert page.get_by_label("Key", exact=True).is_hidden()
 
 
-def test_the_page_asks_for_a_key_in_a_sentence_and_works_with_it(open_page, locked, key, jpeg):
+def test_the_page_requests_a_key_and_works_with_it(open_page, locked, key, jpeg):
     page = open_page(locked.base_url)
     alert = page.get_by_role("alert")
     alert.wait_for()
-    assert "this server wants a key; type yours above." in alert.text_content()
+    assert "this server requires a key; enter it above." in alert.text_content()
     assert page.evaluate("document.activeElement.id") == "key"
     type_key(page, "sop_wrong\u00e4")
-    page.get_by_text("does not know the key").wait_for()
+    page.get_by_text("the key is not valid").wait_for()
     type_key(page, key)
     page.locator("h1", has_text="tiny").wait_for()
     assert alert.is_hidden()
@@ -48,7 +48,7 @@ def test_the_page_asks_for_a_key_in_a_sentence_and_works_with_it(open_page, lock
     assert [label for label, _ in shown(page)] == [entry["label"] for entry in classes]
 
 
-def test_a_picture_that_came_before_the_key_is_answered_with_it(open_page, locked, key, jpeg):
+def test_an_image_given_before_the_key_is_classified_after_it(open_page, locked, key, jpeg):
     page = open_page(locked.base_url)
     page.get_by_role("alert").wait_for()
     give(page, jpeg)
@@ -57,7 +57,7 @@ def test_a_picture_that_came_before_the_key_is_answered_with_it(open_page, locke
     assert len(shown(page)) == 5
 
 
-def test_the_key_stays_for_a_reload_and_goes_with_the_tab(open_page, locked, key):
+def test_the_key_survives_a_reload_but_not_the_tab(open_page, locked, key):
     page = open_page(locked.base_url)
     page.get_by_role("alert").wait_for()
     type_key(page, key)
@@ -71,24 +71,24 @@ def test_the_key_stays_for_a_reload_and_goes_with_the_tab(open_page, locked, key
     other.get_by_role("alert").wait_for()
 
 
-def test_the_docs_ask_for_the_key_too(open_page, locked, key):
+def test_the_docs_request_the_key_too(open_page, locked, key):
     page = open_page(locked.base_url, "/docs")
-    page.get_by_text("this server wants a key").wait_for()
+    page.get_by_text("this server requires a key").wait_for()
     type_key(page, key)
     page.wait_for_selector("#schemas section")
     assert page.get_by_role("alert").is_hidden()
 
 
-def test_a_key_that_is_taken_back_is_said_at_the_next_picture(page, jpeg):
+def test_a_revoked_key_is_reported_at_the_next_image(page, jpeg):
     page.locator("h1", has_text="tiny").wait_for()
     refused = '{"code": "unauthenticated", "detail": "send a key"}'
     page.route("**/v1/classify**", lambda route: route.fulfill(status=401, body=refused))
     give(page, jpeg)
-    assert "This server wants a key; type yours above." in page.get_by_role("alert").text_content()
+    assert "This server requires a key; enter it above." in page.get_by_role("alert").text_content()
     assert page.get_by_label("Key", exact=True).is_visible()
 
 
-def test_a_model_that_was_replaced_is_noticed_and_shown_anew(
+def test_a_swapped_model_is_detected_and_shown(
     open_page, run_server, onnx_runtime, make_bundle, tmp_path, jpeg
 ):
     first, second = make_bundle(tmp_path, probes=3), make_bundle(tmp_path, probes=4)

@@ -1,6 +1,6 @@
-"""The pages at a desk and on a phone, by day and by night; `/docs` shows all there is.
+"""Page layout on desktop and phone, light and dark; `/docs` shows the whole API.
 
-`SOPDEPLOY_SCREENSHOTS=folder` keeps the pictures.
+`SOPDEPLOY_SCREENSHOTS=folder` keeps the screenshots.
 """
 
 import os
@@ -26,7 +26,7 @@ PHONE = {"width": 380, "height": 800}
         ("phone-dark", {"viewport": PHONE, "color_scheme": "dark"}),
     ],
 )
-def test_the_pages_fit_a_desk_and_a_phone_by_day_and_by_night(
+def test_the_pages_fit_desktop_and_phone_in_light_and_dark(
     open_page, client, jpeg, tmp_path, path, name, traits
 ):
     page = open_page(client.base_url, path, **traits)
@@ -35,8 +35,8 @@ def test_the_pages_fit_a_desk_and_a_phone_by_day_and_by_night(
     else:
         page.wait_for_selector("#schemas section")
     folder = Path(os.environ.get("SOPDEPLOY_SCREENSHOTS", tmp_path))
-    picture = page.screenshot(path=folder / f"{path.strip('/') or 'page'}-{name}.png", full_page=True)
-    assert len(picture) > 10_000
+    screenshot = page.screenshot(path=folder / f"{path.strip('/') or 'page'}-{name}.png", full_page=True)
+    assert len(screenshot) > 10_000
     wide, there = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
     assert wide <= there
     ground = page.locator("body").evaluate("e => getComputedStyle(e).backgroundColor")
@@ -44,21 +44,21 @@ def test_the_pages_fit_a_desk_and_a_phone_by_day_and_by_night(
     assert (brightness < 60) == (traits.get("color_scheme") == "dark")
 
 
-def test_the_docs_show_every_operation_and_body_of_the_description(open_page, client):
+def test_the_docs_show_every_operation_and_body(open_page, client):
     page = open_page(client.base_url, "/docs")
     page.wait_for_selector("#schemas section")
-    described = client.get("/openapi.json").json()
-    operations = [f"{verb.upper()}{path}" for path, verbs in described["paths"].items() for verb in verbs]
+    openapi = client.get("/openapi.json").json()
+    operations = [f"{verb.upper()}{path}" for path, verbs in openapi["paths"].items() for verb in verbs]
     assert page.locator(".operation h2").all_text_contents() == operations
     assert page.locator("#contents a").all_text_contents() == operations
-    assert page.locator("#schemas h3").all_text_contents() == list(described["components"]["schemas"])
+    assert page.locator("#schemas h3").all_text_contents() == list(openapi["components"]["schemas"])
     dead = page.locator("a[href^='#']").evaluate_all(
         "all => all.filter(e => !document.querySelector(e.getAttribute('href'))).map(e => e.href)"
     )
     assert dead == []
 
 
-def test_the_policy_stops_a_script_that_the_page_did_not_bring(chromium, client):
+def test_the_policy_blocks_other_scripts(chromium, client):
     page = chromium.new_page()
     page.goto(str(client.base_url))
     page.evaluate(

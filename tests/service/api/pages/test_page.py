@@ -1,4 +1,4 @@
-"""The page at `/` in a real browser, as a person uses it."""
+"""The page at `/` in a real browser."""
 
 import json
 import subprocess
@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from sopdeploy_service.settings import Settings
-from tests.service.api.pages.person import answered, done, give, shown
+from tests.service.api.pages.person import done, expected, give, shown
 
 pytestmark = pytest.mark.browser
 
 
 @pytest.mark.parametrize("kind", ["drop", "paste"])
-def test_a_picture_that_is_dropped_or_pasted_gets_the_five_classes_of_the_api(page, client, jpeg, kind):
+def test_a_dropped_or_pasted_image_shows_the_classes_of_the_api(page, client, jpeg, kind):
     give(page, jpeg, kind=kind)
-    assert shown(page) == answered(client, jpeg)
+    assert shown(page) == expected(client, jpeg)
     assert len(shown(page)) == 5
     widths = page.locator("#classes .track > span").evaluate_all("all => all.map(e => e.clientWidth)")
     assert widths == sorted(widths, reverse=True)
@@ -32,7 +32,7 @@ def test_the_page_works_by_keyboard_alone(page, client, jpeg):
         if page.evaluate("document.activeElement.id") == "file":
             break
     outline = page.locator("#drop").evaluate("e => getComputedStyle(e).outlineStyle")
-    assert outline == "solid", "the focus must be seen"
+    assert outline == "solid", "the focus must be visible"
     page.keyboard.press("Enter")
     for _ in range(200):
         if choosers:
@@ -40,7 +40,7 @@ def test_the_page_works_by_keyboard_alone(page, client, jpeg):
         page.wait_for_timeout(20)
     choosers[0].set_files({"name": "a.jpg", "mimeType": "image/jpeg", "buffer": jpeg})
     done(page)
-    assert shown(page) == answered(client, jpeg)
+    assert shown(page) == expected(client, jpeg)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "top-k"
     page.keyboard.press("Control+A")
@@ -53,18 +53,18 @@ def test_the_page_works_by_keyboard_alone(page, client, jpeg):
     assert page.locator("#code-Python").is_visible()
 
 
-def test_what_cannot_be_seen_is_said(page, client, jpeg):
+def test_the_page_is_accessible_to_screen_readers(page, client, jpeg):
     give(page, jpeg)
-    label, percent = answered(client, jpeg)[0]
-    assert page.get_by_role("status").text_content().startswith(f"Answer: {label} {percent}, ")
+    label, percent = expected(client, jpeg)[0]
+    assert page.get_by_role("status").text_content().startswith(f"Prediction: {label} {percent}, ")
     nameless = page.locator("button, a, input, select").evaluate_all(
         "all => all.filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length)).length"
     )
     assert nameless == 0
-    assert page.get_by_label("Drop another photo").count() == 1
+    assert page.get_by_label("Drop another image").count() == 1
 
 
-def test_the_waterfall_adds_up_to_the_time_that_the_answer_took(page, jpeg):
+def test_the_waterfall_adds_up_to_the_total_time(page, jpeg):
     give(page, jpeg)
     rows = page.locator("#waterfall li > span:first-child").all_text_contents()
     assert rows == ["receive", "decode", "queue", "infer", "network"]
@@ -73,7 +73,7 @@ def test_the_waterfall_adds_up_to_the_time_that_the_answer_took(page, jpeg):
     assert sum(times) == pytest.approx(total, abs=0.05 * len(rows) + 0.5)
 
 
-def test_a_bad_file_shows_the_sentence_of_the_service_and_the_next_picture_an_answer(page, client, jpeg):
+def test_a_bad_file_shows_the_error_and_the_next_image_a_prediction(page, client, jpeg):
     give(page, b"no picture", name="notes.txt", type="text/plain")
     problem = client.post("/v1/classify", content=b"no picture").json()
     alert = page.get_by_role("alert")
@@ -81,10 +81,10 @@ def test_a_bad_file_shows_the_sentence_of_the_service_and_the_next_picture_an_an
     assert page.locator("#classes li").count() == 0
     give(page, jpeg)
     assert alert.is_hidden()
-    assert shown(page) == answered(client, jpeg)
+    assert shown(page) == expected(client, jpeg)
 
 
-def test_a_server_that_is_gone_is_named_in_a_sentence(page, jpeg):
+def test_an_unreachable_server_is_reported(page, jpeg):
     page.route("**/v1/classify**", lambda route: route.fulfill(status=200, body="not JSON"))
     give(page, jpeg)
     assert "cannot be reached" in page.get_by_role("alert").text_content()
@@ -153,9 +153,9 @@ def test_of_several_models_one_is_chosen_and_asked(open_page, run_server, onnx_r
     with run_server(onnx_runtime, bundle, Settings(), names=("first", "second")) as client:
         page = open_page(client.base_url)
         give(page, jpeg)
-        assert shown(page) == answered(client, jpeg, "?model=first")
+        assert shown(page) == expected(client, jpeg, "?model=first")
         page.get_by_label("Model", exact=True).select_option("second")
         page.locator("h1", has_text="second").wait_for()
         done(page)
-        assert shown(page) == answered(client, jpeg, "?model=second")
+        assert shown(page) == expected(client, jpeg, "?model=second")
         assert "model=second" in page.locator("#code-curl code").text_content()
