@@ -18,7 +18,7 @@ from measure import Result, compare, parse, report
 from numpy.typing import NDArray
 
 from sopdeploy_service.api.v2.metadata import Signature, Tensor
-from sopdeploy_service.api.v2.request import read_body
+from sopdeploy_service.api.v2.request import parse_body
 
 SIGNATURE = Signature(
     Tensor("images", "UINT8", (-1, 224, 224, 3)), (Tensor("logits", "FP32", (-1, 7)),), (), 32
@@ -65,7 +65,7 @@ def main() -> None:
         for kind in ("flat", "nested"):
             raw, _ = body(pixels, kind)
             case = f"{images} images, {kind}, {len(raw) / 1e6:.1f} MB"
-            ours = lambda raw=raw: read_body(raw, None, SIGNATURE, LIMIT)  # noqa: E731
+            ours = lambda raw=raw: parse_body(raw, None, SIGNATURE, LIMIT)  # noqa: E731
             other = lambda raw=raw: plainly(raw)  # noqa: E731
             results.append(compare(case, "orjson, lists, numpy", ours, other, runs=runs))
             late = [[asyncio.run(oversleep(work)) for work in (ours, other)] for _ in range(runs)]
@@ -80,7 +80,7 @@ def main() -> None:
                     runs=runs,
                 )
             )
-        as_binary = lambda raw=binary, said=header: read_body(raw, said, SIGNATURE, LIMIT)  # noqa: E731
+        as_binary = lambda raw=binary, said=header: parse_body(raw, said, SIGNATURE, LIMIT)  # noqa: E731
         results.append(compare(f"{images} images, binary", "nested JSON", as_binary, ours, runs=runs))
     report(results, as_json=arguments.json)
 

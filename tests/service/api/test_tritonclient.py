@@ -1,4 +1,4 @@
-"""NVIDIA's own client works unchanged, and gets what `/v1/classify` gives, to the last digit."""
+"""NVIDIA's Triton client works unchanged and gets exactly the predictions of `/v1/classify`."""
 
 import base64
 import warnings
@@ -11,7 +11,7 @@ import pytest
 from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.inference.results import Ranking, format_prediction
 
-with warnings.catch_warnings():  # of its own dependencies
+with warnings.catch_warnings():  # warnings of its dependencies
     warnings.simplefilter("ignore")
     http = pytest.importorskip("tritonclient.http")
     from tritonclient.utils import InferenceServerException
@@ -42,28 +42,26 @@ def classified(client, images):
     return [client.post("/v1/classify?top_k=7", content=image).json()["classes"] for image in images]
 
 
-def given(name: str, values: np.ndarray, datatype: str, binary: bool) -> Any:
+def infer_input(name: str, values: np.ndarray, datatype: str, binary: bool) -> Any:
     tensor = http.InferInput(name, list(values.shape), datatype)
     tensor.set_data_from_numpy(values, binary_data=binary)
     return tensor
 
 
-def same(logits: np.ndarray, bundle: Any, classified: Any) -> bool:
+def equal(logits: np.ndarray, bundle: Any, classified: Any) -> bool:
     found = [format_prediction(Ranking([row]).top_k(0, 7), bundle.labels)["classes"] for row in logits]
     return [list(classes) for classes in found] == classified
 
 
 @pytest.mark.parametrize("binary_out", [True, False, None])
 @pytest.mark.parametrize("binary_in", [True, False])
-def test_tensors_are_answered_as_v1_answers_the_images(
-    triton, pixels, classified, bundle, binary_in, binary_out
-):
+def test_tensors_get_the_predictions_of_v1(triton, pixels, classified, bundle, binary_in, binary_out):
     outputs = None if binary_out is None else [http.InferRequestedOutput("logits", binary_data=binary_out)]
-    sent = [given("images", pixels, "UINT8", binary_in)]
+    sent = [infer_input("images", pixels, "UINT8", binary_in)]
     found = triton.infer("tiny", sent, outputs=outputs, request_id="r1")
     logits = found.as_numpy("logits")
     assert (logits.dtype, logits.shape) == (np.float32, (3, 7))
-    assert same(logits, bundle, classified)
+    assert equal(logits, bundle, classified)
     response = found.get_response()
     assert (response["id"], response["model_name"]) == ("r1", "tiny")
     assert response["model_version"] == bundle.manifest.id
@@ -71,17 +69,19 @@ def test_tensors_are_answered_as_v1_answers_the_images(
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1)])
 @pytest.mark.parametrize("binary", [True, False])
-def test_encoded_images_are_answered_as_v1_answers_them(triton, images, classified, bundle, shape, binary):
+def test_encoded_images_get_the_predictions_of_v1(triton, images, classified, bundle, shape, binary):
     sent = images if binary else [base64.b64encode(image) for image in images]
     values = np.array(sent, dtype=object).reshape(shape)
-    found = triton.infer("tiny", [given("IMAGE", values, "BYTES", binary)], model_version=bundle.manifest.id)
-    assert same(found.as_numpy("logits"), bundle, classified)
+    found = triton.infer(
+        "tiny", [infer_input("IMAGE", values, "BYTES", binary)], model_version=bundle.manifest.id
+    )
+    assert equal(found.as_numpy("logits"), bundle, classified)
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_classes_come_with_their_labels_in_the_order_of_v1(triton, pixels, classified, binary):
+def test_classes_have_labels_in_the_order_of_v1(triton, pixels, classified, binary):
     wanted = http.InferRequestedOutput("logits", binary_data=binary, class_count=2)
-    sent = [given("images", pixels, "UINT8", True)]
+    sent = [infer_input("images", pixels, "UINT8", True)]
     found = triton.infer("tiny", sent, outputs=[wanted]).as_numpy("logits")
     texts = [[t.decode() if isinstance(t, bytes) else str(t) for t in row] for row in found]
     assert [[text.split(":")[2] for text in row] for row in texts] == [
@@ -89,7 +89,7 @@ def test_classes_come_with_their_labels_in_the_order_of_v1(triton, pixels, class
     ]
 
 
-def test_server_and_model_say_what_they_are(triton, bundle):
+def test_server_and_model_metadata(triton, bundle):
     assert triton.is_server_live()
     assert triton.is_server_ready()
     assert triton.is_model_ready("tiny")
@@ -114,7 +114,7 @@ def test_server_and_model_say_what_they_are(triton, bundle):
     assert config["output"] == [{"name": "logits", "data_type": "TYPE_FP32", "dims": [7]}]
 
 
-def test_the_repository_is_listed_and_its_models_are_fixed_unless_the_operator_says_otherwise(triton, bundle):
+def test_the_repository_is_listed_but_cannot_be_changed(triton, bundle):
     line = {"name": "tiny", "version": bundle.manifest.id, "state": "READY", "reason": ""}
     assert triton.get_model_repository_index() == [line]
     for change in (triton.load_model, triton.unload_model):
@@ -123,15 +123,15 @@ def test_the_repository_is_listed_and_its_models_are_fixed_unless_the_operator_s
         assert caught.value.status() == "403"
 
 
-def test_the_statistics_count_requests_images_and_runs(triton, pixels):
+def test_statistics_count_requests_images_and_runs(triton, pixels):
     def stats() -> dict[str, Any]:
         (found,) = triton.get_inference_statistics("tiny")["model_stats"]
         return found
 
     before = stats()
-    triton.infer("tiny", [given("images", pixels[:1], "UINT8", True)])
+    triton.infer("tiny", [infer_input("images", pixels[:1], "UINT8", True)])
     with pytest.raises(InferenceServerException):
-        triton.infer("tiny", [given("IMAGE", np.array([b"no image"], dtype=object), "BYTES", True)])
+        triton.infer("tiny", [infer_input("IMAGE", np.array([b"no image"], dtype=object), "BYTES", True)])
     after = stats()
     assert after["inference_count"] == before["inference_count"] + 1
     assert after["execution_count"] == before["execution_count"] + 1
@@ -147,23 +147,23 @@ def test_the_statistics_count_requests_images_and_runs(triton, pixels):
     assert triton.get_inference_statistics()["model_stats"] == [after]
 
 
-def test_errors_arrive_as_the_client_reads_them(triton, pixels, images):
+def test_errors_reach_the_client(triton, pixels, images):
     with pytest.raises(InferenceServerException, match=r"\[n, 32, 32, 3\]"):
-        triton.infer("tiny", [given("images", pixels[:, :5], "UINT8", True)])
+        triton.infer("tiny", [infer_input("images", pixels[:, :5], "UINT8", True)])
     with pytest.raises(InferenceServerException, match="must be UINT8"):
-        triton.infer("tiny", [given("images", pixels.astype(np.float32), "FP32", True)])
+        triton.infer("tiny", [infer_input("images", pixels.astype(np.float32), "FP32", True)])
     with pytest.raises(InferenceServerException, match="no model 'other'"):
-        triton.infer("other", [given("images", pixels, "UINT8", True)])
+        triton.infer("other", [infer_input("images", pixels, "UINT8", True)])
     bad = np.array([images[0], b"text", images[1]], dtype=object)
     with pytest.raises(InferenceServerException, match="image 1: this is not an image") as caught:
-        triton.infer("tiny", [given("IMAGE", bad, "BYTES", True)])
+        triton.infer("tiny", [infer_input("IMAGE", bad, "BYTES", True)])
     assert caught.value.status() == "415"
     with pytest.raises(InferenceServerException) as caught:
         triton.get_trace_settings()
     assert caught.value.status() == "404"
 
 
-def test_requests_may_be_sent_side_by_side(client, pixels, classified, bundle):
+def test_concurrent_requests(client, pixels, classified, bundle):
     with http.InferenceServerClient(client.base_url.netloc.decode(), concurrency=4) as triton:
-        sent = [triton.async_infer("tiny", [given("images", pixels, "UINT8", True)]) for _ in range(8)]
-        assert all(same(one.get_result().as_numpy("logits"), bundle, classified) for one in sent)
+        sent = [triton.async_infer("tiny", [infer_input("images", pixels, "UINT8", True)]) for _ in range(8)]
+        assert all(equal(one.get_result().as_numpy("logits"), bundle, classified) for one in sent)

@@ -1,9 +1,12 @@
-"""The protocol over HTTP: whatever is sent gets an answer in the protocol's form, and never a 5xx."""
+"""The protocol over HTTP: every request gets a response in the protocol's form, and never a 5xx."""
 
 import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from sopdeploy_service.inference.bundle_store import BundleStore
+from sopdeploy_service.settings import Settings
 
 INFER = "/v2/models/tiny/infer"
 ZEROS = {"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [0] * 3072}
@@ -16,43 +19,33 @@ def post(client, body, path: str = INFER, **headers: str):
     return client.post(path, content=raw, headers=headers)
 
 
-REFUSED = {
-    "no JSON": (b"", {}, 400, "malformed_json"),
+BAD_REQUESTS = {
+    "an empty body": (b"", {}, 400, "malformed_json"),
     "lists 100000 deep": (b"[" * 100_000 + b"]" * 100_000, {}, 400, "json_too_complex"),
     "a key twice": (b'{"inputs": [], "inputs": []}', {}, 400, "duplicate_key"),
     "no inputs": (b"{}", {}, 400, "missing_input"),
     "an unknown output": ({**GOOD, "outputs": [{"name": "x"}]}, {}, 400, "unknown_output"),
     "a header length beyond the body": (GOOD, {LENGTH: "999999"}, 400, "bad_header_length"),
     "a negative header length": (GOOD, {LENGTH: "-1"}, 400, "bad_header_length"),
-    "a header length cut short": (GOOD, {LENGTH: "10"}, 400, "malformed_json"),
-    "a shape that overflows": (
-        {"inputs": [{**ZEROS, "shape": [2**40, 2**40, 2**40]}]},
-        {},
-        400,
-        "wrong_shape",
-    ),
-    "more images than allowed": (
-        {"inputs": [{**ZEROS, "shape": [9, 32, 32, 3]}]},
-        {},
-        400,
-        "too_many_images",
-    ),
+    "a header length inside of the JSON": (GOOD, {LENGTH: "10"}, 400, "malformed_json"),
+    "a shape that overflows": ({"inputs": [{**ZEROS, "shape": [2**40] * 3}]}, {}, 400, "wrong_shape"),
+    "too many images": ({"inputs": [{**ZEROS, "shape": [9, 32, 32, 3]}]}, {}, 400, "too_many_images"),
     "a body above the limit": (bytes(1_000_001), {}, 413, "too_large"),
     "gzip": (GOOD, {"Content-Encoding": "gzip"}, 415, "unsupported_encoding"),
-    "a timeout of nonsense": (GOOD, {"X-Request-Timeout-Ms": "-5"}, 400, "invalid_timeout"),
+    "an invalid timeout": (GOOD, {"X-Request-Timeout-Ms": "-5"}, 400, "invalid_timeout"),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_refusal_has_the_form_of_the_protocol_and_the_stable_code_in_a_header(client, case):
-    body, headers, status, code = REFUSED[case]
+@pytest.mark.parametrize("case", BAD_REQUESTS)
+def test_a_bad_request_gets_an_error_object_and_its_code_in_a_header(client, case):
+    body, headers, status, code = BAD_REQUESTS[case]
     reply = post(client, body, **headers)
     assert (reply.status_code, reply.headers["x-error-code"]) == (status, code)
     assert list(reply.json()) == ["error"]
     assert post(client, GOOD).status_code == 200
 
 
-LOST = {
+MISSING = {
     ("GET", "/v2/models/other"): (404, "unknown_model"),
     ("GET", "/v2/models/tiny/versions/1"): (404, "unknown_version"),
     ("GET", "/v2/models/tiny/versions/1/config"): (404, "unknown_version"),
@@ -68,10 +61,10 @@ LOST = {
 }
 
 
-@pytest.mark.parametrize("asked", LOST, ids=" ".join)
-def test_what_is_not_here_is_said_in_the_form_of_the_protocol(client, asked):
-    reply = client.request(*asked)
-    assert (reply.status_code, reply.headers["x-error-code"]) == LOST[asked]
+@pytest.mark.parametrize("target", MISSING, ids=" ".join)
+def test_missing_resources_get_an_error_object(client, target):
+    reply = client.request(*target)
+    assert (reply.status_code, reply.headers["x-error-code"]) == MISSING[target]
     assert list(reply.json()) == ["error"]
 
 
@@ -79,13 +72,13 @@ BAD_INDEX = [b"[]", b"{", b'{"ready": 1}', b'"x"', b'{"ready": true, "ready": tr
 
 
 @pytest.mark.parametrize("body", BAD_INDEX)
-def test_the_index_is_asked_for_with_an_object_or_nothing(client, body):
+def test_the_index_accepts_an_object_or_no_body(client, body):
     assert post(client, body, "/v2/repository/index").status_code == 400
     assert len(post(client, b"", "/v2/repository/index").json()) == 1
     assert len(post(client, b'{"ready": true}', "/v2/repository/index").json()) == 1
 
 
-def test_the_endpoints_of_one_version_answer_as_those_of_the_current(client, bundle):
+def test_the_current_version_can_also_be_named(client, bundle):
     for suffix in ("", "/ready", "/config", "/infer"):
         method, body = ("POST", orjson.dumps(GOOD)) if suffix == "/infer" else ("GET", None)
         both = [
@@ -97,36 +90,28 @@ def test_the_endpoints_of_one_version_answer_as_those_of_the_current(client, bun
         assert both[0].headers["x-model-digest"] == bundle.manifest.id
 
 
-def test_an_answer_says_where_the_time_went_and_echoes_any_id(client):
+def test_a_response_has_timings_and_echoes_any_id(client):
     reply = post(client, {**GOOD, "id": 'a"\n\u2028ü'})
     assert reply.json()["id"] == 'a"\n\u2028ü'
-    assert [part.split(";")[0].strip() for part in reply.headers["server-timing"].split(",")] == [
-        "receive",
-        "queue",
-        "infer",
-    ]
+    stages = [part.split(";")[0].strip() for part in reply.headers["server-timing"].split(",")]
+    assert stages == ["receive", "queue", "infer"]
     assert "id" not in post(client, GOOD).json()
 
 
-def test_the_timeout_of_a_request_is_its_deadline(client):
+def test_the_timeout_parameter_is_a_deadline(client):
     reply = post(client, {**GOOD, "parameters": {"timeout": 1}})
     assert (reply.status_code, reply.headers["x-error-code"]) == (504, "deadline")
 
 
-def test_json_may_not_be_as_large_as_a_body_may(serve_with, onnx_runtime):
+def test_json_has_its_own_size_limit(serve_with, onnx_runtime):
     client = serve_with(onnx_runtime, max_json_bytes=1000)
     assert post(client, GOOD).headers["x-error-code"] == "json_too_large"
-    text = orjson.dumps(
-        {
-            "inputs": [
-                {**{k: v for k, v in ZEROS.items() if k != "data"}, "parameters": {"binary_data_size": 3072}}
-            ]
-        }
-    )
+    binary = {key: value for key, value in ZEROS.items() if key != "data"}
+    text = orjson.dumps({"inputs": [{**binary, "parameters": {"binary_data_size": 3072}}]})
     assert post(client, text + bytes(3072), **{LENGTH: str(len(text))}).status_code == 200
 
 
-ODD = st.recursive(
+ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=10,
@@ -134,31 +119,31 @@ ODD = st.recursive(
 INPUT = st.fixed_dictionaries(
     {},
     optional={
-        "name": st.sampled_from(["images", "IMAGE"]) | ODD,
-        "datatype": st.sampled_from(["UINT8", "BYTES"]) | ODD,
-        "shape": st.sampled_from([[1], [2, 1], [1, 32, 32, 3]]) | ODD,
-        "data": st.sampled_from([[0] * 3072, ["R0lGODlh"], ["YQ==", "!"]]) | ODD,
-        "parameters": st.fixed_dictionaries({"binary_data_size": st.integers(-1, 40)}) | ODD,
+        "name": st.sampled_from(["images", "IMAGE"]) | ANY_JSON,
+        "datatype": st.sampled_from(["UINT8", "BYTES"]) | ANY_JSON,
+        "shape": st.sampled_from([[1], [2, 1], [1, 32, 32, 3]]) | ANY_JSON,
+        "data": st.sampled_from([[0] * 3072, ["R0lGODlh"], ["YQ==", "!"]]) | ANY_JSON,
+        "parameters": st.fixed_dictionaries({"binary_data_size": st.integers(-1, 40)}) | ANY_JSON,
     },
 )
-OUTPUT = st.fixed_dictionaries({"name": st.just("logits") | ODD}, optional={"parameters": ODD})
-ASKED = st.fixed_dictionaries(
+OUTPUT = st.fixed_dictionaries({"name": st.just("logits") | ANY_JSON}, optional={"parameters": ANY_JSON})
+BODY = st.fixed_dictionaries(
     {},
     optional={
-        "id": ODD,
-        "inputs": st.lists(INPUT, max_size=2) | ODD,
-        "outputs": st.lists(OUTPUT, max_size=2) | ODD,
-        "parameters": ODD,
+        "id": ANY_JSON,
+        "inputs": st.lists(INPUT, max_size=2) | ANY_JSON,
+        "outputs": st.lists(OUTPUT, max_size=2) | ANY_JSON,
+        "parameters": ANY_JSON,
     },
 )
 LENGTHS = st.none() | st.integers(-2, 300).map(str) | st.text("0123456789abc-.", max_size=6)
 
 
 @settings(max_examples=80, deadline=None)
-@given(asked=ASKED | ODD, binary=st.binary(max_size=40), length=LENGTHS, honest=st.booleans())
-def test_no_body_at_all_gets_a_5xx(client, asked, binary, length, honest):
+@given(asked=BODY | ANY_JSON, binary=st.binary(max_size=40), length=LENGTHS, use_length=st.booleans())
+def test_no_json_gets_a_5xx(client, asked, binary, length, use_length):
     text = orjson.dumps(asked)
-    length = str(len(text)) if honest else length
+    length = str(len(text)) if use_length else length
     reply = post(client, text + binary, **({} if length is None else {LENGTH: length}))
     assert reply.status_code == 200 or 400 <= reply.status_code < 500
     assert reply.status_code == 200 or list(reply.json()) == ["error"]
@@ -166,22 +151,19 @@ def test_no_body_at_all_gets_a_5xx(client, asked, binary, length, honest):
 
 @settings(max_examples=40, deadline=None)
 @given(body=st.binary(max_size=300))
-def test_no_bytes_at_all_get_a_5xx(client, body):
+def test_no_bytes_get_a_5xx(client, body):
     assert 400 <= post(client, body).status_code < 500
 
 
-def test_models_are_loaded_and_unloaded_where_the_operator_allows_it(run_server, onnx_runtime, bundle):
-    from sopdeploy_service.inference.bundle_store import BundleStore
-    from sopdeploy_service.settings import Settings
-
-    shelf = BundleStore([bundle.path])
-    with run_server(onnx_runtime, bundle, Settings(), shelf=shelf) as client:
+def test_models_can_be_loaded_and_unloaded(run_server, onnx_runtime, bundle):
+    store = BundleStore([bundle.path])
+    with run_server(onnx_runtime, bundle, Settings(), shelf=store) as client:
         assert client.post("/v2/repository/models/tiny/unload").status_code == 200
         assert client.get("/v2/models/tiny").status_code == 404
         assert client.get("/v2/health/ready").status_code == 503
         assert client.get("/v2/health/live").status_code == 200
-        refused = post(client, {"parameters": {"config": "{}"}}, "/v2/repository/models/tiny/load")
-        assert (refused.status_code, refused.headers["x-error-code"]) == (400, "malformed_request")
+        rejected = post(client, {"parameters": {"config": "{}"}}, "/v2/repository/models/tiny/load")
+        assert (rejected.status_code, rejected.headers["x-error-code"]) == (400, "malformed_request")
         loaded = client.post("/v2/repository/models/tiny/load")
         assert (loaded.status_code, loaded.headers["x-model-digest"]) == (200, bundle.manifest.id)
         assert client.get("/v2/health/ready").json() == {"ready": True}

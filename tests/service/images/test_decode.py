@@ -1,4 +1,4 @@
-"""Which images are good, and that they become the numbers they should."""
+"""Which images are accepted, and that they become the right pixels."""
 
 import io
 from collections.abc import Callable
@@ -13,140 +13,116 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import EncodedImage, decode
 
 RULES = Preprocess(resize=36, crop=32)
+ROWS, COLUMNS = np.mgrid[0:60, 0:90]
+# Every pixel has another color.
+GRADIENT = Image.fromarray(np.stack([ROWS * 4, COLUMNS * 2, 255 - ROWS - COLUMNS], axis=-1).astype(np.uint8))
 
 
-def network_input(body: bytes) -> NDArray[np.uint8]:
+def pixels_of(body: bytes) -> NDArray[np.uint8]:
     return decode(EncodedImage(body), RULES, max_bytes=1_000_000, max_pixels=1_000_000).pixels
 
 
-def save(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    if kind == "WEBP" and not features.check("webp"):
+        pytest.skip("this Pillow has no WebP")
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
-def gradient() -> NDArray[np.uint8]:
-    """A (60, 90, 3) picture whose colours differ everywhere."""
-    rows, columns = np.mgrid[0:60, 0:90]
-    return np.stack([rows * 4, columns * 2, 255 - rows - columns], axis=-1).astype(np.uint8)
-
-
-@pytest.mark.parametrize("kind", ["PNG", "BMP"])
-def test_a_lossless_picture_becomes_what_preprocess_makes_of_it(kind: str) -> None:
-    picture = Image.fromarray(gradient())
-    np.testing.assert_array_equal(network_input(save(picture, kind)), RULES(picture))
-
-
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("kind", "options", "difference"),
     [
-        ("JPEG", {"quality": 95}),
-        ("JPEG", {"quality": 95, "progressive": True}),
-        ("JPEG", {"quality": 95, "subsampling": 0}),
-        ("WEBP", {"quality": 95}),
-        ("WEBP", {"lossless": True}),
-        ("GIF", {}),
+        ("PNG", {}, 0),
+        ("BMP", {}, 0),
+        ("JPEG", {"quality": 95}, 8),
+        ("JPEG", {"quality": 95, "progressive": True}, 8),
+        ("JPEG", {"quality": 95, "subsampling": 0}, 8),
+        ("WEBP", {"quality": 95}, 8),
+        ("WEBP", {"lossless": True}, 0),
+        ("GIF", {}, 8),
     ],
 )
-def test_every_accepted_format_shows_the_same_picture(kind: str, options: dict[str, int]) -> None:
-    if kind == "WEBP" and not features.check("webp"):
-        pytest.skip("this Pillow has no WebP")
-    picture = Image.fromarray(gradient())
-    found = network_input(save(picture, kind, **options)).astype(int)
-    assert np.abs(found - RULES(picture)).mean() < 8
+def test_every_accepted_format_gives_the_same_image(
+    kind: str, options: dict[str, int], difference: int
+) -> None:
+    found = pixels_of(encode(GRADIENT, kind, **options)).astype(int)
+    assert np.abs(found - RULES(GRADIENT)).mean() <= difference
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGB"])
-def test_every_colour_mode_is_read(mode: str) -> None:
-    if mode == "PA":
-        picture = Image.fromarray(gradient()).convert("P")
-        body = save(picture, transparency=3)
-    else:
-        body = save(Image.fromarray(gradient()).convert(mode))
-    assert network_input(body).shape == (32, 32, 3)
+def test_every_color_mode_is_accepted(mode: str) -> None:
+    image = GRADIENT.convert("P" if mode == "PA" else mode)
+    options = {"transparency": 3} if mode == "PA" else {}
+    assert pixels_of(encode(image, **options)).shape == (32, 32, 3)
 
 
-def test_a_16_bit_grey_picture_is_scaled_and_not_clipped_to_white() -> None:
-    deep = np.full((40, 40), 128 * 257, dtype=np.uint16)
-    np.testing.assert_array_equal(network_input(save(Image.fromarray(deep))), 128)
-
-
-def test_a_cmyk_picture_keeps_its_colours() -> None:
-    body = save(Image.new("CMYK", (40, 40), (0, 255, 255, 0)), "JPEG", quality=95)
-    assert np.abs(network_input(body).astype(int) - [254, 0, 0]).max() <= 3
-
-
-def test_a_transparent_picture_shows_the_background_of_the_bundle() -> None:
-    body = save(Image.new("RGBA", (40, 40), (0, 0, 0, 0)))
-    np.testing.assert_array_equal(network_input(body), 255)
+@pytest.mark.parametrize(
+    ("image", "kind", "color", "difference"),
+    [
+        (Image.fromarray(np.full((40, 40), 128 * 257, dtype=np.uint16)), "PNG", 128, 0),
+        (Image.new("CMYK", (40, 40), (0, 255, 255, 0)), "JPEG", [254, 0, 0], 3),
+        (Image.new("RGBA", (40, 40), (0, 0, 0, 0)), "PNG", 255, 0),
+    ],
+    ids=["16 bits are scaled, not clipped", "CMYK", "transparent: the bundle's background"],
+)
+def test_other_color_spaces_become_rgb(image: Image.Image, kind: str, color: object, difference: int) -> None:
+    assert np.abs(pixels_of(encode(image, kind, quality=95)).astype(int) - color).max() <= difference
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_turned_photograph_is_set_upright(orientation: int) -> None:
-    picture = Image.fromarray(gradient())
+def test_the_exif_orientation_is_applied(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    turned = {3: 180, 6: 270, 8: 90}.get(orientation)
-    found = network_input(save(picture, exif=exif))
+    found = pixels_of(encode(GRADIENT, exif=exif))
     assert found.shape == (32, 32, 3)
-    if turned is not None:
-        upright = picture.rotate(turned, expand=True)
-        np.testing.assert_array_equal(found, RULES(upright))
+    angle = {3: 180, 6: 270, 8: 90}.get(orientation)
+    if angle is not None:
+        np.testing.assert_array_equal(found, RULES(GRADIENT.rotate(angle, expand=True)))
 
 
 @pytest.mark.parametrize(
     "options", [{"exif": b"Exif\0\0garbage"}, {"icc_profile": b"garbage" * 20}], ids=["exif", "icc"]
 )
 def test_damaged_metadata_is_ignored(options: dict[str, bytes]) -> None:
-    picture = Image.fromarray(gradient())
-    found = network_input(save(picture, "JPEG", quality=95, **options))
-    np.testing.assert_array_equal(found, network_input(save(picture, "JPEG", quality=95)))
+    found = pixels_of(encode(GRADIENT, "JPEG", quality=95, **options))
+    np.testing.assert_array_equal(found, pixels_of(encode(GRADIENT, "JPEG", quality=95)))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (3, 5)])
-def test_any_shape_of_picture_is_read(size: tuple[int, int]) -> None:
-    assert network_input(save(Image.new("RGB", size, (9, 8, 7)))).shape == (32, 32, 3)
+def test_any_aspect_ratio_is_accepted(size: tuple[int, int]) -> None:
+    assert pixels_of(encode(Image.new("RGB", size, (9, 8, 7)))).shape == (32, 32, 3)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_the_first_frame_of_an_animation_counts(kind: str) -> None:
-    if kind == "WEBP" and not features.check("webp"):
-        pytest.skip("this Pillow has no WebP")
-    frames = [Image.new("RGB", (40, 40), colour) for colour in [(250, 0, 0), (0, 0, 250)]]
-    found = network_input(save(frames[0], kind, save_all=True, append_images=frames[1:]))
+def test_the_first_frame_of_an_animation_is_decoded(kind: str) -> None:
+    frames = [Image.new("RGB", (40, 40), color) for color in [(250, 0, 0), (0, 0, 250)]]
+    found = pixels_of(encode(frames[0], kind, save_all=True, append_images=frames[1:]))
     assert found[..., 0].mean() > 200
     assert found[..., 2].mean() < 50
 
 
-REFUSALS: dict[str, tuple[Callable[[], bytes], str, int]] = {
+BAD_IMAGES: dict[str, tuple[Callable[[], bytes], str, int]] = {
     "nothing": (lambda: b"", "empty_body", 400),
     "too many bytes": (lambda: b"\xff\xd8\xff" + bytes(1_000_000), "too_large", 413),
-    "too many pixels": (lambda: save(Image.new("1", (1001, 1000))), "too_many_pixels", 413),
+    "too many pixels": (lambda: encode(Image.new("1", (1001, 1000))), "too_many_pixels", 413),
     "text": (lambda: b"text", "not_an_image", 415),
-    "a TIFF": (lambda: save(Image.new("L", (9, 9)), "TIFF"), "unsupported_format", 415),
-    "an AVIF": (lambda: b"\0\0\0\x1cftypavif", "unsupported_format", 415),
-    "a RIFF that is a sound": (lambda: b"RIFF\0\0\0\0WAVEfmt ", "not_an_image", 415),
-    "a cut PNG": (
-        lambda: save(Image.fromarray(gradient()))[:-60],
-        "truncated_image",
-        422,
-    ),
-    "a cut JPEG": (
-        lambda: save(Image.fromarray(gradient()), "JPEG")[:-300],
-        "truncated_image",
-        422,
-    ),
-    "a BMP that says BM and no more": (lambda: b"BMW is a car", "damaged_image", 422),
+    "TIFF": (lambda: encode(Image.new("L", (9, 9)), "TIFF"), "unsupported_format", 415),
+    "AVIF": (lambda: b"\0\0\0\x1cftypavif", "unsupported_format", 415),
+    "a RIFF file with sound": (lambda: b"RIFF\0\0\0\0WAVEfmt ", "not_an_image", 415),
+    "truncated PNG": (lambda: encode(GRADIENT)[:-60], "truncated_image", 422),
+    "truncated JPEG": (lambda: encode(GRADIENT, "JPEG")[:-300], "truncated_image", 422),
+    "only the signature of a BMP": (lambda: b"BMW is a car", "damaged_image", 422),
 }
 
 
-@pytest.mark.parametrize("name", REFUSALS)
-def test_a_bad_image_is_refused_with_its_own_code(name: str) -> None:
-    make, code, status = REFUSALS[name]
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_a_bad_image_is_rejected_with_its_own_code(name: str) -> None:
+    make, code, status = BAD_IMAGES[name]
     with pytest.raises(ImageError) as caught:
-        network_input(make())
+        pixels_of(make())
     assert (caught.value.code, caught.value.status) == (code, status)
 
 
-def test_exactly_the_pixel_limit_is_accepted() -> None:
-    assert network_input(save(Image.new("1", (1000, 1000)))).shape == (32, 32, 3)
+def test_an_image_with_exactly_the_maximum_of_pixels_is_accepted() -> None:
+    assert pixels_of(encode(Image.new("1", (1000, 1000)))).shape == (32, 32, 3)

@@ -1,4 +1,4 @@
-"""Fast decoding: off by default, allowed only where the network's own numbers hardly move, and published."""
+"""Fast decoding: off by default, allowed only if the outputs of the network hardly change, and reported."""
 
 import io
 
@@ -20,23 +20,23 @@ RULES = Preprocess(resize=36, crop=32)
 FAST = Settings(decode="fast", threads=1)
 
 
-def both(body, rules=RULES):
+def exact_and_fast(body, rules=RULES):
     return [
         decode(EncodedImage(body), rules, max_bytes=10**8, max_pixels=10**8, load=load).pixels.astype(int)
         for load in (load_exact, load_reduced)
     ]
 
 
-def saved(size, kind="JPEG", mode="RGB", **options):
+def encode(size, kind="JPEG", mode="RGB", **options):
     file = io.BytesIO()
-    with Image.open(io.BytesIO(synthetic_jpeg(size, 0))) as picture:
-        picture.convert(mode).save(file, kind, **options)
+    with Image.open(io.BytesIO(synthetic_jpeg(size, 0))) as image:
+        image.convert(mode).save(file, kind, **options)
     return file.getvalue()
 
 
 @pytest.mark.parametrize("size", [(192, 144), (300, 700), (1200, 900)])
-def test_a_large_jpeg_is_close_and_not_equal(size):
-    exact, fast = both(saved(size))
+def test_a_large_jpeg_is_close_but_not_equal(size):
+    exact, fast = exact_and_fast(encode(size))
     assert fast.shape == exact.shape == (32, 32, 3)
     assert 0 < np.abs(fast - exact).mean() < 6
 
@@ -45,42 +45,42 @@ def test_a_large_jpeg_is_close_and_not_equal(size):
     ("size", "kind", "mode"),
     [((143, 143), "JPEG", "RGB"), ((20, 2000), "JPEG", "RGB"), ((400, 300), "PNG", "RGB")],
 )
-def test_a_small_jpeg_and_other_formats_are_decoded_as_ever(size, kind, mode):
-    exact, fast = both(saved(size, kind, mode))
+def test_small_jpegs_and_other_formats_are_decoded_exactly(size, kind, mode):
+    exact, fast = exact_and_fast(encode(size, kind, mode))
     assert (fast == exact).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_other_colours_than_rgb_are_close_too(mode):
-    exact, fast = both(saved((800, 600), mode=mode))
+def test_other_color_modes_are_close_too(mode):
+    exact, fast = exact_and_fast(encode((800, 600), mode=mode))
     assert np.abs(fast - exact).mean() < 6
 
 
-def test_a_turned_picture_stays_turned():
+def test_the_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6
-    exact, fast = both(saved((800, 600), exif=exif.tobytes()))
+    exact, fast = exact_and_fast(encode((800, 600), exif=exif.tobytes()))
     assert np.abs(fast - exact).mean() < 6
 
 
-def test_at_least_twice_the_pixels_that_resizing_needs_are_left(monkeypatch):
+def test_each_side_keeps_twice_the_pixels_of_the_resized_image(monkeypatch):
     seen = []
-    monkeypatch.setattr(Preprocess, "changes", lambda _rules, picture: (seen.append(picture.size), ())[1])
+    monkeypatch.setattr(Preprocess, "changes", lambda _rules, image: (seen.append(image.size), ())[1])
     for short in (143, 144, 200, 288, 576, 1000):
-        both(saved((short, short)))
+        exact_and_fast(encode((short, short)))
     assert all(min(size) >= 72 for size in seen)
     assert min(min(size) for size in seen) == 72
 
 
-def test_the_check_pictures_are_always_the_same():
+def test_synthetic_jpegs_depend_only_on_the_seed():
     assert synthetic_jpeg((64, 48), 1) == synthetic_jpeg((64, 48), 1) != synthetic_jpeg((64, 48), 2)
 
 
-def test_without_the_setting_nothing_is_checked(bundle, onnx_runtime):
+def test_exact_decoding_needs_no_check(bundle, onnx_runtime):
     assert check_fast_decode(bundle, onnx_runtime, Settings()) is None
 
 
-def test_a_network_that_bears_it_is_opened_with_its_drift(bundle_path):
+def test_a_robust_network_is_loaded_with_its_drift(bundle_path):
     found = load_model(bundle_path, FAST)
     assert found.fast_decode.pictures == 9
     assert 0 < found.fast_decode.drift < fast_decode.MAX_DRIFT
@@ -88,8 +88,8 @@ def test_a_network_that_bears_it_is_opened_with_its_drift(bundle_path):
     assert list(found.seconds) == ["hashes", "session", "probes", "fast_decode"]
 
 
-class Sharp(FakeRuntime):
-    """Sees only the finest differences of its pictures: what fast decoding takes away."""
+class Sensitive(FakeRuntime):
+    """Depends only on the highest frequencies, which fast decoding removes."""
 
     def run(self, images):
         wide = images.astype(np.float32)
@@ -97,44 +97,44 @@ class Sharp(FakeRuntime):
         return {"logits": np.stack([np.sin(fine + place) for place in range(7)], axis=1)}
 
 
-def test_a_network_that_does_not_bear_it_is_refused_in_one_line(bundle):
+def test_a_sensitive_network_is_rejected(bundle):
     with pytest.raises(ParityError, match=r"decode=fast moves the logits by .*serve it with decode=exact"):
-        check_fast_decode(bundle, Sharp(classes=7), FAST)
+        check_fast_decode(bundle, Sensitive(classes=7), FAST)
 
 
-def test_samples_count_and_what_is_no_jpeg_does_not(bundle, onnx_runtime, tmp_path):
-    (tmp_path / "notes.txt").write_text("no picture")
+def test_only_jpegs_count_as_samples(bundle, onnx_runtime, tmp_path):
+    (tmp_path / "notes.txt").write_text("text")
     settings = Settings(decode="fast", fast_decode_samples=tmp_path)
     with pytest.raises(ConfigError, match="no JPEG in"):
         check_fast_decode(bundle, onnx_runtime, settings)
-    (tmp_path / "a.jpg").write_bytes(saved((400, 300)))
+    (tmp_path / "a.jpg").write_bytes(encode((400, 300)))
     assert check_fast_decode(bundle, onnx_runtime, settings).pictures == 10
 
 
-def test_samples_without_the_fast_way_are_a_mistake(tmp_path):
+def test_samples_require_fast_decoding(tmp_path):
     with pytest.raises(ConfigError, match="fast_decode_samples is for other ways"):
         load_settings(fast_decode_samples=tmp_path)
 
 
-def test_the_comparison_knows_no_change_and_all_change():
+def test_the_comparison_of_equal_and_of_opposite_logits():
     logits = np.array([[1.0, 2.0], [4.0, 3.0]])
     same, other = compare(logits, logits), compare(logits, logits[:, ::-1])
     assert (same.drift, same.agreement, same.largest) == (0, 1, 0)
     assert (other.drift, other.agreement, other.largest) == (2, 0, 1)
 
 
-def test_the_server_decodes_fast_and_says_by_how_much_it_drifts(run_server, bundle_path, jpeg):
+def test_a_server_decodes_fast_and_reports_the_drift(run_server, bundle_path, jpeg):
     found = load_model(bundle_path, FAST)
     with run_server(found.runtime, found.bundle, FAST, fast_decode=found.fast_decode) as client:
         (model,) = client.get("/info").json()["models"]
         assert model["fast_decode"] == found.fast_decode.model_dump()
         metrics = client.get("/metrics").text
         assert f'sopdeploy_fast_decode_drift{{model="tiny"}} {found.fast_decode.drift}' in metrics
-        body = saved((1200, 900))
-        logits = found.runtime.run(both(body)[1][None].astype(np.uint8))["logits"][0]
+        body = encode((1200, 900))
+        logits = found.runtime.run(exact_and_fast(body)[1][None].astype(np.uint8))["logits"][0]
         best = client.post("/v1/classify?top_k=1", content=body).json()["classes"][0]
         assert best["probability"] == pytest.approx(float(np.exp(logits).max() / np.exp(logits).sum()))
 
 
-def test_an_exact_server_says_nothing_of_it(client):
+def test_a_server_with_exact_decoding_reports_no_drift(client):
     assert "fast_decode" not in client.get("/info").json()["models"][0]

@@ -1,4 +1,4 @@
-"""nvImageCodec's decoder for CPUs through the calls that a GPU gets: Pillow's pixels, limits and errors."""
+"""nvImageCodec on the CPU, with the calls used for a GPU: same pixels, limits and errors as Pillow."""
 
 import io
 import sys
@@ -26,33 +26,33 @@ def codec():
     return NvImageCodec(library, library.NVIMGCODEC_DEVICE_CPU_ONLY, ("CPU_ONLY",))
 
 
-def saved(size=(300, 200), kind="JPEG", mode="RGB", **options):
+def encode(size=(300, 200), kind="JPEG", mode="RGB", **options):
     file = io.BytesIO()
-    with Image.open(io.BytesIO(synthetic_jpeg(size, 0))) as picture:
-        picture.convert(mode).save(file, kind, **options)
+    with Image.open(io.BytesIO(synthetic_jpeg(size, 0))) as image:
+        image.convert(mode).save(file, kind, **options)
     return file.getvalue()
 
 
-def turned(orientation):
+def exif_with(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif.tobytes()
 
 
-def by(load, body):
+def decode_with(load, body):
     return decode(EncodedImage(body), RULES, max_bytes=10**8, max_pixels=10**8, load=load)
 
 
-class Counted:
-    """The library's decoder, and how many pictures it was given."""
+class Counter:
+    """Counts the images that the library decodes."""
 
     def __init__(self, codec, monkeypatch):
-        self.given = 0
-        inner = codec._decode_pixels
+        self.count = 0
+        decode_pixels = codec._decode_pixels
 
         def pixels(body):
-            self.given += 1
-            return inner(body)
+            self.count += 1
+            return decode_pixels(body)
 
         monkeypatch.setattr(codec, "_decode_pixels", pixels)
 
@@ -60,62 +60,64 @@ class Counted:
 @pytest.mark.parametrize(
     "body",
     [
-        saved(),
-        saved((31, 17)),
-        saved(mode="L"),
-        saved(progressive=True),
-        saved(subsampling=0),
-        *(saved(exif=turned(orientation)) for orientation in range(1, 9)),
+        encode(),
+        encode((31, 17)),
+        encode(mode="L"),
+        encode(progressive=True),
+        encode(subsampling=0),
+        *(encode(exif=exif_with(orientation)) for orientation in range(1, 9)),
     ],
 )
-def test_a_plain_jpeg_is_decoded_by_it_to_the_pixels_of_pillow(codec, monkeypatch, body):
-    counted = Counted(codec, monkeypatch)
-    found, wanted = by(codec, body), by(load_exact, body)
-    assert counted.given == 1
-    np.testing.assert_array_equal(found.pixels, wanted.pixels)
-    assert found.warnings == wanted.warnings
+def test_rgb_and_gray_jpegs_have_the_pixels_of_pillow(codec, monkeypatch, body):
+    counter = Counter(codec, monkeypatch)
+    found, expected = decode_with(codec, body), decode_with(load_exact, body)
+    assert counter.count == 1
+    np.testing.assert_array_equal(found.pixels, expected.pixels)
+    assert found.warnings == expected.warnings
 
 
-@pytest.mark.parametrize("body", [saved(kind="PNG"), saved(mode="CMYK"), saved(kind="WEBP", lossless=True)])
-def test_other_files_stay_with_pillow(codec, monkeypatch, body):
-    counted = Counted(codec, monkeypatch)
-    np.testing.assert_array_equal(by(codec, body).pixels, by(load_exact, body).pixels)
-    assert counted.given == 0
+@pytest.mark.parametrize("body", [encode(kind="PNG"), encode(mode="CMYK"), encode(kind="WEBP")])
+def test_pillow_decodes_other_files(codec, monkeypatch, body):
+    counter = Counter(codec, monkeypatch)
+    np.testing.assert_array_equal(decode_with(codec, body).pixels, decode_with(load_exact, body).pixels)
+    assert counter.count == 0
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
-def test_a_jpeg_that_is_cut_short_is_refused_as_ever(codec, keep):
-    whole = saved()
-    with pytest.raises(ImageError) as refused:
-        by(codec, whole[: int(len(whole) * keep)])
-    assert refused.value.code == "truncated_image"
+def test_a_truncated_jpeg_is_rejected(codec, keep):
+    complete = encode()
+    with pytest.raises(ImageError) as caught:
+        decode_with(codec, complete[: int(len(complete) * keep)])
+    assert caught.value.code == "truncated_image"
 
 
-def test_a_result_of_another_shape_than_the_header_says_is_not_used(codec, monkeypatch):
+def test_a_result_with_another_shape_than_the_header_is_not_used(codec, monkeypatch):
     monkeypatch.setattr(codec, "_decode_pixels", lambda body: np.zeros((3, 3, 3), np.uint8))
-    np.testing.assert_array_equal(by(codec, saved()).pixels, by(load_exact, saved()).pixels)
+    np.testing.assert_array_equal(
+        decode_with(codec, encode()).pixels, decode_with(load_exact, encode()).pixels
+    )
 
 
-def test_a_server_with_it_measures_its_drift_before_it_answers(bundle_path, codec, monkeypatch):
+def test_loading_a_model_measures_the_drift(bundle_path, codec, monkeypatch):
     monkeypatch.setattr(loading, "_gpu_loader", lambda: codec)
-    counted = Counted(codec, monkeypatch)
+    counter = Counter(codec, monkeypatch)
     found = load_model(bundle_path, GPU)
     assert (found.fast_decode.drift, found.fast_decode.agreement) == (0, 1)
-    assert counted.given == found.fast_decode.pictures == 9
+    assert counter.count == found.fast_decode.pictures == 9
 
 
-def test_a_request_is_answered_through_it(run_server, bundle, onnx_runtime, codec, monkeypatch):
+def test_a_server_decodes_with_it(run_server, bundle, onnx_runtime, codec, monkeypatch):
     monkeypatch.setattr(loading, "_gpu_loader", lambda: codec)
     with run_server(onnx_runtime, bundle, Settings(threads=1)) as client:
-        wanted = client.post("/v1/classify", content=saved()).json()["classes"]
-    counted = Counted(codec, monkeypatch)
+        expected = client.post("/v1/classify", content=encode()).json()["classes"]
+    counter = Counter(codec, monkeypatch)
     with run_server(onnx_runtime, bundle, GPU) as client:
-        assert client.post("/v1/classify", content=saved()).json()["classes"] == wanted
-    assert counted.given == 1
+        assert client.post("/v1/classify", content=encode()).json()["classes"] == expected
+    assert counter.count == 1
 
 
-class Absent:
-    """A library whose device is not there."""
+class NoDevice:
+    """A library without a device."""
 
     CPU_ONLY = 0
 
@@ -132,12 +134,12 @@ class Absent:
         raise RuntimeError("CUDA Runtime failure: '#35'")
 
 
-def test_without_a_gpu_the_server_does_not_start_and_says_why():
+def test_without_a_gpu_an_error_explains_what_to_do():
     with pytest.raises(RuntimeUnavailableError, match=r"no GPU that can decode.*#35.*decode=exact"):
-        NvImageCodec(Absent(), 0, ("CPU_ONLY",))
+        NvImageCodec(NoDevice(), 0, ("CPU_ONLY",))
 
 
-def test_without_the_library_the_error_says_how_to_get_it(bundle_path, monkeypatch):
+def test_without_the_library_the_error_says_how_to_install_it(bundle_path, monkeypatch):
     _gpu_loader.cache_clear()
     monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
     with pytest.raises(RuntimeUnavailableError, match=r'pip install "sopdeploy\[nvimagecodec\]"'):

@@ -1,4 +1,4 @@
-"""One bad image fails alone."""
+"""An image that makes a batch fail is isolated; the other images keep their outputs."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ import pytest
 from sopdeploy_service.inference.bisect_batch import run_bisected
 from sopdeploy_service.inference.results import ENGINE_FAILED, NONFINITE
 
-BAD, STRANGE = 13, 17
+RAISES, NAN = 13, 17
 
 
 class Network:
-    """Logits are the first pixel; raises for a batch with BAD in it, gives NaN for STRANGE."""
+    """Logits are the first pixel; a batch with RAISES raises, NAN gives NaN."""
 
     def __init__(self) -> None:
         self.runs = 0
@@ -20,9 +20,9 @@ class Network:
     def __call__(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         self.runs += 1
         first = np.array([image[0, 0] for image in images], np.float32)
-        if (first == BAD).any():
+        if (first == RAISES).any():
             raise RuntimeError("a bad image")
-        first[first == STRANGE] = np.nan
+        first[first == NAN] = np.nan
         return {"logits": first}
 
 
@@ -31,43 +31,33 @@ def images(*first: int) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 33])
-def test_a_good_batch_costs_one_run(size: int) -> None:
+def test_a_good_batch_takes_one_run(size: int) -> None:
     network = Network()
     found = run_bisected(network, images(*range(20, 20 + size)), ["logits"])
     assert [row["logits"][0] for row in found] == list(range(20, 20 + size))
     assert network.runs == 1
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 8, 64])
-def test_an_image_that_makes_the_engine_raise_fails_alone(size: int) -> None:
-    for place in {0, size // 2, size - 1}:
-        values = [20 + other for other in range(size)]
-        values[place] = BAD
-        found = run_bisected(Network(), images(*values), ["logits"])
-        assert found[place] is ENGINE_FAILED
-        assert all(
-            row["logits"][0] == value
-            for row, value in zip(found, values, strict=True)
-            if row is not found[place]
-        )
-
-
-def test_two_bad_images_of_64_are_both_singled_out() -> None:
-    values = [20] * 64
-    values[3] = values[60] = BAD
+@pytest.mark.parametrize(
+    ("size", "bad"),
+    [(1, [0]), (2, [0]), (2, [1]), (7, [3]), (8, [0]), (8, [4]), (8, [7]), (64, [32]), (64, [3, 60])],
+)
+def test_bad_images_fail_alone(size: int, bad: list[int]) -> None:
+    values = [RAISES if index in bad else 20 + index for index in range(size)]
     found = run_bisected(Network(), images(*values), ["logits"])
-    assert [place for place, row in enumerate(found) if row is ENGINE_FAILED] == [3, 60]
+    assert [index for index, row in enumerate(found) if row is ENGINE_FAILED] == bad
+    good = [index for index in range(size) if index not in bad]
+    assert [found[index]["logits"][0] for index in good] == [values[index] for index in good]
 
 
-def test_an_engine_that_always_fails_costs_a_bounded_number_of_runs() -> None:
+def test_a_network_that_always_fails_takes_a_bounded_number_of_runs() -> None:
     network = Network()
-    found = run_bisected(network, images(*[BAD] * 64), ["logits"])
-    assert found == [ENGINE_FAILED] * 64
+    assert run_bisected(network, images(*[RAISES] * 64), ["logits"]) == [ENGINE_FAILED] * 64
     assert network.runs <= 25
 
 
-def test_an_output_that_is_not_finite_fails_its_own_image_only() -> None:
-    first, strange, last = run_bisected(Network(), images(20, STRANGE, 21), ["logits"])
+def test_an_output_that_is_not_finite_fails_only_its_own_image() -> None:
+    first, strange, last = run_bisected(Network(), images(20, NAN, 21), ["logits"])
     assert (first["logits"][0], last["logits"][0]) == (20, 21)
     assert strange is NONFINITE
 

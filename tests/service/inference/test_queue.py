@@ -1,102 +1,94 @@
-"""The waiting line: when a batch closes, and who is never in one."""
+"""The request queue: when a batch closes, and which images are never part of one."""
 
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from sopdeploy_service.inference.queue import QueuedImage, RequestQueue
-from sopdeploy_service.inference.results import DRAINING
+from sopdeploy_service.inference.queue import QueuedImage, RequestQueue, settle
+from sopdeploy_service.inference.results import DEADLINE, DRAINING
+
+Fill = Callable[..., list[QueuedImage]]
 
 
 @pytest.fixture
-def loop() -> Iterator[asyncio.AbstractEventLoop]:
+def fill() -> Iterator[Fill]:
+    """`fill(queue, 3)` puts three images into *queue* and returns them."""
     loop = asyncio.new_event_loop()
-    yield loop
+
+    def put(queue: RequestQueue, count: int, seconds: float = 60.0) -> list[QueuedImage]:
+        deadline = time.monotonic() + seconds
+        items = [QueuedImage(outcome=loop.create_future(), deadline=deadline) for _ in range(count)]
+        assert all(queue.put(item) for item in items)
+        return items
+
+    yield put
     loop.close()
 
 
-def item(loop: asyncio.AbstractEventLoop, *, seconds: float = 60.0) -> QueuedImage:
-    return QueuedImage(outcome=loop.create_future(), deadline=time.monotonic() + seconds)
+def test_an_idle_worker_takes_what_is_queued_up_to_the_batch_size_in_order(fill: Fill) -> None:
+    queue = RequestQueue()
+    items = fill(queue, 10)
+    assert [queue.take(4), queue.take(4), queue.take(4)] == [items[:4], items[4:8], items[8:]]
 
 
-def fill(line: RequestQueue, items: list[QueuedImage]) -> list[QueuedImage]:
-    assert all(line.put(entry) for entry in items)
-    return items
+def test_a_full_batch_does_not_wait_for_the_delay(fill: Fill) -> None:
+    queue = RequestQueue(max_delay=1000)
+    assert queue.take_full(4) == []
+    items = fill(queue, 4)
+    assert queue.take_full(5) == []
+    assert queue.take(4) == items
 
 
-def test_an_idle_engine_takes_at_once_what_is_there(loop) -> None:
-    line = RequestQueue()
-    items = fill(line, [item(loop) for _ in range(3)])
-    assert line.take(8) == items
+def test_the_delay_starts_with_the_arrival_of_the_oldest_image(fill: Fill) -> None:
+    queue = RequestQueue(max_delay=1000)
+    items = fill(queue, 2)
+    items[0].arrived -= 1000
+    assert queue.take(8) == items
 
 
-def test_a_batch_is_never_larger_than_asked_and_keeps_the_order(loop) -> None:
-    line = RequestQueue()
-    items = fill(line, [item(loop) for _ in range(10)])
-    assert [line.take(4), line.take(4), line.take(4)] == [items[:4], items[4:8], items[8:]]
-
-
-def test_the_delay_is_counted_from_the_oldest_item(loop) -> None:
-    line = RequestQueue(max_delay=30)
-    oldest, youngest = item(loop), item(loop)
-    oldest.arrived -= 29.8
-    fill(line, [oldest, youngest])
-    started = time.monotonic()
-    assert len(line.take(8)) == 2
-    assert 0.1 < time.monotonic() - started < 15
-
-
-def test_a_full_batch_does_not_wait_for_the_delay(loop) -> None:
-    line = RequestQueue(max_delay=30)
-    items = fill(line, [item(loop) for _ in range(4)])
-    assert line.take(4) == items
-
-
-def test_items_that_come_during_the_delay_join_the_batch(loop) -> None:
-    line = RequestQueue(max_delay=20)
-    fill(line, [item(loop)])
-    late = threading.Timer(0.05, fill, (line, [item(loop), item(loop)]))
+def test_images_that_arrive_during_the_delay_join_the_batch(fill: Fill) -> None:
+    queue = RequestQueue(max_delay=1000)
+    fill(queue, 1)
+    late = threading.Timer(0.05, fill, (queue, 2))
     late.start()
-    assert len(line.take(3)) == 3
+    assert len(queue.take(3)) == 3
     late.join()
 
 
-def test_cancelled_and_expired_items_never_enter_a_batch(loop) -> None:
-    line = RequestQueue()
-    items = fill(line, [item(loop), item(loop), item(loop, seconds=-1), item(loop)])
-    items[1].outcome.cancel()
-    assert line.take(8) == [items[0], items[3]]
+def test_settled_cancelled_and_expired_images_never_enter_a_batch(fill: Fill) -> None:
+    queue = RequestQueue()
+    first, cancelled, settled = fill(queue, 3)
+    fill(queue, 1, seconds=-1)
+    (last,) = fill(queue, 1)
+    cancelled.outcome.cancel()
+    settle([settled, settled], [DRAINING, DEADLINE])
+    assert queue.take(8) == [first, last]
+    assert settled.outcome.result() is DRAINING
 
 
-def test_a_discarded_item_frees_its_place_at_once(loop) -> None:
-    line = RequestQueue()
-    items = fill(line, [item(loop), item(loop)])
-    line.discard(items[0])
-    line.discard(items[0])
-    assert len(line) == 1
-    assert line.take(8) == [items[1]]
+def test_a_discarded_image_leaves_the_queue_immediately(fill: Fill) -> None:
+    queue = RequestQueue()
+    items = fill(queue, 2)
+    queue.discard(items[0])
+    queue.discard(items[0])
+    assert len(queue) == 1
+    assert queue.take(8) == [items[1]]
 
 
-def test_a_closed_line_lets_nothing_in_and_gives_back_the_rest(loop) -> None:
-    line = RequestQueue()
-    items = fill(line, [item(loop), item(loop)])
-    assert list(line.close()) == items
-    assert not line.put(item(loop))
-    assert line.take(8) == []
+def test_a_closed_queue_accepts_nothing_and_returns_the_remaining_images(fill: Fill) -> None:
+    queue = RequestQueue()
+    items = fill(queue, 2)
+    assert queue.close() == items
+    assert not queue.put(items[0])
+    assert queue.take(8) == []
 
 
-def test_closing_wakes_an_engine_that_waits(loop) -> None:
-    line = RequestQueue()
-    closing = threading.Timer(0.05, line.close)
+def test_closing_wakes_a_waiting_worker() -> None:
+    queue = RequestQueue()
+    closing = threading.Timer(0.05, queue.close)
     closing.start()
-    assert line.take(8) == []
+    assert queue.take(8) == []
     closing.join()
-
-
-def test_an_item_with_an_outcome_is_not_wanted(loop) -> None:
-    done = item(loop)
-    done.outcome.set_result(DRAINING)
-    assert not done.wanted(time.monotonic())

@@ -1,4 +1,4 @@
-"""The outputs of a request to its answer: JSON, or JSON followed by binary tensors; numbers or classes."""
+"""Run an inference request and build its response: JSON, or JSON followed by binary tensors."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -20,134 +20,105 @@ from sopdeploy_service.api.upload import (
     service_of,
 )
 from sopdeploy_service.api.v2.metadata import DTYPES, Signature
-from sopdeploy_service.api.v2.request import InferRequest, Wanted
-from sopdeploy_service.api.v2.request import read_body as parse_body
+from sopdeploy_service.api.v2.request import RequestedOutput, parse_body
 from sopdeploy_service.http.disconnect import cancel_on_disconnect
 from sopdeploy_service.http.problems import RejectedError
 from sopdeploy_service.images.decode import EncodedImage
-from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import Outcome, Prediction, Rejection, top_indices
-from sopdeploy_service.inference.service import Service
-from sopdeploy_service.observability.request_context import RequestContext
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
-def write_answer(
+async def infer(request: Request, name: str, version: str | None) -> Response:
+    """Run the request on the model *name*; raises `RejectedError` if any image is rejected."""
+    service, context = service_of(request), context_of(request)
+    started = time.monotonic()
+    model, deadline = admit(request, name, version)
+    signature = Signature.of(model.bundle, service.settings.max_images)
+    with model.in_use():  # while the body arrives, the model may be replaced
+        body = await read_body(request, service.settings.max_body_bytes, deadline)
+        length = request.headers.get(HEADER_LENGTH)
+        async with parsing(service, model, deadline):
+            parsed = await service.parse(parse_body, body, length, signature, service.settings.max_json_bytes)
+        received = time.monotonic()
+        service.metrics.stage("receive", received - started)
+        context.record_stage("receive", received - started, received)
+        if parsed.timeout_seconds is not None:
+            deadline = min(deadline, started + parsed.timeout_seconds)
+        images = parsed.images
+        encoded = [EncodedImage(image) for image in images] if isinstance(images, list) else images
+        work = service.infer(model, encoded, deadline, context)
+        outcomes = raise_if_rejected(await cancel_on_disconnect(work, request.receive))
+    head = {"model_name": model.name, "model_version": model.version}
+    if parsed.id is not None:
+        head = {"id": parsed.id, **head}
+    labels = {signature.outputs[0].name: model.labels}
+    content, headers = format_response(head, stack_outputs(outcomes), parsed.outputs, labels)
+    return Response(content, headers={**headers, "Server-Timing": context.server_timing()})
+
+
+def stack_outputs(outcomes: Sequence[Outcome]) -> dict[str, NDArray[np.float32]]:
+    """Stack the outputs of all images to (n, ...) by name.
+
+    The protocol has one status per request, so the first rejected image rejects the request.
+    """
+    predictions: list[Prediction] = []
+    for index, outcome in enumerate(outcomes):
+        if isinstance(outcome, Rejection):
+            raise RejectedError(replace(outcome, message=f"image {index}: {outcome.message}"))
+        predictions.append(outcome)
+    names = predictions[0].outputs
+    return {name: np.stack([prediction.outputs[name] for prediction in predictions]) for name in names}
+
+
+def format_response(
     head: Mapping[str, Any],
-    outputs: Mapping[str, NDArray[Any]],
-    wanted: Sequence[Wanted],
+    values: Mapping[str, NDArray[Any]],
+    requested: Sequence[RequestedOutput],
     labels: Mapping[str, Sequence[str]],
 ) -> tuple[bytes, dict[str, str]]:
-    """Return the body that says *head* (id, model) and the *wanted* of *outputs* (n, ...), and its headers.
+    """Build the body and headers from *head* (id, model) and the *requested* outputs of *values* (n, ...).
 
-    *labels* are the names of the classes, in order, of the outputs that have such.
+    *labels* has the class names of outputs that have them.
     """
-    parts: list[bytes] = []
-    described = [
-        describe(want, outputs[want.tensor.name], labels.get(want.tensor.name, ()), parts) for want in wanted
-    ]
-    text = orjson.dumps({**head, "outputs": described}, option=orjson.OPT_SERIALIZE_NUMPY)
-    if not any(want.binary for want in wanted):
+    binary_parts: list[bytes] = []
+    outputs = []
+    for output in requested:
+        data: Any = np.ascontiguousarray(values[output.tensor.name], DTYPES[output.tensor.datatype])
+        shape, datatype = list(data.shape), output.tensor.datatype
+        if output.classes:
+            rows = classify(data, output.classes, labels.get(output.tensor.name, ()))
+            shape, datatype, data = [len(rows), len(rows[0])], "BYTES", [text for row in rows for text in row]
+        described: dict[str, Any] = {"name": output.tensor.name, "datatype": datatype, "shape": shape}
+        if output.binary:
+            if output.classes:  # each element is its length, 4 bytes little-endian, and its text
+                elements = [text.encode() for text in data]
+                raw = b"".join(pack("<I", len(element)) + element for element in elements)
+            else:
+                raw = data.tobytes()
+            binary_parts.append(raw)
+            described["parameters"] = {"binary_data_size": len(raw)}
+        else:
+            described["data"] = data if output.classes else data.reshape(-1)
+        outputs.append(described)
+    text = orjson.dumps({**head, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not any(output.binary for output in requested):
         return text, {"Content-Type": "application/json"}
     headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
-    return b"".join([text, *parts]), headers
-
-
-def describe(want: Wanted, values: NDArray[Any], labels: Sequence[str], parts: list[bytes]) -> dict[str, Any]:
-    """Return the JSON of one output; where it is binary its bytes are added to *parts*."""
-    if want.classes:
-        rows = classify(values, want.classes, labels)
-        texts = [text for row in rows for text in row]
-        shape, datatype = [len(rows), len(rows[0])], "BYTES"
-        raw = b"".join(element(text) for text in texts) if want.binary else b""
-        data: Any = texts
-    else:
-        numbers = np.ascontiguousarray(values, DTYPES[want.tensor.datatype])
-        shape, datatype = list(values.shape), want.tensor.datatype
-        raw = numbers.tobytes() if want.binary else b""
-        data = numbers.reshape(-1)
-    said: dict[str, Any] = {"name": want.tensor.name, "datatype": datatype, "shape": shape}
-    if not want.binary:
-        return {**said, "data": data}
-    parts.append(raw)
-    return {**said, "parameters": {"binary_data_size": len(raw)}}
+    return b"".join([text, *binary_parts]), headers
 
 
 def classify(values: NDArray[Any], classes: int, labels: Sequence[str]) -> list[list[str]]:
-    """Return for each of *values* (n, ...) its largest as `value:index:label`, the largest first.
+    """Return the largest of each row of *values* (n, ...) as `value:index:label`, largest first.
 
-    The value is the shortest text that reads back as the same float32, as Triton's is since it prints all
-    digits; equal values keep the order of the labels, as in `/v1/classify`.
+    The value is the shortest text that reads back as the same float32, as in Triton. Ties keep the order of
+    the labels, as in `/v1/classify`.
     """
     rows = values.reshape(len(values), -1)
     return [
         [
-            f"{row[place]!s}:{place}" + (f":{labels[place]}" if labels else "")
-            for place in top_indices(row, classes)
+            f"{row[index]!s}:{index}" + (f":{labels[index]}" if labels else "")
+            for index in top_indices(row, classes)
         ]
         for row in rows
     ]
-
-
-def element(text: str) -> bytes:
-    """Return *text* as an element of a binary BYTES tensor: its length, 4 bytes little-endian, and itself."""
-    raw = text.encode()
-    return pack("<I", len(raw)) + raw
-
-
-async def answer_infer(request: Request, name: str, version: str | None) -> Response:
-    """Return the outputs that *request* asks of the model; raises `RefusedError` where there are none."""
-    service = service_of(request)
-    started = time.monotonic()
-    model, deadline = admit(request, name, version)
-    signature = Signature.of(model.bundle, service.settings.max_images)
-    context = context_of(request)
-    with model.in_use():  # from its admission on: while a slow body comes, the model may be replaced twice
-        asked = await receive(request, service, model, signature, deadline)
-        received = time.monotonic()
-        service.metrics.stage("receive", received - started)
-        context.record_stage("receive", received - started, received)
-        if asked.timeout_seconds is not None:
-            deadline = min(deadline, started + asked.timeout_seconds)
-        work = run(service, model, asked, deadline, context)
-        outcomes = raise_if_rejected(await cancel_on_disconnect(work, request.receive))
-    head = {"model_name": model.name, "model_version": model.version}
-    if asked.id is not None:
-        head = {"id": asked.id, **head}
-    labels = {signature.outputs[0].name: model.labels}
-    body, headers = write_answer(head, stacked(outcomes), asked.outputs, labels)
-    return Response(body, headers={**headers, "Server-Timing": context.server_timing()})
-
-
-async def receive(
-    request: Request, service: Service, model: Model, signature: Signature, deadline: float
-) -> InferRequest:
-    """Return the request in the body; it is read in a thread, a large JSON would hold up the event loop."""
-    settings = service.settings
-    body = await read_body(request, settings.max_body_bytes, deadline)
-    header = request.headers.get(HEADER_LENGTH)
-    async with parsing(service, model, deadline):
-        return await service.parse(parse_body, body, header, signature, settings.max_json_bytes)
-
-
-async def run(
-    service: Service, model: Model, asked: InferRequest, deadline: float, context: RequestContext
-) -> list[Outcome] | Rejection:
-    """Return the outcome of each image of *asked*, decoding those that are files."""
-    if isinstance(asked.images, list):
-        return await service.infer(model, [EncodedImage(image) for image in asked.images], deadline, context)
-    return await service.infer(model, asked.images, deadline, context)
-
-
-def stacked(outcomes: Sequence[Outcome]) -> dict[str, NDArray[np.float32]]:
-    """Return the outputs (n, ...) of all images by name.
-
-    The protocol has one status for a request, so the first refused image, named by its index, refuses it.
-    """
-    answered: list[Prediction] = []
-    for place, outcome in enumerate(outcomes):
-        if isinstance(outcome, Rejection):
-            raise RejectedError(replace(outcome, message=f"image {place}: {outcome.message}"))
-        answered.append(outcome)
-    return {name: np.stack([one.outputs[name] for one in answered]) for name in answered[0].outputs}

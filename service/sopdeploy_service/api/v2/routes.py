@@ -1,70 +1,24 @@
-"""The endpoints of the protocol; every answer is JSON, or JSON with binary tensors behind it."""
+"""The endpoints of the Open Inference Protocol; responses are JSON, or JSON followed by binary tensors."""
 
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
+import pydantic
 from fastapi import APIRouter, Depends, Request, Response
 
 from sopdeploy_service.api.upload import raise_if_rejected, read_body, service_of, use_model
 from sopdeploy_service.api.v2 import metadata
 from sopdeploy_service.api.v2.metadata import Signature
-from sopdeploy_service.api.v2.response import answer_infer
-from sopdeploy_service.http import strict_json as fields
+from sopdeploy_service.api.v2.request import Body, InferBody, ParsedBody, validate
+from sopdeploy_service.api.v2.response import HEADER_LENGTH, infer
 from sopdeploy_service.http.auth import needs
-from sopdeploy_service.http.strict_json import bad_request, parse
+from sopdeploy_service.http.strict_json import parse
 from sopdeploy_service.inference.model import Model
 
-PARAMETERS = {"type": "object", "additionalProperties": True}
-INPUT = {
-    "type": "object",
-    "required": ["name", "datatype", "shape"],
-    "properties": {
-        "name": {"type": "string", "description": "the bundle's input, or `IMAGE` for encoded images"},
-        "datatype": {"type": "string", "enum": ["UINT8", "FP32", "BYTES"]},
-        "shape": {"type": "array", "items": {"type": "integer", "minimum": 1}},
-        "parameters": PARAMETERS,
-        "data": {"type": "array", "items": {}, "description": "row by row, flat or nested; BYTES as base64"},
-    },
-}
-OUTPUT = {
-    "type": "object",
-    "required": ["name"],
-    "properties": {"name": {"type": "string"}, "parameters": PARAMETERS},
-}
-INFER_BODY: dict[str, Any] = {
-    "parameters": [
-        {
-            "name": "Inference-Header-Content-Length",
-            "in": "header",
-            "required": False,
-            "description": "where the JSON ends and the binary tensors begin",
-            "schema": {"type": "integer", "minimum": 0},
-        }
-    ],
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["inputs"],
-                    "properties": {
-                        "id": {"type": "string"},
-                        "parameters": PARAMETERS,
-                        "inputs": {"type": "array", "items": INPUT, "minItems": 1},
-                        "outputs": {"type": "array", "items": OUTPUT},
-                    },
-                }
-            },
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-        },
-    },
-}
-REPOSITORY_BODY: dict[str, Any] = {
-    "requestBody": {"required": False, "content": {"application/json": {"schema": {"type": "object"}}}}
-}
+MAX_BODY_BYTES = 100_000  # of a repository request
+ADMIN = [Depends(needs("admin"))]
 ERROR: dict[str, Any] = {
     "description": "the code is in the header `X-Error-Code`",
     "content": {
@@ -77,154 +31,193 @@ ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(
     (400, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504), ERROR
 )
 
-
-Answer = Callable[[Request, str, str | None], Awaitable[Response]]
-
-ADMIN = [Depends(needs("admin"))]
-SMALL_BODY = 100_000  # bytes of what is said to the repository
+Endpoint = Callable[[Request, str, str | None], Awaitable[Response]]
 
 router = APIRouter(tags=["Open Inference Protocol"], responses=ERRORS)
 
 
-def json(value: Any, status: int = 200) -> Response:
-    """Return *value* as a JSON response."""
+class IndexBody(Body):
+    """The body of an index request."""
+
+    ready: bool | None = None
+
+
+class LoadParameters(Body):
+    """Parameters of a load request."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    folder: str | None = None
+
+
+class LoadBody(Body):
+    """The body of a load request."""
+
+    parameters: LoadParameters | None = None
+
+
+def request_body(model: type[pydantic.BaseModel], *, required: bool = False) -> dict[str, Any]:
+    """Describe the body *model* for OpenAPI, with nested models inlined."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def inline(node: Any) -> Any:
+        if isinstance(node, list):
+            return [inline(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return inline(definitions[node["$ref"].rpartition("/")[2]])
+        return {key: inline(value) for key, value in node.items()}
+
+    content = {"application/json": {"schema": inline(schema)}}
+    return {"requestBody": {"required": required, "content": content}}
+
+
+INFER_BODY = request_body(InferBody, required=True)
+INFER_BODY["requestBody"]["content"]["application/octet-stream"] = {
+    "schema": {"type": "string", "format": "binary"}
+}
+INFER_BODY["parameters"] = [
+    {
+        "name": HEADER_LENGTH,
+        "in": "header",
+        "required": False,
+        "description": "the length of the JSON, if binary tensors follow it",
+        "schema": {"type": "integer", "minimum": 0},
+    }
+]
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """Build a JSON response."""
     return Response(orjson.dumps(value), status_code=status, media_type="application/json")
 
 
-def with_and_without_version(method: str, suffix: str, **options: Any) -> Callable[[Answer], Answer]:
-    """Register an endpoint of a model for its current version, and for the one that the path names."""
+def model_endpoint(method: str, suffix: str, **options: Any) -> Callable[[Endpoint], Endpoint]:
+    """Register an endpoint for the current version of a model and for the version in the path."""
 
-    def register(work: Answer) -> Answer:
+    def register(endpoint: Endpoint) -> Endpoint:
         async def current(request: Request, name: str) -> Response:
-            return await work(request, name, None)
+            return await endpoint(request, name, None)
 
         async def exact(request: Request, name: str, version: str) -> Response:
-            return await work(request, name, version)
+            return await endpoint(request, name, version)
 
-        for path, endpoint in (("", current), ("/versions/{version}", exact)):
+        for path, function in (("", current), ("/versions/{version}", exact)):
             router.add_api_route(
                 f"/v2/models/{{name}}{path}{suffix}",
-                endpoint,
+                function,
                 methods=[method],
-                name=work.__name__,
-                description=work.__doc__,
+                name=endpoint.__name__,
+                description=endpoint.__doc__,
                 **options,
             )
-        return work
+        return endpoint
 
     return register
 
 
 @router.get("/v2")
 async def server() -> Response:
-    """Say what this server is and which extensions it knows."""
-    return json(metadata.server_metadata())
+    """Name the server and the extensions it supports."""
+    return json_response(metadata.server_metadata())
 
 
 @router.get("/v2/health/live")
 async def live(request: Request) -> Response:
-    """Give 200 unless an engine is dead."""
+    """Respond with 200 unless a model worker is dead."""
     alive = service_of(request).state != "engine_dead"
-    return json({"live": alive}, 200 if alive else 503)
+    return json_response({"live": alive}, 200 if alive else 503)
 
 
 @router.get("/v2/health/ready")
 async def ready(request: Request) -> Response:
-    """Give 200 while there is a model and every model answers."""
-    answers = service_of(request).state == "ok"
-    return json({"ready": answers}, 200 if answers else 503)
+    """Respond with 200 while there is a model and every model can predict."""
+    is_ready = service_of(request).state == "ok"
+    return json_response({"ready": is_ready}, 200 if is_ready else 503)
 
 
 @router.get("/v2/models/stats")
 async def all_statistics(request: Request) -> Response:
-    """Give the statistics of every model."""
-    return json({"model_stats": [metadata.statistics(m) for m in service_of(request).registry.models()]})
+    """Return the statistics of every model."""
+    models = service_of(request).registry.models()
+    return json_response({"model_stats": [metadata.model_statistics(model) for model in models]})
 
 
-@with_and_without_version("GET", "/ready")
+@model_endpoint("GET", "/ready")
 async def model_ready(request: Request, name: str, version: str | None) -> Response:
-    """Give 200 while the model answers."""
-    service = service_of(request)
-    model = found(request, name, version)
-    answers = not model.dead and service.state != "draining"
-    return json({"name": model.name, "ready": answers}, 200 if answers else 503)
+    """Respond with 200 while the model can predict."""
+    model = find_model(request, name, version)
+    is_ready = not model.dead and service_of(request).state != "draining"
+    return json_response({"name": model.name, "ready": is_ready}, 200 if is_ready else 503)
 
 
-@with_and_without_version("GET", "/config")
+@model_endpoint("GET", "/config")
 async def model_config(request: Request, name: str, version: str | None) -> Response:
-    """Give the model as a Triton configuration would have it."""
-    model = found(request, name, version)
-    return json(metadata.model_config(model, signature_of(request, model), service_of(request).settings))
+    """Return the model as a Triton model configuration."""
+    model, settings = find_model(request, name, version), service_of(request).settings
+    signature = Signature.of(model.bundle, settings.max_images)
+    return json_response(metadata.model_config(model, signature, settings))
 
 
-@with_and_without_version("GET", "/stats")
+@model_endpoint("GET", "/stats")
 async def model_statistics(request: Request, name: str, version: str | None) -> Response:
-    """Give what the model has done since it was loaded."""
-    return json({"model_stats": [metadata.statistics(found(request, name, version))]})
+    """Return what the model has done since it was loaded."""
+    statistics = metadata.model_statistics(find_model(request, name, version))
+    return json_response({"model_stats": [statistics]})
 
 
-@with_and_without_version("GET", "")
+@model_endpoint("GET", "")
 async def model_metadata(request: Request, name: str, version: str | None) -> Response:
-    """Give the model's inputs and outputs."""
-    model = found(request, name, version)
-    loaded = service_of(request).registry.models()
-    versions = [other.version for other in loaded if other.name == name]
-    return json(metadata.model_metadata(model, versions, signature_of(request, model)))
+    """Return the inputs and outputs of the model."""
+    model, service = find_model(request, name, version), service_of(request)
+    versions = [other.version for other in service.registry.models() if other.name == name]
+    signature = Signature.of(model.bundle, service.settings.max_images)
+    return json_response(metadata.model_metadata(model, versions, signature))
 
 
-@with_and_without_version("POST", "/infer", openapi_extra=INFER_BODY)
-async def infer(request: Request, name: str, version: str | None) -> Response:
-    """Give the outputs for 1..n images, sent as a tensor or as encoded files."""
-    return await answer_infer(request, name, version)
+@model_endpoint("POST", "/infer", openapi_extra=INFER_BODY)
+async def model_infer(request: Request, name: str, version: str | None) -> Response:
+    """Return the outputs of 1..n images, sent as a tensor or as encoded files."""
+    return await infer(request, name, version)
 
 
-@router.post("/v2/repository/index", openapi_extra=REPOSITORY_BODY)
+@router.post("/v2/repository/index", openapi_extra=request_body(IndexBody))
 async def index(request: Request) -> Response:
-    """List the loaded models; with `{"ready": true}` those that answer."""
-    asked = await read_object(request)
-    only_ready = fields.as_flag(asked.get("ready"), "ready")
-    loaded = service_of(request).registry.models()
-    return json([metadata.indexed(model) for model in loaded if not (only_ready and model.dead)])
+    """List the loaded models; with `{"ready": true}` only those that can predict."""
+    only_ready = (await read_json(request, IndexBody)).ready
+    models = service_of(request).registry.models()
+    return json_response([metadata.repository_entry(m) for m in models if not (only_ready and m.dead)])
 
 
-@router.post("/v2/repository/models/{name}/load", openapi_extra=REPOSITORY_BODY, dependencies=ADMIN)
+@router.post("/v2/repository/models/{name}/load", openapi_extra=request_body(LoadBody), dependencies=ADMIN)
 async def load(request: Request, name: str) -> Response:
-    """Let a bundle beside those of the start answer for *name*; `parameters.folder` says which of several."""
-    parameters = fields.as_object((await read_object(request)).get("parameters"), "parameters")
-    unknown = sorted(parameters.keys() - {"folder"})
-    if unknown:
-        raise bad_request(
-            "malformed_request", f"parameters: {unknown[0][:100]!r} is not supported, only `folder`"
-        )
-    folder = parameters.get("folder")
-    wanted = None if folder is None else fields.as_text(folder, "parameters.folder")
-    use_model(request, raise_if_rejected(await service_of(request).registry.load(name, wanted)))
+    """Load a bundle from the server's bundle folders as *name*; `parameters.folder` chooses among several."""
+    body = await read_json(request, LoadBody)
+    folder = body.parameters.folder if body.parameters else None
+    use_model(request, raise_if_rejected(await service_of(request).registry.load(name, folder)))
     return Response()
 
 
-@router.post("/v2/repository/models/{name}/unload", openapi_extra=REPOSITORY_BODY, dependencies=ADMIN)
+@router.post("/v2/repository/models/{name}/unload", openapi_extra=request_body(Body), dependencies=ADMIN)
 async def unload(request: Request, name: str) -> Response:
-    """Let *name* answer no more; requests that are with it still get their answers."""
-    await read_object(request)
+    """Stop serving *name*; requests that use it still get their responses."""
+    await read_json(request, Body)
     raise_if_rejected(await service_of(request).registry.unload(name))
     return Response()
 
 
-def found(request: Request, name: str, version: str | None) -> Model:
-    """Return the model that is meant; the answer will carry its digest."""
+def find_model(request: Request, name: str, version: str | None) -> Model:
+    """Return the model of the path; the response will carry its digest."""
     model = raise_if_rejected(service_of(request).registry.find(name, version))
     use_model(request, model)
     return model
 
 
-def signature_of(request: Request, model: Model) -> Signature:
-    """Return the tensors of *model*."""
-    return Signature.of(model.bundle, service_of(request).settings.max_images)
-
-
-async def read_object(request: Request) -> dict[str, Any]:
-    """Return the JSON object in the body; no body is an empty one."""
-    settings = service_of(request).settings
-    deadline = time.monotonic() + settings.request_timeout
-    raw = await read_body(request, SMALL_BODY, deadline)
-    return fields.as_object(parse(raw, SMALL_BODY), "the body") if raw.strip() else {}
+async def read_json(request: Request, model: type[ParsedBody]) -> ParsedBody:
+    """Read and validate a small JSON body; an empty body or null is an empty object."""
+    deadline = time.monotonic() + service_of(request).settings.request_timeout
+    raw = await read_body(request, MAX_BODY_BYTES, deadline)
+    value = parse(raw, MAX_BODY_BYTES) if raw.strip() else None
+    return validate(model, {} if value is None else value)

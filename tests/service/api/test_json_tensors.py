@@ -1,4 +1,4 @@
-"""Lists of numbers read from their text are what a JSON parser makes of them, or are refused."""
+"""Numbers read from JSON text are those of a JSON parser, or are rejected."""
 
 import json
 
@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sopdeploy_service.api.v2 import number_text
+from sopdeploy_service.api.v2 import json_tensors
+from sopdeploy_service.api.v2.json_tensors import NumberList, extract_lists, restore_lists
 from sopdeploy_service.api.v2.metadata import Tensor
-from sopdeploy_service.api.v2.number_text import NumberText, lift, put_back
 from sopdeploy_service.http.problems import RejectedError
 
 BYTES = Tensor("images", "UINT8", (-1, 2, 2))
@@ -30,14 +30,14 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_what_was_taken_out_and_put_back_is_the_whole_document(text):
-    rest, lists = lift(text.encode())
+def test_extracting_and_restoring_lists_keeps_the_document(text):
+    rest, lists = extract_lists(text.encode())
     value = orjson.loads(rest)
-    put_back(value, lists)
+    restore_lists(value, lists)
     known = {token: json.loads(found.text) for token, found in lists.items()}
 
     def plain(node):
-        if isinstance(node, NumberText):
+        if isinstance(node, NumberList):
             return json.loads(node.text)
         if isinstance(node, dict):
             return {key: plain(inner) for key, inner in node.items()}
@@ -48,8 +48,8 @@ def test_what_was_taken_out_and_put_back_is_the_whole_document(text):
     assert plain(value) == json.loads(text)
 
 
-def test_a_token_cannot_be_guessed_from_another_request():
-    first, second = (lift(b'{"inputs": [{"data": [1]}]}')[1] for _ in range(2))
+def test_tokens_differ_between_requests():
+    first, second = (extract_lists(b'{"inputs": [{"data": [1]}]}')[1] for _ in range(2))
     assert first.keys().isdisjoint(second)
 
 
@@ -64,31 +64,31 @@ CHANGES = st.lists(
 @example(nested=True, changes=[(0, 20, "[[[1,2],[3]4]]")])
 @example(nested=True, changes=[(0, 20, "[[[1,2]3,[4,5]]]")])
 @example(nested=True, changes=[(0, 20, "[[[1,2],3[4,5]]]")])
-def test_no_text_is_read_otherwise_than_a_parser_reads_it(tensor, nested, changes):
+def test_any_text_is_read_as_a_parser_reads_it(tensor, nested, changes):
     text = "[[[1,2],[3,4]]]" if nested else "[1, 2, 3, 4]"
-    for place, length, new in changes:
-        text = text[:place] + new + text[place + length :]
+    for start, length, new in changes:
+        text = text[:start] + new + text[start + length :]
     try:
-        found = NumberText(text.encode()).read(tensor, SHAPE)
+        found = NumberList(text.encode()).read(tensor, SHAPE)
     except RejectedError:
         found = None
     try:
-        wanted = np.array(orjson.loads(text), np.float64)
+        expected = np.array(orjson.loads(text), np.float64)
     except ValueError:
-        wanted = np.zeros(0)
-    right = wanted.shape in {SHAPE, (4,)} and np.isfinite(wanted.astype(np.float32)).all()
+        expected = np.zeros(0)
+    valid = expected.shape in {SHAPE, (4,)} and np.isfinite(expected.astype(np.float32)).all()
     if tensor is BYTES:
-        right = right and not set(text) & set(".eE") and wanted.min() >= 0 and wanted.max() <= 255
-    assert (found is not None) == right
+        valid = valid and not set(text) & set(".eE") and expected.min() >= 0 and expected.max() <= 255
+    assert (found is not None) == valid
     if found is not None:
-        assert np.array_equal(found, wanted.reshape(SHAPE).astype(found.dtype))
+        assert np.array_equal(found, expected.reshape(SHAPE).astype(found.dtype))
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 10**6])
-def test_where_the_text_is_cut_makes_no_difference(monkeypatch, size):
-    monkeypatch.setattr(number_text, "PIECE_BYTES", size)
+def test_the_size_of_the_pieces_makes_no_difference(monkeypatch, size):
+    monkeypatch.setattr(json_tensors, "PIECE_BYTES", size)
     text = b"[ [[1, 20],\n [255,0]] ,[[7, 8 ],[9,10] ]]"
-    found = NumberText(text).read(BYTES, (2, 2, 2))
+    found = NumberList(text).read(BYTES, (2, 2, 2))
     assert found.tolist() == json.loads(text)
     for bad in (
         b"[[[1,20],[255,0]],[[7,8],[9]10]]",
@@ -96,4 +96,4 @@ def test_where_the_text_is_cut_makes_no_difference(monkeypatch, size):
         b"[[[1,20],[255,]],[[7,8],[9,10]]]",
     ):
         with pytest.raises(RejectedError):
-            NumberText(bad).read(BYTES, (2, 2, 2))
+            NumberList(bad).read(BYTES, (2, 2, 2))
