@@ -14,8 +14,8 @@ from sopdeploy_service.api.schema import ClassifyRequest
 from sopdeploy_service.http.auth import require
 from sopdeploy_service.http.fetch import fetch
 from sopdeploy_service.http.forms import ImageForm
-from sopdeploy_service.http.problems import RejectedError
-from sopdeploy_service.http.strict_json import bad_request, decode_text, parse
+from sopdeploy_service.http.problems import RejectedError, bad_request
+from sopdeploy_service.http.strict_json import decode_text, parse
 from sopdeploy_service.images.decode import EncodedImage, has_image_signature, too_large_error
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import CLIENT_GONE, DEADLINE, Rejection

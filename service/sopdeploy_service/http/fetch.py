@@ -14,8 +14,7 @@ from socket import SOCK_STREAM
 
 import httpx
 
-from sopdeploy_service.http.problems import RejectedError
-from sopdeploy_service.http.strict_json import bad_request
+from sopdeploy_service.http.problems import RejectedError, bad_request
 from sopdeploy_service.inference.results import Rejection
 from sopdeploy_service.settings import Settings
 

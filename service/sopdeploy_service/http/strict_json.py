@@ -11,18 +11,13 @@ from typing import Any
 
 import orjson
 
-from sopdeploy_service.http.problems import RejectedError
+from sopdeploy_service.http.problems import RejectedError, bad_request
 from sopdeploy_service.inference.results import Rejection
 
 MAX_QUOTES = 10_000
 MAX_STRUCTURE = 100_000  # bytes outside of strings
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 WHITESPACE = b" \t\r\n\f\v"
-
-
-def bad_request(code: str, message: str) -> RejectedError:
-    """Create the error of an invalid request, status 400."""
-    return RejectedError(Rejection(code, 400, message))
 
 
 def parse(raw: bytes, limit: int) -> Any:
@@ -101,53 +96,3 @@ def decode_text(text: object, where: str) -> bytes:
         return binascii.a2b_base64(plain, strict_mode=True)
     except binascii.Error as problem:
         raise bad_request("bad_base64", f"{where}: not base64: {problem}") from problem
-
-
-def as_object(value: Any, what: str) -> dict[str, Any]:
-    """Check that *value* is a JSON object; None becomes an empty one."""
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise bad_request("malformed_request", f"{what}: must be an object")
-    return value
-
-
-def as_objects(value: Any, what: str) -> list[dict[str, Any]]:
-    """Check that *value* is a list of JSON objects; None becomes an empty one."""
-    if value is None:
-        return []
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise bad_request("malformed_request", f"{what}: must be a list of objects")
-    return value
-
-
-def as_text(value: Any, what: str) -> str:
-    """Check that *value* is a string."""
-    if not isinstance(value, str):
-        raise bad_request("malformed_request", f"{what}: must be a string")
-    return value
-
-
-def as_flag(value: Any, what: str) -> bool:
-    """Check that *value* is true or false; None becomes false."""
-    if value is not None and not isinstance(value, bool):
-        raise bad_request("malformed_request", f"{what}: must be true or false")
-    return bool(value)
-
-
-def as_count(value: Any, what: str, least: int = 0) -> int:
-    """Check that *value* is an integer of at least *least*; true, 1.0 and "1" are not."""
-    if type(value) is not int or value < least:
-        raise bad_request("malformed_request", f"{what}: must be an integer, {least} or more")
-    return value
-
-
-def unique_name(item: dict[str, Any], what: str, known: tuple[str, ...], seen: set[str]) -> str:
-    """Check that the name of *item* is in *known* and not yet in *seen*, and add it to *seen*."""
-    name = as_text(item.get("name"), f"{what}.name")
-    if name not in known:
-        raise bad_request(f"unknown_{what}", f"no {what} {name[:100]!r}; known: {', '.join(known)}")
-    if name in seen:
-        raise bad_request(f"duplicate_{what}", f"{what} {name!r} is given twice")
-    seen.add(name)
-    return name

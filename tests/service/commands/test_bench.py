@@ -8,14 +8,14 @@ from sopdeploy_service.commands import bench as timing
 from sopdeploy_service.settings import load_settings
 
 
-def test_the_batch_sizes_are_a_list_of_numbers() -> None:
+def test_batch_sizes_are_parsed() -> None:
     assert batch_sizes("1, 8,8") == (1, 8)
     for text in ("", "0x1", "1;8", "a", "-1", "²"):
         with pytest.raises(ConfigError, match="batch sizes"):
             batch_sizes(text)
 
 
-def test_latencies_come_with_tails_and_rates() -> None:
+def test_latencies_have_percentiles_and_rates() -> None:
     found = timing.summarize(4, [0.001 * n for n in range(1, 101)])
     assert found.median_ms == pytest.approx(50.5)
     assert found.p95_ms < found.p99_ms <= 100
@@ -28,7 +28,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_short")
-def test_a_bundle_is_timed_at_every_batch_size_with_what_a_figure_depends_on(bundle_path: Path) -> None:
+def test_a_bundle_is_timed_at_every_batch_size(bundle_path: Path) -> None:
     found = timing.bench(bundle_path, load_settings(threads=1), (1, 2))
     assert [row.batch for row in found.ours.latencies] == [1, 2]
     assert all(row.runs >= timing.MIN_RUNS for row in found.ours.latencies)
@@ -40,7 +40,7 @@ def test_a_bundle_is_timed_at_every_batch_size_with_what_a_figure_depends_on(bun
 
 
 @pytest.mark.usefixtures("_short")
-def test_two_bundles_are_timed_in_turn_and_compared(bundle_path: Path) -> None:
+def test_two_bundles_are_compared(bundle_path: Path) -> None:
     found = timing.bench(bundle_path, load_settings(threads=1), (1,), bundle_path)
     assert found.other is not None
     assert found.ratios["1"] == pytest.approx(
@@ -49,11 +49,11 @@ def test_two_bundles_are_timed_in_turn_and_compared(bundle_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_short")
-def test_a_batch_that_the_bundle_does_not_take_is_refused(bundle_path: Path) -> None:
+def test_an_unsupported_batch_size_is_rejected(bundle_path: Path) -> None:
     with pytest.raises(ConfigError, match="takes batches of 1 to"):
         timing.bench(bundle_path, load_settings(threads=1), (10_000,))
 
 
-def test_a_bundle_that_computes_something_else_is_not_timed(wrong_bundle_path: Path) -> None:
+def test_a_bundle_with_wrong_outputs_is_not_timed(wrong_bundle_path: Path) -> None:
     with pytest.raises(ParityError):
         timing.bench(wrong_bundle_path, load_settings(threads=1))

@@ -1,4 +1,4 @@
-"""A bundle, `predict` and a running service are measured to the same last digit."""
+"""Evaluating a bundle and a running service gives exactly the same scores as `predict`."""
 
 import subprocess
 import sys
@@ -14,36 +14,35 @@ from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.settings import Settings
 
 ONE_THREAD = Settings(threads=1)
-COLOURS = {"ant": (200, 30, 60), "bee": (90, 160, 30), "cat": (10, 90, 220), "dog": (200, 200, 20)}
+COLORS = {"ant": (200, 30, 60), "bee": (90, 160, 30), "cat": (10, 90, 220), "dog": (200, 200, 20)}
 REST = ("eel", "fox", "gnu")
 
 
-def silent(_done: int, _all: int) -> None:
-    """Say nothing."""
+def silent(_done: int, _all: int) -> None: ...
 
 
 @pytest.fixture
 def folder(tmp_path, make_picture):
-    """Two pictures of each of the tiny bundle's seven classes, in formats that differ."""
-    for label in (*COLOURS, *REST):
+    """Two images of each of the tiny bundle's seven classes, in two formats."""
+    for label in (*COLORS, *REST):
         (tmp_path / label).mkdir()
         for number, kind in enumerate(("JPEG", "PNG")):
-            colour = COLOURS.get(label, (40 * number, 120, 200))
-            body = make_picture(colour, size=(50 + 7 * number, 40), kind=kind)
+            color = COLORS.get(label, (40 * number, 120, 200))
+            body = make_picture(color, size=(50 + 7 * number, 40), kind=kind)
             (tmp_path / label / f"{number}.{kind.lower()}").write_bytes(body)
     (tmp_path / ".ipynb_checkpoints").mkdir()
     return tmp_path
 
 
-def test_a_bundle_predict_and_a_service_agree_to_the_last_digit(client, bundle_path, folder) -> None:
-    told: list[tuple[int, int]] = []
+def test_a_bundle_a_service_and_predict_agree_exactly(client, bundle_path, folder) -> None:
+    progress: list[tuple[int, int]] = []
     ours = scores_of_bundle(
-        bundle_path, folder, settings=ONE_THREAD, on_image=lambda *done: told.append(done)
+        bundle_path, folder, settings=ONE_THREAD, on_image=lambda *done: progress.append(done)
     )
     with Client(str(client.base_url)) as asking:
         labels, theirs = score_service(asking, folder, on_image=silent)
     assert (labels, theirs) == (ours.labels, ours.scores)
-    assert told == [(done, 14) for done in range(1, 15)]
+    assert progress == [(done, 14) for done in range(1, 15)]
     paths = [path for label in ours.labels for path in sorted((folder / label).iterdir())]
     predictions = predict(bundle_path, paths, Settings(threads=1, top_k=7))
     for one, prediction in zip(ours.scores, predictions, strict=True):
@@ -52,7 +51,7 @@ def test_a_bundle_predict_and_a_service_agree_to_the_last_digit(client, bundle_p
     assert classification_report(labels, theirs) == classification_report(ours.labels, ours.scores)
 
 
-def test_views_are_averaged_and_a_mirror_changes_nothing_for_the_mean_colour(bundle_path, folder) -> None:
+def test_views_are_averaged(bundle_path, folder) -> None:
     plain, flip, ten = (
         scores_of_bundle(bundle_path, folder, tta=tta, settings=ONE_THREAD, on_image=silent)
         for tta in ("none", "flip", "ten-crop")
@@ -65,7 +64,7 @@ def test_views_are_averaged_and_a_mirror_changes_nothing_for_the_mean_colour(bun
     )
 
 
-def test_other_classes_than_the_bundles_are_named(client, bundle_path, folder) -> None:
+def test_unknown_and_missing_classes_are_named(client, bundle_path, folder) -> None:
     (folder / "fox").rename(folder / "yak")
     message = "classes yak are not training classes.*training classes fox are missing"
     with pytest.raises(DataError, match=message):
@@ -74,7 +73,7 @@ def test_other_classes_than_the_bundles_are_named(client, bundle_path, folder) -
         score_service(asking, folder, on_image=silent)
 
 
-def test_an_empty_class_is_named(client, bundle_path, folder) -> None:
+def test_an_empty_class_folder_is_named(client, bundle_path, folder) -> None:
     for path in (folder / "fox").iterdir():
         path.unlink()
     with pytest.raises(DataError, match="fox: no images in this class folder"):
@@ -83,9 +82,7 @@ def test_an_empty_class_is_named(client, bundle_path, folder) -> None:
         score_service(asking, folder, on_image=silent)
 
 
-def test_a_picture_that_is_none_is_named_and_a_service_that_is_not_there_too(
-    client, bundle_path, folder
-) -> None:
+def test_a_bad_image_is_named_and_a_missing_service_is_an_error(client, bundle_path, folder) -> None:
     (folder / "gnu" / "0.jpeg").write_bytes(b"text")
     with pytest.raises(DataError, match=r"gnu/0\.jpeg: this is not an image"):
         scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_image=silent)
@@ -95,12 +92,12 @@ def test_a_picture_that_is_none_is_named_and_a_service_that_is_not_there_too(
         score_service(asking, folder, on_image=silent)
 
 
-def test_views_that_the_bundle_does_not_have_are_refused(bundle_path, folder) -> None:
+def test_an_unknown_tta_mode_is_rejected(bundle_path, folder) -> None:
     with pytest.raises(ConfigError, match="not one of none, flip, ten-crop"):
         scores_of_bundle(bundle_path, folder, tta="x", settings=ONE_THREAD, on_image=silent)
 
 
-def test_neither_a_bundle_nor_a_service_needs_torch_to_be_measured() -> None:
+def test_evaluating_a_bundle_or_a_service_does_not_import_torch() -> None:
     code = (
         "import sys; import sopdeploy.cli.app, sopdeploy.evaluation.sources, "
         "sopdeploy_service.commands.evaluate, "

@@ -1,4 +1,4 @@
-"""Without HTTP: the same numbers, and no trust in files that changed."""
+"""`predict` gives the results of HTTP; `verify` detects changed files and outputs."""
 
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_predict_and_http_give_the_same_probabilities(client, bundle_path, make_
         assert ours.probability == pytest.approx(theirs["probability"], abs=1e-6)
 
 
-def test_predict_answers_every_path_in_order_and_says_which_is_bad(bundle_path, jpeg, tmp_path):
+def test_predict_returns_every_path_in_order_with_its_error(bundle_path, jpeg, tmp_path):
     paths = [tmp_path / name for name in ("a.jpg", "b.txt", "c.jpg")]
     for path, body in zip(paths, (jpeg, b"text", jpeg), strict=True):
         path.write_bytes(body)
@@ -37,12 +37,12 @@ def test_predict_answers_every_path_in_order_and_says_which_is_bad(bundle_path, 
     assert (bad.error.code, bad.classes) == ("not_an_image", ())
 
 
-def test_predict_says_which_file_cannot_be_read(bundle_path, tmp_path):
+def test_predict_names_a_file_that_cannot_be_read(bundle_path, tmp_path):
     with pytest.raises(DataError, match=r"nothing\.jpg: cannot be read"):
         predict(bundle_path, [tmp_path / "nothing.jpg"], ONE_THREAD)
 
 
-def test_a_file_over_the_byte_limit_is_not_read_whole(bundle_path, tmp_path):
+def test_a_file_over_the_byte_limit_is_rejected(bundle_path, tmp_path):
     (tmp_path / "big").write_bytes(bytes(3000))
     settings = Settings(threads=1, max_body_bytes=2000)
     error = predict(bundle_path, [tmp_path / "big"], settings)[0].error
@@ -50,7 +50,7 @@ def test_a_file_over_the_byte_limit_is_not_read_whole(bundle_path, tmp_path):
     assert error.code == "too_large"
 
 
-def test_verify_reports_every_file_and_the_replay_at_two_batch_sizes(bundle_path, bundle):
+def test_verify_reports_the_files_and_the_replays_at_two_batch_sizes(bundle_path, bundle):
     report = verify(bundle_path, ONE_THREAD)
     assert (report.bundle, report.id) == (bundle_path.name, bundle.manifest.id)
     assert (report.files, report.device) == (5, "cpu")
@@ -59,55 +59,46 @@ def test_verify_reports_every_file_and_the_replay_at_two_batch_sizes(bundle_path
         assert entry.deviation["logits"] <= entry.tolerance["logits"]
 
 
-FILES = [
-    "manifest.json",
-    "model.onnx",
-    "labels.json",
-    "certificate.json",
-    "parity.json",
-    "probes.npz",
-]
+FILES = ["manifest.json", "model.onnx", "labels.json", "certificate.json", "parity.json", "probes.npz"]
 
 
-@pytest.mark.parametrize("place", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("position", [0.0, 0.5, 0.99])
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_in_any_file_is_found(bundle_path, tmp_path, name, place):
+def test_a_flipped_bit_in_any_file_is_detected(bundle_path, tmp_path, name, position):
     copy = Path(shutil.copytree(bundle_path, tmp_path / bundle_path.name))
     body = bytearray((copy / name).read_bytes())
-    body[int(place * len(body))] ^= 1
+    body[int(position * len(body))] ^= 1
     (copy / name).write_bytes(body)
     with pytest.raises(BundleError, match=name.replace(".", r"\.")):
         verify(copy, ONE_THREAD)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_missing_file_is_found(bundle_path, tmp_path, name):
+def test_a_missing_file_is_detected(bundle_path, tmp_path, name):
     copy = Path(shutil.copytree(bundle_path, tmp_path / bundle_path.name))
     (copy / name).unlink()
     with pytest.raises(BundleError, match=name.replace(".", r"\.")):
         verify(copy, ONE_THREAD)
 
 
-def test_verify_refuses_a_network_with_other_numbers(wrong_bundle_path):
+def test_verify_rejects_other_outputs(wrong_bundle_path):
     with pytest.raises(ParityError, match=r"deviates by 0\.01"):
         verify(wrong_bundle_path, ONE_THREAD)
 
 
 @pytest.mark.parametrize("options", [{"probes": 0}, {"output": "gate"}])
-def test_verify_refuses_probes_that_would_prove_nothing(make_bundle, tmp_path, options):
+def test_verify_rejects_probes_that_prove_nothing(make_bundle, tmp_path, options):
     with pytest.raises(BundleError, match=r"probes\.npz: does not probe every output"):
         verify(make_bundle(tmp_path, **options), ONE_THREAD)
 
 
-def test_without_onnxruntime_the_error_says_how_to_get_it(bundle_path, monkeypatch):
+def test_without_onnxruntime_the_error_says_how_to_install_it(bundle_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(RuntimeUnavailableError, match=r"pip install \"sopdeploy\[cpu\]\""):
         verify(bundle_path, ONE_THREAD)
 
 
-def test_a_start_runs_every_probe_in_batches_and_two_alone_and_verify_all_of_them_both_ways(
-    make_bundle, tmp_path
-):
+def test_a_start_replays_two_probes_alone_and_verify_all_of_them(make_bundle, tmp_path):
     path = make_bundle(tmp_path, probes=6)
     settings = Settings(threads=1)
     at_start = load_model(path, settings).replays
@@ -118,5 +109,5 @@ def test_a_start_runs_every_probe_in_batches_and_two_alone_and_verify_all_of_the
     assert [(entry.batch, entry.images) for entry in report.replays] == [(1, 6), (4, 6)]
 
 
-def test_a_start_says_how_long_each_step_of_opening_a_bundle_took(bundle_path):
+def test_loading_records_the_seconds_of_each_step(bundle_path):
     assert list(load_model(bundle_path, Settings(threads=1)).seconds) == ["hashes", "session", "probes"]

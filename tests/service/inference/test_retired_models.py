@@ -1,4 +1,4 @@
-"""A model that others have replaced is gone: its objects, its engine, its lines in the metrics."""
+"""A replaced model is released: its objects, its runtime and its metrics."""
 
 import asyncio
 import gc
@@ -32,16 +32,16 @@ Running = Callable[..., AbstractContextManager[httpx.Client]]
 
 @pytest.fixture
 def versions(tmp_path: Path, make_bundle: Callable[..., Path]) -> list[Path]:
-    """Four versions of the tiny network: the next one is never loaded already."""
+    """Four versions of the tiny network, so that the next one is never loaded yet."""
     return [make_bundle(tmp_path, probes=number) for number in (3, 4, 5, 6)]
 
 
-def ask_in_every_way(client: httpx.Client, jpeg: bytes) -> None:
-    """Ask as clients do, and leave once in the middle of a body and once while the engine is at work."""
+def send_every_kind_of_request(client: httpx.Client, jpeg: bytes) -> None:
+    """Send requests of every kind; disconnect once within a body and once during inference."""
     replies = [
         client.post("/v1/classify", content=jpeg),
-        client.post("/v1/classify", files=[("image", jpeg), ("image", b"no picture")]),
-        client.post("/v1/classify", content=b"no picture"),
+        client.post("/v1/classify", files=[("image", jpeg), ("image", b"text")]),
+        client.post("/v1/classify", content=b"text"),
         client.get("/v2/models/tiny"),
         client.get("/v2/models/tiny/stats"),
         client.get("/selftest"),
@@ -68,35 +68,35 @@ def alive(models: list[weakref.ref[Model]]) -> int:
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    """Only counted references: the collector does not know how large an engine is and may come late."""
+    """Disable the garbage collector: reference counting must release a model."""
     gc.disable()
     yield
     gc.enable()
 
 
 @pytest.mark.usefixtures("no_collector")
-def test_no_replaced_model_outlives_its_requests_though_their_connections_stay(
+def test_a_replaced_model_is_released_though_idle_connections_stay(
     versions: list[Path], run_server: Running, jpeg: bytes, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = OnnxRuntime.run
     monkeypatch.setattr(OnnxRuntime, "run", lambda self, images: time.sleep(0.05) or run(self, images))
     first = load_model(versions[0], SETTINGS)
-    shelf = BundleStore([f"tiny={versions[0]}"])
-    with run_server(first.runtime, first.bundle, SETTINGS, shelf=shelf) as client:
+    store = BundleStore([f"tiny={versions[0]}"])
+    with run_server(first.runtime, first.bundle, SETTINGS, shelf=store) as client:
         models = [weakref.ref(client.app.state.service.registry.find())]
         idle = []
         for number in range(1, 7):
             idle.append(connect(client))
             idle[-1].sendall(POST + b"Content-Length: %d\r\n\r\n" % len(jpeg) + jpeg)
             assert read(idle[-1], to_the_end=False).status == 200
-            ask_in_every_way(client, jpeg)
+            send_every_kind_of_request(client, jpeg)
             models.append(replace(client, versions[number % 4]))
-        until(lambda: alive(models) == 2)  # the one that answers and the one before it
+        until(lambda: alive(models) == 2)  # the current and the previous one
         for wire in idle:
             wire.close()
 
 
-def test_the_metrics_have_no_more_lines_after_many_swaps(
+def test_the_metrics_do_not_grow_with_the_number_of_swaps(
     versions: list[Path], run_server: Running, jpeg: bytes, until: Any
 ) -> None:
     first = load_model(versions[0], SETTINGS)
@@ -112,7 +112,7 @@ def test_the_metrics_have_no_more_lines_after_many_swaps(
 
         counts = []
         for number in range(1, 13):
-            ask_in_every_way(client, jpeg)
+            send_every_kind_of_request(client, jpeg)
             replace(client, versions[number % 4])
             until(lambda: bundles() == 2)
             counts.append(lines())
@@ -120,29 +120,29 @@ def test_the_metrics_have_no_more_lines_after_many_swaps(
 
 
 @pytest.mark.usefixtures("no_collector")
-def test_a_server_does_not_keep_the_engine_that_it_started_with(
+def test_a_server_does_not_keep_its_first_runtime(
     versions: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engines: list[weakref.ref[OnnxRuntime]] = []
-    open_first = server.load_model
+    runtimes: list[weakref.ref[OnnxRuntime]] = []
+    load_original = server.load_model
 
     def opened(path: Path, settings: Settings) -> Any:
-        inference = open_first(path, settings)
-        engines.append(weakref.ref(inference.runtime))
-        return inference
+        loaded = load_original(path, settings)
+        runtimes.append(weakref.ref(loaded.runtime))
+        return loaded
 
-    async def swaps(repository: ModelRegistry) -> None:
-        repository.start()
+    async def swaps(registry: ModelRegistry) -> None:
+        registry.start()
         for path in versions[1:3]:
-            assert isinstance(await repository.load("tiny", path.name), Model)
+            assert isinstance(await registry.load("tiny", path.name), Model)
         end = time.monotonic() + 20
-        while engines[0]() is not None and time.monotonic() < end:
+        while runtimes[0]() is not None and time.monotonic() < end:
             await asyncio.sleep(0.02)
-        await repository.stop()
+        await registry.stop()
 
     def run(self: Any, sockets: object) -> None:
         asyncio.run(swaps(self._service.registry))
-        gone.append(engines[0]() is None)
+        gone.append(runtimes[0]() is None)
 
     gone: list[bool] = []
     monkeypatch.setattr(server, "load_model", opened)
@@ -152,15 +152,15 @@ def test_a_server_does_not_keep_the_engine_that_it_started_with(
     assert gone == [True]
 
 
-def test_a_version_that_does_not_end_well_is_forgotten_and_told(
+def test_a_version_that_fails_to_stop_is_logged_and_forgotten(
     versions: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def life() -> None:
         metrics = Metrics()
-        shelf = BundleStore([f"tiny={versions[0]}"])
-        repository = ModelRegistry({"tiny": load_model(versions[0], SETTINGS)}, SETTINGS, metrics, shelf)
-        repository.start()
-        first = repository.find()
+        store = BundleStore([f"tiny={versions[0]}"])
+        registry = ModelRegistry({"tiny": load_model(versions[0], SETTINGS)}, SETTINGS, metrics, store)
+        registry.start()
+        first = registry.find()
         assert isinstance(first, Model)
         stop = first.stop
 
@@ -170,13 +170,13 @@ def test_a_version_that_does_not_end_well_is_forgotten_and_told(
 
         monkeypatch.setattr(first, "stop", fails)
         for path in versions[1:3]:
-            await repository.load("tiny", path.name)
+            await registry.load("tiny", path.name)
         gone = open_bundle(versions[0]).manifest.id
         end = time.monotonic() + 20
         while gone in metrics.render().decode():
             assert time.monotonic() < end
             await asyncio.sleep(0.01)
-        await repository.stop()  # would stop it once more, and fail
+        await registry.stop()  # would stop it once more, and fail
 
     with caplog.at_level(logging.ERROR, "sopdeploy.models"):
         asyncio.run(life())

@@ -1,4 +1,4 @@
-"""Spans, kept in memory: their parents, their links and what a server without the extra says."""
+"""Spans in memory: their parents and links, and a server without OpenTelemetry."""
 
 import asyncio
 import sys
@@ -43,7 +43,7 @@ def named(spans: InMemorySpanExporter, name: str) -> list:
     return [span for span in spans.get_finished_spans() if span.name == name]
 
 
-def test_a_request_has_its_stages_below_it_in_the_trace_of_its_caller(client, spans, jpeg, until):
+def test_stages_are_children_of_the_request_in_the_trace_of_the_client(client, spans, jpeg, until):
     reply = client.post("/v1/classify", content=jpeg, headers={"traceparent": PARENT})
     assert reply.status_code == 200
     until(lambda: named(spans, "/v1/classify"))
@@ -60,7 +60,7 @@ def test_a_request_has_its_stages_below_it_in_the_trace_of_its_caller(client, sp
     assert infer.end_time - infer.start_time >= 25e6
 
 
-def test_a_batch_is_a_span_of_its_own_linked_to_every_request_in_it(client, spans, jpeg, until):
+def test_a_batch_is_a_root_span_linked_to_each_of_its_requests(client, spans, jpeg, until):
     with ThreadPoolExecutor(9) as pool:
         replies = list(pool.map(lambda _: client.post("/v1/classify", content=jpeg), range(9)))
     assert all(reply.status_code == 200 for reply in replies)
@@ -74,27 +74,27 @@ def test_a_batch_is_a_span_of_its_own_linked_to_every_request_in_it(client, span
     assert sum(span.attributes["sopdeploy.images"] for span in batches) == 9
 
 
-def test_a_form_is_linked_once_to_a_batch_that_holds_all_its_images(client, spans, jpeg, until):
+def test_a_batch_is_linked_once_to_a_form(client, spans, jpeg, until):
     client.post("/v1/classify", files=[("image", jpeg)] * 6)
     until(lambda: sum(span.attributes["sopdeploy.images"] for span in named(spans, "batch")) == 6)
     assert all(len(span.links) == 1 for span in named(spans, "batch"))
 
 
-def test_what_the_caller_does_not_sample_and_probes_leave_no_span(client, spans, jpeg):
+def test_unsampled_requests_and_probes_leave_no_span(client, spans, jpeg):
     client.post("/v1/classify", content=jpeg, headers={"traceparent": UNSAMPLED})
     client.get("/readyz")
     assert client.get("/info", headers={"traceparent": "nonsense"}).status_code == 200
     assert {span.name for span in spans.get_finished_spans()} <= {"/info"}
 
 
-def test_tracing_without_the_extra_is_one_clear_line(monkeypatch, bundle_path: Path):
+def test_tracing_without_opentelemetry_is_a_config_error(monkeypatch, bundle_path: Path):
     monkeypatch.delitem(sys.modules, "sopdeploy_service.observability.tracing", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     with pytest.raises(ConfigError, match=r"^tracing: .*sopdeploy\[otel\]"):
         serve([bundle_path], Settings(port=0, tracing=True))
 
 
-def test_without_the_setting_nothing_of_it_is_loaded(monkeypatch):
+def test_opentelemetry_is_imported_only_if_enabled(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     monkeypatch.delitem(sys.modules, "sopdeploy_service.observability.tracing", raising=False)
     with open_tracing(Settings()) as open_trace:
@@ -102,7 +102,7 @@ def test_without_the_setting_nothing_of_it_is_loaded(monkeypatch):
     assert "sopdeploy_service.observability.tracing" not in sys.modules
 
 
-def test_a_collector_that_is_not_there_costs_no_request_and_little_time(monkeypatch, caplog):
+def test_a_missing_collector_does_not_fail_requests(monkeypatch, caplog):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     began = asyncio.new_event_loop()
     try:

@@ -29,6 +29,8 @@ from sopdeploy_service.http.strict_json import check_length, decode_text, parse
 
 MICROSECONDS = 1e6
 MAX_DIGITS = 20  # of the header; `int` rejects thousands of digits
+SHAPE_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 1}}
+SHAPE_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 1}}
 LENGTH_BYTES = 4  # before every element of a binary BYTES tensor
 
 
@@ -52,9 +54,7 @@ class InputTensor(Body):
     name: str = Field(description="the bundle's input, or `IMAGE` for encoded images")
     datatype: str = Field(json_schema_extra={"enum": ["UINT8", "FP32", "BYTES"]})
     # `shape` and `data` are checked against the tensor, with error codes of their own.
-    shape: Annotated[Any, WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 1}})] = (
-        None
-    )
+    shape: Annotated[Any, WithJsonSchema(SHAPE_SCHEMA)] = None
     parameters: InputParameters | None = None
     data: Annotated[Any, WithJsonSchema({"type": "array", "items": {}})] = Field(
         None, description="row by row, flat or nested; BYTES as base64"
