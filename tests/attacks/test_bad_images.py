@@ -1,6 +1,4 @@
-"""Images made to do harm: whatever the bytes, the decoder answers with pixels or an `ImageError`,
-soon, and without allocating what a header only promises.
-"""
+"""Hostile images: the decoder returns pixels or an `ImageError`, quickly and with little memory."""
 
 import io
 import os
@@ -51,13 +49,13 @@ def attack(body: bytes, *, max_pixels: int = 50_000_000) -> str | None:
 def seed(kind: str) -> bytes:
     file = io.BytesIO()
     rng = np.random.default_rng(3)
-    picture = Image.fromarray(rng.integers(0, 256, (24, 31, 3), dtype=np.uint8))
+    image = Image.fromarray(rng.integers(0, 256, (24, 31, 3), dtype=np.uint8))
     if kind == "GIF":
-        picture.save(file, kind, save_all=True, append_images=[picture.rotate(90)], loop=0)
+        image.save(file, kind, save_all=True, append_images=[image.rotate(90)], loop=0)
     elif kind == "PNG":
-        picture.convert("P").save(file, kind, transparency=0)
+        image.convert("P").save(file, kind, transparency=0)
     else:
-        picture.save(file, kind)
+        image.save(file, kind)
     return file.getvalue()
 
 
@@ -67,7 +65,7 @@ MAGICS = [body[:12] for body in SEEDS.values()] + [b"GIF87a", b"BM", b"RIFF....W
 
 @FUZZ
 @given(magic=st.sampled_from(MAGICS), rest=st.binary(max_size=300))
-def test_random_bytes_behind_a_known_beginning_are_refused_or_read(magic: bytes, rest: bytes):
+def test_random_bytes_after_a_known_magic_are_refused_or_read(magic: bytes, rest: bytes):
     attack(magic + rest, max_pixels=1_000_000)
 
 
@@ -95,7 +93,7 @@ def png(width: int, height: int, *, data: bytes = b"", extra: bytes = b"") -> by
 
 
 def gif(canvas: tuple[int, int], frame: tuple[int, int]) -> bytes:
-    """A GIF whose only frame may be larger than its canvas."""
+    """Make a GIF whose only frame can be larger than its canvas."""
     head = b"GIF89a" + struct.pack("<HHBBB", *canvas, 0x80, 0, 0) + bytes(6)
     return head + b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + b"\x02\x02\x44\x01\x00;"
 
@@ -123,9 +121,9 @@ def test_a_pixel_bomb_is_refused_by_its_header(name: str) -> None:
     assert grown < 20_000  # kB
 
 
-def blank(depth: int, colour: int, channels: int) -> bytes:
-    """A PNG of 16 megapixels in a few kB."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4000, 4000, depth, colour, 0, 0, 0))
+def blank(depth: int, color: int, channels: int) -> bytes:
+    """Make a PNG of 16 megapixels in a few kB."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4000, 4000, depth, color, 0, 0, 0))
     data = zlib.compress(bytes((1 + 4000 * channels * depth // 8) * 4000), 9)
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
@@ -149,14 +147,14 @@ print(peak() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read as Linux tells it")
 @pytest.mark.parametrize(
-    ("depth", "colour", "channels"), [(16, 0, 1), (8, 4, 2), (8, 6, 4)], ids=["16 bits", "LA", "RGBA"]
+    ("depth", "color", "channels"), [(16, 0, 1), (8, 4, 2), (8, 6, 4)], ids=["16 bits", "LA", "RGBA"]
 )
-def test_a_large_picture_of_any_mode_costs_about_twice_its_rgb(
-    depth: int, colour: int, channels: int
+def test_a_large_image_of_any_mode_needs_about_twice_its_rgb_size(
+    depth: int, color: int, channels: int
 ) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PEAK],
-        input=blank(depth, colour, channels),
+        input=blank(depth, color, channels),
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         check=True,

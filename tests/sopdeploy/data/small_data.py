@@ -1,4 +1,4 @@
-"""A few random pictures in the layouts that the data sources read."""
+"""A few random images in the layouts that the data sources read."""
 
 import hashlib
 import io
@@ -15,7 +15,7 @@ from sopdeploy.data.datasets.small import CIFAR
 
 
 def jpeg(seed: int, size: tuple[int, int] = (40, 32), ending: str = "JPEG") -> bytes:
-    """Return a picture of random pixels."""
+    """Encode an image of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, ending)
@@ -23,7 +23,7 @@ def jpeg(seed: int, size: tuple[int, int] = (40, 32), ending: str = "JPEG") -> b
 
 
 def write_classes(root: Path, labels: Sequence[str], each: int = 2, seed: int = 0) -> Path:
-    """Write *each* pictures of every class below *root*, no two alike."""
+    """Write *each* images of every class below *root*, all different."""
     for number, label in enumerate(labels):
         folder = root / label
         folder.mkdir(parents=True)
@@ -33,14 +33,14 @@ def write_classes(root: Path, labels: Sequence[str], each: int = 2, seed: int = 
 
 
 def write_photos(root: Path) -> Path:
-    """Write train/ and val/ with two classes of four and two pictures."""
+    """Write train/ and val/ with two classes of four and two images."""
     write_classes(root / "train", ("cat", "dog"), 4)
     write_classes(root / "val", ("cat", "dog"), 2, seed=500)
     return root
 
 
 def tar_of(folder: Path, path: Path, name: str = ".") -> Path:
-    """Write the tar file *path* of what lies in *folder*, below *name*."""
+    """Write the content of *folder* to the tar file *path*, below *name*."""
     with tarfile.open(path, "w") as archive:
         archive.add(folder, arcname=name)
     return path
@@ -74,7 +74,7 @@ def write_cifar(root: Path, kind: str, monkeypatch: Any) -> Path:
 
 
 def planes(count: int, side: int, seed: int = 0) -> np.ndarray:
-    """Return random pictures (count, 3 * side * side), plane by plane."""
+    """Make random images (count, 3 * side * side), plane by plane."""
     return np.random.default_rng(seed).integers(0, 256, (count, 3 * side * side), dtype=np.uint8)
 
 

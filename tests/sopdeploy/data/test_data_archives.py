@@ -29,7 +29,7 @@ def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def same(left, right) -> bool:
-    """Say whether two parts hold the same pictures and classes in the same order."""
+    """Say whether two parts hold the same images and classes in the same order."""
     return (
         left.labels == right.labels
         and left.paths.tolist() == right.paths.tolist()
@@ -42,21 +42,21 @@ def same(left, right) -> bool:
 
 
 @pytest.mark.parametrize("name", [".", "photos", "a/b"])
-def test_an_archive_is_read_as_the_folder_it_was_made_of(tmp_path, name) -> None:
+def test_an_archive_equals_the_folder_it_was_made_of(tmp_path, name) -> None:
     photos = write_photos(tmp_path / "photos")
     folder, archive = open_at(photos), open_at(tar_of(photos, tmp_path / "p.tar", name))
     assert same(folder.train, archive.train)
     assert same(folder.held_out, archive.held_out)
 
 
-def test_an_archive_without_parts_is_split_as_its_folder_is(tmp_path) -> None:
+def test_an_archive_without_parts_is_split_like_its_folder(tmp_path) -> None:
     photos = write_classes(tmp_path / "photos", ("a", "b"), 9)
     folder, archive = open_at(photos), open_at(tar_of(photos, tmp_path / "p.tar"))
     assert same(folder.train, archive.train)
     assert same(folder.held_out, archive.held_out)
 
 
-def test_shards_are_one_data_set_and_may_stand_for_train_and_val(tmp_path) -> None:
+def test_shards_are_one_dataset_and_can_be_train_and_val(tmp_path) -> None:
     photos = write_photos(tmp_path / "photos")
     shards = tmp_path / "shards"
     for part in ("train", "val"):
@@ -70,7 +70,7 @@ def test_shards_are_one_data_set_and_may_stand_for_train_and_val(tmp_path) -> No
     assert same(open_at(shards).held_out, open_at(photos).held_out)
 
 
-def test_an_archive_for_each_class_or_part_stands_for_a_folder_of_its_name(tmp_path) -> None:
+def test_an_archive_per_class_or_part_is_a_folder_of_its_name(tmp_path) -> None:
     photos = write_photos(tmp_path / "photos")
     (tmp_path / "tars" / "train").mkdir(parents=True)
     for label in ("cat", "dog"):
@@ -94,7 +94,7 @@ def test_an_archive_of_archives_is_read_in_place(tmp_path) -> None:
     assert store.read(b"dog/3.jpg") == (photos / "train" / "dog" / "3.jpg").read_bytes()
 
 
-def test_hidden_members_links_and_other_files_are_left_out(tmp_path) -> None:
+def test_hidden_members_symlinks_and_other_files_are_ignored(tmp_path) -> None:
     with tarfile.open(tmp_path / "p.tar", "w") as archive:
         for name in ("a/1.jpg", "a/.hidden.jpg", ".trash/x/1.jpg", "a/notes.txt", "../up/1.jpg", "b/1.png"):
             add(archive, name, jpeg(1))
@@ -110,7 +110,7 @@ def test_hidden_members_links_and_other_files_are_left_out(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("ending", "opener"), [("xz", lzma.open), ("gz", gzip.open)])
-def test_a_compressed_archive_is_unpacked_once_and_says_so(tmp_path, ending, opener) -> None:
+def test_a_compressed_archive_is_decompressed_once_with_a_message(tmp_path, ending, opener) -> None:
     photos = write_photos(tmp_path / "photos")
     plain, packed = tar_of(photos, tmp_path / "p.tar"), tmp_path / f"p.tar.{ending}"
     with opener(packed, "wb") as file:
@@ -143,7 +143,7 @@ def test_a_damaged_compressed_archive_leaves_nothing_behind(tmp_path, keep) -> N
     ],
     ids=["text", "cut", "empty"],
 )
-def test_a_file_that_is_no_whole_archive_is_named(tmp_path, spoil, message) -> None:
+def test_a_damaged_archive_is_named(tmp_path, spoil, message) -> None:
     path = tar_of(write_photos(tmp_path / "photos"), tmp_path / "p.tar")
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(DataError, match=message) as problem:
@@ -152,7 +152,7 @@ def test_a_file_that_is_no_whole_archive_is_named(tmp_path, spoil, message) -> N
     assert "\n" not in str(problem.value)
 
 
-def test_one_name_in_two_shards_is_an_error_with_both(tmp_path) -> None:
+def test_one_name_in_two_shards_is_an_error(tmp_path) -> None:
     photos = write_classes(tmp_path / "photos", ("a", "b"))
     (tmp_path / "shards").mkdir()
     for number in (1, 2):
@@ -161,7 +161,7 @@ def test_one_name_in_two_shards_is_an_error_with_both(tmp_path) -> None:
         open_at(tmp_path / "shards")
 
 
-def test_an_index_is_kept_and_made_anew_when_it_or_the_archive_changes(tmp_path) -> None:
+def test_an_index_is_rebuilt_when_it_or_the_archive_changes(tmp_path) -> None:
     photos = write_photos(tmp_path / "photos")
     path, cache = tar_of(photos, tmp_path / "p.tar"), cache_folder(tmp_path / "cache")
     first = load_index(path, cache)
@@ -177,7 +177,7 @@ def test_an_index_is_kept_and_made_anew_when_it_or_the_archive_changes(tmp_path)
     assert len(load_index(path, cache).names) == len(first.names) + 1
 
 
-def test_a_folder_of_others_is_no_cache(tmp_path, monkeypatch) -> None:
+def test_a_cache_folder_writable_by_others_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     assert cache_folder(None).stat().st_mode & 0o777 == 0o700
     cache_folder(None).chmod(0o777)

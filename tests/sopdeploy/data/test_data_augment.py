@@ -29,22 +29,22 @@ WAYS = [
 SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
 
 
-def pictures(count: int = 12) -> ArrayImages:
+def images(count: int = 12) -> ArrayImages:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, 30, 20, 3), dtype=np.uint8)
     return ArrayImages(("a", "b"), images, np.arange(count) % 2)
 
 
 def arrays(way, seed: int, epoch: int) -> np.ndarray:
-    view = AugmentedDataset(pictures(), way, RULES, seed, epoch)
+    view = AugmentedDataset(images(), way, RULES, seed, epoch)
     assert view.labels == ("a", "b")
     return np.stack([view[index][0] for index in range(len(view))])
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.kind)
-def test_augmentation_is_a_function_of_seed_epoch_and_sample(way) -> None:
+def test_augmentation_depends_on_seed_epoch_and_sample_only(way) -> None:
     first = arrays(way, seed=1, epoch=2)
-    view = AugmentedDataset(pictures(), way, RULES, 1, 2)
+    view = AugmentedDataset(images(), way, RULES, 1, 2)
     assert np.array_equal(np.stack([view[i][0] for i in reversed(range(12))])[::-1], first)
     assert not np.array_equal(arrays(way, seed=1, epoch=3), first)
     assert not np.array_equal(arrays(way, seed=2, epoch=2), first)
@@ -55,7 +55,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_sample(way) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (700, 3), (16, 16), (31, 40)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "I;16"])
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.kind)
-def test_pictures_of_any_size_and_mode_become_the_networks_input(way, mode, size) -> None:
+def test_images_of_any_size_and_mode_are_augmented(way, mode, size) -> None:
     class One:
         labels = ("a",)
 
@@ -69,19 +69,19 @@ def test_pictures_of_any_size_and_mode_become_the_networks_input(way, mode, size
     assert array.shape == (16, 16, 3)
 
 
-def test_a_centre_crop_without_mirroring_is_what_evaluation_sees() -> None:
-    view = AugmentedDataset(pictures(), CenterCrop(kind="center"), RULES, 0, 0)
-    assert all(np.array_equal(view[i][0], RULES(pictures()[i][0])) for i in range(12))
+def test_a_center_crop_without_mirroring_equals_preprocessing() -> None:
+    view = AugmentedDataset(images(), CenterCrop(kind="center"), RULES, 0, 0)
+    assert all(np.array_equal(view[i][0], RULES(images()[i][0])) for i in range(12))
 
 
 def test_about_half_of_the_pictures_are_mirrored() -> None:
-    many = pictures(400)
+    many = images(400)
     view = AugmentedDataset(many, CenterCrop(kind="center", flip=0.5), RULES, 0, 0)
     mirrored = sum(np.array_equal(view[i][0], RULES(many[i][0])[:, ::-1]) for i in range(400))
     assert 160 < mirrored < 240
 
 
-def test_a_padded_crop_takes_every_shift_and_pads_with_black() -> None:
+def test_a_padded_crop_uses_every_shift_and_black_padding() -> None:
     rules, way = Preprocess(resize=4, crop=4), PadCrop(kind="pad-crop", pad=1)
     white = Image.new("RGB", (4, 4), "white")
     seen = {way.crop(white, rules, Random(seed)).tobytes() for seed in range(300)}
@@ -90,7 +90,7 @@ def test_a_padded_crop_takes_every_shift_and_pads_with_black() -> None:
 
 
 @given(size=SIZES, seed=st.integers(0, 2**63))
-def test_a_random_resized_box_lies_in_the_picture_and_has_an_allowed_area(size, seed) -> None:
+def test_a_random_resized_box_is_inside_the_image_with_an_allowed_area(size, seed) -> None:
     way = RandomResizedCrop(kind="random-resized-crop", scale=(0.08, 1.0))
     left, top, right, bottom = way.box(size, 224, Random(seed))
     assert 0 <= left < right <= size[0]
@@ -101,7 +101,7 @@ def test_a_random_resized_box_lies_in_the_picture_and_has_an_allowed_area(size, 
 
 
 @given(size=SIZES, crop=st.integers(1, 300), seed=st.integers(0, 2**63))
-def test_a_window_of_random_scale_lies_in_the_picture_and_is_square(size, crop, seed) -> None:
+def test_a_random_side_box_is_square_and_inside_the_image(size, crop, seed) -> None:
     left, top, right, bottom = RandomSide(kind="random-side").box(size, crop, Random(seed))
     assert 0 <= left < right <= size[0]
     assert 0 <= top < bottom <= size[1]
@@ -111,7 +111,7 @@ def test_a_window_of_random_scale_lies_in_the_picture_and_is_square(size, crop, 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["upright", "turned by EXIF"])
 @pytest.mark.parametrize("kind", ["random-resized-crop", "random-side"])
-def test_a_draft_shows_the_same_part_a_few_grey_levels_off(tmp_path, kind, turned) -> None:
+def test_a_draft_shows_the_same_part_a_few_gray_levels_off(tmp_path, kind, turned) -> None:
     y, x = np.mgrid[0:400, 0:600] / 600
     pixels = np.stack([255 * x, 255 * y, 127 * (1 + np.sin(9 * x + 5 * y))], axis=-1).astype(np.uint8)
     exif = Image.Exif()
@@ -119,13 +119,13 @@ def test_a_draft_shows_the_same_part_a_few_grey_levels_off(tmp_path, kind, turne
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         Image.fromarray(pixels).save(tmp_path / name / "1.jpg", quality=95, exif=exif)
-    pictures = open_classes(tmp_path, ("a", "b"))
+    images = open_classes(tmp_path, ("a", "b"))
     rules = Preprocess(resize=72, crop=64)
     way = {"kind": kind, "flip": 0.5} | ({"sides": (66, 100)} if kind == "random-side" else {})
     full, draft = (
         [
             AugmentedDataset(
-                pictures, TypeAdapter(Augmentation).validate_python(way | switch), rules, 0, epoch
+                images, TypeAdapter(Augmentation).validate_python(way | switch), rules, 0, epoch
             )[0]
             for epoch in range(12)
         ]

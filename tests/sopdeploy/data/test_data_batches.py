@@ -37,18 +37,16 @@ def test_the_order_changes_with_seed_and_epoch() -> None:
 
 
 @given(samples=st.integers(0, 500), size=st.integers(1, 70))
-def test_evaluation_goes_through_the_samples_in_their_order(samples, size) -> None:
+def test_sequential_batches_keep_the_order(samples, size) -> None:
     batches = sequential_batches(samples, size)
     assert [index for batch in batches for index in batch] == list(range(samples))
     assert all(len(batch) == size for batch in batches[:-1])
 
 
-def test_batches_are_the_same_with_any_number_of_loader_processes() -> None:
+def test_batches_do_not_depend_on_the_number_of_workers() -> None:
     images = np.random.default_rng(0).integers(0, 256, (30, 12, 12, 3), dtype=np.uint8)
-    pictures = ArrayImages(("a", "b"), images, np.arange(30) % 2)
-    view = AugmentedDataset(
-        pictures, PadCrop(kind="pad-crop", flip=0.5), Preprocess(resize=12, crop=12), 0, 0
-    )
+    images = ArrayImages(("a", "b"), images, np.arange(30) % 2)
+    view = AugmentedDataset(images, PadCrop(kind="pad-crop", flip=0.5), Preprocess(resize=12, crop=12), 0, 0)
     alone, shared = (
         list(load_batches(view, shuffled_batches(30, 8, 0, 0), workers, CPU)) for workers in (0, 2)
     )
@@ -74,7 +72,7 @@ class Spoilt:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_picture_is_one_line_also_from_a_loader_process(workers) -> None:
+def test_an_unreadable_image_is_one_line_also_from_a_worker(workers) -> None:
     with pytest.raises(DataError) as problem:
         list(load_batches(Spoilt(), sequential_batches(8, 2), workers, CPU))
     assert str(problem.value) == "a/5.jpg: cannot be read; repair or delete it"

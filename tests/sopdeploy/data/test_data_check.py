@@ -15,7 +15,7 @@ from tests.sopdeploy.data.small_data import jpeg, tar_of, write_classes, write_p
 
 @pytest.fixture
 def photos(tmp_path):
-    """Return photos with a copy in val/, the same pixels in another class, and odd ones."""
+    """Write photos with a copy in val/, duplicate pixels in another class, and unusual images."""
     root = write_photos(tmp_path / "photos")
     (root / "val" / "cat" / "copy.jpg").write_bytes((root / "train" / "cat" / "0.jpg").read_bytes())
     Image.open(root / "train" / "cat" / "1.jpg").save(root / "train" / "dog" / "same.png")
@@ -47,7 +47,7 @@ def test_duplicates_are_found_by_bytes_and_by_pixels_across_parts_and_classes(ph
     assert [file.rpartition("photos/")[2] for file in same.files] == ["train/cat/1.jpg", "train/dog/same.png"]
 
 
-def test_odd_pictures_are_named_with_why(photos) -> None:
+def test_unusual_images_are_named_with_the_reason(photos) -> None:
     strange = {
         why: [file.rpartition("/")[2] for file in files] for why, files in check(photos).strange.items()
     }
@@ -60,14 +60,14 @@ def test_odd_pictures_are_named_with_why(photos) -> None:
     }
 
 
-def test_an_archive_is_checked_as_its_folder_is(photos, tmp_path) -> None:
+def test_an_archive_is_checked_like_its_folder(photos, tmp_path) -> None:
     folder, archive = check(photos), check(tar_of(photos, tmp_path / "p.tar"))
     assert folder.parts == archive.parts
     assert folder.formats == archive.formats
     assert len(folder.duplicates) == len(archive.duplicates)
 
 
-def test_every_file_that_cannot_be_read_is_named(photos) -> None:
+def test_every_unreadable_file_is_named(photos) -> None:
     (photos / "train" / "cat" / "2.jpg").write_bytes(b"text")
     (photos / "val" / "dog" / "1.jpg").write_bytes(jpeg(3)[:-200])
     found = check(photos)
@@ -76,13 +76,13 @@ def test_every_file_that_cannot_be_read_is_named(photos) -> None:
         found.must_be_usable()
 
 
-def test_a_class_of_one_picture_cannot_be_split(tmp_path) -> None:
+def test_a_class_of_one_image_cannot_be_split(tmp_path) -> None:
     write_classes(tmp_path / "p", ("a", "b"), 1)
     with pytest.raises(DataError, match="a: only one image; add another"):
         check(tmp_path / "p").must_be_usable()
 
 
-def test_the_verb_prints_tables_or_json_and_ends_with_2_where_a_run_would_fail(photos) -> None:
+def test_the_command_prints_tables_or_json_and_exits_with_2_if_unusable(photos) -> None:
     found = CliRunner().invoke(app, ["data", "check", str(photos)])
     assert (found.exit_code, found.stderr) == (0, "")
     assert "1 both to learn from and to measure on, 1 of different classes" in found.stdout

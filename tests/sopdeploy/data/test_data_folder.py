@@ -26,16 +26,16 @@ def make(root: Path, **counts: int) -> Path:
     return root
 
 
-def names(pictures) -> list[str]:
-    assert isinstance(pictures, ImageFiles)
-    return [os.fsdecode(path) for path in pictures.paths]
+def names(images) -> list[str]:
+    assert isinstance(images, ImageFiles)
+    return [os.fsdecode(path) for path in images.paths]
 
 
 def open_at(path: Path, **settings: object):
     return open_folder(FolderConfig(kind="folder", path=path, **settings))
 
 
-def test_classes_are_sorted_and_hidden_folders_and_other_files_ignored(tmp_path) -> None:
+def test_classes_are_sorted_and_hidden_and_other_files_ignored(tmp_path) -> None:
     make(tmp_path, zebra=5, ant=5, Bee=5)
     paint(tmp_path / ".ipynb_checkpoints" / "copy.png")
     paint(tmp_path / "ant" / ".hidden.png")
@@ -48,7 +48,7 @@ def test_classes_are_sorted_and_hidden_folders_and_other_files_ignored(tmp_path)
 
 
 @pytest.mark.parametrize("ending", ["jpg", "JPEG", "png", "webp", "bmp", "tif", "gif", "PPM"])
-def test_every_ending_is_read(tmp_path, ending) -> None:
+def test_every_image_suffix_is_read(tmp_path, ending) -> None:
     make(tmp_path, a=2, b=2)
     paint(tmp_path / "c" / f"one.{ending}")
     paint(tmp_path / "c" / "below" / f"two.{ending}")
@@ -68,7 +68,7 @@ def test_a_split_is_the_same_every_time_and_changes_with_its_own_seed(tmp_path) 
     assert not set(held) & set(names(open_at(tmp_path).train))
 
 
-def test_a_copy_of_the_folder_elsewhere_is_split_alike(tmp_path) -> None:
+def test_a_copy_of_the_folder_has_the_same_split(tmp_path) -> None:
     first, second = make(tmp_path / "x", a=9, b=9), make(tmp_path / "y", b=9, a=9)
     assert names(open_at(first).held_out) == names(open_at(second).held_out)
 
@@ -82,24 +82,22 @@ def test_train_and_held_out_folders_are_mapped_by_name(tmp_path, held) -> None:
     assert split.held_out.labels == ("a", "b")
 
 
-def test_val_is_measured_on_rather_than_test(tmp_path) -> None:
-    make(tmp_path, train__a=2, train__b=2, val__a=1, val__b=1, test__a=3, test__b=3)
-    assert len(open_at(tmp_path).held_out) == 2
+@pytest.mark.parametrize(
+    ("counts", "labels", "sizes"),
+    [
+        ({"train__a": 2, "train__b": 2, "val__a": 1, "val__b": 1, "test__a": 3, "test__b": 3}, "ab", (4, 2)),
+        ({"train__a": 5, "train__b": 5}, "ab", (8, 2)),
+        ({"test": 3, "rest": 3}, ("rest", "test"), (4, 2)),
+    ],
+    ids=["val is preferred to test", "train alone is split", "a class named test"],
+)
+def test_special_folder_names(tmp_path, counts, labels, sizes) -> None:
+    split = open_at(make(tmp_path, **counts))
+    assert split.train.labels == tuple(labels)
+    assert (len(split.train), len(split.held_out)) == sizes
 
 
-def test_a_train_folder_alone_is_split(tmp_path) -> None:
-    make(tmp_path, train__a=5, train__b=5)
-    split = open_at(tmp_path)
-    assert split.train.labels == ("a", "b")
-    assert (len(split.train), len(split.held_out)) == (8, 2)
-
-
-def test_a_class_may_be_called_test(tmp_path) -> None:
-    make(tmp_path, test=3, rest=3)
-    assert open_at(tmp_path).train.labels == ("rest", "test")
-
-
-def test_a_file_name_that_is_no_utf8_is_read(tmp_path) -> None:
+def test_a_file_name_that_is_not_utf8_is_read(tmp_path) -> None:
     make(tmp_path, a=2, b=2)
     odd = os.fsdecode(b"\xff\xfe.jpg")
     try:
@@ -128,7 +126,7 @@ BAD_FOLDERS = [
 
 
 @pytest.mark.parametrize(("counts", "message"), BAD_FOLDERS, ids=[m[:30] for _, m in BAD_FOLDERS])
-def test_a_folder_that_cannot_be_used_is_named_with_what_to_do(tmp_path, counts, message) -> None:
+def test_an_unusable_folder_is_named_with_advice(tmp_path, counts, message) -> None:
     make(tmp_path, **counts)
     with pytest.raises(DataError) as problem:
         open_at(tmp_path)
@@ -137,17 +135,17 @@ def test_a_folder_that_cannot_be_used_is_named_with_what_to_do(tmp_path, counts,
     assert "\n" not in str(problem.value)
 
 
-def test_a_folder_that_does_not_exist_is_named(tmp_path) -> None:
+def test_a_missing_folder_is_named(tmp_path) -> None:
     with pytest.raises(DataError, match="nowhere: no such folder; give a folder or tar file"):
         open_at(tmp_path / "nowhere")
 
 
-def test_a_folder_recipe_without_a_path_says_which_key_to_set() -> None:
+def test_a_missing_path_names_the_key_to_set() -> None:
     with pytest.raises(ConfigError, match=r"data\.path: not set; give --data DIR"):
         open_folder(FolderConfig(kind="folder"))
 
 
-def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch) -> None:
+def test_a_folder_without_read_permission_is_named(tmp_path, monkeypatch) -> None:
     def refuse(_path):
         raise PermissionError(13, "Permission denied")
 
@@ -161,7 +159,7 @@ def cut_short(path: Path) -> None:
 
 
 BAD_IMAGES = [
-    ("text", lambda path: path.write_text("no picture"), "not an image; delete or replace it"),
+    ("text", lambda path: path.write_text("no image"), "not an image; delete or replace it"),
     ("empty", lambda path: path.write_bytes(b""), "not an image; delete or replace it"),
     ("truncated", cut_short, "cannot be read"),
     ("a folder", lambda path: (path.unlink(), path.mkdir()), None),
@@ -170,7 +168,7 @@ BAD_IMAGES = [
 
 
 @pytest.mark.parametrize(("_name", "spoil", "message"), BAD_IMAGES, ids=[name for name, *_ in BAD_IMAGES])
-def test_an_image_that_cannot_be_read_is_named(tmp_path, _name, spoil, message) -> None:
+def test_an_unreadable_image_is_named(tmp_path, _name, spoil, message) -> None:
     make(tmp_path, a=4, b=4)
     split = open_at(tmp_path)
     path = split.train.store.root / os.fsdecode(split.train.paths[2])

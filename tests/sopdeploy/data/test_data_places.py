@@ -12,7 +12,7 @@ def open_at(path):
     return open_places(PlacesConfig(kind="places365", path=path))
 
 
-def test_the_lists_say_what_is_learnt_and_what_is_measured_on(tmp_path) -> None:
+def test_the_lists_define_training_and_validation_images(tmp_path) -> None:
     split = open_at(write_places(tmp_path / "places"))
     assert split.train.labels == ("abbey", "apartment-outdoor", "bar")
     assert (len(split.train), len(split.held_out)) == (12, 3)
@@ -20,7 +20,7 @@ def test_the_lists_say_what_is_learnt_and_what_is_measured_on(tmp_path) -> None:
     assert split.train[5][0].size == (64, 64)
 
 
-def test_the_images_may_be_an_archive(tmp_path) -> None:
+def test_the_images_can_be_an_archive(tmp_path) -> None:
     root = write_places(tmp_path / "places")
     expected = np.asarray(open_at(root).train[7][0])
     tar_of(root / "data_256", root / "moved.tar", "data_256")
@@ -46,7 +46,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BROKEN, ids=[m for *_, m in BROKEN])
-def test_a_list_that_is_wrong_is_named(tmp_path, name, content, message) -> None:
+def test_an_invalid_list_is_named(tmp_path, name, content, message) -> None:
     path = write_places(tmp_path / "places") / name
     path.unlink()
     if content is not None:
@@ -56,7 +56,7 @@ def test_a_list_that_is_wrong_is_named(tmp_path, name, content, message) -> None
     assert str(path) in str(problem.value)
 
 
-def test_what_is_missing_is_named(tmp_path) -> None:
+def test_missing_files_are_named(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"data\.path: not set; give the folder that holds categories"):
         open_at(None)
     (write_places(tmp_path / "places") / "val_256").rename(tmp_path / "gone")

@@ -15,18 +15,18 @@ def open_at(path, **settings):
     return open_small_imagenet(SmallImageNetConfig(kind=kind, path=path, **settings))
 
 
-def test_the_official_pickles_are_read_batch_after_batch(tmp_path) -> None:
+def test_official_pickles_are_read_in_order(tmp_path) -> None:
     split = open_at(write_small_imagenet(tmp_path))
     assert (len(split.train), len(split.held_out)) == (12, 6)
     assert split.train.labels == ("0001", "0002", "0003")
     assert split.train.targets.tolist() == [0, 1, 2] * 4
-    picture, label = split.train[7]
+    image, label = split.train[7]
     expected = planes(6, 64, seed=2)[1].reshape(3, 64, 64).transpose(1, 2, 0)
-    assert np.array_equal(np.asarray(picture), expected)
+    assert np.array_equal(np.asarray(image), expected)
     assert label == 1
 
 
-def test_ten_batches_are_taken_in_the_order_of_their_numbers(tmp_path) -> None:
+def test_batches_are_sorted_by_number(tmp_path) -> None:
     for number in (10, 2, 1):
         content = {"data": planes(2, 32, number), "labels": [1, 2]}
         write_pickle(tmp_path / f"train_data_batch_{number}", content, protocol=2)
@@ -36,7 +36,7 @@ def test_ten_batches_are_taken_in_the_order_of_their_numbers(tmp_path) -> None:
     assert np.array_equal(np.asarray(train[4][0]), expected)
 
 
-def test_classes_take_their_names_from_a_list(tmp_path) -> None:
+def test_class_names_come_from_a_list(tmp_path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("tench\ngoldfish\nshark\n")
     split = open_at(write_small_imagenet(tmp_path / "data"), labels=names)
@@ -55,7 +55,7 @@ def write_imdb(path, images, sets, labels) -> None:
         group["set"] = np.asarray(sets, dtype=np.float64)[:, None]
 
 
-def test_a_matlab_file_shows_the_same_pictures_upright(tmp_path) -> None:
+def test_a_matlab_file_gives_the_same_upright_images(tmp_path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
     write_imdb(tmp_path / "imdb.mat", images, [1, 1, 2, 1, 3, 1], [1, 2, 1, 1, 2, 2])
     split = open_at(tmp_path / "imdb.mat")
@@ -64,7 +64,7 @@ def test_a_matlab_file_shows_the_same_pictures_upright(tmp_path) -> None:
     assert np.array_equal(np.asarray(split.held_out[1][0]), images[4])
 
 
-def test_a_matlab_file_whose_numbers_lie_elsewhere_is_refused(tmp_path) -> None:
+def test_a_matlab_file_that_links_to_another_file_is_refused(tmp_path) -> None:
     with h5py.File(tmp_path / "imdb.mat", "w") as file:
         file["images"] = h5py.ExternalLink("/etc/passwd", "/images")
     with pytest.raises(DataError, match=r"damaged MATLAB 7\.3 imdb .*link to another file"):
@@ -84,14 +84,14 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("content", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_a_batch_that_is_none_is_named(tmp_path, content, message) -> None:
+def test_an_invalid_batch_is_named(tmp_path, content, message) -> None:
     write_small_imagenet(tmp_path)
     write_pickle(tmp_path / "val_data", content)
     with pytest.raises(DataError, match=message):
         open_at(tmp_path)
 
 
-def test_what_is_missing_is_named(tmp_path) -> None:
+def test_missing_files_are_named(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"data\.path: not set"):
         open_at(None)
     with pytest.raises(DataError, match=r"no such folder or \.mat file"):

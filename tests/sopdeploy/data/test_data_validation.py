@@ -1,4 +1,4 @@
-"""Pictures that cannot be read: all named at once, or left out before the first step."""
+"""Images that cannot be read: all named at once, or left out before the first step."""
 
 from pathlib import Path
 
@@ -27,9 +27,9 @@ SMALL = [
 
 @pytest.fixture
 def spoilt(tmp_path) -> Path:
-    """Return photos of which three cannot be read: two to learn from, one to measure on."""
+    """Write photos with three unreadable files: two for training, one held out."""
     root = write_photos(tmp_path / "photos")
-    (root / "train" / "cat" / "1.jpg").write_bytes(b"no picture")
+    (root / "train" / "cat" / "1.jpg").write_bytes(b"no image")
     (root / "train" / "dog" / "2.jpg").write_bytes(jpeg(1)[:-300])
     (root / "val" / "dog" / "0.jpg").write_bytes(b"")
     return root
@@ -40,7 +40,7 @@ def recipe_for(path: Path, *settings: str):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_run_that_meets_one_names_all_and_stops(spoilt, tmp_path, workers) -> None:
+def test_a_run_stops_and_names_all_unreadable_images(spoilt, tmp_path, workers) -> None:
     with pytest.raises(DataError) as problem:
         train(recipe_for(spoilt, f"workers={workers}"), tmp_path / "run")
     text = str(problem.value)
@@ -51,13 +51,13 @@ def test_a_run_that_meets_one_names_all_and_stops(spoilt, tmp_path, workers) -> 
     assert "\n" not in text
 
 
-def test_a_single_one_is_named_as_it_was_met(tmp_path) -> None:
+def test_a_single_unreadable_image_keeps_its_own_error(tmp_path) -> None:
     split = open_data(FolderConfig(kind="folder", path=write_photos(tmp_path / "photos")))
     met = DataError("a/5.jpg: cannot be read")
     assert unreadable_images_error(met, split.train) is met
 
 
-def test_left_out_they_are_counted_and_named(spoilt, tmp_path) -> None:
+def test_skipped_images_are_counted_and_named(spoilt, tmp_path) -> None:
     onlooker = Onlooker()
     result = train(recipe_for(spoilt, "data.skip_corrupt=true"), tmp_path / "run", progress=onlooker)
     assert (result.train_count, result.held_out_count) == (6, 3)
@@ -70,7 +70,7 @@ def test_left_out_they_are_counted_and_named(spoilt, tmp_path) -> None:
     assert warning.startswith("3 unreadable images are left out: ")
 
 
-def test_a_run_without_them_is_resumed_bit_for_bit(spoilt, tmp_path) -> None:
+def test_a_run_with_skipped_images_resumes_bit_for_bit(spoilt, tmp_path) -> None:
     recipe = recipe_for(tar_of(spoilt, tmp_path / "p.tar"), "data.skip_corrupt=true")
     train(recipe, tmp_path / "whole")
     with pytest.raises(TrainingStoppedError):
@@ -79,7 +79,7 @@ def test_a_run_without_them_is_resumed_bit_for_bit(spoilt, tmp_path) -> None:
     assert same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_picture_repaired_in_between_stops_the_resume(spoilt, tmp_path) -> None:
+def test_an_image_repaired_before_a_resume_is_an_error(spoilt, tmp_path) -> None:
     recipe = recipe_for(spoilt, "data.skip_corrupt=true")
     with pytest.raises(TrainingStoppedError):
         train(recipe, tmp_path / "run", progress=Onlooker(stop_at=("stepped", 0, 0)))
@@ -88,25 +88,25 @@ def test_a_picture_repaired_in_between_stops_the_resume(spoilt, tmp_path) -> Non
         train(recipe, tmp_path / "run", resume=True)
 
 
-def test_a_class_of_which_nothing_is_left_is_named(spoilt) -> None:
+def test_a_class_without_readable_images_is_named(spoilt) -> None:
     for file in (spoilt / "val" / "dog").iterdir():
         file.write_bytes(b"")
     with pytest.raises(DataError, match="no readable image in the classes dog"):
         open_data(FolderConfig(kind="folder", path=spoilt, skip_corrupt=True))
 
 
-def test_what_was_found_is_kept_until_a_file_changes(spoilt, tmp_path, monkeypatch) -> None:
-    pictures = open_folder(FolderConfig(kind="folder", path=spoilt)).train
+def test_unreadable_images_are_cached_until_a_file_changes(spoilt, tmp_path, monkeypatch) -> None:
+    images = open_folder(FolderConfig(kind="folder", path=spoilt)).train
     cache = tmp_path / "cache"
-    assert cached_unreadable(pictures, cache) == [1, 6]
+    assert cached_unreadable(images, cache) == [1, 6]
     with monkeypatch.context() as patch:
         patch.setattr("sopdeploy.data.validation.find_unreadable", lambda _: {0: "asked again"})
-        assert cached_unreadable(pictures, cache) == [1, 6]
+        assert cached_unreadable(images, cache) == [1, 6]
         (spoilt / "train" / "cat" / "1.jpg").write_bytes(jpeg(1))
-        assert cached_unreadable(pictures, cache) == [0]
+        assert cached_unreadable(images, cache) == [0]
 
 
-def test_an_evaluation_names_all_too(spoilt, tmp_path) -> None:
+def test_an_evaluation_names_all_unreadable_images(spoilt, tmp_path) -> None:
     result = train(recipe_for(spoilt, "data.skip_corrupt=true", "epochs=1"), tmp_path / "run")
     with pytest.raises(DataError, match="2 images cannot be used"):
         score_checkpoint(result.best, spoilt / "train", on_image=lambda _done, _all: None)

@@ -28,7 +28,7 @@ def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize("mix", WAYS, ids=str)
-def test_a_batch_of_any_size_is_mixed_and_its_classes_are_shares(mix, size) -> None:
+def test_a_batch_of_any_size_is_mixed_with_soft_labels(mix, size) -> None:
     torch.manual_seed(0)
     images, labels = batch(size)
     mixed, shares = mix(images, labels, 3)
@@ -40,7 +40,7 @@ def test_a_batch_of_any_size_is_mixed_and_its_classes_are_shares(mix, size) -> N
 
 
 @pytest.mark.parametrize("mix", WAYS, ids=str)
-def test_what_is_drawn_follows_from_the_seed_of_the_step(mix) -> None:
+def test_mixing_depends_on_the_seed_of_the_step(mix) -> None:
     seen = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -49,7 +49,7 @@ def test_what_is_drawn_follows_from_the_seed_of_the_step(mix) -> None:
     assert not torch.equal(seen[0], seen[2])
 
 
-def test_mixup_blends_with_the_neighbour_by_the_share_of_the_class() -> None:
+def test_mixup_blends_images_and_labels_equally() -> None:
     torch.manual_seed(0)
     images, labels = batch(3)
     mixed, shares = Mixup(mixup=1.0)(images, labels, 3)
@@ -57,7 +57,7 @@ def test_mixup_blends_with_the_neighbour_by_the_share_of_the_class() -> None:
     torch.testing.assert_close(mixed, share * images + (1 - share) * images.roll(1, 0))
 
 
-def test_both_ways_are_drawn_where_both_are_wanted() -> None:
+def test_mixup_and_cutmix_are_both_drawn_if_enabled() -> None:
     torch.manual_seed(0)
     images = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
     kinds = set()
@@ -67,7 +67,7 @@ def test_both_ways_are_drawn_where_both_are_wanted() -> None:
     assert kinds == {True, False}
 
 
-def test_without_mixing_nothing_is_touched_or_drawn() -> None:
+def test_disabled_mixing_changes_and_draws_nothing() -> None:
     before = torch.get_rng_state()
     images, labels = batch(4)
     same, classes = Mixup()(images, labels, 3)
@@ -76,20 +76,20 @@ def test_without_mixing_nothing_is_touched_or_drawn() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def pictures(count: int = 12) -> ArrayImages:
+def images(count: int = 12) -> ArrayImages:
     images = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
     return ArrayImages(("a", "b"), images, np.arange(count) % 2)
 
 
 def view(distortion: RandAugment, epoch: int = 0) -> AugmentedDataset:
-    return AugmentedDataset(pictures(), CenterCrop(kind="centre"), RULES, 0, epoch, distortion)
+    return AugmentedDataset(images(), CenterCrop(kind="center"), RULES, 0, epoch, distortion)
 
 
 DISTORTIONS = [RandAugment(ops=2), RandAugment(erase=1.0), RandAugment(ops=1, magnitude=20, erase=0.5)]
 
 
 @pytest.mark.parametrize("distortion", DISTORTIONS, ids=str)
-def test_a_distortion_is_a_function_of_seed_epoch_and_sample(distortion) -> None:
+def test_rand_augment_depends_on_seed_epoch_and_sample_only(distortion) -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
     first, again = ([view(distortion)[index][0] for index in order] for order in (range(12), range(12)))
@@ -102,7 +102,7 @@ def test_a_distortion_is_a_function_of_seed_epoch_and_sample(distortion) -> None
     assert first[0].shape == (16, 16, 3)
 
 
-def test_an_erased_box_has_the_mean_colour() -> None:
+def test_an_erased_box_has_the_mean_color() -> None:
     before, after = view(RandAugment())[3][0], view(RandAugment(erase=1.0))[3][0]
     changed = (before != after).any(axis=2)
     assert changed.any()
@@ -110,16 +110,16 @@ def test_an_erased_box_has_the_mean_colour() -> None:
     assert all(pixel.tolist() == mean for pixel in after[changed])
 
 
-def test_a_second_showing_of_a_sample_looks_different() -> None:
+def test_a_repeated_sample_is_augmented_differently() -> None:
     shown = view(RandAugment(ops=2, magnitude=20))
     (first, label), (second, same) = shown[3], shown[3 + len(shown)]
     assert label == same
     assert not np.array_equal(first, second)
 
 
-def test_distorted_batches_are_the_same_with_any_number_of_loader_processes() -> None:
+def test_rand_augment_does_not_depend_on_the_number_of_workers() -> None:
     cpu = torch.device("cpu")
-    batches = balanced_batches(pictures().targets, 5, 0, 0)
+    batches = balanced_batches(images().targets, 5, 0, 0)
     alone, shared = (list(load_batches(view(DISTORTIONS[2]), batches, n, cpu)) for n in (0, 2))
     for (left, _), (right, _) in zip(alone, shared, strict=True):
         assert torch.equal(left, right)
@@ -130,7 +130,7 @@ def test_distorted_batches_are_the_same_with_any_number_of_loader_processes() ->
     size=st.integers(2, 40),
     epoch=st.integers(0, 5),
 )
-def test_a_balanced_epoch_shows_every_class_equally_often(counts, size, epoch) -> None:
+def test_a_balanced_epoch_uses_every_class_equally_often(counts, size, epoch) -> None:
     targets = np.repeat(np.arange(len(counts)), counts)
     batches = balanced_batches(targets, size, 3, epoch)
     assert batches == balanced_batches(targets, size, 3, epoch)
@@ -146,7 +146,7 @@ def test_a_balanced_epoch_shows_every_class_equally_often(counts, size, epoch) -
         assert own.size == 0 or own.max() - own.min() <= 1
 
 
-def test_a_run_with_the_balanced_order_ends_well_and_is_another_one(tmp_path) -> None:
+def test_a_run_with_balanced_sampling_differs_from_a_shuffled_one(tmp_path) -> None:
     results = [
         train(short_recipe("epochs=1", f"sampler='{way}'"), tmp_path / way)
         for way in ("balanced", "shuffled")

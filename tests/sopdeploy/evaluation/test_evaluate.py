@@ -23,7 +23,7 @@ RULES = Preprocess(resize=4, crop=4)
 
 
 class FromPixels(nn.Module):
-    """Answers with one-hot logits for the class that the first pixel's red value names."""
+    """Predicts the class given by the red value of the first pixel."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class FromPixels(nn.Module):
         return -distance * self.scale
 
 
-def pictures(answers: list[int], targets: list[int], classes: int) -> PreprocessedDataset:
+def images(answers: list[int], targets: list[int], classes: int) -> PreprocessedDataset:
     images = np.broadcast_to(
         np.asarray(answers, dtype=np.uint8)[:, None, None, None], (len(answers), 4, 4, 3)
     )
@@ -46,13 +46,13 @@ def pictures(answers: list[int], targets: list[int], classes: int) -> Preprocess
 
 @settings(deadline=None)
 @given(data=st.data(), classes=st.integers(2, 9), size=st.integers(1, 9))
-def test_figures_count_first_and_first_five_answers_of_every_picture(data, classes, size) -> None:
+def test_evaluate_counts_top1_and_top5_of_every_image(data, classes, size) -> None:
     one = st.integers(0, classes - 1)
     pairs = data.draw(st.lists(st.tuples(one, one), min_size=1, max_size=20))
     answers, targets = (list(column) for column in zip(*pairs, strict=True))
     told: list[int] = []
     figures = evaluate(
-        FromPixels(classes), pictures(answers, targets, classes), RULES, batch_size=size, on_batch=told.append
+        FromPixels(classes), images(answers, targets, classes), RULES, batch_size=size, on_batch=told.append
     )
     assert figures.count == told[-1] == len(pairs)
     assert figures.top1 == pytest.approx(np.mean([a == t for a, t in pairs]))
@@ -63,7 +63,7 @@ def test_figures_count_first_and_first_five_answers_of_every_picture(data, class
     assert low <= figures.top5 <= high
 
 
-def test_the_network_sees_the_normalised_pictures_of_the_service_and_keeps_its_mode() -> None:
+def test_evaluation_preprocesses_like_the_service_and_keeps_the_mode() -> None:
     rules = Preprocess(resize=18, crop=16)
     torch.manual_seed(0)
     model = create_model("dsop-resnet8", num_classes=3, base_width=4)
@@ -82,14 +82,14 @@ def test_the_network_sees_the_normalised_pictures_of_the_service_and_keeps_its_m
     assert not model.training
 
 
-def test_a_network_that_has_diverged_is_an_error() -> None:
+def test_a_diverged_network_is_an_error() -> None:
     model = FromPixels(3)
     model.scale.data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="held-out images is not finite"):
-        evaluate(model, pictures([0], [0], 3), RULES)
+        evaluate(model, images([0], [0], 3), RULES)
 
 
-def test_nothing_to_measure_on_is_an_error() -> None:
+def test_an_empty_dataset_is_an_error() -> None:
     nothing = PreprocessedDataset(
         ArrayImages(("a",), np.zeros((0, 4, 4), np.uint8), np.zeros(0, np.int64)), RULES
     )
@@ -99,7 +99,7 @@ def test_nothing_to_measure_on_is_an_error() -> None:
 
 @pytest.fixture
 def stored(tmp_path) -> Path:
-    """Return a checkpoint of a fresh network for the classes b and a, in this order."""
+    """Write a checkpoint of a new network for the classes b and a, in this order."""
     torch.manual_seed(0)
     config = {"base_width": 4}
     weights = create_model("dsop-resnet8", num_classes=2, **config).state_dict()
@@ -122,7 +122,7 @@ def measured(stored: Path, data: Path, **options: Any) -> ClassificationReport:
     return classification_report(labels, scores)
 
 
-def test_a_checkpoint_is_measured_on_a_folder_whose_classes_are_matched_by_name(stored, tmp_path) -> None:
+def test_classes_of_checkpoint_and_folder_are_matched_by_name(stored, tmp_path) -> None:
     make(tmp_path / "val", a=3, b=4)
     figures = measured(stored, tmp_path / "val")
     model, rules = build_classifier(read_checkpoint(stored), stored), Preprocess(resize=18, crop=16)
@@ -159,12 +159,12 @@ def test_views_of_a_checkpoint_are_averaged(stored, tmp_path) -> None:
         ({"a": 1, "b": 0}, "no images in this class folder"),
     ],
 )
-def test_a_folder_of_other_classes_than_the_checkpoints_is_refused(stored, tmp_path, counts, message) -> None:
+def test_a_folder_with_other_classes_is_refused(stored, tmp_path, counts, message) -> None:
     make(tmp_path / "val", **counts)
     with pytest.raises(DataError, match=message):
         measured(stored, tmp_path / "val")
 
 
-def test_a_folder_to_measure_on_that_is_not_there_is_named(stored, tmp_path) -> None:
+def test_a_missing_evaluation_folder_is_named(stored, tmp_path) -> None:
     with pytest.raises(DataError, match="nowhere: no such folder"):
         measured(stored, tmp_path / "nowhere")

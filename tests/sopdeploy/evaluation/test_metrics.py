@@ -1,4 +1,4 @@
-"""Figures by hand and by definition; sources told apart; views of a picture."""
+"""Figures by hand and by definition; sources told apart; views of a image."""
 
 import math
 
@@ -21,7 +21,7 @@ def answered(target: int, *probabilities: float) -> Score:
     return Score.from_ranking(target, ranked)
 
 
-def test_four_pictures_by_hand() -> None:
+def test_a_report_on_four_images_computed_by_hand() -> None:
     found = classification_report(
         LABELS,
         [
@@ -44,7 +44,7 @@ def test_four_pictures_by_hand() -> None:
     assert found.top1.low < 0.5 < found.top1.high
 
 
-def test_fifteen_bins_hold_their_upper_edge_and_not_their_lower_one() -> None:
+def test_calibration_bins_include_their_upper_edge() -> None:
     scores = [Score(0, (0, 1), confidence, 0.5) for confidence in (1 / 15, 1 / 15 + 1e-9, 0.6, 1.0)]
     counts = [one.count for one in classification_report(("a", "b"), scores).calibration.curve]
     assert (len(counts), sum(counts)) == (BINS, 4)
@@ -59,7 +59,7 @@ probability_rows = st.lists(
 
 
 @given(probability_rows)
-def test_figures_are_what_their_definitions_say(rows) -> None:
+def test_metrics_follow_their_definitions(rows) -> None:
     scaled = [(target, np.asarray(row) / sum(row)) for target, row in rows]
     found = classification_report(LABELS, [answered(target, *map(float, row)) for target, row in scaled])
     matrix = np.asarray(found.confusion)
@@ -77,18 +77,18 @@ def test_figures_are_what_their_definitions_say(rows) -> None:
     assert found.nll == pytest.approx(-np.mean([math.log(row[target]) for target, row in scaled]))
 
 
-def test_a_probability_that_has_become_0_has_a_finite_loss() -> None:
+def test_a_probability_of_0_has_a_finite_loss() -> None:
     assert classification_report(("a", "b"), [Score(1, (0, 1), 1.0, 0.0)]).nll == pytest.approx(
         708.4, abs=0.1
     )
 
 
-def test_no_pictures_are_an_error() -> None:
+def test_no_images_are_an_error() -> None:
     with pytest.raises(DataError, match="no images to evaluate on"):
         classification_report(LABELS, [])
 
 
-def test_a_source_is_told_by_what_it_is(tmp_path) -> None:
+def test_sources_are_detected(tmp_path) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "manifest.json").write_text("{}")
     assert detect_source("http://host:8000") == detect_source("https://host") == "service"
@@ -100,25 +100,25 @@ def test_a_source_is_told_by_what_it_is(tmp_path) -> None:
     ("source", "message"),
     [("{tmp}", "it has no manifest.json"), ("ftp://host/x", "only services on http://")],
 )
-def test_what_gives_no_answers_is_refused(source, message, tmp_path) -> None:
+def test_an_unknown_source_is_refused(source, message, tmp_path) -> None:
     with pytest.raises(ConfigError, match=message):
         detect_source(source.format(tmp=tmp_path))
 
 
 RULES = Preprocess(resize=12, crop=8)
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
 
 
-def test_flip_is_the_picture_and_its_mirror() -> None:
-    plain = RULES(PICTURE)
-    found = tta_views(lambda rules: rules(PICTURE), RULES, "flip")
+def test_flip_gives_the_image_and_its_mirror() -> None:
+    plain = RULES(IMAGE)
+    found = tta_views(lambda rules: rules(IMAGE), RULES, "flip")
     assert np.array_equal(found, [plain, plain[:, ::-1]])
-    assert np.array_equal(tta_views(lambda rules: rules(PICTURE), RULES, "none"), [plain])
+    assert np.array_equal(tta_views(lambda rules: rules(IMAGE), RULES, "none"), [plain])
 
 
-def test_ten_crops_are_corners_and_centre_and_their_mirrors() -> None:
-    whole = np.asarray(PICTURE)
-    found = tta_views(lambda rules: rules(PICTURE), RULES, "ten-crop")
+def test_ten_crops_are_corners_center_and_their_mirrors() -> None:
+    whole = np.asarray(IMAGE)
+    found = tta_views(lambda rules: rules(IMAGE), RULES, "ten-crop")
     corners = [whole[:8, :8], whole[:8, 4:], whole[4:, :8], whole[4:, 4:]]
     assert np.array_equal(found[:5], [whole[2:10, 2:10], *corners])
     assert np.array_equal(found[5:], found[:5, :, ::-1])
@@ -131,6 +131,6 @@ def test_ten_crops_are_corners_and_centre_and_their_mirrors() -> None:
         ("ten-crop", Preprocess(resize=8, crop=8), "no corners to crop"),
     ],
 )
-def test_views_that_do_not_exist_are_refused(wish, rules, message) -> None:
+def test_invalid_tta_modes_are_refused(wish, rules, message) -> None:
     with pytest.raises(ConfigError, match=message):
         check_tta_mode(wish, rules)

@@ -1,4 +1,4 @@
-"""The one way from a picture to pixels, against torchvision, colour by colour and turn by turn."""
+"""The one way from a image to pixels, against torchvision, color by color and turn by turn."""
 
 import io
 import struct
@@ -19,7 +19,7 @@ from sopdeploy.images.preprocess import Preprocess, to_rgb
 FUZZ = settings(max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 PILLOW_MAY_WARN = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
-WHOLE = Preprocess(resize=8, crop=8)  # of an 8 x 8 picture nothing is resized or cropped
+WHOLE = Preprocess(resize=8, crop=8)  # of an 8 x 8 image nothing is resized or cropped
 GREEN_BACKGROUND = Preprocess(resize=8, crop=8, background=(0, 200, 0))
 
 
@@ -28,8 +28,8 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(values)
 
 
-def from_torchvision(picture: Image.Image, rules: Preprocess) -> NDArray[np.uint8]:
-    resized = resize(picture, rules.resize, MODES[rules.interpolation])
+def from_torchvision(image: Image.Image, rules: Preprocess) -> NDArray[np.uint8]:
+    resized = resize(image, rules.resize, MODES[rules.interpolation])
     return np.asarray(center_crop(resized, [rules.crop, rules.crop]))
 
 
@@ -44,14 +44,14 @@ OVERSHOOT = {"bilinear": 2, "bicubic": 40}
     sides=st.tuples(st.integers(1, 60), st.integers(0, 30)),
     seed=st.integers(0, 1000),
 )
-def test_pixels_are_those_of_torchvision(
+def test_pixels_equal_torchvision(
     interpolation: str, size: tuple[int, int], sides: tuple[int, int], seed: int
 ) -> None:
     crop, margin = sides
     rules = Preprocess(resize=crop + margin, crop=crop, interpolation=interpolation)
-    picture = noise(*size, seed)
-    found = rules(picture)
-    expected = from_torchvision(picture, rules)
+    image = noise(*size, seed)
+    found = rules(image)
+    expected = from_torchvision(image, rules)
     assert found.shape == expected.shape
     if max(size) <= 15 * min(size):
         assert np.array_equal(found, expected)
@@ -59,12 +59,12 @@ def test_pixels_are_those_of_torchvision(
 
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 640), (257, 256), (256, 256), (31, 700)])
-def test_photographs_are_pixel_for_pixel_those_of_torchvision(size: tuple[int, int]) -> None:
-    rules, picture = Preprocess(), noise(*size)
+def test_photographs_equal_torchvision_pixel_for_pixel(size: tuple[int, int]) -> None:
+    rules, image = Preprocess(), noise(*size)
     if size == (31, 700):  # longer than any photograph: only the part that the crop shows is computed
-        assert np.abs(rules(picture).astype(int) - from_torchvision(picture, rules)).max() <= 2
+        assert np.abs(rules(image).astype(int) - from_torchvision(image, rules)).max() <= 2
     else:
-        assert np.array_equal(rules(picture), from_torchvision(picture, rules))
+        assert np.array_equal(rules(image), from_torchvision(image, rules))
 
 
 def sixteen_bits() -> Image.Image:
@@ -75,47 +75,47 @@ def sixteen_bits() -> Image.Image:
 
 
 def translucent(mode: str) -> Image.Image:
-    picture = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    picture.paste((100, 100, 100, 255), (0, 0, 4, 8))
-    return picture if mode == "RGBA" else picture.convert(mode)
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    image.paste((100, 100, 100, 255), (0, 0, 4, 8))
+    return image if mode == "RGBA" else image.convert(mode)
 
 
 def palette_with_transparency() -> Image.Image:
-    picture = Image.new("P", (8, 8), 1)
-    picture.putpalette([9, 9, 9, 40, 50, 60])
-    picture.paste(0, (4, 0, 8, 8))
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([9, 9, 9, 40, 50, 60])
+    image.paste(0, (4, 0, 8, 8))
     file = io.BytesIO()
-    picture.save(file, "PNG", transparency=0)
+    image.save(file, "PNG", transparency=0)
     return Image.open(file)
 
 
 def one_bit() -> Image.Image:
-    picture = Image.new("1", (8, 8), 0)
-    picture.paste(1, (4, 0, 8, 8))
-    return picture
+    image = Image.new("1", (8, 8), 0)
+    image.paste(1, (4, 0, 8, 8))
+    return image
 
 
 def cmyk() -> Image.Image:
-    picture = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    picture.paste((255, 0, 0, 0), (4, 0, 8, 8))
-    return picture
+    image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    image.paste((255, 0, 0, 0), (4, 0, 8, 8))
+    return image
 
 
-# The colour on the left half and on the right half, with a green background behind what is transparent.
-COLOURS = {
+# Expected colors of the left and the right half on a green background.
+COLORS = {
     "RGBA": (lambda: translucent("RGBA"), (100, 100, 100), (0, 200, 0)),
     "LA": (lambda: translucent("LA"), (100, 100, 100), (0, 200, 0)),
     "PA": (lambda: translucent("RGBA").quantize(2), (100, 100, 100), (0, 200, 0)),
-    "palette with a transparent colour": (palette_with_transparency, (40, 50, 60), (0, 200, 0)),
+    "palette with a transparent color": (palette_with_transparency, (40, 50, 60), (0, 200, 0)),
     "one bit": (one_bit, (0, 0, 0), (255, 255, 255)),
     "CMYK": (cmyk, (255, 0, 0), (0, 255, 255)),
-    "grey": (lambda: Image.new("L", (8, 8), 77), (77, 77, 77), (77, 77, 77)),
+    "gray": (lambda: Image.new("L", (8, 8), 77), (77, 77, 77), (77, 77, 77)),
 }
 
 
-@pytest.mark.parametrize("kind", COLOURS)
-def test_every_colour_mode_becomes_rgb_on_the_declared_background(kind: str) -> None:
-    make, left, right = COLOURS[kind]
+@pytest.mark.parametrize("kind", COLORS)
+def test_every_color_mode_becomes_rgb_on_the_background(kind: str) -> None:
+    make, left, right = COLORS[kind]
     pixels = GREEN_BACKGROUND(make())
     assert np.abs(pixels[4, 1].astype(int) - left).max() <= 1
     assert np.abs(pixels[4, 6].astype(int) - right).max() <= 1
@@ -126,10 +126,10 @@ def test_half_transparency_mixes_with_the_background() -> None:
     assert np.abs(pixels[4, 4].astype(int) - (100, 100, 0)).max() <= 1
 
 
-def test_sixteen_bit_grey_is_scaled_and_not_clipped_to_white() -> None:
-    picture = sixteen_bits()
-    assert picture.mode.startswith("I")
-    pixels = WHOLE(picture)
+def test_sixteen_bit_gray_is_scaled_and_not_clipped() -> None:
+    image = sixteen_bits()
+    assert image.mode.startswith("I")
+    pixels = WHOLE(image)
     expected = np.rint(np.linspace(0, 255, 64).reshape(8, 8))
     assert np.abs(pixels[..., 0].astype(int) - expected).max() <= 1
     assert (pixels[0, 0, 0], pixels[-1, -1, 0]) == (0, 255)
@@ -137,10 +137,10 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped_to_white() -> None:
 
 def corners() -> Image.Image:
     """Black with one red pixel block at the top left and a green one at the top right."""
-    picture = Image.new("RGB", (8, 8))
-    picture.paste((255, 0, 0), (0, 0, 3, 3))
-    picture.paste((0, 255, 0), (5, 0, 8, 3))
-    return picture
+    image = Image.new("RGB", (8, 8))
+    image.paste((255, 0, 0), (0, 0, 3, 3))
+    image.paste((0, 255, 0), (5, 0, 8, 3))
+    return image
 
 
 UNDO = {
@@ -155,29 +155,29 @@ UNDO = {
 }
 
 
-def stored(orientation: int, picture: Image.Image) -> Image.Image:
-    """Return *picture* as a camera stores it that writes *orientation*."""
+def stored(orientation: int, image: Image.Image) -> Image.Image:
+    """Store *image* like a camera that writes *orientation*."""
     for turn in UNDO[orientation]:
-        picture = picture.transpose(turn)
+        image = image.transpose(turn)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     file = io.BytesIO()
-    picture.save(file, "PNG", exif=exif)
+    image.save(file, "PNG", exif=exif)
     return Image.open(file)
 
 
 @pytest.mark.parametrize("orientation", UNDO)
-def test_a_picture_is_seen_upright_whatever_its_exif_orientation(orientation: int) -> None:
+def test_every_exif_orientation_is_made_upright(orientation: int) -> None:
     assert np.array_equal(WHOLE(stored(orientation, corners())), np.asarray(corners()))
 
 
-def test_orientation_can_be_left_alone() -> None:
-    picture = stored(6, corners())
+def test_the_exif_orientation_can_be_ignored() -> None:
+    image = stored(6, corners())
     rules = Preprocess(resize=8, crop=8, exif_orientation=False)
-    assert np.array_equal(rules(picture), np.asarray(picture.convert("RGB")))
+    assert np.array_equal(rules(image), np.asarray(image.convert("RGB")))
 
 
-def test_a_turned_picture_is_resized_by_its_upright_sides() -> None:
+def test_a_rotated_image_is_resized_by_its_upright_sides() -> None:
     tall = noise(40, 60)
     rules = Preprocess(resize=20, crop=16)
     assert np.array_equal(rules(stored(6, tall)), rules(tall))
@@ -208,10 +208,10 @@ BAD_EXIF = {
 
 @PILLOW_MAY_WARN
 @pytest.mark.parametrize("damage", BAD_EXIF)
-def test_a_picture_with_damaged_exif_data_is_used_as_it_lies(damage: str) -> None:
-    picture = with_exif(BAD_EXIF[damage])
-    plain = np.asarray(picture.convert("RGB"))
-    assert np.array_equal(WHOLE(picture), plain)
+def test_an_image_with_damaged_exif_data_is_not_rotated(damage: str) -> None:
+    image = with_exif(BAD_EXIF[damage])
+    plain = np.asarray(image.convert("RGB"))
+    assert np.array_equal(WHOLE(image), plain)
 
 
 @PILLOW_MAY_WARN
@@ -228,16 +228,14 @@ def test_a_picture_with_damaged_exif_data_is_used_as_it_lies(damage: str) -> Non
     ),
     rest=st.binary(max_size=60),
 )
-def test_whatever_the_exif_data_says_the_picture_is_used(
-    entries: list[tuple[int, int, int, int]], rest: bytes
-) -> None:
+def test_any_exif_data_is_accepted(entries: list[tuple[int, int, int, int]], rest: bytes) -> None:
     turn = struct.pack("<HHII", 0x0112, 3, 1, 6)
     directory = (
         struct.pack("<H", len(entries) + 1) + turn + b"".join(struct.pack("<HHII", *e) for e in entries)
     )
-    picture = with_exif(TIFF + directory + bytes(4) + rest)
-    assert to_rgb(picture, WHOLE).size == (8, 8)
-    assert WHOLE(picture).shape == (8, 8, 3)
+    image = with_exif(TIFF + directory + bytes(4) + rest)
+    assert to_rgb(image, WHOLE).size == (8, 8)
+    assert WHOLE(image).shape == (8, 8, 3)
 
 
 @pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 15_000)])
@@ -249,7 +247,7 @@ def test_a_strip_costs_no_more_than_a_photograph(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [(50, 40), (1, 1), (8, 300)])
-def test_the_answer_is_contiguous_rgb_bytes(size: tuple[int, int]) -> None:
+def test_the_result_is_a_contiguous_rgb_array(size: tuple[int, int]) -> None:
     pixels = Preprocess(resize=18, crop=16)(noise(*size))
     assert (pixels.shape, pixels.dtype) == ((16, 16, 3), np.uint8)
     assert pixels.flags.c_contiguous
@@ -268,7 +266,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_rules_that_cannot_be_kept_are_refused(case: str) -> None:
+def test_invalid_preprocessing_is_refused(case: str) -> None:
     values, message = REFUSED[case]
     with pytest.raises(pydantic.ValidationError, match=message):
         Preprocess(**values)

@@ -22,8 +22,8 @@ def imported(source: Path, name: str, **options: Any) -> tuple[Classifier, Impor
     return build_classifier(read_checkpoint(out), out), report
 
 
-def pictures(side: int) -> Tensor:
-    """Return two images of different contrast, so that their covariances differ, too."""
+def random_images(side: int) -> Tensor:
+    """Make two images of different contrast, so that their covariances differ, too."""
     torch.manual_seed(1)
     return torch.randn(2, 3, side, side) * torch.tensor([0.5, 2.0])[:, None, None, None]
 
@@ -41,5 +41,5 @@ def assert_same_numbers(ours: nn.Module, original: Callable[[Tensor], Tensor], i
 
 
 def in_either_precision(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return *network* as a function that computes in the precision of its images."""
+    """Wrap *network* to compute in the precision of its images."""
     return lambda images: network.to(images.dtype)(images)

@@ -1,6 +1,6 @@
-"""GM-SOP's networks as MatConvNet computes and saves them, written anew: MATLAB's axes, columns first.
+"""Reference implementation of GM-SOP's networks in MatConvNet's layout: MATLAB's axes, columns first.
 
-Pictures are height x width x channels x images, of 0..255 less the mean; a vector of a matrix goes
+Images are height x width x channels x images, of 0..255 less the mean; a vector of a matrix goes
 down its columns, (0,0), (0,1), (1,1), (0,2) ..; batch norm divides by the stored deviation.
 """
 
@@ -99,7 +99,7 @@ class Builder:
 def random_net(
     *, order: int, gated: bool, blocks: int = 2, widen: int = 1, wrn: bool = False, seed: int = 0
 ) -> Net:
-    """Return one of the released networks with narrow gate and components, for five classes."""
+    """Make one of the released networks with narrow gate and components, for five classes."""
     net = Net({}, [])
     make = Builder(net, np.random.default_rng(seed))
     make.conv("conv1", 3, 3, 16)
@@ -130,7 +130,7 @@ def random_net(
 
 
 def forward(net: Net, images: Array) -> Array:
-    """Return logits (classes, images) of raw pictures, height x width x 3 x images, in their precision."""
+    """Compute logits (classes, images) of raw images, height x width x 3 x images, in their precision."""
     run = Run(net, images.dtype)
     features = run.backbone(images - np.array(AVERAGE, images.dtype)[:, None])
     vector = run.mixed(features) if "gating_w" in run.p else run.pooled(features)
@@ -192,15 +192,15 @@ class Run:
 
 
 def root_vector(x: Array, steps: int) -> Array:
-    """Return the columns' triangle of the iterated root of each image's covariance: (length, images)."""
+    """Compute the column-wise triangle of the iterated root of each image's covariance: (length, images)."""
     height, width, channels, count = x.shape
     positions = height * width
     rows, columns = np.array([(i, j) for j in range(channels) for i in range(j + 1)]).T
     vectors = []
     for image in range(count):
         m = x[..., image].reshape(positions, channels, order="F")
-        centring = np.eye(positions, dtype=x.dtype) / positions - x.dtype.type(1.0 / positions**2)
-        sigma = m.T @ centring @ m
+        centering = np.eye(positions, dtype=x.dtype) / positions - x.dtype.type(1.0 / positions**2)
+        sigma = m.T @ centering @ m
         sigma = (sigma + sigma.T) / 2
         trace = np.trace(sigma)
         y, z, eye = sigma / trace, np.eye(channels, dtype=x.dtype), np.eye(channels, dtype=x.dtype)
@@ -213,7 +213,7 @@ def root_vector(x: Array, steps: int) -> Array:
 
 
 def top(scores: Array, chosen: int) -> Array:
-    """Return the softmax of each column's *chosen* largest, 0 elsewhere."""
+    """Compute the softmax of each column's *chosen* largest, 0 elsewhere."""
     weights = np.zeros_like(scores)
     for image in range(scores.shape[1]):
         kept = np.argsort(-scores[:, image])[:chosen]
@@ -222,8 +222,8 @@ def top(scores: Array, chosen: int) -> Array:
     return weights
 
 
-def on_normalised(net: Net) -> Any:
-    """Return `forward` for tensors (B, 3, H, W) as `Normalise` gives them: raw pictures less the mean."""
+def on_normalized(net: Net) -> Any:
+    """Wrap `forward` for tensors (B, 3, H, W) from `Normalize`: raw pixels less the mean."""
 
     def compute(images: torch.Tensor) -> torch.Tensor:
         raw = images.numpy().transpose(2, 3, 1, 0) + np.array(AVERAGE, images.numpy().dtype)[:, None]
@@ -233,7 +233,7 @@ def on_normalised(net: Net) -> Any:
 
 
 def tree(net: Net, dtype: str) -> dict[str, Any]:
-    """Return what MATLAB saves: structs as dicts, arrays of structs as lists, cells as tuples."""
+    """Build the variables that MATLAB saves: structs are dicts, struct arrays lists, cells tuples."""
     params = [
         {"name": name, "value": matlab(value.astype(dtype)), "learningRate": 1.0, "weightDecay": 1.0}
         for name, value in net.params.items()

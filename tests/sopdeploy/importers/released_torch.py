@@ -1,4 +1,4 @@
-"""What the released PyTorch networks compute, written anew from their definitions, under their names.
+"""Reference implementations of the released PyTorch networks, with their tensor names.
 
 fast-MPN-COV's ResNets and VGG, GSoP's ResNets, the CIFAR ResNets: small where the definition leaves
 room, with weights and running statistics of their own.
@@ -17,8 +17,8 @@ ATTENTIONS = ("1", "2", "+", "M", "&")  # channel, position, sum, maximum, conca
 def covariance(x: Tensor) -> Tensor:
     x = x.flatten(2)
     positions = x.shape[2]
-    centring = torch.eye(positions, dtype=x.dtype) / positions - 1.0 / positions**2
-    return x @ centring @ x.transpose(1, 2)
+    centering = torch.eye(positions, dtype=x.dtype) / positions - 1.0 / positions**2
+    return x @ centering @ x.transpose(1, 2)
 
 
 def root(sigma: Tensor, steps: int) -> Tensor:
@@ -95,8 +95,8 @@ class Bottleneck(nn.Module):
             2
         )
         d = small.shape[1]
-        centring = torch.eye(d, dtype=x.dtype) / 64 - 1.0 / 64**2
-        rows = self.row_bn_for_spatial((small.transpose(1, 2) @ centring @ small)[..., None])
+        centering = torch.eye(d, dtype=x.dtype) / 64 - 1.0 / 64**2
+        rows = self.row_bn_for_spatial((small.transpose(1, 2) @ centering @ small)[..., None])
         hidden = F.relu(self.row_conv_group_for_spatial(rows))
         weights = torch.sigmoid(self.fc_adapt_channels_for_spatial(hidden)).reshape(-1, 1, 8, 8)
         return F.relu(x * F.adaptive_avg_pool2d(weights, x.shape[2:]))

@@ -1,4 +1,4 @@
-"""fast-MPN-COV's files, published and of training, against its networks written anew."""
+"""Imports of fast-MPN-COV files against reference networks."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from tests.sopdeploy.importers.comparing import (
     assert_same_numbers,
     imported,
     in_either_precision,
-    pictures,
+    random_images,
 )
 from tests.sopdeploy.importers.released_torch import (
     Basic,
@@ -33,10 +33,10 @@ def resnet(stride: int = 1, d: int = 12) -> ResNet:
 
 
 def images(side: int = 64) -> torch.Tensor:
-    return pictures(side)
+    return random_images(side)
 
 
-def test_published_resnet50(tmp_path: Path) -> None:
+def test_a_published_resnet50_gives_the_same_logits(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = settled(ResNet(R50, kind=Bottleneck, d=16))
     file = tmp_path / "mpncovresnet50.pth"
@@ -51,7 +51,7 @@ def test_published_resnet50(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("blocks", "entries"), [(R50, 326), ((3, 4, 23, 3), 632)])
-def test_the_networks_written_anew_have_as_many_tensors_as_the_published_files(
+def test_the_reference_networks_have_as_many_tensors_as_the_published_files(
     blocks: Any, entries: int
 ) -> None:
     with torch.device("meta"):
@@ -69,7 +69,7 @@ def training_file(path: Path, network: ResNet, arch: str | None, **how: Any) -> 
 
 
 @pytest.mark.parametrize(("arch", "stride"), [("mpncovresnet18", 1), ("resnet18", 2)])
-def test_training_checkpoint_has_the_stride_its_arch_says(tmp_path: Path, arch: str, stride: int) -> None:
+def test_a_training_checkpoint_has_the_stride_of_its_arch(tmp_path: Path, arch: str, stride: int) -> None:
     network = resnet(stride)
     ours, report = imported(training_file(tmp_path / "a.pth.tar", network, arch), "isqrt-resnet18")
     assert_same_numbers(ours, in_either_precision(network), images())
@@ -77,7 +77,7 @@ def test_training_checkpoint_has_the_stride_its_arch_says(tmp_path: Path, arch: 
     assert set(report.beside) == {"epoch", "best_prec1", "optimizer", "arch"}
 
 
-def test_fine_tuned_checkpoint_has_its_reduction_among_the_features(tmp_path: Path) -> None:
+def test_a_fine_tuned_checkpoint_has_its_reduction_in_the_features(tmp_path: Path) -> None:
     network = resnet()
     ours, _ = imported(
         training_file(tmp_path / "a.pth.tar", network, None, fine_tuned=True), "isqrt-resnet18"
@@ -85,13 +85,13 @@ def test_fine_tuned_checkpoint_has_its_reduction_among_the_features(tmp_path: Pa
     assert_same_numbers(ours, in_either_precision(network), images())
 
 
-def test_plain_averages_behind_numbered_features(tmp_path: Path) -> None:
+def test_average_pooling_is_detected(tmp_path: Path) -> None:
     network = resnet(stride=2, d=0)
     ours, _ = imported(training_file(tmp_path / "a.pth.tar", network, "resnet18"), "resnet18")
     assert_same_numbers(ours, in_either_precision(network), images())
 
 
-def test_a_stride_that_nothing_tells_has_to_be_said(tmp_path: Path) -> None:
+def test_an_unknown_stride_must_be_set(tmp_path: Path) -> None:
     network = resnet(stride=2)
     file = training_file(tmp_path / "a.pth.tar", network, None)
     with pytest.raises(ConfigError, match=r"stride of conv5_x.*add --set conv5_stride"):
@@ -101,7 +101,7 @@ def test_a_stride_that_nothing_tells_has_to_be_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["features.", "features.module.", "module.features."])
-def test_data_parallel_may_stand_anywhere(tmp_path: Path, prefix: str) -> None:
+def test_data_parallel_prefixes_are_removed_anywhere(tmp_path: Path, prefix: str) -> None:
     state = numbered(resnet().state_dict())
     torch.save(
         {name.replace("features.module.", prefix): value for name, value in state.items()}, tmp_path / "a.pth"
@@ -110,7 +110,7 @@ def test_data_parallel_may_stand_anywhere(tmp_path: Path, prefix: str) -> None:
     assert names == {name.replace("features.module.", "features.") for name in state}
 
 
-def test_counters_may_be_absent_as_in_files_of_pytorch_0_3(tmp_path: Path) -> None:
+def test_batch_norm_counters_can_be_absent(tmp_path: Path) -> None:
     network = resnet()
     old = {name: value for name, value in network.state_dict().items() if "tracked" not in name}
     torch.save(old, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
@@ -124,7 +124,7 @@ def test_counters_may_be_absent_as_in_files_of_pytorch_0_3(tmp_path: Path) -> No
     ("d", "linear", "name"),
     [(8, False, "isqrt-vgg16"), (8, True, "isqrt-vgg16"), (0, True, "bcnn-vgg16")],
 )
-def test_vgg(tmp_path: Path, d: int, linear: bool, name: str) -> None:
+def test_vgg_weights_give_the_same_logits(tmp_path: Path, d: int, linear: bool, name: str) -> None:
     torch.manual_seed(0)
     network = settled(Vgg(d=d, linear=linear))
     if not d:
@@ -138,7 +138,7 @@ def test_vgg(tmp_path: Path, d: int, linear: bool, name: str) -> None:
     assert report.config["classifier"] == ("linear" if linear else "mlp")
 
 
-def test_newton_schulz_may_be_said_to_have_run_otherwise(tmp_path: Path) -> None:
+def test_the_newton_schulz_iterations_can_be_set(tmp_path: Path) -> None:
     network = resnet()
     network.steps = 3
     torch.save(network.state_dict(), tmp_path / "a.pth")
@@ -153,7 +153,7 @@ def test_another_pooling_of_the_same_tensors_is_refused(tmp_path: Path) -> None:
         imported(tmp_path / "a.pth", "mpncov-resnet18")
 
 
-def test_a_vector_that_no_pooling_makes_is_refused(tmp_path: Path) -> None:
+def test_a_classifier_size_without_a_pooling_is_refused(tmp_path: Path) -> None:
     state = resnet().state_dict()
     torch.save(state | {"fc.weight": torch.zeros(5, 8192)}, tmp_path / "a.pth")
     with pytest.raises(WeightsError, match="into the 8192 inputs"):

@@ -1,4 +1,4 @@
-"""GM-SOP's MatConvNet files, in both of MATLAB's containers, against its networks written anew."""
+"""Imports of GM-SOP's MatConvNet files, in both MATLAB formats, against reference networks."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tests.sopdeploy.importers.released_matconvnet import (
     AVERAGE,
     Net,
     forward,
-    on_normalised,
+    on_normalized,
     random_net,
     save_v7,
     save_v73,
@@ -39,7 +39,7 @@ RELEASED: dict[str, dict[str, Any]] = {
 
 
 def images(count: int = 6) -> torch.Tensor:
-    """Pictures of 0..255 less the mean."""
+    """Images of 0..255 less the mean."""
     torch.manual_seed(1)
     raw = torch.randint(0, 256, (count, 3, 16, 16)).double()
     return raw - torch.tensor(AVERAGE, dtype=torch.float64)[:, None, None]
@@ -52,7 +52,7 @@ def in_single(net: Net) -> Net:
 
 
 def in_float64(path: Path, name: str) -> torch.nn.Module:
-    """The network with the file's numbers before they are rounded to what a checkpoint stores."""
+    """Build the network with the numbers of the file before they are rounded to float32."""
     file = open_weights(path)
     found = GMSOPNetwork().convert(file, name)
     config = choose_config(file, found, name, {})
@@ -67,12 +67,12 @@ def in_float64(path: Path, name: str) -> torch.nn.Module:
     [*((name, "v7.3") for name in RELEASED), ("resnet18-64px", "v7"), ("gmsop-16-8-resnet18", "v7")],
 )
 @torch.no_grad()
-def test_the_same_logits_in_float64_and_within_the_noise_of_float32(
+def test_logits_are_equal_in_float64_and_within_float32_noise(
     tmp_path: Path, name: str, container: str
 ) -> None:
     net = in_single(random_net(**RELEASED[name]))
     file = SAVERS[container](tmp_path / "net.mat", net, dtype="f4")
-    original = on_normalised(net)
+    original = on_normalized(net)
     exact = original(images())
     assert (exact[0] - exact[1]).abs().max() > 1e-3
     torch.testing.assert_close(in_float64(file, name)(images()), exact, rtol=1e-7, atol=1e-7)
@@ -94,7 +94,7 @@ def assert_switches_of_the_layers(name: str, config: dict[str, Any]) -> None:
         assert config["dropout"] == (0.4 if name == "gmsop-16-8-wrn36-2" else 0.2)
 
 
-def test_steps_are_read_and_not_assumed(tmp_path: Path) -> None:
+def test_the_number_of_iterations_is_read_from_the_file(tmp_path: Path) -> None:
     net = random_net(order=2, gated=False)
     net.steps = 5
     for _, kind, block in net.layers:
@@ -104,22 +104,22 @@ def test_steps_are_read_and_not_assumed(tmp_path: Path) -> None:
     assert report.config["iterations"] == 5
     with torch.no_grad():
         torch.testing.assert_close(
-            ours.double()(images()), on_normalised(net)(images()), rtol=1e-4, atol=1e-4
+            ours.double()(images()), on_normalized(net)(images()), rtol=1e-4, atol=1e-4
         )
 
 
-def test_the_network_sees_the_raw_pictures_less_the_mean(tmp_path: Path) -> None:
+def test_the_network_input_is_raw_pixels_less_the_mean(tmp_path: Path) -> None:
     net = random_net(order=1, gated=False)
     _, report = imported(save_v73(tmp_path / "net.mat", net), "resnet18-64px")
-    picture = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8)
-    seen = Normalize(report.preprocess)(picture)
-    wanted = picture.permute(0, 3, 1, 2).double() - torch.tensor(AVERAGE, dtype=torch.float64)[:, None, None]
+    image = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8)
+    seen = Normalize(report.preprocess)(image)
+    wanted = image.permute(0, 3, 1, 2).double() - torch.tensor(AVERAGE, dtype=torch.float64)[:, None, None]
     torch.testing.assert_close(seen.double(), wanted, rtol=1e-5, atol=1e-4)
     assert (report.preprocess.resize, report.preprocess.crop) == (16, 16)
     assert report.labels.startswith("numbers")
 
 
-def test_a_picture_as_the_average_gives_its_mean_colour(tmp_path: Path) -> None:
+def test_the_average_color_is_read_from_the_file(tmp_path: Path) -> None:
     net = random_net(order=1, gated=False)
     file = save_v7(tmp_path / "net.mat", net)
     average = open_weights(file).average_color
@@ -132,13 +132,13 @@ def weights(**arrays: np.ndarray[Any, Any]) -> WeightFile:
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 4, 5), (3, 3, 4), (3, 3), (1, 1, 4)])
-def test_kernels_get_back_the_axes_that_matlab_dropped(shape: tuple[int, ...]) -> None:
+def test_kernels_regain_the_axes_that_matlab_dropped(shape: tuple[int, ...]) -> None:
     array = np.random.default_rng(0).normal(size=shape)
     full = array.reshape(*shape, *(1,) * (4 - len(shape)))
     assert torch.equal(conv_kernel(weights(a_f=array), "a_f"), torch.from_numpy(full).permute(3, 2, 0, 1))
 
 
-def test_a_deviation_below_the_smallest_keeps_its_effect() -> None:
+def test_a_deviation_below_sqrt_eps_keeps_its_effect() -> None:
     moments = np.array([[0.1, 1e-3], [0.2, 2.0]])
     file = weights(a_w=np.full((2, 1), 1.5), a_b=np.zeros((2, 1)), a_m=moments)
     parts = {row.name: row.tensor for row in batch_norm(file, "a", "a")}
@@ -190,7 +190,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_network_that_is_not_the_released_one_is_refused(tmp_path: Path, what: str) -> None:
+def test_a_network_other_than_the_released_one_is_refused(tmp_path: Path, what: str) -> None:
     net = random_net(order=2, gated=False)
     change, said = BROKEN[what]
     change(net)
@@ -218,13 +218,13 @@ def test_another_network_is_refused(tmp_path: Path, released: str, name: str, sa
         imported(file, name)
 
 
-def test_steps_that_contradict_the_file_are_refused(tmp_path: Path) -> None:
+def test_iterations_that_contradict_the_file_are_refused(tmp_path: Path) -> None:
     file = save_v7(tmp_path / "net.mat", random_net(order=2, gated=False))
     with pytest.raises(ConfigError, match=r"--set iterations=5: .* holds 3"):
         imported(file, "srsop-resnet18", settings={"iterations": 5})
 
 
-def test_every_triangle_is_put_into_rows_order_once(tmp_path: Path) -> None:
+def test_every_triangle_is_made_row_wise_once(tmp_path: Path) -> None:
     file = save_v7(tmp_path / "net.mat", random_net(order=2, gated=True))
     found = GMSOPNetwork().convert(open_weights(file), "gmsop-16-8-resnet18")
     turned = {row.name for row in found.tensors if "row-wise" in row.how}
@@ -233,10 +233,10 @@ def test_every_triangle_is_put_into_rows_order_once(tmp_path: Path) -> None:
     assert all(isinstance(row, MappedTensor) for row in found.tensors)
 
 
-def test_columns_order_is_not_rows_order() -> None:
+def test_the_reference_depends_on_the_order_of_the_triangle() -> None:
     """The reference itself: with the vectors in rows' order the logits would be others."""
     net = random_net(order=2, gated=False)
-    pictures = np.random.default_rng(0).uniform(0, 255, (16, 16, 3, 2))
-    first = forward(net, pictures)
+    images = np.random.default_rng(0).uniform(0, 255, (16, 16, 3, 2))
+    first = forward(net, images)
     net.params["prediction_f"] = net.params["prediction_f"][:, :, ::-1]
-    assert np.abs(forward(net, pictures) - first).max() > 1e-3
+    assert np.abs(forward(net, images) - first).max() > 1e-3

@@ -1,4 +1,4 @@
-"""GSoP's training checkpoints against the released networks written anew."""
+"""Imports of GSoP training checkpoints against reference networks."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tests.sopdeploy.importers.comparing import (
     assert_same_numbers,
     imported,
     in_either_precision,
-    pictures,
+    random_images,
 )
 from tests.sopdeploy.importers.released_torch import Bottleneck, ResNet, prefixed, settled
 
@@ -27,13 +27,13 @@ def saved(path: Path, attention: str, d: int = 0) -> ResNet:
 
 
 def images() -> torch.Tensor:
-    return pictures(64)
+    return random_images(64)
 
 
 @pytest.mark.parametrize(
     ("depth", "d", "entries"), [(50, 0, 384), (50, 256, 374), (101, 0, 690), (101, 256, 680)]
 )
-def test_the_networks_written_anew_have_as_many_tensors_as_the_released(
+def test_the_reference_networks_have_as_many_tensors_as_the_released(
     depth: int, d: int, entries: int
 ) -> None:
     with torch.device("meta"):
@@ -42,7 +42,7 @@ def test_the_networks_written_anew_have_as_many_tensors_as_the_released(
 
 
 @pytest.mark.parametrize("attention", NAMES)
-def test_net1_with_each_kind_of_block(tmp_path: Path, attention: str) -> None:
+def test_net1_gives_the_same_logits_with_each_block(tmp_path: Path, attention: str) -> None:
     network = saved(tmp_path / "a.pth.tar", attention)
     settings = {"attention": NAMES[attention]} if attention in "+M" else {}
     ours, report = imported(tmp_path / "a.pth.tar", "gsop-net1-resnet26", settings=settings)
@@ -52,7 +52,7 @@ def test_net1_with_each_kind_of_block(tmp_path: Path, attention: str) -> None:
     assert report.config["block_place"] == "inside"
 
 
-def test_net2_has_its_vector_put_into_rows_order(tmp_path: Path) -> None:
+def test_the_classifier_of_net2_is_made_row_wise(tmp_path: Path) -> None:
     network = saved(tmp_path / "a.pth.tar", "1", d=12)
     ours, report = imported(tmp_path / "a.pth.tar", "gsop-net2-resnet26")
     assert_same_numbers(ours, in_either_precision(network), images())
@@ -61,7 +61,7 @@ def test_net2_has_its_vector_put_into_rows_order(tmp_path: Path) -> None:
     assert not torch.equal(ours.fc.weight.float(), network.fc.weight.float())
 
 
-def test_sum_and_maximum_have_the_same_tensors_so_the_user_says_which(tmp_path: Path) -> None:
+def test_fusion_by_sum_or_maximum_must_be_set(tmp_path: Path) -> None:
     saved(tmp_path / "a.pth.tar", "M")
     with pytest.raises(ConfigError, match=r"sum and maximum .* add --set attention="):
         imported(tmp_path / "a.pth.tar", "gsop-net1-resnet26")

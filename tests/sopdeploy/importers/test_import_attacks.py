@@ -1,4 +1,4 @@
-"""Weight files that run code, point elsewhere or pretend: refused on one line, and nothing of them is run."""
+"""Hostile weight files: each ends in a one-line error and runs no code."""
 
 import os
 import pickle  # noqa: TID251
@@ -27,48 +27,12 @@ class RunsACommand:
         return os.system, (f"touch {MARKER}",)
 
 
-def bare_pickle(file: Path) -> None:
-    file.write_bytes(pickle.dumps(RunsACommand()))
+def saved(content: Any, **options: Any) -> Callable[[Path], None]:
+    return lambda file: torch.save(content, file, **options)
 
 
-def in_the_state_dict(file: Path) -> None:
-    torch.save({"state_dict": {"conv1.weight": torch.zeros(1), "x": RunsACommand()}}, file)
-
-
-def in_the_old_format(file: Path) -> None:
-    torch.save({"conv1.weight": RunsACommand()}, file, _use_new_zipfile_serialization=False)
-
-
-def a_whole_module(file: Path) -> None:
-    torch.save(torch.nn.Linear(2, 2), file)
-
-
-def no_tensors(file: Path) -> None:
-    torch.save({"epoch": 3, "state_dict": {}}, file)
-
-
-def a_list(file: Path) -> None:
-    torch.save([torch.zeros(2)], file)
-
-
-def our_own(file: Path) -> None:
-    write_checkpoint(file, checkpoint())
-
-
-def unknown_names(file: Path) -> None:
-    torch.save({"encoder.weight": torch.zeros(2, 2)}, file)
-
-
-def noise(file: Path) -> None:
-    file.write_bytes(bytes(range(256)) * 8)
-
-
-def empty(file: Path) -> None:
-    file.write_bytes(b"")
-
-
-def a_folder(file: Path) -> None:
-    file.mkdir()
+def written(data: bytes) -> Callable[[Path], None]:
+    return lambda file: file.write_bytes(data)
 
 
 def hdf5(change: Callable[[Any, Path], None]) -> Callable[[Path], None]:
@@ -134,27 +98,28 @@ def truncated_hdf5(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:4096])
 
 
-def safetensors_that_ends_too_early(file: Path) -> None:
-    head = b'{"a":{"dtype":"F32","shape":[1000000],"data_offsets":[0,4000000]}}'
-    file.write_bytes(struct.pack("<Q", len(head)) + head + bytes(16))
-
-
-def a_huge_safetensors_header(file: Path) -> None:
-    file.write_bytes(struct.pack("<Q", 1 << 62) + b"{" + bytes(64))
-
-
+TENSOR = b'{"a":{"dtype":"F32","shape":[1000000],"data_offsets":[0,4000000]}}'
 ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "bare pickle": (bare_pickle, "damaged or not a checkpoint"),
-    "code in the state dict": (in_the_state_dict, "refused, it is no plain table of tensors"),
-    "code in the old format": (in_the_old_format, "refused"),
-    "a whole module": (a_whole_module, "save the network's state_dict() alone"),
-    "no tensors": (no_tensors, "holds no table of tensors"),
-    "a list": (a_list, "holds no table of tensors"),
-    "our own checkpoint": (our_own, "already a sopdeploy checkpoint"),
-    "unknown names": (unknown_names, "encoder.weight"),
-    "noise": (noise, "refused"),
-    "an empty file": (empty, "damaged"),
-    "a folder": (a_folder, "no such file"),
+    "bare pickle": (written(pickle.dumps(RunsACommand())), "damaged or not a checkpoint"),
+    "code in the state dict": (
+        saved({"state_dict": {"conv1.weight": torch.zeros(1), "x": RunsACommand()}}),
+        "refused",
+    ),
+    "code in the old format": (
+        saved({"conv1.weight": RunsACommand()}, _use_new_zipfile_serialization=False),
+        "refused",
+    ),
+    "a whole module": (saved(torch.nn.Linear(2, 2)), "save the network's state_dict() alone"),
+    "no tensors": (saved({"epoch": 3, "state_dict": {}}), "holds no table of tensors"),
+    "a list": (saved([torch.zeros(2)]), "holds no table of tensors"),
+    "our own checkpoint": (
+        lambda file: write_checkpoint(file, checkpoint()),
+        "already a sopdeploy checkpoint",
+    ),
+    "unknown names": (saved({"encoder.weight": torch.zeros(2, 2)}), "encoder.weight"),
+    "noise": (written(bytes(range(256)) * 8), "refused"),
+    "an empty file": (written(b""), "damaged"),
+    "a folder": (Path.mkdir, "no such file"),
     "external link": (hdf5(external_link), "params is a link to another place"),
     "external link at the top": (hdf5(top_external_link), "net is a link to another place"),
     "soft link": (hdf5(soft_link), "meta is a link to another place"),
@@ -164,8 +129,14 @@ ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a decompression bomb": (hdf5(bomb), "GiB after decompression"),
     "objects": (hdf5(objects), "holds objects"),
     "half an HDF5": (truncated_hdf5, "damaged MATLAB v7.3 file"),
-    "half a safetensors": (safetensors_that_ends_too_early, "damaged safetensors file"),
-    "a huge safetensors header": (a_huge_safetensors_header, "damaged safetensors file"),
+    "half a safetensors": (
+        written(struct.pack("<Q", len(TENSOR)) + TENSOR + bytes(16)),
+        "damaged safetensors file",
+    ),
+    "a huge safetensors header": (
+        written(struct.pack("<Q", 1 << 62) + b"{" + bytes(64)),
+        "damaged safetensors file",
+    ),
 }
 
 

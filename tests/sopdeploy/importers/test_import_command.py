@@ -22,7 +22,7 @@ WEIGHTS = SHARED / "weights" / "cifar10-resnet"
 TEST_SET = SHARED / "data" / "cifar10-jpeg" / "test.tar.xz"
 PUBLISHED = {"resnet20": ("resnet20-12fca82f.th", 0.810), "resnet56": ("resnet56-4bfd9763.th", 0.832)}
 needs_weights = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="the published CIFAR-10 ResNets are not here")
-needs_pictures = pytest.mark.skipif(not TEST_SET.is_file(), reason="CIFAR-10's test pictures are not here")
+needs_pictures = pytest.mark.skipif(not TEST_SET.is_file(), reason="CIFAR-10's test images are not here")
 
 
 def run(*arguments: str) -> Any:
@@ -38,7 +38,7 @@ def small(folder: Path) -> Path:
     return folder / "small.th"
 
 
-def test_it_says_what_it_found_mapped_and_left_out(tmp_path: Path) -> None:
+def test_the_command_reports_what_it_found_mapped_and_ignored(tmp_path: Path) -> None:
     shown = run("import", str(small(tmp_path)), "--as", "resnet8", "--out", str(tmp_path / "c.pt")).stdout
     assert "found    ResNet-8 for CIFAR of pytorch_resnet_cifar10" in shown
     assert "mapped   44 tensors as resnet8, 0 counters set to 0" in shown
@@ -47,7 +47,7 @@ def test_it_says_what_it_found_mapped_and_left_out(tmp_path: Path) -> None:
     assert "classes  10: CIFAR-10" in shown
 
 
-def test_keys_are_shown_one_a_line(tmp_path: Path) -> None:
+def test_keys_are_shown_one_per_line(tmp_path: Path) -> None:
     shown = run(
         "import", str(small(tmp_path)), "--as", "resnet8", "--out", str(tmp_path / "c.pt"), "--keys"
     ).stdout
@@ -64,7 +64,7 @@ def test_json_names_every_tensor(tmp_path: Path) -> None:
     assert report["beside"] == ["best_prec1"]
 
 
-def test_the_file_itself_is_not_written_over(tmp_path: Path) -> None:
+def test_the_source_file_is_not_overwritten(tmp_path: Path) -> None:
     file = small(tmp_path)
     found = CliRunner().invoke(app, ["import", str(file), "--as", "resnet8", "--out", str(file)])
     assert found.exit_code == 2
@@ -83,21 +83,21 @@ def test_every_source_has_a_project() -> None:
 
 
 def test_an_imported_network_is_exported_and_predicts_the_same(tmp_path: Path) -> None:
-    answers_agree(small(tmp_path), "resnet8", tmp_path, picture(tmp_path))
+    answers_agree(small(tmp_path), "resnet8", tmp_path, example_image(tmp_path))
 
 
 @pytest.mark.slow
 @needs_weights
 def test_a_published_network_is_exported_and_predicts_the_same(tmp_path: Path) -> None:
-    answers_agree(WEIGHTS / PUBLISHED["resnet20"][0], "resnet20", tmp_path, picture(tmp_path))
+    answers_agree(WEIGHTS / PUBLISHED["resnet20"][0], "resnet20", tmp_path, example_image(tmp_path))
 
 
-def picture(folder: Path) -> Path:
+def example_image(folder: Path) -> Path:
     side = range(40)
     image = Image.new("RGB", (40, 40))
     image.putdata([(6 * x, 6 * y, 3 * (x + y)) for y in side for x in side])
-    image.save(folder / "picture.png")
-    return folder / "picture.png"
+    image.save(folder / "image.png")
+    return folder / "image.png"
 
 
 def answers_agree(file: Path, name: str, folder: Path, shown: Path) -> None:
@@ -121,8 +121,8 @@ def answers_agree(file: Path, name: str, folder: Path, shown: Path) -> None:
 @needs_weights
 @needs_pictures
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_networks_reach_the_accuracy_measured_on_these_pictures(tmp_path: Path, name: str) -> None:
-    """81.0 % and 83.2 %: the pictures are JPEGs of those the networks learnt from."""
+def test_published_networks_reach_their_accuracy(tmp_path: Path, name: str) -> None:
+    """81.0 % and 83.2 %: the images are JPEGs of the training images."""
     with tarfile.open(TEST_SET) as packed:
         packed.extractall(tmp_path, filter="data")
     file, accuracy = PUBLISHED[name]

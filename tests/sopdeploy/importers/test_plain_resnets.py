@@ -15,7 +15,7 @@ from tests.sopdeploy.importers.comparing import (
     assert_same_numbers,
     imported,
     in_either_precision,
-    pictures,
+    random_images,
 )
 from tests.sopdeploy.importers.released_torch import CifarResNet, prefixed, settled
 
@@ -23,7 +23,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def images(side: int = 64) -> torch.Tensor:
-    return pictures(side)
+    return random_images(side)
 
 
 def torchvision_resnet18(classes: int = 5) -> torch.nn.Module:
@@ -32,7 +32,7 @@ def torchvision_resnet18(classes: int = 5) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("container", ["pth", "safetensors"])
-def test_torchvision(tmp_path: Path, container: str) -> None:
+def test_torchvision_weights_give_the_same_logits(tmp_path: Path, container: str) -> None:
     network = torchvision_resnet18()
     file = tmp_path / f"a.{container}"
     (torch.save if container == "pth" else safetensors.torch.save_file)(network.state_dict(), file)
@@ -46,13 +46,13 @@ def test_torchvision(tmp_path: Path, container: str) -> None:
     ("depth", "digest", "resize"),
     [(18, "f37072fd", 256), (50, "0676ba61", 256), (50, "11ad3fa6", 232), (101, "cd907fc2", 232)],
 )
-def test_torchvisions_own_files_are_known_by_their_hash(depth: int, digest: str, resize: int) -> None:
+def test_torchvision_files_are_identified_by_their_hash(depth: int, digest: str, resize: int) -> None:
     found = published_preprocess(depth, digest + "0" * 56)
     assert found is not None
     assert (found[0].resize, found[0].crop, found[0].interpolation) == (resize, 224, "bilinear")
 
 
-def test_a_file_of_torchvisions_names_beside_a_card(tmp_path: Path) -> None:
+def test_a_hub_config_applies_to_torchvision_names(tmp_path: Path) -> None:
     torch.save(torchvision_resnet18().state_dict(), tmp_path / "a.pth")
     card = {"input_size": [3, 160, 160], "crop_pct": 0.95, "interpolation": "bicubic", "mean": [0.5] * 3}
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {**card, "std": [0.5] * 3}}))
@@ -67,13 +67,13 @@ def test_half_precision_is_widened(tmp_path: Path) -> None:
     assert_same_numbers(ours, in_either_precision(network), images())
 
 
-def test_a_thousand_classes_are_called_as_imagenets(tmp_path: Path) -> None:
+def test_a_thousand_classes_get_the_imagenet_names(tmp_path: Path) -> None:
     torch.save(torchvision_resnet18(1000).state_dict(), tmp_path / "a.pth")
     _, report = imported(tmp_path / "a.pth", "resnet18")
     assert report.labels.startswith("ImageNet")
 
 
-def test_a_resnet_whose_blocks_the_catalog_has_not(tmp_path: Path) -> None:
+def test_a_resnet_with_unknown_block_counts_is_refused(tmp_path: Path) -> None:
     with torch.device("meta"):
         names = torchvision.models.resnet152().state_dict()
     torch.save({name: torch.zeros(1) for name in names}, tmp_path / "a.pth")
@@ -82,7 +82,7 @@ def test_a_resnet_whose_blocks_the_catalog_has_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("beside", [True, False])
-def test_timm_with_and_without_the_card_of_its_hub(tmp_path: Path, beside: bool) -> None:
+def test_timm_weights_with_and_without_hub_config(tmp_path: Path, beside: bool) -> None:
     torch.manual_seed(0)
     network = settled(timm.create_model("resnet18", num_classes=5))
     safetensors.torch.save_file(network.state_dict(), tmp_path / "model.safetensors")
@@ -116,7 +116,7 @@ def test_timm_with_and_without_the_card_of_its_hub(tmp_path: Path, beside: bool)
         {"input_size": []},
     ],
 )
-def test_a_card_that_has_no_form_here_is_refused(tmp_path: Path, card: dict[str, object]) -> None:
+def test_an_unsupported_hub_config_is_refused(tmp_path: Path, card: dict[str, object]) -> None:
     network = timm.create_model("resnet18", num_classes=5)
     safetensors.torch.save_file(network.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": card}))
@@ -125,7 +125,7 @@ def test_a_card_that_has_no_form_here_is_refused(tmp_path: Path, card: dict[str,
 
 
 @pytest.mark.parametrize(("blocks", "option", "base"), [(1, "A", 16), (3, "A", 8), (1, "B", 8)])
-def test_cifar(tmp_path: Path, blocks: int, option: str, base: int) -> None:
+def test_cifar_weights_give_the_same_logits(tmp_path: Path, blocks: int, option: str, base: int) -> None:
     torch.manual_seed(0)
     network = settled(CifarResNet(blocks, option, base))
     torch.save({"state_dict": prefixed(network.state_dict()), "best_prec1": 91.7}, tmp_path / "a.th")
@@ -167,7 +167,7 @@ def test_another_network_is_refused(tmp_path: Path, name: str, said: str) -> Non
         ({"bn1.bias": None}, "bn1.bias is not in the file"),
     ],
 )
-def test_what_does_not_fit_is_named(
+def test_a_tensor_that_does_not_fit_is_named(
     tmp_path: Path, change: dict[str, torch.Tensor | None], said: str
 ) -> None:
     state = {
@@ -189,13 +189,13 @@ def test_what_does_not_fit_is_named(
         ({"settings": {"pooling": "gap", "pooling.kind": "gap"}}, "pooling is a value, not a table"),
     ],
 )
-def test_a_wrong_wish_is_refused(tmp_path: Path, options: dict[str, object], said: str) -> None:
+def test_an_invalid_option_is_refused(tmp_path: Path, options: dict[str, object], said: str) -> None:
     torch.save(torchvision_resnet18().state_dict(), tmp_path / "a.pth")
     with pytest.raises(ConfigError, match=said):
         imported(tmp_path / "a.pth", "resnet18", **options)
 
 
-def test_sizes_may_be_others(tmp_path: Path) -> None:
+def test_the_input_size_can_be_overridden(tmp_path: Path) -> None:
     torch.save(torchvision_resnet18().state_dict(), tmp_path / "a.pth")
     _, report = imported(tmp_path / "a.pth", "resnet18", resize=448, crop=448, interpolation="bicubic")
     rules = report.preprocess
