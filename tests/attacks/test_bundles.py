@@ -1,7 +1,4 @@
-"""Attacks through the bundle: damaged, swapped, linked, and forged with the right hashes.
-
-Each is refused by `sopdeploy verify` with exit code 2 and one line.
-"""
+"""Malicious and damaged bundles: `sopdeploy verify` rejects each with exit code 2 and one line."""
 
 import io
 import json
@@ -27,16 +24,16 @@ FILES = ("model.onnx", "labels.json", "certificate.json", "parity.json", "probes
 
 
 def graph(factor: float = 1.0, *, output: str = "logits", cast: str = "Cast") -> bytes:
-    """A graph from uint8 images (n, 16, 16, 3) to *factor* times their mean colours, as logits (n, 3)."""
+    """Build a graph from images (n, 16, 16, 3) uint8 to *factor* times their mean colors (n, 3)."""
     nodes = [
         helper.make_node(cast, ["images"], ["wide"], to=TensorProto.FLOAT),
-        helper.make_node("ReduceMean", ["wide", "axes"], ["colour"], keepdims=0),
-        helper.make_node("Mul", ["colour", "factor"], [output]),
+        helper.make_node("ReduceMean", ["wide", "axes"], ["color"], keepdims=0),
+        helper.make_node("Mul", ["color", "factor"], [output]),
     ]
     constants = {"axes": np.array([1, 2]), "factor": np.array(factor, dtype=np.float32)}
     found = helper.make_graph(
         nodes,
-        "colours",
+        "colors",
         [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", SIDE, SIDE, 3])],
         [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["n", 3])],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
@@ -63,66 +60,64 @@ def write_bundle(destination: Path, factor: float) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bundle(tmp_path_factory.mktemp("bundles"), factor=1.0)
 
 
 @pytest.fixture
-def bundle(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / whole.name))
+def bundle(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / original.name))
 
 
 def verify(bundle: Path) -> Result:
     return CliRunner().invoke(app, ["verify", str(bundle)])
 
 
-def refused(bundle: Path, name: str = "") -> str:
-    """Return the one line that `verify` says of *bundle*."""
-    found = verify(bundle)
-    assert found.exit_code == 2, found.output or repr(found.exception)
-    assert found.stdout == ""
-    assert found.stderr.startswith("error: ")
-    assert found.stderr.count("\n") == 1
-    assert name in found.stderr
-    return found.stderr
+def rejection(bundle: Path, name: str = "") -> str:
+    """Verify *bundle*, which must fail with one line that contains *name*; return the line."""
+    result = verify(bundle)
+    assert result.exit_code == 2, result.output or repr(result.exception)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert name in result.stderr
+    return result.stderr
 
 
-def test_the_bundle_that_the_attacks_start_from_is_accepted(bundle: Path) -> None:
-    found = verify(bundle)
-    assert (found.exit_code, found.stderr) == (0, "")
-    assert f"verified {bundle.name}" in found.stdout
+def test_the_original_bundle_is_accepted(bundle: Path) -> None:
+    result = verify(bundle)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert f"verified {bundle.name}" in result.stdout
 
 
 @pytest.mark.parametrize("name", ["manifest.json", *FILES])
-def test_a_flipped_bit_is_refused_by_the_name_of_its_file(bundle: Path, name: str) -> None:
+def test_a_flipped_bit_is_detected_and_the_file_named(bundle: Path, name: str) -> None:
     flip(bundle / name, (bundle / name).stat().st_size // 2)
-    refused(bundle, name)
+    rejection(bundle, name)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "probes.npz"])
-def test_a_file_of_another_bundle_is_refused(bundle: Path, tmp_path: Path, name: str) -> None:
+def test_a_file_of_another_bundle_is_rejected(bundle: Path, tmp_path: Path, name: str) -> None:
     other = write_bundle(tmp_path / "others", factor=2.0)
     shutil.copy(other / name, bundle / name)
-    assert "sha256" in refused(bundle, name)
+    assert "sha256" in rejection(bundle, name)
 
 
-def test_another_bundles_graph_is_refused_by_its_numbers_even_with_the_right_hash(
-    bundle: Path, tmp_path: Path
-) -> None:
+def test_another_graph_with_the_right_hash_fails_the_probes(bundle: Path, tmp_path: Path) -> None:
     shutil.copy(write_bundle(tmp_path / "others", factor=2.0) / "model.onnx", bundle / "model.onnx")
-    assert "does not compute the exported network" in refused(forge(bundle), "probes")
+    assert "does not compute the exported network" in rejection(forge(bundle), "probes")
 
 
-def test_labels_in_another_order_are_refused(bundle: Path) -> None:
+def test_reordered_labels_are_rejected(bundle: Path) -> None:
     (bundle / "labels.json").write_bytes(to_json(LABELS[::-1]))
-    assert "sha256" in refused(bundle, "labels.json")
+    assert "sha256" in rejection(bundle, "labels.json")
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_link_out_of_the_bundle_is_refused_and_not_read(bundle: Path, name: str) -> None:
+def test_a_link_out_of_the_bundle_is_not_followed(bundle: Path, name: str) -> None:
     (bundle / name).unlink()
     (bundle / name).symlink_to("/etc/passwd")
-    said = refused(bundle, name)
+    said = rejection(bundle, name)
     assert "is a link" in said
     assert "root:" not in said
 
@@ -140,25 +135,25 @@ ARCHIVES: dict[str, Callable[[], bytes]] = {
     "an output of pickled objects": lambda: probes(output_logits=pickled()),
     "a bare pickle": lambda: pickle.dumps({"images": 1}),
     "no images": lambda: probes(images=None),
-    "no picture among the images": lambda: probes(images=np.zeros((0, SIDE, SIDE, 3), np.uint8)),
-    "no numbers for the output": lambda: probes(output_logits=None, tolerance_logits=None),
-    "a bound that is no number": lambda: probes(tolerance_logits=np.array(np.nan)),
-    "numbers that are none": lambda: probes(output_logits=np.full((4, 3), np.nan, np.float32)),
+    "no probe image": lambda: probes(images=np.zeros((0, SIDE, SIDE, 3), np.uint8)),
+    "no expected output": lambda: probes(output_logits=None, tolerance_logits=None),
+    "a NaN tolerance": lambda: probes(tolerance_logits=np.array(np.nan)),
+    "NaN outputs": lambda: probes(output_logits=np.full((4, 3), np.nan, np.float32)),
     "images of another size": lambda: probes(images=np.zeros((4, 8, 8, 3), np.uint8)),
-    "images without colours": lambda: probes(images=np.zeros((4, SIDE, SIDE), np.uint8)),
-    "more images than numbers": lambda: probes(images=np.zeros((9, SIDE, SIDE, 3), np.uint8)),
+    "images without colors": lambda: probes(images=np.zeros((4, SIDE, SIDE), np.uint8)),
+    "more images than outputs": lambda: probes(images=np.zeros((9, SIDE, SIDE, 3), np.uint8)),
     "text": lambda: b"trust me",
     "nothing": lambda: b"",
 }
 
 
 @pytest.mark.parametrize("attack", ARCHIVES)
-def test_probes_that_prove_nothing_are_refused_even_with_the_right_hash(
+def test_invalid_probes_with_the_right_hash_are_rejected(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (bundle / "probes.npz").write_bytes(ARCHIVES[attack]())
-    refused(forge(bundle), "probes")
+    rejection(forge(bundle), "probes")
     assert not Path("pwned").exists()
 
 
@@ -167,7 +162,7 @@ GRAPHS: dict[str, Callable[[], bytes]] = {
     "nothing": lambda: b"",
     "half a graph": lambda: graph()[:100],
     "an operator that does not exist": lambda: graph(cast="RunShell"),
-    "another output": lambda: graph(output="answer"),
+    "another output": lambda: graph(output="other"),
     "weights in a file elsewhere": lambda: with_outside_weights("/etc/passwd"),
     "weights in a file above": lambda: with_outside_weights("../outside"),
 }
@@ -184,29 +179,29 @@ def with_outside_weights(location: str) -> bytes:
 
 
 @pytest.mark.parametrize("attack", GRAPHS)
-def test_a_graph_that_cannot_be_run_is_refused_even_with_the_right_hash(bundle: Path, attack: str) -> None:
+def test_invalid_graphs_with_the_right_hash_are_rejected(bundle: Path, attack: str) -> None:
     (bundle.parent / "outside").write_bytes(np.float32(1.0).tobytes())
     (bundle / "model.onnx").write_bytes(GRAPHS[attack]())
-    refused(forge(bundle), "model.onnx")
+    rejection(forge(bundle), "model.onnx")
 
 
-def test_a_manifest_for_another_graph_is_refused(bundle: Path) -> None:
+def test_a_manifest_of_another_graph_is_rejected(bundle: Path) -> None:
     fields = json.loads((bundle / "manifest.json").read_bytes())
     fields["outputs"][0]["shape"] = [None, 2]
     (bundle / "labels.json").write_bytes(to_json(LABELS[:2]))
-    refused(forge(bundle, outputs=fields["outputs"]), "probes.npz: does not probe every output")
+    rejection(forge(bundle, outputs=fields["outputs"]), "probes.npz: does not probe every output")
 
 
 NAMES = ["[red]x", "[/]", "a\nb", "\x1b[31mred", "../outside", "", ":warning:"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_model_name_that_would_steer_the_terminal_or_a_path_is_refused(bundle: Path, name: str) -> None:
+def test_unsafe_model_names_are_rejected(bundle: Path, name: str) -> None:
     fields = json.loads((bundle / "manifest.json").read_bytes())
     (bundle / "manifest.json").write_bytes(to_json({**fields, "model": name}))
-    assert "\x1b" not in refused(bundle, "manifest.json: model: ")
+    assert "\x1b" not in rejection(bundle, "manifest.json: model: ")
 
 
 @pytest.mark.parametrize("place", ["no/such/bundle", "[/]", "[red]x"])
-def test_a_path_without_a_bundle_is_refused_as_it_was_written(place: str) -> None:
-    refused(Path(place), place)
+def test_a_missing_path_is_printed_literally(place: str) -> None:
+    rejection(Path(place), place)

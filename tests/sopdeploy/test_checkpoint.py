@@ -1,4 +1,4 @@
-"""The file between training and export: plain, written whole, read without running anything."""
+"""Checkpoints: round trips, atomic writes and rejected content."""
 
 import errno
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def checkpoint(weights: dict[str, Tensor]) -> Checkpoint:
 
 
 def rewritten(path: Path, checkpoint: Checkpoint, change: Callable[[dict[str, Any]], object]) -> Path:
-    """Write *checkpoint*, lay *change* over what is in the file, and write it as torch would."""
+    """Write *checkpoint*, apply *change* to its content and save it with torch."""
     write_checkpoint(path, checkpoint)
     content = load_plain(path)
     change(content)
@@ -46,7 +46,7 @@ def rewritten(path: Path, checkpoint: Checkpoint, change: Callable[[dict[str, An
     return path
 
 
-def test_reading_what_was_written_gives_the_same_checkpoint(tmp_path: Path, checkpoint: Checkpoint) -> None:
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path, checkpoint: Checkpoint) -> None:
     write_checkpoint(tmp_path / "deep" / "run" / "ckpt.pt", checkpoint)
     found = read_checkpoint(tmp_path / "deep" / "run" / "ckpt.pt")
     assert same_bits(found.weights, checkpoint.weights)
@@ -54,7 +54,7 @@ def test_reading_what_was_written_gives_the_same_checkpoint(tmp_path: Path, chec
     assert found.resume is None
 
 
-def test_the_state_to_go_on_from_comes_back_bit_for_bit(tmp_path: Path, checkpoint: Checkpoint) -> None:
+def test_the_resume_state_is_restored_bit_for_bit(tmp_path: Path, checkpoint: Checkpoint) -> None:
     resume = {
         "optimizer": {"state": {0: {"momentum": torch.randn(5)}}},
         "random": torch.get_rng_state(),
@@ -64,27 +64,27 @@ def test_the_state_to_go_on_from_comes_back_bit_for_bit(tmp_path: Path, checkpoi
     assert same_bits(read_checkpoint(tmp_path / "last.pt").resume, resume)
 
 
-def test_every_dtype_and_odd_value_of_a_weight_comes_back(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    odd = {
+def test_every_dtype_and_layout_is_restored(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    weights = {
         "half": torch.tensor([1.5, -0.0], dtype=torch.float16),
-        "brain": torch.tensor([1.5], dtype=torch.bfloat16),
+        "bfloat": torch.tensor([1.5], dtype=torch.bfloat16),
         "double": torch.tensor([1e-300], dtype=torch.float64),
         "long": torch.tensor(5),
-        "truth": torch.tensor([True]),
+        "bool": torch.tensor([True]),
         "empty": torch.empty(0, 3),
-        "turned": torch.arange(6.0).reshape(2, 3).t(),
+        "transposed": torch.arange(6.0).reshape(2, 3).t(),
     }
-    write_checkpoint(tmp_path / "ckpt.pt", replace(checkpoint, weights=odd))
-    assert same_bits(read_checkpoint(tmp_path / "ckpt.pt").weights, odd)
+    write_checkpoint(tmp_path / "ckpt.pt", replace(checkpoint, weights=weights))
+    assert same_bits(read_checkpoint(tmp_path / "ckpt.pt").weights, weights)
 
 
-def test_weights_that_need_a_gradient_are_written_without_it(tmp_path: Path, checkpoint: Checkpoint) -> None:
+def test_weights_are_stored_without_gradients(tmp_path: Path, checkpoint: Checkpoint) -> None:
     weights = {"w": torch.ones(2, requires_grad=True)}
     write_checkpoint(tmp_path / "ckpt.pt", replace(checkpoint, weights=weights))
     assert not read_checkpoint(tmp_path / "ckpt.pt").weights["w"].requires_grad
 
 
-def test_the_network_answers_as_before(tmp_path: Path, checkpoint: Checkpoint) -> None:
+def test_the_restored_network_computes_the_same_logits(tmp_path: Path, checkpoint: Checkpoint) -> None:
     before = create_model("dsop-resnet8", num_classes=3, base_width=4).eval()
     before.load_state_dict(checkpoint.weights)
     write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
@@ -94,7 +94,7 @@ def test_the_network_answers_as_before(tmp_path: Path, checkpoint: Checkpoint) -
     assert torch.equal(before(images), after(images))
 
 
-def test_a_checkpoint_replaces_the_one_before(tmp_path: Path, checkpoint: Checkpoint) -> None:
+def test_a_checkpoint_replaces_the_previous_one(tmp_path: Path, checkpoint: Checkpoint) -> None:
     for epoch in (1, 2):
         write_checkpoint(tmp_path / "ckpt.pt", replace(checkpoint, training={"epoch": epoch}))
     assert read_checkpoint(tmp_path / "ckpt.pt").training == {"epoch": 2}
@@ -103,7 +103,7 @@ def test_a_checkpoint_replaces_the_one_before(tmp_path: Path, checkpoint: Checkp
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk takes the first bytes and is full at the flush."""
+    """The disk is full when the file is flushed."""
 
     def fsync(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -112,13 +112,13 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("full_disk")
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, checkpoint: Checkpoint) -> None:
+def test_a_full_disk_leaves_no_partial_file(tmp_path: Path, checkpoint: Checkpoint) -> None:
     with pytest.raises(CheckpointError, match=r"ckpt\.pt: cannot be written .*No space left"):
         write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(
+def test_a_full_disk_keeps_the_previous_checkpoint(
     tmp_path: Path, checkpoint: Checkpoint, request: pytest.FixtureRequest
 ) -> None:
     write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
@@ -133,8 +133,8 @@ def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(
 FULL = Path("/dev/full")
 
 
-@pytest.mark.skipif(not FULL.exists(), reason="no device that is always full")
-def test_a_device_that_is_really_full_is_said(tmp_path: Path, checkpoint: Checkpoint) -> None:
+@pytest.mark.skipif(not FULL.exists(), reason="/dev/full does not exist")
+def test_a_full_device_is_an_error(tmp_path: Path, checkpoint: Checkpoint) -> None:
     (tmp_path / "ckpt.pt.partial").symlink_to(FULL)
     with pytest.raises(CheckpointError, match=r"ckpt\.pt: cannot be written"):
         write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
@@ -142,7 +142,7 @@ def test_a_device_that_is_really_full_is_said(tmp_path: Path, checkpoint: Checkp
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt(), MemoryError(), TypeError("no pickle")])
-def test_an_interrupted_write_leaves_the_checkpoint_before_as_it_was(
+def test_an_interrupted_write_keeps_the_previous_checkpoint(
     tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, interruption: BaseException
 ) -> None:
     write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
@@ -159,7 +159,7 @@ def test_an_interrupted_write_leaves_the_checkpoint_before_as_it_was(
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
-def test_the_new_file_has_its_name_only_when_it_is_on_the_disk(
+def test_the_file_is_renamed_after_it_was_flushed(
     tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[str]] = []
@@ -170,7 +170,7 @@ def test_the_new_file_has_its_name_only_when_it_is_on_the_disk(
     assert seen == [["ckpt.pt.partial"], ["ckpt.pt"]]
 
 
-def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path, checkpoint: Checkpoint) -> None:
+def test_a_folder_that_cannot_be_created_is_an_error(tmp_path: Path, checkpoint: Checkpoint) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match=r"ckpt\.pt: cannot be written"):
         write_checkpoint(tmp_path / "file" / "ckpt.pt", checkpoint)
@@ -183,19 +183,19 @@ HEADERS: dict[str, tuple[Change, str]] = {
     "another format": (lambda c: c.update(format="zip"), "not a sopdeploy checkpoint"),
     "a newer version": (lambda c: c.update(version=2), "version: "),
     "an extra key": (lambda c: c.update(extra=1), "extra: unknown key"),
-    "a key that is no text": (lambda c: c.update({3: 1}), "[Kk]ey"),
+    "a key that is not text": (lambda c: c.update({3: 1}), "[Kk]ey"),
     "no model": (lambda c: c.pop("model"), "model: missing"),
     "an extra key of the model": (lambda c: c["model"].update(path="x"), "model.path: unknown key"),
     "no labels": (lambda c: c.pop("labels"), "labels: missing"),
     "an empty list of labels": (lambda c: c.update(labels=[]), "labels: "),
     "labels that are numbers": (lambda c: c.update(labels=[1, 2, 3]), "labels.0: "),
-    "two classes of one name": (
+    "duplicate labels": (
         lambda c: c.update(labels=["a", "b", "a"]),
         "labels: .*two classes have the same name",
     ),
     "a crop larger than resize": (lambda c: c["preprocess"].update(crop=99), r"crop \(99\) is larger"),
     "no preprocess": (lambda c: c.pop("preprocess"), "preprocess: missing"),
-    "a tensor for text": (lambda c: c["model"].update(name=torch.ones(2)), "model.name: "),
+    "a tensor as the name": (lambda c: c["model"].update(name=torch.ones(2)), "model.name: "),
     "no training": (lambda c: c.pop("training"), "training: missing"),
     "no weights": (lambda c: c.pop("weights"), "not a dict of tensors"),
     "empty weights": (lambda c: c.update(weights={}), "not a dict of tensors"),
@@ -206,7 +206,7 @@ HEADERS: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_a_file_with_another_content_is_refused(tmp_path: Path, checkpoint: Checkpoint, case: str) -> None:
+def test_invalid_content_is_rejected(tmp_path: Path, checkpoint: Checkpoint, case: str) -> None:
     change, message = HEADERS[case]
     path = rewritten(tmp_path / "ckpt.pt", checkpoint, change)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -219,7 +219,7 @@ def with_weight(name: str, value: Tensor) -> Change:
     return lambda weights: weights.update({name: value})
 
 
-def nan_in(name: str, value: float) -> Change:
+def last_value(name: str, value: float) -> Change:
     def change(weights: dict[str, Any]) -> None:
         weights[name] = weights[name].clone()
         weights[name].view(-1)[-1] = value
@@ -231,24 +231,22 @@ WEIGHTS: dict[str, tuple[Change, str]] = {
     "a missing tensor": (lambda w: w.pop("fc.weight"), "needs a tensor fc.weight, which is missing"),
     "an unknown tensor": (with_weight("zzz.weight", torch.ones(2)), "has no tensor zzz.weight"),
     "another shape": (with_weight("fc.bias", torch.ones(4)), r"fc\.bias is \(4,\), not \(3,\)"),
-    "one axis more": (with_weight("fc.bias", torch.ones(3, 1)), r"fc\.bias is \(3, 1\), not \(3,\)"),
-    "not a number": (nan_in("fc.weight", float("nan")), r"fc\.weight has values that are not finite"),
-    "infinite": (nan_in("fc.bias", float("inf")), r"fc\.bias has values that are not finite"),
-    "minus infinite": (nan_in("fc.bias", float("-inf")), r"fc\.bias has values that are not finite"),
+    "an extra dimension": (with_weight("fc.bias", torch.ones(3, 1)), r"fc\.bias is \(3, 1\), not \(3,\)"),
+    "not a number": (last_value("fc.weight", float("nan")), r"fc\.weight has values that are not finite"),
+    "infinite": (last_value("fc.bias", float("inf")), r"fc\.bias has values that are not finite"),
+    "minus infinite": (last_value("fc.bias", float("-inf")), r"fc\.bias has values that are not finite"),
     "complex": (with_weight("fc.bias", torch.ones(3, dtype=torch.complex64)), r"fc\.bias"),
     "sparse": (with_weight("fc.bias", torch.ones(3).to_sparse()), r"fc\.bias"),
-    "of another dtype": (
+    "another dtype": (
         with_weight("fc.bias", torch.ones(3).double()),
         r"is float64 strided on cpu, not float32",
     ),
-    "without values": (with_weight("fc.bias", torch.ones(3, device="meta")), r"fc\.bias"),
+    "a meta tensor": (with_weight("fc.bias", torch.ones(3, device="meta")), r"fc\.bias"),
 }
 
 
 @pytest.mark.parametrize("case", WEIGHTS)
-def test_weights_that_are_not_those_of_the_network_are_refused_by_name(
-    checkpoint: Checkpoint, case: str
-) -> None:
+def test_wrong_weights_are_rejected_by_name(checkpoint: Checkpoint, case: str) -> None:
     change, message = WEIGHTS[case]
     change(checkpoint.weights)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -258,17 +256,17 @@ def test_weights_that_are_not_those_of_the_network_are_refused_by_name(
 
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown name": ({"model": "dsop-resnet9"}, "did you mean dsop-resnet"),
-    "an unknown switch": ({"config": {"widht": 4}}, "widht"),
-    "a switch of another type": ({"config": {"base_width": "wide"}}, "base_width"),
-    "a switch of another value": ({"config": {"base_width": 5}}, r"\(.*\), not \(.*\)"),
+    "an unknown config key": ({"config": {"widht": 4}}, "widht"),
+    "a config value of another type": ({"config": {"base_width": "wide"}}, "base_width"),
+    "another config value": ({"config": {"base_width": 5}}, r"\(.*\), not \(.*\)"),
     "another number of labels": ({"labels": ("a", "b")}, r"is \(3, .*, not \(2,"),
-    "the number of classes as a switch": ({"config": {"num_classes": 3}}, "num_classes"),
-    "a name as a switch": ({"config": {"name": "plain-resnet8"}}, "name"),
+    "the number of classes as a config key": ({"config": {"num_classes": 3}}, "num_classes"),
+    "a name as a config key": ({"config": {"name": "plain-resnet8"}}, "name"),
 }
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_a_network_that_cannot_be_built_is_refused(checkpoint: Checkpoint, case: str) -> None:
+def test_unknown_networks_and_configs_are_rejected(checkpoint: Checkpoint, case: str) -> None:
     changes, message = MODELS[case]
     with pytest.raises(CheckpointError, match=message) as caught:
         build_classifier(replace(checkpoint, **changes), WHERE)

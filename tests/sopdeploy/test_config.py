@@ -1,3 +1,5 @@
+"""Strict models: immutable, no unknown keys, one-line problems."""
+
 import math
 from typing import Any
 
@@ -18,7 +20,7 @@ class Outer(StrictModel):
     many: tuple[Inner, ...] = ()
 
 
-def test_a_value_cannot_change() -> None:
+def test_models_are_immutable() -> None:
     value = Outer(name="a")
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         value.name = "b"
@@ -26,7 +28,7 @@ def test_a_value_cannot_change() -> None:
         value.inner.width = 3
 
 
-def test_equal_values_are_equal_and_hash_alike() -> None:
+def test_equal_models_are_equal_and_hashable() -> None:
     assert {Outer(name="a"), Outer(name="a")} == {Outer(name="a")}
 
 
@@ -49,18 +51,18 @@ PROBLEMS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", PROBLEMS)
-def test_the_first_problem_is_said_on_one_line_with_its_key(case: str) -> None:
+def test_the_first_problem_is_one_line_with_its_key(case: str) -> None:
     value, message = PROBLEMS[case]
     with pytest.raises(pydantic.ValidationError) as caught:
         Outer.model_validate(value)
-    said = first_problem(caught.value)
-    assert said.startswith(message)
-    assert "\n" not in said
+    text = first_problem(caught.value)
+    assert text.startswith(message)
+    assert "\n" not in text
 
 
-def test_a_long_or_many_lined_value_is_shortened_on_one_line() -> None:
+def test_long_values_are_shortened_to_one_line() -> None:
     with pytest.raises(pydantic.ValidationError) as caught:
         Outer(name="a", share="x\ny" * 1000)
-    said = first_problem(caught.value)
-    assert "\n" not in said
-    assert len(said) < 250
+    text = first_problem(caught.value)
+    assert "\n" not in text
+    assert len(text) < 250

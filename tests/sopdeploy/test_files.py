@@ -1,4 +1,4 @@
-"""A file is what it was or what it becomes, and nothing lies beside it."""
+"""Atomic writes keep the old file or create the new one, and leave no other files."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from sopdeploy.files import atomic_write
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_file_takes_its_place_only_when_all_of_it_is_written(tmp_path: Path, shared: bool) -> None:
+def test_a_file_is_replaced_after_it_was_written(tmp_path: Path, shared: bool) -> None:
     path = tmp_path / "a.csv"
     path.write_text("before")
     with atomic_write(path, shared=shared) as partial:
@@ -26,7 +26,7 @@ def write_half(path: Path, problem: BaseException) -> None:
 
 
 @pytest.mark.parametrize("problem", [OSError("full"), KeyboardInterrupt()])
-def test_after_an_error_all_is_as_before(tmp_path: Path, problem: BaseException) -> None:
+def test_an_error_keeps_the_old_file(tmp_path: Path, problem: BaseException) -> None:
     path = tmp_path / "a.csv"
     path.write_text("before")
     with pytest.raises(type(problem)):
@@ -35,6 +35,6 @@ def test_after_an_error_all_is_as_before(tmp_path: Path, problem: BaseException)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_is_missing_is_the_callers_to_explain(tmp_path: Path) -> None:
+def test_a_missing_folder_raises_the_original_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "none" / "a.csv") as partial:
         partial.write_text("text")

@@ -1,3 +1,5 @@
+"""The manifest has exactly one serialization, and everything else is rejected."""
+
 import json
 from typing import Any
 
@@ -36,14 +38,14 @@ def manifest(**fields: Any) -> Manifest:
     ),
     detached=st.lists(NAMES, max_size=3),
 )
-def test_reading_what_was_written_gives_the_same_manifest(
+def test_a_manifest_is_read_as_it_was_written(
     model: str, config: dict[str, Any], detached: list[str]
 ) -> None:
     written = manifest(model=model, config=config, detached=tuple(detached))
     assert Manifest.from_bytes(written.to_bytes()) == written
 
 
-def test_the_id_comes_first_and_hashes_everything_else() -> None:
+def test_the_id_is_first_and_depends_on_every_field() -> None:
     one = manifest()
     assert list(json.loads(one.to_bytes()))[:3] == ["id", "format", "version"]
     assert json.loads(one.to_bytes())["id"] == one.id
@@ -58,11 +60,8 @@ def test_the_id_comes_first_and_hashes_everything_else() -> None:
     assert len({one.id, *(other.id for other in others)}) == 6
 
 
-def test_the_same_manifest_has_the_same_bytes() -> None:
+def test_equal_manifests_have_equal_bytes_and_the_image_shape_is_the_crop() -> None:
     assert manifest().to_bytes() == manifest().to_bytes()
-
-
-def test_the_image_shape_is_that_of_the_crop() -> None:
     assert manifest().image_shape == (16, 16, 3)
 
 
@@ -76,7 +75,7 @@ def lineage(**changes: Any) -> bytes:
     return edited(lineage={**json.loads(manifest().to_bytes())["lineage"], **changes})
 
 
-WHOLE = manifest().to_bytes()
+VALID = manifest().to_bytes()
 REFUSED: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "Expecting value"),
     "not JSON": (b"{]", "Expecting"),
@@ -87,41 +86,41 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a newer version": (edited(version=2), r"version: .*\(got '2'\)"),
     "another format": (edited(format="other"), "format: .*other"),
     "another precision": (edited(precision="fp8"), "precision"),
-    "no files": (WHOLE.replace(b'"files"', b'"flies"'), "files: missing"),
-    "a hash that is none": (lineage(onnx_root="xyz"), r"lineage\.onnx_root"),
-    "a hash in capitals": (lineage(onnx_root="A" * 64), r"lineage\.onnx_root"),
+    "no files": (VALID.replace(b'"files"', b'"flies"'), "files: missing"),
+    "an invalid hash": (lineage(onnx_root="xyz"), r"lineage\.onnx_root"),
+    "an uppercase hash": (lineage(onnx_root="A" * 64), r"lineage\.onnx_root"),
     "a negative size": (edited(files={"a": {"bytes": -1, "sha256": "a" * 64}}), r"files\.a\.bytes"),
     "an unknown key inside": (edited(batch={"minimum": 1, "largest": 3}), r"batch\.largest: unknown key"),
     "batches out of order": (edited(batch={"minimum": 9, "optimum": 8}), "minimum <= optimum"),
     "another id": (edited(id="0" * 12), "was edited or damaged"),
-    "no id": (to_json({k: v for k, v in json.loads(WHOLE).items() if k != "id"}), "was edited or damaged"),
+    "no id": (to_json({k: v for k, v in json.loads(VALID).items() if k != "id"}), "was edited or damaged"),
     "another value": (edited(opset=19), "was edited or damaged"),
-    "other spaces": (json.dumps(json.loads(WHOLE)).encode(), "was edited or damaged"),
-    "another order of keys": (to_json(dict(reversed(json.loads(WHOLE).items()))), "was edited or damaged"),
-    "a key twice": (
-        WHOLE.replace(b'  "opset": 18', b'  "opset": 17,\n  "opset": 18'),
+    "other whitespace": (json.dumps(json.loads(VALID)).encode(), "was edited or damaged"),
+    "reordered keys": (to_json(dict(reversed(json.loads(VALID).items()))), "was edited or damaged"),
+    "a duplicate key": (
+        VALID.replace(b'  "opset": 18', b'  "opset": 17,\n  "opset": 18'),
         "was edited or damaged",
     ),
     "a number as text": (edited(opset="18"), "was edited or damaged|opset"),
-    "something behind it": (WHOLE + b"\n", "was edited or damaged"),
-    "a byte order mark": (b"\xef\xbb\xbf" + WHOLE, "was edited or damaged"),
-    "UTF-16": (WHOLE.decode().encode("utf-16"), "was edited or damaged"),
-    "half of a pair": (edited(model="@").replace(b'"@"', b'"\\ud800"'), "hex escape"),
+    "trailing bytes": (VALID + b"\n", "was edited or damaged"),
+    "a byte order mark": (b"\xef\xbb\xbf" + VALID, "was edited or damaged"),
+    "UTF-16": (VALID.decode().encode("utf-16"), "was edited or damaged"),
+    "a lone surrogate": (edited(model="@").replace(b'"@"', b'"\\ud800"'), "hex escape"),
     "a number too long": (b'{"opset": ' + b"1" * 10_000 + b"}", "digits"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bytes_that_are_no_whole_manifest_are_refused(case: str) -> None:
+def test_other_bytes_are_rejected(case: str) -> None:
     raw, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         Manifest.from_bytes(raw)
 
 
-def test_one_flipped_bit_at_any_place_is_found() -> None:
+def test_every_flipped_bit_is_detected() -> None:
     accepted = []
-    for place in range(len(WHOLE)):
-        body = bytearray(WHOLE)
+    for place in range(len(VALID)):
+        body = bytearray(VALID)
         body[place] ^= 1
         try:
             Manifest.from_bytes(bytes(body))
@@ -134,6 +133,6 @@ def test_one_flipped_bit_at_any_place_is_found() -> None:
 @pytest.mark.parametrize(
     "sizes", [{"minimum": 0}, {"minimum": 2, "optimum": 1}, {"optimum": 65}, {"maximum": 4}, {"minimum": 1.5}]
 )
-def test_batch_sizes_that_cannot_be_are_refused(sizes: dict[str, Any]) -> None:
+def test_invalid_batch_sizes_are_rejected(sizes: dict[str, Any]) -> None:
     with pytest.raises(pydantic.ValidationError):
         BatchRange(**sizes)

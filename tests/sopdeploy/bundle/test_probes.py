@@ -1,4 +1,4 @@
-"""Probes say what a bundle must compute; a replay finds every way of not computing it."""
+"""Probe files and replays: every deviation and every invalid file is detected."""
 
 import io
 import zipfile
@@ -25,7 +25,7 @@ def network(images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
 PROBES = Probes(images=IMAGES, expected=network(IMAGES), tolerance={"logits": 1e-3, "gate": 1e-4})
 
 
-def test_reading_what_was_written_gives_the_same_probes(tmp_path: Path) -> None:
+def test_probes_are_read_as_they_were_written(tmp_path: Path) -> None:
     write_probes(tmp_path / "probes.npz", PROBES)
     found = read_probes(tmp_path / "probes.npz")
     assert np.array_equal(found.images, IMAGES)
@@ -37,14 +37,14 @@ def test_reading_what_was_written_gives_the_same_probes(tmp_path: Path) -> None:
         assert np.array_equal(values, PROBES.expected[name])
 
 
-def test_the_same_probes_are_the_same_bytes(tmp_path: Path) -> None:
+def test_equal_probes_have_equal_bytes(tmp_path: Path) -> None:
     write_probes(tmp_path / "a", PROBES)
     write_probes(tmp_path / "b", PROBES)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 64])
-def test_the_right_network_passes_at_every_batch_size(batch: int) -> None:
+def test_the_same_network_passes_at_every_batch_size(batch: int) -> None:
     sizes: list[int] = []
 
     def counted(images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
@@ -75,15 +75,18 @@ def last_only(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 WRONG: dict[str, tuple[Wrong, str]] = {
-    "a little off": (changed(lambda v: v + 0.0011), r"'logits' deviates by 0\.0011, the bound is 0\.001"),
-    "off below": (changed(lambda v: v - 0.01), "deviates"),
-    "off on the last image only": (changed(last_only), "deviates"),
-    "the second output off": (changed(lambda v: v + 0.0005, "gate"), "'gate' deviates"),
-    "not a number": (changed(lambda v: v * np.nan), "is not finite"),
+    "slightly off": (
+        changed(lambda v: v + 0.0011),
+        r"'logits' deviates by 0\.0011, the bound is 0\.001",
+    ),
+    "too small": (changed(lambda v: v - 0.01), "deviates"),
+    "wrong for the last image only": (changed(last_only), "deviates"),
+    "wrong second output": (changed(lambda v: v + 0.0005, "gate"), "'gate' deviates"),
+    "NaN": (changed(lambda v: v * np.nan), "is not finite"),
     "infinite": (changed(lambda v: v + np.inf), "is not finite"),
-    "a class too few": (changed(lambda v: v[:, :-1]), "is .*, not"),
-    "an image too few": (changed(lambda v: v[:-1]), "is .*, not"),
-    "one axis more": (changed(lambda v: v[..., None]), "is .*, not"),
+    "a missing class": (changed(lambda v: v[:, :-1]), "is .*, not"),
+    "a missing image": (changed(lambda v: v[:-1]), "is .*, not"),
+    "an extra dimension": (changed(lambda v: v[..., None]), "is .*, not"),
     "no output": (lambda images: {"gate": network(images)["gate"]}, "gives no output 'logits'"),
     "classes swapped": (changed(lambda v: v[:, ::-1]), "deviates"),
 }
@@ -91,13 +94,13 @@ WRONG: dict[str, tuple[Wrong, str]] = {
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("case", WRONG)
-def test_a_network_with_other_answers_is_refused(case: str, batch: int) -> None:
+def test_other_outputs_are_rejected(case: str, batch: int) -> None:
     run, message = WRONG[case]
     with pytest.raises(ParityError, match=message):
         replay(PROBES, run, batch=batch)
 
 
-def test_a_deviation_within_the_bound_is_measured() -> None:
+def test_a_deviation_within_the_tolerance_is_reported() -> None:
     found = replay(PROBES, changed(lambda v: v + np.float32(0.0005)), batch=2)
     assert 0.0004 < found.deviation["logits"] < 0.0006
 
@@ -110,7 +113,7 @@ def test_a_deviation_within_the_bound_is_measured() -> None:
     ],
     ids=["expected", "tolerance"],
 )
-def test_probes_that_are_no_numbers_never_pass(probes: Probes) -> None:
+def test_probes_with_nan_never_pass(probes: Probes) -> None:
     with pytest.raises(ParityError):
         replay(probes, network)
 
@@ -160,7 +163,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
-def test_a_file_that_holds_no_probes_is_refused(tmp_path: Path, case: str) -> None:
+def test_other_files_are_rejected(tmp_path: Path, case: str) -> None:
     path = tmp_path / "probes.npz"
     path.write_bytes(UNREADABLE[case])
     with pytest.raises(BundleError, match=r"probes\.npz: not a probe file") as caught:
@@ -169,7 +172,7 @@ def test_a_file_that_holds_no_probes_is_refused(tmp_path: Path, case: str) -> No
 
 
 @pytest.mark.parametrize("place", [0.1, 0.3, 0.5, 0.7, 0.9, 0.95])
-def test_a_damaged_file_is_refused_or_read(tmp_path: Path, place: float) -> None:
+def test_a_damaged_file_is_rejected_or_still_readable(tmp_path: Path, place: float) -> None:
     path = tmp_path / "probes.npz"
     path.write_bytes(damaged(place))
     try:
@@ -178,6 +181,6 @@ def test_a_damaged_file_is_refused_or_read(tmp_path: Path, place: float) -> None
         assert "not a probe file" in str(problem)  # noqa: PT017
 
 
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="not a probe file"):
         read_probes(tmp_path / "probes.npz")

@@ -1,4 +1,4 @@
-"""Bundles go to a folder, a store and a registry, and come back as they were."""
+"""Push, pull and sign with folders, object stores and registries."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_bundle_comes_back_from_a_folder_as_it_was(bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_is_pulled_from_a_folder_unchanged(bundle: Path, tmp_path: Path) -> None:
     pushed = push(bundle, str(tmp_path / "shared" / "models"))
     pulled = pull(pushed.place, tmp_path / "here", sha256=pushed.sha256)
     assert pulled.path == tmp_path / "here" / bundle.name
@@ -58,7 +58,7 @@ def test_a_bundle_comes_back_from_a_folder_as_it_was(bundle: Path, tmp_path: Pat
     assert [path.name for path in (tmp_path / "shared" / "models").iterdir()] == [f"{bundle.name}.tar"]
 
 
-def test_the_archive_is_the_same_whoever_packs_it_and_when(bundle: Path, tmp_path: Path) -> None:
+def test_archives_are_reproducible(bundle: Path, tmp_path: Path) -> None:
     first = push(bundle, str(tmp_path / "a"))
     copied = Path(shutil.copytree(bundle, tmp_path / "another name"))
     for path in copied.iterdir():
@@ -70,7 +70,7 @@ def test_the_archive_is_the_same_whoever_packs_it_and_when(bundle: Path, tmp_pat
     assert (first.sha256, first.bytes) == (second.sha256, Path(second.place).stat().st_size)
 
 
-def test_every_tar_reads_the_archive_and_finds_plain_files_of_nobody(bundle: Path, tmp_path: Path) -> None:
+def test_archives_are_standard_tar_files_without_owners(bundle: Path, tmp_path: Path) -> None:
     with tarfile.open(push(bundle, str(tmp_path / "a")).place) as archive:
         entries = archive.getmembers()
         assert entries[0].name == "manifest.json"
@@ -82,7 +82,7 @@ def test_every_tar_reads_the_archive_and_finds_plain_files_of_nobody(bundle: Pat
         assert {name: file.read() for name, file in found.items() if file} == contents(bundle)
 
 
-def test_pulling_twice_is_pulling_once(bundle: Path, tmp_path: Path) -> None:
+def test_pulling_again_keeps_the_existing_bundle(bundle: Path, tmp_path: Path) -> None:
     place = push(bundle, str(tmp_path / "a")).place
     assert pull(place, tmp_path / "here").path == pull(place, tmp_path / "here").path
 
@@ -94,7 +94,7 @@ def test_a_damaged_bundle_is_not_pushed(bundle: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-def test_a_signature_travels_with_its_bundle_and_is_checked_before_it_is_unpacked(
+def test_a_signature_is_pushed_with_its_bundle_and_checked_on_pull(
     bundle: Path, key: Path, tmp_path: Path
 ) -> None:
     public = key.with_name("release.key.pub")
@@ -107,7 +107,7 @@ def test_a_signature_travels_with_its_bundle_and_is_checked_before_it_is_unpacke
     check_signed(open_bundle(pulled.path).manifest, signature_path(pulled.path), public)
 
 
-def test_a_key_is_readable_by_its_owner_only_and_never_replaced(key: Path) -> None:
+def test_a_secret_key_is_private_and_never_replaced(key: Path) -> None:
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     with pytest.raises(ConfigError, match="never replaced"):
         make_key(key)
@@ -122,7 +122,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("case", KEYS)
-def test_a_file_that_is_no_key_is_refused(case: str, tmp_path: Path) -> None:
+def test_invalid_key_files_are_rejected(case: str, tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text(KEYS[case], encoding="latin-1")
     for read in (read_public, read_secret):
@@ -132,7 +132,7 @@ def test_a_file_that_is_no_key_is_refused(case: str, tmp_path: Path) -> None:
         read_public(tmp_path / "none")
 
 
-def test_a_damaged_key_and_one_with_a_password_are_refused(key: Path) -> None:
+def test_damaged_and_encrypted_keys_are_rejected(key: Path) -> None:
     import base64
 
     comment, line = key.read_text().splitlines()
@@ -145,16 +145,16 @@ def test_a_damaged_key_and_one_with_a_password_are_refused(key: Path) -> None:
 
 
 @MINISIGN
-def test_minisign_accepts_our_signature(bundle: Path, key: Path) -> None:
+def test_minisign_accepts_signatures_of_sopdeploy(bundle: Path, key: Path) -> None:
     signature = sign(bundle, key)
     command = ["minisign", "-V", "-m", bundle / "manifest.json", "-x", signature, "-p", f"{key}.pub"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "Signature and comment signature verified" in found.stdout, found.stderr
-    assert f"sopdeploy bundle {bundle.name}" in found.stdout
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "Signature and comment signature verified" in result.stdout, result.stderr
+    assert f"sopdeploy bundle {bundle.name}" in result.stdout
 
 
 @MINISIGN
-def test_we_accept_the_keys_and_signatures_of_minisign(bundle: Path, tmp_path: Path) -> None:
+def test_keys_and_signatures_of_minisign_are_accepted(bundle: Path, tmp_path: Path) -> None:
     secret, public = tmp_path / "m.key", tmp_path / "m.pub"
     subprocess.run(["minisign", "-G", "-W", "-s", secret, "-p", public], check=True, capture_output=True)
     sign(bundle, secret)
@@ -165,7 +165,7 @@ def test_we_accept_the_keys_and_signatures_of_minisign(bundle: Path, tmp_path: P
     check_signed(manifest, tmp_path / "theirs", public)
 
 
-def test_an_object_store_takes_and_gives_a_bundle(bundle: Path, key: Path, tmp_path: Path) -> None:
+def test_a_bundle_travels_through_an_object_store(bundle: Path, key: Path, tmp_path: Path) -> None:
     sign(bundle, key)
     pushed = push(bundle, "memory://models/flowers")
     assert pushed.place == f"memory://models/flowers/{bundle.name}.tar"
@@ -174,10 +174,10 @@ def test_an_object_store_takes_and_gives_a_bundle(bundle: Path, key: Path, tmp_p
 
 
 @pytest.mark.parametrize("url", ["memory://models/none.tar", "nosuchstore://models/x.tar"])
-def test_a_store_without_the_archive_is_one_line(url: str, tmp_path: Path) -> None:
-    found = cli("pull", url, tmp_path / "here")
-    assert (found.exit_code, found.stdout, found.stderr.count("\n")) == (2, "", 1)
-    assert url in found.stderr
+def test_a_missing_archive_is_one_error_line(url: str, tmp_path: Path) -> None:
+    result = cli("pull", url, tmp_path / "here")
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert url in result.stderr
 
 
 MISSING = {
@@ -187,7 +187,7 @@ MISSING = {
 
 
 @pytest.mark.parametrize("url", MISSING)
-def test_a_store_without_its_extra_says_what_to_install(
+def test_a_missing_storage_package_has_an_install_hint(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package, extra = MISSING[url]
@@ -198,7 +198,7 @@ def test_a_store_without_its_extra_says_what_to_install(
         pull(url, tmp_path / "here")
 
 
-def test_signing_without_its_extra_says_what_to_install(
+def test_missing_cryptography_has_an_install_hint(
     bundle: Path, key: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "cryptography", None)
@@ -216,7 +216,7 @@ log: {{level: error}}
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[str]:
-    """Give the address of a real registry, with nothing in it."""
+    """Start an empty OCI registry and yield its address."""
     config = tmp_path / "registry.yml"
     with held_port() as port:
         config.write_text(REGISTRY.format(folder=tmp_path / "registry", port=port))
@@ -233,7 +233,7 @@ def registry(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.skipif(shutil.which("docker-registry") is None, reason="docker-registry is not installed")
-def test_a_registry_takes_and_gives_a_bundle_with_its_signature(
+def test_a_signed_bundle_is_pushed_to_and_pulled_from_a_registry(
     bundle: Path, key: Path, registry: str, tmp_path: Path
 ) -> None:
     sign(bundle, key)
@@ -251,17 +251,17 @@ def test_a_registry_takes_and_gives_a_bundle_with_its_signature(
     assert list((tmp_path / "small").iterdir()) == []
 
 
-def test_a_registry_that_does_not_answer_is_one_line(bundle: Path, tmp_path: Path) -> None:
+def test_an_unreachable_registry_is_one_error_line(bundle: Path, tmp_path: Path) -> None:
     for words in (
         ("push", bundle, "oci://127.0.0.1:9/flowers"),
         ("pull", "oci://127.0.0.1:9/flowers:1", tmp_path / "x"),
     ):
-        found = cli(*words)
-        assert (found.exit_code, found.stdout, found.stderr.count("\n")) == (2, "", 1)
-        assert "oci://127.0.0.1:9/flowers" in found.stderr
+        result = cli(*words)
+        assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+        assert "oci://127.0.0.1:9/flowers" in result.stderr
 
 
-def test_the_verbs_say_what_they_did(bundle: Path, tmp_path: Path) -> None:
+def test_the_commands_print_what_they_did(bundle: Path, tmp_path: Path) -> None:
     key = tmp_path / "my.key"
     signed = cli("sign", bundle, "--key", key, "--new-key")
     assert signed.exit_code == 0, signed.stderr
@@ -276,8 +276,8 @@ def test_the_verbs_say_what_they_did(bundle: Path, tmp_path: Path) -> None:
     assert "(signature and hashes checked)" in pulled.stdout
 
 
-def test_a_place_that_cannot_be_written_is_one_line(bundle: Path, tmp_path: Path) -> None:
+def test_an_unwritable_destination_is_one_error_line(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for words in (("push", bundle, tmp_path / "file"), ("pull", bundle, tmp_path / "x")):
-        found = cli(*words)
-        assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
+        result = cli(*words)
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)

@@ -1,7 +1,4 @@
-"""Attacks on bundles that travel: archives that unpack elsewhere, grow or hide something, and signatures.
-
-Each is refused by `sopdeploy pull` with exit code 2 and one line, and nothing of it stays on disk.
-"""
+"""Malicious archives and signatures: `sopdeploy pull` rejects each with one line and leaves no files."""
 
 import base64
 import gzip
@@ -40,23 +37,23 @@ def archive(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def refused(body: bytes, *options: str) -> str:
-    """Return the one line that `pull` says of the archive *body*; nothing but the archive may stay."""
+def rejection(body: bytes, *options: str) -> str:
+    """Pull the archive *body*, which must fail with one line and write nothing; return the line."""
     Path(ARCHIVE).write_bytes(body)
-    before = everything()
-    found = CliRunner().invoke(app, ["pull", ARCHIVE, "out", *options])
-    assert found.exit_code == 2, found.output or repr(found.exception)
-    assert (found.stdout, found.stderr.count("\n")) == ("", 1)
-    assert everything() - before <= {Path("out")}
+    before = all_files()
+    result = CliRunner().invoke(app, ["pull", ARCHIVE, "out", *options])
+    assert result.exit_code == 2, result.output or repr(result.exception)
+    assert (result.stdout, result.stderr.count("\n")) == ("", 1)
+    assert all_files() - before <= {Path("out")}
     assert not PWNED.exists()
-    return found.stderr
+    return result.stderr
 
 
-def everything() -> set[Path]:
+def all_files() -> set[Path]:
     return set(Path().rglob("*"))
 
 
@@ -76,14 +73,14 @@ def entry(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile
 
 
 def parts(archive: bytes) -> tuple[bytes, bytes]:
-    """Return the manifest's part of *archive*, and the rest."""
+    """Split *archive* after the manifest entry."""
     size = int(archive[124:135], 8)
     end = BLOCK + size + len(padding(size))
     return archive[:end], archive[end:]
 
 
 def replaced_header(archive: bytes, entry: tarfile.TarInfo) -> bytes:
-    """Put *entry* in the place of the first file's header after the manifest."""
+    """Replace the header of the first file after the manifest with *entry*."""
     first, rest = parts(archive)
     entry.size = int(rest[124:135], 8)
     return first + entry.tobuf(tarfile.USTAR_FORMAT) + rest[BLOCK:]
@@ -122,27 +119,18 @@ TARS: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("attack", TARS)
-def test_an_archive_that_push_would_not_write_is_refused(archive: bytes, attack: str) -> None:
-    assert ARCHIVE in refused(TARS[attack](archive))
+def test_malicious_archives_are_rejected(archive: bytes, attack: str) -> None:
+    assert ARCHIVE in rejection(TARS[attack](archive))
 
 
 NAMES = [
-    "../pwned",
-    str(PWNED),
-    "a/b",
-    "..",
-    ".",
-    "",
-    "a\\b",
-    "manifest.json",
-    "Manifest.JSON",
-    "x" * 300,
+    "../pwned", str(PWNED), "a/b", "..", ".", "", "a\\b", "manifest.json", "Manifest.JSON", "x" * 300,
     "x" * 150,
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_manifest_that_names_a_file_elsewhere_is_refused(bundle: Path, tmp_path: Path, name: str) -> None:
+def test_a_manifest_with_an_unsafe_file_name_is_rejected(bundle: Path, tmp_path: Path, name: str) -> None:
     forged = tmp_path / "forged"
     forged.mkdir()
     for path in bundle.iterdir():
@@ -151,14 +139,14 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused(bundle: Path, tmp_pat
     files[name] = {"bytes": 0, "sha256": "0" * 64}
     raw = (forge(forged, files=files) / "manifest.json").read_bytes()
     body = header("manifest.json", len(raw)) + raw + padding(len(raw)) + bytes(BLOCK * 100)
-    refused(body)
+    rejection(body)
 
 
 @pytest.mark.parametrize("place", [0.3, 0.5, 0.8])
-def test_a_flipped_bit_anywhere_is_refused(archive: bytes, tmp_path: Path, place: float) -> None:
+def test_a_flipped_bit_is_detected(archive: bytes, tmp_path: Path, place: float) -> None:
     Path("flipped").write_bytes(archive)
     flip(Path("flipped"), int(len(archive) * place))
-    refused(Path("flipped").read_bytes())
+    rejection(Path("flipped").read_bytes())
 
 
 FUZZ = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -166,9 +154,7 @@ FUZZ = settings(max_examples=60, deadline=None, database=None, suppress_health_c
 
 @FUZZ
 @given(data=st.data())
-def test_no_change_of_an_archive_gives_another_bundle(
-    archive: bytes, bundle: Path, data: st.DataObject
-) -> None:
+def test_every_changed_byte_is_detected(archive: bytes, bundle: Path, data: st.DataObject) -> None:
     place = data.draw(st.integers(0, len(archive) - 1))
     changed = bytearray(archive)
     changed[place] ^= data.draw(st.integers(1, 255))
@@ -178,18 +164,18 @@ def test_no_change_of_an_archive_gives_another_bundle(
     assert list(Path("out").iterdir()) == []
 
 
-def test_an_archive_larger_than_allowed_is_not_fetched_whole(archive: bytes) -> None:
-    assert "larger than 100 bytes" in refused(archive, "--max-bytes", "100")
+def test_an_archive_above_the_size_limit_is_rejected(archive: bytes) -> None:
+    assert "larger than 100 bytes" in rejection(archive, "--max-bytes", "100")
 
 
-def test_another_sha256_than_the_one_given_is_refused(archive: bytes) -> None:
-    assert "not the one given" in refused(archive, "--sha256", "0" * 64)
-    assert "64 hexadecimal digits" in refused(archive, "--sha256", "abc")
+def test_another_sha256_is_rejected(archive: bytes) -> None:
+    assert "not the one given" in rejection(archive, "--sha256", "0" * 64)
+    assert "64 hexadecimal digits" in rejection(archive, "--sha256", "abc")
 
 
 @pytest.fixture
 def signed(bundle: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """Return a signed archive and the public key."""
+    """A signed archive and its public key."""
     public = make_key(tmp_path / "release.key")
     sign(bundle, tmp_path / "release.key")
     try:
@@ -221,33 +207,33 @@ SIGNATURES: dict[str, tuple[Callable[[str], str], str]] = {
 
 
 @pytest.mark.parametrize("attack", SIGNATURES)
-def test_a_signature_that_does_not_fit_is_refused(signed: tuple[Path, Path], attack: str) -> None:
+def test_invalid_signatures_are_rejected(signed: tuple[Path, Path], attack: str) -> None:
     archive, public = signed
     change, said = SIGNATURES[attack]
     text = signature_of(archive).read_text()
     body = archive.read_bytes()
     Path(ARCHIVE + ".minisig").write_text(change(text))
-    assert said in refused(body, "--verify-key", str(public))
+    assert said in rejection(body, "--verify-key", str(public))
 
 
-def test_a_signature_of_another_bundle_or_key_or_none_is_refused(
+def test_missing_and_foreign_signatures_are_rejected(
     signed: tuple[Path, Path], bundle: Path, tmp_path: Path
 ) -> None:
     archive, public = signed
     body = archive.read_bytes()
-    assert "no signature beside it" in refused(body, "--verify-key", str(public))
+    assert "no signature beside it" in rejection(body, "--verify-key", str(public))
     other = write_hollow(tmp_path / "others", config={"width": 5})
     Path(ARCHIVE + ".minisig").write_text(sign(other, tmp_path / "release.key").read_text())
-    assert "does not fit" in refused(body, "--verify-key", str(public))
+    assert "does not fit" in rejection(body, "--verify-key", str(public))
     Path(ARCHIVE + ".minisig").write_bytes(signature_of(archive).read_bytes())
-    assert "another key" in refused(body, "--verify-key", str(make_key(tmp_path / "second.key")))
+    assert "another key" in rejection(body, "--verify-key", str(make_key(tmp_path / "second.key")))
     Path(ARCHIVE + ".minisig").write_bytes(b"\xff" * 100)
-    assert "minisign's form" in refused(body, "--verify-key", str(public))
+    assert "minisign's form" in rejection(body, "--verify-key", str(public))
     Path(ARCHIVE + ".minisig").write_bytes(b"x" * 5000)
-    assert "larger than" in refused(body, "--verify-key", str(public))
+    assert "larger than" in rejection(body, "--verify-key", str(public))
 
 
-def test_the_archive_that_the_attacks_start_from_is_accepted(signed: tuple[Path, Path]) -> None:
+def test_the_original_archive_is_accepted(signed: tuple[Path, Path]) -> None:
     archive, public = signed
     pulled = pull(str(archive), Path("out"), verify_key=public)
     assert open_bundle(pulled.path).name == pulled.path.name
