@@ -1,7 +1,7 @@
-"""Goldens: the counts and the numbers of each family's small models, so that a change of either is seen.
+"""Goldens: counts and outputs of each family's small models, which detect changes of either.
 
-Weights are a function of their names and shapes, not of anyone's random number generator; logits are those
-of float64 on the CPU.
+Weights depend only on their names and shapes, not on a random number generator; logits are computed in
+float64 on the CPU.
 """
 
 import json
@@ -24,17 +24,17 @@ DIGITS = 12
 
 
 def path_of(family: ModuleType) -> Path:
-    """Return the golden of a module of the catalog."""
+    """Return the path of the golden of a catalog module."""
     return FOLDER / f"{family.__name__.rpartition('.')[2]}.json"
 
 
 def small_models(family: ModuleType) -> list[Small]:
-    """Return the small models that stand for *family*."""
+    """List the small models of *family*."""
     return [small for small in ALL if small.name in family.ENTRIES]
 
 
 def golden(small: Small) -> dict[str, Any]:
-    """Return what a golden says of one model."""
+    """Compute the golden of one model."""
     described = describe(small.name, image_size=small.side, num_classes=small.classes, **small.config)
     network = small.build().eval().double()
     fill(network)
@@ -51,17 +51,17 @@ def golden(small: Small) -> dict[str, Any]:
 
 
 def rounded(values: Tensor) -> list[list[float]]:
-    """Return *values* with as many digits as a golden keeps."""
+    """Round *values* to the digits of a golden."""
     return [[float(f"{value:.{DIGITS}g}") for value in row] for row in values.tolist()]
 
 
 def numbers(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return normally distributed float64 numbers that depend on *name* and *shape* alone."""
+    """Draw standard normal float64 numbers that depend only on *name* and *shape*."""
     return torch.from_numpy(np.random.default_rng(crc32(name.encode())).standard_normal(shape))
 
 
 def fill(network: nn.Module) -> None:
-    """Give *network* weights that keep the size of what flows through it, every one of them felt."""
+    """Set weights that keep the scale of activations and all affect the output."""
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
             if not tensor.is_floating_point():

@@ -20,7 +20,7 @@ TWO_OF_FOUR: dict[str, Any] = {
     "iterations": 2,
 }
 
-WALKED = (  # of a class that recipes ship: exported whole in every run by `test_recipe_walks`
+WALKED = (  # classes in recipes: `test_recipe_walks` exports them in every run
     Small("isqrt-resnet8", 16, {"pooling": {"kind": "isqrt", **NARROW}}),
     Small("gmgap-16-8-resnet18", 8, {**TWO_OF_FOUR, "component": "gap"}),
     Small("gmsop-16-8-resnet18", 8, TWO_OF_FOUR),
@@ -30,7 +30,7 @@ WALKED = (  # of a class that recipes ship: exported whole in every run by `test
         {"blocks": 2, "cov_width": 32, "block_stages": ("layer3",), "final_width": 8, "iterations": 2},
     ),
 )
-LOWERED = (  # to ONNX and compared: one for each other class of network that ships
+LOWERED = (  # lowered to ONNX and compared: one for each other inference class
     Small("resnext29-8x64d", 8, FEW_GROUPS),
     Small("dsop-preact-resnet110", 8, {**ONE_BLOCK, **HEADS}),
     Small("cbp-vgg16", 32, {"pooling": {"kind": "cbp", "dim": 32}}),
@@ -43,7 +43,7 @@ LOWERED = (  # to ONNX and compared: one for each other class of network that sh
     Small("dsop-timm:test_resnet", 32, {"aux_widths": (8,) * 4, "aux_blocks": (1,) * 4, "iterations": 2}),
 )
 TOO_LONG = (EfficientNet, SecondOrderEfficientNet)  # 242 operators: lowered by `make test-models`
-DETACHED = (  # as plain networks: what they ship stands above, or takes too long for every run
+DETACHED = (  # compared with plain networks: their inference class is above, or takes too long for every run
     Small("resnet18", 32, {"conv5_stride": 1}),
     Small("dsop-resnet18", 32, {"aux_widths": (8,) * 4, "aux_blocks": (1,) * 4, "iterations": 2}),
     Small("efficientnet-b0", 32),

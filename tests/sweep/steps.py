@@ -1,4 +1,4 @@
-"""The steps every model of the catalog is walked through, from fresh weights to a file that agrees."""
+"""The steps from fresh weights to an exported file, for every model of the catalog."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +36,7 @@ FEW = BatchRange(optimum=2, maximum=3)
 
 
 class Small(NamedTuple):
-    """A model of the catalog made small by its switches, for images of *side* pixels."""
+    """A small configuration of a catalog model, for images of *side* pixels."""
 
     name: str
     side: int
@@ -44,19 +44,19 @@ class Small(NamedTuple):
     classes: int = 3
 
     def build(self) -> Classifier:
-        """Return the network in train mode, with weights that are the same every time."""
+        """Build the network in train mode, with fixed weights."""
         torch.manual_seed(3)
         return create_model(self.name, num_classes=self.classes, **self.config)
 
     def trained(self, path: Path) -> Path:
-        """Take one step of training and write the checkpoint *path*."""
+        """Train one step and write the checkpoint *path*."""
         network = self.build()
         assert one_training_step(network, self.side)
         return save(network, self.name, self.side, path)
 
 
 def one_training_step(network: Classifier, side: int) -> bool:
-    """Descend one step on random images; say whether the loss and every gradient were finite."""
+    """Train one step on random images; return whether the loss and all gradients were finite."""
     images = torch.randn(TRAINED_ON, 3, side, side, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(TRAINED_ON) % network.num_classes
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
@@ -82,25 +82,25 @@ def save(network: Classifier, name: str, side: int, path: Path) -> Path:
 
 
 def loaded(checkpoint: Path) -> Classifier:
-    """Return the network of *checkpoint*, in eval mode."""
+    """Load the network of *checkpoint* in eval mode."""
     return build_classifier(read_checkpoint(checkpoint), checkpoint)
 
 
 def exported(checkpoint: Path, destination: Path) -> Exported:
-    """Run the whole export: three networks are captured and lowered, which is what takes the time."""
+    """Run the whole export, which captures and lowers three networks."""
     heads = loaded(checkpoint).training_only
     return export(checkpoint, destination, ExportOptions(detach=bool(heads), batch=FEW))
 
 
 def agreed(checkpoint: Path, destination: Path, precision: Precision = "fp32") -> ParityReport:
-    """Return what `measured` says of the file."""
+    """Compare the file with the network; see `measured`."""
     return measured(checkpoint, destination, precision)[1]
 
 
 def measured(
     checkpoint: Path, destination: Path, precision: Precision = "fp32"
 ) -> tuple[Reference, ParityReport]:
-    """Run the export's own steps on one graph: the certificate's books and numbers, ONNX by rules, parity.
+    """Run the export's steps on one graph: inventory, equal outputs, ONNX by rewrite rules, parity.
 
     The graphs of three networks and their ONNX roots are what `exported` compares beside.
     """
@@ -124,7 +124,7 @@ def measured(
 
 
 class Detached(NamedTuple):
-    """What is left of a checkpoint's network, its answers those of the plain network bit for bit."""
+    """The detached network of a checkpoint, whose outputs equal the plain network bit for bit."""
 
     network: Backbone
     images: NDArray[np.uint8]
@@ -132,7 +132,7 @@ class Detached(NamedTuple):
 
 
 def detached(checkpoint: Path) -> Detached:
-    """Load *checkpoint*, take off what only training needs, and compare with a plain network built anew."""
+    """Load *checkpoint*, remove training-only parts, and compare with a newly built plain network."""
     found, trained = read_checkpoint(checkpoint), loaded(checkpoint)
     images, lean = probe_images(found.preprocess), detach(trained) if trained.training_only else trained
     build_inventory(trained, lean)

@@ -1,7 +1,7 @@
-"""Every model learns a step, is saved, loaded, detached, proved, exported, and the file agrees with torch.
+"""Every model trains a step, is saved, loaded, detached, certified and exported.
 
-The default run takes each step for the smallest model of every class of network, and for those of the recipes
-the whole export; `make test-models` that for each class, and every name of the catalog at its full width.
+The default run does each step for the smallest model of every class of network, and the recipe tests do the
+whole export; `make test-models` exports every class, and every name of the catalog at its full width.
 """
 
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_the_smallest_agrees_with_its_onnx_file(
 
 
 @pytest.mark.parametrize("small", DETACHED, ids=name)
-def test_the_smallest_is_the_plain_network_after_a_step(small: Small, tmp_path: Path) -> None:
+def test_the_smallest_equals_the_plain_network_after_a_step(small: Small, tmp_path: Path) -> None:
     assert detached(small.trained(tmp_path / "ckpt.pt")).network.outputs
 
 
@@ -55,12 +55,12 @@ def shipped_class(small: Small) -> type:
         return type(small.build().inference_model())
 
 
-def test_every_class_that_ships_is_lowered_in_every_run() -> None:
+def test_every_inference_class_is_lowered_in_every_run() -> None:
     lowered = {parent for small in (*WALKED, *LOWERED) for parent in shipped_class(small).__mro__}
     assert {shipped_class(small) for small in DETACHED} - lowered == set(TOO_LONG)
 
 
-def test_what_the_recipes_walk_is_what_is_not_lowered_here() -> None:
+def test_classes_not_lowered_here_are_exported_by_the_recipe_tests() -> None:
     models = [read_recipe(recipe, settings).model for recipe, settings in SMALL.items()]
     with torch.device("meta"):
         walked = {
@@ -71,9 +71,7 @@ def test_what_the_recipes_walk_is_what_is_not_lowered_here() -> None:
 
 
 @pytest.mark.parametrize("pooling", ["mpncov", "deepo2p", "improved-bcnn", "g2denet", "kernel"])
-def test_a_pooling_without_an_onnx_form_trains_and_is_refused_with_its_reason(
-    pooling: str, tmp_path: Path
-) -> None:
+def test_a_pooling_without_an_onnx_form_trains_but_is_not_exported(pooling: str, tmp_path: Path) -> None:
     checkpoint = Small("resnet8", 16, {"pooling": {"kind": pooling}}).trained(tmp_path / "ckpt.pt")
     with pytest.raises(LoweringError, match=r"cannot be exported: .* train with"):
         export(checkpoint, tmp_path / "bundles", ExportOptions())
@@ -107,7 +105,7 @@ def test_every_other_pooling_agrees(pooling: str, tmp_path: Path) -> None:
 
 
 def full_width(model: str) -> Small:
-    """Return *model* as it stands in the catalog, on fewer pixels than its paper's."""
+    """Return *model* with the catalog's options, on smaller images than its paper's."""
     side = {224: 64, 64: 32}.get(CATALOG[model].image_size, 32)
     return Small(model, side, {"side": side} if model.startswith("ge-") else {})
 
@@ -123,7 +121,7 @@ def test_every_name_agrees_at_full_width(model: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", sorted(NEEDS_EIGENVALUES))
-def test_every_name_without_an_onnx_form_is_refused_at_full_width(model: str, tmp_path: Path) -> None:
+def test_every_name_without_an_onnx_form_is_rejected_at_full_width(model: str, tmp_path: Path) -> None:
     checkpoint = full_width(model).trained(tmp_path / "ckpt.pt")
     with pytest.raises(LoweringError, match="cannot be exported: "):
         export(checkpoint, tmp_path / "bundles", ExportOptions())

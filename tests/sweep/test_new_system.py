@@ -1,4 +1,4 @@
-"""A new system is one file, one line of the catalog, one golden: here the file is below, all else works."""
+"""A new network needs one file, one catalog entry and one golden; this module is such a file."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -22,7 +22,7 @@ SMALL = Small(NAME, 8)
 
 
 class MadeUpConfig(StrictModel):
-    """The channels."""
+    """The number of channels."""
 
     width: int = 5
 
@@ -36,7 +36,6 @@ class Plain(Backbone):
         super().__init__(config, num_classes)
         self.conv = nn.Conv2d(3, config.width, 3)
         self.fc = nn.Linear(config.width, num_classes)
-        self.tap_channels = {}
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
         return nn.Conv2d(in_channels, out_channels, 3, stride, 1)
@@ -49,9 +48,10 @@ class Plain(Backbone):
 
 
 class MadeUp(Classifier, Plain):
-    """The same with a second head, on the largest values, that leaves."""
+    """`Plain` with a training-only second head on the maxima."""
 
     training_only = ("helper",)
+    inference_class = Plain
 
     def __init__(self, config: MadeUpConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
@@ -65,9 +65,6 @@ class MadeUp(Classifier, Plain):
 
     def loss_weights(self) -> dict[str, float]:
         return {"main": 1.0, "helper": 0.5}
-
-    def inference_model(self) -> Backbone:
-        return Plain(self.config, self.num_classes)
 
     def num_features(self) -> int:
         return self.config.width
@@ -107,13 +104,13 @@ def test_it_is_trained_detached_certified_and_exported(tmp_path: Path) -> None:
     assert {entry.name for entry in found.certificate.removed} == {"helper.weight", "helper.bias"}
 
 
-def test_its_second_head_does_not_ship_unasked(tmp_path: Path) -> None:
+def test_export_without_detach_is_rejected(tmp_path: Path) -> None:
     checkpoint = SMALL.trained(tmp_path / "ckpt.pt")
     with pytest.raises(DetachError, match=r"MadeUp still carries .*helper.*add --detach"):
         export(checkpoint, tmp_path / "bundles", ExportOptions())
 
 
-def test_without_its_line_the_checkpoint_says_what_is_missing(
+def test_a_checkpoint_of_an_unknown_model_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = SMALL.trained(tmp_path / "ckpt.pt")

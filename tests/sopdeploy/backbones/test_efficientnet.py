@@ -26,7 +26,7 @@ def test_counts_are_the_published_ones() -> None:
     assert (counted.parameters, counted.macs) == (5_288_548, 385_814_752)  # Table 2: 5.3 M, 0.39 G
 
 
-def test_later_blocks_leave_out_their_residual_more_often() -> None:
+def test_drop_probability_grows_with_depth() -> None:
     network = EfficientNet(EfficientNetConfig(stochastic_depth=0.16), 3)
     drops = [block.stochastic_depth.drop for stage in STAGES for block in network.get_submodule(stage)]
     assert drops == pytest.approx([0.01 * depth for depth in range(16)])

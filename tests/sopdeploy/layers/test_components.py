@@ -37,7 +37,7 @@ def one_by_one(bank: Components, kind: Kind, features: Tensor, component: int) -
 
 
 @pytest.mark.parametrize(("kind", "widths"), KINDS)
-def test_packed_components_are_the_single_ones(kind: Kind, widths: tuple[int, ...]) -> None:
+def test_packed_components_equal_single_ones(kind: Kind, widths: tuple[int, ...]) -> None:
     bank = components(kind, widths)
     expected = torch.stack([one_by_one(bank, kind, maps(), n) for n in range(4)], dim=1)
     torch.testing.assert_close(bank(maps()), expected, rtol=0, atol=1e-12)
@@ -45,7 +45,7 @@ def test_packed_components_are_the_single_ones(kind: Kind, widths: tuple[int, ..
 
 @pytest.mark.parametrize("images", [1, 2, 9])
 @pytest.mark.parametrize(("kind", "widths"), KINDS)
-def test_routed_is_dense_in_numbers_and_gradients(kind: Kind, widths: tuple[int, ...], images: int) -> None:
+def test_routed_and_dense_evaluation_are_equal(kind: Kind, widths: tuple[int, ...], images: int) -> None:
     gradients = []
     outputs = []
     for routed in (False, True):
@@ -60,7 +60,7 @@ def test_routed_is_dense_in_numbers_and_gradients(kind: Kind, widths: tuple[int,
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-10)
 
 
-def test_a_component_that_no_image_chose_has_a_zero_gradient() -> None:
+def test_unselected_components_have_zero_gradients() -> None:
     bank = components("sop", (6, 4))
     omega = torch.tensor([[0.5, 0.0, 0.5, 0.0]] * 2, dtype=torch.float64)
     bank.routed_sum(maps(2), omega).sum().backward()
@@ -70,7 +70,7 @@ def test_a_component_that_no_image_chose_has_a_zero_gradient() -> None:
         assert moved.tolist() == [True, False, True, False]
 
 
-def test_a_component_learns_from_a_single_image() -> None:
+def test_a_component_of_a_single_image_has_a_gradient() -> None:
     bank = components("sop", (6, 4))
     omega = torch.tensor([[0.5, 0.5, 0, 0], [0.5, 0, 0.5, 0]], dtype=torch.float64)
     bank.routed_sum(maps(2), omega).sum().backward()
@@ -78,7 +78,7 @@ def test_a_component_learns_from_a_single_image() -> None:
     assert all(weight.grad is not None and weight.grad[2].abs().max() > 0 for weight in bank.weights)
 
 
-def test_a_dead_component_does_not_poison_the_mixture() -> None:
+def test_a_dead_component_leaves_gradients_finite() -> None:
     bank = components("sop", (6, 4))
     with torch.no_grad():
         bank.weights[1][3] = -bank.weights[1][3].abs()  # every map of component 3 is rectified to 0
@@ -104,5 +104,5 @@ def test_half_precision_maps_are_mixed_in_float32() -> None:
     ("kind", "widths", "macs"),
     [("gap", (7,), 2 * 9 * 35), ("sop", (6, 4), 2 * 9 * 54), ("linear", (5,), 2 * 25)],
 )
-def test_counted_components_make_the_macs(kind: Kind, widths: tuple[int, ...], macs: int) -> None:
+def test_macs_count_the_evaluated_components(kind: Kind, widths: tuple[int, ...], macs: int) -> None:
     assert components(kind, widths).macs(maps().shape) == macs

@@ -37,7 +37,7 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(head(x), head.fc(x))
 
 
-def test_a_training_batch_of_one_is_refused_with_the_way_out() -> None:
+def test_a_training_batch_of_one_image_is_rejected() -> None:
     head = FusionHead(4, 2, norm=True, dropout=0.0)
     with pytest.raises(TrainingError, match="last, incomplete batch"):
         head(torch.randn(1, 4))

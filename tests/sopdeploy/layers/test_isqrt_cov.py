@@ -12,12 +12,12 @@ PRENORMS = ["trace", "frobenius"]
 
 
 def reference(features: Tensor, config: NewtonSchulzConfig) -> Tensor:
-    """The layer step by step in float64: centring matrix, plain loop, triangle by two loops."""
+    """The layer step by step in float64: centering matrix, plain loop, triangle by two loops."""
     x = features.double().flatten(2)
     _, channels, positions = x.shape
-    centring = (torch.eye(positions, dtype=x.dtype) - 1 / positions) / positions
+    centering = (torch.eye(positions, dtype=x.dtype) - 1 / positions) / positions
     rows = []
-    for cov in x @ centring @ x.mT:
+    for cov in x @ centering @ x.mT:
         norm = cov.trace() if config.prenorm == "trace" else cov.norm()
         identity = torch.eye(channels, dtype=x.dtype)
         y, z = cov / norm, identity
@@ -66,7 +66,7 @@ def test_gradients_are_those_of_finite_differences(prenorm, side: int) -> None:
 
 @pytest.mark.parametrize("prenorm", PRENORMS)
 @pytest.mark.parametrize("level", [0.0, 0.1, 7.7, 1e4])
-def test_constant_maps_give_a_finite_answer_and_finite_gradients(prenorm, level: float) -> None:
+def test_constant_maps_have_finite_outputs_and_gradients(prenorm, level: float) -> None:
     layer = ISqrtCov(8, NewtonSchulzConfig(prenorm=prenorm))
     features = torch.full((2, 8, 7, 7), level, requires_grad=True)
     answer = layer(features)
@@ -76,7 +76,7 @@ def test_constant_maps_give_a_finite_answer_and_finite_gradients(prenorm, level:
 
 
 @pytest.mark.parametrize("prenorm", PRENORMS)
-def test_one_constant_image_does_not_disturb_its_neighbours(prenorm) -> None:
+def test_a_constant_image_does_not_change_other_images(prenorm) -> None:
     torch.manual_seed(2)
     layer = ISqrtCov(4, NewtonSchulzConfig(prenorm=prenorm))
     features = torch.randn(3, 4, 5, 5)
@@ -100,7 +100,7 @@ def test_fewer_positions_than_channels_stay_finite(prenorm, iterations: int) -> 
 
 
 @given(scale=st.floats(1e-3, 1e4), shift=st.floats(-10, 10), seed=st.integers(0, 99))
-def test_answer_grows_with_the_features_and_ignores_their_mean(scale, shift, seed) -> None:
+def test_output_scales_with_the_features_and_ignores_their_mean(scale, shift, seed) -> None:
     layer = ISqrtCov(5)
     features = torch.randn(1, 5, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     expected = scale * layer(features)
@@ -116,7 +116,7 @@ def test_order_of_the_positions_does_not_matter(seed: int) -> None:
     torch.testing.assert_close(layer(shuffled), layer(features))
 
 
-def test_autocast_does_not_reach_into_the_layer() -> None:
+def test_autocast_does_not_change_the_layer() -> None:
     torch.manual_seed(4)
     layer = ISqrtCov(16)
     features = torch.randn(2, 16, 6, 6)
@@ -128,14 +128,14 @@ def test_autocast_does_not_reach_into_the_layer() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_features_are_widened(dtype: torch.dtype) -> None:
+def test_half_precision_features_are_converted_to_float32(dtype: torch.dtype) -> None:
     features = torch.randn(1, 4, 6, 6, dtype=dtype)
     layer = ISqrtCov(4)
     assert torch.equal(layer(features), layer(features.float()))
 
 
 @pytest.mark.parametrize("wrong", [{"iterations": 0}, {"iterations": 16}, {"prenorm": "none"}, {"depth": 3}])
-def test_config_refuses_what_the_layer_cannot_do(wrong: dict[str, object]) -> None:
+def test_config_rejects_invalid_values(wrong: dict[str, object]) -> None:
     with pytest.raises(pydantic.ValidationError):
         NewtonSchulzConfig(**wrong)
 

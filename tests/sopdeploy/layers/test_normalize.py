@@ -14,14 +14,14 @@ STDS = st.tuples(*[st.floats(0.01, 2.0)] * 3)
 
 
 @given(mean=MEANS, std=STDS, seed=st.integers(0, 1000))
-def test_normalise_gives_what_torchvision_gives(mean, std, seed) -> None:
-    picture = np.random.default_rng(seed).integers(0, 256, (7, 5, 3), dtype=np.uint8)
-    expected = Compose([ToTensor(), TorchvisionNormalize(mean, std)])(Image.fromarray(picture))
-    found = Normalize(Preprocess(mean=mean, std=std))(torch.from_numpy(picture)[None])[0]
+def test_normalize_equals_torchvision(mean, std, seed) -> None:
+    image = np.random.default_rng(seed).integers(0, 256, (7, 5, 3), dtype=np.uint8)
+    expected = Compose([ToTensor(), TorchvisionNormalize(mean, std)])(Image.fromarray(image))
+    found = Normalize(Preprocess(mean=mean, std=std))(torch.from_numpy(image)[None])[0]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 / min(std))
 
 
-def test_normalise_has_no_parameters_and_gives_the_documented_type_and_shape() -> None:
+def test_normalize_has_no_parameters_and_outputs_float32_nchw() -> None:
     found = Normalize(Preprocess())(torch.zeros(2, 6, 4, 3, dtype=torch.uint8))
     assert found.dtype == torch.float32
     assert found.shape == (2, 3, 6, 4)

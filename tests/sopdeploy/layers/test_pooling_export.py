@@ -80,7 +80,7 @@ def test_the_iteration_is_unrolled_into_the_products_it_takes(side, around, tmp_
 
 
 @pytest.mark.parametrize("key", ["mpncov", "deepo2p", "improved-bcnn", "g2denet", "kernel-16"])
-def test_what_cannot_be_exported_says_why_and_what_to_use(key: str) -> None:
+def test_layers_without_an_onnx_form_give_reason_and_alternative(key: str) -> None:
     reason = POOLINGS[key].not_exportable
     assert reason is not None
     assert "TensorRT form; train with" in reason

@@ -37,7 +37,7 @@ def test_gather_excite_without_parameters_scales_by_the_means() -> None:
 
 @pytest.mark.parametrize(("extent", "side"), [(2, 4), (4, 2), (8, 1)])
 @pytest.mark.parametrize("parameters", ["none", "gather", "gather+excite"])
-def test_extents_gather_that_much_and_bring_it_back(extent: int, side: int, parameters: str) -> None:
+def test_extents_set_the_gathered_size(extent: int, side: int, parameters: str) -> None:
     block = GatherExcite(32, 7, extent, parameters, 16).double().eval()
     gathered = block.gather(FEATURES)
     assert gathered.shape == (2, 32, side, side)
@@ -45,7 +45,7 @@ def test_extents_gather_that_much_and_bring_it_back(extent: int, side: int, para
     torch.testing.assert_close(block(FEATURES), FEATURES * weights)
 
 
-def test_gathering_without_parameters_averages_what_is_inside_the_map() -> None:
+def test_gathering_without_parameters_ignores_padding() -> None:
     gathered = GatherExcite(32, 7, 4, "none", 16).gather(FEATURES)
     torch.testing.assert_close(gathered[:, :, 0, 0], FEATURES[:, :, :4, :4].mean(dim=(2, 3)))
 
@@ -79,7 +79,7 @@ def test_one_step_of_training_and_batches_agree(name: str, config: dict) -> None
 
 
 @pytest.mark.parametrize("kind", ["se", "cbam", "ge"])
-def test_every_block_has_one_and_torchvisions_keys_stay(kind: str) -> None:
+def test_every_block_has_an_attention_and_torchvisions_keys(kind: str) -> None:
     with torch.device("meta"):
         plain, ours = create_model("resnet50"), create_model(f"{kind}-resnet50")
     attended = [name for name, _ in ours.named_modules() if name.endswith(".attention")]
@@ -97,7 +97,7 @@ def test_global_gathering_is_as_large_as_the_maps(conv5_stride: int) -> None:
     assert sides == [56, 28, 14, 7 if conv5_stride == 2 else 14]
 
 
-def test_global_gathering_refuses_other_image_sizes() -> None:
+def test_global_gathering_rejects_other_image_sizes() -> None:
     network = create_model("ge-resnet18", side=64).eval()
     with pytest.raises(RuntimeError):
         network(torch.zeros(1, 3, 96, 96))

@@ -32,14 +32,14 @@ def test_training_counts_are_the_expected_integers(name, config, parameters: int
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50])
-def test_what_ships_of_a_dsop_network_counts_as_the_plain_one(depth: int) -> None:
+def test_dsop_inference_model_counts_equal_the_plain_network(depth: int) -> None:
     plain = describe(f"resnet{depth}", conv5_stride=1)
     assert plain.training == plain.shipped
     assert describe(f"dsop-resnet{depth}").shipped == plain.shipped
     assert describe(f"dsop-resnet{depth}", aux_stride="table").shipped == plain.shipped
 
 
-def test_branches_that_really_train_in_table_x_are_smaller() -> None:
+def test_branches_of_table_x_without_unused_ones_are_smaller() -> None:
     blocks = (8, 0, 0, 0)
     assert describe("dsop-resnet18", aux_blocks=blocks, **TABLE).training.parameters == 14_362_384
 
@@ -59,7 +59,7 @@ def meets(figure: Published, cut: bool) -> bool:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=row_id)
-def test_figures_that_papers_print_are_met_or_named_as_misprints(row: Row) -> None:
+def test_published_figures_are_reached_or_documented_as_misprints(row: Row) -> None:
     described = describe(row.model, num_classes=row.num_classes, **row.config).published
     note = "; ".join(filter(None, (row.note, "cut off, not rounded" if row.cut else "")))
     found = [figure for figure in described if (figure.source, figure.note) == (row.source, note)]
@@ -78,11 +78,11 @@ def test_figures_that_papers_print_are_met_or_named_as_misprints(row: Row) -> No
         ("resnet18", {}),  # conv5_x with stride 2
     ],
 )
-def test_nothing_is_shown_as_published_for_another_network(name: str, switches: dict) -> None:
+def test_other_networks_have_no_published_figures(name: str, switches: dict) -> None:
     assert describe(name, **switches).published == ()
 
 
-def test_misprint_of_table_i_is_named() -> None:
+def test_misprint_of_table_i_is_documented() -> None:
     notes = {figure.note for figure in describe("dsop-resnet50", aux_stride="table").published}
     assert "13 blocks" in notes.pop()
 
@@ -107,7 +107,7 @@ def test_counting_allocates_nothing() -> None:
     assert describe("dsop-resnet18", num_classes=10**9).training.parameters > 10**12
 
 
-def test_description_says_what_it_counted() -> None:
+def test_description_contains_name_config_and_size() -> None:
     told = describe("dsop-resnet20", num_classes=7, image_size=16, aux_pooling="gap")
     assert (told.name, told.num_classes, told.image_size) == ("dsop-resnet20", 7, 16)
     assert told.config["aux_pooling"] == "gap"
@@ -142,6 +142,6 @@ def test_an_image_too_small_is_a_config_error() -> None:
         describe("resnet18", image_size=0)
 
 
-def test_real_weights_stay_where_they_were() -> None:
+def test_counting_does_not_move_weights() -> None:
     describe("resnet8")
     assert torch.empty(1).device.type == "cpu"

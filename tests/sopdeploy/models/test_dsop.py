@@ -148,7 +148,7 @@ def test_text_keeps_the_size_of_the_maps_and_the_table_halves_two(aux_stride, st
         ({"base_width": 64, "aux_dropout": 0.2}, [0.2, 0.2, 0.2]),
     ],
 )
-def test_dropout_stands_only_behind_covariances_of_128_channels(config: dict, expected: list[float]) -> None:
+def test_dropout_follows_only_covariances_of_128_channels(config: dict, expected: list[float]) -> None:
     """Section V-D; "4K-d" is half of the 8256 values that the classifier sees."""
     branches = branches_of("dsop-resnet32", **config).values()
     assert [branch.dropout.p for branch in branches] == expected
@@ -166,7 +166,7 @@ def test_dropout_stands_only_behind_covariances_of_128_channels(config: dict, ex
         ),
     ],
 )
-def test_losses_are_weighted_as_the_paper_says_unless_told_otherwise(name, config, expected) -> None:
+def test_loss_weights_default_to_the_paper(name, config, expected) -> None:
     with torch.device("meta"):
         assert create_model(name, **config).loss_weights() == expected
 
@@ -236,12 +236,12 @@ def test_unused_branches_can_be_kept_but_do_not_compute() -> None:
         ({"aux_weights": (1.0,) * 5}, "aux_weights"),
     ],
 )
-def test_wishes_that_do_not_fit_the_stages_are_refused(config: dict, key: str) -> None:
+def test_options_that_do_not_match_the_stages_are_rejected(config: dict, key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         create_model("dsop-resnet18", **config)
 
 
-def test_what_trains_only_is_declared_by_its_name() -> None:
+def test_training_only_parts_are_declared_by_name() -> None:
     network = create_model("dsop-resnet8")
     assert isinstance(network, DSoP)
     assert network.training_only == ("branches",)

@@ -50,7 +50,7 @@ def test_training_gives_logits_and_the_balance_penalty(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GATED)
-def test_eval_gives_logits_and_on_request_the_gates(name: str) -> None:
+def test_eval_mode_returns_logits_and_outputs_tuple_the_gates(name: str) -> None:
     network = untied(tiny(name)).eval()
     logits, gates = network.outputs_tuple(images())
     assert torch.equal(network(images()), logits)
@@ -59,12 +59,12 @@ def test_eval_gives_logits_and_on_request_the_gates(name: str) -> None:
     torch.testing.assert_close(gates.sum(dim=1), torch.ones(4))
 
 
-def test_at_the_start_the_first_components_answer() -> None:
+def test_the_untrained_gate_selects_the_first_components() -> None:
     _, gates = tiny().eval().outputs_tuple(images())
     assert gates.tolist() == [[0.5, 0.5, 0.0, 0.0]] * 4
 
 
-def test_eval_never_touches_the_noise() -> None:
+def test_eval_mode_does_not_use_the_noise() -> None:
     network = untied(tiny()).eval()
     expected = network(images())
     del network.gate.noise
@@ -72,7 +72,7 @@ def test_eval_never_touches_the_noise() -> None:
 
 
 @pytest.mark.parametrize("name", GATED)
-def test_what_ships_is_the_network_without_its_training_only_parts(name: str) -> None:
+def test_the_inference_model_equals_the_network_without_training_only_parts(name: str) -> None:
     network = untied(tiny(name)).eval()
     plain = network.inference_model().eval()
     assert type(plain) is GatedResNet
@@ -83,7 +83,7 @@ def test_what_ships_is_the_network_without_its_training_only_parts(name: str) ->
     assert torch.equal(plain(images()), network(images()))
 
 
-def test_what_ships_shares_no_object() -> None:
+def test_the_inference_model_shares_no_object() -> None:
     network = tiny()
     assert not {id(part) for part in network.modules()} & {
         id(part) for part in network.inference_model().modules()
@@ -136,7 +136,7 @@ def test_one_step_breaks_the_tie_of_the_start() -> None:
     assert moved[2:].max() == 0
 
 
-def test_choosing_one_ships_but_does_not_train() -> None:
+def test_chosen_of_one_can_be_exported_but_not_trained() -> None:
     network = tiny(chosen=1)
     with pytest.raises(ConfigError, match="chosen: must be at least 2 to train"):
         network(images())
@@ -150,19 +150,19 @@ def test_choosing_all_is_the_plain_softmax() -> None:
     torch.testing.assert_close(gates, logits.softmax(dim=1))
 
 
-def test_a_training_batch_of_one_says_what_to_do() -> None:
+def test_a_training_batch_of_one_image_is_an_error() -> None:
     with pytest.raises(TrainingError, match="last, incomplete batch"):
         tiny()(images(1))
 
 
-def test_an_image_answers_alone_as_in_a_batch() -> None:
+def test_an_image_has_the_same_output_alone_and_in_a_batch() -> None:
     network = untied(tiny()).double().eval()
     together = network(images().double())
     alone = torch.cat([network(image[None].double()) for image in images()])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
 
 
-def test_a_black_picture_gives_finite_logits() -> None:
+def test_a_black_image_has_finite_logits() -> None:
     assert tiny().eval()(torch.zeros(1, 3, 16, 16)).isfinite().all()
 
 
@@ -176,7 +176,7 @@ def test_a_black_picture_gives_finite_logits() -> None:
         ({"alpha": 1}, "alpha: unknown key"),
     ],
 )
-def test_wrong_values_are_refused_by_name(values: dict[str, Any], message: str) -> None:
+def test_invalid_values_are_rejected_by_name(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config("gmsop-16-8-resnet18", values)
 
@@ -193,7 +193,7 @@ def test_wrong_values_are_refused_by_name(values: dict[str, Any], message: str) 
         ("netvlad-64-resnet18", {"words": 4}),
     ],
 )
-def test_baselines_train_and_ship_as_they_are(name: str, switches: dict[str, Any]) -> None:
+def test_baselines_have_no_training_only_parts(name: str, switches: dict[str, Any]) -> None:
     network = create_model(name, num_classes=5, blocks_per_stage=1, **switches)
     network(images()).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
@@ -203,6 +203,6 @@ def test_baselines_train_and_ship_as_they_are(name: str, switches: dict[str, Any
     assert torch.equal(plain(images()), network.eval()(images()))
 
 
-def test_averaging_components_without_weights_of_their_own_is_refused() -> None:
+def test_averaging_components_without_weights_is_rejected() -> None:
     with pytest.raises(ConfigError, match="would all be the same"):
         create_model("srsop-resnet18", components=4)

@@ -71,7 +71,7 @@ def test_released_checkpoints_have_as_many_entries(net: int, entries: int) -> No
     assert len(keys) == entries
 
 
-def test_dr_strides_only_where_it_is_asked_for() -> None:
+def test_dr_strides_only_where_the_config_asks() -> None:
     network = on_meta("gsop-net1-resnet50", **RELEASED)
     strides = [network.get_submodule(f"{p}.attention.channel.reduction.0").stride for p in places(network)]
     assert strides == [(2, 2), (1, 1), (1, 1), (1, 1)]
@@ -100,13 +100,13 @@ def test_dropout_is_the_small_networks_only() -> None:
         (f"gsop-net1-{SMALL}", {"blocks": 1}, "blocks"),
     ],
 )
-def test_a_wrong_switch_is_a_config_error(name: str, config: dict, says: str) -> None:
+def test_an_invalid_option_is_a_config_error(name: str, config: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         on_meta(name, **config)
 
 
 @pytest.mark.parametrize("net", [1, 2])
-def test_nothing_is_for_training_only_and_plain_is_another_one(net: int) -> None:
+def test_gsop_has_no_training_only_parts(net: int) -> None:
     network = create_model(f"gsop-net{net}-{SMALL}", num_classes=3)
     plain = network.inference_model()
     assert network.training_only == ()

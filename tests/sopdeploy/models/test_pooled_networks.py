@@ -112,7 +112,7 @@ def test_the_default_pooling_adds_no_weights_and_no_names() -> None:
     assert not [key for key in keys if key.startswith("pooling")]
 
 
-def test_a_pooling_with_its_switches_reaches_the_layer() -> None:
+def test_pooling_options_reach_the_layer() -> None:
     with torch.device("meta"):
         network = create_model(
             "resnet20", pooling={"kind": "isqrt", "width": 32, "iterations": 3, "prenorm": "frobenius"}
@@ -122,7 +122,7 @@ def test_a_pooling_with_its_switches_reaches_the_layer() -> None:
     assert network.fc.in_features == 32 * 33 // 2
 
 
-def test_what_ships_of_a_branched_network_carries_the_pooling() -> None:
+def test_the_inference_model_of_dsop_keeps_the_pooling() -> None:
     torch.manual_seed(0)
     network = create_model("dsop-resnet8", pooling="isqrt")
     plain = network.inference_model()
@@ -142,7 +142,7 @@ def test_what_ships_of_a_branched_network_carries_the_pooling() -> None:
         ({"kind": "isqrt", "rows": 1}, r"pooling.isqrt.rows: unknown key"),
     ],
 )
-def test_a_wrong_pooling_is_one_line_that_names_it(pooling: object, message: str) -> None:
+def test_an_invalid_pooling_is_a_one_line_error(pooling: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         create_model("resnet20", pooling=pooling)
 
@@ -150,7 +150,7 @@ def test_a_wrong_pooling_is_one_line_that_names_it(pooling: object, message: str
 @pytest.mark.parametrize(
     "pooling", ["isqrt", "mpncov", "deepo2p", "bcnn", "cbp", "netvlad", "low-rank-bilinear"]
 )
-def test_a_small_network_learns_a_batch_by_heart(pooling: str) -> None:
+def test_a_small_network_overfits_a_batch(pooling: str) -> None:
     torch.manual_seed(1)
     network = create_model("resnet8", num_classes=4, base_width=4, pooling=pooling)
     images, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 4

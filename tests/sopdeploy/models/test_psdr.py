@@ -31,7 +31,7 @@ def test_steps_go_down_as_eq_4_says(target: int, decay: float, widths: list[int]
         (0.5, 2_797_440, 547_520_512),
     ],
 )
-def test_chain_ships_and_is_not_free(decay: float, parameters: int, macs: int) -> None:
+def test_the_chain_is_exported_and_counted(decay: float, parameters: int, macs: int) -> None:
     """Nothing is published; the direct reduction has 131,200 parameters and 25,690,112 MACs."""
     with torch.device("meta"):
         chain = create_model("psdr-resnet50-no-aux", decay=decay).pooling.chain
@@ -43,7 +43,7 @@ def test_chain_ships_and_is_not_free(decay: float, parameters: int, macs: int) -
 
 
 @pytest.mark.parametrize(("decay", "heads"), [(0.25, 2), (0.5, 4)])
-def test_every_step_but_the_last_has_a_head_that_leaves(decay: float, heads: int) -> None:
+def test_every_step_but_the_last_has_a_training_only_head(decay: float, heads: int) -> None:
     found = describe("psdr-resnet50", decay=decay)
     assert found.training_only == ("auxiliary",)
     assert found.loss_weights == {"main": 1.0, **{f"step{n}": 1.0 for n in range(1, heads + 1)}}
@@ -80,6 +80,6 @@ def test_heads_can_be_deleted() -> None:
     assert network(torch.randn(2, 3, 32, 32)).shape == (2, 5)
 
 
-def test_a_target_that_reduces_nothing_is_refused() -> None:
+def test_a_target_width_without_reduction_is_rejected() -> None:
     with pytest.raises(ConfigError, match="width: 512 is not smaller than 512 channels"):
         create_model("psdr-resnet50", depth=18, width=512)

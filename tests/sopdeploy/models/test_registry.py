@@ -10,7 +10,7 @@ from sopdeploy.models.registry import entry, make_config
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_every_name_builds_a_network_that_says_what_ships(name: str) -> None:
+def test_every_name_builds_a_network_and_its_inference_model(name: str) -> None:
     with torch.device("meta"):
         network = create_model(name, num_classes=3)
         plain = network.inference_model()
@@ -30,7 +30,7 @@ def test_every_config_survives_a_checkpoint(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_no_switch_is_named_as_an_argument_of_describe(name: str) -> None:
+def test_no_option_has_the_name_of_an_argument_of_describe(name: str) -> None:
     assert not entry(name).config.model_fields.keys() & {"name", "num_classes", "image_size"}
 
 
@@ -41,7 +41,7 @@ def test_every_entry_has_a_summary_and_a_size(name: str) -> None:
     assert entry(name).num_classes >= 2
 
 
-def test_default_number_of_classes_is_the_catalogs() -> None:
+def test_default_number_of_classes_comes_from_the_catalog() -> None:
     assert create_model("resnet8").num_classes == entry("resnet8").num_classes == 10
 
 
@@ -49,12 +49,12 @@ def test_default_number_of_classes_is_the_catalogs() -> None:
     ("wrong", "near"),
     [("resnet19", "resnet18"), ("dsop_resnet18", "dsop-resnet18"), ("dsop-resnet5", "dsop-resnet50")],
 )
-def test_a_misspelt_name_gets_the_nearest_ones(wrong: str, near: str) -> None:
+def test_a_misspelled_name_suggests_the_nearest_ones(wrong: str, near: str) -> None:
     with pytest.raises(ConfigError, match=rf"'{wrong}' is not in the catalog; did you mean .*{near}"):
         create_model(wrong)
 
 
-def test_a_name_like_no_other_is_sent_to_the_list() -> None:
+def test_an_unknown_name_points_to_the_list() -> None:
     with pytest.raises(ConfigError, match="lists them all"):
         create_model("xyzzy")
 
@@ -72,7 +72,7 @@ def test_a_name_like_no_other_is_sent_to_the_list() -> None:
         ("resnet18", {"num_classes": 0}, "num_classes: must be at least 1 (got 0)"),
     ],
 )
-def test_a_bad_value_is_one_line_that_names_it(name: str, config: dict, says: str) -> None:
+def test_an_invalid_value_is_a_one_line_error(name: str, config: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(says)) as caught:
         create_model(name, **config)
     assert "\n" not in str(caught.value)

@@ -18,7 +18,7 @@ FEW = {"aux_blocks": (1, 1, 1, 1), "aux_widths": (4, 4, 4, 4)}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_ships_is_timms_own_network_with_timms_own_keys(name: str) -> None:
+def test_the_inference_model_is_timms_network_with_timms_keys(name: str) -> None:
     torch.manual_seed(0)
     theirs = timm.create_model(name, num_classes=5).eval()
     trained = create_model(f"dsop-timm:{name}", num_classes=5, **FEW).eval()
@@ -74,7 +74,7 @@ def test_nearest_block_of_plain_convolutions_is_the_basic_block() -> None:
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s16_224"])
 @pytest.mark.parametrize("family", ["timm", "dsop-timm"])
-def test_networks_without_feature_maps_are_refused_with_the_reason(family: str, name: str) -> None:
+def test_networks_without_feature_maps_are_rejected(family: str, name: str) -> None:
     with pytest.raises(ConfigError, match=rf"timm:{name} has no feature maps to pool: .* gives \(1, "):
         create_model(f"{family}:{name}")
 
@@ -82,18 +82,18 @@ def test_networks_without_feature_maps_are_refused_with_the_reason(family: str, 
 @pytest.mark.parametrize(
     "name", ["resnet181", "", "hf-hub:timm/resnet18.a1_in1k", "local-dir:/tmp", "resnet18.a1_in1k"]
 )
-def test_what_timm_has_not_built_in_is_refused(name: str) -> None:
+def test_names_that_timm_does_not_build_are_rejected(name: str) -> None:
     with pytest.raises(ConfigError, match=f"timm:{name}: timm .* has no such network"):
         create_model(f"timm:{name}")
 
 
 @pytest.mark.parametrize("name", ["densenet121", "vgg11"])
-def test_networks_with_a_part_named_as_our_own_are_refused(name: str) -> None:
+def test_networks_whose_parts_conflict_with_backbone_are_rejected(name: str) -> None:
     with pytest.raises(ConfigError, match=f"timm:{name}: the name of its part 'features' is taken here"):
         create_model(f"timm:{name}")
 
 
-def test_a_network_that_does_not_name_its_stages_is_refused() -> None:
+def test_a_network_that_does_not_name_its_stages_is_rejected() -> None:
     with pytest.raises(ConfigError, match="timm:hrnet_w18_small does not name its stages"):
         create_model("timm:hrnet_w18_small")
 
@@ -114,7 +114,7 @@ def test_without_timm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
         create_model("timm:resnet18")
 
 
-def test_images_are_as_large_as_timm_says() -> None:
+def test_image_size_comes_from_timm() -> None:
     assert entry("timm:resnet18").image_size == 224
     assert entry("dsop-timm:inception_v3").image_size == 299
 
@@ -128,7 +128,7 @@ def test_train_and_eval_mode_reach_timms_own_module() -> None:
         assert network.layer1.training is mode
 
 
-def test_a_copy_is_independent_and_loses_its_branches_alone() -> None:
+def test_a_copy_is_independent() -> None:
     network = create_model("dsop-timm:resnet18", num_classes=3, **FEW).eval()
     lean = copy.deepcopy(network)
     del lean.branches
@@ -145,7 +145,7 @@ def test_moving_the_network_moves_timms_own_module() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_ships_can_be_exported(name: str) -> None:
+def test_the_inference_model_can_be_exported(name: str) -> None:
     network = create_model(f"timm:{name}", num_classes=3).eval()
     images = torch.randn(2, 3, 64, 64)
     program = torch.export.export(network, (images,), strict=False)
@@ -153,14 +153,14 @@ def test_what_ships_can_be_exported(name: str) -> None:
     torch.testing.assert_close(program.module()(images), network(images))
 
 
-def test_counts_are_those_of_the_resnet_of_our_own() -> None:
+def test_counts_equal_those_of_our_resnet() -> None:
     found = describe("dsop-timm:resnet18")
     assert found.shipped == describe("resnet18").shipped
     assert found.representation == 512
     assert found.config["backbone"] == "resnet18"
 
 
-def test_reading_the_stages_leaves_the_random_numbers_alone() -> None:
+def test_reading_the_stages_draws_no_random_numbers() -> None:
     tappable.cache_clear()
     torch.manual_seed(0)
     expected = torch.rand(1)

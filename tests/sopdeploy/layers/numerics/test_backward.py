@@ -24,7 +24,7 @@ def gradient(function, features, triangle, rule, grad):
 
 @SHAPES
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_gradient_by_hand_is_that_of_autograd(channels: int, side: int, rule: NewtonSchulzConfig) -> None:
+def test_handwritten_gradient_equals_autograd(channels: int, side: int, rule: NewtonSchulzConfig) -> None:
     torch.manual_seed(0)
     triangle = upper_triangle_indices(channels)
     features = torch.randn(3, channels, side, side, dtype=torch.float64).relu().requires_grad_()
@@ -35,7 +35,7 @@ def test_gradient_by_hand_is_that_of_autograd(channels: int, side: int, rule: Ne
 
 
 @SHAPES
-def test_float32_gradient_is_as_near_to_float64_as_autograd_is(channels: int, side: int) -> None:
+def test_float32_gradient_is_as_accurate_as_autograd(channels: int, side: int) -> None:
     torch.manual_seed(1)
     triangle, rule = upper_triangle_indices(channels), NewtonSchulzConfig()
     features = torch.randn(3, channels, side, side).relu().requires_grad_()
@@ -56,7 +56,7 @@ def test_first_and_second_gradients_are_those_of_finite_differences(channels, si
     assert torch.autograd.gradgradcheck(layer, (features,), fast_mode=True)
 
 
-def test_a_hessian_product_is_that_of_the_plain_forward() -> None:
+def test_hessian_products_equal_autograd() -> None:
     torch.manual_seed(3)
     triangle, rule = upper_triangle_indices(8), NewtonSchulzConfig()
     features = torch.randn(2, 8, 2, 2, dtype=torch.float64, requires_grad=True)
@@ -70,7 +70,7 @@ def test_a_hessian_product_is_that_of_the_plain_forward() -> None:
 
 
 @pytest.mark.parametrize("side", [2, 5])
-def test_training_and_inference_give_the_same_bits(side: int) -> None:
+def test_training_and_inference_are_bit_identical(side: int) -> None:
     torch.manual_seed(4)
     layer = ISqrtCov(12)
     features = torch.randn(2, 12, side, side)

@@ -53,7 +53,7 @@ def test_rank_deficient_and_constant_maps_give_finite_gradients(config) -> None:
 
 
 @pytest.mark.parametrize("function", [power(0.5), power(0.3), logarithm(1e-3)], ids=["root", "power", "log"])
-def test_equal_eigenvalues_take_the_slope(function) -> None:
+def test_equal_eigenvalues_use_the_derivative(function) -> None:
     a = (2.0 * torch.eye(3, dtype=torch.float64))[None].requires_grad_()
     direction = torch.tensor([[[1.0, 2, 0], [2, -1, 3], [0, 3, 0.5]]], dtype=torch.float64)
     value, _ = spectral(a, function)
@@ -71,7 +71,7 @@ def test_root_and_log_are_those_of_the_eigenvalues() -> None:
     torch.testing.assert_close(torch.linalg.matrix_exp(spectral(a, logarithm(1e-12))[0]), a)
 
 
-def test_second_gradients_are_refused_rather_than_wrong() -> None:
+def test_second_derivatives_are_rejected() -> None:
     features = relu_features(1, 4, 4).requires_grad_()
     loss = MpnCovConfig().build(4)(features).sum()
     with pytest.raises(TrainingError, match="train with pooling isqrt"):

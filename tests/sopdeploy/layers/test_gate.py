@@ -1,8 +1,16 @@
+"""The sparse gate, its noise and its balance loss."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.layers.mixture.gate import GateNoise, SparseGate, keep_largest, rank
+from sopdeploy.layers.mixture.gate import GateNoise, SparseGate, balance_loss, keep_largest, rank
 
 F64 = torch.float64
 
@@ -36,7 +44,7 @@ def test_kept_weights_are_the_softmax_over_the_kept_alone() -> None:
     assert weights[0, 3] == 0
 
 
-def test_a_kept_logit_of_exactly_zero_keeps_its_share() -> None:
+def test_a_kept_logit_of_exactly_zero_has_its_softmax_weight() -> None:
     weights = keep_largest(torch.tensor([[0.0, -1.0, -2.0]]), 2)
     assert weights[0, 0] > weights[0, 1] > 0
 
@@ -50,7 +58,7 @@ def test_keeping_all_is_the_plain_softmax() -> None:
     assert torch.equal(keep_largest(logits, 7), logits.softmax(dim=1))
 
 
-def test_one_kept_weighs_one_and_gives_the_gate_no_gradient() -> None:
+def test_a_single_kept_component_has_weight_one_and_no_gradient() -> None:
     logits = torch.randn(3, 4, requires_grad=True)
     weights = keep_largest(logits, 1)
     (weights * torch.randn(3, 4)).sum().backward()
@@ -102,7 +110,7 @@ def test_the_gate_starts_with_all_components_tied() -> None:
     assert (logits == logits[:, :1]).all()
 
 
-def test_autocast_does_not_touch_the_choice() -> None:
+def test_autocast_does_not_change_the_selection() -> None:
     torch.manual_seed(0)
     gate = SparseGate(nn.Flatten(), features=32, components=8, chosen=3)
     nn.init.normal_(gate.weight)
@@ -112,3 +120,77 @@ def test_autocast_does_not_touch_the_choice() -> None:
         weights = gate(maps)
     assert weights.dtype == torch.float32
     assert torch.equal(weights, expected)
+
+
+TWO_RANKS = """
+import json, pathlib, sys
+import torch
+import torch.distributed as dist
+from sopdeploy.layers.mixture.gate import (balance_loss)
+rank, store, answer = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+torch.manual_seed(0)
+weights = torch.rand(6, 5, dtype=torch.float64)[3 * rank : 3 * rank + 3].requires_grad_()
+loss = balance_loss(weights, 100.0)
+loss.backward()
+pathlib.Path(answer).write_text(json.dumps({"loss": loss.item(), "gradient": weights.grad.tolist()}))
+dist.destroy_process_group()
+"""
+
+
+def equal_shares(images: int, components: int, kept: int) -> torch.Tensor:
+    weights = torch.zeros(images, components, dtype=torch.float64)
+    weights[:, :kept] = 1 / kept
+    return weights
+
+
+@pytest.mark.parametrize("images", [1, 7, 256])
+def test_balance_loss_matches_the_formula(images: int) -> None:
+    loss = balance_loss(equal_shares(images, 16, 8), alpha=100.0) * images
+    assert loss.item() == pytest.approx(100 * 16 / 15 * (16 / 8 - 1))
+    assert round(loss.item(), 1) == 106.7
+
+
+def test_balance_loss_is_largest_when_one_component_serves_all_images() -> None:
+    assert (balance_loss(equal_shares(4, 16, 1), alpha=100.0) * 4).item() == pytest.approx(1600)
+
+
+def test_balance_loss_of_equal_loads_is_zero() -> None:
+    assert balance_loss(torch.eye(4).repeat(3, 1), alpha=100.0).item() == 0
+
+
+def test_balance_loss_divides_alpha_by_the_batch_size() -> None:
+    weights = equal_shares(256, 16, 8)
+    squared = (weights.sum(dim=0).std(correction=1) / weights.sum(dim=0).mean()) ** 2
+    assert balance_loss(weights, alpha=100.0).item() == pytest.approx(0.390625 * squared.item())
+
+
+def test_gradients_match_differences() -> None:
+    torch.manual_seed(0)
+    weights = torch.rand(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w: balance_loss(w, 100.0), weights)
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_gradient_of_one_process(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    answers = [tmp_path / f"rank{rank}.json" for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path / "store"), str(answer)],
+            env=environment,
+        )
+        for rank, answer in enumerate(answers)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    torch.manual_seed(0)
+    weights = torch.rand(6, 5, dtype=torch.float64, requires_grad=True)
+    loss = balance_loss(weights, 100.0)
+    loss.backward()
+    found = [json.loads(answer.read_text()) for answer in answers]
+    assert [answer["loss"] for answer in found] == pytest.approx([loss.item()] * 2)
+    averaged_by_data_parallel = (
+        torch.tensor([row for answer in found for row in answer["gradient"]], dtype=torch.float64) / 2
+    )
+    torch.testing.assert_close(averaged_by_data_parallel, weights.grad)

@@ -1,4 +1,4 @@
-"""Each pooling against its paper's formula, written out in float64 one image at a time."""
+"""Every global pooling against the formula of its paper."""
 
 import math
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sopdeploy.layers.covariance import upper_triangle_indices
+from sopdeploy.layers.pooling.codebook import NetVLAD
 from sopdeploy.layers.pooling.compact_bilinear import draw_sketches
 from sopdeploy.layers.pooling.registry import Pooling
 from tests.sopdeploy.layers.numerics.all_poolings import EACH_POOLING, build
@@ -129,7 +130,7 @@ def test_compact_bilinear_sums_the_circular_convolutions_of_positions() -> None:
         torch.testing.assert_close(found[image], unit_signed_root(summed))
 
 
-def test_kernel_pooling_joins_the_sketches_of_four_orders() -> None:
+def test_kernel_pooling_concatenates_the_sketches_of_four_orders() -> None:
     features = relu_features(1, CHANNELS, 3)
     pooling = build({"kind": "kernel", "dim": 16, "seed": 3}, CHANNELS).double()
     drawn = draw_sketches(9, CHANNELS, 16, seed=3)
@@ -156,13 +157,13 @@ def test_a_sketch_keeps_inner_products_on_average() -> None:
     assert float(torch.stack(products).mean()) == pytest.approx(float(x @ y) ** 2, rel=0.15)
 
 
-def test_the_same_seed_draws_the_same_sketch_for_ever() -> None:
+def test_sketches_depend_only_on_the_seed() -> None:
     (sketch,) = draw_sketches(1, 6, 100, seed=0)
     assert sketch.places == [84, 75, 42, 25, 51, 40]
     assert sketch.signs == [-1.0, 1.0, 1.0, -1.0, -1.0, -1.0]
 
 
-def test_low_rank_logits_are_those_of_the_matrices_they_stand_for() -> None:
+def test_low_rank_logits_equal_the_full_matrices() -> None:
     torch.manual_seed(1)
     features = relu_features(2, CHANNELS, 4)
     pooling = build({"kind": "low-rank-bilinear", "width": 3, "rank": 4}, CHANNELS).double()
@@ -182,7 +183,7 @@ def soft_words(pooling, x: Tensor) -> Tensor:
     return torch.softmax(weight @ x + bias, dim=0)
 
 
-def test_netvlad_sums_assigned_residuals_and_normalises_twice() -> None:
+def test_netvlad_sums_assigned_residuals_and_normalizes_twice() -> None:
     torch.manual_seed(2)
     features = relu_features(1, CHANNELS, 4)
     pooling = build({"kind": "netvlad", "words": 3}, CHANNELS).double()
@@ -221,7 +222,7 @@ def test_gradients_are_those_of_finite_differences(choice) -> None:
 
 
 @EACH_POOLING
-def test_vector_has_the_length_it_says(choice) -> None:
+def test_vector_length_is_out_features(choice) -> None:
     pooling = build(choice, 6)
     vector = pooling(torch.rand(3, 6, 4, 4))
     assert vector.shape == (3, pooling.out_features)
@@ -229,7 +230,7 @@ def test_vector_has_the_length_it_says(choice) -> None:
     assert pooling.classifier(10).in_features == pooling.out_features
 
 
-def test_batch_norm_can_stand_for_the_compensation() -> None:
+def test_batch_norm_can_replace_the_compensation() -> None:
     torch.manual_seed(5)
     pooling = build({"kind": "isqrt", "compensation": "batch_norm"}, 6)
     vector = pooling(torch.rand(64, 6, 4, 4))
@@ -257,6 +258,28 @@ def test_vector_order_is_row_by_row_as_in_fast_mpn_cov() -> None:
     "wrong",
     ["cpb", {"kind": "isqrt", "iteration": 5}, {"kind": "mpncov", "power": 0.0}, {"iterations": 5}, 5],
 )
-def test_a_choice_that_does_not_exist_is_refused(wrong) -> None:
+def test_unknown_poolings_are_rejected(wrong) -> None:
     with pytest.raises(pydantic.ValidationError):
         pydantic.TypeAdapter(Pooling).validate_python(wrong)
+
+
+def test_gmsop_netvlad_sums_softly_assigned_residuals() -> None:
+    torch.manual_seed(0)
+    layer = NetVLAD(channels=3, words=4).double()
+    maps = torch.randn(2, 3, 2, 5, dtype=torch.float64)
+    share = layer.assign(maps).softmax(dim=1)
+    residuals = torch.zeros(2, 4, 3, dtype=torch.float64)
+    for row in range(2):
+        for column in range(5):
+            x = maps[:, :, row, column]
+            residuals += share[:, :, row, column, None] * (x[:, None, :] - layer.centres[None])
+    expected = (residuals / residuals.norm(dim=2, keepdim=True)).flatten(start_dim=1)
+    expected = expected / expected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(layer(maps), expected, rtol=0, atol=1e-12)
+
+
+def test_gradients_match_differences() -> None:
+    torch.manual_seed(0)
+    layer = NetVLAD(channels=2, words=3).double()
+    maps = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, maps)

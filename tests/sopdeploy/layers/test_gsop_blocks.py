@@ -1,14 +1,18 @@
-"""The block against its definitions written out: the paper's, and what the released code computes.
+"""The GSoP block against its formulas, its scaling and its ONNX file."""
 
-The references take a checkpoint's own names, so that they also fix how an importer maps them.
-"""
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from sopdeploy.layers.attention.first_order import BottleneckAttendedInside
+from sopdeploy import create_model
+from sopdeploy.layers.attention.first_order import CBAM, BottleneckAttendedInside, GatherExcite, SqueezeExcite
 from sopdeploy.layers.attention.gsop_block import RELEASED_BLOCK, Concatenation, GSoPBlock, GSoPBlockConfig
 from sopdeploy.layers.covariance import centered_and_scaled
 
@@ -68,16 +72,16 @@ class Weights:
         return F.batch_norm(x, *of, eps=EPS)
 
 
-def pooled_by_centring_matrix(x_BCM: Tensor) -> Tensor:
+def pooled_by_centering_matrix(x_BCM: Tensor) -> Tensor:
     """X (I - 11^T / M) X^T / M."""
     positions = x_BCM.shape[2]
-    centring = torch.eye(positions, dtype=x_BCM.dtype) - 1.0 / positions
-    return x_BCM @ (centring / positions) @ x_BCM.transpose(1, 2)
+    centering = torch.eye(positions, dtype=x_BCM.dtype) - 1.0 / positions
+    return x_BCM @ (centering / positions) @ x_BCM.transpose(1, 2)
 
 
 def released_channel(w: Weights, x: Tensor, stride: int) -> Tensor:
     reduced = F.relu(w.norm("bn_for_DR", w.conv("conv_for_DR", F.relu(x), stride=stride)))
-    rows = w.norm("row_bn", pooled_by_centring_matrix(reduced.flatten(2))[..., None])
+    rows = w.norm("row_bn", pooled_by_centering_matrix(reduced.flatten(2))[..., None])
     rows = w.conv("row_conv_group", rows, groups=rows.shape[1])
     return torch.sigmoid(w.conv("fc_adapt_channels", rows))
 
@@ -114,7 +118,7 @@ def released(attention: str, w: Weights, x: Tensor, stride: int) -> Tensor:
 
 @pytest.mark.parametrize("attention", ["channel", "position", "sum", "maximum", "concatenation"])
 @pytest.mark.parametrize(("channels", "side", "stride"), [(256, 14, 2), (512, 9, 1)])
-def test_released_switches_compute_what_the_released_code_does(attention, channels, side, stride) -> None:
+def test_released_options_equal_the_released_code(attention, channels, side, stride) -> None:
     block = random_block(channels, stride, attention=attention, **RELEASED_BLOCK)
     x = torch.randn(2, channels, side, side, dtype=torch.float64)
     with torch.no_grad():
@@ -126,7 +130,7 @@ def test_paper_channel_block() -> None:
     block = random_block(256)
     w, x = Weights(block), torch.randn(2, 256, 10, 10, dtype=torch.float64)
     reduced = F.relu(w.norm("bn_for_DR", w.conv("conv_for_DR", x)))
-    rows = w.norm("row_bn", pooled_by_centring_matrix(reduced.flatten(2))[..., None])
+    rows = w.norm("row_bn", pooled_by_centering_matrix(reduced.flatten(2))[..., None])
     rows = F.leaky_relu(w.conv("row_conv_group", rows, groups=32), 0.1)
     expected = x * torch.sigmoid(w.conv("fc_adapt_channels", rows))
     torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
@@ -146,8 +150,8 @@ def test_paper_position_block(cov_side: int) -> None:
     torch.testing.assert_close(block(x), x * weights, rtol=1e-10, atol=1e-10)
 
 
-def test_released_position_covariance_is_no_covariance() -> None:
-    """Its centring matrix is built for 64 samples where there are 32 or 128: eigenvalues below zero."""
+def test_released_position_covariance_has_negative_eigenvalues() -> None:
+    """Its centering matrix is built for 64 samples where there are 32 or 128: eigenvalues below zero."""
     block = random_block(256, attention="position", position_covariance="uncentred", cov_width=128)
     seen: list[Tensor] = []
     block.position.excitation.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -189,7 +193,7 @@ def test_covariance_is_taken_in_float32_under_autocast(attention: str) -> None:
     torch.testing.assert_close(under_autocast.float(), block(features), rtol=0.05, atol=0.05)
 
 
-def test_attention_inside_leaves_the_shortcut_alone() -> None:
+def test_attention_inside_does_not_scale_the_shortcut() -> None:
     torch.manual_seed(0)
     block = BottleneckAttendedInside(64, 64).double().eval()
     block.attention = random_block(64)
@@ -202,4 +206,142 @@ def test_attention_inside_leaves_the_shortcut_alone() -> None:
 def test_covariance_of_positions_has_channels_as_samples() -> None:
     small_BdP = torch.randn(2, 5, 3, dtype=torch.float64)
     centred = centered_and_scaled(small_BdP.transpose(1, 2))
-    torch.testing.assert_close(centred @ centred.transpose(1, 2), pooled_by_centring_matrix(small_BdP.mT))
+    torch.testing.assert_close(centred @ centred.transpose(1, 2), pooled_by_centering_matrix(small_BdP.mT))
+
+
+KINDS = ["channel", "position", "average", "sum", "maximum", "concatenation"]
+
+
+def small(attention: str, **switches: object) -> GSoPBlock:
+    torch.manual_seed(0)
+    config = GSoPBlockConfig(attention=attention, cov_width=32, position_side=4, **switches)
+    return GSoPBlock(config, 64, dr_stride=1).double()
+
+
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("attention", KINDS)
+def test_the_input_is_not_modified(attention: str, *, released: bool) -> None:
+    block = small(attention, **(RELEASED_BLOCK if released else {}))
+    features = torch.randn(2, 64, 6, 6, dtype=torch.float64)
+    before = features.clone()
+    assert block(features).shape == features.shape
+    assert torch.equal(features, before)
+
+
+@pytest.mark.parametrize("switches", [{}, RELEASED_BLOCK])
+def test_channel_block_scales_negative_values_too(switches: dict) -> None:
+    block = small("channel", **switches).eval()
+    features = torch.randn(2, 64, 6, 6, dtype=torch.float64)
+    ratio = block(features) / features
+    assert ((ratio > 0) & (ratio < 1)).all()
+    torch.testing.assert_close(ratio, ratio.mean(dim=(2, 3), keepdim=True).expand_as(ratio))
+    assert (block(features) < 0).any()
+
+
+def test_position_block_weights_are_shared_by_channels() -> None:
+    block = small("position").eval()
+    features = torch.randn(2, 64, 6, 6, dtype=torch.float64)
+    ratio = block(features) / features
+    torch.testing.assert_close(ratio, ratio.mean(dim=1, keepdim=True).expand_as(ratio))
+
+
+def test_released_position_block_rectifies_its_result() -> None:
+    features = torch.randn(2, 64, 6, 6, dtype=torch.float64)
+    assert (small("position", position_rectify="scaled")(features) >= 0).all()
+    assert (small("position")(features) < 0).any()
+
+
+def test_rectified_copy_feeds_only_the_covariance() -> None:
+    """With `pre_relu` a negative value changes nothing but its own product."""
+    block = small("channel", pre_relu=True).eval()
+    features = torch.randn(1, 64, 6, 6, dtype=torch.float64)
+    features[0, 0, 0, 0] = -1.0
+    changed = features.clone()
+    changed[0, 0, 0, 0] = -9.0
+    difference = block(changed) - block(features)
+    assert difference[0, 0, 0, 0] < 0
+    assert difference.count_nonzero() == 1
+
+
+def test_gradient_is_that_of_finite_differences() -> None:
+    block = small("maximum", **RELEASED_BLOCK).eval()
+    features = torch.randn(1, 64, 4, 4, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn_like(features)
+    weights = torch.randn_like(features)
+    (gradient,) = torch.autograd.grad((block(features) * weights).sum(), features)
+    step = 1e-6
+    with torch.no_grad():
+        ahead = (block(features + step * direction) * weights).sum()
+        behind = (block(features - step * direction) * weights).sum()
+    torch.testing.assert_close((gradient * direction).sum(), (ahead - behind) / (2 * step), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("attention", "combine"),
+    [
+        ("average", lambda c, p: (c + p) / 2),
+        ("sum", lambda c, p: c + p),
+        ("maximum", torch.maximum),
+    ],
+)
+def test_fusions_without_parameters(attention: str, combine) -> None:
+    block = small(attention).eval()
+    features = torch.randn(2, 64, 6, 6, dtype=torch.float64)
+    by_channel = features * block.channel(features)
+    by_position = features * block.position(features)
+    torch.testing.assert_close(block(features), combine(by_channel, by_position))
+
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own deprecations
+
+CHANNELS, SIDE = 64, 14  # 14 and 8 do not divide each other
+
+
+def block(attention: str, **switches: object) -> Callable[[], nn.Module]:
+    config = GSoPBlockConfig(attention=attention, cov_width=32, **switches)
+    return lambda: nn.Sequential(nn.Conv2d(3, CHANNELS, 1), GSoPBlock(config, CHANNELS, dr_stride=2))
+
+
+def baselines() -> nn.Module:
+    modules = (SqueezeExcite(64, 16), CBAM(64, 16, 7), GatherExcite(64, SIDE, "global", "gather+excite", 16))
+    return nn.Sequential(nn.Conv2d(3, CHANNELS, 1), *modules, GatherExcite(64, SIDE, 4, "none", 16))
+
+
+def exported(network: nn.Module, images: torch.Tensor, path: Path) -> onnx.ModelProto:
+    batch = torch.export.Dim("batch", min=1, max=64)
+    torch.onnx.export(
+        network,
+        (images,),
+        path,
+        dynamo=True,
+        input_names=["images"],
+        dynamic_shapes=({0: batch},),
+        external_data=False,
+        verbose=False,
+    )
+    return onnx.load(path)
+
+
+@pytest.mark.parametrize(
+    ("build", "side"),
+    [
+        pytest.param(block("concatenation"), SIDE, id="paper"),
+        pytest.param(block("concatenation", **RELEASED_BLOCK), SIDE, id="released"),
+        pytest.param(baselines, SIDE, id="baselines"),
+        pytest.param(lambda: create_model("gsop-net2-preact-resnet29", blocks=2), 16, id="net2"),
+    ],
+)
+def test_exported_network_gives_the_same_numbers_for_every_batch(build, side: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = build().eval()
+    model = exported(network, torch.randn(2, 3, side, side), tmp_path / "model.onnx")
+    operators = {node.op_type for node in model.graph.node}
+    assert operators.isdisjoint({"Loop", "If", "Scan", "Resize"})
+    assert not model.functions
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        images = torch.randn(batch, 3, side, side)
+        with torch.no_grad():
+            expected = network(images).numpy()
+        (found,) = session.run(None, {"images": images.numpy()})
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

@@ -1,9 +1,14 @@
+"""Batch norms over all ranks, and random numbers per shard of a batch."""
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.distributed import FrozenBatchNorm, GlobalBatchNorm
+from sopdeploy.layers.distributed import FrozenBatchNorm, GlobalBatchNorm, Rows, RowsDropout
+from sopdeploy.layers.mixture.gate import GateNoise
 
 CASES = [
     (lambda: nn.BatchNorm2d(5), (6, 5, 3, 4)),
@@ -24,7 +29,7 @@ def pair(make, shape):
 
 
 @pytest.mark.parametrize(("make", "shape"), CASES)
-def test_one_process_gets_the_ordinary_batch_norm_and_its_gradients(make, shape) -> None:
+def test_global_batch_norm_equals_torch_in_one_process(make, shape) -> None:
     norm, like, x = pair(make, shape)
     ours = GlobalBatchNorm(like)
     found = []
@@ -41,7 +46,7 @@ def test_one_process_gets_the_ordinary_batch_norm_and_its_gradients(make, shape)
 
 @pytest.mark.parametrize(("make", "shape"), CASES)
 @pytest.mark.parametrize("kind", [GlobalBatchNorm, FrozenBatchNorm])
-def test_it_shares_parameters_and_buffers_and_keeps_the_keys(make, shape, kind) -> None:
+def test_replacements_share_parameters_buffers_and_keys(make, shape, kind) -> None:
     norm, _, _ = pair(make, shape)
     taken = kind(norm)
     assert list(taken.state_dict()) == list(norm.state_dict())
@@ -50,7 +55,7 @@ def test_it_shares_parameters_and_buffers_and_keeps_the_keys(make, shape, kind) 
     assert all(mine is theirs for mine, theirs in shared)
 
 
-def test_a_frozen_one_computes_in_training_what_the_ordinary_one_computes_afterwards() -> None:
+def test_frozen_batch_norm_in_training_equals_eval_mode() -> None:
     norm, like, x = pair(*CASES[0])
     before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
     taken = FrozenBatchNorm(norm).train()
@@ -60,7 +65,7 @@ def test_a_frozen_one_computes_in_training_what_the_ordinary_one_computes_afterw
     assert all(torch.equal(before[name], tensor) for name, tensor in taken.state_dict().items())
 
 
-def test_what_timm_puts_behind_its_batch_norms_stays_there() -> None:
+def test_activations_of_timms_batch_norms_are_kept() -> None:
     layers = pytest.importorskip("timm.layers")
     torch.manual_seed(0)
     norm, x = layers.BatchNormAct2d(4), torch.randn(5, 4, 3, 3)
@@ -70,7 +75,7 @@ def test_what_timm_puts_behind_its_batch_norms_stays_there() -> None:
     assert ours(x).min() == 0
 
 
-def test_a_half_precision_map_is_summed_in_float32_and_comes_back_in_half() -> None:
+def test_half_precision_maps_are_summed_in_float32() -> None:
     x = torch.full((64, 2, 16, 16), 300.0, dtype=torch.bfloat16)
     x[:32] = 200
     y = GlobalBatchNorm(nn.BatchNorm2d(2))(x)
@@ -79,6 +84,41 @@ def test_a_half_precision_map_is_summed_in_float32_and_comes_back_in_half() -> N
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(3, track_running_stats=False)])
-def test_a_batch_norm_without_running_statistics_is_refused_by_name(norm) -> None:
+def test_batch_norms_without_running_statistics_are_rejected(norm) -> None:
     with pytest.raises(ConfigError, match="batch_norm: BatchNorm2d cannot be made global or frozen"):
         GlobalBatchNorm(norm)
+
+
+def in_shares(module, x, world: int) -> torch.Tensor:
+    """Return what *world* processes compute, each its rows of *x* from the same seed."""
+    outputs = []
+    for rank in range(world):
+        first, end = (len(x) * place // world for place in (rank, rank + 1))
+        module.rows.start, module.rows.total = first, len(x)
+        torch.manual_seed(7)
+        outputs.append(module(x[first:end]))
+    return torch.cat(outputs)
+
+
+@settings(deadline=None, max_examples=40)
+@given(samples=st.integers(1, 12), world=st.integers(1, 5), width=st.integers(1, 6))
+def test_random_numbers_do_not_depend_on_the_number_of_processes(samples, world, width) -> None:
+    x = torch.randn(samples, width, dtype=torch.float64)
+    noises = [GateNoise(width, 3, per).double() for per in ("image", "component")]
+    for module in [RowsDropout(0.5, Rows()), *noises]:
+        torch.testing.assert_close(in_shares(module, x, world), in_shares(module, x, 1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dropout_of_a_whole_batch_equals_torch(dtype) -> None:
+    x = torch.randn(4, 300, dtype=dtype)
+    torch.manual_seed(3)
+    expected = torch.nn.functional.dropout(x, 0.3)
+    torch.manual_seed(3)
+    assert torch.equal(RowsDropout(0.3, Rows())(x), expected)
+
+
+def test_dropout_is_the_identity_in_eval_mode_and_at_zero() -> None:
+    x = torch.randn(3, 5)
+    assert RowsDropout(0.9, Rows()).eval()(x) is x
+    assert RowsDropout(0.0, Rows())(x) is x

@@ -1,0 +1,143 @@
+"""ResNets, pre-activation ResNets and ResNeXt for 32-pixel images."""
+
+import pydantic
+import pytest
+import torch
+from torch import nn
+
+from sopdeploy.backbones.cifar_resnet import (
+    PreActResNet,
+    PreActResNetConfig,
+    ResNeXt,
+    ResNeXtConfig,
+    SmallResNet,
+    SmallResNetConfig,
+)
+from sopdeploy.layers.residual import PaddedShortcut
+from sopdeploy.models.stats import count
+
+
+# The integers are those of the released weight files.
+@pytest.mark.parametrize(
+    ("depth", "parameters"), [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018), (110, 1_727_962)]
+)
+def test_small_resnet_parameters_are_exact(depth: int, parameters: int) -> None:
+    with torch.device("meta"):
+        network = SmallResNet(SmallResNetConfig(depth=depth), 10)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize("depth", [8, 20, 110])
+def test_depth_counts_the_layers_with_weights(depth: int) -> None:
+    network = SmallResNet(SmallResNetConfig(depth=depth), 10)
+    assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in network.modules()) == depth
+
+
+@pytest.mark.parametrize("depth", [2, 7, 18, 21])
+def test_invalid_depths_are_rejected(depth: int) -> None:
+    with pytest.raises(pydantic.ValidationError):
+        SmallResNetConfig(depth=depth)
+
+
+def test_option_a_takes_every_second_pixel_and_pads_channels_on_either_side() -> None:
+    x = torch.arange(2 * 4 * 4, dtype=torch.float32).reshape(1, 2, 4, 4)
+    out = PaddedShortcut(2, 5, 2)(x)
+    assert out.shape == (1, 5, 2, 2)
+    assert torch.equal(out[:, 1:3], x[:, :, ::2, ::2])
+    assert not out[:, [0, 3, 4]].any()
+
+
+def test_option_a_has_no_parameters_and_option_b_has() -> None:
+    pad = SmallResNet(SmallResNetConfig(depth=8), 10)
+    projection = SmallResNet(SmallResNetConfig(depth=8, shortcut="projection"), 10)
+    assert not any("downsample" in name for name in pad.state_dict())
+    assert any("layer2.0.downsample" in name for name in projection.state_dict())
+    assert not any("layer1.0.downsample" in name for name in projection.state_dict())
+
+
+def test_stages_halve_the_map_and_double_the_channels() -> None:
+    with torch.device("meta"):
+        network = SmallResNet(SmallResNetConfig(depth=20, base_width=8), 10)
+        last, tapped = network.features(torch.empty(1, 3, 32, 32), ["layer1.2", "layer2.0"])
+    assert [tuple(t.shape[1:]) for t in (*tapped, last)] == [(8, 32, 32), (16, 16, 16), (32, 8, 8)]
+
+
+R110 = {"blocks": 18, "block": "basic"}
+WRN28 = {"blocks": 4, "block": "basic", "widen": 10}
+WRN22 = {"blocks": 3, "block": "basic", "widen": 10}
+
+
+@pytest.mark.parametrize(
+    ("config", "classes", "parameters", "macs"),
+    [
+        ({}, 100, 1_726_388, 247_669_760),
+        (R110, 10, 1_730_522, 253_149_824),  # He et al. 2016b: 1.7 M
+        (WRN22, 10, 26_797_914, 3_827_751_168),
+        (WRN28, 10, 36_479_194, 5_243_328_768),
+        (WRN28, 100, 36_536_884, 5_243_386_368),
+    ],
+)
+def test_preact_resnet_counts_are_exact(config, classes, parameters: int, macs: int) -> None:
+    with torch.device("meta"):
+        network = PreActResNet(PreActResNetConfig(**config), classes)
+    counted = count(network.eval(), 32)
+    assert (counted.parameters, counted.macs) == (parameters, macs)
+
+
+@pytest.mark.parametrize(
+    ("config", "depth"),
+    [({"blocks": 18}, 164), (R110, 110), (WRN28, 28), (WRN22, 22)],
+)
+def test_preact_resnet_depth_counts_the_layers_with_weights(config: dict, depth: int) -> None:
+    """WRN counts the convolutions of its shortcuts (6n + 4), the pre-activation ResNet does not."""
+    with torch.device("meta"):
+        network = PreActResNet(PreActResNetConfig(**config), 10)
+    layers = [name for name, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    shortcuts = sum("downsample" in name for name in layers)
+    assert len(layers) - (1 if "widen" in config else shortcuts) == depth
+
+
+@pytest.mark.parametrize(("last_stride", "side"), [(2, 8), (1, 16)])
+def test_last_down_sampling_can_be_left_out(last_stride: int, side: int) -> None:
+    with torch.device("meta"):
+        network = PreActResNet(PreActResNetConfig(blocks=1, last_stride=last_stride), 10)
+        last, tapped = network.features(torch.empty(1, 3, 32, 32), ["layer1.0", "layer2.0"])
+    assert [tuple(t.shape[1:]) for t in (*tapped, last)] == [(64, 32, 32), (128, 16, 16), (256, side, side)]
+
+
+def test_a_block_without_weights_in_its_residual_is_the_identity() -> None:
+    network = PreActResNet(PreActResNetConfig(blocks=2), 10).eval()
+    block = network.layer2[1]
+    nn.init.zeros_(block.conv3.weight)
+    x = torch.randn(1, 128, 4, 4)
+    assert torch.equal(block(x), x)
+
+
+def test_taps_are_not_activated_and_the_last_map_is() -> None:
+    torch.manual_seed(0)
+    network = PreActResNet(PreActResNetConfig(blocks=1), 10).eval()
+    last, (tapped,) = network.features(torch.randn(1, 3, 8, 8), ["layer3.0"])
+    assert tapped.min() < 0 <= last.min()
+    assert torch.equal(last, network.bn(tapped).relu())
+
+
+@pytest.mark.parametrize(("cardinality", "parameters"), [(8, 34_426_698), (16, 68_155_210)])
+def test_resnext_parameters_are_exact(cardinality: int, parameters: int) -> None:
+    with torch.device("meta"):
+        network = ResNeXt(ResNeXtConfig(cardinality=cardinality), 10)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+def test_groups_are_64_128_and_256_channels_wide() -> None:
+    with torch.device("meta"):
+        network = ResNeXt(ResNeXtConfig(), 10)
+    convolutions = [getattr(network, f"layer{stage}")[0].conv2 for stage in (1, 2, 3)]
+    assert [c.groups for c in convolutions] == [8, 8, 8]
+    assert [c.weight.shape[1] for c in convolutions] == [64, 128, 256]
+
+
+def test_resnext_stages_halve_the_map_and_double_the_channels() -> None:
+    with torch.device("meta"):
+        network = ResNeXt(ResNeXtConfig(cardinality=2, group_width=4), 10)
+        last, tapped = network.features(torch.empty(1, 3, 32, 32), ["layer1.2", "layer2.2"])
+    assert [tuple(t.shape[1:]) for t in (*tapped, last)] == [(256, 32, 32), (512, 16, 16), (1024, 8, 8)]

@@ -1,0 +1,129 @@
+"""The iterated matrix root: its two forms, its accuracy and its symmetry."""
+
+import pytest
+import torch
+
+from sopdeploy.layers.isqrt_cov import ISqrtCov, covariance_root, gram_is_cheaper, prenormalize
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, newton_schulz
+from sopdeploy.layers.spectral import power, spectral
+from tests.sopdeploy.layers.numerics.references import relative_error, relu_features, textbook_root
+
+PRENORMS = pytest.mark.parametrize("prenorm", ["trace", "frobenius"])
+
+
+@PRENORMS
+@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5, 10])
+@pytest.mark.parametrize(("channels", "side"), [(32, 3), (16, 1), (20, 4), (9, 5)])
+def test_root_is_the_textbook_loop_in_float64(channels, side, iterations, compensate, prenorm) -> None:
+    rule = NewtonSchulzConfig(iterations=iterations, prenorm=prenorm, compensate=compensate)
+    features = relu_features(2, channels, side)
+    if side == 1:
+        assert (covariance_root(features, rule) == 0).all()
+        return
+    assert relative_error(covariance_root(features, rule), textbook_root(features, rule)) < 1e-10
+
+
+@PRENORMS
+@pytest.mark.parametrize(("channels", "side"), [(256, 7), (128, 8), (64, 7)])
+def test_gram_form_is_as_accurate_as_the_covariance_form(channels, side, prenorm) -> None:
+    rule = NewtonSchulzConfig(prenorm=prenorm)
+    features = relu_features(2, channels, side)
+    assert prenormalize(features, rule).use_gram
+    exact = textbook_root(features, rule)
+    by_channels = relative_error(textbook_root(features.float(), rule), exact)
+    assert relative_error(covariance_root(features.float(), rule), exact) < min(1e-6, 1.5 * by_channels)
+
+
+@pytest.mark.parametrize(
+    ("channels", "positions", "iterations", "expected"),
+    [
+        (256, 196, 5, True),
+        (256, 49, 5, True),
+        (128, 64, 5, True),
+        (256, 242, 5, True),  # 0.945 d
+        (256, 243, 5, False),
+        (128, 196, 5, False),
+        (64, 3136, 5, False),
+        (256, 196, 1, False),  # one product over channels, two of the map over positions
+        (256, 49, 1, True),
+    ],
+)
+def test_the_cheaper_form_is_selected(channels, positions, iterations, expected) -> None:
+    assert gram_is_cheaper(channels, positions, iterations) is expected
+
+
+def test_symbolic_shapes_use_the_covariance_form() -> None:
+    class Unknown(int):
+        """Stands for a symbolic size."""
+
+    assert gram_is_cheaper(256, 49, 5)
+    assert not gram_is_cheaper(256, Unknown(49), 5)
+
+
+@pytest.mark.parametrize("side", [3, 8])
+def test_root_scales_with_the_features(side: int) -> None:
+    features = relu_features(2, 32, side)
+    rule = NewtonSchulzConfig()
+    torch.testing.assert_close(covariance_root(7.0 * features, rule), 7.0 * covariance_root(features, rule))
+
+
+@pytest.mark.parametrize("iterations", [5, 10, 15])
+@pytest.mark.parametrize("side", [3, 9], ids=["positions", "channels"])
+def test_root_of_a_float32_map_is_symmetric_but_for_rounding(side: int, iterations: int) -> None:
+    root = covariance_root(relu_features(2, 48, side).float(), NewtonSchulzConfig(iterations=iterations))
+    assert (root - root.transpose(1, 2)).norm() < 1e-5 * root.norm()
+
+
+def test_asymmetry_of_the_input_grows_with_the_iterations() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 16, 8, dtype=torch.float64)
+    a = x @ x.transpose(1, 2)
+    a = a / a.diagonal(dim1=1, dim2=2).sum()
+    skew = torch.randn_like(a)
+    skew = 1e-3 * a.norm() * (skew - skew.transpose(1, 2)) / (skew - skew.transpose(1, 2)).norm()
+    growth = []
+    for iterations in (5, 10):
+        root = newton_schulz(a + skew, iterations)
+        growth.append(float((root - root.transpose(1, 2)).norm() / root.norm()) / 1e-3)
+    assert growth[1] > growth[0] > 1.0
+
+
+@pytest.mark.parametrize("prenorm", ["trace", "frobenius"])
+@pytest.mark.parametrize("iterations", range(1, 16))
+@pytest.mark.parametrize("side", [3, 9], ids=["rank-deficient", "full rank"])
+def test_forward_and_backward_stay_finite_and_near_float64(side, iterations, prenorm) -> None:
+    layer = ISqrtCov(48, NewtonSchulzConfig(iterations=iterations, prenorm=prenorm))
+    exact = relu_features(2, 48, side).requires_grad_()
+    rough = exact.detach().float().requires_grad_()
+    for features in (exact, rough):
+        layer(features).square().sum().backward()
+    assert relative_error(layer(rough), layer(exact)) < 1e-4
+    assert relative_error(rough.grad, exact.grad) < 1e-3
+
+
+def test_dead_channels_and_repeated_positions_stay_finite_at_fifteen_steps() -> None:
+    features = relu_features(2, 48, 7).float()
+    features[:, ::2] = 0
+    features[:, :, 3:] = features[:, :, :1]
+    root = covariance_root(features, NewtonSchulzConfig(iterations=15))
+    assert torch.isfinite(root).all()
+    assert (root[:, ::2] == 0).all()
+
+
+@pytest.mark.parametrize(("eigenvalue", "ratio"), [(1e-3, 0.24), (1 / 256, 0.45), (1e-2, 0.66), (0.1, 0.997)])
+def test_five_steps_map_an_eigenvalue_to_a_fraction_of_its_root(eigenvalue: float, ratio: float) -> None:
+    a = torch.diag(torch.tensor([eigenvalue, 1.0 - eigenvalue], dtype=torch.float64))[None]
+    found = newton_schulz(a, 5)[0, 0, 0] / eigenvalue**0.5
+    assert found.item() == pytest.approx(ratio, abs=5e-3)
+
+
+def test_more_steps_bring_the_iterate_closer_to_the_root() -> None:
+    features = relu_features(1, 64, 8)
+    x = features.flatten(2) - features.flatten(2).mean(dim=2, keepdim=True)
+    exact, _ = spectral(x @ x.transpose(1, 2) / 64, power(0.5))
+    errors = [
+        relative_error(covariance_root(features, NewtonSchulzConfig(iterations=n)), exact) for n in (3, 5, 15)
+    ]
+    assert errors[0] > errors[1] > 0.05
+    assert errors[2] < 0.01
