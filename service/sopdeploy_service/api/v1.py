@@ -68,7 +68,7 @@ async def classify(
 
     def result(outcome: Outcome) -> dict[str, Any]:
         if isinstance(outcome, Rejection):
-            service.metrics.rejected(outcome.code)
+            service.metrics.rejected.labels(outcome.code).inc()
             return {"error": Problem.of(outcome).model_dump()}
         weights = outcome.outputs[GATES] if gates else None
         ranked = outcome.ranking.top_k(outcome.row, count)

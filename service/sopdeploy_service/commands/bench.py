@@ -49,7 +49,7 @@ class Measured(StrictModel):
 
 
 class Benchmark(StrictModel):
-    """The result; `ratios` are our median over the other's by batch size: below 1, ours is faster."""
+    """The result; `ratios` by batch size are below 1 if our median is lower."""
 
     machine: dict[str, str | int | float]
     versions: dict[str, str]
@@ -110,7 +110,7 @@ def bench(
 
 
 def _time_runs(bundles: Sequence[LoadedModel], batch: int) -> list[list[float]]:
-    """Return the seconds of each run of each bundle on noise images, run alternately within the budget."""
+    """Time alternating runs of the bundles on noise images within the budget."""
     rng = [np.random.default_rng(SEED) for _ in bundles]
     shapes = [(batch, *loaded.bundle.manifest.image_shape) for loaded in bundles]
     images = [one.integers(0, 256, shape, dtype=np.uint8) for one, shape in zip(rng, shapes, strict=True)]

@@ -39,7 +39,7 @@ def scores_of_bundle(
     settings: Settings | None = None,
     on_image: Callable[[int, int], None],
 ) -> BundleScores:
-    """Score the bundle at *path* on the images below *data*, whose classes are matched by name.
+    """Score the bundle at *path* on the images below *data*.
 
     Calls *on_image* with the number of finished images and of all images. Raises `DataError` for classes that
     do not match and for images that the server would reject, and the errors of `load_model`.
@@ -67,7 +67,7 @@ def scores_of_bundle(
 
 
 def _rank_classes(loaded: LoadedModel, path: Path, tta: TtaMode, settings: Settings) -> RankedClasses:
-    """Rank the classes of the image at *path*; the probabilities of several views are averaged."""
+    """Rank the classes of one image by the mean probability of its views."""
     manifest = loaded.bundle.manifest
     encoded, decode = read_image(path, settings.max_body_bytes), make_decoder(settings)
     try:

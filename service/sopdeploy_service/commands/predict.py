@@ -29,7 +29,7 @@ class FilePrediction(StrictModel):
 def predict(
     bundle_path: Path, image_paths: Sequence[Path], settings: Settings | None = None
 ) -> list[FilePrediction]:
-    """Classify the files one by one, in order; a file that is not a valid image gets an `error`.
+    """Classify the files one by one; a file that is no valid image gets an `error`.
 
     Batches of one make a prediction independent of the other files. Raises `DataError` for a file that cannot
     be read, and the errors of `load_model`.

@@ -1,4 +1,4 @@
-"""`sopdeploy verify`: check the files of a bundle and what this machine computes with it, offline."""
+"""`sopdeploy verify`: check a bundle's files and its outputs on this machine."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from sopdeploy_service.settings import Settings, load_settings
 
 
 class ReplayRecord(StrictModel):
-    """The largest deviation of each output from the probes at one batch size, and its tolerance."""
+    """The deviation and tolerance of each output at one batch size."""
 
     batch: int
     images: int

@@ -86,7 +86,7 @@ class ApiKeyMiddleware:
             given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
             key = self._keys.find(given.encode("latin-1"))
             if key is None:
-                self._metrics.rejected(NO_KEY.code)
+                self._metrics.rejected.labels(NO_KEY.code).inc()
                 await reject(scope, NO_KEY, CHALLENGE)(scope, receive, send)
                 return
             context: RequestContext = scope["state"]["context"]

@@ -31,7 +31,7 @@ class UploadBudget:
     def __init__(self, size: int, metrics: Metrics) -> None:
         self._size = size
         self._held = 0
-        metrics.upload_bytes(lambda: self._held)
+        metrics.upload_bytes.set_function(lambda: self._held)
 
     def fits(self, held: int, more: int) -> bool:
         """Check whether a body of *held* bytes may grow by *more* bytes."""
@@ -61,7 +61,7 @@ class BodyLimitsMiddleware:
         length = int(text[:MAX_LENGTH_DIGITS]) if text.isascii() and text.isdigit() else 0
         if length > self._settings.max_body_bytes:
             rejection = Rejection.of(too_large_error(self._settings.max_body_bytes))
-            self._metrics.rejected(rejection.code)
+            self._metrics.rejected.labels(rejection.code).inc()
             await reject(scope, rejection)(scope, receive, send)
             return
         body = LimitedBody(receive, length, self._budget, self._settings)

@@ -113,9 +113,9 @@ def install(app: FastAPI) -> None:
     async def rejected(request: Request, error: RejectedError) -> Response:
         metrics = request.app.state.service.metrics
         if error.rejection is CLIENT_GONE:
-            metrics.cancelled()
+            metrics.cancelled.inc()
         else:
-            metrics.rejected(error.rejection.code)
+            metrics.rejected.labels(error.rejection.code).inc()
         return reject(request.scope, error.rejection)
 
     @app.exception_handler(HTTPException)

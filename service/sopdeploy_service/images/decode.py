@@ -1,4 +1,4 @@
-"""Decode the bytes of a request to the network's input: the only module that interprets image bytes.
+"""Decode the bytes of a request to the network's input.
 
 Each step is cheaper than the next and may reject the image: size in bytes, file signature, header (pixels are
 counted before any is allocated), decoding, preprocessing. The bytes decide the format; a content type that
@@ -100,7 +100,7 @@ def decode(
 
 
 def keep_memory(decoders: int) -> None:
-    """Let Pillow keep a few freed memory blocks of at most 16 MB for the next images of *decoders* threads.
+    """Let Pillow keep a few freed memory blocks of 16 MB for the next images.
 
     Without this, every page of the next image is mapped and cleared again: a quarter of the time of a 500 x
     375 JPEG.
@@ -120,7 +120,7 @@ def too_large_error(max_bytes: int) -> ImageError:
 
 
 def _image_format(body: bytes) -> str:
-    """Return Pillow's name of the format of *body*; raise `ImageError` for formats that are not accepted."""
+    """Detect the format of *body*; raise `ImageError` if it is not accepted."""
     for signature, kind in SIGNATURES.items():
         if body.startswith(signature):
             if kind == "JPEG":
@@ -137,13 +137,13 @@ def _image_format(body: bytes) -> str:
 
 
 def _contradicts(media_type: str, kind: str) -> bool:
-    """Return whether *media_type* names an image format other than *kind*; `image/*` names none."""
+    """Check whether *media_type* names an image format other than *kind*."""
     family, _, subtype = media_type.partition(";")[0].strip().upper().partition("/")
     return family == "IMAGE" and subtype != "*" and ALIASES.get(subtype, subtype) != kind
 
 
 def _has_more_frames(image: Image.Image) -> bool:
-    """Return whether *image*, whose first frame is loaded, has another frame, even a damaged one."""
+    """Check whether *image* has a second frame, even a damaged one."""
     try:
         return bool(getattr(image, "is_animated", False))
     except Exception:  # untrusted bytes after the first frame
@@ -151,7 +151,7 @@ def _has_more_frames(image: Image.Image) -> bool:
 
 
 def _read_header(body: bytes, kind: str, max_pixels: int) -> Image.Image:
-    """Open an image of format *kind* without decoding pixels; check that it has at most *max_pixels*."""
+    """Open an image of at most *max_pixels* without decoding its pixels."""
     limit = f"more than {max_pixels} pixels, the limit of this server"
     try:
         image = _open(body, kind)

@@ -29,7 +29,7 @@ class _Job(NamedTuple):
 
 
 class DecodePool:
-    """Runs *decode* in *threads* daemon threads: a decoder that hangs does not keep the process alive."""
+    """Runs *decode* in daemon threads, so that a hung decoder cannot block an exit."""
 
     def __init__(self, decode: Decode, threads: int) -> None:
         self._decode = decode
@@ -49,7 +49,7 @@ class DecodePool:
         *,
         cancelled: Callable[[], bool],
     ) -> None:
-        """Decode *image*, then call *on_done* in the decoder thread with the result or error and the seconds.
+        """Decode *image* in a thread, which calls *on_done* with the result and the seconds.
 
         Nothing happens if *cancelled* returns True when a thread is free.
         """

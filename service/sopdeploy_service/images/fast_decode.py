@@ -46,7 +46,7 @@ class FastDecode(StrictModel):
 
 
 def check_fast_decode(bundle: Bundle, runtime: Runtime, settings: Settings) -> FastDecode | None:
-    """Measure the effect of the setting `decode` on the outputs of *bundle*; None if it decodes exactly.
+    """Measure how the setting `decode` changes the outputs; None if it is exact.
 
     Raises `ParityError` if it exceeds the limits, `ConfigError` if `fast_decode_samples` has no JPEG,
     `ImageError` for a damaged sample, and the errors of `pixel_loader`.

@@ -66,7 +66,7 @@ def check_jpeg_segments(body: bytes) -> None:
 
 
 def _segments(body: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the marker of each segment of a JPEG and the position after it, where its length stands.
+    """Yield the marker of each JPEG segment and the position of its length.
 
     The segment after a scan is found behind the data of the scan.
     """
@@ -82,7 +82,7 @@ def _too_many_parts_error() -> ImageError:
 
 
 def is_truncated(image: Image.Image, body: bytes) -> bool:
-    """Return whether the data of a decoded JPEG *image*, whose file is *body*, ends before its last pixel.
+    """Check whether the data of a JPEG *body* ends before its last pixel.
 
     libjpeg fills missing pixels with gray and Pillow hides its warning. Only if the last pixel has that gray,
     the image is decoded twice more at 1/8 scale, once with noise appended to its first scan: a complete file

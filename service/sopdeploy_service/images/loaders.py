@@ -32,7 +32,7 @@ def pixel_loader(settings: Settings) -> Load:
 
 
 def make_decoder(settings: Settings) -> Callable[[EncodedImage, Preprocess], Decoded]:
-    """Create the decoder of encoded images with the limits of *settings*; raises as `pixel_loader` does."""
+    """Create the decoder with the limits of *settings*; raises like `pixel_loader`."""
     return partial(
         decode,
         max_bytes=settings.max_body_bytes,

@@ -1,4 +1,4 @@
-"""Isolate images that make a batch fail, so that the other images of the batch get their outputs.
+"""Isolate images that make a batch fail from the other images of the batch.
 
 A batch that raises is halved until the image that causes it fails alone. An output that is not finite fails
 only the image it belongs to.
@@ -60,7 +60,7 @@ def _bisect(
 
 
 def _split_rows(values: Outputs, outputs: Sequence[str], images: int) -> list[Row]:
-    """Split the batch outputs into one row per image; reject rows with any output that is not finite."""
+    """Split the batch into rows; reject rows with an output that is not finite."""
     finite = np.ones(images, dtype=bool)
     for name, batch in values.items():
         if len(batch) != images:

@@ -1,4 +1,4 @@
-"""The bundles a server may serve: those named at its start and those beside them in the same folders.
+"""The bundles a server may serve: those named at its start and their siblings.
 
 A source is a bundle, a folder of bundles, or `NAME=BUNDLE`. Clients know a bundle by that NAME, otherwise by
 the name of its network; in a folder of bundles by the name of its own folder, unless that is the default one.
@@ -38,7 +38,7 @@ class BundleStore:
                 self.bundles[name] = bundle
 
     def find(self, name: str, folder: str | None = None, *, serving: str | None = None) -> Path:
-        """Return the bundle to load as *name*: the one in *folder*, or the only new one of that name.
+        """Find the bundle to load as *name*: that in *folder*, or the only new one.
 
         *folder* is a plain name, looked up in the folders of the sources; *serving* is the id being served
         now. Raises `BundleError` if no bundle, or more than one, matches.
@@ -75,7 +75,7 @@ def _split_source(source: str) -> tuple[str | None, Path]:
 
 
 def _bundles_in(folder: Path) -> list[Path]:
-    """List the bundles directly in *folder*, sorted; hidden folders are bundles still being written."""
+    """List the bundles directly in *folder*; hidden ones are still being written."""
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
@@ -84,7 +84,7 @@ def _bundles_in(folder: Path) -> list[Path]:
 
 
 def _served_name(bundle: Path) -> str:
-    """Return the name of a bundle in a folder of bundles: its folder's, unless that is the default one."""
+    """Name a bundle by its folder, unless that has the default name."""
     folder = bundle.resolve().name
     return _network_name(bundle) if folder == read_manifest(bundle).name else folder
 

@@ -1,4 +1,4 @@
-"""Inject faults to test alerts and client retries: the environment variable `SOPDEPLOY_FAULTS`.
+"""Inject faults to test alerts and client retries: `SOPDEPLOY_FAULTS`.
 
     SOPDEPLOY_FAULTS=engine=hang@5,engine=nan@3,engine=raise@2,engine=slow*10,engine=oom@4,decoder=die@2
 
@@ -39,7 +39,7 @@ class InjectedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Faults by the number of a model's run and of a decoded image, and the factor of every run's time."""
+    """Faults by the number of a run or of a decoded image."""
 
     engine: Mapping[int, str] = field(default_factory=dict)
     decoder: frozenset[int] = frozenset()
@@ -86,7 +86,7 @@ def parse_faults(text: str) -> Faults:
 
 
 def faults_from_environment() -> Faults:
-    """Parse `SOPDEPLOY_FAULTS` and log a warning if it is set; raise `ConfigError` if it is invalid."""
+    """Parse `SOPDEPLOY_FAULTS`, with a warning if it is set."""
     text = os.environ.get(FAULTS_VARIABLE, "")
     faults = parse_faults(text)
     if text:

@@ -82,7 +82,7 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
 
 
 def _read_probes(bundle: Bundle) -> Probes:
-    """Read the probes of *bundle*; raise `BundleError` unless they cover the input shape and every output."""
+    """Read the probes; raise `BundleError` unless they cover every output."""
     probes, manifest = read_probes(bundle.probes), bundle.manifest
     count = len(probes.images)
     shapes = {name: values.shape for name, values in probes.expected.items()}

@@ -1,4 +1,4 @@
-"""A loaded bundle under the name that clients use, with its queue, worker thread and statistics.
+"""A loaded bundle with its queue, worker thread and statistics.
 
 A watchdog notices when the worker thread dies or hangs. Then every queued image is rejected at once and
 `dead` stays true: a server that cannot predict must not look healthy.

@@ -1,4 +1,4 @@
-"""What one model has done since it was loaded, for the statistics of the Open Inference Protocol."""
+"""Statistics and latency estimates of one model."""
 
 import time
 from collections import defaultdict

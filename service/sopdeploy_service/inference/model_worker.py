@@ -1,4 +1,4 @@
-"""The thread that owns a runtime: it takes a batch from the queue, runs it and settles its images.
+"""The thread that owns a runtime, forms batches and runs them.
 
 If the runtime can have two batches in flight and a full one is queued, the worker begins it before the
 previous one has ended, so that the device does not wait for Python. A batch that is not full stays in the
@@ -128,7 +128,7 @@ class ModelWorker:
         call_soon(loop, self._settle, batch.items, rows, started, ended)
 
     def _run_images(self, images: Images, batch: _Batch) -> Outputs:
-        """Return the outputs of *images*: first those of the begun *batch*, later those of a new run."""
+        """Wait for the begun *batch* the first time; later run *images* anew."""
         wait, error, batch.wait, batch.error = batch.wait, batch.error, None, None
         try:
             if error is not None:

@@ -1,4 +1,4 @@
-"""The queue between the decoders, which put images in, and the model worker, which takes batches out.
+"""The queue between the decoders and the model worker.
 
 The queue is work-conserving: an idle worker gets what is there, and waits for more images only up to
 `max_delay` seconds after the arrival of the oldest one. Images that arrive while a batch runs join the next
@@ -69,7 +69,7 @@ class RequestQueue:
                 self._items.remove(item)
 
     def take(self, max_size: int) -> list[QueuedImage]:
-        """Wait for a batch of 1 to *max_size* images; an empty list means that the queue is closed."""
+        """Wait for 1 to *max_size* images; an empty list means a closed queue."""
         with self._changed:
             while True:
                 self._drop_expired()
@@ -83,7 +83,7 @@ class RequestQueue:
                 self._changed.wait(wait)
 
     def take_full(self, size: int) -> list[QueuedImage]:
-        """Return a batch of exactly *size* images, or an empty list if fewer are queued; never wait."""
+        """Take exactly *size* images, or none if fewer are queued; never wait."""
         with self._changed:
             if len(self._items) >= size:
                 self._drop_expired()

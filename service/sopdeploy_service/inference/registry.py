@@ -1,4 +1,4 @@
-"""The models of one server by name, and how a version replaces another without failing a request.
+"""The models of one server by name, their versions and how they are replaced.
 
 A name has one current model. A new version is loaded, verified and started beside it; then the name points to
 the new one, in one step on the event loop. The previous version stays loaded, so that a rollback is the same
@@ -66,7 +66,7 @@ class ModelRegistry:
         return [model for pair in pairs for model in pair if model is not None]
 
     def find(self, name: str | None = None, version: str | None = None) -> Model | Rejection:
-        """Return the model of *name* and *version*; without a name the only model, if there is one."""
+        """Find the model of *name* and *version*; without a name the only model."""
         listed = ", ".join(self.names())
         if name is None:
             if not self._by_name:

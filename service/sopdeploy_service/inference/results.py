@@ -1,4 +1,4 @@
-"""Outcomes of one image: a `Prediction` or a `Rejection`. Both are values; neither is raised.
+"""Outcomes of one image: a `Prediction` or a `Rejection`; neither is raised.
 
 A rejection has a stable `code` and an HTTP status that tells clients whether to retry: 4xx is an error of the
 request, 429 and 503 may be sent again after `retry_after` seconds, 504 missed the deadline, 500 is an error
@@ -28,7 +28,7 @@ class Ranking:
         self._cache: dict[int, list[RankedClasses]] = {}
 
     def top_k(self, image: int, k: int) -> RankedClasses:
-        """Return the min(k, C) most probable classes of *image*; ties keep the order of the classes."""
+        """Rank the min(k, C) most probable classes of *image*; ties keep their order."""
         if k > SMALL_K:
             logits = self._logits[image]
             return _with_probabilities(top_indices(logits, k)[None], logits[None])[0]
@@ -50,7 +50,7 @@ def _with_probabilities(indices: NDArray[np.intp], logits: NDArray[np.float32]) 
 
 
 def top_indices(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
-    """Return the indices of the *k* largest of finite *values* (C,), largest first; ties keep their order.
+    """Return the indices of the *k* largest of finite *values* (C,), largest first.
 
     Only the largest values are sorted, not all C.
     """

@@ -67,8 +67,8 @@ class Service:
         self._decoders = DecodePool(faults.wrap_decoder(make_decoder(settings)), settings.decoders)
         self._parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
         self._admitted = 0
-        self.metrics.decoders(settings.decoders)
-        self.metrics.depth(lambda: self._admitted)
+        self.metrics.decoders.set(settings.decoders)
+        self.metrics.queue_depth.set_function(lambda: self._admitted)
         self._draining = True
 
     @property
@@ -103,7 +103,7 @@ class Service:
         await self.registry.stop()
 
     def check_admission(self, model: Model, deadline: float) -> Rejection | None:
-        """Return why a new request for *model* cannot be served by *deadline*, before its body is read."""
+        """Check, before its body is read, whether a request can meet its *deadline*."""
         if model.dead:
             return ENGINE_DEAD
         if self._draining:
@@ -184,7 +184,7 @@ class Service:
         loop = asyncio.get_running_loop()
 
         def on_done(result: Decoded | Exception, seconds: float) -> None:  # in a decoder thread
-            self.metrics.decoded(seconds)
+            self.metrics.decode_seconds.inc(seconds)
             rejection: Rejection | None = DECODER_FAILED
             if isinstance(result, Decoded):
                 ended = time.monotonic()
@@ -213,7 +213,7 @@ def _give_up(model: Model, items: Sequence[QueuedImage], rejection: Rejection) -
 def _record_stages(
     context: RequestContext, items: Sequence[QueuedImage], outcomes: Sequence[Outcome]
 ) -> dict[str, float]:
-    """Record in *context* the stages of *items*; return the seconds of the slowest image of each stage."""
+    """Record the stages of *items*; return the slowest seconds of each stage."""
     slowest: dict[str, float] = {}
     for item, outcome in zip(items, outcomes, strict=True):
         stages = []

@@ -143,7 +143,7 @@ class Timeline:
 
 
 def process_age() -> float:
-    """Return for how many seconds this process has been running, 0 if the system does not tell."""
+    """Return the age of this process in seconds, 0 if the system does not tell."""
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         ticks = int(fields[19])  # field 22 of the line: start time since boot, see proc(5)

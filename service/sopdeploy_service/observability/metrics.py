@@ -1,12 +1,12 @@
-"""The Prometheus metrics of one server, in their own registry: two servers in a process share no number."""
+"""The Prometheus metrics of one server, in a registry of their own."""
 
 import threading
 import time
 from collections import Counter as Counts
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy_service.runtime.base import Runtime
@@ -48,7 +48,7 @@ class Metrics:
     """Every metric of one server; labels have few values, whatever clients send."""
 
     def __init__(self) -> None:
-        registry = self._registry = CollectorRegistry()
+        registry = self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"sopdeploy_{name}", text, labels, registry=registry)
@@ -67,20 +67,20 @@ class Metrics:
         self._stage_seconds = histogram(
             "stage_duration_seconds", "Receive, decode, queue, infer", seconds, "stage"
         )
-        self._decode_seconds = counter("decode_seconds", "Busy time, sum over all decoders")
-        self._decoders = gauge("decoders", "Decoder threads")
+        self.decode_seconds = counter("decode_seconds", "Busy time, sum over all decoders")
+        self.decoders = gauge("decoders", "Decoder threads")
         self.batch_size = histogram("batch_size", "Images in a batch", BATCH_BUCKETS, "model")
         self.batch_close = counter(
             "batch_close", "Why a batch closed: full, or the worker was idle", "model", "reason"
         )
-        self._rejected = counter("rejected", "Images or requests rejected", "reason")
-        self._cancelled = counter("cancelled", "Requests whose client disconnected")
+        self.rejected = counter("rejected", "Images or requests rejected", "reason")
+        self.cancelled = counter("cancelled", "Requests whose client disconnected")
         self.nonfinite_outputs = counter("nonfinite_outputs", "Images whose output is not finite", "model")
-        self._depth = gauge("queue_depth", "Images admitted and not yet answered")
+        self.queue_depth = gauge("queue_depth", "Images admitted and not yet answered")
         self._busy = gauge("engine_busy_ratio", "Busy fraction of the last 10 s", "model")
-        self._connections = gauge("connections", "Open connections")
-        self._upload_bytes = gauge("upload_bytes", "Bytes of request bodies not yet answered")
-        self._loop_lag = gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
+        self.connections = gauge("connections", "Open connections")
+        self.upload_bytes = gauge("upload_bytes", "Bytes of request bodies not yet answered")
+        self.loop_lag = gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
         self._fast_drift = gauge(
             "fast_decode_drift", "RMS change of the logits over their spread, measured at the start", "model"
         )
@@ -128,45 +128,9 @@ class Metrics:
         """Count *seconds* spent in `receive`, `decode`, `queue` or `infer`."""
         self._stage_seconds.labels(stage).observe(seconds)
 
-    def decoders(self, threads: int) -> None:
-        """Show the number of decoder *threads*."""
-        self._decoders.set(threads)
-
-    def decoded(self, seconds: float) -> None:
-        """Count busy *seconds* of a decoder; the stage `decode` also includes the wait for one."""
-        self._decode_seconds.inc(seconds)
-
-    def rejected(self, code: str) -> None:
-        """Count a rejection with this *code*."""
-        self._rejected.labels(code).inc()
-
-    def cancelled(self) -> None:
-        """Count a request whose client disconnected before the response."""
-        self._cancelled.inc()
-
-    def depth(self, images: Callable[[], int]) -> None:
-        """Call *images* at every scrape for the number of admitted images."""
-        self._depth.set_function(images)
-
-    def connections(self, number: int) -> None:
-        """Show the number of open connections."""
-        self._connections.set(number)
-
-    def upload_bytes(self, number: Callable[[], int]) -> None:
-        """Call *number* at every scrape for the bytes of bodies whose requests are not answered."""
-        self._upload_bytes.set_function(number)
-
-    def loop_lag(self, worst: Callable[[], float]) -> None:
-        """Call *worst* at every scrape for the lag of the event loop in seconds."""
-        self._loop_lag.set_function(worst)
-
-    def families(self) -> Iterable[Metric]:
-        """Collect every metric with its samples."""
-        return self._registry.collect()
-
     def render(self) -> bytes:
         """Render every metric in the Prometheus text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
 
 class ModelMetrics:

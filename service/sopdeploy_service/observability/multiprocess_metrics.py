@@ -1,4 +1,4 @@
-"""Merge the metrics of several worker processes into one page; every sample gets the label `device`."""
+"""Merge the metrics of several worker processes; adds the label `device`."""
 
 import asyncio
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ TIMEOUT_SECONDS = 2.0  # a worker that takes longer counts as down
 
 
 async def collect(workers: Mapping[str, str], headers: Mapping[str, str]) -> bytes:
-    """Scrape *workers*, base URLs by device, concurrently with *headers*, and merge their pages."""
+    """Scrape *workers* (base URLs by device) with *headers* and merge their pages."""
 
     async def scrape(client: httpx.AsyncClient, url: str) -> str | None:
         try:
@@ -28,7 +28,7 @@ async def collect(workers: Mapping[str, str], headers: Mapping[str, str]) -> byt
 
 
 def merge(pages: Mapping[str, str | None]) -> bytes:
-    """Merge *pages* by device, where None is a worker that is down, and add `sopdeploy_worker_up`."""
+    """Merge *pages* by device (None: worker down); add `sopdeploy_worker_up`."""
     registry = CollectorRegistry()
     registry.register(_MergedPages(pages))
     return generate_latest(registry)

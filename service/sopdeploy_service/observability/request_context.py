@@ -1,4 +1,4 @@
-"""The state of one request: identity, API key, rate limit, model, measured times and trace.
+"""The state of one request: API key, rate limit, model, times and trace.
 
 `RequestContextMiddleware` creates one `RequestContext` per request, stores it as `scope["state"]["context"]`
 and writes it to metrics, access log and trace when the request ends.
@@ -100,7 +100,7 @@ class RequestContext:
 
 @contextmanager
 def open_tracing(settings: Settings) -> Iterator[OpenTrace | None]:
-    """Yield the function that opens the trace of a request, or None if *settings* do not enable tracing.
+    """Yield the function that opens traces, or None if tracing is disabled.
 
     OpenTelemetry is imported only if needed. Remaining spans are sent at the end of the block. Raises
     `ConfigError` if it is not installed.

@@ -1,4 +1,4 @@
-"""OpenTelemetry spans of requests: receive, decode, queue, infer, and the batch that requests share.
+"""OpenTelemetry spans of requests, of their stages and of batches.
 
 Spans are written when a request ends, from the times in its `RequestContext`, so that a request without a
 trace costs nothing. The standard variables `OTEL_EXPORTER_OTLP_ENDPOINT`, `OTEL_SERVICE_NAME` and

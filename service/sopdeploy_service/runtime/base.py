@@ -14,7 +14,7 @@ class OutOfMemoryError(Exception):
 
 
 class DeviceLostError(Exception):
-    """The device cannot run anything more in this process, for example after a sticky CUDA error."""
+    """The device cannot run anything more in this process."""
 
 
 class Runtime(Protocol):
@@ -25,7 +25,7 @@ class Runtime(Protocol):
     largest_batch: int
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-        """Run *images* (n, H, W, 3) uint8, n from 1 to `largest_batch`; return every output (n, ...) by name.
+        """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name.
 
         The outputs must not share memory with *images*. Raises `DeviceLostError` if no other batch can run,
         `OutOfMemoryError` if a smaller one may, and any other exception if this batch has no outputs.
@@ -35,10 +35,10 @@ class Runtime(Protocol):
 
 @runtime_checkable
 class OverlappingRuntime(Runtime, Protocol):
-    """A runtime that accepts a batch while another one runs, so that the device does not wait for Python."""
+    """A runtime that accepts a batch while another one runs."""
 
     def begin(self, images: Sequence[NDArray[np.uint8]]) -> Callable[[], dict[str, NDArray[np.float32]]]:
-        """Begin a batch of *images* (H, W, 3); return a function that waits for the outputs of `run`.
+        """Begin a batch of *images* (H, W, 3); return a function that waits for it.
 
         At most two batches may be in flight; they end in the order they began. *images* may be overwritten
         after this returns. Raises as `run` does, here or in the returned function.
@@ -47,7 +47,7 @@ class OverlappingRuntime(Runtime, Protocol):
 
 
 class CudaError(NamedTuple):
-    """A CUDA error: its code, its names in the runtime and driver API, and the text that libraries print."""
+    """A CUDA error: its code, API names, and the text that libraries print."""
 
     code: int
     runtime: str
@@ -86,7 +86,7 @@ LIBRARY_MEMORY_ERRORS = (
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """Re-raise library errors from the block as `DeviceLostError` or `OutOfMemoryError` if they are such."""
+    """Translate library errors to `DeviceLostError` or `OutOfMemoryError`."""
     try:
         yield
     except Exception as error:
@@ -97,7 +97,7 @@ def translate_errors() -> Iterator[None]:
 
 
 def classify_error(message: str) -> DeviceLostError | OutOfMemoryError | None:
-    """Convert a library's error *message*; return None if it is neither a lost device nor lack of memory."""
+    """Convert an error *message*; None unless device or memory is lost."""
     found, lower = ERROR_CODE.search(message), message.lower()
     code = int(found[1]) if found else None
     for error in (*STICKY_ERRORS, MEMORY_ERROR):

@@ -14,7 +14,7 @@ STRIDE = 16  # between the pixels that count, so that the outputs cost next to n
 
 
 class FakeRuntime:
-    """The logits of an image are its mean red, green and blue on a grid, repeated over the classes."""
+    """Logits are the mean red, green and blue on a grid, repeated over the classes."""
 
     name = "fake"
 
@@ -54,7 +54,7 @@ class FakeRuntime:
 
 
 class FakeOverlappingRuntime(FakeRuntime):
-    """A `FakeRuntime` whose device has its own queue: a batch can begin while another one runs."""
+    """A `FakeRuntime` that can begin a batch while another one runs."""
 
     _free_at = 0.0  # when the device has finished everything it was given
 

@@ -1,4 +1,4 @@
-"""onnxruntime on the CPU, or on a GPU with CUDA or TensorRT. The only module that imports onnxruntime."""
+"""onnxruntime on the CPU, or on a GPU with CUDA or TensorRT."""
 
 import os
 from collections import OrderedDict
@@ -37,7 +37,7 @@ class Binding:
 
 
 class BoundSession:
-    """Runs *session* of the module *onnxruntime* on tensors that stay on *device*, such as `cuda:0`.
+    """Runs *session* on tensors that stay on *device*, such as `cuda:0`.
 
     *image* is the name of the input; *outputs* has the shape of each float32 output without the batch.
     """
@@ -126,7 +126,7 @@ def _import_onnxruntime() -> Any:
 def _open_session(
     onnxruntime: Any, bundle: Bundle, threads: int, provider: str, provider_options: dict[str, str]
 ) -> Any:
-    """Open a session on *provider* only and check that the graph has the tensors of the manifest.
+    """Open a session on *provider* only and check the tensors of the graph.
 
     onnxruntime adds the CPU provider by itself; with another *provider* no operator may fall back to it.
     """
@@ -186,7 +186,7 @@ def available_cores() -> int:
 
 
 def tensorrt_options(bundle: Bundle, settings: Settings) -> dict[str, str]:
-    """Return the TensorRT provider options of *bundle*: precision, batch sizes and its own cache folder.
+    """Build the TensorRT provider options: precision, batch sizes, cache folder.
 
     Raises `RuntimeUnavailableError` if the folder cannot be created.
     """

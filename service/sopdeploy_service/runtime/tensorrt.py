@@ -1,4 +1,4 @@
-"""TensorRT on the GPU, with an engine from the cache; never builds or loads a plan that was not checked."""
+"""TensorRT on the GPU, with a checked engine from the cache; never builds one."""
 
 from collections.abc import Callable, Sequence
 

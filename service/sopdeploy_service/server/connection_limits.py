@@ -55,7 +55,7 @@ class Connections:
         If none is idle, the result is the rejection of *connection*.
         """
         self._open[connection] = None
-        self.metrics.connections(len(self._open))
+        self.metrics.connections.set(len(self._open))
         excess = len(self._open) - self.settings.max_connections
         if excess <= 0 or self._close_oldest_idle():
             return None
@@ -67,7 +67,7 @@ class Connections:
         """Remove *connection*."""
         self._open.pop(connection, None)
         self._idle.pop(connection, None)
-        self.metrics.connections(len(self._open))
+        self.metrics.connections.set(len(self._open))
 
     def idle(self, connection: Connection) -> None:
         """Mark *connection* as waiting for its next request."""

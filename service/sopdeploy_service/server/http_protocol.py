@@ -209,7 +209,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def abort(self) -> None:
         """Close immediately and discard the pending output."""
         if self.transport.get_write_buffer_size():
-            self._shared.metrics.rejected("slow_reader")
+            self._shared.metrics.rejected.labels("slow_reader").inc()
         self.transport.abort()
 
     def _is_responding(self) -> bool:
@@ -219,7 +219,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Respond with *rejection* and close; a response in progress is completed instead."""
         if self.transport.is_closing():
             return
-        self._shared.metrics.rejected(rejection.code)
+        self._shared.metrics.rejected.labels(rejection.code).inc()
         self._restart_timer(None)
         self._ignores_input = True
         if self._is_responding():

@@ -145,7 +145,7 @@ class DrainingServer(uvicorn.Server):
         self._drain_logged = False
         self._idle = IdleTrigger()
         self.watch = LoopWatch()
-        service.metrics.loop_lag(self.watch.worst)
+        service.metrics.loop_lag.set_function(self.watch.worst)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the port and print the `ready` line."""

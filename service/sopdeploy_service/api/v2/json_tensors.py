@@ -89,7 +89,7 @@ def check_finite(values: NDArray[Any], tensor: Tensor) -> NDArray[Any]:
 
 
 def extract_lists(raw: bytes) -> tuple[bytes, dict[str, NumberList]]:
-    """Replace each list without strings under a key `data` by a token; return the document and the lists."""
+    """Replace each list of numbers under a key `data` by a token."""
     lists: dict[str, NumberList] = {}
     secret = token_hex(8)  # clients cannot forge a token
     kept: list[bytes] = []
@@ -140,7 +140,7 @@ def _translate(text: bytes, table: bytes | None, delete: bytes) -> bytes:
 
 
 def _read_numbers(piece: bytes, tensor: Tensor) -> NDArray[Any]:
-    """Read comma-separated numbers; raise `RejectedError` for values that *tensor* cannot hold."""
+    """Read comma-separated numbers; reject values that *tensor* cannot hold."""
     try:
         values = orjson.loads(b"[" + piece + b"]")
     except orjson.JSONDecodeError as error:

@@ -53,8 +53,9 @@ IMAGE = Tensor("IMAGE", "BYTES", (-1, 1))
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """The tensors of a model, the labels of its first output, and the images allowed per request.
+    """The tensors, labels and request size limit of a model.
 
+    *labels* are those of the first output; *max_images* is the limit of one request.
     A request gives one of two inputs: *tensor* or `IMAGE`.
     """
 

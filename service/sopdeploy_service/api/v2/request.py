@@ -62,7 +62,7 @@ class InputTensor(Body):
 
 
 class OutputParameters(Body):
-    """Parameters of a requested output; `classification` asks for that many classes instead of numbers."""
+    """Parameters of an output; `classification` requests that many classes."""
 
     binary_data: bool | None = None
     classification: NonNegativeInt = 0
@@ -94,7 +94,7 @@ class InferBody(Body):
 
 
 class RequestedOutput(NamedTuple):
-    """An output to return, binary or as JSON: its numbers, or its best *classes* if that is not 0."""
+    """An output to return: its numbers, or its best *classes* if that is not 0."""
 
     tensor: Tensor
     binary: bool
@@ -115,7 +115,7 @@ ParsedBody = TypeVar("ParsedBody", bound=pydantic.BaseModel)
 
 
 def validate(model: type[ParsedBody], value: Any) -> ParsedBody:
-    """Validate the JSON *value*; raise `RejectedError` (`malformed_request`) for the first error."""
+    """Validate the JSON *value*; raise `RejectedError` for the first error."""
     try:
         return model.model_validate(value)
     except pydantic.ValidationError as error:
@@ -168,7 +168,7 @@ def _check_names(what: str, names: Iterable[str], known: Mapping[str, Tensor]) -
 def _requested_outputs(
     outputs: Sequence[OutputTensor], signature: Signature, *, binary: bool
 ) -> tuple[RequestedOutput, ...]:
-    """Return the requested outputs, all of them if none is named; *binary* is the default of each."""
+    """Look up the requested outputs, by default all; *binary* is their default."""
     known = {tensor.name: tensor for tensor in signature.outputs}
     _check_names("output", (output.name for output in outputs), known)
     requested = []

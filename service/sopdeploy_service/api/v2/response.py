@@ -1,4 +1,4 @@
-"""Run an inference request and build its response: JSON, or JSON followed by binary tensors."""
+"""Run an inference request and build its JSON or binary response."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -77,7 +77,7 @@ def format_response(
     requested: Sequence[RequestedOutput],
     labels: Mapping[str, Sequence[str]],
 ) -> tuple[bytes, dict[str, str]]:
-    """Build the body and headers from *head* (id, model) and the *requested* outputs of *values* (n, ...).
+    """Build the body and headers from *head* and the *requested* outputs (n, ...).
 
     *labels* has the class names of outputs that have them.
     """
@@ -109,7 +109,7 @@ def format_response(
 
 
 def classify(values: NDArray[Any], classes: int, labels: Sequence[str]) -> list[list[str]]:
-    """Return the largest of each row of *values* (n, ...) as `value:index:label`, largest first.
+    """Format the largest of each row of *values* as `value:index:label`.
 
     The value is the shortest text that reads back as the same float32, as in Triton. Ties keep the order of
     the labels, as in `/v1/classify`.

@@ -1,4 +1,4 @@
-"""The endpoints of the Open Inference Protocol; responses are JSON, or JSON followed by binary tensors."""
+"""The endpoints of the Open Inference Protocol."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -193,7 +193,7 @@ async def index(request: Request) -> Response:
 
 @router.post("/v2/repository/models/{name}/load", openapi_extra=request_body(LoadBody), dependencies=ADMIN)
 async def load(request: Request, name: str) -> Response:
-    """Load a bundle from the server's bundle folders as *name*; `parameters.folder` chooses among several."""
+    """Load a bundle as *name*; `parameters.folder` chooses among several."""
     body = await read_json(request, LoadBody)
     folder = body.parameters.folder if body.parameters else None
     use_model(request, raise_if_rejected(await service_of(request).registry.load(name, folder)))

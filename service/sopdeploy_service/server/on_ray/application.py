@@ -71,7 +71,7 @@ class OnRay(Replica):
         metrics = RayMetrics(serve.get_replica_context().replica_id.unique_id)
         while True:
             await asyncio.sleep(METRICS_SECONDS)
-            metrics.update(self.service.metrics.families())
+            metrics.update(self.service.metrics.registry.collect())
 
 
 class RemoveRequestId:

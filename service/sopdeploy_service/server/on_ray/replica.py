@@ -54,7 +54,7 @@ class Replica:
         )
         self.service: Service = self.asgi.state.service
         self._watch = LoopWatch()
-        self.service.metrics.loop_lag(self._watch.worst)
+        self.service.metrics.loop_lag.set_function(self._watch.worst)
 
     async def reconfigure(self, user_config: Any) -> None:
         """Serve exactly the bundles of *user_config*, `{"bundles": {NAME: PATH}}`.
