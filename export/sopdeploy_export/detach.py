@@ -1,7 +1,7 @@
-"""Detaching: a copy of a trained network without the parts that only its training needs.
+"""Detach: copy a trained network without the parts that only its training needs.
 
-Paper: DSoP section III-A: the second-order branches are taken off once training is over. The GM-SOP gate
-loses its noise weights the same way. What may leave is the model's own `training_only`.
+DSoP section III-A removes the second-order branches after training; the GM-SOP gate loses its noise weights the
+same way. The model lists the removable parts in `training_only`.
 """
 
 import copy
@@ -9,41 +9,58 @@ from typing import Any
 
 from torch import nn
 
-from sopdeploy.errors import DetachError
+from sopdeploy.errors import DetachError, LoweringError
 from sopdeploy.models.base import Classifier
 
 
-def detach(network: Classifier) -> Classifier:
-    """Return a copy of *network* in eval mode without its `training_only` parts; *network* stays whole.
+def check_exportable(network: Classifier) -> None:
+    """Raise `LoweringError` if a layer of *network* declares that it is `not_exportable`."""
+    for module in network.modules():
+        reason = getattr(module, "not_exportable", None)
+        if reason is not None:
+            raise LoweringError(f"{type(module).__name__} cannot be exported: {reason}")
 
-    Raises `DetachError` where there is nothing to detach, or where a declared name does not exist.
+
+def require_detached(network: Classifier) -> Classifier:
+    """Check that *network* has no training-only parts, and return it; raises `DetachError`."""
+    if network.training_only:
+        raise DetachError(
+            f"{type(network).__name__} still carries training-only parts ({', '.join(network.training_only)}); "
+            "add --detach to remove them"
+        )
+    return network
+
+
+def detach(network: Classifier) -> Classifier:
+    """Copy *network* in eval mode without its `training_only` parts; *network* does not change.
+
+    Raises `DetachError` if there is nothing to detach or a name in `training_only` does not exist.
     """
     if not network.training_only:
         raise DetachError(
-            f"{type(network).__name__} has nothing to detach: all of it computes the answer; "
+            f"{type(network).__name__} has nothing to detach: it has no training-only parts; "
             "export it without --detach"
         )
-    left_out: dict[int, Any] = {}
+    excluded: dict[int, Any] = {}  # a memo entry of None keeps deepcopy from copying these parts
     for name in network.training_only:
-        owner, leaf = find(network, name)
-        left_out[id(getattr(owner, leaf))] = None
-    lean = copy.deepcopy(network, left_out)
+        owner, attribute = _find(network, name)
+        excluded[id(getattr(owner, attribute))] = None
+    detached = copy.deepcopy(network, excluded)
     for name in network.training_only:
-        owner, leaf = find(lean, name)
-        delattr(owner, leaf)
-    return lean.eval()
+        owner, attribute = _find(detached, name)
+        delattr(owner, attribute)
+    return detached.eval()
 
 
-def find(network: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the module that owns the part with the dotted *name*, and the part's own name in it."""
-    path, _, leaf = name.rpartition(".")
+def _find(network: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
     try:
         owner = network.get_submodule(path)
-    except AttributeError as problem:
-        raise DetachError(f"{type(network).__name__}: no part named {name}; it has no {path}") from problem
-    if leaf not in {*owner._modules, *owner._parameters, *owner._buffers}:
+    except AttributeError as error:
+        raise DetachError(f"{type(network).__name__}: no part named {name}; it has no {path}") from error
+    if attribute not in {*owner._modules, *owner._parameters, *owner._buffers}:
         raise DetachError(
-            f"{type(network).__name__}: no part named {name}; it was detached before, or `training_only` "
+            f"{type(network).__name__}: no part named {name}; it is already detached, or `training_only` "
             "names a part that does not exist"
         )
-    return owner, leaf
+    return owner, attribute

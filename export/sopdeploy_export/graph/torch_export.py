@@ -1,8 +1,8 @@
-"""Capture: the network as one graph, normalisation inside, for any batch size of a range.
+"""Capture a network as one torch.export program with a symbolic batch size.
 
-The graph takes uint8 images (batch, height, width, 3), as `Preprocess` makes them, and gives float32
-logits. torch.export traces one path through the Python code; whatever it had to assume about the batch
-size beyond the range asked for is an error here, not a surprise later.
+The program takes uint8 images (batch, height, width, 3) from `Preprocess`, normalizes them and returns float32
+outputs. torch.export specializes on what the Python code assumes about the batch size. A program that does not
+support the whole requested range is rejected.
 """
 
 import io
@@ -23,7 +23,7 @@ from sopdeploy.layers.normalize import Normalize
 
 
 class Deployed(nn.Module):
-    """What is captured: uint8 images in, the network's `outputs` out."""
+    """The module that is captured: normalization followed by *network*, from uint8 images to its `outputs`."""
 
     def __init__(self, network: Backbone, preprocess: Preprocess) -> None:
         super().__init__()
@@ -31,73 +31,66 @@ class Deployed(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the network's answer to (B, H, W, 3) uint8 *images*, in float32 at least."""
+        """Compute the outputs of (B, H, W, 3) uint8 *images*, in float32 or float64."""
         return tuple(at_least_float32(value) for value in self.network.outputs_tuple(self.normalise(images)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Captured:
-    """A network's graphs: for every batch size of the range, and for a batch of exactly one."""
+    """The programs of one network: for every batch size of the range, and for a batch of exactly one."""
 
     any_batch: ExportedProgram
     batch_of_one: ExportedProgram
 
 
 def capture(network: Backbone, preprocess: Preprocess, batch: BatchRange) -> Captured:
-    """Return the graphs of *network*, which must be in eval mode.
+    """Capture *network*, which must be in eval mode, for the batch range and for a batch of one.
 
-    torch.export takes a dynamic dimension to be at least 2, so code that treats a single image otherwise
-    shows only in the second graph. Raises `LoweringError` where the network cannot be captured.
+    torch.export assumes that a dynamic dimension is at least 2, so only the second program shows code that
+    handles a single image differently. Raises `LoweringError` if the network cannot be captured.
     """
     any_batch = capture_any_batch(network, preprocess, batch)
     if batch.maximum == 1:
         return Captured(any_batch=any_batch, batch_of_one=any_batch)
-    deployed = Deployed(network, preprocess).eval()
-    return Captured(any_batch=any_batch, batch_of_one=export(deployed, (blank(1, preprocess),), None))
+    single = BatchRange(optimum=1, maximum=1)
+    return Captured(any_batch=any_batch, batch_of_one=capture_any_batch(network, preprocess, single))
 
 
 def capture_any_batch(network: Backbone, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
-    """Return the graph of *network* for every batch size of the range."""
+    """Capture *network* for every batch size of the range.
+
+    Raises `LoweringError` if the network cannot be captured, or if its code restricts the batch size further.
+    """
     deployed = Deployed(network, preprocess).eval()
-    if batch.maximum == 1:
-        return export(deployed, (blank(1, preprocess),), None)
-    pair = (blank(2, preprocess),)
-    dynamic = export(deployed, pair, ({0: Dim("batch", min=1, max=batch.maximum)},))
-    check_range(dynamic, batch)
-    return dynamic
-
-
-def blank(images: int, preprocess: Preprocess) -> Tensor:
-    """Return black images of the size that the network takes."""
-    return torch.zeros(images, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
-
-
-def export(deployed: nn.Module, examples: tuple[Tensor, ...], dynamic_shapes: Any) -> ExportedProgram:
-    """Return the functional graph of *deployed*: writes through views become values."""
-    try:
-        with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch prints half a graph where it fails
-            program = torch.export.export(deployed, examples, dynamic_shapes=dynamic_shapes)
-            functional: ExportedProgram = program.run_decompositions({})
-    except Exception as problem:  # torch.export raises whatever the traced code or its solver raises
-        raise LoweringError(f"cannot be captured as one graph: {first_line(problem)}") from problem
-    return functional
-
-
-def first_line(problem: BaseException) -> str:
-    """Return the first line of what *problem* says."""
-    return next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
-
-
-def check_range(program: ExportedProgram, batch: BatchRange) -> None:
-    """Refuse a graph whose batch size was narrowed or fixed while it was captured."""
-    size = program.graph_signature.user_inputs
-    placeholder = next(node for node in program.graph.nodes if node.name == size[0])
-    dimension = placeholder.meta["val"].shape[0]
+    size = min(2, batch.maximum)
+    images = torch.zeros(size, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
+    if size == 1:
+        return export(deployed, (images,), None)
+    program = export(deployed, (images,), ({0: Dim("batch", min=1, max=batch.maximum)},))
+    name = program.graph_signature.user_inputs[0]
+    dimension = next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[0]
     if isinstance(dimension, int):
-        raise LoweringError(f"the network fixes the batch size to {dimension}; it must take any from 1 on")
+        raise LoweringError(f"the network fixes the batch size to {dimension}; it must accept any size from 1")
     allowed = program.range_constraints[dimension.node.expr]
-    if not (int(allowed.lower) <= 1 and int(allowed.upper) == batch.maximum):
+    if int(allowed.lower) > 1 or int(allowed.upper) != batch.maximum:
         raise LoweringError(
-            f"the network takes batches of {allowed.lower} to {allowed.upper} images only, not of "
-            f"1 to {batch.maximum}; it treats some batch sizes otherwise"
+            f"the network accepts batches of {allowed.lower} to {allowed.upper} images only, not of "
+            f"1 to {batch.maximum}; its code depends on the batch size"
         )
+    return program
+
+
+def export(module: nn.Module, examples: tuple[Tensor, ...], dynamic_shapes: Any) -> ExportedProgram:
+    """Run torch.export on *module* and make the program functional: no operation writes to a view.
+
+    Raises `LoweringError` with the first line of torch's message.
+    """
+    try:
+        with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch prints part of the graph on failure
+            program = torch.export.export(module, examples, dynamic_shapes=dynamic_shapes)
+            functional: ExportedProgram = program.run_decompositions({})
+    except Exception as error:  # tracing runs the network's own code, which can raise anything
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise LoweringError(f"cannot be captured as one graph: {reason}") from error
+    return functional

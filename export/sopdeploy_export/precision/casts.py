@@ -1,19 +1,18 @@
-"""Precision in the graph: casts are placed in a copy of the network, so every runtime sees the same types.
+"""Place casts in a copy of the network, so that every runtime computes in the same types.
 
-The copy is the one that the lowering rules rewrote, so that what ships is what they chose. The rule here is
-one line: a part with weights takes its inputs in the type of its own weights. `ISLANDS` stay in float32 and
-so does what they compute without weights: covariance, trace, Newton-Schulz, gate and softmax, and every mean
-over a whole map. Experts multiply maps by their banks in the type of the maps, and take roots and sums in
-float32. All outputs are float32.
+The copy is the network that the rewrite rules produced. A part with weights receives its inputs in the dtype of its
+own weights. Layers that declare `keep_float32` stay in float32, and so does what they compute without weights:
+covariance, trace, Newton-Schulz, gate, softmax, and means over a whole map. Experts multiply maps by their weights in
+the dtype of the maps, and compute roots and sums in float32. All outputs are float32.
 
-fp16 takes all other parts to float16, the classifier too; bf16-backbone takes to bfloat16 what computes
-feature maps and leaves the classifier alone. Newton-Schulz in float16 is a wish of its own: its matrices
-are stored in float16 and multiplied in float32, which TensorRT runs as one float16 product with a float32
-accumulator. bfloat16 there costs 5e-3 relative where float16 costs 7e-4, and is refused.
+`fp16` converts everything else to float16, including the classifier. `bf16-backbone` converts the layers that compute
+feature maps to bfloat16, but not the classifier. Newton-Schulz in float16 is a separate option: its matrices are
+stored in float16 and multiplied in float32, which TensorRT runs as one float16 product with a float32 accumulator.
+In bfloat16 the iteration would lose 5e-3 relative, in float16 it loses 7e-4; bfloat16 is therefore not offered.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -22,132 +21,102 @@ from torch.export import ExportedProgram
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import Precision
-from sopdeploy.layers.attention.gsop_attention import ChannelAttention, Excitation, PositionAttention
-from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.mixture.components import FusionHead
-from sopdeploy.layers.mixture.gate import SparseGate
-from sopdeploy.layers.pooling.base import GlobalPooling
-from sopdeploy.module_names import is_in
-from sopdeploy_export.precision.fold_batch_norm import fold_norms
-from sopdeploy_export.rewrites.attention import FoldedExcitation
-from sopdeploy_export.rewrites.equivalence import prove
-from sopdeploy_export.rewrites.linear import CompensatedAfter
-from sopdeploy_export.rewrites.newton_schulz import LoweredRoot
-from sopdeploy_export.rewrites.reference_formulas import ReferenceChannelAttention, ReferenceRoot
+from sopdeploy.layers.export_hints import export_hints
+from sopdeploy_export.precision.fold_batch_norm import fold_batch_norms
+from sopdeploy_export.rewrites.equivalence import assert_equivalent
 
 Part = TypeVar("Part", bound=nn.Module)
 Iteration = Literal["fp32", "fp16"]
 Calibration = Literal["minmax", "entropy", "percentile"]
 FOLD = "batch norms folded into the convolutions"
-STORED = {"fp16": torch.float16, "bf16-backbone": torch.bfloat16}
-ROOTS = (ISqrtCov, LoweredRoot, ReferenceRoot)
-ISLANDS = (GlobalPooling, *ROOTS, SparseGate, Excitation, FoldedExcitation, nn.BatchNorm1d)
-ALONE = (CompensatedAfter,)  # islands but for their parts: root and scale here, the products in `linear`
-RETURNING = (
-    ChannelAttention,
-    ReferenceChannelAttention,
-    PositionAttention,
-)  # they scale a map, and keep its type
-REDUCTIONS = ("layer_reduce", "layer_reduce_bn")  # parts of a pooling that are ordinary convolutions
+LOW_PRECISION = {"fp16": torch.float16, "bf16-backbone": torch.bfloat16}
 
 
-class Answer(nn.Module):
-    """Normalised images in, the network's first output out."""
+class FirstOutput(nn.Module):
+    """The first output of *network*, from normalized images."""
 
     def __init__(self, network: Backbone) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return the logits."""
+        """Compute the logits."""
         return self.network.outputs_tuple(pixels)[0]
 
 
 def with_precision(
     network: Backbone, program: ExportedProgram, precision: Precision, pixels: Tensor
 ) -> Backbone:
-    """Return a copy of *network*, in eval mode, that computes in *precision*, of `STORED`.
+    """Copy *network* in eval mode and convert it to *precision*, one of `LOW_PRECISION`.
 
-    *network* may have been rewritten by the lowering rules. *program* is its captured graph, which says which
-    batch norms fold into the convolution before them. Raises `LoweringError` where the folded network gives
-    other numbers for *pixels*, normalised images, in float64: the noise floor would take that for rounding.
+    *program* is the captured network; it shows which batch norms fold into the convolution before them. Raises
+    `LoweringError` if the folded network computes something else for *pixels*, normalized images, in float64. The
+    noise floor would accept such an error as rounding.
     """
 
-    def build(answer: Answer) -> Answer:
-        fold_norms(answer.network, program)
-        return answer
+    def build(original: FirstOutput) -> FirstOutput:
+        fold_batch_norms(original.network, program)
+        return original
 
-    prove(FOLD, "the network", Answer(network), build, (pixels,))
+    assert_equivalent(FOLD, "the network", FirstOutput(network), build, (pixels,))
     folded = copy.deepcopy(network)
-    fold_norms(folded, program)
+    fold_batch_norms(folded, program)
     return place_casts(folded, precision)
 
 
 def place_casts(network: Part, precision: Precision) -> Part:
-    """Store the weights of *network* and place casts in it, as *precision*, of `STORED`, says."""
-    stored, kept = STORED[precision], float32_parts(network, precision)
+    """Convert the weights of *network* in place and register hooks that cast inputs and outputs."""
+    low, dtypes = LOW_PRECISION[precision], weight_dtypes(network, precision)
     for name, part in network.named_modules():
-        own = torch.float32 if is_below(name, kept) or isinstance(part, ALONE) else stored
-        store(part, own)
-        if computes_with_weights(part) and not isinstance(part, ALONE):
-            part.register_forward_pre_hook(inputs_as(own))
-        elif isinstance(part, GlobalPooling) and not has_reduction(part):
-            part.register_forward_pre_hook(inputs_as(torch.float32))
-        if isinstance(part, RETURNING):
-            part.register_forward_hook(output_as(stored))
+        hints, own = export_hints(part), dtypes[name]
+        for parameter in part.parameters(recurse=False):
+            parameter.data = parameter.data.to(own)
+        buffers = list(part.named_buffers(recurse=False))
+        for buffer_name, buffer in buffers:
+            if buffer.is_floating_point():
+                setattr(part, buffer_name, buffer.to(own))
+        weights = [*part.parameters(recurse=False), *(buffer for _, buffer in buffers)]
+        has_list = any(isinstance(child, nn.ParameterList) for child in part.children())
+        if has_list or any(tensor.is_floating_point() for tensor in weights):
+            part.register_forward_pre_hook(_input_cast(own))
+        elif hints.cast_inputs and not any(hasattr(part, child) for child in hints.low_precision_children):
+            part.register_forward_pre_hook(_input_cast(torch.float32))
+        if hints.keep_output_dtype:
+            part.register_forward_hook(lambda _part, _inputs, output: _cast(output, low))
     return network.eval()
 
 
+def weight_dtypes(network: nn.Module, precision: Precision) -> dict[str, torch.dtype]:
+    """Map the name of every part to the dtype of its own weights in *precision*, one of `LOW_PRECISION`.
+
+    A part has the dtype of its parent, unless it keeps float32 or its parent lists it as a low-precision child.
+    """
+    low, kept = LOW_PRECISION[precision], set(float32_parts(network, precision))
+    dtypes: dict[str, torch.dtype] = {"": torch.float32 if "" in kept else low}
+    for name, _ in network.named_modules():
+        if name:
+            parent, _, child = name.rpartition(".")
+            exceptions = export_hints(network.get_submodule(parent)).low_precision_children
+            inherited = low if child in exceptions else dtypes[parent]
+            dtypes[name] = torch.float32 if name in kept else inherited
+    return dtypes
+
+
 def float32_parts(network: nn.Module, precision: Precision = "fp16") -> list[str]:
-    """Return the names of the parts of *network* that keep float32, whole."""
-    islands = (*ISLANDS, nn.Linear, FusionHead) if precision == "bf16-backbone" else ISLANDS
-    return [name for name, part in network.named_modules() if isinstance(part, islands)]
+    """List the names of the parts of *network* that keep float32 in *precision*."""
+    types = (nn.BatchNorm1d, nn.Linear) if precision == "bf16-backbone" else (nn.BatchNorm1d,)
+    return [
+        name
+        for name, part in network.named_modules()
+        if isinstance(part, types) or export_hints(part).keep_float32
+    ]
 
 
-def is_below(name: str, kept: Sequence[str]) -> bool:
-    """Say whether the part *name* is one of *kept* or within one; reductions of a pooling are not."""
-    if any(piece in REDUCTIONS for piece in name.split(".")):
-        return False
-    return any(part == "" or is_in(name, part) for part in kept)
+def _input_cast(dtype: torch.dtype) -> Callable[[nn.Module, Any], Any]:
+    return lambda _part, inputs: (_cast(inputs[0], dtype), *inputs[1:])
 
 
-def has_reduction(pooling: nn.Module) -> bool:
-    """Say whether *pooling* begins with a convolution that computes in the type of the map."""
-    return any(hasattr(pooling, name) for name in REDUCTIONS)
-
-
-def computes_with_weights(part: nn.Module) -> bool:
-    """Say whether *part* itself has weights, a list of them included, and not only parts that have."""
-    own = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-    lists = [child for child in part.children() if isinstance(child, nn.ParameterList)]
-    return bool(lists) or any(tensor.is_floating_point() for tensor in own)
-
-
-def store(part: nn.Module, stored: torch.dtype) -> None:
-    """Store the weights of *part* itself as *stored*; those of its parts stay."""
-    for parameter in part.parameters(recurse=False):
-        parameter.data = parameter.data.to(stored)
-    for name, buffer in part.named_buffers(recurse=False):
-        if buffer.is_floating_point():
-            setattr(part, name, buffer.to(stored))
-
-
-def inputs_as(wanted: torch.dtype) -> Callable[[nn.Module, Any], Any]:
-    """Return a hook that gives a part its first input, the map, as *wanted*."""
-
-    def cast(_part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (as_type(inputs[0], wanted), *inputs[1:])
-
-    return cast
-
-
-def output_as(wanted: torch.dtype) -> Callable[[nn.Module, Any, Any], Any]:
-    """Return a hook that gives away a part's output as *wanted*."""
-    return lambda _part, _inputs, output: as_type(output, wanted)
-
-
-def as_type(value: Any, wanted: torch.dtype) -> Any:
-    """Return *value* as *wanted* where it is a floating-point tensor of another type."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == wanted:
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
         return value
-    return value.to(wanted)
+    return value.to(dtype)

@@ -1,8 +1,7 @@
-"""From the certified network to the graph that ships: in the precision asked for, with what is known of it.
+"""Convert the lowered graph to the requested precision, with what the parity checks need to know about it.
 
-fp32 ships the graph that the lowering rules made. fp16 and bf16-backbone ship a copy of the network that the
-rules rewrote, with casts in it, captured and lowered anew. int8 ships the rules' graph with quantised
-convolutions.
+fp32 exports the graph of the rewrite rules. fp16 and bf16-backbone export a copy of the rewritten network with casts,
+captured and converted again. int8 exports the graph of the rewrite rules with quantized convolutions.
 """
 
 from collections.abc import Callable
@@ -33,35 +32,37 @@ from sopdeploy_export.parity.report import PartDrift
 from sopdeploy_export.parity.routing import gate_logits, gate_of, has_gate
 from sopdeploy_export.parity.session import file_outputs, fixed_batch, open_session
 from sopdeploy_export.precision.casts import (
-    STORED,
+    LOW_PRECISION,
     Calibration,
     Iteration,
     float32_parts,
     place_casts,
     with_precision,
 )
-from sopdeploy_export.precision.int8 import quantize, refuse_unknown_parts
+from sopdeploy_export.precision.int8 import check_part_names, quantize
 from sopdeploy_export.precision.report import (
     PrecisionReport,
-    Quantisation,
+    Quantization,
+    check_weight_types,
     part_precisions,
-    refuse_other_types,
 )
-from sopdeploy_export.precision.sensitivity import Trial, input_grids
-from sopdeploy_export.rewrites.apply import LoweredGraph, LoweringOptions
+from sopdeploy_export.precision.sensitivity import input_grids, measure_sensitivity
+from sopdeploy_export.rewrites.apply import OBSERVED_IMAGES, LoweredGraph, LoweringOptions, lower_converted
 from sopdeploy_export.rewrites.context import LoweringReport
-
-Locate = Callable[[Path, NDArray[np.uint8], float], str | None]
-Drifts = Callable[[Path, NDArray[np.uint8]], tuple[PartDrift, ...]]
-PROVED = 2  # pictures that a fold is proved on, beside as many random ones
 
 
 class PrecisionOptions(StrictModel):
-    """What a user may ask of the precision.
+    """The precision options of an export.
 
-    `max_drop` is in points of top-1 on the pictures of `evaluate`, one subfolder per class; without them,
-    of agreement with float32 on the pictures of `calibrate`. `int8_for` is the runtime whose form of int8
-    is wanted, `keep_float` names parts whose convolutions stay in float32.
+    Attributes:
+        precision: Types in the graph.
+        newton_schulz: Type of the Newton-Schulz matrices between two products; fp16 needs precision fp16.
+        calibrate: Folder of images to measure int8 ranges on.
+        calibration: Method that finds the ranges.
+        int8_for: Runtime to quantize for.
+        keep_float: Parts whose convolutions stay in float32.
+        evaluate: Folder of images, one subfolder per class, to measure top-1 before and after.
+        max_drop: Allowed loss in points of top-1 on *evaluate*, or of agreement with float32 on *calibrate*.
     """
 
     precision: Precision = "fp32"
@@ -76,42 +77,48 @@ class PrecisionOptions(StrictModel):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertedGraph:
-    """The graph that ships: its model, and the run whose noise is its floor.
+    """The graph to export and how to check it.
 
-    `own_gate` gives the logits of its gate, `spectral` is the network with the roots that ship, `rules` what
-    the lowering did, `certified` the float32 graph, `calibration` the pictures that ranges were read off.
-    `locate` names the first part of its file that is off, `drifts` says how far each is.
+    Attributes:
+        model: The graph in the requested precision.
+        run: Runs the same computation without the runtime's fusions; its noise is the noise floor.
+        gate: Computes the gate's logits in the same precision; `None` without a gate.
+        spectral: The network whose matrix square roots are exported.
+        lowering: Report of the rewrite rules.
+        float32_model: The graph in float32, before the conversion.
+        precision: Report of the types.
+        opset: ONNX opset of `model`.
+        find_first_drift: Names the first part of a file that exceeds its noise floor.
+        part_drifts: Measures the drift of each part of a file.
+        calibration: The images (P, H, W, 3) that int8 ranges were measured on.
     """
 
     model: onnx.ModelProto
-    own: Run
-    own_gate: Gate | None
+    run: Run
+    gate: Gate | None
     spectral: nn.Module
-    rules: LoweringReport
-    certified: onnx.ModelProto
-    report: PrecisionReport
+    lowering: LoweringReport
+    float32_model: onnx.ModelProto
+    precision: PrecisionReport
     opset: int
-    locate: Locate
-    drifts: Drifts
+    find_first_drift: Callable[[Path, NDArray[np.uint8], float], str | None]
+    part_drifts: Callable[[Path, NDArray[np.uint8]], tuple[PartDrift, ...]]
     calibration: NDArray[np.uint8] | None = None
 
 
 def lowering_options(options: PrecisionOptions, *, rules: bool, autotune: bool) -> LoweringOptions:
-    """Return what to ask of the lowering so that its result may ship in the precision of *options*.
-
-    Raises `ConfigError` where the two do not go together.
-    """
+    """Choose the options of the rewrite for a precision; raises `ConfigError` if they are incompatible."""
     if options.newton_schulz == "fp16" and not rules:
         raise ConfigError(
-            "--newton-schulz fp16: --no-lowering writes the papers' loop in float32; leave one of the two out"
+            "--newton-schulz fp16: --no-lowering exports the papers' loop in float32; remove one of the two"
         )
     if autotune and options.precision == "bf16-backbone":
         raise ConfigError(
-            "--autotune: onnxruntime has no bfloat16 kernels on the CPU to time; leave it out, or choose "
+            "--autotune: onnxruntime has no bfloat16 kernels on the CPU to time; remove it, or choose "
             "--precision fp32 or fp16"
         )
     stored: Literal["float32", "float16"] = "float16" if options.newton_schulz == "fp16" else "float32"
-    if options.precision not in STORED:
+    if options.precision not in LOW_PRECISION:
         return LoweringOptions(rules, autotune, stored)
     return LoweringOptions(rules, autotune, stored, partial(place_casts, precision=options.precision))
 
@@ -123,87 +130,86 @@ def convert_precision(
     batch: BatchRange,
     options: PrecisionOptions,
 ) -> ConvertedGraph:
-    """Return what ships of *lean*, the certified network, which the rules made *lowered*."""
+    """Convert *lowered*, rewritten from the certified network *lean*, to the precision of *options*.
+
+    Raises `ConfigError` for int8 without calibration images, and `LoweringError` if the types in the graph are not the
+    requested ones.
+    """
     deployed = Deployed(lean, preprocess).eval()
     if options.precision == "int8":
-        return quantised(deployed, lowered, preprocess, options)
+        return _convert_int8(deployed, lowered, preprocess, options)
     opset = OPSET_OF_BFLOAT16 if options.precision == "bf16-backbone" else OPSET
-    shipped, own = lowered, deployed
-    if options.precision in STORED:
-        pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:PROVED]))
+    converted, own = lowered, deployed
+    if options.precision in LOW_PRECISION:
+        pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:OBSERVED_IMAGES]))
         cast = with_precision(lowered.network, lowered.program, options.precision, pixels)
-        program = capture_any_batch(cast, preprocess, batch)
-        shipped = lowered.in_other_types(cast, program, opset)
+        converted = lower_converted(lowered, cast, capture_any_batch(cast, preprocess, batch), opset)
         own = Deployed(cast, preprocess).eval()
-    refuse_other_types(shipped.model, lowered.network, options.precision)
-    program = shipped.program
-    report = PrecisionReport(
-        precision=options.precision,
-        newton_schulz=options.newton_schulz,
-        parts=part_precisions(shipped.model, program),
-    )
+    check_weight_types(converted.model, lowered.network, options.precision)
+    program = converted.program
     return ConvertedGraph(
-        model=shipped.model,
-        own=own,
-        own_gate=(lambda pixels: gate_logits(own, pixels)) if has_gate(lean) else None,
-        spectral=Deployed(shipped.network, preprocess).eval(),
-        rules=shipped.report,
-        certified=lowered.model,
-        report=report,
-        opset=opset,
-        locate=lambda path, images, floors: find_first_drift(path, program, lean.outputs, images, floors),
-        drifts=lambda path, images: part_drifts(path, program, lean.outputs, images),
-    )
-
-
-def quantised(
-    deployed: Deployed,
-    lowered: LoweredGraph,
-    preprocess: Preprocess,
-    options: PrecisionOptions,
-) -> ConvertedGraph:
-    """Return *lowered* with int8 convolutions; its floor is its own run without the runtime's fusions."""
-    if options.calibrate is None:
-        raise ConfigError("--precision int8 needs pictures to read ranges off: add --calibrate DIR")
-    images = calibration_images(options.calibrate, preprocess)
-    refuse_unknown_parts(lowered.model, options.keep_float)
-    kept = [*float32_parts(deployed.network), *options.keep_float]
-    shipped = quantize(lowered.model, images, kept, options.calibration, options.int8_for)
-    refuse_other_types(shipped, deployed.network, "int8")
-    grids = input_grids(shipped)
-    trial = Trial(deployed, grids, images)
-    graphs, outputs = Int8Graphs(int8=shipped, float32=lowered.model), deployed.network.outputs
-    report = PrecisionReport(
-        precision="int8",
-        newton_schulz="fp32",
-        parts=part_precisions(shipped, lowered.program),
-        quantisation=Quantisation(
-            runtime=options.int8_for,
-            kept=options.keep_float,
-            calibration=options.calibration,
-            images=len(images),
-            layers=len(grids),
-            costs=trial.layers(),
-            parts=trial.parts(),
+        model=converted.model,
+        run=own,
+        gate=(lambda pixels: gate_logits(own, pixels)) if has_gate(lean) else None,
+        spectral=Deployed(converted.network, preprocess).eval(),
+        lowering=converted.report,
+        float32_model=lowered.model,
+        precision=PrecisionReport(
+            precision=options.precision,
+            newton_schulz=options.newton_schulz,
+            parts=part_precisions(converted.model, program),
         ),
+        opset=opset,
+        find_first_drift=lambda path, images, floors: find_first_drift(
+            path, program, lean.outputs, images, floors
+        ),
+        part_drifts=lambda path, images: part_drifts(path, program, lean.outputs, images),
     )
+
+
+def _convert_int8(
+    deployed: Deployed, lowered: LoweredGraph, preprocess: Preprocess, options: PrecisionOptions
+) -> ConvertedGraph:
+    if options.calibrate is None:
+        raise ConfigError("--precision int8 needs images to measure ranges on: add --calibrate DIR")
+    images = calibration_images(options.calibrate, preprocess)
+    check_part_names(lowered.model, options.keep_float)
+    in_float = [*float32_parts(deployed.network), *options.keep_float]
+    model = quantize(lowered.model, images, in_float, options.calibration, options.int8_for)
+    check_weight_types(model, deployed.network, "int8")
+    grids = input_grids(model)
+    layers, parts = measure_sensitivity(deployed, grids, images)
+    graphs, outputs = Int8Graphs(int8=model, float32=lowered.model), deployed.network.outputs
     return ConvertedGraph(
-        model=shipped,
-        own=run_unfused(shipped),
-        own_gate=gate_of_file(shipped, deployed.network),
+        model=model,
+        run=run_unfused(model),
+        gate=_gate_of_file(model, deployed.network),
         spectral=Deployed(lowered.network, preprocess).eval(),
-        rules=lowered.report,
-        certified=lowered.model,
-        report=report,
+        lowering=lowered.report,
+        float32_model=lowered.model,
+        precision=PrecisionReport(
+            precision="int8",
+            newton_schulz="fp32",
+            parts=part_precisions(model, lowered.program),
+            quantisation=Quantization(
+                runtime=options.int8_for,
+                kept=options.keep_float,
+                calibration=options.calibration,
+                images=len(images),
+                layers=len(grids),
+                costs=layers,
+                parts=parts,
+            ),
+        ),
         opset=OPSET,
-        locate=lambda path, pixels, floors: find_first_int8_drift(path, graphs, pixels, floors),
-        drifts=lambda path, pixels: part_drifts_int8(path, graphs, lowered.program, outputs, pixels),
+        find_first_drift=lambda path, pixels, floors: find_first_int8_drift(path, graphs, pixels, floors),
+        part_drifts=lambda path, pixels: part_drifts_int8(path, graphs, lowered.program, outputs, pixels),
         calibration=images,
     )
 
 
 def run_unfused(model: onnx.ModelProto) -> Run:
-    """Return a run of *model* operator by operator: quantize, dequantise, convolve in float32."""
+    """Build a function that runs *model* operator by operator: dequantize, convolve in float32, quantize."""
     session = open_session(model, optimized=False)
     batch = fixed_batch(model)
 
@@ -214,14 +220,14 @@ def run_unfused(model: onnx.ModelProto) -> Run:
     return run
 
 
-def gate_of_file(model: onnx.ModelProto, network: nn.Module) -> Gate | None:
-    """Return what gives the gate's logits of *model*, operator by operator; None where there is no gate."""
+def _gate_of_file(model: onnx.ModelProto, network: nn.Module) -> Gate | None:
+    """Build a function that computes the gate's logits in *model*, operator by operator."""
     if not has_gate(network):
         return None
     name = next(name for name, part in network.named_modules() if part is gate_of(network))
     readers = [node for node in model.graph.node if f"{name}.weight" in node.input]
     if len(readers) != 1:
-        raise LoweringError(f"the graph does not read the weights of {name} exactly once")
+        raise LoweringError(f"the weights of {name} have {len(readers)} readers in the graph, not one")
     probed = onnx.ModelProto()
     probed.CopyFrom(model)
     probed.graph.output.insert(0, onnx.ValueInfoProto(name=readers[0].output[0]))

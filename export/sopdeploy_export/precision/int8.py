@@ -1,15 +1,14 @@
-"""INT8: a float32 graph with its convolutions quantised after training, by ONNX Runtime's tools.
+"""INT8: quantize the convolutions of a float32 graph after training, with ONNX Runtime's tools.
 
-QuantizeLinear and DequantizeLinear stand around the operators, which runtimes fuse. Weights are int8 per
-output channel; second-order parts, pooling and classifier stay in float32. No form of the activations suits
-both runtimes:
+QuantizeLinear and DequantizeLinear surround the operators, and runtimes fuse them. Weights are int8 per output channel;
+second-order layers, pooling and classifier stay in float32. No form of the activations suits both runtimes:
 
-`cpu`       uint8 with a zero point, outputs of convolutions and biases quantised as well, so that ReLU,
-            addition and max-pooling between two convolutions need no float32.
-`tensorrt`  int8 around zero, inputs of convolutions and shortcuts only: it fuses what follows a convolution
-            itself. Biases stay float32 and so does the convolution that reads the picture: the parser
-            takes no int32 to dequantise, the builder has no int8 kernel for three channels, ReLU and
-            max-pooling in one (seen with 10.16). A CPU runs this form slower than float32.
+- `cpu`: uint8 with a zero point. Outputs of convolutions and biases are quantized as well, so that ReLU, addition and
+  max pooling between two convolutions need no float32.
+- `tensorrt`: int8 around zero, only for the inputs of convolutions and for shortcuts, because TensorRT fuses what
+  follows a convolution. Biases stay in float32, and so does the convolution that reads the image: the parser does not
+  accept int32 to dequantize, and the builder has no int8 kernel for three channels, ReLU and max pooling in one
+  (observed with 10.16). On a CPU this form is slower than float32.
 """
 
 import tempfile
@@ -37,53 +36,16 @@ METHODS = {
     "percentile": CalibrationMethod.Percentile,
 }
 PERCENTILE = 99.999
-QUANTISED = ("Conv",)
-
-
-class OneByOne(CalibrationDataReader):  # type: ignore[misc]
-    """The pictures as the graph takes them, one each; ONNX Runtime keeps what it computes on all it gets."""
-
-    def __init__(self, source: str, images: NDArray[np.uint8]) -> None:
-        self.feeds: Iterator[dict[str, NDArray[np.uint8]]] = (
-            {source: images[i : i + 1]} for i in range(len(images))
-        )
-
-    def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
-        """Return the next picture, `None` after the last."""
-        return next(self.feeds, None)
-
-
-def ranges(model: onnx.ModelProto, images: NDArray[np.uint8], method: Calibration) -> TensorsData:
-    """Return the range of every input and output of a convolution of *model*, seen on *images* (P, H, W, 3).
-
-    ONNX Runtime tells its progress on the standard output, which is the caller's: it is not shown.
-    """
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-        path = Path(folder) / "float.onnx"
-        onnx.save(model, path)
-        options = {"percentile": PERCENTILE} if method == "percentile" else {}
-        calibrator = create_calibrator(
-            path,
-            list(QUANTISED),
-            augmented_model_path=str(Path(folder) / "augmented.onnx"),
-            calibrate_method=METHODS[method],
-            extra_options=options,
-        )
-        source = model.graph.input[0].name
-        for start in range(len(images)):
-            calibrator.collect_data(OneByOne(source, images[start : start + 1]))
-        return calibrator.compute_data()
-
-
-PICTURE = 3  # channels
-SHOWN = 3
+OPERATORS = ["Conv"]
+IMAGE_CHANNELS = 3
+EXAMPLES = 3  # names in an error message
 
 
 class Form(NamedTuple):
-    """How a runtime wants activations: their type, and the switches of ONNX Runtime's tool."""
+    """The type of the activations for a runtime, and the options of ONNX Runtime's quantizer."""
 
     activations: QuantType
-    switches: Mapping[str, Any]
+    options: Mapping[str, Any]
 
 
 FORMS: Mapping[Int8For, Form] = {
@@ -94,7 +56,7 @@ FORMS: Mapping[Int8For, Form] = {
             "ActivationSymmetric": True,
             "WeightSymmetric": True,
             "QuantizeBias": False,
-            "OpTypesToExcludeOutputQuantization": list(QUANTISED),
+            "OpTypesToExcludeOutputQuantization": OPERATORS,
         },
     ),
 }
@@ -107,105 +69,112 @@ def quantize(
     method: Calibration = "percentile",
     runtime: Int8For = "cpu",
 ) -> onnx.ModelProto:
-    """Return *model* with its convolutions in int8 for *runtime*, ranges measured on *images* (P, H, W, 3).
+    """Quantize the convolutions of *model* for *runtime*, with ranges measured on *images* (P, H, W, 3).
 
-    Parts named in *in_float* keep float32, by the names of their weights. Raises `LoweringError` where no
-    convolution is left to quantise.
+    Parts named in *in_float* stay in float32. Raises `LoweringError` if no convolution is left to quantize.
     """
-    named = with_node_names(onnx.shape_inference.infer_shapes(model))
-    chosen = convolutions(named, in_float)
-    if runtime == "tensorrt":
-        chosen -= of_the_picture(named)
+    named = onnx.shape_inference.infer_shapes(model)
+    for position, node in enumerate(named.graph.node):
+        node.name = node.name or f"node {position}"
+    chosen = _convolutions(named, in_float, read_images=runtime == "cpu")
     if not chosen:
-        raise LoweringError("the network has no convolution to quantise; export it with --precision fp16")
+        raise LoweringError("the network has no convolution to quantize; export it with --precision fp16")
     form = FORMS[runtime]
-    quantiser = QDQQuantizer(
+    quantizer = QDQQuantizer(
         named,
         per_channel=True,
         reduce_range=False,
         weight_qType=QuantType.QInt8,
         activation_qType=form.activations,
-        tensors_range=ranges(named, images, method),
+        tensors_range=_ranges(named, images, method),
         nodes_to_quantize=sorted(chosen),
         nodes_to_exclude=[],
-        op_types_to_quantize=list(QUANTISED),
-        extra_options=dict(form.switches),
+        op_types_to_quantize=OPERATORS,
+        extra_options=dict(form.options),
     )
     if runtime == "tensorrt":
-        for value in shortcuts(named, chosen):
-            quantiser.quantize_activation_tensor(value)
-    quantiser.quantize_model()
-    quantiser.model.topological_sort()
-    return cleaned(quantiser.model.model, model)
+        for value in _shortcuts(named, chosen):
+            quantizer.quantize_activation_tensor(value)
+    quantizer.quantize_model()
+    quantizer.model.topological_sort()
+    quantized = quantizer.model.model
+    del quantized.opset_import[:]
+    quantized.opset_import.extend(model.opset_import)
+    quantized.producer_name, quantized.producer_version = model.producer_name, model.producer_version
+    quantized.ir_version = model.ir_version
+    del quantized.metadata_props[:]
+    del quantized.graph.value_info[:]
+    onnx.checker.check_model(quantized, full_check=True)
+    return quantized
 
 
-def with_node_names(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return *model* with a name for every node, by which nodes are chosen."""
-    for position, node in enumerate(model.graph.node):
-        node.name = node.name or f"node {position}"
-    return model
-
-
-def convolutions(model: onnx.ModelProto, in_float: Sequence[str]) -> set[str]:
-    """Return the names of the convolutions whose weights belong to no part of *in_float*."""
-    return {
-        node.name
-        for node in model.graph.node
-        if node.op_type == "Conv" and not is_in_any(node.input[1], in_float)
-    }
-
-
-def refuse_unknown_parts(model: onnx.ModelProto, parts: Sequence[str]) -> None:
-    """Refuse a name in *parts* to which no convolution of *model* belongs; raises `ConfigError`."""
+def check_part_names(model: onnx.ModelProto, parts: Sequence[str]) -> None:
+    """Raise `ConfigError` if a name in *parts* contains no convolution of *model*."""
     weights = [node.input[1] for node in model.graph.node if node.op_type == "Conv"]
     for part in parts:
         if not any(is_in(weight, part) for weight in weights):
-            some = ", ".join(weight.rpartition(".")[0] or weight for weight in weights[:SHOWN])
+            examples = ", ".join(weight.rpartition(".")[0] or weight for weight in weights[:EXAMPLES])
             raise ConfigError(
-                f"--keep-float: no convolution belongs to {part!r}; there are {some} and others"
+                f"--keep-float: the network has no convolution in {part!r}; there are {examples} and others"
             )
 
 
-def of_the_picture(model: onnx.ModelProto) -> set[str]:
-    """Return the names of the convolutions that read a picture's three channels."""
+class _SingleImages(CalibrationDataReader):  # type: ignore[misc]
+    """Feeds one image at a time, because ONNX Runtime keeps the activations of all images of a reader."""
+
+    def __init__(self, name: str, images: NDArray[np.uint8]) -> None:
+        self.feeds: Iterator[dict[str, NDArray[np.uint8]]] = (
+            {name: images[i : i + 1]} for i in range(len(images))
+        )
+
+    def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
+        """Return the next image, `None` after the last."""
+        return next(self.feeds, None)
+
+
+def _ranges(model: onnx.ModelProto, images: NDArray[np.uint8], method: Calibration) -> TensorsData:
+    """Measure the range of every input and output of a convolution on *images* (P, H, W, 3)."""
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # the tool prints progress
+        path = Path(folder) / "float.onnx"
+        onnx.save(model, path)
+        calibrator = create_calibrator(
+            path,
+            OPERATORS,
+            augmented_model_path=str(Path(folder) / "augmented.onnx"),
+            calibrate_method=METHODS[method],
+            extra_options={"percentile": PERCENTILE} if method == "percentile" else {},
+        )
+        name = model.graph.input[0].name
+        for start in range(len(images)):
+            calibrator.collect_data(_SingleImages(name, images[start : start + 1]))
+        return calibrator.compute_data()
+
+
+def _convolutions(model: onnx.ModelProto, in_float: Sequence[str], *, read_images: bool) -> set[str]:
+    """Name the convolutions to quantize; without *read_images*, not those that read an image's channels."""
     sizes = {tensor.name: tensor.dims for tensor in model.graph.initializer}
-    return {
-        node.name
-        for node in model.graph.node
-        if node.op_type == "Conv" and node.input[1] in sizes and inputs_of(node, sizes) <= PICTURE
-    }
+    chosen = set()
+    for node in model.graph.node:
+        if node.op_type != "Conv" or is_in_any(node.input[1], in_float):
+            continue
+        groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+        size = sizes.get(node.input[1])
+        if read_images or size is None or int(size[1]) * groups > IMAGE_CHANNELS:
+            chosen.add(node.name)
+    return chosen
 
 
-def inputs_of(node: onnx.NodeProto, sizes: Mapping[str, Sequence[int]]) -> int:
-    """Return how many channels the convolution *node* reads."""
-    groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-    return int(sizes[node.input[1]][1]) * groups
+def _shortcuts(model: onnx.ModelProto, chosen: set[str]) -> list[str]:
+    """List the outputs of the convolutions in shortcuts, which TensorRT fuses into the main path as int8.
 
-
-def shortcuts(model: onnx.ModelProto, chosen: set[str]) -> list[str]:
-    """Return the outputs of the convolutions of *chosen* that stand in a shortcut, as TensorRT wants them.
-
-    It adds a shortcut within the kernel of the main path if it comes as int8. Of two convolutions that are
-    added, the shortcut's is the one whose input others read too: the block begins there.
+    Of two convolutions whose outputs are added, the one in the shortcut shares its input with other nodes.
     """
-    made = {node.output[0]: node for node in model.graph.node if node.name in chosen}
-    readers = [name for node in model.graph.node for name in node.input]
+    producers = {node.output[0]: node for node in model.graph.node if node.name in chosen}
+    used = [name for node in model.graph.node for name in node.input]
     return [
         value
         for node in model.graph.node
-        if node.op_type == "Add" and all(name in made for name in node.input)
+        if node.op_type == "Add" and all(name in producers for name in node.input)
         for value in node.input
-        if readers.count(made[value].input[0]) > 1
+        if used.count(producers[value].input[0]) > 1
     ]
-
-
-def cleaned(model: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto:
-    """Return *model* with the border of *original* and without names and notes of the tool."""
-    del model.opset_import[:]
-    model.opset_import.extend(original.opset_import)
-    model.producer_name, model.producer_version = original.producer_name, original.producer_version
-    model.ir_version = original.ir_version
-    del model.metadata_props[:]
-    del model.graph.value_info[:]
-    onnx.checker.check_model(model, full_check=True)
-    return model

@@ -1,11 +1,10 @@
-"""What `precision.json` says: the type of every named part, what was lost by it, and which layers cost most.
+"""The content of `precision.json`: the types in the exported graph, the accuracy, and the int8 costs.
 
-Types are read off the graph that ships, not off what was asked: weights by their initializers, operations
-by the captured graph. A graph whose types are not those asked for is refused.
+Types are read from the exported graph, not from the options: weights from its initializers, operations from the
+captured program. A graph whose types differ from the requested ones is rejected.
 """
 
 from collections import Counter
-from collections.abc import Mapping
 
 import onnx
 import torch
@@ -15,10 +14,10 @@ from torch.export import ExportedProgram
 from sopdeploy.bundle.manifest import Int8For, Precision
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import LoweringError
-from sopdeploy_export.precision.casts import STORED, Iteration, float32_parts, is_below
+from sopdeploy_export.graph.onnx_export import PREFIX
+from sopdeploy_export.precision.casts import LOW_PRECISION, Iteration, weight_dtypes
 from sopdeploy_export.rewrites.attention import FoldedExcitation
 
-PREFIX = "network."
 TYPE_NAMES = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
@@ -28,7 +27,7 @@ TYPE_NAMES = {
 
 
 class PartPrecision(StrictModel):
-    """One part: the type of its weights in the file, none where it has none, and operations by type."""
+    """One part: the type of its weights in the file (if it has any), and its operations counted by type."""
 
     part: str
     weights: str | None
@@ -36,17 +35,23 @@ class PartPrecision(StrictModel):
 
 
 class Cost(StrictModel):
-    """How far quantising this layer or part alone moves the logits, as a share of their spread."""
+    """How far quantizing one layer or part alone moves the logits, as a fraction of their spread."""
 
     part: str
     share: float
 
 
-class Quantisation(StrictModel):
-    """For which runtime, how the ranges were found, how many layers are int8, and what costs most.
+class Quantization(StrictModel):
+    """How int8 was produced and what it costs.
 
-    `costs` are the dearest layers, `parts` all parts of the network that hold layers, the dearest first.
-    `kept` are the parts that were asked to stay in float32, `--keep-float`.
+    Attributes:
+        runtime: The runtime that the graph is quantized for.
+        kept: Parts that `--keep-float` keeps in float32.
+        calibration: Method that found the ranges.
+        images: Number of calibration images.
+        layers: Number of int8 convolutions.
+        costs: The layers that cost most, in descending order.
+        parts: All parts with int8 convolutions, in descending order of cost.
     """
 
     runtime: Int8For
@@ -59,11 +64,16 @@ class Quantisation(StrictModel):
 
 
 class Accuracy(StrictModel):
-    """The float32 graph against the one that ships, on the same pictures.
+    """The float32 graph compared with the exported one on the same images.
 
-    `before` and `after` are shares of right answers, absent without labels; `agree` of `images` have the
-    same top class, a share between `low` and `high` at 95 %. `drop` is in points: what was lost of top-1,
-    or without labels the share of disagreement, which it cannot exceed.
+    Attributes:
+        images: Number of images.
+        before: Top-1 of the float32 graph as a fraction; `None` without labels.
+        after: Top-1 of the exported graph as a fraction; `None` without labels.
+        agree: Number of images with the same top class.
+        low: Lower end of the 95 % confidence interval of the fraction that agrees.
+        high: Upper end of that interval.
+        drop: Lost points of top-1; without labels the percentage of images that disagree, an upper bound.
     """
 
     images: int
@@ -76,21 +86,21 @@ class Accuracy(StrictModel):
 
 
 class PrecisionReport(StrictModel):
-    """Everything said about the precision of one bundle."""
+    """The content of `precision.json`."""
 
     precision: Precision
     newton_schulz: Iteration
     parts: tuple[PartPrecision, ...]
-    quantisation: Quantisation | None = None
+    quantisation: Quantization | None = None
     accuracy: Accuracy | None = None
 
     def summary(self) -> dict[str, int]:
-        """Return how many parts have weights of each type."""
+        """Count the parts by the type of their weights."""
         return dict(sorted(Counter(part.weights for part in self.parts if part.weights).items()))
 
 
 def part_precisions(model: onnx.ModelProto, program: ExportedProgram) -> tuple[PartPrecision, ...]:
-    """Return the types of every named part, in the order of computing."""
+    """List the types of every named part, in the order of computation."""
     weights = weight_types(model)
     operations: dict[str, Counter[str]] = {}
     for node in program.graph.nodes:
@@ -99,20 +109,19 @@ def part_precisions(model: onnx.ModelProto, program: ExportedProgram) -> tuple[P
         if node.op == "call_function" and stack and isinstance(value, torch.Tensor):
             part = stack[-1][0].removeprefix(PREFIX)
             if value.is_floating_point():
-                operations.setdefault(part, Counter())[str(value.dtype).removeprefix("torch.")] += 1
-    names = dict.fromkeys([*operations, *weights])
+                operations.setdefault(part, Counter())[_name(value.dtype)] += 1
     return tuple(
         PartPrecision(
             part=name,
             weights=weights.get(name),
             operations=dict(sorted(operations.get(name, Counter[str]()).items())),
         )
-        for name in names
+        for name in dict.fromkeys([*operations, *weights])
     )
 
 
 def weight_types(model: onnx.ModelProto) -> dict[str, str]:
-    """Return the type of each part's largest weight in *model*."""
+    """Map each part to the type of its largest weight in *model*."""
     found: dict[str, tuple[int, str]] = {}
     for tensor in model.graph.initializer:
         part = tensor.name.rpartition(".")[0]
@@ -122,32 +131,30 @@ def weight_types(model: onnx.ModelProto) -> dict[str, str]:
     return {part: name for part, (_, name) in found.items()}
 
 
-def refuse_other_types(model: onnx.ModelProto, network: nn.Module, precision: Precision) -> None:
-    """Refuse a graph whose weights are not of the types that *precision* gives the parts of *network*.
+def check_weight_types(model: onnx.ModelProto, network: nn.Module, precision: Precision) -> None:
+    """Raise `LoweringError` unless the weights of *model* have the types that *precision* gives *network*.
 
-    *network* is the one before casts, so that a cast that was never placed shows: a part of a rewritten
-    network has its rewritten name.
+    *network* is the rewritten one before casts, so that a missing cast is detected.
     """
-    if precision == "int8" and "int8" not in weight_types(model).values():
-        raise LoweringError("int8 was asked for, but no convolution of the graph is int8")
-    if precision not in STORED:
+    found = weight_types(model)
+    if precision == "int8" and "int8" not in found.values():
+        raise LoweringError("int8 was requested, but no convolution of the graph is int8")
+    if precision not in LOW_PRECISION:
         return
-    found, wanted = weight_types(model), expected_types(network, precision)
-    wrong = [part for part, name in wanted.items() if found.get(part, name) != name]
-    if wrong or not set(found.values()) & {str(STORED[precision]).removeprefix("torch.")}:
-        part = wrong[0] if wrong else next(iter(found), "no part")
-        raise LoweringError(
-            f"{precision} was asked for, but the graph holds {part} in {found.get(part, 'no type')}: "
-            f"{len(wrong)} of {len(wanted)} parts have another type than they should"
-        )
-
-
-def expected_types(network: nn.Module, precision: Precision) -> Mapping[str, str]:
-    """Return the type that the weights of each part of *network* should have."""
-    kept = float32_parts(network, precision)
-    low = str(STORED[precision]).removeprefix("torch.")
-    return {
-        name: "float32" if is_below(name, kept) else low
+    dtypes = weight_dtypes(network, precision)
+    expected = {
+        name: _name(dtypes[name])
         for name, part in network.named_modules()
         if isinstance(part, nn.Conv2d | nn.Linear | nn.ParameterList | FoldedExcitation)
     }
+    wrong = [part for part, name in expected.items() if found.get(part, name) != name]
+    if wrong or _name(LOW_PRECISION[precision]) not in found.values():
+        part = wrong[0] if wrong else next(iter(found), "no part")
+        raise LoweringError(
+            f"{precision} was requested, but the graph holds {part} in {found.get(part, 'no type')}: "
+            f"{len(wrong)} of {len(expected)} parts have the wrong type"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,21 +1,26 @@
-"""The certificate: proof that what is left after detaching is the plain network.
+"""The certificate: proof that the detached network is the plain network.
 
-Four statements, each checked and each fatal where it does not hold:
-  accounting   every tensor of the trained network is removed or kept, none is both, and the kept ones have
-               the same sha256 before and after;
-  graphs       the graph of the trained network's answer, of the detached network and of a plain network
-               built anew from the config with the same weights have one Merkle root, for any batch size
-               and for a batch of one;
-  numbers      all three give bitwise equal logits on probe images, alone and in batches;
-  lowering     their ONNX graphs have one root too (checked by the pipeline with `onnx_root`).
+It makes four statements. Each is checked, and the export stops if one does not hold:
 
-A numeric check alone cannot see `y + 0 * branch(f)`; the graphs can, and name the weights still reached.
+- inventory: every tensor of the trained network is either removed or kept, and a kept tensor has the same sha256
+  before and after.
+- graphs: the programs of the trained network's output, of the detached network, and of a plain network built
+  from the config with the same weights have one Merkle root, for any batch size and for a batch of one.
+- numbers: the three networks return bitwise equal logits for the probe images, alone and in batches.
+- ONNX: the three ONNX graphs have one Merkle root.
+
+A comparison of numbers alone does not detect `y + 0 * branch(f)`. The comparison of graphs does, and it names the
+weights that the output still depends on.
 """
 
+import copy
 from dataclasses import dataclass
+from typing import TypeVar
 
+import onnx
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange
@@ -23,19 +28,21 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
+from sopdeploy_export.graph.onnx_export import PREFIX, lower
 from sopdeploy_export.graph.torch_export import Captured, Deployed, capture
 from sopdeploy_export.proof.graph_hash import ProgramRoot, program_root
-from sopdeploy_export.proof.preconditions import refuse_hooks, refuse_train_mode, standard_layout
+from sopdeploy_export.proof.onnx_hash import onnx_root
 from sopdeploy_export.proof.tensor_inventory import TensorEntry, build_inventory, tensors
 
-ALONE, TOGETHER = 4, 16  # probes compared one by one, and the largest batch they are compared in
-PREFIX = "network."  # what the captured wrapper puts before the network's own names
+SINGLE_PROBES = 4  # compared one by one
+MAX_BATCH = 16  # of the probes that are compared in batches
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Roots(StrictModel):
-    """The one Merkle root of three networks' graphs, and how many operations it covers.
+    """The Merkle roots that the three networks share, and the number of operations that they cover.
 
-    `onnx` is that of their lowered graphs; it is empty until `with_onnx_root` has compared those.
+    `onnx` is the root of the ONNX graphs; it is empty until `lower_with_proof` has compared them.
     """
 
     any_batch: str
@@ -45,7 +52,7 @@ class Roots(StrictModel):
 
 
 class Certificate(StrictModel):
-    """What was proved. It exists only where every statement held."""
+    """What was proved. It exists only if every statement holds."""
 
     model: str
     detached: tuple[str, ...]
@@ -59,13 +66,13 @@ class Certificate(StrictModel):
 
     @property
     def bytes_removed(self) -> int:
-        """Return how many bytes of tensors left."""
+        """Total size of the removed tensors."""
         return sum(entry.bytes for entry in self.removed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proof:
-    """The certificate, and the graphs it speaks of: `lean` is the one to lower."""
+    """The certificate and the programs that it covers; `lean` is the detached network's."""
 
     certificate: Certificate
     trained: Captured
@@ -84,33 +91,30 @@ def certify(
 ) -> Proof:
     """Prove that *lean*, detached from *trained*, is the plain network with the trained weights.
 
-    *probes* are uint8 images (P, crop, crop, 3). Raises `CertificateError` saying which statement does not
-    hold and where; nothing is changed.
+    *probes* are uint8 images (P, crop, crop, 3). Raises `CertificateError` with the statement that does not hold
+    and where; neither network is changed.
     """
     batch = batch or BatchRange()
     for role, network in (("trained", trained), ("detached", lean)):
-        refuse_train_mode(network, role)
-        refuse_hooks(network, role)
-    whole = lean is trained  # nothing was detached
-    trained = standard_layout(trained)
-    lean = trained if whole else standard_layout(lean)
+        _check_eval_mode_and_hooks(network, role)
+    nothing_detached = lean is trained
+    trained = _contiguous(trained)
+    lean = trained if nothing_detached else _contiguous(lean)
     removed, kept = build_inventory(trained, lean)
     networks: dict[str, Backbone] = {
         "plain": build_plain_network(trained, lean),
         "trained": trained,
         "detached": lean,
     }
-    captured, roots = same_graphs(networks, preprocess, batch, {entry.name for entry in removed})
-    batches = assert_equal_outputs(
-        {name: Deployed(net, preprocess) for name, net in networks.items()}, probes
-    )
+    captured, roots = _assert_equal_graphs(networks, preprocess, batch, {entry.name for entry in removed})
+    deployed = {role: Deployed(network, preprocess) for role, network in networks.items()}
     certificate = Certificate(
         model=model,
         detached=trained.training_only,
         removed=removed,
         kept=kept,
         roots=roots,
-        batches=batches,
+        batches=assert_equal_outputs(deployed, probes),
         images=len(probes),
     )
     return Proof(
@@ -121,29 +125,78 @@ def certify(
     )
 
 
+def lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.ModelProto, Certificate]:
+    """Convert the detached network to ONNX, and add to the certificate the root that all ONNX graphs share.
+
+    Raises `CertificateError` if the ONNX graph of the trained network differs from the plain network's.
+    """
+    lean = lower(proof.lean.any_batch, outputs)
+    roots = {
+        "detached": onnx_root(lean),
+        "plain": onnx_root(lower(proof.plain.any_batch, outputs)),
+    }
+    if proof.trained is not proof.lean:
+        roots["trained"] = onnx_root(lower(proof.trained.any_batch, outputs))
+    for role, root in roots.items():
+        if root != roots["plain"]:
+            raise CertificateError(f"the ONNX graph of the {role} network differs from the plain network's")
+    shared = proof.certificate.roots.model_copy(update={"onnx": roots["plain"]})
+    return lean, proof.certificate.model_copy(update={"roots": shared})
+
+
+def _check_eval_mode_and_hooks(network: nn.Module, role: str) -> None:
+    """Reject train mode, and forward hooks, whose code is not part of any exported file.
+
+    A hook on all modules would change the plain network as well, so the comparison would not show it.
+    """
+    for name, module in network.named_modules():
+        if module.training:
+            raise CertificateError(
+                f"the {role} network is in train mode ({name or 'the whole network'}); call .eval() first"
+            )
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        raise CertificateError("a forward hook is registered on all modules; remove it before the export")
+    for name, module in network.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise CertificateError(
+                f"the {role} network has a forward hook on {name or 'the whole network'}; remove it first"
+            )
+
+
+def _contiguous(network: Network) -> Network:
+    """Copy *network* if a tensor of it is not in the contiguous memory layout."""
+    if all(tensor.is_contiguous() for tensor in tensors(network).values()):
+        return network
+    return copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+
+
 def build_plain_network(trained: Classifier, lean: nn.Module) -> Backbone:
-    """Return a plain network, built anew from the config, that holds the weights of *lean*."""
+    """Build a plain network from the config of *trained* and copy the weights of *lean* into it.
+
+    Raises `CertificateError` if the tensors of the two do not correspond one to one.
+    """
     plain = trained.inference_model()
     source, target = tensors(lean), tensors(plain)
-    missing, unknown = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
+    missing, extra = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
     if missing:
         raise CertificateError(f"the plain network needs {missing[0]}, which the detached one lacks")
-    if unknown:
-        raise CertificateError(f"the detached network still has {unknown[0]}, which the plain one lacks")
+    if extra:
+        raise CertificateError(f"the detached network still has {extra[0]}, which the plain one lacks")
     with torch.no_grad():
         for name, tensor in target.items():
             if source[name].shape != tensor.shape or source[name].dtype != tensor.dtype:
-                raise CertificateError(f"{name} has another shape or type than in the plain network")
+                raise CertificateError(f"{name} has a different shape or dtype in the plain network")
             tensor.copy_(source[name])
     return plain.eval()
 
 
-def same_graphs(
+def _assert_equal_graphs(
     networks: dict[str, Backbone], preprocess: Preprocess, batch: BatchRange, removed: set[str]
 ) -> tuple[dict[str, Captured], Roots]:
-    """Return the graphs of *networks*, `plain` first, and the roots they share.
+    """Capture *networks*, the plain one first, and compare their Merkle roots.
 
-    Raises naming the training-only weights still reached, or the first place where a graph differs.
+    Raises `CertificateError` with the removed weights that an output depends on, or with the first operation that
+    differs from the plain network.
     """
     captured: dict[str, Captured] = {}
     plain: dict[str, ProgramRoot] = {}
@@ -152,77 +205,58 @@ def same_graphs(
             captured[role] = captured["trained"]
             continue
         try:
-            graphs = captured[role] = capture(network, preprocess, batch)
-        except LoweringError as problem:
-            raise CertificateError(f"the {role} network {problem}") from problem
-        found = {
-            "any batch size": program_root(graphs.any_batch),
-            "a batch of one": program_root(graphs.batch_of_one),
+            programs = captured[role] = capture(network, preprocess, batch)
+        except LoweringError as error:
+            raise CertificateError(f"the {role} network {error}") from error
+        roots = {
+            "any batch size": program_root(programs.any_batch),
+            "a batch of one": program_root(programs.batch_of_one),
         }
-        plain = plain or found
-        for what, root in found.items():
-            refuse_reachable(root, removed, what)
-            if root.sha256 != plain[what].sha256:
-                where = first_difference(root, plain[what])
-                raise CertificateError(f"the {role} network is not the plain one, for {what}: {where}")
-    roots = Roots(
+        plain = plain or roots
+        for size, root in roots.items():
+            reached = sorted({name.removeprefix(PREFIX) for name in root.state} & removed)
+            if reached:
+                more = f" and {len(reached) - 3} more" if len(reached) > 3 else ""
+                raise CertificateError(
+                    f"the output still depends on training-only weights, for {size}: "
+                    f"{', '.join(reached[:3])}{more}; a branch affects the main output"
+                )
+            if root.sha256 != plain[size].sha256:
+                difference = _first_difference(root, plain[size])
+                raise CertificateError(f"the {role} network is not the plain one, for {size}: {difference}")
+    shared = Roots(
         any_batch=plain["any batch size"].sha256,
         batch_of_one=plain["a batch of one"].sha256,
         operations=len(plain["any batch size"].nodes),
     )
-    return captured, roots
+    return captured, shared
 
 
-def with_onnx_root(certificate: Certificate, roots: dict[str, str]) -> Certificate:
-    """Return *certificate* with the root that all lowered graphs share; raise where one has another."""
-    for role, root in roots.items():
-        if root != roots["plain"]:
-            raise CertificateError(f"the lowered graph of the {role} network is not the plain one's")
-    return certificate.model_copy(
-        update={"roots": certificate.roots.model_copy(update={"onnx": roots["plain"]})}
-    )
-
-
-def refuse_reachable(root: ProgramRoot, removed: set[str], what: str) -> None:
-    """Refuse an answer that depends on weights that only training should need."""
-    reached = sorted(name for name in (s.removeprefix(PREFIX) for s in root.state) if name in removed)
-    if reached:
-        more = f" and {len(reached) - 3} more" if len(reached) > 3 else ""
-        raise CertificateError(
-            f"the answer still depends on training-only weights, for {what}: {', '.join(reached[:3])}{more}; "
-            "a branch leaks into the main output"
-        )
-
-
-def first_difference(found: ProgramRoot, plain: ProgramRoot) -> str:
-    """Return the first operation that only one of two graphs has, in words."""
-    extra = [place for sha, place in found.nodes.items() if sha not in plain.nodes]
-    lacking = [place for sha, place in plain.nodes.items() if sha not in found.nodes]
+def _first_difference(found: ProgramRoot, plain: ProgramRoot) -> str:
+    extra = [place for sha256, place in found.nodes.items() if sha256 not in plain.nodes]
+    missing = [place for sha256, place in plain.nodes.items() if sha256 not in found.nodes]
     if extra:
-        return f"it computes {extra[0]}" + (f", the plain one {lacking[0]}" if lacking else "")
-    if lacking:
-        return f"it leaves out {lacking[0]}"
-    return "its inputs or outputs differ"
+        return f"it computes {extra[0]}" + (f", the plain one {missing[0]}" if missing else "")
+    return f"it lacks {missing[0]}" if missing else "its inputs or outputs differ"
 
 
 def assert_equal_outputs(networks: dict[str, nn.Module], probes: Tensor) -> tuple[int, ...]:
-    """Refuse outputs that are not bitwise those of the plain network; return the batch sizes compared."""
-    alone = [probes[i : i + 1] for i in range(min(ALONE, len(probes)))]
-    together = [probes[i : i + TOGETHER] for i in range(0, len(probes), TOGETHER)]
-    for images in (*alone, *together):
+    """Check that all networks return bitwise the same outputs; return the batch sizes that were compared.
+
+    Raises `CertificateError` with the largest difference.
+    """
+    single = [probes[i : i + 1] for i in range(min(SINGLE_PROBES, len(probes)))]
+    batches = [probes[i : i + MAX_BATCH] for i in range(0, len(probes), MAX_BATCH)]
+    for images in (*single, *batches):
         with torch.no_grad():
-            answers = {role: network(images) for role, network in networks.items()}
+            outputs = {role: network(images) for role, network in networks.items()}
         for role in ("trained", "detached"):
-            for found, plain in zip(answers[role], answers["plain"], strict=True):
-                if not torch.equal(bits(found), bits(plain)):
+            for found, plain in zip(outputs[role], outputs["plain"], strict=True):
+                # as bytes, because 0 equals -0 and NaN differs from itself
+                if not torch.equal(*(values.contiguous().view(torch.uint8) for values in (found, plain))):
                     difference = (found - plain).abs().max().item()
                     raise CertificateError(
                         f"the {role} network gives other logits than the plain one at batch {len(images)}: "
                         f"largest difference {difference:.3g}"
                     )
-    return (1, len(together[0]))
-
-
-def bits(values: Tensor) -> Tensor:
-    """Return the bytes of *values*, so that -0 is not 0 and NaN is itself."""
-    return values.contiguous().view(torch.uint8)
+    return (1, len(batches[0]))

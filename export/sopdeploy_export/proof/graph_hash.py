@@ -1,10 +1,10 @@
-"""A Merkle hash over a captured graph: equal roots mean equal graphs with equal weights.
+"""A Merkle hash over a captured program: equal roots mean equal graphs with equal weights.
 
-The graph is walked from its outputs up. The hash of an operation covers its name, every argument of its
-schema with defaults filled in, and the hashes of its operands in order; weights and constants go in by
-content, inputs by position, type and (symbolic) shape. Names, and whatever no output depends on, do not
-count, so a network that was trained with branches has the root of the plain one exactly if its answer is
-computed the same way. The walk is linear, and complete because operands are ordered.
+The hash starts at the outputs. The hash of an operation covers its name, every argument of its schema with
+defaults filled in, and the hashes of its operands in order. Weights and constants count by content, inputs by
+position, dtype and (symbolic) shape. Names, and operations that no output depends on, do not count. So a network
+that was trained with branches has the root of the plain network exactly if its output is computed the same way.
+The hash takes linear time.
 """
 
 import hashlib
@@ -19,13 +19,17 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from sopdeploy.errors import CertificateError
 
+SCALARS = (bool, int, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProgramRoot:
-    """The root of a graph and what lies under it.
+    """The Merkle root of a program and what it covers.
 
-    `nodes` maps the hash of every operation that counts to where it stands in the network; `state` holds
-    the names of the weights and buffers that the outputs depend on.
+    Attributes:
+        sha256: The root.
+        nodes: The hash of every operation that counts, mapped to its place in the network.
+        state: The names of the parameters and buffers that the outputs depend on.
     """
 
     sha256: str
@@ -34,88 +38,85 @@ class ProgramRoot:
 
 
 def program_root(program: ExportedProgram) -> ProgramRoot:
-    """Return the root of *program*; raises `CertificateError` where its graph writes to anything."""
-    refuse_writes(program)
-    walk = Walk(leaves=leaf_hashes(program))
-    outputs = next(node for node in program.graph.nodes if node.op == "output")
-    effects = [node for node in program.graph.nodes if node.op == "call_function" and is_effect(node)]
-    lines = [walk.encode(outputs.args[0]), *(walk.encode(node) for node in effects)]
-    names = dict(program.graph_signature.inputs_to_parameters)
-    names |= program.graph_signature.inputs_to_buffers
-    reached = frozenset(names[node.name] for node in walk.hashes if node.name in names)
-    return ProgramRoot(sha256=hash_of(lines), nodes=walk.places, state=reached)
+    """Compute the Merkle root of *program*.
 
-
-def refuse_writes(program: ExportedProgram) -> None:
-    """Refuse a graph that writes to a buffer or to its input: its answers would depend on its past."""
+    Raises `CertificateError` if the program writes to a buffer or an input, because its outputs would then depend
+    on earlier calls.
+    """
     for spec in program.graph_signature.output_specs:
-        if spec.kind not in {OutputKind.USER_OUTPUT}:
+        if spec.kind != OutputKind.USER_OUTPUT:
             raise CertificateError(
-                f"the eval graph writes to {spec.target or spec.arg}; a network that ships only computes"
+                f"the eval graph writes to {spec.target or spec.arg}; an exported network must be stateless"
             )
-
-
-def is_effect(node: fx.Node) -> bool:
-    """Say whether *node* does something although nobody uses what it gives, such as an assertion."""
-    return not node.users and node.is_impure()
-
-
-def leaf_hashes(program: ExportedProgram) -> dict[str, str]:
-    """Return the hash of every placeholder: weights by content, inputs by position and shape."""
-    symbols: dict[str, str] = {}
-    leaves = {}
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    for position, spec in enumerate(
-        s for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT
-    ):
-        value = values[spec.arg.name]
-        if not isinstance(value, Tensor):
-            raise CertificateError(f"input {position} is no tensor")
-        shape = [symbol(size, symbols) for size in value.shape]
-        leaves[spec.arg.name] = hash_of(["input", str(position), str(value.dtype), *shape])
-    for spec in program.graph_signature.input_specs:
-        if spec.kind == InputKind.USER_INPUT:
-            continue
-        tensor = program.state_dict.get(spec.target, program.constants.get(spec.target))
-        if not isinstance(tensor, Tensor):
-            raise CertificateError(f"{spec.target}: the graph depends on an object that is no tensor")
-        leaves[spec.arg.name] = tensor_hash(tensor)
-    return leaves
-
-
-def symbol(size: Any, symbols: dict[str, str]) -> str:
-    """Return a size as text: a number, or a symbol numbered by its first appearance."""
-    if isinstance(size, int):
-        return str(size)
-    return symbols.setdefault(str(size.node.expr), f"S{len(symbols)}")
+    hasher = _GraphHasher(leaves=_leaf_hashes(program))
+    outputs = next(node for node in program.graph.nodes if node.op == "output")
+    side_effects = [  # such as an assertion, whose result no node uses
+        node
+        for node in program.graph.nodes
+        if node.op == "call_function" and not node.users and node.is_impure()
+    ]
+    lines = [hasher.encode(outputs.args[0]), *(hasher.encode(node) for node in side_effects)]
+    signature = program.graph_signature
+    names = signature.inputs_to_parameters | signature.inputs_to_buffers
+    reached = frozenset(names[node.name] for node in hasher.hashes if node.name in names)
+    return ProgramRoot(sha256=_hash(lines), nodes=hasher.places, state=reached)
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """Return the sha256 over type, shape and content of *tensor*, in the standard memory layout."""
+    """Compute the sha256 of dtype, shape and content of *tensor* in the contiguous memory layout."""
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     header = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
     return hashlib.sha256(header + content.tobytes()).hexdigest()
 
 
-def hash_of(lines: Iterable[str]) -> str:
-    """Return the sha256 over *lines*, each with its length, so that no two lists give the same bytes."""
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(f"{len(line)}:{line}".encode())
-    return digest.hexdigest()
+def _leaf_hashes(program: ExportedProgram) -> dict[str, str]:
+    """Hash every placeholder: weights by content, inputs by position, dtype and shape."""
+    symbols: dict[str, str] = {}
+    leaves: dict[str, str] = {}
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    specs = program.graph_signature.input_specs
+    for position, spec in enumerate(spec for spec in specs if spec.kind == InputKind.USER_INPUT):
+        value = values[spec.arg.name]
+        if not isinstance(value, Tensor):
+            raise CertificateError(f"input {position} is not a tensor")
+        shape = [  # symbolic sizes are numbered by their first appearance
+            str(size) if isinstance(size, int) else symbols.setdefault(str(size.node.expr), f"S{len(symbols)}")
+            for size in value.shape
+        ]
+        leaves[spec.arg.name] = _hash(["input", str(position), str(value.dtype), *shape])
+    for spec in specs:
+        if spec.kind != InputKind.USER_INPUT:
+            tensor = program.state_dict.get(spec.target, program.constants.get(spec.target))
+            if not isinstance(tensor, Tensor):
+                raise CertificateError(f"{spec.target}: the graph depends on an object that is not a tensor")
+            leaves[spec.arg.name] = tensor_hash(tensor)
+    return leaves
 
 
 @dataclass(kw_only=True, slots=True)
-class Walk:
-    """One walk over one graph: hashes of nodes, and where in the network each operation stands."""
+class _GraphHasher:
+    """Hashes of the nodes of one graph, and the place in the network of each operation."""
 
     leaves: dict[str, str]
     hashes: dict[fx.Node, str] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
 
-    def node_hash(self, wanted: fx.Node) -> str:
-        """Return the hash of *wanted*; an explicit stack, because networks are deeper than Python's."""
-        stack = [wanted]
+    def encode(self, value: Any) -> str:
+        """Encode *value*, an argument of an operation, as text."""
+        if isinstance(value, fx.Node):
+            return self._node_hash(value)
+        if isinstance(value, list | tuple):
+            return _hash(["list", *(self.encode(item) for item in value)])
+        if isinstance(value, dict):
+            return _hash(["dict", *(f"{key}={self.encode(value[key])}" for key in sorted(value))])
+        if isinstance(value, float):
+            return f"float {value.hex()}"
+        if value is None or isinstance(value, SCALARS):
+            return f"{type(value).__name__} {value}"
+        raise CertificateError(f"an operation has an argument of type {type(value).__name__}, without a hash")
+
+    def _node_hash(self, target: fx.Node) -> str:
+        stack = [target]  # explicit, because networks are deeper than Python's recursion limit
         while stack:
             node = stack[-1]
             missing = [operand for operand in node.all_input_nodes if operand not in self.hashes]
@@ -124,83 +125,62 @@ class Walk:
                 continue
             stack.pop()
             if node not in self.hashes:
-                self.hashes[node] = self.own_hash(node)
-        return self.hashes[wanted]
+                self.hashes[node] = self._hash_with_known_operands(node)
+        return self.hashes[target]
 
-    def own_hash(self, node: fx.Node) -> str:
-        """Return the hash of *node*, whose operands have theirs."""
+    def _hash_with_known_operands(self, node: fx.Node) -> str:
         if node.op == "placeholder":
             return self.leaves[node.name]
         if node.op == "get_attr":
-            return self.attribute_hash(node)
+            value: Any = node.graph.owning_module
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            if isinstance(value, Tensor):
+                return tensor_hash(value)
+            if isinstance(value, fx.GraphModule):
+                return _subgraph_hash(value)
+            raise CertificateError(f"{node.name}: the graph depends on an object that is not a tensor")
         if node.op != "call_function":
-            raise CertificateError(f"{node.name}: a graph holds operations only, not {node.op}")
-        found = hash_of([operation(node), *(self.encode(value) for value in arguments(node))])
-        self.places.setdefault(found, place(node))
+            raise CertificateError(f"{node.name}: a graph must contain only operations, not {node.op}")
+        found = _hash([_operation(node), *(self.encode(value) for value in _arguments(node))])
+        if found not in self.places:
+            stack = node.meta.get("nn_module_stack") or {}
+            paths = [str(path) for path, _ in stack.values()]
+            where = paths[-1].removeprefix("L['self'].").removeprefix("network.") if paths else ""
+            self.places[found] = f"{_operation(node)} in {where or 'forward'}"
         return found
 
-    def attribute_hash(self, node: fx.Node) -> str:
-        """Return the hash of a constant, or of a graph that a higher-order operation calls."""
-        owner = node.graph.owning_module
-        value: Any = owner
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        if isinstance(value, Tensor):
-            return tensor_hash(value)
-        if isinstance(value, fx.GraphModule):
-            return subgraph_hash(value)
-        raise CertificateError(f"{node.name}: the graph depends on an object that is no tensor")
 
-    def encode(self, value: Any) -> str:
-        """Return *value*, an argument of an operation, as text."""
-        if isinstance(value, fx.Node):
-            return self.node_hash(value)
-        if isinstance(value, list | tuple):
-            return hash_of(["list", *(self.encode(item) for item in value)])
-        if isinstance(value, dict):
-            return hash_of(["dict", *(f"{key}={self.encode(value[key])}" for key in sorted(value))])
-        if isinstance(value, float):
-            return f"float {value.hex()}"
-        if value is None or isinstance(
-            value, bool | int | str | torch.dtype | torch.device | torch.layout | torch.memory_format
-        ):
-            return f"{type(value).__name__} {value}"
-        raise CertificateError(f"an operation takes {type(value).__name__}, which has no hash")
-
-
-def subgraph_hash(module: fx.GraphModule) -> str:
-    """Return the hash of a graph inside the graph: its inputs by position, from its outputs up."""
+def _subgraph_hash(module: fx.GraphModule) -> str:
+    """Hash the graph that a higher-order operation calls; its inputs count by position."""
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    walk = Walk(leaves={n.name: hash_of(["argument", str(i)]) for i, n in enumerate(placeholders)})
+    hasher = _GraphHasher(leaves={n.name: _hash(["argument", str(i)]) for i, n in enumerate(placeholders)})
     outputs = next(node for node in module.graph.nodes if node.op == "output")
-    return hash_of(["graph", walk.encode(outputs.args[0])])
+    return _hash(["graph", hasher.encode(outputs.args[0])])
 
 
-def operation(node: fx.Node) -> str:
-    """Return the full name of what *node* computes."""
+def _operation(node: fx.Node) -> str:
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
         return str(target)
     return f"python {target.__module__}.{target.__qualname__}"
 
 
-def arguments(node: fx.Node) -> list[Any]:
-    """Return every argument of *node*, in the order of its schema, defaults filled in."""
+def _arguments(node: fx.Node) -> list[Any]:
+    """List every argument of *node* in the order of its schema, with defaults filled in."""
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return [*node.args, dict(node.kwargs)]
-    values = []
-    for position, argument in enumerate(target._schema.arguments):
-        if position < len(node.args) and not argument.kwarg_only:
-            values.append(node.args[position])
-        else:
-            values.append(node.kwargs.get(argument.name, argument.default_value))
-    return values
+    return [
+        node.args[position]
+        if position < len(node.args) and not argument.kwarg_only
+        else node.kwargs.get(argument.name, argument.default_value)
+        for position, argument in enumerate(target._schema.arguments)
+    ]
 
 
-def place(node: fx.Node) -> str:
-    """Return where in the network *node* stands: the module and the operation."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [str(path) for path, _ in stack.values()]
-    where = paths[-1].removeprefix("L['self'].").removeprefix("network.") if paths else ""
-    return f"{operation(node)} in {where or 'forward'}"
+def _hash(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:  # each with its length, so that no two lists of lines have the same bytes
+        digest.update(f"{len(line)}:{line}".encode())
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The books of a certificate: every tensor of the trained network is removed or kept, none is both."""
+"""The tensors of a certificate: each tensor of the trained network is either removed or kept unchanged."""
 
 from torch import Tensor, nn
 
@@ -10,7 +10,7 @@ from sopdeploy_export.proof.graph_hash import tensor_hash
 
 
 class TensorEntry(StrictModel):
-    """One parameter or buffer: its name, shape, type, size in bytes and the sha256 of its content."""
+    """One parameter or buffer: name, shape, dtype, size in bytes and the sha256 of its content."""
 
     name: str
     shape: tuple[int, ...]
@@ -20,45 +20,43 @@ class TensorEntry(StrictModel):
 
 
 def tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and buffer of *network* under every name it has."""
-    return dict(network.named_parameters(remove_duplicate=False)) | dict(
-        network.named_buffers(remove_duplicate=False)
-    )
+    """Map every name of every parameter and buffer of *network* to its tensor."""
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    return parameters | dict(network.named_buffers(remove_duplicate=False))
 
 
 def build_inventory(
-    trained: Classifier, lean: nn.Module
+    trained: Classifier, detached: nn.Module
 ) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
-    """Return what was removed and what was kept; raise where the books do not balance."""
-    before, after = tensors(trained), tensors(lean)
-    invented = sorted(after.keys() - before.keys())
-    if invented:
-        raise CertificateError(f"the detached network has a tensor {invented[0]} that was never trained")
+    """List the removed and the kept tensors of *trained*.
+
+    Raises `CertificateError` if *detached* has a new tensor, lacks one that `training_only` does not cover, holds
+    a changed one, or keeps under another name the memory of a removed one.
+    """
+    before, after = tensors(trained), tensors(detached)
+    new = sorted(after.keys() - before.keys())
+    if new:
+        raise CertificateError(f"the detached network has a tensor {new[0]} that was never trained")
     removed = {name: tensor for name, tensor in before.items() if name not in after}
-    for name in removed:
+    owners = {
+        before[name].untyped_storage().data_ptr(): name for name in after if before[name].numel()
+    }  # the memory of each kept tensor
+    for name, tensor in removed.items():
         if not is_in_any(name, trained.training_only):
             raise CertificateError(f"{name} was removed, but {list(trained.training_only)} do not cover it")
-    refuse_shared_storage(removed, {name: before[name] for name in after})
-    kept = []
-    for name, tensor in after.items():
-        record = tensor_entry(name, tensor)
-        if record != tensor_entry(name, before[name]):
-            raise CertificateError(f"{name} changed while the network was detached")
-        kept.append(record)
-    return tuple(tensor_entry(name, tensor) for name, tensor in removed.items()), tuple(kept)
-
-
-def refuse_shared_storage(removed: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
-    """Refuse a tensor that is removed under one name and kept under another."""
-    owners = {tensor.untyped_storage().data_ptr(): name for name, tensor in kept.items() if tensor.numel()}
-    for name, tensor in removed.items():
         owner = owners.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
         if owner is not None:
             raise CertificateError(f"{name} was removed but shares its memory with {owner}, which was kept")
+    kept = []
+    for name, tensor in after.items():
+        entry = _entry(name, tensor)
+        if entry != _entry(name, before[name]):
+            raise CertificateError(f"{name} changed while the network was detached")
+        kept.append(entry)
+    return tuple(_entry(name, tensor) for name, tensor in removed.items()), tuple(kept)
 
 
-def tensor_entry(name: str, tensor: Tensor) -> TensorEntry:
-    """Return the record of *tensor*."""
+def _entry(name: str, tensor: Tensor) -> TensorEntry:
     return TensorEntry(
         name=name,
         shape=tuple(tensor.shape),

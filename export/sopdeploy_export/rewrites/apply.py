@@ -1,8 +1,7 @@
-"""Lowering a certified network: the rules in their order, on a copy, each proved where it is applied.
+"""Rewrite a certified network for export: each rule in turn, on a copy, with a proof at every place.
 
-The certificate speaks of the network as it was trained and detached. Only after it holds is a copy rewritten,
-captured anew and written as ONNX; parity then compares the file with the certified network, not with the
-copy.
+The certificate covers the network as it was trained and detached. Only then is a copy rewritten, captured and
+converted to ONNX. The parity check compares the file with the certified network, not with the copy.
 """
 
 import copy
@@ -18,57 +17,58 @@ from torch.export import ExportedProgram
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.isqrt_cov import ISqrtCov
+from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.graph.onnx_export import check, lower
 from sopdeploy_export.graph.torch_export import capture_any_batch
 from sopdeploy_export.proof.graph_hash import program_root
-from sopdeploy_export.rewrites import attention as gsop_centering
-from sopdeploy_export.rewrites import attention as position
-from sopdeploy_export.rewrites import attention as row_conv
-from sopdeploy_export.rewrites import linear as compensation
-from sopdeploy_export.rewrites import linear as fusion_norm
-from sopdeploy_export.rewrites import mixture as routing
-from sopdeploy_export.rewrites import newton_schulz as root
-from sopdeploy_export.rewrites import reference_formulas as textbook
-from sopdeploy_export.rewrites.autotune import Heuristic, Timed, as_it_is
+from sopdeploy_export.rewrites import attention, linear, mixture, newton_schulz
+from sopdeploy_export.rewrites.autotune import Benchmark, Heuristic
 from sopdeploy_export.rewrites.centering import center_by_mean
 from sopdeploy_export.rewrites.context import AppliedRule, Choice, LoweringReport, RewriteContext
 from sopdeploy_export.rewrites.equivalence import record_activations
+from sopdeploy_export.rewrites.reference_formulas import FORMULAS
+from sopdeploy_export.rewrites.reference_formulas import NAME as REFERENCE
 
-# A mixture goes before the roots: its experts share one.
-RULES: tuple[Callable[[RewriteContext], None], ...] = (
-    routing.apply,
-    root.apply,
-    compensation.apply,
-    row_conv.apply,
-    fusion_norm.apply_of_fusion_norm,
-    gsop_centering.apply_of_gsop_centring,
-    position.apply_of_position,
-)
-FORMULAS: tuple[Callable[[RewriteContext], None], ...] = (textbook.apply,)
+OBSERVED_IMAGES = 2  # the smallest batch
+Rule = Callable[[RewriteContext, str, Any], None]
+# Layers declare rules by these names (`ExportHints.rewrite_rules`). Rules run in this order: a mixture goes before
+# the roots because its experts share one.
+RULES: dict[str, Rule] = {
+    "mixture_routing": mixture.apply,
+    "newton_schulz": newton_schulz.apply,
+    "post_compensation": linear.move_compensation,
+    "row_convolution": attention.fold_row_norm,
+    "fold_fusion_norm": linear.fold_fusion_norm,
+    "centering": attention.report_centering,
+    "position_resampling": attention.check_position_resampling,
+}
 
 
 class LoweringOptions(NamedTuple):
-    """What was asked for: the rules or the papers' formulas; forms by the clock or by rule of thumb.
+    """How a network is rewritten.
 
-    `stored` is the type of Newton-Schulz's matrices between two products, `cast` what the clock does to a
-    form before it times it: the casts that it will ship with.
+    Attributes:
+        rules: Apply the rewrite rules; otherwise write the papers' formulas.
+        autotune: Choose forms by timing them; otherwise by a heuristic.
+        stored: Type of the Newton-Schulz matrices between two products.
+        cast: Places the casts of the exported precision in a form before it is timed.
     """
 
     rules: bool = True
     autotune: bool = False
     stored: Literal["float32", "float16"] = "float32"
-    cast: Callable[[nn.Module], nn.Module] = as_it_is
+    cast: Callable[[nn.Module], nn.Module] = lambda form: form
 
 
-BY_RULES = LoweringOptions()
+DEFAULT_OPTIONS = LoweringOptions()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rewritten:
-    """The network to capture, whether its graph is another one than the certified, and what was done."""
+    """The network to capture, whether its program differs from the certified one, and what was done."""
 
     network: Backbone
     changed: bool
@@ -77,38 +77,60 @@ class Rewritten:
 
 
 def rewrite(
-    certified: Backbone,
-    images: Tensor,
-    batch: BatchRange,
-    wish: LoweringOptions = BY_RULES,
+    certified: Backbone, images: Tensor, batch: BatchRange, options: LoweringOptions = DEFAULT_OPTIONS
 ) -> Rewritten:
-    """Return a rewritten copy of *certified*; *images* are two normalised (2, 3, H, W) probe images.
+    """Rewrite a copy of *certified*; *images* are two normalized (2, 3, H, W) probe images.
 
-    Raises `LoweringError` where a precondition does not hold or a rewritten part gives other numbers in
-    float64.
+    Raises `LoweringError` if a precondition does not hold, a rewritten part computes something else in float64, or a
+    layer declares an unknown rule.
     """
     network = copy.deepcopy(certified).eval()
     for part in network.modules():
-        if isinstance(part, ISqrtCov):
-            part.config = part.config.model_copy(update={"stored": wish.stored})
-    work = RewriteContext(
+        if "newton_schulz" in export_hints(part).rewrite_rules:
+            config: Any = part.config
+            part.config = config.model_copy(update={"stored": options.stored})
+    context = RewriteContext(
         network=network,
-        calls=record_activations(network, (images,)),
+        activations=record_activations(network, (images,)),
         batch=batch,
-        choose=Timed(batch, wish.cast) if wish.autotune else Heuristic(),
+        choose=Benchmark(batch, options.cast) if options.autotune else Heuristic(),
     )
-    for apply in RULES if wish.rules else FORMULAS:
-        apply(work)
+    if options.rules:
+        apply_rules(context)
+    else:
+        apply_formulas(context)
     return Rewritten(
-        network=network, changed=work.changed, rules=tuple(work.rules), choices=tuple(work.choices)
+        network=network,
+        changed=context.changed,
+        rules=tuple(context.rules),
+        choices=tuple(context.choices),
     )
 
 
-OBSERVED = 2  # images: the fewest that are a batch
+def apply_rules(context: RewriteContext) -> None:
+    """Apply every rule to the parts that declare it."""
+    for part in context.network.modules():
+        unknown = set(export_hints(part).rewrite_rules) - RULES.keys()
+        if unknown:
+            raise LoweringError(f"{type(part).__name__} declares an unknown rewrite rule: {min(unknown)}")
+    for name, rule in RULES.items():
+        for where, part in context.parts("rewrite_rules", name):
+            rule(context, where, part)
+
+
+def apply_formulas(context: RewriteContext) -> None:
+    """Replace every part that declares a reference formula by the formula of its paper."""
+    for name, build in FORMULAS.items():
+        for where, part in context.parts("reference_formula", name):
+            context.replace(REFERENCE, where, build)
+            shape = "x".join(map(str, context.activations[where].inputs[0].shape[1:]))
+            context.report(
+                REFERENCE, where, f"{type(part).__name__} of {shape}", "the paper's formula, for comparison"
+            )
 
 
 class CertifiedGraph(NamedTuple):
-    """The network that the certificate speaks of, its graph, and that graph as ONNX."""
+    """The network that the certificate covers, its program, and that program as ONNX."""
 
     network: Backbone
     program: ExportedProgram
@@ -116,21 +138,12 @@ class CertifiedGraph(NamedTuple):
 
 
 class LoweredGraph(NamedTuple):
-    """The rewritten network, its graph, that graph as ONNX in float32, and what was done."""
+    """The rewritten network, its program, that program as float32 ONNX, and the report."""
 
     network: Backbone
     program: ExportedProgram
     model: onnx.ModelProto
     report: LoweringReport
-
-    def in_other_types(self, network: Backbone, program: ExportedProgram, opset: int) -> "LoweredGraph":
-        """Return the same for *network*, a copy of this one with casts, whose graph is *program*."""
-        model = lower(program, network.outputs, opset)
-        if not self.report.textbook:
-            model, _ = center_by_mean(model)
-            check(model, opset)
-        report = self.report.model_copy(update={"lowered_root": program_root(program).sha256})
-        return LoweredGraph(network, program, model, report)
 
 
 def lower_by_rules(
@@ -138,29 +151,41 @@ def lower_by_rules(
     images: NDArray[Any],
     preprocess: Preprocess,
     batch: BatchRange,
-    wish: LoweringOptions,
+    options: LoweringOptions,
 ) -> LoweredGraph:
-    """Return the ONNX model to ship, its graph and the report of the rules; *images* are uint8 probes.
+    """Rewrite the certified network and convert it to ONNX; *images* are uint8 probes (P, H, W, 3).
 
-    Where no rule changes the graph the model is the certified one itself. Raises `LoweringError` naming the
-    rule and the part where a precondition or a proof fails.
+    If no rule changes the program, its ONNX model is the certified one. Raises `LoweringError` with the rule and the
+    part for which a precondition or a proof fails.
     """
-    pixels = Normalize(preprocess)(torch.from_numpy(images[:OBSERVED]))
-    rewritten = rewrite(certified.network, pixels, batch, wish)
+    pixels = Normalize(preprocess)(torch.from_numpy(images[:OBSERVED_IMAGES]))
+    rewritten = rewrite(certified.network, pixels, batch, options)
     program, model = certified.program, certified.model
     if rewritten.changed:
         program = capture_any_batch(rewritten.network, preprocess, batch)
         model = lower(program, certified.network.outputs)
     rules, root = rewritten.rules, program_root(certified.program).sha256
-    if wish.rules:
-        model, centred = center_by_mean(model)
-        rules += tuple(centred)
+    if options.rules:
+        model, centered = center_by_mean(model)
+        rules += tuple(centered)
         check(model)
     report = LoweringReport(
-        textbook=not wish.rules,
+        textbook=not options.rules,
         rules=rules,
         choices=rewritten.choices,
         certified_root=root,
         lowered_root=program_root(program).sha256 if rewritten.changed else root,
     )
     return LoweredGraph(rewritten.network, program, model, report)
+
+
+def lower_converted(
+    lowered: LoweredGraph, network: Backbone, program: ExportedProgram, opset: int
+) -> LoweredGraph:
+    """Convert *network*, a copy of the lowered one with casts and captured as *program*, to ONNX."""
+    model = lower(program, network.outputs, opset)
+    if not lowered.report.textbook:
+        model, _ = center_by_mean(model)
+        check(model, opset)
+    report = lowered.report.model_copy(update={"lowered_root": program_root(program).sha256})
+    return LoweredGraph(network, program, model, report)

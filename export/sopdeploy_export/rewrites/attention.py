@@ -1,15 +1,14 @@
-"""Rules of GSoP's excitation: row batch norm folded into the row-wise convolution; that as conv or product.
+"""Rules of the GSoP attention blocks: row-wise convolution, covariance constants, position resampling.
 
-Letters as in `sopdeploy.layers.attention.gsop_attention`. Row i of the covariance becomes a_i S_i + c_i, and
-output r of row i is w_ir . (a_i S_i + c_i) + b_ir = (a_i w_ir) . S_i + (b_ir + c_i sum(w_ir)): other weights,
-no norm. A convolution of n groups with kernel (n, 1) is n products of (B, n) with (n, r), so it may be
-written as one batched product; its weights are turned round once, here, and not in the graph.
+Letters as in `sopdeploy.layers.attention.gsop_attention`. The batch norm turns row i of the covariance into
+a_i S_i + c_i, and output r of row i is w_ir . (a_i S_i + c_i) + b_ir = (a_i w_ir) . S_i + (b_ir + c_i sum(w_ir)):
+different weights without a norm. A convolution of n groups with kernel (n, 1) is n products of (B, n) with (n, r), so
+it may be computed as one batched product, whose weights are transposed at export.
 
-Rule of thumb: the convolution for single images, the product from batches of four on.
+The default form is the convolution for single images and the product from a batch of four.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -26,167 +25,133 @@ from sopdeploy.layers.attention.gsop_attention import (
     averaging_rows,
     nearest_rows,
 )
+from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy_export.rewrites.centering import NAME as CENTERING
 from sopdeploy_export.rewrites.centering import Centering
 from sopdeploy_export.rewrites.context import RewriteContext
+from sopdeploy_export.rewrites.equivalence import Build
 from sopdeploy_export.rewrites.linear import affine, is_frozen
 
 FOLD = "row batch norm folded into the row-wise convolution"
 FORM = "row-wise convolution as batched product or convolution"
+POSITION = "position block as fixed small products"
 PRODUCT_FROM = 4  # images in a batch
 
 
-class FoldedExcitation(nn.Module, ABC):
-    """Covariance (B, n, n) in, weights (B, out, 1, 1) in (0, 1) out; no norm is left."""
+class FoldedExcitation(nn.Module, ExportHints, ABC):
+    """`Excitation` without a norm: covariances (B, n, n) to weights (B, out, 1, 1) in (0, 1)."""
+
+    keep_float32 = True
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, before: Excitation) -> None:
         super().__init__()
         self.rows, self.activation, self.conv = before.row_conv.in_channels, before.activation, before.conv
-        weight, bias = folded(before)
-        self.register_buffer("weight", self.laid_out(weight).contiguous())
-        self.register_buffer("bias", self.bias_laid_out(bias).contiguous())
-
-    def laid_out(self, weight: Tensor) -> Tensor:
-        """Return the (4n, 1, n, 1) kernel as this form reads it."""
-        return weight
-
-    def bias_laid_out(self, bias: Tensor) -> Tensor:
-        """Return the (4n) bias as this form reads it."""
-        return bias
+        conv = before.row_conv
+        scale, shift = (values.repeat_interleave(OUTPUTS_PER_ROW) for values in affine(before.row_bn))
+        weight = conv.weight.detach().double()  # rounded once, after folding in float64
+        bias = torch.zeros(len(weight), dtype=torch.float64)
+        bias = bias if conv.bias is None else conv.bias.detach().double()
+        bias = bias + shift * weight.sum(dim=(1, 2, 3))
+        weight = weight * scale[:, None, None, None]
+        weight, bias = self.layout(weight.to(conv.weight.dtype), bias.to(conv.weight.dtype))
+        self.register_buffer("weight", weight.contiguous())
+        self.register_buffer("bias", bias.contiguous())
 
     @abstractmethod
-    def by_row(self, cov_Bnn: Tensor) -> Tensor:
-        """Return (B, 4n, 1, 1)."""
+    def layout(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Rearrange the kernel (4n, 1, n, 1) and bias (4n) for this form."""
+
+    @abstractmethod
+    def convolve_rows(self, cov_Bnn: Tensor) -> Tensor:
+        """Compute the row-wise convolution (B, 4n, 1, 1)."""
 
     def forward(self, cov_Bnn: Tensor) -> Tensor:
-        """Return the weights."""
-        return torch.sigmoid(self.conv(activate(self.by_row(cov_Bnn), self.activation)))
+        """Compute the weights."""
+        return torch.sigmoid(self.conv(activate(self.convolve_rows(cov_Bnn), self.activation)))
 
 
-class ByConvolution(FoldedExcitation):
+class RowsByConvolution(FoldedExcitation):
     """The rows by one grouped convolution."""
 
-    weight: Tensor
-    bias: Tensor
+    def layout(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the layout of the convolution."""
+        return weight, bias
 
-    def by_row(self, cov_Bnn: Tensor) -> Tensor:
-        """Return (B, 4n, 1, 1)."""
+    def convolve_rows(self, cov_Bnn: Tensor) -> Tensor:
+        """Compute the row-wise convolution (B, 4n, 1, 1)."""
         return F.conv2d(cov_Bnn.unsqueeze(3), self.weight, self.bias, groups=self.rows)
 
 
-class ByProduct(FoldedExcitation):
+class RowsByProduct(FoldedExcitation):
     """The rows by one batched product."""
 
-    weight: Tensor
-    bias: Tensor
+    def layout(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Rearrange to (n, n, r) and (n, 1, r)."""
+        weight_nnr = weight.reshape(self.rows, OUTPUTS_PER_ROW, self.rows).transpose(1, 2)
+        return weight_nnr, bias.reshape(self.rows, 1, OUTPUTS_PER_ROW)
 
-    def laid_out(self, weight: Tensor) -> Tensor:
-        """Return (n, n, r)."""
-        return weight.reshape(self.rows, OUTPUTS_PER_ROW, self.rows).transpose(1, 2)
-
-    def bias_laid_out(self, bias: Tensor) -> Tensor:
-        """Return (n, 1, r)."""
-        return bias.reshape(self.rows, 1, OUTPUTS_PER_ROW)
-
-    def by_row(self, cov_Bnn: Tensor) -> Tensor:
-        """Return (B, 4n, 1, 1)."""
+    def convolve_rows(self, cov_Bnn: Tensor) -> Tensor:
+        """Compute the row-wise convolution (B, 4n, 1, 1)."""
         out_nBr = cov_Bnn.transpose(0, 1) @ self.weight + self.bias
         return out_nBr.transpose(0, 1).reshape(-1, self.rows * OUTPUTS_PER_ROW, 1, 1)
 
 
-FORMS: dict[str, Callable[[Excitation], nn.Module]] = {
-    "convolution": ByConvolution,
-    "batched product": ByProduct,
-}
+FORMS: dict[str, Build] = {"convolution": RowsByConvolution, "batched product": RowsByProduct}
 
 
-def folded(before: Excitation) -> tuple[Tensor, Tensor]:
-    """Return kernel (4n, 1, n, 1) and bias (4n) with the norm in them, rounded once from float64."""
-    conv = before.row_conv
-    scale, shift = (values.repeat_interleave(OUTPUTS_PER_ROW) for values in affine(before.row_bn))
-    weight = conv.weight.detach().double()
-    bias = torch.zeros(len(weight), dtype=torch.float64)
-    bias = bias if conv.bias is None else conv.bias.detach().double()
-    folded_bias = bias + shift * weight.sum(dim=(1, 2, 3))
-    folded_weight = weight * scale[:, None, None, None]
-    return folded_weight.to(conv.weight.dtype), folded_bias.to(conv.weight.dtype)
+def fold_row_norm(context: RewriteContext, where: str, part: Excitation) -> None:
+    """Fold the norm of one excitation with frozen statistics, and choose the form of its rows."""
+    if not is_frozen(part.row_bn):
+        return
+    default = "batched product" if context.batch.optimum >= PRODUCT_FROM else "convolution"
+    build, choice = context.choose_form(where, FORMS, default)
+    context.replace(FOLD, where, build)
+    rows = part.row_conv.in_channels
+    context.report(
+        FOLD,
+        where,
+        f"eval statistics of {rows} rows, followed by one convolution",
+        f"{4 * rows} numbers fewer",
+    )
+    context.report(
+        FORM, where, f"groups = rows = {rows}, kernel ({rows}, 1)", f"one {choice.form}; {choice.by}"
+    )
 
 
-def apply(work: RewriteContext) -> None:
-    """Fold the norm of every excitation with frozen statistics, and choose the form of its rows."""
-    for where, part in work.parts(Excitation):
-        if not is_frozen(part.row_bn):
-            continue
-        thumb = "batched product" if work.batch.optimum >= PRODUCT_FROM else "convolution"
-        work.replace(FOLD, where, work.pick(where, FORMS, thumb))
-        form = work.choices[-1].form
-        rows = part.row_conv.in_channels
-        work.note(
-            FOLD,
-            where,
-            f"eval statistics of {rows} rows, one convolution behind",
-            f"{4 * rows} numbers fewer",
-        )
-        work.note(
-            FORM, where, f"groups = rows = {rows}, kernel ({rows}, 1)", f"one {form}; {work.choices[-1].by}"
-        )
-
-
-POSITION = "position block as fixed small products"
-
-
-def apply_of_position(work: RewriteContext) -> None:
-    """Check and write down the constants of every position block."""
-    for where, part in work.parts(PositionAttention):
-        side = part.switches.side
-        height, width = work.calls[where].inputs[0].shape[2:]
-        up = nearest_rows if part.switches.upsampling == "nearest" else averaging_rows
-        constants = [
-            averaging_rows(height, side),
-            averaging_rows(width, side),
-            up(side, height),
-            up(side, width),
-        ]
-        for rows in constants:
-            check_rows(where, np.array(rows))
-        work.note(
-            POSITION,
-            where,
-            "rows of the constants are non-negative and sum to 1",
-            f"{height} x {width} to {side} x {side} and back in 4 products; no adaptive pooling, no resize",
-        )
-
-
-def check_rows(where: str, rows: np.ndarray) -> None:
-    """Refuse a matrix that is not one of averages."""
-    if (rows < 0).any() or np.abs(rows.sum(axis=1) - 1).max() > 1e-12:
-        raise LoweringError(f"{where}: a resampling matrix does not average")
-
-
-def apply_of_gsop_centring(work: RewriteContext) -> None:
-    """Check and write down the constant of every GSoP covariance."""
-    for where, _ in work.parts(ChannelAttention):
-        height, width = work.calls[f"{where}.reduction"].output.shape[2:]
-        note(work, where, written_for(height * width, rows=height * width))
-    for where, position in work.parts(PositionAttention):
-        samples = work.calls[f"{where}.reduction"].output.shape[1]
-        released = position.switches.covariance == "uncentred"
-        note(work, where, written_for(position.switches.side**2 if released else samples, rows=samples))
-
-
-def written_for(count: int, *, rows: int) -> Centering:
-    """Return I / count - 11^T / count^2 of *rows* rows."""
-    return Centering(1.0 / count, -1.0 / count**2, rows)
-
-
-def note(work: RewriteContext, where: str, constant: Centering) -> None:
-    """Write down which form the constant allows."""
-    alpha, beta = constant.alpha, constant.beta
-    total = alpha + constant.size * beta
-    form = "the mean is subtracted" if constant.removes_the_mean else "not centring: alpha X^T X + beta s s^T"
-    work.note(
+def report_centering(context: RewriteContext, where: str, part: ChannelAttention | PositionAttention) -> None:
+    """Check the constant I / count - 11^T / count^2 of one GSoP covariance and report which form it allows."""
+    shape = context.activations[f"{where}.reduction"].output.shape
+    if isinstance(part, PositionAttention):  # the reduced channels are the samples
+        samples = shape[1]
+        count = part.switches.side**2 if part.switches.covariance == "uncentred" else samples
+    else:
+        samples = count = shape[2] * shape[3]
+    constant = Centering(1.0 / count, -1.0 / count**2, samples)
+    total = constant.alpha + samples * constant.beta
+    centered, released = "the mean is subtracted", "not centering: alpha X^T X + beta s s^T"
+    context.report(
         CENTERING,
         where,
-        f"alpha = {alpha:.3g}, beta = {beta:.3g}, alpha + {constant.size} beta = {total:.1g}",
-        f"{form}; {constant.size} additions for {constant.size**2} multiply-adds",
+        f"alpha = {constant.alpha:.3g}, beta = {constant.beta:.3g}, alpha + {samples} beta = {total:.1g}",
+        f"{centered if constant.removes_the_mean else released}; "
+        f"{samples} additions instead of {samples**2} multiply-adds",
+    )
+
+
+def check_position_resampling(context: RewriteContext, where: str, part: PositionAttention) -> None:
+    """Check that the constants of one position block are averages; raises `LoweringError`."""
+    side = part.switches.side
+    height, width = context.activations[where].inputs[0].shape[2:]
+    up = nearest_rows if part.switches.upsampling == "nearest" else averaging_rows
+    constants = averaging_rows(height, side), averaging_rows(width, side), up(side, height), up(side, width)
+    for rows in map(np.array, constants):
+        if (rows < 0).any() or np.abs(rows.sum(axis=1) - 1).max() > 1e-12:
+            raise LoweringError(f"{where}: the rows of a resampling matrix do not sum to 1")
+    context.report(
+        POSITION,
+        where,
+        "rows of the constants are non-negative and sum to 1",
+        f"{height} x {width} to {side} x {side} and back in 4 products; no adaptive pooling, no resize",
     )

@@ -1,12 +1,10 @@
-"""Which of several equal forms is fastest here: each is exported alone and timed in ONNX Runtime.
+"""Choose between equivalent forms of a part: by a heuristic, or by timing them in ONNX Runtime.
 
-The forms run in turn, at one image and at the bundle's usual batch, one thread, by this process's own clock,
-which neighbours on a busy machine disturb least. The winner has the smallest product of its medians.
-`by_thumb` is the other chooser: it believes the rule of thumb, so that an export without `--autotune` is the
-same everywhere.
+`Heuristic` makes exports reproducible across machines. `Benchmark` (`--autotune`) exports each form alone and runs
+the forms in turn on one thread, at batch 1 and at the bundle's optimum batch. It uses process time, which other load
+on the machine affects least, and chooses the form with the smallest product of medians.
 """
 
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -26,67 +24,61 @@ from sopdeploy_export.graph.torch_export import export
 from sopdeploy_export.rewrites.context import Forms
 
 RUNS, WARMUPS = 15, 3
-
-
-def as_it_is(form: nn.Module) -> nn.Module:
-    """Return *form*: what ships in float32 has no casts."""
-    return form
+Cast = Callable[[nn.Module], nn.Module]
 
 
 @dataclass(frozen=True, slots=True)
 class Heuristic:
-    """Takes what the rule of thumb says."""
+    """Chooses the default form."""
 
     by: str = "rule of thumb"
 
     def __call__(self, forms: Forms) -> str:
-        """Return its name."""
-        return forms.thumb
+        """Choose the default of *forms*."""
+        return forms.default
 
 
 @dataclass(frozen=True, slots=True)
-class Timed:
-    """Takes the fastest at one image and at the usual batch, with the casts that it will ship with."""
+class Benchmark:
+    """Chooses the fastest form after *cast*, which places the casts of the exported precision."""
 
     batch: BatchRange
-    cast: Callable[[nn.Module], nn.Module]
+    cast: Cast
     by: str = "autotune"
 
     def __call__(self, forms: Forms) -> str:
-        """Return the name of the fastest."""
+        """Choose the form of *forms* with the smallest product of median times."""
         sessions = {name: open_form(self.cast(form), forms.inputs) for name, form in forms.built.items()}
-        taken: dict[str, dict[int, float]] = {name: {} for name in forms.built}
+        scores = dict.fromkeys(sessions, 1.0)
         for size in sorted({1, self.batch.optimum}):
-            feeds = [repeated(value, size) for value in forms.inputs]
-            for name, seconds in medians(sessions, feeds).items():
-                taken[name][size] = seconds
-        return min(taken, key=lambda name: math.prod(taken[name].values()))
+            feeds = []
+            for value in forms.inputs:
+                array = value.float().numpy()
+                feeds.append(array[np.arange(size) % len(array)])
+            for name, seconds in _median_seconds(sessions, feeds).items():
+                scores[name] *= seconds
+        return min(scores, key=lambda name: scores[name])
 
 
 def open_form(form: nn.Module, inputs: tuple[Tensor, ...]) -> ort.InferenceSession:
-    """Return *form* alone in ONNX Runtime, for any batch size, on one thread."""
+    """Open *form* alone in ONNX Runtime on one thread, for any batch size."""
     batch = Dim("batch", min=1)
     program = export(form, inputs, tuple({0: batch} for _ in inputs))
-    lowered = torch.onnx.export(
+    converted = torch.onnx.export(
         program, (), dynamo=True, opset_version=OPSET, external_data=False, verbose=False
     )
-    if lowered is None:
-        raise LoweringError("no ONNX form: the converter gave nothing")
+    if converted is None:
+        raise LoweringError("no ONNX form: the converter returned nothing")
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
-    raw = lowered.model_proto.SerializeToString()
+    raw = converted.model_proto.SerializeToString()
     return ort.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
 
 
-def repeated(value: Tensor, size: int) -> NDArray[np.float32]:
-    """Return *size* images of the observed ones, over and over."""
-    array: NDArray[np.float32] = value.float().numpy()
-    return array[np.arange(size) % len(array)]
-
-
-def medians(sessions: dict[str, ort.InferenceSession], feeds: list[NDArray[np.float32]]) -> dict[str, float]:
-    """Return the median seconds of each session on *feeds*, run in turn."""
+def _median_seconds(
+    sessions: dict[str, ort.InferenceSession], feeds: list[NDArray[np.float32]]
+) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in sessions}
     for run in range(WARMUPS + RUNS):
         for name, session in sessions.items():

@@ -1,18 +1,19 @@
-"""The network that the rules rewrite: a copy of the certified one, what its parts saw, what was done."""
+"""The state of a rewrite: the network, its activations, and the report of the rules that were applied."""
 
 import copy
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.config import StrictModel
-from sopdeploy_export.rewrites.equivalence import Build, Call, prove
+from sopdeploy.layers.export_hints import export_hints
+from sopdeploy_export.rewrites.equivalence import Activation, Build, assert_equivalent
 
 
 class AppliedRule(StrictModel):
-    """A rule at one place of the network: what it needed, found true there, and what it changed."""
+    """One rule at one place of the network: the precondition that was checked and what the rule changed."""
 
     name: str
     where: str
@@ -21,9 +22,9 @@ class AppliedRule(StrictModel):
 
 
 class Choice(StrictModel):
-    """One of several equal forms: which it is, among which, and who chose, a rule of thumb or the clock.
+    """Which of several equivalent forms of a part was chosen: *by* "rule of thumb" or "autotune".
 
-    The clock's figures are not kept: a bundle holds nothing that another export would not repeat.
+    Timings are not stored, so that two exports write the same bytes.
     """
 
     where: str
@@ -33,11 +34,14 @@ class Choice(StrictModel):
 
 
 class LoweringReport(StrictModel):
-    """What `lowering.json` holds.
+    """The content of `lowering.json`.
 
-    `certified_root` is the root of the graph that the certificate speaks of, `lowered_root` that of the
-    graph that was written as ONNX; they are equal where no rule changed the graph. `textbook` says that
-    the formulas of the papers were written instead, for comparison.
+    Attributes:
+        textbook: The formulas of the papers were exported, without rewrite rules, for comparison.
+        rules: The rules in the order in which they were applied.
+        choices: The forms that were chosen.
+        certified_root: Merkle root of the program that the certificate covers.
+        lowered_root: Merkle root of the program that was converted to ONNX; the same if no rule changed it.
     """
 
     textbook: bool
@@ -48,75 +52,84 @@ class LoweringReport(StrictModel):
 
     @property
     def summary(self) -> dict[str, int]:
-        """Return how often each rule was applied, in the order of the rules."""
+        """Number of places where each rule was applied, in the order of the rules."""
         counts: dict[str, int] = {}
         for rule in self.rules:
             counts[rule.name] = counts.get(rule.name, 0) + 1
         return counts
 
 
-Part = TypeVar("Part", bound=nn.Module)
-
-
 class Forms(NamedTuple):
-    """Equal forms of one part, by name; which of them the rule of thumb takes; what the part was given."""
+    """Equivalent forms of one part by name, the heuristic's choice, and the inputs of the part."""
 
     built: dict[str, nn.Module]
-    thumb: str
+    default: str
     inputs: tuple[Tensor, ...]
 
 
 class Chooser(Protocol):
-    """Picks one of several equal forms."""
+    """Chooses one of several equivalent forms."""
 
     @property
     def by(self) -> str:
-        """Return who chooses: a rule of thumb or the clock."""
+        """Name of the method, for the report."""
 
     def __call__(self, forms: Forms) -> str:
-        """Return the name of one of them."""
+        """Choose one of *forms* by name."""
 
 
 @dataclass(kw_only=True, slots=True)
 class RewriteContext:
-    """`calls` holds what each part saw, by name; `changed` says whether the graph is another one by now."""
+    """The network that rules rewrite in place, and what they did.
+
+    Attributes:
+        network: A copy of the certified network.
+        activations: Inputs and output of each part, by name, before any rewrite.
+        batch: Batch range of the bundle.
+        choose: Chooses between equivalent forms.
+        rules: The rules applied so far.
+        choices: The forms chosen so far.
+        changed: Whether a rule has replaced a part.
+    """
 
     network: nn.Module
-    calls: dict[str, Call]
+    activations: dict[str, Activation]
     batch: BatchRange
     choose: Chooser
     rules: list[AppliedRule] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     changed: bool = False
 
-    def parts(self, kind: type[Part]) -> list[tuple[str, Part]]:
-        """Return the parts of exactly this *kind* that were called, by name."""
-        return [
-            (name, part)
-            for name, part in self.network.named_modules()
-            if isinstance(part, kind) and type(part) is kind and name in self.calls
-        ]
+    def parts(self, attribute: str, name: str) -> list[tuple[str, Any]]:
+        """List the parts that were called and whose *attribute* (an export hint) is or contains *name*."""
+        found = []
+        for where, part in self.network.named_modules():
+            declared = getattr(export_hints(part), attribute) or ()
+            if where in self.activations and name in (declared if isinstance(declared, tuple) else (declared,)):
+                found.append((where, part))
+        return found
 
-    def note(self, name: str, where: str, precondition: str, effect: str) -> None:
-        """Write down a rule that holds at *where*."""
+    def report(self, name: str, where: str, precondition: str, effect: str) -> None:
+        """Add a rule that holds at *where* to the report."""
         self.rules.append(AppliedRule(name=name, where=where, precondition=precondition, effect=effect))
 
     def replace(self, rule: str, where: str, build: Build) -> None:
-        """Put ``build(part)`` in the place of the part *where*, after proving that both are equal."""
+        """Replace the part *where* by ``build(part)`` after checking that both are equivalent."""
         part = self.network.get_submodule(where)
-        prove(rule, where, part, build, self.calls[where].inputs)
+        assert_equivalent(rule, where, part, build, self.activations[where].inputs)
         self.put(where, build(part))
 
     def put(self, where: str, part: nn.Module) -> None:
-        """Put *part* into the network at *where*."""
+        """Put *part* into the network at *where* without a check."""
         owner, _, leaf = where.rpartition(".")
         self.network.get_submodule(owner).register_module(leaf, part.eval())
         self.changed = True
 
-    def pick(self, where: str, forms: dict[str, Build], thumb: str) -> Build:
-        """Return one of several builds of the part at *where*, and write down which."""
-        part, inputs = self.network.get_submodule(where), self.calls[where].inputs
+    def choose_form(self, where: str, forms: dict[str, Build], default: str) -> tuple[Build, Choice]:
+        """Choose one of several *forms* of the part *where* and report the choice."""
+        part, inputs = self.network.get_submodule(where), self.activations[where].inputs
         built = {name: build(copy.deepcopy(part)).eval() for name, build in forms.items()}
-        form = self.choose(Forms(built, thumb, inputs))
-        self.choices.append(Choice(where=where, form=form, among=tuple(forms), by=self.choose.by))
-        return forms[form]
+        form = self.choose(Forms(built, default, inputs))
+        choice = Choice(where=where, form=form, among=tuple(forms), by=self.choose.by)
+        self.choices.append(choice)
+        return forms[form], choice

@@ -1,9 +1,10 @@
-"""Rule: post-compensation moved behind the linear layer.
+"""Rules of linear layers: apply the scale of a root after the layer, and fold the batch norm before it.
 
-Algebra: W (s v) + b = s (W v) + b for a scalar s per image. sqrt(trace) then multiplies the logits instead of
-a d x d matrix. Legal only where the root's triangle goes straight into one linear layer and nowhere else,
-with nothing but dropout between (which does nothing once trained). In the Gram domain the
-scale divides an M x M matrix that is divided anyway, so there is nothing to gain and it stays.
+- Post-compensation: W (s v) + b = s (W v) + b for a scalar s per image. The scale then multiplies the logits instead
+  of a d x d matrix. The root's triangle must go into one linear layer and nowhere else, with only dropout between,
+  which does nothing in eval mode. In the Gram domain the scale divides an M x M matrix that is divided anyway, so
+  the rule does not apply.
+- Fusion norm: W (s v + t) + b = (W diag(s)) v + (b + W t).
 """
 
 from typing import TypeGuard
@@ -12,44 +13,48 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.errors import LoweringError
+from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.mixture.components import FusionHead
 from sopdeploy_export.rewrites.context import RewriteContext
-from sopdeploy_export.rewrites.equivalence import prove, same_tensor
+from sopdeploy_export.rewrites.equivalence import assert_equivalent
 from sopdeploy_export.rewrites.newton_schulz import LoweredRoot
 
-NAME = "post-compensation behind the linear layer"
+COMPENSATION = "post-compensation after the linear layer"
+FUSION_NORM = "fusion batch norm folded into the classifier"
 
 
 class RootThenLinear(nn.Module):
-    """Feature map in, logits out: what the network computed before."""
+    """The original computation: a root followed by a linear layer, from a feature map to logits."""
 
     def __init__(self, root: LoweredRoot, linear: nn.Linear) -> None:
         super().__init__()
         self.root, self.linear = root, linear
 
     def forward(self, features_BdHW: Tensor) -> Tensor:
-        """Return (B, classes) logits."""
+        """Compute (B, classes) logits."""
         logits: Tensor = self.linear(self.root(features_BdHW))
         return logits
 
 
-class CompensatedAfter(nn.Module):
-    """Feature map in, logits out: the linear layer on the root without its scale, then scale and bias.
+class CompensatedAfter(nn.Module, ExportHints):
+    """The linear layer on the root without its scale, then scale and bias.
 
-    `linear` is a part of its own, without bias, so that it may compute in another type than root and scale.
+    `linear` is a child without bias, so that its dtype may differ from that of root and scale.
     """
 
+    keep_float32 = True
+    low_precision_children = ("linear",)
     bias: Tensor | None
 
     def __init__(self, before: RootThenLinear) -> None:
         super().__init__()
-        self.root, given = before.root, before.linear
-        self.linear = nn.Linear(given.in_features, given.out_features, bias=False)
-        self.linear.weight = given.weight
-        self.register_parameter("bias", given.bias)
+        self.root, original = before.root, before.linear
+        self.linear = nn.Linear(original.in_features, original.out_features, bias=False)
+        self.linear.weight = original.weight
+        self.register_parameter("bias", original.bias)
 
     def forward(self, features_BdHW: Tensor) -> Tensor:
-        """Return (B, classes) logits."""
+        """Compute (B, classes) logits."""
         root_Bdd, scale_B11 = self.root.root(features_BdHW)
         vector = root_Bdd.flatten(start_dim=1).index_select(1, self.root.triangle)
         products: Tensor = self.linear(vector)
@@ -58,52 +63,53 @@ class CompensatedAfter(nn.Module):
         return products if self.bias is None else products + self.bias
 
 
-def apply(work: RewriteContext) -> None:
-    """Move the scale of every root whose triangle only one linear layer reads."""
-    for where, root in list(work.network.named_modules()):
-        if not isinstance(root, LoweredRoot) or where not in work.calls or not root.config.compensate:
-            continue
-        reader = only_reader(work, where)
-        features = work.calls[where].inputs
-        linear = None if reader is None else work.network.get_submodule(reader)
-        if reader is None or not isinstance(linear, nn.Linear) or root.root(features[0])[1] is None:
-            continue
-        pair = RootThenLinear(root, linear)
-        prove(NAME, reader, pair, CompensatedAfter, features)
-        work.put(where, nn.Identity())
-        work.put(reader, CompensatedAfter(pair))
-        width = root.triangle.numel()
-        work.note(
-            NAME,
-            reader,
-            f"the triangle of {where} goes into this linear layer and nowhere else; the scale is one number",
-            f"it multiplies {linear.out_features} logits for {width} numbers of the root",
+def move_compensation(context: RewriteContext, where: str, root: LoweredRoot) -> None:
+    """Move the scale of *root* after the linear layer, if exactly one linear layer reads its triangle."""
+    reader = _only_reader(context, where) if root.config.compensate else None
+    features = context.activations[where].inputs
+    if reader is None or root.root(features[0])[1] is None:
+        return
+    linear = context.network.get_submodule(reader)
+    if not isinstance(linear, nn.Linear):
+        return
+    pair = RootThenLinear(root, linear)
+    assert_equivalent(COMPENSATION, reader, pair, CompensatedAfter, features)
+    context.put(where, nn.Identity())
+    context.put(reader, CompensatedAfter(pair))
+    context.report(
+        COMPENSATION,
+        reader,
+        f"only this linear layer reads the triangle of {where}; the scale is one number per image",
+        f"it multiplies {linear.out_features} logits instead of {root.triangle.numel()} numbers of the root",
+    )
+
+
+def _only_reader(context: RewriteContext, where: str) -> str | None:
+    """Find the linear layer that alone reads the output of the part *where*."""
+    call = context.activations[where]
+    readers = {
+        name: context.network.get_submodule(name)
+        for name, other in context.activations.items()
+        if name != where
+        and any(  # the same memory, also through dropout in eval mode or flattening
+            given.data_ptr() == call.output.data_ptr() and given.numel() == call.output.numel()
+            for given in other.inputs
         )
-
-
-def only_reader(work: RewriteContext, where: str) -> str | None:
-    """Return the linear layer that alone reads what the part *where* gives, if there is one."""
-    call = work.calls[where]
-    readers = [
-        name
-        for name, other in work.calls.items()
-        if name != where and any(same_tensor(given, call.output) for given in other.inputs)
-    ]
-    parts = {name: work.network.get_submodule(name) for name in readers}
-    linear = [name for name, part in parts.items() if type(part) is nn.Linear]
-    harmless = all(isinstance(part, nn.Linear | nn.Dropout | nn.Identity) for part in parts.values())
-    if len(linear) != 1 or not harmless or call.times != 1 or work.calls[linear[0]].times != 1:
+    }
+    linear = [name for name, part in readers.items() if type(part) is nn.Linear]
+    harmless = all(isinstance(part, nn.Linear | nn.Dropout | nn.Identity) for part in readers.values())
+    if len(linear) != 1 or not harmless or call.times != 1 or context.activations[linear[0]].times != 1:
         return None
     return linear[0]
 
 
-NAME_FUSION_NORM = "fusion batch norm folded into the classifier"
-
-
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return s and t of an eval batch norm in float64; refuse one without frozen statistics."""
+    """Compute scale and shift of a batch norm in eval mode, in float64.
+
+    Raises `LoweringError` if its statistics are not frozen.
+    """
     if not is_frozen(norm):
-        raise LoweringError("a batch norm without frozen statistics does not fold")
+        raise LoweringError("a batch norm without frozen statistics cannot be folded")
     mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
     scale = torch.rsqrt(variance.double() + norm.eps)
     scale = scale if norm.weight is None else scale * norm.weight.detach().double()
@@ -112,7 +118,7 @@ def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def is_frozen(norm: nn.Module) -> TypeGuard[nn.BatchNorm1d | nn.BatchNorm2d]:
-    """Say whether *norm* is a batch norm that uses running statistics, which no longer change."""
+    """Whether *norm* is a batch norm in eval mode with running statistics."""
     return (
         isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
         and not norm.training
@@ -120,27 +126,25 @@ def is_frozen(norm: nn.Module) -> TypeGuard[nn.BatchNorm1d | nn.BatchNorm2d]:
     )
 
 
-def folded(head: FusionHead) -> nn.Linear:
-    """Return the linear layer that is batch norm and linear layer at once."""
+def fold_head(head: FusionHead) -> nn.Linear:
+    """Build one linear layer from batch norm and linear layer of *head*."""
     scale, shift = affine(head.bn)
     weight, bias = head.fc.weight.detach().double(), head.fc.bias.detach().double()
-    one = nn.Linear(head.fc.in_features, head.fc.out_features).to(head.fc.weight.dtype)
+    linear = nn.Linear(head.fc.in_features, head.fc.out_features).to(head.fc.weight.dtype)
     with torch.no_grad():
-        one.weight.copy_(weight * scale)
-        one.bias.copy_(bias + weight @ shift)
-    return one
+        linear.weight.copy_(weight * scale)
+        linear.bias.copy_(bias + weight @ shift)
+    return linear
 
 
-def apply_of_fusion_norm(work: RewriteContext) -> None:
-    """Fold the norm of every fusion head that has one, with frozen statistics."""
-    for where, head in work.parts(FusionHead):
-        norm = head.bn
-        if not is_frozen(norm):
-            continue
-        work.replace(NAME_FUSION_NORM, where, folded)
-        work.note(
-            NAME_FUSION_NORM,
+def fold_fusion_norm(context: RewriteContext, where: str, head: FusionHead) -> None:
+    """Fold the batch norm of one fusion head into its linear layer, if its statistics are frozen."""
+    norm = head.bn
+    if is_frozen(norm):
+        context.replace(FUSION_NORM, where, fold_head)
+        context.report(
+            FUSION_NORM,
             where,
-            f"eval statistics of {norm.num_features} features, one linear layer behind, dropout off",
-            f"W diag(s), b + W t; {4 * norm.num_features} numbers fewer, no pass over the vector",
+            f"eval statistics of {norm.num_features} features, followed by one linear layer, dropout off",
+            f"W diag(s), b + W t; {4 * norm.num_features} numbers and one pass over the vector fewer",
         )

@@ -1,13 +1,13 @@
-"""Rules of the root: centring by mean, trace without a diagonal, 3N - 3 products, the Gram domain.
+"""Rule: compute the matrix square root of iSQRT-COV with fewer operations.
 
-Letters as in `sopdeploy.layers.isqrt_cov`; X is centered; n is the norm of X X^T.
+Letters as in `sopdeploy.layers.isqrt_cov`; X is centered but not scaled, and n is the norm of X X^T.
 
-Algebra. A = (X X^T / M) / (n / M) = X X^T / n: the 1 / M cancels, so no pass over the map scales it, and
-the root is Y_N sqrt(n / M). trace(X X^T) is the sum of the squares of X, and the trace of X^T X too: that
-product is the smaller of the two, and its diagonal is read by a product with the identity that the
-iteration has anyway. The first step knows Z = I and the last computes one of Y and Z: 3N - 3 products where
-the loop has 3N. Every iterate is a polynomial in A, so Y_N(X X^T / n) = X Z_N(X^T X / n) X^T / n, which takes
-fewer products where M < d (Gram Newton-Schulz; known from the Muon optimizer: Dao-AILab, 2026).
+- A = (X X^T / M) / (n / M) = X X^T / n. The 1 / M cancels, and the root is Y_N sqrt(n / M).
+- trace(X X^T) = trace(X^T X) is the sum of squares of X. The smaller of the two products is computed, and its
+  diagonal is read by a product with the identity that the iteration needs anyway.
+- The first step uses Z = I and the last one needs only one of Y and Z: 3N - 3 products instead of 3N.
+- Every iterate is a polynomial in A, so Y_N(X X^T / n) = X Z_N(X^T X / n) X^T / n. This takes fewer products if
+  M < d (Gram Newton-Schulz, known from the Muon optimizer: Dao-AILab, 2026).
 """
 
 import math
@@ -23,90 +23,97 @@ from sopdeploy.layers.covariance import (
     frobenius_norm,
     upper_triangle_indices,
 )
+from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov, as_stored, gram_is_cheaper
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
-from sopdeploy_export.rewrites.centering import NAME as CENTRING
-from sopdeploy_export.rewrites.centering import Centering, recognise, textbook_centring
+from sopdeploy_export.rewrites.centering import MIN_SIZE, Centering
+from sopdeploy_export.rewrites.centering import NAME as CENTERING
 from sopdeploy_export.rewrites.context import RewriteContext
-
-
-class LastStep(NamedTuple):
-    """The last of the N steps: Y (B, n, n), H = -Z / 2 or `None` for the identity, and T."""
-
-    y: Tensor
-    half: Tensor | None
-    t: Tensor
-
-    def next_y(self) -> Tensor:
-        """Return Y_N."""
-        return product(self.y, self.t)
-
-    def next_z(self, scale_B11: Tensor) -> Tensor:
-        """Return Z_N times *scale_B11*."""
-        if self.half is None:
-            return at_least_float32(self.t) * scale_B11
-        return product(self.t, self.half) * (-2.0 * scale_B11)
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return *left* @ *right* in float32 at least."""
-    return at_least_float32(left) @ at_least_float32(right)
-
-
-def kept_as(matrix: Tensor, stored: torch.dtype) -> Tensor:
-    """Return *matrix* in the type that it is kept in for the next step; no cast where there is none to do."""
-    return matrix if matrix.dtype == stored else matrix.to(stored)
-
-
-def iterate(a_Bnn: Tensor, iterations: int) -> LastStep:
-    """Return the last of the N steps on *a_Bnn*, kept in its type; what to compute of it is the caller's."""
-    wide, kept = at_least_float32(a_Bnn), a_Bnn.dtype
-    constant = 1.5 * torch.eye(a_Bnn.shape[-1], dtype=wide.dtype, device=a_Bnn.device)
-    step = LastStep(a_Bnn, None, kept_as(constant - 0.5 * wide, kept))
-    for _ in range(iterations - 1):
-        half = step.t * -0.5 if step.half is None else kept_as(product(step.t, step.half), kept)
-        y = kept_as(step.next_y(), kept)
-        step = LastStep(y, half, kept_as(constant + product(half, y), kept))
-    return step
-
 
 NAME = "Newton-Schulz in 3N-3 products"
 TRACE = "trace without a diagonal"
 GRAM = "iteration in the Gram domain"
 
 
-def start(x_BMd: Tensor, rule: NewtonSchulzConfig) -> tuple[Tensor, Tensor, bool]:
-    """Return the matrix to iterate on, its norm n (B, 1, 1), and whether it is X^T X; *x_BMd* is centred."""
-    positions, channels = x_BMd.shape[1], x_BMd.shape[2]
-    by_positions = in_gram_domain(rule, channels, positions)
-    turned = x_BMd.transpose(1, 2)
-    matrix = x_BMd @ turned if by_positions else turned @ x_BMd
-    norm = covariance_trace(matrix) if rule.prenorm == "trace" else frobenius_norm(matrix)
-    norm = norm.clamp_min(SMALLEST_NORM * positions)
-    return as_stored(matrix / norm, rule), norm, by_positions
+class LastStep(NamedTuple):
+    """The last of the N steps: Y (B, n, n), H = -Z / 2 (`None` for the identity), and T."""
+
+    y: Tensor
+    half: Tensor | None
+    t: Tensor
+
+    def next_y(self) -> Tensor:
+        """Compute Y_N."""
+        return product(self.y, self.t)
+
+    def next_z(self, scale_B11: Tensor) -> Tensor:
+        """Compute Z_N times *scale_B11*."""
+        if self.half is None:
+            return at_least_float32(self.t) * scale_B11
+        return product(self.t, self.half) * (-2.0 * scale_B11)
 
 
-def in_gram_domain(rule: NewtonSchulzConfig, channels: int, positions: int) -> bool:
-    """Say whether the iteration runs on positions: where they are fewer, and in float32 only.
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply in float32 or float64, also matrices that are stored in float16."""
+    return at_least_float32(left) @ at_least_float32(right)
 
-    Rounded to float16, a Gram matrix has negative eigenvalues where there are none.
+
+def iterate(a_Bnn: Tensor, iterations: int) -> LastStep:
+    """Run N - 1 steps on *a_Bnn* and return the last one; the caller computes Y_N or Z_N from it.
+
+    Matrices are stored in the dtype of *a_Bnn* and multiplied in float32 or float64.
     """
-    return rule.stored == "float32" and gram_is_cheaper(channels, positions, rule.iterations)
+    dtype, wide = a_Bnn.dtype, at_least_float32(a_Bnn)
+    constant = 1.5 * torch.eye(a_Bnn.shape[-1], dtype=wide.dtype, device=a_Bnn.device)
+
+    def stored(matrix: Tensor) -> Tensor:
+        return matrix if matrix.dtype == dtype else matrix.to(dtype)
+
+    step = LastStep(a_Bnn, None, stored(constant - 0.5 * wide))
+    for _ in range(iterations - 1):
+        half = step.t * -0.5 if step.half is None else stored(product(step.t, step.half))
+        y = stored(step.next_y())
+        step = LastStep(y, half, stored(constant + product(half, y)))
+    return step
 
 
-def inner_scale(norm: Tensor, positions: int, *, compensate: bool) -> Tensor:
-    """Return what X Z X^T is multiplied by to be the root: 1 / sqrt(n M), or 1 / n."""
-    return (norm * positions).sqrt().reciprocal() if compensate else norm.reciprocal()
+class Start(NamedTuple):
+    """The matrix to iterate on, its norm n (B, 1, 1), and whether it is the Gram matrix X^T X."""
+
+    matrix: Tensor
+    norm: Tensor
+    use_gram: bool
+
+    def inner_scale(self, positions: int, *, compensate: bool) -> Tensor:
+        """Compute the factor of X Z X^T that gives the root: 1 / sqrt(n M), or 1 / n."""
+        return (self.norm * positions).sqrt().reciprocal() if compensate else self.norm.reciprocal()
+
+    def outer_scale(self, positions: int) -> Tensor:
+        """Compute sqrt(n / M), the factor of Y_N that restores the norm."""
+        return (self.norm * (1.0 / positions)).sqrt()
 
 
-def outer_scale(norm: Tensor, positions: int) -> Tensor:
-    """Return sqrt(n / M), which brings the norm back."""
-    return (norm * (1.0 / positions)).sqrt()
+def start(x_BMd: Tensor, config: NewtonSchulzConfig) -> Start:
+    """Multiply centered maps *x_BMd* with themselves and divide by the norm."""
+    positions, channels = x_BMd.shape[1], x_BMd.shape[2]
+    use_gram = _uses_gram(config, channels, positions)
+    transposed = x_BMd.transpose(1, 2)
+    matrix = x_BMd @ transposed if use_gram else transposed @ x_BMd
+    norm = covariance_trace(matrix) if config.prenorm == "trace" else frobenius_norm(matrix)
+    norm = norm.clamp_min(SMALLEST_NORM * positions)
+    return Start(as_stored(matrix / norm, config), norm, use_gram)
 
 
-class LoweredRoot(nn.Module):
-    """Feature map (B, d, H, W) in, upper triangle (B, d (d + 1) / 2) out; `ISqrtCov` in fewer operations."""
+def _uses_gram(config: NewtonSchulzConfig, channels: int, positions: int) -> bool:
+    # stored in float16, a Gram matrix has negative eigenvalues
+    return config.stored == "float32" and gram_is_cheaper(channels, positions, config.iterations)
 
+
+class LoweredRoot(nn.Module, ExportHints):
+    """`ISqrtCov` in fewer operations: maps (B, d, H, W) to upper triangles (B, d (d + 1) / 2)."""
+
+    keep_float32 = True
+    rewrite_rules = ("post_compensation",)
     triangle: Tensor
 
     def __init__(self, before: ISqrtCov) -> None:
@@ -115,80 +122,72 @@ class LoweredRoot(nn.Module):
         self.register_buffer("triangle", before.triangle)
 
     def forward(self, features_BdHW: Tensor) -> Tensor:
-        """Return the triangle, with compensation as the rule says."""
-        return self.matrix(features_BdHW).flatten(start_dim=1).index_select(1, self.triangle)
-
-    def matrix(self, features_BdHW: Tensor) -> Tensor:
-        """Return the root (B, d, d), with compensation as the rule says."""
-        root_Bdd, scale_B11 = self.root(features_BdHW)
-        return root_Bdd if scale_B11 is None else root_Bdd * scale_B11
+        """Compute the upper triangle, row by row."""
+        return self.roots(features_BdHW)[1].flatten(start_dim=1).index_select(1, self.triangle)
 
     def roots(self, features_BdHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the maps that roots are taken of, and their roots."""
-        return features_BdHW, self.matrix(features_BdHW)
+        """Return the maps whose roots are computed, and the roots (B, d, d), for the parity checks."""
+        root_Bdd, scale_B11 = self.root(features_BdHW)
+        return features_BdHW, root_Bdd if scale_B11 is None else root_Bdd * scale_B11
 
     def root(self, features_BdHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the root (B, d, d) and what is left to multiply it by, if anything is."""
+        """Compute the root (B, d, d) without its scale, and the scale (B, 1, 1); `None` if it is applied."""
         x_BdM = at_least_float32(features_BdHW).flatten(start_dim=2)
         x_BdM = x_BdM - x_BdM.mean(dim=2, keepdim=True)
-        positions = x_BdM.shape[2]
-        matrix, norm, by_positions = start(x_BdM.transpose(1, 2), self.config)
-        last = iterate(matrix, self.config.iterations)
-        if by_positions:
-            inner = last.next_z(inner_scale(norm, positions, compensate=self.config.compensate))
+        positions, compensate = x_BdM.shape[2], self.config.compensate
+        begin = start(x_BdM.transpose(1, 2), self.config)
+        last = iterate(begin.matrix, self.config.iterations)
+        if begin.use_gram:
+            inner = last.next_z(begin.inner_scale(positions, compensate=compensate))
             return x_BdM @ inner @ x_BdM.transpose(1, 2), None
-        return last.next_y(), outer_scale(norm, positions) if self.config.compensate else None
+        return last.next_y(), begin.outer_scale(positions) if compensate else None
 
 
-def apply(work: RewriteContext) -> None:
-    """Rewrite every root of the network; refuse a triangle that is not the upper one, row by row."""
-    for where, part in work.parts(ISqrtCov):
-        refuse_other_triangle(where, part)
-        work.replace(NAME, where, LoweredRoot)
-        shape = work.calls[where].inputs[0].shape
-        describe(work, where, part.config, shape[1], math.prod(shape[2:]))
+def apply(context: RewriteContext, where: str, part: ISqrtCov) -> None:
+    """Replace one root; raises `LoweringError` if its triangle is not the upper one, row by row."""
+    check_triangle(where, part)
+    context.replace(NAME, where, LoweredRoot)
+    shape = context.activations[where].inputs[0].shape
+    report_root(context, where, part.config, shape[1], math.prod(shape[2:]))
 
 
-def refuse_other_triangle(where: str, part: ISqrtCov) -> None:
+def check_triangle(where: str, part: ISqrtCov) -> None:
     """Check the actual constant: a transposed triangle has the right numbers in the wrong order."""
     if not torch.equal(part.triangle, upper_triangle_indices(part.width)):
-        raise LoweringError(
-            f"{where}: its triangle is not the upper one of {part.width} channels, row by row"
-        )
+        raise LoweringError(f"{where}: its triangle is not the upper one of {part.width} channels, row by row")
 
 
-def describe(
-    work: RewriteContext, where: str, rule: NewtonSchulzConfig, channels: int, positions: int
+def report_root(
+    context: RewriteContext, where: str, config: NewtonSchulzConfig, channels: int, positions: int
 ) -> None:
-    """Write down the rules of one root, with the numbers that they were checked on."""
-    constant: Centering | None = recognise(textbook_centring(positions))
-    if constant is not None and constant.removes_the_mean:
-        work.note(
-            CENTRING,
+    """Report the rules that apply to one root, with the numbers that were checked."""
+    if positions >= MIN_SIZE and Centering(1 / positions, -1 / positions**2, positions).removes_the_mean:
+        context.report(
+            CENTERING,
             where,
             f"alpha + M beta = 0 for I/M - 11^T/M^2, M = {positions}",
-            f"{positions} additions per channel for {positions**2} multiply-adds",
+            f"{positions} additions per channel instead of {positions**2} multiply-adds",
         )
-    if rule.prenorm == "trace":
-        work.note(
+    if config.prenorm == "trace":
+        context.report(
             TRACE,
             where,
             f"trace(X X^T) = trace(X^T X) = sum of squares of X, {channels} x {positions}",
             f"{min(channels, positions) ** 2} products with the identity; 1/M cancels",
         )
-    n, naive = rule.iterations, 3 * rule.iterations - 1
+    n = config.iterations
     products = max(1, 3 * n - 3)
-    work.note(
+    context.report(
         NAME,
         where,
         f"N = {n}, from the checkpoint; Z starts as the identity",
-        f"{products} products of {channels} rows for {naive}",
+        f"{products} products of {channels} rows instead of {3 * n - 1}",
     )
-    if in_gram_domain(rule, channels, positions):
+    if _uses_gram(config, channels, positions):
         gram = products * positions**3 + 2 * channels * positions**2
-        work.note(
+        context.report(
             GRAM,
             where,
             f"M = {positions} positions, d = {channels} channels; {gram} < {products * channels**3} products",
-            f"the same polynomial on {positions} rows for {channels}",
+            f"the same polynomial on {positions} rows instead of {channels}",
         )
