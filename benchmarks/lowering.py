@@ -24,7 +24,7 @@ from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture.components import Components, make_components
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
-from sopdeploy_export.rewrites.apply import FORMULAS, RULES
+from sopdeploy_export.rewrites.apply import apply_formulas, apply_rules
 from sopdeploy_export.rewrites.autotune import Heuristic, open_form
 from sopdeploy_export.rewrites.context import RewriteContext
 from sopdeploy_export.rewrites.equivalence import record_activations
@@ -60,11 +60,12 @@ def rewritten(part: nn.Module, inputs: tuple[Tensor, ...], *, by_rules: bool) ->
     """Return *part* rewritten by the rules, or as the papers write it."""
     network = Part(part).eval()
     batch = BatchRange(optimum=8)
-    work = RewriteContext(
-        network=network, calls=record_activations(network, inputs), batch=batch, choose=Heuristic()
-    )
-    for apply in RULES if by_rules else FORMULAS:
-        apply(work)
+    activations = record_activations(network, inputs)
+    context = RewriteContext(network=network, activations=activations, batch=batch, choose=Heuristic())
+    if by_rules:
+        apply_rules(context)
+    else:
+        apply_formulas(context)
     return network.part
 
 

@@ -1,1 +1,1 @@
-"""From checkpoint to bundle: detach, prove, capture, lower, compare, write. One file per step."""
+"""Export a checkpoint as a bundle: detach, prove, convert to ONNX, compare, write."""

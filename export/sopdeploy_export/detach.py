@@ -1,7 +1,7 @@
 """Detach: copy a trained network without the parts that only its training needs.
 
-DSoP section III-A removes the second-order branches after training; the GM-SOP gate loses its noise weights the
-same way. The model lists the removable parts in `training_only`.
+DSoP section III-A removes the second-order branches after training; the GM-SOP gate loses its noise weights
+the same way. The model lists the removable parts in `training_only`.
 """
 
 import copy
@@ -25,8 +25,8 @@ def require_detached(network: Classifier) -> Classifier:
     """Check that *network* has no training-only parts, and return it; raises `DetachError`."""
     if network.training_only:
         raise DetachError(
-            f"{type(network).__name__} still carries training-only parts ({', '.join(network.training_only)}); "
-            "add --detach to remove them"
+            f"{type(network).__name__} still carries training-only parts "
+            f"({', '.join(network.training_only)}); add --detach to remove them"
         )
     return network
 

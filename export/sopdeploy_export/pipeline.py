@@ -1,10 +1,10 @@
-"""The export, read from top to bottom: checkpoint, detach, certificate, capture, ONNX, parity, bundle."""
+"""The export pipeline: checkpoint, detach, certificate, ONNX, precision, parity, bundle."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
 
@@ -15,8 +15,8 @@ from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import StrictModel
 from sopdeploy.files import sha256
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.detach import detach
-from sopdeploy_export.graph.onnx_export import lower, operator_counts, write
+from sopdeploy_export.detach import check_exportable, detach, require_detached
+from sopdeploy_export.graph.onnx_export import operator_counts, write
 from sopdeploy_export.graph.probe_images import probe_images
 from sopdeploy_export.graph.torch_export import Deployed
 from sopdeploy_export.parity import torch_program
@@ -24,30 +24,48 @@ from sopdeploy_export.parity.compare import add_spectral_records, compare
 from sopdeploy_export.parity.reference import Reference, compute_reference
 from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.parity.spectral import spectral_records
-from sopdeploy_export.precision.accuracy_gate import measured
+from sopdeploy_export.precision.accuracy_gate import check_accuracy
 from sopdeploy_export.precision.convert import (
     ConvertedGraph,
     PrecisionOptions,
     convert_precision,
     lowering_options,
 )
-from sopdeploy_export.proof.certificate import Certificate, Proof, certify, with_onnx_root
-from sopdeploy_export.proof.onnx_hash import file_root, onnx_root
-from sopdeploy_export.proof.preconditions import refuse_training_parts, refuse_what_cannot_ship
+from sopdeploy_export.precision.report import PrecisionReport
+from sopdeploy_export.proof.certificate import Certificate, certify, lower_with_proof
+from sopdeploy_export.proof.onnx_hash import file_root
 from sopdeploy_export.report.model_card import render_model_card
 from sopdeploy_export.report.network_summary import network_summary
 from sopdeploy_export.report.page import render_report
-from sopdeploy_export.report.results import Exported, ExportResults, as_probes, manifest_fields, write_reports
-from sopdeploy_export.report.speed import measure_speed
-from sopdeploy_export.rewrites.apply import CertifiedGraph, LoweredGraph, lower_by_rules
+from sopdeploy_export.report.results import (
+    Exported,
+    ExportResults,
+    as_probes,
+    manifest_fields,
+    write_reports,
+)
+from sopdeploy_export.report.speed import Speed, measure_speed
+from sopdeploy_export.rewrites.apply import CertifiedGraph, lower_by_rules
 
 __all__ = ["ExportOptions", "Exported", "export"]
 
-Step = Callable[[str], None]
+ONNX_FILE = "model.onnx"
 
 
 class ExportOptions(StrictModel):
-    """What a user may ask of an export."""
+    """Options of an export.
+
+    Attributes:
+        detach: Remove the training-only parts.
+        batch: Batch sizes that the bundle must accept.
+        probes: Folder of images to compare on, in addition to generated ones.
+        allow_drift: Write the bundle even if its outputs drift, and record it.
+        precision: Precision of the graph.
+        lowering: Apply the rewrite rules; otherwise export the papers' formulas.
+        autotune: Choose between equivalent forms by timing them.
+        measure_speed: Time the bundle against the plain backbone.
+        pt2: Also write the certified program as `network.pt2`.
+    """
 
     detach: bool = False
     batch: BatchRange = BatchRange()
@@ -64,169 +82,141 @@ def export(
     checkpoint_path: Path,
     destination: Path,
     options: ExportOptions | None = None,
-    step: Step = lambda _: None,
+    step: Callable[[str], None] = lambda _: None,
 ) -> Exported:
-    """Write a bundle of the checkpoint at *checkpoint_path* into the folder *destination*.
+    """Export the checkpoint at *checkpoint_path* as a bundle in the folder *destination*.
 
-    *step* is told the name of each step as it begins. Raises a `SopdeployError` where any step fails;
-    then nothing is left in *destination*.
+    *step* is called with a description of each step as it begins. Raises a `SopdeployError` if a step
+    fails; nothing is left in *destination* then.
     """
     options = options or ExportOptions()
     step("reading the checkpoint")
     checkpoint = read_checkpoint(checkpoint_path)
     trained = build_classifier(checkpoint, checkpoint_path)
-    refuse_what_cannot_ship(trained)
+    check_exportable(trained)
     images = probe_images(checkpoint.preprocess, options.probes)
+    preprocess, batch, precision = checkpoint.preprocess, options.batch, options.precision
 
     step("detaching" if options.detach else "nothing to detach")
-    lean = detach(trained) if options.detach else refuse_training_parts(trained)
+    lean = detach(trained) if options.detach else require_detached(trained)
 
-    step("proving that what is left is the plain network")
-    proof = certify(
-        trained,
-        lean,
-        checkpoint.preprocess,
-        torch.from_numpy(images),
-        model=checkpoint.model,
-        batch=options.batch,
-    )
+    step("proving that the detached network equals the plain network")
+    pixels = torch.from_numpy(images)
+    proof = certify(trained, lean, preprocess, pixels, model=checkpoint.model, batch=batch)
 
     step("lowering to ONNX")
     model, certificate = lower_with_proof(proof, trained.outputs)
-    program = proof.lean.any_batch
-    del trained, proof  # three networks and six graphs of them, proved: a large one needs the memory
-    lowered = lowered_for(CertifiedGraph(lean, program, model), images, checkpoint, options)
-    shipping = in_precision(lean, lowered, checkpoint, options, step)
+    certified = CertifiedGraph(lean, proof.lean.any_batch, model)
+    del trained, proof  # frees three networks and five of their six programs
+    rewriting = lowering_options(precision, rules=options.lowering, autotune=options.autotune)
+    lowered = lower_by_rules(certified, images, preprocess, batch, rewriting)
+    if precision.precision != "fp32":
+        step(f"converting the graph to {precision.precision}")
+    converted = convert_precision(lean, lowered, preprocess, batch, precision)
 
     with bundle.staging(destination) as folder:
-        write(shipping.model, folder / "model.onnx")
-
+        file = folder / ONNX_FILE
+        write(converted.model, file)
         step("comparing the file with the network")
-        expected, parity = compare_with_network(
-            folder / "model.onnx", lean, shipping, checkpoint, images, options
+        expected, parity = compare_with_network(file, lean, converted, checkpoint, images, options)
+        accuracy = check_accuracy(
+            converted, file, checkpoint, batch, precision, allow_drift=options.allow_drift
         )
-        precision = measured(
-            shipping,
-            folder / "model.onnx",
-            checkpoint.labels,
-            checkpoint.preprocess,
-            options.batch,
-            options.precision,
-            allow_drift=options.allow_drift,
-        )
-
         speed = None
         if options.measure_speed:
             step("timing it against the plain backbone")
-            speed = measure_speed(folder / "model.onnx", model, images, options.batch)
-
+            speed = measure_speed(file, certified.model, images, batch)
         if options.pt2:
-            step("writing and proving network.pt2")
-            content = torch_program.serialize_program(program, certificate)
-            torch_program.check_outputs(content, expected, parity, images, options.batch.maximum)
+            step("writing and checking network.pt2")
+            content = torch_program.serialize_program(certified.program, certificate)
+            torch_program.check_outputs(content, expected, parity, images, batch.maximum)
             (folder / torch_program.FILE).write_bytes(content)
-
         step("writing the bundle")
-        write_reports(folder, checkpoint, certificate, parity, precision)
-        (folder / "lowering.json").write_bytes(to_json(shipping.rules.model_dump(mode="json")))
-        write_probes(folder / "probes.npz", as_probes(images, expected, parity))
-        lineage = Lineage(
-            checkpoint_sha256=sha256(checkpoint_path),
-            program_root=certificate.roots.any_batch,
-            onnx_root=file_root(folder / "model.onnx"),
-        )
-        card = manifest_fields(checkpoint, certificate, options.batch, lineage, expected) | {
-            "precision": options.precision.precision,
-            "int8_for": options.precision.int8_for if options.precision.precision == "int8" else None,
-            "opset": shipping.opset,
-        }
-        (folder / "README.md").write_text(
-            render_model_card(checkpoint, certificate, parity, precision, card), encoding="utf-8"
-        )
-        findings = ExportResults(
-            checkpoint=checkpoint,
-            network_summary=network_summary(checkpoint),
-            certificate=certificate,
-            lowering=shipping.rules,
-            parity=parity,
-            precision=precision,
-            speed=speed,
-            fields=card,
-            files=bundle.file_records(folder),
-        )
-        (folder / "report.html").write_text(render_report(findings), encoding="utf-8")
-        manifest = bundle.seal(folder, card)
-        path = bundle.publish(folder, manifest, destination)
-    return Exported(
-        path=path,
-        manifest=manifest,
-        certificate=certificate,
-        parity=parity,
-        lowering=shipping.rules,
-        precision=precision,
-        network_summary=findings.network_summary,
-        speed=speed,
-    )
-
-
-def lowered_for(
-    certified: CertifiedGraph, images: NDArray[np.uint8], checkpoint: Checkpoint, options: ExportOptions
-) -> LoweredGraph:
-    """Return the network and its graph by the rules, with the forms that suit the precision asked for."""
-    wish = lowering_options(options.precision, rules=options.lowering, autotune=options.autotune)
-    return lower_by_rules(certified, images, checkpoint.preprocess, options.batch, wish)
-
-
-def in_precision(
-    lean: Classifier,
-    lowered: LoweredGraph,
-    checkpoint: Checkpoint,
-    options: ExportOptions,
-    step: Step,
-) -> ConvertedGraph:
-    """Return the graph that ships: the *lowered* one, or what the precision asked for makes of it."""
-    if options.precision.precision != "fp32":
-        step(f"placing {options.precision.precision} in the graph")
-    return convert_precision(lean, lowered, checkpoint.preprocess, options.batch, options.precision)
+        checks = _Checks(images, certificate, expected, parity, accuracy, speed)
+        return _write_bundle(folder, destination, checkpoint_path, checkpoint, converted, checks, options)
 
 
 def compare_with_network(
-    path: Path,
+    file: Path,
     lean: Classifier,
-    shipping: ConvertedGraph,
+    converted: ConvertedGraph,
     checkpoint: Checkpoint,
     images: NDArray[np.uint8],
     options: ExportOptions,
 ) -> tuple[Reference, ParityReport]:
-    """Return what *lean* gives for *images* in float64, and how the file at *path* compares with it."""
+    """Compute the outputs of *lean* for *images* in float64, and compare the ONNX *file* with them."""
     deployed = Deployed(lean, checkpoint.preprocess).eval()
-    expected = compute_reference(
-        deployed, images, shipping.own, options.precision.precision, shipping.own_gate
-    )
-
+    expected = compute_reference(deployed, images, converted.run, options.precision.precision, converted.gate)
     parity = compare(
-        path,
+        file,
         expected,
         images,
         options.batch,
-        operator_counts(shipping.model),
+        operator_counts(converted.model),
         allow_drift=options.allow_drift,
-        locate=lambda file: shipping.locate(file, images, expected.floors),
+        locate=lambda path: converted.find_first_drift(path, images, expected.floors),
     )
-    records = spectral_records(shipping.spectral, torch.from_numpy(images))
-    parts = shipping.drifts(path, images[parity.compared_images])
+    records = spectral_records(converted.spectral, torch.from_numpy(images))
+    parts = converted.part_drifts(file, images[parity.compared_images])
     parity = add_spectral_records(parity, records, allow_drift=options.allow_drift)
     return expected, parity.model_copy(update={"parts": parts})
 
 
-def lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.ModelProto, Certificate]:
-    """Return the lowered lean graph, and the certificate with the root that all lowered graphs share."""
-    lean = lower(proof.lean.any_batch, outputs)
-    trained = lean if proof.trained is proof.lean else lower(proof.trained.any_batch, outputs)
-    root = onnx_root(lean)
-    roots = {
-        "detached": root,
-        "trained": root if trained is lean else onnx_root(trained),
-        "plain": onnx_root(lower(proof.plain.any_batch, outputs)),
+class _Checks(NamedTuple):
+    images: NDArray[np.uint8]
+    certificate: Certificate
+    expected: Reference
+    parity: ParityReport
+    precision: PrecisionReport
+    speed: Speed | None
+
+
+def _write_bundle(
+    folder: Path,
+    destination: Path,
+    checkpoint_path: Path,
+    checkpoint: Checkpoint,
+    converted: ConvertedGraph,
+    checks: _Checks,
+    options: ExportOptions,
+) -> Exported:
+    """Write reports, probes and manifest beside the ONNX file in *folder*, and move it to *destination*."""
+    images, certificate, expected, parity, precision, speed = checks
+    write_reports(folder, checkpoint, certificate, parity, precision)
+    (folder / "lowering.json").write_bytes(to_json(converted.lowering.model_dump(mode="json")))
+    write_probes(folder / "probes.npz", as_probes(images, expected, parity))
+    lineage = Lineage(
+        checkpoint_sha256=sha256(checkpoint_path),
+        program_root=certificate.roots.any_batch,
+        onnx_root=file_root(folder / ONNX_FILE),
+    )
+    fields = manifest_fields(checkpoint, certificate, options.batch, lineage, expected) | {
+        "precision": precision.precision,
+        "int8_for": options.precision.int8_for if precision.precision == "int8" else None,
+        "opset": converted.opset,
     }
-    return lean, with_onnx_root(proof.certificate, roots)
+    card = render_model_card(checkpoint, certificate, parity, precision, fields)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    results = ExportResults(
+        checkpoint=checkpoint,
+        network_summary=network_summary(checkpoint),
+        certificate=certificate,
+        lowering=converted.lowering,
+        parity=parity,
+        precision=precision,
+        speed=speed,
+        fields=fields,
+        files=bundle.file_records(folder),
+    )
+    (folder / "report.html").write_text(render_report(results), encoding="utf-8")
+    manifest = bundle.seal(folder, fields)
+    return Exported(
+        path=bundle.publish(folder, manifest, destination),
+        manifest=manifest,
+        certificate=certificate,
+        parity=parity,
+        precision=precision,
+        lowering=converted.lowering,
+        network_summary=results.network_summary,
+        speed=speed,
+    )

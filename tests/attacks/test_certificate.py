@@ -26,7 +26,7 @@ from sopdeploy_export.graph.torch_export import Captured, capture
 from sopdeploy_export.proof import certificate
 from sopdeploy_export.proof.certificate import certify
 from tests import quick_torch
-from tests.export.once import bits
+from tests.export.once import digest
 
 SIDE = 16
 PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
@@ -46,7 +46,7 @@ GRAPHS: dict[str, Captured] = {}
 def capture_once(found: Backbone, preprocess: Preprocess, batch: BatchRange) -> Captured:
     if type(found) is not SmallResNet:
         return capture(found, preprocess, batch)
-    key = bits(repr((found.config, preprocess, batch)), found)
+    key = digest(repr((found.config, preprocess, batch)), found)
     if key not in GRAPHS:
         GRAPHS[key] = capture(found, preprocess, batch)
     return GRAPHS[key]

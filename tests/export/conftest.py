@@ -1,4 +1,4 @@
-"""Networks small enough to be proved in a second."""
+"""Small networks and bundles that the tests of the exporter share."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +18,7 @@ from tests import quick_torch
 from tests.export.once import proving_once
 
 SIDE = 16
+LABELS = tuple("abcdefghij")
 HOSTILE = (
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(2)>',
@@ -51,7 +52,7 @@ def make() -> Callable[..., Classifier]:
 
 
 def trained(name: str = "dsop-resnet8", **config: object) -> Classifier:
-    """A network whose batch norms are not at their start, so that every weight counts."""
+    """Build a network whose batch norms do not have their initial values, so that every weight matters."""
     torch.manual_seed(7)
     network = create_model(name, num_classes=10, **config)
     for part in network.modules():
@@ -63,26 +64,34 @@ def trained(name: str = "dsop-resnet8", **config: object) -> Classifier:
     return network.eval()
 
 
-def exported_with(network: Classifier, name: str, folder: Path, *, measure_speed: bool = False) -> Exported:
-    """A bundle of *network*, whose classes have names that a page must not believe."""
-    rules = Preprocess(resize=SIDE, crop=SIDE)
-    weights, config = network.state_dict(), network.config.model_dump(mode="json")
+def save(
+    network: Classifier, name: str, path: Path, preprocess: Preprocess, labels: tuple[str, ...] = LABELS
+) -> Path:
+    """Write *network* as a checkpoint and return its path."""
     checkpoint = Checkpoint(
-        model=name, config=config, weights=weights, labels=HOSTILE, preprocess=rules, training={}
+        model=name,
+        config=network.config.model_dump(mode="json"),
+        weights=network.state_dict(),
+        labels=labels,
+        preprocess=preprocess,
+        training={"epoch": 3},
     )
-    write_checkpoint(folder / "ckpt.pt", checkpoint)
-    options = ExportOptions(
-        detach=bool(network.training_only),
-        batch=BatchRange(optimum=2, maximum=4),
-        measure_speed=measure_speed,
-    )
+    write_checkpoint(path, checkpoint)
+    return path
+
+
+def _exported(network: Classifier, name: str, folder: Path, *, measure_speed: bool = False) -> Exported:
+    """Export *network* with class names that a report must escape."""
+    checkpoint = save(network, name, folder / "ckpt.pt", Preprocess(resize=SIDE, crop=SIDE), HOSTILE)
+    batch, detach = BatchRange(optimum=2, maximum=4), bool(network.training_only)
+    options = ExportOptions(detach=detach, batch=batch, measure_speed=measure_speed)
     with proving_once():
-        return export(folder / "ckpt.pt", folder / "out", options)
+        return export(checkpoint, folder / "out", options)
 
 
 @pytest.fixture(scope="session")
 def branched(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return exported_with(trained(), "dsop-resnet8", tmp_path_factory.mktemp("branched"), measure_speed=True)
+    return _exported(trained(), "dsop-resnet8", tmp_path_factory.mktemp("branched"), measure_speed=True)
 
 
 @pytest.fixture(scope="session")
@@ -90,4 +99,4 @@ def gated(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     widths = {"component_widths": (6,), "gate_widths": (), "blocks_per_stage": 1, "conv5_stride": 1}
     network = trained("gmgap-16-8-resnet18", components=4, chosen=2, **widths)
     torch.nn.init.normal_(network.gate.weight, std=0.1)
-    return exported_with(network, "gmgap-16-8-resnet18", tmp_path_factory.mktemp("gated"))
+    return _exported(network, "gmgap-16-8-resnet18", tmp_path_factory.mktemp("gated"))

@@ -1,7 +1,7 @@
-"""Graphs and proofs of small networks, made once in a process: what a test changes is a copy.
+"""Cache graphs and proofs of small networks within a test process; tests modify copies.
 
-A network is captured six times and lowered three times where an export proves it. A test of what comes after
-the proof takes it from here; that a proof repeated gives the same bytes is for those that repeat it.
+A certificate captures a network six times and converts it three times. Tests of later steps use this cache.
+Other tests check that a repeated proof gives the same bytes.
 """
 
 import functools
@@ -26,13 +26,12 @@ from sopdeploy_export.graph.torch_export import capture_any_batch
 from sopdeploy_export.proof import certificate
 from sopdeploy_export.proof.certificate import Certificate, Proof
 
-lower_honestly = pipeline.lower_with_proof
 PROOFS: dict[str, Proof] = {}
 LOWERED: dict[int, tuple[onnx.ModelProto, Certificate]] = {}
 
 
 class Graph(NamedTuple):
-    """A network, the program that was captured of it, and its ONNX graph."""
+    """A network, its program and its ONNX graph."""
 
     network: Classifier
     program: ExportedProgram
@@ -40,13 +39,13 @@ class Graph(NamedTuple):
 
 
 def graph_of(name: str, preprocess: Preprocess, batch: BatchRange, **config: Any) -> Graph:
-    """Return the graphs of the network that `trained` makes, for every batch of the range."""
-    found = captured(name, preprocess, batch, tuple(sorted(config.items())))
-    return found._replace(model=copied(found.model))
+    """Capture and convert the network that `conftest.trained` builds."""
+    graph = _graph_of(name, preprocess, batch, tuple(sorted(config.items())))
+    return graph._replace(model=_copy(graph.model))
 
 
 @functools.cache
-def captured(name: str, preprocess: Preprocess, batch: BatchRange, config: tuple[Any, ...]) -> Graph:
+def _graph_of(name: str, preprocess: Preprocess, batch: BatchRange, config: tuple[Any, ...]) -> Graph:
     from tests.export.conftest import trained
 
     network = trained(name, **dict(config))
@@ -54,7 +53,7 @@ def captured(name: str, preprocess: Preprocess, batch: BatchRange, config: tuple
     return Graph(network, program, lower(program, network.outputs))
 
 
-def copied(model: onnx.ModelProto) -> onnx.ModelProto:
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     return copy
@@ -62,13 +61,13 @@ def copied(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @contextmanager
 def proving_once(apart: str = "") -> Iterator[None]:
-    """Within it an export takes the proof of a network proved before with the same weights and images.
+    """Make exports reuse the proof of a network with the same weights and images.
 
-    What changes the program that was proved, as the writing of `network.pt2` does, keeps its proofs *apart*.
+    An export that modifies the proved program, such as `network.pt2`, keeps its proofs *apart*.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "certify", partial(certify, apart=apart))
-        patch.setattr(pipeline, "lower_with_proof", lower_with_proof)
+        patch.setattr(pipeline, "lower_with_proof", _lower_with_proof)
         yield
 
 
@@ -81,26 +80,25 @@ def certify(
     apart: str = "",
     **options: Any,
 ) -> Proof:
-    """Return the certificate's proof, kept for the bits that it is about."""
-    said = (apart, trained.config, preprocess, sorted(options.items()), probes.numpy().tobytes())
-    known = bits(repr(said), trained, lean)
-    if known not in PROOFS:
-        PROOFS[known] = certificate.certify(trained, lean, preprocess, probes, **options)
-    return PROOFS[known]
+    """Prove as `certificate.certify` does, once for each set of arguments."""
+    arguments = (apart, trained.config, preprocess, sorted(options.items()), probes.numpy().tobytes())
+    key = digest(repr(arguments), trained, lean)
+    if key not in PROOFS:
+        PROOFS[key] = certificate.certify(trained, lean, preprocess, probes, **options)
+    return PROOFS[key]
 
 
-def bits(said: str, *networks: nn.Module) -> str:
-    """Return a hash of what is *said* of the *networks* and of all their tensors."""
-    key = hashlib.sha256(said.encode())
+def digest(text: str, *networks: nn.Module) -> str:
+    """Hash *text* and all tensors of *networks*."""
+    key = hashlib.sha256(text.encode())
     for network in networks:
         for name, tensor in network.state_dict().items():
             key.update(name.encode() + tensor.detach().numpy().tobytes())
     return key.hexdigest()
 
 
-def lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.ModelProto, Certificate]:
-    """Return a copy of the graph that was lowered of *proof*, and its certificate."""
+def _lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.ModelProto, Certificate]:
     if id(proof) not in LOWERED:
-        LOWERED[id(proof)] = lower_honestly(proof, outputs)
+        LOWERED[id(proof)] = certificate.lower_with_proof(proof, outputs)
     model, certified = LOWERED[id(proof)]
-    return copied(model), certified
+    return _copy(model), certified

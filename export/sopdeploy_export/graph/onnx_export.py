@@ -1,7 +1,7 @@
 """Convert a captured program to one ONNX file with standard operators and no control flow.
 
-Newton-Schulz is unrolled into matrix products, so every runtime and TensorRT release supports it. Opset 18 is the
-lowest that torch writes and the most widely supported.
+Newton-Schulz is unrolled into matrix products, so every runtime and TensorRT release supports it. Opset 18
+is the lowest that torch writes and the most widely supported.
 """
 
 import warnings
@@ -95,8 +95,8 @@ def _convert(program: ExportedProgram, outputs: Sequence[str], opset: int) -> to
 def check(proto: onnx.ModelProto, opset: int = OPSET) -> None:
     """Check that every runtime can execute *proto*; raises `LoweringError`.
 
-    The graph must be valid, use only *opset* of the standard domain, and hold no control flow and no fixed batch
-    size other than 1.
+    The graph must be valid, use only *opset* of the standard domain, and hold no control flow and no fixed
+    batch size other than 1.
     """
     onnx.checker.check_model(proto, full_check=True)
     opsets = {imported.domain: imported.version for imported in proto.opset_import}

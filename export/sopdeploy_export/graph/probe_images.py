@@ -1,7 +1,8 @@
 """Images for the checks of an export: generated probes, the user's own photographs, calibration images.
 
-The generated probes (noise, smooth fields at several scales, ramps, checkerboards, constants) exercise many parts
-of a network and are the same on every machine. Photographs from the deployment domain are more representative.
+The generated probes (noise, smooth fields at several scales, ramps, checkerboards, constants) exercise many
+parts of a network and are the same on every machine. Photographs from the deployment domain are more
+representative.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Capture a network as one torch.export program with a symbolic batch size.
 
-The program takes uint8 images (batch, height, width, 3) from `Preprocess`, normalizes them and returns float32
-outputs. torch.export specializes on what the Python code assumes about the batch size. A program that does not
-support the whole requested range is rejected.
+The program takes uint8 images (batch, height, width, 3) from `Preprocess`, normalizes them and returns
+float32 outputs. torch.export specializes on what the Python code assumes about the batch size. A program
+that does not support the whole requested range is rejected.
 """
 
 import io
@@ -23,7 +23,7 @@ from sopdeploy.layers.normalize import Normalize
 
 
 class Deployed(nn.Module):
-    """The module that is captured: normalization followed by *network*, from uint8 images to its `outputs`."""
+    """Normalization followed by *network*: the module that is captured and exported."""
 
     def __init__(self, network: Backbone, preprocess: Preprocess) -> None:
         super().__init__()
@@ -70,7 +70,9 @@ def capture_any_batch(network: Backbone, preprocess: Preprocess, batch: BatchRan
     name = program.graph_signature.user_inputs[0]
     dimension = next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[0]
     if isinstance(dimension, int):
-        raise LoweringError(f"the network fixes the batch size to {dimension}; it must accept any size from 1")
+        raise LoweringError(
+            f"the network fixes the batch size to {dimension}; it must accept any size from 1"
+        )
     allowed = program.range_constraints[dimension.node.expr]
     if int(allowed.lower) > 1 or int(allowed.upper) != batch.maximum:
         raise LoweringError(

@@ -65,7 +65,7 @@ def _newton_schulz_config(part: nn.Module) -> NewtonSchulzConfig | None:
     if isinstance(part, CompensatedAfter):
         return part.root.config
     if isinstance(part, Experts):
-        return part.root
+        return part.config
     return part.config if isinstance(part, ISqrtCov | LoweredRoot | ReferenceRoot) else None
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.checkpoint import Checkpoint
-from sopdeploy.data.base import Prepared
+from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.datasets.folder import open_classes
 from sopdeploy.errors import ParityError
 from sopdeploy.evaluation.statistics import wilson
@@ -33,12 +33,12 @@ def check_accuracy(
 ) -> PrecisionReport:
     """Compare the file at *path* with the float32 graph, and add the result to the precision report.
 
-    The images are those of `evaluate` (with labels) or of `calibrate`; without either, nothing is compared. Raises
-    `ParityError` if more than `max_drop` points are lost and *allow_drift* is off.
+    The images are those of `evaluate` (with labels) or of `calibrate`; without either, nothing is compared.
+    Raises `ParityError` if more than `max_drop` points are lost and *allow_drift* is off.
     """
     batches: Iterable[Batch]
     if options.evaluate is not None:
-        dataset = Prepared(
+        dataset = PreprocessedDataset(
             open_classes(options.evaluate.expanduser(), checkpoint.labels), checkpoint.preprocess
         )
         batches = _labeled_batches(dataset, min(BATCH, batch.maximum))
@@ -50,8 +50,8 @@ def check_accuracy(
     if found.drop > options.max_drop and not allow_drift:
         metric = "agreement with float32" if found.before is None else "top-1"
         raise ParityError(
-            f"{options.precision} loses {found.drop:.2f} points of {metric} on {found.images} images, but only "
-            f"{options.max_drop:g} are allowed (--max-drop){_int8_advice(converted.precision)}"
+            f"{options.precision} loses {found.drop:.2f} points of {metric} on {found.images} images, "
+            f"but only {options.max_drop:g} are allowed (--max-drop){_int8_advice(converted.precision)}"
         )
     return converted.precision.model_copy(update={"accuracy": found})
 
@@ -90,7 +90,7 @@ def accuracy(
     )
 
 
-def _labeled_batches(dataset: Prepared, size: int) -> Iterator[Batch]:
+def _labeled_batches(dataset: PreprocessedDataset, size: int) -> Iterator[Batch]:
     for start in range(0, len(dataset), size):
         pairs = [dataset[index] for index in range(start, min(start + size, len(dataset)))]
         yield np.stack([image for image, _ in pairs]), [label for _, label in pairs]

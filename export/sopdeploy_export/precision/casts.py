@@ -1,14 +1,16 @@
 """Place casts in a copy of the network, so that every runtime computes in the same types.
 
-The copy is the network that the rewrite rules produced. A part with weights receives its inputs in the dtype of its
-own weights. Layers that declare `keep_float32` stay in float32, and so does what they compute without weights:
-covariance, trace, Newton-Schulz, gate, softmax, and means over a whole map. Experts multiply maps by their weights in
-the dtype of the maps, and compute roots and sums in float32. All outputs are float32.
+The copy is the network that the rewrite rules produced. A part with weights receives its inputs in the
+dtype of its own weights. Layers that declare `keep_float32` stay in float32, and so does what they compute
+without weights: covariance, trace, Newton-Schulz, gate, softmax, and means over a whole map. Experts
+multiply maps by their weights in the dtype of the maps, and compute roots and sums in float32. All outputs
+are float32.
 
-`fp16` converts everything else to float16, including the classifier. `bf16-backbone` converts the layers that compute
-feature maps to bfloat16, but not the classifier. Newton-Schulz in float16 is a separate option: its matrices are
-stored in float16 and multiplied in float32, which TensorRT runs as one float16 product with a float32 accumulator.
-In bfloat16 the iteration would lose 5e-3 relative, in float16 it loses 7e-4; bfloat16 is therefore not offered.
+`fp16` converts everything else to float16, including the classifier. `bf16-backbone` converts the layers
+that compute feature maps to bfloat16, but not the classifier. Newton-Schulz in float16 is a separate
+option: its matrices are stored in float16 and multiplied in float32, which TensorRT runs as one float16
+product with a float32 accumulator. In bfloat16 the iteration would lose 5e-3 relative, in float16 it loses
+7e-4; bfloat16 is therefore not offered.
 """
 
 import copy
@@ -49,9 +51,9 @@ def with_precision(
 ) -> Backbone:
     """Copy *network* in eval mode and convert it to *precision*, one of `LOW_PRECISION`.
 
-    *program* is the captured network; it shows which batch norms fold into the convolution before them. Raises
-    `LoweringError` if the folded network computes something else for *pixels*, normalized images, in float64. The
-    noise floor would accept such an error as rounding.
+    *program* is the captured network; it shows which batch norms fold into the convolution before them.
+    Raises `LoweringError` if the folded network computes something else for *pixels*, normalized images, in
+    float64. The noise floor would accept such an error as rounding.
     """
 
     def build(original: FirstOutput) -> FirstOutput:
@@ -89,7 +91,8 @@ def place_casts(network: Part, precision: Precision) -> Part:
 def weight_dtypes(network: nn.Module, precision: Precision) -> dict[str, torch.dtype]:
     """Map the name of every part to the dtype of its own weights in *precision*, one of `LOW_PRECISION`.
 
-    A part has the dtype of its parent, unless it keeps float32 or its parent lists it as a low-precision child.
+    A part has the dtype of its parent, unless it keeps float32 or its parent lists it as a low-precision
+    child.
     """
     low, kept = LOW_PRECISION[precision], set(float32_parts(network, precision))
     dtypes: dict[str, torch.dtype] = {"": torch.float32 if "" in kept else low}

@@ -1,7 +1,8 @@
 """Convert the lowered graph to the requested precision, with what the parity checks need to know about it.
 
-fp32 exports the graph of the rewrite rules. fp16 and bf16-backbone export a copy of the rewritten network with casts,
-captured and converted again. int8 exports the graph of the rewrite rules with quantized convolutions.
+fp32 exports the graph of the rewrite rules. fp16 and bf16-backbone export a copy of the rewritten network
+with casts, captured and converted again. int8 exports the graph of the rewrite rules with quantized
+convolutions.
 """
 
 from collections.abc import Callable
@@ -132,8 +133,8 @@ def convert_precision(
 ) -> ConvertedGraph:
     """Convert *lowered*, rewritten from the certified network *lean*, to the precision of *options*.
 
-    Raises `ConfigError` for int8 without calibration images, and `LoweringError` if the types in the graph are not the
-    requested ones.
+    Raises `ConfigError` for int8 without calibration images, and `LoweringError` if the types in the graph
+    are not the requested ones.
     """
     deployed = Deployed(lean, preprocess).eval()
     if options.precision == "int8":

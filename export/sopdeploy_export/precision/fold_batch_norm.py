@@ -1,8 +1,8 @@
 """Fold batch norms into the convolutions before them, in float64, before weights are rounded.
 
-y = s (W x) + t is the convolution (s W) x + t. Weights that are rounded once, after folding, lose less than with the
-ONNX converter, which folds rounded weights and does not support bfloat16. A batch norm is folded only if the captured
-program shows that nothing else reads the convolution.
+y = s (W x) + t is the convolution (s W) x + t. Weights that are rounded once, after folding, lose less than
+with the ONNX converter, which folds rounded weights and does not support bfloat16. A batch norm is folded
+only if the captured program shows that nothing else reads the convolution.
 """
 
 import torch

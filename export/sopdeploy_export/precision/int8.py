@@ -1,14 +1,15 @@
 """INT8: quantize the convolutions of a float32 graph after training, with ONNX Runtime's tools.
 
-QuantizeLinear and DequantizeLinear surround the operators, and runtimes fuse them. Weights are int8 per output channel;
-second-order layers, pooling and classifier stay in float32. No form of the activations suits both runtimes:
+QuantizeLinear and DequantizeLinear surround the operators, and runtimes fuse them. Weights are int8 per
+output channel; second-order layers, pooling and classifier stay in float32. No form of the activations
+suits both runtimes:
 
-- `cpu`: uint8 with a zero point. Outputs of convolutions and biases are quantized as well, so that ReLU, addition and
-  max pooling between two convolutions need no float32.
-- `tensorrt`: int8 around zero, only for the inputs of convolutions and for shortcuts, because TensorRT fuses what
-  follows a convolution. Biases stay in float32, and so does the convolution that reads the image: the parser does not
-  accept int32 to dequantize, and the builder has no int8 kernel for three channels, ReLU and max pooling in one
-  (observed with 10.16). On a CPU this form is slower than float32.
+- `cpu`: uint8 with a zero point. Outputs of convolutions and biases are quantized as well, so that ReLU,
+  addition and max pooling between two convolutions need no float32.
+- `tensorrt`: int8 around zero, only for the inputs of convolutions and for shortcuts, because TensorRT
+  fuses what follows a convolution. Biases stay in float32, and so does the convolution that reads the
+  image: the parser does not accept int32 to dequantize, and the builder has no int8 kernel for three
+  channels, ReLU and max pooling in one (observed with 10.16). On a CPU this form is slower than float32.
 """
 
 import tempfile

@@ -1,7 +1,7 @@
 """The content of `precision.json`: the types in the exported graph, the accuracy, and the int8 costs.
 
-Types are read from the exported graph, not from the options: weights from its initializers, operations from the
-captured program. A graph whose types differ from the requested ones is rejected.
+Types are read from the exported graph, not from the options: weights from its initializers, operations from
+the captured program. A graph whose types differ from the requested ones is rejected.
 """
 
 from collections import Counter

@@ -1,7 +1,8 @@
 """Find the int8 layers and parts that cost most: quantize each alone, in torch, and compare the logits.
 
-Weights are rounded per output channel, which commutes with the batch norm after the convolution. Inputs are rounded
-to the range that calibration found. A cost is the root mean square change of the logits over their standard deviation.
+Weights are rounded per output channel, which commutes with the batch norm after the convolution. Inputs are
+rounded to the range that calibration found. A cost is the root mean square change of the logits over their
+standard deviation.
 """
 
 import copy
@@ -62,8 +63,8 @@ def measure_sensitivity(
 ) -> tuple[tuple[Cost, ...], tuple[Cost, ...]]:
     """Measure the costs of the layers in *grids*, and of the parts that contain them, in descending order.
 
-    A part is the shortest prefix of the layers' names that distinguishes several parts. Only the ten layers that cost
-    most are returned.
+    A part is the shortest prefix of the layers' names that distinguishes several parts. Only the ten layers
+    that cost most are returned.
     """
     parts: dict[str, list[str]] = {}
     for depth in range(1, max((layer.count(".") for layer in grids), default=0) + 2):

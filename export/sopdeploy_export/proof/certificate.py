@@ -2,15 +2,15 @@
 
 It makes four statements. Each is checked, and the export stops if one does not hold:
 
-- inventory: every tensor of the trained network is either removed or kept, and a kept tensor has the same sha256
-  before and after.
+- inventory: every tensor of the trained network is either removed or kept, and a kept tensor has the same
+  sha256 before and after.
 - graphs: the programs of the trained network's output, of the detached network, and of a plain network built
   from the config with the same weights have one Merkle root, for any batch size and for a batch of one.
 - numbers: the three networks return bitwise equal logits for the probe images, alone and in batches.
 - ONNX: the three ONNX graphs have one Merkle root.
 
-A comparison of numbers alone does not detect `y + 0 * branch(f)`. The comparison of graphs does, and it names the
-weights that the output still depends on.
+A comparison of numbers alone does not detect `y + 0 * branch(f)`. The comparison of graphs does, and it
+names the weights that the output still depends on.
 """
 
 import copy
@@ -91,8 +91,8 @@ def certify(
 ) -> Proof:
     """Prove that *lean*, detached from *trained*, is the plain network with the trained weights.
 
-    *probes* are uint8 images (P, crop, crop, 3). Raises `CertificateError` with the statement that does not hold
-    and where; neither network is changed.
+    *probes* are uint8 images (P, crop, crop, 3). Raises `CertificateError` with the statement that does not
+    hold and where; neither network is changed.
     """
     batch = batch or BatchRange()
     for role, network in (("trained", trained), ("detached", lean)):
@@ -195,8 +195,8 @@ def _assert_equal_graphs(
 ) -> tuple[dict[str, Captured], Roots]:
     """Capture *networks*, the plain one first, and compare their Merkle roots.
 
-    Raises `CertificateError` with the removed weights that an output depends on, or with the first operation that
-    differs from the plain network.
+    Raises `CertificateError` with the removed weights that an output depends on, or with the first
+    operation that differs from the plain network.
     """
     captured: dict[str, Captured] = {}
     plain: dict[str, ProgramRoot] = {}

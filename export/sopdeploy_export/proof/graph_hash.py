@@ -1,10 +1,10 @@
 """A Merkle hash over a captured program: equal roots mean equal graphs with equal weights.
 
 The hash starts at the outputs. The hash of an operation covers its name, every argument of its schema with
-defaults filled in, and the hashes of its operands in order. Weights and constants count by content, inputs by
-position, dtype and (symbolic) shape. Names, and operations that no output depends on, do not count. So a network
-that was trained with branches has the root of the plain network exactly if its output is computed the same way.
-The hash takes linear time.
+defaults filled in, and the hashes of its operands in order. Weights and constants count by content, inputs
+by position, dtype and (symbolic) shape. Names, and operations that no output depends on, do not count. So a
+network that was trained with branches has the root of the plain network exactly if its output is computed
+the same way. The hash takes linear time.
 """
 
 import hashlib
@@ -40,8 +40,8 @@ class ProgramRoot:
 def program_root(program: ExportedProgram) -> ProgramRoot:
     """Compute the Merkle root of *program*.
 
-    Raises `CertificateError` if the program writes to a buffer or an input, because its outputs would then depend
-    on earlier calls.
+    Raises `CertificateError` if the program writes to a buffer or an input, because its outputs would then
+    depend on earlier calls.
     """
     for spec in program.graph_signature.output_specs:
         if spec.kind != OutputKind.USER_OUTPUT:
@@ -80,7 +80,9 @@ def _leaf_hashes(program: ExportedProgram) -> dict[str, str]:
         if not isinstance(value, Tensor):
             raise CertificateError(f"input {position} is not a tensor")
         shape = [  # symbolic sizes are numbered by their first appearance
-            str(size) if isinstance(size, int) else symbols.setdefault(str(size.node.expr), f"S{len(symbols)}")
+            str(size)
+            if isinstance(size, int)
+            else symbols.setdefault(str(size.node.expr), f"S{len(symbols)}")
             for size in value.shape
         ]
         leaves[spec.arg.name] = _hash(["input", str(position), str(value.dtype), *shape])

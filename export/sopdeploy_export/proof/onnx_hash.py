@@ -1,7 +1,7 @@
 """A Merkle hash over an ONNX graph, to check a certificate against the file that is deployed.
 
-Like `graph_hash`, one level down: nodes count by operator, attributes and ordered operands, initializers by type,
-shape and content, inputs by position, type and shape. Value names and metadata do not count.
+Like `graph_hash`, one level down: nodes count by operator, attributes and ordered operands, initializers by
+type, shape and content, inputs by position, type and shape. Value names and metadata do not count.
 """
 
 import hashlib

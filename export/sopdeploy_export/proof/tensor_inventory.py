@@ -30,8 +30,8 @@ def build_inventory(
 ) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
     """List the removed and the kept tensors of *trained*.
 
-    Raises `CertificateError` if *detached* has a new tensor, lacks one that `training_only` does not cover, holds
-    a changed one, or keeps under another name the memory of a removed one.
+    Raises `CertificateError` if *detached* has a new tensor, lacks one that `training_only` does not cover,
+    holds a changed one, or keeps under another name the memory of a removed one.
     """
     before, after = tensors(trained), tensors(detached)
     new = sorted(after.keys() - before.keys())

@@ -34,8 +34,8 @@ from sopdeploy_export.rewrites.reference_formulas import NAME as REFERENCE
 
 OBSERVED_IMAGES = 2  # the smallest batch
 Rule = Callable[[RewriteContext, str, Any], None]
-# Layers declare rules by these names (`ExportHints.rewrite_rules`). Rules run in this order: a mixture goes before
-# the roots because its experts share one.
+# Layers declare rules by these names (`ExportHints.rewrite_rules`). Rules run in this order: mixtures come
+# before roots, because the experts of a mixture share one.
 RULES: dict[str, Rule] = {
     "mixture_routing": mixture.apply,
     "newton_schulz": newton_schulz.apply,
@@ -81,8 +81,8 @@ def rewrite(
 ) -> Rewritten:
     """Rewrite a copy of *certified*; *images* are two normalized (2, 3, H, W) probe images.
 
-    Raises `LoweringError` if a precondition does not hold, a rewritten part computes something else in float64, or a
-    layer declares an unknown rule.
+    Raises `LoweringError` if a precondition does not hold, a rewritten part computes something else in
+    float64, or a layer declares an unknown rule.
     """
     network = copy.deepcopy(certified).eval()
     for part in network.modules():
@@ -155,8 +155,8 @@ def lower_by_rules(
 ) -> LoweredGraph:
     """Rewrite the certified network and convert it to ONNX; *images* are uint8 probes (P, H, W, 3).
 
-    If no rule changes the program, its ONNX model is the certified one. Raises `LoweringError` with the rule and the
-    part for which a precondition or a proof fails.
+    If no rule changes the program, its ONNX model is the certified one. Raises `LoweringError` with the
+    rule and the part for which a precondition or a proof fails.
     """
     pixels = Normalize(preprocess)(torch.from_numpy(images[:OBSERVED_IMAGES]))
     rewritten = rewrite(certified.network, pixels, batch, options)

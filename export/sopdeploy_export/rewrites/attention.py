@@ -1,9 +1,9 @@
 """Rules of the GSoP attention blocks: row-wise convolution, covariance constants, position resampling.
 
 Letters as in `sopdeploy.layers.attention.gsop_attention`. The batch norm turns row i of the covariance into
-a_i S_i + c_i, and output r of row i is w_ir . (a_i S_i + c_i) + b_ir = (a_i w_ir) . S_i + (b_ir + c_i sum(w_ir)):
-different weights without a norm. A convolution of n groups with kernel (n, 1) is n products of (B, n) with (n, r), so
-it may be computed as one batched product, whose weights are transposed at export.
+a_i S_i + c_i, and output r of row i is w_ir . (a_i S_i + c_i) + b_ir = (a_i w_ir) . S_i + (b_ir + c_i
+sum(w_ir)): different weights without a norm. A convolution of n groups with kernel (n, 1) is n products of
+(B, n) with (n, r), so it may be computed as one batched product, whose weights are transposed at export.
 
 The default form is the convolution for single images and the product from a batch of four.
 """
@@ -121,7 +121,7 @@ def fold_row_norm(context: RewriteContext, where: str, part: Excitation) -> None
 
 
 def report_centering(context: RewriteContext, where: str, part: ChannelAttention | PositionAttention) -> None:
-    """Check the constant I / count - 11^T / count^2 of one GSoP covariance and report which form it allows."""
+    """Check the constant I / count - 11^T / count^2 of one covariance and report its form."""
     shape = context.activations[f"{where}.reduction"].output.shape
     if isinstance(part, PositionAttention):  # the reduced channels are the samples
         samples = shape[1]

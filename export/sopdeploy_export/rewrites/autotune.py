@@ -1,8 +1,9 @@
 """Choose between equivalent forms of a part: by a heuristic, or by timing them in ONNX Runtime.
 
-`Heuristic` makes exports reproducible across machines. `Benchmark` (`--autotune`) exports each form alone and runs
-the forms in turn on one thread, at batch 1 and at the bundle's optimum batch. It uses process time, which other load
-on the machine affects least, and chooses the form with the smallest product of medians.
+`Heuristic` makes exports reproducible across machines. `Benchmark` (`--autotune`) exports each form alone
+and runs the forms in turn on one thread, at batch 1 and at the bundle's optimum batch. It uses process
+time, which other load on the machine affects least, and chooses the form with the smallest product of
+medians.
 """
 
 import statistics

@@ -1,11 +1,12 @@
 """Rule: replace a product with a constant alpha I + beta 11^T by a scaling and a sum, or by mean subtraction.
 
-X (alpha I + beta 11^T) = alpha X + beta (X 1) 1^T for any alpha and beta. Only if alpha + n beta = 0, with n the size
-of the constant, do its rows sum to zero, and the product is alpha (X - mean(X)). The released GSoP position block
-uses I / P - 11^T / P^2 with ones of another size, which does not center. So the rule checks the numbers and not
-only the pattern.
+X (alpha I + beta 11^T) = alpha X + beta (X 1) 1^T for any alpha and beta. Only if alpha + n beta = 0, with
+n the size of the constant, do its rows sum to zero, and the product is alpha (X - mean(X)). The released
+GSoP position block uses I / P - 11^T / P^2 with ones of another size, which does not center. So the rule
+checks the numbers and not only the pattern.
 
-The product costs n^2 multiply-adds per row of X and stores n^2 numbers in the file; the sum costs n additions.
+The product costs n^2 multiply-adds per row of X and stores n^2 numbers in the file; the sum costs n
+additions.
 """
 
 from typing import NamedTuple

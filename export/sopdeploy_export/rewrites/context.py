@@ -105,7 +105,9 @@ class RewriteContext:
         found = []
         for where, part in self.network.named_modules():
             declared = getattr(export_hints(part), attribute) or ()
-            if where in self.activations and name in (declared if isinstance(declared, tuple) else (declared,)):
+            if where in self.activations and name in (
+                declared if isinstance(declared, tuple) else (declared,)
+            ):
                 found.append((where, part))
         return found
 

@@ -1,8 +1,9 @@
 """Numerical proof of a rewrite: a replacement must compute what the original part computes in float64.
 
-The algebra of a rule shows that two forms are the same function; this check shows that their code is. Correct forms
-differ by about 1e-13 in float64, so a wrong number of iterations, a shifted index or a scale that is applied twice
-stands out by orders of magnitude. Inputs are the activations of the probe images, and random ones of the same
+The algebra of a rule shows that two forms are the same function; this check shows that their code is.
+Correct forms differ by about 1e-13 in float64, so a wrong number of iterations, a shifted index or a scale
+that is applied twice stands out by orders of magnitude. Inputs are the activations of the probe images, and
+random ones of the same
 shapes: real covariances are symmetric and would hide a transposed layout.
 """
 

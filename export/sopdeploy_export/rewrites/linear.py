@@ -1,9 +1,9 @@
 """Rules of linear layers: apply the scale of a root after the layer, and fold the batch norm before it.
 
-- Post-compensation: W (s v) + b = s (W v) + b for a scalar s per image. The scale then multiplies the logits instead
-  of a d x d matrix. The root's triangle must go into one linear layer and nowhere else, with only dropout between,
-  which does nothing in eval mode. In the Gram domain the scale divides an M x M matrix that is divided anyway, so
-  the rule does not apply.
+- Post-compensation: W (s v) + b = s (W v) + b for a scalar s per image. The scale then multiplies the
+  logits instead of a d x d matrix. The root's triangle must go into one linear layer and nowhere else, with
+  only dropout between, which does nothing in eval mode. In the Gram domain the scale divides an M x M
+  matrix that is divided anyway, so the rule does not apply.
 - Fusion norm: W (s v + t) + b = (W diag(s)) v + (b + W t).
 """
 

@@ -1,7 +1,8 @@
 """Rule: a mixture evaluates only the K experts that its gate chose, and sums before it reads the triangle.
 
-Three equivalent forms are available. By default, batches of up to sixteen images gather the weights of their experts;
-larger ones compute all experts' convolutions and gather activations. If K = N, all experts run.
+Three equivalent forms are available. By default, batches of up to sixteen images gather the weights of
+their experts; larger ones compute all experts' convolutions and gather activations. If K = N, all experts
+run.
 """
 
 from abc import ABC, abstractmethod
@@ -145,8 +146,8 @@ def apply(context: RewriteContext, where: str, bank: Components) -> None:
     most = int((weights_BN != 0).sum(dim=1).max())
     if weights_BN.shape[1] != bank.components or most > chosen:
         raise LoweringError(
-            f"{where}: {most} of {weights_BN.shape[1]} weights are not 0, but the mixture uses K = {chosen} of "
-            f"{bank.components}"
+            f"{where}: {most} of {weights_BN.shape[1]} weights are not 0, but the mixture "
+            f"uses K = {chosen} of {bank.components}"
         )
     small = context.batch.optimum <= GATHER_UP_TO
     default = "gathered weights" if small else "all projected, activations gathered"

@@ -6,8 +6,8 @@ Letters as in `sopdeploy.layers.isqrt_cov`; X is centered but not scaled, and n 
 - trace(X X^T) = trace(X^T X) is the sum of squares of X. The smaller of the two products is computed, and its
   diagonal is read by a product with the identity that the iteration needs anyway.
 - The first step uses Z = I and the last one needs only one of Y and Z: 3N - 3 products instead of 3N.
-- Every iterate is a polynomial in A, so Y_N(X X^T / n) = X Z_N(X^T X / n) X^T / n. This takes fewer products if
-  M < d (Gram Newton-Schulz, known from the Muon optimizer: Dao-AILab, 2026).
+- Every iterate is a polynomial in A, so Y_N(X X^T / n) = X Z_N(X^T X / n) X^T / n. This takes fewer
+  products if M < d (Gram Newton-Schulz, known from the Muon optimizer: Dao-AILab, 2026).
 """
 
 import math
@@ -123,12 +123,16 @@ class LoweredRoot(nn.Module, ExportHints):
 
     def forward(self, features_BdHW: Tensor) -> Tensor:
         """Compute the upper triangle, row by row."""
-        return self.roots(features_BdHW)[1].flatten(start_dim=1).index_select(1, self.triangle)
+        return self.matrix(features_BdHW).flatten(start_dim=1).index_select(1, self.triangle)
 
     def roots(self, features_BdHW: Tensor) -> tuple[Tensor, Tensor]:
         """Return the maps whose roots are computed, and the roots (B, d, d), for the parity checks."""
+        return features_BdHW, self.matrix(features_BdHW)
+
+    def matrix(self, features_BdHW: Tensor) -> Tensor:
+        """Compute the root (B, d, d)."""
         root_Bdd, scale_B11 = self.root(features_BdHW)
-        return features_BdHW, root_Bdd if scale_B11 is None else root_Bdd * scale_B11
+        return root_Bdd if scale_B11 is None else root_Bdd * scale_B11
 
     def root(self, features_BdHW: Tensor) -> tuple[Tensor, Tensor | None]:
         """Compute the root (B, d, d) without its scale, and the scale (B, 1, 1); `None` if it is applied."""
@@ -154,7 +158,9 @@ def apply(context: RewriteContext, where: str, part: ISqrtCov) -> None:
 def check_triangle(where: str, part: ISqrtCov) -> None:
     """Check the actual constant: a transposed triangle has the right numbers in the wrong order."""
     if not torch.equal(part.triangle, upper_triangle_indices(part.width)):
-        raise LoweringError(f"{where}: its triangle is not the upper one of {part.width} channels, row by row")
+        raise LoweringError(
+            f"{where}: its triangle is not the upper one of {part.width} channels, row by row"
+        )
 
 
 def report_root(

@@ -1,8 +1,9 @@
 """The formulas as the papers write them, for comparison: what `--no-lowering` exports.
 
-Centering by the matrix I / M - 11^T / M^2, the trace by the identity, the Newton-Schulz loop without special first and
-last steps, row batch norm and grouped convolution one after the other, and all N experts with a triangle each.
-Adaptive pooling has no ONNX form at most sizes, so the resampling of the position block stays.
+Centering by the matrix I / M - 11^T / M^2, the trace by the identity, the Newton-Schulz loop without
+special first and last steps, row batch norm and grouped convolution one after the other, and all N experts
+with a triangle each. Adaptive pooling has no ONNX form at most sizes, so the resampling of the position
+block stays.
 """
 
 import torch

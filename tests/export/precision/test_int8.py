@@ -13,12 +13,14 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.graph.probe_images import calibration_images, generated_images
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
+from sopdeploy_export.precision import accuracy_gate
 from sopdeploy_export.precision.accuracy_gate import accuracy
 from sopdeploy_export.precision.casts import Calibration, float32_parts
 from sopdeploy_export.precision.convert import PrecisionOptions
 from sopdeploy_export.precision.int8 import quantize
 from sopdeploy_export.precision.report import weight_types
 from sopdeploy_export.precision.sensitivity import input_grids
+from tests.export.conftest import save
 from tests.export.once import graph_of, proving_once
 
 Make = Callable[..., Classifier]
@@ -26,9 +28,9 @@ SMALL = BatchRange(optimum=2, maximum=4)
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of pictures by class, two of each."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a folder of images with two images per class."""
+    folder = tmp_path_factory.mktemp("images")
     for label, image in zip(
         "aabbccddeeffgghhiijj", np.resize(generated_images(16), (20, 16, 16, 3)), strict=True
     ):
@@ -43,7 +45,7 @@ def graph(name: str, preprocess: Preprocess) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
-def test_convolutions_become_int8_and_second_order_parts_do_not(
+def test_convolutions_become_int8_but_not_second_order_parts(
     preprocess: Preprocess, method: Calibration
 ) -> None:
     network, _, plain = graph_of("isqrt-resnet8", preprocess, SMALL)
@@ -59,13 +61,13 @@ def test_convolutions_become_int8_and_second_order_parts_do_not(
     assert not [name for name in fed if "Dequantize" in name]
 
 
-def test_weights_are_quantised_per_channel(preprocess: Preprocess) -> None:
+def test_weights_are_quantized_per_channel(preprocess: Preprocess) -> None:
     model = quantize(graph("resnet8", preprocess), generated_images(16))
     scales = {t.name: t.dims for t in model.graph.initializer if t.name.startswith("conv1.weight_scale")}
     assert list(scales.values()) == [[16]]
 
 
-def test_the_same_pictures_give_the_same_bytes(preprocess: Preprocess) -> None:
+def test_same_images_give_the_same_bytes(preprocess: Preprocess) -> None:
     model = graph("resnet8", preprocess)
     first, second = (
         quantize(model, generated_images(16)).SerializeToString(deterministic=True) for _ in range(2)
@@ -73,8 +75,8 @@ def test_the_same_pictures_give_the_same_bytes(preprocess: Preprocess) -> None:
     assert first == second
 
 
-def test_a_network_without_convolutions_to_quantise_is_refused(preprocess: Preprocess) -> None:
-    with pytest.raises(LoweringError, match="no convolution to quantise"):
+def test_network_without_convolutions_to_quantize_is_rejected(preprocess: Preprocess) -> None:
+    with pytest.raises(LoweringError, match="no convolution to quantize"):
         quantize(graph("resnet8", preprocess), generated_images(16), ("conv1", "layer1", "layer2", "layer3"))
 
 
@@ -86,24 +88,22 @@ def run(
     batch: BatchRange = SMALL,
     **options: object,
 ) -> Exported:
-    from tests.export.test_pipeline import save
-
-    wish = PrecisionOptions.model_validate({"precision": "int8", **options})
+    chosen = PrecisionOptions.model_validate({"precision": "int8", **options})
     checkpoint = save(network, name, folder / "c.pt", preprocess)
     with proving_once():
-        return export(checkpoint, folder / "out", ExportOptions(batch=batch, precision=wish))
+        return export(checkpoint, folder / "out", ExportOptions(batch=batch, precision=chosen))
 
 
-def test_a_bundle_in_int8_says_what_it_lost_and_which_layers_cost_most(
-    make: Make, preprocess: Preprocess, tmp_path: Path, pictures: Path
+def test_int8_bundle_records_its_accuracy_and_costs(
+    make: Make, preprocess: Preprocess, tmp_path: Path, images: Path
 ) -> None:
     found = run(
         make("isqrt-resnet8"),
         "isqrt-resnet8",
         tmp_path,
         preprocess,
-        calibrate=pictures,
-        evaluate=pictures,
+        calibrate=images,
+        evaluate=images,
         max_drop=100.0,
     )
     report = found.precision
@@ -125,25 +125,24 @@ def test_a_bundle_in_int8_says_what_it_lost_and_which_layers_cost_most(
     assert found.parity.passed
 
 
-def test_more_than_the_allowed_drop_writes_nothing_and_names_the_dearest_layers(
-    make: Make, preprocess: Preprocess, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+def test_too_large_a_drop_writes_nothing_and_names_the_costly_layers(
+    make: Make, preprocess: Preprocess, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sopdeploy_export.precision import accuracy_gate as precision_toll
-
-    worse = accuracy(np.zeros(50, dtype=np.int64), np.repeat([0, 1], 25), before=1.0, after=0.5)
-    monkeypatch.setattr(precision_toll, "without_labels", lambda *_: worse)
+    truth = np.zeros(50, dtype=np.int64)
+    worse = accuracy(truth, np.repeat([0, 1], 25), truth)
+    monkeypatch.setattr(accuracy_gate, "compare_predictions", lambda *_: worse)
     part = r"the part that costs most: (conv1|layer\d) "
     layers = r"cost most: \w.* --keep-float \w[\w.]+, or try --calibration minmax or entropy"
     advice = f"{part}.*{layers}"
-    with pytest.raises(ParityError, match=rf"loses 50\.00 points of top-1 on 50 pictures.*{advice}"):
-        run(make("resnet8"), "resnet8", tmp_path, preprocess, calibrate=pictures)
+    with pytest.raises(ParityError, match=rf"loses 50\.00 points of top-1 on 50 images.*{advice}"):
+        run(make("resnet8"), "resnet8", tmp_path, preprocess, calibrate=images)
     assert not any((tmp_path / "out").iterdir())
 
 
-def test_a_part_that_is_asked_to_stay_keeps_float32_in_a_bundle_for_single_images_too(
-    make: Make, preprocess: Preprocess, tmp_path: Path, pictures: Path
+def test_keep_float_keeps_parts_in_float32_for_single_images(
+    make: Make, preprocess: Preprocess, tmp_path: Path, images: Path
 ) -> None:
-    options = {"calibrate": pictures, "max_drop": 100.0, "keep_float": ("layer3", "conv1")}
+    options = {"calibrate": images, "max_drop": 100.0, "keep_float": ("layer3", "conv1")}
     alone = BatchRange(optimum=1, maximum=1)
     found = run(make("resnet8"), "resnet8", tmp_path, preprocess, alone, **options)
     assert found.parity.passed
@@ -155,27 +154,29 @@ def test_a_part_that_is_asked_to_stay_keeps_float32_in_a_bundle_for_single_image
     assert found.precision.quantisation.kept == ("layer3", "conv1")
 
 
-def test_a_part_that_does_not_exist_cannot_stay(
-    make: Make, preprocess: Preprocess, tmp_path: Path, pictures: Path
+def test_unknown_part_in_keep_float_is_rejected(
+    make: Make, preprocess: Preprocess, tmp_path: Path, images: Path
 ) -> None:
-    message = r"no convolution belongs to 'layer3\.0\.conv'; there are conv1, layer1\.0\.conv1"
+    message = r"the network has no convolution in 'layer3\.0\.conv'; there are conv1, layer1\.0\.conv1"
     with pytest.raises(ConfigError, match=message):
         run(
             make("resnet8"),
             "resnet8",
             tmp_path,
             preprocess,
-            calibrate=pictures,
+            calibrate=images,
             keep_float=("layer3.0.conv",),
         )
 
 
-def test_int8_without_pictures_is_refused(make: Make, preprocess: Preprocess, tmp_path: Path) -> None:
+def test_int8_without_calibration_images_is_rejected(
+    make: Make, preprocess: Preprocess, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="add --calibrate DIR"):
         run(make("resnet8"), "resnet8", tmp_path, preprocess)
 
 
-def test_calibration_takes_pictures_from_all_over_the_folder(preprocess: Preprocess, pictures: Path) -> None:
-    assert len(calibration_images(pictures, preprocess)) == 20
+def test_calibration_uses_the_whole_folder(preprocess: Preprocess, images: Path) -> None:
+    assert len(calibration_images(images, preprocess)) == 20
     with pytest.raises(DataError, match="--calibrate a folder"):
-        calibration_images(pictures / "nowhere", preprocess)
+        calibration_images(images / "nowhere", preprocess)

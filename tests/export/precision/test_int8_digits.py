@@ -1,4 +1,4 @@
-"""Second-order networks that were trained read digits in int8 as they do in float32."""
+"""Trained second-order networks classify digits in int8 as in float32."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ GMSOP = [
     "model.config.component_widths=[16,8]",
     "model.config.gate_widths=[8,6]",
     "model.config.iterations=3",
-    "model.config.balance_weight=0.1",  # so that the gate decides after so few steps
+    "model.config.balance_weight=0.1",  # so that the gate is decided after few steps
     "model.config.dropout=0.0",
     "optimizer.lr=0.05",
     "epochs=6",
@@ -43,7 +43,7 @@ SECOND_ORDER = {
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The digits to calibrate on and those held out, as folders of pictures by class."""
+    """Write the digits for calibration and those held out as folders of images by class."""
     folder, split = tmp_path_factory.mktemp("digits"), open_digits()
     for name, part in (("train", split.train), ("held", split.held_out)):
         for index, (image, target) in enumerate(zip(part.images, part.targets, strict=True)):
@@ -55,7 +55,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module", params=["gsop", "gmsop"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A checkpoint of each family, trained on digits for half a minute."""
+    """Train a checkpoint of each family on digits for half a minute."""
     overrides = {"gsop": GSOP, "gmsop": GMSOP}[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     assert train(read_recipe("digits-plain", overrides), folder).best_top1 >= 0.95
@@ -64,12 +64,12 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["cpu", "tensorrt"])
-def test_int8_reads_99_of_100_digits_as_float32_does_and_second_order_parts_stay(
+def test_int8_agrees_on_99_percent_of_digits_and_keeps_second_order_parts(
     trained: tuple[str, Path], digits: tuple[Path, Path], tmp_path: Path, runtime: Int8For
 ) -> None:
     family, checkpoint = trained
-    wish: dict[str, Any] = {"precision": "int8", "int8_for": runtime}
-    options = PrecisionOptions(calibrate=digits[0], evaluate=digits[1], **wish)
+    chosen: dict[str, Any] = {"precision": "int8", "int8_for": runtime}
+    options = PrecisionOptions(calibrate=digits[0], evaluate=digits[1], **chosen)
     detach = family == "gmsop"
     found = export(checkpoint, tmp_path, ExportOptions(detach=detach, precision=options))
     accuracy = found.precision.accuracy

@@ -1,4 +1,4 @@
-"""What stands between quantised values in each form of int8, and which form each runtime takes."""
+"""The two int8 forms: which operators read quantized values, and which runtime accepts which form."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "iterations": 3,
     },
 }
-BETWEEN = {  # operators that read a rounded value
+BETWEEN = {  # operators that may read a quantized value
     "cpu": {"Conv", "Relu", "Add", "Slice", "Mul"},
     "tensorrt": {"Conv", "Add", "Slice", "Mul"},
 }
@@ -43,7 +43,7 @@ BETWEEN = {  # operators that read a rounded value
 
 @pytest.fixture(scope="module", params=NETWORKS)
 def graph(request: pytest.FixtureRequest, preprocess: Preprocess) -> Graph:
-    """A network of each family in both forms, and its parts that stay in float32."""
+    """Quantize a network of each family in both forms; list the parts that stay in float32."""
     made = {
         runtime: graph_of(request.param, preprocess, BATCH, **NETWORKS[request.param]) for runtime in RUNTIMES
     }
@@ -55,22 +55,26 @@ def graph(request: pytest.FixtureRequest, preprocess: Preprocess) -> Graph:
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_only_convolutions_and_what_lies_between_them_read_rounded_values(
+def test_only_convolutions_and_operators_between_them_read_quantized_values(
     graph: Graph, runtime: Int8For
 ) -> None:
     model = graph[0][runtime]
-    wide = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    readers = [node for node in model.graph.node if wide.keys() & set(node.input)]
+    dequantized = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    readers = [node for node in model.graph.node if dequantized.keys() & set(node.input)]
     assert {node.op_type for node in readers} <= BETWEEN[runtime]
-    weights = [wide[node.input[1]].input[0] for node in readers if node.input[1:] and node.input[1] in wide]
+    weights = [
+        dequantized[node.input[1]].input[0]
+        for node in readers
+        if node.input[1:] and node.input[1] in dequantized
+    ]
     assert weights
     assert not [weight for weight in weights for part in graph[1] if is_in(weight, part)]
-    rounded = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
-    made = {node.op_type for node in model.graph.node if rounded & set(node.output)}
+    quantized = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    made = {node.op_type for node in model.graph.node if quantized & set(node.output)}
     assert made <= {"Conv", "Relu", "Add"}
 
 
-def test_tensorrt_takes_its_form_and_refuses_the_one_for_a_cpu_with_the_switch(graph: Graph) -> None:
+def test_tensorrt_accepts_its_form_and_rejects_the_cpu_form_with_advice(graph: Graph) -> None:
     profiles = [Profile(minimum=1, optimum=2, maximum=4)]
     for version in ((8, 6), (10, 0), (10, 16), (11, 0)):
         safe, _ = lint(graph[0]["tensorrt"], version, profiles)
@@ -79,7 +83,7 @@ def test_tensorrt_takes_its_form_and_refuses_the_one_for_a_cpu_with_the_switch(g
             lint(graph[0]["cpu"], version, profiles)
 
 
-def test_in_the_form_for_tensorrt_every_code_is_signed_around_zero_and_biases_are_float(graph: Graph) -> None:
+def test_tensorrt_form_is_symmetric_int8_with_float_biases(graph: Graph) -> None:
     model = graph[0]["tensorrt"]
     fixed = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     for node in model.graph.node:
@@ -90,15 +94,15 @@ def test_in_the_form_for_tensorrt_every_code_is_signed_around_zero_and_biases_ar
     assert {values.dtype for values in codes.values()} == {np.dtype(np.int8)}
     assert min(values.min() for values in codes.values()) >= -127
     first = next(node for node in model.graph.node if node.op_type == "Conv")
-    assert fixed[first.input[1]].dtype == np.float32  # it reads the picture
+    assert fixed[first.input[1]].dtype == np.float32  # it reads the image
     grids = input_grids(model).values()
     assert {(grid.zero, grid.lowest, grid.highest) for grid in grids} == {(0, -128, 127)}
 
 
-def test_tensorrt_gets_the_shortcuts_convolution_as_int8_too(preprocess: Preprocess) -> None:
+def test_tensorrt_form_quantizes_convolutions_in_shortcuts(preprocess: Preprocess) -> None:
     plain = graph_of("resnet8", preprocess, BATCH, shortcut="projection").model
     model = quantize(plain, generated_images(16)[:4], (), "minmax", "tensorrt")
     made = {name: node for node in model.graph.node for name in node.output}
-    rounded = [made[node.input[0]] for node in model.graph.node if node.op_type == "QuantizeLinear"]
-    wide = [made[node.input[1]].input[0] for node in rounded if node.op_type == "Conv"]
-    assert wide == ["layer2.0.downsample.0.weight_quantized", "layer3.0.downsample.0.weight_quantized"]
+    quantized = [made[node.input[0]] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    dequantized = [made[node.input[1]].input[0] for node in quantized if node.op_type == "Conv"]
+    assert dequantized == ["layer2.0.downsample.0.weight_quantized", "layer3.0.downsample.0.weight_quantized"]

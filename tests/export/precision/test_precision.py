@@ -6,14 +6,14 @@ import onnx
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
-from torch import Tensor, nn
+from torch import nn
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import ConfigError, LoweringError, ParityError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.mixture.components import Components, make_components
+from sopdeploy.layers.mixture.components import make_components
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy.layers.normalize import Normalize
@@ -24,23 +24,25 @@ from sopdeploy_export.graph.probe_images import probe_images
 from sopdeploy_export.graph.torch_export import capture_any_batch
 from sopdeploy_export.parity.session import open_session
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
-from sopdeploy_export.precision import convert as shipping
-from sopdeploy_export.precision import fold_batch_norm as fold_norms
+from sopdeploy_export.precision import convert, fold_batch_norm
 from sopdeploy_export.precision.casts import Iteration, with_precision
 from sopdeploy_export.precision.convert import PrecisionOptions
-from sopdeploy_export.precision.report import part_precisions, refuse_other_types
+from sopdeploy_export.precision.report import check_weight_types, part_precisions
 from sopdeploy_export.rewrites.apply import LoweredGraph, rewrite
 from sopdeploy_export.rewrites.autotune import open_form
 from sopdeploy_export.rewrites.context import LoweringReport
 from sopdeploy_export.rewrites.mixture import GatheredWeights
 from sopdeploy_export.rewrites.newton_schulz import NAME
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
+from tests.export.conftest import save
 from tests.export.once import graph_of, proving_once
-from tests.sweep.steps import agreed, save
+from tests.sweep import steps
 
 Make = Callable[..., Classifier]
 SMALL = BatchRange(optimum=2, maximum=4)
-ALONE = BatchRange(optimum=1, maximum=1)  # types are those of every batch, and without symbols it is quick
+ALONE = BatchRange(
+    optimum=1, maximum=1
+)  # types do not depend on the batch, and a fixed one is captured faster
 MIXTURE = {
     "components": 4,
     "chosen": 2,
@@ -51,6 +53,9 @@ MIXTURE = {
 }
 
 
+NO_KERNELS = r"bfloat16, for which onnxruntime .* has no kernels"
+
+
 def cast_graph(
     network: Classifier,
     preprocess: Preprocess,
@@ -59,22 +64,22 @@ def cast_graph(
     *,
     rules: bool = True,
 ) -> tuple[onnx.ModelProto, dict[str, set[str]]]:
-    """Return the ONNX graph in *precision*, and the types that each part computes in."""
+    """Convert *network* to *precision*; return the ONNX graph and the types that each part computes in."""
     lean = detach(network) if network.training_only else network
     options = PrecisionOptions(precision=precision, newton_schulz=iteration)
     pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
     rewritten = rewrite(
-        lean, pixels, SMALL, shipping.lowering_options(options, rules=rules, autotune=False)
+        lean, pixels, SMALL, convert.lowering_options(options, rules=rules, autotune=False)
     ).network
     cast = with_precision(rewritten, capture_any_batch(rewritten, preprocess, ALONE), precision, pixels)
     graph = capture_any_batch(cast, preprocess, ALONE)
     opset = OPSET_OF_BFLOAT16 if precision == "bf16-backbone" else OPSET
     model = lower(graph, lean.outputs, opset)
-    refuse_other_types(model, rewritten, precision)
+    check_weight_types(model, rewritten, precision)
     return model, {part.part: set(part.operations) for part in part_precisions(model, graph)}
 
 
-def test_fp16_leaves_the_root_in_float32_and_nothing_else(make: Make, preprocess: Preprocess) -> None:
+def test_fp16_keeps_only_the_root_in_float32(make: Make, preprocess: Preprocess) -> None:
     model, types = cast_graph(make("isqrt-resnet8"), preprocess, "fp16")
     assert types["pooling.root"] == {"float32"}
     assert types["layer1.0.conv1"] == types["fc"] == {"float16"}
@@ -83,17 +88,17 @@ def test_fp16_leaves_the_root_in_float32_and_nothing_else(make: Make, preprocess
     assert folded["conv1.weight"] == folded["conv1.bias"] == onnx.TensorProto.FLOAT16
 
 
-def test_bf16_backbone_leaves_the_classifier_alone(make: Make, preprocess: Preprocess) -> None:
+def test_bf16_backbone_keeps_the_classifier_in_float32(make: Make, preprocess: Preprocess) -> None:
     _, types = cast_graph(make("isqrt-resnet8"), preprocess, "bf16-backbone")
     assert types["layer3.0.conv2"] == {"bfloat16"}
     assert types["fc"] == types["pooling.root"] == {"float32"}
 
 
-def test_newton_schulz_in_fp16_stores_halves_and_multiplies_in_float32(
+def test_newton_schulz_in_fp16_stores_float16_and_multiplies_in_float32(
     make: Make, preprocess: Preprocess
 ) -> None:
     model, types = cast_graph(make("isqrt-resnet8"), preprocess, "fp16", "fp16")
-    assert types["fc"] == {"float16", "float32"}  # the root and its scale; the products are a part of it
+    assert types["fc"] == {"float16", "float32"}  # root and scale; the product with the weights is a child
     assert types["fc.linear"] == {"float16"}
     typed = onnx.shape_inference.infer_shapes(model)
     kinds = {value.name: value.type.tensor_type.elem_type for value in typed.graph.value_info}
@@ -102,7 +107,7 @@ def test_newton_schulz_in_fp16_stores_halves_and_multiplies_in_float32(
     assert len(products) == 1 + 3 * 5 - 3
 
 
-def test_a_mixture_keeps_gate_roots_and_sums_in_float32_and_its_banks_do_not(
+def test_mixture_keeps_gate_roots_and_sums_in_float32_but_not_its_weights(
     make: Make, preprocess: Preprocess
 ) -> None:
     model, types = cast_graph(make("gmsop-16-8-resnet18", **MIXTURE), preprocess, "fp16")
@@ -113,7 +118,7 @@ def test_a_mixture_keeps_gate_roots_and_sums_in_float32_and_its_banks_do_not(
     assert types["layer4.0.conv1"] == {"float16"}
 
 
-def test_attention_keeps_its_folded_excitation_in_float32_and_the_maps_do_not(
+def test_attention_keeps_its_excitation_in_float32_but_not_the_maps(
     make: Make, preprocess: Preprocess
 ) -> None:
     config = {"cov_width": 32, "block_stages": ("layer4",)}
@@ -127,31 +132,31 @@ def test_attention_keeps_its_folded_excitation_in_float32_and_the_maps_do_not(
     assert types["layer2.0.conv1"] == types["layer4.0.conv1"] == {"float16"}
 
 
-def test_the_papers_formulas_are_cast_too(make: Make, preprocess: Preprocess) -> None:
+def test_reference_formulas_are_cast(make: Make, preprocess: Preprocess) -> None:
     _, types = cast_graph(make("isqrt-resnet8"), preprocess, "fp16", rules=False)
     assert types["pooling.root"] == {"float32"}
     assert types["fc"] == {"float16"}
 
 
-def test_a_batch_norm_folded_twice_is_refused_though_the_noise_floor_would_swallow_it(
+def test_batch_norm_folded_twice_is_rejected_before_the_noise_floor_hides_it(
     preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = fold_norms.fold
+    honest = fold_batch_norm.fold
 
     def twice(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
         honest(convolution, norm)
         honest(convolution, norm)
 
-    monkeypatch.setattr(fold_norms, "fold", twice)
+    monkeypatch.setattr(fold_batch_norm, "fold", twice)
     network, program, _ = graph_of("resnet8", preprocess, SMALL)
     pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
     with pytest.raises(
-        LoweringError, match=r"'batch norms folded into the convolutions'.*changes the answer"
+        LoweringError, match=r"'batch norms folded into the convolutions'.*changes the output"
     ):
         with_precision(network, program, "fp16", pixels)
 
 
-def test_a_copy_is_cast_and_the_network_stays(make: Make, preprocess: Preprocess) -> None:
+def test_conversion_does_not_change_the_network(make: Make, preprocess: Preprocess) -> None:
     network = make("resnet8")
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     cast_graph(network, preprocess, "fp16")
@@ -159,60 +164,54 @@ def test_a_copy_is_cast_and_the_network_stays(make: Make, preprocess: Preprocess
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_an_fp32_graph_asked_to_be_fp16_is_caught_and_named(preprocess: Preprocess) -> None:
+def test_fp32_graph_is_rejected_as_fp16(preprocess: Preprocess) -> None:
     network, _, model = graph_of("isqrt-resnet8", preprocess, SMALL)
-    with pytest.raises(LoweringError, match=r"fp16 was asked for, but the graph holds conv1 in float32"):
-        refuse_other_types(model, network, "fp16")
+    with pytest.raises(LoweringError, match=r"fp16 was requested, but the graph holds conv1 in float32"):
+        check_weight_types(model, network, "fp16")
 
 
-def test_a_cast_that_is_never_placed_stops_the_export(
-    preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_casts_stop_the_export(preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch) -> None:
     network, program, model = graph_of("resnet8", preprocess, SMALL)
     report = LoweringReport(textbook=False, rules=(), choices=(), certified_root="", lowered_root="")
     lowered = LoweredGraph(network, program, model, report)
-    monkeypatch.setattr(shipping, "with_precision", lambda lean, *_: lean)
-    with pytest.raises(LoweringError, match="fp16 was asked for"):
-        shipping.convert_precision(network, lowered, preprocess, SMALL, PrecisionOptions(precision="fp16"))
+    monkeypatch.setattr(convert, "with_precision", lambda lean, *_: lean)
+    with pytest.raises(LoweringError, match="fp16 was requested"):
+        convert.convert_precision(network, lowered, preprocess, SMALL, PrecisionOptions(precision="fp16"))
 
 
 @pytest.mark.parametrize(
-    ("choose", "message"),
+    ("configure", "message"),
     [
         (
-            lambda: shipping.lowering_options(
+            lambda: convert.lowering_options(
                 PrecisionOptions(precision="fp16", newton_schulz="fp16"), rules=False, autotune=False
             ),
-            "--newton-schulz fp16: --no-lowering writes the papers' loop in float32",
+            "--newton-schulz fp16: --no-lowering exports the papers' loop in float32",
         ),
         (
-            lambda: shipping.lowering_options(
+            lambda: convert.lowering_options(
                 PrecisionOptions(precision="bf16-backbone"), rules=True, autotune=True
             ),
             "--autotune: onnxruntime has no bfloat16 kernels",
         ),
     ],
 )
-def test_a_precision_that_does_not_exist_or_does_not_fit_is_refused(
-    choose: Callable[[], object], message: str
-) -> None:
+def test_incompatible_options_are_rejected(configure: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        choose()
+        configure()
 
 
 def exported(
     network: Classifier, name: str, folder: Path, preprocess: Preprocess, **options: object
 ) -> Exported:
-    from tests.export.test_pipeline import save
-
-    wish = ExportOptions(batch=SMALL, precision=PrecisionOptions.model_validate(options))
+    chosen = ExportOptions(batch=SMALL, precision=PrecisionOptions.model_validate(options))
     checkpoint = save(network, name, folder / "ckpt.pt", preprocess)
     with proving_once():
-        return export(checkpoint, folder / "out", wish)
+        return export(checkpoint, folder / "out", chosen)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16-backbone"])
-def test_a_bundle_says_its_precision_and_bounds_its_probes_by_the_noise_of_it(
+def test_bundle_records_its_precision_and_its_noise_floor(
     make: Make, preprocess: Preprocess, tmp_path: Path, precision: str
 ) -> None:
     found = exported(make("isqrt-resnet8"), "isqrt-resnet8", tmp_path, preprocess, precision=precision)
@@ -229,50 +228,32 @@ def test_a_bundle_says_its_precision_and_bounds_its_probes_by_the_noise_of_it(
     assert (found.parity.emulation is not None) == emulated
     assert ("no bfloat16 kernels" in (found.path / "README.md").read_text()) == emulated
     if emulated:
-        as_the_reference_evaluator(found.path / "model.onnx", probes.images[:2])
-        refused_where_there_are_no_kernels(found.path)
+        file, images = found.path / "model.onnx", {"images": probes.images[:2]}
+        expected = ReferenceEvaluator(onnx.load(file)).run(None, images)[0]  # computes in bfloat16
+        np.testing.assert_allclose(open_session(file).run(None, images)[0], expected, rtol=1e-6, atol=1e-6)
+        with pytest.raises(RuntimeUnavailableError, match=NO_KERNELS) as problem:
+            OnnxRuntime(open_bundle(found.path))
+        assert "\n" not in str(problem.value)
+        assert "--precision fp16 or fp32" in str(problem.value)
 
 
-def as_the_reference_evaluator(path: Path, images: np.ndarray) -> None:
-    """The emulation gives what ONNX's own evaluator, which computes in bfloat16, gives."""
-    expected = ReferenceEvaluator(onnx.load(path)).run(None, {"images": images})[0]
-    found = open_session(path).run(None, {"images": images})[0]
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
-
-
-def refused_where_there_are_no_kernels(path: Path) -> None:
-    """A machine without such kernels says so in one line."""
-    with pytest.raises(
-        RuntimeUnavailableError, match=r"bfloat16, for which onnxruntime .* has no kernels"
-    ) as e:
-        OnnxRuntime(open_bundle(path))
-    assert "\n" not in str(e.value)
-    assert "--precision fp16 or fp32" in str(e.value)
-
-
-def test_halves_timed_by_the_clock_are_timed_with_their_casts(make: Make, preprocess: Preprocess) -> None:
-    options = PrecisionOptions(precision="fp16")
-    wish = shipping.lowering_options(options, rules=True, autotune=True)
-    timed = wish.cast(nn.Sequential(nn.Conv2d(3, 4, 1)))
+def test_autotune_times_float16_forms_with_their_casts(make: Make, preprocess: Preprocess) -> None:
+    options = convert.lowering_options(PrecisionOptions(precision="fp16"), rules=True, autotune=True)
+    timed = options.cast(nn.Sequential(nn.Conv2d(3, 4, 1)))
     assert timed(torch.zeros(1, 3, 2, 2)).dtype == torch.float16
-    bank, (x, weights) = tiny_mixture()
-    session = open_form(wish.cast(GatheredWeights(bank, 2).eval()), (x, weights))
-    names = [given.name for given in session.get_inputs()]
-    assert (
-        session.run(None, dict(zip(names, (x.numpy(), weights.numpy()), strict=True)))[0].dtype == np.float32
-    )
-
-
-def tiny_mixture() -> tuple[Components, tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
-    bank, _ = make_components("sop", 6, (5,), components=3, counted=2, root=NewtonSchulzConfig(iterations=2))
-    return bank.eval(), (torch.rand(2, 6, 3, 3), keep_largest(torch.randn(2, 3), 2))
+    root = NewtonSchulzConfig(iterations=2)
+    bank, _ = make_components("sop", 6, (5,), components=3, counted=2, root=root)
+    x, weights = torch.rand(2, 6, 3, 3), keep_largest(torch.randn(2, 3), 2)
+    session = open_form(options.cast(GatheredWeights(bank.eval(), 2).eval()), (x, weights))
+    names = [given.name for given in session.get_inputs()]
+    (found,) = session.run(None, dict(zip(names, (x.numpy(), weights.numpy()), strict=True)))
+    assert found.dtype == np.float32
 
 
-def test_maps_beyond_the_range_of_float16_are_refused_with_another_precision(
-    make: Make, tmp_path: Path
-) -> None:
+def test_overflow_in_float16_is_rejected_with_advice(make: Make, tmp_path: Path) -> None:
     network = make("resnet8")
     network.get_parameter("bn1.weight").data.mul_(1e6)
-    with pytest.raises(ParityError, match=r"in fp16 the network's own logits are not finite.*bf16-backbone"):
-        agreed(save(network, "resnet8", 16, tmp_path / "ckpt.pt"), tmp_path / "model.onnx", "fp16")
+    checkpoint = steps.save(network, "resnet8", 16, tmp_path / "ckpt.pt")
+    with pytest.raises(ParityError, match=r"in fp16 .*not finite.*bf16-backbone"):
+        steps.agreed(checkpoint, tmp_path / "model.onnx", "fp16")

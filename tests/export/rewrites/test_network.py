@@ -1,5 +1,6 @@
-"""The rules on whole networks: what is applied where, what ships, and what is caught on the way."""
+"""The rules on whole networks: what applies where, what is exported, and which errors are caught."""
 
+import ast
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,30 +9,29 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sopdeploy_export
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.attention.gsop_attention import Excitation
 from sopdeploy.layers.attention.gsop_block import RELEASED_BLOCK, GSoPBlock, GSoPBlockConfig
+from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.detach import detach
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.proof.onnx_hash import file_root
-from sopdeploy_export.rewrites import attention as row_conv
-from sopdeploy_export.rewrites import linear as fusion_norm
-from sopdeploy_export.rewrites import mixture as routing
-from sopdeploy_export.rewrites import newton_schulz as root
-from sopdeploy_export.rewrites.apply import RULES, rewrite
+from sopdeploy_export.rewrites import apply, attention, linear, mixture, newton_schulz
+from sopdeploy_export.rewrites.apply import apply_rules, rewrite
 from sopdeploy_export.rewrites.autotune import Heuristic
 from sopdeploy_export.rewrites.context import RewriteContext
 from sopdeploy_export.rewrites.equivalence import record_activations
 from sopdeploy_export.rewrites.mixture import GatheredWeights
 from sopdeploy_export.rewrites.newton_schulz import LoweredRoot
+from tests.export.conftest import save, trained
 
 Make = Callable[..., Classifier]
 SMALL = BatchRange(optimum=2, maximum=4)
-TINY_MIXTURE = {
+MIXTURE = {
     "components": 4,
     "chosen": 2,
     "component_widths": (12, 8),
@@ -39,9 +39,20 @@ TINY_MIXTURE = {
     "blocks_per_stage": 1,
 }
 NAMES = {
-    "gmsop": ("gmsop-16-8-resnet18", TINY_MIXTURE),
+    "gmsop": ("gmsop-16-8-resnet18", MIXTURE),
     "isqrt": ("isqrt-resnet8", {"pooling": {"kind": "isqrt", "width": 8}}),
     "plain": ("resnet8", {}),
+}
+EXPECTED = {
+    "gmsop": {
+        (mixture.NAME, "mixture"),
+        (mixture.TRIANGLE, "mixture"),
+        (newton_schulz.NAME, "mixture.after"),
+        (newton_schulz.NAME, "gate.feature.2"),
+        (linear.FUSION_NORM, "head"),
+    },
+    "isqrt": {(newton_schulz.NAME, "pooling.root"), (newton_schulz.CENTERING, "pooling.root")},
+    "plain": set(),
 }
 
 
@@ -64,37 +75,29 @@ def pixels() -> Tensor:
     return torch.randn(2, 3, 32, 32)
 
 
-EXPECTED = {
-    "gmsop": {
-        (routing.NAME, "mixture"),
-        (routing.TRIANGLE, "mixture"),
-        (root.NAME, "mixture.after"),
-        (root.NAME, "gate.feature.2"),
-        (fusion_norm.NAME, "head"),
-    },
-    "isqrt": {(root.NAME, "pooling.root"), (root.CENTRING, "pooling.root")},
-    "plain": set(),
-}
+def context_for(part: nn.Module, inputs: tuple[Tensor, ...]) -> RewriteContext:
+    activations = record_activations(part, inputs)
+    return RewriteContext(network=part, activations=activations, batch=SMALL, choose=Heuristic())
 
 
 @pytest.mark.parametrize("which", EXPECTED)
-def test_the_rules_that_apply_are_reported_with_place_and_precondition(make: Make, which: str) -> None:
+def test_rules_are_reported_with_place_and_precondition(make: Make, which: str) -> None:
     found = rewrite(network(make, which), pixels(), SMALL)
     assert EXPECTED[which] <= {(rule.name, rule.where) for rule in found.rules}
     assert all(rule.precondition and rule.effect for rule in found.rules)
     assert found.changed == bool(EXPECTED[which])
 
 
-def test_the_scale_moves_behind_the_classifier_only_where_it_costs_something(make: Make) -> None:
-    behind = "post-compensation behind the linear layer"
+def test_scale_moves_after_the_classifier_except_in_the_gram_domain(make: Make) -> None:
     few_channels = rewrite(network(make, "isqrt"), pixels(), SMALL)
-    assert [rule.where for rule in few_channels.rules if rule.name == behind] == ["fc"]
+    assert [rule.where for rule in few_channels.rules if rule.name == linear.COMPENSATION] == ["fc"]
     gram = rewrite(make("isqrt-resnet8"), pixels()[:, :, :16, :16], SMALL)
-    assert root.GRAM in {rule.name for rule in gram.rules}
-    assert behind not in {rule.name for rule in gram.rules}
+    names = {rule.name for rule in gram.rules}
+    assert newton_schulz.GRAM in names
+    assert linear.COMPENSATION not in names
 
 
-def test_the_certified_network_stays_as_it_was(make: Make) -> None:
+def test_certified_network_does_not_change(make: Make) -> None:
     certified = network(make, "gmsop")
     before = {name: type(part) for name, part in certified.named_modules()}
     rewrite(certified, pixels(), SMALL)
@@ -102,7 +105,7 @@ def test_the_certified_network_stays_as_it_was(make: Make) -> None:
     assert not any(part._forward_hooks for part in certified.modules())
 
 
-def test_a_fold_leaves_no_norm_to_fold_again(make: Make) -> None:
+def test_second_rewrite_finds_nothing_to_do(make: Make) -> None:
     once = rewrite(network(make, "gmsop"), pixels(), SMALL).network
     assert not [part for part in once.modules() if isinstance(part, nn.BatchNorm1d)]
     again = rewrite(once, pixels(), SMALL)
@@ -110,10 +113,10 @@ def test_a_fold_leaves_no_norm_to_fold_again(make: Make) -> None:
     assert again.rules == ()
 
 
-def test_a_gate_that_keeps_more_than_it_says_is_refused(make: Make) -> None:
+def test_gate_with_more_weights_than_declared_is_rejected(make: Make) -> None:
     certified = network(make, "gmsop")
     certified.get_submodule("gate").chosen = 3
-    with pytest.raises(LoweringError, match="mixture: 3 of 4 weights are not 0, but K = 2"):
+    with pytest.raises(LoweringError, match="mixture: 3 of 4 weights are not 0, but the mixture uses K = 2"):
         rewrite(certified, pixels(), SMALL)
 
 
@@ -123,59 +126,113 @@ def one_step_less(self: LoweredRoot, before: nn.Module) -> None:
     self.register_buffer("triangle", before.triangle)
 
 
-def test_a_sabotaged_rule_stops_the_rewriting_and_is_named(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(LoweredRoot, "__init__", one_step_less)
-    with pytest.raises(LoweringError, match=r"Newton-Schulz in 3N-3 products.*pooling\.root.*changes"):
-        rewrite(network(make, "isqrt"), pixels(), SMALL)
+def shifted_experts(self: GatheredWeights, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    return mixture.ProjectedThenGathered.evaluate(self, x, weights.roll(1, dims=1))
 
 
-def test_a_shifted_expert_stops_the_rewriting_and_is_named(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("which", "owner", "method", "wrong", "message"),
+    [
+        (
+            *("isqrt", LoweredRoot, "__init__", one_step_less),
+            r"Newton-Schulz in 3N-3 products.*pooling\.root.*changes",
+        ),
+        ("gmsop", GatheredWeights, "evaluate", shifted_experts, "'K of N experts' at mixture: changes"),
+    ],
+)
+def test_wrong_rule_stops_the_rewrite_and_is_named(
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    which: str,
+    owner: type,
+    method: str,
+    wrong: Callable,
+    message: str,
 ) -> None:
-    honest = GatheredWeights.evaluate
-    monkeypatch.setattr(GatheredWeights, "evaluate", lambda s, x, w: honest(s, x, w.roll(1, dims=1)))
-    with pytest.raises(LoweringError, match="'K of N experts' at mixture: changes"):
-        rewrite(network(make, "gmsop"), pixels(), SMALL)
+    monkeypatch.setattr(owner, method, wrong)
+    with pytest.raises(LoweringError, match=message):
+        rewrite(network(make, which), pixels(), SMALL)
+
+
+@pytest.mark.parametrize("released", [False, True], ids=["the paper's block", "the released block"])
+def test_rules_of_a_gsop_block_hold_and_the_released_constant_does_not_center(released: bool) -> None:
+    torch.manual_seed(0)
+    config = GSoPBlockConfig(attention="average", cov_width=32, **(RELEASED_BLOCK if released else {}))
+    block = nn.Sequential(GSoPBlock(config, 64, 1)).eval()
+    maps = torch.randn(2, 64, 7, 7)
+    with torch.no_grad():
+        expected = block(maps)
+        context = context_for(block, (maps,))
+        apply_rules(context)
+        torch.testing.assert_close(block(maps), expected, rtol=1e-5, atol=1e-6)
+    names = [rule.name for rule in context.rules]
+    for name in (attention.FOLD, attention.FORM, attention.CENTERING):
+        assert names.count(name) == 2
+    assert names.count(attention.POSITION) == 1
+    centering = [rule for rule in context.rules if rule.name == attention.CENTERING]
+    (position,) = (rule for rule in centering if rule.where.endswith("position"))
+    assert ("not centering" in position.effect) == released
+    assert not [part for part in block.modules() if isinstance(part, Excitation)]
+
+
+class Doubled(nn.Module, ExportHints):
+    """A layer that the exporter has never seen."""
+
+    rewrite_rules = ("halve",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x
+
+
+class Product(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+def test_new_layer_is_rewritten_by_the_rule_that_it_declares(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rule(context: RewriteContext, where: str, _part: Doubled) -> None:
+        context.replace("halve", where, lambda _: Product())
+
+    inputs = (torch.ones(2, 3),)
+    context = context_for(nn.Sequential(Doubled()), inputs)
+    with pytest.raises(LoweringError, match="Doubled declares an unknown rewrite rule: halve"):
+        apply_rules(context)
+    monkeypatch.setitem(apply.RULES, "halve", rule)
+    apply_rules(context)
+    assert isinstance(context.network[0], Product)
+    assert context.changed
+
+
+def test_exporter_imports_no_paper() -> None:
+    folder = Path(sopdeploy_export.__file__).parent
+    allowed = {"base", "registry", "stats"}
+    for module in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sopdeploy.models."):
+                assert str(node.module).split(".")[2] in allowed, f"{module.name} imports {node.module}"
+
+
+def test_lowering_json_records_both_roots_and_every_rule(gated: Exported) -> None:
+    written = json.loads((gated.path / "lowering.json").read_text())
+    assert written == gated.lowering.model_dump(mode="json")
+    assert written["certified_root"] == gated.certificate.roots.any_batch
+    assert written["lowered_root"] != written["certified_root"]
+    assert gated.manifest.lineage.onnx_root == file_root(gated.path / "model.onnx")
+    assert gated.manifest.lineage.program_root == written["certified_root"]
+    assert gated.parity.passed
+    assert mixture.NAME in gated.lowering.summary
 
 
 @pytest.fixture(scope="module")
 def mixture_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.export.conftest import trained
-
     name, config = NAMES["gmsop"]
     made = trained(name, **config)
     nn.init.normal_(made.get_parameter("gate.weight"))
-    path = tmp_path_factory.mktemp("run") / "ckpt.pt"
-    write_checkpoint(
-        path,
-        Checkpoint(
-            model=name,
-            config=made.config.model_dump(mode="json"),
-            weights=made.state_dict(),
-            labels=tuple("abcdefghij"),
-            preprocess=Preprocess(resize=32, crop=32),
-            training={},
-        ),
-    )
-    return path
-
-
-def test_both_roots_and_every_rule_are_in_the_bundle(gated: Exported) -> None:
-    lowered = gated
-    written = json.loads((lowered.path / "lowering.json").read_text())
-    assert written == lowered.lowering.model_dump(mode="json")
-    assert written["certified_root"] == lowered.certificate.roots.any_batch
-    assert written["lowered_root"] != written["certified_root"]
-    assert lowered.manifest.lineage.onnx_root == file_root(lowered.path / "model.onnx")
-    assert lowered.manifest.lineage.program_root == written["certified_root"]
-    assert lowered.parity.passed
-    assert routing.NAME in lowered.lowering.summary
+    return save(made, name, tmp_path_factory.mktemp("run") / "ckpt.pt", Preprocess(resize=32, crop=32))
 
 
 @pytest.mark.slow
-def test_a_second_export_of_a_mixture_gives_the_same_bytes(mixture_checkpoint: Path, tmp_path: Path) -> None:
+def test_second_export_of_a_mixture_gives_the_same_bytes(mixture_checkpoint: Path, tmp_path: Path) -> None:
     options = ExportOptions(detach=True, batch=SMALL)
     once, again = (export(mixture_checkpoint, tmp_path / name, options) for name in ("once", "again"))
     assert (again.path / "model.onnx").read_bytes() == (once.path / "model.onnx").read_bytes()
@@ -183,45 +240,18 @@ def test_a_second_export_of_a_mixture_gives_the_same_bytes(mixture_checkpoint: P
 
 
 @pytest.mark.slow
-def test_no_lowering_ships_the_textbook_with_the_same_answer(
-    mixture_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_no_lowering_exports_the_reference_formulas(mixture_checkpoint: Path, tmp_path: Path) -> None:
     found = export(mixture_checkpoint, tmp_path, ExportOptions(detach=True, batch=SMALL, lowering=False))
     assert found.lowering.textbook
-    assert set(found.lowering.summary) == {"textbook formula"}
+    assert set(found.lowering.summary) == {apply.REFERENCE}
     assert "TopK" not in found.parity.operators
     assert found.parity.passed
 
 
 @pytest.mark.slow
-def test_autotune_chooses_one_of_the_equal_forms_and_says_so(
-    mixture_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_autotune_chooses_one_of_the_equivalent_forms(mixture_checkpoint: Path, tmp_path: Path) -> None:
     found = export(mixture_checkpoint, tmp_path, ExportOptions(detach=True, batch=SMALL, autotune=True))
     (choice,) = found.lowering.choices
     assert (choice.where, choice.by) == ("mixture", "autotune")
     assert choice.form in choice.among
     assert found.parity.passed
-
-
-@pytest.mark.parametrize("released", [False, True], ids=["the paper's block", "the released block"])
-def test_every_rule_of_a_gsop_block_holds_and_the_released_constant_is_not_taken_for_centring(
-    released: bool,
-) -> None:
-    torch.manual_seed(0)
-    config = GSoPBlockConfig(attention="average", cov_width=32, **(RELEASED_BLOCK if released else {}))
-    block = nn.Sequential(GSoPBlock(config, 64, 1)).eval()
-    maps = torch.randn(2, 64, 7, 7)
-    with torch.no_grad():
-        expected = block(maps)
-        work = RewriteContext(
-            network=block, calls=record_activations(block, (maps,)), batch=SMALL, choose=Heuristic()
-        )
-        for apply in RULES:
-            apply(work)
-        torch.testing.assert_close(block(maps), expected, rtol=1e-5, atol=1e-6)
-    names = [rule.name for rule in work.rules]
-    assert names.count(row_conv.FOLD) == names.count(row_conv.FORM) == names.count(root.CENTRING) == 2
-    (constant,) = (r for r in work.rules if r.name == root.CENTRING and r.where.endswith("position"))
-    assert ("not centring" in constant.effect) == released
-    assert not [part for part in block.modules() if isinstance(part, Excitation)]
