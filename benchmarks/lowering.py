@@ -25,7 +25,7 @@ from sopdeploy.layers.mixture.components import Components, make_components
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy_export.rewrites.apply import apply_formulas, apply_rules
-from sopdeploy_export.rewrites.autotune import Heuristic, open_form
+from sopdeploy_export.rewrites.autotune import open_form
 from sopdeploy_export.rewrites.context import RewriteContext
 from sopdeploy_export.rewrites.equivalence import record_activations
 from sopdeploy_export.rewrites.mixture import AllMasked, GatheredWeights
@@ -61,7 +61,7 @@ def rewritten(part: nn.Module, inputs: tuple[Tensor, ...], *, by_rules: bool) ->
     network = Part(part).eval()
     batch = BatchRange(optimum=8)
     activations = record_activations(network, inputs)
-    context = RewriteContext(network=network, activations=activations, batch=batch, choose=Heuristic())
+    context = RewriteContext(network=network, activations=activations, batch=batch)
     if by_rules:
         apply_rules(context)
     else:

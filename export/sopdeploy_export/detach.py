@@ -14,7 +14,7 @@ from sopdeploy.models.base import Classifier
 
 
 def check_exportable(network: Classifier) -> None:
-    """Raise `LoweringError` if a layer of *network* declares that it is `not_exportable`."""
+    """Raise `LoweringError` if a layer of *network* is declared `not_exportable`."""
     for module in network.modules():
         reason = getattr(module, "not_exportable", None)
         if reason is not None:
@@ -22,7 +22,7 @@ def check_exportable(network: Classifier) -> None:
 
 
 def require_detached(network: Classifier) -> Classifier:
-    """Check that *network* has no training-only parts, and return it; raises `DetachError`."""
+    """Return *network*; raise `DetachError` if it has training-only parts."""
     if network.training_only:
         raise DetachError(
             f"{type(network).__name__} still carries training-only parts "
@@ -32,7 +32,7 @@ def require_detached(network: Classifier) -> Classifier:
 
 
 def detach(network: Classifier) -> Classifier:
-    """Copy *network* in eval mode without its `training_only` parts; *network* does not change.
+    """Copy *network*, in eval mode, without its `training_only` parts.
 
     Raises `DetachError` if there is nothing to detach or a name in `training_only` does not exist.
     """

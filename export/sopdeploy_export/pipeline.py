@@ -1,4 +1,4 @@
-"""The export pipeline: checkpoint, detach, certificate, ONNX, precision, parity, bundle."""
+"""The export pipeline, from a checkpoint to a bundle."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -84,7 +84,7 @@ def export(
     options: ExportOptions | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> Exported:
-    """Export the checkpoint at *checkpoint_path* as a bundle in the folder *destination*.
+    """Export the checkpoint at *checkpoint_path* as a bundle in *destination*.
 
     *step* is called with a description of each step as it begins. Raises a `SopdeployError` if a step
     fails; nothing is left in *destination* then.
@@ -144,7 +144,7 @@ def compare_with_network(
     images: NDArray[np.uint8],
     options: ExportOptions,
 ) -> tuple[Reference, ParityReport]:
-    """Compute the outputs of *lean* for *images* in float64, and compare the ONNX *file* with them."""
+    """Compare the ONNX *file* with the outputs of *lean* in float64 for *images*."""
     deployed = Deployed(lean, checkpoint.preprocess).eval()
     expected = compute_reference(deployed, images, converted.run, options.precision.precision, converted.gate)
     parity = compare(
@@ -180,7 +180,7 @@ def _write_bundle(
     checks: _Checks,
     options: ExportOptions,
 ) -> Exported:
-    """Write reports, probes and manifest beside the ONNX file in *folder*, and move it to *destination*."""
+    """Complete the bundle in *folder* and move it to *destination*."""
     images, certificate, expected, parity, precision, speed = checks
     write_reports(folder, checkpoint, certificate, parity, precision)
     (folder / "lowering.json").write_bytes(to_json(converted.lowering.model_dump(mode="json")))

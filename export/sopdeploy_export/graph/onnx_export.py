@@ -1,4 +1,4 @@
-"""Convert a captured program to one ONNX file with standard operators and no control flow.
+"""Convert a captured program to one ONNX file of standard operators.
 
 Newton-Schulz is unrolled into matrix products, so every runtime and TensorRT release supports it. Opset 18
 is the lowest that torch writes and the most widely supported.
@@ -29,7 +29,7 @@ _CONVERTED: WeakKeyDictionary[ExportedProgram, tuple[int, ExportedProgram]] = We
 
 
 def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) -> onnx.ModelProto:
-    """Convert *program* to ONNX: uint8 `images` in, float32 *outputs* out, symbolic `batch` dimension.
+    """Convert *program* to ONNX with input `images` and a symbolic batch dimension.
 
     Raises `LoweringError` if an operator has no ONNX form or the weights exceed 2 GB.
     """
@@ -61,7 +61,7 @@ def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) 
 def with_converter_names(
     program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET
 ) -> ExportedProgram | None:
-    """Look up or compute the copy of *program* whose values have the names of the ONNX file."""
+    """Convert *program*, or look it up, and return it with the names of the ONNX file."""
     cached = _CONVERTED.get(program)
     if cached is not None and cached[0] == opset:
         return cached[1]
@@ -116,5 +116,5 @@ def operator_counts(proto: onnx.ModelProto) -> dict[str, int]:
 
 
 def write(proto: onnx.ModelProto, path: Path) -> None:
-    """Write *proto* to *path* deterministically: the same model produces the same bytes."""
+    """Write *proto* to *path*; the same model always gives the same bytes."""
     path.write_bytes(proto.SerializeToString(deterministic=True))

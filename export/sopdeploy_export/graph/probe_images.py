@@ -1,4 +1,4 @@
-"""Images for the checks of an export: generated probes, the user's own photographs, calibration images.
+"""Probe and calibration images for the checks of an export.
 
 The generated probes (noise, smooth fields at several scales, ramps, checkerboards, constants) exercise many
 parts of a network and are the same on every machine. Photographs from the deployment domain are more
@@ -23,7 +23,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 
 
 def probe_images(preprocess: Preprocess, folder: Path | None = None) -> NDArray[np.uint8]:
-    """Build (P, crop, crop, 3) uint8 probes: generated ones, then up to 64 images of *folder*.
+    """Build uint8 probes (P, crop, crop, 3): generated ones, then 64 of *folder*.
 
     Raises `DataError` if *folder* holds no readable image.
     """
@@ -53,7 +53,7 @@ def generated_images(side: int) -> NDArray[np.uint8]:
 
 
 def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
-    """Load up to 256 images spread evenly over *folder*, so that every class is represented.
+    """Load up to 256 images spread evenly over *folder*, to cover every class.
 
     Raises `DataError` if *folder* holds no readable image.
     """

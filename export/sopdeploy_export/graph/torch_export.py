@@ -37,14 +37,14 @@ class Deployed(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Captured:
-    """The programs of one network: for every batch size of the range, and for a batch of exactly one."""
+    """The programs of one network: for the whole batch range and for a batch of one."""
 
     any_batch: ExportedProgram
     batch_of_one: ExportedProgram
 
 
 def capture(network: Backbone, preprocess: Preprocess, batch: BatchRange) -> Captured:
-    """Capture *network*, which must be in eval mode, for the batch range and for a batch of one.
+    """Capture *network*, in eval mode, for the batch range and for a batch of one.
 
     torch.export assumes that a dynamic dimension is at least 2, so only the second program shows code that
     handles a single image differently. Raises `LoweringError` if the network cannot be captured.
@@ -83,7 +83,7 @@ def capture_any_batch(network: Backbone, preprocess: Preprocess, batch: BatchRan
 
 
 def export(module: nn.Module, examples: tuple[Tensor, ...], dynamic_shapes: Any) -> ExportedProgram:
-    """Run torch.export on *module* and make the program functional: no operation writes to a view.
+    """Run torch.export on *module* and make the program functional.
 
     Raises `LoweringError` with the first line of torch's message.
     """

@@ -1,4 +1,4 @@
-"""Measure the accuracy that a lower precision costs, and reject an export that loses too much."""
+"""Measure the accuracy that a lower precision costs, and reject large losses."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ def check_accuracy(
     *,
     allow_drift: bool,
 ) -> PrecisionReport:
-    """Compare the file at *path* with the float32 graph, and add the result to the precision report.
+    """Add the accuracy of the file at *path* to the precision report.
 
     The images are those of `evaluate` (with labels) or of `calibrate`; without either, nothing is compared.
     Raises `ParityError` if more than `max_drop` points are lost and *allow_drift* is off.
@@ -73,7 +73,7 @@ def compare_predictions(before: onnx.ModelProto, after: Path, batches: Iterable[
 def accuracy(
     first: NDArray[np.int64], second: NDArray[np.int64], truth: NDArray[np.int64] | None = None
 ) -> Accuracy:
-    """Compare the predicted classes of the float32 graph, *first*, and of the exported one, *second*."""
+    """Compare classes predicted by the float32 graph (*first*) and the exported one."""
     agree = int((first == second).sum())
     low, high = wilson(agree, len(first))
     before = None if truth is None else float((first == truth).mean())
@@ -97,7 +97,7 @@ def _labeled_batches(dataset: PreprocessedDataset, size: int) -> Iterator[Batch]
 
 
 def _int8_advice(report: PrecisionReport) -> str:
-    """Name the part and the layers that lose most in int8 and the options to try; empty for fp16."""
+    """Name the costly parts and layers in int8 and the options to try."""
     quantization = report.quantisation
     if quantization is None:
         return ""

@@ -1,4 +1,4 @@
-"""Place casts in a copy of the network, so that every runtime computes in the same types.
+"""Place casts in the network, so that every runtime computes in the same types.
 
 The copy is the network that the rewrite rules produced. A part with weights receives its inputs in the
 dtype of its own weights. Layers that declare `keep_float32` stay in float32, and so does what they compute
@@ -49,7 +49,7 @@ class FirstOutput(nn.Module):
 def with_precision(
     network: Backbone, program: ExportedProgram, precision: Precision, pixels: Tensor
 ) -> Backbone:
-    """Copy *network* in eval mode and convert it to *precision*, one of `LOW_PRECISION`.
+    """Copy *network*, in eval mode, and convert it to *precision*.
 
     *program* is the captured network; it shows which batch norms fold into the convolution before them.
     Raises `LoweringError` if the folded network computes something else for *pixels*, normalized images, in
@@ -67,7 +67,7 @@ def with_precision(
 
 
 def place_casts(network: Part, precision: Precision) -> Part:
-    """Convert the weights of *network* in place and register hooks that cast inputs and outputs."""
+    """Convert the weights of *network* in place and register casts of activations."""
     low, dtypes = LOW_PRECISION[precision], weight_dtypes(network, precision)
     for name, part in network.named_modules():
         hints, own = export_hints(part), dtypes[name]
@@ -89,7 +89,7 @@ def place_casts(network: Part, precision: Precision) -> Part:
 
 
 def weight_dtypes(network: nn.Module, precision: Precision) -> dict[str, torch.dtype]:
-    """Map the name of every part to the dtype of its own weights in *precision*, one of `LOW_PRECISION`.
+    """Map the name of every part to the dtype of its own weights in *precision*.
 
     A part has the dtype of its parent, unless it keeps float32 or its parent lists it as a low-precision
     child.

@@ -1,4 +1,4 @@
-"""Convert the lowered graph to the requested precision, with what the parity checks need to know about it.
+"""Convert the lowered graph to the requested precision.
 
 fp32 exports the graph of the rewrite rules. fp16 and bf16-backbone export a copy of the rewritten network
 with casts, captured and converted again. int8 exports the graph of the rewrite rules with quantized
@@ -108,7 +108,7 @@ class ConvertedGraph:
 
 
 def lowering_options(options: PrecisionOptions, *, rules: bool, autotune: bool) -> LoweringOptions:
-    """Choose the options of the rewrite for a precision; raises `ConfigError` if they are incompatible."""
+    """Choose the options of the rewrite; raise `ConfigError` if incompatible."""
     if options.newton_schulz == "fp16" and not rules:
         raise ConfigError(
             "--newton-schulz fp16: --no-lowering exports the papers' loop in float32; remove one of the two"
@@ -131,7 +131,7 @@ def convert_precision(
     batch: BatchRange,
     options: PrecisionOptions,
 ) -> ConvertedGraph:
-    """Convert *lowered*, rewritten from the certified network *lean*, to the precision of *options*.
+    """Convert *lowered*, the rewritten network *lean*, to a precision.
 
     Raises `ConfigError` for int8 without calibration images, and `LoweringError` if the types in the graph
     are not the requested ones.
@@ -210,7 +210,7 @@ def _convert_int8(
 
 
 def run_unfused(model: onnx.ModelProto) -> Run:
-    """Build a function that runs *model* operator by operator: dequantize, convolve in float32, quantize."""
+    """Build a function that runs *model* operator by operator, without fusions."""
     session = open_session(model, optimized=False)
     batch = fixed_batch(model)
 
@@ -222,7 +222,7 @@ def run_unfused(model: onnx.ModelProto) -> Run:
 
 
 def _gate_of_file(model: onnx.ModelProto, network: nn.Module) -> Gate | None:
-    """Build a function that computes the gate's logits in *model*, operator by operator."""
+    """Build a function that computes the gate's logits in *model*, unfused."""
     if not has_gate(network):
         return None
     name = next(name for name, part in network.named_modules() if part is gate_of(network))

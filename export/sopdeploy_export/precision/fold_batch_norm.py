@@ -1,4 +1,4 @@
-"""Fold batch norms into the convolutions before them, in float64, before weights are rounded.
+"""Fold batch norms into the convolutions before them, in float64.
 
 y = s (W x) + t is the convolution (s W) x + t. Weights that are rounded once, after folding, lose less than
 with the ONNX converter, which folds rounded weights and does not support bfloat16. A batch norm is folded
@@ -16,7 +16,7 @@ BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 
 def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
-    """Fold the batch norms of *network*, captured as *program*, in place; return the number of folds."""
+    """Fold the batch norms of *network* in place; return the number of folds."""
     signature, folds = program.graph_signature, 0
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     for node in program.graph.nodes:

@@ -1,4 +1,4 @@
-"""INT8: quantize the convolutions of a float32 graph after training, with ONNX Runtime's tools.
+"""INT8: quantize the convolutions of a float32 graph after training.
 
 QuantizeLinear and DequantizeLinear surround the operators, and runtimes fuse them. Weights are int8 per
 output channel; second-order layers, pooling and classifier stay in float32. No form of the activations
@@ -43,7 +43,7 @@ EXAMPLES = 3  # names in an error message
 
 
 class Form(NamedTuple):
-    """The type of the activations for a runtime, and the options of ONNX Runtime's quantizer."""
+    """Activation type and quantizer options for one runtime."""
 
     activations: QuantType
     options: Mapping[str, Any]
@@ -70,7 +70,7 @@ def quantize(
     method: Calibration = "percentile",
     runtime: Int8For = "cpu",
 ) -> onnx.ModelProto:
-    """Quantize the convolutions of *model* for *runtime*, with ranges measured on *images* (P, H, W, 3).
+    """Quantize the convolutions of *model*, with ranges measured on *images*.
 
     Parts named in *in_float* stay in float32. Raises `LoweringError` if no convolution is left to quantize.
     """
@@ -121,7 +121,7 @@ def check_part_names(model: onnx.ModelProto, parts: Sequence[str]) -> None:
 
 
 class _SingleImages(CalibrationDataReader):  # type: ignore[misc]
-    """Feeds one image at a time, because ONNX Runtime keeps the activations of all images of a reader."""
+    """Feeds single images: ONNX Runtime keeps the activations of a whole reader."""
 
     def __init__(self, name: str, images: NDArray[np.uint8]) -> None:
         self.feeds: Iterator[dict[str, NDArray[np.uint8]]] = (
@@ -134,7 +134,7 @@ class _SingleImages(CalibrationDataReader):  # type: ignore[misc]
 
 
 def _ranges(model: onnx.ModelProto, images: NDArray[np.uint8], method: Calibration) -> TensorsData:
-    """Measure the range of every input and output of a convolution on *images* (P, H, W, 3)."""
+    """Measure the ranges of the inputs and outputs of convolutions on *images*."""
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # the tool prints progress
         path = Path(folder) / "float.onnx"
         onnx.save(model, path)
@@ -152,7 +152,7 @@ def _ranges(model: onnx.ModelProto, images: NDArray[np.uint8], method: Calibrati
 
 
 def _convolutions(model: onnx.ModelProto, in_float: Sequence[str], *, read_images: bool) -> set[str]:
-    """Name the convolutions to quantize; without *read_images*, not those that read an image's channels."""
+    """Name the convolutions to quantize; *read_images* includes the first one."""
     sizes = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     chosen = set()
     for node in model.graph.node:
@@ -166,7 +166,7 @@ def _convolutions(model: onnx.ModelProto, in_float: Sequence[str], *, read_image
 
 
 def _shortcuts(model: onnx.ModelProto, chosen: set[str]) -> list[str]:
-    """List the outputs of the convolutions in shortcuts, which TensorRT fuses into the main path as int8.
+    """List the outputs of convolutions in shortcuts, which TensorRT fuses as int8.
 
     Of two convolutions whose outputs are added, the one in the shortcut shares its input with other nodes.
     """

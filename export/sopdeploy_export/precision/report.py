@@ -1,4 +1,4 @@
-"""The content of `precision.json`: the types in the exported graph, the accuracy, and the int8 costs.
+"""The content of `precision.json`: types, accuracy and int8 costs.
 
 Types are read from the exported graph, not from the options: weights from its initializers, operations from
 the captured program. A graph whose types differ from the requested ones is rejected.
@@ -27,7 +27,7 @@ TYPE_NAMES = {
 
 
 class PartPrecision(StrictModel):
-    """One part: the type of its weights in the file (if it has any), and its operations counted by type."""
+    """The type of one part's weights in the file, and its operations by type."""
 
     part: str
     weights: str | None
@@ -35,7 +35,7 @@ class PartPrecision(StrictModel):
 
 
 class Cost(StrictModel):
-    """How far quantizing one layer or part alone moves the logits, as a fraction of their spread."""
+    """Change of the logits, relative to their spread, if one part is quantized."""
 
     part: str
     share: float
@@ -132,7 +132,7 @@ def weight_types(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def check_weight_types(model: onnx.ModelProto, network: nn.Module, precision: Precision) -> None:
-    """Raise `LoweringError` unless the weights of *model* have the types that *precision* gives *network*.
+    """Raise `LoweringError` if a weight of *model* has not the requested type.
 
     *network* is the rewritten one before casts, so that a missing cast is detected.
     """

@@ -1,4 +1,4 @@
-"""Find the int8 layers and parts that cost most: quantize each alone, in torch, and compare the logits.
+"""Find the layers and parts that cost most in int8, by quantizing each alone.
 
 Weights are rounded per output channel, which commutes with the batch norm after the convolution. Inputs are
 rounded to the range that calibration found. A cost is the root mean square change of the logits over their
@@ -26,7 +26,7 @@ IMAGES = 8
 
 
 class Grid(NamedTuple):
-    """The quantization grid of a tensor: scale, zero point and the ends of its 8-bit type."""
+    """Quantization grid of a tensor: scale, zero point and ends of its 8-bit type."""
 
     scale: float
     zero: int
@@ -40,7 +40,7 @@ class Grid(NamedTuple):
 
 
 def input_grids(model: onnx.ModelProto) -> dict[str, Grid]:
-    """Map each quantized convolution of *model*, by the name of its part, to the grid of its input."""
+    """Map the name of each quantized convolution to the grid of its input."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     producers = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
     grids = {}
@@ -61,7 +61,7 @@ def input_grids(model: onnx.ModelProto) -> dict[str, Grid]:
 def measure_sensitivity(
     deployed: Deployed, grids: Mapping[str, Grid], images: NDArray[np.uint8]
 ) -> tuple[tuple[Cost, ...], tuple[Cost, ...]]:
-    """Measure the costs of the layers in *grids*, and of the parts that contain them, in descending order.
+    """Measure the costs of the layers in *grids* and of the parts around them.
 
     A part is the shortest prefix of the layers' names that distinguishes several parts. Only the ten layers
     that cost most are returned.
@@ -104,7 +104,7 @@ def _costs(
 
 @contextmanager
 def _quantized(convolution: nn.Conv2d, grid: Grid) -> Iterator[None]:
-    """Round the weights of *convolution* to int8 per output channel and its input to *grid*, temporarily."""
+    """Quantize weights and input of *convolution* within the context."""
     original = convolution.weight.data
     dims = tuple(range(1, original.dim()))
     scale = original.abs().amax(dim=dims, keepdim=True).clamp_min(1e-12) / 127

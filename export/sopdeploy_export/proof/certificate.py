@@ -40,7 +40,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class Roots(StrictModel):
-    """The Merkle roots that the three networks share, and the number of operations that they cover.
+    """The Merkle roots that the three networks share.
 
     `onnx` is the root of the ONNX graphs; it is empty until `lower_with_proof` has compared them.
     """
@@ -72,7 +72,7 @@ class Certificate(StrictModel):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proof:
-    """The certificate and the programs that it covers; `lean` is the detached network's."""
+    """The certificate and its programs; `lean` is the detached network's."""
 
     certificate: Certificate
     trained: Captured
@@ -89,7 +89,7 @@ def certify(
     model: str = "network",
     batch: BatchRange | None = None,
 ) -> Proof:
-    """Prove that *lean*, detached from *trained*, is the plain network with the trained weights.
+    """Prove that *lean* is the plain network with the weights of *trained*.
 
     *probes* are uint8 images (P, crop, crop, 3). Raises `CertificateError` with the statement that does not
     hold and where; neither network is changed.
@@ -126,7 +126,7 @@ def certify(
 
 
 def lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.ModelProto, Certificate]:
-    """Convert the detached network to ONNX, and add to the certificate the root that all ONNX graphs share.
+    """Convert the detached network to ONNX and certify the root of the graph.
 
     Raises `CertificateError` if the ONNX graph of the trained network differs from the plain network's.
     """
@@ -145,7 +145,7 @@ def lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.Model
 
 
 def _check_eval_mode_and_hooks(network: nn.Module, role: str) -> None:
-    """Reject train mode, and forward hooks, whose code is not part of any exported file.
+    """Reject train mode and forward hooks, whose code would not be exported.
 
     A hook on all modules would change the plain network as well, so the comparison would not show it.
     """
@@ -171,7 +171,7 @@ def _contiguous(network: Network) -> Network:
 
 
 def build_plain_network(trained: Classifier, lean: nn.Module) -> Backbone:
-    """Build a plain network from the config of *trained* and copy the weights of *lean* into it.
+    """Build a plain network from the config with the weights of *lean*.
 
     Raises `CertificateError` if the tensors of the two do not correspond one to one.
     """
@@ -241,7 +241,7 @@ def _first_difference(found: ProgramRoot, plain: ProgramRoot) -> str:
 
 
 def assert_equal_outputs(networks: dict[str, nn.Module], probes: Tensor) -> tuple[int, ...]:
-    """Check that all networks return bitwise the same outputs; return the batch sizes that were compared.
+    """Check that outputs are bitwise equal; return the compared batch sizes.
 
     Raises `CertificateError` with the largest difference.
     """

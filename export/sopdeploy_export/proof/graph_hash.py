@@ -1,4 +1,4 @@
-"""A Merkle hash over a captured program: equal roots mean equal graphs with equal weights.
+"""A Merkle hash over a captured program: its operations and weights.
 
 The hash starts at the outputs. The hash of an operation covers its name, every argument of its schema with
 defaults filled in, and the hashes of its operands in order. Weights and constants count by content, inputs
@@ -63,7 +63,7 @@ def program_root(program: ExportedProgram) -> ProgramRoot:
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """Compute the sha256 of dtype, shape and content of *tensor* in the contiguous memory layout."""
+    """Compute the sha256 of dtype, shape and contiguous content of *tensor*."""
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     header = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
     return hashlib.sha256(header + content.tobytes()).hexdigest()
@@ -97,7 +97,7 @@ def _leaf_hashes(program: ExportedProgram) -> dict[str, str]:
 
 @dataclass(kw_only=True, slots=True)
 class _GraphHasher:
-    """Hashes of the nodes of one graph, and the place in the network of each operation."""
+    """Hashes of the nodes of one graph, and the place of each operation."""
 
     leaves: dict[str, str]
     hashes: dict[fx.Node, str] = field(default_factory=dict)
@@ -154,7 +154,7 @@ class _GraphHasher:
 
 
 def _subgraph_hash(module: fx.GraphModule) -> str:
-    """Hash the graph that a higher-order operation calls; its inputs count by position."""
+    """Hash a graph that a higher-order operation calls; inputs count by position."""
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     hasher = _GraphHasher(leaves={n.name: _hash(["argument", str(i)]) for i, n in enumerate(placeholders)})
     outputs = next(node for node in module.graph.nodes if node.op == "output")
@@ -169,7 +169,7 @@ def _operation(node: fx.Node) -> str:
 
 
 def _arguments(node: fx.Node) -> list[Any]:
-    """List every argument of *node* in the order of its schema, with defaults filled in."""
+    """List every argument of *node* in schema order, with defaults filled in."""
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return [*node.args, dict(node.kwargs)]

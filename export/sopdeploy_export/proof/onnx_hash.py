@@ -1,4 +1,4 @@
-"""A Merkle hash over an ONNX graph, to check a certificate against the file that is deployed.
+"""A Merkle hash over an ONNX graph, to check a certificate against a file.
 
 Like `graph_hash`, one level down: nodes count by operator, attributes and ordered operands, initializers by
 type, shape and content, inputs by position, type and shape. Value names and metadata do not count.

@@ -1,4 +1,4 @@
-"""The tensors of a certificate: each tensor of the trained network is either removed or kept unchanged."""
+"""The tensor inventory of a certificate: each tensor is removed or kept."""
 
 from torch import Tensor, nn
 
@@ -10,7 +10,7 @@ from sopdeploy_export.proof.graph_hash import tensor_hash
 
 
 class TensorEntry(StrictModel):
-    """One parameter or buffer: name, shape, dtype, size in bytes and the sha256 of its content."""
+    """One parameter or buffer, with the sha256 of its content."""
 
     name: str
     shape: tuple[int, ...]

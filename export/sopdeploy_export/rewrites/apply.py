@@ -1,4 +1,4 @@
-"""Rewrite a certified network for export: each rule in turn, on a copy, with a proof at every place.
+"""Rewrite a certified network for export, with a proof of every replacement.
 
 The certificate covers the network as it was trained and detached. Only then is a copy rewritten, captured and
 converted to ONNX. The parity check compares the file with the certified network, not with the copy.
@@ -6,7 +6,6 @@ converted to ONNX. The parity check compares the file with the certified network
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import onnx
@@ -25,9 +24,9 @@ from sopdeploy_export.graph.onnx_export import check, lower
 from sopdeploy_export.graph.torch_export import capture_any_batch
 from sopdeploy_export.proof.graph_hash import program_root
 from sopdeploy_export.rewrites import attention, linear, mixture, newton_schulz
-from sopdeploy_export.rewrites.autotune import Benchmark, Heuristic
+from sopdeploy_export.rewrites.autotune import Benchmark
 from sopdeploy_export.rewrites.centering import center_by_mean
-from sopdeploy_export.rewrites.context import AppliedRule, Choice, LoweringReport, RewriteContext
+from sopdeploy_export.rewrites.context import LoweringReport, RewriteContext
 from sopdeploy_export.rewrites.equivalence import record_activations
 from sopdeploy_export.rewrites.reference_formulas import FORMULAS
 from sopdeploy_export.rewrites.reference_formulas import NAME as REFERENCE
@@ -66,20 +65,10 @@ class LoweringOptions(NamedTuple):
 DEFAULT_OPTIONS = LoweringOptions()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rewritten:
-    """The network to capture, whether its program differs from the certified one, and what was done."""
-
-    network: Backbone
-    changed: bool
-    rules: tuple[AppliedRule, ...]
-    choices: tuple[Choice, ...]
-
-
 def rewrite(
     certified: Backbone, images: Tensor, batch: BatchRange, options: LoweringOptions = DEFAULT_OPTIONS
-) -> Rewritten:
-    """Rewrite a copy of *certified*; *images* are two normalized (2, 3, H, W) probe images.
+) -> RewriteContext:
+    """Rewrite a copy of *certified*; *images* are normalized probes (2, 3, H, W).
 
     Raises `LoweringError` if a precondition does not hold, a rewritten part computes something else in
     float64, or a layer declares an unknown rule.
@@ -93,18 +82,13 @@ def rewrite(
         network=network,
         activations=record_activations(network, (images,)),
         batch=batch,
-        choose=Benchmark(batch, options.cast) if options.autotune else Heuristic(),
+        benchmark=Benchmark(batch, options.cast) if options.autotune else None,
     )
     if options.rules:
         apply_rules(context)
     else:
         apply_formulas(context)
-    return Rewritten(
-        network=network,
-        changed=context.changed,
-        rules=tuple(context.rules),
-        choices=tuple(context.choices),
-    )
+    return context
 
 
 def apply_rules(context: RewriteContext) -> None:
@@ -119,7 +103,7 @@ def apply_rules(context: RewriteContext) -> None:
 
 
 def apply_formulas(context: RewriteContext) -> None:
-    """Replace every part that declares a reference formula by the formula of its paper."""
+    """Replace every part that declares a reference formula by that formula."""
     for name, build in FORMULAS.items():
         for where, part in context.parts("reference_formula", name):
             context.replace(REFERENCE, where, build)
@@ -138,7 +122,7 @@ class CertifiedGraph(NamedTuple):
 
 
 class LoweredGraph(NamedTuple):
-    """The rewritten network, its program, that program as float32 ONNX, and the report."""
+    """The rewritten network, its program, its float32 ONNX model, and the report."""
 
     network: Backbone
     program: ExportedProgram
@@ -153,7 +137,7 @@ def lower_by_rules(
     batch: BatchRange,
     options: LoweringOptions,
 ) -> LoweredGraph:
-    """Rewrite the certified network and convert it to ONNX; *images* are uint8 probes (P, H, W, 3).
+    """Rewrite the certified network and convert it to ONNX.
 
     If no rule changes the program, its ONNX model is the certified one. Raises `LoweringError` with the
     rule and the part for which a precondition or a proof fails.
@@ -164,15 +148,15 @@ def lower_by_rules(
     if rewritten.changed:
         program = capture_any_batch(rewritten.network, preprocess, batch)
         model = lower(program, certified.network.outputs)
-    rules, root = rewritten.rules, program_root(certified.program).sha256
+    rules, root = list(rewritten.rules), program_root(certified.program).sha256
     if options.rules:
         model, centered = center_by_mean(model)
-        rules += tuple(centered)
+        rules += centered
         check(model)
     report = LoweringReport(
         textbook=not options.rules,
-        rules=rules,
-        choices=rewritten.choices,
+        rules=tuple(rules),
+        choices=tuple(rewritten.choices),
         certified_root=root,
         lowered_root=program_root(program).sha256 if rewritten.changed else root,
     )
@@ -182,7 +166,7 @@ def lower_by_rules(
 def lower_converted(
     lowered: LoweredGraph, network: Backbone, program: ExportedProgram, opset: int
 ) -> LoweredGraph:
-    """Convert *network*, a copy of the lowered one with casts and captured as *program*, to ONNX."""
+    """Convert *network*, the lowered one with casts, captured as *program*."""
     model = lower(program, network.outputs, opset)
     if not lowered.report.textbook:
         model, _ = center_by_mean(model)

@@ -1,4 +1,4 @@
-"""Rules of the GSoP attention blocks: row-wise convolution, covariance constants, position resampling.
+"""Rules of the GSoP attention blocks.
 
 Letters as in `sopdeploy.layers.attention.gsop_attention`. The batch norm turns row i of the covariance into
 a_i S_i + c_i, and output r of row i is w_ir . (a_i S_i + c_i) + b_ir = (a_i w_ir) . S_i + (b_ir + c_i
@@ -8,7 +8,7 @@ sum(w_ir)): different weights without a norm. A convolution of n groups with ker
 The default form is the convolution for single images and the product from a batch of four.
 """
 
-from abc import ABC, abstractmethod
+from functools import partial
 
 import numpy as np
 import torch
@@ -38,71 +38,51 @@ POSITION = "position block as fixed small products"
 PRODUCT_FROM = 4  # images in a batch
 
 
-class FoldedExcitation(nn.Module, ExportHints, ABC):
-    """`Excitation` without a norm: covariances (B, n, n) to weights (B, out, 1, 1) in (0, 1)."""
+class FoldedExcitation(nn.Module, ExportHints):
+    """`Excitation` without a norm: covariances (B, n, n) to weights (B, out, 1, 1).
+
+    The rows are computed by one batched *product*, or by one grouped convolution.
+    """
 
     keep_float32 = True
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, before: Excitation) -> None:
+    def __init__(self, before: Excitation, *, product: bool) -> None:
         super().__init__()
-        self.rows, self.activation, self.conv = before.row_conv.in_channels, before.activation, before.conv
         conv = before.row_conv
+        self.product, self.rows, self.activation = product, conv.in_channels, before.activation
+        self.conv = before.conv
         scale, shift = (values.repeat_interleave(OUTPUTS_PER_ROW) for values in affine(before.row_bn))
         weight = conv.weight.detach().double()  # rounded once, after folding in float64
         bias = torch.zeros(len(weight), dtype=torch.float64)
         bias = bias if conv.bias is None else conv.bias.detach().double()
-        bias = bias + shift * weight.sum(dim=(1, 2, 3))
-        weight = weight * scale[:, None, None, None]
-        weight, bias = self.layout(weight.to(conv.weight.dtype), bias.to(conv.weight.dtype))
+        bias = (bias + shift * weight.sum(dim=(1, 2, 3))).to(conv.weight.dtype)
+        weight = (weight * scale[:, None, None, None]).to(conv.weight.dtype)
+        if product:  # (4n, 1, n, 1) to (n, n, r), and (4n) to (n, 1, r)
+            weight = weight.reshape(self.rows, OUTPUTS_PER_ROW, self.rows).transpose(1, 2)
+            bias = bias.reshape(self.rows, 1, OUTPUTS_PER_ROW)
         self.register_buffer("weight", weight.contiguous())
         self.register_buffer("bias", bias.contiguous())
 
-    @abstractmethod
-    def layout(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Rearrange the kernel (4n, 1, n, 1) and bias (4n) for this form."""
-
-    @abstractmethod
-    def convolve_rows(self, cov_Bnn: Tensor) -> Tensor:
-        """Compute the row-wise convolution (B, 4n, 1, 1)."""
-
     def forward(self, cov_Bnn: Tensor) -> Tensor:
-        """Compute the weights."""
-        return torch.sigmoid(self.conv(activate(self.convolve_rows(cov_Bnn), self.activation)))
+        """Compute the weights, in (0, 1)."""
+        if self.product:
+            out_nBr = cov_Bnn.transpose(0, 1) @ self.weight + self.bias
+            rows_BR11 = out_nBr.transpose(0, 1).reshape(-1, self.rows * OUTPUTS_PER_ROW, 1, 1)
+        else:
+            rows_BR11 = F.conv2d(cov_Bnn.unsqueeze(3), self.weight, self.bias, groups=self.rows)
+        return torch.sigmoid(self.conv(activate(rows_BR11, self.activation)))
 
 
-class RowsByConvolution(FoldedExcitation):
-    """The rows by one grouped convolution."""
-
-    def layout(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the layout of the convolution."""
-        return weight, bias
-
-    def convolve_rows(self, cov_Bnn: Tensor) -> Tensor:
-        """Compute the row-wise convolution (B, 4n, 1, 1)."""
-        return F.conv2d(cov_Bnn.unsqueeze(3), self.weight, self.bias, groups=self.rows)
-
-
-class RowsByProduct(FoldedExcitation):
-    """The rows by one batched product."""
-
-    def layout(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Rearrange to (n, n, r) and (n, 1, r)."""
-        weight_nnr = weight.reshape(self.rows, OUTPUTS_PER_ROW, self.rows).transpose(1, 2)
-        return weight_nnr, bias.reshape(self.rows, 1, OUTPUTS_PER_ROW)
-
-    def convolve_rows(self, cov_Bnn: Tensor) -> Tensor:
-        """Compute the row-wise convolution (B, 4n, 1, 1)."""
-        out_nBr = cov_Bnn.transpose(0, 1) @ self.weight + self.bias
-        return out_nBr.transpose(0, 1).reshape(-1, self.rows * OUTPUTS_PER_ROW, 1, 1)
-
-
-FORMS: dict[str, Build] = {"convolution": RowsByConvolution, "batched product": RowsByProduct}
+FORMS: dict[str, Build] = {
+    "convolution": partial(FoldedExcitation, product=False),
+    "batched product": partial(FoldedExcitation, product=True),
+}
 
 
 def fold_row_norm(context: RewriteContext, where: str, part: Excitation) -> None:
-    """Fold the norm of one excitation with frozen statistics, and choose the form of its rows."""
+    """Fold the frozen norm of one excitation and choose the form of its rows."""
     if not is_frozen(part.row_bn):
         return
     default = "batched product" if context.batch.optimum >= PRODUCT_FROM else "convolution"
@@ -121,7 +101,7 @@ def fold_row_norm(context: RewriteContext, where: str, part: Excitation) -> None
 
 
 def report_centering(context: RewriteContext, where: str, part: ChannelAttention | PositionAttention) -> None:
-    """Check the constant I / count - 11^T / count^2 of one covariance and report its form."""
+    """Check the constant I / c - 11^T / c^2 of one covariance and report its form."""
     shape = context.activations[f"{where}.reduction"].output.shape
     if isinstance(part, PositionAttention):  # the reduced channels are the samples
         samples = shape[1]
@@ -141,7 +121,7 @@ def report_centering(context: RewriteContext, where: str, part: ChannelAttention
 
 
 def check_position_resampling(context: RewriteContext, where: str, part: PositionAttention) -> None:
-    """Check that the constants of one position block are averages; raises `LoweringError`."""
+    """Check that the resampling matrices of one position block average."""
     side = part.switches.side
     height, width = context.activations[where].inputs[0].shape[2:]
     up = nearest_rows if part.switches.upsampling == "nearest" else averaging_rows

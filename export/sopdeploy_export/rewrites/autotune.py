@@ -1,9 +1,7 @@
-"""Choose between equivalent forms of a part: by a heuristic, or by timing them in ONNX Runtime.
+"""Choose between equivalent forms of a part by timing them (`--autotune`).
 
-`Heuristic` makes exports reproducible across machines. `Benchmark` (`--autotune`) exports each form alone
-and runs the forms in turn on one thread, at batch 1 and at the bundle's optimum batch. It uses process
-time, which other load on the machine affects least, and chooses the form with the smallest product of
-medians.
+Each form is exported alone, and the forms run in turn on one thread, at batch 1 and at the bundle's optimum
+batch. Process time is measured, which other load on the machine affects least.
 """
 
 import statistics
@@ -22,38 +20,25 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import LoweringError
 from sopdeploy_export.graph.onnx_export import OPSET
 from sopdeploy_export.graph.torch_export import export
-from sopdeploy_export.rewrites.context import Forms
 
 RUNS, WARMUPS = 15, 3
 Cast = Callable[[nn.Module], nn.Module]
 
 
 @dataclass(frozen=True, slots=True)
-class Heuristic:
-    """Chooses the default form."""
-
-    by: str = "rule of thumb"
-
-    def __call__(self, forms: Forms) -> str:
-        """Choose the default of *forms*."""
-        return forms.default
-
-
-@dataclass(frozen=True, slots=True)
 class Benchmark:
-    """Chooses the fastest form after *cast*, which places the casts of the exported precision."""
+    """Times forms after *cast*, which places the casts of the exported precision."""
 
     batch: BatchRange
     cast: Cast
-    by: str = "autotune"
 
-    def __call__(self, forms: Forms) -> str:
-        """Choose the form of *forms* with the smallest product of median times."""
-        sessions = {name: open_form(self.cast(form), forms.inputs) for name, form in forms.built.items()}
+    def fastest(self, forms: dict[str, nn.Module], inputs: tuple[Tensor, ...]) -> str:
+        """Name the form with the smallest product of median times."""
+        sessions = {name: open_form(self.cast(form), inputs) for name, form in forms.items()}
         scores = dict.fromkeys(sessions, 1.0)
         for size in sorted({1, self.batch.optimum}):
             feeds = []
-            for value in forms.inputs:
+            for value in inputs:
                 array = value.float().numpy()
                 feeds.append(array[np.arange(size) % len(array)])
             for name, seconds in _median_seconds(sessions, feeds).items():

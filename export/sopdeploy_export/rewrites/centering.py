@@ -1,4 +1,4 @@
-"""Rule: replace a product with a constant alpha I + beta 11^T by a scaling and a sum, or by mean subtraction.
+"""Rule: replace a product with alpha I + beta 11^T by a sum or mean subtraction.
 
 X (alpha I + beta 11^T) = alpha X + beta (X 1) 1^T for any alpha and beta. Only if alpha + n beta = 0, with
 n the size of the constant, do its rows sum to zero, and the product is alpha (X - mean(X)). The released
@@ -50,7 +50,7 @@ def recognize(matrix: NDArray[np.floating]) -> Centering | None:
 
 
 def center_by_mean(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[AppliedRule]]:
-    """Copy *model*, replace every product with such a constant, and list what was done.
+    """Copy *model*, replace products with such constants, and list what was done.
 
     Left out are constants with beta = 0 (such as the identity), products with the constant on the left, and
     constants that are not float32, whose rounding hides whether alpha + n beta is 0.
@@ -91,7 +91,7 @@ def center_by_mean(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Applie
 
 
 def _replacement(graph: onnx.GraphProto, node: onnx.NodeProto, known: Centering) -> list[onnx.NodeProto]:
-    """Build the nodes for alpha (X - mean) or alpha X + beta sum, and add their constants to *graph*."""
+    """Build nodes for alpha (X - mean) or alpha X + beta sum, with constants."""
     x, out = node.input[0], node.output[0]
     reduced, scaled = f"{out}_reduced", f"{out}_scaled"
     axes, alpha, beta = f"{out}_axes", f"{out}_alpha", f"{out}_beta"

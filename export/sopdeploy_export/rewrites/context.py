@@ -1,19 +1,20 @@
-"""The state of a rewrite: the network, its activations, and the report of the rules that were applied."""
+"""The state of a rewrite: network, activations and applied rules."""
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.config import StrictModel
 from sopdeploy.layers.export_hints import export_hints
+from sopdeploy_export.rewrites.autotune import Benchmark
 from sopdeploy_export.rewrites.equivalence import Activation, Build, assert_equivalent
 
 
 class AppliedRule(StrictModel):
-    """One rule at one place of the network: the precondition that was checked and what the rule changed."""
+    """One rule at one place: the precondition that was checked, and the effect."""
 
     name: str
     where: str
@@ -22,7 +23,7 @@ class AppliedRule(StrictModel):
 
 
 class Choice(StrictModel):
-    """Which of several equivalent forms of a part was chosen: *by* "rule of thumb" or "autotune".
+    """The chosen form of a part, *by* "rule of thumb" or "autotune".
 
     Timings are not stored, so that two exports write the same bytes.
     """
@@ -59,25 +60,6 @@ class LoweringReport(StrictModel):
         return counts
 
 
-class Forms(NamedTuple):
-    """Equivalent forms of one part by name, the heuristic's choice, and the inputs of the part."""
-
-    built: dict[str, nn.Module]
-    default: str
-    inputs: tuple[Tensor, ...]
-
-
-class Chooser(Protocol):
-    """Chooses one of several equivalent forms."""
-
-    @property
-    def by(self) -> str:
-        """Name of the method, for the report."""
-
-    def __call__(self, forms: Forms) -> str:
-        """Choose one of *forms* by name."""
-
-
 @dataclass(kw_only=True, slots=True)
 class RewriteContext:
     """The network that rules rewrite in place, and what they did.
@@ -86,22 +68,22 @@ class RewriteContext:
         network: A copy of the certified network.
         activations: Inputs and output of each part, by name, before any rewrite.
         batch: Batch range of the bundle.
-        choose: Chooses between equivalent forms.
+        benchmark: Chooses between equivalent forms by timing them; `None` chooses the default form.
         rules: The rules applied so far.
         choices: The forms chosen so far.
         changed: Whether a rule has replaced a part.
     """
 
-    network: nn.Module
+    network: Any
     activations: dict[str, Activation]
     batch: BatchRange
-    choose: Chooser
+    benchmark: Benchmark | None = None
     rules: list[AppliedRule] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     changed: bool = False
 
     def parts(self, attribute: str, name: str) -> list[tuple[str, Any]]:
-        """List the parts that were called and whose *attribute* (an export hint) is or contains *name*."""
+        """List the called parts whose export hint *attribute* is or contains *name*."""
         found = []
         for where, part in self.network.named_modules():
             declared = getattr(export_hints(part), attribute) or ()
@@ -116,7 +98,7 @@ class RewriteContext:
         self.rules.append(AppliedRule(name=name, where=where, precondition=precondition, effect=effect))
 
     def replace(self, rule: str, where: str, build: Build) -> None:
-        """Replace the part *where* by ``build(part)`` after checking that both are equivalent."""
+        """Replace the part *where* by ``build(part)`` after checking equivalence."""
         part = self.network.get_submodule(where)
         assert_equivalent(rule, where, part, build, self.activations[where].inputs)
         self.put(where, build(part))
@@ -129,9 +111,11 @@ class RewriteContext:
 
     def choose_form(self, where: str, forms: dict[str, Build], default: str) -> tuple[Build, Choice]:
         """Choose one of several *forms* of the part *where* and report the choice."""
-        part, inputs = self.network.get_submodule(where), self.activations[where].inputs
-        built = {name: build(copy.deepcopy(part)).eval() for name, build in forms.items()}
-        form = self.choose(Forms(built, default, inputs))
-        choice = Choice(where=where, form=form, among=tuple(forms), by=self.choose.by)
+        form, by = default, "rule of thumb"
+        if self.benchmark is not None:
+            part = self.network.get_submodule(where)
+            built = {name: build(copy.deepcopy(part)).eval() for name, build in forms.items()}
+            form, by = self.benchmark.fastest(built, self.activations[where].inputs), "autotune"
+        choice = Choice(where=where, form=form, among=tuple(forms), by=by)
         self.choices.append(choice)
         return forms[form], choice

@@ -1,4 +1,4 @@
-"""Numerical proof of a rewrite: a replacement must compute what the original part computes in float64.
+"""Numerical proof that a replacement computes what the original computes.
 
 The algebra of a rule shows that two forms are the same function; this check shows that their code is.
 Correct forms differ by about 1e-13 in float64, so a wrong number of iterations, a shifted index or a scale
@@ -26,7 +26,7 @@ Build = Callable[[Any], nn.Module]
 def assert_equivalent(
     rule: str, where: str, before: nn.Module, build: Build, inputs: tuple[Tensor, ...]
 ) -> None:
-    """Raise `LoweringError` unless ``build(before)`` computes what *before* computes, in float64.
+    """Raise `LoweringError` unless ``build(before)`` equals *before* in float64.
 
     Args:
         rule: Name of the rewrite rule, for the message.

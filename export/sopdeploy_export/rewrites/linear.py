@@ -1,4 +1,4 @@
-"""Rules of linear layers: apply the scale of a root after the layer, and fold the batch norm before it.
+"""Rules of linear layers: post-compensation and fusion norm.
 
 - Post-compensation: W (s v) + b = s (W v) + b for a scalar s per image. The scale then multiplies the
   logits instead of a d x d matrix. The root's triangle must go into one linear layer and nowhere else, with
@@ -24,7 +24,7 @@ FUSION_NORM = "fusion batch norm folded into the classifier"
 
 
 class RootThenLinear(nn.Module):
-    """The original computation: a root followed by a linear layer, from a feature map to logits."""
+    """The original computation: a root followed by a linear layer."""
 
     def __init__(self, root: LoweredRoot, linear: nn.Linear) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class CompensatedAfter(nn.Module, ExportHints):
 
 
 def move_compensation(context: RewriteContext, where: str, root: LoweredRoot) -> None:
-    """Move the scale of *root* after the linear layer, if exactly one linear layer reads its triangle."""
+    """Move the scale of *root* after the linear layer that alone reads its triangle."""
     reader = _only_reader(context, where) if root.config.compensate else None
     features = context.activations[where].inputs
     if reader is None or root.root(features[0])[1] is None:
@@ -138,7 +138,7 @@ def fold_head(head: FusionHead) -> nn.Linear:
 
 
 def fold_fusion_norm(context: RewriteContext, where: str, head: FusionHead) -> None:
-    """Fold the batch norm of one fusion head into its linear layer, if its statistics are frozen."""
+    """Fold the frozen batch norm of one fusion head into its linear layer."""
     norm = head.bn
     if is_frozen(norm):
         context.replace(FUSION_NORM, where, fold_head)

@@ -1,4 +1,4 @@
-"""Rule: a mixture evaluates only the K experts that its gate chose, and sums before it reads the triangle.
+"""Rule: a mixture evaluates only the K experts that its gate chose.
 
 Three equivalent forms are available. By default, batches of up to sixteen images gather the weights of
 their experts; larger ones compute all experts' convolutions and gather activations. If K = N, all experts
@@ -26,7 +26,7 @@ GATHER_UP_TO = 16  # images in a batch
 
 
 class Experts(nn.Module, ABC):
-    """A mixture: feature maps (B, C, H, W) and gate weights (B, N) to their weighted sum (B, D)."""
+    """A mixture: maps (B, C, H, W) and gate weights (B, N) to a sum (B, D)."""
 
     def __init__(self, bank: Components, chosen: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Experts(nn.Module, ABC):
         return total_Bdd.flatten(start_dim=1).index_select(1, self.get_buffer("triangle"))
 
     def roots(self, features_BCHW: Tensor, weights_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute each expert's map (P, d, M, 1) and its root (P, d, d), for the parity checks."""
+        """Compute experts' maps (P, d, M, 1) and roots (P, d, d) for parity checks."""
         assert self.config is not None  # noqa: S101 - only called for experts with a root
         maps_BKMd, weights_BK = self._maps(features_BCHW, weights_BN)
         maps_PMd = maps_BKMd.flatten(end_dim=1)
@@ -106,7 +106,7 @@ class GatheredWeights(Experts):
 
 
 class ProjectedThenGathered(Experts):
-    """All images pass through all experts' convolutions; only K maps per image reach the root."""
+    """All experts convolve all images; only K maps per image reach the root."""
 
     def evaluate(self, x_BMC: Tensor, weights_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the maps (B, K, M, d) and weights (B, K)."""
@@ -118,7 +118,7 @@ class ProjectedThenGathered(Experts):
 
 
 class AllMasked(Experts):
-    """All N experts run on all images; a weight of 0 masks the experts that were not chosen."""
+    """All N experts run on all images; a weight of 0 masks an expert."""
 
     def evaluate(self, x_BMC: Tensor, weights_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the maps (B, N, M, d) and weights (B, N)."""

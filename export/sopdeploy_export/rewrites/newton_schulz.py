@@ -36,7 +36,7 @@ GRAM = "iteration in the Gram domain"
 
 
 class LastStep(NamedTuple):
-    """The last of the N steps: Y (B, n, n), H = -Z / 2 (`None` for the identity), and T."""
+    """The last of N steps: Y, H = -Z / 2 (`None` for the identity) and T (B, n, n)."""
 
     y: Tensor
     half: Tensor | None
@@ -59,7 +59,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def iterate(a_Bnn: Tensor, iterations: int) -> LastStep:
-    """Run N - 1 steps on *a_Bnn* and return the last one; the caller computes Y_N or Z_N from it.
+    """Run N - 1 steps on *a_Bnn*; the caller computes Y_N or Z_N from the last.
 
     Matrices are stored in the dtype of *a_Bnn* and multiplied in float32 or float64.
     """
@@ -78,7 +78,7 @@ def iterate(a_Bnn: Tensor, iterations: int) -> LastStep:
 
 
 class Start(NamedTuple):
-    """The matrix to iterate on, its norm n (B, 1, 1), and whether it is the Gram matrix X^T X."""
+    """The matrix to iterate on, its norm n (B, 1, 1), and whether it is X^T X."""
 
     matrix: Tensor
     norm: Tensor
@@ -110,7 +110,7 @@ def _uses_gram(config: NewtonSchulzConfig, channels: int, positions: int) -> boo
 
 
 class LoweredRoot(nn.Module, ExportHints):
-    """`ISqrtCov` in fewer operations: maps (B, d, H, W) to upper triangles (B, d (d + 1) / 2)."""
+    """`ISqrtCov` in fewer operations: maps (B, d, H, W) to upper triangles."""
 
     keep_float32 = True
     rewrite_rules = ("post_compensation",)
@@ -126,7 +126,7 @@ class LoweredRoot(nn.Module, ExportHints):
         return self.matrix(features_BdHW).flatten(start_dim=1).index_select(1, self.triangle)
 
     def roots(self, features_BdHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the maps whose roots are computed, and the roots (B, d, d), for the parity checks."""
+        """Return the maps and their roots (B, d, d), for the parity checks."""
         return features_BdHW, self.matrix(features_BdHW)
 
     def matrix(self, features_BdHW: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class LoweredRoot(nn.Module, ExportHints):
         return root_Bdd if scale_B11 is None else root_Bdd * scale_B11
 
     def root(self, features_BdHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Compute the root (B, d, d) without its scale, and the scale (B, 1, 1); `None` if it is applied."""
+        """Compute the root (B, d, d) and the scale (B, 1, 1) that is left to apply."""
         x_BdM = at_least_float32(features_BdHW).flatten(start_dim=2)
         x_BdM = x_BdM - x_BdM.mean(dim=2, keepdim=True)
         positions, compensate = x_BdM.shape[2], self.config.compensate
@@ -148,7 +148,7 @@ class LoweredRoot(nn.Module, ExportHints):
 
 
 def apply(context: RewriteContext, where: str, part: ISqrtCov) -> None:
-    """Replace one root; raises `LoweringError` if its triangle is not the upper one, row by row."""
+    """Replace one root; raise `LoweringError` if its triangle is not the upper one."""
     check_triangle(where, part)
     context.replace(NAME, where, LoweredRoot)
     shape = context.activations[where].inputs[0].shape
@@ -156,7 +156,7 @@ def apply(context: RewriteContext, where: str, part: ISqrtCov) -> None:
 
 
 def check_triangle(where: str, part: ISqrtCov) -> None:
-    """Check the actual constant: a transposed triangle has the right numbers in the wrong order."""
+    """Check the constant: a transposed triangle has the right numbers, reordered."""
     if not torch.equal(part.triangle, upper_triangle_indices(part.width)):
         raise LoweringError(
             f"{where}: its triangle is not the upper one of {part.width} channels, row by row"

@@ -1,4 +1,4 @@
-"""The formulas as the papers write them, for comparison: what `--no-lowering` exports.
+"""The formulas as the papers write them, exported with `--no-lowering`.
 
 Centering by the matrix I / M - 11^T / M^2, the trace by the identity, the Newton-Schulz loop without
 special first and last steps, row batch norm and grouped convolution one after the other, and all N experts
@@ -27,7 +27,7 @@ def reference_covariance(x_BdM: Tensor) -> Tensor:
 
 
 class ReferenceRoot(nn.Module, ExportHints):
-    """`ISqrtCov` by the paper's loop (iSQRT-COV, Eq. 4): maps (B, d, H, W) to upper triangles."""
+    """`ISqrtCov` by the paper's loop (iSQRT-COV, Eq. 4)."""
 
     keep_float32 = True
     triangle: Tensor
@@ -42,7 +42,7 @@ class ReferenceRoot(nn.Module, ExportHints):
         return self.roots(features_BdHW)[1].flatten(start_dim=1).index_select(1, self.triangle)
 
     def roots(self, features_BdHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the maps whose roots are computed, and the roots (B, d, d), for the parity checks."""
+        """Return the maps and their roots (B, d, d), for the parity checks."""
         cov_Bdd = reference_covariance(features_BdHW.flatten(start_dim=2))
         norm = covariance_trace(cov_Bdd) if self.config.prenorm == "trace" else frobenius_norm(cov_Bdd)
         norm = norm.clamp_min(SMALLEST_NORM)

@@ -22,7 +22,6 @@ from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.proof.onnx_hash import file_root
 from sopdeploy_export.rewrites import apply, attention, linear, mixture, newton_schulz
 from sopdeploy_export.rewrites.apply import apply_rules, rewrite
-from sopdeploy_export.rewrites.autotune import Heuristic
 from sopdeploy_export.rewrites.context import RewriteContext
 from sopdeploy_export.rewrites.equivalence import record_activations
 from sopdeploy_export.rewrites.mixture import GatheredWeights
@@ -77,7 +76,7 @@ def pixels() -> Tensor:
 
 def context_for(part: nn.Module, inputs: tuple[Tensor, ...]) -> RewriteContext:
     activations = record_activations(part, inputs)
-    return RewriteContext(network=part, activations=activations, batch=SMALL, choose=Heuristic())
+    return RewriteContext(network=part, activations=activations, batch=SMALL)
 
 
 @pytest.mark.parametrize("which", EXPECTED)
@@ -110,7 +109,7 @@ def test_second_rewrite_finds_nothing_to_do(make: Make) -> None:
     assert not [part for part in once.modules() if isinstance(part, nn.BatchNorm1d)]
     again = rewrite(once, pixels(), SMALL)
     assert not again.changed
-    assert again.rules == ()
+    assert again.rules == []
 
 
 def test_gate_with_more_weights_than_declared_is_rejected(make: Make) -> None:
