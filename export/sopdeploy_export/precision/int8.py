@@ -57,7 +57,7 @@ FORMS: Mapping[Int8For, Form] = {
             "ActivationSymmetric": True,
             "WeightSymmetric": True,
             "QuantizeBias": False,
-            "OpTypesToExcludeOutputQuantization": OPERATORS,
+            "OpTypesToExcludeOutputQuantization": list(OPERATORS),
         },
     ),
 }
@@ -90,7 +90,7 @@ def quantize(
         tensors_range=_ranges(named, images, method),
         nodes_to_quantize=sorted(chosen),
         nodes_to_exclude=[],
-        op_types_to_quantize=OPERATORS,
+        op_types_to_quantize=list(OPERATORS),
         extra_options=dict(form.options),
     )
     if runtime == "tensorrt":
@@ -140,7 +140,7 @@ def _ranges(model: onnx.ModelProto, images: NDArray[np.uint8], method: Calibrati
         onnx.save(model, path)
         calibrator = create_calibrator(
             path,
-            OPERATORS,
+            list(OPERATORS),
             augmented_model_path=str(Path(folder) / "augmented.onnx"),
             calibrate_method=METHODS[method],
             extra_options={"percentile": PERCENTILE} if method == "percentile" else {},

@@ -178,5 +178,5 @@ def test_int8_without_calibration_images_is_rejected(
 
 def test_calibration_uses_the_whole_folder(preprocess: Preprocess, images: Path) -> None:
     assert len(calibration_images(images, preprocess)) == 20
-    with pytest.raises(DataError, match="--calibrate a folder"):
+    with pytest.raises(DataError, match="--calibrate needs a folder"):
         calibration_images(images / "nowhere", preprocess)
