@@ -1,8 +1,7 @@
-"""As much of Helm's templates as the chart uses, so that it can be held against schemas where no helm is.
+"""A renderer for the subset of Helm templates that the chart uses, to validate it without helm.
 
-`{{ .Values.x }}` with `quote`, `toYaml ... | nindent N`, `if`, `if not`, `else`, `range $k, $v :=`, `end`;
-anything else is an error, and so keeps the chart simple. `helm template` itself is asked where it is
-installed.
+Supports `{{ .Values.x }}` with `quote`, `toYaml ... | nindent N`, `if`, `if not`, `else`, `range $k, $v :=`
+and `end`; raises an error for anything else. test_deploy.py compares it with helm where helm is installed.
 """
 
 import json
@@ -16,11 +15,11 @@ LOOP = re.compile(r"range \$(\w+), \$(\w+) := (\.[\w.]+)$")
 
 
 def look_up(path: str, scope: dict[str, Any]) -> Any:
-    """Return the value of `.Values.a.b` or `$name`; a key that is missing is an error."""
+    """Look up `.Values.a.b` or `$name`; raise an error for a missing key."""
     if path.startswith("$"):
         return scope[path]
     if not path.startswith("."):
-        raise ValueError(f"not understood: {path}")
+        raise ValueError(f"not supported: {path}")
     found: Any = scope
     for part in path[1:].split("."):
         found = found[part]
@@ -28,7 +27,7 @@ def look_up(path: str, scope: dict[str, Any]) -> Any:
 
 
 def evaluate(expression: str, scope: dict[str, Any]) -> str:
-    """Return what *expression* prints."""
+    """Evaluate *expression* with its pipes to text."""
     head, *pipes = [part.strip() for part in expression.split("|")]
     as_yaml = head.removeprefix("toYaml ") if head.startswith("toYaml ") else None
     value = look_up(as_yaml or head, scope)
@@ -40,25 +39,25 @@ def evaluate(expression: str, scope: dict[str, Any]) -> str:
             indent = " " * int(pipe.removeprefix("nindent "))
             text = "\n" + "\n".join(indent + line for line in text.splitlines())
         else:
-            raise ValueError(f"not understood: {pipe}")
+            raise ValueError(f"not supported: {pipe}")
     return text
 
 
 def tokens(template: str) -> list[tuple[str, str]]:
-    """Return the pieces of *template*: `text` and `tag`, the white space taken away where `-` says so."""
+    """Split *template* into `text` and `tag` tokens; `{{-` removes the white space before it."""
     found: list[tuple[str, str]] = []
     place = 0
     for match in TAG.finditer(template):
         space, left, inner, right = match.groups()
         if right:
-            raise ValueError("not understood: -}}")
+            raise ValueError("not supported: -}}")
         found += [("text", template[place : match.start()] + ("" if left else space)), ("tag", inner)]
         place = match.end()
     return [*found, ("text", template[place:])]
 
 
 def block(pieces: list[tuple[str, str]], scope: dict[str, Any], *, shown: bool) -> str:
-    """Print *pieces* up to the `end` of this block, taking them off the list."""
+    """Render *pieces* up to the `end` of this block and remove them from the list."""
     printed = ""
     while pieces:
         kind, inner = pieces.pop(0)
@@ -69,16 +68,16 @@ def block(pieces: list[tuple[str, str]], scope: dict[str, Any], *, shown: bool) 
         elif inner == "else":
             raise ValueError("`else` without `if`")
         elif inner.startswith("if "):
-            printed += choice(pieces, inner.removeprefix("if "), scope, shown=shown)
+            printed += conditional(pieces, inner.removeprefix("if "), scope, shown=shown)
         elif loop := LOOP.match(inner):
-            printed += repeated(pieces, loop, scope, shown=shown)
+            printed += loop_over(pieces, loop, scope, shown=shown)
         elif shown:
             printed += evaluate(inner, scope)
     return printed
 
 
-def choice(pieces: list[tuple[str, str]], condition: str, scope: dict[str, Any], *, shown: bool) -> str:
-    """Print the one of two branches that *condition* chooses."""
+def conditional(pieces: list[tuple[str, str]], condition: str, scope: dict[str, Any], *, shown: bool) -> str:
+    """Render the branch that *condition* selects."""
     holds = bool(look_up(condition.removeprefix("not "), scope)) != condition.startswith("not ")
     depth, middle = 0, None
     for place, (kind, inner) in enumerate(pieces):
@@ -95,10 +94,10 @@ def choice(pieces: list[tuple[str, str]], condition: str, scope: dict[str, Any],
     return first + block(pieces, scope, shown=shown and not holds)
 
 
-def repeated(
+def loop_over(
     pieces: list[tuple[str, str]], loop: re.Match[str], scope: dict[str, Any], *, shown: bool
 ) -> str:
-    """Print the block of a `range` once for each entry."""
+    """Render the block of a `range` for each entry."""
     name, value, path = loop.groups()
     printed = ""
     copies = list(pieces)
@@ -109,6 +108,6 @@ def repeated(
 
 
 def render(template: str, values: dict[str, Any], release: str) -> str:
-    """Return *template* as Helm prints it for *values*."""
+    """Render *template* for *values* like Helm."""
     scope = {"Values": values, "Release": {"Name": release}}
     return block(tokens(template), scope, shown=True)

@@ -1,4 +1,4 @@
-"""`make audit` through the real pip-audit and a service that answers, knows nothing or is not there."""
+"""`make audit` with the real pip-audit and a fake or unreachable advisory service."""
 
 import json
 import threading
@@ -18,11 +18,11 @@ numpy==2.4.6 ; python_full_version < '3.12' \\
 numpy==2.5.5 ; python_full_version >= '3.12' \\
     --hash=sha256:{0}
 """.format("0" * 64)
-NOWHERE = "http://127.0.0.1:1"
+UNREACHABLE = "http://127.0.0.1:1"
 
 
 class Advisories(BaseHTTPRequestHandler):
-    """Answers as OSV does: one advisory for `broken`, none for others."""
+    """A fake OSV service: one advisory for `broken`, none for other packages."""
 
     asked: list[tuple[str, str]] = []  # noqa: RUF012
     vulnerable = "broken"
@@ -44,15 +44,15 @@ class Advisories(BaseHTTPRequestHandler):
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Let no service but ours be reached, and the lock be a small one."""
+    """Block all services but the fake one and use a small lock file."""
     (tmp_path / "lock").mkdir()
     (tmp_path / "lock" / "cpu.txt").write_text(LOCK)
     monkeypatch.setattr(audit, "FOLDER", tmp_path / "lock")
     for name in ("HTTPS_PROXY", "https_proxy"):
-        monkeypatch.setenv(name, NOWHERE)
+        monkeypatch.setenv(name, UNREACHABLE)
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "127.0.0.1")
-    monkeypatch.setenv("PIP_AUDIT_OSV_URL", NOWHERE)
+    monkeypatch.setenv("PIP_AUDIT_OSV_URL", UNREACHABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -75,15 +75,15 @@ def run(capsys: pytest.CaptureFixture[str]) -> tuple[object, list[str]]:
     return ended.value.code, capsys.readouterr().out.splitlines()
 
 
-def test_a_known_vulnerability_fails_the_audit_and_is_named(
+def test_a_known_vulnerability_fails_the_audit(
     service: type[Advisories], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, said = run(capsys)
+    code, lines = run(capsys)
     assert code == 1
-    assert said == ["broken==1.0 is vulnerable: PYSEC-1", "audited 3 locked packages, 1 vulnerable"]
+    assert lines == ["broken==1.0 is vulnerable: PYSEC-1", "audited 3 locked packages, 1 vulnerable"]
 
 
-def test_every_version_is_asked_for_those_of_other_machines_too(
+def test_versions_for_all_platforms_are_audited(
     service: type[Advisories], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service, "vulnerable", "")
@@ -91,24 +91,24 @@ def test_every_version_is_asked_for_those_of_other_machines_too(
     assert sorted(service.asked) == [("broken", "1.0"), ("numpy", "2.4.6"), ("numpy", "2.5.5")]
 
 
-def test_where_no_service_is_reached_one_line_says_that_nothing_was_audited(
+def test_an_unreachable_service_is_reported_on_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    code, said = run(capsys)
+    code, lines = run(capsys)
     assert code == 0
-    (line,) = said
+    (line,) = lines
     assert line.startswith("NOT audited: 3 of 3 locked packages (broken==1.0, numpy==2.4.6, numpy==2.5.5): ")
     assert "127.0.0.1 is not reached" in line
     assert "pypi.org is not reached" in line
 
 
 REPORTS = {
-    "a service that knows nothing is no audit, though pip-audit ends with 0": (
+    "unknown packages are not audited, although pip-audit exits with 0": (
         {"dependencies": [{"name": "broken", "skip_reason": "not found"}]},
         0,
         "NOT audited: 3 of 3 locked packages",
     ),
-    "what some do not know is said beside what others do": (
+    "partly unknown packages are listed": (
         {"dependencies": [{"name": "broken", "version": "1.0", "vulns": []}]},
         0,
         "NOT audited: 2 of 3 locked packages (numpy==2.4.6, numpy==2.5.5): osv does not know them",
@@ -117,22 +117,22 @@ REPORTS = {
 
 
 @pytest.mark.parametrize("case", REPORTS)
-def test_a_report_is_read_and_not_its_exit_code(
+def test_the_report_decides_and_not_the_exit_code(
     case: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     report, code, line = REPORTS[case]
     (tmp_path / "pip_audit.py").write_text(f"print({json.dumps(report)!r})")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    found, said = run(capsys)
+    found, lines = run(capsys)
     assert found == code
-    assert said[0].startswith(line)
+    assert lines[0].startswith(line)
 
 
-def test_a_pip_audit_that_does_not_run_is_a_failure(
+def test_a_crash_of_pip_audit_is_a_failure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "pip_audit.py").write_text("import sys; sys.exit('no such option')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    code, said = run(capsys)
+    code, lines = run(capsys)
     assert code == "pip-audit failed (1): no such option"
-    assert said == []
+    assert lines == []

@@ -1,4 +1,4 @@
-"""Files for Docker, Kubernetes, Helm, KServe, Prometheus and Grafana: they say what the code does."""
+"""Deployment files for Docker, Kubernetes, Helm, KServe, Prometheus and Grafana match the code."""
 
 import json
 import re
@@ -26,10 +26,10 @@ DEPLOY = ROOT / "deploy"
 CHART = DEPLOY / "helm" / "sopdeploy"
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 KUBERNETES = "1.33"
-EVERYBODY = "0.0.0.0"  # noqa: S104 - a container's port is published, or not
+ALL_INTERFACES = "0.0.0.0"  # noqa: S104 - a container's port is published, or not
 COMMANDS: Any = get_command(app)
 VALUES: dict[str, dict[str, Any]] = {
-    "as it is": {},
+    "with defaults": {},
     "with everything": {
         "models": {"claim": "", "pull": {"source": "oci://host/flowers:1", "sha256": "0" * 64}},
         "verifyKey": {"configMap": "release"},
@@ -65,7 +65,7 @@ PODS = {
 }
 
 
-def test_a_roll_out_starts_as_many_at_once_as_the_chart_is_told() -> None:
+def test_the_chart_sets_the_rollout_surge() -> None:
     surges = {
         name: document["spec"]["strategy"]["rollingUpdate"]
         for name, found in CLUSTER.items()
@@ -77,15 +77,15 @@ def test_a_roll_out_starts_as_many_at_once_as_the_chart_is_told() -> None:
 
 
 @pytest.mark.parametrize("name", CLUSTER)
-def test_every_manifest_has_the_schema_of_kubernetes(name: str) -> None:
+def test_manifests_match_the_kubernetes_schemas(name: str) -> None:
     kinds = [document["kind"] for document in CLUSTER[name]]
     assert {"Deployment", "Service", "PodDisruptionBudget"} <= set(kinds)
-    assert ("HorizontalPodAutoscaler" in kinds) == (name != "the chart as it is")
+    assert ("HorizontalPodAutoscaler" in kinds) == (name != "the chart with defaults")
     for document in CLUSTER[name]:
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
 
-def test_the_schema_would_see_a_mistake() -> None:
+def test_the_schemas_reject_an_unknown_field() -> None:
     broken = json.loads(json.dumps(CLUSTER["the plain manifests"][0]))
     broken["spec"]["template"]["spec"]["containers"][0]["readOnlyRootFilesystem"] = True
     with pytest.raises(kubernetes_validate.ValidationError):
@@ -97,12 +97,12 @@ def kserve_pod() -> dict[str, Any]:
     return {name: runtime["spec"][name] for name in ("containers", "volumes")}
 
 
-def test_the_containers_of_the_kserve_runtime_have_the_schema_of_kubernetes() -> None:
+def test_the_kserve_containers_match_the_kubernetes_schemas() -> None:
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": kserve_pod()}
     kubernetes_validate.validate(pod, KUBERNETES, strict=True)
 
 
-def test_the_kserve_service_asks_for_the_runtime_that_is_there() -> None:
+def test_the_kserve_service_uses_the_defined_runtime() -> None:
     (runtime,), (service,) = documents("kserve/runtime.yaml"), documents("kserve/service.yaml")
     model, formats = service["spec"]["predictor"]["model"], runtime["spec"]["supportedModelFormats"]
     assert model["runtime"] == runtime["metadata"]["name"]
@@ -116,9 +116,9 @@ CONTAINERS = [*SERVERS, *(c for pod in PODS.values() for c in pod.get("initConta
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_what_a_container_is_told_is_a_command_line_that_parses(container: dict[str, Any]) -> None:
-    verb, *words = container["args"]
-    context = COMMANDS.commands[verb].make_context(verb, words)
+def test_container_arguments_and_settings_are_valid(container: dict[str, Any]) -> None:
+    command, *arguments = container["args"]
+    context = COMMANDS.commands[command].make_context(command, arguments)
     assert context.args == []
     for assignment in context.params.get("assignments") or ():
         assert assignment.partition("=")[0] in Settings.model_fields
@@ -127,7 +127,7 @@ def test_what_a_container_is_told_is_a_command_line_that_parses(container: dict[
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_a_container_is_a_nobody_on_a_disk_it_cannot_write(container: dict[str, Any]) -> None:
+def test_containers_are_unprivileged_with_a_read_only_root(container: dict[str, Any]) -> None:
     rules = container["securityContext"]
     assert rules["readOnlyRootFilesystem"] is True
     assert rules["allowPrivilegeEscalation"] is False
@@ -135,7 +135,7 @@ def test_a_container_is_a_nobody_on_a_disk_it_cannot_write(container: dict[str, 
 
 
 @pytest.mark.parametrize("name", PODS)
-def test_a_pod_is_no_root_gets_no_link_and_no_token(name: str) -> None:
+def test_pods_run_as_non_root_without_service_links_and_tokens(name: str) -> None:
     pod = PODS[name]
     assert pod["enableServiceLinks"] is False
     assert pod["automountServiceAccountToken"] is False
@@ -143,21 +143,21 @@ def test_a_pod_is_no_root_gets_no_link_and_no_token(name: str) -> None:
     assert f"USER {pod['securityContext']['runAsUser']}:" in DOCKERFILE
 
 
-def test_a_service_link_would_have_stopped_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_link_variable_is_rejected_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOPDEPLOY_PORT", "tcp://10.0.0.1:80")
     with pytest.raises(sopdeploy.errors.ConfigError, match="enableServiceLinks: false"):
         load_settings()
 
 
 @pytest.mark.parametrize("name", PODS)
-def test_a_pod_has_time_to_leave_the_service_and_to_drain(name: str) -> None:
+def test_the_grace_period_covers_pre_stop_and_draining(name: str) -> None:
     pod = PODS[name]
     before = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["terminationGracePeriodSeconds"] >= before + load_settings().drain_seconds + 5
 
 
 @pytest.mark.parametrize("container", SERVERS)
-def test_the_probes_ask_what_is_served_where_it_is_served(container: dict[str, Any]) -> None:
+def test_probes_use_existing_paths_and_ports(container: dict[str, Any]) -> None:
     probes = {kind: container[kind]["httpGet"] for kind in ("livenessProbe", "readinessProbe")}
     assert {p["path"] for p in probes.values()} in (
         {"/livez", "/readyz"},
@@ -171,7 +171,7 @@ def test_the_probes_ask_what_is_served_where_it_is_served(container: dict[str, A
 
 
 def metric_names() -> set[str]:
-    """Return every name under which a number is scraped."""
+    """Return the names of all exported metrics."""
     found = set()
     for metric in vars(Metrics()).values():
         if isinstance(metric, MetricWrapperBase):
@@ -190,20 +190,20 @@ USERS = [
 
 
 @pytest.mark.parametrize("file", USERS)
-def test_every_metric_that_is_asked_for_exists(file: str) -> None:
-    asked = set(re.findall(r"\bsopdeploy_[a-z_]+[a-z]\b", (ROOT / file).read_text())) - {"sopdeploy_service"}
-    assert asked
-    assert asked <= metric_names()
+def test_every_metric_in_deployment_files_exists(file: str) -> None:
+    used = set(re.findall(r"\bsopdeploy_[a-z_]+[a-z]\b", (ROOT / file).read_text())) - {"sopdeploy_service"}
+    assert used
+    assert used <= metric_names()
 
 
-def test_the_dashboard_shows_every_metric_and_is_what_its_program_writes() -> None:
+def test_the_dashboard_is_generated_and_shows_every_metric() -> None:
     text = (DEPLOY / "dashboard.json").read_text(encoding="utf-8")
     assert text == module_at(DEPLOY / "dashboard.py").rendered(), "run `python deploy/dashboard.py`"
     families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in metric_names()}
     assert [name for name in sorted(families) if name not in text] == []
 
 
-def test_compose_mounts_files_that_exist_and_scrapes_the_server() -> None:
+def test_compose_mounts_existing_files_and_scrapes_the_server() -> None:
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     mounts = [volume.split(":")[0] for service in services.values() for volume in service["volumes"]]
     files = [mount for mount in mounts if mount.startswith("./")]
@@ -218,23 +218,23 @@ LOCKS = {"cpu": ("cpu", "sign", "oci"), "gpu": ("gpu", "sign", "oci")}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def plain(requirement: str) -> str:
+def package_name(requirement: str) -> str:
     return re.split(r"[\[<>=!~; ]", requirement, maxsplit=1)[0].lower().replace("_", "-")
 
 
 @pytest.mark.parametrize("name", LOCKS)
-def test_a_lock_pins_all_that_the_server_needs_by_hash_and_names_no_index(name: str) -> None:
+def test_lock_files_pin_all_server_packages_by_hash_without_an_index(name: str) -> None:
     text = (DEPLOY / "lock" / f"{name}.txt").read_text(encoding="utf-8")
     pinned = re.findall(r"^([\w.-]+)==\S+", text, re.MULTILINE)
     extras = [r for extra in LOCKS[name] for r in PROJECT["optional-dependencies"][extra]]
-    assert {plain(r) for r in [*PROJECT["dependencies"], *extras]} <= set(pinned)
+    assert {package_name(r) for r in [*PROJECT["dependencies"], *extras]} <= set(pinned)
     entries = re.split(r"\n(?=\S)", text.strip())
     assert [entry for entry in entries if "--hash=sha256:" not in entry] == []
     assert "://" not in text
     assert not {"torch", "onnx", "timm", "scikit-learn"} & set(pinned)
 
 
-def test_the_image_starts_the_command_line_as_nobody_and_asks_it_for_health() -> None:
+def test_the_image_serves_as_a_non_root_user_with_a_health_check() -> None:
     for target in ("cpu", "gpu"):
         stage = re.search(rf"^FROM \S+ AS {target}$(.*?)(?=^FROM|\Z)", DOCKERFILE, re.M | re.S)
         assert stage is not None
@@ -242,7 +242,7 @@ def test_the_image_starts_the_command_line_as_nobody_and_asks_it_for_health() ->
             name: json.loads(value)
             for name, value in re.findall(r"^(ENTRYPOINT|CMD) (\[.*\])$", stage[1], re.M)
         }
-        assert words == {"ENTRYPOINT": ["sopdeploy"], "CMD": ["serve", "/models", "--host", EVERYBODY]}
+        assert words == {"ENTRYPOINT": ["sopdeploy"], "CMD": ["serve", "/models", "--host", ALL_INTERFACES]}
         assert re.search(r'^HEALTHCHECK .* CMD \["sopdeploy", "health"\]$', stage[1], re.M)
         for line in ("USER 10001:10001", "STOPSIGNAL SIGTERM", "VOLUME /var/cache/sopdeploy"):
             assert line in stage[1].splitlines()
@@ -250,7 +250,7 @@ def test_the_image_starts_the_command_line_as_nobody_and_asks_it_for_health() ->
 
 
 @pytest.mark.skipif(shutil.which("helm") is None, reason="helm is not installed")
-def test_helm_renders_the_chart_as_these_tests_do(tmp_path: Path) -> None:
+def test_helm_renders_the_chart_like_these_tests(tmp_path: Path) -> None:
     for case, values in VALUES.items():
         (tmp_path / "values.yaml").write_text(json.dumps(values))
         command = ["helm", "template", "shop", CHART, "--values", tmp_path / "values.yaml"]

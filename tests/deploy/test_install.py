@@ -1,4 +1,4 @@
-"""Which of uv and pip installs, and that neither fails silently."""
+"""deploy/install.py chooses between uv and pip and reports failures."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ PYTHON = Path("env/bin/python")
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Return the commands that were run; each succeeds, uv's and pip's."""
+    """The commands that were run; all succeed."""
     commands: list[list[str]] = []
     monkeypatch.setattr(install, "succeeds", lambda command: commands.append(command) or True)
     monkeypatch.setattr(install, "has_own_index", lambda: False)
@@ -20,13 +20,13 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return commands
 
 
-def test_uv_installs_where_nothing_is_against_it(ran: list[list[str]]) -> None:
+def test_uv_is_the_default(ran: list[list[str]]) -> None:
     install.install(PYTHON, "--editable", ".[dev]")
     uv = ["bin/uv", "pip", "install", "--quiet", "--python", "env/bin/python", "--editable", ".[dev]"]
     assert ran == [uv]
 
 
-def test_pip_installs_where_it_is_told_of_an_index_of_its_own(
+def test_pip_is_used_with_a_custom_index(
     ran: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(install, "has_own_index", lambda: True)
@@ -35,7 +35,7 @@ def test_pip_installs_where_it_is_told_of_an_index_of_its_own(
     assert "an index of its own" in capsys.readouterr().out
 
 
-def test_pip_tries_where_uv_fails_and_one_line_ends_it_where_both_do(
+def test_pip_is_the_fallback_and_a_double_failure_is_one_line(
     ran: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(install, "succeeds", lambda command: ran.append(command) or False)
@@ -45,7 +45,7 @@ def test_pip_tries_where_uv_fails_and_one_line_ends_it_where_both_do(
     assert capsys.readouterr().out == "uv could not; pip tries\n"
 
 
-def test_pip_tries_where_there_is_no_uv(ran: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_is_used_without_uv(ran: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install, "find_uv", lambda: None)
     install.install(PYTHON, "x")
     assert [command[0] for command in ran] == [sys.executable]
@@ -62,7 +62,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_what_pip_is_told_is_asked_of_pip(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_custom_index_is_detected(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     environment, text, expected = SETTINGS[case]
     for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX"):
         monkeypatch.delenv(name, raising=False)
@@ -74,5 +74,5 @@ def test_what_pip_is_told_is_asked_of_pip(case: str, monkeypatch: pytest.MonkeyP
     assert install.has_own_index() is expected
 
 
-def test_the_range_of_uv_is_the_one_of_the_project() -> None:
+def test_the_uv_requirement_comes_from_the_project() -> None:
     assert install.uv_requirement().startswith("uv>=")

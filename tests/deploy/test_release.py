@@ -1,4 +1,4 @@
-"""A release in a repository made for it: what it refuses, what it writes, and that it is all or nothing."""
+"""Releases in a temporary repository: preconditions, results, and atomicity."""
 
 import hashlib
 import re
@@ -32,14 +32,14 @@ def commit(root: Path, message: str) -> None:
 
 
 def fake_build(source: Path, folder: Path, tools: Path) -> None:
-    """Write what a build would: two files that hold the version of *source*."""
+    """Write a fake sdist and wheel that contain the version of *source*."""
     found = version.current(source)
     for end in (".tar.gz", "-py3-none-any.whl"):
         (folder / f"sopdeploy-{found}{end}").write_text(found)
 
 
 class FakeBuilder:
-    """Saves an image that is the list of files it was built from."""
+    """Saves the list of source files as the image."""
 
     base = "a base"
 
@@ -52,7 +52,7 @@ class FakeBuilder:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a repository on main that has released 0.1.0 and has something new."""
+    """A repository on main with the release 0.1.0 and a new changelog entry."""
     root = tmp_path / "repository"
     for name, forms in version.PLACES.items():
         path = root / name
@@ -75,7 +75,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def state(root: Path) -> tuple[str, ...]:
-    """Return all that a release could change in *root*."""
+    """Return everything that a release could change in *root*."""
     files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if ".git/" not in str(path))
     return (git(root, "rev-parse", "HEAD"), git(root, "tag"), git(root, "status", "--porcelain"), *files)
 
@@ -85,8 +85,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> None:
     release.main()
 
 
-def refusal(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> str:
-    """Return the one line that the release ends with."""
+def error_line(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> str:
+    """Run a release that must fail with one line; return the line."""
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, *words)
     line = str(ended.value.code)
@@ -95,7 +95,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> str:
     return line
 
 
-def test_a_release_is_a_commit_a_tag_and_a_folder_with_sums(
+def test_a_release_creates_a_commit_a_tag_and_checksums(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(monkeypatch, "0.2.0")
@@ -113,25 +113,21 @@ def test_a_release_is_a_commit_a_tag_and_a_folder_with_sums(
     assert set(sums) == NAMES == {path.name for path in done.iterdir()} - {"SHA256SUMS"}
     assert all(hashlib.sha256((done / name).read_bytes()).hexdigest() == sums[name] for name in sums)
     assert '"version": "0.2.0"' in (done / "sbom-cpu.json").read_text()
-    said = capsys.readouterr().out
-    assert "0.1.0 -> 0.2.0; `make test` has NOT passed here on this commit" in said
-    assert "no image: no Docker daemon answers" in said
-    assert said.endswith("to publish: git push origin main v0.2.0\n")
+    output = capsys.readouterr().out
+    assert "0.1.0 -> 0.2.0; `make test` has NOT passed here on this commit" in output
+    assert "no image: no Docker daemon answers" in output
+    assert output.endswith("to publish: git push origin main v0.2.0\n")
 
 
-def test_the_changelog_gets_a_section_and_an_empty_one_above(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_changelog_gets_a_new_section(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(monkeypatch, "0.2.0")
     text = (root / changelog.NAME).read_text()
     day = r"\d{4}-\d\d-\d\d"
     assert re.search(rf"## \[Unreleased\]\n\n## \[0\.2\.0\] - {day}\n\n### Added\n\n- A thing\.\n", text)
-    assert "CHANGELOG.md: nothing stands under [Unreleased]" in refusal(monkeypatch, "0.3.0")
+    assert "CHANGELOG.md: nothing stands under [Unreleased]" in error_line(monkeypatch, "0.3.0")
 
 
-def test_the_sums_are_signed_where_a_key_is_given(
-    root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_checksums_are_signed_with_a_key(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     key = new_secret_key()
     (tmp_path / "key").write_text(key.to_text())
     run(monkeypatch, "0.2.0", "--key", tmp_path / "key")
@@ -141,7 +137,7 @@ def test_the_sums_are_signed_where_a_key_is_given(
     assert "trusted comment: sopdeploy 0.2.0" in signature
 
 
-def test_an_image_is_built_from_the_commit_and_summed_too(
+def test_the_image_is_built_from_the_commit(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (root / ".venv").mkdir()
@@ -154,18 +150,18 @@ def test_an_image_is_built_from_the_commit_and_summed_too(
     assert f"{image.name}, on a base" in capsys.readouterr().out
 
 
-def test_a_dry_run_says_everything_and_changes_nothing(
+def test_a_dry_run_changes_nothing(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = state(root)
     run(monkeypatch, "0.2.0", "--dry-run")
     assert state(root) == before
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for word in ("sopdeploy/__init__.py", "CHANGELOG.md", "wheel", "dist/0.2.0", "not signed", "tag v0.2.0"):
-        assert word in said
+        assert word in output
 
 
-def test_it_says_that_the_tests_have_passed_on_this_commit_only(
+def test_passed_tests_are_reported_for_their_commit_only(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (root / ".venv").mkdir()
@@ -178,8 +174,8 @@ def test_it_says_that_the_tests_have_passed_on_this_commit_only(
     assert "has NOT passed" in capsys.readouterr().out
 
 
-def spoil(root: Path, how: str) -> str:
-    """Make *root* unfit for a release; return the version to ask for."""
+def invalidate(root: Path, how: str) -> str:
+    """Make *root* invalid for a release; return the version to release."""
     if how == "a file that is not committed":
         (root / "new").write_text("x")
     elif how == "a file that was changed":
@@ -200,7 +196,7 @@ def spoil(root: Path, how: str) -> str:
     return {"a tag that exists": "0.1.0", "an older version": "0.0.9", "no version": "0.2"}.get(how, "0.2.0")
 
 
-REFUSED = {
+INVALID = {
     "a file that was changed": "not everything is committed: compose.yaml",
     "a file that is not committed": "not everything is committed: new",
     "another branch": "the checkout is on feature; releases are made on main",
@@ -214,19 +210,19 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("how", REFUSED)
+@pytest.mark.parametrize("how", INVALID)
 @pytest.mark.parametrize("option", [(), ("--dry-run",)], ids=["real", "dry run"])
-def test_what_is_not_fit_is_refused_in_one_line_and_left_alone(
+def test_an_invalid_repository_is_rejected_and_unchanged(
     how: str, option: tuple[str, ...], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = spoil(root, how)
+    wanted = invalidate(root, how)
     before = state(root)
-    assert REFUSED[how] in refusal(monkeypatch, wanted, *option)
+    assert INVALID[how] in error_line(monkeypatch, wanted, *option)
     assert [name for name in state(root) if name != "dist"] == [name for name in before if name != "dist"]
 
 
-def test_a_key_that_is_none_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "no key here" in refusal(monkeypatch, "0.2.0", "--key", root / "none")
+def test_a_missing_key_is_rejected(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no key here" in error_line(monkeypatch, "0.2.0", "--key", root / "none")
 
 
 def fails(*_: object) -> None:
@@ -234,17 +230,17 @@ def fails(*_: object) -> None:
 
 
 @pytest.mark.parametrize("step", ["build", "build_image", "write_sums"])
-def test_a_step_that_fails_leaves_no_commit_no_tag_and_no_file(
+def test_a_failed_step_leaves_no_commit_tag_or_file(
     step: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = state(root)
     monkeypatch.setattr(release, step, fails)
-    assert refusal(monkeypatch, "0.2.0") == "release: it broke"
+    assert error_line(monkeypatch, "0.2.0") == "release: it broke"
     assert list((root / "dist").iterdir()) == []
     assert [name for name in state(root) if name not in {"dist", ".container"}] == list(before)
 
 
-def test_a_commit_that_comes_in_between_is_not_lost_and_nothing_is_released(
+def test_a_concurrent_commit_is_kept_and_nothing_is_released(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def meanwhile(source: Path, folder: Path, tools: Path) -> None:
@@ -253,21 +249,19 @@ def test_a_commit_that_comes_in_between_is_not_lost_and_nothing_is_released(
         commit(root, "Meanwhile")
 
     monkeypatch.setattr(release, "build", meanwhile)
-    assert "git merge failed" in refusal(monkeypatch, "0.2.0")
+    assert "git merge failed" in error_line(monkeypatch, "0.2.0")
     assert git(root, "log", "-1", "--format=%s") == "Meanwhile"
     assert git(root, "tag") == "v0.1.0"
     assert list((root / "dist").iterdir()) == []
 
 
-def test_the_first_release_may_have_the_version_that_the_code_has(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_release_may_use_the_current_version(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     git(root, "tag", "--delete", "v0.1.0")
     run(monkeypatch, "0.1.0")
     assert git(root, "tag") == "v0.1.0"
 
 
-def test_every_place_of_the_version_says_the_same_and_there_is_no_other() -> None:
+def test_the_version_is_equal_in_all_known_places() -> None:
     found = version.current(ROOT)
     assert set(version.raised(ROOT, found)) == set(version.PLACES)
     command = ["git", "grep", "--name-only", "--fixed-strings", f"sopdeploy:{found}"]
@@ -283,9 +277,7 @@ def test_the_real_changelog_can_be_released() -> None:
     assert len(later.splitlines()) == len(text.splitlines()) + 2
 
 
-def test_where_no_image_can_be_built_the_reason_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_missing_image_builder_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     reason = choose_builder("x:1", tmp_path)
     assert isinstance(reason, str)

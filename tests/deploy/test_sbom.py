@@ -1,4 +1,4 @@
-"""The bill of materials: valid, complete, and the same bytes from the same lock."""
+"""Software bills of materials are valid, complete and reproducible."""
 
 import json
 import os
@@ -24,14 +24,14 @@ BOTH = pytest.mark.parametrize("name", sbom.LOCKS)
 
 
 @BOTH
-def test_it_has_the_schema_of_cyclonedx(name: str) -> None:
+def test_it_matches_the_cyclonedx_schema(name: str) -> None:
     validator = JsonStrictValidator(SchemaVersion.V1_6)
     assert validator.validate_str(TEXTS[name]) is None
     assert validator.validate_str(TEXTS[name].replace('"alg": "SHA-256"', '"alg": "SHA-255"')) is not None
 
 
 @BOTH
-def test_every_locked_package_is_in_it_with_all_its_hashes_and_no_other(name: str) -> None:
+def test_it_lists_exactly_the_locked_packages_with_their_hashes(name: str) -> None:
     text = LOCK_FILES[name].read_text(encoding="utf-8")
     entries = re.split(r"\n(?=\S)", text.strip())
     expected = {
@@ -47,7 +47,7 @@ def test_every_locked_package_is_in_it_with_all_its_hashes_and_no_other(name: st
 
 
 @BOTH
-def test_it_says_whose_parts_these_are_and_which_are_asked_for(name: str) -> None:
+def test_it_names_the_project_and_its_direct_dependencies(name: str) -> None:
     ours = BOMS[name]["metadata"]["component"]
     assert (ours["name"], ours["version"]) == ("sopdeploy", sopdeploy.__version__)
     (asked,) = [d["dependsOn"] for d in BOMS[name]["dependencies"] if d["ref"] == ours["bom-ref"]]
@@ -56,7 +56,7 @@ def test_it_says_whose_parts_these_are_and_which_are_asked_for(name: str) -> Non
 
 
 @BOTH
-def test_a_package_for_some_machines_only_says_for_which(name: str) -> None:
+def test_platform_specific_packages_have_markers(name: str) -> None:
     markers = {
         part["name"]: part["properties"][0]["value"]
         for part in BOMS[name]["components"]
@@ -66,7 +66,7 @@ def test_a_package_for_some_machines_only_says_for_which(name: str) -> None:
     assert "fastapi" not in markers
 
 
-def test_the_licences_of_all_locked_packages_were_looked_up() -> None:
+def test_licenses_of_all_locked_packages_are_known() -> None:
     locked = {f"{p.name}=={p.version}" for path in LOCK_FILES.values() for p in read_lock(path)}
     assert set(read_licences()) == locked, "run `make lock`"
     without = [name for name, found in read_licences().items() if not found]
@@ -74,7 +74,7 @@ def test_the_licences_of_all_locked_packages_were_looked_up() -> None:
 
 
 @BOTH
-def test_declared_licences_are_in_it_as_spdx_where_the_package_says_so(name: str) -> None:
+def test_declared_licenses_are_spdx_expressions(name: str) -> None:
     found = {part["name"]: part.get("licenses") for part in BOMS[name]["components"]}
     assert found["fastapi"] == [{"license": {"acknowledgement": "declared", "id": "MIT"}}]
     assert found["cryptography"] == [
@@ -83,7 +83,7 @@ def test_declared_licences_are_in_it_as_spdx_where_the_package_says_so(name: str
     assert [len(found["orjson"])] == [len(names) for key, names in read_licences().items() if "orjson" in key]
 
 
-def test_the_same_lock_gives_the_same_bytes_and_no_time_is_in_them(tmp_path: Path) -> None:
+def test_it_is_reproducible_and_has_no_timestamp(tmp_path: Path) -> None:
     program = f"import sys; sys.path.insert(0, 'deploy'); import sbom; print(end=sbom.make_sbom({'cpu'!r}))"
     for seed in ("1", "2"):
         found = subprocess.run(
@@ -98,13 +98,13 @@ def test_the_same_lock_gives_the_same_bytes_and_no_time_is_in_them(tmp_path: Pat
     assert "timestamp" not in TEXTS["cpu"]
 
 
-def test_the_serial_number_follows_from_the_content() -> None:
+def test_the_serial_number_depends_on_the_content() -> None:
     numbers = {BOMS[name]["serialNumber"] for name in sbom.LOCKS}
     numbers.add(json.loads(sbom.make_sbom("cpu", "9.9.9"))["serialNumber"])
     assert len(numbers) == 3
 
 
-def test_a_lock_with_a_package_without_a_hash_is_refused(tmp_path: Path) -> None:
+def test_a_lock_without_hashes_is_rejected(tmp_path: Path) -> None:
     lock = tmp_path / "cpu.txt"
     lock.write_text("fastapi==0.115.0\n")
     with pytest.raises(ValueError, match=re.escape("cpu.txt: not a version with hashes: fastapi==0.115.0")):
