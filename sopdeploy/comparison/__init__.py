@@ -1,4 +1,4 @@
-"""`sopdeploy compare`: recipes over the same seeds, and what may be said of the difference."""
+"""Compare recipes over the same seeds (`sopdeploy compare`)."""
 
 from sopdeploy.comparison.runs import compare
 from sopdeploy.comparison.verdict import Comparison

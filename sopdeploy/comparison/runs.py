@@ -1,9 +1,9 @@
-"""Recipes over the same seeds, run by run; a comparison that was stopped goes on where it was.
+"""Train recipes over the same seeds; interrupted comparisons can be continued.
 
-A pair of runs has the same seed: the same order of the same pictures with the same augmentation, and the same
-start weights wherever two networks have a tensor of one name and shape, the backbone that is. Seeds are 0, 1
-and so on, and their number is written down before the first run: to add some after a look at the result
-would make every interval wrong. The last epoch counts, never the best one on the pictures that judge.
+The two runs of a pair have the same seed: the same order and augmentation of the same images, and the same
+initial weights for every tensor that both networks have (usually the backbone). The number of seeds is
+recorded before the first run, because adding seeds after a look at the results would invalidate the
+intervals. The last epoch is evaluated, never the best one on the images that decide.
 """
 
 import json
@@ -16,87 +16,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.comparison.verdict import Comparison, Results, judge
+from sopdeploy.comparison.verdict import Comparison, Results, compare_results
 from sopdeploy.data.base import Split
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.files import atomic_write
-from sopdeploy.training.callbacks import Progress
-from sopdeploy.training.distributed.strategy import SingleProcess, choose_device
+from sopdeploy.training.callbacks import Callback
+from sopdeploy.training.distributed.strategy import SingleProcess, select_device
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.run import assemble, fresh_model
+from sopdeploy.training.run import assemble_run, create_initial_model
 from sopdeploy.training.run_folder import RunFolder
 
-ANSWERS = "last-right.npy"
-
-
-def start_weights(recipe: Recipe, data: Split) -> dict[str, Tensor]:
-    """Return the weights that *recipe* begins with by itself."""
-    return fresh_model(recipe, len(data.train.labels)).state_dict()
-
-
-def train_from(
-    donor: Mapping[str, Tensor], recipe: Recipe, path: Path, data: Split, progress: Progress | None
-) -> None:
-    """Run *recipe* to its end in the folder *path*, or what is left of it.
-
-    A new run begins with *donor*'s tensors wherever it has one of the same name and shape, and with its own
-    elsewhere: that state is its first checkpoint, from which it goes on like any other run.
-    """
-    parallel = SingleProcess(choose_device(recipe.device))
-    folder = RunFolder(path, parallel)
-    if not folder.holds_run():
-        folder.must_be_free()
-        model = fresh_model(recipe, len(data.train.labels))
-        own = model.state_dict()
-        given = {name: donor[name] for name, value in own.items() if fits(donor.get(name), value)}
-        model.load_state_dict({**own, **given})
-        folder.save_last(assemble(recipe, data.train, model, recipe.model.full_config(), parallel))
-    train(recipe, path, resume=True, progress=progress)
-
-
-def fits(given: Tensor | None, own: Tensor) -> bool:
-    """Say whether *given* can stand where *own* does."""
-    return given is not None and given.shape == own.shape and given.dtype == own.dtype
-
-
-def last_answers(recipe: Recipe, path: Path, data: Split) -> NDArray[np.bool_]:
-    """Return which held-out pictures (N,) the network of the last epoch gets right; the file is kept."""
-    last, kept = path / "last.pt", path / ANSWERS
-    if kept.exists() and kept.stat().st_mtime >= last.stat().st_mtime:
-        right: NDArray[np.bool_] = np.load(kept, allow_pickle=False).astype(bool)
-        if len(right) == len(data.held_out):
-            return right
-    checkpoint = read_checkpoint(last)
-    model = build_classifier(checkpoint, last).to(choose_device(recipe.device))
-    scores = score_images(
-        model, checkpoint.labels, data.held_out, checkpoint.preprocess, workers=recipe.workers
-    )
-    right = np.asarray([one.correct for one in scores])
-    try:
-        with atomic_write(kept) as partial, partial.open("wb") as file:
-            np.save(file, right, allow_pickle=False)
-    except OSError as problem:
-        raise DataError(f"{kept}: cannot be written ({problem.strerror})") from problem
-    return right
-
-
+PREDICTIONS = "last-right.npy"
 PLAN = "plan.json"
-FEWEST = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Contender:
-    """A recipe that takes part, and its name, which is that of its folder."""
+class NamedRecipe:
+    """A recipe of the comparison; its name is also that of its folder."""
 
     name: str
     recipe: Recipe
-
-    def at(self, seed: int) -> Recipe:
-        """Return the recipe with *seed*."""
-        return self.recipe.model_copy(update={"seed": seed})
 
 
 def compare(
@@ -105,68 +47,115 @@ def compare(
     *,
     seeds: int,
     overrides: Sequence[str] = (),
-    progress: Progress | None = None,
+    callback: Callback | None = None,
     on_run: Callable[[str, int], None] = lambda _name, _seed: None,
 ) -> Comparison:
-    """Run the recipes *sources*, with *overrides* laid over each, over *seeds* seeds; return what they say.
+    """Train the recipes *sources* with *overrides* over *seeds* seeds and compare them.
 
-    Runs lie in *destination* as `<recipe>/seed-0`; what is finished there is not run again. *on_run* is told
-    which run begins. Raises `ConfigError` for recipes that cannot be paired, and what `train` raises.
+    The folder of a run in *destination* is `<recipe>/seed-0`; finished runs are reused. *on_run* receives the
+    name and seed of each run before it starts. Raises `ConfigError` for recipes that cannot be compared, and
+    the errors of `train`.
     """
-    contenders = read_contenders(sources, overrides)
-    if seeds < FEWEST:
-        raise ConfigError(f"--seeds {seeds}: an interval needs {FEWEST} seeds at least; 5 is a good number")
-    data = open_data(contenders[0].recipe.data)
-    keep_plan(destination, contenders, seeds)
-    right: dict[str, list[np.ndarray]] = {one.name: [] for one in contenders}
+    recipes = read_recipes(sources, overrides)
+    if seeds < 2:
+        raise ConfigError(f"--seeds {seeds}: an interval needs at least 2 seeds; 5 is a good number")
+    data = open_data(recipes[0].recipe.data)
+    _write_plan(destination, {"recipes": [one.name for one in recipes], "seeds": seeds})
+    correct: dict[str, list[NDArray[np.bool_]]] = {one.name: [] for one in recipes}
     for seed in range(seeds):
-        donor = start_weights(contenders[0].at(seed), data)
-        for one in contenders:
-            on_run(one.name, seed)
-            folder = destination / one.name / f"seed-{seed}"
-            recipe = one.at(seed)
-            train_from(donor, recipe, folder, data, progress)
-            right[one.name].append(last_answers(recipe, folder, data))
+        seeded = [(one.name, one.recipe.model_copy(update={"seed": seed})) for one in recipes]
+        weights = create_initial_model(seeded[0][1], len(data.train.labels)).state_dict()
+        for name, recipe in seeded:
+            on_run(name, seed)
+            folder = destination / name / f"seed-{seed}"
+            train_from(weights, recipe, folder, data, callback)
+            correct[name].append(predict_last_epoch(recipe, folder, data))
     results = [
-        Results(name=one.name, model=one.recipe.model.name, right=np.stack(right[one.name]))
-        for one in contenders
+        Results(name=one.name, model=one.recipe.model.name, correct=np.stack(correct[one.name]))
+        for one in recipes
     ]
-    return judge(range(seeds), results)
+    return compare_results(range(seeds), results)
 
 
-def read_contenders(sources: Sequence[str], overrides: Sequence[str]) -> list[Contender]:
-    """Return the recipes to compare; raises `ConfigError` where there are too few or they do not pair."""
-    if len(sources) < FEWEST:
-        raise ConfigError("a comparison needs two recipes at least; `sopdeploy recipes` lists some")
-    found = [Contender(name=Path(source).stem, recipe=read_recipe(source, overrides)) for source in sources]
-    names = [one.name for one in found]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"two recipes are called {twice}; rename one of the files")
-    first = found[0]
-    for one in found[1:]:
+def read_recipes(sources: Sequence[str], overrides: Sequence[str]) -> list[NamedRecipe]:
+    """Read two or more recipes; raise `ConfigError` if they cannot be compared."""
+    if len(sources) < 2:
+        raise ConfigError("a comparison needs at least two recipes; `sopdeploy recipes` lists some")
+    recipes = [NamedRecipe(name=Path(name).stem, recipe=read_recipe(name, overrides)) for name in sources]
+    names = [one.name for one in recipes]
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate is not None:
+        raise ConfigError(f"two recipes have the name {duplicate}; rename one of the files")
+    first = recipes[0]
+    for one in recipes[1:]:
         if one.recipe.data != first.recipe.data:
             raise ConfigError(
-                f"{one.name} and {first.name} have other data; answers are paired picture by picture, "
+                f"{one.name} and {first.name} have different data, but results are paired image by image; "
                 "give both the same with --set data.path=DIR"
             )
-    return found
+    return recipes
 
 
-def keep_plan(destination: Path, contenders: Sequence[Contender], seeds: int) -> None:
-    """Write down what is compared before anything runs; raises `ConfigError` for another plan there."""
-    plan = {"recipes": [one.name for one in contenders], "seeds": seeds}
+def _write_plan(destination: Path, plan: dict[str, object]) -> None:
+    """Record *plan*; raise `ConfigError` if the folder has another one."""
     path = destination / PLAN
     try:
         if path.exists():
             if json.loads(path.read_bytes()) != plan:
                 raise ConfigError(
-                    f"{path}: another comparison began here; recipes and seeds are fixed before the "
+                    f"{path}: another comparison was started here; recipes and seeds cannot change after the "
                     "first run, give the same ones or choose another --out"
                 )
             return
         destination.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as partial:
             partial.write_text(json.dumps(plan) + "\n", encoding="utf-8")
-    except (OSError, ValueError) as problem:
-        raise ConfigError(f"{path}: cannot be used ({problem}); choose another --out") from problem
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be used ({error}); choose another --out") from error
+
+
+def train_from(
+    weights: Mapping[str, Tensor], recipe: Recipe, path: Path, data: Split, callback: Callback | None
+) -> None:
+    """Train *recipe* in the folder *path*, or continue the run there.
+
+    A new run starts with those tensors of *weights* that match its own in name, shape and dtype. This initial
+    state is its first checkpoint, from which it is resumed.
+    """
+    strategy = SingleProcess(select_device(recipe.device))
+    folder = RunFolder(path, strategy)
+    if not folder.holds_run():
+        folder.check_free()
+        model = create_initial_model(recipe, len(data.train.labels))
+        state = model.state_dict()
+        for name, own in state.items():
+            given = weights.get(name)
+            if given is not None and (given.shape, given.dtype) == (own.shape, own.dtype):
+                state[name] = given
+        model.load_state_dict(state)
+        folder.save_last(assemble_run(recipe, data.train, model, recipe.model.full_config(), strategy))
+    train(recipe, path, resume=True, callback=callback)
+
+
+def predict_last_epoch(recipe: Recipe, path: Path, data: Split) -> NDArray[np.bool_]:
+    """Return which held-out images (N,) the last epoch's weights get right.
+
+    The result is cached in the folder *path* of the run.
+    """
+    last, cached = path / "last.pt", path / PREDICTIONS
+    if cached.exists() and cached.stat().st_mtime >= last.stat().st_mtime:
+        correct: NDArray[np.bool_] = np.load(cached, allow_pickle=False).astype(bool)
+        if len(correct) == len(data.held_out):
+            return correct
+    checkpoint = read_checkpoint(last)
+    model = build_classifier(checkpoint, last).to(select_device(recipe.device))
+    scores = score_images(
+        model, checkpoint.labels, data.held_out, checkpoint.preprocess, workers=recipe.workers
+    )
+    correct = np.asarray([score.correct for score in scores])
+    try:
+        with atomic_write(cached) as partial, partial.open("wb") as file:
+            np.save(file, correct, allow_pickle=False)
+    except OSError as error:
+        raise DataError(f"{cached}: cannot be written ({error.strerror})") from error
+    return correct

@@ -1,4 +1,4 @@
-"""From right and wrong answers, by recipe, seed and picture, to what may be said of the recipes."""
+"""Compare recipes statistically by their correct predictions per seed and image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ NO_EFFECT = "no effect detected"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """What one recipe gave: `right` (seeds, pictures), true where the last epoch's first answer is."""
+    """Which images, `correct` (seeds, images), a recipe's last epoch gets right."""
 
     name: str
     model: str
-    right: NDArray[np.bool_]
+    correct: NDArray[np.bool_]
 
 
 class Arm(StrictModel):
-    """One recipe: top-1 of the last epoch by seed, mean, and deviation over seeds less one."""
+    """The top-1 accuracies of a recipe by seed, and their mean and sample deviation."""
 
     name: str
     model: str
@@ -32,7 +32,7 @@ class Arm(StrictModel):
 
 
 class Split(StrictModel):
-    """One seed: pictures that only one of two networks gets right, and McNemar's exact p."""
+    """One seed: the images that only one network gets right, and McNemar's p-value."""
 
     seed: int
     only_first: int
@@ -41,10 +41,10 @@ class Split(StrictModel):
 
 
 class Pair(StrictModel):
-    """The recipe `second` less the recipe `first`, paired by seed, in shares of the pictures.
+    """Top-1 of `second` minus top-1 of `first`, paired by seed, as fractions.
 
-    `low` and `high` are Student's 95 % interval over seeds, which the verdict follows; `bootstrap_low` and
-    `bootstrap_high` come from drawing seeds and pictures again.
+    `low` and `high` are Student's 95 % interval over seeds, which decides the verdict. `bootstrap_low` and
+    `bootstrap_high` result from resampling seeds and images.
     """
 
     first: str
@@ -64,7 +64,7 @@ class Pair(StrictModel):
 
 
 class Comparison(StrictModel):
-    """Recipes over the same seeds; every other one is compared with the first."""
+    """The comparison of every other recipe with the first one, over the same seeds."""
 
     seeds: tuple[int, ...]
     pictures: int
@@ -72,43 +72,34 @@ class Comparison(StrictModel):
     pairs: tuple[Pair, ...]
 
 
-def judge(seeds: Sequence[int], results: Sequence[Results]) -> Comparison:
-    """Return what *results*, of the same pictures and *seeds*, two at least, allow to be said."""
-    first, *others = results
+def compare_results(seeds: Sequence[int], results: Sequence[Results]) -> Comparison:
+    """Compare at least two *results*, of the same images and *seeds*."""
+    arms = []
+    for result in results:
+        top1 = [int(row.sum()) / len(row) for row in result.correct]
+        mean, sd = mean_and_sd(top1)
+        arms.append(Arm(name=result.name, model=result.model, top1=tuple(top1), mean=mean, sd=sd))
     return Comparison(
         seeds=tuple(seeds),
-        pictures=first.right.shape[1],
-        arms=tuple(arm(one) for one in results),
-        pairs=tuple(pair(seeds, first, other) for other in others),
+        pictures=results[0].correct.shape[1],
+        arms=tuple(arms),
+        pairs=tuple(_compare_pair(seeds, results[0], other) for other in results[1:]),
     )
 
 
-def arm(found: Results) -> Arm:
-    """Return the figures of one recipe alone."""
-    top1 = shares(found)
-    mean, sd = mean_and_sd(top1)
-    return Arm(name=found.name, model=found.model, top1=tuple(top1), mean=mean, sd=sd)
-
-
-def shares(found: Results) -> list[float]:
-    """Return top-1 by seed."""
-    return [int(row.sum()) / len(row) for row in found.right]
-
-
-def pair(seeds: Sequence[int], first: Results, second: Results) -> Pair:
-    """Return how *second* differs from *first*."""
-    gain_SN = second.right.astype(np.int8) - first.right.astype(np.int8)
+def _compare_pair(seeds: Sequence[int], first: Results, second: Results) -> Pair:
+    gain_SN = second.correct.astype(np.int8) - first.correct.astype(np.int8)
     differences = [int(row.sum()) / len(row) for row in gain_SN]
-    found, drawn = paired(differences), bootstrap(gain_SN)
+    found, resampled = paired(differences), bootstrap(gain_SN)
     splits = []
     for seed, row in zip(seeds, gain_SN, strict=True):
         worse, better = int((row < 0).sum()), int((row > 0).sum())
         splits.append(Split(seed=seed, only_first=worse, only_second=better, p=mcnemar(worse, better)))
     verdict = NO_EFFECT
     if not found.interval.covers(0.0):
-        side = "better" if found.mean > 0 else "worse"
         verdict = (
-            f"{second.name} is {side} than {first.name} by {100 * abs(found.mean):.2f} points "
+            f"{second.name} is {'better' if found.mean > 0 else 'worse'} than {first.name} by "
+            f"{100 * abs(found.mean):.2f} points "
             f"({100 * found.interval.low:+.2f} to {100 * found.interval.high:+.2f})"
         )
     return Pair(
@@ -123,7 +114,7 @@ def pair(seeds: Sequence[int], first: Results, second: Results) -> Pair:
         ties=found.ties,
         losses=found.losses,
         mcnemar=tuple(splits),
-        bootstrap_low=drawn.low,
-        bootstrap_high=drawn.high,
+        bootstrap_low=resampled.low,
+        bootstrap_high=resampled.high,
         verdict=verdict,
     )

@@ -1,4 +1,4 @@
-"""Draw charts as inline SVG, small enough for a phone: bars, an interval, a heat map and a line plot."""
+"""Charts as inline SVG, readable on a phone: bars, interval, heat map, line plot."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -132,7 +132,7 @@ def bars(
 
 
 def interval(id: str, title: str, fraction: float, low: float, high: float) -> Markup:
-    """Draw a measured *fraction* in [0, 1] with its confidence interval from *low* to *high*."""
+    """Draw a *fraction* in [0, 1] with its confidence interval."""
     left, right, y = 12.0, WIDTH - 20, 22.0
 
     def place(value: float) -> float:
@@ -232,7 +232,7 @@ def plot(id: str, title: str, curves: Sequence[Curve], x_axis: Axis, y_axis: Axi
 
 
 def _ticks(values: Sequence[float], scale: Scale) -> list[float]:
-    """Select from the sorted *values* those whose labels do not overlap; the last one is always selected."""
+    """Select those of the sorted *values* whose labels do not overlap."""
     ticks: list[float] = []
     for value in reversed(values):
         distance = scale.position(ticks[-1]) - scale.position(value) if ticks else 1.0
@@ -242,7 +242,7 @@ def _ticks(values: Sequence[float], scale: Scale) -> list[float]:
 
 
 def _draw_curve(number: int, curve: Curve, points: Sequence[Point]) -> Iterator[Markup]:
-    """Yield the line through *points* (SVG coordinates), its markers and its legend entry."""
+    """Yield the line through *points*, its markers and its legend entry."""
     style = f"c{number % _STYLES}"
     path = "M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in points)
     yield element("path", d=path, class_=f"curve {style}")

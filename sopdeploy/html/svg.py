@@ -1,4 +1,4 @@
-"""Build SVG elements as `markupsafe.Markup`: text and attributes are escaped, every tag is closed."""
+"""Build SVG elements with escaped text and attributes and closed tags."""
 
 from markupsafe import Markup
 
@@ -21,12 +21,12 @@ def element(name: str, /, *children: str, **attributes: str | float | None) -> M
 
 
 def text(x: float, y: float, content: str, class_: str | None = "small", anchor: str | None = None) -> Markup:
-    """Build a line of text with its baseline at (x, y); *anchor* is `start`, `middle` or `end`."""
+    """Build text at the baseline (x, y); *anchor* is `start`, `middle` or `end`."""
     return element("text", content, x=x, y=y, class_=class_, text_anchor=anchor)
 
 
 def svg(id: str, title: str, description: str, size: tuple[float, float], *shapes: str) -> Markup:
-    """Build an inline `<svg>` of *size* (width, height) with a title and a description for screen readers."""
+    """Build an `<svg>` of *size* (width, height) with texts for screen readers."""
     return element(
         "svg",
         element("title", title, id=f"{id}-title"),

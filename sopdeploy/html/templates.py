@@ -40,7 +40,7 @@ def _environment(package: str) -> Environment:
 
 
 def sanitize(text: str) -> str:
-    """Replace control and formatting characters, such as text direction overrides, by U+FFFD.
+    """Replace control and text direction characters by U+FFFD.
 
     Markup is returned unchanged: its text was sanitized when it was built.
     """
@@ -80,7 +80,7 @@ def dimensions(shape: tuple[int, ...]) -> str:
 
 
 def shorten(text: str, longest: int) -> str:
-    """Replace the middle of *text* by an ellipsis if it has more than *longest* characters."""
+    """Replace the middle of *text* by an ellipsis if it exceeds *longest* characters."""
     if len(text) <= longest:
         return text
     head = (longest - 1) // 2

@@ -1,1 +1,0 @@
-"""The parts of a training run that `sopdeploy.training.loop` puts together."""

@@ -1,10 +1,14 @@
-"""What there is to see in a network after an epoch, beside its losses: for the report, never for training.
+"""Per-epoch records: held-out metrics, and diagnostics for the report.
 
-Seen on a few held-out pictures, always the same ones, in eval mode and without a random draw, so that a run
-that is watched ends with the same weights as one that is not.
+Diagnostics never influence training: they are computed in eval mode on a fixed subset of the held-out
+images, without random numbers.
+
+The field names of the classes here are keys in checkpoints and columns of `history.csv`.
 """
 
-from collections.abc import Iterator
+import csv
+import io
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,29 +20,30 @@ from torch.nn.functional import cross_entropy
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.base import Dataset
 from sopdeploy.data.batches import load_batches
+from sopdeploy.evaluation.prediction import EvalMetrics
 from sopdeploy.layers.covariance import centered_and_scaled, covariance
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture.gate import SparseGate
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 
-PICTURES = 512  # that heads and gates are measured on
-IN_SPECTRA = 16  # of these, whose covariances are looked at
-SPECTRA = 5  # epochs of a run whose spectra are kept
-PLACES = 48  # eigenvalues of a spectrum that are kept, closer together at its head
+MAX_IMAGES = 512  # for heads and gates
+MAX_SPECTRUM_IMAGES = 16
+SPECTRUM_EPOCHS = 5  # epochs of a run that record spectra
+MAX_EIGENVALUES = 48  # recorded per spectrum, denser for the large ones
 
 
-class HeadFigures(StrictModel):
-    """One head: the share of pictures it gets right, and its mean loss."""
+class HeadMetrics(StrictModel):
+    """Top-1 accuracy and mean loss of one head."""
 
     top1: Fraction
     loss: float
 
 
-class GateFigures(StrictModel):
-    """A gate: the share of pictures that chose each component, and the components' mean weights.
+class GateMetrics(StrictModel):
+    """The fraction of images that select each component of a gate, and mean weights.
 
-    `imbalance` is (std / mean)^2 of the weights, Eq. (4) of GM-SOP without its factor.
+    `imbalance` is (std / mean)^2 of the mean weights, Eq. (4) of GM-SOP without its factor.
     """
 
     chosen: tuple[Fraction, ...]
@@ -47,9 +52,9 @@ class GateFigures(StrictModel):
 
 
 class Spectrum(StrictModel):
-    """Eigenvalues of a covariance and of its root, means over pictures, by falling size.
+    """Mean eigenvalues of a covariance before and after its square root, descending.
 
-    `places` counts from 1 and says which eigenvalues these are.
+    `places` are the ranks of the recorded eigenvalues, counted from 1.
     """
 
     places: tuple[int, ...]
@@ -57,113 +62,179 @@ class Spectrum(StrictModel):
     after: tuple[float, ...]
 
 
-class Sight(StrictModel):
-    """What was seen on `pictures` pictures; `spectra` are empty in the epochs that keep none."""
+class Diagnostics(StrictModel):
+    """Diagnostics on `pictures` images; `spectra` is empty in most epochs."""
 
     pictures: int
-    heads: dict[str, HeadFigures]
-    gates: dict[str, GateFigures]
+    heads: dict[str, HeadMetrics]
+    gates: dict[str, GateMetrics]
     spectra: dict[str, Spectrum]
 
 
+class Throughput(StrictModel):
+    """Training images per second, and the fraction of the time spent waiting for data."""
+
+    pictures_per_second: float
+    waiting: Fraction
+
+
+class EpochRow(StrictModel):
+    """The record of one epoch; `epoch` counts from 1.
+
+    `losses` are means over the training images. `figures` are the held-out metrics of the exported weights;
+    with EMA, `raw` and `average` are those of both sets of weights. `gradient` is the mean gradient norm
+    before clipping, with 0 for skipped float16 steps. `sight` holds the diagnostics of the raw weights.
+    """
+
+    epoch: int
+    lr: float
+    losses: dict[str, float]
+    figures: EvalMetrics
+    gradient: float | None = None
+    speed: Throughput | None = None
+    sight: Diagnostics | None = None
+    raw: EvalMetrics | None = None
+    average: EvalMetrics | None = None
+    seconds: float
+
+
+def best_epoch(history: Sequence[EpochRow]) -> EpochRow:
+    """Return the first epoch with the highest top-1 accuracy."""
+    return max(history, key=lambda row: (row.figures.top1, -row.epoch))
+
+
+def epoch_metrics(row: EpochRow) -> dict[str, float]:
+    """Return all numbers of *row* by name, in the order of `history.csv`."""
+    metrics: dict[str, float] = {"epoch": row.epoch, "lr": row.lr}
+    metrics |= {f"train_{name}": loss for name, loss in row.losses.items()}
+    for prefix, figures in {"": row.figures, "raw_": row.raw, "average_": row.average}.items():
+        if figures is not None:
+            metrics |= {prefix + name: getattr(figures, name) for name in ("loss", "top1", "top5")}
+    if row.gradient is not None:
+        metrics["gradient"] = row.gradient
+    if row.speed is not None:
+        metrics |= row.speed.model_dump()
+    if row.sight is not None:
+        for name, head in row.sight.heads.items():
+            metrics |= {f"{name}_top1": head.top1, f"{name}_loss": head.loss}
+        metrics |= {f"{name}_imbalance": gate.imbalance for name, gate in row.sight.gates.items()}
+    return {**metrics, "seconds": round(row.seconds, 3)}
+
+
+def history_table(history: Sequence[EpochRow]) -> tuple[list[str], list[dict[str, float]]]:
+    """Return the columns and rows of *history*; rows lack metrics of removed heads."""
+    rows = [epoch_metrics(row) for row in history]
+    return list(dict.fromkeys(name for row in rows for name in row)), rows
+
+
+def history_csv(history: Sequence[EpochRow]) -> str:
+    """Format *history* as CSV with one line per epoch and one column per metric."""
+    columns, rows = history_table(history)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def spectrum_epochs(epochs: int) -> set[int]:
-    """Return the epochs, counted from 1, whose spectra are kept: the first, the last and some between."""
-    return {round(1 + step * (epochs - 1) / (SPECTRA - 1)) for step in range(SPECTRA)}
+    """Select the epochs, counted from 1, that record spectra."""
+    steps = SPECTRUM_EPOCHS - 1
+    return {round(1 + step * (epochs - 1) / steps) for step in range(SPECTRUM_EPOCHS)}
 
 
 @torch.no_grad()
-def look(
-    model: Classifier, held_out: Dataset, normalise: Normalize, batch_size: int, *, spectra: bool
-) -> Sight:
-    """Return what there is to see of *model*, which gets its mode back."""
-    count = min(PICTURES, len(held_out))
-    places = [index * len(held_out) // count for index in range(count)]
-    batches = [places[start : start + batch_size] for start in range(0, count, batch_size)]
+def diagnose(
+    model: Classifier, held_out: Dataset, normalize: Normalize, batch_size: int, *, spectra: bool
+) -> Diagnostics:
+    """Compute the diagnostics of *model* on a fixed subset of *held_out*."""
+    count = min(MAX_IMAGES, len(held_out))
+    subset = [index * len(held_out) // count for index in range(count)]
+    batches = [subset[start : start + batch_size] for start in range(0, count, batch_size)]
     device = next(model.parameters()).device
-    sums: dict[str, list[float]] = {}
+    hits: dict[str, int] = {}
+    losses: dict[str, float] = {}
     weights: dict[str, list[Tensor]] = {}
     was_training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng(devices=[]), watched(model, SparseGate) as gates:  # a loader draws a seed
+        # The data loader draws a seed, hence fork_rng.
+        with torch.random.fork_rng(devices=[]), _record_calls(model, SparseGate) as gates:
             for images, labels in load_batches(held_out, batches, 0, device):
-                for name, logits in model.heads(normalise(images)).items():
-                    add_head(sums.setdefault(name, [0.0, 0.0]), logits.float(), labels)
+                for name, logits in model.heads(normalize(images)).items():
+                    loss = cross_entropy(logits.float(), labels, reduction="sum")
+                    hits[name] = hits.get(name, 0) + int((logits.argmax(dim=1) == labels).sum())
+                    losses[name] = losses.get(name, 0.0) + float(loss)
                 for name, (_, output) in gates.items():
                     weights.setdefault(name, []).append(output.float().cpu())
-        seen = spectra_of(model, held_out, normalise, places[:: -(-count // IN_SPECTRA)]) if spectra else {}
+        few = subset[:: -(-count // MAX_SPECTRUM_IMAGES)]
+        found = _spectra(model, held_out, normalize, few) if spectra else {}
     finally:
         model.train(was_training)
-    return Sight(
+    return Diagnostics(
         pictures=count,
-        heads={
-            name: HeadFigures(top1=right / count, loss=loss / count) for name, (right, loss) in sums.items()
-        },
-        gates={name: gate_figures(torch.cat(found)) for name, found in weights.items()},
-        spectra=seen,
+        heads={name: HeadMetrics(top1=hits[name] / count, loss=losses[name] / count) for name in hits},
+        gates={name: gate_metrics(torch.cat(batches)) for name, batches in weights.items()},
+        spectra=found,
     )
 
 
-def add_head(sums: list[float], logits: Tensor, labels: Tensor) -> None:
-    """Add the hits and the loss of a batch to *sums*."""
-    sums[0] += int((logits.argmax(dim=1) == labels).sum())
-    sums[1] += float(cross_entropy(logits, labels, reduction="sum"))
-
-
-def gate_figures(weights_BN: Tensor) -> GateFigures:
-    """Return the figures of a gate that gave *weights_BN*."""
+def gate_metrics(weights_BN: Tensor) -> GateMetrics:
+    """Summarize the weights (images, components) of a gate."""
     load_N = weights_BN.double().mean(dim=0)
-    imbalance = load_N.var(correction=1) / load_N.mean().square()
-    return GateFigures(
+    return GateMetrics(
         chosen=tuple((weights_BN > 0).double().mean(dim=0).tolist()),
         weights=tuple(load_N.tolist()),
-        imbalance=float(imbalance),
+        imbalance=float(load_N.var(correction=1) / load_N.mean().square()),
     )
 
 
-def spectra_of(
-    model: Classifier, held_out: Dataset, normalise: Normalize, places: list[int]
+def _spectra(
+    model: Classifier, held_out: Dataset, normalize: Normalize, indices: list[int]
 ) -> dict[str, Spectrum]:
-    """Return the spectra of every covariance root that *model* computes, by the root's name."""
-    images = torch.from_numpy(np.stack([held_out[place][0] for place in places]))
-    with watched(model, ISqrtCov) as roots:
-        model.heads(normalise(images.to(next(model.parameters()).device)))
-    return {name: spectrum(root, *roots[name]) for name, root in named(model, ISqrtCov) if name in roots}
+    """Compute the spectra of all covariance square roots in *model*, by module name."""
+    images = torch.from_numpy(np.stack([held_out[index][0] for index in indices]))
+    with _record_calls(model, ISqrtCov) as calls:
+        model.heads(normalize(images.to(next(model.parameters()).device)))
+    spectra = {}
+    for name, root in model.named_modules():
+        if not isinstance(root, ISqrtCov) or name not in calls:
+            continue
+        features_BdHW, vector = calls[name]
+        before_Bdd = covariance(centered_and_scaled(features_BdHW.double()))
+        d = before_Bdd.shape[1]
+        upper_Bdd = vector.new_zeros(len(vector), d * d, dtype=torch.float64)
+        upper_Bdd = upper_Bdd.index_copy(1, root.triangle, vector.double()).view(-1, d, d)
+        diagonal_Bdd = torch.diag_embed(upper_Bdd.diagonal(dim1=1, dim2=2))
+        ranks = sorted({round(d ** (step / (MAX_EIGENVALUES - 1))) for step in range(MAX_EIGENVALUES)})
+        spectra[name] = Spectrum(
+            places=tuple(ranks),
+            before=_mean_eigenvalues(before_Bdd, ranks),
+            after=_mean_eigenvalues(upper_Bdd + upper_Bdd.transpose(1, 2) - diagonal_Bdd, ranks),
+        )
+    return spectra
 
 
-def spectrum(root: Any, features_BdHW: Tensor, vector: Tensor) -> Spectrum:
-    """Return the spectra before and after *root*, which made *vector* of *features_BdHW*."""
-    before_Bdd = covariance(centered_and_scaled(features_BdHW.double()))
-    width = before_Bdd.shape[1]
-    upper_Bdd = vector.new_zeros(len(vector), width * width, dtype=torch.float64)
-    upper_Bdd = upper_Bdd.index_copy(1, root.triangle, vector.double()).view(-1, width, width)
-    after_Bdd = upper_Bdd + upper_Bdd.transpose(1, 2) - torch.diag_embed(upper_Bdd.diagonal(dim1=1, dim2=2))
-    kept = sorted({round(width ** (step / (PLACES - 1))) for step in range(PLACES)})
-    return Spectrum(places=tuple(kept), before=falling(before_Bdd, kept), after=falling(after_Bdd, kept))
-
-
-def falling(matrix_Bdd: Tensor, places: list[int]) -> tuple[float, ...]:
-    """Return the mean eigenvalues of symmetric matrices at *places*; rounding below 0 is 0."""
+def _mean_eigenvalues(matrix_Bdd: Tensor, ranks: list[int]) -> tuple[float, ...]:
     mean_d = torch.linalg.eigvalsh(matrix_Bdd.cpu()).flip(1).mean(dim=0).clamp_min(0.0)
-    return tuple(float(mean_d[place - 1]) for place in places)
-
-
-def named(model: nn.Module, kind: type[nn.Module]) -> list[tuple[str, nn.Module]]:
-    """Return the modules of *kind* in *model* with their names."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+    return tuple(float(mean_d[rank - 1]) for rank in ranks)
 
 
 @contextmanager
-def watched(model: nn.Module, kind: type[nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Give the last input and output of each module of *kind*, by name, as *model* computes."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+def _record_calls(model: nn.Module, kind: type[nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Record the last input and output of each module of type *kind*, by module name."""
+    calls: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def keep(name: str) -> Any:
-        return lambda _module, inputs, output: found.__setitem__(name, (inputs[0], output))
+    def hook(name: str) -> Any:
+        return lambda _module, inputs, output: calls.__setitem__(name, (inputs[0], output))
 
-    handles = [module.register_forward_hook(keep(name)) for name, module in named(model, kind)]
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in model.named_modules()
+        if isinstance(module, kind)
+    ]
     try:
-        yield found
+        yield calls
     finally:
         for handle in handles:
             handle.remove()

@@ -1,6 +1,7 @@
-"""The mean of the weights over the last steps (EMA), beside the weights that learn.
+"""Exponential moving average (EMA) of the weights.
 
-Source: Polyak and Juditsky (1992); the growing decay is that of TensorFlow's `ExponentialMovingAverage`.
+Source: Polyak and Juditsky (1992). The warm-up of the decay is that of TensorFlow's
+`ExponentialMovingAverage`.
 """
 
 import copy
@@ -9,15 +10,15 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sopdeploy.config import StrictModel
 
 
-class EmaChoice(StrictModel):
-    """`decay` is reached from below: after n updates it is at most (1 + n) / (10 + n) with `warmup`.
+class EmaConfig(StrictModel):
+    """With `warmup`, the decay of update n is at most (1 + n) / (10 + n).
 
-    `export` says which weights `best.pt` carries, and by which the best epoch is chosen.
+    `export` selects the weights of `best.pt`; they also decide which epoch is best.
     """
 
     decay: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.999
@@ -26,44 +27,43 @@ class EmaChoice(StrictModel):
 
 
 class ExponentialMovingAverage:
-    """A copy of a network that follows it: floating-point tensors, batch norm's included, are averaged.
+    """A copy of a model whose floating-point tensors are running averages.
 
-    Integer buffers are copied. `count` is the number of updates; it belongs to the state, since the decay
+    Integer buffers are copied. `count` is the number of updates. It is part of the state because the decay
     depends on it.
     """
 
-    def __init__(self, choice: EmaChoice, model: nn.Module) -> None:
-        self.choice = choice
+    def __init__(self, config: EmaConfig, model: nn.Module) -> None:
+        self.config = config
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.count = 0
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take the weights of *model* into the mean."""
+        """Update the averages with the weights of *model*."""
         self.count += 1
-        decay = self.choice.decay
-        if self.choice.warmup:
+        decay = self.config.decay
+        if self.config.warmup:
             decay = min(decay, (1 + self.count) / (10 + self.count))
-        mine, theirs = self.model.state_dict(), model.state_dict()
-        floating = [name for name, tensor in mine.items() if tensor.is_floating_point()]
-        for name in mine.keys() - set(floating):
-            mine[name].copy_(theirs[name])
-        means, values = [mine[name] for name in floating], [theirs[name] for name in floating]
-        torch._foreach_lerp_(means, values, 1 - decay)
+        averages, values = self.model.state_dict(), model.state_dict()
+        floating = [name for name, tensor in averages.items() if tensor.is_floating_point()]
+        for name in averages.keys() - set(floating):
+            averages[name].copy_(values[name])
+        torch._foreach_lerp_(
+            [averages[name] for name in floating], [values[name] for name in floating], 1 - decay
+        )
 
-    def keep_only(self, model: nn.Module) -> None:
-        """Become as small as *model*, a network that has lost some of its parts."""
-        kept = copy.deepcopy(model).requires_grad_(False)
-        mine = self.model.state_dict()
-        kept.load_state_dict({name: mine[name] for name in kept.state_dict()})
-        self.model = kept
+    def drop_missing(self, model: nn.Module) -> None:
+        """Drop the tensors that *model*, the network without some parts, does not have."""
+        averages = self.model.state_dict()
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.model.load_state_dict({name: averages[name] for name in self.model.state_dict()})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the means and their count."""
+        """Return the averages and their update count."""
         return {"count": self.count, "weights": self.model.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from *state*; raises what `load_state_dict` of a network raises."""
-        weights: dict[str, Tensor] = state["weights"]
-        self.model.load_state_dict(weights)
+        """Restore *state*; raises the same errors as `torch.nn.Module.load_state_dict`."""
+        self.model.load_state_dict(state["weights"])
         self.count = int(state["count"])

@@ -1,4 +1,4 @@
-"""What a run takes over from networks that were trained before it: weights to start from, and a teacher."""
+"""Fine-tuning: start weights, frozen parameters, and the config of a teacher."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,13 +12,17 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.models.base import Classifier
 from sopdeploy.module_names import is_in_any
 
+LR_FACTOR = (
+    "times"  # key of the optimizer's parameter groups: a factor on the learning rate; checkpoints contain it
+)
 
-class StartChoice(StrictModel):
-    """Start from the checkpoint `weights`, tensor by tensor of the same name and shape.
 
-    What the checkpoint lacks must be branches or the classifier. `learn = "branches"` leaves everything else
-    as it was, batch norm's statistics included: the second of two phases. `head_factor` multiplies the
-    learning rate of the classifier.
+class StartConfig(StrictModel):
+    """Load all tensors of the checkpoint `weights` whose name and shape match.
+
+    Only branches and the classifier may be missing from the checkpoint. `learn = "branches"` freezes
+    everything else, including batch norm statistics. `head_factor` multiplies the learning rate of the
+    classifier.
     """
 
     weights: Path | None = None
@@ -26,12 +30,12 @@ class StartChoice(StrictModel):
     head_factor: Positive = 1.0
 
 
-class TeacherChoice(StrictModel):
-    """Learn the answers of the network in the checkpoint `weights` beside the classes.
+class TeacherConfig(StrictModel):
+    """Knowledge distillation from the network in the checkpoint `weights`.
 
-    `share` of the loss of the main head is the divergence from the teacher's answers, both softened by
-    `temperature` and scaled by its square. Source: Hinton et al., "Distilling the Knowledge in a Neural
-    Network" (2015).
+    `share` is the weight of the divergence from the teacher's outputs in the loss of the main head.
+    `temperature` softens both outputs, and its square scales the divergence. Source: Hinton et al.,
+    "Distilling the Knowledge in a Neural Network" (2015).
     """
 
     weights: Path | None = None
@@ -39,61 +43,63 @@ class TeacherChoice(StrictModel):
     temperature: Positive = 1.0
 
 
-TIMES = "times"  # what a group of the optimizer's parameters multiplies the learning rate by
+def load_start_weights(start: StartConfig, model: Classifier) -> None:
+    """Load the matching tensors of the checkpoint `start.weights` into *model*.
 
-
-def take_weights(start: StartChoice, model: Classifier) -> None:
-    """Load the tensors of the checkpoint into *model*; raises `ConfigError`, `CheckpointError`.
-
-    Only training-only parts and the classifier may stay fresh.
+    Raises `ConfigError` if a tensor outside the branches and the classifier is missing, `CheckpointError`
+    if the file cannot be read.
     """
     if start.weights is None:
         raise ConfigError("start.weights: not set; give the checkpoint to start from")
     stored = read_checkpoint(start.weights.expanduser()).weights
-    mine = model.state_dict()
-    same = {name: stored[name] for name in mine if name in stored and stored[name].shape == mine[name].shape}
-    may_be_fresh = (*model.training_only, head_of(model))
-    for name in mine.keys() - same.keys():
-        if not is_in_any(name, may_be_fresh):
+    own = model.state_dict()
+    matching = {
+        name: stored[name] for name in own if name in stored and stored[name].shape == own[name].shape
+    }
+    optional = (*model.training_only, classifier_name(model))
+    for name in own.keys() - matching.keys():
+        if not is_in_any(name, optional):
             raise ConfigError(
-                f"start.weights: {start.weights} has no {name} of the network's shape; is it another?"
+                f"start.weights: {start.weights} has no tensor {name} of the model's shape; give a "
+                "checkpoint of the same network"
             )
-    model.load_state_dict(same, strict=False)
+    model.load_state_dict(matching, strict=False)
 
 
-def head_of(model: Classifier) -> str:
-    """Return the name of the classifier: the last linear layer that ships."""
-    linear: list[str] = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not is_in_any(name, model.training_only)
-    ]
-    return linear[-1]
+def classifier_name(model: Classifier) -> str:
+    """Return the name of the last linear layer of the deployed network."""
+    linear: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in linear if not is_in_any(name, model.training_only)][-1]
 
 
-def into_training(model: Classifier, start: StartChoice | None) -> None:
-    """Put *model* into train mode; where only branches learn, all else answers as in evaluation."""
+def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
+    """Put *model*, or with `learn = "branches"` only its branches, into train mode."""
     model.train()
     if start is not None and start.learn == "branches":
-        parts = model.training_only
+        branches = model.training_only
         for name, module in model.named_modules():
-            holds_one = any(part.startswith(f"{name}.") for part in parts)
-            module.training = name == "" or holds_one or is_in_any(name, parts)
+            contains_branch = any(branch.startswith(f"{name}.") for branch in branches)
+            module.training = name == "" or contains_branch or is_in_any(name, branches)
 
 
-def parameter_groups(model: Classifier, start: StartChoice | None) -> list[dict[str, Any]]:
-    """Return what the optimizer moves, in groups where the classifier has a learning rate of its own.
+def parameter_groups(model: Classifier, start: StartConfig | None) -> list[dict[str, Any]]:
+    """Build the optimizer's parameter groups and freeze what `start.learn` excludes.
 
-    What does not learn is marked so. Raises `ConfigError` where there are no branches to learn.
+    The classifier gets its own group if `head_factor` is not 1. Raises `ConfigError` if there are no
+    branches to train.
     """
     if start is not None and start.learn == "branches":
         if not model.training_only:
-            raise ConfigError("start.learn: this network has no branches that could learn alone")
+            raise ConfigError('start.learn: this network has no branches; use learn = "all"')
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_in_any(name, model.training_only))
     if start is None or start.head_factor == 1:
         return [{"params": list(model.parameters())}]
-    head = (head_of(model),)
-    body = [parameter for name, parameter in model.named_parameters() if not is_in_any(name, head)]
-    top = [parameter for name, parameter in model.named_parameters() if is_in_any(name, head)]
-    return [{"params": body, TIMES: 1.0}, {"params": top, TIMES: start.head_factor}]
+    head = (classifier_name(model),)
+    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        groups[is_in_any(name, head)].append(parameter)
+    return [
+        {"params": groups[False], LR_FACTOR: 1.0},
+        {"params": groups[True], LR_FACTOR: start.head_factor},
+    ]

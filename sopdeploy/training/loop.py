@@ -1,7 +1,7 @@
-"""Training: from a recipe to `best.pt`, read from top to bottom.
+"""The training loop: from a recipe to `best.pt`.
 
-A run stopped anywhere (Ctrl-C, SIGTERM, a SIGKILL at any moment) and resumed on the same machine ends with
-the weights of an undisturbed one, bit for bit on a CPU with the same number of threads.
+A run that is stopped or killed at any time and then resumed on the same machine ends with the weights of an
+uninterrupted one: bit for bit on a CPU with the same number of threads.
 """
 
 import time
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import AugmentedDataset
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
 from sopdeploy.data.batches import Batch, balanced_batches, load_batches, shuffled_batches, with_wait_time
@@ -21,39 +22,49 @@ from sopdeploy.data.validation import unreadable_images_error
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.prediction import EvalMetrics, evaluate
 from sopdeploy.seeds import derive_seed
-from sopdeploy.training.branches import remove_branches_if_due
-from sopdeploy.training.callbacks import NullCallback, Progress
-from sopdeploy.training.diagnostics import look, spectrum_epochs
-from sopdeploy.training.distributed.batch_sharding import Piece, must_divide, slice_of
-from sopdeploy.training.distributed.strategy import Parallel
-from sopdeploy.training.distributed.torchrun import must_be_at_one_step, processes_of
-from sopdeploy.training.fine_tuning import TIMES, into_training
-from sopdeploy.training.losses import Loss, first_not_finite, training_loss
+from sopdeploy.training.callbacks import Callback, NullCallback
+from sopdeploy.training.diagnostics import best_epoch, diagnose, spectrum_epochs
+from sopdeploy.training.distributed.batch_sharding import MicroBatch, check_divisible, shard_step
+from sopdeploy.training.distributed.strategy import Strategy
+from sopdeploy.training.distributed.torchrun import check_same_step, create_strategy
+from sopdeploy.training.fine_tuning import LR_FACTOR, set_train_mode
+from sopdeploy.training.losses import Loss, training_loss
 from sopdeploy.training.optimizers import AdaHessian
 from sopdeploy.training.precision import (
     all_finite,
-    first_not_finite_tensor,
+    first_non_finite,
     float_buffers,
     gradients,
-    not_finite,
+    non_finite_error,
 )
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.resume import TrainingResult, resume_run, summarise
-from sopdeploy.training.run import Run, StepResult, start_run
+from sopdeploy.training.resume import resume_run
+from sopdeploy.training.run import Run, StepResult, create_run
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.signals import Stop, StopRequested, TrainingStoppedError, watch_for_stop
+from sopdeploy.training.signals import SignalState, StopRequested, TrainingStoppedError, handle_signals
 
 
-def epoch_batches(recipe: Recipe, pictures: LabeledImages, epoch: int) -> list[list[int]]:
-    """Return the samples of each step of *epoch*."""
-    if recipe.sampler == "balanced":
-        return balanced_batches(pictures.targets, recipe.batch_size, recipe.seed, epoch)
-    return shuffled_batches(len(pictures), recipe.batch_size, recipe.seed, epoch)
+class TrainingResult(StrictModel):
+    """The files and metrics of a finished run.
 
+    `skipped` lists the images that could not be read. `seconds` is the total time, over all resumptions.
+    """
 
-def epoch_view(recipe: Recipe, pictures: LabeledImages, epoch: int) -> AugmentedDataset:
-    """Return *pictures* as the network sees them in *epoch*, augmented."""
-    return AugmentedDataset(pictures, recipe.augment, recipe.preprocess, recipe.seed, epoch, recipe.distort)
+    out: Path
+    best: Path
+    last: Path
+    history: Path
+    model: str
+    classes: int
+    train_count: int
+    held_out_count: int
+    skipped: tuple[str, ...]
+    epochs: int
+    best_epoch: int
+    best_top1: float
+    best_top5: float
+    last_top1: float
+    seconds: float
 
 
 def train(
@@ -61,194 +72,228 @@ def train(
     out_dir: Path,
     *,
     resume: bool | Literal["auto"] = False,
-    progress: Progress | None = None,
-    parallel: Parallel | None = None,
+    callback: Callback | None = None,
+    strategy: Strategy | None = None,
 ) -> TrainingResult:
-    """Run *recipe* to its end and keep it in *out_dir*; with *resume*, go on where `last.pt` there ends.
+    """Train *recipe* and write the run to *out_dir*.
 
-    "auto" goes on if there is something to go on from, else it starts. Raises `ConfigError`, `DataError`,
-    `TrainingError` where a number is no longer finite, `TrainingStoppedError` after a Ctrl-C or SIGTERM.
+    *resume* continues from `last.pt` in *out_dir*; "auto" does so if there is one. *callback* is used in the
+    first process only. *strategy* defaults to the processes that torchrun started.
+
+    Raises `ConfigError` and `DataError` for invalid input, `TrainingError` if a loss, gradient or buffer is
+    not finite, `TrainingStoppedError` after Ctrl-C or SIGTERM.
     """
-    parallel = parallel or processes_of(recipe)
-    onlooker = progress if progress is not None and parallel.rank == 0 else NullCallback()
-    folder = RunFolder(out_dir, parallel)
+    strategy = strategy or create_strategy(recipe)
+    if callback is None or strategy.rank != 0:
+        callback = NullCallback()
+    folder = RunFolder(out_dir, strategy)
     if resume == "auto":
         resume = folder.holds_run()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    run, data = begin(recipe, folder, parallel, onlooker, resume=resume)
+    run, data = start_or_resume(recipe, folder, strategy, callback, resume=resume)
     held_out = PreprocessedDataset(data.held_out, recipe.preprocess)
-    with watch_for_stop(parallel) as stop:
+    with handle_signals(strategy) as signals:
         try:
-            while run.at.epoch < recipe.epochs:
-                stop.check()
-                remove_branches_if_due(run)
-                train_epoch(run, data.train, folder, stop, onlooker)
-                measure_epoch(run, held_out, stop, onlooker)
-                folder.save_epoch(run)
-                onlooker.finished_epoch(run.at.history[-1])
+            while run.position.epoch < recipe.epochs:
+                signals.check()
+                run.remove_branches_if_due()
+                train_epoch(run, data.train, folder, signals, callback)
+                evaluate_epoch(run, held_out, signals, callback)
+                folder.save_last(run)
+                folder.save_derived_files(run)
+                callback.on_epoch_end(run.position.history[-1])
         except StopRequested:
             folder.save_last(run)
             raise TrainingStoppedError(
-                f"stopped in epoch {run.at.epoch + 1} of {recipe.epochs} after {run.at.step} steps of it; "
-                f"{folder.last} is saved, go on with --resume",
-                stop.signal_number,
+                f"stopped in epoch {run.position.epoch + 1} of {recipe.epochs} after "
+                f"{run.position.step} steps of it; {folder.last} is saved, continue with --resume",
+                signals.signal_number,
             ) from None
-        except DataError as problem:
-            raise unreadable_images_error(problem, data.train, data.held_out) from None
-    return summarise(run, folder, data)
+        except DataError as error:
+            raise unreadable_images_error(error, data.train, data.held_out) from None
+    return _summarize(run, folder, data)
 
 
-def begin(
-    recipe: Recipe, folder: RunFolder, parallel: Parallel, onlooker: Progress, *, resume: bool
+def start_or_resume(
+    recipe: Recipe, folder: RunFolder, strategy: Strategy, callback: Callback, *, resume: bool
 ) -> tuple[Run, Split]:
-    """Return a run at its start, or where it was saved, and its data; the folder is touched last."""
+    """Create the run, or rebuild it from its checkpoint, and open its data.
+
+    All checks run before the folder is changed.
+    """
     if not resume:
-        folder.must_be_free()
+        folder.check_free()
     checkpoint = folder.read_last() if resume else None
-    data = open_data(recipe.data, onlooker.warned)
-    must_divide(recipe, len(data.train), parallel.world)
+    data = open_data(recipe.data, callback.on_warning)
+    check_divisible(recipe, len(data.train), strategy.world)
     if checkpoint is None:
-        run = start_run(recipe, data.train, parallel)
+        run = create_run(recipe, data.train, strategy)
     else:
-        run = resume_run(recipe, data.train, parallel, *checkpoint)
-    must_be_at_one_step(run, folder.path)
+        run = resume_run(recipe, data.train, strategy, *checkpoint)
+    check_same_step(run, folder.path)
     if checkpoint is not None:
-        folder.save_consequences(run)
+        folder.save_derived_files(run)
     if folder.warning is not None:
-        onlooker.warned(folder.warning)
-    onlooker.started(
+        callback.on_warning(folder.warning)
+    callback.on_train_start(
         epochs=recipe.epochs,
-        first_epoch=run.at.epoch,
+        first_epoch=run.position.epoch,
         train_count=len(data.train),
         held_out_count=len(data.held_out),
     )
     return run, data
 
 
-def train_epoch(run: Run, pictures: LabeledImages, folder: RunFolder, stop: Stop, onlooker: Progress) -> None:
-    """Do the steps of the epoch under way that are still to be done."""
-    recipe, epoch = run.recipe, run.at.epoch
-    batches = epoch_batches(recipe, pictures, epoch)
-    view = epoch_view(recipe, pictures, epoch)
-    into_training(run.model, recipe.start)
+def epoch_data(recipe: Recipe, images: LabeledImages, epoch: int) -> tuple[AugmentedDataset, list[list[int]]]:
+    """Return the augmented *images* of *epoch*, and the sample indices of each step."""
+    dataset = AugmentedDataset(images, recipe.augment, recipe.preprocess, recipe.seed, epoch, recipe.distort)
+    if recipe.sampler == "balanced":
+        return dataset, balanced_batches(images.targets, recipe.batch_size, recipe.seed, epoch)
+    return dataset, shuffled_batches(len(images), recipe.batch_size, recipe.seed, epoch)
+
+
+def train_epoch(
+    run: Run, images: LabeledImages, folder: RunFolder, signals: SignalState, callback: Callback
+) -> None:
+    """Run the remaining steps of the current epoch."""
+    recipe, epoch = run.recipe, run.position.epoch
+    dataset, batches = epoch_data(recipe, images, epoch)
+    set_train_mode(run.model, recipe.start)
     since = time.monotonic()
-    shares = [slice_of(samples, recipe, run.parallel).samples for samples in batches[run.at.step :]]
-    for batch, waited in with_wait_time(load_batches(view, shares, recipe.workers, run.parallel.device)):
-        samples = batches[run.at.step]
-        result = train_step(run, batch, samples, len(batches))
+    shards = [shard_step(samples, recipe, run.strategy).samples for samples in batches[run.position.step :]]
+    loader = load_batches(dataset, shards, recipe.workers, run.strategy.device)
+    for batch, waited in with_wait_time(loader):
+        step = run.position.step
+        result = train_step(run, batch, batches[step], len(batches))
         now = time.monotonic()
-        run.after_step(result, len(samples), now - since, waited)
+        run.after_step(result, len(batches[step]), now - since, waited)
         since = now
-        onlooker.stepped(epoch=epoch, step=run.at.step - 1, steps=len(batches), loss=float(result.loss.total))
-        stop.check(save=folder.is_due(recipe.save, run.at.step))
-        if stop.asked_to_save():
+        callback.on_step_end(epoch=epoch, step=step, steps=len(batches), loss=float(result.loss.total))
+        signals.check(save=folder.is_save_due(recipe.save, step + 1))
+        if signals.pop_save_request():
             folder.save_last(run)
 
 
 def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> StepResult:
-    """Do one step on *batch*; raises `TrainingError` before it changes a weight by what is not finite.
+    """Run one of the *steps* steps of an epoch on *batch*, the shard of *samples*.
 
-    *samples* are those of the whole step, of which *batch* is what this process computes.
+    Raises `TrainingError` if the loss, the gradient or a buffer is not finite; the weights are then
+    unchanged.
     """
-    recipe, at = run.recipe, run.at
+    recipe, at = run.recipe, run.position
     torch.manual_seed(derive_seed(recipe.seed, "step", at.epoch, at.step))
     factor = recipe.schedule.factor(at.epoch + at.step / steps, recipe.epochs)
     for group in run.optimizer.param_groups:
-        group["lr"] = recipe.optimizer.lr * factor * group.get(TIMES, 1.0)
-    mixed = recipe.mix(run.normalise(batch[0]), batch[1], len(run.labels))
+        group["lr"] = recipe.optimizer.lr * factor * group.get(LR_FACTOR, 1.0)
+    mixed = recipe.mix(run.normalize(batch[0]), batch[1], len(run.labels))
     run.optimizer.zero_grad()
-    loss = loss_and_gradient(run, mixed, slice_of(samples, recipe, run.parallel).pieces)
-    run.precision.unscale(run.optimizer)
+    loss = compute_gradient(run, mixed, shard_step(samples, recipe, run.strategy).micro_batches)
+    run.precision.scaler.unscale_(run.optimizer)
     norm = get_total_norm(gradients(run.model).values())
-    finite = stop_unless_finite(run, loss, norm, samples)
+    finite = _check_finite_step(run, loss, norm, samples)
     if recipe.optimizer.clip_norm and finite:
         clip_grads_with_norm_(run.model.parameters(), recipe.optimizer.clip_norm, norm)
-    if run.precision.step(run.optimizer, finite=finite) and run.average is not None:
-        run.average.update(run.model)
+    if run.precision.step(run.optimizer, finite=finite) and run.ema is not None:
+        run.ema.update(run.model)
     return StepResult(loss, float(norm) if finite else 0.0)
 
 
-def loss_and_gradient(run: Run, batch: Batch, pieces: Sequence[Piece]) -> Loss:
-    """Compute the loss of a step piece by piece, and leave its gradient at the weights.
+def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]) -> Loss:
+    """Compute the gradient of a step and return the loss over all processes.
 
-    Each piece counts by its samples, so that pieces of different sizes add up to the mean of the whole. What
-    couples samples does not: batch norm's statistics and a gate's balance loss are those of a piece.
+    Each micro-batch has the weight of its samples, so their sum is the mean over the whole batch. Batch norm
+    statistics and the balance loss of a gate are those of a micro-batch.
     """
     images, targets = batch
-    count = sum(piece.total for piece in pieces)
+    at, optimizer = run.position, run.optimizer
+    count = sum(micro_batch.total for micro_batch in micro_batches)
     sums: dict[str, Tensor] = {}
-    for piece in pieces:
-        run.parallel.begin(piece.total)
-        wanted = targets[piece.first : piece.end]
+    for micro_batch in micro_batches:
+        last = micro_batch is micro_batches[-1]
+        run.strategy.begin_forward(micro_batch.total)
+        inputs, labels = (tensor[micro_batch.first : micro_batch.end] for tensor in (images, targets))
         with run.precision.autocast():
-            output = run.network(part := images[piece.first : piece.end])
-            loss = training_loss(output, wanted, run.model.loss_weights(), run.recipe.loss.label_smoothing)
+            output = run.network(inputs)
+            loss = training_loss(output, labels, run.model.loss_weights(), run.recipe.loss.label_smoothing)
             if run.teacher is not None:
-                loss = run.teacher.join(loss, part, output)
-        share = len(wanted) / count
-        differentiate(run, loss.total * share, last=piece is pieces[-1])
+                loss = run.teacher.add_to(loss, inputs, output)
+        fraction = len(labels) / count
+        if isinstance(optimizer, AdaHessian):
+            optimizer.backward(
+                loss.total * fraction, derive_seed(run.recipe.seed, "curvature", at.epoch, at.step)
+            )
+            if last:
+                optimizer.all_reduce(run.strategy.all_reduce_list)
+        else:
+            run.strategy.backward(run.precision.scaler.scale(loss.total * fraction), last=last)
         for name, value in {"total": loss.total.detach(), **loss.parts}.items():
-            sums[name] = sums.get(name, torch.zeros_like(value)) + value * share
-    summed = run.parallel.all_reduce(torch.stack([value.float() for value in sums.values()]))
-    parts = dict(zip(sums, summed, strict=True))
+            sums[name] = sums.get(name, torch.zeros_like(value)) + value * fraction
+    reduced = run.strategy.all_reduce(torch.stack([value.float() for value in sums.values()]))
+    parts = dict(zip(sums, reduced, strict=True))
     return Loss(parts.pop("total"), parts)
 
 
-def differentiate(run: Run, loss: Tensor, *, last: bool) -> None:
-    """Add the gradient of *loss*, for AdaHessian the curvature too."""
-    if isinstance(run.optimizer, AdaHessian):
-        at = run.at
-        run.optimizer.differentiate(loss, derive_seed(run.recipe.seed, "curvature", at.epoch, at.step))
-        if last:
-            run.optimizer.sum_over(run.parallel.sums)
-    else:
-        run.parallel.backward(run.precision.scale(loss), last=last)
+def _check_finite_step(run: Run, loss: Loss, norm: Tensor, samples: list[int]) -> bool:
+    """Return False if a float16 gradient overflowed; raise for all other NaNs.
 
-
-def stop_unless_finite(run: Run, loss: Loss, norm: Tensor, samples: list[int]) -> bool:
-    """Say whether the gradient is finite: only float16's may be not. Raise `TrainingError` for all else.
-
-    Batch norm's buffers have taken the batch in already, the weights have not.
+    Batch norm's running statistics include the batch already, the weights do not.
     """
     buffers = float_buffers(run.model)
     finite = all_finite([loss.total, norm, *buffers.values()])
-    if int(run.parallel.all_reduce(finite.int())) == run.parallel.world:
+    if int(run.strategy.all_reduce(finite.int())) == run.strategy.world:
         return True
-    culprit = first_not_finite(loss) or first_not_finite_tensor(buffers.items())
-    if culprit is None and run.recipe.precision == "fp16":
+    name = first_non_finite([*loss.parts.items(), ("the total loss", loss.total), *buffers.items()])
+    if name is None and run.recipe.precision == "fp16":
         return False
-    culprit = culprit or first_not_finite_tensor(gradients(run.model).items()) or "gradient"
-    raise not_finite(culprit, run.at.epoch, run.at.step, samples)
+    name = name or first_non_finite(gradients(run.model).items()) or "the gradient"
+    raise non_finite_error(name, run.position.epoch, run.position.step, samples)
 
 
-def measure_epoch(run: Run, held_out: PreprocessedDataset, stop: Stop, onlooker: Progress) -> None:
-    """Measure the network on the held-out pictures, and its average beside it, and close the epoch."""
-    since, epoch = time.monotonic(), run.at.epoch
-    run.settle()
+def evaluate_epoch(run: Run, held_out: PreprocessedDataset, signals: SignalState, callback: Callback) -> None:
+    """Evaluate the weights and their average on held-out images; finish the epoch."""
+    since, epoch, recipe = time.monotonic(), run.position.epoch, run.recipe
+    run.synchronize_buffers()
 
     def on_batch(done: int) -> None:
-        onlooker.measured(epoch=epoch, done=done)
-        stop.check()
+        callback.on_evaluation_batch(epoch=epoch, done=done)
+        signals.check()
 
-    def figures_of(model: nn.Module) -> EvalMetrics:
+    def metrics(model: nn.Module) -> EvalMetrics:
         return evaluate(
             model,
             held_out,
-            run.recipe.preprocess,
-            batch_size=run.recipe.batch_size // run.parallel.world,
-            workers=run.recipe.workers,
-            processes=run.parallel,
+            recipe.preprocess,
+            batch_size=recipe.batch_size // run.strategy.world,
+            workers=recipe.workers,
+            processes=run.strategy,
             on_batch=on_batch,
         )
 
-    raw = figures_of(run.model)
-    average = figures_of(run.average.model) if run.average is not None else None
-    sight = look(
-        run.model,
-        held_out,
-        run.normalise,
-        run.recipe.batch_size,
-        spectra=epoch + 1 in spectrum_epochs(run.recipe.epochs),
+    raw = metrics(run.model)
+    average = metrics(run.ema.model) if run.ema is not None else None
+    spectra = epoch + 1 in spectrum_epochs(recipe.epochs)
+    diagnostics = diagnose(run.model, held_out, run.normalize, recipe.batch_size, spectra=spectra)
+    run.after_epoch(raw, average, diagnostics, time.monotonic() - since)
+
+
+def _summarize(run: Run, folder: RunFolder, data: Split) -> TrainingResult:
+    history = run.position.history
+    best = best_epoch(history)
+    return TrainingResult(
+        out=folder.path,
+        best=folder.best,
+        last=folder.last,
+        history=folder.history,
+        model=run.recipe.model.name,
+        classes=len(run.labels),
+        train_count=run.train_count,
+        held_out_count=len(data.held_out),
+        skipped=data.skipped,
+        epochs=run.position.epoch,
+        best_epoch=best.epoch,
+        best_top1=best.figures.top1,
+        best_top5=best.figures.top5,
+        last_top1=history[-1].figures.top1,
+        seconds=run.position.seconds,
     )
-    run.after_epoch(raw, average, sight, time.monotonic() - since)

@@ -1,4 +1,4 @@
-"""What training minimises: the loss of every head, weighted, and the model's own penalties."""
+"""The training loss: weighted heads, penalties of the model, distillation."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -11,14 +11,11 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import TrainingOutput
-from sopdeploy.training.fine_tuning import TeacherChoice
+from sopdeploy.training.fine_tuning import TeacherConfig
 
 
 class Loss(NamedTuple):
-    """`total` is minimised; `parts`, to be looked at, are the heads' cross-entropies and the penalties.
-
-    The parts are not weighted and carry no gradient.
-    """
+    """The minimized `total`, and the unweighted, detached `parts`."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -30,9 +27,10 @@ def training_loss(
     weights: Mapping[str, float],
     label_smoothing: float = 0.0,
 ) -> Loss:
-    """Return alpha * main + sum of beta * branch + penalties.
+    """Compute alpha * main + sum of beta * branch + penalties.
 
-    *weights* are the model's `loss_weights()`: alpha as `main`, beta under the branches' names.
+    *labels* are class indices (B,) or probabilities (B, classes). *weights* are the model's
+    `loss_weights()`: alpha under `main`, each beta under the name of its branch.
     """
     if isinstance(output, Tensor):
         output = TrainingOutput(output, {}, {})
@@ -45,38 +43,32 @@ def training_loss(
     return Loss(total, {name: part.detach() for name, part in (losses | output.penalties).items()})
 
 
-def first_not_finite(loss: Loss) -> str | None:
-    """Return the name of the part of *loss* that is infinite or not a number, or `None`."""
-    if bool(torch.isfinite(loss.total)):
-        return None
-    return next((name for name, part in loss.parts.items() if not bool(torch.isfinite(part))), "the sum")
-
-
 class Teacher:
-    """The network of a checkpoint, in eval mode."""
+    """The teacher of knowledge distillation, a network from a checkpoint."""
 
     def __init__(
-        self, choice: TeacherChoice, labels: tuple[str, ...], preprocess: Preprocess, device: torch.device
+        self, config: TeacherConfig, labels: tuple[str, ...], preprocess: Preprocess, device: torch.device
     ) -> None:
-        if choice.weights is None:
+        if config.weights is None:
             raise ConfigError("teacher.weights: not set; give the checkpoint of the teacher")
-        path = choice.weights.expanduser()
+        path = config.weights.expanduser()
         stored = read_checkpoint(path)
         if stored.labels != labels:
-            raise ConfigError(f"teacher.weights: {path} knows other classes than the data has")
+            raise ConfigError(f"teacher.weights: {path} has other classes than the data")
         if (stored.preprocess.mean, stored.preprocess.std) != (preprocess.mean, preprocess.std):
             raise ConfigError(
-                f"teacher.weights: {path} sees other colours; set preprocess.mean and std to its"
+                f"teacher.weights: {path} normalizes colors differently; set preprocess.mean and std to its"
             )
-        self.choice = choice
+        self.config = config
         self.model = build_classifier(stored, path).to(device).eval().requires_grad_(False)
 
-    def join(self, loss: Loss, images: Tensor, output: Tensor | TrainingOutput) -> Loss:
-        """Return *loss* with the divergence of the main head from the teacher's answers to *images*."""
+    def add_to(self, loss: Loss, images: Tensor, output: Tensor | TrainingOutput) -> Loss:
+        """Combine *loss* with the divergence of the main head from the teacher."""
         logits = output if isinstance(output, Tensor) else output.logits
-        heat, share = self.choice.temperature, self.choice.share
+        temperature, fraction = self.config.temperature, self.config.share
         with torch.no_grad():
-            wanted = log_softmax(self.model(images).float() / heat, dim=1)
-        found = log_softmax(logits.float() / heat, dim=1)
-        apart = kl_div(found, wanted, reduction="batchmean", log_target=True) * heat**2
-        return Loss((1 - share) * loss.total + share * apart, {**loss.parts, "teacher": apart.detach()})
+            target = log_softmax(self.model(images).float() / temperature, dim=1)
+        student = log_softmax(logits.float() / temperature, dim=1)
+        divergence = kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
+        total = (1 - fraction) * loss.total + fraction * divergence
+        return Loss(total, {**loss.parts, "teacher": divergence.detach()})

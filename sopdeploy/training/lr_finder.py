@@ -1,4 +1,4 @@
-"""Which learning rate a recipe bears: train while the rate grows, and look where the loss falls fastest.
+"""Learning rate range test: train with an increasing rate.
 
 Source: Smith, "Cyclical Learning Rates for Training Neural Networks" (WACV 2017), section 3.3.
 """
@@ -15,18 +15,18 @@ from sopdeploy.data.base import LabeledImages
 from sopdeploy.data.batches import load_batches
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import TrainingError
-from sopdeploy.training.distributed.strategy import SingleProcess, choose_device
-from sopdeploy.training.loop import epoch_batches, epoch_view, train_step
+from sopdeploy.training.distributed.strategy import SingleProcess, select_device
+from sopdeploy.training.loop import epoch_data, train_step
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.run import Position, Run, start_run
+from sopdeploy.training.run import Position, Run, create_run
 
-LOWEST, HIGHEST = 1e-6, 10.0
-MEMORY = 0.9  # of the running mean that smooths the loss
-HOPELESS = 4.0  # times the lowest smoothed loss: the run has diverged
+MIN_RATE, MAX_RATE = 1e-6, 10.0
+SMOOTHING = 0.9  # decay of the running mean of the loss
+DIVERGED = 4.0  # times the lowest smoothed loss
 
 
 class LearningRateResult(StrictModel):
-    """`suggestion` is the rate at the steepest fall; `rates` and the smoothed `losses` are what was seen."""
+    """The rate at the steepest descent, and the smoothed `losses` at all `rates`."""
 
     suggestion: float
     rates: tuple[float, ...]
@@ -34,69 +34,68 @@ class LearningRateResult(StrictModel):
 
 
 @dataclass(frozen=True)
-class Rising:
-    """A schedule that takes the rate from LOWEST to HIGHEST in `duration` epochs, evenly in its logarithm."""
+class ExponentialRange:
+    """A schedule that grows from MIN_RATE to MAX_RATE in `duration` epochs."""
 
     lr: float
     duration: float
 
     def factor(self, time: float, _epochs: int) -> float:
-        """Return what the recipe's learning rate is multiplied by."""
-        return LOWEST * math.pow(HIGHEST / LOWEST, time / self.duration) / self.lr
+        """Return the factor on the base learning rate after *time* epochs."""
+        return MIN_RATE * math.pow(MAX_RATE / MIN_RATE, time / self.duration) / self.lr
 
 
 def find_learning_rate(recipe: Recipe, steps: int = 100) -> LearningRateResult:
-    """Return the rate to try for *recipe* after at most *steps* steps, which are forgotten.
+    """Suggest a learning rate for *recipe* after at most *steps* steps.
 
-    Raises `TrainingError` where the loss fell nowhere.
+    Raises `TrainingError` if the loss decreases at no rate.
     """
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     data = open_data(recipe.data)
-    batches = epoch_batches(recipe, data.train, 0)
-    rising = Rising(recipe.optimizer.lr, steps / len(batches))
-    swept = recipe.model_copy(update={"schedule": rising, "ema": None})
-    run = start_run(swept, data.train, SingleProcess(choose_device(recipe.device)))
+    _, batches = epoch_data(recipe, data.train, 0)
+    schedule = ExponentialRange(recipe.optimizer.lr, steps / len(batches))
+    recipe = recipe.model_copy(update={"schedule": schedule, "ema": None})
+    run = create_run(recipe, data.train, SingleProcess(select_device(recipe.device)))
     rates: list[float] = []
     losses: list[float] = []
     mean = 0.0
-    for loss in itertools.islice(losses_of(run, data.train), steps):
-        mean = MEMORY * mean + (1 - MEMORY) * loss
-        losses.append(mean / (1 - MEMORY ** (len(losses) + 1)))
+    for loss in itertools.islice(_step_losses(run, data.train), steps):
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
+        losses.append(mean / (1 - SMOOTHING ** (len(losses) + 1)))
         rates.append(run.optimizer.param_groups[0]["lr"])
-        if losses[-1] > HOPELESS * min(losses):
+        if losses[-1] > DIVERGED * min(losses):
             break
-    return LearningRateResult(suggestion=steepest(rates, losses), rates=tuple(rates), losses=tuple(losses))
+    suggestion = steepest_descent(rates, losses)
+    return LearningRateResult(suggestion=suggestion, rates=tuple(rates), losses=tuple(losses))
 
 
-def losses_of(run: Run, pictures: LabeledImages) -> Iterator[float]:
-    """Yield the loss of one step after the other, until one is not finite."""
-    recipe = run.recipe
+def _step_losses(run: Run, images: LabeledImages) -> Iterator[float]:
+    """Train and yield the loss of each step, until one is not finite."""
     while True:
-        epoch = run.at.epoch
-        batches = epoch_batches(recipe, pictures, epoch)
-        view = epoch_view(recipe, pictures, epoch)
-        for batch in load_batches(view, batches, recipe.workers, run.parallel.device):
-            samples = batches[run.at.step]
+        epoch = run.position.epoch
+        dataset, batches = epoch_data(run.recipe, images, epoch)
+        for batch in load_batches(dataset, batches, run.recipe.workers, run.strategy.device):
+            samples = batches[run.position.step]
             try:
                 result = train_step(run, batch, samples, len(batches))
             except TrainingError:
                 return
             run.after_step(result, len(samples), 0.0, 0.0)
             yield float(result.loss.total)
-        run.at = Position(epoch=epoch + 1)
+        run.position = Position(epoch=epoch + 1)
 
 
-def steepest(rates: list[float], losses: list[float]) -> float:
-    """Return the rate at which the loss falls fastest on the way to its lowest.
+def steepest_descent(rates: list[float], losses: list[float]) -> float:
+    """Return the rate at which the loss decreases fastest before its minimum.
 
-    A fall is measured over a tenth of the steps, and the first tenth is left out: the running mean is of a
-    few batches there, and what it loses is noise. Raises `TrainingError` where the loss only rises.
+    A decrease is measured over a tenth of the steps. The first tenth is ignored, because there the running
+    mean covers few batches. Raises `TrainingError` if the loss never decreases.
     """
-    span, skipped = max(1, len(losses) // 10), len(losses) // 10
-    seen = losses[skipped:]
-    lowest = skipped + seen.index(min(seen)) if seen else 0
-    falls = {start: losses[start] - losses[start + span] for start in range(skipped, lowest + 1 - span)}
+    span, ignored = max(1, len(losses) // 10), len(losses) // 10
+    considered = losses[ignored:]
+    lowest = ignored + considered.index(min(considered)) if considered else 0
+    falls = {start: losses[start] - losses[start + span] for start in range(ignored, lowest + 1 - span)}
     if not falls or max(falls.values()) <= 0:
-        raise TrainingError("the loss fell at no learning rate; look at the data and the preprocessing")
+        raise TrainingError("the loss decreased at no learning rate; check the data and the preprocessing")
     return rates[max(falls, key=falls.__getitem__) + (span + 1) // 2]

@@ -1,11 +1,11 @@
-"""What a recipe's `optimizer` may hold; without `kind` it is SGD, as in the first recipes.
+"""Optimizers and their configs; a recipe without `optimizer.kind` uses SGD.
 
-Decay acts on every parameter, as in the papers. `clip_norm` is the largest norm of the whole gradient, 0 for
-any.
+Weight decay applies to every parameter, as in the papers. `clip_norm` limits the norm of the whole gradient;
+0 disables clipping.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 import torch
@@ -15,16 +15,21 @@ from torch.optim import Optimizer
 from sopdeploy.config import FractionBelowOne, NonNegative, Positive, StrictModel
 from sopdeploy.seeds import derive_seed
 
+Betas = tuple[FractionBelowOne, FractionBelowOne]
+Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]  # parameters or parameter groups
+
 
 class AdaHessian(Optimizer):
-    """`differentiate` each piece of a batch, then `step`; decay is decoupled, as in AdamW.
+    """Adam with the diagonal of the Hessian in its second moment.
 
-    *betas* are those of the two running means, *eps* keeps the division finite, *power* is k of Eq. 11.
+    Call `backward` for each micro-batch, then `step`. *betas* belong to the two running means, *eps* is added
+    to the denominator, *power* is k of Eq. (11). Weight decay is decoupled, as in AdamW. Source: Yao et al.,
+    "AdaHessian: An Adaptive Second Order Optimizer for Machine Learning" (AAAI 2021).
     """
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: Parameters,
         *,
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -36,35 +41,34 @@ class AdaHessian(Optimizer):
         super().__init__(params, defaults)
         self.curvatures: dict[Tensor, Tensor] = {}
 
-    def parameters(self) -> list[Tensor]:
-        """Return the parameters that learn, in the order in which z is drawn."""
+    def _trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
-    def differentiate(self, loss: Tensor, seed: int) -> None:
-        """Add the gradient of *loss* to `grad` and H z, with z from *seed*, to `curvatures`.
+    def backward(self, loss: Tensor, seed: int) -> None:
+        """Add the gradient of *loss* to `grad` and H z, with random signs z, to `curvatures`.
 
-        Every piece of a batch gets the same seed: H z is linear in the loss, so that pieces add up to the
-        whole. The network must be differentiable twice.
+        All micro-batches of a step must use the same seed: H z is linear in the loss, so their sum is that of
+        the whole batch. The network must be twice differentiable.
         """
-        parameters = self.parameters()
+        parameters = self._trainable()
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         used = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
         curved = [(p, g) for p, g in used if g.requires_grad]
         products = torch.autograd.grad(
             [g for _, g in curved],
             [p for p, _ in curved],
-            grad_outputs=[signs(seed, number, p) for number, (p, _) in enumerate(curved)],
+            grad_outputs=[_random_signs(seed, number, p) for number, (p, _) in enumerate(curved)],
             allow_unused=True,
         )
         for parameter, gradient in used:
-            parameter.grad = add(parameter.grad, gradient.detach())
+            parameter.grad = _accumulate(parameter.grad, gradient.detach())
         for (parameter, _), product in zip(curved, products, strict=True):
             if product is not None:
-                self.curvatures[parameter] = add(self.curvatures.get(parameter), product)
+                self.curvatures[parameter] = _accumulate(self.curvatures.get(parameter), product)
 
-    def sum_over(self, sums: Callable[[list[Tensor | None], list[Tensor]], list[Tensor | None]]) -> None:
-        """Replace gradients and curvatures by what *sums* makes of them: their sums over processes."""
-        parameters = self.parameters()
+    def all_reduce(self, sums: Callable[[list[Tensor | None], list[Tensor]], list[Tensor | None]]) -> None:
+        """Replace gradients and curvatures by their sums over processes."""
+        parameters = self._trainable()
         gradients = sums([parameter.grad for parameter in parameters], parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -73,20 +77,20 @@ class AdaHessian(Optimizer):
         self.curvatures = {parameter: curvature for parameter, curvature in pairs if curvature is not None}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients and curvatures."""
+        """Reset gradients and curvatures."""
         super().zero_grad(set_to_none)
         self.curvatures = {}
 
     @torch.no_grad()
     def step(self, _closure: Any = None, /) -> None:  # type: ignore[override]
-        """Move the parameters that have a gradient; there is no closure to call."""
+        """Update the parameters that have a gradient; closures are not supported."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self.move(parameter, group)
+                    self._update(parameter, group)
 
-    def move(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Do one parameter's update: Eqs. 11 and 12."""
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Update by Eqs. (11) and (12); 4-D weights average the diagonal over the kernel."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
@@ -105,141 +109,95 @@ class AdaHessian(Optimizer):
         parameter.addcdiv_(state["mean"], root.add_(group["eps"]), value=-group["lr"] / (1 - first**count))
 
 
-def signs(seed: int, number: int, like: Tensor) -> Tensor:
-    """Return -1 and 1 by chance in the shape of *like*, a function of *seed* and the parameter's *number*."""
+def _random_signs(seed: int, number: int, like: Tensor) -> Tensor:
+    """Draw -1 and 1 like *like*, as a function of *seed* and the parameter's *number*."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "signs", number))
     drawn = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
     return drawn.to(like.device, like.dtype).mul_(2).sub_(1)
 
 
-def add(sum_so_far: Tensor | None, tensor: Tensor) -> Tensor:
-    """Return the sum, where there may be none so far."""
-    return tensor.clone() if sum_so_far is None else sum_so_far.add_(tensor)
+def _accumulate(total: Tensor | None, tensor: Tensor) -> Tensor:
+    return tensor.clone() if total is None else total.add_(tensor)
 
 
-Betas = tuple[FractionBelowOne, FractionBelowOne]
-Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]  # or groups of them with values of their own
+class _OptimizerConfig(StrictModel):
+    """Common settings; subclasses add the other arguments of their optimizer."""
 
+    optimizer_class: ClassVar[Callable[..., Optimizer]]
+    constants: ClassVar[Mapping[str, Any]] = {}
 
-class Sgd(StrictModel):
-    """Stochastic gradient descent; its decay is part of the gradient."""
-
-    kind: Literal["sgd"] = "sgd"
     lr: Positive
-    momentum: FractionBelowOne = 0.9
-    nesterov: bool = False
     weight_decay: NonNegative = 0.0
     clip_norm: NonNegative = 0.0
 
+    def create(self, parameters: Parameters) -> Optimizer:
+        """Create the optimizer of *parameters*."""
+        arguments = self.model_dump(exclude={"kind", "clip_norm"})
+        return type(self).optimizer_class(parameters, **arguments, **self.constants)
+
+
+class Sgd(_OptimizerConfig):
+    """Stochastic gradient descent with momentum; weight decay is part of the gradient."""
+
+    optimizer_class = torch.optim.SGD
+
+    kind: Literal["sgd"] = "sgd"
+    momentum: FractionBelowOne = 0.9
+    nesterov: bool = False
+
     @pydantic.model_validator(mode="after")
-    def _nesterov_has_momentum(self) -> "Sgd":
+    def _check_nesterov(self) -> "Sgd":
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs a momentum above 0")
         return self
 
-    def make(self, parameters: Parameters) -> torch.optim.Optimizer:
-        """Return the optimizer of *parameters*."""
-        return torch.optim.SGD(
-            parameters,
-            lr=self.lr,
-            momentum=self.momentum,
-            nesterov=self.nesterov,
-            weight_decay=self.weight_decay,
-        )
 
+class AdamW(_OptimizerConfig):
+    """Adam with decoupled weight decay. Source: Loshchilov and Hutter (ICLR 2019)."""
 
-class AdamW(StrictModel):
-    """Adam with decoupled decay. Source: Loshchilov and Hutter (ICLR 2019)."""
+    optimizer_class = torch.optim.AdamW
 
     kind: Literal["adamw"]
-    lr: Positive
     betas: Betas = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
-    clip_norm: NonNegative = 0.0
-
-    def make(self, parameters: Parameters) -> torch.optim.Optimizer:
-        """Return the optimizer of *parameters*."""
-        return torch.optim.AdamW(
-            parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
-        )
 
 
-class RAdam(StrictModel):
-    """Adam with its variance rectified, and decoupled decay. Source: Liu et al. (ICLR 2020)."""
+class RAdam(_OptimizerConfig):
+    """Rectified Adam with decoupled weight decay. Source: Liu et al. (ICLR 2020)."""
+
+    optimizer_class = torch.optim.RAdam
+    constants: ClassVar[Mapping[str, Any]] = {"decoupled_weight_decay": True}
 
     kind: Literal["radam"]
-    lr: Positive
     betas: Betas = (0.9, 0.999)
     eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.0
-    clip_norm: NonNegative = 0.0
-
-    def make(self, parameters: Parameters) -> torch.optim.Optimizer:
-        """Return the optimizer of *parameters*."""
-        return torch.optim.RAdam(
-            parameters,
-            lr=self.lr,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            decoupled_weight_decay=True,
-        )
 
 
-class RMSProp(StrictModel):
-    """RMSProp with momentum, as EfficientNet learns. Its decay is part of the gradient."""
+class RMSProp(_OptimizerConfig):
+    """RMSProp with momentum, as in EfficientNet, with decay as part of the gradient."""
+
+    optimizer_class = torch.optim.RMSprop
 
     kind: Literal["rmsprop"]
-    lr: Positive
     alpha: FractionBelowOne = 0.9
     momentum: FractionBelowOne = 0.9
     eps: Positive = 1e-3
-    weight_decay: NonNegative = 0.0
-    clip_norm: NonNegative = 0.0
-
-    def make(self, parameters: Parameters) -> torch.optim.Optimizer:
-        """Return the optimizer of *parameters*."""
-        return torch.optim.RMSprop(
-            parameters,
-            lr=self.lr,
-            alpha=self.alpha,
-            momentum=self.momentum,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-        )
 
 
-class AdaHessianChoice(StrictModel):
-    """AdaHessian: two more derivatives a step, in float32 or bfloat16 and without a compiler."""
+class AdaHessianConfig(_OptimizerConfig):
+    """AdaHessian; needs float32 or bfloat16 and no compilation."""
+
+    optimizer_class = AdaHessian
 
     kind: Literal["adahessian"]
-    lr: Positive
     betas: Betas = (0.9, 0.999)
     eps: Positive = 1e-4
-    weight_decay: NonNegative = 0.0
     power: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
-    clip_norm: NonNegative = 0.0
-
-    def make(self, parameters: Parameters) -> torch.optim.Optimizer:
-        """Return the optimizer of *parameters*."""
-        return AdaHessian(
-            parameters,
-            lr=self.lr,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            power=self.power,
-        )
 
 
-def sgd_where_no_kind(value: Any) -> Any:
-    """Return the table of a recipe with `kind = "sgd"` where it names none."""
-    return {"kind": "sgd", **value} if isinstance(value, dict) else value
-
-
-OptimizerChoice = Annotated[
-    Sgd | AdamW | RAdam | RMSProp | AdaHessianChoice,
+OptimizerConfig = Annotated[
+    Sgd | AdamW | RAdam | RMSProp | AdaHessianConfig,
     pydantic.Field(discriminator="kind"),
-    pydantic.BeforeValidator(sgd_where_no_kind),
+    pydantic.BeforeValidator(lambda value: {"kind": "sgd", **value} if isinstance(value, dict) else value),
 ]

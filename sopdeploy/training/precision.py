@@ -1,10 +1,10 @@
-"""In what precision a step computes: autocast, and the scale that keeps float16 gradients from vanishing.
+"""Mixed precision, and checks for NaN and infinity.
 
-Second-order parts leave autocast by themselves (`sopdeploy.layers.covariance`); weights, their mean and the
-optimizer's state stay in float32.
+Second-order layers leave autocast by themselves (`sopdeploy.layers.covariance`). Weights, their average and
+the optimizer's state stay in float32.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,12 +14,16 @@ from torch.optim import Optimizer
 
 from sopdeploy.errors import TrainingError
 
-MOST_SKIPS = 20  # the first scale is 2^16: halved twenty times it is far below 1
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_SKIPPED_STEPS = 20  # in a row; the first scale is 2^16, so 20 halvings end far below 1
+_SAMPLES_IN_MESSAGE = 16
 
 
 class Precision:
-    """The scale is part of the state; `skipped` counts the last steps whose gradient overflowed float16."""
+    """Autocast and gradient scaling of a run.
+
+    `skipped` counts the most recent consecutive steps that were skipped because a gradient overflowed
+    float16. It is part of the state, like the scale.
+    """
 
     def __init__(self, kind: str, device: torch.device) -> None:
         self.kind, self.device = kind, device
@@ -27,27 +31,19 @@ class Precision:
         self.skipped = 0
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Return the context of a forward pass."""
-        return torch.autocast(self.device.type, TYPES[self.kind], enabled=self.kind != "fp32")
-
-    def scale(self, loss: Tensor) -> Tensor:
-        """Return what to differentiate in place of *loss*."""
-        scaled: Tensor = self.scaler.scale(loss)
-        return scaled
-
-    def unscale(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the scale, so that a norm means something."""
-        self.scaler.unscale_(optimizer)
+        """Return the autocast context of a forward pass."""
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.kind]
+        return torch.autocast(self.device.type, dtype, enabled=self.kind != "fp32")
 
     def step(self, optimizer: Optimizer, *, finite: bool) -> bool:
-        """Do the step and say whether it was done: float16's are left out where a gradient overflowed.
+        """Run the optimizer step if the gradient is *finite*; return whether it ran.
 
-        Raises `TrainingError` after too many of these in a row. Without a scale the caller has checked.
+        The gradients must be unscaled. Raises `TrainingError` after too many skipped steps in a row.
         """
         self.scaler.step(optimizer)
         self.scaler.update()
         self.skipped = 0 if finite else self.skipped + 1
-        if self.skipped >= MOST_SKIPS:
+        if self.skipped >= MAX_SKIPPED_STEPS:
             raise TrainingError(
                 f"the gradient overflowed float16 in {self.skipped} steps in a row; set precision=bf16 or "
                 "fp32, or lower optimizer.lr"
@@ -55,76 +51,66 @@ class Precision:
         return finite
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scale and the count of skipped steps."""
+        """Return the scale and the number of skipped steps."""
         return {"scaler": self.scaler.state_dict(), "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from *state*."""
+        """Restore *state*; the scale of another precision is ignored."""
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.skipped = int(state["skipped"])
 
 
-SHOWN = 16  # samples that a message names
+def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Return the name of the first tensor with a NaN or infinity, or None."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            return name
+    return None
 
 
-def first_not_finite_tensor(named: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Return the name of the first floating-point tensor with such a number, or `None`."""
-    return next(
-        (name for name, tensor in named if tensor.is_floating_point() and not bool(tensor.isfinite().all())),
-        None,
-    )
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Return a bool scalar on the device of *tensors*, without synchronizing with it."""
+    return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Return the gradients of the parameters that have one."""
-    return {
-        f"the gradient of {name}": parameter.grad
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
+    """Return the gradients of *model* by the name that error messages use."""
+    named = model.named_parameters()
+    return {f"the gradient of {name}": value.grad for name, value in named if value.grad is not None}
 
 
 def float_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that hold floating-point numbers, such as batch norm's running variance."""
-    return {
-        f"the buffer {name}": buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()
-    }
+    """Return the floating-point buffers of *model* by the name for error messages."""
+    named = model.named_buffers()
+    return {f"the buffer {name}": buffer for name, buffer in named if buffer.is_floating_point()}
 
 
-def tensors_of(nest: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in a nest of tables and lists under dotted names."""
-    if isinstance(nest, Tensor):
-        yield prefix, nest
-    elif isinstance(nest, dict):
-        for key, value in nest.items():
-            yield from tensors_of(value, f"{prefix}.{key}")
-    elif isinstance(nest, list | tuple):
-        for number, value in enumerate(nest):
-            yield from tensors_of(value, f"{prefix}.{number}")
+def named_tensors(nested: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in nested dicts and lists with dotted names."""
+    if isinstance(nested, Tensor):
+        yield prefix, nested
+    elif isinstance(nested, dict | list | tuple):
+        for key, value in nested.items() if isinstance(nested, dict) else enumerate(nested):
+            yield from named_tensors(value, f"{prefix}.{key}")
 
 
-def must_be_finite(state: Any) -> None:
-    """Raise `TrainingError` for the first tensor in *state*, a table, that may not be written."""
+def check_finite(state: Mapping[str, Any]) -> None:
+    """Raise `TrainingError` if *state* contains a tensor that must not be saved."""
     for key, value in state.items():
-        culprit = first_not_finite_tensor(tensors_of(value, str(key)))
-        if culprit is not None:
+        name = first_non_finite(named_tensors(value, str(key)))
+        if name is not None:
             raise TrainingError(
-                f"{culprit} is no longer finite; nothing was saved, lower optimizer.lr or set "
-                "optimizer.clip_norm"
+                f"{name} is not finite; nothing was saved, lower optimizer.lr or set optimizer.clip_norm"
             )
 
 
-def not_finite(culprit: str, epoch: int, step: int, samples: list[int]) -> TrainingError:
-    """Return the error that names the part, the step (from 0) and its samples."""
-    shown = ", ".join(map(str, samples[:SHOWN]))
-    more = f" and {len(samples) - SHOWN} more" if len(samples) > SHOWN else ""
+def non_finite_error(name: str, epoch: int, step: int, samples: list[int]) -> TrainingError:
+    """Build the error for the tensor *name* in a step (from 0) with these *samples*."""
+    shown = ", ".join(map(str, samples[:_SAMPLES_IN_MESSAGE]))
+    if len(samples) > _SAMPLES_IN_MESSAGE:
+        shown += f" and {len(samples) - _SAMPLES_IN_MESSAGE} more"
     return TrainingError(
-        f"epoch {epoch + 1}, step {step + 1}: {culprit} is not finite; lower optimizer.lr or set "
-        f"optimizer.clip_norm (samples {shown}{more})"
+        f"epoch {epoch + 1}, step {step + 1}: {name} is not finite; lower optimizer.lr or set "
+        f"optimizer.clip_norm (samples {shown})"
     )
-
-
-def all_finite(values: Iterable[Tensor]) -> Tensor:
-    """Return a scalar of type bool, without waiting for the device."""
-    return torch.stack([value.isfinite().all() for value in values]).all()

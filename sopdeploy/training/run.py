@@ -1,7 +1,7 @@
-"""One run in memory: the network, its optimizer and how far it is; a checkpoint is its picture on disk.
+"""The state of a run in memory, and its conversion to a checkpoint.
 
-Order, augmentation, dropout and learning rate are functions of (seed, epoch, step), so that weights,
-momentum and position are all that a resumed run needs to go on bit for bit.
+Sample order, augmentation, dropout and learning rate are functions of (seed, epoch, step). Weights, optimizer
+state and position are therefore enough to resume a run bit for bit.
 """
 
 import platform
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pydantic
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import sopdeploy
@@ -21,33 +21,31 @@ from sopdeploy.environment import machine
 from sopdeploy.evaluation.prediction import EvalMetrics
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
+from sopdeploy.models.dsop import DSoP
 from sopdeploy.models.registry import create_model
 from sopdeploy.seeds import derive_seed
-from sopdeploy.training.diagnostics import Sight
-from sopdeploy.training.distributed.batch_sharding import share_batches
-from sopdeploy.training.distributed.strategy import Parallel
+from sopdeploy.training.diagnostics import Diagnostics, EpochRow, Throughput, best_epoch
+from sopdeploy.training.distributed.batch_sharding import shard_layers
+from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
-from sopdeploy.training.fine_tuning import parameter_groups, take_weights
-from sopdeploy.training.history import EpochRow, Speed, best_row
+from sopdeploy.training.fine_tuning import load_start_weights, parameter_groups
 from sopdeploy.training.losses import Loss, Teacher
-from sopdeploy.training.precision import Precision, float_buffers, must_be_finite
+from sopdeploy.training.precision import Precision, check_finite, float_buffers
 from sopdeploy.training.recipe import Recipe
-
-SHORTEST = 1e-9  # seconds
 
 
 class StepResult(NamedTuple):
-    """What a step gave: its loss, and the norm of its gradient before it is clipped."""
+    """The loss of a step, and its gradient norm before clipping."""
 
     loss: Loss
     gradient: float
 
 
 class Position(StrictModel):
-    """How far a run is: whole epochs, steps of the next one, and what has been counted on the way.
+    """The progress of a run, as checkpoints contain it.
 
-    `sums` are the parts of the loss and `gradient` its gradient's norm, added up over the `seen` pictures of
-    the epoch under way; `learning` are the seconds of its steps, `waiting` those of them without pictures.
+    `sums` (parts of the loss) and `gradient` (norms) are sums over the `seen` images of the current epoch.
+    `learning` is the time of its steps in seconds, `waiting` the part of it spent waiting for data.
     """
 
     epoch: int = 0
@@ -63,38 +61,33 @@ class Position(StrictModel):
 
 @dataclass(slots=True)
 class Run:
-    """A run under way. `network` computes in training: `model` itself, or what wraps or compiles it."""
+    """A run in progress; `network` is `model` or its wrapped or compiled form."""
 
     recipe: Recipe
     labels: tuple[str, ...]
     train_count: int
-    parallel: Parallel
-    normalise: Normalize
+    strategy: Strategy
+    normalize: Normalize
     precision: Precision
     config: dict[str, Any]
     model: Classifier
     network: nn.Module
     optimizer: Optimizer
-    average: ExponentialMovingAverage | None = None
+    ema: ExponentialMovingAverage | None = None
     teacher: Teacher | None = None
-    at: Position = field(default_factory=Position)
+    position: Position = field(default_factory=Position)
 
-    def place(self, model: Classifier, config: dict[str, Any]) -> None:
-        """Learn with *model*, the catalog's network of *config*, from here on, with a fresh optimizer."""
-        self.config = config
-        self.model, self.network, self.optimizer = placed(self.recipe, model, self.parallel)
-
-    def after_step(self, step: StepResult, count: int, seconds: float, waited: float) -> None:
-        """Move one step on, which took *seconds*, of which it *waited* for its *count* pictures."""
-        at = self.at
-        parts = {"loss": step.loss.total, **step.loss.parts}
+    def after_step(self, result: StepResult, count: int, seconds: float, waited: float) -> None:
+        """Advance by a step of *count* samples and *seconds*, *waited* of them for data."""
+        at = self.position
+        parts = {"loss": result.loss.total, **result.loss.parts}
         sums = {name: at.sums.get(name, 0.0) + float(part) * count for name, part in parts.items()}
-        self.at = at.model_copy(
+        self.position = at.model_copy(
             update={
                 "step": at.step + 1,
                 "seen": at.seen + count,
                 "sums": sums,
-                "gradient": at.gradient + step.gradient * count,
+                "gradient": at.gradient + result.gradient * count,
                 "learning": at.learning + seconds,
                 "waiting": at.waiting + waited,
                 "seconds": at.seconds + seconds,
@@ -102,83 +95,107 @@ class Run:
         )
 
     def after_epoch(
-        self, raw: EvalMetrics, average: EvalMetrics | None, sight: Sight, seconds: float
-    ) -> EpochRow:
-        """Move to the start of the next epoch; return what this one gave."""
-        at = self.at
+        self, raw: EvalMetrics, average: EvalMetrics | None, diagnostics: Diagnostics, seconds: float
+    ) -> None:
+        """Record the metrics of an epoch, whose evaluation took *seconds*."""
+        at = self.position
+        time = max(at.learning, 1e-9)
         row = EpochRow(
             epoch=at.epoch + 1,
             lr=self.optimizer.param_groups[0]["lr"],
             losses={name: total / at.seen for name, total in at.sums.items()},
-            figures=average if average is not None and self.exports() == "average" else raw,
+            figures=average if average is not None and self.exported_weights == "average" else raw,
             gradient=at.gradient / at.seen,
-            speed=Speed(
-                pictures_per_second=at.seen / max(at.learning, SHORTEST),
-                waiting=min(1.0, at.waiting / max(at.learning, SHORTEST)),
-            ),
-            sight=sight,
+            speed=Throughput(pictures_per_second=at.seen / time, waiting=min(1.0, at.waiting / time)),
+            sight=diagnostics,
             raw=raw if average is not None else None,
             average=average,
             seconds=at.seconds + seconds,
         )
-        self.at = Position(epoch=at.epoch + 1, seconds=row.seconds, history=(*at.history, row))
-        return row
+        self.position = Position(epoch=at.epoch + 1, seconds=row.seconds, history=(*at.history, row))
 
-    def settle(self) -> None:
-        """Make the networks of all processes the same: batch norms of their own have statistics of their own.
+    def synchronize_buffers(self) -> None:
+        """Average the running statistics of local batch norms over processes.
 
-        The mean of running statistics is what they would have become from the mean of the batches', so that
-        it does not matter when it is taken.
+        The average is linear in the statistics of the batches, so the time at which it is taken is
+        irrelevant.
         """
-        if self.parallel.world > 1 and self.recipe.batch_norm == "local":
-            for model in [self.model, *([self.average.model] if self.average else [])]:
+        if self.strategy.world > 1 and self.recipe.batch_norm == "local":
+            for model in [self.model, *([self.ema.model] if self.ema else [])]:
                 for buffer in float_buffers(model).values():
-                    buffer.copy_(self.parallel.all_reduce(buffer) / self.parallel.world)
+                    buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
 
     def is_best(self) -> bool:
-        """Say whether the last finished epoch is the best so far."""
-        return bool(self.at.history) and best_row(self.at.history).epoch == self.at.epoch
+        """Return whether the last finished epoch is the best one."""
+        history = self.position.history
+        return bool(history) and best_epoch(history).epoch == self.position.epoch
 
-    def exports(self) -> str:
-        """Return which weights a checkpoint carries for use: `raw` or `average`."""
+    @property
+    def exported_weights(self) -> str:
+        """The weights that a checkpoint exports: `raw` or `average`."""
         return self.recipe.ema.export if self.recipe.ema is not None else "raw"
 
+    def remove_branches_if_due(self) -> None:
+        """Remove the branches in the epoch of `model.remove_branches_at`, an ablation.
+
+        The model is rebuilt without branches. The weights, optimizer state and averages of the other
+        parameters are kept.
+        """
+        due, old = self.recipe.model.remove_branches_at, self.model
+        if due is None or self.position.epoch < due or not isinstance(old, DSoP) or not old.taps:
+            return
+        self.config = {
+            **self.config,
+            "aux_blocks": [0] * len(old.tap_stages()),
+            "keep_unused_branches": False,
+        }
+        new = create_model(self.recipe.model.name, num_classes=len(self.labels), **self.config)
+        weights = old.state_dict()
+        new.load_state_dict({name: weights[name] for name in new.state_dict()})
+        names: dict[Tensor, str] = {parameter: name for name, parameter in old.named_parameters()}
+        states = {names[parameter]: state for parameter, state in self.optimizer.state.items()}
+        self.model, self.network, self.optimizer = _place(self.recipe, new, self.strategy)
+        for name, parameter in self.model.named_parameters():
+            if name in states:
+                self.optimizer.state[parameter] = states[name]
+        if self.ema is not None:
+            self.ema.drop_missing(self.model)
+
     def checkpoint(self, *, resumable: bool) -> Checkpoint:
-        """Return the run as it is written; raises `TrainingError` where a number is no longer finite."""
-        self.settle()
+        """Build a checkpoint; raise `TrainingError` if it would contain a NaN or infinity."""
+        self.synchronize_buffers()
         raw = self.model.state_dict()
-        average = self.average.state_dict() if self.average is not None else None
-        weights = average["weights"] if average is not None and self.exports() == "average" else raw
+        average = self.ema.state_dict() if self.ema is not None else None
         resume = None
         if resumable:
             resume = {
-                "position": self.at.model_dump(mode="json"),
+                "position": self.position.model_dump(mode="json"),
                 "optimizer": self.optimizer.state_dict(),
                 "train_count": self.train_count,
                 "precision": self.precision.state_dict(),
                 "weights": raw,
                 "average": average,
             }
-        must_be_finite({"weights": raw, "average": average, **(resume or {})})
+        check_finite({"weights": raw, "average": average, **(resume or {})})
         return Checkpoint(
             model=self.recipe.model.name,
             config=self.config,
-            weights=weights,
+            weights=average["weights"] if average and self.exported_weights == "average" else raw,
             labels=self.labels,
             preprocess=self.recipe.preprocess,
-            training=self.record(),
+            training=self._training_record(),
             resume=resume,
         )
 
-    def record(self) -> dict[str, Any]:
-        """Return how the weights came about, for whoever reads the checkpoint later."""
-        history = self.at.history
+    def _training_record(self) -> dict[str, Any]:
+        """Describe how the weights were trained."""
+        history, device = self.position.history, self.strategy.device
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "seed": self.recipe.seed,
-            "epoch": self.at.epoch,
-            "step": self.at.step,
-            "weights": self.exports(),
+            "epoch": self.position.epoch,
+            "step": self.position.step,
+            "weights": self.exported_weights,
             "figures": history[-1].figures.model_dump() if history else None,
             "versions": {
                 "sopdeploy": sopdeploy.__version__,
@@ -187,62 +204,57 @@ class Run:
             },
             "machine": {
                 **{name: fact for name, fact in machine().items() if name != "load"},
-                "device": device_name(self.parallel.device),
-                "processes": self.parallel.world,
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+                "processes": self.strategy.world,
             },
         }
 
 
-def device_name(device: torch.device) -> str:
-    """Return what computes: `cpu`, or the name of the GPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def create_run(recipe: Recipe, images: LabeledImages, strategy: Strategy) -> Run:
+    """Create a run with initial weights."""
+    model = create_initial_model(recipe, len(images.labels))
+    return assemble_run(recipe, images, model, recipe.model.full_config(), strategy)
 
 
-def start_run(recipe: Recipe, pictures: LabeledImages, parallel: Parallel) -> Run:
-    """Return a run with fresh weights, at its start."""
-    model = fresh_model(recipe, len(pictures.labels))
-    return assemble(recipe, pictures, model, recipe.model.full_config(), parallel)
-
-
-def fresh_model(recipe: Recipe, classes: int) -> Classifier:
-    """Return the network that *recipe* begins with by itself."""
+def create_initial_model(recipe: Recipe, num_classes: int) -> Classifier:
+    """Create the model of *recipe* with its initial weights, which depend on the seed."""
     torch.manual_seed(derive_seed(recipe.seed, "weights"))
-    model = create_model(recipe.model.name, num_classes=classes, **recipe.model.config)
+    model = create_model(recipe.model.name, num_classes=num_classes, **recipe.model.config)
     if recipe.start is not None:
-        take_weights(recipe.start, model)
+        load_start_weights(recipe.start, model)
     return model
 
 
-def assemble(
-    recipe: Recipe, pictures: LabeledImages, model: Classifier, config: dict[str, Any], parallel: Parallel
+def assemble_run(
+    recipe: Recipe, images: LabeledImages, model: Classifier, config: dict[str, Any], strategy: Strategy
 ) -> Run:
-    """Put *model*, its optimizer and its normalisation where the recipe wants them."""
-    model, network, optimizer = placed(recipe, model, parallel)
+    """Create a run that trains *model*, which has the complete *config*."""
+    model, network, optimizer = _place(recipe, model, strategy)
     teacher = None
     if recipe.teacher is not None:
-        teacher = Teacher(recipe.teacher, pictures.labels, recipe.preprocess, parallel.device)
+        teacher = Teacher(recipe.teacher, images.labels, recipe.preprocess, strategy.device)
     return Run(
         recipe=recipe,
-        labels=pictures.labels,
-        train_count=len(pictures),
-        parallel=parallel,
-        normalise=Normalize(recipe.preprocess).to(parallel.device),
-        precision=Precision(recipe.precision, parallel.device),
+        labels=images.labels,
+        train_count=len(images),
+        strategy=strategy,
+        normalize=Normalize(recipe.preprocess).to(strategy.device),
+        precision=Precision(recipe.precision, strategy.device),
         config=config,
         model=model,
         network=network,
         optimizer=optimizer,
-        average=ExponentialMovingAverage(recipe.ema, model) if recipe.ema is not None else None,
+        ema=ExponentialMovingAverage(recipe.ema, model) if recipe.ema is not None else None,
         teacher=teacher,
     )
 
 
-def placed(recipe: Recipe, model: Classifier, parallel: Parallel) -> tuple[Classifier, nn.Module, Optimizer]:
-    """Return *model* on its device, what computes it in training, and its optimizer."""
+def _place(recipe: Recipe, model: Classifier, strategy: Strategy) -> tuple[Classifier, nn.Module, Optimizer]:
+    """Move *model* to its device; return it, the module to call, and an optimizer."""
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
-    model = model.to(parallel.device, memory_format=layout).train()  # type: ignore[call-overload]
-    share_batches(model, recipe.batch_norm, parallel.world, parallel.rows)
-    network = parallel.setup(model)
+    model = model.to(strategy.device, memory_format=layout).train()  # type: ignore[call-overload]
+    shard_layers(model, recipe.batch_norm, strategy.world, strategy.shard_rng)
+    network = strategy.setup(model)
     if recipe.compile:
         network = torch.compile(network)  # type: ignore[assignment]
-    return model, network, recipe.optimizer.make(parameter_groups(model, recipe.start))
+    return model, network, recipe.optimizer.create(parameter_groups(model, recipe.start))

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the time in epochs: nothing to save, nothing to restore."""
+"""Learning rate schedules: stateless functions of the time in epochs."""
 
 import itertools
 import math
@@ -8,96 +8,94 @@ import pydantic
 
 from sopdeploy.config import StrictModel
 
+Epochs = Annotated[float, pydantic.Field(ge=0)]
+
 
 class Milestones(StrictModel):
-    """Times `gamma` at each milestone (in whole epochs), after a linear warm-up from 0.
+    """Multiply by `gamma` at each milestone, after a linear warm-up from 0.
 
-    Milestones count from the start of the run, warm-up included.
+    Milestones are whole epochs from the start of the run, warm-up included.
     """
 
     kind: Literal["milestones"]
     milestones: tuple[Annotated[int, pydantic.Field(ge=1)], ...] = ()
     gamma: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.1
-    warmup_epochs: Annotated[float, pydantic.Field(ge=0)] = 0.0
+    warmup_epochs: Epochs = 0.0
 
     @pydantic.field_validator("milestones")
     @classmethod
-    def _ascending(cls, milestones: tuple[int, ...]) -> tuple[int, ...]:
+    def _check_ascending(cls, milestones: tuple[int, ...]) -> tuple[int, ...]:
         if any(later <= earlier for earlier, later in itertools.pairwise(milestones)):
-            raise ValueError("milestones must grow")
+            raise ValueError("milestones must be in ascending order")
         return milestones
 
-    def factor(self, time: float, epochs: int) -> float:
-        """Return what the recipe's learning rate is multiplied by, *time* epochs into the run."""
-        del epochs
+    def factor(self, time: float, _epochs: int) -> float:
+        """Return the factor on the base learning rate after *time* epochs."""
         decayed = self.gamma ** sum(time >= milestone for milestone in self.milestones)
         return decayed * min(1.0, time / self.warmup_epochs) if self.warmup_epochs else decayed
 
     def landmarks(self, epochs: int) -> tuple[float, ...]:
-        """Return the times in epochs at which the rate turns."""
+        """Return the times in epochs at which the schedule changes its form."""
         return (0.0, self.warmup_epochs, *(float(m) for m in self.milestones if m < epochs))
 
 
-class Falling(StrictModel):
-    """What cosine and polynomial share: a warm-up from 0, then down from 1 to `floor` at the run's end."""
+class _Decay(StrictModel):
+    """A linear warm-up from 0, then a decay from 1 to `floor` at the end of the run."""
 
-    warmup_epochs: Annotated[float, pydantic.Field(ge=0)] = 0.0
+    warmup_epochs: Epochs = 0.0
     floor: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0
 
     def factor(self, time: float, epochs: int) -> float:
-        """Return what the recipe's learning rate is multiplied by, *time* epochs into the run."""
+        """Return the factor on the base learning rate after *time* of *epochs* epochs."""
         if time < self.warmup_epochs:
             return time / self.warmup_epochs
-        left = epochs - self.warmup_epochs
-        done = min(1.0, (time - self.warmup_epochs) / left) if left > 0 else 1.0
-        return self.floor + (1 - self.floor) * self.fall(done)
+        remaining = epochs - self.warmup_epochs
+        progress = min(1.0, (time - self.warmup_epochs) / remaining) if remaining > 0 else 1.0
+        return self.floor + (1 - self.floor) * self._decay(progress)
 
     def landmarks(self, epochs: int) -> tuple[float, ...]:
-        """Return the start, the end of the warm-up, the middle of the way down and the end."""
+        """Return the start, the end of the warm-up, the middle of the decay and the end."""
         return (0.0, self.warmup_epochs, (self.warmup_epochs + epochs) / 2, float(epochs))
 
-    def fall(self, _done: float, /) -> float:
-        """Return the way down from 1 to 0 after a share of it."""
-        raise TypeError(f"{type(self).__name__} must say how it falls")
+    def _decay(self, progress: float, /) -> float:
+        raise NotImplementedError
 
 
-class Cosine(Falling):
-    """Down as half a cosine. Source: Loshchilov and Hutter, "SGDR" (ICLR 2017), without restarts."""
+class Cosine(_Decay):
+    """Decay as half a cosine. Source: Loshchilov and Hutter, "SGDR" (ICLR 2017)."""
 
     kind: Literal["cosine"]
 
-    def fall(self, done: float, /) -> float:
-        """Return half a cosine."""
-        return between(1.0, 0.0, done)
+    def _decay(self, progress: float, /) -> float:
+        return _cosine(1.0, 0.0, progress)
 
 
-class Polynomial(Falling):
-    """Down as (1 - done) to the `power`; 1 is a straight line."""
+class Polynomial(_Decay):
+    """Decay as (1 - progress) to the `power`; 1 is linear."""
 
     kind: Literal["polynomial"]
     power: Annotated[float, pydantic.Field(gt=0)] = 1.0
 
-    def fall(self, done: float, /) -> float:
-        """Return the power of what is left."""
-        return math.pow(1 - done, self.power)
+    def _decay(self, progress: float, /) -> float:
+        return math.pow(1 - progress, self.power)
 
 
 class OneCycle(StrictModel):
-    """Up from 1/25 to 1 in the first `rise` of the run, down to nearly 0 in the rest, both as a cosine.
+    """Rise from 1/25 to 1 in the fraction `rise` of the run, then fall to nearly 0.
 
-    Source: Smith, "Super-Convergence" (2018), with PyTorch's defaults.
+    Source: Smith, "Super-Convergence" (2018), with the defaults of PyTorch's `OneCycleLR`.
     """
 
     kind: Literal["one-cycle"]
     rise: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.3
 
     def factor(self, time: float, epochs: int) -> float:
-        """Return what the recipe's learning rate is multiplied by, *time* epochs into the run."""
+        """Return the factor on the base learning rate after *time* of *epochs* epochs."""
         first, last = 1 / 25, 1 / 25 / 1e4
-        done = time / epochs
-        if done < self.rise:
-            return between(first, 1.0, done / self.rise)
-        return between(1.0, last, (done - self.rise) / (1 - self.rise))
+        progress = time / epochs
+        if progress < self.rise:
+            return _cosine(first, 1.0, progress / self.rise)
+        return _cosine(1.0, last, (progress - self.rise) / (1 - self.rise))
 
     def landmarks(self, epochs: int) -> tuple[float, ...]:
         """Return the start, the peak and the end."""
@@ -107,6 +105,6 @@ class OneCycle(StrictModel):
 Schedule = Annotated[Milestones | Cosine | Polynomial | OneCycle, pydantic.Field(discriminator="kind")]
 
 
-def between(start: float, end: float, done: float) -> float:
-    """Return the value on half a cosine from *start* to *end* after the share *done* of it."""
-    return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
+def _cosine(start: float, end: float, progress: float) -> float:
+    """Interpolate from *start* to *end* along half a cosine."""
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2

@@ -1,7 +1,7 @@
-"""Signals as questions that the loop answers between two steps, when nothing is half done.
+"""Handle signals between two training steps.
 
-Ctrl-C and SIGTERM: save and end. SIGUSR1: save and go on, as batch systems ask before they take the machine.
-Where several processes train, what one of them is asked all of them do, after the same step.
+Ctrl-C and SIGTERM save the run and end it. SIGUSR1 saves it and continues; batch systems send it before they
+preempt a job. With several processes, a signal to one of them takes effect in all after the same step.
 """
 
 import signal
@@ -15,77 +15,78 @@ import torch
 from sopdeploy.errors import TrainingError
 from sopdeploy.evaluation.prediction import ProcessGroup
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SAVE = signal.SIGUSR1
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAVE_SIGNAL = signal.SIGUSR1
 
 
-class StopRequested(Exception):  # noqa: N818  # no error: it never leaves `train`
-    """Raised between two steps after a signal."""
+class StopRequested(Exception):  # noqa: N818  # not an error: `train` handles it
+    """Raised between two steps after a stop signal."""
 
 
 class TrainingStoppedError(TrainingError):
-    """The run was stopped by a signal and saved; `signal_number` is for the exit code."""
+    """The run was stopped by the signal `signal_number` and saved."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
 
 
-class Stop:
-    """What all processes agreed on: the signal that asked the run to stop, 0 is none, and whether to save."""
+class SignalState:
+    """The signals received by any process; all processes agree on them in `check`."""
 
-    signal_number = 0
-    save_wanted = False
+    signal_number = 0  # the stop signal; 0: none
 
     def __init__(self, processes: ProcessGroup) -> None:
         self.processes = processes
-        self.heard: set[int] = set()
+        self.received: set[int] = set()
+        self._save_requested = False
 
     def check(self, *, save: bool = False) -> None:
-        """Raise `StopRequested` if any process was asked to stop; *save* asks all of them for a checkpoint.
+        """Raise `StopRequested` after a stop signal; *save* requests a checkpoint.
 
-        Every process must call it equally often.
+        All processes must call it equally often.
         """
-        here = [number in self.heard for number in (*SIGNALS, SAVE)]
-        self.heard.discard(SAVE)
-        *stops, saves = self.processes.all_reduce(torch.tensor([*here[:-1], here[-1] or save]).int()).tolist()
-        self.save_wanted = self.save_wanted or bool(saves)
-        self.signal_number = next((number for number, asked in zip(SIGNALS, stops, strict=True) if asked), 0)
+        requests = [number in self.received for number in STOP_SIGNALS]
+        requests.append(SAVE_SIGNAL in self.received or save)
+        self.received.discard(SAVE_SIGNAL)
+        *stops, saves = self.processes.all_reduce(torch.tensor(requests).int()).tolist()
+        self._save_requested = self._save_requested or bool(saves)
+        self.signal_number = next((number for number, n in zip(STOP_SIGNALS, stops, strict=True) if n), 0)
         if self.signal_number:
             raise StopRequested
 
-    def asked_to_save(self) -> bool:
-        """Say whether a checkpoint was asked for since the last time."""
-        asked, self.save_wanted = self.save_wanted, False
-        return asked
+    def pop_save_request(self) -> bool:
+        """Return whether a checkpoint was requested since the last call."""
+        requested, self._save_requested = self._save_requested, False
+        return requested
 
 
 @contextmanager
-def watch_for_stop(processes: ProcessGroup) -> Iterator[Stop]:
-    """Turn signals into requests; a second Ctrl-C or SIGTERM acts as it did before.
+def handle_signals(processes: ProcessGroup) -> Iterator[SignalState]:
+    """Record signals instead of acting on them; a second stop signal acts as before.
 
-    Not so where several processes train: torchrun and a batch system both pass on the same signal, and
-    torchrun kills what takes too long. Outside the main thread Python delivers no signals, and nothing is
-    watched.
+    With several processes a second stop signal has no effect either: torchrun and the batch system often
+    send the same signal, and torchrun kills processes that take too long. Outside the main thread Python
+    delivers no signals, and nothing is installed.
     """
-    stop = Stop(processes)
+    state = SignalState(processes)
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield state
         return
-    before = {number: signal.getsignal(number) for number in (*SIGNALS, SAVE)}
+    previous = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, SAVE_SIGNAL)}
 
     def restore(*numbers: signal.Signals) -> None:
         for number in numbers:
-            signal.signal(number, before[number])
+            signal.signal(number, previous[number])
 
-    def remember(number: int, _frame: FrameType | None) -> None:
-        stop.heard.add(number)
-        if number != SAVE and processes.world == 1:
-            restore(*SIGNALS)
+    def record(number: int, _frame: FrameType | None) -> None:
+        state.received.add(number)
+        if number != SAVE_SIGNAL and processes.world == 1:
+            restore(*STOP_SIGNALS)
 
-    for number in before:
-        signal.signal(number, remember)
+    for number in previous:
+        signal.signal(number, record)
     try:
-        yield stop
+        yield state
     finally:
-        restore(*before)
+        restore(*previous)

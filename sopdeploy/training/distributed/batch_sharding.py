@@ -1,7 +1,7 @@
-"""Which samples of a step one process loads and computes, piece by piece.
+"""Assign the samples of a step to processes and micro-batches.
 
-A step's pieces are those of the whole batch, and every process computes a part of each: what couples the
-samples of a piece couples the same ones, however many processes there are.
+The micro-batches of a step are those of the whole batch, and every process computes a shard of each. What
+couples the samples of a micro-batch therefore couples the same samples for any number of processes.
 """
 
 from collections.abc import Sequence
@@ -13,82 +13,75 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.distributed import FrozenBatchNorm, GlobalBatchNorm, Replacement, Rows, RowsDropout
 from sopdeploy.layers.mixture.gate import GateNoise
-from sopdeploy.training.distributed.strategy import Parallel
+from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.recipe import Recipe
 
 
-class Piece(NamedTuple):
-    """Rows `first` to `end` of what is loaded are here, of `total` in all processes."""
+class MicroBatch(NamedTuple):
+    """Loaded samples `first` to `end`, of `total` over all processes."""
 
     first: int
     end: int
     total: int
 
 
-class Slice(NamedTuple):
-    """`samples` are loaded in this order, `pieces` computed.
+class StepShard(NamedTuple):
+    """The `samples` to load, in this order, and the `micro_batches` to compute.
 
-    What lies before a piece is a neighbour, loaded only to be mixed with the first sample of the piece.
+    With mixup or CutMix, the sample before each shard is loaded too, because the first sample mixes with it.
     """
 
     samples: list[int]
-    pieces: list[Piece]
+    micro_batches: list[MicroBatch]
 
 
-def slice_of(samples: Sequence[int], recipe: Recipe, parallel: Parallel) -> Slice:
-    """Return this process' slice of a step with *samples*."""
-    mixes = parallel.world > 1 and (recipe.mix.mixup > 0 or recipe.mix.cutmix > 0)
-    count = min(recipe.accumulate, max(1, len(samples) // max(2, parallel.world)))
+def shard_step(samples: Sequence[int], recipe: Recipe, strategy: Strategy) -> StepShard:
+    """Select what this process loads and computes of a step with *samples*."""
+    mixes = strategy.world > 1 and (recipe.mix.mixup > 0 or recipe.mix.cutmix > 0)
+    count = min(recipe.accumulate, max(1, len(samples) // max(2, strategy.world)))
     loaded: list[int] = []
-    pieces = []
+    micro_batches = []
     for number in range(count):
-        start, end = (-(-len(samples) * place // count) for place in (number, number + 1))
-        places = parallel.share(range(start, end))
+        start, end = (-(-len(samples) * index // count) for index in (number, number + 1))
+        indices = strategy.shard(range(start, end))
         if mixes:
-            loaded.append(samples[places[0] - 1])
-        pieces.append(Piece(len(loaded), len(loaded) + len(places), end - start))
-        loaded += [samples[place] for place in places]
-    return Slice(loaded, pieces)
+            loaded.append(samples[indices[0] - 1])
+        micro_batches.append(MicroBatch(len(loaded), len(loaded) + len(indices), end - start))
+        loaded += [samples[index] for index in indices]
+    return StepShard(loaded, micro_batches)
 
 
-def must_divide(recipe: Recipe, count: int, world: int) -> None:
-    """Raise `ConfigError` unless *world* processes can share every step of *count* samples equally enough."""
+def check_divisible(recipe: Recipe, train_count: int, world: int) -> None:
+    """Raise `ConfigError` unless *world* processes get enough samples in every step."""
     if recipe.batch_size % world:
         raise ConfigError(
-            f"batch_size: {recipe.batch_size} samples a step cannot be shared equally by {world} processes; "
-            f"it is the size of the whole step, choose a multiple of {world} (the learning rate stays)"
+            f"batch_size: a step of {recipe.batch_size} samples cannot be divided among {world} processes; "
+            f"choose a multiple of {world} (it counts all processes, the learning rate does not change)"
         )
-    least = count // -(-count // recipe.batch_size)  # the sizes of steps differ by one at most
-    if least // recipe.accumulate < world:
+    smallest = train_count // -(-train_count // recipe.batch_size)  # sizes of steps differ by at most one
+    if smallest // recipe.accumulate < world:
         raise ConfigError(
-            f"batch_size: steps of {least} samples in {recipe.accumulate} pieces leave some of {world} "
-            "processes without a sample; start fewer of them or lower accumulate"
+            f"batch_size: steps of {smallest} samples in {recipe.accumulate} micro-batches leave some of "
+            f"{world} processes without a sample; start fewer processes or lower accumulate"
         )
 
 
-BatchNormKind = Literal["local", "global", "frozen"]
+def shard_layers(
+    model: nn.Module, batch_norm: Literal["local", "global", "frozen"], world: int, shard_rng: Rows
+) -> None:
+    """Replace the layers of *model* whose results depend on the whole batch.
 
-
-def share_batches(model: nn.Module, batch_norm: BatchNormKind, world: int, rows: Rows) -> None:
-    """Change *model* for one of *world* processes; *rows* says which the next forward is of.
-
-    `batch_norm` "global" is an ordinary batch norm where there is one process. Raises `ConfigError` for a
-    batch norm that has no such kind.
+    They then compute the shard that *shard_rng* describes. With one process, "global" batch norm is the
+    ordinary one. Raises `ConfigError` for batch norm classes without a "global" or "frozen" version.
     """
     for parent in list(model.modules()):
         if isinstance(parent, GateNoise | RowsDropout):
-            parent.rows = rows
+            parent.rows = shard_rng
         for name, child in list(parent.named_children()):
             if type(child) is nn.Dropout:
-                setattr(parent, name, RowsDropout(child.p, rows).train(child.training))
+                setattr(parent, name, RowsDropout(child.p, shard_rng).train(child.training))
             elif isinstance(child, _BatchNorm) and not isinstance(child, Replacement):
-                setattr(parent, name, shared_norm(child, batch_norm, world))
-
-
-def shared_norm(norm: _BatchNorm, kind: BatchNormKind, world: int) -> _BatchNorm:
-    """Return what stands in for *norm*, with its parameters and buffers, or *norm* itself."""
-    if kind == "frozen":
-        return FrozenBatchNorm(norm)
-    if kind == "global" and world > 1:
-        return GlobalBatchNorm(norm)
-    return norm
+                if batch_norm == "frozen":
+                    setattr(parent, name, FrozenBatchNorm(child))
+                elif batch_norm == "global" and world > 1:
+                    setattr(parent, name, GlobalBatchNorm(child))

@@ -1,101 +1,88 @@
-"""Where a run computes, behind a few calls, so that the loop knows nothing of devices and processes.
+"""Where and how a run computes; the training loop uses only this interface.
 
-The loop asks for a network that computes (`setup`), a gradient (`backward`), a sum over processes
-(`all_reduce`), and a checkpoint written once and read everywhere (`save`, `load`). `Alone` is one process on
-one device.
+`SingleProcess` is one process on one device, `DataParallel` (in `data_parallel`) one of several processes.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sopdeploy.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from sopdeploy.errors import ConfigError
-from sopdeploy.evaluation.prediction import ProcessGroup, SingleProcessGroup
 from sopdeploy.layers.distributed import Rows
 
 
-class Parallel(ProcessGroup, Protocol):
-    """The processes of a run. A step's loss is the sum over all of them of what each one computed."""
+class Strategy:
+    """The processes of a run; the base class is one process on one device.
 
-    device: torch.device
-    rows: Rows
+    The loss of a step is the sum of the losses that the processes compute. `shard_rng` makes layers draw
+    random numbers for the whole batch and use those of this process.
+    """
 
-    def setup(self, model: nn.Module) -> nn.Module:
-        """Return what to call in training: *model*, already on the device, wrapped where that is needed.
-
-        Called again after the network has lost its branches. Checkpoints are of *model*, not of a wrapper.
-        """
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of *loss* to the parameters' `grad`; sum over processes on a step's *last* piece.
-
-        *loss* is this piece's part of the step's: the mean over its samples times their share of the step.
-        """
-
-    def sums(self, tensors: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor | None]:
-        """Return the sum of each of *tensors*, shaped as *likes*, over the processes.
-
-        One that is missing counts as 0, and stays missing where no process has it.
-        """
-
-    def share(self, samples: Sequence[int]) -> list[int]:
-        """Return which of *samples* this process computes."""
-
-    def begin(self, total: int) -> None:
-        """Say that the next forward is of this process' share of *total* samples."""
-
-    def save(self, path: Path, checkpoint: Checkpoint) -> None:
-        """Write *checkpoint* once, all or nothing."""
-
-    def load(self, path: Path) -> Checkpoint:
-        """Return the checkpoint at *path*, the same in every process."""
-
-
-class SingleProcess(SingleProcessGroup):
-    """One process on one device."""
+    rank = 0
+    world = 1
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.rows = Rows()
+        self.shard_rng = Rows()
 
     def setup(self, model: nn.Module) -> nn.Module:
-        """Return *model* as it is."""
+        """Prepare *model*, already on the device, and return the module to call in training.
+
+        Called again after the branches are removed. Checkpoints contain *model*, not the wrapper.
+        """
         return model
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of *loss* to the parameters' `grad`."""
+        """Add the gradient of *loss* to `grad`; with *last*, sum it over processes.
+
+        *loss* is the mean over the samples of a micro-batch, times their fraction of the step.
+        """
         del last
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def sums(self, tensors: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor | None]:
-        """Return *tensors*."""
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Return the sum of *values* over the processes, on the device of *values*."""
+        return values
+
+    def all_reduce_list(
+        self, tensors: Sequence[Tensor | None], likes: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Return the sums of *tensors*, with the shapes of *likes*, over the processes.
+
+        None counts as 0, and the sum is None if all processes pass None.
+        """
         del likes
         return list(tensors)
 
-    def share(self, samples: Sequence[int]) -> list[int]:
-        """Return all *samples*."""
-        return list(samples)
+    def shard(self, samples: Sequence[int]) -> list[int]:
+        """Select this process' part of *samples*; the sizes differ by at most one."""
+        first, end = (len(samples) * rank // self.world for rank in (self.rank, self.rank + 1))
+        return list(samples[first:end])
 
-    def begin(self, total: int) -> None:
-        """Compute all of them."""
-        self.rows.total = total
+    def begin_forward(self, total: int) -> None:
+        """Announce a forward pass with this process' shard of *total* samples."""
+        self.shard_rng.start, self.shard_rng.total = total * self.rank // self.world, total
 
     def save(self, path: Path, checkpoint: Checkpoint) -> None:
-        """Write *checkpoint*."""
-        write_checkpoint(path, checkpoint)
+        """Write *checkpoint* atomically, in the first process only."""
+        if self.rank == 0:
+            write_checkpoint(path, checkpoint)
 
     def load(self, path: Path) -> Checkpoint:
-        """Return the checkpoint at *path*."""
+        """Read the checkpoint at *path*, in every process."""
         return read_checkpoint(path)
 
 
-def choose_device(wish: str) -> torch.device:
-    """Return where to compute; raises `ConfigError` for a CUDA device that is not there."""
+class SingleProcess(Strategy):
+    """One process on one device."""
+
+
+def select_device(name: str) -> torch.device:
+    """Select the device for `auto`, `cpu` or `cuda`; raise `ConfigError` without CUDA."""
     available = torch.cuda.is_available()
-    if wish == "cuda" and not available:
+    if name == "cuda" and not available:
         raise ConfigError("device: no CUDA device on this machine; set device=auto or device=cpu")
-    return torch.device("cuda" if available and wish != "cpu" else "cpu")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
