@@ -16,7 +16,7 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.sources import open_data
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy.training.diagnostics import look
+from sopdeploy.training.diagnostics import diagnose
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
 
@@ -40,7 +40,7 @@ def main() -> None:
             compare(
                 f"look, spectra {'kept' if spectra else 'not kept'}",
                 "an epoch that looks",
-                lambda spectra=spectra: look(model, held_out, normalise, 64, spectra=spectra),
+                lambda spectra=spectra: diagnose(model, held_out, normalise, 64, spectra=spectra),
                 epoch,
                 runs=2 if arguments.quick else 7,
                 clock=process_time,

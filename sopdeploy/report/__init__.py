@@ -1,4 +1,4 @@
-"""`sopdeploy report`: one page on a training run, with everything in it."""
+"""HTML reports on training runs (`sopdeploy report`)."""
 
 from sopdeploy.report.page import write_report
 

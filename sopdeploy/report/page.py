@@ -1,23 +1,16 @@
-"""`report.html` of a run: one page that needs no network and no script."""
+"""Write the report of a run: one self-contained HTML page."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import atomic_write
-from sopdeploy.html.markup import Html, document, paragraph, section, table, tag
-from sopdeploy.report.predictions import answer_tiles, answers_section, calibration_section, mistakes_section
-from sopdeploy.report.run_data import Story, read_story
-from sopdeploy.report.training import (
-    course_section,
-    gates_section,
-    learning_section,
-    spectra_section,
-    summary,
-)
-from sopdeploy.training.resume import flat
-
-LABELS_SHOWN = 20
+from sopdeploy.html.templates import percent, render
+from sopdeploy.report.predictions import predictions_context
+from sopdeploy.report.run_data import RunData, read_run
+from sopdeploy.report.training import training_context
+from sopdeploy.training.diagnostics import best_epoch
+from sopdeploy.training.recipe import flatten
 
 
 def write_report(
@@ -25,70 +18,51 @@ def write_report(
     destination: Path | None = None,
     *,
     data: Path | None = None,
-    on_image: Callable[[int, int], None] = lambda _done, _all: None,
+    on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Path:
-    """Write the page of the run in the folder *run* and return where it is; `report.html` there by default.
+    """Write the report of the run in the folder *run* and return its path.
 
-    *data* is a folder of pictures to measure on, one subfolder per class. The file is written whole or not.
+    The default *destination* is `report.html` in *run*. *data* is a folder with one subfolder per class; by
+    default the held-out images are evaluated. Raises `ConfigError` if the page cannot be written.
     """
     path = destination or run / "report.html"
-    text = render(read_story(run, data, on_image))
+    page = render_report(read_run(run, data, on_image))
     try:
         with atomic_write(path) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as problem:
-        raise ConfigError(f"{path}: cannot be written ({problem.strerror}); give another --out") from problem
+            partial.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); give another --out") from error
     return path
 
 
-def render(story: Story) -> str:
-    """Return the page; the same story gives the same text."""
-    sections = (
-        learning_section(story),
-        answers_section(story),
-        calibration_section(story),
-        mistakes_section(story),
-        spectra_section(story),
-        gates_section(story),
-        course_section(story),
-        recipe_section(story),
-        origin_section(story),
+def render_report(data: RunData) -> str:
+    """Render the page; equal data gives equal text."""
+    best, last, recipe = best_epoch(data.history), data.history[-1], data.recipe
+    tiles = {
+        "best epoch": f"{best.epoch} of {recipe.epochs}",
+        "top-1, best": percent(best.figures.top1, 2),
+        "top-1, last": percent(last.figures.top1, 2),
+        "top-5, best": percent(best.figures.top5, 2),
+        "seed": str(recipe.seed),
+        "time": f"{last.seconds:.0f} s",
+    }
+    if data.predictions is not None:
+        tiles["calibration error"] = f"{data.predictions.metrics.calibration.error:.4f}"
+    values = [*flatten(recipe.model_dump(mode="json")), *flatten(recipe.model.full_config(), "network.")]
+    record = data.record
+    environment = {f"{name} version": version for name, version in record.get("versions", {}).items()}
+    environment |= record.get("machine", {})
+    environment["weights in best.pt"] = f"{record.get('weights', 'raw')}, of epoch {record.get('epoch')}"
+    return render(
+        "sopdeploy.report",
+        "run.html",
+        recipe=recipe,
+        labels=data.labels,
+        history=data.history,
+        tiles=tiles,
+        reason=data.reason,
+        recipe_values=[(key, value) for key, value in values if not key.startswith("model.config.")],
+        environment=list(environment.items()),
+        **training_context(data.history),
+        **predictions_context(data.predictions),
     )
-    title = f"{story.recipe.model.name}: how it learnt"
-    return document(title, header(story), *(one for one in sections if one is not None))
-
-
-def header(story: Story) -> Html:
-    """Return the name, the figures that matter most, and the classes."""
-    tiles = summary(story) | (answer_tiles(story.answers) if story.answers else {})
-    labels = ", ".join(story.labels[:LABELS_SHOWN])
-    more = len(story.labels) - LABELS_SHOWN
-    done = len(story.history)
-    state = story.recipe.summary
-    if done < story.recipe.epochs:
-        state += f" (under way: {done} of {story.recipe.epochs} epochs)"
-    return tag(
-        "header",
-        tag("h1", story.recipe.model.name),
-        paragraph(state),
-        tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in tiles.items())),
-        paragraph(f"{len(story.labels)} classes: {labels}" + (f" and {more} more" if more > 0 else "")),
-    )
-
-
-def recipe_section(story: Story) -> Html:
-    """Return every value the run was made with, those that its recipe left out too."""
-    values = flat(story.recipe.model_dump(mode="json"))
-    network = flat(story.recipe.model.full_config(), "the network's ")
-    rows = [(key, str(value)) for key, value in [*values, *network] if not key.startswith("model.config.")]
-    return section("Recipe", "recipe", table("Every value of the run", ("key", "value"), rows))
-
-
-def origin_section(story: Story) -> Html:
-    """Return what the run was made by and on."""
-    facts = {f"{name} version": str(version) for name, version in story.record.get("versions", {}).items()}
-    facts |= {name: str(value) for name, value in story.record.get("machine", {}).items()}
-    facts["weights in best.pt"] = (
-        f"{story.record.get('weights', 'raw')}, of epoch {story.record.get('epoch')}"
-    )
-    return section("Made by", "origin", table("Versions and machine of the run", ("what", ""), facts.items()))

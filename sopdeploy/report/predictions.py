@@ -1,154 +1,85 @@
-"""The sections on the answers: figures with intervals, classes, confusions, calibration, worst mistakes."""
+"""Charts and tables on the predictions: accuracy, classes, confusions, calibration."""
 
-from sopdeploy.evaluation.metrics import ClassificationReport, Rate
+from typing import Any
+
+from markupsafe import Markup
+
+from sopdeploy.evaluation.metrics import ClassificationReport
 from sopdeploy.html.charts import Axis, Curve, heat, interval, plot
-from sopdeploy.html.markup import Html, figure, folded, paragraph, percent, section, table, tag
-from sopdeploy.report.run_data import Answers, Mistake, Story
-from sopdeploy.report.training import pairs
+from sopdeploy.html.templates import percent
+from sopdeploy.report.run_data import Predictions
 
-MOST_CLASSES = 30  # of a matrix that can still be read
-PAIRS = 15
-
-
-def answers_section(story: Story) -> Html:
-    """Return how good the answers are, or why that is not known."""
-    if story.answers is None:
-        return section(
-            "Answers",
-            "answers",
-            paragraph(
-                f"Not measured, the pictures are not at hand: {story.reason}. Give them with ",
-            ),
-            paragraph(tag("code", "sopdeploy report RUN --data DIR")),
-        )
-    found = story.answers.measured
-    top1 = found.top1
-    return section(
-        "Answers",
-        "answers",
-        paragraph(f"best.pt on {found.count} pictures: {story.answers.pictures}."),
-        figure(
-            interval("share", "Right first answers", top1.share, top1.low, top1.high),
-            f"Top-1 {told(top1)}, top-5 {told(found.top5)}, negative log-likelihood {found.nll:.4f}.",
-        ),
-        confusion(found),
-        folded("Every class", classes_table(found)),
-    )
+MAX_MATRIX_CLASSES = 30
+MAX_CONFUSIONS = 15
 
 
-def confusion(found: ClassificationReport) -> Html:
-    """Return who is taken for whom: a matrix of few classes, of many the most frequent mistakes."""
-    names = [one.label for one in found.classes]
-    pairs_found = sorted(
-        (-count, names[shown], names[answered])
-        for shown, row in enumerate(found.confusion)
-        for answered, count in enumerate(row)
-        if count and shown != answered
-    )[:PAIRS]
-    frequent = table(
-        "The most frequent mistakes" if pairs_found else "There was no mistake",
-        ("shown", "answered", "pictures"),
-        [(shown, answered, str(-count)) for count, shown, answered in pairs_found],
-        kind="figures",
-    )
-    if len(names) > MOST_CLASSES:
-        return frequent
-    rows = [
-        (name, [count / max(1, sum(row)) for count in row])
-        for name, row in zip(names, found.confusion, strict=True)
+def predictions_context(predictions: Predictions | None) -> dict[str, Any]:
+    """Build the template variables on *predictions*, which are None if there are no images."""
+    if predictions is None:
+        return {"predictions": None}
+    metrics = predictions.metrics
+    top1, top5 = metrics.top1, metrics.top5
+    intervals = [
+        f"{percent(rate.share, 2)} ({percent(rate.low)} to {percent(rate.high)})" for rate in (top1, top5)
     ]
-    numbers = [[str(count) for count in row] for row in found.confusion]
-    matrix = heat("confusion", "Who is taken for whom", rows, names, numbers, wrong_off_diagonal=True)
-    return pairs(figure(matrix, "Rows are what pictures show, columns what was answered."), frequent)
-
-
-def classes_table(found: ClassificationReport) -> Html:
-    """Return precision and recall of every class."""
-    return table(
-        "Precision and recall",
-        ("class", "pictures", "answered", "precision", "recall", "95 % of recall"),
-        [
+    names = [one.label for one in metrics.classes]
+    frequent = sorted(
+        (-count, names[true], names[predicted])
+        for true, row in enumerate(metrics.confusion)
+        for predicted, count in enumerate(row)
+        if count and true != predicted
+    )
+    return {
+        "predictions": predictions,
+        "metrics": metrics,
+        "accuracy": interval("accuracy", "Top-1 accuracy", top1.share, top1.low, top1.high),
+        "accuracy_caption": f"Top-1 {intervals[0]}, top-5 {intervals[1]}, negative log-likelihood "
+        f"{metrics.nll:.4f}.",
+        "confusion": _confusion_matrix(metrics) if len(names) <= MAX_MATRIX_CLASSES else None,
+        "frequent": [(true, predicted, -count) for count, true, predicted in frequent[:MAX_CONFUSIONS]],
+        "classes": [
             (
                 one.label,
-                str(one.count),
-                str(one.answered),
-                "none answered" if one.precision is None else percent(one.precision),
+                one.count,
+                one.answered,
+                "none predicted" if one.precision is None else percent(one.precision),
                 percent(one.recall.share),
                 f"{percent(one.recall.low)} to {percent(one.recall.high)}",
             )
-            for one in found.classes
+            for one in metrics.classes
         ],
-        kind="figures",
-    )
+        "calibration": _calibration_plot(metrics),
+        "bins": [
+            (
+                f"{one.low:.3f} to {one.high:.3f}",
+                one.count,
+                "" if one.confidence is None else f"{one.confidence:.4f}",
+                "" if one.accuracy is None else f"{one.accuracy:.4f}",
+            )
+            for one in metrics.calibration.curve
+        ],
+    }
 
 
-def calibration_section(story: Story) -> Html | None:
-    """Return whether the network is as often right as it is sure."""
-    if story.answers is None:
-        return None
-    found = story.answers.measured.calibration
-    seen = tuple(
-        (one.confidence, one.accuracy)
-        for one in found.curve
-        if one.confidence is not None and one.accuracy is not None
-    )
-    lines = (
-        Curve(name="this network", points=seen),
-        Curve(name="as sure as right", points=((0.0, 0.0), (1.0, 1.0))),
-    )
-    unit = Axis("confidence of the first answer", low=0.0, high=1.0)
+def _confusion_matrix(metrics: ClassificationReport) -> Markup:
+    names = [one.label for one in metrics.classes]
     rows = [
-        (
-            f"{one.low:.3f} to {one.high:.3f}",
-            str(one.count),
-            "" if one.confidence is None else f"{one.confidence:.4f}",
-            "" if one.accuracy is None else f"{one.accuracy:.4f}",
-        )
-        for one in found.curve
+        (name, [count / max(1, sum(row)) for count in row])
+        for name, row in zip(names, metrics.confusion, strict=True)
     ]
-    return section(
-        "Calibration",
-        "calibration",
-        paragraph(f"Expected calibration error {found.error:.4f}, over {found.bins} bins of equal width."),
-        figure(
-            plot(
-                "calibrated",
-                "Confidence and accuracy",
-                lines,
-                unit,
-                Axis("share of right answers", low=0.0, high=1.0),
-            ),
-            "Below the dashed line the network is surer than it is right.",
-        ),
-        folded(
-            "The bins", table("Bins", ("confidence", "pictures", "its mean", "right"), rows, kind="figures")
-        ),
+    counts = [[str(count) for count in row] for row in metrics.confusion]
+    return heat("confusion", "Confusion matrix", rows, names, counts, wrong_off_diagonal=True)
+
+
+def _calibration_plot(metrics: ClassificationReport) -> Markup:
+    measured = [
+        (one.confidence, one.accuracy)
+        for one in metrics.calibration.curve
+        if one.confidence is not None and one.accuracy is not None
+    ]
+    curves = (
+        Curve(name="this network", points=tuple(measured)),
+        Curve(name="perfect calibration", points=((0.0, 0.0), (1.0, 1.0))),
     )
-
-
-def mistakes_section(story: Story) -> Html | None:
-    """Return the pictures that the network was surest of and wrong about."""
-    if story.answers is None or not story.answers.mistakes:
-        return None
-    return section(
-        "The worst mistakes",
-        "mistakes",
-        paragraph("Surest first. Look for wrong labels before you look for a better network."),
-        tag("div", *map(mistake, story.answers.mistakes), class_="mistakes"),
-    )
-
-
-def mistake(one: Mistake) -> Html:
-    """Return one picture with what was said of it."""
-    said = f"{one.shown} ({percent(one.likelihood)}), taken for {one.answered} ({percent(one.confidence)})"
-    return figure(tag("img", src=f"data:image/jpeg;base64,{one.jpeg}", alt=said), said)
-
-
-def told(rate: Rate) -> str:
-    """Return a share with its interval."""
-    return f"{percent(rate.share, 2)} ({percent(rate.low)} to {percent(rate.high)})"
-
-
-def answer_tiles(answers: Answers) -> dict[str, str]:
-    """Return the figures of the answers that matter most."""
-    return {"calibration error": f"{answers.measured.calibration.error:.4f}"}
+    axes = (Axis("confidence", low=0.0, high=1.0), Axis("accuracy", low=0.0, high=1.0))
+    return plot("calibrated", "Confidence and accuracy", curves, *axes)

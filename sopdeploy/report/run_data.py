@@ -1,4 +1,4 @@
-"""What the page tells of a run: its history, its recipe, and how its network answers held-out pictures."""
+"""Read what the report shows: history, recipe, and the predictions of the best network."""
 
 import base64
 import io
@@ -18,145 +18,128 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
 from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
 from sopdeploy.evaluation.prediction import score_images
+from sopdeploy.html.templates import percent
 from sopdeploy.images.preprocess import Preprocess, to_rgb
-from sopdeploy.training.history import EpochRow
+from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.resume import recorded_recipe
 from sopdeploy.training.run import Position
 
-WORST = 24  # mistakes that are shown
-THUMBNAIL = 128  # pixels of the longer side
-QUALITY = 75
+MAX_MISTAKES = 24
+THUMBNAIL_SIDE = 128  # pixels of the longer side
+JPEG_QUALITY = 75
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mistake:
-    """A picture that was taken for another class, as a small JPEG in base64."""
+    """A wrongly classified image: its caption, and a small JPEG in base64."""
 
-    shown: str
-    answered: str
-    confidence: float
-    likelihood: float
+    caption: str
     jpeg: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answers:
-    """How the network answers: figures, the worst mistakes, and whose pictures these are."""
+class Predictions:
+    """Metrics and worst mistakes on the images that `images` describes."""
 
-    measured: ClassificationReport
+    metrics: ClassificationReport
     mistakes: tuple[Mistake, ...]
-    pictures: str
+    images: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Story:
-    """A run. `answers` is missing where its pictures are not at hand; `reason` then says why."""
+class RunData:
+    """The contents of a report; without images `predictions` is None and `reason` tells why."""
 
-    run: Path
     recipe: Recipe
     labels: tuple[str, ...]
     history: tuple[EpochRow, ...]
     record: dict[str, Any]
-    answers: Answers | None
+    predictions: Predictions | None
     reason: str = ""
 
 
-def read_story(run: Path, data: Path | None, on_image: Callable[[int, int], None]) -> Story:
-    """Return the story of the run in the folder *run*.
+def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None]) -> RunData:
+    """Read the run in the folder *run* and evaluate its `best.pt`.
 
-    Its network is that of `best.pt`; it is measured on the folder *data*, else on what the recipe holds out,
-    where that is at hand. Raises `ConfigError` for a folder without a finished epoch.
+    The images are those of the folder *data*, by default the held-out images of the recipe, if available.
+    Raises `ConfigError` for a folder without a finished epoch, `CheckpointError` for invalid checkpoints, and
+    `DataError` for an invalid *data*.
     """
     last, best = run / "last.pt", run / "best.pt"
     if not last.is_file() or not best.is_file():
-        raise ConfigError(f"{run}: holds no run with a finished epoch; give the folder of `sopdeploy train`")
+        raise ConfigError(f"{run}: holds no run with a finished epoch; give a folder of `sopdeploy train`")
     stored = read_checkpoint(last)
     recipe = recorded_recipe(stored, last)
-    history = read_history(stored, last)
+    history = _read_history(stored, last)
     checkpoint = read_checkpoint(best)
-    answers, reason = None, ""
+    predictions, reason = None, ""
     try:
-        pictures, name = pictures_for(recipe, checkpoint, data)
-    except (ConfigError, DataError) as problem:
+        images, name = _open_images(recipe, checkpoint, data)
+    except (ConfigError, DataError) as error:
         if data is not None:
             raise
-        reason = str(problem)
+        reason = str(error)
     else:
-        answers = answers_of(checkpoint, best, pictures, name, recipe.workers, on_image)
-    return Story(
-        run=run,
+        model, preprocess = build_classifier(checkpoint, best), checkpoint.preprocess
+        scores = score_images(
+            model, checkpoint.labels, images, preprocess, workers=recipe.workers, on_image=on_image
+        )
+        predictions = Predictions(
+            metrics=classification_report(images.labels, scores),
+            mistakes=tuple(_worst_mistakes(scores, images, preprocess)),
+            images=name,
+        )
+    return RunData(
         recipe=recipe,
         labels=stored.labels,
         history=history,
         record=checkpoint.training,
-        answers=answers,
+        predictions=predictions,
         reason=reason,
     )
 
 
-def read_history(stored: Checkpoint, where: Path) -> tuple[EpochRow, ...]:
-    """Return the epochs of a run; raises `CheckpointError` where there is none to read."""
+def _read_history(checkpoint: Checkpoint, source: Path) -> tuple[EpochRow, ...]:
     try:
-        history = Position.model_validate((stored.resume or {})["position"]).history
-    except pydantic.ValidationError as problem:
-        raise CheckpointError(f"{where}: {first_problem(problem)}; train again") from problem
-    except (KeyError, TypeError) as problem:
-        raise CheckpointError(f"{where}: holds no history; give the last.pt of a run") from problem
+        history = Position.model_validate((checkpoint.resume or {})["position"]).history
+    except pydantic.ValidationError as error:
+        raise CheckpointError(f"{source}: {first_problem(error)}; train again") from error
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{source}: holds no history; give the last.pt of a run") from error
     if not history:
-        raise CheckpointError(f"{where}: no epoch of the run is finished; go on with --resume")
+        raise CheckpointError(f"{source}: no epoch of the run is finished; continue it with --resume")
     return history
 
 
-def pictures_for(recipe: Recipe, checkpoint: Checkpoint, data: Path | None) -> tuple[LabeledImages, str]:
-    """Return what to measure on, and its name."""
+def _open_images(recipe: Recipe, checkpoint: Checkpoint, data: Path | None) -> tuple[LabeledImages, str]:
+    """Open the images to evaluate; return them and a description."""
     if data is not None:
-        return open_classes(data, tuple(sorted(checkpoint.labels))), f"the pictures in {data.name}"
+        return open_classes(data, tuple(sorted(checkpoint.labels))), f"the images in {data.name}"
     held_out = open_data(recipe.data).held_out
     if set(held_out.labels) != set(checkpoint.labels):
-        raise DataError("the data has other classes now than when the run began; give --data")
-    return held_out, "the held-out pictures, on which the best epoch was chosen: other pictures are harder"
+        raise DataError("the classes of the data have changed since the run started; give --data")
+    return held_out, "the held-out images, which also selected the best epoch: expect less on new images"
 
 
-def answers_of(
-    checkpoint: Checkpoint,
-    where: Path,
-    pictures: LabeledImages,
-    name: str,
-    workers: int,
-    on_image: Callable[[int, int], None],
-) -> Answers:
-    """Return how the network of *checkpoint* answers *pictures*."""
-    model = build_classifier(checkpoint, where)
-    rules = checkpoint.preprocess
-    scores = score_images(model, checkpoint.labels, pictures, rules, workers=workers, on_image=on_image)
-    return Answers(
-        measured=classification_report(pictures.labels, scores),
-        mistakes=tuple(worst(scores, pictures, rules)),
-        pictures=name,
-    )
-
-
-def worst(scores: Sequence[Score], pictures: LabeledImages, rules: Preprocess) -> list[Mistake]:
-    """Return the mistakes that the network was surest of."""
-    wrong = [place for place, one in enumerate(scores) if not one.correct]
-    wrong.sort(key=lambda place: (-scores[place].confidence, place))
-    return [
-        Mistake(
-            shown=pictures.labels[scores[place].target],
-            answered=pictures.labels[scores[place].top5[0]],
-            confidence=scores[place].confidence,
-            likelihood=scores[place].likelihood,
-            jpeg=thumbnail(pictures[place][0], rules),
+def _worst_mistakes(scores: Sequence[Score], images: LabeledImages, preprocess: Preprocess) -> list[Mistake]:
+    """Select the wrong predictions with the highest confidence."""
+    wrong = [(-score.confidence, index) for index, score in enumerate(scores) if not score.correct]
+    mistakes = []
+    for _, index in sorted(wrong)[:MAX_MISTAKES]:
+        score = scores[index]
+        true, predicted = images.labels[score.target], images.labels[score.top5[0]]
+        caption = (
+            f"{true} ({percent(score.likelihood)}), predicted as {predicted} ({percent(score.confidence)})"
         )
-        for place in wrong[:WORST]
-    ]
+        mistakes.append(Mistake(caption=caption, jpeg=_thumbnail(images[index][0], preprocess)))
+    return mistakes
 
 
-def thumbnail(picture: Image.Image, rules: Preprocess) -> str:
-    """Return *picture* as a small JPEG in base64, without what its file said of place and time."""
-    small = to_rgb(picture, rules).copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
+def _thumbnail(image: Image.Image, preprocess: Preprocess) -> str:
+    """Encode *image* as a small JPEG in base64, without metadata such as time and place."""
+    small = to_rgb(image, preprocess).copy()
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     file = io.BytesIO()
-    small.save(file, "JPEG", quality=QUALITY)
+    small.save(file, "JPEG", quality=JPEG_QUALITY)
     return base64.b64encode(file.getvalue()).decode("ascii")

@@ -1,247 +1,177 @@
-"""The sections on how the run went: losses and heads over the epochs, the learning rate, the time."""
+"""Charts on the training: losses, accuracies, learning rate, spectra, gates, throughput."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from markupsafe import Markup
 
 from sopdeploy.html.charts import Axis, Bar, Curve, bars, heat, plot
-from sopdeploy.html.markup import Html, figure, folded, paragraph, percent, section, short, table, tag
-from sopdeploy.report.run_data import Story
-from sopdeploy.training.diagnostics import GateFigures, Spectrum
-from sopdeploy.training.history import EpochRow, best_row, columns, table_row
+from sopdeploy.html.templates import short_number
+from sopdeploy.training.diagnostics import EpochRow, GateMetrics, Spectrum, history_table
 
 EPOCHS = Axis("epoch")
+MIN_EIGENVALUE = 1e-6  # relative to the largest; smaller ones are rounding errors
+MAX_COLUMNS = 24  # of the usage of a gate over the epochs
+
+Figure = tuple[Markup, str]  # a chart and its caption
 
 
-def learning_section(story: Story) -> Html:
-    """Return what was learnt, head by head."""
-    history = story.history
-    parts = {name: None for row in history for name in row.losses}
-    seen = {name for row in history if row.sight for name in row.sight.heads}
-    heads = sorted(seen, key=lambda name: (name != "main", name))  # as the training losses stand
-    training = [over_epochs(story, name, partial(part_of_loss, name)) for name in parts]
-    shown = [
-        figure(
-            plot("losses", "Loss on the training pictures", training, EPOCHS, Axis("loss")),
-            "While it learns: the loss of every head, the penalties, and their weighted sum.",
-        )
-    ]
-    top1 = [over_epochs(story, "what ships", lambda row: row.figures.top1)]
-    loss = [over_epochs(story, "what ships", lambda row: row.figures.loss)]
-    if len(heads) > 1:
-        top1 += [over_epochs(story, name, partial(head, name, "top1")) for name in heads]
-        loss += [over_epochs(story, name, partial(head, name, "loss")) for name in heads]
-    shown += [
-        figure(
-            plot("top1", "Top-1 on held-out pictures", top1, EPOCHS, Axis("share of right first answers")),
-            "On pictures it does not learn from.",
-        ),
-        figure(
-            plot("held-out-loss", "Loss on held-out pictures", loss, EPOCHS, Axis("loss")),
-            "Where this rises while top-1 does not fall, the network has become too sure of itself.",
-        ),
-    ]
-    note = ""
-    if len(heads) > 1 and history[-1].sight:
-        note = (
-            f"What ships is measured on all {history[-1].figures.count} held-out pictures, the heads "
-            f"on {history[-1].sight.pictures} of them, always the same, with the raw weights."
-        )
-    return section("Learning", "learning", *([paragraph(note)] if note else []), pairs(*shown))
-
-
-def course_section(story: Story) -> Html:
-    """Return the learning rate, the gradient, and where the time went."""
-    shown = [
-        figure(
-            plot(
-                "rate",
-                "Learning rate",
-                [over_epochs(story, "rate", lambda row: row.lr)],
-                EPOCHS,
-                Axis("rate", low=0.0),
-            ),
-            "At the end of each epoch.",
-        )
-    ]
-    if any(row.gradient is not None for row in story.history):
-        line = over_epochs(story, "mean norm", lambda row: row.gradient)
-        shown.append(
-            figure(
-                plot("gradient", "Norm of the gradient", [line], EPOCHS, Axis("norm", logarithmic=True)),
-                "Before it is clipped.",
-            )
-        )
-    if any(row.speed is not None for row in story.history):
-        line = over_epochs(story, "waiting", lambda row: row.speed.waiting if row.speed else None)
-        shown.append(
-            figure(
-                plot(
-                    "waiting",
-                    "Waiting for pictures",
-                    [line],
-                    EPOCHS,
-                    Axis("share of the time", low=0.0, high=1.0),
-                ),
-                "Much of it: more workers, or smaller pictures.",
-            )
-        )
-    rates = sorted(row.speed.pictures_per_second for row in story.history if row.speed)
-    said = f"{story.history[-1].seconds:.0f} s in all."
-    if rates:
-        said += f" {short(round(rates[len(rates) // 2], 1))} pictures a second in the middle of the epochs."
-    rows = [table_row(row) for row in story.history]
-    names = columns(rows)
-    numbers = table(
-        "Every figure of every epoch",
-        names,
-        [[f"{row[name]:.5g}" if name in row else "" for name in names] for row in rows],
-        kind="figures",
-    )
-    return section(
-        "The course of the run", "course", paragraph(said), pairs(*shown), folded("All numbers", numbers)
-    )
-
-
-def over_epochs(story: Story, name: str, value: Callable[[EpochRow], float | None]) -> Curve:
-    """Return a curve of what *value* gives, without the epochs in which it gives nothing."""
-    points = ((float(row.epoch), value(row)) for row in story.history)
-    return Curve(name=name, points=tuple((x, y) for x, y in points if y is not None))
-
-
-def part_of_loss(name: str, row: EpochRow) -> float | None:
-    """Return one part of the training loss, where it was still there."""
-    return row.losses.get(name)
-
-
-def head(name: str, what: str, row: EpochRow) -> float | None:
-    """Return a figure of the head *name*, where it was still there."""
-    found = row.sight.heads.get(name) if row.sight else None
-    return None if found is None else float(getattr(found, what))
-
-
-def summary(story: Story) -> dict[str, str]:
-    """Return the figures that matter most."""
-    best = best_row(story.history)
-    last = story.history[-1]
+def training_context(history: Sequence[EpochRow]) -> dict[str, Any]:
+    """Build the template variables on the training."""
+    columns, rows = history_table(history)
+    rates = sorted(row.speed.pictures_per_second for row in history if row.speed)
+    sight = history[-1].sight
     return {
-        "best epoch": f"{best.epoch} of {story.recipe.epochs}",
-        "top-1, best": percent(best.figures.top1, 2),
-        "top-1, last": percent(last.figures.top1, 2),
-        "top-5, best": percent(best.figures.top5, 2),
-        "seed": str(story.recipe.seed),
-        "time": f"{last.seconds:.0f} s",
+        "learning": _learning_figures(history),
+        "branch_images": sight.pictures if sight and len(_head_names(history)) > 1 else 0,
+        "course": _course_figures(history),
+        "throughput": short_number(round(rates[len(rates) // 2], 1)) if rates else "",
+        "columns": columns,
+        "rows": [[f"{row[name]:.5g}" if name in row else "" for name in columns] for row in rows],
+        "spectra": _spectrum_figures(history),
+        "gates": _gate_figures(history),
     }
 
 
-def pairs(*figures: Html) -> Html:
-    """Return figures side by side where there is room."""
-    return tag("div", *figures, class_="pair")
+def _curve(history: Sequence[EpochRow], name: str, value: Callable[[EpochRow], float | None]) -> Curve:
+    """Build the curve of *value* over the epochs, without the epochs in which it is None."""
+    points = ((float(row.epoch), value(row)) for row in history)
+    return Curve(name=name, points=tuple((x, y) for x, y in points if y is not None))
 
 
-FAINTEST = 1e-6  # of the largest eigenvalue: below is rounding
-MOST_EPOCHS = 24  # columns of a gate's history
+def _head_names(history: Sequence[EpochRow]) -> list[str]:
+    names = {name for row in history if row.sight for name in row.sight.heads}
+    return sorted(names, key=lambda name: (name != "main", name))
 
 
-def spectra_section(story: Story) -> Html | None:
-    """Return the eigenvalues before and after normalisation, at the first and the last epoch with them."""
-    kept = [row for row in story.history if row.sight and row.sight.spectra]
-    if not kept:
-        return None
-    names = dict.fromkeys(name for row in kept for name in (row.sight.spectra if row.sight else ()))
-    shown = []
-    for number, name in enumerate(names):
-        seen = [
-            (row.epoch, row.sight.spectra[name]) for row in kept if row.sight and name in row.sight.spectra
-        ]
-        ends = [seen[0], seen[-1]] if len(seen) > 1 else seen
-        lines = [
-            Curve(name=f"{side}, epoch {epoch}", points=relative(found, side))
+def _learning_figures(history: Sequence[EpochRow]) -> list[Figure]:
+    names = dict.fromkeys(name for row in history for name in row.losses)
+    losses = [
+        Curve(
+            name=name,
+            points=tuple((float(row.epoch), row.losses[name]) for row in history if name in row.losses),
+        )
+        for name in names
+    ]
+    top1 = [_curve(history, "deployed", lambda row: row.figures.top1)]
+    held_out = [_curve(history, "deployed", lambda row: row.figures.loss)]
+    heads = _head_names(history)
+    for name in heads if len(heads) > 1 else ():
+        recorded = [(row.epoch, row.sight.heads) for row in history if row.sight]
+        found = [(epoch, metrics[name]) for epoch, metrics in recorded if name in metrics]
+        top1.append(Curve(name=name, points=tuple((float(epoch), head.top1) for epoch, head in found)))
+        held_out.append(Curve(name=name, points=tuple((float(epoch), head.loss) for epoch, head in found)))
+    return [
+        (
+            plot("losses", "Training loss", losses, EPOCHS, Axis("loss")),
+            "Losses of the heads, the penalties, and their weighted sum.",
+        ),
+        (
+            plot("top1", "Top-1 accuracy on held-out images", top1, EPOCHS, Axis("top-1 accuracy")),
+            "Accuracy on held-out images.",
+        ),
+        (
+            plot("held-out-loss", "Loss on held-out images", held_out, EPOCHS, Axis("loss")),
+            "If the loss rises and top-1 does not fall, the network is overconfident.",
+        ),
+    ]
+
+
+def _course_figures(history: Sequence[EpochRow]) -> list[Figure]:
+    series: list[tuple[str, str, Callable[[EpochRow], float | None], Axis, str]] = [
+        ("rate", "Learning rate", lambda row: row.lr, Axis("rate", low=0.0), "At the end of each epoch."),
+        (
+            "gradient",
+            "Gradient norm",
+            lambda row: row.gradient,
+            Axis("norm", logarithmic=True),
+            "Mean norm before clipping.",
+        ),
+        (
+            "waiting",
+            "Waiting for data",
+            lambda row: row.speed.waiting if row.speed else None,
+            Axis("fraction of the time", low=0.0, high=1.0),
+            "If it is high, use more workers or smaller images.",
+        ),
+    ]
+    figures = []
+    for id_, title, value, axis, caption in series:
+        curve = _curve(history, title.lower(), value)
+        if curve.points:
+            figures.append((plot(id_, title, [curve], EPOCHS, axis), caption))
+    return figures
+
+
+def _spectrum_figures(history: Sequence[EpochRow]) -> list[Figure]:
+    """Plot the eigenvalues before and after the square root, at the first and the last recorded epoch."""
+    recorded = [(row.epoch, row.sight.spectra) for row in history if row.sight and row.sight.spectra]
+    figures = []
+    for number, name in enumerate(dict.fromkeys(name for _, spectra in recorded for name in spectra)):
+        found = [(epoch, spectra[name]) for epoch, spectra in recorded if name in spectra]
+        ends = [found[0], found[-1]] if len(found) > 1 else found
+        curves = [
+            Curve(name=f"{side}, epoch {epoch}", points=_relative_eigenvalues(spectrum, side))
             for side in ("before", "after")
-            for epoch, found in ends
+            for epoch, spectrum in ends
         ]
-        drawn = plot(
+        chart = plot(
             f"spectrum-{number}",
             f"Eigenvalues at {name}",
-            lines,
-            Axis("place of the eigenvalue", logarithmic=True),
-            Axis("relative to the largest", logarithmic=True, low=FAINTEST, high=1.0),
+            curves,
+            Axis("rank of the eigenvalue", logarithmic=True),
+            Axis("relative to the largest", logarithmic=True, low=MIN_EIGENVALUE, high=1.0),
         )
-        shown.append(figure(drawn, f"{name}: before and after the root."))
-    return section(
-        "Spectra of the covariances",
-        "spectra",
-        paragraph(
-            "Means over the same few pictures. The square root lifts small eigenvalues towards the "
-            "large ones: a steep curve before and a flatter one after is what it is for."
-        ),
-        pairs(*shown),
-    )
+        figures.append((chart, f"{name}: before and after the square root."))
+    return figures
 
 
-def relative(spectrum: Spectrum, side: str) -> tuple[tuple[float, float], ...]:
-    """Return the points of one side of a spectrum, the largest eigenvalue as 1."""
+def _relative_eigenvalues(spectrum: Spectrum, side: str) -> tuple[tuple[float, float], ...]:
     values = spectrum.before if side == "before" else spectrum.after
     largest = values[0] or 1.0
-    return tuple(
-        (float(place), value / largest) for place, value in zip(spectrum.places, values, strict=True)
-    )
+    ranked = zip(spectrum.places, values, strict=True)
+    return tuple((float(rank), value / largest) for rank, value in ranked)
 
 
-def gates_section(story: Story) -> Html | None:
-    """Return who a gate chose over the epochs, and how evenly."""
-    kept = [row for row in story.history if row.sight and row.sight.gates]
-    if not kept or kept[-1].sight is None:
-        return None
-    parts: list[Html] = []
-    for number, name in enumerate(kept[-1].sight.gates):
-        parts.append(gate_figure(story, kept, name, number))
-    return section(
-        "The gate",
-        "gate",
-        paragraph(
-            "Without the noise of training, on held-out pictures. Imbalance 0 is all components alike."
-        ),
-        *parts,
-    )
-
-
-def gate_figure(story: Story, kept: list[EpochRow], name: str, number: int) -> Html:
-    """Return the usage at the end, its history, and the imbalance, of one gate."""
-
-    def of(row: EpochRow) -> GateFigures | None:
-        return row.sight.gates.get(name) if row.sight else None
-
-    def imbalance(row: EpochRow) -> float | None:
-        found = of(row)
-        return found.imbalance if found else None
-
-    last = of(kept[-1])
-    usage = last.chosen if last else ()
-    rows = [
-        Bar(label=f"component {place}", value=share, text=f"{share:.0%}") for place, share in enumerate(usage)
-    ]
-    step = -(-len(kept) // MOST_EPOCHS)
-    shown = [(str(row.epoch), found.chosen) for row in kept[::step] if (found := of(row))]
-    grid = [(f"component {place}", [chosen[place] for _, chosen in shown]) for place in range(len(usage))]
-    told = [[f"{round(100 * share)}" for share in shares] for _, shares in grid]
-    line = over_epochs(story, name, imbalance)
-    return pairs(
-        figure(
-            bars(f"gate-{number}", f"Usage of the components of {name}", rows, 1.0),
-            f"{name}: pictures that chose each component after the last epoch.",
-        ),
-        figure(
-            heat(f"gate-time-{number}", "Usage over the epochs", grid, [epoch for epoch, _ in shown], told),
-            "Percent of the pictures, epoch by epoch.",
-        ),
-        figure(
-            plot(
-                f"imbalance-{number}",
-                "Imbalance",
-                [line],
-                EPOCHS,
-                Axis("(deviation / mean) squared", low=0.0),
-            ),
-            "How unevenly the weights are spread.",
-        ),
-    )
+def _gate_figures(history: Sequence[EpochRow]) -> list[list[Figure]]:
+    """Draw, for each gate, its usage after the last epoch, its usage over the epochs, and its imbalance."""
+    recorded = [(row.epoch, row.sight.gates) for row in history if row.sight and row.sight.gates]
+    groups = []
+    for number, name in enumerate(recorded[-1][1] if recorded else ()):
+        found: list[tuple[int, GateMetrics]] = [
+            (epoch, gates[name]) for epoch, gates in recorded if name in gates
+        ]
+        usage = found[-1][1].chosen
+        components = [f"component {index}" for index in range(len(usage))]
+        rows = [
+            Bar(label=label, value=fraction, text=f"{fraction:.0%}")
+            for label, fraction in zip(components, usage, strict=True)
+        ]
+        shown = found[:: -(-len(found) // MAX_COLUMNS)]
+        grid = [(label, [gate.chosen[i] for _, gate in shown]) for i, label in enumerate(components)]
+        texts = [[f"{round(100 * fraction)}" for fraction in fractions] for _, fractions in grid]
+        epochs = [str(epoch) for epoch, _ in shown]
+        imbalance = Curve(name=name, points=tuple((float(epoch), gate.imbalance) for epoch, gate in found))
+        groups.append(
+            [
+                (
+                    bars(f"gate-{number}", f"Usage of the components of {name}", rows, 1.0),
+                    f"{name}: fraction of images that select each component after the last epoch.",
+                ),
+                (
+                    heat(f"gate-time-{number}", "Usage over the epochs", grid, epochs, texts),
+                    "Percent of the images by epoch.",
+                ),
+                (
+                    plot(
+                        f"imbalance-{number}",
+                        "Imbalance",
+                        [imbalance],
+                        EPOCHS,
+                        Axis("(deviation / mean) squared", low=0.0),
+                    ),
+                    "Imbalance of the weights.",
+                ),
+            ]
+        )
+    return groups

@@ -1,88 +1,79 @@
-"""`sopdeploy compare`: which recipe is better, and whether that can be said at all."""
+"""`sopdeploy compare`: train recipes over the same seeds and test whether one is better."""
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from sopdeploy.cli.console import err, one_line_errors, out, plain_text, print_json
-from sopdeploy.cli.training.train import SIGNALLED, Bars
+from sopdeploy.cli.console import JsonOption, err, one_line_errors, out, plain_text, print_json
+from sopdeploy.cli.training.train import ProgressBars, exit_on_signal
 
 if TYPE_CHECKING:
-    from sopdeploy.comparison.verdict import Comparison, Pair
+    from sopdeploy.comparison.verdict import Comparison
 
 
 def compare(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Two recipes or more.")],
-    seeds: Annotated[int, typer.Option(help="Runs of each recipe: seeds 0, 1 and so on.")] = 5,
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Two or more recipes.")],
+    seeds: Annotated[int, typer.Option(help="Runs per recipe: seeds 0, 1 and so on.")] = 5,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of every recipe.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value of all recipes.")
     ] = None,
     destination: Annotated[Path, typer.Option("--out", help="Folder of the runs.")] = Path("runs/compare"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a script.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Run recipes over the same seeds and say whether one is better than the first.
+    """Train recipes over the same seeds and report whether one is better than the first.
 
-    Pairs of runs have the same seed, order of data and start weights where names match; the last epoch
-    counts. The same command goes on where it was stopped.
+    Runs of a pair have the same seed, data order and, where names match, initial weights. The last epoch
+    counts. Repeat the command to continue an interrupted comparison.
 
     Example: [bold]sopdeploy compare digits-plain digits-dsop --seeds 5[/bold]
 
     Example: [bold]sopdeploy compare mine.toml other.toml --set data.path=photos --out runs/mine[/bold]
     """
-    with one_line_errors(as_json), ExitStack() as stack:
+    with (
+        one_line_errors(as_json),
+        exit_on_signal(hint=" or with the same command"),
+        ExitStack() as stack,
+    ):
         from sopdeploy.comparison.runs import compare as run
-        from sopdeploy.training.signals import TrainingStoppedError
 
-        progress = None if as_json else stack.enter_context(Bars(err))
+        progress: Any = None if as_json else stack.enter_context(ProgressBars(err))
 
-        def tell(name: str, seed: int) -> None:
+        def on_run(name: str, seed: int) -> None:
             if not as_json:
                 err.print(plain_text(f"{name}, seed {seed}"))
 
-        try:
-            found = run(
-                recipes, destination, seeds=seeds, overrides=settings or (), progress=progress, on_run=tell
-            )
-        except TrainingStoppedError as stopped:
-            err.print(plain_text(f"{stopped} or with the same command"))
-            raise typer.Exit(SIGNALLED + stopped.signal_number) from stopped
+        found = run(
+            recipes, destination, seeds=seeds, overrides=settings or (), callback=progress, on_run=on_run
+        )
     if as_json:
         print_json(found.model_dump(mode="json"))
     else:
-        show(found)
+        _print_comparison(found)
 
 
-def show(found: "Comparison") -> None:
-    """Print every recipe's figures, then each pair."""
-    table = Table(
-        "recipe", "top-1", "sd", *(f"seed {seed}" for seed in found.seeds), box=None, pad_edge=False
-    )
+def _print_comparison(found: "Comparison") -> None:
+    seeds = [f"seed {seed}" for seed in found.seeds]
+    table = Table("recipe", "top-1", "sd", *seeds, box=None, pad_edge=False)
     for arm in found.arms:
-        table.add_row(
-            plain_text(arm.name),
-            f"{arm.mean:.2%}",
-            f"{100 * arm.sd:.2f}",
-            *(f"{share:.2%}" for share in arm.top1),
-        )
+        by_seed = [f"{accuracy:.2%}" for accuracy in arm.top1]
+        table.add_row(plain_text(arm.name), f"{arm.mean:.2%}", f"{100 * arm.sd:.2f}", *by_seed)
     out.print(table)
-    out.print(f"the last epoch, on {found.pictures} held-out pictures; differences are in points of top-1")
+    out.print(f"last epoch, {found.pictures} held-out images; differences in points of top-1")
     for pair in found.pairs:
-        show_pair(pair)
+        mcnemar = ", ".join(f"{one.only_second}:{one.only_first} (p {one.p:.2g})" for one in pair.mcnemar)
+        low, high = 100 * pair.bootstrap_low, 100 * pair.bootstrap_high
+        out.print()
+        out.print(
+            plain_text(f"{pair.second} - {pair.first}: {100 * pair.mean:+.2f} (sd {100 * pair.sd:.2f})")
+        )
+        out.print(f"  paired t, 95 %         {100 * pair.low:+.2f} to {100 * pair.high:+.2f}")
+        out.print(f"  bootstrap, 95 %        {low:+.2f} to {high:+.2f}")
+        out.print(f"  wins, ties, losses     {pair.wins}, {pair.ties}, {pair.losses}")
+        out.print(f"  McNemar by seed        {mcnemar}")
+        out.print(Text.assemble("  ", (pair.verdict, "bold")))
     if len(found.pairs) > 1:
-        out.print(f"{len(found.pairs)} comparisons, each with its own 95 %: one in twenty errs")
-
-
-def show_pair(pair: "Pair") -> None:
-    """Print how one recipe differs from the first."""
-    out.print()
-    out.print(plain_text(f"{pair.second} - {pair.first}: {100 * pair.mean:+.2f} (sd {100 * pair.sd:.2f})"))
-    out.print(f"  paired t, 95 %         {100 * pair.low:+.2f} to {100 * pair.high:+.2f}")
-    out.print(f"  seeds and pictures     {100 * pair.bootstrap_low:+.2f} to {100 * pair.bootstrap_high:+.2f}")
-    out.print(f"  wins, ties, losses     {pair.wins}, {pair.ties}, {pair.losses}")
-    splits = ", ".join(f"{one.only_second}:{one.only_first} (p {one.p:.2g})" for one in pair.mcnemar)
-    out.print(f"  McNemar by seed        {splits}")
-    out.print(Text.assemble("  ", (pair.verdict, "bold")))
+        out.print(f"{len(found.pairs)} comparisons, each at the 95 % level: one in twenty is wrong by chance")

@@ -1,38 +1,35 @@
-"""`sopdeploy import`: published weights of other projects, as a checkpoint."""
+"""`sopdeploy import`: convert published weights of other projects to a checkpoint."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from sopdeploy.cli.console import one_line_errors, out, plain_text, print_field, print_json, steps
-
-if TYPE_CHECKING:
-    from sopdeploy.importers.import_weights import ImportReport
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script, key by key.")]
+from sopdeploy.cli.console import JsonOption, one_line_errors, out, plain_text, print_field, print_json, steps
 
 
 def import_file(
     file: Annotated[
         Path, typer.Argument(help="Weights: .pth, .pth.tar, .th, .safetensors, or MatConvNet's .mat.")
     ],
-    name: Annotated[str, typer.Option("--as", help="The network: a name that `sopdeploy models` lists.")],
+    name: Annotated[str, typer.Option("--as", help="The network: a name of `sopdeploy models`.")],
     destination: Annotated[Path, typer.Option("--out", help="The checkpoint to write.")] = Path("ckpt.pt"),
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A switch of the network that the file cannot say."),
+        typer.Option("--set", metavar="KEY=VALUE", help="A config value that the file does not contain."),
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="Class names, one a line or a .json list, in the network's order.")
+        Path | None, typer.Option(help="Class names in the order of the outputs: a .json list or text lines.")
     ] = None,
-    resize: Annotated[int | None, typer.Option(min=1, help="Shorter side of a picture in pixels.")] = None,
-    crop: Annotated[int | None, typer.Option(min=1, help="Side of the centre crop in pixels.")] = None,
-    interpolation: Annotated[str | None, typer.Option(help="bilinear or bicubic.")] = None,
-    keys: Annotated[bool, typer.Option("--keys", help="Show where every tensor comes from.")] = False,
-    as_json: Json = False,
+    resize: Annotated[int | None, typer.Option(min=1, help="Shorter side of the image in pixels.")] = None,
+    crop: Annotated[int | None, typer.Option(min=1, help="Side of the center crop in pixels.")] = None,
+    interpolation: Annotated[
+        Literal["bilinear", "bicubic"] | None, typer.Option(help="Interpolation of the resize.")
+    ] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="List the source of every tensor.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Turn published weights into a checkpoint: fast-MPN-COV, GSoP, GM-SOP, torchvision, timm, CIFAR ResNets.
+    """Convert published weights: fast-MPN-COV, GSoP, GM-SOP, torchvision, timm, CIFAR ResNets.
 
     Example: [bold]sopdeploy import mpncovresnet50-15991845.pth --as isqrt-resnet50[/bold]
 
@@ -53,31 +50,20 @@ def import_file(
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    show(report, keys=keys)
-
-
-def show(report: "ImportReport", *, keys: bool) -> None:
-    """Print what was found, mapped and left out."""
-    if keys:
-        for row in report.rows:
-            out.print(plain_text(f"{row.name} {row.shape} <- {several(row.of)}: {row.how}"))
+    for row in report.rows if keys else ():
+        source = " .. ".join(dict.fromkeys((row.of[0], row.of[-1]))) if row.of else "-"
+        out.print(plain_text(f"{row.name} {row.shape} <- {source}: {row.how}"))
     absent = sum(not row.of for row in report.rows)
     rules = report.preprocess
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (rules.mean, rules.std))
-    rows = {
-        "found": report.looks_like,
-        "mapped": f"{len(report.rows) - absent} tensors as {report.model}, {absent} counters set to 0",
-        "ignored": ", ".join([*report.ignored, *report.beside]) or "nothing",
-        "input": f"resize {rules.resize}, crop {rules.crop}, {rules.interpolation}, mean {mean}, std {std}",
-        "classes": f"{report.num_classes}: {report.labels}",
-        "written": report.checkpoint,
-    }
-    for title, text in rows.items():
+    fields = [
+        ("found", report.looks_like),
+        ("mapped", f"{len(report.rows) - absent} tensors as {report.model}, {absent} counters set to 0"),
+        ("ignored", ", ".join([*report.ignored, *report.beside]) or "nothing"),
+        ("input", f"resize {rules.resize}, crop {rules.crop}, {rules.interpolation}, mean {mean}, std {std}"),
+        ("classes", f"{report.num_classes}: {report.labels}"),
+        ("written", report.checkpoint),
+        *(("note", note) for note in report.notes),
+    ]
+    for title, text in fields:
         print_field(title, text)
-    for note in report.notes:
-        print_field("note", note)
-
-
-def several(names: tuple[str, ...]) -> str:
-    """Return first and last of *names*."""
-    return " .. ".join(dict.fromkeys((names[0], names[-1]))) if names else "-"

@@ -1,4 +1,4 @@
-"""`sopdeploy models` and `sopdeploy describe`: what can be trained, and what it costs."""
+"""`sopdeploy models` and `sopdeploy describe`."""
 
 from typing import Annotated, Any
 
@@ -6,12 +6,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from sopdeploy.cli.console import one_line_errors, out, plain_text, print_json
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+from sopdeploy.cli.console import JsonOption, one_line_errors, out, plain_text, print_json
 
 
-def models(as_json: Json = False) -> None:
+def models(as_json: JsonOption = False) -> None:
     """List the networks of the catalog.
 
     Example: [bold]sopdeploy models[/bold]
@@ -33,18 +31,18 @@ def models(as_json: Json = False) -> None:
 
 
 def describe(
-    name: Annotated[str, typer.Argument(help="A name that `sopdeploy models` lists.")],
+    name: Annotated[str, typer.Argument(help="A name of `sopdeploy models`.")],
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A switch of the network's config.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config value.")
     ] = None,
     pooling: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The global pooling: short for --set pooling=NAME.")
+        str | None, typer.Option(metavar="NAME", help="Global pooling: short for --set pooling=NAME.")
     ] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the image in pixels.")] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, help="Number of classes.")] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Count parameters and multiply-adds of a network: while it trains, and of what ships.
+    """Count parameters and multiply-adds of a network, in training and deployed.
 
     Example: [bold]sopdeploy describe dsop-resnet18 --set aux_stride=table[/bold]
 
@@ -52,25 +50,25 @@ def describe(
     """
     with one_line_errors(as_json):
         from sopdeploy.layers.pooling.registry import check_name
-        from sopdeploy.models.describe import describe as count
+        from sopdeploy.models.describe import describe as describe_model
         from sopdeploy.models.registry import make_config
         from sopdeploy.training.recipe import parse_override
 
         config: dict[str, Any] = dict(parse_override(setting) for setting in settings or [])
         if pooling is not None:
             config["pooling"] = check_name(pooling)
-        make_config(name, config)  # a key may be named as an argument of describe
-        found = count(name, image_size=image_size, num_classes=num_classes, **config)
+        make_config(name, config)  # rejects keys that are also parameters of describe_model
+        found = describe_model(name, image_size=image_size, num_classes=num_classes, **config)
     if as_json:
         print_json(found.model_dump(mode="json"))
         return
     table = Table("", "parameters", "multiply-adds", box=None, pad_edge=False)
-    parts = {f"  {name}": counts for name, counts in found.parts.items()}
-    for label, counts in {"training": found.training, **parts, "shipped": found.shipped}.items():
+    parts = {f"  {part}": counts for part, counts in found.parts.items()}
+    for label, counts in {"training": found.training, **parts, "deployed": found.shipped}.items():
         table.add_row(label, f"{counts.parameters:,}", f"{counts.macs:,}")
     out.print(f"[bold]{found.name}[/] for {found.num_classes} classes at {found.image_size} pixels")
     out.print(table)
     out.print(f"training only: {', '.join(found.training_only) or 'nothing'}")
-    out.print(f"representation: {found.representation} numbers")
+    out.print(f"features: {found.representation}")
     for figure in found.published:
         out.print(plain_text(figure.sentence()), highlight=False)

@@ -21,9 +21,6 @@ from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Run
 from sopdeploy.training.signals import TrainingStoppedError
 
-# torch raises plain RuntimeErrors for lost connections; their messages contain one of these.
-_LOST_CONNECTION = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
-
 
 def is_distributed() -> bool:
     """Return whether torchrun started several processes."""
@@ -47,12 +44,8 @@ def join_processes() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(_local_device())
-    # On one machine torchrun's store outlives a restart and contains the addresses of dead processes.
-    # With several machines each attempt gets a new store, and restarts are counted per machine.
-    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
     store, rank, world = next(rendezvous("env://"))
-    store = PrefixStore(attempt, store)
+    store = PrefixStore(_attempt(), store)
     dist.init_process_group(store=PrefixStore("run", store), rank=rank, world_size=world)
     try:
         yield
@@ -62,13 +55,29 @@ def join_processes() -> Iterator[None]:
             dist.destroy_process_group()
         raise
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(text in str(error) for text in _LOST_CONNECTION):
+        if not _is_lost_connection(error):
             raise
         lost = TrainingError("another process of the run ended, see its message; continue with --resume")
         lost.told = _is_reported(PrefixStore("told", store), str(lost))
         raise lost from error
     else:
         dist.destroy_process_group()
+
+
+def _attempt() -> str:
+    """Return the number of restarts, under which the processes of this attempt find each other.
+
+    On one machine torchrun's store outlives a restart and contains the addresses of dead processes. With
+    several machines each attempt gets a new store, and restarts are counted per machine.
+    """
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    # torch raises plain RuntimeErrors for some lost connections.
+    messages = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, dist.DistError) or any(message in str(error) for message in messages)
 
 
 def _local_device() -> int:

@@ -13,7 +13,7 @@ from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.signals import TrainingStoppedError
 from tests.sopdeploy.data.small_data import jpeg, tar_of, write_photos
-from tests.sopdeploy.training.runs import Onlooker, same_run
+from tests.sopdeploy.training.runs import RecordingCallback, same_run
 
 SMALL = [
     "model.name=dsop-resnet8",
@@ -58,15 +58,15 @@ def test_a_single_unreadable_image_keeps_its_own_error(tmp_path) -> None:
 
 
 def test_skipped_images_are_counted_and_named(spoilt, tmp_path) -> None:
-    onlooker = Onlooker()
-    result = train(recipe_for(spoilt, "data.skip_corrupt=true"), tmp_path / "run", progress=onlooker)
+    callback = RecordingCallback()
+    result = train(recipe_for(spoilt, "data.skip_corrupt=true"), tmp_path / "run", callback=callback)
     assert (result.train_count, result.held_out_count) == (6, 3)
     assert [Path(name).parts[-3:] for name in result.skipped] == [
         ("train", "cat", "1.jpg"),
         ("train", "dog", "2.jpg"),
         ("val", "dog", "0.jpg"),
     ]
-    (warning,) = [facts["warning"] for event, facts in onlooker.told if event == "warned"]
+    (warning,) = [facts["warning"] for event, facts in callback.events if event == "warning"]
     assert warning.startswith("3 unreadable images are left out: ")
 
 
@@ -74,7 +74,7 @@ def test_a_run_with_skipped_images_resumes_bit_for_bit(spoilt, tmp_path) -> None
     recipe = recipe_for(tar_of(spoilt, tmp_path / "p.tar"), "data.skip_corrupt=true")
     train(recipe, tmp_path / "whole")
     with pytest.raises(TrainingStoppedError):
-        train(recipe, tmp_path / "parts", progress=Onlooker(stop_at=("stepped", 1, 0)))
+        train(recipe, tmp_path / "parts", callback=RecordingCallback(stop_at=("step", 1, 0)))
     train(recipe, tmp_path / "parts", resume=True)
     assert same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -82,9 +82,9 @@ def test_a_run_with_skipped_images_resumes_bit_for_bit(spoilt, tmp_path) -> None
 def test_an_image_repaired_before_a_resume_is_an_error(spoilt, tmp_path) -> None:
     recipe = recipe_for(spoilt, "data.skip_corrupt=true")
     with pytest.raises(TrainingStoppedError):
-        train(recipe, tmp_path / "run", progress=Onlooker(stop_at=("stepped", 0, 0)))
+        train(recipe, tmp_path / "run", callback=RecordingCallback(stop_at=("step", 0, 0)))
     (spoilt / "train" / "cat" / "1.jpg").write_bytes(jpeg(1))
-    with pytest.raises(DataError, match="began with 6 training pictures, there are 7 now"):
+    with pytest.raises(DataError, match="started with 6 training images, now there are 7"):
         train(recipe, tmp_path / "run", resume=True)
 
 

@@ -1,4 +1,4 @@
-"""The page on a run: whole in itself, believing no name, and true to the numbers."""
+"""The report of a run and the templates: self-contained, escaped, and equal to the recorded metrics."""
 
 import base64
 import io
@@ -7,19 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jinja2 import UndefinedError
+from markupsafe import Markup
 from PIL import Image
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
 from sopdeploy.evaluation.metrics import classification_report
 from sopdeploy.evaluation.prediction import score_checkpoint
+from sopdeploy.html.svg import element
+from sopdeploy.html.templates import _environment, render
 from sopdeploy.report import write_report
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
 from tests.pages import ALLOWED, Reader
 from tests.sopdeploy.training.runs import short_recipe
-
-pytestmark = pytest.mark.usefixtures("few_digits")
 
 HOSTILE = "<script>alert(1)</script>"
 GATED = [
@@ -30,10 +34,8 @@ GATED = [
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "dsop"
-    train(short_recipe(), folder)
-    return folder
+def run(few_digits: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(short_recipe(), tmp_path_factory.mktemp("runs") / "dsop").out
 
 
 @pytest.fixture(scope="module")
@@ -41,54 +43,54 @@ def page(run: Path) -> str:
     return write_report(run).read_text(encoding="utf-8")
 
 
-def test_the_page_is_well_formed_and_loads_nothing(page: str) -> None:
+def test_the_page_is_well_formed_and_self_contained(page: str) -> None:
     reader = Reader(page)
+    assert page.startswith("<!DOCTYPE html>")
     assert {name for name, _ in reader.met} <= ALLOWED | {"img"}
-    sources = [found["src"] or "" for name, found in reader.met if name == "img"]
-    assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
-    assert all(found.get("alt") for name, found in reader.met if name == "img")
+    images = [found for name, found in reader.met if name == "img"]
+    assert all((image["src"] or "").startswith("data:image/jpeg;base64,") for image in images)
+    assert all(image.get("alt") for image in images)
     assert not re.search(r"https?://|url\(|@import|<script", page)
     ids = [found["id"] for _, found in reader.met if "id" in found]
     assert len(ids) == len(set(ids))
     assert "prefers-color-scheme: dark" in page
+    assert "@media print" in page
 
 
-def test_the_figures_are_those_of_the_run_and_of_its_best_network(run: Path, page: str) -> None:
+def test_the_page_shows_the_metrics_of_the_run(run: Path, page: str) -> None:
     texts = [text for _, text in Reader(page).texts]
     stored = read_checkpoint(run / "best.pt")
     top1 = stored.training["figures"]["top1"]
     assert any(text.startswith(f"Top-1 {100 * top1:.2f}\N{NO-BREAK SPACE}%") for text in texts)
     assert f"{stored.training['epoch']} of 3" in texts
-    assert {"layer1_0", "layer2_0", "layer3_0", "main", "what ships"} <= set(texts)
-    assert {"optimizer.lr", "0.1", "the network's base_width", "torch version", "processor"} <= set(texts)
-    assert "branches.layer1_0.pooling: before and after the root." in texts
+    assert {"layer1_0", "layer2_0", "layer3_0", "main", "deployed"} <= set(texts)
+    assert {"optimizer.lr", "0.1", "network.base_width", "torch version", "processor"} <= set(texts)
+    assert "branches.layer1_0.pooling: before and after the square root." in texts
 
 
-def test_the_worst_mistakes_are_small_pictures_surest_first(page: str) -> None:
-    reader = Reader(page)
-    shown = [found["src"] or "" for name, found in reader.met if name == "img"]
-    assert 0 < len(shown) <= 24
-    picture = Image.open(io.BytesIO(base64.b64decode(shown[0].partition(",")[2])))
-    assert (picture.format, max(picture.size) <= 128) == ("JPEG", True)
-    said = [found["alt"] or "" for name, found in reader.met if name == "img"]
-    sure = [float(re.findall(r"\(([\d.]+)", text)[1]) for text in said]
-    assert sure == sorted(sure, reverse=True)
+def test_the_worst_mistakes_are_small_images_sorted_by_confidence(page: str) -> None:
+    images = [found for name, found in Reader(page).met if name == "img"]
+    assert 0 < len(images) <= 24
+    image = Image.open(io.BytesIO(base64.b64decode((images[0]["src"] or "").partition(",")[2])))
+    assert (image.format, max(image.size) <= 128) == ("JPEG", True)
+    confidences = [float(re.findall(r"\(([\d.]+)", found["alt"] or "")[1]) for found in images]
+    assert confidences == sorted(confidences, reverse=True)
 
 
 def test_the_same_run_gives_the_same_page(run: Path, page: str, tmp_path: Path) -> None:
     assert write_report(run, tmp_path / "again.html").read_text(encoding="utf-8") == page
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_a_gated_run_shows_usage_and_imbalance(tmp_path: Path) -> None:
     train(read_recipe("digits-plain", GATED), tmp_path / "run")
     page = write_report(tmp_path / "run").read_text(encoding="utf-8")
-    Reader(page)
-    assert "gate: pictures that chose each component after the last epoch." in page
-    assert "Usage over the epochs" in page
-    assert "Imbalance" in page
+    texts = {text for _, text in Reader(page).texts}
+    assert "gate: fraction of images that select each component after the last epoch." in texts
+    assert {"Usage over the epochs", "Imbalance"} <= texts
 
 
-def paint(root: Path, *labels: str) -> Path:
+def write_images(root: Path, *labels: str) -> Path:
     rng = np.random.default_rng(0)
     for label in labels:
         (root / label).mkdir(parents=True)
@@ -98,26 +100,21 @@ def paint(root: Path, *labels: str) -> Path:
     return root
 
 
-def test_other_pictures_are_measured_by_name_and_hostile_names_are_only_shown(tmp_path: Path) -> None:
-    data = paint(tmp_path / "photos", "ant", HOSTILE.replace("/", "\N{DIVISION SLASH}"))
-    small = [
-        "epochs=1",
-        "batch_size=4",
-        "preprocess.resize=8",
-        "preprocess.crop=8",
-        "model.config.base_width=2",
-    ]
-    recipe = read_recipe("photos-dsop", [*small, f"data.path={data}", "model.name=dsop-resnet8"])
-    train(recipe, tmp_path / "run")
+def test_other_images_are_evaluated_and_hostile_class_names_are_escaped(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "photos", "ant", HOSTILE.replace("/", "\N{DIVISION SLASH}"))
+    settings = ["epochs=1", "batch_size=4", "preprocess.resize=8", "preprocess.crop=8", f"data.path={data}"]
+    settings += ["model.name=dsop-resnet8", "model.config.base_width=2"]
+    train(read_recipe("photos-dsop", settings), tmp_path / "run")
     page = write_report(tmp_path / "run", data=data).read_text(encoding="utf-8")
     Reader(page)
     assert "<script>" not in page
+    assert "&lt;script&gt;" in page
     labels, scores = score_checkpoint(tmp_path / "run" / "best.pt", data, on_image=lambda _done, _all: None)
     assert f"negative log-likelihood {classification_report(labels, scores).nll:.4f}" in page
     for path in data.rglob("*.png"):
         path.unlink()
     without = write_report(tmp_path / "run").read_text(encoding="utf-8")
-    assert "the pictures are not at hand" in without
+    assert "the images are not available" in without
     with pytest.raises(DataError, match="no images in this class folder"):
         write_report(tmp_path / "run", data=data)
 
@@ -125,13 +122,31 @@ def test_other_pictures_are_measured_by_name_and_hostile_names_are_only_shown(tm
 def test_a_folder_without_a_run_is_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no run with a finished epoch"):
         write_report(tmp_path)
-    (tmp_path / "last.pt").write_bytes((run / "best.pt").read_bytes())
-    (tmp_path / "best.pt").write_bytes((run / "best.pt").read_bytes())
+    for name in ("last.pt", "best.pt"):
+        (tmp_path / name).write_bytes((run / "best.pt").read_bytes())
     with pytest.raises(CheckpointError, match="holds no history"):
         write_report(tmp_path)
 
 
-def test_a_page_that_cannot_be_written_leaves_nothing(run: Path, tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_leaves_no_file(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
-        write_report(run, tmp_path / "nowhere" / "page.html")
+        write_report(run, tmp_path / "missing" / "page.html")
     assert list(tmp_path.iterdir()) == []
+
+
+TABLE = '{% import "macros.html" as html %}{{ html.table(text, [text], [[text, markup]]) }}'
+
+
+@given(st.text())
+def test_templates_and_charts_escape_every_text(text: str) -> None:
+    markup = element("g", text, class_=text)
+    assert [name for name, _ in Reader(markup).met] == ["g"]
+    page = _environment("sopdeploy.html").from_string(TABLE).render(text=text, markup=Markup("<br>"))
+    tags = [name for name, _ in Reader(page).met]
+    assert tags == ["div", "table", "caption", "thead", "tr", "th", "tbody", "tr", "th", "td", "br"]
+    assert "\N{RIGHT-TO-LEFT OVERRIDE}" not in page + markup
+
+
+def test_a_missing_variable_is_an_error() -> None:
+    with pytest.raises(UndefinedError):
+        render("sopdeploy.report", "run.html")

@@ -19,17 +19,17 @@ from sopdeploy import checkpoint
 from sopdeploy.data.sources import open_data
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
-from tests.sopdeploy.training.runs import SHORT, Onlooker, few_digits
+from tests.sopdeploy.training.runs import SHORT, RecordingCallback, few_digits
 
 
-class Telling(Onlooker):
+class Telling(RecordingCallback):
     """Writes a byte into a pipe after each step."""
 
     def __init__(self, pipe: int) -> None:
         super().__init__()
         self.pipe = pipe
 
-    def stepped(self, **facts: Any) -> None:
+    def on_step_end(self, **facts: Any) -> None:
         os.write(self.pipe, b".")
 
 
@@ -58,7 +58,7 @@ def run(order: dict[str, Any], pipe: int) -> None:
         if order.get("die_in_write"):
             die_in_write(order["die_in_write"])
         recipe = read_recipe("digits-dsop", [*SHORT, *order["overrides"]])
-        train(recipe, Path(order["out"]), resume="auto", progress=Telling(pipe))
+        train(recipe, Path(order["out"]), resume="auto", callback=Telling(pipe))
         code = 0
     finally:
         os._exit(code)

@@ -1,7 +1,4 @@
-"""Short runs of a small network on a quarter of the digits, for the tests of training.
-
-Reading a picture takes as long as learning from it here, so a run of few pictures takes half the time.
-"""
+"""Short runs of a small network on a quarter of the digits, for the tests of training."""
 
 import functools
 import os
@@ -18,7 +15,11 @@ from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 
 from sopdeploy.checkpoint import Checkpoint, read_checkpoint
+from sopdeploy.training.callbacks import Callback
+from sopdeploy.training.diagnostics import EpochRow
+from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.signals import TrainingStoppedError
 
 SHORT = [
     "epochs=3",
@@ -32,7 +33,7 @@ SHORT = [
 
 @contextmanager
 def few_digits() -> Iterator[None]:
-    """Within it the digits are every fourth of them: 359 to learn from, 91 held out."""
+    """Reduce the digits to every fourth image: 359 for training, 91 held out."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sopdeploy.data.datasets.small.load_digits", every_fourth)
         yield
@@ -45,43 +46,50 @@ def every_fourth() -> Bunch:
 
 
 def short_recipe(*overrides: str) -> Recipe:
-    """Return the demo on 8 pixels, narrower, with dropout: three epochs of six steps on `few_digits`."""
+    """Read the narrowed demo recipe on 8 x 8 pixels: three epochs of six steps on `few_digits`."""
     return read_recipe("digits-dsop", [*SHORT, *overrides])
 
 
 @dataclass
-class Onlooker:
-    """Writes down what it is told and sends this process a signal at a chosen moment."""
+class RecordingCallback(Callback):
+    """Records all events, and sends this process a signal at the event `stop_at` (name, epoch, number)."""
 
     stop_at: tuple[str, int, int] | None = None
     signal_number: int = signal.SIGINT
-    told: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
-    def started(self, **facts: Any) -> None:
-        self.told.append(("started", facts))
+    def on_train_start(self, **counts: int) -> None:
+        self.events.append(("train_start", counts))
 
-    def warned(self, warning: str) -> None:
-        self.told.append(("warned", {"warning": warning}))
+    def on_warning(self, warning: str) -> None:
+        self.events.append(("warning", {"warning": warning}))
 
-    def stepped(self, **facts: Any) -> None:
-        self.told.append(("stepped", facts))
-        self.maybe_stop("stepped", facts["epoch"], facts["step"])
+    def on_step_end(self, **progress: Any) -> None:
+        self.record("step", progress, progress["epoch"], progress["step"])
 
-    def measured(self, **facts: Any) -> None:
-        self.told.append(("measured", facts))
-        self.maybe_stop("measured", facts["epoch"], facts["done"])
+    def on_evaluation_batch(self, **progress: int) -> None:
+        self.record("evaluation", progress, progress["epoch"], progress["done"])
 
-    def finished_epoch(self, row: Any) -> None:
-        self.told.append(("finished", {"row": row}))
-        self.maybe_stop("finished", row.epoch - 1, 0)
+    def on_epoch_end(self, row: EpochRow) -> None:
+        self.record("epoch", {"row": row}, row.epoch - 1, 0)
 
-    def maybe_stop(self, *moment: Any) -> None:
-        if moment == self.stop_at:
+    def record(self, name: str, values: dict[str, Any], epoch: int, number: int) -> None:
+        self.events.append((name, values))
+        if (name, epoch, number) == self.stop_at:
             os.kill(os.getpid(), self.signal_number)
 
 
+def interrupt(
+    recipe: Recipe, out: Path, *event: Any, signal_number: int = signal.SIGINT, **options: Any
+) -> TrainingStoppedError:
+    """Train *recipe* until a signal at *event* (name, epoch, number) stops it; return the error."""
+    with pytest.raises(TrainingStoppedError) as stopped:
+        train(recipe, out, callback=RecordingCallback(event, signal_number), **options)
+    return stopped.value
+
+
 def same_bits(left: Any, right: Any) -> bool:
-    """Say whether two nests of tables, lists and tensors are equal bit for bit."""
+    """Compare nested dicts, lists and tensors bit for bit."""
     if isinstance(left, torch.Tensor):
         return left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, dict):
@@ -92,7 +100,7 @@ def same_bits(left: Any, right: Any) -> bool:
 
 
 def same_run(left: Path, right: Path) -> bool:
-    """Say whether two runs ended with the same weights, momentum and history but for the time taken."""
+    """Compare the final weights, optimizer states and histories of two runs, without times."""
     a, b = read_checkpoint(left / "last.pt"), read_checkpoint(right / "last.pt")
     return same_bits(a.weights, b.weights) and same_bits(without_times(a), without_times(b))
 

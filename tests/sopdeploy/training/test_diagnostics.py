@@ -10,8 +10,7 @@ from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import centered_and_scaled, covariance
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy.training.diagnostics import look, spectrum_epochs
-from sopdeploy.training.history import EpochRow, history_csv
+from sopdeploy.training.diagnostics import EpochRow, diagnose, history_csv, spectrum_epochs
 from sopdeploy.training.loop import train
 from sopdeploy.training.run import Position
 from tests.sopdeploy.training.runs import short_recipe
@@ -38,7 +37,7 @@ def test_every_head_is_seen_and_the_main_one_is_the_network_itself(branched) -> 
     held_out = pictures()
     before = {name: tensor.clone() for name, tensor in branched.state_dict().items()}
     random = torch.random.get_rng_state()
-    seen = look(branched, held_out, NORMALISE, 3, spectra=False)
+    seen = diagnose(branched, held_out, NORMALISE, 3, spectra=False)
     assert torch.equal(random, torch.random.get_rng_state())
     assert branched.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in branched.state_dict().items())
@@ -54,7 +53,7 @@ def test_every_head_is_seen_and_the_main_one_is_the_network_itself(branched) -> 
 
 
 def test_spectra_are_those_of_the_covariance_and_of_its_root(branched) -> None:
-    seen = look(branched, pictures(), NORMALISE, 4, spectra=True)
+    seen = diagnose(branched, pictures(), NORMALISE, 4, spectra=True)
     assert set(seen.spectra) == {f"branches.layer{stage}_0.pooling" for stage in (1, 2, 3)}
     root = branched.eval().branches["layer1_0"].pooling
     maps: list[torch.Tensor] = []
@@ -76,7 +75,7 @@ def test_a_gate_is_seen_with_the_usage_of_its_components() -> None:
     torch.manual_seed(0)
     small = {"components": 4, "chosen": 2, "component_widths": (8,), "gate_widths": (8,)}
     model = create_model("gmsop-16-8-resnet18", num_classes=3, **small)
-    seen = look(model, pictures(5), NORMALISE, 4, spectra=True)
+    seen = diagnose(model, pictures(5), NORMALISE, 4, spectra=True)
     gate = seen.gates["gate"]
     assert sum(gate.chosen) == pytest.approx(2)
     assert sum(gate.weights) == pytest.approx(1)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError, TrainingError
 from sopdeploy.training.dry_run import dry_run
-from sopdeploy.training.lr_finder import HIGHEST, LOWEST, find_learning_rate, steepest
+from sopdeploy.training.lr_finder import MAX_RATE, MIN_RATE, find_learning_rate, steepest_descent
 from tests.sopdeploy.training.runs import SHORT, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -79,9 +79,9 @@ def test_the_command_prints_it_and_writes_nothing(tmp_path) -> None:
 def test_a_rate_is_found_between_the_ends_of_the_sweep(tmp_path) -> None:
     command = ["train", "--recipe", "digits-dsop", "--out", str(tmp_path / "run"), *SETTINGS, "--find-lr"]
     found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
-    assert found["rates"][0] == pytest.approx(LOWEST)
+    assert found["rates"][0] == pytest.approx(MIN_RATE)
     assert found["rates"] == sorted(found["rates"])
-    assert max(found["rates"]) < HIGHEST
+    assert max(found["rates"]) < MAX_RATE
     assert found["suggestion"] in found["rates"]
     told = CliRunner().invoke(app, command)
     assert "the loss falls fastest at" in told.stdout
@@ -104,27 +104,27 @@ def test_a_sweep_computes_with_as_many_threads_as_the_recipe_says(monkeypatch) -
     ("losses", "rate"), [([3, 2.9, 2, 1.9, 5], 30), ([3, 1], 20), ([3, 2.5, 9, 1, 9], 40), ([2, 1, 9], 20)]
 )
 def test_the_steepest_fall_on_the_way_to_the_lowest_loss_is_the_suggestion(losses, rate) -> None:
-    assert steepest([10, 20, 30, 40, 50][: len(losses)], losses) == rate
+    assert steepest_descent([10, 20, 30, 40, 50][: len(losses)], losses) == rate
 
 
 def test_the_noise_of_the_first_steps_is_no_fall() -> None:
     """As 60 photos gave it: the mean of two batches fell fastest of all, at a rate that learns nothing."""
     losses = [4.26, 4.20, 4.19, *[4.19 + 0.001 * (step % 3) for step in range(57)]]
     losses += [losses[-1] - 0.012 * step for step in range(20)] + [5.0 + step for step in range(10)]
-    rates = [LOWEST * (HIGHEST / LOWEST) ** (step / len(losses)) for step in range(len(losses))]
-    assert 1e-2 < steepest(rates, losses) < 2
+    rates = [MIN_RATE * (MAX_RATE / MIN_RATE) ** (step / len(losses)) for step in range(len(losses))]
+    assert 1e-2 < steepest_descent(rates, losses) < 2
 
 
 @pytest.mark.parametrize("losses", [[], [1.0], [1.0, 2.0, 3.0]])
 def test_a_loss_that_falls_nowhere_is_said(losses) -> None:
-    with pytest.raises(TrainingError, match="fell at no learning rate"):
-        steepest([1.0] * len(losses), losses)
+    with pytest.raises(TrainingError, match="decreased at no learning rate"):
+        steepest_descent([1.0] * len(losses), losses)
 
 
 def test_a_network_without_branches_has_none_to_remove() -> None:
     with pytest.raises(ConfigError, match="remove_branches_at: resnet8 has no branches"):
         short_recipe("model={name='resnet8', remove_branches_at=1}")
-    with pytest.raises(ConfigError, match=r"remove_branches_at: the run has 3 epochs only"):
+    with pytest.raises(ConfigError, match=r"remove_branches_at: the run has only 3 epochs"):
         short_recipe("model.remove_branches_at=3")
 
 

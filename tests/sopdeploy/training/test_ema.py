@@ -1,3 +1,5 @@
+"""The exponential moving average of the weights, alone and in a run."""
+
 import copy
 
 import pytest
@@ -6,7 +8,7 @@ from torch import nn
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError
-from sopdeploy.training.ema import EmaChoice, ExponentialMovingAverage
+from sopdeploy.training.ema import EmaConfig, ExponentialMovingAverage
 from sopdeploy.training.loop import train
 from tests.sopdeploy.training.runs import same_bits, short_recipe
 
@@ -18,8 +20,8 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
 
 
-def learn(model: nn.Module) -> None:
-    """Change weights and buffers, the integer one too."""
+def change(model: nn.Module) -> None:
+    """Change all weights and buffers, including the integer one."""
     model.train()
     model(torch.randn(5, 3) + 2)
     with torch.no_grad():
@@ -27,55 +29,49 @@ def learn(model: nn.Module) -> None:
             parameter.add_(1.0)
 
 
-def test_floating_tensors_are_averaged_and_integers_copied() -> None:
+def test_floating_point_tensors_are_averaged_and_integers_copied() -> None:
     model = network()
     before = copy.deepcopy(model.state_dict())
-    average = ExponentialMovingAverage(EmaChoice(decay=0.9, warmup=False), model)
-    learn(model)
-    average.update(model)
+    ema = ExponentialMovingAverage(EmaConfig(decay=0.9, warmup=False), model)
+    change(model)
+    ema.update(model)
     after = model.state_dict()
-    for name, mean in average.model.state_dict().items():
+    for name, mean in ema.model.state_dict().items():
         if name.endswith("num_batches_tracked"):
             assert int(mean) == int(after[name]) == 1
         else:
             torch.testing.assert_close(mean, 0.9 * before[name] + 0.1 * after[name])
-    assert average.count == 1
+    assert ema.count == 1
+    assert not any(parameter.requires_grad for parameter in ema.model.parameters())
 
 
 @pytest.mark.parametrize(("updates", "decay"), [(1, 2 / 11), (9, 10 / 19), (1000, 0.99)])
 def test_the_decay_grows_with_the_number_of_updates(updates, decay) -> None:
     model = nn.Linear(1, 1, bias=False)
-    average = ExponentialMovingAverage(EmaChoice(decay=0.99), model)
-    average.count = updates - 1
+    ema = ExponentialMovingAverage(EmaConfig(decay=0.99), model)
+    ema.count = updates - 1
     with torch.no_grad():
-        average.model.weight.zero_()
+        ema.model.weight.zero_()
         model.weight.fill_(1.0)
-    average.update(model)
-    assert float(average.model.weight) == pytest.approx(1 - decay)
+    ema.update(model)
+    assert float(ema.model.weight) == pytest.approx(1 - decay)
 
 
-def test_the_count_is_part_of_the_state() -> None:
+def test_the_update_count_is_part_of_the_state() -> None:
     model = network()
-    average, again = (ExponentialMovingAverage(EmaChoice(), model) for _ in range(2))
+    first, second = (ExponentialMovingAverage(EmaConfig(), model) for _ in range(2))
     for _ in range(3):
-        learn(model)
-        average.update(model)
-    again.load_state_dict(copy.deepcopy(average.state_dict()))
-    assert again.count == 3
-    for follower in (average, again):
-        follower.update(model)
-    assert same_bits(average.state_dict(), again.state_dict())
-
-
-def test_the_average_learns_nothing_by_itself() -> None:
-    assert not any(
-        parameter.requires_grad
-        for parameter in ExponentialMovingAverage(EmaChoice(), network()).model.parameters()
-    )
+        change(model)
+        first.update(model)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.count == 3
+    for ema in (first, second):
+        ema.update(model)
+    assert same_bits(first.state_dict(), second.state_dict())
 
 
 @pytest.mark.parametrize("export", ["average", "raw"])
-def test_figures_stand_side_by_side_and_the_checkpoint_carries_those_of_the_recipe(tmp_path, export) -> None:
+def test_a_run_evaluates_both_weights_and_exports_the_configured_ones(tmp_path, export) -> None:
     result = train(short_recipe(f"ema={{decay=0.8, export='{export}'}}"), tmp_path / "run")
     header = result.history.read_text().splitlines()[0].split(",")
     assert [name for name in header if "top1" in name][:3] == ["top1", "raw_top1", "average_top1"]

@@ -114,8 +114,8 @@ MISTAKES = [
     ("optimizer.momentum=0.0", "nesterov needs a momentum above 0"),
     ("preprocess.crop=99", "crop (99) is larger than resize (16)"),
     ("loss.label_smoothing=1", "loss.label_smoothing: Input should be less than 1"),
-    ('schedule={kind="milestones", milestones=[3, 2]}', "milestones must grow"),
-    ("epochs", "--set epochs: write key=value, such as optimizer.lr=0.05"),
+    ('schedule={kind="milestones", milestones=[3, 2]}', "milestones must be in ascending order"),
+    ("epochs", "--set epochs: write key=value, for example optimizer.lr=0.05"),
     ("=3", "write key=value"),
     ("a..b=3", "write key=value"),
     ("epochs.a=1", "--set epochs.a=1: epochs is a value, not a table with keys"),
@@ -166,7 +166,9 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, content, message) -> None:
 def test_an_unknown_name_is_answered_with_the_nearest_ones() -> None:
     with pytest.raises(ConfigError, match="no such recipe; did you mean digits-dsop"):
         read_recipe("digit-dsop")
-    with pytest.raises(ConfigError, match=r"no such recipe; there are cifar10-dsop-resnet20, .*photos-dsop"):
+    with pytest.raises(
+        ConfigError, match=r"no such recipe; choose one of cifar10-dsop-resnet20, .*photos-dsop"
+    ):
         read_recipe("xyz")
 
 

@@ -26,7 +26,7 @@ from tests.sopdeploy.data.small_data import (
     write_places,
     write_small_imagenet,
 )
-from tests.sopdeploy.training.runs import Onlooker
+from tests.sopdeploy.training.runs import RecordingCallback
 from tests.sopdeploy.training.small_recipes import EXPORTED_AS, SMALL, few_blocks
 
 ALONE = BatchRange(optimum=1, maximum=1)  # one graph of each network instead of two, without symbols
@@ -90,7 +90,7 @@ def walk(name: str, root: Path, monkeypatch: Any) -> Path:
     recipe = small_recipe(name, *settings, *trained_before(name, settings, root))
     out = root / "run"
     with pytest.raises(TrainingStoppedError):
-        train(recipe, out, progress=Onlooker(stop_at=("stepped", 0, 0)))
+        train(recipe, out, callback=RecordingCallback(stop_at=("step", 0, 0)))
     assert read_checkpoint(out / "last.pt").resume["position"]["step"] == 1
     result = train(recipe, out, resume=True)
     stored = read_checkpoint(result.best)
@@ -98,7 +98,7 @@ def walk(name: str, root: Path, monkeypatch: Any) -> Path:
     assert stored.training["recipe"]["summary"] == recipe.summary
     assert (stored.model, stored.config) == (recipe.model.name, recipe.model.full_config())
     _, scores = score_checkpoint(
-        result.best, write_classes(root / "measured", stored.labels, 1), on_image=lambda _done, _all: None
+        result.best, write_classes(root / "evaluation", stored.labels, 1), on_image=lambda _done, _all: None
     )
     assert len(scores) == len(stored.labels)
     return result.best

@@ -9,7 +9,7 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError
 from sopdeploy.training.loop import train
 from sopdeploy.training.signals import TrainingStoppedError
-from tests.sopdeploy.training.runs import Onlooker, same_run, short_recipe
+from tests.sopdeploy.training.runs import RecordingCallback, same_run, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
@@ -25,7 +25,7 @@ def plain(tmp_path_factory) -> Path:
 def test_only_the_branches_learn_in_the_second_phase(plain, tmp_path) -> None:
     recipe = short_recipe(f"start.weights={plain}", "start.learn=branches", "epochs=2")
     with pytest.raises(TrainingStoppedError):
-        train(recipe, tmp_path / "parts", progress=Onlooker(stop_at=("stepped", 1, 2)))
+        train(recipe, tmp_path / "parts", callback=RecordingCallback(stop_at=("step", 1, 2)))
     train(recipe, tmp_path / "parts", resume=True)
     result = train(recipe, tmp_path / "whole")
     assert same_run(tmp_path / "whole", tmp_path / "parts")
@@ -53,9 +53,12 @@ def test_a_start_takes_every_weight_and_the_head_learns_faster(plain, tmp_path) 
     [
         (["start.head_factor=2"], r"start\.weights: not set; give the checkpoint to start from"),
         (["teacher.share=0.5"], r"teacher\.weights: not set; give the checkpoint of the teacher"),
-        (["start.weights={plain}", "model.config.base_width=6"], "of the network's shape; is it another"),
-        (["start.weights={plain}", "start.learn=branches", *PLAIN[:2]], "no branches that could learn alone"),
-        (["teacher.weights={plain}", "preprocess.mean=[0.1,0.1,0.1]"], "sees other colours; set preprocess"),
+        (["start.weights={plain}", "model.config.base_width=6"], "of the model's shape; give a checkpoint"),
+        (["start.weights={plain}", "start.learn=branches", *PLAIN[:2]], "this network has no branches"),
+        (
+            ["teacher.weights={plain}", "preprocess.mean=[0.1,0.1,0.1]"],
+            "normalizes colors differently; set preprocess",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_in_one_line(plain, tmp_path, settings, message) -> None:

@@ -11,12 +11,12 @@ from torch import nn
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.errors import ConfigError, TrainingError
-from sopdeploy.training.distributed.batch_sharding import slice_of
+from sopdeploy.training.distributed.batch_sharding import shard_step
 from sopdeploy.training.distributed.strategy import SingleProcess
-from sopdeploy.training.loop import loss_and_gradient, train
-from sopdeploy.training.precision import MOST_SKIPS, Precision
+from sopdeploy.training.loop import compute_gradient, train
+from sopdeploy.training.precision import MAX_SKIPPED_STEPS, Precision
 from sopdeploy.training.signals import TrainingStoppedError
-from tests.sopdeploy.training.runs import Onlooker, same_run, short_recipe
+from tests.sopdeploy.training.runs import RecordingCallback, same_run, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
@@ -64,7 +64,7 @@ def test_a_run_in_half_precision_is_resumed_bit_for_bit_with_its_scale(tmp_path,
     recipe = short_recipe(f"precision='{precision}'", "epochs=2")
     train(recipe, tmp_path / "whole")
     with pytest.raises(TrainingStoppedError):
-        train(recipe, tmp_path / "stopped", progress=Onlooker(("stepped", 1, 2)))
+        train(recipe, tmp_path / "stopped", callback=RecordingCallback(("step", 1, 2)))
     train(recipe, tmp_path / "stopped", resume=True)
     assert same_run(tmp_path / "stopped", tmp_path / "whole")
 
@@ -72,8 +72,8 @@ def test_a_run_in_half_precision_is_resumed_bit_for_bit_with_its_scale(tmp_path,
 def step_with(precision: Precision, weight: nn.Parameter, gradient: float) -> bool:
     """Do one step of SGD whose gradient is *gradient*; return whether it was done."""
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    precision.scale((weight * gradient).sum()).backward()
-    precision.unscale(optimizer)
+    precision.scaler.scale((weight * gradient).sum()).backward()
+    precision.scaler.unscale_(optimizer)
     assert weight.grad is not None
     return precision.step(optimizer, finite=bool(weight.grad.isfinite().all()))
 
@@ -95,10 +95,10 @@ def test_a_step_whose_gradient_overflows_is_left_out_and_the_scale_halved() -> N
 
 def test_too_many_steps_left_out_in_a_row_are_an_error() -> None:
     precision, weight = Precision("fp16", CPU), nn.Parameter(torch.zeros(1))
-    for _ in range(MOST_SKIPS - 1):
+    for _ in range(MAX_SKIPPED_STEPS - 1):
         assert not step_with(precision, weight, float("nan"))
         weight.grad = None
-    with pytest.raises(TrainingError, match=f"overflowed float16 in {MOST_SKIPS} steps in a row"):
+    with pytest.raises(TrainingError, match=f"overflowed float16 in {MAX_SKIPPED_STEPS} steps in a row"):
         step_with(precision, weight, float("nan"))
 
 
@@ -124,15 +124,15 @@ def gradient(accumulate: int, samples: int) -> tuple[torch.Tensor, float, list[i
     run: Any = SimpleNamespace(
         recipe=SimpleNamespace(accumulate=accumulate, loss=SimpleNamespace(label_smoothing=0.1)),
         precision=Precision("fp32", CPU),
-        parallel=SingleProcess(CPU),
+        strategy=SingleProcess(CPU),
         network=model,
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         teacher=None,
     )
     images = torch.randn(samples, 3, 2, 2, dtype=torch.float64)
-    pieces = slice_of(range(samples), run.recipe, run.parallel).pieces
-    loss = loss_and_gradient(run, (images, torch.arange(samples) % 3), pieces)
+    pieces = shard_step(range(samples), run.recipe, run.strategy).micro_batches
+    loss = compute_gradient(run, (images, torch.arange(samples) % 3), pieces)
     assert model.fc.weight.grad is not None
     return model.fc.weight.grad, float(loss.total), model.sizes
 
@@ -150,13 +150,13 @@ def test_pieces_of_unequal_size_give_the_gradient_of_the_whole(accumulate, sampl
 
 
 def test_more_pieces_than_pairs_of_samples_are_refused() -> None:
-    with pytest.raises(ConfigError, match="accumulate: a piece of a batch needs two samples"):
+    with pytest.raises(ConfigError, match="accumulate: each micro-batch needs two samples"):
         short_recipe("batch_size=6", "accumulate=4")
 
 
 def test_accumulation_changes_neither_the_order_nor_the_number_of_steps(tmp_path) -> None:
-    onlookers = [Onlooker(), Onlooker()]
-    for accumulate, onlooker in zip((1, 3), onlookers, strict=True):
-        train(short_recipe(*ONE, f"accumulate={accumulate}"), tmp_path / str(accumulate), progress=onlooker)
-    counts = [len([what for what, _ in onlooker.told if what == "stepped"]) for onlooker in onlookers]
+    callbacks = [RecordingCallback(), RecordingCallback()]
+    for accumulate, callback in zip((1, 3), callbacks, strict=True):
+        train(short_recipe(*ONE, f"accumulate={accumulate}"), tmp_path / str(accumulate), callback=callback)
+    counts = [len([what for what, _ in callback.events if what == "step"]) for callback in callbacks]
     assert counts == [6, 6]

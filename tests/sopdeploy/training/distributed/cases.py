@@ -12,11 +12,11 @@ from torch import Tensor
 from sopdeploy.data.base import ArrayImages
 from sopdeploy.layers.mixture import gate as balance_loss
 from sopdeploy.models.gmsop import GMSOP
-from sopdeploy.training.distributed.batch_sharding import slice_of
-from sopdeploy.training.distributed.torchrun import processes_of
-from sopdeploy.training.loop import epoch_batches, train_step
+from sopdeploy.training.distributed.batch_sharding import shard_step
+from sopdeploy.training.distributed.torchrun import create_strategy
+from sopdeploy.training.loop import epoch_data, train_step
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.run import start_run
+from sopdeploy.training.run import create_run
 
 NETWORKS = {
     "dsop": [
@@ -58,23 +58,23 @@ def pictures() -> ArrayImages:
 def learn(recipe: Recipe, steps: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Return the weights and buffers after *steps* steps, in this process and whoever it is joined with."""
     data = pictures()
-    run = start_run(recipe, data, processes_of(recipe))
+    run = create_run(recipe, data, create_strategy(recipe))
     run.model.to(dtype)
-    run.normalise.to(dtype)
-    if run.average is not None:
-        run.average.model.to(dtype)
+    run.normalize.to(dtype)
+    if run.ema is not None:
+        run.ema.model.to(dtype)
     if isinstance(run.model, GMSOP):
         untie(run.model)
     done = 0
     while done < steps:
-        batches = epoch_batches(recipe, data, run.at.epoch)
+        _, batches = epoch_data(recipe, data, run.position.epoch)
         for samples in batches[: steps - done]:
-            loaded = slice_of(samples, recipe, run.parallel).samples
+            loaded = shard_step(samples, recipe, run.strategy).samples
             batch = torch.from_numpy(data.images[loaded]), torch.from_numpy(data.targets[loaded])
             run.after_step(train_step(run, batch, samples, len(batches)), len(samples), 0.0, 0.0)
             done += 1
-        run.at = run.at.model_copy(update={"epoch": run.at.epoch + 1, "step": 0})
-    average = run.average.model.state_dict() if run.average is not None else {}
+        run.position = run.position.model_copy(update={"epoch": run.position.epoch + 1, "step": 0})
+    average = run.ema.model.state_dict() if run.ema is not None else {}
     return {**run.model.state_dict(), **{f"average of {name}": mean for name, mean in average.items()}}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sopdeploy.checkpoint import load_plain
-from sopdeploy.training.distributed.torchrun import joined_processes
+from sopdeploy.training.distributed.torchrun import join_processes
 from tests.ports import held_port
 from tests.sopdeploy.training.runs import few_digits
 
@@ -99,7 +99,7 @@ def one_of_them(function: str, folder: Path, variables: dict[str, str]) -> None:
     torch.set_num_threads(1)
     module, name = function.split(":")
     try:
-        with joined_processes(), few_digits():
+        with join_processes(), few_digits():
             result = getattr(importlib.import_module(module), name)(folder)
         torch.save(result, folder / f"rank{variables['RANK']}.pt")
     except BaseException:

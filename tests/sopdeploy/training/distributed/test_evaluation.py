@@ -11,7 +11,7 @@ from sopdeploy.evaluation.prediction import SingleProcessGroup, evaluate
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed.data_parallel import DataParallel
-from sopdeploy.training.distributed.strategy import choose_device
+from sopdeploy.training.distributed.strategy import select_device
 from tests.sopdeploy.training.distributed import ranks
 
 RULES = Preprocess(resize=8, crop=8)
@@ -26,7 +26,7 @@ def measured(processes=None, batch_size: int = 10) -> dict[str, float]:
     images = random.integers(0, 256, (COUNT, 8, 8, 3), dtype=np.uint8)
     stored = ArrayImages(tuple("abcdefg"), images, random.integers(0, CLASSES, COUNT))
     told: list[int] = []
-    processes = processes or DataParallel(choose_device("cpu"))
+    processes = processes or DataParallel(select_device("cpu"))
     found = evaluate(
         network,
         PreprocessedDataset(stored, RULES),

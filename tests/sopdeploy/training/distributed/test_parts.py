@@ -10,9 +10,9 @@ from sopdeploy.layers.distributed import FrozenBatchNorm, GlobalBatchNorm, Rows,
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed import data_parallel as gradients
 from sopdeploy.training.distributed import torchrun as joined
-from sopdeploy.training.distributed.batch_sharding import share_batches
+from sopdeploy.training.distributed.batch_sharding import shard_layers
 from sopdeploy.training.distributed.strategy import SingleProcess
-from sopdeploy.training.run import start_run
+from sopdeploy.training.run import create_run
 from tests.sopdeploy.training.distributed.cases import NETWORKS, pictures, recipe_of
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def test_a_gradient_missing_here_counts_as_zero_and_one_missing_everywhere_stays
     there = [torch.full((4,), 10.0), torch.full((3,), 5.0), torch.full((4,), 7.0, dtype=torch.float64)]
     theirs = iter([torch.tensor([1, 1, 1, 0], dtype=torch.int32), torch.cat(there[:2]), there[2]])
     monkeypatch.setattr(gradients.dist, "all_reduce", lambda tensor: tensor.add_(next(theirs)))
-    sums = gradients.summed(here, likes)
+    sums = gradients.DataParallel.all_reduce_list(None, here, likes)
     assert [None if each is None else each.unique().tolist() for each in sums] == [[11.0], [5.0], [9.0], None]
     assert next(theirs, None) is None
 
@@ -48,7 +48,7 @@ def test_large_gradients_travel_in_pieces_of_one_type(monkeypatch) -> None:
         torch.zeros(n, dtype=t) for n, t in [(4, torch.float32), (6, torch.float32), (1, torch.float32)]
     ]
     tensors += [torch.zeros(1, dtype=torch.float64), torch.zeros(99)]
-    assert [[len(each) for each in bucket] for bucket in gradients.buckets(tensors)] == [
+    assert [[len(each) for each in bucket] for bucket in gradients._buckets(tensors)] == [
         [4, 6],
         [1],
         [1],
@@ -70,7 +70,7 @@ def test_a_network_keeps_its_names_whatever_its_batch_norms_become(name, kind, w
     with torch.device("meta"):
         network = create_model(name, num_classes=3)
         keys, parameters = list(network.state_dict()), list(network.parameters())
-        share_batches(network, kind, world, Rows())
+        shard_layers(network, kind, world, Rows())
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     assert list(network.state_dict()) == keys
     assert all(mine is theirs for mine, theirs in zip(network.parameters(), parameters, strict=True))
@@ -82,47 +82,47 @@ def test_a_network_keeps_its_names_whatever_its_batch_norms_become(name, kind, w
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_everything_that_draws_knows_the_rows(network) -> None:
-    run = start_run(recipe_of(network, "sgd"), pictures(), SingleProcess(CPU))
+    run = create_run(recipe_of(network, "sgd"), pictures(), SingleProcess(CPU))
     drawing = [module for module in run.model.modules() if hasattr(module, "rows")]
     assert any(isinstance(module, RowsDropout) for module in drawing)
-    assert all(module.rows is run.parallel.rows for module in drawing)
+    assert all(module.rows is run.strategy.shard_rng for module in drawing)
 
 
 @pytest.mark.parametrize("kind", ["local", "global"])
 def test_running_statistics_of_each_process_are_averaged_and_common_ones_left_alone(kind) -> None:
-    run = start_run(recipe_of("dsop", "sgd", f"batch_norm={kind}", "ema={}"), pictures(), Beside(6.0))
-    run.settle()
-    assert run.average is not None
-    for model in (run.model, run.average.model):
+    run = create_run(recipe_of("dsop", "sgd", f"batch_norm={kind}", "ema={}"), pictures(), Beside(6.0))
+    run.synchronize_buffers()
+    assert run.ema is not None
+    for model in (run.model, run.ema.model):
         assert model.get_buffer("bn1.running_mean").unique().tolist() == [3.0 if kind == "local" else 0.0]
         assert int(model.get_buffer("bn1.num_batches_tracked")) == 0
 
 
 def test_processes_that_go_on_from_different_steps_are_refused(tmp_path) -> None:
-    joined.must_be_at_one_step(start_run(recipe_of("dsop", "sgd"), pictures(), Beside(0.0)), tmp_path)
-    with pytest.raises(ConfigError, match="different checkpoints there; put --out on a disk that every"):
-        joined.must_be_at_one_step(start_run(recipe_of("dsop", "sgd"), pictures(), Beside(1.0)), tmp_path)
+    joined.check_same_step(create_run(recipe_of("dsop", "sgd"), pictures(), Beside(0.0)), tmp_path)
+    with pytest.raises(ConfigError, match="different checkpoints; put --out on a disk that all"):
+        joined.check_same_step(create_run(recipe_of("dsop", "sgd"), pictures(), Beside(1.0)), tmp_path)
 
 
 def test_a_line_is_told_once_and_not_after_the_process_that_tells_has_gone() -> None:
     store = dist.HashStore()
-    told = [joined.told_already(store, line) for line in ("a", "b", "a")]
+    told = [joined._is_reported(store, line) for line in ("a", "b", "a")]
     assert told == [False, False, True]
 
     class Gone:
         def add(self, key: str, amount: int) -> int:
             raise dist.DistNetworkError("no answer")
 
-    assert joined.told_already(Gone(), "c")
+    assert joined._is_reported(Gone(), "c")
 
 
 def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match="process 3 of this machine has no GPU of its own, there are 2"):
-        joined.local_device()
+        joined._local_device()
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert joined.local_device() == 1
+    assert joined._local_device() == 1
 
 
 @pytest.mark.parametrize(
@@ -135,4 +135,4 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch) -> None:
     ],
 )
 def test_only_a_lost_process_is_called_lost(problem, lost) -> None:
-    assert joined.lost_a_process(problem) is lost
+    assert joined._is_lost_connection(problem) is lost

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.training import loop as training
-from sopdeploy.training.distributed.torchrun import attempt
+from sopdeploy.training.distributed.torchrun import _attempt
 from sopdeploy.training.signals import TrainingStoppedError
 from tests.ports import held_port
 from tests.sopdeploy.data.test_data_folder import make
@@ -39,14 +39,14 @@ def stopped(folder: Path) -> list[list[int]]:
     """Train until the second process alone gets a signal in the second epoch; return what was loaded."""
     order = training.load_batches = Order()
     second = os.environ["RANK"] == "1"
-    check = training.Stop.check
+    check = training.SignalState.check
 
     def signal_at_last(self, **wishes: bool) -> None:
         if second and len(order.steps) == 8:
             os.kill(os.getpid(), signal.SIGTERM)
         check(self, **wishes)
 
-    training.Stop.check = signal_at_last
+    training.SignalState.check = signal_at_last
     with pytest.raises(TrainingStoppedError, match="stopped in epoch 2 of 3 after 2 steps"):
         training.train(short_recipe(GLOBAL, "epochs=3"), folder / "run")
     return order.steps
@@ -90,11 +90,11 @@ def test_a_process_that_is_killed_ends_the_other_with_one_line(tmp_path) -> None
         first_epoch = both[0].stderr.readline()
         both[1].kill()
         (code, out, err), (killed, _, silence) = ranks.ends_of(both)
-    assert (started, first_epoch[:12]) == ("1438 pictures to learn from, 359 held out\n", "epoch   1/40")
+    assert (started, first_epoch[:12]) == ("1438 training images, 359 held out\n", "epoch   1/40")
     assert (code, killed, out, silence) == (2, -signal.SIGKILL, "", "")
     lines = [line for line in err.splitlines() if not line.startswith("epoch ")]
     assert len(lines) == 1
-    assert lines[0].startswith("error: another process of the run has ended, its message says why; go on")
+    assert lines[0].startswith("error: another process of the run ended, see its message; continue")
     assert read_checkpoint(tmp_path / "run" / "last.pt").resume is not None
 
 
@@ -102,7 +102,7 @@ def test_a_process_that_is_killed_ends_the_other_with_one_line(tmp_path) -> None
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("batch_size=63", "batch_size: 63 samples a step cannot be shared equally by 2 processes"),
+        ("batch_size=63", "batch_size: a step of 63 samples cannot be divided among 2 processes"),
         ("epochz=3", "epochz: unknown key; did you mean epochs?"),
         ("optimizer.lr=1e30", "is not finite; lower optimizer.lr"),
     ],
@@ -111,7 +111,7 @@ def test_what_both_find_is_said_once(tmp_path, setting, message) -> None:
     with ranks.started("sopdeploy", *command(tmp_path / "run", setting), world=2) as both:
         ends = ranks.ends_of(both)
     assert [code for code, _, _ in ends] == [2, 2]
-    lines = [line for _, _, err in ends for line in err.splitlines() if "pictures to learn" not in line]
+    lines = [line for _, _, err in ends for line in err.splitlines() if "training images" not in line]
     assert len(lines) == 1
     assert message in lines[0]
 
@@ -143,7 +143,7 @@ def test_processes_of_one_machine_meet_anew_after_each_restart(
         monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
     else:
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
-    assert attempt() == expected
+    assert _attempt() == expected
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sopdeploy.errors import ConfigError
-from sopdeploy.training.distributed.batch_sharding import must_divide, slice_of
+from sopdeploy.training.distributed.batch_sharding import check_divisible, shard_step
 from sopdeploy.training.distributed.data_parallel import DataParallel
 from sopdeploy.training.distributed.strategy import SingleProcess
 from tests.sopdeploy.training.distributed.cases import recipe_of
@@ -30,14 +30,14 @@ def test_processes_compute_each_sample_of_a_step_once_beside_its_neighbour(
 ) -> None:
     samples = [10 * place for place in range(max(2, world) * accumulate * steps + spare)]
     recipe = recipe_of("dsop", "sgd", f"accumulate={accumulate}", f"mix.mixup={mixup}", "batch_size=600")
-    alone = slice_of(samples, recipe, SingleProcess(torch.device("cpu")))
+    alone = shard_step(samples, recipe, SingleProcess(torch.device("cpu")))
     assert alone.samples == samples
-    slices = [slice_of(samples, recipe, OneOf(rank, world)) for rank in range(world)]
+    slices = [shard_step(samples, recipe, OneOf(rank, world)) for rank in range(world)]
     seen = []
-    for number, whole in enumerate(alone.pieces):
+    for number, whole in enumerate(alone.micro_batches):
         together = []
         for share in slices:
-            piece = share.pieces[number]
+            piece = share.micro_batches[number]
             assert piece.total == whole.total
             together += share.samples[piece.first : piece.end]
             assert piece.end > piece.first
@@ -52,12 +52,12 @@ def test_processes_compute_each_sample_of_a_step_once_beside_its_neighbour(
 @pytest.mark.parametrize(
     ("settings_", "count", "world", "message"),
     [
-        ([], 52, 4, "batch_size: 14 samples a step cannot be shared equally by 4 processes; .*multiple of 4"),
-        ([], 15, 14, "batch_size: steps of 7 samples in 1 pieces leave some of 14 processes without"),
-        (["accumulate=7"], 52, 2, "steps of 13 samples in 7 pieces leave some of 2 processes without"),
+        ([], 52, 4, "batch_size: a step of 14 samples cannot be divided among 4 processes; .*multiple of 4"),
+        ([], 15, 14, "batch_size: steps of 7 samples in 1 micro-batches leave some of 14 processes without"),
+        (["accumulate=7"], 52, 2, "steps of 13 samples in 7 micro-batches leave some of 2 processes without"),
     ],
 )
 def test_a_batch_that_processes_cannot_share_is_refused(settings_, count, world, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        must_divide(recipe_of("dsop", "sgd", *settings_), count, world)
-    must_divide(recipe_of("dsop", "sgd"), 52, 2)
+        check_divisible(recipe_of("dsop", "sgd", *settings_), count, world)
+    check_divisible(recipe_of("dsop", "sgd"), 52, 2)
