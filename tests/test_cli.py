@@ -248,12 +248,12 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "a missing checkpoint to evaluate": (("eval", "ckpt.pt", "--data", "photos"), "ckpt.pt: no such file"),
     "TTA for a service": (
         ("eval", "http://x", "--data", "d", "--tta", "flip"),
-        "answers pictures as they are",
+        "not supported by servers",
     ),
-    "a runtime for a checkpoint": (("eval", "c.pt", "--data", "d", "--runtime", "auto"), "only a bundle"),
+    "a runtime for a checkpoint": (("eval", "c.pt", "--data", "d", "--runtime", "auto"), "only bundles"),
     "a folder without a manifest": (("eval", ".", "--data", "d"), "it has no manifest.json"),
     "a missing run": (("report", "nowhere"), "nowhere: holds no run"),
-    "a comparison of one recipe": (("compare", "digits-plain"), "two recipes at least"),
+    "a comparison of one recipe": (("compare", "digits-plain"), "at least two recipes"),
     "an unknown logger": (("train", "--recipe", "digits-plain", "--log", "x"), "--log x: none of"),
     "an fp16 iteration without fp16": (
         ("export", "c.pt", "--newton-schulz", "fp16"),

@@ -1,4 +1,4 @@
-"""Settings that make the network of every packaged recipe small, of the same family and on fewer pixels."""
+"""Settings that shrink the network and the images of every packaged recipe."""
 
 import pytest
 
@@ -72,7 +72,7 @@ EXPORTED_AS = {
 
 
 def few_blocks(patch: pytest.MonkeyPatch) -> None:
-    """Leave one block in a stage and two in one stage, if no switch does: each costs an export a second."""
+    """Reduce all stages but one to one block, because each block adds a second to an export."""
     patch.setitem(resnet.BLOCKS, 18, (2, 1, 1, 1))
     stages = {name: stage._replace(blocks=1) for name, stage in efficientnet.STAGES.items()}
     stages["blocks.1"] = efficientnet.STAGES["blocks.1"]

@@ -1,4 +1,4 @@
-"""What is known of a run before it begins."""
+"""`--dry-run`, `--find-lr` and the forms of `--resume`."""
 
 import json
 
@@ -14,101 +14,92 @@ from tests.sopdeploy.training.runs import SHORT, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
-SETTINGS = [word for override in SHORT for word in ("--set", override)]
+
+@pytest.fixture
+def command(tmp_path) -> list[str]:
+    settings = [word for override in SHORT for word in ("--set", override)]
+    return ["train", "--recipe", "digits-dsop", "--out", str(tmp_path / "run"), *settings]
 
 
-@pytest.fixture(scope="module")
-def dry():
-    return dry_run(short_recipe("ema={}", "accumulate=2"))
-
-
-def test_a_dry_run_resolves_every_value_the_switches_of_the_network_included(dry) -> None:
+def test_a_dry_run_resolves_the_recipe_and_measures_memory() -> None:
     recipe = short_recipe("ema={}", "accumulate=2")
+    dry = dry_run(recipe)
     assert dry.recipe["model"]["config"] == recipe.model.full_config()
     assert dry.recipe["ema"] == {"decay": 0.999, "warmup": True, "export": "average"}
     assert (dry.train_count, dry.held_out_count, dry.classes, dry.steps) == (359, 91, 10, 6)
     assert dry.shipped.parameters < dry.training.parameters
-
-
-def test_memory_is_that_of_the_tensors(dry) -> None:
-    memory = dry.memory
-    parameters = 4 * dry.training.parameters / 2**20
+    memory, parameters = dry.memory, 4 * dry.training.parameters / 2**20
     assert memory.gradients == pytest.approx(parameters)
-    assert memory.optimizer == pytest.approx(parameters)  # one momentum
-    assert memory.weights == memory.average > parameters  # and batch norm's buffers
+    assert memory.optimizer == pytest.approx(parameters)  # one momentum buffer
+    assert memory.weights == memory.average > parameters  # and the buffers of batch norm
     assert memory.activations > 0
     parts = (memory.weights, memory.gradients, memory.optimizer, memory.average, memory.activations)
     assert memory.total == pytest.approx(sum(parts))
 
 
-def test_pieces_keep_less_for_their_backward() -> None:
-    whole, pieces = (dry_run(short_recipe(f"accumulate={k}")).memory.activations for k in (1, 4))
-    assert 0.2 * whole < pieces < 0.35 * whole
+def test_micro_batches_need_less_memory_for_activations() -> None:
+    whole, split = (dry_run(short_recipe(f"accumulate={k}")).memory.activations for k in (1, 4))
+    assert 0.2 * whole < split < 0.35 * whole
 
 
-SCHEDULES = {
-    "{kind='milestones', milestones=[1, 2], warmup_epochs=0.5}": [(0, 0), (0.5, 0.1), (1, 0.01), (2, 0.001)],
-    "{kind='cosine', warmup_epochs=1}": [(0, 0), (1, 0.1), (2, 0.05), (3, 0)],
-    "{kind='polynomial', power=2}": [(0, 0.1), (1.5, 0.025), (3, 0)],
-    "{kind='one-cycle', rise=0.5}": [(0, 0.004), (1.5, 0.1), (3, 4e-7)],
-}
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        (
+            "{kind='milestones', milestones=[1, 2], warmup_epochs=0.5}",
+            [(0, 0), (0.5, 0.1), (1, 0.01), (2, 0.001)],
+        ),
+        ("{kind='cosine', warmup_epochs=1}", [(0, 0), (1, 0.1), (2, 0.05), (3, 0)]),
+        ("{kind='polynomial', power=2}", [(0, 0.1), (1.5, 0.025), (3, 0)]),
+        ("{kind='one-cycle', rise=0.5}", [(0, 0.004), (1.5, 0.1), (3, 4e-7)]),
+    ],
+)
+def test_a_dry_run_lists_the_learning_rates_of_the_schedule(schedule, rates) -> None:
+    found = dry_run(short_recipe(f"schedule={schedule}")).rates
+    assert [pytest.approx(pair, abs=1e-12) for pair in rates] == list(found)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_rate_is_told_where_the_schedule_turns(schedule) -> None:
-    rates = dry_run(short_recipe(f"schedule={schedule}")).rates
-    assert [pytest.approx(pair, abs=1e-12) for pair in SCHEDULES[schedule]] == list(rates)
-
-
-def test_the_command_prints_it_and_writes_nothing(tmp_path) -> None:
-    command = ["train", "--recipe", "digits-dsop", "--out", str(tmp_path / "run"), *SETTINGS, "--dry-run"]
-    told = CliRunner().invoke(app, command)
-    assert told.exit_code == 0
-    for part in (
-        "optimizer.kind = sgd",
-        "learning rate: 0.004 at epoch 0",
-        "memory: about",
-        "one step on cpu",
-    ):
-        assert part in " ".join(told.stdout.split())
-    as_json = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
-    assert as_json["steps"] == 6
+def test_the_dry_run_command_prints_and_writes_nothing(tmp_path, command) -> None:
+    result = CliRunner().invoke(app, [*command, "--dry-run"])
+    assert result.exit_code == 0
+    text = " ".join(result.stdout.split())
+    lines = ("optimizer.kind = sgd", "learning rate: 0.004 at epoch 0", "memory: about", "one step on cpu")
+    assert all(line in text for line in lines)
+    assert json.loads(CliRunner().invoke(app, [*command, "--dry-run", "--json"]).stdout)["steps"] == 6
     assert not (tmp_path / "run").exists()
 
 
-def test_a_rate_is_found_between_the_ends_of_the_sweep(tmp_path) -> None:
-    command = ["train", "--recipe", "digits-dsop", "--out", str(tmp_path / "run"), *SETTINGS, "--find-lr"]
-    found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+def test_the_find_lr_command_suggests_a_rate(tmp_path, command) -> None:
+    found = json.loads(CliRunner().invoke(app, [*command, "--find-lr", "--json"]).stdout)
     assert found["rates"][0] == pytest.approx(MIN_RATE)
     assert found["rates"] == sorted(found["rates"])
     assert max(found["rates"]) < MAX_RATE
     assert found["suggestion"] in found["rates"]
-    told = CliRunner().invoke(app, command)
-    assert "the loss falls fastest at" in told.stdout
+    assert "the loss falls fastest at" in CliRunner().invoke(app, [*command, "--find-lr"]).stdout
     assert not (tmp_path / "run").exists()
 
 
-def test_the_sweep_is_a_function_of_the_recipe_and_ends_where_the_loss_is_not_finite() -> None:
+def test_the_range_test_is_deterministic_and_stops_at_a_non_finite_loss() -> None:
     recipe = short_recipe("optimizer.clip_norm=0.0", "model.config.aux_pooling='gap'")
     assert find_learning_rate(recipe, steps=8) == find_learning_rate(recipe, steps=8)
 
 
-def test_a_sweep_computes_with_as_many_threads_as_the_recipe_says(monkeypatch) -> None:
-    asked = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+def test_the_range_test_uses_the_threads_of_the_recipe(monkeypatch) -> None:
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     find_learning_rate(short_recipe("threads=1"), steps=8)
-    assert asked == [1]
+    assert threads == [1]
 
 
 @pytest.mark.parametrize(
     ("losses", "rate"), [([3, 2.9, 2, 1.9, 5], 30), ([3, 1], 20), ([3, 2.5, 9, 1, 9], 40), ([2, 1, 9], 20)]
 )
-def test_the_steepest_fall_on_the_way_to_the_lowest_loss_is_the_suggestion(losses, rate) -> None:
+def test_the_suggestion_is_the_steepest_descent_before_the_minimum(losses, rate) -> None:
     assert steepest_descent([10, 20, 30, 40, 50][: len(losses)], losses) == rate
 
 
-def test_the_noise_of_the_first_steps_is_no_fall() -> None:
-    """As 60 photos gave it: the mean of two batches fell fastest of all, at a rate that learns nothing."""
+def test_the_noise_of_the_first_steps_is_ignored() -> None:
+    """With 60 photos, the mean of the first two batches fell faster than all later losses."""
     losses = [4.26, 4.20, 4.19, *[4.19 + 0.001 * (step % 3) for step in range(57)]]
     losses += [losses[-1] - 0.012 * step for step in range(20)] + [5.0 + step for step in range(10)]
     rates = [MIN_RATE * (MAX_RATE / MIN_RATE) ** (step / len(losses)) for step in range(len(losses))]
@@ -116,29 +107,25 @@ def test_the_noise_of_the_first_steps_is_no_fall() -> None:
 
 
 @pytest.mark.parametrize("losses", [[], [1.0], [1.0, 2.0, 3.0]])
-def test_a_loss_that_falls_nowhere_is_said(losses) -> None:
+def test_a_loss_that_never_decreases_is_an_error(losses) -> None:
     with pytest.raises(TrainingError, match="decreased at no learning rate"):
         steepest_descent([1.0] * len(losses), losses)
 
 
-def test_a_network_without_branches_has_none_to_remove() -> None:
-    with pytest.raises(ConfigError, match="remove_branches_at: resnet8 has no branches"):
-        short_recipe("model={name='resnet8', remove_branches_at=1}")
-    with pytest.raises(ConfigError, match=r"remove_branches_at: the run has only 3 epochs"):
-        short_recipe("model.remove_branches_at=3")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model={name='resnet8', remove_branches_at=1}", "remove_branches_at: resnet8 has no branches"),
+        ("model.remove_branches_at=3", "remove_branches_at: the run has only 3 epochs"),
+    ],
+)
+def test_branches_that_cannot_be_removed_are_an_error(override, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        short_recipe(override)
 
 
-def test_resume_stands_alone_or_before_auto(tmp_path) -> None:
-    command = [
-        "train",
-        "--recipe",
-        "digits-dsop",
-        "--out",
-        str(tmp_path / "run"),
-        *SETTINGS,
-        "--set",
-        "epochs=1",
-    ]
+def test_resume_takes_an_optional_value(command) -> None:
+    command += ["--set", "epochs=1"]
     refused = CliRunner().invoke(app, [*command, "--resume", "--json"])
     assert refused.exit_code == 2
     assert "holds no run to resume" in refused.stderr

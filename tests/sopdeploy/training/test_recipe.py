@@ -1,3 +1,5 @@
+"""Recipes: the packaged ones, overrides, and errors on one line."""
+
 import contextlib
 import re
 import shlex
@@ -17,26 +19,26 @@ FOLDER = Path(sopdeploy.__file__).parent / "recipes"
 
 
 @pytest.mark.parametrize("name", list_recipes())
-def test_a_packaged_recipe_is_valid_and_says_why_of_every_value(name) -> None:
+def test_a_packaged_recipe_is_valid_and_explains_every_value(name) -> None:
     recipe = read_recipe(name)
     assert name.split("-", 1)[0] in recipe.data.kind or recipe.data.kind == "folder"
     for line in recipe_text(name).splitlines():
         if " = " in line and not line.startswith(("#", "summary")):
-            assert re.search(r" # \S.+", line), f"{line} has no reason"
+            assert re.search(r" # \S.+", line), f"{line} has no comment"
 
 
-def test_the_packaged_recipes_are_those_of_the_folder() -> None:
+def test_all_files_of_the_folder_are_listed() -> None:
     assert list_recipes() == sorted(path.stem for path in FOLDER.glob("*.toml"))
     assert {"digits-dsop", "digits-plain", "photos-dsop", "imagenet-dsop-resnet50"} <= set(list_recipes())
 
 
 @pytest.mark.parametrize("name", list_recipes())
-def test_a_recipe_written_down_is_read_again_as_the_same(name) -> None:
+def test_a_recipe_survives_serialization(name) -> None:
     recipe = read_recipe(name)
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
 
 
-def test_the_network_of_a_recipe_is_recorded_with_every_switch() -> None:
+def test_the_full_config_of_the_network_is_recorded() -> None:
     choice = read_recipe("digits-dsop", ["model.config.aux_dropout=0.5"]).model
     full = choice.full_config()
     assert full["aux_dropout"] == 0.5
@@ -44,25 +46,15 @@ def test_the_network_of_a_recipe_is_recorded_with_every_switch() -> None:
     create_model(choice.name, num_classes=3, **full)
 
 
-def test_the_paper_runs_on_imagenet_are_as_the_paper_says() -> None:
+def test_the_imagenet_recipe_follows_the_paper() -> None:
     recipe = read_recipe("imagenet-dsop-resnet50")
     assert (recipe.epochs, recipe.batch_size) == (90, 256)
-    assert recipe.augment.model_dump() == {
-        "kind": "random-side",
-        "flip": 0.5,
-        "draft": False,
-        "sides": (256, 512),
-    }
+    augment = {"kind": "random-side", "flip": 0.5, "draft": False, "sides": (256, 512)}
+    assert recipe.augment.model_dump() == augment
     rates = [recipe.optimizer.lr * recipe.schedule.factor(epoch, 90) for epoch in (0, 29.99, 30, 60, 89.99)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.001])
-    assert recipe.optimizer.model_dump() == {
-        "kind": "sgd",
-        "lr": 0.1,
-        "momentum": 0.9,
-        "nesterov": False,
-        "weight_decay": 1e-4,
-        "clip_norm": 0.0,
-    }
+    sgd = {"kind": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False}
+    assert recipe.optimizer.model_dump() == {**sgd, "weight_decay": 1e-4, "clip_norm": 0.0}
 
 
 OVERRIDES = [
@@ -90,7 +82,7 @@ def test_a_path_with_spaces_needs_no_quotes() -> None:
     assert recipe.data.path == Path("my photos/summer 2024")
 
 
-MISTAKES = [
+INVALID_OVERRIDES = [
     ("optimiser.lr=1", "digits-dsop: optimiser: unknown key; did you mean optimizer?"),
     ("optimizer.momentun=1", "optimizer.momentun: unknown key; did you mean optimizer.momentum?"),
     ("batchsize=3", "batchsize: unknown key; did you mean batch_size?"),
@@ -122,21 +114,21 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("override", "message"), MISTAKES, ids=[o for o, _ in MISTAKES])
-def test_a_mistake_is_named_on_one_line_with_what_to_do(override, message) -> None:
-    with pytest.raises(ConfigError) as problem:
+@pytest.mark.parametrize(("override", "message"), INVALID_OVERRIDES, ids=[o for o, _ in INVALID_OVERRIDES])
+def test_an_invalid_override_is_explained_on_one_line(override, message) -> None:
+    with pytest.raises(ConfigError) as error:
         read_recipe("digits-dsop", [override])
-    assert message in str(problem.value)
-    assert "\n" not in str(problem.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @given(key=st.text(min_size=1, max_size=20), value=st.text(max_size=20))
-def test_no_override_ends_in_anything_but_a_recipe_or_a_config_error(key, value) -> None:
+def test_an_override_gives_a_recipe_or_a_config_error(key, value) -> None:
     with contextlib.suppress(ConfigError):
         read_recipe("digits-dsop", [f"{key}={value}"])
 
 
-def test_a_file_is_read_and_its_mistakes_name_it(tmp_path) -> None:
+def test_errors_in_a_recipe_file_name_the_file(tmp_path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(recipe_text("digits-dsop"))
     assert read_recipe(path) == read_recipe("digits-dsop") == read_recipe(str(path))
@@ -154,31 +146,29 @@ def test_a_file_is_read_and_its_mistakes_name_it(tmp_path) -> None:
         (None, "cannot be read"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_named(tmp_path, content, message) -> None:
+def test_a_file_that_is_not_a_recipe_is_named(tmp_path, content, message) -> None:
     path = tmp_path / "mine.toml"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ConfigError, match=message) as problem:
+    with pytest.raises(ConfigError, match=message) as error:
         read_recipe(path)
-    assert str(path) in str(problem.value)
+    assert str(path) in str(error.value)
 
 
-def test_an_unknown_name_is_answered_with_the_nearest_ones() -> None:
+def test_an_unknown_name_suggests_similar_ones() -> None:
     with pytest.raises(ConfigError, match="no such recipe; did you mean digits-dsop"):
         read_recipe("digit-dsop")
-    with pytest.raises(
-        ConfigError, match=r"no such recipe; choose one of cifar10-dsop-resnet20, .*photos-dsop"
-    ):
+    with pytest.raises(ConfigError, match=r"no such recipe; choose one of cifar10-dsop-resnet20, .*photos"):
         read_recipe("xyz")
 
 
-def test_recipes_are_plain_toml_with_distinct_summaries() -> None:
+def test_the_summaries_are_distinct() -> None:
     summaries = [tomllib.loads(recipe_text(name))["summary"] for name in list_recipes()]
     assert len(set(summaries)) == len(summaries)
 
 
-def lines_of_settings() -> list[tuple[str, list[str]]]:
-    """Return recipe and settings of every line that a recipe's comments offer."""
+def settings_in_comments() -> list[tuple[str, list[str]]]:
+    """List the recipe and the settings of every `--set` line in the comments of recipes."""
     found = []
     for name in list_recipes():
         for line in recipe_text(name).splitlines():
@@ -188,6 +178,6 @@ def lines_of_settings() -> list[tuple[str, list[str]]]:
     return found
 
 
-@pytest.mark.parametrize(("name", "settings"), lines_of_settings(), ids=str)
-def test_the_settings_that_a_recipe_offers_in_its_comments_are_valid(name, settings) -> None:
+@pytest.mark.parametrize(("name", "settings"), settings_in_comments(), ids=str)
+def test_the_settings_in_the_comments_of_a_recipe_are_valid(name, settings) -> None:
     assert read_recipe(name, settings) != read_recipe(name)

@@ -1,13 +1,14 @@
-"""Every packaged recipe through its real loader: two steps, a stop, a resume, an evaluation, an export.
+"""Every packaged recipe with its data source: train, stop, resume, evaluate and export a small network.
 
-The networks are small ones of the same family; the settings are those of the recipe wherever they fit. Nine
-tenths of a walk are its export, so a network that several recipes end in is exported for one of them.
+The export takes most of the time, so recipes with the same small network are exported once.
 """
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.manifest import BatchRange
@@ -16,7 +17,6 @@ from sopdeploy.evaluation.prediction import score_checkpoint
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, list_recipes, read_recipe
-from sopdeploy.training.signals import TrainingStoppedError
 from sopdeploy_export.pipeline import ExportOptions, export
 from tests.sopdeploy.data.small_data import (
     tar_of,
@@ -26,18 +26,18 @@ from tests.sopdeploy.data.small_data import (
     write_places,
     write_small_imagenet,
 )
-from tests.sopdeploy.training.runs import RecordingCallback
+from tests.sopdeploy.training.runs import interrupt
 from tests.sopdeploy.training.small_recipes import EXPORTED_AS, SMALL, few_blocks
 
-ALONE = BatchRange(optimum=1, maximum=1)  # one graph of each network instead of two, without symbols
+BATCH_OF_ONE = BatchRange(optimum=1, maximum=1)  # exports one graph instead of two
 
 
-def test_every_recipe_is_walked() -> None:
+def test_every_recipe_is_covered() -> None:
     assert set(SMALL) == set(list_recipes())
 
 
 @pytest.mark.parametrize("name", EXPORTED_AS)
-def test_a_recipe_that_is_not_exported_has_the_network_of_one_that_is(name: str) -> None:
+def test_a_recipe_that_is_not_exported_shares_its_network_with_another(name: str) -> None:
     other = EXPORTED_AS[name]
     assert other not in EXPORTED_AS
     assert small_recipe(name).model == small_recipe(other).model
@@ -48,13 +48,13 @@ def small_recipe(name: str, *settings: str) -> Recipe:
     return read_recipe(name, ["epochs=1", "workers=0", *size, *SMALL[name], *settings])
 
 
-@pytest.fixture(autouse=True)
-def _few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     few_blocks(monkeypatch)
 
 
-def data_of(name: str, kind: str, root: Path, monkeypatch: Any) -> list[str]:
-    """Write data for a recipe; return the settings that point to it."""
+def write_data(name: str, kind: str, root: Path, monkeypatch: Any) -> list[str]:
+    """Write data for a recipe; return the settings that select it."""
     if kind == "digits":
         return []
     if kind.startswith("cifar"):
@@ -68,8 +68,8 @@ def data_of(name: str, kind: str, root: Path, monkeypatch: Any) -> list[str]:
     return [f"data.path={tar_of(photos, root / 'all.tar') if 'gsop' in name else photos}"]
 
 
-def trained_before(recipe: str, overrides: list[str], root: Path) -> list[str]:
-    """Return the settings that name weights of an earlier run, where the recipe needs such."""
+def pretrain(recipe: str, overrides: list[str], root: Path) -> list[str]:
+    """Train the start weights or the teacher of a recipe; return the settings that select them."""
     needs = {"imagenet-dsop-two-phase": "start", "imagenet-distilled-resnet50": "teacher"}
     if recipe == "fine-grained-isqrt-resnet50":
         before, model, key = "imagenet-isqrt-resnet50", SMALL["imagenet-isqrt-resnet50"], "start"
@@ -84,13 +84,12 @@ def trained_before(recipe: str, overrides: list[str], root: Path) -> list[str]:
     return [f"{key}.weights={run.best}"]
 
 
-def walk(name: str, root: Path, monkeypatch: Any) -> Path:
-    """Train a recipe's small network: a step, a stop, a resume, an evaluation; return its best checkpoint."""
-    settings = data_of(name, read_recipe(name).data.kind, root / "data", monkeypatch)
-    recipe = small_recipe(name, *settings, *trained_before(name, settings, root))
+def train_and_evaluate(name: str, root: Path, monkeypatch: Any) -> Path:
+    """Train the small network of a recipe with an interruption; evaluate and return its checkpoint."""
+    settings = write_data(name, read_recipe(name).data.kind, root / "data", monkeypatch)
+    recipe = small_recipe(name, *settings, *pretrain(name, settings, root))
     out = root / "run"
-    with pytest.raises(TrainingStoppedError):
-        train(recipe, out, callback=RecordingCallback(stop_at=("step", 0, 0)))
+    interrupt(recipe, out, "step", 0, 0)
     assert read_checkpoint(out / "last.pt").resume["position"]["step"] == 1
     result = train(recipe, out, resume=True)
     stored = read_checkpoint(result.best)
@@ -104,14 +103,48 @@ def walk(name: str, root: Path, monkeypatch: Any) -> Path:
     return result.best
 
 
+@pytest.mark.usefixtures("small_networks")
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_a_recipe_walks_from_its_data_to_a_bundle(name, tmp_path, monkeypatch) -> None:
-    best = walk(name, tmp_path, monkeypatch)
+def test_a_recipe_leads_from_its_data_to_a_bundle(name, tmp_path, monkeypatch) -> None:
+    best = train_and_evaluate(name, tmp_path, monkeypatch)
     if name in EXPORTED_AS:
         return
     stored = read_checkpoint(best)
     network = create_model(stored.model, num_classes=len(stored.labels), **stored.config)
-    options = ExportOptions(detach=bool(network.training_only), batch=ALONE)
+    options = ExportOptions(detach=bool(network.training_only), batch=BATCH_OF_ONE)
     exported = export(best, tmp_path / "bundles", options)
     assert exported.parity.passed
     assert open_bundle(exported.path).labels == stored.labels
+
+
+@pytest.mark.parametrize("name", ["digits-plain", "digits-dsop"])
+def test_the_demo_recipes_exceed_98_percent_accuracy(tmp_path, name) -> None:
+    result = train(read_recipe(name), tmp_path / "run")
+    assert result.best_top1 >= 0.98
+    assert result.last_top1 >= 0.98
+
+
+def draw_image(number: int) -> Image.Image:
+    """Draw an image of class `number % 6`: a disc or a cross in one of three colors, on noise."""
+    rng = np.random.default_rng(number)
+    width, height = rng.integers(90, 160, 2).tolist()
+    image = Image.fromarray(rng.integers(90, 160, (height, width, 3), dtype=np.uint8))
+    pen, color = ImageDraw.Draw(image), ("red", "green", "blue")[number % 3]
+    x, y, r = (int(rng.integers(low, high)) for low, high in ((40, width - 40), (40, height - 40), (25, 40)))
+    if number % 6 < 3:
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=color)
+    else:
+        pen.line((x - r, y - r, x + r, y + r), fill=color, width=12)
+        pen.line((x - r, y + r, x + r, y - r), fill=color, width=12)
+    return image
+
+
+def test_the_folder_recipe_trains_on_sixty_photos_in_six_classes(tmp_path) -> None:
+    for number in range(60):
+        folder = tmp_path / "photos" / f"class {number % 6}"
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_image(number).save(folder / f"{number}.jpg")
+    recipe = read_recipe("photos-dsop", [f"data.path={tmp_path / 'photos'}", "epochs=3"])
+    result = train(recipe, tmp_path / "run")
+    assert (result.train_count, result.held_out_count, result.classes) == (48, 12, 6)
+    assert result.best_top1 >= 1 / 6

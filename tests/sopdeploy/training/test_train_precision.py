@@ -1,4 +1,4 @@
-"""Precision, accumulation, layout and compiler: what may be switched without another run coming out."""
+"""Precision, accumulation, memory layout and compilation keep checkpoints and results comparable."""
 
 from functools import partial
 from itertools import product
@@ -15,18 +15,16 @@ from sopdeploy.training.distributed.batch_sharding import shard_step
 from sopdeploy.training.distributed.strategy import SingleProcess
 from sopdeploy.training.loop import compute_gradient, train
 from sopdeploy.training.precision import MAX_SKIPPED_STEPS, Precision
-from sopdeploy.training.signals import TrainingStoppedError
-from tests.sopdeploy.training.runs import RecordingCallback, same_run, short_recipe
+from tests.sopdeploy.training.runs import RecordingCallback, interrupt, same_run, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
 CPU = torch.device("cpu")
-ONE = ("epochs=1",)
-COMBINATIONS = list(product(["fp32", "bf16", "fp16"], [False, True], [False, True]))
 
 
-def run_and_look(folder, *overrides: str) -> None:
-    result = train(short_recipe(*ONE, *overrides), folder)
+def check_run(folder, *overrides: str) -> None:
+    """Train one epoch; both checkpoints must hold plain float32 weights that can be loaded."""
+    result = train(short_recipe("epochs=1", *overrides), folder)
     for path in (result.best, result.last):
         checkpoint = read_checkpoint(path)
         names = [*checkpoint.weights, *(checkpoint.resume or {}).get("weights", {})]
@@ -35,42 +33,39 @@ def run_and_look(folder, *overrides: str) -> None:
         build_classifier(checkpoint, path)
 
 
-@pytest.mark.parametrize(("precision", "averaged", "channels_last"), COMBINATIONS)
-def test_any_combination_ends_with_plain_float32_weights(
-    tmp_path, precision, averaged, channels_last
-) -> None:
-    switches = [f"precision='{precision}'", f"channels_last={str(channels_last).lower()}"]
-    run_and_look(tmp_path / "run", *switches, *(["ema={}"] if averaged else []), "accumulate=2")
+@pytest.mark.parametrize(
+    ("precision", "ema", "channels_last"),
+    product(["fp32", "bf16", "fp16"], [[], ["ema={}"]], ["false", "true"]),
+)
+def test_any_combination_ends_with_plain_float32_weights(tmp_path, precision, ema, channels_last) -> None:
+    settings = [f"precision='{precision}'", f"channels_last={channels_last}", "accumulate=2"]
+    check_run(tmp_path / "run", *settings, *ema)
 
 
-@pytest.mark.parametrize(("precision", "averaged"), list(product(["fp32", "bf16"], [False, True])))
-def test_a_wrapped_network_leaves_the_same_kind_of_checkpoint(
-    tmp_path, monkeypatch, precision, averaged
-) -> None:
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traces, compiles nothing
-    switches = ["compile=true", f"precision='{precision}'", *(["ema={}"] if averaged else [])]
-    run_and_look(tmp_path / "run", *switches)
+@pytest.mark.parametrize(("precision", "ema"), product(["fp32", "bf16"], [[], ["ema={}"]]))
+def test_a_wrapped_network_leaves_plain_checkpoints(tmp_path, monkeypatch, precision, ema) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # wraps without compiling
+    check_run(tmp_path / "run", "compile=true", f"precision='{precision}'", *ema)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_compiled_network_learns_and_leaves_the_same_kind_of_checkpoint(tmp_path, precision) -> None:
-    run_and_look(tmp_path / "run", "compile=true", f"precision='{precision}'", "ema={}")
+def test_a_compiled_network_leaves_plain_checkpoints(tmp_path, precision) -> None:
+    check_run(tmp_path / "run", "compile=true", f"precision='{precision}'", "ema={}")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_run_in_half_precision_is_resumed_bit_for_bit_with_its_scale(tmp_path, precision) -> None:
+def test_a_run_in_half_precision_is_resumed_bit_for_bit(tmp_path, precision) -> None:
     recipe = short_recipe(f"precision='{precision}'", "epochs=2")
     train(recipe, tmp_path / "whole")
-    with pytest.raises(TrainingStoppedError):
-        train(recipe, tmp_path / "stopped", callback=RecordingCallback(("step", 1, 2)))
+    interrupt(recipe, tmp_path / "stopped", "step", 1, 2)
     train(recipe, tmp_path / "stopped", resume=True)
     assert same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
-def step_with(precision: Precision, weight: nn.Parameter, gradient: float) -> bool:
-    """Do one step of SGD whose gradient is *gradient*; return whether it was done."""
+def run_step(precision: Precision, weight: nn.Parameter, gradient: float) -> bool:
+    """Run one step of SGD with *gradient*; return whether the weight was updated."""
     optimizer = torch.optim.SGD([weight], lr=1.0)
     precision.scaler.scale((weight * gradient).sum()).backward()
     precision.scaler.unscale_(optimizer)
@@ -78,32 +73,32 @@ def step_with(precision: Precision, weight: nn.Parameter, gradient: float) -> bo
     return precision.step(optimizer, finite=bool(weight.grad.isfinite().all()))
 
 
-def test_a_step_whose_gradient_overflows_is_left_out_and_the_scale_halved() -> None:
+def test_a_step_with_an_overflow_is_skipped_and_the_scale_halved() -> None:
     precision, weight = Precision("fp16", CPU), nn.Parameter(torch.zeros(1))
-    assert not step_with(precision, weight, float("inf"))
+    assert not run_step(precision, weight, float("inf"))
     assert weight.item() == 0.0
     assert precision.state_dict()["scaler"]["scale"] == 2.0**15
     weight.grad = None
-    again = Precision("fp16", CPU)
-    again.load_state_dict(precision.state_dict())
-    assert again.state_dict() == precision.state_dict()
-    assert again.skipped == 1
-    assert step_with(again, weight, 0.5)
+    restored = Precision("fp16", CPU)
+    restored.load_state_dict(precision.state_dict())
+    assert restored.state_dict() == precision.state_dict()
+    assert restored.skipped == 1
+    assert run_step(restored, weight, 0.5)
     assert weight.item() == -0.5
-    assert again.skipped == 0
+    assert restored.skipped == 0
 
 
-def test_too_many_steps_left_out_in_a_row_are_an_error() -> None:
+def test_too_many_skipped_steps_in_a_row_are_an_error() -> None:
     precision, weight = Precision("fp16", CPU), nn.Parameter(torch.zeros(1))
     for _ in range(MAX_SKIPPED_STEPS - 1):
-        assert not step_with(precision, weight, float("nan"))
+        assert not run_step(precision, weight, float("nan"))
         weight.grad = None
     with pytest.raises(TrainingError, match=f"overflowed float16 in {MAX_SKIPPED_STEPS} steps in a row"):
-        step_with(precision, weight, float("nan"))
+        run_step(precision, weight, float("nan"))
 
 
-class Pieces(nn.Module):
-    """A network that couples no samples."""
+class IndependentSamples(nn.Module):
+    """A network without batch norm that records the sizes of its batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +115,7 @@ class Pieces(nn.Module):
 
 def gradient(accumulate: int, samples: int) -> tuple[torch.Tensor, float, list[int]]:
     torch.manual_seed(0)
-    model = Pieces().double()
+    model = IndependentSamples().double()
     run: Any = SimpleNamespace(
         recipe=SimpleNamespace(accumulate=accumulate, loss=SimpleNamespace(label_smoothing=0.1)),
         precision=Precision("fp32", CPU),
@@ -129,10 +124,11 @@ def gradient(accumulate: int, samples: int) -> tuple[torch.Tensor, float, list[i
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         teacher=None,
+        position=None,
     )
     images = torch.randn(samples, 3, 2, 2, dtype=torch.float64)
-    pieces = shard_step(range(samples), run.recipe, run.strategy).micro_batches
-    loss = compute_gradient(run, (images, torch.arange(samples) % 3), pieces)
+    micro_batches = shard_step(range(samples), run.recipe, run.strategy).micro_batches
+    loss = compute_gradient(run, (images, torch.arange(samples) % 3), micro_batches)
     assert model.fc.weight.grad is not None
     return model.fc.weight.grad, float(loss.total), model.sizes
 
@@ -141,22 +137,22 @@ def gradient(accumulate: int, samples: int) -> tuple[torch.Tensor, float, list[i
     ("accumulate", "samples", "sizes"),
     [(2, 7, [4, 3]), (3, 7, [3, 2, 2]), (4, 7, [3, 2, 2]), (4, 2, [2]), (2, 1, [1])],
 )
-def test_pieces_of_unequal_size_give_the_gradient_of_the_whole(accumulate, samples, sizes) -> None:
-    whole, loss, _ = gradient(1, samples)
-    pieces, same_loss, seen = gradient(accumulate, samples)
-    assert seen == sizes
-    torch.testing.assert_close(pieces, whole)
-    assert same_loss == pytest.approx(loss, rel=1e-6)
+def test_micro_batches_of_unequal_size_give_the_gradient_of_the_whole(accumulate, samples, sizes) -> None:
+    whole, whole_loss, _ = gradient(1, samples)
+    split, split_loss, found = gradient(accumulate, samples)
+    assert found == sizes
+    torch.testing.assert_close(split, whole)
+    assert split_loss == pytest.approx(whole_loss, rel=1e-6)
 
 
-def test_more_pieces_than_pairs_of_samples_are_refused() -> None:
+def test_micro_batches_with_one_sample_are_refused() -> None:
     with pytest.raises(ConfigError, match="accumulate: each micro-batch needs two samples"):
         short_recipe("batch_size=6", "accumulate=4")
 
 
-def test_accumulation_changes_neither_the_order_nor_the_number_of_steps(tmp_path) -> None:
-    callbacks = [RecordingCallback(), RecordingCallback()]
-    for accumulate, callback in zip((1, 3), callbacks, strict=True):
-        train(short_recipe(*ONE, f"accumulate={accumulate}"), tmp_path / str(accumulate), callback=callback)
-    counts = [len([what for what, _ in callback.events if what == "step"]) for callback in callbacks]
-    assert counts == [6, 6]
+def test_accumulation_does_not_change_the_number_of_steps(tmp_path) -> None:
+    for accumulate in (1, 3):
+        callback = RecordingCallback()
+        recipe = short_recipe("epochs=1", f"accumulate={accumulate}")
+        train(recipe, tmp_path / str(accumulate), callback=callback)
+        assert [name for name, _ in callback.events].count("step") == 6

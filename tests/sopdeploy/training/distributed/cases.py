@@ -1,8 +1,8 @@
-"""What one process and several processes learn in the same steps; run in each of them by `ranks.py`."""
+"""Short runs whose result must not depend on the number of processes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sopdeploy.data.base import ArrayImages
-from sopdeploy.layers.mixture import gate as balance_loss
+from sopdeploy.layers.mixture import gate
 from sopdeploy.models.gmsop import GMSOP
 from sopdeploy.training.distributed.batch_sharding import shard_step
 from sopdeploy.training.distributed.torchrun import create_strategy
@@ -32,23 +32,24 @@ NETWORKS = {
 }
 OPTIMIZERS = {
     "sgd": ["optimizer={lr=0.05, momentum=0.9, weight_decay=5e-4, clip_norm=5.0}"],
-    # GM-SOP's stem has a bias before a batch norm: its gradient is rounding, which eps=1e-8 would enlarge
+    # GM-SOP's stem has a bias before a batch norm. Its gradient is rounding, which eps=1e-8 would amplify.
     "adamw": ["optimizer={kind='adamw', lr=1e-3, eps=1e-6}"],
     "adahessian": ["optimizer={kind='adahessian', lr=1e-2}"],
 }
 SAMPLES, CLASSES, SIDE = 52, 4, 8  # four steps of 13 samples: two processes compute 6 and 7
 
+Case = Callable[[], dict[str, Tensor]]
 
-def recipe_of(network: str, optimizer: str, *settings: str) -> Recipe:
-    """Return a recipe with global batch norm unless *settings* say otherwise."""
+
+def build_recipe(network: str, optimizer: str, *overrides: str) -> Recipe:
+    """Build a recipe with global batch norm unless *overrides* change it."""
     small = [f"preprocess.resize={SIDE}", f"preprocess.crop={SIDE}", "batch_size=14", "device=cpu"]
-    small += ["schedule={kind='milestones', milestones=[40]}"]
-    chosen = [*NETWORKS[network], *OPTIMIZERS[optimizer]]
-    return read_recipe("digits-plain", [*small, *chosen, "batch_norm=global", *settings])
+    small += ["schedule={kind='milestones', milestones=[40]}", "batch_norm=global"]
+    return read_recipe("digits-plain", [*small, *NETWORKS[network], *OPTIMIZERS[optimizer], *overrides])
 
 
-def pictures() -> ArrayImages:
-    """Return noise whose classes differ in brightness."""
+def dataset() -> ArrayImages:
+    """Create noise images whose brightness depends on the class."""
     random = np.random.default_rng(0)
     targets = np.arange(SAMPLES) % CLASSES
     noise = random.integers(0, 156, (SAMPLES, SIDE, SIDE, 3))
@@ -56,15 +57,15 @@ def pictures() -> ArrayImages:
 
 
 def learn(recipe: Recipe, steps: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Return the weights and buffers after *steps* steps, in this process and whoever it is joined with."""
-    data = pictures()
+    """Return all weights and buffers after *steps* steps, in this process and those it is joined with."""
+    data = dataset()
     run = create_run(recipe, data, create_strategy(recipe))
     run.model.to(dtype)
     run.normalize.to(dtype)
     if run.ema is not None:
         run.ema.model.to(dtype)
     if isinstance(run.model, GMSOP):
-        untie(run.model)
+        break_ties(run.model)
     done = 0
     while done < steps:
         _, batches = epoch_data(recipe, data, run.position.epoch)
@@ -78,8 +79,8 @@ def learn(recipe: Recipe, steps: int, dtype: torch.dtype = torch.float64) -> dic
     return {**run.model.state_dict(), **{f"average of {name}": mean for name, mean in average.items()}}
 
 
-def untie(model: GMSOP) -> None:
-    """Make the gate's rows differ: where components tie, the rounding of a sum decides between them."""
+def break_ties(model: GMSOP) -> None:
+    """Make the gate's rows different, because rounding decides between components that tie."""
     random = torch.Generator().manual_seed(1)
     for weight in (model.gate.weight, model.gate.get_submodule("noise").get_parameter("weight")):
         with torch.no_grad():
@@ -87,81 +88,61 @@ def untie(model: GMSOP) -> None:
 
 
 @contextmanager
-def balance_over(sum_over_ranks: Callable[[Tensor], Tensor]) -> Any:
-    """Compute the balance loss with another sum: mistakes that look right."""
-    right = balance_loss.sum_over_ranks
-    balance_loss.sum_over_ranks = sum_over_ranks
+def balance_loss_with(sum_over_ranks: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Compute the balance loss with a wrong sum over processes."""
+    original = gate.sum_over_ranks
+    gate.sum_over_ranks = sum_over_ranks
     try:
         yield
     finally:
-        balance_loss.sum_over_ranks = right
+        gate.sum_over_ranks = original
 
 
-def whole_value_local_gradient(x: Tensor) -> Tensor:
-    """Return the sum over ranks, of which only this rank's part is differentiated."""
-    summed = x.detach().clone()
-    dist.all_reduce(summed)
-    return x + (summed - x.detach())
+def sum_with_local_gradient(x: Tensor) -> Tensor:
+    """Sum over processes, but differentiate only the summand of this process."""
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return x + (total - x.detach())
 
 
-Case = Callable[[], dict[str, Tensor]]
+def learn_with_balance_sum(sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    with balance_loss_with(sum_over_ranks):
+        return learn(build_recipe("gmsop", "sgd"), 1)
 
 
-def long_cases() -> dict[str, Case]:
-    """Return what is learnt in a hundred steps, by name.
+# Rounding errors grow with the learning rate: those of GM-SOP reach 1.5e-9 after 100 steps at 0.05.
+LONG_CASES: dict[str, Case] = {
+    f"{network} {optimizer} float64 100 steps": partial(learn, build_recipe(network, optimizer, rate), 100)
+    for network in NETWORKS
+    for optimizer, rate in {"sgd": "optimizer.lr=0.01", "adamw": "optimizer.lr=1e-3"}.items()
+}
 
-    A large rate lets rounding grow from step to step: GM-SOP's 1e-14 was 1.5e-9 after a hundred at 0.05.
-    """
-    calm = {"sgd": "optimizer.lr=0.01", "adamw": "optimizer.lr=1e-3"}
-    return {
-        f"{network} {optimizer} float64 100 steps": learning(
-            recipe_of(network, optimizer, calm[optimizer]), 100
+SHORT_CASES: dict[str, Case] = {}
+for _network in NETWORKS:
+    _sgd = build_recipe(_network, "sgd")
+    _split = build_recipe(_network, "sgd", "accumulate=2", "mix.mixup=0.4", "mix.cutmix=0.4", "ema={}")
+    _frozen = build_recipe(_network, "sgd", "batch_norm=frozen")
+    SHORT_CASES |= {
+        f"{_network} sgd float64 1 step": partial(learn, _sgd, 1),
+        f"{_network} sgd float32 1 step": partial(learn, _sgd, 1, torch.float32),
+        f"{_network} adamw float64 3 steps": partial(learn, build_recipe(_network, "adamw"), 3),
+        f"{_network} adahessian float64 2 steps": partial(learn, build_recipe(_network, "adahessian"), 2),
+        f"{_network} mixed, 2 micro-batches, float64 3 steps": partial(learn, _split, 3),
+        f"{_network} frozen batch norm float64 3 steps": partial(learn, _frozen, 3),
+    }
+
+# Wrong runs by name, and the short case from which they must differ.
+MISTAKES: dict[str, tuple[str, Case]] = {
+    **{
+        f"local batch norm, {network}": (
+            f"{network} sgd float64 1 step",
+            partial(learn, build_recipe(network, "sgd", "batch_norm=local"), 1),
         )
         for network in NETWORKS
-        for optimizer in ("sgd", "adamw")
-    }
-
-
-def cases() -> dict[str, Case]:
-    """Return what is learnt in a few steps, by name."""
-    found: dict[str, Case] = {}
-    for network in NETWORKS:
-        recipe = recipe_of(network, "sgd")
-        found[f"{network} sgd float64 1 step"] = learning(recipe, 1)
-        found[f"{network} sgd float32 1 step"] = learning(recipe, 1, torch.float32)
-        found[f"{network} adamw float64 3 steps"] = learning(recipe_of(network, "adamw"), 3)
-        found[f"{network} adahessian float64 2 steps"] = learning(recipe_of(network, "adahessian"), 2)
-        pieces = recipe_of(network, "sgd", "accumulate=2", "mix.mixup=0.4", "mix.cutmix=0.4", "ema={}")
-        found[f"{network} mixed in two pieces float64 3 steps"] = learning(pieces, 3)
-        frozen = recipe_of(network, "sgd", "batch_norm=frozen")
-        found[f"{network} frozen batch norm float64 3 steps"] = learning(frozen, 3)
-    return found
-
-
-def learning(recipe: Recipe, steps: int, dtype: torch.dtype = torch.float64) -> Case:
-    """Return a function that learns."""
-    return lambda: learn(recipe, steps, dtype)
-
-
-def mistakes() -> dict[str, tuple[str, Case]]:
-    """Return what must differ from a case after one step, by name, and that case."""
-    right = "gmsop sgd float64 1 step"
-    gated = recipe_of("gmsop", "sgd")
-
-    def with_balance_over(wrong: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        with balance_over(wrong):
-            return learn(gated, 1)
-
-    local = "batch_norm=local"
-    return {
-        "batch norm of each rank, dsop": (
-            "dsop sgd float64 1 step",
-            lambda: learn(recipe_of("dsop", "sgd", local), 1),
-        ),
-        "batch norm of each rank, gmsop": (right, lambda: learn(recipe_of("gmsop", "sgd", local), 1)),
-        "balance loss of each rank": (right, lambda: with_balance_over(lambda x: x)),
-        "balance loss whole, its gradient not": (
-            right,
-            lambda: with_balance_over(whole_value_local_gradient),
-        ),
-    }
+    },
+    "local balance loss": ("gmsop sgd float64 1 step", partial(learn_with_balance_sum, lambda x: x)),
+    "global balance loss with a local gradient": (
+        "gmsop sgd float64 1 step",
+        partial(learn_with_balance_sum, sum_with_local_gradient),
+    ),
+}

@@ -1,4 +1,4 @@
-"""A set of 103 pictures is measured alike by one, two and three processes: none is padded, none left out."""
+"""Evaluation of 103 images gives the same result with one, two and three processes."""
 
 from pathlib import Path
 
@@ -11,46 +11,42 @@ from sopdeploy.evaluation.prediction import SingleProcessGroup, evaluate
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed.data_parallel import DataParallel
-from sopdeploy.training.distributed.strategy import select_device
-from tests.sopdeploy.training.distributed import ranks
+from tests.sopdeploy.training.distributed.processes import run_in_processes
 
-RULES = Preprocess(resize=8, crop=8)
-COUNT, CLASSES = 103, 7
+PREPROCESS = Preprocess(resize=8, crop=8)
+COUNT, CLASSES, BATCH_SIZE = 103, 7, 10
 
 
-def measured(processes=None, batch_size: int = 10) -> dict[str, float]:
-    """Return counts and the sum of losses of a fixed network, and how often progress was told."""
+def evaluate_fixed_network(group) -> dict[str, float]:
+    """Return the counts and the summed loss of a fixed network, and the progress reports."""
     torch.manual_seed(0)
     network = create_model("dsop-resnet8", num_classes=CLASSES, base_width=4)
     random = np.random.default_rng(1)
     images = random.integers(0, 256, (COUNT, 8, 8, 3), dtype=np.uint8)
-    stored = ArrayImages(tuple("abcdefg"), images, random.integers(0, CLASSES, COUNT))
-    told: list[int] = []
-    processes = processes or DataParallel(select_device("cpu"))
+    dataset = ArrayImages(tuple("abcdefg"), images, random.integers(0, CLASSES, COUNT))
+    progress: list[int] = []
     found = evaluate(
         network,
-        PreprocessedDataset(stored, RULES),
-        RULES,
-        batch_size=batch_size,
-        processes=processes,
-        on_batch=told.append,
+        PreprocessedDataset(dataset, PREPROCESS),
+        PREPROCESS,
+        batch_size=BATCH_SIZE,
+        processes=group,
+        on_batch=progress.append,
     )
-    right = {"top1": round(found.top1 * COUNT), "top5": round(found.top5 * COUNT), "count": found.count}
-    return {**right, "loss": found.loss * found.count, "told": len(told), "last": told[-1]}
+    counts = {"top1": round(found.top1 * COUNT), "top5": round(found.top5 * COUNT), "count": found.count}
+    return {**counts, "loss": found.loss * found.count, "reports": len(progress), "last": progress[-1]}
 
 
-def shared(_folder: Path) -> dict[str, float]:
-    """Return what one of several processes gets."""
-    return measured()
+def evaluate_shard(_folder: Path) -> dict[str, float]:
+    """Evaluate in one of several processes."""
+    return evaluate_fixed_network(DataParallel(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_any_number_of_processes_measures_the_same(tmp_path, world) -> None:
-    alone = measured(SingleProcessGroup())
-    found = ranks.run_in_processes(f"{__name__}:shared", tmp_path, world=world)
-    assert all(each == found[0] for each in found)
-    assert [found[0][key] for key in ("top1", "top5", "count")] == [
-        alone[key] for key in ("top1", "top5", "count")
-    ]
-    assert found[0]["loss"] == pytest.approx(alone["loss"], rel=1e-9)
-    assert (found[0]["told"], found[0]["last"]) == (-(-COUNT // (10 * world)), COUNT)
+def test_any_number_of_processes_gives_the_same_result(tmp_path, world) -> None:
+    single = evaluate_fixed_network(SingleProcessGroup())
+    found, *others = run_in_processes(f"{__name__}:evaluate_shard", tmp_path, world=world)
+    assert all(other == found for other in others)
+    assert all(found[key] == single[key] for key in ("top1", "top5", "count"))
+    assert found["loss"] == pytest.approx(single["loss"], rel=1e-9)
+    assert (found["reports"], found["last"]) == (-(-COUNT // (BATCH_SIZE * world)), COUNT)

@@ -1,7 +1,4 @@
-"""Start a function of the tests in several processes, as torchrun would: `run_in_processes`.
-
-They are forked off one process that has imported torch, for that takes longer than what is tested in them.
-"""
+"""Run functions and commands in several processes, as torchrun would."""
 
 import importlib
 import multiprocessing
@@ -22,12 +19,11 @@ from tests.ports import held_port
 from tests.sopdeploy.training.runs import few_digits
 
 ROOT = Path(__file__).parents[4]
-PATIENCE = 240  # seconds
-PRELOADED = ["torch", "sopdeploy.training.loop"]
+TIMEOUT_S = 240
 
 
 def environment(rank: int, world: int, port: int) -> dict[str, str]:
-    """Return what torchrun would set for one process, and one thread."""
+    """Return the variables that torchrun would set for one process, with one thread and no GPU."""
     return {
         **os.environ,
         "RANK": str(rank),
@@ -42,8 +38,8 @@ def environment(rank: int, world: int, port: int) -> dict[str, str]:
 
 
 @contextmanager
-def started(module: str, *arguments: str, world: int) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start `python -m module *arguments*` in *world* processes that find each other; leave none."""
+def start_module(module: str, *arguments: str, world: int) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start `python -m module *arguments*` in *world* processes; kill them at the end."""
     processes: list[subprocess.Popen[str]] = []
     with held_port() as port:
         try:
@@ -64,37 +60,40 @@ def started(module: str, *arguments: str, world: int) -> Iterator[list[subproces
                 process.wait()
 
 
-def ends_of(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Wait for the *processes*; return exit code, stdout and stderr of each."""
-    ends = [process.communicate(timeout=PATIENCE) for process in processes]
-    return [(process.returncode, *end) for process, end in zip(processes, ends, strict=True)]
+def wait_for(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Wait for *processes*; return exit code, stdout and stderr of each."""
+    outputs = [process.communicate(timeout=TIMEOUT_S) for process in processes]
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
 
 def run_in_processes(function: str, folder: Path, *, world: int) -> list[Any]:
-    """Return what *function*, `module:name`, makes of *folder* in each of *world* joined processes."""
+    """Call *function*, `module:name`, with *folder* in *world* joined processes; return the results.
+
+    The processes are forked from one that has imported torch, which is faster than importing it in each.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["torch", "sopdeploy.training.loop"])
     with held_port() as port:
         processes = [
-            context.Process(target=one_of_them, args=(function, folder, environment(rank, world, port)))
+            context.Process(target=call_joined, args=(function, folder, environment(rank, world, port)))
             for rank in range(world)
         ]
         try:
             for process in processes:
                 process.start()
             for process in processes:
-                process.join(PATIENCE)
+                process.join(TIMEOUT_S)
         finally:
             for process in processes:
                 process.kill()
                 process.join()
-    said = "\n".join(path.read_text() for path in sorted(folder.glob("rank*.txt")))
-    assert [process.exitcode for process in processes] == [0] * world, said
+    errors = "\n".join(path.read_text() for path in sorted(folder.glob("rank*.txt")))
+    assert [process.exitcode for process in processes] == [0] * world, errors
     return [load_plain(folder / f"rank{rank}.pt") for rank in range(world)]
 
 
-def one_of_them(function: str, folder: Path, variables: dict[str, str]) -> None:
-    """Join the others, run *function* and write what it returns, or why it did not."""
+def call_joined(function: str, folder: Path, variables: dict[str, str]) -> None:
+    """Join the other processes, call *function* and write its result or its traceback."""
     os.environ.update(variables)
     torch.set_num_threads(1)
     module, name = function.split(":")

@@ -1,0 +1,61 @@
+"""Sharding of steps into processes and micro-batches."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sopdeploy.errors import ConfigError
+from sopdeploy.training.distributed.batch_sharding import check_divisible, shard_step
+from sopdeploy.training.distributed.strategy import SingleProcess
+from tests.sopdeploy.training.distributed.cases import build_recipe
+
+
+def fake_process(rank: int, world: int) -> SingleProcess:
+    """Build the strategy of one of *world* processes without the others."""
+    strategy = SingleProcess(torch.device("cpu"))
+    strategy.rank, strategy.world = rank, world
+    return strategy
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    steps=st.integers(1, 8),
+    world=st.integers(1, 5),
+    accumulate=st.integers(1, 3),
+    mixup=st.sampled_from([0.0, 0.3]),
+    extra=st.integers(0, 4),
+)
+def test_the_processes_compute_each_sample_of_a_step_once(steps, world, accumulate, mixup, extra) -> None:
+    samples = [10 * index for index in range(max(2, world) * accumulate * steps + extra)]
+    recipe = build_recipe("dsop", "sgd", f"accumulate={accumulate}", f"mix.mixup={mixup}", "batch_size=600")
+    single = shard_step(samples, recipe, fake_process(0, 1))
+    assert single.samples == samples
+    shards = [shard_step(samples, recipe, fake_process(rank, world)) for rank in range(world)]
+    computed = []
+    for number, whole in enumerate(single.micro_batches):
+        micro_batch = []
+        for shard in shards:
+            first, end, total = shard.micro_batches[number]
+            assert total == whole.total
+            assert end > first
+            micro_batch += shard.samples[first:end]
+            if mixup and world > 1:  # the neighbor that the first sample is mixed with
+                assert shard.samples[first - 1] == samples[samples.index(shard.samples[first]) - 1]
+        assert micro_batch == samples[whole.first : whole.end]
+        computed += micro_batch
+    assert computed == samples
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count", "world", "message"),
+    [
+        ([], 52, 4, "a step of 14 samples cannot be divided among 4 processes; choose a multiple of 4"),
+        ([], 15, 14, "batch_size: steps of 7 samples in 1 micro-batches leave some of 14 processes without"),
+        (["accumulate=7"], 52, 2, "steps of 13 samples in 7 micro-batches leave some of 2 processes without"),
+    ],
+)
+def test_a_batch_that_cannot_be_divided_is_refused(overrides, count, world, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_divisible(build_recipe("dsop", "sgd", *overrides), count, world)
+    check_divisible(build_recipe("dsop", "sgd"), 52, 2)

@@ -1,0 +1,144 @@
+"""Components of distributed training, with the other processes simulated."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sopdeploy.errors import ConfigError
+from sopdeploy.layers.distributed import FrozenBatchNorm, GlobalBatchNorm, Rows, RowsDropout
+from sopdeploy.models.registry import create_model
+from sopdeploy.training.distributed import data_parallel, torchrun
+from sopdeploy.training.distributed.batch_sharding import shard_layers
+from sopdeploy.training.distributed.strategy import SingleProcess
+from sopdeploy.training.run import create_run
+from tests.sopdeploy.training.distributed.cases import NETWORKS, build_recipe, dataset
+
+CPU = torch.device("cpu")
+
+
+class TwoProcesses(SingleProcess):
+    """One of two processes; the values of the other one are those of this one plus *offset*."""
+
+    world = 2
+
+    def __init__(self, offset: float) -> None:
+        super().__init__(CPU)
+        self.offset = offset
+
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
+        return 2 * values + self.offset
+
+
+def test_a_missing_gradient_counts_as_zero_unless_all_processes_miss_it(monkeypatch) -> None:
+    likes = [torch.zeros(2, 2), torch.zeros(3), torch.zeros(4, dtype=torch.float64), torch.zeros(1)]
+    here = [torch.ones(2, 2).t(), None, torch.full((4,), 2.0, dtype=torch.float64), None]
+    there = [torch.full((4,), 10.0), torch.full((3,), 5.0), torch.full((4,), 7.0, dtype=torch.float64)]
+    added = iter([torch.tensor([1, 1, 1, 0], dtype=torch.int32), torch.cat(there[:2]), there[2]])
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.add_(next(added)))
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    sums = data_parallel.DataParallel(CPU).all_reduce_list(here, likes)
+    assert [None if each is None else each.unique().tolist() for each in sums] == [[11.0], [5.0], [9.0], None]
+    assert next(added, None) is None
+
+
+def test_gradients_are_reduced_in_buckets_of_one_dtype(monkeypatch) -> None:
+    monkeypatch.setattr(data_parallel, "BUCKET_BYTES", 40)
+    tensors = [torch.zeros(4), torch.zeros(6), torch.zeros(1)]
+    tensors += [torch.zeros(1, dtype=torch.float64), torch.zeros(99)]
+    buckets = [[len(tensor) for tensor in bucket] for bucket in data_parallel._buckets(tensors)]
+    assert buckets == [[4, 6], [1], [1], [99]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "expected"),
+    [("local", 2, None), ("global", 1, None), ("global", 2, GlobalBatchNorm), ("frozen", 1, FrozenBatchNorm)],
+)
+@pytest.mark.parametrize("name", ["dsop-resnet8", "gmsop-16-8-resnet18", "isqrt-resnet18", "timm:resnet18"])
+def test_replaced_batch_norms_keep_names_and_parameters(name, kind, world, expected) -> None:
+    with torch.device("meta"):
+        network = create_model(name, num_classes=3)
+        keys, parameters = list(network.state_dict()), list(network.parameters())
+        shard_layers(network, kind, world, Rows())
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    assert list(network.state_dict()) == keys
+    assert all(new is old for new, old in zip(network.parameters(), parameters, strict=True))
+    assert norms
+    if expected:
+        assert all(isinstance(norm, expected) for norm in norms)
+    else:
+        assert not any(type(norm) is GlobalBatchNorm for norm in norms)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_all_layers_with_random_numbers_share_the_generator(network) -> None:
+    run = create_run(build_recipe(network, "sgd"), dataset(), SingleProcess(CPU))
+    layers = [module for module in run.model.modules() if hasattr(module, "rows")]
+    assert any(isinstance(module, RowsDropout) for module in layers)
+    assert all(module.rows is run.strategy.shard_rng for module in layers)
+
+
+@pytest.mark.parametrize(("kind", "mean"), [("local", 3.0), ("global", 0.0)])
+def test_running_statistics_of_local_batch_norms_are_averaged(kind, mean) -> None:
+    recipe = build_recipe("dsop", "sgd", f"batch_norm={kind}", "ema={}")
+    run = create_run(recipe, dataset(), TwoProcesses(offset=6.0))
+    run.synchronize_buffers()
+    assert run.ema is not None
+    for model in (run.model, run.ema.model):
+        assert model.get_buffer("bn1.running_mean").unique().tolist() == [mean]
+        assert int(model.get_buffer("bn1.num_batches_tracked")) == 0
+
+
+def test_processes_that_resume_from_different_steps_are_refused(tmp_path) -> None:
+    recipe = build_recipe("dsop", "sgd")
+    torchrun.check_same_step(create_run(recipe, dataset(), TwoProcesses(offset=0.0)), tmp_path)
+    with pytest.raises(ConfigError, match="find different checkpoints; put --out on a disk that all"):
+        torchrun.check_same_step(create_run(recipe, dataset(), TwoProcesses(offset=1.0)), tmp_path)
+
+
+def test_a_message_is_reported_once_and_not_after_the_store_is_gone() -> None:
+    class Gone:
+        def add(self, key: str, amount: int) -> int:
+            raise dist.DistNetworkError("no reply")
+
+    store = dist.HashStore()
+    assert [torchrun._is_reported(store, message) for message in ("a", "b", "a")] == [False, False, True]
+    assert torchrun._is_reported(Gone(), "c")
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="process 3 of this machine has no GPU of its own, there are 2"):
+        torchrun._local_device()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert torchrun._local_device() == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"), True),
+        (dist.DistBackendError("NCCL error: remote process exited"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+    ],
+)
+def test_lost_connections_are_distinguished_from_other_errors(error, expected) -> None:
+    assert torchrun._is_lost_connection(error) is expected
+
+
+@pytest.mark.parametrize(
+    ("local_world", "world", "restarts", "expected"),
+    [("2", "2", "1", "1"), ("2", "2", None, "0"), ("2", "4", "1", "0")],
+)
+def test_restarts_are_counted_on_one_machine_only(
+    monkeypatch, local_world, world, restarts, expected
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    if restarts is not None:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    assert torchrun._attempt() == expected

@@ -1,0 +1,65 @@
+"""Two processes compute what one process computes with the whole batch; typical mistakes do not."""
+
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from tests.sopdeploy.training.distributed.cases import LONG_CASES, MISTAKES, SHORT_CASES
+from tests.sopdeploy.training.distributed.processes import run_in_processes
+
+Results = dict[str, dict[str, Tensor]]
+
+
+def run_short_cases(_folder: Path | None = None) -> Results:
+    return {name: case() for name, case in SHORT_CASES.items()}
+
+
+def run_short_cases_and_mistakes(_folder: Path) -> Results:
+    return run_short_cases() | {name: case() for name, (_, case) in MISTAKES.items()}
+
+
+def run_long_cases(_folder: Path | None = None) -> Results:
+    return {name: case() for name, case in LONG_CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> list[Results]:
+    folder = tmp_path_factory.mktemp("two")
+    return run_in_processes(f"{__name__}:run_short_cases_and_mistakes", folder, world=2)
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Results:
+    return run_short_cases()
+
+
+def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """Return the largest difference between tensors with the same name."""
+    assert left.keys() == right.keys()
+    return max(float((left[name].double() - right[name].double()).abs().max()) for name in left)
+
+
+@pytest.mark.parametrize("name", SHORT_CASES)
+def test_two_processes_learn_the_same_as_one(name, one_process, two_processes) -> None:
+    bound = 1e-6 if "float32" in name else 1e-10
+    assert largest_difference(one_process[name], two_processes[0][name]) <= bound
+    assert largest_difference(two_processes[0][name], two_processes[1][name]) == 0
+
+
+@pytest.mark.slow
+def test_a_hundred_steps_are_the_same(tmp_path) -> None:
+    first, second = run_in_processes(f"{__name__}:run_long_cases", tmp_path, world=2)
+    found = {name: largest_difference(state, first[name]) for name, state in run_long_cases().items()}
+    assert max(found.values()) <= 1e-10, found
+    assert all(largest_difference(first[name], second[name]) == 0 for name in found)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_changes_the_first_step(name, one_process, two_processes) -> None:
+    reference, _ = MISTAKES[name]
+    right, wrong = (
+        {key: tensor for key, tensor in state.items() if "running" not in key}
+        for state in (one_process[reference], two_processes[0][name])
+    )
+    assert largest_difference(right, wrong) > 1e-4

@@ -1,0 +1,152 @@
+"""Complete runs in two processes: stopping, resuming in one process, errors and killed processes."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.training import loop
+from sopdeploy.training.signals import TrainingStoppedError
+from tests.ports import held_port
+from tests.sopdeploy.data.test_data_folder import make
+from tests.sopdeploy.training.distributed.processes import run_in_processes, start_module, wait_for
+from tests.sopdeploy.training.runs import short_recipe
+
+pytestmark = pytest.mark.usefixtures("few_digits")
+
+GLOBAL = "batch_norm=global"
+
+
+class RecordingLoader:
+    """Replaces `load_batches` and records the samples of each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[int]] = []
+        self.load = loop.load_batches
+
+    def __call__(self, dataset, batches, workers, device):
+        for samples, batch in zip(batches, self.load(dataset, batches, workers, device), strict=True):
+            self.steps.append(list(samples))
+            yield batch
+
+
+def train_until_signal(folder: Path) -> list[list[int]]:
+    """Train until a signal to the second process in the second epoch; return the loaded samples."""
+    loader = loop.load_batches = RecordingLoader()
+    check = loop.SignalState.check
+
+    def check_with_signal(self, **options: bool) -> None:
+        if os.environ["RANK"] == "1" and len(loader.steps) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        check(self, **options)
+
+    loop.SignalState.check = check_with_signal
+    with pytest.raises(TrainingStoppedError, match="stopped in epoch 2 of 3 after 2 steps"):
+        loop.train(short_recipe(GLOBAL, "epochs=3"), folder / "run")
+    return loader.steps
+
+
+def test_a_signal_to_one_process_stops_both_and_one_process_resumes(tmp_path, monkeypatch) -> None:
+    shards = run_in_processes(f"{__name__}:train_until_signal", tmp_path, world=2)
+    assert [len(steps) for steps in shards] == [8, 8]
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"best.pt", "history.csv", "last.pt", "previous.pt"}
+    resumed, single = RecordingLoader(), RecordingLoader()
+    monkeypatch.setattr(loop, "load_batches", resumed)
+    result = loop.train(short_recipe(GLOBAL, "epochs=3"), tmp_path / "run", resume=True)
+    assert result.epochs == 3
+    monkeypatch.setattr(loop, "load_batches", single)
+    loop.train(short_recipe(GLOBAL, "epochs=3"), tmp_path / "single")
+    before = [first + second for first, second in zip(*shards, strict=True)]
+    assert before + resumed.steps == single.steps
+    network = build_classifier(read_checkpoint(result.best), result.best)
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    assert {type(norm).__module__ for norm in norms} == {"torch.nn.modules.batchnorm"}
+
+
+def train_command(out: Path, *overrides: str) -> list[str]:
+    small = ["batch_size=240", "model.config.base_width=4", "preprocess.resize=8", "preprocess.crop=8"]
+    settings = [word for override in [*small, *overrides] for word in ("--set", override)]
+    return ["train", "--recipe", "digits-dsop", "--out", str(out), *settings]
+
+
+def test_a_killed_process_ends_the_other_one_with_one_line(tmp_path) -> None:
+    command = train_command(tmp_path / "run", "epochs=400")
+    with start_module("sopdeploy", *command, world=2) as processes:
+        first, second = processes
+        assert first.stderr is not None
+        lines = [first.stderr.readline(), first.stderr.readline()]
+        second.kill()
+        (code, out, err), (killed, _, silent) = wait_for(processes)
+    assert (lines[0], lines[1][:12]) == ("1438 training images, 359 held out\n", "epoch   1/40")
+    assert (code, killed, out, silent) == (2, -signal.SIGKILL, "", "")
+    (error,) = [line for line in err.splitlines() if not line.startswith("epoch ")]
+    assert error.startswith("error: another process of the run ended, see its message; continue with ")
+    assert read_checkpoint(tmp_path / "run" / "last.pt").resume is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch_size=63", "batch_size: a step of 63 samples cannot be divided among 2 processes"),
+        ("epochz=3", "epochz: unknown key; did you mean epochs?"),
+        ("optimizer.lr=1e30", "is not finite; lower optimizer.lr"),
+    ],
+)
+def test_an_error_of_both_processes_is_printed_once(tmp_path, override, message) -> None:
+    with start_module("sopdeploy", *train_command(tmp_path / "run", override), world=2) as processes:
+        results = wait_for(processes)
+    assert [code for code, _, _ in results] == [2, 2]
+    lines = [line for _, _, err in results for line in err.splitlines() if "training images" not in line]
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+@pytest.mark.slow
+def test_an_unreadable_image_of_one_process_is_named_once(tmp_path) -> None:
+    make(tmp_path / "photos", a=8, b=8)
+    (tmp_path / "photos" / "a" / "000.jpg").write_bytes(b"no image")
+    words = ["train", "--data", str(tmp_path / "photos"), "--out", str(tmp_path / "run"), "--set", "epochs=1"]
+    with start_module("sopdeploy", *words, world=2) as processes:
+        results = wait_for(processes)
+    assert [code for code, _, _ in results] == [2, 2]
+    lines = [line for _, _, err in results for line in err.splitlines() if line.startswith("error")]
+    assert sum("photos/a/000.jpg" in line for line in lines) == 1
+    assert len(lines) <= 2
+    assert "Traceback" not in "".join(err for _, _, err in results)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_process_and_one_process_prints(tmp_path) -> None:
+    command = train_command(tmp_path / "run", "epochs=12", GLOBAL, "device=cpu")
+    command = ["-m", "sopdeploy", *command, "--resume", "auto", "--json"]
+    last = tmp_path / "run" / "last.pt"
+    with held_port() as port:
+        options = ["--max-restarts", "1", "--nproc-per-node", "2", "--master-port", str(port)]
+        with start_module("torch.distributed.run", *options, *command, world=1) as processes:
+            deadline = time.monotonic() + 120
+            while not last.exists():
+                assert time.monotonic() < deadline, f"{last} was not written"
+                time.sleep(0.05)
+            os.kill(second_worker(processes[0].pid), signal.SIGKILL)
+            ((code, out, error),) = wait_for(processes)
+    assert code == 0, error
+    assert out.count('"best_epoch"') == 1
+    assert read_checkpoint(last).training["epoch"] == 12
+
+
+def second_worker(parent: int) -> int:
+    """Return the process with rank 1 that *parent* started."""
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            is_child = f"\nPPid:\t{parent}\n" in status.read_text()
+            if is_child and "RANK=1" in (status.parent / "environ").read_text().split("\0"):
+                return int(status.parent.name)
+        except OSError:
+            continue
+    raise AssertionError("no second process")
