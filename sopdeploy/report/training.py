@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from sopdeploy.html.charts import Axis, Bar, Curve, bars, heat, plot
 from sopdeploy.html.templates import short_number
-from sopdeploy.training.diagnostics import EpochRow, GateMetrics, Spectrum, history_table
+from sopdeploy.training.diagnostics import EpochRow, GateMetrics, history_table
 
 EPOCHS = Axis("epoch")
 MIN_EIGENVALUE = 1e-6  # relative to the largest; smaller ones are rounding errors
@@ -111,9 +111,16 @@ def _spectrum_figures(history: Sequence[EpochRow]) -> list[Figure]:
         found = [(epoch, spectra[name]) for epoch, spectra in recorded if name in spectra]
         ends = [found[0], found[-1]] if len(found) > 1 else found
         curves = [
-            Curve(name=f"{side}, epoch {epoch}", points=_relative_eigenvalues(spectrum, side))
+            Curve(
+                name=f"{side}, epoch {epoch}",
+                points=tuple(
+                    (float(rank), value / (values[0] or 1.0))
+                    for rank, value in zip(spectrum.places, values, strict=True)
+                ),
+            )
             for side in ("before", "after")
             for epoch, spectrum in ends
+            for values in [getattr(spectrum, side)]
         ]
         chart = plot(
             f"spectrum-{number}",
@@ -124,13 +131,6 @@ def _spectrum_figures(history: Sequence[EpochRow]) -> list[Figure]:
         )
         figures.append((chart, f"{name}: before and after the square root."))
     return figures
-
-
-def _relative_eigenvalues(spectrum: Spectrum, side: str) -> tuple[tuple[float, float], ...]:
-    values = spectrum.before if side == "before" else spectrum.after
-    largest = values[0] or 1.0
-    ranked = zip(spectrum.places, values, strict=True)
-    return tuple((float(rank), value / largest) for rank, value in ranked)
 
 
 def _gate_figures(history: Sequence[EpochRow]) -> list[list[Figure]]:

@@ -31,7 +31,6 @@ from sopdeploy.training.fine_tuning import LR_FACTOR, set_train_mode
 from sopdeploy.training.losses import Loss, training_loss
 from sopdeploy.training.optimizers import AdaHessian
 from sopdeploy.training.precision import (
-    all_finite,
     first_non_finite,
     float_buffers,
     gradients,
@@ -240,7 +239,8 @@ def _check_finite_step(run: Run, loss: Loss, norm: Tensor, samples: list[int]) -
     Batch norm's running statistics include the batch already, the weights do not.
     """
     buffers = float_buffers(run.model)
-    finite = all_finite([loss.total, norm, *buffers.values()])
+    values = [loss.total, norm, *buffers.values()]
+    finite = torch.stack([value.isfinite().all() for value in values]).all()  # no synchronization per tensor
     if int(run.strategy.all_reduce(finite.int())) == run.strategy.world:
         return True
     name = first_non_finite([*loss.parts.items(), ("the total loss", loss.total), *buffers.items()])

@@ -41,7 +41,7 @@ class ExponentialRange:
     duration: float
 
     def factor(self, time: float, _epochs: int) -> float:
-        """Return the factor on the base learning rate after *time* epochs."""
+        """Compute the factor on the base learning rate after *time* epochs."""
         return MIN_RATE * math.pow(MAX_RATE / MIN_RATE, time / self.duration) / self.lr
 
 

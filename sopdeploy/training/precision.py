@@ -69,11 +69,6 @@ def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     return None
 
 
-def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Return a bool scalar on the device of *tensors*, without synchronizing with it."""
-    return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
-
-
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Return the gradients of *model* by the name that error messages use."""
     named = model.named_parameters()

@@ -126,7 +126,7 @@ class Run:
                     buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
 
     def is_best(self) -> bool:
-        """Return whether the last finished epoch is the best one."""
+        """Check whether the last finished epoch is the best one."""
         history = self.position.history
         return bool(history) and best_epoch(history).epoch == self.position.epoch
 

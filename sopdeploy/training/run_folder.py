@@ -10,7 +10,7 @@ import shutil
 import time
 from pathlib import Path
 
-from sopdeploy.checkpoint import Checkpoint
+from sopdeploy.checkpoint import Checkpoint, read_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.files import PARTIAL, atomic_write
 from sopdeploy.training.diagnostics import history_csv
@@ -36,7 +36,7 @@ class RunFolder:
         self._last_is_valid = False
 
     def holds_run(self) -> bool:
-        """Return whether there is a checkpoint to resume from."""
+        """Check whether there is a checkpoint to resume from."""
         return self.last.exists() or self.previous.exists()
 
     def check_free(self) -> None:
@@ -59,18 +59,18 @@ class RunFolder:
         if not self.holds_run():
             raise ConfigError(f"{self.path}: holds no run to resume; start one without --resume")
         try:
-            checkpoint = self.strategy.load(self.last)
+            checkpoint = read_checkpoint(self.last)
         except CheckpointError as error:
             if not self.previous.exists():
                 raise
-            checkpoint = self.strategy.load(self.previous)
+            checkpoint = read_checkpoint(self.previous)
             self.warning = f"{error}; resuming from {self.previous}"
             return checkpoint, self.previous
         self._last_is_valid = True
         return checkpoint, self.last
 
     def is_save_due(self, config: SaveConfig, step: int) -> bool:
-        """Return whether the recipe asks for a checkpoint after *step* steps of the epoch."""
+        """Check whether the recipe asks for a checkpoint after *step* steps of the epoch."""
         elapsed = time.monotonic() - self.saved_at
         by_time = config.every_minutes > 0 and elapsed >= config.every_minutes * 60
         return by_time or (config.every_steps > 0 and step % config.every_steps == 0)

@@ -30,7 +30,7 @@ class Milestones(StrictModel):
         return milestones
 
     def factor(self, time: float, _epochs: int) -> float:
-        """Return the factor on the base learning rate after *time* epochs."""
+        """Compute the factor on the base learning rate after *time* epochs."""
         decayed = self.gamma ** sum(time >= milestone for milestone in self.milestones)
         return decayed * min(1.0, time / self.warmup_epochs) if self.warmup_epochs else decayed
 
@@ -46,7 +46,7 @@ class _Decay(StrictModel):
     floor: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0
 
     def factor(self, time: float, epochs: int) -> float:
-        """Return the factor on the base learning rate after *time* of *epochs* epochs."""
+        """Compute the factor on the base learning rate after *time* of *epochs* epochs."""
         if time < self.warmup_epochs:
             return time / self.warmup_epochs
         remaining = epochs - self.warmup_epochs
@@ -90,7 +90,7 @@ class OneCycle(StrictModel):
     rise: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.3
 
     def factor(self, time: float, epochs: int) -> float:
-        """Return the factor on the base learning rate after *time* of *epochs* epochs."""
+        """Compute the factor on the base learning rate after *time* of *epochs* epochs."""
         first, last = 1 / 25, 1 / 25 / 1e4
         progress = time / epochs
         if progress < self.rise:

@@ -56,7 +56,7 @@ class SignalState:
             raise StopRequested
 
     def pop_save_request(self) -> bool:
-        """Return whether a checkpoint was requested since the last call."""
+        """Check whether a checkpoint was requested since the last call."""
         requested, self._save_requested = self._save_requested, False
         return requested
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.distributed import Rows
 
@@ -44,7 +44,7 @@ class Strategy:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Return the sum of *values* over the processes, on the device of *values*."""
+        """Sum *values* over the processes; the sum is on the device of *values*."""
         return values
 
     def all_reduce_list(
@@ -70,10 +70,6 @@ class Strategy:
         """Write *checkpoint* atomically, in the first process only."""
         if self.rank == 0:
             write_checkpoint(path, checkpoint)
-
-    def load(self, path: Path) -> Checkpoint:
-        """Read the checkpoint at *path*, in every process."""
-        return read_checkpoint(path)
 
 
 class SingleProcess(Strategy):

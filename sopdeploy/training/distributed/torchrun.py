@@ -23,12 +23,12 @@ from sopdeploy.training.signals import TrainingStoppedError
 
 
 def is_distributed() -> bool:
-    """Return whether torchrun started several processes."""
+    """Check whether torchrun started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def is_main_process() -> bool:
-    """Return whether this process prints and writes files."""
+    """Check whether this process prints and writes files."""
     return not is_distributed() or os.environ.get("RANK", "0") == "0"
 
 
@@ -91,7 +91,7 @@ def _local_device() -> int:
 
 
 def _is_reported(store: Store, message: str) -> bool:
-    """Return whether another process reports *message*, and mark it as reported.
+    """Check whether another process reports *message*, and mark it as reported.
 
     If the store is gone, the process that hosted it ended and reported why.
     """
