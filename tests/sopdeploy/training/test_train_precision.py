@@ -35,14 +35,14 @@ def check_run(folder, *overrides: str) -> None:
 
 @pytest.mark.parametrize(
     ("precision", "ema", "channels_last"),
-    product(["fp32", "bf16", "fp16"], [[], ["ema={}"]], ["false", "true"]),
+    list(product(["fp32", "bf16", "fp16"], [[], ["ema={}"]], ["false", "true"])),
 )
 def test_any_combination_ends_with_plain_float32_weights(tmp_path, precision, ema, channels_last) -> None:
     settings = [f"precision='{precision}'", f"channels_last={channels_last}", "accumulate=2"]
     check_run(tmp_path / "run", *settings, *ema)
 
 
-@pytest.mark.parametrize(("precision", "ema"), product(["fp32", "bf16"], [[], ["ema={}"]]))
+@pytest.mark.parametrize(("precision", "ema"), list(product(["fp32", "bf16"], [[], ["ema={}"]])))
 def test_a_wrapped_network_leaves_plain_checkpoints(tmp_path, monkeypatch, precision, ema) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # wraps without compiling
     check_run(tmp_path / "run", "compile=true", f"precision='{precision}'", *ema)
