@@ -101,15 +101,15 @@ def _proof_tables(results: ExportResults) -> dict[str, Rows]:
 
 def _drift_tables(parity: ParityReport) -> dict[str, Rows]:
     short = "{:.3g}".format
-    outputs = [
+    outputs: Rows = [
         (name, short(o.largest_drift), short(o.noise_floor), f"{o.drift_in_floors:.2f}x", short(o.tolerance))
         for name, o in parity.outputs.items()
     ]
-    parts = [
+    parts: Rows = [
         (part.part, short(part.drift), short(part.noise_floor), f"{part.in_floors:.2f}x", f"{part.share:.2g}")
         for part in parity.parts
     ]
-    spectral = [
+    spectral: Rows = [
         (r.part, str(r.iterations), short(r.residual), short(r.residual_exact), short(r.asymmetry))
         for r in parity.spectral
     ]
@@ -174,7 +174,7 @@ def _precision_tables(report: PrecisionReport) -> dict[str, Rows]:
             accuracy.append(("top-1 in float32", percent(found.before, 2)))
             accuracy.append(("top-1 as exported", percent(found.after, 2)))
         accuracy.append(("drop", f"{found.drop:.2f} points"))
-    parts = []
+    parts: Rows = []
     for part in report.parts:
         operations = ", ".join(f"{count} in {name}" for name, count in part.operations.items())
         parts.append((part.part, part.weights or "none", operations or "none"))

@@ -139,7 +139,8 @@ def plan_engine(bundle: Bundle, options: EngineOptions) -> EnginePlan:
         key = make_key(bundle, options, profiles, tensorrt, gpu).name if tensorrt else None
     except RuntimeUnavailableError as problem:
         reason = str(problem) if tensorrt else reason
-    memory, results, program = None, (), None
+    memory, program = None, None
+    results: tuple[LintResult, ...] = ()
     precision = options.precision or bundle.manifest.precision
     if options.via == "torch-tensorrt":
         program = _find_program(bundle)

@@ -13,6 +13,7 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.html.charts import Axis, Bar, Curve, bars, interval, plot
 from sopdeploy_export.parity.report import Flip
 from sopdeploy_export.pipeline import Exported
+from sopdeploy_export.precision.report import Accuracy, Cost, Quantisation
 from sopdeploy_export.report.page import CAUSES, flip_matrix, flip_row, render_report
 from sopdeploy_export.report.results import ExportResults
 from tests.export.conftest import HOSTILE
@@ -113,27 +114,50 @@ def test_a_flip_is_described_with_class_names_and_cause() -> None:
     assert flip_row(flip, HOSTILE) == ("3", HOSTILE[0], HOSTILE[5], "1.5e-07", CAUSES["noise"])
 
 
+def rendered(exported: Exported, **changes: Any) -> str:
+    """Render the page of *exported* with some results changed."""
+    shared = {
+        field.name: getattr(exported, field.name)
+        for field in dataclasses.fields(ExportResults)
+        if hasattr(exported, field.name)
+    }
+    checkpoint: Any = SimpleNamespace(model="dsop-resnet8", labels=HOSTILE)
+    fields = {"lineage": exported.manifest.lineage, "versions": exported.manifest.versions}
+    page = render_report(
+        ExportResults(**shared | changes, checkpoint=checkpoint, fields=fields, files=exported.manifest.files)
+    )
+    Reader(page)
+    return page
+
+
 def test_flips_and_an_accepted_drift_are_reported(branched: Exported) -> None:
     flip = Flip(image=1, network=0, file=2, margin=0.5, because="error")
     top1 = branched.parity.top1.model_copy(update={"flipped": (flip,), "flips": 1, "agree": 11})
     parity = branched.parity.model_copy(update={"top1": top1, "passed": False, "parts": ()})
-    shared = {
-        field.name: getattr(branched, field.name)
-        for field in dataclasses.fields(ExportResults)
-        if hasattr(branched, field.name)
-    }
-    checkpoint: Any = SimpleNamespace(model="dsop-resnet8", labels=HOSTILE)
-    fields = {"lineage": branched.manifest.lineage, "versions": branched.manifest.versions}
-    results = ExportResults(
-        **shared | {"parity": parity}, checkpoint=checkpoint, fields=fields, files=branched.manifest.files
-    )
-    page = render_report(results)
-    Reader(page)
+    page = rendered(branched, parity=parity)
     assert "0 noise, 0 routing, 1 wrong" in page
     assert "flips-title" in page
     assert "drift EXCEEDS it and was accepted" in page
     assert "accepted with --allow-drift" in page
     assert "drift of single modules was not measured" in page
+
+
+def test_the_page_of_an_int8_bundle_shows_accuracy_and_costs(branched: Exported) -> None:
+    costs = (Cost(part="conv1", share=0.2), Cost(part="layer1", share=0.1))
+    settings = {"runtime": "cpu", "kept": (), "calibration": "percentile", "images": 20, "layers": 7}
+    accuracy = Accuracy(images=20, before=0.9, after=0.85, agree=19, low=0.76, high=0.99, drop=5.0)
+    quantisation = Quantisation(**settings, costs=costs, parts=costs)
+    precision = branched.precision.model_copy(
+        update={"precision": "int8", "quantisation": quantisation, "accuracy": accuracy}
+    )
+    parity = branched.parity.model_copy(update={"precision": "int8"})
+    page = rendered(branched, parity=parity, precision=precision)
+    assert "int8 loses accuracy where it grows." in page
+    assert "module-costs-title" in page
+    assert "ranges by percentile on 20 images" in page
+    assert "5.00 points" in page
+    without = precision.model_copy(update={"quantisation": quantisation.model_copy(update={"costs": ()})})
+    assert "No single layer changes the logits." in rendered(branched, parity=parity, precision=without)
 
 
 def test_flips_are_drawn_as_a_confusion_matrix() -> None:
