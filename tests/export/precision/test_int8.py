@@ -120,8 +120,8 @@ def test_int8_bundle_records_its_accuracy_and_costs(
     assert {"layer1.0", "layer3.0", "pooling.root: covariance", "fc"} <= drifts.keys()
     assert 0 < drifts["normalise"] < drifts["layer3.0"] < 0.2
     page = (found.path / "report.html").read_text(encoding="utf-8")
-    assert "Where it grows, int8 costs." in page
-    assert "part-costs-title" in page
+    assert "int8 loses accuracy where it grows." in page
+    assert "module-costs-title" in page
     assert found.parity.passed
 
 
