@@ -91,11 +91,11 @@ class TarStore:
 
     def open_folder(self, folder: str) -> "TarStore":
         """Open a subfolder as a store."""
-        return replace(self, root=self.root / folder, prefix=self.prefix + _encode(folder) + b"/")
+        return replace(self, root=self.root / folder, prefix=self.prefix + os.fsencode(folder) + b"/")
 
     def images(self, folder: str) -> list[bytes]:
         """List the images below a subfolder, relative to the store, sorted."""
-        first, last = self.members.folder_range(self.prefix + _encode(folder) + b"/")
+        first, last = self.members.folder_range(self.prefix + os.fsencode(folder) + b"/")
         return [bytes(name)[len(self.prefix) :] for name in self.members.names[first:last]]
 
     def other_files(self, folder: str) -> list[str]:  # noqa: ARG002
@@ -134,7 +134,7 @@ class TarStore:
         while position < end:
             head, slash, _ = bytes(self.members.names[position])[len(self.prefix) :].partition(b"/")
             if slash:
-                found.append(head.decode("utf-8", "surrogateescape"))
+                found.append(os.fsdecode(head))
                 position = self.members.folder_range(self.prefix + head + slash)[1]
             else:
                 has_files = True
@@ -186,7 +186,7 @@ def _decompress(path: Path, options: OpenOptions) -> Path:
 
 def _mount(index: Index, name: str, parts: Sequence[str]) -> Index:
     """Put the names of *index* into the folder *name* if the archive is a class or a part."""
-    folder = _encode(name) + b"/"
+    folder = os.fsencode(name) + b"/"
     inside = np.char.startswith(index.names, folder)
     top_level = np.char.find(index.names, b"/") < 0
     if not (top_level.any() or name in parts) or inside.all():
@@ -216,7 +216,3 @@ def _merge(archives: tuple[Path, ...], indices: Sequence[Index], paths: Sequence
 def _stem(path: Path) -> str:
     suffix = next(suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix))
     return path.name[: -len(suffix)]
-
-
-def _encode(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
