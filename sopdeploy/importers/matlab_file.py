@@ -142,7 +142,7 @@ def _read_header(elements: Iterator[tuple[int, memoryview]], order: str) -> tupl
 
 def _count_fields(elements: Iterator[tuple[int, memoryview]], order: str) -> int:
     (width_kind, width), (names_kind, names) = islice(elements, 2)
-    length = struct.unpack(f"{order}i", width)[0]
+    length = int(struct.unpack(f"{order}i", width)[0])
     if (width_kind, names_kind) != (INT32, INT8) or length < 1 or len(names) % length:
         raise DamagedError("a struct whose fields have no names")
     return len(names) // length

@@ -32,17 +32,13 @@ def resnet(stride: int = 1, d: int = 12) -> ResNet:
     return settled(ResNet(R18, kind=Basic, stride=stride, d=d))
 
 
-def images(side: int = 64) -> torch.Tensor:
-    return random_images(side)
-
-
 def test_a_published_resnet50_gives_the_same_logits(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = settled(ResNet(R50, kind=Bottleneck, d=16))
     file = tmp_path / "mpncovresnet50.pth"
     torch.save(network.state_dict(), file)
     ours, report = imported(file, "isqrt-resnet50")
-    assert_same_numbers(ours, in_either_precision(network), images(96))
+    assert_same_numbers(ours, in_either_precision(network), random_images(96))
     assert report.config["conv5_stride"] == 1
     assert report.config["pooling"]["width"] == 16
     assert report.config["pooling"]["iterations"] == 5
@@ -72,7 +68,7 @@ def training_file(path: Path, network: ResNet, arch: str | None, **how: Any) -> 
 def test_a_training_checkpoint_has_the_stride_of_its_arch(tmp_path: Path, arch: str, stride: int) -> None:
     network = resnet(stride)
     ours, report = imported(training_file(tmp_path / "a.pth.tar", network, arch), "isqrt-resnet18")
-    assert_same_numbers(ours, in_either_precision(network), images())
+    assert_same_numbers(ours, in_either_precision(network), random_images(64))
     assert report.config["conv5_stride"] == stride
     assert set(report.beside) == {"epoch", "best_prec1", "optimizer", "arch"}
 
@@ -82,13 +78,13 @@ def test_a_fine_tuned_checkpoint_has_its_reduction_in_the_features(tmp_path: Pat
     ours, _ = imported(
         training_file(tmp_path / "a.pth.tar", network, None, fine_tuned=True), "isqrt-resnet18"
     )
-    assert_same_numbers(ours, in_either_precision(network), images())
+    assert_same_numbers(ours, in_either_precision(network), random_images(64))
 
 
 def test_average_pooling_is_detected(tmp_path: Path) -> None:
     network = resnet(stride=2, d=0)
     ours, _ = imported(training_file(tmp_path / "a.pth.tar", network, "resnet18"), "resnet18")
-    assert_same_numbers(ours, in_either_precision(network), images())
+    assert_same_numbers(ours, in_either_precision(network), random_images(64))
 
 
 def test_an_unknown_stride_must_be_set(tmp_path: Path) -> None:
@@ -97,7 +93,7 @@ def test_an_unknown_stride_must_be_set(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"stride of conv5_x.*add --set conv5_stride"):
         imported(file, "isqrt-resnet18")
     ours, _ = imported(file, "isqrt-resnet18", settings={"conv5_stride": 2})
-    assert_same_numbers(ours, in_either_precision(network), images())
+    assert_same_numbers(ours, in_either_precision(network), random_images(64))
 
 
 @pytest.mark.parametrize("prefix", ["features.", "features.module.", "module.features."])
@@ -115,7 +111,7 @@ def test_batch_norm_counters_can_be_absent(tmp_path: Path) -> None:
     old = {name: value for name, value in network.state_dict().items() if "tracked" not in name}
     torch.save(old, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
     ours, report = imported(tmp_path / "a.pth", "isqrt-resnet18")
-    assert_same_numbers(ours, in_either_precision(network), images())
+    assert_same_numbers(ours, in_either_precision(network), random_images(64))
     assert {row.how for row in report.rows if not row.of} == {"absent, set to 0"}
     assert sum(not row.of for row in report.rows) == 21
 
@@ -134,7 +130,7 @@ def test_vgg_weights_give_the_same_logits(tmp_path: Path, d: int, linear: bool, 
     if d:
         assert len(state) == (99 if linear else 103)
     ours, report = imported(tmp_path / "a.pth.tar", name)
-    assert_same_numbers(ours, in_either_precision(network), images(32))
+    assert_same_numbers(ours, in_either_precision(network), random_images(32))
     assert report.config["classifier"] == ("linear" if linear else "mlp")
 
 
@@ -143,7 +139,7 @@ def test_the_newton_schulz_iterations_can_be_set(tmp_path: Path) -> None:
     network.steps = 3
     torch.save(network.state_dict(), tmp_path / "a.pth")
     ours, _ = imported(tmp_path / "a.pth", "isqrt-resnet18", settings={"pooling.iterations": 3})
-    assert_same_numbers(ours, in_either_precision(network), images())
+    assert_same_numbers(ours, in_either_precision(network), random_images(64))
 
 
 def test_another_pooling_of_the_same_tensors_is_refused(tmp_path: Path) -> None:

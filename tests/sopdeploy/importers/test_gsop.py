@@ -26,10 +26,6 @@ def saved(path: Path, attention: str, d: int = 0) -> ResNet:
     return network
 
 
-def images() -> torch.Tensor:
-    return random_images(64)
-
-
 @pytest.mark.parametrize(
     ("depth", "d", "entries"), [(50, 0, 384), (50, 256, 374), (101, 0, 690), (101, 256, 680)]
 )
@@ -46,7 +42,7 @@ def test_net1_gives_the_same_logits_with_each_block(tmp_path: Path, attention: s
     network = saved(tmp_path / "a.pth.tar", attention)
     settings = {"attention": NAMES[attention]} if attention in "+M" else {}
     ours, report = imported(tmp_path / "a.pth.tar", "gsop-net1-resnet26", settings=settings)
-    assert_same_numbers(ours, in_either_precision(network), images())
+    assert_same_numbers(ours, in_either_precision(network), random_images(64))
     assert report.config["attention"] == NAMES[attention]
     assert report.config["cov_width"] == 32
     assert report.config["block_place"] == "inside"
@@ -55,7 +51,7 @@ def test_net1_gives_the_same_logits_with_each_block(tmp_path: Path, attention: s
 def test_the_classifier_of_net2_is_made_row_wise(tmp_path: Path) -> None:
     network = saved(tmp_path / "a.pth.tar", "1", d=12)
     ours, report = imported(tmp_path / "a.pth.tar", "gsop-net2-resnet26")
-    assert_same_numbers(ours, in_either_precision(network), images())
+    assert_same_numbers(ours, in_either_precision(network), random_images(64))
     assert report.config["iterations"] == 3
     assert {row.name: row.how for row in report.rows}["fc.weight"] == "triangle made row-wise"
     assert not torch.equal(ours.fc.weight.float(), network.fc.weight.float())

@@ -22,13 +22,16 @@ from tests.sopdeploy.importers.released_torch import CifarResNet, prefixed, sett
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def images(side: int = 64) -> torch.Tensor:
-    return random_images(side)
-
-
 def torchvision_resnet18(classes: int = 5) -> torch.nn.Module:
     torch.manual_seed(0)
     return settled(torchvision.models.resnet18(num_classes=classes))
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Save the weights of a torchvision ResNet-18 with five classes."""
+    torch.save(torchvision_resnet18().state_dict(), tmp_path / "a.pth")
+    return tmp_path / "a.pth"
 
 
 @pytest.mark.parametrize("container", ["pth", "safetensors"])
@@ -37,7 +40,7 @@ def test_torchvision_weights_give_the_same_logits(tmp_path: Path, container: str
     file = tmp_path / f"a.{container}"
     (torch.save if container == "pth" else safetensors.torch.save_file)(network.state_dict(), file)
     ours, report = imported(file, "resnet18")
-    assert_same_numbers(ours, in_either_precision(network), images())
+    assert_same_numbers(ours, in_either_precision(network), random_images(64))
     assert (report.project, report.preprocess.resize, report.preprocess.crop) == ("torchvision", 256, 224)
     assert (report.preprocess.mean, report.preprocess.std) == IMAGENET
 
@@ -52,11 +55,10 @@ def test_torchvision_files_are_identified_by_their_hash(depth: int, digest: str,
     assert (found[0].resize, found[0].crop, found[0].interpolation) == (resize, 224, "bilinear")
 
 
-def test_a_hub_config_applies_to_torchvision_names(tmp_path: Path) -> None:
-    torch.save(torchvision_resnet18().state_dict(), tmp_path / "a.pth")
+def test_a_hub_config_applies_to_torchvision_names(tmp_path: Path, weights: Path) -> None:
     card = {"input_size": [3, 160, 160], "crop_pct": 0.95, "interpolation": "bicubic", "mean": [0.5] * 3}
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {**card, "std": [0.5] * 3}}))
-    _, report = imported(tmp_path / "a.pth", "resnet18")
+    _, report = imported(weights, "resnet18")
     assert (report.preprocess.resize, report.preprocess.crop) == (168, 160)
 
 
@@ -64,7 +66,7 @@ def test_half_precision_is_widened(tmp_path: Path) -> None:
     network = torchvision_resnet18().half()
     safetensors.torch.save_file(network.state_dict(), tmp_path / "a.safetensors")
     ours, _ = imported(tmp_path / "a.safetensors", "resnet18")
-    assert_same_numbers(ours, in_either_precision(network), images())
+    assert_same_numbers(ours, in_either_precision(network), random_images(64))
 
 
 def test_a_thousand_classes_get_the_imagenet_names(tmp_path: Path) -> None:
@@ -90,7 +92,7 @@ def test_timm_weights_with_and_without_hub_config(tmp_path: Path, beside: bool) 
         card = {"input_size": [3, 288, 288], "crop_pct": 0.9, "interpolation": "bicubic", "mean": [0.5] * 3}
         (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {**card, "std": [0.5] * 3}}))
     ours, report = imported(tmp_path / "model.safetensors", "timm:resnet18")
-    assert_same_numbers(ours, in_either_precision(network), images())
+    assert_same_numbers(ours, in_either_precision(network), random_images(64))
     rules = report.preprocess
     if beside:
         assert (rules.resize, rules.crop, rules.interpolation, rules.mean) == (
@@ -130,7 +132,7 @@ def test_cifar_weights_give_the_same_logits(tmp_path: Path, blocks: int, option:
     network = settled(CifarResNet(blocks, option, base))
     torch.save({"state_dict": prefixed(network.state_dict()), "best_prec1": 91.7}, tmp_path / "a.th")
     ours, report = imported(tmp_path / "a.th", f"resnet{6 * blocks + 2}")
-    assert_same_numbers(ours, in_either_precision(network), images(32))
+    assert_same_numbers(ours, in_either_precision(network), random_images(32))
     assert (report.preprocess.resize, report.preprocess.crop, report.labels) == (32, 32, "CIFAR-10")
     assert (report.preprocess.mean, report.preprocess.std) == IMAGENET
     assert report.config["shortcut"] == ("pad" if option == "A" else "projection")
@@ -146,10 +148,9 @@ def test_cifar_weights_give_the_same_logits(tmp_path: Path, blocks: int, option:
         ("timm:resnet34", r"is not in the file"),
     ],
 )
-def test_another_network_is_refused(tmp_path: Path, name: str, said: str) -> None:
-    torch.save(torchvision_resnet18().state_dict(), tmp_path / "a.pth")
+def test_another_network_is_refused(weights: Path, name: str, said: str) -> None:
     with pytest.raises(WeightsError, match=said):
-        imported(tmp_path / "a.pth", name)
+        imported(weights, name)
 
 
 @pytest.mark.parametrize(
@@ -189,15 +190,13 @@ def test_a_tensor_that_does_not_fit_is_named(
         ({"settings": {"pooling": "gap", "pooling.kind": "gap"}}, "pooling is a value, not a table"),
     ],
 )
-def test_an_invalid_option_is_refused(tmp_path: Path, options: dict[str, object], said: str) -> None:
-    torch.save(torchvision_resnet18().state_dict(), tmp_path / "a.pth")
+def test_an_invalid_option_is_refused(weights: Path, options: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        imported(tmp_path / "a.pth", "resnet18", **options)
+        imported(weights, "resnet18", **options)
 
 
-def test_the_input_size_can_be_overridden(tmp_path: Path) -> None:
-    torch.save(torchvision_resnet18().state_dict(), tmp_path / "a.pth")
-    _, report = imported(tmp_path / "a.pth", "resnet18", resize=448, crop=448, interpolation="bicubic")
+def test_the_input_size_can_be_overridden(weights: Path) -> None:
+    _, report = imported(weights, "resnet18", resize=448, crop=448, interpolation="bicubic")
     rules = report.preprocess
     assert (rules.resize, rules.crop, rules.interpolation, rules.mean) == (448, 448, "bicubic", IMAGENET[0])
 
@@ -212,21 +211,21 @@ def test_the_input_size_can_be_overridden(tmp_path: Path) -> None:
         ("n.txt", None, "cannot be read"),
     ],
 )
-def test_wrong_labels_are_refused(tmp_path: Path, file: str, content: str | None, said: str) -> None:
-    torch.save(torchvision_resnet18().state_dict(), tmp_path / "a.pth")
+def test_wrong_labels_are_refused(
+    tmp_path: Path, weights: Path, file: str, content: str | None, said: str
+) -> None:
     if content is not None:
         (tmp_path / file).write_text(content)
     with pytest.raises(ConfigError, match=said):
-        imported(tmp_path / "a.pth", "resnet18", labels=tmp_path / file)
+        imported(weights, "resnet18", labels=tmp_path / file)
 
 
 @pytest.mark.parametrize(
     ("file", "content"), [("n.txt", "a\n b \nc\n\nd\ne"), ("n.json", '["a","b","c","d","e"]')]
 )
-def test_labels_from_a_file(tmp_path: Path, file: str, content: str) -> None:
+def test_labels_from_a_file(tmp_path: Path, weights: Path, file: str, content: str) -> None:
     from sopdeploy.checkpoint import read_checkpoint
 
-    torch.save(torchvision_resnet18().state_dict(), tmp_path / "a.pth")
     (tmp_path / file).write_text(content)
-    imported(tmp_path / "a.pth", "resnet18", labels=tmp_path / file)
+    imported(weights, "resnet18", labels=tmp_path / file)
     assert read_checkpoint(tmp_path / "imported.pt").labels == ("a", "b", "c", "d", "e")
