@@ -127,14 +127,14 @@ import json, pathlib, sys
 import torch
 import torch.distributed as dist
 from sopdeploy.layers.mixture.gate import (balance_loss)
-rank, store, answer = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+rank, store, output = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 torch.manual_seed(0)
 weights = torch.rand(6, 5, dtype=torch.float64)[3 * rank : 3 * rank + 3].requires_grad_()
 loss = balance_loss(weights, 100.0)
 loss.backward()
-pathlib.Path(answer).write_text(json.dumps({"loss": loss.item(), "gradient": weights.grad.tolist()}))
+pathlib.Path(output).write_text(json.dumps({"loss": loss.item(), "gradient": weights.grad.tolist()}))
 dist.destroy_process_group()
 """
 
@@ -178,19 +178,19 @@ def test_two_ranks_have_the_gradient_of_one_process(tmp_path: Path) -> None:
     answers = [tmp_path / f"rank{rank}.json" for rank in range(2)]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path / "store"), str(answer)],
+            [sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path / "store"), str(output)],
             env=environment,
         )
-        for rank, answer in enumerate(answers)
+        for rank, output in enumerate(answers)
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     torch.manual_seed(0)
     weights = torch.rand(6, 5, dtype=torch.float64, requires_grad=True)
     loss = balance_loss(weights, 100.0)
     loss.backward()
-    found = [json.loads(answer.read_text()) for answer in answers]
-    assert [answer["loss"] for answer in found] == pytest.approx([loss.item()] * 2)
+    found = [json.loads(output.read_text()) for output in answers]
+    assert [output["loss"] for output in found] == pytest.approx([loss.item()] * 2)
     averaged_by_data_parallel = (
-        torch.tensor([row for answer in found for row in answer["gradient"]], dtype=torch.float64) / 2
+        torch.tensor([row for output in found for row in output["gradient"]], dtype=torch.float64) / 2
     )
     torch.testing.assert_close(averaged_by_data_parallel, weights.grad)

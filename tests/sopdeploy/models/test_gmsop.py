@@ -41,12 +41,12 @@ def untied(network: GMSOP) -> GMSOP:
 
 @pytest.mark.parametrize("name", GATED)
 def test_training_gives_logits_and_the_balance_penalty(name: str) -> None:
-    answer = tiny(name)(images())
-    assert isinstance(answer, TrainingOutput)
-    assert answer.logits.shape == (4, 5)
-    assert answer.branches == {}
-    assert list(answer.penalties) == ["balance"]
-    assert answer.penalties["balance"].shape == ()
+    output = tiny(name)(images())
+    assert isinstance(output, TrainingOutput)
+    assert output.logits.shape == (4, 5)
+    assert output.branches == {}
+    assert list(output.penalties) == ["balance"]
+    assert output.penalties["balance"].shape == ()
 
 
 @pytest.mark.parametrize("name", GATED)
@@ -97,11 +97,11 @@ def test_routed_and_dense_training_give_the_same_numbers(name: str, noise_per: s
     for evaluation in ("routed", "dense"):
         network = untied(tiny(name, evaluation=evaluation, noise_per=noise_per, dropout=0.0)).double()
         torch.manual_seed(3)
-        answer = network(images().double())
-        (answer.logits.logsumexp(1).sum() + answer.penalties["balance"]).backward()
+        output = network(images().double())
+        (output.logits.logsumexp(1).sum() + output.penalties["balance"]).backward()
         found[evaluation] = [
-            answer.logits,
-            answer.penalties["balance"],
+            output.logits,
+            output.penalties["balance"],
             *(p.grad for p in network.parameters()),
         ]
     torch.testing.assert_close(found["routed"], found["dense"], rtol=1e-7, atol=1e-9)
@@ -115,8 +115,8 @@ def test_a_training_step_reaches_every_parameter_and_lowers_the_loss(name: str, 
     targets = torch.tensor([0, 1, 2, 3])
     losses = []
     for _ in range(8):
-        answer = network(images())
-        loss = torch.nn.functional.cross_entropy(answer.logits, targets) + answer.penalties["balance"] * 0.01
+        output = network(images())
+        loss = torch.nn.functional.cross_entropy(output.logits, targets) + output.penalties["balance"] * 0.01
         optimizer.zero_grad()
         loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
@@ -125,10 +125,10 @@ def test_a_training_step_reaches_every_parameter_and_lowers_the_loss(name: str, 
     assert losses[-1] < losses[0]
 
 
-def test_one_step_breaks_the_tie_of_the_start() -> None:
+def test_one_step_breaks_the_initial_tie() -> None:
     network = tiny(dropout=0.0)
-    answer = network(images())
-    torch.nn.functional.cross_entropy(answer.logits, torch.tensor([0, 1, 2, 3])).backward()
+    output = network(images())
+    torch.nn.functional.cross_entropy(output.logits, torch.tensor([0, 1, 2, 3])).backward()
     assert network.gate.weight.grad is not None
     moved = network.gate.weight.grad.abs().sum(dim=1)
     assert moved[0] > 0

@@ -20,7 +20,7 @@ SMALL = {"depth": 18, "width": 16, "decay": 0.5}
         (1024, 0.5, []),
     ],
 )
-def test_steps_go_down_as_eq_4_says(target: int, decay: float, widths: list[int]) -> None:
+def test_intermediate_widths_follow_eq_4(target: int, decay: float, widths: list[int]) -> None:
     assert intermediate_widths(2048, target, decay) == widths
 
 
