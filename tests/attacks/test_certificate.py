@@ -1,6 +1,6 @@
-"""Attacks on the certificate: networks that are not the plain one, each of which must be refused.
+"""Attacks on the certificate: networks that differ from the plain one must be rejected.
 
-Most give the right numbers; what is wrong with them is in the graph, in the books or in the mode.
+Most compute the right numbers; the difference is in the graph, the tensor inventory or the mode.
 """
 
 import copy
@@ -30,12 +30,12 @@ from tests.export.once import digest
 
 SIDE = 16
 PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
-ALONE = BatchRange(optimum=1, maximum=1)  # one graph shows what is the same at every batch
+ALONE = BatchRange(optimum=1, maximum=1)  # the graph does not depend on the batch, so one is enough
 
 
 @pytest.fixture(autouse=True)
 def _plain_network_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nearly all attacks leave the plain network as it is, bit for bit: its graphs are kept."""
+    """Cache the graphs of the plain network, which nearly all attacks leave unchanged."""
     quick_torch.keep()
     monkeypatch.setattr(certificate, "capture", capture_once)
 
@@ -68,7 +68,7 @@ def prove(trained: Classifier, lean: nn.Module | None = None, batch: BatchRange 
 
 
 def branch_logits(found: Any, images: Tensor) -> Tensor:
-    """What the branches of *found* say, summed."""
+    """Sum the logits of the branches of *found*."""
     tap_features = found.features(images, found.taps)[1]
     heads = [found.branches[name] for name in found.taps.values()]
     return sum(head(feature) for head, feature in zip(heads, tap_features, strict=True))
@@ -79,7 +79,7 @@ def plain_logits(found: Any, images: Tensor) -> Tensor:
 
 
 def with_forward(answer: Callable[[Any, Tensor], Tensor]) -> Classifier:
-    """A trained network whose answer is *answer* as long as it has branches, else the plain one."""
+    """Build a network that computes *answer* while it has branches, and the plain logits after detaching."""
     found = network()
 
     def forward(self: Any, images: Tensor) -> Tensor:
@@ -180,13 +180,13 @@ LEAKS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
 
 
 @pytest.mark.parametrize("leak", LEAKS)
-def test_a_network_whose_answer_needs_its_branches_is_refused(leak: str) -> None:
+def test_network_whose_output_depends_on_its_branches_is_rejected(leak: str) -> None:
     answer, message = LEAKS[leak]
     with pytest.raises(CertificateError, match=message):
         prove(with_forward(answer), batch=None if "batch" in leak else ALONE)
 
 
-def test_a_leak_names_the_weights_still_reached() -> None:
+def test_leak_names_the_weights_that_the_output_depends_on() -> None:
     answer, _ = LEAKS["a branch times zero"]
     with pytest.raises(CertificateError, match=r"branches\.layer\d_0\.\S+ and \d+ more"):
         prove(with_forward(answer))
@@ -194,7 +194,7 @@ def test_a_leak_names_the_weights_still_reached() -> None:
 
 @dataclass
 class Tampered:
-    """A detached network that somebody touched."""
+    """A modification of a detached network, and the error that it must cause."""
 
     touch: Callable[[Any], object]
     message: str
@@ -249,7 +249,7 @@ TAMPERED = {
 
 
 @pytest.mark.parametrize("attack", TAMPERED)
-def test_a_detached_network_that_was_touched_is_refused(attack: str) -> None:
+def test_modified_detached_network_is_rejected(attack: str) -> None:
     trained = network()
     trained.fc.weight.data[0, 0] = 0.0
     lean = detach(trained)
@@ -309,7 +309,7 @@ CHANGED_BEFORE = {
 
 
 @pytest.mark.parametrize("attack", CHANGED_BEFORE)
-def test_a_trained_network_that_is_more_than_the_plain_one_is_refused(attack: str) -> None:
+def test_trained_network_that_differs_from_the_plain_one_is_rejected(attack: str) -> None:
     change, message = CHANGED_BEFORE[attack]
     trained = network()
     change(trained)
@@ -318,7 +318,7 @@ def test_a_trained_network_that_is_more_than_the_plain_one_is_refused(attack: st
         prove(trained, lean)
 
 
-def test_a_hook_on_all_modules_is_refused() -> None:
+def test_hook_on_all_modules_is_rejected() -> None:
     handle = nn.modules.module.register_module_forward_hook(lambda _m, _i, output: output)
     try:
         with pytest.raises(CertificateError, match="on all modules"):
@@ -327,11 +327,11 @@ def test_a_hook_on_all_modules_is_refused() -> None:
         handle.remove()
 
 
-def test_an_untouched_network_is_proved() -> None:
+def test_unmodified_network_is_certified() -> None:
     prove(network())
 
 
-def test_a_channels_last_copy_of_the_same_weights_has_the_same_root() -> None:
+def test_channels_last_weights_have_the_same_root() -> None:
     probes = torch.from_numpy(probe_images(PREPROCESS))
     trained = network()
     roots = certify(trained, detach(trained), PREPROCESS, probes).certificate.roots
