@@ -1,4 +1,4 @@
-"""Several models behind one server, and one version taking another's place under load."""
+"""Several models in one server, and versions that replace each other under load."""
 
 import asyncio
 import base64
@@ -44,7 +44,7 @@ def versions(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def repository_of(first: Path) -> ModelRegistry:
+def registry_of(first: Path) -> ModelRegistry:
     return ModelRegistry(
         {"tiny": load_model(first, SETTINGS)}, SETTINGS, Metrics(), BundleStore([f"tiny={first}"])
     )
@@ -55,63 +55,63 @@ def found(answer: Model | Rejection | None) -> Model:
     return answer
 
 
-def refused(answer: object) -> str:
+def rejected(answer: object) -> str:
     assert isinstance(answer, Rejection), answer
     return answer.code
 
 
-def test_a_new_version_answers_and_the_one_before_stays_for_going_back(versions) -> None:
+def test_a_new_version_is_served_and_the_previous_one_kept_for_rollback(versions) -> None:
     async def life() -> None:
-        repository = repository_of(versions[0])
-        repository.start()
-        before = found(repository.find())
-        after = found(await repository.load("tiny"))
+        registry = registry_of(versions[0])
+        registry.start()
+        before = found(registry.find())
+        after = found(await registry.load("tiny"))
         assert [model.bundle.path.name for model in (before, after)] == [path.name for path in versions]
-        assert repository.find("tiny") is after
-        assert repository.find("tiny", before.version) is before
-        assert found(await repository.roll_back("tiny")) is before
-        assert repository.find("tiny") is before
-        assert found(await repository.load("tiny", versions[1].name)) is after
-        assert found(await repository.load("tiny", versions[1].name)) is after
-        await repository.stop()
+        assert registry.find("tiny") is after
+        assert registry.find("tiny", before.version) is before
+        assert found(await registry.roll_back("tiny")) is before
+        assert registry.find("tiny") is before
+        assert found(await registry.load("tiny", versions[1].name)) is after
+        assert found(await registry.load("tiny", versions[1].name)) is after
+        await registry.stop()
         assert not [thread for thread in threading.enumerate() if thread.name == "model_worker"]
 
     asyncio.run(life())
 
 
-def test_faults_are_over_every_model_and_over_those_that_are_loaded_later(versions) -> None:
+def test_faults_apply_to_every_model_also_to_later_ones(versions) -> None:
     async def life() -> None:
-        first, shelf = {"tiny": load_model(versions[0], SETTINGS)}, BundleStore([f"tiny={versions[0]}"])
-        repository = ModelRegistry(first, SETTINGS, Metrics(), shelf, parse_faults("engine=raise@2"))
-        repository.start()
-        later = found(await repository.load("tiny"))
-        assert repository.models()[0] is later
-        for model in repository.models():
+        first, store = {"tiny": load_model(versions[0], SETTINGS)}, BundleStore([f"tiny={versions[0]}"])
+        registry = ModelRegistry(first, SETTINGS, Metrics(), store, parse_faults("engine=raise@2"))
+        registry.start()
+        later = found(await registry.load("tiny"))
+        assert registry.models()[0] is later
+        for model in registry.models():
             model.loaded.runtime.run(IMAGE)
             with pytest.raises(InjectedError, match="engine=raise@2"):
                 model.loaded.runtime.run(IMAGE)
-        await repository.stop()
+        await registry.stop()
 
     asyncio.run(life())
 
 
-def test_a_version_that_leaves_waits_for_its_last_request(versions, make_bundle, until) -> None:
+def test_a_replaced_version_waits_for_its_last_request(versions, make_bundle, until) -> None:
     async def life() -> None:
-        repository = repository_of(versions[0])
-        repository.start()
-        oldest = found(repository.find())
+        registry = registry_of(versions[0])
+        registry.start()
+        oldest = found(registry.find())
         make_bundle(versions[0].parent, probes=5)
         with oldest.in_use():
             for path in sorted(versions[0].parent.iterdir()):
-                await repository.load("tiny", path.name)
+                await registry.load("tiny", path.name)
             await asyncio.sleep(0.05)
             assert engines() == 3
         end = time.monotonic() + 20
         while engines() > 2:
             assert time.monotonic() < end
             await asyncio.sleep(0.01)
-        assert refused(repository.find("tiny", oldest.version)) == "unknown_version"
-        await repository.stop()
+        assert rejected(registry.find("tiny", oldest.version)) == "unknown_version"
+        await registry.stop()
 
     asyncio.run(life())
 
@@ -120,61 +120,61 @@ def engines() -> int:
     return sum(thread.name == "model_worker" for thread in threading.enumerate())
 
 
-def test_a_version_that_gives_other_numbers_than_promised_never_answers(versions, make_bundle) -> None:
+def test_a_version_with_wrong_outputs_is_never_served(versions, make_bundle) -> None:
     wrong = make_bundle(versions[0].parent, wrong_by=0.01)
 
     async def life() -> None:
-        repository = repository_of(versions[0])
-        repository.start()
-        before = found(repository.find())
-        answer = await repository.load("tiny", wrong.name)
+        registry = registry_of(versions[0])
+        registry.start()
+        before = found(registry.find())
+        answer = await registry.load("tiny", wrong.name)
         assert isinstance(answer, Rejection)
         assert (answer.code, answer.status) == ("cannot_load", 400)
         assert "deviates" in answer.message
-        assert repository.find() is before
-        await repository.stop()
+        assert registry.find() is before
+        await registry.stop()
 
     asyncio.run(life())
 
 
 @pytest.mark.parametrize("name", ["../tiny", "/etc", "", "nothing", "a\0b", "x" * 10_000])
-def test_a_folder_that_is_not_beside_the_bundles_is_never_opened(versions, name) -> None:
+def test_only_folders_beside_the_bundles_can_be_loaded(versions, name) -> None:
     async def life() -> None:
-        repository = repository_of(versions[0])
-        assert refused(await repository.load("tiny", name)) == "cannot_load"
-        await repository.stop()
+        registry = registry_of(versions[0])
+        assert rejected(await registry.load("tiny", name)) == "cannot_load"
+        await registry.stop()
 
     asyncio.run(life())
 
 
-def test_an_unloaded_name_is_unknown_and_may_be_loaded_again(versions) -> None:
+def test_an_unloaded_model_can_be_loaded_again(versions) -> None:
     async def life() -> None:
-        repository = repository_of(versions[0])
-        repository.start()
-        assert await repository.unload("tiny") is None
-        assert refused(repository.find()) == "no_model"
-        assert refused(repository.find("tiny")) == "unknown_model"
-        assert refused(await repository.unload("tiny")) == "unknown_model"
-        assert refused(await repository.roll_back("tiny")) == "unknown_model"
-        assert refused(await repository.load("tiny")) == "cannot_load"  # two have the name: which?
-        assert found(await repository.load("tiny", versions[1].name)).name == "tiny"
-        assert refused(await repository.roll_back("tiny")) == "no_previous_version"
-        await repository.stop()
+        registry = registry_of(versions[0])
+        registry.start()
+        assert await registry.unload("tiny") is None
+        assert rejected(registry.find()) == "no_model"
+        assert rejected(registry.find("tiny")) == "unknown_model"
+        assert rejected(await registry.unload("tiny")) == "unknown_model"
+        assert rejected(await registry.roll_back("tiny")) == "unknown_model"
+        assert rejected(await registry.load("tiny")) == "cannot_load"  # two have the name: which?
+        assert found(await registry.load("tiny", versions[1].name)).name == "tiny"
+        assert rejected(await registry.roll_back("tiny")) == "no_previous_version"
+        await registry.stop()
 
     asyncio.run(life())
 
 
 def test_without_model_control_nothing_can_be_loaded(versions) -> None:
     async def life() -> None:
-        repository = ModelRegistry({"tiny": load_model(versions[0], SETTINGS)}, SETTINGS, Metrics(), None)
-        assert refused(await repository.load("tiny")) == "model_control_off"
-        assert refused(await repository.unload("tiny")) == "model_control_off"
-        await repository.stop()
+        registry = ModelRegistry({"tiny": load_model(versions[0], SETTINGS)}, SETTINGS, Metrics(), None)
+        assert rejected(await registry.load("tiny")) == "model_control_off"
+        assert rejected(await registry.unload("tiny")) == "model_control_off"
+        await registry.stop()
 
     asyncio.run(life())
 
 
-def test_a_swap_under_load_fails_no_request_and_every_answer_names_its_weights(
+def test_swaps_under_load_fail_no_request_and_responses_name_their_version(
     versions, run_server, onnx_runtime, jpeg, until
 ) -> None:
     bundle = open_bundle(versions[0])
@@ -197,13 +197,13 @@ def test_a_swap_under_load_fails_no_request_and_every_answer_names_its_weights(
 
 
 @pytest.mark.parametrize("path", ["/v1/classify", "/v2/models/tiny/infer"])
-def test_a_slow_body_is_answered_by_the_model_that_admitted_it_though_two_have_replaced_it(
+def test_a_slow_request_is_served_by_the_version_that_admitted_it(
     versions, make_bundle, run_server, jpeg, path
 ) -> None:
     third = make_bundle(versions[0].parent, probes=5)
     first = load_model(versions[0], SETTINGS)
-    shelf = BundleStore([f"tiny={versions[0]}"])
-    with run_server(first.runtime, first.bundle, SETTINGS, shelf=shelf) as client:
+    store = BundleStore([f"tiny={versions[0]}"])
+    with run_server(first.runtime, first.bundle, SETTINGS, shelf=store) as client:
 
         def slowly() -> Iterator[bytes]:
             body = jpeg if path.startswith("/v1") else json.dumps(image_tensor(jpeg)).encode()
@@ -239,7 +239,7 @@ def two(versions, run_server, onnx_runtime) -> Iterator[httpx.Client]:
         yield client
 
 
-def test_where_several_models_answer_a_request_must_name_one(two, jpeg) -> None:
+def test_with_several_models_a_request_must_name_one(two, jpeg) -> None:
     unnamed = two.post("/v1/classify", content=jpeg)
     assert (unnamed.status_code, unnamed.json()["code"]) == (400, "model_needed")
     assert "ants, bees" in unnamed.json()["detail"]
@@ -253,19 +253,19 @@ def test_where_several_models_answer_a_request_must_name_one(two, jpeg) -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "000", "-1", "1.5", "nan", "1e3", "soon", "٣"])
-def test_a_timeout_that_is_no_number_of_milliseconds_is_400(two, jpeg, value) -> None:
+def test_an_invalid_timeout_is_400(two, jpeg, value) -> None:
     headers = {"X-Request-Timeout-Ms": value.encode()}
     reply = two.post("/v1/classify?model=ants", content=jpeg, headers=headers)
     assert (reply.status_code, reply.json()["code"]) == (400, "invalid_timeout")
 
 
 @pytest.mark.parametrize("value", ["30001", "9999999999", "9" * 30, "9" * 20_000, "0" * 20_000 + "9000"])
-def test_a_timeout_of_any_length_is_cut_to_the_deadline_of_the_server(two, jpeg, value) -> None:
+def test_a_long_timeout_is_limited_by_the_server(two, jpeg, value) -> None:
     reply = two.post("/v1/classify?model=ants", content=jpeg, headers={"X-Request-Timeout-Ms": value})
     assert reply.status_code == 200
 
 
-def test_no_timeout_lengthens_the_deadline_of_the_server(two) -> None:
+def test_a_timeout_only_shortens_the_deadline(two) -> None:
     def allowed(value: bytes) -> float:
         scope = {"type": "http", "headers": [(TIMEOUT_HEADER.encode(), value)]}
         return timeout_of(Request(scope), longest=30.0)
@@ -283,17 +283,17 @@ def test_a_folder_of_bundles_is_served_by_name(tmp_path, make_bundle) -> None:
     assert set(BundleStore([first, f"two={first}"]).bundles) == {"tiny", "two"}
 
 
-def test_two_bundles_of_one_name_are_one_clear_line(folder) -> None:
-    with pytest.raises(ConfigError, match=r"a bundle named tiny is there already .*NAME="):
+def test_two_bundles_with_one_name_are_an_error(folder) -> None:
+    with pytest.raises(ConfigError, match=r"the name tiny is already used by .*NAME="):
         BundleStore([folder])
 
 
 @pytest.mark.parametrize("source", ["a b=/x", "=/x", "a/b=/x"])
-def test_a_name_that_does_not_fit_into_a_url_is_refused(source) -> None:
+def test_a_name_must_fit_into_a_url(source) -> None:
     with pytest.raises(ConfigError, match="letters, digits"):
         BundleStore([source])
 
 
-def test_a_folder_without_a_bundle_is_one_clear_line(tmp_path) -> None:
-    with pytest.raises(BundleError, match="no bundle here, nor in a folder below it"):
+def test_a_folder_without_bundles_is_an_error(tmp_path) -> None:
+    with pytest.raises(BundleError, match="no bundle here or in a folder directly below"):
         BundleStore([tmp_path])

@@ -180,4 +180,4 @@ def test_a_version_that_fails_to_stop_is_logged_and_forgotten(
 
     with caplog.at_level(logging.ERROR, "sopdeploy.models"):
         asyncio.run(life())
-    assert "tiny: a version that was replaced did not stop cleanly" in caplog.text
+    assert "tiny: a replaced version did not stop cleanly" in caplog.text

@@ -1,4 +1,4 @@
-"""The log: one line per event whatever a client sent, and no secret in it."""
+"""The log has one line per event, whatever clients send, and no secrets."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def requests(stream: io.StringIO) -> list[dict]:
     return [event for event in events(stream) if event["event"] == "request"]
 
 
-def test_each_request_is_one_line_with_what_an_operator_asks_for(logged, serve_with, tmp_path, jpeg, until):
+def test_a_request_is_one_line_with_every_field(logged, serve_with, tmp_path, jpeg, until):
     stream = logged(log="json")
     key = new_key(tmp_path / "keys.toml", "phone", rate=100, burst=None, admin=False)
     client = serve_with(FakeRuntime(classes=7), keys=tmp_path / "keys.toml")
@@ -67,7 +67,7 @@ def test_each_request_is_one_line_with_what_an_operator_asks_for(logged, serve_w
     assert key not in stream.getvalue()
 
 
-def test_a_refusal_is_logged_with_its_code_and_a_stranger_without_a_name(logged, serve_with, tmp_path, until):
+def test_a_rejection_is_logged_with_its_code_and_without_a_key_name(logged, serve_with, tmp_path, until):
     stream = logged(log="json")
     new_key(tmp_path / "keys.toml", "phone", rate=None, burst=None, admin=False)
     client = serve_with(FakeRuntime(classes=7), keys=tmp_path / "keys.toml")
@@ -79,7 +79,7 @@ def test_a_refusal_is_logged_with_its_code_and_a_stranger_without_a_name(logged,
     assert "guess" not in stream.getvalue()
 
 
-def test_probes_and_scrapes_are_lines_at_debug_level_only(logged, serve_with, until):
+def test_probes_and_scrapes_are_logged_at_debug_level(logged, serve_with, until):
     stream = logged(log="json")
     client = serve_with(FakeRuntime(classes=7))
     for path in ("/readyz", "/livez", "/metrics", "/info"):
@@ -101,7 +101,7 @@ FORGED = [
 
 @pytest.mark.parametrize("form", ["json", "console"])
 @pytest.mark.parametrize(("path", "headers"), FORGED)
-def test_no_client_forges_a_line_or_steers_a_terminal(
+def test_clients_cannot_forge_lines_or_control_a_terminal(
     logged, serve_with, until, form, path, headers, monkeypatch
 ):
     stream = logged(log=form)
@@ -113,7 +113,7 @@ def test_no_client_forges_a_line_or_steers_a_terminal(
 
 
 @pytest.mark.parametrize("form", ["json", "console"])
-def test_a_traceback_with_a_clients_words_begins_no_line(logged, form):
+def test_client_text_in_a_traceback_starts_no_line(logged, form):
     stream = logged(log=form)
     words = 'x\n{"event": "request", "status": 200}\n2026-01-01 [info] \x1b[31mforged'
     try:
@@ -138,9 +138,7 @@ def test_a_traceback_with_a_clients_words_begins_no_line(logged, form):
         ({"log_level": "warning"}, Terminal, ["warn"]),
     ],
 )
-def test_a_server_that_is_not_asked_says_nothing_but_warnings_away_from_a_terminal(
-    logged, settings, stream, expected
-):
+def test_which_events_are_logged_by_default_and_with_settings(logged, settings, stream, expected):
     found = logged(stream(), **settings)
     logging.getLogger("sopdeploy.server").info("hint")
     Timeline().log()
@@ -150,7 +148,7 @@ def test_a_server_that_is_not_asked_says_nothing_but_warnings_away_from_a_termin
     assert found.getvalue().count("\n") == len(expected)
 
 
-def test_a_timeline_begins_with_the_process_and_its_steps_are_its_whole(monkeypatch):
+def test_a_timeline_starts_with_the_process(monkeypatch):
     now = 100.0
     monkeypatch.setattr("sopdeploy_service.observability.logs.time.monotonic", lambda: now)
     monkeypatch.setattr("sopdeploy_service.observability.logs.process_age", lambda: 0.5)
@@ -162,11 +160,11 @@ def test_a_timeline_begins_with_the_process_and_its_steps_are_its_whole(monkeypa
     assert timeline.steps_ms == {"imports": 500.0, "hashes": 1000.0, "probes": 1750.0, "listen": 250.0}
 
 
-def test_the_age_of_this_process_is_known_where_the_system_tells():
+def test_the_age_of_this_process():
     assert 0 < process_age() < 86_400
 
 
-def test_a_gate_is_no_part_of_an_app_without_keys(serve_with):
+def test_an_app_without_keys_has_no_key_middleware(serve_with):
     client = serve_with(FakeRuntime(classes=7))
     assert ApiKeyMiddleware not in [layer.cls for layer in client.app.user_middleware]
     assert client.get("/info").status_code == httpx.codes.OK

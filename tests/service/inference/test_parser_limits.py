@@ -50,7 +50,7 @@ def v2(client, **options):
 
 
 @pytest.mark.parametrize("ask", [v1, v2])
-def test_json_that_waits_for_a_parser_is_counted_and_one_more_is_refused(serve_with, blocked, until, ask):
+def test_requests_waiting_for_a_parser_count_in_the_queue(serve_with, blocked, until, ask):
     client = serve_with(FakeRuntime(classes=7), queue_size=4, max_images=1, parsers=1)
     with ThreadPoolExecutor(4) as pool:
         sent = [pool.submit(ask, client) for _ in range(4)]
@@ -66,14 +66,14 @@ def test_json_that_waits_for_a_parser_is_counted_and_one_more_is_refused(serve_w
 
 
 @pytest.mark.parametrize("ask", [v1, v2])
-def test_json_that_no_parser_takes_in_time_ends_at_the_deadline(serve_with, blocked, ask):
+def test_a_request_without_a_free_parser_ends_at_the_deadline(serve_with, blocked, ask):
     client = serve_with(FakeRuntime(classes=7), parsers=1)
     reply = ask(client, headers={"X-Request-Timeout-Ms": "300"})
     assert reply.status_code == 504
     assert depth(client) == 0
 
 
-def test_so_many_urls_are_fetched_at_once_and_one_more_is_refused(serve_with, monkeypatch, until, jpeg):
+def test_concurrent_url_fetches_are_limited(serve_with, monkeypatch, until, jpeg):
     under_way = []
 
     async def slow_fetch(url, settings):
