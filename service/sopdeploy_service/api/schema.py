@@ -31,6 +31,15 @@ class ClassifyRequest(pydantic.BaseModel):
         return self
 
 
+class ClassifyQuery(pydantic.BaseModel):
+    """Query parameters of `/v1/classify`; unknown ones are ignored."""
+
+    top_k: Annotated[int, pydantic.Field(ge=1, le=1_000_000)] | None = None
+    model: str | None = pydantic.Field(None, description="Required if several models are loaded.")
+    version: str | None = pydantic.Field(None, description="Bundle ID; default: the current version.")
+    gates: bool = pydantic.Field(False, description="Include the selected experts of a network with a gate.")
+
+
 class ClassProbability(StrictModel):
     """One class and its probability."""
 

@@ -1,11 +1,13 @@
 """`POST /v1/classify`: read the images of a request, run them and format the predictions."""
 
 import time
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query, Request, Response
+import pydantic
+from fastapi import APIRouter, Request, Response
+from fastapi.exceptions import RequestValidationError
 
-from sopdeploy_service.api.schema import Classes, ClassifyRequest, Results
+from sopdeploy_service.api.schema import Classes, ClassifyQuery, ClassifyRequest, Results
 from sopdeploy_service.api.upload import admit, context_of, raise_if_rejected, read_upload, service_of
 from sopdeploy_service.http.disconnect import cancel_on_disconnect
 from sopdeploy_service.http.problems import Problem, RejectedError, json_response, problem_responses
@@ -15,15 +17,14 @@ router = APIRouter()
 
 BINARY = {"type": "string", "format": "binary"}
 FORM = {"type": "object", "properties": {"image": {"type": "array", "items": BINARY}}, "required": ["image"]}
-REQUEST_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "image/*": {"schema": BINARY},
-            "multipart/form-data": {"schema": FORM},
-            "application/json": {"schema": ClassifyRequest.model_json_schema()},
-        },
-    }
+PARAMETERS = [
+    {"name": name, "in": "query", "required": False, "schema": schema}
+    for name, schema in ClassifyQuery.model_json_schema()["properties"].items()
+]
+BODIES = {
+    "image/*": {"schema": BINARY},
+    "multipart/form-data": {"schema": FORM},
+    "application/json": {"schema": ClassifyRequest.model_json_schema()},
 }
 
 
@@ -34,17 +35,9 @@ REQUEST_BODY = {
         200: {"model": Classes | Results},
         **problem_responses(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504),
     },
-    openapi_extra=REQUEST_BODY,
+    openapi_extra={"parameters": PARAMETERS, "requestBody": {"required": True, "content": BODIES}},
 )
-async def classify(
-    request: Request,
-    top_k: Annotated[int | None, Query(ge=1, le=1_000_000)] = None,
-    model: Annotated[str | None, Query(description="Required if several models are loaded.")] = None,
-    version: Annotated[str | None, Query(description="Bundle ID; default: the current version.")] = None,
-    gates: Annotated[
-        bool, Query(description="Include the selected experts of a network with a gate.")
-    ] = False,
-) -> Response:
+async def classify(request: Request) -> Response:
     """Classify the image in the body, or 1..n images in a form (fields `image`) or in JSON.
 
     One image gives `{"classes": [...]}` or its error. Several give `{"results": [...]}` with status 200, in
@@ -54,8 +47,13 @@ async def classify(
     """
     service, context = service_of(request), context_of(request)
     started = time.monotonic()
-    chosen, deadline = admit(request, model, version)
-    if gates and not any(output.name == GATES for output in chosen.bundle.manifest.outputs):
+    try:  # much faster than parameters of the function, which FastAPI validates one by one
+        query = ClassifyQuery.model_validate(dict(request.query_params))
+    except pydantic.ValidationError as problem:
+        errors = [{**error, "loc": ("query", *error["loc"])} for error in problem.errors()]
+        raise RequestValidationError(errors) from problem
+    chosen, deadline = admit(request, query.model, query.version)
+    if query.gates and not any(output.name == GATES for output in chosen.bundle.manifest.outputs):
         raise RejectedError(Rejection("no_gates", 400, f"{chosen.name}: has no gate; omit gates=true"))
     with chosen.in_use():  # while the body arrives, the model may be replaced
         upload = await read_upload(request, service, chosen, deadline)
@@ -64,13 +62,13 @@ async def classify(
         context.record_stage("receive", received - started, received)
         work = service.infer(chosen, upload.images, deadline, context)
         outcomes = raise_if_rejected(await cancel_on_disconnect(work, request.receive))
-    count = top_k or upload.top_k or service.settings.top_k
+    count = query.top_k or upload.top_k or service.settings.top_k
 
     def result(outcome: Outcome) -> dict[str, Any]:
         if isinstance(outcome, Rejection):
             service.metrics.rejected.labels(outcome.code).inc()
             return {"error": Problem.of(outcome).model_dump()}
-        weights = outcome.outputs[GATES] if gates else None
+        weights = outcome.outputs[GATES] if query.gates else None
         ranked = outcome.ranking.top_k(outcome.row, count)
         return format_prediction(ranked, chosen.labels, warnings=outcome.warnings, gates=weights)
 
