@@ -31,8 +31,9 @@ def encode_image(image: ImageLike) -> bytes:
             )
         image = Image.fromarray(np.ascontiguousarray(image))
     if not isinstance(image, Image.Image):
-        kind = type(image).__name__
-        raise ConfigError(f"{kind} is not an image; use a path, bytes, a PIL image or an array")
+        raise ConfigError(
+            f"{type(image).__name__} is not an image; use a path, bytes, a PIL image or an array"
+        )
     file = io.BytesIO()
     try:
         image.save(file, "PNG", compress_level=1)  # speed matters more than size
