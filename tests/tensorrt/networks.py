@@ -36,9 +36,9 @@ def network(*, half: bool = False, batch: str | int = "batch", opset: int = 18) 
         ("Cast", ["features"], "exact", {"to": TensorProto.FLOAT}),
         ("Reshape", ["exact", "rows"], "matrix", {}),
         ("ReduceMean", ["matrix", "axes"], "mean", {"keepdims": 1}),
-        ("Sub", ["matrix", "mean"], "centred", {}),
-        ("Transpose", ["centred"], "turned", {"perm": [0, 2, 1]}),
-        ("MatMul", ["centred", "turned"], "covariance", {}),
+        ("Sub", ["matrix", "mean"], "centered", {}),
+        ("Transpose", ["centered"], "turned", {"perm": [0, 2, 1]}),
+        ("MatMul", ["centered", "turned"], "covariance", {}),
         ("Reshape", ["covariance", "flat"], "vector", {}),
         ("MatMul", ["vector", "fc.weight"], "logits", {}),
     ]

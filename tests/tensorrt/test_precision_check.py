@@ -146,7 +146,7 @@ def test_parts_are_named_by_weights_and_by_the_product_of_two_computed_matrices(
         "node_exact": "second order",
         "node_matrix": "second order",
         "node_mean": "second order",
-        "node_centred": "second order",
+        "node_centered": "second order",
         "node_turned": "second order",
         "node_covariance": "second order",
         "node_vector": "second order",
