@@ -116,7 +116,7 @@ class GlobalBatchNorm(Replacement):
             return y.to(x.dtype)
 
 
-class Rows:
+class ShardRng:
     """Random numbers for one shard of a batch, equal to those of a single process with the whole batch.
 
     The shard starts at row `start` of `total` rows; `total=None` is the whole batch. All random layers of a
@@ -132,16 +132,16 @@ class Rows:
         return fill(like.new_empty((total, *like.shape[1:])))[self.start : self.start + len(like)]
 
 
-class RowsDropout(nn.Dropout):
+class ShardedDropout(nn.Dropout):
     """Dropout whose mask is drawn for the whole batch."""
 
-    def __init__(self, p: float, rows: Rows) -> None:
+    def __init__(self, p: float, shard_rng: ShardRng) -> None:
         super().__init__(p)
-        self.rows = rows
+        self.shard_rng = shard_rng
 
     def forward(self, x: Tensor) -> Tensor:
         """Set a fraction p of *x* to 0 and scale the rest by 1 / (1 - p), in train mode."""
         if not self.training or self.p == 0:
             return x
-        kept = self.rows.draw(x.detach(), lambda mask: mask.bernoulli_(1 - self.p))
+        kept = self.shard_rng.draw(x.detach(), lambda mask: mask.bernoulli_(1 - self.p))
         return x * kept.div_(1 - self.p)

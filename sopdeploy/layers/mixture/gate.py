@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.layers.covariance import at_least_float32, without_autocast
-from sopdeploy.layers.distributed import Rows, sum_over_ranks
+from sopdeploy.layers.distributed import ShardRng, sum_over_ranks
 from sopdeploy.layers.export_hints import ExportHints
 
 NoisePer = Literal["image", "component"]
@@ -28,13 +28,13 @@ NoisePer = Literal["image", "component"]
 class GateNoise(nn.Module):
     """gamma softplus(Wn f): (B, D) to (B, N); training only.
 
-    `rows` describes the shard of the batch, where the batch is divided among processes.
+    `shard_rng` describes the shard of the batch, where the batch is divided among processes.
     """
 
     def __init__(self, features: int, components: int, per: NoisePer) -> None:
         super().__init__()
         self.per = per
-        self.rows = Rows()
+        self.shard_rng = ShardRng()
         self.weight = _constant_weights(components, features)
 
     def forward(self, feature_BD: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class GateNoise(nn.Module):
         with without_autocast(feature_BD):
             size_BN = F.softplus(F.linear(at_least_float32(feature_BD), self.weight))
             shape = size_BN[:, :1] if self.per == "image" else size_BN
-            return self.rows.draw(shape.detach(), Tensor.normal_) * size_BN
+            return self.shard_rng.draw(shape.detach(), Tensor.normal_) * size_BN
 
 
 class SparseGate(nn.Module, ExportHints):

@@ -11,7 +11,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.distributed import FrozenBatchNorm, GlobalBatchNorm, Replacement, Rows, RowsDropout
+from sopdeploy.layers.distributed import (
+    FrozenBatchNorm,
+    GlobalBatchNorm,
+    Replacement,
+    ShardedDropout,
+    ShardRng,
+)
 from sopdeploy.layers.mixture.gate import GateNoise
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.recipe import Recipe
@@ -67,7 +73,7 @@ def check_divisible(recipe: Recipe, train_count: int, world: int) -> None:
 
 
 def shard_layers(
-    model: nn.Module, batch_norm: Literal["local", "global", "frozen"], world: int, shard_rng: Rows
+    model: nn.Module, batch_norm: Literal["local", "global", "frozen"], world: int, shard_rng: ShardRng
 ) -> None:
     """Replace the layers of *model* whose results depend on the whole batch.
 
@@ -75,11 +81,11 @@ def shard_layers(
     ordinary one. Raises `ConfigError` for batch norm classes without a "global" or "frozen" version.
     """
     for parent in list(model.modules()):
-        if isinstance(parent, GateNoise | RowsDropout):
-            parent.rows = shard_rng
+        if isinstance(parent, GateNoise | ShardedDropout):
+            parent.shard_rng = shard_rng
         for name, child in list(parent.named_children()):
             if type(child) is nn.Dropout:
-                setattr(parent, name, RowsDropout(child.p, shard_rng).train(child.training))
+                setattr(parent, name, ShardedDropout(child.p, shard_rng).train(child.training))
             elif isinstance(child, _BatchNorm) and not isinstance(child, Replacement):
                 if batch_norm == "frozen":
                     setattr(parent, name, FrozenBatchNorm(child))

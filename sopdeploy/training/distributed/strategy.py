@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.distributed import Rows
+from sopdeploy.layers.distributed import ShardRng
 
 
 class Strategy:
@@ -26,7 +26,7 @@ class Strategy:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.shard_rng = Rows()
+        self.shard_rng = ShardRng()
 
     def setup(self, model: nn.Module) -> nn.Module:
         """Prepare *model*, already on the device, and return the module to call in training.

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.distributed import FrozenBatchNorm, GlobalBatchNorm, Rows, RowsDropout
+from sopdeploy.layers.distributed import FrozenBatchNorm, GlobalBatchNorm, ShardedDropout, ShardRng
 from sopdeploy.layers.mixture.gate import GateNoise
 
 CASES = [
@@ -94,7 +94,7 @@ def in_shares(module, x, world: int) -> torch.Tensor:
     outputs = []
     for rank in range(world):
         first, end = (len(x) * place // world for place in (rank, rank + 1))
-        module.rows.start, module.rows.total = first, len(x)
+        module.shard_rng.start, module.shard_rng.total = first, len(x)
         torch.manual_seed(7)
         outputs.append(module(x[first:end]))
     return torch.cat(outputs)
@@ -105,7 +105,7 @@ def in_shares(module, x, world: int) -> torch.Tensor:
 def test_random_numbers_do_not_depend_on_the_number_of_processes(samples, world, width) -> None:
     x = torch.randn(samples, width, dtype=torch.float64)
     noises = [GateNoise(width, 3, per).double() for per in ("image", "component")]
-    for module in [RowsDropout(0.5, Rows()), *noises]:
+    for module in [ShardedDropout(0.5, ShardRng()), *noises]:
         torch.testing.assert_close(in_shares(module, x, world), in_shares(module, x, 1), rtol=0, atol=1e-12)
 
 
@@ -115,10 +115,10 @@ def test_dropout_of_a_whole_batch_equals_torch(dtype) -> None:
     torch.manual_seed(3)
     expected = torch.nn.functional.dropout(x, 0.3)
     torch.manual_seed(3)
-    assert torch.equal(RowsDropout(0.3, Rows())(x), expected)
+    assert torch.equal(ShardedDropout(0.3, ShardRng())(x), expected)
 
 
 def test_dropout_is_the_identity_in_eval_mode_and_at_zero() -> None:
     x = torch.randn(3, 5)
-    assert RowsDropout(0.9, Rows()).eval()(x) is x
-    assert RowsDropout(0.0, Rows())(x) is x
+    assert ShardedDropout(0.9, ShardRng()).eval()(x) is x
+    assert ShardedDropout(0.0, ShardRng())(x) is x

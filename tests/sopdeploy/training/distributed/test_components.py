@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.distributed import FrozenBatchNorm, GlobalBatchNorm, Rows, RowsDropout
+from sopdeploy.layers.distributed import FrozenBatchNorm, GlobalBatchNorm, ShardedDropout, ShardRng
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed import data_parallel, torchrun
 from sopdeploy.training.distributed.batch_sharding import shard_layers
@@ -60,7 +60,7 @@ def test_replaced_batch_norms_keep_names_and_parameters(name, kind, world, expec
     with torch.device("meta"):
         network = create_model(name, num_classes=3)
         keys, parameters = list(network.state_dict()), list(network.parameters())
-        shard_layers(network, kind, world, Rows())
+        shard_layers(network, kind, world, ShardRng())
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     assert list(network.state_dict()) == keys
     assert all(new is old for new, old in zip(network.parameters(), parameters, strict=True))
@@ -74,9 +74,9 @@ def test_replaced_batch_norms_keep_names_and_parameters(name, kind, world, expec
 @pytest.mark.parametrize("network", NETWORKS)
 def test_all_layers_with_random_numbers_share_the_generator(network) -> None:
     run = create_run(build_recipe(network, "sgd"), dataset(), SingleProcess(CPU))
-    layers = [module for module in run.model.modules() if hasattr(module, "rows")]
-    assert any(isinstance(module, RowsDropout) for module in layers)
-    assert all(module.rows is run.strategy.shard_rng for module in layers)
+    layers = [module for module in run.model.modules() if hasattr(module, "shard_rng")]
+    assert any(isinstance(module, ShardedDropout) for module in layers)
+    assert all(module.shard_rng is run.strategy.shard_rng for module in layers)
 
 
 @pytest.mark.parametrize(("kind", "mean"), [("local", 3.0), ("global", 0.0)])
