@@ -16,10 +16,11 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from sopdeploy.errors import CertificateError, ParityError
+from sopdeploy_export.graph.onnx_export import PREFIX
 from sopdeploy_export.parity.compare import max_drift
 from sopdeploy_export.parity.reference import Reference, network_outputs
 from sopdeploy_export.parity.report import ParityReport
-from sopdeploy_export.proof.certificate import PREFIX, Certificate
+from sopdeploy_export.proof.certificate import Certificate
 from sopdeploy_export.proof.graph_hash import program_root, tensor_hash
 
 FILE = "network.pt2"

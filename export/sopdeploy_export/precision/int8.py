@@ -98,7 +98,7 @@ def quantize(
             quantizer.quantize_activation_tensor(value)
     quantizer.quantize_model()
     quantizer.model.topological_sort()
-    quantized = quantizer.model.model
+    quantized: onnx.ModelProto = quantizer.model.model
     del quantized.opset_import[:]
     quantized.opset_import.extend(model.opset_import)
     quantized.producer_name, quantized.producer_version = model.producer_name, model.producer_version

@@ -107,7 +107,9 @@ def certify(
         "detached": lean,
     }
     captured, roots = _assert_equal_graphs(networks, preprocess, batch, {entry.name for entry in removed})
-    deployed = {role: Deployed(network, preprocess) for role, network in networks.items()}
+    deployed: dict[str, nn.Module] = {
+        role: Deployed(network, preprocess) for role, network in networks.items()
+    }
     certificate = Certificate(
         model=model,
         detached=trained.training_only,
