@@ -46,6 +46,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unparsed_bytes = 0  # received while the headers are incomplete
         self._ignores_input = self._closed = False
         self._ignored_bytes = 0
+        self._output: list[bytes] = []
         self._timer: asyncio.TimerHandle | None = (
             None  # of the headers, then of the rest of the body, then of closing
         )
@@ -54,10 +55,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Accept or reject the connection and start the header timeout."""
         super().connection_made(cast(asyncio.Transport, transport))
-        self.write, self.is_closing = (
-            self.transport.write,
-            self.transport.is_closing,
-        )  # for `RequestResponseCycle`
+        self.is_closing = self.transport.is_closing
         rejection = self._shared.opened(self)
         if rejection is not None:
             self._reject(rejection)
@@ -160,6 +158,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Continue with the next request, after the rest of this request's body."""
+        self._flush()
         if self._closed:
             self.server_state.total_requests += 1
             return
@@ -192,10 +191,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Close an idle connection."""
         self.close()
 
+    def write(self, data: bytes) -> None:
+        """Send *data*; the headers of a response and its body need one system call."""
+        if not self._output:
+            self.loop.call_soon(self._flush)
+        self._output.append(data)
+
     def close(self) -> None:
         """Close after the pending output; a client that still sends gets time to read its response."""
         if self._closed:
             return
+        self._flush()
         self._ignores_input = self._closed = True
         if self._in_body or self._in_headers:
             self.flow.resume_reading()
@@ -211,6 +217,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self.transport.get_write_buffer_size():
             self._shared.metrics.rejected.labels("slow_reader").inc()
         self.transport.abort()
+
+    def _flush(self) -> None:
+        if self._output:
+            data, self._output = b"".join(self._output), []
+            if not self.transport.is_closing():
+                self.transport.write(data)
 
     def _is_responding(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
@@ -243,7 +255,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         for name, value in [*self.server_state.default_headers, *response.raw_headers]:
             lines += [name, b": ", value, b"\r\n"]
         body = b"" if self.parser.get_method() == b"HEAD" else bytes(response.body)
-        self.transport.write(b"".join([*lines, b"\r\n", body]))
+        self.write(b"".join([*lines, b"\r\n", body]))
 
     def _start_header_timeout(self) -> None:
         if self._timer is None:

@@ -50,7 +50,11 @@ def test_uvicorn_still_has_what_the_protocol_overrides_and_uses():
         *("on_headers_complete", "on_body", "on_message_complete", "on_response_complete", "pause_writing"),
         *("resume_writing", "timeout_keep_alive_handler"),
     }
-    own = {name for name in vars(LimitedHttpProtocol) if not name.startswith("_")} - {"close", "abort"}
+    own = {name for name in vars(LimitedHttpProtocol) if not name.startswith("_")} - {
+        "write",
+        "close",
+        "abort",
+    }
     assert own == overridden
     for name in overridden:
         ours, theirs = getattr(LimitedHttpProtocol, name), getattr(HttpToolsProtocol, name)
