@@ -223,7 +223,7 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "an unknown key": (("describe", "dsop-resnet18", "--set", "aux_strid=table"), "aux_strid: unknown key"),
     "an unknown value": (("describe", "dsop-resnet18", "--set", "aux_stride=tabel"), "aux_stride: .*'tabel'"),
     "a value of another type": (("describe", "dsop-resnet18", "--set", "iterations=many"), "iterations: "),
-    "an unknown pooling": (("describe", "resnet18", "--pooling", "isqr"), "there are gap, isqrt, mpncov"),
+    "an unknown pooling": (("describe", "resnet18", "--pooling", "isqr"), "gap, isqrt, mpncov"),
     "an unknown pooling for training": (
         ("train", "--recipe", "digits-plain", "--pooling", "x"),
         "pooling 'x': unknown; choose one of gap, isqrt",

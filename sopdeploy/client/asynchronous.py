@@ -131,6 +131,7 @@ class AsyncClient:
                     except (httpx.RequestError, TimeoutError) as error:
                         result = error
                 case Sleep():
-                    result = await asyncio.sleep(action.seconds)
+                    await asyncio.sleep(action.seconds)
+                    result = None
                 case RunInThread():
                     result = await asyncio.to_thread(action.function)

@@ -133,6 +133,7 @@ class Client:
                     except httpx.RequestError as error:
                         result = error
                 case Sleep():
-                    result = time.sleep(action.seconds)  # type: ignore[func-returns-value]
+                    time.sleep(action.seconds)
+                    result = None
                 case RunInThread():
                     result = action.function()
