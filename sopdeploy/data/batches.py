@@ -93,9 +93,6 @@ class _BatchedDataset:
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitems__(self, indices: Sequence[int]) -> Batch | str:
         try:
             pairs = [self.dataset[index] for index in indices]

@@ -18,13 +18,8 @@ from sopdeploy.data.datasets.folder import (
     open_store,
     scan_classes,
 )
-from sopdeploy.data.image_files import (
-    ImageFiles,
-    OpenOptions,
-    count_ignored_files,
-    load_pixels,
-    open_image,
-)
+from sopdeploy.data.folder_store import OpenOptions
+from sopdeploy.data.image_files import ImageFiles, count_ignored_files, load_pixels, open_image
 from sopdeploy.data.validation import map_threaded
 from sopdeploy.errors import DataError
 from sopdeploy.images.color import SIXTEEN_BIT
@@ -113,18 +108,27 @@ def check(path: Path, cache: Path | None = None) -> DataReport:
     for info in readable:
         for reason in info.oddities:
             strange.setdefault(reason, []).append(info.file)
-    ignored = sum(
-        (Counter(count_ignored_files(part.store, part.labels)) for part in parts.values()), Counter()
-    )
+    ignored: Counter[str] = Counter()
+    counted = []
+    for name, part in parts.items():
+        ignored.update(count_ignored_files(part.store, part.labels))
+        size = sum(info.length for info in infos if info.part == name)
+        counts = np.bincount(part.targets, minlength=len(part.labels)).tolist()
+        classes = dict(zip(part.labels, counts, strict=True))
+        counted.append(Part(name=name, count=len(part), bytes=size, classes=classes))
     return DataReport(
         path=path,
-        parts=tuple(_count_part(name, part, infos) for name, part in parts.items()),
+        parts=tuple(counted),
         formats=dict(Counter(info.format for info in readable).most_common()),
         modes=dict(Counter(info.mode for info in readable).most_common()),
         shorter_side=_min_median_max([min(info.size) for info in readable]),
         longer_side=_min_median_max([max(info.size) for info in readable]),
         unreadable=tuple(info.error for info in infos if info.error),
-        too_few=tuple(_single_image_classes(parts)),
+        too_few=tuple(
+            f"{images.store.root / images.labels[target]}: only one image; add another"
+            for images in (parts.values() if len(parts) == 1 else ())
+            for target in np.flatnonzero(np.bincount(images.targets) == 1)
+        ),
         duplicates=tuple(_find_duplicates(readable)),
         strange={reason: tuple(files) for reason, files in strange.items()},
         passed_over=dict(ignored),
@@ -199,22 +203,6 @@ def _find_duplicates(infos: list[_FileInfo]) -> Iterator[Duplicates]:
                 across=len({info.part for info in group}) > 1,
                 labels_differ=len({info.label for info in group}) > 1,
             )
-
-
-def _count_part(name: str, images: ImageFiles, infos: list[_FileInfo]) -> Part:
-    counts = np.bincount(images.targets, minlength=len(images.labels)).tolist()
-    return Part(
-        name=name,
-        count=len(images),
-        bytes=sum(info.length for info in infos if info.part == name),
-        classes=dict(zip(images.labels, counts, strict=True)),
-    )
-
-
-def _single_image_classes(parts: dict[str, ImageFiles]) -> Iterator[str]:
-    for images in parts.values() if len(parts) == 1 else ():
-        for target in np.flatnonzero(np.bincount(images.targets) == 1):
-            yield f"{images.store.root / images.labels[target]}: only one image; add another"
 
 
 def _min_median_max(values: list[int]) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.datasets.places import PlacesConfig, open_places
 from sopdeploy.data.datasets.small import CifarConfig, DigitsConfig, open_cifar, open_digits
 from sopdeploy.data.datasets.small_imagenet import SmallImageNetConfig, open_small_imagenet
-from sopdeploy.data.image_files import Log, OpenOptions
+from sopdeploy.data.folder_store import Log, OpenOptions
 from sopdeploy.data.validation import drop_unreadable
 
 DataConfig = Annotated[

@@ -16,7 +16,8 @@ from typing import TypeVar
 import numpy as np
 
 from sopdeploy.data.base import LabeledImages, Split
-from sopdeploy.data.image_files import ImageFiles, OpenOptions, load_pixels
+from sopdeploy.data.folder_store import OpenOptions
+from sopdeploy.data.image_files import ImageFiles, load_pixels
 from sopdeploy.data.tar.store import cache_folder
 from sopdeploy.errors import DataError
 from sopdeploy.files import atomic_write
@@ -73,26 +74,27 @@ def drop_unreadable(split: Split, options: OpenOptions) -> Split:
 
     Raises `DataError` if a class has no readable image.
     """
-    train, train_skipped = _drop_unreadable(split.train, options)
-    held_out, held_out_skipped = _drop_unreadable(split.held_out, options)
-    skipped = train_skipped + held_out_skipped
+    parts: list[LabeledImages] = []
+    skipped: list[str] = []
+    for images in (split.train, split.held_out):
+        if not isinstance(images, ImageFiles):
+            parts.append(images)
+            continue
+        unreadable = cached_unreadable(images, options.cache)
+        mask = np.ones(len(images), dtype=np.bool_)
+        mask[unreadable] = False
+        readable = images.select(mask)
+        empty = sorted(set(images.targets.tolist()) - set(readable.targets.tolist()))
+        if empty:
+            names = ", ".join(images.labels[target] for target in empty)
+            raise DataError(
+                f"{images.store.root}: no readable image in the classes {names}; repair the files"
+            )
+        parts.append(readable)
+        skipped += [str(images.path(index)) for index in unreadable]
     if skipped:
         options.log(f"{len(skipped)} unreadable images are left out: {', '.join(skipped)}")
-    return replace(split, train=train, held_out=held_out, skipped=skipped)
-
-
-def _drop_unreadable(images: LabeledImages, options: OpenOptions) -> tuple[LabeledImages, tuple[str, ...]]:
-    if not isinstance(images, ImageFiles):
-        return images, ()
-    unreadable = cached_unreadable(images, options.cache)
-    mask = np.ones(len(images), dtype=np.bool_)
-    mask[unreadable] = False
-    readable = images.select(mask)
-    empty = sorted(set(images.targets.tolist()) - set(readable.targets.tolist()))
-    if empty:
-        names = ", ".join(images.labels[target] for target in empty)
-        raise DataError(f"{images.store.root}: no readable image in the classes {names}; repair the files")
-    return readable, tuple(str(images.path(index)) for index in unreadable)
+    return replace(split, train=parts[0], held_out=parts[1], skipped=tuple(skipped))
 
 
 def cached_unreadable(images: ImageFiles, cache: Path | None) -> list[int]:

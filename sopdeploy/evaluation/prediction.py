@@ -91,7 +91,8 @@ def evaluate(
             batch = next(loaded, None)  # in the last round only some processes may have a batch
             if batch is not None:
                 logits, labels = model(normalize(batch[0])).double(), batch[1]
-                correct = [_count_correct(logits, labels, k) for k in (1, 5)]
+                top = (logits.topk(min(k, logits.shape[1]), dim=1).indices for k in (1, 5))
+                correct = [int((predictions == labels[:, None]).sum()) for predictions in top]
                 counts += torch.tensor([*correct, len(labels)])
                 loss += cross_entropy(logits, labels, reduction="sum").cpu()
             on_batch(min(len(dataset), (number + 1) * step))
@@ -106,11 +107,6 @@ def evaluate(
             "the loss on the held-out images is not finite, training has diverged; lower the learning rate"
         )
     return EvalMetrics(top1=top1 / count, top5=top5 / count, count=count, loss=total_loss / count)
-
-
-def _count_correct(logits: Tensor, labels: Tensor, k: int) -> int:
-    predictions = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return int((predictions == labels[:, None]).sum())
 
 
 def score_checkpoint(

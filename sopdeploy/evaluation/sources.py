@@ -6,7 +6,7 @@ from typing import Literal
 
 from sopdeploy.client import Classification, Client
 from sopdeploy.data.datasets.folder import open_classes, open_store, scan_classes
-from sopdeploy.data.image_files import OpenOptions
+from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.errors import ConfigError, DataError, OverloadedError, ServiceError, UnreachableError
 from sopdeploy.evaluation.metrics import Score
 

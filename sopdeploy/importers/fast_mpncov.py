@@ -57,7 +57,10 @@ class FastMpnCovResNet:
         channels = len(renamed.tensor(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight"))
         pooling = _detect_pooling(file, mapped, channels, length)
         kind = str(pooling["kind"])
-        stride = _conv5_stride(file)
+        stride = None if file.arch is None else 2
+        reduced = {"layer_reduce.weight", "features.8.weight"} & file.tensors.keys()
+        if reduced or (file.arch or "").startswith("mpncov"):
+            stride = 1
         model = f"isqrt-resnet{depth}" if kind == "isqrt" else f"resnet{depth}"
         return ConvertedWeights(
             description=f"{TITLES[kind]} on ResNet-{depth} of {self.project}",
@@ -99,15 +102,6 @@ def _detect_pooling(
         f"{file.path}: no supported pooling turns {width} channels into the {length} inputs of its classifier"
         " (compact bilinear pooling is not supported: its random parts are not stored)"
     )
-
-
-def _conv5_stride(file: WeightFile) -> int | None:
-    names = file.tensors.keys()
-    if "layer_reduce.weight" in names or "features.8.weight" in names:
-        return 1
-    if file.arch is None:
-        return None
-    return 1 if file.arch.startswith("mpncov") else 2
 
 
 class FastMpnCovVgg:

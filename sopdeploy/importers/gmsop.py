@@ -18,11 +18,10 @@ from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.fit import row_wise_order
 from sopdeploy.importers.matconvnet import (
+    LAYER_KINDS,
     batch_norm,
-    check_layer_kinds,
     conv5_stride,
     conv_kernel,
-    dropout_rate,
     find_layer,
     layer_float,
     layer_int,
@@ -65,7 +64,11 @@ class GMSOPNetwork:
 
     def convert(self, file: WeightFile, _model: str, /) -> ConvertedWeights:
         """Map the network with the settings in its layers."""
-        check_layer_kinds(file)
+        for layer in file.layers:
+            if layer.kind not in LAYER_KINDS:
+                raise WeightsError(
+                    f"{file.path}: layer {layer.name} has the type {layer.kind}, not supported"
+                )
         kind = "gated" if "gating_w" in file.tensors else "single"
         blocks = sum(name.startswith("conv2_") and name.endswith("a_f") for name in file.tensors)
         widen = len(conv_kernel(file, "conv2_1a_f")) // WIDTHS[0]
@@ -88,9 +91,8 @@ class GMSOPNetwork:
             description=f"{TITLES[kind][component]}, {blocks} blocks per stage, {widen} times as wide",
             model=MODELS.get((kind, component, blocks, widen)),
             tensors=(
-                *_backbone(file, blocks),
+                *_backbone_and_head(file, blocks, order),
                 *(_gate(file, config, bool(roots)) if kind == "gated" else ()),
-                *_head(file, order),
             ),
             num_classes=len(pointwise_kernel(file, "prediction_f")),
             preprocess=_preprocess(file),
@@ -102,12 +104,14 @@ class GMSOPNetwork:
 
 def _gate_config(file: WeightFile) -> dict[str, Any]:
     gating, balance = find_layer(file, "gating"), find_layer(file, "Balance_loss")
+    dropouts = [layer for layer in file.layers if layer.kind == "DropOut"]
+    gate_layers = sum(name.startswith("gating") and name[6:-2].isdigit() for name in file.tensors)
     return {
         "components": layer_int(file.path, gating, "CM_num"),
         "chosen": layer_int(file.path, gating, "topk"),
         "component_widths": [len(conv_kernel(file, name)) for name in _component_convs(file, 1)],
-        "gate_widths": [len(conv_kernel(file, f"gating{layer}_f")) for layer in _gate_layers(file)],
-        "dropout": dropout_rate(file),
+        "gate_widths": [len(conv_kernel(file, f"gating{layer}_f")) for layer in range(1, gate_layers + 1)],
+        "dropout": layer_float(file.path, dropouts[0], "rate") if dropouts else 0.0,
         "balance_weight": layer_float(file.path, balance, "loss_weight"),
         "noise_per": "image",
     }
@@ -118,11 +122,7 @@ def _component_convs(file: WeightFile, component: int) -> list[str]:
     return [name for name in names if name in file.tensors]
 
 
-def _gate_layers(file: WeightFile) -> range:
-    return range(1, 1 + sum(name.startswith("gating") and name[6:-2].isdigit() for name in file.tensors))
-
-
-def _backbone(file: WeightFile, blocks: int) -> Iterator[MappedTensor]:
+def _backbone_and_head(file: WeightFile, blocks: int, order: Tensor | None) -> Iterator[MappedTensor]:
     kernel = conv_kernel(file, "conv1_f") / RAW_SCALE
     yield MappedTensor("conv1.weight", ("conv1_f",), kernel, f"{TRANSPOSED}, times 60")
     yield MappedTensor("conv1.bias", ("conv1_b",), file.tensor("conv1_b").reshape(-1))
@@ -135,6 +135,11 @@ def _backbone(file: WeightFile, blocks: int) -> Iterator[MappedTensor]:
             if f"{source}_adapt_conv_f" in file.tensors:
                 shortcut = f"{name}.downsample"
                 yield from _conv_bn(file, f"{source}_adapt_conv", f"{shortcut}.0", f"{shortcut}.1")
+    if "fusion_bn_bn_w" in file.tensors:
+        yield from batch_norm(file, "fusion_bn_bn", "head.bn", order)
+    weight = reorder(pointwise_kernel(file, "prediction_f"), order, 1, TRANSPOSED)
+    yield MappedTensor("head.fc.weight", ("prediction_f",), *weight)
+    yield MappedTensor("head.fc.bias", ("prediction_b",), file.tensor("prediction_b").reshape(-1))
 
 
 def _conv_bn(file: WeightFile, source: str, name: str, norm: str) -> Iterator[MappedTensor]:
@@ -144,9 +149,9 @@ def _conv_bn(file: WeightFile, source: str, name: str, norm: str) -> Iterator[Ma
 
 def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> Iterator[MappedTensor]:
     """Map the gate and the components; convolutions of all components are stacked."""
-    for layer in _gate_layers(file):
-        name = f"gate.feature.{layer - 1}"
-        yield from _conv_bn(file, f"gating{layer}", f"{name}.0", f"{name}.1")
+    for layer in range(len(config["gate_widths"])):
+        name = f"gate.feature.{layer}"
+        yield from _conv_bn(file, f"gating{layer + 1}", f"{name}.0", f"{name}.1")
     order = row_wise_order(config["gate_widths"][-1]) if second_order else None
     for source, name in (("gating_w", "gate.weight"), ("gating_noise_w", "gate.noise.weight")):
         weight = file.tensor(source)
@@ -161,14 +166,6 @@ def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> Itera
         if len({matrix.shape for matrix in matrices}) != 1:
             raise WeightsError(f"{file.path}: {names[0]} has another size in other components")
         yield MappedTensor(f"mixture.weights.{step}", names, torch.stack(matrices), f"{TRANSPOSED}, stacked")
-
-
-def _head(file: WeightFile, order: Tensor | None) -> Iterator[MappedTensor]:
-    if "fusion_bn_bn_w" in file.tensors:
-        yield from batch_norm(file, "fusion_bn_bn", "head.bn", order)
-    weight = reorder(pointwise_kernel(file, "prediction_f"), order, 1, TRANSPOSED)
-    yield MappedTensor("head.fc.weight", ("prediction_f",), *weight)
-    yield MappedTensor("head.fc.bias", ("prediction_b",), file.tensor("prediction_b").reshape(-1))
 
 
 def _preprocess(file: WeightFile) -> Preprocess:

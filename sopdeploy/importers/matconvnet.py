@@ -128,13 +128,6 @@ def reorder(values: Tensor, order: Tensor | None, axis: int, how: str) -> tuple[
     return values.index_select(axis, order), f"{how}, triangle made row-wise".removeprefix("unchanged, ")
 
 
-def check_layer_kinds(file: WeightFile) -> None:
-    """Raise `WeightsError` for a layer type that the released networks do not have."""
-    for layer in file.layers:
-        if layer.kind not in LAYER_KINDS:
-            raise WeightsError(f"{file.path}: layer {layer.name} has the type {layer.kind}, not supported")
-
-
 def find_layer(file: WeightFile, name: str) -> Layer:
     """Get the layer *name*; raises `WeightsError`."""
     for layer in file.layers:
@@ -185,9 +178,3 @@ def conv5_stride(file: WeightFile) -> int:
         if layer_int(file.path, find_layer(file, f"conv{stage}_1a_conv"), "stride") != stride:
             raise WeightsError(f"{file.path}: conv{stage}_1a_conv does not have the paper's stride {stride}")
     return layer_int(file.path, find_layer(file, "conv5_1a_conv"), "stride")
-
-
-def dropout_rate(file: WeightFile) -> float:
-    """Read the dropout rate; 0 if there is no dropout."""
-    layers = [layer for layer in file.layers if layer.kind == "DropOut"]
-    return layer_float(file.path, layers[0], "rate") if layers else 0.0

@@ -56,26 +56,19 @@ class TorchvisionResNet:
     def convert(self, file: WeightFile, _model: str, /) -> ConvertedWeights:
         """Map the network; the names are the same."""
         depth = resnet_depth(file.path, file.tensors)
-        preprocess, note = _find_preprocess(file, depth)
+        found = published_preprocess(depth, sha256(file.path))
+        if found is None and (config := read_hub_config(file.path)):
+            found = hub_preprocess(file.path, config), FROM_HUB_CONFIG
         return ConvertedWeights(
             description=f"ResNet-{depth} of torchvision",
             model=f"resnet{depth}",
             tensors=rename_tensors(file, lambda name: name if is_resnet_tensor(name) else None),
             num_classes=len(file.classifier_weight("fc.weight")),
-            preprocess=preprocess,
+            preprocess=found[0] if found else Preprocess(),
             required={"depth": depth, "pooling.kind": "gap"},
             labels="imagenet",
-            notes=(note,) if note else (),
+            notes=(found[1],) if found else (),
         )
-
-
-def _find_preprocess(file: WeightFile, depth: int) -> tuple[Preprocess, str | None]:
-    """Find the preprocessing of *file*, with a note on its origin if it is not the default."""
-    published = published_preprocess(depth, sha256(file.path))
-    if published is not None:
-        return published
-    config = read_hub_config(file.path)
-    return (hub_preprocess(file.path, config), FROM_HUB_CONFIG) if config else (Preprocess(), None)
 
 
 def published_preprocess(depth: int, digest: str) -> tuple[Preprocess, str] | None:

@@ -71,22 +71,20 @@ def read_array_pickle(path: Path) -> dict[str, Any]:
     Raises `DataError` if the file is damaged or holds anything else. No code of the file is run.
     """
     try:
-        content = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        return {
-            key.decode("latin-1") if isinstance(key, bytes) else str(key): _plain_value(value)
-            for key, value in content.items()
-        }
+        content = {}
+        loaded = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        for key, value in loaded.items():
+            name = key.decode("latin-1") if isinstance(key, bytes) else str(key)
+            integers = isinstance(value, list) and all(isinstance(item, int) for item in value)
+            if isinstance(value, _Array) and value.array is not None:
+                content[name] = value.array
+            elif integers or isinstance(value, bytes | str | int | float):
+                content[name] = value
+            else:
+                raise pickle.UnpicklingError(f"unsupported value of type {type(value).__name__}")
+        return content
     except Exception as error:  # a hostile file can make the unpickler raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"{path}: refused, not a pickle of arrays ({reason}); use the official file"
         ) from error
-
-
-def _plain_value(value: Any) -> Any:
-    if isinstance(value, _Array) and value.array is not None:
-        return value.array
-    integers = isinstance(value, list) and all(isinstance(item, int) for item in value)
-    if integers or isinstance(value, bytes | str | int | float):
-        return value
-    raise pickle.UnpicklingError(f"unsupported value of type {type(value).__name__}")

@@ -11,16 +11,8 @@ import pydantic
 
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import Split, hold_out
-from sopdeploy.data.image_files import (
-    SUFFIXES,
-    FileStore,
-    FolderStore,
-    ImageFiles,
-    OpenOptions,
-    count_ignored_files,
-    describe_ignored_files,
-    visible_folders,
-)
+from sopdeploy.data.folder_store import SUFFIXES, FolderStore, OpenOptions, visible_folders
+from sopdeploy.data.image_files import FileStore, ImageFiles, count_ignored_files, describe_ignored_files
 from sopdeploy.data.tar.store import is_archive, open_tars
 from sopdeploy.errors import ConfigError, DataError
 
@@ -114,7 +106,7 @@ def class_names(store: FileStore) -> tuple[str, ...]:
 
 def scan_classes(store: FileStore, labels: tuple[str, ...]) -> ImageFiles:
     """List the images of every class, sorted; raises `DataError` naming the classes without images."""
-    found = [store.images(label) for label in labels]
+    found = [store.list_files(label)[0] for label in labels]
     empty = [label for label, paths in zip(labels, found, strict=True) if not paths]
     if empty:
         same = f" (also in {', '.join(empty[1:])})" if len(empty) > 1 else ""

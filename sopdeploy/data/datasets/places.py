@@ -13,7 +13,8 @@ import numpy as np
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import Split
 from sopdeploy.data.datasets.folder import open_store
-from sopdeploy.data.image_files import ImageFiles, OpenOptions
+from sopdeploy.data.folder_store import OpenOptions
+from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.errors import ConfigError, DataError
 
 CATEGORIES = "categories_places365.txt"

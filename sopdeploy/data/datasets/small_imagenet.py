@@ -99,7 +99,14 @@ def _read_batches(files: list[Path], pattern: re.Pattern[str], side: int) -> Bat
 
 
 def _read_batch(path: Path, side: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    values = _read_npz(path) if path.suffix == ".npz" else read_array_pickle(path)
+    if path.suffix == ".npz":
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                values = {name: stored[name] for name in ("data", "labels") if name in stored}
+        except Exception as error:  # a damaged file can make numpy raise anything
+            raise DataError(f"{path}: damaged .npz file ({error}); copy it again") from error
+    else:
+        values = read_array_pickle(path)
     data, labels = values.get("data"), values.get("labels")
     if not isinstance(data, np.ndarray) or labels is None:
         raise DataError(f"{path}: holds no data and labels; use the official file")
@@ -112,14 +119,6 @@ def _read_batch(path: Path, side: int) -> tuple[NDArray[np.uint8], NDArray[np.in
     if targets.shape != (len(data),) or targets.dtype.kind not in "iu" or targets.min(initial=1) < 1:
         raise DataError(f"{path}: needs one class, counted from 1, for each of its {len(data)} images")
     return data, targets.astype(np.int64) - 1
-
-
-def _read_npz(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return {name: stored[name] for name in ("data", "labels") if name in stored}
-    except Exception as error:  # a damaged file can make numpy raise anything
-        raise DataError(f"{path}: damaged .npz file ({error}); copy it again") from error
 
 
 def _class_names(

@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.data.image_files import is_hidden, is_image
+from sopdeploy.data.folder_store import is_image
 from sopdeploy.errors import DataError
 from sopdeploy.files import atomic_write
 
@@ -127,6 +127,6 @@ def _scan(file: IO[bytes], end: int, prefix: str = "") -> Iterator[tuple[bytes, 
 def _visible_name(name: str) -> str | None:
     """Remove `.` and empty parts from *name*; None if a part is hidden or `..`."""
     parts = [part for part in PurePosixPath(name).parts if part not in {"/", "."}]
-    if not parts or any(is_hidden(part) for part in parts):
+    if not parts or any(part.startswith(".") for part in parts):
         return None
     return "/".join(parts)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.data.image_files import OpenOptions
+from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.data.tar.index import Index, fingerprint, load_index
 from sopdeploy.errors import DataError
 from sopdeploy.files import atomic_write
@@ -53,36 +53,18 @@ def cache_folder(folder: Path | None) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Members:
-    """Images of several archives, sorted by name; `sources` (N,) are indices into `archives`."""
+class TarStore:
+    """Folder `prefix` of the images of several archives; `sources` (N,) are indices into `archives`.
 
+    `names` is sorted. Each read opens its archive, so that processes share no position.
+    """
+
+    root: Path
     archives: tuple[Path, ...]
     names: NDArray[np.bytes_]
     sources: NDArray[np.int32]
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
-
-    def find(self, name: bytes) -> int:
-        """Find the position of *name*; raises `FileNotFoundError`."""
-        position = int(np.searchsorted(self.names, name))
-        if position == len(self.names) or self.names[position] != name:
-            raise FileNotFoundError(2, "No such file in the archive", name)
-        return position
-
-    def folder_range(self, prefix: bytes) -> tuple[int, int]:
-        """Find the range of the names in the folder *prefix* (ends with a slash)."""
-        if not prefix:
-            return 0, len(self.names)
-        first, last = np.searchsorted(self.names, [prefix, prefix[:-1] + AFTER_SLASH])
-        return int(first), int(last)
-
-
-@dataclass(frozen=True, slots=True)
-class TarStore:
-    """Folder `prefix` of the archives; each read opens its archive, so that processes share no position."""
-
-    root: Path
-    members: Members
     prefix: bytes = b""
 
     def folders(self) -> list[str]:
@@ -93,25 +75,35 @@ class TarStore:
         """Open a subfolder as a store."""
         return replace(self, root=self.root / folder, prefix=self.prefix + os.fsencode(folder) + b"/")
 
-    def images(self, folder: str) -> list[bytes]:
-        """List the images below a subfolder, relative to the store, sorted."""
-        first, last = self.members.folder_range(self.prefix + os.fsencode(folder) + b"/")
-        return [bytes(name)[len(self.prefix) :] for name in self.members.names[first:last]]
-
-    def other_files(self, folder: str) -> list[str]:  # noqa: ARG002
-        """Return no files: the index holds images only."""
-        return []
+    def list_files(self, folder: str) -> tuple[list[bytes], list[str]]:
+        """List the images below a subfolder, relative to the store; the index holds no other files."""
+        first, last = self._range(self.prefix + os.fsencode(folder) + b"/")
+        return [bytes(name)[len(self.prefix) :] for name in self.names[first:last]], []
 
     def read(self, name: bytes) -> bytes:
         """Read a file; raises `OSError`."""
-        position = self.members.find(self.prefix + name)
-        with self.members.archives[self.members.sources[position]].open("rb", buffering=0) as file:
-            file.seek(int(self.members.offsets[position]))
-            return file.read(int(self.members.sizes[position])) or b""
+        position = self._find(name)
+        with self.archives[self.sources[position]].open("rb", buffering=0) as file:
+            file.seek(int(self.offsets[position]))
+            return file.read(int(self.sizes[position])) or b""
 
     def size(self, name: bytes) -> int:
         """Get the size of a file in bytes; raises `OSError`."""
-        return int(self.members.sizes[self.members.find(self.prefix + name)])
+        return int(self.sizes[self._find(name)])
+
+    def _find(self, name: bytes) -> int:
+        wanted = self.prefix + name
+        position = int(np.searchsorted(self.names, wanted))
+        if position == len(self.names) or self.names[position] != wanted:
+            raise FileNotFoundError(2, "No such file in the archive", wanted)
+        return position
+
+    def _range(self, prefix: bytes) -> tuple[int, int]:
+        """Find the range of the names in the folder *prefix* (ends with a slash)."""
+        if not prefix:
+            return 0, len(self.names)
+        first, last = np.searchsorted(self.names, [prefix, prefix[:-1] + AFTER_SLASH])
+        return int(first), int(last)
 
     def unwrap(self, parts: Sequence[str]) -> "TarStore":
         """Enter single folders that wrap all images, unless they are one of *parts* or the only class."""
@@ -130,12 +122,12 @@ class TarStore:
         """List the subfolders, sorted, and check whether there are files beside them."""
         found: list[str] = []
         has_files = False
-        position, end = self.members.folder_range(self.prefix)
+        position, end = self._range(self.prefix)
         while position < end:
-            head, slash, _ = bytes(self.members.names[position])[len(self.prefix) :].partition(b"/")
+            head, slash, _ = bytes(self.names[position])[len(self.prefix) :].partition(b"/")
             if slash:
                 found.append(os.fsdecode(head))
-                position = self.members.folder_range(self.prefix + head + slash)[1]
+                position = self._range(self.prefix + head + slash)[1]
             else:
                 has_files = True
                 position += 1
@@ -150,11 +142,22 @@ def open_tars(root: Path, paths: Sequence[Path], parts: Sequence[str], options: 
     the same name.
     """
     cache = cache_folder(options.cache) if options.cache else None
-    plain = tuple(_decompress(path, options) for path in paths)
+    archives = tuple(_decompress(path, options) for path in paths)
     indices = [
-        _mount(load_index(tar, cache), _stem(path), parts) for tar, path in zip(plain, paths, strict=True)
+        _mount(load_index(tar, cache), _stem(path), parts) for tar, path in zip(archives, paths, strict=True)
     ]
-    return TarStore(root, _merge(plain, indices, paths)).unwrap(parts)
+    names = np.concatenate([index.names for index in indices])
+    sources = np.repeat(np.arange(len(indices), dtype=np.int32), [len(index.names) for index in indices])
+    order = np.argsort(names, kind="stable")
+    names, sources = names[order], sources[order]
+    duplicates = np.flatnonzero(names[1:] == names[:-1])
+    if len(duplicates):
+        first, second = (paths[sources[duplicates[0] + step]] for step in (0, 1))
+        name = bytes(names[duplicates[0]]).decode("utf-8", "replace")
+        raise DataError(f"{name}: is both in {first} and in {second}; remove one")
+    offsets = np.concatenate([index.offsets for index in indices])[order]
+    sizes = np.concatenate([index.sizes for index in indices])[order]
+    return TarStore(root, archives, names, sources, offsets, sizes).unwrap(parts)
 
 
 def _decompress(path: Path, options: OpenOptions) -> Path:
@@ -192,25 +195,6 @@ def _mount(index: Index, name: str, parts: Sequence[str]) -> Index:
     if not (top_level.any() or name in parts) or inside.all():
         return index
     return replace(index, names=np.char.add(folder, index.names))
-
-
-def _merge(archives: tuple[Path, ...], indices: Sequence[Index], paths: Sequence[Path]) -> Members:
-    names = np.concatenate([index.names for index in indices])
-    sources = np.repeat(np.arange(len(indices), dtype=np.int32), [len(index.names) for index in indices])
-    order = np.argsort(names, kind="stable")
-    names, sources = names[order], sources[order]
-    duplicates = np.flatnonzero(names[1:] == names[:-1])
-    if len(duplicates):
-        first, second = (paths[sources[duplicates[0] + step]] for step in (0, 1))
-        name = bytes(names[duplicates[0]]).decode("utf-8", "replace")
-        raise DataError(f"{name}: is both in {first} and in {second}; remove one")
-    return Members(
-        archives=archives,
-        names=names,
-        sources=sources,
-        offsets=np.concatenate([index.offsets for index in indices])[order],
-        sizes=np.concatenate([index.sizes for index in indices])[order],
-    )
 
 
 def _stem(path: Path) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
-from sopdeploy.data.image_files import OpenOptions
+from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.data.tar.index import load_index, read_index
 from sopdeploy.data.tar.store import cache_folder, open_tars
 from sopdeploy.errors import DataError
@@ -105,7 +105,7 @@ def test_hidden_members_symlinks_and_other_files_are_ignored(tmp_path) -> None:
         archive.addfile(twin)
         archive.addfile(pointer)
     store = open_tars(tmp_path / "p.tar", [tmp_path / "p.tar"], (), OpenOptions())
-    assert [store.images(label) for label in ("a", "b")] == [[b"a/1.jpg"], [b"b/1.png", b"b/twin.jpg"]]
+    assert [store.list_files(label)[0] for label in ("a", "b")] == [[b"a/1.jpg"], [b"b/1.png", b"b/twin.jpg"]]
     assert store.read(b"a/1.jpg") == store.read(b"b/twin.jpg") == jpeg(2)
 
 

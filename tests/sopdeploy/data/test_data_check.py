@@ -85,7 +85,7 @@ def test_a_class_of_one_image_cannot_be_split(tmp_path) -> None:
 def test_the_command_prints_tables_or_json_and_exits_with_2_if_unusable(photos) -> None:
     found = CliRunner().invoke(app, ["data", "check", str(photos)])
     assert (found.exit_code, found.stderr) == (0, "")
-    assert "1 both to learn from and to measure on, 1 of different classes" in found.stdout
+    assert "1 in both training and held-out data, 1 in different classes" in found.stdout
     (photos / "train" / "cat" / "2.jpg").write_bytes(b"text")
     found = CliRunner().invoke(app, ["data", "check", str(photos), "--json"])
     assert found.exit_code == 2

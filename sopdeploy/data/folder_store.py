@@ -1,0 +1,70 @@
+"""Folders of files, and the options for opening data."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sopdeploy.errors import DataError
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOptions:
+    """Options for opening data: the cache folder for archives, and a function for log messages."""
+
+    cache: Path | None = None
+    log: Log = field(default=lambda _line: None)
+
+
+@dataclass(frozen=True, slots=True)
+class FolderStore:
+    """A folder on disk, without its hidden files; *open_path* opens a subfolder, which may hold archives."""
+
+    root: Path
+    open_path: Callable[[Path], Any]
+
+    def folders(self) -> list[str]:
+        """List the names of the subfolders, sorted; raises `DataError`."""
+        return visible_folders(self.root)
+
+    def open_folder(self, folder: str) -> Any:
+        """Open a subfolder as a store."""
+        return self.open_path(self.root / folder)
+
+    def list_files(self, folder: str) -> tuple[list[bytes], list[str]]:
+        """List the images below a subfolder, relative to the store and sorted, and the other files."""
+        images, others = [], []
+        for path, folders, files in os.walk(self.root / folder):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in files:
+                inside = Path(path, name).relative_to(self.root)
+                if is_image(name):
+                    images.append(os.fsencode(inside))
+                elif not name.startswith("."):
+                    others.append(str(inside))
+        return sorted(images), others
+
+    def read(self, name: bytes) -> bytes:
+        """Read a file; raises `OSError`."""
+        return (self.root / os.fsdecode(name)).read_bytes()
+
+    def size(self, name: bytes) -> int:
+        """Get the size of a file in bytes; raises `OSError`."""
+        return (self.root / os.fsdecode(name)).stat().st_size
+
+
+def visible_folders(root: Path) -> list[str]:
+    """List the names of the visible folders in *root*, sorted; raises `DataError`."""
+    try:
+        return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{root}: cannot be listed ({error.strerror}); check its permissions") from error
+
+
+def is_image(name: str) -> bool:
+    """Check whether the file *name* is visible and has an image suffix."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
