@@ -28,32 +28,22 @@ def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(member, io.BytesIO(data))
 
 
-def same(left, right) -> bool:
-    """Say whether two parts hold the same images and classes in the same order."""
-    return (
-        left.labels == right.labels
-        and left.paths.tolist() == right.paths.tolist()
-        and left.targets.tolist() == right.targets.tolist()
-        and all(
-            np.array_equal(np.asarray(left[i][0]), np.asarray(right[i][0])) and left[i][1] == right[i][1]
-            for i in range(len(left))
-        )
-    )
+def assert_same_images(split, expected) -> None:
+    """Compare the images and classes of both parts and their order."""
+    for part, other in ((split.train, expected.train), (split.held_out, expected.held_out)):
+        assert part.labels == other.labels
+        assert part.paths.tolist() == other.paths.tolist()
+        for (image, target), (expected_image, expected_target) in zip(part, other, strict=True):
+            assert np.array_equal(np.asarray(image), np.asarray(expected_image))
+            assert target == expected_target
 
 
 @pytest.mark.parametrize("name", [".", "photos", "a/b"])
-def test_an_archive_equals_the_folder_it_was_made_of(tmp_path, name) -> None:
-    photos = write_photos(tmp_path / "photos")
-    folder, archive = open_at(photos), open_at(tar_of(photos, tmp_path / "p.tar", name))
-    assert same(folder.train, archive.train)
-    assert same(folder.held_out, archive.held_out)
-
-
-def test_an_archive_without_parts_is_split_like_its_folder(tmp_path) -> None:
-    photos = write_classes(tmp_path / "photos", ("a", "b"), 9)
-    folder, archive = open_at(photos), open_at(tar_of(photos, tmp_path / "p.tar"))
-    assert same(folder.train, archive.train)
-    assert same(folder.held_out, archive.held_out)
+@pytest.mark.parametrize("parts", [True, False])
+def test_an_archive_equals_the_folder_it_was_made_of(tmp_path, name, parts) -> None:
+    root = tmp_path / "photos"
+    photos = write_photos(root) if parts else write_classes(root, ("a", "b"), 9)
+    assert_same_images(open_at(tar_of(photos, tmp_path / "p.tar", name)), open_at(photos))
 
 
 def test_shards_are_one_dataset_and_can_be_train_and_val(tmp_path) -> None:
@@ -66,8 +56,7 @@ def test_shards_are_one_dataset_and_can_be_train_and_val(tmp_path) -> None:
             with tarfile.open(shards / part / f"{number}.tar", "w") as archive:
                 for file in files[number::3]:
                     archive.add(file, arcname=str(file.relative_to(photos / part)))
-    assert same(open_at(shards).train, open_at(photos).train)
-    assert same(open_at(shards).held_out, open_at(photos).held_out)
+    assert_same_images(open_at(shards), open_at(photos))
 
 
 def test_an_archive_per_class_or_part_is_a_folder_of_its_name(tmp_path) -> None:
@@ -76,12 +65,11 @@ def test_an_archive_per_class_or_part_is_a_folder_of_its_name(tmp_path) -> None:
     for label in ("cat", "dog"):
         tar_of(photos / "train" / label, tmp_path / "tars" / "train" / f"{label}.tar")
     (tmp_path / "tars" / "val").symlink_to(photos / "val")
-    assert same(open_at(tmp_path / "tars").train, open_at(photos).train)
-    assert same(open_at(tmp_path / "tars").held_out, open_at(photos).held_out)
+    assert_same_images(open_at(tmp_path / "tars"), open_at(photos))
     (tmp_path / "parts").mkdir()
     for part in ("train", "val"):
         tar_of(photos / part, tmp_path / "parts" / f"{part}.tar")
-    assert same(open_at(tmp_path / "parts").train, open_at(photos).train)
+    assert_same_images(open_at(tmp_path / "parts"), open_at(photos))
 
 
 def test_an_archive_of_archives_is_read_in_place(tmp_path) -> None:
@@ -115,13 +103,13 @@ def test_a_compressed_archive_is_decompressed_once_with_a_message(tmp_path, endi
     plain, packed = tar_of(photos, tmp_path / "p.tar"), tmp_path / f"p.tar.{ending}"
     with opener(packed, "wb") as file:
         file.write(plain.read_bytes())
-    said: list[str] = []
+    messages: list[str] = []
     config = FolderConfig(kind="folder", path=packed)
     for _ in range(2):
-        split = open_folder(config, OpenOptions(tmp_path / "cache", said.append))
-    assert same(split.train, open_at(photos).train)
-    assert len(said) == 1
-    assert said[0].startswith(f"decompressing {packed} once to {tmp_path / 'cache'}")
+        split = open_folder(config, OpenOptions(tmp_path / "cache", messages.append))
+    assert_same_images(split, open_at(photos))
+    assert len(messages) == 1
+    assert messages[0].startswith(f"decompressing {packed} once to {tmp_path / 'cache'}")
     assert {file.suffix for file in (tmp_path / "cache").iterdir()} == {".tar", ".npz"}
 
 

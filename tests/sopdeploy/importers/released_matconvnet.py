@@ -234,10 +234,12 @@ def on_normalized(net: Net) -> Any:
 
 def tree(net: Net, dtype: str) -> dict[str, Any]:
     """Build the variables that MATLAB saves: structs are dicts, struct arrays lists, cells tuples."""
-    params = [
-        {"name": name, "value": matlab(value.astype(dtype)), "learningRate": 1.0, "weightDecay": 1.0}
-        for name, value in net.params.items()
-    ]
+    params = []
+    for name, value in net.params.items():
+        array = value.astype(dtype)
+        while array.ndim > 2 and array.shape[-1] == 1:  # MATLAB drops trailing axes of one
+            array = array[..., 0]
+        params.append({"name": name, "value": array, "learningRate": 1.0, "weightDecay": 1.0})
     layers = [
         {"name": name, "type": kind, "inputs": ("x",), "params": (), "block": block}
         for name, kind, block in net.layers
@@ -254,15 +256,8 @@ def tree(net: Net, dtype: str) -> dict[str, Any]:
     }
 
 
-def matlab(value: Array) -> Array:
-    """Drop trailing axes of one after the second, as MATLAB does."""
-    while value.ndim > 2 and value.shape[-1] == 1:
-        value = value[..., 0]
-    return value
-
-
-def save_v7(path: Path, net: Net, dtype: str = "f8", **more: Any) -> Path:
-    scipy.io.savemat(path, {**as_scipy(tree(net, dtype)), **more}, do_compression=True)
+def save_v7(path: Path, net: Net, dtype: str = "f8") -> Path:
+    scipy.io.savemat(path, as_scipy(tree(net, dtype)), do_compression=True)
     return path
 
 
@@ -308,10 +303,11 @@ def write(file: Any, refs: Any, group: Any, name: str, value: Any) -> None:
                 key, data=referred(file, refs, [item[key] for item in value]), dtype=h5py.ref_dtype
             )
     elif isinstance(value, list | tuple):
-        if not value:
-            empty(group, name, "cell")
-            return
-        part = group.create_dataset(name, data=referred(file, refs, value), dtype=h5py.ref_dtype)
+        if value:
+            part = group.create_dataset(name, data=referred(file, refs, value), dtype=h5py.ref_dtype)
+        else:
+            part = group.create_dataset(name, data=np.zeros(2, "u8"))
+            part.attrs["MATLAB_empty"] = np.uint8(1)
         part.attrs["MATLAB_class"] = np.bytes_("cell")
     elif isinstance(value, str):
         codes = np.frombuffer(value.encode("utf-16-le"), "<u2")[:, None]
@@ -320,11 +316,6 @@ def write(file: Any, refs: Any, group: Any, name: str, value: Any) -> None:
         array = np.atleast_2d(np.asarray(value))
         kind = {"f8": "double", "f4": "single", "u1": "logical"}[array.dtype.str[1:]]
         group.create_dataset(name, data=array.T).attrs["MATLAB_class"] = np.bytes_(kind)
-
-
-def empty(group: Any, name: str, kind: str) -> None:
-    part = group.create_dataset(name, data=np.zeros(2, "u8"))
-    part.attrs["MATLAB_class"], part.attrs["MATLAB_empty"] = np.bytes_(kind), np.uint8(1)
 
 
 def referred(file: Any, refs: Any, values: Any) -> Array:

@@ -33,9 +33,8 @@ def root(sigma: Tensor, steps: int) -> Tensor:
 
 def triangle(matrix: Tensor, order: str) -> Tensor:
     d = matrix.shape[1]
-    rows = [(i, j) for i in range(d) for j in range(i, d)]
-    columns = [(i, j) for j in range(d) for i in range(j + 1)]
-    return torch.stack([matrix[:, i, j] for i, j in (rows if order == "rows" else columns)], dim=1)
+    i, j = torch.triu_indices(d, d) if order == "rows" else torch.tril_indices(d, d).flip(0)
+    return matrix[:, i, j]
 
 
 def conv_bn(inside: int, outside: int, stride: int) -> nn.Sequential:
@@ -91,9 +90,8 @@ class Bottleneck(nn.Module):
         return x * torch.sigmoid(self.fc_adapt_channels(rows))
 
     def by_position(self, x: Tensor) -> Tensor:
-        small = F.adaptive_avg_pool2d(self.bn_for_DR_spatial(self.conv_for_DR_spatial(F.relu(x))), 8).flatten(
-            2
-        )
+        reduced = self.bn_for_DR_spatial(self.conv_for_DR_spatial(F.relu(x)))
+        small = F.adaptive_avg_pool2d(reduced, 8).flatten(2)
         d = small.shape[1]
         centering = torch.eye(d, dtype=x.dtype) / 64 - 1.0 / 64**2
         rows = self.row_bn_for_spatial((small.transpose(1, 2) @ centering @ small)[..., None])

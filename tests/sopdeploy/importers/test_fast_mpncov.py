@@ -9,9 +9,8 @@ import torch
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.importers.weight_files import read_torch
 from tests.sopdeploy.importers.comparing import (
-    assert_same_numbers,
+    assert_same_logits,
     imported,
-    in_either_precision,
     random_images,
 )
 from tests.sopdeploy.importers.released_torch import (
@@ -38,7 +37,7 @@ def test_a_published_resnet50_gives_the_same_logits(tmp_path: Path) -> None:
     file = tmp_path / "mpncovresnet50.pth"
     torch.save(network.state_dict(), file)
     ours, report = imported(file, "isqrt-resnet50")
-    assert_same_numbers(ours, in_either_precision(network), random_images(96))
+    assert_same_logits(ours, network, random_images(96))
     assert report.config["conv5_stride"] == 1
     assert report.config["pooling"]["width"] == 16
     assert report.config["pooling"]["iterations"] == 5
@@ -64,27 +63,24 @@ def training_file(path: Path, network: ResNet, arch: str | None, **how: Any) -> 
     return path
 
 
-@pytest.mark.parametrize(("arch", "stride"), [("mpncovresnet18", 1), ("resnet18", 2)])
-def test_a_training_checkpoint_has_the_stride_of_its_arch(tmp_path: Path, arch: str, stride: int) -> None:
-    network = resnet(stride)
-    ours, report = imported(training_file(tmp_path / "a.pth.tar", network, arch), "isqrt-resnet18")
-    assert_same_numbers(ours, in_either_precision(network), random_images(64))
+@pytest.mark.parametrize(
+    ("model", "arch", "stride", "d", "fine_tuned"),
+    [
+        ("isqrt-resnet18", "mpncovresnet18", 1, 12, False),
+        ("isqrt-resnet18", "resnet18", 2, 12, False),
+        ("isqrt-resnet18", None, 1, 12, True),  # the reduction is among the features
+        ("resnet18", "resnet18", 2, 0, False),
+    ],
+)
+def test_training_checkpoints_give_the_same_logits(
+    tmp_path: Path, model: str, arch: str | None, stride: int, d: int, fine_tuned: bool
+) -> None:
+    network = resnet(stride, d)
+    file = training_file(tmp_path / "a.pth.tar", network, arch, fine_tuned=fine_tuned)
+    ours, report = imported(file, model)
+    assert_same_logits(ours, network, random_images(64))
     assert report.config["conv5_stride"] == stride
-    assert set(report.beside) == {"epoch", "best_prec1", "optimizer", "arch"}
-
-
-def test_a_fine_tuned_checkpoint_has_its_reduction_in_the_features(tmp_path: Path) -> None:
-    network = resnet()
-    ours, _ = imported(
-        training_file(tmp_path / "a.pth.tar", network, None, fine_tuned=True), "isqrt-resnet18"
-    )
-    assert_same_numbers(ours, in_either_precision(network), random_images(64))
-
-
-def test_average_pooling_is_detected(tmp_path: Path) -> None:
-    network = resnet(stride=2, d=0)
-    ours, _ = imported(training_file(tmp_path / "a.pth.tar", network, "resnet18"), "resnet18")
-    assert_same_numbers(ours, in_either_precision(network), random_images(64))
+    assert set(report.beside) == {"epoch", "best_prec1", "optimizer"} | ({"arch"} if arch else set())
 
 
 def test_an_unknown_stride_must_be_set(tmp_path: Path) -> None:
@@ -93,7 +89,7 @@ def test_an_unknown_stride_must_be_set(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"stride of conv5_x.*add --set conv5_stride"):
         imported(file, "isqrt-resnet18")
     ours, _ = imported(file, "isqrt-resnet18", settings={"conv5_stride": 2})
-    assert_same_numbers(ours, in_either_precision(network), random_images(64))
+    assert_same_logits(ours, network, random_images(64))
 
 
 @pytest.mark.parametrize("prefix", ["features.", "features.module.", "module.features."])
@@ -111,7 +107,7 @@ def test_batch_norm_counters_can_be_absent(tmp_path: Path) -> None:
     old = {name: value for name, value in network.state_dict().items() if "tracked" not in name}
     torch.save(old, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
     ours, report = imported(tmp_path / "a.pth", "isqrt-resnet18")
-    assert_same_numbers(ours, in_either_precision(network), random_images(64))
+    assert_same_logits(ours, network, random_images(64))
     assert {row.how for row in report.rows if not row.of} == {"absent, set to 0"}
     assert sum(not row.of for row in report.rows) == 21
 
@@ -130,7 +126,7 @@ def test_vgg_weights_give_the_same_logits(tmp_path: Path, d: int, linear: bool, 
     if d:
         assert len(state) == (99 if linear else 103)
     ours, report = imported(tmp_path / "a.pth.tar", name)
-    assert_same_numbers(ours, in_either_precision(network), random_images(32))
+    assert_same_logits(ours, network, random_images(32))
     assert report.config["classifier"] == ("linear" if linear else "mlp")
 
 
@@ -139,24 +135,33 @@ def test_the_newton_schulz_iterations_can_be_set(tmp_path: Path) -> None:
     network.steps = 3
     torch.save(network.state_dict(), tmp_path / "a.pth")
     ours, _ = imported(tmp_path / "a.pth", "isqrt-resnet18", settings={"pooling.iterations": 3})
-    assert_same_numbers(ours, in_either_precision(network), random_images(64))
+    assert_same_logits(ours, network, random_images(64))
 
 
-def test_another_pooling_of_the_same_tensors_is_refused(tmp_path: Path) -> None:
-    torch.save(resnet().state_dict(), tmp_path / "a.pth")
-    said = r"does not fit mpncov-resnet18 \(pooling.kind is mpncov, not isqrt\).*--as isqrt-resnet18"
-    with pytest.raises(WeightsError, match=said):
-        imported(tmp_path / "a.pth", "mpncov-resnet18")
-
-
-def test_a_classifier_size_without_a_pooling_is_refused(tmp_path: Path) -> None:
-    state = resnet().state_dict()
-    torch.save(state | {"fc.weight": torch.zeros(5, 8192)}, tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match="into the 8192 inputs"):
-        imported(tmp_path / "a.pth", "isqrt-resnet18")
-
-
-def test_a_setting_that_contradicts_the_file_is_refused(tmp_path: Path) -> None:
-    torch.save(resnet().state_dict(), tmp_path / "a.pth")
-    with pytest.raises(ConfigError, match=r"--set pooling.width=64: .* holds 12; leave the setting out"):
-        imported(tmp_path / "a.pth", "isqrt-resnet18", settings={"pooling.width": 64})
+@pytest.mark.parametrize(
+    ("model", "settings", "change", "error", "message"),
+    [
+        (
+            "mpncov-resnet18",
+            {},
+            {},
+            WeightsError,
+            r"does not fit mpncov-resnet18 \(pooling.kind is mpncov, not isqrt\).*--as isqrt-resnet18",
+        ),
+        ("isqrt-resnet18", {}, {"fc.weight": torch.zeros(5, 8192)}, WeightsError, "into the 8192 inputs"),
+        (
+            "isqrt-resnet18",
+            {"pooling.width": 64},
+            {},
+            ConfigError,
+            r"--set pooling.width=64: .* holds 12; leave the setting out",
+        ),
+    ],
+    ids=["another pooling", "no pooling of this size", "contradicting setting"],
+)
+def test_a_file_that_does_not_fit_is_refused(
+    tmp_path: Path, model: str, settings: Any, change: Any, error: type[Exception], message: str
+) -> None:
+    torch.save(resnet().state_dict() | change, tmp_path / "a.pth")
+    with pytest.raises(error, match=message):
+        imported(tmp_path / "a.pth", model, settings=settings)

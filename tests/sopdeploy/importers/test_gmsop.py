@@ -18,7 +18,6 @@ from sopdeploy.models.registry import create_model
 from tests.sopdeploy.importers.comparing import NOISE, imported
 from tests.sopdeploy.importers.released_matconvnet import (
     AVERAGE,
-    Net,
     forward,
     on_normalized,
     random_net,
@@ -45,12 +44,6 @@ def images(count: int = 6) -> torch.Tensor:
     return raw - torch.tensor(AVERAGE, dtype=torch.float64)[:, None, None]
 
 
-def in_single(net: Net) -> Net:
-    """Round the arrays as the released files have them."""
-    net.params = {name: value.astype("f4").astype("f8") for name, value in net.params.items()}
-    return net
-
-
 def in_float64(path: Path, name: str) -> torch.nn.Module:
     """Build the network with the numbers of the file before they are rounded to float32."""
     file = open_weights(path)
@@ -70,28 +63,29 @@ def in_float64(path: Path, name: str) -> torch.nn.Module:
 def test_logits_are_equal_in_float64_and_within_float32_noise(
     tmp_path: Path, name: str, container: str
 ) -> None:
-    net = in_single(random_net(**RELEASED[name]))
+    net = random_net(**RELEASED[name])
+    net.params = {key: value.astype("f4").astype("f8") for key, value in net.params.items()}
     file = SAVERS[container](tmp_path / "net.mat", net, dtype="f4")
     original = on_normalized(net)
     exact = original(images())
     assert (exact[0] - exact[1]).abs().max() > 1e-3
     torch.testing.assert_close(in_float64(file, name)(images()), exact, rtol=1e-7, atol=1e-7)
     ours, report = imported(file, name)
-    assert_switches_of_the_layers(name, report.config)
+    assert report.config["input_scaling"] == "raw"
+    assert report.config["conv5_stride"] == (2 if RELEASED[name]["order"] == 1 else 1)
+    assert report.config["project_first_stage"] == RELEASED[name].get("wrn", False)
+    if RELEASED[name]["order"] == 2:
+        assert (report.config["iterations"], report.config["prenorm"]) == (3, "trace")
+    if RELEASED[name]["gated"]:
+        assert (report.config["chosen"], report.config["components"], report.config["balance_weight"]) == (
+            8,
+            16,
+            100.0,
+        )
+        assert report.config["dropout"] == (0.4 if name == "gmsop-16-8-wrn36-2" else 0.2)
     assert {theirs for row in report.rows for theirs in row.of} == net.params.keys()
     noise = (original(images().float()).double() - exact).abs().max()
     assert (ours(images().float()).double() - exact).abs().max() <= NOISE * noise
-
-
-def assert_switches_of_the_layers(name: str, config: dict[str, Any]) -> None:
-    assert config["input_scaling"] == "raw"
-    assert config["conv5_stride"] == (2 if RELEASED[name]["order"] == 1 else 1)
-    assert config["project_first_stage"] == RELEASED[name].get("wrn", False)
-    if RELEASED[name]["order"] == 2:
-        assert (config["iterations"], config["prenorm"]) == (3, "trace")
-    if RELEASED[name]["gated"]:
-        assert (config["chosen"], config["components"], config["balance_weight"]) == (8, 16, 100.0)
-        assert config["dropout"] == (0.4 if name == "gmsop-16-8-wrn36-2" else 0.2)
 
 
 def test_the_number_of_iterations_is_read_from_the_file(tmp_path: Path) -> None:
@@ -110,20 +104,15 @@ def test_the_number_of_iterations_is_read_from_the_file(tmp_path: Path) -> None:
 
 def test_the_network_input_is_raw_pixels_less_the_mean(tmp_path: Path) -> None:
     net = random_net(order=1, gated=False)
-    _, report = imported(save_v73(tmp_path / "net.mat", net), "resnet18-64px")
+    file = save_v73(tmp_path / "net.mat", net)
+    assert open_weights(file).average_color == pytest.approx(AVERAGE)
+    _, report = imported(file, "resnet18-64px")
     image = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8)
     seen = Normalize(report.preprocess)(image)
     wanted = image.permute(0, 3, 1, 2).double() - torch.tensor(AVERAGE, dtype=torch.float64)[:, None, None]
     torch.testing.assert_close(seen.double(), wanted, rtol=1e-5, atol=1e-4)
     assert (report.preprocess.resize, report.preprocess.crop) == (16, 16)
     assert report.labels.startswith("numbers")
-
-
-def test_the_average_color_is_read_from_the_file(tmp_path: Path) -> None:
-    net = random_net(order=1, gated=False)
-    file = save_v7(tmp_path / "net.mat", net)
-    average = open_weights(file).average_color
-    assert average == pytest.approx(AVERAGE)
 
 
 def weights(**arrays: np.ndarray[Any, Any]) -> WeightFile:
@@ -147,59 +136,58 @@ def test_a_deviation_below_sqrt_eps_keeps_its_effect() -> None:
     torch.testing.assert_close(factor, torch.from_numpy(1.5 / moments[:, 1]))
 
 
-def changed_block(net: Net, layer: str, key: str, value: Any) -> None:
-    for name, _, block in net.layers:
-        if name == layer:
-            block[key] = value
-
-
-BROKEN: dict[str, tuple[Any, str]] = {
-    "no steps": (lambda n: changed_block(n, "Cov_Sqrtm", "iterNum", "3"), "has no iterNum"),
-    "half a step": (lambda n: changed_block(n, "Cov_Sqrtm", "iterNum", 2.5), "need an integer"),
-    "a scaled root": (lambda n: changed_block(n, "Cov_Sqrtm", "coef", 2.0), "scales its root"),
-    "two strides": (
-        lambda n: changed_block(n, "conv5_1a_conv", "stride", np.array([[1.0, 2.0]])),
-        "one number",
-    ),
-    "another stride": (
-        lambda n: changed_block(n, "conv3_1a_conv", "stride", 1.0),
-        "the paper's stride 2",
-    ),
-    "unknown layer": (lambda n: n.layers.append(("x", "dagnn.LRN", {})), "layer x has the type LRN"),
-    "no layer": (
-        lambda n: n.layers.pop(next(i for i, x in enumerate(n.layers) if x[0] == "conv5_1a_conv")),
-        "no layer",
-    ),
-    "missing array": (lambda n: n.params.pop("conv3_2b_bn_m"), "has no conv3_2b_bn_m"),
-    "left over": (lambda n: n.params.update(extra=np.ones((2, 2))), "no place for extra"),
-    "moments of one column": (
-        lambda n: n.params.update(conv1_bn_m=np.ones((16, 1))),
-        "not \\(channels, 2\\)",
-    ),
-    "untrained": (lambda n: n.params.update(conv1_bn_m=np.zeros((16, 2))), "deviation that is not positive"),
-    "another shape": (
-        lambda n: n.params.update(conv1_b=np.ones((7, 1))),
-        "conv1.bias has shape \\(7,\\), not \\(16,\\)",
-    ),
-    "not finite": (lambda n: n.params.update(conv1_b=np.full((16, 1), np.nan)), "not finite"),
-    "a wide classifier": (
-        lambda n: n.params.update(prediction_f=np.ones((3, 3, 4, 5))),
-        "not a 1x1 convolution",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", BROKEN)
-def test_a_network_other_than_the_released_one_is_refused(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize(
+    ("layer", "key", "value", "message"),
+    [
+        ("Cov_Sqrtm", "iterNum", "3", "has no iterNum"),
+        ("Cov_Sqrtm", "iterNum", 2.5, "need an integer"),
+        ("Cov_Sqrtm", "coef", 2.0, "scales its root"),
+        ("conv5_1a_conv", "stride", np.array([[1.0, 2.0]]), "one number"),
+        ("conv3_1a_conv", "stride", 1.0, "the paper's stride 2"),
+    ],
+)
+def test_an_unsupported_layer_setting_is_refused(
+    tmp_path: Path, layer: str, key: str, value: Any, message: str
+) -> None:
     net = random_net(order=2, gated=False)
-    change, said = BROKEN[what]
-    change(net)
-    with pytest.raises(WeightsError, match=said):
+    next(block for name, _, block in net.layers if name == layer)[key] = value
+    with pytest.raises(WeightsError, match=message):
+        imported(save_v7(tmp_path / "net.mat", net), "srsop-resnet18")
+
+
+@pytest.mark.parametrize("change", ["unknown", "missing"])
+def test_an_unknown_or_missing_layer_is_named(tmp_path: Path, change: str) -> None:
+    net = random_net(order=2, gated=False)
+    if change == "unknown":
+        net.layers.append(("x", "dagnn.LRN", {}))
+    else:
+        net.layers = [layer for layer in net.layers if layer[0] != "conv5_1a_conv"]
+    with pytest.raises(WeightsError, match="layer x has the type LRN" if change == "unknown" else "no layer"):
         imported(save_v7(tmp_path / "net.mat", net), "srsop-resnet18")
 
 
 @pytest.mark.parametrize(
-    ("released", "name", "said"),
+    ("name", "array", "message"),
+    [
+        ("conv3_2b_bn_m", None, "has no conv3_2b_bn_m"),
+        ("extra", np.ones((2, 2)), "no place for extra"),
+        ("conv1_bn_m", np.ones((16, 1)), r"not \(channels, 2\)"),
+        ("conv1_bn_m", np.zeros((16, 2)), "deviation that is not positive"),
+        ("conv1_b", np.ones((7, 1)), r"conv1.bias has shape \(7,\), not \(16,\)"),
+        ("conv1_b", np.full((16, 1), np.nan), "not finite"),
+        ("prediction_f", np.ones((3, 3, 4, 5)), "not a 1x1 convolution"),
+    ],
+)
+def test_an_array_that_does_not_fit_is_named(tmp_path: Path, name: str, array: Any, message: str) -> None:
+    net = random_net(order=2, gated=False)
+    net.params[name] = array
+    net.params = {key: value for key, value in net.params.items() if value is not None}
+    with pytest.raises(WeightsError, match=message):
+        imported(save_v7(tmp_path / "net.mat", net), "srsop-resnet18")
+
+
+@pytest.mark.parametrize(
+    ("released", "name", "message"),
     [
         (
             "srsop-resnet18",
@@ -212,9 +200,9 @@ def test_a_network_other_than_the_released_one_is_refused(tmp_path: Path, what: 
         ("gmsop-16-8-resnet18", "avesop-16-resnet18", "--as gmsop-16-8-resnet18"),
     ],
 )
-def test_another_network_is_refused(tmp_path: Path, released: str, name: str, said: str) -> None:
+def test_another_network_is_refused(tmp_path: Path, released: str, name: str, message: str) -> None:
     file = save_v7(tmp_path / "net.mat", random_net(**RELEASED[released]))
-    with pytest.raises(WeightsError, match=said):
+    with pytest.raises(WeightsError, match=message):
         imported(file, name)
 
 

@@ -7,9 +7,8 @@ import torch
 
 from sopdeploy.errors import ConfigError, WeightsError
 from tests.sopdeploy.importers.comparing import (
-    assert_same_numbers,
+    assert_same_logits,
     imported,
-    in_either_precision,
     random_images,
 )
 from tests.sopdeploy.importers.released_torch import Bottleneck, ResNet, prefixed, settled
@@ -42,7 +41,7 @@ def test_net1_gives_the_same_logits_with_each_block(tmp_path: Path, attention: s
     network = saved(tmp_path / "a.pth.tar", attention)
     settings = {"attention": NAMES[attention]} if attention in "+M" else {}
     ours, report = imported(tmp_path / "a.pth.tar", "gsop-net1-resnet26", settings=settings)
-    assert_same_numbers(ours, in_either_precision(network), random_images(64))
+    assert_same_logits(ours, network, random_images(64))
     assert report.config["attention"] == NAMES[attention]
     assert report.config["cov_width"] == 32
     assert report.config["block_place"] == "inside"
@@ -51,7 +50,7 @@ def test_net1_gives_the_same_logits_with_each_block(tmp_path: Path, attention: s
 def test_the_classifier_of_net2_is_made_row_wise(tmp_path: Path) -> None:
     network = saved(tmp_path / "a.pth.tar", "1", d=12)
     ours, report = imported(tmp_path / "a.pth.tar", "gsop-net2-resnet26")
-    assert_same_numbers(ours, in_either_precision(network), random_images(64))
+    assert_same_logits(ours, network, random_images(64))
     assert report.config["iterations"] == 3
     assert {row.name: row.how for row in report.rows}["fc.weight"] == "triangle made row-wise"
     assert not torch.equal(ours.fc.weight.float(), network.fc.weight.float())
@@ -64,7 +63,7 @@ def test_fusion_by_sum_or_maximum_must_be_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("d", "name", "said"),
+    ("d", "name", "message"),
     [
         (0, "gsop-net2-resnet26", r"final_pooling is isqrt, not gap.*--as gsop-net1-resnet26"),
         (12, "gsop-net1-resnet26", r"final_pooling is gap, not isqrt.*--as gsop-net2-resnet26"),
@@ -73,7 +72,7 @@ def test_fusion_by_sum_or_maximum_must_be_set(tmp_path: Path) -> None:
         (0, "isqrt-resnet20", r"looks like GSoP-Net1"),
     ],
 )
-def test_another_network_is_refused(tmp_path: Path, d: int, name: str, said: str) -> None:
+def test_another_network_is_refused(tmp_path: Path, d: int, name: str, message: str) -> None:
     saved(tmp_path / "a.pth.tar", "1", d=d)
-    with pytest.raises(WeightsError, match=said):
+    with pytest.raises(WeightsError, match=message):
         imported(tmp_path / "a.pth.tar", name)

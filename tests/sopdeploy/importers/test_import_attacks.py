@@ -53,7 +53,7 @@ def external_link(opened: Any, file: Path) -> None:
     opened["net/params"] = h5py.ExternalLink("secret.h5", "/x")
 
 
-def top_external_link(opened: Any, file: Path) -> None:
+def top_external_link(opened: Any, _file: Path) -> None:
     del opened["net"]
     opened["net"] = h5py.ExternalLink("secret.h5", "/")
 
@@ -140,17 +140,16 @@ ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize(("write", "message"), ATTACKS.values(), ids=ATTACKS)
 def test_an_attack_is_one_line_and_runs_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write, said = ATTACKS[attack]
     write(Path("weights.bin"))
-    found = CliRunner().invoke(app, ["import", "weights.bin", "--as", "srsop-resnet18", "--out", "ckpt.pt"])
-    assert found.exit_code == 2, found.output
-    assert said in found.output
-    assert len(found.output.strip().splitlines()) == 1
-    assert found.stdout == ""
+    result = CliRunner().invoke(app, ["import", "weights.bin", "--as", "srsop-resnet18", "--out", "ckpt.pt"])
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
+    assert result.stdout == ""
     assert not Path(MARKER).exists()
     assert not Path("ckpt.pt").exists()

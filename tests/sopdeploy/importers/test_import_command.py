@@ -22,13 +22,13 @@ WEIGHTS = SHARED / "weights" / "cifar10-resnet"
 TEST_SET = SHARED / "data" / "cifar10-jpeg" / "test.tar.xz"
 PUBLISHED = {"resnet20": ("resnet20-12fca82f.th", 0.810), "resnet56": ("resnet56-4bfd9763.th", 0.832)}
 needs_weights = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="the published CIFAR-10 ResNets are not here")
-needs_pictures = pytest.mark.skipif(not TEST_SET.is_file(), reason="CIFAR-10's test images are not here")
+needs_images = pytest.mark.skipif(not TEST_SET.is_file(), reason="CIFAR-10's test images are not here")
 
 
 def run(*arguments: str) -> Any:
-    found = CliRunner().invoke(app, list(arguments))
-    assert found.exit_code == 0, found.output
-    return found
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result
 
 
 def small(folder: Path) -> Path:
@@ -39,24 +39,15 @@ def small(folder: Path) -> Path:
 
 
 def test_the_command_reports_what_it_found_mapped_and_ignored(tmp_path: Path) -> None:
-    shown = run("import", str(small(tmp_path)), "--as", "resnet8", "--out", str(tmp_path / "c.pt")).stdout
-    assert "found    ResNet-8 for CIFAR of pytorch_resnet_cifar10" in shown
-    assert "mapped   44 tensors as resnet8, 0 counters set to 0" in shown
-    assert "ignored  best_prec1" in shown
-    assert "resize 32, crop 32" in shown
-    assert "classes  10: CIFAR-10" in shown
-
-
-def test_keys_are_shown_one_per_line(tmp_path: Path) -> None:
-    shown = run(
-        "import", str(small(tmp_path)), "--as", "resnet8", "--out", str(tmp_path / "c.pt"), "--keys"
-    ).stdout
-    assert "fc.weight (10, 64) <- linear.weight: unchanged" in shown
-
-
-def test_json_names_every_tensor(tmp_path: Path) -> None:
-    arguments = ["import", str(small(tmp_path)), "--as", "resnet8", "--out", str(tmp_path / "c.pt"), "--json"]
-    report = json.loads(run(*arguments).stdout)
+    arguments = ["import", str(small(tmp_path)), "--as", "resnet8", "--out", str(tmp_path / "c.pt")]
+    output = run(*arguments, "--keys").stdout
+    assert "found    ResNet-8 for CIFAR of pytorch_resnet_cifar10" in output
+    assert "mapped   44 tensors as resnet8, 0 counters set to 0" in output
+    assert "ignored  best_prec1" in output
+    assert "resize 32, crop 32" in output
+    assert "classes  10: CIFAR-10" in output
+    assert "fc.weight (10, 64) <- linear.weight: unchanged" in output
+    report = json.loads(run(*arguments, "--json").stdout)
     stored = read_checkpoint(tmp_path / "c.pt")
     assert {row["name"] for row in report["rows"]} == stored.weights.keys()
     assert report["model"] == stored.model == "resnet8"
@@ -64,17 +55,18 @@ def test_json_names_every_tensor(tmp_path: Path) -> None:
     assert report["beside"] == ["best_prec1"]
 
 
-def test_the_source_file_is_not_overwritten(tmp_path: Path) -> None:
-    file = small(tmp_path)
-    found = CliRunner().invoke(app, ["import", str(file), "--as", "resnet8", "--out", str(file)])
-    assert found.exit_code == 2
-    assert "is the file to import" in found.output
-
-
-def test_an_unknown_name_is_one_line(tmp_path: Path) -> None:
-    found = CliRunner().invoke(app, ["import", str(small(tmp_path)), "--as", "resnet7"])
-    assert found.exit_code == 2
-    assert "model 'resnet7' is not in the catalog" in found.output
+@pytest.mark.parametrize(
+    ("model", "out", "message"),
+    [
+        ("resnet8", "small.th", "is the file to import"),
+        ("resnet7", "c.pt", "model 'resnet7' is not in the catalog"),
+    ],
+)
+def test_invalid_arguments_are_refused(tmp_path: Path, model: str, out: str, message: str) -> None:
+    arguments = ["import", str(small(tmp_path)), "--as", model, "--out", str(tmp_path / out)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert message in result.output
 
 
 def test_every_source_has_a_project() -> None:
@@ -82,44 +74,32 @@ def test_every_source_has_a_project() -> None:
     assert all(source.project for source in SOURCES)
 
 
-def test_an_imported_network_is_exported_and_predicts_the_same(tmp_path: Path) -> None:
-    answers_agree(small(tmp_path), "resnet8", tmp_path, example_image(tmp_path))
-
-
-@pytest.mark.slow
-@needs_weights
-def test_a_published_network_is_exported_and_predicts_the_same(tmp_path: Path) -> None:
-    answers_agree(WEIGHTS / PUBLISHED["resnet20"][0], "resnet20", tmp_path, example_image(tmp_path))
-
-
-def example_image(folder: Path) -> Path:
-    side = range(40)
+@pytest.mark.parametrize(
+    "model", ["resnet8", pytest.param("resnet20", marks=[pytest.mark.slow, needs_weights])]
+)
+def test_an_imported_network_is_exported_and_predicts_the_same(tmp_path: Path, model: str) -> None:
+    source = small(tmp_path) if model == "resnet8" else WEIGHTS / PUBLISHED[model][0]
+    checkpoint, file = tmp_path / "ckpt.pt", tmp_path / "image.png"
     image = Image.new("RGB", (40, 40))
-    image.putdata([(6 * x, 6 * y, 3 * (x + y)) for y in side for x in side])
-    image.save(folder / "image.png")
-    return folder / "image.png"
-
-
-def answers_agree(file: Path, name: str, folder: Path, shown: Path) -> None:
-    ckpt = folder / "ckpt.pt"
-    run("import", str(file), "--as", name, "--out", str(ckpt))
-    where = ["--out", str(folder / "bundles"), "--max-batch", "1"]
-    exported = json.loads(run("export", str(ckpt), *where, "--json").stdout)
-    answer = json.loads(run("predict", exported["bundle"], str(shown), "--json").stdout)
-    stored = read_checkpoint(ckpt)
-    with Image.open(shown) as opened:
-        images = torch.from_numpy(stored.preprocess(opened).copy())[None]
+    image.putdata([(6 * x, 6 * y, 3 * (x + y)) for y in range(40) for x in range(40)])
+    image.save(file)
+    run("import", str(source), "--as", model, "--out", str(checkpoint))
+    options = ["--out", str(tmp_path / "bundles"), "--max-batch", "1", "--json"]
+    bundle = json.loads(run("export", str(checkpoint), *options).stdout)["bundle"]
+    prediction = json.loads(run("predict", bundle, str(file), "--json").stdout)[0]
+    stored = read_checkpoint(checkpoint)
+    pixels = torch.from_numpy(stored.preprocess(image).copy())[None]
     with torch.no_grad():
-        expected = build_classifier(stored, ckpt)(Normalize(stored.preprocess)(images)).softmax(dim=1)[0]
-    found = {one["label"]: one["probability"] for one in answer[0]["classes"]}
-    for label, probability in found.items():
-        assert probability == pytest.approx(float(expected[stored.labels.index(label)]), abs=1e-4)
-    assert max(found, key=lambda label: found[label]) == stored.labels[int(expected.argmax())]
+        logits = build_classifier(stored, checkpoint)(Normalize(stored.preprocess)(pixels))
+    expected = dict(zip(stored.labels, logits.softmax(dim=1)[0].tolist(), strict=True))
+    probabilities = {entry["label"]: entry["probability"] for entry in prediction["classes"]}
+    assert probabilities == pytest.approx({label: expected[label] for label in probabilities}, abs=1e-4)
+    assert max(probabilities, key=probabilities.__getitem__) == max(expected, key=expected.__getitem__)
 
 
 @pytest.mark.slow
 @needs_weights
-@needs_pictures
+@needs_images
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_networks_reach_their_accuracy(tmp_path: Path, name: str) -> None:
     """81.0 % and 83.2 %: the images are JPEGs of the training images."""

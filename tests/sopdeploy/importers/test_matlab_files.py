@@ -143,7 +143,7 @@ LAYER: dict[str, Any] = {"name": "l", "type": "dagnn.Conv", "block": {}}
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         ({}, "holds no MatConvNet network"),
         ({"net": {"layers": []}}, "holds no MatConvNet network"),
@@ -160,8 +160,8 @@ LAYER: dict[str, Any] = {"name": "l", "type": "dagnn.Conv", "block": {}}
         ),
     ],
 )
-def test_variables_without_a_network_are_refused(variables: dict[str, Any], said: str) -> None:
-    with pytest.raises(WeightsError, match=said):
+def test_variables_without_a_network_are_refused(variables: dict[str, Any], message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
         read_dagnn(Path("a.mat"), variables)
 
 
