@@ -88,9 +88,10 @@ def decode(
         with header:
             image = load(header, body, preprocess)
             if kind == "JPEG" and is_truncated(image, body):
-                raise _truncated_error()
+                raise EOFError("the data ends before the last pixel")
             pixels, warnings = preprocess(image), list(preprocess.changes(image))
-            if _contradicts(encoded.media_type, kind):
+            family, _, subtype = encoded.media_type.partition(";")[0].strip().upper().partition("/")
+            if family == "IMAGE" and subtype != "*" and ALIASES.get(subtype, subtype) != kind:
                 warnings.append("content_type_mismatch")
             if kind in ANIMATED and _has_more_frames(header):
                 warnings.append("first_frame_only")
@@ -136,12 +137,6 @@ def _image_format(body: bytes) -> str:
     raise ImageError(f"this is not an image; {ACCEPTED}", code="not_an_image", status=415)
 
 
-def _contradicts(media_type: str, kind: str) -> bool:
-    """Check whether *media_type* names an image format other than *kind*."""
-    family, _, subtype = media_type.partition(";")[0].strip().upper().partition("/")
-    return family == "IMAGE" and subtype != "*" and ALIASES.get(subtype, subtype) != kind
-
-
 def _has_more_frames(image: Image.Image) -> bool:
     """Check whether *image* has a second frame, even a damaged one."""
     try:
@@ -183,9 +178,5 @@ def _as_image_error(error: Exception) -> ImageError:
     if isinstance(error, MemoryError):
         return ImageError("the image needs too much memory", code="too_many_pixels", status=413)
     if isinstance(error, EOFError) or "truncated" in str(error).lower():
-        return _truncated_error()
+        return ImageError("the image is truncated", code="truncated_image", status=422)
     return ImageError("the image is damaged", code="damaged_image", status=422)
-
-
-def _truncated_error() -> ImageError:
-    return ImageError("the image is truncated", code="truncated_image", status=422)

@@ -6,7 +6,6 @@ only the image it belongs to.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +21,6 @@ Row = dict[str, NDArray[np.float32]] | Rejection
 log = logging.getLogger("sopdeploy.engine")
 
 
-@dataclass(slots=True)
-class _Budget:
-    runs: int
-
-
 def run_bisected(run: Run, images: Images, outputs: Sequence[str]) -> list[Row]:
     """Run *images* (H, W, 3) as one batch; halve it as long as it fails.
 
@@ -34,29 +28,32 @@ def run_bisected(run: Run, images: Images, outputs: Sequence[str]) -> list[Row]:
     Makes at most 1 + 4 * ceil(log2(n)) runs, enough to find two bad images among n. Raises `DeviceLostError`,
     because another run would fail too.
     """
-    return _bisect(run, images, outputs, _Budget(1 + 4 * (len(images) - 1).bit_length()))
-
-
-def _bisect(
-    run: Run, images: Sequence[NDArray[np.uint8]], outputs: Sequence[str], left: _Budget
-) -> list[Row]:
-    if left.runs == 0:
-        return [ENGINE_FAILED] * len(images)
-    left.runs -= 1
-    rejection = ENGINE_FAILED
-    try:
-        return _split_rows(run(images), outputs, len(images))
-    except DeviceLostError:
-        raise
-    except OutOfMemoryError:
-        log.warning("out of memory for a batch of %d", len(images))
-        rejection = OUT_OF_MEMORY
-    except Exception:  # a runtime may raise anything
-        log.exception("inference failed on a batch of %d", len(images))
-    if len(images) == 1:
-        return [rejection]
-    middle = len(images) // 2
-    return [*_bisect(run, images[:middle], outputs, left), *_bisect(run, images[middle:], outputs, left)]
+    runs_left = 1 + 4 * (len(images) - 1).bit_length()
+    rows: list[Row] = []
+    parts = [images]  # a stack: the first images are on top
+    while parts:
+        part = parts.pop()
+        if runs_left == 0:
+            rows += [ENGINE_FAILED] * len(part)
+            continue
+        runs_left -= 1
+        rejection = ENGINE_FAILED
+        try:
+            rows += _split_rows(run(part), outputs, len(part))
+            continue
+        except DeviceLostError:
+            raise
+        except OutOfMemoryError:
+            log.warning("out of memory for a batch of %d", len(part))
+            rejection = OUT_OF_MEMORY
+        except Exception:  # a runtime may raise anything
+            log.exception("inference failed on a batch of %d", len(part))
+        if len(part) == 1:
+            rows.append(rejection)
+        else:
+            middle = len(part) // 2
+            parts += [part[middle:], part[:middle]]
+    return rows
 
 
 def _split_rows(values: Outputs, outputs: Sequence[str], images: int) -> list[Row]:

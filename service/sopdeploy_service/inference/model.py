@@ -7,6 +7,7 @@ A watchdog notices when the worker thread dies or hangs. Then every queued image
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
@@ -40,35 +41,31 @@ class Model:
         self.queue = RequestQueue(max_delay=settings.max_queue_delay_ms / 1000)
         self._closed_with: Rejection | None = None
         self._timeout = settings.engine_timeout_seconds
-        self._latency = LatencyTable(loaded.timings)
+        self.latency = LatencyTable(loaded.timings)
         self._worker = ModelWorker(
             loaded.runtime,
             self.queue,
-            self._latency,
+            self.latency,
             metrics.of(name),
             outputs=[output.name for output in loaded.bundle.manifest.outputs],
             max_batch=self.largest_batch,
         )
         self._watchdog: asyncio.Task[None] | None = None
         self._users = 0
-        self._unused = asyncio.Event()
-        self._unused.set()
+        self.unused = asyncio.Event()
+        self.unused.set()
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep `retire` waiting while a request uses the model."""
+        """Keep `unused` cleared while a request uses the model."""
         self._users += 1
-        self._unused.clear()
+        self.unused.clear()
         try:
             yield
         finally:
             self._users -= 1
             if not self._users:
-                self._unused.set()
-
-    def estimate_seconds(self, images: int) -> float:
-        """Estimate the seconds of *images* in full batches; 0 before the first measurement."""
-        return self._latency.total_seconds(images, self.largest_batch)
+                self.unused.set()
 
     def start(self) -> None:
         """Start the worker thread and its watchdog."""
@@ -83,13 +80,9 @@ class Model:
         """Accept no more images and give *rejection* to every image without an outcome."""
         if self._closed_with is None:
             self._closed_with = rejection
-            items = [*self.queue.close(), *self._worker.in_flight()]
+            batches = tuple(self._worker.in_flight)
+            items = [*self.queue.close(), *(item for batch in batches for item in batch.items)]
             settle(items, [rejection] * len(items))
-
-    async def retire(self) -> None:
-        """Stop after the last request that uses the model has its response."""
-        await self._unused.wait()
-        await self.stop()
 
     async def stop(self) -> None:
         """Close the model and end its worker thread."""
@@ -111,10 +104,13 @@ class Model:
 
     async def _watch(self) -> None:
         while not self.dead:
-            images, seconds = self._worker.current_batch()
+            # The worker thread changes both.
+            started, batches = self._worker.started, tuple(self._worker.in_flight)
+            images = len(batches[0].items) if batches and started is not None else 0
+            seconds = 0.0 if started is None else time.monotonic() - started
             limit = self._timeout
             if limit is None:
-                limit = max(MIN_HANG_SECONDS, HANG_FACTOR * self._latency.batch_seconds(images))
+                limit = max(MIN_HANG_SECONDS, HANG_FACTOR * self.latency.batch_seconds(images))
             if seconds > limit:
                 self._declare_dead(f"a batch has been running for more than {limit:.1f} s")
             await asyncio.sleep(min(WATCH_SECONDS, max(limit - seconds, limit / 20)))

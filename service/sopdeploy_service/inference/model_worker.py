@@ -60,8 +60,8 @@ class ModelWorker:
         self._outputs = tuple(outputs)
         self._max_batch = self._limit = max_batch
         self._limited_until = 0.0
-        self._in_flight: list[_Batch] = []  # oldest first
-        self._started: float | None = None  # when the oldest batch got the device to itself
+        self.in_flight: list[_Batch] = []  # oldest first
+        self.started: float | None = None  # when the oldest batch got the device to itself
         self._thread: threading.Thread | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[], None]) -> None:
@@ -76,20 +76,9 @@ class ModelWorker:
         if self._thread is not None:
             self._thread.join(timeout)
 
-    def current_batch(self) -> tuple[int, float]:
-        """Return the size and the running seconds of the current batch; (0, 0.0) if idle."""
-        started, batches = self._started, tuple(self._in_flight)
-        if started is None:
-            return 0, 0.0
-        return len(batches[0].items) if batches else 0, time.monotonic() - started
-
-    def in_flight(self) -> list[QueuedImage]:
-        """Return the images of every batch in flight."""
-        return [item for batch in tuple(self._in_flight) for item in batch.items]
-
     def _run(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[], None]) -> None:
         try:
-            while self._in_flight or self._begin(self._queue.take(self._current_limit())):
+            while self.in_flight or self._begin(self._queue.take(self._current_limit())):
                 if self._overlapping is not None:
                     self._begin(self._queue.take_full(self._current_limit()))
                 self._complete_oldest(loop)
@@ -108,8 +97,8 @@ class ModelWorker:
         """Begin a batch of *items*; return False if there are none."""
         if items:
             batch = _Batch(items)
-            self._started = self._started or time.monotonic()
-            self._in_flight.append(batch)  # before it begins: the watchdog must see a call that hangs
+            self.started = self.started or time.monotonic()
+            self.in_flight.append(batch)  # before it begins: the watchdog must see a call that hangs
             if self._overlapping is not None:
                 try:
                     batch.wait = self._overlapping.begin([item.image for item in items])
@@ -119,12 +108,12 @@ class ModelWorker:
 
     def _complete_oldest(self, loop: asyncio.AbstractEventLoop) -> None:
         """Wait for the outputs of the oldest batch and hand them to the event loop."""
-        batch = self._in_flight[0]
+        batch = self.in_flight[0]
         images = [item.image for item in batch.items]
         rows = run_bisected(lambda part: self._run_images(part, batch), images, self._outputs)
-        started, ended = self._started or 0.0, time.monotonic()
-        del self._in_flight[0]
-        self._started = ended if self._in_flight else None
+        started, ended = self.started or 0.0, time.monotonic()
+        del self.in_flight[0]
+        self.started = ended if self.in_flight else None
         call_soon(loop, self._settle, batch.items, rows, started, ended)
 
     def _run_images(self, images: Images, batch: _Batch) -> Outputs:
@@ -156,7 +145,7 @@ class ModelWorker:
         settle(items, outcomes)
         self._latency.record(len(items), ended - started)
         self._metrics.batch([started - item.arrived for item in items], self._max_batch, started, ended)
-        self._metrics.nonfinite(sum(row is NONFINITE for row in rows))
+        self._metrics.nonfinite.inc(sum(row is NONFINITE for row in rows))
         traces = [item.trace for item in items if item.trace is not None]
         if traces:
             traces[0].record_batch(traces, started, ended)

@@ -12,12 +12,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy_service.inference.results import Outcome
-from sopdeploy_service.observability.request_context import Trace
+
+if TYPE_CHECKING:  # OpenTelemetry is optional
+    from sopdeploy_service.observability.tracing import RequestTrace
 
 log = logging.getLogger("sopdeploy.engine")
 
@@ -35,7 +38,7 @@ class QueuedImage:
     warnings: tuple[str, ...] = ()
     decode_seconds: float | None = None
     arrived: float = field(default_factory=time.monotonic)
-    trace: Trace | None = None
+    trace: "RequestTrace | None" = None
 
 
 class RequestQueue:

@@ -171,9 +171,10 @@ class ModelRegistry:
 
     def _make_model(self, name: str, loaded: LoadedModel) -> Model:
         loaded = replace(loaded, runtime=self._faults.wrap_runtime(loaded.runtime))
-        self._metrics.bundle_loaded(name, loaded.bundle, loaded.runtime)
+        self._metrics.count_bundle(name, loaded.bundle, loaded.runtime, 1)
         if loaded.fast_decode is not None:
-            self._metrics.fast_decode(name, loaded.fast_decode.drift, loaded.fast_decode.agreement)
+            self._metrics.fast_drift.labels(name).set(loaded.fast_decode.drift)
+            self._metrics.fast_agreement.labels(name).set(loaded.fast_decode.agreement)
         return Model(name, loaded, self._settings, self._metrics)
 
     def _serve(self, name: str, loaded: LoadedModel) -> Model:
@@ -195,19 +196,21 @@ class ModelRegistry:
 
     def _remove(self, name: str) -> None:
         versions = self._by_name.pop(name)
-        self._retire(versions.current)
-        self._retire(versions.previous)
+        self._retire(versions.current, versions.previous)
         log.info("%s: unloaded", name)
 
-    def _retire(self, model: Model | None) -> None:
-        if model is not None:
-            self._retiring[model] = asyncio.create_task(self._end(model))
+    def _retire(self, *models: Model | None) -> None:
+        for model in models:
+            if model is not None:
+                self._retiring[model] = asyncio.create_task(self._stop_unused(model))
 
-    async def _end(self, model: Model) -> None:
+    async def _stop_unused(self, model: Model) -> None:
+        """Stop *model* after the last request that uses it has its response."""
         try:
-            await model.retire()
+            await model.unused.wait()
+            await model.stop()
         except Exception:  # nothing awaits this task
             log.exception("%s: a replaced version did not stop cleanly", model.name)
         finally:
             del self._retiring[model]
-            self._metrics.bundle_unloaded(model.name, model.bundle, model.loaded.runtime)
+            self._metrics.count_bundle(model.name, model.bundle, model.loaded.runtime, -1)

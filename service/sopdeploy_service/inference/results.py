@@ -114,11 +114,6 @@ OUT_OF_MEMORY = Rejection("out_of_memory", 503, "the device is out of memory for
 CLIENT_GONE = Rejection("client_gone", 499, "the client closed the connection")
 
 
-def queue_full(retry_after: int) -> Rejection:
-    """Build the rejection of an image that finds the queue full; *retry_after* is in seconds."""
-    return Rejection("queue_full", 429, "the queue is full; retry later", retry_after)
-
-
 def format_prediction(
     ranked: RankedClasses,
     labels: Sequence[str],

@@ -36,7 +36,6 @@ from sopdeploy_service.inference.results import (
     Outcome,
     Prediction,
     Rejection,
-    queue_full,
 )
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.request_context import RequestContext
@@ -111,7 +110,7 @@ class Service:
         rejection = self.check_queue(model)
         # An idle worker is always tried: an estimate that rejects everything could never be corrected.
         if rejection is None and self._admitted:
-            end = time.monotonic() + model.estimate_seconds(self._admitted + 1)
+            end = time.monotonic() + model.latency.total_seconds(self._admitted + 1, model.largest_batch)
             return TOO_LATE if end > deadline else None
         return rejection
 
@@ -119,8 +118,9 @@ class Service:
         """Return why *images* more cannot be admitted now, or None."""
         if self._admitted + images <= self.settings.queue_size:
             return None
-        seconds = math.ceil(model.estimate_seconds(self._admitted))
-        return queue_full(min(MAX_RETRY_SECONDS, max(1, seconds)))
+        seconds = math.ceil(model.latency.total_seconds(self._admitted, model.largest_batch))
+        retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
+        return Rejection("queue_full", 429, "the queue is full; retry later", retry_after)
 
     @contextlib.contextmanager
     def reserve(self, images: int = 1) -> Iterator[None]:
@@ -152,7 +152,9 @@ class Service:
         rejection = self.check_queue(model, len(images))
         if rejection is not None:
             return rejection
-        context.charge(len(images))
+        context.images += len(images)
+        if context.rate_limit is not None:
+            context.rate_limit.spend(len(images))
         loop = asyncio.get_running_loop()
         items = [
             QueuedImage(outcome=loop.create_future(), deadline=deadline, trace=context.trace) for _ in images

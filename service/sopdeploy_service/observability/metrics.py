@@ -5,6 +5,7 @@ import time
 from collections import Counter as Counts
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -28,20 +29,16 @@ class BusyMeter:
         """Count the time from *started* to *ended* (`time.monotonic`) as busy."""
         with self._lock:
             self._spans.append((started, ended))
-            self._drop_before(ended - WINDOW_SECONDS)
+            while self._spans[0][1] < ended - WINDOW_SECONDS:
+                self._spans.popleft()
 
     def ratio(self) -> float:
         """Return the busy fraction, from 0 to 1."""
         with self._lock:
             now = time.monotonic()
-            self._drop_before(now - WINDOW_SECONDS)
             begin = max(self._created, now - WINDOW_SECONDS)
-            busy = sum(ended - max(started, begin) for started, ended in self._spans)
+            busy = sum(max(0.0, ended - max(started, begin)) for started, ended in self._spans)
             return min(1.0, busy / max(now - begin, 1e-9))
-
-    def _drop_before(self, moment: float) -> None:
-        while self._spans and self._spans[0][1] < moment:
-            self._spans.popleft()
 
 
 class Metrics:
@@ -49,47 +46,41 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
-
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"sopdeploy_{name}", text, labels, registry=registry)
-
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"sopdeploy_{name}", text, labels, registry=registry)
-
-        def histogram(name: str, text: str, buckets: Sequence[float], label: str) -> Histogram:
-            return Histogram(f"sopdeploy_{name}", text, (label,), buckets=buckets, registry=registry)
-
-        seconds = SECONDS_BUCKETS
-        self._requests = counter("requests", "Requests answered", "route", "code", "model")
+        counter = partial(Counter, namespace="sopdeploy", registry=registry)
+        gauge = partial(Gauge, namespace="sopdeploy", registry=registry)
+        histogram = partial(Histogram, namespace="sopdeploy", registry=registry)
+        self._requests = counter("requests", "Requests answered", ("route", "code", "model"))
         self._request_seconds = histogram(
-            "request_duration_seconds", "From request to response", seconds, "route"
+            "request_duration_seconds", "From request to response", ("route",), buckets=SECONDS_BUCKETS
         )
         self._stage_seconds = histogram(
-            "stage_duration_seconds", "Receive, decode, queue, infer", seconds, "stage"
+            "stage_duration_seconds", "Receive, decode, queue, infer", ("stage",), buckets=SECONDS_BUCKETS
         )
         self.decode_seconds = counter("decode_seconds", "Busy time, sum over all decoders")
         self.decoders = gauge("decoders", "Decoder threads")
-        self.batch_size = histogram("batch_size", "Images in a batch", BATCH_BUCKETS, "model")
+        self.batch_size = histogram("batch_size", "Images in a batch", ("model",), buckets=BATCH_BUCKETS)
         self.batch_close = counter(
-            "batch_close", "Why a batch closed: full, or the worker was idle", "model", "reason"
+            "batch_close", "Why a batch closed: full, or the worker was idle", ("model", "reason")
         )
-        self.rejected = counter("rejected", "Images or requests rejected", "reason")
+        self.rejected = counter("rejected", "Images or requests rejected", ("reason",))
         self.cancelled = counter("cancelled", "Requests whose client disconnected")
-        self.nonfinite_outputs = counter("nonfinite_outputs", "Images whose output is not finite", "model")
+        self.nonfinite_outputs = counter("nonfinite_outputs", "Images whose output is not finite", ("model",))
         self.queue_depth = gauge("queue_depth", "Images admitted and not yet answered")
-        self._busy = gauge("engine_busy_ratio", "Busy fraction of the last 10 s", "model")
+        self._busy = gauge("engine_busy_ratio", "Busy fraction of the last 10 s", ("model",))
         self.connections = gauge("connections", "Open connections")
         self.upload_bytes = gauge("upload_bytes", "Bytes of request bodies not yet answered")
         self.loop_lag = gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
-        self._fast_drift = gauge(
-            "fast_decode_drift", "RMS change of the logits over their spread, measured at the start", "model"
+        self.fast_drift = gauge(
+            "fast_decode_drift",
+            "RMS change of the logits over their spread, measured at the start",
+            ("model",),
         )
-        self._fast_agreement = gauge(
+        self.fast_agreement = gauge(
             "fast_decode_agreement",
             "Fraction of images whose best class stays, measured at the start",
-            "model",
+            ("model",),
         )
-        self._info = gauge("bundle_info", "Always 1", "digest", "model", "precision", "engine")
+        self._info = gauge("bundle_info", "Always 1", ("digest", "model", "precision", "engine"))
         self._models: dict[str, ModelMetrics] = {}
         self._loaded: Counts[tuple[str, ...]] = Counts()
 
@@ -100,24 +91,19 @@ class Metrics:
             self._busy.labels(model).set_function(created.busy.ratio)
         return self._models[model]
 
-    def bundle_loaded(self, name: str, bundle: Bundle, runtime: Runtime) -> None:
-        """Show *bundle* as loaded under *name* on *runtime*."""
-        labels = (bundle.manifest.id, name, bundle.manifest.precision, runtime.name)
-        self._loaded[labels] += 1
-        self._info.labels(*labels).set(1)
+    def count_bundle(self, name: str, bundle: Bundle, runtime: Runtime, change: int) -> None:
+        """Count *bundle* as loaded under *name* on *runtime* (*change* 1) or as unloaded (-1).
 
-    def bundle_unloaded(self, name: str, bundle: Bundle, runtime: Runtime) -> None:
-        """Remove *bundle*, unless it was loaded again before its last request had a response."""
+        It is shown while its count is positive: it may be loaded again before its last request has a
+        response.
+        """
         labels = (bundle.manifest.id, name, bundle.manifest.precision, runtime.name)
-        self._loaded[labels] -= 1
-        if not self._loaded[labels]:
+        self._loaded[labels] += change
+        if self._loaded[labels]:
+            self._info.labels(*labels).set(1)
+        else:
             del self._loaded[labels]
             self._info.remove(*labels)
-
-    def fast_decode(self, name: str, drift: float, agreement: float) -> None:
-        """Show how inexact decoding changes the outputs of the model *name*."""
-        self._fast_drift.labels(name).set(drift)
-        self._fast_agreement.labels(name).set(agreement)
 
     def request(self, route: str, code: int, seconds: float, model: str = "") -> None:
         """Count a response with the status *code*, from *model* if the request chose one."""
@@ -139,10 +125,9 @@ class ModelMetrics:
     def __init__(self, metrics: Metrics, model: str) -> None:
         self.busy = BusyMeter()
         self._stage = metrics.stage
-        self._size = metrics.batch_size.labels(
-            model
-        )  # created here, so that they show 0 before the first batch
-        self._nonfinite = metrics.nonfinite_outputs.labels(model)
+        # Created here, so that they show 0 before the first batch.
+        self._size = metrics.batch_size.labels(model)
+        self.nonfinite = metrics.nonfinite_outputs.labels(model)
         self._close, self._model = metrics.batch_close, model
 
     def batch(self, waited: Sequence[float], max_batch: int, started: float, ended: float) -> None:
@@ -153,7 +138,3 @@ class ModelMetrics:
         self._stage("infer", ended - started)
         for seconds in waited:
             self._stage("queue", seconds)
-
-    def nonfinite(self, images: int) -> None:
-        """Count *images* whose output is not finite."""
-        self._nonfinite.inc(images)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import httpx
 from prometheus_client import CollectorRegistry, Metric, generate_latest
@@ -34,9 +35,9 @@ def merge(pages: Mapping[str, str | None]) -> bytes:
     return generate_latest(registry)
 
 
+@dataclass(frozen=True)
 class _MergedPages(Collector):
-    def __init__(self, pages: Mapping[str, str | None]) -> None:
-        self._pages = pages
+    pages: Mapping[str, str | None]
 
     def collect(self) -> Iterable[Metric]:
         """Collect the metric families of all pages, joined by name."""
@@ -44,7 +45,7 @@ class _MergedPages(Collector):
             "sopdeploy_worker_up", "Whether the process of a device answers", labels=("device",)
         )
         families: dict[str, Metric] = {}
-        for device, page in self._pages.items():
+        for device, page in self.pages.items():
             up.add_metric((device,), float(page is not None))
             for family in text_string_to_metric_families(page or ""):
                 merged = families.setdefault(

@@ -5,43 +5,20 @@ and writes it to metrics, access log and trace when the request ends.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.settings import Settings
 
-
-class Span(NamedTuple):
-    """One stage of one image; times are those of `time.monotonic`."""
-
-    stage: str
-    started: float
-    ended: float
-
-
-class Trace(Protocol):
-    """The trace of one request; times are those of `time.monotonic`."""
-
-    @property
-    def id(self) -> str:
-        """The W3C trace id: 32 hexadecimal digits."""
-        ...
-
-    def record_batch(self, traces: Sequence["Trace"], started: float, ended: float) -> None:
-        """Write the span of a batch, linked to the requests of *traces*; one trace per image."""
-        ...
-
-    def end(self, route: str, status: int, spans: Sequence[Span]) -> None:
-        """Write *spans* and end the span of the request, answered with *status*."""
-        ...
-
+if TYPE_CHECKING:  # OpenTelemetry is optional
+    from sopdeploy_service.observability.tracing import RequestTrace
 
 # (request headers, start time) -> trace, or None if the request is not sampled.
-OpenTrace: TypeAlias = Callable[[Mapping[str, str], float], Trace | None]
+OpenTrace: TypeAlias = Callable[[Mapping[str, str], float], "RequestTrace | None"]
 
 
 class RateLimit(Protocol):
@@ -65,11 +42,11 @@ class RequestContext:
     """The state of one request, passed to the service with it.
 
     `scopes` are those of its API key; None means that the server has no keys. `stage_seconds` has the slowest
-    image of each stage, `spans` every image.
+    image of each stage; `spans` has (stage, start, end) of every image, in times of `time.monotonic`.
     """
 
     request_id: str
-    trace: Trace | None = None
+    trace: "RequestTrace | None" = None
     key_name: str | None = None
     scopes: tuple[str, ...] | None = None
     rate_limit: RateLimit | None = None
@@ -79,19 +56,13 @@ class RequestContext:
     images: int = 0
     code: str = "ok"
     stage_seconds: dict[str, float] = field(default_factory=dict)
-    spans: list[Span] = field(default_factory=list)
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
 
     def record_stage(self, stage: str, seconds: float, ended: float | None = None) -> None:
         """Record that one image spent *seconds* in *stage*, which ended at *ended* (default: now)."""
         self.stage_seconds[stage] = max(seconds, self.stage_seconds.get(stage, 0.0))
         end = time.monotonic() if ended is None else ended
-        self.spans.append(Span(stage, end - seconds, end))
-
-    def charge(self, images: int) -> None:
-        """Count *images* and take them from the rate limit, which raises if they exceed it."""
-        self.images += images
-        if self.rate_limit is not None:
-            self.rate_limit.spend(images)
+        self.spans.append((stage, end - seconds, end))
 
     def server_timing(self) -> str:
         """Format the value of the `Server-Timing` header; durations are in milliseconds."""
@@ -111,8 +82,8 @@ def open_tracing(settings: Settings) -> Iterator[OpenTrace | None]:
     tracing = import_optional(
         "sopdeploy_service.observability.tracing", "OpenTelemetry", "sopdeploy[otel]", ConfigError, "tracing"
     )
-    tracer = tracing.Tracing(tracing.otlp_provider())
+    provider = tracing.otlp_provider()
     try:
-        yield tracer.open
+        yield tracing.Tracing(provider).open
     finally:
-        tracer.close()
+        provider.shutdown()

@@ -15,8 +15,6 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from sopdeploy_service.observability.request_context import Span, Trace
-
 PROPAGATOR = TraceContextTextMapPropagator()  # only `traceparent`: baggage from clients is not propagated
 
 
@@ -32,10 +30,9 @@ class Tracing:
     """Opens the traces of one server."""
 
     def __init__(self, provider: TracerProvider) -> None:
-        self._provider = provider
         self._tracer = provider.get_tracer("sopdeploy")
 
-    def open(self, headers: Mapping[str, str], started: float) -> Trace | None:
+    def open(self, headers: Mapping[str, str], started: float) -> "RequestTrace | None":
         """Open the trace of a request that began at *started*; None if it is not sampled."""
         carrier = {"traceparent": headers["traceparent"]} if "traceparent" in headers else {}
         span = self._tracer.start_span(
@@ -46,26 +43,24 @@ class Tracing:
         )
         return RequestTrace(self._tracer, span) if span.is_recording() else None
 
-    def close(self) -> None:
-        """Send the remaining spans."""
-        self._provider.shutdown()
-
 
 class RequestTrace:
-    """The span of one request; implements `Trace`."""
+    """The span of one request; *id* is its W3C trace id, 32 hexadecimal digits.
+
+    Times are those of `time.monotonic`.
+    """
 
     def __init__(self, tracer: trace.Tracer, span: trace.Span) -> None:
         self._tracer = tracer
         self._span = span
+        self.id = trace.format_trace_id(span.get_span_context().trace_id)
 
-    @property
-    def id(self) -> str:
-        """The W3C trace id: 32 hexadecimal digits."""
-        return trace.format_trace_id(self._span.get_span_context().trace_id)
+    def record_batch(self, traces: Sequence["RequestTrace"], started: float, ended: float) -> None:
+        """Write the span of a batch: a root span, linked once to each request of *traces*.
 
-    def record_batch(self, traces: Sequence[Trace], started: float, ended: float) -> None:
-        """Write the span of a batch: a root span, linked once to each request of *traces*."""
-        requests = {id(one): one for one in traces if isinstance(one, RequestTrace)}
+        *traces* has one trace per image.
+        """
+        requests = {id(one): one for one in traces}
         span = self._tracer.start_span(
             "batch",
             context=trace.set_span_in_context(trace.INVALID_SPAN),
@@ -75,8 +70,8 @@ class RequestTrace:
         )
         span.end(_to_epoch(ended))
 
-    def end(self, route: str, status: int, spans: Sequence[Span]) -> None:
-        """Write *spans*, then end the span of the request."""
+    def end(self, route: str, status: int, spans: Sequence[tuple[str, float, float]]) -> None:
+        """Write *spans* (stage, start, end), then end the span of the request."""
         parent = trace.set_span_in_context(self._span)
         for stage, started, ended in spans:
             self._tracer.start_span(stage, context=parent, start_time=_to_epoch(started)).end(

@@ -39,25 +39,16 @@ def test_json_numbers_are_the_same_float32_when_parsed():
     assert np.array_equal(np.float32(output["data"]), VALUES["logits"].ravel())
 
 
-def test_binary_outputs_follow_the_json_in_order():
-    body, headers = format_response(
-        HEAD, VALUES, [RequestedOutput(GATE, True, 0), RequestedOutput(LOGITS, True, 0)], LABELS
-    )
+@pytest.mark.parametrize("gate_is_binary", [True, False])
+def test_binary_outputs_follow_the_json_in_order(gate_is_binary):
+    requested = [RequestedOutput(GATE, gate_is_binary, 0), RequestedOutput(LOGITS, True, 0)]
+    body, headers = format_response(HEAD, VALUES, requested, LABELS)
     text, rest = split_response(body, headers)
-    sizes = [output["parameters"]["binary_data_size"] for output in text["outputs"]]
+    gate, logits = text["outputs"]
     assert headers["Content-Type"] == "application/octet-stream"
-    assert sizes == [16, 24]
-    assert rest == VALUES["gate"].tobytes() + VALUES["logits"].tobytes()
-
-
-def test_json_and_binary_outputs_can_be_mixed():
-    body, headers = format_response(
-        HEAD, VALUES, [RequestedOutput(GATE, False, 0), RequestedOutput(LOGITS, True, 0)], LABELS
-    )
-    text, rest = split_response(body, headers)
-    assert "data" in text["outputs"][0]
-    assert "data" not in text["outputs"][1]
-    assert rest == VALUES["logits"].tobytes()
+    assert ("data" in gate, "data" in logits) == (not gate_is_binary, False)
+    assert logits["parameters"] == {"binary_data_size": 24}
+    assert rest == (VALUES["gate"].tobytes() if gate_is_binary else b"") + VALUES["logits"].tobytes()
 
 
 def test_classes_are_value_index_label_and_ties_keep_their_order():

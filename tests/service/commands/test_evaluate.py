@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -64,31 +65,37 @@ def test_views_are_averaged(bundle_path, folder) -> None:
     )
 
 
-def test_unknown_and_missing_classes_are_named(client, bundle_path, folder) -> None:
+def rename_a_class(folder: Path) -> None:
     (folder / "fox").rename(folder / "yak")
-    message = "classes yak are not training classes.*training classes fox are missing"
+
+
+def empty_a_class(folder: Path) -> None:
+    for path in (folder / "fox").iterdir():
+        path.unlink()
+
+
+def damage_an_image(folder: Path) -> None:
+    (folder / "gnu" / "0.jpeg").write_bytes(b"text")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (rename_a_class, "classes yak are not training classes.*training classes fox are missing"),
+        (empty_a_class, "fox: no images in this class folder"),
+        (damage_an_image, r"gnu/0\.jpeg: (this is not an image|rejected)"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_named(client, bundle_path, folder, change, message) -> None:
+    change(folder)
     with pytest.raises(DataError, match=message):
         scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_image=silent)
     with Client(str(client.base_url)) as asking, pytest.raises(DataError, match=message):
         score_service(asking, folder, on_image=silent)
 
 
-def test_an_empty_class_folder_is_named(client, bundle_path, folder) -> None:
-    for path in (folder / "fox").iterdir():
-        path.unlink()
-    with pytest.raises(DataError, match="fox: no images in this class folder"):
-        scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_image=silent)
-    with Client(str(client.base_url)) as asking, pytest.raises(DataError, match="fox: no images"):
-        score_service(asking, folder, on_image=silent)
-
-
-def test_a_bad_image_is_named_and_a_missing_service_is_an_error(client, bundle_path, folder) -> None:
-    (folder / "gnu" / "0.jpeg").write_bytes(b"text")
-    with pytest.raises(DataError, match=r"gnu/0\.jpeg: this is not an image"):
-        scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_image=silent)
-    with Client(str(client.base_url)) as asking, pytest.raises(DataError, match=r"gnu/0\.jpeg: rejected"):
-        score_service(asking, folder, on_image=silent)
-    with Client("http://127.0.0.1:1", retries=0) as asking, pytest.raises(ServiceError, match="no answer"):
+def test_a_missing_service_is_an_error(folder) -> None:
+    with Client("http://127.0.0.1:1", retries=0) as asking, pytest.raises(ServiceError, match="no response"):
         score_service(asking, folder, on_image=silent)
 
 

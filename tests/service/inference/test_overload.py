@@ -120,22 +120,16 @@ def test_a_disconnected_client_leaves_the_queue(serve_with, pool, jpeg, until):
     assert "sopdeploy_cancelled_total 5.0" in client.get("/metrics").text
 
 
-def test_an_image_that_makes_the_runtime_raise_fails_alone(serve_with, pool, jpeg, make_picture):
+@pytest.mark.parametrize(("color", "code"), [(DARK, "engine_failed"), (BLUE, "nonfinite_output")])
+def test_a_bad_image_fails_alone(serve_with, pool, jpeg, make_picture, color, code):
     client = serve_with(FailingRuntime(RuntimeError("no")))
-    bodies = [jpeg] * 7 + [make_picture(DARK, kind="PNG")]
+    bodies = [jpeg] * 7 + [make_picture(color, kind="PNG")]
     for _ in range(5):
         replies = list(pool.map(lambda body: post(client, body), bodies))
         assert [reply.status_code for reply in replies] == [200] * 7 + [500]
-        assert replies[-1].json()["code"] == "engine_failed"
-
-
-def test_a_nan_is_an_error_of_its_image_only(serve_with, pool, jpeg, make_picture):
-    client = serve_with(FailingRuntime(RuntimeError("no")))
-    bodies = [jpeg] * 7 + [make_picture(BLUE, kind="PNG")]
-    replies = list(pool.map(lambda body: post(client, body), bodies))
-    assert [reply.status_code for reply in replies] == [200] * 7 + [500]
-    assert replies[-1].json()["code"] == "nonfinite_output"
-    assert 'sopdeploy_nonfinite_outputs_total{model="tiny"} 1.0' in client.get("/metrics").text
+        assert replies[-1].json()["code"] == code
+    nonfinite = 5.0 if color == BLUE else 0.0
+    assert f'nonfinite_outputs_total{{model="tiny"}} {nonfinite}' in client.get("/metrics").text
 
 
 def test_a_dead_worker_rejects_everything_and_fails_the_health_checks(serve_with, jpeg, make_picture, until):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sopdeploy_service.api import upload
-from sopdeploy_service.api.v2 import response as v2_infer
+from sopdeploy_service.api.v2 import routes
 from sopdeploy_service.runtime.fake import FakeRuntime
 
 PIXELS = np.zeros((1, 32, 32, 3), np.uint8)
@@ -35,7 +35,7 @@ def blocked(monkeypatch):
         return read
 
     monkeypatch.setattr(upload, "parse_upload", waiting(upload.parse_upload))
-    monkeypatch.setattr(v2_infer, "parse_body", waiting(v2_infer.parse_body))
+    monkeypatch.setattr(routes, "parse_body", waiting(routes.parse_body))
     yield gate
     gate.set()
 

@@ -2,13 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.bundle.manifest import TensorRecord
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_statistics import Sum
 from sopdeploy_service.settings import Settings
@@ -30,12 +28,6 @@ class Tensor:
     name: str
     datatype: str
     shape: tuple[int, ...]
-
-    @classmethod
-    def of(cls, record: TensorRecord) -> "Tensor":
-        """Create the tensor of a manifest's *record*."""
-        sizes = (-1 if size is None else size for size in record.shape)
-        return cls(record.name, DATATYPES[record.dtype], tuple(sizes))
 
     @property
     def item_shape(self) -> tuple[int, ...]:
@@ -68,13 +60,11 @@ class Signature:
     def of(cls, bundle: Bundle, max_images: int) -> "Signature":
         """Create the signature of *bundle*."""
         manifest = bundle.manifest
-        outputs = tuple(Tensor.of(output) for output in manifest.outputs)
-        return cls(Tensor.of(manifest.inputs[0]), outputs, bundle.labels, max_images)
-
-
-def server_metadata() -> dict[str, Any]:
-    """Build the response of `GET /v2`."""
-    return {"name": "sopdeploy", "version": version("sopdeploy"), "extensions": list(EXTENSIONS)}
+        tensor, *outputs = (
+            Tensor(record.name, DATATYPES[record.dtype], tuple(-1 if n is None else n for n in record.shape))
+            for record in (manifest.inputs[0], *manifest.outputs)
+        )
+        return cls(tensor, tuple(outputs), bundle.labels, max_images)
 
 
 def platform(model: Model) -> str:
@@ -161,9 +151,3 @@ def model_statistics(model: Model) -> dict[str, Any]:
             for size, runs in executions.items()
         ],
     }
-
-
-def repository_entry(model: Model) -> dict[str, str]:
-    """Build the entry of *model* in the repository index."""
-    state, reason = ("UNAVAILABLE", "the model worker has stopped") if model.dead else ("READY", "")
-    return {"name": model.name, "version": model.version, "state": state, "reason": reason}

@@ -30,7 +30,6 @@ from sopdeploy_service.http.strict_json import check_length, decode_text, parse
 MICROSECONDS = 1e6
 MAX_DIGITS = 20  # of the header; `int` rejects thousands of digits
 SHAPE_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 1}}
-SHAPE_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 1}}
 LENGTH_BYTES = 4  # before every element of a binary BYTES tensor
 
 

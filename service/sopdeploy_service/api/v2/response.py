@@ -1,6 +1,5 @@
-"""Run an inference request and build its JSON or binary response."""
+"""Build the JSON or binary response of an inference request."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from struct import pack
@@ -8,53 +7,14 @@ from typing import Any
 
 import numpy as np
 import orjson
-from fastapi import Request, Response
 from numpy.typing import NDArray
 
-from sopdeploy_service.api.upload import (
-    admit,
-    context_of,
-    parsing,
-    raise_if_rejected,
-    read_body,
-    service_of,
-)
-from sopdeploy_service.api.v2.metadata import DTYPES, Signature
-from sopdeploy_service.api.v2.request import RequestedOutput, parse_body
-from sopdeploy_service.http.disconnect import cancel_on_disconnect
+from sopdeploy_service.api.v2.metadata import DTYPES
+from sopdeploy_service.api.v2.request import RequestedOutput
 from sopdeploy_service.http.problems import RejectedError
-from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.results import Outcome, Prediction, Rejection, top_indices
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-
-
-async def infer(request: Request, name: str, version: str | None) -> Response:
-    """Run the request on the model *name*; raises `RejectedError` if any image is rejected."""
-    service, context = service_of(request), context_of(request)
-    started = time.monotonic()
-    model, deadline = admit(request, name, version)
-    signature = Signature.of(model.bundle, service.settings.max_images)
-    with model.in_use():  # while the body arrives, the model may be replaced
-        body = await read_body(request, service.settings.max_body_bytes, deadline)
-        length = request.headers.get(HEADER_LENGTH)
-        async with parsing(service, model, deadline):
-            parsed = await service.parse(parse_body, body, length, signature, service.settings.max_json_bytes)
-        received = time.monotonic()
-        service.metrics.stage("receive", received - started)
-        context.record_stage("receive", received - started, received)
-        if parsed.timeout_seconds is not None:
-            deadline = min(deadline, started + parsed.timeout_seconds)
-        images = parsed.images
-        encoded = [EncodedImage(image) for image in images] if isinstance(images, list) else images
-        work = service.infer(model, encoded, deadline, context)
-        outcomes = raise_if_rejected(await cancel_on_disconnect(work, request.receive))
-    head = {"model_name": model.name, "model_version": model.version}
-    if parsed.id is not None:
-        head = {"id": parsed.id, **head}
-    labels = {signature.outputs[0].name: model.labels}
-    content, headers = format_response(head, stack_outputs(outcomes), parsed.outputs, labels)
-    return Response(content, headers={**headers, "Server-Timing": context.server_timing()})
 
 
 def stack_outputs(outcomes: Sequence[Outcome]) -> dict[str, NDArray[np.float32]]:

@@ -2,19 +2,30 @@
 
 import time
 from collections.abc import Awaitable, Callable
+from importlib.metadata import version as package_version
 from typing import Any
 
 import orjson
 import pydantic
 from fastapi import APIRouter, Depends, Request, Response
 
-from sopdeploy_service.api.upload import raise_if_rejected, read_body, service_of, use_model
+from sopdeploy_service.api.upload import (
+    admit,
+    context_of,
+    parsing,
+    raise_if_rejected,
+    read_body,
+    service_of,
+    use_model,
+)
 from sopdeploy_service.api.v2 import metadata
-from sopdeploy_service.api.v2.metadata import Signature
-from sopdeploy_service.api.v2.request import Body, InferBody, ParsedBody, validate
-from sopdeploy_service.api.v2.response import HEADER_LENGTH, infer
+from sopdeploy_service.api.v2.metadata import EXTENSIONS, Signature
+from sopdeploy_service.api.v2.request import Body, InferBody, ParsedBody, parse_body, validate
+from sopdeploy_service.api.v2.response import HEADER_LENGTH, format_response, stack_outputs
 from sopdeploy_service.http.auth import needs
+from sopdeploy_service.http.disconnect import cancel_on_disconnect
 from sopdeploy_service.http.strict_json import parse
+from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.model import Model
 
 MAX_BODY_BYTES = 100_000  # of a repository request
@@ -121,7 +132,9 @@ def model_endpoint(method: str, suffix: str, **options: Any) -> Callable[[Endpoi
 @router.get("/v2")
 async def server() -> Response:
     """Name the server and the extensions it supports."""
-    return json_response(metadata.server_metadata())
+    return json_response(
+        {"name": "sopdeploy", "version": package_version("sopdeploy"), "extensions": EXTENSIONS}
+    )
 
 
 @router.get("/v2/health/live")
@@ -180,15 +193,43 @@ async def model_metadata(request: Request, name: str, version: str | None) -> Re
 @model_endpoint("POST", "/infer", openapi_extra=INFER_BODY)
 async def model_infer(request: Request, name: str, version: str | None) -> Response:
     """Return the outputs of 1..n images, sent as a tensor or as encoded files."""
-    return await infer(request, name, version)
+    service, context = service_of(request), context_of(request)
+    started = time.monotonic()
+    model, deadline = admit(request, name, version)
+    signature = Signature.of(model.bundle, service.settings.max_images)
+    with model.in_use():  # while the body arrives, the model may be replaced
+        body = await read_body(request, service.settings.max_body_bytes, deadline)
+        length = request.headers.get(HEADER_LENGTH)
+        async with parsing(service, model, deadline):
+            parsed = await service.parse(parse_body, body, length, signature, service.settings.max_json_bytes)
+        received = time.monotonic()
+        service.metrics.stage("receive", received - started)
+        context.record_stage("receive", received - started, received)
+        if parsed.timeout_seconds is not None:
+            deadline = min(deadline, started + parsed.timeout_seconds)
+        images = parsed.images
+        encoded = [EncodedImage(image) for image in images] if isinstance(images, list) else images
+        work = service.infer(model, encoded, deadline, context)
+        outcomes = raise_if_rejected(await cancel_on_disconnect(work, request.receive))
+    head = {"model_name": model.name, "model_version": model.version}
+    if parsed.id is not None:
+        head = {"id": parsed.id, **head}
+    labels = {signature.outputs[0].name: model.labels}
+    content, headers = format_response(head, stack_outputs(outcomes), parsed.outputs, labels)
+    return Response(content, headers={**headers, "Server-Timing": context.server_timing()})
 
 
 @router.post("/v2/repository/index", openapi_extra=request_body(IndexBody))
 async def index(request: Request) -> Response:
     """List the loaded models; with `{"ready": true}` only those that can predict."""
     only_ready = (await read_json(request, IndexBody)).ready
-    models = service_of(request).registry.models()
-    return json_response([metadata.repository_entry(m) for m in models if not (only_ready and m.dead)])
+    entries = []
+    for model in service_of(request).registry.models():
+        state, reason = ("UNAVAILABLE", "the model worker has stopped") if model.dead else ("READY", "")
+        if not (only_ready and model.dead):
+            entry = {"name": model.name, "version": model.version, "state": state, "reason": reason}
+            entries.append(entry)
+    return json_response(entries)
 
 
 @router.post("/v2/repository/models/{name}/load", openapi_extra=request_body(LoadBody), dependencies=ADMIN)
