@@ -35,7 +35,7 @@ def merge(pages: Mapping[str, str | None]) -> bytes:
     return generate_latest(registry)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # the registry needs the hash of the identity
 class _MergedPages(Collector):
     pages: Mapping[str, str | None]
 
