@@ -20,7 +20,7 @@ from sopdeploy.data.datasets.folder import open_classes
 from sopdeploy.images.preprocess import Preprocess
 
 RULES = Preprocess(resize=18, crop=16)
-WAYS = [
+AUGMENTATIONS = [
     CenterCrop(kind="center", flip=0.5),
     PadCrop(kind="pad-crop", flip=0.5, pad=2),
     RandomResizedCrop(kind="random-resized-crop", flip=0.5),
@@ -35,27 +35,27 @@ def images(count: int = 12) -> ArrayImages:
     return ArrayImages(("a", "b"), images, np.arange(count) % 2)
 
 
-def arrays(way, seed: int, epoch: int) -> np.ndarray:
-    view = AugmentedDataset(images(), way, RULES, seed, epoch)
+def arrays(augmentation, seed: int, epoch: int) -> np.ndarray:
+    view = AugmentedDataset(images(), augmentation, RULES, seed, epoch)
     assert view.labels == ("a", "b")
     return np.stack([view[index][0] for index in range(len(view))])
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.kind)
-def test_augmentation_depends_on_seed_epoch_and_sample_only(way) -> None:
-    first = arrays(way, seed=1, epoch=2)
-    view = AugmentedDataset(images(), way, RULES, 1, 2)
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS, ids=lambda augmentation: augmentation.kind)
+def test_augmentation_depends_on_seed_epoch_and_sample_only(augmentation) -> None:
+    first = arrays(augmentation, seed=1, epoch=2)
+    view = AugmentedDataset(images(), augmentation, RULES, 1, 2)
     assert np.array_equal(np.stack([view[i][0] for i in reversed(range(12))])[::-1], first)
-    assert not np.array_equal(arrays(way, seed=1, epoch=3), first)
-    assert not np.array_equal(arrays(way, seed=2, epoch=2), first)
+    assert not np.array_equal(arrays(augmentation, seed=1, epoch=3), first)
+    assert not np.array_equal(arrays(augmentation, seed=2, epoch=2), first)
     assert first.dtype == np.uint8
     assert first.shape == (12, 16, 16, 3)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (700, 3), (16, 16), (31, 40)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "I;16"])
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.kind)
-def test_images_of_any_size_and_mode_are_augmented(way, mode, size) -> None:
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS, ids=lambda augmentation: augmentation.kind)
+def test_images_of_any_size_and_mode_are_augmented(augmentation, mode, size) -> None:
     class One:
         labels = ("a",)
 
@@ -65,7 +65,7 @@ def test_images_of_any_size_and_mode_are_augmented(way, mode, size) -> None:
         def __getitem__(self, index: int):
             return Image.new(mode, size), 0
 
-    array, _ = AugmentedDataset(One(), way, RULES, 0, 0)[0]
+    array, _ = AugmentedDataset(One(), augmentation, RULES, 0, 0)[0]
     assert array.shape == (16, 16, 3)
 
 
@@ -74,7 +74,7 @@ def test_a_center_crop_without_mirroring_equals_preprocessing() -> None:
     assert all(np.array_equal(view[i][0], RULES(images()[i][0])) for i in range(12))
 
 
-def test_about_half_of_the_pictures_are_mirrored() -> None:
+def test_about_half_of_the_images_are_mirrored() -> None:
     many = images(400)
     view = AugmentedDataset(many, CenterCrop(kind="center", flip=0.5), RULES, 0, 0)
     mirrored = sum(np.array_equal(view[i][0], RULES(many[i][0])[:, ::-1]) for i in range(400))
@@ -82,17 +82,17 @@ def test_about_half_of_the_pictures_are_mirrored() -> None:
 
 
 def test_a_padded_crop_uses_every_shift_and_black_padding() -> None:
-    rules, way = Preprocess(resize=4, crop=4), PadCrop(kind="pad-crop", pad=1)
+    rules, augmentation = Preprocess(resize=4, crop=4), PadCrop(kind="pad-crop", pad=1)
     white = Image.new("RGB", (4, 4), "white")
-    seen = {way.crop(white, rules, Random(seed)).tobytes() for seed in range(300)}
+    seen = {augmentation.crop(white, rules, Random(seed)).tobytes() for seed in range(300)}
     assert len(seen) == 9
     assert {value for array in seen for value in array} == {0, 255}
 
 
 @given(size=SIZES, seed=st.integers(0, 2**63))
 def test_a_random_resized_box_is_inside_the_image_with_an_allowed_area(size, seed) -> None:
-    way = RandomResizedCrop(kind="random-resized-crop", scale=(0.08, 1.0))
-    left, top, right, bottom = way.box(size, 224, Random(seed))
+    augmentation = RandomResizedCrop(kind="random-resized-crop", scale=(0.08, 1.0))
+    left, top, right, bottom = augmentation.box(size, 224, Random(seed))
     assert 0 <= left < right <= size[0]
     assert 0 <= top < bottom <= size[1]
     if min(size) > 50 and max(size) < 2 * min(size):
@@ -121,11 +121,11 @@ def test_a_draft_shows_the_same_part_a_few_gray_levels_off(tmp_path, kind, turne
         Image.fromarray(pixels).save(tmp_path / name / "1.jpg", quality=95, exif=exif)
     images = open_classes(tmp_path, ("a", "b"))
     rules = Preprocess(resize=72, crop=64)
-    way = {"kind": kind, "flip": 0.5} | ({"sides": (66, 100)} if kind == "random-side" else {})
+    augmentation = {"kind": kind, "flip": 0.5} | ({"sides": (66, 100)} if kind == "random-side" else {})
     full, draft = (
         [
             AugmentedDataset(
-                images, TypeAdapter(Augmentation).validate_python(way | switch), rules, 0, epoch
+                images, TypeAdapter(Augmentation).validate_python(augmentation | switch), rules, 0, epoch
             )[0]
             for epoch in range(12)
         ]

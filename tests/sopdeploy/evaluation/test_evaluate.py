@@ -31,14 +31,14 @@ class FromPixels(nn.Module):
         self.classes = classes
 
     def forward(self, images: Tensor) -> Tensor:
-        answer = (images[:, 0, 0, 0] * 0.229 + 0.485) * 255
-        distance = (torch.arange(self.classes)[None] - answer[:, None]).abs()
+        prediction = (images[:, 0, 0, 0] * 0.229 + 0.485) * 255
+        distance = (torch.arange(self.classes)[None] - prediction[:, None]).abs()
         return -distance * self.scale
 
 
-def images(answers: list[int], targets: list[int], classes: int) -> PreprocessedDataset:
+def images(predictions: list[int], targets: list[int], classes: int) -> PreprocessedDataset:
     images = np.broadcast_to(
-        np.asarray(answers, dtype=np.uint8)[:, None, None, None], (len(answers), 4, 4, 3)
+        np.asarray(predictions, dtype=np.uint8)[:, None, None, None], (len(predictions), 4, 4, 3)
     )
     labels = tuple(str(number) for number in range(classes))
     return PreprocessedDataset(ArrayImages(labels, images.copy(), np.asarray(targets)), RULES)
@@ -49,12 +49,11 @@ def images(answers: list[int], targets: list[int], classes: int) -> Preprocessed
 def test_evaluate_counts_top1_and_top5_of_every_image(data, classes, size) -> None:
     one = st.integers(0, classes - 1)
     pairs = data.draw(st.lists(st.tuples(one, one), min_size=1, max_size=20))
-    answers, targets = (list(column) for column in zip(*pairs, strict=True))
-    told: list[int] = []
-    figures = evaluate(
-        FromPixels(classes), images(answers, targets, classes), RULES, batch_size=size, on_batch=told.append
-    )
-    assert figures.count == told[-1] == len(pairs)
+    predictions, targets = (list(column) for column in zip(*pairs, strict=True))
+    progress: list[int] = []
+    dataset = images(predictions, targets, classes)
+    figures = evaluate(FromPixels(classes), dataset, RULES, batch_size=size, on_batch=progress.append)
+    assert figures.count == progress[-1] == len(pairs)
     assert figures.top1 == pytest.approx(np.mean([a == t for a, t in pairs]))
     near = [sum(abs(c - a) < abs(t - a) for c in range(classes)) for a, t in pairs]
     tied = [sum(abs(c - a) == abs(t - a) for c in range(classes)) - 1 for a, t in pairs]
@@ -116,9 +115,9 @@ def stored(tmp_path) -> Path:
 
 
 def measured(stored: Path, data: Path, **options: Any) -> ClassificationReport:
-    told: list[tuple[int, int]] = []
-    labels, scores = score_checkpoint(stored, data, on_image=lambda *done: told.append(done), **options)
-    assert told[-1] == (len(scores), len(scores))
+    progress: list[tuple[int, int]] = []
+    labels, scores = score_checkpoint(stored, data, on_image=lambda *done: progress.append(done), **options)
+    assert progress[-1] == (len(scores), len(scores))
     return classification_report(labels, scores)
 
 

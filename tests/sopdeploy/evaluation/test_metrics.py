@@ -1,4 +1,4 @@
-"""Figures by hand and by definition; sources told apart; views of a image."""
+"""Metrics computed by hand and by definition, detected sources, and views of an image."""
 
 import math
 
@@ -16,21 +16,14 @@ from sopdeploy.images.preprocess import Preprocess, check_tta_mode, tta_views
 LABELS = ("a", "b", "c")
 
 
-def answered(target: int, *probabilities: float) -> Score:
+def score(target: int, *probabilities: float) -> Score:
     ranked = sorted(enumerate(probabilities), key=lambda pair: -pair[1])
     return Score.from_ranking(target, ranked)
 
 
 def test_a_report_on_four_images_computed_by_hand() -> None:
-    found = classification_report(
-        LABELS,
-        [
-            answered(0, 0.7, 0.2, 0.1),
-            answered(0, 0.3, 0.6, 0.1),
-            answered(1, 0.1, 0.8, 0.1),
-            answered(2, 0.5, 0.3, 0.2),
-        ],
-    )
+    rows = [(0, 0.7, 0.2, 0.1), (0, 0.3, 0.6, 0.1), (1, 0.1, 0.8, 0.1), (2, 0.5, 0.3, 0.2)]
+    found = classification_report(LABELS, [score(*row) for row in rows])
     assert (found.count, found.top1.right, found.top1.share, found.top5.share) == (4, 2, 0.5, 1.0)
     assert found.confusion == ((1, 1, 0), (0, 1, 0), (1, 0, 0))
     assert [(one.label, one.count, one.answered, one.precision) for one in found.classes] == [
@@ -61,7 +54,7 @@ probability_rows = st.lists(
 @given(probability_rows)
 def test_metrics_follow_their_definitions(rows) -> None:
     scaled = [(target, np.asarray(row) / sum(row)) for target, row in rows]
-    found = classification_report(LABELS, [answered(target, *map(float, row)) for target, row in scaled])
+    found = classification_report(LABELS, [score(target, *map(float, row)) for target, row in scaled])
     matrix = np.asarray(found.confusion)
     assert matrix.sum() == len(rows)
     assert found.top1.right == np.trace(matrix)
@@ -78,9 +71,8 @@ def test_metrics_follow_their_definitions(rows) -> None:
 
 
 def test_a_probability_of_0_has_a_finite_loss() -> None:
-    assert classification_report(("a", "b"), [Score(1, (0, 1), 1.0, 0.0)]).nll == pytest.approx(
-        708.4, abs=0.1
-    )
+    report = classification_report(("a", "b"), [Score(1, (0, 1), 1.0, 0.0)])
+    assert report.nll == pytest.approx(708.4, abs=0.1)
 
 
 def test_no_images_are_an_error() -> None:
@@ -125,12 +117,12 @@ def test_ten_crops_are_corners_center_and_their_mirrors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "rules", "message"),
+    ("mode", "rules", "message"),
     [
         ("five", RULES, "--tta five: not one of none, flip, ten-crop"),
         ("ten-crop", Preprocess(resize=8, crop=8), "no corners to crop"),
     ],
 )
-def test_invalid_tta_modes_are_refused(wish, rules, message) -> None:
+def test_invalid_tta_modes_are_refused(mode, rules, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_tta_mode(wish, rules)
+        check_tta_mode(mode, rules)

@@ -1,8 +1,9 @@
-"""The one way from a image to pixels, against torchvision, color by color and turn by turn."""
+"""Preprocessing of images against torchvision, for every color mode and EXIF orientation."""
 
 import io
 import struct
 import time
+from typing import Any
 
 import numpy as np
 import pydantic
@@ -67,67 +68,46 @@ def test_photographs_equal_torchvision_pixel_for_pixel(size: tuple[int, int]) ->
         assert np.array_equal(rules(image), from_torchvision(image, rules))
 
 
-def sixteen_bits() -> Image.Image:
-    file = io.BytesIO()
-    values = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
-    Image.fromarray(values).save(file, "PNG")
-    return Image.open(file)
-
-
-def translucent(mode: str) -> Image.Image:
-    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    image.paste((100, 100, 100, 255), (0, 0, 4, 8))
-    return image if mode == "RGBA" else image.convert(mode)
-
-
-def palette_with_transparency() -> Image.Image:
-    image = Image.new("P", (8, 8), 1)
-    image.putpalette([9, 9, 9, 40, 50, 60])
-    image.paste(0, (4, 0, 8, 8))
-    file = io.BytesIO()
-    image.save(file, "PNG", transparency=0)
-    return Image.open(file)
-
-
-def one_bit() -> Image.Image:
-    image = Image.new("1", (8, 8), 0)
-    image.paste(1, (4, 0, 8, 8))
+def halves(mode: str, left: Any, right: Any) -> Image.Image:
+    image = Image.new(mode, (8, 8), left)
+    image.paste(right, (4, 0, 8, 8))
     return image
 
 
-def cmyk() -> Image.Image:
-    image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    image.paste((255, 0, 0, 0), (4, 0, 8, 8))
-    return image
+def reopened(image: Image.Image, **options: Any) -> Image.Image:
+    """Save *image* as PNG and open it again."""
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    return Image.open(file)
 
 
+TRANSLUCENT = halves("RGBA", (100, 100, 100, 255), (255, 0, 0, 0))
+PALETTE = halves("P", 1, 0)
+PALETTE.putpalette([9, 9, 9, 40, 50, 60])
 # Expected colors of the left and the right half on a green background.
 COLORS = {
-    "RGBA": (lambda: translucent("RGBA"), (100, 100, 100), (0, 200, 0)),
-    "LA": (lambda: translucent("LA"), (100, 100, 100), (0, 200, 0)),
-    "PA": (lambda: translucent("RGBA").quantize(2), (100, 100, 100), (0, 200, 0)),
-    "palette with a transparent color": (palette_with_transparency, (40, 50, 60), (0, 200, 0)),
-    "one bit": (one_bit, (0, 0, 0), (255, 255, 255)),
-    "CMYK": (cmyk, (255, 0, 0), (0, 255, 255)),
-    "gray": (lambda: Image.new("L", (8, 8), 77), (77, 77, 77), (77, 77, 77)),
+    "RGBA": (TRANSLUCENT, (100, 100, 100), (0, 200, 0)),
+    "LA": (TRANSLUCENT.convert("LA"), (100, 100, 100), (0, 200, 0)),
+    "PA": (TRANSLUCENT.quantize(2), (100, 100, 100), (0, 200, 0)),
+    "half transparent": (Image.new("RGBA", (8, 8), (200, 0, 0, 128)), (100, 100, 0), (100, 100, 0)),
+    "palette with a transparent color": (reopened(PALETTE, transparency=0), (40, 50, 60), (0, 200, 0)),
+    "one bit": (halves("1", 0, 1), (0, 0, 0), (255, 255, 255)),
+    "CMYK": (halves("CMYK", (0, 255, 255, 0), (255, 0, 0, 0)), (255, 0, 0), (0, 255, 255)),
+    "gray": (Image.new("L", (8, 8), 77), (77, 77, 77), (77, 77, 77)),
 }
 
 
-@pytest.mark.parametrize("kind", COLORS)
-def test_every_color_mode_becomes_rgb_on_the_background(kind: str) -> None:
-    make, left, right = COLORS[kind]
-    pixels = GREEN_BACKGROUND(make())
+@pytest.mark.parametrize(("image", "left", "right"), COLORS.values(), ids=COLORS)
+def test_every_color_mode_becomes_rgb_on_the_background(
+    image: Image.Image, left: tuple[int, int, int], right: tuple[int, int, int]
+) -> None:
+    pixels = GREEN_BACKGROUND(image)
     assert np.abs(pixels[4, 1].astype(int) - left).max() <= 1
     assert np.abs(pixels[4, 6].astype(int) - right).max() <= 1
 
 
-def test_half_transparency_mixes_with_the_background() -> None:
-    pixels = GREEN_BACKGROUND(Image.new("RGBA", (8, 8), (200, 0, 0, 128)))
-    assert np.abs(pixels[4, 4].astype(int) - (100, 100, 0)).max() <= 1
-
-
 def test_sixteen_bit_gray_is_scaled_and_not_clipped() -> None:
-    image = sixteen_bits()
+    image = reopened(Image.fromarray(np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)))
     assert image.mode.startswith("I")
     pixels = WHOLE(image)
     expected = np.rint(np.linspace(0, 255, 64).reshape(8, 8))
@@ -161,9 +141,7 @@ def stored(orientation: int, image: Image.Image) -> Image.Image:
         image = image.transpose(turn)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    file = io.BytesIO()
-    image.save(file, "PNG", exif=exif)
-    return Image.open(file)
+    return reopened(image, exif=exif)
 
 
 @pytest.mark.parametrize("orientation", UNDO)
@@ -207,9 +185,9 @@ BAD_EXIF = {
 
 
 @PILLOW_MAY_WARN
-@pytest.mark.parametrize("damage", BAD_EXIF)
-def test_an_image_with_damaged_exif_data_is_not_rotated(damage: str) -> None:
-    image = with_exif(BAD_EXIF[damage])
+@pytest.mark.parametrize("exif", BAD_EXIF.values(), ids=BAD_EXIF)
+def test_an_image_with_damaged_exif_data_is_not_rotated(exif: bytes) -> None:
+    image = with_exif(exif)
     plain = np.asarray(image.convert("RGB"))
     assert np.array_equal(WHOLE(image), plain)
 
@@ -265,8 +243,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_invalid_preprocessing_is_refused(case: str) -> None:
-    values, message = REFUSED[case]
+@pytest.mark.parametrize(("values", "message"), REFUSED.values(), ids=REFUSED)
+def test_invalid_preprocessing_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(pydantic.ValidationError, match=message):
         Preprocess(**values)
