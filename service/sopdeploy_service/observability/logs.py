@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 import structlog
-from structlog.typing import EventDict, Processor
+from structlog.typing import Processor
 
 from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.settings import Settings
@@ -38,8 +38,22 @@ def configured(settings: Settings, stream: TextIO | None = None) -> Iterator[Non
     stream = stream or sys.stderr
     console = settings.log == "console" or (settings.log is None and stream.isatty())
     quiet = settings.log is None and not console
+    processors: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    if console:
+        processors += [
+            lambda _logger, _method, event: {name: _printable(value, name) for name, value in event.items()},
+            structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=_write_traceback),
+        ]
+    else:
+        processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
+    added: list[Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(make_formatter(console=console, colors=stream.isatty()))
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=added, processors=processors))
     logging.getLogger().addHandler(handler)  # also for other libraries, whose level stays at warning
     logging.getLogger(ROOT).setLevel("WARNING" if quiet else settings.log_level.upper())
     logging.getLogger(START_UP).setLevel("INFO" if settings.startup_timeline else logging.NOTSET)
@@ -51,31 +65,13 @@ def configured(settings: Settings, stream: TextIO | None = None) -> Iterator[Non
             logging.getLogger(name).setLevel(logging.NOTSET)
 
 
-def make_formatter(*, console: bool, colors: bool = False) -> structlog.stdlib.ProcessorFormatter:
-    """Create the formatter of log records."""
-    processors: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
-    if console:
-        renderer = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=_write_traceback)
-        processors += [_make_printable, renderer]
-    else:
-        processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
-    return structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=[
-            structlog.stdlib.add_log_level,
-            structlog.stdlib.add_logger_name,
-            structlog.stdlib.ExtraAdder(),
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-        ],
-        processors=processors,
-    )
+def _printable(value: object, name: str = "") -> object:
+    """Replace unprintable characters, which could control a terminal or start a line, by `?`.
 
-
-def _make_printable(_logger: object, _method: str, event: EventDict) -> EventDict:
-    return {name: value if name == "exc_info" else _printable(value) for name, value in event.items()}
-
-
-def _printable(value: object) -> object:
-    """Replace unprintable characters, which could control a terminal or start a line, by `?`."""
+    `_write_traceback` does it for the field *name* `exc_info`.
+    """
+    if name == "exc_info":
+        return value
     if isinstance(value, Mapping):
         return " ".join(f"{name}={_printable(item)}" for name, item in value.items())
     if isinstance(value, str):
