@@ -53,17 +53,13 @@ def _to_rgba(tile: Image.Image) -> Image.Image:
     if tile.mode not in SIXTEEN_BIT:
         return tile if tile.mode == "RGBA" else tile.convert("RGBA")
     values = np.asarray(tile)
-    gray = Image.fromarray(scale_to_8_bits(values)).convert("RGBA")
+    clipped: NDArray[np.uint32] = np.clip(values, 0, 65535).astype(np.uint32)
+    scaled = ((clipped + np.uint32(128)) // np.uint32(257)).astype(np.uint8)  # nearest; 65535 becomes 255
+    gray = Image.fromarray(scaled).convert("RGBA")
     transparent = tile.info.get("transparency")
     if isinstance(transparent, int):  # one of 65536 gray levels: compare before scaling
         gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     return gray
-
-
-def scale_to_8_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Scale 16-bit *values* of any integer type to 8 bits, rounded to the nearest (65535 becomes 255)."""
-    sixteen: NDArray[np.uint32] = np.clip(values, 0, 65535).astype(np.uint32)
-    return ((sixteen + np.uint32(128)) // np.uint32(257)).astype(np.uint8)
 
 
 def match_transparency(image: Image.Image) -> None:

@@ -1,4 +1,4 @@
-"""Colors a tile at a time are those of the whole image, and every transparent color is found."""
+"""Conversion of every color mode to RGB in tiles, and transparent colors of PNG files."""
 
 import io
 import struct
@@ -88,8 +88,8 @@ def test_tiled_conversion_equals_conversion_of_the_whole_image(kind, size, tile,
 
 
 def test_every_16_bit_value_is_rounded_to_8_bits():
-    every = np.arange(65_536, dtype=np.uint16)
-    assert np.array_equal(colors.scale_to_8_bits(every), np.rint(every / 257.0))
+    values = np.arange(65_536, dtype=np.uint16).reshape(256, 256)
+    assert np.array_equal(np.asarray(in_rgb(Image.fromarray(values), GREEN))[..., 0], np.rint(values / 257.0))
 
 
 @FUZZ
