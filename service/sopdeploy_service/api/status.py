@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import deviation, read_probes
@@ -52,7 +52,7 @@ async def metrics(request: Request, *, own: bool = False) -> Response:
     """Metrics of this server; with several worker processes, those of all workers unless *own*."""
     siblings: dict[str, str] = request.app.state.siblings
     if own or not siblings:
-        return Response(generate_latest(service_of(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
     known = {name: request.headers[name] for name in CREDENTIALS if name in request.headers}
     module = import_module("sopdeploy_service.observability.multiprocess_metrics")  # imports httpx
     return Response(await module.collect(siblings, known), media_type=CONTENT_TYPE_LATEST)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy_service.runtime.base import Runtime
@@ -113,6 +113,10 @@ class Metrics:
     def stage(self, stage: str, seconds: float) -> None:
         """Count *seconds* spent in `receive`, `decode`, `queue` or `infer`."""
         self._stage_seconds.labels(stage).observe(seconds)
+
+    def render(self) -> bytes:
+        """Render every metric in the Prometheus text format."""
+        return generate_latest(self.registry)
 
 
 class ModelMetrics:
