@@ -1,6 +1,5 @@
 """A convolution that an int8 runtime computes differently is named."""
 
-import platform
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +24,11 @@ from sopdeploy_export.parity.reference import compute_reference
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.convert import run_unfused
 from sopdeploy_export.precision.int8 import quantize
+from tests.conftest import no_vnni
 from tests.export.once import graph_of
 
 BATCH = BatchRange(optimum=4, maximum=9)
 FLOORS = 4.0
-
-
-def int8_saturates() -> bool:
-    """Whether this processor adds products of unsigned and signed bytes in 16 bits, as AVX2 does."""
-    info = Path("/proc/cpuinfo")
-    return platform.machine() == "x86_64" and not (info.exists() and "vnni" in info.read_text())
 
 
 @pytest.fixture(scope="module", params=["cpu", "tensorrt"])
@@ -48,8 +42,8 @@ def graphs(request: pytest.FixtureRequest, preprocess: Preprocess) -> Int8Graphs
 
 @pytest.fixture
 def exact_kernels(request: pytest.FixtureRequest) -> None:
-    if int8_saturates() and "cpu" in request.node.callspec.id:
-        pytest.skip("the int8 kernels of this processor saturate, so a correct file drifts, too")
+    if (reason := no_vnni()) and "cpu" in request.node.callspec.id:
+        pytest.skip(reason)
 
 
 def saturated(model: onnx.ModelProto, part: str) -> onnx.ModelProto:
