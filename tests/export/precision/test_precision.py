@@ -53,7 +53,7 @@ MIXTURE = {
 }
 
 
-NO_KERNELS = r"bfloat16, for which onnxruntime .* has no kernels"
+NO_KERNELS = r"onnxruntime .* has no bfloat16 kernels"
 
 
 def cast_graph(
@@ -255,5 +255,5 @@ def test_overflow_in_float16_is_rejected_with_advice(make: Make, tmp_path: Path)
     network = make("resnet8")
     network.get_parameter("bn1.weight").data.mul_(1e6)
     checkpoint = steps.save(network, "resnet8", 16, tmp_path / "ckpt.pt")
-    with pytest.raises(ParityError, match=r"in fp16 .*not finite.*bf16-backbone"):
+    with pytest.raises(ParityError, match=r"not finite in fp16 .*bf16-backbone"):
         steps.agreed(checkpoint, tmp_path / "model.onnx", "fp16")
