@@ -99,9 +99,9 @@ EXAMPLES = {
     "ParityError": "probes: output 'logits' deviates by 0.021, the bound is 0.00011; this runtime does not "
     "compute the exported network",
     "BundleError": "bundles/x: no manifest.json; is this a bundle that `sopdeploy export` wrote?",
-    "EngineError": "TensorRT refuses the profile for batches of 8",
+    "EngineError": "the engine's inspector shows no floating type; its precision is unknown",
     "RuntimeUnavailableError": 'TensorRT is not installed; run: pip install "sopdeploy[tensorrt]"',
-    "StorageError": "a file: cannot be read or written (No space left on device); make room, or choose "
+    "StorageError": "a file: cannot be read or written (No space left on device); free disk space, or choose "
     "another file or folder",
     "ImageError": "photo.heic: this is not an image; send a JPEG, PNG, WebP, BMP or GIF file [not_an_image]",
     "ServiceError": "http://127.0.0.1:8000/info: answered 200, but not as sopdeploy does (not JSON); "
@@ -171,22 +171,54 @@ def messages() -> dict[str, str]:
     """Find, for each code, the longest message passed with it in a call in the service's source."""
     found: dict[str, str] = {}
     for file in sorted(SERVICE.rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            texts = list(texts_of(node)) if isinstance(node, ast.Call) else []
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = {
+            target.id: node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for node in ast.walk(tree):
+            texts = list(texts_of(node, names)) if isinstance(node, ast.Call) else []
             message = max((text for text in texts if " " in text), key=len, default="")
             for code in texts:
-                if re.fullmatch(r"[a-z_]+", code) and len(re.findall(r"[a-z]{2,}", message)) > 1:
+                if re.fullmatch(r"[a-z0-9_]+", code) and len(re.findall(r"[a-z]{2,}", message)) > 1:
                     found[code] = max(found.get(code, ""), message, key=len)
     return found
 
 
-def texts_of(call: ast.Call) -> Iterator[str]:
-    """Yield the string arguments of *call*, with `...` for interpolated values."""
+def texts_of(call: ast.Call, names: dict[str, ast.expr]) -> Iterator[str]:
+    """Yield the string arguments of *call*; *names* maps variables to their values."""
     for value in [*call.args, *(keyword.value for keyword in call.keywords)]:
-        if isinstance(value, ast.Constant) and isinstance(value.value, str):
-            yield value.value
-        elif isinstance(value, ast.JoinedStr):
-            yield "".join(str(v.value) if isinstance(v, ast.Constant) else "..." for v in value.values)
+        text = text_of(value, names)
+        if text is not None:
+            yield text
+
+
+def text_of(value: ast.expr, names: dict[str, ast.expr]) -> str | None:
+    """Evaluate a string expression, with `...` for interpolated values; None for other expressions."""
+    if isinstance(value, ast.Constant):
+        return value.value if isinstance(value.value, str) else None
+    if isinstance(value, ast.JoinedStr):
+        return "".join(
+            str(part.value) if isinstance(part, ast.Constant) else inserted(part, names)
+            for part in value.values
+        )
+    if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
+        left, right = text_of(value.left, names), text_of(value.right, names)
+        return None if left is None and right is None else f"{left or '...'}{right or '...'}"
+    if isinstance(value, ast.Name) and value.id in names:
+        found = names[value.id]
+        return text_of(found, {name: other for name, other in names.items() if other is not found})
+    return None
+
+
+def inserted(part: ast.expr, names: dict[str, ast.expr]) -> str:
+    """Text of an interpolated value: that of a known string variable, otherwise `...`."""
+    if isinstance(part, ast.FormattedValue) and isinstance(part.value, ast.Name):
+        return text_of(part.value, names) or "..."
+    return "..."
 
 
 def http_section(error: HttpError) -> str:

@@ -71,7 +71,7 @@ class Gated(Classifier):
         )  # fmt: skip
         self.mixture, length = make_components(
             "sop", channels, mixing.widths, components=mixing.components, counted=mixing.chosen,
-            root=as_paper.root,
+            root=as_paper.newton_schulz(),
         )  # fmt: skip
         if mixing.expert_norm:
             self.mixture.rectified = False

@@ -13,7 +13,7 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.html.charts import Axis, Bar, Curve, bars, interval, plot
 from sopdeploy_export.parity.report import Flip
 from sopdeploy_export.pipeline import Exported
-from sopdeploy_export.precision.report import Accuracy, Cost, Quantisation
+from sopdeploy_export.precision.report import Accuracy, Cost, Quantization
 from sopdeploy_export.report.page import CAUSES, flip_matrix, flip_row, render_report
 from sopdeploy_export.report.results import ExportResults
 from tests.export.conftest import HOSTILE
@@ -146,7 +146,7 @@ def test_the_page_of_an_int8_bundle_shows_accuracy_and_costs(branched: Exported)
     costs = (Cost(part="conv1", share=0.2), Cost(part="layer1", share=0.1))
     settings = {"runtime": "cpu", "kept": (), "calibration": "percentile", "images": 20, "layers": 7}
     accuracy = Accuracy(images=20, before=0.9, after=0.85, agree=19, low=0.76, high=0.99, drop=5.0)
-    quantisation = Quantisation(**settings, costs=costs, parts=costs)
+    quantisation = Quantization(**settings, costs=costs, parts=costs)
     precision = branched.precision.model_copy(
         update={"precision": "int8", "quantisation": quantisation, "accuracy": accuracy}
     )
