@@ -86,16 +86,16 @@ WHAT_TO_DO = {
 
 # One example per class; a test compares it with the messages in the source.
 EXAMPLES = {
-    "SopdeployError": "demo: is full of demos; remove it",
+    "SopdeployError": "demo: contains 9,999 demos; remove the folder",
     "ConfigError": "runs/photos-dsop: holds a run; go on with --resume or choose another --out",
     "DataError": "photos/cups/7.jpg: not an image; delete it or put the right file there",
     "CheckpointError": "last.pt: damaged or not a checkpoint; copy or train it again",
-    "WeightsError": "net.pth: already a sopdeploy checkpoint; use it as it is",
+    "WeightsError": "net.pth: already a sopdeploy checkpoint; use it without importing it",
     "TrainingError": "epoch 1, step 3: the buffer bn1.running_var is not finite; lower optimizer.lr or set "
     "optimizer.clip_norm (samples 45, 6, 23)",
-    "DetachError": "ResNet has nothing to detach: all of it computes the answer; export it without --detach",
+    "DetachError": "ResNet has nothing to detach: it has no training-only parts; export it without --detach",
     "CertificateError": "the detached network still has branches.layer1_0, which the plain one lacks",
-    "LoweringError": "the network fixes the batch size to 8; it must take any from 1 on",
+    "LoweringError": "the network fixes the batch size to 8; it must accept any size from 1",
     "ParityError": "probes: output 'logits' deviates by 0.021, the bound is 0.00011; this runtime does not "
     "compute the exported network",
     "BundleError": "bundles/x: no manifest.json; is this a bundle that `sopdeploy export` wrote?",
@@ -104,11 +104,11 @@ EXAMPLES = {
     "StorageError": "a file: cannot be read or written (No space left on device); free disk space, or choose "
     "another file or folder",
     "ImageError": "photo.heic: this is not an image; send a JPEG, PNG, WebP, BMP or GIF file [not_an_image]",
-    "ServiceError": "http://127.0.0.1:8000/info: answered 200, but not as sopdeploy does (not JSON); "
-    "is the URL right? [foreign_answer]",
+    "ServiceError": "http://127.0.0.1:8000/info: status 200, but not a sopdeploy response (not JSON); "
+    "check the URL [foreign_answer]",
     "OverloadedError": "http://127.0.0.1:8000/v1/classify: 429 queue_full: too many images are waiting; "
     "send it later [queue_full]",
-    "UnreachableError": "http://127.0.0.1:8000/info: no answer (Connection refused); is a server "
+    "UnreachableError": "http://127.0.0.1:8000/info: no response (Connection refused); is a server "
     "running there?",
 }
 # Codes that `sopdeploy.client` sets for responses of other servers, or without a response.

@@ -110,8 +110,9 @@ def _raise_error(send: Send, outcome: httpx.Response | Exception) -> NoReturn:
         message = f"{url}: no response within {send.seconds:.3g} s"
         raise UnreachableError(message, code="timeout", status=0) from outcome
     reason = str(outcome) or type(outcome).__name__
-    message = f"{url}: no response ({reason}); is a server running there?"
-    raise UnreachableError(message, code="unreachable", status=0) from outcome
+    raise UnreachableError(
+        f"{url}: no response ({reason}); is a server running there?", code="unreachable", status=0
+    ) from outcome
 
 
 def backoff(attempt: int, outcome: httpx.Response | Exception) -> float:
