@@ -50,7 +50,7 @@ contracts: $(STAMP)
 	nice $(BIN)/lint-imports
 
 unit: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet $(UNIT)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet -n auto --dist loadfile $(UNIT)
 
 tests: $(STAMP)
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not ray"
