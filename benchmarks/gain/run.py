@@ -30,12 +30,12 @@ from gain.textures import TextureConfig, textures
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.cifar_resnet import SmallResNetConfig
 from sopdeploy.config import StrictModel
+from sopdeploy.data.base import derive_seed
 from sopdeploy.data.batches import sequential_batches, shuffled_batches
 from sopdeploy.layers.residual import PaddedShortcut
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.dsop_cifar import DSoPSmallResNet, DSoPSmallResNetConfig
 from sopdeploy.models.plain import PlainSmallResNet
-from sopdeploy.seeds import derive_seed
 from sopdeploy.training.losses import training_loss
 from sopdeploy.training.schedule import OneCycle
 from sopdeploy_export.detach import detach

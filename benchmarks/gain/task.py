@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from sopdeploy.config import StrictModel
-from sopdeploy.data.base import ArrayImages
+from sopdeploy.data.base import ArrayImages, derive_seed
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.datasets.small import open_digits
-from sopdeploy.seeds import derive_seed
 
 HELD_OUT = 5000  # of CIFAR's training pictures, to look at hyper-parameters
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gain.task import Task
 from sopdeploy.config import StrictModel
-from sopdeploy.seeds import derive_seed
+from sopdeploy.data.base import derive_seed
 
 SIDE, CHANNELS, REACH = 32, 3, 5
 TEST_PICTURES = 4000

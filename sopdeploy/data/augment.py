@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.config import Fraction, Positive, StrictModel
-from sopdeploy.data.base import ImagesDataset
+from sopdeploy.data.base import ImagesDataset, derive_seed
 from sopdeploy.data.image_files import ImageFiles, load_pixels
 from sopdeploy.data.rand_augment import RandAugment
 from sopdeploy.images.preprocess import (
@@ -28,7 +28,6 @@ from sopdeploy.images.preprocess import (
     exif_orientation,
     to_rgb,
 )
-from sopdeploy.seeds import derive_seed
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in source pixels
 NO_RAND_AUGMENT = RandAugment()

@@ -1,5 +1,11 @@
-"""Dataset types: labeled images of any size, and labeled uint8 arrays of one size."""
+"""Dataset types: labeled images of any size, and labeled uint8 arrays of one size; seeds.
 
+Every random choice of a run uses `derive_seed(seed, purpose, epoch, step or sample)` instead of a generator
+state that must be saved. A resumed run therefore makes the same choices as an uninterrupted one, with any
+number of loader processes.
+"""
+
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,7 +15,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.seeds import derive_seed
 
 
 class LabeledImages(Protocol):
@@ -88,6 +93,13 @@ class ArrayImages:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.images[index]), int(self.targets[index])
+
+
+def derive_seed(*keys: int | str) -> int:
+    """Hash *keys* to a 63-bit seed that is the same on every machine and in every version."""
+    text = "\x1f".join(str(key) for key in keys)
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def hold_out(keys: Sequence[str], targets: Sequence[int], fraction: float, seed: int) -> list[bool]:

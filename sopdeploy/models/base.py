@@ -10,6 +10,11 @@ from sopdeploy.backbones.base import Backbone
 from sopdeploy.config import StrictModel
 
 
+def is_in(name: str, *modules: str) -> bool:
+    """Check whether *name* is the dotted name of one of *modules* or of a module or tensor in them."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
 class TrainingOutput(NamedTuple):
     """Output in train mode of a network with training-only parts.
 

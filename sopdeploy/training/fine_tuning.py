@@ -9,8 +9,7 @@ from torch import nn
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.config import Positive, StrictModel
 from sopdeploy.errors import ConfigError
-from sopdeploy.models.base import Classifier
-from sopdeploy.module_names import is_in_any
+from sopdeploy.models.base import Classifier, is_in
 
 LR_FACTOR = (
     "times"  # key of the optimizer's parameter groups: a factor on the learning rate; checkpoints contain it
@@ -58,7 +57,7 @@ def load_start_weights(start: StartConfig, model: Classifier) -> None:
     }
     optional = (*model.training_only, classifier_name(model))
     for name in own.keys() - matching.keys():
-        if not is_in_any(name, optional):
+        if not is_in(name, *optional):
             raise ConfigError(
                 f"start.weights: {start.weights} has no tensor {name} of the model's shape; give a "
                 "checkpoint of the same network"
@@ -69,7 +68,7 @@ def load_start_weights(start: StartConfig, model: Classifier) -> None:
 def classifier_name(model: Classifier) -> str:
     """Return the name of the last linear layer of the deployed network."""
     linear: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linear if not is_in_any(name, model.training_only)][-1]
+    return [name for name in linear if not is_in(name, *model.training_only)][-1]
 
 
 def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
@@ -79,7 +78,7 @@ def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
         branches = model.training_only
         for name, module in model.named_modules():
             contains_branch = any(branch.startswith(f"{name}.") for branch in branches)
-            module.training = name == "" or contains_branch or is_in_any(name, branches)
+            module.training = name == "" or contains_branch or is_in(name, *branches)
 
 
 def parameter_groups(model: Classifier, start: StartConfig | None) -> list[dict[str, Any]]:
@@ -92,13 +91,13 @@ def parameter_groups(model: Classifier, start: StartConfig | None) -> list[dict[
         if not model.training_only:
             raise ConfigError('start.learn: this network has no branches; use learn = "all"')
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(is_in_any(name, model.training_only))
+            parameter.requires_grad_(is_in(name, *model.training_only))
     if start is None or start.head_factor == 1:
         return [{"params": list(model.parameters())}]
-    head = (classifier_name(model),)
+    head = classifier_name(model)
     groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, parameter in model.named_parameters():
-        groups[is_in_any(name, head)].append(parameter)
+        groups[is_in(name, head)].append(parameter)
     return [
         {"params": groups[False], LR_FACTOR: 1.0},
         {"params": groups[True], LR_FACTOR: start.head_factor},

@@ -15,13 +15,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import AugmentedDataset
-from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
+from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split, derive_seed
 from sopdeploy.data.batches import Batch, balanced_batches, load_batches, shuffled_batches, with_wait_time
 from sopdeploy.data.sources import open_data
 from sopdeploy.data.validation import unreadable_images_error
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.prediction import EvalMetrics, evaluate
-from sopdeploy.seeds import derive_seed
 from sopdeploy.training.callbacks import Callback, NullCallback
 from sopdeploy.training.diagnostics import best_epoch, diagnose, spectrum_epochs
 from sopdeploy.training.distributed.batch_sharding import MicroBatch, check_divisible, shard_step

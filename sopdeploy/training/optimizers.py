@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sopdeploy.config import FractionBelowOne, NonNegative, Positive, StrictModel
-from sopdeploy.seeds import derive_seed
+from sopdeploy.data.base import derive_seed
 
 Betas = tuple[FractionBelowOne, FractionBelowOne]
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]  # parameters or parameter groups

@@ -16,14 +16,13 @@ from torch.optim import Optimizer
 import sopdeploy
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel
-from sopdeploy.data.base import LabeledImages
+from sopdeploy.data.base import LabeledImages, derive_seed
 from sopdeploy.environment import machine
 from sopdeploy.evaluation.prediction import EvalMetrics
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.dsop import DSoP
 from sopdeploy.models.registry import create_model
-from sopdeploy.seeds import derive_seed
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow, Throughput, best_epoch
 from sopdeploy.training.distributed.batch_sharding import shard_layers
 from sopdeploy.training.distributed.strategy import Strategy

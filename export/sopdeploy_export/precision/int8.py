@@ -28,7 +28,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import ConfigError, LoweringError
-from sopdeploy.module_names import is_in, is_in_any
+from sopdeploy.models.base import is_in
 from sopdeploy_export.precision.casts import Calibration
 
 METHODS = {
@@ -156,7 +156,7 @@ def _convolutions(model: onnx.ModelProto, in_float: Sequence[str], *, read_image
     sizes = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     chosen = set()
     for node in model.graph.node:
-        if node.op_type != "Conv" or is_in_any(node.input[1], in_float):
+        if node.op_type != "Conv" or is_in(node.input[1], *in_float):
             continue
         groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
         size = sizes.get(node.input[1])

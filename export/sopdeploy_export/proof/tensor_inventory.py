@@ -4,8 +4,7 @@ from torch import Tensor, nn
 
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError
-from sopdeploy.models.base import Classifier
-from sopdeploy.module_names import is_in_any
+from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.proof.graph_hash import tensor_hash
 
 
@@ -42,7 +41,7 @@ def build_inventory(
         before[name].untyped_storage().data_ptr(): name for name in after if before[name].numel()
     }  # the memory of each kept tensor
     for name, tensor in removed.items():
-        if not is_in_any(name, trained.training_only):
+        if not is_in(name, *trained.training_only):
             raise CertificateError(f"{name} was removed, but {list(trained.training_only)} do not cover it")
         owner = owners.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
         if owner is not None:

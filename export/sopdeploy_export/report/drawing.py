@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from sopdeploy.html.svg import element, svg, text
+from sopdeploy.html.charts import element, svg, text
 from sopdeploy.html.templates import dimensions, short_number, shorten
 from sopdeploy_export.report.network_summary import NetworkSummary, Part
 

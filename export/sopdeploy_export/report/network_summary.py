@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError
-from sopdeploy.models.base import Classifier
+from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import create_model
 from sopdeploy.models.stats import Counts, Tally, tally
-from sopdeploy.module_names import is_in
 
 MAX_DEPTH = 3
 

@@ -10,7 +10,7 @@ from onnx import numpy_helper
 from sopdeploy.bundle.manifest import BatchRange, Int8For
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.module_names import is_in
+from sopdeploy.models.base import is_in
 from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy_export.graph.probe_images import generated_images
 from sopdeploy_export.precision.casts import float32_parts

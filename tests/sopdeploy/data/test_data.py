@@ -3,11 +3,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sopdeploy.data.base import PreprocessedDataset, hold_out
+from sopdeploy.data.base import PreprocessedDataset, derive_seed, hold_out
 from sopdeploy.data.datasets.small import open_digits
 from sopdeploy.data.sources import DigitsConfig, open_data
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.seeds import derive_seed
 
 CLASSES = st.lists(st.integers(0, 4), min_size=1, max_size=60)
 

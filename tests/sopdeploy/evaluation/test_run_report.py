@@ -17,7 +17,7 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
 from sopdeploy.evaluation.metrics import classification_report
 from sopdeploy.evaluation.prediction import score_checkpoint
-from sopdeploy.html.svg import element
+from sopdeploy.html.charts import element
 from sopdeploy.html.templates import _environment, render
 from sopdeploy.report import write_report
 from sopdeploy.training.loop import train
