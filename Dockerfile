@@ -1,10 +1,10 @@
-# The server, without torch: `docker build --target cpu .`, or `--target gpu` for ONNX Runtime on CUDA 13.
-# Tags move. A build that must be the same tomorrow names its base by digest; docs/deploy.md says how:
+# The server without torch: `docker build --target cpu .`, or `--target gpu` for ONNX Runtime on CUDA 13.
+# Tags move. For a repeatable build, select the base image by digest; docs/deploy.md describes how:
 #   --build-arg PYTHON_IMAGE=python:3.12-slim-bookworm@sha256:...
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 ARG CUDA_IMAGE=nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04
 
-# --- cpu: everything that is installed is built here, and only its result goes on
+# --- cpu: install all packages in this stage; the next stage copies the result only
 FROM ${PYTHON_IMAGE} AS cpu-build
 WORKDIR /build
 COPY deploy/lock/ lock/
@@ -12,7 +12,7 @@ COPY deploy/no_torch.py pyproject.toml README.md LICENSE ./
 COPY sopdeploy/ sopdeploy/
 COPY export/ export/
 COPY service/ service/
-# The secrets `pip` and `ca` are optional: a pip.conf and a certificate bundle, for an index of one's own.
+# The secrets `pip` and `ca` are optional: a pip.conf and a certificate bundle for a private index.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
     python3 -m venv tools && python3 -m venv --without-pip /opt/sopdeploy \
@@ -29,7 +29,7 @@ LABEL org.opencontainers.image.title="sopdeploy" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}"
 COPY --from=cpu-build /opt/sopdeploy /opt/sopdeploy
-# The only folder the server writes to; mount a volume there, and the root may be read-only.
+# The server writes to this folder only. With a volume mounted here, the root file system may be read-only.
 RUN mkdir -p /var/cache/sopdeploy && chown 10001:10001 /var/cache/sopdeploy
 ENV PATH=/opt/sopdeploy/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/var/cache/sopdeploy \
@@ -45,7 +45,7 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["sop
 ENTRYPOINT ["sopdeploy"]
 CMD ["serve", "/models", "--host", "0.0.0.0"]
 
-# --- gpu: the same on NVIDIA's image, which brings CUDA and cuDNN and no Python
+# --- gpu: the same on NVIDIA's image, which contains CUDA and cuDNN but no Python
 FROM ${CUDA_IMAGE} AS gpu-base
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends python3 python3-venv \

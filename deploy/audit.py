@@ -1,10 +1,11 @@
-"""`make audit`: is anything in deploy/lock/ known to be vulnerable? And a line where that could not be asked.
+"""`make audit`: check the packages in deploy/lock/ for known vulnerabilities.
 
-pip-audit ends with 0 where a service knows none of the packages, with the code of a found vulnerability where
-no service answers, and passes over what is not for this machine. So it is given every version, its report is
-read, and a package counts as audited only where a service answered for it; one service is enough.
+pip-audit exits with 0 if a service knows none of the packages, reports an unreachable service with the exit
+code of a vulnerability, and skips packages for other platforms. Therefore this program passes it every locked
+version and reads its report. A package counts as audited if at least one service knows it; the others are
+reported on one line.
 
-Ends with 1 for a known vulnerability or a pip-audit that does not run, otherwise with 0.
+Exits with 1 for a known vulnerability or if pip-audit fails, otherwise with 0.
 """
 
 import json
@@ -20,91 +21,85 @@ from locks import FOLDER, Locked, read_lock
 
 SERVICES = ("osv", "pypi")
 OPTIONS = ["--require-hashes", "--disable-pip", "--format=json", "--progress-spinner=off", "--timeout=15"]
-NOT_REACHED = re.compile(
+UNREACHABLE = re.compile(
     r"ConnectionError|Timeout|SSLError|ProxyError|ServiceError|JSONDecodeError|Could not connect|redirecting"
 )
-MOST_NAMES = 5
+SHOWN_NAMES = 5
 
 
-class Answer(NamedTuple):
-    """What a service says: the vulnerabilities of each `name==version`, and why it does not know some."""
+class Response(NamedTuple):
+    """Vulnerabilities of each known `name==version`, and why other packages are unknown (or empty)."""
 
     known: dict[str, list[str]]
     reason: str
 
 
 def locked_packages() -> dict[str, Locked]:
-    """Return what all locks hold, by `name==version`."""
+    """Read the packages of all locks by `name==version`."""
     locks = sorted(FOLDER.glob("*.txt"))
     return {f"{locked.name}=={locked.version}": locked for lock in locks for locked in read_lock(lock)}
 
 
-def rounds(packages: Iterable[Locked]) -> list[list[Locked]]:
-    """Return *packages* in lists that hold each name once, because pip-audit takes one version of a name."""
-    found: list[dict[str, Locked]] = []
+def without_repeated_names(packages: Iterable[Locked]) -> list[list[Locked]]:
+    """Split *packages* into lists that contain each name once; pip-audit accepts one version per name."""
+    groups: list[dict[str, Locked]] = []
     for package in packages:
-        free = next((names for names in found if package.name not in names), None)
-        if free is None:
-            found.append(free := {})
-        free[package.name] = package
-    return [list(names.values()) for names in found]
+        group = next((names for names in groups if package.name not in names), None)
+        if group is None:
+            groups.append(group := {})
+        group[package.name] = package
+    return [list(names.values()) for names in groups]
 
 
-def ask(packages: list[Locked], service: str) -> Answer:
-    """Let pip-audit ask *service* for *packages*; ends where pip-audit fails by itself."""
+def query(packages: list[Locked], service: str) -> Response:
+    """Run pip-audit for *packages* with *service*; exit if pip-audit itself fails."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "locked.txt"
-        hashed = [
+        lines = [
             " ".join([f"{p.name}=={p.version}", *(f"--hash=sha256:{h}" for h in p.hashes)]) for p in packages
         ]
-        path.write_text("\n".join(hashed) + "\n", encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "pip_audit",
-            *OPTIONS,
-            "--vulnerability-service",
-            service,
-            "-r",
-            path,
-        ]
-        found = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        source = ["--vulnerability-service", service, "-r", str(path)]
+        command = [sys.executable, "-m", "pip_audit", *OPTIONS, *source]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
-        report = json.loads(found.stdout)["dependencies"]
+        report = json.loads(done.stdout)["dependencies"]
     except (ValueError, KeyError, TypeError):
-        said = (found.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        if not NOT_REACHED.search(found.stderr):
-            sys.exit(f"pip-audit failed ({found.returncode}): {said}")
-        host = re.search(r"host='([^']+)'", said)
-        return Answer({}, f"{host[1] if host else service} is not reached")
+        message = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        if not UNREACHABLE.search(done.stderr):
+            sys.exit(f"pip-audit failed ({done.returncode}): {message}")
+        host = re.search(r"host='([^']+)'", message)
+        return Response({}, f"{host[1] if host else service} is unreachable")
     known = {f"{p['name']}=={p['version']}": [v["id"] for v in p["vulns"]] for p in report if "vulns" in p}
-    return Answer(known, "" if len(known) == len(packages) else f"{service} does not know them")
+    return Response(known, "" if len(known) == len(packages) else f"{service} does not know them")
 
 
 def audit(packages: dict[str, Locked]) -> tuple[dict[str, list[str]], list[str]]:
-    """Ask for *packages*; return the vulnerabilities by `name==version`, and why a service left some open."""
+    """Query all services; return vulnerabilities by `name==version` and the reasons for unknown packages."""
     known: dict[str, list[str]] = {}
     reasons: list[str] = []
     for service in SERVICES:
-        for part in rounds([package for name, package in packages.items() if name not in known]):
-            answer = ask(part, service)
-            known |= answer.known
-            reasons += [answer.reason] if answer.reason and answer.reason not in reasons else []
+        unknown = [package for name, package in packages.items() if name not in known]
+        for group in without_repeated_names(unknown):
+            response = query(group, service)
+            known |= response.known
+            if response.reason and response.reason not in reasons:
+                reasons.append(response.reason)
     return known, reasons
 
 
 def main() -> None:
-    """Audit every lock and say what was found, and what was not audited and why."""
+    """Audit all locks; print vulnerable packages, and packages that no service knows."""
     packages = locked_packages()
     known, reasons = audit(packages)
     vulnerable = {name: sorted(found) for name, found in sorted(known.items()) if found}
     for name, found in vulnerable.items():
         sys.stdout.write(f"{name} is vulnerable: {', '.join(found)}\n")
-    open_ = [name for name in packages if name not in known]
-    if open_:
-        names = ", ".join(open_[:MOST_NAMES]) + (", ..." if open_[MOST_NAMES:] else "")
+    unknown = [name for name in packages if name not in known]
+    if unknown:
+        names = ", ".join(unknown[:SHOWN_NAMES]) + (", ..." if unknown[SHOWN_NAMES:] else "")
         why = "; ".join(reasons)
-        sys.stdout.write(f"NOT audited: {len(open_)} of {len(packages)} locked packages ({names}): {why}\n")
+        sys.stdout.write(f"NOT audited: {len(unknown)} of {len(packages)} locked packages ({names}): {why}\n")
     if known:
         sys.stdout.write(f"audited {len(known)} locked packages, {len(vulnerable) or 'none'} vulnerable\n")
     sys.exit(1 if vulnerable else 0)

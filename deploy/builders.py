@@ -1,39 +1,261 @@
-"""What can build and run an image here: Docker with its daemon, or buildah, which needs none.
+"""Build, run and inspect the server image, with Docker or with buildah, which needs no daemon.
 
-As a program it gets the base image, while `make container-test` fills .venv: it needs nothing but Python.
+`make container-test` runs this module to prepare the base image while .venv is created, so it uses the
+standard library only.
 """
 
+import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
+from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
-from images import ROOT, Builder, exit_and_output
-from with_buildah import Buildah
-from with_docker import Docker
+from commands import exit_and_output, run
 
-CHECKED = "sopdeploy-check:cpu"
+ROOT = Path(__file__).parents[1]
 WORK = ROOT / ".container"
+TEST_IMAGE = "sopdeploy-check:cpu"
+CONTAINER = "sopdeploy-check"
+SECRETS = {"pip": Path("/etc/pip.conf"), "ca": Path("/etc/ssl/certs/ca-certificates.crt")}
+STOP_SECONDS = 60
+
+DEBIAN = "bookworm"  # has the Python version of the Dockerfile's base image
+DEBIAN_PACKAGES = "python3,python3-venv,ca-certificates"
+UNITS = {"MB": 1e6, "GB": 1e9}  # of the sizes that `buildah images` prints
+OPEN_FILES = 4096  # buildah's default of 1024 is too low for a thousand connections
+
+
+class Builder(ABC):
+    """Builds the image *image*, runs one container of it and stops it."""
+
+    base: str  # name of the base image
+
+    def __init__(self, image: str) -> None:
+        self.image = image
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Download or create the base image."""
+
+    @abstractmethod
+    def build(self, source: Path) -> None:
+        """Build the image from the checkout at *source*."""
+
+    @abstractmethod
+    def save(self, path: Path) -> None:
+        """Write the image to *path* in the format of `docker load` and `podman load`."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Read the image's configuration, with Docker's keys."""
+
+    @abstractmethod
+    def added_bytes(self) -> int:
+        """Compute the size of the image minus that of its base."""
+
+    @abstractmethod
+    def start(self, bundles: Path, port: int) -> None:
+        """Start the image's own command on *port*, with *bundles* mounted read-only at /models."""
+
+    @abstractmethod
+    def execute(self, *command: str) -> tuple[int, str]:
+        """Run *command* in the container as its user; return exit code and output."""
+
+    @abstractmethod
+    def logs(self) -> str:
+        """Read the output of the server."""
+
+    @abstractmethod
+    def server_user(self) -> int:
+        """Read the effective user id of the server process."""
+
+    @abstractmethod
+    def stop(self) -> int:
+        """Send SIGTERM to the server and return its exit code."""
+
+    @abstractmethod
+    def clean(self) -> None:
+        """Remove the container and keep the image."""
+
+
+class Docker(Builder):
+    """Docker with its daemon, on the base image of the Dockerfile."""
+
+    base = next(
+        line.partition("=")[2]
+        for line in (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+        if line.startswith("ARG PYTHON_IMAGE=")
+    )
+
+    def prepare(self) -> None:  # noqa: D102
+        if exit_and_output(["docker", "image", "inspect", self.base])[0] != 0:
+            run("docker", "pull", "--quiet", self.base)
+
+    def build(self, source: Path) -> None:  # noqa: D102
+        run("docker", "build", *secret_options(), "--target=cpu", f"--tag={self.image}", source)
+
+    def save(self, path: Path) -> None:  # noqa: D102
+        run("docker", "save", f"--output={path}", self.image)
+
+    def config(self) -> dict[str, Any]:  # noqa: D102
+        return dict(json.loads(run("docker", "image", "inspect", self.image))[0]["Config"])
+
+    def added_bytes(self) -> int:  # noqa: D102
+        inspect = ["docker", "image", "inspect", "--format={{.Size}}"]
+        return int(run(*inspect, self.image)) - int(run(*inspect, self.base))
+
+    def start(self, bundles: Path, port: int) -> None:  # noqa: D102
+        mount = f"--volume={bundles}:/models:ro"
+        hardening = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
+        network = [f"--env=SOPDEPLOY_PORT={port}", f"--publish=127.0.0.1:{port}:{port}"]
+        run("docker", "run", "--detach", f"--name={CONTAINER}", *hardening, mount, *network, self.image)
+
+    def execute(self, *command: str) -> tuple[int, str]:  # noqa: D102
+        return exit_and_output(["docker", "exec", CONTAINER, *command])
+
+    def logs(self) -> str:  # noqa: D102
+        return exit_and_output(["docker", "logs", CONTAINER])[1]
+
+    def server_user(self) -> int:  # noqa: D102
+        code, status = self.execute("cat", "/proc/1/status")
+        return effective_uid(status) if code == 0 else -1
+
+    def stop(self) -> int:  # noqa: D102
+        run("docker", "stop", f"--time={STOP_SECONDS}", CONTAINER)
+        return int(run("docker", "wait", CONTAINER))
+
+    def clean(self) -> None:  # noqa: D102
+        exit_and_output(["docker", "rm", "--force", CONTAINER])
+
+
+class Buildah(Builder):
+    """buildah as root, without daemon and registry, with its own storage below *folder*.
+
+    The base image consists of Debian packages, installed by debootstrap.
+    """
+
+    base = "localhost/sopdeploy-base:debian"
+
+    def __init__(self, image: str, folder: Path) -> None:
+        super().__init__(image)
+        self._folder = folder
+        self._server: subprocess.Popen[str] | None = None
+        self._log = folder / "server.log"
+        storage = [f"--root={folder / 'storage'}", f"--runroot={folder / 'run'}", "--storage-driver=vfs"]
+        self._buildah = ["buildah", *storage]
+        os.environ["BUILDAH_ISOLATION"] = "chroot"
+
+    def prepare(self) -> None:  # noqa: D102
+        if self.base in run(*self._buildah, "images", "--format={{.Name}}:{{.Tag}}"):
+            return
+        rootfs = self._folder / "rootfs"
+        shutil.rmtree(rootfs, ignore_errors=True)
+        run("debootstrap", "--variant=minbase", f"--include={DEBIAN_PACKAGES}", DEBIAN, rootfs)
+        shutil.rmtree(rootfs / "var/cache/apt", ignore_errors=True)
+        empty = run(*self._buildah, "from", "scratch")
+        run(*self._buildah, "add", "--quiet", empty, rootfs, "/")
+        run(*self._buildah, "commit", "--quiet", "--rm", empty, self.base)
+        shutil.rmtree(rootfs)
+
+    def build(self, source: Path) -> None:  # noqa: D102
+        self.prepare()
+        base = f"--build-arg=PYTHON_IMAGE={self.base}"
+        options = ["--format=docker", "--target=cpu", base, f"--tag={self.image}"]
+        run(*self._buildah, "bud", *secret_options(), *options, source)
+
+    def save(self, path: Path) -> None:  # noqa: D102
+        run(*self._buildah, "push", "--quiet", self.image, f"docker-archive:{path}:{self.image}")
+
+    def config(self) -> dict[str, Any]:  # noqa: D102
+        inspected = json.loads(run(*self._buildah, "inspect", "--type=image", self.image))
+        return dict(inspected["Docker"]["config"])
+
+    def added_bytes(self) -> int:  # noqa: D102
+        sizes = []
+        for image in (self.image, self.base):
+            number, unit = run(*self._buildah, "images", "--format={{.Size}}", image).split()
+            sizes.append(int(float(number) * UNITS[unit]))
+        return sizes[0] - sizes[1]
+
+    def start(self, bundles: Path, port: int) -> None:  # noqa: D102
+        limit = f"--ulimit=nofile={OPEN_FILES}:{OPEN_FILES}"
+        run(*self._buildah, "from", limit, f"--name={CONTAINER}", self.image)
+        run(*self._buildah, "config", f"--env=SOPDEPLOY_PORT={port}", CONTAINER)
+        config = self.config()
+        command = [*config["Entrypoint"], *config["Cmd"]]  # `buildah run` ignores both
+        mount = f"--volume={bundles}:/models:ro"
+        with self._log.open("w") as log:
+            full_command = [*self._buildah, "run", mount, CONTAINER, "--", *command]
+            self._server = subprocess.Popen(full_command, stdout=log, stderr=log, text=True)
+
+    def execute(self, *command: str) -> tuple[int, str]:  # noqa: D102
+        return exit_and_output([*self._buildah, "run", CONTAINER, "--", *command])
+
+    def logs(self) -> str:  # noqa: D102
+        return self._log.read_text()
+
+    def server_user(self) -> int:  # noqa: D102
+        return effective_uid(Path(f"/proc/{self._server_pid()}/status").read_text())
+
+    def _server_pid(self) -> int:
+        """Find the server, which is the innermost child of buildah; chroot has no PID namespace."""
+        if self._server is None:
+            sys.exit("no server was started")
+        pid, started = self._server.pid, time.monotonic()
+        while time.monotonic() < started + STOP_SECONDS:
+            threads = Path(f"/proc/{pid}/task").glob("*/children")  # any thread of Go may be the parent
+            children = [child for thread in threads for child in thread.read_text().split()]
+            if not children:
+                return pid
+            pid = int(children[0])
+        sys.exit("the server process was not found")
+
+    def stop(self) -> int:  # noqa: D102
+        if self._server is None:
+            sys.exit("no server was started")
+        os.kill(self._server_pid(), signal.SIGTERM)
+        code = self._server.wait(STOP_SECONDS)
+        self._server = None
+        return code
+
+    def clean(self) -> None:  # noqa: D102
+        if self._server is not None and self._server.poll() is None:
+            os.kill(self._server_pid(), signal.SIGKILL)
+            self._server.wait(STOP_SECONDS)
+        exit_and_output([*self._buildah, "rm", CONTAINER])
+
+
+def secret_options() -> list[str]:
+    """List the options that give this machine's pip settings and certificates to the build only."""
+    return [f"--secret=id={name},src={path}" for name, path in SECRETS.items() if path.is_file()]
+
+
+def effective_uid(status: str) -> int:
+    """Read the effective user id from the text of `/proc/PID/status`."""
+    return int(next(line.split()[2] for line in status.splitlines() if line.startswith("Uid:")))
 
 
 def choose_builder(image: str, folder: Path) -> Builder | str:
-    """Return what builds *image* here, with *folder* to work in, or why nothing does and what to do."""
+    """Choose the builder for *image*; return a message with the reason and advice if none works."""
     if shutil.which("docker") and exit_and_output(["docker", "info"])[0] == 0:
         return Docker(image)
     missing = [name for name in ("buildah", "debootstrap") if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
-        return (
-            "no Docker daemon answers, and "
-            + (f"{' and '.join(missing)} are not installed" if missing else "buildah needs root here")
-            + ": start Docker, or `apt-get install buildah debootstrap` and run this as root"
-        )
+        reason = f"{' and '.join(missing)} are not installed" if missing else "buildah requires root"
+        advice = "start Docker, or run `apt-get install buildah debootstrap` and retry as root"
+        return f"the Docker daemon does not respond and {reason}: {advice}"
     return Buildah(image, folder)
 
 
 def builder_for_test() -> Builder:
-    """Return what builds the image that is tried here; ends with the reason where nothing does."""
+    """Choose the builder of the test image; exit with the reason if none works."""
     WORK.mkdir(exist_ok=True)
-    builder = choose_builder(CHECKED, WORK)
+    builder = choose_builder(TEST_IMAGE, WORK)
     if isinstance(builder, str):
         sys.exit(f"container-test: {builder}")
     return builder

@@ -1,6 +1,6 @@
-"""`make container-test`: build the image of the server, run it as it will be run, and look at it.
+"""`make container-test`: build the server image, run it as in production, and inspect it.
 
-Ends with 0 only where all of it was really done; says why where it cannot be.
+Exits with 0 only if every check was run and passed; otherwise prints the reason.
 """
 
 import shutil
@@ -12,45 +12,45 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-from builders import WORK, builder_for_test
+from builders import ROOT, WORK, Builder, builder_for_test
 from commands import run, timed
-from images import ROOT, Builder
 from PIL import Image
 
 USER = 10_001
-MOST_ADDED_BYTES = 350_000_000
+MAX_ADDED_BYTES = 350_000_000
 READY_SECONDS = 120
+ENGINE_CACHE = "/var/cache/sopdeploy/engines"
 ENTRYPOINT = ["sopdeploy"]
-COMMAND = ["serve", "/models", "--host", "0.0.0.0"]  # noqa: S104 - a container's port is published, or not
+COMMAND = ["serve", "/models", "--host", "0.0.0.0"]  # noqa: S104 - the container's port is published separately
 NO_TORCH = "import importlib.util as u; print([n for n in ('torch', 'onnx', 'timm') if u.find_spec(n)])"
 
 
-def check(said: str, *, holds: bool) -> None:
-    """Print what was *said*; end where it does not hold."""
-    sys.stdout.write(f"{'ok  ' if holds else 'FAIL'} {said}\n")
+def check(statement: str, *, holds: bool) -> None:
+    """Print *statement* with its result; exit with 1 if it does not hold."""
+    sys.stdout.write(f"{'ok  ' if holds else 'FAIL'} {statement}\n")
     sys.stdout.flush()
     if not holds:
         sys.exit(1)
 
 
 def sopdeploy(*arguments: str) -> str:
-    """Return what `sopdeploy` prints for *arguments*, on this machine."""
+    """Run `sopdeploy` from this checkout and return its output."""
     return run(sys.executable, "-m", "sopdeploy", *arguments, cwd=ROOT)
 
 
 def make_bundle() -> Path:
-    """Train on digits for one epoch and export: a folder with one bundle, made once."""
+    """Train on digits for one epoch and export, unless done before; return the bundle's folder."""
     bundles = WORK / "bundles"
     if not bundles.is_dir():
         folder = WORK / "training"
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut short
+        shutil.rmtree(folder, ignore_errors=True)  # left over from an interrupted run
         sopdeploy("train", "--recipe", "digits-dsop", "--set", "epochs=1", "--out", str(folder))
         sopdeploy("export", str(folder / "best.pt"), "--detach", "--out", str(bundles))
     return bundles
 
 
-def photograph() -> Path:
-    """Return a picture as a camera might make it: JPEG, large, noisy, with a bright stroke."""
+def make_photo() -> Path:
+    """Write a large, noisy JPEG with a bright bar."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 60, (480, 640, 3), dtype=np.uint8)
     pixels[60:420, 300:350] += 180
@@ -60,79 +60,75 @@ def photograph() -> Path:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on now."""
+    """Find a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def wait_until_ready(builder: Builder) -> None:
-    """Ask the image's own health check until it says yes."""
-    until = time.monotonic() + READY_SECONDS
+    """Run the image's health check until it succeeds; print the server's logs if it does not."""
+    deadline = time.monotonic() + READY_SECONDS
     while True:
-        code, said = builder.inside("sopdeploy", "health")
-        if code == 0 or time.monotonic() > until:
-            sys.stdout.write("" if code == 0 else builder.said())
-            check(f"the health check says ready {said.strip()}", holds=code == 0)
+        code, output = builder.execute("sopdeploy", "health")
+        if code == 0 or time.monotonic() > deadline:
+            sys.stdout.write("" if code == 0 else builder.logs())
+            check(f"the health check succeeds: {output.strip()}", holds=code == 0)
             return
         time.sleep(0.5)
 
 
-def look_at_image(builder: Builder) -> None:
-    """Check what the image says of itself, and its size."""
+def check_image(builder: Builder) -> None:
+    """Check the image's configuration and size."""
     config = builder.config()
     check(f"entrypoint {config['Entrypoint']}, in exec form", holds=config["Entrypoint"] == ENTRYPOINT)
     check(f"command {config['Cmd']}", holds=config["Cmd"] == COMMAND)
     check(f"user {config['User']}", holds=config["User"] == f"{USER}:{USER}")
-    stop = config.get("StopSignal", "SIGTERM")  # the default may be left out
+    stop = config.get("StopSignal", "SIGTERM")  # the default may be omitted
     check(f"stop signal {stop}", holds=stop in {"SIGTERM", "15"})
     health = config["Healthcheck"]["Test"]
     check(f"health check {health}", holds=health == ["CMD", "sopdeploy", "health"])
     size = builder.added_bytes()
-    check(f"{size / 1e6:.0f} MB more than its base, at most 350", holds=size <= MOST_ADDED_BYTES)
+    check(f"{size / 1e6:.0f} MB more than its base, limit 350", holds=size <= MAX_ADDED_BYTES)
 
 
-def look_at_server(builder: Builder, bundles: Path, port: int) -> None:
-    """Start the image's command, ask it, look at its process, and stop it."""
+def check_server(builder: Builder, bundles: Path, port: int) -> None:
+    """Start the image's command, send a request, inspect its process, and stop it."""
     builder.start(bundles, port)
-    with timed("ready"):
+    with timed("server ready"):
         wait_until_ready(builder)
-    photo = photograph()
-    answer = httpx.post(f"http://127.0.0.1:{port}/v1/classify", content=photo.read_bytes(), timeout=30)
-    first = answer.json()["classes"][0]
+    photo = make_photo()
+    response = httpx.post(f"http://127.0.0.1:{port}/v1/classify", content=photo.read_bytes(), timeout=30)
+    best = response.json()["classes"][0]
     bundle = next(path for path in bundles.iterdir() if path.is_dir())
-    here = sopdeploy("predict", str(bundle), str(photo))
-    same = f"{first['label']} {first['probability']:.4f}"
-    check(f"a photograph is {same}, here and there", holds=f": {same}," in here)
-    check(f"the server's user is {USER}", holds=builder.server_user() == USER)
-    code, found = builder.inside("/opt/sopdeploy/bin/python", "-c", NO_TORCH)
-    check(f"there is no torch: {found.strip()}", holds=code == 0 and found.strip().endswith("[]"))
+    local = sopdeploy("predict", str(bundle), str(photo))
+    label = f"{best['label']} {best['probability']:.4f}"
+    check(f"the container predicts {label}, like this machine", holds=f": {label}," in local)
+    check(f"the server runs as user {USER}", holds=builder.server_user() == USER)
+    code, output = builder.execute("/opt/sopdeploy/bin/python", "-c", NO_TORCH)
+    check(f"torch is not installed: {output.strip()}", holds=code == 0 and output.strip().endswith("[]"))
     for path in ("/models/x", "/opt/sopdeploy/x", "/x"):
-        check(f"the user cannot write {path}", holds=builder.inside("touch", path)[0] != 0)
-    check("the user can write to the engine cache", holds=builder.inside("mkdir", "-p", cache())[0] == 0)
-    with timed("stopped"):
+        check(f"the user cannot write {path}", holds=builder.execute("touch", path)[0] != 0)
+    writable = builder.execute("mkdir", "-p", ENGINE_CACHE)[0] == 0
+    check("the user can write to the engine cache", holds=writable)
+    with timed("server stopped"):
         code = builder.stop()
-    check(f"SIGTERM ends it with {code}", holds=code == 0)
-
-
-def cache() -> str:
-    """Return the folder of engines in the image."""
-    return "/var/cache/sopdeploy/engines"
+    check(f"exit code after SIGTERM: {code}", holds=code == 0)
 
 
 def main() -> None:
-    """Build, run, look."""
+    """Build, run and check the image."""
     started = time.monotonic()
     builder = builder_for_test()
     sys.stdout.write(f"     with {type(builder).__name__.lower()}\n")
-    with timed("a bundle and the image made, side by side"), ThreadPoolExecutor() as pool:
+    with timed("bundle and image built in parallel"), ThreadPoolExecutor() as pool:
         bundle = pool.submit(make_bundle)
         builder.build(ROOT)
         bundles = bundle.result()
     builder.clean()
     try:
-        look_at_image(builder)
-        look_at_server(builder, bundles, free_port())
+        check_image(builder)
+        check_server(builder, bundles, free_port())
     finally:
         builder.clean()
     sys.stdout.write(f"container-test passed in {time.monotonic() - started:.0f} s\n")

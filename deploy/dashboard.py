@@ -1,6 +1,7 @@
-"""Write `deploy/dashboard.json`, the Grafana dashboard: `python deploy/dashboard.py`. A test compares.
+"""Generate the Grafana dashboard `deploy/dashboard.json`: `python deploy/dashboard.py`.
 
-Metric names come from `sopdeploy_service.observability.metrics`; docs/operations.md describes each of them.
+`sopdeploy_service.observability.metrics` defines the metrics; docs/operations.md describes them. A test
+checks that the file is up to date.
 """
 
 import json
@@ -13,30 +14,30 @@ WIDTH, HEIGHT = 12, 8
 
 
 def quantiles(metric: str, by: str) -> list[tuple[str, str]]:
-    """Return median and p99 of the histogram *metric*, for each value of the label *by*."""
+    """Build the queries for median and p99 of the histogram *metric*, per value of the label *by*."""
     rate = f"sum by (le, {by}) (rate({metric}_bucket[$__rate_interval]))"
     return [
-        (f"histogram_quantile({share}, {rate})", f"{name} {{{{{by}}}}}")
-        for name, share in (("p50", 0.5), ("p99", 0.99))
+        (f"histogram_quantile({quantile}, {rate})", f"{name} {{{{{by}}}}}")
+        for name, quantile in (("p50", 0.5), ("p99", 0.99))
     ]
 
 
 RATE = "[$__rate_interval]"
 PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
     (
-        "Answers per second, by status",
+        "Responses per second, by status",
         "reqps",
         [(f"sum by (code) (rate(sopdeploy_requests_total{RATE}))", "{{code}}")],
     ),
-    ("From request to answer", "s", quantiles("sopdeploy_request_duration_seconds", "route")),
-    ("Where the time goes", "s", quantiles("sopdeploy_stage_duration_seconds", "stage")),
+    ("Request duration", "s", quantiles("sopdeploy_request_duration_seconds", "route")),
+    ("Duration of each stage", "s", quantiles("sopdeploy_stage_duration_seconds", "stage")),
     (
         "Images per second",
         "ops",
         [(f"sum by (model) (rate(sopdeploy_batch_size_sum{RATE}))", "{{model}}")],
     ),
     (
-        "Images in a batch, on average",
+        "Mean batch size",
         "none",
         [
             (
@@ -47,22 +48,22 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         ],
     ),
     (
-        "Why batches closed",
+        "Closed batches, by reason",
         "ops",
         [(f"sum by (reason) (rate(sopdeploy_batch_close_total{RATE}))", "{{reason}}")],
     ),
     (
-        "Fast decoding, where it is on: drift and agreement",
+        "Fast decoding: drift and agreement",
         "percentunit",
         [
             ("sopdeploy_fast_decode_drift", "drift {{model}}"),
             ("sopdeploy_fast_decode_agreement", "agreement {{model}}"),
         ],
     ),
-    ("Images that wait", "none", [("sum by (instance) (sopdeploy_queue_depth)", "{{instance}}")]),
-    ("Engine at work", "percentunit", [("sopdeploy_engine_busy_ratio", "{{instance}} {{model}}")]),
+    ("Queued images", "none", [("sum by (instance) (sopdeploy_queue_depth)", "{{instance}}")]),
+    ("Runtime utilization", "percentunit", [("sopdeploy_engine_busy_ratio", "{{instance}} {{model}}")]),
     (
-        "Decoders at work",
+        "Decoder utilization",
         "percentunit",
         [
             (
@@ -72,26 +73,26 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         ],
     ),
     (
-        "Refused, by reason",
+        "Rejected requests, by reason",
         "ops",
         [(f"sum by (reason) (rate(sopdeploy_rejected_total{RATE}))", "{{reason}}")],
     ),
     (
-        "Lost: clients gone, numbers not finite",
+        "Disconnected clients, non-finite outputs",
         "ops",
         [
-            (f"sum(rate(sopdeploy_cancelled_total{RATE}))", "clients gone"),
-            (f"sum by (model) (rate(sopdeploy_nonfinite_outputs_total{RATE}))", "not finite {{model}}"),
+            (f"sum(rate(sopdeploy_cancelled_total{RATE}))", "disconnected clients"),
+            (f"sum by (model) (rate(sopdeploy_nonfinite_outputs_total{RATE}))", "non-finite {{model}}"),
         ],
     ),
-    ("Largest lag of the event loop", "s", [("sopdeploy_event_loop_lag_seconds", "{{instance}}")]),
+    ("Maximum event loop lag", "s", [("sopdeploy_event_loop_lag_seconds", "{{instance}}")]),
     ("Open connections", "none", [("sopdeploy_connections", "{{instance}}")]),
-    ("Bodies not yet answered", "bytes", [("sopdeploy_upload_bytes", "{{instance}}")]),
+    ("Request bodies in memory", "bytes", [("sopdeploy_upload_bytes", "{{instance}}")]),
 ]
 
 
 def panel(number: int, title: str, unit: str, queries: list[tuple[str, str]]) -> dict[str, Any]:
-    """Return one graph, in the place that its *number* gives it."""
+    """Build one graph; *number* determines its position."""
     row, column = divmod(number, 2)
     return {
         "id": number + 1,
@@ -101,23 +102,23 @@ def panel(number: int, title: str, unit: str, queries: list[tuple[str, str]]) ->
         "gridPos": {"h": HEIGHT, "w": WIDTH, "x": WIDTH * column, "y": HEIGHT * row},
         "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []},
         "targets": [
-            {"refId": chr(ord("A") + place), "expr": query, "legendFormat": legend, "datasource": SOURCE}
-            for place, (query, legend) in enumerate(queries)
+            {"refId": chr(ord("A") + index), "expr": query, "legendFormat": legend, "datasource": SOURCE}
+            for index, (query, legend) in enumerate(queries)
         ],
     }
 
 
-def bundles(number: int) -> dict[str, Any]:
-    """Return the table of what is served, by which version and on which engine."""
-    shown = "digest, model, precision, engine, instance"
-    table = panel(number, "What is served", "none", [(f"sum by ({shown}) (sopdeploy_bundle_info)", "")])
+def bundle_table(number: int) -> dict[str, Any]:
+    """Build the table of loaded bundles with their precision and engine."""
+    columns = "digest, model, precision, engine, instance"
+    table = panel(number, "Loaded bundles", "none", [(f"sum by ({columns}) (sopdeploy_bundle_info)", "")])
     table["type"] = "table"
     table["targets"][0] |= {"instant": True, "format": "table"}
     return table
 
 
 def dashboard() -> dict[str, Any]:
-    """Return the dashboard."""
+    """Build the dashboard in Grafana's JSON format."""
     return {
         "uid": "sopdeploy",
         "title": "sopdeploy",
@@ -129,13 +130,13 @@ def dashboard() -> dict[str, Any]:
         },
         "panels": [
             *(panel(number, *entry) for number, entry in enumerate(PANELS)),
-            bundles(len(PANELS)),
+            bundle_table(len(PANELS)),
         ],
     }
 
 
 def rendered() -> str:
-    """Return the text of the file."""
+    """Build the text of `dashboard.json`."""
     return json.dumps(dashboard(), indent=1) + "\n"
 
 

@@ -1,7 +1,7 @@
-"""`make dist`: build sdist and wheel, the same bytes for the same commit, with the tools that are locked.
+"""`make dist`: build sdist and wheel reproducibly.
 
-The times in both are that of the commit (`SOURCE_DATE_EPOCH`), the tools those of deploy/lock/build.txt, and
-the wheel is built from the sdist.
+File times are the time of the commit (`SOURCE_DATE_EPOCH`), the build tools are locked in
+deploy/lock/build.txt, and the wheel is built from the sdist.
 """
 
 import os
@@ -16,37 +16,34 @@ from install import install
 ROOT = Path(__file__).parents[1]
 
 
-def apart(*command: str | Path, **environment: str) -> str:
-    """Run *command* in an empty folder, where it finds nothing of this checkout, and return its output."""
+def run_isolated(*command: str | Path, **environment: str) -> str:
+    """Run *command* in an empty folder without access to this checkout, and return its output."""
     settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
     with tempfile.TemporaryDirectory() as folder:
         return run(*command, cwd=folder, env=settings)
 
 
-def empty_environment(folder: Path, *what: str) -> Path:
-    """Make an environment at *folder* that holds *what* and nothing else, not even pip; return its `bin`."""
-    apart(sys.executable, "-m", "venv", "--without-pip", folder)
-    install(folder / "bin" / "python", *what)
+def empty_environment(folder: Path, *requirements: str) -> Path:
+    """Create a virtual environment with *requirements* only, without pip; return its `bin` folder."""
+    run_isolated(sys.executable, "-m", "venv", "--without-pip", folder)
+    install(folder / "bin" / "python", *requirements)
     return folder / "bin"
 
 
 def build_tools(folder: Path) -> Path:
-    """Make an environment at *folder* with the locked tools that build; return its `bin`."""
+    """Create a virtual environment with the locked build tools; return its `bin` folder."""
     return empty_environment(folder, "--require-hashes", "--requirement", str(ROOT / "deploy/lock/build.txt"))
 
 
-def commit_time(source: Path) -> dict[str, str]:
-    """Return the setting with the time of the commit at *source*; none where there is no git."""
-    command = ["git", "-C", str(source), "log", "-1", "--format=%ct"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return {"SOURCE_DATE_EPOCH": found.stdout.strip()} if found.returncode == 0 else {}
-
-
 def build(source: Path, folder: Path, tools: Path) -> tuple[Path, Path]:
-    """Build *source* into *folder* with the programs in *tools*; return sdist and wheel."""
-    apart(
-        tools / "python", "-m", "build", "--no-isolation", "--outdir", folder, source, **commit_time(source)
-    )
+    """Build *source* into *folder* with the programs in *tools*; return sdist and wheel.
+
+    Without git, the build tools choose the file times.
+    """
+    command = ["git", "-C", str(source), "log", "-1", "--format=%ct"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False)
+    times = {"SOURCE_DATE_EPOCH": commit.stdout.strip()} if commit.returncode == 0 else {}
+    run_isolated(tools / "python", "-m", "build", "--no-isolation", "--outdir", folder, source, **times)
     return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
 
 

@@ -1,7 +1,7 @@
-"""`make lock` writes deploy/lock/licences.json with this: the licences that the locked packages declare.
+"""Write deploy/lock/licences.json, the declared licenses of the locked packages; part of `make lock`.
 
-Their metadata is read from the packages, once for Linux and once for Windows, because a lock is for both. A
-release then needs no network to know them, and says the same wherever it is made.
+A lock is for Linux and Windows, so the metadata is read for both platforms. A release then needs no network
+for the licenses, and its bill of materials does not depend on the machine.
 """
 
 import json
@@ -14,43 +14,47 @@ from pathlib import Path
 from locks import FOLDER, LICENCES, read_lock
 
 LOCKS = ("cpu", "gpu")
-MACHINES = (("x86_64-manylinux_2_28", "3.11"), ("x86_64-pc-windows-msvc", "3.12"))
-LONGEST = 60  # what is longer is the text of a licence, not its name
+PLATFORMS = (("x86_64-manylinux_2_28", "3.11"), ("x86_64-pc-windows-msvc", "3.12"))
+MAX_NAME_LENGTH = 60  # a longer field contains the license text
 
 
-def declared(package: Distribution) -> list[str]:
-    """Return the licences of *package*: its SPDX expression, or its classifiers, or its field."""
+def declared_licences(package: Distribution) -> list[str]:
+    """Read the SPDX expression of *package*, or its license classifiers, or its license field."""
     metadata = package.metadata
     if expression := metadata.get("License-Expression"):
         return [expression]
     classifiers = metadata.get_all("Classifier") or []
     names = [line.split(" :: ")[-1] for line in classifiers if line.startswith("License ::")]
     field = metadata.get("License", "").strip()
-    return sorted(names) or ([field] if 0 < len(field) <= LONGEST and "\n" not in field else [])
+    return sorted(names) or ([field] if 0 < len(field) <= MAX_NAME_LENGTH and "\n" not in field else [])
 
 
-def unpacked(lock: Path, platform: str, python: str) -> dict[str, list[str]]:
-    """Return the licences of what *lock* installs for *python* on *platform*, by `name==version`."""
+def read_metadata(lock: Path, platform: str, python: str) -> dict[str, list[str]]:
+    """Install *lock* for *platform* and *python* temporarily; return the licenses by `name==version`."""
     uv = Path(sys.executable).with_name("uv")
-    machine = ["--python-platform", platform, "--python-version", python, "--only-binary", ":all:"]
+    target = ["--python-platform", platform, "--python-version", python, "--only-binary", ":all:"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [uv, "pip", "install", "--quiet", "--no-deps", "--target", folder, *machine, "-r", lock]
+        command = [uv, "pip", "install", "--quiet", "--no-deps", "--target", folder, *target, "-r", lock]
         subprocess.run(command, check=True)
-        found = {package.name.lower().replace("_", "-"): package for package in distributions(path=[folder])}
-        return {f"{name}=={package.version}": declared(package) for name, package in found.items()}
+        packages = {
+            package.name.lower().replace("_", "-"): package for package in distributions(path=[folder])
+        }
+        return {
+            f"{name}=={package.version}": declared_licences(package) for name, package in packages.items()
+        }
 
 
 def main() -> None:
-    """Write the file; end where a locked package was on neither machine."""
+    """Write the file; exit if no platform provides the metadata of a locked package."""
     found: dict[str, list[str]] = {}
     wanted = set()
     for name in LOCKS:
         lock = FOLDER / f"{name}.txt"
         wanted |= {f"{locked.name}=={locked.version}" for locked in read_lock(lock)}
-        for platform, python in MACHINES:
-            found |= unpacked(lock, platform, python)
+        for platform, python in PLATFORMS:
+            found |= read_metadata(lock, platform, python)
     if missing := wanted - set(found):
-        sys.exit(f"no metadata of {', '.join(sorted(missing))}")
+        sys.exit(f"no metadata for {', '.join(sorted(missing))}")
     LICENCES.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""What deploy/lock/ says: versions of packages, for which machines, with which hashes and licences."""
+"""Read deploy/lock/: package versions with platform markers, hashes and licenses."""
 
 import json
 import re
@@ -14,7 +14,7 @@ ENTRY = re.compile(
 
 
 class Locked(NamedTuple):
-    """One locked package; *marker* is empty where it is for every machine, *hashes* are of its files."""
+    """A locked package; *marker* is empty for all platforms, *hashes* are sha256 of its files."""
 
     name: str
     version: str
@@ -23,17 +23,17 @@ class Locked(NamedTuple):
 
 
 def read_lock(path: Path) -> list[Locked]:
-    """Return the packages of the lock at *path*, in its order; raises `ValueError` where one has no hash."""
-    found = []
+    """Read the packages of the lock at *path* in order; raises `ValueError` for one without a hash."""
+    packages = []
     for entry in re.split(r"\n(?=\S)", path.read_text(encoding="utf-8").strip()):
         match = ENTRY.match(entry)
         if match is None:
             raise ValueError(f"{path.name}: not a version with hashes: {entry.splitlines()[0]}")
         hashes = tuple(re.findall(r"sha256:(\w{64})", match["hashes"]))
-        found.append(Locked(match["name"], match["version"], match["marker"] or "", hashes))
-    return found
+        packages.append(Locked(match["name"], match["version"], match["marker"] or "", hashes))
+    return packages
 
 
 def read_licences() -> dict[str, list[str]]:
-    """Return the licences that each `name==version` declares; a package may declare none."""
+    """Read the declared licenses by `name==version`; the list may be empty."""
     return dict(json.loads(LICENCES.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""Fail the build of an image that holds what only training and export need."""
+"""Fail the build of an image that contains packages for training and export."""
 
 import importlib.util
 import sys
@@ -7,4 +7,4 @@ UNWANTED = ("torch", "torchvision", "timm", "onnx", "onnxscript", "sklearn")
 
 if __name__ == "__main__":
     found = [name for name in UNWANTED if importlib.util.find_spec(name)]
-    sys.exit(f"an image of the server must not hold {', '.join(found)}" if found else 0)
+    sys.exit(f"the server image must not contain {', '.join(found)}" if found else 0)

@@ -1,7 +1,8 @@
-"""`make sbom`: what an image holds of Python packages, as CycloneDX, from the hashed lock it is built with.
+"""`make sbom`: list the Python packages of an image as CycloneDX, from the lock it is built with.
 
-The same lock gives the same bytes: no time, and a serial number that follows from the content. What the image
-has below Python is its base's and is not in here. CycloneDX 1.6: https://cyclonedx.org/docs/1.6/json/
+The output is reproducible: it has no timestamp, and its serial number is a hash of the content. Python and
+the system libraries belong to the base image and are not listed. Format: CycloneDX 1.6,
+https://cyclonedx.org/docs/1.6/json/
 """
 
 import hashlib
@@ -25,13 +26,13 @@ from sopdeploy import __version__
 
 ROOT = Path(__file__).parents[1]
 LOCKS = ("cpu", "gpu")
-EXTRAS = ("sign", "oci")  # beside `cpu` or `gpu`: what `make lock` locks
+EXTRAS = ("sign", "oci")  # that `make lock` adds to `cpu` or `gpu`
 NAMESPACE = uuid.UUID("5bd7a1a4-93b1-5c83-a9c4-6d1a0f0f7c11")
-MARKER = "sopdeploy:marker"  # for which machines, as a lock says it
+MARKER = "sopdeploy:marker"  # the platforms, as an environment marker
 
 
 def licences(names: list[str]) -> list[License]:
-    """Return *names* as CycloneDX has them: one may be an SPDX expression, several are names."""
+    """Convert *names* to CycloneDX; a single name may be an SPDX expression."""
     factory, declared = LicenseFactory(), LicenseAcknowledgement.DECLARED
     if len(names) == 1:
         return [factory.make_from_string(names[0], license_acknowledgement=declared)]
@@ -39,7 +40,7 @@ def licences(names: list[str]) -> list[License]:
 
 
 def component(locked: Locked, declared: dict[str, list[str]]) -> Component:
-    """Return *locked* as a component; its hashes are those of the files of which one is installed."""
+    """Convert *locked* to a component with the hashes of all its files, of which one is installed."""
     purl = PackageURL("pypi", None, locked.name, locked.version)
     return Component(
         name=locked.name,
@@ -52,15 +53,15 @@ def component(locked: Locked, declared: dict[str, list[str]]) -> Component:
     )
 
 
-def direct(lock: str) -> set[str]:
-    """Return the names of the packages that the image of *lock* asks for itself."""
+def direct_dependencies(lock: str) -> set[str]:
+    """Read the names of the packages that pyproject.toml requires for the image of *lock*."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = [line for extra in (lock, *EXTRAS) for line in project["optional-dependencies"][extra]]
     return {re.split(r"[\[<>=!~; ]", line, maxsplit=1)[0] for line in [*project["dependencies"], *extras]}
 
 
 def make_sbom(lock: str, version: str = __version__) -> str:
-    """Return the JSON text for the image of *lock*, `cpu` or `gpu`, of sopdeploy *version*."""
+    """Build the JSON text for the image of *lock* (`cpu` or `gpu`) of sopdeploy *version*."""
     purl = PackageURL("pypi", None, "sopdeploy", version)
     ours = Component(
         name="sopdeploy",
@@ -71,20 +72,20 @@ def make_sbom(lock: str, version: str = __version__) -> str:
         licenses=licences(["Apache-2.0"]),
     )
     declared = read_licences()
-    parts = [component(locked, declared) for locked in read_lock(FOLDER / f"{lock}.txt")]
-    named = direct(lock)
-    bom = Bom(components=parts)
+    components = [component(locked, declared) for locked in read_lock(FOLDER / f"{lock}.txt")]
+    direct = direct_dependencies(lock)
+    bom = Bom(components=components)
     bom.metadata.component = ours
-    bom.metadata.timestamp = None  # type: ignore[assignment]  # as cyclonedx-py does where asked for the same bytes
-    bom.register_dependency(ours, [part for part in parts if part.name in named])
+    bom.metadata.timestamp = None  # type: ignore[assignment]  # like `cyclonedx-py --output-reproducible`
+    bom.register_dependency(ours, [part for part in components if part.name in direct])
     bom.serial_number = NAMESPACE
-    digest = hashlib.sha256(written(bom).encode()).hexdigest()
+    digest = hashlib.sha256(to_json(bom).encode()).hexdigest()
     bom.serial_number = uuid.uuid5(NAMESPACE, digest)
-    return written(bom)
+    return to_json(bom)
 
 
-def written(bom: Bom) -> str:
-    """Return *bom* as JSON."""
+def to_json(bom: Bom) -> str:
+    """Serialize *bom*."""
     outputter = make_outputter(bom, OutputFormat.JSON, SchemaVersion.V1_6)
     return outputter.output_as_string(indent=1) + "\n"
 
@@ -101,5 +102,5 @@ def write_all(folder: Path, version: str = __version__) -> list[Path]:
 
 
 if __name__ == "__main__":
-    for made in write_all(ROOT / "dist"):
-        sys.stdout.write(f"{made.relative_to(ROOT)}\n")
+    for path in write_all(ROOT / "dist"):
+        sys.stdout.write(f"{path.relative_to(ROOT)}\n")

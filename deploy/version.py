@@ -1,6 +1,6 @@
-"""The version of sopdeploy: where it stands, and how it is raised everywhere at once.
+"""Read and raise the version of sopdeploy, and create its section of CHANGELOG.md.
 
-`sopdeploy/__init__.py` is the one place that counts; the others are texts that cannot ask it.
+`sopdeploy/__init__.py` defines the version. The other files cannot import it and are updated together.
 """
 
 import re
@@ -17,34 +17,50 @@ PLACES = {
     "deploy/kubernetes/sopdeploy.yaml": ("image: sopdeploy:{}\n",),
     "docs/deploy.md": ("sopdeploy:{}",),
 }
-FORM = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)")
+FORMAT = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)")
+CHANGELOG = "CHANGELOG.md"
+UNRELEASED = re.compile(r"^## \[Unreleased\]\n", re.MULTILINE)
 
 
-def parts(version: str) -> tuple[int, ...]:
-    """Return the three numbers of *version*; raises `ValueError` where it is not of the form 1.2.3."""
-    match = FORM.fullmatch(version)
+def parse_version(version: str) -> tuple[int, ...]:
+    """Split *version* into its three numbers; raises `ValueError` for another format than 1.2.3."""
+    match = FORMAT.fullmatch(version)
     if match is None:
-        raise ValueError(f"{version}: a version is three numbers, as in 1.2.3")
+        raise ValueError(f"{version}: a version consists of three numbers, such as 1.2.3")
     return tuple(int(number) for number in match.groups())
 
 
-def current(root: Path) -> str:
-    """Return the version of the checkout at *root*; raises `ValueError` where none stands in `SOURCE`."""
-    found = re.search(r'^__version__ = "(.*)"$', (root / SOURCE).read_text(encoding="utf-8"), re.MULTILINE)
-    if found is None:
+def current_version(root: Path) -> str:
+    """Read the version of the checkout at *root*; raises `ValueError` if `SOURCE` defines none."""
+    match = re.search(r'^__version__ = "(.*)"$', (root / SOURCE).read_text(encoding="utf-8"), re.MULTILINE)
+    if match is None:
         raise ValueError(f"{SOURCE}: no line `__version__ = ...`")
-    return found[1]
+    return match[1]
 
 
-def raised(root: Path, version: str) -> dict[str, str]:
-    """Return the texts of all `PLACES` below *root* with *version* in them; raises `ValueError`."""
-    old = current(root)
+def with_version(root: Path, version: str) -> dict[str, str]:
+    """Build the texts of all `PLACES` with *version*; raises `ValueError` if one lacks the old one."""
+    current = current_version(root)
     texts = {}
-    for name, forms in PLACES.items():
+    for name, formats in PLACES.items():
         text = (root / name).read_text(encoding="utf-8")
-        for form in forms:
-            if form.format(old) not in text:
-                raise ValueError(f"{name}: does not say {form.format(old).strip()}")
-            text = text.replace(form.format(old), form.format(version))
+        for format_ in formats:
+            if format_.format(current) not in text:
+                raise ValueError(f"{name}: does not contain {format_.format(current).strip()}")
+            text = text.replace(format_.format(current), format_.format(version))
         texts[name] = text
     return texts
+
+
+def with_release(changelog: str, version: str, date: str) -> str:
+    """Move the unreleased entries of *changelog* into a section for *version* with the ISO *date*.
+
+    Raises `ValueError` if there are no unreleased entries.
+    """
+    heading = UNRELEASED.search(changelog)
+    if heading is None:
+        raise ValueError(f"{CHANGELOG}: no line `## [Unreleased]`")
+    section = re.split(r"^## ", changelog[heading.end() :], maxsplit=1, flags=re.MULTILINE)[0]
+    if not re.search(r"^- ", section, re.MULTILINE):
+        raise ValueError(f"{CHANGELOG}: no entries under [Unreleased]; add one line per change for users")
+    return UNRELEASED.sub(f"## [Unreleased]\n\n## [{version}] - {date}\n", changelog, count=1)

@@ -15,40 +15,47 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The commands that were run; all succeed."""
     commands: list[list[str]] = []
     monkeypatch.setattr(install, "succeeds", lambda command: commands.append(command) or True)
-    monkeypatch.setattr(install, "has_own_index", lambda: False)
+    monkeypatch.setattr(install, "has_custom_index", lambda: False)
     monkeypatch.setattr(install, "find_uv", lambda: Path("bin/uv"))
     return commands
 
 
-def test_uv_is_the_default(ran: list[list[str]]) -> None:
-    install.install(PYTHON, "--editable", ".[dev]")
-    uv = ["bin/uv", "pip", "install", "--quiet", "--python", "env/bin/python", "--editable", ".[dev]"]
-    assert ran == [uv]
+UV = ["bin/uv", "pip", "install", "--quiet", "--python", "env/bin/python", "--editable", ".[dev]"]
+PIP = [*install.PIP, "--python", "env/bin/python", "install", "--quiet", "--editable", ".[dev]"]
 
 
-def test_pip_is_used_with_a_custom_index(
-    ran: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("function", "value", "command", "printed"),
+    [
+        ("has_custom_index", False, UV, ""),
+        ("has_custom_index", True, PIP, "installing with pip, because its settings name an index\n"),
+        ("find_uv", None, PIP, ""),
+    ],
+    ids=["the default", "a custom index", "no uv"],
+)
+def test_uv_installs_unless_pip_has_an_index_or_uv_is_missing(
+    function: str,
+    value: object,
+    command: list[str],
+    printed: str,
+    ran: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(install, "has_own_index", lambda: True)
-    install.install(PYTHON, "x")
-    assert ran == [[*install.PIP, "--python", "env/bin/python", "install", "--quiet", "x"]]
-    assert "an index of its own" in capsys.readouterr().out
+    monkeypatch.setattr(install, function, lambda: value)
+    install.install(PYTHON, "--editable", ".[dev]")
+    assert ran == [command]
+    assert capsys.readouterr().out == printed
 
 
 def test_pip_is_the_fallback_and_a_double_failure_is_one_line(
     ran: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(install, "succeeds", lambda command: ran.append(command) or False)
-    with pytest.raises(SystemExit, match="not installed: x; what failed stands above"):
+    with pytest.raises(SystemExit, match="cannot install x: see the errors above"):
         install.install(PYTHON, "x")
     assert [command[0] for command in ran] == ["bin/uv", sys.executable]
-    assert capsys.readouterr().out == "uv could not; pip tries\n"
-
-
-def test_pip_is_used_without_uv(ran: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(install, "find_uv", lambda: None)
-    install.install(PYTHON, "x")
-    assert [command[0] for command in ran] == [sys.executable]
+    assert capsys.readouterr().out == "uv failed; trying pip\n"
 
 
 SETTINGS = {
@@ -68,10 +75,10 @@ def test_a_custom_index_is_detected(case: str, monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.delenv(name, raising=False)
     file = tmp_path / "pip.conf"
     file.write_text(text or "")
-    monkeypatch.setenv("PIP_CONFIG_FILE", str(file) if text else os.devnull)  # which hides all other files
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(file) if text else os.devnull)  # hides all other files
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert install.has_own_index() is expected
+    assert install.has_custom_index() is expected
 
 
 def test_the_uv_requirement_comes_from_the_project() -> None:

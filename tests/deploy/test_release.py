@@ -4,9 +4,10 @@ import hashlib
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import changelog
 import pytest
 import release
 import repository
@@ -33,7 +34,7 @@ def commit(root: Path, message: str) -> None:
 
 def fake_build(source: Path, folder: Path, tools: Path) -> None:
     """Write a fake sdist and wheel that contain the version of *source*."""
-    found = version.current(source)
+    found = version.current_version(source)
     for end in (".tar.gz", "-py3-none-any.whl"):
         (folder / f"sopdeploy-{found}{end}").write_text(found)
 
@@ -58,7 +59,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n" + "\n".join(form.format("0.1.0") for form in forms) + "\n")
-    (root / changelog.NAME).write_text(LINES)
+    (root / version.CHANGELOG).write_text(LINES)
     (root / ".gitignore").write_text("dist/\n.venv/\n.container/\n")
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
@@ -70,7 +71,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(release, "ROOT", root)
     monkeypatch.setattr(release, "build", fake_build)
     monkeypatch.setattr(release, "build_tools", lambda folder: folder)
-    monkeypatch.setattr(release, "choose_builder", lambda image, folder: "no Docker daemon answers")
+    monkeypatch.setattr(release, "choose_builder", lambda image, folder: "no Docker")
     return root
 
 
@@ -105,7 +106,7 @@ def test_a_release_creates_a_commit_a_tag_and_checksums(
     assert git(root, "rev-parse", "v0.2.0^{commit}") == git(root, "rev-parse", "main")
     assert git(root, "cat-file", "-t", "v0.2.0") == "tag"
     assert git(root, "status", "--porcelain") == ""
-    assert version.current(root) == "0.2.0"
+    assert version.current_version(root) == "0.2.0"
     assert "0.1.0" not in "".join((root / name).read_text() for name in version.PLACES)
     done = root / "dist" / "0.2.0"
     assert [path.name for path in (root / "dist").iterdir()] == ["0.2.0"]
@@ -115,16 +116,11 @@ def test_a_release_creates_a_commit_a_tag_and_checksums(
     assert '"version": "0.2.0"' in (done / "sbom-cpu.json").read_text()
     output = capsys.readouterr().out
     assert "0.1.0 -> 0.2.0; `make test` has NOT passed here on this commit" in output
-    assert "no image: no Docker daemon answers" in output
+    assert "no image: no Docker" in output
     assert output.endswith("to publish: git push origin main v0.2.0\n")
-
-
-def test_the_changelog_gets_a_new_section(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(monkeypatch, "0.2.0")
-    text = (root / changelog.NAME).read_text()
-    day = r"\d{4}-\d\d-\d\d"
-    assert re.search(rf"## \[Unreleased\]\n\n## \[0\.2\.0\] - {day}\n\n### Added\n\n- A thing\.\n", text)
-    assert "CHANGELOG.md: nothing stands under [Unreleased]" in error_line(monkeypatch, "0.3.0")
+    section = r"## \[Unreleased\]\n\n## \[0\.2\.0\] - \d{4}-\d\d-\d\d\n\n### Added\n\n- A thing\.\n"
+    assert re.search(section, (root / version.CHANGELOG).read_text())
+    assert "CHANGELOG.md: no entries under [Unreleased]" in error_line(monkeypatch, "0.3.0")
 
 
 def test_checksums_are_signed_with_a_key(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -174,40 +170,47 @@ def test_passed_tests_are_reported_for_their_commit_only(
     assert "has NOT passed" in capsys.readouterr().out
 
 
-def invalidate(root: Path, how: str) -> str:
-    """Make *root* invalid for a release; return the version to release."""
-    if how == "a file that is not committed":
-        (root / "new").write_text("x")
-    elif how == "a file that was changed":
-        (root / "compose.yaml").write_text("x")
-    elif how == "another branch":
-        git(root, "switch", "--quiet", "--create", "feature")
-    elif how == "nothing new":
-        (root / changelog.NAME).write_text(LINES.replace("- A thing.\n", ""))
-        commit(root, "Nothing")
-    elif how == "no such heading":
-        (root / changelog.NAME).write_text("# Changelog\n")
-        commit(root, "Nothing")
-    elif how == "a file without the version":
-        (root / "compose.yaml").write_text("image: sopdeploy:latest\n")
-        commit(root, "Latest")
-    elif how == "a folder of that name":
-        (root / "dist" / "0.2.0").mkdir(parents=True)
-    return {"a tag that exists": "0.1.0", "an older version": "0.0.9", "no version": "0.2"}.get(how, "0.2.0")
+def write(name: str, text: str, *, committed: bool) -> Callable[[Path], None]:
+    """Return a function that writes a file into a repository, and commits it if *committed*."""
+
+    def change(root: Path) -> None:
+        (root / name).write_text(text)
+        if committed:
+            commit(root, "Change")
+
+    return change
 
 
-INVALID = {
-    "a file that was changed": "not everything is committed: compose.yaml",
-    "a file that is not committed": "not everything is committed: new",
-    "another branch": "the checkout is on feature; releases are made on main",
-    "nothing new": "CHANGELOG.md: nothing stands under [Unreleased]",
-    "no such heading": "CHANGELOG.md: no line `## [Unreleased]`",
-    "a file without the version": "compose.yaml: does not say image: sopdeploy:0.1.0",
-    "a folder of that name": "dist/0.2.0 exists without a tag",
-    "a tag that exists": "the tag v0.1.0 exists",
-    "an older version": "0.0.9 is not newer than 0.1.0",
-    "no version": "0.2: a version is three numbers",
-}
+EMPTY = LINES.replace("- A thing.\n", "")
+INVALID: dict[str, tuple[Callable[[Path], object], str, str]] = {  # a change, the version, the message
+    "a changed file": (
+        write("compose.yaml", "x", committed=False), "0.2.0", "uncommitted changes: compose.yaml",
+    ),
+    "a new file": (write("new", "x", committed=False), "0.2.0", "uncommitted changes: new"),
+    "another branch": (
+        lambda root: git(root, "switch", "--quiet", "--create", "feature"),
+        "0.2.0", "the checkout is on feature; releases need main",
+    ),
+    "no entries": (
+        write(version.CHANGELOG, EMPTY, committed=True),
+        "0.2.0", "CHANGELOG.md: no entries under [Unreleased]",
+    ),
+    "no heading": (
+        write(version.CHANGELOG, "# Changelog\n", committed=True),
+        "0.2.0", "CHANGELOG.md: no line `## [Unreleased]`",
+    ),
+    "a file without the version": (
+        write("compose.yaml", "image: sopdeploy:latest\n", committed=True),
+        "0.2.0", "compose.yaml: does not contain image: sopdeploy:0.1.0",
+    ),
+    "an existing folder": (
+        lambda root: (root / "dist" / "0.2.0").mkdir(parents=True),
+        "0.2.0", "dist/0.2.0 exists without a tag",
+    ),
+    "an existing tag": (lambda root: None, "0.1.0", "the tag v0.1.0 exists"),
+    "an older version": (lambda root: None, "0.0.9", "0.0.9 is not newer than 0.1.0"),
+    "two numbers": (lambda root: None, "0.2", "0.2: a version consists of three numbers"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("how", INVALID)
@@ -215,9 +218,10 @@ INVALID = {
 def test_an_invalid_repository_is_rejected_and_unchanged(
     how: str, option: tuple[str, ...], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = invalidate(root, how)
+    change, wanted, message = INVALID[how]
+    change(root)
     before = state(root)
-    assert INVALID[how] in error_line(monkeypatch, wanted, *option)
+    assert message in error_line(monkeypatch, wanted, *option)
     assert [name for name in state(root) if name != "dist"] == [name for name in before if name != "dist"]
 
 
@@ -225,16 +229,12 @@ def test_a_missing_key_is_rejected(root: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "no key here" in error_line(monkeypatch, "0.2.0", "--key", root / "none")
 
 
-def fails(*_: object) -> None:
-    raise SystemExit("release: it broke")
-
-
 @pytest.mark.parametrize("step", ["build", "build_image", "write_sums"])
 def test_a_failed_step_leaves_no_commit_tag_or_file(
     step: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = state(root)
-    monkeypatch.setattr(release, step, fails)
+    monkeypatch.setattr(release, step, lambda *_: sys.exit("release: it broke"))
     assert error_line(monkeypatch, "0.2.0") == "release: it broke"
     assert list((root / "dist").iterdir()) == []
     assert [name for name in state(root) if name not in {"dist", ".container"}] == list(before)
@@ -262,17 +262,17 @@ def test_the_first_release_may_use_the_current_version(root: Path, monkeypatch: 
 
 
 def test_the_version_is_equal_in_all_known_places() -> None:
-    found = version.current(ROOT)
-    assert set(version.raised(ROOT, found)) == set(version.PLACES)
+    found = version.current_version(ROOT)
+    assert set(version.with_version(ROOT, found)) == set(version.PLACES)
     command = ["git", "grep", "--name-only", "--fixed-strings", f"sopdeploy:{found}"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     assert {name for name in listed if not name.startswith("tests/")} <= set(version.PLACES)
 
 
 def test_the_real_changelog_can_be_released() -> None:
-    text = (ROOT / changelog.NAME).read_text(encoding="utf-8")
+    text = (ROOT / version.CHANGELOG).read_text(encoding="utf-8")
     text = text.replace("## [Unreleased]\n", "## [Unreleased]\n\n- One more.\n")
-    later = changelog.released(text, "9.9.9", "2030-01-01")
+    later = version.with_release(text, "9.9.9", "2030-01-01")
     assert later.count("## [9.9.9] - 2030-01-01\n") == 1
     assert len(later.splitlines()) == len(text.splitlines()) + 2
 
