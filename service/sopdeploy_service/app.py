@@ -10,9 +10,8 @@ from sopdeploy_service.api import status, v1, web
 from sopdeploy_service.api.v2 import routes as v2
 from sopdeploy_service.http import problems
 from sopdeploy_service.http.api_keys import load_keys
-from sopdeploy_service.http.auth import METRICS, OPEN, ApiKeyMiddleware
 from sopdeploy_service.http.body_limits import BodyLimitsMiddleware
-from sopdeploy_service.http.middleware import HeadMiddleware, RequestContextMiddleware
+from sopdeploy_service.http.middleware import METRICS, OPEN, ApiKeyMiddleware, RequestContextMiddleware
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.fault_injection import NO_FAULTS, Faults
 from sopdeploy_service.inference.loader import LoadedModel
@@ -58,8 +57,7 @@ def create_app(
     for router in (v1.router, status.router, v2.router, web.router):
         app.include_router(router)
     problems.install(app)
-    app.add_middleware(HeadMiddleware)  # the last one added runs first
-    if settings.keys is not None:
+    if settings.keys is not None:  # the middleware that is added last runs first
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS}
         app.add_middleware(
             ApiKeyMiddleware, keys=load_keys(settings.keys), metrics=service.metrics, open_paths=open_paths

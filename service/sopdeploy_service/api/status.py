@@ -3,7 +3,6 @@
 import asyncio
 import json
 import time
-from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -15,13 +14,21 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import deviation, read_probes
 from sopdeploy.errors import BundleError, ParityError
 from sopdeploy_service.api.schema import Card, CertificateSummary, Health, Info, ModelInfo, SelfTest
-from sopdeploy_service.api.upload import admit, context_of, raise_if_rejected, service_of, use_model
-from sopdeploy_service.http.auth import needs
-from sopdeploy_service.http.problems import RejectedError, json_response, problem_responses
+from sopdeploy_service.api.upload import (
+    admit,
+    context_of,
+    json_response,
+    raise_if_rejected,
+    service_of,
+    use_model,
+)
+from sopdeploy_service.http.middleware import require_admin
+from sopdeploy_service.http.problems import RejectedError, problem_responses
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.registry import NOT_CONTROLLED
 from sopdeploy_service.inference.results import GATES, Prediction, Rejection
 from sopdeploy_service.inference.service import Service
+from sopdeploy_service.observability.metrics import collect
 from sopdeploy_service.observability.request_context import RequestContext
 
 router = APIRouter()
@@ -54,8 +61,7 @@ async def metrics(request: Request, *, own: bool = False) -> Response:
     if own or not siblings:
         return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
     known = {name: request.headers[name] for name in CREDENTIALS if name in request.headers}
-    module = import_module("sopdeploy_service.observability.multiprocess_metrics")  # imports httpx
-    return Response(await module.collect(siblings, known), media_type=CONTENT_TYPE_LATEST)
+    return Response(await collect(siblings, known), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/info", summary="Loaded models", response_model=Info)
@@ -192,7 +198,7 @@ async def self_test(
     summary="Activate the previous version",
     response_model=ModelInfo,
     responses=problem_responses(401, 403, 404, 409, 422),
-    dependencies=[Depends(needs("admin"))],
+    dependencies=[Depends(require_admin)],
 )
 async def roll_back(request: Request, name: str) -> Response:
     """Switch back to the version before the last load; it is still loaded."""

@@ -2,18 +2,19 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import orjson
 import pydantic
-from fastapi import Request
+from fastapi import Request, Response
 
 from sopdeploy.config import first_problem
 from sopdeploy_service.api.schema import ClassifyRequest
-from sopdeploy_service.http.auth import require
 from sopdeploy_service.http.fetch import fetch
 from sopdeploy_service.http.forms import ImageForm
+from sopdeploy_service.http.middleware import require
 from sopdeploy_service.http.problems import RejectedError, bad_request
 from sopdeploy_service.http.strict_json import decode_text, parse
 from sopdeploy_service.images.decode import EncodedImage, has_image_signature, too_large_error
@@ -61,6 +62,16 @@ def raise_if_rejected(value: Value | Rejection) -> Value:
     if isinstance(value, Rejection):
         raise RejectedError(value)
     return value
+
+
+def json_response(
+    body: pydantic.BaseModel | dict[str, Any] | list[Any],
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """Create a JSON response; fields of a model that are None are omitted."""
+    value = body.model_dump(exclude_none=True) if isinstance(body, pydantic.BaseModel) else body
+    return Response(orjson.dumps(value), status_code=status, headers=headers, media_type="application/json")
 
 
 def admit(request: Request, name: str | None = None, version: str | None = None) -> tuple[Model, float]:

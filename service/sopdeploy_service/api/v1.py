@@ -8,9 +8,16 @@ from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 
 from sopdeploy_service.api.schema import Classes, ClassifyQuery, ClassifyRequest, Results
-from sopdeploy_service.api.upload import admit, context_of, raise_if_rejected, read_upload, service_of
-from sopdeploy_service.http.disconnect import cancel_on_disconnect
-from sopdeploy_service.http.problems import Problem, RejectedError, json_response, problem_responses
+from sopdeploy_service.api.upload import (
+    admit,
+    context_of,
+    json_response,
+    raise_if_rejected,
+    read_upload,
+    service_of,
+)
+from sopdeploy_service.http.body_limits import cancel_on_disconnect
+from sopdeploy_service.http.problems import Problem, RejectedError, problem_responses
 from sopdeploy_service.inference.results import GATES, Outcome, Rejection, format_prediction
 
 router = APIRouter()

@@ -1,4 +1,4 @@
-"""Limits on request bodies: size, transfer rate, and the memory of all bodies together.
+"""Limits on request bodies (size, transfer rate, memory of all bodies together), and disconnects.
 
 Bytes count from their arrival until their request is finished, while they are in memory. Announced bytes do
 not count: otherwise a client could reserve the memory of others with a header.
@@ -7,13 +7,15 @@ not count: otherwise a client could reserve the memory of others with a header.
 import asyncio
 import contextlib
 import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sopdeploy_service.http.problems import RejectedError, reject
 from sopdeploy_service.images.decode import too_large_error
-from sopdeploy_service.inference.results import Rejection
+from sopdeploy_service.inference.results import CLIENT_GONE, Rejection
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
@@ -24,23 +26,22 @@ MAX_LENGTH_DIGITS = 20
 SLOW_BODY = Rejection("slow_body", 408, "the body arrives more slowly than this server allows")
 UPLOADS_FULL = Rejection("uploads_full", 429, "too many bytes are being uploaded; retry later", 2)
 
+Value = TypeVar("Value")
+
 
 class UploadBudget:
-    """Counts the bytes of all bodies in memory; used on one event loop only."""
+    """Counts the bytes of all bodies in memory, `held` of at most *size*; for one event loop."""
 
     def __init__(self, size: int, metrics: Metrics) -> None:
+        self.held = 0
         self._size = size
-        self._held = 0
-        metrics.upload_bytes.set_function(lambda: self._held)
+        metrics.upload_bytes.set_function(lambda: self.held)
 
-    def fits(self, held: int, more: int) -> bool:
-        """Check whether a body of *held* bytes may grow by *more* bytes."""
+    def check(self, held: int, more: int) -> None:
+        """Raise `RejectedError` (429) if a body of *held* bytes may not grow by *more* bytes."""
         size = self._size if held + more <= SMALL_BODY else self._size * 7 // 8
-        return self._held + more <= size
-
-    def add(self, count: int) -> None:
-        """Count received bytes, or released ones as a negative number."""
-        self._held += count
+        if self.held + more > size:
+            raise RejectedError(UPLOADS_FULL)
 
 
 class BodyLimitsMiddleware:
@@ -68,7 +69,7 @@ class BodyLimitsMiddleware:
         try:
             await self._app(scope, body.receive, send)
         finally:
-            self._budget.add(-body.held)
+            self._budget.held -= body.held
             context = scope["state"].get("context") if "state" in scope else None
             if context is not None:
                 context.bytes = body.held
@@ -90,30 +91,14 @@ class LimitedBody:
         """Receive the next message; raises `RejectedError` for a slow body and for a full budget.
 
         The announced size is checked before the first byte is requested, so a client that waits for `100
-        Continue` sends nothing in vain.
+        Continue` sends nothing in vain. Patience is a token bucket of seconds: waiting takes, bytes give, up
+        to the grace period. Only the time of waiting counts. A blocked event loop sees the timeout before the
+        data, so the timeout is followed by a short second attempt.
         """
         if not self._more:
             return await self._receive()
-        self._check_budget(max(0, self._length - self.held))
-        message = await self._receive_in_time()
-        count = len(message.get("body", b""))
-        self._check_budget(count)
-        self._budget.add(count)
-        self.held += count
-        self._more = message.get("more_body", False)
-        return message
-
-    def _check_budget(self, more: int) -> None:
-        if not self._budget.fits(self.held, more):
-            self._more = False
-            raise RejectedError(UPLOADS_FULL)
-
-    async def _receive_in_time(self) -> Message:
-        """Receive with a token bucket of seconds: waiting takes, bytes give, up to the grace period.
-
-        Only the time of waiting counts. A blocked event loop sees the timeout before the data, so the timeout
-        is followed by a short second attempt.
-        """
+        self._more = False  # also after an error
+        self._budget.check(self.held, max(0, self._length - self.held))
         started = time.monotonic()
         message: Message | None = None
         for seconds in (max(0.0, self._patience), RECHECK_SECONDS):
@@ -122,8 +107,38 @@ class LimitedBody:
                     message = await self._receive()
                 break
         if message is None:
-            self._more = False
             raise RejectedError(SLOW_BODY)
-        earned = len(message.get("body", b"")) / self._rate - (time.monotonic() - started)
-        self._patience = min(self._grace, self._patience + earned)
+        count = len(message.get("body", b""))
+        self._patience += count / self._rate - (time.monotonic() - started)
+        self._patience = min(self._grace, self._patience)
+        self._budget.check(self.held, count)
+        self._budget.held += count
+        self.held += count
+        self._more = message.get("more_body", False)
         return message
+
+
+async def cancel_on_disconnect(work: Coroutine[Any, Any, Value], receive: Receive) -> Value:
+    """Run *work*; cancel it and raise `RejectedError` (499) if the client disconnects first.
+
+    The request body must have been read: the next message of *receive* is the disconnect.
+    """
+    task = asyncio.current_task()
+    if task is None:
+        raise RuntimeError("cancel_on_disconnect must run in a task")
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+
+    watcher = asyncio.ensure_future(watch())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        disconnected = watcher.done() and not watcher.cancelled()
+        if not disconnected or task.uncancel():  # cancelled by something else, or additionally
+            raise
+        raise RejectedError(CLIENT_GONE) from None
+    finally:
+        watcher.cancel()

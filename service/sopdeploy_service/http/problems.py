@@ -7,7 +7,6 @@ from typing import Any
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
@@ -54,18 +53,6 @@ class Problem(StrictModel):
             code=rejection.code,
             detail=rejection.message,
         )
-
-
-def json_response(
-    body: BaseModel | dict[str, Any], *, status: int = 200, headers: Mapping[str, str] | None = None
-) -> Response:
-    """Create a JSON response; fields of a model that are None are omitted."""
-    return Response(
-        orjson.dumps(body if isinstance(body, dict) else body.model_dump(exclude_none=True)),
-        status_code=status,
-        headers=headers,
-        media_type="application/json",
-    )
 
 
 def problem_response(

@@ -1,4 +1,4 @@
-"""Logging: JSON lines or readable lines, the access log, and the timeline of a start.
+"""Logging: JSON lines or readable lines, and the timeline of a start.
 
 Modules log with the standard library; the fields of `extra` become fields of the line. Text from clients
 never starts a new line: JSON escapes it, and console output replaces unprintable characters.
@@ -17,15 +17,10 @@ from typing import TextIO
 import structlog
 from structlog.typing import Processor
 
-from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.settings import Settings
 
 ROOT = "sopdeploy"
 START_UP = "sopdeploy.start_up"  # the timeline, which a setting enables at any log level
-PROBES = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-
-access_log = logging.getLogger("sopdeploy.access")
 
 
 @contextmanager
@@ -83,33 +78,6 @@ def _write_traceback(stream: TextIO, exc_info: structlog.typing.ExcInfo) -> None
     """Write an indented traceback, so that no text in it looks like a log line."""
     lines = "".join(traceback.format_exception(*exc_info)).splitlines()
     stream.write("".join(f"\n    {_printable(line)}" for line in lines))
-
-
-def log_request(context: RequestContext, method: str, route: str, status: int, seconds: float) -> None:
-    """Log a request that took *seconds*; *status* is 0 if no response was sent.
-
-    Successful probes and scrapes are logged at debug level.
-    """
-    level = logging.DEBUG if route in PROBES and status < 400 else logging.INFO
-    if not access_log.isEnabledFor(level):
-        return
-    fields = {
-        "request": context.request_id,
-        "key": context.key_name,
-        "method": method if method in METHODS else "other",
-        "route": route,
-        "status": status,
-        "code": context.code,
-        "model": context.model_name or None,
-        "digest": context.model_version or None,
-        "images": context.images,
-        "bytes": context.bytes,
-        "ms": round(seconds * 1000, 2),
-        "stages_ms": {name: round(spent * 1000, 2) for name, spent in context.stage_seconds.items()},
-        "trace": context.trace.id if context.trace is not None else None,
-    }
-    extra = {name: value for name, value in fields.items() if value is not None}
-    access_log.log(level, "request", extra=extra)
 
 
 class Timeline:

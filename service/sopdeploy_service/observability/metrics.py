@@ -1,13 +1,19 @@
-"""The Prometheus metrics of one server, in a registry of their own."""
+"""The Prometheus metrics of one server, in a registry of their own, and the merger of several workers."""
 
+import asyncio
 import threading
 import time
 from collections import Counter as Counts
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import httpx
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy_service.runtime.base import Runtime
@@ -15,30 +21,7 @@ from sopdeploy_service.runtime.base import Runtime
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 WINDOW_SECONDS = 10.0
-
-
-class BusyMeter:
-    """Measures the fraction of the last `WINDOW_SECONDS` in which a batch ran. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._spans: deque[tuple[float, float]] = deque()
-        self._created = time.monotonic()
-        self._lock = threading.Lock()
-
-    def add(self, started: float, ended: float) -> None:
-        """Count the time from *started* to *ended* (`time.monotonic`) as busy."""
-        with self._lock:
-            self._spans.append((started, ended))
-            while self._spans[0][1] < ended - WINDOW_SECONDS:
-                self._spans.popleft()
-
-    def ratio(self) -> float:
-        """Return the busy fraction, from 0 to 1."""
-        with self._lock:
-            now = time.monotonic()
-            begin = max(self._created, now - WINDOW_SECONDS)
-            busy = sum(max(0.0, ended - max(started, begin)) for started, ended in self._spans)
-            return min(1.0, busy / max(now - begin, 1e-9))
+SCRAPE_SECONDS = 2.0  # a worker that takes longer counts as down
 
 
 class Metrics:
@@ -88,7 +71,7 @@ class Metrics:
         """Return the metrics of *model*, shared by all of its versions."""
         if model not in self._models:
             created = self._models[model] = ModelMetrics(self, model)
-            self._busy.labels(model).set_function(created.busy.ratio)
+            self._busy.labels(model).set_function(created.busy_ratio)
         return self._models[model]
 
     def count_bundle(self, name: str, bundle: Bundle, runtime: Runtime, change: int) -> None:
@@ -123,18 +106,72 @@ class ModelMetrics:
     """The metrics of one model, shared by all of its versions."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
-        self.busy = BusyMeter()
         self._stage = metrics.stage
         # Created here, so that they show 0 before the first batch.
         self._size = metrics.batch_size.labels(model)
         self.nonfinite = metrics.nonfinite_outputs.labels(model)
         self._close, self._model = metrics.batch_close, model
+        self._created = time.monotonic()
+        self._lock = threading.Lock()
+        self.runs: deque[tuple[float, float]] = deque()  # (started, ended) of the last batches
 
     def batch(self, waited: Sequence[float], max_batch: int, started: float, ended: float) -> None:
         """Count a batch that ran from *started* to *ended*; its images *waited* so many seconds."""
         self._size.observe(len(waited))
         self._close.labels(self._model, "full" if len(waited) == max_batch else "idle").inc()
-        self.busy.add(started, ended)
+        with self._lock:
+            self.runs.append((started, ended))
+            while self.runs[0][1] < ended - WINDOW_SECONDS:
+                self.runs.popleft()
         self._stage("infer", ended - started)
         for seconds in waited:
             self._stage("queue", seconds)
+
+    def busy_ratio(self) -> float:
+        """Compute the fraction of the last `WINDOW_SECONDS` in which a batch ran. Thread-safe."""
+        with self._lock:
+            now = time.monotonic()
+            begin = max(self._created, now - WINDOW_SECONDS)
+            busy = sum(max(0.0, ended - max(started, begin)) for started, ended in self.runs)
+            return min(1.0, busy / max(now - begin, 1e-9))
+
+
+async def collect(workers: Mapping[str, str], headers: Mapping[str, str]) -> bytes:
+    """Scrape *workers* (base URLs by device) with *headers* and merge their pages."""
+
+    async def scrape(client: httpx.AsyncClient, url: str) -> str | None:
+        try:
+            response = await client.get(f"{url}/metrics", params={"own": "true"}, headers=dict(headers))
+        except httpx.HTTPError:
+            return None
+        return response.text if response.status_code == httpx.codes.OK else None
+
+    async with httpx.AsyncClient(timeout=SCRAPE_SECONDS, trust_env=False) as client:
+        pages = await asyncio.gather(*(scrape(client, url) for url in workers.values()))
+    return merge(dict(zip(workers, pages, strict=True)))
+
+
+def merge(pages: Mapping[str, str | None]) -> bytes:
+    """Merge *pages* of metrics by device (None: worker down); add `device` and `sopdeploy_worker_up`."""
+    up = GaugeMetricFamily(
+        "sopdeploy_worker_up", "Whether the process of a device answers", labels=("device",)
+    )
+    families: dict[str, Metric] = {}
+    for device, page in pages.items():
+        up.add_metric((device,), float(page is not None))
+        for family in text_string_to_metric_families(page or ""):
+            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            merged.samples += [
+                sample._replace(labels={**sample.labels, "device": device}) for sample in family.samples
+            ]
+    registry = CollectorRegistry()
+    registry.register(_Families([up, *families.values()]))
+    return generate_latest(registry)
+
+
+@dataclass(eq=False)  # the registry needs the hash of the identity
+class _Families(Collector):
+    families: list[Metric]
+
+    def collect(self) -> list[Metric]:
+        return self.families

@@ -20,7 +20,6 @@ from starlette.routing import Route
 
 from sopdeploy_service.api.schema import Health
 from sopdeploy_service.http.body_limits import BodyLimitsMiddleware
-from sopdeploy_service.http.problems import json_response
 from sopdeploy_service.inference.service import State
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.server.connection_limits import ShortLivedConnections
@@ -72,7 +71,8 @@ def health_app(
             healthy = current == "ok"
         else:
             healthy = current not in {"engine_dead", "loop_blocked"}
-        return json_response(Health(status=current), status=200 if healthy else 503)
+        body = Health(status=current).model_dump_json()
+        return Response(body, status_code=200 if healthy else 503, media_type="application/json")
 
     async def metrics(_request: Request) -> Response:
         return Response(render(), media_type=CONTENT_TYPE_LATEST)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app as cli
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.http.api_keys import ApiKeys, Key, load_keys, new_key, read_keys
-from sopdeploy_service.http.auth import TokenBucket, require
+from sopdeploy_service.http.middleware import TokenBucket, require
 from sopdeploy_service.http.problems import RejectedError
 from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.runtime.fake import FakeRuntime
@@ -215,7 +215,7 @@ def test_more_images_than_the_burst_are_400(locked, keys, jpeg) -> None:
 def test_no_sequence_of_requests_gets_more_than_burst_plus_rate_times_time(steps, rate) -> None:
     with pytest.MonkeyPatch.context() as patch:
         now = 1000.0
-        patch.setattr("sopdeploy_service.http.auth.time.monotonic", lambda: now)
+        patch.setattr("sopdeploy_service.http.middleware.time.monotonic", lambda: now)
         bucket, taken, began = TokenBucket(rate, 8), 0, now
         for images, pause in steps:
             try:

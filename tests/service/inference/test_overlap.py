@@ -115,6 +115,6 @@ def test_a_lost_device_rejects_both_batches_and_the_queue(classify):
 def test_the_busy_spans_of_a_device_do_not_overlap(serve_with, jpeg, pool):
     client = serve_with(FakeOverlappingRuntime(classes=7, fixed_ms=10, per_image_ms=1, largest_batch=4))
     replies = list(pool.map(lambda _: client.post("/v1/classify", content=jpeg), range(200)))
-    spans = client.app.state.service.metrics.of("tiny").busy._spans
+    spans = client.app.state.service.metrics.of("tiny").runs
     assert all(reply.status_code == 200 for reply in replies)
     assert all(before[1] <= after[0] for before, after in zip(spans, list(spans)[1:], strict=False))

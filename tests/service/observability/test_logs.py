@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from sopdeploy_service.http.api_keys import new_key
-from sopdeploy_service.http.auth import ApiKeyMiddleware
+from sopdeploy_service.http.middleware import ApiKeyMiddleware
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.logs import Timeline, process_age
 from sopdeploy_service.runtime.fake import FakeRuntime

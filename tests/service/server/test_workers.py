@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sopdeploy_service.observability.multiprocess_metrics import merge
+from sopdeploy_service.observability.metrics import merge
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.server.workers import Supervisor, Worker
 from sopdeploy_service.settings import load_settings

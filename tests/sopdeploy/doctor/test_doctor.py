@@ -19,7 +19,7 @@ from sopdeploy.doctor.measure import (
     ramp_to,
 )
 from sopdeploy.errors import ServiceError
-from sopdeploy_service.observability.multiprocess_metrics import merge
+from sopdeploy_service.observability.metrics import merge
 
 BEFORE = """
 sopdeploy_decoders 2.0

@@ -5,13 +5,13 @@ from collections.abc import Awaitable, Callable
 from importlib.metadata import version as package_version
 from typing import Any
 
-import orjson
 import pydantic
 from fastapi import APIRouter, Depends, Request, Response
 
 from sopdeploy_service.api.upload import (
     admit,
     context_of,
+    json_response,
     parsing,
     raise_if_rejected,
     read_body,
@@ -22,14 +22,14 @@ from sopdeploy_service.api.v2 import metadata
 from sopdeploy_service.api.v2.metadata import EXTENSIONS, Signature
 from sopdeploy_service.api.v2.request import Body, InferBody, ParsedBody, parse_body, validate
 from sopdeploy_service.api.v2.response import HEADER_LENGTH, format_response, stack_outputs
-from sopdeploy_service.http.auth import needs
-from sopdeploy_service.http.disconnect import cancel_on_disconnect
+from sopdeploy_service.http.body_limits import cancel_on_disconnect
+from sopdeploy_service.http.middleware import require_admin
 from sopdeploy_service.http.strict_json import parse
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.model import Model
 
 MAX_BODY_BYTES = 100_000  # of a repository request
-ADMIN = [Depends(needs("admin"))]
+ADMIN = [Depends(require_admin)]
 ERROR: dict[str, Any] = {
     "description": "the code is in the header `X-Error-Code`",
     "content": {
@@ -98,11 +98,6 @@ INFER_BODY["parameters"] = [
         "schema": {"type": "integer", "minimum": 0},
     }
 ]
-
-
-def json_response(value: Any, status: int = 200) -> Response:
-    """Build a JSON response."""
-    return Response(orjson.dumps(value), status_code=status, media_type="application/json")
 
 
 def model_endpoint(method: str, suffix: str, **options: Any) -> Callable[[Endpoint], Endpoint]:
