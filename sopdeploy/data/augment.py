@@ -1,36 +1,34 @@
-"""Training augmentation: the crop that replaces the center crop, mirroring, then RandAugment.
+"""Training augmentation: the crop that replaces the center crop, mirroring, RandAugment and mixup.
 
-Every augmentation maps an RGB image to a uint8 array of the crop size. Random choices depend on (seed, epoch,
-sample) only.
+The result is a uint8 array of the crop size. Random choices depend on (seed, epoch, sample) only.
+RandAugment, random erasing, mixup and CutMix are computed by torchvision.
 """
 
 import math
-from abc import abstractmethod
 from dataclasses import dataclass
 from random import Random
 from typing import Annotated, Literal
 
 import numpy as np
 import pydantic
+import torch
 from numpy.typing import NDArray
-from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
 
-from sopdeploy.config import Fraction, Positive, StrictModel
-from sopdeploy.data.base import ImagesDataset, derive_seed
+from sopdeploy.config import Fraction, NonNegative, Positive, StrictModel
+from sopdeploy.data.base import ImagesDataset, LabeledImages, derive_seed
 from sopdeploy.data.image_files import ImageFiles, load_pixels
-from sopdeploy.data.rand_augment import RandAugment
 from sopdeploy.images.preprocess import (
     RESAMPLING,
     SIDEWAYS,
     Preprocess,
     Side,
-    center_crop,
     exif_orientation,
     to_rgb,
 )
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in source pixels
-NO_RAND_AUGMENT = RandAugment()
 PositiveFraction = Annotated[float, pydantic.Field(gt=0, le=1)]
 
 
@@ -39,10 +37,6 @@ class CenterCrop(StrictModel):
 
     kind: Literal["centre", "center"]
     flip: Fraction = 0.0
-
-    def crop(self, image: Image.Image, rules: Preprocess, _random: Random) -> NDArray[np.uint8]:
-        """Crop the center of *image*."""
-        return center_crop(image, rules)
 
 
 class PadCrop(StrictModel):
@@ -55,15 +49,9 @@ class PadCrop(StrictModel):
     flip: Fraction = 0.0
     pad: Annotated[int, pydantic.Field(ge=1)] = 4
 
-    def crop(self, image: Image.Image, rules: Preprocess, random: Random) -> NDArray[np.uint8]:
-        """Crop a random window of the padded center crop."""
-        padded = np.pad(center_crop(image, rules), ((self.pad, self.pad), (self.pad, self.pad), (0, 0)))
-        top, left = random.randint(0, 2 * self.pad), random.randint(0, 2 * self.pad)
-        return padded[top : top + rules.crop, left : left + rules.crop]
-
 
 class BoxCrop(StrictModel):
-    """Base class of augmentations that crop a random box and resize it.
+    """Settings of the augmentations that crop a random box and resize it.
 
     With `draft`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the box still has the pixels of the
     crop: faster, but a few gray levels off (`benchmarks/training_throughput.py` measures how many).
@@ -71,14 +59,6 @@ class BoxCrop(StrictModel):
 
     flip: Fraction = 0.0
     draft: bool = False
-
-    def crop(self, image: Image.Image, rules: Preprocess, random: Random) -> NDArray[np.uint8]:
-        """Crop a random box of *image* and resize it."""
-        return _resize_box(image, self.box(image.size, rules.crop, random), rules)
-
-    @abstractmethod
-    def box(self, size: tuple[int, int], crop: int, random: Random) -> Box:
-        """Draw a box inside an image of *size* (width, height)."""
 
 
 class RandomResizedCrop(BoxCrop):
@@ -131,6 +111,62 @@ Augmentation = Annotated[
 ]
 
 
+class RandAugment(StrictModel):
+    """RandAugment (`ops` operations at `magnitude` 0 to 30), then random erasing with probability `erase`.
+
+    Sources: Cubuk et al., "RandAugment" (NeurIPS 2020); Zhong et al., "Random Erasing Data Augmentation"
+    (AAAI 2020). Erased boxes and borders get the mean color, which is 0 after normalization.
+    """
+
+    ops: Annotated[int, pydantic.Field(ge=0, le=10)] = 0
+    magnitude: Annotated[int, pydantic.Field(ge=0, le=30)] = 9
+    erase: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0
+
+    def __call__(self, array: NDArray[np.uint8], rules: Preprocess, seed: int) -> NDArray[np.uint8]:
+        """Augment the (H, W, 3) uint8 *array*; depends on *seed* only and keeps torch's random state."""
+        if self.ops == 0 and self.erase == 0:
+            return array
+        before = torch.get_rng_state()
+        try:
+            torch.default_generator.manual_seed(seed)
+            image = torch.from_numpy(array.copy()).permute(2, 0, 1)
+            mean = [float(round(255 * value)) for value in rules.mean]
+            if self.ops:
+                image = v2.RandAugment(self.ops, self.magnitude, fill=mean)(image)
+            if self.erase:
+                image = v2.RandomErasing(self.erase, value=mean)(image)
+            return image.permute(1, 2, 0).contiguous().numpy()
+        finally:
+            torch.set_rng_state(before)
+
+
+class Mixup(StrictModel):
+    """Mixup and CutMix; `mixup` and `cutmix` are the alphas of their Beta distributions, 0 disables one.
+
+    If both are enabled, each batch uses one of them with equal probability. Each image is mixed with its
+    neighbor in the batch, the first one with the last one.
+    """
+
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
+
+    def __call__(self, images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+        """Mix float *images* (B, 3, H, W); returns them with labels (B,) or mixed labels (B, classes).
+
+        Draws from torch's default CPU generator.
+        """
+        if self.mixup == 0 and self.cutmix == 0:
+            return images, labels
+        transform: v2.Transform = v2.MixUp(alpha=self.mixup, num_classes=classes) if self.mixup else None
+        if self.cutmix and (transform is None or bool(torch.rand(()) < 0.5)):
+            transform = v2.CutMix(alpha=self.cutmix, num_classes=classes)
+        mixed: tuple[Tensor, Tensor] = transform(images, labels)
+        return mixed
+
+
+NO_RAND_AUGMENT = RandAugment()
+
+
 @dataclass(frozen=True, slots=True)
 class AugmentedDataset(ImagesDataset):
     """Augmented images of one epoch.
@@ -148,33 +184,44 @@ class AugmentedDataset(ImagesDataset):
         sample = index % len(self.images)
         random = Random(derive_seed(self.seed, "augment", self.epoch, index))  # noqa: S311
         rules, augmentation = self.preprocess, self.augmentation
-        if isinstance(augmentation, BoxCrop) and augmentation.draft and isinstance(self.images, ImageFiles):
-            array, target = _crop_draft(self.images, sample, augmentation, rules, random)
+        if isinstance(augmentation, BoxCrop):
+            array, target = _crop_box(self.images, sample, augmentation, rules, random)
         else:
             image, target = self.images[sample]
-            array = augmentation.crop(to_rgb(image, rules), rules, random)
+            array = rules(image)
+        if isinstance(augmentation, PadCrop):
+            pad = augmentation.pad
+            padded = np.pad(array, ((pad, pad), (pad, pad), (0, 0)))
+            top, left = random.randint(0, 2 * pad), random.randint(0, 2 * pad)
+            array = padded[top : top + rules.crop, left : left + rules.crop]
         if random.random() < augmentation.flip:
             array = array[:, ::-1]
         seed = derive_seed(self.seed, "distort", self.epoch, index)
         return self.rand_augment(array, rules, seed), target
 
 
-def _resize_box(image: Image.Image, box: Box, rules: Preprocess) -> NDArray[np.uint8]:
-    resized = image.resize((rules.crop, rules.crop), RESAMPLING[rules.interpolation], box=box)
-    return np.asarray(resized, dtype=np.uint8)
-
-
-def _crop_draft(
-    images: ImageFiles, index: int, augmentation: BoxCrop, rules: Preprocess, random: Random
+def _crop_box(
+    images: LabeledImages,
+    index: int,
+    augmentation: RandomResizedCrop | RandomSide,
+    rules: Preprocess,
+    random: Random,
 ) -> tuple[NDArray[np.uint8], int]:
-    """Decode an image no larger than needed and crop the box that is drawn from its full size."""
-    image = images.open(index)
-    width, height = image.size
-    sideways = rules.exif_orientation and exif_orientation(image) in SIDEWAYS
-    size = (height, width) if sideways else (width, height)
-    left, top, right, bottom = augmentation.box(size, rules.crop, random)
-    factor = max(1, int(min(right - left, bottom - top) / rules.crop))
-    image.draft(None, (width // factor, height // factor))
-    decoded = to_rgb(load_pixels(image, images.path(index)), rules)
-    x, y = decoded.width / size[0], decoded.height / size[1]
-    return _resize_box(decoded, (left * x, top * y, right * x, bottom * y), rules), int(images.targets[index])
+    """Crop a random box and resize it; with `draft`, the image is decoded no larger than needed."""
+    if augmentation.draft and isinstance(images, ImageFiles):
+        source, target = images.open(index), int(images.targets[index])
+        width, height = source.size
+        sideways = rules.exif_orientation and exif_orientation(source) in SIDEWAYS
+        size = (height, width) if sideways else (width, height)
+        left, top, right, bottom = augmentation.box(size, rules.crop, random)
+        factor = max(1, int(min(right - left, bottom - top) / rules.crop))
+        source.draft(None, (width // factor, height // factor))
+        image = to_rgb(load_pixels(source, images.path(index)), rules)
+        x, y = image.width / size[0], image.height / size[1]
+        box = (left * x, top * y, right * x, bottom * y)
+    else:
+        source, target = images[index]
+        image = to_rgb(source, rules)
+        box = augmentation.box(image.size, rules.crop, random)
+    resized = image.resize((rules.crop, rules.crop), RESAMPLING[rules.interpolation], box=box)
+    return np.asarray(resized, dtype=np.uint8), target

@@ -8,7 +8,7 @@ number of loader processes.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,33 +16,29 @@ from PIL import Image
 
 from sopdeploy.images.preprocess import Preprocess
 
+Item = TypeVar("Item", covariant=True)
 
-class LabeledImages(Protocol):
-    """Images of any size and mode with their class indices into `labels`."""
+
+class LabeledItems(Protocol[Item]):
+    """Items with their class indices into `labels`, the class names in output order."""
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        """Class names in output order."""
+    def labels(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Item, int]: ...
+
+
+class LabeledImages(LabeledItems[Image.Image], Protocol):
+    """Images of any size and mode with their class indices into `labels`."""
 
     @property
     def targets(self) -> NDArray[np.int64]:
         """Class index of each image, available without reading the images."""
 
-    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
-
-
-class Dataset(Protocol):
-    """Network inputs: (height, width, 3) uint8 arrays of one size with their class indices."""
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Class names in output order."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]: ...
+Dataset = LabeledItems[NDArray[np.uint8]]  # network inputs: (height, width, 3) arrays of one size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

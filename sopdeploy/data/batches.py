@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -66,14 +67,14 @@ def load_batches(
     loader: DataLoader[Any] = DataLoader(
         _BatchedDataset(dataset),  # type: ignore[arg-type]  # torch's Dataset is a class, ours a protocol
         batch_sampler=batches,
-        collate_fn=_identity,
+        collate_fn=tuple,
         num_workers=min(workers, os.cpu_count() or 1),
         worker_init_fn=_init_worker,
         pin_memory=on_gpu,
     )
     for batch in loader:
-        if isinstance(batch, str):
-            raise DataError(batch)
+        if len(batch) == 1:
+            raise DataError(batch[0])
         images, labels = batch
         yield images.to(device, non_blocking=on_gpu), labels.to(device, non_blocking=on_gpu)
 
@@ -86,23 +87,19 @@ def with_wait_time(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
         since = time.monotonic()
 
 
+@dataclass
 class _BatchedDataset:
     """Load whole batches; a `DataError` becomes its message, as a loader process would add a traceback."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    dataset: Dataset
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch | str:
+    def __getitems__(self, indices: Sequence[int]) -> Batch | tuple[str]:
         try:
             pairs = [self.dataset[index] for index in indices]
         except DataError as error:
-            return str(error)
+            return (str(error),)
         images = torch.from_numpy(np.stack([array for array, _ in pairs]))
         return images, torch.tensor([label for _, label in pairs])
-
-
-def _identity(batch: Any) -> Any:
-    return batch
 
 
 def _init_worker(_worker: int) -> None:

@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,9 @@ from sopdeploy.data.datasets.folder import (
     scan_classes,
 )
 from sopdeploy.data.folder_store import OpenOptions
-from sopdeploy.data.image_files import ImageFiles, count_ignored_files, load_pixels, open_image
-from sopdeploy.data.validation import map_threaded
+from sopdeploy.data.image_files import ImageFiles, count_ignored_files, load_pixels, map_threaded, open_image
 from sopdeploy.errors import DataError
-from sopdeploy.images.color import SIXTEEN_BIT
-from sopdeploy.images.preprocess import Preprocess, is_rotated, to_rgb
+from sopdeploy.images.preprocess import ROTATED, SIXTEEN_BIT, Preprocess, exif_orientation, to_rgb
 
 MIN_SIDE = 32  # pixels; smaller images are reported
 MAX_ASPECT_RATIO = 4.0  # the center crop shows little of longer images
@@ -102,8 +101,14 @@ def check(path: Path, cache: Path | None = None) -> DataReport:
     Raises `DataError` if there are no classes, or if the held-out classes are not the training classes.
     """
     parts = _open_parts(path.expanduser(), OpenOptions(cache))
-    infos = [info for name, part in parts.items() for info in _inspect_files(part, name)]
+    infos = [
+        info
+        for name, part in parts.items()
+        for info in map_threaded(partial(_inspect_file, part, name), len(part))
+    ]
     readable = [info for info in infos if not info.error]
+    sides = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T
+    shorter, longer = ((int(row.min()), int(np.median(row)), int(row.max())) for row in sides)
     strange: dict[str, list[str]] = {}
     for info in readable:
         for reason in info.oddities:
@@ -121,8 +126,8 @@ def check(path: Path, cache: Path | None = None) -> DataReport:
         parts=tuple(counted),
         formats=dict(Counter(info.format for info in readable).most_common()),
         modes=dict(Counter(info.mode for info in readable).most_common()),
-        shorter_side=_min_median_max([min(info.size) for info in readable]),
-        longer_side=_min_median_max([max(info.size) for info in readable]),
+        shorter_side=shorter,
+        longer_side=longer,
         unreadable=tuple(info.error for info in infos if info.error),
         too_few=tuple(
             f"{images.store.root / images.labels[target]}: only one image; add another"
@@ -146,34 +151,31 @@ def _open_parts(path: Path, options: OpenOptions) -> dict[str, ImageFiles]:
     return {TRAIN: scan_classes(train, labels), **held_out}
 
 
-def _inspect_files(images: ImageFiles, part: str) -> Iterator[_FileInfo]:
-    def inspect(index: int) -> _FileInfo:
-        path, label = images.path(index), images.labels[int(images.targets[index])]
-        try:
-            data = images.store.read(bytes(images.paths[index]))
-        except OSError as error:
-            message = f"{path}: cannot be read ({error}); repair or delete it"
-            return _FileInfo(str(path), part, label, error=message)
-        try:
-            image = open_image(data, path)
-            mode, name, frames = image.mode, image.format or "", getattr(image, "n_frames", 1)
-            pixels = to_rgb(load_pixels(image, path), RULES)
-        except DataError as error:
-            return _FileInfo(str(path), part, label, len(data), str(error))
-        return _FileInfo(
-            file=str(path),
-            part=part,
-            label=label,
-            length=len(data),
-            format=name,
-            mode=mode,
-            size=pixels.size,
-            file_hash=hashlib.sha256(data).digest()[:16],
-            pixel_hash=hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest()[:16],
-            oddities=_oddities(image, pixels, mode, frames),
-        )
-
-    return map_threaded(inspect, len(images))
+def _inspect_file(images: ImageFiles, part: str, index: int) -> _FileInfo:
+    path, label = images.path(index), images.labels[int(images.targets[index])]
+    try:
+        data = images.store.read(bytes(images.paths[index]))
+    except OSError as error:
+        message = f"{path}: cannot be read ({error}); repair or delete it"
+        return _FileInfo(str(path), part, label, error=message)
+    try:
+        image = open_image(data, path)
+        mode, name, frames = image.mode, image.format or "", getattr(image, "n_frames", 1)
+        pixels = to_rgb(load_pixels(image, path), RULES)
+    except DataError as error:
+        return _FileInfo(str(path), part, label, len(data), str(error))
+    return _FileInfo(
+        file=str(path),
+        part=part,
+        label=label,
+        length=len(data),
+        format=name,
+        mode=mode,
+        size=pixels.size,
+        file_hash=hashlib.sha256(data).digest()[:16],
+        pixel_hash=hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest()[:16],
+        oddities=_oddities(image, pixels, mode, frames),
+    )
 
 
 def _oddities(image: Image.Image, pixels: Image.Image, mode: str, frames: int) -> tuple[str, ...]:
@@ -186,7 +188,7 @@ def _oddities(image: Image.Image, pixels: Image.Image, mode: str, frames: int) -
         "several frames, the first one counts": frames > 1,
         "printing colours (CMYK)": mode == "CMYK",
         "16 bits a pixel": mode in SIXTEEN_BIT,
-        "turned by its EXIF orientation": is_rotated(image),
+        "turned by its EXIF orientation": exif_orientation(image) in ROTATED,
     }
     return tuple(reason for reason, applies in found.items() if applies)
 
@@ -203,7 +205,3 @@ def _find_duplicates(infos: list[_FileInfo]) -> Iterator[Duplicates]:
                 across=len({info.part for info in group}) > 1,
                 labels_differ=len({info.label for info in group}) > 1,
             )
-
-
-def _min_median_max(values: list[int]) -> tuple[int, int, int]:
-    return (min(values), int(np.median(values)), max(values)) if values else (0, 0, 0)

@@ -22,18 +22,19 @@ class OpenOptions:
 
 @dataclass(frozen=True, slots=True)
 class FolderStore:
-    """A folder on disk, without its hidden files; *open_path* opens a subfolder, which may hold archives."""
+    """A folder on disk, without its hidden files; `open_folder` opens a subfolder as a store."""
 
     root: Path
-    open_path: Callable[[Path], Any]
+    open_folder: Callable[[str], Any]
 
     def folders(self) -> list[str]:
         """List the names of the subfolders, sorted; raises `DataError`."""
-        return visible_folders(self.root)
-
-    def open_folder(self, folder: str) -> Any:
-        """Open a subfolder as a store."""
-        return self.open_path(self.root / folder)
+        try:
+            paths = [path for path in self.root.iterdir() if path.is_dir()]
+        except OSError as error:
+            reason = f"cannot be listed ({error.strerror}); check its permissions"
+            raise DataError(f"{self.root}: {reason}") from error
+        return sorted(path.name for path in paths if not path.name.startswith("."))
 
     def list_files(self, folder: str) -> tuple[list[bytes], list[str]]:
         """List the images below a subfolder, relative to the store and sorted, and the other files."""
@@ -55,14 +56,6 @@ class FolderStore:
     def size(self, name: bytes) -> int:
         """Get the size of a file in bytes; raises `OSError`."""
         return (self.root / os.fsdecode(name)).stat().st_size
-
-
-def visible_folders(root: Path) -> list[str]:
-    """List the names of the visible folders in *root*, sorted; raises `DataError`."""
-    try:
-        return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{root}: cannot be listed ({error.strerror}); check its permissions") from error
 
 
 def is_image(name: str) -> bool:

@@ -1,24 +1,30 @@
-"""Labeled image files in a folder or archive."""
+"""Labeled image files in a folder or archive, and the detection of unreadable ones."""
 
 import io
 import os
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from sopdeploy.data.base import LabeledImages
 from sopdeploy.data.folder_store import FolderStore
-from sopdeploy.data.tar.store import TarStore
+from sopdeploy.data.tar import TarStore
 from sopdeploy.errors import DataError
-from sopdeploy.images.color import match_transparency
+from sopdeploy.images.preprocess import match_transparency
 
 FileStore = FolderStore | TarStore
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+CHUNK = 64  # images per task; decoding releases the GIL
+MAX_LISTED = 200  # files named in an error message; `sopdeploy data check` names all
+Result = TypeVar("Result")
 
 
 def count_ignored_files(store: FileStore, folders: Sequence[str]) -> dict[str, int]:
@@ -62,7 +68,7 @@ class ImageFiles:
 
     def select(self, mask: NDArray[np.bool_]) -> "ImageFiles":
         """Keep the images where *mask* (N,) is true."""
-        return ImageFiles(self.store, self.labels, self.paths[mask], self.targets[mask])
+        return replace(self, paths=self.paths[mask], targets=self.targets[mask])
 
 
 def open_image(data: bytes, path: Path) -> Image.Image:
@@ -84,3 +90,45 @@ def load_pixels(image: Image.Image, path: Path) -> Image.Image:
     except DECODE_ERRORS as error:
         raise DataError(f"{path}: cannot be read ({error}); repair or delete it") from error
     return image
+
+
+def map_threaded(function: Callable[[int], Result], count: int) -> Iterator[Result]:
+    """Yield *function*(0) to *function*(count - 1) in order, computed by one thread per core."""
+    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for results in pool.map(lambda chunk: [function(index) for index in chunk], chunks):
+            yield from results
+
+
+def find_unreadable(images: ImageFiles) -> dict[int, str]:
+    """Find the images that cannot be decoded; returns error messages by index.
+
+    JPEGs are decoded at an eighth of their size, which still reads every byte.
+    """
+
+    def check(index: int) -> str:
+        try:
+            image = images.open(index)
+            image.draft(None, (1, 1))
+            load_pixels(image, images.path(index))
+        except DataError as error:
+            return str(error)
+        return ""
+
+    return {index: error for index, error in enumerate(map_threaded(check, len(images))) if error}
+
+
+def unreadable_images_error(first: DataError, *parts: LabeledImages) -> DataError:
+    """Build an error that names every unreadable image of *parts*; *first* if there is at most one."""
+    errors = [
+        error for part in parts if isinstance(part, ImageFiles) for error in find_unreadable(part).values()
+    ]
+    if len(errors) < 2:
+        return first
+    more = len(errors) - MAX_LISTED
+    rest = f"; and {more} more, listed by `sopdeploy data check`" if more > 0 else ""
+    return DataError(
+        f"{len(errors)} images cannot be used (set data.skip_corrupt=true to leave them out): "
+        + "; ".join(errors[:MAX_LISTED])
+        + rest
+    )

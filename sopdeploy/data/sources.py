@@ -1,16 +1,29 @@
-"""The data sources that a recipe can name, and the function that opens them."""
+"""The data sources that a recipe can name, and the function that opens them.
 
+Unreadable images are left out (`skip_corrupt`) before the first step, so that the order of every epoch
+depends on (seed, epoch) only, also after a resume and for any number of processes.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import pydantic
 
-from sopdeploy.data.base import Split
+from sopdeploy.data.base import LabeledImages, Split
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.datasets.places import PlacesConfig, open_places
 from sopdeploy.data.datasets.small import CifarConfig, DigitsConfig, open_cifar, open_digits
 from sopdeploy.data.datasets.small_imagenet import SmallImageNetConfig, open_small_imagenet
 from sopdeploy.data.folder_store import Log, OpenOptions
-from sopdeploy.data.validation import drop_unreadable
+from sopdeploy.data.image_files import ImageFiles, find_unreadable
+from sopdeploy.data.tar import cache_folder
+from sopdeploy.errors import DataError
+from sopdeploy.files import atomic_write
 
 DataConfig = Annotated[
     DigitsConfig | FolderConfig | CifarConfig | SmallImageNetConfig | PlacesConfig,
@@ -34,4 +47,57 @@ def open_data(config: DataConfig, log: Log = lambda _line: None) -> Split:
         case FolderConfig() | PlacesConfig():
             options = OpenOptions(config.cache, log)
             split = open_folder(config, options) if config.kind == "folder" else open_places(config, options)
-            return drop_unreadable(split, options) if config.skip_corrupt else split
+            return _drop_unreadable(split, options) if config.skip_corrupt else split
+
+
+def _drop_unreadable(split: Split, options: OpenOptions) -> Split:
+    """Remove unreadable images from *split* and list their files in `skipped`.
+
+    Raises `DataError` if a class has no readable image.
+    """
+    parts: list[LabeledImages] = []
+    skipped: list[str] = []
+    for images in (split.train, split.held_out):
+        if not isinstance(images, ImageFiles):
+            parts.append(images)
+            continue
+        unreadable = cached_unreadable(images, options.cache)
+        mask = np.ones(len(images), dtype=np.bool_)
+        mask[unreadable] = False
+        readable = images.select(mask)
+        empty = sorted(set(images.targets.tolist()) - set(readable.targets.tolist()))
+        if empty:
+            names = ", ".join(images.labels[target] for target in empty)
+            raise DataError(
+                f"{images.store.root}: no readable image in the classes {names}; repair the files"
+            )
+        parts.append(readable)
+        skipped += [str(images.path(index)) for index in unreadable]
+    if skipped:
+        options.log(f"{len(skipped)} unreadable images are left out: {', '.join(skipped)}")
+    return replace(split, train=parts[0], held_out=parts[1], skipped=tuple(skipped))
+
+
+def cached_unreadable(images: ImageFiles, cache: Path | None) -> list[int]:
+    """Find the indices of unreadable images; the result is stored in the *cache* folder, if any.
+
+    The name of the cache file depends on the names and sizes of all files.
+    """
+    if cache is None:
+        return list(find_unreadable(images))
+    digest = hashlib.sha256(os.fsencode(images.store.root))
+    for name in images.paths.tolist():
+        try:
+            size = images.store.size(name)
+        except OSError:
+            size = -1
+        digest.update(b"%s %d\n" % (name, size))
+    path = cache_folder(cache) / f"unreadable.{digest.hexdigest()[:16]}.json"
+    try:
+        stored = json.loads(path.read_bytes())
+        return sorted({int(index) for index in stored if 0 <= int(index) < len(images)})
+    except (OSError, ValueError, TypeError):
+        found = list(find_unreadable(images))
+        with atomic_write(path, shared=True) as partial:
+            partial.write_text(json.dumps(found))
+        return found

@@ -17,7 +17,7 @@ from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.base import Dataset, ImagesDataset, LabeledImages
 from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.datasets.folder import open_classes
-from sopdeploy.data.validation import unreadable_images_error
+from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.errors import DataError, TrainingError
 from sopdeploy.evaluation.metrics import NO_IMAGES, Score
 from sopdeploy.images.preprocess import Preprocess, TtaMode, check_tta_mode, tta_views

@@ -2,10 +2,13 @@
 
 The result is a uint8 RGB array of shape (crop, crop, 3). Mean and standard deviation are part of the exported
 graph; they are stored here with the geometry, in the checkpoint and in the bundle.
+
+Color conversions with intermediate results run in tiles. On the whole image they would need six times the
+memory of the RGB image, and a PNG of 100 kB can have 50 megapixels.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
@@ -15,7 +18,6 @@ from PIL import Image, ImageOps
 
 from sopdeploy.config import Positive, StrictModel
 from sopdeploy.errors import ConfigError
-from sopdeploy.images.color import SIXTEEN_BIT, in_rgb, is_transparent
 
 Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Channel = Annotated[int, pydantic.Field(ge=0, le=255)]
@@ -24,8 +26,12 @@ TtaMode = Literal["none", "flip", "ten-crop"]
 
 MAX_ASPECT_RATIO = 16  # longer strips are not resized as a whole
 EXIF_ORIENTATION, UPRIGHT = 0x0112, 1
+ROTATED = range(2, 9)  # EXIF orientations that are valid and not upright
 SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
+TILE = 2**16  # pixels
+GRAY_STEPS = {"L;2": 85, "L;4": 17}  # distance of two gray values of such a PNG, in 8-bit levels
 
 
 class Preprocess(StrictModel):
@@ -55,9 +61,15 @@ class Preprocess(StrictModel):
 
     def changes(self, image: Image.Image) -> tuple[str, ...]:
         """List the conversions of a loaded *image* that its owner may not expect, in order."""
+        transparent = False
+        if image.has_transparency_data:
+            tiles = (_to_rgba(image.crop(box)) for box in tile_boxes(image.size))
+            transparent = any(
+                tile.getchannel("A").histogram()[255] < tile.width * tile.height for tile in tiles
+            )
         conversions = {
-            "alpha_flattened": is_transparent(image),
-            "exif_rotated": self.exif_orientation and is_rotated(image),
+            "alpha_flattened": transparent,
+            "exif_rotated": self.exif_orientation and exif_orientation(image) in ROTATED,
             "sixteen_bit_scaled": image.mode in SIXTEEN_BIT,
         }
         return tuple(name for name, applies in conversions.items() if applies)
@@ -66,17 +78,21 @@ class Preprocess(StrictModel):
 def to_rgb(image: Image.Image, rules: Preprocess) -> Image.Image:
     """Rotate *image* upright, convert it to RGB and composite it onto the background.
 
-    The EXIF orientation is ignored where its data is unreadable.
+    The EXIF orientation is ignored where its data is unreadable. 16-bit gray is scaled to 8 bits; Pillow
+    itself would clip it to white.
     """
-    if rules.exif_orientation and is_rotated(image):  # Pillow copies upright images, too
+    if rules.exif_orientation and exif_orientation(image) in ROTATED:  # Pillow copies upright images, too
         with contextlib.suppress(Exception):  # Pillow rewrites the tags; damaged ones fail in many ways
             image = ImageOps.exif_transpose(image)
-    return in_rgb(image, rules.background)
-
-
-def is_rotated(image: Image.Image) -> bool:
-    """Check whether the EXIF orientation of *image* is valid and not upright."""
-    return exif_orientation(image) in range(2, 9)
+    image.load()
+    if image.mode not in SIXTEEN_BIT and not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    rgb = Image.new("RGB", image.size)
+    for box in tile_boxes(image.size):
+        tile = _to_rgba(image.crop(box))
+        canvas = Image.new("RGBA", tile.size, (*rules.background, 255))
+        rgb.paste(Image.alpha_composite(canvas, tile).convert("RGB"), box)
+    return rgb
 
 
 def exif_orientation(image: Image.Image) -> Any:
@@ -85,6 +101,45 @@ def exif_orientation(image: Image.Image) -> Any:
         return image.getexif().get(EXIF_ORIENTATION, UPRIGHT)
     except Exception:  # damaged tags fail in many ways
         return UPRIGHT
+
+
+def tile_boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (left, top, right, bottom) boxes of at most `TILE` pixels that cover an image of *size*."""
+    width, height = size
+    columns = min(width, TILE)
+    rows = TILE // columns
+    for top in range(0, height, rows):
+        for left in range(0, width, columns):
+            yield left, top, min(left + columns, width), min(top + rows, height)
+
+
+def _to_rgba(tile: Image.Image) -> Image.Image:
+    if tile.mode not in SIXTEEN_BIT:
+        return tile if tile.mode == "RGBA" else tile.convert("RGBA")
+    values = np.asarray(tile)
+    clipped: NDArray[np.uint32] = np.clip(values, 0, 65535).astype(np.uint32)
+    scaled = ((clipped + np.uint32(128)) // np.uint32(257)).astype(np.uint8)  # nearest; 65535 becomes 255
+    gray = Image.fromarray(scaled).convert("RGBA")
+    transparent = tile.info.get("transparency")
+    if isinstance(transparent, int):  # one of 65536 gray levels: compare before scaling
+        gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return gray
+
+
+def match_transparency(image: Image.Image) -> None:
+    """Convert the transparent color of an opened PNG to 8 bits, as its decoded pixels will be.
+
+    Pillow keeps that color at the file's bit depth, which matches no pixel or a wrong one after decoding. Of
+    48-bit colors Pillow keeps the upper bytes of the pixels, so these are compared. Decodes nothing.
+    """
+    tiles = getattr(image, "tile", None)
+    if image.format != "PNG" or not tiles:
+        return
+    coding, color = tiles[0][3], image.info.get("transparency")
+    if coding in GRAY_STEPS and isinstance(color, int):
+        image.info["transparency"] = color * GRAY_STEPS[coding]
+    elif coding == "RGB;16B" and isinstance(color, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in color)
 
 
 def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:

@@ -17,8 +17,8 @@ from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import AugmentedDataset
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split, derive_seed
 from sopdeploy.data.batches import Batch, balanced_batches, load_batches, shuffled_batches, with_wait_time
+from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.data.sources import open_data
-from sopdeploy.data.validation import unreadable_images_error
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.prediction import EvalMetrics, evaluate
 from sopdeploy.training.callbacks import Callback, NullCallback

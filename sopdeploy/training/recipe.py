@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 import pydantic
 
 from sopdeploy.config import FractionBelowOne, NonNegative, StrictModel, first_problem
-from sopdeploy.data.augment import Augmentation
-from sopdeploy.data.rand_augment import Mixup, RandAugment
+from sopdeploy.data.augment import Augmentation, Mixup, RandAugment
 from sopdeploy.data.sources import DataConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from sopdeploy.errors import DataError
-from sopdeploy.images.color import match_transparency
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.images.preprocess import Preprocess, match_transparency
 
 SEED = 20_240_117
 GENERATED = 12

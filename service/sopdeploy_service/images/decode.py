@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from sopdeploy.errors import ImageError
-from sopdeploy.images.color import match_transparency
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.images.preprocess import Preprocess, match_transparency
 from sopdeploy_service.images.limits import (
     ACCEPTED,
     LimitedReader,

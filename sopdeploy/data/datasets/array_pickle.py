@@ -27,8 +27,7 @@ class _Dtype:
 
 
 class _Array:
-    def __init__(self, *_: Any) -> None:
-        self.array: np.ndarray[Any, Any] | None = None
+    array: np.ndarray[Any, Any] | None = None
 
     def __setstate__(self, state: Any) -> None:
         _version, shape, dtype, fortran, data = state
@@ -53,7 +52,7 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): _encode,
     ("numpy", "dtype"): _Dtype,
     ("numpy", "ndarray"): _Array,
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): lambda *_: _Array() for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
 }
 

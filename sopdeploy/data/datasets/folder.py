@@ -11,9 +11,9 @@ import pydantic
 
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import Split, hold_out
-from sopdeploy.data.folder_store import SUFFIXES, FolderStore, OpenOptions, visible_folders
+from sopdeploy.data.folder_store import SUFFIXES, FolderStore, OpenOptions
 from sopdeploy.data.image_files import FileStore, ImageFiles, count_ignored_files, describe_ignored_files
-from sopdeploy.data.tar.store import is_archive, open_tars
+from sopdeploy.data.tar import archive_suffix, open_tars
 from sopdeploy.errors import ConfigError, DataError
 
 TRAIN = "train"
@@ -56,18 +56,19 @@ def open_folder(config: FolderConfig, options: OpenOptions | None = None) -> Spl
 
 def open_store(path: Path, options: OpenOptions) -> FileStore:
     """Open a folder, a tar archive, or a folder that holds archives and no subfolders."""
-    if path.is_file() and is_archive(path):
+    if path.is_file() and archive_suffix(path):
         return open_tars(path, [path], (TRAIN, *HELD_OUT), options)
     if not path.is_dir():
         problem = "neither a folder nor a tar file" if path.exists() else "no such folder"
         raise DataError(
             f"{path}: {problem}; give a folder or tar file with one subfolder of images per class"
         )
-    if not visible_folders(path):
-        archives = sorted(file for file in path.iterdir() if file.is_file() and is_archive(file))
+    store = FolderStore(path, lambda folder: open_store(path / folder, options))
+    if not store.folders():
+        archives = sorted(file for file in path.iterdir() if file.is_file() and archive_suffix(file))
         if archives:
             return open_tars(path, archives, (TRAIN, *HELD_OUT), options)
-    return FolderStore(path, lambda inside: open_store(inside, options))
+    return store
 
 
 def open_classes(root: Path, labels: tuple[str, ...]) -> ImageFiles:

@@ -80,8 +80,12 @@ def open_small_imagenet(config: SmallImageNetConfig) -> Split:
     if root.suffix == ".mat":
         train, held_out = _read_imdb(root, side)
     elif root.is_dir():
-        files = [file for file in root.iterdir() if file.is_file()]
-        train, held_out = (_read_batches(files, pattern, side) for pattern in (TRAIN_FILE, HELD_OUT_FILE))
+        parts = []
+        for pattern in (TRAIN_FILE, HELD_OUT_FILE):
+            matches = [(pattern.match(file.name), file) for file in root.iterdir() if file.is_file()]
+            files = sorted((int(match["number"] or 0), file) for match, file in matches if match)
+            parts.append([_read_batch(file, side) for _, file in files])
+        train, held_out = parts
     else:
         raise DataError(f"{root}: no such folder or .mat file; give the official files")
     for name, batches in {"train_data_batch_1": train, "val_data": held_out}.items():
@@ -91,11 +95,6 @@ def open_small_imagenet(config: SmallImageNetConfig) -> Split:
     return Split(
         train=PlanarImages.join(train, labels, side), held_out=PlanarImages.join(held_out, labels, side)
     )
-
-
-def _read_batches(files: list[Path], pattern: re.Pattern[str], side: int) -> Batches:
-    matches = [(int(match["number"] or 0), file) for file in files if (match := pattern.match(file.name))]
-    return [_read_batch(file, side) for _, file in sorted(matches)]
 
 
 def _read_batch(path: Path, side: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -183,9 +182,9 @@ def _read_images(path: Path, data: Any, labels: Any, sets: Any, side: int) -> tu
         chunk = data[start : start + CHUNK]  # (n, 3, width, height)
         images[start : start + len(chunk)] = chunk.transpose(0, 1, 3, 2).reshape(len(chunk), -1)
 
-    def select(mask: NDArray[np.bool_]) -> Batches:
-        """Return views of consecutive images, so that none is copied."""
+    parts: list[Batches] = []
+    for mask in (kinds == MAT_TRAIN_SET, np.isin(kinds, MAT_HELD_OUT_SETS)):
+        # views of consecutive images, so that none is copied
         edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
-        return [(images[first:last], targets[first:last]) for first, last in edges]
-
-    return select(kinds == MAT_TRAIN_SET), select(np.isin(kinds, MAT_HELD_OUT_SETS))
+        parts.append([(images[first:last], targets[first:last]) for first, last in edges])
+    return parts[0], parts[1]

@@ -12,8 +12,7 @@ import pytest
 
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.folder_store import OpenOptions
-from sopdeploy.data.tar.index import load_index, read_index
-from sopdeploy.data.tar.store import cache_folder, open_tars
+from sopdeploy.data.tar import cache_folder, load_index, open_tars, read_index
 from sopdeploy.errors import DataError
 from tests.sopdeploy.data.small_data import jpeg, tar_of, write_classes, write_photos
 

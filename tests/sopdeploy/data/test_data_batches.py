@@ -1,5 +1,6 @@
+"""Splits, preprocessed data sets, and the order and content of batches."""
+
 import multiprocessing
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -7,13 +8,56 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sopdeploy.data.augment import AugmentedDataset, PadCrop
-from sopdeploy.data.base import ArrayImages
-from sopdeploy.data.batches import load_batches, sequential_batches, shuffled_batches
+from sopdeploy.data.augment import AugmentedDataset, PadCrop, RandAugment
+from sopdeploy.data.base import ArrayImages, PreprocessedDataset, derive_seed, hold_out
+from sopdeploy.data.batches import balanced_batches, load_batches, sequential_batches, shuffled_batches
+from sopdeploy.data.sources import DigitsConfig, open_data
 from sopdeploy.errors import DataError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.training.loop import train
+from tests.sopdeploy.training.runs import short_recipe
 
-CPU = torch.device("cpu")
+CLASSES = st.lists(st.integers(0, 4), min_size=1, max_size=60)
+
+
+@given(targets=CLASSES, fraction=st.floats(0.01, 0.99), seed=st.integers(0, 2**40))
+def test_every_class_of_two_or_more_is_in_both_parts_of_a_split(targets, fraction, seed) -> None:
+    held = hold_out([str(i) for i in range(len(targets))], targets, fraction, seed)
+    for target, count in enumerate(np.bincount(targets)):
+        out = sum(h for h, t in zip(held, targets, strict=True) if t == target)
+        if count > 1:
+            assert 1 <= out < count
+            assert abs(out - fraction * count) <= 1
+
+
+def test_a_split_depends_on_the_image_names_not_on_their_order() -> None:
+    keys, targets = [f"{i}.jpg" for i in range(40)], [i % 3 for i in range(40)]
+    held = hold_out(keys, targets, 0.2, 0)
+    assert hold_out(keys[::-1], targets[::-1], 0.2, 0) == held[::-1]
+    assert hold_out(keys, targets, 0.2, 1) != held
+
+
+def test_a_seed_is_the_same_on_every_machine_and_in_every_version() -> None:
+    assert derive_seed(0, "order", 1) == 4739946833832999988
+    assert len({derive_seed(a, b) for a in range(30) for b in range(30)}) == 900
+    assert derive_seed(1, 23) != derive_seed(12, 3)
+    assert derive_seed("\udcff") >= 0  # a file name that is no UTF-8
+
+
+def test_one_fifth_of_the_digits_of_every_class_is_held_out_and_preprocessed() -> None:
+    split = open_data(DigitsConfig(kind="digits"))
+    assert (len(split.train), len(split.held_out)) == (1438, 359)
+    assert split.train.labels == split.held_out.labels == tuple("0123456789")
+    held = np.bincount([split.held_out[i][1] for i in range(359)])
+    assert 35 <= held.min() <= held.max() <= 37
+    for resize, crop in ((16, 16), (32, 32), (9, 8)):
+        rules = Preprocess(resize=resize, crop=crop)
+        prepared = PreprocessedDataset(split.held_out, rules)
+        array, label = prepared[7]
+        image, expected = split.held_out[7]
+        assert (array.dtype, array.shape, label) == (np.uint8, (crop, crop, 3), expected)
+        assert np.array_equal(array, rules(image))
+        assert (len(prepared), prepared.labels) == (359, split.held_out.labels)
 
 
 @given(
@@ -36,6 +80,37 @@ def test_the_order_changes_with_seed_and_epoch() -> None:
     assert len({tuple(order) for order in orders}) == 9
 
 
+@given(
+    counts=st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any),
+    size=st.integers(2, 40),
+    epoch=st.integers(0, 5),
+)
+def test_a_balanced_epoch_uses_every_class_equally_often(counts, size, epoch) -> None:
+    targets = np.repeat(np.arange(len(counts)), counts)
+    batches = balanced_batches(targets, size, 3, epoch)
+    assert batches == balanced_batches(targets, size, 3, epoch)
+    positions = np.concatenate([np.asarray(part) for part in batches])
+    assert len(positions) == len(set(positions.tolist())) == len(targets)
+    assert max(map(len, batches)) <= size
+    samples = positions % len(targets)
+    shown = [int((targets[samples] == target).sum()) for target, count in enumerate(counts) if count]
+    assert max(shown) - min(shown) <= 1
+    for target in range(len(counts)):
+        showings = np.bincount(samples[targets[samples] == target], minlength=len(targets))
+        own = showings[targets == target]
+        assert own.size == 0 or own.max() - own.min() <= 1
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_a_run_with_balanced_sampling_differs_from_a_shuffled_one(tmp_path) -> None:
+    results = [
+        train(short_recipe("epochs=1", f"sampler='{way}'"), tmp_path / way)
+        for way in ("balanced", "shuffled")
+    ]
+    rows = [result.history.read_text().splitlines()[1].split(",")[2] for result in results]
+    assert rows[0] != rows[1]
+
+
 @given(samples=st.integers(0, 500), size=st.integers(1, 70))
 def test_sequential_batches_keep_the_order(samples, size) -> None:
     batches = sequential_batches(samples, size)
@@ -43,13 +118,17 @@ def test_sequential_batches_keep_the_order(samples, size) -> None:
     assert all(len(batch) == size for batch in batches[:-1])
 
 
-def test_batches_do_not_depend_on_the_number_of_workers() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (30, 12, 12, 3), dtype=np.uint8)
-    images = ArrayImages(("a", "b"), images, np.arange(30) % 2)
-    view = AugmentedDataset(images, PadCrop(kind="pad-crop", flip=0.5), Preprocess(resize=12, crop=12), 0, 0)
-    alone, shared = (
-        list(load_batches(view, shuffled_batches(30, 8, 0, 0), workers, CPU)) for workers in (0, 2)
+@pytest.mark.parametrize("make", [shuffled_batches, balanced_batches])
+def test_batches_do_not_depend_on_the_number_of_workers(make) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 12, 12, 3), dtype=np.uint8)
+    images, augmentation = (
+        ArrayImages(("a", "b"), pixels, np.arange(30) % 2),
+        PadCrop(kind="pad-crop", flip=0.5),
     )
+    distort = RandAugment(ops=1, magnitude=20, erase=0.5)
+    view = AugmentedDataset(images, augmentation, Preprocess(resize=12, crop=12), 0, 0, distort)
+    batches = make(30 if make is shuffled_batches else images.targets, 8, 0, 0)
+    alone, shared = (list(load_batches(view, batches, workers, torch.device("cpu"))) for workers in (0, 2))
     assert len(alone) == len(shared) == 4
     for (left, a), (right, b) in zip(alone, shared, strict=True):
         assert torch.equal(left, right)
@@ -58,21 +137,14 @@ def test_batches_do_not_depend_on_the_number_of_workers() -> None:
     assert not multiprocessing.active_children()
 
 
-@dataclass
-class Spoilt:
-    labels = ("a",)
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int):
-        if index == 5:
-            raise DataError("a/5.jpg: cannot be read; repair or delete it")
-        return np.zeros((4, 4, 3), dtype=np.uint8), 0
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_image_is_one_line_also_from_a_worker(workers) -> None:
+    class Spoilt(list):
+        def __getitem__(self, index: int):
+            if index == 5:
+                raise DataError("a/5.jpg: cannot be read; repair or delete it")
+            return np.zeros((4, 4, 3), dtype=np.uint8), 0
+
     with pytest.raises(DataError) as problem:
-        list(load_batches(Spoilt(), sequential_batches(8, 2), workers, CPU))
+        list(load_batches(Spoilt(range(8)), sequential_batches(8, 2), workers, torch.device("cpu")))
     assert str(problem.value) == "a/5.jpg: cannot be read; repair or delete it"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
-from sopdeploy.data.sources import open_data
-from sopdeploy.data.validation import cached_unreadable, unreadable_images_error
+from sopdeploy.data.image_files import unreadable_images_error
+from sopdeploy.data.sources import cached_unreadable, open_data
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.prediction import score_checkpoint
 from sopdeploy.training.loop import train
@@ -100,7 +100,7 @@ def test_unreadable_images_are_cached_until_a_file_changes(spoilt, tmp_path, mon
     cache = tmp_path / "cache"
     assert cached_unreadable(images, cache) == [1, 6]
     with monkeypatch.context() as patch:
-        patch.setattr("sopdeploy.data.validation.find_unreadable", lambda _: {0: "asked again"})
+        patch.setattr("sopdeploy.data.sources.find_unreadable", lambda _: {0: "asked again"})
         assert cached_unreadable(images, cache) == [1, 6]
         (spoilt / "train" / "cat" / "1.jpg").write_bytes(jpeg(1))
         assert cached_unreadable(images, cache) == [0]

@@ -1,8 +1,10 @@
-"""Preprocessing of images against torchvision, for every color mode and EXIF orientation."""
+"""Preprocessing against torchvision and whole-image conversion, for every color mode and EXIF orientation."""
 
 import io
 import struct
 import time
+import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +17,15 @@ from PIL import ExifTags, Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
-from sopdeploy.images.preprocess import Preprocess, to_rgb
+from sopdeploy.data.image_files import open_image
+from sopdeploy.images import preprocess
+from sopdeploy.images.preprocess import SIXTEEN_BIT, Preprocess, match_transparency, tile_boxes, to_rgb
 
-FUZZ = settings(max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 PILLOW_MAY_WARN = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
-WHOLE = Preprocess(resize=8, crop=8)  # of an 8 x 8 image nothing is resized or cropped
-GREEN_BACKGROUND = Preprocess(resize=8, crop=8, background=(0, 200, 0))
+GREEN = (0, 200, 0)
+WHOLE = Preprocess(resize=8, crop=8, background=GREEN)  # of an 8 x 8 image nothing is resized or cropped
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -38,8 +42,8 @@ def from_torchvision(image: Image.Image, rules: Preprocess) -> NDArray[np.uint8]
 OVERSHOOT = {"bilinear": 2, "bicubic": 40}
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@FUZZ
+@pytest.mark.parametrize("interpolation", MODES)
+@settings(FUZZ, max_examples=120)
 @given(
     size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
     sides=st.tuples(st.integers(1, 60), st.integers(0, 30)),
@@ -52,20 +56,27 @@ def test_pixels_equal_torchvision(
     rules = Preprocess(resize=crop + margin, crop=crop, interpolation=interpolation)
     image = noise(*size, seed)
     found = rules(image)
+    assert (found.shape, found.dtype, found.flags.c_contiguous) == ((crop, crop, 3), np.uint8, True)
     expected = from_torchvision(image, rules)
-    assert found.shape == expected.shape
     if max(size) <= 15 * min(size):
         assert np.array_equal(found, expected)
     assert np.abs(found.astype(int) - expected).max() <= OVERSHOOT[interpolation]
 
 
-@pytest.mark.parametrize("size", [(640, 480), (480, 640), (257, 256), (256, 256), (31, 700)])
-def test_photographs_equal_torchvision_pixel_for_pixel(size: tuple[int, int]) -> None:
-    rules, image = Preprocess(), noise(*size)
-    if size == (31, 700):  # longer than any photograph: only the part that the crop shows is computed
-        assert np.abs(rules(image).astype(int) - from_torchvision(image, rules)).max() <= 2
-    else:
-        assert np.array_equal(rules(image), from_torchvision(image, rules))
+@pytest.mark.parametrize(
+    ("size", "gap"), [((640, 480), 0), ((480, 640), 0), ((257, 256), 0), ((256, 256), 0), ((31, 700), 2)]
+)
+def test_photographs_equal_torchvision_pixel_for_pixel(size: tuple[int, int], gap: int) -> None:
+    rules, image = Preprocess(), noise(*size)  # of a strip only the part that the crop shows is computed
+    assert np.abs(rules(image).astype(int) - from_torchvision(image, rules)).max() <= gap
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 15_000)])
+def test_a_strip_costs_no_more_than_a_photograph(size: tuple[int, int]) -> None:
+    started = time.thread_time()
+    pixels = Preprocess()(noise(*size))
+    assert pixels.shape == (224, 224, 3)
+    assert time.thread_time() - started < 0.5
 
 
 def halves(mode: str, left: Any, right: Any) -> Image.Image:
@@ -101,18 +112,17 @@ COLORS = {
 def test_every_color_mode_becomes_rgb_on_the_background(
     image: Image.Image, left: tuple[int, int, int], right: tuple[int, int, int]
 ) -> None:
-    pixels = GREEN_BACKGROUND(image)
+    pixels = WHOLE(image)
     assert np.abs(pixels[4, 1].astype(int) - left).max() <= 1
     assert np.abs(pixels[4, 6].astype(int) - right).max() <= 1
 
 
-def test_sixteen_bit_gray_is_scaled_and_not_clipped() -> None:
-    image = reopened(Image.fromarray(np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)))
-    assert image.mode.startswith("I")
-    pixels = WHOLE(image)
-    expected = np.rint(np.linspace(0, 255, 64).reshape(8, 8))
-    assert np.abs(pixels[..., 0].astype(int) - expected).max() <= 1
-    assert (pixels[0, 0, 0], pixels[-1, -1, 0]) == (0, 255)
+def test_every_sixteen_bit_value_is_rounded_to_eight_bits() -> None:
+    values = np.arange(65_536, dtype=np.uint16).reshape(256, 256)
+    for image in (Image.fromarray(values), reopened(Image.fromarray(values))):
+        assert image.mode in SIXTEEN_BIT
+        assert np.array_equal(np.asarray(to_rgb(image, WHOLE))[..., 0], np.rint(values / 257.0))
+        assert WHOLE.changes(image) == ("sixteen_bit_scaled",)
 
 
 def corners() -> Image.Image:
@@ -124,41 +134,35 @@ def corners() -> Image.Image:
 
 
 UNDO = {
-    1: (),
-    2: (Image.Transpose.FLIP_LEFT_RIGHT,),
-    3: (Image.Transpose.ROTATE_180,),
-    4: (Image.Transpose.FLIP_TOP_BOTTOM,),
-    5: (Image.Transpose.TRANSPOSE,),
-    6: (Image.Transpose.ROTATE_90,),  # the viewer turns it clockwise, so it was turned counter-clockwise
-    7: (Image.Transpose.TRANSVERSE,),
-    8: (Image.Transpose.ROTATE_270,),
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,  # the viewer turns it clockwise, so it was turned counter-clockwise
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
 }
 
 
 def stored(orientation: int, image: Image.Image) -> Image.Image:
     """Store *image* like a camera that writes *orientation*."""
-    for turn in UNDO[orientation]:
-        image = image.transpose(turn)
+    if orientation in UNDO:
+        image = image.transpose(UNDO[orientation])
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     return reopened(image, exif=exif)
 
 
-@pytest.mark.parametrize("orientation", UNDO)
+@pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_exif_orientation_is_made_upright(orientation: int) -> None:
-    assert np.array_equal(WHOLE(stored(orientation, corners())), np.asarray(corners()))
-
-
-def test_the_exif_orientation_can_be_ignored() -> None:
-    image = stored(6, corners())
-    rules = Preprocess(resize=8, crop=8, exif_orientation=False)
-    assert np.array_equal(rules(image), np.asarray(image.convert("RGB")))
-
-
-def test_a_rotated_image_is_resized_by_its_upright_sides() -> None:
-    tall = noise(40, 60)
-    rules = Preprocess(resize=20, crop=16)
-    assert np.array_equal(rules(stored(6, tall)), rules(tall))
+    image = stored(orientation, corners())
+    assert np.array_equal(WHOLE(image), np.asarray(corners()))
+    assert WHOLE.changes(image) == (("exif_rotated",) if orientation > 1 else ())
+    ignoring = WHOLE.model_copy(update={"exif_orientation": False})
+    assert np.array_equal(ignoring(image), np.asarray(image.convert("RGB")))
+    assert ignoring.changes(image) == ()
+    tall, rules = noise(40, 60), Preprocess(resize=20, crop=16)  # resized by its upright sides
+    assert np.array_equal(rules(stored(orientation, tall)), rules(tall))
 
 
 def with_exif(body: bytes) -> Image.Image:
@@ -188,12 +192,11 @@ BAD_EXIF = {
 @pytest.mark.parametrize("exif", BAD_EXIF.values(), ids=BAD_EXIF)
 def test_an_image_with_damaged_exif_data_is_not_rotated(exif: bytes) -> None:
     image = with_exif(exif)
-    plain = np.asarray(image.convert("RGB"))
-    assert np.array_equal(WHOLE(image), plain)
+    assert np.array_equal(WHOLE(image), np.asarray(image.convert("RGB")))
 
 
 @PILLOW_MAY_WARN
-@FUZZ
+@settings(FUZZ, max_examples=120)
 @given(
     entries=st.lists(
         st.tuples(
@@ -216,19 +219,147 @@ def test_any_exif_data_is_accepted(entries: list[tuple[int, int, int, int]], res
     assert WHOLE(image).shape == (8, 8, 3)
 
 
-@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 15_000)])
-def test_a_strip_costs_no_more_than_a_photograph(size: tuple[int, int]) -> None:
-    started = time.thread_time()
-    pixels = Preprocess()(noise(*size))
-    assert pixels.shape == (224, 224, 3)
-    assert time.thread_time() - started < 0.5
+SIZES = st.tuples(st.integers(1, 70), st.integers(1, 70)) | st.sampled_from([(1, 300), (300, 1), (1, 1)])
 
 
-@pytest.mark.parametrize("size", [(50, 40), (1, 1), (8, 300)])
-def test_the_result_is_a_contiguous_rgb_array(size: tuple[int, int]) -> None:
-    pixels = Preprocess(resize=18, crop=16)(noise(*size))
-    assert (pixels.shape, pixels.dtype) == ((16, 16, 3), np.uint8)
-    assert pixels.flags.c_contiguous
+def whole_in_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Convert the whole image at once."""
+    if image.mode in SIXTEEN_BIT:
+        values = np.asarray(image).astype(np.float64)
+        image = Image.fromarray(np.clip(np.rint(values / 257.0), 0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        image = Image.alpha_composite(canvas, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def few_values(kind: str, size: tuple[int, int], seed: int) -> Image.Image:
+    """Make an image with few different values, so that it contains the transparent color."""
+    rng = np.random.default_rng(seed)
+    mode, _, extra = kind.partition(" ")
+    if mode in SIXTEEN_BIT:
+        low, high = (-70_000, 140_000) if mode == "I" else (0, 65_536)
+        values = rng.integers(low, high, (size[1], size[0]))
+        depth = {"I": "<i4", "I;16B": ">u2"}.get(mode, "<u2")
+        return Image.frombytes(mode, size, values.astype(depth).tobytes())
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    layers = [
+        Image.fromarray(layer) for layer in rng.integers(0, 4, (bands, *size[::-1]), dtype=np.uint8) * 85
+    ]
+    image = layers[0] if mode in {"1", "P"} else Image.merge(mode, layers)
+    if mode == "1":
+        image = image.convert("1")
+    if mode in {"P", "PA"}:
+        image.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tobytes())
+    if extra:
+        image.info["transparency"] = {
+            "index": 170,
+            "gray": 255,
+            "color": (85, 0, 170),
+            "partial": bytes([0] * 85 + [90] + [255] * 84 + [128]),
+        }[extra]
+    return image
+
+
+KINDS = ["1", "1 gray", "L", "L gray", "LA", "P", "P index", "P partial", "PA", "RGB", "RGB color", "RGBA"]
+KINDS += ["RGBa", "CMYK", *sorted(SIXTEEN_BIT)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@FUZZ
+@given(
+    size=SIZES,
+    tile=st.integers(1, 400),
+    seed=st.integers(0, 999),
+    background=st.sampled_from([GREEN, (255,) * 3]),
+)
+def test_tiled_conversion_equals_conversion_of_the_whole_image(
+    kind: str, size: tuple[int, int], tile: int, seed: int, background: tuple[int, int, int]
+) -> None:
+    rules, image = Preprocess(background=background), few_values(kind, size, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocess, "TILE", tile)
+        found, changes = to_rgb(few_values(kind, size, seed), rules), rules.changes(image)
+    assert (found.mode, found.size) == ("RGB", size)
+    assert found.tobytes() == whole_in_rgb(few_values(kind, size, seed), background).tobytes()
+    clear = image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    assert ("alpha_flattened" in changes) == clear
+
+
+@FUZZ
+@given(
+    size=st.tuples(st.integers(1, 300_000), st.integers(1, 300_000)).filter(lambda s: s[0] * s[1] < 3_000_000)
+)
+def test_tile_boxes_cover_an_image_once_within_the_tile_size(size):
+    areas = [(right - left) * (bottom - top) for left, top, right, bottom in tile_boxes(size)]
+    assert sum(areas) == size[0] * size[1]
+    assert max(areas) <= preprocess.TILE
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(depth: int, color: int, row: bytes, width: int, *extra: bytes) -> bytes:
+    """Make a PNG of one row; Pillow does not write every depth."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, color, 0, 0, 0))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + b"".join(extra)
+        + chunk(b"IDAT", zlib.compress(b"\0" + row))
+        + chunk(b"IEND", b"")
+    )
+
+
+def words(*values: int) -> bytes:
+    return struct.pack(f">{len(values)}H", *values)
+
+
+def trns(*values: int) -> bytes:
+    return chunk(b"tRNS", words(*values))
+
+
+PALETTE = chunk(b"PLTE", bytes([255, 0, 0, 0, 0, 255, 9, 9, 9]))
+GRAYS = [(n, n, n) for n in range(256)]
+
+# A row of pixels with a transparent color at each depth, and its pixels on a green background.
+TRANSPARENT = {
+    "16-bit gray": (
+        png(16, 0, words(1000, 1001, 999, 1257, 65535), 5, trns(1000)),
+        [GREEN, GRAYS[4], GRAYS[4], GRAYS[5], GRAYS[255]],
+    ),
+    "16-bit gray, white transparent": (png(16, 0, words(65535, 65534), 2, trns(65535)), [GREEN, GRAYS[255]]),
+    "8-bit gray": (png(8, 0, bytes([100, 101, 0]), 3, trns(100)), [GREEN, GRAYS[101], GRAYS[0]]),
+    "4-bit gray": (png(4, 0, bytes([0x5F, 0x05]), 4, trns(5)), [GREEN, GRAYS[255], GRAYS[0], GREEN]),
+    "2-bit gray": (png(2, 0, bytes([0b10110100]), 4, trns(2)), [GREEN, GRAYS[255], GRAYS[85], GRAYS[0]]),
+    "1-bit gray": (png(1, 0, bytes([0b10000000]), 2, trns(1)), [GREEN, GRAYS[0]]),
+    "8-bit RGB": (png(8, 2, bytes([1, 2, 3, 1, 2, 4]), 2, trns(1, 2, 3)), [GREEN, (1, 2, 4)]),
+    "16-bit RGB": (
+        png(16, 2, words(1000, 2000, 3000, 1000, 2000, 9000), 2, trns(1000, 2000, 3000)),
+        [GREEN, (3, 7, 35)],
+    ),
+    "palette, half transparent": (
+        png(8, 3, bytes([0, 1, 2]), 3, PALETTE, chunk(b"tRNS", bytes([128, 0]))),
+        [(128, 100, 0), GREEN, (9, 9, 9)],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSPARENT)
+def test_the_transparent_color_of_a_png_is_found_at_every_depth(kind):
+    body, expected = TRANSPARENT[kind]
+    image = open_image(body, Path("a.png"))
+    assert list(map(tuple, np.asarray(to_rgb(image, WHOLE))[0])) == expected
+    assert "alpha_flattened" in WHOLE.changes(image)
+
+
+def test_a_png_with_two_headers_is_left_unchanged():
+    second = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+    image = Image.open(io.BytesIO(png(8, 0, words(1, 2, 3), 1, trns(5), second)))
+    match_transparency(image)
+    assert image.info["transparency"] == 5
 
 
 REFUSED = {

@@ -1,0 +1,303 @@
+"""Tar archives as one folder of files, read in place without unpacking.
+
+Each archive has an index of its images, so that each is read with one seek. With a cache folder, the index is
+stored under a name that changes with the archive.
+"""
+
+import gzip
+import hashlib
+import lzma
+import os
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.data.folder_store import OpenOptions, is_image
+from sopdeploy.errors import DataError
+from sopdeploy.files import atomic_write
+
+TAR = ".tar"
+DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
+    ".tar.xz": lzma.LZMAFile,
+    ".tar.gz": gzip.GzipFile,
+    ".tgz": gzip.GzipFile,
+}
+CHUNK = 1 << 20  # bytes
+AFTER_SLASH = b"0"  # the byte after `/`: upper bound of the names inside a folder
+MAX_KEPT_MEMBERS = 4096  # tarfile would keep all members in memory
+
+
+def archive_suffix(path: Path) -> str:
+    """Get the suffix of a tar file, compressed or not; empty if *path* has another suffix."""
+    name = path.name.lower()
+    return next((suffix for suffix in (TAR, *DECOMPRESSORS) if name.endswith(suffix)), "")
+
+
+def cache_folder(folder: Path | None) -> Path:
+    """Create the cache *folder*, by default a private one among the temporary files.
+
+    Raises `DataError` if it cannot be created, or if other users can write to the default folder.
+    """
+    path = folder.expanduser() if folder else Path(tempfile.gettempdir()) / f"sopdeploy-{os.getuid()}"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.stat()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be created ({error.strerror}); set data.cache to a folder of yours"
+        ) from error
+    if folder is None and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+        raise DataError(f"{path}: other users can write there; set data.cache to a folder of yours")
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Images of one archive: `names` (N,) bytes, `offsets` and `sizes` (N,) int64 in bytes."""
+
+    names: NDArray[np.bytes_]
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+
+def load_index(path: Path, cache: Path | None) -> Index:
+    """Load the index of the tar file at *path* from *cache*, or build and store it.
+
+    Raises `DataError` if the file is damaged or not a tar file.
+    """
+    if cache is None:
+        return _build_index(path)
+    stored = cache / f"{path.name}.{fingerprint(path)}.index.npz"
+    index = read_index(stored, path.stat().st_size)
+    if index is None:
+        index = _build_index(path)
+        try:
+            with atomic_write(stored, shared=True) as partial, partial.open("wb") as file:
+                np.savez(file, names=index.names, offsets=index.offsets, sizes=index.sizes)
+        except OSError as error:
+            raise DataError(
+                f"{stored}: cannot be written ({error.strerror}); set data.cache to another folder"
+            ) from error
+    return index
+
+
+def fingerprint(path: Path) -> str:
+    """Hash the path, size and modification time of a file; raises `DataError`."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    text = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def read_index(path: Path, archive_size: int) -> Index | None:
+    """Read a stored index; None if it is missing, damaged or points outside the archive."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            index = Index(names=stored["names"], offsets=stored["offsets"], sizes=stored["sizes"])
+    except Exception:  # a damaged file can make numpy raise anything; the index is rebuilt
+        return None
+    arrays = (index.names, index.offsets, index.sizes)
+    if index.names.dtype.kind != "S" or any(array.shape != (len(index.names),) for array in arrays):
+        return None
+    if any(array.dtype != np.int64 or (array < 0).any() for array in arrays[1:]):
+        return None
+    return index if (index.offsets + index.sizes <= archive_size).all() else None
+
+
+def _build_index(path: Path) -> Index:
+    try:
+        with path.open("rb") as file:
+            entries = list(_scan(file, path.stat().st_size))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
+        raise DataError(f"{path}: damaged or not a tar file ({error}); copy or unpack it again") from error
+    names, offsets, sizes = zip(*entries, strict=True) if entries else ((), (), ())
+    return Index(
+        names=np.asarray(names, dtype=np.bytes_),
+        offsets=np.asarray(offsets, dtype=np.int64),
+        sizes=np.asarray(sizes, dtype=np.int64),
+    )
+
+
+def _scan(file: IO[bytes], end: int, prefix: str = "") -> Iterator[tuple[bytes, int, int]]:
+    """Yield (name, offset, size) of the images of the archive that starts at the position of *file*.
+
+    A later member replaces an earlier one of the same name. An archive inside the archive is treated as a
+    folder of its name, as in ImageNet's official file.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    archive: Any  # its list of members is not part of the typed interface
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        while (member := archive.next()) is not None:
+            if len(archive.members) > MAX_KEPT_MEMBERS:
+                archive.members.clear()
+            if member.isreg() and member.offset_data + member.size > end:
+                raise DataError(f"{member.name} is truncated; copy the archive again")
+            name = _visible_name(prefix + member.name)
+            if name is None:
+                continue
+            if name.endswith(TAR) and member.isreg() and not prefix:
+                file.seek(member.offset_data)
+                yield from _scan(file, member.offset_data + member.size, name.removesuffix(TAR) + "/")
+            elif is_image(name.rpartition("/")[2]):
+                if member.islnk():
+                    place = found.get(_visible_name(prefix + member.linkname) or "")
+                else:
+                    place = (member.offset_data, member.size)
+                if place is not None and (member.islnk() or (member.isreg() and member.sparse is None)):
+                    found[name] = place
+    for name, (offset, size) in found.items():
+        yield os.fsencode(name), offset, size
+
+
+def _visible_name(name: str) -> str | None:
+    """Remove `.` and empty parts from *name*; None if a part is hidden or `..`."""
+    parts = [part for part in PurePosixPath(name).parts if part not in {"/", "."}]
+    if not parts or any(part.startswith(".") for part in parts):
+        return None
+    return "/".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class TarStore:
+    """Folder `prefix` of the images of several archives; `sources` (N,) are indices into `archives`.
+
+    `names` is sorted. Each read opens its archive, so that processes share no position.
+    """
+
+    root: Path
+    archives: tuple[Path, ...]
+    names: NDArray[np.bytes_]
+    sources: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    prefix: bytes = b""
+
+    def folders(self) -> list[str]:
+        """List the names of the subfolders, sorted."""
+        found: list[str] = []
+        position, end = self._range(self.prefix)
+        while position < end:
+            head, slash, _ = bytes(self.names[position])[len(self.prefix) :].partition(b"/")
+            if slash:
+                found.append(os.fsdecode(head))
+                position = self._range(self.prefix + head + slash)[1]
+            else:
+                position += 1
+        return sorted(found)
+
+    def open_folder(self, folder: str) -> "TarStore":
+        """Open a subfolder as a store."""
+        return replace(self, root=self.root / folder, prefix=self.prefix + os.fsencode(folder) + b"/")
+
+    def list_files(self, folder: str) -> tuple[list[bytes], list[str]]:
+        """List the images below a subfolder, relative to the store; the index holds no other files."""
+        first, last = self._range(self.prefix + os.fsencode(folder) + b"/")
+        return [bytes(name)[len(self.prefix) :] for name in self.names[first:last]], []
+
+    def read(self, name: bytes) -> bytes:
+        """Read a file; raises `OSError`."""
+        position = self._find(name)
+        with self.archives[self.sources[position]].open("rb", buffering=0) as file:
+            file.seek(int(self.offsets[position]))
+            return file.read(int(self.sizes[position])) or b""
+
+    def size(self, name: bytes) -> int:
+        """Get the size of a file in bytes; raises `OSError`."""
+        return int(self.sizes[self._find(name)])
+
+    def _find(self, name: bytes) -> int:
+        wanted = self.prefix + name
+        position = int(np.searchsorted(self.names, wanted))
+        if position == len(self.names) or self.names[position] != wanted:
+            raise FileNotFoundError(2, "No such file in the archive", wanted)
+        return position
+
+    def _range(self, prefix: bytes) -> tuple[int, int]:
+        """Find the range of the names in the folder *prefix* (ends with a slash)."""
+        if not prefix:
+            return 0, len(self.names)
+        first, last = np.searchsorted(self.names, [prefix, prefix[:-1] + AFTER_SLASH])
+        return int(first), int(last)
+
+    def unwrap(self, parts: Sequence[str]) -> "TarStore":
+        """Enter single folders that wrap all images, unless they are one of *parts* or the only class."""
+        store, folders = self, self.folders()
+        while len(folders) == 1 and folders[0] not in parts:
+            inside = replace(store.open_folder(folders[0]), root=self.root)
+            first, last = inside._range(inside.prefix)
+            has_files = (np.char.find(inside.names[first:last], b"/", len(inside.prefix)) < 0).any()
+            if has_files:
+                break
+            store, folders = inside, inside.folders()
+        return store
+
+
+def open_tars(root: Path, paths: Sequence[Path], parts: Sequence[str], options: OpenOptions) -> TarStore:
+    """Open the tar files *paths* as one folder, named *root* in error messages.
+
+    An archive with images at its top level, or named like one of *parts* (train, val), becomes a folder of
+    its name. A single folder around everything else is skipped. Raises `DataError`, also if two archives hold
+    the same name.
+    """
+    cache = cache_folder(options.cache) if options.cache else None
+    archives = tuple(_decompress(path, options) for path in paths)
+    indices = []
+    for path, archive in zip(paths, archives, strict=True):
+        index = load_index(archive, cache)
+        name = path.name[: -len(archive_suffix(path))]
+        folder = os.fsencode(name) + b"/"
+        is_class = bool((np.char.find(index.names, b"/") < 0).any())
+        if (is_class or name in parts) and not np.char.startswith(index.names, folder).all():
+            index = replace(index, names=np.char.add(folder, index.names))
+        indices.append(index)
+    names = np.concatenate([index.names for index in indices])
+    sources = np.repeat(np.arange(len(indices), dtype=np.int32), [len(index.names) for index in indices])
+    order = np.argsort(names, kind="stable")
+    names, sources = names[order], sources[order]
+    duplicates = np.flatnonzero(names[1:] == names[:-1])
+    if len(duplicates):
+        first, second = (paths[sources[duplicates[0] + step]] for step in (0, 1))
+        name = bytes(names[duplicates[0]]).decode("utf-8", "replace")
+        raise DataError(f"{name}: is both in {first} and in {second}; remove one")
+    offsets = np.concatenate([index.offsets for index in indices])[order]
+    sizes = np.concatenate([index.sizes for index in indices])[order]
+    return TarStore(root, archives, names, sources, offsets, sizes).unwrap(parts)
+
+
+def _decompress(path: Path, options: OpenOptions) -> Path:
+    """Decompress *path* into the cache folder, once; plain tar files are used in place."""
+    suffix = archive_suffix(path)
+    if suffix == TAR:
+        return path
+    folder = cache_folder(options.cache)
+    target = folder / f"{path.name[: -len(suffix)]}.{fingerprint(path)}.tar"
+    if target.exists():
+        return target
+    options.log(f"decompressing {path} once to {target}" + ("" if options.cache else "; or set data.cache"))
+    try:
+        with (
+            atomic_write(target, shared=True) as partial,
+            DECOMPRESSORS[suffix](path) as source,
+            partial.open("wb") as sink,
+        ):
+            shutil.copyfileobj(source, sink, CHUNK)
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: damaged ({error}); copy it again") from error
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be decompressed to {folder} ({error.strerror}); set data.cache to a folder with "
+            "enough space"
+        ) from error
+    return target
