@@ -9,8 +9,8 @@ import typer
 from sopdeploy import __version__
 from sopdeploy.cli import demo, env
 from sopdeploy.cli.console import out
-from sopdeploy.cli.deployment import engine, export, pull, push, sign, triton, verify
-from sopdeploy.cli.serving import bench, doctor, health, key, predict, ray, serve
+from sopdeploy.cli.deployment import engine, export, keys, transfer
+from sopdeploy.cli.serving import bench, doctor, health, predict, serve
 from sopdeploy.cli.training import compare, data, evaluate, import_weights, models, train
 
 app = typer.Typer(
@@ -31,17 +31,17 @@ app.command("models", rich_help_panel="Train")(models.models)
 app.command("describe", rich_help_panel="Train")(models.describe)
 app.command("import", rich_help_panel="Train")(import_weights.import_file)
 app.command("export", rich_help_panel="Export")(export.export)
-app.command("verify", rich_help_panel="Export")(verify.verify)
+app.command("verify", rich_help_panel="Export")(predict.verify)
 app.command("engine", rich_help_panel="Export")(engine.engine)
-app.command("triton", rich_help_panel="Export")(triton.triton)
-app.command("sign", rich_help_panel="Distribute")(sign.sign)
-app.command("push", rich_help_panel="Distribute")(push.push)
-app.command("pull", rich_help_panel="Distribute")(pull.pull)
+app.command("triton", rich_help_panel="Export")(export.triton)
+app.command("sign", rich_help_panel="Distribute")(keys.sign)
+app.command("push", rich_help_panel="Distribute")(transfer.push)
+app.command("pull", rich_help_panel="Distribute")(transfer.pull)
 app.command("predict", rich_help_panel="Serve")(predict.predict)
 app.command("serve", rich_help_panel="Serve")(serve.serve)
-app.command("ray", rich_help_panel="Serve")(ray.ray)
+app.command("ray", rich_help_panel="Serve")(serve.ray)
 app.command("health", rich_help_panel="Serve")(health.health)
-app.command("key", rich_help_panel="Serve")(key.key)
+app.command("key", rich_help_panel="Serve")(keys.key)
 app.command("bench", rich_help_panel="Serve")(bench.bench)
 app.command("doctor", rich_help_panel="Serve")(doctor.doctor)
 app.command("demo", rich_help_panel="Get started")(demo.demo)

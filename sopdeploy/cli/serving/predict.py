@@ -1,4 +1,4 @@
-"""`sopdeploy predict`: classify image files without a server."""
+"""`sopdeploy predict` and `sopdeploy verify`: use and check a bundle without a server."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,9 @@ from sopdeploy.cli.console import (
     out,
     plain_text,
     print_error,
+    print_field,
     print_json,
+    steps,
 )
 
 
@@ -44,3 +46,26 @@ def predict(
             out.print(Text.assemble(plain_text(f"{prediction.image}: {classes}"), (warnings, "dim")))
     if any(prediction.error is not None for prediction in predictions):
         raise typer.Exit(USER_ERROR)
+
+
+def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
+    """Check every file of a bundle and replay its probes on this machine, offline.
+
+    Example: [bold]sopdeploy verify bundles/dsop-resnet20-3f6c01d2a4b7[/bold]
+    """
+    with one_line_errors(as_json), steps("verifying", quiet=as_json):
+        from sopdeploy_service.commands.verify import verify as run
+
+        result = run(bundle)
+    if as_json:
+        print_json(result.model_dump(mode="json"))
+        return
+    print_field("files", f"{result.files} complete, {result.bytes:,} bytes, id {result.id}")
+    for replay in result.replays:
+        for name, deviation in replay.deviation.items():
+            print_field(
+                "probes",
+                f"batch {replay.batch}: {name} of {replay.images} images deviate by {deviation:.2g} "
+                f"(allowed {replay.tolerance[name]:.2g}) on {result.runtime}",
+            )
+    print_field("verified", str(result.bundle), style="bold green")

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.signing import check_signed, make_key, read_public, read_secret, sign, signature_path
-from sopdeploy.bundle.transfer.push_pull import pull, push
+from sopdeploy.bundle.transfer import pull, push
 from sopdeploy.cli.app import app
 from sopdeploy.errors import BundleError, ConfigError
 from tests.forged import write_hollow

@@ -6,10 +6,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from sopdeploy.bundle.archive import archived_manifest, unpack, write_archive
 from sopdeploy.bundle.folder import open_bundle, publish, staging
 from sopdeploy.bundle.signing import MAX_FILE_BYTES, SUFFIX, check_signed, signature_path
-from sopdeploy.bundle.transfer.archive import archived_manifest, unpack, write_archive
-from sopdeploy.bundle.transfer.storage import OCI, get, pull_artifact, push_artifact, put
+from sopdeploy.bundle.storage import OCI, get, pull_artifact, push_artifact, put
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy.files import sha256 as sha256_of
 
