@@ -91,7 +91,8 @@ def check(case: Case, here: Machine, runs: int) -> dict[str, Any]:
     with ExitStack() as stack:
         plan = built.path.read_bytes()
         key = built.record.key
-        session = stack.enter_context(EngineSession(here.trt, here.cuda, plan, bundle.manifest, key))
+        session = EngineSession(here.trt, here.cuda, plan, bundle.manifest, key)
+        stack.callback(session.close)
         sides = {"TensorRT": session.run, **case.torch, **onnxruntime_side(bundle)}
         rows = [timed(bundle, sides, batch, runs) for batch in BATCHES]
         rates = back_to_back(session, bundle, max(BATCHES), runs)

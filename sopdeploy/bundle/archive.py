@@ -82,19 +82,16 @@ def unpack(archive: Path, manifest: Manifest, folder: Path) -> None:
             if name.casefold() == MANIFEST:
                 raise BundleError(f"{archive.name}: its manifest lists {name!r}, which would replace itself")
             expect(header(name, record.bytes), name)
-            _copy(file, folder / name, record.bytes)
+            size = record.bytes
+            try:
+                with (folder / name).open("xb") as target:
+                    while size > 0 and (block := file.read(min(size, BLOCK_BYTES))):
+                        target.write(block)
+                        size -= len(block)
+            except OSError as error:
+                raise BundleError(f"{name}: cannot be written ({error.strerror})") from error
             expect(padding(record.bytes), name)
         expect(END, "its end")
-
-
-def _copy(source: BinaryIO, target: Path, size: int) -> None:
-    try:
-        with target.open("xb") as file:
-            while size > 0 and (block := source.read(min(size, BLOCK_BYTES))):
-                file.write(block)
-                size -= len(block)
-    except OSError as error:
-        raise BundleError(f"{target.name}: cannot be written ({error.strerror})") from error
 
 
 def header(name: str, size: int) -> bytes:

@@ -46,12 +46,6 @@ class SecretKey(NamedTuple):
         """Derive the public key."""
         return PublicKey(self.name, self.signer().public_key().public_bytes_raw())
 
-    def to_text(self) -> str:
-        """Serialize to a secret key file."""
-        pair = self.name + self.seed + self.public().point
-        body = KEY + NO_KDF + CHECKSUM + KDF_PARAMETERS + pair + KEY_CHECKSUM
-        return f"untrusted comment: secret key of sopdeploy, do not share\n{_encode(body)}\n"
-
 
 class PublicKey(NamedTuple):
     """The 8-byte key id and the 32-byte curve point."""
@@ -63,11 +57,6 @@ class PublicKey(NamedTuple):
 def require_cryptography() -> None:
     """Raise `ConfigError` with an install hint if the cryptography package is missing."""
     import_optional("cryptography", "cryptography", "sopdeploy[sign]", ConfigError, "signatures")
-
-
-def new_secret_key() -> SecretKey:
-    """Generate a random key."""
-    return SecretKey(os.urandom(8), os.urandom(32))
 
 
 def sign_message(message: bytes, key: SecretKey, comment: str) -> str:
@@ -151,16 +140,17 @@ def make_key(path: Path) -> Path:
     Raises `ConfigError` if *path* exists or cannot be written.
     """
     require_cryptography()
-    key = new_secret_key()
+    key = SecretKey(os.urandom(8), os.urandom(32))
+    name, point = key.public()
+    body = KEY + NO_KDF + CHECKSUM + KDF_PARAMETERS + name + key.seed + point + KEY_CHECKSUM
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(key.to_text())
+            file.write(f"untrusted comment: secret key of sopdeploy, do not share\n{_encode(body)}\n")
     except FileExistsError as error:
         raise ConfigError(f"{path}: exists already; a key is never replaced") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
-    name, point = key.public()
     comment = f"untrusted comment: minisign public key {name[::-1].hex().upper()}"
     public = path.with_name(path.name + PUBLIC_SUFFIX)
     _write(public, f"{comment}\n{_encode(KEY + name + point)}\n")

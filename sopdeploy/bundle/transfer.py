@@ -87,7 +87,12 @@ def pull(
         else:
             get(source, archive, max_bytes)
             if verify_key is not None:
-                _get_signature(source, signature)
+                try:
+                    get(source + SUFFIX, signature, MAX_FILE_BYTES)
+                except BundleError as error:
+                    raise BundleError(
+                        f"{source}: no signature beside it ({error}); see `sopdeploy sign`"
+                    ) from error
         found = sha256_of(archive)
         if sha256 is not None and not hmac.compare_digest(found, sha256):
             raise BundleError(f"{source}: its sha256 is {found}, not the one given")
@@ -103,10 +108,3 @@ def pull(
         if signature.is_file():
             signature.replace(signature_path(path))
     return Pulled(path=path, sha256=found, verified=verify_key is not None)
-
-
-def _get_signature(source: str, signature: Path) -> None:
-    try:
-        get(source + SUFFIX, signature, MAX_FILE_BYTES)
-    except BundleError as error:
-        raise BundleError(f"{source}: no signature beside it ({error}); see `sopdeploy sign`") from error

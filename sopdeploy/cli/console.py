@@ -36,33 +36,27 @@ STORAGE_ERRNOS = {
 def one_line_errors(as_json: bool = False) -> Iterator[None]:
     """Print a user error as one line on stderr and exit with code 2.
 
-    With *as_json*, also print its code and message as JSON on stdout. Storage errors of the operating system
-    are user errors. An error that another process has already shown (`told`) is not printed again.
+    With *as_json*, also print its code and message as JSON on stdout. Errors of the operating system in
+    `STORAGE_ERRNOS` are user errors. An error that another process has already shown (`told`) is not printed
+    again.
     """
     try:
-        with storage_errors():
+        try:
             yield
+        except OSError as error:
+            if error.errno not in STORAGE_ERRNOS:
+                raise
+            name = "a file" if error.filename is None else error.filename
+            raise StorageError(
+                f"{name}: cannot be read or written ({error.strerror}); free disk space, or choose another "
+                "file or folder"
+            ) from error
     except SopdeployError as error:
         if not error.told:
             print_error(str(error), error.code)
             if as_json:
                 print_json({"error": {"code": error.code, "message": str(error)}})
         raise typer.Exit(USER_ERROR) from error
-
-
-@contextmanager
-def storage_errors() -> Iterator[None]:
-    """Convert an `OSError` of `STORAGE_ERRNOS` to a `StorageError` that names the file if it is known."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in STORAGE_ERRNOS:
-            raise
-        name = "a file" if error.filename is None else error.filename
-        raise StorageError(
-            f"{name}: cannot be read or written ({error.strerror}); free disk space, or choose another file "
-            "or folder"
-        ) from error
 
 
 def plain_text(text: str) -> Text:

@@ -37,7 +37,7 @@ def env(as_json: JsonOption = False) -> None:
         sections: dict[str, dict[str, Any]] = {
             "versions": {"sopdeploy": __version__, "python": python, **installed(PACKAGES)},
             "machine": {**machine(), "release": platform.release(), "libc": libc},
-            "accelerators": {"onnxruntime": onnxruntime_providers(), "tensorrt": tensorrt_device()},
+            "accelerators": accelerators(),
             "environment": relevant_variables(os.environ),
         }
     if as_json:
@@ -49,26 +49,23 @@ def env(as_json: JsonOption = False) -> None:
             out.print(Text.assemble("  ", f"{plain_text(name).plain:<20} ", plain_text(str(value))))
 
 
-def onnxruntime_providers() -> str:
-    """List the execution providers of the installed ONNX Runtime, or the reason for none."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        return f"none ({error})"
-    return ", ".join(onnxruntime.get_available_providers())
-
-
-def tensorrt_device() -> str:
-    """Return the TensorRT version and its GPU, or the reason for none."""
+def accelerators() -> dict[str, str]:
+    """List ONNX Runtime's execution providers and TensorRT's version and GPU, or the reasons for none."""
     from sopdeploy.tensorrt.binding import import_tensorrt
     from sopdeploy.tensorrt.cuda import open_cuda
 
     try:
+        import onnxruntime
+
+        providers = ", ".join(onnxruntime.get_available_providers())
+    except ImportError as error:
+        providers = f"none ({error})"
+    try:
         version = import_tensorrt().__version__
-        gpu = open_cuda().gpu()
+        device = f"{version} on {open_cuda().gpu().name}"
     except RuntimeUnavailableError as error:
-        return f"none ({error})"
-    return f"{version} on {gpu.name}"
+        device = f"none ({error})"
+    return {"onnxruntime": providers, "tensorrt": device}
 
 
 def relevant_variables(variables: Mapping[str, str]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Sync and async Python clients of `sopdeploy serve`; import neither torch nor the server."""
 
 from sopdeploy.client.asynchronous import AsyncClient
-from sopdeploy.client.images import ImageLike
+from sopdeploy.client.requests import ImageLike
 from sopdeploy.client.results import Classification, ClassProbability, Expert, ModelInfo, Problem, ServerInfo
 from sopdeploy.client.synchronous import Client
 

@@ -1,14 +1,20 @@
-"""Client options and API requests, shared by both clients."""
+"""Client options, image encoding and API requests, shared by both clients."""
 
+import io
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import httpx
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
-from sopdeploy.client.images import ImageLike, encode_image
-from sopdeploy.client.results import Classification, ServerInfo, parse_classifications, parse_server_info
+from sopdeploy.client.results import Classification, parse_classifications
 from sopdeploy.client.retry import Flow, RetryBudget, RunInThread, Send, Sleep, send_with_retries
-from sopdeploy.errors import ConfigError, ServiceError, UnreachableError
+from sopdeploy.errors import ConfigError, DataError, ServiceError, UnreachableError
+
+ImageLike: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
 CONTENT_TYPE = "application/octet-stream"  # the server detects the format; a wrong type causes a warning
 FORM_FIELD = "image"
@@ -45,6 +51,40 @@ class ClientOptions:
         if not 0 < seconds <= MAX_TIMEOUT:
             raise ConfigError(f"timeout={seconds}: use seconds above 0 and at most {MAX_TIMEOUT}")
         return RetryBudget(seconds=seconds, retries=self._retries)
+
+
+def encode_image(image: ImageLike) -> bytes:
+    """Encode *image* as the bytes of an image file.
+
+    Files and bytes are sent unchanged. PIL images and uint8 arrays (H, W, 3) or (H, W) are encoded as PNG,
+    without loss. Raises `DataError` for an unreadable file and `ConfigError` for other types.
+    """
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | Path):
+        try:
+            return Path(image).read_bytes()
+        except OSError as error:
+            raise DataError(f"{image}: cannot be read ({error.strerror})") from error
+    if isinstance(image, np.ndarray):
+        gray_or_rgb = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+        if image.dtype != np.uint8 or not gray_or_rgb or 0 in image.shape:
+            raise ConfigError(
+                f"an array of {image.dtype} {image.shape} is not an image; use (H, W, 3) or (H, W) uint8"
+            )
+        image = Image.fromarray(np.ascontiguousarray(image))
+    if not isinstance(image, Image.Image):
+        raise ConfigError(
+            f"{type(image).__name__} is not an image; use a path, bytes, a PIL image or an array"
+        )
+    file = io.BytesIO()
+    try:
+        image.save(file, "PNG", compress_level=1)  # speed matters more than size
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"a {image.mode} image cannot be saved as PNG ({error}); convert it to RGB"
+        ) from error
+    return file.getvalue()
 
 
 def httpx_arguments(send: Send) -> dict[str, Any]:
@@ -97,16 +137,9 @@ def classify(
     return results if several else results[0]
 
 
-def info(budget: RetryBudget) -> Flow[ServerInfo]:
-    """Request the server version and its models."""
-    response = yield from send_with_retries(Send("GET", "/info", budget.seconds), budget)
-    return parse_server_info(response)
-
-
-def metrics(budget: RetryBudget) -> Flow[str]:
-    """Request the metrics in the Prometheus text format."""
-    response = yield from send_with_retries(Send("GET", "/metrics", budget.seconds), budget)
-    return str(response.text)
+def get(path: str, budget: RetryBudget) -> Flow[httpx.Response]:
+    """Request *path*."""
+    return send_with_retries(Send("GET", path, budget.seconds), budget)
 
 
 def wait_ready(budget: RetryBudget) -> Flow[None]:

@@ -86,7 +86,10 @@ def parse_classifications(response: httpx.Response) -> list[Classification]:
     """Parse the results in *response*, in the order of the images; raise `ServiceError` if invalid."""
     shared = {
         "model_digest": response.headers.get("X-Model-Digest", ""),
-        "timing_ms": parse_timing(response.headers.get("Server-Timing", "")),
+        "timing_ms": {
+            stage: float(milliseconds)
+            for stage, milliseconds in DURATION.findall(response.headers.get("Server-Timing", ""))
+        },
     }
     body = _json_object(response)
     rows = body.get("results", [body])
@@ -111,11 +114,6 @@ def parse_error(response: httpx.Response) -> ServiceError:
         problem = Problem(code="http_error", status=status, detail=response.reason_phrase or "no explanation")
     message = f"{response.request.url}: {status} {problem.code}: {problem.detail}"
     return ServiceError(message, code=problem.code, status=status)
-
-
-def parse_timing(header: str) -> dict[str, float]:
-    """Parse the milliseconds per stage from a `Server-Timing` header."""
-    return {stage: float(milliseconds) for stage, milliseconds in DURATION.findall(header)}
 
 
 def _json_object(response: httpx.Response) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any, Self, TypeVar, overload
 import httpx
 
 from sopdeploy.client import requests
-from sopdeploy.client.images import ImageLike
-from sopdeploy.client.results import Classification, ServerInfo
+from sopdeploy.client.requests import ImageLike
+from sopdeploy.client.results import Classification, ServerInfo, parse_server_info
 from sopdeploy.client.retry import Flow, RunInThread, Send, Sleep
 
 Value = TypeVar("Value")
@@ -88,7 +88,7 @@ class Client:
         Example:
             print([model.name for model in client.info().models])
         """
-        return self._run(requests.info(self._options.budget(timeout)))
+        return parse_server_info(self._run(requests.get("/info", self._options.budget(timeout))))
 
     def metrics(self, *, timeout: float | None = None) -> str:
         """Request the metrics in the Prometheus text format.
@@ -96,7 +96,7 @@ class Client:
         Example:
             print(client.metrics())
         """
-        return self._run(requests.metrics(self._options.budget(timeout)))
+        return self._run(requests.get("/metrics", self._options.budget(timeout))).text
 
     def wait_ready(self, *, timeout: float = 60.0) -> None:
         """Wait until the server is ready; raise `UnreachableError` after *timeout* seconds.

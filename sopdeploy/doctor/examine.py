@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from sopdeploy.client import AsyncClient, ModelInfo
-from sopdeploy.client.images import read_file
+from sopdeploy.client.requests import encode_image
 from sopdeploy.config import StrictModel
 from sopdeploy.doctor.advice import Advice, judge
 from sopdeploy.doctor.measure import Load, Measured, bare_ratio
@@ -98,7 +98,7 @@ def load_images(folder: Path | None) -> list[bytes]:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not paths:
             raise DataError(f"{folder}: contains no image ({', '.join(sorted(SUFFIXES))})")
-        return [read_file(path) for path in paths[:MAX_FILES]]
+        return [encode_image(path) for path in paths[:MAX_FILES]]
     images = []
     width, height = IMAGE_SIZE
     for seed in range(GENERATED_IMAGES):  # with detail like a photograph, so that file sizes are realistic

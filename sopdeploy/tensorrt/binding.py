@@ -4,7 +4,7 @@ Version differences are handled here and in the engine builder: by `hasattr` if 
 major version.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import EngineError, RuntimeUnavailableError
@@ -39,11 +39,9 @@ def make_logger(trt: Any) -> Any:
     """Create a logger that collects TensorRT errors in `errors` and prints nothing."""
 
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
-        """Collects error messages."""
+        """Collects error messages; every call of `make_logger` creates a class with its own list."""
 
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
+        errors: ClassVar[list[str]] = []
 
         def log(self, severity: Any, message: str) -> None:
             """Store *message* if it is an error."""

@@ -71,15 +71,14 @@ class Cuda:
         flags = self._runtime.cudaEventBlockingSync | self._runtime.cudaEventDisableTiming
         return self.call("cudaEventCreateWithFlags", flags)
 
-    def upload(self, target: int, source: NDArray[Any], stream: Any) -> None:
-        """Copy the pinned array *source* to the device address *target* asynchronously."""
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self.call("cudaMemcpyAsync", target, source.ctypes.data, source.nbytes, kind, stream)
-
-    def download(self, target: NDArray[Any], source: int, stream: Any) -> None:
-        """Copy from the device address *source* to the pinned array *target* asynchronously."""
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self.call("cudaMemcpyAsync", target.ctypes.data, source, target.nbytes, kind, stream)
+    def copy(self, pinned: NDArray[Any], address: int, stream: Any, *, upload: bool) -> None:
+        """Copy *pinned* to the device address *address* asynchronously, or back without *upload*."""
+        kinds = self._runtime.cudaMemcpyKind
+        if upload:
+            arguments = (address, pinned.ctypes.data, pinned.nbytes, kinds.cudaMemcpyHostToDevice)
+        else:
+            arguments = (pinned.ctypes.data, address, pinned.nbytes, kinds.cudaMemcpyDeviceToHost)
+        self.call("cudaMemcpyAsync", *arguments, stream)
 
     def capture(self, enqueue: Callable[[], None], stream: Any) -> Any:
         """Capture the work that *enqueue* puts on *stream* as an executable graph, without running it.

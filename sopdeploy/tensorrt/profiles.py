@@ -25,23 +25,20 @@ class Profile(StrictModel):
 
 
 def parse_profiles(text: str | None, batch: BatchRange) -> tuple[Profile, ...]:
-    """Parse `1,8,32` to profiles; without *text*, use the sizes of *batch*.
+    """Parse `1,8,32` to one profile per size; without *text*, use the sizes of *batch*.
 
-    Raises `ConfigError` if a size is not a number or outside the range that the bundle was verified for.
+    Each profile covers the batches from the previous size plus one up to its size. Raises `ConfigError` if a
+    size is not a number or outside the range that the bundle was verified for.
     """
     if text is None:
-        return make_profiles((batch.minimum, batch.optimum, batch.maximum), batch)
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"--profiles {text}: write batch sizes such as 1,8,32") from error
-    return make_profiles(sizes, batch)
-
-
-def make_profiles(sizes: Sequence[int], batch: BatchRange) -> tuple[Profile, ...]:
-    """Create one profile per size, from the previous size plus one up to the size."""
+        sizes = [batch.minimum, batch.optimum, batch.maximum]
+    else:
+        try:
+            sizes = [int(part) for part in text.split(",")]
+        except ValueError as error:
+            raise ConfigError(f"--profiles {text}: write batch sizes such as 1,8,32") from error
     ordered = sorted(set(sizes))
-    if not ordered or ordered[0] < batch.minimum or ordered[-1] > batch.maximum:
+    if ordered[0] < batch.minimum or ordered[-1] > batch.maximum:
         raise ConfigError(
             f"--profiles {','.join(map(str, sizes))}: the bundle was verified for batches of "
             f"{batch.minimum} to {batch.maximum}"

@@ -63,18 +63,14 @@ class EngineKey(StrictModel):
 
     def differences(self, other: "EngineKey") -> list[str]:
         """Describe each field in which *other* differs from this key; hashes are shortened."""
-
-        def shown(key: EngineKey, field: str) -> str:
-            value = getattr(key, field)
-            if isinstance(value, tuple):
-                return ",".join(map(str, value))
-            return str(value)[:NAME_LENGTH] if field == "bundle_onnx" else str(value)
-
-        return [
-            f"{name} {shown(other, field)}, not {shown(self, field)}"
-            for field, name in FIELD_NAMES.items()
-            if getattr(self, field) != getattr(other, field)
-        ]
+        found = []
+        for field, name in FIELD_NAMES.items():
+            values = [getattr(key, field) for key in (other, self)]
+            if values[0] != values[1]:
+                texts = [",".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values]
+                length = NAME_LENGTH if field == "bundle_onnx" else None
+                found.append(f"{name} {texts[0][:length]}, not {texts[1][:length]}")
+        return found
 
 
 class PartPrecision(StrictModel):

@@ -10,10 +10,9 @@ captured. If a graph fails, its profile runs without one from then on.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -23,8 +22,8 @@ from sopdeploy.bundle.manifest import Manifest, TensorRecord
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.tensorrt.binding import deserialize, last_error, make_logger
 from sopdeploy.tensorrt.cuda import Cuda
-from sopdeploy.tensorrt.profiles import Profile, index_for
-from sopdeploy.tensorrt.record import EngineKey, Via
+from sopdeploy.tensorrt.profiles import index_for
+from sopdeploy.tensorrt.record import EngineKey
 
 BUFFERS = 2  # batches in flight
 
@@ -35,7 +34,6 @@ class BatchBuffer:
     """Pinned host memory and device memory for *largest* images and their outputs, with two events."""
 
     def __init__(self, cuda: Cuda, tensors: tuple[TensorRecord, ...], largest: int) -> None:
-        self._cuda = cuda
         self.host: dict[str, NDArray[Any]] = {}
         self.device: dict[str, int] = {}
         for tensor in tensors:
@@ -43,17 +41,6 @@ class BatchBuffer:
             self.host[tensor.name] = cuda.pinned_array(shape, np.dtype(tensor.dtype))
             self.device[tensor.name] = int(cuda.call("cudaMalloc", self.host[tensor.name].nbytes))
         self.uploaded, self.done = cuda.event(), cuda.event()
-
-    def free(self) -> None:
-        """Free the memory and destroy the events."""
-        for address in self.device.values():
-            self._cuda.call("cudaFree", address)
-        for array in self.host.values():
-            self._cuda.call("cudaFreeHost", array.ctypes.data)
-        for event in (self.uploaded, self.done):
-            self._cuda.call("cudaEventDestroy", event)
-        self.host.clear()
-        self.device.clear()
 
 
 class EngineSession:
@@ -79,8 +66,7 @@ class EngineSession:
         self.largest_batch = key.largest_batch
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
-        self._names = _tensor_names(self.engine, manifest, key.via)
-        _check_engine(trt, self.engine, manifest, self._names, self._profiles)
+        self._names = _match_tensors(trt, self.engine, manifest, key)
         self._stream, self._upload_stream = cuda.stream(), cuda.stream()
         tensors = (*manifest.inputs, *manifest.outputs)
         self._buffers = [BatchBuffer(cuda, tensors, self.largest_batch) for _ in range(BUFFERS)]
@@ -97,11 +83,6 @@ class EngineSession:
             context.set_optimization_profile_async(index, int(self._stream))
             cuda.call("cudaStreamSynchronize", self._stream)
             self._contexts.append(context)
-
-    @property
-    def captured(self) -> tuple[Profile, ...]:
-        """Profiles that currently run as CUDA graphs."""
-        return tuple(self._profiles[index] for index in sorted({index for index, _ in self._graphs}))
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Compute all outputs by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
@@ -121,7 +102,7 @@ class EngineSession:
         try:
             pinned = buffer.host[self._input][:count]
             np.stack(images, out=pinned)
-            self._cuda.upload(buffer.device[self._input], pinned, self._upload_stream)
+            self._cuda.copy(pinned, buffer.device[self._input], self._upload_stream, upload=True)
             call("cudaEventRecord", buffer.uploaded, self._upload_stream)
             call("cudaStreamWaitEvent", self._stream, buffer.uploaded, 0)
             graph = self._graphs.get((index, buffer))
@@ -152,7 +133,7 @@ class EngineSession:
             self._cuda.call("cudaStreamSynchronize", self._stream)  # raises if the device failed
             raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._logger)}")
         for name in self._outputs:
-            self._cuda.download(buffer.host[name][:count], buffer.device[name], self._stream)
+            self._cuda.copy(buffer.host[name][:count], buffer.device[name], self._stream, upload=False)
 
     def _end(self, index: int, buffer: BatchBuffer, count: int) -> dict[str, NDArray[np.float32]]:
         """Wait for a batch, copy its outputs and capture its profile if that is due."""
@@ -192,42 +173,35 @@ class EngineSession:
         self._contexts.clear()
         self.engine = self._runtime = None
         for buffer in self._buffers:
-            buffer.free()
+            for address in buffer.device.values():
+                self._cuda.call("cudaFree", address)
+            for array in buffer.host.values():
+                self._cuda.call("cudaFreeHost", array.ctypes.data)
+            for event in (buffer.uploaded, buffer.done):
+                self._cuda.call("cudaEventDestroy", event)
+            buffer.host.clear()
+            buffer.device.clear()
         for stream in (self._stream, self._upload_stream):
             self._cuda.call("cudaStreamDestroy", stream)
         self._buffers.clear()
         self._free.clear()
 
-    def __enter__(self) -> "EngineSession":
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+def _match_tensors(trt: Any, engine: Any, manifest: Manifest, key: EngineKey) -> dict[str, str]:
+    """Map the manifest's tensor names to those of *engine* and compare types, shapes and profiles.
 
-
-def _tensor_names(engine: Any, manifest: Manifest, via: Via) -> dict[str, str]:
-    """Map the manifest's tensor names to those of *engine*.
-
-    torch-tensorrt numbers outputs, so its tensors are matched by position; shapes, types and probes are
-    checked later. Raises `RuntimeUnavailableError` for other tensors.
+    torch-tensorrt numbers outputs, so its tensors are matched by position. Raises `RuntimeUnavailableError`
+    if tensors or profiles of *engine* differ from manifest and *key*.
     """
+    tensors = (*manifest.inputs, *manifest.outputs)
     found = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    declared = [tensor.name for tensor in (*manifest.inputs, *manifest.outputs)]
-    if via == "torch-tensorrt" and len(found) == len(declared):
-        return dict(zip(declared, found, strict=True))
-    if sorted(found) != sorted(declared):
+    declared = [tensor.name for tensor in tensors]
+    by_position = key.via == "torch-tensorrt" and len(found) == len(declared)
+    if not by_position and sorted(found) != sorted(declared):
         raise RuntimeUnavailableError(f"the engine has the tensors {found}, the manifest says {declared}")
-    return {name: name for name in declared}
-
-
-def _check_engine(
-    trt: Any, engine: Any, manifest: Manifest, names: Mapping[str, str], profiles: Sequence[Profile]
-) -> None:
-    """Raise `RuntimeUnavailableError` if tensors or profiles of *engine* differ from manifest and record."""
+    names = dict(zip(declared, found if by_position else declared, strict=True))
     dtypes = {trt.DataType.UINT8: "uint8", trt.DataType.FLOAT: "float32"}
-    for tensor in (*manifest.inputs, *manifest.outputs):
+    for tensor in tensors:
         dtype = dtypes.get(engine.get_tensor_dtype(names[tensor.name]), "another type")
         shape = tuple(int(size) for size in engine.get_tensor_shape(names[tensor.name]))
         if dtype != tensor.dtype or shape[1:] != tensor.shape[1:]:
@@ -235,14 +209,15 @@ def _check_engine(
                 f"the engine's {tensor.name} is {dtype} {shape}, the manifest says {tensor.dtype} "
                 f"{tensor.shape}"
             )
-    if engine.num_optimization_profiles != len(profiles):
+    if engine.num_optimization_profiles != len(key.profiles):
         raise RuntimeUnavailableError(
-            f"the engine has {engine.num_optimization_profiles} profiles, its record says {len(profiles)}"
+            f"the engine has {engine.num_optimization_profiles} profiles, its record says {len(key.profiles)}"
         )
-    for index, profile in enumerate(profiles):
+    for index, profile in enumerate(key.profiles):
         shapes = engine.get_tensor_profile_shape(names[manifest.inputs[0].name], index)
         batches = [int(next(iter(shape))) for shape in shapes]
         if batches != [profile.minimum, profile.optimum, profile.maximum]:
             raise RuntimeUnavailableError(
                 f"profile {index} of the engine accepts batches {batches}, its record says {profile}"
             )
+    return names

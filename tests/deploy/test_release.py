@@ -14,7 +14,7 @@ import repository
 import version
 from builders import choose_builder
 
-from sopdeploy.bundle.signing import check_message, new_secret_key
+from sopdeploy.bundle.signing import check_message, make_key, read_public
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 ROOT = Path(__file__).parents[2]
@@ -124,12 +124,11 @@ def test_a_release_creates_a_commit_a_tag_and_checksums(
 
 
 def test_checksums_are_signed_with_a_key(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    key = new_secret_key()
-    (tmp_path / "key").write_text(key.to_text())
+    public = make_key(tmp_path / "key")
     run(monkeypatch, "0.2.0", "--key", tmp_path / "key")
     sums = root / "dist" / "0.2.0" / "SHA256SUMS"
     signature = sums.with_name("SHA256SUMS.minisig").read_text()
-    check_message(sums.read_bytes(), signature, key.public())
+    check_message(sums.read_bytes(), signature, read_public(public))
     assert "trusted comment: sopdeploy 0.2.0" in signature
 
 

@@ -67,8 +67,9 @@ def test_missing_runtimes_are_reported_without_an_error(monkeypatch: pytest.Monk
         raise RuntimeUnavailableError("TensorRT is not installed")
 
     monkeypatch.setattr("sopdeploy.tensorrt.binding.import_tensorrt", missing)
-    assert env.onnxruntime_providers().startswith("none (")
-    assert env.tensorrt_device() == "none (TensorRT is not installed)"
+    found = env.accelerators()
+    assert found["onnxruntime"].startswith("none (")
+    assert found["tensorrt"] == "none (TensorRT is not installed)"
 
 
 def test_the_tensorrt_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,4 +83,4 @@ def test_the_tensorrt_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     trt.__version__ = "10.16.1"
     monkeypatch.setattr("sopdeploy.tensorrt.binding.import_tensorrt", lambda: trt)
     monkeypatch.setattr("sopdeploy.tensorrt.cuda.open_cuda", Cuda)
-    assert env.tensorrt_device() == "10.16.1 on NVIDIA H200"
+    assert env.accelerators()["tensorrt"] == "10.16.1 on NVIDIA H200"

@@ -29,7 +29,8 @@ def check_outputs(runtime: TensorRTRuntime, count: int) -> None:
 
 
 def captured_profiles(runtime: TensorRTRuntime) -> list[str]:
-    return [str(profile) for profile in runtime._session.captured]
+    session = runtime._session
+    return [str(session._profiles[index]) for index in sorted({index for index, _ in session._graphs})]
 
 
 def test_profiles_of_one_batch_size_become_graphs_with_the_same_outputs(

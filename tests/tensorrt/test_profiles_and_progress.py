@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import ConfigError, EngineError
 from sopdeploy.tensorrt.binding import parse_version
-from sopdeploy.tensorrt.profiles import index_for, make_profiles, parse_profiles
+from sopdeploy.tensorrt.profiles import index_for, parse_profiles
 from sopdeploy_export.tensorrt.plan import estimate
 from sopdeploy_export.tensorrt.progress import Phases, heartbeat, progress_line
 from tests.tensorrt.networks import CHANNELS, CLASSES, SIDE, network
@@ -27,7 +27,7 @@ def test_the_default_profiles_are_the_batch_range_of_the_bundle() -> None:
 
 @given(st.sets(st.integers(1, 64), min_size=1, max_size=8))
 def test_every_batch_has_exactly_one_profile_up_to_the_largest(sizes: set[int]) -> None:
-    profiles = make_profiles(sorted(sizes), RANGE)
+    profiles = parse_profiles(",".join(map(str, sizes)), RANGE)
     for batch in range(1, max(sizes) + 1):
         fitting = [i for i, p in enumerate(profiles) if p.minimum <= batch <= p.maximum]
         assert fitting == [index_for(profiles, batch)]
@@ -44,7 +44,7 @@ def test_invalid_profiles_are_rejected(text: str) -> None:
 
 
 def test_the_memory_of_a_profile_is_that_of_its_largest_batch() -> None:
-    found = estimate(network(), make_profiles([1, 8], RANGE))
+    found = estimate(network(), parse_profiles("1,8", RANGE))
     one, eight = found.profiles
     pixels = SIDE * SIDE * 4
     assert one.borders == SIDE * SIDE * 3 + CLASSES * 4

@@ -6,6 +6,7 @@ An engine is kept only if its layers have the requested precision and it reprodu
 import hashlib
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,7 @@ def replay_probes(machine: Machine, bundle: Bundle, plan: bytes, key: EngineKey)
         raise EngineError(f"{bundle.probes}: has no probes for some output, so the engine cannot be verified")
     sizes = sorted({size for profile in key.profiles for size in (profile.minimum, profile.maximum)})
     replays = []
-    with EngineSession(machine.trt, machine.cuda, plan, bundle.manifest, key) as session:
+    with closing(EngineSession(machine.trt, machine.cuda, plan, bundle.manifest, key)) as session:
         for size in sizes:
             indices = np.arange(-(-count // size) * size) % count  # repeat images to fill whole batches
             repeated = Probes(

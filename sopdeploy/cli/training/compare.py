@@ -41,13 +41,13 @@ def compare(
         from sopdeploy.comparison.runs import compare as run
 
         progress: Any = None if as_json else stack.enter_context(ProgressBars(err))
-
-        def on_run(name: str, seed: int) -> None:
-            if not as_json:
-                err.print(plain_text(f"{name}, seed {seed}"))
-
         found = run(
-            recipes, destination, seeds=seeds, overrides=settings or (), callback=progress, on_run=on_run
+            recipes,
+            destination,
+            seeds=seeds,
+            overrides=settings or (),
+            callback=progress,
+            on_run=lambda name, seed: None if as_json else err.print(plain_text(f"{name}, seed {seed}")),
         )
     if as_json:
         print_json(found.model_dump(mode="json"))
