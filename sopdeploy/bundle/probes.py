@@ -69,17 +69,9 @@ def replay(probes: Probes, run: Run, *, batch: int = 1) -> Replay:
     worst = dict.fromkeys(probes.expected, 0.0)
     for start in range(0, len(probes.images), batch):
         outputs = run(probes.images[start : start + batch])
-        for name, every in probes.expected.items():
-            expected = every[start : start + batch]
-            if name not in outputs:
-                raise ParityError(f"probes: the runtime gives no output {name!r}")
-            values = outputs[name]
-            if values.shape != expected.shape:
-                raise ParityError(f"probes: output {name!r} is {values.shape}, not {expected.shape}")
-            if not np.isfinite(values).all():
-                raise ParityError(f"probes: output {name!r} is not finite")
-            deviation = np.abs(values.astype(np.float64) - expected).max(initial=0.0)
-            worst[name] = float(np.maximum(worst[name], deviation))  # unlike max(), propagates NaN
+        for name, expected in probes.expected.items():
+            found = deviation(name, outputs, expected[start : start + batch])
+            worst[name] = float(np.maximum(worst[name], found))  # unlike max(), propagates NaN
     for name, found in worst.items():
         if not found <= probes.tolerance[name]:
             raise ParityError(
@@ -87,3 +79,15 @@ def replay(probes: Probes, run: Run, *, batch: int = 1) -> Replay:
                 f"{probes.tolerance[name]:.3g}; this runtime does not compute the exported network"
             )
     return Replay(deviation=worst, tolerance=probes.tolerance, images=len(probes.images))
+
+
+def deviation(name: str, outputs: Outputs, expected: NDArray[np.float32]) -> float:
+    """Compute the largest absolute difference between output *name* and *expected*."""
+    if name not in outputs:
+        raise ParityError(f"probes: the runtime gives no output {name!r}")
+    values = outputs[name]
+    if values.shape != expected.shape:
+        raise ParityError(f"probes: output {name!r} is {values.shape}, not {expected.shape}")
+    if not np.isfinite(values).all():
+        raise ParityError(f"probes: output {name!r} is not finite")
+    return float(np.abs(values.astype(np.float64) - expected).max(initial=0.0))
