@@ -22,8 +22,7 @@ from sopdeploy_service.api.schema import Health
 from sopdeploy_service.http.body_limits import BodyLimitsMiddleware
 from sopdeploy_service.inference.service import State
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.server.connection_limits import ShortLivedConnections
-from sopdeploy_service.server.http_protocol import LimitedHttpProtocol
+from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol
 from sopdeploy_service.settings import Settings
 
 BEAT_SECONDS = 0.1  # interval of uvicorn's ticks
@@ -87,7 +86,7 @@ def health_app(
 @contextmanager
 def run_in_thread(app: Starlette, listener: socket.socket) -> Iterator[None]:
     """Serve *app* on the bound *listener* in a separate thread for the duration of the block."""
-    shared = ShortLivedConnections(Settings.model_construct(**LIMITS), Metrics())
+    shared = Connections(Settings.model_construct(**LIMITS), Metrics(), short_lived=True)
     config = uvicorn.Config(
         app,
         http=cast(type[asyncio.Protocol], functools.partial(LimitedHttpProtocol, shared)),

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 protocol with time and size limits on every connection.
+"""uvicorn's HTTP/1.1 protocol with time and size limits, and limits on the number of connections.
 
 uvicorn waits without limit for request headers of any size, and for clients that do not read their response.
 This protocol rejects such requests with a problem response and closes such connections. `http.body_limits`
@@ -7,6 +7,7 @@ limits the bodies.
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import httptools
@@ -16,20 +17,71 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from sopdeploy_service.http.middleware import request_id
 from sopdeploy_service.http.problems import problem_response
 from sopdeploy_service.inference.results import Rejection
-from sopdeploy_service.server.connection_limits import Connections
+from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.settings import Settings
 
+SPARE = 64  # connections over the limit that get a 503 response; further ones are aborted
 LINGER_SECONDS = (
     2.0  # a connection closed with unread input is reset, and the client cannot read the response
 )
 LINGER_BYTES = 100_000_000
 MAX_PIPELINE = 16  # queued requests of one connection
 
+FULL = Rejection("too_many_connections", 503, "too many connections; retry later", 1)
 MALFORMED = Rejection("malformed_request", 400, "the request is not valid HTTP/1.1 (RFC 9112)")
 SLOW_HEADERS = Rejection("slow_request", 408, "the request headers did not arrive in time")
 LONG_URL = Rejection("url_too_long", 414, "the URL is longer than the limit of this server")
 LARGE_HEADERS = Rejection(
     "headers_too_large", 431, "the headers are larger or more than the limit of this server"
 )
+
+
+class Connections:
+    """The open and idle connections of one server; used on its event loop only.
+
+    With *short_lived*, the oldest connection is aborted at the limit, idle or not, so that a client cannot
+    block the port by holding connections open; else the longest idle one is closed.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics, *, short_lived: bool = False) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.idle: dict[LimitedHttpProtocol, None] = {}  # ordered by the start of the idle time
+        self._open: dict[LimitedHttpProtocol, None] = {}  # ordered by arrival
+        self._short_lived = short_lived
+
+    def add(self, connection: "LimitedHttpProtocol") -> Rejection | None:
+        """Add *connection*, and close another one if there are too many.
+
+        If none can be closed, the result is the rejection of *connection*.
+        """
+        if self._short_lived and len(self._open) >= self.settings.max_connections:
+            oldest = next(iter(self._open))
+            self.remove(oldest)
+            oldest.abort()
+        self._open[connection] = None
+        self.metrics.connections.set(len(self._open))
+        excess = len(self._open) - self.settings.max_connections
+        if excess <= 0:
+            return None
+        if self.idle:
+            self.close_longest_idle()
+            return None
+        if excess > SPARE:
+            connection.abort()
+        return FULL
+
+    def remove(self, connection: "LimitedHttpProtocol") -> None:
+        """Remove *connection*, which is closed."""
+        self._open.pop(connection, None)
+        self.idle.pop(connection, None)
+        self.metrics.connections.set(len(self._open))
+
+    def close_longest_idle(self) -> None:
+        """Close the connection that has been idle for the longest time."""
+        connection = next(iter(self.idle))
+        del self.idle[connection]
+        connection.close()
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
@@ -56,15 +108,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Accept or reject the connection and start the header timeout."""
         super().connection_made(cast(asyncio.Transport, transport))
         self.is_closing = self.transport.is_closing
-        rejection = self._shared.opened(self)
+        rejection = self._shared.add(self)
         if rejection is not None:
             self._reject(rejection)
         else:
-            self._start_header_timeout()
+            self._restart_timer(self._limits.header_timeout, partial(self._reject, SLOW_HEADERS))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop all timers and drop queued requests."""
-        self._shared.closed(self)
+        self._shared.remove(self)
         self._unset_keepalive_if_required()
         self._restart_timer(None)
         self.resume_writing()
@@ -81,7 +133,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 self.abort()
             return
         self._unset_keepalive_if_required()
-        self._shared.busy(self)
+        self._shared.idle.pop(self, None)
         was_in_headers = self._in_headers
         try:
             self.parser.feed_data(data)
@@ -94,10 +146,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._unparsed_bytes += len(data)
             if self._unparsed_bytes > self._limits.max_url_bytes + self._limits.max_header_bytes:
                 self._rejection = self._rejection or LARGE_HEADERS
+        responding = self.cycle is not None and not self.cycle.response_complete
         if self._rejection is not None:
             self._reject(self._rejection)
-        elif not self._in_body and not self._is_responding():
-            self._start_header_timeout()
+        elif self._timer is None and not self._in_body and not responding:
+            self._restart_timer(self._limits.header_timeout, partial(self._reject, SLOW_HEADERS))
 
     def on_message_begin(self) -> None:
         """Reset the header counters of the previous request."""
@@ -154,7 +207,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
-            self._shared.idle(self)
+            self._set_idle()
 
     def on_response_complete(self) -> None:
         """Continue with the next request, after the rest of this request's body."""
@@ -163,16 +216,21 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.server_state.total_requests += 1
             return
         super().on_response_complete()
-        if self.transport.is_closing() or self._is_responding():
+        if self.transport.is_closing() or not self.cycle.response_complete:
             return
         if self._in_body:
             self._unset_keepalive_if_required()
             self._restart_timer(LINGER_SECONDS, self.abort)
         elif self._in_headers:
             self._unset_keepalive_if_required()
-            self._start_header_timeout()
+            self._restart_timer(self._limits.header_timeout, partial(self._reject, SLOW_HEADERS))
         else:
-            self._shared.idle(self)
+            self._set_idle()
+
+    def _set_idle(self) -> None:
+        self._shared.idle[self] = None
+        if len(self._shared.idle) > self._limits.max_idle_connections:
+            self._shared.close_longest_idle()
 
     def pause_writing(self) -> None:
         """Start the write timeout: the client does not read."""
@@ -186,10 +244,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
-
-    def timeout_keep_alive_handler(self) -> None:
-        """Close an idle connection."""
-        self.close()
 
     def write(self, data: bytes) -> None:
         """Send *data*; the headers of a response and its body need one system call."""
@@ -212,6 +266,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
             self._restart_timer(self._limits.write_timeout, self.abort)
 
+    timeout_keep_alive_handler = close
+
     def abort(self) -> None:
         """Close immediately and discard the pending output."""
         if self.transport.get_write_buffer_size():
@@ -224,24 +280,24 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             if not self.transport.is_closing():
                 self.transport.write(data)
 
-    def _is_responding(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
     def _reject(self, rejection: Rejection) -> None:
         """Respond with *rejection* and close; a response in progress is completed instead."""
         if self.transport.is_closing():
             return
+        if rejection is SLOW_HEADERS and not self._in_headers:  # no request was started
+            self.transport.close()
+            return
         self._shared.metrics.rejected.labels(rejection.code).inc()
         self._restart_timer(None)
         self._ignores_input = True
-        if self._is_responding():
-            if self.pipeline or self.cycle.response_started or not self._in_body:
-                self.cycle.keep_alive = False
-                return
+        if self.cycle is None or self.cycle.response_complete:
+            self._shared.metrics.request("other", rejection.status, 0.0)
+        elif self.pipeline or self.cycle.response_started or not self._in_body:
+            self.cycle.keep_alive = False
+            return
+        else:
             self.cycle.disconnected = True  # the body is invalid: the app sees a client that disconnected
             self.cycle.message_event.set()
-        else:
-            self._shared.metrics.request("other", rejection.status, 0.0)
         if not (self._in_body and self.cycle.response_complete):  # else the request has its response already
             self._write_rejection(rejection)
         self._in_headers = True  # so that `close` waits for input in transit
@@ -256,16 +312,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             lines += [name, b": ", value, b"\r\n"]
         body = b"" if self.parser.get_method() == b"HEAD" else bytes(response.body)
         self.write(b"".join([*lines, b"\r\n", body]))
-
-    def _start_header_timeout(self) -> None:
-        if self._timer is None:
-            self._restart_timer(self._limits.header_timeout, self._on_header_timeout)
-
-    def _on_header_timeout(self) -> None:
-        if self._in_headers:
-            self._reject(SLOW_HEADERS)
-        else:
-            self.transport.close()  # no request was started
 
     def _restart_timer(self, seconds: float | None, callback: Callable[[], None] | None = None) -> None:
         if self._timer is not None:

@@ -1,10 +1,17 @@
-"""`sopdeploy serve`: run one server process from verified startup to graceful shutdown."""
+"""`sopdeploy serve`: run one server process from verified startup to graceful shutdown.
+
+As a program, this module is a worker process of `serve --devices`.
+"""
 
 import asyncio
 import functools
+import json
 import logging
+import os
+import signal
 import socket
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,13 +19,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import cast
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.fault_injection import faults_from_environment
@@ -27,13 +34,12 @@ from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.logs import Timeline
 from sopdeploy_service.observability.request_context import open_tracing
-from sopdeploy_service.server.connection_limits import Connections, allow_files
 from sopdeploy_service.server.health_port import LoopWatch, health_app, run_in_thread
-from sopdeploy_service.server.http_protocol import LimitedHttpProtocol
+from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol
 from sopdeploy_service.server.memory import IdleTrigger, limit_heaps, reduce_garbage_collection
-from sopdeploy_service.server.sockets import accept_pending, bind, url
-from sopdeploy_service.server.workers import Supervisor
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.server.sockets import accept_pending, allow_files, bind, url
+from sopdeploy_service.server.workers import USER_ERROR, Supervisor
+from sopdeploy_service.settings import WORKER_VARIABLE, Settings
 
 ENGINE_DEAD_EXIT = 70  # EX_SOFTWARE; a supervisor should restart the process
 CLOSING_SECONDS = 2  # for sending the last responses after the drain
@@ -191,9 +197,14 @@ class DrainingServer(uvicorn.Server):
             pending = [connection for listener in sockets or [] for connection in accept_pending(listener)]
             for server in self.servers:
                 server.close()
-            loop = asyncio.get_running_loop()
+            create_protocol = functools.partial(
+                cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class),
+                config=self.config,
+                server_state=self.server_state,
+                app_state=self.lifespan.state,
+            )
             for connection in pending:
-                await loop.connect_accepted_socket(self._create_protocol, connection)
+                await asyncio.get_running_loop().connect_accepted_socket(create_protocol, connection)
             end = time.monotonic() + LAST_SECONDS
             busy = True
             while busy and time.monotonic() < end:
@@ -202,6 +213,29 @@ class DrainingServer(uvicorn.Server):
                 busy = any(protocol.timeout_keep_alive_task is None for protocol in protocols)
         await super().shutdown(sockets)
 
-    def _create_protocol(self) -> asyncio.Protocol:
-        protocol = cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class)
-        return protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+def main() -> int:
+    """Serve as one worker process of `--devices` until the parent exits; the result is the exit code.
+
+    The environment variable `WORKER_VARIABLE` has the inherited sockets, the settings and the bundles.
+    """
+    order: dict[str, Any] = json.loads(os.environ.pop(WORKER_VARIABLE))
+
+    def stop_with_parent() -> None:
+        os.read(order["lifeline"], 1)  # returns when the parent closes the pipe, or dies
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_with_parent, name="lifeline", daemon=True).start()
+    inherited = Inherited(
+        sockets=(socket.socket(fileno=order["listener"]), socket.socket(fileno=order["private"])),
+        siblings=order["siblings"],
+    )
+    try:
+        return serve_on(order["sources"], Settings(**{**order["settings"], "devices": ()}), inherited)
+    except SopdeployError as problem:
+        sys.stderr.write(f"error: device {order['name']}: {problem}\n")
+        return USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

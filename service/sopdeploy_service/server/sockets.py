@@ -1,11 +1,30 @@
-"""Listening sockets."""
+"""Listening sockets and the limit of open files."""
 
 import contextlib
+import resource
 import socket
 
 from sopdeploy.errors import ConfigError
+from sopdeploy_service.server.http_protocol import SPARE
 
 MAX_PENDING = 4096  # connections that are not accepted yet; the Linux default
+OTHER_FILES = 192  # bundles, libraries, the health port
+
+
+def allow_files(connections: int) -> None:
+    """Raise the limit of open files of this process to the number that *connections* need.
+
+    Raises `ConfigError` if the system does not allow it.
+    """
+    needed = connections + SPARE + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"max_connections {connections}: needs {needed} open files, the system allows {hard}; "
+            "lower max_connections or raise `ulimit -n`"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -122,7 +122,7 @@ class Supervisor:
         }
         visible = {"CUDA_VISIBLE_DEVICES": worker.device} if worker.device.isdecimal() else {}
         return subprocess.Popen(
-            [sys.executable, "-m", "sopdeploy_service.server.worker"],
+            [sys.executable, "-m", "sopdeploy_service.server.process"],
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,  # Ctrl-C reaches this process only, which forwards it

@@ -16,8 +16,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.runtime.fake import FakeRuntime
-from sopdeploy_service.server.connection_limits import allow_files
 from sopdeploy_service.server.http_protocol import LimitedHttpProtocol
+from sopdeploy_service.server.sockets import allow_files
 from sopdeploy_service.settings import Settings
 from tests.service.raw import EXPECT, GET, POST, connect, count, read
 
