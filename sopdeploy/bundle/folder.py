@@ -63,12 +63,17 @@ def staging(destination: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def seal(folder: Path, manifest_without_files: Mapping[str, Any]) -> Manifest:
-    """Hash every file in *folder*, write the manifest and return it."""
-    files = {
+def file_records(folder: Path) -> dict[str, FileRecord]:
+    """Compute size and sha256 of every file in *folder*, by name."""
+    return {
         path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
         for path in sorted(folder.iterdir())
     }
+
+
+def seal(folder: Path, manifest_without_files: Mapping[str, Any]) -> Manifest:
+    """Hash every file in *folder*, write the manifest and return it."""
+    files = file_records(folder)
     missing = [name for name in REQUIRED if name not in files]
     if missing:
         raise BundleError(f"{folder}: cannot be sealed, {missing[0]} is missing")

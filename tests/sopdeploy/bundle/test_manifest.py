@@ -16,11 +16,7 @@ FILES = {"model.onnx": FileRecord(bytes=3, sha256="a" * 64)}
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**60), 2**60)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | NAMES,
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | FLOATS | NAMES,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=8,
 )
@@ -33,9 +29,7 @@ def manifest(**fields: Any) -> Manifest:
 @FUZZ
 @given(
     model=st.from_regex(r"[A-Za-z0-9._-]+", fullmatch=True),
-    config=st.dictionaries(
-        NAMES, VALUES.filter(lambda v: v not in (float("inf"), float("-inf"))), max_size=4
-    ),
+    config=st.dictionaries(NAMES, VALUES, max_size=4),
     detached=st.lists(NAMES, max_size=3),
 )
 def test_a_manifest_is_read_as_it_was_written(
@@ -47,6 +41,7 @@ def test_a_manifest_is_read_as_it_was_written(
 
 def test_the_id_is_first_and_depends_on_every_field() -> None:
     one = manifest()
+    assert (one.to_bytes(), one.image_shape) == (manifest().to_bytes(), (16, 16, 3))
     assert list(json.loads(one.to_bytes()))[:3] == ["id", "format", "version"]
     assert json.loads(one.to_bytes())["id"] == one.id
     assert len(one.id) == ID_LENGTH
@@ -60,15 +55,8 @@ def test_the_id_is_first_and_depends_on_every_field() -> None:
     assert len({one.id, *(other.id for other in others)}) == 6
 
 
-def test_equal_manifests_have_equal_bytes_and_the_image_shape_is_the_crop() -> None:
-    assert manifest().to_bytes() == manifest().to_bytes()
-    assert manifest().image_shape == (16, 16, 3)
-
-
 def edited(**changes: Any) -> bytes:
-    values = json.loads(manifest().to_bytes())
-    values.update(changes)
-    return to_json(values)
+    return to_json({**json.loads(manifest().to_bytes()), **changes})
 
 
 def lineage(**changes: Any) -> bytes:
@@ -84,23 +72,29 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "an empty table": (b"{}\n", "model: missing"),
     "an unknown key": (edited(extra=1), "extra: unknown key"),
     "a newer version": (edited(version=2), r"version: .*\(got '2'\)"),
-    "another format": (edited(format="other"), "format: .*other"),
+    "another format": (edited(format="zip"), "format: .*zip"),
     "another precision": (edited(precision="fp8"), "precision"),
     "no files": (VALID.replace(b'"files"', b'"flies"'), "files: missing"),
     "an invalid hash": (lineage(onnx_root="xyz"), r"lineage\.onnx_root"),
     "an uppercase hash": (lineage(onnx_root="A" * 64), r"lineage\.onnx_root"),
     "a negative size": (edited(files={"a": {"bytes": -1, "sha256": "a" * 64}}), r"files\.a\.bytes"),
     "an unknown key inside": (edited(batch={"minimum": 1, "largest": 3}), r"batch\.largest: unknown key"),
+    "an extra key of a file": (
+        edited(files={"a": {"bytes": 1, "sha256": "a" * 64, "mode": 7}}),
+        "mode: unknown",
+    ),
+    "no size": (edited(files={"a": {"sha256": "a" * 64}}), "bytes: missing"),
+    "a crop larger than resize": (edited(preprocess={"resize": 18, "crop": 99}), r"crop \(99\) is larger"),
+    "code as a value": (edited(model={"$eval": "1"}), "model: "),
+    "no output": (edited(outputs=[]), r"outputs.*at least 1 item"),
+    "a scalar output": (edited(outputs=[{"name": "y", "dtype": "float32", "shape": []}]), "at least 1 item"),
     "batches out of order": (edited(batch={"minimum": 9, "optimum": 8}), "minimum <= optimum"),
     "another id": (edited(id="0" * 12), "was edited or damaged"),
     "no id": (to_json({k: v for k, v in json.loads(VALID).items() if k != "id"}), "was edited or damaged"),
     "another value": (edited(opset=19), "was edited or damaged"),
     "other whitespace": (json.dumps(json.loads(VALID)).encode(), "was edited or damaged"),
     "reordered keys": (to_json(dict(reversed(json.loads(VALID).items()))), "was edited or damaged"),
-    "a duplicate key": (
-        VALID.replace(b'  "opset": 18', b'  "opset": 17,\n  "opset": 18'),
-        "was edited or damaged",
-    ),
+    "a duplicate key": (VALID.replace(b'  "opset": 18', b'  "opset": 17,\n  "opset": 18'), "was edited"),
     "a number as text": (edited(opset="18"), "was edited or damaged|opset"),
     "trailing bytes": (VALID + b"\n", "was edited or damaged"),
     "a byte order mark": (b"\xef\xbb\xbf" + VALID, "was edited or damaged"),
@@ -118,16 +112,11 @@ def test_other_bytes_are_rejected(case: str) -> None:
 
 
 def test_every_flipped_bit_is_detected() -> None:
-    accepted = []
     for place in range(len(VALID)):
         body = bytearray(VALID)
         body[place] ^= 1
-        try:
+        with pytest.raises(ValueError, match=r"."):
             Manifest.from_bytes(bytes(body))
-        except ValueError:
-            continue
-        accepted.append(place)
-    assert accepted == []
 
 
 @pytest.mark.parametrize(

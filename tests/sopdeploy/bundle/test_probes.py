@@ -25,33 +25,20 @@ def network(images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
 PROBES = Probes(images=IMAGES, expected=network(IMAGES), tolerance={"logits": 1e-3, "gate": 1e-4})
 
 
-def test_probes_are_read_as_they_were_written(tmp_path: Path) -> None:
-    write_probes(tmp_path / "probes.npz", PROBES)
-    found = read_probes(tmp_path / "probes.npz")
-    assert np.array_equal(found.images, IMAGES)
-    assert found.images.dtype == np.uint8
-    assert found.tolerance == PROBES.tolerance
-    assert found.expected.keys() == {"logits", "gate"}
-    for name, values in found.expected.items():
-        assert values.dtype == np.float32
-        assert np.array_equal(values, PROBES.expected[name])
-
-
-def test_equal_probes_have_equal_bytes(tmp_path: Path) -> None:
-    write_probes(tmp_path / "a", PROBES)
-    write_probes(tmp_path / "b", PROBES)
+def test_probes_are_read_as_they_were_written_and_equal_probes_have_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_probes(tmp_path / name, PROBES)
+    found = read_probes(tmp_path / "a")
+    assert (found.images.dtype, found.tolerance) == (np.uint8, PROBES.tolerance)
+    assert {values.dtype for values in found.expected.values()} == {np.dtype(np.float32)}
+    np.testing.assert_equal((found.images, found.expected), (IMAGES, PROBES.expected))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 64])
 def test_the_same_network_passes_at_every_batch_size(batch: int) -> None:
     sizes: list[int] = []
-
-    def counted(images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-        sizes.append(len(images))
-        return network(images)
-
-    found = replay(PROBES, counted, batch=batch)
+    found = replay(PROBES, lambda images: sizes.append(len(images)) or network(images), batch=batch)
     assert found.deviation == {"logits": 0.0, "gate": 0.0}
     assert (found.images, found.tolerance) == (5, PROBES.tolerance)
     assert (sum(sizes), max(sizes)) == (5, min(batch, 5))
@@ -61,12 +48,7 @@ Wrong = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
 
 
 def changed(change: Callable[[NDArray[np.float32]], NDArray[Any]], name: str = "logits") -> Wrong:
-    def run(images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        outputs: dict[str, NDArray[Any]] = dict(network(images))
-        outputs[name] = change(outputs[name])
-        return outputs
-
-    return run
+    return lambda images: {**network(images), name: change(network(images)[name])}
 
 
 def last_only(values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -75,10 +57,7 @@ def last_only(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 WRONG: dict[str, tuple[Wrong, str]] = {
-    "slightly off": (
-        changed(lambda v: v + 0.0011),
-        r"'logits' deviates by 0\.0011, the bound is 0\.001",
-    ),
+    "slightly off": (changed(lambda v: v + 0.0011), r"'logits' deviates by 0\.0011, the bound is 0\.001"),
     "too small": (changed(lambda v: v - 0.01), "deviates"),
     "wrong for the last image only": (changed(last_only), "deviates"),
     "wrong second output": (changed(lambda v: v + 0.0005, "gate"), "'gate' deviates"),
@@ -124,12 +103,6 @@ def saved(**arrays: Any) -> bytes:
     return file.getvalue()
 
 
-def one_array() -> bytes:
-    file = io.BytesIO()
-    np.save(file, IMAGES)
-    return file.getvalue()
-
-
 def zipped(name: str, body: bytes) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -137,17 +110,10 @@ def zipped(name: str, body: bytes) -> bytes:
     return file.getvalue()
 
 
-def damaged(place: float) -> bytes:
-    body = bytearray(saved(images=IMAGES, output_logits=LOGITS, tolerance_logits=1.0))
-    for offset in range(8):
-        body[int(place * len(body)) + offset] ^= 0xFF
-    return bytes(body)
-
-
 UNREADABLE = {
     "empty": b"",
     "random bytes": bytes(range(256)) * 4,
-    "a single array": one_array(),
+    "a single array": b"\x93NUMPY\x01\x00" + bytes(100),
     "a zip of text": zipped("images", b"hello"),
     "a zip of broken arrays": zipped("images.npy", b"\x93NUMPY\x01\x00\xff\xff"),
     "an empty zip": b"PK\x05\x06" + bytes(18),
@@ -173,10 +139,12 @@ def test_other_files_are_rejected(tmp_path: Path, case: str) -> None:
 
 @pytest.mark.parametrize("place", [0.1, 0.3, 0.5, 0.7, 0.9, 0.95])
 def test_a_damaged_file_is_rejected_or_still_readable(tmp_path: Path, place: float) -> None:
-    path = tmp_path / "probes.npz"
-    path.write_bytes(damaged(place))
+    body = bytearray(saved(images=IMAGES, output_logits=LOGITS, tolerance_logits=1.0))
+    for offset in range(8):
+        body[int(place * len(body)) + offset] ^= 0xFF
+    (tmp_path / "probes.npz").write_bytes(body)
     try:
-        read_probes(path)
+        read_probes(tmp_path / "probes.npz")
     except BundleError as problem:
         assert "not a probe file" in str(problem)  # noqa: PT017
 
