@@ -178,6 +178,7 @@ def test_the_service_gives_the_numbers_of_predict_and_ends_cleanly(
         assert child.stderr.read() == ""
 
 
+@pytest.mark.slow
 def test_a_second_export_elsewhere_gives_the_same_bytes(
     home: Path, trained: dict[str, Any], exported: dict[str, Any]
 ) -> None:

@@ -42,6 +42,7 @@ def miniature(*arms: str) -> Study:
     )
 
 
+@pytest.mark.slow
 def test_in_miniature_the_head_wins_linear_features_are_at_chance_and_the_cache_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Generated pages are up to date, error codes are stable, figures are self-contained."""
 
 import ast
+import functools
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -59,16 +60,18 @@ def test_every_error_class_has_advice_and_an_example() -> None:
     assert len(ERRORS.tree()) == len(names)
 
 
-def raised(name: str) -> list[list[str]]:
-    """Find the constant parts of each message passed to `name(...)` in the source."""
-    found = []
+@functools.cache
+def messages() -> dict[str, list[list[str]]]:
+    """Find the constant parts of each message passed to a call, by the name of the called function."""
+    found: dict[str, list[list[str]]] = {}
     sources = [path for part in ("sopdeploy", "export", "service") for path in (ROOT / part).rglob("*.py")]
     for path in sources:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 message = node.args[0] if node.args else None
                 parts = message.values if isinstance(message, ast.JoinedStr) else [message]
-                found.append([p.value for p in parts if isinstance(p, ast.Constant)])
+                texts = [str(p.value) for p in parts if isinstance(p, ast.Constant)]
+                found.setdefault(node.func.id, []).append(texts)
     return found
 
 
@@ -81,7 +84,7 @@ def test_every_example_is_a_message_of_the_source() -> None:
     }  # two come from servers
     for kind in set(ERRORS.EXAMPLES) - elsewhere:
         shown = re.sub(r" \[\w+\]$", "", ERRORS.EXAMPLES[kind])
-        patterns = [".*".join(map(re.escape, texts)) for texts in raised(kind) if texts]
+        patterns = [".*".join(map(re.escape, texts)) for texts in messages().get(kind, []) if texts]
         assert any(re.fullmatch(f".*{pattern}.*", shown) for pattern in patterns), kind
 
 

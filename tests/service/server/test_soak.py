@@ -161,6 +161,7 @@ def test_responses_of_a_single_bundle_fail_the_swap_bound(soak_modules: Any) -> 
     assert verdict(soak_modules, tally, held(soak_modules, [100] * 90))["bundles"] is False
 
 
+@pytest.mark.slow  # needs an idle machine
 def test_eight_seconds_of_soak_meet_every_bound(
     soak_modules: Any, bundle_path: Path, make_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -29,6 +29,13 @@ from tests.sopdeploy.data.small_data import (
 from tests.sopdeploy.training.runs import interrupt
 from tests.sopdeploy.training.small_recipes import EXPORTED_AS, SMALL, few_blocks
 
+# Exported in every run: one recipe for each paper.
+EXPORTED = (
+    "cifar10-dsop-resnet20",
+    "imagenet-gsop-resnet50",
+    "imagenet-isqrt-resnet50",
+    "places365-gmsop-resnet18",
+)
 BATCH_OF_ONE = BatchRange(optimum=1, maximum=1)  # exports one graph instead of two
 
 
@@ -103,8 +110,14 @@ def train_and_evaluate(name: str, root: Path, monkeypatch: Any) -> Path:
     return result.best
 
 
+def cases() -> list[Any]:
+    """List the recipes; those whose export repeats a class of network of `EXPORTED` are slow."""
+    quick = (*EXPORTED, *EXPORTED_AS)
+    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in sorted(SMALL)]
+
+
 @pytest.mark.usefixtures("small_networks")
-@pytest.mark.parametrize("name", sorted(SMALL))
+@pytest.mark.parametrize("name", cases())
 def test_a_recipe_leads_from_its_data_to_a_bundle(name, tmp_path, monkeypatch) -> None:
     best = train_and_evaluate(name, tmp_path, monkeypatch)
     if name in EXPORTED_AS:
