@@ -12,7 +12,7 @@ import re
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.fit import triangle_side
-from sopdeploy.importers.resnets import is_resnet_tensor, resnet_depth
+from sopdeploy.importers.resnets import RESNET_TENSOR, resnet_depth
 from sopdeploy.importers.source import ConvertedWeights, MappedTensor, WeightFile, rename_tensors
 from sopdeploy.models.registry import CATALOG
 
@@ -35,44 +35,37 @@ VGG_CONV = re.compile(r"features\.(?P<index>\d+)\.(?P<leaf>[a-z_]+)")
 VGG_CLASSIFIER = re.compile(r"classifier\.([036]\.)?(weight|bias)")
 
 
-class FastMpnCovResNet:
-    """ResNets with iSQRT-COV, B-CNN or average pooling."""
+def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
+    """Map a ResNet with iSQRT-COV, B-CNN or average pooling; None for other files.
 
-    project = "fast-MPN-COV"
-
-    def matches(self, file: WeightFile, _model: str, /) -> bool:
-        """Check for a ResNet with `layer_reduce` or numbered parts, and no GSoP blocks."""
-        names = file.tensors.keys()
-        if any(".conv_for_DR" in name for name in names):
-            return False
-        published = {"layer4.0.conv1.weight", "layer_reduce.weight"} <= names
-        return published or "features.4.0.conv1.weight" in names
-
-    def convert(self, file: WeightFile, _model: str, /) -> ConvertedWeights:
-        """Map the network with its pooling under `pooling`."""
-        mapped = rename_tensors(file, _rename_resnet)
-        renamed = WeightFile(path=file.path, tensors={entry.name: entry.tensor for entry in mapped})
-        depth = resnet_depth(file.path, renamed.tensors)
-        classes, length = renamed.classifier_weight("fc.weight").shape
-        channels = len(renamed.tensor(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight"))
-        pooling = _detect_pooling(file, mapped, channels, length)
-        kind = str(pooling["kind"])
-        stride = None if file.arch is None else 2
-        reduced = {"layer_reduce.weight", "features.8.weight"} & file.tensors.keys()
-        if reduced or (file.arch or "").startswith("mpncov"):
-            stride = 1
-        model = f"isqrt-resnet{depth}" if kind == "isqrt" else f"resnet{depth}"
-        return ConvertedWeights(
-            description=f"{TITLES[kind]} on ResNet-{depth} of {self.project}",
-            model=(f"{model} --set pooling=bcnn" if kind == "bcnn" else model) if model in CATALOG else None,
-            tensors=mapped,
-            num_classes=classes,
-            preprocess=Preprocess(),
-            required={"depth": depth, "pooling.kind": kind},
-            detected={"pooling": pooling} | ({} if stride is None else {"conv5_stride": stride}),
-            undetermined={} if stride is not None else {"conv5_stride": UNKNOWN_STRIDE},
-            labels="imagenet",
-        )
+    It has `layer_reduce` or numbered parts. `pooling` holds the dimension reduction.
+    """
+    published = {"layer4.0.conv1.weight", "layer_reduce.weight"} <= file.tensors.keys()
+    if not published and "features.4.0.conv1.weight" not in file.tensors:
+        return None
+    mapped = rename_tensors(file, _rename_resnet)
+    renamed = WeightFile(path=file.path, tensors={entry.name: entry.tensor for entry in mapped})
+    depth = resnet_depth(file.path, renamed.tensors)
+    classes, length = renamed.classifier_weight("fc.weight").shape
+    channels = len(renamed.tensor(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight"))
+    pooling = _detect_pooling(file, mapped, channels, length)
+    kind = str(pooling["pooling.kind"])
+    stride = None if file.arch is None else 2
+    reduced = {"layer_reduce.weight", "features.8.weight"} & file.tensors.keys()
+    if reduced or (file.arch or "").startswith("mpncov"):
+        stride = 1
+    model = f"isqrt-resnet{depth}" if kind == "isqrt" else f"resnet{depth}"
+    return ConvertedWeights(
+        description=f"{TITLES[kind]} on ResNet-{depth} of fast-MPN-COV",
+        model=(f"{model} --set pooling=bcnn" if kind == "bcnn" else model) if model in CATALOG else None,
+        tensors=mapped,
+        num_classes=classes,
+        preprocess=Preprocess(),
+        required={"depth": depth, "pooling.kind": kind},
+        detected=pooling | ({} if stride is None else {"conv5_stride": stride}),
+        undetermined={} if stride is not None else {"conv5_stride": UNKNOWN_STRIDE},
+        labels="imagenet",
+    )
 
 
 def _rename_resnet(source: str) -> str | None:
@@ -83,7 +76,7 @@ def _rename_resnet(source: str) -> str | None:
         return f"fc.{leaf}"
     match = NUMBERED_TENSOR.fullmatch(source)
     name = f"{STAGES[match['stage']]}.{match['rest']}" if match else source
-    return name if is_resnet_tensor(name) else None
+    return name if RESNET_TENSOR.fullmatch(name) else None
 
 
 def _detect_pooling(
@@ -93,50 +86,46 @@ def _detect_pooling(
     reduced = [len(entry.tensor) for entry in mapped if entry.name == "pooling.layer_reduce.weight"]
     width = reduced[0] if reduced else channels
     if triangle_side(length) == width:
-        return {"kind": "isqrt", "width": width}
+        return {"pooling.kind": "isqrt", "pooling.width": width}
     if length == channels and not reduced:
-        return {"kind": "gap"}
+        return {"pooling.kind": "gap"}
     if length == channels**2 and not reduced:
-        return {"kind": "bcnn"}
+        return {"pooling.kind": "bcnn"}
     raise WeightsError(
         f"{file.path}: no supported pooling turns {width} channels into the {length} inputs of its classifier"
         " (compact bilinear pooling is not supported: its random parts are not stored)"
     )
 
 
-class FastMpnCovVgg:
-    """VGG-16 with batch norm and iSQRT-COV or B-CNN."""
+def convert_mpncov_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
+    """Map VGG-16 with batch norm and iSQRT-COV or B-CNN; None for other files.
 
-    project = "fast-MPN-COV"
-
-    def matches(self, file: WeightFile, _model: str, /) -> bool:
-        """Check for VGG's first two convolutions with batch norm, and a classifier."""
-        names = file.tensors.keys()
-        first = {"features.0.weight", "features.1.running_mean", "features.3.weight"} <= names
-        return first and any(name.startswith("classifier") for name in names)
-
-    def convert(self, file: WeightFile, _model: str, /) -> ConvertedWeights:
-        """Map the network with `features` as `layers` and its pooling under `pooling`."""
-        mapped = rename_tensors(file, _rename_vgg)
-        linear = "classifier.weight" in file.tensors
-        first, last = ("classifier.weight",) * 2 if linear else ("classifier.0.weight", "classifier.6.weight")
-        pooling = _detect_pooling(file, mapped, VGG_CHANNELS, file.classifier_weight(first).shape[1])
-        kind = str(pooling["kind"])
-        if kind == "gap":
-            raise WeightsError(f"{file.path}: VGG-16 with average pooling is not in the catalog")
-        classifier = "linear" if linear else "mlp"
-        default = "mlp" if kind == "isqrt" else "linear"
-        model = VGG_MODELS[kind]
-        return ConvertedWeights(
-            description=f"{TITLES[kind]} on VGG-16 of {self.project}",
-            model=model if classifier == default else f"{model} --set classifier={classifier}",
-            tensors=mapped,
-            num_classes=len(file.classifier_weight(last)),
-            preprocess=Preprocess(),
-            required={"pooling.kind": kind},
-            detected={"pooling": pooling, "classifier": classifier},
-            labels="imagenet",
-        )
+    `features` becomes `layers`.
+    """
+    first_tensors = {"features.0.weight", "features.1.running_mean", "features.3.weight"}
+    classifiers = [name for name in file.tensors if name.startswith("classifier")]
+    if not first_tensors <= file.tensors.keys() or not classifiers:
+        return None
+    mapped = rename_tensors(file, _rename_vgg)
+    linear = "classifier.weight" in file.tensors
+    first, last = ("classifier.weight",) * 2 if linear else ("classifier.0.weight", "classifier.6.weight")
+    pooling = _detect_pooling(file, mapped, VGG_CHANNELS, file.classifier_weight(first).shape[1])
+    kind = str(pooling["pooling.kind"])
+    if kind == "gap":
+        raise WeightsError(f"{file.path}: VGG-16 with average pooling is not in the catalog")
+    classifier = "linear" if linear else "mlp"
+    default = "mlp" if kind == "isqrt" else "linear"
+    model = VGG_MODELS[kind]
+    return ConvertedWeights(
+        description=f"{TITLES[kind]} on VGG-16 of fast-MPN-COV",
+        model=model if classifier == default else f"{model} --set classifier={classifier}",
+        tensors=mapped,
+        num_classes=len(file.classifier_weight(last)),
+        preprocess=Preprocess(),
+        required={"pooling.kind": kind},
+        detected=pooling | {"classifier": classifier},
+        labels="imagenet",
+    )
 
 
 def _rename_vgg(source: str) -> str | None:

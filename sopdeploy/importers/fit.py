@@ -1,7 +1,7 @@
 """Matching of converted weights with the network that the user named: config first, then each tensor."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,12 +31,12 @@ def choose_config(
     for key, reason in converted.undetermined.items():
         if key not in settings:
             raise ConfigError(f"{file.path}: {reason}; add --set {key}=..")
-    for key, value in _leaves(converted.detected):
+    for key, value in converted.detected.items():
         setting = _look_up(settings, key)
         if setting is not None and setting != value:
             raise ConfigError(f"--set {key}={setting}: {file.path} holds {value}; leave the setting out")
-    values = _merge(_merge(_merge(defaults, converted.defaults), settings), converted.detected)
-    return make_config(model, values)
+    values = _merge(_merge(defaults, converted.defaults), settings)
+    return make_config(model, _merge(values, nest_settings(converted.detected)))
 
 
 def fit_tensors(
@@ -80,6 +80,21 @@ def fit_tensors(
     return state, rows
 
 
+def nest_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert dotted keys to nested tables: `pooling.iterations` becomes a key of `pooling`."""
+    tree: dict[str, Any] = {}
+    for key, value in settings.items():
+        *tables, last = key.split(".")
+        here = tree
+        for table in tables:
+            below = here.setdefault(table, {})
+            if not isinstance(below, dict):
+                raise ConfigError(f"--set {key}: {table} is a value, not a table with keys")
+            here = below
+        here[last] = value
+    return tree
+
+
 def _misfit(file: WeightFile, converted: ConvertedWeights, model: str, difference: str) -> WeightsError:
     if converted.model == model:
         return WeightsError(f"{file.path}: does not fit {model} ({difference})")
@@ -99,14 +114,6 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         else:
             result[key] = value
     return result
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _look_up(values: Mapping[str, Any], key: str) -> Any:

@@ -18,15 +18,11 @@ from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.fit import row_wise_order
 from sopdeploy.importers.matconvnet import (
-    LAYER_KINDS,
     batch_norm,
-    conv5_stride,
     conv_kernel,
-    find_layer,
-    layer_float,
-    layer_int,
-    matrix_root_config,
+    layer_number,
     pointwise_kernel,
+    read_settings,
     reorder,
 )
 from sopdeploy.importers.source import ConvertedWeights, MappedTensor, WeightFile
@@ -53,73 +49,59 @@ NOTES = (
 )
 
 
-class GMSOPNetwork:
-    """MatConvNet networks with the tensor names of GM-SOP."""
-
-    project = "GM-SOP"
-
-    def matches(self, file: WeightFile, _model: str, /) -> bool:
-        """Check for a MatConvNet network with GM-SOP's first and last layers."""
-        return bool(file.layers) and {"conv1_f", "conv2_1a_f", "prediction_f"} <= file.tensors.keys()
-
-    def convert(self, file: WeightFile, _model: str, /) -> ConvertedWeights:
-        """Map the network with the settings in its layers."""
-        for layer in file.layers:
-            if layer.kind not in LAYER_KINDS:
-                raise WeightsError(
-                    f"{file.path}: layer {layer.name} has the type {layer.kind}, not supported"
-                )
-        kind = "gated" if "gating_w" in file.tensors else "single"
-        blocks = sum(name.startswith("conv2_") and name.endswith("a_f") for name in file.tensors)
-        widen = len(conv_kernel(file, "conv2_1a_f")) // WIDTHS[0]
-        config: dict[str, Any] = {
-            "blocks_per_stage": blocks,
-            "widen": widen,
-            "project_first_stage": "conv2_1_adapt_conv_f" in file.tensors,
-            "conv5_stride": conv5_stride(file),
-            "input_scaling": "raw",
-        }
-        roots = matrix_root_config(file)
-        component = "sop" if roots else "gap"
-        required = {"component": component, "blocks_per_stage": blocks, "widen": widen, "components": 1}
-        if kind == "gated":
-            config |= _gate_config(file)
-            required |= {key: config[key] for key in ("components", "chosen")}
-        width = config["component_widths"][-1] if config.get("component_widths") else WIDTHS[-1] * widen
-        order = row_wise_order(width) if roots else None
-        return ConvertedWeights(
-            description=f"{TITLES[kind][component]}, {blocks} blocks per stage, {widen} times as wide",
-            model=MODELS.get((kind, component, blocks, widen)),
-            tensors=(
-                *_backbone_and_head(file, blocks, order),
-                *(_gate(file, config, bool(roots)) if kind == "gated" else ()),
-            ),
-            num_classes=len(pointwise_kernel(file, "prediction_f")),
-            preprocess=_preprocess(file),
-            required=required,
-            detected=config | roots,
-            notes=NOTES,
-        )
+def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
+    """Map a network of GM-SOP with the settings in its layers; None for other files."""
+    if not file.layers or not {"conv1_f", "conv2_1a_f", "prediction_f"} <= file.tensors.keys():
+        return None
+    settings = read_settings(file)
+    kind = "gated" if "gating_w" in file.tensors else "single"
+    component = "sop" if "iterations" in settings else "gap"
+    blocks = sum(name.startswith("conv2_") and name.endswith("a_f") for name in file.tensors)
+    widen = len(conv_kernel(file, "conv2_1a_f")) // WIDTHS[0]
+    required = {"component": component, "blocks_per_stage": blocks, "widen": widen, "components": 1}
+    config = settings | {
+        "blocks_per_stage": blocks,
+        "widen": widen,
+        "project_first_stage": "conv2_1_adapt_conv_f" in file.tensors,
+        "input_scaling": "raw",
+    }
+    if kind == "gated":
+        config |= _gate_config(file)
+        required |= {key: config[key] for key in ("components", "chosen")}
+    width = config["component_widths"][-1] if config.get("component_widths") else WIDTHS[-1] * widen
+    tensors = [*_backbone_and_head(file, blocks, row_wise_order(width) if component == "sop" else None)]
+    if kind == "gated":
+        tensors += _gate(file, config, component == "sop")
+    if file.average_color is None:
+        raise WeightsError(f"{file.path}: meta.normalization.averageImage holds no color; save it with meta")
+    side = file.image_size or SIDE
+    red, green, blue = (channel / 255.0 for channel in file.average_color)
+    deviation = 1 / 255  # the mean is subtracted from pixels of 0 to 255, which are not divided
+    return ConvertedWeights(
+        description=f"{TITLES[kind][component]}, {blocks} blocks per stage, {widen} times as wide",
+        model=MODELS.get((kind, component, blocks, widen)),
+        tensors=tuple(tensors),
+        num_classes=len(pointwise_kernel(file, "prediction_f")),
+        preprocess=Preprocess(resize=side, crop=side, mean=(red, green, blue), std=(deviation,) * 3),
+        required=required,
+        detected=config,
+        notes=NOTES,
+    )
 
 
 def _gate_config(file: WeightFile) -> dict[str, Any]:
-    gating, balance = find_layer(file, "gating"), find_layer(file, "Balance_loss")
-    dropouts = [layer for layer in file.layers if layer.kind == "DropOut"]
+    dropouts = [layer.name for layer in file.layers if layer.kind == "DropOut"]
     gate_layers = sum(name.startswith("gating") and name[6:-2].isdigit() for name in file.tensors)
+    component = [name for letter in LETTERS if (name := f"CM_1_{letter}_f") in file.tensors]
     return {
-        "components": layer_int(file.path, gating, "CM_num"),
-        "chosen": layer_int(file.path, gating, "topk"),
-        "component_widths": [len(conv_kernel(file, name)) for name in _component_convs(file, 1)],
+        "components": int(layer_number(file, "gating", "CM_num", integer=True)),
+        "chosen": int(layer_number(file, "gating", "topk", integer=True)),
+        "component_widths": [len(conv_kernel(file, name)) for name in component],
         "gate_widths": [len(conv_kernel(file, f"gating{layer}_f")) for layer in range(1, gate_layers + 1)],
-        "dropout": layer_float(file.path, dropouts[0], "rate") if dropouts else 0.0,
-        "balance_weight": layer_float(file.path, balance, "loss_weight"),
+        "dropout": layer_number(file, dropouts[0], "rate") if dropouts else 0.0,
+        "balance_weight": layer_number(file, "Balance_loss", "loss_weight"),
         "noise_per": "image",
     }
-
-
-def _component_convs(file: WeightFile, component: int) -> list[str]:
-    names = (f"CM_{component}_{letter}_f" for letter in LETTERS)
-    return [name for name in names if name in file.tensors]
 
 
 def _backbone_and_head(file: WeightFile, blocks: int, order: Tensor | None) -> Iterator[MappedTensor]:
@@ -160,18 +142,12 @@ def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> Itera
                 f"{file.path}: {source} has shape {tuple(weight.shape)}, not (features, components)"
             )
         yield MappedTensor(name, (source,), *reorder(weight.T, order, 1, TRANSPOSED))
-    components = [_component_convs(file, component + 1) for component in range(config["components"])]
+    components = [
+        [name for letter in LETTERS if (name := f"CM_{component}_{letter}_f") in file.tensors]
+        for component in range(1, config["components"] + 1)
+    ]
     for step, names in enumerate(zip(*components, strict=False)):
         matrices = [pointwise_kernel(file, name) for name in names]
         if len({matrix.shape for matrix in matrices}) != 1:
             raise WeightsError(f"{file.path}: {names[0]} has another size in other components")
         yield MappedTensor(f"mixture.weights.{step}", names, torch.stack(matrices), f"{TRANSPOSED}, stacked")
-
-
-def _preprocess(file: WeightFile) -> Preprocess:
-    """Subtract the mean color from pixels of 0 to 255: a standard deviation of 1 / 255."""
-    if file.average_color is None:
-        raise WeightsError(f"{file.path}: meta.normalization.averageImage holds no color; save it with meta")
-    side = file.image_size or SIDE
-    red, green, blue = (channel / 255.0 for channel in file.average_color)
-    return Preprocess(resize=side, crop=side, mean=(red, green, blue), std=(1 / 255, 1 / 255, 1 / 255))

@@ -14,7 +14,7 @@ import torch
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.fit import row_wise_order, triangle_side
-from sopdeploy.importers.resnets import is_resnet_tensor, resnet_depth
+from sopdeploy.importers.resnets import RESNET_TENSOR, resnet_depth
 from sopdeploy.importers.source import ConvertedWeights, MappedTensor, WeightFile, rename_tensors
 from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.registry import CATALOG
@@ -40,36 +40,29 @@ BLOCK_TENSOR = re.compile(
 SUM_OR_MAXIMUM = "sum and maximum (the code's fusion_avg and fusion_max) have the same tensors; choose one"
 
 
-class GSoPNet:
-    """GSoP-Net1 and GSoP-Net2 with channel-wise, position-wise or fused blocks."""
-
-    project = "GSoP"
-
-    def matches(self, file: WeightFile, _model: str, /) -> bool:
-        """Check for the tensors of a GSoP block."""
-        return any(".conv_for_DR" in name for name in file.tensors)
-
-    def convert(self, file: WeightFile, _model: str, /) -> ConvertedWeights:
-        """Map the released network with the settings that its tensors show."""
-        depth = resnet_depth(file.path, file.tensors)
-        net = 2 if "layer_reduce.weight" in file.tensors else 1
-        detected = {**_block_config(file), "final_pooling": "gap" if net == 1 else "isqrt"}
-        if net == 2:
-            detected["final_width"] = len(file.tensors["layer_reduce.weight"])
-        attention = detected.get("attention")
-        model = f"gsop-net{net}-resnet{depth}"
-        return ConvertedWeights(
-            description=f"GSoP-Net{net} on ResNet-{depth}, {attention or 'sum or maximum'} blocks",
-            model=model if model in CATALOG else None,
-            tensors=tuple(_make_row_wise(file, mapped) for mapped in rename_tensors(file, _rename)),
-            num_classes=len(file.classifier_weight("fc.weight")),
-            preprocess=Preprocess(),
-            required={"depth": depth, "final_pooling": detected["final_pooling"]},
-            detected=detected,
-            defaults=RELEASED,
-            undetermined={} if attention else {"attention": SUM_OR_MAXIMUM},
-            labels="imagenet",
-        )
+def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
+    """Map GSoP-Net1 or GSoP-Net2 with channel-wise, position-wise or fused blocks; None without blocks."""
+    if not any(".conv_for_DR" in name for name in file.tensors):
+        return None
+    depth = resnet_depth(file.path, file.tensors)
+    net = 2 if "layer_reduce.weight" in file.tensors else 1
+    detected = {**_block_config(file), "final_pooling": "gap" if net == 1 else "isqrt"}
+    if net == 2:
+        detected["final_width"] = len(file.tensors["layer_reduce.weight"])
+    attention = detected.get("attention")
+    model = f"gsop-net{net}-resnet{depth}"
+    return ConvertedWeights(
+        description=f"GSoP-Net{net} on ResNet-{depth}, {attention or 'sum or maximum'} blocks",
+        model=model if model in CATALOG else None,
+        tensors=tuple(_make_row_wise(file, mapped) for mapped in rename_tensors(file, _rename)),
+        num_classes=len(file.classifier_weight("fc.weight")),
+        preprocess=Preprocess(),
+        required={"depth": depth, "final_pooling": detected["final_pooling"]},
+        detected=detected,
+        defaults=RELEASED,
+        undetermined={} if attention else {"attention": SUM_OR_MAXIMUM},
+        labels="imagenet",
+    )
 
 
 def _rename(source: str) -> str | None:
@@ -78,7 +71,7 @@ def _rename(source: str) -> str | None:
     match = BLOCK_TENSOR.fullmatch(source)
     if match and match["part"] in BLOCK:
         return f"{match['stage']}.{match['block']}.attention.{BLOCK[match['part']]}.{match['leaf']}"
-    return source if is_resnet_tensor(source) else None
+    return source if RESNET_TENSOR.fullmatch(source) else None
 
 
 def _block_config(file: WeightFile) -> dict[str, Any]:

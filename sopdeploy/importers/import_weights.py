@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,24 @@ from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.fast_mpncov import FastMpnCovResNet, FastMpnCovVgg
+from sopdeploy.importers.fast_mpncov import convert_mpncov_resnet, convert_mpncov_vgg
 from sopdeploy.importers.fit import choose_config, fit_tensors
-from sopdeploy.importers.gmsop import GMSOPNetwork
-from sopdeploy.importers.gsop import GSoPNet
-from sopdeploy.importers.resnets import CifarResNet, TorchvisionResNet
-from sopdeploy.importers.source import ConvertedWeights, WeightFile, WeightSource
-from sopdeploy.importers.timm_network import TimmNetwork
+from sopdeploy.importers.gmsop import convert_gmsop
+from sopdeploy.importers.gsop import convert_gsop
+from sopdeploy.importers.resnets import convert_cifar_resnet, convert_torchvision_resnet
+from sopdeploy.importers.source import ConvertedWeights, WeightFile
+from sopdeploy.importers.timm_network import convert_timm
 from sopdeploy.importers.weight_files import open_weights
 
-SOURCES: tuple[WeightSource, ...] = (  # the first match is used
-    TimmNetwork(),
-    GSoPNet(),
-    FastMpnCovResNet(),
-    FastMpnCovVgg(),
-    CifarResNet(),
-    GMSOPNetwork(),
-    TorchvisionResNet(),
+Converter = Callable[[WeightFile, str], ConvertedWeights | None]  # None if the file is of another project
+CONVERTERS: tuple[tuple[str, Converter], ...] = (  # (project, function); the first result is used
+    ("timm", convert_timm),
+    ("GSoP", convert_gsop),
+    ("fast-MPN-COV", convert_mpncov_resnet),
+    ("fast-MPN-COV", convert_mpncov_vgg),
+    ("pytorch_resnet_cifar10", convert_cifar_resnet),
+    ("GM-SOP", convert_gmsop),
+    ("torchvision", convert_torchvision_resnet),
 )
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MAX_LABEL_BYTES = 1 << 22
@@ -85,8 +86,7 @@ def import_weights(source: Path, model: str, destination: Path, options: ImportO
     if destination.exists() and source.exists() and destination.samefile(source):
         raise ConfigError(f"--out {destination}: is the file to import; give another name")
     file = open_weights(source)
-    project = _find_source(file, model)
-    converted = project.convert(file, model)
+    project, converted = _convert(file, model)
     config = choose_config(file, converted, model, options.settings)
     state, mapped = fit_tensors(file, converted, model, config)
     labels, label_origin = _class_names(converted, options.labels)
@@ -101,7 +101,7 @@ def import_weights(source: Path, model: str, destination: Path, options: ImportO
         training={
             "imported_from": source.name,
             "imported_sha256": digest,
-            "imported_project": project.project,
+            "imported_project": project,
             "versions": {"sopdeploy": sopdeploy.__version__},
         },
     )
@@ -109,7 +109,7 @@ def import_weights(source: Path, model: str, destination: Path, options: ImportO
     return ImportReport(
         file=str(source),
         sha256=digest,
-        project=project.project,
+        project=project,
         looks_like=converted.description,
         model=model,
         config=checkpoint.config,
@@ -127,27 +127,14 @@ def import_weights(source: Path, model: str, destination: Path, options: ImportO
     )
 
 
-def nest_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert dotted keys to nested tables: `pooling.iterations` becomes a key of `pooling`."""
-    tree: dict[str, Any] = {}
-    for key, value in settings.items():
-        *tables, last = key.split(".")
-        here = tree
-        for table in tables:
-            below = here.setdefault(table, {})
-            if not isinstance(below, dict):
-                raise ConfigError(f"--set {key}: {table} is a value, not a table with keys")
-            here = below
-        here[last] = value
-    return tree
-
-
-def _find_source(file: WeightFile, model: str) -> WeightSource:
-    for source in SOURCES:
-        if source.matches(file, model):
-            return source
+def _convert(file: WeightFile, model: str) -> tuple[str, ConvertedWeights]:
+    """Convert *file* for catalog *model*; returns the name of its project, too."""
+    for project, convert in CONVERTERS:
+        converted = convert(file, model)
+        if converted is not None:
+            return project, converted
     some = ", ".join(list(file.tensors)[:3])
-    known = ", ".join(sorted({source.project for source in SOURCES}))
+    known = ", ".join(sorted({project for project, _ in CONVERTERS}))
     raise WeightsError(f"{file.path}: its tensors ({some} ..) are not from a known project ({known})")
 
 

@@ -45,30 +45,38 @@ def read_dagnn(path: Path, variables: dict[str, Any]) -> WeightFile:
     side = normalization.get("imageSize")
     return WeightFile(
         path=path,
-        layers=tuple(_read_layer(path, record) for record in layers),
-        tensors=check_tensors(path, dict(_read_parameter(path, record) for record in params)),
+        layers=_read_layers(path, layers),
+        tensors=check_tensors(path, _read_parameters(path, params)),
         average_color=average_color(normalization.get("averageImage")),
         image_size=int(side.flat[0]) if isinstance(side, np.ndarray) and side.size >= 2 else None,
     )
 
 
-def _read_parameter(path: Path, record: Any) -> tuple[str, Tensor]:
-    name, value = (record.get(key) if isinstance(record, dict) else None for key in ("name", "value"))
-    if not isinstance(name, str):
-        raise WeightsError(f"{path}: a parameter has no name")
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu" or not value.size:
-        raise WeightsError(
-            f"{path}: parameter {name} holds no numbers; move the network to the CPU and save it"
-        )
-    return name, torch.from_numpy(np.ascontiguousarray(value, dtype=np.float64))
+def _read_layers(path: Path, records: list[Any]) -> tuple[Layer, ...]:
+    layers = []
+    for record in records:
+        values = record if isinstance(record, dict) else {}
+        name, kind, block = values.get("name"), values.get("type"), values.get("block")
+        if not isinstance(name, str) or not isinstance(kind, str):
+            raise WeightsError(f"{path}: a layer has no name or type")
+        block = block if isinstance(block, dict) else {}
+        layers.append(Layer(name=name, kind=kind.removeprefix("dagnn."), block=block))
+    return tuple(layers)
 
 
-def _read_layer(path: Path, record: Any) -> Layer:
-    values = record if isinstance(record, dict) else {}
-    name, kind, block = values.get("name"), values.get("type"), values.get("block")
-    if not isinstance(name, str) or not isinstance(kind, str):
-        raise WeightsError(f"{path}: a layer has no name or type")
-    return Layer(name=name, kind=kind.removeprefix("dagnn."), block=block if isinstance(block, dict) else {})
+def _read_parameters(path: Path, records: list[Any]) -> dict[str, Tensor]:
+    tensors = {}
+    for record in records:
+        values = record if isinstance(record, dict) else {}
+        name, value = values.get("name"), values.get("value")
+        if not isinstance(name, str):
+            raise WeightsError(f"{path}: a parameter has no name")
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu" or not value.size:
+            raise WeightsError(
+                f"{path}: parameter {name} holds no numbers; move the network to the CPU and save it"
+            )
+        tensors[name] = torch.from_numpy(np.ascontiguousarray(value, dtype=np.float64))
+    return tensors
 
 
 def average_color(value: Any) -> tuple[float, float, float] | None:
@@ -128,53 +136,50 @@ def reorder(values: Tensor, order: Tensor | None, axis: int, how: str) -> tuple[
     return values.index_select(axis, order), f"{how}, triangle made row-wise".removeprefix("unchanged, ")
 
 
-def find_layer(file: WeightFile, name: str) -> Layer:
-    """Get the layer *name*; raises `WeightsError`."""
-    for layer in file.layers:
-        if layer.name == name:
-            return layer
-    raise WeightsError(f"{file.path}: has no layer {name}; save the whole network")
+def layer_number(file: WeightFile, name: str, key: str, *, integer: bool = False) -> float:
+    """Get the number *key* of the layer *name*; several values, such as strides, must be equal.
 
-
-def layer_float(path: Path, layer: Layer, key: str) -> float:
-    """Get the number *key* of *layer*; several values, such as strides, must be equal."""
-    value: Any = layer.block.get(key)
+    Raises `WeightsError` if the layer or the number is missing, or not an *integer* where one is needed.
+    """
+    block = next((layer.block for layer in file.layers if layer.name == name), None)
+    if block is None:
+        raise WeightsError(f"{file.path}: has no layer {name}; save the whole network")
+    value: Any = block.get(key)
     if not isinstance(value, np.ndarray) or not value.size or value.dtype.kind not in "fiu":
-        raise WeightsError(f"{path}: layer {layer.name} has no {key}; save the whole network")
+        raise WeightsError(f"{file.path}: layer {name} has no {key}; save the whole network")
     if not bool((value == value.flat[0]).all()) or not np.isfinite(value.flat[0]):
-        raise WeightsError(f"{path}: layer {layer.name} has {key} {value.ravel().tolist()}, need one number")
-    return float(value.flat[0])
+        raise WeightsError(f"{file.path}: layer {name} has {key} {value.ravel().tolist()}, need one number")
+    number = float(value.flat[0])
+    if integer and number != int(number):
+        raise WeightsError(f"{file.path}: layer {name} has {key} {number}, need an integer")
+    return number
 
 
-def layer_int(path: Path, layer: Layer, key: str) -> int:
-    """Get the integer *key* of *layer*."""
-    value = layer_float(path, layer, key)
-    if value != int(value):
-        raise WeightsError(f"{path}: layer {layer.name} has {key} {value}, need an integer")
-    return int(value)
+def read_settings(file: WeightFile) -> dict[str, Any]:
+    """Read the stride of the fifth stage, and iterations and pre-normalization of the matrix square roots.
 
-
-def matrix_root_config(file: WeightFile) -> dict[str, Any]:
-    """Read the iterations and the pre-normalization of all matrix square roots; empty if there are none."""
+    Raises `WeightsError` if a layer is not supported, the other strides are not the paper's, or roots differ.
+    """
+    for layer in file.layers:
+        if layer.kind not in LAYER_KINDS:
+            raise WeightsError(f"{file.path}: layer {layer.name} has the type {layer.kind}, not supported")
+    for stage, stride in STRIDES.items():
+        if layer_number(file, f"conv{stage}_1a_conv", "stride") != stride:
+            raise WeightsError(f"{file.path}: conv{stage}_1a_conv does not have the paper's stride {stride}")
+    settings: dict[str, Any] = {
+        "conv5_stride": int(layer_number(file, "conv5_1a_conv", "stride", integer=True))
+    }
     roots = [layer for layer in file.layers if layer.kind == MATRIX_ROOT]
     if not roots:
-        return {}
+        return settings
     for layer in roots:
-        if "coef" in layer.block and layer_float(file.path, layer, "coef") != 1:
+        if "coef" in layer.block and layer_number(file, layer.name, "coef") != 1:
             raise WeightsError(f"{file.path}: layer {layer.name} scales its root by coef, not supported")
-    iterations = {layer_int(file.path, layer, "iterNum") for layer in roots}
+    iterations = {int(layer_number(file, layer.name, "iterNum", integer=True)) for layer in roots}
     norms = {PRENORMS[layer.kind] for layer in file.layers if layer.kind in PRENORMS}
     if len(iterations) != 1 or len(norms) != 1:
         raise WeightsError(
             f"{file.path}: its matrix roots use iterations {sorted(iterations)} and norms {sorted(norms)}; "
             "only one of each is supported"
         )
-    return {"iterations": iterations.pop(), "prenorm": norms.pop()}
-
-
-def conv5_stride(file: WeightFile) -> int:
-    """Read the stride of the fifth stage; raises `WeightsError` if the others are not the paper's."""
-    for stage, stride in STRIDES.items():
-        if layer_int(file.path, find_layer(file, f"conv{stage}_1a_conv"), "stride") != stride:
-            raise WeightsError(f"{file.path}: conv{stage}_1a_conv does not have the paper's stride {stride}")
-    return layer_int(file.path, find_layer(file, "conv5_1a_conv"), "stride")
+    return settings | {"iterations": iterations.pop(), "prenorm": norms.pop()}

@@ -9,6 +9,7 @@ import math
 import struct
 import zlib
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,6 @@ def _check_matrix(variable: memoryview, order: str) -> None:
         elements = _elements(matrix, order)
         kind, complex_parts, count = _read_header(elements, order)
         if kind in {CELL, STRUCT}:
-            if kind == STRUCT:
-                count *= _count_fields(elements, order)
             parts += count
             if depth >= MAX_DEPTH or parts > MAX_PARTS:
                 raise DamagedError(f"nested deeper than {MAX_DEPTH} or more than {MAX_PARTS} parts")
@@ -130,22 +129,24 @@ def _check_matrix(variable: memoryview, order: str) -> None:
 
 
 def _read_header(elements: Iterator[tuple[int, memoryview]], order: str) -> tuple[int, int, int]:
-    """Read the array class, the number of value elements and the number of entries of a matrix."""
+    """Read the array class, the number of value elements and the number of entries of a matrix.
+
+    The entries of a struct are counted for each of its fields.
+    """
     kinds, contents = zip(*islice(elements, 3), strict=True)
     if kinds[0] != UINT32 or kinds[1] not in {INT32, UINT32} or kinds[2] not in {INT8, UTF8}:
         raise DamagedError("a matrix without class, sizes or name")
     flags, sizes = np.frombuffer(contents[0], f"{order}u4"), np.frombuffer(contents[1], f"{order}i4").tolist()
     if len(flags) != 2 or not 2 <= len(sizes) <= 32 or min(sizes) < 0:
         raise DamagedError("a matrix without class or sizes")
-    return int(flags[0]) & 0xFF, 2 if flags[0] & COMPLEX else 1, math.prod(sizes)
-
-
-def _count_fields(elements: Iterator[tuple[int, memoryview]], order: str) -> int:
-    (width_kind, width), (names_kind, names) = islice(elements, 2)
-    length = int(struct.unpack(f"{order}i", width)[0])
-    if (width_kind, names_kind) != (INT32, INT8) or length < 1 or len(names) % length:
-        raise DamagedError("a struct whose fields have no names")
-    return len(names) // length
+    kind, count = int(flags[0]) & 0xFF, math.prod(sizes)
+    if kind == STRUCT:
+        (width_kind, width), (names_kind, names) = islice(elements, 2)
+        length = int(struct.unpack(f"{order}i", width)[0])
+        if (width_kind, names_kind) != (INT32, INT8) or length < 1 or len(names) % length:
+            raise DamagedError("a struct whose fields have no names")
+        count *= len(names) // length
+    return kind, 2 if flags[0] & COMPLEX else 1, count
 
 
 def _plain_value(value: Any) -> Any:
@@ -179,12 +180,14 @@ def read_hdf5(path: Path, wanted: Collection[str] = VARIABLES) -> dict[str, Any]
         raise WeightsError(f"{path}: damaged MATLAB v7.3 file ({error}); copy it again") from error
 
 
+@dataclass
 class _Hdf5Reader:
     """Reads groups and datasets of one file and counts their parts and bytes."""
 
-    def __init__(self, h5py: Any, file: Any) -> None:
-        self.h5py, self.file = h5py, file
-        self.parts = self.bytes = 0
+    h5py: Any
+    file: Any
+    parts: int = 0
+    bytes: int = 0
 
     def read_member(self, group: Any, name: str, depth: int) -> Any:
         if not isinstance(group.get(name, getlink=True), self.h5py.HardLink):
@@ -205,11 +208,15 @@ class _Hdf5Reader:
         kind = kind.decode("latin-1") if isinstance(kind, bytes) else str(kind)
         if part.attrs.get(MATLAB_EMPTY):
             return {"char": "", "cell": [], "struct": []}.get(kind, np.zeros((0, 0)))
-        if part.dtype.kind == "O":
-            return self._read_references(part, depth)
-        if part.dtype.kind not in "fiu":
+        if part.dtype.kind not in "fiuO":
             return None
-        self._count_bytes(part)
+        if part.dtype.kind == "O" and self.h5py.check_ref_dtype(part.dtype) is not self.h5py.Reference:
+            raise DamagedError(f"{part.name} holds objects")
+        self.bytes += math.prod(part.shape) * part.dtype.itemsize
+        if self.bytes > MAX_BYTES:
+            raise DamagedError(f"more than {MAX_BYTES >> 30} GiB after decompression")
+        if part.dtype.kind == "O":
+            return [self._read(self.file[ref], depth + 1) if ref else None for ref in part[()].flat]
         array = np.asarray(part[()]).T
         return array.astype("<u2").tobytes(order="F").decode("utf-16-le") if kind == "char" else array
 
@@ -226,14 +233,3 @@ class _Hdf5Reader:
         if not is_array:
             return fields
         return [dict(zip(fields, row, strict=True)) for row in zip(*fields.values(), strict=True)]
-
-    def _read_references(self, part: Any, depth: int) -> list[Any]:
-        if self.h5py.check_ref_dtype(part.dtype) is not self.h5py.Reference:
-            raise DamagedError(f"{part.name} holds objects")
-        self._count_bytes(part)
-        return [self._read(self.file[ref], depth + 1) if ref else None for ref in part[()].flat]
-
-    def _count_bytes(self, part: Any) -> None:
-        self.bytes += math.prod(part.shape) * part.dtype.itemsize
-        if self.bytes > MAX_BYTES:
-            raise DamagedError(f"more than {MAX_BYTES >> 30} GiB after decompression")

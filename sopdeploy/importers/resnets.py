@@ -23,15 +23,12 @@ CIFAR_TENSOR = re.compile(r"(conv1|bn1|layer[123]\.\d+\.(conv[12]|bn[12]|downsam
 CIFAR_SIDE = 32
 
 
-def is_resnet_tensor(name: str) -> bool:
-    """Check whether *name* is a tensor name of a ResNet for 224-pixel images."""
-    return RESNET_TENSOR.fullmatch(name) is not None
-
-
 def resnet_depth(path: Path, names: Iterable[str]) -> int:
     """Find the depth of the ResNet with the tensors *names*; raises `WeightsError`."""
     names = set(names)
-    counts = tuple(_count_blocks(names, stage) for stage in STAGES)
+    counts = tuple(
+        len({name.split(".")[1] for name in names if name.startswith(f"{stage}.")}) for stage in STAGES
+    )
     basic = "layer1.0.conv3.weight" not in names
     for depth, blocks in BLOCKS.items():
         if blocks == counts and (depth in BASIC_BLOCK_DEPTHS) == basic:
@@ -40,35 +37,24 @@ def resnet_depth(path: Path, names: Iterable[str]) -> int:
     raise WeightsError(f"{path}: a ResNet of {counts} {kind} is not in the catalog")
 
 
-def _count_blocks(names: Iterable[str], stage: str) -> int:
-    return len({name.split(".")[1] for name in names if name.startswith(f"{stage}.")})
-
-
-class TorchvisionResNet:
-    """torchvision's ResNets: `conv1`, `bn1`, `layer1` to `layer4`, `fc`."""
-
-    project = "torchvision"
-
-    def matches(self, file: WeightFile, _model: str, /) -> bool:
-        """Check for four stages and `fc`."""
-        return {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= file.tensors.keys()
-
-    def convert(self, file: WeightFile, _model: str, /) -> ConvertedWeights:
-        """Map the network; the names are the same."""
-        depth = resnet_depth(file.path, file.tensors)
-        found = published_preprocess(depth, sha256(file.path))
-        if found is None and (config := read_hub_config(file.path)):
-            found = hub_preprocess(file.path, config), FROM_HUB_CONFIG
-        return ConvertedWeights(
-            description=f"ResNet-{depth} of torchvision",
-            model=f"resnet{depth}",
-            tensors=rename_tensors(file, lambda name: name if is_resnet_tensor(name) else None),
-            num_classes=len(file.classifier_weight("fc.weight")),
-            preprocess=found[0] if found else Preprocess(),
-            required={"depth": depth, "pooling.kind": "gap"},
-            labels="imagenet",
-            notes=(found[1],) if found else (),
-        )
+def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
+    """Map a ResNet of torchvision, under the same names; None without four stages and `fc`."""
+    if not {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= file.tensors.keys():
+        return None
+    depth = resnet_depth(file.path, file.tensors)
+    found = published_preprocess(depth, sha256(file.path))
+    if found is None and (config := read_hub_config(file.path)):
+        found = hub_preprocess(file.path, config), FROM_HUB_CONFIG
+    return ConvertedWeights(
+        description=f"ResNet-{depth} of torchvision",
+        model=f"resnet{depth}",
+        tensors=rename_tensors(file, lambda name: name if RESNET_TENSOR.fullmatch(name) else None),
+        num_classes=len(file.classifier_weight("fc.weight")),
+        preprocess=found[0] if found else Preprocess(),
+        required={"depth": depth, "pooling.kind": "gap"},
+        labels="imagenet",
+        notes=(found[1],) if found else (),
+    )
 
 
 def published_preprocess(depth: int, digest: str) -> tuple[Preprocess, str] | None:
@@ -92,37 +78,31 @@ def published_preprocess(depth: int, digest: str) -> tuple[Preprocess, str] | No
     return None
 
 
-class CifarResNet:
-    """ResNets of pytorch_resnet_cifar10; `linear` becomes `fc`, `shortcut` becomes `downsample`."""
+def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
+    """Map a ResNet of pytorch_resnet_cifar10; None without three stages and `linear`.
 
-    project = "pytorch_resnet_cifar10"
-
-    def matches(self, file: WeightFile, _model: str, /) -> bool:
-        """Check for three stages and `linear`."""
-        names = file.tensors.keys()
-        return {"conv1.weight", "layer3.0.conv1.weight", "linear.weight"} <= names and not any(
-            name.startswith("layer4.") for name in names
-        )
-
-    def convert(self, file: WeightFile, _model: str, /) -> ConvertedWeights:
-        """Map the network; its depth is 6n + 2 for n blocks per stage."""
-        depth = 6 * _count_blocks(file.tensors, "layer1") + 2
-        projects = any(".shortcut." in name for name in file.tensors)
-
-        def rename(source: str) -> str | None:
-            name = source.replace("linear.", "fc.").replace(".shortcut.", ".downsample.")
-            return name if CIFAR_TENSOR.fullmatch(name) else None
-
-        return ConvertedWeights(
-            description=f"ResNet-{depth} for CIFAR of {self.project}",
-            model=f"resnet{depth}",
-            tensors=rename_tensors(file, rename),
-            num_classes=len(file.classifier_weight("linear.weight")),
-            preprocess=Preprocess(resize=CIFAR_SIDE, crop=CIFAR_SIDE),
-            required={"depth": depth, "pooling.kind": "gap"},
-            detected={
-                "base_width": len(file.tensor("conv1.weight")),
-                "shortcut": "projection" if projects else "pad",
-            },
-            labels="cifar10",
-        )
+    Its depth is 6n + 2 for n blocks per stage. `linear` becomes `fc`, `shortcut` becomes `downsample`.
+    """
+    sources = file.tensors.keys()
+    known = {"conv1.weight", "layer3.0.conv1.weight", "linear.weight"} <= sources
+    if not known or any(source.startswith("layer4.") for source in sources):
+        return None
+    depth = 6 * len({source.split(".")[1] for source in sources if source.startswith("layer1.")}) + 2
+    projects = any(".shortcut." in source for source in sources)
+    names = {
+        source: source.replace("linear.", "fc.").replace(".shortcut.", ".downsample.") for source in sources
+    }
+    names = {source: name for source, name in names.items() if CIFAR_TENSOR.fullmatch(name)}
+    return ConvertedWeights(
+        description=f"ResNet-{depth} for CIFAR of pytorch_resnet_cifar10",
+        model=f"resnet{depth}",
+        tensors=rename_tensors(file, names.get),
+        num_classes=len(file.classifier_weight("linear.weight")),
+        preprocess=Preprocess(resize=CIFAR_SIDE, crop=CIFAR_SIDE),
+        required={"depth": depth, "pooling.kind": "gap"},
+        detected={
+            "base_width": len(file.tensor("conv1.weight")),
+            "shortcut": "projection" if projects else "pad",
+        },
+        labels="cifar10",
+    )

@@ -1,9 +1,9 @@
-"""Common types of the importers: weight files, converted weights, and the interface of a project."""
+"""Common types of the importers: weight files, their layers, and converted weights."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,8 +89,9 @@ class ConvertedWeights:
 
     `model` is the catalog name (with settings), None if the catalog has no such network. `required` are
     config values, by dotted key, that the model chosen by the user must have. `detected` are config values
-    read from the file, `defaults` those fixed by the project's code. `undetermined` are keys that neither
-    tells, with the reason; the user must set them. `labels` names the class order if it is a known one.
+    read from the file, by dotted key, `defaults` those fixed by the project's code. `undetermined` are keys
+    that neither tells, with the reason; the user must set them. `labels` names the class order if it is a
+    known one.
     """
 
     description: str
@@ -105,18 +106,6 @@ class ConvertedWeights:
     ignored: Mapping[str, str] = field(default_factory=dict)
     labels: Literal["imagenet", "cifar10"] | None = None
     notes: tuple[str, ...] = ()
-
-
-class WeightSource(Protocol):
-    """A project whose weight files can be imported."""
-
-    project: str
-
-    def matches(self, file: WeightFile, model: str) -> bool:
-        """Check whether *file*, to be imported as catalog *model*, is one of this project."""
-
-    def convert(self, file: WeightFile, model: str) -> ConvertedWeights:
-        """Map *file* to the names and settings of the catalog; raises `WeightsError`."""
 
 
 def rename_tensors(file: WeightFile, rename: Callable[[str], str | None]) -> tuple[MappedTensor, ...]:

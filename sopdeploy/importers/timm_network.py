@@ -25,33 +25,26 @@ FROM_HUB_CONFIG = f"preprocessing from {HUB_CONFIG} next to the file"
 NO_HUB_CONFIG = f"no {HUB_CONFIG} next to the file: preprocessing of timm's default weights"
 
 
-class TimmNetwork:
-    """Any timm network that the catalog supports, under timm's names."""
-
-    project = "timm"
-
-    def matches(self, file: WeightFile, model: str) -> bool:
-        """Check whether the user asks for a timm network."""
-        return model.startswith(PREFIX) and not file.layers
-
-    def convert(self, file: WeightFile, model: str) -> ConvertedWeights:
-        """Map the network; the names are the same."""
-        backbone = model.removeprefix(PREFIX)
-        import_timm(backbone)
-        pretrained = importlib.import_module("timm").get_pretrained_cfg(backbone).to_dict()
-        config = read_hub_config(file.path)
-        classifier = pretrained.get("classifier")
-        if not isinstance(classifier, str):
-            raise WeightsError(f"{file.path}: timm's {backbone} has no single classifier to count classes by")
-        return ConvertedWeights(
-            description=f"timm's {backbone}",
-            model=model,
-            tensors=rename_tensors(file, lambda name: name),
-            num_classes=len(file.classifier_weight(f"{classifier}.weight")),
-            preprocess=hub_preprocess(file.path, {**pretrained, **config}),
-            labels="imagenet",
-            notes=(FROM_HUB_CONFIG if config else NO_HUB_CONFIG,),
-        )
+def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
+    """Map a timm network under its own names; None if *model* is not one of timm."""
+    if not model.startswith(PREFIX) or file.layers:
+        return None
+    backbone = model.removeprefix(PREFIX)
+    import_timm(backbone)
+    pretrained = importlib.import_module("timm").get_pretrained_cfg(backbone).to_dict()
+    config = read_hub_config(file.path)
+    classifier = pretrained.get("classifier")
+    if not isinstance(classifier, str):
+        raise WeightsError(f"{file.path}: timm's {backbone} has no single classifier to count classes by")
+    return ConvertedWeights(
+        description=f"timm's {backbone}",
+        model=model,
+        tensors=rename_tensors(file, lambda name: name),
+        num_classes=len(file.classifier_weight(f"{classifier}.weight")),
+        preprocess=hub_preprocess(file.path, {**pretrained, **config}),
+        labels="imagenet",
+        notes=(FROM_HUB_CONFIG if config else NO_HUB_CONFIG,),
+    )
 
 
 def read_hub_config(weights: Path) -> Mapping[str, Any]:

@@ -36,7 +36,8 @@ def import_file(
     Example: [bold]sopdeploy import net-epoch-60.mat --as gmsop-16-8-resnet18 --labels names.txt[/bold]
     """
     with one_line_errors(as_json), steps("importing", quiet=as_json):
-        from sopdeploy.importers.import_weights import ImportOptions, import_weights, nest_settings
+        from sopdeploy.importers.fit import nest_settings
+        from sopdeploy.importers.import_weights import ImportOptions, import_weights
         from sopdeploy.training.recipe import parse_override
 
         options = ImportOptions(

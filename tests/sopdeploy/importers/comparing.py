@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.importers.import_weights import ImportOptions, ImportReport, import_weights, nest_settings
+from sopdeploy.importers.fit import nest_settings
+from sopdeploy.importers.import_weights import ImportOptions, ImportReport, import_weights
 from sopdeploy.models.base import Classifier
 
 NOISE = 3.0  # times the original's own distance from float64

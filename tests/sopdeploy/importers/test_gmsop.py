@@ -9,7 +9,7 @@ import torch
 
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.importers.fit import choose_config, fit_tensors
-from sopdeploy.importers.gmsop import GMSOPNetwork
+from sopdeploy.importers.gmsop import convert_gmsop
 from sopdeploy.importers.matconvnet import batch_norm, conv_kernel
 from sopdeploy.importers.source import MappedTensor, WeightFile
 from sopdeploy.importers.weight_files import open_weights
@@ -47,7 +47,7 @@ def images(count: int = 6) -> torch.Tensor:
 def in_float64(path: Path, name: str) -> torch.nn.Module:
     """Build the network with the numbers of the file before they are rounded to float32."""
     file = open_weights(path)
-    found = GMSOPNetwork().convert(file, name)
+    found = convert_gmsop(file, name)
     config = choose_config(file, found, name, {})
     _, rows = fit_tensors(file, found, name, config)
     network = create_model(name, num_classes=found.num_classes, **config.model_dump()).double().eval()
@@ -214,7 +214,7 @@ def test_iterations_that_contradict_the_file_are_refused(tmp_path: Path) -> None
 
 def test_every_triangle_is_made_row_wise_once(tmp_path: Path) -> None:
     file = save_v7(tmp_path / "net.mat", random_net(order=2, gated=True))
-    found = GMSOPNetwork().convert(open_weights(file), "gmsop-16-8-resnet18")
+    found = convert_gmsop(open_weights(file), "gmsop-16-8-resnet18")
     turned = {row.name for row in found.tensors if "row-wise" in row.how}
     norm = {f"head.bn.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var")}
     assert turned == {"gate.weight", "gate.noise.weight", "head.fc.weight", *norm}

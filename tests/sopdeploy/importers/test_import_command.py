@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.cli.app import app
-from sopdeploy.importers.import_weights import SOURCES, ImportOptions, import_weights
+from sopdeploy.importers.import_weights import ImportOptions, import_weights
 from sopdeploy.layers.normalize import Normalize
 from tests.sopdeploy.importers.released_torch import CifarResNet, prefixed, settled
 
@@ -67,11 +67,6 @@ def test_invalid_arguments_are_refused(tmp_path: Path, model: str, out: str, mes
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert message in result.output
-
-
-def test_every_source_has_a_project() -> None:
-    assert len({type(source) for source in SOURCES}) == len(SOURCES) == 7
-    assert all(source.project for source in SOURCES)
 
 
 @pytest.mark.parametrize(
