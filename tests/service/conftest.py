@@ -27,7 +27,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.proof.certificate import Certificate, Roots
 from sopdeploy_export.proof.tensor_inventory import TensorEntry
 from sopdeploy_service.app import create_app
-from sopdeploy_service.images.fast_decode import FastDecode
+from sopdeploy_service.images.loaders import FastDecode
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.runtime.base import Runtime

@@ -7,7 +7,7 @@ import pydantic
 from sopdeploy.config import StrictModel
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.http.problems import Problem
-from sopdeploy_service.images.fast_decode import FastDecode
+from sopdeploy_service.images.loaders import FastDecode
 from sopdeploy_service.inference.service import State
 
 SOURCES = ("image", "images", "url")

@@ -1,11 +1,24 @@
-"""Decode the bytes of a request to the network's input.
+"""Decode the bytes of a request to the network's input, in threads.
 
 Each step is cheaper than the next and may reject the image: size in bytes, file signature, header (pixels are
 counted before any is allocated), decoding, preprocessing. The bytes decide the format; a content type that
 disagrees is a warning. The only exception for bad bytes is `ImageError`.
+
+Segments, scans and reads are limited, so that small files cannot take seconds to decode. Pillow reads headers
+segment by segment, in Python: 19 MB of empty segments hold the interpreter lock for seconds. Each scan of a
+JPEG visits all of its pixels, so 240 kB of empty scans take half a minute to decode.
 """
 
-from collections.abc import Callable
+import contextlib
+import io
+import logging
+import queue
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -14,14 +27,8 @@ from PIL import Image, UnidentifiedImageError
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.preprocess import Preprocess, match_transparency
-from sopdeploy_service.images.limits import (
-    ACCEPTED,
-    LimitedReader,
-    check_jpeg_segments,
-    is_truncated,
-    without_short_adobe,
-)
 
+ACCEPTED = "send a JPEG, PNG, WebP, BMP or GIF file"
 SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",
@@ -29,6 +36,7 @@ SIGNATURES = {
     b"GIF89a": "GIF",
     b"BM": "BMP",
 }
+FIRST_BYTES = (*SIGNATURES, b"RIFF")  # of every accepted format; RIFF is also that of WAV files
 REJECTED_SIGNATURES = {
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
@@ -43,6 +51,24 @@ REJECTED_SIGNATURES = {
 ALIASES = {"JPG": "JPEG", "PJPEG": "JPEG", "APNG": "PNG", "X-PNG": "PNG", "X-BMP": "BMP", "X-MS-BMP": "BMP"}
 ANIMATED = {"GIF", "PNG", "WEBP"}  # the second image of a JPEG is a thumbnail
 HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heif", b"avif", b"avis"}
+
+UNSUPPORTED_FRAMES = {0xC3: "lossless", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded"}  # by SOF marker
+SCAN, END, SEQUENTIAL = 0xDA, 0xD9, {0xC0, 0xC1}
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # with a length; like libjpeg, skip bytes in between
+MARKER_BYTES = 2
+MAX_SCANS = 100  # progressive files have about ten
+MAX_SEGMENTS = 10_000
+TOO_MANY_SEGMENTS = "the image has too many segments"
+MAX_READS = 10_000  # of a small file; a PNG in 8 kB chunks or a GIF in 255-byte blocks needs far fewer
+BYTES_PER_READ = 100
+MAX_BMP_READS = 2_000_000  # a run-length-encoded BMP is decoded in Python, one or two bytes at a time
+FILL_COLOR = {127, 128}  # libjpeg's gray for missing data; Pillow inverts it in CMYK
+NOISE = random.Random(0).randbytes(2048).replace(b"\xff", b"")  # noqa: S311 - data that changes pixels
+# Pillow, unlike libjpeg, fails on Adobe segments shorter than 12 bytes: make them segments that it skips.
+SHORT_ADOBE, SKIPPED_SEGMENT = re.compile(rb"\xff\xee(\0[\x07\x08]Adobe)"), rb"\xff\xef\1"
+RESTART = re.compile(rb"\xff([\xd0-\xd7])")
+
+log = logging.getLogger("sopdeploy.service")
 
 
 class EncodedImage(NamedTuple):
@@ -61,6 +87,7 @@ class Decoded(NamedTuple):
 
 # (image with only its header read, file, preprocessing) -> image with its pixels.
 Load = Callable[[Image.Image, bytes, Preprocess], Image.Image]
+Decode = Callable[[EncodedImage, Preprocess], Decoded]
 
 
 def load_exact(image: Image.Image, body: bytes, preprocess: Preprocess) -> Image.Image:  # noqa: ARG001
@@ -82,35 +109,30 @@ def decode(
     if len(body) > max_bytes:
         raise too_large_error(max_bytes)
     kind = _image_format(body)
-    header = _read_header(body, kind, max_pixels)
+    limit = f"more than {max_pixels} pixels, the limit of this server"
     try:
-        with header:
+        with _open(body, kind) as header:
+            if header.width * header.height > max_pixels:
+                message = f"{header.width} x {header.height} is {limit}"
+                raise ImageError(message, code="too_many_pixels", status=413)
+            match_transparency(header)
             image = load(header, body, preprocess)
             if kind == "JPEG" and is_truncated(image, body):
                 raise EOFError("the data ends before the last pixel")
-            pixels, warnings = preprocess(image), list(preprocess.changes(image))
-            family, _, subtype = encoded.media_type.partition(";")[0].strip().upper().partition("/")
-            if family == "IMAGE" and subtype != "*" and ALIASES.get(subtype, subtype) != kind:
-                warnings.append("content_type_mismatch")
-            if kind in ANIMATED and _has_more_frames(header):
-                warnings.append("first_frame_only")
+            pixels = preprocess(image)
+            warnings = (*preprocess.changes(image), *_file_warnings(header, kind, encoded.media_type))
             return Decoded(pixels, tuple(sorted(warnings)))
-    except Exception as error:  # untrusted bytes: a decoder may raise anything
-        raise _as_image_error(error) from error
-
-
-def keep_memory(decoders: int) -> None:
-    """Let Pillow keep a few freed memory blocks of 16 MB for the next images.
-
-    Without this, every page of the next image is mapped and cleared again: a quarter of the time of a 500 x
-    375 JPEG.
-    """
-    Image.core.set_blocks_max(2 * decoders)  # type: ignore[attr-defined]
-
-
-def has_image_signature(body: bytes) -> bool:
-    """Return whether *body* starts like a file of an accepted format."""
-    return body.startswith((*SIGNATURES, b"RIFF"))
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"this is {limit}", code="too_many_pixels", status=413) from error
+    except Exception as error:  # untrusted bytes: a parser or decoder may raise anything
+        text, code, status = "the image is damaged", "damaged_image", 422
+        if isinstance(error, MemoryError):
+            text, code, status = "the image needs too much memory", "too_many_pixels", 413
+        elif isinstance(error, EOFError) or "truncated" in str(error).lower():
+            text, code = "the image is truncated", "truncated_image"
+        raise ImageError(text, code=code, status=status) from error
 
 
 def too_large_error(max_bytes: int) -> ImageError:
@@ -124,7 +146,7 @@ def _image_format(body: bytes) -> str:
     for signature, kind in SIGNATURES.items():
         if body.startswith(signature):
             if kind == "JPEG":
-                check_jpeg_segments(body)
+                _check_jpeg_segments(body)
             return kind
     if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
         return "WEBP"
@@ -136,46 +158,172 @@ def _image_format(body: bytes) -> str:
     raise ImageError(f"this is not an image; {ACCEPTED}", code="not_an_image", status=415)
 
 
-def _has_more_frames(image: Image.Image) -> bool:
-    """Check whether *image* has a second frame, even a damaged one."""
-    try:
-        return bool(getattr(image, "is_animated", False))
-    except Exception:  # untrusted bytes after the first frame
-        return True
+def _check_jpeg_segments(body: bytes) -> None:
+    """Raise `ImageError` for too many segments or scans and for rare codings.
+
+    Not every build of libjpeg reads lossless and arithmetic-coded files.
+    """
+    scans = components = 0  # `components` of a file that may have all of them in one scan
+    for number, (marker, start) in enumerate(_jpeg_segments(body)):
+        if marker in UNSUPPORTED_FRAMES and number < MAX_SEGMENTS:
+            message = f"{UNSUPPORTED_FRAMES[marker]} JPEG files are not accepted; {ACCEPTED}"
+            raise ImageError(message, code="unsupported_format", status=415)
+        if marker in SEQUENTIAL:
+            components = int.from_bytes(body[start + 7 : start + 8], "big")
+        last = marker == END or (marker == SCAN and body[start + 2 : start + 3] == bytes([components]))
+        scans += marker == SCAN and not last
+        if number == MAX_SEGMENTS or scans > MAX_SCANS:
+            raise ImageError(TOO_MANY_SEGMENTS, code="damaged_image", status=422)
+        if last:
+            return
 
 
-def _read_header(body: bytes, kind: str, max_pixels: int) -> Image.Image:
-    """Open an image of at most *max_pixels* without decoding its pixels."""
-    limit = f"more than {max_pixels} pixels, the limit of this server"
-    try:
-        image = _open(body, kind)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"this is {limit}", code="too_many_pixels", status=413) from error
-    except Exception as error:  # untrusted bytes: a parser may raise anything
-        raise _as_image_error(error) from error
-    if image.width * image.height > max_pixels:
-        message = f"{image.width} x {image.height} is {limit}"
-        raise ImageError(message, code="too_many_pixels", status=413)
-    match_transparency(image)
-    return image
+def _jpeg_segments(body: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the marker of each JPEG segment and the position of its length.
+
+    The segment after a scan is found behind the data of the scan.
+    """
+    position = 2
+    while found := MARKER.search(body, position):
+        position = found.end()
+        yield body[position - 1], position
+        position += int.from_bytes(body[position : position + 2], "big")
+
+
+class LimitedReader(io.BytesIO):
+    """The bytes of a file; `read` raises `ImageError` when *reads* calls are used up."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next *size* bytes."""
+        self.reads -= 1
+        if self.reads < 0:
+            raise ImageError(TOO_MANY_SEGMENTS, code="damaged_image", status=422)
+        return super().read(size)
 
 
 def _open(body: bytes, kind: str) -> Image.Image:
-    """Open with Pillow, if needed without short Adobe segments, which only Pillow rejects."""
+    """Read the header with Pillow, if needed without short Adobe segments, which only Pillow rejects."""
+    reader = LimitedReader(body)
+    reader.reads = MAX_BMP_READS if kind == "BMP" else MAX_READS + len(body) // BYTES_PER_READ
     try:
-        return Image.open(LimitedReader(body, kind), formats=(kind,))
+        return Image.open(reader, formats=(kind,))
     except UnidentifiedImageError:
-        plain = without_short_adobe(body)
+        plain = SHORT_ADOBE.sub(SKIPPED_SEGMENT, body)
         if kind != "JPEG" or plain == body:
             raise
-        return Image.open(LimitedReader(plain, kind), formats=(kind,))
+        return _open(plain, kind)
 
 
-def _as_image_error(error: Exception) -> ImageError:
-    if isinstance(error, ImageError):
-        return error
-    if isinstance(error, MemoryError):
-        return ImageError("the image needs too much memory", code="too_many_pixels", status=413)
-    if isinstance(error, EOFError) or "truncated" in str(error).lower():
-        return ImageError("the image is truncated", code="truncated_image", status=422)
-    return ImageError("the image is damaged", code="damaged_image", status=422)
+def is_truncated(image: Image.Image, body: bytes) -> bool:
+    """Check whether the data of a JPEG *body* ends before its last pixel.
+
+    libjpeg fills missing pixels with gray and Pillow hides its warning. Only if the last pixel has that gray,
+    the image is decoded twice more at 1/8 scale, once with noise appended to its first scan: a complete file
+    ignores the noise, a truncated one shows it.
+    """
+    last = image.getpixel((image.width - 1, image.height - 1))
+    if not FILL_COLOR.issuperset(last if isinstance(last, tuple) else (last,)):
+        return False
+    end, before = len(body), None
+    for marker, start in _jpeg_segments(body):
+        if before == SCAN:
+            end = start - MARKER_BYTES
+            break
+        before = marker
+    # A decoder that expects a restart marker reads noise only after it, so all eight markers follow in turn.
+    restarts = RESTART.findall(body[:end])
+    due = restarts[-1][0] + 1 if restarts else 0
+    noise = NOISE + b"".join(b"\xff%c" % (0xD0 | (due + count) & 7) + NOISE for count in range(8))
+    thumbnails = []
+    for data in (body, body[:end] + noise + body[end:]):
+        plain = SHORT_ADOBE.sub(SKIPPED_SEGMENT, data)
+        thumbnail = Image.open(io.BytesIO(plain), formats=("JPEG",))
+        thumbnail.draft(thumbnail.mode, (1, 1))
+        thumbnails.append(thumbnail.tobytes())
+    return thumbnails[0] != thumbnails[1]
+
+
+def _file_warnings(image: Image.Image, kind: str, media_type: str) -> list[str]:
+    """Return warning codes for another media type and for more frames, also damaged ones."""
+    warnings = []
+    family, _, subtype = media_type.partition(";")[0].strip().upper().partition("/")
+    if family == "IMAGE" and subtype != "*" and ALIASES.get(subtype, subtype) != kind:
+        warnings.append("content_type_mismatch")
+    if kind in ANIMATED:
+        try:
+            more_frames = getattr(image, "is_animated", False)
+        except Exception:  # untrusted bytes after the first frame
+            more_frames = True
+        if more_frames:
+            warnings.append("first_frame_only")
+    return warnings
+
+
+class PoolClosedError(Exception):
+    """The pool was stopped before it decoded the image."""
+
+
+class _Job(NamedTuple):
+    image: EncodedImage
+    preprocess: Preprocess
+    on_done: Callable[[Decoded | Exception, float], None]
+    cancelled: Callable[[], bool]
+
+
+@dataclass(slots=True)
+class DecodePool:
+    """Runs *decode* in daemon *threads*, so that a hung decoder cannot block an exit."""
+
+    decode: Decode
+    threads: int
+    _jobs: queue.SimpleQueue[_Job | None] = field(init=False, default_factory=queue.SimpleQueue)
+
+    def start(self) -> None:
+        """Start the threads, and let Pillow keep a few freed memory blocks of 16 MB for the next images.
+
+        Without these, every page of the next image is mapped and cleared again: a quarter of the time of a
+        500 x 375 JPEG.
+        """
+        Image.core.set_blocks_max(2 * self.threads)  # type: ignore[attr-defined]
+        for number in range(self.threads):
+            threading.Thread(target=self._run, name=f"decoder_{number}", daemon=True).start()
+
+    def submit(
+        self,
+        image: EncodedImage,
+        preprocess: Preprocess,
+        on_done: Callable[[Decoded | Exception, float], None],
+        *,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        """Decode *image* in a thread, which calls *on_done* with the result and the seconds.
+
+        Nothing happens if *cancelled* returns True when a thread is free.
+        """
+        self._jobs.put(_Job(image, preprocess, on_done, cancelled))
+
+    def stop(self) -> None:
+        """Fail the jobs that no thread has begun with `PoolClosedError` and end the threads."""
+        with contextlib.suppress(queue.Empty):
+            while job := self._jobs.get_nowait():
+                job.on_done(PoolClosedError(), 0.0)
+        for _ in range(self.threads):
+            self._jobs.put(None)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if not job.cancelled():
+                started = time.monotonic()
+                result: Decoded | Exception
+                try:
+                    result = self.decode(job.image, job.preprocess)
+                except ImageError as error:
+                    result = error
+                except Exception as error:  # a bug fails its own image, not the others of the request
+                    log.exception("the decoder failed on an image of %d bytes", len(job.image.body))
+                    result = error
+                job.on_done(result, time.monotonic() - started)
+                del result
+            del job  # an idle thread must not keep an image or a model alive

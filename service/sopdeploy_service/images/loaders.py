@@ -1,7 +1,16 @@
-"""Load the pixels of an image: exactly, at a reduced scale, or on the GPU."""
+"""Load the pixels of an image: exactly, at a reduced scale, or on the GPU.
 
-from collections.abc import Callable
+`decode=fast` lets libjpeg skip the highest frequencies of a large image, and `decode=nvimagecodec` rounds as
+NVIDIA's decoders do, so the network gets slightly other pixels than in training. The effect depends on the
+network; a server does not start if it exceeds the limits below. The probes of the bundle are already decoded
+and prove nothing about this, so the check uses synthetic JPEGs, always the same ones, and those of the
+setting `fast_decode_samples`.
+"""
+
+import io
+from collections.abc import Iterator
 from functools import cache, partial
+from itertools import islice, product
 from threading import local
 from typing import Any
 
@@ -9,10 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.config import StrictModel
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.errors import ConfigError, ParityError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.images.decode import Decoded, EncodedImage, Load, decode, load_exact
+from sopdeploy_service.images.decode import Decoded, EncodedImage, decode, load_exact
+from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.settings import Settings
 
 GPU_MODES = {"RGB", "L"}
@@ -20,31 +32,33 @@ GPU_BACKENDS = ("HW_GPU_ONLY", "GPU_ONLY", "HYBRID_CPU_GPU")  # never fall back 
 OPTIONS = ":fancy_upsampling=1"  # chroma interpolation as in libjpeg
 MAX_REDUCTION = 4  # per side; 1/8 would need a check on images of 16 times the network's input
 
+MAX_DRIFT = 0.1  # root mean square difference of the logits, relative to their spread
+MIN_AGREEMENT = 0.9  # fraction of images whose best class stays the same
+SCALES = (4, 6, 8)  # shorter side / `resize` of the network: from 4 on decoded at 1/2, from 8 on at 1/4
+SEEDS = 3
+OCTAVES = (4, 16, 64, 256)  # noise cells along the longer side; one more octave has cells of 2 pixels
+MAX_SAMPLES = 500
+JPEG_SIGNATURE = b"\xff\xd8\xff"
 
-def pixel_loader(settings: Settings) -> Load:
-    """Return the loader of the setting `decode`.
+
+def make_decoder(settings: Settings) -> partial[Decoded]:
+    """Create the decoder with the limits and the pixel loader of *settings*.
 
     Raises `RuntimeUnavailableError` if nvImageCodec or its GPU is missing.
     """
-    if settings.decode == "nvimagecodec":
-        return _gpu_loader()
-    return {"exact": load_exact, "fast": load_reduced}[settings.decode]
-
-
-def make_decoder(settings: Settings) -> Callable[[EncodedImage, Preprocess], Decoded]:
-    """Create the decoder with the limits of *settings*; raises like `pixel_loader`."""
+    loaders = {"exact": load_exact, "fast": load_reduced}
     return partial(
         decode,
         max_bytes=settings.max_body_bytes,
         max_pixels=settings.max_pixels,
-        load=pixel_loader(settings),
+        load=_gpu_loader() if settings.decode == "nvimagecodec" else loaders[settings.decode],
     )
 
 
 def load_reduced(image: Image.Image, body: bytes, preprocess: Preprocess) -> Image.Image:  # noqa: ARG001
     """Load a JPEG at 1/2 or 1/4 of its size, other formats at full size.
 
-    Each side keeps at least twice the pixels of the resized image. `fast_decode` measures the difference.
+    Each side keeps at least twice the pixels of the resized image; `check_fast_decode` measures the effect.
     """
     side = max(2 * preprocess.resize, -(-min(image.size) // MAX_REDUCTION))
     image.draft(image.mode, (side, side))
@@ -71,17 +85,14 @@ class NvImageCodec:
     def __call__(self, image: Image.Image, body: bytes, preprocess: Preprocess) -> Image.Image:  # noqa: ARG002
         """Load *image*, whose file is *body*; Pillow loads what is not an RGB or gray JPEG."""
         if image.format == "JPEG" and image.mode in GPU_MODES:
-            pixels = self._decode_pixels(body)
+            decoded = self._decoder().decode(body, params=self._params)
+            pixels = np.asarray(decoded.cpu()) if decoded is not None else None
             if pixels is not None and pixels.shape == (image.height, image.width, 3):
                 loaded = Image.fromarray(pixels)
                 loaded.info = image.info  # includes the EXIF orientation, which preprocessing applies
                 return loaded
         image.load()
         return image
-
-    def _decode_pixels(self, body: bytes) -> NDArray[np.uint8] | None:
-        decoded = self._decoder().decode(body, params=self._params)
-        return None if decoded is None else np.asarray(decoded.cpu())
 
     def _decoder(self) -> Any:
         if not hasattr(self._threads, "decoder"):
@@ -108,3 +119,87 @@ def _gpu_loader() -> NvImageCodec:
         "decode=nvimagecodec",
     )
     return NvImageCodec(library, library.NVIMGCODEC_DEVICE_CURRENT, GPU_BACKENDS)
+
+
+class FastDecode(StrictModel):
+    """How inexact decoding changed the outputs on *pictures* images at the start.
+
+    *largest* is the largest difference of a logit, *drift* the root mean square difference relative to the
+    spread of the logits, *agreement* the fraction of images whose best class stayed the same.
+    """
+
+    pictures: int
+    largest: float
+    drift: float
+    agreement: float
+
+
+def check_fast_decode(bundle: Bundle, runtime: Runtime, settings: Settings) -> FastDecode | None:
+    """Measure how the setting `decode` changes the outputs; None if it is exact.
+
+    Raises `ParityError` if it exceeds the limits, `ConfigError` if `fast_decode_samples` has no JPEG,
+    `ImageError` for a damaged sample, and the errors of `make_decoder`.
+    """
+    if settings.decode == "exact":
+        return None
+    output = bundle.manifest.outputs[0].name
+    decoder = make_decoder(settings)
+    exact: list[NDArray[np.float32]] = []
+    fast: list[NDArray[np.float32]] = []
+    for jpeg in _test_jpegs(bundle.manifest.preprocess.resize, settings):
+        for logits, load in ((exact, load_exact), (fast, decoder.keywords["load"])):
+            image = EncodedImage(jpeg)
+            decoded = decoder(image, bundle.manifest.preprocess, max_bytes=len(jpeg), load=load)
+            logits.append(runtime.run(decoded.pixels[None])[output][0])
+    result = compare(np.stack(exact).astype(np.float64), np.stack(fast).astype(np.float64))
+    if result.drift <= MAX_DRIFT and result.agreement >= MIN_AGREEMENT:
+        return result
+    raise ParityError(
+        f"{bundle.path}: decode={settings.decode} moves the logits by {result.drift:.3f} of their spread "
+        f"(at most {MAX_DRIFT:g}) and keeps {result.agreement:.1%} of the best classes "
+        f"(at least {MIN_AGREEMENT:.0%}) on {result.pictures} JPEGs; serve it with decode=exact"
+    )
+
+
+def compare(exact: NDArray[np.float64], fast: NDArray[np.float64]) -> FastDecode:
+    """Compare the logits *fast* (P, C) with *exact* (P, C)."""
+    spread = float(np.sqrt(np.square(exact - exact.mean(axis=1, keepdims=True)).mean()))
+    difference = float(np.sqrt(np.square(fast - exact).mean()))
+    return FastDecode(
+        pictures=len(exact),
+        largest=float(np.abs(fast - exact).max()),
+        drift=difference / spread if spread else float(difference > 0),
+        agreement=float((exact.argmax(axis=1) == fast.argmax(axis=1)).mean()),
+    )
+
+
+def _test_jpegs(resize: int, settings: Settings) -> Iterator[bytes]:
+    """Yield synthetic JPEGs large enough for fast decoding, then the samples, sorted by path."""
+    for scale, seed in product(SCALES, range(SEEDS)):
+        short = scale * resize
+        size = (short, short * 4 // 3) if seed % 2 else (short * 4 // 3, short)
+        if size[0] * size[1] <= settings.max_pixels:
+            yield synthetic_jpeg(size, seed)
+    folder = settings.fast_decode_samples
+    if folder is not None:
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        bodies = (path.read_bytes() for path in files if path.stat().st_size <= settings.max_body_bytes)
+        samples = islice((body for body in bodies if body.startswith(JPEG_SIGNATURE)), MAX_SAMPLES)
+        first = next(samples, None)
+        if first is None:
+            raise ConfigError(f"fast_decode_samples: no JPEG in {folder}; name a folder of photographs")
+        yield first
+        yield from samples
+
+
+def synthetic_jpeg(size: tuple[int, int], seed: int) -> bytes:
+    """Generate a JPEG of *size* with noise of every spatial frequency, as photographs have."""
+    rng = np.random.default_rng(seed)
+    image = Image.new("RGB", size, (128, 128, 128))
+    for cells in (*OCTAVES, max(size) // 2):
+        shape = (max(2, cells * size[1] // max(size)), max(2, cells * size[0] // max(size)), 3)
+        layer = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+        image = Image.blend(image, layer.resize(size, Image.Resampling.BICUBIC), 0.35)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=88)
+    return file.getvalue()

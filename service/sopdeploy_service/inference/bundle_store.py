@@ -29,7 +29,7 @@ class BundleStore:
                 raise BundleError(f"{path}: no bundle here or in a folder directly below")
             self._folders.append(path.resolve().parent if is_bundle else path)
             for bundle in found:
-                name = given or (_network_name(bundle) if is_bundle else _served_name(bundle))
+                name = given or _names(bundle)[0 if is_bundle else 1]
                 if name in self.bundles:
                     raise ConfigError(
                         f"{bundle}: the name {name} is already used by {self.bundles[name]}; "
@@ -50,9 +50,7 @@ class BundleStore:
             name = repr(folder[:100])
         else:
             found = [
-                path
-                for path in candidates
-                if name in {_served_name(path), _network_name(path)} and read_manifest(path).id != serving
+                path for path in candidates if name in _names(path) and read_manifest(path).id != serving
             ]
         if not found and folder is None and serving is not None:
             raise BundleError(f"{name}: there is no bundle but the one being served; name another folder")
@@ -83,11 +81,11 @@ def _bundles_in(folder: Path) -> list[Path]:
     return [path for path in entries if not path.name.startswith(".") and (path / MANIFEST).is_file()]
 
 
-def _served_name(bundle: Path) -> str:
-    """Name a bundle by its folder, unless that has the default name."""
-    folder = bundle.resolve().name
-    return _network_name(bundle) if folder == read_manifest(bundle).name else folder
+def _names(bundle: Path) -> tuple[str, str]:
+    """Return the name of the network, fit for a URL, and the own name of *bundle*.
 
-
-def _network_name(bundle: Path) -> str:
-    return read_manifest(bundle).model.replace(":", "-")  # fit for a URL
+    Its own name is that of its folder; a folder with the default name counts as the network.
+    """
+    manifest, folder = read_manifest(bundle), bundle.resolve().name
+    network = manifest.model.replace(":", "-")
+    return network, network if folder == manifest.name else folder

@@ -17,7 +17,7 @@ from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.probes import Outputs, Probes, Replay, read_probes, replay
 from sopdeploy.bundle.signing import check_signed, signature_path
 from sopdeploy.errors import BundleError, RuntimeUnavailableError
-from sopdeploy_service.images.fast_decode import FastDecode, check_fast_decode
+from sopdeploy_service.images.loaders import FastDecode, check_fast_decode
 from sopdeploy_service.runtime.base import OverlappingRuntime, Runtime
 from sopdeploy_service.runtime.selection import open_runtime
 from sopdeploy_service.settings import Settings

@@ -1,4 +1,4 @@
-"""A loaded bundle with its queue, worker thread and statistics.
+"""A loaded bundle with its queue, worker thread, statistics and latency estimates.
 
 A watchdog notices when the worker thread dies or hangs. Then every queued image is rejected at once and
 `dead` stays true: a server that cannot predict must not look healthy.
@@ -7,14 +7,15 @@ A watchdog notices when the worker thread dies or hangs. Then every queued image
 import asyncio
 import contextlib
 import logging
+import threading
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
-from sopdeploy_service.inference.model_statistics import LatencyTable, ModelStatistics
-from sopdeploy_service.inference.model_worker import ModelWorker
-from sopdeploy_service.inference.queue import QueuedImage, RequestQueue, settle
-from sopdeploy_service.inference.results import DRAINING, ENGINE_DEAD, Rejection
+from sopdeploy_service.inference.model_worker import ModelWorker, RequestQueue, settle
+from sopdeploy_service.inference.results import DRAINING, ENGINE_DEAD, Outcome, Prediction, Rejection
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
@@ -22,12 +23,86 @@ JOIN_SECONDS = 2.0  # how long a running batch may take to end after the queue w
 WATCH_SECONDS = 1.0  # longest time between two checks of the worker
 MIN_HANG_SECONDS = 4.0  # a clock that jumps or a machine that stalls is no hung worker
 HANG_FACTOR = 20  # a batch counts as hung after this many times its usual seconds
+SMOOTHING = 0.2  # weight of the newest batch in the moving average
 
 log = logging.getLogger("sopdeploy.engine")
 
 
+@dataclass(slots=True)
+class Sum:
+    """A count and the total seconds."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class ModelStatistics:
+    """Sums over the requests of one model; used on the event loop only.
+
+    *stages* sums over requests the slowest image of each stage; *batches* sums over images by the size of
+    their batch. Requests rejected before they reach the model are not counted.
+    """
+
+    success: Sum = field(default_factory=Sum)
+    failure: Sum = field(default_factory=Sum)
+    stages: defaultdict[str, Sum] = field(default_factory=lambda: defaultdict(Sum))
+    batches: defaultdict[int, Sum] = field(default_factory=lambda: defaultdict(Sum))
+    last: float = 0.0  # time.time() of the last successful request
+
+    def record(
+        self, result: Sequence[Outcome] | Rejection, stages: Mapping[str, float], seconds: float
+    ) -> None:
+        """Count a request with its *result*; one rejected image makes it a failure."""
+        outcomes = [] if isinstance(result, Rejection) else result
+        predictions = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
+        spent = [(self.batches[prediction.batch], prediction.infer_seconds) for prediction in predictions]
+        if not predictions or len(predictions) < len(outcomes):
+            spent.append((self.failure, seconds))
+        else:
+            self.last = time.time()
+            spent.append((self.success, seconds))
+            spent += [(self.stages[stage], stage_seconds) for stage, stage_seconds in stages.items()]
+        for total, more in spent:
+            total.count += 1
+            total.seconds += more
+
+
+class LatencyTable:
+    """Moving average of the seconds of a batch, by its size."""
+
+    def __init__(self, measured: Iterable[tuple[int, float]] = ()) -> None:
+        """Start with *measured* pairs (images, seconds); the fastest of each size counts."""
+        self._seconds: dict[int, float] = {}
+        for images, seconds in measured:
+            self._seconds[images] = min(seconds, self._seconds.get(images, seconds))
+
+    def record(self, images: int, seconds: float) -> None:
+        """Include a batch of *images* that took *seconds*."""
+        old = self._seconds.get(images, seconds)
+        self._seconds[images] = old + SMOOTHING * (seconds - old)
+
+    def batch_seconds(self, images: int) -> float:
+        """Estimate the seconds of one batch of *images*; 0 before the first measurement.
+
+        A size without measurement takes the value of the next larger size, or scales the largest one.
+        """
+        known = self._seconds
+        if images in known or not known:
+            return known.get(images, 0.0)
+        largest = max(known)
+        if images > largest:
+            return known[largest] * images / largest
+        return known[min(size for size in known if size > images)]
+
+    def total_seconds(self, images: int, max_batch: int) -> float:
+        """Estimate the seconds of *images* in batches of at most *max_batch*."""
+        full, rest = divmod(images, max_batch)
+        return full * self.batch_seconds(max_batch) + (self.batch_seconds(rest) if rest else 0.0)
+
+
 class Model:
-    """A bundle being served; every method but `put` is called on the event loop."""
+    """A bundle being served; every method is called on the event loop."""
 
     def __init__(self, name: str, loaded: LoadedModel, settings: Settings, metrics: Metrics) -> None:
         self.name = name
@@ -39,17 +114,17 @@ class Model:
         self.statistics = ModelStatistics()
         self.dead = False
         self.queue = RequestQueue(max_delay=settings.max_queue_delay_ms / 1000)
-        self._closed_with: Rejection | None = None
         self._timeout = settings.engine_timeout_seconds
         self.latency = LatencyTable(loaded.timings)
         self._worker = ModelWorker(
             loaded.runtime,
             self.queue,
-            self.latency,
+            self.latency.record,
             metrics.of(name),
             outputs=[output.name for output in loaded.bundle.manifest.outputs],
             max_batch=self.largest_batch,
         )
+        self._thread: threading.Thread | None = None
         self._watchdog: asyncio.Task[None] | None = None
         self._users = 0
         self.unused = asyncio.Event()
@@ -69,19 +144,20 @@ class Model:
 
     def start(self) -> None:
         """Start the worker thread and its watchdog."""
-        self._worker.start(asyncio.get_running_loop(), self._worker_ended)
+        self._thread = threading.Thread(
+            target=self._worker.run,
+            args=(asyncio.get_running_loop(), self._declare_dead),
+            name="model_worker",
+            daemon=True,
+        )
+        self._thread.start()
         self._watchdog = asyncio.create_task(self._watch())
-
-    def put(self, item: QueuedImage) -> Rejection | None:
-        """Queue *item*; return a rejection if the model is closed. Thread-safe."""
-        return None if self.queue.put(item) else self._closed_with or DRAINING
 
     def close(self, rejection: Rejection) -> None:
         """Accept no more images and give *rejection* to every image without an outcome."""
-        if self._closed_with is None:
-            self._closed_with = rejection
+        if self.queue.closed_with is None:
             batches = tuple(self._worker.in_flight)
-            items = [*self.queue.close(), *(item for batch in batches for item in batch.items)]
+            items = [*self.queue.close(rejection), *(item for batch in batches for item in batch.items)]
             settle(items, [rejection] * len(items))
 
     async def stop(self) -> None:
@@ -91,13 +167,19 @@ class Model:
             self._watchdog.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watchdog
-        await asyncio.to_thread(self._worker.join, 0.0 if self.dead else JOIN_SECONDS)
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, 0.0 if self.dead else JOIN_SECONDS)
 
-    def _worker_ended(self) -> None:
-        if self._closed_with is None:
-            self._declare_dead("the model worker has ended")
+    def _declare_dead(self, hung_seconds: float | None = None) -> None:
+        """Reject every image from now on: a batch hangs, or without *hung_seconds* the thread has ended.
 
-    def _declare_dead(self, reason: str) -> None:
+        The thread of a closed model ends as it should.
+        """
+        if hung_seconds is None and self.queue.closed_with is not None:
+            return
+        reason = "the model worker has ended"
+        if hung_seconds is not None:
+            reason = f"a batch has been running for more than {hung_seconds:.1f} s"
         log.critical("%s; the model rejects every image from now on", reason)
         self.dead = True
         self.close(ENGINE_DEAD)
@@ -112,5 +194,5 @@ class Model:
             if limit is None:
                 limit = max(MIN_HANG_SECONDS, HANG_FACTOR * self.latency.batch_seconds(images))
             if seconds > limit:
-                self._declare_dead(f"a batch has been running for more than {limit:.1f} s")
+                self._declare_dead(limit)
             await asyncio.sleep(min(WATCH_SECONDS, max(limit - seconds, limit / 20)))

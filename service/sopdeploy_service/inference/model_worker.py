@@ -1,33 +1,142 @@
-"""The thread that owns a runtime, forms batches and runs them.
+"""The queue of a model and the thread that owns its runtime, forms batches and runs them.
+
+The queue is work-conserving: an idle worker gets what is there, and waits for more images only up to
+`max_delay` seconds after the arrival of the oldest one. Images that arrive while a batch runs join the next
+batch. Images whose request has ended or whose deadline has passed never leave the queue as part of a batch.
 
 If the runtime can have two batches in flight and a full one is queued, the worker begins it before the
 previous one has ended, so that the device does not wait for Python. A batch that is not full stays in the
 queue, where it can still grow until the device is free.
+
+A batch that raises is halved until the image that causes it fails alone. An output that is not finite fails
+only the image it belongs to.
 """
 
 import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.probes import Outputs
-from sopdeploy_service.inference.bisect_batch import Row, run_bisected
-from sopdeploy_service.inference.model_statistics import LatencyTable
-from sopdeploy_service.inference.queue import QueuedImage, RequestQueue, call_soon, settle
-from sopdeploy_service.inference.results import NONFINITE, Outcome, Prediction, Ranking, Rejection
+from sopdeploy_service.inference.results import (
+    ENGINE_FAILED,
+    NONFINITE,
+    OUT_OF_MEMORY,
+    Outcome,
+    Prediction,
+    Ranking,
+    Rejection,
+)
 from sopdeploy_service.observability.metrics import ModelMetrics
-from sopdeploy_service.runtime.base import OutOfMemoryError, OverlappingRuntime, Runtime
+from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError, OverlappingRuntime, Runtime
+
+if TYPE_CHECKING:  # OpenTelemetry is optional
+    from sopdeploy_service.observability.tracing import RequestTrace
 
 SMALLER_SECONDS = 60.0  # how long batches stay halved after the device ran out of memory
 
 Images = Sequence[NDArray[np.uint8]]
+Row = dict[str, NDArray[np.float32]] | Rejection
 
 log = logging.getLogger("sopdeploy.engine")
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class QueuedImage:
+    """One image and the future that gets its outcome; times are those of `time.monotonic`.
+
+    *image* (H, W, 3) uint8 is set, with *arrived*, before it enters a queue.
+    """
+
+    outcome: asyncio.Future[Outcome]
+    deadline: float
+    image: NDArray[np.uint8] = field(init=False, repr=False)
+    warnings: tuple[str, ...] = ()
+    decode_seconds: float | None = None
+    arrived: float = field(default_factory=time.monotonic)
+    trace: "RequestTrace | None" = None
+
+
+@dataclass(eq=False)
+class RequestQueue:
+    """Images in order of arrival. Thread-safe.
+
+    Admission counts images before they are decoded and bounds the length of the queue.
+    """
+
+    max_delay: float = 0.0
+    closed_with: Rejection | None = None
+    _items: deque[QueuedImage] = field(default_factory=deque)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def put(self, item: QueuedImage) -> Rejection | None:
+        """Add *item*; return the rejection of a closed queue instead."""
+        with self._changed:
+            if self.closed_with is None:
+                self._items.append(item)
+                self._changed.notify()
+            return self.closed_with
+
+    def reject(self, items: Sequence[QueuedImage], rejection: Rejection) -> None:
+        """Give *rejection* to those of *items* without an outcome; those still queued leave the queue.
+
+        Call it on the event loop.
+        """
+        with self._changed:
+            for item in items:
+                if item in self._items:
+                    self._items.remove(item)
+        settle(items, [rejection] * len(items))
+
+    def take(self, max_size: int, *, only_full: bool = False) -> list[QueuedImage]:
+        """Wait for 1 to *max_size* images; an empty list means a closed queue.
+
+        With *only_full*, take exactly *max_size* images, or none if fewer are queued; never wait.
+        """
+        with self._changed:
+            while True:
+                now = time.monotonic()
+                if any(item.outcome.done() or item.deadline <= now for item in self._items):
+                    waiting = (item for item in self._items if not item.outcome.done())
+                    self._items = deque(item for item in waiting if item.deadline > now)
+                full = len(self._items) >= max_size
+                wait = self._items[0].arrived + self.max_delay - now if self._items else None
+                closed_or_due = self.closed_with is not None if wait is None else wait <= 0
+                if full or only_full or closed_or_due:
+                    size = max_size if full else 0 if only_full else len(self._items)
+                    return [self._items.popleft() for _ in range(size)]
+                self._changed.wait(wait)
+
+    def close(self, rejection: Rejection) -> list[QueuedImage]:
+        """Give *rejection* to every image from now on; return those that are still queued."""
+        with self._changed:
+            self.closed_with = rejection
+            remaining = list(self._items)
+            self._items.clear()
+            self._changed.notify_all()
+            return remaining
+
+
+def settle(items: Sequence[QueuedImage], outcomes: Sequence[Outcome]) -> None:
+    """Set the outcome of each of *items* that has none yet. Call it on the event loop."""
+    for item, outcome in zip(items, outcomes, strict=True):
+        if not item.outcome.done():
+            item.outcome.set_result(outcome)
+
+
+def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *values: object) -> None:
+    """Run *function* on *loop* from another thread; do nothing if the loop is closed."""
+    try:
+        loop.call_soon_threadsafe(function, *values)
+    except RuntimeError:
+        log.debug("the event loop is closed; an outcome is dropped")
 
 
 @dataclass(slots=True)
@@ -40,13 +149,16 @@ class _Batch:
 
 
 class ModelWorker:
-    """Runs batches of at most *max_batch* images until *queue* is closed."""
+    """Runs batches of at most *max_batch* images until *queue* is closed.
+
+    Calls *record_latency* with the images and seconds of each batch, on the event loop.
+    """
 
     def __init__(
         self,
         runtime: Runtime,
         queue: RequestQueue,
-        latency: LatencyTable,
+        record_latency: Callable[[int, float], None],
         metrics: ModelMetrics,
         *,
         outputs: Sequence[str],
@@ -55,43 +167,30 @@ class ModelWorker:
         self._runtime = runtime
         self._overlapping = runtime if isinstance(runtime, OverlappingRuntime) else None
         self._queue = queue
-        self._latency = latency
+        self._record_latency = record_latency
         self._metrics = metrics
         self._outputs = tuple(outputs)
         self._max_batch = self._limit = max_batch
         self._limited_until = 0.0
         self.in_flight: list[_Batch] = []  # oldest first
         self.started: float | None = None  # when the oldest batch got the device to itself
-        self._thread: threading.Thread | None = None
 
-    def start(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[], None]) -> None:
-        """Start the thread; call *on_end* on *loop* when it ends, for whatever reason."""
-        self._thread = threading.Thread(
-            target=self._run, args=(loop, on_end), name="model_worker", daemon=True
-        )
-        self._thread.start()
-
-    def join(self, timeout: float) -> None:
-        """Wait at most *timeout* seconds for the thread to end."""
-        if self._thread is not None:
-            self._thread.join(timeout)
-
-    def _run(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[], None]) -> None:
+    def run(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[], None]) -> None:
+        """Run batches; call *on_end* on *loop* at the end, for whatever reason. Call it in a thread."""
         try:
-            while self.in_flight or self._begin(self._queue.take(self._current_limit())):
+            while True:
+                if self._limit < self._max_batch and time.monotonic() >= self._limited_until:
+                    self._limit = min(self._max_batch, self._limit * 2)
+                    self._limited_until = time.monotonic() + SMALLER_SECONDS
+                if not self.in_flight and not self._begin(self._queue.take(self._limit)):
+                    break
                 if self._overlapping is not None:
-                    self._begin(self._queue.take_full(self._current_limit()))
+                    self._begin(self._queue.take(self._limit, only_full=True))
                 self._complete_oldest(loop)
         except BaseException:  # logged here because nothing else sees it; the service then ends the process
             log.critical("the model worker ends", exc_info=True)
         finally:
             call_soon(loop, on_end)
-
-    def _current_limit(self) -> int:
-        if self._limit < self._max_batch and time.monotonic() >= self._limited_until:
-            self._limit = min(self._max_batch, self._limit * 2)
-            self._limited_until = time.monotonic() + SMALLER_SECONDS
-        return self._limit
 
     def _begin(self, items: list[QueuedImage]) -> bool:
         """Begin a batch of *items*; return False if there are none."""
@@ -143,9 +242,56 @@ class ModelWorker:
             outcomes.append(Prediction(row, waited, seconds, len(items), ranking, len(logits), item.warnings))
             logits.append(row[self._outputs[0]])
         settle(items, outcomes)
-        self._latency.record(len(items), ended - started)
+        self._record_latency(len(items), ended - started)
         self._metrics.batch([started - item.arrived for item in items], self._max_batch, started, ended)
         self._metrics.nonfinite.inc(sum(row is NONFINITE for row in rows))
         traces = [item.trace for item in items if item.trace is not None]
         if traces:
             traces[0].record_batch(traces, started, ended)
+
+
+def run_bisected(run: Callable[[Images], Outputs], images: Images, outputs: Sequence[str]) -> list[Row]:
+    """Run *images* (H, W, 3) as one batch; halve it as long as it fails.
+
+    Returns for each image its row of each of *outputs*, or a rejection.
+    Makes at most 1 + 4 * ceil(log2(n)) runs, enough to find two bad images among n. Raises `DeviceLostError`,
+    because another run would fail too.
+    """
+    runs_left = 1 + 4 * (len(images) - 1).bit_length()
+    rows: list[Row] = []
+    parts = [images]  # a stack: the first images are on top
+    while parts:
+        part = parts.pop()
+        if runs_left == 0:
+            rows += [ENGINE_FAILED] * len(part)
+            continue
+        runs_left -= 1
+        rejection = ENGINE_FAILED
+        try:
+            rows += _split_rows(run(part), outputs, len(part))
+            continue
+        except DeviceLostError:
+            raise
+        except OutOfMemoryError:
+            log.warning("out of memory for a batch of %d", len(part))
+            rejection = OUT_OF_MEMORY
+        except Exception:  # a runtime may raise anything
+            log.exception("inference failed on a batch of %d", len(part))
+        if len(part) == 1:
+            rows.append(rejection)
+        else:
+            middle = len(part) // 2
+            parts += [part[middle:], part[:middle]]
+    return rows
+
+
+def _split_rows(values: Outputs, outputs: Sequence[str], images: int) -> list[Row]:
+    """Split the batch into rows; reject rows with an output that is not finite."""
+    finite = np.ones(images, dtype=bool)
+    for name, batch in values.items():
+        if len(batch) != images:
+            raise ValueError(f"output {name!r} has {len(batch)} rows for {images} images")
+        finite &= np.isfinite(batch.reshape(images, -1)).all(axis=1)
+    return [
+        {name: values[name][row] for name in outputs} if finite[row] else NONFINITE for row in range(images)
+    ]

@@ -17,7 +17,7 @@ from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.fault_injection import NO_FAULTS, Faults
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.results import DRAINING, Rejection
+from sopdeploy_service.inference.results import Rejection
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
@@ -56,10 +56,6 @@ class ModelRegistry:
         self._retiring: dict[Model, asyncio.Task[None]] = {}
         self._by_name = {name: Versions(self._make_model(name, model)) for name, model in loaded.items()}
 
-    def names(self) -> list[str]:
-        """Return the served names, sorted."""
-        return sorted(self._by_name)
-
     def models(self) -> list[Model]:
         """Return every loaded model, by name, the current version before the previous one."""
         pairs = [(versions.current, versions.previous) for _, versions in sorted(self._by_name.items())]
@@ -67,28 +63,24 @@ class ModelRegistry:
 
     def find(self, name: str | None = None, version: str | None = None) -> Model | Rejection:
         """Find the model of *name* and *version*; without a name the only model."""
-        listed = ", ".join(self.names())
         if name is None:
             if not self._by_name:
                 return Rejection("no_model", 503, "no model is loaded", 5)
             if len(self._by_name) > 1:
+                listed = ", ".join(sorted(self._by_name))
                 return Rejection(
                     "model_needed", 400, f"the server has several models; choose one with ?model= ({listed})"
                 )
-            name = listed
+            (name,) = self._by_name
         if name not in self._by_name:
-            return self._unknown_model(name)
+            listed = ", ".join(sorted(self._by_name)) or "none"
+            return Rejection("unknown_model", 404, f"no model {name[:100]!r}; available: {listed}")
         versions = self._by_name[name]
         for model in (versions.current, versions.previous):
             if model is not None and version in {None, model.version}:
                 return model
         message = f"{name}: no version {str(version)[:100]!r}; the current one is {versions.current.version}"
         return Rejection("unknown_version", 404, message)
-
-    def start(self) -> None:
-        """Start the worker of every model."""
-        for model in self.models():
-            model.start()
 
     async def load(self, name: str, folder: str | None = None) -> Model | Rejection:
         """Serve the bundle in *folder*, or the only new bundle of that *name*, as *name*.
@@ -136,8 +128,9 @@ class ModelRegistry:
     async def roll_back(self, name: str) -> Model | Rejection:
         """Serve the previous version of *name* again."""
         async with self._changing:
-            if name not in self._by_name:
-                return self._unknown_model(name)
+            current = self.find(name)
+            if isinstance(current, Rejection):
+                return current
             versions = self._by_name[name]
             if versions.previous is None:
                 return Rejection("no_previous_version", 409, f"{name}: no previous version is loaded")
@@ -148,8 +141,9 @@ class ModelRegistry:
         async with self._changing:
             if self._store is None:
                 return NOT_CONTROLLED
-            if name not in self._by_name:
-                return self._unknown_model(name)
+            current = self.find(name)
+            if isinstance(current, Rejection):
+                return current
             self._remove(name)
             return None
 
@@ -160,14 +154,9 @@ class ModelRegistry:
 
     async def stop(self) -> None:
         """Stop every model."""
-        self.close(DRAINING)
         for task in self._retiring.values():
             task.cancel()
         await asyncio.gather(*(model.stop() for model in (*self.models(), *self._retiring)))
-
-    def _unknown_model(self, name: str) -> Rejection:
-        listed = ", ".join(self.names()) or "none"
-        return Rejection("unknown_model", 404, f"no model {name[:100]!r}; available: {listed}")
 
     def _make_model(self, name: str, loaded: LoadedModel) -> Model:
         loaded = replace(loaded, runtime=self._faults.wrap_runtime(loaded.runtime))
@@ -182,8 +171,8 @@ class ModelRegistry:
         model.start()
         before = self._by_name.get(name)
         self._by_name[name] = Versions(model, before.current if before else None)
-        if before is not None:
-            self._retire(before.previous)
+        if before is not None and before.previous is not None:
+            self._retiring[before.previous] = asyncio.create_task(self._stop_unused(before.previous))
         log.info("%s: now serving %s", name, model.bundle.name)
         return model
 
@@ -196,13 +185,10 @@ class ModelRegistry:
 
     def _remove(self, name: str) -> None:
         versions = self._by_name.pop(name)
-        self._retire(versions.current, versions.previous)
-        log.info("%s: unloaded", name)
-
-    def _retire(self, *models: Model | None) -> None:
-        for model in models:
+        for model in (versions.current, versions.previous):
             if model is not None:
                 self._retiring[model] = asyncio.create_task(self._stop_unused(model))
+        log.info("%s: unloaded", name)
 
     async def _stop_unused(self, model: Model) -> None:
         """Stop *model* after the last request that uses it has its response."""

@@ -6,7 +6,7 @@ of the server.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -20,33 +20,34 @@ SMALL_K = 10  # up to this k, repeated argmax over the batch is faster than sort
 RankedClasses = list[tuple[int, float]]  # class index and probability, best first
 
 
+@dataclass(slots=True)
 class Ranking:
     """Ranks the classes of a batch by its *logits*, one (C,) array per image. Not thread-safe."""
 
-    def __init__(self, logits: Sequence[NDArray[np.float32]]) -> None:
-        self._logits = logits
-        self._cache: dict[int, list[RankedClasses]] = {}
+    logits: Sequence[NDArray[np.float32]]
+    _cache: dict[int, list[RankedClasses]] = field(default_factory=dict)
 
     def top_k(self, image: int, k: int) -> RankedClasses:
         """Rank the min(k, C) most probable classes of *image*; ties keep their order."""
+        if k in self._cache:
+            return self._cache[k][image]
         if k > SMALL_K:
-            logits = self._logits[image]
-            return _with_probabilities(top_indices(logits, k)[None], logits[None])[0]
-        if k not in self._cache:
-            batch = np.stack(self._logits)
+            batch = self.logits[image][None]
+            indices = top_indices(batch[0], k)[None]
+        else:
+            batch = np.stack(self.logits)
             remaining, rows = batch.copy(), np.arange(len(batch))
             indices = np.empty((len(batch), min(k, batch.shape[1])), np.intp)
             for column in indices.T:
                 column[:] = remaining.argmax(axis=1)
                 remaining[rows, column] = -np.inf
-            self._cache[k] = _with_probabilities(indices, batch)
-        return self._cache[k][image]
-
-
-def _with_probabilities(indices: NDArray[np.intp], logits: NDArray[np.float32]) -> list[RankedClasses]:
-    probabilities = np.take_along_axis(softmax(logits), indices, axis=1)
-    pairs = zip(indices.tolist(), probabilities.tolist(), strict=True)
-    return [list(zip(*pair, strict=True)) for pair in pairs]
+        probabilities = np.take_along_axis(softmax(batch), indices, axis=1)
+        pairs = zip(indices.tolist(), probabilities.tolist(), strict=True)
+        ranked = [list(zip(*pair, strict=True)) for pair in pairs]
+        if k > SMALL_K:
+            return ranked[0]
+        self._cache[k] = ranked
+        return ranked[image]
 
 
 def top_indices(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:

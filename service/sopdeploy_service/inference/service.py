@@ -6,25 +6,23 @@ batch with the images of other requests.
 """
 
 import asyncio
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import ImageError
-from sopdeploy_service.images.decode import Decoded, EncodedImage, keep_memory
-from sopdeploy_service.images.decode_pool import DecodePool, PoolClosedError
+from sopdeploy_service.images.decode import Decoded, DecodePool, EncodedImage, PoolClosedError
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.fault_injection import NO_FAULTS, Faults
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.queue import QueuedImage, call_soon, settle
+from sopdeploy_service.inference.model_worker import QueuedImage, call_soon, settle
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import (
     CLIENT_GONE,
@@ -44,7 +42,6 @@ from sopdeploy_service.settings import Settings
 MAX_RETRY_SECONDS = 60
 
 State: TypeAlias = Literal["ok", "draining", "no_model", "engine_dead", "loop_blocked"]
-Value = TypeVar("Value")
 
 
 class Service:
@@ -62,26 +59,28 @@ class Service:
         self.active_requests = 0  # counted by the middleware
         self.registry = ModelRegistry(loaded, settings, self.metrics, store, faults)
         self.fetches = asyncio.Semaphore(settings.url_fetches)
-        keep_memory(settings.decoders)
+        # Few threads: a JSON parser holds the interpreter lock.
+        self.parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
+        self.admitted = 0  # images; a request whose images are not known yet counts as one
         self._decoders = DecodePool(faults.wrap_decoder(make_decoder(settings)), settings.decoders)
-        self._parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
-        self._admitted = 0
         self.metrics.decoders.set(settings.decoders)
-        self.metrics.queue_depth.set_function(lambda: self._admitted)
+        self.metrics.queue_depth.set_function(lambda: self.admitted)
         self._draining = True
 
     @property
     def state(self) -> State:
         """The health: `ok`, `draining` (also before `start`), `no_model` or `engine_dead`."""
-        if any(model.dead for model in self.registry.models()):
+        models = self.registry.models()
+        if any(model.dead for model in models):
             return "engine_dead"
         if self._draining:
             return "draining"
-        return "ok" if self.registry.names() else "no_model"
+        return "ok" if models else "no_model"
 
     def start(self) -> None:
         """Start the threads and accept requests."""
-        self.registry.start()
+        for model in self.registry.models():
+            model.start()
         self._decoders.start()
         self._draining = False
 
@@ -98,7 +97,7 @@ class Service:
         """End the threads."""
         self.abort()
         self._decoders.stop()
-        self._parsers.shutdown(wait=False, cancel_futures=True)
+        self.parsers.shutdown(wait=False, cancel_futures=True)
         await self.registry.stop()
 
     def check_admission(self, model: Model, deadline: float) -> Rejection | None:
@@ -109,31 +108,18 @@ class Service:
             return DRAINING
         rejection = self.check_queue(model)
         # An idle worker is always tried: an estimate that rejects everything could never be corrected.
-        if rejection is None and self._admitted:
-            end = time.monotonic() + model.latency.total_seconds(self._admitted + 1, model.largest_batch)
+        if rejection is None and self.admitted:
+            end = time.monotonic() + model.latency.total_seconds(self.admitted + 1, model.largest_batch)
             return TOO_LATE if end > deadline else None
         return rejection
 
     def check_queue(self, model: Model, images: int = 1) -> Rejection | None:
         """Return why *images* more cannot be admitted now, or None."""
-        if self._admitted + images <= self.settings.queue_size:
+        if self.admitted + images <= self.settings.queue_size:
             return None
-        seconds = math.ceil(model.latency.total_seconds(self._admitted, model.largest_batch))
+        seconds = math.ceil(model.latency.total_seconds(self.admitted, model.largest_batch))
         retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
         return Rejection("queue_full", 429, "the queue is full; retry later", retry_after)
-
-    @contextlib.contextmanager
-    def reserve(self, images: int = 1) -> Iterator[None]:
-        """Count *images* as admitted; a request whose images are not known yet counts as one."""
-        self._admitted += images
-        try:
-            yield
-        finally:
-            self._admitted -= images
-
-    async def parse(self, function: Callable[..., Value], *values: object) -> Value:
-        """Run *function* in one of few parser threads: a JSON parser holds the interpreter lock."""
-        return await asyncio.get_running_loop().run_in_executor(self._parsers, function, *values)
 
     async def infer(
         self,
@@ -159,16 +145,17 @@ class Service:
         items = [
             QueuedImage(outcome=loop.create_future(), deadline=deadline, trace=context.trace) for _ in images
         ]
-        timer = loop.call_later(deadline - started, _give_up, model, items, DEADLINE)
+        timer = loop.call_later(deadline - started, model.queue.reject, items, DEADLINE)
+        self.admitted += len(items)
         try:
-            with self.reserve(len(items)):
-                for item, image in zip(items, images, strict=True):
-                    self._submit(model, item, image)
-                outcomes = [await item.outcome for item in items]
+            for item, image in zip(items, images, strict=True):
+                self._submit(model, item, image)
+            outcomes = [await item.outcome for item in items]
         except asyncio.CancelledError:
-            _give_up(model, items, CLIENT_GONE)
+            model.queue.reject(items, CLIENT_GONE)
             raise
         finally:
+            self.admitted -= len(items)
             timer.cancel()
         stages = _record_stages(context, items, outcomes)
         result = DEADLINE if any(outcome is DEADLINE for outcome in outcomes) else outcomes
@@ -179,7 +166,7 @@ class Service:
         """Queue a decoded *image* at *model*, or decode it first in a decoder thread."""
         if not isinstance(image, EncodedImage):
             item.image = image
-            rejection = model.put(item)
+            rejection = model.queue.put(item)
             if rejection is not None:
                 settle([item], [rejection])
             return
@@ -193,7 +180,7 @@ class Service:
                 item.image, item.warnings = result.pixels, result.warnings
                 item.decode_seconds, item.arrived = ended - item.arrived, ended
                 self.metrics.stage("decode", item.decode_seconds)
-                rejection = model.put(item)
+                rejection = model.queue.put(item)
             elif isinstance(result, PoolClosedError):
                 rejection = DRAINING
             elif isinstance(result, ImageError):
@@ -203,13 +190,6 @@ class Service:
 
         preprocess = model.bundle.manifest.preprocess
         self._decoders.submit(image, preprocess, on_done, cancelled=item.outcome.done)
-
-
-def _give_up(model: Model, items: Sequence[QueuedImage], rejection: Rejection) -> None:
-    """Give *rejection* to those of *items* without an outcome and remove them from the queue."""
-    for item in items:
-        model.queue.discard(item)
-    settle(items, [rejection] * len(items))
 
 
 def _record_stages(

@@ -13,7 +13,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.tensorrt.cache import cache_folder
-from sopdeploy_service.runtime.base import translate_errors
+from sopdeploy_service.runtime.base import classify_error
 from sopdeploy_service.settings import Settings
 
 CPU = "CPUExecutionProvider"
@@ -103,7 +103,8 @@ class OnnxRuntime:
         self.largest_batch = manifest.batch.maximum
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
-        threads = threads or available_cores()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = threads or cores or 1
         self._session = _open_session(onnxruntime, bundle, threads, provider, dict(options or {}))
         self._bound: BoundSession | None = None
         if provider != CPU:
@@ -112,11 +113,16 @@ class OnnxRuntime:
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
-        with translate_errors():
+        try:
             if self._bound is not None:
                 return self._bound.run(images)
             values = self._session.run(self._outputs, {self._input: images})
-            return dict(zip(self._outputs, values, strict=True))
+        except Exception as error:
+            known = classify_error(str(error))
+            if known is None:
+                raise
+            raise known from error
+        return dict(zip(self._outputs, values, strict=True))
 
 
 def _import_onnxruntime() -> Any:
@@ -176,13 +182,6 @@ def has_cuda() -> bool:
         return CUDA in _import_onnxruntime().get_available_providers()
     except RuntimeUnavailableError:
         return False
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use, at least 1."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return max(1, os.cpu_count() or 1)
 
 
 def tensorrt_options(bundle: Bundle, settings: Settings) -> dict[str, str]:

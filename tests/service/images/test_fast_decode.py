@@ -10,7 +10,7 @@ from sopdeploy.errors import ConfigError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images import fast_decode
 from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
-from sopdeploy_service.images.fast_decode import check_fast_decode, compare, synthetic_jpeg
+from sopdeploy_service.images.loaders import check_fast_decode, compare, synthetic_jpeg
 from sopdeploy_service.images.loaders import load_reduced
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.fake import FakeRuntime

@@ -11,7 +11,7 @@ from sopdeploy.errors import ImageError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images import loaders as loading
 from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
-from sopdeploy_service.images.fast_decode import synthetic_jpeg
+from sopdeploy_service.images.loaders import synthetic_jpeg
 from sopdeploy_service.images.loaders import NvImageCodec, _gpu_loader
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
