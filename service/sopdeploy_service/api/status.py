@@ -4,7 +4,6 @@ import asyncio
 import json
 import time
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
@@ -111,19 +110,17 @@ async def card(request: Request, model: str | None = None) -> Response:
 
 
 def read_card(bundle: Bundle) -> Card:
-    """Read the model card of *bundle*; its text is empty if the bundle has no README.md."""
+    """Read the model card of *bundle* and summarize its certificate.
+
+    The text is empty if the bundle has no README.md. The summary is None if the JSON of the certificate has
+    another structure.
+    """
     readme = bundle.path / README
     text = readme.read_text("utf-8", "replace") if README in bundle.manifest.files else ""
-    certificate = summarize(json.loads((bundle.path / "certificate.json").read_bytes()))
-    sizes = [output.shape[-1] for output in bundle.manifest.outputs if output.name == GATES]
-    return Card(bundle=bundle.name, text=text, certificate=certificate, experts=next(iter(sizes), 0) or 0)
-
-
-def summarize(certificate: Any) -> CertificateSummary | None:
-    """Summarize the parsed JSON of a *certificate*; None if it has another structure."""
+    certificate = json.loads((bundle.path / "certificate.json").read_bytes())
     try:
         roots = certificate["roots"]
-        return CertificateSummary(
+        summary = CertificateSummary(
             detached=certificate["detached"],
             removed=len(certificate["removed"]),
             bytes_removed=sum(entry["bytes"] for entry in certificate["removed"]),
@@ -135,7 +132,9 @@ def summarize(certificate: Any) -> CertificateSummary | None:
             largest_difference=certificate["largest_difference"],
         )
     except (KeyError, TypeError, ValueError):
-        return None
+        summary = None
+    sizes = [output.shape[-1] for output in bundle.manifest.outputs if output.name == GATES]
+    return Card(bundle=bundle.name, text=text, certificate=summary, experts=next(iter(sizes), 0) or 0)
 
 
 @router.get(
@@ -205,6 +204,4 @@ async def roll_back(request: Request, name: str) -> Response:
     service = service_of(request)
     if not service.settings.model_control:
         raise RejectedError(NOT_CONTROLLED)
-    model = raise_if_rejected(await service.registry.roll_back(name))
-    use_model(request, model)
-    return json_response(model_info(model))
+    return json_response(model_info(use_model(request, await service.registry.roll_back(name))))

@@ -17,7 +17,7 @@ from sopdeploy_service.http.forms import ImageForm
 from sopdeploy_service.http.middleware import require
 from sopdeploy_service.http.problems import RejectedError, bad_request
 from sopdeploy_service.http.strict_json import decode_text, parse
-from sopdeploy_service.images.decode import EncodedImage, has_image_signature, too_large_error
+from sopdeploy_service.images.decode import FIRST_BYTES, EncodedImage, too_large_error
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import CLIENT_GONE, DEADLINE, Rejection
 from sopdeploy_service.inference.service import Service
@@ -83,18 +83,22 @@ def admit(request: Request, name: str | None = None, version: str | None = None)
     context, service = context_of(request), service_of(request)
     require(context, "classify")
     deadline = time.monotonic() + timeout_of(request, service.settings.request_timeout)
-    model = raise_if_rejected(service.registry.find(name, version))
-    use_model(request, model)
+    model = use_model(request, service.registry.find(name, version))
     raise_if_rejected(service.check_admission(model, deadline))
     if context.rate_limit is not None:
         context.rate_limit.check(1)
     return model, deadline
 
 
-def use_model(request: Request, model: Model) -> None:
-    """Record the model of *request* for the digest header, the metrics and the access log."""
+def use_model(request: Request, found: Model | Rejection) -> Model:
+    """Record the model *found* for *request*: for the digest header, the metrics and the access log.
+
+    Raises `RejectedError` if it is a rejection.
+    """
+    model = raise_if_rejected(found)
     context = context_of(request)
     context.model_name, context.model_version = model.name, model.version
+    return model
 
 
 def timeout_of(request: Request, longest: float) -> float:
@@ -115,12 +119,14 @@ async def parsing(service: Service, model: Model, deadline: float) -> AsyncItera
     Raises `RejectedError` if the queue is full or the block does not end before *deadline*.
     """
     raise_if_rejected(service.check_queue(model))
+    service.admitted += 1
     try:
-        with service.reserve():
-            async with asyncio.timeout(deadline - time.monotonic()):
-                yield
+        async with asyncio.timeout(deadline - time.monotonic()):
+            yield
     except TimeoutError as problem:
         raise RejectedError(DEADLINE) from problem
+    finally:
+        service.admitted -= 1
 
 
 async def read_upload(request: Request, service: Service, model: Model, deadline: float) -> Upload:
@@ -132,11 +138,12 @@ async def read_upload(request: Request, service: Service, model: Model, deadline
     content_type = request.headers.get("content-type", "")
     kind = content_type.partition(";")[0].strip().lower()
     if kind.startswith("multipart/"):
-        _check_encoding(request)
+        if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+            raise RejectedError(ENCODED)
         if kind != "multipart/form-data":
             raise RejectedError(NOT_A_FORM)
         form = ImageForm(content_type, max_images=settings.max_images)
-        await _receive_body(request, settings.max_body_bytes, deadline, form.feed)
+        await read_body(request, settings.max_body_bytes, deadline, form.feed)
         images = form.images()
         return Upload(images, several=len(images) > 1)
     if kind != "application/json":
@@ -144,10 +151,12 @@ async def read_upload(request: Request, service: Service, model: Model, deadline
         return Upload([EncodedImage(body, content_type)])
     limit = min(settings.max_body_bytes, settings.max_json_bytes)
     body = await read_body(request, limit, deadline)
-    if has_image_signature(body):
+    if body.startswith(FIRST_BYTES):
         return Upload([EncodedImage(body, content_type)])
     async with parsing(service, model, deadline):
-        upload, url = await service.parse(parse_upload, body, limit, settings.max_images)
+        given = (body, limit, settings.max_images)
+        loop = asyncio.get_running_loop()
+        upload, url = await loop.run_in_executor(service.parsers, parse_upload, *given)
         if url is None:
             return upload
         if service.fetches.locked():
@@ -179,20 +188,17 @@ def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> tuple[Upload, s
     return Upload(images, several=True, top_k=top_k), None
 
 
-async def read_body(request: Request, limit: int, deadline: float) -> bytes:
-    """Read the body of *request*, at most *limit* bytes, before *deadline*.
+async def read_body(
+    request: Request, limit: int, deadline: float, consume: Callable[[bytes], None] | None = None
+) -> bytes:
+    """Read the body of *request*, at most *limit* bytes, before *deadline*; *consume* gets it in pieces.
 
-    Raises `RejectedError`: 408 too slow, 413 too large, 415 for a Content-Encoding, 499 client disconnected.
+    Returns the body, empty with *consume*. Raises `RejectedError`: 408 too slow, 413 too large, 415 for a
+    Content-Encoding, 499 client disconnected.
     """
-    _check_encoding(request)
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise RejectedError(ENCODED)
     pieces: list[bytes] = []
-    await _receive_body(request, limit, deadline, pieces.append)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-async def _receive_body(
-    request: Request, limit: int, deadline: float, consume: Callable[[bytes], None]
-) -> None:
     size, more = 0, True
     try:
         async with asyncio.timeout(deadline - time.monotonic()):
@@ -205,12 +211,8 @@ async def _receive_body(
                 if size > limit:
                     raise RejectedError(Rejection.of(too_large_error(limit)))
                 if piece:
-                    consume(piece)
+                    (consume or pieces.append)(piece)
                 more = message.get("more_body", False)
     except TimeoutError as problem:
         raise RejectedError(SLOW_BODY) from problem
-
-
-def _check_encoding(request: Request) -> None:
-    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise RejectedError(ENCODED)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -23,18 +23,22 @@ class Page:
 
     def __init__(self, name: str, styles: list[str], scripts: list[str]) -> None:
         """Insert the files *styles* and *scripts* into the HTML file *name*."""
-        css, js = [_read(style) for style in styles], [_read(script) for script in scripts]
-        logo = _read("mark.svg")
-        icon = (
-            f'<link rel="icon" href="data:image/svg+xml;base64,{base64.b64encode(logo.encode()).decode()}">'
-        )
-        html = _read(name).replace("<!-- mark -->", logo).replace("<!-- icon -->", icon)
-        html = html.replace("<!-- styles -->", "\n".join(f"<style>{text}</style>" for text in css))
-        self.html = html.replace("<!-- scripts -->", "\n".join(f"<script>{text}</script>" for text in js))
+        html, logo = (FOLDER / name).read_text("utf-8"), (FOLDER / "mark.svg").read_text("utf-8")
+        encoded = base64.b64encode(logo.encode()).decode()
+        icon = f'<link rel="icon" href="data:image/svg+xml;base64,{encoded}">'
+        html = html.replace("<!-- mark -->", logo).replace("<!-- icon -->", icon)
+        hashes = {}
+        for element, tag, names in (("styles", "style", styles), ("scripts", "script", scripts)):
+            texts = [(FOLDER / file).read_text("utf-8") for file in names]
+            inline = "\n".join(f"<{tag}>{text}</{tag}>" for text in texts)
+            html = html.replace(f"<!-- {element} -->", inline)
+            digests = (hashlib.sha256(text.encode()).digest() for text in texts)
+            hashes[tag] = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+        self.html = html
         policy = [
             f"default-src {NONE}",
-            f"style-src {' '.join(map(_hash, css))}",
-            f"script-src {' '.join(map(_hash, js)) or NONE}",
+            f"style-src {hashes['style']}",
+            f"script-src {hashes['script'] or NONE}",
             "img-src blob: data:",
             "connect-src 'self'",
             "base-uri 'none'",
@@ -49,13 +53,9 @@ class Page:
             "Cache-Control": "no-cache",
         }
 
-
-def _read(name: str) -> str:
-    return (FOLDER / name).read_text("utf-8")
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    async def respond(self) -> Response:
+        """Return the page."""
+        return Response(self.html, media_type="text/html", headers=self.headers)
 
 
 INDEX = Page(
@@ -66,20 +66,5 @@ INDEX = Page(
 DOCS = Page("docs.html", ["look.css", "docs.css"], [*SHARED_SCRIPTS, "docs.js"])
 ERRORS = Page("errors.html", ["look.css", "docs.css"], [])
 
-
-@router.get("/")
-async def index() -> Response:
-    """Page that classifies an image."""
-    return Response(INDEX.html, media_type="text/html", headers=INDEX.headers)
-
-
-@router.get("/docs")
-async def docs() -> Response:
-    """Page that shows the API."""
-    return Response(DOCS.html, media_type="text/html", headers=DOCS.headers)
-
-
-@router.get("/errors")
-async def errors() -> Response:
-    """Page that explains the error codes; the `type` of a problem links to it."""
-    return Response(ERRORS.html, media_type="text/html", headers=ERRORS.headers)
+for path, page in {"/": INDEX, "/docs": DOCS, "/errors": ERRORS}.items():
+    router.add_api_route(path, page.respond)

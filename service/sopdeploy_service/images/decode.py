@@ -65,7 +65,7 @@ MAX_BMP_READS = 2_000_000  # a run-length-encoded BMP is decoded in Python, one 
 FILL_COLOR = {127, 128}  # libjpeg's gray for missing data; Pillow inverts it in CMYK
 NOISE = random.Random(0).randbytes(2048).replace(b"\xff", b"")  # noqa: S311 - data that changes pixels
 # Pillow, unlike libjpeg, fails on Adobe segments shorter than 12 bytes: make them segments that it skips.
-SHORT_ADOBE, SKIPPED_SEGMENT = re.compile(rb"\xff\xee(\0[\x07\x08]Adobe)"), rb"\xff\xef\1"
+SHORT_ADOBE, SKIPPED_SEGMENT = re.compile(rb"\xff\xee(\0[\x07\x08]Adobe)"), b"\xff\xef\\1"
 RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 
 log = logging.getLogger("sopdeploy.service")
@@ -127,12 +127,11 @@ def decode(
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"this is {limit}", code="too_many_pixels", status=413) from error
     except Exception as error:  # untrusted bytes: a parser or decoder may raise anything
-        text, code, status = "the image is damaged", "damaged_image", 422
         if isinstance(error, MemoryError):
-            text, code, status = "the image needs too much memory", "too_many_pixels", 413
-        elif isinstance(error, EOFError) or "truncated" in str(error).lower():
-            text, code = "the image is truncated", "truncated_image"
-        raise ImageError(text, code=code, status=status) from error
+            raise ImageError("the image needs too much memory", code="too_many_pixels", status=413) from error
+        if isinstance(error, EOFError) or "truncated" in str(error).lower():
+            raise ImageError("the image is truncated", code="truncated_image", status=422) from error
+        raise ImageError("the image is damaged", code="damaged_image", status=422) from error
 
 
 def too_large_error(max_bytes: int) -> ImageError:

@@ -10,7 +10,7 @@ from sopdeploy_service.api.v2.metadata import Tensor
 from sopdeploy_service.api.v2.request import RequestedOutput
 from sopdeploy_service.api.v2.response import HEADER_LENGTH, classify, format_response, stack_outputs
 from sopdeploy_service.http.problems import RejectedError
-from sopdeploy_service.inference.model_statistics import ModelStatistics, Sum
+from sopdeploy_service.inference.model import ModelStatistics, Sum
 from sopdeploy_service.inference.results import DEADLINE, ENGINE_FAILED, NONFINITE, Prediction, Ranking
 
 LOGITS = Tensor("logits", "FP32", (-1, 3))
@@ -102,4 +102,3 @@ def test_statistics_count_requests_by_result_and_runs_by_batch_size():
     assert (statistics.success, statistics.failure) == (Sum(2, 1.5), Sum(2, 6.0))
     assert statistics.stages == {"queue": Sum(2, 0.5)}
     assert statistics.batches == {2: Sum(2, 0.8), 1: Sum(2, 0.8)}
-    assert statistics.executions() == {1: Sum(2, 0.8), 2: Sum(1, 0.4)}

@@ -8,10 +8,14 @@ from PIL import Image
 
 from sopdeploy.errors import ConfigError, ParityError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.images import fast_decode
 from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
-from sopdeploy_service.images.loaders import check_fast_decode, compare, synthetic_jpeg
-from sopdeploy_service.images.loaders import load_reduced
+from sopdeploy_service.images.loaders import (
+    MAX_DRIFT,
+    check_fast_decode,
+    compare,
+    load_reduced,
+    synthetic_jpeg,
+)
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings, load_settings
@@ -83,7 +87,7 @@ def test_exact_decoding_needs_no_check(bundle, onnx_runtime):
 def test_a_robust_network_is_loaded_with_its_drift(bundle_path):
     found = load_model(bundle_path, FAST)
     assert found.fast_decode.pictures == 9
-    assert 0 < found.fast_decode.drift < fast_decode.MAX_DRIFT
+    assert 0 < found.fast_decode.drift < MAX_DRIFT
     assert found.fast_decode.agreement == 1
     assert list(found.seconds) == ["hashes", "session", "probes", "fast_decode"]
 

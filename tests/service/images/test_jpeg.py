@@ -11,8 +11,7 @@ from PIL import Image
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.images.decode import EncodedImage, decode
-from sopdeploy_service.images.decode import is_truncated
+from sopdeploy_service.images.decode import EncodedImage, decode, is_truncated
 
 FUZZ = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 RULES = Preprocess(resize=36, crop=32)

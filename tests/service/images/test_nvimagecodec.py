@@ -2,6 +2,7 @@
 
 import io
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,7 @@ from sopdeploy.errors import ImageError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images import loaders as loading
 from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
-from sopdeploy_service.images.loaders import synthetic_jpeg
-from sopdeploy_service.images.loaders import NvImageCodec, _gpu_loader
+from sopdeploy_service.images.loaders import NvImageCodec, _gpu_loader, synthetic_jpeg
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
 
@@ -48,13 +48,13 @@ class Counter:
 
     def __init__(self, codec, monkeypatch):
         self.count = 0
-        decode_pixels = codec._decode_pixels
+        decoder = codec._decoder
 
-        def pixels(body):
+        def counted():
             self.count += 1
-            return decode_pixels(body)
+            return decoder()
 
-        monkeypatch.setattr(codec, "_decode_pixels", pixels)
+        monkeypatch.setattr(codec, "_decoder", counted)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,9 @@ def test_a_truncated_jpeg_is_rejected(codec, keep):
 
 
 def test_a_result_with_another_shape_than_the_header_is_not_used(codec, monkeypatch):
-    monkeypatch.setattr(codec, "_decode_pixels", lambda body: np.zeros((3, 3, 3), np.uint8))
+    pixels = SimpleNamespace(cpu=lambda: np.zeros((3, 3, 3), np.uint8))
+    other = SimpleNamespace(decode=lambda body, params: pixels)
+    monkeypatch.setattr(codec, "_decoder", lambda: other)
     np.testing.assert_array_equal(
         decode_with(codec, encode()).pixels, decode_with(load_exact, encode()).pixels
     )

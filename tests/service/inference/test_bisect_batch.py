@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from sopdeploy_service.inference.bisect_batch import run_bisected
+from sopdeploy_service.inference.model_worker import run_bisected
 from sopdeploy_service.inference.results import ENGINE_FAILED, NONFINITE
 
 RAISES = 13

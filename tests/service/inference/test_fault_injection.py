@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.inference import fault_injection, model, model_worker
+from sopdeploy_service.inference import fault_injection, model
 from sopdeploy_service.inference.fault_injection import NO_FAULTS, InjectedError, parse_faults
 from sopdeploy_service.runtime.base import OutOfMemoryError
 from sopdeploy_service.runtime.fake import FakeRuntime
@@ -110,9 +110,7 @@ def test_other_images_of_a_form_keep_their_predictions(run_server, bundle, jpeg,
     assert sum("error" in result for result in results) == 1
 
 
-def test_out_of_memory_halves_batches_for_a_while(run_server, bundle, jpeg, monkeypatch):
-    later = 0.0
-    monkeypatch.setattr(model_worker, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + later))
+def test_out_of_memory_halves_batches_for_a_while(run_server, bundle, jpeg):
     runtime = FakeRuntime(classes=7, fixed_ms=5, largest_batch=8)
     settings = Settings(max_batch=8, max_queue_delay_ms=10_000)  # longer than decoding
 
@@ -125,7 +123,7 @@ def test_out_of_memory_halves_batches_for_a_while(run_server, bundle, jpeg, monk
     with run_server(runtime, bundle, settings, faults=parse_faults("engine=oom@1")) as client:
         assert eight() == [4, 4]
         assert eight() == [4, 4]
-        later = model_worker.SMALLER_SECONDS + 1
+        client.app.state.service.registry.find()._worker._limited_until = 0.0  # the time is over
         assert eight() in ([4, 4], [8])  # the worker may have asked for four already
         assert eight() == [8]
 

@@ -62,7 +62,7 @@ def classify(serve_with, make_picture, pool, until):
         queue = client.app.state.service.registry.find().queue
         for index, image in enumerate(images[1:]):  # keeps the order
             futures.append(pool.submit(post, client, image))
-            until(lambda index=index: len(queue) > index)
+            until(lambda index=index: len(queue._items) > index)
         runtime.gate.set()
         return [future.result(20) for future in futures], client
 

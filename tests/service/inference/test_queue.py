@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from sopdeploy_service.inference.queue import QueuedImage, RequestQueue, settle
+from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, settle
 from sopdeploy_service.inference.results import DEADLINE, DRAINING
 
 Fill = Callable[..., list[QueuedImage]]
@@ -21,7 +21,7 @@ def fill() -> Iterator[Fill]:
     def put(queue: RequestQueue, count: int, seconds: float = 60.0) -> list[QueuedImage]:
         deadline = time.monotonic() + seconds
         items = [QueuedImage(outcome=loop.create_future(), deadline=deadline) for _ in range(count)]
-        assert all(queue.put(item) for item in items)
+        assert {queue.put(item) for item in items} == {None}
         return items
 
     yield put
@@ -34,16 +34,13 @@ def test_an_idle_worker_takes_what_is_queued_up_to_the_batch_size_in_order(fill:
     assert [queue.take(4), queue.take(4), queue.take(4)] == [items[:4], items[4:8], items[8:]]
 
 
-def test_a_full_batch_does_not_wait_for_the_delay(fill: Fill) -> None:
+def test_a_full_batch_does_not_wait_for_the_delay_of_the_oldest_image(fill: Fill) -> None:
     queue = RequestQueue(max_delay=1000)
-    assert queue.take_full(4) == []
+    assert queue.take(4, only_full=True) == []
     items = fill(queue, 4)
-    assert queue.take_full(5) == []
-    assert queue.take(4) == items
-
-
-def test_the_delay_starts_with_the_arrival_of_the_oldest_image(fill: Fill) -> None:
-    queue = RequestQueue(max_delay=1000)
+    assert queue.take(5, only_full=True) == []
+    assert queue.take(2, only_full=True) == items[:2]
+    assert queue.take(2) == items[2:]
     items = fill(queue, 2)
     items[0].arrived -= 1000
     assert queue.take(8) == items
@@ -58,37 +55,30 @@ def test_images_that_arrive_during_the_delay_join_the_batch(fill: Fill) -> None:
     late.join()
 
 
-def test_settled_cancelled_and_expired_images_never_enter_a_batch(fill: Fill) -> None:
+def test_settled_cancelled_rejected_and_expired_images_never_enter_a_batch(fill: Fill) -> None:
     queue = RequestQueue()
-    first, cancelled, settled = fill(queue, 3)
+    first, cancelled, settled, rejected = fill(queue, 4)
     fill(queue, 1, seconds=-1)
     (last,) = fill(queue, 1)
     cancelled.outcome.cancel()
     settle([settled, settled], [DRAINING, DEADLINE])
+    for _ in range(2):
+        queue.reject([rejected, settled], DEADLINE)
     assert queue.take(8) == [first, last]
-    assert settled.outcome.result() is DRAINING
-
-
-def test_a_discarded_image_leaves_the_queue_immediately(fill: Fill) -> None:
-    queue = RequestQueue()
-    items = fill(queue, 2)
-    queue.discard(items[0])
-    queue.discard(items[0])
-    assert len(queue) == 1
-    assert queue.take(8) == [items[1]]
+    assert (settled.outcome.result(), rejected.outcome.result()) == (DRAINING, DEADLINE)
 
 
 def test_a_closed_queue_accepts_nothing_and_returns_the_remaining_images(fill: Fill) -> None:
     queue = RequestQueue()
     items = fill(queue, 2)
-    assert queue.close() == items
-    assert not queue.put(items[0])
+    assert queue.close(DRAINING) == items
+    assert queue.put(items[0]) is DRAINING
     assert queue.take(8) == []
 
 
 def test_closing_wakes_a_waiting_worker() -> None:
     queue = RequestQueue()
-    closing = threading.Timer(0.05, queue.close)
+    closing = threading.Timer(0.05, queue.close, [DRAINING])
     closing.start()
     assert queue.take(8) == []
     closing.join()

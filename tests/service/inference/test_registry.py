@@ -49,7 +49,8 @@ def run_with_registry(
         store = BundleStore([f"tiny={first}"]) if control else None
         loaded = {"tiny": load_model(first, SETTINGS)}
         registry = ModelRegistry(loaded, SETTINGS, Metrics(), store, parse_faults(faults))
-        registry.start()
+        for model in registry.models():
+            model.start()
         await scenario(registry)
         await registry.stop()
 

@@ -132,7 +132,8 @@ def test_a_server_does_not_keep_its_first_runtime(
         return loaded
 
     async def swaps(registry: ModelRegistry) -> None:
-        registry.start()
+        for model in registry.models():
+            model.start()
         for path in versions[1:3]:
             assert isinstance(await registry.load("tiny", path.name), Model)
         end = time.monotonic() + 20
@@ -159,7 +160,8 @@ def test_a_version_that_fails_to_stop_is_logged_and_forgotten(
         metrics = Metrics()
         store = BundleStore([f"tiny={versions[0]}"])
         registry = ModelRegistry({"tiny": load_model(versions[0], SETTINGS)}, SETTINGS, metrics, store)
-        registry.start()
+        for model in registry.models():
+            model.start()
         first = registry.find()
         assert isinstance(first, Model)
         stop = first.stop

@@ -6,7 +6,6 @@ show their shape, so the numbers are read as one flat list, piece by piece, and 
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from secrets import token_hex
@@ -66,8 +65,9 @@ class NumberList:
         for size in reversed(shape):
             nested = b"[" + b",".join([nested] * size) + b"]"
         flat = b"[" + b"," * (prod(shape) - 1) + b"]"
-        misplaced = any(b"]0" in piece or b"0[" in piece for piece in _pieces(outline, overlap=1))
-        if misplaced or brackets not in {nested, flat}:
+        begins = range(0, len(outline), PIECE_BYTES)
+        pieces = (outline[begin : begin + PIECE_BYTES + 1] for begin in begins)  # they overlap by one byte
+        if brackets not in {nested, flat} or any(b"]0" in piece or b"0[" in piece for piece in pieces):
             raise wrong_count_error(tensor, shape)
 
 
@@ -89,7 +89,7 @@ def check_finite(values: NDArray[Any], tensor: Tensor) -> NDArray[Any]:
 
 
 def extract_lists(raw: bytes) -> tuple[bytes, dict[str, NumberList]]:
-    """Replace each list of numbers under a key `data` by a token."""
+    """Replace each list of numbers under a key `data` by a token; return the lists by token."""
     lists: dict[str, NumberList] = {}
     secret = token_hex(8)  # clients cannot forge a token
     kept: list[bytes] = []
@@ -107,14 +107,6 @@ def extract_lists(raw: bytes) -> tuple[bytes, dict[str, NumberList]]:
     return b"".join([*kept, raw[done:]]), lists
 
 
-def restore_lists(value: Any, lists: dict[str, NumberList]) -> None:
-    """Replace the tokens in the inputs of the request *value* by their lists."""
-    inputs = value.get("inputs") if isinstance(value, dict) else None
-    for item in inputs if isinstance(inputs, list) else ():
-        if isinstance(item, dict) and isinstance(item.get("data"), str):
-            item["data"] = lists.get(item["data"], item["data"])
-
-
 def _list_span(part: bytes) -> tuple[int, int] | None:
     """Find the list in *part*, the text after a key; None if it is not a complete list."""
     colon = LIST_FOLLOWS.match(part)
@@ -125,18 +117,16 @@ def _list_span(part: bytes) -> tuple[int, int] | None:
     after = part[end:].lstrip()[:1]
     if end == 0 or not (after == b"}" or part[end:].strip() in {b"", b","}):
         return None
-    depth = sum(piece.count(b"[") - piece.count(b"]") for piece in _pieces(part[colon.end() : end]))
+    begins = range(colon.end(), end, PIECE_BYTES)
+    pieces = (part[begin : min(begin + PIECE_BYTES, end)] for begin in begins)
+    depth = sum(piece.count(b"[") - piece.count(b"]") for piece in pieces)
     return None if depth else (colon.end(), end)
-
-
-def _pieces(text: bytes, overlap: int = 0) -> Iterator[bytes]:
-    for begin in range(0, len(text), PIECE_BYTES):
-        yield text[begin : begin + PIECE_BYTES + overlap]
 
 
 def _translate(text: bytes, table: bytes | None, delete: bytes) -> bytes:
     """Call `text.translate` piece by piece, so that other threads run in between."""
-    return b"".join(piece.translate(table, delete) for piece in _pieces(text))
+    begins = range(0, len(text), PIECE_BYTES)
+    return b"".join(text[begin : begin + PIECE_BYTES].translate(table, delete) for begin in begins)
 
 
 def _read_numbers(piece: bytes, tensor: Tensor) -> NDArray[Any]:

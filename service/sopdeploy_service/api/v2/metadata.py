@@ -8,7 +8,6 @@ import numpy as np
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.model_statistics import Sum
 from sopdeploy_service.settings import Settings
 
 DATATYPES = {"uint8": "UINT8", "float32": "FP32", "int64": "INT64"}
@@ -30,14 +29,9 @@ class Tensor:
     shape: tuple[int, ...]
 
     @property
-    def item_shape(self) -> tuple[int, ...]:
-        """The shape without the batch."""
-        return self.shape[1:]
-
-    @property
     def expected_shape(self) -> str:
         """The shape for error messages: `[n, 224, 224, 3]`."""
-        return "[" + ", ".join(["n", *map(str, self.item_shape)]) + "]"
+        return "[" + ", ".join(["n", *map(str, self.shape[1:])]) + "]"
 
 
 IMAGE = Tensor("IMAGE", "BYTES", (-1, 1))
@@ -56,15 +50,15 @@ class Signature:
     labels: tuple[str, ...]
     max_images: int
 
-    @classmethod
-    def of(cls, bundle: Bundle, max_images: int) -> "Signature":
-        """Create the signature of *bundle*."""
-        manifest = bundle.manifest
-        tensor, *outputs = (
-            Tensor(record.name, DATATYPES[record.dtype], tuple(-1 if n is None else n for n in record.shape))
-            for record in (manifest.inputs[0], *manifest.outputs)
-        )
-        return cls(tensor, tuple(outputs), bundle.labels, max_images)
+
+def signature_of(bundle: Bundle, max_images: int) -> Signature:
+    """Create the signature of *bundle* for requests of at most *max_images*."""
+    manifest = bundle.manifest
+    tensor, *outputs = (
+        Tensor(record.name, DATATYPES[record.dtype], tuple(-1 if n is None else n for n in record.shape))
+        for record in (manifest.inputs[0], *manifest.outputs)
+    )
+    return Signature(tensor, tuple(outputs), bundle.labels, max_images)
 
 
 def platform(model: Model) -> str:
@@ -72,33 +66,30 @@ def platform(model: Model) -> str:
     return "tensorrt_plan" if model.loaded.runtime.name == "tensorrt" else "onnxruntime_onnx"
 
 
-def model_metadata(model: Model, versions: Iterable[str], signature: Signature) -> dict[str, Any]:
+def model_metadata(model: Model, versions: Iterable[str]) -> dict[str, Any]:
     """Build the response of `GET /v2/models/{name}`."""
-
-    def tensors(*group: Tensor) -> list[dict[str, Any]]:
-        return [
+    signature = signature_of(model.bundle, 1)
+    groups = {"inputs": (signature.tensor, IMAGE), "outputs": signature.outputs}
+    tensors = {
+        group: [
             {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
-            for tensor in group
+            for tensor in members
         ]
-
-    return {
-        "name": model.name,
-        "versions": list(versions),
-        "platform": platform(model),
-        "inputs": tensors(signature.tensor, IMAGE),
-        "outputs": tensors(*signature.outputs),
+        for group, members in groups.items()
     }
+    return {"name": model.name, "versions": list(versions), "platform": platform(model), **tensors}
 
 
-def model_config(model: Model, signature: Signature, settings: Settings) -> dict[str, Any]:
-    """Build a Triton model configuration; dimensions are without the batch."""
+def model_config(model: Model, settings: Settings) -> dict[str, Any]:
+    """Build a Triton model configuration; dimensions are without the batch.
 
-    def configuration(tensor: Tensor) -> dict[str, Any]:
-        datatype = CONFIG_TYPES[tensor.datatype]
-        return {"name": tensor.name, "data_type": datatype, "dims": list(tensor.item_shape)}
-
-    # Both inputs are optional: a request gives one of them.
-    formats = ((signature.tensor, "FORMAT_NHWC"), (IMAGE, "FORMAT_NONE"))
+    Both inputs are optional: a request gives one of them.
+    """
+    signature = signature_of(model.bundle, settings.max_images)
+    described = [
+        {"name": tensor.name, "data_type": CONFIG_TYPES[tensor.datatype], "dims": list(tensor.shape[1:])}
+        for tensor in (signature.tensor, IMAGE, *signature.outputs)
+    ]
     kind = "KIND_CPU" if model.loaded.runtime.device == "cpu" else "KIND_GPU"
     return {
         "name": model.name,
@@ -106,9 +97,10 @@ def model_config(model: Model, signature: Signature, settings: Settings) -> dict
         "backend": platform(model).partition("_")[0],
         "max_batch_size": signature.max_images,
         "input": [
-            {**configuration(tensor), "format": layout, "optional": True} for tensor, layout in formats
+            {**tensor, "format": layout, "optional": True}
+            for tensor, layout in zip(described, ("FORMAT_NHWC", "FORMAT_NONE"), strict=False)
         ],
-        "output": [configuration(tensor) for tensor in signature.outputs],
+        "output": described[2:],
         "dynamic_batching": {"max_queue_delay_microseconds": round(settings.max_queue_delay_ms * 1000)},
         "instance_group": [{"count": 1, "kind": kind}],
     }
@@ -117,37 +109,39 @@ def model_config(model: Model, signature: Signature, settings: Settings) -> dict
 def model_statistics(model: Model) -> dict[str, Any]:
     """Build the statistics of *model* since it was loaded; durations are in nanoseconds.
 
-    `compute_input` is decoding. `compute_output` is 0, because responses are built outside of the model.
+    `compute_input` is decoding. `compute_output` is 0, because responses are built outside of the model. The
+    images of a batch share one run and its time, so images and seconds are divided by the batch size.
     """
-
-    def duration(total: Sum | None = None) -> dict[str, int]:
-        return {"count": total.count, "ns": round(total.seconds * 1e9)} if total else {"count": 0, "ns": 0}
-
     statistics = model.statistics
-    executions = statistics.executions()
+    stages = statistics.stages
+    nothing = {"count": 0, "ns": 0}
+    totals = {
+        "success": statistics.success,
+        "fail": statistics.failure,
+        "queue": stages.get("queue"),
+        "compute_input": stages.get("decode"),
+        "compute_infer": stages.get("infer"),
+    }
+    durations = {
+        name: {"count": total.count, "ns": round(total.seconds * 1e9)} if total else nothing
+        for name, total in totals.items()
+    }
+    runs = {
+        size: {"count": round(images.count / size), "ns": round(images.seconds / size * 1e9)}
+        for size, images in sorted(statistics.batches.items())
+    }
     return {
         "name": model.name,
         "version": model.version,
         "last_inference": round(statistics.last * 1000),
         "inference_count": sum(images.count for images in statistics.batches.values()),
-        "execution_count": sum(runs.count for runs in executions.values()),
+        "execution_count": sum(run["count"] for run in runs.values()),
         "inference_stats": {
-            "success": duration(statistics.success),
-            "fail": duration(statistics.failure),
-            "queue": duration(statistics.stages.get("queue")),
-            "compute_input": duration(statistics.stages.get("decode")),
-            "compute_infer": duration(statistics.stages.get("infer")),
-            "compute_output": duration(),
-            "cache_hit": duration(),
-            "cache_miss": duration(),
+            **durations,
+            **dict.fromkeys(("compute_output", "cache_hit", "cache_miss"), nothing),
         },
         "batch_stats": [
-            {
-                "batch_size": size,
-                "compute_input": duration(),
-                "compute_infer": duration(runs),
-                "compute_output": duration(),
-            }
-            for size, runs in executions.items()
+            {"batch_size": size, "compute_input": nothing, "compute_infer": run, "compute_output": nothing}
+            for size, run in runs.items()
         ],
     }

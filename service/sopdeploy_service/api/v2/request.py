@@ -20,7 +20,6 @@ from sopdeploy_service.api.v2.json_tensors import (
     NumberList,
     check_finite,
     extract_lists,
-    restore_lists,
     wrong_count_error,
 )
 from sopdeploy_service.api.v2.metadata import DTYPES, IMAGE, Signature, Tensor
@@ -139,7 +138,10 @@ def parse_body(body: bytes, header_length: str | None, signature: Signature, max
     check_length(text, max_json)
     rest, lists = extract_lists(text)
     value = parse(rest, max_json)
-    restore_lists(value, lists)
+    inputs = value.get("inputs") if isinstance(value, dict) else None
+    for item in inputs if isinstance(inputs, list) else ():
+        if isinstance(item, dict) and isinstance(item.get("data"), str):
+            item["data"] = lists.get(item["data"], item["data"])
     request = validate(InferBody, value)
     parameters = request.parameters or RequestParameters()
     return InferRequest(
@@ -223,7 +225,7 @@ def _check_shape(value: Any, tensor: Tensor, max_images: int) -> tuple[int, ...]
     rule = f"input {tensor.name!r}: the shape must be {tensor.expected_shape} with n from 1 to {max_images}"
     if type(value) is not list or not all(type(size) is int for size in value):
         raise bad_request("wrong_shape", rule)
-    allowed = {tensor.item_shape, ()} if tensor is IMAGE else {tensor.item_shape}
+    allowed = {tensor.shape[1:], ()} if tensor is IMAGE else {tensor.shape[1:]}
     if not value or value[0] < 1 or tuple(value[1:]) not in allowed:
         raise bad_request("wrong_shape", f"{rule}, not {str(value)[:100]}")
     if value[0] > max_images:

@@ -1,5 +1,6 @@
 """The endpoints of the Open Inference Protocol."""
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version as package_version
@@ -19,14 +20,13 @@ from sopdeploy_service.api.upload import (
     use_model,
 )
 from sopdeploy_service.api.v2 import metadata
-from sopdeploy_service.api.v2.metadata import EXTENSIONS, Signature
+from sopdeploy_service.api.v2.metadata import EXTENSIONS, signature_of
 from sopdeploy_service.api.v2.request import Body, InferBody, ParsedBody, parse_body, validate
 from sopdeploy_service.api.v2.response import HEADER_LENGTH, format_response, stack_outputs
 from sopdeploy_service.http.body_limits import cancel_on_disconnect
 from sopdeploy_service.http.middleware import require_admin
 from sopdeploy_service.http.strict_json import parse
 from sopdeploy_service.images.decode import EncodedImage
-from sopdeploy_service.inference.model import Model
 
 MAX_BODY_BYTES = 100_000  # of a repository request
 ADMIN = [Depends(require_admin)]
@@ -156,33 +156,34 @@ async def all_statistics(request: Request) -> Response:
 @model_endpoint("GET", "/ready")
 async def model_ready(request: Request, name: str, version: str | None) -> Response:
     """Respond with 200 while the model can predict."""
-    model = find_model(request, name, version)
-    is_ready = not model.dead and service_of(request).state != "draining"
+    service = service_of(request)
+    model = use_model(request, service.registry.find(name, version))
+    is_ready = not model.dead and service.state != "draining"
     return json_response({"name": model.name, "ready": is_ready}, 200 if is_ready else 503)
 
 
 @model_endpoint("GET", "/config")
 async def model_config(request: Request, name: str, version: str | None) -> Response:
     """Return the model as a Triton model configuration."""
-    model, settings = find_model(request, name, version), service_of(request).settings
-    signature = Signature.of(model.bundle, settings.max_images)
-    return json_response(metadata.model_config(model, signature, settings))
+    service = service_of(request)
+    model = use_model(request, service.registry.find(name, version))
+    return json_response(metadata.model_config(model, service.settings))
 
 
 @model_endpoint("GET", "/stats")
 async def model_statistics(request: Request, name: str, version: str | None) -> Response:
     """Return what the model has done since it was loaded."""
-    statistics = metadata.model_statistics(find_model(request, name, version))
-    return json_response({"model_stats": [statistics]})
+    model = use_model(request, service_of(request).registry.find(name, version))
+    return json_response({"model_stats": [metadata.model_statistics(model)]})
 
 
 @model_endpoint("GET", "")
 async def model_metadata(request: Request, name: str, version: str | None) -> Response:
     """Return the inputs and outputs of the model."""
-    model, service = find_model(request, name, version), service_of(request)
-    versions = [other.version for other in service.registry.models() if other.name == name]
-    signature = Signature.of(model.bundle, service.settings.max_images)
-    return json_response(metadata.model_metadata(model, versions, signature))
+    registry = service_of(request).registry
+    model = use_model(request, registry.find(name, version))
+    versions = [other.version for other in registry.models() if other.name == name]
+    return json_response(metadata.model_metadata(model, versions))
 
 
 @model_endpoint("POST", "/infer", openapi_extra=INFER_BODY)
@@ -191,12 +192,14 @@ async def model_infer(request: Request, name: str, version: str | None) -> Respo
     service, context = service_of(request), context_of(request)
     started = time.monotonic()
     model, deadline = admit(request, name, version)
-    signature = Signature.of(model.bundle, service.settings.max_images)
+    signature = signature_of(model.bundle, service.settings.max_images)
     with model.in_use():  # while the body arrives, the model may be replaced
         body = await read_body(request, service.settings.max_body_bytes, deadline)
         length = request.headers.get(HEADER_LENGTH)
         async with parsing(service, model, deadline):
-            parsed = await service.parse(parse_body, body, length, signature, service.settings.max_json_bytes)
+            given = (body, length, signature, service.settings.max_json_bytes)
+            loop = asyncio.get_running_loop()
+            parsed = await loop.run_in_executor(service.parsers, parse_body, *given)
         received = time.monotonic()
         service.metrics.stage("receive", received - started)
         context.record_stage("receive", received - started, received)
@@ -232,7 +235,7 @@ async def load(request: Request, name: str) -> Response:
     """Load a bundle as *name*; `parameters.folder` chooses among several."""
     body = await read_json(request, LoadBody)
     folder = body.parameters.folder if body.parameters else None
-    use_model(request, raise_if_rejected(await service_of(request).registry.load(name, folder)))
+    use_model(request, await service_of(request).registry.load(name, folder))
     return Response()
 
 
@@ -242,13 +245,6 @@ async def unload(request: Request, name: str) -> Response:
     await read_json(request, Body)
     raise_if_rejected(await service_of(request).registry.unload(name))
     return Response()
-
-
-def find_model(request: Request, name: str, version: str | None) -> Model:
-    """Return the model of the path; the response will carry its digest."""
-    model = raise_if_rejected(service_of(request).registry.find(name, version))
-    use_model(request, model)
-    return model
 
 
 async def read_json(request: Request, model: type[ParsedBody]) -> ParsedBody:
