@@ -12,8 +12,7 @@ from measure import compare, parse, report
 
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import EncodedImage, decode
-from sopdeploy_service.images.loaders import synthetic_jpeg
-from sopdeploy_service.images.loaders import load_reduced
+from sopdeploy_service.images.loaders import load_reduced, synthetic_jpeg
 
 SIZES = ((4000, 3000), (2048, 1536), (1400, 1050), (500, 375))
 
