@@ -7,16 +7,8 @@ from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-
-class Status(int):
-    name = "cudaSuccess"
-
-
-class Failed(Status):
-    name = "cudaErrorInsufficientDriver"
-
-
-OK, FAILED = Status(0), Failed(35)
+OK = type("Status", (int,), {"name": "cudaSuccess"})(0)
+FAILED = type("Status", (int,), {"name": "cudaErrorInsufficientDriver"})(35)
 
 
 @dataclass
@@ -25,9 +17,6 @@ class Mark:
 
     stream: int
     reached: bool = False
-
-    def reach(self) -> None:
-        self.reached = True
 
 
 class FakeCuda(ModuleType):
@@ -38,11 +27,10 @@ class FakeCuda(ModuleType):
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
 
-    def __init__(
-        self, *, gpus: int | None = 1, name: str = "Fake H200", sm: tuple[int, int] = (9, 0)
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__("cuda.bindings.runtime")
-        self.gpus, self.gpu_name, self.sm = gpus, name, sm
+        self.gpus: int | None = 1
+        self.gpu_name, self.sm = "Fake H200", (9, 0)
         self.held: dict[int, Any] = {}
         self.numbers = itertools.count(1)
         self.streams: dict[int, list[Callable[[], Any]]] = {}  # pending work
@@ -98,7 +86,7 @@ class FakeCuda(ModuleType):
 
     def cudaEventRecord(self, event: int, stream: int) -> Any:
         mark = self.events[event] = Mark(stream)
-        self.put(mark.reach, stream)
+        self.put(lambda: setattr(mark, "reached", True), stream)
         return (OK,)
 
     def cudaStreamWaitEvent(self, stream: int, event: int, flags: int) -> Any:

@@ -25,7 +25,7 @@ MAGIC = b"fake plan\n"
 
 
 def members(kind: str, version: str) -> frozenset[str] | None:
-    """The names of *kind* in *version*; None if the class does not exist."""
+    """List the names of *kind* in *version*; None if the class does not exist."""
     entry = SURFACE["classes"][kind]
     if version in entry and entry[version] is None:
         return None
@@ -37,17 +37,16 @@ def limited(kind: str, version: str, base: type) -> type:
     known = members(kind, version)
     assert known is not None
 
-    def get(self: Any, name: str) -> Any:
-        if not name.startswith("_") and name not in known:
-            raise AttributeError(f"tensorrt {version}: {kind} has no {name}")
-        return object.__getattribute__(self, name)
+    def checked(access: Any) -> Any:
+        def call(self: Any, name: str, *value: Any) -> Any:
+            if not name.startswith("_") and name not in known:
+                raise AttributeError(f"tensorrt {version}: {kind} has no {name}")
+            return access(self, name, *value)
 
-    def put(self: Any, name: str, value: Any) -> None:
-        if not name.startswith("_") and name not in known:
-            raise AttributeError(f"tensorrt {version}: {kind} has no {name}")
-        object.__setattr__(self, name, value)
+        return call
 
-    return type(kind, (base,), {"__getattribute__": get, "__setattr__": put})
+    special = ("__getattribute__", "__setattr__")
+    return type(kind, (base,), {name: checked(getattr(object, name)) for name in special})
 
 
 class Member(int):
@@ -95,15 +94,6 @@ class Memory:
         return self._content
 
 
-def dtype_of(trt: Any, elem: int) -> Any:
-    names = {
-        onnx.TensorProto.UINT8: "UINT8",
-        onnx.TensorProto.FLOAT: "FLOAT",
-        onnx.TensorProto.FLOAT16: "HALF",
-    }
-    return getattr(trt.DataType, names.get(elem, "INT32"))
-
-
 class FakeTensorRT(ModuleType):
     """The module; `_faults` names the faults to inject."""
 
@@ -128,12 +118,13 @@ class FakeTensorRT(ModuleType):
             setattr(self, kind, made)
 
     def _dtype(self, elem: int) -> Any:
-        return dtype_of(self, elem)
+        kinds = onnx.TensorProto
+        names = {kinds.UINT8: "UINT8", kinds.FLOAT: "FLOAT", kinds.FLOAT16: "HALF"}
+        return getattr(self.DataType, names.get(elem, "INT32"))
 
 
 class Logger:
-    def __init__(self) -> None:
-        pass
+    pass
 
 
 class Part:
@@ -166,17 +157,11 @@ class Layer(Part):
 class Network(Part):
     _model: Any = None
     _layers: Any = ()
-
-    @property
-    def num_inputs(self) -> int:
-        return len(self._model.graph.input)
+    num_inputs = property(lambda self: len(self._model.graph.input))
+    num_layers = property(lambda self: len(self._layers))
 
     def get_input(self, index: int) -> Any:
         return self._trt.ITensor(self._model.graph.input[index])
-
-    @property
-    def num_layers(self) -> int:
-        return len(self._layers)
 
     def get_layer(self, index: int) -> Any:
         return self._layers[index]
@@ -192,12 +177,9 @@ def types_of(model: Any) -> dict[str, int]:
 class OnnxParser(Part, Flags):
     def __init__(self, network: Any, logger: Any) -> None:
         Flags.__init__(self)
-        self._network = network
-        self._errors: list[Any] = []
+        self._network, self._errors = network, []
 
-    @property
-    def num_errors(self) -> int:
-        return len(self._errors)
+    num_errors = property(lambda self: len(self._errors))
 
     def get_error(self, index: int) -> Any:
         return self._errors[index]
@@ -205,7 +187,9 @@ class OnnxParser(Part, Flags):
     def parse(self, graph: bytes) -> bool:
         model = onnx.ModelProto.FromString(graph)
         if self._trt._major < 10:
-            forget_axes(model)
+            for node in model.graph.node:  # the parser of 8.6 ignores the axes input, except of ReduceSum
+                if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
+                    del node.input[1:]
         types = types_of(model)
         for index, node in enumerate(model.graph.node):
             moves_bytes = node.op_type != "Cast" and types.get(node.input[0]) == onnx.TensorProto.UINT8
@@ -214,13 +198,6 @@ class OnnxParser(Part, Flags):
         self._network._model = model
         self._network._layers = [self._trt.ILayer(n, types.get(n.output[0], 0)) for n in model.graph.node]
         return not self._errors
-
-
-def forget_axes(model: Any) -> None:
-    """Drop the axes input of Reduce operators except ReduceSum, as the parser of 8.6 does."""
-    for node in model.graph.node:
-        if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
-            del node.input[1:]
 
 
 class ParserError(Part):
@@ -311,14 +288,9 @@ class Builder(Part):
                     return None
             monitor.phase_finish("Building Engine")
         shapes = [p._shapes[network._model.graph.input[0].name] for p in config._profiles]
-        facts = {
-            "profiles": [[list(shape) for shape in profile] for profile in shapes],
-            "layers": layers(trt, network, config),
-        }
-        head = json.dumps(facts).encode()
-        return trt.IHostMemory(
-            MAGIC + trt._version.encode() + b"\n" + head + b"\n" + network._model.SerializeToString()
-        )
+        head = json.dumps({"profiles": shapes, "layers": layers(trt, network, config)})
+        lines = (trt._version.encode(), head.encode(), network._model.SerializeToString())
+        return trt.IHostMemory(MAGIC + b"\n".join(lines))
 
 
 def layers(trt: Any, network: Any, config: Any) -> list[dict[str, Any]]:
@@ -369,9 +341,8 @@ class Engine(Part):
         self._border = {v.name: v for v in (*self._model.graph.input, *self._model.graph.output)}
         self._session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
 
-    @property
-    def num_io_tensors(self) -> int:
-        return len(self._border)
+    num_io_tensors = property(lambda self: len(self._border))
+    num_optimization_profiles = property(lambda self: len(self._facts["profiles"]))
 
     def get_tensor_name(self, index: int) -> str:
         return list(self._border)[index]
@@ -381,10 +352,6 @@ class Engine(Part):
 
     def get_tensor_shape(self, name: str) -> Any:
         return self._trt.ITensor(self._border[name]).shape
-
-    @property
-    def num_optimization_profiles(self) -> int:
-        return len(self._facts["profiles"])
 
     def get_tensor_profile_shape(self, name: str, index: int) -> Any:
         return [tuple(shape) for shape in self._facts["profiles"][index]]
@@ -439,9 +406,7 @@ class Runtime(Part):
         self._logger = logger
 
     def deserialize_cuda_engine(self, plan: bytes) -> Any:
-        magic, _, rest = bytes(plan).partition(b"\n")
-        version, _, rest = rest.partition(b"\n")
-        head, _, graph = rest.partition(b"\n")
+        magic, version, head, graph = [*bytes(plan).split(b"\n", 3), b"", b"", b""][:4]
         if magic + b"\n" != MAGIC or version.decode() != self._trt._version:
             self._logger.log(self._trt.ILogger.ERROR, "magicTag in the plan is not expected")
             return None

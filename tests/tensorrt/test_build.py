@@ -4,6 +4,7 @@ import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,13 +34,8 @@ def test_every_release_builds_an_engine_that_reproduces_the_probes(
     assert all(r.deviation["logits"] <= r.tolerance["logits"] for r in built.record.replays)
     assert any("50%" in text for text in told) == (trt._major >= 10)
     assert (cuda.held, cuda.streams, cuda.events) == ({}, {}, {})
-
-
-def test_a_cached_engine_is_not_built_again(trt: FakeTensorRT, bundle: Bundle) -> None:
-    first, second = get_engine(bundle, OPTIONS), get_engine(bundle, OPTIONS)
-    assert trt._builds == 1
-    assert second.reason is None
-    assert second.record == first.record
+    cached = get_engine(bundle, OPTIONS)
+    assert (trt._builds, cached.reason, cached.record) == (1, None, built.record)
 
 
 def test_engines_are_stored_beside_the_bundle_or_in_the_given_cache(
@@ -89,13 +85,24 @@ def test_fp16_is_not_built_from_an_fp32_graph(trt: FakeTensorRT, bundle: Bundle)
     assert trt._builds == 0
 
 
+WRONG: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
+    "fp32 instead of fp16": (
+        "silent fp32", {"model": network(half=True), "precision": "fp16"}, EngineError,
+        "^layer1: .*computes with fp32, the graph asks for fp16",
+    ),
+    "other numbers": ("none", {"wrong_by": 0.01}, ParityError, "deviates by"),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("version", VERSIONS)
-def test_an_engine_that_silently_stays_in_fp32_is_rejected(
-    version: str, install: Install, tmp_path: Path
+@pytest.mark.parametrize("case", WRONG)
+def test_an_engine_that_computes_something_else_is_not_kept(
+    case: str, version: str, install: Install, tmp_path: Path
 ) -> None:
-    install(version, "silent fp32")
-    with pytest.raises(EngineError, match=r"^layer1: .*computes with fp32, the graph asks for fp16"):
-        get_engine(write(tmp_path, network(half=True)), EngineOptions(precision="fp16"))
+    fault, fields, kind, message = WRONG[case]
+    install(version, fault)
+    with pytest.raises(kind, match=message):
+        get_engine(write(tmp_path, **fields), EngineOptions())
     assert not list((tmp_path / "engines").rglob("*.plan"))
 
 
@@ -121,13 +128,6 @@ def test_a_graph_with_a_fixed_batch_is_not_built(install: Install, tmp_path: Pat
     with pytest.raises(LoweringError, match="fixes the batch of images to 1"):
         get_engine(bundle, OPTIONS)
     assert trt._builds == 0
-
-
-def test_an_engine_that_misses_the_probes_is_not_kept(install: Install, tmp_path: Path) -> None:
-    install()
-    with pytest.raises(ParityError, match="deviates by"):
-        get_engine(write(tmp_path, wrong_by=0.01), OPTIONS)
-    assert not list((tmp_path / "engines").rglob("*.plan"))
 
 
 def test_the_message_of_tensorrt_reaches_the_user(install: Install, bundle: Bundle) -> None:
@@ -177,16 +177,6 @@ def test_control_c_stops_a_build(install: Install, bundle: Bundle) -> None:
         get_engine(bundle, OPTIONS, interrupt)
 
 
-def test_without_tensorrt_the_error_says_how_to_install_it(
-    bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(
-        RuntimeUnavailableError, match=r'not installed; run: pip install "sopdeploy\[tensorrt\]"'
-    ):
-        get_engine(bundle, OPTIONS)
-
-
 @pytest.mark.parametrize("gpus", [None, 0])
 def test_without_a_gpu_nothing_is_built(
     gpus: int | None, bundle: Bundle, install: Install, cuda: FakeCuda
@@ -198,13 +188,21 @@ def test_without_a_gpu_nothing_is_built(
     assert trt._builds == 0
 
 
-def test_without_cuda_python_the_error_says_how_to_install_it(
-    bundle: Bundle, install: Install, monkeypatch: pytest.MonkeyPatch
+MISSING = {
+    "TensorRT": (["tensorrt"], r'TensorRT is not installed; run: pip install "sopdeploy\[tensorrt\]"'),
+    "cuda-python": (["cuda.bindings.runtime", "cuda.cudart"], "cuda-python is not installed"),
+}
+
+
+@pytest.mark.parametrize("package", MISSING)
+def test_a_missing_package_has_an_install_hint(
+    package: str, bundle: Bundle, install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install()
-    for name in ("cuda.bindings.runtime", "cuda.cudart"):
+    modules, message = MISSING[package]
+    for name in modules:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(RuntimeUnavailableError, match="cuda-python is not installed"):
+    with pytest.raises(RuntimeUnavailableError, match=message):
         get_engine(bundle, OPTIONS)
 
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -34,16 +33,43 @@ def rebuilt_because(bundle: Bundle, options: EngineOptions = OPTIONS) -> str:
     return again.reason
 
 
-def edit(built: Engine, **changes: Any) -> None:
-    file = built.path.with_suffix(".json")
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
-def test_a_damaged_plan_is_not_loaded(built: Engine, bundle: Bundle) -> None:
+def damage(built: Engine, folder: Path) -> None:
     content = bytearray(built.path.read_bytes())
     content[-1] ^= 1
     built.path.write_bytes(content)
-    assert "does not have the sha256 of its record" in rebuilt_because(bundle)
+
+
+def link(built: Engine, folder: Path) -> None:
+    built.path.rename(folder / "elsewhere")
+    built.path.symlink_to(folder / "elsewhere")
+
+
+def change_key(built: Engine, folder: Path) -> None:
+    file = built.path.with_suffix(".json")
+    key = {**built.record.key.model_dump(mode="json"), "precision": "fp16"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "key": key}))
+
+
+def use_plan_of_another_bundle(built: Engine, folder: Path) -> None:
+    other = get_engine(write(folder / "other", config={"width": 5}, wrong_by=1e-4), OPTIONS)
+    built.path.write_bytes(other.path.read_bytes() + b" ")
+
+
+CHANGES: dict[str, tuple[Callable[[Engine, Path], None], str]] = {
+    "damaged": (damage, "does not have the sha256 of its record"),
+    "a link": (link, "is missing or a link"),
+    "with another key": (change_key, "precision fp16, not fp32"),
+    "of another bundle": (use_plan_of_another_bundle, "does not have the sha256 of its record"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_changed_plan_or_record_is_not_loaded(
+    case: str, built: Engine, bundle: Bundle, tmp_path: Path
+) -> None:
+    change, reason = CHANGES[case]
+    change(built, tmp_path)
+    assert reason in rebuilt_because(bundle)
 
 
 def test_the_plan_and_record_of_another_bundle_are_not_loaded(
@@ -57,29 +83,10 @@ def test_the_plan_and_record_of_another_bundle_are_not_loaded(
     assert "is an engine of another key: bundle tiny-" in reason
 
 
-def test_the_plan_of_another_bundle_with_this_record_is_not_loaded(
-    built: Engine, bundle: Bundle, tmp_path: Path
-) -> None:
-    other = get_engine(write(tmp_path / "other", config={"width": 5}, wrong_by=1e-4), OPTIONS)
-    built.path.write_bytes(other.path.read_bytes() + b" ")
-    assert "sha256" in rebuilt_because(bundle)
-
-
 @pytest.mark.parametrize("content", [b"", b"{}", b"not JSON", b"[" * 100_000, b"\xff\xfe"])
 def test_an_invalid_record_is_not_used(content: bytes, built: Engine, bundle: Bundle) -> None:
     built.path.with_suffix(".json").write_bytes(content)
     assert "is not an engine record" in rebuilt_because(bundle)
-
-
-def test_a_record_with_another_key_is_not_used(built: Engine, bundle: Bundle) -> None:
-    edit(built, key={**built.record.key.model_dump(mode="json"), "precision": "fp16"})
-    assert "precision fp16, not fp32" in rebuilt_because(bundle)
-
-
-def test_a_linked_plan_is_not_loaded(built: Engine, bundle: Bundle, tmp_path: Path) -> None:
-    built.path.rename(tmp_path / "elsewhere")
-    built.path.symlink_to(tmp_path / "elsewhere")
-    assert "is missing or a link" in rebuilt_because(bundle)
 
 
 def test_another_tensorrt_version_gets_its_own_engine(
@@ -100,16 +107,16 @@ def test_other_profiles_get_their_own_engine(built: Engine, bundle: Bundle) -> N
     assert "profiles 1,2-4, not 1,2-8" in rebuilt_because(bundle, EngineOptions(profiles="1,8"))
 
 
-def test_the_server_uses_the_engine_with_the_largest_batch(built: Engine, bundle: Bundle) -> None:
+def test_the_server_uses_the_engine_with_the_largest_batch_or_gets_a_reason(
+    built: Engine, bundle: Bundle
+) -> None:
     larger = get_engine(bundle, EngineOptions(profiles="1,16"))
-    found = best_for(built.path.parent, bundle, tensorrt="10.16.0", gpu="Fake H200", architecture="sm_90")
+    here = {"gpu": "Fake H200", "architecture": "sm_90"}
+    found = best_for(built.path.parent, bundle, tensorrt="10.16.0", **here)
     assert isinstance(found, StoredEngine)
     assert found.record == larger.record
-
-
-def test_the_server_gets_the_reason_why_no_engine_fits(built: Engine, bundle: Bundle) -> None:
-    found = best_for(built.path.parent, bundle, tensorrt="8.6.1", gpu="Fake H200", architecture="sm_90")
-    assert found == NoEngine("the nearest engine here was built for TensorRT 10.16.0, not 8.6.1")
+    missed = best_for(built.path.parent, bundle, tensorrt="8.6.1", **here)
+    assert missed == NoEngine("the nearest engine here was built for TensorRT 10.16.0, not 8.6.1")
 
 
 def test_a_record_round_trips_and_contains_no_path(built: Engine, tmp_path: Path) -> None:

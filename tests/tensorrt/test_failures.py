@@ -33,10 +33,7 @@ ORT = "Non-zero status code returned while running Conv node. Name:'node_3' Stat
         (f"{ORT}Available memory of 512 is smaller than requested bytes of 1024", OutOfMemoryError),
         (f"{ORT}CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0", OutOfMemoryError),
         ("CUDA: cudaMalloc failed with cudaErrorMemoryAllocation", OutOfMemoryError),
-        (
-            "IExecutionContext::executeV3: Error Code 2: OutOfMemory (Requested size was 9 bytes.)",
-            OutOfMemoryError,
-        ),
+        ("executeV3: Error Code 2: OutOfMemory (Requested size was 9 bytes.)", OutOfMemoryError),
         ("std::bad_alloc", OutOfMemoryError),
         (f"{ORT}CUDA failure 700: an illegal memory access was encountered ; GPU=0", DeviceLostError),
         ("Error Code 1: Cuda Runtime (an illegal memory access was encountered)", DeviceLostError),
@@ -57,14 +54,12 @@ def test_error_messages_of_every_library_are_classified(text: str, kind: type[Ex
     assert "\n" not in str(found)
 
 
-@pytest.mark.parametrize(
-    "form", ["{0.runtime}", "{0.driver}", "CUDA failure {0.code}: x", "an {0.text} was met"]
-)
 @pytest.mark.parametrize("one", STICKY_ERRORS, ids=lambda one: str(one.code))
-def test_a_sticky_error_is_a_lost_device_in_every_wording(one: Any, form: str) -> None:
-    found = classify_error(form.format(one))
-    assert isinstance(found, DeviceLostError)
-    assert str(found).startswith(f"CUDA {one.code}, ")
+def test_a_sticky_error_is_a_lost_device_in_every_wording(one: Any) -> None:
+    for wording in (one.runtime, one.driver, f"CUDA failure {one.code}: x", f"an {one.text} was met"):
+        found = classify_error(wording)
+        assert isinstance(found, DeviceLostError)
+        assert str(found).startswith(f"CUDA {one.code}, ")
 
 
 def test_other_exceptions_are_unchanged() -> None:

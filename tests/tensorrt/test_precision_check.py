@@ -45,32 +45,32 @@ def test_requested_and_realized_precisions_are_listed_by_part() -> None:
     assert (found.operators, found.operators_seen) == (6, 6)
 
 
-def test_fp16_instead_of_fp32_is_rejected_with_the_part() -> None:
-    changes = {"node_covariance": {"Outputs": tensor("Half")}}
-    with pytest.raises(
-        EngineError, match=r"^second order: layer .* computes with fp16, the graph asks for fp32"
-    ):
-        check_engine_precision(network(), "fp32", inspected(changes))
+WRONG: dict[str, tuple[bool, str, dict[str, Any], str]] = {
+    "fp16 instead of fp32": (
+        False, "node_covariance", {"Outputs": tensor("Half")},
+        r"^second order: layer .* computes with fp16, the graph asks for fp32",
+    ),
+    "tf32": (
+        False, "node_covariance", {"TacticName": "sm80_xmma_gemm_f32f32_tf32f32_f32_nn_n"},
+        r"^second order: .*tf32, the graph asks for fp32",
+    ),
+    "fp32 instead of fp16": (
+        True, "node_convolved", {"Inputs": tensor("Float"), "Outputs": tensor("Float")},
+        r"^layer1: .* the graph asks for fp16",
+    ),
+    "int8 instead of fp32": (
+        False, "node_convolved",
+        {"Inputs": tensor("Thirty-two wide channel vectorized row major Int8 format")}, "computes with int8",
+    ),
+}  # fmt: skip
 
 
-def test_tf32_is_rejected() -> None:
-    changes = {"node_covariance": {"TacticName": "sm80_xmma_gemm_f32f32_tf32f32_f32_nn_n"}}
-    with pytest.raises(EngineError, match=r"^second order: .*tf32, the graph asks for fp32"):
-        check_engine_precision(network(), "fp32", inspected(changes))
-
-
-def test_fp32_instead_of_fp16_is_rejected() -> None:
-    changes = {"node_convolved": {"Inputs": tensor("Float"), "Outputs": tensor("Float")}}
-    with pytest.raises(EngineError, match=r"^layer1: .* the graph asks for fp16"):
-        check_engine_precision(network(half=True), "fp16", inspected(changes, half=True))
-
-
-def test_int8_instead_of_fp32_is_rejected() -> None:
-    changes = {
-        "node_convolved": {"Inputs": tensor("Thirty-two wide channel vectorized row major Int8 format")}
-    }
-    with pytest.raises(EngineError, match="computes with int8"):
-        check_engine_precision(network(), "fp32", inspected(changes))
+@pytest.mark.parametrize("case", WRONG)
+def test_another_precision_than_the_graphs_is_rejected_with_the_part(case: str) -> None:
+    half, node, change, message = WRONG[case]
+    found = inspected({node: change}, half=half)
+    with pytest.raises(EngineError, match=message):
+        check_engine_precision(network(half=half), "fp16" if half else "fp32", found)
 
 
 def test_a_fused_layer_may_have_the_types_of_all_its_operators() -> None:
@@ -116,10 +116,6 @@ def test_the_formats_of_every_release_are_parsed(text: str, precision: str | Non
     assert precision_of_format(text) == precision
 
 
-def test_the_precision_of_a_graph_is_the_lowest_of_its_products() -> None:
-    assert (graph_precision(network()), graph_precision(network(half=True))) == ("fp32", "fp16")
-
-
 def test_a_quantized_weight_keeps_its_part() -> None:
     model = network()
     weight = next(t for t in model.graph.initializer if t.name == "layer1.weight")
@@ -137,18 +133,13 @@ def test_a_quantized_weight_keeps_its_part() -> None:
     assert graph_precision(model) == "int8"
 
 
+PARTS = {
+    "input": "moved pixels", "layer1": "convolved features", "fc": "logits",
+    "second order": "exact matrix mean centered turned covariance vector",
+}  # fmt: skip
+
+
 def test_parts_are_named_by_weights_and_by_the_product_of_two_computed_matrices() -> None:
-    assert operator_parts(network()) == {
-        "node_moved": "input",
-        "node_pixels": "input",
-        "node_convolved": "layer1",
-        "node_features": "layer1",
-        "node_exact": "second order",
-        "node_matrix": "second order",
-        "node_mean": "second order",
-        "node_centered": "second order",
-        "node_turned": "second order",
-        "node_covariance": "second order",
-        "node_vector": "second order",
-        "node_logits": "fc",
-    }
+    expected = {f"node_{name}": part for part, names in PARTS.items() for name in names.split()}
+    assert operator_parts(network()) == expected
+    assert (graph_precision(network()), graph_precision(network(half=True))) == ("fp32", "fp16")

@@ -111,9 +111,8 @@ STARTS = [
     "sopdeploy_service.runtime.tensorrt",
 ]
 NEWER_THAN_3_10 = {
-    *("tomllib", "Self", "StrEnum", "assert_never"),
-    *("file_digest", "TaskGroup", "override", "UTC"),
-}
+    "StrEnum", "Self", "TaskGroup", "UTC", "assert_never", "file_digest", "override", "tomllib",
+}  # fmt: skip
 
 
 def own_imports(name: str) -> set[str]:
@@ -135,16 +134,8 @@ def test_modules_for_tensorrt_8_run_on_python_3_10(start: str) -> None:
     for name in own_imports(start):
         spec = importlib.util.find_spec(name)
         assert spec is not None
-        source = Path(str(spec.origin)).read_text()
-        names = {
-            n.attr
-            for n in ast.walk(ast.parse(source, feature_version=(3, 10)))
-            if isinstance(n, ast.Attribute)
-        }
-        imported = {
-            alias.name
-            for node in ast.walk(ast.parse(source))
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            for alias in node.names
-        }
+        nodes = [*ast.walk(ast.parse(Path(str(spec.origin)).read_text(), feature_version=(3, 10)))]
+        names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+        imported = {alias.name for node in imports for alias in node.names}
         assert (names | imported) & NEWER_THAN_3_10 == set(), name

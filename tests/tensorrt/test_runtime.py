@@ -1,5 +1,6 @@
 """The server runs on a verified engine and never falls back to the CPU silently."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
-from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine
+from sopdeploy_export.tensorrt.engine import Engine, EngineOptions, get_engine
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime import onnxruntime as with_onnxruntime
 from sopdeploy_service.runtime.onnxruntime import CPU, CUDA, TENSORRT
@@ -26,90 +27,56 @@ OPTIONS = EngineOptions(profiles="1,4,16")
 ON_ENGINE = Settings(runtime="tensorrt")
 
 
+@pytest.fixture
+def built(install: Install, bundle: Bundle) -> Engine:
+    """An engine of the bundle in the cache, with TensorRT 10.16."""
+    install()
+    return get_engine(bundle, OPTIONS)
+
+
 def test_the_server_runs_every_batch_size_on_the_engine(trt: FakeTensorRT, bundle: Bundle) -> None:
     get_engine(bundle, OPTIONS)
     runtime = TensorRTRuntime(bundle, ON_ENGINE)
-    assert (runtime.name, runtime.device, runtime.largest_batch) == (
-        f"tensorrt {trt.__version__}",
-        "cuda:0",
-        16,
-    )
-    for count in (1, 2, 4, 5, 16):
-        images = some_images(count)
-        np.testing.assert_allclose(
-            runtime.run(images)["logits"], outputs_of(network(), images), rtol=1e-4, atol=1e-3
-        )
+    name = f"tensorrt {trt.__version__}"
+    assert (runtime.name, runtime.device, runtime.largest_batch) == (name, "cuda:0", 16)
+    batches = [some_images(count) for count in (1, 2, 4, 5, 16)]
+    found = [runtime.run(images)["logits"] for images in batches]  # the next batch overwrites no outputs
+    for logits, images in zip(found, batches, strict=True):
+        np.testing.assert_allclose(logits, outputs_of(network(), images), rtol=1e-4, atol=1e-3)
 
 
-def test_outputs_are_not_overwritten_by_the_next_batch(install: Install, bundle: Bundle) -> None:
-    install()
-    get_engine(bundle, OPTIONS)
-    runtime = TensorRTRuntime(bundle, ON_ENGINE)
-    images = some_images(2)
-    first = runtime.run(images[:1])["logits"]
-    before = first.copy()
-    runtime.run(images[1:])
-    assert (first == before).all()
-
-
-def test_the_probes_run_on_the_engine_at_startup(install: Install, bundle: Bundle) -> None:
-    install()
-    get_engine(bundle, OPTIONS)
+def test_the_probes_run_on_the_engine_at_startup(built: Engine, bundle: Bundle) -> None:
     found = load_model(bundle.path, Settings())
-    assert found.runtime.device == "cuda:0"
-    assert sorted(found.replays) == [1, 3]
+    assert (found.runtime.device, sorted(found.replays)) == ("cuda:0", [1, 3])
 
 
-def test_without_an_engine_the_error_says_how_to_build_one(install: Install, bundle: Bundle) -> None:
-    install()
-    with pytest.raises(RuntimeUnavailableError, match=r"no engine of this bundle.*; run: sopdeploy engine"):
+MISSES: dict[str, tuple[Callable[[Engine, Install], object], str]] = {
+    "no engine": (lambda built, _: shutil.rmtree(built.path.parent), "no engine of this bundle.*"),
+    "another TensorRT": (lambda _, install: install("11.1"), r"TensorRT 10\.16\.0, not 11\.1\.0"),
+    "a replaced plan": (lambda built, _: built.path.write_bytes(b"x"), "not have the sha256 of its record.*"),
+}
+
+
+@pytest.mark.parametrize("case", MISSES)
+def test_only_a_matching_engine_is_loaded(case: str, built: Engine, bundle: Bundle, install: Install) -> None:
+    change, message = MISSES[case]
+    change(built, install)
+    with pytest.raises(RuntimeUnavailableError, match=f"{message}; run: sopdeploy engine"):
         open_runtime(bundle, ON_ENGINE)
 
 
-def test_the_engine_of_another_tensorrt_is_not_loaded(install: Install, bundle: Bundle) -> None:
-    install("10.16")
-    get_engine(bundle, OPTIONS)
-    install("11.1")
-    with pytest.raises(
-        RuntimeUnavailableError, match=r"TensorRT 10\.16\.0, not 11\.1\.0; run: sopdeploy engine"
-    ):
-        open_runtime(bundle, ON_ENGINE)
-
-
-def test_a_replaced_plan_is_not_loaded(install: Install, bundle: Bundle) -> None:
-    install()
-    get_engine(bundle, OPTIONS).path.write_bytes(b"another plan")
-    with pytest.raises(RuntimeUnavailableError, match="does not have the sha256 of its record"):
-        open_runtime(bundle, ON_ENGINE)
-
-
-def test_auto_uses_an_existing_engine(install: Install, bundle: Bundle) -> None:
+def test_auto_uses_an_existing_engine_and_never_falls_back_to_the_cpu(
+    install: Install, bundle: Bundle, cuda: FakeCuda
+) -> None:
     install()
     assert open_runtime(bundle, Settings()).name.startswith("onnxruntime")
     get_engine(bundle, OPTIONS)
     assert open_runtime(bundle, Settings()).name == "tensorrt 10.16.0"
-
-
-def test_auto_does_not_fall_back_to_the_cpu_without_a_gpu(
-    install: Install, bundle: Bundle, cuda: FakeCuda
-) -> None:
-    install()
-    get_engine(bundle, OPTIONS)
     cuda.gpus = 0
-    with pytest.raises(
-        RuntimeUnavailableError, match=r"tensorrt is set up here but does not work: no NVIDIA GPU"
-    ):
+    message = "tensorrt is set up here but does not work: no NVIDIA GPU"
+    with pytest.raises(RuntimeUnavailableError, match=message):
         open_runtime(bundle, Settings())
     assert open_runtime(bundle, Settings(runtime="onnxruntime-cpu")).device == "cpu"
-
-
-def test_a_batch_that_tensorrt_cannot_run_is_an_error(install: Install, bundle: Bundle) -> None:
-    trt = install()
-    get_engine(bundle, OPTIONS)
-    runtime = TensorRTRuntime(bundle, ON_ENGINE)
-    trt._faults.add("fails")
-    with pytest.raises(RuntimeError, match="cannot run the batch"):
-        runtime.run(some_images(1))
 
 
 class FakeOnnxRuntime(ModuleType):
@@ -165,16 +132,10 @@ def test_another_provider_than_requested_is_rejected(
 
 
 @pytest.mark.parametrize(
-    ("precision", "types"),
-    [
-        ("fp32", {"fp16": "0", "bf16": "0", "int8": "0"}),
-        ("fp16", {"fp16": "1", "bf16": "0", "int8": "0"}),
-        ("bf16-backbone", {"fp16": "0", "bf16": "1", "int8": "0"}),
-        ("int8", {"fp16": "0", "bf16": "0", "int8": "1"}),
-    ],
+    ("precision", "enabled"), [("fp32", None), ("fp16", "fp16"), ("bf16-backbone", "bf16"), ("int8", "int8")]
 )
 def test_onnxruntime_with_tensorrt_gets_precision_batches_and_a_cache_folder(
-    precision: str, types: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, enabled: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = {"int8_for": "tensorrt"} if precision == "int8" else {}
     bundle = write(tmp_path, precision=precision, **fields)
@@ -188,12 +149,10 @@ def test_onnxruntime_with_tensorrt_gets_precision_batches_and_a_cache_folder(
     assert fake.entries["session.disable_cpu_ep_fallback"] == "1"
     assert folder.is_dir()
     assert {options["trt_engine_cache_path"], options["trt_timing_cache_path"]} == {str(folder)}
-    assert {kind: options[f"trt_{kind}_enable"] for kind in types} == types
-    assert [options[f"trt_profile_{which}_shapes"] for which in ("min", "opt", "max")] == [
-        "images:1x8x8x3",
-        "images:4x8x8x3",
-        "images:16x8x8x3",
-    ]
+    kinds = ("fp16", "bf16", "int8")
+    assert [options[f"trt_{kind}_enable"] for kind in kinds] == [str(int(k == enabled)) for k in kinds]
+    shapes = [options[f"trt_profile_{which}_shapes"] for which in ("min", "opt", "max")]
+    assert shapes == [f"images:{count}x8x8x3" for count in (1, 4, 16)]
 
 
 def test_a_cache_folder_that_cannot_be_created_is_an_error(bundle: Bundle, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The Triton model repository parses with Triton's own schema and is written atomically."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,63 +67,58 @@ def schema() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("t.ModelConfig"))
 
 
-def config_of(folder: Path) -> Any:
-    return text_format.Parse((folder / "config.pbtxt").read_text(), schema()())
+def config_of(bundle: Bundle, folder: Path, **options: int) -> Any:
+    written = write_triton(bundle, folder / "models", TritonOptions(**options))
+    return text_format.Parse((written.path / "config.pbtxt").read_text(), schema()())
 
 
-def test_the_config_matches_the_manifest(bundle: Bundle, tmp_path: Path) -> None:
-    written = write_triton(bundle, tmp_path / "models")
-    config = config_of(written.path)
+def test_the_config_matches_the_manifest_and_the_files_the_bundle(bundle: Bundle, tmp_path: Path) -> None:
+    config = config_of(bundle, tmp_path)
     assert (config.name, config.backend, config.max_batch_size) == (bundle.name, "onnxruntime", 16)
     assert [(t.name, t.data_type, list(t.dims)) for t in config.input] == [("images", 1, [SIDE, SIDE, 3])]
-    assert [(t.name, list(t.dims), t.label_filename) for t in config.output] == [
-        ("logits", [CLASSES], "labels.txt")
-    ]
+    outputs = [(t.name, list(t.dims), t.label_filename) for t in config.output]
+    assert outputs == [("logits", [CLASSES], "labels.txt")]
     assert {p.key: p.value.string_value for p in config.parameters}["sopdeploy_bundle"] == bundle.name
+    assert [warm.batch_size for warm in config.model_warmup] == [1, 4, 16]
+    written = write_triton(bundle, tmp_path / "models")
+    value = config.model_warmup[0].inputs[0].value
+    raw = (written.path / "warmup" / value.input_data_file).read_bytes()
+    assert np.frombuffer(raw, np.uint8).reshape(value.dims).tolist() == some_images()[0].tolist()
+    assert written.files == ("1/model.onnx", "config.pbtxt", "labels.txt", "warmup/image")
+    assert (written.path / "1" / "model.onnx").read_bytes() == bundle.onnx.read_bytes()
+    assert (written.path / "labels.txt").read_text().splitlines() == list(bundle.labels)
+    for name in written.files:
+        assert str(tmp_path).encode() not in (written.path / name).read_bytes()
 
 
 def test_requests_are_batched_and_time_out_in_the_queue(bundle: Bundle, tmp_path: Path) -> None:
-    options = TritonOptions(max_queue_delay=500, timeout=2_000_000, max_queue_size=7, instances=2)
-    config = config_of(write_triton(bundle, tmp_path / "models", options).path)
+    config = config_of(
+        bundle, tmp_path, max_queue_delay=500, timeout=2_000_000, max_queue_size=7, instances=2
+    )
     batching, policy = config.dynamic_batching, config.dynamic_batching.default_queue_policy
     assert list(batching.preferred_batch_size) == [4, 16]
     assert batching.max_queue_delay_microseconds == 500
-    assert (policy.timeout_action, policy.default_timeout_microseconds, policy.max_queue_size) == (
-        0,
-        2_000_000,
-        7,
-    )
+    timeout = (policy.timeout_action, policy.default_timeout_microseconds, policy.max_queue_size)
+    assert timeout == (0, 2_000_000, 7)
     assert policy.allow_timeout_override
     assert config.instance_group[0].count == 2
 
 
-def test_every_batch_size_is_warmed_up_with_a_probe_image(bundle: Bundle, tmp_path: Path) -> None:
-    written = write_triton(bundle, tmp_path / "models")
-    config = config_of(written.path)
-    assert [warm.batch_size for warm in config.model_warmup] == [1, 4, 16]
-    value = config.model_warmup[0].inputs[0].value
-    raw = (written.path / "warmup" / value.input_data_file).read_bytes()
-    assert np.frombuffer(raw, np.uint8).reshape(value.dims).tolist() == some_images()[0].tolist()
-
-
-def test_graph_and_labels_are_copied_from_the_bundle(bundle: Bundle, tmp_path: Path) -> None:
-    written = write_triton(bundle, tmp_path / "models")
-    assert written.files == ("1/model.onnx", "config.pbtxt", "labels.txt", "warmup/image")
-    assert (written.path / "1" / "model.onnx").read_bytes() == bundle.onnx.read_bytes()
-    assert (written.path / "labels.txt").read_text().splitlines() == list(bundle.labels)
-
-
 def test_a_bundle_for_single_images_is_not_batched(tmp_path: Path) -> None:
-    bundle = write(tmp_path, batch=BatchRange(minimum=1, optimum=1, maximum=1))
-    config = config_of(write_triton(bundle, tmp_path / "models").path)
+    config = config_of(
+        write(tmp_path, batch=BatchRange(minimum=1, optimum=1, maximum=1)), tmp_path / "models"
+    )
     assert not config.HasField("dynamic_batching")
     assert [warm.batch_size for warm in config.model_warmup] == [1]
 
 
-def test_a_bundle_not_verified_for_single_images_is_rejected(tmp_path: Path) -> None:
-    bundle = write(tmp_path, batch=BatchRange(minimum=2, optimum=2, maximum=4))
-    with pytest.raises(BundleError, match="Triton sends single images"):
-        write_triton(bundle, tmp_path / "models")
+def test_a_bundle_that_triton_cannot_serve_is_rejected(bundle: Bundle, tmp_path: Path) -> None:
+    pairs = write(tmp_path / "pairs", batch=BatchRange(minimum=2, optimum=2, maximum=4))
+    broken = replace(bundle, labels=("a", "b\nc", "d", "e", "f"))
+    for refused, message in ((pairs, "Triton sends single"), (broken, r"'b\\nc' does not fit on a line")):
+        with pytest.raises(BundleError, match=message):
+            write_triton(refused, tmp_path / "models")
+    assert not (tmp_path / "models").exists()
 
 
 def test_writing_twice_is_idempotent_and_other_content_is_kept(bundle: Bundle, tmp_path: Path) -> None:
@@ -134,19 +130,6 @@ def test_writing_twice_is_idempotent_and_other_content_is_kept(bundle: Bundle, t
         write_triton(bundle, models)
     assert (first.path / "labels.txt").read_text() == "mine\n"
     assert [path.name for path in models.iterdir()] == [bundle.name]
-
-
-def test_a_class_name_with_a_line_break_is_rejected(bundle: Bundle, tmp_path: Path) -> None:
-    broken = Bundle(path=bundle.path, manifest=bundle.manifest, labels=("a", "b\nc", "d", "e", "f"))
-    with pytest.raises(BundleError, match=r"'b\\nc' does not fit on a line"):
-        write_triton(broken, tmp_path / "models")
-    assert not (tmp_path / "models").exists()
-
-
-def test_no_file_contains_a_path(bundle: Bundle, tmp_path: Path) -> None:
-    written = write_triton(bundle, tmp_path / "models")
-    for name in written.files:
-        assert str(tmp_path).encode() not in (written.path / name).read_bytes()
 
 
 def test_the_command_prints_what_it_wrote(bundle: Bundle, tmp_path: Path) -> None:

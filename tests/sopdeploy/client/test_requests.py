@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sopdeploy.client import Client
+from sopdeploy.client import AsyncClient, Client
 from sopdeploy.client.requests import encode_image
 from sopdeploy.client.results import parse_classifications
 from sopdeploy.errors import ConfigError, DataError, ServiceError, UnreachableError
@@ -99,16 +99,28 @@ def test_wait_ready_reports_the_last_response(call, script, problem):
         call(script(problem(503, "draining")), "wait_ready", timeout=0.3)
 
 
-@pytest.mark.parametrize("url", ["", "server:8000", "ftp://server", "http://", "http://server:port", 3])
-def test_invalid_urls_are_rejected(url):
-    with pytest.raises(ConfigError, match="URL"):
-        Client(url)
+OPTIONS = [
+    *(
+        ({"url": url}, "URL")
+        for url in ("", "server:8000", "ftp://server", "http://", "http://server:port", 3)
+    ),
+    *(({"api_key": key}, "API key") for key in ("", "a b", "ü", "a\r\nX: y")),
+    *(({"timeout": seconds}, "timeout") for seconds in (0, -1, float("nan"), 1e9)),
+    ({"retries": -1}, "retries"),
+]
 
 
-@pytest.mark.parametrize("key", ["", "a b", "ü", "a\r\nX: y"])
-def test_invalid_api_keys_are_rejected(key):
-    with pytest.raises(ConfigError, match="API key"):
-        Client("http://server", api_key=key)
+@pytest.mark.parametrize(("options", "message"), OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_invalid_options_are_rejected(kind, options, message):
+    with pytest.raises(ConfigError, match=message):
+        kind(**{"url": "http://server", **options})
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), 1e9])
+def test_an_invalid_timeout_of_a_call_is_rejected(call, script, success, seconds):
+    with pytest.raises(ConfigError, match="timeout"):
+        call(script(success), "classify", b"x", timeout=seconds)
 
 
 @pytest.mark.parametrize("image", [PIXELS, PIXELS[..., 0], PIXELS[:, ::2], Image.fromarray(PIXELS)])
@@ -132,12 +144,9 @@ def test_other_values_are_rejected_before_sending(call, script, success, image):
     server = script(success)
     with pytest.raises(ConfigError, match=r"not an image|PNG"):
         call(server, "classify", image)
-    assert server.requests == []
-
-
-def test_a_missing_file_is_rejected(call, script, success, tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
-        call(script(success), "classify", tmp_path / "none.jpg")
+        call(server, "classify", "none.jpg")
+    assert server.requests == []
 
 
 @settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))

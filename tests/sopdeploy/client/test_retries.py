@@ -15,7 +15,7 @@ from sopdeploy.client.retry import (
     retry_after,
     send_with_retries,
 )
-from sopdeploy.errors import ConfigError, OverloadedError, ServiceError, UnreachableError
+from sopdeploy.errors import OverloadedError, ServiceError, UnreachableError
 
 BROKEN = [
     httpx.ConnectError("refused"),
@@ -61,8 +61,7 @@ def test_a_timeout_is_not_retried(call, script, delays):
     server = script(httpx.ReadTimeout("slow"))
     with pytest.raises(UnreachableError, match="no response within") as caught:
         call(server, "classify", b"x", timeout=0.5)
-    assert (caught.value.code, caught.value.status) == ("timeout", 0)
-    assert (len(server.requests), delays) == (1, [])
+    assert (caught.value.code, caught.value.status, len(server.requests), delays) == ("timeout", 0, 1, [])
 
 
 def test_the_number_of_retries_is_limited(call, script, problem, delays):
@@ -118,12 +117,3 @@ def test_delays_are_bounded_and_jittered():
     error = httpx.ConnectError("no")
     assert all(backoff(attempt, error) <= MAX_DELAY for attempt in range(2000))
     assert len({backoff(3, error) for _ in range(20)}) > 10
-
-
-INVALID = [{"timeout": 0}, {"timeout": -1}, {"timeout": float("nan")}, {"timeout": 1e9}, {"retries": -1}]
-
-
-@pytest.mark.parametrize("option", INVALID, ids=str)
-def test_invalid_timeouts_and_retries_are_rejected(call, script, success, option):
-    with pytest.raises(ConfigError, match=next(iter(option))):
-        call(script(success), "classify", b"x", **option)

@@ -1,0 +1,188 @@
+"""Overlapping batches and CUDA graphs give every batch its own outputs, also after failures.
+
+The simulated GPU runs everything as late as possible.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.probes import read_probes
+from sopdeploy.errors import ParityError
+from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine
+from sopdeploy_service.inference.loader import load_model, replay_overlapping
+from sopdeploy_service.runtime.base import OverlappingRuntime
+from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
+from sopdeploy_service.settings import Settings
+from tests.tensorrt.fake_cuda import FakeCuda
+from tests.tensorrt.fake_tensorrt import FakeTensorRT
+from tests.tensorrt.networks import network, outputs_of, some_images
+
+SIZES = (1, 5, 2, 8, 8, 1, 1, 2, 3)
+GRAPHS = Settings(runtime="tensorrt", cuda_graphs=True)
+PLAIN = Settings(runtime="tensorrt", cuda_graphs=False)
+
+
+@pytest.fixture
+def built(trt: FakeTensorRT, bundle: Bundle) -> Bundle:
+    """A bundle with an engine for the profiles 1, 2 and 3 to 8, for every release."""
+    get_engine(bundle, EngineOptions(profiles="1,2,8"))
+    return bundle
+
+
+@pytest.fixture(params=[PLAIN, GRAPHS], ids=["without graphs", "with graphs"])
+def runtime(request: pytest.FixtureRequest, built: Bundle) -> TensorRTRuntime:
+    return TensorRTRuntime(built, request.param)
+
+
+def batch(number: int, size: int) -> np.ndarray:
+    return np.roll(some_images(size), 7 * number, axis=2)
+
+
+def check_outputs(found: dict[str, np.ndarray], images: np.ndarray) -> None:
+    np.testing.assert_allclose(found["logits"], outputs_of(network(), images), rtol=1e-4, atol=1e-3)
+
+
+def check_runs(runtime: TensorRTRuntime, *sizes: int) -> None:
+    for number, size in enumerate(sizes):
+        check_outputs(runtime.run(batch(number, size)), batch(number, size))
+
+
+def captured_profiles(runtime: TensorRTRuntime) -> list[str]:
+    session = runtime._session
+    return [str(session._profiles[index]) for index in sorted({index for index, _ in session._graphs})]
+
+
+def test_overlapping_batches_give_their_own_outputs(runtime: TensorRTRuntime) -> None:
+    assert isinstance(runtime, OverlappingRuntime)
+    check_runs(runtime, 1, 2, 8)  # what can be a graph is one now
+    ends = []
+    for number, size in enumerate(SIZES):
+        images = batch(number, size)
+        ends.append(runtime.begin(list(images)))
+        images[:] = 0  # they are copied already
+        if number:
+            check_outputs(ends[number - 1](), batch(number - 1, SIZES[number - 1]))
+    check_outputs(ends[-1](), batch(len(SIZES) - 1, SIZES[-1]))
+
+
+def test_a_third_batch_is_rejected_until_the_first_has_ended(runtime: TensorRTRuntime) -> None:
+    ends = [runtime.begin(list(batch(number, 2))) for number in range(2)]
+    with pytest.raises(RuntimeError, match="2 batches are in flight"):
+        runtime.begin(list(batch(2, 2)))
+    for number, end in enumerate(ends):
+        check_outputs(end(), batch(number, 2))
+    check_runs(runtime, 2)
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_a_batch_that_fails_to_begin_does_not_affect_the_other(
+    runtime: TensorRTRuntime, trt: FakeTensorRT, times: int
+) -> None:
+    end = runtime.begin(list(batch(0, 5)))
+    trt._faults.add("fails")
+    for _ in range(times):
+        with pytest.raises(RuntimeError, match="cannot run the batch"):
+            runtime.begin(list(batch(1, 5)))
+    trt._faults.clear()
+    following = runtime.begin(list(batch(2, 5)))
+    check_outputs(end(), batch(0, 5))
+    check_outputs(following(), batch(2, 5))
+
+
+def test_a_batch_that_fails_at_its_end_affects_no_other(runtime: TensorRTRuntime, cuda: FakeCuda) -> None:
+    ends = [runtime.begin(list(batch(number, 5))) for number in range(2)]
+    cuda.broken.add("cudaEventSynchronize")
+    with pytest.raises(Exception, match="cudaErrorInsufficientDriver"):
+        ends[0]()
+    cuda.broken.clear()
+    check_outputs(ends[1](), batch(1, 5))
+    check_runs(runtime, 5)
+
+
+class Leaking:
+    """A runtime that gives an overlapping batch the outputs of the batch before it."""
+
+    name, device, largest_batch = "leaking", "cuda:0", 8
+
+    def __init__(self, runtime: TensorRTRuntime) -> None:
+        self.run = runtime.run
+        self._at_work: list[dict[str, np.ndarray]] = []
+
+    def begin(self, images: list[np.ndarray]) -> Callable[[], dict[str, np.ndarray]]:
+        self._at_work.append(self._at_work[0] if self._at_work else self.run(np.stack(images)))
+        return self._at_work.pop
+
+
+def test_a_runtime_that_mixes_up_batches_is_rejected(runtime: TensorRTRuntime, bundle: Bundle) -> None:
+    probes = read_probes(bundle.probes)
+    replay_overlapping(probes, runtime, 8)
+    with pytest.raises(ParityError, match="deviates by"):
+        replay_overlapping(probes, Leaking(runtime), 8)
+
+
+def test_profiles_of_one_batch_size_become_graphs_with_the_same_outputs(
+    built: Bundle, cuda: FakeCuda
+) -> None:
+    runtime = TensorRTRuntime(built, GRAPHS)
+    check_runs(runtime, 1, 5, 1, 2, 8, 2, 1, 3)
+    assert captured_profiles(runtime) == ["1", "2"]
+    assert cuda.launched == 3  # the first run of each size is without
+    assert len(cuda.graphs) == 4  # of each profile one for each buffer
+
+
+def test_nothing_is_captured_without_the_setting(built: Bundle, cuda: FakeCuda) -> None:
+    check_runs(TensorRTRuntime(built, PLAIN), 1, 1, 1)
+    assert (cuda.launched, cuda.graphs) == (0, {})
+
+
+@pytest.mark.parametrize("function", ["cudaStreamEndCapture", "cudaGraphInstantiate"])
+def test_a_profile_that_cannot_be_captured_runs_without_a_graph(
+    built: Bundle, cuda: FakeCuda, function: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda.broken.add(function)
+    runtime = TensorRTRuntime(built, GRAPHS)
+    check_runs(runtime, 1, 1, 1)
+    assert (captured_profiles(runtime), cuda.graphs, cuda.recording) == ([], {}, None)
+    (record,) = caplog.records
+    assert record.message.startswith("profile 1 runs without a CUDA graph: CUDA:")
+
+
+def test_an_engine_that_fails_during_capture_ends_the_capture(
+    built: Bundle, cuda: FakeCuda, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, whole = TensorRTRuntime(built, GRAPHS), cuda.cudaStreamBeginCapture
+    monkeypatch.setattr(
+        cuda, "cudaStreamBeginCapture", lambda *given: trt._faults.add("fails") or whole(*given)
+    )
+    check_runs(runtime, 1)
+    trt._faults.clear()
+    check_runs(runtime, 1)
+    assert (captured_profiles(runtime), cuda.recording) == ([], None)
+
+
+def test_after_a_failed_graph_launch_the_profile_runs_without_a_graph(built: Bundle, cuda: FakeCuda) -> None:
+    runtime = TensorRTRuntime(built, GRAPHS)
+    check_runs(runtime, 1, 2)
+    cuda.broken.add("cudaGraphLaunch")
+    with pytest.raises(RuntimeError, match="the CUDA graph of profile 1 failed"):
+        runtime.run(some_images(1))
+    check_runs(runtime, 1, 1)
+    assert captured_profiles(runtime) == ["2"]
+    assert len(cuda.graphs) == 2
+
+
+def test_closing_the_session_frees_everything(built: Bundle, cuda: FakeCuda) -> None:
+    before = dict(cuda.held), dict(cuda.streams), dict(cuda.events)
+    runtime = TensorRTRuntime(built, GRAPHS)
+    check_runs(runtime, 1)
+    assert cuda.graphs
+    runtime._session.close()
+    assert (cuda.held, cuda.streams, cuda.events, cuda.graphs) == (*before, {})
+
+
+def test_the_startup_probes_run_through_the_graph(built: Bundle, cuda: FakeCuda) -> None:
+    load_model(built.path, GRAPHS)
+    assert cuda.launched == 1  # of two single probes the first is captured
