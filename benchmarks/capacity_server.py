@@ -24,18 +24,21 @@ from capacity_model import System
 from capacity_simulation import Figures, Simulation
 from load import SEED, WARM_UP_SECONDS, Load
 from measure import Result, report
-from serving_alone import decode_ms, pictures
+from serving_alone import decode_ms, write_images
 from serving_peers import OURS, free_port, started
 
 HERE = Path(__file__).resolve().parent
-LOOP_MS = 0.2  # CPU of a request beside decoding: benchmarks/request_cpu.py
+LOOP_MS = 0.2  # CPU time of a request besides decoding: benchmarks/request_cpu.py
 DECODERS = 2  # of serving_ours.py
 HELD = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """An engine (ms of a batch and of an image), and *clients* in a circle or a stream of *rate* a second."""
+    """A runtime (ms per batch and per image), and a load: *clients*, or a stream of *rate* images/s.
+
+    A client sends the next request after each response.
+    """
 
     engine: tuple[float, float]
     largest: int
@@ -44,7 +47,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Return the case in words."""
+        """Description of the case."""
         fixed, each = self.engine
         load = f"{self.clients} connections" if self.rate is None else f"{self.rate:g} images/s"
         return f"{fixed:g} + {each:g} n ms, at most {self.largest}: {load}"
@@ -52,7 +55,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Round:
-    """A case in one round: what was measured, what was simulated, and the share of a core that there was."""
+    """A case in one round: measured and simulated values, and the available fraction of a core."""
 
     case: str
     real: Load
@@ -62,7 +65,7 @@ class Round:
 
     @property
     def ratios(self) -> tuple[float, float, float, float]:
-        """Return real / simulated of images per second, mean batch, p50 and p99."""
+        """Real / simulated: images per second, mean batch size, p50 and p99."""
         real, other = self.real, self.simulated
         return (
             real.images_per_s / other.images_per_s,
@@ -82,7 +85,7 @@ CASES = (
 
 
 def simulated(case: Case, decoding: float, seconds: float) -> Figures:
-    """Return what the simulation says of *case*: `load.py` and it draw the same arrivals."""
+    """Simulate *case* with the arrival times of `load.py`."""
     system = System(
         fixed_ms=case.engine[0],
         each_ms=case.engine[1],
@@ -98,11 +101,11 @@ def simulated(case: Case, decoding: float, seconds: float) -> Figures:
 
 
 def measured(case: Case, folder: Path, seconds: float) -> tuple[Load, dict[str, float]]:
-    """Return what the load and the metrics of a server say of *case*."""
+    """Put the load of *case* on a server; return the client's result and the server's metrics."""
     port = free_port()
     fixed, each = case.engine
     command = [sys.executable, str(HERE / "serving_ours.py"), "--port", str(port)]
-    command += ["--pretend", f"{fixed},{each}", "--largest", str(case.largest)]
+    command += ["--fake", f"{fixed},{each}", "--largest", str(case.largest)]
     with started(command, OURS, port, {}, HERE):
         load = [sys.executable, str(HERE / "load.py"), f"http://127.0.0.1:{port}/v1/classify", str(folder)]
         load += ["--seconds", str(seconds)]
@@ -112,7 +115,7 @@ def measured(case: Case, folder: Path, seconds: float) -> tuple[Load, dict[str, 
 
 
 def metrics(port: int) -> dict[str, float]:
-    """Return the samples of the server on *port* by name, of all labels together."""
+    """Read the metrics of the server on *port* by name, summed over labels."""
     found: dict[str, float] = {}
     for line in httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines():
         if not line.startswith("#"):
@@ -122,28 +125,28 @@ def metrics(port: int) -> dict[str, float]:
 
 
 def core_share(folder: Path) -> float:
-    """Return the share of a core that one thread gets now: processor time over time, decoding *folder*."""
-    begun = time.perf_counter()
+    """Measure the fraction of a core that a thread receives while it decodes the images in *folder*."""
+    started = time.perf_counter()
     spent = decode_ms(folder) * len(list(folder.iterdir())) / 1000
-    return spent / (time.perf_counter() - begun)
+    return spent / (time.perf_counter() - started)
 
 
 def one(case: Case, folder: Path, seconds: float) -> Round:
     """Measure and simulate *case* once."""
     before = core_share(folder)
-    real, said = measured(case, folder, seconds)
+    real, values = measured(case, folder, seconds)
     core = (before + core_share(folder)) / 2
     return Round(
         case=case.name,
         real=real,
-        batch=said["sopdeploy_batch_size_sum"] / said["sopdeploy_batch_size_count"],
+        batch=values["sopdeploy_batch_size_sum"] / values["sopdeploy_batch_size_count"],
         simulated=simulated(case, decode_ms(folder), seconds),
         core=core,
     )
 
 
 def show(rounds: list[Round]) -> None:
-    """Print medians over the rounds, and the round in which the machine was quietest."""
+    """Print medians over the rounds, and the round with the least other load."""
     print("| case | | images/s | batch | p50 ms | p99 ms | core |\n|---|---|---|---|---|---|---|")
     for name in dict.fromkeys(each.case for each in rounds):
         found = [each for each in rounds if each.case == name]
@@ -192,11 +195,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as made:
-        folder = pictures(Path(made))
-        rounds = [one(case, folder, given.seconds) for _ in range(given.rounds) for case in CASES]
-    if given.json:
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = write_images(Path(temporary))
+        rounds = [one(case, folder, arguments.seconds) for _ in range(arguments.rounds) for case in CASES]
+    if arguments.json:
         report(results(rounds), as_json=True)
     else:
         show(rounds)

@@ -1,8 +1,8 @@
-"""What do int8 convolutions gain on this CPU?
+"""Latency of int8 convolutions compared with float32 in ONNX Runtime on this CPU.
 
-Quantises a detached DSoP ResNet-18 and an iSQRT ResNet-18, convolutions only, and times them in turn with
-the float32 graphs in ONNX Runtime: one thread, processor time of the process. The weights are random, which
-changes no time and says nothing about agreement.
+Quantizes the convolutions of a detached DSoP ResNet-18 and of an iSQRT ResNet-18, and times the int8 and the
+float32 graphs alternately: one thread, CPU time of the process. The weights are random, which affects
+accuracy but not latency.
 
     python benchmarks/int8.py [--quick] [--json]
 """
@@ -30,17 +30,17 @@ NETWORKS = ("dsop-resnet18", "isqrt-resnet18")
 
 
 def graphs(name: str) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """Return the int8 and the float32 graph of the network *name*."""
+    """Export the int8 and the float32 graph of the network *name*."""
     torch.manual_seed(0)
     network = create_model(name).eval()
-    lean = detach(network) if network.training_only else network
-    rules = Preprocess()
-    plain = lower(capture(lean, rules, BatchRange(maximum=8)).any_batch, lean.outputs)
-    return quantize(plain, generated_images(rules.crop), float32_parts(lean)), plain
+    detached = detach(network) if network.training_only else network
+    preprocess = Preprocess()
+    plain = lower(capture(detached, preprocess, BatchRange(maximum=8)).any_batch, detached.outputs)
+    return quantize(plain, generated_images(preprocess.crop), float32_parts(detached)), plain
 
 
 def session(model: onnx.ModelProto) -> ort.InferenceSession:
-    """Open *model* for one thread, which a busy machine disturbs least."""
+    """Open *model* with one thread, which other load disturbs least."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -48,13 +48,13 @@ def session(model: onnx.ModelProto) -> ort.InferenceSession:
 
 
 def calls(sides: list[ort.InferenceSession], batch: int) -> list[Callable[[], object]]:
-    """Return a call of each side on the same *batch* images."""
+    """Create one function per session that runs it on the same *batch* images."""
     images = np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), dtype=np.uint8)
     return [lambda side=side: side.run(None, {"images": images}) for side in sides]
 
 
 def run(batches: tuple[int, ...], runs: int) -> Iterator[Result]:
-    """Time every network at every batch size."""
+    """Time each network at each batch size."""
     for name in NETWORKS:
         sides = [session(model) for model in graphs(name)]
         for batch in batches:
@@ -71,7 +71,7 @@ def run(batches: tuple[int, ...], runs: int) -> Iterator[Result]:
 
 
 def main() -> None:
-    """Print the table or the JSON document."""
+    """Measure and print."""
     arguments = parse(__doc__)
     torch.set_num_threads(1)
     results = list(run((1,) if arguments.quick else (1, 8), 9 if arguments.quick else 15))

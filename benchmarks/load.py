@@ -1,9 +1,9 @@
-"""A load generator that costs little: each of N connections sends again when it was answered.
+"""A load generator with low overhead: each of N connections sends the next request after each response.
 
-Or, with `--rate`, a Poisson stream: requests leave at random times whether or not others were answered, over
-as many connections as that takes, and a latency counts from when a request was due.
-Raw sockets under asyncio with requests made beforehand, because the client shares the cores with the server.
-Loopback only. `python benchmarks/load.py URL FOLDER --connections 32 --seconds 6` prints one JSON line.
+With `--rate` it sends a Poisson stream instead: requests are sent at random times, independent of responses,
+over as many connections as necessary; latencies are measured from the scheduled time. It uses raw asyncio
+streams and prepared requests, because the client shares the cores with the server. Loopback only.
+`python benchmarks/load.py URL FOLDER --connections 32 --seconds 6` prints one JSON line.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from urllib.parse import urlsplit
 
 BOUNDARY = "--------sopdeploy-benchmark"
 WARM_UP_SECONDS = 1.0
-SEED = 0  # of the stream: every run has the same arrivals
+SEED = 0  # every Poisson stream has the same arrival times
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a run of *seconds* measured; latencies in milliseconds."""
+    """Measurements of a run; latencies in milliseconds."""
 
     images_per_s: float
     answered: int
@@ -37,7 +37,7 @@ class Load:
 
 
 def requests(url: str, folder: Path, form: bool) -> list[bytes]:
-    """Return a whole HTTP request for each file of *folder*, as the body or as the field `file` of a form."""
+    """Build one HTTP request per file in *folder*, with the file as body or as form field `file`."""
     parts = urlsplit(url)
     target = parts.path + (f"?{parts.query}" if parts.query else "")
     found = []
@@ -54,14 +54,14 @@ def requests(url: str, folder: Path, form: bool) -> list[bytes]:
 
 
 class Run:
-    """One run against one server."""
+    """Puts load on one server for one measurement."""
 
     def __init__(
         self, url: str, bodies: list[bytes], connections: int, seconds: float, rate: float | None = None
     ) -> None:
         parts = urlsplit(url)
         if not ipaddress.ip_address(str(parts.hostname)).is_loopback:
-            raise SystemExit(f"{url}: this generator sends to a loopback address only")
+            raise SystemExit(f"{url}: must be a loopback address")
         self._address = (str(parts.hostname), int(parts.port or 80))
         self._bodies: Iterator[bytes] = itertools.cycle(bodies)
         self._connections = connections
@@ -72,11 +72,11 @@ class Run:
         self._codes: Counter[str] = Counter()
 
     async def measure(self) -> Load:
-        """Warm up, then measure."""
+        """Warm up for `WARM_UP_SECONDS`, then measure."""
         start = time.perf_counter() + WARM_UP_SECONDS
         end = start + self._seconds
         if self._rate is None:
-            await asyncio.gather(*(self._connection(start, end) for _ in range(self._connections)))
+            await asyncio.gather(*(self._request_loop(start, end) for _ in range(self._connections)))
         else:
             await self._stream(self._rate, start, end)
         times = sorted(self._latencies) or [0.0]
@@ -88,39 +88,39 @@ class Run:
             codes=dict(self._codes),
         )
 
-    async def _connection(self, start: float, end: float) -> None:
+    async def _request_loop(self, start: float, end: float) -> None:
         reader, writer = await asyncio.open_connection(*self._address)
         while (sent := time.perf_counter()) < end:
             writer.write(next(self._bodies))
-            self._note(await answer(reader), sent, start, end)
+            self._record(await read_response(reader), sent, start, end)
         writer.close()
 
     async def _stream(self, rate: float, start: float, end: float) -> None:
-        chance = random.Random(SEED)  # noqa: S311 - no secret
+        rng = random.Random(SEED)  # noqa: S311 - not a secret
         due = time.perf_counter()
-        async with asyncio.TaskGroup() as sending:
+        async with asyncio.TaskGroup() as group:
             while due < end:
                 await asyncio.sleep(due - time.perf_counter())
-                sending.create_task(self._one(due, start, end))
-                due += chance.expovariate(rate)
+                group.create_task(self._request(due, start, end))
+                due += rng.expovariate(rate)
         for _, writer in self._idle:
             writer.close()
 
-    async def _one(self, due: float, start: float, end: float) -> None:
-        reader, writer = await self._connected()
+    async def _request(self, due: float, start: float, end: float) -> None:
+        reader, writer = await self._connect()
         writer.write(next(self._bodies))
-        self._note(await answer(reader), due, start, end)
+        self._record(await read_response(reader), due, start, end)
         self._idle.append((reader, writer))
 
-    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         while self._idle:
             reader, writer = self._idle.pop()
-            if not reader.at_eof():  # a server closes what idles for long
+            if not reader.at_eof():  # the server closes idle connections
                 return reader, writer
             writer.close()
         return await asyncio.open_connection(*self._address)
 
-    def _note(self, code: str, sent: float, start: float, end: float) -> None:
+    def _record(self, code: str, sent: float, start: float, end: float) -> None:
         now = time.perf_counter()
         if start <= now <= end:
             self._codes[code] += 1
@@ -128,8 +128,8 @@ class Run:
                 self._latencies.append(now - sent)
 
 
-async def answer(reader: asyncio.StreamReader) -> str:
-    """Read one answer and return its status."""
+async def read_response(reader: asyncio.StreamReader) -> str:
+    """Read one response and return its status code."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
     lines = dict(line.split(": ", 1) for line in head.split("\r\n")[1:] if ": " in line)
     if lines.get("transfer-encoding") == "chunked":
@@ -150,9 +150,9 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--rate", type=float, help="requests per second of a Poisson stream")
     parser.add_argument("--seconds", type=float, default=6)
-    given = parser.parse_args()
-    bodies = requests(given.url, given.folder, given.form)
-    run = Run(given.url, bodies, given.connections, given.seconds, given.rate)
+    arguments = parser.parse_args()
+    bodies = requests(arguments.url, arguments.folder, arguments.form)
+    run = Run(arguments.url, bodies, arguments.connections, arguments.seconds, arguments.rate)
     print(json.dumps(asdict(asyncio.run(run.measure()))))
 
 

@@ -1,9 +1,9 @@
-"""What do the lowering rules buy in ONNX Runtime on one core?
+"""Latency of rewritten layers in ONNX Runtime on one core.
 
-Each part is exported twice, by the rules and as the papers write it (`--no-lowering`), both are checked to
-give the same numbers, and both are timed in turn at batch 1 and 8. The last rows compare a mixture that
-runs K of 16 experts with one that runs all. `ours` is the lowered form; `met` says whether the project's
-promises hold.
+Each layer is exported twice: with the rewrite rules, and as the paper defines it (`--no-lowering`). The
+outputs are compared, and both are timed alternately at batch size 1 and 8. Two further cases compare a
+mixture that runs K of 16 experts with one that runs all. `ours` is the rewritten layer; `met` is true if
+every speed-up reaches its target.
 
     python benchmarks/lowering.py [--quick] [--json]
 """
@@ -30,35 +30,35 @@ from sopdeploy_export.rewrites.context import RewriteContext
 from sopdeploy_export.rewrites.equivalence import record_activations
 from sopdeploy_export.rewrites.mixture import AllMasked, GatheredWeights
 
-AGREEMENT = 2e-5  # of the largest value, float32 against float32
+TOLERANCE = 2e-5  # relative to the largest value; both sides are float32
 
 
 class Case(NamedTuple):
-    """A comparison: two modules of one answer, what they take, and the speed-up promised at batch 1 and 8."""
+    """A comparison of two equivalent modules, their inputs, and the target speed-up at batch size 1 and 8."""
 
     name: str
     against: str
     ours: nn.Module
     other: nn.Module
     inputs: Callable[[int], tuple[Tensor, ...]]
-    promised: tuple[float, float]
+    targets: tuple[float, float]
 
 
-class Part(nn.Module):
-    """A part with a name, so that the rules can put another in its place."""
+class Parent(nn.Module):
+    """A parent of the layer, in which the rules can replace it."""
 
-    def __init__(self, part: nn.Module) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.part = part
+        self.layer = layer
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        answer: Tensor = self.part(*inputs)
-        return answer
+        output: Tensor = self.layer(*inputs)
+        return output
 
 
-def rewritten(part: nn.Module, inputs: tuple[Tensor, ...], *, by_rules: bool) -> nn.Module:
-    """Return *part* rewritten by the rules, or as the papers write it."""
-    network = Part(part).eval()
+def rewritten(layer: nn.Module, inputs: tuple[Tensor, ...], *, by_rules: bool) -> nn.Module:
+    """Rewrite *layer* with the rules, or into the formulas of the papers."""
+    network = Parent(layer).eval()
     batch = BatchRange(optimum=8)
     activations = record_activations(network, inputs)
     context = RewriteContext(network=network, activations=activations, batch=batch)
@@ -66,65 +66,65 @@ def rewritten(part: nn.Module, inputs: tuple[Tensor, ...], *, by_rules: bool) ->
         apply_rules(context)
     else:
         apply_formulas(context)
-    return network.part
+    return network.layer
 
 
 def features(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
-    """Return a maker of rectified random maps."""
+    """Return a function that creates non-negative random feature maps for a batch size."""
     return lambda batch: (torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch)).relu(),)
 
 
-def pooling_case(width: int, side: int, promised: float) -> Case:
-    """Return iSQRT pooling, covariance to triangle."""
-    made = features(width, side, side)
-    both = [rewritten(ISqrtCov(width), made(2), by_rules=lowered) for lowered in (True, False)]
+def pooling_case(width: int, side: int, target: float) -> Case:
+    """Create the case of iSQRT pooling, from the covariance to the triangle."""
+    make_maps = features(width, side, side)
+    sides = [rewritten(ISqrtCov(width), make_maps(2), by_rules=lowered) for lowered in (True, False)]
     name = f"iSQRT pooling, d={width}, M={side * side}"
-    return Case(name, "textbook loop", both[0], both[1], made, (promised, promised))
+    return Case(name, "paper's loop", sides[0], sides[1], make_maps, (target, target))
 
 
 def mixture(chosen: int, *, channels: int = 256) -> tuple[Components, Callable[[int], tuple[Tensor, ...]]]:
-    """Return 16 experts, and a maker of 8x8 maps with weights of which *chosen* are not 0."""
+    """Create 16 experts, and a function that creates 8x8 feature maps and weights with *chosen* non-zeros."""
     torch.manual_seed(0)
-    bank, _ = make_components(
+    experts, _ = make_components(
         "sop", channels, (256, 128), components=16, counted=chosen, root=NewtonSchulzConfig()
     )
-    maps = features(channels, 8, 8)
+    make_maps = features(channels, 8, 8)
 
     def inputs(batch: int) -> tuple[Tensor, ...]:
         logits = torch.randn(batch, 16, generator=torch.Generator().manual_seed(batch))
-        return (*maps(batch), keep_largest(logits, chosen))
+        return (*make_maps(batch), keep_largest(logits, chosen))
 
-    return bank.eval(), inputs
+    return experts.eval(), inputs
 
 
 def mixture_case() -> Case:
-    """Return GM-SOP's mixture, 8 of 16, without its gate."""
-    both = []
+    """Create the case of GM-SOP's mixture, 8 of 16 experts, without its gate."""
+    sides = []
     for lowered in (True, False):
-        bank, inputs = mixture(8)
-        both.append(rewritten(bank, inputs(2), by_rules=lowered))
-    return Case("GM-SOP mixture 16-8, 8x8 maps", "textbook, all 16", both[0], both[1], inputs, (2.5, 2.5))
+        experts, inputs = mixture(8)
+        sides.append(rewritten(experts, inputs(2), by_rules=lowered))
+    return Case("GM-SOP mixture 16-8, 8x8 maps", "paper, all 16", sides[0], sides[1], inputs, (2.5, 2.5))
 
 
-def routed_case(chosen: int, promised: float) -> Case:
-    """Return K of 16 experts against all 16, both lowered."""
-    bank, inputs = mixture(chosen)
-    ours, other = GatheredWeights(bank, chosen).eval(), AllMasked(bank, chosen).eval()
-    return Case(f"mixture, K={chosen} of 16", "all 16, lowered", ours, other, inputs, (promised, promised))
+def routed_case(chosen: int, target: float) -> Case:
+    """Create the case of K of 16 experts compared with all 16, both rewritten."""
+    experts, inputs = mixture(chosen)
+    ours, other = GatheredWeights(experts, chosen).eval(), AllMasked(experts, chosen).eval()
+    return Case(f"mixture, K={chosen} of 16", "all 16, rewritten", ours, other, inputs, (target, target))
 
 
 def gsop_case() -> Case:
-    """Return GSoP's channel block on 1024 channels: not slower at batch 1, faster at 8, in one bundle."""
-    made = features(1024, 14, 14)
-    both = []
+    """Create the case of GSoP's channel block with 1024 channels."""
+    make_maps = features(1024, 14, 14)
+    sides = []
     for lowered in (True, False):
         torch.manual_seed(0)
-        both.append(rewritten(GSoPBlock(GSoPBlockConfig(), 1024, 1), made(2), by_rules=lowered))
-    return Case("GSoP block, C=1024", "textbook block", both[0], both[1], made, (1.0, 1.0))
+        sides.append(rewritten(GSoPBlock(GSoPBlockConfig(), 1024, 1), make_maps(2), by_rules=lowered))
+    return Case("GSoP block, C=1024", "paper's block", sides[0], sides[1], make_maps, (1.0, 1.0))
 
 
 def run(case: Case, batch: int, runs: int) -> tuple[Result, float]:
-    """Time *case* at *batch* after checking that both sides agree; return what was promised too."""
+    """Compare the outputs of both sides, then time them at batch size *batch*; also return the target."""
     sessions = [open_form(module, case.inputs(2)) for module in (case.ours, case.other)]
     arrays = [value.numpy() for value in case.inputs(batch)]
     sides = [
@@ -132,15 +132,15 @@ def run(case: Case, batch: int, runs: int) -> tuple[Result, float]:
         for session in sessions
     ]
     ours, other = sides[0](), sides[1]()
-    if np.abs(ours - other).max() > AGREEMENT * np.abs(other).max():
-        sys.exit(f"{case.name}: both sides must give the same numbers")
+    if np.abs(ours - other).max() > TOLERANCE * np.abs(other).max():
+        sys.exit(f"{case.name}: the outputs of both sides differ")
     name = f"{case.name}, batch {batch}"
     result = compare(name, case.against, *sides, runs=runs, warmups=3, clock=process_time)
-    return result, case.promised[0 if batch == 1 else 1]
+    return result, case.targets[0 if batch == 1 else 1]
 
 
 def main() -> None:
-    """Time all cases; `met` says whether every promise holds."""
+    """Time all cases; list those that miss their target."""
     arguments = parse(__doc__)
     torch.set_num_threads(1)
     runs = 11 if arguments.quick else 41
@@ -156,8 +156,8 @@ def main() -> None:
     jobs = [(case, batch) for case in cases for batch in (1, 8)]
     with torch.no_grad():
         timed = [run(case, batch, runs) for case, batch in jobs]
-    short = [result.case for result, promised in timed if 1 / result.ratio < promised]
-    report([result for result, _ in timed], as_json=arguments.json, met=not short, short=short)
+    missed = [result.case for result, target in timed if 1 / result.ratio < target]
+    report([result for result, _ in timed], as_json=arguments.json, met=not missed, short=missed)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ import httpx
 import numpy as np
 import uvicorn
 from measure import Result, report
-from serving_alone import pictures
-from serving_ours import CLASSES, pretend
+from serving_alone import write_images
+from serving_ours import CLASSES, fake_model
 from serving_peers import OURS, cpu_seconds, free_port, started
 
 from sopdeploy_service.app import create_app
@@ -45,41 +45,41 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--query", default="", help="query of every request, such as top_k=3")
-    given = parser.parse_args()
-    if given.serve is not None:
-        serve(given.serve)
+    arguments = parser.parse_args()
+    if arguments.serve is not None:
+        serve(arguments.serve)
         return
-    trees = {"this": HERE.parents[1]} | ({"other": given.other.resolve()} if given.other else {})
+    trees = {"this": HERE.parents[1]} | ({"other": arguments.other.resolve()} if arguments.other else {})
     figures: dict[str, list[float]] = {name: [] for name in trees}
     with tempfile.TemporaryDirectory() as folder:
-        pictures(Path(folder))
-        for _ in range(given.rounds):
+        write_images(Path(folder))
+        for _ in range(arguments.rounds):
             for name, tree in trees.items():
-                figures[name].append(measure(tree, Path(folder), given))
+                figures[name].append(measure(tree, Path(folder), arguments))
     medians = {name: statistics.median(values) for name, values in figures.items()}
     result = Result(
         case="CPU per request",
-        against=str(given.other or ""),
+        against=str(arguments.other or ""),
         ours=medians["this"],
         other=medians.get("other"),
         unit="cpu-ms",
-        runs=given.rounds,
+        runs=arguments.rounds,
     )
-    report([result], as_json=given.json)
+    report([result], as_json=arguments.json)
 
 
-def measure(tree: Path, folder: Path, given: argparse.Namespace) -> float:
+def measure(tree: Path, folder: Path, arguments: argparse.Namespace) -> float:
     """Measure the CPU milliseconds per request of the server in *tree* under load."""
     port = free_port()
     places = {"PYTHONPATH": os.pathsep.join([str(tree), str(tree / "service"), str(HERE.parent)])}
     command = [sys.executable, str(HERE), "--serve", str(port)]
     with started(command, OURS, port, places, folder) as process:
-        url = f"http://127.0.0.1:{port}/v1/classify" + (f"?{given.query}" if given.query else "")
+        url = f"http://127.0.0.1:{port}/v1/classify" + (f"?{arguments.query}" if arguments.query else "")
         load = [sys.executable, str(HERE.parent / "load.py"), url, str(folder)]
-        load += ["--connections", str(given.connections), "--seconds"]
+        load += ["--connections", str(arguments.connections), "--seconds"]
         subprocess.run([*load, "0.1"], check=True, capture_output=True)  # a second of warm-up
         before = cpu_seconds(process), answered(port)
-        subprocess.run([*load, str(given.seconds)], check=True, capture_output=True)
+        subprocess.run([*load, str(arguments.seconds)], check=True, capture_output=True)
         spent, count = cpu_seconds(process) - before[0], answered(port) - before[1]
     return 1000 * spent / count
 
@@ -93,19 +93,19 @@ def answered(port: int) -> float:
 
 def serve(port: int) -> None:
     """Serve constant outputs without decoding images."""
-    found = pretend(0, 0, 8)
-    picture = Decoded(np.zeros((224, 224, 3), dtype=np.uint8), ())
+    model = fake_model(0, 0, 8)
+    image = Decoded(np.zeros((224, 224, 3), dtype=np.uint8), ())
     logits = np.random.default_rng(0).normal(size=(8, CLASSES)).astype(np.float32)
 
     class Constant:
-        name, device, largest_batch = "constant", "pretend", 8
+        name, device, largest_batch = "constant", "fake", 8
 
         def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
             return {"logits": logits[: len(images)]}
 
-    loaders.decode = lambda *_, **__: picture  # type: ignore[assignment]
+    loaders.decode = lambda *_, **__: image  # type: ignore[assignment]
     settings = load_settings(port=port, queue_size=1024, max_batch=8)
-    app = create_app({"model": replace(found, runtime=Constant())}, settings)
+    app = create_app({"model": replace(model, runtime=Constant())}, settings)
     config = http_config(app, settings)
     config.port = port
     uvicorn.Server(config).run()

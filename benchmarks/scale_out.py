@@ -6,8 +6,8 @@
 All servers use simulated runtimes that sleep, so two cores are enough for three of them. Every round
 measures the plain process, one replica and two replicas alternately; a value is the median of the rounds'
 ratios to the plain process of the same round. `slow`: 100 + 50 n ms for n images, at most 8: almost no
-processor time, so the ratio shows the cost of routing and batching. `batching`: 20 + 10 n. `fast`: 20 + 2
-n, at most 32, limited by the processor on few cores. CPU is the time of the whole process tree per image.
+CPU time, so the ratio shows the cost of routing and batching. `batching`: 20 + 10 n. `fast`: 20 + 2
+n, at most 32, limited by the CPU on few cores. CPU is the time of the whole process tree per image.
 Needs `sopdeploy[ray]`.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from measure import report
 from serving import HERE, Case, drive
-from serving_alone import pictures
+from serving_alone import write_images
 from serving_peers import OURS, free_port, started
 from serving_rounds import Rounds
 
@@ -35,15 +35,15 @@ STARTS = 3
 
 
 def command(case: Case, replicas: int, port: int) -> list[str]:
-    """Return what starts the plain process, or so many replicas."""
+    """Build the command of the plain process, or of *replicas* replicas."""
     program = "scale_out_ray.py" if replicas else "serving_ours.py"
-    words = [sys.executable, str(HERE / program), "--port", str(port), "--pretend", str(case.fake)]
+    words = [sys.executable, str(HERE / program), "--port", str(port), "--fake", str(case.fake)]
     return [*words, "--largest", str(case.largest), *(["--replicas", str(replicas)] if replicas else [])]
 
 
-def measured(row: Rounds, case: Case, replicas: int, folder: Path, seconds: float) -> float:
-    """Load one server, note what it did, and return its images per second."""
-    for attempt in range(STARTS):  # on a busy machine Ray's own processes may not start in their time
+def measure(row: Rounds, case: Case, replicas: int, folder: Path, seconds: float) -> float:
+    """Put load on one server, record the result in *row*, and return its images per second."""
+    for attempt in range(STARTS):  # Ray's own processes may time out on a busy machine
         port = free_port()
         try:
             with started(command(case, replicas, port), OURS, port, {}, HERE) as process:
@@ -58,16 +58,16 @@ def measured(row: Rounds, case: Case, replicas: int, folder: Path, seconds: floa
 
 
 def benchmark(cases: tuple[Case, ...], rounds: int, seconds: float) -> list[Rounds]:
-    """Return a row for every server in every case."""
+    """Measure all servers in all cases; return one row each."""
     rows = {(case.name, server): Rounds(server, case.name) for case in cases for server in SERVERS}
     with tempfile.TemporaryDirectory() as name:
-        folder = pictures(Path(name))
+        folder = write_images(Path(name))
         for _ in range(rounds):
             for case in cases:
                 plain = 0.0
                 for server, replicas in SERVERS.items():
                     row = rows[case.name, server]
-                    found = measured(row, case, replicas, folder, seconds)
+                    found = measure(row, case, replicas, folder, seconds)
                     plain = plain or found
                     row.ratios.append(found / plain)
     return list(rows.values())
@@ -91,13 +91,13 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", help="which cases, comma separated")
+    parser.add_argument("--only", help="names of cases, comma-separated")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    given = parser.parse_args()
-    wanted = given.only.split(",") if given.only else [case.name for case in CASES]
+    arguments = parser.parse_args()
+    wanted = arguments.only.split(",") if arguments.only else [case.name for case in CASES]
     cases = tuple(case for case in CASES if case.name in wanted)
-    rows = benchmark(cases, 1 if given.quick else given.rounds, 5.0 if given.quick else 10.0)
-    if given.json:
+    rows = benchmark(cases, 1 if arguments.quick else arguments.rounds, 5.0 if arguments.quick else 10.0)
+    if arguments.json:
         report([result for row in rows for result in row.results("plain process")], as_json=True)
     else:
         show(rows)

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from gain.gates import gates_on_cifar, kinds
-from gain.report import checks, measured, show
-from gain.runs import Results, finish_studies
+from gain.report import checks, print_studies, results_of
+from gain.runs import Results, run_studies
 from gain.studies import cifar, digits, few_textures, texture_rates, textures
 from gain.study import Study
 from gain.task import write_arrays
@@ -37,7 +37,7 @@ NAMES = ("learning rates", "textures", "few textures", "digits", "kinds", "CIFAR
 
 
 def studies(arrays: Path | None, *, quick: bool) -> list[Study]:
-    """Return what is run; *arrays* are CIFAR's decoded pictures."""
+    """Choose the studies; *arrays* is the file of CIFAR's decoded images."""
     chosen = [texture_rates(), textures(5 if quick else 8, ablations=not quick)]
     chosen += [] if quick else [few_textures(3)]
     chosen += [digits(24 if quick else 30), kinds(5, tries=not quick)]
@@ -47,28 +47,28 @@ def studies(arrays: Path | None, *, quick: bool) -> list[Study]:
     return chosen
 
 
-def arguments_of(arguments: list[str]) -> argparse.Namespace:
-    """Return the parsed command line."""
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer seeds and arms, 35 CPU minutes")
-    parser.add_argument("--cache", type=Path, help="folder of finished runs; created where it is missing")
-    parser.add_argument("--cifar", type=Path, help="CIFAR-10's pictures, a folder; needs --cache")
-    parser.add_argument("--study", action="append", choices=NAMES, help="only this one; may be repeated")
+    parser.add_argument("--cache", type=Path, help="folder of finished runs; created if it is missing")
+    parser.add_argument("--cifar", type=Path, help="folder with CIFAR-10's images; needs --cache")
     parser.add_argument(
-        "--seeds", type=int, help="only the first SEEDS of each study; the tables say how many"
+        "--study", action="append", choices=NAMES, help="run only this study; can be repeated"
     )
-    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (2)")
+    parser.add_argument("--seeds", type=int, help="use only the first SEEDS seeds of each study")
+    parser.add_argument("--jobs", type=int, default=2, help="number of single-threaded processes (2)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parsed = parser.parse_args(arguments)
     if parsed.cifar is not None and parsed.cache is None:
-        parser.error("--cifar needs --cache: the decoded pictures are kept there")
+        parser.error("--cifar needs --cache, which stores the decoded images")
     return parsed
 
 
-def decoded(folder: Path | None, cache: Path | None) -> Path | None:
-    """Return the file of CIFAR's arrays, decoded once."""
+def decode_cifar(folder: Path | None, cache: Path | None) -> Path | None:
+    """Decode CIFAR once; return the file of arrays."""
     if folder is None or cache is None:
         return None
     cache.mkdir(parents=True, exist_ok=True)
@@ -79,35 +79,35 @@ def decoded(folder: Path | None, cache: Path | None) -> Path | None:
 
 
 def commit() -> str:
-    """Return the commit that was measured, with a mark where files differ from it."""
+    """Describe the measured commit; `-dirty` marks uncommitted changes."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
     found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
 
 
 def facts(jobs: int) -> dict[str, Any]:
-    """Return what the figures depend on."""
+    """Describe machine, versions, commit and processes."""
     return {"machine": machine(), "versions": versions(), "commit": commit(), "processes": jobs}
 
 
 def main(arguments: list[str]) -> int:
-    """Run, print, and return the exit status."""
-    given = arguments_of(arguments)
+    """Run the studies, print them, and return the exit status."""
+    given = parse_arguments(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
-    arrays = decoded(given.cifar, given.cache)
+    arrays = decode_cifar(given.cifar, given.cache)
     chosen = [
         dataclasses.replace(study, seeds=study.seeds[: given.seeds])
         for study in studies(arrays, quick=given.quick)
         if given.study is None or study.name in given.study
     ]
-    results: Results = finish_studies(chosen, given.cache, given.jobs)
+    results: Results = run_studies(chosen, given.cache, given.jobs)
     if given.json:
-        found = [result for study in chosen for result in measured(study, results[study.name])]
+        found = [result for study in chosen for result in results_of(study, results[study.name])]
         report(found, as_json=True, commit=commit(), processes=given.jobs)
     else:
         console = Console(width=None if sys.stdout.isatty() else 160)
         console.print(json.dumps(facts(given.jobs)), soft_wrap=True)
-        show(chosen, results, console)
+        print_studies(chosen, results, console)
     hold = [holds for study in chosen for _, holds in checks(study, results[study.name])]
     return 0 if all(hold) else 1
 

@@ -25,8 +25,8 @@ from pathlib import Path
 
 from load import WARM_UP_SECONDS, Load
 from measure import Result, report
-from serving_alone import bare, pictures, pipeline, their_pipeline
-from serving_ours import Accounts, pretend, settings_for
+from serving_alone import bare_runtime, peer_pipeline, pipeline, write_images
+from serving_ours import CpuTimes, fake_model, settings_for
 from serving_peers import OURS, PEERS, Peer, cpu_seconds, free_port, peer_command, started
 from serving_rounds import Rounds
 
@@ -50,15 +50,15 @@ class Case:
 class Row(Rounds):
     """One server in one case, with CPU time in addition to decoding and inference."""
 
-    cpu_by_account_ms: list[float] = field(default_factory=list)
+    own_cpu_ms: list[float] = field(default_factory=list)
 
     def results(self, against: str) -> list[Result]:
         """Add the CPU time that the server itself measured."""
         found = Rounds.results(self, against)
-        if self.cpu_by_account_ms:
-            value = statistics.median(self.cpu_by_account_ms)
+        if self.own_cpu_ms:
+            value = statistics.median(self.own_cpu_ms)
             case = f"{self.case}, {self.server}: CPU per image, measured in the server"
-            found.append(Result(case=case, ours=value, unit="cpu-ms", runs=len(self.cpu_by_account_ms)))
+            found.append(Result(case=case, ours=value, unit="cpu-ms", runs=len(self.own_cpu_ms)))
         return found
 
 
@@ -96,82 +96,82 @@ def drive(peer: Peer, port: int, process: int, case: Case, folder: Path, seconds
 class Benchmark:
     """Measures all servers alternately."""
 
-    def __init__(self, given: argparse.Namespace, folder: Path) -> None:
-        self._given = given
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self._arguments = arguments
         self._folder = folder
-        self._seconds = 4.0 if given.quick else 10.0
+        self._seconds = 4.0 if arguments.quick else 10.0
         self._rows: dict[tuple[str, str], Row] = {}
 
     def run(self) -> list[Row]:
         """Measure every case in every round."""
-        known = [*CASES, *([REAL] if self._given.bundle else [])]
-        cases = [case for case in known if case.name in (self._given.case or [case.name])]
-        for _ in range(1 if self._given.quick else self._given.rounds):
+        known = [*CASES, *([REAL] if self._arguments.bundle else [])]
+        cases = [case for case in known if case.name in (self._arguments.case or [case.name])]
+        for _ in range(1 if self._arguments.quick else self._arguments.rounds):
             for case in cases:
                 self._round(case)
         return list(self._rows.values())
 
     def _round(self, case: Case) -> None:
-        inference = self._inference(case)
-        befores = bare(inference.runtime, case.largest, self._seconds / 2)
+        model = self._model(case)
+        befores = bare_runtime(model.runtime, case.largest, self._seconds / 2)
         measured = {name: self._measure(peer, case) for name, peer in self._peers().items()}
-        driven, account_ms = self._measure_ours(case)
-        afters = bare(inference.runtime, case.largest, self._seconds / 2)
+        driven, own_ms = self._measure_ours(case)
+        afters = bare_runtime(model.runtime, case.largest, self._seconds / 2)
         speed = statistics.mean((befores.images_per_s, afters.images_per_s))
-        alone_ms = self._their_pipeline_ms(case) if measured else self._pipeline_ms(inference, case)
+        alone_ms = self._peer_pipeline_ms(case) if measured else self._pipeline_ms(model, case)
         for name, one in {"sopdeploy": driven, **measured}.items():
-            self._enter(name, case, one, speed, alone_ms)
-        self._rows["sopdeploy", case.name].cpu_by_account_ms.append(account_ms)
+            self._add(name, case, one, speed, alone_ms)
+        self._rows["sopdeploy", case.name].own_cpu_ms.append(own_ms)
 
-    def _enter(self, name: str, case: Case, driven: Driven, speed: float, alone_ms: float) -> None:
+    def _add(self, name: str, case: Case, driven: Driven, speed: float, alone_ms: float) -> None:
         row = self._rows.setdefault((name, case.name), Row(name, case.name))
         row.ratios.append(driven.load.images_per_s / speed)
         row.note(driven.load, driven.cpu_ms - alone_ms)
 
-    def _inference(self, case: Case) -> LoadedModel:
+    def _model(self, case: Case) -> LoadedModel:
         if case.fake is None:
-            return load_model(self._given.bundle, settings_for(case.largest, decoders=2, threads=1))
+            return load_model(self._arguments.bundle, settings_for(case.largest, decoders=2, threads=1))
         fixed, each = map(float, case.fake.split(","))
-        return pretend(fixed, each, case.largest)
+        return fake_model(fixed, each, case.largest)
 
-    def _pipeline_ms(self, inference: LoadedModel, case: Case) -> float:
-        rules = inference.bundle.manifest.preprocess
-        return pipeline(inference.runtime, rules, self._folder, case.largest, self._seconds / 2).cpu_ms
+    def _pipeline_ms(self, model: LoadedModel, case: Case) -> float:
+        rules = model.bundle.manifest.preprocess
+        return pipeline(model.runtime, rules, self._folder, case.largest, self._seconds / 2).cpu_ms
 
-    def _their_pipeline_ms(self, case: Case) -> float:
-        python, environment = self._given.peers_python, {**os.environ, **self._environment(case)}
-        found = their_pipeline(
-            python, self._given.peers, environment, self._folder, case.largest, self._seconds / 2
+    def _peer_pipeline_ms(self, case: Case) -> float:
+        python, environment = self._arguments.peers_python, {**os.environ, **self._environment(case)}
+        found = peer_pipeline(
+            python, self._arguments.peers, environment, self._folder, case.largest, self._seconds / 2
         )
         return found.cpu_ms
 
     def _peers(self) -> dict[str, Peer]:
-        if self._given.peers is None:
+        if self._arguments.peers is None:
             return {}
-        names = self._given.only.split(",") if self._given.only else list(PEERS)
+        names = self._arguments.only.split(",") if self._arguments.only else list(PEERS)
         return {name: PEERS[name] for name in names}
 
     def _measure(self, peer: Peer, case: Case) -> Driven:
         port = free_port()
-        command = peer_command(self._given.peers_python, peer, port)
-        with started(command, peer, port, self._environment(case), self._given.peers) as process:
+        command = peer_command(self._arguments.peers_python, peer, port)
+        with started(command, peer, port, self._environment(case), self._arguments.peers) as process:
             return drive(peer, port, process, case, self._folder, self._seconds)
 
     def _measure_ours(self, case: Case) -> tuple[Driven, float]:
         """Measure sopdeploy; also return the additional CPU ms per image, measured inside the server."""
         port = free_port()
-        engine = ["--pretend", case.fake] if case.fake else ["--bundle", str(self._given.bundle)]
-        command = [sys.executable, str(HERE / "serving_ours.py"), "--port", str(port), *engine]
-        with tempfile.TemporaryDirectory() as place:
-            accounts = Path(place) / "accounts.json"
-            command += ["--largest", str(case.largest), "--accounts", str(accounts)]
+        runtime = ["--fake", case.fake] if case.fake else ["--bundle", str(self._arguments.bundle)]
+        command = [sys.executable, str(HERE / "serving_ours.py"), "--port", str(port), *runtime]
+        with tempfile.TemporaryDirectory() as temporary:
+            cpu_times = Path(temporary) / "cpu.json"
+            command += ["--largest", str(case.largest), "--cpu-times", str(cpu_times)]
             with started(command, OURS, port, {}, HERE) as process:
                 driven = drive(OURS, port, process, case, self._folder, self._seconds)
-            known = Accounts(**json.loads(accounts.read_text()))
-        return driven, 1000 * (driven.cpu_s - known.decode_s - known.engine_s) / known.images
+            times = CpuTimes(**json.loads(cpu_times.read_text()))
+        return driven, 1000 * (driven.cpu_s - times.decode_s - times.engine_s) / times.images
 
     def _environment(self, case: Case) -> dict[str, str]:
-        return peer_environment(case, self._given.onnx)
+        return peer_environment(case, self._arguments.onnx)
 
 
 def peer_environment(case: Case, onnx: Path | None) -> dict[str, str]:
@@ -192,14 +192,14 @@ def peer_environment(case: Case, onnx: Path | None) -> dict[str, str]:
 
 def show(rows: list[Row]) -> None:
     """Print a table of the medians."""
-    heads = ("case", "server", "ratio to bare engine", "rounds", "images/s", "p99 ms")
-    heads += ("CPU ms over decode + engine", "by its own account")
+    heads = ("case", "server", "ratio to bare runtime", "rounds", "images/s", "p99 ms")
+    heads += ("CPU ms besides decoding and runtime", "measured in the server")
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for row in rows:
         ratio = statistics.median(row.ratios)
         each = " ".join(f"{value:.3f}" for value in row.ratios)
         shown = [f"{value:.2f}" for value in row.medians()]
-        shown.append(f"{statistics.median(row.cpu_by_account_ms):.2f}" if row.cpu_by_account_ms else "")
+        shown.append(f"{statistics.median(row.own_cpu_ms):.2f}" if row.own_cpu_ms else "")
         print(f"| {row.case} | {row.server} | **{ratio:.3f}** | {each} | {' | '.join(shown)} |")
 
 
@@ -219,12 +219,12 @@ def main() -> None:
         "--bundle", type=Path, help="bundle with 224-pixel input for the real engine: the network of --onnx"
     )
     parser.add_argument("--onnx", type=Path, help="ONNX file of the other servers for the real engine")
-    given = parser.parse_args()
-    if given.peers is not None and given.onnx is None:
+    arguments = parser.parse_args()
+    if arguments.peers is not None and arguments.onnx is None:
         parser.error("--peers needs --onnx, the file that those servers load")
     with tempfile.TemporaryDirectory() as folder:
-        rows = Benchmark(given, pictures(Path(folder))).run()
-    if given.json:
+        rows = Benchmark(arguments, write_images(Path(folder))).run()
+    if arguments.json:
         report([result for row in rows for result in row.results("bare runtime")], as_json=True)
     else:
         show(rows)

@@ -1,4 +1,4 @@
-"""What there is without a server: the pictures of a load, the engine, decoding, and both in one thread."""
+"""Reference measurements without a server: runtime, decoding, and both in one thread; test images."""
 
 import json
 import subprocess
@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from serving_ours import pretend
+from serving_ours import fake_model
 
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.runtime.base import Runtime
 
-LIMIT = 10**8  # bytes and pixels, which no picture here has
+LIMIT = 10**8  # bytes and pixels; larger than all images here
 
-# The same for the other servers, with the decoder and the engine that their scripts share.
-THEIRS = """
+# `pipeline` for the other servers, with the decoder and the runtime that their scripts share.
+PEER_PIPELINE = """
 import json, sys, time
 from pathlib import Path
 import numpy as np
@@ -27,23 +27,23 @@ from common import decode, infer, session
 engine, largest, seconds = session(), int(sys.argv[2]), float(sys.argv[3])
 bodies = [path.read_bytes() for path in sorted(Path(sys.argv[1]).iterdir())]
 infer(engine, np.stack([decode(body) for body in bodies[:largest]]))
-begun, spent, done = time.perf_counter(), time.process_time(), 0
-while time.perf_counter() - begun < seconds:
-    infer(engine, np.stack([decode(bodies[(done + place) % len(bodies)]) for place in range(largest)]))
+started, cpu, done = time.perf_counter(), time.process_time(), 0
+while time.perf_counter() - started < seconds:
+    infer(engine, np.stack([decode(bodies[(done + n) % len(bodies)]) for n in range(largest)]))
     done += largest
-print(json.dumps([done / (time.perf_counter() - begun), 1000 * (time.process_time() - spent) / done]))
+print(json.dumps([done / (time.perf_counter() - started), 1000 * (time.process_time() - cpu) / done]))
 """
 
 
 @dataclass(frozen=True, slots=True)
 class SingleProcess:
-    """How fast something went, and its CPU milliseconds per image."""
+    """Throughput and CPU milliseconds per image of work in one process."""
 
     images_per_s: float
     cpu_ms: float
 
 
-def pictures(folder: Path, count: int = 32) -> Path:
+def write_images(folder: Path, count: int = 32) -> Path:
     """Write *count* JPEGs of 500 x 375 pixels, about 50 kB each, into *folder*."""
     rng = np.random.default_rng(0)
     for number in range(count):
@@ -54,32 +54,32 @@ def pictures(folder: Path, count: int = 32) -> Path:
     return folder
 
 
-def bare(runtime: Runtime, largest: int, seconds: float) -> SingleProcess:
-    """Return what *runtime* does in full batches and nothing else."""
+def bare_runtime(runtime: Runtime, largest: int, seconds: float) -> SingleProcess:
+    """Measure *runtime* with full batches and without decoding."""
     images = np.zeros((largest, 224, 224, 3), dtype=np.uint8)
-    return repeated(lambda _: runtime.run(images), largest, seconds)
+    return repeat(lambda _: runtime.run(images), largest, seconds)
 
 
 def pipeline(
     runtime: Runtime, rules: Preprocess, folder: Path, largest: int, seconds: float
 ) -> SingleProcess:
-    """Return what decoding, as our server does it, and *runtime* take in turn in one thread, batch by batch.
+    """Measure decoding and *runtime*, alternating by batch in one thread.
 
-    Between its batches a decoder finds the caches as cold as in a server that waits for the same engine.
+    The runtime evicts the decoder from the CPU caches between batches, as in a server.
     """
-    bodies = read(folder)
+    bodies = read_files(folder)
 
     def batch(done: int) -> None:
-        runtime.run(np.stack([pixels(bodies[(done + n) % len(bodies)], rules) for n in range(largest)]))
+        runtime.run(np.stack([decode_image(bodies[(done + n) % len(bodies)], rules) for n in range(largest)]))
 
-    return repeated(batch, largest, seconds)
+    return repeat(batch, largest, seconds)
 
 
-def their_pipeline(
+def peer_pipeline(
     python: str, scripts: Path, environment: Mapping[str, str], folder: Path, largest: int, seconds: float
 ) -> SingleProcess:
-    """Return the same of the other servers' decoder and engine, in the folder *scripts*."""
-    command = [python, "-c", THEIRS, str(folder), str(largest), str(seconds)]
+    """Measure the same with the decoder and runtime of the other servers, in the folder *scripts*."""
+    command = [python, "-c", PEER_PIPELINE, str(folder), str(largest), str(seconds)]
     done = subprocess.run(
         command, cwd=scripts, env=dict(environment), capture_output=True, text=True, check=True
     )
@@ -87,29 +87,32 @@ def their_pipeline(
 
 
 def decode_ms(folder: Path) -> float:
-    """Return the CPU milliseconds of decoding one picture of *folder* after the other, as our server does."""
-    bodies, rules = read(folder), pretend(0, 0, 1).bundle.manifest.preprocess
-    begun = time.process_time()
+    """Measure the CPU milliseconds of decoding one image of *folder* with the server's decoder."""
+    bodies, rules = read_files(folder), fake_model(0, 0, 1).bundle.manifest.preprocess
+    started = time.process_time()
     for body in bodies:
-        pixels(body, rules)
-    return 1000 * (time.process_time() - begun) / len(bodies)
+        decode_image(body, rules)
+    return 1000 * (time.process_time() - started) / len(bodies)
 
 
-def read(folder: Path) -> Sequence[bytes]:
-    """Return the files of *folder*."""
+def read_files(folder: Path) -> Sequence[bytes]:
+    """Read the files of *folder*."""
     return [path.read_bytes() for path in sorted(folder.iterdir())]
 
 
-def pixels(body: bytes, rules: Preprocess) -> NDArray[np.uint8]:
-    """Return what our decoders make of *body*."""
+def decode_image(body: bytes, rules: Preprocess) -> NDArray[np.uint8]:
+    """Decode *body* with the server's decoder."""
     return decode(EncodedImage(body), rules, max_bytes=LIMIT, max_pixels=LIMIT).pixels
 
 
-def repeated(batch: Callable[[int], object], images: int, seconds: float) -> SingleProcess:
-    """Call *batch*, which does so many *images*, with the number done before, once and then for *seconds*."""
+def repeat(batch: Callable[[int], object], images: int, seconds: float) -> SingleProcess:
+    """Call *batch*, which processes *images* images, once as warm-up and then for *seconds*.
+
+    Its argument is the number of images processed so far.
+    """
     batch(0)
-    begun, cpu, done = time.perf_counter(), time.process_time(), 0
-    while time.perf_counter() - begun < seconds:
+    started, cpu, done = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - started < seconds:
         batch(done)
         done += images
-    return SingleProcess(done / (time.perf_counter() - begun), 1000 * (time.process_time() - cpu) / done)
+    return SingleProcess(done / (time.perf_counter() - started), 1000 * (time.process_time() - cpu) / done)

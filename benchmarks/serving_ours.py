@@ -1,10 +1,10 @@
-"""Our server, for `benchmarks/serving.py`: over a pretend engine of known time, or over a bundle.
+"""The server of this project for `benchmarks/serving.py`, with a simulated runtime or with a bundle.
 
-python benchmarks/serving_ours.py --port 8000 --pretend 20,10 --largest 8
+python benchmarks/serving_ours.py --port 8000 --fake 20,10 --largest 8
 python benchmarks/serving_ours.py --port 8000 --bundle FOLDER --largest 8
 
-With `--accounts FILE` it writes at its end how many images it decoded, and the CPU seconds that decoding them
-and the engine's batches took, each on the clock of the thread that did it.
+With `--cpu-times FILE` it writes, when it stops, the number of decoded images and the CPU seconds of decoding
+and of the runtime, measured with the clocks of the threads that run them.
 """
 
 import argparse
@@ -34,10 +34,10 @@ from sopdeploy_service.settings import Settings, load_settings
 CLASSES = 1000
 
 
-def pretend(fixed_ms: float, per_image_ms: float, largest: int) -> LoadedModel:
-    """Return a network of 224 pixels and 1000 classes that only sleeps."""
+def fake_model(fixed_ms: float, per_image_ms: float, largest: int) -> LoadedModel:
+    """Create a model for 224-pixel images and 1000 classes whose runtime sleeps."""
     manifest = Manifest(
-        model="pretend",
+        model="fake",
         config={},
         inputs=(TensorRecord(name="images", dtype="uint8", shape=(None, 224, 224, 3)),),
         outputs=(TensorRecord(name="logits", dtype="float32", shape=(None, CLASSES)),),
@@ -54,108 +54,108 @@ def pretend(fixed_ms: float, per_image_ms: float, largest: int) -> LoadedModel:
         classes=CLASSES, fixed_ms=fixed_ms, per_image_ms=per_image_ms, largest_batch=largest
     )
     return LoadedModel(
-        bundle=Bundle(path=Path("pretend"), manifest=manifest, labels=labels), runtime=runtime, replays={}
+        bundle=Bundle(path=Path("fake"), manifest=manifest, labels=labels), runtime=runtime, replays={}
     )
 
 
 def settings_for(largest: int, *, decoders: int, threads: int) -> Settings:
-    """Return the server's settings."""
+    """Create the server's settings."""
     return load_settings(max_batch=largest, decoders=decoders, threads=threads, queue_size=1024)
 
 
 @dataclass(slots=True)
-class Accounts:
-    """Images decoded, and the CPU seconds of decoding and of the engine."""
+class CpuTimes:
+    """Number of decoded images, and CPU seconds of decoding and of the runtime."""
 
     images: int = 0
     decode_s: float = 0.0
     engine_s: float = 0.0
 
-    def over_decoder(self, decode: Callable[..., Any]) -> Callable[..., Any]:
-        """Return *decode*, entered here."""
+    def wrap_decode(self, decode: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap *decode* to count images and measure its CPU time."""
 
-        def counted(*given: Any, **more: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
             self.images += 1
-            with self.entered("decode_s"):
-                return decode(*given, **more)
+            with self.measure("decode_s"):
+                return decode(*args, **kwargs)
 
         return counted
 
-    def over(self, inference: LoadedModel) -> LoadedModel:
-        """Return *inference* with its runtime entered here."""
-        kind = EnteredDevice if isinstance(inference.runtime, OverlappingRuntime) else Entered
-        return replace(inference, runtime=kind(inference.runtime, self))
+    def wrap_model(self, model: LoadedModel) -> LoadedModel:
+        """Wrap the runtime of *model* to measure its CPU time."""
+        kind = TimedOverlappingRuntime if isinstance(model.runtime, OverlappingRuntime) else TimedRuntime
+        return replace(model, runtime=kind(model.runtime, self))
 
     @contextmanager
-    def entered(self, name: str) -> Iterator[None]:
-        """Enter the CPU seconds of what this thread does in the block under *name*."""
-        begun = time.thread_time()
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the CPU time of this thread in the block to the field *name*."""
+        started = time.thread_time()
         yield
-        setattr(self, name, getattr(self, name) + time.thread_time() - begun)
+        setattr(self, name, getattr(self, name) + time.thread_time() - started)
 
 
-class Entered:
-    """A *runtime* whose runs are entered in *accounts*."""
+class TimedRuntime:
+    """A runtime that adds the CPU time of its runs to *times*."""
 
-    def __init__(self, runtime: Any, accounts: Accounts) -> None:
+    def __init__(self, runtime: Any, times: CpuTimes) -> None:
         self.name, self.device, self.largest_batch = runtime.name, runtime.device, runtime.largest_batch
         self._runtime = runtime
-        self._accounts = accounts
+        self._times = times
 
     def run(self, images: Any) -> Any:
-        """Return what it computes."""
-        with self._accounts.entered("engine_s"):
+        """Run the wrapped runtime."""
+        with self._times.measure("engine_s"):
             return self._runtime.run(images)
 
 
-class EnteredDevice(Entered):
-    """The same of a runtime that is given the next batch while one is at work."""
+class TimedOverlappingRuntime(TimedRuntime):
+    """A timed runtime that accepts the next batch while one is running."""
 
     def begin(self, images: Any) -> Any:
-        """Begin a batch."""
-        with self._accounts.entered("engine_s"):
+        """Start a batch; the returned function waits for its outputs."""
+        with self._times.measure("engine_s"):
             wait = self._runtime.begin(images)
 
-        def entered() -> Any:
-            with self._accounts.entered("engine_s"):
+        def timed_wait() -> Any:
+            with self._times.measure("engine_s"):
                 return wait()
 
-        return entered
+        return timed_wait
 
 
 def main() -> None:
-    """Serve until a signal comes."""
+    """Serve until a signal arrives."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--pretend", help="milliseconds of a batch and of each image in it: 20,10")
+    parser.add_argument("--fake", help="milliseconds per batch and per image, such as 20,10")
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--largest", type=int, default=8)
     parser.add_argument("--decoders", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--accounts", type=Path, help="where to write what decoding and the engine took")
-    given = parser.parse_args()
+    parser.add_argument("--cpu-times", type=Path, help="file for the CPU times of decoding and runtime")
+    arguments = parser.parse_args()
     prepare_process()
-    settings = settings_for(given.largest, decoders=given.decoders, threads=given.threads)
-    if given.bundle is not None:
-        inference = load_model(given.bundle, settings)
-    elif given.pretend:
-        fixed, each = map(float, given.pretend.split(","))
-        inference = pretend(fixed, each, given.largest)
+    settings = settings_for(arguments.largest, decoders=arguments.decoders, threads=arguments.threads)
+    if arguments.bundle is not None:
+        model = load_model(arguments.bundle, settings)
+    elif arguments.fake:
+        fixed, each = map(float, arguments.fake.split(","))
+        model = fake_model(fixed, each, arguments.largest)
     else:
-        sys.exit("say --pretend or --bundle")
-    accounts = Accounts()
-    if given.accounts is not None:
-        loaders.decode = accounts.over_decoder(loaders.decode)
-        inference = accounts.over(inference)
-    app = create_app({"model": inference}, settings)
+        parser.error("pass --fake or --bundle")
+    times = CpuTimes()
+    if arguments.cpu_times is not None:
+        loaders.decode = times.wrap_decode(loaders.decode)
+        model = times.wrap_model(model)
+    app = create_app({"model": model}, settings)
     config = http_config(app, settings)
-    config.port = given.port
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # uvicorn raises it again when it has stopped
+    config.port = arguments.port
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # uvicorn raises the signal again after its shutdown
     try:
         uvicorn.Server(config).run()
     finally:
-        if given.accounts is not None:
-            given.accounts.write_text(json.dumps(asdict(accounts)))
+        if arguments.cpu_times is not None:
+            arguments.cpu_times.write_text(json.dumps(asdict(times)))
 
 
 if __name__ == "__main__":

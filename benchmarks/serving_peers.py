@@ -1,7 +1,7 @@
-"""How `benchmarks/serving.py` starts other servers: a folder of small scripts, outside this project.
+"""Start other servers for `benchmarks/serving.py` from a folder of small scripts outside this project.
 
-Each script reads PEER_ONNX, PEER_PORT, PEER_MAX_BATCH, PEER_DELAY_MS, PEER_THREADS, PEER_FAKE ("20,10": a
-pretend accelerator) and answers a picture; all decode and compute the same.
+Each script reads PEER_ONNX, PEER_PORT, PEER_MAX_BATCH, PEER_DELAY_MS, PEER_THREADS and PEER_FAKE ("20,10" for
+a simulated accelerator) and classifies an image. All use the same decoder and runtime.
 """
 
 import os
@@ -22,7 +22,7 @@ START_SECONDS = 90
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """How a server is started, where it answers, and whether it wants a form."""
+    """Command of a server, its paths, and whether it requires a form."""
 
     command: tuple[str, ...]
     path: str
@@ -49,7 +49,7 @@ OURS = Peer((), "/v1/classify", "/readyz", form=False)
 def started(
     command: list[str], peer: Peer, port: int, environment: dict[str, str], folder: Path
 ) -> Iterator[int]:
-    """Start a server, wait until it is healthy, give its process id, and end it with its children."""
+    """Start a server and wait until it is healthy; yield its process id; stop it with its children."""
     child = subprocess.Popen(
         command,
         cwd=folder,
@@ -62,18 +62,18 @@ def started(
         wait_for(f"http://127.0.0.1:{port}{peer.health}", child)
         yield child.pid
     finally:
-        for end in (signal.SIGTERM, signal.SIGKILL):
+        for stop in (signal.SIGTERM, signal.SIGKILL):
             try:
-                os.killpg(child.pid, end)
+                os.killpg(child.pid, stop)
                 child.wait(15)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
 
 
 def wait_for(url: str, child: subprocess.Popen[bytes]) -> None:
-    """Wait until *url* answers 200."""
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and child.poll() is None:
+    """Wait until *url* responds with 200."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and child.poll() is None:
         try:
             if httpx.get(url, timeout=2).status_code == 200:
                 return
@@ -84,19 +84,19 @@ def wait_for(url: str, child: subprocess.Popen[bytes]) -> None:
 
 
 def peer_command(python: str, peer: Peer, port: int) -> list[str]:
-    """Return the command line of *peer*."""
+    """Build the command line of *peer*."""
     return [python, *(part.format(port=port) for part in peer.command)]
 
 
 def free_port() -> int:
-    """Return a port that nobody uses now."""
+    """Find a free port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def cpu_seconds(process: int) -> float:
-    """Return the CPU seconds of *process* and its descendants so far (Linux)."""
+    """Read the CPU seconds of *process* and its descendants from /proc; 0 on other systems than Linux."""
     if not sys.platform.startswith("linux"):
         return 0.0
     children: dict[int, list[int]] = {}
@@ -109,9 +109,9 @@ def cpu_seconds(process: int) -> float:
                 continue
             children.setdefault(int(fields[1]), []).append(int(entry.name))
             ticks[int(entry.name)] = int(fields[11]) + int(fields[12])
-    total, waiting = 0, [process]
-    while waiting:
-        found = waiting.pop()
-        total += ticks.get(found, 0)
-        waiting += children.get(found, [])
+    total, pending = 0, [process]
+    while pending:
+        process = pending.pop()
+        total += ticks.get(process, 0)
+        pending += children.get(process, [])
     return total / os.sysconf("SC_CLK_TCK")

@@ -29,28 +29,38 @@ from typing import Any
 
 import httpx
 from measure import report
-from soak_accounts import Bound, Holding, Tally, bounds, holding, results
-from soak_clients import Ground, bad, flood, forms, good_bodies, leaving, one_by_one, slow, watching
-from soak_swaps import NAME, crowd, json_bodies, protocol, swapping
+from soak_accounts import Bound, Resources, Tally, bounds, read_resources, results
+from soak_clients import (
+    Scenario,
+    disconnecting,
+    floods,
+    forms,
+    invalid_images,
+    monitoring,
+    single_images,
+    slow_bodies,
+    valid_bodies,
+)  # fmt: skip
+from soak_swaps import NAME, inference_protocol, json_bodies, model_swaps, start_all_threads
 
 from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.client import Client
 
 ROUND_SECONDS = 15.0
 SETTLE_SECONDS = 20.0
-STEADY = 6  # equal counts in a row, half a second apart
-CLASSES = 100  # compared of a network that has more
+STEADY = 6  # consecutive equal counts, half a second apart
+CLASSES = 100  # maximum number of compared classes
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=300, help="of load, after the warm-up")
+    parser.add_argument("--seconds", type=float, default=300, help="duration of the load after the warm-up")
     parser.add_argument("--warm-up", type=float, help="seconds; default a quarter of --seconds, at most 60")
     parser.add_argument(
         "--bundles", type=Path, nargs=2, metavar="BUNDLE",
-        help="two with the same classes; default: trained on digits for an epoch each",
+        help="two bundles with the same classes; default: networks trained on digits for one epoch",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
@@ -67,91 +77,91 @@ def main() -> int:
 
 def soak(
     bundles: Sequence[Path], folder: Path, seconds: float, warm_up: float
-) -> tuple[Tally, list[Holding], list[Bound]]:
-    """Return what was answered, what the process held meanwhile, and the bounds."""
-    bodies = good_bodies()
+) -> tuple[Tally, list[Resources], list[Bound]]:
+    """Run the soak test; return the responses, the resources of the server over time, and the limits."""
+    bodies = valid_bodies()
     labels = json.loads((bundles[0] / "labels.json").read_bytes())
     classes = min(CLASSES, len(labels))
     expected = {digest(bundle): predicted(bundle, bodies, folder, classes) for bundle in bundles}
-    copies = on_shelf(bundles, folder / "shelf")
+    copies = copy_twice(bundles, folder / "bundles")
     with server(copies[0]) as (process, url):
-        ground = Ground(
+        scenario = Scenario(
             url=url, bodies=bodies, expected=expected, tally=Tally(), classes=classes, labels=labels,
             folders=[copy.name for copy in copies],
         )  # fmt: skip
-        rounds(process.pid, ground, warm_up, seed=1)
+        rounds(process.pid, scenario, warm_up, seed=1)
         with Client(url) as client:
-            client.classify([*bodies.values()] * 2)  # so many at once that every thread has been started
-        asyncio.run(crowd(url, min(bodies.values(), key=len), copies[2].name))
+            client.classify([*bodies.values()] * 2)  # starts all threads of the server
+        asyncio.run(start_all_threads(url, min(bodies.values(), key=len), copies[2].name))
         before = settled(process.pid, url)
-        ground = replace(ground, tally=Tally())
-        held = [before, *rounds(process.pid, ground, seconds, seed=100)]
+        scenario = replace(scenario, tally=Tally())
+        held = [before, *rounds(process.pid, scenario, seconds, seed=100)]
         process.send_signal(signal.SIGTERM)
         code = process.wait(60)
-    return ground.tally, held, bounds(ground.tally, held, code)
+    return scenario.tally, held, bounds(scenario.tally, held, code)
 
 
 def digest(bundle: Path) -> str:
-    """Return the id of *bundle*, which its answers carry."""
+    """Read the id of *bundle*, which its responses contain."""
     return read_manifest(bundle).id
 
 
-def on_shelf(bundles: Sequence[Path], folder: Path) -> list[Path]:
-    """Return two copies of each of *bundles* in *folder*, in turn: the next one is never loaded already."""
+def copy_twice(bundles: Sequence[Path], folder: Path) -> list[Path]:
+    """Copy each of *bundles* twice into *folder*, alternating, so that the next one is never loaded."""
     return [
-        shutil.copytree(bundle, folder / f"{place}-{number}")
-        for place in range(2)
+        shutil.copytree(bundle, folder / f"{copy}-{number}")
+        for copy in range(2)
         for number, bundle in enumerate(bundles)
     ]
 
 
-MIX: Sequence[Callable[[Ground, random.Random], Coroutine[Any, Any, None]]] = (
-    one_by_one, one_by_one, one_by_one, forms, json_bodies, protocol, swapping,
-    bad, leaving, slow, slow, flood, watching,
+MIX: Sequence[Callable[[Scenario, random.Random], Coroutine[Any, Any, None]]] = (
+    single_images, single_images, single_images, forms, json_bodies, inference_protocol, model_swaps,
+    invalid_images, disconnecting, slow_bodies, slow_bodies, floods, monitoring,
 )  # fmt: skip
 
 
-async def load(ground: Ground, seconds: float, seed: int) -> None:
-    """Run every client for *seconds*, then let none of its connections stay."""
-    tasks = [asyncio.create_task(client(ground, random.Random(seed + n))) for n, client in enumerate(MIX)]  # noqa: S311
+async def load(scenario: Scenario, seconds: float, seed: int) -> None:
+    """Run all clients for *seconds*, then close their connections."""
+    tasks = [asyncio.create_task(client(scenario, random.Random(seed + n))) for n, client in enumerate(MIX)]  # noqa: S311
     done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
-        ground.tally.fail(f"a client failed: {task.exception()!r}")
+        scenario.tally.fail(f"a client failed: {task.exception()!r}")
 
 
-def rounds(pid: int, ground: Ground, seconds: float, seed: int) -> list[Holding]:
-    """Run the clients for *seconds* and return what the server holds each time that they have left."""
+def rounds(pid: int, scenario: Scenario, seconds: float, seed: int) -> list[Resources]:
+    """Run the clients for *seconds*; return the resources of the idle server after each round."""
     held = []
     count = max(1, round(seconds / ROUND_SECONDS))
     for number in range(count):
-        asyncio.run(load(ground, seconds / count, seed + number * len(MIX)))
-        held.append(settled(pid, ground.url))
+        asyncio.run(load(scenario, seconds / count, seed + number * len(MIX)))
+        held.append(settled(pid, scenario.url))
     return held
 
 
-def settled(pid: int, url: str) -> Holding:
-    """Return what the server holds once nothing is with it any more and it has stopped letting go.
+def settled(pid: int, url: str) -> Resources:
+    """Wait until the server is idle and releases no more resources; return its resources.
 
-    It is counted without asking the server, which would be a connection of its own.
+    They are read from /proc, because a request would open another connection.
     """
-    end = time.monotonic() + SETTLE_SECONDS
-    while "sopdeploy_queue_depth 0.0" not in httpx.get(f"{url}/metrics").text and time.monotonic() < end:
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while "sopdeploy_queue_depth 0.0" not in httpx.get(f"{url}/metrics").text and time.monotonic() < deadline:
         time.sleep(0.5)
     counts: list[tuple[int, int]] = []
-    while time.monotonic() < end and (len(counts) < STEADY or len(set(counts[-STEADY:])) > 1):
+    while time.monotonic() < deadline and (len(counts) < STEADY or len(set(counts[-STEADY:])) > 1):
         time.sleep(0.5)
-        found = holding(pid)
+        found = read_resources(pid)
         counts.append((found.threads, found.descriptors))
-    return holding(pid)
+    return read_resources(pid)
 
 
 def predicted(
     bundle: Path, bodies: Mapping[str, bytes], folder: Path, classes: int
 ) -> dict[str, dict[str, float]]:
-    """Return what `sopdeploy predict` says to each of *bodies*."""
+    """Run `sopdeploy predict` for all of *bodies*; return probabilities by image and label."""
     for name, body in bodies.items():
         (folder / name).write_bytes(body)
     files = [str(folder / name) for name in bodies]
@@ -163,7 +173,7 @@ def predicted(
 
 
 def digits_bundle(folder: Path, seed: int) -> Path:
-    """Train on handwritten digits for an epoch, export with proof, return the bundle."""
+    """Train on handwritten digits for one epoch, export, and return the bundle."""
     run, out = folder / f"run-{seed}", folder / f"bundles-{seed}"
     settings = ["--set", "epochs=1", "--set", f"seed={seed}"]
     sopdeploy("train", "--recipe", "digits-dsop", *settings, "--out", str(run))
@@ -172,28 +182,28 @@ def digits_bundle(folder: Path, seed: int) -> Path:
 
 
 def sopdeploy(*arguments: str) -> str:
-    """Run one command and return what it printed."""
+    """Run one command and return its output."""
     command = [sys.executable, "-m", "sopdeploy", *arguments]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 @contextmanager
 def server(bundle: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Serve *bundle* in a process of its own; give it and its URL."""
+    """Serve *bundle* in another process; yield the process and its URL."""
     command = [sys.executable, "-m", "sopdeploy", "serve", f"{NAME}={bundle}", "--port", "0"]
     options = ["--queue-size", "64", "--threads", "1", "--model-control"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline() if process.stdout else ""
             if not line.startswith("ready: "):
-                raise SystemExit(f"the server ended before it was ready (exit code {process.wait()})")
+                raise SystemExit(f"the server stopped before it was ready (exit code {process.wait()})")
             yield process, line.split()[1]
         finally:
             process.kill()
 
 
 def show(tally: Tally, found: list[Bound]) -> None:
-    """Print what was answered and every bound."""
+    """Print the number of responses by kind, and the limits."""
     for (kind, what), count in sorted(tally.outcomes.items()):
         print(f"{kind:10} {what:32} {count:8}")
     marks: dict[Any, str] = {True: "held", False: "BROKEN", None: "not judged"}

@@ -14,13 +14,13 @@ from sopdeploy.client import ClassProbability
 
 ALLOWED_5XX = {(503, "deadline_unreachable")}  # an estimate of the queue; the client may retry
 CLOSE = 1e-5  # difference of probabilities: rounding depends on the batch size
-MOST_MB_PER_MINUTE = 1.0
-JUDGED_SECONDS = 60.0  # over less time, the slope is noise of the allocator
+MAX_MB_PER_MINUTE = 1.0
+JUDGED_SECONDS = 60.0  # over less time, the slope is allocator noise
 KEPT = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class Resources:
     """Resources of a process at *moment*: resident bytes, threads, open descriptors."""
 
     moment: float
@@ -29,12 +29,12 @@ class Holding:
     descriptors: int
 
 
-def holding(pid: int) -> Holding:
-    """Return what the process *pid* holds now."""
+def read_resources(pid: int) -> Resources:
+    """Read the resources of the process *pid*."""
     folder = Path(f"/proc/{pid}")
     lines = (folder / "status").read_text(encoding="utf-8").splitlines()
     status = dict(line.split(":", 1) for line in lines if ":" in line)
-    return Holding(
+    return Resources(
         moment=time.monotonic(),
         resident=int(status["VmRSS"].split()[0]) * 1024,
         threads=int(status["Threads"]),
@@ -42,8 +42,8 @@ def holding(pid: int) -> Holding:
     )
 
 
-def mb_per_minute(held: Sequence[Holding]) -> float:
-    """Return the growth of the resident memory: the median slope of all pairs, which no single step moves."""
+def mb_per_minute(held: Sequence[Resources]) -> float:
+    """Compute the growth of the resident memory: the median slope of all pairs, robust to steps."""
     slopes = [
         (late.resident - early.resident) / (late.moment - early.moment)
         for early, late in combinations(held, 2)
@@ -53,7 +53,7 @@ def mb_per_minute(held: Sequence[Holding]) -> float:
 
 
 def deviation(found: Sequence[ClassProbability], expected: Mapping[str, float]) -> float:
-    """Return the largest difference of a probability; infinite where other classes are named."""
+    """Compute the largest difference of a probability; infinite if the classes differ."""
     if {item.label for item in found} != expected.keys():
         return float("inf")
     return max(abs(item.probability - expected[item.label]) for item in found)
@@ -73,17 +73,17 @@ class Tally:
     def note(self, kind: str, status: int, code: str = "", wanted: Sequence[int] = (200,)) -> None:
         """Count a response; 429 is always allowed, a 5xx only if listed in ALLOWED_5XX."""
         self.outcomes[kind, f"{status} {code}".strip()] += 1
-        fine = status in wanted or status == 429 or (status, code) in ALLOWED_5XX
-        if not fine:
+        allowed = status in wanted or status == 429 or (status, code) in ALLOWED_5XX
+        if not allowed:
             self.fail(f"{kind}: {status} {code}, wanted {' or '.join(map(str, wanted))}")
 
     def compare(self, kind: str, found: Sequence[ClassProbability], expected: Mapping[str, float]) -> None:
         """Compare a response with direct inference."""
-        off = deviation(found, expected)
+        difference = deviation(found, expected)
         self.compared += 1
-        self.worst = max(self.worst, off)
-        if not off <= CLOSE:
-            self.fail(f"{kind}: off by {off}")
+        self.worst = max(self.worst, difference)
+        if not difference <= CLOSE:
+            self.fail(f"{kind}: differs by {difference}")
 
     def fail(self, what: str) -> None:
         """Count a failure and store the first few messages."""
@@ -102,15 +102,15 @@ class Bound:
     held: bool | None
 
 
-def bounds(tally: Tally, held: Sequence[Holding], exit_code: int) -> list[Bound]:
+def bounds(tally: Tally, held: Sequence[Resources], exit_code: int) -> list[Bound]:
     """Check all limits; *held* was measured without clients, before the test and after each round."""
     before, after = held[0], held[-1]
     slope = mb_per_minute(held)
     judged = len(held) > 1 and held[-1].moment - held[0].moment >= JUDGED_SECONDS
     return [
         Bound(
-            name="memory", found=f"{slope:+.3f} MB/min", allowed=f"< {MOST_MB_PER_MINUTE:g}",
-            held=slope < MOST_MB_PER_MINUTE if judged else None,
+            name="memory", found=f"{slope:+.3f} MB/min", allowed=f"< {MAX_MB_PER_MINUTE:g}",
+            held=slope < MAX_MB_PER_MINUTE if judged else None,
         ),
         Bound(
             name="threads", found=f"{before.threads} -> {after.threads}", allowed="no more",
@@ -133,11 +133,11 @@ def bounds(tally: Tally, held: Sequence[Holding], exit_code: int) -> list[Bound]
     ]  # fmt: skip
 
 
-def results(tally: Tally, held: Sequence[Holding]) -> list[Result]:
+def results(tally: Tally, held: Sequence[Resources]) -> list[Result]:
     """Build the results: growth of memory, largest deviation, and the number of responses by kind."""
     found = [
         Result(
-            case="memory growth", against="limit", ours=mb_per_minute(held), other=MOST_MB_PER_MINUTE,
+            case="memory growth", against="limit", ours=mb_per_minute(held), other=MAX_MB_PER_MINUTE,
             unit="MB/min", runs=len(held),
         ),
         Result(

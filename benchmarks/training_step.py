@@ -1,13 +1,12 @@
-"""Training: iSQRT-COV against the plain textbook loop, a DSoP step against a plain step.
+"""Training steps: iSQRT-COV compared with the paper's loop, DSoP compared with the plain network.
 
     python benchmarks/training_step.py [--quick] [--json]
 
-iSQRT-COV (forward and backward) is measured against the loop as the paper writes it, differentiated by
-autograd, in time and in the most memory either holds at once. One step of DSoP-ResNet-50 (images of 224
-pixels, forward and backward) is measured against one step of the plain ResNet-50 that ships, with and
-without the optimizer's update: once as the paper's Table I counts it, whose GFLOPs have a ratio of 2.15
-(13.45 / 6.27), once as its text defines it, with branches that do not stride. One thread, its processor
-time.
+iSQRT-COV (forward and backward) is compared with the loop in the paper, differentiated by autograd: CPU time
+and peak memory. One step of DSoP-ResNet-50 (224-pixel images, forward and backward) is compared with one step
+of the plain ResNet-50, with and without the optimizer's update. Two variants of DSoP are measured: `table`
+corresponds to the paper's Table I, whose GFLOPs have a ratio of 2.15 (13.45 / 6.27), and `text` to its text,
+with branches without down-sampling. CPU time of one thread.
 """
 
 from collections.abc import Callable
@@ -38,8 +37,8 @@ POOLINGS = (
 MEBIBYTE = 2**20
 
 
-class TextbookISqrtCov(nn.Module):
-    """iSQRT-COV as the paper writes it: every product of every step, in channels, by autograd."""
+class PaperISqrtCov(nn.Module):
+    """iSQRT-COV as in the paper: all matrix products in the channel domain, differentiated by autograd."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -59,12 +58,12 @@ class TextbookISqrtCov(nn.Module):
 
 
 def forward_backward(layer: nn.Module, features: Tensor, grad: Tensor) -> Callable[[], Tensor]:
-    """Return one forward and backward of a pooling as a call."""
+    """Return a function that runs one forward and backward pass of *layer*."""
     return lambda: torch.autograd.grad(layer(features), features, grad)[0]
 
 
 class HeldMemory(TorchDispatchMode):
-    """Watches every operation; `peak` is the most bytes that its results held at once."""
+    """Tracks the results of all operations; `peak` is the maximum of their total bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,35 +84,35 @@ class HeldMemory(TorchDispatchMode):
 
 
 def peak_mebibytes(call: Callable[[], object]) -> float:
-    """Return the most memory that the results of *call*'s operations hold at once."""
+    """Measure the peak memory of the results of all operations in *call*."""
     with HeldMemory() as memory:
         call()
     return memory.peak / MEBIBYTE
 
 
 def pooling_results(channels: int, positions: int, batch: int, runs: int) -> list[Result]:
-    """Return time and peak memory of one pooling, forward and backward."""
+    """Measure time and peak memory of a forward and backward pass of one pooling."""
     torch.manual_seed(0)
     layer = ISqrtCov(channels)
     features = torch.randn(batch, channels, positions, 1).relu().requires_grad_()
     grad = torch.randn(batch, layer.out_features)
     ours = forward_backward(layer, features, grad)
-    other = forward_backward(TextbookISqrtCov(channels), features, grad)
+    other = forward_backward(PaperISqrtCov(channels), features, grad)
     torch.testing.assert_close(ours(), other(), rtol=1e-3, atol=1e-4)
     case = f"iSQRT-COV d={channels} M={positions} batch {batch}"
     memory = Result(
         case=f"{case}, peak memory",
-        against="textbook loop",
+        against="paper's loop",
         ours=peak_mebibytes(ours),
         other=peak_mebibytes(other),
         unit="MiB",
         runs=1,
     )
-    return [compare(case, "textbook loop", ours, other, runs=runs, warmups=2, clock=process_time), memory]
+    return [compare(case, "paper's loop", ours, other, runs=runs, warmups=2, clock=process_time), memory]
 
 
 def training_step(name: str, batch: int, *, update: bool, **config: Any) -> Callable[[], None]:
-    """Return one training step of the catalog's network *name* as a call."""
+    """Return a function that runs one training step of the network *name*."""
     network = create_model(name, num_classes=1000, conv5_stride=1, **config)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
     images, labels = torch.randn(batch, 3, 224, 224), torch.arange(batch)
@@ -130,7 +129,7 @@ def training_step(name: str, batch: int, *, update: bool, **config: Any) -> Call
 
 
 def step_result(aux_stride: str, batch: int, runs: int, *, update: bool) -> Result:
-    """Return the time of a DSoP step and of a plain one."""
+    """Compare the time of a DSoP step with a plain one."""
     ours = training_step("dsop-resnet50", batch, update=update, aux_stride=aux_stride)
     other = training_step("resnet50", batch, update=update)
     case = f"DSoP-ResNet-50 ({aux_stride}) step batch {batch}, {'with' if update else 'without'} update"

@@ -1,1 +1,1 @@
-"""The parts of `second_order_gain.py`: tasks, networks, one run, many runs, statistics, tables."""
+"""Modules of `second_order_gain.py`: tasks, networks, one run, many runs, statistics, tables."""

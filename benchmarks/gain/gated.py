@@ -1,7 +1,7 @@
-"""GM-SOP's gate and experts on the small backbones, with the switches that are tried one by one.
+"""GM-SOP's gate and experts on small backbones, with one option per experiment.
 
-The parts are those of `sopdeploy.models.gmsop`, whose own networks are ResNets of four stages for 64-pixel
-images. `gate="none"` is the mean of all experts, Ave-SOP-N; with one expert it is parametric SR-SOP.
+The layers are those of `sopdeploy.models.gmsop`, whose networks are ResNets with four stages for 64-pixel
+images. `gate="none"` averages all experts (Ave-SOP-N); with one expert this is parametric SR-SOP.
 """
 
 from typing import Any, Literal
@@ -21,10 +21,11 @@ from sopdeploy_export.detach import detach
 
 
 class MixtureConfig(StrictModel):
-    """A mixture's switches. `expert_norm`: batch norm between an expert's last convolution and its ReLU.
+    """Options of a mixture.
 
-    `head_norm`: batch norm of the mixed vector (the paper). `gate_start` "random" breaks the tie that the
-    released start (`constant`) leaves between all experts. `noise` is gamma of Eq. (2), "none" leaves it out.
+    `expert_norm` adds a batch norm between an expert's last convolution and its ReLU, `head_norm` one for
+    the mixed vector (as in the paper). With the initial gate weights of the released code (`constant`) all
+    experts have equal weights; `gate_start="random"` breaks this tie. `noise` is gamma in Eq. (2).
     """
 
     components: int = 8
@@ -42,7 +43,7 @@ class MixtureConfig(StrictModel):
 
 
 class ExpertNorm(nn.Module):
-    """Batch norm of every expert's own channels: (B N, d, H, W) in and out, all experts on all images."""
+    """Batch norm for each expert's channels, (B N, d, H, W) to the same shape, for all experts and images."""
 
     def __init__(self, components: int, width: int) -> None:
         super().__init__()
@@ -50,19 +51,19 @@ class ExpertNorm(nn.Module):
         self.bn = nn.BatchNorm2d(components * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised maps."""
+        """Normalize each expert's feature maps."""
         grouped = x.unflatten(0, (-1, self.components)).flatten(start_dim=1, end_dim=2)
         normal: Tensor = self.bn(grouped)
         return normal.unflatten(1, (self.components, -1)).flatten(end_dim=1)
 
 
 class Gated(Classifier):
-    """A mixture on the last map of a backbone; to be mixed in before it."""
+    """Mixin that adds a mixture to the last feature map; list it before the backbone class."""
 
     mixing: MixtureConfig
 
     def attach_mixture(self, mixing: MixtureConfig, channels: int) -> None:
-        """Replace the pooling and the classifier by experts, a gate and the head of the mixture."""
+        """Replace pooling and classifier by experts, gate and mixture head."""
         self.mixing = mixing
         del self.pooling, self.fc
         as_paper = GMSOPConfig(
@@ -83,7 +84,7 @@ class Gated(Classifier):
             self.training_only = ("gate.noise",)
 
     def make_gate(self, as_paper: GMSOPConfig, channels: int) -> SparseGate:
-        """Return the gate with its noise."""
+        """Create the gate with its noise."""
         gate = make_gate(as_paper, channels)
         features = gate.weight.shape[1]
         if self.mixing.gate_start == "random":
@@ -93,7 +94,7 @@ class Gated(Classifier):
         return gate
 
     def weights(self, features: Tensor) -> Tensor:
-        """Return what the experts weigh, (B, N): the gate's, with noise in training, or equal."""
+        """Compute the weights of the experts, (B, N): equal, or those of the gate, with noise in training."""
         if self.mixing.gate == "none":
             count = self.mixing.components
             return torch.full((len(features), count), 1.0 / count)
@@ -104,36 +105,35 @@ class Gated(Classifier):
         return keep_largest(logits, self.mixing.chosen)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Return logits of the mixed vectors."""
+        """Compute logits from the last feature maps."""
         logits: Tensor = self.head(self.mixture(features, self.weights(features)))
         return logits
 
     def forward(self, images: Tensor) -> Any:
-        """Return logits, in train mode with the balance loss where there is a gate."""
+        """Compute logits; in train mode with a gate, also the balance loss."""
         features, _ = self.features(images)
         if not self.training or self.mixing.gate == "none":
             return self.classify(features)
         weights_BN = self.weights(features)
-        mix = (
-            self.mixture if self.mixing.expert_norm else self.mixture.routed_sum
-        )  # the norm sees whole batches
+        # A batch norm needs all images, so routing is not possible with it.
+        mix = self.mixture if self.mixing.expert_norm else self.mixture.routed_sum
         logits: Tensor = self.head(mix(features, weights_BN))
         return TrainingOutput(logits, {}, {"balance": balance_loss(weights_BN, self.mixing.balance)})
 
     def inference_model(self) -> Backbone:
-        """Return another one, without noise."""
-        other = type(self)(self.config, self.num_classes)
-        return detach(other) if other.training_only else other
+        """Create the network without noise."""
+        network = type(self)(self.config, self.num_classes)
+        return detach(network) if network.training_only else network
 
 
 class GatedTextureNetConfig(TextureNetConfig):
-    """The texture network's switches and the mixture's."""
+    """Options of the texture network and of its mixture."""
 
     mixture: MixtureConfig = MixtureConfig()
 
 
 class GatedTextureNet(Gated, TextureNet):
-    """A mixture behind the convolution of the textures."""
+    """The texture network with a mixture after its convolution."""
 
     config: GatedTextureNetConfig
 
@@ -143,13 +143,13 @@ class GatedTextureNet(Gated, TextureNet):
 
 
 class GatedSmallResNetConfig(SmallResNetConfig):
-    """The ResNet's switches and the mixture's."""
+    """Options of the ResNet and of its mixture."""
 
     mixture: MixtureConfig = MixtureConfig()
 
 
 class GatedSmallResNet(Gated, SmallResNet):
-    """A mixture behind the last stage of a small ResNet."""
+    """A small ResNet with a mixture after its last stage."""
 
     config: GatedSmallResNetConfig
 

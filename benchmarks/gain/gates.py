@@ -1,9 +1,10 @@
-"""GM-SOP's gate: where it earns its place, and what keeps it from learning.
+"""Studies of GM-SOP's gate: when it helps, and what prevents it from learning.
 
-`kinds` is a task made for a gate: what a texture means depends on the kind of the picture, which its
-colour tells. CIFAR-10 asks why the mixture stays below a plain network there, one switch at a time. The
-balance loss is divided by the batch: alpha = 100 weighs 1.6 at a batch of 64, 0.39 at the paper's 256, and
-its value for one-sided weights grows with N / K; 10 at a batch of 64 weighs as much as in the paper.
+The task `kinds` favors a gate: the class of a texture depends on the kind of the image, which its color
+shows. The study on CIFAR-10 changes one option at a time to find out why the mixture is less accurate than
+the plain network there. The balance loss is divided by the batch size: the effective weight of alpha = 100
+is 1.6 at 64 images and 0.39 at the paper's 256, and the loss of one-sided weights grows with N / K. With 64
+images, alpha = 10 has the effect of the paper's value.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ NORM = {"expert_norm": True}
 
 
 def kinds(seeds: int, *, tries: bool) -> Study:
-    """Return the gate against one expert, a wider one and all experts; *tries* adds its switches."""
+    """Compare the gate with one expert, a wider one and all experts; *tries* adds variants of the gate."""
 
     def arm(**mixture: Any) -> dict[str, Any]:
         base = {"components": 4, "chosen": 2, "widths": (8,), "gate_widths": (16,), "balance": 10.0}
@@ -36,7 +37,7 @@ def kinds(seeds: int, *, tries: bool) -> Study:
         f"{GATE}, all 4 of 4": arm(gate_kind="gap", chosen=4),
         f"{GATE}, 2 of 4": arm(gate_kind="gap"),
     }
-    switches = {
+    variants = {
         "alpha 100": arm(gate_kind="gap", balance=100.0),
         "alpha 1": arm(gate_kind="gap", balance=1.0),
         "second-order gate": arm(),
@@ -46,7 +47,7 @@ def kinds(seeds: int, *, tries: bool) -> Study:
     }
     return Study(
         name="kinds",
-        title="four kinds of pictures in which textures mean other classes; 1000 pictures, 20 epochs",
+        title="four kinds of images with different classes for each texture; 1000 images, 20 epochs",
         seeds=tuple(range(seeds)),
         template={
             "task": TextureConfig(kinds=4, train=1000, spread=0.3),
@@ -54,7 +55,7 @@ def kinds(seeds: int, *, tries: bool) -> Study:
             "epochs": 20,
             "learning_rate": 0.1,
         },
-        arms=arms | ({f"{GATE}, 2 of 4, {name}": run for name, run in switches.items()} if tries else {}),
+        arms=arms | ({f"{GATE}, 2 of 4, {name}": run for name, run in variants.items()} if tries else {}),
         reference=ONE,
         pairs=tuple(
             (f"{GATE}, 2 of 4", other)
@@ -70,7 +71,7 @@ def kinds(seeds: int, *, tries: bool) -> Study:
 
 
 def gates_on_cifar(arrays: Path, seeds: int) -> Study:
-    """Return the tries on CIFAR-10, measured on held-out training pictures."""
+    """Compare variants on CIFAR-10, measured on held-out training images."""
 
     def arm(*, strides: tuple[int, int] = (2, 1), **mixture: Any) -> dict[str, Any]:
         config = {"depth": 8, "mixture": mixture}
@@ -93,7 +94,7 @@ def gates_on_cifar(arrays: Path, seeds: int) -> Study:
     }
     return Study(
         name="CIFAR-10 gates",
-        title="2500 pictures, ResNet-8, maps 16, 8, 8, 10 epochs, measured on 5000 held-out ones",
+        title="2500 images, ResNet-8, feature maps 16, 8, 8, 10 epochs, measured on 5000 held-out images",
         seeds=tuple(range(seeds)),
         template={
             "task": CifarConfig(arrays=arrays, train=2500, held_out=True),

@@ -1,4 +1,4 @@
-"""The networks that are compared: the project's backbones, poolings and branches, at a size for two cores."""
+"""The compared networks: the project's backbones, poolings and branches at a size for two cores."""
 
 from collections.abc import Collection
 from typing import Literal
@@ -19,7 +19,7 @@ STAGES = ("layer1", "layer2")
 
 
 class TextureNetConfig(StrictModel):
-    """conv5x5, batch norm, then `layers`: nothing, a ReLU, or ReLU, conv1x1, batch norm, ReLU."""
+    """A 5x5 convolution with batch norm, then `layers`: none, a ReLU, or ReLU, conv1x1, batch norm, ReLU."""
 
     filters: int = 16
     stride: int = 1
@@ -29,7 +29,7 @@ class TextureNetConfig(StrictModel):
 
 
 class TextureNet(Backbone):
-    """One 5x5 convolution, which can see the filters of the textures, and at most one layer more."""
+    """A 5x5 convolution, as large as the filters of the textures, and at most one more layer."""
 
     config: TextureNetConfig
 
@@ -38,7 +38,7 @@ class TextureNet(Backbone):
         conv = nn.Conv2d(3, config.filters, 5, stride=config.stride, bias=False)
         first = nn.Sequential(conv, nn.BatchNorm2d(config.filters))
         self.layer1 = nn.Sequential(first)
-        self.layer2 = nn.Sequential(*self.second(config))
+        self.layer2 = nn.Sequential(*self.second_layer(config))
         self.tap_channels = {"layer1.0": config.filters}
         self.channels = config.filters
         if config.layers == "two-layer":
@@ -47,30 +47,30 @@ class TextureNet(Backbone):
         self.fc = self.pooling.classifier(num_classes)
         initialize(self)
 
-    def second(self, config: TextureNetConfig) -> list[nn.Module]:
-        """Return the blocks behind the first convolution; ReLU spares its input, which a branch may see."""
+    def second_layer(self, config: TextureNetConfig) -> list[nn.Module]:
+        """Create the blocks after the first convolution; ReLU keeps its input, which a branch may tap."""
         if config.layers == "two-layer":
             conv = nn.Conv2d(config.filters, config.hidden, 1, bias=False)
             return [nn.Sequential(nn.ReLU(), conv, nn.BatchNorm2d(config.hidden), nn.ReLU())]
         return [nn.ReLU()] if config.layers == "rectified" else []
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-        """Return nothing: a branch pools the map that it taps."""
+        """Create an identity: a branch pools the feature map that it taps."""
         del in_channels, out_channels, stride
         return nn.Identity()
 
     def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Return the last map and the tapped ones."""
+        """Compute the last feature map and the tapped ones."""
         return run_stages(self, STAGES, images, taps)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Return logits of globally pooled features."""
+        """Compute logits from globally pooled features."""
         logits: Tensor = self.fc(self.pooling(features))
         return logits
 
 
 class PlainTextureNet(Classifier, TextureNet):
-    """The network as it is, with any global pooling."""
+    """The network without branches, with any global pooling."""
 
     inference_class = TextureNet
 
@@ -80,7 +80,7 @@ class DSoPTextureNetConfig(TextureNetConfig, DSoPConfig):
 
 
 class DSoPTextureNet(DSoP, TextureNet):
-    """Branches behind the first convolution and at the end, weighted 1; averages instead: the control."""
+    """Branches after the first convolution and at the end; the control uses average pooling in them."""
 
     inference_class = TextureNet
     inference_config = TextureNetConfig
@@ -92,25 +92,25 @@ class DSoPTextureNet(DSoP, TextureNet):
 
 
 class AttendedStage(nn.Module):
-    """A GSoP block with its shortcut, put behind a stage's last residual block (GSoP, section 3.4)."""
+    """A GSoP block with a shortcut, for use after the last residual block of a stage (GSoP, section 3.4)."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.attention = GSoPBlock(GSoPBlockConfig(cov_width=width), channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x + attention(x)."""
+        """Compute x + attention(x)."""
         attended: Tensor = self.attention(x)
         return x + attended
 
 
 class GSoPSmallResNet(PlainSmallResNet):
-    """The small ResNet with a GSoP block, of 32 channels, behind its second and its third stage.
+    """The small ResNet with a GSoP block of 32 channels after the second and the third stage.
 
-    The first stage is narrower than the block's narrowest covariance and has none.
+    The first stage has fewer channels than the smallest covariance of the block.
     """
 
-    inference_class = None  # all of it is exported
+    inference_class = None  # the whole network is exported
 
     def __init__(self, config: SmallResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
@@ -121,15 +121,15 @@ class GSoPSmallResNet(PlainSmallResNet):
 
 
 class ExtraConvSmallResNetConfig(SmallResNetConfig):
-    """`extra`: the channels of one more 1x1 convolution before the pooling."""
+    """`extra`: number of channels of an additional 1x1 convolution before the pooling."""
 
     extra: int = 192
 
 
 class ExtraConvSmallResNet(PlainSmallResNet):
-    """The control for capacity: as many parameters and multiply-adds as a second-order head, averaged."""
+    """Control for capacity: average pooling with the parameters and multiply-adds of a second-order head."""
 
-    inference_class = None  # all of it is exported
+    inference_class = None  # the whole network is exported
     config: ExtraConvSmallResNetConfig
 
     def __init__(self, config: ExtraConvSmallResNetConfig, num_classes: int) -> None:
@@ -142,5 +142,5 @@ class ExtraConvSmallResNet(PlainSmallResNet):
         initialize(self.wider)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Return logits of the averaged wider map."""
+        """Compute logits from the averaged wider feature map."""
         return super().classify(self.wider(features))

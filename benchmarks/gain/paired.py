@@ -1,4 +1,4 @@
-"""Paired differences: mean, Student's t interval, wins, p, and what may be said of them."""
+"""Paired differences: mean, Student's t interval, wins, p-value, and the resulting statement."""
 
 import math
 import statistics
@@ -10,9 +10,9 @@ from scipy.stats import t
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """How much *ours* is above *other* on the same seeds, in points, with a 95 % interval of +- `half`.
+    """Mean difference ours - other over the same seeds in percentage points; 95 % interval +- `half`.
 
-    `half` and `p` (two-sided) are infinite and not a number for one seed.
+    `p` is two-sided. For a single seed, `half` is infinite and `p` is NaN.
     """
 
     n: int
@@ -23,7 +23,7 @@ class Paired:
 
     @property
     def verdict(self) -> str:
-        """Return what the interval allows to be said; it is computed, never chosen."""
+        """Statement that follows from the interval."""
         if self.n < 2:
             return "one seed"
         if not abs(self.mean) > self.half:
@@ -32,7 +32,7 @@ class Paired:
 
 
 def paired(ours: Sequence[float], other: Sequence[float]) -> Paired:
-    """Return the paired difference ours - other, element by element (seed by seed)."""
+    """Compute the paired difference ours - other, element by element (seed by seed)."""
     differences = [a - b for a, b in zip(ours, other, strict=True)]
     n, mean = len(differences), statistics.fmean(differences)
     wins = sum(difference > 0 for difference in differences)

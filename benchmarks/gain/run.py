@@ -1,8 +1,8 @@
-"""One run: a task, a network, a schedule and a seed in; the accuracy of what ships out.
+"""Train one network on one task with one seed, and measure the accuracy of the exported network.
 
-Runs of one seed are paired: the same pictures, the same start of every weight that a network has in common
-with the plain one of its family, the same order of batches, the same augmentation, the same noise. The
-last epoch counts.
+Runs with the same seed are paired: they use the same images, the same initial value of each weight that a
+network shares with the plain one of its family, and the same order of batches, augmentation and noise. The
+accuracy after the last epoch counts.
 """
 
 import hashlib
@@ -41,14 +41,8 @@ from sopdeploy.training.schedule import OneCycle
 from sopdeploy_export.detach import detach
 
 CLASSES = 10
-TRUNK = {
-    "filters",
-    "stride",
-    "hidden",
-    "depth",
-    "base_width",
-    "shortcut",
-}  # switches of the networks' common part
+# Options of the part that all networks of a family share.
+TRUNK = {"filters", "stride", "hidden", "depth", "base_width", "shortcut"}
 NETWORKS: dict[str, tuple[type[Classifier], type[StrictModel]]] = {
     "textures": (PlainTextureNet, TextureNetConfig),
     "dsop-textures": (DSoPTextureNet, DSoPTextureNetConfig),
@@ -62,9 +56,9 @@ NETWORKS: dict[str, tuple[type[Classifier], type[StrictModel]]] = {
 
 
 class Run(StrictModel):
-    """Everything that a run's result depends on; `revision` grows when the code gives other numbers.
+    """All inputs of a run; `revision` increases when a change of the code changes results.
 
-    `strides` are those of the stem and of the last stage of a ResNet, which set the size of its maps.
+    `strides` are the strides of the stem and of the last stage of a ResNet.
     """
 
     revision: Literal[1] = 1
@@ -81,16 +75,17 @@ class Run(StrictModel):
 
     @property
     def key(self) -> str:
-        """Return the name of the run's result, the same wherever the pictures lie."""
+        """File name of the result; independent of the location of the images."""
         values = self.model_dump(mode="json", exclude={"task": {"arrays"}}, exclude_defaults=True)
         text = f"{type(self.task).__name__} revision {self.revision} {json.dumps(values, sort_keys=True)}"
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 class Outcome(StrictModel):
-    """Accuracy in percent of what ships, processor seconds of the training alone, its last loss.
+    """Accuracy of the exported network in percent, CPU seconds of the training, loss of the last epoch.
 
-    `experts` is the number of experts that a gate really uses: e to the entropy of its mean weights.
+    `experts` is the effective number of experts that a gate uses: the exponential of the entropy of its mean
+    weights.
     """
 
     accuracy: float
@@ -99,21 +94,21 @@ class Outcome(StrictModel):
     experts: float | None = None
 
 
-def carry_out(run: Run) -> Outcome:
-    """Train, detach, build what ships anew, measure it."""
+def train_and_measure(run: Run) -> Outcome:
+    """Train, detach, rebuild the network without training-only modules, and measure its accuracy."""
     torch.set_num_threads(1)
     task = open_task(run)
     network = build(run)
     start = time.process_time()
     loss = train(network, task, run)
     seconds = time.process_time() - start
-    shipped = ship(network, run)
-    experts = experts_used(shipped, task.test) if isinstance(shipped, Gated) else None
-    return Outcome(accuracy=accuracy(shipped, task), seconds=seconds, loss=loss, experts=experts)
+    exported = exported_network(network, run)
+    experts = effective_experts(exported, task.test) if isinstance(exported, Gated) else None
+    return Outcome(accuracy=accuracy(exported, task), seconds=seconds, loss=loss, experts=experts)
 
 
 def open_task(run: Run) -> Task:
-    """Return the task's pictures for the run's seed."""
+    """Load or generate the task's images for the run's seed."""
     match run.task:
         case TextureConfig():
             return textures(run.task, run.seed)
@@ -124,10 +119,10 @@ def open_task(run: Run) -> Task:
 
 
 def build(run: Run) -> Classifier:
-    """Return the run's network; what it shares with the plain one of its family starts as there."""
+    """Create the run's network; weights shared with the family's plain network have equal initial values."""
     family = "textures" if "textures" in run.network else "resnet"
-    network = made(run.network, run.config, run)
-    plain = made(family, {key: value for key, value in run.config.items() if key in TRUNK}, run)
+    network = create_network(run.network, run.config, run)
+    plain = create_network(family, {key: value for key, value in run.config.items() if key in TRUNK}, run)
     own = network.state_dict()
     shared = {
         name: value for name, value in plain.state_dict().items()
@@ -137,8 +132,8 @@ def build(run: Run) -> Classifier:
     return network
 
 
-def made(name: str, values: Mapping[str, Any], run: Run) -> Classifier:
-    """Return the network *name* with the switches *values*, freshly drawn by the run's seed."""
+def create_network(name: str, values: Mapping[str, Any], run: Run) -> Classifier:
+    """Create the network *name* with the options *values*, initialized with the run's seed."""
     kind, config = NETWORKS[name]
     torch.manual_seed(derive_seed(run.seed, "start"))
     network = kind(config.model_validate(values), CLASSES)
@@ -147,7 +142,7 @@ def made(name: str, values: Mapping[str, Any], run: Run) -> Classifier:
 
 
 def set_strides(network: Backbone, run: Run) -> None:
-    """Give stem and last stage the run's strides: two cores cannot afford maps of 32 x 32."""
+    """Set the run's strides in stem and last stage; 32 x 32 feature maps are too slow on two cores."""
     if run.strides is None:
         return
     stem, last = run.strides
@@ -160,7 +155,7 @@ def set_strides(network: Backbone, run: Run) -> None:
 
 
 def train(network: Classifier, task: Task, run: Run) -> float:
-    """Train with SGD, momentum 0.9, one cycle of the learning rate; return the last epoch's mean loss."""
+    """Train with SGD, momentum 0.9 and a one-cycle schedule; return the mean loss of the last epoch."""
     optimizer = torch.optim.SGD(
         network.parameters(), lr=run.learning_rate, momentum=0.9, weight_decay=run.weight_decay
     )
@@ -176,7 +171,7 @@ def train(network: Classifier, task: Task, run: Run) -> float:
             torch.manual_seed(derive_seed(run.seed, "step", epoch, step))
             images = task.train[members]
             if run.augment:
-                images = augmented(images)
+                images = augment(images)
             torch.manual_seed(derive_seed(run.seed, "noise", epoch, step))
             loss = training_loss(network(images), task.labels[members], network.loss_weights())
             optimizer.zero_grad()
@@ -186,35 +181,35 @@ def train(network: Classifier, task: Task, run: Run) -> float:
     return total
 
 
-def augmented(images: Tensor) -> Tensor:
-    """Return the images mirrored at random and moved by up to four pixels, padded with zeros."""
+def augment(images: Tensor) -> Tensor:
+    """Flip *images* at random and shift them by up to four pixels, padded with zeros."""
     count, _, side, _ = images.shape
-    mirrored = torch.where(torch.rand(count, 1, 1, 1) < 0.5, images.flip(3), images)
-    padded = torch.nn.functional.pad(mirrored, (4, 4, 4, 4))
-    moves = torch.randint(0, 9, (count, 2)).tolist()
-    return torch.stack([padded[i, :, y : y + side, x : x + side] for i, (y, x) in enumerate(moves)])
+    flipped = torch.where(torch.rand(count, 1, 1, 1) < 0.5, images.flip(3), images)
+    padded = torch.nn.functional.pad(flipped, (4, 4, 4, 4))
+    shifts = torch.randint(0, 9, (count, 2)).tolist()
+    return torch.stack([padded[i, :, y : y + side, x : x + side] for i, (y, x) in enumerate(shifts)])
 
 
-def ship(network: Classifier, run: Run) -> Backbone:
-    """Return the network that ships, built anew, with the weights that are left after detaching."""
-    lean = detach(network) if network.training_only else network
-    shipped = network.inference_model()
-    set_strides(shipped, run)
-    shipped.load_state_dict(lean.state_dict())
-    return shipped.eval()
+def exported_network(network: Classifier, run: Run) -> Backbone:
+    """Build the network without training-only modules and load the remaining weights."""
+    detached = detach(network) if network.training_only else network
+    exported = network.inference_model()
+    set_strides(exported, run)
+    exported.load_state_dict(detached.state_dict())
+    return exported.eval()
 
 
 @torch.no_grad()
 def accuracy(network: Backbone, task: Task) -> float:
-    """Return the percentage of test pictures that *network* names rightly."""
-    hits = 0
+    """Compute the percentage of test images that *network* classifies correctly."""
+    correct = 0
     for members in sequential_batches(len(task.test_labels), 500):
-        hits += int((network(task.test[members]).argmax(dim=1) == task.test_labels[members]).sum())
-    return 100.0 * hits / len(task.test_labels)
+        correct += int((network(task.test[members]).argmax(dim=1) == task.test_labels[members]).sum())
+    return 100.0 * correct / len(task.test_labels)
 
 
 @torch.no_grad()
-def experts_used(network: Gated, images: Tensor) -> float:
-    """Return e to the entropy of the mean weights over the first 500 *images*."""
+def effective_experts(network: Gated, images: Tensor) -> float:
+    """Compute the exponential of the entropy of the mean weights over the first 500 *images*."""
     load = network.weights(network.features(images[:500])[0]).mean(dim=0)
     return float((-(load * load.clamp_min(1e-12).log()).sum()).exp())

@@ -1,4 +1,4 @@
-"""Many runs: two processes of one thread, finished ones read from a cache, progress on stderr."""
+"""Execute many runs in single-threaded processes, cache results, print progress on stderr."""
 
 import multiprocessing
 import os
@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pydantic
 
-from gain.run import Outcome, Run, carry_out
+from gain.run import Outcome, Run, train_and_measure
 from gain.study import Study
 
-Done = Callable[[int, Outcome], None]
+OnDone = Callable[[int, Outcome], None]
 
 
-def stored(cache: Path | None, run: Run) -> Outcome | None:
-    """Return the outcome that *cache* holds of *run*; a file that is damaged counts as none."""
+def read_cached(cache: Path | None, run: Run) -> Outcome | None:
+    """Read the cached outcome of *run*; None if it is missing or damaged."""
     if cache is None:
         return None
     with suppress(OSError, pydantic.ValidationError):
@@ -26,8 +26,8 @@ def stored(cache: Path | None, run: Run) -> Outcome | None:
     return None
 
 
-def store(cache: Path | None, run: Run, outcome: Outcome) -> None:
-    """Put *outcome* into *cache*, whole or not at all."""
+def write_cached(cache: Path | None, run: Run, outcome: Outcome) -> None:
+    """Write *outcome* to *cache* atomically."""
     if cache is None:
         return
     cache.mkdir(parents=True, exist_ok=True)
@@ -36,33 +36,33 @@ def store(cache: Path | None, run: Run, outcome: Outcome) -> None:
     partial.replace(cache / f"{run.key}.json")
 
 
-def finish(runs: Sequence[Run], cache: Path | None, jobs: int, on_done: Done) -> list[Outcome]:
-    """Return the outcome of every run, in order; *on_done* is told the position of each as it comes."""
+def execute_or_read(runs: Sequence[Run], cache: Path | None, jobs: int, on_done: OnDone) -> list[Outcome]:
+    """Execute or read all runs; return outcomes in order. *on_done* receives each with its position."""
     outcomes: dict[int, Outcome] = {}
     waiting: dict[str, list[int]] = {}
     for position, run in enumerate(runs):
-        known = stored(cache, run)
+        known = read_cached(cache, run)
         if known is None:
             waiting.setdefault(run.key, []).append(position)
         else:
             outcomes[position] = known
             on_done(position, known)
-    for position, outcome in carried_out({p[0]: runs[p[0]] for p in waiting.values()}, jobs):
-        store(cache, runs[position], outcome)
+    for position, outcome in execute({p[0]: runs[p[0]] for p in waiting.values()}, jobs):
+        write_cached(cache, runs[position], outcome)
         for same in waiting[runs[position].key]:
             outcomes[same] = outcome
             on_done(same, outcome)
     return [outcomes[position] for position in range(len(runs))]
 
 
-def carried_out(runs: dict[int, Run], jobs: int) -> Iterator[tuple[int, Outcome]]:
-    """Yield each outcome as it comes; one job needs no process of its own."""
+def execute(runs: dict[int, Run], jobs: int) -> Iterator[tuple[int, Outcome]]:
+    """Yield outcomes as they are completed; a single job runs in this process."""
     if jobs == 1:
-        yield from ((position, carry_out(run)) for position, run in runs.items())
+        yield from ((position, train_and_measure(run)) for position, run in runs.items())
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=jobs, mp_context=context) as pool:
-        futures = {pool.submit(carry_out, run): position for position, run in runs.items()}
+        futures = {pool.submit(train_and_measure, run): position for position, run in runs.items()}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -74,12 +74,12 @@ def carried_out(runs: dict[int, Run], jobs: int) -> Iterator[tuple[int, Outcome]
 Results = dict[str, dict[str, list[Outcome]]]  # by study and arm, in the order of the seeds
 
 
-def finish_studies(studies: Sequence[Study], cache: Path | None, jobs: int) -> Results:
-    """Return every arm's outcomes in the order of its study's seeds."""
+def run_studies(studies: Sequence[Study], cache: Path | None, jobs: int) -> Results:
+    """Execute all runs of *studies*; return the outcomes of each arm in the order of the seeds."""
     flat = [(study, arm, seed, run) for study in studies for arm, seed, run in study.runs()]
     start, count = time.monotonic(), 0
 
-    def say(position: int, outcome: Outcome) -> None:
+    def print_progress(position: int, outcome: Outcome) -> None:
         nonlocal count
         count += 1
         study, arm, seed, _ = flat[position]
@@ -90,7 +90,7 @@ def finish_studies(studies: Sequence[Study], cache: Path | None, jobs: int) -> R
             flush=True,
         )
 
-    outcomes = finish([run for *_, run in flat], cache, jobs, say)
+    outcomes = execute_or_read([run for *_, run in flat], cache, jobs, print_progress)
     results: Results = {study.name: {arm: [] for arm in study.arms} for study in studies}
     for (study, arm, _, _), outcome in zip(flat, outcomes, strict=True):
         results[study.name][arm].append(outcome)

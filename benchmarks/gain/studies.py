@@ -1,7 +1,7 @@
-"""Which networks are compared on which task, with which controls; nothing here was chosen on a test picture.
+"""The studies: networks, tasks and controls. No value was chosen with test images.
 
-Learning rates and epochs were looked at on seed 100, which no study uses but the checks of the learning
-rate. The epochs of an equal-time control make its processor time at least that of the DSoP training.
+Learning rates and epochs were chosen with seed 100, which only the study of learning rates uses. The number
+of epochs of an equal-time control gives it at least the CPU time of the DSoP training.
 """
 
 from collections.abc import Mapping
@@ -57,10 +57,10 @@ DIGITS_RUN: Mapping[str, Any] = {
 
 
 def textures(seeds: int, *, ablations: bool) -> Study:
-    """Return the comparison on generated textures; every seed is another random task."""
+    """Compare on generated textures; each seed generates another task."""
     return Study(
         name="textures",
-        title="10 classes of Gaussian textures that differ in second moments only; 500 pictures, 60 epochs",
+        title="10 classes of Gaussian textures that differ in second moments only; 500 images, 60 epochs",
         seeds=tuple(range(seeds)),
         template=TEXTURE_RUN,
         arms={**TEXTURE_ARMS, **(ABLATIONS if ablations else {})},
@@ -72,10 +72,10 @@ def textures(seeds: int, *, ablations: bool) -> Study:
 
 
 def few_textures(seeds: int) -> Study:
-    """Return the same with 100 pictures and 300 epochs: what is learnt from few samples."""
+    """Compare with 100 images and 300 epochs: learning from few samples."""
     return Study(
         name="few textures",
-        title="the same textures, 100 pictures, 300 epochs",
+        title="the same textures, 100 images, 300 epochs",
         seeds=tuple(range(seeds)),
         template={**TEXTURE_RUN, "task": TextureConfig(train=100), "epochs": 300},
         arms={PLAIN: {}, LONG: {"epochs": 550}, DSOP: TEXTURE_ARMS[DSOP], HEAD: TEXTURE_ARMS[HEAD]},
@@ -85,11 +85,11 @@ def few_textures(seeds: int) -> Study:
 
 
 def texture_rates(seed: int = TUNING_SEED) -> Study:
-    """Return the check of the learning rate: a badly tuned one fakes a gain."""
+    """Compare learning rates: a badly tuned baseline would fake a gain."""
     arms = {PLAIN: {}, DSOP: TEXTURE_ARMS[DSOP], HEAD: TEXTURE_ARMS[HEAD]}
     return Study(
         name="learning rates",
-        title=f"textures, task {seed}, which no other table uses",
+        title=f"textures, task {seed}, used by no other table",
         seeds=(seed,),
         template=TEXTURE_RUN,
         arms={
@@ -101,10 +101,10 @@ def texture_rates(seed: int = TUNING_SEED) -> Study:
 
 
 def digits(seeds: int) -> Study:
-    """Return the comparison on scikit-learn's digits; every seed learns from another 200 of them."""
+    """Compare on scikit-learn's digits; each seed selects another 200 for training."""
     return Study(
         name="digits",
-        title="handwritten digits, 200 pictures, ResNet-8 of width 8, 20 epochs",
+        title="handwritten digits, 200 images, ResNet-8 of width 8, 20 epochs",
         seeds=tuple(range(seeds)),
         template=DIGITS_RUN,
         arms={
@@ -120,7 +120,7 @@ def digits(seeds: int) -> Study:
 
 
 def cifar(arrays: Path, seeds: int, *, whole: bool) -> Study:
-    """Return the comparison on 5000 pictures of CIFAR-10; *whole* adds DSoP, its controls and GSoP."""
+    """Compare on 5000 images of CIFAR-10; *whole* adds DSoP, its controls and GSoP."""
     extra = f"{PLAIN}, extra 1x1"
     arms: dict[str, Mapping[str, Any]] = {
         PLAIN: {},
@@ -136,7 +136,7 @@ def cifar(arrays: Path, seeds: int, *, whole: bool) -> Study:
         }
     return Study(
         name="CIFAR-10",
-        title="5000 pictures, ResNet-8 of width 16, maps 16, 8, 4, 10 epochs, 10 000 test pictures",
+        title="5000 images, ResNet-8 of width 16, feature maps 16, 8, 4, 10 epochs, 10 000 test images",
         seeds=tuple(range(seeds)),
         template={
             "task": CifarConfig(arrays=arrays),

@@ -1,4 +1,4 @@
-"""A study: arms that are run on the same seeds, and which arm is compared with which."""
+"""A study: arms that run with the same seeds, and the comparisons between them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,10 +9,11 @@ from gain.run import Run
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
-    """`template` holds what all runs share, `arms` what each changes in it; `seeds` are fixed beforehand.
+    """Fields of `Run`: `template` for all runs, `arms` with the changes of each arm; `seeds` are fixed.
 
-    Every arm is compared with `reference`; `pairs` are further comparisons (ours, other). `must` maps an
-    arm to the points it has to lie above the reference, `chance` names the arm that must be at chance.
+    Every arm is compared with `reference`; `pairs` lists further comparisons (ours, other). `must` maps an
+    arm to its required gain over the reference in percentage points; `chance` names the arm that must be at
+    chance.
     """
 
     name: str
@@ -26,9 +27,9 @@ class Study:
     chance: str = ""
 
     def run(self, arm: str, seed: int) -> Run:
-        """Return the run of *arm* with *seed*."""
+        """Create the run of *arm* with *seed*."""
         return Run.model_validate({**self.template, **self.arms[arm], "seed": seed})
 
     def runs(self) -> list[tuple[str, int, Run]]:
-        """Return all runs, seed by seed, so that a study that is stopped has whole seeds."""
+        """List all runs by seed, so that an interrupted study has complete seeds."""
         return [(arm, seed, self.run(arm, seed)) for seed in self.seeds for arm in self.arms]

@@ -1,16 +1,16 @@
-"""Generated textures: classes that differ in their second moments and in nothing else.
+"""Generated textures: classes that differ in their second moments only.
 
-A picture of class c is white noise behind the class's own 5x5 filter, a stationary Gaussian field of
-3 x 32 x 32. Every field has mean 0 and every channel power 1, so no first moment and no power tells
-the class; what tells it is how channels and neighbouring pixels covary. A class's filter is a base,
-which all classes share, plus `spread` times one of its own.
+An image of class c is white noise convolved with a 5x5 filter of the class, a stationary Gaussian field of
+shape 3 x 32 x 32. Every field has mean 0 and every channel has power 1, so neither first moments nor powers
+depend on the class; the covariances of channels and neighboring pixels do. The filter of a class is a base,
+shared by all classes, plus `spread` times a filter of its own.
 
-Nuisances that leave the class alone: a contrast of the whole picture (log-normal), an offset of each channel,
-a linear gradient of light.
+Nuisances that do not depend on the class: a log-normal contrast per image, an offset per channel, and a
+linear brightness gradient.
 
-With several `kinds` of pictures a texture means another class in each kind, and a colour of the whole
-picture, a first moment, tells the kind: (texture, kind) is class texture + kind. No sum of something that
-depends on the texture and something that depends on the kind gives that; a choice by kind does.
+With several `kinds` of images, the class of a texture depends on the kind: class = texture + kind. The color
+of the image, a first moment, shows the kind. A sum of a function of the texture and a function of the kind
+cannot represent this; a selection by kind can.
 """
 
 import math
@@ -25,13 +25,13 @@ from gain.task import Task
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import derive_seed
 
-SIDE, CHANNELS, REACH = 32, 3, 5
-TEST_PICTURES = 4000
-CUE = 1.5 * torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, -1.0], [-1.0, 1.0, -1.0], [-1.0, -1.0, 1.0]])
+SIDE, CHANNELS, FILTER_SIDE = 32, 3, 5
+TEST_IMAGES = 4000
+KIND_COLORS = 1.5 * torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, -1.0], [-1.0, 1.0, -1.0], [-1.0, -1.0, 1.0]])
 
 
 class TextureConfig(StrictModel):
-    """How many pictures and classes, how far apart classes are, how strong the nuisances are."""
+    """Numbers of images, classes and kinds, distance of the classes, strength of the nuisances."""
 
     train: int = 500
     classes: int = 10
@@ -43,49 +43,49 @@ class TextureConfig(StrictModel):
 
 
 def class_filters(config: TextureConfig, seed: int) -> Tensor:
-    """Return (classes, 3, 3, 5, 5) filters, every output channel of unit length (unit power)."""
+    """Generate (classes, 3, 3, 5, 5) filters with unit norm per output channel (unit power)."""
     random = torch.Generator().manual_seed(derive_seed(seed, "filters"))
-    shape = (CHANNELS, CHANNELS, REACH, REACH)
+    shape = (CHANNELS, CHANNELS, FILTER_SIDE, FILTER_SIDE)
     base = torch.randn(shape, generator=random)
     own = torch.randn(config.classes, *shape, generator=random)
     filters = base + config.spread * own
     return filters / filters.flatten(start_dim=2).norm(dim=2)[..., None, None, None]
 
 
-def fields(filters: Tensor, looks: Tensor, random: torch.Generator) -> Tensor:
-    """Return one Gaussian field (B, 3, 32, 32) for each of *looks*, which say its filter."""
-    whole = SIDE + REACH - 1
-    noise = torch.randn(len(looks), CHANNELS, whole, whole, generator=random)
-    drawn = torch.empty(len(looks), CHANNELS, SIDE, SIDE)
-    for index in looks.unique().tolist():
-        members = looks == index
-        drawn[members] = F.conv2d(noise[members], filters[index])
-    return drawn
+def gaussian_fields(filters: Tensor, indices: Tensor, random: torch.Generator) -> Tensor:
+    """Generate one Gaussian field for each filter index in *indices*, (B, 3, 32, 32)."""
+    padded = SIDE + FILTER_SIDE - 1
+    noise = torch.randn(len(indices), CHANNELS, padded, padded, generator=random)
+    images = torch.empty(len(indices), CHANNELS, SIDE, SIDE)
+    for index in indices.unique().tolist():
+        members = indices == index
+        images[members] = F.conv2d(noise[members], filters[index])
+    return images
 
 
-def disturbed(drawn: Tensor, config: TextureConfig, random: torch.Generator) -> Tensor:
-    """Return *drawn* with a contrast, an offset and a gradient of light, freshly drawn for each picture."""
-    count = len(drawn)
+def add_nuisances(images: Tensor, config: TextureConfig, random: torch.Generator) -> Tensor:
+    """Apply a random contrast, offset and brightness gradient to each of *images*."""
+    count = len(images)
     contrast = (config.contrast * torch.randn(count, 1, 1, 1, generator=random)).exp()
     offset = config.offset * torch.randn(count, CHANNELS, 1, 1, generator=random)
     angle = 2 * math.pi * torch.rand(count, 1, 1, 1, generator=random)
     ramp = torch.linspace(-1, 1, SIDE)
-    light = angle.cos() * ramp[:, None] + angle.sin() * ramp[None, :]
+    direction = angle.cos() * ramp[:, None] + angle.sin() * ramp[None, :]
     slope = config.gradient * torch.randn(count, 1, 1, 1, generator=random)
-    return drawn * contrast + offset + slope * light
+    return images * contrast + offset + slope * direction
 
 
 def textures(config: TextureConfig, seed: int) -> Task:
-    """Return the random task of *seed*: its filters, its pictures to learn from, 4000 to be measured on."""
+    """Generate the task of *seed*: filters, training images and 4000 test images."""
     filters = class_filters(config, seed)
     parts = []
-    for name, count in (("train", config.train), ("test", TEST_PICTURES)):
+    for name, count in (("train", config.train), ("test", TEST_IMAGES)):
         random = torch.Generator().manual_seed(derive_seed(seed, name))
-        looks = torch.arange(count) % config.classes
+        indices = torch.arange(count) % config.classes
         kinds = torch.arange(count) // config.classes % config.kinds
-        pictures = disturbed(fields(filters, looks, random), config, random)
+        images = add_nuisances(gaussian_fields(filters, indices, random), config, random)
         if config.kinds > 1:
-            pictures = pictures + CUE[kinds, :, None, None]
-        parts.append((pictures, (looks + kinds) % config.classes))
+            images = images + KIND_COLORS[kinds, :, None, None]
+        parts.append((images, (indices + kinds) % config.classes))
     (train, labels), (test, test_labels) = parts
     return Task(train, labels, test, test_labels)

@@ -1,4 +1,4 @@
-"""The statistics of the benchmark against SciPy's, and what they allow to be said."""
+"""Paired differences equal SciPy's paired t test, and verdicts follow from intervals."""
 
 import math
 
@@ -19,7 +19,7 @@ def test_a_paired_difference_is_the_paired_t_test() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mean", "half", "said"),
+    ("mean", "half", "verdict"),
     [
         (0.6, 0.7, "no effect detected"),
         (-0.6, 0.7, "no effect detected"),
@@ -29,16 +29,16 @@ def test_a_paired_difference_is_the_paired_t_test() -> None:
         (0.0, 0.0, "no effect detected"),
     ],
 )
-def test_the_verdict_follows_from_the_interval_alone(mean: float, half: float, said: str) -> None:
-    assert Paired(5, mean, half, 3, 0.5).verdict == said
+def test_the_verdict_follows_from_the_interval_alone(mean: float, half: float, verdict: str) -> None:
+    assert Paired(5, mean, half, 3, 0.5).verdict == verdict
 
 
-def test_of_one_seed_nothing_is_said() -> None:
+def test_one_seed_has_no_verdict() -> None:
     found = paired([90.0], [10.0])
     assert found.verdict == "one seed"
     assert math.isnan(found.p)
 
 
-def test_seeds_that_do_not_match_are_refused() -> None:
+def test_unequal_numbers_of_seeds_are_rejected() -> None:
     with pytest.raises(ValueError, match="zip"):
         paired([1.0, 2.0], [1.0])

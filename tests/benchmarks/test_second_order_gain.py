@@ -1,4 +1,4 @@
-"""The benchmark in miniature: runs are paired, what is measured is what ships, the cache resumes."""
+"""The benchmark with small tasks: runs are paired, exported networks are measured, the cache resumes."""
 
 import dataclasses
 import io
@@ -9,8 +9,8 @@ import second_order_gain
 import torch
 from gain import runs
 from gain.gates import gates_on_cifar, kinds
-from gain.report import checks, measured, show
-from gain.run import TRUNK, Run, build, carry_out, open_task, ship
+from gain.report import checks, print_studies, results_of
+from gain.run import TRUNK, Run, build, exported_network, open_task, train_and_measure
 from gain.studies import DSOP, HEAD, LINEAR, PLAIN, cifar, digits, few_textures, texture_rates, textures
 from gain.study import Study
 from gain.task import DigitsConfig
@@ -31,7 +31,7 @@ EVERY_ARM = [pytest.param(study, arm, id=f"{study.name}: {arm}") for study in EV
 
 
 def miniature(*arms: str) -> Study:
-    """Return two easy tasks of few pictures and epochs."""
+    """Build a study of *arms* with two easy tasks, few images and few epochs."""
     study = textures(2, ablations=False)
     return dataclasses.replace(
         study,
@@ -43,27 +43,27 @@ def miniature(*arms: str) -> Study:
 
 
 @pytest.mark.slow
-def test_in_miniature_the_head_wins_linear_features_are_at_chance_and_the_cache_resumes(
+def test_the_head_wins_linear_features_are_at_chance_and_the_cache_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = miniature(LINEAR, PLAIN, HEAD)
-    results = runs.finish_studies([study], tmp_path, jobs=1)
+    results = runs.run_studies([study], tmp_path, jobs=1)
     assert [holds for _, holds in checks(study, results[study.name])] == [True, True]
 
     shown = io.StringIO()
-    show([study], results, Console(file=shown, width=200))
+    print_studies([study], results, Console(file=shown, width=200))
     assert "better by" in shown.getvalue()
     assert "2/2" in shown.getvalue()
-    head = next(one for one in measured(study, results[study.name]) if one.case.endswith(HEAD))
+    head = next(one for one in results_of(study, results[study.name]) if one.case.endswith(HEAD))
     assert head.other is not None
     assert head.ours - head.other > 30
 
-    monkeypatch.setattr(runs, "carry_out", lambda run: pytest.fail(f"{run} was carried out again"))
-    assert runs.finish_studies([study], tmp_path, jobs=1) == results
+    monkeypatch.setattr(runs, "train_and_measure", lambda run: pytest.fail(f"{run} was repeated"))
+    assert runs.run_studies([study], tmp_path, jobs=1) == results
 
 
 @pytest.mark.parametrize(("study", "arm"), EVERY_ARM)
-def test_every_arm_can_be_built_and_starts_where_the_plain_network_does(study: Study, arm: str) -> None:
+def test_every_arm_starts_with_the_weights_of_the_plain_network(study: Study, arm: str) -> None:
     run = study.run(arm, 0)
     network, again = build(run).state_dict(), build(run).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in network.items())
@@ -75,52 +75,51 @@ def test_every_arm_can_be_built_and_starts_where_the_plain_network_does(study: S
     assert all(torch.equal(network[name], plain[name]) for name in same)
 
 
-def test_what_is_measured_has_no_branches_and_answers_as_the_trained_network() -> None:
-    run = miniature(DSOP).run(DSOP, 0)
+@pytest.mark.parametrize(
+    ("run", "training_only"),
+    [
+        (miniature(DSOP).run(DSOP, 0), "branches"),
+        (kinds(1, tries=False).run("gate, 2 of 4", 0), "gate.noise"),
+    ],
+    ids=["branches", "gate noise"],
+)
+def test_the_measured_network_is_the_trained_one_without_training_only_modules(
+    run: Run, training_only: str
+) -> None:
     network = build(run)
-    pictures = open_task(run).test[:8]
-    network.train()(pictures)  # moves the batch norms
-    shipped = ship(network, run)
-    assert not [name for name, _ in shipped.named_modules() if "branches" in name]
-    assert torch.equal(shipped(pictures), network.eval()(pictures))
+    images = open_task(run).test[:8]
+    network.train()(images)  # updates the batch norms
+    exported = exported_network(network, run)
+    assert not [name for name, _ in exported.named_modules() if name.startswith(training_only)]
+    assert torch.equal(exported(images), network.eval()(images))
 
 
-def test_a_shipped_gate_has_no_noise_and_keeps_its_choice() -> None:
-    study = kinds(1, tries=False)
-    run = study.run("gate, 2 of 4", 0)
-    network = build(run)
-    pictures = open_task(run).test[:8]
-    shipped = ship(network, run)
-    assert "gate.noise.weight" not in shipped.state_dict()
-    assert torch.equal(shipped(pictures), network.eval()(pictures))
-
-
-def test_a_damaged_result_is_computed_anew(tmp_path: Path) -> None:
+def test_a_damaged_result_is_recomputed(tmp_path: Path) -> None:
     run = Run(task=DigitsConfig(), network="textures", config={}, epochs=1, learning_rate=0.1, seed=0)
     run = run.model_copy(update={"task": TextureConfig(train=64)})
-    outcome = carry_out(run)
-    runs.store(tmp_path, run, outcome)
-    assert runs.stored(tmp_path, run) == outcome
+    outcome = train_and_measure(run)
+    runs.write_cached(tmp_path, run, outcome)
+    assert runs.read_cached(tmp_path, run) == outcome
     (tmp_path / f"{run.key}.json").write_text("{", encoding="utf-8")
-    assert runs.stored(tmp_path, run) is None
-    assert runs.stored(None, run) is None
+    assert runs.read_cached(tmp_path, run) is None
+    assert runs.read_cached(None, run) is None
 
 
-def test_a_result_belongs_to_its_run_wherever_the_pictures_lie() -> None:
+def test_the_key_of_a_run_does_not_depend_on_the_location_of_the_images() -> None:
     here, there = (cifar(Path(place), 1, whole=False).run(HEAD, 0) for place in ("a.npz", "b.npz"))
     assert here.key == there.key
     keys = [run.key for study in EVERY for _, _, run in study.runs()]
     assert len(set(keys)) == len({run.model_dump_json() for study in EVERY for _, _, run in study.runs()})
 
 
-def test_a_gain_that_is_missing_is_reported_and_fails() -> None:
+def test_a_missing_gain_fails() -> None:
     study = miniature(LINEAR, PLAIN, HEAD)
     poor = runs.Outcome(accuracy=20.0, seconds=1.0, loss=1.0)
     found = checks(study, {arm: [poor, poor] for arm in study.arms})
     assert [holds for _, holds in found] == [False, False]
 
 
-def test_cifar_needs_a_place_for_its_decoded_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cifar_needs_a_cache(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         second_order_gain.main(["--cifar", "pictures"])
     assert left.value.code == 2

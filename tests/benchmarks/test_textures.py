@@ -1,18 +1,18 @@
-"""The generated textures are what the benchmark says: classes that differ in second moments only."""
+"""Generated textures have the documented properties: classes differ in second moments only."""
 
 import torch
-from gain.textures import TextureConfig, class_filters, disturbed, fields, textures
+from gain.textures import TextureConfig, add_nuisances, class_filters, gaussian_fields, textures
 from torch import Tensor
 
 CLEAN = TextureConfig(classes=4)
-COUNT = 600  # fields of each class
+COUNT = 600  # fields per class
 
 
 def clean_fields(seed: int = 0) -> list[Tensor]:
-    """Return the fields of each class without nuisances."""
+    """Generate the fields of each class without nuisances."""
     filters = class_filters(CLEAN, seed)
     random = torch.Generator().manual_seed(1)
-    return [fields(filters, torch.full((COUNT,), index), random) for index in range(CLEAN.classes)]
+    return [gaussian_fields(filters, torch.full((COUNT,), index), random) for index in range(CLEAN.classes)]
 
 
 def test_every_class_has_mean_zero_and_power_one_in_every_channel() -> None:
@@ -32,12 +32,12 @@ def test_the_mean_of_any_linear_feature_is_the_same_for_every_class() -> None:
 
 
 def channel_covariances(drawn: Tensor) -> Tensor:
-    """Return the (B, 3, 3) covariance of each field's channels."""
+    """Compute the (B, 3, 3) channel covariance of each field."""
     flat = drawn.flatten(start_dim=2)
     return flat @ flat.transpose(1, 2) / flat.shape[2]
 
 
-def test_classes_differ_in_how_channels_covary() -> None:
+def test_classes_differ_in_channel_covariances() -> None:
     covariances = [channel_covariances(drawn) for drawn in clean_fields()]
     for first in range(CLEAN.classes):
         for second in range(first):
@@ -46,7 +46,7 @@ def test_classes_differ_in_how_channels_covary() -> None:
             assert (apart.abs() / error).max() > 8
 
 
-def test_a_class_has_the_covariance_that_its_filter_says() -> None:
+def test_the_covariance_of_a_class_follows_from_its_filter() -> None:
     filters = class_filters(CLEAN, 0)
     for index, drawn in enumerate(clean_fields()):
         flat = filters[index].flatten(start_dim=1)
@@ -57,13 +57,13 @@ def test_a_class_has_the_covariance_that_its_filter_says() -> None:
 
 def test_nuisances_do_not_depend_on_the_class() -> None:
     zeros = torch.zeros(50, 3, 32, 32)
-    one = disturbed(zeros, CLEAN, torch.Generator().manual_seed(3))
-    assert torch.equal(one, disturbed(zeros, CLEAN, torch.Generator().manual_seed(3)))
+    one = add_nuisances(zeros, CLEAN, torch.Generator().manual_seed(3))
+    assert torch.equal(one, add_nuisances(zeros, CLEAN, torch.Generator().manual_seed(3)))
     assert one.mean(dim=(2, 3)).std() > 0.3  # the offset
     assert one.std(dim=(2, 3)).mean() > 0.1  # the gradient
 
 
-def test_a_task_is_a_function_of_its_seed_with_balanced_classes_on_both_sides() -> None:
+def test_a_task_depends_on_its_seed_only_and_has_balanced_classes() -> None:
     config = TextureConfig(train=40)
     task, again, other = textures(config, 5), textures(config, 5), textures(config, 6)
     assert torch.equal(task.train, again.train)
@@ -73,11 +73,11 @@ def test_a_task_is_a_function_of_its_seed_with_balanced_classes_on_both_sides() 
     assert not torch.equal(task.train[:10], task.test[:10])
 
 
-def test_a_kind_of_picture_has_its_colour_and_moves_the_classes() -> None:
+def test_a_kind_has_one_color_and_shifts_the_classes() -> None:
     plain, kinds = textures(TextureConfig(train=80), 5), textures(TextureConfig(train=80, kinds=4), 5)
-    colours = (kinds.train - plain.train).mean(dim=(2, 3))
-    assert len(colours.round(decimals=3).unique(dim=0)) == 4
+    colors = (kinds.train - plain.train).mean(dim=(2, 3))
+    assert len(colors.round(decimals=3).unique(dim=0)) == 4
     kind = (kinds.labels - plain.labels) % 10
     assert kind.bincount().tolist() == [20] * 4
     for index in range(4):
-        assert colours[kind == index].std(dim=0).max() < 1e-5
+        assert colors[kind == index].std(dim=0).max() < 1e-5

@@ -30,7 +30,7 @@ def soak_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def held(soak_modules: Any, resident: list[float], step: float = 1.0) -> list[Any]:
     return [
-        soak_modules.accounts.Holding(moment=step * n, resident=int(1e6 * mb), threads=5, descriptors=9)
+        soak_modules.accounts.Resources(moment=step * n, resident=int(1e6 * mb), threads=5, descriptors=9)
         for n, mb in enumerate(resident)
     ]
 
@@ -132,16 +132,16 @@ def test_all_failures_are_counted_and_some_kept(soak_modules: Any) -> None:
 def test_the_resources_of_a_process_are_measured(soak_modules: Any) -> None:
     import os
 
-    before = soak_modules.accounts.holding(os.getpid())
+    before = soak_modules.accounts.read_resources(os.getpid())
     with FOLDER.joinpath("soak.py").open(encoding="utf-8"):
-        after = soak_modules.accounts.holding(os.getpid())
+        after = soak_modules.accounts.read_resources(os.getpid())
     assert after.descriptors == before.descriptors + 1
     assert after.threads >= 1
     assert after.resident > 1e6
 
 
 def test_a_response_of_an_unknown_bundle_fails_the_soak(soak_modules: Any) -> None:
-    ground = soak_modules.clients.Ground(
+    scenario = soak_modules.clients.Scenario(
         url="",
         bodies={},
         expected={"one": {"a.jpg": {"a": 1.0}}},
@@ -149,10 +149,10 @@ def test_a_response_of_an_unknown_bundle_fails_the_soak(soak_modules: Any) -> No
         classes=1,
     )
     classes = [ClassProbability(label="a", probability=1.0)]
-    ground.compare("single", "one", "a.jpg", classes)
-    assert (ground.tally.failed, ground.tally.by_digest) == (0, {"one": 1})
-    ground.compare("single", "other", "a.jpg", classes)
-    assert ground.tally.failures == ["single: answered by 'other', which is no bundle of this soak"]
+    scenario.compare("single", "one", "a.jpg", classes)
+    assert (scenario.tally.failed, scenario.tally.by_digest) == (0, {"one": 1})
+    scenario.compare("single", "other", "a.jpg", classes)
+    assert scenario.tally.failures == ["single: unknown bundle 'other'"]
 
 
 def test_responses_of_a_single_bundle_fail_the_swap_bound(soak_modules: Any) -> None:

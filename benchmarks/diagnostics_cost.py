@@ -1,9 +1,9 @@
-"""Looking at a network after an epoch against the epoch itself: what the figures of a report cost.
+"""Cost of the training diagnostics of a report, compared with one epoch of training.
 
-    python benchmarks/looking.py [--quick] [--json]
+    python benchmarks/diagnostics_cost.py [--quick] [--json]
 
-Heads and spectra of the demo's network (branches on every stage) on its 359 held-out pictures, against one
-epoch of its training and measuring. Processor time of one thread.
+Measures the accuracy of all heads and the covariance spectra of the demo's network (branches on every stage)
+on its 359 held-out images. The epoch includes training, evaluation and diagnostics. CPU time of one thread.
 """
 
 import tempfile
@@ -26,7 +26,7 @@ def main() -> None:
     arguments = parse(__doc__)
     recipe = read_recipe("digits-dsop", ["epochs=1", "threads=1"])
     held_out = PreprocessedDataset(open_data(recipe.data).held_out, recipe.preprocess)
-    normalise = Normalize(recipe.preprocess)
+    normalize = Normalize(recipe.preprocess)
     with tempfile.TemporaryDirectory() as folder:
         train(recipe, Path(folder) / "first")
         path = Path(folder) / "first" / "last.pt"
@@ -38,9 +38,9 @@ def main() -> None:
 
         results = [
             compare(
-                f"look, spectra {'kept' if spectra else 'not kept'}",
-                "an epoch that looks",
-                lambda spectra=spectra: diagnose(model, held_out, normalise, 64, spectra=spectra),
+                f"diagnostics, spectra {'kept' if spectra else 'not kept'}",
+                "one epoch with diagnostics",
+                lambda spectra=spectra: diagnose(model, held_out, normalize, 64, spectra=spectra),
                 epoch,
                 runs=2 if arguments.quick else 7,
                 clock=process_time,
