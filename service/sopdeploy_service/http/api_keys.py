@@ -10,6 +10,7 @@ import os
 import secrets
 import tempfile
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -41,19 +42,18 @@ class KeyFile(StrictModel):
     key: tuple[Key, ...] = ()
 
 
+@dataclass(frozen=True)
 class ApiKeys:
     """The keys of one server."""
 
-    def __init__(self, keys: tuple[Key, ...]) -> None:
-        self.keys = keys
-        self._digests = [(bytes.fromhex(key.sha256), key) for key in keys]
+    keys: tuple[Key, ...]
 
     def find(self, given: bytes) -> Key | None:
         """Look up the secret *given* in constant time: all keys are compared in any case."""
-        digest = hashlib.sha256(given).digest()
+        digest = hashlib.sha256(given).hexdigest()
         found = None
-        for known, key in self._digests:
-            if hmac.compare_digest(digest, known):
+        for key in self.keys:
+            if hmac.compare_digest(digest, key.sha256):
                 found = key
         return found
 

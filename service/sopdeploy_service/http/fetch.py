@@ -20,10 +20,13 @@ from sopdeploy_service.settings import Settings
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
+system_certificates = cache(ssl.create_default_context)
+
 PORTS = {"https": 443, "http": 80}
 PUBLIC_V6 = ip_network("2000::/3")  # excludes NAT64 and other prefixes that map IPv4 networks
 HEADERS = {"User-Agent": "sopdeploy", "Accept": "image/*", "Accept-Encoding": "identity"}
 
+NOT_ALLOWED, UNREACHABLE = ("url_not_allowed", 403), ("url_unreachable", 422)
 OFF = Rejection("url_input_off", 403, "this server does not fetch URLs; send the image itself")
 TIMEOUT = Rejection("url_timeout", 504, "fetching the image from the URL took too long")
 
@@ -43,32 +46,32 @@ async def fetch(
     """
     if not settings.url_hosts:
         raise RejectedError(OFF)
-    target = check_url(url, settings)
+    target, host, port = check_url(url, settings)
     try:
         async with asyncio.timeout(settings.url_seconds):
-            address = await public_address(target, resolve or system_addresses)
-            return await download(target, address, settings.max_body_bytes, transport)
+            address = await public_address(host, port, resolve or system_addresses)
+            return await download(target, host, address, settings.max_body_bytes, transport)
     except TimeoutError as problem:
         raise RejectedError(TIMEOUT) from problem
 
 
-def check_url(url: str, settings: Settings) -> httpx.URL:
-    """Parse *url* and check its scheme, host and port against *settings*."""
+def check_url(url: str, settings: Settings) -> tuple[httpx.URL, str, int]:
+    """Parse *url* to itself, host and port, and check them and its scheme against *settings*."""
     try:
         target = httpx.URL(url)
     except (httpx.InvalidURL, ValueError) as problem:
         raise bad_request("bad_url", f"url: {problem}") from problem
     schemes = ("https", "http") if settings.url_plain_http else ("https",)
     if target.scheme not in schemes:
-        raise _not_allowed(f"the scheme must be {' or '.join(schemes)}")
+        raise _rejected(NOT_ALLOWED, f"the scheme must be {' or '.join(schemes)}")
     if target.userinfo:
-        raise _not_allowed("user names and passwords are not supported")
-    host = _host(target)
+        raise _rejected(NOT_ALLOWED, "user names and passwords are not supported")
+    host = target.raw_host.decode("ascii").lower()
     port = target.port or PORTS[target.scheme]
     place = host if port == PORTS[target.scheme] else f"{host}:{port}"
     if place not in settings.url_hosts:
-        raise _not_allowed(f"{place[:100]!r} is not among the allowed hosts of this server")
-    return target
+        raise _rejected(NOT_ALLOWED, f"{place[:100]!r} is not among the allowed hosts of this server")
+    return target, host, port
 
 
 async def system_addresses(host: str, port: int) -> Sequence[str]:
@@ -77,17 +80,16 @@ async def system_addresses(host: str, port: int) -> Sequence[str]:
     return [str(entry[4][0]) for entry in found]
 
 
-async def public_address(target: httpx.URL, resolve: Resolve) -> str:
+async def public_address(host: str, port: int, resolve: Resolve) -> str:
     """Choose the address to connect to; one private address among several forbids all."""
-    host = _host(target)
     try:
-        addresses = await resolve(host, target.port or PORTS[target.scheme])
+        addresses = await resolve(host, port)
     except (OSError, UnicodeError) as problem:
-        raise _unreachable(f"{host} has no address") from problem
+        raise _rejected(UNREACHABLE, f"{host} has no address") from problem
     if not addresses:
-        raise _unreachable(f"{host} has no address")
+        raise _rejected(UNREACHABLE, f"{host} has no address")
     if not all(is_public(address) for address in addresses):
-        raise _not_allowed(f"{host} is not a public host")
+        raise _rejected(NOT_ALLOWED, f"{host} is not a public host")
     return addresses[0]
 
 
@@ -100,46 +102,32 @@ def is_public(address: str) -> bool:
 
 
 async def download(
-    target: httpx.URL, address: str, limit: int, transport: httpx.AsyncBaseTransport | None
+    target: httpx.URL, host: str, address: str, limit: int, transport: httpx.AsyncBaseTransport | None
 ) -> bytes:
-    """Download *target* from *address*; the TLS certificate must be valid for the host of *target*."""
+    """Download *target* from *address*; the TLS certificate must be valid for its *host*."""
     headers = {**HEADERS, "Host": target.netloc.decode("ascii")}
-    host = _host(target)
     body = bytearray()
     try:
         async with (
             # trust_env=False: a proxy or .netrc of the environment would connect to another address
-            httpx.AsyncClient(transport=transport, trust_env=False, verify=_certificates()) as client,
+            httpx.AsyncClient(transport=transport, trust_env=False, verify=system_certificates()) as client,
             client.stream(
                 "GET", target.copy_with(host=address), headers=headers, extensions={"sni_hostname": host}
             ) as response,
         ):
             if response.is_redirect:
-                raise _not_allowed("redirects are not followed")
+                raise _rejected(NOT_ALLOWED, "redirects are not followed")
             if response.status_code != 200:
-                raise _unreachable(f"{host} responded with status {response.status_code}")
+                raise _rejected(UNREACHABLE, f"{host} responded with status {response.status_code}")
             async for piece in response.aiter_raw():
                 body += piece
                 if len(body) > limit:
                     message = f"url: the image is larger than {limit} bytes, the limit of this server"
                     raise RejectedError(Rejection("too_large", 413, message))
     except httpx.HTTPError as problem:
-        raise _unreachable(f"{host} did not respond ({type(problem).__name__})") from problem
+        raise _rejected(UNREACHABLE, f"{host} did not respond ({type(problem).__name__})") from problem
     return bytes(body)
 
 
-@cache
-def _certificates() -> ssl.SSLContext:
-    return ssl.create_default_context()
-
-
-def _host(target: httpx.URL) -> str:
-    return target.raw_host.decode("ascii").lower()
-
-
-def _not_allowed(reason: str) -> RejectedError:
-    return RejectedError(Rejection("url_not_allowed", 403, f"url: {reason}"))
-
-
-def _unreachable(reason: str) -> RejectedError:
-    return RejectedError(Rejection("url_unreachable", 422, f"url: {reason}"))
+def _rejected(kind: tuple[str, int], reason: str) -> RejectedError:
+    return RejectedError(Rejection(*kind, f"url: {reason}"))

@@ -3,9 +3,11 @@
 Starlette's form parser writes files above 1 MB to disk and accepts truncated bodies.
 """
 
+from dataclasses import dataclass, field
+
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import parse_options_header
+from python_multipart.multipart import MultipartState, parse_options_header
 
 from sopdeploy_service.http.problems import RejectedError
 from sopdeploy_service.images.decode import EncodedImage
@@ -26,18 +28,16 @@ class ImageForm:
         boundary = parse_options_header(content_type)[1].get(b"boundary")
         if not boundary:
             raise RejectedError(NO_BOUNDARY)
-        self._parts = _Parts(max_images)
+        parts = self._parts = _Parts(max_images)
         try:
             self._parser = MultipartParser(
                 boundary,
                 {
-                    "on_part_begin": self._parts.begin,
-                    "on_header_field": self._parts.header_field,
-                    "on_header_value": self._parts.header_value,
-                    "on_header_end": self._parts.end_header,
-                    "on_headers_finished": self._parts.end_headers,
-                    "on_part_data": self._parts.data,
-                    "on_end": self._parts.end_form,
+                    "on_header_field": lambda data, start, end: parts.header.extend(data[start:end]),
+                    "on_header_value": lambda data, start, end: parts.value.extend(data[start:end]),
+                    "on_header_end": parts.end_header,
+                    "on_headers_finished": parts.end_headers,
+                    "on_part_data": lambda data, start, end: parts.images[-1][0].extend(data[start:end]),
                 },
             )
         except FormParserError as problem:
@@ -52,54 +52,42 @@ class ImageForm:
 
     def images(self) -> list[EncodedImage]:
         """Collect the images after the last piece; raises `RejectedError` for a truncated or empty form."""
-        if not self._parts.complete:
+        if self._parser.state != MultipartState.END:
             raise RejectedError(MALFORMED)
         if not self._parts.images:
             raise RejectedError(NO_IMAGE)
         return [EncodedImage(bytes(image), content_type) for image, content_type in self._parts.images]
 
 
+@dataclass(slots=True)
 class _Parts:
-    """Callbacks of the parser. It has no reference to the parser, so both are freed with the request."""
+    """State of the parser's callbacks.
 
-    def __init__(self, max_images: int) -> None:
-        self.images: list[tuple[bytearray, str]] = []  # with their content types
-        self.complete = False
-        self._max_images = max_images
-        self._header = bytearray()
-        self._value = bytearray()
-        self._name: str | None = None
-        self._content_type = ""
+    It has no reference to the parser, so both are freed with the request.
+    """
 
-    def begin(self) -> None:
-        self._name, self._content_type = None, ""
-
-    def header_field(self, data: bytes, start: int, end: int) -> None:
-        self._header.extend(data[start:end])
-
-    def header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value.extend(data[start:end])
+    max_images: int
+    images: list[tuple[bytearray, str]] = field(default_factory=list)  # with their content types
+    header: bytearray = field(default_factory=bytearray)
+    value: bytearray = field(default_factory=bytearray)
+    name: str | None = None
+    content_type: str = ""
 
     def end_header(self) -> None:
-        if self._header.lower() == b"content-disposition":
-            name = parse_options_header(bytes(self._value))[1].get(b"name", b"")
-            self._name = name.decode("utf-8", "replace")
-        elif self._header.lower() == b"content-type":
-            self._content_type = self._value.decode("latin-1")
-        self._header.clear()
-        self._value.clear()
+        if self.header.lower() == b"content-disposition":
+            name = parse_options_header(bytes(self.value))[1].get(b"name", b"")
+            self.name = name.decode("utf-8", "replace")
+        elif self.header.lower() == b"content-type":
+            self.content_type = self.value.decode("latin-1")
+        self.header.clear()
+        self.value.clear()
 
     def end_headers(self) -> None:
-        if self._name not in FIELDS:
-            message = f"field {self._name!r:.80}: images must be in fields named `image`"
+        if self.name not in FIELDS:
+            message = f"field {self.name!r:.80}: images must be in fields named `image`"
             raise RejectedError(Rejection("unexpected_field", 422, message))
-        if len(self.images) == self._max_images:
-            message = f"the form has more than {self._max_images} images, the limit of this server"
+        if len(self.images) == self.max_images:
+            message = f"the form has more than {self.max_images} images, the limit of this server"
             raise RejectedError(Rejection("too_many_images", 400, message))
-        self.images.append((bytearray(), self._content_type))
-
-    def data(self, data: bytes, start: int, end: int) -> None:
-        self.images[-1][0].extend(data[start:end])
-
-    def end_form(self) -> None:
-        self.complete = True
+        self.images.append((bytearray(), self.content_type))
+        self.name, self.content_type = None, ""

@@ -19,6 +19,10 @@ MAX_STRUCTURE = 100_000  # bytes outside of strings
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 WHITESPACE = b" \t\r\n\f\v"
 
+TOO_COMPLEX = Rejection(  # more strings, numbers or brackets than any valid request
+    "json_too_complex", 400, "the JSON has too many parts; only `data` may hold many numbers"
+)
+
 
 def parse(raw: bytes, limit: int) -> Any:
     """Parse the JSON document *raw* of at most *limit* bytes; call it in a thread.
@@ -28,7 +32,7 @@ def parse(raw: bytes, limit: int) -> Any:
     check_length(raw, limit)
     outside = parts(raw)[0::2]
     if sum(map(len, outside)) > MAX_STRUCTURE:
-        raise too_complex()
+        raise RejectedError(TOO_COMPLEX)
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as problem:
@@ -62,7 +66,7 @@ def parts(raw: bytes) -> list[bytes]:
     Escape sequences are masked, all lengths are kept. Raises `RejectedError` for too many strings.
     """
     if raw.count(b'"') > MAX_QUOTES:
-        raise too_complex()
+        raise RejectedError(TOO_COMPLEX)
     masked = raw.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in raw else raw
     found = []
     begin = 0
@@ -70,11 +74,6 @@ def parts(raw: bytes) -> list[bytes]:
         found.append(masked[begin:end])
         begin = end + 1
     return [*found, masked[begin:]]
-
-
-def too_complex() -> RejectedError:
-    """Create the error of a document with more strings, numbers or brackets than any valid request."""
-    return bad_request("json_too_complex", "the JSON has too many parts; only `data` may hold many numbers")
 
 
 def decode_text(text: object, where: str) -> bytes:
