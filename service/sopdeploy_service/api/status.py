@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import deviation, read_probes
@@ -58,7 +58,7 @@ async def metrics(request: Request, *, own: bool = False) -> Response:
     """Metrics of this server; with several worker processes, those of all workers unless *own*."""
     siblings: dict[str, str] = request.app.state.siblings
     if own or not siblings:
-        return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(service_of(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
     known = {name: request.headers[name] for name in CREDENTIALS if name in request.headers}
     return Response(await collect(siblings, known), media_type=CONTENT_TYPE_LATEST)
 

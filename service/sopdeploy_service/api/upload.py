@@ -86,7 +86,7 @@ def admit(request: Request, name: str | None = None, version: str | None = None)
     model = use_model(request, service.registry.find(name, version))
     raise_if_rejected(service.check_admission(model, deadline))
     if context.rate_limit is not None:
-        context.rate_limit.check(1)
+        context.rate_limit.spend(1, check_only=True)
     return model, deadline
 
 

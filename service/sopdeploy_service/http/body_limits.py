@@ -29,29 +29,18 @@ UPLOADS_FULL = Rejection("uploads_full", 429, "too many bytes are being uploaded
 Value = TypeVar("Value")
 
 
-class UploadBudget:
-    """Counts the bytes of all bodies in memory, `held` of at most *size*; for one event loop."""
-
-    def __init__(self, size: int, metrics: Metrics) -> None:
-        self.held = 0
-        self._size = size
-        metrics.upload_bytes.set_function(lambda: self.held)
-
-    def check(self, held: int, more: int) -> None:
-        """Raise `RejectedError` (429) if a body of *held* bytes may not grow by *more* bytes."""
-        size = self._size if held + more <= SMALL_BODY else self._size * 7 // 8
-        if self.held + more > size:
-            raise RejectedError(UPLOADS_FULL)
-
-
 class BodyLimitsMiddleware:
-    """Rejects bodies that announce too many bytes (413) and limits all others while the app reads them."""
+    """Rejects bodies that announce too many bytes (413) and limits all others while the app reads them.
+
+    `held` counts the bytes of all bodies in memory; used on one event loop only.
+    """
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+        self.held = 0
+        self.settings = settings
         self._app = app
-        self._settings = settings
         self._metrics = metrics
-        self._budget = UploadBudget(settings.max_upload_bytes, metrics)
+        metrics.upload_bytes.set_function(lambda: self.held)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -60,16 +49,16 @@ class BodyLimitsMiddleware:
             return
         text = Headers(scope=scope).get("content-length", "")
         length = int(text[:MAX_LENGTH_DIGITS]) if text.isascii() and text.isdigit() else 0
-        if length > self._settings.max_body_bytes:
-            rejection = Rejection.of(too_large_error(self._settings.max_body_bytes))
+        if length > self.settings.max_body_bytes:
+            rejection = Rejection.of(too_large_error(self.settings.max_body_bytes))
             self._metrics.rejected.labels(rejection.code).inc()
             await reject(scope, rejection)(scope, receive, send)
             return
-        body = LimitedBody(receive, length, self._budget, self._settings)
+        body = LimitedBody(receive, length, self)
         try:
             await self._app(scope, body.receive, send)
         finally:
-            self._budget.held -= body.held
+            self.held -= body.held
             context = scope["state"].get("context") if "state" in scope else None
             if context is not None:
                 context.bytes = body.held
@@ -78,13 +67,13 @@ class BodyLimitsMiddleware:
 class LimitedBody:
     """The body of one request; *length* is its announced size, 0 if unknown."""
 
-    def __init__(self, receive: Receive, length: int, budget: UploadBudget, settings: Settings) -> None:
+    def __init__(self, receive: Receive, length: int, shared: BodyLimitsMiddleware) -> None:
         self.held = 0
         self._receive = receive
         self._length = length
-        self._budget = budget
-        self._rate = settings.min_body_rate
-        self._grace = self._patience = settings.body_grace_seconds
+        self._shared = shared
+        self._limits = shared.settings
+        self._patience = self._limits.body_grace_seconds
         self._more = True
 
     async def receive(self) -> Message:
@@ -98,7 +87,7 @@ class LimitedBody:
         if not self._more:
             return await self._receive()
         self._more = False  # also after an error
-        self._budget.check(self.held, max(0, self._length - self.held))
+        self._check_budget(max(0, self._length - self.held))
         started = time.monotonic()
         message: Message | None = None
         for seconds in (max(0.0, self._patience), RECHECK_SECONDS):
@@ -109,13 +98,21 @@ class LimitedBody:
         if message is None:
             raise RejectedError(SLOW_BODY)
         count = len(message.get("body", b""))
-        self._patience += count / self._rate - (time.monotonic() - started)
-        self._patience = min(self._grace, self._patience)
-        self._budget.check(self.held, count)
-        self._budget.held += count
+        earned = count / self._limits.min_body_rate - (time.monotonic() - started)
+        self._patience = min(self._limits.body_grace_seconds, self._patience + earned)
+        self._check_budget(count)
+        self._shared.held += count
         self.held += count
         self._more = message.get("more_body", False)
         return message
+
+    def _check_budget(self, more: int) -> None:
+        """Raise `RejectedError` (429) if the body may not grow by *more* bytes."""
+        size = self._limits.max_upload_bytes
+        if self.held + more > SMALL_BODY:
+            size = size * 7 // 8
+        if self._shared.held + more > size:
+            raise RejectedError(UPLOADS_FULL)
 
 
 async def cancel_on_disconnect(work: Coroutine[Any, Any, Value], receive: Receive) -> Value:

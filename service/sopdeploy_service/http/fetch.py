@@ -50,7 +50,7 @@ async def fetch(
     try:
         async with asyncio.timeout(settings.url_seconds):
             address = await public_address(host, port, resolve or system_addresses)
-            return await download(target, host, address, settings.max_body_bytes, transport)
+            return await download(target, address, settings.max_body_bytes, transport)
     except TimeoutError as problem:
         raise RejectedError(TIMEOUT) from problem
 
@@ -102,9 +102,10 @@ def is_public(address: str) -> bool:
 
 
 async def download(
-    target: httpx.URL, host: str, address: str, limit: int, transport: httpx.AsyncBaseTransport | None
+    target: httpx.URL, address: str, limit: int, transport: httpx.AsyncBaseTransport | None
 ) -> bytes:
-    """Download *target* from *address*; the TLS certificate must be valid for its *host*."""
+    """Download *target* from *address*; the TLS certificate must be valid for the host of *target*."""
+    host = target.raw_host.decode("ascii").lower()
     headers = {**HEADERS, "Host": target.netloc.decode("ascii")}
     body = bytearray()
     try:

@@ -10,6 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -43,13 +44,13 @@ log = logging.getLogger("sopdeploy.http")
 access_log = logging.getLogger("sopdeploy.access")
 
 
+@dataclass(eq=False)
 class RequestContextMiddleware:
     """Creates the `RequestContext` of each request and records the request when it ends."""
 
-    def __init__(self, app: ASGIApp, service: Service, open_trace: OpenTrace | None = None) -> None:
-        self._app = app
-        self._service = service
-        self._open_trace = open_trace
+    app: ASGIApp
+    service: Service
+    open_trace: OpenTrace | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; an exception becomes a 500 problem unless the response has started.
@@ -57,13 +58,13 @@ class RequestContextMiddleware:
         The app handles `HEAD` like `GET`; the server omits the body.
         """
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         started = time.monotonic()
         headers = Headers(scope=scope)
         context = RequestContext(request_id(headers))
-        if self._open_trace is not None and scope["path"] not in MONITORING:
-            context.trace = self._open_trace(headers, started)
+        if self.open_trace is not None and scope["path"] not in MONITORING:
+            context.trace = self.open_trace(headers, started)
         scope.setdefault("state", {})["context"] = context
         # A copy: the server reads the method from its own scope.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
@@ -83,25 +84,28 @@ class RequestContextMiddleware:
                 ]
             await send(message)
 
-        self._service.active_requests += 1
+        self.service.active_requests += 1
         try:
-            await self._app(inner, receive, send_with_headers)
+            await self.app(inner, receive, send_with_headers)
         except Exception:
-            log.exception("internal error in %s", _route(inner))
+            log.exception("internal error in %s", getattr(inner.get("route"), "path", "other"))
             if status:
                 raise  # part of the response was sent: the connection must be closed
             await reject(scope, INTERNAL)(scope, receive, send_with_headers)
         finally:
-            self._service.active_requests -= 1
+            self.service.active_requests -= 1
             seconds = time.monotonic() - started
-            self._record(context, scope["method"], _route(inner), status, seconds)
+            self._record(context, scope["method"], inner.get("route"), status, seconds)
 
-    def _record(self, context: RequestContext, method: str, route: str, status: int, seconds: float) -> None:
-        """Write a request that took *seconds* to metrics, trace and access log.
+    def _record(
+        self, context: RequestContext, method: str, found: object, status: int, seconds: float
+    ) -> None:
+        """Write a request to the route *found* that took *seconds* to metrics, trace and access log.
 
         *status* is 0 if no response was sent.
         """
-        self._service.metrics.request(route, status, seconds, context.model_name)
+        route = getattr(found, "path", "other")  # the template: few values, whatever clients send
+        self.service.metrics.request(route, status, seconds, context.model_name)
         if context.trace is not None:
             context.trace.end(route, status, context.spans)
         level = logging.DEBUG if route in MONITORING and status < 400 else logging.INFO
@@ -126,10 +130,6 @@ class RequestContextMiddleware:
         access_log.log(level, "request", extra=extra)
 
 
-def _route(scope: Scope) -> str:
-    return getattr(scope.get("route"), "path", "other")  # the template: few values, whatever clients send
-
-
 def request_id(headers: Headers) -> str:
     """Choose the client's `X-Request-ID` if it is valid, else a new ID of 32 hexadecimal digits."""
     given = headers.get("x-request-id", "")
@@ -145,8 +145,11 @@ class TokenBucket:
         self._tokens = float(burst)
         self._filled = time.monotonic()
 
-    def check(self, images: int) -> None:
-        """Raise `RejectedError` if *images* exceed the limit now; take no tokens."""
+    def spend(self, images: int, *, check_only: bool = False) -> None:
+        """Take the tokens of *images*, unless *check_only*.
+
+        Raises `RejectedError`, and takes none, if *images* exceed the limit now.
+        """
         self._fill()
         if images > self._burst:
             message = f"{images} images exceed the limit of this key ({self._burst}); send fewer per request"
@@ -155,11 +158,8 @@ class TokenBucket:
             wait = max(1, math.ceil((images - self._tokens) / self._rate))
             message = f"this key may send {self._rate:g} images per second; retry later"
             raise RejectedError(Rejection("rate_limited", 429, message, wait))
-
-    def spend(self, images: int) -> None:
-        """Take the tokens of *images*, or raise `RejectedError` and take none."""
-        self.check(images)
-        self._tokens -= images
+        if not check_only:
+            self._tokens -= images
 
     def headers(self) -> dict[str, str]:
         """Format the response headers; `Reset` is the time in seconds until the bucket is full."""

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
@@ -80,12 +81,12 @@ def _write_traceback(stream: TextIO, exc_info: structlog.typing.ExcInfo) -> None
     stream.write("".join(f"\n    {_printable(line)}" for line in lines))
 
 
+@dataclass
 class Timeline:
     """The steps of a server's start in milliseconds; the first step begins with the process."""
 
-    def __init__(self) -> None:
-        self._last = time.monotonic() - process_age()
-        self.steps_ms: dict[str, float] = {}
+    steps_ms: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=lambda: time.monotonic() - process_age())
 
     def mark(self, step: str) -> None:
         """Record that *step* ends now."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from sopdeploy.environment import import_optional
@@ -24,12 +25,11 @@ OpenTrace: TypeAlias = Callable[[Mapping[str, str], float], "RequestTrace | None
 class RateLimit(Protocol):
     """The rate limit of one API key, in images."""
 
-    def check(self, images: int) -> None:
-        """Raise the error that rejects the request if *images* exceed the limit now; take none."""
-        ...
+    def spend(self, images: int, *, check_only: bool = False) -> None:
+        """Take the tokens of *images*, unless *check_only*.
 
-    def spend(self, images: int) -> None:
-        """Take the tokens of *images*, or raise the error that rejects the request and take none."""
+        Raises the error that rejects the request, and takes none, if *images* exceed the limit now.
+        """
         ...
 
     def headers(self) -> dict[str, str]:
@@ -84,6 +84,6 @@ def open_tracing(settings: Settings) -> Iterator[OpenTrace | None]:
     )
     provider = tracing.otlp_provider()
     try:
-        yield tracing.Tracing(provider).open
+        yield partial(tracing.open_trace, provider.get_tracer("sopdeploy"))
     finally:
         provider.shutdown()

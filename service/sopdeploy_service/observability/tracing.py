@@ -7,6 +7,7 @@ trace costs nothing. The standard variables `OTEL_EXPORTER_OTLP_ENDPOINT`, `OTEL
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -26,34 +27,30 @@ def otlp_provider() -> TracerProvider:
     return provider
 
 
-class Tracing:
-    """Opens the traces of one server."""
-
-    def __init__(self, provider: TracerProvider) -> None:
-        self._tracer = provider.get_tracer("sopdeploy")
-
-    def open(self, headers: Mapping[str, str], started: float) -> "RequestTrace | None":
-        """Open the trace of a request that began at *started*; None if it is not sampled."""
-        carrier = {"traceparent": headers["traceparent"]} if "traceparent" in headers else {}
-        span = self._tracer.start_span(
-            "request",
-            context=PROPAGATOR.extract(carrier),
-            kind=trace.SpanKind.SERVER,
-            start_time=_to_epoch(started),
-        )
-        return RequestTrace(self._tracer, span) if span.is_recording() else None
+def open_trace(tracer: trace.Tracer, headers: Mapping[str, str], started: float) -> "RequestTrace | None":
+    """Open the trace of a request that began at *started*; None if it is not sampled."""
+    carrier = {"traceparent": headers["traceparent"]} if "traceparent" in headers else {}
+    span = tracer.start_span(
+        "request",
+        context=PROPAGATOR.extract(carrier),
+        kind=trace.SpanKind.SERVER,
+        start_time=_to_epoch(started),
+    )
+    if not span.is_recording():
+        return None
+    return RequestTrace(trace.format_trace_id(span.get_span_context().trace_id), tracer, span)
 
 
+@dataclass(frozen=True, eq=False)
 class RequestTrace:
-    """The span of one request; *id* is its W3C trace id, 32 hexadecimal digits.
+    """The span of one request; `id` is its W3C trace id, 32 hexadecimal digits.
 
     Times are those of `time.monotonic`.
     """
 
-    def __init__(self, tracer: trace.Tracer, span: trace.Span) -> None:
-        self._tracer = tracer
-        self._span = span
-        self.id = trace.format_trace_id(span.get_span_context().trace_id)
+    id: str
+    _tracer: trace.Tracer
+    _span: trace.Span
 
     def record_batch(self, traces: Sequence["RequestTrace"], started: float, ended: float) -> None:
         """Write the span of a batch: a root span, linked once to each request of *traces*.

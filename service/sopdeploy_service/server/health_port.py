@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import uvicorn
@@ -38,12 +39,12 @@ LIMITS: dict[str, Any] = {
 }
 
 
+@dataclass
 class LoopWatch:
     """Measures how late an event loop is. `beat` runs on that loop, the other methods on any thread."""
 
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-        self._lags: deque[float] = deque(maxlen=BEATS)
+    _last: float = field(default_factory=lambda: time.monotonic())
+    _lags: deque[float] = field(default_factory=lambda: deque(maxlen=BEATS))
 
     def beat(self) -> None:
         """Record that the loop is running; call it every `BEAT_SECONDS`."""
@@ -64,7 +65,9 @@ def health_app(
 ) -> Starlette:
     """Create the app of the health port; it calls *state* and *render* on another thread."""
 
-    async def probe(request: Request) -> Response:
+    async def respond(request: Request) -> Response:
+        if request.url.path == "/metrics":
+            return Response(render(), media_type=CONTENT_TYPE_LATEST)
         current: State = "loop_blocked" if watch.lag() > max_lag else state()
         if request.url.path == "/readyz":
             healthy = current == "ok"
@@ -73,12 +76,9 @@ def health_app(
         body = Health(status=current).model_dump_json()
         return Response(body, status_code=200 if healthy else 503, media_type="application/json")
 
-    async def metrics(_request: Request) -> Response:
-        return Response(render(), media_type=CONTENT_TYPE_LATEST)
-
     limits = Middleware(BodyLimitsMiddleware, settings=Settings.model_construct(**LIMITS), metrics=Metrics())
     return Starlette(
-        routes=[Route("/livez", probe), Route("/readyz", probe), Route("/metrics", metrics)],
+        routes=[Route(path, respond) for path in ("/livez", "/readyz", "/metrics")],
         middleware=[limits],
     )
 

@@ -7,6 +7,7 @@ limits the bodies.
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -36,32 +37,33 @@ LARGE_HEADERS = Rejection(
 )
 
 
+@dataclass
 class Connections:
     """The open and idle connections of one server; used on its event loop only.
 
-    With *short_lived*, the oldest connection is aborted at the limit, idle or not, so that a client cannot
+    With `short_lived`, the oldest connection is aborted at the limit, idle or not, so that a client cannot
     block the port by holding connections open; else the longest idle one is closed.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, *, short_lived: bool = False) -> None:
-        self.settings = settings
-        self.metrics = metrics
-        self.idle: dict[LimitedHttpProtocol, None] = {}  # ordered by the start of the idle time
-        self._open: dict[LimitedHttpProtocol, None] = {}  # ordered by arrival
-        self._short_lived = short_lived
+    settings: Settings
+    metrics: Metrics
+    short_lived: bool = False
+    open: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by arrival
+    idle: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by start of idle time
 
     def add(self, connection: "LimitedHttpProtocol") -> Rejection | None:
         """Add *connection*, and close another one if there are too many.
 
         If none can be closed, the result is the rejection of *connection*.
         """
-        if self._short_lived and len(self._open) >= self.settings.max_connections:
-            oldest = next(iter(self._open))
-            self.remove(oldest)
+        if self.short_lived and len(self.open) >= self.settings.max_connections:
+            oldest = next(iter(self.open))
+            del self.open[oldest]
+            self.idle.pop(oldest, None)
             oldest.abort()
-        self._open[connection] = None
-        self.metrics.connections.set(len(self._open))
-        excess = len(self._open) - self.settings.max_connections
+        self.open[connection] = None
+        self.metrics.connections.set(len(self.open))
+        excess = len(self.open) - self.settings.max_connections
         if excess <= 0:
             return None
         if self.idle:
@@ -70,12 +72,6 @@ class Connections:
         if excess > SPARE:
             connection.abort()
         return FULL
-
-    def remove(self, connection: "LimitedHttpProtocol") -> None:
-        """Remove *connection*, which is closed."""
-        self._open.pop(connection, None)
-        self.idle.pop(connection, None)
-        self.metrics.connections.set(len(self._open))
 
     def close_longest_idle(self) -> None:
         """Close the connection that has been idle for the longest time."""
@@ -116,7 +112,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop all timers and drop queued requests."""
-        self._shared.remove(self)
+        self._shared.open.pop(self, None)
+        self._shared.idle.pop(self, None)
+        self._shared.metrics.connections.set(len(self._shared.open))
         self._unset_keepalive_if_required()
         self._restart_timer(None)
         self.resume_writing()

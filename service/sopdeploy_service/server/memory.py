@@ -8,11 +8,10 @@ libraries other than glibc these functions do nothing.
 
 import asyncio
 import ctypes
-import gc
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-YOUNG_OBJECTS = 10_000  # threshold of the youngest garbage collector generation; Python's default is 700
 IDLE_SECONDS = 1.0
 MIB = 1 << 20
 # (environment variable that overrides us, mallopt parameter number of malloc.h, value). A lower mmap
@@ -37,16 +36,6 @@ def limit_heaps(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     )
 
 
-def reduce_garbage_collection() -> None:
-    """Exclude the objects of the imports from garbage collection and collect less often.
-
-    A collection stops all threads, and scanning the imported objects takes 45 ms. A request leaves no
-    garbage.
-    """
-    gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
-
-
 def trim_heaps() -> None:
     """Return all free pages of all heaps to the system; takes milliseconds and releases the GIL."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -54,12 +43,12 @@ def trim_heaps() -> None:
         trim(0)
 
 
+@dataclass
 class IdleTrigger:
-    """Call *callback* once after each `IDLE_SECONDS` without requests; default: trim heaps in a thread."""
+    """Calls `callback` once after each `IDLE_SECONDS` without requests; None: trim heaps in a thread."""
 
-    def __init__(self, callback: Callable[[], object] | None = None) -> None:
-        self._callback = callback or (lambda: asyncio.get_running_loop().run_in_executor(None, trim_heaps))
-        self._last_busy: float | None = None  # None after the callback was called
+    callback: Callable[[], object] | None = None
+    _last_busy: float | None = None  # None after the callback was called
 
     def tick(self, now: float, requests: int) -> None:
         """Update with the number of active *requests* at *now* (seconds)."""
@@ -67,4 +56,7 @@ class IdleTrigger:
             self._last_busy = now
         elif self._last_busy is not None and now - self._last_busy >= IDLE_SECONDS:
             self._last_busy = None
-            self._callback()
+            if self.callback is None:
+                asyncio.get_running_loop().run_in_executor(None, trim_heaps)
+            else:
+                self.callback()

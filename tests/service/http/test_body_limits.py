@@ -5,9 +5,10 @@ import time
 from contextlib import ExitStack
 
 import pytest
+from fastapi import FastAPI
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.http.body_limits import LimitedBody, UploadBudget
+from sopdeploy_service.http.body_limits import BodyLimitsMiddleware, LimitedBody
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings, load_settings
@@ -79,7 +80,7 @@ def test_data_received_while_the_loop_was_blocked_is_read_before_the_timeout():
         async def receive() -> dict[str, object]:
             return {"type": "http.request", "body": await pieces.get(), "more_body": False}
 
-        body = LimitedBody(receive, 1, UploadBudget(1000, Metrics()), Settings(body_grace_seconds=0.1))
-        return (await body.receive())["body"]
+        shared = BodyLimitsMiddleware(FastAPI(), Settings(body_grace_seconds=0.1), Metrics())
+        return (await LimitedBody(receive, 1, shared).receive())["body"]
 
     assert asyncio.run(read_once()) == b"x"

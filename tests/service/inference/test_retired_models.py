@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import generate_latest
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy_service.inference.bundle_store import BundleStore
@@ -175,7 +176,7 @@ def test_a_version_that_fails_to_stop_is_logged_and_forgotten(
             await registry.load("tiny", path.name)
         gone = open_bundle(versions[0]).manifest.id
         end = time.monotonic() + 20
-        while gone in metrics.render().decode():
+        while gone in generate_latest(metrics.registry).decode():
             assert time.monotonic() < end
             await asyncio.sleep(0.01)
         await registry.stop()  # would stop it once more, and fail

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from sopdeploy_service.observability.tracing import Tracing
+from sopdeploy_service.observability.tracing import open_trace
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 UNSAMPLED = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
@@ -33,8 +34,9 @@ def spans() -> InMemorySpanExporter:
 def client(run_server, bundle, spans):
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(spans))
+    opened = partial(open_trace, provider.get_tracer("sopdeploy"))
     runtime = FakeRuntime(classes=7, fixed_ms=30, largest_batch=8)
-    with run_server(runtime, bundle, Settings(), open_trace=Tracing(provider).open) as client:
+    with run_server(runtime, bundle, Settings(), open_trace=opened) as client:
         yield client
     provider.shutdown()
 

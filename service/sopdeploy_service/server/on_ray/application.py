@@ -1,12 +1,13 @@
 """The Ray Serve application that a config file names in `import_path`."""
 
 import asyncio
-from collections.abc import Iterable
+import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import pydantic
 from fastapi import FastAPI
-from prometheus_client import Metric
+from prometheus_client import CollectorRegistry
 from ray import serve
 from ray.util.metrics import Gauge
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,27 +21,26 @@ METRICS_SECONDS = 5.0  # Ray exports metrics every ten seconds
 LOGGING_CONFIG = {"enable_access_log": False}  # the setting `log` configures our own
 
 
-class RayMetrics:
-    """Copies Prometheus samples to Ray gauges; a sample that disappears becomes 0."""
+async def report(registry: CollectorRegistry) -> None:
+    """Copy the samples of *registry* to Ray gauges forever; a sample that disappears becomes 0.
 
-    def __init__(self, replica: str) -> None:
-        self._replica = replica
-        self._gauges: dict[str, Gauge] = {}
-        self._known: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-
-    def update(self, families: Iterable[Metric]) -> None:
-        """Copy every sample of *families*; all samples of a name have the same labels."""
+    All samples of a name have the same labels.
+    """
+    replica = serve.get_replica_context().replica_id.unique_id
+    gauges: dict[str, Gauge] = {}
+    known: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+    while True:
+        await asyncio.sleep(METRICS_SECONDS)
         found: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-        for family in families:
-            for sample in family.samples:
-                if not sample.name.endswith("_created"):
-                    found[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
-        for (name, labels), value in {**dict.fromkeys(self._known, 0.0), **found}.items():
-            if self._known.get((name, labels)) != value:
-                if name not in self._gauges:
-                    self._gauges[name] = Gauge(name, tag_keys=(*(key for key, _ in labels), REPLICA))
-                self._gauges[name].set(value, tags={**dict(labels), REPLICA: self._replica})
-        self._known = found
+        for sample in itertools.chain.from_iterable(family.samples for family in registry.collect()):
+            if not sample.name.endswith("_created"):
+                found[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
+        for (name, labels), value in {**dict.fromkeys(known, 0.0), **found}.items():
+            if known.get((name, labels)) != value:
+                if name not in gauges:
+                    gauges[name] = Gauge(name, tag_keys=(*(key for key, _ in labels), REPLICA))
+                gauges[name].set(value, tags={**dict(labels), REPLICA: replica})
+        known = found
 
 
 class Arguments(StrictModel):
@@ -57,7 +57,8 @@ class OnRay(Replica):
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Give Ray the app; Ray runs its startup and shutdown."""
         self.watch()
-        self._reporter = asyncio.get_running_loop().create_task(self._report_metrics())
+        metrics = report(self.service.metrics.registry)
+        self._reporter = asyncio.get_running_loop().create_task(metrics)
         self.asgi.add_middleware(RemoveRequestId)
         return self.asgi
 
@@ -67,18 +68,12 @@ class OnRay(Replica):
             self._reporter.cancel()
         self.close()
 
-    async def _report_metrics(self) -> None:
-        metrics = RayMetrics(serve.get_replica_context().replica_id.unique_id)
-        while True:
-            await asyncio.sleep(METRICS_SECONDS)
-            metrics.update(self.service.metrics.registry.collect())
 
-
+@dataclass(eq=False)
 class RemoveRequestId:
     """Middleware that removes `X-Request-ID` from responses: Ray's proxy adds the same header."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -88,7 +83,7 @@ class RemoveRequestId:
                 message["headers"] = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
             await send(message)
 
-        await self._app(scope, receive, filtered)
+        await self.app(scope, receive, filtered)
 
 
 def build(arguments: Arguments) -> serve.Application:

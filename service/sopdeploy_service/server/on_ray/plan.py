@@ -77,16 +77,12 @@ def config(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> dic
     }
 
 
-def to_yaml(options: Mapping[str, Any]) -> str:
-    """Format the config *options* as a file."""
-    return f"{HEAD}{yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)}"
-
-
 def write(path: Path, options: Mapping[str, Any]) -> None:
     """Write the config *options* to *path* atomically; raises `ConfigError` if it cannot."""
+    text = f"{HEAD}{yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)}"
     try:
         with atomic_write(path) as partial:
-            partial.write_text(to_yaml(options), encoding="utf-8")
+            partial.write_text(text, encoding="utf-8")
     except OSError as problem:
         raise ConfigError(f"{path}: cannot be written ({problem.strerror})") from problem
 
