@@ -50,93 +50,77 @@ def test_uvicorn_still_has_what_the_protocol_overrides_and_uses():
         *("on_headers_complete", "on_body", "on_message_complete", "on_response_complete", "pause_writing"),
         *("resume_writing", "timeout_keep_alive_handler"),
     }
-    own = {name for name in vars(LimitedHttpProtocol) if not name.startswith("_")} - {
-        "write",
-        "close",
-        "abort",
-    }
-    assert own == overridden
+    own = {name for name in vars(LimitedHttpProtocol) if not name.startswith("_")}
+    assert own - {"write", "close", "abort"} == overridden
     for name in overridden:
         ours, theirs = getattr(LimitedHttpProtocol, name), getattr(HttpToolsProtocol, name)
         assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
-    used = {"config", "loop", "parser", "transport", "flow", "server_state", "pipeline", "scope", "headers"}
-    used |= {"cycle", "timeout_keep_alive", "timeout_keep_alive_task"}
-    assert used <= _attributes(HttpToolsProtocol)
-    cycle = {
-        "transport",
-        "keep_alive",
-        "disconnected",
-        "message_event",
-        "response_started",
+    used = {
+        HttpToolsProtocol: "config loop parser transport flow server_state pipeline scope headers cycle "
+        "timeout_keep_alive timeout_keep_alive_task",
+        RequestResponseCycle: "transport keep_alive disconnected message_event response_started "
         "response_complete",
     }
-    assert cycle <= _attributes(RequestResponseCycle)
+    for cls, names in used.items():
+        set_by_init = re.findall(r"self\.(\w+)(?:: [^=\n]+)? = ", inspect.getsource(cls.__init__))
+        assert set(names.split()) <= set(set_by_init)
     writes = set(re.findall(r"self\.transport\.(\w+)", inspect.getsource(RequestResponseCycle)))
     assert writes == {"write", "close", "is_closing"}  # the protocol takes the place of the transport
 
 
-def _attributes(cls: type) -> set[str]:
-    return set(re.findall(r"self\.(\w+)(?:: [^=\n]+)? = ", inspect.getsource(cls.__init__)))
-
-
 LARGE = b"".join(b"X-%d: 1\r\n" % number for number in range(1000))
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 
 REJECTED = {
-    "a header of 100 kB": (GET + b"X: " + b"x" * 100_000 + b"\r\n\r\n", 431, "headers_too_large"),
-    "an endless header": (GET + b"X: " + b"x" * 1_000_000, 431, "headers_too_large"),
-    "1000 headers": (GET + LARGE + b"\r\n", 431, "headers_too_large"),
-    "a URL of 64 kB": (b"GET /" + b"x" * 65_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414, "url_too_long"),
-    "an endless URL": (b"GET /" + b"x" * 1_000_000, 414, "url_too_long"),
-    "a length of 1 TB": (POST + b"Content-Length: 1000000000000\r\n\r\n", 413, "too_large"),
-    "a length one over the limit": (POST + b"Content-Length: 1000001\r\n\r\n", 413, "too_large"),
-    "a length one over, on a GET": (GET + b"Content-Length: 1000001\r\n\r\n", 413, "too_large"),
-    "a length over 64 bits": (
-        POST + b"Content-Length: 1" + b"0" * 30 + b"\r\n\r\n",
-        400,
-        "malformed_request",
-    ),
-    "a negative length": (POST + b"Content-Length: -1\r\n\r\n", 400, "malformed_request"),
-    "a length of letters": (POST + b"Content-Length: five\r\n\r\n", 400, "malformed_request"),
-    "two lengths": (POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400, "malformed_request"),
-    "a length and chunks": (
-        POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        400,
-        "malformed_request",
-    ),
-    "another transfer encoding": (POST + b"Transfer-Encoding: gzip\r\n\r\nhello", 400, "malformed_request"),
-    "a chunk without a size": (
-        POST + b"Transfer-Encoding: chunked\r\n\r\nhello\r\n",
-        400,
-        "malformed_request",
-    ),
-    "a chunk with a negative size": (
-        POST + b"Transfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n",
-        400,
-        "malformed_request",
-    ),
-    "a space in a header's name": (GET + b"A b: c\r\n\r\n", 400, "malformed_request"),
-    "a header over two lines": (GET + b"A: b\r\n c\r\n\r\n", 400, "malformed_request"),
-    "a zero byte in a header": (GET + b"A: b\0c\r\n\r\n", 400, "malformed_request"),
-    "an invalid URL": (b"GET livez HTTP/1.1\r\nHost: x\r\n\r\n", 400, "malformed_request"),
-    "a URL with a broken host": (b"GET http://[::1/a HTTP/1.1\r\n\r\n", 400, "malformed_request"),
-    "no host": (b"GET /livez HTTP/1.1\r\n\r\n", 400, "malformed_request"),
-    "two hosts": (GET + b"Host: y\r\n\r\n", 400, "malformed_request"),
-    "1000 trailers": (
-        POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n" + LARGE + b"\r\n",
-        431,
-        "headers_too_large",
-    ),
-    "a tunnel": (b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n", 400, "malformed_request"),
-    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "malformed_request"),
-    "HTTP/0.9": (b"GET /livez HTTP/0.9\r\n\r\n", 400, "malformed_request"),
-    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400, "malformed_request"),
-    "zeros": (b"\0" * 100, 400, "malformed_request"),
+    (431, "headers_too_large"): {
+        "a header of 100 kB": GET + b"X: " + b"x" * 100_000 + b"\r\n\r\n",
+        "an endless header": GET + b"X: " + b"x" * 1_000_000,
+        "1000 headers": GET + LARGE + b"\r\n",
+        "1000 trailers": CHUNKED + b"5\r\nhello\r\n0\r\n" + LARGE + b"\r\n",
+    },
+    (414, "url_too_long"): {
+        "a URL of 64 kB": b"GET /" + b"x" * 65_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        "an endless URL": b"GET /" + b"x" * 1_000_000,
+    },
+    (413, "too_large"): {
+        "a length of 1 TB": POST + b"Content-Length: 1000000000000\r\n\r\n",
+        "a length one over the limit": POST + b"Content-Length: 1000001\r\n\r\n",
+        "a length one over, on a GET": GET + b"Content-Length: 1000001\r\n\r\n",
+    },
+    (400, "malformed_request"): {
+        "a length over 64 bits": POST + b"Content-Length: 1" + b"0" * 30 + b"\r\n\r\n",
+        "a negative length": POST + b"Content-Length: -1\r\n\r\n",
+        "a length of letters": POST + b"Content-Length: five\r\n\r\n",
+        "two lengths": POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+        "a length and chunks": POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "another transfer encoding": POST + b"Transfer-Encoding: gzip\r\n\r\nhello",
+        "a chunk without a size": CHUNKED + b"hello\r\n",
+        "a chunk with a negative size": CHUNKED + b"-5\r\nhello\r\n",
+        "a space in a header's name": GET + b"A b: c\r\n\r\n",
+        "a header over two lines": GET + b"A: b\r\n c\r\n\r\n",
+        "a zero byte in a header": GET + b"A: b\0c\r\n\r\n",
+        "an invalid URL": b"GET livez HTTP/1.1\r\nHost: x\r\n\r\n",
+        "a URL with a broken host": b"GET http://[::1/a HTTP/1.1\r\n\r\n",
+        "no host": b"GET /livez HTTP/1.1\r\n\r\n",
+        "two hosts": GET + b"Host: y\r\n\r\n",
+        "a tunnel": b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n",
+        "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        "HTTP/0.9": b"GET /livez HTTP/0.9\r\n\r\n",
+        "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        "zeros": b"\0" * 100,
+    },
 }
 
 
-@pytest.mark.parametrize("name", REJECTED)
-def test_an_invalid_request_is_rejected_immediately(client, wire, jpeg, name):
-    sent, status, code = REJECTED[name]
+@pytest.mark.parametrize(
+    ("status", "code", "sent"),
+    [
+        pytest.param(status, code, sent, id=name)
+        for (status, code), cases in REJECTED.items()
+        for name, sent in cases.items()
+    ],
+)
+def test_an_invalid_request_is_rejected_immediately(client, wire, jpeg, status, code, sent):
     before = count(client, f'rejected_total{{reason="{code}"}}')
     bad = wire()
     bad.sendall(sent)
@@ -158,22 +142,22 @@ def test_a_rejected_request_is_in_the_metrics_and_keeps_its_id(client, wire):
 
 
 SLOW = {
-    "incomplete headers": (GET, "slow_request"),
-    "one byte": (b"G", "slow_request"),
-    "a body that stops": (POST + b"Content-Length: 1000\r\n\r\n" + b"\xff\xd8\xff", "slow_body"),
-    "a body that never starts": (POST + b"Content-Length: 1000\r\n\r\n", "slow_body"),
-    "a body that stops after most of it": (
-        POST + b"Content-Length: 900000\r\n\r\n" + bytes(899_999),
-        "slow_body",
-    ),
-    "chunks that stop": (POST + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n", "slow_body"),
-    "an endless chunk extension": (POST + b"Transfer-Encoding: chunked\r\n\r\n3;a=", "slow_body"),
+    "slow_request": {"incomplete headers": GET, "one byte": b"G"},
+    "slow_body": {
+        "a body that stops": POST + b"Content-Length: 1000\r\n\r\n" + b"\xff\xd8\xff",
+        "a body that never starts": POST + b"Content-Length: 1000\r\n\r\n",
+        "a body that stops after most of it": POST + b"Content-Length: 900000\r\n\r\n" + bytes(899_999),
+        "chunks that stop": CHUNKED + b"3\r\nabc\r\n",
+        "an endless chunk extension": CHUNKED + b"3;a=",
+    },
 }
 
 
-@pytest.mark.parametrize("name", SLOW)
-def test_an_incomplete_request_is_408(client, wire, jpeg, name):
-    sent, code = SLOW[name]
+@pytest.mark.parametrize(
+    ("code", "sent"),
+    [pytest.param(code, sent, id=name) for code, cases in SLOW.items() for name, sent in cases.items()],
+)
+def test_an_incomplete_request_is_408(client, wire, jpeg, code, sent):
     before = count(client, f'rejected_total{{reason="{code}"}}')
     bad = wire()
     bad.sendall(sent)
@@ -287,19 +271,16 @@ def test_garbage_after_a_request_does_not_affect_its_response(client, wire, jpeg
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
-def test_a_response_before_the_body_keeps_the_connection(wire):
-    good = wire()
-    good.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n")
-    assert read(good, to_the_end=False).status == 404
-    good.sendall(b"hello" + GET + b"\r\n")
-    assert read(good, to_the_end=False).status == 200
-
-
-def test_a_response_before_a_missing_body_closes_the_connection(wire):
-    bad = wire()
-    bad.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n")
-    assert read(bad, to_the_end=False).status == 404
-    assert bad.recv(10) == b""
+@pytest.mark.parametrize("completes", [True, False])
+def test_a_response_before_the_body_keeps_the_connection_if_the_body_arrives(wire, completes):
+    wire = wire()
+    wire.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n")
+    assert read(wire, to_the_end=False).status == 404
+    if completes:
+        wire.sendall(b"hello" + GET + b"\r\n")
+        assert read(wire, to_the_end=False).status == 200
+    else:
+        assert wire.recv(10) == b""
 
 
 def test_websockets_are_404_and_close_the_connection(wire):
@@ -336,16 +317,6 @@ def test_expect_100_gets_100_continue_for_a_valid_request(wire, jpeg):
     assert read(good, to_the_end=False).status == 200
 
 
-def fill(client: httpx.Client, number: int, stack: ExitStack) -> list[socket.socket]:
-    """Open *number* idle connections, each after one request."""
-    wires = []
-    for _ in range(number):
-        wires.append(stack.enter_context(connect(client)))
-        wires[-1].sendall(GET + b"\r\n")
-        assert read(wires[-1], to_the_end=False).status == 200
-    return wires
-
-
 def is_open(wire: socket.socket) -> bool:
     wire.settimeout(0.3)
     try:
@@ -354,11 +325,17 @@ def is_open(wire: socket.socket) -> bool:
         return True
 
 
-def test_a_connection_over_the_limit_closes_the_longest_idle_one(serve_with):
-    client = serve_with(FakeRuntime(classes=7), max_connections=4)
+@pytest.mark.parametrize(
+    ("limits", "number", "closed"), [({"max_connections": 4}, 6, 2), ({"max_idle_connections": 2}, 5, 3)]
+)
+def test_a_connection_over_the_limit_closes_the_longest_idle_one(serve_with, limits, number, closed):
+    client = serve_with(FakeRuntime(classes=7), **limits)
     with ExitStack() as stack:
-        wires = fill(client, 6, stack)
-        assert [is_open(wire) for wire in wires] == [False] * 2 + [True] * 4
+        wires = [stack.enter_context(connect(client)) for _ in range(number)]
+        for wire in wires:
+            wire.sendall(GET + b"\r\n")
+            assert read(wire, to_the_end=False).status == 200
+        assert [is_open(wire) for wire in wires] == [False] * closed + [True] * (number - closed)
 
 
 def test_a_connection_over_the_limit_is_503_if_none_is_idle(serve_with, until):
@@ -374,13 +351,6 @@ def test_a_connection_over_the_limit_is_503_if_none_is_idle(serve_with, until):
             wire.sendall(b"\r\n")
             assert read(wire, to_the_end=False).status == 200
     until(lambda: count(client, "connections") == 1)
-
-
-def test_the_number_of_idle_connections_is_limited(serve_with):
-    client = serve_with(FakeRuntime(classes=7), max_idle_connections=2)
-    with ExitStack() as stack:
-        wires = fill(client, 5, stack)
-        assert [is_open(wire) for wire in wires] == [False] * 3 + [True] * 2
 
 
 def test_the_server_recovers_from_hundreds_of_connections_over_the_limit(serve_with, jpeg, until):

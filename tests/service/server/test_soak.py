@@ -1,88 +1,68 @@
 """The soak benchmark: its accounting, and a run of eight seconds."""
 
-import sys
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import soak
+from soak_accounts import KEPT, Resources, Tally, bounds, mb_per_minute, read_resources
+from soak_clients import Scenario
 
 from sopdeploy.client import ClassProbability
 
-FOLDER = Path(__file__).parents[3] / "benchmarks"
+CLASSES = [ClassProbability(label="a", probability=1.0)]
 
 
-@pytest.fixture
-def soak_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The modules of the soak, which are scripts and no package."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import soak
-    import soak_accounts
-    import soak_clients
-    import soak_swaps
-
-    yield SimpleNamespace(accounts=soak_accounts, clients=soak_clients, swaps=soak_swaps, run=soak)
-    for name in ("soak", "soak_accounts", "soak_clients", "soak_swaps"):
-        del sys.modules[name]
-
-
-def held(soak_modules: Any, resident: list[float], step: float = 1.0) -> list[Any]:
+def samples_of(resident: list[float]) -> list[Resources]:
+    """One sample per second with so many megabytes."""
     return [
-        soak_modules.accounts.Resources(moment=step * n, resident=int(1e6 * mb), threads=5, descriptors=9)
-        for n, mb in enumerate(resident)
+        Resources(moment=1.0 * second, resident=int(1e6 * mb), threads=5, descriptors=9)
+        for second, mb in enumerate(resident)
     ]
 
 
-def verdict(soak_modules: Any, tally: Any, samples: list[Any], **after: int) -> dict[str, bool | None]:
-    last = replace(samples[-1], threads=after.get("threads", 5), descriptors=after.get("descriptors", 9))
-    found = soak_modules.accounts.bounds(tally, [*samples[:-1], last], after.get("code", 0))
-    return {bound.name: bound.held for bound in found}
+STEADY = samples_of([100] * 90)
+LEAK = samples_of([100 + 0.05 * n for n in range(120)])
+WAVE = samples_of([100 + 20 * (n % 2) for n in range(120)])
+JUMP = samples_of([100] * 10 + [130] * 110)
 
 
-def good_tally(soak_modules: Any) -> Any:
-    tally = soak_modules.accounts.Tally()
+@pytest.fixture
+def tally() -> Tally:
+    """The tally of a good soak."""
+    tally = Tally()
     tally.note("single", 200)
-    tally.compare("single", [ClassProbability(label="a", probability=1.0)], {"a": 1.0})
+    tally.compare("single", CLASSES, {"a": 1.0})
     tally.by_digest.update(["one", "other"])
     return tally
 
 
-def test_a_leak_is_a_slope_but_a_jump_or_a_wave_is_not(soak_modules: Any) -> None:
-    leak = held(soak_modules, [100 + 0.05 * n for n in range(120)])
-    assert soak_modules.accounts.mb_per_minute(leak) == pytest.approx(3)
-    wave = held(soak_modules, [100 + 20 * (n % 2) for n in range(120)])
-    assert abs(soak_modules.accounts.mb_per_minute(wave)) < 0.5
-    jump = held(soak_modules, [100] * 10 + [130] * 110)
-    assert soak_modules.accounts.mb_per_minute(jump) == 0
-    assert soak_modules.accounts.mb_per_minute(leak[:1]) == 0
+def verdict(tally: Tally, samples: list[Resources] = STEADY, code: int = 0, **after: int) -> dict[str, Any]:
+    last = replace(samples[-1], **after)
+    return {bound.name: bound.held for bound in bounds(tally, [*samples[:-1], last], code)}
 
 
-def test_a_clean_soak_meets_every_bound(soak_modules: Any) -> None:
-    assert set(verdict(soak_modules, good_tally(soak_modules), held(soak_modules, [100] * 90)).values()) == {
-        True
-    }
+def test_a_leak_is_a_slope_but_a_jump_or_a_wave_is_not(tally: Tally) -> None:
+    assert mb_per_minute(LEAK) == pytest.approx(3)
+    assert abs(mb_per_minute(WAVE)) < 0.5
+    assert mb_per_minute(JUMP) == mb_per_minute(LEAK[:1]) == 0
+    assert verdict(tally, LEAK)["memory"] is False
+    assert verdict(tally, samples_of([100, 200, 300]))["memory"] is None  # too short
 
 
-def test_a_short_slope_is_not_judged(soak_modules: Any) -> None:
-    assert (
-        verdict(soak_modules, good_tally(soak_modules), held(soak_modules, [100, 200, 300]))["memory"] is None
-    )
+def test_a_clean_soak_meets_every_bound(tally: Tally) -> None:
+    assert set(verdict(tally).values()) == {True}
 
 
 @pytest.mark.parametrize(
     ("name", "after"),
     [("threads", {"threads": 6}), ("descriptors", {"descriptors": 10}), ("exit code", {"code": 70})],
 )
-def test_leftover_resources_break_their_bound(soak_modules: Any, name: str, after: dict[str, int]) -> None:
-    found = verdict(soak_modules, good_tally(soak_modules), held(soak_modules, [100] * 90), **after)
-    assert [bound for bound, kept in found.items() if kept is False] == [name]
-
-
-def test_a_leak_breaks_the_bound_of_memory(soak_modules: Any) -> None:
-    leak = held(soak_modules, [100 + 0.05 * n for n in range(120)])
-    assert verdict(soak_modules, good_tally(soak_modules), leak)["memory"] is False
+def test_leftover_resources_break_their_bound(tally: Tally, name: str, after: dict[str, int]) -> None:
+    assert [bound for bound, kept in verdict(tally, **after).items() if kept is False] == [name]
 
 
 @pytest.mark.parametrize(
@@ -99,74 +79,57 @@ def test_a_leak_breaks_the_bound_of_memory(soak_modules: Any) -> None:
     ],
 )
 def test_only_expected_or_allowed_statuses_pass(
-    soak_modules: Any, status: int, code: str, wanted: list[int], fails: bool
+    tally: Tally, status: int, code: str, wanted: list[int], fails: bool
 ) -> None:
-    tally = good_tally(soak_modules)
     tally.note("any", status, code, wanted)
     assert bool(tally.failed) is fails
-    assert verdict(soak_modules, tally, held(soak_modules, [100] * 90))["answers"] is not fails
+    assert verdict(tally)["answers"] is not fails
 
 
-def test_a_wrong_prediction_breaks_two_bounds(soak_modules: Any) -> None:
-    for found in ({"a": 0.9}, {"b": 1.0}):
-        tally = good_tally(soak_modules)
-        tally.compare("single", [ClassProbability(label="a", probability=1.0)], found)
-        broken = verdict(soak_modules, tally, held(soak_modules, [100] * 90))
-        assert (broken["predictions"], broken["answers"]) == (False, False)
+@pytest.mark.parametrize("found", [{"a": 0.9}, {"b": 1.0}])
+def test_a_wrong_prediction_breaks_two_bounds(tally: Tally, found: dict[str, float]) -> None:
+    tally.compare("single", CLASSES, found)
+    broken = verdict(tally)
+    assert (broken["predictions"], broken["answers"]) == (False, False)
 
 
-def test_a_soak_without_comparisons_fails(soak_modules: Any) -> None:
-    assert (
-        verdict(soak_modules, soak_modules.accounts.Tally(), held(soak_modules, [100] * 90))["predictions"]
-        is False
-    )
+def test_a_soak_without_comparisons_or_with_one_bundle_fails(tally: Tally) -> None:
+    assert verdict(Tally())["predictions"] is False
+    del tally.by_digest["other"]
+    assert verdict(tally)["bundles"] is False
 
 
-def test_all_failures_are_counted_and_some_kept(soak_modules: Any) -> None:
-    tally = soak_modules.accounts.Tally()
+def test_all_failures_are_counted_and_some_kept() -> None:
+    tally = Tally()
     for _ in range(1000):
         tally.fail("no")
-    assert (tally.failed, len(tally.failures)) == (1000, soak_modules.accounts.KEPT)
+    assert (tally.failed, len(tally.failures)) == (1000, KEPT)
 
 
-def test_the_resources_of_a_process_are_measured(soak_modules: Any) -> None:
-    import os
-
-    before = soak_modules.accounts.read_resources(os.getpid())
-    with FOLDER.joinpath("soak.py").open(encoding="utf-8"):
-        after = soak_modules.accounts.read_resources(os.getpid())
+def test_the_resources_of_a_process_are_measured() -> None:
+    before = read_resources(os.getpid())
+    with Path(__file__).open(encoding="utf-8"):
+        after = read_resources(os.getpid())
     assert after.descriptors == before.descriptors + 1
     assert after.threads >= 1
     assert after.resident > 1e6
 
 
-def test_a_response_of_an_unknown_bundle_fails_the_soak(soak_modules: Any) -> None:
-    scenario = soak_modules.clients.Scenario(
-        url="",
-        bodies={},
-        expected={"one": {"a.jpg": {"a": 1.0}}},
-        tally=soak_modules.accounts.Tally(),
-        classes=1,
-    )
-    classes = [ClassProbability(label="a", probability=1.0)]
-    scenario.compare("single", "one", "a.jpg", classes)
+def test_a_response_of_an_unknown_bundle_fails_the_soak() -> None:
+    expected = {"one": {"a.jpg": {"a": 1.0}}}
+    scenario = Scenario(url="", bodies={}, expected=expected, tally=Tally(), classes=1)
+    scenario.compare("single", "one", "a.jpg", CLASSES)
     assert (scenario.tally.failed, scenario.tally.by_digest) == (0, {"one": 1})
-    scenario.compare("single", "other", "a.jpg", classes)
+    scenario.compare("single", "other", "a.jpg", CLASSES)
     assert scenario.tally.failures == ["single: unknown bundle 'other'"]
-
-
-def test_responses_of_a_single_bundle_fail_the_swap_bound(soak_modules: Any) -> None:
-    tally = good_tally(soak_modules)
-    del tally.by_digest["other"]
-    assert verdict(soak_modules, tally, held(soak_modules, [100] * 90))["bundles"] is False
 
 
 @pytest.mark.slow  # needs an idle machine
 def test_eight_seconds_of_soak_meet_every_bound(
-    soak_modules: Any, bundle_path: Path, make_bundle: Callable[..., Path], tmp_path: Path
+    bundle_path: Path, make_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     bundles = [bundle_path, make_bundle(tmp_path / "other", seed=1)]
-    tally, samples, found = soak_modules.run.soak(bundles, tmp_path, seconds=8, warm_up=4)
+    tally, samples, found = soak.soak(bundles, tmp_path, seconds=8, warm_up=4)
     assert [bound for bound in found if bound.held is False] == [], tally.failures
     kinds = {kind for kind, _ in tally.outcomes}
     assert {"single", "form", "bad", "left", "slow", "json", "v2", "swap", "/readyz"} <= kinds
