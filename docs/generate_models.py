@@ -15,11 +15,9 @@ from pydantic.fields import FieldInfo
 from sopdeploy.config import StrictModel
 from sopdeploy.layers.pooling.base import PoolingConfig
 from sopdeploy.layers.pooling.registry import AnyPoolingConfig
-from sopdeploy.models import published as printed_row
 from sopdeploy.models import stats as counting
 from sopdeploy.models.base import Classifier, Entry
-from sopdeploy.models.describe import Description, describe
-from sopdeploy.models.published import ROWS, Row
+from sopdeploy.models.describe import ROWS, Description, Row, describe
 from sopdeploy.models.registry import CATALOG, FAMILIES, entry, title
 
 HEAD = """# The networks
@@ -205,7 +203,8 @@ def models_page() -> str:
     )
     parts = [
         HEAD,
-        *(prose(module.__doc__).partition("\n\n")[2] for module in (counting, printed_row)),
+        prose(counting.__doc__).partition("\n\n")[2],
+        "",
         *map(family_section, FAMILIES),
         published_section(),
         "## Switches",

@@ -1,11 +1,10 @@
 """The compared networks: the project's backbones, poolings and branches at a size for two cores."""
 
-from collections.abc import Collection
 from typing import Literal
 
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone, initialize, run_stages
+from sopdeploy.backbones.base import Backbone, initialize
 from sopdeploy.backbones.cifar_resnet import SmallResNetConfig
 from sopdeploy.config import StrictModel
 from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
@@ -14,8 +13,6 @@ from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches
 from sopdeploy.models.plain import PlainSmallResNet
-
-STAGES = ("layer1", "layer2")
 
 
 class TextureNetConfig(StrictModel):
@@ -31,6 +28,8 @@ class TextureNetConfig(StrictModel):
 class TextureNet(Backbone):
     """A 5x5 convolution, as large as the filters of the textures, and at most one more layer."""
 
+    stem_parts = ()
+    stage_names = ("layer1", "layer2")
     config: TextureNetConfig
 
     def __init__(self, config: TextureNetConfig, num_classes: int) -> None:
@@ -58,15 +57,6 @@ class TextureNet(Backbone):
         """Create an identity: a branch pools the feature map that it taps."""
         del in_channels, out_channels, stride
         return nn.Identity()
-
-    def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Compute the last feature map and the tapped ones."""
-        return run_stages(self, STAGES, images, taps)
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Compute logits from globally pooled features."""
-        logits: Tensor = self.fc(self.pooling(features))
-        return logits
 
 
 class PlainTextureNet(Classifier, TextureNet):

@@ -16,10 +16,16 @@ class Backbone(nn.Module, ABC):
         tap_channels: Maps the name of every place where a branch may start (`layer2.0` is the output of the
             first block of the second stage) to its number of channels, in the order of computation.
         outputs: Names of the tensors that `outputs_tuple` returns and that are exported, class logits first.
+        stem_parts: Names of the parts that run before the stages.
+        stage_names: Names of the stages, modules of blocks.
+        classifier_parts: Names of the parts that compute the logits of the last feature map.
     """
 
     tap_channels: dict[str, int]
     outputs: ClassVar[tuple[str, ...]] = ("logits",)
+    stem_parts: ClassVar[tuple[str, ...]] = ("conv1", "bn1", "relu")
+    stage_names: ClassVar[tuple[str, ...]] = ("layer1", "layer2", "layer3")
+    classifier_parts: tuple[str, ...] = ("pooling", "fc")
 
     def __init__(self, config: StrictModel, num_classes: int) -> None:
         super().__init__()
@@ -28,18 +34,28 @@ class Backbone(nn.Module, ABC):
         self.tap_channels = {}
 
     @abstractmethod
-    def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Compute the last feature map (B, C, h, w) and those of *taps*, in the order of computation."""
-
-    @abstractmethod
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
         """Build a block of the backbone's own kind, for a branch."""
 
+    def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Compute the last feature map (B, C, h, w) and those of *taps*, in the order of computation."""
+        x = images
+        for part in self.stem_parts:
+            x = self.get_submodule(part)(x)
+        tapped = []
+        for stage in self.stage_names:
+            for position, block in enumerate(self.get_submodule(stage).children()):
+                x = block(x)
+                if f"{stage}.{position}" in taps:
+                    tapped.append(x)
+        return x, tapped
+
     def classify(self, features: Tensor) -> Tensor:
-        """Compute (B, classes) logits of the last feature map by the parts `pooling` and `fc`."""
-        pooled = self.get_submodule("pooling")(features)
-        logits: Tensor = self.get_submodule("fc")(pooled)
-        return logits
+        """Compute (B, classes) logits of the last feature map."""
+        x = features
+        for part in self.classifier_parts:
+            x = self.get_submodule(part)(x)
+        return x
 
     def forward(self, images: Tensor) -> Any:
         """Compute (B, classes) float logits of normalized (B, 3, H, W) images."""
@@ -55,19 +71,6 @@ class Backbone(nn.Module, ABC):
         rest = [self.branch_block(out_channels, out_channels, 1) for _ in range(blocks - 1)]
         self.add_module(name, nn.Sequential(first, *rest))
         self.tap_channels |= {f"{name}.{position}": out_channels for position in range(blocks)}
-
-
-def run_stages(
-    network: nn.Module, stages: Collection[str], x: Tensor, taps: Collection[str]
-) -> tuple[Tensor, list[Tensor]]:
-    """Run the blocks of *network*'s *stages* on *x* and collect the output of each block named in *taps*."""
-    tapped = []
-    for stage in stages:
-        for position, block in enumerate(network.get_submodule(stage).children()):
-            x = block(x)
-            if f"{stage}.{position}" in taps:
-                tapped.append(x)
-    return x, tapped
 
 
 def initialize(network: nn.Module) -> None:

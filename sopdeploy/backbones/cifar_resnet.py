@@ -12,13 +12,12 @@ import pydantic
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone, initialize, run_stages
+from sopdeploy.backbones.base import Backbone, initialize
 from sopdeploy.config import StrictModel
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.layers.residual import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, conv3x3
 
-STAGES = ("layer1", "layer2", "layer3")
 STEM_CHANNELS = 16  # of pre-activation networks
 WIDTHS = (256, 512, 1024)  # of ResNeXt
 BLOCKS = 3  # of each stage of ResNeXt
@@ -42,11 +41,6 @@ class SmallResNetConfig(StrictModel):
             raise ValueError("depth must be 6n + 2, such as 8, 20, 32, 44, 56 or 110")
         return depth
 
-    @property
-    def blocks(self) -> int:
-        """Number of blocks of a stage, n."""
-        return (self.depth - 2) // 6
-
 
 class SmallResNet(Backbone):
     """Stem without pooling, three stages, global pooling, one linear layer."""
@@ -60,8 +54,8 @@ class SmallResNet(Backbone):
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU(inplace=True)
         channels = widths[0]
-        for stage, width, stride in zip(STAGES, widths, (1, 2, 2), strict=True):
-            self.add_stage(stage, channels, width, config.blocks, stride)
+        for stage, width, stride in zip(self.stage_names, widths, (1, 2, 2), strict=True):
+            self.add_stage(stage, channels, width, (config.depth - 2) // 6, stride)
             channels = width
         self.pooling = config.pooling.build(channels)
         self.fc = self.pooling.classifier(num_classes)
@@ -70,10 +64,6 @@ class SmallResNet(Backbone):
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
         """Build a basic block with this network's shortcut."""
         return BasicBlock(in_channels, out_channels, stride, self.config.shortcut)
-
-    def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Compute the output of the last stage and of every tapped block."""
-        return run_stages(self, STAGES, self.relu(self.bn1(self.conv1(images))), taps)
 
 
 class PreActResNetConfig(StrictModel):
@@ -97,6 +87,7 @@ class PreActResNet(Backbone):
     Assumption: ResNet-110's shortcuts between stages are projections as well.
     """
 
+    stem_parts = ("conv1",)
     config: PreActResNetConfig
 
     def __init__(self, config: PreActResNetConfig, num_classes: int) -> None:
@@ -105,7 +96,7 @@ class PreActResNet(Backbone):
         widths = [STEM_CHANNELS * config.widen * factor * expansion for factor in (1, 2, 4)]
         self.conv1 = conv3x3(3, STEM_CHANNELS)
         channels = STEM_CHANNELS
-        for stage, width, stride in zip(STAGES, widths, (1, 2, config.last_stride), strict=True):
+        for stage, width, stride in zip(self.stage_names, widths, (1, 2, config.last_stride), strict=True):
             self.add_stage(stage, channels, width, config.blocks, stride)
             channels = width
         self.bn = nn.BatchNorm2d(channels)
@@ -120,7 +111,7 @@ class PreActResNet(Backbone):
 
     def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
         """Compute the activated last feature map, and the output of tapped blocks before activation."""
-        x, tapped = run_stages(self, STAGES, self.conv1(images), taps)
+        x, tapped = super().features(images, taps)
         return F.relu(self.bn(x)), tapped
 
 
@@ -143,7 +134,7 @@ class ResNeXt(Backbone):
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         channels = 64
-        for stage, width, stride in zip(STAGES, WIDTHS, (1, 2, 2), strict=True):
+        for stage, width, stride in zip(self.stage_names, WIDTHS, (1, 2, 2), strict=True):
             self.add_stage(stage, channels, width, BLOCKS, stride)
             channels = width
         self.pooling = config.pooling.build(channels)
@@ -155,7 +146,3 @@ class ResNeXt(Backbone):
         groups, width = self.config.cardinality, self.config.group_width
         middle = groups * width * out_channels // WIDTHS[0]
         return Bottleneck(in_channels, out_channels, stride, middle=middle, groups=groups)
-
-    def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Compute the output of the last stage and of every tapped block."""
-        return run_stages(self, STAGES, self.relu(self.bn1(self.conv1(images))), taps)

@@ -10,12 +10,11 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone, initialize, run_stages
+from sopdeploy.backbones.base import Backbone, initialize
 from sopdeploy.config import FractionBelowOne, StrictModel
-from sopdeploy.layers.mbconv import DepthwiseSeparable, MBConv
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
-from sopdeploy.layers.residual import conv1x1
+from sopdeploy.layers.residual import DepthwiseSeparable, MBConv, conv1x1
 
 
 class Stage(NamedTuple):
@@ -54,6 +53,9 @@ class EfficientNetConfig(StrictModel):
 class EfficientNet(Backbone):
     """Stem, seven stages, a 1x1 convolution to 1280 channels, global pooling, one linear layer."""
 
+    stem_parts = ()
+    stage_names = tuple(STAGES)
+    classifier_parts = ("pooling", "dropout", "classifier")
     config: EfficientNetConfig
 
     def __init__(self, config: EfficientNetConfig, num_classes: int) -> None:
@@ -86,11 +88,5 @@ class EfficientNet(Backbone):
 
     def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
         """Compute the 1280 activated maps before the global pooling, and the output of every tapped block."""
-        stem = F.silu(self.bn1(self.conv_stem(images)))
-        x, tapped = run_stages(self, STAGES, stem, taps)
+        x, tapped = super().features(F.silu(self.bn1(self.conv_stem(images))), taps)
         return F.silu(self.bn2(self.conv_head(x))), tapped
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Compute logits of globally pooled features."""
-        logits: Tensor = self.classifier(self.dropout(self.pooling(features)))
-        return logits

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone, initialize, run_stages
+from sopdeploy.backbones.base import Backbone, initialize
 from sopdeploy.config import StrictModel
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
@@ -46,6 +46,8 @@ class ResNetConfig(StrictModel):
 class ResNet(Backbone):
     """ResNet-18/34 of basic blocks, ResNet-26/50/101 of bottlenecks."""
 
+    stem_parts = ("conv1", "bn1", "relu", "maxpool")
+    stage_names = STAGES
     config: ResNetConfig
 
     def __init__(self, config: ResNetConfig, num_classes: int) -> None:
@@ -65,21 +67,12 @@ class ResNet(Backbone):
         self.fc = self.pooling.classifier(num_classes)
         initialize(self)
 
-    @property
-    def stride_on(self) -> Literal["1x1", "3x3"]:
-        """Name the convolution of a bottleneck that strides."""
-        return "1x1" if self.config.bottleneck_stride == "v1" else "3x3"
-
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
         """Build a residual block of this network's kind."""
         if not self.bottlenecks:
             return BasicBlock(in_channels, out_channels, stride)
-        return Bottleneck(in_channels, out_channels, stride, self.stride_on)
-
-    def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Compute the output of conv5_x and of every tapped block."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        return run_stages(self, STAGES, x, taps)
+        stride_on: Literal["1x1", "3x3"] = "1x1" if self.config.bottleneck_stride == "v1" else "3x3"
+        return Bottleneck(in_channels, out_channels, stride, stride_on)
 
 
 class LowResolutionResNetConfig(StrictModel):
@@ -101,6 +94,7 @@ class LowResolutionResNetConfig(StrictModel):
 class LowResolutionResNet(Backbone):
     """GM-SOP's stem and stages, (B, 3, H, W) to (B, 128k, h, w); subclasses add pooling and classifier."""
 
+    stage_names = STAGES
     config: LowResolutionResNetConfig
 
     def __init__(self, config: LowResolutionResNetConfig, num_classes: int) -> None:
@@ -126,9 +120,7 @@ class LowResolutionResNet(Backbone):
 
     def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
         """Compute the output of conv5_x and of every tapped block."""
-        if self.config.input_scaling == "raw":
-            images = images * RAW_SCALE
-        return run_stages(self, STAGES, self.relu(self.bn1(self.conv1(images))), taps)
+        return super().features(images * RAW_SCALE if self.config.input_scaling == "raw" else images, taps)
 
 
 def initialize_by_fan_in(network: nn.Module) -> None:

@@ -18,8 +18,7 @@ from sopdeploy.backbones.base import Backbone
 from sopdeploy.config import StrictModel
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.mbconv import MBConv
-from sopdeploy.layers.residual import BasicBlock, Bottleneck
+from sopdeploy.layers.residual import BasicBlock, Bottleneck, MBConv
 
 FIRST_STRIDE = 4  # stages of smaller stride belong to the stem
 
@@ -74,10 +73,12 @@ def run_tapped(network: Any, images: Tensor, taps: Collection[str]) -> tuple[Ten
     """Compute the last feature map of timm's *network*, and the outputs of the modules named in *taps*."""
     outputs: dict[str, Tensor] = {}
 
-    def save_output(tap: str) -> Any:
-        return lambda _module, _inputs, output: outputs.update({tap: output})
-
-    handles = [network.get_submodule(tap).register_forward_hook(save_output(tap)) for tap in taps]
+    handles = [
+        network.get_submodule(tap).register_forward_hook(
+            lambda _module, _inputs, output, tap=tap: outputs.update({tap: output})
+        )
+        for tap in taps
+    ]
     features: Tensor = network.forward_features(images)
     for handle in handles:
         handle.remove()
@@ -119,6 +120,7 @@ class TimmBackbone(Backbone):
         self._non_persistent_buffers_set = network._non_persistent_buffers_set
         self.outside = (network,)  # a tuple keeps it from becoming a child
         self.tap_channels = dict(tappable(config.backbone))
+        self.head_channels: int = network.head_hidden_size
 
     def train(self, mode: bool = True) -> "TimmBackbone":
         """Set training or eval mode, also of timm's own module."""
@@ -139,8 +141,3 @@ class TimmBackbone(Backbone):
         """Compute logits by timm's `forward_head`."""
         logits: Tensor = self.outside[0].forward_head(features)
         return logits
-
-    def head_channels(self) -> int:
-        """Return the number of features that timm's classifier reads."""
-        channels: int = self.outside[0].head_hidden_size
-        return channels

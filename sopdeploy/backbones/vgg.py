@@ -5,15 +5,14 @@ iSQRT-COV, section 4.3. `layers` is numbered like torchvision's and fast-MPN-COV
 of a method), `classifier` like fast-MPN-COV's.
 """
 
-from collections.abc import Collection
 from typing import Annotated, Literal
 
 import pydantic
-from torch import Tensor, nn
+from torch import nn
 
-from sopdeploy.backbones.base import Backbone, initialize, run_stages
+from sopdeploy.backbones.base import Backbone, initialize
 from sopdeploy.config import StrictModel
-from sopdeploy.layers.pooling.isqrt import ISqrtPoolingConfig
+from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
 from sopdeploy.layers.pooling.registry import Pooling
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -30,6 +29,9 @@ class VGGConfig(StrictModel):
 class VGG(Backbone):
     """Thirteen 3x3 convolutions in five stages, stride 16, global pooling, classifier."""
 
+    stem_parts = ()
+    stage_names = ("layers",)
+    classifier_parts = ("pooling", "classifier")
     config: VGGConfig
 
     def __init__(self, config: VGGConfig, num_classes: int) -> None:
@@ -62,15 +64,6 @@ class VGG(Backbone):
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
         """Build a convolution with batch norm and ReLU."""
         return nn.Sequential(*_convolution(in_channels, out_channels, stride))
-
-    def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Compute the output of the last convolution and of every tapped ReLU."""
-        return run_stages(self, ("layers",), images, taps)
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Compute logits of globally pooled features."""
-        logits: Tensor = self.classifier(self.pooling(features))
-        return logits
 
 
 def _convolution(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:

@@ -25,7 +25,7 @@ from sopdeploy.layers.covariance import (
     without_autocast,
 )
 from sopdeploy.layers.export_hints import ExportHints
-from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, Step, last_step, steps, steps_adjoint
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, Step, steps, steps_adjoint
 
 SMALLEST_NORM = 1e-12  # a constant map has norm 0; its root is then 0, with finite gradients
 
@@ -61,17 +61,6 @@ class ISqrtCov(nn.Module, ExportHints):
     def roots(self, features_BdHW: Tensor) -> tuple[Tensor, Tensor]:
         """Return the maps whose roots are computed, and the roots (B, d, d), for the parity checks."""
         return features_BdHW, covariance_root(features_BdHW, self.config)
-
-    def extra_repr(self) -> str:
-        """Show d and N in the printed module."""
-        return f"width={self.width}, iterations={self.config.iterations}"
-
-
-def dimension_reduction(channels: int, width: int) -> nn.Sequential:
-    """Build DR: 1x1 convolution without bias, batch norm, ReLU; *channels* to *width* maps."""
-    return nn.Sequential(
-        nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
-    )
 
 
 def gram_is_cheaper(channels: int, positions: int, iterations: int) -> bool:
@@ -111,7 +100,9 @@ def prenormalize(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Prenormal
 def covariance_root(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Tensor:
     """Compute the root (B, d, d) of the covariance of a map with operations that autograd differentiates."""
     start = prenormalize(features_BdHW, config)
-    return _root(start, last_step(as_stored(start.matrix, config), config.iterations), config)
+    for step in steps(as_stored(start.matrix, config), config.iterations):  # noqa: B007 - the last one
+        pass
+    return _root(start, step, config)
 
 
 def isqrt_vector(features_BdHW: Tensor, triangle: Tensor, config: NewtonSchulzConfig) -> Tensor:

@@ -10,7 +10,6 @@ from the root by 18 to 42 % on ReLU features. N is therefore part of the trained
 Matrices stored in float16 (an export option) are multiplied in float32: only the stored values are rounded.
 """
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal, NamedTuple
 
@@ -89,17 +88,14 @@ def steps(a_BCC: Tensor, iterations: int) -> Iterator[Step]:
         yield step
 
 
-def last_step(a_BCC: Tensor, iterations: int) -> Step:
-    """Run the N steps and keep only the last one."""
-    return deque(steps(a_BCC, iterations), maxlen=1).pop()
-
-
 def newton_schulz(a_BCC: Tensor, iterations: int) -> Tensor:
     """Compute Y_N, near A^(1/2), of prenormalized matrices *a_BCC*: symmetric, ||I - A|| < 1.
 
     *iterations* is N >= 1. In float32 the result is finite up to N = 15, for singular matrices too.
     """
-    return last_step(a_BCC, iterations).next_y()
+    for step in steps(a_BCC, iterations):  # noqa: B007 - the last one
+        pass
+    return step.next_y()
 
 
 def steps_adjoint(f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence[Tensor | None]) -> Tensor:

@@ -1,15 +1,18 @@
-"""Residual blocks, with the activation after the addition or before each convolution.
+"""Residual blocks of ResNets, before and after activation, and EfficientNet's inverted bottleneck (MBConv).
 
 Papers: He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), Figs. 3 and 5; "Identity
-Mappings in Deep Residual Networks" (ECCV 2016). Attributes have torchvision's names, so its weight files fit.
+Mappings in Deep Residual Networks" (ECCV 2016); Sandler et al., "MobileNetV2" (CVPR 2018), section 3.3; Tan
+and Le, "EfficientNet" (ICML 2019). Attributes have torchvision's and timm's names, so their weight files fit.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Shortcut = Literal["projection", "pad"]
+SQUEEZE = 4  # the hidden width of MBConv's excitation is a quarter of the block's input channels
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -37,27 +40,62 @@ class PaddedShortcut(nn.Module):
         return F.pad(strided, (0, 0, 0, 0, self.before, self.after))
 
 
-def _shortcut(in_channels: int, out_channels: int, stride: int, kind: Shortcut) -> nn.Module | None:
+def dimension_reduction(
+    channels: int, width: int, activation: type[nn.ReLU] | type[nn.SiLU] = nn.ReLU
+) -> nn.Sequential:
+    """Build DR: 1x1 convolution without bias, batch norm, *activation*; *channels* to *width* maps."""
+    return nn.Sequential(conv1x1(channels, width), nn.BatchNorm2d(width), activation(inplace=True))
+
+
+def _shortcut(
+    in_channels: int, out_channels: int, stride: int, kind: Shortcut | Literal["convolution"]
+) -> nn.Module | None:
+    """Build the shortcut; `None`, the identity, where the shape stays."""
     if stride == 1 and in_channels == out_channels:
         return None
     if kind == "pad":
         return PaddedShortcut(in_channels, out_channels, stride)
-    return nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
+    convolution = conv1x1(in_channels, out_channels, stride)
+    return convolution if kind == "convolution" else nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
 
 
 class ResidualBlock(nn.Module):
-    """relu(residual + shortcut); `downsample` is the shortcut where the shape changes."""
+    """relu(residual + shortcut), or with `pre_activation` residual + shortcut of the activated input.
 
+    Attributes:
+        pre_activation: Batch norm and ReLU precede the residual and the shortcut's convolution; an identity
+            shortcut reads the input itself, and no activation follows the addition.
+        downsample: The shortcut where the shape changes.
+        attention: Scales the residual before the addition; `None` is no attention.
+        attention_after: The attention has its own shortcut after the addition instead: out + attention(out).
+    """
+
+    pre_activation: ClassVar[bool] = False
+    bn1: nn.BatchNorm2d
     downsample: nn.Module | None
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention: nn.Module | None = None
+        self.attention_after = False
+
     def residual(self, x: Tensor) -> Tensor:
-        """Compute the residual without changing *x*."""
+        """Compute the residual without changing *x*, which is activated with `pre_activation`."""
         raise NotImplementedError(f"{type(self).__name__}: residual of {tuple(x.shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute relu(residual + shortcut)."""
-        identity = x if self.downsample is None else self.downsample(x)
-        return F.relu(self.residual(x) + identity, inplace=True)
+        """Compute the block: (B, in, H, W) to (B, out, H / stride, W / stride)."""
+        active = F.relu(self.bn1(x)) if self.pre_activation else x
+        identity = x if self.downsample is None else self.downsample(active)
+        residual = self.residual(active)
+        if self.attention is not None and not self.attention_after:
+            residual = self.attention(residual)
+        out = residual + identity
+        if not self.pre_activation:
+            out = F.relu(out, inplace=True)
+        if self.attention is not None and self.attention_after:
+            out = out + self.attention(out)
+        return out
 
 
 class BasicBlock(ResidualBlock):
@@ -121,29 +159,10 @@ class Bottleneck(ResidualBlock):
         return result
 
 
-class PreActBlock(ResidualBlock):
-    """residual + shortcut, without an activation after the addition.
-
-    Both read the activated input; an identity shortcut reads the input itself.
-    """
-
-    bn1: nn.BatchNorm2d
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute residual + shortcut."""
-        active = F.relu(self.bn1(x))
-        identity = x if self.downsample is None else self.downsample(active)
-        return self.residual(active) + identity
-
-
-def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d | None:
-    same_shape = stride == 1 and in_channels == out_channels
-    return None if same_shape else conv1x1(in_channels, out_channels, stride)
-
-
-class PreActBasicBlock(PreActBlock):
+class PreActBasicBlock(ResidualBlock):
     """BN, ReLU, 3x3, BN, ReLU, 3x3: (B, in, H, W) to (B, out, H / stride, W / stride)."""
 
+    pre_activation = True
     expansion = 1
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
@@ -152,7 +171,7 @@ class PreActBasicBlock(PreActBlock):
         self.conv1 = conv3x3(in_channels, out_channels, stride)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = conv3x3(out_channels, out_channels)
-        self.downsample = _projection(in_channels, out_channels, stride)
+        self.downsample = _shortcut(in_channels, out_channels, stride, "convolution")
 
     def residual(self, x: Tensor) -> Tensor:
         """Compute the output of the second convolution for an activated input."""
@@ -160,9 +179,10 @@ class PreActBasicBlock(PreActBlock):
         return out
 
 
-class PreActBottleneck(PreActBlock):
+class PreActBottleneck(ResidualBlock):
     """BN, ReLU and a convolution, three times: 1x1 to a quarter of the channels, 3x3, 1x1 back."""
 
+    pre_activation = True
     expansion = 4
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
@@ -174,10 +194,94 @@ class PreActBottleneck(PreActBlock):
         self.conv2 = conv3x3(middle, middle, stride)
         self.bn3 = nn.BatchNorm2d(middle)
         self.conv3 = conv1x1(middle, out_channels)
-        self.downsample = _projection(in_channels, out_channels, stride)
+        self.downsample = _shortcut(in_channels, out_channels, stride, "convolution")
 
     def residual(self, x: Tensor) -> Tensor:
         """Compute the output of the third convolution for an activated input."""
         middle = self.conv2(F.relu(self.bn2(self.conv1(x))))
         out: Tensor = self.conv3(F.relu(self.bn3(middle)))
         return out
+
+
+class SwishExcitation(nn.Module):
+    """Scale each channel of (B, C, H, W) by a function of all channels' means."""
+
+    def __init__(self, channels: int, middle: int) -> None:
+        super().__init__()
+        self.conv_reduce = nn.Conv2d(channels, middle, 1)
+        self.conv_expand = nn.Conv2d(middle, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale *x* by values between 0 and 1."""
+        squeezed = x.mean(dim=(2, 3), keepdim=True)
+        scale: Tensor = self.conv_expand(F.silu(self.conv_reduce(squeezed))).sigmoid()
+        return x * scale
+
+
+class StochasticDepth(nn.Module):
+    """In training, set an image's residual to 0 with probability `drop`; divide the others by 1 - drop.
+
+    Paper: Huang et al., "Deep Networks with Stochastic Depth" (ECCV 2016). torchvision's equivalent is not
+    used because importing torchvision would slow down every command.
+    """
+
+    def __init__(self, drop: float) -> None:
+        super().__init__()
+        self.drop = drop
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """Compute (B, C, H, W) residuals, some of them 0; eval mode returns the input."""
+        if not self.training or self.drop == 0:
+            return residual
+        kept = torch.rand(residual.shape[0], 1, 1, 1, device=residual.device) >= self.drop
+        return residual * (kept / (1 - self.drop)).to(residual.dtype)
+
+
+class DepthwiseSeparable(nn.Module):
+    """MBConv without expansion: depthwise convolution, excitation, 1x1 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, drop: float) -> None:
+        super().__init__()
+        self.conv_dw = nn.Conv2d(
+            in_channels, in_channels, kernel, stride, kernel // 2, groups=in_channels, bias=False
+        )
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.se = SwishExcitation(in_channels, max(1, in_channels // SQUEEZE))
+        self.conv_pw = conv1x1(in_channels, out_channels)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.has_shortcut = stride == 1 and in_channels == out_channels
+        self.stochastic_depth = StochasticDepth(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute (B, out, H / stride, W / stride); no activation follows."""
+        out: Tensor = self.se(F.silu(self.bn1(self.conv_dw(x))))
+        out = self.bn2(self.conv_pw(out))
+        return self.stochastic_depth(out) + x if self.has_shortcut else out
+
+
+class MBConv(nn.Module):
+    """Expand six times, convolve depthwise, excite, project; add a shortcut where the shape stays."""
+
+    expansion = 6
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, drop: float = 0.0
+    ) -> None:
+        super().__init__()
+        middle = in_channels * self.expansion
+        self.conv_pw = conv1x1(in_channels, middle)
+        self.bn1 = nn.BatchNorm2d(middle)
+        self.conv_dw = nn.Conv2d(middle, middle, kernel, stride, kernel // 2, groups=middle, bias=False)
+        self.bn2 = nn.BatchNorm2d(middle)
+        self.se = SwishExcitation(middle, max(1, in_channels // SQUEEZE))
+        self.conv_pwl = conv1x1(middle, out_channels)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.has_shortcut = stride == 1 and in_channels == out_channels
+        self.stochastic_depth = StochasticDepth(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute (B, out, H / stride, W / stride); no activation follows."""
+        out: Tensor = F.silu(self.bn1(self.conv_pw(x)))
+        out = self.se(F.silu(self.bn2(self.conv_dw(out))))
+        out = self.bn3(self.conv_pwl(out))
+        return self.stochastic_depth(out) + x if self.has_shortcut else out

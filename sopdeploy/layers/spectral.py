@@ -8,8 +8,6 @@ dead channels and for fewer positions than channels. Here it is U (K * U^T G U) 
 K_ij = (f(l_i) - f(l_j)) / (l_i - l_j), the same number, and f' where the two are too close to divide.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -34,23 +32,42 @@ NO_SECOND_GRADIENT = (
 )
 
 
-class Spectral(NamedTuple):
-    """f and f', each from ascending eigenvalues (B, C) to (B, C)."""
+class Power(NamedTuple):
+    """f(l) = l^exponent; eigenvalues within rounding of 0 count as 0, also for the slope."""
 
-    value: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor], Tensor]
+    exponent: float
+
+    def __call__(self, lambda_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute f and f' of ascending eigenvalues (B, C)."""
+        rounding = lambda_BC.shape[1] * torch.finfo(lambda_BC.dtype).eps
+        smallest_B1 = (lambda_BC[:, -1:] * rounding).clamp_min(torch.finfo(torch.float32).tiny)
+        positive_BC = lambda_BC > smallest_B1
+        base_BC = lambda_BC.where(positive_BC, 1.0)
+        slope_BC = self.exponent * base_BC.pow(self.exponent - 1.0)
+        return base_BC.pow(self.exponent).where(positive_BC, 0.0), slope_BC.where(positive_BC, 0.0)
+
+
+class Logarithm(NamedTuple):
+    """f(l) = log(l + eps); eigenvalues rounded below 0 count as 0."""
+
+    eps: float
+
+    def __call__(self, lambda_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute f and f' of ascending eigenvalues (B, C)."""
+        shifted_BC = lambda_BC.clamp_min(0.0) + self.eps
+        return shifted_BC.log(), shifted_BC.reciprocal()
 
 
 class SpectralFunction(torch.autograd.Function):
     """Compute f of symmetric matrices (B, C, C), and their ascending eigenvalues (B, C)."""
 
     @staticmethod
-    def forward(ctx: Any, a_BCC: Tensor, function: Spectral) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, a_BCC: Tensor, function: Power | Logarithm) -> tuple[Tensor, Tensor]:
         """Decompose the matrices and apply f to the eigenvalues."""
         lambda_BC, u_BCC = torch.linalg.eigh(a_BCC)
         ctx.function = function
         ctx.save_for_backward(lambda_BC, u_BCC)
-        value_BC = function.value(lambda_BC)
+        value_BC, _ = function(lambda_BC)
         return (u_BCC * value_BC[:, None, :]) @ u_BCC.transpose(1, 2), lambda_BC
 
     @staticmethod
@@ -66,9 +83,9 @@ class SpectralFunction(torch.autograd.Function):
         return u_BCC @ inner_BCC @ u_BCC.transpose(1, 2), None
 
 
-def _divided_differences(lambda_BC: Tensor, function: Spectral) -> Tensor:
+def _divided_differences(lambda_BC: Tensor, function: Power | Logarithm) -> Tensor:
     """Compute K (B, C, C)."""
-    value_BC, slope_BC = function.value(lambda_BC), function.slope(lambda_BC)
+    value_BC, slope_BC = function(lambda_BC)
     gap_BCC = lambda_BC[:, :, None] - lambda_BC[:, None, :]
     rise_BCC = value_BC[:, :, None] - value_BC[:, None, :]
     mean_slope_BCC = 0.5 * (slope_BC[:, :, None] + slope_BC[:, None, :])
@@ -76,38 +93,10 @@ def _divided_differences(lambda_BC: Tensor, function: Spectral) -> Tensor:
     return torch.where(close_BCC, mean_slope_BCC, rise_BCC / gap_BCC.masked_fill(close_BCC, 1.0))
 
 
-def spectral(a_BCC: Tensor, function: Spectral) -> tuple[Tensor, Tensor]:
+def spectral(a_BCC: Tensor, function: Power | Logarithm) -> tuple[Tensor, Tensor]:
     """Compute f of symmetric matrices (B, C, C) and their ascending eigenvalues (B, C)."""
     value_BCC, lambda_BC = SpectralFunction.apply(a_BCC, function)
     return value_BCC, lambda_BC
-
-
-def power(exponent: float) -> Spectral:
-    """Build f(l) = l^exponent; eigenvalues within rounding of 0 count as 0, also for the slope."""
-    return Spectral(
-        partial(_scaled_power, factor=1.0, exponent=exponent),
-        partial(_scaled_power, factor=exponent, exponent=exponent - 1.0),
-    )
-
-
-def _scaled_power(lambda_BC: Tensor, *, factor: float, exponent: float) -> Tensor:
-    rounding = lambda_BC.shape[1] * torch.finfo(lambda_BC.dtype).eps
-    smallest_B1 = (lambda_BC[:, -1:] * rounding).clamp_min(torch.finfo(torch.float32).tiny)
-    positive_BC = lambda_BC > smallest_B1
-    return torch.where(positive_BC, factor * lambda_BC.where(positive_BC, 1.0).pow(exponent), 0.0)
-
-
-def logarithm(eps: float) -> Spectral:
-    """Build f(l) = log(l + eps); eigenvalues rounded below 0 count as 0."""
-    return Spectral(partial(_log, eps=eps), partial(_reciprocal, eps=eps))
-
-
-def _log(lambda_BC: Tensor, *, eps: float) -> Tensor:
-    return (lambda_BC.clamp_min(0.0) + eps).log()
-
-
-def _reciprocal(lambda_BC: Tensor, *, eps: float) -> Tensor:
-    return (lambda_BC.clamp_min(0.0) + eps).reciprocal()
 
 
 class MatrixRootConfig(StrictModel):
@@ -119,15 +108,10 @@ class MatrixRootConfig(StrictModel):
     root: Literal["eigen", "newton-schulz"] = "eigen"
     iterations: Iterations = 5
 
-    @property
-    def not_exportable(self) -> str | None:
-        """Why this root cannot be exported, `None` if it can."""
-        return NO_ROOT_FORM if self.root == "eigen" else None
-
 
 def square_root(a_BCC: Tensor, config: MatrixRootConfig) -> Tensor:
     """Compute the root (B, C, C) of positive semi-definite matrices."""
     if config.root == "eigen":
-        return spectral(a_BCC, power(0.5))[0]
+        return spectral(a_BCC, Power(0.5))[0]
     norm_B11 = frobenius_norm(a_BCC).clamp_min(SMALLEST_NORM)
     return newton_schulz(a_BCC / norm_B11, config.iterations) * norm_B11.sqrt()

@@ -4,8 +4,7 @@ Papers: see `layers/attention/first_order.py`; GSoP compares itself with them in
 attention scales each block's residual before the addition.
 """
 
-from abc import abstractmethod
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import pydantic
 from torch import nn
@@ -14,49 +13,19 @@ from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.cifar_resnet import PreActResNet, PreActResNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.config import StrictModel
-from sopdeploy.layers.attention.first_order import (
-    CBAM,
-    AttentionInside,
-    BasicBlockAttendedInside,
-    BottleneckAttendedInside,
-    Extent,
-    GatherExcite,
-    Parameters,
-    PreActBottleneckAttendedInside,
-    SqueezeExcite,
-)
+from sopdeploy.layers.attention.first_order import CBAM, Extent, GatherExcite, Parameters, SqueezeExcite
 from sopdeploy.models.base import Classifier, Entry
-from sopdeploy.models.plain import imagenet_entry
 
 Reduction = Annotated[int, pydantic.Field(ge=1)]
 
 
-class Map(NamedTuple):
-    """The feature map that an attention scales: its channels, and the divisor of the image's side."""
-
-    channels: int
-    reduced_by: int
-
-
-class AttentionConfig(StrictModel):
-    """Base class of the options of an attention module."""
-
-    @abstractmethod
-    def attention(self, features: Map) -> nn.Module:
-        """Build an attention module for these features."""
-
-
-class SEConfig(AttentionConfig):
+class SEConfig(StrictModel):
     """Squeeze-and-Excitation; `reduction` is r."""
 
     reduction: Reduction = 16
 
-    def attention(self, features: Map) -> nn.Module:
-        """Build a Squeeze-and-Excitation module."""
-        return SqueezeExcite(features.channels, self.reduction)
 
-
-class CBAMConfig(AttentionConfig):
+class CBAMConfig(StrictModel):
     """CBAM; `reduction` is r, `kernel` the side of the convolution over positions."""
 
     reduction: Reduction = 16
@@ -69,12 +38,8 @@ class CBAMConfig(AttentionConfig):
             raise ValueError("kernel must be odd, so that the map keeps its size")
         return kernel
 
-    def attention(self, features: Map) -> nn.Module:
-        """Build a convolutional block attention module."""
-        return CBAM(features.channels, self.reduction, self.kernel)
 
-
-class GEConfig(AttentionConfig):
+class GEConfig(StrictModel):
     """Gather-Excite: its extent, its parameters and, for "gather+excite", r.
 
     The default is the network of GSoP's Table 5 (1.3 times the parameters of ResNet-50). Global gathering
@@ -86,59 +51,17 @@ class GEConfig(AttentionConfig):
     reduction: Reduction = 16
     side: Annotated[int, pydantic.Field(ge=32)] = 224
 
-    def attention(self, features: Map) -> nn.Module:
-        """Build a Gather-Excite module."""
-        side = -(-self.side // features.reduced_by)
-        return GatherExcite(features.channels, side, self.extent, self.parameters, self.reduction)
 
-
-class Attended(Classifier):
-    """Mixin that adds a module `attention` to every residual block.
-
-    Put it before a backbone in the bases whose `branch_block` returns blocks that take an attention.
-    """
-
-    config: AttentionConfig
-
-    def attach(self, reduced_by: dict[str, int]) -> None:
-        """Add an attention to every block; *reduced_by* maps a stage to the divisor of the image's side."""
-        for place, channels in self.tap_channels.items():
-            stage = place.partition(".")[0]
-            attention = self.config.attention(Map(channels, reduced_by[stage]))
-            initialize(attention)
-            self.get_submodule(place).add_module("attention", attention)
-
-
-class AttendedResNetConfig(ResNetConfig, AttentionConfig):
-    """A ResNet for 224-pixel images with some attention in every block."""
-
-
-class SEResNetConfig(AttendedResNetConfig, SEConfig):
+class SEResNetConfig(ResNetConfig, SEConfig):
     """A ResNet with Squeeze-and-Excitation."""
 
 
-class CBAMResNetConfig(AttendedResNetConfig, CBAMConfig):
+class CBAMResNetConfig(ResNetConfig, CBAMConfig):
     """A ResNet with CBAM."""
 
 
-class GEResNetConfig(AttendedResNetConfig, GEConfig):
+class GEResNetConfig(ResNetConfig, GEConfig):
     """A ResNet with Gather-Excite."""
-
-
-class AttendedResNet(Attended, ResNet):
-    """ResNet-18/34/50/101 with an attention module in every block."""
-
-    config: AttendedResNetConfig
-
-    def __init__(self, config: AttendedResNetConfig, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.attach({"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 16 * config.conv5_stride})
-
-    def branch_block(self, in_channels: int, out_channels: int, stride: int) -> AttentionInside:
-        """Build a residual block of this network's kind, still without its attention."""
-        if not self.bottlenecks:
-            return BasicBlockAttendedInside(in_channels, out_channels, stride)
-        return BottleneckAttendedInside(in_channels, out_channels, stride, self.stride_on)
 
 
 class SEPreActResNetConfig(PreActResNetConfig, SEConfig):
@@ -147,21 +70,41 @@ class SEPreActResNetConfig(PreActResNetConfig, SEConfig):
     block: Literal["bottleneck"] = "bottleneck"
 
 
+AttendedConfig = SEResNetConfig | CBAMResNetConfig | GEResNetConfig | SEPreActResNetConfig
+
+
+class Attended(Classifier):
+    """Mixin that adds a module `attention` to every residual block of the backbone after it in the bases."""
+
+    def __init__(self, config: "AttendedConfig", num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        for place, channels in self.tap_channels.items():
+            attention: nn.Module
+            match config:
+                case SEResNetConfig() | SEPreActResNetConfig():
+                    attention = SqueezeExcite(channels, config.reduction)
+                case CBAMResNetConfig():
+                    attention = CBAM(channels, config.reduction, config.kernel)
+                case GEResNetConfig():
+                    reduced_by = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 16 * config.conv5_stride}
+                    side = -(-config.side // reduced_by[place.partition(".")[0]])
+                    attention = GatherExcite(
+                        channels, side, config.extent, config.parameters, config.reduction
+                    )
+            initialize(attention)
+            block: Any = self.get_submodule(place)
+            block.attention = attention
+
+
+class AttendedResNet(Attended, ResNet):
+    """ResNet-18/34/50/101 with an attention module in every block."""
+
+
 class SEPreActResNet(Attended, PreActResNet):
     """PreAct-ResNet-164 with Squeeze-and-Excitation in every block (GSoP, Table 6)."""
 
-    config: SEPreActResNetConfig
 
-    def __init__(self, config: SEPreActResNetConfig, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.attach({"layer1": 1, "layer2": 2, "layer3": 2 * config.last_stride})
-
-    def branch_block(self, in_channels: int, out_channels: int, stride: int) -> AttentionInside:
-        """Build a pre-activation bottleneck, still without its attention."""
-        return PreActBottleneckAttendedInside(in_channels, out_channels, stride)
-
-
-CONFIGS: dict[str, tuple[type[AttendedResNetConfig], str]] = {
+CONFIGS: dict[str, tuple[type[ResNetConfig], str]] = {
     "se": (SEResNetConfig, "Squeeze-and-Excitation"),
     "cbam": (CBAMResNetConfig, "CBAM"),
     "ge": (GEResNetConfig, "Gather-Excite"),
@@ -169,18 +112,18 @@ CONFIGS: dict[str, tuple[type[AttendedResNetConfig], str]] = {
 
 ENTRIES = {
     **{
-        f"{kind}-resnet{depth}": imagenet_entry(
-            AttendedResNet, config, f"ResNet-{depth} with {title} in every block", depth=depth
+        f"{kind}-resnet{depth}": Entry(
+            AttendedResNet, config, {"depth": depth}, f"ResNet-{depth} with {title} in every block"
         )
         for kind, (config, title) in CONFIGS.items()
         for depth in (18, 50, 101)
     },
     "se-preact-resnet164": Entry(
-        network=SEPreActResNet,
-        config=SEPreActResNetConfig,
-        defaults={},
+        SEPreActResNet,
+        SEPreActResNetConfig,
+        {},
+        "PreAct-ResNet-164 for 32-pixel images with Squeeze-and-Excitation in every block",
         image_size=32,
         num_classes=100,
-        summary="PreAct-ResNet-164 for 32-pixel images with Squeeze-and-Excitation in every block",
     ),
 }

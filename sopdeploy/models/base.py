@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -37,10 +38,12 @@ class Classifier(Backbone):
         training_only: Dotted names of the parts that are removed before export.
         inference_class: Class of the inference model; `None` is this class, for networks that are exported
             whole.
+        classifier_input: Dotted name of the length of the vector that the exported classifier reads.
         inference_config: Config class of the inference model; `None` is the config of this network.
     """
 
     training_only: ClassVar[tuple[str, ...]] = ()
+    classifier_input: ClassVar[str] = "pooling.out_features"
     inference_class: ClassVar[type[Backbone] | None] = None
     inference_config: ClassVar[type[StrictModel] | None] = None
 
@@ -57,6 +60,13 @@ class Classifier(Backbone):
             config = self.inference_config(**{name: getattr(config, name) for name in names})
         return (self.inference_class or type(self))(config, self.num_classes)
 
+    def forward(self, images: Tensor) -> Any:
+        """Compute (B, classes) logits, or with training-only heads in train mode a `TrainingOutput`."""
+        if not self.training or self._modules.keys().isdisjoint(self.training_only):
+            return super().forward(images)
+        branches = self.heads(images)
+        return TrainingOutput(branches.pop("main"), branches, {})
+
     def heads(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the (B, classes) logits of every head: `main` and the training-only ones."""
         return {"main": self(images)}
@@ -67,18 +77,17 @@ class Classifier(Backbone):
 
     def num_features(self) -> int:
         """Return the length of the vector that the exported classifier reads."""
-        pooling: Any = self.get_submodule("pooling")
-        length: int = pooling.out_features
+        length: int = attrgetter(self.classifier_input)(self)
         return length
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One line of the catalog; `image_size` is the side in pixels of the images in its paper."""
 
     network: type[Classifier]
     config: type[StrictModel]
     defaults: Mapping[str, Any]
-    image_size: int
-    num_classes: int
     summary: str
+    image_size: int = 224
+    num_classes: int = 1000

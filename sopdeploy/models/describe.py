@@ -1,14 +1,122 @@
-"""Describe a network: parameters and multiply-adds of training and inference model, and published figures."""
+"""Describe a network: counts of training and inference model, beside the figures that papers print."""
 
-from typing import Any
+import tomllib
+from importlib.resources import files
+from typing import Any, Literal
 
+import pydantic
 import torch
 
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError
-from sopdeploy.models.published import Published, published
-from sopdeploy.models.registry import create_model, entry
-from sopdeploy.models.stats import Counts, tally
+from sopdeploy.models.registry import create_model, entry, make_config
+from sopdeploy.models.stats import Counts, Tally, tally
+
+RESNET50_PARAMS, RESNET50_OPS = 25.5e6, 3.86e9  # the divisors of GSoP's Table 5
+PER_NORM_OUTPUT, PER_ROOT_PRODUCT = 5, 42  # operations in DSoP's tables; 42 d^3 per root is fitted
+Unit = Literal["M", "G", "K", "x"]
+
+
+class Row(StrictModel):
+    """One network of a paper's table, as printed; `published.toml` documents the fields."""
+
+    source: str
+    model: str
+    config: dict[str, Any] = pydantic.Field(default_factory=dict)
+    num_classes: int | None = None
+    part: Literal["training", "shipped"] = "shipped"
+    module: str = ""
+    params: float | None = None
+    ops: float | None = None
+    dim: float | None = None
+    top1_error: float | None = None
+    top5_error: float | None = None
+    times_resnet50: bool = False
+    dsop_ops: bool = False
+    extra_ops: int = 0
+    cut: bool = False
+    reached: bool = True
+    note: str = ""
+
+
+class Published(StrictModel):
+    """One printed figure and the package's own count, both in `unit`.
+
+    Units: M (million), G (billion), K (thousand), x (times ResNet-50). `quantity` is such as
+    "training parameters" or "representation". `reached` is false for a misprint.
+    """
+
+    source: str
+    quantity: str
+    unit: Unit
+    printed: float
+    ours: float
+    reached: bool = True
+    note: str = ""
+
+    def sentence(self) -> str:
+        """Format the figure in one line."""
+        note = f" ({self.note})" if self.note else ""
+        return (
+            f"{self.source}: {self.quantity} {self.printed} {self.unit}, here {self.ours} {self.unit}{note}"
+        )
+
+
+def _load_rows() -> tuple[Row, ...]:
+    text = files("sopdeploy.models").joinpath("published.toml").read_text(encoding="utf-8")
+    rows = []
+    for table in tomllib.loads(text)["tables"]:
+        shared = {key: value for key, value in table.items() if key != "rows"}
+        for row in table["rows"]:
+            config = {**shared.get("config", {}), **row.get("config", {})}
+            lists = {key: tuple(value) for key, value in config.items() if isinstance(value, list)}
+            rows.append(Row(**{**shared, **row, "config": {**config, **lists}}))
+    return tuple(rows)
+
+
+ROWS: tuple[Row, ...] = _load_rows()
+
+
+def published(
+    name: str, config: StrictModel, num_classes: int, training: Tally, shipped: Tally, representation: int
+) -> tuple[Published, ...]:
+    """Look up the figures that papers print for exactly this network at its catalog's image size."""
+    found: list[Published] = []
+    for row in ROWS:
+        if row.model != name or (row.num_classes or entry(name).num_classes) != num_classes:
+            continue
+        if make_config(name, row.config) == config:
+            found += _figures(row, training if row.part == "training" else shipped, representation)
+    return tuple(found)
+
+
+def _figures(row: Row, tally: Tally, representation: int) -> list[Published]:
+    """Compare every count in *row* with the package's own."""
+    parameters = sum(n for name, n in tally.parameters.items() if name.startswith(row.module))
+    operations = sum(n for name, n in tally.macs.items() if name.startswith(row.module)) + row.extra_ops
+    if row.dsop_ops:
+        operations += PER_NORM_OUTPUT * tally.norm_outputs + PER_ROOT_PRODUCT * tally.root_products
+    per_param, per_op = (RESNET50_PARAMS, RESNET50_OPS) if row.times_resnet50 else (1e6, 1e9)
+    param_unit, op_unit = ("x", "x") if row.times_resnet50 else ("M", "G")
+    printed: tuple[tuple[str, Any, float | None, float], ...] = (
+        (f"{row.part} parameters", param_unit, row.params, parameters / per_param),
+        (f"{row.part} operations", op_unit, row.ops, operations / per_op),
+        ("representation", "K", row.dim, representation / 1e3),
+    )
+    note = "; ".join(filter(None, (row.note, "cut off, not rounded" if row.cut else "")))
+    return [
+        Published(
+            source=row.source,
+            quantity=quantity,
+            unit=unit,
+            printed=figure,
+            ours=round(ours, 4),
+            reached=row.reached,
+            note=note,
+        )
+        for quantity, unit, figure, ours in printed
+        if figure is not None
+    ]
 
 
 class Description(StrictModel):

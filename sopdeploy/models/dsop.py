@@ -9,7 +9,7 @@ to branches whose a_conv3_x and a_conv4_x stride. `aux_stride="text"` is the def
 the printed counts (ResNet-50 then needs 3, 4, 7, 3 blocks and four heads of 256).
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pydantic
 from torch import Tensor, nn
@@ -19,11 +19,10 @@ from sopdeploy.backbones.efficientnet import STAGES, EfficientNet, EfficientNetC
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.config import NonNegative, StrictModel
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.isqrt_cov import ISqrtCov, dimension_reduction
-from sopdeploy.layers.mbconv import swish_reduction
+from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, NewtonSchulzOptions
-from sopdeploy.models.base import Classifier, TrainingOutput
-from sopdeploy.models.plain import imagenet_entry
+from sopdeploy.layers.residual import dimension_reduction
+from sopdeploy.models.base import Classifier, Entry
 
 Count = Annotated[int, pydantic.Field(ge=0)]
 Width = Annotated[int, pydantic.Field(ge=1)]
@@ -106,14 +105,28 @@ class DSoP(Classifier):
 
     Put it before a backbone in the bases. The backbone computes the eval mode and keeps the names of its
     parts; the branches are under `branches`.
+
+    Attributes:
+        tap_stages: The taps of each stage: `layer2` has `layer2.0`, `layer2.1` and so on.
+        taps_are_stages: Each tap is a stage of its own.
+        branch_activation: The activation at the end of a branch's DR.
+        normalize_branches: Batch norm and ReLU precede the pooling of a branch, for backbones whose blocks do
+            not end in an activation.
     """
 
     training_only = ("branches",)
+    taps_are_stages: ClassVar[bool] = False
+    branch_activation: ClassVar[type[nn.ReLU] | type[nn.SiLU]] = nn.ReLU
+    normalize_branches: ClassVar[bool] = False
     config: DSoPConfig
 
     def __init__(self, config: DSoPConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        plans = plan_branches(config, self.paper_branches(), self.tap_stages(), self.tap_channels)
+        self.tap_stages: dict[str, list[str]] = {}
+        for tap in self.tap_channels:
+            stage = tap if self.taps_are_stages else tap.rpartition(".")[0]
+            self.tap_stages.setdefault(stage, []).append(tap)
+        plans = plan_branches(config, self.paper_branches(), self.tap_stages, self.tap_channels)
         self.plans = {plan.tap.replace(".", "_"): plan for plan in plans}
         self.branches = nn.ModuleDict({name: self._branch(plan) for name, plan in self.plans.items()})
         initialize(self.branches)
@@ -122,28 +135,6 @@ class DSoP(Classifier):
     def paper_branches(self) -> PaperBranches:
         """Return the paper's branches on this backbone."""
         raise NotImplementedError(f"{type(self).__name__} must define paper_branches")
-
-    def tap_stages(self) -> dict[str, list[str]]:
-        """Group the taps by stage: `layer2` has `layer2.0`, `layer2.1` and so on."""
-        stages: dict[str, list[str]] = {}
-        for tap in self.tap_channels:
-            stages.setdefault(tap.rpartition(".")[0], []).append(tap)
-        return stages
-
-    def branch_ending(self, _channels: int, /) -> nn.Module:
-        """Build the layers between a branch's last block and its pooling: none after a ReLU."""
-        return nn.Identity()
-
-    def branch_reduction(self, channels: int, width: int) -> nn.Module:
-        """Build DR from *channels* to *width*."""
-        return dimension_reduction(channels, width)
-
-    def forward(self, images: Tensor) -> Any:
-        """Compute (B, classes) logits in eval mode or without branches, else a `TrainingOutput`."""
-        if not self.training or "branches" not in self._modules:
-            return super().forward(images)
-        branches = self.heads(images)
-        return TrainingOutput(branches.pop("main"), branches, {})
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the logits of every branch and of the network itself."""
@@ -165,15 +156,18 @@ class DSoP(Classifier):
         channels = features = self.tap_channels[plan.tap]
         strides = [plan.stride, *(1 for _ in range(plan.blocks - 1))]  # an unused branch has one block
         reduction: nn.Module = nn.Identity()
+        ending: nn.Module = nn.Identity()
+        if self.normalize_branches:
+            ending = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
         pooling: nn.Module = nn.AdaptiveAvgPool2d(1)
         if plan.newton_schulz is not None:
             if channels > plan.width:
-                reduction = self.branch_reduction(channels, plan.width)
+                reduction = dimension_reduction(channels, plan.width, self.branch_activation)
             isqrt = ISqrtCov(plan.width, plan.newton_schulz)
             pooling, features = isqrt, isqrt.out_features
         return Branch(
             nn.Sequential(*(self.branch_block(channels, channels, stride) for stride in strides)),
-            self.branch_ending(channels),
+            ending,
             reduction,
             pooling,
             nn.Dropout(plan.dropout),
@@ -261,6 +255,7 @@ class DSoPEfficientNet(DSoP, EfficientNet):
 
     inference_class = EfficientNet
     inference_config = EfficientNetConfig
+    branch_activation = nn.SiLU
     config: DSoPEfficientNetConfig
 
     def paper_branches(self) -> PaperBranches:
@@ -273,24 +268,21 @@ class DSoPEfficientNet(DSoP, EfficientNet):
             dropout_rate=0.2,
         )
 
-    def branch_reduction(self, channels: int, width: int) -> nn.Module:
-        """Build DR that ends with swish instead of ReLU."""
-        return swish_reduction(channels, width)
-
 
 ENTRIES = {
     **{
-        f"dsop-resnet{depth}": imagenet_entry(
+        f"dsop-resnet{depth}": Entry(
             DSoPResNet,
             DSoPResNetConfig,
+            {"depth": depth},
             f"DSoP on ResNet-{depth}: four second-order branches, detached before export",
-            depth=depth,
         )
         for depth in (18, 34, 50, 101)
     },
-    "dsop-efficientnet-b0": imagenet_entry(
+    "dsop-efficientnet-b0": Entry(
         DSoPEfficientNet,
         DSoPEfficientNetConfig,
+        {},
         "DSoP on EfficientNet-b0: two second-order branches, detached before export",
     ),
 }

@@ -5,10 +5,9 @@ have weights 0.1, 0.2 and 0.3. Branches follow the blocks of a stage in patterns
 branch of three blocks after every third block.
 """
 
-from torch import nn
+from typing import ClassVar
 
 from sopdeploy.backbones.cifar_resnet import (
-    BLOCKS,
     PreActResNet,
     PreActResNetConfig,
     ResNeXt,
@@ -16,29 +15,39 @@ from sopdeploy.backbones.cifar_resnet import (
     SmallResNet,
     SmallResNetConfig,
 )
+from sopdeploy.models.base import Entry
 from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches
-from sopdeploy.models.plain import PREACT_NETWORKS, cifar_entry
+from sopdeploy.models.plain import PREACT_NETWORKS
 
 PATTERNS = {3: (1, 0, 2), 4: (0, 2, 0, 2), 18: (0, 0, 3) * 6}  # Table IV, by the blocks of a stage
 
 
-def _three_stages(blocks: int | tuple[int, ...]) -> PaperBranches:
-    """Return section V-D's branches on three stages, with the pattern *blocks* in each."""
-    return PaperBranches(
-        blocks=(blocks,) * 3,
-        widths=(128,) * 3,
-        weights=(0.1, 0.2, 0.3),
-        strides=(1,) * 3,
-        dropout_rate=0.5,
-        dropout_from=128,
-    )
+class DSoPThreeStages(DSoP):
+    """DSoP on three stages of equally many blocks, by the patterns of Table IV in `patterns`.
+
+    Stages of other lengths have one branch of two blocks (of one where the stage has one) after their last.
+    """
+
+    patterns: ClassVar[dict[int, tuple[int, ...]]] = PATTERNS
+
+    def paper_branches(self) -> PaperBranches:
+        """Return section V-D's branches, the same in every stage."""
+        count = len(list(self.get_submodule("layer1").children()))
+        return PaperBranches(
+            blocks=(self.patterns.get(count, min(2, count)),) * 3,
+            widths=(128,) * 3,
+            weights=(0.1, 0.2, 0.3),
+            strides=(1,) * 3,
+            dropout_rate=0.5,
+            dropout_from=128,
+        )
 
 
 class DSoPSmallResNetConfig(SmallResNetConfig, DSoPConfig):
     """ResNet for 32-pixel images with branches."""
 
 
-class DSoPSmallResNet(DSoP, SmallResNet):
+class DSoPSmallResNet(DSoPThreeStages, SmallResNet):
     """DSoP on ResNet-20/32/44/56/110 (section V-D: d at most 128, beta .1, .2, .3).
 
     Assumptions, because the paper shows no branches for these: stages of three blocks use the pattern
@@ -48,19 +57,15 @@ class DSoPSmallResNet(DSoP, SmallResNet):
 
     inference_class = SmallResNet
     inference_config = SmallResNetConfig
+    patterns: ClassVar[dict[int, tuple[int, ...]]] = {3: PATTERNS[3]}
     config: DSoPSmallResNetConfig
-
-    def paper_branches(self) -> PaperBranches:
-        """Return the branches of three stages."""
-        count = self.config.blocks
-        return _three_stages(PATTERNS[3] if count == 3 else min(2, count))
 
 
 class DSoPPreActResNetConfig(PreActResNetConfig, DSoPConfig):
     """Pre-activation ResNet or WRN with branches."""
 
 
-class DSoPPreActResNet(DSoP, PreActResNet):
+class DSoPPreActResNet(DSoPThreeStages, PreActResNet):
     """DSoP on pre-activation ResNet-110/164 and WRN-22-10/28-10, with the patterns of Table IV.
 
     Assumptions: batch norm and ReLU precede the pooling of a branch, as they precede the network's own (the
@@ -70,49 +75,36 @@ class DSoPPreActResNet(DSoP, PreActResNet):
 
     inference_class = PreActResNet
     inference_config = PreActResNetConfig
+    normalize_branches = True
     config: DSoPPreActResNetConfig
-
-    def paper_branches(self) -> PaperBranches:
-        """Return the branches of three stages."""
-        count = self.config.blocks
-        return _three_stages(PATTERNS.get(count, min(2, count)))
-
-    def branch_ending(self, channels: int, /) -> nn.Module:
-        """Build batch norm and ReLU."""
-        return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
 class DSoPResNeXtConfig(ResNeXtConfig, DSoPConfig):
     """ResNeXt-29 with branches."""
 
 
-class DSoPResNeXt(DSoP, ResNeXt):
+class DSoPResNeXt(DSoPThreeStages, ResNeXt):
     """DSoP on ResNeXt-29 8x64d and 16x64d (the paper's ResNeXt-64-8 and ResNeXt-64-16)."""
 
     inference_class = ResNeXt
     inference_config = ResNeXtConfig
     config: DSoPResNeXtConfig
 
-    def paper_branches(self) -> PaperBranches:
-        """Return two branches per stage."""
-        return _three_stages(PATTERNS[BLOCKS])
-
 
 ENTRIES = {
-    **{
-        f"dsop-resnet{depth}": cifar_entry(
-            DSoPSmallResNet, DSoPSmallResNetConfig, f"DSoP on ResNet-{depth}", depth=depth
-        )
-        for depth in (8, 20, 32, 44, 56, 110)
-    },
-    **{
-        f"dsop-{name}": cifar_entry(DSoPPreActResNet, DSoPPreActResNetConfig, f"DSoP on {title}", **defaults)
-        for name, (defaults, title) in PREACT_NETWORKS.items()
-    },
-    **{
-        f"dsop-resnext29-{groups}x64d": cifar_entry(
-            DSoPResNeXt, DSoPResNeXtConfig, f"DSoP on ResNeXt-29 {groups}x64d", cardinality=groups
-        )
-        for groups in (8, 16)
-    },
+    f"dsop-{name}": Entry(network, config, defaults, f"DSoP on {title} for 32-pixel images", 32, 10)
+    for name, network, config, defaults, title in (
+        *(
+            (f"resnet{depth}", DSoPSmallResNet, DSoPSmallResNetConfig, {"depth": depth}, f"ResNet-{depth}")
+            for depth in (8, 20, 32, 44, 56, 110)
+        ),
+        *(
+            (name, DSoPPreActResNet, DSoPPreActResNetConfig, defaults, title)
+            for name, (defaults, title) in PREACT_NETWORKS.items()
+        ),
+        *(
+            (f"resnext29-{n}x64d", DSoPResNeXt, DSoPResNeXtConfig, {"cardinality": n}, f"ResNeXt-29 {n}x64d")
+            for n in (8, 16)
+        ),
+    )
 }

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig, initialize_by_fan_in
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.isqrt_cov import dimension_reduction
 from sopdeploy.layers.mixture.components import FusionHead, Kind, make_components, pooling
 from sopdeploy.layers.mixture.gate import GateNoise, NoisePer, SparseGate, balance_loss, keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
+from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, Entry, TrainingOutput
 
 Width = Annotated[int, pydantic.Field(ge=1)]
@@ -79,14 +79,12 @@ class GatedResNet(LowResolutionResNet):
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute (B, classes) logits of the last feature map."""
-        return self.classify_with_gates(features)[0]
+        logits: Tensor = self.head(self.mixture(features, self.gate(features)))
+        return logits
 
     def outputs_tuple(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute logits (B, classes) and the gate's weights (B, N), K of them not 0, without noise."""
-        return self.classify_with_gates(self.features(images)[0])
-
-    def classify_with_gates(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the logits of the last feature map, and the gate's weights."""
+        features, _ = self.features(images)
         weights_BN = self.gate(features)
         return self.head(self.mixture(features, weights_BN)), weights_BN
 
@@ -96,6 +94,7 @@ class GMSOP(Classifier, GatedResNet):
 
     training_only = ("gate.noise",)
     inference_class = GatedResNet
+    classifier_input = "head.fc.in_features"
 
     def __init__(self, config: GMSOPConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
@@ -123,10 +122,6 @@ class GMSOP(Classifier, GatedResNet):
         logits: Tensor = self.head(mixed)
         return TrainingOutput(logits, {}, {"balance": balance_loss(weights_BN, self.config.balance_weight)})
 
-    def num_features(self) -> int:
-        """Return the length of a component's vector."""
-        return self.head.fc.in_features
-
 
 def make_gate(config: GMSOPConfig, channels: int) -> SparseGate:
     """Build the gate: prediction layers, the components' kind of pooling, Wg, top K."""
@@ -138,29 +133,21 @@ def make_gate(config: GMSOPConfig, channels: int) -> SparseGate:
     return gate
 
 
-def _gated(summary: str, **defaults: object) -> Entry:
-    return Entry(
-        network=GMSOP,
-        config=GMSOPConfig,
-        defaults=defaults,
-        image_size=64,
-        num_classes=1000,
-        summary=f"{summary} for 64-pixel images",
-    )
-
-
 WRN_36_2: dict[str, Any] = {"blocks_per_stage": 4, "widen": 2, "project_first_stage": True}
 GAP: dict[str, Any] = {"component": "gap", "component_widths": (512,)}
 WRN_SOP: dict[str, Any] = {**WRN_36_2, "component_widths": (512, 128), "gate_widths": (512, 128)}
 WRN_GAP: dict[str, Any] = {**WRN_36_2, **GAP, "gate_widths": (512,)}
 
+SGMOE: dict[str, Any] = {"component": "linear", "component_widths": (512,), "gate_widths": ()}
+
 ENTRIES = {
-    "gmsop-16-8-resnet18": _gated("GM-SOP (8 of 16 poolings) on ResNet-18"),
-    "gmsop-16-8-resnet50": _gated("GM-SOP (8 of 16 poolings) on ResNet-50", blocks_per_stage=6),
-    "gmsop-16-8-wrn36-2": _gated("GM-SOP (8 of 16 poolings) on WRN-36-2", **WRN_SOP),
-    "gmgap-16-8-resnet18": _gated("GM-GAP (8 of 16 poolings) on ResNet-18", **GAP),
-    "gmgap-16-8-wrn36-2": _gated("GM-GAP (8 of 16 poolings) on WRN-36-2", **WRN_GAP),
-    "sgmoe-16-8-resnet18": _gated(
-        "one-layer SG-MoE on ResNet-18", component="linear", component_widths=(512,), gate_widths=()
-    ),
+    name: Entry(GMSOP, GMSOPConfig, defaults, f"{title} for 64-pixel images", image_size=64)
+    for name, title, defaults in (
+        ("gmsop-16-8-resnet18", "GM-SOP (8 of 16 poolings) on ResNet-18", {}),
+        ("gmsop-16-8-resnet50", "GM-SOP (8 of 16 poolings) on ResNet-50", {"blocks_per_stage": 6}),
+        ("gmsop-16-8-wrn36-2", "GM-SOP (8 of 16 poolings) on WRN-36-2", WRN_SOP),
+        ("gmgap-16-8-resnet18", "GM-GAP (8 of 16 poolings) on ResNet-18", GAP),
+        ("gmgap-16-8-wrn36-2", "GM-GAP (8 of 16 poolings) on WRN-36-2", WRN_GAP),
+        ("sgmoe-16-8-resnet18", "one-layer SG-MoE on ResNet-18", SGMOE),
+    )
 }

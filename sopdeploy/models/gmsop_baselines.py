@@ -18,7 +18,7 @@ from torch import Tensor
 from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig
 from sopdeploy.layers.mixture.components import FusionHead, make_components
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
-from sopdeploy.layers.pooling.codebook import NetVLAD
+from sopdeploy.layers.pooling.codebook import GMSOPNetVLAD
 from sopdeploy.models.base import Classifier, Entry
 
 Width = Annotated[int, pydantic.Field(ge=1)]
@@ -46,6 +46,7 @@ class AveragedResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
 class AveragedResNet(Classifier, LowResolutionResNet):
     """Classifier of the mean of K poolings of the last feature map."""
 
+    classifier_input = "head.fc.in_features"
     config: AveragedResNetConfig
 
     def __init__(self, config: AveragedResNetConfig, num_classes: int) -> None:
@@ -65,10 +66,6 @@ class AveragedResNet(Classifier, LowResolutionResNet):
         logits: Tensor = self.head(self.mixture(features).mean(dim=1))
         return logits
 
-    def num_features(self) -> int:
-        """Return the length of a component's vector."""
-        return self.head.fc.in_features
-
 
 class NetVLADResNetConfig(LowResolutionResNetConfig):
     """The size of the codebook."""
@@ -79,51 +76,47 @@ class NetVLADResNetConfig(LowResolutionResNetConfig):
 class NetVLADResNet(Classifier, LowResolutionResNet):
     """Classifier of the NetVLAD vector of the last feature map."""
 
+    classifier_parts = ("pooling", "head")
     config: NetVLADResNetConfig
 
     def __init__(self, config: NetVLADResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.pooling = NetVLAD(self.channels, config.words)
+        self.pooling = GMSOPNetVLAD(self.channels, config.words)
         self.head = FusionHead(self.pooling.out_features, num_classes, norm=False, dropout=0.0)
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Compute (B, classes) logits of the last feature map."""
-        logits: Tensor = self.head(self.pooling(features))
-        return logits
-
-
-def _entry(network: type[Classifier], config: Any, summary: str, **defaults: object) -> Entry:
-    return Entry(
-        network=network,
-        config=config,
-        defaults=defaults,
-        image_size=64,
-        num_classes=1000,
-        summary=f"{summary} for 64-pixel images",
-    )
-
-
-def _averaged(summary: str, **defaults: object) -> Entry:
-    return _entry(AveragedResNet, AveragedResNetConfig, summary, **defaults)
 
 
 BLOCKS: dict[int, dict[str, int]] = {18: {}, 50: {"blocks_per_stage": 6}}
 PARAMETRIC: dict[str, Any] = {"component": "sop", "component_widths": (256, 128)}
 AVERAGE_OF_16: dict[str, Any] = {"components": 16, "fusion_norm": True, "dropout": 0.2}
 
-ENTRIES = {
-    **{f"resnet{depth}-64px": _averaged(f"plain ResNet-{depth}", **BLOCKS[depth]) for depth in BLOCKS},
-    **{f"wrn36-{k}": _averaged(f"plain WRN-36-{k}", blocks_per_stage=4, widen=k) for k in (1, 2, 5)},
+_AVERAGED: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"resnet{depth}-64px": (f"plain ResNet-{depth}", BLOCKS[depth]) for depth in BLOCKS},
+    **{f"wrn36-{k}": (f"plain WRN-36-{k}", {"blocks_per_stage": 4, "widen": k}) for k in (1, 2, 5)},
     **{
-        f"resnet{depth}-{width}d": _averaged(
-            f"ResNet-{depth}-{width}d", **BLOCKS[depth], component_widths=(width,)
+        f"resnet{depth}-{width}d": (
+            f"ResNet-{depth}-{width}d",
+            {**BLOCKS[depth], "component_widths": (width,)},
         )
         for depth in BLOCKS
         for width in (512, 8256)
     },
-    "srsop-resnet18": _averaged("SR-SOP on ResNet-18", component="sop"),
-    "parametric-srsop-resnet18": _averaged("parametric SR-SOP on ResNet-18", **PARAMETRIC),
-    "avegap-16-resnet18": _averaged("Ave-GAP-16 on ResNet-18", **AVERAGE_OF_16, component_widths=(512,)),
-    "avesop-16-resnet18": _averaged("Ave-SOP-16 on ResNet-18", **AVERAGE_OF_16, **PARAMETRIC),
-    "netvlad-64-resnet18": _entry(NetVLADResNet, NetVLADResNetConfig, "NetVLAD of 64 words on ResNet-18"),
+    "srsop-resnet18": ("SR-SOP on ResNet-18", {"component": "sop"}),
+    "parametric-srsop-resnet18": ("parametric SR-SOP on ResNet-18", PARAMETRIC),
+    "avegap-16-resnet18": ("Ave-GAP-16 on ResNet-18", {**AVERAGE_OF_16, "component_widths": (512,)}),
+    "avesop-16-resnet18": ("Ave-SOP-16 on ResNet-18", {**AVERAGE_OF_16, **PARAMETRIC}),
+}
+ENTRIES = {
+    **{
+        name: Entry(
+            AveragedResNet, AveragedResNetConfig, defaults, f"{title} for 64-pixel images", image_size=64
+        )
+        for name, (title, defaults) in _AVERAGED.items()
+    },
+    "netvlad-64-resnet18": Entry(
+        NetVLADResNet,
+        NetVLADResNetConfig,
+        {},
+        "NetVLAD of 64 words on ResNet-18 for 64-pixel images",
+        image_size=64,
+    ),
 }

@@ -11,32 +11,21 @@ the GFLOPs of Tables 5 and 6 rest; Newton-Schulz runs 5 steps in the paper, 3 in
 the block are documented in `layers/attention/gsop_block.py`. The network has no training-only parts.
 """
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
-from torch import Tensor, nn
+from torch import nn
 
 from sopdeploy.backbones.base import initialize
-from sopdeploy.backbones.cifar_resnet import STAGES as PREACT_STAGES
 from sopdeploy.backbones.cifar_resnet import PreActResNet, PreActResNetConfig
 from sopdeploy.backbones.resnet import BLOCKS, STAGES, ResNet, ResNetConfig
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.attention.first_order import (
-    AttentionAfter,
-    AttentionInside,
-    BottleneckAttendedAfter,
-    BottleneckAttendedInside,
-    PreActBottleneckAttendedAfter,
-    PreActBottleneckAttendedInside,
-)
 from sopdeploy.layers.attention.gsop_block import RELEASED_BLOCK, GSoPBlock, GSoPBlockConfig
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import GapConfig, GlobalPooling
-from sopdeploy.layers.pooling.isqrt import ISqrtPoolingConfig
+from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
 from sopdeploy.models.base import Classifier, Entry
-from sopdeploy.models.plain import imagenet_entry
 
 Stage = Literal["layer1", "layer2", "layer3", "layer4"]  # conv2_x .. conv5_x
 BLOCK_SPACING = 3  # 18 bottlenecks per stage, 6 of them with a block
@@ -77,10 +66,6 @@ class GSoP(Classifier):
     pooling: GlobalPooling
     fc: nn.Module
 
-    @abstractmethod
-    def attended_block(self, channels: int) -> AttentionAfter | AttentionInside:
-        """Build a residual block of the backbone's kind that takes an attention where the config says."""
-
     def attach(self, places: Mapping[str, tuple[int, ...]]) -> None:
         """Insert blocks at these positions of the stages, and the second-order end if the config has one."""
         config = self.config
@@ -99,8 +84,9 @@ class GSoP(Classifier):
             dr_stride = 2 if name in config.strided_dr_stages else 1
             for position in positions:
                 channels = self.tap_channels[f"{name}.{position}"]
-                block = self.attended_block(channels)
+                block: Any = self.branch_block(channels, channels, 1)  # the block's weights are drawn anew
                 block.attention = GSoPBlock(config, channels, dr_stride)
+                block.attention_after = config.block_place == "after"
                 stage.register_module(str(position), block)
                 initialize(block)
         if config.final_pooling == "isqrt":
@@ -111,13 +97,7 @@ class GSoP(Classifier):
             initialize(self.pooling)
             self.dropout = nn.Dropout(config.dropout)
             self.fc = self.pooling.classifier(self.num_classes)
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Compute logits of averaged features, or of the root of their covariance (GSoP-Net2)."""
-        if self.config.final_pooling == "gap":
-            return super().classify(features)
-        logits: Tensor = self.fc(self.dropout(self.pooling(features)))
-        return logits
+            self.classifier_parts = ("pooling", "dropout", "fc")
 
 
 class GSoPResNetConfig(ResNetConfig, GSoPConfig):
@@ -136,11 +116,6 @@ class GSoPResNet(GSoP, ResNet):
     def __init__(self, config: GSoPResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
         self.attach({stage: (n - 1,) for stage, n in zip(STAGES, BLOCKS[config.depth], strict=True)})
-
-    def attended_block(self, channels: int) -> AttentionAfter | AttentionInside:
-        """Build a bottleneck that keeps its input's shape."""
-        inside = self.config.block_place == "inside"
-        return (BottleneckAttendedInside if inside else BottleneckAttendedAfter)(channels, channels)
 
 
 class GSoPPreActResNetConfig(PreActResNetConfig, GSoPConfig):
@@ -167,35 +142,28 @@ class GSoPPreActResNet(GSoP, PreActResNet):
     def __init__(self, config: GSoPPreActResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
         spacing = min(BLOCK_SPACING, config.blocks)
-        self.attach(dict.fromkeys(PREACT_STAGES, tuple(range(spacing - 1, config.blocks, spacing))))
-
-    def attended_block(self, channels: int) -> AttentionAfter | AttentionInside:
-        """Build a pre-activation bottleneck that keeps its input's shape."""
-        inside = self.config.block_place == "inside"
-        kind = PreActBottleneckAttendedInside if inside else PreActBottleneckAttendedAfter
-        return kind(channels, channels)
+        self.attach(dict.fromkeys(self.stage_names, tuple(range(spacing - 1, config.blocks, spacing))))
 
 
 ENTRIES = {
     **{
-        f"gsop-net{net}-resnet{depth}": imagenet_entry(
+        f"gsop-net{net}-resnet{depth}": Entry(
             GSoPResNet,
             GSoPResNetConfig,
+            {"depth": depth, "final_pooling": FINAL_POOLING[net]},
             f"GSoP-Net{net} on ResNet-{depth}: covariances scale the channels of every stage",
-            depth=depth,
-            final_pooling=FINAL_POOLING[net],
         )
         for net in FINAL_POOLING
         for depth in (26, 50, 101)
     },
     **{
         f"gsop-net{net}-preact-resnet{depth}": Entry(
-            network=GSoPPreActResNet,
-            config=GSoPPreActResNetConfig,
-            defaults={"blocks": (depth - 2) // 9, "final_pooling": FINAL_POOLING[net]},
+            GSoPPreActResNet,
+            GSoPPreActResNetConfig,
+            {"blocks": (depth - 2) // 9, "final_pooling": FINAL_POOLING[net]},
+            f"GSoP-Net{net} on PreAct-ResNet-{depth} for 32-pixel images",
             image_size=32,
             num_classes=100,
-            summary=f"GSoP-Net{net} on PreAct-ResNet-{depth} for 32-pixel images",
         )
         for net in FINAL_POOLING
         for depth in (29, 164)

@@ -10,7 +10,6 @@ from sopdeploy.backbones.cifar_resnet import (
 )
 from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
-from sopdeploy.config import StrictModel
 from sopdeploy.models.base import Classifier, Entry
 
 
@@ -52,45 +51,27 @@ PREACT_NETWORKS: dict[str, tuple[dict[str, int | str], str]] = {
 }
 
 
-def imagenet_entry(
-    network: type[Classifier], config: type[StrictModel], summary: str, **defaults: object
-) -> Entry:
-    """Build the entry of a network for 224-pixel images and 1000 classes."""
-    return Entry(
-        network=network, config=config, defaults=defaults, image_size=224, num_classes=1000, summary=summary
-    )
-
-
-def cifar_entry(
-    network: type[Classifier], config: type[StrictModel], summary: str, **defaults: object
-) -> Entry:
-    """Build the entry of a network for 32-pixel images and 10 classes."""
-    summary = f"{summary} for 32-pixel images"
-    return Entry(
-        network=network, config=config, defaults=defaults, image_size=32, num_classes=10, summary=summary
-    )
-
-
 ENTRIES = {
     **{
-        f"resnet{depth}": imagenet_entry(PlainResNet, ResNetConfig, f"plain ResNet-{depth}", depth=depth)
+        f"resnet{depth}": Entry(PlainResNet, ResNetConfig, {"depth": depth}, f"plain ResNet-{depth}")
         for depth in (18, 34, 50, 101)
     },
-    "efficientnet-b0": imagenet_entry(PlainEfficientNet, EfficientNetConfig, "plain EfficientNet-b0"),
+    "efficientnet-b0": Entry(PlainEfficientNet, EfficientNetConfig, {}, "plain EfficientNet-b0"),
     **{
-        f"resnet{depth}": cifar_entry(
-            PlainSmallResNet, SmallResNetConfig, f"plain ResNet-{depth}", depth=depth
+        name: Entry(network, config, defaults, f"plain {title} for 32-pixel images", 32, 10)
+        for name, network, config, defaults, title in (
+            *(
+                (f"resnet{depth}", PlainSmallResNet, SmallResNetConfig, {"depth": depth}, f"ResNet-{depth}")
+                for depth in (8, 20, 32, 44, 56, 110)
+            ),
+            *(
+                (name, PlainPreActResNet, PreActResNetConfig, defaults, title)
+                for name, (defaults, title) in PREACT_NETWORKS.items()
+            ),
+            *(
+                (f"resnext29-{n}x64d", PlainResNeXt, ResNeXtConfig, {"cardinality": n}, f"ResNeXt-29 {n}x64d")
+                for n in (8, 16)
+            ),
         )
-        for depth in (8, 20, 32, 44, 56, 110)
-    },
-    **{
-        name: cifar_entry(PlainPreActResNet, PreActResNetConfig, f"plain {title}", **defaults)
-        for name, (defaults, title) in PREACT_NETWORKS.items()
-    },
-    **{
-        f"resnext29-{groups}x64d": cifar_entry(
-            PlainResNeXt, ResNeXtConfig, f"plain ResNeXt-29 {groups}x64d", cardinality=groups
-        )
-        for groups in (8, 16)
     },
 }

@@ -10,7 +10,7 @@ Assumption: the convolutions of the chain have no bias, as in iSQRT-COV's DR.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 from torch import Tensor, nn
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.isqrt_cov import ISqrtCov, dimension_reduction
+from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import GapConfig, GlobalPooling
-from sopdeploy.models.base import Classifier, TrainingOutput
-from sopdeploy.models.plain import imagenet_entry
+from sopdeploy.layers.residual import dimension_reduction
+from sopdeploy.models.base import Classifier, Entry
 
 
 class PSDRConfig(ResNetConfig, NewtonSchulzOptions):
@@ -71,11 +71,7 @@ class ProgressivePooling(GlobalPooling):
     def forward(self, features: Tensor) -> Tensor:
         """Compute the vector of the last step."""
         *_, last = self.steps(features)
-        return self.pool(last)
-
-    def pool(self, features: Tensor) -> Tensor:
-        """Compute the vector of a reduced map."""
-        vector: Tensor = self.root(features)
+        vector: Tensor = self.root(last)
         return vector
 
 
@@ -109,13 +105,6 @@ class SupervisedPSDRResNet(PSDRResNet):
             )
         initialize(self.auxiliary)
 
-    def forward(self, images: Tensor) -> Any:
-        """Compute (B, classes) logits in eval mode or without heads, else a `TrainingOutput`."""
-        if not self.training or "auxiliary" not in self._modules:
-            return super().forward(images)
-        auxiliary = self.heads(images)
-        return TrainingOutput(auxiliary.pop("main"), auxiliary, {})
-
     def heads(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the logits of every auxiliary head and of the network itself."""
         if "auxiliary" not in self._modules:
@@ -133,16 +122,16 @@ class SupervisedPSDRResNet(PSDRResNet):
 
 
 ENTRIES = {
-    "psdr-resnet50": imagenet_entry(
+    "psdr-resnet50": Entry(
         SupervisedPSDRResNet,
         PSDRConfig,
+        {"depth": 50},
         "ResNet-50 before PSDR and iSQRT-COV; its auxiliary heads are detached",
-        depth=50,
     ),
-    "psdr-resnet50-no-aux": imagenet_entry(
+    "psdr-resnet50-no-aux": Entry(
         PSDRResNet,
         PSDRConfig,
+        {"depth": 50},
         "ResNet-50 before progressive reduction and iSQRT-COV, without auxiliary heads",
-        depth=50,
     ),
 }

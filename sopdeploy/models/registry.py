@@ -43,8 +43,8 @@ def entry(name: str) -> Entry:
     `timm:NAME` and `dsop-timm:NAME` are entries for every NAME of timm that has feature maps.
     """
     family, colon, rest = name.partition(":")
-    if colon and family in timm_networks.FAMILIES:
-        return timm_networks.FAMILIES[family](rest)
+    if colon and family in {"timm", "dsop-timm"}:
+        return timm_networks.timm_entry(family, rest)
     if name not in CATALOG:
         near = difflib.get_close_matches(name, CATALOG, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "`sopdeploy models` lists them all"

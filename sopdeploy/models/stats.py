@@ -2,31 +2,23 @@
 
 Conventions: parameters are all learnable tensors (including batch norm's affine, excluding running
 statistics); MACs are the multiply-adds of convolutions and linear layers for one image, without bias. A
-module that computes less than its layers show (a mixture evaluates K of N components) implements
-`CountsItself`.
+mixture counts the K of its N components that it evaluates per image.
 """
 
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from sopdeploy.config import StrictModel
 from sopdeploy.layers.isqrt_cov import ISqrtCov
+from sopdeploy.layers.mixture.components import Components
 
 PROBE_BATCH = 2  # a batch of one would hide dependence on the batch
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-
-
-@runtime_checkable
-class CountsItself(Protocol):
-    """A module that computes its own multiply-adds."""
-
-    def macs(self, features: torch.Size) -> int:
-        """Return the multiply-adds of one image of an input of this shape."""
 
 
 class Counts(StrictModel):
@@ -55,33 +47,21 @@ class Tally:
 
     def by_part(self, split: Collection[str]) -> dict[str, Counts]:
         """Sum the counts of each child; children named in *split* are divided into their own children."""
-
-        def part(name: str) -> str:
-            first, second, *_ = [*name.split("."), ""]
-            return f"{first}.{second}" if first in split else first
-
-        return {
-            found: Counts(
-                parameters=sum(n for name, n in self.parameters.items() if part(name) == found),
-                macs=sum(n for name, n in self.macs.items() if part(name) == found),
-            )
-            for found in dict.fromkeys(map(part, self.parameters))
-        }
-
-
-def count(network: nn.Module, image_size: int) -> Counts:
-    """Count the parameters and multiply-adds of *network*, which is on `meta`, in its current mode."""
-    return tally(network, image_size).total()
+        parameters: Counter[str] = Counter()
+        macs: Counter[str] = Counter()
+        for counts, sums in ((self.parameters, parameters), (self.macs, macs)):
+            for name, number in counts.items():
+                first, second, *_ = [*name.split("."), ""]
+                sums[f"{first}.{second}" if first in split else first] += number
+        return {part: Counts(parameters=n, macs=macs[part]) for part, n in parameters.items()}
 
 
 def tally(network: nn.Module, image_size: int) -> Tally:
     """Count *network*, which is on `meta`, in its current mode, by the names of its parts."""
     found = Tally(parameters=Counter({name: p.numel() for name, p in network.named_parameters()}))
-
-    def hook(name: str) -> Any:
-        return lambda module, inputs, output: _add(found, name, module, inputs, output)
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in network.named_modules()]
+    handles = [
+        part.register_forward_hook(partial(_add, found, name)) for name, part in network.named_modules()
+    ]
     norms = [part for part in network.modules() if isinstance(part, NORMS) and part.training]
     for norm in norms:
         norm.training = False  # same shapes; batch statistics on `meta` take most of the time
@@ -96,7 +76,7 @@ def tally(network: nn.Module, image_size: int) -> Tally:
 
 def _add(found: Tally, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     """Add to *found* the operations of *module* for one image."""
-    if isinstance(module, CountsItself):
+    if isinstance(module, Components):
         found.macs[name] += module.macs(inputs[0].shape)
     elif isinstance(module, nn.Linear):
         found.macs[name] += output[0].numel() * module.in_features

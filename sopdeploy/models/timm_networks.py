@@ -3,8 +3,6 @@
 NAME is timm's own. The inference model is timm's network with timm's key names, so timm's weight files fit.
 """
 
-from torch import nn
-
 from sopdeploy.backbones.timm_backbone import TimmBackbone, TimmConfig, timm_image_size
 from sopdeploy.models.base import Classifier, Entry
 from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches
@@ -14,10 +12,7 @@ class PlainTimm(Classifier, TimmBackbone):
     """A network of timm without changes."""
 
     inference_class = TimmBackbone
-
-    def num_features(self) -> int:
-        """Return the number of channels that the classifier reads."""
-        return self.head_channels()
+    classifier_input = "head_channels"
 
 
 class DSoPTimmConfig(TimmConfig, DSoPConfig):
@@ -34,6 +29,9 @@ class DSoPTimm(DSoP, TimmBackbone):
 
     inference_class = TimmBackbone
     inference_config = TimmConfig
+    classifier_input = "head_channels"
+    taps_are_stages = True
+    normalize_branches = True
     config: DSoPTimmConfig
 
     def paper_branches(self) -> PaperBranches:
@@ -43,32 +41,13 @@ class DSoPTimm(DSoP, TimmBackbone):
             blocks=(2,) * stages, widths=(256,) * stages, weights=(1.0,) * stages, strides=(1,) * stages
         )
 
-    def tap_stages(self) -> dict[str, list[str]]:
-        """Return every stage with its only tap, itself."""
-        return {tap: [tap] for tap in self.tap_channels}
 
-    def branch_ending(self, channels: int, /) -> nn.Module:
-        """Build batch norm and ReLU."""
-        return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+def timm_entry(family: str, name: str) -> Entry:
+    """Build the entry of `timm:NAME` or `dsop-timm:NAME`, with the image size of timm's weights.
 
-    def num_features(self) -> int:
-        """Return the number of channels that the classifier reads."""
-        return self.head_channels()
-
-
-def _entry(network: type[Classifier], config: type[TimmConfig], name: str, summary: str) -> Entry:
-    """Build an entry with the image size of timm's weights; raise `ConfigError` if unknown."""
-    return Entry(
-        network=network,
-        config=config,
-        defaults={"backbone": name},
-        image_size=timm_image_size(name),
-        num_classes=1000,
-        summary=summary,
-    )
-
-
-FAMILIES = {
-    "timm": lambda name: _entry(PlainTimm, TimmConfig, name, f"timm's {name}"),
-    "dsop-timm": lambda name: _entry(DSoPTimm, DSoPTimmConfig, name, f"DSoP on timm's {name}"),
-}
+    Raises `ConfigError` if timm has no network *name*.
+    """
+    side = timm_image_size(name)
+    if family == "timm":
+        return Entry(PlainTimm, TimmConfig, {"backbone": name}, f"timm's {name}", side)
+    return Entry(DSoPTimm, DSoPTimmConfig, {"backbone": name}, f"DSoP on timm's {name}", side)

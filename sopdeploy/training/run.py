@@ -145,7 +145,7 @@ class Run:
             return
         self.config = {
             **self.config,
-            "aux_blocks": [0] * len(old.tap_stages()),
+            "aux_blocks": [0] * len(old.tap_stages),
             "keep_unused_branches": False,
         }
         new = create_model(self.recipe.model.name, num_classes=len(self.labels), **self.config)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sopdeploy import models
-from sopdeploy.models.published import ROWS
+from sopdeploy.models.describe import ROWS
 from sopdeploy.models.registry import FAMILIES
 from tests.sweep.goldens import FOLDER, golden, path_of, small_models
 

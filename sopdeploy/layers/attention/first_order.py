@@ -1,4 +1,4 @@
-"""First-order attention: Squeeze-and-Excitation, CBAM, Gather-Excite, and residual blocks that contain them.
+"""First-order attention: Squeeze-and-Excitation, CBAM and Gather-Excite.
 
 Papers: Hu et al., "Squeeze-and-Excitation Networks" (CVPR 2018), section 3; Woo et al., "CBAM" (ECCV 2018);
 Hu et al., "Gather-Excite" (NeurIPS 2018). Linear layers on channel means are 1x1 convolutions with bias here.
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.layers.attention.gsop_attention import nearest_rows, resample
-from sopdeploy.layers.residual import BasicBlock, Bottleneck, PreActBottleneck, ResidualBlock
 
 Extent = Literal["global", 2, 4, 8]
 Parameters = Literal["none", "gather", "gather+excite"]
@@ -62,93 +61,44 @@ class CBAM(nn.Module):
         return by_channel * torch.sigmoid(self.bn(self.conv(extremes_B2HW)))
 
 
-class _GlobalMean(nn.Module):
-    def forward(self, features_BCHW: Tensor) -> Tensor:
-        return features_BCHW.mean(dim=(2, 3), keepdim=True)
-
-
 class GatherExcite(nn.Module):
     """Scale a feature map (B, C, H, W) by a function of its surroundings.
 
     *extent* is the ratio of the map's side to the gathered one's; "global" gathers to one pixel. Global
-    gathering with parameters has one weight per position, so it requires maps of *side* x *side*.
+    gathering with parameters has one weight per position, so it requires maps of *side* x *side*; other
+    extents gather by 3x3 convolutions that halve the map.
     """
 
     def __init__(
         self, channels: int, side: int, extent: Extent, parameters: Parameters, reduction: int
     ) -> None:
         super().__init__()
-        self.gather: nn.Module
-        if parameters != "none":
-            self.gather = _convolutions(channels, side, extent)
+        self.gather: nn.Module | None = None  # the mean over all positions
+        if parameters == "none":
+            if extent != "global":  # windows of 2 extent - 1 whose padding is not counted
+                self.gather = nn.AvgPool2d(
+                    2 * extent - 1, stride=extent, padding=extent - 1, count_include_pad=False
+                )
         elif extent == "global":
-            self.gather = _GlobalMean()
-        else:  # windows of 2 extent - 1 whose padding is not counted
-            self.gather = nn.AvgPool2d(
-                2 * extent - 1, stride=extent, padding=extent - 1, count_include_pad=False
-            )
+            conv = nn.Conv2d(channels, channels, side, groups=channels, bias=False)
+            self.gather = nn.Sequential(conv, nn.BatchNorm2d(channels))
+        else:
+            layers: list[nn.Module] = []
+            for _ in range(HALVINGS[extent]):
+                conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels, bias=False)
+                layers += [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+            self.gather = nn.Sequential(*layers[:-1])
         self.mlp = _mlp(channels, reduction) if parameters == "gather+excite" else nn.Identity()
         self.whole = extent == "global"
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """Compute the scaled map; gathered weights are upsampled by nearest neighbor."""
-        weights_BChw = torch.sigmoid(self.mlp(self.gather(features_BCHW)))
+        if self.gather is None:
+            gathered_BChw = features_BCHW.mean(dim=(2, 3), keepdim=True)
+        else:
+            gathered_BChw = self.gather(features_BCHW)
+        weights_BChw = torch.sigmoid(self.mlp(gathered_BChw))
         if not self.whole:
             height, width = features_BCHW.shape[2:]
             weights_BChw = resample(weights_BChw, height, width, nearest_rows)
         return features_BCHW * weights_BChw
-
-
-def _convolutions(channels: int, side: int, extent: Extent) -> nn.Sequential:
-    """Build depthwise convolutions: one of the map's size, or 3x3 ones that halve it."""
-    if extent == "global":
-        conv = nn.Conv2d(channels, channels, side, groups=channels, bias=False)
-        return nn.Sequential(conv, nn.BatchNorm2d(channels))
-    layers: list[nn.Module] = []
-    for _ in range(HALVINGS[extent]):
-        conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels, bias=False)
-        layers += [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[:-1])
-
-
-class AttentionInside(ResidualBlock):
-    """Mixin before a residual block: the attention scales the residual."""
-
-    attention: nn.Module
-
-    def residual(self, x: Tensor) -> Tensor:
-        """Compute the attended residual."""
-        attended: Tensor = self.attention(super().residual(x))
-        return attended
-
-
-class AttentionAfter(ResidualBlock):
-    """Mixin before a residual block: the block's output plus the attended output."""
-
-    attention: nn.Module
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute out + attention(out)."""
-        out = super().forward(x)
-        attended: Tensor = self.attention(out)
-        return out + attended
-
-
-class BasicBlockAttendedInside(AttentionInside, BasicBlock):
-    """Two 3x3 convolutions whose result is attended, then added to the shortcut."""
-
-
-class BottleneckAttendedInside(AttentionInside, Bottleneck):
-    """A bottleneck whose residual is attended, then added to the shortcut."""
-
-
-class BottleneckAttendedAfter(AttentionAfter, Bottleneck):
-    """A bottleneck, then an attention with its own shortcut."""
-
-
-class PreActBottleneckAttendedInside(AttentionInside, PreActBottleneck):
-    """A pre-activation bottleneck whose residual is attended, then added to the shortcut."""
-
-
-class PreActBottleneckAttendedAfter(AttentionAfter, PreActBottleneck):
-    """A pre-activation bottleneck, then an attention with its own shortcut."""

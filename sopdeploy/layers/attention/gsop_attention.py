@@ -74,10 +74,6 @@ class Excitation(nn.Module, ExportHints):
         rows_BR11 = self.row_conv(self.row_bn(cov_Bnn.unsqueeze(3)))
         return torch.sigmoid(self.conv(activate(rows_BR11, self.activation)))
 
-    def extra_repr(self) -> str:
-        """Show the activation in the printed module."""
-        return f"activation={self.activation}"
-
 
 class ChannelAttention(nn.Module, ExportHints):
     """Map features (B, C, H, W) to channel weights (B, C, 1, 1)."""
@@ -103,10 +99,6 @@ class ChannelAttention(nn.Module, ExportHints):
             cov_Bdd = covariance(centered_and_scaled(at_least_float32(reduced_BdHW)))
         weights_BC11: Tensor = self.excitation(cov_Bdd)
         return weights_BC11
-
-    def extra_repr(self) -> str:
-        """Show the option in the printed module."""
-        return f"pre_relu={self.pre_relu}"
 
 
 RowBuilder = Callable[[int, int], list[list[float]]]
@@ -171,19 +163,14 @@ class PositionAttention(nn.Module, ExportHints):
             small_Bdss = resample(at_least_float32(reduced_BdHW), side, side, averaging_rows)
             small_BdP = small_Bdss.flatten(start_dim=2)
             uncentered = switches.covariance == "uncentred"
-            cov_BPP = released_covariance(small_BdP) if uncentered else position_covariance(small_BdP)
+            cov_BPP = (
+                released_covariance(small_BdP)
+                if uncentered
+                else covariance(centered_and_scaled(small_BdP.transpose(1, 2)))
+            )
         weights_B1ss = self.excitation(cov_BPP).reshape(-1, 1, side, side)
         rows = nearest_rows if switches.upsampling == "nearest" else averaging_rows
         return resample(weights_B1ss, height, width, rows)
-
-    def extra_repr(self) -> str:
-        """Show the options in the printed module."""
-        return ", ".join(f"{name}={value}" for name, value in self.switches)
-
-
-def position_covariance(small_BdP: Tensor) -> Tensor:
-    """Compute the (B, P, P) covariance between positions; the d channels are the samples."""
-    return covariance(centered_and_scaled(small_BdP.transpose(1, 2)))
 
 
 def released_covariance(small_BdP: Tensor) -> Tensor:

@@ -56,25 +56,6 @@ class Concatenation(nn.Module):
         return fused
 
 
-class Fusion(nn.Module):
-    """Fuse two tensors (B, C, H, W) by their mean, sum or maximum, without parameters."""
-
-    def __init__(self, kind: Literal["average", "sum", "maximum"]) -> None:
-        super().__init__()
-        self.kind = kind
-
-    def forward(self, by_channel: Tensor, by_position: Tensor) -> Tensor:
-        """Compute the fused tensor."""
-        if self.kind == "maximum":
-            return torch.maximum(by_channel, by_position)
-        summed = by_channel + by_position
-        return summed if self.kind == "sum" else summed * 0.5
-
-    def extra_repr(self) -> str:
-        """Show the kind in the printed module."""
-        return self.kind
-
-
 class GSoPBlockConfig(StrictModel):
     """Options of the block; defaults are the paper's.
 
@@ -110,7 +91,7 @@ class GSoPBlock(nn.Module):
 
     channel: ChannelAttention | None
     position: PositionAttention | None
-    fusion: nn.Module | None
+    fusion: Concatenation | None
 
     def __init__(self, config: GSoPBlockConfig, channels: int, dr_stride: int) -> None:
         super().__init__()
@@ -133,16 +114,27 @@ class GSoPBlock(nn.Module):
             self.position = PositionAttention(channels, config.cov_width, switches)
             if kind == "concatenation":
                 self.fusion = Concatenation(channels)
-            elif kind != "position":
-                self.fusion = Fusion(kind)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """Scale the map by channel, by position, or by both and fuse the two."""
-        scaled: list[Tensor] = []
+        by_channel = by_position = features_BCHW
         if self.channel is not None:
-            scaled.append(features_BCHW * self.channel(features_BCHW))
+            by_channel = features_BCHW * self.channel(features_BCHW)
         if self.position is not None:
             by_position = features_BCHW * self.position(features_BCHW)
-            scaled.append(F.relu(by_position) if self.config.position_rectify == "scaled" else by_position)
-        fused: Tensor = scaled[0] if self.fusion is None else self.fusion(*scaled)
+            if self.config.position_rectify == "scaled":
+                by_position = F.relu(by_position)
+        match self.config.attention:
+            case "channel":
+                return by_channel
+            case "position":
+                return by_position
+            case "maximum":
+                return torch.maximum(by_channel, by_position)
+            case "sum":
+                return by_channel + by_position
+            case "average":
+                return (by_channel + by_position) * 0.5
+        assert self.fusion is not None  # noqa: S101 - the concatenation has parameters
+        fused: Tensor = self.fusion(by_channel, by_position)
         return fused

@@ -35,7 +35,7 @@ class GateNoise(nn.Module):
         super().__init__()
         self.per = per
         self.shard_rng = ShardRng()
-        self.weight = _constant_weights(components, features)
+        self.weight = nn.Parameter(torch.full((components, features), 1.0 / features))
 
     def forward(self, feature_BD: Tensor) -> Tensor:
         """Draw the noise that is added to the gate's logits."""
@@ -48,7 +48,8 @@ class GateNoise(nn.Module):
 class SparseGate(nn.Module, ExportHints):
     """Map a feature map to weights (B, N): K of them positive with sum 1, the others 0.
 
-    *feature* computes f, of D numbers, from the feature map: the prediction layers and a pooling.
+    *feature* computes f, of D numbers, from the feature map: the prediction layers and a pooling. Wg and Wn
+    start as 1 / D, as in the released code: all components tie at first.
     """
 
     keep_float32 = True
@@ -58,7 +59,7 @@ class SparseGate(nn.Module, ExportHints):
         super().__init__()
         self.feature = feature
         self.chosen = chosen
-        self.weight = _constant_weights(components, features)
+        self.weight = nn.Parameter(torch.full((components, features), 1.0 / features))
 
     def logits(self, feature_BD: Tensor) -> Tensor:
         """Compute Wg f as (B, N) in float32 or float64: half precision would select other components."""
@@ -68,15 +69,6 @@ class SparseGate(nn.Module, ExportHints):
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """Compute the weights without noise."""
         return keep_largest(self.logits(self.feature(features_BCHW)), self.chosen)
-
-    def extra_repr(self) -> str:
-        """Show K and N in the printed module."""
-        return f"chosen={self.chosen}, components={len(self.weight)}"
-
-
-def _constant_weights(components: int, features: int) -> nn.Parameter:
-    """Build (N, D) weights of 1 / D, as the released code starts: all components tie at first."""
-    return nn.Parameter(torch.full((components, features), 1.0 / features))
 
 
 def rank(logits_BN: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Bilinear pooling: B-CNN, improved B-CNN and low-rank bilinear pooling.
+"""Bilinear pooling: B-CNN, improved B-CNN, the Gaussian embedding of G2DeNet, low-rank bilinear pooling.
 
 Papers: Lin et al., "Bilinear CNN Models for Fine-grained Visual Recognition" (ICCV 2015); Lin and Maji,
 "Improved Bilinear Pooling with CNNs" (BMVC 2017). Letters: B images, C channels, M positions.
@@ -9,57 +9,11 @@ from typing import Annotated, Literal
 
 import pydantic
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, signed_root, unit_length
-from sopdeploy.layers.spectral import MatrixRootConfig, square_root
-
-
-class BilinearConfig(PoolingConfig):
-    """B-CNN; it has no options."""
-
-    kind: Literal["bcnn"] = "bcnn"
-
-    def build(self, channels: int) -> GlobalPooling:
-        """Build the layer; it has no weights."""
-        return Bilinear(channels)
-
-
-class ImprovedBilinearConfig(PoolingConfig, MatrixRootConfig):
-    """The matrix square root; the paper compares an exact root with iterations."""
-
-    kind: Literal["improved-bcnn"] = "improved-bcnn"
-
-    def build(self, channels: int) -> GlobalPooling:
-        """Build the layer; it has no weights."""
-        return ImprovedBilinear(self, channels)
-
-
-class Bilinear(GlobalPooling):
-    """Pool (B, C, H, W) maps to the signed root of X X^T / M, at unit length (B, C^2)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.out_features = channels * channels
-
-    def pool(self, features: Tensor) -> Tensor:
-        """Compute the vector."""
-        return unit_length(signed_root(bilinear(features).flatten(start_dim=1)))
-
-
-class ImprovedBilinear(GlobalPooling):
-    """Pool (B, C, H, W) maps like `Bilinear`, by the matrix square root of X X^T / M."""
-
-    def __init__(self, config: ImprovedBilinearConfig, channels: int) -> None:
-        super().__init__()
-        self.config = config
-        self.not_exportable = config.not_exportable
-        self.out_features = channels * channels
-
-    def pool(self, features: Tensor) -> Tensor:
-        """Compute the vector."""
-        root_BCC = square_root(bilinear(features), self.config)
-        return unit_length(signed_root(root_BCC.flatten(start_dim=1)))
+from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_signed_root
+from sopdeploy.layers.spectral import NO_ROOT_FORM, MatrixRootConfig, square_root
 
 
 def bilinear(features_BCHW: Tensor) -> Tensor:
@@ -69,31 +23,74 @@ def bilinear(features_BCHW: Tensor) -> Tensor:
     return x_BCM @ x_BCM.transpose(1, 2)
 
 
-class LowRankBilinearConfig(PoolingConfig):
-    """`width` is m, `rank` is r."""
+class Bilinear(GlobalPooling):
+    """Pool (B, C, H, W) maps to the signed root of X X^T / M, at unit length (B, C^2).
 
-    kind: Literal["low-rank-bilinear"] = "low-rank-bilinear"
-    width: Annotated[int, pydantic.Field(ge=1)] = 100
-    rank: Annotated[int, pydantic.Field(ge=2, multiple_of=2)] = 8
+    Improved B-CNN takes the matrix square root of X X^T / M first.
+    """
 
-    def build(self, channels: int) -> GlobalPooling:
-        """Build the layer."""
-        return LowRankBilinear(self, channels)
+    def __init__(self, config: "BilinearConfig | ImprovedBilinearConfig", channels: int) -> None:
+        super().__init__()
+        self.root = config if isinstance(config, ImprovedBilinearConfig) else None
+        if isinstance(config, ImprovedBilinearConfig) and config.root == "eigen":
+            self.not_exportable = NO_ROOT_FORM
+        self.out_features = channels * channels
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Compute the vector."""
+        matrix_BCC = bilinear(features)
+        if self.root is not None:
+            matrix_BCC = square_root(matrix_BCC, self.root)
+        return unit_signed_root(matrix_BCC.flatten(start_dim=1))
+
+
+class BilinearConfig(PoolingConfig):
+    """B-CNN; it has no options."""
+
+    layer = Bilinear
+    kind: Literal["bcnn"] = "bcnn"
+
+
+class ImprovedBilinearConfig(PoolingConfig, MatrixRootConfig):
+    """The matrix square root; the paper compares an exact root with iterations."""
+
+    layer = Bilinear
+    kind: Literal["improved-bcnn"] = "improved-bcnn"
+
+
+class GaussianEmbedding(GlobalPooling):
+    """Pool (B, C, H, W) maps to the embedded Gaussian (B, (C + 1)^2)."""
+
+    def __init__(self, config: "GaussianConfig", channels: int) -> None:
+        super().__init__()
+        self.config = config
+        self.not_exportable = NO_ROOT_FORM if config.root == "eigen" else None
+        self.out_features = (channels + 1) ** 2
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Compute the vector; Sigma + mu mu^T is X X^T / M."""
+        mean_B1C = features.mean(dim=(2, 3))[:, None, :]
+        left_BDC = torch.cat([bilinear(features), mean_B1C], dim=1)
+        right_BD1 = F.pad(mean_B1C, (0, 1), value=1.0).transpose(1, 2)
+        embedded_BDD = torch.cat([left_BDC, right_BD1], dim=2)
+        return square_root(embedded_BDD, self.config).flatten(start_dim=1)
+
+
+class GaussianConfig(PoolingConfig, MatrixRootConfig):
+    """G2DeNet; the paper's matrix square root is exact."""
+
+    layer = GaussianEmbedding
+    kind: Literal["g2denet"] = "g2denet"
 
 
 class LowRankBilinear(GlobalPooling):
     """Pool (B, C, H, W) maps to (B, m^2), for its own low-rank classifier."""
 
-    def __init__(self, config: LowRankBilinearConfig, channels: int) -> None:
+    def __init__(self, config: "LowRankBilinearConfig", channels: int) -> None:
         super().__init__()
         self.config = config
         self.out_features = config.width**2
         self.layer_reduce = nn.Conv2d(channels, config.width, 1, bias=False)
-
-    def reduce(self, features: Tensor) -> Tensor:
-        """Reduce the map to (B, m, H, W)."""
-        reduced: Tensor = self.layer_reduce(features)
-        return reduced
 
     def pool(self, features: Tensor) -> Tensor:
         """Compute the bilinear matrix of reduced features as a vector."""
@@ -109,7 +106,7 @@ class LowRankClassifier(nn.Module):
 
     signs: Tensor
 
-    def __init__(self, config: LowRankBilinearConfig, num_classes: int) -> None:
+    def __init__(self, config: "LowRankBilinearConfig", num_classes: int) -> None:
         super().__init__()
         self.config = config
         self.in_features = config.width**2
@@ -126,3 +123,12 @@ class LowRankClassifier(nn.Module):
         forms_BKr = forms_BF.view(-1, len(self.bias), self.config.rank)
         logits: Tensor = (forms_BKr * self.signs).sum(dim=2) + self.bias
         return logits
+
+
+class LowRankBilinearConfig(PoolingConfig):
+    """`width` is m, `rank` is r."""
+
+    layer = LowRankBilinear
+    kind: Literal["low-rank-bilinear"] = "low-rank-bilinear"
+    width: Annotated[int, pydantic.Field(ge=1)] = 100
+    rank: Annotated[int, pydantic.Field(ge=2, multiple_of=2)] = 8

@@ -14,42 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_length
+from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig
 
 SMALLEST_DEVIATION = 1e-3
 
 Words = Annotated[int, pydantic.Field(ge=1)]
 
 
-class NetVladConfig(PoolingConfig):
-    """`words` is K."""
-
-    kind: Literal["netvlad"] = "netvlad"
-    words: Words = 64
-
-    def build(self, channels: int) -> GlobalPooling:
-        """Build the layer."""
-        return NetVlad(self.words, channels)
-
-
-class NetFvConfig(PoolingConfig):
-    """`words` is K, the number of Gaussian components."""
-
-    kind: Literal["netfv"] = "netfv"
-    words: Words = 64
-
-    def build(self, channels: int) -> GlobalPooling:
-        """Build the layer."""
-        return NetFv(self.words, channels)
-
-
 class Codebook(GlobalPooling):
     """Soft assignment of positions to words: 1x1 convolution with bias, softmax over words."""
 
-    def __init__(self, words: int, channels: int) -> None:
+    def __init__(self, config: "NetVLADConfig | NetFVConfig", channels: int) -> None:
         super().__init__()
-        self.assignment = nn.Conv2d(channels, words, 1)
-        self.centres = nn.Parameter(torch.rand(words, channels))
+        self.assignment = nn.Conv2d(channels, config.words, 1)
+        self.centres = nn.Parameter(torch.rand(config.words, channels))
+        self.out_features = config.words * channels
 
     def assigned(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compute assignments (B, K, M), positions (B, M, C) and each word's total (B, K, 1)."""
@@ -57,30 +36,34 @@ class Codebook(GlobalPooling):
         return a_BKM, features.flatten(start_dim=2).transpose(1, 2), a_BKM.sum(dim=2, keepdim=True)
 
 
-class NetVlad(Codebook):
+class NetVLAD(Codebook):
     """Pool (B, C, H, W) maps to sums of residuals to K centers (B, K C).
 
     Each word's residuals are scaled to unit length, then the whole vector is.
     """
 
-    def __init__(self, words: int, channels: int) -> None:
-        super().__init__(words, channels)
-        self.out_features = words * channels
-
     def pool(self, features: Tensor) -> Tensor:
         """Compute the vector: sum of a (x - c) = a x - (sum of a) c."""
         a_BKM, x_BMC, total_BK1 = self.assigned(features)
         residuals_BKC = a_BKM @ x_BMC - total_BK1 * self.centres
-        return unit_length(F.normalize(residuals_BKC, dim=2).flatten(start_dim=1))
+        return F.normalize(F.normalize(residuals_BKC, dim=2).flatten(start_dim=1), dim=1)
 
 
-class NetFv(Codebook):
+class NetVLADConfig(PoolingConfig):
+    """`words` is K."""
+
+    layer = NetVLAD
+    kind: Literal["netvlad"] = "netvlad"
+    words: Words = 64
+
+
+class NetFV(Codebook):
     """Pool (B, C, H, W) maps to first and second order residuals to K words (B, 2 K C)."""
 
-    def __init__(self, words: int, channels: int) -> None:
-        super().__init__(words, channels)
-        self.deviations = nn.Parameter(torch.ones(words, channels))
-        self.out_features = 2 * words * channels
+    def __init__(self, config: "NetFVConfig", channels: int) -> None:
+        super().__init__(config, channels)
+        self.deviations = nn.Parameter(torch.ones(config.words, channels))
+        self.out_features = 2 * config.words * channels
 
     def pool(self, features: Tensor) -> Tensor:
         """Compute the vector: sums of a (x - c) / s and of a ((x - c)^2 / s^2 - 1)."""
@@ -91,10 +74,18 @@ class NetFv(Codebook):
         spread_BKC = a_BKM @ x_BMC.square() - 2.0 * sum_BKC * self.centres + total_BK1 * self.centres.square()
         second_BKC = spread_BKC / deviations_KC.square() - total_BK1
         halves = [F.normalize(half, dim=2).flatten(start_dim=1) for half in (first_BKC, second_BKC)]
-        return unit_length(torch.cat([unit_length(half) for half in halves], dim=1))
+        return F.normalize(torch.cat([F.normalize(half, dim=1) for half in halves], dim=1), dim=1)
 
 
-class NetVLAD(nn.Module):
+class NetFVConfig(PoolingConfig):
+    """`words` is K, the number of Gaussian components."""
+
+    layer = NetFV
+    kind: Literal["netfv"] = "netfv"
+    words: Words = 64
+
+
+class GMSOPNetVLAD(nn.Module):
     """GM-SOP's NetVLAD baseline: pool (B, C, H, W) maps to normalized residuals (B, K C)."""
 
     def __init__(self, channels: int, words: int) -> None:

@@ -16,15 +16,10 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import pydantic
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.layers.pooling.base import (
-    GlobalPooling,
-    PoolingConfig,
-    signed_root,
-    steady_signed_root,
-    unit_length,
-)
+from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_signed_root
 
 
 class Sketch(NamedTuple):
@@ -49,25 +44,13 @@ def draw_sketches(count: int, channels: int, dim: int, seed: int) -> list[Sketch
     ]
 
 
-class CompactBilinearConfig(PoolingConfig):
-    """`dim` is D; `seed` determines the sketches."""
-
-    kind: Literal["cbp"] = "cbp"
-    dim: Annotated[int, pydantic.Field(ge=1)] = 8192
-    seed: Annotated[int, pydantic.Field(ge=0)] = 0
-
-    def build(self, channels: int) -> GlobalPooling:
-        """Build the layer; it has no weights."""
-        return CompactBilinear(self, channels)
-
-
 class CompactBilinear(GlobalPooling):
     """Pool (B, C, H, W) maps to the tensor sketch (B, D) of their bilinear matrix."""
 
     entries: Tensor
     signs: Tensor
 
-    def __init__(self, config: CompactBilinearConfig, channels: int) -> None:
+    def __init__(self, config: "CompactBilinearConfig", channels: int) -> None:
         super().__init__()
         self.out_features = config.dim
         entries, signs = sketch_table(config, channels)
@@ -79,10 +62,19 @@ class CompactBilinear(GlobalPooling):
         x_BCM = features.flatten(start_dim=2)
         product_BK = (x_BCM @ x_BCM.transpose(1, 2)).flatten(start_dim=1)
         gathered_BDE = product_BK.index_select(1, self.entries.flatten()).view(-1, *self.signs.shape)
-        return unit_length(signed_root((gathered_BDE * self.signs).sum(dim=2)))
+        return unit_signed_root((gathered_BDE * self.signs).sum(dim=2))
 
 
-def sketch_table(config: CompactBilinearConfig, channels: int) -> tuple[Tensor, Tensor]:
+class CompactBilinearConfig(PoolingConfig):
+    """`dim` is D; `seed` determines the sketches."""
+
+    layer = CompactBilinear
+    kind: Literal["cbp"] = "cbp"
+    dim: Annotated[int, pydantic.Field(ge=1)] = 8192
+    seed: Annotated[int, pydantic.Field(ge=0)] = 0
+
+
+def sketch_table(config: "CompactBilinearConfig", channels: int) -> tuple[Tensor, Tensor]:
     """Tabulate, for each element, the entries of the flattened matrix that it sums, and their signs.
 
     int64 and float32 of shape (D, E); elements of fewer entries are padded with sign 0.
@@ -100,19 +92,6 @@ def sketch_table(config: CompactBilinearConfig, channels: int) -> tuple[Tensor, 
     return torch.tensor(entries_DE), torch.tensor(signs_DE)
 
 
-class KernelPoolingConfig(PoolingConfig):
-    """`dim` is the sketch dimension of each order from 2 to `order`; `seed` determines the sketches."""
-
-    kind: Literal["kernel"] = "kernel"
-    order: Annotated[int, pydantic.Field(ge=2, le=4)] = 4
-    dim: Annotated[int, pydantic.Field(ge=2, multiple_of=2)] = 4096
-    seed: Annotated[int, pydantic.Field(ge=0)] = 0
-
-    def build(self, channels: int) -> GlobalPooling:
-        """Build the layer."""
-        return KernelPooling(self, channels)
-
-
 class KernelPooling(GlobalPooling):
     """Kernel pooling: (B, C, H, W) maps to (B, 1 + C + (order - 1) D)."""
 
@@ -120,7 +99,7 @@ class KernelPooling(GlobalPooling):
     places: Tensor
     signs: Tensor
 
-    def __init__(self, config: KernelPoolingConfig, channels: int) -> None:
+    def __init__(self, config: "KernelPoolingConfig", channels: int) -> None:
         super().__init__()
         self.config = config
         self.out_features = 1 + channels + (config.order - 1) * config.dim
@@ -138,7 +117,9 @@ class KernelPooling(GlobalPooling):
         starts = [0, 2, 5, 9][: self.config.order]
         orders += [self.tensor_sketch(x_BMC, range(start, stop)) for start, stop in pairwise(starts)]
         weighted = [weight * order for weight, order in zip(self.order_weights, orders, strict=True)]
-        return unit_length(steady_signed_root(torch.cat(weighted, dim=1)))
+        vector_BD = torch.cat(weighted, dim=1)
+        # unlike `unit_signed_root`, x / sqrt(|x| + 1e-8) does not jump by 2e-4 at 0, where rounding may fall
+        return F.normalize(vector_BD * torch.rsqrt(vector_BD.abs() + 1e-8), dim=1)
 
     def tensor_sketch(self, x_BMC: Tensor, sketches: range) -> Tensor:
         """Compute the mean over positions (B, D) of the circular convolution of *sketches*."""
@@ -149,3 +130,13 @@ class KernelPooling(GlobalPooling):
             spectrum_BMF = spectrum_BMF * torch.fft.rfft(sketch_BMD)
         mean_BD: Tensor = torch.fft.irfft(spectrum_BMF.mean(dim=1), n=self.config.dim)
         return mean_BD
+
+
+class KernelPoolingConfig(PoolingConfig):
+    """`dim` is the sketch dimension of each order from 2 to `order`; `seed` determines the sketches."""
+
+    layer = KernelPooling
+    kind: Literal["kernel"] = "kernel"
+    order: Annotated[int, pydantic.Field(ge=2, le=4)] = 4
+    dim: Annotated[int, pydantic.Field(ge=2, multiple_of=2)] = 4096
+    seed: Annotated[int, pydantic.Field(ge=0)] = 0

@@ -9,11 +9,15 @@ import pydantic
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.pooling.base import GapConfig
-from sopdeploy.layers.pooling.bilinear import BilinearConfig, ImprovedBilinearConfig, LowRankBilinearConfig
-from sopdeploy.layers.pooling.codebook import NetFvConfig, NetVladConfig
+from sopdeploy.layers.pooling.bilinear import (
+    BilinearConfig,
+    GaussianConfig,
+    ImprovedBilinearConfig,
+    LowRankBilinearConfig,
+)
+from sopdeploy.layers.pooling.codebook import NetFVConfig, NetVLADConfig
 from sopdeploy.layers.pooling.compact_bilinear import CompactBilinearConfig, KernelPoolingConfig
-from sopdeploy.layers.pooling.eigenvalues import GaussianConfig, LogEuclideanConfig, MpnCovConfig
-from sopdeploy.layers.pooling.isqrt import ISqrtPoolingConfig
+from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig, LogEuclideanConfig, MpnCovConfig
 
 AnyPoolingConfig = (
     GapConfig
@@ -26,8 +30,8 @@ AnyPoolingConfig = (
     | CompactBilinearConfig
     | KernelPoolingConfig
     | LowRankBilinearConfig
-    | NetVladConfig
-    | NetFvConfig
+    | NetVLADConfig
+    | NetFVConfig
 )
 POOLINGS: tuple[str, ...] = tuple(
     config.model_fields["kind"].default for config in get_args(AnyPoolingConfig)

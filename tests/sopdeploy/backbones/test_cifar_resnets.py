@@ -14,7 +14,7 @@ from sopdeploy.backbones.cifar_resnet import (
     SmallResNetConfig,
 )
 from sopdeploy.layers.residual import PaddedShortcut
-from sopdeploy.models.stats import count
+from sopdeploy.models.stats import tally
 
 
 # The integers are those of the released weight files.
@@ -80,7 +80,7 @@ WRN22 = {"blocks": 3, "block": "basic", "widen": 10}
 def test_preact_resnet_counts_are_exact(config, classes, parameters: int, macs: int) -> None:
     with torch.device("meta"):
         network = PreActResNet(PreActResNetConfig(**config), classes)
-    counted = count(network.eval(), 32)
+    counted = tally(network.eval(), 32).total()
     assert (counted.parameters, counted.macs) == (parameters, macs)
 
 

@@ -4,8 +4,8 @@ import torch
 
 from sopdeploy import create_model, describe
 from sopdeploy.backbones.efficientnet import STAGES, EfficientNet, EfficientNetConfig
-from sopdeploy.layers.mbconv import MBConv, StochasticDepth
-from sopdeploy.models.stats import count
+from sopdeploy.layers.residual import MBConv, StochasticDepth
+from sopdeploy.models.stats import tally
 
 
 def test_efficientnet_has_timms_keys_and_gives_its_logits() -> None:
@@ -22,7 +22,7 @@ def test_efficientnet_has_timms_keys_and_gives_its_logits() -> None:
 def test_counts_are_the_published_ones() -> None:
     with torch.device("meta"):
         network = EfficientNet(EfficientNetConfig(), 1000)
-    counted = count(network.eval(), 224)
+    counted = tally(network.eval(), 224).total()
     assert (counted.parameters, counted.macs) == (5_288_548, 385_814_752)  # Table 2: 5.3 M, 0.39 G
 
 

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy import create_model
-from sopdeploy.layers.attention.first_order import CBAM, BottleneckAttendedInside, GatherExcite, SqueezeExcite
+from sopdeploy.layers.attention.first_order import CBAM, GatherExcite, SqueezeExcite
 from sopdeploy.layers.attention.gsop_block import RELEASED_BLOCK, Concatenation, GSoPBlock, GSoPBlockConfig
 from sopdeploy.layers.covariance import centered_and_scaled
+from sopdeploy.layers.residual import Bottleneck
 
 EPS = 1e-5
 NAMES = {
@@ -195,7 +196,7 @@ def test_covariance_is_taken_in_float32_under_autocast(attention: str) -> None:
 
 def test_attention_inside_does_not_scale_the_shortcut() -> None:
     torch.manual_seed(0)
-    block = BottleneckAttendedInside(64, 64).double().eval()
+    block = Bottleneck(64, 64).double().eval()
     block.attention = random_block(64)
     x = torch.randn(2, 64, 6, 6, dtype=torch.float64)
     convolved = F.relu(block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x))))))

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sopdeploy.layers.isqrt_cov import ISqrtCov, dimension_reduction
+from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
+from sopdeploy.layers.residual import dimension_reduction
 
 PRENORMS = ["trace", "frobenius"]
 

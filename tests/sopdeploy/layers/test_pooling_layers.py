@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sopdeploy.layers.covariance import upper_triangle_indices
-from sopdeploy.layers.pooling.codebook import NetVLAD
+from sopdeploy.layers.pooling.codebook import GMSOPNetVLAD
 from sopdeploy.layers.pooling.compact_bilinear import draw_sketches
 from sopdeploy.layers.pooling.registry import Pooling
 from tests.sopdeploy.layers.numerics.all_poolings import EACH_POOLING, build
@@ -265,7 +265,7 @@ def test_unknown_poolings_are_rejected(wrong) -> None:
 
 def test_gmsop_netvlad_sums_softly_assigned_residuals() -> None:
     torch.manual_seed(0)
-    layer = NetVLAD(channels=3, words=4).double()
+    layer = GMSOPNetVLAD(channels=3, words=4).double()
     maps = torch.randn(2, 3, 2, 5, dtype=torch.float64)
     share = layer.assign(maps).softmax(dim=1)
     residuals = torch.zeros(2, 4, 3, dtype=torch.float64)
@@ -280,6 +280,6 @@ def test_gmsop_netvlad_sums_softly_assigned_residuals() -> None:
 
 def test_gradients_match_differences() -> None:
     torch.manual_seed(0)
-    layer = NetVLAD(channels=2, words=3).double()
+    layer = GMSOPNetVLAD(channels=2, words=3).double()
     maps = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, maps)

@@ -8,7 +8,7 @@ import torch
 from sopdeploy import create_model, describe
 from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
 from sopdeploy.models.gsop import RELEASED
-from sopdeploy.models.stats import count
+from sopdeploy.models.stats import tally
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_gsop_block_counts_match_table_2(attention: str, parameters, extra, mflo
     with torch.device("meta"):
         block = GSoPBlock(GSoPBlockConfig(attention=attention), 1024, dr_stride=1)
         widen = torch.nn.Conv2d(3, 1024, 1, bias=False)
-        counted = count(torch.nn.Sequential(widen, block), 14)
+        counted = tally(torch.nn.Sequential(widen, block), 14).total()
     assert counted.parameters - 3 * 1024 == parameters
     macs = counted.macs - 3 * 1024 * 196
     assert round((macs + extra) / 1e6, 4) == mflops  # printed as 28.1 and 26.2

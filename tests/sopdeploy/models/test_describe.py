@@ -8,8 +8,8 @@ from torch import nn
 
 from sopdeploy import describe
 from sopdeploy.errors import ConfigError
-from sopdeploy.models.published import ROWS, Published, Row
-from sopdeploy.models.stats import count
+from sopdeploy.models.describe import ROWS, Published, Row
+from sopdeploy.models.stats import tally
 
 S1 = {"conv5_stride": 1}
 TABLE = {"aux_stride": "table"}
@@ -134,7 +134,7 @@ def test_twice_the_side_is_four_times_the_convolutions() -> None:
 )
 def test_multiply_adds_of_a_convolution(layer: nn.Conv2d, channels: int, macs: int) -> None:
     network = nn.Sequential(nn.Conv2d(3, channels, 1), layer).to("meta")
-    assert count(network, 5).macs - 3 * channels * 25 == macs
+    assert tally(network, 5).total().macs - 3 * channels * 25 == macs
 
 
 def test_an_image_too_small_is_a_config_error() -> None:

@@ -9,8 +9,7 @@ from torch import nn
 from sopdeploy import create_model, describe
 from sopdeploy.backbones.timm_backbone import nearest_block, tappable
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.mbconv import MBConv
-from sopdeploy.layers.residual import BasicBlock, Bottleneck
+from sopdeploy.layers.residual import BasicBlock, Bottleneck, MBConv
 from sopdeploy.models.registry import entry
 
 NAMES = ["resnet18", "convnext_tiny", "efficientnet_b0", "mobilenetv3_small_100", "regnety_002"]

@@ -5,7 +5,7 @@ import torch
 
 from sopdeploy.layers.isqrt_cov import ISqrtCov, covariance_root, gram_is_cheaper, prenormalize
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, newton_schulz
-from sopdeploy.layers.spectral import power, spectral
+from sopdeploy.layers.spectral import Power, spectral
 from tests.sopdeploy.layers.numerics.references import relative_error, relu_features, textbook_root
 
 PRENORMS = pytest.mark.parametrize("prenorm", ["trace", "frobenius"])
@@ -121,7 +121,7 @@ def test_five_steps_map_an_eigenvalue_to_a_fraction_of_its_root(eigenvalue: floa
 def test_more_steps_bring_the_iterate_closer_to_the_root() -> None:
     features = relu_features(1, 64, 8)
     x = features.flatten(2) - features.flatten(2).mean(dim=2, keepdim=True)
-    exact, _ = spectral(x @ x.transpose(1, 2) / 64, power(0.5))
+    exact, _ = spectral(x @ x.transpose(1, 2) / 64, Power(0.5))
     errors = [
         relative_error(covariance_root(features, NewtonSchulzConfig(iterations=n)), exact) for n in (3, 5, 15)
     ]

@@ -1,0 +1,104 @@
+"""Poolings of the covariance: iSQRT-COV, MPN-COV and the log-Euclidean one of DeepO2P.
+
+Papers: iSQRT-COV, section 3, and its table of post-compensations; fast-MPN-COV's own ResNets and VGG-D carry
+it with d = 256 and N = 5, GSoP-Net2's released code with N = 3. Li et al., "Is Second-order Information
+Helpful for Large-scale Visual Recognition?" (MPN-COV, ICCV 2017), Eqs. (3) to (5); Ionescu et al., "Matrix
+Backpropagation ..." (DeepO2P, ICCV 2015).
+Letters: B images, d channels, H height, W width; Sigma = U diag(l) U^T.
+"""
+
+from typing import Annotated, Literal
+
+import pydantic
+from torch import Tensor, nn
+
+from sopdeploy.layers.covariance import (
+    centered_and_scaled,
+    covariance,
+    frobenius_norm,
+    upper_triangle_indices,
+)
+from sopdeploy.layers.isqrt_cov import ISqrtCov
+from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
+from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
+from sopdeploy.layers.spectral import NO_EIGEN_FORM, Logarithm, Power, spectral
+
+SMALLEST = 1e-12  # lower bound of divisors
+Width = Annotated[int, pydantic.Field(ge=1)] | None
+
+
+class ISqrtPooling(ReducedPooling):
+    """Pool (B, C, H, W) maps to the triangle (B, d (d + 1) / 2) of the root of their covariance."""
+
+    def __init__(self, config: "ISqrtPoolingConfig", channels: int) -> None:
+        super().__init__(channels, config.width)
+        self.root = ISqrtCov(self.channels, config.newton_schulz(compensate=config.compensation == "norm"))
+        self.out_features = self.root.out_features
+        by_batch = config.compensation == "batch_norm"
+        self.batch_norm: nn.Module = nn.BatchNorm1d(self.out_features) if by_batch else nn.Identity()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Compute the vector; the root converts half-precision maps itself, inside its gradient."""
+        vector: Tensor = self.batch_norm(self.root(self.reduce(features)))
+        return vector
+
+
+class ISqrtPoolingConfig(PoolingConfig, NewtonSchulzOptions):
+    """`width` is d (`None`: all channels); `compensation` reverts the prenormalization.
+
+    It multiplies by the root of the norm ("norm"), applies batch norm to the vector ("batch_norm", a percent
+    worse in the paper), or does nothing ("none", which the paper could not train).
+    """
+
+    layer = ISqrtPooling
+    kind: Literal["isqrt"] = "isqrt"
+    width: Width = 256
+    compensation: Literal["norm", "batch_norm", "none"] = "norm"
+
+
+class EigenPooling(ReducedPooling):
+    """Pool (B, C, H, W) maps to the triangle (B, d (d + 1) / 2) of f(covariance)."""
+
+    not_exportable = NO_EIGEN_FORM
+    triangle: Tensor
+
+    def __init__(self, config: "MpnCovConfig | LogEuclideanConfig", channels: int) -> None:
+        super().__init__(channels, config.width)
+        power = isinstance(config, MpnCovConfig)
+        self.function = Power(config.power) if power else Logarithm(config.eps)
+        self.normalise = config.normalise if power else "none"
+        self.out_features = self.channels * (self.channels + 1) // 2
+        self.register_buffer("triangle", upper_triangle_indices(self.channels), persistent=False)
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Compute the triangle."""
+        value_Bdd, lambda_Bd = spectral(covariance(centered_and_scaled(features)), self.function)
+        if self.normalise == "M-l2":
+            largest_B1 = self.function(lambda_Bd)[0][:, -1:]
+            value_Bdd = value_Bdd / largest_B1.clamp_min(SMALLEST)[:, :, None]
+        elif self.normalise == "M-Fro":
+            value_Bdd = value_Bdd / frobenius_norm(value_Bdd).clamp_min(SMALLEST)
+        return value_Bdd.flatten(start_dim=1).index_select(1, self.triangle)
+
+
+class MpnCovConfig(PoolingConfig):
+    """MPN-COV; `power` is alpha; `normalise` divides by the largest l^alpha or by the Frobenius norm."""
+
+    layer = EigenPooling
+    kind: Literal["mpncov"] = "mpncov"
+    width: Width = 256
+    power: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.5
+    normalise: Literal["none", "M-l2", "M-Fro"] = "none"
+
+
+class LogEuclideanConfig(PoolingConfig):
+    """DeepO2P; `eps` is added to the eigenvalues, because the logarithm requires positive ones.
+
+    DeepO2P does not center; here the covariance is that of all other poolings, as in the MPN-COV paper's
+    comparison with the log-Euclidean metric.
+    """
+
+    layer = EigenPooling
+    kind: Literal["deepo2p"] = "deepo2p"
+    width: Width = 256
+    eps: Annotated[float, pydantic.Field(gt=0)] = 1e-3
