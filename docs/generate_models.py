@@ -204,7 +204,6 @@ def models_page() -> str:
     parts = [
         HEAD,
         prose(counting.__doc__).partition("\n\n")[2],
-        "",
         *map(family_section, FAMILIES),
         published_section(),
         "## Switches",

@@ -55,7 +55,7 @@ class EfficientNet(Backbone):
 
     stem_parts = ()
     stage_names = tuple(STAGES)
-    classifier_parts = ("pooling", "dropout", "classifier")
+    classifier_parts: tuple[str, ...] = ("pooling", "dropout", "classifier")
     config: EfficientNetConfig
 
     def __init__(self, config: EfficientNetConfig, num_classes: int) -> None:

@@ -17,7 +17,7 @@ from sopdeploy.backbones.cifar_resnet import (
 )
 from sopdeploy.models.base import Entry
 from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches
-from sopdeploy.models.plain import PREACT_NETWORKS
+from sopdeploy.models.plain import AT_32, PREACT_NETWORKS
 
 PATTERNS = {3: (1, 0, 2), 4: (0, 2, 0, 2), 18: (0, 0, 3) * 6}  # Table IV, by the blocks of a stage
 
@@ -92,19 +92,27 @@ class DSoPResNeXt(DSoPThreeStages, ResNeXt):
 
 
 ENTRIES = {
-    f"dsop-{name}": Entry(network, config, defaults, f"DSoP on {title} for 32-pixel images", 32, 10)
-    for name, network, config, defaults, title in (
-        *(
-            (f"resnet{depth}", DSoPSmallResNet, DSoPSmallResNetConfig, {"depth": depth}, f"ResNet-{depth}")
-            for depth in (8, 20, 32, 44, 56, 110)
-        ),
-        *(
-            (name, DSoPPreActResNet, DSoPPreActResNetConfig, defaults, title)
-            for name, (defaults, title) in PREACT_NETWORKS.items()
-        ),
-        *(
-            (f"resnext29-{n}x64d", DSoPResNeXt, DSoPResNeXtConfig, {"cardinality": n}, f"ResNeXt-29 {n}x64d")
-            for n in (8, 16)
-        ),
-    )
+    **{
+        f"dsop-resnet{depth}": Entry(
+            DSoPSmallResNet,
+            DSoPSmallResNetConfig,
+            {"depth": depth},
+            f"DSoP on ResNet-{depth} {AT_32}",
+            image_size=32,
+            num_classes=10,
+        )
+        for depth in (8, 20, 32, 44, 56, 110)
+    },
+    **{
+        f"dsop-{name}": Entry(
+            DSoPPreActResNet, DSoPPreActResNetConfig, defaults, f"DSoP on {title} {AT_32}", 32, 10
+        )
+        for name, (defaults, title) in PREACT_NETWORKS.items()
+    },
+    **{
+        f"dsop-resnext29-{n}x64d": Entry(
+            DSoPResNeXt, DSoPResNeXtConfig, {"cardinality": n}, f"DSoP on ResNeXt-29 {n}x64d {AT_32}", 32, 10
+        )
+        for n in (8, 16)
+    },
 }

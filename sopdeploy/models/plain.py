@@ -43,6 +43,7 @@ class PlainEfficientNet(Classifier, EfficientNet):
     inference_class = EfficientNet
 
 
+AT_32 = "for 32-pixel images"
 PREACT_NETWORKS: dict[str, tuple[dict[str, int | str], str]] = {
     "preact-resnet110": ({"blocks": 18, "block": "basic"}, "pre-activation ResNet-110"),
     "preact-resnet164": ({"blocks": 18, "block": "bottleneck"}, "pre-activation ResNet-164"),
@@ -58,20 +59,19 @@ ENTRIES = {
     },
     "efficientnet-b0": Entry(PlainEfficientNet, EfficientNetConfig, {}, "plain EfficientNet-b0"),
     **{
-        name: Entry(network, config, defaults, f"plain {title} for 32-pixel images", 32, 10)
-        for name, network, config, defaults, title in (
-            *(
-                (f"resnet{depth}", PlainSmallResNet, SmallResNetConfig, {"depth": depth}, f"ResNet-{depth}")
-                for depth in (8, 20, 32, 44, 56, 110)
-            ),
-            *(
-                (name, PlainPreActResNet, PreActResNetConfig, defaults, title)
-                for name, (defaults, title) in PREACT_NETWORKS.items()
-            ),
-            *(
-                (f"resnext29-{n}x64d", PlainResNeXt, ResNeXtConfig, {"cardinality": n}, f"ResNeXt-29 {n}x64d")
-                for n in (8, 16)
-            ),
+        f"resnet{depth}": Entry(
+            PlainSmallResNet, SmallResNetConfig, {"depth": depth}, f"plain ResNet-{depth} {AT_32}", 32, 10
         )
+        for depth in (8, 20, 32, 44, 56, 110)
+    },
+    **{
+        name: Entry(PlainPreActResNet, PreActResNetConfig, defaults, f"plain {title} {AT_32}", 32, 10)
+        for name, (defaults, title) in PREACT_NETWORKS.items()
+    },
+    **{
+        f"resnext29-{n}x64d": Entry(
+            PlainResNeXt, ResNeXtConfig, {"cardinality": n}, f"plain ResNeXt-29 {n}x64d {AT_32}", 32, 10
+        )
+        for n in (8, 16)
     },
 }

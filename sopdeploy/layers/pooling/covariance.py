@@ -64,9 +64,11 @@ class EigenPooling(ReducedPooling):
 
     def __init__(self, config: "MpnCovConfig | LogEuclideanConfig", channels: int) -> None:
         super().__init__(channels, config.width)
-        power = isinstance(config, MpnCovConfig)
-        self.function = Power(config.power) if power else Logarithm(config.eps)
-        self.normalise = config.normalise if power else "none"
+        self.function: Power | Logarithm
+        if isinstance(config, MpnCovConfig):
+            self.function, self.normalise = Power(config.power), config.normalise
+        else:
+            self.function, self.normalise = Logarithm(config.eps), "none"
         self.out_features = self.channels * (self.channels + 1) // 2
         self.register_buffer("triangle", upper_triangle_indices(self.channels), persistent=False)
 
