@@ -1,4 +1,4 @@
-"""Bundles without a network behind them, and bundles as a forger makes them: right hashes, wrong content."""
+"""Bundles without a network, and forged bundles: right hashes, wrong content."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ FIELDS: dict[str, Any] = {
 
 
 def fill(folder: Path) -> None:
-    """Write every file of a bundle but its manifest into *folder*."""
+    """Write all files of a bundle except its manifest into *folder*."""
     for name in REQUIRED:
         (folder / name).write_bytes(name.encode() * 20)
     (folder / "labels.json").write_bytes(to_json(LABELS))
@@ -34,7 +34,7 @@ def fill(folder: Path) -> None:
 
 
 def write_hollow(destination: Path, change: Callable[[Path], None] = lambda _: None, **fields: Any) -> Path:
-    """Write a whole bundle whose graph is only text; *change* may touch its files before it is sealed."""
+    """Write a bundle whose graph is text; *change* may change its files before it is sealed."""
     with staging(destination) as folder:
         fill(folder)
         change(folder)
@@ -42,7 +42,7 @@ def write_hollow(destination: Path, change: Callable[[Path], None] = lambda _: N
 
 
 def forge(bundle: Path, **fields: Any) -> Path:
-    """Write the manifest of *bundle* anew: hashes of the files that are there now, and *fields*."""
+    """Rewrite the manifest of *bundle* with the hashes of its current files and with *fields*."""
     values = json.loads((bundle / MANIFEST).read_bytes())
     values.pop("id")
     values["files"] = {

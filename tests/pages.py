@@ -1,9 +1,9 @@
-"""Reads the pages that the project writes, for the tests of all of them."""
+"""A parser that checks HTML pages of the project."""
 
 from html.parser import HTMLParser
 
 VOID = {"br", "img", "meta"}
-ALLOWED = {  # nothing here loads, runs or submits
+ALLOWED = {  # none of these loads, runs or submits anything
     *("html", "head", "meta", "title", "style", "body", "main", "header", "section", "h1", "h2", "p", "dl"),
     *("div", "dt", "dd", "ol", "li", "strong", "code", "figure", "figcaption", "details", "summary", "table"),
     *("caption", "thead", "tbody", "tr", "th", "td", "svg", "desc", "g", "rect", "path", "circle", "text"),
@@ -11,7 +11,7 @@ ALLOWED = {  # nothing here loads, runs or submits
 
 
 class Reader(HTMLParser):
-    """Reads a page, checks that every tag is closed in its turn, and keeps what it met."""
+    """Parse a page, check that tags are closed in order, and collect tags and texts."""
 
     def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)

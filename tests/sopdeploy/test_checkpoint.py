@@ -47,21 +47,18 @@ def rewritten(path: Path, checkpoint: Checkpoint, change: Callable[[dict[str, An
 
 
 def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    write_checkpoint(tmp_path / "deep" / "run" / "ckpt.pt", checkpoint)
-    found = read_checkpoint(tmp_path / "deep" / "run" / "ckpt.pt")
+    path = tmp_path / "deep" / "run" / "ckpt.pt"
+    write_checkpoint(path, checkpoint)
+    found = read_checkpoint(path)
     assert same_bits(found.weights, checkpoint.weights)
     assert replace(found, weights={}) == replace(checkpoint, weights={})
     assert found.resume is None
-
-
-def test_the_resume_state_is_restored_bit_for_bit(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    resume = {
-        "optimizer": {"state": {0: {"momentum": torch.randn(5)}}},
-        "random": torch.get_rng_state(),
-        "n": 3,
-    }
-    write_checkpoint(tmp_path / "last.pt", replace(checkpoint, resume=resume))
-    assert same_bits(read_checkpoint(tmp_path / "last.pt").resume, resume)
+    momentum = {"state": {0: {"momentum": torch.randn(5)}}}
+    resume = {"optimizer": momentum, "random": torch.get_rng_state(), "n": 3}
+    write_checkpoint(path, replace(checkpoint, resume=resume, training={"epoch": 2}))
+    assert same_bits(read_checkpoint(path).resume, resume)
+    assert read_checkpoint(path).training == {"epoch": 2}
+    assert [file.name for file in path.parent.iterdir()] == ["ckpt.pt"]
 
 
 def test_every_dtype_and_layout_is_restored(tmp_path: Path, checkpoint: Checkpoint) -> None:
@@ -73,15 +70,12 @@ def test_every_dtype_and_layout_is_restored(tmp_path: Path, checkpoint: Checkpoi
         "bool": torch.tensor([True]),
         "empty": torch.empty(0, 3),
         "transposed": torch.arange(6.0).reshape(2, 3).t(),
+        "trained": torch.ones(2, requires_grad=True),
     }
     write_checkpoint(tmp_path / "ckpt.pt", replace(checkpoint, weights=weights))
-    assert same_bits(read_checkpoint(tmp_path / "ckpt.pt").weights, weights)
-
-
-def test_weights_are_stored_without_gradients(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    weights = {"w": torch.ones(2, requires_grad=True)}
-    write_checkpoint(tmp_path / "ckpt.pt", replace(checkpoint, weights=weights))
-    assert not read_checkpoint(tmp_path / "ckpt.pt").weights["w"].requires_grad
+    found = read_checkpoint(tmp_path / "ckpt.pt").weights
+    assert same_bits(found, {name: tensor.detach() for name, tensor in weights.items()})
+    assert not found["trained"].requires_grad
 
 
 def test_the_restored_network_computes_the_same_logits(tmp_path: Path, checkpoint: Checkpoint) -> None:
@@ -92,42 +86,6 @@ def test_the_restored_network_computes_the_same_logits(tmp_path: Path, checkpoin
     images = torch.randn(2, 3, 16, 16)
     assert not after.training
     assert torch.equal(before(images), after(images))
-
-
-def test_a_checkpoint_replaces_the_previous_one(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    for epoch in (1, 2):
-        write_checkpoint(tmp_path / "ckpt.pt", replace(checkpoint, training={"epoch": epoch}))
-    assert read_checkpoint(tmp_path / "ckpt.pt").training == {"epoch": 2}
-    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
-
-
-@pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk is full when the file is flushed."""
-
-    def fsync(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("sopdeploy.checkpoint.os.fsync", fsync)
-
-
-@pytest.mark.usefixtures("full_disk")
-def test_a_full_disk_leaves_no_partial_file(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    with pytest.raises(CheckpointError, match=r"ckpt\.pt: cannot be written .*No space left"):
-        write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_keeps_the_previous_checkpoint(
-    tmp_path: Path, checkpoint: Checkpoint, request: pytest.FixtureRequest
-) -> None:
-    write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
-    before = (tmp_path / "ckpt.pt").read_bytes()
-    request.getfixturevalue("full_disk")
-    with pytest.raises(CheckpointError, match="No space left"):
-        write_checkpoint(tmp_path / "ckpt.pt", replace(checkpoint, training={"epoch": 9}))
-    assert (tmp_path / "ckpt.pt").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
 FULL = Path("/dev/full")
@@ -141,22 +99,44 @@ def test_a_full_device_is_an_error(tmp_path: Path, checkpoint: Checkpoint) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), MemoryError(), TypeError("no pickle")])
-def test_an_interrupted_write_keeps_the_previous_checkpoint(
-    tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, interruption: BaseException
+def fail(error: BaseException, written: bytes = b"") -> Callable[..., None]:
+    """Replace a function by one that writes *written* to its last argument and raises *error*."""
+
+    def function(*arguments: Any) -> None:
+        if written:
+            arguments[-1].write(written)
+        raise error
+
+    return function
+
+
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+INTERRUPTIONS: dict[str, tuple[str, Callable[..., None], type[BaseException], str]] = {
+    "a full disk": (
+        "os.fsync",
+        fail(NO_SPACE),
+        CheckpointError,
+        r"ckpt\.pt: cannot be written .*No space left",
+    ),
+    "Ctrl-C": ("torch.save", fail(KeyboardInterrupt("x"), b"half"), KeyboardInterrupt, "x"),
+    "no memory": ("torch.save", fail(MemoryError("x"), b"half"), MemoryError, "x"),
+    "another type": ("torch.save", fail(TypeError("no pickle"), b"half"), TypeError, "no pickle"),
+}
+
+
+@pytest.mark.parametrize("case", INTERRUPTIONS)
+@pytest.mark.parametrize("replaced", [False, True])
+def test_an_interrupted_write_keeps_the_previous_checkpoint_or_leaves_no_file(
+    tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, replaced: bool, case: str
 ) -> None:
-    write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
-    before = (tmp_path / "ckpt.pt").read_bytes()
-
-    def save(_: Any, file: Any) -> None:
-        file.write(b"half")
-        raise interruption
-
-    monkeypatch.setattr("sopdeploy.checkpoint.torch.save", save)
-    with pytest.raises(type(interruption)):
+    function, failure, kind, message = INTERRUPTIONS[case]
+    if replaced:
         write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
-    assert (tmp_path / "ckpt.pt").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(f"sopdeploy.checkpoint.{function}", failure)
+    with pytest.raises(kind, match=message):
+        write_checkpoint(tmp_path / "ckpt.pt", replace(checkpoint, training={"epoch": 9}))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_the_file_is_renamed_after_it_was_flushed(
@@ -189,10 +169,7 @@ HEADERS: dict[str, tuple[Change, str]] = {
     "no labels": (lambda c: c.pop("labels"), "labels: missing"),
     "an empty list of labels": (lambda c: c.update(labels=[]), "labels: "),
     "labels that are numbers": (lambda c: c.update(labels=[1, 2, 3]), "labels.0: "),
-    "duplicate labels": (
-        lambda c: c.update(labels=["a", "b", "a"]),
-        "labels: .*two classes have the same name",
-    ),
+    "duplicate labels": (lambda c: c.update(labels=["a", "b", "a"]), "labels: .*two classes have the same"),
     "a crop larger than resize": (lambda c: c["preprocess"].update(crop=99), r"crop \(99\) is larger"),
     "no preprocess": (lambda c: c.pop("preprocess"), "preprocess: missing"),
     "a tensor as the name": (lambda c: c["model"].update(name=torch.ones(2)), "model.name: "),
@@ -239,7 +216,7 @@ WEIGHTS: dict[str, tuple[Change, str]] = {
     "sparse": (with_weight("fc.bias", torch.ones(3).to_sparse()), r"fc\.bias"),
     "another dtype": (
         with_weight("fc.bias", torch.ones(3).double()),
-        r"is float64 strided on cpu, not float32",
+        "is float64 strided on cpu, not float32",
     ),
     "a meta tensor": (with_weight("fc.bias", torch.ones(3, device="meta")), r"fc\.bias"),
 }

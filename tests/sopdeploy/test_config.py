@@ -20,16 +20,12 @@ class Outer(StrictModel):
     many: tuple[Inner, ...] = ()
 
 
-def test_models_are_immutable() -> None:
+def test_models_are_immutable_and_hashable() -> None:
     value = Outer(name="a")
-    with pytest.raises(pydantic.ValidationError, match="frozen"):
-        value.name = "b"
-    with pytest.raises(pydantic.ValidationError, match="frozen"):
-        value.inner.width = 3
-
-
-def test_equal_models_are_equal_and_hashable() -> None:
-    assert {Outer(name="a"), Outer(name="a")} == {Outer(name="a")}
+    for part, field in ((value, "name"), (value.inner, "width")):
+        with pytest.raises(pydantic.ValidationError, match="frozen"):
+            setattr(part, field, 3)
+    assert {value, Outer(name="a")} == {value}
 
 
 PROBLEMS: dict[str, tuple[Any, str]] = {
@@ -46,6 +42,7 @@ PROBLEMS: dict[str, tuple[Any, str]] = {
     ),
     "infinite": ({"name": "a", "share": math.inf}, "share: Input should be a finite number (got 'inf')"),
     "not a number": ({"name": "a", "share": math.nan}, "share: Input should be a finite number (got 'nan')"),
+    "a long value": ({"name": "a", "share": "x\ny" * 1000}, "share: Input should be a valid number"),
     "no table": ([1, 2], "value: Input should be a valid dictionary or instance of Outer (got '[1, 2]')"),
 }
 
@@ -57,12 +54,5 @@ def test_the_first_problem_is_one_line_with_its_key(case: str) -> None:
         Outer.model_validate(value)
     text = first_problem(caught.value)
     assert text.startswith(message)
-    assert "\n" not in text
-
-
-def test_long_values_are_shortened_to_one_line() -> None:
-    with pytest.raises(pydantic.ValidationError) as caught:
-        Outer(name="a", share="x\ny" * 1000)
-    text = first_problem(caught.value)
     assert "\n" not in text
     assert len(text) < 250

@@ -88,34 +88,20 @@ def test_published_files_are_renamed_and_readable_by_everyone_with_any_umask(tmp
     assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o644}
 
 
-def test_equal_content_is_published_once_and_other_content_beside_it(tmp_path: Path) -> None:
-    first = write_hollow(tmp_path)
-    inode = (first / MANIFEST).stat().st_ino
-    assert write_hollow(tmp_path) == first
-    assert list(tmp_path.iterdir()) == [first]
-    assert (first / MANIFEST).stat().st_ino == inode
-    assert write_hollow(tmp_path, opset=17) != first
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_publishing_does_not_replace_a_damaged_or_different_bundle(tmp_path: Path) -> None:
+def test_equal_content_is_published_once_and_nothing_replaces_a_bundle(tmp_path: Path) -> None:
     path = write_hollow(tmp_path)
+    inode = (path / MANIFEST).stat().st_ino
+    assert write_hollow(tmp_path) == path
+    assert (path / MANIFEST).stat().st_ino == inode
+    other = write_hollow(tmp_path, opset=17)
+    assert {*tmp_path.iterdir()} == {path, other} != {path}
     flip(path / "model.onnx", 0)
     with pytest.raises(BundleError, match=r"model\.onnx"):
         write_hollow(tmp_path)
     shutil.rmtree(path)
-    write_hollow(tmp_path, opset=17).rename(path)
+    other.rename(path)
     with pytest.raises(BundleError, match="exists with another manifest; choose another --out"):
         write_hollow(tmp_path)
-
-
-@pytest.mark.parametrize("name", REQUIRED)
-def test_a_folder_without_a_required_file_is_not_sealed(tmp_path: Path, name: str) -> None:
-    fill(tmp_path)
-    (tmp_path / name).unlink()
-    with pytest.raises(BundleError, match=f"cannot be sealed, {name} is missing"):
-        seal(tmp_path, FIELDS)
-    assert not (tmp_path / MANIFEST).exists()
 
 
 def test_a_renamed_bundle_with_an_unlisted_file_opens(bundle: Path) -> None:
@@ -124,28 +110,6 @@ def test_a_renamed_bundle_with_an_unlisted_file_opens(bundle: Path) -> None:
     opened = open_bundle(renamed)
     assert opened.path == renamed
     assert "notes.txt" not in opened.manifest.files
-
-
-@pytest.mark.parametrize("place", [0, -1])
-@pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_is_one_error_line_with_the_file_name(bundle: Path, name: str, place: int) -> None:
-    flip(bundle / name, place)
-    with pytest.raises(BundleError, match=f"{name}: its sha256 is not the one in the manifest") as caught:
-        open_bundle(bundle)
-    assert "\n" not in str(caught.value)
-
-
-CHANGES: dict[str, Callable[[bytes], bytes]] = {
-    "shortened": lambda body: body[:-1], "with a line break": lambda body: body + b"\n",
-    "with a zero": lambda body: body + b"\0", "a flipped bit": lambda body: body.replace(b"18", b"19"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CHANGES)
-def test_a_changed_manifest_is_detected(bundle: Path, case: str) -> None:
-    (bundle / MANIFEST).write_bytes(CHANGES[case]((bundle / MANIFEST).read_bytes()))
-    with pytest.raises(BundleError, match=f"{MANIFEST}: .*(edited or damaged|Extra data|larger)"):
-        open_bundle(bundle)
 
 
 def grow(file: Path) -> None:
@@ -168,6 +132,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (Path.unlink, "missing|no manifest"),
     "too long": (grow, "bytes, the manifest says|Extra data"),
     "too short": (shorten, "bytes, the manifest says|edited or damaged"),
+    "the first bit flipped": (lambda file: flip(file, 0), "its sha256 is not the one in|Expecting|not JSON"),
+    "the last bit flipped": (lambda file: flip(file, -1), "its sha256 is not the one in|edited|Extra data"),
     "a folder": (replace_with(Path.mkdir), "missing|no manifest"),
     "a pipe": (replace_with(os.mkfifo), "missing|no manifest"),
     "a link to itself": (replace_with(lambda f: f.symlink_to(f.name)), "is a link|no manifest"),
@@ -183,8 +149,8 @@ def test_a_file_of_another_kind_or_size_is_rejected(bundle: Path, name: str, dam
     change(bundle / name)
     with pytest.raises(BundleError, match=message) as caught:
         open_bundle(bundle)
-    assert name in str(caught.value)
-    assert str(bundle) in str(caught.value)
+    assert str(bundle / name) in str(caught.value) or name == MANIFEST
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("place", ["", "nowhere", "a/file"])
@@ -212,10 +178,18 @@ def test_only_plain_file_names_are_accepted(bundle: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REQUIRED)
-def test_a_manifest_without_a_required_file_is_rejected(bundle: Path, name: str) -> None:
+def test_a_bundle_without_a_required_file_is_neither_sealed_nor_opened(
+    bundle: Path, tmp_path: Path, name: str
+) -> None:
     rename_entry(bundle, name, "README.md")
     with pytest.raises(BundleError, match=f"the manifest lists no {name}"):
         open_bundle(bundle)
+    (tmp_path / "new").mkdir()
+    fill(tmp_path / "new")
+    (tmp_path / "new" / name).unlink()
+    with pytest.raises(BundleError, match=f"cannot be sealed, {name} is missing"):
+        seal(tmp_path / "new", FIELDS)
+    assert not (tmp_path / "new" / MANIFEST).exists()
 
 
 BODIES = {
