@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -40,26 +40,18 @@ except SopdeployError as problem:
     sys.exit(f"error: {{problem}}")
 """
 
-SLOW = """
+# `{before}` runs before each batch.
+BATCH = """
 import time
 from sopdeploy_service.runtime.onnxruntime import (OnnxRuntime)
 original = OnnxRuntime.run
-def slow(self, images):
-    time.sleep(0.15)
+def changed(self, images):
+    {before}
     return original(self, images)
-OnnxRuntime.run = slow
+OnnxRuntime.run = changed
 """
-
-HANGS = """
-import time
-from sopdeploy_service.runtime.onnxruntime import (OnnxRuntime)
-original = OnnxRuntime.run
-def hang(self, images):
-    if images.max() == 0:
-        time.sleep(1000)
-    return original(self, images)
-OnnxRuntime.run = hang
-"""
+SLOW = BATCH.format(before="time.sleep(0.15)")
+HANGS = BATCH.format(before="time.sleep(1000 if images.max() == 0 else 0)")
 
 HALTS = """
 import os, signal
@@ -74,32 +66,25 @@ DrainingServer.on_tick = halt
 """
 
 
-@contextmanager
-def process(
-    bundle: Path, faults: str = "", settings: str = "", faults_variable: str = ""
-) -> Iterator[subprocess.Popen[str]]:
-    code = SERVE.format(faults=faults, settings=settings)
-    child = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", code, str(bundle)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"SOPDEPLOY_FAULTS": faults_variable},
-    )
-    with child:  # `Popen.__exit__` waits for the process
-        try:
-            yield child
-            child.wait(PATIENCE)
-        finally:
-            child.kill()
-
-
 @pytest.fixture
 def start(bundle_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], httpx.Client]]]:
+    """`start(faults, settings)` starts a server process after the code *faults*; gives it and a client."""
     with ExitStack() as stack:
 
-        def started(**options: str) -> tuple[subprocess.Popen[str], httpx.Client]:
-            child = stack.enter_context(process(bundle_path, **options))
+        def started(
+            faults: str = "", settings: str = "", variable: str = ""
+        ) -> tuple[subprocess.Popen[str], httpx.Client]:
+            code = SERVE.format(faults=faults, settings=settings)
+            child = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-W", "error", "-c", code, str(bundle_path)],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=os.environ | {"SOPDEPLOY_FAULTS": variable},
+                )
+            )  # `Popen.__exit__` waits for the process
+            stack.callback(child.kill)
             found = re.fullmatch(r"ready: (\S+)  (\S+)\n", line_of(child))
             assert found, child.communicate(timeout=PATIENCE)
             assert found[2] == bundle_path.name
@@ -118,19 +103,41 @@ def test_an_idle_server_prints_ready_and_exits_with_0(start, jpeg, stop) -> None
     assert (child.returncode, out, err) == (0, "", "")
 
 
-def test_sigterm_under_load_completes_all_admitted_requests(start, jpeg) -> None:
-    child, client = start(faults=SLOW, settings="max_batch=1")
-    replies: list[httpx.Response] = []
+@pytest.fixture
+def loaded(start, jpeg) -> Iterator[Callable[..., tuple[subprocess.Popen[str], httpx.Client, list]]]:
+    """`loaded(settings)` starts a slow server with 16 requests in its queue."""
     with ThreadPoolExecutor(16) as pool:
-        sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
-        wait_until(lambda: arrived(client) == 16)
-        child.send_signal(signal.SIGTERM)
-        wait_until(lambda: client.get("/readyz").status_code == 503)
-        late = client.post("/v1/classify", content=jpeg)
-        replies = [reply.result() for reply in sent]
-    assert [reply.status_code for reply in replies] == [200] * 16
+
+        def started(settings: str = "") -> tuple[subprocess.Popen[str], httpx.Client, list]:
+            child, client = start(SLOW, f"max_batch=1, {settings}")
+            sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
+            received = 'sopdeploy_stage_duration_seconds_count{stage="receive"} 16.0'
+            wait_until(lambda: received in client.get("/metrics").text)
+            child.send_signal(signal.SIGTERM)
+            return child, client, sent
+
+        yield started
+
+
+def test_sigterm_under_load_completes_all_admitted_requests(loaded, jpeg) -> None:
+    child, client, sent = loaded()
+    wait_until(lambda: client.get("/readyz").status_code == 503)
+    late = client.post("/v1/classify", content=jpeg)
+    assert [reply.result().status_code for reply in sent] == [200] * 16
     assert (late.status_code, late.json()["code"]) == (503, "draining")
     assert late.headers["connection"] == "close"
+    assert child.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("ends_by", ["time", "a second signal"])
+def test_requests_unfinished_after_the_drain_get_503(loaded, ends_by) -> None:
+    child, _, sent = loaded("drain_seconds=0.5" if ends_by == "time" else "")
+    if ends_by == "a second signal":
+        time.sleep(0.2)
+        child.send_signal(signal.SIGTERM)
+    replies = [reply.result() for reply in sent]
+    assert {reply.status_code for reply in replies} == {200, 503}
+    assert all(reply.json()["code"] == "draining" for reply in replies if reply.status_code == 503)
     assert child.wait(PATIENCE) == 0
 
 
@@ -178,31 +185,6 @@ def test_accept_pending_accepts_all_connections() -> None:
         assert accept_pending(listener) == []
 
 
-def test_requests_unfinished_after_the_drain_get_503(start, jpeg) -> None:
-    child, client = start(faults=SLOW, settings="max_batch=1, drain_seconds=0.5")
-    with ThreadPoolExecutor(16) as pool:
-        sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
-        wait_until(lambda: arrived(client) == 16)
-        child.send_signal(signal.SIGTERM)
-        replies = [reply.result() for reply in sent]
-    assert {reply.status_code for reply in replies} == {200, 503}
-    assert all(reply.json()["code"] == "draining" for reply in replies if reply.status_code == 503)
-    assert child.wait(PATIENCE) == 0
-
-
-def test_a_second_signal_ends_the_drain(start, jpeg) -> None:
-    child, client = start(faults=SLOW, settings="max_batch=1")
-    with ThreadPoolExecutor(16) as pool:
-        sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
-        wait_until(lambda: arrived(client) == 16)
-        for _ in range(2):
-            child.send_signal(signal.SIGTERM)
-            time.sleep(0.2)
-        statuses = [reply.result().status_code for reply in sent]
-    assert set(statuses) == {200, 503}
-    assert child.wait(PATIENCE) == 0
-
-
 def test_a_hanging_runtime_exits_with_70(start, make_picture) -> None:
     child, client = start(faults=HANGS, settings="engine_timeout_seconds=0.5")
     reply = client.post("/v1/classify", content=make_picture((0, 0, 0), kind="PNG"))
@@ -211,7 +193,7 @@ def test_a_hanging_runtime_exits_with_70(start, make_picture) -> None:
 
 
 def test_injected_faults_are_logged_and_a_hanging_runtime_exits_with_70(start, jpeg) -> None:
-    child, client = start(faults_variable="engine=nan@1,engine=hang@2")
+    child, client = start(variable="engine=nan@1,engine=hang@2")
     first = client.post("/v1/classify", content=jpeg)
     assert (first.status_code, first.json()["code"]) == (500, "nonfinite_output")
     assert client.post("/v1/classify", content=jpeg).json()["code"] == "engine_dead"
@@ -223,25 +205,21 @@ def test_injected_faults_are_logged_and_a_hanging_runtime_exits_with_70(start, j
     assert events[0]["faults"] == "engine=nan@1,engine=hang@2"
 
 
-def test_the_log_has_startup_requests_drain_and_stop(start, jpeg) -> None:
-    child, client = start(settings="log='json'")
+@pytest.mark.parametrize(
+    ("settings", "logged"),
+    [("log='json'", ["started", "request", "draining", "stopped"]), ("startup_timeline=True", ["started"])],
+)
+def test_the_log_has_startup_requests_drain_and_stop(start, jpeg, settings, logged) -> None:
+    child, client = start(settings=settings)
     assert client.post("/v1/classify", content=jpeg).status_code == 200
     child.send_signal(signal.SIGTERM)
     out, err = child.communicate(timeout=PATIENCE)
     events = [json.loads(line) for line in err.splitlines()]
     assert (child.returncode, out) == (0, "")
-    assert [event["event"] for event in events] == ["started", "request", "draining", "stopped"]
+    assert [event["event"] for event in events] == logged
     steps = events[0]["steps_ms"]
     assert list(steps) == ["imports", "hashes", "session", "probes", "listen"]
     assert events[0]["ms"] == pytest.approx(sum(steps.values()), abs=0.2)
-
-
-def test_the_startup_timeline_is_logged_on_request(start, jpeg) -> None:
-    child, client = start(settings="startup_timeline=True")
-    assert client.post("/v1/classify", content=jpeg).status_code == 200
-    child.send_signal(signal.SIGTERM)
-    (line,) = child.communicate(timeout=PATIENCE)[1].splitlines()
-    assert json.loads(line)["event"] == "started"
 
 
 def test_invalid_faults_and_keys_are_one_line_errors(bundle_path: Path, tmp_path: Path, monkeypatch) -> None:
@@ -252,14 +230,6 @@ def test_invalid_faults_and_keys_are_one_line_errors(bundle_path: Path, tmp_path
         serve([bundle_path], Settings(port=0))
 
 
-def arrived(client: httpx.Client) -> int:
-    """Number of requests received so far."""
-    for line in client.get("/metrics").text.splitlines():
-        if line.startswith('sopdeploy_stage_duration_seconds_count{stage="receive"} '):
-            return int(float(line.split()[1]))
-    return 0
-
-
 def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -267,27 +237,23 @@ def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None
         time.sleep(0.01)
 
 
-def test_a_port_in_use_is_a_one_line_error(bundle_path: Path) -> None:
+def test_a_port_in_use_and_an_unknown_host_are_one_line_errors(bundle_path: Path) -> None:
     with bind("127.0.0.1", 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: cannot listen .*another"):
             serve([bundle_path], Settings(port=port))
-
-
-def test_an_unknown_host_is_a_one_line_error(bundle_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot listen"):
         serve([bundle_path], Settings(host="host.invalid", port=0))
 
 
-def test_a_damaged_bundle_is_never_served(bundle_path: Path, tmp_path: Path) -> None:
+def test_a_damaged_bundle_and_one_with_other_outputs_are_never_served(
+    bundle_path: Path, wrong_bundle_path: Path, tmp_path: Path
+) -> None:
     copy = shutil.copytree(bundle_path, tmp_path / bundle_path.name)
     (copy / "model.onnx").write_bytes(b"x")
     with pytest.raises(BundleError, match=r"model\.onnx"):
         serve([copy], Settings(port=0))
-
-
-def test_a_network_with_other_outputs_is_never_served(wrong_bundle_path: Path) -> None:
     with pytest.raises(ParityError, match="deviates"):
         serve([wrong_bundle_path], Settings(port=0))
 
@@ -295,8 +261,7 @@ def test_a_network_with_other_outputs_is_never_served(wrong_bundle_path: Path) -
 def test_the_server_never_imports_torch_or_the_exporter() -> None:
     code = (
         "import sys, sopdeploy_service.app, sopdeploy_service.server.process, "
-        "sopdeploy_service.commands.predict, "
-        "sopdeploy_service.commands.verify; "
+        "sopdeploy_service.commands.predict, sopdeploy_service.commands.verify; "
         "print([name for name in ('torch', 'onnx', 'sklearn', 'onnxruntime', 'sopdeploy_export') "
         "if name in sys.modules])"
     )
