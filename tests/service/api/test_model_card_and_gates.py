@@ -58,11 +58,6 @@ def test_gates_are_omitted_unless_requested(gated_client, jpeg):
     assert "gates" not in gated_client.post("/v1/classify?gates=false", content=jpeg).json()
 
 
-def test_gates_of_a_network_without_a_gate_are_400(client, jpeg):
-    reply = client.post("/v1/classify?gates=true", content=jpeg)
-    assert (reply.status_code, reply.json()["code"]) == (400, "no_gates")
-
-
 @pytest.mark.parametrize(("path", "page"), [("/", INDEX), ("/docs", DOCS)])
 def test_the_content_security_policy_allows_exactly_the_inline_scripts(client, path, page):
     reply = client.get(path)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.settings import Settings
+from tests.service.api.test_v2_request import bodies
 
 INFER = "/v2/models/tiny/infer"
 ZEROS = {"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [0] * 3072}
@@ -21,14 +22,8 @@ def post(client, body, path: str = INFER, **headers: str):
 
 BAD_REQUESTS = {
     "an empty body": (b"", {}, 400, "malformed_json"),
-    "lists 100000 deep": (b"[" * 100_000 + b"]" * 100_000, {}, 400, "json_too_complex"),
-    "a key twice": (b'{"inputs": [], "inputs": []}', {}, 400, "duplicate_key"),
-    "no inputs": (b"{}", {}, 400, "missing_input"),
     "an unknown output": ({**GOOD, "outputs": [{"name": "x"}]}, {}, 400, "unknown_output"),
     "a header length beyond the body": (GOOD, {LENGTH: "999999"}, 400, "bad_header_length"),
-    "a negative header length": (GOOD, {LENGTH: "-1"}, 400, "bad_header_length"),
-    "a header length inside of the JSON": (GOOD, {LENGTH: "10"}, 400, "malformed_json"),
-    "a shape that overflows": ({"inputs": [{**ZEROS, "shape": [2**40] * 3}]}, {}, 400, "wrong_shape"),
     "too many images": ({"inputs": [{**ZEROS, "shape": [9, 32, 32, 3]}]}, {}, 400, "too_many_images"),
     "a body above the limit": (bytes(1_000_001), {}, 413, "too_large"),
     "gzip": (GOOD, {"Content-Encoding": "gzip"}, 415, "unsupported_encoding"),
@@ -111,36 +106,16 @@ def test_json_has_its_own_size_limit(serve_with, onnx_runtime):
     assert post(client, text + bytes(3072), **{LENGTH: str(len(text))}).status_code == 200
 
 
-ANY_JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
-    max_leaves=10,
-)
-INPUT = st.fixed_dictionaries(
-    {},
-    optional={
-        "name": st.sampled_from(["images", "IMAGE"]) | ANY_JSON,
-        "datatype": st.sampled_from(["UINT8", "BYTES"]) | ANY_JSON,
-        "shape": st.sampled_from([[1], [2, 1], [1, 32, 32, 3]]) | ANY_JSON,
-        "data": st.sampled_from([[0] * 3072, ["R0lGODlh"], ["YQ==", "!"]]) | ANY_JSON,
-        "parameters": st.fixed_dictionaries({"binary_data_size": st.integers(-1, 40)}) | ANY_JSON,
-    },
-)
-OUTPUT = st.fixed_dictionaries({"name": st.just("logits") | ANY_JSON}, optional={"parameters": ANY_JSON})
-BODY = st.fixed_dictionaries(
-    {},
-    optional={
-        "id": ANY_JSON,
-        "inputs": st.lists(INPUT, max_size=2) | ANY_JSON,
-        "outputs": st.lists(OUTPUT, max_size=2) | ANY_JSON,
-        "parameters": ANY_JSON,
-    },
-)
 LENGTHS = st.none() | st.integers(-2, 300).map(str) | st.text("0123456789abc-.", max_size=6)
 
 
 @settings(max_examples=80, deadline=None)
-@given(asked=BODY | ANY_JSON, binary=st.binary(max_size=40), length=LENGTHS, use_length=st.booleans())
+@given(
+    asked=bodies([1, 32, 32, 3], [0] * 3072),
+    binary=st.binary(max_size=40),
+    length=LENGTHS,
+    use_length=st.booleans(),
+)
 def test_no_json_gets_a_5xx(client, asked, binary, length, use_length):
     text = orjson.dumps(asked)
     length = str(len(text)) if use_length else length
