@@ -5,7 +5,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import httpx
 import numpy as np
 import pytest
 
@@ -28,20 +27,17 @@ def test_every_documented_fault_is_parsed():
     assert parse_faults("") == NO_FAULTS
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "engine",
-        "engine=hang",
-        "engine=hang@0",
-        "engine=hang@-1",
-        "engine=slow@3",
-        "decoder=nan@1",
-        "x=y@1",
-        "engine=nan@1;engine=nan@2",
-        "engine=nan@\u0661",
-    ],
-)
+NO_FAULT_TEXTS = [
+    "engine",
+    "engine=hang",
+    "engine=hang@0",
+    "engine=hang@-1",
+    "engine=slow@3",
+    "decoder=nan@1",
+]
+
+
+@pytest.mark.parametrize("text", [*NO_FAULT_TEXTS, "x=y@1", "engine=nan@1;engine=nan@2", "engine=nan@\u0661"])
 def test_any_other_text_is_an_error(text):
     with pytest.raises(ConfigError, match=r"^SOPDEPLOY_FAULTS: .* is not a fault; use one of: engine=hang@5"):
         parse_faults(text)
@@ -75,15 +71,14 @@ def test_a_slow_model_takes_a_multiple_of_its_time(monkeypatch):
 
 
 @pytest.fixture
-def classify(run_server, bundle):
-    """`classify(faults, body, 4)` returns four consecutive responses of a server with *faults*."""
-
-    def run(faults: str, body: bytes, times: int, **settings) -> list[httpx.Response]:
-        runtime = FakeRuntime(classes=7, largest_batch=8)
-        with run_server(runtime, bundle, Settings(**settings), faults=parse_faults(faults)) as client:
-            return [client.post("/v1/classify", content=body) for _ in range(times)]
-
-    return run
+def serve(run_server, bundle):
+    """`serve(faults)` runs a server with *faults*."""
+    return lambda faults, runtime=None, **settings: run_server(
+        runtime or FakeRuntime(classes=7, largest_batch=8),
+        bundle,
+        Settings(**settings),
+        faults=parse_faults(faults),
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,24 +90,23 @@ def classify(run_server, bundle):
         ("decoder=die@2", 500, "decoder_failed"),
     ],
 )
-def test_a_fault_affects_only_its_image(classify, jpeg, faults, status, code):
-    responses = classify(faults, jpeg, 4)
+def test_a_fault_affects_only_its_image(serve, jpeg, faults, status, code):
+    with serve(faults) as client:
+        responses = [client.post("/v1/classify", content=jpeg) for _ in range(4)]
     assert [response.status_code for response in responses] == [200, status, 200, 200]
     assert responses[1].json()["code"] == code
 
 
 @pytest.mark.parametrize("faults", ["decoder=die@2", "engine=nan@1"])
-def test_other_images_of_a_form_keep_their_predictions(run_server, bundle, jpeg, faults):
-    runtime = FakeRuntime(classes=7, largest_batch=8)
-    with run_server(runtime, bundle, Settings(), faults=parse_faults(faults)) as client:
+def test_other_images_of_a_form_keep_their_predictions(serve, jpeg, faults):
+    with serve(faults) as client:
         results = client.post("/v1/classify", files=[("image", jpeg)] * 5).json()["results"]
     assert sum("classes" in result for result in results) == 4
     assert sum("error" in result for result in results) == 1
 
 
-def test_out_of_memory_halves_batches_for_a_while(run_server, bundle, jpeg):
+def test_out_of_memory_halves_batches_for_a_while(serve, jpeg):
     runtime = FakeRuntime(classes=7, fixed_ms=5, largest_batch=8)
-    settings = Settings(max_batch=8, max_queue_delay_ms=10_000)  # longer than decoding
 
     def eight() -> list[int]:
         del runtime.batches[:]
@@ -120,7 +114,8 @@ def test_out_of_memory_halves_batches_for_a_while(run_server, bundle, jpeg):
         assert all("classes" in result for result in reply.json()["results"])
         return runtime.batches[:]
 
-    with run_server(runtime, bundle, settings, faults=parse_faults("engine=oom@1")) as client:
+    delay = 10_000  # longer than decoding
+    with serve("engine=oom@1", runtime, max_batch=8, max_queue_delay_ms=delay) as client:
         assert eight() == [4, 4]
         assert eight() == [4, 4]
         client.app.state.service.registry.find()._worker._limited_until = 0.0  # the time is over
@@ -128,20 +123,14 @@ def test_out_of_memory_halves_batches_for_a_while(run_server, bundle, jpeg):
         assert eight() == [8]
 
 
-def test_a_hung_model_is_detected_and_every_request_gets_a_response(
-    run_server, bundle, jpeg, monkeypatch, until
-):
+def test_a_hung_model_is_detected_and_every_request_gets_a_response(serve, jpeg, monkeypatch, until):
     gate = threading.Event()
     monkeypatch.setattr(
         fault_injection,
         "time",
         SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: gate.wait(60) if seconds else None),
     )
-    runtime, faults = FakeRuntime(classes=7), parse_faults("engine=hang@2")
-    with (
-        run_server(runtime, bundle, Settings(max_batch=1), faults=faults) as client,
-        ThreadPoolExecutor(6) as pool,
-    ):
+    with serve("engine=hang@2", max_batch=1) as client, ThreadPoolExecutor(6) as pool:
         assert client.post("/v1/classify", content=jpeg).status_code == 200
         monkeypatch.setattr(model, "MIN_HANG_SECONDS", 0.2)  # only now: the first batch may be slow
         replies = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(6)]

@@ -5,8 +5,8 @@ Garbage may keep an image in memory, and every collection stops all threads.
 
 import gc
 import json
-import socket
 from collections import Counter
+from contextlib import ExitStack
 
 import pytest
 
@@ -45,33 +45,31 @@ REQUESTS = {
 }
 
 
-def send(client, request: bytes, wire: socket.socket | None) -> None:
-    if wire is not None:
-        wire.sendall(request)
-        read(wire, to_the_end=False)
-        return
-    with connect(client) as own:
-        own.sendall(request.replace(b"Host: x", b"Host: x\r\nConnection: close", 1))
-        read(own)
-
-
 @pytest.mark.parametrize("keep_alive", [True, False], ids=["on one connection", "one connection each"])
 @pytest.mark.parametrize("request_of", REQUESTS.values(), ids=REQUESTS)
 def test_a_finished_request_leaves_no_garbage(client, jpeg, request_of, keep_alive):
     request = request_of(jpeg)
-    with connect(client) as wire:
-        for _ in range(3):
-            send(client, request, wire if keep_alive else None)
+    if not keep_alive:
+        request = request.replace(b"Host: x", b"Host: x\r\nConnection: close", 1)
+
+    def send(times: int) -> None:
+        with ExitStack() as stack:
+            for number in range(times):
+                if number == 0 or not keep_alive:
+                    wire = stack.enter_context(connect(client))
+                wire.sendall(request)
+                read(wire, to_the_end=not keep_alive)
+
+    send(3)
+    gc.collect()
+    gc.disable()
+    try:
+        send(TIMES)
+        gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
-        gc.disable()
-        try:
-            for _ in range(TIMES):
-                send(client, request, wire if keep_alive else None)
-            gc.set_debug(gc.DEBUG_SAVEALL)
-            gc.collect()
-            left = Counter(type(one).__name__ for one in gc.garbage)
-        finally:
-            gc.set_debug(0)
-            gc.garbage.clear()
-            gc.enable()
+        left = Counter(type(one).__name__ for one in gc.garbage)
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
     assert sum(left.values()) < TIMES, left

@@ -1,6 +1,5 @@
 """Servers with a fake runtime: full queue, missed deadline, disconnected client, failing and hung runtime."""
 
-import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +10,7 @@ import pytest
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.held import Held
+from tests.service.raw import connect, count, post_of
 
 
 class FailingRuntime(FakeRuntime):
@@ -42,11 +42,6 @@ def post(client: httpx.Client, body: bytes) -> httpx.Response:
     return client.post("/v1/classify", content=body)
 
 
-def depth(client: httpx.Client) -> int:
-    lines = client.get("/metrics").text.splitlines()
-    return int(float(next(x.split()[1] for x in lines if x.startswith("sopdeploy_queue_depth "))))
-
-
 def test_images_queued_during_a_batch_share_the_next_one(serve_with, pool, jpeg, until):
     runtime = Held(largest_batch=8)
     client = serve_with(runtime)
@@ -64,7 +59,7 @@ def test_a_full_queue_is_429_with_a_retry_time(serve_with, pool, jpeg, until):
     runtime = Held()
     client = serve_with(runtime, queue_size=3, max_images=3)
     replies = [pool.submit(post, client, jpeg) for _ in range(3)]
-    until(lambda: depth(client) == 3)
+    until(lambda: count(client, "queue_depth") == 3)
     rejected = post(client, jpeg)
     assert (rejected.status_code, rejected.json()["code"]) == (429, "queue_full")
     assert 1 <= int(rejected.headers["retry-after"]) <= 60
@@ -76,15 +71,14 @@ def test_a_full_queue_is_429_with_a_retry_time(serve_with, pool, jpeg, until):
 
 
 def test_every_image_of_a_form_counts_in_the_queue(serve_with, pool, jpeg, until):
-    runtime = Held()
+    runtime, files = Held(), [("image", jpeg)] * 4
     client = serve_with(runtime, queue_size=4, max_images=4)
     first = pool.submit(post, client, jpeg)
-    until(lambda: depth(client) == 1)
-    rejected = client.post("/v1/classify", files=[("image", jpeg)] * 4)
-    assert rejected.json()["code"] == "queue_full"
+    until(lambda: count(client, "queue_depth") == 1)
+    assert client.post("/v1/classify", files=files).json()["code"] == "queue_full"
     runtime.gate.set()
     assert first.result().status_code == 200
-    assert client.post("/v1/classify", files=[("image", jpeg)] * 4).status_code == 200
+    assert client.post("/v1/classify", files=files).status_code == 200
 
 
 def test_an_image_that_misses_its_deadline_is_504_and_never_runs(serve_with, pool, jpeg):
@@ -94,7 +88,7 @@ def test_an_image_that_misses_its_deadline_is_504_and_never_runs(serve_with, poo
     answers = [reply.result() for reply in replies]
     assert [answer.status_code for answer in answers] == [504] * 4
     assert answers[0].json()["code"] == "deadline"
-    assert depth(client) == 0
+    assert count(client, "queue_depth") == 0
     runtime.gate.set()
     assert post(client, jpeg).status_code == 200
     assert runtime.batches == [1, 1]
@@ -105,15 +99,13 @@ def test_a_disconnected_client_leaves_the_queue(serve_with, pool, jpeg, until):
     client = serve_with(runtime)
     first = pool.submit(post, client, jpeg)
     assert runtime.entered.wait(10)
-    head = f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(jpeg)}\r\n\r\n"
-    address = (client.base_url.host, client.base_url.port)
-    leaving = [socket.create_connection(address) for _ in range(5)]
+    leaving = [connect(client) for _ in range(5)]
     for wire in leaving:
-        wire.sendall(head.encode() + jpeg)
-    until(lambda: depth(client) == 6)
+        wire.sendall(post_of(jpeg))
+    until(lambda: count(client, "queue_depth") == 6)
     for wire in leaving:
         wire.close()
-    until(lambda: depth(client) == 1)
+    until(lambda: count(client, "queue_depth") == 1)
     runtime.gate.set()
     assert first.result().status_code == 200
     assert runtime.batches == [1]
@@ -165,8 +157,8 @@ def test_an_internal_error_is_a_problem_response(serve_with, jpeg, monkeypatch):
 
 def test_a_body_that_does_not_arrive_in_time_is_408(serve_with):
     client = serve_with(FakeRuntime(classes=7), request_timeout=0.3)
-    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=10) as wire:
-        wire.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nslow")
+    with connect(client) as wire:
+        wire.sendall(post_of(bytes(100))[:-96])
         assert wire.recv(12) == b"HTTP/1.1 408"
 
 

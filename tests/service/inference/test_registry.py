@@ -62,9 +62,10 @@ def found(result: Model | Rejection | None) -> Model:
     return result
 
 
-def code_of(result: object) -> str:
-    assert isinstance(result, Rejection), result
-    return result.code
+async def codes(*results: Awaitable[Model | Rejection | None]) -> list[str]:
+    """Await *results*, which must be rejections, in order."""
+    rejections = [await result for result in results]
+    return [rejection.code for rejection in rejections]
 
 
 def test_a_new_version_is_served_and_the_previous_one_kept_for_rollback(versions, until) -> None:
@@ -115,7 +116,7 @@ def test_a_replaced_version_waits_for_its_last_request(versions, make_bundle, mo
             assert oldest in registry._retiring
             assert not stopped.is_set()
         await asyncio.wait_for(stopped.wait(), 60)
-        assert code_of(registry.find("tiny", oldest.version)) == "unknown_version"
+        assert registry.find("tiny", oldest.version).code == "unknown_version"
 
     run_with_registry(versions[0], scenario)
 
@@ -137,7 +138,7 @@ def test_a_version_with_wrong_outputs_is_never_served(versions, make_bundle) -> 
 @pytest.mark.parametrize("name", ["../tiny", "/etc", "", "nothing", "a\0b", "x" * 10_000])
 def test_only_folders_beside_the_bundles_can_be_loaded(versions, name) -> None:
     async def scenario(registry: ModelRegistry) -> None:
-        assert code_of(await registry.load("tiny", name)) == "cannot_load"
+        assert await codes(registry.load("tiny", name)) == ["cannot_load"]
 
     run_with_registry(versions[0], scenario)
 
@@ -145,21 +146,19 @@ def test_only_folders_beside_the_bundles_can_be_loaded(versions, name) -> None:
 def test_an_unloaded_model_can_be_loaded_again(versions) -> None:
     async def scenario(registry: ModelRegistry) -> None:
         assert await registry.unload("tiny") is None
-        assert code_of(registry.find()) == "no_model"
-        assert code_of(registry.find("tiny")) == "unknown_model"
-        assert code_of(await registry.unload("tiny")) == "unknown_model"
-        assert code_of(await registry.roll_back("tiny")) == "unknown_model"
-        assert code_of(await registry.load("tiny")) == "cannot_load"  # two have the name: which?
+        assert [registry.find(name).code for name in (None, "tiny")] == ["no_model", "unknown_model"]
+        assert await codes(
+            registry.unload("tiny"), registry.roll_back("tiny"), registry.load("tiny")  # two have the name
+        ) == ["unknown_model", "unknown_model", "cannot_load"]  # fmt: skip
         assert found(await registry.load("tiny", versions[1].name)).name == "tiny"
-        assert code_of(await registry.roll_back("tiny")) == "no_previous_version"
+        assert await codes(registry.roll_back("tiny")) == ["no_previous_version"]
 
     run_with_registry(versions[0], scenario)
 
 
 def test_without_model_control_nothing_can_be_loaded(versions) -> None:
     async def scenario(registry: ModelRegistry) -> None:
-        assert code_of(await registry.load("tiny")) == "model_control_off"
-        assert code_of(await registry.unload("tiny")) == "model_control_off"
+        assert await codes(registry.load("tiny"), registry.unload("tiny")) == ["model_control_off"] * 2
 
     run_with_registry(versions[0], scenario, control=False)
 
@@ -228,14 +227,15 @@ def two(versions, run_server, onnx_runtime) -> Iterator[httpx.Client]:
 
 
 def test_with_several_models_a_request_must_name_one(two, jpeg) -> None:
-    unnamed = two.post("/v1/classify", content=jpeg)
-    assert (unnamed.status_code, unnamed.json()["code"]) == (400, "model_needed")
-    assert "ants, bees" in unnamed.json()["detail"]
-    assert two.post("/v1/classify?model=bees", content=jpeg).status_code == 200
-    missing = two.post("/v1/classify?model=cats", content=jpeg)
-    assert (missing.status_code, missing.json()["code"]) == (404, "unknown_model")
-    version = two.post("/v1/classify?model=bees&version=0", content=jpeg)
-    assert (version.status_code, version.json()["code"]) == (404, "unknown_version")
+    assert "ants, bees" in two.post("/v1/classify", content=jpeg).json()["detail"]
+    for query, status, code in (
+        ("", 400, "model_needed"),
+        ("?model=bees", 200, None),
+        ("?model=cats", 404, "unknown_model"),
+        ("?model=bees&version=0", 404, "unknown_version"),
+    ):
+        reply = two.post(f"/v1/classify{query}", content=jpeg)
+        assert (reply.status_code, reply.json().get("code")) == (status, code)
     assert [model["name"] for model in two.get("/info").json()["models"]] == ["ants", "bees"]
     assert 'requests_total{code="200",model="bees"' in two.get("/metrics").text
 
