@@ -15,7 +15,6 @@ from sopdeploy.errors import BundleError, ParityError
 from sopdeploy_service.api.schema import Card, CertificateSummary, Health, Info, ModelInfo, SelfTest
 from sopdeploy_service.api.upload import (
     admit,
-    context_of,
     json_response,
     raise_if_rejected,
     service_of,
@@ -146,7 +145,7 @@ def read_card(bundle: Bundle) -> Card:
 async def selftest(request: Request, model: str | None = None) -> Response:
     """Replay the probes of the bundle through the runtime, between the requests of clients."""
     chosen, deadline = admit(request, model)
-    found = await self_test(service_of(request), chosen, deadline, context_of(request))
+    found = await self_test(service_of(request), chosen, deadline, request.state.context)
     return json_response(raise_if_rejected(found))
 
 

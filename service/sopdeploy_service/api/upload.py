@@ -51,12 +51,6 @@ def service_of(request: Request) -> Service:
     return service
 
 
-def context_of(request: Request) -> RequestContext:
-    """Look up the context of *request*, which the middleware creates."""
-    context: RequestContext = request.scope["state"]["context"]
-    return context
-
-
 def raise_if_rejected(value: Value | Rejection) -> Value:
     """Pass *value* through; raises `RejectedError` if it is a rejection."""
     if isinstance(value, Rejection):
@@ -80,7 +74,8 @@ def admit(request: Request, name: str | None = None, version: str | None = None)
     Raises `RejectedError` if the key lacks the scope, the model is not loaded, the deadline cannot be met, or
     the queue or the rate limit is full.
     """
-    context, service = context_of(request), service_of(request)
+    context: RequestContext = request.state.context
+    service = service_of(request)
     require(context, "classify")
     deadline = time.monotonic() + timeout_of(request, service.settings.request_timeout)
     model = use_model(request, service.registry.find(name, version))
@@ -96,7 +91,7 @@ def use_model(request: Request, found: Model | Rejection) -> Model:
     Raises `RejectedError` if it is a rejection.
     """
     model = raise_if_rejected(found)
-    context = context_of(request)
+    context: RequestContext = request.state.context
     context.model_name, context.model_version = model.name, model.version
     return model
 

@@ -10,7 +10,6 @@ from fastapi.exceptions import RequestValidationError
 from sopdeploy_service.api.schema import Classes, ClassifyQuery, ClassifyRequest, Results
 from sopdeploy_service.api.upload import (
     admit,
-    context_of,
     json_response,
     raise_if_rejected,
     read_upload,
@@ -18,7 +17,7 @@ from sopdeploy_service.api.upload import (
 )
 from sopdeploy_service.http.body_limits import cancel_on_disconnect
 from sopdeploy_service.http.problems import Problem, RejectedError, problem_responses
-from sopdeploy_service.inference.results import GATES, Outcome, Rejection, format_prediction
+from sopdeploy_service.inference.results import GATES, Rejection, format_prediction
 
 router = APIRouter()
 
@@ -52,7 +51,7 @@ async def classify(request: Request) -> Response:
     deadline, malformed form) fail it as a whole. `warnings` next to the classes name changes made while
     decoding, such as `exif_rotated`.
     """
-    service, context = service_of(request), context_of(request)
+    service, context = service_of(request), request.state.context
     started = time.monotonic()
     try:  # much faster than parameters of the function, which FastAPI validates one by one
         query = ClassifyQuery.model_validate(dict(request.query_params))
@@ -69,17 +68,17 @@ async def classify(request: Request) -> Response:
         context.record_stage("receive", received - started, received)
         work = service.infer(chosen, upload.images, deadline, context)
         outcomes = raise_if_rejected(await cancel_on_disconnect(work, request.receive))
+    if not upload.several:
+        raise_if_rejected(outcomes[0])
     count = query.top_k or upload.top_k or service.settings.top_k
-
-    def result(outcome: Outcome) -> dict[str, Any]:
+    results: list[dict[str, Any]] = []
+    for outcome in outcomes:
         if isinstance(outcome, Rejection):
             service.metrics.rejected.labels(outcome.code).inc()
-            return {"error": Problem.of(outcome).model_dump()}
+            results.append({"error": Problem.of(outcome).model_dump()})
+            continue
         weights = outcome.outputs[GATES] if query.gates else None
         ranked = outcome.ranking.top_k(outcome.row, count)
-        return format_prediction(ranked, chosen.labels, warnings=outcome.warnings, gates=weights)
-
-    headers = {"Server-Timing": context.server_timing()}
-    if upload.several:
-        return json_response({"results": [result(outcome) for outcome in outcomes]}, headers=headers)
-    return json_response(result(raise_if_rejected(outcomes[0])), headers=headers)
+        results.append(format_prediction(ranked, chosen.labels, warnings=outcome.warnings, gates=weights))
+    body = {"results": results} if upload.several else results[0]
+    return json_response(body, headers={"Server-Timing": context.server_timing()})

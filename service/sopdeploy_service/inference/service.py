@@ -84,18 +84,18 @@ class Service:
         self._decoders.start()
         self._draining = False
 
-    def drain(self) -> None:
-        """Reject new requests; finish those already admitted."""
-        self._draining = True
+    def drain(self, *, abort: bool = False) -> None:
+        """Reject new requests; finish those already admitted.
 
-    def abort(self) -> None:
-        """Reject every image without an outcome: the time to drain is over."""
+        With *abort* the time for that is over: reject every image without an outcome.
+        """
         self._draining = True
-        self.registry.close(DRAINING)
+        if abort:
+            self.registry.close(DRAINING)
 
     async def stop(self) -> None:
         """End the threads."""
-        self.abort()
+        self.drain(abort=True)
         self._decoders.stop()
         self.parsers.shutdown(wait=False, cancel_futures=True)
         await self.registry.stop()

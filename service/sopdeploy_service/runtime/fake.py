@@ -38,19 +38,17 @@ class FakeRuntime:
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Sleep, then return the output (n, C) float32 of *images* (n, H, W, 3) uint8."""
+        outputs, seconds = self._compute(images)
+        time.sleep(seconds)
+        return outputs
+
+    def _compute(self, images: NDArray[np.uint8]) -> tuple[dict[str, NDArray[np.float32]], float]:
+        """Return the output of a batch of *images* and the seconds that it takes."""
         self.batches.append(len(images))
-        time.sleep(self.seconds(len(images)))
-        return self.outputs(images)
-
-    def seconds(self, images: int) -> float:
-        """Return the duration of a batch of *images*."""
-        return self._fixed + self._per_image * images
-
-    def outputs(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-        """Return the output (n, C) float32 of *images* (n, H, W, 3) uint8."""
         grid = images[:, ::STRIDE, ::STRIDE].astype(np.float32)
         means = grid.mean(axis=(1, 2)) / 32
-        return {self._output: np.resize(means.T, (self._classes, len(images))).T.copy()}
+        logits = np.resize(means.T, (self._classes, len(images))).T.copy()
+        return {self._output: logits}, self._fixed + self._per_image * len(images)
 
 
 class FakeOverlappingRuntime(FakeRuntime):
@@ -60,9 +58,8 @@ class FakeOverlappingRuntime(FakeRuntime):
 
     def begin(self, images: Sequence[NDArray[np.uint8]]) -> Callable[[], dict[str, NDArray[np.float32]]]:
         """Begin a batch of *images* (H, W, 3); return a function that sleeps until it is done."""
-        self.batches.append(len(images))
-        done_at = self._free_at = max(time.monotonic(), self._free_at) + self.seconds(len(images))
-        outputs = self.outputs(np.stack(images))
+        outputs, seconds = self._compute(np.stack(images))
+        done_at = self._free_at = max(time.monotonic(), self._free_at) + seconds
 
         def wait() -> dict[str, NDArray[np.float32]]:
             time.sleep(max(0.0, done_at - time.monotonic()))

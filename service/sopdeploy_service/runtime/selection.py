@@ -26,28 +26,23 @@ def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
     `auto` never chooses `onnxruntime-tensorrt`, which builds for minutes at its first start. Raises
     `RuntimeUnavailableError` if the runtime cannot run *bundle*.
     """
-    if settings.runtime != "auto":
-        return _open(settings.runtime, bundle, settings)
-    if is_set_up(bundle, settings):
+    name: str = settings.runtime
+    if name == "auto" and is_set_up(bundle, settings):
         name = "tensorrt"
-    elif has_cuda():
-        name = "onnxruntime-cuda"
-    else:
-        return _open("onnxruntime-cpu", bundle, settings)
+    elif name == "auto":
+        name = "onnxruntime-cuda" if has_cuda() else "onnxruntime-cpu"
+    provider = {"onnxruntime-cuda": CUDA, "onnxruntime-tensorrt": TENSORRT}.get(name, CPU)
     try:
-        return _open(name, bundle, settings)
+        if name == "tensorrt":
+            return TensorRTRuntime(bundle, settings)
+        options = tensorrt_options(bundle, settings) if provider == TENSORRT else {}
+        if provider == CUDA:
+            options = CUDA_OPTIONS
+        return OnnxRuntime(bundle, threads=settings.threads, provider=provider, options=options)
     except RuntimeUnavailableError as error:
+        if settings.runtime != "auto" or name == "onnxruntime-cpu":
+            raise
         raise RuntimeUnavailableError(
             f"{name} is set up here but does not work: {error} "
             "(SOPDEPLOY_RUNTIME=onnxruntime-cpu would serve from the CPU)"
         ) from error
-
-
-def _open(name: str, bundle: Bundle, settings: Settings) -> Runtime:
-    if name == "tensorrt":
-        return TensorRTRuntime(bundle, settings)
-    provider = {"onnxruntime-cuda": CUDA, "onnxruntime-tensorrt": TENSORRT}.get(name, CPU)
-    options = CUDA_OPTIONS if provider == CUDA else {}
-    if provider == TENSORRT:
-        options = tensorrt_options(bundle, settings)
-    return OnnxRuntime(bundle, threads=settings.threads, provider=provider, options=options)

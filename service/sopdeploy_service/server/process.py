@@ -187,7 +187,7 @@ class DrainingServer(uvicorn.Server):
                 log.info("draining", extra={"requests": self._service.active_requests, "seconds": seconds})
             expired = time.monotonic() >= self._drain_until
             if expired:
-                self._service.abort()
+                self._service.drain(abort=True)
             if expired or self._service.active_requests == 0:
                 return True
         return await super().on_tick(counter)

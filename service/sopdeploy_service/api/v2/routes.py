@@ -11,7 +11,6 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from sopdeploy_service.api.upload import (
     admit,
-    context_of,
     json_response,
     parsing,
     raise_if_rejected,
@@ -189,7 +188,7 @@ async def model_metadata(request: Request, name: str, version: str | None) -> Re
 @model_endpoint("POST", "/infer", openapi_extra=INFER_BODY)
 async def model_infer(request: Request, name: str, version: str | None) -> Response:
     """Return the outputs of 1..n images, sent as a tensor or as encoded files."""
-    service, context = service_of(request), context_of(request)
+    service, context = service_of(request), request.state.context
     started = time.monotonic()
     model, deadline = admit(request, name, version)
     signature = signature_of(model.bundle, service.settings.max_images)
