@@ -86,14 +86,6 @@ class Flags:
         return flag in self._flags
 
 
-class Memory:
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-
-    def __bytes__(self) -> bytes:
-        return self._content
-
-
 class FakeTensorRT(ModuleType):
     """The module; `_faults` names the faults to inject."""
 
@@ -109,7 +101,7 @@ class FakeTensorRT(ModuleType):
             setattr(self, kind, enumeration(kind, version))
         for kind in ("LayerInformationFormat", "ProfilingVerbosity", "MemoryPoolType", "OnnxParserFlag"):
             setattr(self, kind, enumeration(kind, version))
-        self.ILogger = type("ILogger", (Logger,), vars(enumeration("Severity", version)).copy())
+        self.ILogger = type("ILogger", (), vars(enumeration("Severity", version)).copy())
         if members("IProgressMonitor", version) is not None:
             self.IProgressMonitor = type("IProgressMonitor", (), {})
         for kind, base in PARTS.items():
@@ -123,12 +115,15 @@ class FakeTensorRT(ModuleType):
         return getattr(self.DataType, names.get(elem, "INT32"))
 
 
-class Logger:
-    pass
-
-
 class Part:
+    """Base class; stores the arguments of the constructor in the attributes `_fields`."""
+
     _trt: Any
+    _fields: tuple[str, ...] = ()
+
+    def __init__(self, *values: Any) -> None:
+        for name, value in zip(self._fields, values, strict=True):
+            setattr(self, name, value)
 
 
 class Tensor(Part):
@@ -201,8 +196,7 @@ class OnnxParser(Part, Flags):
 
 
 class ParserError(Part):
-    def __init__(self, node: int, text: str) -> None:
-        self._node, self._text = node, text
+    _fields = ("_node", "_text")
 
     def node(self) -> int:
         return self._node
@@ -219,9 +213,15 @@ class OptimizationProfile(Part):
         self._shapes[name] = (low, best, high)
 
 
+class Memory(Part):
+    _fields = ("_content",)
+
+    def __bytes__(self) -> bytes:
+        return self._content
+
+
 class TimingCache(Part):
-    def __init__(self, content: bytes) -> None:
-        self._content = content
+    _fields = ("_content",)
 
     def serialize(self) -> Any:
         return self._trt.IHostMemory(self._content + b"t")
@@ -257,8 +257,7 @@ class BuilderConfig(Part, Flags):
 
 
 class Builder(Part):
-    def __init__(self, logger: Any) -> None:
-        self._logger = logger
+    _fields = ("_logger",)
 
     def create_network(self, flags: int) -> Any:
         network = self._trt.INetworkDefinition()
@@ -324,8 +323,7 @@ def layers(trt: Any, network: Any, config: Any) -> list[dict[str, Any]]:
 
 
 class Inspector(Part):
-    def __init__(self, facts: Any) -> None:
-        self._facts = facts
+    _fields = ("_facts",)
 
     def get_engine_information(self, form: Any) -> str:
         found = self._facts["layers"]
@@ -402,8 +400,7 @@ class Context(Part):
 
 
 class Runtime(Part):
-    def __init__(self, logger: Any) -> None:
-        self._logger = logger
+    _fields = ("_logger",)
 
     def deserialize_cuda_engine(self, plan: bytes) -> Any:
         magic, version, head, graph = [*bytes(plan).split(b"\n", 3), b"", b"", b""][:4]

@@ -58,10 +58,6 @@ def network(*, half: bool = False, batch: str | int = "batch", opset: int = 18) 
     return model
 
 
-def exact(model: onnx.ModelProto) -> bool:
-    return all(t.data_type != TensorProto.FLOAT16 for t in model.graph.initializer)
-
-
 def some_images(count: int = 3) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.random.default_rng(1).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
 
@@ -85,18 +81,18 @@ def write(
     model = model or network()
     images = some_images(probes)
     logits = outputs_of(model, images) + np.float32(wrong_by)
+    half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer)
+    tolerance = 0.1 if half else 1e-5 * float(abs(logits).max())
+    files = {
+        "model.onnx": model.SerializeToString(),
+        "labels.json": to_json([f"class {i}" for i in range(CLASSES)]),
+        "certificate.json": to_json({}),
+        "parity.json": to_json({}),
+    } | ({} if program is None else {"network.pt2": program})
     with staging(folder) as stage:
-        (stage / "model.onnx").write_bytes(model.SerializeToString())
-        (stage / "labels.json").write_bytes(to_json([f"class {i}" for i in range(CLASSES)]))
-        (stage / "certificate.json").write_bytes(to_json({}))
-        (stage / "parity.json").write_bytes(to_json({}))
-        kept = Probes(
-            images=images,
-            expected={"logits": logits},
-            tolerance={"logits": 1e-5 * float(abs(logits).max()) if exact(model) else 0.1},
-        )
-        if program is not None:
-            (stage / "network.pt2").write_bytes(program)
+        for name, content in files.items():
+            (stage / name).write_bytes(content)
+        kept = Probes(images=images, expected={"logits": logits}, tolerance={"logits": tolerance})
         write_probes(stage / "probes.npz", kept)
         values: dict[str, Any] = {
             "model": "tiny",

@@ -4,6 +4,7 @@ import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,36 +178,28 @@ def test_control_c_stops_a_build(install: Install, bundle: Bundle) -> None:
         get_engine(bundle, OPTIONS, interrupt)
 
 
-@pytest.mark.parametrize("gpus", [None, 0])
-def test_without_a_gpu_nothing_is_built(
-    gpus: int | None, bundle: Bundle, install: Install, cuda: FakeCuda
+MISSING: dict[str, tuple[dict[str, Any], str]] = {
+    "no TensorRT": ({"tensorrt": None}, r'is not installed; run: pip install "sopdeploy\[tensorrt\]"'),
+    "TensorRT 8.5": ({"tensorrt": SimpleNamespace(__version__="8.5.3")}, "8.5.3 is too old"),
+    "no cuda-python": (
+        {"cuda.bindings.runtime": None, "cuda.cudart": None}, "cuda-python is not installed",
+    ),
+    "no driver": ({"gpus": None}, "no NVIDIA GPU can be used here"),
+    "no GPU": ({"gpus": 0}, "no NVIDIA GPU can be used here"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_without_tensorrt_or_a_gpu_nothing_is_built(
+    case: str, bundle: Bundle, install: Install, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trt = install("8.6.1")
-    cuda.gpus = gpus
-    with pytest.raises(RuntimeUnavailableError, match="no NVIDIA GPU can be used here"):
-        get_engine(bundle, OPTIONS)
-    assert trt._builds == 0
-
-
-MISSING = {
-    "TensorRT": (["tensorrt"], r'TensorRT is not installed; run: pip install "sopdeploy\[tensorrt\]"'),
-    "cuda-python": (["cuda.bindings.runtime", "cuda.cudart"], "cuda-python is not installed"),
-}
-
-
-@pytest.mark.parametrize("package", MISSING)
-def test_a_missing_package_has_an_install_hint(
-    package: str, bundle: Bundle, install: Install, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install()
-    modules, message = MISSING[package]
-    for name in modules:
-        monkeypatch.setitem(sys.modules, name, None)
+    changes, message = MISSING[case]
+    for name, value in changes.items():
+        if name == "gpus":
+            cuda.gpus = value
+        else:
+            monkeypatch.setitem(sys.modules, name, value)
     with pytest.raises(RuntimeUnavailableError, match=message):
         get_engine(bundle, OPTIONS)
-
-
-def test_a_release_before_8_6_is_refused(install: Install, bundle: Bundle) -> None:
-    install().__version__ = "8.5.3"
-    with pytest.raises(RuntimeUnavailableError, match="too old"):
-        get_engine(bundle, OPTIONS)
+    assert trt._builds == 0

@@ -89,22 +89,26 @@ def test_an_invalid_record_is_not_used(content: bytes, built: Engine, bundle: Bu
     assert "is not an engine record" in rebuilt_because(bundle)
 
 
-def test_another_tensorrt_version_gets_its_own_engine(
-    built: Engine, bundle: Bundle, install: Install
+MACHINES: dict[str, tuple[Callable[[Install, FakeCuda], object], str, str]] = {
+    "another TensorRT": (lambda install, _: install("11.1"), "1,4", "TensorRT 10.16.0, not 11.1.0"),
+    "another GPU": (
+        lambda _, cuda: vars(cuda).update(gpu_name="Fake B200", sm=(10, 0)),
+        "1,4",
+        "GPU Fake H200, not Fake B200; GPU architecture sm_90, not sm_100",
+    ),
+    "other profiles": (lambda *_: None, "1,8", "profiles 1,2-4, not 1,2-8"),
+}
+
+
+@pytest.mark.parametrize("case", MACHINES)
+def test_another_machine_or_other_profiles_get_their_own_engine(
+    case: str, built: Engine, bundle: Bundle, install: Install, cuda: FakeCuda
 ) -> None:
-    install("11.1")
-    assert rebuilt_because(bundle) == "the nearest engine here was built for TensorRT 10.16.0, not 11.1.0"
+    change, profiles, difference = MACHINES[case]
+    change(install, cuda)
+    reason = rebuilt_because(bundle, EngineOptions(profiles=profiles))
+    assert reason == f"the nearest engine here was built for {difference}"
     assert built.path.is_file()
-
-
-def test_another_gpu_gets_its_own_engine(built: Engine, bundle: Bundle, cuda: FakeCuda) -> None:
-    cuda.gpu_name, cuda.sm = "Fake B200", (10, 0)
-    reason = rebuilt_because(bundle)
-    assert "GPU Fake H200, not Fake B200; GPU architecture sm_90, not sm_100" in reason
-
-
-def test_other_profiles_get_their_own_engine(built: Engine, bundle: Bundle) -> None:
-    assert "profiles 1,2-4, not 1,2-8" in rebuilt_because(bundle, EngineOptions(profiles="1,8"))
 
 
 def test_the_server_uses_the_engine_with_the_largest_batch_or_gets_a_reason(

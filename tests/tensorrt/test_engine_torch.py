@@ -108,9 +108,8 @@ def test_the_builder_gets_no_tf32_no_fallback_and_one_batch_range(
     assert images.dtype is torch.uint8
 
 
-def test_engines_from_onnx_and_from_torch_have_different_keys(
-    torch_tensorrt: FakeTorchTensorRT, bundle_pt2: Bundle
-) -> None:
+@pytest.mark.usefixtures("torch_tensorrt")
+def test_engines_from_onnx_and_from_torch_have_different_keys(bundle_pt2: Bundle) -> None:
     first, second = get_engine(bundle_pt2, EngineOptions()), get_engine(bundle_pt2, VIA)
     assert first.path.parent == second.path.parent
     assert first.path != second.path
@@ -168,9 +167,8 @@ def test_the_dry_run_shows_the_program_and_needs_no_tensorrt(
     assert "lint" not in found.stdout
 
 
-def test_the_dry_run_computes_the_key_of_the_build(
-    torch_tensorrt: FakeTorchTensorRT, bundle_pt2: Bundle
-) -> None:
+@pytest.mark.usefixtures("torch_tensorrt")
+def test_the_dry_run_computes_the_key_of_the_build(bundle_pt2: Bundle) -> None:
     planned = json.loads(CliRunner().invoke(app, [*DRY, str(bundle_pt2.path), "--json"]).stdout)
     assert (planned["memory"], planned["lint"]) == (None, [])
     assert planned["key"] == get_engine(bundle_pt2, VIA).record.key.name
@@ -178,9 +176,8 @@ def test_the_dry_run_computes_the_key_of_the_build(
 
 
 def test_without_torch_tensorrt_the_error_says_how_to_install_it(
-    install: Install, bundle_pt2: Bundle, monkeypatch: pytest.MonkeyPatch
+    torch_tensorrt: FakeTorchTensorRT, bundle_pt2: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install()
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     with pytest.raises(RuntimeUnavailableError, match=r'pip install "sopdeploy\[torch-tensorrt\]"$'):
         get_engine(bundle_pt2, VIA)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from sopdeploy.cli.app import app
 from sopdeploy.errors import BundleError, ConfigError
 from tests.forged import write_hollow
 from tests.ports import held_port
-
-MINISIGN = pytest.mark.skipif(shutil.which("minisign") is None, reason="minisign is not installed")
 
 
 @pytest.fixture
@@ -67,7 +65,7 @@ def test_a_bundle_is_pulled_from_a_folder_unchanged(bundle: Path, tmp_path: Path
     assert [path.name for path in (tmp_path / "shared" / "models").iterdir()] == [f"{bundle.name}.tar"]
 
 
-def test_archives_are_reproducible(bundle: Path, tmp_path: Path) -> None:
+def test_archives_are_reproducible_standard_tar_files_without_owners(bundle: Path, tmp_path: Path) -> None:
     first = push(bundle, str(tmp_path / "a"))
     copied = Path(shutil.copytree(bundle, tmp_path / "another name"))
     for path in copied.iterdir():
@@ -77,16 +75,12 @@ def test_archives_are_reproducible(bundle: Path, tmp_path: Path) -> None:
     second = push(copied, str(tmp_path / "b"))
     assert Path(first.place).read_bytes() == Path(second.place).read_bytes()
     assert (first.sha256, first.bytes) == (second.sha256, Path(second.place).stat().st_size)
-
-
-def test_archives_are_standard_tar_files_without_owners(bundle: Path, tmp_path: Path) -> None:
-    with tarfile.open(push(bundle, str(tmp_path / "a")).place) as archive:
+    with tarfile.open(first.place) as archive:
         entries = archive.getmembers()
-        assert entries[0].name == "manifest.json"
-        assert [entry.name for entry in entries[1:]] == sorted(entry.name for entry in entries[1:])
-        assert {(e.type, e.mode, e.mtime, e.uid, e.gid, e.uname) for e in entries} == {
-            (tarfile.REGTYPE, 0o644, 0, 0, 0, "")
-        }
+        names = [entry.name for entry in entries]
+        assert names == ["manifest.json", *sorted(names[1:])]
+        facts = {(e.type, e.mode, e.mtime, e.uid, e.gid, e.uname) for e in entries}
+        assert facts == {(tarfile.REGTYPE, 0o644, 0, 0, 0, "")}
         found = {entry.name: archive.extractfile(entry) for entry in entries}
         assert {name: file.read() for name, file in found.items() if file} == contents(bundle)
 
@@ -114,12 +108,6 @@ def test_a_signature_is_pushed_with_its_bundle_and_checked_on_pull(
     check_signed(open_bundle(pulled.path).manifest, signature_path(pulled.path), public)
 
 
-def test_a_secret_key_is_private_and_never_replaced(key: Path) -> None:
-    assert stat.S_IMODE(key.stat().st_mode) == 0o600
-    with pytest.raises(ConfigError, match="never replaced"):
-        make_key(key)
-
-
 @pytest.mark.parametrize(
     "text",
     ["", "untrusted comment: x\ntrust me\n", "untrusted comment: x\nRWQ=\n", "\x00\xff"],
@@ -135,7 +123,10 @@ def test_invalid_key_files_are_rejected(text: str, tmp_path: Path) -> None:
         read_public(tmp_path / "none")
 
 
-def test_damaged_and_encrypted_keys_are_rejected(key: Path) -> None:
+def test_secret_keys_are_private_and_damaged_or_encrypted_ones_are_rejected(key: Path) -> None:
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    with pytest.raises(ConfigError, match="never replaced"):
+        make_key(key)
     comment, line = key.read_text().splitlines()
     for place, said in ((70, "do not match"), (2, "password")):
         body = bytearray(base64.b64decode(line))
@@ -145,25 +136,22 @@ def test_damaged_and_encrypted_keys_are_rejected(key: Path) -> None:
             read_secret(key)
 
 
-@MINISIGN
-def test_minisign_accepts_signatures_of_sopdeploy(bundle: Path, key: Path) -> None:
-    signature = sign(bundle, key)
-    command = ["minisign", "-V", "-m", bundle / "manifest.json", "-x", signature, "-p", f"{key}.pub"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "Signature and comment signature verified" in result.stdout, result.stderr
-    assert f"sopdeploy bundle {bundle.name}" in result.stdout
+@pytest.mark.skipif(shutil.which("minisign") is None, reason="minisign is not installed")
+def test_minisign_and_sopdeploy_accept_each_others_keys_and_signatures(
+    bundle: Path, key: Path, tmp_path: Path
+) -> None:
+    def minisign(*arguments: object) -> str:
+        return subprocess.run(["minisign", *arguments], capture_output=True, text=True, check=True).stdout
 
-
-@MINISIGN
-def test_keys_and_signatures_of_minisign_are_accepted(bundle: Path, tmp_path: Path) -> None:
+    file, theirs = bundle / "manifest.json", tmp_path / "theirs"
+    output = minisign("-V", "-m", file, "-x", sign(bundle, key), "-p", f"{key}.pub")
+    assert "Signature and comment signature verified" in output
+    assert f"sopdeploy bundle {bundle.name}" in output
     secret, public = tmp_path / "m.key", tmp_path / "m.pub"
-    subprocess.run(["minisign", "-G", "-W", "-s", secret, "-p", public], check=True, capture_output=True)
-    sign(bundle, secret)
-    manifest = open_bundle(bundle).manifest
-    check_signed(manifest, signature_path(bundle), public)
-    theirs = ["minisign", "-S", "-s", secret, "-m", bundle / "manifest.json", "-x", tmp_path / "theirs"]
-    subprocess.run(theirs, check=True, capture_output=True)
-    check_signed(manifest, tmp_path / "theirs", public)
+    minisign("-G", "-W", "-s", secret, "-p", public)
+    minisign("-S", "-s", secret, "-m", file, "-x", theirs)
+    for signature in (sign(bundle, secret), theirs):
+        check_signed(open_bundle(bundle).manifest, signature, public)
 
 
 @pytest.mark.parametrize("url", ["memory://models/none.tar", "nosuchstore://models/x.tar"])
@@ -171,26 +159,22 @@ def test_a_missing_archive_is_one_error_line(url: str, tmp_path: Path) -> None:
     assert url in cli_error("pull", url, tmp_path / "here")
 
 
-@pytest.mark.parametrize(
-    ("url", "package", "extra"),
-    [("memory://m/x.tar", "fsspec", "s3"), ("oci://127.0.0.1:9/x", "oras", "oci")],
-)
-def test_a_missing_storage_package_has_an_install_hint(
-    url: str, package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+MISSING: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
+    "fsspec": ("s3", lambda bundle, _: pull("memory://m/x.tar", bundle.parent / "here")),
+    "oras": ("oci", lambda bundle, _: pull("oci://127.0.0.1:9/x", bundle.parent / "here")),
+    "cryptography": ("sign", sign),
+}
+
+
+@pytest.mark.parametrize("package", MISSING)
+def test_a_missing_package_has_an_install_hint(
+    package: str, bundle: Path, key: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = [name for name in sys.modules if name.partition(".")[0] == package]
-    for name in {package, *loaded}:
+    extra, use = MISSING[package]
+    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=rf"sopdeploy\[{extra}\]"):
-        pull(url, tmp_path / "here")
-
-
-def test_missing_cryptography_has_an_install_hint(
-    bundle: Path, key: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "cryptography", None)
-    with pytest.raises(ConfigError, match=r"sopdeploy\[sign\]"):
-        sign(bundle, key)
+        use(bundle, key)
 
 
 REGISTRY = """
