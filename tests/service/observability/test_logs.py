@@ -35,12 +35,9 @@ def logged() -> Iterator[Callable[..., io.StringIO]]:
         yield start
 
 
-def events(stream: io.StringIO) -> list[dict]:
-    return [json.loads(line) for line in stream.getvalue().splitlines()]
-
-
 def requests(stream: io.StringIO) -> list[dict]:
-    return [event for event in events(stream) if event["event"] == "request"]
+    events = map(json.loads, stream.getvalue().splitlines())
+    return [event for event in events if event["event"] == "request"]
 
 
 def test_a_request_is_one_line_with_every_field(logged, serve_with, tmp_path, jpeg, until):
@@ -51,15 +48,9 @@ def test_a_request_is_one_line_with_every_field(logged, serve_with, tmp_path, jp
     client.post("/v1/classify", files=[("image", jpeg)] * 2, headers=sent)
     until(lambda: len(requests(stream)) == 1)
     (line,) = requests(stream)
-    assert {name: line[name] for name in ("request", "key", "method", "route", "status", "code")} == {
-        "request": "trip-7",
-        "key": "phone",
-        "method": "POST",
-        "route": "/v1/classify",
-        "status": 200,
-        "code": "ok",
-    }
-    assert (line["model"], line["images"], line["level"]) == ("tiny", 2, "info")
+    expected = {"request": "trip-7", "key": "phone", "method": "POST", "route": "/v1/classify"}
+    assert line.items() >= {**expected, "status": 200, "code": "ok", "images": 2, "level": "info"}.items()
+    assert line["model"] == "tiny"
     assert len(line["digest"]) >= 12
     assert line["bytes"] > 2 * len(jpeg)
     assert set(line["stages_ms"]) == {"receive", "decode", "queue", "infer"}
@@ -92,21 +83,18 @@ def test_probes_and_scrapes_are_logged_at_debug_level(logged, serve_with, until)
     assert requests(stream)[1]["level"] == "debug"
 
 
-FORGED = [
-    ("/nothing%0a%7B%22event%22:%22request%22%7D", {}),
-    ("/nothing", {"x-request-id": 'a" "status": 200'}),
-    ("/v1/classify?model=%0aforged%1b[2J", {}),
-]
-
-
 @pytest.mark.parametrize("form", ["json", "console"])
-@pytest.mark.parametrize(("path", "headers"), FORGED)
-def test_clients_cannot_forge_lines_or_control_a_terminal(
-    logged, serve_with, until, form, path, headers, monkeypatch
-):
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        ("/nothing%0a%7B%22event%22:%22request%22%7D", {}),
+        ("/nothing", {"x-request-id": 'a" "status": 200'}),
+        ("/v1/classify?model=%0aforged%1b[2J", {}),
+    ],
+)
+def test_clients_cannot_forge_lines_or_control_a_terminal(logged, serve_with, until, form, path, headers):
     stream = logged(log=form)
-    client = serve_with(FakeRuntime(classes=7))
-    client.post(path, content=b"x", headers=headers)
+    serve_with(FakeRuntime(classes=7)).post(path, content=b"x", headers=headers)
     until(lambda: stream.getvalue().count("\n") == 1)
     assert "forged" not in stream.getvalue()
     assert "\x1b" not in stream.getvalue()
@@ -149,6 +137,7 @@ def test_which_events_are_logged_by_default_and_with_settings(logged, settings, 
 
 
 def test_a_timeline_starts_with_the_process(monkeypatch):
+    assert 0 < process_age() < 86_400
     now = 100.0
     monkeypatch.setattr("sopdeploy_service.observability.logs.time.monotonic", lambda: now)
     monkeypatch.setattr("sopdeploy_service.observability.logs.process_age", lambda: 0.5)
@@ -158,10 +147,6 @@ def test_a_timeline_starts_with_the_process(monkeypatch):
     timeline.add([{"hashes": 1.0, "probes": 1.0}, {"probes": 0.75}])
     timeline.mark("listen")
     assert timeline.steps_ms == {"imports": 500.0, "hashes": 1000.0, "probes": 1750.0, "listen": 250.0}
-
-
-def test_the_age_of_this_process():
-    assert 0 < process_age() < 86_400
 
 
 def test_an_app_without_keys_has_no_key_middleware(serve_with):

@@ -2,11 +2,11 @@
 
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from contextlib import ExitStack, suppress
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -33,18 +33,10 @@ sys.exit(server.serve([Path(sys.argv[1])], load_settings(
 """
 
 
-class Clock:
-    """Replaces `time` by a clock that tests set."""
-
-    now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The clock of the health port; a test sets its time `now`."""
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(health_port, "time", clock)
     return clock
 
@@ -99,49 +91,41 @@ def test_a_lag_expires_after_ten_seconds_of_beats(clock):
     assert watch.worst() == watch.lag() == 0
 
 
-def held(client: httpx.Client, number: int, said: bytes, stack: ExitStack) -> list[socket.socket]:
-    wires = []
-    for _ in range(number):
-        wires.append(stack.enter_context(connect(client)))
-        with suppress(OSError):  # it was closed to make room for others
-            wires[-1].sendall(said)
-    return wires
-
-
 @pytest.mark.parametrize("said", [b"", b"GET /livez HTTP/1.1\r\nHo", GET, GET + b"\r\n", POST + EXPECT])
 def test_probes_work_while_200_connections_are_open(health, said):
     client, _ = health("ok", max_lag=60)
     address = client.base_url
     with ExitStack() as stack:
-        held(client, 200, said, stack)
+
+        def hold(number: int) -> None:
+            for _ in range(number):
+                wire = stack.enter_context(connect(client))
+                with suppress(OSError):  # it was closed to make room for others
+                    wire.sendall(said)
+
+        hold(200)
         for path in ("/livez", "/readyz", "/metrics") * 10:
             assert httpx.get(address.join(path), timeout=10).status_code == 200
-            held(client, 20, said, stack)
+            hold(20)
 
 
-def test_an_incomplete_request_is_408_after_two_seconds(health):
+def test_an_incomplete_request_is_408_after_two_seconds_and_a_large_body_413(health):
     client, _ = health("ok", max_lag=60)
     with connect(client) as wire:
         wire.sendall(GET)
         reply = read(wire)
     assert (reply.status, reply.code) == (408, "slow_request")
     assert 1.5 < reply.seconds < 8
+    large = client.request("GET", "/livez", content=bytes(1001))
+    assert (large.status_code, large.json()["code"]) == (413, "too_large")
     assert client.get("/livez").status_code == 200
 
 
-def test_a_body_over_the_limit_is_413(health):
-    client, _ = health("ok", max_lag=60)
-    reply = client.request("GET", "/livez", content=bytes(1001))
-    assert (reply.status_code, reply.json()["code"]) == (413, "too_large")
-
-
-def test_the_health_port_ignores_the_settings_of_the_service(monkeypatch):
+def test_the_health_port_ignores_the_settings_of_the_service(health, monkeypatch):
     monkeypatch.setenv("SOPDEPLOY_MAX_URL_BYTES", "1")
     monkeypatch.setenv("SOPDEPLOY_HEADER_TIMEOUT", "0.001")
-    with bind("127.0.0.1", 0) as listener:
-        app = health_app(lambda: "ok", lambda: b"", LoopWatch(), 60)
-        with run_in_thread(app, listener), httpx.Client(base_url=url(listener), timeout=10) as client:
-            assert client.get("/livez").status_code == 200
+    client, _ = health("ok", max_lag=60)
+    assert client.get("/livez").status_code == 200
 
 
 def test_the_health_port_works_while_the_event_loop_is_blocked(bundle_path, tmp_path, until):
