@@ -36,7 +36,7 @@ def deployment(*words: object) -> dict[str, Any]:
     return found
 
 
-def test_the_config_names_the_import_path_and_the_bundles(bundle_path: Path) -> None:
+def test_the_config_names_its_use_the_import_path_and_the_bundles(bundle_path: Path) -> None:
     config = emitted(f"flowers={bundle_path}", "--replicas", 2, "--port", 9000)
     (application,) = config["applications"]
     assert config["http_options"]["port"] == 9000
@@ -44,11 +44,8 @@ def test_the_config_names_the_import_path_and_the_bundles(bundle_path: Path) -> 
     (found,) = application["deployments"]
     assert found["num_replicas"] == 2
     assert found["user_config"] == {"bundles": {"flowers": str(bundle_path)}}
-
-
-def test_the_config_explains_its_use(bundle_path: Path) -> None:
-    assert "`serve run serve.yaml` starts it here" in ray(bundle_path, "--emit", "serve.yaml").stdout
     assert "serve deploy" in Path("serve.yaml").read_text().splitlines()[0]
+    assert "`serve run serve.yaml` starts it here" in ray(bundle_path, "--emit", "serve.yaml").stdout
 
 
 def test_the_queue_size_limits_ongoing_and_queued_requests(bundle_path: Path) -> None:
@@ -147,9 +144,7 @@ def test_without_ray_the_error_names_the_package(bundle_path: Path) -> None:
 
 
 def test_a_flag_overrides_an_assignment(bundle_path: Path) -> None:
-    shown = (
-        CliRunner().invoke(app, ["serve", str(bundle_path), "--set", "port=9001", "--print-config"]).stdout
-    )
-    assert "port = 9001" in shown.splitlines()
+    words = ["serve", str(bundle_path), "--set", "port=9001", "--print-config"]
+    assert "port = 9001" in CliRunner().invoke(app, words).stdout.splitlines()
     flagged = emitted(bundle_path, "--set", "port=9001", "--port", 9002)
     assert flagged["http_options"]["port"] == 9002

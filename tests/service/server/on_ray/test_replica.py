@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -45,112 +46,99 @@ def ids(replica: Replica) -> list[str]:
     ]
 
 
-def run(life: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(life(), 60))  # type: ignore[arg-type]
+def in_event_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Run the coroutine of a test for at most a minute."""
+
+    @wraps(test)
+    def run(*args: Any, **fixtures: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **fixtures), 60))
+
+    return run
 
 
 def client_of(replica: Replica) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(replica.asgi), base_url="http://replica")
 
 
-def test_a_replica_is_healthy_with_a_bundle(versions: list[Path], jpeg: bytes) -> None:
-    async def life() -> None:
-        async with started() as replica, client_of(replica) as client:
-            with pytest.raises(ConfigError, match="user_config"):
-                await replica.check_health()
-            await replica.reconfigure(config_of(versions[0]))
+@in_event_loop
+async def test_a_replica_is_healthy_with_a_bundle(versions: list[Path], jpeg: bytes) -> None:
+    async with started() as replica, client_of(replica) as client:
+        with pytest.raises(ConfigError, match="user_config"):
             await replica.check_health()
-            answer = await client.post("/v1/classify", content=jpeg, headers={"content-type": "image/jpeg"})
-            assert answer.status_code == 200
-            assert answer.headers["x-model-digest"] in versions[0].name
+        await replica.reconfigure(config_of(versions[0]))
+        await replica.check_health()
+        answer = await client.post("/v1/classify", content=jpeg, headers={"content-type": "image/jpeg"})
+        assert answer.status_code == 200
+        assert answer.headers["x-model-digest"] in versions[0].name
 
-    run(life)
 
-
-def test_reconfigure_serves_exactly_the_named_bundles(versions: list[Path]) -> None:
+@in_event_loop
+async def test_reconfigure_serves_exactly_the_named_bundles(versions: list[Path]) -> None:
     first, second, third = versions
-
-    async def life() -> None:
-        async with started() as replica:
-            for wanted in ([first], [second], [first, third], [third], [third]):
-                await replica.reconfigure(config_of(*wanted))
-                assert ids(replica) == [path.name for path in wanted]
-
-    run(life)
+    async with started() as replica:
+        for wanted in ([first], [second], [first, third], [third], [third]):
+            await replica.reconfigure(config_of(*wanted))
+            assert ids(replica) == [path.name for path in wanted]
 
 
-def test_switching_back_loads_nothing(versions: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@in_event_loop
+async def test_switching_back_loads_nothing(versions: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, _ = versions
-
-    async def life() -> None:
-        async with started() as replica:
-            await replica.reconfigure(config_of(first))
-            await replica.reconfigure(config_of(second))
-            opened = "sopdeploy_service.server.on_ray.replica.load_model"
-            monkeypatch.setattr(opened, lambda *_, **__: pytest.fail("loaded again"))
-            await replica.reconfigure(config_of(first))
-            await replica.reconfigure(config_of(first))
-            assert ids(replica) == [first.name]
-            assert len(replica.service.registry.models()) == 2
-
-    run(life)
+    async with started() as replica:
+        await replica.reconfigure(config_of(first))
+        await replica.reconfigure(config_of(second))
+        opened = "sopdeploy_service.server.on_ray.replica.load_model"
+        monkeypatch.setattr(opened, lambda *_, **__: pytest.fail("loaded again"))
+        await replica.reconfigure(config_of(first))
+        await replica.reconfigure(config_of(first))
+        assert ids(replica) == [first.name]
+        assert len(replica.service.registry.models()) == 2
 
 
-def test_no_request_is_lost_while_bundles_change(versions: list[Path], jpeg: bytes) -> None:
-    async def life() -> None:
-        async with started() as replica, client_of(replica) as client:
-            await replica.reconfigure(config_of(versions[0]))
-            asking, answers = True, []
+@in_event_loop
+async def test_no_request_is_lost_while_bundles_change(versions: list[Path], jpeg: bytes) -> None:
+    async with started() as replica, client_of(replica) as client:
+        await replica.reconfigure(config_of(versions[0]))
+        asking, answers = True, []
 
-            async def ask() -> None:
-                while asking:
-                    answers.append(await client.post("/v1/classify", content=jpeg))
+        async def ask() -> None:
+            while asking:
+                answers.append(await client.post("/v1/classify", content=jpeg))
 
-            clients = [asyncio.create_task(ask()) for _ in range(4)]
-            for path in (*versions, *versions):
-                await replica.reconfigure(config_of(path))
-                await asyncio.sleep(0.05)
-            asking = False
-            await asyncio.gather(*clients)
-            assert {answer.status_code for answer in answers} == {200}
-            assert {answer.headers["x-model-digest"] for answer in answers} == {
-                path.name.rpartition("-")[2] for path in versions
-            }
-
-    run(life)
+        clients = [asyncio.create_task(ask()) for _ in range(4)]
+        for path in (*versions, *versions):
+            await replica.reconfigure(config_of(path))
+            await asyncio.sleep(0.05)
+        asking = False
+        await asyncio.gather(*clients)
+        assert {answer.status_code for answer in answers} == {200}
+        assert {answer.headers["x-model-digest"] for answer in answers} == {
+            path.name.rpartition("-")[2] for path in versions
+        }
 
 
-def test_an_invalid_bundle_keeps_the_previous_ones(versions: list[Path], wrong_bundle_path: Path) -> None:
-    async def life() -> None:
-        async with started() as replica:
-            await replica.reconfigure(config_of(versions[0]))
-            with pytest.raises(ParityError):
-                await replica.reconfigure(config_of(versions[1], wrong_bundle_path))
-            await replica.check_health()
-            assert ids(replica) == [versions[0].name]
-
-    run(life)
+@in_event_loop
+async def test_an_invalid_or_missing_bundle_keeps_the_previous_ones(
+    versions: list[Path], wrong_bundle_path: Path, tmp_path: Path
+) -> None:
+    async with started() as replica:
+        await replica.reconfigure(config_of(versions[0]))
+        with pytest.raises(ParityError):
+            await replica.reconfigure(config_of(versions[1], wrong_bundle_path))
+        with pytest.raises(SopdeployError, match="no-bundle"):
+            await replica.reconfigure(config_of(tmp_path / "no-bundle"))
+        await replica.check_health()
+        assert ids(replica) == [versions[0].name]
 
 
 @pytest.mark.parametrize(
     "given", [None, {}, [], {"bundles": {}}, {"bundles": {"a": 1}}, {"bundles": {"a": "b"}, "c": 1}], ids=str
 )
-def test_an_invalid_user_config_is_rejected(given: Any) -> None:
-    async def life() -> None:
-        async with started() as replica:
-            with pytest.raises(ConfigError, match="user_config"):
-                await replica.reconfigure(given)
-
-    run(life)
-
-
-def test_a_missing_bundle_is_rejected(tmp_path: Path) -> None:
-    async def life() -> None:
-        async with started() as replica:
-            with pytest.raises(SopdeployError, match="no-bundle"):
-                await replica.reconfigure(config_of(tmp_path / "no-bundle"))
-
-    run(life)
+@in_event_loop
+async def test_an_invalid_user_config_is_rejected(given: Any) -> None:
+    async with started() as replica:
+        with pytest.raises(ConfigError, match="user_config"):
+            await replica.reconfigure(given)
 
 
 def test_settings_for_a_single_process_are_rejected() -> None:
@@ -158,23 +146,21 @@ def test_settings_for_a_single_process_are_rejected() -> None:
         Replica({"health_port": 9000})
 
 
-def test_a_dead_runtime_exits_the_process_after_its_responses(
+@in_event_loop
+async def test_a_dead_runtime_exits_the_process_after_its_responses(
     versions: list[Path], jpeg: bytes, monkeypatch: pytest.MonkeyPatch, until: Callable[..., None]
 ) -> None:
     monkeypatch.setenv(FAULTS_VARIABLE, "engine=hang@1")
     monkeypatch.setattr("sopdeploy_service.inference.fault_injection.HANG_SECONDS", 2.0)
 
-    async def life() -> None:
-        ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        async with started(engine_timeout_seconds=0.2) as replica, client_of(replica) as client:
-            replica.leave = ended.set_result
-            replica.watch()
-            await replica.reconfigure(config_of(versions[0]))
-            answers = await asyncio.gather(*(client.post("/v1/classify", content=jpeg) for _ in range(3)))
-            assert {answer.json()["code"] for answer in answers} == {"engine_dead"}
-            with pytest.raises(RuntimeUnavailableError, match="engine_dead"):
-                await replica.check_health()
-            assert await ended == 70
-
-    run(life)
+    ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    async with started(engine_timeout_seconds=0.2) as replica, client_of(replica) as client:
+        replica.leave = ended.set_result
+        replica.watch()
+        await replica.reconfigure(config_of(versions[0]))
+        answers = await asyncio.gather(*(client.post("/v1/classify", content=jpeg) for _ in range(3)))
+        assert {answer.json()["code"] for answer in answers} == {"engine_dead"}
+        with pytest.raises(RuntimeUnavailableError, match="engine_dead"):
+            await replica.check_health()
+        assert await ended == 70
     until(lambda: not [thread for thread in threading.enumerate() if thread.name == "model_worker"])
