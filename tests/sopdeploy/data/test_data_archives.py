@@ -45,37 +45,26 @@ def test_an_archive_equals_the_folder_it_was_made_of(tmp_path, name, parts) -> N
     assert_same_images(open_at(tar_of(photos, tmp_path / "p.tar", name)), open_at(photos))
 
 
-def test_shards_are_one_dataset_and_can_be_train_and_val(tmp_path) -> None:
+def test_archives_of_shards_classes_or_parts_equal_their_folder(tmp_path) -> None:
     photos = write_photos(tmp_path / "photos")
-    shards = tmp_path / "shards"
+    expected = open_at(photos)
+    shards, classes, parts = (tmp_path / name for name in ("shards", "classes", "parts"))
+    for folder in (shards / "train", shards / "val", classes / "train", parts):
+        folder.mkdir(parents=True)
     for part in ("train", "val"):
-        (shards / part).mkdir(parents=True)
+        tar_of(photos / part, parts / f"{part}.tar")
         files = sorted((photos / part).rglob("*.jpg"))
         for number in range(3):
             with tarfile.open(shards / part / f"{number}.tar", "w") as archive:
                 for file in files[number::3]:
                     archive.add(file, arcname=str(file.relative_to(photos / part)))
-    assert_same_images(open_at(shards), open_at(photos))
-
-
-def test_an_archive_per_class_or_part_is_a_folder_of_its_name(tmp_path) -> None:
-    photos = write_photos(tmp_path / "photos")
-    (tmp_path / "tars" / "train").mkdir(parents=True)
-    for label in ("cat", "dog"):
-        tar_of(photos / "train" / label, tmp_path / "tars" / "train" / f"{label}.tar")
-    (tmp_path / "tars" / "val").symlink_to(photos / "val")
-    assert_same_images(open_at(tmp_path / "tars"), open_at(photos))
-    (tmp_path / "parts").mkdir()
-    for part in ("train", "val"):
-        tar_of(photos / part, tmp_path / "parts" / f"{part}.tar")
-    assert_same_images(open_at(tmp_path / "parts"), open_at(photos))
-
-
-def test_an_archive_of_archives_is_read_in_place(tmp_path) -> None:
-    photos = write_photos(tmp_path / "photos")
-    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+    (classes / "val").symlink_to(photos / "val")
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:  # an archive of archives is read in place
         for label in ("cat", "dog"):
-            add(archive, f"{label}.tar", tar_of(photos / "train" / label, tmp_path / "x.tar").read_bytes())
+            packed = tar_of(photos / "train" / label, classes / "train" / f"{label}.tar")
+            add(archive, packed.name, packed.read_bytes())
+    for path in (shards, classes, parts):
+        assert_same_images(open_at(path), expected)
     store = open_tars(tmp_path / "all.tar", [tmp_path / "all.tar"], (), OpenOptions())
     assert store.folders() == ["cat", "dog"]
     assert store.read(b"dog/3.jpg") == (photos / "train" / "dog" / "3.jpg").read_bytes()
@@ -112,31 +101,25 @@ def test_a_compressed_archive_is_decompressed_once_with_a_message(tmp_path, endi
     assert {file.suffix for file in (tmp_path / "cache").iterdir()} == {".tar", ".npz"}
 
 
-@pytest.mark.parametrize("keep", [10, 2000])
-def test_a_damaged_compressed_archive_leaves_nothing_behind(tmp_path, keep) -> None:
-    plain, packed = tar_of(write_photos(tmp_path / "photos"), tmp_path / "p.tar"), tmp_path / "p.tar.xz"
-    packed.write_bytes(lzma.compress(plain.read_bytes())[:keep])
-    with pytest.raises(DataError, match=r"p\.tar\.xz: damaged .*; copy it again"):
-        open_at(packed, cache=tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("name", "spoil", "message"),
     [
-        (lambda data: b"no archive at all" * 100, "not a tar file"),
-        (lambda data: data[:3000], "truncated|not a tar file"),
-        (lambda data: b"", "not a tar file|holds no class folders"),
+        ("p.tar", lambda _: b"no archive at all" * 100, "not a tar file"),
+        ("p.tar", lambda data: data[:3000], "truncated|not a tar file"),
+        ("p.tar", lambda _: b"", "not a tar file|holds no class folders"),
+        ("p.tar.xz", lambda data: lzma.compress(data)[:10], r"p\.tar\.xz: damaged .*; copy it again"),
+        ("p.tar.xz", lambda data: lzma.compress(data)[:2000], r"p\.tar\.xz: damaged .*; copy it again"),
     ],
-    ids=["text", "cut", "empty"],
+    ids=["text", "cut", "empty", "xz of 10 bytes", "xz of 2000 bytes"],
 )
-def test_a_damaged_archive_is_named(tmp_path, spoil, message) -> None:
-    path = tar_of(write_photos(tmp_path / "photos"), tmp_path / "p.tar")
-    path.write_bytes(spoil(path.read_bytes()))
+def test_a_damaged_archive_is_named_and_leaves_nothing_behind(tmp_path, name, spoil, message) -> None:
+    data = tar_of(write_photos(tmp_path / "photos"), tmp_path / "whole.tar").read_bytes()
+    (tmp_path / name).write_bytes(spoil(data))
     with pytest.raises(DataError, match=message) as problem:
-        open_at(path)
-    assert str(path) in str(problem.value)
+        open_at(tmp_path / name, cache=tmp_path / "cache")
+    assert str(tmp_path / name) in str(problem.value)
     assert "\n" not in str(problem.value)
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_one_name_in_two_shards_is_an_error(tmp_path) -> None:

@@ -27,7 +27,7 @@ def photos(tmp_path):
     return root
 
 
-def test_parts_classes_formats_and_sizes_are_counted(photos) -> None:
+def test_parts_formats_sizes_duplicates_and_unusual_images_are_reported(photos, tmp_path) -> None:
     found = check(photos)
     assert {part.name: part.classes for part in found.parts} == {
         "train": {"cat": 4, "dog": 8},
@@ -37,52 +37,35 @@ def test_parts_classes_formats_and_sizes_are_counted(photos) -> None:
     assert found.formats == {"JPEG": 13, "PNG": 3, "GIF": 1}
     assert found.shorter_side == (20, 32, 64)
     assert found.longer_side == (40, 40, 200)
-    found.must_be_usable()
-
-
-def test_duplicates_are_found_by_bytes_and_by_pixels_across_parts_and_classes(photos) -> None:
-    copied, same = check(photos).duplicates
+    copied, same = found.duplicates
     assert (copied.same_bytes, copied.across, copied.labels_differ) == (True, True, False)
     assert (same.same_bytes, same.across, same.labels_differ) == (False, False, True)
     assert [file.rpartition("photos/")[2] for file in same.files] == ["train/cat/1.jpg", "train/dog/same.png"]
-
-
-def test_unusual_images_are_named_with_the_reason(photos) -> None:
-    strange = {
-        why: [file.rpartition("/")[2] for file in files] for why, files in check(photos).strange.items()
-    }
-    assert strange == {
+    assert {why: [file.rpartition("/")[2] for file in files] for why, files in found.strange.items()} == {
         "16 bits a pixel": ["deep.png"],
         "several frames, the first one counts": ["moving.gif"],
         "one colour only": ["moving.gif", "thin.png"],
         "shorter side under 32 pixels": ["thin.png"],
         "longer than 4 times its width": ["thin.png"],
     }
+    found.must_be_usable()
+    archive = check(tar_of(photos, tmp_path / "p.tar"))
+    assert (archive.parts, archive.formats) == (found.parts, found.formats)
+    assert len(archive.duplicates) == 2
 
 
-def test_an_archive_is_checked_like_its_folder(photos, tmp_path) -> None:
-    folder, archive = check(photos), check(tar_of(photos, tmp_path / "p.tar"))
-    assert folder.parts == archive.parts
-    assert folder.formats == archive.formats
-    assert len(folder.duplicates) == len(archive.duplicates)
-
-
-def test_every_unreadable_file_is_named(photos) -> None:
+def test_every_unreadable_file_and_every_class_of_one_image_is_named(photos, tmp_path) -> None:
     (photos / "train" / "cat" / "2.jpg").write_bytes(b"text")
     (photos / "val" / "dog" / "1.jpg").write_bytes(jpeg(3)[:-200])
     found = check(photos)
     assert len(found.unreadable) == 2
     with pytest.raises(DataError, match=r"train/cat/2\.jpg: not an image.*val/dog/1\.jpg: cannot be read"):
         found.must_be_usable()
+    with pytest.raises(DataError, match=r"a: only one image; add another.*b: only one image"):
+        check(write_classes(tmp_path / "single", ("a", "b"), 1)).must_be_usable()
 
 
-def test_a_class_of_one_image_cannot_be_split(tmp_path) -> None:
-    write_classes(tmp_path / "p", ("a", "b"), 1)
-    with pytest.raises(DataError, match="a: only one image; add another"):
-        check(tmp_path / "p").must_be_usable()
-
-
-def test_the_command_prints_tables_or_json_and_exits_with_2_if_unusable(photos) -> None:
+def test_the_command_prints_tables_or_json_and_exits_with_2_if_unusable(photos, tmp_path) -> None:
     found = CliRunner().invoke(app, ["data", "check", str(photos)])
     assert (found.exit_code, found.stderr) == (0, "")
     assert "1 in both training and held-out data, 1 in different classes" in found.stdout
@@ -92,9 +75,6 @@ def test_the_command_prints_tables_or_json_and_exits_with_2_if_unusable(photos) 
     assert len(json.loads(found.stdout)["unreadable"]) == 1
     assert found.stderr.startswith(f"error: {photos}: cannot be used as it is: ")
     assert found.stderr.count("\n") == 1
-
-
-def test_a_folder_without_classes_is_one_line(tmp_path) -> None:
     found = CliRunner().invoke(app, ["data", "check", str(tmp_path / "nowhere")])
     assert (found.exit_code, found.stdout) == (2, "")
     assert "nowhere: no such folder" in found.stderr

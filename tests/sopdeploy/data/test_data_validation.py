@@ -1,5 +1,6 @@
 """Images that cannot be read: all named at once, or left out before the first step."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,29 +46,22 @@ def test_a_run_stops_and_names_all_unreadable_images(spoilt, tmp_path, workers) 
         train(recipe_for(spoilt, f"workers={workers}"), tmp_path / "run")
     text = str(problem.value)
     assert text.startswith("3 images cannot be used (set data.skip_corrupt=true to leave them out): ")
-    assert all(
-        name in text for name in ("train/cat/1.jpg: not", "train/dog/2.jpg: can", "val/dog/0.jpg: not")
-    )
+    assert re.search("train/cat/1.jpg: not.*; .*train/dog/2.jpg: can.*; .*val/dog/0.jpg: not", text)
     assert "\n" not in text
+    met = DataError("a/5.jpg: cannot be read")  # a single unreadable image keeps its own error
+    assert unreadable_images_error(met, open_data(recipe_for(spoilt).data).held_out) is met
 
 
-def test_a_single_unreadable_image_keeps_its_own_error(tmp_path) -> None:
-    split = open_data(FolderConfig(kind="folder", path=write_photos(tmp_path / "photos")))
-    met = DataError("a/5.jpg: cannot be read")
-    assert unreadable_images_error(met, split.train) is met
-
-
-def test_skipped_images_are_counted_and_named(spoilt, tmp_path) -> None:
+def test_skipped_images_are_counted_and_named_and_an_evaluation_names_them(spoilt, tmp_path) -> None:
     callback = RecordingCallback()
     result = train(recipe_for(spoilt, "data.skip_corrupt=true"), tmp_path / "run", callback=callback)
     assert (result.train_count, result.held_out_count) == (6, 3)
-    assert [Path(name).parts[-3:] for name in result.skipped] == [
-        ("train", "cat", "1.jpg"),
-        ("train", "dog", "2.jpg"),
-        ("val", "dog", "0.jpg"),
-    ]
+    files = ("train/cat/1.jpg", "train/dog/2.jpg", "val/dog/0.jpg")
+    assert result.skipped == tuple(str(spoilt / name) for name in files)
     (warning,) = [facts["warning"] for event, facts in callback.events if event == "warning"]
     assert warning.startswith("3 unreadable images are left out: ")
+    with pytest.raises(DataError, match="2 images cannot be used"):
+        score_checkpoint(result.best, spoilt / "train", on_image=lambda _done, _all: None)
 
 
 def test_a_run_with_skipped_images_resumes_bit_for_bit(spoilt, tmp_path) -> None:
@@ -104,9 +98,3 @@ def test_unreadable_images_are_cached_until_a_file_changes(spoilt, tmp_path, mon
         assert cached_unreadable(images, cache) == [1, 6]
         (spoilt / "train" / "cat" / "1.jpg").write_bytes(jpeg(1))
         assert cached_unreadable(images, cache) == [0]
-
-
-def test_an_evaluation_names_all_unreadable_images(spoilt, tmp_path) -> None:
-    result = train(recipe_for(spoilt, "data.skip_corrupt=true", "epochs=1"), tmp_path / "run")
-    with pytest.raises(DataError, match="2 images cannot be used"):
-        score_checkpoint(result.best, spoilt / "train", on_image=lambda _done, _all: None)
