@@ -91,20 +91,21 @@ def write_small_imagenet(root: Path, side: int = 64, classes: int = 3) -> Path:
 
 def write_places(root: Path) -> Path:
     """Write Places365's original layout with three classes."""
-    names = ("/a/abbey", "/a/apartment/outdoor", "/b/bar")
-    root.mkdir(parents=True)
-    (root / "categories_places365.txt").write_text("".join(f"{n} {i}\n" for i, n in enumerate(names)))
-    train, val = [], []
-    for number, name in enumerate(names):
-        for count in range(4):
-            path = root / "data_256" / f"{name[1:]}/{count:08}.jpg"
+    lists: dict[str, list[str]] = {
+        "places365_train_standard": [],
+        "places365_val": [],
+        "categories_places365": [],
+    }
+    for number, name in enumerate(("/a/abbey", "/a/apartment/outdoor", "/b/bar")):
+        lists["categories_places365"].append(f"{name} {number}")
+        images = {f"data_256{name}/{count:08}.jpg": 100 * number + count for count in range(4)}
+        images[f"val_256/Places365_val_{number:08}.jpg"] = 7000 + number
+        for file, seed in images.items():
+            path = root / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(jpeg(100 * number + count, (64, 64)))
-            train.append(f"{name}/{count:08}.jpg {number}\n")
-        path = root / "val_256" / f"Places365_val_{number:08}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg(7000 + number, (64, 64)))
-        val.append(f"{path.name} {number}\n")
-    (root / "places365_train_standard.txt").write_text("".join(train))
-    (root / "places365_val.txt").write_text("".join(val))
+            path.write_bytes(jpeg(seed, (64, 64)))
+            part = "places365_val" if file.startswith("val") else "places365_train_standard"
+            lists[part].append(f"{file.removeprefix('data_256').removeprefix('val_256/')} {number}")
+    for file, lines in lists.items():
+        (root / f"{file}.txt").write_text("\n".join(lines) + "\n")
     return root

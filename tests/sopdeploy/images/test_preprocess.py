@@ -125,23 +125,21 @@ def test_every_sixteen_bit_value_is_rounded_to_eight_bits() -> None:
         assert WHOLE.changes(image) == ("sixteen_bit_scaled",)
 
 
-def corners() -> Image.Image:
-    """Black with one red pixel block at the top left and a green one at the top right."""
-    image = Image.new("RGB", (8, 8))
-    image.paste((255, 0, 0), (0, 0, 3, 3))
-    image.paste((0, 255, 0), (5, 0, 8, 3))
-    return image
-
-
-UNDO = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,  # the viewer turns it clockwise, so it was turned counter-clockwise
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
+CORNERS = Image.new("RGB", (8, 8))  # black, with a red block at the top left, a green one at the top right
+CORNERS.paste((255, 0, 0), (0, 0, 3, 3))
+CORNERS.paste((0, 255, 0), (5, 0, 8, 3))
+# A viewer turns orientation 6 clockwise, so it was turned counter-clockwise.
+T = Image.Transpose
+TURNS = [
+    T.FLIP_LEFT_RIGHT,
+    T.ROTATE_180,
+    T.FLIP_TOP_BOTTOM,
+    T.TRANSPOSE,
+    T.ROTATE_90,
+    T.TRANSVERSE,
+    T.ROTATE_270,
+]
+UNDO = dict(enumerate(TURNS, 2))
 
 
 def stored(orientation: int, image: Image.Image) -> Image.Image:
@@ -155,8 +153,8 @@ def stored(orientation: int, image: Image.Image) -> Image.Image:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_exif_orientation_is_made_upright(orientation: int) -> None:
-    image = stored(orientation, corners())
-    assert np.array_equal(WHOLE(image), np.asarray(corners()))
+    image = stored(orientation, CORNERS)
+    assert np.array_equal(WHOLE(image), np.asarray(CORNERS))
     assert WHOLE.changes(image) == (("exif_rotated",) if orientation > 1 else ())
     ignoring = WHOLE.model_copy(update={"exif_orientation": False})
     assert np.array_equal(ignoring(image), np.asarray(image.convert("RGB")))
@@ -167,24 +165,27 @@ def test_every_exif_orientation_is_made_upright(orientation: int) -> None:
 
 def with_exif(body: bytes) -> Image.Image:
     file = io.BytesIO()
-    corners().save(file, "JPEG", exif=b"Exif\0\0" + body)
+    CORNERS.save(file, "JPEG", exif=b"Exif\0\0" + body)
     return Image.open(file)
 
 
 TIFF = b"II*\0\x08\0\0\0"
+
+
+def entry(kind: int, count: int, value: int) -> bytes:
+    """Make a directory of one entry: the orientation."""
+    return TIFF + struct.pack("<HHHIII", 1, 0x0112, kind, count, value, 0)
+
+
 BAD_EXIF = {
     "no TIFF header": b"not a header at all",
     "cut after the header": TIFF,
     "a directory beyond the end": b"II*\0\xff\xff\xff\x7f",
     "more entries than there are": TIFF + b"\xff\xff" + struct.pack("<HHII", 0x010F, 3, 1, 6),
-    "orientation as text": TIFF + b"\x01\0" + struct.pack("<HHI4s", 0x0112, 2, 4, b"six\0") + bytes(4),
-    "orientation of nine": TIFF + b"\x01\0" + struct.pack("<HHII", 0x0112, 3, 1, 9) + bytes(4),
-    "orientation of no values": TIFF + b"\x01\0" + struct.pack("<HHII", 0x0112, 3, 0, 6) + bytes(4),
-    "orientation as a fraction of nothing": TIFF
-    + b"\x01\0"
-    + struct.pack("<HHII", 0x0112, 5, 1, 26)
-    + bytes(4)
-    + struct.pack("<II", 1, 0),
+    "orientation as text": entry(2, 4, int.from_bytes(b"six\0", "little")),
+    "orientation of nine": entry(3, 1, 9),
+    "orientation of no values": entry(3, 0, 6),
+    "orientation as a fraction of nothing": entry(5, 1, 26) + struct.pack("<II", 1, 0),
 }
 
 
@@ -244,21 +245,16 @@ def few_values(kind: str, size: tuple[int, int], seed: int) -> Image.Image:
         depth = {"I": "<i4", "I;16B": ">u2"}.get(mode, "<u2")
         return Image.frombytes(mode, size, values.astype(depth).tobytes())
     bands = len(Image.new(mode, (1, 1)).getbands())
-    layers = [
-        Image.fromarray(layer) for layer in rng.integers(0, 4, (bands, *size[::-1]), dtype=np.uint8) * 85
-    ]
+    layers = list(map(Image.fromarray, rng.integers(0, 4, (bands, *size[::-1]), dtype=np.uint8) * 85))
     image = layers[0] if mode in {"1", "P"} else Image.merge(mode, layers)
     if mode == "1":
         image = image.convert("1")
     if mode in {"P", "PA"}:
         image.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tobytes())
     if extra:
-        image.info["transparency"] = {
-            "index": 170,
-            "gray": 255,
-            "color": (85, 0, 170),
-            "partial": bytes([0] * 85 + [90] + [255] * 84 + [128]),
-        }[extra]
+        partial = bytes([0] * 85 + [90] + [255] * 84 + [128])
+        colors = {"index": 170, "gray": 255, "color": (85, 0, 170), "partial": partial}
+        image.info["transparency"] = colors[extra]
     return image
 
 
@@ -304,13 +300,8 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def png(depth: int, color: int, row: bytes, width: int, *extra: bytes) -> bytes:
     """Make a PNG of one row; Pillow does not write every depth."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, color, 0, 0, 0))
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + header
-        + b"".join(extra)
-        + chunk(b"IDAT", zlib.compress(b"\0" + row))
-        + chunk(b"IEND", b"")
-    )
+    data = chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"".join([b"\x89PNG\r\n\x1a\n", header, *extra, data, chunk(b"IEND", b"")])
 
 
 def words(*values: int) -> bytes:
@@ -321,7 +312,7 @@ def trns(*values: int) -> bytes:
     return chunk(b"tRNS", words(*values))
 
 
-PALETTE = chunk(b"PLTE", bytes([255, 0, 0, 0, 0, 255, 9, 9, 9]))
+RED_BLUE_GRAY = chunk(b"PLTE", bytes([255, 0, 0, 0, 0, 255, 9, 9, 9]))
 GRAYS = [(n, n, n) for n in range(256)]
 
 # A row of pixels with a transparent color at each depth, and its pixels on a green background.
@@ -341,7 +332,7 @@ TRANSPARENT = {
         [GREEN, (3, 7, 35)],
     ),
     "palette, half transparent": (
-        png(8, 3, bytes([0, 1, 2]), 3, PALETTE, chunk(b"tRNS", bytes([128, 0]))),
+        png(8, 3, bytes([0, 1, 2]), 3, RED_BLUE_GRAY, chunk(b"tRNS", bytes([128, 0]))),
         [(128, 100, 0), GREEN, (9, 9, 9)],
     ),
 }

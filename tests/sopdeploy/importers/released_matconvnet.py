@@ -5,7 +5,7 @@ down its columns, (0,0), (0,1), (1,1), (0,2) ..; batch norm divides by the store
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,92 +18,85 @@ from numpy.lib.stride_tricks import sliding_window_view
 NUMBERS = itertools.count()
 AVERAGE = (121.5, 117.25, 103.75)
 EPS = 1e-5
+SIDE, COMPONENTS, CHOSEN = 16, 16, 8
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass
 class Net:
-    """Parameters by name, layers as (name, type, block), K of N and the steps of Newton-Schulz."""
+    """Parameters by name, layers as (name, type, block), and the steps of Newton-Schulz."""
 
-    params: dict[str, Array]
-    layers: list[tuple[str, str, dict[str, Any]]]
-    side: int = 16
-    chosen: int = 8
-    components: int = 16
+    draw: np.random.Generator
+    params: dict[str, Array] = field(default_factory=dict)
+    layers: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
     steps: int = 3
 
-
-@dataclass
-class Builder:
-    """Adds random layers to a network."""
-
-    net: Net
-    draw: np.random.Generator
+    def layer(self, name: str, kind: str, **block: Any) -> None:
+        self.layers.append((name, f"dagnn.{kind}", block))
 
     def kernel(self, name: str, k: int, inside: int, outside: int, scale: float = 1.0) -> None:
         values = self.draw.normal(size=(k, k, inside, outside)) * np.sqrt(2.0 / (k * k * inside)) * scale
-        self.net.params[f"{name}_f"] = values
+        self.params[f"{name}_f"] = values
 
     def norm(self, name: str, width: int) -> None:
-        block = {"numChannels": float(width), "epsilon": 1e-4}
-        self.net.layers.append((f"{name}_bn", "dagnn.BatchNorm", block))
-        self.net.params[f"{name}_bn_w"] = self.draw.uniform(0.5, 1.5, (width, 1))
-        self.net.params[f"{name}_bn_b"] = self.draw.uniform(-0.5, 0.5, (width, 1))
+        self.layer(f"{name}_bn", "BatchNorm", numChannels=float(width), epsilon=1e-4)
+        self.params[f"{name}_bn_w"] = self.draw.uniform(0.5, 1.5, (width, 1))
+        self.params[f"{name}_bn_b"] = self.draw.uniform(-0.5, 0.5, (width, 1))
         moments = [self.draw.uniform(-0.5, 0.5, width), np.sqrt(self.draw.uniform(0.5, 2.0, width) + EPS)]
-        self.net.params[f"{name}_bn_m"] = np.stack(moments, axis=1)
+        self.params[f"{name}_bn_m"] = np.stack(moments, axis=1)
 
     def conv(self, name: str, k: int, inside: int, outside: int, stride: int = 1) -> None:
         self.kernel(name, k, inside, outside, scale=1 / 60 if name == "conv1" else 1.0)
         size = np.array([[k, k, inside, outside]], float)
-        block = {"size": size, "stride": np.array([[stride, stride]], float)}
-        self.net.layers.append((f"{name}_conv", "dagnn.Conv", block))
+        self.layer(f"{name}_conv", "Conv", size=size, stride=np.array([[stride, stride]], float))
         self.norm(name, outside)
 
     def roots(self, prefix: str) -> None:
-        pool: dict[str, Any] = {}
-        self.net.layers.append((f"{prefix}cov_pool", "dagnn.OBJ_ConvNet_COV_Pool", pool))
-        trace = {"opts": ["cuDNN"]}
-        self.net.layers.append((f"{prefix}cov_trace_norm", "dagnn.OBJ_ConvNet_Cov_TraceNorm", trace))
-        block = {"coef": 1.0, "iterNum": float(self.net.steps), "cudnn": ["CuDNN"]}
-        self.net.layers.append((f"{prefix}Cov_Sqrtm", "dagnn.OBJ_ConvNet_Cov_Sqrtm", block))
-        self.net.layers.append((f"{prefix}Cov_ScaleTr", "dagnn.OBJ_ConvNet_COV_ScaleTr", pool))
+        self.layer(f"{prefix}cov_pool", "OBJ_ConvNet_COV_Pool")
+        self.layer(f"{prefix}cov_trace_norm", "OBJ_ConvNet_Cov_TraceNorm", opts=["cuDNN"])
+        steps = float(self.steps)
+        self.layer(f"{prefix}Cov_Sqrtm", "OBJ_ConvNet_Cov_Sqrtm", coef=1.0, iterNum=steps, cudnn=["CuDNN"])
+        self.layer(f"{prefix}Cov_ScaleTr", "OBJ_ConvNet_COV_ScaleTr")
 
     def mixture(self, inside: int, order: int) -> int:
         """Add gate and components; return the length of a component's vector."""
-        net, at = self.net, inside
+        at = inside
         for number, width in enumerate((10, 6) if order == 2 else (9, 7), 1):
             self.conv(f"gating{number}", 1, at, width)
             at = width
         if order == 2:
             self.roots("gating_")
-        features = at * (at + 1) // 2 if order == 2 else at
-        net.params["gating_w"] = self.draw.normal(size=(features, net.components))
-        net.params["gating_noise_w"] = self.draw.normal(size=(features, net.components))
-        count = {"topk": 8.0, "CM_num": 16.0}
-        net.layers.append(("H_x", "dagnn.H_x", {**count, "dim_in": float(features)}))
-        net.layers.append(("gating", "dagnn.gating", {**count, "hasBias": np.array([[0]], np.uint8)}))
-        net.layers.append(("Balance_loss", "dagnn.Balance_loss", {"loss_weight": 100.0, "CM_num": 16.0}))
-        for component in range(1, net.components + 1):
+        features = vector_length(at, order)
+        self.params["gating_w"] = self.draw.normal(size=(features, COMPONENTS))
+        self.params["gating_noise_w"] = self.draw.normal(size=(features, COMPONENTS))
+        count = {"topk": float(CHOSEN), "CM_num": float(COMPONENTS)}
+        self.layer("H_x", "H_x", **count, dim_in=float(features))
+        self.layer("gating", "gating", **count, hasBias=np.array([[0]], np.uint8))
+        self.layer("Balance_loss", "Balance_loss", loss_weight=100.0, CM_num=float(COMPONENTS))
+        for component in range(1, COMPONENTS + 1):
             at = inside
             for letter, width in zip("ab", (12, 8) if order == 2 else (11,), strict=False):
                 self.kernel(f"CM_{component}_{letter}", 1, at, width)
                 at = width
             if order == 2:
                 self.roots(f"CM_{component}_")
-        length = at * (at + 1) // 2 if order == 2 else at
-        net.layers.append(("Fusion_out", "dagnn.CM_out", {"topk": 8.0, "hdim": float(length)}))
+        length = vector_length(at, order)
+        self.layer("Fusion_out", "CM_out", topk=float(CHOSEN), hdim=float(length))
         self.norm("fusion_bn", length)
         return length
+
+
+def vector_length(channels: int, order: int) -> int:
+    return channels * (channels + 1) // 2 if order == 2 else channels
 
 
 def random_net(
     *, order: int, gated: bool, blocks: int = 2, widen: int = 1, wrn: bool = False, seed: int = 0
 ) -> Net:
     """Make one of the released networks with narrow gate and components, for five classes."""
-    net = Net({}, [])
-    make = Builder(net, np.random.default_rng(seed))
-    make.conv("conv1", 3, 3, 16)
-    net.params["conv1_b"] = make.draw.normal(size=(16, 1)) * 0.1
+    net = Net(np.random.default_rng(seed))
+    net.conv("conv1", 3, 3, 16)
+    net.params["conv1_b"] = net.draw.normal(size=(16, 1)) * 0.1
     inside = 16
     for stage in range(2, 6):
         width = 2 ** (stage + 2) * widen
@@ -111,31 +104,22 @@ def random_net(
         for block in range(1, blocks + 1):
             name = f"conv{stage}_{block}"
             if block == 1 and (stage > 2 or wrn):
-                make.conv(f"{name}_adapt_conv", 1, inside, width, stride)
-            make.conv(f"{name}a", 3, inside, width, stride if block == 1 else 1)
-            make.conv(f"{name}b", 3, width, width)
+                net.conv(f"{name}_adapt_conv", 1, inside, width, stride)
+            net.conv(f"{name}a", 3, inside, width, stride if block == 1 else 1)
+            net.conv(f"{name}b", 3, width, width)
             inside = width
-    length = inside * (inside + 1) // 2 if order == 2 else inside
-    if order == 2 and not gated:
-        make.roots("")
+    length = vector_length(inside, order)
     if gated:
-        length = make.mixture(inside, order)
+        length = net.mixture(inside, order)
         rate = 0.4 if wrn and order == 2 else 0.2
-        net.layers.append(("dropout", "dagnn.DropOut", {"rate": rate, "frozen": np.array([[0]], np.uint8)}))
-    make.kernel("prediction", 1, length, 5)
-    net.params["prediction_b"] = make.draw.normal(size=(5, 1))
-    net.layers.append(("prediction", "dagnn.Conv", {"hasBias": np.array([[1]], np.uint8)}))
-    net.layers.append(("loss", "dagnn.Loss", {"loss": "softmaxlog", "opts": []}))
+        net.layer("dropout", "DropOut", rate=rate, frozen=np.array([[0]], np.uint8))
+    elif order == 2:
+        net.roots("")
+    net.kernel("prediction", 1, length, 5)
+    net.params["prediction_b"] = net.draw.normal(size=(5, 1))
+    net.layer("prediction", "Conv", hasBias=np.array([[1]], np.uint8))
+    net.layer("loss", "Loss", loss="softmaxlog", opts=[])
     return net
-
-
-def forward(net: Net, images: Array) -> Array:
-    """Compute logits (classes, images) of raw images, height x width x 3 x images, in their precision."""
-    run = Run(net, images.dtype)
-    features = run.backbone(images - np.array(AVERAGE, images.dtype)[:, None])
-    vector = run.mixed(features) if "gating_w" in run.p else run.pooled(features)
-    logits: Array = run.p["prediction_f"][0, 0].T @ vector + run.p["prediction_b"]
-    return logits
 
 
 def relu(x: Array) -> Array:
@@ -143,7 +127,7 @@ def relu(x: Array) -> Array:
 
 
 class Run:
-    """One pass in one precision."""
+    """One pass in one precision; `logits` maps images to (classes, images)."""
 
     def __init__(self, net: Net, dtype: Any) -> None:
         self.net = net
@@ -169,20 +153,24 @@ class Run:
     def pooled(self, x: Array) -> Array:
         return root_vector(x, self.net.steps) if self.second else x.mean((0, 1))
 
-    def backbone(self, x: Array) -> Array:
+    def logits(self, x: Array) -> Array:
         x = relu(self.norm("conv1", self.conv("conv1", x) + self.p["conv1_b"]))
         for name in (f"conv{stage}_{block}" for stage in range(2, 6) for block in range(1, 9)):
             if f"{name}a_f" in self.p:
                 adapt = f"{name}_adapt_conv"
                 short = self.conv_norm(adapt, x) if f"{adapt}_f" in self.p else x
                 x = relu(short + self.conv_norm(f"{name}b", relu(self.conv_norm(f"{name}a", x))))
-        return x
+        vector = self.mixed(x) if "gating_w" in self.p else self.pooled(x)
+        return self.p["prediction_f"][0, 0].T @ vector + self.p["prediction_b"]
 
     def mixed(self, x: Array) -> Array:
         g = relu(self.conv_norm("gating2", relu(self.conv_norm("gating1", x))))
-        weights = top(self.p["gating_w"].T @ self.pooled(g), self.net.chosen)
+        scores = self.p["gating_w"].T @ self.pooled(g)
+        kept = scores >= np.sort(scores, axis=0)[-CHOSEN]
+        powers = np.where(kept, np.exp(scores - scores.max(axis=0)), 0)
+        weights = powers / powers.sum(axis=0)  # softmax of each column's largest scores, 0 elsewhere
         vector: Any = 0.0
-        for component in range(self.net.components):
+        for component in range(COMPONENTS):
             c = x
             for name in (f"CM_{component + 1}_a", f"CM_{component + 1}_b"):
                 if f"{name}_f" in self.p:
@@ -212,24 +200,10 @@ def root_vector(x: Array, steps: int) -> Array:
     return np.array(vectors, x.dtype).T
 
 
-def top(scores: Array, chosen: int) -> Array:
-    """Compute the softmax of each column's *chosen* largest, 0 elsewhere."""
-    weights = np.zeros_like(scores)
-    for image in range(scores.shape[1]):
-        kept = np.argsort(-scores[:, image])[:chosen]
-        powers = np.exp(scores[kept, image] - scores[kept, image].max())
-        weights[kept, image] = powers / powers.sum()
-    return weights
-
-
-def on_normalized(net: Net) -> Any:
-    """Wrap `forward` for tensors (B, 3, H, W) from `Normalize`: raw pixels less the mean."""
-
-    def compute(images: torch.Tensor) -> torch.Tensor:
-        raw = images.numpy().transpose(2, 3, 1, 0) + np.array(AVERAGE, images.numpy().dtype)[:, None]
-        return torch.from_numpy(np.ascontiguousarray(forward(net, raw).T))
-
-    return compute
+def reference_logits(net: Net, images: torch.Tensor) -> torch.Tensor:
+    """Compute logits (B, classes) of raw pixels less the mean (B, 3, H, W), in their precision."""
+    x = images.numpy()
+    return torch.from_numpy(np.ascontiguousarray(Run(net, x.dtype).logits(x.transpose(2, 3, 1, 0)).T))
 
 
 def tree(net: Net, dtype: str) -> dict[str, Any]:
@@ -244,13 +218,8 @@ def tree(net: Net, dtype: str) -> dict[str, Any]:
         {"name": name, "type": kind, "inputs": ("x",), "params": (), "block": block}
         for name, kind, block in net.layers
     ]
-    meta = {
-        "normalization": {
-            "averageImage": np.array(AVERAGE)[:, None],
-            "imageSize": np.array([[net.side, net.side, 3.0]]),
-        },
-        "inputSize": ("input", np.array([[64.0, 64, 3, 32]])),
-    }
+    normalization = {"averageImage": np.array(AVERAGE)[:, None], "imageSize": np.array([[SIDE, SIDE, 3.0]])}
+    meta = {"normalization": normalization, "inputSize": ("input", np.array([[64.0, 64, 3, 32]]))}
     return {
         "net": {"vars": [{"name": "input"}, {"name": "x"}], "params": params, "layers": layers, "meta": meta}
     }
@@ -264,64 +233,54 @@ def save_v7(path: Path, net: Net, dtype: str = "f8") -> Path:
 def as_scipy(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: as_scipy(item) for key, item in value.items()}
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        fields = np.empty((1, len(value)), dtype=[(key, object) for key in value[0]])
-        for index, item in enumerate(value):
-            for key in item:
-                fields[key][0, index] = as_scipy(item[key])
-        return fields
-    if isinstance(value, list | tuple):
-        cells = np.empty((1, len(value)), dtype=object)
-        for index, item in enumerate(value):
-            cells[0, index] = as_scipy(item)
-        return cells
-    return value
+    if not isinstance(value, list | tuple):
+        return value
+    records = isinstance(value, list) and value and isinstance(value[0], dict)
+    cells = np.empty((1, len(value)), dtype=[(key, object) for key in value[0]] if records else object)
+    for index, item in enumerate(value):
+        cells[0, index] = tuple(map(as_scipy, item.values())) if records else as_scipy(item)
+    return cells
 
 
 def save_v73(path: Path, net: Net, dtype: str = "f8") -> Path:
     with h5py.File(path, "w", userblock_size=512) as file:
         refs = file.create_group("#refs#")
         for name, value in tree(net, dtype).items():
-            write(file, refs, file, name, value)
+            write(refs, file, name, value)
     with path.open("r+b") as raw:
         raw.write(b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(124) + b"\x00\x02IM")
     return path
 
 
-def write(file: Any, refs: Any, group: Any, name: str, value: Any) -> None:
+def write(refs: Any, group: Any, name: str, value: Any) -> None:
     """Write *value* the way MATLAB does: axes reversed, text as uint16, arrays of structs as references."""
     if isinstance(value, dict):
-        part = group.create_group(name)
-        part.attrs["MATLAB_class"] = np.bytes_("struct")
+        part, kind = group.create_group(name), "struct"
         for key, item in value.items():
-            write(file, refs, part, key, item)
+            write(refs, part, key, item)
     elif isinstance(value, list) and value and isinstance(value[0], dict):
-        part = group.create_group(name)
-        part.attrs["MATLAB_class"] = np.bytes_("struct")
+        part, kind = group.create_group(name), "struct"
         for key in value[0]:
-            part.create_dataset(
-                key, data=referred(file, refs, [item[key] for item in value]), dtype=h5py.ref_dtype
-            )
+            part.create_dataset(key, data=referred(refs, [item[key] for item in value]), dtype=h5py.ref_dtype)
+    elif isinstance(value, list | tuple) and value:
+        part, kind = group.create_dataset(name, data=referred(refs, value), dtype=h5py.ref_dtype), "cell"
     elif isinstance(value, list | tuple):
-        if value:
-            part = group.create_dataset(name, data=referred(file, refs, value), dtype=h5py.ref_dtype)
-        else:
-            part = group.create_dataset(name, data=np.zeros(2, "u8"))
-            part.attrs["MATLAB_empty"] = np.uint8(1)
-        part.attrs["MATLAB_class"] = np.bytes_("cell")
+        part, kind = group.create_dataset(name, data=np.zeros(2, "u8")), "cell"
+        part.attrs["MATLAB_empty"] = np.uint8(1)
     elif isinstance(value, str):
         codes = np.frombuffer(value.encode("utf-16-le"), "<u2")[:, None]
-        group.create_dataset(name, data=codes).attrs["MATLAB_class"] = np.bytes_("char")
+        part, kind = group.create_dataset(name, data=codes), "char"
     else:
         array = np.atleast_2d(np.asarray(value))
         kind = {"f8": "double", "f4": "single", "u1": "logical"}[array.dtype.str[1:]]
-        group.create_dataset(name, data=array.T).attrs["MATLAB_class"] = np.bytes_(kind)
+        part = group.create_dataset(name, data=array.T)
+    part.attrs["MATLAB_class"] = np.bytes_(kind)
 
 
-def referred(file: Any, refs: Any, values: Any) -> Array:
+def referred(refs: Any, values: Any) -> Array:
     found = np.empty((len(values), 1), dtype=h5py.ref_dtype)
     for index, value in enumerate(values):
         name = f"r{next(NUMBERS)}"
-        write(file, refs, refs, name, value)
+        write(refs, refs, name, value)
         found[index, 0] = refs[name].ref
     return found

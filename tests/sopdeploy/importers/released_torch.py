@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WIDTHS = (64, 128, 256, 512)
-ATTENTIONS = ("1", "2", "+", "M", "&")  # channel, position, sum, maximum, concatenation
 
 
 def covariance(x: Tensor) -> Tensor:
@@ -56,7 +55,10 @@ class Basic(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """With a GSoP block on the residual where *attention* is not "0"."""
+    """With a GSoP block on the residual where *attention* is not "0".
+
+    "1" is channel-wise, "2" position-wise, "+" their sum, "M" their maximum, "&" their concatenation.
+    """
 
     def __init__(self, inside: int, width: int, stride: int, attention: str = "0", d: int = 32) -> None:
         super().__init__()
@@ -99,23 +101,17 @@ class Bottleneck(nn.Module):
         weights = torch.sigmoid(self.fc_adapt_channels_for_spatial(hidden)).reshape(-1, 1, 8, 8)
         return F.relu(x * F.adaptive_avg_pool2d(weights, x.shape[2:]))
 
-    def attended(self, x: Tensor) -> Tensor:
-        if self.attention == "0":
-            return x
-        if self.attention == "1":
-            return self.by_channel(x)
-        if self.attention == "2":
-            return self.by_position(x)
-        one, two = self.by_channel(x), self.by_position(x)
-        if self.attention == "+":
-            return one + two
-        if self.attention == "M":
-            return torch.max(one, two)
-        return self.bn_for_concat(self.dilate_conv_for_concat1(one) + self.dilate_conv_for_concat2(two))
-
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
-        out = self.attended(self.bn3(self.conv3(out)))
+        out = self.bn3(self.conv3(out))
+        one = self.by_channel(out) if hasattr(self, "conv_for_DR") else out
+        two = self.by_position(out) if hasattr(self, "conv_for_DR_spatial") else out
+        if self.attention == "&":
+            out = self.bn_for_concat(self.dilate_conv_for_concat1(one) + self.dilate_conv_for_concat2(two))
+        elif self.attention == "M":
+            out = torch.max(one, two)
+        else:
+            out = {"0": out, "1": one, "2": two}.get(self.attention, one + two)
         return F.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 

@@ -36,59 +36,54 @@ def written(data: bytes) -> Callable[[Path], None]:
 
 
 def hdf5(change: Callable[[Any, Path], None]) -> Callable[[Path], None]:
+    """Write a whole file and let *change* modify its groups, given the folder."""
+
     def write(file: Path) -> None:
         save_v73(file, random_net(order=2, gated=False))
         with h5py.File(file, "r+") as opened:
-            change(opened, file)
+            change(opened, file.parent)
         with file.open("r+b") as raw:
             raw.write(HEADER)
 
     return write
 
 
-def external_link(opened: Any, file: Path) -> None:
-    with h5py.File(file.with_name("secret.h5"), "w") as other:
-        other["x"] = np.ones(3)
-    del opened["net/params"]
-    opened["net/params"] = h5py.ExternalLink("secret.h5", "/x")
+def linked(name: str, link: Any) -> Callable[[Path], None]:
+    def change(opened: Any, folder: Path) -> None:
+        with h5py.File(folder / "secret.h5", "w") as other:
+            other["x"] = np.ones(3)
+        del opened[name]
+        opened[name] = link
+
+    return hdf5(change)
 
 
-def top_external_link(opened: Any, _file: Path) -> None:
-    del opened["net"]
-    opened["net"] = h5py.ExternalLink("secret.h5", "/")
-
-
-def soft_link(opened: Any, _file: Path) -> None:
-    del opened["net/meta"]
-    opened["net/meta"] = h5py.SoftLink("/net")
-
-
-def external_storage(opened: Any, file: Path) -> None:
-    file.with_name("secret").write_bytes(bytes(64))
+def external_storage(opened: Any, folder: Path) -> None:
+    (folder / "secret").write_bytes(bytes(64))
     del opened["net/meta/normalization/averageImage"]
-    where = [(str(file.with_name("secret")), 0, 64)]
+    where = [(str(folder / "secret"), 0, 64)]
     opened["net/meta/normalization"].create_dataset("averageImage", (1, 8), "f8", external=where)
 
 
-def virtual(opened: Any, file: Path) -> None:
+def virtual(opened: Any, folder: Path) -> None:
     del opened["net/meta/normalization/averageImage"]
     layout = h5py.VirtualLayout((1, 3), "f8")
-    layout[:] = h5py.VirtualSource(str(file.with_name("secret.h5")), "x", (1, 3))
+    layout[:] = h5py.VirtualSource(str(folder / "secret.h5"), "x", (1, 3))
     opened["net/meta/normalization"].create_virtual_dataset("averageImage", layout)
 
 
-def circle(opened: Any, _file: Path) -> None:
+def circle(opened: Any, _folder: Path) -> None:
     cell = opened["net/meta"].create_dataset("circle", (1, 1), h5py.ref_dtype)
     cell.attrs["MATLAB_class"] = np.bytes_("cell")
     cell[0, 0] = cell.ref
 
 
-def bomb(opened: Any, _file: Path) -> None:
+def bomb(opened: Any, _folder: Path) -> None:
     where = opened["net/meta/normalization"]
     where.create_dataset("huge", (1 << 20, 1 << 12), "f8", chunks=(1 << 10, 1 << 10), compression="gzip")
 
 
-def objects(opened: Any, _file: Path) -> None:
+def objects(opened: Any, _folder: Path) -> None:
     del opened["net/params"]
     opened["net"].create_dataset("params", data=["x"], dtype=h5py.string_dtype())
 
@@ -99,30 +94,28 @@ def truncated_hdf5(file: Path) -> None:
 
 
 TENSOR = b'{"a":{"dtype":"F32","shape":[1000000],"data_offsets":[0,4000000]}}'
+CODE = {"conv1.weight": torch.zeros(1), "x": RunsACommand()}
 ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
     "bare pickle": (written(pickle.dumps(RunsACommand())), "damaged or not a checkpoint"),
-    "code in the state dict": (
-        saved({"state_dict": {"conv1.weight": torch.zeros(1), "x": RunsACommand()}}),
-        "refused",
-    ),
-    "code in the old format": (
-        saved({"conv1.weight": RunsACommand()}, _use_new_zipfile_serialization=False),
-        "refused",
-    ),
+    "code in the state dict": (saved({"state_dict": CODE}), "refused"),
+    "code in the old format": (saved(CODE, _use_new_zipfile_serialization=False), "refused"),
     "a whole module": (saved(torch.nn.Linear(2, 2)), "save the network's state_dict() alone"),
     "no tensors": (saved({"epoch": 3, "state_dict": {}}), "holds no table of tensors"),
     "a list": (saved([torch.zeros(2)]), "holds no table of tensors"),
-    "our own checkpoint": (
-        lambda file: write_checkpoint(file, checkpoint()),
-        "already a sopdeploy checkpoint",
-    ),
+    "our checkpoint": (lambda file: write_checkpoint(file, checkpoint()), "already a sopdeploy checkpoint"),
     "unknown names": (saved({"encoder.weight": torch.zeros(2, 2)}), "encoder.weight"),
     "noise": (written(bytes(range(256)) * 8), "refused"),
     "an empty file": (written(b""), "damaged"),
     "a folder": (Path.mkdir, "no such file"),
-    "external link": (hdf5(external_link), "params is a link to another place"),
-    "external link at the top": (hdf5(top_external_link), "net is a link to another place"),
-    "soft link": (hdf5(soft_link), "meta is a link to another place"),
+    "external link": (
+        linked("net/params", h5py.ExternalLink("secret.h5", "/x")),
+        "params is a link to another",
+    ),
+    "external link at the top": (
+        linked("net", h5py.ExternalLink("secret.h5", "/")),
+        "net is a link to another",
+    ),
+    "soft link": (linked("net/meta", h5py.SoftLink("/net")), "meta is a link to another place"),
     "numbers in another file": (hdf5(external_storage), "stores its values in another file"),
     "virtual dataset": (hdf5(virtual), "stores its values in another file"),
     "a cell that holds itself": (hdf5(circle), "nested deeper than 32"),
@@ -131,12 +124,9 @@ ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
     "half an HDF5": (truncated_hdf5, "damaged MATLAB v7.3 file"),
     "half a safetensors": (
         written(struct.pack("<Q", len(TENSOR)) + TENSOR + bytes(16)),
-        "damaged safetensors file",
+        "damaged safetensors",
     ),
-    "a huge safetensors header": (
-        written(struct.pack("<Q", 1 << 62) + b"{" + bytes(64)),
-        "damaged safetensors file",
-    ),
+    "a huge header": (written(struct.pack("<Q", 1 << 62) + b"{" + bytes(64)), "damaged safetensors file"),
 }
 
 

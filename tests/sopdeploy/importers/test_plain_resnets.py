@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -13,19 +14,20 @@ import torchvision
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.importers.resnets import published_preprocess
-from tests.sopdeploy.importers.comparing import (
-    assert_same_logits,
-    imported,
-    random_images,
-)
+from tests.sopdeploy.importers.comparing import assert_same_logits, imported, random_images
 from tests.sopdeploy.importers.released_torch import CifarResNet, prefixed, settled
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HUB = {"crop_pct": 0.9, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
 
 
 def torchvision_resnet18(classes: int = 5) -> torch.nn.Module:
     torch.manual_seed(0)
     return settled(torchvision.models.resnet18(num_classes=classes))
+
+
+def write_hub_config(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps({"pretrained_cfg": config}))
 
 
 @pytest.fixture
@@ -64,13 +66,6 @@ def test_torchvision_files_are_identified_by_their_hash(depth: int, digest: str,
     assert (found[0].resize, found[0].crop, found[0].interpolation) == (resize, 224, "bilinear")
 
 
-def test_a_hub_config_applies_to_torchvision_names(tmp_path: Path, weights: Path) -> None:
-    card = {"input_size": [3, 160, 160], "crop_pct": 0.95, "interpolation": "bicubic", "mean": [0.5] * 3}
-    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {**card, "std": [0.5] * 3}}))
-    _, report = imported(weights, "resnet18")
-    assert (report.preprocess.resize, report.preprocess.crop) == (168, 160)
-
-
 def test_a_thousand_classes_get_the_imagenet_names(tmp_path: Path) -> None:
     torch.save(torchvision_resnet18(1000).state_dict(), tmp_path / "a.pth")
     _, report = imported(tmp_path / "a.pth", "resnet18")
@@ -88,26 +83,25 @@ def test_a_resnet_with_unknown_block_counts_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("beside", [True, False])
 def test_timm_weights_with_and_without_hub_config(tmp_path: Path, beside: bool) -> None:
     torch.manual_seed(0)
-    network = settled(timm.create_model("resnet18", num_classes=5))
-    safetensors.torch.save_file(network.state_dict(), tmp_path / "model.safetensors")
+    network, file = settled(timm.create_model("resnet18", num_classes=5)), tmp_path / "model.safetensors"
+    safetensors.torch.save_file(network.state_dict(), file)
     if beside:
-        card = {"input_size": [3, 288, 288], "crop_pct": 0.9, "interpolation": "bicubic", "mean": [0.5] * 3}
-        (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {**card, "std": [0.5] * 3}}))
-    ours, report = imported(tmp_path / "model.safetensors", "timm:resnet18")
+        write_hub_config(tmp_path, {"input_size": [3, 288, 288], **HUB})
+    ours, report = imported(file, "timm:resnet18")
     assert_same_logits(ours, network, random_images(64))
-    rules = report.preprocess
-    if beside:
-        assert (rules.resize, rules.crop) == (320, 288)
-        assert (rules.interpolation, rules.mean) == ("bicubic", (0.5,) * 3)
-    else:
-        stored = timm.get_pretrained_cfg("resnet18")
-        assert (rules.crop, rules.interpolation) == (stored.input_size[-1], stored.interpolation)
-        assert rules.resize == int(stored.input_size[-1] / stored.crop_pct)
+    rules, stored = report.preprocess, timm.get_pretrained_cfg("resnet18")
+    side = stored.input_size[-1]
+    expected = (320, 288, "bicubic") if beside else (int(side / stored.crop_pct), side, stored.interpolation)
+    assert (rules.resize, rules.crop, rules.interpolation) == expected
+    assert rules.mean == ((0.5,) * 3 if beside else stored.mean)
     assert report.notes[0].startswith("preprocessing from config.json" if beside else "no config.json")
+    if beside:  # the config applies to torchvision's importer, too
+        rules = imported(file, "resnet18")[1].preprocess
+        assert (rules.resize, rules.crop) == (320, 288)
 
 
 @pytest.mark.parametrize(
-    "card",
+    "change",
     [
         {"interpolation": "lanczos"},
         {"crop_pct": 0},
@@ -116,12 +110,10 @@ def test_timm_weights_with_and_without_hub_config(tmp_path: Path, beside: bool) 
         {"input_size": []},
     ],
 )
-def test_an_unsupported_hub_config_is_refused(tmp_path: Path, card: dict[str, object]) -> None:
-    network = timm.create_model("resnet18", num_classes=5)
-    safetensors.torch.save_file(network.state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": card}))
+def test_an_unsupported_hub_config_is_refused(weights: Path, change: dict[str, Any]) -> None:
+    write_hub_config(weights.parent, {"input_size": [3, 288, 288], **HUB, **change})
     with pytest.raises(WeightsError, match="not supported"):
-        imported(tmp_path / "model.safetensors", "timm:resnet18")
+        imported(weights, "timm:resnet18")
 
 
 @pytest.mark.parametrize(("blocks", "option", "base"), [(1, "A", 16), (3, "A", 8), (1, "B", 8)])
@@ -166,14 +158,11 @@ def test_another_network_is_refused(weights: Path, name: str, message: str) -> N
         ({"bn1.bias": None}, "bn1.bias is not in the file"),
     ],
 )
-def test_a_tensor_that_does_not_fit_is_named(
-    tmp_path: Path, change: dict[str, torch.Tensor | None], message: str
-) -> None:
+def test_a_tensor_that_does_not_fit_is_named(weights: Path, change: dict[str, Any], message: str) -> None:
     state = torchvision_resnet18().state_dict() | change
-    state = {name: value for name, value in state.items() if value is not None}
-    torch.save(state, tmp_path / "a.pth")
+    torch.save({name: value for name, value in state.items() if value is not None}, weights)
     with pytest.raises(WeightsError, match=message):
-        imported(tmp_path / "a.pth", "resnet18")
+        imported(weights, "resnet18")
 
 
 @pytest.mark.parametrize(
@@ -183,42 +172,30 @@ def test_a_tensor_that_does_not_fit_is_named(
         ({"interpolation": "lanczos"}, "interpolation"),
         ({"settings": {"depht": 18}}, "depht: unknown key"),
         ({"settings": {"pooling": "gap", "pooling.kind": "gap"}}, "pooling is a value, not a table"),
+        ({"n.txt": "a\nb\n"}, "2 names for 5 classes"),
+        ({"n.txt": "a\nb\nc\nd\na\n"}, "'a' occurs twice"),
+        ({"n.json": "{}"}, "not a list of names"),
+        ({"n.json": "["}, "cannot be read"),
+        ({"labels": Path("missing")}, "cannot be read"),
     ],
 )
-def test_an_invalid_option_is_refused(weights: Path, options: dict[str, object], message: str) -> None:
+def test_an_invalid_option_or_file_of_labels_is_refused(
+    weights: Path, options: dict[str, Any], message: str
+) -> None:
+    for name in options.keys() & {"n.txt", "n.json"}:
+        weights.with_name(name).write_text(options[name])
+        options = {"labels": weights.with_name(name)}
     with pytest.raises(ConfigError, match=message):
         imported(weights, "resnet18", **options)
 
 
-def test_the_input_size_can_be_overridden(weights: Path) -> None:
-    _, report = imported(weights, "resnet18", resize=448, crop=448, interpolation="bicubic")
-    rules = report.preprocess
+@pytest.mark.parametrize(
+    ("name", "content"), [("n.txt", "a\n b \nc\n\nd\ne"), ("n.json", '["a","b","c","d","e"]')]
+)
+def test_the_input_size_and_the_labels_can_be_given(weights: Path, name: str, content: str) -> None:
+    labels = weights.with_name(name)
+    labels.write_text(content)
+    options = {"labels": labels, "resize": 448, "crop": 448, "interpolation": "bicubic"}
+    rules = imported(weights, "resnet18", **options)[1].preprocess
     assert (rules.resize, rules.crop, rules.interpolation, rules.mean) == (448, 448, "bicubic", IMAGENET[0])
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("n.txt", "a\nb\n", "2 names for 5 classes"),
-        ("n.txt", "a\nb\nc\nd\na\n", "'a' occurs twice"),
-        ("n.json", "{}", "not a list of names"),
-        ("n.json", "[", "cannot be read"),
-        ("n.txt", None, "cannot be read"),
-    ],
-)
-def test_wrong_labels_are_refused(
-    tmp_path: Path, weights: Path, file: str, content: str | None, message: str
-) -> None:
-    if content is not None:
-        (tmp_path / file).write_text(content)
-    with pytest.raises(ConfigError, match=message):
-        imported(weights, "resnet18", labels=tmp_path / file)
-
-
-@pytest.mark.parametrize(
-    ("file", "content"), [("n.txt", "a\n b \nc\n\nd\ne"), ("n.json", '["a","b","c","d","e"]')]
-)
-def test_labels_from_a_file(tmp_path: Path, weights: Path, file: str, content: str) -> None:
-    (tmp_path / file).write_text(content)
-    imported(weights, "resnet18", labels=tmp_path / file)
-    assert read_checkpoint(tmp_path / "imported.pt").labels == ("a", "b", "c", "d", "e")
+    assert read_checkpoint(weights.with_name("imported.pt")).labels == ("a", "b", "c", "d", "e")

@@ -1,4 +1,4 @@
-"""Imports of fast-MPN-COV files against reference networks."""
+"""Imports of fast-MPN-COV and GSoP files against reference networks."""
 
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,7 @@ import torch
 
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.importers.weight_files import read_torch
-from tests.sopdeploy.importers.comparing import (
-    assert_same_logits,
-    imported,
-    random_images,
-)
+from tests.sopdeploy.importers.comparing import assert_same_logits, imported, random_images
 from tests.sopdeploy.importers.released_torch import (
     Basic,
     Bottleneck,
@@ -23,37 +19,47 @@ from tests.sopdeploy.importers.released_torch import (
     settled,
 )
 
-R18, R50 = (2, 2, 2, 2), (3, 4, 6, 3)
+R18, R50, R101 = (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 23, 3)
+ATTENTIONS = {"1": "channel", "2": "position", "+": "sum", "M": "maximum", "&": "concatenation"}
 
 
-def resnet(stride: int = 1, d: int = 12) -> ResNet:
+def resnet(stride: int = 1, d: int = 12, steps: int = 5) -> ResNet:
     torch.manual_seed(0)
-    return settled(ResNet(R18, kind=Basic, stride=stride, d=d))
+    return settled(ResNet(R18, kind=Basic, stride=stride, d=d, steps=steps))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "d", "attention", "entries"),
+    [
+        (R50, 256, "0", 326),
+        (R101, 256, "0", 632),
+        (R50, 0, "1", 384),
+        (R50, 256, "1", 374),
+        (R101, 0, "1", 690),
+        (R101, 256, "1", 680),
+    ],
+)
+def test_the_reference_networks_have_as_many_tensors_as_the_published_files(
+    blocks: Any, d: int, attention: str, entries: int
+) -> None:
+    with torch.device("meta"):
+        network = ResNet(blocks, kind=Bottleneck, d=d, attention=attention, classes=1000)
+    assert len(network.state_dict()) == entries
+    if attention == "0":
+        expected = {326: 56_929_832, 632: 75_921_960}[entries]
+        assert sum(parameter.numel() for parameter in network.parameters()) == expected
 
 
 def test_a_published_resnet50_gives_the_same_logits(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = settled(ResNet(R50, kind=Bottleneck, d=16))
-    file = tmp_path / "mpncovresnet50.pth"
-    torch.save(network.state_dict(), file)
-    ours, report = imported(file, "isqrt-resnet50")
+    torch.save(network.state_dict(), tmp_path / "mpncovresnet50.pth")
+    ours, report = imported(tmp_path / "mpncovresnet50.pth", "isqrt-resnet50")
     assert_same_logits(ours, network, random_images(96))
     assert report.config["conv5_stride"] == 1
-    assert report.config["pooling"]["width"] == 16
-    assert report.config["pooling"]["iterations"] == 5
+    assert {"width": 16, "iterations": 5}.items() <= report.config["pooling"].items()
     assert (report.preprocess.resize, report.preprocess.crop) == (256, 224)
     assert len(report.rows) == len(network.state_dict())
-
-
-@pytest.mark.parametrize(("blocks", "entries"), [(R50, 326), ((3, 4, 23, 3), 632)])
-def test_the_reference_networks_have_as_many_tensors_as_the_published_files(
-    blocks: Any, entries: int
-) -> None:
-    with torch.device("meta"):
-        state = ResNet(blocks, kind=Bottleneck, d=256, classes=1000).state_dict()
-    assert len(state) == entries
-    count = sum(v.numel() for n, v in state.items() if not n.endswith(("mean", "var", "tracked")))
-    assert count == {326: 56_929_832, 632: 75_921_960}[entries]
 
 
 def training_file(path: Path, network: ResNet, arch: str | None, **how: Any) -> Path:
@@ -83,12 +89,12 @@ def test_training_checkpoints_give_the_same_logits(
     assert set(report.beside) == {"epoch", "best_prec1", "optimizer"} | ({"arch"} if arch else set())
 
 
-def test_an_unknown_stride_must_be_set(tmp_path: Path) -> None:
-    network = resnet(stride=2)
+def test_what_the_file_does_not_tell_must_be_set(tmp_path: Path) -> None:
+    network = resnet(stride=2, steps=3)
     file = training_file(tmp_path / "a.pth.tar", network, None)
     with pytest.raises(ConfigError, match=r"stride of conv5_x.*add --set conv5_stride"):
         imported(file, "isqrt-resnet18")
-    ours, _ = imported(file, "isqrt-resnet18", settings={"conv5_stride": 2})
+    ours, _ = imported(file, "isqrt-resnet18", settings={"conv5_stride": 2, "pooling.iterations": 3})
     assert_same_logits(ours, network, random_images(64))
 
 
@@ -108,34 +114,25 @@ def test_batch_norm_counters_can_be_absent(tmp_path: Path) -> None:
     torch.save(old, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
     ours, report = imported(tmp_path / "a.pth", "isqrt-resnet18")
     assert_same_logits(ours, network, random_images(64))
-    assert {row.how for row in report.rows if not row.of} == {"absent, set to 0"}
-    assert sum(not row.of for row in report.rows) == 21
+    assert [row.how for row in report.rows if not row.of] == ["absent, set to 0"] * 21
 
 
 @pytest.mark.parametrize(
-    ("d", "linear", "name"),
-    [(8, False, "isqrt-vgg16"), (8, True, "isqrt-vgg16"), (0, True, "bcnn-vgg16")],
+    ("d", "linear", "name", "entries"),
+    [(8, False, "isqrt-vgg16", 103), (8, True, "isqrt-vgg16", 99), (0, True, "bcnn-vgg16", 93)],
 )
-def test_vgg_weights_give_the_same_logits(tmp_path: Path, d: int, linear: bool, name: str) -> None:
+def test_vgg_weights_give_the_same_logits(
+    tmp_path: Path, d: int, linear: bool, name: str, entries: int
+) -> None:
     torch.manual_seed(0)
     network = settled(Vgg(d=d, linear=linear))
     if not d:
         network.classifier.weight.data *= 512.0  # B-CNN's vector has length 1
-    state = network.state_dict()
-    torch.save({"state_dict": prefixed(state)}, tmp_path / "a.pth.tar")
-    if d:
-        assert len(state) == (99 if linear else 103)
+    torch.save({"state_dict": prefixed(network.state_dict())}, tmp_path / "a.pth.tar")
+    assert len(network.state_dict()) == entries
     ours, report = imported(tmp_path / "a.pth.tar", name)
     assert_same_logits(ours, network, random_images(32))
     assert report.config["classifier"] == ("linear" if linear else "mlp")
-
-
-def test_the_newton_schulz_iterations_can_be_set(tmp_path: Path) -> None:
-    network = resnet()
-    network.steps = 3
-    torch.save(network.state_dict(), tmp_path / "a.pth")
-    ours, _ = imported(tmp_path / "a.pth", "isqrt-resnet18", settings={"pooling.iterations": 3})
-    assert_same_logits(ours, network, random_images(64))
 
 
 @pytest.mark.parametrize(
@@ -165,3 +162,49 @@ def test_a_file_that_does_not_fit_is_refused(
     torch.save(resnet().state_dict() | change, tmp_path / "a.pth")
     with pytest.raises(error, match=message):
         imported(tmp_path / "a.pth", model, settings=settings)
+
+
+def gsop(path: Path, attention: str, d: int = 0) -> ResNet:
+    torch.manual_seed(0)
+    network = settled(ResNet(R18, kind=Bottleneck, d=d, steps=3, order="columns", attention=attention))
+    torch.save({"arch": "resnet26", "state_dict": prefixed(network.state_dict())}, path)
+    return network
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_gsop_net1_gives_the_same_logits_with_each_block(tmp_path: Path, attention: str) -> None:
+    network = gsop(tmp_path / "a.pth.tar", attention)
+    settings = {}
+    if attention in "+M":
+        with pytest.raises(ConfigError, match=r"sum and maximum .* add --set attention="):
+            imported(tmp_path / "a.pth.tar", "gsop-net1-resnet26")
+        settings = {"attention": ATTENTIONS[attention]}
+    ours, report = imported(tmp_path / "a.pth.tar", "gsop-net1-resnet26", settings=settings)
+    assert_same_logits(ours, network, random_images(64))
+    expected = {"attention": ATTENTIONS[attention], "cov_width": 32, "block_place": "inside"}
+    assert expected.items() <= report.config.items()
+
+
+def test_the_classifier_of_gsop_net2_is_made_row_wise(tmp_path: Path) -> None:
+    network = gsop(tmp_path / "a.pth.tar", "1", d=12)
+    ours, report = imported(tmp_path / "a.pth.tar", "gsop-net2-resnet26")
+    assert_same_logits(ours, network, random_images(64))
+    assert report.config["iterations"] == 3
+    assert {row.name: row.how for row in report.rows}["fc.weight"] == "triangle made row-wise"
+    assert not torch.equal(ours.fc.weight.float(), network.fc.weight.float())
+
+
+@pytest.mark.parametrize(
+    ("d", "name", "message"),
+    [
+        (0, "gsop-net2-resnet26", r"final_pooling is isqrt, not gap.*--as gsop-net1-resnet26"),
+        (12, "gsop-net1-resnet26", r"final_pooling is gap, not isqrt.*--as gsop-net2-resnet26"),
+        (0, "gsop-net1-resnet50", r"depth is 50, not 26"),
+        (0, "resnet50", r"it looks like GSoP-Net1 on ResNet-26, channel blocks"),
+        (0, "isqrt-resnet20", r"looks like GSoP-Net1"),
+    ],
+)
+def test_another_network_than_gsop_is_refused(tmp_path: Path, d: int, name: str, message: str) -> None:
+    gsop(tmp_path / "a.pth.tar", "1", d=d)
+    with pytest.raises(WeightsError, match=message):
+        imported(tmp_path / "a.pth.tar", name)
