@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sopdeploy.data.datasets.folder import FolderConfig, open_folder
+from sopdeploy.data.datasets.folder import HELD_OUT, FolderConfig, open_folder
 from sopdeploy.errors import ConfigError, DataError
 from tests.sopdeploy.data.small_data import jpeg
 
@@ -75,28 +75,26 @@ def test_a_split_depends_on_the_names_and_its_own_seed_only(tmp_path) -> None:
     assert not set(held) & set(names(split.train))
 
 
-@pytest.mark.parametrize("held", ["val", "valid", "validation", "test"])
-def test_train_and_held_out_folders_are_mapped_by_name(tmp_path, held) -> None:
-    make(tmp_path, train__b=3, train__a=2, **{f"{held}__a": 1, f"{held}__b": 1})
-    split = open_at(tmp_path)
-    assert (len(split.train), len(split.held_out)) == (5, 2)
-    assert [split.train.labels[split.train[i][1]] for i in range(5)] == ["a", "a", "b", "b", "b"]
-    assert split.held_out.labels == ("a", "b")
+SPECIAL = {"train__b": 3, "train__a": 2}
 
 
 @pytest.mark.parametrize(
     ("counts", "labels", "sizes"),
     [
-        ({"train__a": 2, "train__b": 2, "val__a": 1, "val__b": 1, "test__a": 3, "test__b": 3}, "ab", (4, 2)),
+        *((SPECIAL | {f"{held}__a": 1, f"{held}__b": 1}, "ab", (5, 2)) for held in HELD_OUT),
+        (SPECIAL | {"val__a": 1, "val__b": 1, "test__a": 3, "test__b": 3}, "ab", (5, 2)),
         ({"train__a": 5, "train__b": 5}, "ab", (8, 2)),
         ({"test": 3, "rest": 3}, ("rest", "test"), (4, 2)),
     ],
-    ids=["val is preferred to test", "train alone is split", "a class named test"],
+    ids=[*HELD_OUT, "val is preferred to test", "train alone is split", "a class named test"],
 )
-def test_special_folder_names(tmp_path, counts, labels, sizes) -> None:
+def test_train_and_held_out_folders_are_mapped_by_name(tmp_path, counts, labels, sizes) -> None:
     split = open_at(make(tmp_path, **counts))
-    assert split.train.labels == tuple(labels)
+    assert split.train.labels == split.held_out.labels == tuple(labels)
     assert (len(split.train), len(split.held_out)) == sizes
+    for part in (split.train, split.held_out):
+        folders = [Path(name).parent.name for name in names(part)]
+        assert folders == [labels[part[index][1]] for index in range(len(part))]
 
 
 BAD_FOLDERS = [

@@ -4,11 +4,10 @@ import pickle  # noqa: TID251  # the official files are pickles
 
 import h5py
 import numpy as np
+import pydantic
 import pytest
 
-from sopdeploy.data.datasets.places import PlacesConfig, open_places
-from sopdeploy.data.datasets.small import CifarConfig, open_cifar
-from sopdeploy.data.datasets.small_imagenet import SmallImageNetConfig, open_small_imagenet
+from sopdeploy.data.sources import DataConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
 from tests.sopdeploy.data.small_data import (
     planes,
@@ -20,16 +19,9 @@ from tests.sopdeploy.data.small_data import (
 )
 
 
-def open_cifar_at(path, kind):
-    return open_cifar(CifarConfig(kind=kind, path=path))
-
-
-def open_places_at(path):
-    return open_places(PlacesConfig(kind="places365", path=path))
-
-
-def open_imagenet_at(path, kind="imagenet64", **settings):
-    return open_small_imagenet(SmallImageNetConfig(kind=kind, path=path, **settings))
+def open_at(kind, path, **settings):
+    config = {"kind": kind, "path": path, **settings}
+    return open_data(pydantic.TypeAdapter(DataConfig).validate_python(config))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +32,7 @@ def test_the_official_cifar_layout_is_read_and_a_changed_file_is_not_unpickled(
     tmp_path, monkeypatch, kind, classes, train, test, key
 ) -> None:
     folder = write_cifar(tmp_path, kind, monkeypatch)
-    split = open_cifar_at(tmp_path, kind)
+    split = open_at(kind, tmp_path)
     assert split.train.labels == tuple(f"class {number}" for number in range(classes))
     assert (len(split.train), len(split.held_out)) == (train, 4)
     stored = pickle.loads((folder / test).read_bytes())  # noqa: S301
@@ -49,12 +41,12 @@ def test_the_official_cifar_layout_is_read_and_a_changed_file_is_not_unpickled(
     assert label == stored[key][2]
     (folder / ("data_batch_3" if kind == "cifar10" else "train")).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     with pytest.raises(DataError, match="holds no complete cifar-10"):
-        open_cifar_at(tmp_path, kind)
+        open_at(kind, tmp_path)
 
 
 def test_the_lists_of_places_define_training_and_validation_images(tmp_path) -> None:
     root = write_places(tmp_path / "places")
-    split = open_places_at(root)
+    split = open_at("places365", root)
     assert split.train.labels == ("abbey", "apartment-outdoor", "bar")
     assert (len(split.train), len(split.held_out)) == (12, 3)
     assert [split.train[5][1], split.held_out[2][1]] == [1, 2]
@@ -62,7 +54,7 @@ def test_the_lists_of_places_define_training_and_validation_images(tmp_path) -> 
     expected = np.asarray(split.train[7][0])
     (root / "data_256").rename(tmp_path / "moved")  # the images can be an archive
     tar_of(tmp_path / "moved", root / "data_256.tar", "data_256")
-    assert np.array_equal(np.asarray(open_places_at(root).train[7][0]), expected)
+    assert np.array_equal(np.asarray(open_at("places365", root).train[7][0]), expected)
 
 
 CATEGORIES, VALIDATION = "categories_places365.txt", "places365_val.txt"
@@ -88,7 +80,7 @@ def test_an_invalid_list_of_places_is_named(tmp_path, name, content, message) ->
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DataError, match=message) as problem:
-        open_places_at(tmp_path / "places")
+        open_at("places365", tmp_path / "places")
     assert str(path) in str(problem.value)
 
 
@@ -97,7 +89,7 @@ def upright(image: np.ndarray, side: int = 64) -> np.ndarray:
 
 
 def test_batches_of_small_imagenet_are_read_in_the_order_of_their_numbers(tmp_path) -> None:
-    split = open_imagenet_at(write_small_imagenet(tmp_path / "64"))
+    split = open_at("imagenet64", write_small_imagenet(tmp_path / "64"))
     assert (len(split.train), len(split.held_out)) == (12, 6)
     assert split.train.labels == ("0001", "0002", "0003")
     assert split.train.targets.tolist() == [0, 1, 2] * 4
@@ -108,18 +100,18 @@ def test_batches_of_small_imagenet_are_read_in_the_order_of_their_numbers(tmp_pa
         content = {"data": planes(2, 32, number), "labels": [1, 2]}
         write_pickle(tmp_path / "32" / f"train_data_batch_{number}", content, protocol=2)
     np.savez(tmp_path / "32" / "val_data.npz", data=planes(2, 32), labels=np.array([1, 2]))
-    train = open_imagenet_at(tmp_path / "32", kind="imagenet32").train
+    train = open_at("imagenet32", tmp_path / "32").train
     assert np.array_equal(np.asarray(train[4][0]), upright(planes(2, 32, 10)[0], 32))
 
 
 def test_class_names_of_small_imagenet_come_from_a_list(tmp_path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("tench\ngoldfish\nshark\n")
-    split = open_imagenet_at(write_small_imagenet(tmp_path / "data"), labels=names)
+    split = open_at("imagenet64", write_small_imagenet(tmp_path / "data"), labels=names)
     assert split.train.labels == ("tench", "goldfish", "shark")
     names.write_text("tench\ngoldfish\n")
     with pytest.raises(DataError, match="needs 3 different names"):
-        open_imagenet_at(tmp_path / "data", labels=names)
+        open_at("imagenet64", tmp_path / "data", labels=names)
 
 
 def test_a_matlab_file_gives_the_same_upright_images(tmp_path) -> None:
@@ -128,7 +120,7 @@ def test_a_matlab_file_gives_the_same_upright_images(tmp_path) -> None:
         file["images/data"] = images.transpose(0, 3, 2, 1)
         file["images/labels"] = np.array([[1.0], [2], [1], [1], [2], [2]])
         file["images/set"] = np.array([[1.0], [1], [2], [1], [3], [1]])
-    split = open_imagenet_at(tmp_path / "imdb.mat")
+    split = open_at("imagenet64", tmp_path / "imdb.mat")
     assert [np.asarray(split.train[i][0]).tolist() for i in range(4)] == images[[0, 1, 3, 5]].tolist()
     assert split.train.targets.tolist() == [0, 1, 0, 1]
     assert np.array_equal(np.asarray(split.held_out[1][0]), images[4])
@@ -138,10 +130,10 @@ def test_a_matlab_file_that_links_to_another_file_or_holds_text_is_refused(tmp_p
     with h5py.File(tmp_path / "imdb.mat", "w") as file:
         file["images"] = h5py.ExternalLink("/etc/passwd", "/images")
     with pytest.raises(DataError, match=r"damaged MATLAB 7\.3 imdb .*link to another file"):
-        open_imagenet_at(tmp_path / "imdb.mat")
+        open_at("imagenet64", tmp_path / "imdb.mat")
     (tmp_path / "text.mat").write_text("no HDF5")
     with pytest.raises(DataError, match=r"damaged MATLAB 7\.3 imdb"):
-        open_imagenet_at(tmp_path / "text.mat")
+        open_at("imagenet64", tmp_path / "text.mat")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +150,7 @@ def test_an_invalid_batch_of_small_imagenet_is_named(tmp_path, content, message)
     write_small_imagenet(tmp_path)
     write_pickle(tmp_path / "val_data", content)
     with pytest.raises(DataError, match=message):
-        open_imagenet_at(tmp_path)
+        open_at("imagenet64", tmp_path)
 
 
 def test_missing_paths_and_files_are_named_with_advice(tmp_path) -> None:
@@ -166,15 +158,15 @@ def test_missing_paths_and_files_are_named_with_advice(tmp_path) -> None:
     (write_small_imagenet(tmp_path / "imagenet") / "val_data").unlink()
     nowhere = tmp_path / "nowhere"
     cases = [
-        (open_cifar_at, (None, "cifar10"), r"data\.path: not set; give the folder that holds cifar-10"),
-        (open_cifar_at, (nowhere, "cifar10"), r"no complete cifar-10.*; unpack https://.*\.tar\.gz there"),
-        (open_cifar_at, (nowhere, "cifar100"), r"no complete cifar-100.*; unpack https://.*\.tar\.gz there"),
-        (open_places_at, (None,), r"data\.path: not set; give the folder that holds categories"),
-        (open_places_at, (tmp_path / "places",), "holds no val_256; unpack the images there"),
-        (open_imagenet_at, (None,), r"data\.path: not set"),
-        (open_imagenet_at, (nowhere,), r"no such folder or \.mat file"),
-        (open_imagenet_at, (tmp_path / "imagenet",), "holds no val_data; put the official files there"),
+        ("cifar10", None, r"data\.path: not set; give the folder that holds cifar-10"),
+        ("cifar10", nowhere, r"no complete cifar-10.*; unpack https://.*\.tar\.gz there"),
+        ("cifar100", nowhere, r"no complete cifar-100.*; unpack https://.*\.tar\.gz there"),
+        ("places365", None, r"data\.path: not set; give the folder that holds categories"),
+        ("places365", tmp_path / "places", "holds no val_256; unpack the images there"),
+        ("imagenet64", None, r"data\.path: not set"),
+        ("imagenet64", nowhere, r"no such folder or \.mat file"),
+        ("imagenet64", tmp_path / "imagenet", "holds no val_data; put the official files there"),
     ]
-    for function, arguments, message in cases:
-        with pytest.raises(ConfigError if arguments[0] is None else DataError, match=message):
-            function(*arguments)
+    for kind, path, message in cases:
+        with pytest.raises(ConfigError if path is None else DataError, match=message):
+            open_at(kind, path)

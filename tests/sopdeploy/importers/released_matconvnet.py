@@ -15,6 +15,8 @@ import scipy.io
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
+from tests.sopdeploy.importers.released_torch import covariance, root, triangle
+
 NUMBERS = itertools.count()
 AVERAGE = (121.5, 117.25, 103.75)
 EPS = 1e-5
@@ -151,7 +153,10 @@ class Run:
         return self.norm(name, self.conv(name, x))
 
     def pooled(self, x: Array) -> Array:
-        return root_vector(x, self.net.steps) if self.second else x.mean((0, 1))
+        if not self.second:
+            return x.mean((0, 1))
+        sigma = covariance(torch.from_numpy(x.transpose(3, 2, 0, 1)))
+        return triangle(root(sigma, self.net.steps), "columns").numpy().T
 
     def logits(self, x: Array) -> Array:
         x = relu(self.norm("conv1", self.conv("conv1", x) + self.p["conv1_b"]))
@@ -177,27 +182,6 @@ class Run:
                     c = relu(self.conv(name, c))
             vector = vector + weights[component] * self.pooled(c)
         return self.norm("fusion_bn", vector)
-
-
-def root_vector(x: Array, steps: int) -> Array:
-    """Compute the column-wise triangle of the iterated root of each image's covariance: (length, images)."""
-    height, width, channels, count = x.shape
-    positions = height * width
-    rows, columns = np.array([(i, j) for j in range(channels) for i in range(j + 1)]).T
-    vectors = []
-    for image in range(count):
-        m = x[..., image].reshape(positions, channels, order="F")
-        centering = np.eye(positions, dtype=x.dtype) / positions - x.dtype.type(1.0 / positions**2)
-        sigma = m.T @ centering @ m
-        sigma = (sigma + sigma.T) / 2
-        trace = np.trace(sigma)
-        y, z, eye = sigma / trace, np.eye(channels, dtype=x.dtype), np.eye(channels, dtype=x.dtype)
-        for _ in range(steps):
-            t = (3 * eye - z @ y) / 2
-            y, z = y @ t, t @ z
-        y = y * np.sqrt(trace)
-        vectors.append(y[rows, columns])
-    return np.array(vectors, x.dtype).T
 
 
 def reference_logits(net: Net, images: torch.Tensor) -> torch.Tensor:

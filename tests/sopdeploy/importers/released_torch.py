@@ -1,15 +1,23 @@
-"""Reference implementations of the released PyTorch networks, with their tensor names.
+"""Reference implementations of the released PyTorch networks, and the comparison of an import with them.
 
 fast-MPN-COV's ResNets and VGG, GSoP's ResNets, the CIFAR ResNets: small where the definition leaves
 room, with weights and running statistics of their own.
 """
 
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.importers.fit import nest_settings
+from sopdeploy.importers.import_weights import ImportOptions, ImportReport, import_weights
+from sopdeploy.models.base import Classifier
+
+NOISE = 3.0  # times the original's own distance from float64
 WIDTHS = (64, 128, 256, 512)
 
 
@@ -41,17 +49,23 @@ def conv_bn(inside: int, outside: int, stride: int) -> nn.Sequential:
 
 
 class Basic(nn.Module):
-    def __init__(self, inside: int, width: int, stride: int) -> None:
+    """In a CIFAR ResNet, the shortcut pads zeros with *option* "A" and has another name with "B"."""
+
+    def __init__(self, inside: int, width: int, stride: int, option: str = "") -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inside, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = conv_bn(inside, width, stride) if stride > 1 or inside != width else None
+        self.conv1, self.bn1 = nn.Conv2d(inside, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        changes = option != "A" and (stride > 1 or inside != width)
+        self.short_name = "shortcut" if option == "B" else "downsample"
+        self.add_module(self.short_name, conv_bn(inside, width, stride) if changes else None)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+        short = getattr(self, self.short_name)
+        if short is None and x.shape != out.shape:
+            quarter = out.shape[1] // 4
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, quarter, quarter))
+        return F.relu(out + (x if short is None else short(x)))
 
 
 class Bottleneck(nn.Module):
@@ -193,25 +207,6 @@ class Vgg(nn.Module):
         return self.classifier(F.normalize(products.sign() * (products.abs() + 1e-8).sqrt()))
 
 
-class CifarBlock(nn.Module):
-    def __init__(self, inside: int, width: int, stride: int, option: str) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inside, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-        self.stride, self.changes = stride, inside != width
-        if option == "B" and self.changes:
-            self.shortcut = conv_bn(inside, width, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if hasattr(self, "shortcut"):
-            return F.relu(out + self.shortcut(x))
-        if self.changes:
-            quarter = out.shape[1] // 4
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, quarter, quarter))
-        return F.relu(out + x)
-
-
 class CifarResNet(nn.Module):
     def __init__(self, blocks: int, option: str = "A", base: int = 16, classes: int = 10) -> None:
         super().__init__()
@@ -219,10 +214,8 @@ class CifarResNet(nn.Module):
         inside = base
         for number, stride in enumerate((1, 2, 2), 1):
             width = base * 2 ** (number - 1)
-            stage = [
-                CifarBlock(inside if not p else width, width, 1 if p else stride, option)
-                for p in range(blocks)
-            ]
+            sizes = [(width if p else inside, width, 1 if p else stride) for p in range(blocks)]
+            stage = [Basic(*size, option) for size in sizes]
             self.add_module(f"layer{number}", nn.Sequential(*stage))
             inside = width
         self.linear = nn.Linear(inside, classes)
@@ -257,3 +250,29 @@ def numbered(state: dict[str, Tensor], *, fine_tuned: bool = False) -> dict[str,
 
 def prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"module.{name}": value for name, value in state.items()}
+
+
+def imported(source: Path, name: str, **options: Any) -> tuple[Classifier, ImportReport]:
+    """Import *source* as *name*; `settings` has dotted keys."""
+    settings = nest_settings(options.pop("settings", {}))
+    out = source.with_name("imported.pt")
+    report = import_weights(source, name, out, ImportOptions(settings=settings, **options))
+    return build_classifier(read_checkpoint(out), out), report
+
+
+def random_images(side: int) -> Tensor:
+    """Make two images of different contrast, so that their covariances differ, too."""
+    torch.manual_seed(1)
+    return torch.randn(2, 3, side, side) * torch.tensor([0.5, 2.0])[:, None, None, None]
+
+
+@torch.no_grad()
+def assert_same_logits(ours: nn.Module, original: nn.Module, images: Tensor) -> None:
+    """Compare the logits in float64, and in float32 within the noise of *original*."""
+    exact = original.double()(images.double())
+    noise = (original.float()(images.float()).double() - exact).abs().max()
+    ours32 = ours.float()(images.float()).double()
+    ours64 = ours.double()(images.double())
+    assert (exact[0] - exact[1]).abs().max() > 1e-3, "logits that do not differ prove nothing"
+    torch.testing.assert_close(ours64, exact, rtol=1e-7, atol=1e-7)
+    assert (ours32 - exact).abs().max() <= NOISE * noise

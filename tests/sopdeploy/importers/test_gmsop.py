@@ -16,7 +16,6 @@ from sopdeploy.importers.source import WeightFile
 from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.registry import create_model
-from tests.sopdeploy.importers.comparing import NOISE, imported
 from tests.sopdeploy.importers.released_matconvnet import (
     AVERAGE,
     Net,
@@ -25,6 +24,7 @@ from tests.sopdeploy.importers.released_matconvnet import (
     save_v7,
     save_v73,
 )
+from tests.sopdeploy.importers.released_torch import NOISE, imported
 
 SAVERS = {"v7": save_v7, "v7.3": save_v73}
 WRN = {"blocks": 4, "widen": 2, "wrn": True}

@@ -14,8 +14,14 @@ import torchvision
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.importers.resnets import published_preprocess
-from tests.sopdeploy.importers.comparing import assert_same_logits, imported, random_images
-from tests.sopdeploy.importers.released_torch import CifarResNet, prefixed, settled
+from tests.sopdeploy.importers.released_torch import (
+    CifarResNet,
+    assert_same_logits,
+    imported,
+    prefixed,
+    random_images,
+    settled,
+)
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HUB = {"crop_pct": 0.9, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
