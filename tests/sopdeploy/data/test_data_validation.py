@@ -16,14 +16,8 @@ from sopdeploy.training.signals import TrainingStoppedError
 from tests.sopdeploy.data.small_data import jpeg, tar_of, write_photos
 from tests.sopdeploy.training.runs import RecordingCallback, same_run
 
-SMALL = [
-    "model.name=dsop-resnet8",
-    "model.config={aux_widths=[8,8,8], iterations=2}",
-    "preprocess.resize=20",
-    "preprocess.crop=16",
-    "batch_size=3",
-    "epochs=2",
-]
+MODEL = ["model.name=dsop-resnet8", "model.config={aux_widths=[8,8,8], iterations=2}"]
+SMALL = [*MODEL, "preprocess.resize=20", "preprocess.crop=16", "batch_size=3", "epochs=2"]
 
 
 @pytest.fixture
@@ -64,22 +58,18 @@ def test_skipped_images_are_counted_and_named_and_an_evaluation_names_them(spoil
         score_checkpoint(result.best, spoilt / "train", on_image=lambda _done, _all: None)
 
 
-def test_a_run_with_skipped_images_resumes_bit_for_bit(spoilt, tmp_path) -> None:
-    recipe = recipe_for(tar_of(spoilt, tmp_path / "p.tar"), "data.skip_corrupt=true")
-    train(recipe, tmp_path / "whole")
-    with pytest.raises(TrainingStoppedError):
-        train(recipe, tmp_path / "parts", callback=RecordingCallback(stop_at=("step", 1, 0)))
-    train(recipe, tmp_path / "parts", resume=True)
+def test_a_run_resumes_bit_for_bit_unless_an_image_was_repaired(spoilt, tmp_path) -> None:
+    packed = recipe_for(tar_of(spoilt, tmp_path / "p.tar"), "data.skip_corrupt=true")
+    folder = recipe_for(spoilt, "data.skip_corrupt=true")
+    train(packed, tmp_path / "whole")
+    for recipe, name in ((packed, "parts"), (folder, "changed")):
+        with pytest.raises(TrainingStoppedError):
+            train(recipe, tmp_path / name, callback=RecordingCallback(stop_at=("step", 1, 0)))
+    train(packed, tmp_path / "parts", resume=True)
     assert same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_an_image_repaired_before_a_resume_is_an_error(spoilt, tmp_path) -> None:
-    recipe = recipe_for(spoilt, "data.skip_corrupt=true")
-    with pytest.raises(TrainingStoppedError):
-        train(recipe, tmp_path / "run", callback=RecordingCallback(stop_at=("step", 0, 0)))
     (spoilt / "train" / "cat" / "1.jpg").write_bytes(jpeg(1))
     with pytest.raises(DataError, match="started with 6 training images, now there are 7"):
-        train(recipe, tmp_path / "run", resume=True)
+        train(folder, tmp_path / "changed", resume=True)
 
 
 def test_a_class_without_readable_images_is_named(spoilt) -> None:

@@ -142,11 +142,7 @@ def test_vgg_weights_give_the_same_logits(
 @pytest.mark.parametrize(
     ("model", "change", "message"),
     [
-        (
-            "mpncov-resnet18",
-            {},
-            r"fit mpncov-resnet18 \(pooling.kind is mpncov, not isqrt\).*--as isqrt-resnet18",
-        ),
+        ("mpncov-resnet18", {}, r"\(pooling.kind is mpncov, not isqrt\).*--as isqrt-resnet18"),
         ("isqrt-resnet18", {"fc.weight": torch.zeros(5, 8192)}, "into the 8192 inputs"),
     ],
     ids=["another pooling", "no pooling of this size"],
