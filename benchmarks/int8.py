@@ -19,10 +19,8 @@ from measure import Result, compare, parse, report
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.detach import detach
-from sopdeploy_export.graph.onnx_export import lower
-from sopdeploy_export.graph.probe_images import generated_images
-from sopdeploy_export.graph.torch_export import capture
+from sopdeploy_export.graph import capture, generated_images, lower
+from sopdeploy_export.pipeline import detach
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.int8 import quantize
 

@@ -1,50 +1,54 @@
 """The export pipeline, from a checkpoint to a bundle."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from sopdeploy.bundle import folder as bundle
 from sopdeploy.bundle.manifest import BatchRange, Lineage, to_json
 from sopdeploy.bundle.probes import write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import StrictModel
+from sopdeploy.errors import DetachError, LoweringError
 from sopdeploy.files import sha256
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.detach import check_exportable, detach, require_detached
-from sopdeploy_export.graph.onnx_export import operator_counts, write
-from sopdeploy_export.graph.probe_images import probe_images
-from sopdeploy_export.graph.torch_export import Deployed
+from sopdeploy_export.graph import Deployed, operator_counts, probe_images, write
 from sopdeploy_export.parity import torch_program
-from sopdeploy_export.parity.compare import add_spectral_records, compare
-from sopdeploy_export.parity.reference import Reference, compute_reference
+from sopdeploy_export.parity.compare import (
+    Reference,
+    add_spectral_records,
+    compare,
+    compute_reference,
+    spectral_records,
+)
 from sopdeploy_export.parity.report import ParityReport
-from sopdeploy_export.parity.spectral import spectral_records
 from sopdeploy_export.precision.accuracy_gate import check_accuracy
 from sopdeploy_export.precision.convert import (
     ConvertedGraph,
     PrecisionOptions,
+    PrecisionReport,
     convert_precision,
     lowering_options,
 )
-from sopdeploy_export.precision.report import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate, certify, lower_with_proof
-from sopdeploy_export.proof.onnx_hash import file_root
-from sopdeploy_export.report.model_card import render_model_card
+from sopdeploy_export.proof.hashes import file_root
 from sopdeploy_export.report.network_summary import network_summary
-from sopdeploy_export.report.page import render_report
+from sopdeploy_export.report.page import render_model_card, render_report
 from sopdeploy_export.report.results import (
     Exported,
     ExportResults,
+    Speed,
     as_probes,
     manifest_fields,
+    measure_speed,
     write_reports,
 )
-from sopdeploy_export.report.speed import Speed, measure_speed
 from sopdeploy_export.rewrites.apply import CertifiedGraph, lower_by_rules
 
 __all__ = ["ExportOptions", "Exported", "export"]
@@ -220,3 +224,56 @@ def _write_bundle(
         network_summary=results.network_summary,
         speed=speed,
     )
+
+
+def check_exportable(network: Classifier) -> None:
+    """Raise `LoweringError` if a layer of *network* is declared `not_exportable`."""
+    for module in network.modules():
+        reason = getattr(module, "not_exportable", None)
+        if reason is not None:
+            raise LoweringError(f"{type(module).__name__} cannot be exported: {reason}")
+
+
+def require_detached(network: Classifier) -> Classifier:
+    """Return *network*; raise `DetachError` if it has training-only parts."""
+    if network.training_only:
+        raise DetachError(
+            f"{type(network).__name__} still carries training-only parts "
+            f"({', '.join(network.training_only)}); add --detach to remove them"
+        )
+    return network
+
+
+def detach(network: Classifier) -> Classifier:
+    """Copy *network*, in eval mode, without its `training_only` parts.
+
+    Raises `DetachError` if there is nothing to detach or a name in `training_only` does not exist.
+    """
+    if not network.training_only:
+        raise DetachError(
+            f"{type(network).__name__} has nothing to detach: it has no training-only parts; "
+            "export it without --detach"
+        )
+    excluded: dict[int, Any] = {}  # a memo entry of None keeps deepcopy from copying these parts
+    for name in network.training_only:
+        owner, attribute = _find(network, name)
+        excluded[id(getattr(owner, attribute))] = None
+    detached = copy.deepcopy(network, excluded)
+    for name in network.training_only:
+        owner, attribute = _find(detached, name)
+        delattr(owner, attribute)
+    return detached.eval()
+
+
+def _find(network: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    try:
+        owner = network.get_submodule(path)
+    except AttributeError as error:
+        raise DetachError(f"{type(network).__name__}: no part named {name}; it has no {path}") from error
+    if attribute not in {*owner._modules, *owner._parameters, *owner._buffers}:
+        raise DetachError(
+            f"{type(network).__name__}: no part named {name}; it is already detached, or `training_only` "
+            "names a part that does not exist"
+        )
+    return owner, attribute

@@ -20,9 +20,8 @@ from sopdeploy.errors import CertificateError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.detach import detach
-from sopdeploy_export.graph.probe_images import probe_images
-from sopdeploy_export.graph.torch_export import Captured, capture
+from sopdeploy_export.graph import Captured, capture, probe_images
+from sopdeploy_export.pipeline import detach
 from sopdeploy_export.proof import certificate
 from sopdeploy_export.proof.certificate import certify
 from tests import quick_torch

@@ -12,7 +12,7 @@ from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.graph.probe_images import probe_images
+from sopdeploy_export.graph import probe_images
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from tests import quick_torch
 from tests.export.once import proving_once

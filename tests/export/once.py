@@ -21,8 +21,7 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy_export import pipeline
-from sopdeploy_export.graph.onnx_export import lower
-from sopdeploy_export.graph.torch_export import capture_any_batch
+from sopdeploy_export.graph import capture_any_batch, lower
 from sopdeploy_export.proof import certificate
 from sopdeploy_export.proof.certificate import Certificate, Proof
 

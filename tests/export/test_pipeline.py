@@ -13,9 +13,9 @@ from sopdeploy.errors import DataError, DetachError, ParityError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy_export import pipeline
-from sopdeploy_export.graph.probe_images import probe_images
+from sopdeploy_export.graph import probe_images
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
-from sopdeploy_export.proof.onnx_hash import file_root
+from sopdeploy_export.proof.hashes import file_root
 from tests.export.conftest import LABELS, save, trained
 from tests.export.once import proving_once
 

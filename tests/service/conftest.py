@@ -24,8 +24,7 @@ from sopdeploy.bundle.folder import Bundle, open_bundle, publish, seal, staging
 from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export.proof.certificate import Certificate, Roots
-from sopdeploy_export.proof.tensor_inventory import TensorEntry
+from sopdeploy_export.proof.certificate import Certificate, Roots, TensorEntry
 from sopdeploy_service.app import create_app
 from sopdeploy_service.images.loaders import FastDecode
 from sopdeploy_service.inference.bundle_store import BundleStore

@@ -17,18 +17,13 @@ from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.losses import training_loss
-from sopdeploy_export.detach import detach
-from sopdeploy_export.graph.onnx_export import lower, write
-from sopdeploy_export.graph.probe_images import probe_images
-from sopdeploy_export.graph.torch_export import Deployed, capture_any_batch
-from sopdeploy_export.parity.reference import Reference
+from sopdeploy_export.graph import Deployed, capture_any_batch, lower, probe_images, write
+from sopdeploy_export.parity.compare import Reference
 from sopdeploy_export.parity.report import ParityReport
-from sopdeploy_export.pipeline import Exported, ExportOptions, compare_with_network, export
+from sopdeploy_export.pipeline import Exported, ExportOptions, compare_with_network, detach, export
 from sopdeploy_export.precision.convert import PrecisionOptions, convert_precision, lowering_options
-from sopdeploy_export.proof.certificate import assert_equal_outputs, build_plain_network
-from sopdeploy_export.proof.tensor_inventory import build_inventory
-from sopdeploy_export.rewrites.apply import LoweredGraph, rewrite
-from sopdeploy_export.rewrites.centering import center_by_mean
+from sopdeploy_export.proof.certificate import assert_equal_outputs, build_inventory, build_plain_network
+from sopdeploy_export.rewrites.apply import LoweredGraph, center_by_mean, rewrite
 from sopdeploy_export.rewrites.context import LoweringReport
 
 TRAINED_ON = 4

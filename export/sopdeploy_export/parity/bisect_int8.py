@@ -14,19 +14,19 @@ import onnx
 from numpy.typing import NDArray
 from torch.export import ExportedProgram
 
-from sopdeploy_export.graph.onnx_export import with_converter_names
-from sopdeploy_export.parity.bisect import (
+from sopdeploy_export.graph import with_converter_names
+from sopdeploy_export.parity.onnx_file import (
     IMAGES,
     PART_IMAGES,
     Drift,
     boundaries,
     finite_drifts,
+    fixed_batch,
     measure_drift,
     run_file,
     select_parts,
 )
 from sopdeploy_export.parity.report import PartDrift
-from sopdeploy_export.parity.session import fixed_batch
 
 Places = Mapping[str, tuple[str, str]]  # value to read in the int8 graph: (module, value in float32)
 

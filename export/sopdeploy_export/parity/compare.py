@@ -1,34 +1,235 @@
-"""Compare the exported ONNX file, loaded from disk, with the network it was exported from.
+"""The reference of the comparison: the network in float64, and its own noise in the exported precision."""
 
-Every output must stay within its tolerance at every tested batch size and must not depend on the batch. A
-changed top class or gate route is an error where the network's margin was clear. If the comparison fails,
-*locate* names the first module that is wrong.
-"""
-
-from collections.abc import Callable
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.errors import ParityError
-from sopdeploy_export.parity.reference import UNDECIDED, Reference
+from sopdeploy.layers.covariance import (
+    centered,
+    centered_and_scaled,
+    covariance,
+    covariance_trace,
+    frobenius_norm,
+)
+from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov, covariance_root
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
+from sopdeploy_export.graph import Deployed
+from sopdeploy_export.parity.onnx_file import EMULATION, file_outputs, has_bfloat16, open_session
 from sopdeploy_export.parity.report import (
+    FLOORS_BY_PRECISION,
     GATES,
     LOGITS,
     PROVIDER,
     OutputParity,
     ParityReport,
+    Routing,
     SpectralRecord,
     agreement,
+    compared,
+    gate_logits,
+    has_gate,
+    rerouted,
+    routing,
+    routing_parity,
 )
-from sopdeploy_export.parity.routing import compared, rerouted, routing_parity
-from sopdeploy_export.parity.session import EMULATION, file_outputs, has_bfloat16, open_session
-from sopdeploy_export.parity.spectral import violation
+from sopdeploy_export.rewrites.linear import CompensatedAfter
+from sopdeploy_export.rewrites.mixture import Experts
+from sopdeploy_export.rewrites.newton_schulz import LoweredRoot
+from sopdeploy_export.rewrites.reference_formulas import ReferenceRoot
+
+Arrays = dict[str, NDArray[Any]]
+Run = Callable[[Tensor], tuple[Tensor, ...]]
+Gate = Callable[[Tensor], NDArray[Any]]
+SINGLE_IMAGES, BATCH = 4, 16
+UNDECIDED = "add --probes DIR with images from the target domain, or train longer"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """The float64 outputs of the network, its noise floor per output in *precision*, and its routes."""
+
+    outputs: Arrays
+    noise_floor: dict[str, float]
+    precision: Precision = "fp32"
+    routing: Routing | None = None
+
+    @property
+    def floors(self) -> float:
+        """The allowed drift in noise floors."""
+        return FLOORS_BY_PRECISION[self.precision]
+
+
+def compute_reference(
+    deployed: Deployed,
+    images: NDArray[np.uint8],
+    own: Run | None = None,
+    precision: Precision = "fp32",
+    own_gate: Gate | None = None,
+) -> Reference:
+    """Compute the float64 outputs of *deployed* for *images* (P, H, W, 3) and the noise floor of *own*.
+
+    *own* runs the network in *precision*, by default *deployed* itself; *own_gate* gives the gate logits of
+    that run. The noise floor is the larger error of *own* in batches of 16 and image by image. Raises
+    `ParityError` if outputs are not finite or the gate is undecided on every image.
+    """
+    own = own or deployed
+    names, network64 = deployed.network.outputs, copy.deepcopy(deployed).double()
+    exact = network_outputs(network64, names, images, BATCH)
+    batched = network_outputs(own, names, images, BATCH)
+    single = network_outputs(own, names, images[:SINGLE_IMAGES], 1)
+    routes, kept = None, np.ones(len(images), dtype=bool)
+    if has_gate(deployed.network):
+        pixels = torch.from_numpy(images)
+        own_logits = gate_logits(deployed, pixels) if own_gate is None else own_gate(pixels)
+        routes = routing(gate_logits(network64, pixels), own_logits, deployed, FLOORS_BY_PRECISION[precision])
+        kept = routes.steady
+    if not kept.any():
+        raise ParityError(
+            f"the gate is undecided on every probe image and rounding to {precision} changes every route, "
+            f"so no output can be compared; {UNDECIDED}"
+        )
+    floors = {}
+    for name, values in exact.items():
+        if not np.isfinite(values).all():
+            raise ParityError(f"the network's own {name} are not finite on the probe images; train it again")
+        if not (np.isfinite(batched[name]).all() and np.isfinite(single[name]).all()):
+            raise ParityError(
+                f"the network's own {name} are not finite in {precision} on the probe images: activations "
+                "overflow; choose --precision bf16-backbone or fp32"
+            )
+        floors[name] = max(
+            4 * float(np.finfo(np.float32).eps) * float(np.abs(values).max()),
+            float(np.abs(batched[name] - values)[kept].max(initial=0.0)),
+            float(np.abs(single[name] - values[:SINGLE_IMAGES])[kept[:SINGLE_IMAGES]].max(initial=0.0)),
+        )
+    return Reference(outputs=exact, noise_floor=floors, precision=precision, routing=routes)
+
+
+def network_outputs(run: Run, names: Sequence[str], images: NDArray[np.uint8], batch: int) -> Arrays:
+    """Run *images* in batches of at most *batch* and concatenate the outputs by name."""
+    pixels = torch.from_numpy(images)
+    with torch.no_grad():
+        chunks = [run(pixels[i : i + batch]) for i in range(0, len(pixels), batch)]
+    joined = (torch.cat(values).numpy() for values in zip(*chunks, strict=True))
+    return dict(zip(names, joined, strict=True))
+
+
+IMAGES = 4
+ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11}
+FLOORS = {"float32": FLOORS_BY_PRECISION["fp32"], "float16": FLOORS_BY_PRECISION["fp16"]}
+
+
+def spectral_records(network: nn.Module, pixels: Tensor) -> tuple[SpectralRecord, ...]:
+    """Measure every second-order module of *network* on the first images of *pixels* (P, H, W, 3)."""
+    seen: dict[str, tuple[Tensor, ...]] = {}
+
+    def keep(name: str, _part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.setdefault(name, inputs)
+
+    parts = {name: part for name, part in network.named_modules() if _newton_schulz_config(part) is not None}
+    handles = [part.register_forward_pre_hook(partial(keep, name)) for name, part in parts.items()]
+    try:
+        with torch.no_grad():
+            network(pixels[:IMAGES])
+    finally:
+        for handle in handles:
+            handle.remove()
+    records = []
+    for name, inputs in seen.items():
+        label = f"{name}.root" if isinstance(parts[name], CompensatedAfter) else name
+        records.append(measure_root(label.removeprefix("network."), parts[name], inputs))
+    return tuple(records)
+
+
+def _newton_schulz_config(part: nn.Module) -> NewtonSchulzConfig | None:
+    if isinstance(part, CompensatedAfter):
+        return part.root.config
+    if isinstance(part, Experts):
+        return part.config
+    return part.config if isinstance(part, ISqrtCov | LoweredRoot | ReferenceRoot) else None
+
+
+@torch.no_grad()
+def measure_root(name: str, part: nn.Module, inputs: tuple[Tensor, ...]) -> SpectralRecord:
+    """Measure the roots that *part* computes from *inputs*, against N steps in float64."""
+    config = _newton_schulz_config(part)
+    assert config is not None  # noqa: S101 - only modules with a root are measured
+    if isinstance(part, ISqrtCov):
+        maps, root = inputs[0], covariance_root(inputs[0], part.config)
+    else:
+        module: Any = part.root if isinstance(part, CompensatedAfter) else part
+        maps, root = module.roots(*inputs)
+    exact = covariance_root(maps.double(), config)
+    squared = covariance(centered_and_scaled(maps.double()))
+    if not config.compensate:
+        norm = covariance_trace(squared) if config.prenorm == "trace" else frobenius_norm(squared)
+        squared = squared / norm.clamp_min(SMALLEST_NORM)
+    own_error = _relative_norm(covariance_root(maps, config) - exact, exact)
+    smallest = max(ROUNDOFF[config.stored], 8 * ROUNDOFF["float32"])
+    return SpectralRecord(
+        part=name,
+        iterations=config.iterations,
+        stored=config.stored,
+        asymmetry=_relative_norm(root - root.transpose(1, 2), exact),
+        residual=_relative_norm(root.double() @ root.double() - squared, squared),
+        residual_exact=_relative_norm(exact @ exact - squared, squared),
+        distance=_relative_norm(root - exact, exact),
+        allowed=min(FLOORS[config.stored] * max(own_error, smallest), _error_limit(maps, config)),
+        width=maps.shape[1],
+    )
+
+
+def _error_limit(maps: Tensor, config: NewtonSchulzConfig) -> float:
+    """Bound the relative error that rounding can cause in the root of *maps* (P, d, H, W).
+
+    Each step has three products. Each product rounds its stored result once, and its sums of d terms lose
+    sqrt(d) roundoffs, because rounding errors have random signs (Higham and Mary, 2019). An error in a
+    direction without variance grows by 3/2 per step. Centering loses precision in proportion to the ratio
+    between the maps and their deviations from the mean.
+    """
+    products, sums = 3 * config.iterations, math.sqrt(maps.shape[1])
+    stored, float32 = ROUNDOFF[config.stored], ROUNDOFF["float32"]
+    deviations = centered(maps.double())
+    sizes = torch.linalg.vector_norm(deviations, dim=(1, 2)).clamp_min(SMALLEST_NORM)
+    offset = float((torch.linalg.vector_norm(maps.double(), dim=(1, 2, 3)) / sizes).max())
+    return 1.5**config.iterations * (products * (stored + sums * float32) + 4 * offset * float32)
+
+
+def violation(records: tuple[SpectralRecord, ...]) -> str | None:
+    """Describe the first violated invariant of *records*; None if all hold."""
+    for found in records:
+        moved = abs(found.residual - found.residual_exact)
+        steps, allowed = found.iterations, found.allowed
+        checks = (
+            ("the root is not symmetric: asymmetry", found.asymmetry, 2 * allowed),
+            (f"{steps} steps leave another residual: changed by", moved, 2 * found.width**0.25 * allowed),
+            (f"the root differs from that of {steps} steps: by", found.distance, allowed),
+        )
+        for what, value, limit in checks:
+            if not value <= limit:  # also true for NaN
+                return f"{found.part}: {what} {value:.2g}, limit {limit:.2g}"
+    return None
+
+
+def _relative_norm(difference: Tensor, reference: Tensor) -> float:
+    """Compute the maximum ratio of two Frobenius norms over matrices that are not zero."""
+    sizes = torch.linalg.matrix_norm(reference.double())
+    ratios = torch.linalg.matrix_norm(difference.double()) / sizes.clamp_min(1e-12)
+    return float(ratios[sizes > 1e-12].max()) if bool((sizes > 1e-12).any()) else 0.0
+
 
 Locate = Callable[[Path], str | None]
 

@@ -16,12 +16,11 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from sopdeploy.errors import CertificateError, ParityError
-from sopdeploy_export.graph.onnx_export import PREFIX
-from sopdeploy_export.parity.compare import max_drift
-from sopdeploy_export.parity.reference import Reference, network_outputs
+from sopdeploy_export.graph import PREFIX
+from sopdeploy_export.parity.compare import Reference, max_drift, network_outputs
 from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.proof.certificate import Certificate
-from sopdeploy_export.proof.graph_hash import program_root, tensor_hash
+from sopdeploy_export.proof.hashes import program_root, tensor_hash
 
 FILE = "network.pt2"
 SOURCE_KEYS = ("stack_trace", "from_node", "source_fn_stack", "torch_fn")  # may contain file paths

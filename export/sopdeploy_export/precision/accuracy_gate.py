@@ -13,10 +13,15 @@ from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.datasets.folder import open_classes
 from sopdeploy.errors import ParityError
 from sopdeploy.evaluation.statistics import wilson
-from sopdeploy_export.parity.session import open_session
-from sopdeploy_export.precision.convert import ConvertedGraph, PrecisionOptions
+from sopdeploy_export.parity.onnx_file import open_session
+from sopdeploy_export.precision.convert import (
+    Accuracy,
+    ConvertedGraph,
+    Cost,
+    PrecisionOptions,
+    PrecisionReport,
+)
 from sopdeploy_export.precision.int8 import METHODS
-from sopdeploy_export.precision.report import Accuracy, Cost, PrecisionReport
 
 BATCH = 8
 Batch = tuple[NDArray[np.uint8], list[int]]  # images (B, H, W, 3), and labels if they are known

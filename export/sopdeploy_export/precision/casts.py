@@ -24,8 +24,8 @@ from torch.export import ExportedProgram
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import Precision
 from sopdeploy.layers.export_hints import export_hints
-from sopdeploy_export.precision.fold_batch_norm import fold_batch_norms
-from sopdeploy_export.rewrites.equivalence import assert_equivalent
+from sopdeploy_export.graph import PREFIX
+from sopdeploy_export.rewrites.context import assert_equivalent
 
 Part = TypeVar("Part", bound=nn.Module)
 Iteration = Literal["fp32", "fp16"]
@@ -123,3 +123,41 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
         return value
     return value.to(dtype)
+
+
+CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
+BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
+
+
+def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
+    """Fold the batch norms of *network* in place; return the number of folds."""
+    signature, folds = program.graph_signature, 0
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    for node in program.graph.nodes:
+        if node.target is not BATCH_NORM or node.args[0].target not in CONVOLUTIONS or node.args[1] is None:
+            continue
+        weights = names.get(node.args[0].args[1].name), names.get(node.args[1].name)
+        if len(node.args[0].users) != 1 or None in weights:
+            continue
+        convolution_name, norm_name = (
+            str(weight).removeprefix(PREFIX).rpartition(".")[0] for weight in weights
+        )
+        convolution, norm = network.get_submodule(convolution_name), network.get_submodule(norm_name)
+        if type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
+            fold(convolution, norm)
+            owner, _, leaf = norm_name.rpartition(".")
+            setattr(network.get_submodule(owner), leaf, nn.Identity())
+            folds += 1
+    return folds
+
+
+@torch.no_grad()
+def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    """Multiply *norm* into the weights and bias of *convolution*."""
+    mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    scale = norm.weight.double() / torch.sqrt(variance.double() + norm.eps)
+    original = 0.0 if convolution.bias is None else convolution.bias.double()
+    bias = (original - mean.double()) * scale + norm.bias.double()
+    kernel = convolution.weight.double() * scale[:, None, None, None]
+    convolution.weight = nn.Parameter(kernel.to(convolution.weight.dtype), requires_grad=False)
+    convolution.bias = nn.Parameter(bias.to(convolution.weight.dtype), requires_grad=False)

@@ -1,10 +1,14 @@
-"""Convert the lowered graph to the requested precision.
+"""Convert the lowered graph to the requested precision, and report its types.
 
 fp32 exports the graph of the rewrite rules. fp16 and bf16-backbone export a copy of the rewritten network
 with casts, captured and converted again. int8 exports the graph of the rewrite rules with quantized
 convolutions.
+
+Types are read from the exported graph, not from the options: weights from its initializers, operations from
+the captured program. A graph whose types differ from the requested ones is rejected.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +20,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange, Int8For, Precision
@@ -23,33 +28,179 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy_export.graph.onnx_export import OPSET, OPSET_OF_BFLOAT16
-from sopdeploy_export.graph.probe_images import calibration_images, probe_images
-from sopdeploy_export.graph.torch_export import Deployed, capture_any_batch
-from sopdeploy_export.parity.bisect import find_first_drift, part_drifts
+from sopdeploy_export.graph import (
+    OPSET,
+    OPSET_OF_BFLOAT16,
+    PREFIX,
+    Deployed,
+    calibration_images,
+    capture_any_batch,
+    probe_images,
+)
 from sopdeploy_export.parity.bisect_int8 import Int8Graphs, find_first_int8_drift, part_drifts_int8
-from sopdeploy_export.parity.reference import Gate, Run
-from sopdeploy_export.parity.report import PartDrift
-from sopdeploy_export.parity.routing import gate_logits, gate_of, has_gate
-from sopdeploy_export.parity.session import file_outputs, fixed_batch, open_session
+from sopdeploy_export.parity.compare import Gate, Run
+from sopdeploy_export.parity.onnx_file import (
+    file_outputs,
+    find_first_drift,
+    fixed_batch,
+    open_session,
+    part_drifts,
+)
+from sopdeploy_export.parity.report import PartDrift, gate_logits, gate_of, has_gate
 from sopdeploy_export.precision.casts import (
     LOW_PRECISION,
     Calibration,
     Iteration,
     float32_parts,
     place_casts,
+    weight_dtypes,
     with_precision,
 )
-from sopdeploy_export.precision.int8 import check_part_names, quantize
-from sopdeploy_export.precision.report import (
-    PrecisionReport,
-    Quantization,
-    check_weight_types,
-    part_precisions,
-)
-from sopdeploy_export.precision.sensitivity import input_grids, measure_sensitivity
+from sopdeploy_export.precision.int8 import check_part_names, input_grids, measure_sensitivity, quantize
 from sopdeploy_export.rewrites.apply import OBSERVED_IMAGES, LoweredGraph, LoweringOptions, lower_converted
+from sopdeploy_export.rewrites.attention import FoldedExcitation
 from sopdeploy_export.rewrites.context import LoweringReport
+
+TYPE_NAMES = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+    onnx.TensorProto.INT8: "int8",
+}
+
+
+class PartPrecision(StrictModel):
+    """The type of one part's weights in the file, and its operations by type."""
+
+    part: str
+    weights: str | None
+    operations: dict[str, int]
+
+
+class Cost(StrictModel):
+    """Change of the logits, relative to their spread, if one part is quantized."""
+
+    part: str
+    share: float
+
+
+class Quantization(StrictModel):
+    """How int8 was produced and what it costs.
+
+    Attributes:
+        runtime: The runtime that the graph is quantized for.
+        kept: Parts that `--keep-float` keeps in float32.
+        calibration: Method that found the ranges.
+        images: Number of calibration images.
+        layers: Number of int8 convolutions.
+        costs: The layers that cost most, in descending order.
+        parts: All parts with int8 convolutions, in descending order of cost.
+    """
+
+    runtime: Int8For
+    kept: tuple[str, ...]
+    calibration: str
+    images: int
+    layers: int
+    costs: tuple[Cost, ...]
+    parts: tuple[Cost, ...] = ()
+
+
+class Accuracy(StrictModel):
+    """The float32 graph compared with the exported one on the same images.
+
+    Attributes:
+        images: Number of images.
+        before: Top-1 of the float32 graph as a fraction; `None` without labels.
+        after: Top-1 of the exported graph as a fraction; `None` without labels.
+        agree: Number of images with the same top class.
+        low: Lower end of the 95 % confidence interval of the fraction that agrees.
+        high: Upper end of that interval.
+        drop: Lost points of top-1; without labels the percentage of images that disagree, an upper bound.
+    """
+
+    images: int
+    before: float | None
+    after: float | None
+    agree: int
+    low: float
+    high: float
+    drop: float
+
+
+class PrecisionReport(StrictModel):
+    """The content of `precision.json`."""
+
+    precision: Precision
+    newton_schulz: Iteration
+    parts: tuple[PartPrecision, ...]
+    quantisation: Quantization | None = None
+    accuracy: Accuracy | None = None
+
+    def summary(self) -> dict[str, int]:
+        """Count the parts by the type of their weights."""
+        return dict(sorted(Counter(part.weights for part in self.parts if part.weights).items()))
+
+
+def part_precisions(model: onnx.ModelProto, program: ExportedProgram) -> tuple[PartPrecision, ...]:
+    """List the types of every named part, in the order of computation."""
+    weights = weight_types(model)
+    operations: dict[str, Counter[str]] = {}
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        if node.op == "call_function" and stack and isinstance(value, torch.Tensor):
+            part = stack[-1][0].removeprefix(PREFIX)
+            if value.is_floating_point():
+                operations.setdefault(part, Counter())[_name(value.dtype)] += 1
+    return tuple(
+        PartPrecision(
+            part=name,
+            weights=weights.get(name),
+            operations=dict(sorted(operations.get(name, Counter[str]()).items())),
+        )
+        for name in dict.fromkeys([*operations, *weights])
+    )
+
+
+def weight_types(model: onnx.ModelProto) -> dict[str, str]:
+    """Map each part to the type of its largest weight in *model*."""
+    found: dict[str, tuple[int, str]] = {}
+    for tensor in model.graph.initializer:
+        part = tensor.name.rpartition(".")[0]
+        size = len(tensor.raw_data)
+        if part and tensor.data_type in TYPE_NAMES and size > found.get(part, (0, ""))[0]:
+            found[part] = size, TYPE_NAMES[tensor.data_type]
+    return {part: name for part, (_, name) in found.items()}
+
+
+def check_weight_types(model: onnx.ModelProto, network: nn.Module, precision: Precision) -> None:
+    """Raise `LoweringError` if a weight of *model* has not the requested type.
+
+    *network* is the rewritten one before casts, so that a missing cast is detected.
+    """
+    found = weight_types(model)
+    if precision == "int8" and "int8" not in found.values():
+        raise LoweringError("int8 was requested, but no convolution of the graph is int8")
+    if precision not in LOW_PRECISION:
+        return
+    dtypes = weight_dtypes(network, precision)
+    expected = {
+        name: _name(dtypes[name])
+        for name, part in network.named_modules()
+        if isinstance(part, nn.Conv2d | nn.Linear | nn.ParameterList | FoldedExcitation)
+    }
+    wrong = [part for part, name in expected.items() if found.get(part, name) != name]
+    if wrong or _name(LOW_PRECISION[precision]) not in found.values():
+        part = wrong[0] if wrong else next(iter(found), "no part")
+        raise LoweringError(
+            f"{precision} was requested, but the graph holds {part} in {found.get(part, 'no type')}: "
+            f"{len(wrong)} of {len(expected)} parts have the wrong type"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class PrecisionOptions(StrictModel):

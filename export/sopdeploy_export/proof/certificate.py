@@ -28,11 +28,9 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph.onnx_export import PREFIX, lower
-from sopdeploy_export.graph.torch_export import Captured, Deployed, capture
-from sopdeploy_export.proof.graph_hash import ProgramRoot, program_root
-from sopdeploy_export.proof.onnx_hash import onnx_root
-from sopdeploy_export.proof.tensor_inventory import TensorEntry, build_inventory, tensors
+from sopdeploy.module_names import is_in_any
+from sopdeploy_export.graph import PREFIX, Captured, Deployed, capture, lower
+from sopdeploy_export.proof.hashes import ProgramRoot, onnx_root, program_root, tensor_hash
 
 SINGLE_PROBES = 4  # compared one by one
 MAX_BATCH = 16  # of the probes that are compared in batches
@@ -262,3 +260,60 @@ def assert_equal_outputs(networks: dict[str, nn.Module], probes: Tensor) -> tupl
                         f"largest difference {difference:.3g}"
                     )
     return (1, len(batches[0]))
+
+
+class TensorEntry(StrictModel):
+    """One parameter or buffer, with the sha256 of its content."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    sha256: str
+
+
+def tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Map every name of every parameter and buffer of *network* to its tensor."""
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    return parameters | dict(network.named_buffers(remove_duplicate=False))
+
+
+def build_inventory(
+    trained: Classifier, detached: nn.Module
+) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
+    """List the removed and the kept tensors of *trained*.
+
+    Raises `CertificateError` if *detached* has a new tensor, lacks one that `training_only` does not cover,
+    holds a changed one, or keeps under another name the memory of a removed one.
+    """
+    before, after = tensors(trained), tensors(detached)
+    new = sorted(after.keys() - before.keys())
+    if new:
+        raise CertificateError(f"the detached network has a tensor {new[0]} that was never trained")
+    removed = {name: tensor for name, tensor in before.items() if name not in after}
+    owners = {
+        before[name].untyped_storage().data_ptr(): name for name in after if before[name].numel()
+    }  # the memory of each kept tensor
+    for name, tensor in removed.items():
+        if not is_in_any(name, trained.training_only):
+            raise CertificateError(f"{name} was removed, but {list(trained.training_only)} do not cover it")
+        owner = owners.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+        if owner is not None:
+            raise CertificateError(f"{name} was removed but shares its memory with {owner}, which was kept")
+    kept = []
+    for name, tensor in after.items():
+        entry = _entry(name, tensor)
+        if entry != _entry(name, before[name]):
+            raise CertificateError(f"{name} changed while the network was detached")
+        kept.append(entry)
+    return tuple(_entry(name, tensor) for name, tensor in removed.items()), tuple(kept)
+
+
+def _entry(name: str, tensor: Tensor) -> TensorEntry:
+    return TensorEntry(
+        name=name,
+        shape=tuple(tensor.shape),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        bytes=tensor.numel() * tensor.element_size(),
+        sha256=tensor_hash(tensor),
+    )

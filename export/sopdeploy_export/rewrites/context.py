@@ -1,16 +1,161 @@
-"""The state of a rewrite: network, activations and applied rules."""
+"""The state of a rewrite, and the numerical proof that a replacement computes what the original computes.
+
+The algebra of a rule shows that two forms are the same function; `assert_equivalent` shows that their code
+is. Correct forms differ by about 1e-13 in float64, so a wrong number of iterations, a shifted index or a scale
+that is applied twice stands out by orders of magnitude. Inputs are the activations of the probe images, and
+random ones of the same shapes: real covariances are symmetric and would hide a transposed layout.
+
+`--autotune` chooses between equivalent forms by timing them. Each form is exported alone, and the forms run in
+turn on one thread, at batch 1 and at the bundle's optimum batch. Process time is measured, which other load on
+the machine affects least.
+"""
 
 import copy
+import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from torch import nn
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.export import Dim
 
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.config import StrictModel
+from sopdeploy.errors import LoweringError
 from sopdeploy.layers.export_hints import export_hints
-from sopdeploy_export.rewrites.autotune import Benchmark
-from sopdeploy_export.rewrites.equivalence import Activation, Build, assert_equivalent
+from sopdeploy_export.graph import OPSET, export
+
+TOLERANCE = 1e-9  # relative to the largest value; correct forms differ by 1e-15 to 1e-12
+
+Build = Callable[[Any], nn.Module]
+
+
+def assert_equivalent(
+    rule: str, where: str, before: nn.Module, build: Build, inputs: tuple[Tensor, ...]
+) -> None:
+    """Raise `LoweringError` unless ``build(before)`` equals *before* in float64.
+
+    Args:
+        rule: Name of the rewrite rule, for the message.
+        where: Name of the part in the network, for the message.
+        before: The original part.
+        build: Builds the replacement from a copy of the original.
+        inputs: Activations of the original; matrices (B, N) are gate weights or vectors, others are maps.
+    """
+    original = copy.deepcopy(before).double().eval()
+    replacement = build(copy.deepcopy(original)).eval()
+    generator = torch.Generator().manual_seed(0)
+    observed = tuple(value.double() for value in inputs)
+    synthetic = tuple(  # a random map; gate weights keep their values, in a different order
+        value.roll(1, dims=1)
+        if value.ndim == 2
+        else torch.randn(value.shape, generator=generator, dtype=torch.float64).relu()
+        for value in observed
+    )
+    with torch.no_grad():
+        for given in (observed, synthetic):
+            expected, found = original(*given), replacement(*given)
+            if found.shape != expected.shape:
+                shapes = f"{tuple(found.shape)}, not {tuple(expected.shape)}"
+                raise LoweringError(f"rule {rule!r} at {where}: outputs shape {shapes}; nothing was written")
+            scale = max(float(expected.abs().max()), torch.finfo(torch.float64).tiny)
+            difference = float((found - expected).abs().max()) / scale
+            if not difference <= TOLERANCE:
+                raise LoweringError(
+                    f"rule {rule!r} at {where}: changes the output by {difference:.2g} of its largest value "
+                    "in float64; nothing was written (--no-lowering exports without rewrite rules)"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Activation:
+    """Inputs and output of the first call of one part, and the number of calls."""
+
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+    times: int
+
+
+def record_activations(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Activation]:
+    """Run *network* and record each named part whose inputs and output are tensors."""
+    activations: dict[str, Activation] = {}
+
+    def record(name: str, _: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and all(isinstance(value, Tensor) for value in given):
+            first = activations.get(name, Activation(inputs=tuple(given), output=output, times=0))
+            activations[name] = Activation(inputs=first.inputs, output=first.output, times=first.times + 1)
+
+    handles = [
+        part.register_forward_hook(partial(record, name)) for name, part in network.named_modules() if name
+    ]
+    try:
+        with torch.no_grad():
+            network(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return activations
+
+
+RUNS, WARMUPS = 15, 3
+Cast = Callable[[nn.Module], nn.Module]
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """Times forms after *cast*, which places the casts of the exported precision."""
+
+    batch: BatchRange
+    cast: Cast
+
+    def fastest(self, forms: dict[str, nn.Module], inputs: tuple[Tensor, ...]) -> str:
+        """Name the form with the smallest product of median times."""
+        sessions = {name: open_form(self.cast(form), inputs) for name, form in forms.items()}
+        scores = dict.fromkeys(sessions, 1.0)
+        for size in sorted({1, self.batch.optimum}):
+            feeds = []
+            for value in inputs:
+                array = value.float().numpy()
+                feeds.append(array[np.arange(size) % len(array)])
+            for name, seconds in _median_seconds(sessions, feeds).items():
+                scores[name] *= seconds
+        return min(scores, key=lambda name: scores[name])
+
+
+def open_form(form: nn.Module, inputs: tuple[Tensor, ...]) -> ort.InferenceSession:
+    """Open *form* alone in ONNX Runtime on one thread, for any batch size."""
+    batch = Dim("batch", min=1)
+    program = export(form, inputs, tuple({0: batch} for _ in inputs))
+    converted = torch.onnx.export(
+        program, (), dynamo=True, opset_version=OPSET, external_data=False, verbose=False
+    )
+    if converted is None:
+        raise LoweringError("no ONNX form: the converter returned nothing")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    raw = converted.model_proto.SerializeToString()
+    return ort.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
+
+
+def _median_seconds(
+    sessions: dict[str, ort.InferenceSession], feeds: list[NDArray[np.float32]]
+) -> dict[str, float]:
+    seconds: dict[str, list[float]] = {name: [] for name in sessions}
+    for run in range(WARMUPS + RUNS):
+        for name, session in sessions.items():
+            named = dict(zip((given.name for given in session.get_inputs()), feeds, strict=True))
+            start = time.process_time()
+            session.run(None, named)
+            if run >= WARMUPS:
+                seconds[name].append(time.process_time() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 class AppliedRule(StrictModel):

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from sopdeploy.errors import LoweringError
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.mixture.components import FusionHead
-from sopdeploy_export.rewrites.context import RewriteContext
-from sopdeploy_export.rewrites.equivalence import assert_equivalent
+from sopdeploy_export.rewrites.context import RewriteContext, assert_equivalent
 from sopdeploy_export.rewrites.newton_schulz import LoweredRoot
 
 COMPENSATION = "post-compensation after the linear layer"

@@ -16,8 +16,7 @@ from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture.components import Components
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
-from sopdeploy_export.rewrites.context import RewriteContext
-from sopdeploy_export.rewrites.equivalence import Build
+from sopdeploy_export.rewrites.context import Build, RewriteContext
 from sopdeploy_export.rewrites.newton_schulz import check_triangle, iterate, report_root, start
 
 NAME = "K of N experts"

@@ -26,8 +26,8 @@ from sopdeploy.layers.covariance import (
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov, as_stored, gram_is_cheaper
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
-from sopdeploy_export.rewrites.centering import MIN_SIZE, Centering
-from sopdeploy_export.rewrites.centering import NAME as CENTERING
+from sopdeploy_export.rewrites.apply import MIN_SIZE, Centering
+from sopdeploy_export.rewrites.apply import NAME as CENTERING
 from sopdeploy_export.rewrites.context import RewriteContext
 
 NAME = "Newton-Schulz in 3N-3 products"

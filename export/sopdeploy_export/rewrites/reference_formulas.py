@@ -13,7 +13,7 @@ from sopdeploy.layers.attention.gsop_attention import ChannelAttention, RowConv
 from sopdeploy.layers.covariance import at_least_float32, covariance_trace, frobenius_norm
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov
-from sopdeploy_export.rewrites.equivalence import Build
+from sopdeploy_export.rewrites.context import Build
 
 NAME = "textbook formula"
 

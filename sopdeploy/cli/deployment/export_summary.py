@@ -10,7 +10,7 @@ from sopdeploy.cli.console import out, plain_text
 
 if TYPE_CHECKING:
     from sopdeploy_export.pipeline import Exported
-    from sopdeploy_export.precision.report import PrecisionReport
+    from sopdeploy_export.precision.convert import PrecisionReport
 
 MIN_PANEL_WIDTH = 60  # columns
 

@@ -11,9 +11,8 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph.onnx_export import OPSET, lower, operator_counts
-from sopdeploy_export.graph.torch_export import capture, capture_any_batch
-from sopdeploy_export.proof.onnx_hash import onnx_root
+from sopdeploy_export.graph import OPSET, capture, capture_any_batch, lower, operator_counts
+from sopdeploy_export.proof.hashes import onnx_root
 from tests.export.once import graph_of
 
 Make = Callable[..., Classifier]

@@ -13,9 +13,9 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph.onnx_export import check, operator_counts, write
-from sopdeploy_export.graph.torch_export import Deployed
-from sopdeploy_export.parity.bisect import (
+from sopdeploy_export.graph import Deployed, check, operator_counts, write
+from sopdeploy_export.parity.compare import compare, compute_reference
+from sopdeploy_export.parity.onnx_file import (
     MAX_PARTS,
     Boundary,
     difference,
@@ -24,8 +24,6 @@ from sopdeploy_export.parity.bisect import (
     run_file,
     select_parts,
 )
-from sopdeploy_export.parity.compare import compare
-from sopdeploy_export.parity.reference import compute_reference
 from sopdeploy_export.parity.report import FLOORS
 from tests.export.once import graph_of
 

@@ -10,17 +10,14 @@ from onnx import numpy_helper
 from sopdeploy.bundle.manifest import BatchRange, Int8For
 from sopdeploy.errors import ParityError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export.graph.onnx_export import operator_counts, write
-from sopdeploy_export.graph.probe_images import generated_images
-from sopdeploy_export.graph.torch_export import Deployed
+from sopdeploy_export.graph import Deployed, generated_images, operator_counts, write
 from sopdeploy_export.parity.bisect_int8 import (
     Int8Graphs,
     convolution_values,
     find_first_int8_drift,
     part_drifts_int8,
 )
-from sopdeploy_export.parity.compare import compare
-from sopdeploy_export.parity.reference import compute_reference
+from sopdeploy_export.parity.compare import compare, compute_reference
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.convert import run_unfused
 from sopdeploy_export.precision.int8 import quantize

@@ -12,10 +12,8 @@ from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.errors import ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph.onnx_export import operator_counts, write
-from sopdeploy_export.graph.torch_export import Deployed
-from sopdeploy_export.parity.compare import compare, logit_spread
-from sopdeploy_export.parity.reference import Reference, compute_reference
+from sopdeploy_export.graph import Deployed, operator_counts, write
+from sopdeploy_export.parity.compare import Reference, compare, compute_reference, logit_spread
 from sopdeploy_export.parity.report import FLOORS, ParityReport, agreement
 from tests.export.once import graph_of
 

@@ -8,10 +8,9 @@ import torch
 
 from sopdeploy.errors import ParityError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export.graph.probe_images import probe_images
-from sopdeploy_export.graph.torch_export import Deployed
-from sopdeploy_export.parity.reference import compute_reference
-from sopdeploy_export.parity.routing import Routing, compared, rerouted, routing, routing_parity
+from sopdeploy_export.graph import Deployed, probe_images
+from sopdeploy_export.parity.compare import compute_reference
+from sopdeploy_export.parity.report import Routing, compared, rerouted, routing, routing_parity
 from sopdeploy_export.report.results import as_probes
 from tests.export.conftest import trained
 from tests.sweep.steps import measured, save

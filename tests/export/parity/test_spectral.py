@@ -15,9 +15,9 @@ from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture.components import make_components
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
-from sopdeploy_export.graph.torch_export import Deployed
+from sopdeploy_export.graph import Deployed
+from sopdeploy_export.parity.compare import measure_root, spectral_records, violation
 from sopdeploy_export.parity.report import SpectralRecord
-from sopdeploy_export.parity.spectral import measure_root, spectral_records, violation
 from sopdeploy_export.rewrites import newton_schulz as iteration
 from sopdeploy_export.rewrites.linear import CompensatedAfter, RootThenLinear
 from sopdeploy_export.rewrites.mixture import forms

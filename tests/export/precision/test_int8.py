@@ -11,15 +11,13 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import ConfigError, DataError, LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph.probe_images import calibration_images, generated_images
+from sopdeploy_export.graph import calibration_images, generated_images
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.precision import accuracy_gate
 from sopdeploy_export.precision.accuracy_gate import accuracy
 from sopdeploy_export.precision.casts import Calibration, float32_parts
-from sopdeploy_export.precision.convert import PrecisionOptions
-from sopdeploy_export.precision.int8 import quantize
-from sopdeploy_export.precision.report import weight_types
-from sopdeploy_export.precision.sensitivity import input_grids
+from sopdeploy_export.precision.convert import PrecisionOptions, weight_types
+from sopdeploy_export.precision.int8 import input_grids, quantize
 from tests.export.conftest import save
 from tests.export.once import graph_of, proving_once
 

@@ -12,10 +12,9 @@ from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy.tensorrt.profiles import Profile
-from sopdeploy_export.graph.probe_images import generated_images
+from sopdeploy_export.graph import generated_images
 from sopdeploy_export.precision.casts import float32_parts
-from sopdeploy_export.precision.int8 import quantize
-from sopdeploy_export.precision.sensitivity import input_grids
+from sopdeploy_export.precision.int8 import input_grids, quantize
 from sopdeploy_export.tensorrt.lint import lint
 from sopdeploy_export.tensorrt.rewrites import graph_precision
 from tests.export.once import graph_of

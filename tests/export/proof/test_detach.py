@@ -5,7 +5,7 @@ import torch
 
 from sopdeploy.errors import DetachError
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.detach import detach
+from sopdeploy_export.pipeline import detach
 
 Make = Callable[..., Classifier]
 

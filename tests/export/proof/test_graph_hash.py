@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.errors import CertificateError
-from sopdeploy_export.proof.graph_hash import ProgramRoot, program_root, tensor_hash
+from sopdeploy_export.proof.hashes import ProgramRoot, program_root, tensor_hash
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 DEPTH = 1050  # beyond Python's recursion limit

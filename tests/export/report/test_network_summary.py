@@ -6,8 +6,12 @@ from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.describe import describe
 from sopdeploy.models.registry import entry, make_config
-from sopdeploy_export.report.drawing import draw_network, network_rows
-from sopdeploy_export.report.network_summary import NetworkSummary, network_summary
+from sopdeploy_export.report.network_summary import (
+    NetworkSummary,
+    draw_network,
+    network_rows,
+    network_summary,
+)
 
 
 def summary_of(name: str, **config: object) -> NetworkSummary:

@@ -17,13 +17,11 @@ from sopdeploy.layers.attention.gsop_attention import Excitation
 from sopdeploy.layers.attention.gsop_block import RELEASED_BLOCK, GSoPBlock, GSoPBlockConfig
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.detach import detach
-from sopdeploy_export.pipeline import Exported, ExportOptions, export
-from sopdeploy_export.proof.onnx_hash import file_root
+from sopdeploy_export.pipeline import Exported, ExportOptions, detach, export
+from sopdeploy_export.proof.hashes import file_root
 from sopdeploy_export.rewrites import apply, attention, linear, mixture, newton_schulz
 from sopdeploy_export.rewrites.apply import apply_rules, rewrite
-from sopdeploy_export.rewrites.context import RewriteContext
-from sopdeploy_export.rewrites.equivalence import record_activations
+from sopdeploy_export.rewrites.context import RewriteContext, record_activations
 from sopdeploy_export.rewrites.mixture import GatheredWeights
 from sopdeploy_export.rewrites.newton_schulz import LoweredRoot
 from tests.export.conftest import save, trained

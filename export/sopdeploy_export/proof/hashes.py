@@ -1,18 +1,22 @@
-"""A Merkle hash over a captured program: its operations and weights.
+"""Merkle hashes over a captured program and over an ONNX graph.
 
-The hash starts at the outputs. The hash of an operation covers its name, every argument of its schema with
+A hash starts at the outputs. The hash of an operation covers its name, every argument of its schema with
 defaults filled in, and the hashes of its operands in order. Weights and constants count by content, inputs
 by position, dtype and (symbolic) shape. Names, and operations that no output depends on, do not count. So a
 network that was trained with branches has the root of the plain network exactly if its output is computed
-the same way. The hash takes linear time.
+the same way. The hash of an ONNX graph, to check a certificate against a file, is the same one level down:
+nodes count by operator, attributes and ordered operands. Both take linear time.
 """
 
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
+from onnx import numpy_helper
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
@@ -185,4 +189,57 @@ def _hash(lines: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for line in lines:  # each with its length, so that no two lists of lines have the same bytes
         digest.update(f"{len(line)}:{line}".encode())
+    return digest.hexdigest()
+
+
+def file_root(path: Path) -> str:
+    """Compute the Merkle root of the graph in the ONNX file at *path*."""
+    return onnx_root(onnx.load(path))
+
+
+def onnx_root(model: onnx.ModelProto) -> str:
+    """Compute the Merkle root of the graph of *model* as a hexadecimal sha256.
+
+    Raises `CertificateError` if a node holds a subgraph (control flow).
+    """
+    hashes = {}  # of each value, by name
+    for position, value in enumerate(model.graph.input):
+        hashes[value.name] = _hash(f"input {position}", value.type.SerializeToString(deterministic=True))
+    for tensor in model.graph.initializer:
+        hashes[tensor.name] = _initializer_hash(tensor)
+    for node in model.graph.node:  # in topological order
+        parts: list[str | bytes] = [node.domain, node.op_type]
+        for attribute in sorted(node.attribute, key=lambda a: a.name):
+            if attribute.type in {onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS}:
+                raise CertificateError(f"{node.op_type} contains a subgraph; control flow is not allowed")
+            parts += [attribute.name, _attribute_bytes(attribute)]
+        parts += [hashes[name] if name else "absent" for name in node.input]
+        node_hash = _hash(*parts)
+        for position, name in enumerate(node.output):
+            hashes[name] = _hash(node_hash, str(position))
+    opsets = sorted(f"{opset.domain} {opset.version}" for opset in model.opset_import)
+    return _hash(*opsets, *(hashes[value.name] for value in model.graph.output))
+
+
+def _initializer_hash(tensor: onnx.TensorProto) -> str:
+    content = numpy_helper.to_array(tensor).tobytes()
+    return _hash(f"constant {tensor.data_type} {tuple(tensor.dims)}", content)
+
+
+def _attribute_bytes(attribute: onnx.AttributeProto) -> bytes:
+    if attribute.type == onnx.AttributeProto.TENSOR:
+        return _initializer_hash(attribute.t).encode()
+    plain = onnx.AttributeProto()
+    plain.CopyFrom(attribute)
+    plain.doc_string = ""
+    raw: bytes = plain.SerializeToString(deterministic=True)
+    return raw
+
+
+def _hash(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:  # each with its length, so that no two lists of parts have the same bytes
+        raw = part.encode() if isinstance(part, str) else part
+        digest.update(f"{len(raw)}:".encode())
+        digest.update(raw)
     return digest.hexdigest()

@@ -1,8 +1,14 @@
-"""Measure the drift module by module, and name the first module that exceeds its noise floor.
+"""Run the exported file in ONNX Runtime, and measure its drift module by module.
+
+Files run with the graph optimizations used for serving. ONNX Runtime has no bfloat16 CPU kernels. A bfloat16
+graph is emulated: each such operator runs in float32 between two casts, without graph optimizations, which
+could remove the casts. Every stored value is rounded as on a GPU and sums are float32 as on a GPU; only speed
+and kernels differ. Reports state this: `EMULATION`.
 
 The exported graph keeps the value names of the converter. Converting the network again gives the same names
 and, for each value, its module. So the output of every module and every product of a Newton-Schulz iteration
-can be read from the file and computed in float64 from the captured graph.
+can be read from the file and computed in float64 from the captured graph, and the first module that exceeds
+its noise floor can be named.
 """
 
 import copy
@@ -13,20 +19,123 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import fx
 from torch.export import ExportedProgram
 
-from sopdeploy_export.graph.onnx_export import with_converter_names
-from sopdeploy_export.parity.report import PartDrift
-from sopdeploy_export.parity.session import (
-    cast_to_float32,
-    emulate_bfloat16,
-    fixed_batch,
-    has_bfloat16,
-    open_session,
+from sopdeploy.errors import ParityError
+from sopdeploy_export.graph import with_converter_names
+from sopdeploy_export.parity.report import PROVIDER, PartDrift
+
+Arrays = dict[str, NDArray[Any]]
+BFLOAT16 = onnx.TensorProto.BFLOAT16
+EMULATION = (
+    "this runtime has no bfloat16 kernels: each such operator was computed in float32 and its result rounded "
+    "to bfloat16, operator by operator"
 )
+
+
+def open_session(model: Path | onnx.ModelProto, *, optimized: bool = True) -> ort.InferenceSession:
+    """Load *model* on the CPU; bfloat16 files are emulated.
+
+    Raises `ParityError` if ONNX Runtime chose another execution provider.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    if isinstance(model, Path) and has_bfloat16(loaded := onnx.load(model)):
+        source, optimized = emulate_bfloat16(loaded).SerializeToString(), False
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(source, options, providers=[PROVIDER])
+    if session.get_providers()[0] != PROVIDER:
+        raise ParityError(f"onnxruntime runs on {session.get_providers()[0]}, not on {PROVIDER}")
+    return session
+
+
+def file_outputs(session: ort.InferenceSession, images: NDArray[np.uint8], batch: int) -> Arrays:
+    """Run *images* in batches of exactly *batch*, repeating images to fill the last one.
+
+    Raises `ParityError` if the file does not accept this batch size.
+    """
+    source = session.get_inputs()[0].name
+    names = [output.name for output in session.get_outputs()]
+    chunks = []
+    for start in range(0, len(images), batch):
+        indices = np.arange(start, start + batch) % len(images)
+        try:
+            chunks.append(session.run(names, {source: images[indices]}))
+        except Exception as problem:  # onnxruntime's errors share no base class
+            reason = str(problem).strip().partition("\n")[0][:200]
+            raise ParityError(f"the exported file rejects a batch of {batch}: {reason}") from problem
+    joined = (np.concatenate(values)[: len(images)] for values in zip(*chunks, strict=True))
+    return dict(zip(names, joined, strict=True))
+
+
+def fixed_batch(model: onnx.ModelProto) -> int | None:
+    """Read the fixed batch size of *model*, set by `--max-batch 1`; None if the batch axis is dynamic."""
+    return model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
+
+
+def has_bfloat16(model: onnx.ModelProto) -> bool:
+    """Whether any weight of *model* is bfloat16."""
+    return any(tensor.data_type == BFLOAT16 for tensor in model.graph.initializer)
+
+
+def emulate_bfloat16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy *model* with every bfloat16 operator computed in float32 between two casts."""
+    typed = onnx.shape_inference.infer_shapes(model)
+    narrow = _bfloat16_values(typed)
+    narrow |= {tensor.name for tensor in model.graph.initializer if tensor.data_type == BFLOAT16}
+    nodes: list[onnx.NodeProto] = []
+    widened: set[str] = set()
+    for node in typed.graph.node:
+        if node.op_type == "Cast":
+            nodes.append(node)
+            widened.update(node.output)
+            continue
+        after = []
+        for position, name in enumerate(node.input):
+            if name in narrow:
+                node.input[position] = f"{name}:wide"
+                if f"{name}:wide" not in widened:
+                    nodes.append(_cast(name, f"{name}:wide", onnx.TensorProto.FLOAT))
+                    widened.add(f"{name}:wide")
+        for position, name in enumerate(node.output):
+            if name in narrow:
+                node.output[position] = f"{name}:exact"
+                after.append(_cast(f"{name}:exact", name, BFLOAT16))
+        nodes += [node, *after]
+    del typed.graph.node[:]
+    typed.graph.node.extend(nodes)
+    del typed.graph.value_info[:]
+    return typed
+
+
+def cast_to_float32(model: onnx.ModelProto, names: Sequence[str]) -> tuple[onnx.ModelProto, list[str]]:
+    """Copy *model* with casts of the bfloat16 values among *names*, which numpy cannot read.
+
+    Returns the copy and the names to request instead.
+    """
+    typed = onnx.shape_inference.infer_shapes(model)
+    narrow = _bfloat16_values(typed)
+    existing = {output for node in typed.graph.node for output in node.output}
+    for name in narrow.intersection(names):
+        if f"{name}:wide" not in existing:
+            typed.graph.node.append(_cast(name, f"{name}:wide", onnx.TensorProto.FLOAT))
+    return typed, [f"{name}:wide" if name in narrow else name for name in names]
+
+
+def _bfloat16_values(typed: onnx.ModelProto) -> set[str]:
+    return {v.name for v in typed.graph.value_info if v.type.tensor_type.elem_type == BFLOAT16}
+
+
+def _cast(source: str, target: str, to: int) -> onnx.NodeProto:
+    return onnx.helper.make_node("Cast", [source], [target], to=to)
+
 
 PREFIX = "network."
 IMAGES = 4

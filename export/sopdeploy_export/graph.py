@@ -1,0 +1,280 @@
+"""Capture a network as a torch.export program, and convert the program to one ONNX file.
+
+The program takes uint8 images (batch, height, width, 3) from `Preprocess`, normalizes them and returns
+float32 outputs for any batch size of the bundle; a program that does not support the whole range is rejected.
+Newton-Schulz is unrolled into matrix products, so every runtime and TensorRT release supports it. Opset 18 is
+the lowest that torch writes and the most widely supported.
+
+Probes are the images that an export is checked on. The generated ones (noise, smooth fields at several
+scales, ramps, checkerboards, constants) exercise many parts of a network and are the same on every machine.
+Photographs from the deployment domain are more representative.
+"""
+
+import io
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from sopdeploy.backbones.base import Backbone
+from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.errors import DataError, LoweringError
+from sopdeploy.images.preprocess import Preprocess, match_transparency
+from sopdeploy.layers.covariance import at_least_float32
+from sopdeploy.layers.normalize import Normalize
+
+SEED = 20_240_117
+GENERATED = 12
+MAX_PHOTOGRAPHS = 64
+MAX_CALIBRATION = 256
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+
+
+def probe_images(preprocess: Preprocess, folder: Path | None = None) -> NDArray[np.uint8]:
+    """Build uint8 probes (P, crop, crop, 3): generated ones, then 64 of *folder*.
+
+    Raises `DataError` if *folder* holds no readable image.
+    """
+    images = generated_images(preprocess.crop)
+    if folder is None:
+        return images
+    paths = _image_paths(folder, "--probes")[:MAX_PHOTOGRAPHS]
+    return np.concatenate([images, np.stack([_load(path, preprocess) for path in paths])])
+
+
+def generated_images(side: int) -> NDArray[np.uint8]:
+    """Generate twelve (side, side, 3) uint8 images from a fixed seed."""
+    random = np.random.default_rng(SEED)
+    ramp = np.linspace(0, 255, side)
+    checkerboard = 255 * ((np.arange(side)[:, None] // 4 + np.arange(side)[None] // 4) % 2)
+    images = [
+        np.zeros((side, side, 3)),
+        np.full((side, side, 3), 255.0),
+        np.stack([np.tile(ramp, (side, 1)), np.tile(ramp[:, None], (1, side)), checkerboard], axis=2),
+        random.integers(0, 256, (side, side, 3)),
+    ]
+    for scale in range(GENERATED - len(images)):
+        cells = min(side, 2 + 3 * scale)
+        coarse = random.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
+        images.append(np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)))
+    return np.stack([np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in images])
+
+
+def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """Load up to 256 images spread evenly over *folder*, to cover every class.
+
+    Raises `DataError` if *folder* holds no readable image.
+    """
+    paths = _image_paths(folder, "--calibrate")
+    positions = np.linspace(0, len(paths) - 1, min(len(paths), MAX_CALIBRATION)).round().astype(int)
+    return np.stack([_load(paths[position], preprocess) for position in np.unique(positions)])
+
+
+def _image_paths(folder: Path, option: str) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; {option} needs a folder of images")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise DataError(f"{folder}: contains no images; {option} needs a folder of JPEG or PNG files")
+    return paths
+
+
+def _load(path: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
+    try:
+        with Image.open(path) as image:
+            match_transparency(image)
+            return preprocess(image)
+    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: not a readable image; remove it from the folder") from error
+
+
+class Deployed(nn.Module):
+    """Normalization followed by *network*: the module that is captured and exported."""
+
+    def __init__(self, network: Backbone, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.normalise = Normalize(preprocess)
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute the outputs of (B, H, W, 3) uint8 *images*, in float32 or float64."""
+        return tuple(at_least_float32(value) for value in self.network.outputs_tuple(self.normalise(images)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Captured:
+    """The programs of one network: for the whole batch range and for a batch of one."""
+
+    any_batch: ExportedProgram
+    batch_of_one: ExportedProgram
+
+
+def capture(network: Backbone, preprocess: Preprocess, batch: BatchRange) -> Captured:
+    """Capture *network*, in eval mode, for the batch range and for a batch of one.
+
+    torch.export assumes that a dynamic dimension is at least 2, so only the second program shows code that
+    handles a single image differently. Raises `LoweringError` if the network cannot be captured.
+    """
+    any_batch = capture_any_batch(network, preprocess, batch)
+    if batch.maximum == 1:
+        return Captured(any_batch=any_batch, batch_of_one=any_batch)
+    single = BatchRange(optimum=1, maximum=1)
+    return Captured(any_batch=any_batch, batch_of_one=capture_any_batch(network, preprocess, single))
+
+
+def capture_any_batch(network: Backbone, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
+    """Capture *network* for every batch size of the range.
+
+    Raises `LoweringError` if the network cannot be captured, or if its code restricts the batch size further.
+    """
+    deployed = Deployed(network, preprocess).eval()
+    size = min(2, batch.maximum)
+    images = torch.zeros(size, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
+    if size == 1:
+        return export(deployed, (images,), None)
+    program = export(deployed, (images,), ({0: Dim("batch", min=1, max=batch.maximum)},))
+    name = program.graph_signature.user_inputs[0]
+    dimension = next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[0]
+    if isinstance(dimension, int):
+        raise LoweringError(
+            f"the network fixes the batch size to {dimension}; it must accept any size from 1"
+        )
+    allowed = program.range_constraints[dimension.node.expr]
+    if int(allowed.lower) > 1 or int(allowed.upper) != batch.maximum:
+        raise LoweringError(
+            f"the network accepts batches of {allowed.lower} to {allowed.upper} images only, not of "
+            f"1 to {batch.maximum}; its code depends on the batch size"
+        )
+    return program
+
+
+def export(module: nn.Module, examples: tuple[Tensor, ...], dynamic_shapes: Any) -> ExportedProgram:
+    """Run torch.export on *module* and make the program functional.
+
+    Raises `LoweringError` with the first line of torch's message.
+    """
+    try:
+        with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch prints part of the graph on failure
+            program = torch.export.export(module, examples, dynamic_shapes=dynamic_shapes)
+            functional: ExportedProgram = program.run_decompositions({})
+    except Exception as error:  # tracing runs the network's own code, which can raise anything
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise LoweringError(f"cannot be captured as one graph: {reason}") from error
+    return functional
+
+
+OPSET = 18
+OPSET_OF_BFLOAT16 = 22  # the first opset with bfloat16 convolutions
+INPUT = "images"
+PREFIX = "network."  # the attribute of `Deployed` that holds the network
+REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
+MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for the weights
+# Converting a ResNet-50 takes as long as the parity check, so conversions are cached while the program lives.
+_CONVERTED: WeakKeyDictionary[ExportedProgram, tuple[int, ExportedProgram]] = WeakKeyDictionary()
+
+
+def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) -> onnx.ModelProto:
+    """Convert *program* to ONNX with input `images` and a symbolic batch dimension.
+
+    Raises `LoweringError` if an operator has no ONNX form or the weights exceed 2 GB.
+    """
+    model = _convert(program, outputs, opset).model
+    ClearMetadataAndDocStringPass()(model)
+    for name in list(model.graph.initializers):
+        value = model.graph.initializers[name]
+        value.name = name.removeprefix(PREFIX)
+        value.metadata_props.clear()
+    for node in model.graph:
+        for output in node.outputs:
+            if not output.is_graph_output():
+                output.shape, output.type = None, None
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.metadata_props.clear()
+        if value.shape is not None and not isinstance(value.shape[0], int):
+            value.shape[0] = ir.SymbolicDim("batch")
+    model.graph.name = "sopdeploy"
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    if size > MAX_BYTES:
+        raise LoweringError(f"the weights take {size} bytes; one ONNX file holds at most {MAX_BYTES}")
+    proto: onnx.ModelProto = ir.to_proto(model)
+    check(proto, opset)
+    return proto
+
+
+def with_converter_names(
+    program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET
+) -> ExportedProgram | None:
+    """Convert *program*, or look it up, and return it with the names of the ONNX file."""
+    cached = _CONVERTED.get(program)
+    if cached is not None and cached[0] == opset:
+        return cached[1]
+    return _convert(program, outputs, opset).exported_program
+
+
+def _convert(program: ExportedProgram, outputs: Sequence[str], opset: int) -> torch.onnx.ONNXProgram:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the converter warns about its own internals
+        try:
+            converted = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[INPUT],
+                output_names=list(outputs),
+                external_data=False,
+                verbose=False,
+            )
+        except Exception as error:  # the converter does not limit what its passes raise
+            reason = str(error).strip().partition("\n")[0]
+            raise LoweringError(f"no ONNX form: {type(error).__name__}: {reason}") from error
+    if converted is None:
+        raise LoweringError("no ONNX form: the converter returned nothing")
+    if converted.exported_program is not None:
+        _CONVERTED[program] = (opset, converted.exported_program)
+    return converted
+
+
+def check(proto: onnx.ModelProto, opset: int = OPSET) -> None:
+    """Check that every runtime can execute *proto*; raises `LoweringError`.
+
+    The graph must be valid, use only *opset* of the standard domain, and hold no control flow and no fixed
+    batch size other than 1.
+    """
+    onnx.checker.check_model(proto, full_check=True)
+    opsets = {imported.domain: imported.version for imported in proto.opset_import}
+    if opsets != {"": opset}:
+        raise LoweringError(f"the graph needs operator sets {opsets}, but only ONNX opset {opset} is allowed")
+    rejected = sorted({node.op_type for node in proto.graph.node} & REJECTED)
+    if rejected:
+        raise LoweringError(f"the graph contains {rejected[0]}; control flow is not allowed")
+    batch = proto.graph.input[0].type.tensor_type.shape.dim[0]
+    if batch.HasField("dim_value") and batch.dim_value != 1:
+        raise LoweringError(f"the graph fixes the batch size to {batch.dim_value}")
+
+
+def operator_counts(proto: onnx.ModelProto) -> dict[str, int]:
+    """Count the nodes of each operator type, sorted by name."""
+    return dict(sorted(Counter(node.op_type for node in proto.graph.node).items()))
+
+
+def write(proto: onnx.ModelProto, path: Path) -> None:
+    """Write *proto* to *path*; the same model always gives the same bytes."""
+    path.write_bytes(proto.SerializeToString(deterministic=True))
