@@ -24,8 +24,8 @@ from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture.components import Components, make_components
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
-from sopdeploy_export.rewrites.apply import apply_formulas, apply_rules
-from sopdeploy_export.rewrites.context import RewriteContext, open_form, record_activations
+from sopdeploy_export.rewrites.apply import apply_formulas, apply_rules, record_activations
+from sopdeploy_export.rewrites.context import RewriteContext, open_form
 from sopdeploy_export.rewrites.mixture import AllMasked, GatheredWeights
 
 TOLERANCE = 2e-5  # relative to the largest value; both sides are float32

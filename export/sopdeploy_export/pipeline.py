@@ -1,24 +1,35 @@
-"""The export pipeline, from a checkpoint to a bundle."""
+"""The export pipeline, from a checkpoint to a bundle.
+
+Detaching copies a trained network without the parts that only its training needs: DSoP section III-A removes
+the second-order branches after training; the GM-SOP gate loses its noise weights the same way. The model
+lists the removable parts in `training_only`.
+"""
 
 import copy
+import json
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
+import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+import sopdeploy
+from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle import folder as bundle
-from sopdeploy.bundle.manifest import BatchRange, Lineage, to_json
-from sopdeploy.bundle.probes import write_probes
+from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
+from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import DetachError, LoweringError
 from sopdeploy.files import sha256
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph import Deployed, operator_counts, probe_images, write
+from sopdeploy_export.graph import INPUT, Deployed, operator_counts, probe_images, write
 from sopdeploy_export.parity import torch_program
 from sopdeploy_export.parity.compare import (
     Reference,
@@ -37,17 +48,14 @@ from sopdeploy_export.precision.convert import (
     lowering_options,
 )
 from sopdeploy_export.proof.certificate import Certificate, certify, lower_with_proof
-from sopdeploy_export.proof.hashes import file_root
+from sopdeploy_export.proof.hashes import onnx_root
 from sopdeploy_export.report.network_summary import network_summary
 from sopdeploy_export.report.page import render_model_card, render_report
 from sopdeploy_export.report.results import (
     Exported,
     ExportResults,
     Speed,
-    as_probes,
-    manifest_fields,
     measure_speed,
-    write_reports,
 )
 from sopdeploy_export.rewrites.apply import CertifiedGraph, lower_by_rules
 
@@ -99,50 +107,80 @@ def export(
     trained = build_classifier(checkpoint, checkpoint_path)
     check_exportable(trained)
     images = probe_images(checkpoint.preprocess, options.probes)
-    preprocess, batch, precision = checkpoint.preprocess, options.batch, options.precision
+    job = _Job(checkpoint_path, checkpoint, images, options, step)
 
     step("detaching" if options.detach else "nothing to detach")
     lean = detach(trained) if options.detach else require_detached(trained)
-
     step("proving that the detached network equals the plain network")
-    pixels = torch.from_numpy(images)
-    proof = certify(trained, lean, preprocess, pixels, model=checkpoint.model, batch=batch)
-
+    pixels, batch = torch.from_numpy(images), options.batch
+    proof = certify(trained, lean, checkpoint.preprocess, pixels, model=checkpoint.model, batch=batch)
     step("lowering to ONNX")
     model, certificate = lower_with_proof(proof, trained.outputs)
     certified = CertifiedGraph(lean, proof.lean.any_batch, model)
     del trained, proof  # frees three networks and five of their six programs
-    rewriting = lowering_options(precision, rules=options.lowering, autotune=options.autotune)
-    lowered = lower_by_rules(certified, images, preprocess, batch, rewriting)
-    if precision.precision != "fp32":
-        step(f"converting the graph to {precision.precision}")
-    converted = convert_precision(lean, lowered, preprocess, batch, precision)
+    converted = _lower_and_convert(job, certified)
 
     with bundle.staging(destination) as folder:
-        file = folder / ONNX_FILE
-        write(converted.model, file)
-        step("comparing the file with the network")
-        expected, parity = compare_with_network(file, lean, converted, checkpoint, images, options)
-        accuracy = check_accuracy(
-            converted, file, checkpoint, batch, precision, allow_drift=options.allow_drift
-        )
-        speed = None
-        if options.measure_speed:
-            step("timing it against the plain backbone")
-            speed = measure_speed(file, certified.model, images, batch)
-        if options.pt2:
-            step("writing and checking network.pt2")
-            content = torch_program.serialize_program(certified.program, certificate)
-            torch_program.check_outputs(content, expected, parity, images, batch.maximum)
-            (folder / torch_program.FILE).write_bytes(content)
+        write(converted.model, folder / ONNX_FILE)
+        checks = _check_file(job, folder, certified, certificate, converted)
         step("writing the bundle")
-        checks = _Checks(images, certificate, expected, parity, accuracy, speed)
-        return _write_bundle(folder, destination, checkpoint_path, checkpoint, converted, checks, options)
+        return _write_bundle(job, folder, destination, converted, checks)
+
+
+class _Job(NamedTuple):
+    checkpoint_path: Path
+    checkpoint: Checkpoint
+    images: NDArray[np.uint8]
+    options: ExportOptions
+    step: Callable[[str], None]
+
+
+class _Checks(NamedTuple):
+    certificate: Certificate
+    expected: Reference
+    parity: ParityReport
+    precision: PrecisionReport
+    speed: Speed | None
+
+
+def _lower_and_convert(job: _Job, certified: CertifiedGraph) -> ConvertedGraph:
+    """Apply the rewrite rules to the *certified* network and convert it to the requested precision."""
+    options, preprocess = job.options, job.checkpoint.preprocess
+    rewriting = lowering_options(options.precision, rules=options.lowering, autotune=options.autotune)
+    lowered = lower_by_rules(certified, job.images, preprocess, options.batch, rewriting)
+    if options.precision.precision != "fp32":
+        job.step(f"converting the graph to {options.precision.precision}")
+    return convert_precision(certified.network, lowered, preprocess, options.batch, options.precision)
+
+
+def _check_file(
+    job: _Job, folder: Path, certified: CertifiedGraph, certificate: Certificate, converted: ConvertedGraph
+) -> _Checks:
+    """Compare the file in *folder* with the network; time it and write `network.pt2` if requested."""
+    images, options, step = job.images, job.options, job.step
+    file, batch, precision = folder / ONNX_FILE, options.batch, converted.precision
+    step("comparing the file with the network")
+    expected, parity = compare_with_network(
+        file, certified.network, converted, job.checkpoint, images, options
+    )
+    if options.precision.evaluate is not None or converted.calibration is not None:
+        gate, allow = (converted, file, job.checkpoint, batch, options.precision), options.allow_drift
+        precision = check_accuracy(*gate, allow_drift=allow)
+    speed = None
+    if options.measure_speed:
+        step("timing it against the plain backbone")
+        speed = measure_speed(file, certified.model, images, batch)
+    if options.pt2:
+        step("writing and checking network.pt2")
+        content = torch_program.serialize_program(certified.program, certificate)
+        torch_program.check_outputs(content, expected, parity, images, batch.maximum)
+        (folder / torch_program.FILE).write_bytes(content)
+    return _Checks(certificate, expected, parity, precision, speed)
 
 
 def compare_with_network(
     file: Path,
-    lean: Classifier,
+    lean: Backbone,
     converted: ConvertedGraph,
     checkpoint: Checkpoint,
     images: NDArray[np.uint8],
@@ -166,39 +204,22 @@ def compare_with_network(
     return expected, parity.model_copy(update={"parts": parts})
 
 
-class _Checks(NamedTuple):
-    images: NDArray[np.uint8]
-    certificate: Certificate
-    expected: Reference
-    parity: ParityReport
-    precision: PrecisionReport
-    speed: Speed | None
-
-
 def _write_bundle(
-    folder: Path,
-    destination: Path,
-    checkpoint_path: Path,
-    checkpoint: Checkpoint,
-    converted: ConvertedGraph,
-    checks: _Checks,
-    options: ExportOptions,
+    job: _Job, folder: Path, destination: Path, converted: ConvertedGraph, checks: _Checks
 ) -> Exported:
     """Complete the bundle in *folder* and move it to *destination*."""
-    images, certificate, expected, parity, precision, speed = checks
-    write_reports(folder, checkpoint, certificate, parity, precision)
-    (folder / "lowering.json").write_bytes(to_json(converted.lowering.model_dump(mode="json")))
-    write_probes(folder / "probes.npz", as_probes(images, expected, parity))
-    lineage = Lineage(
-        checkpoint_sha256=sha256(checkpoint_path),
-        program_root=certificate.roots.any_batch,
-        onnx_root=file_root(folder / ONNX_FILE),
-    )
-    fields = manifest_fields(checkpoint, certificate, options.batch, lineage, expected) | {
-        "precision": precision.precision,
-        "int8_for": options.precision.int8_for if precision.precision == "int8" else None,
-        "opset": converted.opset,
+    checkpoint, (certificate, expected, parity, precision, speed) = job.checkpoint, checks
+    reports = {
+        "certificate": certificate,
+        "parity": parity,
+        "precision": precision,
+        "lowering": converted.lowering,
     }
+    for name, report in reports.items():
+        (folder / f"{name}.json").write_bytes(to_json(report.model_dump(mode="json")))
+    (folder / "labels.json").write_bytes(to_json(list(checkpoint.labels)))
+    write_probes(folder / "probes.npz", as_probes(job.images, expected, parity))
+    fields = _manifest_fields(job, folder, converted, checks)
     card = render_model_card(checkpoint, certificate, parity, precision, fields)
     (folder / "README.md").write_text(card, encoding="utf-8")
     results = ExportResults(
@@ -224,6 +245,57 @@ def _write_bundle(
         network_summary=results.network_summary,
         speed=speed,
     )
+
+
+def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityReport) -> Probes:
+    """Create the bundle's probes from the *images* (P, H, W, 3) that were compared.
+
+    An allowed drift widens the tolerance of replays to twice the observed drift.
+    """
+    tolerance = {name: output.tolerance for name, output in parity.outputs.items()}
+    if parity.drift_allowed:
+        for name, output in parity.outputs.items():
+            observed = max(output.largest_drift, output.alone_or_in_batch)
+            tolerance[name] = max(output.tolerance, 2 * observed)
+    kept = parity.compared_images
+    return Probes(
+        images=images[kept],
+        expected={name: values[kept].astype(np.float32) for name, values in expected.outputs.items()},
+        tolerance=tolerance,
+    )
+
+
+def _manifest_fields(job: _Job, folder: Path, converted: ConvertedGraph, checks: _Checks) -> dict[str, Any]:
+    """Collect the fields of the manifest, without `files`."""
+    checkpoint, certificate, side = job.checkpoint, checks.certificate, job.checkpoint.preprocess.crop
+    precision = checks.precision.precision
+    return {
+        "model": checkpoint.model,
+        "config": json.loads(json.dumps(checkpoint.config)),
+        "inputs": (TensorRecord(name=INPUT, dtype="uint8", shape=(None, side, side, 3)),),
+        "outputs": tuple(
+            TensorRecord(name=name, dtype="float32", shape=(None, *values.shape[1:]))
+            for name, values in checks.expected.outputs.items()
+        ),
+        "preprocess": checkpoint.preprocess,
+        "batch": job.options.batch,
+        "detached": certificate.detached,
+        "lineage": Lineage(
+            checkpoint_sha256=sha256(job.checkpoint_path),
+            program_root=certificate.roots.any_batch,
+            onnx_root=onnx_root(onnx.load(folder / ONNX_FILE)),
+        ),
+        "versions": {
+            "sopdeploy": sopdeploy.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
+        "precision": precision,
+        "int8_for": job.options.precision.int8_for if precision == "int8" else None,
+        "opset": converted.opset,
+    }
 
 
 def check_exportable(network: Classifier) -> None:

@@ -31,6 +31,8 @@ class ExportHints:
             - `fold_fusion_norm`: `bn`, `dropout`, `fc`
         reference_formula: Name of the paper's formula that replaces the layer when the rewrite rules are
             turned off: `newton_schulz`, `channel_covariance` or `row_convolution`.
+        computes_roots: The layer computes matrix square roots, which parity checks measure. It has `config`
+            (a `NewtonSchulzConfig`, or None without a root) and `roots(*inputs)`: the maps and the roots.
         not_exportable: Why the layer has no ONNX form that every runtime accepts, and what to use instead.
             The exporter refuses the network with this message.
     """
@@ -41,6 +43,7 @@ class ExportHints:
     keep_output_dtype: ClassVar[bool] = False
     is_classifier: ClassVar[bool] = False
     is_gate: ClassVar[bool] = False
+    computes_roots: ClassVar[bool] = False
     rewrite_rules: ClassVar[tuple[str, ...]] = ()
     reference_formula: ClassVar[str | None] = None
     not_exportable: str | None = None

@@ -38,6 +38,7 @@ class ISqrtCov(nn.Module, ExportHints):
     """
 
     keep_float32 = True
+    computes_roots = True
     rewrite_rules = ("newton_schulz",)
     reference_formula = "newton_schulz"
     triangle: Tensor

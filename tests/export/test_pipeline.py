@@ -15,7 +15,7 @@ from sopdeploy.models.base import Classifier
 from sopdeploy_export import pipeline
 from sopdeploy_export.graph import probe_images
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
-from sopdeploy_export.proof.hashes import file_root
+from sopdeploy_export.proof.hashes import onnx_root
 from tests.export.conftest import LABELS, save, trained
 from tests.export.once import proving_once
 
@@ -39,7 +39,11 @@ def test_bundle_opens_and_records_the_certificate(exported: Exported) -> None:
     assert exported.path.name == bundle.name
     assert bundle.labels == LABELS
     assert bundle.manifest.detached == ("branches",)
-    assert bundle.manifest.lineage.onnx_root == file_root(bundle.onnx) == exported.certificate.roots.onnx
+    assert (
+        bundle.manifest.lineage.onnx_root
+        == onnx_root(onnx.load(bundle.onnx))
+        == exported.certificate.roots.onnx
+    )
     assert bundle.manifest.lineage.program_root == exported.certificate.roots.any_batch
     assert {path.name for path in exported.path.iterdir()} == {*bundle.manifest.files, "manifest.json"}
     names = [tensor.name for tensor in onnx.load(bundle.onnx).graph.initializer]

@@ -1,4 +1,21 @@
-"""The reference of the comparison: the network in float64, and its own noise in the exported precision."""
+"""Compare the exported ONNX file, loaded from disk, with the network it was exported from.
+
+The reference is the network in float64; its noise floor is the error of its own run in the exported
+precision. Every output must stay within its tolerance at every tested batch size and must not depend on the
+batch. A changed top class or gate route is an error where the network's margin was clear. If the comparison
+fails, *locate* names the first module that is wrong.
+
+The matrix square roots of second-order modules are checked for symmetry, residual and distance from N exact
+steps, in the exported dtypes. An inaccurate iteration would raise the noise floor of the whole network and
+pass there; here every root R is compared with R*, N Newton-Schulz steps in float64 on the same feature maps.
+
+Bounds. Let e = ||R - R*|| / ||R*|| in Frobenius norms. The library's own implementation in the same dtypes
+has the error e0, and `ROOT_FLOORS` * e0 is allowed, at most `_error_limit`: what N steps can lose with unit
+roundoff u. The limit exposes noise that affects both implementations, such as TF32 products. The other
+bounds follow from e: R* is symmetric, so ||R - R^T|| <= 2 e ||R*||, and with S = R* R* <= covariance, ||R R
+- R* R*|| <= 2 e ||R*||_2 ||R*|| <= 2 e d^(1/4) ||covariance||, since ||R*||_2^2 <= ||S|| and ||R*||^2 <=
+trace(S) <= sqrt(d) ||S||.
+"""
 
 import copy
 import math
@@ -24,9 +41,10 @@ from sopdeploy.layers.covariance import (
     covariance_trace,
     frobenius_norm,
 )
-from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov, covariance_root
+from sopdeploy.layers.export_hints import export_hints
+from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, covariance_root
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
-from sopdeploy_export.graph import Deployed
+from sopdeploy_export.graph import PREFIX, Deployed
 from sopdeploy_export.parity.onnx_file import EMULATION, file_outputs, has_bfloat16, open_session
 from sopdeploy_export.parity.report import (
     FLOORS_BY_PRECISION,
@@ -39,16 +57,12 @@ from sopdeploy_export.parity.report import (
     SpectralRecord,
     agreement,
     compared,
+    find_gate,
+    find_routes,
     gate_logits,
-    has_gate,
     rerouted,
-    routing,
     routing_parity,
 )
-from sopdeploy_export.rewrites.linear import CompensatedAfter
-from sopdeploy_export.rewrites.mixture import Experts
-from sopdeploy_export.rewrites.newton_schulz import LoweredRoot
-from sopdeploy_export.rewrites.reference_formulas import ReferenceRoot
 
 Arrays = dict[str, NDArray[Any]]
 Run = Callable[[Tensor], tuple[Tensor, ...]]
@@ -91,10 +105,11 @@ def compute_reference(
     batched = network_outputs(own, names, images, BATCH)
     single = network_outputs(own, names, images[:SINGLE_IMAGES], 1)
     routes, kept = None, np.ones(len(images), dtype=bool)
-    if has_gate(deployed.network):
+    if (gate := find_gate(deployed.network)) is not None:
         pixels = torch.from_numpy(images)
         own_logits = gate_logits(deployed, pixels) if own_gate is None else own_gate(pixels)
-        routes = routing(gate_logits(network64, pixels), own_logits, deployed, FLOORS_BY_PRECISION[precision])
+        exact_logits, allowed = gate_logits(network64, pixels), FLOORS_BY_PRECISION[precision]
+        routes = find_routes(exact_logits, own_logits, gate.chosen, allowed)
         kept = routes.steady
     if not kept.any():
         raise ParityError(
@@ -127,9 +142,9 @@ def network_outputs(run: Run, names: Sequence[str], images: NDArray[np.uint8], b
     return dict(zip(names, joined, strict=True))
 
 
-IMAGES = 4
+ROOT_IMAGES = 4
 ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11}
-FLOORS = {"float32": FLOORS_BY_PRECISION["fp32"], "float16": FLOORS_BY_PRECISION["fp16"]}
+ROOT_FLOORS = {"float32": FLOORS_BY_PRECISION["fp32"], "float16": FLOORS_BY_PRECISION["fp16"]}
 
 
 def spectral_records(network: nn.Module, pixels: Tensor) -> tuple[SpectralRecord, ...]:
@@ -139,39 +154,30 @@ def spectral_records(network: nn.Module, pixels: Tensor) -> tuple[SpectralRecord
     def keep(name: str, _part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.setdefault(name, inputs)
 
-    parts = {name: part for name, part in network.named_modules() if _newton_schulz_config(part) is not None}
+    parts: dict[str, Any] = {
+        name: part for name, part in network.named_modules() if export_hints(part).computes_roots
+    }
     handles = [part.register_forward_pre_hook(partial(keep, name)) for name, part in parts.items()]
     try:
         with torch.no_grad():
-            network(pixels[:IMAGES])
+            network(pixels[:ROOT_IMAGES])
     finally:
         for handle in handles:
             handle.remove()
     records = []
     for name, inputs in seen.items():
-        label = f"{name}.root" if isinstance(parts[name], CompensatedAfter) else name
-        records.append(measure_root(label.removeprefix("network."), parts[name], inputs))
+        if parts[name].config is None:
+            continue
+        inner = [child for child, part in parts[name].named_children() if export_hints(part).computes_roots]
+        records.append(measure_root(".".join([name.removeprefix(PREFIX), *inner]), parts[name], inputs))
     return tuple(records)
 
 
-def _newton_schulz_config(part: nn.Module) -> NewtonSchulzConfig | None:
-    if isinstance(part, CompensatedAfter):
-        return part.root.config
-    if isinstance(part, Experts):
-        return part.config
-    return part.config if isinstance(part, ISqrtCov | LoweredRoot | ReferenceRoot) else None
-
-
 @torch.no_grad()
-def measure_root(name: str, part: nn.Module, inputs: tuple[Tensor, ...]) -> SpectralRecord:
+def measure_root(name: str, part: Any, inputs: tuple[Tensor, ...]) -> SpectralRecord:
     """Measure the roots that *part* computes from *inputs*, against N steps in float64."""
-    config = _newton_schulz_config(part)
-    assert config is not None  # noqa: S101 - only modules with a root are measured
-    if isinstance(part, ISqrtCov):
-        maps, root = inputs[0], covariance_root(inputs[0], part.config)
-    else:
-        module: Any = part.root if isinstance(part, CompensatedAfter) else part
-        maps, root = module.roots(*inputs)
+    config: NewtonSchulzConfig = part.config
+    maps, root = part.roots(*inputs)
     exact = covariance_root(maps.double(), config)
     squared = covariance(centered_and_scaled(maps.double()))
     if not config.compensate:
@@ -187,7 +193,7 @@ def measure_root(name: str, part: nn.Module, inputs: tuple[Tensor, ...]) -> Spec
         residual=_relative_norm(root.double() @ root.double() - squared, squared),
         residual_exact=_relative_norm(exact @ exact - squared, squared),
         distance=_relative_norm(root - exact, exact),
-        allowed=min(FLOORS[config.stored] * max(own_error, smallest), _error_limit(maps, config)),
+        allowed=min(ROOT_FLOORS[config.stored] * max(own_error, smallest), _error_limit(maps, config)),
         width=maps.shape[1],
     )
 

@@ -26,7 +26,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from sopdeploy.errors import ParityError
-from sopdeploy_export.graph import with_converter_names
+from sopdeploy_export.graph import PREFIX, with_converter_names
 from sopdeploy_export.parity.report import PROVIDER, PartDrift
 
 Arrays = dict[str, NDArray[Any]]
@@ -137,7 +137,6 @@ def _cast(source: str, target: str, to: int) -> onnx.NodeProto:
     return onnx.helper.make_node("Cast", [source], [target], to=to)
 
 
-PREFIX = "network."
 IMAGES = 4
 MAX_PARTS, PART_IMAGES = 40, 2  # limits time and memory of every export
 REDUCED = (torch.float16, torch.bfloat16, torch.float32)

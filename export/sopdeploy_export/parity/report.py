@@ -1,9 +1,16 @@
 """The measurements of `parity.json`: drift, noise floors, top-1 agreement, routing and spectral errors.
 
-Tolerances are measured. The reference is the network in float64. The noise floor of an output is the distance
-between that reference and the network's own run in the exported precision. The file may drift by
-`FLOORS_BY_PRECISION` noise floors: 16 in float32, where reordered sums and folded batch norms cause 1 to 4; 4
-in a reduced precision, where the floor already contains the rounding to that precision.
+Tolerances are measured. The reference is the network in float64. The noise floor of an output is the
+distance between that reference and the network's own run in the exported precision. The file may drift by
+`FLOORS_BY_PRECISION` noise floors: 16 in float32, where reordered sums and folded batch norms cause 1 to 4;
+4 in a reduced precision, where the floor already contains the rounding to that precision.
+
+Routing of mixtures: a gate that is nearly undecided may choose other components after rounding, and every
+later number then changes although nothing is wrong. An image is undecided if the margin between its K-th and
+next gate logit is within the measured noise of these logits. A route is the set of the K largest gate
+logits. The file exposes only softmax weights, and a chosen weight may underflow to 0 in float32. Such a
+component does not contribute, so only components whose weight stays positive under the tolerated drift count
+as missing.
 """
 
 from collections import Counter
@@ -19,7 +26,8 @@ from torch import Tensor, nn
 from sopdeploy.bundle.manifest import Precision
 from sopdeploy.config import StrictModel
 from sopdeploy.evaluation.statistics import wilson
-from sopdeploy.layers.mixture.gate import SparseGate
+from sopdeploy.layers.export_hints import export_hints
+from sopdeploy_export.graph import Deployed
 
 PROVIDER = "CPUExecutionProvider"
 LOGITS = "logits"
@@ -249,37 +257,35 @@ class Routing:
     decided: bool
 
 
-def has_gate(network: nn.Module) -> bool:
-    """Whether *network* has exactly one gate and its weights are an output."""
-    gates = [part for part in network.modules() if isinstance(part, SparseGate)]
-    return len(gates) == 1 and "gates" in getattr(network, "outputs", ())
+def find_gate(network: nn.Module) -> Any:
+    """Find the gate of *network*, a layer that declares `is_gate`.
+
+    Returns None unless there is exactly one and its weights are an output of *network*.
+    """
+    gates = [part for part in network.modules() if export_hints(part).is_gate]
+    return gates[0] if len(gates) == 1 and GATES in getattr(network, "outputs", ()) else None
 
 
-def gate_of(network: nn.Module) -> SparseGate:
-    """Find the first gate of *network*."""
-    return next(part for part in network.modules() if isinstance(part, SparseGate))
-
-
-def gate_logits(network: nn.Module, pixels: Tensor) -> NDArray[Any]:
-    """Compute the gate logits (P, N) for *pixels*, in the dtype that *network* uses for them."""
-    gate = gate_of(network)
+def gate_logits(deployed: Deployed, pixels: Tensor) -> NDArray[Any]:
+    """Compute the gate logits (P, N) for *pixels*, in the dtype that *deployed* uses for them."""
+    gate = find_gate(deployed.network)
     kept: list[Tensor] = []
-    feature: nn.Module = gate.feature
-    handle = feature.register_forward_hook(lambda _part, _inputs, output: kept.append(gate.logits(output)))
+    handle = gate.feature.register_forward_hook(
+        lambda _part, _inputs, output: kept.append(gate.logits(output))
+    )
     try:
         with torch.no_grad():
-            network(pixels)
+            deployed(pixels)
     finally:
         handle.remove()
     return kept[0].numpy()
 
 
-def routing(exact: NDArray[Any], own: NDArray[Any], network: nn.Module, floors: float) -> Routing:
-    """Compute the routes of the float64 gate logits *exact* (P, N) and their stability.
+def find_routes(exact: NDArray[Any], own: NDArray[Any], k: int, floors: float) -> Routing:
+    """Compute the routes of the float64 gate logits *exact* (P, N) to *k* components, and their stability.
 
     *own* are the logits in the exported precision; the tolerance is *floors* times their error.
     """
-    k = gate_of(network).chosen
     chosen = _largest(exact, k)
     ranked = -np.sort(-exact, axis=1)
     margin = ranked[:, k - 1] - ranked[:, k] if k < exact.shape[1] else np.full(len(exact), np.inf)

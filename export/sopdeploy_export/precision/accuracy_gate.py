@@ -17,11 +17,10 @@ from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.precision.convert import (
     Accuracy,
     ConvertedGraph,
-    Cost,
     PrecisionOptions,
     PrecisionReport,
 )
-from sopdeploy_export.precision.int8 import METHODS
+from sopdeploy_export.precision.int8 import METHODS, Cost
 
 BATCH = 8
 Batch = tuple[NDArray[np.uint8], list[int]]  # images (B, H, W, 3), and labels if they are known
@@ -38,19 +37,16 @@ def check_accuracy(
 ) -> PrecisionReport:
     """Add the accuracy of the file at *path* to the precision report.
 
-    The images are those of `evaluate` (with labels) or of `calibrate`; without either, nothing is compared.
-    Raises `ParityError` if more than `max_drop` points are lost and *allow_drift* is off.
+    The images are those of `evaluate` (with labels) or of `calibrate`. Raises `ParityError` if more than
+    `max_drop` points are lost and *allow_drift* is off.
     """
-    batches: Iterable[Batch]
     if options.evaluate is not None:
-        dataset = PreprocessedDataset(
-            open_classes(options.evaluate.expanduser(), checkpoint.labels), checkpoint.preprocess
-        )
+        folder = open_classes(options.evaluate.expanduser(), checkpoint.labels)
+        dataset = PreprocessedDataset(folder, checkpoint.preprocess)
         batches = _labeled_batches(dataset, min(BATCH, batch.maximum))
-    elif converted.calibration is not None:
-        batches = ((converted.calibration[i : i + 1], []) for i in range(len(converted.calibration)))
     else:
-        return converted.precision
+        images = converted.calibration
+        batches = iter([]) if images is None else ((image[None], []) for image in images)
     found = compare_predictions(converted.float32_model, path, batches)
     if found.drop > options.max_drop and not allow_drift:
         metric = "agreement with float32" if found.before is None else "top-1"

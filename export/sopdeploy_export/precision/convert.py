@@ -29,12 +29,13 @@ from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.graph import (
+    CALIBRATE,
     OPSET,
     OPSET_OF_BFLOAT16,
     PREFIX,
     Deployed,
-    calibration_images,
     capture_any_batch,
+    load_images,
     probe_images,
 )
 from sopdeploy_export.parity.bisect_int8 import Int8Graphs, find_first_int8_drift, part_drifts_int8
@@ -46,7 +47,7 @@ from sopdeploy_export.parity.onnx_file import (
     open_session,
     part_drifts,
 )
-from sopdeploy_export.parity.report import PartDrift, gate_logits, gate_of, has_gate
+from sopdeploy_export.parity.report import PartDrift, find_gate, gate_logits
 from sopdeploy_export.precision.casts import (
     LOW_PRECISION,
     Calibration,
@@ -56,7 +57,7 @@ from sopdeploy_export.precision.casts import (
     weight_dtypes,
     with_precision,
 )
-from sopdeploy_export.precision.int8 import check_part_names, input_grids, measure_sensitivity, quantize
+from sopdeploy_export.precision.int8 import Cost, check_part_names, input_grids, measure_sensitivity, quantize
 from sopdeploy_export.rewrites.apply import OBSERVED_IMAGES, LoweredGraph, LoweringOptions, lower_converted
 from sopdeploy_export.rewrites.attention import FoldedExcitation
 from sopdeploy_export.rewrites.context import LoweringReport
@@ -75,13 +76,6 @@ class PartPrecision(StrictModel):
     part: str
     weights: str | None
     operations: dict[str, int]
-
-
-class Cost(StrictModel):
-    """Change of the logits, relative to their spread, if one part is quantized."""
-
-    part: str
-    share: float
 
 
 class Quantization(StrictModel):
@@ -302,7 +296,7 @@ def convert_precision(
     return ConvertedGraph(
         model=converted.model,
         run=own,
-        gate=(lambda pixels: gate_logits(own, pixels)) if has_gate(lean) else None,
+        gate=(lambda pixels: gate_logits(own, pixels)) if find_gate(lean) is not None else None,
         spectral=Deployed(converted.network, preprocess).eval(),
         lowering=converted.report,
         float32_model=lowered.model,
@@ -324,7 +318,7 @@ def _convert_int8(
 ) -> ConvertedGraph:
     if options.calibrate is None:
         raise ConfigError("--precision int8 needs images to measure ranges on: add --calibrate DIR")
-    images = calibration_images(options.calibrate, preprocess)
+    images = load_images(options.calibrate, preprocess, CALIBRATE)
     check_part_names(lowered.model, options.keep_float)
     in_float = [*float32_parts(deployed.network), *options.keep_float]
     model = quantize(lowered.model, images, in_float, options.calibration, options.int8_for)
@@ -374,9 +368,10 @@ def run_unfused(model: onnx.ModelProto) -> Run:
 
 def _gate_of_file(model: onnx.ModelProto, network: nn.Module) -> Gate | None:
     """Build a function that computes the gate's logits in *model*, unfused."""
-    if not has_gate(network):
+    gate = find_gate(network)
+    if gate is None:
         return None
-    name = next(name for name, part in network.named_modules() if part is gate_of(network))
+    name = next(name for name, part in network.named_modules() if part is gate)
     readers = [node for node in model.graph.node if f"{name}.weight" in node.input]
     if len(readers) != 1:
         raise LoweringError(f"the weights of {name} have {len(readers)} readers in the graph, not one")

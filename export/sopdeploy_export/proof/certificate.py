@@ -27,14 +27,23 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.models.base import Classifier
-from sopdeploy.module_names import is_in_any
+from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import PREFIX, Captured, Deployed, capture, lower
 from sopdeploy_export.proof.hashes import ProgramRoot, onnx_root, program_root, tensor_hash
 
 SINGLE_PROBES = 4  # compared one by one
 MAX_BATCH = 16  # of the probes that are compared in batches
 Network = TypeVar("Network", bound=nn.Module)
+
+
+class TensorEntry(StrictModel):
+    """One parameter or buffer, with the sha256 of its content."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    sha256: str
 
 
 class Roots(StrictModel):
@@ -262,16 +271,6 @@ def assert_equal_outputs(networks: dict[str, nn.Module], probes: Tensor) -> tupl
     return (1, len(batches[0]))
 
 
-class TensorEntry(StrictModel):
-    """One parameter or buffer, with the sha256 of its content."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
-    sha256: str
-
-
 def tensors(network: nn.Module) -> dict[str, Tensor]:
     """Map every name of every parameter and buffer of *network* to its tensor."""
     parameters = dict(network.named_parameters(remove_duplicate=False))
@@ -295,7 +294,7 @@ def build_inventory(
         before[name].untyped_storage().data_ptr(): name for name in after if before[name].numel()
     }  # the memory of each kept tensor
     for name, tensor in removed.items():
-        if not is_in_any(name, trained.training_only):
+        if not is_in(name, *trained.training_only):
             raise CertificateError(f"{name} was removed, but {list(trained.training_only)} do not cover it")
         owner = owners.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
         if owner is not None:

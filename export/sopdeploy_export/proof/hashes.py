@@ -9,9 +9,7 @@ nodes count by operator, attributes and ordered operands. Both take linear time.
 """
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -63,7 +61,7 @@ def program_root(program: ExportedProgram) -> ProgramRoot:
     signature = program.graph_signature
     names = signature.inputs_to_parameters | signature.inputs_to_buffers
     reached = frozenset(names[node.name] for node in hasher.hashes if node.name in names)
-    return ProgramRoot(sha256=_hash(lines), nodes=hasher.places, state=reached)
+    return ProgramRoot(sha256=_hash(*lines), nodes=hasher.places, state=reached)
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -89,7 +87,7 @@ def _leaf_hashes(program: ExportedProgram) -> dict[str, str]:
             else symbols.setdefault(str(size.node.expr), f"S{len(symbols)}")
             for size in value.shape
         ]
-        leaves[spec.arg.name] = _hash(["input", str(position), str(value.dtype), *shape])
+        leaves[spec.arg.name] = _hash("input", str(position), str(value.dtype), *shape)
     for spec in specs:
         if spec.kind != InputKind.USER_INPUT:
             tensor = program.state_dict.get(spec.target, program.constants.get(spec.target))
@@ -112,9 +110,9 @@ class _GraphHasher:
         if isinstance(value, fx.Node):
             return self._node_hash(value)
         if isinstance(value, list | tuple):
-            return _hash(["list", *(self.encode(item) for item in value)])
+            return _hash("list", *(self.encode(item) for item in value))
         if isinstance(value, dict):
-            return _hash(["dict", *(f"{key}={self.encode(value[key])}" for key in sorted(value))])
+            return _hash("dict", *(f"{key}={self.encode(value[key])}" for key in sorted(value)))
         if isinstance(value, float):
             return f"float {value.hex()}"
         if value is None or isinstance(value, SCALARS):
@@ -148,7 +146,7 @@ class _GraphHasher:
             raise CertificateError(f"{node.name}: the graph depends on an object that is not a tensor")
         if node.op != "call_function":
             raise CertificateError(f"{node.name}: a graph must contain only operations, not {node.op}")
-        found = _hash([_operation(node), *(self.encode(value) for value in _arguments(node))])
+        found = _hash(_operation(node), *(self.encode(value) for value in _arguments(node)))
         if found not in self.places:
             stack = node.meta.get("nn_module_stack") or {}
             paths = [str(path) for path, _ in stack.values()]
@@ -160,9 +158,9 @@ class _GraphHasher:
 def _subgraph_hash(module: fx.GraphModule) -> str:
     """Hash a graph that a higher-order operation calls; inputs count by position."""
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    hasher = _GraphHasher(leaves={n.name: _hash(["argument", str(i)]) for i, n in enumerate(placeholders)})
+    hasher = _GraphHasher(leaves={n.name: _hash("argument", str(i)) for i, n in enumerate(placeholders)})
     outputs = next(node for node in module.graph.nodes if node.op == "output")
-    return _hash(["graph", hasher.encode(outputs.args[0])])
+    return _hash("graph", hasher.encode(outputs.args[0]))
 
 
 def _operation(node: fx.Node) -> str:
@@ -185,16 +183,12 @@ def _arguments(node: fx.Node) -> list[Any]:
     ]
 
 
-def _hash(lines: Iterable[str]) -> str:
+def _hash(*parts: str | bytes) -> str:
     digest = hashlib.sha256()
-    for line in lines:  # each with its length, so that no two lists of lines have the same bytes
-        digest.update(f"{len(line)}:{line}".encode())
+    for part in parts:  # each with its length, so that no two lists of parts have the same bytes
+        digest.update(f"{len(part)}:".encode())
+        digest.update(part.encode() if isinstance(part, str) else part)
     return digest.hexdigest()
-
-
-def file_root(path: Path) -> str:
-    """Compute the Merkle root of the graph in the ONNX file at *path*."""
-    return onnx_root(onnx.load(path))
 
 
 def onnx_root(model: onnx.ModelProto) -> str:
@@ -212,7 +206,13 @@ def onnx_root(model: onnx.ModelProto) -> str:
         for attribute in sorted(node.attribute, key=lambda a: a.name):
             if attribute.type in {onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS}:
                 raise CertificateError(f"{node.op_type} contains a subgraph; control flow is not allowed")
-            parts += [attribute.name, _attribute_bytes(attribute)]
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                parts += [attribute.name, _initializer_hash(attribute.t)]
+                continue
+            plain = onnx.AttributeProto()
+            plain.CopyFrom(attribute)
+            plain.doc_string = ""
+            parts += [attribute.name, plain.SerializeToString(deterministic=True)]
         parts += [hashes[name] if name else "absent" for name in node.input]
         node_hash = _hash(*parts)
         for position, name in enumerate(node.output):
@@ -224,22 +224,3 @@ def onnx_root(model: onnx.ModelProto) -> str:
 def _initializer_hash(tensor: onnx.TensorProto) -> str:
     content = numpy_helper.to_array(tensor).tobytes()
     return _hash(f"constant {tensor.data_type} {tuple(tensor.dims)}", content)
-
-
-def _attribute_bytes(attribute: onnx.AttributeProto) -> bytes:
-    if attribute.type == onnx.AttributeProto.TENSOR:
-        return _initializer_hash(attribute.t).encode()
-    plain = onnx.AttributeProto()
-    plain.CopyFrom(attribute)
-    plain.doc_string = ""
-    raw: bytes = plain.SerializeToString(deterministic=True)
-    return raw
-
-
-def _hash(*parts: str | bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:  # each with its length, so that no two lists of parts have the same bytes
-        raw = part.encode() if isinstance(part, str) else part
-        digest.update(f"{len(raw)}:".encode())
-        digest.update(raw)
-    return digest.hexdigest()

@@ -1,11 +1,19 @@
 """Rewrite a certified network for export, with a proof of every replacement.
 
-The certificate covers the network as it was trained and detached. Only then is a copy rewritten, captured and
-converted to ONNX. The parity check compares the file with the certified network, not with the copy.
+The certificate covers the network as it was trained and detached. Only then is a copy rewritten, captured
+and converted to ONNX. The parity check compares the file with the certified network, not with the copy.
+
+In the ONNX graph, a product with a constant alpha I + beta 11^T becomes a sum or mean subtraction, because X
+(alpha I + beta 11^T) = alpha X + beta (X 1) 1^T for any alpha and beta. Only if alpha + n beta = 0, with n
+the size of the constant, do its rows sum to zero, and the product is alpha (X - mean(X)). The released GSoP
+position block uses I / P - 11^T / P^2 with ones of another size, which does not center. So the rule checks
+the numbers and not only the pattern. The product costs n^2 multiply-adds per row of X and stores n^2 numbers
+in the file; the sum costs n additions.
 """
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,12 +34,13 @@ from sopdeploy_export.graph import capture_any_batch, check, lower
 from sopdeploy_export.proof.hashes import program_root
 from sopdeploy_export.rewrites import attention, linear, mixture, newton_schulz
 from sopdeploy_export.rewrites.context import (
+    Activation,
     AppliedRule,
     Benchmark,
     LoweringReport,
     RewriteContext,
-    record_activations,
 )
+from sopdeploy_export.rewrites.newton_schulz import MIN_SIZE, ROUNDING, Centering
 from sopdeploy_export.rewrites.reference_formulas import FORMULAS
 from sopdeploy_export.rewrites.reference_formulas import NAME as REFERENCE
 
@@ -95,6 +104,39 @@ def rewrite(
     return context
 
 
+def record_activations(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Activation]:
+    """Run *network* and record each named part whose inputs and output are tensors."""
+    activations: dict[str, Activation] = {}
+
+    def record(name: str, _: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and all(isinstance(value, Tensor) for value in given):
+            first = activations.get(name, Activation(inputs=tuple(given), output=output, times=0))
+            activations[name] = Activation(inputs=first.inputs, output=first.output, times=first.times + 1)
+
+    handles = [
+        part.register_forward_hook(partial(record, name)) for name, part in network.named_modules() if name
+    ]
+    try:
+        with torch.no_grad():
+            network(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return activations
+
+
+def parts_with(context: RewriteContext, hint: str, name: str) -> list[tuple[str, Any]]:
+    """List the called parts whose export hint *hint* is or contains *name*."""
+    found = []
+    for where, part in context.network.named_modules():
+        declared = getattr(export_hints(part), hint) or ()
+        if where in context.activations and name in (
+            declared if isinstance(declared, tuple) else (declared,)
+        ):
+            found.append((where, part))
+    return found
+
+
 def apply_rules(context: RewriteContext) -> None:
     """Apply every rule to the parts that declare it."""
     for part in context.network.modules():
@@ -102,14 +144,14 @@ def apply_rules(context: RewriteContext) -> None:
         if unknown:
             raise LoweringError(f"{type(part).__name__} declares an unknown rewrite rule: {min(unknown)}")
     for name, rule in RULES.items():
-        for where, part in context.parts("rewrite_rules", name):
+        for where, part in parts_with(context, "rewrite_rules", name):
             rule(context, where, part)
 
 
 def apply_formulas(context: RewriteContext) -> None:
     """Replace every part that declares a reference formula by that formula."""
     for name, build in FORMULAS.items():
-        for where, part in context.parts("reference_formula", name):
+        for where, part in parts_with(context, "reference_formula", name):
             context.replace(REFERENCE, where, build)
             shape = "x".join(map(str, context.activations[where].inputs[0].shape[1:]))
             context.report(
@@ -179,24 +221,6 @@ def lower_converted(
     return LoweredGraph(network, program, model, report)
 
 
-NAME = "centering by mean"
-MIN_SIZE = 3  # smaller constants do not pay off
-ROUNDING = 16 * float(np.finfo(np.float32).eps)
-
-
-class Centering(NamedTuple):
-    """The matrix alpha I + beta 11^T with *size* rows."""
-
-    alpha: float
-    beta: float
-    size: int
-
-    @property
-    def removes_the_mean(self) -> bool:
-        """Whether alpha + n beta is 0, up to float32 rounding."""
-        return abs(self.alpha + self.size * self.beta) <= ROUNDING * abs(self.alpha)
-
-
 def recognize(matrix: NDArray[np.floating]) -> Centering | None:
     """Find alpha and beta of a constant of this form; `None` for any other matrix."""
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < MIN_SIZE:
@@ -235,7 +259,7 @@ def center_by_mean(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Applie
         kind = "the mean is subtracted" if known.removes_the_mean else "not centering: the sum is added"
         rules.append(
             AppliedRule(
-                name=NAME,
+                name=newton_schulz.CENTERING,
                 where=node.input[1],
                 precondition=f"a constant alpha I + beta 11^T; {total}",
                 effect=f"{kind}; {known.size**2} multiply-adds per row become {known.size}",

@@ -26,10 +26,9 @@ from sopdeploy.layers.attention.gsop_attention import (
     nearest_rows,
 )
 from sopdeploy.layers.export_hints import ExportHints
-from sopdeploy_export.rewrites.apply import NAME as CENTERING
-from sopdeploy_export.rewrites.apply import Centering
 from sopdeploy_export.rewrites.context import Build, RewriteContext
 from sopdeploy_export.rewrites.linear import affine, is_frozen
+from sopdeploy_export.rewrites.newton_schulz import CENTERING, Centering
 
 FOLD = "row batch norm folded into the row-wise convolution"
 FORM = "row-wise convolution as batched product or convolution"

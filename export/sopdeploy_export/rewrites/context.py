@@ -1,13 +1,13 @@
 """The state of a rewrite, and the numerical proof that a replacement computes what the original computes.
 
 The algebra of a rule shows that two forms are the same function; `assert_equivalent` shows that their code
-is. Correct forms differ by about 1e-13 in float64, so a wrong number of iterations, a shifted index or a scale
-that is applied twice stands out by orders of magnitude. Inputs are the activations of the probe images, and
-random ones of the same shapes: real covariances are symmetric and would hide a transposed layout.
+is. Correct forms differ by about 1e-13 in float64, so a wrong number of iterations, a shifted index or a
+scale that is applied twice stands out by orders of magnitude. Inputs are the activations of the probe images,
+and random ones of the same shapes: real covariances are symmetric and would hide a transposed layout.
 
-`--autotune` chooses between equivalent forms by timing them. Each form is exported alone, and the forms run in
-turn on one thread, at batch 1 and at the bundle's optimum batch. Process time is measured, which other load on
-the machine affects least.
+`--autotune` chooses between equivalent forms by timing them. Each form is exported alone, and the forms run
+in turn on one thread, at batch 1 and at the bundle's optimum batch. Process time is measured, which other
+load on the machine affects least.
 """
 
 import copy
@@ -15,25 +15,24 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim
 
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import LoweringError
-from sopdeploy.layers.export_hints import export_hints
 from sopdeploy_export.graph import OPSET, export
 
 TOLERANCE = 1e-9  # relative to the largest value; correct forms differ by 1e-15 to 1e-12
 
+RUNS, WARMUPS = 15, 3  # of `--autotune`
 Build = Callable[[Any], nn.Module]
+Cast = Callable[[nn.Module], nn.Module]
 
 
 def assert_equivalent(
@@ -82,31 +81,6 @@ class Activation:
     times: int
 
 
-def record_activations(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Activation]:
-    """Run *network* and record each named part whose inputs and output are tensors."""
-    activations: dict[str, Activation] = {}
-
-    def record(name: str, _: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Tensor) and all(isinstance(value, Tensor) for value in given):
-            first = activations.get(name, Activation(inputs=tuple(given), output=output, times=0))
-            activations[name] = Activation(inputs=first.inputs, output=first.output, times=first.times + 1)
-
-    handles = [
-        part.register_forward_hook(partial(record, name)) for name, part in network.named_modules() if name
-    ]
-    try:
-        with torch.no_grad():
-            network(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return activations
-
-
-RUNS, WARMUPS = 15, 3
-Cast = Callable[[nn.Module], nn.Module]
-
-
 @dataclass(frozen=True, slots=True)
 class Benchmark:
     """Times forms after *cast*, which places the casts of the exported precision."""
@@ -117,14 +91,20 @@ class Benchmark:
     def fastest(self, forms: dict[str, nn.Module], inputs: tuple[Tensor, ...]) -> str:
         """Name the form with the smallest product of median times."""
         sessions = {name: open_form(self.cast(form), inputs) for name, form in forms.items()}
+        arrays = [value.float().numpy() for value in inputs]
         scores = dict.fromkeys(sessions, 1.0)
         for size in sorted({1, self.batch.optimum}):
-            feeds = []
-            for value in inputs:
-                array = value.float().numpy()
-                feeds.append(array[np.arange(size) % len(array)])
-            for name, seconds in _median_seconds(sessions, feeds).items():
-                scores[name] *= seconds
+            feeds = [array[np.arange(size) % len(array)] for array in arrays]
+            seconds: dict[str, list[float]] = {name: [] for name in sessions}
+            for run in range(WARMUPS + RUNS):
+                for name, session in sessions.items():
+                    named = dict(zip((given.name for given in session.get_inputs()), feeds, strict=True))
+                    start = time.process_time()
+                    session.run(None, named)
+                    if run >= WARMUPS:
+                        seconds[name].append(time.process_time() - start)
+            for name, taken in seconds.items():
+                scores[name] *= statistics.median(taken)
         return min(scores, key=lambda name: scores[name])
 
 
@@ -142,20 +122,6 @@ def open_form(form: nn.Module, inputs: tuple[Tensor, ...]) -> ort.InferenceSessi
     options.intra_op_num_threads = 1
     raw = converted.model_proto.SerializeToString()
     return ort.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
-
-
-def _median_seconds(
-    sessions: dict[str, ort.InferenceSession], feeds: list[NDArray[np.float32]]
-) -> dict[str, float]:
-    seconds: dict[str, list[float]] = {name: [] for name in sessions}
-    for run in range(WARMUPS + RUNS):
-        for name, session in sessions.items():
-            named = dict(zip((given.name for given in session.get_inputs()), feeds, strict=True))
-            start = time.process_time()
-            session.run(None, named)
-            if run >= WARMUPS:
-                seconds[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 class AppliedRule(StrictModel):
@@ -226,17 +192,6 @@ class RewriteContext:
     rules: list[AppliedRule] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     changed: bool = False
-
-    def parts(self, attribute: str, name: str) -> list[tuple[str, Any]]:
-        """List the called parts whose export hint *attribute* is or contains *name*."""
-        found = []
-        for where, part in self.network.named_modules():
-            declared = getattr(export_hints(part), attribute) or ()
-            if where in self.activations and name in (
-                declared if isinstance(declared, tuple) else (declared,)
-            ):
-                found.append((where, part))
-        return found
 
     def report(self, name: str, where: str, precondition: str, effect: str) -> None:
         """Add a rule that holds at *where* to the report."""

@@ -42,15 +42,20 @@ class CompensatedAfter(nn.Module, ExportHints):
     """
 
     keep_float32 = True
+    computes_roots = True
     low_precision_children = ("linear",)
     bias: Tensor | None
 
     def __init__(self, before: RootThenLinear) -> None:
         super().__init__()
-        self.root, original = before.root, before.linear
+        self.root, self.config, original = before.root, before.root.config, before.linear
         self.linear = nn.Linear(original.in_features, original.out_features, bias=False)
         self.linear.weight = original.weight
         self.register_parameter("bias", original.bias)
+
+    def roots(self, features_BdHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the maps and their roots (B, d, d), for the parity checks."""
+        return self.root.roots(features_BdHW)
 
     def forward(self, features_BdHW: Tensor) -> Tensor:
         """Compute (B, classes) logits."""

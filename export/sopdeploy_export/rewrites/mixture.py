@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sopdeploy.errors import LoweringError
 from sopdeploy.layers.covariance import at_least_float32
+from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture.components import Components
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
@@ -24,8 +25,10 @@ TRIANGLE = "one triangle gather after the weighted sum"
 GATHER_UP_TO = 16  # images in a batch
 
 
-class Experts(nn.Module, ABC):
+class Experts(nn.Module, ExportHints, ABC):
     """A mixture: maps (B, C, H, W) and gate weights (B, N) to a sum (B, D)."""
+
+    computes_roots = True
 
     def __init__(self, bank: Components, chosen: int) -> None:
         super().__init__()

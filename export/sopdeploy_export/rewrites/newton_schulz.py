@@ -13,6 +13,7 @@ Letters as in `sopdeploy.layers.isqrt_cov`; X is centered but not scaled, and n 
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,13 +27,27 @@ from sopdeploy.layers.covariance import (
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov, as_stored, gram_is_cheaper
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
-from sopdeploy_export.rewrites.apply import MIN_SIZE, Centering
-from sopdeploy_export.rewrites.apply import NAME as CENTERING
 from sopdeploy_export.rewrites.context import RewriteContext
 
+CENTERING = "centering by mean"
+MIN_SIZE = 3  # smaller centering constants do not pay off
+ROUNDING = 16 * float(np.finfo(np.float32).eps)
 NAME = "Newton-Schulz in 3N-3 products"
 TRACE = "trace without a diagonal"
 GRAM = "iteration in the Gram domain"
+
+
+class Centering(NamedTuple):
+    """The matrix alpha I + beta 11^T with *size* rows."""
+
+    alpha: float
+    beta: float
+    size: int
+
+    @property
+    def removes_the_mean(self) -> bool:
+        """Whether alpha + n beta is 0, up to float32 rounding."""
+        return abs(self.alpha + self.size * self.beta) <= ROUNDING * abs(self.alpha)
 
 
 class LastStep(NamedTuple):
@@ -113,6 +128,7 @@ class LoweredRoot(nn.Module, ExportHints):
     """`ISqrtCov` in fewer operations: maps (B, d, H, W) to upper triangles."""
 
     keep_float32 = True
+    computes_roots = True
     rewrite_rules = ("post_compensation",)
     triangle: Tensor
 

@@ -30,6 +30,7 @@ class ReferenceRoot(nn.Module, ExportHints):
     """`ISqrtCov` by the paper's loop (iSQRT-COV, Eq. 4)."""
 
     keep_float32 = True
+    computes_roots = True
     triangle: Tensor
 
     def __init__(self, before: ISqrtCov) -> None:

@@ -10,8 +10,8 @@ from sopdeploy.errors import ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.graph import Deployed, probe_images
 from sopdeploy_export.parity.compare import compute_reference
-from sopdeploy_export.parity.report import Routing, compared, rerouted, routing, routing_parity
-from sopdeploy_export.report.results import as_probes
+from sopdeploy_export.parity.report import Routing, compared, find_routes, rerouted, routing_parity
+from sopdeploy_export.pipeline import as_probes
 from tests.export.conftest import trained
 from tests.sweep.steps import measured, save
 
@@ -29,8 +29,7 @@ GMGAP = {
 
 def routes_of(logits: list[list[float]], own: list[list[float]] | None = None, noise: float = 0.0) -> Routing:
     exact = np.array(logits)
-    network = trained("gmsop-16-8-resnet18", components=4, chosen=2)
-    return routing(exact, exact + noise if own is None else np.array(own), network, 4.0)
+    return find_routes(exact, exact + noise if own is None else np.array(own), 2, 4.0)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import ConfigError, DataError, LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph import calibration_images, generated_images
+from sopdeploy_export.graph import CALIBRATE, generated_images, load_images
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.precision import accuracy_gate
 from sopdeploy_export.precision.accuracy_gate import accuracy
@@ -177,6 +177,6 @@ def test_int8_without_calibration_images_is_rejected(
 
 
 def test_calibration_uses_the_whole_folder(preprocess: Preprocess, images: Path) -> None:
-    assert len(calibration_images(images, preprocess)) == 20
+    assert len(load_images(images, preprocess, CALIBRATE)) == 20
     with pytest.raises(DataError, match="--calibrate needs a folder"):
-        calibration_images(images / "nowhere", preprocess)
+        load_images(images / "nowhere", preprocess, CALIBRATE)

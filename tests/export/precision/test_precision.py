@@ -21,7 +21,7 @@ from sopdeploy.models.base import Classifier
 from sopdeploy_export.graph import OPSET, OPSET_OF_BFLOAT16, capture_any_batch, lower, probe_images
 from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.pipeline import Exported, ExportOptions, detach, export
-from sopdeploy_export.precision import convert, fold_batch_norm
+from sopdeploy_export.precision import casts, convert
 from sopdeploy_export.precision.casts import Iteration, with_precision
 from sopdeploy_export.precision.convert import PrecisionOptions, check_weight_types, part_precisions
 from sopdeploy_export.rewrites.apply import LoweredGraph, rewrite
@@ -136,13 +136,13 @@ def test_reference_formulas_are_cast(make: Make, preprocess: Preprocess) -> None
 def test_batch_norm_folded_twice_is_rejected_before_the_noise_floor_hides_it(
     preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = fold_batch_norm.fold
+    honest = casts.fold
 
     def twice(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
         honest(convolution, norm)
         honest(convolution, norm)
 
-    monkeypatch.setattr(fold_batch_norm, "fold", twice)
+    monkeypatch.setattr(casts, "fold", twice)
     network, program, _ = graph_of("resnet8", preprocess, SMALL)
     pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
     with pytest.raises(

@@ -13,7 +13,8 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.html.charts import Axis, Bar, Curve, bars, interval, plot
 from sopdeploy_export.parity.report import Flip
 from sopdeploy_export.pipeline import Exported
-from sopdeploy_export.precision.convert import Accuracy, Cost, Quantization
+from sopdeploy_export.precision.convert import Accuracy, Quantization
+from sopdeploy_export.precision.int8 import Cost
 from sopdeploy_export.report.page import CAUSES, flip_matrix, flip_row, render_report
 from sopdeploy_export.report.results import ExportResults
 from tests.export.conftest import HOSTILE

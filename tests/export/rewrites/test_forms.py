@@ -17,12 +17,12 @@ from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture.components import Components, FusionHead, make_components
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, newton_schulz
-from sopdeploy_export.rewrites.apply import Centering, center_by_mean, recognize
+from sopdeploy_export.rewrites.apply import center_by_mean, recognize
 from sopdeploy_export.rewrites.attention import FORMS
 from sopdeploy_export.rewrites.context import assert_equivalent
 from sopdeploy_export.rewrites.linear import affine, fold_head
 from sopdeploy_export.rewrites.mixture import GatheredWeights, forms
-from sopdeploy_export.rewrites.newton_schulz import LoweredRoot, check_triangle, iterate
+from sopdeploy_export.rewrites.newton_schulz import Centering, LoweredRoot, check_triangle, iterate
 from sopdeploy_export.rewrites.reference_formulas import ReferenceRoot
 
 Case = tuple[nn.Module, tuple[Tensor, ...]]

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,10 @@ from sopdeploy.layers.attention.gsop_block import RELEASED_BLOCK, GSoPBlock, GSo
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.pipeline import Exported, ExportOptions, detach, export
-from sopdeploy_export.proof.hashes import file_root
+from sopdeploy_export.proof.hashes import onnx_root
 from sopdeploy_export.rewrites import apply, attention, linear, mixture, newton_schulz
-from sopdeploy_export.rewrites.apply import apply_rules, rewrite
-from sopdeploy_export.rewrites.context import RewriteContext, record_activations
+from sopdeploy_export.rewrites.apply import apply_rules, record_activations, rewrite
+from sopdeploy_export.rewrites.context import RewriteContext
 from sopdeploy_export.rewrites.mixture import GatheredWeights
 from sopdeploy_export.rewrites.newton_schulz import LoweredRoot
 from tests.export.conftest import save, trained
@@ -214,7 +215,7 @@ def test_lowering_json_records_both_roots_and_every_rule(gated: Exported) -> Non
     assert written == gated.lowering.model_dump(mode="json")
     assert written["certified_root"] == gated.certificate.roots.any_batch
     assert written["lowered_root"] != written["certified_root"]
-    assert gated.manifest.lineage.onnx_root == file_root(gated.path / "model.onnx")
+    assert gated.manifest.lineage.onnx_root == onnx_root(onnx.load(gated.path / "model.onnx"))
     assert gated.manifest.lineage.program_root == written["certified_root"]
     assert gated.parity.passed
     assert mixture.NAME in gated.lowering.summary
