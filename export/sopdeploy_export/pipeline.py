@@ -110,7 +110,7 @@ def export(
     job = _Job(checkpoint_path, checkpoint, images, options, step)
 
     step("detaching" if options.detach else "nothing to detach")
-    lean = detach(trained) if options.detach else require_detached(trained)
+    lean = detach(trained, requested=options.detach)
     step("proving that the detached network equals the plain network")
     pixels, batch = torch.from_numpy(images), options.batch
     proof = certify(trained, lean, checkpoint.preprocess, pixels, model=checkpoint.model, batch=batch)
@@ -306,21 +306,19 @@ def check_exportable(network: Classifier) -> None:
             raise LoweringError(f"{type(module).__name__} cannot be exported: {reason}")
 
 
-def require_detached(network: Classifier) -> Classifier:
-    """Return *network*; raise `DetachError` if it has training-only parts."""
-    if network.training_only:
-        raise DetachError(
-            f"{type(network).__name__} still carries training-only parts "
-            f"({', '.join(network.training_only)}); add --detach to remove them"
-        )
-    return network
+def detach(network: Classifier, *, requested: bool = True) -> Classifier:
+    """Copy *network*, in eval mode, without its `training_only` parts; the same network if not *requested*.
 
-
-def detach(network: Classifier) -> Classifier:
-    """Copy *network*, in eval mode, without its `training_only` parts.
-
-    Raises `DetachError` if there is nothing to detach or a name in `training_only` does not exist.
+    Raises `DetachError` if *requested* and there is nothing to detach or a name in `training_only` does not
+    exist, or if not *requested* and there are such parts.
     """
+    if not requested:
+        if network.training_only:
+            raise DetachError(
+                f"{type(network).__name__} still carries training-only parts "
+                f"({', '.join(network.training_only)}); add --detach to remove them"
+            )
+        return network
     if not network.training_only:
         raise DetachError(
             f"{type(network).__name__} has nothing to detach: it has no training-only parts; "

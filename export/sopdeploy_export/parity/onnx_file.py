@@ -141,6 +141,13 @@ IMAGES = 4
 MAX_PARTS, PART_IMAGES = 40, 2  # limits time and memory of every export
 REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 PRODUCTS = ("matmul", "bmm", "baddbmm")
+SECOND_ORDER = "second-order statistics need float32: disable TF32 and half precision in the runtime"
+ADVICE = {  # by the step inside a second-order module
+    "iteration": "its products lose precision: try --newton-schulz fp32, and disable TF32 and half precision",
+    "covariance": SECOND_ORDER,
+    "trace": SECOND_ORDER,
+    "triangle": "the file selects other matrix elements: export it again",
+}
 INNER = {"clamp_min": "trace", "index_select": "triangle", "masked_fill": "gate"}
 
 
@@ -241,8 +248,9 @@ def find_first_drift(
     """
     for place in drifts(path, program, outputs, images[:IMAGES]):
         if place.in_floors > floors:
+            inner = place.part.partition(": ")[2].partition(" ")[0]
             found = f"the first module over its noise floor is {place.part} ({place.in_floors:.0f}x)"
-            return f"{found}; {_advice(place.part)}"
+            return f"{found}; {ADVICE.get(inner, 'try --no-lowering, or --precision fp32')}"
     return None
 
 
@@ -350,13 +358,3 @@ def run_file(
     session = open_session(probed, optimized=optimized and not emulated)
     values = session.run(wanted, {session.get_inputs()[0].name: images})
     return dict(zip(names, values, strict=True))
-
-
-def _advice(part: str) -> str:
-    if ": iteration" in part:
-        return "its products lose precision: try --newton-schulz fp32, and disable TF32 and half precision"
-    if ": covariance" in part or ": trace" in part:
-        return "second-order statistics need float32: disable TF32 and half precision in the runtime"
-    if ": triangle" in part:
-        return "the file selects other matrix elements: export it again"
-    return "try --no-lowering, or --precision fp32"

@@ -1,6 +1,6 @@
 """Measure the accuracy that a lower precision costs, and reject large losses."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from sopdeploy_export.precision.convert import (
     PrecisionOptions,
     PrecisionReport,
 )
-from sopdeploy_export.precision.int8 import METHODS, Cost
+from sopdeploy_export.precision.int8 import METHODS
 
 BATCH = 8
 Batch = tuple[NDArray[np.uint8], list[int]]  # images (B, H, W, 3), and labels if they are known
@@ -107,11 +107,12 @@ def _int8_advice(report: PrecisionReport) -> str:
     if not costs:
         return f"; try --calibration {others}"
 
-    def text(costs: Sequence[Cost]) -> str:
-        return ", ".join(f"{cost.part} {cost.share:.1%}" for cost in costs)
-
+    parts, layers = (
+        ", ".join(f"{cost.part} {cost.share:.1%}" for cost in found)
+        for found in (quantization.parts[:1], costs)
+    )
     return (
-        f"; the part that costs most: {text(quantization.parts[:1])} of the spread of the logits; "
-        f"the layers that cost most: {text(costs)}; "
+        f"; the part that costs most: {parts} of the spread of the logits; "
+        f"the layers that cost most: {layers}; "
         f"keep them in float32 with --keep-float {costs[0].part}, or try --calibration {others}"
     )

@@ -146,7 +146,7 @@ def part_precisions(model: onnx.ModelProto, program: ExportedProgram) -> tuple[P
         if node.op == "call_function" and stack and isinstance(value, torch.Tensor):
             part = stack[-1][0].removeprefix(PREFIX)
             if value.is_floating_point():
-                operations.setdefault(part, Counter())[_name(value.dtype)] += 1
+                operations.setdefault(part, Counter())[str(value.dtype).removeprefix("torch.")] += 1
     return tuple(
         PartPrecision(
             part=name,
@@ -180,21 +180,17 @@ def check_weight_types(model: onnx.ModelProto, network: nn.Module, precision: Pr
         return
     dtypes = weight_dtypes(network, precision)
     expected = {
-        name: _name(dtypes[name])
+        name: str(dtypes[name]).removeprefix("torch.")
         for name, part in network.named_modules()
         if isinstance(part, nn.Conv2d | nn.Linear | nn.ParameterList | FoldedExcitation)
     }
     wrong = [part for part, name in expected.items() if found.get(part, name) != name]
-    if wrong or _name(LOW_PRECISION[precision]) not in found.values():
+    if wrong or str(LOW_PRECISION[precision]).removeprefix("torch.") not in found.values():
         part = wrong[0] if wrong else next(iter(found), "no part")
         raise LoweringError(
             f"{precision} was requested, but the graph holds {part} in {found.get(part, 'no type')}: "
             f"{len(wrong)} of {len(expected)} parts have the wrong type"
         )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 class PrecisionOptions(StrictModel):

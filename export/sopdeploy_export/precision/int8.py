@@ -20,8 +20,10 @@ import copy
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +31,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType
+from onnxruntime.quantization import CalibrationMethod, QuantType
 from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from torch import Tensor, nn
@@ -130,19 +132,6 @@ def check_part_names(model: onnx.ModelProto, parts: Sequence[str]) -> None:
             )
 
 
-class _SingleImages(CalibrationDataReader):  # type: ignore[misc]
-    """Feeds single images: ONNX Runtime keeps the activations of a whole reader."""
-
-    def __init__(self, name: str, images: NDArray[np.uint8]) -> None:
-        self.feeds: Iterator[dict[str, NDArray[np.uint8]]] = (
-            {name: images[i : i + 1]} for i in range(len(images))
-        )
-
-    def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
-        """Return the next image, `None` after the last."""
-        return next(self.feeds, None)
-
-
 def _ranges(model: onnx.ModelProto, images: NDArray[np.uint8], method: Calibration) -> TensorsData:
     """Measure the ranges of the inputs and outputs of convolutions on *images*."""
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # the tool prints progress
@@ -156,8 +145,9 @@ def _ranges(model: onnx.ModelProto, images: NDArray[np.uint8], method: Calibrati
             extra_options={"percentile": PERCENTILE} if method == "percentile" else {},
         )
         name = model.graph.input[0].name
-        for start in range(len(images)):
-            calibrator.collect_data(_SingleImages(name, images[start : start + 1]))
+        for image in images:  # alone, because ONNX Runtime keeps the activations of a whole reader
+            reader = SimpleNamespace(get_next=partial(next, iter([{name: image[None]}]), None))
+            calibrator.collect_data(reader)
         return calibrator.compute_data()
 
 

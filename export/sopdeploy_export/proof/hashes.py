@@ -136,38 +136,35 @@ class _GraphHasher:
         if node.op == "placeholder":
             return self.leaves[node.name]
         if node.op == "get_attr":
-            value: Any = node.graph.owning_module
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
-            if isinstance(value, Tensor):
-                return tensor_hash(value)
-            if isinstance(value, fx.GraphModule):
-                return _subgraph_hash(value)
-            raise CertificateError(f"{node.name}: the graph depends on an object that is not a tensor")
+            return _attribute_hash(node)
         if node.op != "call_function":
             raise CertificateError(f"{node.name}: a graph must contain only operations, not {node.op}")
-        found = _hash(_operation(node), *(self.encode(value) for value in _arguments(node)))
+        target: Any = node.target
+        operation = f"python {getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
+        if isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
+            operation = str(target)
+        found = _hash(operation, *(self.encode(value) for value in _arguments(node)))
         if found not in self.places:
             stack = node.meta.get("nn_module_stack") or {}
             paths = [str(path) for path, _ in stack.values()]
             where = paths[-1].removeprefix("L['self'].").removeprefix("network.") if paths else ""
-            self.places[found] = f"{_operation(node)} in {where or 'forward'}"
+            self.places[found] = f"{operation} in {where or 'forward'}"
         return found
 
 
-def _subgraph_hash(module: fx.GraphModule) -> str:
-    """Hash a graph that a higher-order operation calls; inputs count by position."""
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+def _attribute_hash(node: fx.Node) -> str:
+    """Hash a constant, or a graph that a higher-order operation calls, whose inputs count by position."""
+    value: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    if isinstance(value, Tensor):
+        return tensor_hash(value)
+    if not isinstance(value, fx.GraphModule):
+        raise CertificateError(f"{node.name}: the graph depends on an object that is not a tensor")
+    placeholders = [inner for inner in value.graph.nodes if inner.op == "placeholder"]
     hasher = _GraphHasher(leaves={n.name: _hash("argument", str(i)) for i, n in enumerate(placeholders)})
-    outputs = next(node for node in module.graph.nodes if node.op == "output")
+    outputs = next(inner for inner in value.graph.nodes if inner.op == "output")
     return _hash("graph", hasher.encode(outputs.args[0]))
-
-
-def _operation(node: fx.Node) -> str:
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
-        return str(target)
-    return f"python {target.__module__}.{target.__qualname__}"
 
 
 def _arguments(node: fx.Node) -> list[Any]:

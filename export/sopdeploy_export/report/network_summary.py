@@ -8,7 +8,7 @@ drawing is an SVG: exported modules in a column, training-only modules beside it
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from markupsafe import Markup
@@ -46,39 +46,44 @@ class NetworkSummary(StrictModel):
     shipped: Counts
 
 
-class ForwardTrace:
-    """Record by forward hooks the order in which modules end, output shapes, and the source of inputs."""
+class ForwardTrace(NamedTuple):
+    """The output shapes of modules in the order in which they end, and the source of their inputs."""
 
-    def __init__(self, network: nn.Module) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.sources: dict[str, str] = {}
-        self._producers: dict[int, str] = {}
-        self._alive: list[Tensor] = []  # an id identifies a tensor only while the tensor lives
-        self._last = ""
-        self._handles = []
-        for name, module in network.named_modules():
-            if name:
-                self._handles.append(module.register_forward_pre_hook(partial(self._begin, name)))
-                self._handles.append(module.register_forward_hook(partial(self._end, name)))
+    shapes: dict[str, tuple[int, ...]]
+    sources: dict[str, str]
+    costs: Tally
 
-    def _begin(self, name: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        tensors = [value for value in inputs if isinstance(value, Tensor)]
-        producers = [self._producers[id(value)] for value in tensors if id(value) in self._producers]
-        self.sources.setdefault(name, producers[0] if producers else self._last)
 
-    def _end(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+def trace_forward(network: Classifier, side: int) -> ForwardTrace:
+    """Run *network* on an image of *side* pixels and record its modules by forward hooks."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    sources: dict[str, str] = {}
+    producers: dict[int, str] = {}
+    alive: list[Tensor] = []  # an id identifies a tensor only while the tensor lives
+    last = [""]  # the module that ended last
+
+    def begin(name: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        found = [producers[id(v)] for v in inputs if isinstance(v, Tensor) and id(v) in producers]
+        sources.setdefault(name, found[0] if found else last[0])
+
+    def end(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            self._alive.append(output)
-            self._last = name
-            self._producers.setdefault(id(output), name)  # the innermost module; outer ones pass it on
-            self.shapes.pop(name, None)
-            self.shapes[name] = tuple(output.shape[1:])
+            alive.append(output)
+            last[0] = name
+            producers.setdefault(id(output), name)  # the innermost module; outer ones pass it on
+            shapes.pop(name, None)
+            shapes[name] = tuple(output.shape[1:])
 
-    def close(self) -> None:
-        """Remove the hooks and release the tensors."""
-        for handle in self._handles:
+    handles = []
+    for name, module in network.named_modules():
+        if name:
+            handles.append(module.register_forward_pre_hook(partial(begin, name)))
+            handles.append(module.register_forward_hook(partial(end, name)))
+    try:
+        return ForwardTrace(shapes, sources, tally(network, side))
+    finally:
+        for handle in handles:
             handle.remove()
-        self._alive.clear()
 
 
 def network_summary(checkpoint: Checkpoint) -> NetworkSummary:
@@ -89,10 +94,10 @@ def network_summary(checkpoint: Checkpoint) -> NetworkSummary:
         plain = network.inference_model() if network.training_only else network
     shipped = tally(plain.eval(), side)
     try:
-        trace, trained = _trace(network.train(), side)
+        trace = trace_forward(network.train(), side)
     except (ConfigError, RuntimeError):  # the config forbids training
-        trace, trained = _trace(network.eval(), side)
-    branches = _training_only_modules(network)
+        trace = trace_forward(network.eval(), side)
+    trained, branches = trace.costs, _training_only_modules(network)
     main = _exported_modules(network, branches, trace)
     modules = dict(network.named_modules())
 
@@ -127,14 +132,6 @@ def network_summary(checkpoint: Checkpoint) -> NetworkSummary:
     return NetworkSummary(parts=tuple(parts), trained=trained.total(), shipped=shipped.total())
 
 
-def _trace(network: Classifier, side: int) -> tuple[ForwardTrace, Tally]:
-    trace = ForwardTrace(network)
-    try:
-        return trace, tally(network, side)
-    finally:
-        trace.close()
-
-
 def _training_only_modules(network: Classifier) -> list[str]:
     """List the training-only modules, a container as its children."""
     modules, found = dict(network.named_modules()), []
@@ -152,7 +149,12 @@ def _exported_modules(network: Classifier, branches: Collection[str], trace: For
     starts = [trace.sources.get(name, "") for name in branches]
     names = [name for name, _ in network.named_children() if name not in network.training_only]
     for _ in range(MAX_DEPTH):
-        names = [child for name in names for child in _split(network, name, starts)]
+        split: list[str] = []
+        for name in names:  # a module is split into its children if branches start in several of them
+            children = [f"{name}.{child}" for child, _ in network.get_submodule(name).named_children()]
+            used = [child for child in children if any(is_in(start, child) for start in starts)]
+            split += children if len(used) > 1 else [name]
+        names = split
     last: dict[str, int] = {}
     for position, seen in enumerate(trace.shapes):
         last.update((name, position) for name in names if is_in(seen, name))
@@ -162,13 +164,6 @@ def _exported_modules(network: Classifier, branches: Collection[str], trace: For
         if changes_shape or any(True for _ in network.get_submodule(name).parameters()):
             shown.append(name)
     return sorted(shown, key=lambda name: last[name])
-
-
-def _split(network: nn.Module, name: str, starts: Collection[str]) -> list[str]:
-    """Split module *name* into its children if branches start in more than one of them."""
-    children = [f"{name}.{child}" for child, _ in network.get_submodule(name).named_children()]
-    used = {child for child in children if any(is_in(start, child) for start in starts)}
-    return children if len(used) > 1 else [name]
 
 
 WIDTH, ROW_HEIGHT, BOX_HEIGHT = 360, 50, 36
@@ -247,7 +242,7 @@ def _draw(id: str, title: str, rows: Sequence[Row], *, detached: bool) -> Markup
             text(MAIN_WIDTH - 8, top + 15, short_number(row.parameters), "small", "end"),
             text(8, top + 29, shorten(f"{row.kind} {DOT} {dimensions(row.shape)}", 32), "small"),
         ]
-        shapes.append(_box(0, top, MAIN_WIDTH, "box", _full_text(row, row.kind), texts))
+        shapes.append(element("g", *_box(0, top, MAIN_WIDTH, row, row.kind), *texts, class_="box"))
         for number, branch in enumerate(row.branches):
             shapes += _draw_branch(top, top + number * ROW_HEIGHT, branch, detached=detached)
         below = top + max(1, len(row.branches)) * ROW_HEIGHT
@@ -273,15 +268,13 @@ def _draw_branch(row_top: float, top: float, branch: Part, *, detached: bool) ->
         text(SIDE_LEFT + 8, top + 29, shorten(details, 22), "small"),
     ]
     kind = "box gone" if detached else "box extra"
-    box = _box(SIDE_LEFT, top, WIDTH - SIDE_LEFT, kind, _full_text(branch, state), texts)
+    frame = _box(SIDE_LEFT, top, WIDTH - SIDE_LEFT, branch, state)
+    box = element("g", *frame, *texts, class_=kind)
     return [element("path", d=line, class_="flow gone" if detached else "flow"), box]
 
 
-def _box(x: float, y: float, width: float, class_: str, title: str, texts: Sequence[Markup]) -> Markup:
-    frame = element("rect", x=x + 1, y=y, width=width - 2, height=BOX_HEIGHT, rx=5)
-    return element("g", element("title", title), frame, *texts, class_=class_)
-
-
-def _full_text(what: Row | Part, state: str) -> str:
+def _box(x: float, y: float, width: float, what: Row | Part, state: str) -> list[Markup]:
+    """Draw the frame of a box and its full text, which is shown when the pointer is over it."""
     shape, parameters = dimensions(what.shape), short_number(what.parameters)
-    return f"{what.name}: {state}, output {shape}, {parameters} parameters"
+    title = element("title", f"{what.name}: {state}, output {shape}, {parameters} parameters")
+    return [title, element("rect", x=x + 1, y=y, width=width - 2, height=BOX_HEIGHT, rx=5)]

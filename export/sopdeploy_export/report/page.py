@@ -30,31 +30,32 @@ CAUSES = {
 
 def render_report(results: ExportResults) -> str:
     """Render the page; equal *results* give equal text."""
-    return render("sopdeploy_export.report", "report.html", results=results, **page_context(results))
-
-
-def page_context(results: ExportResults) -> dict[str, Any]:
-    """Prepare the charts and table rows of the page, by section."""
-    flipped, labels = results.parity.top1.flipped, results.checkpoint.labels
-    top1 = results.parity.top1
+    top1, labels = results.parity.top1, results.checkpoint.labels
+    types = results.precision.summary()
     agreement = interval(
         "agreement", "Images with the same top class", top1.agree / top1.images, top1.low, top1.high
     )
-    return {
+    charts_and_rows = {
         "drawings": draw_network(results.network_summary),
         "network": _network_tables(results),
         "proof": _proof_tables(results),
         "drift": _drift_tables(results.parity),
         "drift_chart": _drift_chart(results.parity),
         "agreement_chart": agreement,
-        "flip_rows": [flip_row(flip, labels) for flip in flipped],
-        "flip_chart": flip_matrix(flipped, labels),
+        "flip_rows": [flip_row(flip, labels) for flip in top1.flipped],
+        "flip_chart": flip_matrix(top1.flipped, labels),
         "gate_chart": _gate_chart(results.parity),
         "precision": _precision_tables(results.precision),
-        "type_chart": _type_chart(results.precision),
+        "type_chart": bars(
+            "types",
+            "Modules by weight type",
+            [Bar(label=name, value=count, text=f"{count} modules") for name, count in types.items()],
+            max(types.values(), default=1),
+        ),
         "cost_charts": _cost_charts(results.precision),
         "speed_chart": None if results.speed is None else _speed_chart(results.speed),
     }
+    return render("sopdeploy_export.report", "report.html", results=results, **charts_and_rows)
 
 
 def _network_tables(results: ExportResults) -> dict[str, Rows]:
@@ -184,12 +185,6 @@ def _precision_tables(report: PrecisionReport) -> dict[str, Rows]:
         operations = ", ".join(f"{count} in {name}" for name, count in part.operations.items())
         parts.append((part.part, part.weights or "none", operations or "none"))
     return {"accuracy": accuracy, "parts": parts}
-
-
-def _type_chart(report: PrecisionReport) -> Markup:
-    counts = report.summary()
-    rows = [Bar(label=name, value=count, text=f"{count} modules") for name, count in counts.items()]
-    return bars("types", "Modules by weight type", rows, max(counts.values(), default=1))
 
 
 def _cost_charts(report: PrecisionReport) -> list[Markup]:

@@ -5,7 +5,6 @@ their experts; larger ones compute all experts' convolutions and gather activati
 run.
 """
 
-from abc import ABC, abstractmethod
 from functools import partial
 
 import torch
@@ -25,7 +24,7 @@ TRIANGLE = "one triangle gather after the weighted sum"
 GATHER_UP_TO = 16  # images in a batch
 
 
-class Experts(nn.Module, ExportHints, ABC):
+class Experts(nn.Module, ExportHints):
     """A mixture: maps (B, C, H, W) and gate weights (B, N) to a sum (B, D)."""
 
     computes_roots = True
@@ -40,9 +39,12 @@ class Experts(nn.Module, ExportHints, ABC):
             self.config = bank.after.config
             self.register_buffer("triangle", bank.after.triangle)
 
-    @abstractmethod
     def evaluate(self, x_BMC: Tensor, weights_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the maps (B, K or N, M, d) of the experts and their weights (B, K or N)."""
+        """Compute the maps (B, K or N, M, d) of the experts and their weights (B, K or N).
+
+        All N experts run unless a form overrides this method.
+        """
+        return self._project_all(x_BMC), weights_BN
 
     def forward(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
         """Compute the weighted sum."""
@@ -121,10 +123,6 @@ class ProjectedThenGathered(Experts):
 
 class AllMasked(Experts):
     """All N experts run on all images; a weight of 0 masks an expert."""
-
-    def evaluate(self, x_BMC: Tensor, weights_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the maps (B, N, M, d) and weights (B, N)."""
-        return self._project_all(x_BMC), weights_BN
 
 
 def forms(chosen: int) -> dict[str, Build]:

@@ -120,7 +120,11 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     report(f"building: {found.reason}")
     begin = time.monotonic()
     if key.via == "torch-tensorrt":
-        built = _build_from_program(machine, bundle, key, report)
+        report("torch-tensorrt is building; it does not report progress")
+        plan = build_with_torch(bundle, key, machine.gpu.memory // WORKSPACE_DIVISOR)
+        report("checking precision and outputs")
+        receipt = check_float32_engine(inspect(machine.trt, plan, make_logger(machine.trt)))
+        built = BuildResult(plan, bundle.manifest.files[PROGRAM].sha256, (), receipt)
     else:
         built = _build_from_onnx(machine, bundle, key, folder, report)
     record = EngineRecord(
@@ -144,15 +148,6 @@ class BuildResult:
     source_sha256: str
     hazards: tuple[Hazard, ...]
     receipt: Receipt
-
-
-def _build_from_program(machine: Machine, bundle: Bundle, key: EngineKey, report: Report) -> BuildResult:
-    report("torch-tensorrt is building; it does not report progress")
-    plan = build_with_torch(bundle, key, machine.gpu.memory // WORKSPACE_DIVISOR)
-    report("checking precision and outputs")
-    information = inspect(machine.trt, plan, make_logger(machine.trt))
-    source = bundle.manifest.files[PROGRAM].sha256
-    return BuildResult(plan, source, (), check_float32_engine(information))
 
 
 def _build_from_onnx(

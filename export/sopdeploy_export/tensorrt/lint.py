@@ -48,25 +48,20 @@ class GraphView:
 Rule = Callable[[GraphView], "str | None"]
 
 
-def _forbid_operators(message: str, *operators: str) -> Rule:
+def _forbidden(message: str, *operators: str, dtype: int | None = None, domain: bool = False) -> Rule:
+    """Build a rule against *operators*, values of type *dtype*, or operators of another domain."""
+
     def rule(graph: GraphView) -> str | None:
+        if domain:
+            domains = {node.domain for node in graph.model.graph.node} - {"", "ai.onnx"}
+            return f"operators of the domain {min(domains)} {message}" if domains else None
+        if dtype is not None:
+            name = next((name for name, found in graph.types.items() if found == dtype), None)
+            return f"{name} {message}" if name else None
         node = next(graph.nodes(*operators), None)
         return f"{node.name}: {node.op_type} {message}" if node else None
 
     return rule
-
-
-def _forbid_type(dtype: int, message: str) -> Rule:
-    def rule(graph: GraphView) -> str | None:
-        name = next((name for name, found in graph.types.items() if found == dtype), None)
-        return f"{name} {message}" if name else None
-
-    return rule
-
-
-def _other_domain(graph: GraphView) -> str | None:
-    domains = sorted({node.domain for node in graph.model.graph.node if node.domain not in {"", "ai.onnx"}})
-    return f"operators of the domain {domains[0]} need a plugin" if domains else None
 
 
 def _computed_axes(graph: GraphView) -> str | None:
@@ -137,18 +132,18 @@ def _quantized_for_cpu(graph: GraphView) -> str | None:
 
 # Name, rule, first version without the hazard.
 RULES: tuple[tuple[str, Rule, Version | None], ...] = (
-    ("other-domain", _other_domain, None),
+    ("other-domain", _forbidden("need a plugin", domain=True), None),
     ("computed-axes", _computed_axes, None),
-    ("control-flow", _forbid_operators("makes shapes depend on data", "If", "Loop", "Scan", "NonZero"), None),
-    ("unknown-operator", _forbid_operators("is not supported", "Det"), None),
-    ("double", _forbid_type(TensorProto.DOUBLE, "is a double and would silently become a float"), None),
-    ("bfloat16", _forbid_type(TensorProto.BFLOAT16, "is bfloat16: export with fp16 or fp32"), (10, 0)),
+    ("control-flow", _forbidden("makes shapes depend on data", "If", "Loop", "Scan", "NonZero"), None),
+    ("unknown-operator", _forbidden("is not supported", "Det"), None),
+    ("double", _forbidden("is a double and would silently become a float", dtype=TensorProto.DOUBLE), None),
+    ("bfloat16", _forbidden("is bfloat16: export with fp16 or fp32", dtype=TensorProto.BFLOAT16), (10, 0)),
     ("int64-constant", _large_int64_constant, (10, 0)),
     ("top-k", _top_k, None),
     ("scatter-reduction", _scatter_reduction, None),
     ("einsum", _einsum, (10, 12)),
     ("quantised-for-a-cpu", _quantized_for_cpu, None),
-    ("group-normalization", _forbid_operators("would need cuDNN 8", "GroupNormalization"), (10, 0)),
+    ("group-normalization", _forbidden("would need cuDNN 8", "GroupNormalization"), (10, 0)),
 )
 
 

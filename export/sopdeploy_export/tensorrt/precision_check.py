@@ -68,7 +68,8 @@ def check_engine_precision(model: onnx.ModelProto, requested: str, information: 
     realized: defaultdict[str, Counter[str]] = defaultdict(Counter)
     seen: set[str] = set()
     for layer in layers:
-        operators = _operators_of(layer)
+        operators = ONNX_LAYER.findall(str(layer.get("Metadata", "")))
+        operators = operators or str(layer.get("Name", "")).split(" + ")
         names = [name for name in operators if name in wanted.precision]
         if not names or str(layer.get("LayerType")) in MOVES_ONLY:
             continue
@@ -131,11 +132,6 @@ def _inspected_layers(information: str) -> list[dict[str, Any]]:
     if not all(isinstance(layer, dict) for layer in layers):
         raise EngineError("the engine's inspector gave only layer names; the precision is unknown")
     return list(layers)
-
-
-def _operators_of(layer: dict[str, Any]) -> list[str]:
-    named: list[str] = ONNX_LAYER.findall(str(layer.get("Metadata", "")))
-    return named or str(layer.get("Name", "")).split(" + ")
 
 
 def _check_layer(
