@@ -18,7 +18,6 @@ import onnxruntime as ort
 
 SURFACE = json.loads((Path(__file__).parent / "tensorrt_surface.json").read_text())
 VERSIONS = tuple(SURFACE["versions"])
-NUMPY = {"UINT8": np.uint8, "FLOAT": np.float32, "HALF": np.float16}
 SHOWN = {8: {"fp32": "Row major linear FP32", "fp16": "Row major linear FP16 format"}}
 SHOWN_LATER = {"fp32": "Float", "fp16": "Half"}
 MAGIC = b"fake plan\n"
@@ -49,17 +48,6 @@ def limited(kind: str, version: str, base: type) -> type:
     return type(kind, (base,), {name: checked(getattr(object, name)) for name in special})
 
 
-class Member(int):
-    """An enum value."""
-
-    name: str
-
-    def __new__(cls, value: int, name: str) -> "Member":
-        found = super().__new__(cls, value)
-        found.name = name
-        return found
-
-
 FIRST = {"NetworkDefinitionCreationFlag": ["EXPLICIT_BATCH", "STRONGLY_TYPED"]}
 
 
@@ -67,7 +55,7 @@ def enumeration(kind: str, version: str) -> type:
     names = sorted(members(kind, version) or ())
     ordered = FIRST.get(kind, [])
     values = {name: ordered.index(name) if name in ordered else 10 + i for i, name in enumerate(names)}
-    return type(kind, (), {name: Member(value, name) for name, value in values.items()})
+    return type(kind, (), {name: type(kind, (int,), {"name": name})(n) for name, n in values.items()})
 
 
 class Flags:
@@ -97,9 +85,7 @@ class FakeTensorRT(ModuleType):
         self._faults: set[str] = set()
         self._builds = 0
         self._last: dict[str, Any] = {}
-        for kind in ("BuilderFlag", "NetworkDefinitionCreationFlag", "DataType", "LayerType", "TensorIOMode"):
-            setattr(self, kind, enumeration(kind, version))
-        for kind in ("LayerInformationFormat", "ProfilingVerbosity", "MemoryPoolType", "OnnxParserFlag"):
+        for kind in SURFACE["classes"].keys() - PARTS.keys() - {"Severity", "IProgressMonitor"}:
             setattr(self, kind, enumeration(kind, version))
         self.ILogger = type("ILogger", (), vars(enumeration("Severity", version)).copy())
         if members("IProgressMonitor", version) is not None:

@@ -3,6 +3,7 @@
 import io
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,9 @@ def zipped(name: str, body: bytes) -> bytes:
     return file.getvalue()
 
 
-UNREADABLE = {
+UNDAMAGED = saved(images=IMAGES, output_logits=LOGITS, tolerance_logits=1.0)
+UNREADABLE: dict[str, bytes | None] = {
+    "missing": None,
     "empty": b"",
     "random bytes": bytes(range(256)) * 4,
     "a single array": b"\x93NUMPY\x01\x00" + bytes(100),
@@ -131,7 +134,9 @@ UNREADABLE = {
 @pytest.mark.parametrize("case", UNREADABLE)
 def test_other_files_are_rejected(tmp_path: Path, case: str) -> None:
     path = tmp_path / "probes.npz"
-    path.write_bytes(UNREADABLE[case])
+    body = UNREADABLE[case]
+    if body is not None:
+        path.write_bytes(body)
     with pytest.raises(BundleError, match=r"probes\.npz: not a probe file") as caught:
         read_probes(path)
     assert "\n" not in str(caught.value)
@@ -139,16 +144,9 @@ def test_other_files_are_rejected(tmp_path: Path, case: str) -> None:
 
 @pytest.mark.parametrize("place", [0.1, 0.3, 0.5, 0.7, 0.9, 0.95])
 def test_a_damaged_file_is_rejected_or_still_readable(tmp_path: Path, place: float) -> None:
-    body = bytearray(saved(images=IMAGES, output_logits=LOGITS, tolerance_logits=1.0))
+    body = bytearray(UNDAMAGED)
     for offset in range(8):
         body[int(place * len(body)) + offset] ^= 0xFF
     (tmp_path / "probes.npz").write_bytes(body)
-    try:
-        read_probes(tmp_path / "probes.npz")
-    except BundleError as problem:
-        assert "not a probe file" in str(problem)  # noqa: PT017
-
-
-def test_a_missing_file_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="not a probe file"):
+    with suppress(BundleError):
         read_probes(tmp_path / "probes.npz")
