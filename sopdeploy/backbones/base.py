@@ -66,7 +66,7 @@ class Backbone(nn.Module, ABC):
         return (self(images),)
 
     def add_stage(self, name: str, in_channels: int, out_channels: int, blocks: int, stride: int) -> None:
-        """Add a stage of blocks, each of which can be tapped; the first block strides."""
+        """Add a stage of blocks, each of which can be tapped; only the first has *stride*."""
         first = self.branch_block(in_channels, out_channels, stride)
         rest = [self.branch_block(out_channels, out_channels, 1) for _ in range(blocks - 1)]
         self.add_module(name, nn.Sequential(first, *rest))

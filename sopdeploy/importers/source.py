@@ -47,7 +47,7 @@ class WeightFile:
         return self.tensors[name]
 
     def classifier_weight(self, name: str) -> Tensor:
-        """Get the matrix *name* (classes, features); raises `WeightsError`."""
+        """Get the matrix *name* (classes, features); raises `WeightsError` if there is none."""
         weight = self.tensor(name)
         if weight.dim() != 2:
             raise WeightsError(

@@ -35,7 +35,9 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
     config = read_hub_config(file.path)
     classifier = pretrained.get("classifier")
     if not isinstance(classifier, str):
-        raise WeightsError(f"{file.path}: timm's {backbone} has no single classifier to count classes by")
+        raise WeightsError(
+            f"{file.path}: timm's {backbone} has no single classifier, so the number of classes is unknown"
+        )
     return ConvertedWeights(
         description=f"timm's {backbone}",
         model=model,

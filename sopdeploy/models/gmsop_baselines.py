@@ -39,7 +39,7 @@ class AveragedResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     @pydantic.model_validator(mode="after")
     def _components_differ(self) -> "AveragedResNetConfig":
         if self.components > 1 and not self.component_widths:
-            raise ValueError("components without component_widths would all be the same")
+            raise ValueError("components > 1 needs component_widths; without them all components are equal")
         return self
 
 

@@ -49,7 +49,7 @@ class Predictions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunData:
-    """The contents of a report; without images `predictions` is None and `reason` tells why."""
+    """The contents of a report; if images are missing, `predictions` is None and `reason` explains why."""
 
     recipe: Recipe
     labels: tuple[str, ...]

@@ -57,7 +57,7 @@ class Teacher:
             raise ConfigError(f"teacher.weights: {path} has other classes than the data")
         if (stored.preprocess.mean, stored.preprocess.std) != (preprocess.mean, preprocess.std):
             raise ConfigError(
-                f"teacher.weights: {path} normalizes colors differently; set preprocess.mean and std to its"
+                f"teacher.weights: {path} normalizes colors differently; set the same preprocess.mean and std"
             )
         self.config = config
         self.model = build_classifier(stored, path).to(device).eval().requires_grad_(False)

@@ -97,5 +97,7 @@ def steepest_descent(rates: list[float], losses: list[float]) -> float:
     lowest = ignored + considered.index(min(considered)) if considered else 0
     falls = {start: losses[start] - losses[start + span] for start in range(ignored, lowest + 1 - span)}
     if not falls or max(falls.values()) <= 0:
-        raise TrainingError("the loss decreased at no learning rate; check the data and the preprocessing")
+        raise TrainingError(
+            "the loss does not decrease at any learning rate; check the data and the preprocessing"
+        )
     return rates[max(falls, key=falls.__getitem__) + (span + 1) // 2]

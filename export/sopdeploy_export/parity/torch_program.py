@@ -70,7 +70,7 @@ def check_program(content: bytes, certificate: Certificate) -> None:
         if name.startswith(NORMALIZE_PREFIX):
             continue
         if name not in kept:
-            raise CertificateError(f"{FILE}: holds {name}, which was not kept")
+            raise CertificateError(f"{FILE}: contains {name}, which was removed")
         if tensor_hash(tensor) != kept[name].sha256:
             raise CertificateError(f"{FILE}: {name} differs from the tensor that was kept")
     entries = zipfile.ZipFile(io.BytesIO(content)).infolist()

@@ -295,7 +295,7 @@ def build_inventory(
     }  # the memory of each kept tensor
     for name, tensor in removed.items():
         if not is_in(name, *trained.training_only):
-            raise CertificateError(f"{name} was removed, but {list(trained.training_only)} do not cover it")
+            raise CertificateError(f"{name} was removed, but is not in {list(trained.training_only)}")
         owner = owners.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
         if owner is not None:
             raise CertificateError(f"{name} was removed but shares its memory with {owner}, which was kept")

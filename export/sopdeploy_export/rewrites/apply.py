@@ -185,8 +185,8 @@ def lower_by_rules(
 ) -> LoweredGraph:
     """Rewrite the certified network and convert it to ONNX.
 
-    If no rule changes the program, its ONNX model is the certified one. Raises `LoweringError` with the
-    rule and the part for which a precondition or a proof fails.
+    If no rule changes the program, its ONNX model is the certified one. Raises `LoweringError`
+    naming the rule and the module if a precondition or the equivalence check fails.
     """
     pixels = Normalize(preprocess)(torch.from_numpy(images[:OBSERVED_IMAGES]))
     rewritten = rewrite(certified.network, pixels, batch, options)

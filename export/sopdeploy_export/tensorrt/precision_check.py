@@ -130,7 +130,7 @@ def _inspected_layers(information: str) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as problem:
         raise EngineError(f"the engine's inspector gave no list of layers ({problem})") from problem
     if not all(isinstance(layer, dict) for layer in layers):
-        raise EngineError("the engine's inspector gave only layer names; the precision is unknown")
+        raise EngineError("the engine's inspector shows layer names only; the precision is unknown")
     return list(layers)
 
 

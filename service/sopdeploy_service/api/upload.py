@@ -38,7 +38,7 @@ NOT_A_FORM = Rejection("unsupported_multipart", 415, "send the image itself or m
 
 
 class Upload(NamedTuple):
-    """The images of one request; *several* requests a list of results, *top_k* comes from a JSON body."""
+    """The images of one request. *several* selects a list as response; *top_k* is that of a JSON body."""
 
     images: list[EncodedImage]
     several: bool = False

@@ -125,7 +125,7 @@ def decode(
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"this is {limit}", code="too_many_pixels", status=413) from error
+        raise ImageError(f"the image has {limit}", code="too_many_pixels", status=413) from error
     except Exception as error:  # untrusted bytes: a parser or decoder may raise anything
         if isinstance(error, MemoryError):
             raise ImageError("the image needs too much memory", code="too_many_pixels", status=413) from error

@@ -187,7 +187,7 @@ def _test_jpegs(resize: int, settings: Settings) -> Iterator[bytes]:
         samples = islice((body for body in bodies if body.startswith(JPEG_SIGNATURE)), MAX_SAMPLES)
         first = next(samples, None)
         if first is None:
-            raise ConfigError(f"fast_decode_samples: no JPEG in {folder}; name a folder of photographs")
+            raise ConfigError(f"fast_decode_samples: no JPEG in {folder}; choose a folder with photographs")
         yield first
         yield from samples
 

@@ -88,9 +88,7 @@ def _read_probes(bundle: Bundle) -> Probes:
     shapes = {name: values.shape for name, values in probes.expected.items()}
     required = {output.name: (count, *output.shape[1:]) for output in manifest.outputs}
     if not count or probes.images.shape[1:] != manifest.image_shape or not required.items() <= shapes.items():
-        raise BundleError(
-            f"{bundle.probes}: does not probe every output, so it proves nothing; export the bundle again"
-        )
+        raise BundleError(f"{bundle.probes}: does not probe every output; export the bundle again")
     return probes
 
 

@@ -53,9 +53,9 @@ class RequestTrace:
     _span: trace.Span
 
     def record_batch(self, traces: Sequence["RequestTrace"], started: float, ended: float) -> None:
-        """Write the span of a batch: a root span, linked once to each request of *traces*.
+        """Write the span of a batch as a root span with one link per request.
 
-        *traces* has one trace per image.
+        *traces* has one entry per image; several images may belong to one request.
         """
         requests = {id(one): one for one in traces}
         span = self._tracer.start_span(

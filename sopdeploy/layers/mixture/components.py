@@ -91,7 +91,7 @@ class Components(nn.Module, ExportHints):
         return F.relu(x) if self.rectified else x
 
     def macs(self, features: torch.Size) -> int:
-        """Count the multiply-adds of one image of a (B, C, H, W) map in `counted` components."""
+        """Count the multiply-adds per image of `counted` components, for a (B, C, H, W) feature map."""
         positions = 1 if isinstance(self.before, nn.AdaptiveAvgPool2d) else features[2] * features[3]
         weights: int = sum(weight[0].numel() for weight in self.weights)
         return self.counted * positions * weights

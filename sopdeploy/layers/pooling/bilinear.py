@@ -37,7 +37,7 @@ class Bilinear(GlobalPooling):
         self.out_features = channels * channels
 
     def pool(self, features: Tensor) -> Tensor:
-        """Compute the vector."""
+        """Compute the (B, C^2) vector of *features* (B, C, H, W)."""
         matrix_BCC = bilinear(features)
         if self.root is not None:
             matrix_BCC = square_root(matrix_BCC, self.root)

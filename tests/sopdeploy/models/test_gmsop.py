@@ -204,5 +204,5 @@ def test_baselines_have_no_training_only_parts(name: str, switches: dict[str, An
 
 
 def test_averaging_components_without_weights_is_rejected() -> None:
-    with pytest.raises(ConfigError, match="would all be the same"):
+    with pytest.raises(ConfigError, match="all components are equal"):
         create_model("srsop-resnet18", components=4)

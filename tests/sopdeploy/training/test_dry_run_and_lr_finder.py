@@ -108,7 +108,7 @@ def test_the_noise_of_the_first_steps_is_ignored() -> None:
 
 @pytest.mark.parametrize("losses", [[], [1.0], [1.0, 2.0, 3.0]])
 def test_a_loss_that_never_decreases_is_an_error(losses) -> None:
-    with pytest.raises(TrainingError, match="decreased at no learning rate"):
+    with pytest.raises(TrainingError, match="does not decrease at any learning rate"):
         steepest_descent([1.0] * len(losses), losses)
 
 

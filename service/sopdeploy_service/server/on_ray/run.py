@@ -41,7 +41,7 @@ def run(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> int:
         serve.start(proxy_location=options["proxy_location"], http_options=options["http_options"])
         if NAME in serve.status().applications:
             raise ConfigError(
-                f"{NAME} already runs on this Ray; use --emit FILE and `serve deploy FILE` to change it"
+                f"{NAME} already runs on this Ray cluster; change it with --emit FILE and `serve deploy FILE`"
             )
         try:
             deploy(serve, options["applications"][0])
