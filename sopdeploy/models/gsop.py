@@ -11,15 +11,14 @@ the GFLOPs of Tables 5 and 6 rest; Newton-Schulz runs 5 steps in the paper, 3 in
 the block are documented in `layers/attention/gsop_block.py`. The network has no training-only parts.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 from torch import nn
 
 from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.cifar_resnet import PreActResNet, PreActResNetConfig
-from sopdeploy.backbones.resnet import BLOCKS, STAGES, ResNet, ResNetConfig
+from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.attention.gsop_block import RELEASED_BLOCK, GSoPBlock, GSoPBlockConfig
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
@@ -28,7 +27,6 @@ from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
 from sopdeploy.models.base import Classifier, Entry
 
 Stage = Literal["layer1", "layer2", "layer3", "layer4"]  # conv2_x .. conv5_x
-BLOCK_SPACING = 3  # 18 bottlenecks per stage, 6 of them with a block
 FINAL_POOLING = {1: "gap", 2: "isqrt"}  # of GSoP-Net1 and GSoP-Net2
 RELEASED: dict[str, Any] = {
     **RELEASED_BLOCK,
@@ -60,15 +58,23 @@ class GSoP(Classifier):
 
     The backbone's parts keep their names; a block is the part `attention` of the residual block it
     belongs to, GSoP-Net2 has its own `pooling` and `fc`.
+
+    Attributes:
+        block_spacing: Every how many residual blocks of a stage a GSoP block follows; `None` is the last one.
     """
 
+    block_spacing: ClassVar[int | None] = None
     config: GSoPConfig
     pooling: GlobalPooling
     fc: nn.Module
 
-    def attach(self, places: Mapping[str, tuple[int, ...]]) -> None:
-        """Insert blocks at these positions of the stages, and the second-order end if the config has one."""
-        config = self.config
+    def __init__(self, config: GSoPConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        places: dict[str, range] = {}
+        for name in self.stage_names:
+            length = len(list(self.get_submodule(name).children()))
+            spacing = min(self.block_spacing or length, length)
+            places[name] = range(spacing - 1, length, spacing)
         for unknown in sorted({*(config.block_stages or ()), *config.strided_dr_stages} - set(places)):
             raise ConfigError(
                 f"block_stages, strided_dr_stages: no {unknown}; stages are {', '.join(places)}"
@@ -113,10 +119,6 @@ class GSoPResNet(GSoP, ResNet):
 
     config: GSoPResNetConfig
 
-    def __init__(self, config: GSoPResNetConfig, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.attach({stage: (n - 1,) for stage, n in zip(STAGES, BLOCKS[config.depth], strict=True)})
-
 
 class GSoPPreActResNetConfig(PreActResNetConfig, GSoPConfig):
     """PreAct-ResNet of bottlenecks for 32-pixel images; covariances are narrower, conv4_x keeps its size."""
@@ -137,12 +139,8 @@ class GSoPPreActResNet(GSoP, PreActResNet):
     have one block at their last.
     """
 
+    block_spacing = 3  # 18 bottlenecks per stage, 6 of them with a block
     config: GSoPPreActResNetConfig
-
-    def __init__(self, config: GSoPPreActResNetConfig, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        spacing = min(BLOCK_SPACING, config.blocks)
-        self.attach(dict.fromkeys(self.stage_names, tuple(range(spacing - 1, config.blocks, spacing))))
 
 
 ENTRIES = {

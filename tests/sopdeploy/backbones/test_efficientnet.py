@@ -59,10 +59,3 @@ def test_second_order_head_goes_by_64_swished_channels_to_2080_numbers() -> None
     assert network.num_features() == network.classifier.in_features == 2080
     counted = describe("isqrt-efficientnet-b0").shipped.parameters
     assert counted == 5_288_548 - 1281 * 1000 + (1280 * 64 + 128) + 2081 * 1000
-
-
-def test_second_order_head_learns() -> None:
-    torch.manual_seed(0)
-    network = create_model("isqrt-efficientnet-b0", num_classes=3, width=8, stochastic_depth=0)
-    network(torch.randn(2, 3, 64, 64)).square().sum().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())

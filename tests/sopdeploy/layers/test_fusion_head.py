@@ -1,32 +1,8 @@
 import pytest
 import torch
-from torch import nn
 
 from sopdeploy.errors import TrainingError
 from sopdeploy.layers.mixture.components import FusionHead
-
-
-def trained_head() -> FusionHead:
-    torch.manual_seed(0)
-    head = FusionHead(12, 5, norm=True, dropout=0.2).double()
-    assert isinstance(head.bn, nn.BatchNorm1d)
-    nn.init.normal_(head.bn.weight)
-    nn.init.normal_(head.bn.bias)
-    for _ in range(3):
-        head(torch.randn(8, 12, dtype=torch.float64))
-    return head
-
-
-def test_the_batch_norm_folds_into_the_linear_layer_through_dropout() -> None:
-    head = trained_head().eval()
-    bn, x = head.bn, torch.randn(4, 12, dtype=torch.float64)
-    assert isinstance(bn, nn.BatchNorm1d)
-    assert bn.running_var is not None
-    assert bn.running_mean is not None
-    scale = bn.weight / (bn.running_var + bn.eps).sqrt()
-    offset = bn.bias - bn.running_mean * scale
-    folded = x @ (head.fc.weight * scale).T + head.fc.bias + head.fc.weight @ offset
-    torch.testing.assert_close(head(x), folded, rtol=0, atol=1e-12)
 
 
 def test_dropout_acts_in_training_only() -> None:

@@ -24,32 +24,23 @@ from sopdeploy.models.stats import tally
         ("gsop-net1-preact-resnet164", {"block_stages": (), "last_stride": 2}, 1_726_388, 247_669_760),
         ("gsop-net1-resnet50", {"block_stages": ()}, 25_557_032, 6_208_618_496),  # ResNet-50, s1
         ("gsop-net2-preact-resnet164", {"block_stages": ()}, 2_559_412, 500_652_288),  # MPN-COV of Table 6
+        ("gsop-net1-resnet101", {}, 47_277_352, None),
+        ("gsop-net2-resnet101", {}, 77_270_696, None),
+        ("gsop-net1-resnet50", {"attention": "position"}, 26_182_952, None),
+        ("gsop-net1-resnet50", {"attention": "average"}, 28_911_144, None),
+        ("gsop-net1-resnet50", {"attention": "sum"}, 28_911_144, None),
+        ("gsop-net1-resnet50", {"attention": "maximum"}, 28_911_144, None),
+        ("gsop-net1-resnet50", {"attention": "concatenation"}, 32_105_000, None),
+        ("se-resnet50", {}, 28_088_024, None),
+        ("cbam-resnet50", {}, 28_089_624, None),
+        ("se-preact-resnet164", {}, 1_928_492, None),
     ],
 )
-def test_gsop_parameters_and_macs_are_exact(name, config, parameters: int, macs: int) -> None:
-    counted = describe(name, **config).shipped
-    assert (counted.parameters, counted.macs) == (parameters, macs)
-
-
-@pytest.mark.parametrize(
-    ("name", "config", "parameters"),
-    [
-        ("gsop-net1-resnet101", {}, 47_277_352),
-        ("gsop-net2-resnet101", {}, 77_270_696),
-        ("gsop-net1-resnet50", {"attention": "position"}, 26_182_952),
-        ("gsop-net1-resnet50", {"attention": "average"}, 28_911_144),
-        ("gsop-net1-resnet50", {"attention": "sum"}, 28_911_144),
-        ("gsop-net1-resnet50", {"attention": "maximum"}, 28_911_144),
-        ("gsop-net1-resnet50", {"attention": "concatenation"}, 32_105_000),
-        ("se-resnet50", {}, 28_088_024),
-        ("cbam-resnet50", {}, 28_089_624),
-        ("se-preact-resnet164", {}, 1_928_492),
-    ],
-)
-def test_attention_network_parameters_are_exact(name, config, parameters: int) -> None:
-    counted = describe(name, **config)
-    assert counted.training == counted.shipped
-    assert counted.shipped.parameters == parameters
+def test_attention_parameters_and_macs_are_exact(name, config, parameters: int, macs: int | None) -> None:
+    found = describe(name, **config)
+    assert found.training == found.shipped
+    assert found.shipped.parameters == parameters
+    assert macs in {None, found.shipped.macs}
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,7 @@ from torch import nn
 
 from sopdeploy import create_model
 from sopdeploy.errors import ConfigError
-from sopdeploy.models.base import TrainingOutput
-from sopdeploy.models.dsop import Branch, DSoP
+from sopdeploy.models.dsop import Branch
 
 FOUR = ["layer1_1", "layer2_1", "layer3_1", "layer4_1"]
 NARROW = {"aux_widths": (8, 8, 8, 8), "aux_blocks": (1, 1, 1, 1)}
@@ -15,56 +14,6 @@ def branches_of(name: str, **config: object) -> dict[str, Branch]:
     with torch.device("meta"):
         network = create_model(name, **config)
     return dict(network.branches.items())
-
-
-@pytest.mark.parametrize(
-    ("name", "side", "config"),
-    [
-        ("dsop-resnet18", 64, NARROW),
-        ("dsop-resnet18", 64, {**NARROW, "conv5_stride": 2, "aux_pooling": "gap"}),
-        ("dsop-resnet50", 32, {**NARROW, "bottleneck_stride": "v1"}),
-        ("dsop-resnet8", 16, {}),
-        ("dsop-resnet20", 16, {"shortcut": "projection"}),
-        ("dsop-preact-resnet164", 8, {"blocks": 3}),
-        ("dsop-preact-resnet110", 8, {"blocks": 2}),
-        ("dsop-resnext29-8x64d", 8, {"cardinality": 2, "group_width": 4, "aux_widths": (8, 8, 8)}),
-        ("dsop-efficientnet-b0", 32, {}),
-    ],
-)
-def test_eval_forward_is_the_plain_network_bit_for_bit(name: str, side: int, config: dict) -> None:
-    torch.manual_seed(0)
-    trained = create_model(name, num_classes=5, **config).eval()
-    plain = trained.inference_model().eval()
-    kept = {key: v for key, v in trained.state_dict().items() if not key.startswith("branches.")}
-    assert kept.keys() == plain.state_dict().keys()
-    plain.load_state_dict(kept)
-    images = torch.randn(2, 3, side, side)
-    with torch.no_grad():
-        assert torch.equal(trained(images), plain(images))
-
-
-def test_plain_network_shares_no_tensor_with_the_trained_one() -> None:
-    trained = create_model("dsop-resnet8")
-    ours = {p.data_ptr() for p in trained.parameters()}
-    assert ours.isdisjoint(p.data_ptr() for p in trained.inference_model().parameters())
-
-
-def test_train_forward_gives_logits_of_every_head() -> None:
-    network = create_model("dsop-resnet18", num_classes=5, **NARROW)
-    out = network(torch.randn(2, 3, 64, 64))
-    assert isinstance(out, TrainingOutput)
-    assert list(out.branches) == FOUR
-    assert {tuple(logits.shape) for logits in (out.logits, *out.branches.values())} == {(2, 5)}
-    assert out.penalties == {}
-    assert out.branches.keys() | {"main"} == network.loss_weights().keys()
-
-
-def test_every_parameter_learns() -> None:
-    torch.manual_seed(0)
-    network = create_model("dsop-resnet20")
-    out = network(torch.randn(4, 3, 16, 16))
-    (out.logits.square().sum() + sum(b.square().sum() for b in out.branches.values())).backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
 
 
 def test_branches_do_not_change_the_running_statistics_of_the_backbone() -> None:
@@ -239,9 +188,3 @@ def test_unused_branches_can_be_kept_but_do_not_compute() -> None:
 def test_options_that_do_not_match_the_stages_are_rejected(config: dict, key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         create_model("dsop-resnet18", **config)
-
-
-def test_training_only_parts_are_declared_by_name() -> None:
-    network = create_model("dsop-resnet8")
-    assert isinstance(network, DSoP)
-    assert network.training_only == ("branches",)

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sopdeploy.errors import ConfigError, TrainingError
-from sopdeploy.models.base import TrainingOutput
-from sopdeploy.models.gmsop import GMSOP, GatedResNet
+from sopdeploy.errors import ConfigError
+from sopdeploy.models.gmsop import GMSOP
 from sopdeploy.models.registry import create_model, make_config
 
 TINY: dict[str, Any] = {
@@ -40,16 +39,6 @@ def untied(network: GMSOP) -> GMSOP:
 
 
 @pytest.mark.parametrize("name", GATED)
-def test_training_gives_logits_and_the_balance_penalty(name: str) -> None:
-    output = tiny(name)(images())
-    assert isinstance(output, TrainingOutput)
-    assert output.logits.shape == (4, 5)
-    assert output.branches == {}
-    assert list(output.penalties) == ["balance"]
-    assert output.penalties["balance"].shape == ()
-
-
-@pytest.mark.parametrize("name", GATED)
 def test_eval_mode_returns_logits_and_outputs_tuple_the_gates(name: str) -> None:
     network = untied(tiny(name)).eval()
     logits, gates = network.outputs_tuple(images())
@@ -62,32 +51,6 @@ def test_eval_mode_returns_logits_and_outputs_tuple_the_gates(name: str) -> None
 def test_the_untrained_gate_selects_the_first_components() -> None:
     _, gates = tiny().eval().outputs_tuple(images())
     assert gates.tolist() == [[0.5, 0.5, 0.0, 0.0]] * 4
-
-
-def test_eval_mode_does_not_use_the_noise() -> None:
-    network = untied(tiny()).eval()
-    expected = network(images())
-    del network.gate.noise
-    assert torch.equal(network(images()), expected)
-
-
-@pytest.mark.parametrize("name", GATED)
-def test_the_inference_model_equals_the_network_without_training_only_parts(name: str) -> None:
-    network = untied(tiny(name)).eval()
-    plain = network.inference_model().eval()
-    assert type(plain) is GatedResNet
-    kept = {key: value for key, value in network.state_dict().items() if not key.startswith("gate.noise.")}
-    assert list(plain.state_dict()) == list(kept)
-    assert set(network.state_dict()) - set(kept) == {"gate.noise.weight"}
-    plain.load_state_dict(kept)
-    assert torch.equal(plain(images()), network(images()))
-
-
-def test_the_inference_model_shares_no_object() -> None:
-    network = tiny()
-    assert not {id(part) for part in network.modules()} & {
-        id(part) for part in network.inference_model().modules()
-    }
 
 
 @pytest.mark.parametrize("noise_per", ["image", "component"])
@@ -105,24 +68,6 @@ def test_routed_and_dense_training_give_the_same_numbers(name: str, noise_per: s
             *(p.grad for p in network.parameters()),
         ]
     torch.testing.assert_close(found["routed"], found["dense"], rtol=1e-7, atol=1e-9)
-
-
-@pytest.mark.parametrize("evaluation", ["routed", "dense"])
-@pytest.mark.parametrize("name", GATED)
-def test_a_training_step_reaches_every_parameter_and_lowers_the_loss(name: str, evaluation: str) -> None:
-    network = untied(tiny(name, evaluation=evaluation, dropout=0.0, noise_per="component"))
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
-    targets = torch.tensor([0, 1, 2, 3])
-    losses = []
-    for _ in range(8):
-        output = network(images())
-        loss = torch.nn.functional.cross_entropy(output.logits, targets) + output.penalties["balance"] * 0.01
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
 
 
 def test_one_step_breaks_the_initial_tie() -> None:
@@ -143,25 +88,6 @@ def test_chosen_of_one_can_be_exported_but_not_trained() -> None:
     assert network.eval()(images()).shape == (4, 5)
 
 
-def test_choosing_all_is_the_plain_softmax() -> None:
-    network = untied(tiny(chosen=4)).eval()
-    _, gates = network.outputs_tuple(images())
-    logits = network.gate.logits(network.gate.feature(network.features(images())[0]))
-    torch.testing.assert_close(gates, logits.softmax(dim=1))
-
-
-def test_a_training_batch_of_one_image_is_an_error() -> None:
-    with pytest.raises(TrainingError, match="last, incomplete batch"):
-        tiny()(images(1))
-
-
-def test_an_image_has_the_same_output_alone_and_in_a_batch() -> None:
-    network = untied(tiny()).double().eval()
-    together = network(images().double())
-    alone = torch.cat([network(image[None].double()) for image in images()])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
-
-
 def test_a_black_image_has_finite_logits() -> None:
     assert tiny().eval()(torch.zeros(1, 3, 16, 16)).isfinite().all()
 
@@ -179,28 +105,6 @@ def test_a_black_image_has_finite_logits() -> None:
 def test_invalid_values_are_rejected_by_name(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config("gmsop-16-8-resnet18", values)
-
-
-@pytest.mark.parametrize(
-    ("name", "switches"),
-    [
-        ("resnet18-64px", {}),
-        ("resnet18-512d", {"component_widths": (12,)}),
-        ("srsop-resnet18", {}),
-        ("parametric-srsop-resnet18", {"component_widths": (12, 8)}),
-        ("avegap-16-resnet18", {"component_widths": (12,), "components": 3}),
-        ("avesop-16-resnet18", {"component_widths": (12, 8), "components": 3}),
-        ("netvlad-64-resnet18", {"words": 4}),
-    ],
-)
-def test_baselines_have_no_training_only_parts(name: str, switches: dict[str, Any]) -> None:
-    network = create_model(name, num_classes=5, blocks_per_stage=1, **switches)
-    network(images()).sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-    plain = network.inference_model().eval()
-    plain.load_state_dict(network.state_dict())
-    assert network.training_only == ()
-    assert torch.equal(plain(images()), network.eval()(images()))
 
 
 def test_averaging_components_without_weights_is_rejected() -> None:

@@ -12,19 +12,6 @@ PRENORMS = pytest.mark.parametrize("prenorm", ["trace", "frobenius"])
 
 
 @PRENORMS
-@pytest.mark.parametrize("compensate", [True, False])
-@pytest.mark.parametrize("iterations", [1, 2, 3, 5, 10])
-@pytest.mark.parametrize(("channels", "side"), [(32, 3), (16, 1), (20, 4), (9, 5)])
-def test_root_is_the_textbook_loop_in_float64(channels, side, iterations, compensate, prenorm) -> None:
-    rule = NewtonSchulzConfig(iterations=iterations, prenorm=prenorm, compensate=compensate)
-    features = relu_features(2, channels, side)
-    if side == 1:
-        assert (covariance_root(features, rule) == 0).all()
-        return
-    assert relative_error(covariance_root(features, rule), textbook_root(features, rule)) < 1e-10
-
-
-@PRENORMS
 @pytest.mark.parametrize(("channels", "side"), [(256, 7), (128, 8), (64, 7)])
 def test_gram_form_is_as_accurate_as_the_covariance_form(channels, side, prenorm) -> None:
     rule = NewtonSchulzConfig(prenorm=prenorm)
@@ -61,32 +48,11 @@ def test_symbolic_shapes_use_the_covariance_form() -> None:
     assert not gram_is_cheaper(256, Unknown(49), 5)
 
 
-@pytest.mark.parametrize("side", [3, 8])
-def test_root_scales_with_the_features(side: int) -> None:
-    features = relu_features(2, 32, side)
-    rule = NewtonSchulzConfig()
-    torch.testing.assert_close(covariance_root(7.0 * features, rule), 7.0 * covariance_root(features, rule))
-
-
 @pytest.mark.parametrize("iterations", [5, 10, 15])
 @pytest.mark.parametrize("side", [3, 9], ids=["positions", "channels"])
 def test_root_of_a_float32_map_is_symmetric_but_for_rounding(side: int, iterations: int) -> None:
     root = covariance_root(relu_features(2, 48, side).float(), NewtonSchulzConfig(iterations=iterations))
     assert (root - root.transpose(1, 2)).norm() < 1e-5 * root.norm()
-
-
-def test_asymmetry_of_the_input_grows_with_the_iterations() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(1, 16, 8, dtype=torch.float64)
-    a = x @ x.transpose(1, 2)
-    a = a / a.diagonal(dim1=1, dim2=2).sum()
-    skew = torch.randn_like(a)
-    skew = 1e-3 * a.norm() * (skew - skew.transpose(1, 2)) / (skew - skew.transpose(1, 2)).norm()
-    growth = []
-    for iterations in (5, 10):
-        root = newton_schulz(a + skew, iterations)
-        growth.append(float((root - root.transpose(1, 2)).norm() / root.norm()) / 1e-3)
-    assert growth[1] > growth[0] > 1.0
 
 
 @pytest.mark.parametrize("prenorm", ["trace", "frobenius"])
