@@ -32,14 +32,17 @@ def test_a_correct_runtime_passes_the_self_test(serve_with, onnx_runtime, bundle
     assert reply.headers["x-model-digest"] == bundle.manifest.id
 
 
+def test_the_model_must_be_known_and_rollback_be_enabled(client) -> None:
+    unknown = client.get("/selftest?model=nothing")
+    assert (unknown.status_code, unknown.json()["code"]) == (404, "unknown_model")
+    reply = client.post("/v1/models/tiny/rollback")
+    assert (reply.status_code, reply.json()["code"]) == (403, "model_control_off")
+
+
 @pytest.mark.parametrize(("wrong", "code"), [(0.01, "selftest_failed"), (np.nan, "nonfinite_output")])
 def test_a_drifting_runtime_fails_the_self_test(serve_with, onnx_runtime, wrong, code) -> None:
     reply = serve_with(Drifting(onnx_runtime, wrong)).get("/selftest")
     assert (reply.status_code, reply.json()["code"]) == (500, code)
-
-
-def test_a_self_test_of_an_unknown_model_is_404(serve_with, onnx_runtime) -> None:
-    assert serve_with(onnx_runtime).get("/selftest?model=nothing").json()["code"] == "unknown_model"
 
 
 def test_rollback_activates_the_previous_version(
@@ -63,8 +66,3 @@ def version_of(client, body: bytes) -> str:
     reply = client.post("/v1/classify", content=body)
     assert reply.status_code == 200
     return reply.headers["x-model-digest"]
-
-
-def test_rollback_needs_model_control(serve_with, onnx_runtime) -> None:
-    reply = serve_with(onnx_runtime).post("/v1/models/tiny/rollback")
-    assert (reply.status_code, reply.json()["code"]) == (403, "model_control_off")

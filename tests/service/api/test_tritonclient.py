@@ -98,8 +98,7 @@ def test_server_and_model_metadata(triton, bundle):
     assert not triton.is_model_ready("tiny", "1")
     extensions = triton.get_server_metadata()["extensions"]
     assert {"binary_tensor_data", "classification", "model_repository"} <= set(extensions)
-    metadata = triton.get_model_metadata("tiny", bundle.manifest.id)
-    assert metadata == {
+    assert triton.get_model_metadata("tiny", bundle.manifest.id) == {
         "name": "tiny",
         "versions": [bundle.manifest.id],
         "platform": "onnxruntime_onnx",
@@ -140,20 +139,19 @@ def test_statistics_count_requests_images_and_runs(triton, pixels):
         assert new["count"] == old["count"] + more
         assert (new["ns"] > old["ns"]) == bool(more)
     assert after["last_inference"] >= max(before["last_inference"], 1.6e12)
-    assert (
-        sum(b["batch_size"] * b["compute_infer"]["count"] for b in after["batch_stats"])
-        == (after["inference_count"])
-    )
+    images = sum(batch["batch_size"] * batch["compute_infer"]["count"] for batch in after["batch_stats"])
+    assert images == after["inference_count"]
     assert triton.get_inference_statistics()["model_stats"] == [after]
 
 
 def test_errors_reach_the_client(triton, pixels, images):
-    with pytest.raises(InferenceServerException, match=r"\[n, 32, 32, 3\]"):
-        triton.infer("tiny", [infer_input("images", pixels[:, :5], "UINT8", True)])
-    with pytest.raises(InferenceServerException, match="must be UINT8"):
-        triton.infer("tiny", [infer_input("images", pixels.astype(np.float32), "FP32", True)])
-    with pytest.raises(InferenceServerException, match="no model 'other'"):
-        triton.infer("other", [infer_input("images", pixels, "UINT8", True)])
+    for name, sent, message in (
+        ("tiny", infer_input("images", pixels[:, :5], "UINT8", True), r"\[n, 32, 32, 3\]"),
+        ("tiny", infer_input("images", pixels.astype(np.float32), "FP32", True), "must be UINT8"),
+        ("other", infer_input("images", pixels, "UINT8", True), "no model 'other'"),
+    ):
+        with pytest.raises(InferenceServerException, match=message):
+            triton.infer(name, [sent])
     bad = np.array([images[0], b"text", images[1]], dtype=object)
     with pytest.raises(InferenceServerException, match="image 1: this is not an image") as caught:
         triton.infer("tiny", [infer_input("IMAGE", bad, "BYTES", True)])

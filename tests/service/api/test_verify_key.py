@@ -11,17 +11,9 @@ from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
 
 
-@pytest.fixture
-def key(tmp_path: Path) -> Path:
-    path = tmp_path / "release.key"
-    make_key(path)
-    return path
-
-
-def test_a_bundle_needs_a_signature_of_the_key(
-    tmp_path: Path, key: Path, make_bundle: Callable[..., Path]
-) -> None:
-    bundle = make_bundle(tmp_path)
+def test_a_bundle_needs_a_signature_of_the_key(tmp_path: Path, make_bundle: Callable[..., Path]) -> None:
+    bundle, key = make_bundle(tmp_path), tmp_path / "release.key"
+    make_key(key)
     settings = Settings(threads=1, verify_key=key.with_name("release.key.pub"))
     with pytest.raises(BundleError, match="no signature at"):
         load_model(bundle, settings)
@@ -35,8 +27,5 @@ def test_a_bundle_needs_a_signature_of_the_key(
     sign(bundle, tmp_path / "other.key")
     with pytest.raises(BundleError, match="another key"):
         load_model(bundle, settings)
-
-
-def test_a_missing_key_is_a_config_error(tmp_path: Path, make_bundle: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="no key here"):
-        load_model(make_bundle(tmp_path), Settings(threads=1, verify_key=tmp_path / "none"))
+        load_model(bundle, Settings(threads=1, verify_key=tmp_path / "none"))

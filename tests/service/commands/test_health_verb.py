@@ -23,9 +23,8 @@ class Fixed(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(request: pytest.FixtureRequest) -> Iterator[int]:
-    kind = type("Answering", (Fixed,), {"status": request.param})
-    with http.server.HTTPServer(("127.0.0.1", 0), kind) as found:
+def port() -> Iterator[int]:
+    with http.server.HTTPServer(("127.0.0.1", 0), Fixed) as found:
         thread = threading.Thread(target=found.serve_forever)
         thread.start()
         yield found.server_port
@@ -33,38 +32,29 @@ def server(request: pytest.FixtureRequest) -> Iterator[int]:
         thread.join()
 
 
-def health(*words: str) -> tuple[int, str]:
+def health(*words: str) -> tuple[int, int, str]:
+    """Return the exit code, the number of lines on stderr, and the lines."""
     found = CliRunner().invoke(app, ["health", *words])
     assert found.stdout == ""
-    return found.exit_code, found.stderr
+    return found.exit_code, found.stderr.count("\n"), found.stderr
 
 
-@pytest.mark.parametrize("server", [200], indirect=True)
-def test_a_ready_server_is_0_and_found_where_the_setting_says(
-    server: int, monkeypatch: pytest.MonkeyPatch
+def test_the_exit_code_is_0_for_a_ready_server_and_1_for_others(
+    port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert health("--url", f"http://127.0.0.1:{server}/") == (0, "")
-    monkeypatch.setenv("SOPDEPLOY_PORT", str(server))
-    assert health() == (0, "")
-
-
-@pytest.mark.parametrize("server", [503], indirect=True)
-def test_a_server_that_is_not_ready_is_1_and_what_it_says(server: int) -> None:
-    code, said = health("--url", f"http://127.0.0.1:{server}")
-    assert code == 1
+    assert health("--url", f"http://127.0.0.1:{port}/") == (0, 0, "")
+    monkeypatch.setenv("SOPDEPLOY_PORT", str(port))
+    assert health() == (0, 0, "")
+    monkeypatch.setattr(Fixed, "status", 503)
+    *found, said = health()
+    assert found == [1, 1]
     assert "503" in said
     assert "draining" in said
-    assert said.count("\n") == 1
-
-
-def test_a_server_that_does_not_answer_is_1() -> None:
     with bind("127.0.0.1", 0) as listener:
-        port = listener.getsockname()[1]
-        code, said = health("--url", f"http://127.0.0.1:{port}", "--timeout", "0.2")
-    assert (code, said.count("\n")) == (1, 1)
+        silent = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert health("--url", silent, "--timeout", "0.2")[:2] == (1, 1)
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x", "http://", "http://x:port", "http://[x"])
 def test_what_is_no_url_is_2(url: str) -> None:
-    code, said = health("--url", url)
-    assert (code, said.count("\n")) == (2, 1)
+    assert health("--url", url)[:2] == (2, 1)

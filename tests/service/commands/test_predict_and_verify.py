@@ -37,17 +37,12 @@ def test_predict_returns_every_path_in_order_with_its_error(bundle_path, jpeg, t
     assert (bad.error.code, bad.classes) == ("not_an_image", ())
 
 
-def test_predict_names_a_file_that_cannot_be_read(bundle_path, tmp_path):
+def test_a_file_that_cannot_be_read_or_is_too_large_is_named(bundle_path, tmp_path):
     with pytest.raises(DataError, match=r"nothing\.jpg: cannot be read"):
         predict(bundle_path, [tmp_path / "nothing.jpg"], ONE_THREAD)
-
-
-def test_a_file_over_the_byte_limit_is_rejected(bundle_path, tmp_path):
     (tmp_path / "big").write_bytes(bytes(3000))
-    settings = Settings(threads=1, max_body_bytes=2000)
-    error = predict(bundle_path, [tmp_path / "big"], settings)[0].error
-    assert error is not None
-    assert error.code == "too_large"
+    (found,) = predict(bundle_path, [tmp_path / "big"], Settings(threads=1, max_body_bytes=2000))
+    assert found.error.code == "too_large"
 
 
 def test_verify_reports_the_files_and_the_replays_at_two_batch_sizes(bundle_path, bundle):
@@ -76,15 +71,12 @@ def test_a_flipped_bit_or_a_missing_file_is_detected(bundle_path, tmp_path, name
         verify(copy, ONE_THREAD)
 
 
-def test_verify_rejects_other_outputs(wrong_bundle_path):
+def test_verify_rejects_other_outputs_and_probes_that_prove_nothing(wrong_bundle_path, make_bundle, tmp_path):
     with pytest.raises(ParityError, match=r"deviates by 0\.01"):
         verify(wrong_bundle_path, ONE_THREAD)
-
-
-@pytest.mark.parametrize("options", [{"probes": 0}, {"output": "gate"}])
-def test_verify_rejects_probes_that_prove_nothing(make_bundle, tmp_path, options):
-    with pytest.raises(BundleError, match=r"probes\.npz: does not probe every output"):
-        verify(make_bundle(tmp_path, **options), ONE_THREAD)
+    for number, options in enumerate(({"probes": 0}, {"output": "gate"})):
+        with pytest.raises(BundleError, match=r"probes\.npz: does not probe every output"):
+            verify(make_bundle(tmp_path / str(number), **options), ONE_THREAD)
 
 
 def test_without_onnxruntime_the_error_says_how_to_install_it(bundle_path, monkeypatch):
@@ -95,14 +87,8 @@ def test_without_onnxruntime_the_error_says_how_to_install_it(bundle_path, monke
 
 def test_a_start_replays_two_probes_alone_and_verify_all_of_them(make_bundle, tmp_path):
     path = make_bundle(tmp_path, probes=6)
-    settings = Settings(threads=1)
-    at_start = load_model(path, settings).replays
-    assert {batch: found.images for batch, found in at_start.items()} == {1: 2, 4: 6}
-    alone = load_model(path, Settings(threads=1, max_batch=1)).replays
-    assert {batch: found.images for batch, found in alone.items()} == {1: 6}
-    report = verify(path, settings)
-    assert [(entry.batch, entry.images) for entry in report.replays] == [(1, 6), (4, 6)]
-
-
-def test_loading_records_the_seconds_of_each_step(bundle_path):
-    assert list(load_model(bundle_path, Settings(threads=1)).seconds) == ["hashes", "session", "probes"]
+    for settings, expected in ((ONE_THREAD, {1: 2, 4: 6}), (Settings(threads=1, max_batch=1), {1: 6})):
+        loaded = load_model(path, settings)
+        assert {batch: found.images for batch, found in loaded.replays.items()} == expected
+        assert list(loaded.seconds) == ["hashes", "session", "probes"]
+    assert [(entry.batch, entry.images) for entry in verify(path, ONE_THREAD).replays] == [(1, 6), (4, 6)]

@@ -15,6 +15,7 @@ from sopdeploy_service.images.decode import EncodedImage, decode, is_truncated
 
 FUZZ = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 RULES = Preprocess(resize=36, crop=32)
+LIMITS = {"max_bytes": 10**6, "max_pixels": 10**6}
 FRAMES = (b"\xff\xc0", b"\xff\xc1", b"\xff\xc2")
 END = b"\xff\xd9"
 VARIANTS = {
@@ -62,7 +63,7 @@ def test_a_jpeg_with_fewer_pixels_than_declared_is_truncated(variant: str, size:
     body = encode(noise_image(), variant)
     assert not truncated(body)
     with pytest.raises(ImageError, match="truncated") as caught:
-        decode(EncodedImage(with_size(body, *size)), RULES, max_bytes=10**6, max_pixels=10**6)
+        decode(EncodedImage(with_size(body, *size)), RULES, **LIMITS)
     assert (caught.value.code, caught.value.status) == ("truncated_image", 422)
 
 
@@ -71,9 +72,7 @@ def test_a_jpeg_with_fewer_pixels_than_declared_is_truncated(variant: str, size:
 def test_a_jpeg_cut_and_closed_with_an_end_marker_is_rejected(variant: str, fraction: float) -> None:
     body = encode(noise_image((320, 240)), variant)
     with pytest.raises(ImageError) as caught:
-        decode(
-            EncodedImage(body[: int(fraction * len(body))] + END), RULES, max_bytes=10**6, max_pixels=10**6
-        )
+        decode(EncodedImage(body[: int(fraction * len(body))] + END), RULES, **LIMITS)
     assert caught.value.status == 422
     assert caught.value.code in {"truncated_image", "damaged_image"}  # damaged if half a marker is left
 
@@ -99,8 +98,7 @@ def test_a_complete_jpeg_may_have_any_gray_area(
 def test_a_short_adobe_segment_is_ignored(variant: str, segment: bytes) -> None:
     body = encode(noise_image(), variant)
     changed = body[:2] + b"\xff\xee" + struct.pack(">H", 2 + len(segment)) + segment + body[2:]
-    limits = {"max_bytes": 10**6, "max_pixels": 10**6}
-    found, plain = decode(EncodedImage(changed), RULES, **limits), decode(EncodedImage(body), RULES, **limits)
+    found, plain = decode(EncodedImage(changed), RULES, **LIMITS), decode(EncodedImage(body), RULES, **LIMITS)
     assert found.pixels.tobytes() == plain.pixels.tobytes()
     with pytest.raises(ImageError, match="truncated"):
-        decode(EncodedImage(with_size(changed, 160, 400)), RULES, **limits)
+        decode(EncodedImage(with_size(changed, 160, 400)), RULES, **LIMITS)
