@@ -34,6 +34,8 @@ def test_classify_equals_predict_and_reports_the_model(sdk, bundle_path, jpeg, t
 
 
 def test_every_kind_of_input_gives_the_same_classes(sdk, tmp_path):
+    sdk.wait_ready(timeout=5)
+    assert "sopdeploy_decoders" in sdk.metrics()
     pixels = np.random.default_rng(3).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     body = (tmp_path / "a.png").read_bytes()
@@ -52,11 +54,6 @@ def test_a_bad_image_raises_alone_and_is_a_result_among_others(sdk, jpeg):
     good, bad = sdk.classify([jpeg, jpeg[:300]])
     assert good.error is None
     assert bad.error.code == "truncated_image"
-
-
-def test_metrics_and_wait_ready(sdk):
-    sdk.wait_ready(timeout=5)
-    assert "sopdeploy_decoders" in sdk.metrics()
 
 
 def test_concurrent_async_calls(client, jpeg):

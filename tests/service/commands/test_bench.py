@@ -22,38 +22,26 @@ def test_latencies_have_percentiles_and_rates() -> None:
     assert found.images_per_s == pytest.approx(4 / 0.0505)
 
 
-@pytest.fixture
-def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_bundle_or_two_are_timed_at_every_batch_size(
+    bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(timing, "BUDGET_SECONDS", 0.01)
-
-
-@pytest.mark.usefixtures("_short")
-def test_a_bundle_is_timed_at_every_batch_size(bundle_path: Path) -> None:
     found = timing.bench(bundle_path, load_settings(threads=1), (1, 2))
     assert [row.batch for row in found.ours.latencies] == [1, 2]
     assert all(row.runs >= timing.MIN_RUNS for row in found.ours.latencies)
-    assert found.ours.precision == "fp32"
-    assert found.threads == 1
+    assert (found.ours.precision, found.threads, found.ratios) == ("fp32", 1, {})
     assert {"processor", "cores"} <= found.machine.keys()
     assert "onnxruntime" in found.versions
-    assert found.ratios == {}
+    both = timing.bench(bundle_path, load_settings(threads=1), (1,), bundle_path)
+    assert both.other is not None
+    ratio = both.ours.latencies[0].median_ms / both.other.latencies[0].median_ms
+    assert both.ratios == {"1": pytest.approx(ratio)}
 
 
-@pytest.mark.usefixtures("_short")
-def test_two_bundles_are_compared(bundle_path: Path) -> None:
-    found = timing.bench(bundle_path, load_settings(threads=1), (1,), bundle_path)
-    assert found.other is not None
-    assert found.ratios["1"] == pytest.approx(
-        found.ours.latencies[0].median_ms / found.other.latencies[0].median_ms
-    )
-
-
-@pytest.mark.usefixtures("_short")
-def test_an_unsupported_batch_size_is_rejected(bundle_path: Path) -> None:
+def test_unsupported_batch_sizes_and_wrong_outputs_are_errors(
+    bundle_path: Path, wrong_bundle_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="takes batches of 1 to"):
         timing.bench(bundle_path, load_settings(threads=1), (10_000,))
-
-
-def test_a_bundle_with_wrong_outputs_is_not_timed(wrong_bundle_path: Path) -> None:
     with pytest.raises(ParityError):
         timing.bench(wrong_bundle_path, load_settings(threads=1))

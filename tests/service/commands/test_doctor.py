@@ -1,11 +1,9 @@
 """`sopdeploy doctor` against servers with a known bottleneck."""
 
 import json
-import time
+from time import sleep
 
-import numpy as np
 import pytest
-from PIL import Image
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
@@ -17,22 +15,12 @@ from sopdeploy_service.settings import Settings
 
 
 @pytest.fixture
-def images(tmp_path):
-    grid = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
-    Image.fromarray(grid).save(tmp_path / "a.jpg", quality=85)
-    return tmp_path
-
-
-@pytest.fixture
 def slow_decoders(monkeypatch):
     """Decoders that sleep 80 ms: unlike CPU time, independent of the load of the machine."""
     decode = loaders.decode
-
-    def slow(*given, **options):
-        time.sleep(0.08)
-        return decode(*given, **options)
-
-    monkeypatch.setattr(loaders, "decode", slow)
+    monkeypatch.setattr(
+        loaders, "decode", lambda *args, **options: (sleep(0.08), decode(*args, **options))[1]
+    )
 
 
 @pytest.mark.slow  # measures the load of the machine too
@@ -50,9 +38,10 @@ def test_a_slow_model_is_found(serve_with):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("slow_decoders")
-def test_too_few_decoders_are_found(serve_with, images):
+def test_too_few_decoders_are_found(serve_with, jpeg, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg)
     server = serve_with(FakeRuntime(classes=7), decoders=1)
-    found = examine(str(server.base_url), images=images, seconds=3, concurrency=4)
+    found = examine(str(server.base_url), images=tmp_path, seconds=3, concurrency=4)
     assert found.advice.limit == "decode"
     assert "decoders=" in found.advice.change
     assert found.best.engine_busy < 0.5

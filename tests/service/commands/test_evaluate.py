@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -65,41 +64,31 @@ def test_views_are_averaged(bundle_path, folder) -> None:
     )
 
 
-def rename_a_class(folder: Path) -> None:
-    (folder / "fox").rename(folder / "yak")
+CHANGES = {
+    "classes yak are not training classes.*training classes fox are missing": lambda folder: (
+        folder / "fox"
+    ).rename(folder / "yak"),
+    "fox: no images in this class folder": lambda folder: (
+        [path.unlink() for path in (folder / "fox").iterdir()]
+    ),
+    r"gnu/0\.jpeg: (this is not an image|rejected)": lambda folder: (folder / "gnu" / "0.jpeg").write_bytes(
+        b"text"
+    ),
+}
 
 
-def empty_a_class(folder: Path) -> None:
-    for path in (folder / "fox").iterdir():
-        path.unlink()
-
-
-def damage_an_image(folder: Path) -> None:
-    (folder / "gnu" / "0.jpeg").write_bytes(b"text")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (rename_a_class, "classes yak are not training classes.*training classes fox are missing"),
-        (empty_a_class, "fox: no images in this class folder"),
-        (damage_an_image, r"gnu/0\.jpeg: (this is not an image|rejected)"),
-    ],
-)
-def test_what_is_wrong_with_a_folder_is_named(client, bundle_path, folder, change, message) -> None:
-    change(folder)
+@pytest.mark.parametrize("message", CHANGES)
+def test_what_is_wrong_with_a_folder_is_named(client, bundle_path, folder, message) -> None:
+    CHANGES[message](folder)
     with pytest.raises(DataError, match=message):
         scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_image=silent)
     with Client(str(client.base_url)) as asking, pytest.raises(DataError, match=message):
         score_service(asking, folder, on_image=silent)
 
 
-def test_a_missing_service_is_an_error(folder) -> None:
+def test_a_missing_service_and_an_unknown_tta_mode_are_errors(bundle_path, folder) -> None:
     with Client("http://127.0.0.1:1", retries=0) as asking, pytest.raises(ServiceError, match="no response"):
         score_service(asking, folder, on_image=silent)
-
-
-def test_an_unknown_tta_mode_is_rejected(bundle_path, folder) -> None:
     with pytest.raises(ConfigError, match="not one of none, flip, ten-crop"):
         scores_of_bundle(bundle_path, folder, tta="x", settings=ONE_THREAD, on_image=silent)
 

@@ -98,16 +98,11 @@ def test_a_failed_batch_is_halved_and_other_batches_are_unaffected(classify, num
     assert sorted(runtime.batches) == [1, 1, 1, 2, 2]
 
 
-def test_a_device_out_of_memory_gets_smaller_batches(classify):
-    runtime = Scripted({(2, 1): OutOfMemoryError("no memory")})
-    replies, client = classify(runtime, 5)
+def test_less_memory_makes_batches_smaller_and_a_lost_device_ends_the_model(classify):
+    replies, client = classify(Scripted({(2, 1): OutOfMemoryError("no memory")}), 5)
     assert [reply.status_code for reply in replies] == [200] * 5
     assert client.app.state.service.registry.find()._worker._limit == 1
-
-
-def test_a_lost_device_rejects_both_batches_and_the_queue(classify):
-    runtime = Scripted({(2, 1): DeviceLostError("gone")})
-    replies, client = classify(runtime, 6)
+    replies, client = classify(Scripted({(2, 1): DeviceLostError("gone")}), 6)
     assert [reply.status_code for reply in replies] == [200] + [503] * 5
     assert client.get("/livez").status_code == 503
 

@@ -37,6 +37,12 @@ def versions(tmp_path: Path, make_bundle: Callable[..., Path]) -> list[Path]:
     return [make_bundle(tmp_path, probes=number) for number in (3, 4, 5, 6)]
 
 
+def swappable(run_server: Running, path: Path) -> AbstractContextManager[httpx.Client]:
+    """A server of the bundle at *path* that can load its siblings."""
+    first = load_model(path, SETTINGS)
+    return run_server(first.runtime, first.bundle, SETTINGS, shelf=BundleStore([f"tiny={path}"]))
+
+
 def send_every_kind_of_request(client: httpx.Client, jpeg: bytes) -> None:
     """Send requests of every kind; disconnect once within a body and once during inference."""
     for body, status in ({"content": jpeg}, 200), ({"content": b"text"}, 415):
@@ -57,10 +63,6 @@ def replace(client: Any, path: Path) -> weakref.ref[Model]:
     return weakref.ref(loaded.result(20))
 
 
-def alive(models: list[weakref.ref[Model]]) -> int:
-    return sum(model() is not None for model in models)
-
-
 @pytest.fixture
 def no_collector() -> Iterator[None]:
     """Disable the garbage collector: reference counting must release a model."""
@@ -75,9 +77,7 @@ def test_a_replaced_model_is_released_though_idle_connections_stay(
 ) -> None:
     run = OnnxRuntime.run
     monkeypatch.setattr(OnnxRuntime, "run", lambda self, images: time.sleep(0.05) or run(self, images))
-    first = load_model(versions[0], SETTINGS)
-    store = BundleStore([f"tiny={versions[0]}"])
-    with run_server(first.runtime, first.bundle, SETTINGS, shelf=store) as client:
+    with swappable(run_server, versions[0]) as client:
         models = [weakref.ref(client.app.state.service.registry.find())]
         idle = []
         for number in range(1, 7):
@@ -86,7 +86,7 @@ def test_a_replaced_model_is_released_though_idle_connections_stay(
             assert read(idle[-1], to_the_end=False).status == 200
             send_every_kind_of_request(client, jpeg)
             models.append(replace(client, versions[number % 4]))
-        until(lambda: alive(models) == 2)  # the current and the previous one
+        until(lambda: sum(model() is not None for model in models) == 2)  # the current and the previous one
         for wire in idle:
             wire.close()
 
@@ -94,10 +94,7 @@ def test_a_replaced_model_is_released_though_idle_connections_stay(
 def test_the_metrics_do_not_grow_with_the_number_of_swaps(
     versions: list[Path], run_server: Running, jpeg: bytes, until: Any
 ) -> None:
-    first = load_model(versions[0], SETTINGS)
-    with run_server(
-        first.runtime, first.bundle, SETTINGS, shelf=BundleStore([f"tiny={versions[0]}"])
-    ) as client:
+    with swappable(run_server, versions[0]) as client:
         counts = []
         for number in range(1, 13):
             send_every_kind_of_request(client, jpeg)

@@ -1,4 +1,4 @@
-"""Chromium; pages must not contact other hosts or violate their policy."""
+"""Chromium, and the actions of a user; pages must not contact other hosts or violate their policy."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -56,3 +56,43 @@ def complaints(message: Any) -> list[str]:
 @pytest.fixture
 def page(open_page: Callable[..., Any], client: httpx.Client) -> Any:
     return open_page(client.base_url)
+
+
+# Dispatches a drop or paste event with a file.
+SEND_FILE = """([kind, bytes, name, type]) => {
+  const files = new DataTransfer();
+  files.items.add(new File([new Uint8Array(bytes)], name, { type }));
+  const traits = { bubbles: true, cancelable: true };
+  const event = kind === "paste"
+    ? new ClipboardEvent("paste", { ...traits, clipboardData: files })
+    : new DragEvent("drop", { ...traits, dataTransfer: files });
+  document.getElementById("drop").dispatchEvent(event);
+}"""
+
+
+def give(
+    page: Any, body: bytes, *, kind: str = "drop", name: str = "a.jpg", type: str = "image/jpeg"
+) -> None:
+    page.evaluate(SEND_FILE, [kind, list(body), name, type])
+    done(page)
+
+
+def done(page: Any) -> None:
+    page.wait_for_selector("#answer[aria-busy=false] :is(#classes li, #error:not([hidden]))")
+
+
+def shown(page: Any) -> list[tuple[str, str]]:
+    labels, percents = (
+        page.locator(f"#classes .{part}").all_text_contents() for part in ("label", "percent")
+    )
+    return list(zip(labels, percents, strict=True))
+
+
+def expected(client: httpx.Client, body: bytes, query: str = "") -> list[tuple[str, str]]:
+    """Response of the API to the same image, as the page formats it."""
+    classes = client.post(f"/v1/classify{query}", content=body).json()["classes"]
+    digits = [2 if entry["probability"] < 0.0995 else 1 for entry in classes]
+    return [
+        (entry["label"], f"{100 * entry['probability']:.{count}f} %")
+        for entry, count in zip(classes, digits, strict=True)
+    ]

@@ -6,7 +6,7 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.settings import Settings
-from tests.service.api.pages.person import done, give, shown
+from tests.service.api.pages.conftest import done, give, shown
 
 pytestmark = pytest.mark.browser
 

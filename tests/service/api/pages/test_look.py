@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.api.pages.person import give
+from tests.service.api.pages.conftest import give
 
 pytestmark = pytest.mark.browser
 

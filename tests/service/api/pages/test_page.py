@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sopdeploy_service.settings import Settings
-from tests.service.api.pages.person import done, expected, give, shown
+from tests.service.api.pages.conftest import done, expected, give, shown
 
 pytestmark = pytest.mark.browser
 
