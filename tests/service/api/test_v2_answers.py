@@ -79,13 +79,10 @@ def prediction(index: int, batch: int) -> Prediction:
     return Prediction(outputs, 0.1, 0.4, batch, Ranking([]), index)
 
 
-def test_outputs_are_stacked_by_name():
+def test_outputs_are_stacked_by_name_or_the_first_rejection_is_raised():
     found = stack_outputs([prediction(0, 2), prediction(1, 2)])
     assert list(found) == ["logits", "gate"]
     assert all(np.array_equal(found[name], VALUES[name]) for name in VALUES)
-
-
-def test_the_first_rejected_image_rejects_the_request():
     with pytest.raises(RejectedError) as caught:
         stack_outputs([prediction(0, 1), NONFINITE, ENGINE_FAILED])
     rejection = caught.value.rejection

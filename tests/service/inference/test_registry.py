@@ -125,9 +125,8 @@ def test_a_version_with_wrong_outputs_is_never_served(versions, make_bundle) -> 
     wrong = make_bundle(versions[0].parent, wrong_by=0.01)
 
     async def scenario(registry: ModelRegistry) -> None:
-        before = found(registry.find())
+        before = registry.find()
         rejection = await registry.load("tiny", wrong.name)
-        assert isinstance(rejection, Rejection)
         assert (rejection.code, rejection.status) == ("cannot_load", 400)
         assert "deviates" in rejection.message
         assert registry.find() is before
@@ -244,26 +243,24 @@ INVALID_TIMEOUTS = ["0", "000", "-1", "1.5", "nan", "1e3", "soon", "٣"]
 LONG_TIMEOUTS = ["30001", "9999999999", "9" * 30, "9" * 20_000, "0" * 20_000 + "9000"]
 
 
-@pytest.mark.parametrize(
-    ("value", "status"),
-    [*((value, 400) for value in INVALID_TIMEOUTS), *((value, 200) for value in LONG_TIMEOUTS)],
-)
-def test_an_invalid_timeout_is_400_and_a_long_one_is_limited_by_the_server(two, jpeg, value, status) -> None:
+@pytest.mark.parametrize("value", [*INVALID_TIMEOUTS, *LONG_TIMEOUTS])
+def test_an_invalid_timeout_is_400_and_a_long_one_is_limited_by_the_server(two, jpeg, value) -> None:
     headers = {"X-Request-Timeout-Ms": value.encode()}
     reply = two.post("/v1/classify?model=ants", content=jpeg, headers=headers)
-    assert (reply.status_code, reply.json().get("code")) == (
-        status,
-        "invalid_timeout" if status == 400 else None,
-    )
+    expected = (400, "invalid_timeout") if value in INVALID_TIMEOUTS else (200, None)
+    assert (reply.status_code, reply.json().get("code")) == expected
 
 
-def test_a_timeout_only_shortens_the_deadline(two) -> None:
-    def allowed(value: bytes) -> float:
-        scope = {"type": "http", "headers": [(TIMEOUT_HEADER.encode(), value)]}
-        return timeout_of(Request(scope), longest=30.0)
-
-    found = [allowed(value) for value in (b"1", b"0001500", b"29999", b"30001", b"9" * 10, b"9" * 20_000)]
-    assert found == [0.001, 1.5, 29.999, 30.0, 30.0, 30.0]
+def test_a_timeout_only_shortens_the_deadline() -> None:
+    for value, seconds in {
+        "1": 0.001,
+        "0001500": 1.5,
+        "29999": 29.999,
+        "30001": 30,
+        "9" * 20_000: 30,
+    }.items():
+        scope = {"type": "http", "headers": [(TIMEOUT_HEADER.encode(), value.encode())]}
+        assert timeout_of(Request(scope), longest=30.0) == seconds
 
 
 def test_a_folder_of_bundles_is_served_by_name(tmp_path, make_bundle) -> None:
