@@ -57,23 +57,13 @@ CLUSTER = {
     "the plain manifests": documents("kubernetes/sopdeploy.yaml"),
     **{f"the chart {case}": chart(case) for case in VALUES},
 }
-PODS = {
-    name: document["spec"]["template"]["spec"]
+DEPLOYMENTS = {
+    name: document["spec"]
     for name, found in CLUSTER.items()
     for document in found
     if document["kind"] == "Deployment"
 }
-
-
-def test_the_chart_sets_the_rollout_surge() -> None:
-    surges = {
-        name: document["spec"]["strategy"]["rollingUpdate"]
-        for name, found in CLUSTER.items()
-        for document in found
-        if document["kind"] == "Deployment"
-    }
-    assert surges.pop("the chart with everything") == {"maxUnavailable": 0, "maxSurge": "10%"}
-    assert list(surges.values()) == [{"maxUnavailable": 0, "maxSurge": 1}] * 2
+PODS = {name: spec["template"]["spec"] for name, spec in DEPLOYMENTS.items()}
 
 
 @pytest.mark.parametrize("name", CLUSTER)
@@ -97,12 +87,9 @@ def kserve_pod() -> dict[str, Any]:
     return {name: runtime["spec"][name] for name in ("containers", "volumes")}
 
 
-def test_the_kserve_containers_match_the_kubernetes_schemas() -> None:
+def test_the_kserve_runtime_matches_the_schemas_and_its_service() -> None:
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": kserve_pod()}
     kubernetes_validate.validate(pod, KUBERNETES, strict=True)
-
-
-def test_the_kserve_service_uses_the_defined_runtime() -> None:
     (runtime,), (service,) = documents("kserve/runtime.yaml"), documents("kserve/service.yaml")
     model, formats = service["spec"]["predictor"]["model"], runtime["spec"]["supportedModelFormats"]
     assert model["runtime"] == runtime["metadata"]["name"]
@@ -116,7 +103,7 @@ CONTAINERS = [*SERVERS, *(c for pod in PODS.values() for c in pod.get("initConta
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_container_arguments_and_settings_are_valid(container: dict[str, Any]) -> None:
+def test_containers_have_valid_arguments_and_settings_and_no_privileges(container: dict[str, Any]) -> None:
     command, *arguments = container["args"]
     context = COMMANDS.commands[command].make_context(command, arguments)
     assert context.args == []
@@ -124,36 +111,26 @@ def test_container_arguments_and_settings_are_valid(container: dict[str, Any]) -
         assert assignment.partition("=")[0] in Settings.model_fields
     for variable in container.get("env", ()):
         assert variable["name"].removeprefix("SOPDEPLOY_").lower() in Settings.model_fields
-
-
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_containers_are_unprivileged_with_a_read_only_root(container: dict[str, Any]) -> None:
     rules = container["securityContext"]
-    assert rules["readOnlyRootFilesystem"] is True
-    assert rules["allowPrivilegeEscalation"] is False
+    assert (rules["readOnlyRootFilesystem"], rules["allowPrivilegeEscalation"]) == (True, False)
     assert rules["capabilities"] == {"drop": ["ALL"]}
 
 
 @pytest.mark.parametrize("name", PODS)
-def test_pods_run_as_non_root_without_service_links_and_tokens(name: str) -> None:
-    pod = PODS[name]
-    assert pod["enableServiceLinks"] is False
-    assert pod["automountServiceAccountToken"] is False
+def test_pods_run_as_non_root_without_service_links_and_roll_out_and_stop_cleanly(name: str) -> None:
+    pod, surge = PODS[name], "10%" if name == "the chart with everything" else 1
+    assert DEPLOYMENTS[name]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": surge}
+    assert (pod["enableServiceLinks"], pod["automountServiceAccountToken"]) == (False, False)
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert f"USER {pod['securityContext']['runAsUser']}:" in DOCKERFILE
+    before = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["terminationGracePeriodSeconds"] >= before + load_settings().drain_seconds + 5
 
 
 def test_a_service_link_variable_is_rejected_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOPDEPLOY_PORT", "tcp://10.0.0.1:80")
     with pytest.raises(sopdeploy.errors.ConfigError, match="enableServiceLinks: false"):
         load_settings()
-
-
-@pytest.mark.parametrize("name", PODS)
-def test_the_grace_period_covers_pre_stop_and_draining(name: str) -> None:
-    pod = PODS[name]
-    before = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert pod["terminationGracePeriodSeconds"] >= before + load_settings().drain_seconds + 5
 
 
 @pytest.mark.parametrize("container", SERVERS)

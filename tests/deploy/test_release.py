@@ -123,46 +123,35 @@ def test_a_release_creates_a_commit_a_tag_and_checksums(
     assert "CHANGELOG.md: no entries under [Unreleased]" in error_line(monkeypatch, "0.3.0")
 
 
-def test_checksums_are_signed_with_a_key(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_image_is_built_from_the_commit_and_checksums_are_signed_with_a_key(
+    root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     public = make_key(tmp_path / "key")
+    (root / ".venv").mkdir()
+    monkeypatch.setattr(release, "choose_builder", lambda image, folder: FakeBuilder())
     run(monkeypatch, "0.2.0", "--key", tmp_path / "key")
     sums = root / "dist" / "0.2.0" / "SHA256SUMS"
     signature = sums.with_name("SHA256SUMS.minisig").read_text()
     check_message(sums.read_bytes(), signature, read_public(public))
     assert "trusted comment: sopdeploy 0.2.0" in signature
-
-
-def test_the_image_is_built_from_the_commit(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (root / ".venv").mkdir()
-    monkeypatch.setattr(release, "choose_builder", lambda image, folder: FakeBuilder())
-    run(monkeypatch, "0.2.0")
-    image = root / "dist" / "0.2.0" / "sopdeploy-0.2.0-image-cpu.tar"
+    image = sums.with_name("sopdeploy-0.2.0-image-cpu.tar")
     assert "Dockerfile" in image.read_text().split()
     assert ".venv" not in image.read_text().split()
-    assert image.name in image.with_name("SHA256SUMS").read_text()
+    assert image.name in sums.read_text()
     assert f"{image.name}, on a base" in capsys.readouterr().out
 
 
-def test_a_dry_run_changes_nothing(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = state(root)
-    run(monkeypatch, "0.2.0", "--dry-run")
-    assert state(root) == before
-    output = capsys.readouterr().out
-    for word in ("sopdeploy/__init__.py", "CHANGELOG.md", "wheel", "dist/0.2.0", "not signed", "tag v0.2.0"):
-        assert word in output
-
-
-def test_passed_tests_are_reported_for_their_commit_only(
+def test_a_dry_run_changes_nothing_and_reports_passed_tests_of_this_commit_only(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (root / ".venv").mkdir()
     (root / repository.TESTED).write_text(git(root, "rev-parse", "HEAD") + "\n")
+    before = state(root)
     run(monkeypatch, "0.2.0", "--dry-run")
-    assert "`make test` passed here on this commit" in capsys.readouterr().out
+    assert state(root) == before
+    words = ("sopdeploy/__init__.py", "CHANGELOG.md", "wheel", "dist/0.2.0", "not signed", "tag v0.2.0")
+    output = capsys.readouterr().out
+    assert [word for word in (*words, "`make test` passed here on this commit") if word not in output] == []
     (root / "new").write_text("x")
     commit(root, "New")
     run(monkeypatch, "0.2.0", "--dry-run")
