@@ -9,7 +9,7 @@ import capacity
 import pytest
 
 ENGINE = ["--engine", "20,2", "--decode-ms", "2.6", "--loop-ms", "0.46"]
-ASKED = [*ENGINE, "--rate", "900", "--p99-ms", "150", "--images", "6000"]
+ARGUMENTS = [*ENGINE, "--rate", "900", "--p99-ms", "150", "--images", "6000"]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -17,32 +17,33 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return capacity.main()
 
 
-def test_a_plan_is_simulated_every_way_and_holds(
+def test_a_plan_holds_in_all_simulations(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, *ASKED, "--json") == 0
-    said: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert said.keys() == {"machine", "versions", "results"}
-    compared = [one["case"] for one in said["results"] if one["against"] == "model"]
+    assert run(monkeypatch, *ARGUMENTS, "--json") == 0
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert document.keys() == {"machine", "versions", "results"}
+    compared = [one["case"] for one in document["results"] if one["against"] == "model"]
     strategies = dict.fromkeys(re.search(r", (.*):", case)[1] for case in compared)  # type: ignore[index]
     assert list(strategies) == [*capacity.ROUTES, "one lost"]
-    values = {one["case"]: one["ours"] for one in said["results"]}
+    values = {one["case"]: one["ours"] for one in document["results"]}
     assert values["900 images/s: replicas"] == 4
 
 
-def test_a_model_that_is_off_ends_with_1_and_says_where(
+def test_a_deviation_of_the_model_is_marked_and_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(capacity, "BOUND", 1e-6)
-    assert run(monkeypatch, *ASKED) == 1
-    assert "| random | 4 |" in (said := capsys.readouterr().out)
-    assert "**off**" in said
+    assert run(monkeypatch, *ARGUMENTS) == 1
+    output = capsys.readouterr().out
+    assert "| random | 4 |" in output
+    assert "**off**" in output
 
 
-def test_replicas_that_refuse_what_the_plan_promises_end_with_1(
+def test_rejected_images_of_a_plan_fail(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, *ASKED, "--queue-size", "12") == 1
+    assert run(monkeypatch, *ARGUMENTS, "--queue-size", "12") == 1
     simulated = re.findall(r"^\| 900 \|.*\| (\d+) \| \d+ \| (.*) \|$", capsys.readouterr().out, re.MULTILINE)
     assert simulated
     assert all(int(refused) for refused, verdict in simulated if verdict)
@@ -57,7 +58,7 @@ def test_without_a_simulation_only_the_table_is_printed(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([*ENGINE, "--p99-ms", "20"], "an image alone takes 25.1 ms"),
         ([*ENGINE, "--p99-ms", "150", "--headroom", "1"], "--headroom is below 1"),
@@ -68,10 +69,10 @@ def test_without_a_simulation_only_the_table_is_printed(
         ([*ENGINE, "--p99-ms", "nan"], "argument --p99-ms"),
     ],
 )
-def test_what_cannot_be_planned_is_said_in_one_line_with_exit_code_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+def test_an_impossible_plan_is_rejected_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, *words)
     assert ended.value.code == 2
-    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert message in capsys.readouterr().err.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""The model of a replica against closed forms, and what a plan promises."""
+"""The model of a replica equals closed forms, and plans keep their limits."""
 
 import functools
 import math
@@ -15,8 +15,8 @@ forecast_once = functools.cache(forecast)
 
 
 @pytest.fixture(autouse=True)
-def _the_same_forecast_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rate at which a replica just keeps a p99 is searched for anew in every plan: 13 forecasts."""
+def _cache_forecasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each plan searches for the highest rate within a p99 again, which takes 13 forecasts."""
     monkeypatch.setattr(capacity_plan, "forecast", forecast_once)
 
 
@@ -25,7 +25,7 @@ def engine_alone(fixed: float, each: float, largest: int) -> System:
 
 
 @pytest.mark.parametrize("load", [0.1, 0.5, 0.8, 0.95])
-def test_a_batch_of_one_waits_as_long_as_the_closed_form_of_m_d_1_says(load: float) -> None:
+def test_the_wait_of_a_batch_of_one_equals_the_closed_form_of_m_d_1(load: float) -> None:
     found = forecast(engine_alone(10.0, 0.0, 1), 100 * load)
     assert found.mean_ms == pytest.approx(10 + 10 * load / (2 * (1 - load)), rel=1e-3)
     assert found.busy == pytest.approx(load)
@@ -39,8 +39,8 @@ def test_a_batch_of_one_waits_as_long_as_the_closed_form_of_m_d_1_says(load: flo
     load=st.floats(0.02, 0.95),
 )
 @settings(max_examples=15, deadline=None)
-def test_what_comes_in_goes_out(fixed: float, each: float, largest: int, load: float) -> None:
-    """A mean batch is what arrives between two: while one runs, or one image alone after it."""
+def test_images_are_neither_lost_nor_created(fixed: float, each: float, largest: int, load: float) -> None:
+    """A mean batch contains the images that arrive between the starts of two batches."""
     system = engine_alone(fixed, each, largest)
     rate = load * system.capacity / 1000
     waiting = chain(system, rate)
@@ -70,7 +70,7 @@ def test_a_wait_is_a_probability_and_keeps_its_mean_on_every_grid(
 
 
 @pytest.mark.parametrize(("load", "servers", "waits"), [(0.5, 1, 0.5), (0.5, 2, 1 / 3), (0.8, 4, 0.5964)])
-def test_erlangs_formula_gives_what_tables_print(load: float, servers: int, waits: float) -> None:
+def test_erlangs_formula_equals_printed_tables(load: float, servers: int, waits: float) -> None:
     assert erlang(load, servers) == pytest.approx(waits, abs=1e-4)
 
 
@@ -124,6 +124,6 @@ def test_the_fewest_replicas_are_planned() -> None:
     assert forecast(SYSTEM, 10_000 / (tight.replicas - 2)).p99_ms > 80
 
 
-def test_a_p99_that_no_replica_can_keep_is_refused_with_the_reason() -> None:
+def test_an_impossible_p99_is_rejected_with_the_reason() -> None:
     with pytest.raises(ValueError, match=r"p99 of 20 ms: an image alone takes 25\.1 ms"):
         plan(SYSTEM, Wanted(p99_ms=20, headroom=0.3, kilobytes=50), [100.0])

@@ -1,4 +1,4 @@
-"""The simulation against a closed form, and for every system: nothing vanishes, no engine rests."""
+"""The simulation equals a closed form; no image is lost, and no runtime is idle while images wait."""
 
 import itertools
 from typing import Any
@@ -27,7 +27,7 @@ def by_replica(batches: list[Batch]) -> list[list[Batch]]:
 
 
 @pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
-def test_one_server_waits_as_long_as_the_closed_form_of_m_d_1_says(load: float) -> None:
+def test_the_wait_of_one_server_equals_the_closed_form_of_m_d_1(load: float) -> None:
     system = System(fixed_ms=10.0, each_ms=0.0, largest=1, decode_ms=0.0, loop_ms=0.0, decoders=1)
     outcome = Simulation(system, held=10_000).poisson(100 * load, 60_000)
     found = outcome.measured(1000.0)
@@ -43,7 +43,7 @@ def test_one_server_waits_as_long_as_the_closed_form_of_m_d_1_says(load: float) 
     lose=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_image_is_answered_refused_or_lost_once(
+def test_every_image_is_answered_rejected_or_lost_once(
     system: System, route: Route, replicas: int, held: int, load: float, lose: bool
 ) -> None:
     play = Simulation(system, replicas=replicas, route=route, held=held)
@@ -59,7 +59,7 @@ def test_every_image_is_answered_refused_or_lost_once(
 
 @given(system=SYSTEMS, route=ROUTES, replicas=st.integers(1, 3), load=st.floats(0.1, 2.0))
 @settings(max_examples=60, deadline=None)
-def test_no_engine_rests_while_an_image_waits(
+def test_no_runtime_is_idle_while_an_image_waits(
     system: System, route: Route, replicas: int, load: float
 ) -> None:
     outcome = Simulation(system, replicas=replicas, route=route).poisson(load * replicas * 100, 300)
@@ -74,19 +74,19 @@ def test_no_engine_rests_while_an_image_waits(
 
 @given(system=SYSTEMS, clients=st.integers(1, 60))
 @settings(max_examples=30, deadline=None)
-def test_clients_in_a_circle_are_never_refused_while_there_is_room(system: System, clients: int) -> None:
+def test_closed_loop_clients_are_never_rejected_while_there_is_room(system: System, clients: int) -> None:
     outcome = Simulation(system, held=clients).circle(clients, 200)
     assert (outcome.refused, len(outcome.answered)) == (0, 200)
 
 
-def test_a_refused_client_of_a_circle_asks_again() -> None:
+def test_a_rejected_closed_loop_client_retries() -> None:
     system = System(fixed_ms=50.0, each_ms=0.0, largest=1, decode_ms=0.0, loop_ms=0.0, decoders=1)
     outcome = Simulation(system, held=1).circle(2, 40)
     assert outcome.refused == 2  # the second client at once, and a second later
     assert len(outcome.answered) == 38
 
 
-def test_images_on_a_lost_replica_are_lost_and_later_ones_go_elsewhere() -> None:
+def test_a_lost_replica_loses_its_images_and_receives_no_more() -> None:
     system = System(fixed_ms=20.0, each_ms=2.0, largest=8, decode_ms=3.0, loop_ms=0.5, decoders=2)
     outcome = Simulation(system, replicas=3, route="round-robin").poisson(300.0, 2000, lose_at=1000.0)
     assert 0 < outcome.lost < 40
@@ -94,7 +94,7 @@ def test_images_on_a_lost_replica_are_lost_and_later_ones_go_elsewhere() -> None
     assert {batch.replica for batch in outcome.batches if batch.start > 1200.0} == {1, 2}
 
 
-def test_the_same_seed_plays_the_same_run_and_another_one_another() -> None:
+def test_a_run_depends_on_its_seed_only() -> None:
     system = System(fixed_ms=20.0, each_ms=2.0, largest=8, decode_ms=3.0, loop_ms=0.5, decoders=2)
 
     def run(seed: int) -> list[Any]:
@@ -104,7 +104,7 @@ def test_the_same_seed_plays_the_same_run_and_another_one_another() -> None:
     assert run(1) != run(2)
 
 
-def test_a_full_circle_runs_the_engine_in_full_batches_at_its_capacity() -> None:
+def test_enough_closed_loop_clients_give_full_batches_at_the_capacity() -> None:
     system = System(fixed_ms=20.0, each_ms=10.0, largest=8, decode_ms=2.6, loop_ms=0.46, decoders=2)
     found = Simulation(system, held=64).circle(32, 4000).measured(2000.0)
     assert found.images_per_s == pytest.approx(80.0, rel=0.01)

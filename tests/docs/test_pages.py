@@ -15,12 +15,9 @@ PICTURES = sorted((ROOT / "docs" / "pictures").glob("*.svg"))
 ERRORS = module_at(ROOT / "docs" / "generate_errors.py")
 
 
-def test_the_errors_page_is_up_to_date() -> None:
+def test_the_errors_pages_of_the_documentation_and_the_server_are_up_to_date() -> None:
     page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     assert page == ERRORS.errors_page(), "run `make docs`"
-
-
-def test_the_errors_page_of_the_server_is_up_to_date() -> None:
     assert ERRORS.SERVED.read_text(encoding="utf-8") == ERRORS.served_page(), "run `make docs`"
 
 
@@ -77,11 +74,7 @@ def messages() -> dict[str, list[list[str]]]:
 
 def test_every_example_is_a_message_of_the_source() -> None:
     assert ERRORS.EXAMPLES["RuntimeUnavailableError"] == install_hint("TensorRT", "sopdeploy[tensorrt]")
-    elsewhere = {
-        "ImageError",
-        "OverloadedError",
-        "RuntimeUnavailableError",
-    }  # two come from servers
+    elsewhere = {"ImageError", "OverloadedError", "RuntimeUnavailableError"}  # two come from servers
     for kind in set(ERRORS.EXAMPLES) - elsewhere:
         shown = re.sub(r" \[\w+\]$", "", ERRORS.EXAMPLES[kind])
         patterns = [".*".join(map(re.escape, texts)) for texts in messages().get(kind, []) if texts]
