@@ -97,23 +97,16 @@ def test_an_inspector_without_layers_is_rejected(text: str) -> None:
         check_engine_precision(network(), "fp32", text)
 
 
-@pytest.mark.parametrize(
-    ("text", "precision"),
-    [
-        ("Row major linear FP32", "fp32"),
-        ("Row major linear FP16 format", "fp16"),
-        ("Channel major FP16 format where channel % 8 == 0", "fp16"),
-        ("Half", "fp16"),
-        ("Float", "fp32"),
-        ("BFloat16", "bf16"),
-        ("Four wide channel vectorized row major Int8 format", "int8"),
-        ("UInt8", None),
-        ("Int32", None),
-        ("Unknown format", None),
-    ],
-)
-def test_the_formats_of_every_release_are_parsed(text: str, precision: str | None) -> None:
-    assert precision_of_format(text) == precision
+FORMATS: dict[str, str | None] = {
+    "Row major linear FP32": "fp32", "Row major linear FP16 format": "fp16", "Half": "fp16", "Float": "fp32",
+    "Channel major FP16 format where channel % 8 == 0": "fp16", "BFloat16": "bf16", "UInt8": None,
+    "Four wide channel vectorized row major Int8 format": "int8", "Int32": None, "Unknown format": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_the_formats_of_every_release_are_parsed(text: str) -> None:
+    assert precision_of_format(text) == FORMATS[text]
 
 
 def test_a_quantized_weight_keeps_its_part() -> None:

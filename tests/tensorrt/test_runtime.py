@@ -114,18 +114,15 @@ def test_onnxruntime_uses_cuda_without_tf32_and_without_cpu_fallback(
     assert fake.entries["session.disable_cpu_ep_fallback"] == "1"
 
 
-@pytest.mark.parametrize(
-    ("runtime", "asked", "chosen"),
-    [
-        ("auto", CUDA, [CPU]),
-        ("onnxruntime-cuda", CUDA, [CPU]),
-        ("onnxruntime-tensorrt", TENSORRT, [CPU]),
-        ("onnxruntime-tensorrt", TENSORRT, [CUDA, CPU]),
-    ],
-)
+ASKED = {"auto": CUDA, "onnxruntime-cuda": CUDA, "onnxruntime-tensorrt": TENSORRT}
+
+
+@pytest.mark.parametrize(("runtime", "asked"), ASKED.items())
+@pytest.mark.parametrize("on_cpu", [True, False])
 def test_another_provider_than_requested_is_rejected(
-    runtime: Any, asked: str, chosen: list[str], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    runtime: Any, asked: str, on_cpu: bool, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    chosen = [CPU] if on_cpu else [CUDA if asked == TENSORRT else TENSORRT, CPU]
     monkeypatch.setattr(with_onnxruntime, "_import_onnxruntime", lambda: FakeOnnxRuntime(chosen))
     with pytest.raises(RuntimeUnavailableError, match=f"asked for {asked}, onnxruntime chose"):
         open_runtime(bundle, Settings(runtime=runtime))
