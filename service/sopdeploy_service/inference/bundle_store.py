@@ -21,9 +21,16 @@ class BundleStore:
         """
         self.bundles: dict[str, Path] = {}
         self._folders: list[Path] = []
-        for source in sources:
-            given, path = _split_source(str(source))
-            is_bundle = not path.is_dir() or (path / MANIFEST).is_file() or given is not None
+        for source in map(str, sources):
+            given, equals, text = source.partition("=")
+            if not equals or Path(source).exists():
+                given, text = "", source
+            elif not given.replace("-", "").replace("_", "").replace(".", "").isalnum():
+                raise ConfigError(
+                    f"{source}: a model name may contain only letters, digits, `-`, `_` and `.`"
+                )
+            path = Path(text)
+            is_bundle = not path.is_dir() or (path / MANIFEST).is_file() or bool(given)
             found = [path] if is_bundle else _bundles_in(path)
             if not found:
                 raise BundleError(f"{path}: no bundle here or in a folder directly below")
@@ -60,16 +67,6 @@ class BundleStore:
             names = ", ".join(path.name for path in found)
             raise BundleError(f"{name}: several bundles have this name ({names}); name the folder")
         return found[0]
-
-
-def _split_source(source: str) -> tuple[str | None, Path]:
-    """Split `NAME=PATH` into its name, if any, and its path."""
-    name, equals, path = source.partition("=")
-    if not equals or Path(source).exists():
-        return None, Path(source)
-    if not name or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-        raise ConfigError(f"{source}: a model name may contain only letters, digits, `-`, `_` and `.`")
-    return name, Path(path)
 
 
 def _bundles_in(folder: Path) -> list[Path]:

@@ -30,32 +30,25 @@ def test_the_card_has_readme_certificate_and_experts(gated_client, gated_bundle)
     }
 
 
-def test_a_bundle_without_readme_and_certificate_has_an_empty_card(bundle):
+def test_the_card_of_a_bundle_without_readme_is_empty_and_that_of_an_unknown_model_404(client, bundle):
     card = read_card(bundle)
     assert (card.text, card.certificate, card.experts) == ("", None, 0)
-
-
-def test_the_card_of_an_unknown_model_is_404(client):
     reply = client.get("/v1/card?model=other")
     assert (reply.status_code, reply.json()["code"]) == (404, "unknown_model")
 
 
-def test_gates_lists_the_selected_experts_best_first(gated_client, make_picture):
-    found = gated_client.post("/v1/classify?gates=true", content=make_picture(RED, kind="PNG")).json()
+def test_gates_lists_the_selected_experts_best_first_if_requested(gated_client, make_picture):
+    red, yellow = (make_picture(color, kind="PNG") for color in (RED, (200, 190, 20)))
+    found = gated_client.post("/v1/classify?gates=true", content=red).json()
     assert [entry["expert"] for entry in found["gates"]] == [0]
-    both = gated_client.post(
-        "/v1/classify?gates=true",
-        files=[("image", make_picture((200, 190, 20), kind="PNG")), ("image", b"no image")],
-    ).json()["results"]
+    files = [("image", yellow), ("image", b"no image")]
+    both = gated_client.post("/v1/classify?gates=true", files=files).json()["results"]
     assert [entry["expert"] for entry in both[0]["gates"]] == [0, 1, 3]
     weights = [entry["weight"] for entry in both[0]["gates"]]
     assert weights == sorted(weights, reverse=True)
     assert both[1]["error"]["code"] == "not_an_image"
-
-
-def test_gates_are_omitted_unless_requested(gated_client, jpeg):
-    assert "gates" not in gated_client.post("/v1/classify", content=jpeg).json()
-    assert "gates" not in gated_client.post("/v1/classify?gates=false", content=jpeg).json()
+    for query in ("", "?gates=false"):
+        assert "gates" not in gated_client.post(f"/v1/classify{query}", content=red).json()
 
 
 @pytest.mark.parametrize(("path", "page"), [("/", INDEX), ("/docs", DOCS)])

@@ -32,9 +32,8 @@ def images(make_picture) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def pixels(images, bundle):
-    return np.stack(
-        [decode(EncodedImage(image), bundle.manifest.preprocess, **LIMITS).pixels for image in images]
-    )
+    rules = bundle.manifest.preprocess
+    return np.stack([decode(EncodedImage(image), rules, **LIMITS).pixels for image in images])
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +143,12 @@ def test_statistics_count_requests_images_and_runs(triton, pixels):
     assert triton.get_inference_statistics()["model_stats"] == [after]
 
 
+def test_concurrent_requests(client, pixels, classified, bundle):
+    with http.InferenceServerClient(client.base_url.netloc.decode(), concurrency=4) as triton:
+        sent = [triton.async_infer("tiny", [infer_input("images", pixels, "UINT8", True)]) for _ in range(8)]
+        assert all(equal(one.get_result().as_numpy("logits"), bundle, classified) for one in sent)
+
+
 def test_errors_reach_the_client(triton, pixels, images):
     for name, sent, message in (
         ("tiny", infer_input("images", pixels[:, :5], "UINT8", True), r"\[n, 32, 32, 3\]"),
@@ -159,9 +164,3 @@ def test_errors_reach_the_client(triton, pixels, images):
     with pytest.raises(InferenceServerException) as caught:
         triton.get_trace_settings()
     assert caught.value.status() == "404"
-
-
-def test_concurrent_requests(client, pixels, classified, bundle):
-    with http.InferenceServerClient(client.base_url.netloc.decode(), concurrency=4) as triton:
-        sent = [triton.async_infer("tiny", [infer_input("images", pixels, "UINT8", True)]) for _ in range(8)]
-        assert all(equal(one.get_result().as_numpy("logits"), bundle, classified) for one in sent)

@@ -63,16 +63,13 @@ NESTED = np.arange(12).reshape(1, 2, 2, 3).tolist()
 RAGGED = [[[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10]]]]
 
 
-@pytest.mark.parametrize("data", [list(range(12)), NESTED], ids=["flat", "nested"])
-def test_a_json_tensor_may_be_flat_or_nested(data):
-    images = read(tensor(data=data)).images
-    assert images.dtype == np.uint8
-    assert np.array_equal(images, np.arange(12).reshape(1, 2, 2, 3))
-
-
-def test_a_binary_tensor_follows_the_json():
-    asked = tensor(data=None, parameters={"binary_data_size": 24}, shape=[2, 2, 2, 3])
-    assert np.array_equal(read(asked, bytes(range(24))).images, np.arange(24).reshape(2, 2, 2, 3))
+def test_a_tensor_is_flat_or_nested_in_json_or_binary_after_it():
+    expected = np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3)
+    binary = tensor(data=None, parameters={"binary_data_size": 12})
+    for asked, raw in (tensor(), b""), (tensor(data=NESTED), b""), (binary, bytes(range(12))):
+        images = read(asked, raw).images
+        assert images.dtype == np.uint8
+        assert np.array_equal(images, expected)
 
 
 @pytest.mark.parametrize("shape", [[2], [2, 1]])
@@ -223,11 +220,9 @@ def test_a_wrong_binary_size_is_rejected(size):
 
 
 def test_binary_data_without_header_or_with_another_size_is_rejected():
-    asked = tensor(data=None, parameters={"binary_data_size": 12})
-    assert rejected(asked)[0] == "wrong_binary_size"
-    assert rejected(asked, bytes(13))[0] == "wrong_binary_size"
-    assert rejected(tensor(), b"x")[0] == "wrong_binary_size"
-    right = tensor(data=None, parameters={"binary_data_size": 13})
+    asked, right = (tensor(data=None, parameters={"binary_data_size": size}) for size in (12, 13))
+    for sent in (asked,), (asked, bytes(13)), (tensor(), b"x"):
+        assert rejected(*sent)[0] == "wrong_binary_size"
     assert "is 12 bytes, not 13" in rejected(right, bytes(13))[2]
 
 

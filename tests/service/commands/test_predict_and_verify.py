@@ -1,11 +1,13 @@
 """`predict` gives the results of HTTP; `verify` detects changed files and outputs."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sopdeploy.errors import BundleError, DataError, ParityError, RuntimeUnavailableError
+from sopdeploy.bundle.signing import make_key, sign
+from sopdeploy.errors import BundleError, ConfigError, DataError, ParityError, RuntimeUnavailableError
 from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
@@ -92,3 +94,23 @@ def test_a_start_replays_two_probes_alone_and_verify_all_of_them(make_bundle, tm
         assert {batch: found.images for batch, found in loaded.replays.items()} == expected
         assert list(loaded.seconds) == ["hashes", "session", "probes"]
     assert [(entry.batch, entry.images) for entry in verify(path, ONE_THREAD).replays] == [(1, 6), (4, 6)]
+
+
+def test_a_bundle_needs_a_signature_of_the_key(tmp_path: Path, make_bundle: Callable[..., Path]) -> None:
+    bundle, key = make_bundle(tmp_path), tmp_path / "release.key"
+    make_key(key)
+    settings = Settings(threads=1, verify_key=key.with_name("release.key.pub"))
+    with pytest.raises(BundleError, match="no signature at"):
+        load_model(bundle, settings)
+    signature = sign(bundle, key)
+    assert load_model(bundle, settings).bundle.name == bundle.name
+    linked = tmp_path / "linked"
+    linked.symlink_to(bundle)
+    assert load_model(linked, settings).bundle.name == bundle.name
+    make_key(tmp_path / "other.key")
+    signature.unlink()
+    sign(bundle, tmp_path / "other.key")
+    with pytest.raises(BundleError, match="another key"):
+        load_model(bundle, settings)
+    with pytest.raises(ConfigError, match="no key here"):
+        load_model(bundle, Settings(threads=1, verify_key=tmp_path / "none"))
