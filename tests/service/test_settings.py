@@ -63,16 +63,14 @@ def test_an_invalid_setting_is_named(given, message):
         load_settings(**given)
 
 
-def test_an_invalid_environment_variable_is_named(monkeypatch):
+def test_an_invalid_environment_variable_or_assignment_is_named(monkeypatch):
     monkeypatch.setenv("SOPDEPLOY_PORT", "tcp://10.0.0.1:80")
     with pytest.raises(ConfigError, match=r"port.*enableServiceLinks"):
         load_settings()
-
-
-@pytest.mark.parametrize("text", ["port", "prot=1", "=1"])
-def test_an_invalid_assignment_is_named(text):
-    with pytest.raises(ConfigError, match=f"--set {re.escape(text.partition('=')[0])}: expected name=value"):
-        parse_assignments([text])
+    for text in ("port", "prot=1", "=1"):
+        name = re.escape(text.partition("=")[0])
+        with pytest.raises(ConfigError, match=f"--set {name}: expected name=value"):
+            parse_assignments([text])
 
 
 @pytest.mark.parametrize(

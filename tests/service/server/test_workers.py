@@ -53,11 +53,8 @@ def spawn(*arguments: str) -> subprocess.Popen[str]:
 
 
 def workers(parent: int) -> list[int]:
-    text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
-    found = [int(part) for part in text.split()]
-    for task in Path(f"/proc/{parent}/task").iterdir():
-        found += [int(part) for part in (task / "children").read_text().split()]
-    return sorted(set(found))
+    children = Path(f"/proc/{parent}/task").glob("*/children")  # each thread has its own
+    return sorted({int(part) for file in children for part in file.read_text().split()})
 
 
 def test_two_processes_share_a_port_and_a_page_of_metrics(start: Start, jpeg, until) -> None:
