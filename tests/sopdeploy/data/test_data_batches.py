@@ -60,12 +60,7 @@ def test_one_fifth_of_the_digits_of_every_class_is_held_out_and_preprocessed() -
         assert (len(prepared), prepared.labels) == (359, split.held_out.labels)
 
 
-@given(
-    samples=st.integers(1, 2000),
-    size=st.integers(2, 300),
-    seed=st.integers(0, 2**40),
-    epoch=st.integers(0, 99),
-)
+@given(st.integers(1, 2000), st.integers(2, 300), st.integers(0, 2**40), st.integers(0, 99))
 def test_an_epoch_is_a_permutation_in_batches_of_nearly_equal_size(samples, size, seed, epoch) -> None:
     batches = shuffled_batches(samples, size, seed, epoch)
     assert sorted(index for batch in batches for index in batch) == list(range(samples))
@@ -80,11 +75,10 @@ def test_the_order_changes_with_seed_and_epoch() -> None:
     assert len({tuple(order) for order in orders}) == 9
 
 
-@given(
-    counts=st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any),
-    size=st.integers(2, 40),
-    epoch=st.integers(0, 5),
-)
+COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any)
+
+
+@given(COUNTS, st.integers(2, 40), st.integers(0, 5))
 def test_a_balanced_epoch_uses_every_class_equally_often(counts, size, epoch) -> None:
     targets = np.repeat(np.arange(len(counts)), counts)
     batches = balanced_batches(targets, size, 3, epoch)
@@ -103,12 +97,11 @@ def test_a_balanced_epoch_uses_every_class_equally_often(counts, size, epoch) ->
 
 @pytest.mark.usefixtures("few_digits")
 def test_a_run_with_balanced_sampling_differs_from_a_shuffled_one(tmp_path) -> None:
-    results = [
-        train(short_recipe("epochs=1", f"sampler='{way}'"), tmp_path / way)
-        for way in ("balanced", "shuffled")
-    ]
-    rows = [result.history.read_text().splitlines()[1].split(",")[2] for result in results]
-    assert rows[0] != rows[1]
+    losses = []
+    for way in ("balanced", "shuffled"):
+        result = train(short_recipe("epochs=1", f"sampler='{way}'"), tmp_path / way)
+        losses.append(result.history.read_text().splitlines()[1].split(",")[2])
+    assert losses[0] != losses[1]
 
 
 @given(samples=st.integers(0, 500), size=st.integers(1, 70))

@@ -129,16 +129,8 @@ CORNERS.paste((255, 0, 0), (0, 0, 3, 3))
 CORNERS.paste((0, 255, 0), (5, 0, 8, 3))
 # A viewer turns orientation 6 clockwise, so it was turned counter-clockwise.
 T = Image.Transpose
-TURNS = [
-    T.FLIP_LEFT_RIGHT,
-    T.ROTATE_180,
-    T.FLIP_TOP_BOTTOM,
-    T.TRANSPOSE,
-    T.ROTATE_90,
-    T.TRANSVERSE,
-    T.ROTATE_270,
-]
-UNDO = dict(enumerate(TURNS, 2))
+UNDO = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE}
+UNDO |= {6: T.ROTATE_90, 7: T.TRANSVERSE, 8: T.ROTATE_270}
 
 
 def stored(orientation: int, image: Image.Image) -> Image.Image:
@@ -225,13 +217,12 @@ SIZES = st.tuples(st.integers(1, 70), st.integers(1, 70)) | st.sampled_from([(1,
 def whole_in_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Convert the whole image at once."""
     if image.mode in SIXTEEN_BIT:
-        values = np.asarray(image).astype(np.float64)
-        image = Image.fromarray(np.clip(np.rint(values / 257.0), 0, 255).astype(np.uint8))
+        values = np.rint(np.asarray(image).astype(np.float64) / 257.0)
+        image = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (*background, 255))
-        image = Image.alpha_composite(canvas, image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+        image = Image.alpha_composite(canvas, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def few_values(kind: str, size: tuple[int, int], seed: int) -> Image.Image:
@@ -263,12 +254,7 @@ KINDS += ["RGBa", "CMYK", *sorted(SIXTEEN_BIT)]
 
 @pytest.mark.parametrize("kind", KINDS)
 @FUZZ
-@given(
-    size=SIZES,
-    tile=st.integers(1, 400),
-    seed=st.integers(0, 999),
-    background=st.sampled_from([GREEN, (255,) * 3]),
-)
+@given(SIZES, st.integers(1, 400), st.integers(0, 999), st.sampled_from([GREEN, (255,) * 3]))
 def test_tiled_conversion_equals_conversion_of_the_whole_image(
     kind: str, size: tuple[int, int], tile: int, seed: int, background: tuple[int, int, int]
 ) -> None:
@@ -282,11 +268,12 @@ def test_tiled_conversion_equals_conversion_of_the_whole_image(
     assert ("alpha_flattened" in changes) == clear
 
 
+LONG = st.integers(1, 300_000)
+
+
 @FUZZ
-@given(
-    size=st.tuples(st.integers(1, 300_000), st.integers(1, 300_000)).filter(lambda s: s[0] * s[1] < 3_000_000)
-)
-def test_tile_boxes_cover_an_image_once_within_the_tile_size(size):
+@given(size=st.tuples(LONG, LONG).filter(lambda size: size[0] * size[1] < 3_000_000))
+def test_tile_boxes_cover_an_image_once_within_the_tile_size(size: tuple[int, int]) -> None:
     areas = [(right - left) * (bottom - top) for left, top, right, bottom in tile_boxes(size)]
     assert sum(areas) == size[0] * size[1]
     assert max(areas) <= preprocess.TILE
