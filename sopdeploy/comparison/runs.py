@@ -26,7 +26,7 @@ from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.distributed.strategy import SingleProcess, select_device
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.run import assemble_run, create_initial_model
+from sopdeploy.training.run import create_initial_model, create_run
 from sopdeploy.training.run_folder import RunFolder
 
 PREDICTIONS = "last-right.npy"
@@ -133,7 +133,7 @@ def train_from(
             if given is not None and (given.shape, given.dtype) == (own.shape, own.dtype):
                 state[name] = given
         model.load_state_dict(state)
-        folder.save_last(assemble_run(recipe, data.train, model, recipe.model.full_config(), strategy))
+        folder.save_last(create_run(recipe, data.train, strategy, model=model))
     train(recipe, path, resume=True, callback=callback)
 
 

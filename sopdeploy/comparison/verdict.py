@@ -96,7 +96,7 @@ def _compare_pair(seeds: Sequence[int], first: Results, second: Results) -> Pair
         worse, better = int((row < 0).sum()), int((row > 0).sum())
         splits.append(Split(seed=seed, only_first=worse, only_second=better, p=mcnemar(worse, better)))
     verdict = NO_EFFECT
-    if not found.interval.covers(0.0):
+    if found.interval.low > 0 or found.interval.high < 0:
         verdict = (
             f"{second.name} is {'better' if found.mean > 0 else 'worse'} than {first.name} by "
             f"{100 * abs(found.mean):.2f} points "

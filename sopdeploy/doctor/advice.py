@@ -13,6 +13,7 @@ BUSY = 0.85  # a stage with a higher utilization is saturated
 MIN_UTILIZATION = 0.05  # bounds the estimated gain
 MAX_DECODER_FACTOR = 4
 MIN_GAIN = 0.05  # smaller gains are within noise
+EXPECTED = "expected: up to +{:.0%}"
 
 
 class Advice(StrictModel):
@@ -33,7 +34,7 @@ def judge(best: Measured, steps: Sequence[Measured], *, largest_batch: int, core
     stages_ms = sum(best.stage_ms.values()) - best.stage_ms["receive"]
     transfer_ms = best.elsewhere_ms + best.stage_ms["receive"]
     headroom = 1 / max(best.engine_busy, best.decoder_busy, MIN_UTILIZATION) - 1
-    gain = f"{_up_to(headroom)}, until engine or decoders are the bottleneck"
+    gain = f"{EXPECTED.format(max(0.0, headroom))}, until engine or decoders are the bottleneck"
     fullest = max(steps, key=lambda step: step.refused.get("queue_full", 0))
     idle = f"the engine was busy for only {best.engine_busy:.0%}"
     if best.engine_busy >= BUSY:
@@ -89,7 +90,7 @@ def _engine(best: Measured, steps: Sequence[Measured], largest_batch: int) -> Ad
             limit="engine",
             why=f"{why}, with batches of {best.mean_batch:.1f} of {largest_batch}",
             change=f"--max-batch {2 * largest_batch}",
-            gain=f"{_up_to(gain)}, from the measured batch times",
+            gain=f"{EXPECTED.format(gain)}, from the measured batch times",
         )
     return Advice(
         limit="engine",
@@ -125,9 +126,5 @@ def _decoders(best: Measured, cores: int | None) -> Advice:
         why=f"decoders are the bottleneck: all {best.decoders} are busy for "
         f"{min(1.0, best.decoder_busy):.0%} of the time, the engine for {best.engine_busy:.0%}",
         change=change,
-        gain=f"{_up_to(gain)}, until the engine is the bottleneck",
+        gain=f"{EXPECTED.format(max(0.0, gain))}, until the engine is the bottleneck",
     )
-
-
-def _up_to(gain: float) -> str:
-    return f"expected: up to +{max(0.0, gain):.0%}"

@@ -25,9 +25,13 @@ MAX_REJECTED = 0.5  # with more rejections, additional clients would only be rej
 
 @dataclass(frozen=True, slots=True)
 class Scrape:
-    """The samples of `/metrics` at *moment* (`time.monotonic`)."""
+    """The samples of `/metrics` at *moment* (`time.monotonic`).
+
+    `processes` counts the server processes behind the port, each with its own engine.
+    """
 
     samples: tuple[Sample, ...]
+    processes: int
     moment: float = field(default_factory=time.monotonic)
 
     def total(self, name: str, **labels: str) -> float:
@@ -39,11 +43,6 @@ class Scrape:
             if sample.name == f"sopdeploy_{name}" and wanted <= sample.labels.items()
         )
 
-    @property
-    def processes(self) -> int:
-        """Number of server processes behind the port, each with its own engine."""
-        return sum(sample.name == "sopdeploy_decoders" for sample in self.samples)
-
 
 @dataclass(frozen=True, slots=True)
 class Interval:
@@ -51,11 +50,6 @@ class Interval:
 
     before: Scrape
     after: Scrape
-
-    @property
-    def seconds(self) -> float:
-        """Length of the interval."""
-        return self.after.moment - self.before.moment
 
     def increase(self, name: str, **labels: str) -> float:
         """Compute the increase of a counter; 0 if the server restarted."""
@@ -71,16 +65,11 @@ def parse_metrics(text: str) -> Scrape:
     """Parse the text of `/metrics`; raise `ServiceError` if it is not from a sopdeploy server."""
     reason = "its metrics are missing"
     try:
-        scrape = Scrape(
-            tuple(
-                sample
-                for family in text_string_to_metric_families(text)
-                for sample in family.samples
-                if sample.name.startswith("sopdeploy_")
-            )
-        )
-        if scrape.processes:
-            return scrape
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        own = tuple(sample for sample in samples if sample.name.startswith("sopdeploy_"))
+        processes = sum(sample.name == "sopdeploy_decoders" for sample in own)
+        if processes:
+            return Scrape(own, processes)
     except ValueError as error:
         reason = str(error)
     raise ServiceError(
@@ -129,9 +118,13 @@ def measure(
     refused: Mapping[str, int],
     *,
     concurrency: int,
-    client_busy: float,
+    client_seconds: float,
 ) -> Measured:
-    """Combine client *latencies* (seconds) and rejections by code with the metrics of *interval*."""
+    """Combine client *latencies* (seconds) and rejections by code with the metrics of *interval*.
+
+    *client_seconds* is the processor time of this client.
+    """
+    seconds = interval.after.moment - interval.before.moment
     engines = interval.after.processes
     decoders = int(interval.after.total("decoders"))
     stage_ms = {name: 1000 * interval.mean("stage_duration_seconds", stage=name) for name in STAGES}
@@ -139,18 +132,18 @@ def measure(
     infer_seconds = interval.increase("stage_duration_seconds_sum", stage="infer")
     return Measured(
         concurrency=concurrency,
-        seconds=interval.seconds,
+        seconds=seconds,
         answered=len(latencies),
-        rate=len(latencies) / interval.seconds,
+        rate=len(latencies) / seconds,
         p50_ms=1000 * percentile(latencies, 0.50),
         p95_ms=1000 * percentile(latencies, 0.95),
         p99_ms=1000 * percentile(latencies, 0.99),
         refused=dict(refused),
         engines=engines,
-        engine_busy=infer_seconds / (interval.seconds * engines),
-        decoder_busy=interval.increase("decode_seconds_total") / (interval.seconds * max(1, decoders)),
+        engine_busy=infer_seconds / (seconds * engines),
+        decoder_busy=interval.increase("decode_seconds_total") / (seconds * max(1, decoders)),
         decoders=decoders,
-        client_busy=client_busy,
+        client_busy=client_seconds / seconds,
         batches=int(interval.increase("batch_size_count")),
         mean_batch=interval.mean("batch_size"),
         infer_ms_per_batch=stage_ms["infer"],
@@ -174,17 +167,20 @@ def bare_ratio(best: Measured, steps: Sequence[Measured]) -> float:
     return best.rate * min(alone) / 1000 / best.engines if alone else 0.0
 
 
+@dataclass(slots=True)
 class Load:
-    """Concurrent clients that send *bodies* in turn and stop at the first error."""
+    """Concurrent clients that send `bodies` in turn and stop at the first error.
 
-    def __init__(self, client: AsyncClient, bodies: Sequence[bytes], model: str | None) -> None:
-        self.stopped: str | None = None  # the error that ended the load early
-        self._client = client
-        self._bodies = bodies
-        self._model = model
-        self._ended = asyncio.Event()
-        self._latencies: list[float] = []
-        self._refused: Counter[str] = Counter()
+    `stopped` is that error. `latencies` (seconds) and `refused` (by error code) belong to the current step.
+    """
+
+    client: AsyncClient
+    bodies: Sequence[bytes]
+    model: str
+    stopped: str | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    latencies: list[float] = field(default_factory=list)
+    refused: Counter[str] = field(default_factory=Counter)
 
     async def run(self, concurrency: int, seconds: float) -> list[Measured]:
         """Measure 1, 2, 4, ... up to *concurrency* clients within about *seconds* in total."""
@@ -192,49 +188,48 @@ class Load:
         steps: list[Measured] = []
         workers: list[asyncio.Task[None]] = []
         try:
-            before = parse_metrics(await self._client.metrics())
+            before = parse_metrics(await self.client.metrics())
             for clients in ramp:
                 workers += [
                     asyncio.create_task(self._work(number)) for number in range(len(workers), clients)
                 ]
-                self._latencies, self._refused = [], Counter()
+                self.latencies, self.refused = [], Counter()
                 busy = time.thread_time()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._ended.wait(), seconds / len(ramp))
-                after = parse_metrics(await self._client.metrics())
-                interval = Interval(before, after)
+                    await asyncio.wait_for(self.ended.wait(), seconds / len(ramp))
+                after = parse_metrics(await self.client.metrics())
                 step = measure(
-                    interval,
-                    self._latencies,
-                    self._refused,
+                    Interval(before, after),
+                    self.latencies,
+                    self.refused,
                     concurrency=clients,
-                    client_busy=(time.thread_time() - busy) / interval.seconds,
+                    client_seconds=time.thread_time() - busy,
                 )
                 steps.append(step)
-                if self._ended.is_set() or step.refused_share > MAX_REJECTED:
+                if self.ended.is_set() or step.refused_share > MAX_REJECTED:
                     break
                 before = after
         finally:
-            self._ended.set()
+            self.ended.set()
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
         return steps
 
     async def _work(self, number: int) -> None:
-        while not self._ended.is_set():
+        while not self.ended.is_set():
             number += 1
             started = time.monotonic()
             try:
-                await self._client.classify(self._bodies[number % len(self._bodies)], model=self._model)
+                await self.client.classify(self.bodies[number % len(self.bodies)], model=self.model)
             except OverloadedError as error:
-                self._refused[error.code] += 1
+                self.refused[error.code] += 1
                 await asyncio.sleep(error.retry_after or REJECTION_DELAY)
             except ServiceError as error:
                 self.stopped = self.stopped or str(error)
-                self._ended.set()
+                self.ended.set()
             else:
-                self._latencies.append(time.monotonic() - started)
+                self.latencies.append(time.monotonic() - started)
 
 
 def ramp_to(concurrency: int) -> list[int]:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,24 +25,17 @@ from sopdeploy.layers.normalize import Normalize
 SCORE_BATCH = 32  # images, each with up to ten views
 
 
-class ProcessGroup(Protocol):
-    """Processes that evaluate together; `rank` counts from 0 to `world` - 1."""
+class ProcessGroup:
+    """Processes that compute together; the base class is one process.
 
-    rank: int
-    world: int
-
-    def all_reduce(self, values: Tensor) -> Tensor:
-        """Sum *values* over the processes."""
-
-
-class SingleProcessGroup:
-    """Group of one process."""
+    `rank` counts from 0 to `world` - 1.
+    """
 
     rank = 0
     world = 1
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Return *values* unchanged."""
+        """Sum *values* over the processes; the sum is on the device of *values*."""
         return values
 
 
@@ -67,7 +59,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     workers: int = 0,
-    processes: ProcessGroup = SingleProcessGroup(),  # noqa: B008  # has no state
+    processes: ProcessGroup = ProcessGroup(),  # noqa: B008  # has no state
     on_batch: Callable[[int], None] = lambda _done: None,
 ) -> EvalMetrics:
     """Evaluate the main head of *model* on *dataset*, on the device of the model.

@@ -20,10 +20,6 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def covers(self, value: float) -> bool:
-        """Check whether *value* is in the closed interval."""
-        return self.low <= value <= self.high
-
 
 class Paired(NamedTuple):
     """Paired differences: mean, standard deviation (over n - 1), interval of the mean, and their signs."""

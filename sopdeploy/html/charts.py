@@ -173,23 +173,21 @@ def bars(
 def interval(id: str, title: str, fraction: float, low: float, high: float) -> Markup:
     """Draw a *fraction* in [0, 1] with its confidence interval."""
     left, right, y = 12.0, WIDTH - 20, 22.0
-
-    def place(value: float) -> float:
-        return left + value * (right - left)
-
+    marked = (0.0, 0.25, 0.5, 0.75, 1.0)
+    x = {value: left + value * (right - left) for value in (*marked, low, fraction, high)}
     ticks = []
-    for value in (0.0, 0.25, 0.5, 0.75, 1.0):
-        ticks.append(element("path", d=f"M{place(value)} {y + 8}v5", class_="axis"))
-        ticks.append(text(place(value), y + 26, f"{100 * value:.0f} %", anchor="middle"))
-    width = max(2.0, place(high) - place(low))
+    for value in marked:
+        ticks.append(element("path", d=f"M{x[value]} {y + 8}v5", class_="axis"))
+        ticks.append(text(x[value], y + 26, f"{100 * value:.0f} %", anchor="middle"))
+    width = max(2.0, x[high] - x[low])
     return svg(
         id,
         title,
         f"{100 * fraction:.1f} %, with a confidence interval between {100 * low:.1f} and {100 * high:.1f} %.",
         (WIDTH, 54),
         element("path", d=f"M{left} {y + 8}H{right}", class_="axis"),
-        element("rect", x=place(low), y=y - 6, width=width, height=10, class_="band"),
-        element("circle", cx=place(fraction), cy=y - 1, r=5, class_="bar"),
+        element("rect", x=x[low], y=y - 6, width=width, height=10, class_="band"),
+        element("circle", cx=x[fraction], cy=y - 1, r=5, class_="bar"),
         *ticks,
     )
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-from PIL import Image
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import first_problem
@@ -21,8 +20,7 @@ from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.html.templates import percent
 from sopdeploy.images.preprocess import Preprocess, to_rgb
 from sopdeploy.training.diagnostics import EpochRow
-from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.resume import recorded_recipe
+from sopdeploy.training.recipe import Recipe, validate_recipe
 from sopdeploy.training.run import Position
 
 MAX_MISTAKES = 24
@@ -70,7 +68,7 @@ def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None])
     if not last.is_file() or not best.is_file():
         raise ConfigError(f"{run}: holds no run with a finished epoch; give a folder of `sopdeploy train`")
     stored = read_checkpoint(last)
-    recipe = recorded_recipe(stored, last)
+    recipe = validate_recipe(stored.training.get("recipe", {}), str(last))
     history = _read_history(stored, last)
     checkpoint = read_checkpoint(best)
     predictions, reason = None, ""
@@ -127,19 +125,13 @@ def _worst_mistakes(scores: Sequence[Score], images: LabeledImages, preprocess: 
     wrong = [(-score.confidence, index) for index, score in enumerate(scores) if not score.correct]
     mistakes = []
     for _, index in sorted(wrong)[:MAX_MISTAKES]:
-        score = scores[index]
+        score, file = scores[index], io.BytesIO()
         true, predicted = images.labels[score.target], images.labels[score.top5[0]]
         caption = (
             f"{true} ({percent(score.likelihood)}), predicted as {predicted} ({percent(score.confidence)})"
         )
-        mistakes.append(Mistake(caption=caption, jpeg=_thumbnail(images[index][0], preprocess)))
+        small = to_rgb(images[index][0], preprocess).copy()  # without metadata such as time and place
+        small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        small.save(file, "JPEG", quality=JPEG_QUALITY)
+        mistakes.append(Mistake(caption=caption, jpeg=base64.b64encode(file.getvalue()).decode("ascii")))
     return mistakes
-
-
-def _thumbnail(image: Image.Image, preprocess: Preprocess) -> str:
-    """Encode *image* as a small JPEG in base64, without metadata such as time and place."""
-    small = to_rgb(image, preprocess).copy()
-    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=JPEG_QUALITY)
-    return base64.b64encode(file.getvalue()).decode("ascii")

@@ -1,6 +1,7 @@
 """Callbacks that observe a run: progress display, TensorBoard, Weights & Biases."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,35 +32,17 @@ class Callback:
         """Run after each epoch with its metrics."""
 
 
-class NullCallback(Callback):
-    """Ignore all events."""
-
-
 class CallbackList(Callback):
     """Forward every event to several callbacks, in order."""
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self.callbacks = callbacks
+        def forward(event: str, *arguments: Any, **values: Any) -> None:
+            for callback in callbacks:
+                getattr(callback, event)(*arguments, **values)
 
-    def on_train_start(self, **counts: int) -> None:  # noqa: D102
-        for callback in self.callbacks:
-            callback.on_train_start(**counts)
-
-    def on_warning(self, warning: str) -> None:  # noqa: D102
-        for callback in self.callbacks:
-            callback.on_warning(warning)
-
-    def on_step_end(self, **progress: Any) -> None:  # noqa: D102
-        for callback in self.callbacks:
-            callback.on_step_end(**progress)
-
-    def on_evaluation_batch(self, **progress: int) -> None:  # noqa: D102
-        for callback in self.callbacks:
-            callback.on_evaluation_batch(**progress)
-
-    def on_epoch_end(self, row: EpochRow) -> None:  # noqa: D102
-        for callback in self.callbacks:
-            callback.on_epoch_end(row)
+        for name in vars(Callback):
+            if name.startswith("on_"):
+                setattr(self, name, partial(forward, name))
 
 
 class TensorBoard(Callback):

@@ -174,14 +174,15 @@ def diagnose(
     return Diagnostics(
         pictures=count,
         heads={name: HeadMetrics(top1=hits[name] / count, loss=losses[name] / count) for name in hits},
-        gates={name: gate_metrics(torch.cat(batches)) for name, batches in weights.items()},
+        gates={name: gate_metrics(batches) for name, batches in weights.items()},
         spectra=found,
     )
 
 
-def gate_metrics(weights_BN: Tensor) -> GateMetrics:
-    """Summarize the weights (images, components) of a gate."""
-    load_N = weights_BN.double().mean(dim=0)
+def gate_metrics(batches: Sequence[Tensor]) -> GateMetrics:
+    """Summarize the weights (images, components) of a gate in all *batches*."""
+    weights_BN = torch.cat(list(batches)).double()
+    load_N = weights_BN.mean(dim=0)
     return GateMetrics(
         chosen=tuple((weights_BN > 0).double().mean(dim=0).tolist()),
         weights=tuple(load_N.tolist()),
@@ -207,32 +208,29 @@ def _spectra(
         upper_Bdd = upper_Bdd.index_copy(1, root.triangle, vector.double()).view(-1, d, d)
         diagonal_Bdd = torch.diag_embed(upper_Bdd.diagonal(dim1=1, dim2=2))
         ranks = sorted({round(d ** (step / (MAX_EIGENVALUES - 1))) for step in range(MAX_EIGENVALUES)})
+        after_Bdd = upper_Bdd + upper_Bdd.transpose(1, 2) - diagonal_Bdd
+        before, after = (
+            torch.linalg.eigvalsh(matrix.cpu()).flip(1).mean(dim=0).clamp_min(0.0).tolist()
+            for matrix in (before_Bdd, after_Bdd)
+        )
         spectra[name] = Spectrum(
             places=tuple(ranks),
-            before=_mean_eigenvalues(before_Bdd, ranks),
-            after=_mean_eigenvalues(upper_Bdd + upper_Bdd.transpose(1, 2) - diagonal_Bdd, ranks),
+            before=tuple(before[rank - 1] for rank in ranks),
+            after=tuple(after[rank - 1] for rank in ranks),
         )
     return spectra
-
-
-def _mean_eigenvalues(matrix_Bdd: Tensor, ranks: list[int]) -> tuple[float, ...]:
-    mean_d = torch.linalg.eigvalsh(matrix_Bdd.cpu()).flip(1).mean(dim=0).clamp_min(0.0)
-    return tuple(float(mean_d[rank - 1]) for rank in ranks)
 
 
 @contextmanager
 def _record_calls(model: nn.Module, kind: type[nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Record the last input and output of each module of type *kind*, by module name."""
     calls: dict[str, tuple[Tensor, Tensor]] = {}
+    names = {module: name for name, module in model.named_modules() if isinstance(module, kind)}
 
-    def hook(name: str) -> Any:
-        return lambda _module, inputs, output: calls.__setitem__(name, (inputs[0], output))
+    def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        calls[names[module]] = inputs[0], output
 
-    handles = [
-        module.register_forward_hook(hook(name))
-        for name, module in model.named_modules()
-        if isinstance(module, kind)
-    ]
+    handles = [module.register_forward_hook(record) for module in names]
     try:
         yield calls
     finally:

@@ -1,7 +1,6 @@
 """Dry run: resolved values, learning rates, memory, and two steps on the data."""
 
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from sopdeploy.training.loop import epoch_data, train_step
 from sopdeploy.training.precision import named_tensors
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Run, create_run
+from sopdeploy.training.schedule import Milestones, OneCycle
 
 
 class Memory(StrictModel):
@@ -71,12 +71,21 @@ def dry_run(recipe: Recipe) -> DryRun:
     since = time.monotonic()
     loss = float(train_step(run, batch, batches[0], len(batches)).loss.total)  # synchronizes with the device
     step_seconds = time.monotonic() - since
-    model, image_size = recipe.model, recipe.preprocess.crop
-    described = describe(model.name, image_size=image_size, num_classes=len(run.labels), **model.config)
+    described = describe(
+        recipe.model.name,
+        image_size=recipe.preprocess.crop,
+        num_classes=len(run.labels),
+        **recipe.model.config,
+    )
     resolved = recipe.model_dump(mode="json")
-    resolved["model"]["config"] = model.full_config()
-    weights = _mebibytes(run.model.state_dict().values())
-    optimizer_state = named_tensors(run.optimizer.state_dict()["state"], "")
+    resolved["model"]["config"] = recipe.model.full_config()
+    tensors = {
+        "weights": list(run.model.state_dict().values()),
+        "gradients": list(run.model.parameters()),
+        "optimizer": [tensor for _, tensor in named_tensors(run.optimizer.state_dict()["state"], "")],
+        "average": list(run.ema.model.state_dict().values()) if run.ema is not None else [],
+    }
+    sizes = {name: sum(tensor.nbytes for tensor in group) / 2**20 for name, group in tensors.items()}
     return DryRun(
         recipe=resolved,
         device=str(run.strategy.device),
@@ -87,13 +96,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         rates=scheduled_rates(recipe),
         training=described.training,
         shipped=described.shipped,
-        memory=Memory(
-            weights=weights,
-            gradients=_mebibytes(run.model.parameters()),
-            optimizer=_mebibytes(tensor for _, tensor in optimizer_state),
-            average=weights if run.ema is not None else 0.0,
-            activations=activations / 2**20,
-        ),
+        memory=Memory(**sizes, activations=activations / 2**20),
         step_seconds=step_seconds,
         load_seconds=load_seconds,
         loss=loss,
@@ -101,9 +104,19 @@ def dry_run(recipe: Recipe) -> DryRun:
 
 
 def scheduled_rates(recipe: Recipe) -> tuple[tuple[float, float], ...]:
-    """Return (epoch, learning rate) at each landmark of the schedule."""
-    times = sorted({time for time in recipe.schedule.landmarks(recipe.epochs) if time <= recipe.epochs})
-    return tuple((time, recipe.optimizer.lr * recipe.schedule.factor(time, recipe.epochs)) for time in times)
+    """Return (epoch, learning rate) at the times at which the schedule changes its form.
+
+    A decay also has its middle and its end, one cycle its start, its peak and its end.
+    """
+    schedule, epochs = recipe.schedule, float(recipe.epochs)
+    if isinstance(schedule, Milestones):
+        times = [0.0, schedule.warmup_epochs, *(float(m) for m in schedule.milestones if m < epochs)]
+    elif isinstance(schedule, OneCycle):
+        times = [0.0, schedule.rise * epochs, epochs]
+    else:
+        times = [0.0, schedule.warmup_epochs, (schedule.warmup_epochs + epochs) / 2, epochs]
+    shown = sorted({time for time in times if time <= epochs})
+    return tuple((time, recipe.optimizer.lr * schedule.factor(time, recipe.epochs)) for time in shown)
 
 
 def activation_bytes(run: Run, batch: Batch) -> int:
@@ -121,7 +134,3 @@ def activation_bytes(run: Run, batch: Batch) -> int:
         output = run.model(run.normalize(images))
     del output
     return sum(size for pointer, size in saved.items() if pointer not in weights)
-
-
-def _mebibytes(tensors: Iterable[Tensor]) -> float:
-    return sum(tensor.nbytes for tensor in tensors) / 2**20

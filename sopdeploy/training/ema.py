@@ -53,12 +53,6 @@ class ExponentialMovingAverage:
             [averages[name] for name in floating], [values[name] for name in floating], 1 - decay
         )
 
-    def drop_missing(self, model: nn.Module) -> None:
-        """Drop the tensors that *model*, the network without some parts, does not have."""
-        averages = self.model.state_dict()
-        self.model = copy.deepcopy(model).requires_grad_(False)
-        self.model.load_state_dict({name: averages[name] for name in self.model.state_dict()})
-
     def state_dict(self) -> dict[str, Any]:
         """Return the averages and their update count."""
         return {"count": self.count, "weights": self.model.state_dict()}

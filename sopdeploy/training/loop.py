@@ -6,11 +6,12 @@ uninterrupted one: bit for bit on a CPU with the same number of threads.
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sopdeploy.config import StrictModel
@@ -20,8 +21,8 @@ from sopdeploy.data.batches import Batch, balanced_batches, load_batches, shuffl
 from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.prediction import EvalMetrics, evaluate
-from sopdeploy.training.callbacks import Callback, NullCallback
+from sopdeploy.evaluation.prediction import evaluate
+from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import best_epoch, diagnose, spectrum_epochs
 from sopdeploy.training.distributed.batch_sharding import MicroBatch, check_divisible, shard_step
 from sopdeploy.training.distributed.strategy import Strategy
@@ -36,8 +37,7 @@ from sopdeploy.training.precision import (
     non_finite_error,
 )
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.resume import resume_run
-from sopdeploy.training.run import Run, StepResult, create_run
+from sopdeploy.training.run import Run, StepResult, create_run, resume_run
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.signals import SignalState, StopRequested, TrainingStoppedError, handle_signals
 
@@ -83,7 +83,7 @@ def train(
     """
     strategy = strategy or create_strategy(recipe)
     if callback is None or strategy.rank != 0:
-        callback = NullCallback()
+        callback = Callback()
     folder = RunFolder(out_dir, strategy)
     if resume == "auto":
         resume = folder.holds_run()
@@ -169,7 +169,8 @@ def train_epoch(
         since = now
         callback.on_step_end(epoch=epoch, step=step, steps=len(batches), loss=float(result.loss.total))
         signals.check(save=folder.is_save_due(recipe.save, step + 1))
-        if signals.pop_save_request():
+        if signals.save_requested:
+            signals.save_requested = False
             folder.save_last(run)
 
 
@@ -204,12 +205,13 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
     statistics and the balance loss of a gate are those of a micro-batch.
     """
     images, targets = batch
-    at, optimizer = run.position, run.optimizer
+    at, optimizer, strategy = run.position, run.optimizer, run.strategy
     count = sum(micro_batch.total for micro_batch in micro_batches)
     sums: dict[str, Tensor] = {}
     for micro_batch in micro_batches:
         last = micro_batch is micro_batches[-1]
-        run.strategy.begin_forward(micro_batch.total)
+        strategy.shard_rng.start = micro_batch.total * strategy.rank // strategy.world
+        strategy.shard_rng.total = micro_batch.total
         inputs, labels = (tensor[micro_batch.first : micro_batch.end] for tensor in (images, targets))
         with run.precision.autocast():
             output = run.network(inputs)
@@ -222,12 +224,12 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
                 loss.total * fraction, derive_seed(run.recipe.seed, "curvature", at.epoch, at.step)
             )
             if last:
-                optimizer.all_reduce(run.strategy.all_reduce_list)
+                optimizer.all_reduce(strategy.all_reduce_list)
         else:
-            run.strategy.backward(run.precision.scaler.scale(loss.total * fraction), last=last)
+            strategy.backward(run.precision.scaler.scale(loss.total * fraction), run.model, last=last)
         for name, value in {"total": loss.total.detach(), **loss.parts}.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value * fraction
-    reduced = run.strategy.all_reduce(torch.stack([value.float() for value in sums.values()]))
+    reduced = strategy.all_reduce(torch.stack([value.float() for value in sums.values()]))
     parts = dict(zip(sums, reduced, strict=True))
     return Loss(parts.pop("total"), parts)
 
@@ -258,19 +260,17 @@ def evaluate_epoch(run: Run, held_out: PreprocessedDataset, signals: SignalState
         callback.on_evaluation_batch(epoch=epoch, done=done)
         signals.check()
 
-    def metrics(model: nn.Module) -> EvalMetrics:
-        return evaluate(
-            model,
-            held_out,
-            recipe.preprocess,
-            batch_size=recipe.batch_size // run.strategy.world,
-            workers=recipe.workers,
-            processes=run.strategy,
-            on_batch=on_batch,
-        )
-
-    raw = metrics(run.model)
-    average = metrics(run.ema.model) if run.ema is not None else None
+    measure = partial(
+        evaluate,
+        dataset=held_out,
+        preprocess=recipe.preprocess,
+        batch_size=recipe.batch_size // run.strategy.world,
+        workers=recipe.workers,
+        processes=run.strategy,
+        on_batch=on_batch,
+    )
+    raw = measure(run.model)
+    average = measure(run.ema.model) if run.ema is not None else None
     spectra = epoch + 1 in spectrum_epochs(recipe.epochs)
     diagnostics = diagnose(run.model, held_out, run.normalize, recipe.batch_size, spectra=spectra)
     run.after_epoch(raw, average, diagnostics, time.monotonic() - since)

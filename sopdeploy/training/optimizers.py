@@ -39,10 +39,8 @@ class AdaHessian(Optimizer):
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "power": power}
         super().__init__(params, defaults)
+        self.trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         self.curvatures: dict[Tensor, Tensor] = {}
-
-    def _trainable(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def backward(self, loss: Tensor, seed: int) -> None:
         """Add the gradient of *loss* to `grad` and H z, with random signs z, to `curvatures`.
@@ -50,9 +48,8 @@ class AdaHessian(Optimizer):
         All micro-batches of a step must use the same seed: H z is linear in the loss, so their sum is that of
         the whole batch. The network must be twice differentiable.
         """
-        parameters = self._trainable()
-        gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-        used = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        gradients = torch.autograd.grad(loss, self.trainable, create_graph=True, allow_unused=True)
+        used = [(p, g) for p, g in zip(self.trainable, gradients, strict=True) if g is not None]
         curved = [(p, g) for p, g in used if g.requires_grad]
         products = torch.autograd.grad(
             [g for _, g in curved],
@@ -61,14 +58,16 @@ class AdaHessian(Optimizer):
             allow_unused=True,
         )
         for parameter, gradient in used:
-            parameter.grad = _accumulate(parameter.grad, gradient.detach())
+            total, added = parameter.grad, gradient.detach()
+            parameter.grad = added.clone() if total is None else total.add_(added)
         for (parameter, _), product in zip(curved, products, strict=True):
             if product is not None:
-                self.curvatures[parameter] = _accumulate(self.curvatures.get(parameter), product)
+                total = self.curvatures.get(parameter)
+                self.curvatures[parameter] = product.clone() if total is None else total.add_(product)
 
     def all_reduce(self, sums: Callable[[list[Tensor | None], list[Tensor]], list[Tensor | None]]) -> None:
         """Replace gradients and curvatures by their sums over processes."""
-        parameters = self._trainable()
+        parameters = self.trainable
         gradients = sums([parameter.grad for parameter in parameters], parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -83,30 +82,27 @@ class AdaHessian(Optimizer):
 
     @torch.no_grad()
     def step(self, _closure: Any = None, /) -> None:  # type: ignore[override]
-        """Update the parameters that have a gradient; closures are not supported."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+        """Update the parameters that have a gradient by Eqs. (11) and (12).
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Update by Eqs. (11) and (12); 4-D weights average the diagonal over the kernel."""
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())
-            state["mean"] = torch.zeros_like(parameter)
-            state["curvature"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        first, second = group["betas"]
-        count = int(state["step"])
-        diagonal = self.curvatures.get(parameter, torch.zeros_like(parameter)).abs()
-        if diagonal.dim() == 4:
-            diagonal = diagonal.mean(dim=(2, 3), keepdim=True).expand_as(parameter)
-        state["mean"].lerp_(parameter.grad, 1 - first)
-        state["curvature"].mul_(second).addcmul_(diagonal, diagonal, value=1 - second)
-        root = (state["curvature"] / (1 - second**count)).sqrt().pow(group["power"])
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.addcdiv_(state["mean"], root.add_(group["eps"]), value=-group["lr"] / (1 - first**count))
+        4-D weights average the diagonal over the kernel. Closures are not supported.
+        """
+        updates = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for parameter, group in updates:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros(())
+                state["mean"] = torch.zeros_like(parameter)
+                state["curvature"] = torch.zeros_like(parameter)
+            state["step"] += 1
+            (first, second), rate, count = group["betas"], group["lr"], int(state["step"])
+            diagonal = self.curvatures.get(parameter, torch.zeros_like(parameter)).abs()
+            if diagonal.dim() == 4:
+                diagonal = diagonal.mean(dim=(2, 3), keepdim=True).expand_as(parameter)
+            state["mean"].lerp_(parameter.grad, 1 - first)
+            state["curvature"].mul_(second).addcmul_(diagonal, diagonal, value=1 - second)
+            root = (state["curvature"] / (1 - second**count)).sqrt().pow(group["power"])
+            parameter.mul_(1 - rate * group["weight_decay"])
+            parameter.addcdiv_(state["mean"], root.add_(group["eps"]), value=-rate / (1 - first**count))
 
 
 def _random_signs(seed: int, number: int, like: Tensor) -> Tensor:
@@ -114,10 +110,6 @@ def _random_signs(seed: int, number: int, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(derive_seed(seed, "signs", number))
     drawn = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
     return drawn.to(like.device, like.dtype).mul_(2).sub_(1)
-
-
-def _accumulate(total: Tensor | None, tensor: Tensor) -> Tensor:
-    return tensor.clone() if total is None else total.add_(tensor)
 
 
 class _OptimizerConfig(StrictModel):

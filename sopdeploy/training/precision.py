@@ -4,7 +4,7 @@ Second-order layers leave autocast by themselves (`sopdeploy.layers.covariance`)
 the optimizer's state stay in float32.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -88,16 +88,6 @@ def named_tensors(nested: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(nested, dict | list | tuple):
         for key, value in nested.items() if isinstance(nested, dict) else enumerate(nested):
             yield from named_tensors(value, f"{prefix}.{key}")
-
-
-def check_finite(state: Mapping[str, Any]) -> None:
-    """Raise `TrainingError` if *state* contains a tensor that must not be saved."""
-    for key, value in state.items():
-        name = first_non_finite(named_tensors(value, str(key)))
-        if name is not None:
-            raise TrainingError(
-                f"{name} is not finite; nothing was saved, lower optimizer.lr or set optimizer.clip_norm"
-            )
 
 
 def non_finite_error(name: str, epoch: int, step: int, samples: list[int]) -> TrainingError:

@@ -1,11 +1,13 @@
-"""The state of a run in memory, and its conversion to a checkpoint.
+"""The state of a run in memory, and its conversion to a checkpoint and back.
 
 Sample order, augmentation, dropout and learning rate are functions of (seed, epoch, step). Weights, optimizer
 state and position are therefore enough to resume a run bit for bit.
 """
 
+import copy
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pydantic
@@ -14,23 +16,37 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import sopdeploy
-from sopdeploy.checkpoint import Checkpoint
-from sopdeploy.config import StrictModel
+from sopdeploy.checkpoint import Checkpoint, build_classifier, is_state_dict
+from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.data.base import LabeledImages, derive_seed
 from sopdeploy.environment import machine
+from sopdeploy.errors import CheckpointError, ConfigError, DataError, TrainingError
 from sopdeploy.evaluation.prediction import EvalMetrics
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.dsop import DSoP
 from sopdeploy.models.registry import create_model
-from sopdeploy.training.diagnostics import Diagnostics, EpochRow, Throughput, best_epoch
+from sopdeploy.training.diagnostics import Diagnostics, EpochRow, Throughput
 from sopdeploy.training.distributed.batch_sharding import shard_layers
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
 from sopdeploy.training.fine_tuning import load_start_weights, parameter_groups
 from sopdeploy.training.losses import Loss, Teacher
-from sopdeploy.training.precision import Precision, check_finite, float_buffers
-from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.precision import Precision, first_non_finite, float_buffers, named_tensors
+from sopdeploy.training.recipe import Recipe, flatten, validate_recipe
+
+CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
+    "summary",
+    "workers",
+    "threads",
+    "device",
+    "data.cache",
+    "data.path",
+    "start.weights",
+    "save.every_steps",
+    "save.every_minutes",
+    "save.keep_every",
+}
 
 
 class StepResult(NamedTuple):
@@ -60,7 +76,10 @@ class Position(StrictModel):
 
 @dataclass(slots=True)
 class Run:
-    """A run in progress; `network` is `model` or its wrapped or compiled form."""
+    """A run in progress; `network` is `model` or its compiled form.
+
+    `exported_weights` are those that a checkpoint exports: `raw` or `average`.
+    """
 
     recipe: Recipe
     labels: tuple[str, ...]
@@ -72,6 +91,7 @@ class Run:
     model: Classifier
     network: nn.Module
     optimizer: Optimizer
+    exported_weights: str
     ema: ExponentialMovingAverage | None = None
     teacher: Teacher | None = None
     position: Position = field(default_factory=Position)
@@ -124,16 +144,6 @@ class Run:
                 for buffer in float_buffers(model).values():
                     buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
 
-    def is_best(self) -> bool:
-        """Check whether the last finished epoch is the best one."""
-        history = self.position.history
-        return bool(history) and best_epoch(history).epoch == self.position.epoch
-
-    @property
-    def exported_weights(self) -> str:
-        """The weights that a checkpoint exports: `raw` or `average`."""
-        return self.recipe.ema.export if self.recipe.ema is not None else "raw"
-
     def remove_branches_if_due(self) -> None:
         """Remove the branches in the epoch of `model.remove_branches_at`, an ablation.
 
@@ -158,7 +168,9 @@ class Run:
             if name in states:
                 self.optimizer.state[parameter] = states[name]
         if self.ema is not None:
-            self.ema.drop_missing(self.model)
+            averages = self.ema.model.state_dict()
+            self.ema.model = copy.deepcopy(self.model).requires_grad_(False)
+            self.ema.model.load_state_dict({name: averages[name] for name in self.model.state_dict()})
 
     def checkpoint(self, *, resumable: bool) -> Checkpoint:
         """Build a checkpoint; raise `TrainingError` if it would contain a NaN or infinity."""
@@ -175,7 +187,13 @@ class Run:
                 "weights": raw,
                 "average": average,
             }
-        check_finite({"weights": raw, "average": average, **(resume or {})})
+        state = {"weights": raw, "average": average, **(resume or {})}
+        name = first_non_finite(named_tensors(state, ""))
+        if name is not None:
+            raise TrainingError(
+                f"{name.removeprefix('.')} is not finite; nothing was saved, lower optimizer.lr or set "
+                "optimizer.clip_norm"
+            )
         return Checkpoint(
             model=self.recipe.model.name,
             config=self.config,
@@ -209,12 +227,6 @@ class Run:
         }
 
 
-def create_run(recipe: Recipe, images: LabeledImages, strategy: Strategy) -> Run:
-    """Create a run with initial weights."""
-    model = create_initial_model(recipe, len(images.labels))
-    return assemble_run(recipe, images, model, recipe.model.full_config(), strategy)
-
-
 def create_initial_model(recipe: Recipe, num_classes: int) -> Classifier:
     """Create the model of *recipe* with its initial weights, which depend on the seed."""
     torch.manual_seed(derive_seed(recipe.seed, "weights"))
@@ -224,10 +236,19 @@ def create_initial_model(recipe: Recipe, num_classes: int) -> Classifier:
     return model
 
 
-def assemble_run(
-    recipe: Recipe, images: LabeledImages, model: Classifier, config: dict[str, Any], strategy: Strategy
+def create_run(
+    recipe: Recipe,
+    images: LabeledImages,
+    strategy: Strategy,
+    *,
+    model: Classifier | None = None,
+    config: dict[str, Any] | None = None,
 ) -> Run:
-    """Create a run that trains *model*, which has the complete *config*."""
+    """Create a run that trains *model*, by default that of *recipe* with its initial weights.
+
+    *config* is the complete config of the model, by default that of *recipe*.
+    """
+    model = create_initial_model(recipe, len(images.labels)) if model is None else model
     model, network, optimizer = _place(recipe, model, strategy)
     teacher = None
     if recipe.teacher is not None:
@@ -239,10 +260,11 @@ def assemble_run(
         strategy=strategy,
         normalize=Normalize(recipe.preprocess).to(strategy.device),
         precision=Precision(recipe.precision, strategy.device),
-        config=config,
+        config=recipe.model.full_config() if config is None else config,
         model=model,
         network=network,
         optimizer=optimizer,
+        exported_weights=recipe.ema.export if recipe.ema is not None else "raw",
         ema=ExponentialMovingAverage(recipe.ema, model) if recipe.ema is not None else None,
         teacher=teacher,
     )
@@ -253,7 +275,58 @@ def _place(recipe: Recipe, model: Classifier, strategy: Strategy) -> tuple[Class
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     model = model.to(strategy.device, memory_format=layout).train()  # type: ignore[call-overload]
     shard_layers(model, recipe.batch_norm, strategy.world, strategy.shard_rng)
-    network = strategy.setup(model)
-    if recipe.compile:
-        network = torch.compile(network)  # type: ignore[assignment]
+    network: Any = torch.compile(model) if recipe.compile else model
     return model, network, recipe.optimizer.create(parameter_groups(model, recipe.start))
+
+
+def resume_run(
+    recipe: Recipe, images: LabeledImages, strategy: Strategy, checkpoint: Checkpoint, source: Path
+) -> Run:
+    """Rebuild the run of *checkpoint*, read from *source*.
+
+    Raises `ConfigError` if the recipe changed, `DataError` if the data changed, and `CheckpointError` if the
+    checkpoint has no valid state to resume from.
+    """
+    _check_same_recipe(recipe, checkpoint, source)
+    if checkpoint.labels != images.labels:
+        raise DataError(
+            f"{source}: the run has the classes {', '.join(checkpoint.labels)}; give the same data"
+        )
+    state = checkpoint.resume
+    if state is None:
+        raise CheckpointError(f"{source}: has no state to resume from; start a new run in another folder")
+    if state.get("train_count") != len(images):
+        raise DataError(
+            f"{source}: the run started with {state.get('train_count')} training images, now there are "
+            f"{len(images)}; give the same data or start a new run"
+        )
+    raw = state.get("weights", checkpoint.weights)
+    damaged = f"{source}: its state to resume from is damaged; start a new run"
+    if not is_state_dict(raw):
+        raise CheckpointError(damaged)
+    model = build_classifier(replace(checkpoint, weights=raw), source)
+    run = create_run(recipe, images, strategy, model=model, config=checkpoint.config)
+    try:
+        run.optimizer.load_state_dict(state["optimizer"])
+        if "precision" in state:
+            run.precision.load_state_dict(state["precision"])
+        if run.ema is not None:
+            run.ema.load_state_dict(state["average"])
+        run.position = Position.model_validate(state["position"])
+    except pydantic.ValidationError as error:
+        raise CheckpointError(f"{source}: {first_problem(error)}; start a new run") from error
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(damaged) from error
+    return run
+
+
+def _check_same_recipe(recipe: Recipe, checkpoint: Checkpoint, source: Path) -> None:
+    recorded = validate_recipe(checkpoint.training.get("recipe", {}), str(source))
+    before = dict(flatten(recorded.model_dump(mode="json")))
+    now = dict(flatten(recipe.model_dump(mode="json")))
+    for key in sorted((before.keys() | now.keys()) - CHANGEABLE_KEYS):
+        if now.get(key) != before.get(key):
+            raise ConfigError(
+                f"{source}: the run started with {key} = {before.get(key)}, now it is {now.get(key)}; "
+                "resume with the same recipe or start a new run in another folder"
+            )

@@ -13,7 +13,7 @@ from pathlib import Path
 from sopdeploy.checkpoint import Checkpoint, read_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.files import PARTIAL, atomic_write
-from sopdeploy.training.diagnostics import history_csv
+from sopdeploy.training.diagnostics import best_epoch, history_csv
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.recipe import SaveConfig
 from sopdeploy.training.run import Run
@@ -90,7 +90,7 @@ class RunFolder:
         A resumed run does this first, because the process may have been killed before it was done.
         """
         at, every = run.position, run.recipe.save.keep_every
-        if at.step == 0 and run.is_best():
+        if at.step == 0 and at.history and best_epoch(at.history).epoch == at.epoch:
             self.strategy.save(self.best, run.checkpoint(resumable=False))
         if self.strategy.rank != 0:
             return

@@ -34,10 +34,6 @@ class Milestones(StrictModel):
         decayed = self.gamma ** sum(time >= milestone for milestone in self.milestones)
         return decayed * min(1.0, time / self.warmup_epochs) if self.warmup_epochs else decayed
 
-    def landmarks(self, epochs: int) -> tuple[float, ...]:
-        """Return the times in epochs at which the schedule changes its form."""
-        return (0.0, self.warmup_epochs, *(float(m) for m in self.milestones if m < epochs))
-
 
 class _Decay(StrictModel):
     """A linear warm-up from 0, then a decay from 1 to `floor` at the end of the run."""
@@ -53,10 +49,6 @@ class _Decay(StrictModel):
         progress = min(1.0, (time - self.warmup_epochs) / remaining) if remaining > 0 else 1.0
         return self.floor + (1 - self.floor) * self._decay(progress)
 
-    def landmarks(self, epochs: int) -> tuple[float, ...]:
-        """Return the start, the end of the warm-up, the middle of the decay and the end."""
-        return (0.0, self.warmup_epochs, (self.warmup_epochs + epochs) / 2, float(epochs))
-
     def _decay(self, progress: float, /) -> float:
         raise NotImplementedError
 
@@ -67,7 +59,7 @@ class Cosine(_Decay):
     kind: Literal["cosine"]
 
     def _decay(self, progress: float, /) -> float:
-        return _cosine(1.0, 0.0, progress)
+        return (1 + math.cos(math.pi * progress)) / 2
 
 
 class Polynomial(_Decay):
@@ -91,20 +83,12 @@ class OneCycle(StrictModel):
 
     def factor(self, time: float, epochs: int) -> float:
         """Compute the factor on the base learning rate after *time* of *epochs* epochs."""
-        first, last = 1 / 25, 1 / 25 / 1e4
         progress = time / epochs
         if progress < self.rise:
-            return _cosine(first, 1.0, progress / self.rise)
-        return _cosine(1.0, last, (progress - self.rise) / (1 - self.rise))
-
-    def landmarks(self, epochs: int) -> tuple[float, ...]:
-        """Return the start, the peak and the end."""
-        return (0.0, self.rise * epochs, float(epochs))
+            start, end, part = 1 / 25, 1.0, progress / self.rise
+        else:
+            start, end, part = 1.0, 1 / 25 / 1e4, (progress - self.rise) / (1 - self.rise)
+        return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
 
 
 Schedule = Annotated[Milestones | Cosine | Polynomial | OneCycle, pydantic.Field(discriminator="kind")]
-
-
-def _cosine(start: float, end: float, progress: float) -> float:
-    """Interpolate from *start* to *end* along half a cosine."""
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import FrameType
 
 import torch
@@ -31,15 +32,17 @@ class TrainingStoppedError(TrainingError):
         self.signal_number = signal_number
 
 
+@dataclass(slots=True)
 class SignalState:
-    """The signals received by any process; all processes agree on them in `check`."""
+    """The signals received by any process; all processes agree on them in `check`.
 
-    signal_number = 0  # the stop signal; 0: none
+    `signal_number` is the stop signal, or 0. Who acts on `save_requested` sets it back.
+    """
 
-    def __init__(self, processes: ProcessGroup) -> None:
-        self.processes = processes
-        self.received: set[int] = set()
-        self._save_requested = False
+    processes: ProcessGroup
+    received: set[int] = field(default_factory=set)
+    save_requested: bool = False
+    signal_number: int = 0
 
     def check(self, *, save: bool = False) -> None:
         """Raise `StopRequested` after a stop signal; *save* requests a checkpoint.
@@ -50,15 +53,10 @@ class SignalState:
         requests.append(SAVE_SIGNAL in self.received or save)
         self.received.discard(SAVE_SIGNAL)
         *stops, saves = self.processes.all_reduce(torch.tensor(requests).int()).tolist()
-        self._save_requested = self._save_requested or bool(saves)
+        self.save_requested = self.save_requested or bool(saves)
         self.signal_number = next((number for number, n in zip(STOP_SIGNALS, stops, strict=True) if n), 0)
         if self.signal_number:
             raise StopRequested
-
-    def pop_save_request(self) -> bool:
-        """Check whether a checkpoint was requested since the last call."""
-        requested, self._save_requested = self._save_requested, False
-        return requested
 
 
 @contextmanager
@@ -75,18 +73,16 @@ def handle_signals(processes: ProcessGroup) -> Iterator[SignalState]:
         return
     previous = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, SAVE_SIGNAL)}
 
-    def restore(*numbers: signal.Signals) -> None:
-        for number in numbers:
-            signal.signal(number, previous[number])
-
     def record(number: int, _frame: FrameType | None) -> None:
         state.received.add(number)
         if number != SAVE_SIGNAL and processes.world == 1:
-            restore(*STOP_SIGNALS)
+            for stop in STOP_SIGNALS:
+                signal.signal(stop, previous[stop])
 
     for number in previous:
         signal.signal(number, record)
     try:
         yield state
     finally:
-        restore(*previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from sopdeploy.errors import ConfigError, SopdeployError, TrainingError
-from sopdeploy.training.distributed.data_parallel import DataParallel
-from sopdeploy.training.distributed.strategy import SingleProcess, Strategy, select_device
+from sopdeploy.training.distributed.strategy import DataParallel, SingleProcess, Strategy, select_device
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Run
 from sopdeploy.training.signals import TrainingStoppedError
@@ -81,6 +80,7 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 
 
 def _local_device() -> int:
+    """Return the number of this process' GPU; raise `ConfigError` if there are fewer GPUs."""
     number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= count:
         raise ConfigError(

@@ -1,11 +1,13 @@
 """Short runs of a small network on a quarter of the digits, for the tests of training."""
 
 import functools
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,14 @@ def few_digits() -> Iterator[None]:
 def every_fourth() -> Bunch:
     whole = load_digits()
     return Bunch(images=whole.images[::4], target=whole.target[::4])
+
+
+@functools.cache
+def forkserver() -> ForkServerContext:
+    """Return a context whose processes are forked from one that has imported this module."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def short_recipe(*overrides: str) -> Recipe:

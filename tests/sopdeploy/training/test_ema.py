@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.errors import ConfigError
 from sopdeploy.training.ema import EmaConfig, ExponentialMovingAverage
 from sopdeploy.training.loop import train
 from tests.sopdeploy.training.runs import same_bits, short_recipe
@@ -84,8 +83,3 @@ def test_a_run_evaluates_both_weights_and_exports_the_configured_ones(tmp_path, 
     row = last.resume["position"]["history"][-1]
     assert row["figures"] == row[export]
     assert last.training["figures"] == row[export]
-
-
-def test_a_decay_of_one_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"ema\.decay"):
-        short_recipe("ema={decay=1.0}")

@@ -12,7 +12,7 @@ from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.sources import open_data
 from sopdeploy.evaluation.prediction import evaluate
 from sopdeploy.training.loop import TrainingResult, train
-from sopdeploy.training.resume import recorded_recipe
+from sopdeploy.training.recipe import Recipe
 from tests.sopdeploy.training.runs import RecordingCallback, same_bits, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -43,7 +43,7 @@ def test_checkpoints_record_how_they_were_trained(finished) -> None:
     assert best.training["epoch"] == result.best_epoch
     assert best.training["figures"]["top1"] == result.best_top1
     for checkpoint in (best, last):
-        assert recorded_recipe(checkpoint, out) == short_recipe()
+        assert Recipe.model_validate(checkpoint.training["recipe"]) == short_recipe()
         assert checkpoint.training["seed"] == 0
         assert checkpoint.training["versions"] == {
             "sopdeploy": sopdeploy.__version__,

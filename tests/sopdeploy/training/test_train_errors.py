@@ -1,6 +1,5 @@
-"""Errors before and during a run, and the files that remain."""
+"""Errors before and during a run, numbers that are not finite, and the files that remain."""
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -11,13 +10,15 @@ from sopdeploy.errors import CheckpointError, ConfigError, DataError, TrainingEr
 from sopdeploy.training import loop
 from sopdeploy.training.loop import train
 from sopdeploy.training.losses import Loss
+from sopdeploy.training.precision import non_finite_error
 from sopdeploy.training.recipe import read_recipe
 from tests.sopdeploy.data.test_data_folder import make
-from tests.sopdeploy.training.runs import interrupt, short_recipe
+from tests.sopdeploy.training.runs import RecordingCallback, interrupt, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
 ONE = ("epochs=1", "data={kind='folder'}", "batch_size=4")
+NAN = torch.tensor(float("nan"))
 
 
 def test_a_folder_with_other_files_is_refused_and_not_changed(tmp_path) -> None:
@@ -38,9 +39,18 @@ def test_an_empty_folder_is_used_and_a_run_is_never_overwritten(tmp_path) -> Non
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
-def test_resuming_without_a_checkpoint_is_an_error(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="holds no run to resume; start one without --resume"):
-        train(short_recipe(), tmp_path / "run", resume=True)
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        (lambda: short_recipe(), {"resume": True}, "holds no run to resume; start one without --resume"),
+        (lambda: short_recipe("device=cuda"), {}, "no CUDA device on this machine"),
+        (lambda: read_recipe("photos-dsop"), {}, r"data\.path: not set"),
+    ],
+)
+def test_a_run_that_cannot_start_writes_nothing(tmp_path, monkeypatch, recipe, options, message) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=message):
+        train(recipe(), tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
 
 
@@ -52,20 +62,18 @@ def stopped(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("seed=1", "seed = 0, now it is 1"),
-        ("optimizer.lr=0.5", "optimizer.lr = 0.1, now it is 0.5"),
-        ("epochs=9", "epochs = 1, now it is 9"),
-        ("model.config.base_width=8", "model.config.base_width = 4, now it is 8"),
-        ("schedule={kind='milestones'}", "schedule.gamma = None, now it is 0.1"),
-    ],
-)
-def test_a_run_is_resumed_with_the_same_recipe_only(stopped, override, message) -> None:
-    with pytest.raises(ConfigError) as error:
-        train(short_recipe(*ONE, f"data.path={stopped / 'images'}", override), stopped / "run", resume=True)
-    assert f"the run started with {message}" in str(error.value)
+def test_a_run_is_resumed_with_the_same_recipe_only(stopped) -> None:
+    changes = {
+        "seed=1": "seed = 0, now it is 1",
+        "optimizer.lr=0.5": "optimizer.lr = 0.1, now it is 0.5",
+        "epochs=9": "epochs = 1, now it is 9",
+        "model.config.base_width=8": "model.config.base_width = 4, now it is 8",
+        "schedule={kind='milestones'}": "schedule.gamma = None, now it is 0.1",
+    }
+    for override, message in changes.items():
+        recipe = short_recipe(*ONE, f"data.path={stopped / 'images'}", override)
+        with pytest.raises(ConfigError, match=f"the run started with {message}"):
+            train(recipe, stopped / "run", resume=True)
 
 
 def test_the_data_may_move_but_not_change(stopped) -> None:
@@ -119,8 +127,7 @@ def test_a_loss_with_nan_ends_the_run_and_names_the_part(tmp_path, monkeypatch, 
     def damaged_loss(output, labels, weights, label_smoothing) -> Loss:
         loss = original(output, labels, weights, label_smoothing)
         calls.append(loss)
-        nan = torch.tensor(float("nan"))
-        return loss if len(calls) < 9 else Loss(loss.total * nan, {**loss.parts, part: nan})
+        return loss if len(calls) < 9 else Loss(loss.total * NAN, {**loss.parts, part: NAN})
 
     original = loop.training_loss
     monkeypatch.setattr(loop, "training_loss", damaged_loss)
@@ -131,34 +138,73 @@ def test_a_loss_with_nan_ends_the_run_and_names_the_part(tmp_path, monkeypatch, 
     assert all(bool(torch.isfinite(tensor).all()) for tensor in last.weights.values())
 
 
-def test_a_diverging_run_ends_without_a_broken_checkpoint(tmp_path) -> None:
+def test_a_diverging_run_ends_without_a_broken_checkpoint(tmp_path, monkeypatch) -> None:
     with pytest.raises(TrainingError, match="finite"):
         train(short_recipe("optimizer.lr=1e30", "optimizer.clip_norm=0.0"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_infinite_gradient_norm_ends_the_run(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(loop, "get_total_norm", lambda _gradients: torch.tensor(float("inf")))
     with pytest.raises(TrainingError, match="epoch 1, step 1: the gradient is not finite"):
         train(short_recipe(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_cuda_device_is_an_error(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="no CUDA device on this machine"):
-        train(short_recipe("device=cuda"), tmp_path / "run")
+@pytest.mark.parametrize(
+    ("number", "damage", "message"),
+    [
+        (
+            8,
+            lambda run: run.model.get_buffer("bn1.running_var").fill_(float("inf")),
+            r"epoch 2, step 2: the buffer \S+running_var is not finite; .* \(samples \d+, ",
+        ),
+        (
+            1,
+            lambda run: run.model.get_parameter("fc.weight").grad[0].fill_(NAN),
+            r"epoch 1, step 1: the gradient of fc\.weight is not",
+        ),
+    ],
+)
+def test_a_non_finite_buffer_or_gradient_is_named(tmp_path, monkeypatch, number, damage, message) -> None:
+    calls = []
+
+    def compute_gradient(run, *rest):
+        loss = original(run, *rest)
+        calls.append(run.position)
+        if len(calls) == number:
+            damage(run)
+        return loss
+
+    original = loop.compute_gradient
+    monkeypatch.setattr(loop, "compute_gradient", compute_gradient)
+    with pytest.raises(TrainingError, match=message):
+        train(short_recipe("save.every_steps=1"), tmp_path / "run")
+    if number == 1:
+        assert not (tmp_path / "run").exists()
+    else:
+        last = read_checkpoint(tmp_path / "run" / "last.pt")
+        assert (last.training["epoch"], last.training["step"]) == (1, 1)
 
 
-def test_a_folder_recipe_without_data_names_the_key(tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.path: not set"):
-        train(read_recipe("photos-dsop"), tmp_path / "run")
+@pytest.mark.parametrize("where", ["weights", "optimizer", "average"])
+def test_no_checkpoint_with_a_non_finite_number_is_written(tmp_path, monkeypatch, where) -> None:
+    runs = []
+
+    class Damage(RecordingCallback):
+        def on_evaluation_batch(self, **progress) -> None:
+            (run,) = runs
+            tensors = {
+                "weights": run.model.get_parameter("fc.weight").data,
+                "optimizer": next(iter(run.optimizer.state.values()))["momentum_buffer"],
+                "average": run.ema.model.get_parameter("conv1.weight").data,
+            }
+            tensors[where].view(-1)[0] = float("nan")
+
+    original = loop.create_run
+    monkeypatch.setattr(loop, "create_run", lambda *given: runs.append(original(*given)) or runs[0])
+    with pytest.raises(TrainingError, match="finite"):
+        train(short_recipe("ema={}"), tmp_path / "run", callback=Damage())
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_is_a_checkpoint_error_and_leaves_no_partial_file(tmp_path, monkeypatch) -> None:
-    def fail(_descriptor) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(CheckpointError, match="No space left on device"):
-        train(short_recipe("epochs=1"), tmp_path / "run")
-    assert list((tmp_path / "run").iterdir()) == []
+def test_an_error_lists_a_limited_number_of_samples() -> None:
+    message = str(non_finite_error("main", 0, 4, list(range(100))))
+    assert message.startswith("epoch 1, step 5: main is not finite; lower optimizer.lr or set")
+    assert message.endswith("13, 14, 15 and 84 more)")

@@ -1,21 +1,25 @@
 """Runs that are killed with SIGKILL many times end with the bits of an uninterrupted run."""
 
 import csv
-import json
+import io
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
+import signal
+import time
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+import torch
 
+from sopdeploy import checkpoint
 from sopdeploy.checkpoint import read_checkpoint
-from tests.sopdeploy.training.runs import same_bits, same_run
+from sopdeploy.training.callbacks import Callback
+from sopdeploy.training.loop import train
+from tests.sopdeploy.training.runs import few_digits, forkserver, same_bits, same_run, short_recipe
 
-ROOT = Path(__file__).parents[3]
 TIMES = {"seconds", "pictures_per_second", "waiting"}
 
 COMMON = ("threads=1", "device=cpu", "epochs=6", "save.every_steps=2")
@@ -43,36 +47,60 @@ CASES = {
 }
 
 
-class Server:
-    """Sends orders to a `kill_server` process."""
+class StepPipe(Callback):
+    """Writes a byte to a pipe after each step."""
 
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.sopdeploy.training.kill_server"],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'export'}:{ROOT / 'service'}"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe = pipe
 
-    def run(self, out: Path, overrides: tuple[str, ...], **order: Any) -> int:
-        """Train with *overrides* in *out*, killed according to *order*; return the exit code."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"out": str(out), "overrides": overrides, **order}) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+    def on_step_end(self, **_: Any) -> None:
+        self.pipe.send_bytes(b".")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    for pipe in (server.process.stdin, server.process.stdout):
-        assert pipe is not None
-        pipe.close()
-    assert server.process.wait(timeout=30) == 0
+def die_in_write(number: int) -> None:
+    """Make the process kill itself when half of the *number*-th checkpoint is written."""
+    calls, save = [0], torch.save
+
+    def save_half(content: Any, file: Any) -> None:
+        calls[0] += 1
+        if calls[0] < number:
+            save(content, file)
+            return
+        whole = io.BytesIO()
+        save(content, whole)
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.torch.save = save_half  # type: ignore[attr-defined]
+
+
+def run_child(out: Path, overrides: tuple[str, ...], pipe: Connection, write: int) -> None:
+    torch.set_num_threads(1)
+    if write:
+        die_in_write(write)
+    with few_digits():
+        train(short_recipe(*overrides), out, resume="auto", callback=StepPipe(pipe))
+
+
+def run(out: Path, overrides: tuple[str, ...], *, steps: int = 0, delay: float = 0.0, write: int = 0) -> int:
+    """Train in a process that is killed after *steps* steps or in a write; return its exit code."""
+    reader, writer = forkserver().Pipe(duplex=False)
+    child = forkserver().Process(target=run_child, args=(out, overrides, writer, write))
+    child.start()
+    writer.close()
+    done = 0
+    with suppress(EOFError):
+        while reader.recv_bytes():
+            done += 1
+            if done == steps:
+                time.sleep(delay)
+                child.kill()
+                break
+    child.join()
+    reader.close()
+    assert child.exitcode is not None
+    return child.exitcode
 
 
 def history_without_times(out: Path) -> list[dict[str, str]]:
@@ -80,35 +108,22 @@ def history_without_times(out: Path) -> list[dict[str, str]]:
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
-def run_with_kills(
-    server: Server, out: Path, overrides: tuple[str, ...], kills: int, random: Random
-) -> list[int]:
-    """Kill a run *kills* times, once inside a write and otherwise within three steps, then finish it.
-
-    The number of loader processes alternates. Returns the exit codes.
-    """
-    codes = []
-    in_write = random.randrange(1, kills)
-    for number in range(kills):
-        workers = (f"workers={2 * (number % 2)}",)
-        if number == in_write:
-            order: dict[str, Any] = {"die_in_write": random.randint(1, 2)}
-        else:
-            order = {"die_after_steps": random.randint(1, 3), "and_seconds": random.uniform(0, 0.02)}
-        codes.append(server.run(out, overrides + workers, **order))
-    codes.append(server.run(out, overrides))
-    return codes
-
-
 @pytest.mark.parametrize(
     ("kills", "seed"), [(3, 0), *(pytest.param(10, seed, marks=pytest.mark.slow) for seed in range(1, 6))]
 )
 @pytest.mark.parametrize("case", CASES)
-def test_sigkills_do_not_change_the_result(server, tmp_path, case, kills, seed) -> None:
-    overrides = COMMON + CASES[case]
+def test_sigkills_do_not_change_the_result(tmp_path, case, kills, seed) -> None:
+    """One kill is in a write, the others within three steps; the number of loader processes alternates."""
+    overrides, random = COMMON + CASES[case], Random(seed)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert server.run(whole, overrides) == 0
-    assert run_with_kills(server, killed, overrides, kills, Random(seed)) == [-9] * kills + [0]
+    assert run(whole, overrides) == 0
+    in_write = random.randrange(1, kills)
+    for number in range(kills):
+        kill = {"steps": random.randint(1, 3), "delay": random.uniform(0, 0.02)}
+        if number == in_write:
+            kill = {"write": random.randint(1, 2)}
+        assert run(killed, (*overrides, f"workers={2 * (number % 2)}"), **kill) == -signal.SIGKILL
+    assert run(killed, overrides) == 0
     assert same_run(killed, whole)
     assert history_without_times(killed) == history_without_times(whole)
     names = {path.name for path in whole.iterdir()}
@@ -118,11 +133,13 @@ def test_sigkills_do_not_change_the_result(server, tmp_path, case, kills, seed) 
             found, expected = (read_checkpoint(out / name) for out in (killed, whole))
             assert same_bits(found.weights, expected.weights)
             assert found.config == expected.config
+    if case == REMOVED_BRANCHES:
+        check_removed_branches(whole)
 
 
-def test_removed_branches_are_gone_from_weights_average_and_optimizer(server, tmp_path) -> None:
-    assert server.run(tmp_path, COMMON + CASES[REMOVED_BRANCHES]) == 0
-    last, kept = read_checkpoint(tmp_path / "last.pt"), read_checkpoint(tmp_path / "epoch-0002.pt")
+def check_removed_branches(out: Path) -> None:
+    """The branches must be gone from the weights, their average and the optimizer."""
+    last, kept = read_checkpoint(out / "last.pt"), read_checkpoint(out / "epoch-0002.pt")
     assert last.resume is not None
     for weights in (last.weights, last.resume["average"]["weights"]):
         assert not [name for name in weights if name.startswith("branches")]
@@ -130,5 +147,5 @@ def test_removed_branches_are_gone_from_weights_average_and_optimizer(server, tm
     assert last.config["aux_blocks"] == [0, 0, 0]
     optimizer = last.resume["optimizer"]
     assert len(optimizer["state"]) == len(optimizer["param_groups"][0]["params"])
-    branch_losses = [bool(row["train_layer1_0"]) for row in history_without_times(tmp_path)]
+    branch_losses = [bool(row["train_layer1_0"]) for row in history_without_times(out)]
     assert branch_losses == [True] * 3 + [False] * 3

@@ -1,16 +1,24 @@
-"""Stopped and resumed runs end with the same bits as uninterrupted ones."""
+"""When checkpoints are written, and that stopped and resumed runs end with the bits of uninterrupted ones."""
 
+import errno
+import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from sopdeploy import checkpoint as module
 from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
-from sopdeploy.training.distributed import strategy
+from sopdeploy.errors import CheckpointError, ConfigError
+from sopdeploy.training import run_folder
 from sopdeploy.training.loop import train
 from tests.sopdeploy.training.runs import RecordingCallback, interrupt, same_run, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
+
+FILES = {"best.pt", "history.csv", "last.pt", "previous.pt"}
 
 
 @pytest.fixture(scope="module")
@@ -19,107 +27,80 @@ def uninterrupted(tmp_path_factory):
     return train(short_recipe(), tmp_path_factory.mktemp("runs") / "uninterrupted").out
 
 
-EVENTS = [
-    ("step", 0, 0),
-    ("step", 1, 2),
-    ("step", 1, 5),
-    ("evaluation", 1, 60),
-    ("evaluation", 2, 91),
-    ("epoch", 0, 0),
-    ("epoch", 1, 0),
-]
-
-
-@pytest.mark.parametrize("event", EVENTS, ids=str)
-def test_a_run_stopped_at_any_time_resumes_to_the_same_bits(tmp_path, uninterrupted, event) -> None:
-    out = tmp_path / "run"
-    interrupt(short_recipe(), out, *event)
+@pytest.mark.parametrize(
+    ("event", "workers"),
+    [
+        (("step", 0, 0), (0, 0)),
+        (("step", 1, 2), (2, 2)),
+        (("step", 1, 5), (2, 0)),
+        (("evaluation", 1, 60), (0, 2)),
+        (("evaluation", 2, 91), (0, 0)),
+        (("epoch", 0, 0), (0, 0)),
+        (("epoch", 1, 0), (0, 0)),
+    ],
+    ids=str,
+)
+def test_a_run_stopped_at_any_time_resumes_to_the_same_bits(tmp_path, uninterrupted, event, workers) -> None:
+    out, (before, after) = tmp_path / "run", workers
+    interrupt(short_recipe(f"workers={before}"), out, *event)
     assert not same_run(out, uninterrupted)
-    assert train(short_recipe(), out, resume=True).epochs == 3
+    assert train(short_recipe(f"workers={after}"), out, resume=True).epochs == 3
     assert same_run(out, uninterrupted)
     assert (out / "history.csv").read_text().count("\n") == 4
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 0), (0, 2)])
-def test_the_number_of_workers_does_not_change_the_result(tmp_path, uninterrupted, before, after) -> None:
-    interrupt(short_recipe(f"workers={before}"), tmp_path / "run", "step", 1, 2)
-    train(short_recipe(f"workers={after}"), tmp_path / "run", resume=True)
-    assert same_run(tmp_path / "run", uninterrupted)
-
-
-def test_a_run_stopped_many_times_ends_with_the_same_bits(tmp_path, uninterrupted) -> None:
+def test_auto_starts_a_run_and_resumes_it_any_number_of_times(tmp_path, uninterrupted) -> None:
     out = tmp_path / "run"
     for epoch in range(3):
         for step in (1, 4):
-            interrupt(short_recipe(), out, "step", epoch, step, resume=out.exists())
-    train(short_recipe(), out, resume=True)
+            interrupt(short_recipe(), out, "step", epoch, step, resume="auto")
+    train(short_recipe(), out, resume="auto")
     assert same_run(out, uninterrupted)
 
 
-def test_a_run_killed_before_last_is_written_ends_with_the_same_bits(
-    tmp_path, uninterrupted, monkeypatch
-) -> None:
-    class Killed(BaseException):
-        pass
-
-    def write(path, checkpoint):
-        if path.name == "last.pt" and checkpoint.training["epoch"] == 2:
-            raise Killed
-        original(path, checkpoint)
-
-    out, original = tmp_path / "run", strategy.write_checkpoint
-    monkeypatch.setattr(strategy, "write_checkpoint", write)
-    with pytest.raises(Killed):
-        train(short_recipe(), out)
-    monkeypatch.undo()
-    train(short_recipe(), out, resume=True)
-    assert same_run(out, uninterrupted)
+def test_auto_overwrites_partial_files_only(tmp_path) -> None:
+    (tmp_path / "last.pt.partial").write_bytes(b"half")
+    (tmp_path / "best.pt").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match="exists and is not an empty folder"):
+        train(short_recipe(), tmp_path, resume="auto")
+    assert (tmp_path / "best.pt").read_bytes() == b"mine"
+    (tmp_path / "best.pt").unlink()
+    assert train(short_recipe("epochs=1"), tmp_path, resume="auto").epochs == 1
+    assert not (tmp_path / "last.pt.partial").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_run_and_restores_the_handlers(tmp_path, number) -> None:
-    before = signal.getsignal(number)
-    last = tmp_path / "run" / "last.pt"
+    before, last = signal.getsignal(number), tmp_path / "run" / "last.pt"
     stopped = interrupt(short_recipe(), tmp_path / "run", "step", 1, 2, signal_number=number)
-    assert str(stopped) == (
-        f"stopped in epoch 2 of 3 after 3 steps of it; {last} is saved, continue with --resume"
-    )
-    assert stopped.signal_number == number
+    message = f"stopped in epoch 2 of 3 after 3 steps of it; {last} is saved, continue with --resume"
+    assert (str(stopped), stopped.signal_number) == (message, number)
     assert signal.getsignal(number) == before
     checkpoint = read_checkpoint(last)
     assert (checkpoint.training["epoch"], checkpoint.training["step"]) == (1, 3)
-    names = {path.name for path in last.parent.iterdir()}
-    assert names == {"best.pt", "history.csv", "last.pt", "previous.pt"}
+    assert {path.name for path in last.parent.iterdir()} == FILES
 
 
-@pytest.fixture
-def sigint_raises():
-    """Make SIGINT raise KeyboardInterrupt; shells make background processes ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("sigint_raises")
 def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path) -> None:
     class Impatient(RecordingCallback):
         def on_step_end(self, **_) -> None:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        train(short_recipe(), tmp_path / "run", callback=Impatient())
+    # Shells make background processes ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(short_recipe(), tmp_path / "run", callback=Impatient())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_after_the_last_epoch_has_no_effect(tmp_path) -> None:
-    callback = RecordingCallback(("epoch", 0, 0))
-    assert train(short_recipe("epochs=1"), tmp_path / "run", callback=callback).epochs == 1
-
-
-def test_resuming_a_finished_run_returns_the_same_result(tmp_path) -> None:
+def test_a_finished_run_ignores_signals_and_is_resumed_to_the_same_result(tmp_path) -> None:
     recipe, callback = short_recipe("epochs=1"), RecordingCallback()
-    first = train(recipe, tmp_path / "run")
+    first = train(recipe, tmp_path / "run", callback=RecordingCallback(("epoch", 0, 0)))
+    assert first.epochs == 1
     assert train(recipe, tmp_path / "run", resume=True, callback=callback) == first
     assert [name for name, _ in callback.events] == ["train_start"]
 
@@ -141,10 +122,127 @@ def test_a_checkpoint_of_the_first_version_can_be_resumed(tmp_path, uninterrupte
     for key in ("precision", "weights", "average"):
         del checkpoint.resume[key]
     recipe = checkpoint.training["recipe"]
-    added = "accumulate precision channels_last compile sampler distort mix ema save"
-    for key in added.split():
+    for key in [
+        "accumulate",
+        "precision",
+        "channels_last",
+        "compile",
+        "sampler",
+        "distort",
+        "mix",
+        "ema",
+        "save",
+    ]:
         del recipe[key]
     del recipe["optimizer"]["kind"], recipe["model"]["remove_branches_at"]
     write_checkpoint(out / "last.pt", checkpoint)
     train(short_recipe(), out, resume=True)
     assert same_run(out, uninterrupted)
+
+
+class CheckpointWatcher(RecordingCallback):
+    """Records the position in `last.pt` after each step."""
+
+    def __init__(self, folder, *stop_at) -> None:
+        super().__init__(stop_at, signal.SIGUSR1)
+        self.last, self.positions = folder / "last.pt", []
+
+    def on_step_end(self, **progress) -> None:
+        if self.last.exists():
+            training = read_checkpoint(self.last).training
+            self.positions.append((training["epoch"], training["step"]))
+        super().on_step_end(**progress)
+
+
+def test_checkpoints_every_few_steps_do_not_change_the_result(tmp_path, uninterrupted) -> None:
+    watcher = CheckpointWatcher(tmp_path / "run")
+    train(short_recipe("save.every_steps=2"), tmp_path / "run", callback=watcher)
+    expected = [(0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (2, 0), (2, 2), (2, 4)]
+    assert list(dict.fromkeys(watcher.positions)) == expected
+    first, second = (read_checkpoint(out / "last.pt").weights for out in (tmp_path / "run", uninterrupted))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("interval", "saved"), [(60, {(0, 3)}), (120, {(0, 2), (0, 4)})])
+def test_checkpoints_are_written_every_few_minutes(tmp_path, monkeypatch, interval, saved) -> None:
+    clock = iter(range(0, 10_000, interval))  # seconds pass between two reads of the clock
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    watcher = CheckpointWatcher(tmp_path / "run")
+    train(short_recipe("epochs=1", "save.every_minutes=3"), tmp_path / "run", callback=watcher)
+    assert set(watcher.positions) == saved
+
+
+def test_sigusr1_saves_and_the_run_continues(tmp_path, uninterrupted) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    watcher = CheckpointWatcher(tmp_path / "run", "step", 0, 2)
+    train(short_recipe(), tmp_path / "run", callback=watcher)
+    assert watcher.positions[0] == (0, 3)
+    assert same_run(tmp_path / "run", uninterrupted)
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_truncated_last_checkpoint_falls_back_to_the_previous_one(tmp_path, uninterrupted) -> None:
+    out, callback = tmp_path / "run", RecordingCallback()
+    interrupt(short_recipe(), out, "step", 2, 1)
+    last = out / "last.pt"
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    train(short_recipe(), out, resume=True, callback=callback)
+    (warning,) = [values["warning"] for name, values in callback.events if name == "warning"]
+    assert warning.endswith(f"resuming from {out / 'previous.pt'}")
+    assert "\n" not in warning
+    assert same_run(out, uninterrupted)
+
+
+def test_a_damaged_last_checkpoint_never_replaces_the_previous_one(tmp_path) -> None:
+    out = tmp_path / "run"
+    train(short_recipe("epochs=2"), out)
+    (out / "last.pt").write_bytes(b"damaged")
+    interrupt(short_recipe("epochs=2"), out, "step", 1, 0, resume=True)
+    assert read_checkpoint(out / "previous.pt").training["epoch"] == 1
+    assert read_checkpoint(out / "last.pt").training["step"] == 1
+    for name in ("last.pt", "previous.pt"):
+        (out / name).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"previous\.pt: "):
+        train(short_recipe("epochs=2"), out, resume=True)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoints(tmp_path, monkeypatch, uninterrupted) -> None:
+    out, save = tmp_path / "run", torch.save
+
+    def fail_in_epoch_2(content, file) -> None:
+        if content["training"]["epoch"] == 2:
+            file.write(b"half a file")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, file)
+
+    monkeypatch.setattr(module.torch, "save", fail_in_epoch_2)
+    with pytest.raises(CheckpointError, match=r"last\.pt: .*No space left on device"):
+        train(short_recipe(), out)
+    monkeypatch.undo()
+    assert not list(out.glob("*.partial"))
+    assert read_checkpoint(out / "last.pt").training["epoch"] == 1
+    train(short_recipe(), out, resume=True)
+    assert same_run(out, uninterrupted)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_previous_and_kept_checkpoints_are_links_or_copies(tmp_path, monkeypatch, links) -> None:
+    def refuse(*_) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    train(short_recipe("save.keep_every=2"), tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {*FILES, "epoch-0002.pt"}
+    kept = read_checkpoint(tmp_path / "run" / "epoch-0002.pt")
+    assert kept.training["epoch"] == read_checkpoint(tmp_path / "run" / "previous.pt").training["epoch"] == 2
+    assert kept.resume is not None
+
+
+def test_a_history_longer_than_the_checkpoint_is_shortened(tmp_path) -> None:
+    history = tmp_path / "run" / "history.csv"
+    interrupt(short_recipe(), tmp_path / "run", "step", 1, 1)
+    table = history.read_text()
+    history.write_text(table + table.splitlines()[1].replace("1,", "2,", 1) + "\n")
+    interrupt(short_recipe(), tmp_path / "run", "step", 1, 3, resume=True)
+    assert history.read_text() == table

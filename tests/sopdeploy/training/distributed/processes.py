@@ -1,7 +1,6 @@
 """Run functions and commands in several processes, as torchrun would."""
 
 import importlib
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import torch
 from sopdeploy.checkpoint import load_plain
 from sopdeploy.training.distributed.torchrun import join_processes
 from tests.ports import held_port
-from tests.sopdeploy.training.runs import few_digits
+from tests.sopdeploy.training.runs import few_digits, forkserver
 
 ROOT = Path(__file__).parents[4]
 TIMEOUT_S = 240
@@ -67,15 +66,10 @@ def wait_for(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str
 
 
 def run_in_processes(function: str, folder: Path, *, world: int) -> list[Any]:
-    """Call *function*, `module:name`, with *folder* in *world* joined processes; return the results.
-
-    The processes are forked from one that has imported torch, which is faster than importing it in each.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "sopdeploy.training.loop"])
+    """Call *function*, `module:name`, with *folder* in *world* joined processes; return the results."""
     with held_port() as port:
         processes = [
-            context.Process(target=call_joined, args=(function, folder, environment(rank, world, port)))
+            forkserver().Process(target=call_joined, args=(function, folder, environment(rank, world, port)))
             for rank in range(world)
         ]
         try:

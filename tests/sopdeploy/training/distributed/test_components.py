@@ -1,15 +1,17 @@
-"""Components of distributed training, with the other processes simulated."""
+"""Components of distributed training, with the other processes simulated: sharding, sums, layers, errors."""
 
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.distributed import FrozenBatchNorm, GlobalBatchNorm, ShardedDropout, ShardRng
 from sopdeploy.models.registry import create_model
-from sopdeploy.training.distributed import data_parallel, torchrun
-from sopdeploy.training.distributed.batch_sharding import shard_layers
+from sopdeploy.training.distributed import strategy, torchrun
+from sopdeploy.training.distributed.batch_sharding import check_divisible, shard_layers, shard_step
 from sopdeploy.training.distributed.strategy import SingleProcess
 from sopdeploy.training.run import create_run
 from tests.sopdeploy.training.distributed.cases import NETWORKS, build_recipe, dataset
@@ -30,6 +32,56 @@ class TwoProcesses(SingleProcess):
         return 2 * values + self.offset
 
 
+def fake_process(rank: int, world: int) -> SingleProcess:
+    """Build the strategy of one of *world* processes without the others."""
+    process = SingleProcess(CPU)
+    process.rank, process.world = rank, world
+    return process
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    steps=st.integers(1, 8),
+    world=st.integers(1, 5),
+    accumulate=st.integers(1, 3),
+    mixup=st.sampled_from([0.0, 0.3]),
+    extra=st.integers(0, 4),
+)
+def test_the_processes_compute_each_sample_of_a_step_once(steps, world, accumulate, mixup, extra) -> None:
+    samples = [10 * index for index in range(max(2, world) * accumulate * steps + extra)]
+    recipe = build_recipe("dsop", "sgd", f"accumulate={accumulate}", f"mix.mixup={mixup}", "batch_size=600")
+    single = shard_step(samples, recipe, fake_process(0, 1))
+    assert single.samples == samples
+    shards = [shard_step(samples, recipe, fake_process(rank, world)) for rank in range(world)]
+    computed = []
+    for number, whole in enumerate(single.micro_batches):
+        micro_batch = []
+        for shard in shards:
+            first, end, total = shard.micro_batches[number]
+            assert total == whole.total
+            assert end > first
+            micro_batch += shard.samples[first:end]
+            if mixup and world > 1:  # the neighbor that the first sample is mixed with
+                assert shard.samples[first - 1] == samples[samples.index(shard.samples[first]) - 1]
+        assert micro_batch == samples[whole.first : whole.end]
+        computed += micro_batch
+    assert computed == samples
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count", "world", "message"),
+    [
+        ([], 52, 4, "a step of 14 samples cannot be divided among 4 processes; choose a multiple of 4"),
+        ([], 15, 14, "batch_size: steps of 7 samples in 1 micro-batches leave some of 14 processes without"),
+        (["accumulate=7"], 52, 2, "steps of 13 samples in 7 micro-batches leave some of 2 processes without"),
+    ],
+)
+def test_a_batch_that_cannot_be_divided_is_refused(overrides, count, world, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_divisible(build_recipe("dsop", "sgd", *overrides), count, world)
+    check_divisible(build_recipe("dsop", "sgd"), 52, 2)
+
+
 def test_a_missing_gradient_counts_as_zero_unless_all_processes_miss_it(monkeypatch) -> None:
     likes = [torch.zeros(2, 2), torch.zeros(3), torch.zeros(4, dtype=torch.float64), torch.zeros(1)]
     here = [torch.ones(2, 2).t(), None, torch.full((4,), 2.0, dtype=torch.float64), None]
@@ -38,16 +90,16 @@ def test_a_missing_gradient_counts_as_zero_unless_all_processes_miss_it(monkeypa
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.add_(next(added)))
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    sums = data_parallel.DataParallel(CPU).all_reduce_list(here, likes)
+    sums = strategy.DataParallel(CPU).all_reduce_list(here, likes)
     assert [None if each is None else each.unique().tolist() for each in sums] == [[11.0], [5.0], [9.0], None]
     assert next(added, None) is None
 
 
 def test_gradients_are_reduced_in_buckets_of_one_dtype(monkeypatch) -> None:
-    monkeypatch.setattr(data_parallel, "BUCKET_BYTES", 40)
+    monkeypatch.setattr(strategy, "BUCKET_BYTES", 40)
     tensors = [torch.zeros(4), torch.zeros(6), torch.zeros(1)]
     tensors += [torch.zeros(1, dtype=torch.float64), torch.zeros(99)]
-    buckets = [[len(tensor) for tensor in bucket] for bucket in data_parallel._buckets(tensors)]
+    buckets = [[len(tensor) for tensor in bucket] for bucket in strategy._buckets(tensors)]
     assert buckets == [[4, 6], [1], [1], [99]]
 
 
