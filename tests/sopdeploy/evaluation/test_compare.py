@@ -1,11 +1,15 @@
-"""Comparing recipes over the same seeds: pairing, continuation and the verdict."""
+"""Comparing recipes over the same seeds, and the statistics against published values and scipy."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.comparison import Comparison, compare
@@ -13,6 +17,7 @@ from sopdeploy.comparison.runs import train_from
 from sopdeploy.comparison.verdict import NO_EFFECT, Results, compare_results
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError
+from sopdeploy.evaluation.statistics import Interval, bootstrap, mcnemar, mean_and_sd, paired, wilson
 from sopdeploy.training.run import create_initial_model
 from sopdeploy.training.signals import TrainingStoppedError
 from tests.sopdeploy.training.runs import RecordingCallback, same_bits, short_recipe
@@ -43,23 +48,14 @@ def test_three_seeds_computed_by_hand() -> None:
     assert 0 <= pair.bootstrap_low <= 0.25 <= pair.bootstrap_high
 
 
-@pytest.mark.parametrize(
-    ("second", "verdict"),
-    [
-        (("1000", "1110"), NO_EFFECT),
-        (("1100", "1100"), NO_EFFECT),
-        (("0000", "0000"), "b is worse than a by 50.00 points (-50.00 to -50.00)"),
-    ],
-)
-def test_the_verdict_follows_the_interval(second, verdict) -> None:
-    found = compare_results(range(2), [results("a", "1100", "1100"), results("b", *second)])
-    assert found.pairs[0].verdict == verdict
-
-
-def test_every_other_recipe_is_compared_with_the_first() -> None:
-    found = compare_results(range(2), [results(name, "10", "01") for name in "abc"])
-    assert [(pair.first, pair.second) for pair in found.pairs] == [("a", "b"), ("a", "c")]
-    assert {pair.verdict for pair in found.pairs} == {NO_EFFECT}
+def test_every_other_recipe_is_compared_with_the_first_by_its_interval() -> None:
+    rows = {"a": ("1100", "1100"), "b": ("1000", "1110"), "c": ("1100", "1100"), "d": ("0000", "0000")}
+    found = compare_results(range(2), [results(name, *correct) for name, correct in rows.items()])
+    assert [(pair.first, pair.second, pair.verdict) for pair in found.pairs] == [
+        ("a", "b", NO_EFFECT),
+        ("a", "c", NO_EFFECT),
+        ("a", "d", "d is worse than a by 50.00 points (-50.00 to -50.00)"),
+    ]
 
 
 def test_the_runs_of_a_pair_start_with_the_same_backbone(tmp_path) -> None:
@@ -132,3 +128,73 @@ def test_a_damaged_plan_is_named(tmp_path) -> None:
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(ConfigError, match=r"plan\.json: cannot be used"):
         compare(PAIR, tmp_path, seeds=2, overrides=TINY)
+
+
+DIFFERENCES = st.floats(-1, 1, allow_nan=False, allow_subnormal=False)
+
+
+@settings(deadline=None)
+@given(st.lists(DIFFERENCES, min_size=2, max_size=30))
+def test_a_paired_interval_is_that_of_the_t_test(differences) -> None:
+    found = paired(differences)
+    assert found.wins + found.ties + found.losses == len(differences)
+    assert found.mean == pytest.approx(np.mean(differences), abs=1e-12)
+    if found.sd < 1e-9:
+        assert found.interval.high - found.interval.low <= 2e-8
+        return
+    expected = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert found.interval == pytest.approx((expected.low, expected.high), rel=1e-6, abs=1e-9)
+
+
+def test_a_worked_example_of_five_pairs() -> None:
+    found = paired([0.01, 0.02, 0.03, 0.04, 0.0])
+    assert found.mean == pytest.approx(0.02)
+    assert found.sd == pytest.approx(math.sqrt(0.001 / 4))
+    assert found.interval == pytest.approx((0.02 - 0.0196324, 0.02 + 0.0196324), abs=1e-6)
+    assert (found.wins, found.ties, found.losses) == (4, 1, 0)
+    low, high = paired([0.01, -0.01]).interval
+    assert low < 0 < found.interval.low
+    assert high > 0
+    with pytest.raises(ValueError, match="two pairs"):
+        paired([0.1])
+    assert mean_and_sd([0.1]) == (0.1, 0.0)
+
+
+def test_mcnemar_is_the_exact_sign_test_and_wilson_gives_the_published_intervals() -> None:
+    eleven = 2 * (1 + 11) / 2**11
+    found = [mcnemar(*pair) for pair in ((10, 1), (1, 10), (0, 0), (5, 5))]
+    assert found == pytest.approx([eleven, eleven, 1.0, 1.0])
+    published = {
+        (50, 50): (0.9287, 1.0),
+        (0, 50): (0.0, 0.0713),
+        (95, 100): (0.8882, 0.9785),
+        (0, 0): (0.0, 1.0),
+    }
+    for trials, interval in published.items():
+        assert wilson(*trials) == pytest.approx(interval, abs=1e-4)
+
+
+@given(st.integers(0, 1000), st.integers(0, 1000))
+def test_wilson_agrees_with_scipy(successes, failures) -> None:
+    found = wilson(successes, successes + failures)
+    if successes + failures == 0:
+        assert found == (0.0, 1.0)
+        return
+    expected = stats.binomtest(successes, successes + failures).proportion_ci(method="wilson")
+    assert found == pytest.approx((expected.low, expected.high), abs=1e-7)
+
+
+def test_a_bootstrap_covers_the_mean_and_depends_on_its_seed_alone() -> None:
+    gains = np.random.default_rng(3).choice([-1, 0, 1], size=(5, 300), p=[0.02, 0.9, 0.08]).astype(np.int8)
+    found = bootstrap(gains, draws=500)
+    assert found == bootstrap(gains, draws=500)
+    assert found.low <= float(gains.mean()) <= found.high
+    assert found != bootstrap(gains, draws=500, seed=1)
+
+
+def test_a_bootstrap_is_as_wide_as_the_variance_of_images_and_seeds_requires() -> None:
+    images = np.tile(np.random.default_rng(0).choice([-1, 1], size=(1, 400)), (4, 1)).astype(np.int8)
+    found = bootstrap(images)
+    assert found.high - found.low == pytest.approx(2 * 1.96 / math.sqrt(400), rel=0.12)  # seeds agree
+    assert bootstrap(np.zeros((3, 50), dtype=np.int8), draws=10) == Interval(0.0, 0.0)
+    assert bootstrap(np.ones((3, 50), dtype=np.int8), draws=10) == pytest.approx((1.0, 1.0))

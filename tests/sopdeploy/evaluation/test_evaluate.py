@@ -1,3 +1,6 @@
+"""Evaluation of networks and checkpoints; metrics by hand and by definition; sources; views of an image."""
+
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,15 @@ from torch import Tensor, nn
 from sopdeploy import create_model
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.data.base import ArrayImages, PreprocessedDataset
-from sopdeploy.errors import DataError, TrainingError
-from sopdeploy.evaluation.metrics import ClassificationReport, classification_report
+from sopdeploy.errors import ConfigError, DataError, TrainingError
+from sopdeploy.evaluation.metrics import BINS, ClassificationReport, Score, classification_report
 from sopdeploy.evaluation.prediction import evaluate, score_checkpoint
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.evaluation.sources import detect_source
+from sopdeploy.images.preprocess import Preprocess, check_tta_mode, tta_views
 from sopdeploy.layers.normalize import Normalize
 from tests.sopdeploy.data.test_data_folder import make
 
-RULES = Preprocess(resize=4, crop=4)
+TINY, RULES = Preprocess(resize=4, crop=4), Preprocess(resize=18, crop=16)
 
 
 class FromPixels(nn.Module):
@@ -37,11 +41,10 @@ class FromPixels(nn.Module):
 
 
 def images(predictions: list[int], targets: list[int], classes: int) -> PreprocessedDataset:
-    images = np.broadcast_to(
-        np.asarray(predictions, dtype=np.uint8)[:, None, None, None], (len(predictions), 4, 4, 3)
-    )
+    pixels = np.zeros((len(predictions), 4, 4, 3), np.uint8)
+    pixels[:] = np.asarray(predictions, np.uint8)[:, None, None, None]
     labels = tuple(str(number) for number in range(classes))
-    return PreprocessedDataset(ArrayImages(labels, images.copy(), np.asarray(targets)), RULES)
+    return PreprocessedDataset(ArrayImages(labels, pixels, np.asarray(targets, np.int64)), TINY)
 
 
 @settings(deadline=None)
@@ -52,7 +55,7 @@ def test_evaluate_counts_top1_and_top5_of_every_image(data, classes, size) -> No
     predictions, targets = (list(column) for column in zip(*pairs, strict=True))
     progress: list[int] = []
     dataset = images(predictions, targets, classes)
-    figures = evaluate(FromPixels(classes), dataset, RULES, batch_size=size, on_batch=progress.append)
+    figures = evaluate(FromPixels(classes), dataset, TINY, batch_size=size, on_batch=progress.append)
     assert figures.count == progress[-1] == len(pairs)
     assert figures.top1 == pytest.approx(np.mean([a == t for a, t in pairs]))
     near = [sum(abs(c - a) < abs(t - a) for c in range(classes)) for a, t in pairs]
@@ -63,54 +66,44 @@ def test_evaluate_counts_top1_and_top5_of_every_image(data, classes, size) -> No
 
 
 def test_evaluation_preprocesses_like_the_service_and_keeps_the_mode() -> None:
-    rules = Preprocess(resize=18, crop=16)
     torch.manual_seed(0)
     model = create_model("dsop-resnet8", num_classes=3, base_width=4)
-    images = np.random.default_rng(0).integers(0, 256, (10, 30, 20, 3), dtype=np.uint8)
-    stored = ArrayImages(("a", "b", "c"), images, np.arange(10) % 3)
-    figures = evaluate(model, PreprocessedDataset(stored, rules), rules, batch_size=4)
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 30, 20, 3), dtype=np.uint8)
+    stored = ArrayImages(("a", "b", "c"), pixels, np.arange(10) % 3)
+    figures = evaluate(model, PreprocessedDataset(stored, RULES), RULES, batch_size=4)
     assert model.training
     model.eval()
-    served = torch.from_numpy(np.stack([rules(stored[i][0]) for i in range(10)]))
-    logits = model(Normalize(rules)(served)).detach()
+    served = torch.from_numpy(np.stack([RULES(stored[i][0]) for i in range(10)]))
+    logits = model(Normalize(RULES)(served)).detach()
     targets = torch.from_numpy(stored.targets)
     assert figures.top1 == int((logits.argmax(1) == targets).sum()) / 10
     assert figures.loss == pytest.approx(float(nn.functional.cross_entropy(logits, targets)), rel=1e-5)
     assert figures.top5 == 1.0
-    evaluate(model, PreprocessedDataset(stored, rules), rules, workers=2)
+    evaluate(model, PreprocessedDataset(stored, RULES), RULES, workers=2)
     assert not model.training
 
 
-def test_a_diverged_network_is_an_error() -> None:
+def test_a_diverged_network_and_an_empty_dataset_are_errors() -> None:
     model = FromPixels(3)
+    with pytest.raises(DataError, match="no images to evaluate on"):
+        evaluate(model, images([], [], 3), TINY)
     model.scale.data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="held-out images is not finite"):
-        evaluate(model, images([0], [0], 3), RULES)
-
-
-def test_an_empty_dataset_is_an_error() -> None:
-    nothing = PreprocessedDataset(
-        ArrayImages(("a",), np.zeros((0, 4, 4), np.uint8), np.zeros(0, np.int64)), RULES
-    )
-    with pytest.raises(DataError, match="no images to evaluate on"):
-        evaluate(FromPixels(1), nothing, RULES)
+        evaluate(model, images([0], [0], 3), TINY)
 
 
 @pytest.fixture
 def stored(tmp_path) -> Path:
     """Write a checkpoint of a new network for the classes b and a, in this order."""
     torch.manual_seed(0)
-    config = {"base_width": 4}
-    weights = create_model("dsop-resnet8", num_classes=2, **config).state_dict()
-    checkpoint = Checkpoint(
-        model="dsop-resnet8",
-        config=config,
-        weights=weights,
-        labels=("b", "a"),
-        preprocess=Preprocess(resize=18, crop=16),
-        training={},
+    model, config = "dsop-resnet8", {"base_width": 4}
+    weights = create_model(model, num_classes=2, **config).state_dict()
+    write_checkpoint(
+        tmp_path / "ckpt.pt",
+        Checkpoint(
+            model=model, config=config, weights=weights, labels=("b", "a"), preprocess=RULES, training={}
+        ),
     )
-    write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
     return tmp_path / "ckpt.pt"
 
 
@@ -121,33 +114,23 @@ def measured(stored: Path, data: Path, **options: Any) -> ClassificationReport:
     return classification_report(labels, scores)
 
 
-def test_classes_of_checkpoint_and_folder_are_matched_by_name(stored, tmp_path) -> None:
+def test_classes_are_matched_by_name_and_views_are_averaged(stored, tmp_path) -> None:
     make(tmp_path / "val", a=3, b=4)
-    figures = measured(stored, tmp_path / "val")
-    model, rules = build_classifier(read_checkpoint(stored), stored), Preprocess(resize=18, crop=16)
-    right = 0
+    model, normalize = build_classifier(read_checkpoint(stored), stored), Normalize(RULES)
+    right, losses = 0, []
     for target, name in enumerate(("b", "a")):
         for path in (tmp_path / "val" / name).iterdir():
-            logits = model(Normalize(rules)(torch.from_numpy(rules(Image.open(path)).copy())[None]))
-            right += int(logits.argmax()) == target
+            pixels = RULES(Image.open(path))
+            both = torch.from_numpy(np.stack([pixels, pixels[:, ::-1]]))
+            logits = model(normalize(both)).detach().double()
+            right += int(logits[0].argmax()) == target
+            losses.append(-float(logits.softmax(1).mean(0).log()[target]))
+    figures = measured(stored, tmp_path / "val")
     assert (figures.count, figures.top1.right) == (7, right)
     assert [(one.label, one.count) for one in figures.classes] == [("a", 3), ("b", 4)]
     assert figures == measured(stored, tmp_path / "val", workers=2)
-
-
-def test_views_of_a_checkpoint_are_averaged(stored, tmp_path) -> None:
-    make(tmp_path / "val", a=2, b=1)
-    model, rules = build_classifier(read_checkpoint(stored), stored), Preprocess(resize=18, crop=16)
-    paths = [tmp_path / "val" / name for name in ("a/000.jpg", "a/001.jpg", "b/000.jpg")]
-    losses = []
-    for target, path in zip((1, 1, 0), paths, strict=True):
-        pixels = rules(Image.open(path))
-        both = torch.from_numpy(np.stack([pixels, pixels[:, ::-1]]))
-        losses.append(
-            -float(model(Normalize(rules)(both)).detach().double().softmax(1).mean(0).log()[target])
-        )
     assert measured(stored, tmp_path / "val", tta="flip").nll == pytest.approx(np.mean(losses), abs=1e-6)
-    assert measured(stored, tmp_path / "val", tta="ten-crop").count == 3
+    assert measured(stored, tmp_path / "val", tta="ten-crop").count == 7
 
 
 @pytest.mark.parametrize(
@@ -156,14 +139,110 @@ def test_views_of_a_checkpoint_are_averaged(stored, tmp_path) -> None:
         ({"a": 1, "b": 1, "c": 1}, "classes c are not training classes"),
         ({"a": 1}, "training classes b are missing"),
         ({"a": 1, "b": 0}, "no images in this class folder"),
+        (None, "val: no such folder"),
     ],
 )
 def test_a_folder_with_other_classes_is_refused(stored, tmp_path, counts, message) -> None:
-    make(tmp_path / "val", **counts)
+    if counts is not None:
+        make(tmp_path / "val", **counts)
     with pytest.raises(DataError, match=message):
         measured(stored, tmp_path / "val")
 
 
-def test_a_missing_evaluation_folder_is_named(stored, tmp_path) -> None:
-    with pytest.raises(DataError, match="nowhere: no such folder"):
-        measured(stored, tmp_path / "nowhere")
+LABELS = ("a", "b", "c")
+
+
+def score(target: int, *probabilities: float) -> Score:
+    ranked = sorted(enumerate(probabilities), key=lambda pair: -pair[1])
+    return Score.from_ranking(target, ranked)
+
+
+def test_a_report_on_four_images_computed_by_hand() -> None:
+    rows = [(0, 0.7, 0.2, 0.1), (0, 0.3, 0.6, 0.1), (1, 0.1, 0.8, 0.1), (2, 0.5, 0.3, 0.2)]
+    found = classification_report(LABELS, [score(*row) for row in rows])
+    assert (found.count, found.top1.right, found.top1.share, found.top5.share) == (4, 2, 0.5, 1.0)
+    assert found.confusion == ((1, 1, 0), (0, 1, 0), (1, 0, 0))
+    assert [(one.label, one.count, one.answered, one.precision) for one in found.classes] == [
+        ("a", 2, 2, 0.5),
+        ("b", 1, 2, 0.5),
+        ("c", 1, 0, None),
+    ]
+    assert [one.recall.share for one in found.classes] == [0.5, 1.0, 0.0]
+    assert found.nll == pytest.approx(-np.mean(np.log([0.7, 0.3, 0.8, 0.2])))
+    assert found.calibration.error == pytest.approx((0.3 + 0.6 + 0.2 + 0.5) / 4)
+    assert found.top1.low < 0.5 < found.top1.high
+
+
+def test_calibration_bins_include_their_upper_edge() -> None:
+    scores = [Score(0, (0, 1), confidence, 0.5) for confidence in (1 / 15, 1 / 15 + 1e-9, 0.6, 1.0)]
+    counts = [one.count for one in classification_report(("a", "b"), scores).calibration.curve]
+    assert (len(counts), sum(counts)) == (BINS, 4)
+    assert [place for place, count in enumerate(counts) if count] == [0, 1, 8, 14]
+
+
+probability_rows = st.lists(
+    st.tuples(st.integers(0, 2), st.lists(st.floats(0.01, 1), min_size=3, max_size=3)),
+    min_size=1,
+    max_size=40,
+)
+
+
+@given(probability_rows)
+def test_metrics_follow_their_definitions(rows) -> None:
+    scaled = [(target, np.asarray(row) / sum(row)) for target, row in rows]
+    found = classification_report(LABELS, [score(target, *map(float, row)) for target, row in scaled])
+    matrix = np.asarray(found.confusion)
+    assert matrix.sum() == len(rows)
+    assert found.top1.right == np.trace(matrix)
+    assert [one.count for one in found.classes] == matrix.sum(axis=1).tolist()
+    confidence = np.asarray([row.max() for _, row in scaled])
+    right = np.asarray([int(row.argmax()) == target for target, row in scaled])
+    wanted = 0.0
+    for low in range(BINS):
+        inside = (confidence > low / BINS) & (confidence <= (low + 1) / BINS)
+        if inside.any():
+            wanted += abs(confidence[inside].sum() - right[inside].sum()) / len(rows)
+    assert found.calibration.error == pytest.approx(wanted, abs=2.0 / BINS / len(rows) + 1e-9)
+    assert found.nll == pytest.approx(-np.mean([math.log(row[target]) for target, row in scaled]))
+
+
+def test_a_probability_of_0_has_a_finite_loss_and_no_images_are_an_error() -> None:
+    report = classification_report(("a", "b"), [Score(1, (0, 1), 1.0, 0.0)])
+    assert report.nll == pytest.approx(708.4, abs=0.1)
+    with pytest.raises(DataError, match="no images to evaluate on"):
+        classification_report(LABELS, [])
+
+
+def test_sources_are_detected_or_refused(tmp_path) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "manifest.json").write_text("{}")
+    assert detect_source("http://host:8000") == detect_source("https://host") == "service"
+    assert detect_source(str(tmp_path / "bundle")) == "bundle"
+    assert detect_source("runs/a/best.pt") == "checkpoint"
+    with pytest.raises(ConfigError, match=r"it has no manifest\.json"):
+        detect_source(str(tmp_path))
+    (tmp_path / "best.pt").touch()
+    with pytest.raises(ConfigError, match=r"is a run folder; give .*best\.pt"):
+        detect_source(str(tmp_path))
+    with pytest.raises(ConfigError, match="only services on http://"):
+        detect_source("ftp://host/x")
+
+
+CROPPED = Preprocess(resize=12, crop=8)
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
+
+
+def test_views_are_mirrors_or_corners_center_and_their_mirrors() -> None:
+    whole, plain = np.asarray(IMAGE), CROPPED(IMAGE)
+    none, flip, ten = (
+        tta_views(lambda rules: rules(IMAGE), CROPPED, mode) for mode in ("none", "flip", "ten-crop")
+    )
+    assert np.array_equal(none, [plain])
+    assert np.array_equal(flip, [plain, plain[:, ::-1]])
+    corners = [whole[:8, :8], whole[:8, 4:], whole[4:, :8], whole[4:, 4:]]
+    assert np.array_equal(ten[:5], [whole[2:10, 2:10], *corners])
+    assert np.array_equal(ten[5:], ten[:5, :, ::-1])
+    with pytest.raises(ConfigError, match="--tta five: not one of none, flip, ten-crop"):
+        check_tta_mode("five", CROPPED)
+    with pytest.raises(ConfigError, match="no corners to crop"):
+        check_tta_mode("ten-crop", Preprocess(resize=8, crop=8))

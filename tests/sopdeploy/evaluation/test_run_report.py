@@ -57,7 +57,7 @@ def test_the_page_is_well_formed_and_self_contained(page: str) -> None:
     assert "@media print" in page
 
 
-def test_the_page_shows_the_metrics_of_the_run(run: Path, page: str) -> None:
+def test_the_page_shows_metrics_and_the_worst_mistakes_as_small_images(run: Path, page: str) -> None:
     texts = [text for _, text in Reader(page).texts]
     stored = read_checkpoint(run / "best.pt")
     top1 = stored.training["figures"]["top1"]
@@ -66,19 +66,12 @@ def test_the_page_shows_the_metrics_of_the_run(run: Path, page: str) -> None:
     assert {"layer1_0", "layer2_0", "layer3_0", "main", "deployed"} <= set(texts)
     assert {"optimizer.lr", "0.1", "network.base_width", "torch version", "processor"} <= set(texts)
     assert "branches.layer1_0.pooling: before and after the square root." in texts
-
-
-def test_the_worst_mistakes_are_small_images_sorted_by_confidence(page: str) -> None:
     images = [found for name, found in Reader(page).met if name == "img"]
     assert 0 < len(images) <= 24
     image = Image.open(io.BytesIO(base64.b64decode((images[0]["src"] or "").partition(",")[2])))
     assert (image.format, max(image.size) <= 128) == ("JPEG", True)
     confidences = [float(re.findall(r"\(([\d.]+)", found["alt"] or "")[1]) for found in images]
     assert confidences == sorted(confidences, reverse=True)
-
-
-def test_the_same_run_gives_the_same_page(run: Path, page: str, tmp_path: Path) -> None:
-    assert write_report(run, tmp_path / "again.html").read_text(encoding="utf-8") == page
 
 
 @pytest.mark.usefixtures("few_digits")
@@ -90,18 +83,13 @@ def test_a_gated_run_shows_usage_and_imbalance(tmp_path: Path) -> None:
     assert {"Usage over the epochs", "Imbalance"} <= texts
 
 
-def write_images(root: Path, *labels: str) -> Path:
-    rng = np.random.default_rng(0)
-    for label in labels:
-        (root / label).mkdir(parents=True)
+def test_other_images_are_evaluated_and_hostile_class_names_are_escaped(tmp_path: Path) -> None:
+    data, rng = tmp_path / "photos", np.random.default_rng(0)
+    for label in ("ant", HOSTILE.replace("/", "\N{DIVISION SLASH}")):
+        (data / label).mkdir(parents=True)
         for number in range(4):
             pixels = rng.integers(0, 256, (12, 14, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / label / f"{number}.png")
-    return root
-
-
-def test_other_images_are_evaluated_and_hostile_class_names_are_escaped(tmp_path: Path) -> None:
-    data = write_images(tmp_path / "photos", "ant", HOSTILE.replace("/", "\N{DIVISION SLASH}"))
+            Image.fromarray(pixels).save(data / label / f"{number}.png")
     settings = ["epochs=1", "batch_size=4", "preprocess.resize=8", "preprocess.crop=8", f"data.path={data}"]
     settings += ["model.name=dsop-resnet8", "model.config.base_width=2"]
     train(read_recipe("photos-dsop", settings), tmp_path / "run")
@@ -119,19 +107,19 @@ def test_other_images_are_evaluated_and_hostile_class_names_are_escaped(tmp_path
         write_report(tmp_path / "run", data=data)
 
 
-def test_a_folder_without_a_run_is_named(run: Path, tmp_path: Path) -> None:
+def test_a_page_is_reproducible_or_the_error_leaves_no_file(run: Path, page: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_report(run, tmp_path / "missing" / "page.html")
+    assert list(tmp_path.iterdir()) == []
+    assert write_report(run, tmp_path / "again.html").read_text(encoding="utf-8") == page
     with pytest.raises(ConfigError, match="holds no run with a finished epoch"):
         write_report(tmp_path)
     for name in ("last.pt", "best.pt"):
         (tmp_path / name).write_bytes((run / "best.pt").read_bytes())
     with pytest.raises(CheckpointError, match="holds no history"):
         write_report(tmp_path)
-
-
-def test_a_page_that_cannot_be_written_leaves_no_file(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be written"):
-        write_report(run, tmp_path / "missing" / "page.html")
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UndefinedError):
+        render("sopdeploy.report", "run.html")
 
 
 TABLE = '{% import "macros.html" as html %}{{ html.table(text, [text], [[text, markup]]) }}'
@@ -145,8 +133,3 @@ def test_templates_and_charts_escape_every_text(text: str) -> None:
     tags = [name for name, _ in Reader(page).met]
     assert tags == ["div", "table", "caption", "thead", "tr", "th", "tbody", "tr", "th", "td", "br"]
     assert "\N{RIGHT-TO-LEFT OVERRIDE}" not in page + markup
-
-
-def test_a_missing_variable_is_an_error() -> None:
-    with pytest.raises(UndefinedError):
-        render("sopdeploy.report", "run.html")

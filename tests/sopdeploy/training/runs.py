@@ -16,7 +16,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 
-from sopdeploy.checkpoint import Checkpoint, read_checkpoint
+from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.loop import train
@@ -36,15 +36,11 @@ SHORT = [
 @contextmanager
 def few_digits() -> Iterator[None]:
     """Reduce the digits to every fourth image: 359 for training, 91 held out."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sopdeploy.data.datasets.small.load_digits", every_fourth)
-        yield
-
-
-@functools.cache
-def every_fourth() -> Bunch:
     whole = load_digits()
-    return Bunch(images=whole.images[::4], target=whole.target[::4])
+    quarter = Bunch(images=whole.images[::4], target=whole.target[::4])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sopdeploy.data.datasets.small.load_digits", lambda: quarter)
+        yield
 
 
 @functools.cache
@@ -111,12 +107,11 @@ def same_bits(left: Any, right: Any) -> bool:
 
 def same_run(left: Path, right: Path) -> bool:
     """Compare the final weights, optimizer states and histories of two runs, without times."""
-    a, b = read_checkpoint(left / "last.pt"), read_checkpoint(right / "last.pt")
-    return same_bits(a.weights, b.weights) and same_bits(without_times(a), without_times(b))
-
-
-def without_times(checkpoint: Checkpoint) -> dict[str, Any]:
-    assert checkpoint.resume is not None
-    position = dict(checkpoint.resume["position"], seconds=0, learning=0, waiting=0)
-    position["history"] = [dict(row, seconds=0, speed=None) for row in position["history"]]
-    return {**checkpoint.resume, "position": position}
+    states = []
+    for folder in (left, right):
+        checkpoint = read_checkpoint(folder / "last.pt")
+        assert checkpoint.resume is not None
+        position = dict(checkpoint.resume["position"], seconds=0, learning=0, waiting=0)
+        position["history"] = [dict(row, seconds=0, speed=None) for row in position["history"]]
+        states.append((checkpoint.weights, {**checkpoint.resume, "position": position}))
+    return same_bits(*states)

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from sopdeploy import create_model
 from sopdeploy.models.base import TrainingOutput
-from sopdeploy.training.losses import Loss, training_loss
+from sopdeploy.training.losses import training_loss
 from sopdeploy.training.precision import first_non_finite
 
 LABELS = torch.tensor([0, 2, 1, 1])
@@ -53,21 +53,16 @@ def test_the_loss_of_dsop_reaches_every_parameter() -> None:
     assert not any(part.requires_grad for part in loss.parts.values())
 
 
-def non_finite_part(loss: Loss) -> str | None:
-    return first_non_finite([*loss.parts.items(), ("total", loss.total)])
-
-
 @pytest.mark.parametrize("damaged", [None, "main", "low", "high", "balance"])
 def test_the_non_finite_part_is_named(damaged) -> None:
     heads = {head: logits(0) * (NAN if head == damaged else 1) for head in ("main", "low", "high")}
     penalties = {"balance": NAN if damaged == "balance" else torch.tensor(1.0)}
     output = TrainingOutput(heads.pop("main"), heads, penalties)
-    weights = dict.fromkeys(("main", "low", "high"), 1.0)
-    assert non_finite_part(training_loss(output, LABELS, weights)) == damaged
+    loss = training_loss(output, LABELS, dict.fromkeys(("main", "low", "high"), 1.0))
+    assert first_non_finite([*loss.parts.items(), ("total", loss.total)]) == damaged
 
 
 def test_an_overflow_of_the_total_is_named() -> None:
     big = torch.tensor([[1e38, 0.0]])
-    output = TrainingOutput(big, {"low": big}, {})
-    loss = training_loss(output, torch.tensor([1]), {"main": 3.0, "low": 3.0})
-    assert non_finite_part(loss) == "total"
+    loss = training_loss(TrainingOutput(big, {"low": big}, {}), torch.tensor([1]), {"main": 3.0, "low": 3.0})
+    assert first_non_finite([*loss.parts.items(), ("total", loss.total)]) == "total"

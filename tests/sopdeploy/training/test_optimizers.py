@@ -1,15 +1,19 @@
-"""The optimizers of recipes; AdaHessian against finite differences and its formulas."""
+"""The optimizers of recipes, AdaHessian against its formulas, and the moving average of the weights."""
+
+import copy
 
 import pytest
 import torch
 from torch import nn
 
 from sopdeploy import create_model
+from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError
+from sopdeploy.training.ema import EmaConfig, ExponentialMovingAverage
 from sopdeploy.training.loop import train
 from sopdeploy.training.losses import training_loss
 from sopdeploy.training.optimizers import AdaHessian, _random_signs
-from tests.sopdeploy.training.runs import short_recipe
+from tests.sopdeploy.training.runs import same_bits, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
@@ -34,25 +38,21 @@ def test_each_optimizer_reduces_the_loss(tmp_path, kind, optimizer_class, lr, gr
     assert losses[-1] < losses[0]
 
 
-def test_an_optimizer_without_kind_is_sgd() -> None:
+def test_an_optimizer_without_kind_is_sgd_and_an_invalid_one_is_named() -> None:
     recipe = short_recipe("optimizer={lr=0.2, momentum=0.5}")
     assert (recipe.optimizer.kind, recipe.optimizer.lr, recipe.optimizer.momentum) == ("sgd", 0.2, 0.5)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["optimizer={kind='adam', lr=1}"], "optimizer.kind: 'adam' is none of 'sgd', 'adamw', 'radam'"),
-        (["optimizer={kind='adamw', lr=1, momentum=0.9}"], "optimizer.momentum: unknown key"),
-        (["optimizer={kind='adamw'}"], "optimizer.lr: missing"),
-        (["optimizer=3"], "optimizer"),
-        (["optimizer={kind='adahessian', lr=0.1}", "compile=true"], "needs compile=false and precision"),
-        (["optimizer={kind='adahessian', lr=0.1}", "precision='fp16'"], "adahessian: needs compile=false"),
-    ],
-)
-def test_an_invalid_optimizer_is_named(overrides, message) -> None:
-    with pytest.raises(ConfigError, match=message):
-        short_recipe(*overrides)
+    invalid = {
+        "{kind='adam', lr=1}": "optimizer.kind: 'adam' is none of 'sgd', 'adamw', 'radam'",
+        "{kind='adamw', lr=1, momentum=0.9}": "optimizer.momentum: unknown key",
+        "{kind='adamw'}": "optimizer.lr: missing",
+        "3": "optimizer",
+    }
+    for optimizer, message in invalid.items():
+        with pytest.raises(ConfigError, match=message):
+            short_recipe(f"optimizer={optimizer}")
+    for override in ("compile=true", "precision='fp16'"):
+        with pytest.raises(ConfigError, match="adahessian: needs compile=false and precision"):
+            short_recipe("optimizer={kind='adahessian', lr=0.1}", override)
 
 
 @pytest.mark.parametrize(
@@ -74,20 +74,15 @@ def test_hessian_vector_products_match_finite_differences(network, config) -> No
         torch.manual_seed(1)
         return training_loss(model(images), labels, model.loss_weights()).total
 
-    def shift(distance: float) -> None:
+    def gradients_at(distance: float) -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
             for number, parameter in enumerate(parameters):
                 parameter.add_(_random_signs(7, number, parameter), alpha=distance)
-
-    def gradients_at(distance: float) -> tuple[torch.Tensor, ...]:
-        shift(distance)
-        found = torch.autograd.grad(loss(), parameters)
-        shift(-distance)
-        return found
+        return torch.autograd.grad(loss(), parameters)
 
     optimizer.backward(loss(), seed=7)
     step = 1e-6
-    after, before = gradients_at(step), gradients_at(-step)
+    after, before = gradients_at(step), gradients_at(-2 * step)
     for parameter, plus, minus in zip(parameters, after, before, strict=True):
         expected = (plus - minus) / (2 * step)
         scale = float(expected.abs().max()) + 1e-3
@@ -137,3 +132,73 @@ def test_parameters_without_gradient_or_curvature_are_allowed() -> None:
     assert torch.equal(idle, torch.ones(2))
     assert not torch.equal(used, torch.ones(2))
     assert not torch.equal(linear, torch.ones(2))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+
+
+def change(model: nn.Module) -> None:
+    """Change all weights and buffers, including the integer one."""
+    model.train()
+    model(torch.randn(5, 3) + 2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+
+
+def test_floating_point_tensors_are_averaged_and_integers_copied(model) -> None:
+    before = copy.deepcopy(model.state_dict())
+    ema = ExponentialMovingAverage(EmaConfig(decay=0.9, warmup=False), model)
+    change(model)
+    ema.update(model)
+    after = model.state_dict()
+    for name, mean in ema.model.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            assert int(mean) == int(after[name]) == 1
+        else:
+            torch.testing.assert_close(mean, 0.9 * before[name] + 0.1 * after[name])
+    assert ema.count == 1
+    assert not any(parameter.requires_grad for parameter in ema.model.parameters())
+
+
+@pytest.mark.parametrize(("updates", "decay"), [(1, 2 / 11), (9, 10 / 19), (1000, 0.99)])
+def test_the_decay_grows_with_the_number_of_updates(updates, decay) -> None:
+    model = nn.Linear(1, 1, bias=False)
+    ema = ExponentialMovingAverage(EmaConfig(decay=0.99), model)
+    ema.count = updates - 1
+    with torch.no_grad():
+        ema.model.weight.zero_()
+        model.weight.fill_(1.0)
+    ema.update(model)
+    assert float(ema.model.weight) == pytest.approx(1 - decay)
+
+
+def test_the_update_count_is_part_of_the_state(model) -> None:
+    first, second = (ExponentialMovingAverage(EmaConfig(), model) for _ in range(2))
+    for _ in range(3):
+        change(model)
+        first.update(model)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.count == 3
+    for ema in (first, second):
+        ema.update(model)
+    assert same_bits(first.state_dict(), second.state_dict())
+
+
+@pytest.mark.parametrize("export", ["average", "raw"])
+def test_a_run_evaluates_both_weights_and_exports_the_configured_ones(tmp_path, export) -> None:
+    result = train(short_recipe(f"ema={{decay=0.8, export='{export}'}}"), tmp_path / "run")
+    header = result.history.read_text().splitlines()[0].split(",")
+    assert [name for name in header if "top1" in name][:3] == ["top1", "raw_top1", "average_top1"]
+    best, last = read_checkpoint(result.best), read_checkpoint(result.last)
+    assert last.resume is not None
+    assert best.training["weights"] == last.training["weights"] == export
+    raw, average = last.resume["weights"], last.resume["average"]["weights"]
+    assert not same_bits(raw, average)
+    assert same_bits(last.weights, average if export == "average" else raw)
+    row = last.resume["position"]["history"][-1]
+    assert row["figures"] == row[export]
+    assert last.training["figures"] == row[export]

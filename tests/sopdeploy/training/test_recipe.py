@@ -138,13 +138,12 @@ def test_errors_in_a_recipe_file_name_the_file(tmp_path) -> None:
         None: "cannot be read",
     }
     for content, message in contents.items():
-        path.unlink()
+        path.unlink(missing_ok=True)
         if content is not None:
             path.write_bytes(content)
         with pytest.raises(ConfigError, match=message) as error:
             read_recipe(path)
         assert str(path) in str(error.value)
-        path.touch()
 
 
 def test_an_unknown_name_suggests_similar_ones() -> None:

@@ -39,15 +39,11 @@ EXPORTED = (
 BATCH_OF_ONE = BatchRange(optimum=1, maximum=1)  # exports one graph instead of two
 
 
-def test_every_recipe_is_covered() -> None:
+def test_every_recipe_is_covered_and_exported_itself_or_as_another() -> None:
     assert set(SMALL) == set(list_recipes())
-
-
-@pytest.mark.parametrize("name", EXPORTED_AS)
-def test_a_recipe_that_is_not_exported_shares_its_network_with_another(name: str) -> None:
-    other = EXPORTED_AS[name]
-    assert other not in EXPORTED_AS
-    assert small_recipe(name).model == small_recipe(other).model
+    for name, other in EXPORTED_AS.items():
+        assert other not in EXPORTED_AS
+        assert small_recipe(name).model == small_recipe(other).model
 
 
 def small_recipe(name: str, *settings: str) -> Recipe:
@@ -55,47 +51,39 @@ def small_recipe(name: str, *settings: str) -> Recipe:
     return read_recipe(name, ["epochs=1", "workers=0", *size, *SMALL[name], *settings])
 
 
-@pytest.fixture
-def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    few_blocks(monkeypatch)
-
-
-def write_data(name: str, kind: str, root: Path, monkeypatch: Any) -> list[str]:
+def write_data(name: str, root: Path, monkeypatch: Any) -> list[str]:
     """Write data for a recipe; return the settings that select it."""
+    kind = read_recipe(name).data.kind
     if kind == "digits":
         return []
+    path = root
     if kind.startswith("cifar"):
         write_cifar(root, kind, monkeypatch)
-        return [f"data.path={root}"]
-    if kind == "imagenet64":
-        return [f"data.path={write_small_imagenet(root)}"]
-    if kind == "places365":
-        return [f"data.path={write_places(root)}"]
-    photos = write_photos(root)
-    return [f"data.path={tar_of(photos, root / 'all.tar') if 'gsop' in name else photos}"]
-
-
-def pretrain(recipe: str, overrides: list[str], root: Path) -> list[str]:
-    """Train the start weights or the teacher of a recipe; return the settings that select them."""
-    needs = {"imagenet-dsop-two-phase": "start", "imagenet-distilled-resnet50": "teacher"}
-    if recipe == "fine-grained-isqrt-resnet50":
-        before, model, key = "imagenet-isqrt-resnet50", SMALL["imagenet-isqrt-resnet50"], "start"
-    elif recipe in needs:
-        before, model, key = "imagenet-resnet50", SMALL["imagenet-resnet50"], needs[recipe]
+    elif kind == "imagenet64":
+        path = write_small_imagenet(root)
+    elif kind == "places365":
+        path = write_places(root)
     else:
-        return []
-    data = [setting for setting in overrides if setting.startswith("data.")]
-    run = train(
-        read_recipe(before, [*model, *data, "epochs=1", "batch_size=8", "workers=0"]), root / "before"
-    )
-    return [f"{key}.weights={run.best}"]
+        path = tar_of(write_photos(root), root / "all.tar") if "gsop" in name else write_photos(root)
+    return [f"data.path={path}"]
+
+
+# Recipes that start from another one or have it as their teacher.
+BEFORE = {
+    "fine-grained-isqrt-resnet50": ("imagenet-isqrt-resnet50", "start"),
+    "imagenet-dsop-two-phase": ("imagenet-resnet50", "start"),
+    "imagenet-distilled-resnet50": ("imagenet-resnet50", "teacher"),
+}
 
 
 def train_and_evaluate(name: str, root: Path, monkeypatch: Any) -> Path:
     """Train the small network of a recipe with an interruption; evaluate and return its checkpoint."""
-    settings = write_data(name, read_recipe(name).data.kind, root / "data", monkeypatch)
-    recipe = small_recipe(name, *settings, *pretrain(name, settings, root))
-    out = root / "run"
+    settings = write_data(name, root / "data", monkeypatch)
+    if name in BEFORE:
+        before, key = BEFORE[name]
+        first = read_recipe(before, [*SMALL[before], *settings, "epochs=1", "batch_size=8", "workers=0"])
+        settings = [*settings, f"{key}.weights={train(first, root / 'before').best}"]
+    recipe, out = small_recipe(name, *settings), root / "run"
     interrupt(recipe, out, "step", 0, 0)
     assert read_checkpoint(out / "last.pt").resume["position"]["step"] == 1
     result = train(recipe, out, resume=True)
@@ -116,9 +104,9 @@ def cases() -> list[Any]:
     return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in sorted(SMALL)]
 
 
-@pytest.mark.usefixtures("small_networks")
 @pytest.mark.parametrize("name", cases())
 def test_a_recipe_leads_from_its_data_to_a_bundle(name, tmp_path, monkeypatch) -> None:
+    few_blocks(monkeypatch)
     best = train_and_evaluate(name, tmp_path, monkeypatch)
     if name in EXPORTED_AS:
         return

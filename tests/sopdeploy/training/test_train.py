@@ -1,7 +1,11 @@
-"""Complete runs: the files they write and their metrics."""
+"""Complete runs: files, metrics, callbacks and loggers; start weights, frozen networks and teachers."""
 
 import csv
 import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +14,12 @@ import sopdeploy
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.sources import open_data
+from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import evaluate
+from sopdeploy.training.callbacks import CallbackList, create_loggers
 from sopdeploy.training.loop import TrainingResult, train
 from sopdeploy.training.recipe import Recipe
-from tests.sopdeploy.training.runs import RecordingCallback, same_bits, short_recipe
+from tests.sopdeploy.training.runs import RecordingCallback, interrupt, same_bits, same_run, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
@@ -34,7 +40,7 @@ def test_a_run_writes_last_best_previous_and_history(finished) -> None:
     assert TrainingResult.model_validate_json(result.model_dump_json()) == result
 
 
-def test_checkpoints_record_how_they_were_trained(finished) -> None:
+def test_checkpoints_record_how_they_were_trained_and_reproduce_their_metrics(finished) -> None:
     out, result, _ = finished
     best, last = read_checkpoint(out / "best.pt"), read_checkpoint(out / "last.pt")
     assert best.resume is None
@@ -45,18 +51,11 @@ def test_checkpoints_record_how_they_were_trained(finished) -> None:
     for checkpoint in (best, last):
         assert Recipe.model_validate(checkpoint.training["recipe"]) == short_recipe()
         assert checkpoint.training["seed"] == 0
-        assert checkpoint.training["versions"] == {
-            "sopdeploy": sopdeploy.__version__,
-            "torch": torch.__version__,
-            "python": ".".join(map(str, sys.version_info[:3])),
-        }
+        versions = {"sopdeploy": sopdeploy.__version__, "torch": torch.__version__}
+        versions["python"] = ".".join(map(str, sys.version_info[:3]))
+        assert checkpoint.training["versions"] == versions
         assert checkpoint.labels == tuple("0123456789")
         assert checkpoint.preprocess == short_recipe().preprocess
-
-
-def test_the_best_checkpoint_reproduces_its_metrics(finished) -> None:
-    out, result, _ = finished
-    best = read_checkpoint(out / "best.pt")
     held_out = PreprocessedDataset(open_data(short_recipe().data).held_out, best.preprocess)
     metrics = evaluate(build_classifier(best, out), held_out, best.preprocess)
     assert (metrics.top1, metrics.top5) == (result.best_top1, result.best_top5)
@@ -101,3 +100,130 @@ def test_the_seed_determines_the_weights(tmp_path, finished) -> None:
 )
 def test_a_run_with_other_settings_finishes(tmp_path, override) -> None:
     assert train(short_recipe("epochs=1", override), tmp_path / "run").epochs == 1
+
+
+PLAIN = ["model.name=resnet8", "model.config={base_width=4}", "epochs=1"]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """Return the checkpoint of a plain network."""
+    return train(short_recipe(*PLAIN), tmp_path_factory.mktemp("plain") / "run").best
+
+
+def test_the_second_phase_trains_only_the_branches(plain, tmp_path) -> None:
+    recipe = short_recipe(f"start.weights={plain}", "start.learn=branches", "epochs=2")
+    interrupt(recipe, tmp_path / "stopped", "step", 1, 2)
+    train(recipe, tmp_path / "stopped", resume=True)
+    result = train(recipe, tmp_path / "whole")
+    assert same_run(tmp_path / "whole", tmp_path / "stopped")
+    before, after = read_checkpoint(plain).weights, read_checkpoint(result.last).weights
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert any(name.startswith("branches.") for name in after)
+    first, second = read_checkpoint(result.last).resume["position"]["history"]
+    assert second["losses"]["layer1_0"] < first["losses"]["layer1_0"]
+    assert first["figures"] == second["figures"]
+
+
+def test_a_fine_tuned_run_starts_better_and_its_classifier_learns_faster(plain, tmp_path) -> None:
+    run = train(short_recipe(*PLAIN, f"start.weights={plain}", "start.head_factor=5"), tmp_path / "run")
+    groups = read_checkpoint(run.last).resume["optimizer"]["param_groups"]
+    assert groups[1]["lr"] == pytest.approx(5 * groups[0]["lr"])
+    before, after = (
+        read_checkpoint(last).resume["position"]["history"][0]["losses"]["main"]
+        for last in (plain.parent / "last.pt", run.last)
+    )
+    assert after < before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["start.head_factor=2"], r"start\.weights: not set; give the checkpoint to start from"),
+        (["teacher.share=0.5"], r"teacher\.weights: not set; give the checkpoint of the teacher"),
+        (["start.weights={plain}", "model.config.base_width=6"], "of the model's shape; give a checkpoint"),
+        (["start.weights={plain}", "start.learn=branches", *PLAIN[:2]], "this network has no branches"),
+        (["teacher.weights={plain}", "preprocess.mean=[0.1,0.1,0.1]"], "normalizes colors differently; set"),
+    ],
+)
+def test_unsuitable_weights_are_refused_with_one_line(plain, tmp_path, settings, message) -> None:
+    settings = [setting.replace("{plain}", str(plain)) for setting in settings]
+    with pytest.raises(ConfigError, match=message) as error:
+        train(short_recipe(*settings), tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_the_divergence_from_the_teacher_is_part_of_the_loss(plain, tmp_path) -> None:
+    settings = [*PLAIN, f"teacher.weights={plain}", "teacher.temperature=2", "epochs=2"]
+    result = train(short_recipe(*settings), tmp_path / "run")
+    first, second = (row["losses"] for row in read_checkpoint(result.last).resume["position"]["history"])
+    assert second["teacher"] < first["teacher"]
+    assert first["loss"] == pytest.approx(0.5 * (first["main"] + first["teacher"]), rel=1e-5)
+
+
+class FakeWriter:
+    """Replaces TensorBoard's writer and a run of Weights & Biases."""
+
+    def __init__(self, created: list["FakeWriter"], *arguments: Any, **options: Any) -> None:
+        self.arguments, self.options = arguments, options
+        self.scalars: dict[tuple[str, int], float] = {}
+        created.append(self)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.scalars[name, step] = value
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.scalars |= {(name, step): value for name, value in metrics.items()}
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+
+@pytest.fixture
+def writers(monkeypatch: pytest.MonkeyPatch) -> list[FakeWriter]:
+    """Install fake loggers and return the list of created writers."""
+    created: list[FakeWriter] = []
+    create = partial(FakeWriter, created)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=create))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=create))
+    return created
+
+
+def test_both_loggers_receive_every_epoch(writers, tmp_path) -> None:
+    out, callback = tmp_path / "run", RecordingCallback()
+    callbacks = CallbackList([*create_loggers(["tensorboard", "wandb"], out), callback])
+    result = train(short_recipe("epochs=2"), out, callback=callbacks)
+    board, wandb = writers
+    assert board.arguments == (str(out / "tensorboard"),)
+    assert board.options == {"purge_step": 1}
+    assert (wandb.options["name"], wandb.options["resume"]) == ("run", "allow")
+    assert board.scalars == wandb.scalars
+    assert {step for _, step in board.scalars} == {1, 2}
+    expected = {"train/main", "held_out/top1", "heads/layer1_0_top1"}
+    expected |= {"course/waiting", "course/lr", "course/gradient"}
+    assert expected <= {name for name, _ in board.scalars}
+    assert board.scalars["held_out/top1", 2] == result.last_top1
+    assert [name for name, _ in callback.events].count("epoch") == 2
+    (again,) = create_loggers(["tensorboard"], tmp_path)
+    again.on_train_start(epochs=9, first_epoch=4, train_count=1, held_out_count=1)
+    assert writers[-1].options == {"purge_step": 5}  # a resumed run purges the epochs that run again
+
+
+def test_a_missing_or_unknown_logger_is_named(monkeypatch, tmp_path) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    for name, source in (("wandb", "wandb"), ("tensorboard", r"sopdeploy\[tensorboard\]")):
+        message = f'^--log {name}: {name} is not installed; run: pip install "{source}"$'
+        with pytest.raises(ConfigError, match=message):
+            create_loggers([name], tmp_path)
+    with pytest.raises(ConfigError, match="--log x: none of tensorboard, wandb"):
+        create_loggers(["x"], tmp_path)
+
+
+def test_tensorboard_can_read_the_event_files(tmp_path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    (board,) = create_loggers(["tensorboard"], tmp_path)
+    result = train(short_recipe("epochs=1"), tmp_path / "run", callback=board)
+    found = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (value,) = found.Scalars("held_out/top1")
+    assert (value.step, value.value) == (1, pytest.approx(result.last_top1))

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import multiprocessing
 import os
 import signal
 import time
@@ -77,6 +78,7 @@ def die_in_write(number: int) -> None:
 
 def run_child(out: Path, overrides: tuple[str, ...], pipe: Connection, write: int) -> None:
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # loader processes then end with the killed run
     if write:
         die_in_write(write)
     with few_digits():

@@ -140,8 +140,6 @@ def test_micro_batches_of_unequal_size_give_the_gradient_of_the_whole(accumulate
 
 
 def test_accumulation_does_not_change_the_number_of_steps(tmp_path) -> None:
-    for accumulate in (1, 3):
-        callback = RecordingCallback()
-        recipe = short_recipe("epochs=1", f"accumulate={accumulate}")
-        train(recipe, tmp_path / str(accumulate), callback=callback)
-        assert [name for name, _ in callback.events].count("step") == 6
+    callback = RecordingCallback()
+    train(short_recipe("epochs=1", "accumulate=3"), tmp_path / "run", callback=callback)
+    assert [name for name, _ in callback.events].count("step") == 6

@@ -1,10 +1,10 @@
 """Short runs whose result must not depend on the number of processes."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -64,8 +64,10 @@ def learn(recipe: Recipe, steps: int, dtype: torch.dtype = torch.float64) -> dic
     run.normalize.to(dtype)
     if run.ema is not None:
         run.ema.model.to(dtype)
-    if isinstance(run.model, GMSOP):
-        break_ties(run.model)
+    if isinstance(run.model, GMSOP):  # make the gate's rows different: rounding decides ties of components
+        random = torch.Generator().manual_seed(1)
+        for weight in (run.model.gate.weight, run.model.gate.get_submodule("noise").get_parameter("weight")):
+            weight.data.add_(torch.randn(weight.shape, generator=random).to(weight))
     done = 0
     while done < steps:
         _, batches = epoch_data(recipe, data, run.position.epoch)
@@ -79,25 +81,6 @@ def learn(recipe: Recipe, steps: int, dtype: torch.dtype = torch.float64) -> dic
     return {**run.model.state_dict(), **{f"average of {name}": mean for name, mean in average.items()}}
 
 
-def break_ties(model: GMSOP) -> None:
-    """Make the gate's rows different, because rounding decides between components that tie."""
-    random = torch.Generator().manual_seed(1)
-    for weight in (model.gate.weight, model.gate.get_submodule("noise").get_parameter("weight")):
-        with torch.no_grad():
-            weight.add_(torch.randn(weight.shape, generator=random).to(weight))
-
-
-@contextmanager
-def balance_loss_with(sum_over_ranks: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Compute the balance loss with a wrong sum over processes."""
-    original = gate.sum_over_ranks
-    gate.sum_over_ranks = sum_over_ranks
-    try:
-        yield
-    finally:
-        gate.sum_over_ranks = original
-
-
 def sum_with_local_gradient(x: Tensor) -> Tensor:
     """Sum over processes, but differentiate only the summand of this process."""
     total = x.detach().clone()
@@ -106,7 +89,9 @@ def sum_with_local_gradient(x: Tensor) -> Tensor:
 
 
 def learn_with_balance_sum(sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    with balance_loss_with(sum_over_ranks):
+    """Learn with a wrong sum over processes in the balance loss."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate, "sum_over_ranks", sum_over_ranks)
         return learn(build_recipe("gmsop", "sgd"), 1)
 
 

@@ -20,12 +20,8 @@ PREPROCESS = Preprocess(resize=8, crop=8)
 COUNT, CLASSES, BATCH_SIZE = 103, 7, 10
 
 
-def run_short_cases(_folder: Path | None = None) -> Results:
-    return {name: case() for name, case in SHORT_CASES.items()}
-
-
 def run_short_cases_and_mistakes(_folder: Path) -> Results:
-    return run_short_cases() | {name: case() for name, (_, case) in MISTAKES.items()}
+    return {name: case() for name, case in {**SHORT_CASES, **{k: v[1] for k, v in MISTAKES.items()}}.items()}
 
 
 def run_long_cases(_folder: Path | None = None) -> Results:
@@ -40,7 +36,7 @@ def two_processes(tmp_path_factory) -> list[Results]:
 
 @pytest.fixture(scope="module")
 def one_process() -> Results:
-    return run_short_cases()
+    return {name: case() for name, case in SHORT_CASES.items()}
 
 
 def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:

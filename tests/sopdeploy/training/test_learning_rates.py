@@ -1,0 +1,164 @@
+"""Learning rate schedules compared with PyTorch's, `--dry-run`, `--find-lr` and the forms of `--resume`."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.optim import lr_scheduler
+from typer.testing import CliRunner
+
+from sopdeploy.cli.app import app
+from sopdeploy.errors import TrainingError
+from sopdeploy.training.dry_run import dry_run, scheduled_rates
+from sopdeploy.training.lr_finder import MAX_RATE, MIN_RATE, find_learning_rate, steepest_descent
+from sopdeploy.training.schedule import Cosine, Milestones, OneCycle, Polynomial
+from tests.sopdeploy.training.runs import SHORT, short_recipe
+
+pytestmark = pytest.mark.usefixtures("few_digits")
+
+
+@pytest.fixture
+def command(tmp_path) -> list[str]:
+    settings = [word for override in SHORT for word in ("--set", override)]
+    return ["train", "--recipe", "digits-dsop", "--out", str(tmp_path / "run"), *settings]
+
+
+def test_a_dry_run_resolves_the_recipe_and_measures_memory() -> None:
+    recipe = short_recipe("ema={}", "accumulate=2")
+    dry = dry_run(recipe)
+    assert dry.recipe["model"]["config"] == recipe.model.full_config()
+    assert dry.recipe["ema"] == {"decay": 0.999, "warmup": True, "export": "average"}
+    assert (dry.train_count, dry.held_out_count, dry.classes, dry.steps) == (359, 91, 10, 6)
+    assert dry.shipped.parameters < dry.training.parameters
+    memory, parameters = dry.memory, 4 * dry.training.parameters / 2**20
+    assert memory.gradients == pytest.approx(parameters)
+    assert memory.optimizer == pytest.approx(parameters)  # one momentum buffer
+    assert memory.weights == memory.average > parameters  # and the buffers of batch norm
+    assert memory.activations > 0
+    assert memory.total == pytest.approx(sum(memory.model_dump().values()))
+    whole, split = (dry_run(short_recipe(f"accumulate={k}")).memory.activations for k in (1, 4))
+    assert 0.2 * whole < split < 0.35 * whole
+
+
+def test_a_dry_run_lists_the_learning_rates_of_the_schedule() -> None:
+    schedules = {
+        "kind='milestones', milestones=[1, 2], warmup_epochs=0.5": [
+            (0, 0),
+            (0.5, 0.1),
+            (1, 0.01),
+            (2, 0.001),
+        ],
+        "kind='cosine', warmup_epochs=1": [(0, 0), (1, 0.1), (2, 0.05), (3, 0)],
+        "kind='polynomial', power=2": [(0, 0.1), (1.5, 0.025), (3, 0)],
+        "kind='one-cycle', rise=0.5": [(0, 0.004), (1.5, 0.1), (3, 4e-7)],
+    }
+    for schedule, rates in schedules.items():
+        found = scheduled_rates(short_recipe(f"schedule={{{schedule}}}"))
+        assert [pytest.approx(pair, abs=1e-12) for pair in rates] == list(found)
+
+
+def test_the_commands_print_and_write_nothing(tmp_path, command) -> None:
+    result = CliRunner().invoke(app, [*command, "--dry-run"])
+    assert result.exit_code == 0
+    text = " ".join(result.stdout.split())
+    lines = ("optimizer.kind = sgd", "learning rate: 0.004 at epoch 0", "memory: about", "one step on cpu")
+    assert all(line in text for line in lines)
+    assert json.loads(CliRunner().invoke(app, [*command, "--dry-run", "--json"]).stdout)["steps"] == 6
+    found = json.loads(CliRunner().invoke(app, [*command, "--find-lr", "--json"]).stdout)
+    assert found["rates"][0] == pytest.approx(MIN_RATE)
+    assert found["rates"] == sorted(found["rates"])
+    assert max(found["rates"]) < MAX_RATE
+    assert found["suggestion"] in found["rates"]
+    assert "the loss falls fastest at" in CliRunner().invoke(app, [*command, "--find-lr"]).stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_range_test_is_deterministic_and_stops_at_a_non_finite_loss(monkeypatch) -> None:
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    recipe = short_recipe("optimizer.clip_norm=0.0", "model.config.aux_pooling='gap'", "threads=1")
+    assert find_learning_rate(recipe, steps=8) == find_learning_rate(recipe, steps=8)
+    assert threads == [1, 1]
+
+
+def test_the_suggestion_is_the_steepest_descent_before_the_minimum() -> None:
+    cases = [([3, 2.9, 2, 1.9, 5], 30), ([3, 1], 20), ([3, 2.5, 9, 1, 9], 40), ([2, 1, 9], 20)]
+    for losses, rate in cases:
+        assert steepest_descent([10, 20, 30, 40, 50][: len(losses)], losses) == rate
+    for losses in ([], [1.0], [1.0, 2.0, 3.0]):
+        with pytest.raises(TrainingError, match="does not decrease at any learning rate"):
+            steepest_descent([1.0] * len(losses), losses)
+
+
+def test_the_noise_of_the_first_steps_is_ignored() -> None:
+    """With 60 photos, the mean of the first two batches fell faster than all later losses."""
+    losses = [4.26, 4.20, 4.19, *[4.19 + 0.001 * (step % 3) for step in range(57)]]
+    losses += [losses[-1] - 0.012 * step for step in range(20)] + [5.0 + step for step in range(10)]
+    rates = [MIN_RATE * (MAX_RATE / MIN_RATE) ** (step / len(losses)) for step in range(len(losses))]
+    assert 1e-2 < steepest_descent(rates, losses) < 2
+
+
+def test_resume_takes_an_optional_value(command) -> None:
+    command += ["--set", "epochs=1"]
+    refused = CliRunner().invoke(app, [*command, "--resume", "--json"])
+    assert refused.exit_code == 2
+    assert "holds no run to resume" in refused.stderr
+    for words in (["--resume", "auto", "--json"], ["--resume=auto", "--json"], ["--json", "--resume"]):
+        assert json.loads(CliRunner().invoke(app, [*command, *words]).stdout)["epochs"] == 1
+
+
+def test_milestones_multiply_after_a_linear_warm_up() -> None:
+    schedule = Milestones(kind="milestones", milestones=(10, 20), gamma=0.1, warmup_epochs=2)
+    factors = {0: 0.0, 1: 0.5, 2: 1.0, 9.9: 1.0, 10: 0.1, 19.99: 0.1, 20: 0.01, 99: 0.01}
+    assert {time: schedule.factor(time, 100) for time in factors} == pytest.approx(factors)
+    assert {Milestones(kind="milestones").factor(time, 9) for time in (0, 0.5, 8.99)} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reference"),
+    [
+        (OneCycle(kind="one-cycle"), partial(lr_scheduler.OneCycleLR, max_lr=0.4, total_steps=101)),
+        (Cosine(kind="cosine"), partial(lr_scheduler.CosineAnnealingLR, T_max=20)),
+        (Cosine(kind="cosine", floor=0.1), partial(lr_scheduler.CosineAnnealingLR, T_max=20, eta_min=0.04)),
+        *(
+            (
+                Polynomial(kind="polynomial", power=power),
+                partial(lr_scheduler.PolynomialLR, total_iters=20, power=power),
+            )
+            for power in (0.5, 1.0, 2.0)
+        ),
+    ],
+)
+def test_schedules_equal_those_of_pytorch(schedule, reference) -> None:
+    epochs, steps, tolerance = 20, 1, 1e-9
+    if schedule.kind == "one-cycle":  # PyTorch's peak is one step before 30 % of the run
+        epochs, steps, tolerance = 5, 20, 0.4 * 0.06
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
+    theirs = reference(optimizer)
+    for step in range(epochs * steps):
+        expected = optimizer.param_groups[0]["lr"]
+        assert 0.4 * schedule.factor(step / steps, epochs) == pytest.approx(expected, abs=tolerance)
+        optimizer.step()
+        theirs.step()
+
+
+@given(time=st.floats(0, 1), rise=st.floats(0.01, 0.99))
+def test_one_cycle_stays_between_0_and_1(time, rise) -> None:
+    assert 0 < OneCycle(kind="one-cycle", rise=rise).factor(time * 7, 7) <= 1
+
+
+@given(time=st.floats(0, 1), warmup=st.floats(0, 12), floor=st.floats(0, 1), power=st.floats(0.1, 4))
+def test_decaying_schedules_stay_between_0_and_1_after_a_linear_warm_up(time, warmup, floor, power) -> None:
+    for schedule in (
+        Cosine(kind="cosine", warmup_epochs=warmup, floor=floor),
+        Polynomial(kind="polynomial", warmup_epochs=warmup, floor=floor, power=power),
+    ):
+        factor = schedule.factor(time * 10, 10)
+        assert 0 <= factor <= 1 + 1e-12
+        if time * 10 >= warmup:
+            assert factor >= floor - 1e-12
+    schedule = Cosine(kind="cosine", warmup_epochs=4)
+    assert [schedule.factor(time, 10) for time in (0, 1, 2, 4)] == [0, 0.25, 0.5, 1]
