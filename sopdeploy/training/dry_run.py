@@ -79,13 +79,6 @@ def dry_run(recipe: Recipe) -> DryRun:
     )
     resolved = recipe.model_dump(mode="json")
     resolved["model"]["config"] = recipe.model.full_config()
-    tensors = {
-        "weights": list(run.model.state_dict().values()),
-        "gradients": list(run.model.parameters()),
-        "optimizer": [tensor for _, tensor in named_tensors(run.optimizer.state_dict()["state"], "")],
-        "average": list(run.ema.model.state_dict().values()) if run.ema is not None else [],
-    }
-    sizes = {name: sum(tensor.nbytes for tensor in group) / 2**20 for name, group in tensors.items()}
     return DryRun(
         recipe=resolved,
         device=str(run.strategy.device),
@@ -96,7 +89,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         rates=scheduled_rates(recipe),
         training=described.training,
         shipped=described.shipped,
-        memory=Memory(**sizes, activations=activations / 2**20),
+        memory=measure_memory(run, activations),
         step_seconds=step_seconds,
         load_seconds=load_seconds,
         loss=loss,
@@ -117,6 +110,18 @@ def scheduled_rates(recipe: Recipe) -> tuple[tuple[float, float], ...]:
         times = [0.0, schedule.warmup_epochs, (schedule.warmup_epochs + epochs) / 2, epochs]
     shown = sorted({time for time in times if time <= epochs})
     return tuple((time, recipe.optimizer.lr * schedule.factor(time, recipe.epochs)) for time in shown)
+
+
+def measure_memory(run: Run, activations: int) -> Memory:
+    """Measure the memory of *run* after a step, to which *activations* bytes are added."""
+    tensors = {
+        "weights": list(run.model.state_dict().values()),
+        "gradients": list(run.model.parameters()),
+        "optimizer": [tensor for _, tensor in named_tensors(run.optimizer.state_dict()["state"], "")],
+        "average": list(run.ema.model.state_dict().values()) if run.ema is not None else [],
+    }
+    sizes = {name: sum(tensor.nbytes for tensor in group) / 2**20 for name, group in tensors.items()}
+    return Memory(**sizes, activations=activations / 2**20)
 
 
 def activation_bytes(run: Run, batch: Batch) -> int:

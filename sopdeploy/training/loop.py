@@ -32,7 +32,6 @@ from sopdeploy.training.losses import Loss, training_loss
 from sopdeploy.training.optimizers import AdaHessian
 from sopdeploy.training.precision import (
     first_non_finite,
-    float_buffers,
     gradients,
     non_finite_error,
 )
@@ -239,7 +238,8 @@ def _check_finite_step(run: Run, loss: Loss, norm: Tensor, samples: list[int]) -
 
     Batch norm's running statistics include the batch already, the weights do not.
     """
-    buffers = float_buffers(run.model)
+    named = run.model.named_buffers()
+    buffers = {f"the buffer {name}": buffer for name, buffer in named if buffer.is_floating_point()}
     values = [loss.total, norm, *buffers.values()]
     finite = torch.stack([value.isfinite().all() for value in values]).all()  # no synchronization per tensor
     if int(run.strategy.all_reduce(finite.int())) == run.strategy.world:

@@ -75,12 +75,6 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {f"the gradient of {name}": value.grad for name, value in named if value.grad is not None}
 
 
-def float_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the floating-point buffers of *model* by the name for error messages."""
-    named = model.named_buffers()
-    return {f"the buffer {name}": buffer for name, buffer in named if buffer.is_floating_point()}
-
-
 def named_tensors(nested: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors in nested dicts and lists with dotted names."""
     if isinstance(nested, Tensor):

@@ -32,7 +32,7 @@ from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
 from sopdeploy.training.fine_tuning import load_start_weights, parameter_groups
 from sopdeploy.training.losses import Loss, Teacher
-from sopdeploy.training.precision import Precision, first_non_finite, float_buffers, named_tensors
+from sopdeploy.training.precision import Precision, first_non_finite, named_tensors
 from sopdeploy.training.recipe import Recipe, flatten, validate_recipe
 
 CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
@@ -141,7 +141,7 @@ class Run:
         """
         if self.strategy.world > 1 and self.recipe.batch_norm == "local":
             for model in [self.model, *([self.ema.model] if self.ema else [])]:
-                for buffer in float_buffers(model).values():
+                for buffer in filter(torch.is_floating_point, model.buffers()):
                     buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
 
     def remove_branches_if_due(self) -> None:

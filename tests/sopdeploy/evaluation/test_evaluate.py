@@ -171,9 +171,7 @@ def test_a_report_on_four_images_computed_by_hand() -> None:
     assert found.nll == pytest.approx(-np.mean(np.log([0.7, 0.3, 0.8, 0.2])))
     assert found.calibration.error == pytest.approx((0.3 + 0.6 + 0.2 + 0.5) / 4)
     assert found.top1.low < 0.5 < found.top1.high
-
-
-def test_calibration_bins_include_their_upper_edge() -> None:
+    # Calibration bins include their upper edge.
     scores = [Score(0, (0, 1), confidence, 0.5) for confidence in (1 / 15, 1 / 15 + 1e-9, 0.6, 1.0)]
     counts = [one.count for one in classification_report(("a", "b"), scores).calibration.curve]
     assert (len(counts), sum(counts)) == (BINS, 4)

@@ -12,6 +12,8 @@ GATED = (
     "iterations=2, balance_weight=0.390625"
 )
 AT_16 = ["preprocess.resize=20", "preprocess.crop=16"]
+AT_32 = ["preprocess.resize=36", "preprocess.crop=32"]
+ISQRT = ["model.name=isqrt-resnet8", 'model.config={pooling={kind="isqrt", width=8, iterations=2}}']
 SIDES_16 = [*AT_16, "augment.sides=[20,30]"]
 SMALL: dict[str, list[str]] = {
     "cifar10-dsop-resnet20": DSOP,
@@ -21,19 +23,10 @@ SMALL: dict[str, list[str]] = {
     "cifar100-dsop-resnext": [f"model.config={{cardinality=1, group_width=4, {HEADS}}}"],
     "digits-dsop": ["batch_size=720"],
     "digits-plain": ["batch_size=720"],
-    "fine-grained-isqrt-resnet50": [
-        "model.name=isqrt-resnet8",
-        'model.config={pooling={kind="isqrt", width=8, iterations=2}}',
-        *AT_16,
-        "augment.sides=[20,20]",
-    ],
+    "fine-grained-isqrt-resnet50": [*ISQRT, *AT_16, "augment.sides=[20,20]"],
     "imagenet-distilled-resnet50": [*PLAIN, *SIDES_16],
-    "imagenet-dsop-efficientnet-b0": [
-        "model.config={iterations=2}",
-        "preprocess.resize=36",
-        "preprocess.crop=32",
-        "schedule.warmup_epochs=0.0",
-    ],
+    "imagenet-resnet50": [*PLAIN, *SIDES_16],
+    "imagenet-dsop-efficientnet-b0": ["model.config={iterations=2}", *AT_32, "schedule.warmup_epochs=0.0"],
     "imagenet-dsop-resnet18": [*DSOP, *SIDES_16],
     "imagenet-dsop-resnet50": [*DSOP, *SIDES_16],
     "imagenet-dsop-two-phase": [*DSOP, *SIDES_16],
@@ -42,19 +35,13 @@ SMALL: dict[str, list[str]] = {
         'model.config={blocks=2, cov_width=32, block_stages=["layer3"], final_width=8, iterations=2}',
         *AT_16,
     ],
-    "imagenet-isqrt-resnet50": [
-        "model.name=isqrt-resnet8",
-        'model.config={pooling={kind="isqrt", width=8, iterations=2}}',
-        *AT_16,
-    ],
+    "imagenet-isqrt-resnet50": [*ISQRT, *AT_16],
     "imagenet-psdr-resnet50": [
         "model.config={depth=18, width=8, iterations=2}",
-        "preprocess.resize=36",
-        "preprocess.crop=32",
+        *AT_32,
         "augment.sides=[36,48]",
     ],
-    "imagenet-resnet50": [*PLAIN, *SIDES_16],
-    "imagenet64-gmsop-resnet18": [f"model.config={{{GATED}}}", "preprocess.crop=16", "preprocess.resize=20"],
+    "imagenet64-gmsop-resnet18": [f"model.config={{{GATED}}}", *AT_16],
     "photos-dsop": [*DSOP, *AT_16],
     "places365-gmsop-resnet18": [f"model.config={{{GATED}}}", *AT_16, "augment.sides=[20,20]"],
 }

@@ -30,6 +30,7 @@ def test_a_dry_run_resolves_the_recipe_and_measures_memory() -> None:
     recipe = short_recipe("ema={}", "accumulate=2")
     dry = dry_run(recipe)
     assert dry.recipe["model"]["config"] == recipe.model.full_config()
+    assert dry.rates == scheduled_rates(recipe)
     assert dry.recipe["ema"] == {"decay": 0.999, "warmup": True, "export": "average"}
     assert (dry.train_count, dry.held_out_count, dry.classes, dry.steps) == (359, 91, 10, 6)
     assert dry.shipped.parameters < dry.training.parameters
@@ -91,10 +92,7 @@ def test_the_suggestion_is_the_steepest_descent_before_the_minimum() -> None:
     for losses in ([], [1.0], [1.0, 2.0, 3.0]):
         with pytest.raises(TrainingError, match="does not decrease at any learning rate"):
             steepest_descent([1.0] * len(losses), losses)
-
-
-def test_the_noise_of_the_first_steps_is_ignored() -> None:
-    """With 60 photos, the mean of the first two batches fell faster than all later losses."""
+    # With 60 photos, the mean of the first two batches fell faster than all later losses.
     losses = [4.26, 4.20, 4.19, *[4.19 + 0.001 * (step % 3) for step in range(57)]]
     losses += [losses[-1] - 0.012 * step for step in range(20)] + [5.0 + step for step in range(10)]
     rates = [MIN_RATE * (MAX_RATE / MIN_RATE) ** (step / len(losses)) for step in range(len(losses))]

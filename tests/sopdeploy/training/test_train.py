@@ -61,7 +61,7 @@ def test_checkpoints_record_how_they_were_trained_and_reproduce_their_metrics(fi
     assert (metrics.top1, metrics.top5) == (result.best_top1, result.best_top5)
 
 
-def test_the_history_has_a_line_per_epoch_with_the_loss_of_every_head(finished) -> None:
+def test_the_history_has_every_loss_and_the_callback_receives_every_event(finished) -> None:
     out, result, _ = finished
     rows = list(csv.DictReader((out / "history.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
@@ -69,9 +69,6 @@ def test_the_history_has_a_line_per_epoch_with_the_loss_of_every_head(finished) 
     assert list(rows[0])[:7] == ["epoch", "lr", "train_loss", *heads]
     assert float(rows[-1]["top1"]) == result.last_top1
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
-
-
-def test_the_callback_receives_every_event(finished) -> None:
     events = finished[2].events
     epoch = ["step"] * 6 + ["evaluation"] * 2 + ["epoch"]
     assert [name for name, _ in events] == ["train_start", *epoch * 3]

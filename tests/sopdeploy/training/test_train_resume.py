@@ -3,7 +3,7 @@
 import errno
 import os
 import signal
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -87,8 +87,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path) -> None:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    # Shells make background processes ignore SIGINT.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
             train(short_recipe(), tmp_path / "run", callback=Impatient())
@@ -106,12 +105,8 @@ def test_a_finished_run_ignores_signals_and_is_resumed_to_the_same_result(tmp_pa
 
 
 def test_training_works_outside_the_main_thread(tmp_path) -> None:
-    results = []
-    recipe = short_recipe("epochs=1")
-    thread = threading.Thread(target=lambda: results.append(train(recipe, tmp_path / "run")))
-    thread.start()
-    thread.join()
-    assert results[0].epochs == 1
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(train, short_recipe("epochs=1"), tmp_path / "run").result().epochs == 1
 
 
 def test_a_checkpoint_of_the_first_version_can_be_resumed(tmp_path, uninterrupted) -> None:
@@ -154,11 +149,16 @@ class CheckpointWatcher(RecordingCallback):
         super().on_step_end(**progress)
 
 
-def test_checkpoints_every_few_steps_do_not_change_the_result(tmp_path, uninterrupted) -> None:
+def test_checkpoints_every_few_steps_or_on_sigusr1_do_not_change_the_result(tmp_path, uninterrupted) -> None:
     watcher = CheckpointWatcher(tmp_path / "run")
     train(short_recipe("save.every_steps=2"), tmp_path / "run", callback=watcher)
     expected = [(0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (2, 0), (2, 2), (2, 4)]
     assert list(dict.fromkeys(watcher.positions)) == expected
+    before, watcher = signal.getsignal(signal.SIGUSR1), CheckpointWatcher(tmp_path / "signal", "step", 0, 2)
+    train(short_recipe(), tmp_path / "signal", callback=watcher)
+    assert watcher.positions[0] == (0, 3)
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert same_run(tmp_path / "signal", uninterrupted)
     first, second = (read_checkpoint(out / "last.pt").weights for out in (tmp_path / "run", uninterrupted))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -170,15 +170,6 @@ def test_checkpoints_are_written_every_few_minutes(tmp_path, monkeypatch, interv
     watcher = CheckpointWatcher(tmp_path / "run")
     train(short_recipe("epochs=1", "save.every_minutes=3"), tmp_path / "run", callback=watcher)
     assert set(watcher.positions) == saved
-
-
-def test_sigusr1_saves_and_the_run_continues(tmp_path, uninterrupted) -> None:
-    before = signal.getsignal(signal.SIGUSR1)
-    watcher = CheckpointWatcher(tmp_path / "run", "step", 0, 2)
-    train(short_recipe(), tmp_path / "run", callback=watcher)
-    assert watcher.positions[0] == (0, 3)
-    assert same_run(tmp_path / "run", uninterrupted)
-    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 def test_a_truncated_last_checkpoint_falls_back_to_the_previous_one(tmp_path, uninterrupted) -> None:

@@ -151,10 +151,15 @@ def test_processes_that_resume_from_different_steps_are_refused(tmp_path) -> Non
         torchrun.check_same_step(run, tmp_path)
 
 
-def test_a_message_is_reported_once_and_not_after_the_store_is_gone() -> None:
+def test_errors_are_reported_once_and_lost_connections_are_distinguished() -> None:
     store, gone = dist.HashStore(), Mock(add=Mock(side_effect=dist.DistNetworkError("no reply")))
     assert [torchrun._is_reported(store, message) for message in ("a", "b", "a")] == [False, False, True]
     assert torchrun._is_reported(gone, "c")
+    closed = "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"
+    lost = [RuntimeError(closed), dist.DistBackendError("NCCL error: remote process exited")]
+    others = [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), torch.OutOfMemoryError("CUDA")]
+    assert all(map(torchrun._is_lost_connection, lost))
+    assert not any(map(torchrun._is_lost_connection, others))
 
 
 def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch) -> None:
@@ -164,14 +169,6 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch) -> None:
         torchrun._local_device()
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert torchrun._local_device() == 1
-
-
-def test_lost_connections_are_distinguished_from_other_errors() -> None:
-    closed = "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"
-    lost = [RuntimeError(closed), dist.DistBackendError("NCCL error: remote process exited")]
-    others = [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), torch.OutOfMemoryError("CUDA")]
-    assert all(map(torchrun._is_lost_connection, lost))
-    assert not any(map(torchrun._is_lost_connection, others))
 
 
 def test_restarts_are_counted_on_one_machine_only(monkeypatch) -> None:

@@ -77,15 +77,9 @@ def evaluate_fixed_network(group) -> dict[str, float]:
     random = np.random.default_rng(1)
     images = random.integers(0, 256, (COUNT, 8, 8, 3), dtype=np.uint8)
     dataset = ArrayImages(tuple("abcdefg"), images, random.integers(0, CLASSES, COUNT))
-    progress: list[int] = []
-    found = evaluate(
-        network,
-        PreprocessedDataset(dataset, PREPROCESS),
-        PREPROCESS,
-        batch_size=BATCH_SIZE,
-        processes=group,
-        on_batch=progress.append,
-    )
+    held_out, progress = PreprocessedDataset(dataset, PREPROCESS), []
+    options = {"batch_size": BATCH_SIZE, "processes": group, "on_batch": progress.append}
+    found = evaluate(network, held_out, PREPROCESS, **options)
     counts = {"top1": round(found.top1 * COUNT), "top5": round(found.top5 * COUNT), "count": found.count}
     return {**counts, "loss": found.loss * found.count, "reports": len(progress), "last": progress[-1]}
 
