@@ -122,9 +122,6 @@ def test_invalid_comparisons_are_refused_before_anything_runs(sources, seeds, me
     with pytest.raises(ConfigError, match=message):
         compare(sources, tmp_path / "out", seeds=seeds)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_damaged_plan_is_named(tmp_path) -> None:
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(ConfigError, match=r"plan\.json: cannot be used"):
         compare(PAIR, tmp_path, seeds=2, overrides=TINY)

@@ -26,11 +26,6 @@ from tests.pages import ALLOWED, Reader
 from tests.sopdeploy.training.runs import short_recipe
 
 HOSTILE = "<script>alert(1)</script>"
-GATED = [
-    *("epochs=1", "batch_size=120", "preprocess.resize=8", "preprocess.crop=8"),
-    *("model.name=gmsop-16-8-resnet18", "model.config.blocks_per_stage=1", "model.config.components=4"),
-    *("model.config.chosen=2", "model.config.component_widths=[8]", "model.config.gate_widths=[8]"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +71,10 @@ def test_the_page_shows_metrics_and_the_worst_mistakes_as_small_images(run: Path
 
 @pytest.mark.usefixtures("few_digits")
 def test_a_gated_run_shows_usage_and_imbalance(tmp_path: Path) -> None:
-    train(read_recipe("digits-plain", GATED), tmp_path / "run")
+    small = "{blocks_per_stage=1, components=4, chosen=2, component_widths=[8], gate_widths=[8]}"
+    gated = ["model.name=gmsop-16-8-resnet18", f"model.config={small}", "epochs=1", "batch_size=120"]
+    recipe = read_recipe("digits-plain", [*gated, "preprocess.resize=8", "preprocess.crop=8"])
+    train(recipe, tmp_path / "run")
     page = write_report(tmp_path / "run").read_text(encoding="utf-8")
     texts = {text for _, text in Reader(page).texts}
     assert "gate: fraction of images that select each component after the last epoch." in texts

@@ -104,7 +104,7 @@ def test_micro_batches_add_up_to_the_whole_batch() -> None:
     torch.testing.assert_close(split.curvatures[weights], whole.curvatures[weights])
 
 
-def test_the_first_step_on_a_quadratic_function_is_exact() -> None:
+def test_a_step_on_a_quadratic_function_is_exact_and_averages_over_kernels() -> None:
     start, curvature = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([1.0, 4.0, 0.5])
     weights = nn.Parameter(start.clone())
     optimizer = AdaHessian([weights], lr=0.1, eps=1e-4, weight_decay=0.5)
@@ -112,9 +112,7 @@ def test_the_first_step_on_a_quadratic_function_is_exact() -> None:
     optimizer.step()
     expected = start * (1 - 0.1 * 0.5) - 0.1 * curvature * start / (curvature + 1e-4)
     torch.testing.assert_close(weights.detach(), expected)
-
-
-def test_the_curvature_of_a_convolution_is_averaged_over_its_kernel() -> None:
+    # The curvature of a convolution is averaged over its kernel.
     torch.manual_seed(0)
     kernel = nn.Parameter(torch.randn(2, 3, 3, 3))
     optimizer = AdaHessian([kernel], lr=0.1)

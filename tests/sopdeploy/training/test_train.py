@@ -2,10 +2,9 @@
 
 import csv
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -158,52 +157,26 @@ def test_the_divergence_from_the_teacher_is_part_of_the_loss(plain, tmp_path) ->
     assert first["loss"] == pytest.approx(0.5 * (first["main"] + first["teacher"]), rel=1e-5)
 
 
-class FakeWriter:
-    """Replaces TensorBoard's writer and a run of Weights & Biases."""
-
-    def __init__(self, created: list["FakeWriter"], *arguments: Any, **options: Any) -> None:
-        self.arguments, self.options = arguments, options
-        self.scalars: dict[tuple[str, int], float] = {}
-        created.append(self)
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        self.scalars[name, step] = value
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        self.scalars |= {(name, step): value for name, value in metrics.items()}
-
-    def flush(self) -> None:
-        """Do nothing."""
-
-
-@pytest.fixture
-def writers(monkeypatch: pytest.MonkeyPatch) -> list[FakeWriter]:
-    """Install fake loggers and return the list of created writers."""
-    created: list[FakeWriter] = []
-    create = partial(FakeWriter, created)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=create))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=create))
-    return created
-
-
-def test_both_loggers_receive_every_epoch(writers, tmp_path) -> None:
+def test_both_loggers_receive_every_epoch(monkeypatch, tmp_path) -> None:
+    board, wandb = Mock(), Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=board))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=wandb))
     out, callback = tmp_path / "run", RecordingCallback()
     callbacks = CallbackList([*create_loggers(["tensorboard", "wandb"], out), callback])
     result = train(short_recipe("epochs=2"), out, callback=callbacks)
-    board, wandb = writers
-    assert board.arguments == (str(out / "tensorboard"),)
-    assert board.options == {"purge_step": 1}
-    assert (wandb.options["name"], wandb.options["resume"]) == ("run", "allow")
-    assert board.scalars == wandb.scalars
-    assert {step for _, step in board.scalars} == {1, 2}
+    board.assert_called_once_with(str(out / "tensorboard"), purge_step=1)
+    assert (wandb.call_args.kwargs["name"], wandb.call_args.kwargs["resume"]) == ("run", "allow")
+    added = [call.args for call in board.return_value.add_scalar.call_args_list]
+    assert {step for _, _, step in added} == {1, 2}
     expected = {"train/main", "held_out/top1", "heads/layer1_0_top1"}
-    expected |= {"course/waiting", "course/lr", "course/gradient"}
-    assert expected <= {name for name, _ in board.scalars}
-    assert board.scalars["held_out/top1", 2] == result.last_top1
+    assert expected | {"course/waiting", "course/lr", "course/gradient"} <= {name for name, _, _ in added}
+    assert ("held_out/top1", result.last_top1, 2) in added
+    logged = [(call.args[0], call.kwargs["step"]) for call in wandb.return_value.log.call_args_list]
+    assert added == [(name, value, step) for metrics, step in logged for name, value in metrics.items()]
     assert [name for name, _ in callback.events].count("epoch") == 2
     (again,) = create_loggers(["tensorboard"], tmp_path)
     again.on_train_start(epochs=9, first_epoch=4, train_count=1, held_out_count=1)
-    assert writers[-1].options == {"purge_step": 5}  # a resumed run purges the epochs that run again
+    assert board.call_args.kwargs == {"purge_step": 5}  # a resumed run purges the epochs that run again
 
 
 def test_a_missing_or_unknown_logger_is_named(monkeypatch, tmp_path) -> None:
