@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.decision import Decision
 from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.files import atomic_write
 from sopdeploy.images.preprocess import Preprocess
@@ -42,6 +43,7 @@ class Header(StrictModel):
     labels: tuple[str, ...] = pydantic.Field(min_length=1)
     preprocess: Preprocess
     training: dict[str, Any]
+    decision: Decision | None = None
 
     @pydantic.field_validator("labels")
     @classmethod
@@ -63,6 +65,7 @@ class Checkpoint:
         preprocess: image preprocessing.
         training: recipe, epoch, best metrics, seed and versions.
         resume: optimizer, scheduler and random states; `None` if training cannot be resumed from the file.
+        decision: how logits become a decision; `None` is softmax without calibration or rejection.
     """
 
     model: str
@@ -72,6 +75,7 @@ class Checkpoint:
     preprocess: Preprocess
     training: dict[str, Any]
     resume: dict[str, Any] | None = None
+    decision: Decision | None = None
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -87,6 +91,8 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     }
     if checkpoint.resume is not None:
         content["resume"] = checkpoint.resume
+    if checkpoint.decision is not None:
+        content["decision"] = checkpoint.decision.model_dump(mode="json")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as partial, partial.open("wb") as file:
@@ -129,6 +135,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         preprocess=header.preprocess,
         training=header.training,
         resume=resume,
+        decision=header.decision,
     )
 
 

@@ -278,6 +278,7 @@ def _manifest_fields(job: _Job, folder: Path, converted: ConvertedGraph, checks:
             for name, values in checks.expected.outputs.items()
         ),
         "preprocess": checkpoint.preprocess,
+        "decision": checkpoint.decision,
         "batch": job.options.batch,
         "detached": certificate.detached,
         "lineage": Lineage(

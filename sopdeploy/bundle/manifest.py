@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.decision import Decision
 from sopdeploy.images.preprocess import Preprocess
 
 ID_LENGTH = 12
@@ -54,7 +55,10 @@ class Lineage(StrictModel):
 
 
 class Manifest(StrictModel):
-    """Content of `manifest.json`; `int8_for` (the runtime of int8 graphs) is written only with int8."""
+    """Content of `manifest.json`.
+
+    Written only if set: `int8_for`, the runtime of int8 graphs, and `decision`, how logits become a decision.
+    """
 
     format: Literal["sopdeploy-bundle"] = "sopdeploy-bundle"
     version: Literal[1] = 1
@@ -65,6 +69,7 @@ class Manifest(StrictModel):
     preprocess: Preprocess
     precision: Precision = "fp32"
     int8_for: Int8For | None = None
+    decision: Decision | None = None
     batch: BatchRange
     opset: int
     detached: tuple[str, ...]
@@ -73,9 +78,13 @@ class Manifest(StrictModel):
     files: dict[str, FileRecord]
 
     @pydantic.model_serializer(mode="wrap")
-    def _omit_empty_int8_for(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = dump(self)
-        return fields if self.int8_for else {key: fields[key] for key in fields if key != "int8_for"}
+        return {
+            key: value
+            for key, value in fields.items()
+            if value is not None or key not in ("int8_for", "decision")
+        }
 
     @property
     def id(self) -> str:

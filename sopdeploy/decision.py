@@ -1,0 +1,85 @@
+"""How logits become a decision: activation, calibration, rejection of unknown images.
+
+Stored in the checkpoint and in the bundle. The export divides the last layer by the temperature, so logits of
+a bundle are calibrated already, and thresholds refer to them. Does not import torch.
+"""
+
+from typing import Annotated, Literal
+
+import numpy as np
+import pydantic
+from numpy.typing import NDArray
+
+from sopdeploy.config import Count, Fraction, Positive, StrictModel
+
+Activation = Literal["softmax", "sigmoid"]
+Score = Literal["max_probability", "energy"]
+Estimate = Literal["held-out", "cross-validation"]
+
+
+class Calibration(StrictModel):
+    """A temperature that was fitted to the predictions of images not used for training.
+
+    Attributes:
+        temperature: Divisor of the network's logits (Guo et al., ICML 2017, section 4.2).
+        error_before: Expected calibration error without it, over 15 bins (section 3).
+        error_after: Expected calibration error with it.
+        images: Number of predictions.
+        estimated_on: Their origin.
+    """
+
+    temperature: Positive
+    error_before: Fraction
+    error_after: Fraction
+    images: Count
+    estimated_on: Estimate
+
+
+class Rejection(StrictModel):
+    """An image counts as known if its score is at least `threshold`.
+
+    Attributes:
+        score: `max_probability` is the largest softmax probability, `energy` the log-sum-exp of the logits.
+        threshold: Smallest score of a known image.
+        accepts: Fraction of known images that the threshold was chosen to accept.
+        auroc: Area under the ROC curve of known images against those of a class left out, averaged over
+            classes.
+    """
+
+    score: Score
+    threshold: float
+    accepts: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.95
+    auroc: Fraction | None = None
+
+
+class Decision(StrictModel):
+    """What turns logits into classes.
+
+    Attributes:
+        activation: "softmax" for one class per image, "sigmoid" for any number of classes.
+        calibration: How the temperature was fitted; `None` if it was not.
+        rejection: How images of unknown classes are recognized; `None` accepts every image.
+        thresholds: Smallest probability at which a class is present, one per class; only with "sigmoid".
+    """
+
+    activation: Activation = "softmax"
+    calibration: Calibration | None = None
+    rejection: Rejection | None = None
+    thresholds: tuple[Fraction, ...] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check_activation(self) -> "Decision":
+        if (self.thresholds is not None) != (self.activation == "sigmoid"):
+            raise ValueError("thresholds: needed with activation sigmoid, and only then")
+        if self.rejection is not None and self.activation == "sigmoid":
+            raise ValueError("rejection: not supported with activation sigmoid")
+        return self
+
+
+def known_score(logits: NDArray[np.floating], score: Score) -> NDArray[np.float64]:
+    """Compute the score (...) float64 of *logits* (..., C) that `Rejection.threshold` is compared with."""
+    values = logits.astype(np.float64)
+    largest = values.max(axis=-1, keepdims=True)
+    log_sum = np.log(np.exp(values - largest).sum(axis=-1, keepdims=True))
+    energy = largest + log_sum
+    return np.exp(largest - energy)[..., 0] if score == "max_probability" else energy[..., 0]
