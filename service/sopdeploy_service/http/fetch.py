@@ -8,6 +8,7 @@ effect. Redirects are not followed; bytes and time are limited.
 import asyncio
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from ipaddress import IPv6Address, ip_address, ip_network
 from socket import SOCK_STREAM
@@ -26,7 +27,8 @@ PORTS = {"https": 443, "http": 80}
 PUBLIC_V6 = ip_network("2000::/3")  # excludes NAT64 and other prefixes that map IPv4 networks
 HEADERS = {"User-Agent": "sopdeploy", "Accept": "image/*", "Accept-Encoding": "identity"}
 
-NOT_ALLOWED, UNREACHABLE = ("url_not_allowed", 403), ("url_unreachable", 422)
+NOT_ALLOWED = Rejection("url_not_allowed", 403, "url")
+UNREACHABLE = Rejection("url_unreachable", 422, "url")
 OFF = Rejection("url_input_off", 403, "this server does not fetch URLs; send the image itself")
 TIMEOUT = Rejection("url_timeout", 504, "fetching the image from the URL took too long")
 
@@ -130,5 +132,5 @@ async def download(
     return bytes(body)
 
 
-def _rejected(kind: tuple[str, int], reason: str) -> RejectedError:
-    return RejectedError(Rejection(*kind, f"url: {reason}"))
+def _rejected(kind: Rejection, reason: str) -> RejectedError:
+    return RejectedError(replace(kind, message=f"url: {reason}"))
