@@ -31,19 +31,18 @@ def _one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     torch.set_num_threads(threads)
 
 
-class RunsCommand:
+class Calls:
+    """Pickled as a call of *function*."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: str) -> None:
+        self.call = function, arguments
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {MARKER}",)
+        return self.call
 
 
-class RunsPython:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return eval, (f"open({MARKER!r}, 'w').close()",)
-
-
-class GetsAttribute:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, ("text", "upper")
+RUNS_COMMAND = Calls(os.system, f"touch {MARKER}")
+RUNS_PYTHON = Calls(eval, f"open({MARKER!r}, 'w').close()")
 
 
 def checkpoint() -> Checkpoint:
@@ -82,7 +81,7 @@ def with_training(value: Any, **options: Any) -> Write:
 
 def python_in_weights(path: Path) -> None:
     fields = content()
-    fields["weights"]["fc.bias"] = RunsPython()
+    fields["weights"]["fc.bias"] = RUNS_PYTHON
     torch.save(fields, path)
 
 
@@ -137,14 +136,14 @@ def zip_bomb(path: Path) -> None:
 ANOTHER_PROJECT = {"epoch": 90, "state_dict": {"fc.bias": torch.ones(4)}, "best_acc1": torch.tensor(70.0)}
 UNSAFE, UNREADABLE, OTHER = "could run code", "damaged|could run code", "not a sopdeploy checkpoint"
 ATTACKS: dict[str, tuple[Write, str]] = {
-    "a pickle that runs a command": (pickled(RunsCommand()), "could run code|not a checkpoint"),
-    "a command in a checkpoint": (with_training(RunsCommand()), UNSAFE),
+    "a pickle that runs a command": (pickled(RUNS_COMMAND), "could run code|not a checkpoint"),
+    "a command in a checkpoint": (with_training(RUNS_COMMAND), UNSAFE),
     "Python code in the weights": (python_in_weights, UNSAFE),
     "a command in the legacy format": (
-        with_training(RunsCommand(), _use_new_zipfile_serialization=False),
+        with_training(RUNS_COMMAND, _use_new_zipfile_serialization=False),
         UNSAFE,
     ),
-    "a getattr call": (with_training(GetsAttribute()), UNSAFE),
+    "a getattr call": (with_training(Calls(getattr, "text", "upper")), UNSAFE),
     "a module": (module, UNSAFE),
     "a path object": (with_training(Path("/etc")), UNSAFE),
     "a pickle of plain values": (pickled({"a": [1, 2, 3]}), "could run code|not a.* checkpoint"),
@@ -196,6 +195,6 @@ def test_malicious_checkpoints_are_rejected_and_run_no_code(attack: str) -> None
 
 
 def test_the_attack_files_run_code_if_loaded_unsafely() -> None:
-    pickled(RunsCommand())(Path("ckpt.pt"))
+    pickled(RUNS_COMMAND)(Path("ckpt.pt"))
     pickle.loads(Path("ckpt.pt").read_bytes())  # noqa: S301
     assert Path(MARKER).exists()

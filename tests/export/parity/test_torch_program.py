@@ -14,14 +14,13 @@ from torch.export import ExportedProgram
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.errors import CertificateError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.parity.torch_program import FILE, check_program, serialize_program
 from sopdeploy_export.pipeline import Exported, ExportOptions, detach, export
 from sopdeploy_export.proof.certificate import Proof
-from tests.export.conftest import trained
+from tests.export.conftest import save, trained
 from tests.export.once import certify, proving_once
 
 BATCH = BatchRange(optimum=2, maximum=4)
@@ -30,17 +29,7 @@ WITH_FILE = ExportOptions(detach=True, batch=BATCH, pt2=True)
 
 @pytest.fixture(scope="module")
 def checkpoint(preprocess: Preprocess, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    network, path = trained(), tmp_path_factory.mktemp("pt2") / "ckpt.pt"
-    checkpoint = Checkpoint(
-        model="dsop-resnet8",
-        config=network.config.model_dump(mode="json"),
-        weights=network.state_dict(),
-        labels=tuple("abcdefghij"),
-        preprocess=preprocess,
-        training={},
-    )
-    write_checkpoint(path, checkpoint)
-    return path
+    return save(trained(), "dsop-resnet8", tmp_path_factory.mktemp("pt2") / "ckpt.pt", preprocess)
 
 
 @pytest.fixture(scope="module")

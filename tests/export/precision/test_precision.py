@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -35,9 +36,8 @@ from tests.sweep import steps
 
 Make = Callable[..., Classifier]
 SMALL = BatchRange(optimum=2, maximum=4)
-ALONE = BatchRange(
-    optimum=1, maximum=1
-)  # types do not depend on the batch, and a fixed one is captured faster
+# Types do not depend on the batch, and a fixed one is captured faster.
+ALONE = BatchRange(optimum=1, maximum=1)
 MIXTURE = {
     "components": 4,
     "chosen": 2,
@@ -74,19 +74,51 @@ def cast_graph(
     return model, {part.part: set(part.operations) for part in part_precisions(model, graph)}
 
 
-def test_fp16_keeps_only_the_root_in_float32(make: Make, preprocess: Preprocess) -> None:
-    model, types = cast_graph(make("isqrt-resnet8"), preprocess, "fp16")
-    assert types["pooling.root"] == {"float32"}
-    assert types["layer1.0.conv1"] == types["fc"] == {"float16"}
+HALF, BF16, FLOAT = "float16", "bfloat16", "float32"
+GSOP = {"cov_width": 32, "block_stages": ("layer4",)}
+CASTS: dict[str, tuple[str, dict[str, Any], Precision, dict[str, set[str]]]] = {
+    "fp16 keeps only the root": (
+        "isqrt-resnet8",
+        {},
+        "fp16",
+        {"pooling.root": {FLOAT}, "layer1.0.conv1": {HALF}, "fc": {HALF}},
+    ),
+    "bf16-backbone also keeps the classifier": (
+        "isqrt-resnet8",
+        {},
+        "bf16-backbone",
+        {"layer3.0.conv2": {BF16}, "fc": {FLOAT}, "pooling.root": {FLOAT}},
+    ),
+    "a mixture keeps gate, roots and sums": (
+        "gmsop-16-8-resnet18",
+        MIXTURE,
+        "fp16",
+        {"mixture": {HALF, FLOAT}, "gate": {FLOAT}, "gate.feature.2": {FLOAT}, "layer4.0.conv1": {HALF}},
+    ),
+    "attention keeps its excitation": (
+        "gsop-net1-resnet26",
+        GSOP,
+        "fp16",
+        {"layer2.0.conv1": {HALF}, "layer4.0.conv1": {HALF}},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASTS)
+def test_second_order_parts_keep_float32(make: Make, preprocess: Preprocess, case: str) -> None:
+    name, config, precision, expected = CASTS[case]
+    model, types = cast_graph(make(name, **config), preprocess, precision)
+    assert {part: types[part] for part in expected} == expected
     assert {value.type.tensor_type.elem_type for value in model.graph.output} == {onnx.TensorProto.FLOAT}
-    folded = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    assert folded["conv1.weight"] == folded["conv1.bias"] == onnx.TensorProto.FLOAT16
-
-
-def test_bf16_backbone_keeps_the_classifier_in_float32(make: Make, preprocess: Preprocess) -> None:
-    _, types = cast_graph(make("isqrt-resnet8"), preprocess, "bf16-backbone")
-    assert types["layer3.0.conv2"] == {"bfloat16"}
-    assert types["fc"] == types["pooling.root"] == {"float32"}
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    low = onnx.TensorProto.BFLOAT16 if precision == "bf16-backbone" else onnx.TensorProto.FLOAT16
+    cast = {"conv1.weight", "conv1.bias", "mixture.banks.0", "head.weight"} & kinds.keys()
+    assert cast
+    assert {kinds[weight] for weight in cast} == {low}
+    excitations = [part for part in types if part.endswith("excitation")]
+    assert bool(excitations) == (config is GSOP)
+    assert all(types[part] == {FLOAT} for part in excitations)
+    assert all(kinds[f"{part}.weight"] == onnx.TensorProto.FLOAT for part in excitations)
 
 
 def test_newton_schulz_in_fp16_stores_float16_and_multiplies_in_float32(
@@ -102,35 +134,9 @@ def test_newton_schulz_in_fp16_stores_float16_and_multiplies_in_float32(
     assert len(products) == 1 + 3 * 5 - 3
 
 
-def test_mixture_keeps_gate_roots_and_sums_in_float32_but_not_its_weights(
-    make: Make, preprocess: Preprocess
-) -> None:
-    model, types = cast_graph(make("gmsop-16-8-resnet18", **MIXTURE), preprocess, "fp16")
-    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    assert kinds["mixture.banks.0"] == kinds["head.weight"] == onnx.TensorProto.FLOAT16
-    assert types["mixture"] == {"float16", "float32"}
-    assert types["gate"] == types["gate.feature.2"] == {"float32"}
-    assert types["layer4.0.conv1"] == {"float16"}
-
-
-def test_attention_keeps_its_excitation_in_float32_but_not_the_maps(
-    make: Make, preprocess: Preprocess
-) -> None:
-    config = {"cov_width": 32, "block_stages": ("layer4",)}
-    model, types = cast_graph(make("gsop-net1-resnet26", **config), preprocess, "fp16")
-    excitations = [part for part in types if part.endswith("excitation")]
-    assert excitations
-    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    for part in excitations:
-        assert types[part] == {"float32"}
-        assert kinds[f"{part}.weight"] == onnx.TensorProto.FLOAT
-    assert types["layer2.0.conv1"] == types["layer4.0.conv1"] == {"float16"}
-
-
 def test_reference_formulas_are_cast(make: Make, preprocess: Preprocess) -> None:
     _, types = cast_graph(make("isqrt-resnet8"), preprocess, "fp16", rules=False)
-    assert types["pooling.root"] == {"float32"}
-    assert types["fc"] == {"float16"}
+    assert (types["pooling.root"], types["fc"]) == ({FLOAT}, {HALF})
 
 
 def test_batch_norm_folded_twice_is_rejected_before_the_noise_floor_hides_it(
@@ -175,25 +181,19 @@ def test_missing_casts_stop_the_export(preprocess: Preprocess, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("configure", "message"),
+    ("options", "rules", "message"),
     [
         (
-            lambda: convert.lowering_options(
-                PrecisionOptions(precision="fp16", newton_schulz="fp16"), rules=False, autotune=False
-            ),
+            {"precision": "fp16", "newton_schulz": "fp16"},
+            False,
             "--newton-schulz fp16: --no-lowering exports the papers' loop in float32",
         ),
-        (
-            lambda: convert.lowering_options(
-                PrecisionOptions(precision="bf16-backbone"), rules=True, autotune=True
-            ),
-            "--autotune: onnxruntime has no bfloat16 kernels",
-        ),
+        ({"precision": "bf16-backbone"}, True, "--autotune: onnxruntime has no bfloat16 kernels"),
     ],
 )
-def test_incompatible_options_are_rejected(configure: Callable[[], object], message: str) -> None:
+def test_incompatible_options_are_rejected(options: dict[str, Any], rules: bool, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        configure()
+        convert.lowering_options(PrecisionOptions(**options), rules=rules, autotune=rules)
 
 
 def exported(
