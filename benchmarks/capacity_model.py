@@ -1,11 +1,11 @@
-"""How long an image takes in a replica that gets so many a second: queueing arithmetic, nothing measured.
+"""Queueing model of the latency of an image in a replica at a given rate; uses no measurements.
 
-A replica is one process with one engine. An image passes its event loop (M/D/1), its decoders (M/D/c) and
-its batcher. The batcher is work-conserving: a free engine takes what waits, at most the largest batch, and a
-batch of n takes `fixed + each * n`. With Poisson arrivals the images that wait when a batch ends are a Markov
-chain, because all that follows depends on their number alone; batch sizes and times in the batcher follow
-from it without an approximation but the grid of time. The stages are taken as independent, with Poisson
-arrivals each.
+A replica is one process with one runtime. An image passes the event loop (M/D/1), the decoders (M/D/c) and
+the batcher. The batcher is work-conserving: an idle runtime takes the waiting images, at most the largest
+batch, and a batch of n takes `fixed + each * n`. With Poisson arrivals the number of waiting images at the
+end of each batch is a Markov chain. Batch sizes and times in the batcher follow from it; the only
+approximation is the discrete time grid. The stages are assumed to be independent, each with Poisson
+arrivals.
 """
 
 import math
@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-GRID = 128  # steps of time in the largest batch
-BEYOND = 300  # images waiting beyond a batch that are told apart; at 0.98 of capacity hardly ever more
+GRID = 128  # time steps in the largest batch
+BEYOND = 300  # states for images beyond a batch; more are very rare at 0.98 of the capacity
 NEGLIGIBLE = 1e-12
-FULLEST = 0.98  # of capacity; nearer to it a queue has no length worth a forecast
+MAX_LOAD = 0.98  # fraction of the capacity; above it the queue length is not predictable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class System:
-    """One replica: milliseconds of a batch (fixed, and of each image), of decoding and of the event loop."""
+    """One replica: milliseconds per batch (fixed and per image), of decoding and of the event loop."""
 
     fixed_ms: float
     each_ms: float
@@ -34,12 +34,12 @@ class System:
     decoders: int
 
     def batch_ms(self, images: int) -> float:
-        """Return the milliseconds of a batch of so many *images*."""
+        """Compute the milliseconds of a batch of *images* images."""
         return self.fixed_ms + self.each_ms * images
 
     @property
     def limits(self) -> dict[str, float]:
-        """Return what each stage can do at most, in images per second, by its name."""
+        """Maximum images per second of each stage, by name."""
         return {
             "engine": 1000 * self.largest / self.batch_ms(self.largest),
             "decoders": 1000 * self.decoders / self.decode_ms if self.decode_ms else math.inf,
@@ -48,13 +48,13 @@ class System:
 
     @property
     def capacity(self) -> float:
-        """Return the images per second of the slowest stage."""
+        """Images per second of the slowest stage."""
         return min(self.limits.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
-    """A replica at a rate: ms from arrival to answer, images of a mean batch, share of time at work."""
+    """A replica at a rate: ms from arrival to response, mean batch size, utilization of the runtime."""
 
     mean_ms: float
     p50_ms: float
@@ -64,9 +64,9 @@ class Forecast:
 
 
 def forecast(system: System, rate: float) -> Forecast:
-    """Return what *system* does at *rate* images per second; raises `ValueError` at its capacity or above."""
+    """Predict *system* at *rate* images per second; raises `ValueError` at or above its capacity."""
     if not 0 < rate < system.capacity:
-        raise ValueError(f"{rate:.1f} images/s: a replica can do {system.capacity:.1f}")
+        raise ValueError(f"{rate:.1f} images/s: the capacity of a replica is {system.capacity:.1f}")
     step = system.batch_ms(system.largest) / GRID
     waiting = chain(system, rate / 1000)
     total = in_batcher(system, rate / 1000, waiting, step)
@@ -85,10 +85,10 @@ def forecast(system: System, rate: float) -> Forecast:
 
 
 def chain(system: System, rate: float) -> Floats:
-    """Return the probabilities of 0, 1, ... images waiting when a batch ends, at *rate* images per ms.
+    """Compute the probabilities of 0, 1, ... waiting images at the end of a batch, for *rate* images per ms.
 
-    From l images a batch of min(l, largest) begins, from none one of the next image alone; what arrives
-    meanwhile is Poisson. More than `BEYOND` over a batch count as so many.
+    With l waiting images, the next batch has min(l, largest) images; with none, it consists of the next
+    image. Arrivals during a batch are Poisson. States beyond `BEYOND` are combined.
     """
     states = system.largest + BEYOND
     moves = np.zeros((states, states))
@@ -105,7 +105,7 @@ def chain(system: System, rate: float) -> Floats:
 
 
 def batch_sizes(waiting: Floats, largest: int) -> Floats:
-    """Return the probabilities of batches of 0, 1, ... *largest* images from those of *waiting* ones."""
+    """Compute the probabilities of batch sizes 0, 1, ... *largest* from those of *waiting* images."""
     sizes = np.zeros(largest + 1)
     sizes[1:largest] = waiting[1:largest]
     sizes[1] += waiting[0]
@@ -114,11 +114,11 @@ def batch_sizes(waiting: Floats, largest: int) -> Floats:
 
 
 def in_batcher(system: System, rate: float, waiting: Floats, step: float) -> Floats:
-    """Return the probabilities of 0, 1, ... *step*s from an image's arrival in the line to its batch's end.
+    """Compute the probabilities of 0, 1, ... *step*s from an image's arrival in the queue to its batch's end.
 
-    An image finds an idle engine, or a batch that has r to go and k images in line before its own. Then it
-    waits for r and for k // largest full batches; its own batch holds the rest of k, itself, and what arrives
-    until it begins.
+    The runtime is idle, or its batch has a remaining time r and k images are queued before this one. Then
+    the image waits for r and for k // largest full batches; its own batch contains the remaining ones of the
+    k, the image, and arrivals until the batch starts.
     """
     ahead = found_ahead(system, rate, waiting, step)
     slots, states = ahead.shape
@@ -140,7 +140,7 @@ def in_batcher(system: System, rate: float, waiting: Floats, step: float) -> Flo
 
 
 def found_ahead(system: System, rate: float, waiting: Floats, step: float) -> Floats:
-    """Return how often an arriving image finds (r in steps of time to go, k images before it), per batch."""
+    """Count, per batch, how often an arriving image finds remaining time r (in steps) and k queued images."""
     states, largest = len(waiting), system.largest
     sizes = batch_sizes(waiting, largest)
     found = np.zeros((GRID, states))
@@ -160,10 +160,10 @@ def found_ahead(system: System, rate: float, waiting: Floats, step: float) -> Fl
 
 
 def delay(rate: float, servers: int, service: float, step: float) -> Floats:
-    """Return the probabilities of waiting 0, 1, ... *step*s for one of *servers* that take *service* ms each.
+    """Compute the probabilities of waiting 0, 1, ... *step*s for one of *servers*, each with *service* ms.
 
-    M/D/c: one has to wait with Erlang's probability C, and then longer than t with
-    exp(-2 (1 - load) c t / service), twice as fast as with random service times (Tijms, A First Course in
+    M/D/c: an arrival waits with Erlang's probability C, and then longer than t with probability
+    exp(-2 (1 - load) c t / service), half as long as with random service times (Tijms, A First Course in
     Stochastic Models, 9.6). For one server the mean, load * service / (2 (1 - load)), is exact.
     """
     if service == 0:
@@ -184,7 +184,7 @@ def delay(rate: float, servers: int, service: float, step: float) -> Floats:
 
 
 def erlang(load: float, servers: int) -> float:
-    """Return the probability that all of *servers* are at work (Erlang C), each for a share *load*."""
+    """Compute the probability that all *servers* are busy (Erlang C) if each has the utilization *load*."""
     blocked = 1.0
     for busy in range(1, servers + 1):
         blocked = load * servers * blocked / (busy + load * servers * blocked)
@@ -192,7 +192,7 @@ def erlang(load: float, servers: int) -> float:
 
 
 def poisson(means: Floats, count: int) -> Floats:
-    """Return the probabilities of 0, 1, ... *count* - 1 events for each of *means*: (len(means), count)."""
+    """Compute the probabilities of 0, 1, ... *count* - 1 events for each of *means*, (len(means), count)."""
     events = np.arange(count)
     logs = np.array([math.lgamma(event + 1) for event in events])
     found: Floats = np.exp(np.outer(np.log(np.maximum(means, 1e-300)), events) - means[:, None] - logs)
@@ -200,7 +200,7 @@ def poisson(means: Floats, count: int) -> Floats:
 
 
 def quantile(probabilities: Floats, share: float) -> float:
-    """Return where the sum of *probabilities* reaches *share*, in steps, in proportion between two."""
+    """Compute the quantile *share* of *probabilities* in steps, with linear interpolation."""
     sums = np.cumsum(probabilities)
     place = int(np.searchsorted(sums, share))
     below = float(sums[place - 1]) if place else 0.0

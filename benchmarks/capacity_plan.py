@@ -1,16 +1,16 @@
-"""From a rate of images and a p99 to replicas, cores, bandwidth and what an autoscaler should be told."""
+"""Compute replicas, cores, bandwidth and autoscaler values from a rate of images and a p99."""
 
 import math
 from dataclasses import dataclass
 
-from capacity_model import FULLEST, Forecast, System, forecast
+from capacity_model import MAX_LOAD, Forecast, System, forecast
 
 HALVINGS = 12  # of the interval in which the highest rate lies: to 1 in 4,000 of capacity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wanted:
-    """What is asked of the replicas: *p99_ms* also with one lost, and a share *headroom* left free."""
+    """Requirements: *p99_ms*, also with one replica lost, and the fraction *headroom* of unused capacity."""
 
     p99_ms: float
     headroom: float
@@ -20,7 +20,7 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """A plan for *rate* images per second: *now* with all replicas, *lost* with one of them gone."""
+    """A plan for *rate* images per second: *now* with all replicas, *lost* with one of them lost."""
 
     rate: float
     replicas: int
@@ -31,17 +31,17 @@ class Row:
 
     @property
     def each(self) -> float:
-        """Return the images per second of one replica."""
+        """Images per second of one replica."""
         return self.rate / self.replicas
 
     @property
     def held(self) -> float:
-        """Return the images that a replica holds on average (Little): the metric `sopdeploy_queue_depth`."""
+        """Mean number of images in a replica (Little's law): the metric `sopdeploy_queue_depth`."""
         return self.each * self.now.mean_ms / 1000
 
 
 def provisioned(*, engine: tuple[float, float], largest: int, decode_ms: float, loop_ms: float) -> System:
-    """Return a replica with as many decoders as the slower of its engine and its event loop can use."""
+    """Create a replica with enough decoders for the slower of runtime and event loop."""
     fixed_ms, each_ms = engine
     bare = System(
         fixed_ms=fixed_ms, each_ms=each_ms, largest=largest, decode_ms=0.0, loop_ms=loop_ms, decoders=1
@@ -57,14 +57,14 @@ def provisioned(*, engine: tuple[float, float], largest: int, decode_ms: float, 
 
 
 def cores_each(system: System, wanted: Wanted) -> float:
-    """Return the cores that one replica at its capacity keeps at work, to the next tenth."""
+    """Compute the busy cores of one replica at its capacity, rounded up to a tenth."""
     at_work = system.capacity * (system.decode_ms + system.loop_ms) / 1000
     return math.ceil(10 * (wanted.engine_cores + at_work) - 1e-9) / 10
 
 
 def highest_rate(system: System, p99_ms: float) -> float:
-    """Return the images per second at which one replica just keeps *p99_ms*; `ValueError` where none does."""
-    low, high = 0.0, FULLEST * system.capacity
+    """Compute the highest rate of one replica within *p99_ms*; raises `ValueError` if there is none."""
+    low, high = 0.0, MAX_LOAD * system.capacity
     if forecast(system, high).p99_ms <= p99_ms:
         return high
     for _ in range(HALVINGS):
@@ -79,16 +79,16 @@ def highest_rate(system: System, p99_ms: float) -> float:
 
 
 def plan(system: System, wanted: Wanted, rates: list[float]) -> list[Row]:
-    """Return a row for each of *rates*, with the fewest replicas that keep headroom, and p99 with one lost.
+    """Compute, for each of *rates*, the minimum replicas for the headroom and for the p99 with one lost.
 
-    Raises `ValueError` where no number of replicas keeps the p99.
+    Raises `ValueError` if no number of replicas meets the p99.
     """
     most = highest_rate(system, wanted.p99_ms)
     return [row(system, wanted, rate, most) for rate in rates]
 
 
 def row(system: System, wanted: Wanted, rate: float, most: float) -> Row:
-    """Return the plan for *rate*, where one replica keeps the p99 up to *most* images per second."""
+    """Compute the plan for *rate*, if one replica meets the p99 up to *most* images per second."""
     kept_free = math.ceil(rate / (system.capacity * (1 - wanted.headroom)))
     replicas = max(kept_free, math.ceil(rate / most) + 1)
     return Row(

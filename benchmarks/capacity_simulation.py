@@ -1,8 +1,9 @@
-"""Replicas behind a balancer, event by event: what `capacity_model` says in formulas, played with images.
+"""Discrete-event simulation of replicas behind a load balancer, to verify `capacity_model`.
 
-An image is admitted or refused (a bounded number is held), passes the event loop and the decoders, both first
-come first served, and waits for the engine, which takes what is there as soon as it is free. Times of work
-are constant, arrivals a Poisson stream or clients that ask again when they were answered. Times are ms.
+An image is admitted, or rejected if the replica is full. It passes the event loop and the decoders, both
+first come first served, and waits for the runtime, which takes the waiting images when it is idle. Service
+times are constant. Arrivals are a Poisson stream, or clients that send the next image after each response.
+Times are ms.
 """
 
 import heapq
@@ -22,7 +23,7 @@ AGAIN_MS = 1000.0  # after which a refused client asks again; the server's Retry
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A batch of *images* on *replica*: its time, since when the oldest waited, and how many still do."""
+    """A batch of *images* on *replica*: its times, the arrival of its oldest image, and the images left."""
 
     replica: int
     start: float
@@ -34,7 +35,7 @@ class Batch:
 
 @dataclass(slots=True)
 class Outcome:
-    """What happened to every image that was sent: *answered* has (arrival, answer) of each."""
+    """The results of all images; *answered* contains the times (arrival, response)."""
 
     sent: int = 0
     refused: int = 0
@@ -43,7 +44,7 @@ class Outcome:
     batches: list[Batch] = field(default_factory=list)
 
     def measured(self, since: float, until: float = float("inf")) -> "Figures":
-        """Return the figures of images that arrived between *since* and *until*."""
+        """Compute the statistics of images that arrived between *since* and *until*."""
         answers = [(came, gone) for came, gone in self.answered if since <= came < until]
         times = sorted(gone - came for came, gone in answers)
         span = max(gone for _, gone in answers) - min(gone for _, gone in answers)
@@ -59,7 +60,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
-    """What was seen: images per second of all replicas together, milliseconds, images of a mean batch."""
+    """Statistics: images per second of all replicas, latencies in milliseconds, mean batch size."""
 
     images_per_s: float
     mean_ms: float
@@ -70,7 +71,7 @@ class Figures:
 
 @dataclass(slots=True)
 class Replica:
-    """One process: when its loop and decoders are free again, who waits for the engine, how many it holds."""
+    """One process: times at which loop and decoders become idle, queued images, number of images held."""
 
     decoders: list[float]
     loop: float = 0.0
@@ -81,7 +82,7 @@ class Replica:
 
 
 class Simulation:
-    """*replicas* like *system*, each holding at most *held* images; the same *seed* gives the same run."""
+    """Simulates *replicas* of *system* with at most *held* images each; reproducible for the same *seed*."""
 
     def __init__(
         self, system: System, *, replicas: int = 1, route: Route = "random", held: int = 256, seed: int = 0
@@ -105,7 +106,7 @@ class Simulation:
         self._gap: float | None = None  # of a Poisson stream, on average; None: clients in a circle
 
     def poisson(self, rate: float, images: int, lose_at: float | None = None) -> Outcome:
-        """Send so many *images*, *rate* a second, and play to the end; replica 0 is lost at *lose_at*."""
+        """Send *images* images at *rate* per second and run to the end; replica 0 is lost at *lose_at* ms."""
         self._left, self._gap = images, 1000 / rate
         if lose_at is not None:
             self._at(lose_at, self._lose, 0)
@@ -113,7 +114,7 @@ class Simulation:
         return self._play()
 
     def circle(self, clients: int, images: int) -> Outcome:
-        """Let so many *clients* send again as soon as they are answered, *images* in all."""
+        """Run *clients* that send the next image after each response, *images* in total."""
         self._left = images
         for _ in range(clients):
             self._at(0.0, self._arrive)

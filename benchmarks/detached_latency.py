@@ -1,7 +1,7 @@
-"""Does a detached network cost what the plain one costs?
+"""Latency and initializers of a detached network compared with the plain one.
 
 Exports a DSoP ResNet-18 with --detach and the plain ResNet-18 (conv5_x stride 1) with the same weights,
-checks that both files hold exactly the same initializers, and times them in turn in ONNX Runtime (CPU).
+checks that both files contain the same initializers, and times them alternately in ONNX Runtime (CPU).
 
     python benchmarks/detached_latency.py [--quick] [--json]
 """
@@ -27,7 +27,7 @@ CLASSES = tuple(f"class {number}" for number in range(1000))
 
 
 def checkpoint(name: str, network: Classifier, folder: Path, side: int | None = None) -> Path:
-    """Write *network* as a checkpoint, for pictures of 224 pixels unless *side* says otherwise."""
+    """Write *network* as a checkpoint, for images of 224 pixels or *side*."""
     path = folder / f"{name}.pt"
     write_checkpoint(
         path,
@@ -44,12 +44,12 @@ def checkpoint(name: str, network: Classifier, folder: Path, side: int | None = 
 
 
 def initializers(path: Path) -> dict[str, bytes]:
-    """Return the constants of an ONNX file by name."""
+    """Read the initializers of an ONNX file by name."""
     return {tensor.name: tensor.raw_data for tensor in onnx.load(path).graph.initializer}
 
 
 def session(path: Path) -> ort.InferenceSession:
-    """Open an ONNX file for one thread, which a busy machine disturbs least."""
+    """Open an ONNX file with one thread, which other load disturbs least."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -65,7 +65,7 @@ def run(folder: Path, batches: tuple[int, ...], runs: int) -> list[Result]:
     ours = export(checkpoint("dsop-resnet18", trained, folder), folder, ExportOptions(detach=True)).path
     other = export(checkpoint("resnet18", plain, folder), folder).path
     if initializers(ours / "model.onnx") != initializers(other / "model.onnx"):
-        sys.exit("the detached file does not hold the plain network's initializers")
+        sys.exit("the detached file does not contain the initializers of the plain network")
     sides = [session(path / "model.onnx") for path in (ours, other)]
     results = []
     for batch in batches:
@@ -78,7 +78,7 @@ def run(folder: Path, batches: tuple[int, ...], runs: int) -> list[Result]:
 
 
 def main() -> None:
-    """Print the table or the JSON document."""
+    """Measure and print."""
     arguments = parse(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         results = run(Path(folder), (1,) if arguments.quick else (1, 8), 31 if arguments.quick else 51)

@@ -45,7 +45,7 @@ Run = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One bundle, and torch's runs of the same network where torch is here."""
+    """One bundle, and functions that run the same network in torch, if it is installed."""
 
     bundle: Path
     precision: str
@@ -53,12 +53,12 @@ class Case:
 
 
 def arguments() -> argparse.Namespace:
-    """Return what was asked for."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="the first network, fewer runs")
-    parser.add_argument("--bundle", type=Path, action="append", default=[], help="a bundle made elsewhere")
+    parser.add_argument("--bundle", type=Path, action="append", default=[], help="an existing bundle")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs" / "benchmarks", help="folder for the results"
     )
@@ -66,7 +66,7 @@ def arguments() -> argparse.Namespace:
 
 
 def cases(given: argparse.Namespace, folder: Path) -> Iterator[Case]:
-    """Yield the bundles to be checked."""
+    """Yield the bundles to check."""
     if given.bundle:
         for path in given.bundle:
             yield Case(bundle=path, precision=open_bundle(path).manifest.precision, torch={})
@@ -82,7 +82,7 @@ def cases(given: argparse.Namespace, folder: Path) -> Iterator[Case]:
 
 
 def check(case: Case, here: Machine, runs: int) -> dict[str, Any]:
-    """Build the engine of *case*, which replays its probes, and time it against the others."""
+    """Build the engine of *case*, which includes its probes, and compare its speed with other runtimes."""
     bundle = open_bundle(case.bundle)
     begin = time.monotonic()
     built = get_engine(bundle, EngineOptions(profiles=",".join(map(str, BATCHES))), say)
@@ -111,7 +111,7 @@ def check(case: Case, here: Machine, runs: int) -> dict[str, Any]:
 
 
 def onnxruntime_side(bundle: Bundle) -> dict[str, Run]:
-    """Return ONNX Runtime on CUDA, or nothing where it cannot run here."""
+    """Create a function that runs ONNX Runtime on CUDA, or none if it is not available."""
     try:
         return {"onnxruntime CUDA": OnnxRuntime(bundle, provider=CUDA).run}
     except RuntimeUnavailableError as problem:
@@ -120,7 +120,7 @@ def onnxruntime_side(bundle: Bundle) -> dict[str, Run]:
 
 
 def timed(bundle: Bundle, sides: dict[str, Run], batch: int, runs: int) -> dict[str, Any]:
-    """Return the median milliseconds of each side for one batch, timed in turn."""
+    """Measure the median milliseconds of each runtime for one batch, alternately."""
     images = noise(bundle, batch)
     seconds = interleaved([lambda run=run: run(images) for run in sides.values()], runs=runs, warmups=10)
     medians = {name: statistics.median(taken) * 1e3 for name, taken in zip(sides, seconds, strict=True)}
@@ -128,13 +128,13 @@ def timed(bundle: Bundle, sides: dict[str, Run], batch: int, runs: int) -> dict[
 
 
 def noise(bundle: Bundle, batch: int) -> NDArray[np.uint8]:
-    """Return *batch* images of the size of *bundle*."""
+    """Generate *batch* images of the size of *bundle*."""
     shape = (batch, *bundle.manifest.image_shape)
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 def back_to_back(session: EngineSession, bundle: Bundle, batch: int, runs: int) -> dict[str, int]:
-    """Return the images per second of batches after each other, and with the next one begun meanwhile."""
+    """Measure images per second with one batch and with two batches in flight."""
     images = list(noise(bundle, batch))
 
     def one_at_a_time() -> None:
@@ -155,7 +155,7 @@ def back_to_back(session: EngineSession, bundle: Bundle, batch: int, runs: int) 
 
 
 def page(found: dict[str, Any]) -> str:
-    """Return docs/benchmarks/engines.md."""
+    """Build docs/benchmarks/engines.md."""
     facts = {**found["machine"], "commit": found["commit"], **found["versions"]}
     lines = [
         "# Engines on a GPU",
@@ -168,7 +168,7 @@ def page(found: dict[str, Any]) -> str:
         names = [name for name in case["milliseconds"][0] if name != "batch"]
         lines += ["", f"## {case['bundle']}, {case['precision']}", ""]
         lines += [
-            f"Built in {case['build_seconds']} s; every probe within its bound; precision as asked.",
+            f"Built in {case['build_seconds']} s; all probes within their tolerance; precision as requested.",
             "",
         ]
         lines += [f"| batch | {' | '.join(names)} |", "|" + "---|" * (len(names) + 1)]
@@ -199,7 +199,7 @@ def results(checked: list[dict[str, Any]]) -> list[Result]:
 
 
 def slow(found: dict[str, Any]) -> list[str]:
-    """Return the cases whose engine does not gain what it must over torch.compile at batch 1."""
+    """List the cases whose engine misses its required speed-up over torch.compile at batch size 1."""
     rows = [(case["bundle"], case["precision"], case["milliseconds"][0]) for case in found["cases"]]
     return [
         f"{bundle} {precision}: {row['torch.compile'] / row['TensorRT']:.2f} times torch.compile at batch 1"
@@ -209,7 +209,7 @@ def slow(found: dict[str, Any]) -> list[str]:
 
 
 def commit() -> str:
-    """Return the commit that is measured."""
+    """Read the measured commit."""
     git = shutil.which("git")
     if git is None:
         return "unknown"
@@ -218,7 +218,7 @@ def commit() -> str:
 
 
 def say(text: str) -> None:
-    """Print one line about how far it is."""
+    """Print one line of progress."""
     print(text, file=sys.stderr, flush=True)
 
 

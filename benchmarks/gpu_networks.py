@@ -1,6 +1,6 @@
-"""What `gpu_check.py` needs torch for: bundles of networks with random weights, and torch's own speed.
+"""The parts of `gpu_check.py` that need torch: bundles with random weights, and torch's speed.
 
-Random weights say nothing about classes, but they cost what trained ones cost.
+The weights do not affect the speed.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def make_checkpoint(name: str, folder: Path) -> Path:
 
 
 def make_bundle(source: Path, precision: str, folder: Path) -> Path:
-    """Export *source*, detached where it has what can be detached, in *precision*."""
+    """Export *source* in *precision*, detached if it has training-only modules."""
     network = build_classifier(read_checkpoint(source), source)
     wanted = {} if precision == "fp32" else {"precision": {"precision": precision}}
     batch = BatchRange(minimum=1, optimum=8, maximum=32)
@@ -39,7 +39,7 @@ def make_bundle(source: Path, precision: str, folder: Path) -> Path:
 
 
 def torch_sides(path: Path, precision: str) -> dict[str, Run]:
-    """Return torch on the GPU, eager and compiled, from uint8 pixels in host memory to logits there."""
+    """Create functions that run torch on the GPU, eager and compiled, with inputs and outputs on the host."""
     trained = read_checkpoint(path)
     network = build_classifier(trained, path)
     lean = detach(network) if network.training_only else network

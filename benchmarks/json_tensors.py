@@ -1,8 +1,8 @@
-"""What does a tensor cost that comes as JSON, and for how long does it stop the event loop?
+"""Time to parse a tensor in JSON, and how long parsing blocks the event loop.
 
-The same pixels as binary, as a flat and as a nested list are read as the server reads them (`ours`), and by
-the plain way, orjson to lists to numpy (`other`), in turn. Then both ways read the JSON in a thread while a
-loop sleeps one millisecond again and again; what it oversleeps at worst is how late all others are.
+The same pixels as binary data, as a flat list and as a nested list are read by the server's parser (`ours`)
+and by orjson via lists (`other`), alternately. Then both parse the JSON in a thread while an event loop
+sleeps for one millisecond repeatedly; the maximum oversleeping is the delay of all other requests.
 
     python benchmarks/json_tensors.py [--quick] [--json]
 """
@@ -28,7 +28,7 @@ TICK_SECONDS = 0.001
 
 
 def body(pixels: NDArray[np.uint8], kind: str) -> tuple[bytes, str | None]:
-    """Return the body of a request for *pixels* and its length header."""
+    """Build the body of a request for *pixels* and its length header."""
     tensor = {"name": "images", "datatype": "UINT8", "shape": list(pixels.shape)}
     if kind == "binary":
         text = orjson.dumps({"inputs": [{**tensor, "parameters": {"binary_data_size": pixels.nbytes}}]})
@@ -38,13 +38,13 @@ def body(pixels: NDArray[np.uint8], kind: str) -> tuple[bytes, str | None]:
 
 
 def plainly(raw: bytes) -> NDArray[np.uint8]:
-    """Return the pixels in the JSON *raw* by way of lists; nothing is checked."""
+    """Parse the pixels in the JSON *raw* via lists, without checks."""
     (tensor,) = orjson.loads(raw)["inputs"]
     return np.array(tensor["data"], np.uint8).reshape(tensor["shape"])
 
 
 async def oversleep(work: Callable[[], object]) -> float:
-    """Return by how many milliseconds the loop oversleeps at worst while *work* runs in a thread."""
+    """Measure the maximum oversleeping of the loop in ms while *work* runs in a thread."""
     task = asyncio.create_task(asyncio.to_thread(work))
     worst = 0.0
     while not task.done():

@@ -90,7 +90,7 @@ def test_more_images_make_larger_batches_and_longer_waits() -> None:
 
 
 def test_a_rate_at_capacity_has_no_forecast() -> None:
-    with pytest.raises(ValueError, match=r"a replica can do 80\.0"):
+    with pytest.raises(ValueError, match=r"the capacity of a replica is 80\.0"):
         forecast(engine_alone(20.0, 10.0, 8), 80.0)
 
 
