@@ -79,7 +79,6 @@ class Decision(StrictModel):
 def known_score(logits: NDArray[np.floating], score: Score) -> NDArray[np.float64]:
     """Compute the score (...) float64 of *logits* (..., C) that `Rejection.threshold` is compared with."""
     values = logits.astype(np.float64)
-    largest = values.max(axis=-1, keepdims=True)
-    log_sum = np.log(np.exp(values - largest).sum(axis=-1, keepdims=True))
-    energy = largest + log_sum
-    return np.exp(largest - energy)[..., 0] if score == "max_probability" else energy[..., 0]
+    largest = values.max(axis=-1)
+    energy: NDArray[np.float64] = largest + np.log(np.exp(values - largest[..., None]).sum(axis=-1))
+    return np.exp(largest - energy) if score == "max_probability" else energy
