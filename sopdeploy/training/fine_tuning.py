@@ -24,7 +24,7 @@ class StartConfig(StrictModel):
     classifier.
     """
 
-    weights: Path | None = None
+    weights: Literal["imagenet", "none"] | Path | None = None
     learn: Literal["all", "branches"] = "all"
     head_factor: Positive = 1.0
 
@@ -50,6 +50,10 @@ def load_start_weights(start: StartConfig, model: Classifier) -> None:
     """
     if start.weights is None:
         raise ConfigError("start.weights: not set; give the checkpoint to start from")
+    if start.weights == "none":
+        return
+    if start.weights == "imagenet":
+        raise ConfigError('start.weights: "imagenet" is not available yet; give a checkpoint or "none"')
     stored = read_checkpoint(start.weights.expanduser()).weights
     own = model.state_dict()
     matching = {

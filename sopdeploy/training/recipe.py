@@ -91,7 +91,7 @@ class Recipe(StrictModel):
     sampler: Literal["shuffled", "balanced"] = "shuffled"
     model: ModelConfig
     data: DataConfig
-    preprocess: Preprocess
+    preprocess: Preprocess = Preprocess()
     augment: Augmentation
     distort: RandAugment = RandAugment()
     mix: Mixup = Mixup()

@@ -42,6 +42,7 @@ SMALL: dict[str, list[str]] = {
         "augment.sides=[36,48]",
     ],
     "imagenet64-gmsop-resnet18": [f"model.config={{{GATED}}}", *AT_16],
+    "photos": [*DSOP, *AT_16, "start.weights=none"],
     "photos-dsop": [*DSOP, *AT_16],
     "places365-gmsop-resnet18": [f"model.config={{{GATED}}}", *AT_16, "augment.sides=[20,20]"],
 }
@@ -54,6 +55,7 @@ EXPORTED_AS = {
     "imagenet-dsop-resnet50": "imagenet-dsop-resnet18",
     "imagenet-dsop-two-phase": "imagenet-dsop-resnet18",
     "imagenet64-gmsop-resnet18": "places365-gmsop-resnet18",
+    "photos": "imagenet-dsop-resnet18",
     "photos-dsop": "imagenet-dsop-resnet18",
 }
 
