@@ -90,7 +90,12 @@ class GatedResNet(LowResolutionResNet):
 
 
 class GMSOP(Classifier, GatedResNet):
-    """`GatedResNet` with its training-only parts."""
+    """`GatedResNet` with its training-only parts.
+
+    Attributes:
+        step_load: The gate's weights (N,), summed over all images of the step, where a batch is only a piece
+            of it; `None` where the batch is the step.
+    """
 
     training_only = ("gate.noise",)
     inference_class = GatedResNet
@@ -100,6 +105,7 @@ class GMSOP(Classifier, GatedResNet):
         super().__init__(config, num_classes)
         features = self.gate.weight.shape[1]
         self.gate.add_module("noise", GateNoise(features, config.components, config.noise_per))
+        self.step_load: Tensor | None = None
 
     def forward(self, images: Tensor) -> Any:
         """Compute (B, classes) logits in eval mode, a `TrainingOutput` in train mode.
@@ -111,16 +117,21 @@ class GMSOP(Classifier, GatedResNet):
             return super().forward(images)
         if self.config.chosen == 1:
             raise ConfigError("chosen: must be at least 2 to train; with 1 the gate has no gradient")
-        features, _ = self.features(images)
-        feature_BD = self.gate.feature(features)
-        noise: Tensor = self.gate.get_submodule("noise")(feature_BD)
-        weights_BN = keep_largest(self.gate.logits(feature_BD) + noise, self.config.chosen)
+        features, weights_BN = self.noisy_gate(images)
         if self.config.evaluation == "routed" and not features.is_meta:  # `meta` has no weights to route by
             mixed = self.mixture.routed_sum(features, weights_BN)
         else:
             mixed = self.mixture(features, weights_BN)
         logits: Tensor = self.head(mixed)
-        return TrainingOutput(logits, {}, {"balance": balance_loss(weights_BN, self.config.balance_weight)})
+        balance = balance_loss(weights_BN, self.config.balance_weight, self.step_load)
+        return TrainingOutput(logits, {}, {"balance": balance})
+
+    def noisy_gate(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the last feature map (B, C, H, W) and the gate's weights (B, N) with noise."""
+        features, _ = self.features(images)
+        feature_BD = self.gate.feature(features)
+        noise: Tensor = self.gate.get_submodule("noise")(feature_BD)
+        return features, keep_largest(self.gate.logits(feature_BD) + noise, self.config.chosen)
 
 
 def make_gate(config: GMSOPConfig, channels: int) -> SparseGate:

@@ -22,6 +22,7 @@ from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.prediction import evaluate
+from sopdeploy.models.gmsop import GMSOP
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import best_epoch, diagnose, spectrum_epochs
 from sopdeploy.training.distributed.batch_sharding import MicroBatch, check_divisible, shard_step
@@ -201,16 +202,16 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
     """Compute the gradient of a step and return the loss over all processes.
 
     Each micro-batch has the weight of its samples, so their sum is the mean over the whole batch. Batch norm
-    statistics and the balance loss of a gate are those of a micro-batch.
+    statistics are those of a micro-batch, the balance loss of a gate that of the step.
     """
     images, targets = batch
     at, optimizer, strategy = run.position, run.optimizer, run.strategy
     count = sum(micro_batch.total for micro_batch in micro_batches)
+    measure_gate_load(run, images, micro_batches)
     sums: dict[str, Tensor] = {}
-    for micro_batch in micro_batches:
+    for number, micro_batch in enumerate(micro_batches):
         last = micro_batch is micro_batches[-1]
-        strategy.shard_rng.start = micro_batch.total * strategy.rank // strategy.world
-        strategy.shard_rng.total = micro_batch.total
+        start_micro_batch(run, micro_batch, number)
         inputs, labels = (tensor[micro_batch.first : micro_batch.end] for tensor in (images, targets))
         with run.precision.autocast():
             output = run.network(inputs)
@@ -231,6 +232,37 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
     reduced = strategy.all_reduce(torch.stack([value.float() for value in sums.values()]))
     parts = dict(zip(sums, reduced, strict=True))
     return Loss(parts.pop("total"), parts)
+
+
+def measure_gate_load(run: Run, images: Tensor, micro_batches: Sequence[MicroBatch]) -> None:
+    """Give a gated network the summed weights of all *micro_batches*, to which its balance loss refers.
+
+    It computes the backbone and the gate once more, without gradient; nothing for a step of one micro-batch.
+    """
+    if not isinstance(run.model, GMSOP):
+        return
+    run.model.step_load = None
+    if len(micro_batches) == 1:
+        return
+    buffers = [buffer.clone() for buffer in run.model.buffers()]
+    loads = []
+    with torch.no_grad(), run.precision.autocast():
+        for number, micro_batch in enumerate(micro_batches):
+            start_micro_batch(run, micro_batch, number)
+            _, weights_BN = run.model.noisy_gate(images[micro_batch.first : micro_batch.end])
+            loads.append(weights_BN.sum(dim=0))
+        for buffer, before in zip(run.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+    run.model.step_load = run.strategy.all_reduce(torch.stack(loads).sum(dim=0))
+
+
+def start_micro_batch(run: Run, micro_batch: MicroBatch, number: int) -> None:
+    """Set the random numbers of micro-batch *number*; those of a gate are drawn twice, so it is seeded."""
+    at, strategy = run.position, run.strategy
+    strategy.shard_rng.start = micro_batch.total * strategy.rank // strategy.world
+    strategy.shard_rng.total = micro_batch.total
+    if isinstance(run.model, GMSOP) and run.recipe.accumulate > 1:
+        torch.manual_seed(derive_seed(run.recipe.seed, "micro-batch", at.epoch, at.step, number))
 
 
 def _check_finite_step(run: Run, loss: Loss, norm: Tensor, samples: list[int]) -> bool:

@@ -9,7 +9,7 @@ DSOP = ["model.name=dsop-resnet8", f"model.config={{{HEADS}}}"]
 PLAIN = ["model.name=resnet8", "model.config={}"]
 GATED = (
     "blocks_per_stage=1, conv5_stride=1, components=4, chosen=2, component_widths=[6], gate_widths=[], "
-    "iterations=2, balance_weight=0.390625"
+    "iterations=2, balance_weight=100"
 )
 AT_16 = ["preprocess.resize=20", "preprocess.crop=16"]
 AT_32 = ["preprocess.resize=36", "preprocess.crop=32"]
