@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
+import numpy as np
 import pydantic
+from numpy.typing import NDArray
 
 from sopdeploy.config import Fraction, StrictModel
+from sopdeploy.decision import known_score
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.statistics import wilson
 
@@ -135,24 +138,30 @@ def classification_report(labels: Sequence[str], scores: Sequence[Score]) -> Cla
         top1=Rate.of(sum(score.correct for score in scores), count),
         top5=Rate.of(sum(score.target in score.top5 for score in scores), count),
         nll=math.fsum(-math.log(max(score.likelihood, MIN_PROBABILITY)) for score in scores) / count,
-        calibration=_calibration(scores),
+        calibration=_calibration([score.confidence for score in scores], [score.correct for score in scores]),
         classes=tuple(classes),
         confusion=tuple(map(tuple, confusion)),
     )
 
 
-def _calibration(scores: Sequence[Score]) -> Calibration:
-    members: list[list[Score]] = [[] for _ in range(BINS)]
-    for score in scores:
-        members[min(BINS - 1, max(0, math.ceil(score.confidence * BINS) - 1))].append(score)
+def calibration_error(logits: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
+    """Compute the expected calibration error of *logits* (N, C) on images of the classes *targets* (N,)."""
+    correct = logits.argmax(axis=1) == targets
+    return _calibration(known_score(logits, "max_probability").tolist(), correct.tolist()).error
+
+
+def _calibration(confidences: Sequence[float], correct: Sequence[bool]) -> Calibration:
+    members: list[list[int]] = [[] for _ in range(BINS)]
+    for image, confidence in enumerate(confidences):
+        members[min(BINS - 1, max(0, math.ceil(confidence * BINS) - 1))].append(image)
     curve = []
     gaps = []
     for index, inside in enumerate(members):
         count, confidence, accuracy = len(inside), None, None
         if count:
-            confidence = min(1.0, math.fsum(score.confidence for score in inside) / count)
-            accuracy = sum(score.correct for score in inside) / count
+            confidence = min(1.0, math.fsum(confidences[image] for image in inside) / count)
+            accuracy = sum(correct[image] for image in inside) / count
             gaps.append(count * abs(confidence - accuracy))
         low, high = index / BINS, (index + 1) / BINS
         curve.append(Bin(low=low, high=high, count=count, confidence=confidence, accuracy=accuracy))
-    return Calibration(error=min(1.0, math.fsum(gaps) / len(scores)), bins=BINS, curve=tuple(curve))
+    return Calibration(error=min(1.0, math.fsum(gaps) / len(confidences)), bins=BINS, curve=tuple(curve))

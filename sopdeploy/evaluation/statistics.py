@@ -101,3 +101,14 @@ def bootstrap(gain_SN: NDArray[np.int8], draws: int = 2000, seed: int = 0) -> In
     ]
     low, high = np.quantile(np.asarray(means) / (seeds * images), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(low), float(high))
+
+
+def auroc(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> float:
+    """Compute the probability that a value of *positive* (P,) exceeds one of *negative* (N,).
+
+    Equal values count half (Mann and Whitney, 1947); the area under the ROC curve.
+    """
+    ordered = np.sort(negative)
+    below = np.searchsorted(ordered, positive, side="left")
+    at_most = np.searchsorted(ordered, positive, side="right")
+    return float((below + at_most).sum()) / (2 * len(positive) * len(negative))

@@ -1,0 +1,126 @@
+"""Fit of a `Decision` to predictions of images that were not used for training: temperature and rejection.
+
+Temperature: Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), section 4.2. It divides all
+logits, so it changes probabilities but never the order of the classes.
+
+Rejection: an image whose score is below a threshold counts as unknown. The scores are the maximum softmax
+probability (Hendrycks and Gimpel, ICLR 2017) and the negative free energy (Liu et al., NeurIPS 2020, Eq. 4).
+The threshold is a quantile of the scores of known images with the correction of split conformal prediction
+(Angelopoulos and Bates, 2021, section 1).
+
+The score is chosen by leave-one-class-out AUROC: for each class, its logit is left out, its images are the
+unknown ones, and the images of all other classes the known ones. This shows how well the head separates
+images for which it has no output. It does not show how the network reacts to arbitrary images: its features
+were trained on the class that is left out. Expect another AUROC on images from another domain.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.decision import Calibration, Decision, Estimate, Rejection, Score, known_score
+from sopdeploy.evaluation.metrics import calibration_error
+from sopdeploy.evaluation.statistics import auroc
+
+Logits = NDArray[np.float64]
+
+MIN_IMAGES = 50  # with fewer predictions neither a temperature nor a 5 % quantile is more than noise
+MAX_TEMPERATURE = 20.0  # and its inverse is the smallest one
+SIGNIFICANT = 1.920729  # half the 95 % quantile of chi-square with one degree of freedom
+NEWTON_STEPS = 50
+SCORES: tuple[Score, ...] = ("max_probability", "energy")
+
+
+def fit_decision(
+    logits: Logits,
+    targets: NDArray[np.int64],
+    *,
+    estimated_on: Estimate,
+    accepts: float = 0.95,
+    scalable: bool = True,
+) -> Decision:
+    """Fit temperature and rejection threshold to *logits* (N, C) of images of the classes *targets* (N,).
+
+    With fewer than `MIN_IMAGES` images nothing is fitted. The temperature is 1 if the classifier cannot be
+    scaled (*scalable* is False) or if `fit_temperature` finds no evidence for another one. *accepts* is the
+    fraction of known images to accept; with 1, or if N is too small for the quantile, no image is rejected.
+    """
+    if len(logits) < MIN_IMAGES or logits.shape[1] < 2:
+        return Decision()
+    temperature = fit_temperature(logits, targets) if scalable else 1.0
+    scaled = logits / temperature
+    calibration = Calibration(
+        temperature=temperature,
+        error_before=calibration_error(logits, targets),
+        error_after=calibration_error(scaled, targets),
+        images=len(logits),
+        estimated_on=estimated_on,
+    )
+    rejected = math.floor((len(logits) + 1) * (1 - accepts) + 1e-9)
+    if rejected == 0:
+        return Decision(calibration=calibration)
+    areas = leave_one_class_out(scaled, targets)
+    score = max(SCORES, key=lambda name: areas.get(name, 0.0))
+    threshold = float(np.sort(known_score(scaled, score))[rejected - 1])
+    rejection = Rejection(score=score, threshold=threshold, accepts=accepts, auroc=areas.get(score))
+    return Decision(calibration=calibration, rejection=rejection)
+
+
+def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:
+    """Find the temperature with the smallest negative log-likelihood, in [1/20, 20].
+
+    The likelihood is concave in the inverse temperature, so Newton's method with bisection finds its maximum.
+    The result is 1 where the data do not determine a temperature: no prediction is wrong (the likelihood then
+    grows until the bound), the optimum is at a bound, or a likelihood ratio test at the 5 % level does not
+    reject 1 (Wilks, 1938).
+    """
+    wrong = logits.argmax(axis=1) != targets
+    if not wrong.any():
+        return 1.0
+    centered = logits - logits.max(axis=1, keepdims=True)
+    chosen = centered[np.arange(len(targets)), targets]
+    low, high, inverse, start = 1 / MAX_TEMPERATURE, MAX_TEMPERATURE, 1.0, math.nan
+    for step in range(NEWTON_STEPS):
+        weights = np.exp(inverse * centered)
+        sums = weights.sum(axis=1)
+        weights /= sums[:, None]
+        mean = (weights * centered).sum(axis=1)
+        slope = float((mean - chosen).sum())  # derivative of the loss by the inverse temperature
+        curvature = float(((weights * np.square(centered)).sum(axis=1) - mean**2).sum())
+        loss = float((np.log(sums) - inverse * chosen).sum())
+        start = loss if step == 0 else start
+        low, high = (low, inverse) if slope > 0 else (inverse, high)
+        newton = inverse - slope / curvature if curvature > 0 else math.nan
+        following = newton if low < newton < high else math.sqrt(low * high)
+        if abs(following - inverse) <= 1e-6 * inverse:
+            break
+        inverse = following
+    at_bound = not 1.01 / MAX_TEMPERATURE < inverse < MAX_TEMPERATURE / 1.01
+    return 1.0 if at_bound or start - loss < SIGNIFICANT else 1.0 / inverse
+
+
+def leave_one_class_out(logits: Logits, targets: NDArray[np.int64]) -> dict[Score, float]:
+    """Compute the AUROC of both scores against images of a class without logit, averaged over classes.
+
+    Empty with fewer than three classes, where one logit would remain, or if only one class has images.
+    """
+    if logits.shape[1] < 3 or len(np.unique(targets)) < 2:
+        return {}
+    rows, top = np.arange(len(logits)), logits.argmax(axis=1)
+    largest = logits[rows, top]
+    weights = np.exp(logits - largest[:, None])
+    sums = weights.sum(axis=1)
+    rest = logits.copy()
+    rest[rows, top] = -np.inf
+    second, rest_energy = rest.max(axis=1), known_score(rest, "energy")
+    areas: dict[Score, list[float]] = {score: [] for score in SCORES}
+    for left_out in np.unique(targets):
+        is_top, unknown = top == left_out, targets == left_out
+        # The rest of a sum is inaccurate only without its largest term, which `rest` handles.
+        without = np.where(is_top, 1.0, sums - weights[:, left_out])
+        energy = np.where(is_top, rest_energy, largest + np.log(without))
+        log_probability = np.where(is_top, second, largest) - energy
+        for score, values in (("max_probability", log_probability), ("energy", energy)):
+            areas[score].append(auroc(values[~unknown], values[unknown]))
+    return {score: float(np.mean(values)) for score, values in areas.items()}

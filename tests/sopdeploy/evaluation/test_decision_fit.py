@@ -1,0 +1,102 @@
+"""The fit of temperature, score and rejection threshold to held-out predictions."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from sopdeploy.decision import Decision, known_score
+from sopdeploy.evaluation.decision_fit import fit_decision, fit_temperature, leave_one_class_out
+from sopdeploy.evaluation.statistics import auroc
+
+Predictions = tuple[NDArray[np.float64], NDArray[np.int64]]
+
+
+def calibrated(images: int, classes: int = 10, seed: int = 0) -> Predictions:
+    """Draw logits (N, C) and targets (N,) from their own softmax, so that a temperature of 1 is right."""
+    generator = np.random.default_rng(seed)
+    logits = 2 * generator.normal(size=(images, classes))
+    noise = generator.gumbel(size=logits.shape)
+    return logits, (logits + noise).argmax(axis=1)
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.7, 6.0])
+def test_the_fit_finds_the_temperature_that_scaled_the_logits(temperature: float) -> None:
+    logits, targets = calibrated(4000)
+    fitted = fit_decision(logits * temperature, targets, estimated_on="held-out").calibration
+    assert fitted is not None
+    assert fitted.temperature == pytest.approx(temperature, rel=0.05)
+    assert fitted.error_after < fitted.error_before / 4
+    assert (fitted.images, fitted.estimated_on) == (4000, "held-out")
+
+
+def all_correct() -> Predictions:
+    logits, _ = calibrated(200)
+    return logits, logits.argmax(axis=1)
+
+
+def unrelated() -> Predictions:
+    logits, _ = calibrated(2000)
+    return logits, calibrated(2000, seed=1)[1]
+
+
+@pytest.mark.parametrize(
+    "predictions", [all_correct, unrelated, lambda: calibrated(60)], ids=["all correct", "chance", "few"]
+)
+def test_the_temperature_stays_one_where_the_data_do_not_determine_it(predictions: object) -> None:
+    assert callable(predictions)
+    assert fit_temperature(*predictions()) == 1.0
+
+
+@pytest.mark.parametrize(("images", "classes"), [(49, 10), (300, 1)])
+def test_nothing_is_fitted_to_few_images_or_to_one_class(images: int, classes: int) -> None:
+    assert fit_decision(*calibrated(images, classes), estimated_on="held-out") == Decision()
+
+
+def test_a_classifier_that_cannot_be_scaled_keeps_its_probabilities_and_gets_a_threshold() -> None:
+    logits, targets = calibrated(500)
+    decision = fit_decision(3 * logits, targets, estimated_on="held-out", scalable=False)
+    assert decision.calibration is not None
+    assert decision.rejection is not None
+    assert decision.calibration.temperature == 1.0
+
+
+@pytest.mark.parametrize(("images", "accepts"), [(50, 0.99), (5000, 1.0)])
+def test_a_threshold_needs_enough_images_for_its_quantile(images: int, accepts: float) -> None:
+    logits, targets = calibrated(images)
+    assert fit_decision(logits, targets, estimated_on="held-out", accepts=accepts).rejection is None
+
+
+@pytest.mark.parametrize("accepts", [0.8, 0.95])
+@pytest.mark.parametrize("images", [60, 1000])
+def test_the_threshold_accepts_at_least_the_requested_fraction_of_other_known_images_on_average(
+    images: int, accepts: float
+) -> None:
+    accepted = []
+    for seed in range(40):
+        rejection = fit_decision(
+            *calibrated(images, seed=seed), estimated_on="held-out", accepts=accepts
+        ).rejection
+        assert rejection is not None
+        others = calibrated(2000, seed=1000 + seed)[0]
+        accepted.append(float((known_score(others, rejection.score) >= rejection.threshold).mean()))
+    assert accepts - 0.01 < float(np.mean(accepted)) < accepts + 1 / images + 0.01
+
+
+def test_leaving_one_class_out_equals_removing_its_column() -> None:
+    logits, targets = calibrated(300, classes=4)
+    for score, area in leave_one_class_out(logits, targets).items():
+        areas = []
+        for left_out in range(4):
+            values = known_score(np.delete(logits, left_out, axis=1), score)
+            areas.append(auroc(values[targets != left_out], values[targets == left_out]))
+        assert area == pytest.approx(np.mean(areas), abs=1e-12)
+
+
+def test_two_classes_have_no_leave_one_class_out_estimate() -> None:
+    rejection = fit_decision(*calibrated(200, classes=2), estimated_on="held-out").rejection
+    assert rejection is not None
+    assert (rejection.score, rejection.auroc) == ("max_probability", None)
+
+
+def test_the_area_counts_equal_values_half() -> None:
+    assert auroc(np.array([1.0, 2.0]), np.array([1.0, 0.0])) == (0.5 + 1 + 1 + 1) / 4
