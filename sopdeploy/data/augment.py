@@ -1,6 +1,8 @@
 """Training augmentation: the crop that replaces the center crop, mirroring, RandAugment and mixup.
 
-The result is a uint8 array of the crop size. Random choices depend on (seed, epoch, sample) only.
+The result is a uint8 array of the crop size. Random choices depend on (seed, epoch, sample) only. With
+`preprocess.fit` "pad" or "squash", random boxes are drawn in the square that evaluation sees: the padded
+image, or the image with both sides of equal length.
 RandAugment, random erasing, mixup and CutMix are computed by torchvision.
 """
 
@@ -22,13 +24,14 @@ from sopdeploy.data.image_files import ImageFiles, load_pixels
 from sopdeploy.images.preprocess import (
     RESAMPLING,
     SIDEWAYS,
+    Box,
     Preprocess,
     Side,
     exif_orientation,
+    resize_box,
     to_rgb,
 )
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom in source pixels
 PositiveFraction = Annotated[float, pydantic.Field(gt=0, le=1)]
 
 
@@ -213,7 +216,7 @@ def _crop_box(
         width, height = source.size
         sideways = rules.exif_orientation and exif_orientation(source) in SIDEWAYS
         size = (height, width) if sideways else (width, height)
-        left, top, right, bottom = augmentation.box(size, rules.crop, random)
+        left, top, right, bottom = draw_box(augmentation, size, rules, random)
         factor = max(1, int(min(right - left, bottom - top) / rules.crop))
         source.draft(None, (width // factor, height // factor))
         image = to_rgb(load_pixels(source, images.path(index)), rules)
@@ -222,6 +225,31 @@ def _crop_box(
     else:
         source, target = images[index]
         image = to_rgb(source, rules)
-        box = augmentation.box(image.size, rules.crop, random)
+        box = draw_box(augmentation, image.size, rules, random)
+    if rules.fit == "pad":
+        return resize_box(image, box, rules), target
     resized = image.resize((rules.crop, rules.crop), RESAMPLING[rules.interpolation], box=box)
     return np.asarray(resized, dtype=np.uint8), target
+
+
+def draw_box(
+    augmentation: RandomResizedCrop | RandomSide, size: tuple[int, int], rules: Preprocess, random: Random
+) -> Box:
+    """Draw a box in pixels of an upright image of *size*; with "pad" it may extend beyond the image.
+
+    A box whose center is in the padding is drawn again, at most nine times; then it is the whole square.
+    """
+    if rules.fit == "crop":
+        return augmentation.box(size, rules.crop, random)
+    side = max(size)
+    if rules.fit == "squash":
+        left, top, right, bottom = augmentation.box((side, side), rules.crop, random)
+        x, y = size[0] / side, size[1] / side
+        return left * x, top * y, min(size[0], right * x), min(size[1], bottom * y)
+    margins = (side - size[0]) / 2, (side - size[1]) / 2
+    for _ in range(10):
+        left, top, right, bottom = augmentation.box((side, side), rules.crop, random)
+        box = (left - margins[0], top - margins[1], right - margins[0], bottom - margins[1])
+        if 0 <= (box[0] + box[2]) / 2 <= size[0] and 0 <= (box[1] + box[3]) / 2 <= size[1]:
+            return box
+    return -margins[0], -margins[1], size[0] + margins[0], size[1] + margins[1]

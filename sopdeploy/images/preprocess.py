@@ -23,6 +23,8 @@ Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Channel = Annotated[int, pydantic.Field(ge=0, le=255)]
 Pixels = NDArray[np.uint8]
 TtaMode = Literal["none", "flip", "ten-crop"]
+Fit = Literal["crop", "pad", "squash"]
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the upright image
 
 MAX_ASPECT_RATIO = 16  # longer strips are not resized as a whole
 EXIF_ORIENTATION, UPRIGHT = 0x0112, 1
@@ -35,14 +37,18 @@ GRAY_STEPS = {"L;2": 85, "L;4": 17}  # distance of two gray values of such a PNG
 
 
 class Preprocess(StrictModel):
-    """Preprocessing rules of one network.
+    """Preprocessing rules of one network; its input has `crop` x `crop` pixels.
 
-    `resize` is the length of the shorter side in pixels before the center crop of `crop` x `crop`. `mean` and
-    `std` refer to pixel values in [0, 1]. Transparent pixels are composited onto `background`.
+    `fit` says how an image becomes a square. "crop" resizes the shorter side to `resize` pixels and crops the
+    center. "pad" resizes the longer side to `crop` pixels and centers the image on `background`. "squash"
+    resizes both sides to `crop` pixels. `resize` counts for "crop" only; a `fit` of "crop" is not written to
+    files. `mean` and `std` refer to pixel values in [0, 1]. Transparent pixels are composited onto
+    `background`.
     """
 
     resize: Side = 256
     crop: Side = 224
+    fit: Fit = "crop"
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
@@ -55,9 +61,36 @@ class Preprocess(StrictModel):
             raise ValueError(f"crop ({self.crop}) is larger than resize ({self.resize})")
         return self
 
+    @pydantic.model_serializer(mode="wrap")
+    def _omit_crop(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {key: value for key, value in fields.items() if (key, value) != ("fit", "crop")}
+
     def __call__(self, image: Image.Image) -> Pixels:
-        """Convert *image* to upright RGB, resize and crop it; returns (crop, crop, 3) uint8."""
-        return center_crop(to_rgb(image, self), self)
+        """Convert *image* to upright RGB and fit it to the network; returns (crop, crop, 3) uint8."""
+        fit = {"crop": center_crop, "pad": pad_to_square, "squash": squash}[self.fit]
+        return fit(to_rgb(image, self), self)
+
+    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Compute (width, height) that an image of *size* is resized to before it is cropped or padded."""
+        if self.fit == "squash":
+            return self.crop, self.crop
+        shorter, longer = min(size), max(size)
+        if self.fit == "pad":
+            short, long = max(1, round(self.crop * shorter / longer)), self.crop
+        else:
+            short, long = self.resize, max(1, int(self.resize * longer / shorter))
+        return (short, long) if size[0] <= size[1] else (long, short)
+
+    def box(self, size: tuple[int, int]) -> Box:
+        """Compute the part of an upright image of *size* that the network sees.
+
+        With `fit` "pad" it is larger than the image, so it may begin at a negative coordinate.
+        """
+        resized = self.resized(size)
+        left, top = (round((side - self.crop) / 2.0) for side in resized)
+        scale_x, scale_y = size[0] / resized[0], size[1] / resized[1]
+        return left * scale_x, top * scale_y, (left + self.crop) * scale_x, (top + self.crop) * scale_y
 
     def changes(self, image: Image.Image) -> tuple[str, ...]:
         """List the conversions of a loaded *image* that its owner may not expect, in order."""
@@ -149,20 +182,59 @@ def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:
     with an aspect ratio above `MAX_ASPECT_RATIO` only the cropped part is computed (a few gray levels off):
     1 x 20000 pixels cost no more than a photograph.
     """
-    width, height = image.size
-    if width <= height:
-        size = (rules.resize, max(1, int(rules.resize * height / width)))
-    else:
-        size = (max(1, int(rules.resize * width / height)), rules.resize)
+    size = rules.resized(image.size)
     left = round((size[0] - rules.crop) / 2.0)
     top = round((size[1] - rules.crop) / 2.0)
-    right, bottom = left + rules.crop, top + rules.crop
     resampling = RESAMPLING[rules.interpolation]
     if max(size) <= MAX_ASPECT_RATIO * rules.resize:
-        return np.asarray(image.resize(size, resampling).crop((left, top, right, bottom)))
-    scale_x, scale_y = width / size[0], height / size[1]
-    box = (left * scale_x, top * scale_y, min(width, right * scale_x), min(height, bottom * scale_y))
+        window = (left, top, left + rules.crop, top + rules.crop)
+        return np.asarray(image.resize(size, resampling).crop(window))
+    left_edge, top_edge, right, bottom = rules.box(image.size)
+    box = (left_edge, top_edge, min(image.width, right), min(image.height, bottom))
     return np.asarray(image.resize((rules.crop, rules.crop), resampling, box=box))
+
+
+def pad_to_square(image: Image.Image, rules: Preprocess) -> Pixels:
+    """Resize the longer side of an RGB *image* and center it on the background; returns (crop, crop, 3)."""
+    width, height = rules.resized(image.size)
+    left, top = -round((width - rules.crop) / 2.0), -round((height - rules.crop) / 2.0)
+    return _resize_onto_background(image, (0, 0, *image.size), (left, top, width, height), rules)
+
+
+def squash(image: Image.Image, rules: Preprocess) -> Pixels:
+    """Resize both sides of an RGB *image*, whatever its aspect ratio; returns (crop, crop, 3) uint8."""
+    return np.asarray(image.resize((rules.crop, rules.crop), RESAMPLING[rules.interpolation]))
+
+
+def resize_box(image: Image.Image, box: Box, rules: Preprocess) -> Pixels:
+    """Resize *box* of an RGB *image* to (crop, crop, 3) uint8; outside of the image it has the background.
+
+    The part of the box inside the image becomes a whole number of pixels, at least one per side.
+    """
+    ends, starts, lengths = [], [], []
+    for low, high, limit in zip(box[:2], box[2:], image.size, strict=True):
+        first, last = max(0.0, low), min(float(limit), high)
+        scale = rules.crop / (high - low)
+        length = min(rules.crop, max(1, round((last - first) * scale)))
+        start = round(((first + last) / 2 - low) * scale - length / 2)
+        ends.append((first, last))
+        starts.append(min(max(0, start), rules.crop - length))
+        lengths.append(length)
+    (left, right), (top, bottom) = ends
+    return _resize_onto_background(image, (left, top, right, bottom), (*starts, *lengths), rules)
+
+
+def _resize_onto_background(
+    image: Image.Image, source: Box, target: tuple[int, ...], rules: Preprocess
+) -> Pixels:
+    """Resize the box *source* of *image* to *target* (left, top, width, height) of the network's input."""
+    left, top, width, height = target
+    part = image.resize((width, height), RESAMPLING[rules.interpolation], box=source)
+    if (width, height) == (rules.crop, rules.crop):
+        return np.asarray(part)
+    canvas = Image.new("RGB", (rules.crop, rules.crop), rules.background)
+    canvas.paste(part, (left, top))
+    return np.asarray(canvas)
 
 
 def check_tta_mode(mode: str, preprocess: Preprocess) -> TtaMode:
@@ -170,6 +242,11 @@ def check_tta_mode(mode: str, preprocess: Preprocess) -> TtaMode:
     known: dict[str, TtaMode] = {name: name for name in get_args(TtaMode)}
     if mode not in known:
         raise ConfigError(f"--tta {mode}: not one of {', '.join(known)}")
+    if mode == "ten-crop" and preprocess.fit != "crop":
+        raise ConfigError(
+            f"--tta ten-crop: the network sees the whole image (fit = {preprocess.fit}), so there are no "
+            "corners to crop; use --tta flip"
+        )
     if mode == "ten-crop" and preprocess.crop == preprocess.resize:
         raise ConfigError(
             f"--tta ten-crop: resize and crop are both {preprocess.resize}, so there are no corners to crop; "

@@ -45,6 +45,7 @@ class ImportOptions(StrictModel):
     resize: int | None = None
     crop: int | None = None
     interpolation: str | None = None
+    fit: str | None = None
 
 
 class Row(StrictModel):
@@ -139,11 +140,11 @@ def _convert(file: WeightFile, model: str) -> tuple[str, ConvertedWeights]:
 
 
 def _override_preprocess(preprocess: Preprocess, options: ImportOptions) -> Preprocess:
-    changes = options.model_dump(include={"resize", "crop", "interpolation"}, exclude_none=True)
+    changes = options.model_dump(include={"resize", "crop", "interpolation", "fit"}, exclude_none=True)
     try:
         return Preprocess(**{**preprocess.model_dump(), **changes})
     except pydantic.ValidationError as error:
-        raise ConfigError(f"--resize, --crop, --interpolation: {first_problem(error)}") from error
+        raise ConfigError(f"--resize, --crop, --interpolation, --fit: {first_problem(error)}") from error
 
 
 def _class_names(converted: ConvertedWeights, file: Path | None) -> tuple[tuple[str, ...], str]:

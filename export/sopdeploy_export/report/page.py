@@ -248,6 +248,13 @@ def render_model_card(
         for key, value in sorted(checkpoint.training.items())
         if isinstance(value, int | float | str) and not isinstance(value, bool)
     )
+    resizing = {
+        "crop": f"Resize the\nshorter side of an image to {preprocess.resize} pixels "
+        f"({preprocess.interpolation}), then crop the center;",
+        "pad": f"Resize the\nlonger side of an image to {preprocess.crop} pixels "
+        f"({preprocess.interpolation}), then center it on RGB {preprocess.background};",
+        "squash": f"Resize both\nsides of an image to {preprocess.crop} pixels ({preprocess.interpolation});",
+    }[preprocess.fit]
     return f"""# {checkpoint.model}
 
 An image classifier exported by sopdeploy {fields["versions"]["sopdeploy"]}.
@@ -262,8 +269,7 @@ Classes: {labels}
 
 ## Input and output
 
-`{fields["inputs"][0].name}`: uint8, (batch, {preprocess.crop}, {preprocess.crop}, 3), RGB. Resize the
-shorter side of an image to {preprocess.resize} pixels ({preprocess.interpolation}), then crop the center;
+`{fields["inputs"][0].name}`: uint8, (batch, {preprocess.crop}, {preprocess.crop}, 3), RGB. {resizing}
 the graph subtracts the mean and divides by the standard deviation. Batches of {batch.minimum} to
 {batch.maximum} images. {outputs}
 

@@ -34,7 +34,7 @@ MAX_REDUCTION = 4  # per side; 1/8 would need a check on images of 16 times the 
 
 MAX_DRIFT = 0.1  # root mean square difference of the logits, relative to their spread
 MIN_AGREEMENT = 0.9  # fraction of images whose best class stays the same
-SCALES = (4, 6, 8)  # shorter side / `resize` of the network: from 4 on decoded at 1/2, from 8 on at 1/4
+SCALES = (4, 6, 8)  # shorter side / that of the resized image: from 4 on decoded at 1/2, from 8 on at 1/4
 SEEDS = 3
 OCTAVES = (4, 16, 64, 256)  # noise cells along the longer side; one more octave has cells of 2 pixels
 MAX_SAMPLES = 500
@@ -59,9 +59,20 @@ def load_reduced(image: Image.Image, body: bytes, preprocess: Preprocess) -> Ima
     """Load a JPEG at 1/2 or 1/4 of its size, other formats at full size.
 
     Each side keeps at least twice the pixels of the resized image; `check_fast_decode` measures the effect.
+    A padded image keeps its position: the scale must not change the size that the original would get.
     """
-    side = max(2 * preprocess.resize, -(-min(image.size) // MAX_REDUCTION))
-    image.draft(image.mode, (side, side))
+    if preprocess.fit == "crop":
+        side = max(2 * preprocess.resize, -(-min(image.size) // MAX_REDUCTION))
+        image.draft(image.mode, (side, side))
+    else:
+        width, height = image.size
+        target = preprocess.resized(image.size)
+        for scale in (MAX_REDUCTION, 2):
+            reduced = (-(-width // scale), -(-height // scale))
+            enough = reduced[0] >= 2 * target[0] and reduced[1] >= 2 * target[1]
+            if enough and preprocess.resized(reduced) == target:
+                image.draft(image.mode, (width // scale, height // scale))
+                break
     image.load()
     return image
 
@@ -146,10 +157,11 @@ def check_fast_decode(bundle: Bundle, runtime: Runtime, settings: Settings) -> F
     decoder = make_decoder(settings)
     exact: list[NDArray[np.float32]] = []
     fast: list[NDArray[np.float32]] = []
-    for jpeg in _test_jpegs(bundle.manifest.preprocess.resize, settings):
+    rules = bundle.manifest.preprocess
+    for jpeg in _test_jpegs(rules.resize if rules.fit == "crop" else rules.crop, settings):
         for logits, load in ((exact, load_exact), (fast, decoder.keywords["load"])):
             image = EncodedImage(jpeg)
-            decoded = decoder(image, bundle.manifest.preprocess, max_bytes=len(jpeg), load=load)
+            decoded = decoder(image, rules, max_bytes=len(jpeg), load=load)
             logits.append(runtime.run(decoded.pixels[None])[output][0])
     result = compare(np.stack(exact).astype(np.float64), np.stack(fast).astype(np.float64))
     if result.drift <= MAX_DRIFT and result.agreement >= MIN_AGREEMENT:
@@ -173,10 +185,10 @@ def compare(exact: NDArray[np.float64], fast: NDArray[np.float64]) -> FastDecode
     )
 
 
-def _test_jpegs(resize: int, settings: Settings) -> Iterator[bytes]:
+def _test_jpegs(side: int, settings: Settings) -> Iterator[bytes]:
     """Yield synthetic JPEGs large enough for fast decoding, then the samples, sorted by path."""
     for scale, seed in product(SCALES, range(SEEDS)):
-        short = scale * resize
+        short = scale * side
         size = (short, short * 4 // 3) if seed % 2 else (short * 4 // 3, short)
         if size[0] * size[1] <= settings.max_pixels:
             yield synthetic_jpeg(size, seed)

@@ -26,6 +26,10 @@ def import_file(
     interpolation: Annotated[
         Literal["bilinear", "bicubic"] | None, typer.Option(help="Interpolation of the resize.")
     ] = None,
+    fit: Annotated[
+        Literal["crop", "pad", "squash"] | None,
+        typer.Option(help="How images become squares: center crop, padding, or change of the aspect ratio."),
+    ] = None,
     keys: Annotated[bool, typer.Option("--keys", help="List the source of every tensor.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -46,6 +50,7 @@ def import_file(
             resize=resize,
             crop=crop,
             interpolation=interpolation,
+            fit=fit,
         )
         report = import_weights(file, name, destination, options)
     if as_json:
@@ -57,11 +62,14 @@ def import_file(
     absent = sum(not row.of for row in report.rows)
     rules = report.preprocess
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (rules.mean, rules.std))
+    geometry = f"resize {rules.resize}, crop {rules.crop}"
+    if rules.fit != "crop":
+        geometry = f"{rules.fit} to {rules.crop}"
     fields = [
         ("found", report.looks_like),
         ("mapped", f"{len(report.rows) - absent} tensors as {report.model}, {absent} counters set to 0"),
         ("ignored", ", ".join([*report.ignored, *report.beside]) or "nothing"),
-        ("input", f"resize {rules.resize}, crop {rules.crop}, {rules.interpolation}, mean {mean}, std {std}"),
+        ("input", f"{geometry}, {rules.interpolation}, mean {mean}, std {std}"),
         ("classes", f"{report.num_classes}: {report.labels}"),
         ("written", report.checkpoint),
         *(("note", note) for note in report.notes),

@@ -77,12 +77,14 @@ function showPreview(file) {
 byId("preview").addEventListener("load", () => {
   const { naturalWidth: width, naturalHeight: height } = byId("preview");
   const rules = state.info?.preprocess;
+  const whole = rules?.fit === "pad" || rules?.fit === "squash";
   const side = Math.min(width, height) * (rules ? rules.crop / rules.resize : 1);
-  byId("crop").style.width = `${(100 * side) / width}%`;
-  byId("crop").style.height = `${(100 * side) / height}%`;
+  byId("crop").style.width = whole ? "100%" : `${(100 * side) / width}%`;
+  byId("crop").style.height = whole ? "100%" : `${(100 * side) / height}%`;
   byId("preview").style.imageOrientation = rules?.exif_orientation === false ? "none" : "from-image";
   byId("frame").hidden = false;
-  byId("file-note").append(`, ${width} × ${height}. The frame shows the input of the network.`);
+  const seen = { pad: "The network sees the whole image, padded to a square.", squash: "The network sees the whole image, resized to a square." };
+  byId("file-note").append(`, ${width} × ${height}. ${seen[rules?.fit] ?? "The frame shows the input of the network."}`);
 });
 
 /** Show the request in each language. */

@@ -1,0 +1,212 @@
+"""`preprocess.fit`: the same pixels in training, probes, `predict`, service and client."""
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sopdeploy.bundle.manifest import Manifest
+from sopdeploy.data.augment import AugmentedDataset, CenterCrop, RandomResizedCrop, RandomSide
+from sopdeploy.data.base import PreprocessedDataset
+from sopdeploy.data.datasets.folder import open_classes
+from sopdeploy.errors import ConfigError
+from sopdeploy.images.preprocess import Preprocess, check_tta_mode, tta_views
+from sopdeploy_export.graph import CALIBRATE, PROBES, load_images
+from sopdeploy_service.commands import predict as predict_command
+from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
+from sopdeploy_service.images.loaders import load_reduced, synthetic_jpeg
+from sopdeploy_service.inference.loader import LoadedModel
+from sopdeploy_service.runtime.fake import FakeRuntime
+from sopdeploy_service.settings import Settings
+from tests.service.conftest import running
+
+BACKGROUND = (10, 200, 30)
+FITS = ("crop", "pad", "squash")
+
+
+def rules_for(fit):
+    return Preprocess(resize=36, crop=32, fit=fit, background=BACKGROUND)
+
+
+def encoded(size=(90, 60), kind="JPEG", mode="RGB", orientation=1):
+    values = np.random.default_rng(sum(size)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(values).resize(size, Image.Resampling.BICUBIC)
+    if mode == "I;16":
+        image = Image.fromarray(values[..., 0].astype(np.uint16) * 250)
+    elif mode == "RGBA":
+        image.putalpha(Image.fromarray(values[..., 1]))
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(file, kind, **({"exif": exif.tobytes()} if orientation > 1 else {}))
+    return file.getvalue()
+
+
+IMAGES = {
+    "landscape.jpg": encoded(),
+    "portrait.jpg": encoded((61, 93)),
+    "square.png": encoded((32, 32), "PNG"),
+    "small.png": encoded((5, 7), "PNG"),
+    "strip.png": encoded((1, 900), "PNG"),
+    "wide strip.png": encoded((2000, 3), "PNG"),
+    "rotated.jpg": encoded((91, 60), orientation=6),
+    "mirrored.jpg": encoded((60, 91), orientation=4),
+    "sixteen bit.png": encoded((70, 41), "PNG", "I;16"),
+    "transparent.png": encoded((50, 80), "PNG", "RGBA"),
+    "large.jpg": encoded((700, 500)),
+}
+
+
+class Recorder(FakeRuntime):
+    """Keeps every image that it runs."""
+
+    def __init__(self):
+        super().__init__(classes=7)
+        self.seen = []
+
+    def run(self, images):
+        self.seen += list(images.copy())
+        return super().run(images)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for number, (name, body) in enumerate(sorted(IMAGES.items())):
+        path = folder / "ab"[number % 2] / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(body)
+    return folder
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_training_probes_predict_service_and_client_see_the_same_pixels(bundle, folder, monkeypatch, fit):
+    rules, settings = rules_for(fit), Settings(threads=1)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    images = open_classes(folder, ("a", "b"))
+    names = [images.path(index).name for index in range(len(images))]
+    evaluation = PreprocessedDataset(images, rules)
+    training = AugmentedDataset(images, CenterCrop(kind="center"), rules, 0, 0)
+    expected = {name: evaluation[index][0] for index, name in enumerate(names)}
+    found = {"training": [training[names.index(path.name)][0] for path in paths]}
+    for option in (PROBES, CALIBRATE):
+        found[option] = list(load_images(folder, rules, option))
+    changed = replace(bundle, manifest=bundle.manifest.model_copy(update={"preprocess": rules}))
+    recorder = Recorder()
+    loaded = LoadedModel(bundle=changed, runtime=recorder, replays={})
+    monkeypatch.setattr(predict_command, "load_model", lambda *_: loaded)
+    predict_command.predict(bundle.path, paths, settings)
+    found["predict"], recorder.seen = recorder.seen, []
+    with running(recorder, changed, settings) as client:
+        shown = client.get("/info").json()["models"][0]["preprocess"]
+        for path in paths:
+            assert client.post("/v1/classify", content=path.read_bytes()).status_code == 200
+        found["service"], recorder.seen = recorder.seen, []
+        at_client = Preprocess(**shown)
+        for path in paths:
+            with Image.open(path) as image:
+                pixels = at_client(image)
+            tensor = {
+                "name": "images",
+                "shape": [1, 32, 32, 3],
+                "datatype": "UINT8",
+                "data": pixels.ravel().tolist(),
+            }
+            assert client.post("/v2/models/tiny/infer", json={"inputs": [tensor]}).status_code == 200
+        found["client"] = recorder.seen
+    for where, pixels in found.items():
+        assert len(pixels) == len(paths) == len(IMAGES), where
+        for path, values in zip(paths, pixels, strict=True):
+            assert np.array_equal(values, expected[path.name]), (where, path.name)
+
+
+@pytest.mark.parametrize(
+    ("size", "inside"),
+    [
+        ((64, 32), (0, 8, 32, 16)),
+        ((32, 64), (8, 0, 16, 32)),
+        ((5, 5), (0, 0, 32, 32)),
+        ((1, 900), (16, 0, 1, 32)),
+    ],
+)
+def test_pad_shows_the_whole_image_centered_on_the_background(size, inside):
+    pixels = rules_for("pad")(Image.new("RGB", size, (200, 100, 50)))
+    left, top, width, height = inside
+    expected = np.full((32, 32, 3), BACKGROUND, np.uint8)
+    expected[top : top + height, left : left + width] = (200, 100, 50)
+    assert np.array_equal(pixels, expected)
+
+
+@pytest.mark.parametrize(
+    ("fit", "size", "box"),
+    [
+        ("crop", (72, 36), (20, 2, 52, 34)),
+        ("crop", (36, 144), (2, 56, 34, 88)),
+        ("pad", (64, 32), (0, -16, 64, 48)),
+        ("pad", (8, 16), (-4, 0, 12, 16)),
+        ("squash", (100, 40), (0, 0, 100, 40)),
+    ],
+)
+def test_the_box_is_the_part_of_the_image_that_the_network_sees(fit, size, box):
+    assert rules_for(fit).box(size) == pytest.approx(box)
+
+
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+@pytest.mark.parametrize("size", [(801, 600), (600, 801), (300, 1201), (1203, 901), (63, 63)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_fast_decoding_keeps_the_position_of_the_image_and_almost_its_pixels(fit, size, orientation):
+    file, exif, rules = io.BytesIO(), Image.Exif(), rules_for(fit)
+    exif[0x0112] = orientation
+    with Image.open(io.BytesIO(synthetic_jpeg(size, 0))) as image:
+        image.save(file, "JPEG", exif=exif.tobytes())
+    exact, fast = (
+        decode(EncodedImage(file.getvalue()), rules, max_bytes=10**7, max_pixels=10**7, load=load).pixels
+        for load in (load_exact, load_reduced)
+    )
+    assert np.array_equal((exact == BACKGROUND).all(axis=2), (fast == BACKGROUND).all(axis=2))
+    assert np.abs(fast.astype(int) - exact).mean() < 6
+
+
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+def test_boxes_of_the_augmentation_are_drawn_in_the_square_that_evaluation_sees(folder, fit):
+    rules = rules_for(fit)
+    whole = RandomResizedCrop(kind="random-resized-crop", scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    kept = RandomSide(kind="random-side", sides=(32, 32))
+    images = open_classes(folder, ("a", "b"))
+    for augmentation in (whole, kept, whole.model_copy(update={"draft": True})):
+        training = AugmentedDataset(images, augmentation, rules, seed=0, epoch=0)
+        for index in range(len(images)):
+            pixels, expected = training[index][0].astype(int), rules(images[index][0]).astype(int)
+            allowed = 8 if augmentation.draft else 0
+            assert np.median(np.abs(pixels - expected)) <= allowed, images.path(index).name
+    narrow = RandomResizedCrop(kind="random-resized-crop", scale=(0.05, 0.2))
+    training = AugmentedDataset(images, narrow, rules, seed=0, epoch=0)
+    for index in range(len(images)):
+        drawn = training[index][0]
+        assert drawn.shape == (32, 32, 3)
+        assert (
+            fit == "squash"
+            or min(images[index][0].size) < 8
+            or (drawn != BACKGROUND).any(axis=2).mean() > 0.1
+        )
+
+
+def test_crop_is_the_default_and_changes_no_file(bundle):
+    assert "fit" not in Preprocess().model_dump(mode="json")
+    assert Preprocess(fit="crop") == Preprocess()
+    padded = bundle.manifest.model_copy(update={"preprocess": rules_for("pad")})
+    assert json.loads(padded.to_bytes())["preprocess"]["fit"] == "pad"
+    assert Manifest.from_bytes(padded.to_bytes()) == padded
+
+
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+def test_ten_crops_need_a_network_that_crops(fit):
+    with pytest.raises(ConfigError, match=f"the network sees the whole image .fit = {fit}.* use --tta flip"):
+        check_tta_mode("ten-crop", rules_for(fit))
+    image = Image.new("RGB", (40, 20))
+    assert (
+        len(tta_views(lambda rules: rules(image), rules_for(fit), check_tta_mode("flip", rules_for(fit))))
+        == 2
+    )
