@@ -5,6 +5,7 @@ import json
 import pickle  # noqa: TID251
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 from sopdeploy.bundle.manifest import to_json
+from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.cli.app import app
-from tests.forged import LABELS, flip, forge, write_hollow
+from sopdeploy.errors import CertificateError
+from tests.forged import FIELDS, LABELS, flip, forge, write_hollow
 
 SIDE = 16
 FILES = ("model.onnx", "labels.json", "certificate.json", "parity.json", "probes.npz", "README.md")
@@ -55,8 +58,23 @@ def write_bundle(destination: Path, factor: float) -> Path:
     def fill(folder: Path) -> None:
         (folder / "model.onnx").write_bytes(graph(factor))
         (folder / "probes.npz").write_bytes(probes(factor))
+        (folder / "certificate.json").write_bytes(certificate(root))
 
-    return write_hollow(destination, fill)
+    root = onnx_file_root(graph(factor))
+    return write_hollow(destination, fill, lineage=FIELDS["lineage"].model_copy(update={"onnx_root": root}))
+
+
+def certificate(root: str) -> bytes:
+    return to_json({"roots": {"any_batch": FIELDS["lineage"].program_root, "onnx": root}})
+
+
+def forge_with_root(bundle: Path) -> Path:
+    """Forge *bundle* with a certificate and a lineage for its current graph, if that has a root."""
+    with suppress(CertificateError):
+        root = onnx_file_root((bundle / "model.onnx").read_bytes())
+        (bundle / "certificate.json").write_bytes(certificate(root))
+        return forge(bundle, lineage={**FIELDS["lineage"].model_dump(), "onnx_root": root})
+    return forge(bundle)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +123,10 @@ def test_a_file_of_another_bundle_is_rejected(bundle: Path, tmp_path: Path, name
 
 def test_another_graph_with_the_right_hash_fails_the_probes(bundle: Path, tmp_path: Path) -> None:
     shutil.copy(write_bundle(tmp_path / "others", factor=2.0) / "model.onnx", bundle / "model.onnx")
-    assert "does not compute the exported network" in rejection(forge(bundle), "probes")
+    assert "the graph was replaced after the export" in rejection(
+        forge(bundle), "model.onnx: its graph has the root"
+    )
+    assert "does not compute the exported network" in rejection(forge_with_root(bundle), "probes")
 
 
 def test_reordered_labels_are_rejected(bundle: Path) -> None:
@@ -182,7 +203,7 @@ def with_outside_weights(location: str) -> bytes:
 def test_invalid_graphs_with_the_right_hash_are_rejected(bundle: Path, attack: str) -> None:
     (bundle.parent / "outside").write_bytes(np.float32(1.0).tobytes())
     (bundle / "model.onnx").write_bytes(GRAPHS[attack]())
-    rejection(forge(bundle), "model.onnx")
+    rejection(forge_with_root(bundle), "model.onnx")
 
 
 def test_a_manifest_of_another_graph_is_rejected(bundle: Path) -> None:

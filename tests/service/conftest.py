@@ -22,6 +22,7 @@ from PIL import Image
 
 from sopdeploy.bundle.folder import Bundle, open_bundle, publish, seal, staging
 from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
+from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.proof.certificate import Certificate, Roots, TensorEntry
@@ -70,8 +71,9 @@ def write_bundle(
     logits = images.mean(axis=(1, 2)).astype(np.float32) @ weights + np.float32(wrong_by)
     with staging(folder) as stage:
         (stage / "model.onnx").write_bytes(graph.SerializeToString())
+        root = onnx_file_root(graph.SerializeToString())
         (stage / "labels.json").write_bytes(to_json(LABELS))
-        (stage / "certificate.json").write_bytes(to_json({}))
+        (stage / "certificate.json").write_bytes(to_json({"roots": {"any_batch": "1" * 64, "onnx": root}}))
         (stage / "parity.json").write_bytes(to_json({}))
         write_probes(
             stage / "probes.npz", Probes(images=images, expected={output: logits}, tolerance={output: 1e-4})
@@ -87,7 +89,7 @@ def write_bundle(
                 "batch": BatchRange(),
                 "opset": 18,
                 "detached": (),
-                "lineage": Lineage(checkpoint_sha256="0" * 64, program_root="1" * 64, onnx_root="2" * 64),
+                "lineage": Lineage(checkpoint_sha256="0" * 64, program_root="1" * 64, onnx_root=root),
                 "versions": {"onnx": onnx.__version__},
             },
         )

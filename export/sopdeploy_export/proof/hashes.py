@@ -5,7 +5,8 @@ defaults filled in, and the hashes of its operands in order. Weights and constan
 by position, dtype and (symbolic) shape. Names, and operations that no output depends on, do not count. So a
 network that was trained with branches has the root of the plain network exactly if its output is computed
 the same way. The hash of an ONNX graph, to check a certificate against a file, is the same one level down:
-nodes count by operator, attributes and ordered operands. Both take linear time.
+nodes count by operator, attributes and ordered operands (`sopdeploy.bundle.onnx_root`). Both take linear
+time.
 """
 
 import hashlib
@@ -14,11 +15,11 @@ from typing import Any
 
 import onnx
 import torch
-from onnx import numpy_helper
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
+from sopdeploy.bundle.onnx_root import hash_parts, onnx_file_root
 from sopdeploy.errors import CertificateError
 
 SCALARS = (bool, int, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -61,7 +62,7 @@ def program_root(program: ExportedProgram) -> ProgramRoot:
     signature = program.graph_signature
     names = signature.inputs_to_parameters | signature.inputs_to_buffers
     reached = frozenset(names[node.name] for node in hasher.hashes if node.name in names)
-    return ProgramRoot(sha256=_hash(*lines), nodes=hasher.places, state=reached)
+    return ProgramRoot(sha256=hash_parts(*lines), nodes=hasher.places, state=reached)
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -87,7 +88,7 @@ def _leaf_hashes(program: ExportedProgram) -> dict[str, str]:
             else symbols.setdefault(str(size.node.expr), f"S{len(symbols)}")
             for size in value.shape
         ]
-        leaves[spec.arg.name] = _hash("input", str(position), str(value.dtype), *shape)
+        leaves[spec.arg.name] = hash_parts("input", str(position), str(value.dtype), *shape)
     for spec in specs:
         if spec.kind != InputKind.USER_INPUT:
             tensor = program.state_dict.get(spec.target, program.constants.get(spec.target))
@@ -110,9 +111,9 @@ class _GraphHasher:
         if isinstance(value, fx.Node):
             return self._node_hash(value)
         if isinstance(value, list | tuple):
-            return _hash("list", *(self.encode(item) for item in value))
+            return hash_parts("list", *(self.encode(item) for item in value))
         if isinstance(value, dict):
-            return _hash("dict", *(f"{key}={self.encode(value[key])}" for key in sorted(value)))
+            return hash_parts("dict", *(f"{key}={self.encode(value[key])}" for key in sorted(value)))
         if isinstance(value, float):
             return f"float {value.hex()}"
         if value is None or isinstance(value, SCALARS):
@@ -143,7 +144,7 @@ class _GraphHasher:
         operation = f"python {getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
         if isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
             operation = str(target)
-        found = _hash(operation, *(self.encode(value) for value in _arguments(node)))
+        found = hash_parts(operation, *(self.encode(value) for value in _arguments(node)))
         if found not in self.places:
             stack = node.meta.get("nn_module_stack") or {}
             paths = [str(path) for path, _ in stack.values()]
@@ -162,9 +163,9 @@ def _attribute_hash(node: fx.Node) -> str:
     if not isinstance(value, fx.GraphModule):
         raise CertificateError(f"{node.name}: the graph depends on an object that is not a tensor")
     placeholders = [inner for inner in value.graph.nodes if inner.op == "placeholder"]
-    hasher = _GraphHasher(leaves={n.name: _hash("argument", str(i)) for i, n in enumerate(placeholders)})
+    hasher = _GraphHasher(leaves={n.name: hash_parts("argument", str(i)) for i, n in enumerate(placeholders)})
     outputs = next(inner for inner in value.graph.nodes if inner.op == "output")
-    return _hash("graph", hasher.encode(outputs.args[0]))
+    return hash_parts("graph", hasher.encode(outputs.args[0]))
 
 
 def _arguments(node: fx.Node) -> list[Any]:
@@ -180,44 +181,9 @@ def _arguments(node: fx.Node) -> list[Any]:
     ]
 
 
-def _hash(*parts: str | bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:  # each with its length, so that no two lists of parts have the same bytes
-        digest.update(f"{len(part)}:".encode())
-        digest.update(part.encode() if isinstance(part, str) else part)
-    return digest.hexdigest()
-
-
 def onnx_root(model: onnx.ModelProto) -> str:
     """Compute the Merkle root of the graph of *model* as a hexadecimal sha256.
 
     Raises `CertificateError` if a node holds a subgraph (control flow).
     """
-    hashes = {}  # of each value, by name
-    for position, value in enumerate(model.graph.input):
-        hashes[value.name] = _hash(f"input {position}", value.type.SerializeToString(deterministic=True))
-    for tensor in model.graph.initializer:
-        hashes[tensor.name] = _initializer_hash(tensor)
-    for node in model.graph.node:  # in topological order
-        parts: list[str | bytes] = [node.domain, node.op_type]
-        for attribute in sorted(node.attribute, key=lambda a: a.name):
-            if attribute.type in {onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS}:
-                raise CertificateError(f"{node.op_type} contains a subgraph; control flow is not allowed")
-            if attribute.type == onnx.AttributeProto.TENSOR:
-                parts += [attribute.name, _initializer_hash(attribute.t)]
-                continue
-            plain = onnx.AttributeProto()
-            plain.CopyFrom(attribute)
-            plain.doc_string = ""
-            parts += [attribute.name, plain.SerializeToString(deterministic=True)]
-        parts += [hashes[name] if name else "absent" for name in node.input]
-        node_hash = _hash(*parts)
-        for position, name in enumerate(node.output):
-            hashes[name] = _hash(node_hash, str(position))
-    opsets = sorted(f"{opset.domain} {opset.version}" for opset in model.opset_import)
-    return _hash(*opsets, *(hashes[value.name] for value in model.graph.output))
-
-
-def _initializer_hash(tensor: onnx.TensorProto) -> str:
-    content = numpy_helper.to_array(tensor).tobytes()
-    return _hash(f"constant {tensor.data_type} {tuple(tensor.dims)}", content)
+    return onnx_file_root(model.SerializeToString(deterministic=True))

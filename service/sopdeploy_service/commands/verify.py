@@ -22,6 +22,7 @@ class Verification(StrictModel):
     bundle: str
     id: str
     model: str
+    onnx_root: str
     files: int
     bytes: int
     runtime: str
@@ -30,10 +31,10 @@ class Verification(StrictModel):
 
 
 def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
-    """Check every file against the manifest, then replay every probe alone and in batches.
+    """Check every file and the root of the graph, then replay every probe alone and in batches.
 
-    Raises `BundleError` for the files, `ParityError` for the numbers, and `RuntimeUnavailableError` if no
-    runtime here can run the bundle.
+    Raises `BundleError` for the files and the root, `ParityError` for the numbers, and
+    `RuntimeUnavailableError` if no runtime here can run the bundle.
     """
     loaded = load_model(bundle_path, settings or load_settings(), thorough=True)
     bundle = loaded.bundle
@@ -41,6 +42,7 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
         bundle=bundle.name,
         id=bundle.manifest.id,
         model=bundle.manifest.model,
+        onnx_root=bundle.manifest.lineage.onnx_root,
         files=len(bundle.manifest.files),
         bytes=sum(record.bytes for record in bundle.manifest.files.values()),
         runtime=loaded.runtime.name,

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle, open_bundle
+from sopdeploy.bundle.onnx_root import check_roots
 from sopdeploy.bundle.probes import Outputs, Probes, Replay, read_probes, replay
 from sopdeploy.bundle.signing import check_signed, signature_path
 from sopdeploy.errors import BundleError, RuntimeUnavailableError
@@ -46,13 +47,16 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
     """Load the bundle at *path* and replay its probes.
 
     Every probe runs in a batch of the largest size. `SINGLE_PROBES` of them also run alone; with *thorough*
-    all of them do. The difference is most of the start time of a server on a CPU.
+    all of them do, and the root of the graph is recomputed and compared with the certificate. The
+    difference is most of the start time of a server on a CPU.
 
     Raises `BundleError`, `RuntimeUnavailableError`, `ParityError`, `ConfigError` for an invalid key file, and
     the errors of `check_fast_decode`.
     """
     moments = [time.monotonic()]
     bundle = open_bundle(path)
+    if thorough:
+        check_roots(bundle)
     if settings.verify_key is not None:
         check_signed(bundle.manifest, signature_path(path), settings.verify_key)
     moments.append(time.monotonic())

@@ -4,14 +4,19 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
+from sopdeploy.bundle.manifest import to_json
 from sopdeploy.bundle.signing import make_key, sign
 from sopdeploy.errors import BundleError, ConfigError, DataError, ParityError, RuntimeUnavailableError
 from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
+from tests.forged import forge
 
 ONE_THREAD = Settings(threads=1)
 
@@ -71,6 +76,54 @@ def test_a_flipped_bit_or_a_missing_file_is_detected(bundle_path, tmp_path, name
         (copy / name).write_bytes(body)
     with pytest.raises(BundleError, match=name.replace(".", r"\.")):
         verify(copy, ONE_THREAD)
+
+
+def replace_weight(folder: Path) -> None:
+    """Move one weight of the graph by one ulp, far less than the probes' tolerance."""
+    graph = onnx.load(folder / "model.onnx")
+    weights = numpy_helper.to_array(graph.graph.initializer[1]).copy()
+    weights.flat[0] = np.nextafter(weights.flat[0], np.float32(1))
+    graph.graph.initializer[1].CopyFrom(numpy_helper.from_array(weights, graph.graph.initializer[1].name))
+    (folder / "model.onnx").write_bytes(graph.SerializeToString())
+
+
+def roots(name: str, **changes: str | list[str]) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(to_json(changes))
+
+
+def certify(any_batch: str, root: str) -> Callable[[Path], object]:
+    content = {"roots": {"any_batch": any_batch * 64, "onnx": root * 64}}
+    return lambda folder: (folder / "certificate.json").write_bytes(to_json(content))
+
+
+RULE = {"rules": ["newton_schulz"], "certified_root": "1" * 64, "lowered_root": "3" * 64}
+REPLACED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "another weight": (replace_weight, r"model\.onnx: its graph has the root"),
+    "a graph that is text": (lambda f: (f / "model.onnx").write_text("text"), "not a complete ONNX model"),
+    "another certified graph": (certify("1", "9"), r"certificate\.json: certifies another graph"),
+    "another certified program": (certify("9", "9"), r"certificate\.json: is of another network"),
+    "a certificate without roots": (roots("certificate.json"), r"certificate\.json: holds no roots"),
+    "rules for another program": (
+        roots("lowering.json", **{**RULE, "certified_root": "9" * 64}),
+        r"lowering\.json: is of another network",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REPLACED)
+def test_verify_rejects_another_graph_than_the_certified_one(bundle_path, tmp_path, case):
+    change, message = REPLACED[case]
+    copy = Path(shutil.copytree(bundle_path, tmp_path / "copy"))
+    change(copy)
+    with pytest.raises(BundleError, match=message):
+        verify(forge(copy), ONE_THREAD)
+
+
+def test_verify_accepts_a_graph_that_rules_changed_after_the_certificate(bundle_path, bundle, tmp_path):
+    copy = Path(shutil.copytree(bundle_path, tmp_path / "copy"))
+    certify("1", "9")(copy)
+    roots("lowering.json", **RULE)(copy)
+    assert verify(forge(copy), ONE_THREAD).onnx_root == bundle.manifest.lineage.onnx_root
 
 
 def test_verify_rejects_other_outputs_and_probes_that_prove_nothing(wrong_bundle_path, make_bundle, tmp_path):

@@ -1,0 +1,129 @@
+"""The root of an ONNX file: equal for equal graphs, and never of another graph than a runtime reads."""
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from sopdeploy.bundle.onnx_root import onnx_file_root
+from sopdeploy.errors import CertificateError
+
+NUMBERS: dict[int, list[float]] = {
+    TensorProto.FLOAT: [1.5, -2.0],
+    TensorProto.DOUBLE: [1.5, -2.0],
+    TensorProto.FLOAT16: [1.5, -2.0],
+    TensorProto.BFLOAT16: [1.5, -2.0],
+    TensorProto.INT8: [-1, 5],
+    TensorProto.UINT8: [255, 5],
+    TensorProto.INT16: [-1, 5],
+    TensorProto.INT32: [-1, 5],
+    TensorProto.INT64: [-1, 5],
+    TensorProto.UINT32: [2**32 - 1, 5],
+    TensorProto.UINT64: [2**63 + 1, 5],
+    TensorProto.BOOL: [True, False],
+}
+
+
+def model_of(weight: onnx.TensorProto) -> onnx.ModelProto:
+    nodes = [
+        helper.make_node("LeakyRelu", ["x"], ["y"], name="first", alpha=0.5),
+        helper.make_node("Concat", ["y", weight.name], ["z"], axis=-1),
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 2])]
+    outputs = [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)]
+    graph = helper.make_graph(nodes, "graph", inputs, outputs, [weight])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def root(model: onnx.ModelProto) -> str:
+    return onnx_file_root(model.SerializeToString(deterministic=True))
+
+
+@pytest.mark.parametrize("dtype", NUMBERS, ids=TensorProto.DataType.Name)
+def test_root_does_not_depend_on_how_a_file_stores_numbers(dtype: int) -> None:
+    typed = helper.make_tensor("w", dtype, [2], NUMBERS[dtype])
+    raw = numpy_helper.from_array(numpy_helper.to_array(typed), "w")
+    assert raw.HasField("raw_data")
+    assert not typed.HasField("raw_data")
+    assert root(model_of(typed)) == root(model_of(raw))
+    other = numpy_helper.from_array(numpy_helper.to_array(typed)[::-1].copy(), "w")
+    assert root(model_of(other)) != root(model_of(raw))
+
+
+def plain() -> onnx.ModelProto:
+    return model_of(numpy_helper.from_array(np.array([1, 2], np.float32), "w"))
+
+
+def test_names_and_documentation_do_not_count() -> None:
+    model = plain()
+    model.graph.node[0].name = model.graph.node[0].doc_string = "other"
+    model.graph.node[0].attribute[0].doc_string = "other"
+    model.graph.node[0].output[0] = model.graph.node[1].input[0] = "renamed"
+    model.metadata_props.add(key="key", value="value")
+    assert root(model) == root(plain())
+
+
+COUNTED: dict[str, Callable[[onnx.ModelProto], object]] = {
+    "operator": lambda m: setattr(m.graph.node[0], "op_type", "ThresholdedRelu"),
+    "domain": lambda m: setattr(m.graph.node[0], "domain", "com.microsoft"),
+    "attribute": lambda m: setattr(m.graph.node[0].attribute[0], "f", 0.25),
+    "negative attribute": lambda m: setattr(m.graph.node[1].attribute[0], "i", -2),
+    "input type": lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", TensorProto.DOUBLE),
+    "opset": lambda m: setattr(m.opset_import[0], "version", 19),
+    "operands": lambda m: m.graph.node[1].input.append("x"),
+    "shape": lambda m: m.graph.initializer[0].dims.append(1),
+}
+
+
+@pytest.mark.parametrize("part", COUNTED)
+def test_everything_that_is_computed_counts(part: str) -> None:
+    model = plain()
+    COUNTED[part](model)
+    assert root(model) != root(plain())
+
+
+def outside(model: onnx.ModelProto) -> None:
+    model.graph.initializer[0].data_location = TensorProto.EXTERNAL  # raw_data stays as a decoy
+
+
+def control_flow(model: onnx.ModelProto) -> None:
+    model.graph.node[0].attribute.append(helper.make_attribute("then_branch", onnx.GraphProto()))
+
+
+REJECTED: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
+    "weights in another file": (outside, "the weight w is stored in another file"),
+    "a weight without numbers": (lambda m: m.graph.initializer[0].ClearField("raw_data"), "has no numbers"),
+    "control flow": (control_flow, "LeakyRelu contains a subgraph"),
+    "its own operator": (lambda m: m.functions.add(name="Relu"), "defines its own operators"),
+    "an unknown operand": (lambda m: m.graph.node[0].input.append("q"), "not a complete ONNX model"),
+    "no graph": (lambda m: m.ClearField("graph"), "not a complete ONNX model"),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_model_without_a_root_is_rejected(case: str) -> None:
+    change, message = REJECTED[case]
+    model = plain()
+    change(model)
+    with pytest.raises(CertificateError, match=message):
+        root(model)
+
+
+def test_field_that_is_set_twice_is_rejected() -> None:
+    """A runtime reads only the last value, here `Relu`."""
+    content = plain().SerializeToString()
+    twice = content.replace(b"\x22\x09LeakyRelu", b"\x22\x03Lea\x22\x04Relu")
+    assert twice != content
+    assert onnx.load_model_from_string(twice).graph.node[0].op_type == "Relu"
+    with pytest.raises(CertificateError, match="not a complete ONNX model"):
+        onnx_file_root(twice)
+
+
+def test_file_that_is_cut_off_has_no_root_or_another_one() -> None:
+    content = plain().SerializeToString()
+    for length in range(len(content)):
+        with suppress(CertificateError):
+            assert onnx_file_root(content[:length]) != onnx_file_root(content)
