@@ -98,17 +98,10 @@ def test_the_docstring_of_the_errors_module_lists_every_error_once() -> None:
 def test_dunder_all_names_exactly_the_lazy_exports() -> None:
     assert sopdeploy.__all__ == sorted(sopdeploy.__all__)
     assert all(getattr(sopdeploy, exported) is not None for exported in sopdeploy.__all__)
-    source = (ROOT / "sopdeploy" / "__init__.py").read_text(encoding="utf-8")
-    (function,) = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
-    lazy = {
-        constant.value
-        for comparison in ast.walk(function)
-        if isinstance(comparison, ast.Compare)
-        for constant in ast.walk(comparison)
-        if isinstance(constant, ast.Constant)
-    }
-    assert lazy | {"__version__"} == set(sopdeploy.__all__)
+    lazy = set(sopdeploy.__all__) - {"__version__"}
+    assert lazy == set(sopdeploy._MODULES)
     assert all(getattr(sopdeploy, exported).__doc__[0].isupper() for exported in lazy)
+    assert [name for name in lazy if (ROOT / "sopdeploy" / name).exists()] == []  # no submodule hides one
     with pytest.raises(AttributeError, match="no attribute 'create_modl'"):
         _ = sopdeploy.create_modl
 

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from sopdeploy.api.progress import plain_text as plain_text
 from sopdeploy.errors import SopdeployError, StorageError
 
 USER_ERROR = 2
@@ -57,12 +58,6 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
             if as_json:
                 print_json({"error": {"code": error.code, "message": str(error)}})
         raise typer.Exit(USER_ERROR) from error
-
-
-def plain_text(text: str) -> Text:
-    """Build one line of rich text from *text*, without markup; `?` replaces control characters."""
-    line = " ".join(text.split())
-    return Text("".join(character if character.isprintable() else "?" for character in line))
 
 
 def print_field(label: str, text: str, *, style: str = "bold", width: int = 8) -> None:

@@ -85,7 +85,7 @@ def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None])
         )
         predictions = Predictions(
             metrics=classification_report(images.labels, scores),
-            mistakes=tuple(_worst_mistakes(scores, images, preprocess)),
+            mistakes=tuple(worst_mistakes(scores, images, preprocess)),
             images=name,
         )
     return RunData(
@@ -120,7 +120,7 @@ def _open_images(recipe: Recipe, checkpoint: Checkpoint, data: Path | None) -> t
     return held_out, "the held-out images, which also selected the best epoch: expect less on new images"
 
 
-def _worst_mistakes(scores: Sequence[Score], images: LabeledImages, preprocess: Preprocess) -> list[Mistake]:
+def worst_mistakes(scores: Sequence[Score], images: LabeledImages, preprocess: Preprocess) -> list[Mistake]:
     """Select the wrong predictions with the highest confidence."""
     wrong = [(-score.confidence, index) for index, score in enumerate(scores) if not score.correct]
     mistakes = []

@@ -21,6 +21,7 @@ from sopdeploy.bundle.manifest import BatchRange, FileRecord, Manifest
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel
 from sopdeploy.environment import machine
+from sopdeploy.html.templates import render
 from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.precision.convert import PrecisionReport
@@ -108,6 +109,22 @@ class Exported:
     lowering: LoweringReport
     network_summary: NetworkSummary
     speed: Speed | None
+
+    def _repr_html_(self) -> str:
+        """Render the main facts and a link to the report for a notebook."""
+        certificate, parity, summary = self.certificate, self.parity, self.network_summary
+        facts = [
+            ("removed", ", ".join(certificate.detached) or "nothing"),
+            ("kept", f"{len(certificate.kept)} tensors, sha256 equal before and after"),
+            ("graph", f"trained = detached = plain, root {certificate.roots.any_batch[:16]}"),
+            ("logits", f"bitwise equal on {certificate.images} probe images"),
+            ("drift", f"{parity.logits.largest_drift:.2g}, allowed {parity.logits.tolerance:.2g}"),
+            ("top class", f"equal on {parity.top1.agree} of {parity.top1.images} probe images"),
+            ("parameters", f"{summary.shipped.parameters:,} of {summary.trained.parameters:,}"),
+            ("precision", self.precision.precision),
+            ("bundle", str(self.path)),
+        ]
+        return render("sopdeploy_export.report", "notebook_export.html", path=self.path, facts=facts)
 
     def summary(self) -> dict[str, Any]:
         """Build the output of `sopdeploy export --json`."""

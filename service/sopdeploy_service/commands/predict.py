@@ -1,16 +1,18 @@
-"""`sopdeploy predict`: classify image files without a server, with the same code."""
+"""`sopdeploy predict`: classify images without a server, with the same code."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from sopdeploy.bundle.folder import MANIFEST
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import DataError, ImageError
+from sopdeploy.images.preprocess import Preprocess, match_transparency
 from sopdeploy_service.api.schema import Classes, ClassProbability
 from sopdeploy_service.http.problems import Problem
-from sopdeploy_service.images.decode import EncodedImage
+from sopdeploy_service.images.decode import Decoded, EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.results import NONFINITE, Ranking, Rejection, format_prediction
@@ -18,7 +20,10 @@ from sopdeploy_service.settings import Settings, load_settings
 
 
 class FilePrediction(StrictModel):
-    """The most probable classes of one image file, best first, or the error."""
+    """The most probable classes of one image, best first, or the error.
+
+    `image` is the path of the file; of an image in memory it is its file name or position.
+    """
 
     image: str
     classes: tuple[ClassProbability, ...] = ()
@@ -27,30 +32,44 @@ class FilePrediction(StrictModel):
 
 
 def predict(
-    bundle_path: Path, image_paths: Sequence[Path], settings: Settings | None = None
+    bundle_path: Path, images: Sequence[Path | Image.Image], settings: Settings | None = None
 ) -> list[FilePrediction]:
-    """Classify the files one by one; a file that is no valid image gets an `error`.
+    """Classify files and images in memory one by one; a file that is no valid image gets an `error`.
 
-    Batches of one make a prediction independent of the other files. Raises `DataError` for a file that cannot
-    be read, and the errors of `load_model`.
+    Batches of one make a prediction independent of the other images. An image in memory gives the result of a
+    file with the same pixels. Raises `DataError` for a file that cannot be read, and the errors of
+    `load_model`.
     """
     settings = settings or load_settings()
     loaded = load_model(bundle_path, settings)
-    return [_predict_file(loaded, path, settings) for path in image_paths]
+    return [_predict_image(loaded, image, number, settings) for number, image in enumerate(images)]
 
 
-def _predict_file(loaded: LoadedModel, path: Path, settings: Settings) -> FilePrediction:
+def _predict_image(
+    loaded: LoadedModel, image: Path | Image.Image, number: int, settings: Settings
+) -> FilePrediction:
     manifest = loaded.bundle.manifest
+    name = str(image if isinstance(image, Path) else getattr(image, "filename", "") or f"image {number}")
     try:
-        decoded = make_decoder(settings)(read_image(path, settings.max_body_bytes), manifest.preprocess)
+        decoded = _decode(image, manifest.preprocess, settings)
     except ImageError as error:
-        return FilePrediction(image=str(path), error=Problem.of(Rejection.of(error)))
+        return FilePrediction(image=name, error=Problem.of(Rejection.of(error)))
     outputs = loaded.runtime.run(decoded.pixels[None])
     if not all(np.isfinite(values).all() for values in outputs.values()):
-        return FilePrediction(image=str(path), error=Problem.of(NONFINITE))
+        return FilePrediction(image=name, error=Problem.of(NONFINITE))
     ranked = Ranking([outputs[manifest.outputs[0].name][0]]).top_k(0, settings.top_k)
     classes = Classes(**format_prediction(ranked, loaded.bundle.labels)).classes
-    return FilePrediction(image=str(path), classes=classes, warnings=decoded.warnings)
+    return FilePrediction(image=name, classes=classes, warnings=decoded.warnings)
+
+
+def _decode(image: Path | Image.Image, preprocess: Preprocess, settings: Settings) -> Decoded:
+    if isinstance(image, Path):
+        return make_decoder(settings)(read_image(image, settings.max_body_bytes), preprocess)
+    try:
+        match_transparency(image)  # of a file that is open but not decoded yet
+        return Decoded(preprocess(image), preprocess.changes(image))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError("the image is damaged", code="damaged_image", status=422) from error
 
 
 def read_image(path: Path, max_bytes: int) -> EncodedImage:

@@ -237,7 +237,7 @@ def main() -> int:
     try:
         return serve_on(order["sources"], Settings(**{**order["settings"], "devices": ()}), inherited)
     except SopdeployError as problem:
-        sys.stderr.write(f"error: device {order['name']}: {problem}\n")
+        sys.stderr.write(f"error: device {order['name']}: {problem} [{problem.code}]\n")
         return USER_ERROR
 
 

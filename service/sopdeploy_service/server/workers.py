@@ -13,12 +13,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import WORKER_VARIABLE, Settings
@@ -121,14 +121,7 @@ class Supervisor:
             "siblings": {other.name: url(other.private) for other in self._workers},
         }
         visible = {"CUDA_VISIBLE_DEVICES": worker.device} if worker.device.isdecimal() else {}
-        return subprocess.Popen(
-            [sys.executable, "-m", "sopdeploy_service.server.process"],
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Ctrl-C reaches this process only, which forwards it
-            pass_fds=(self._listener.fileno(), worker.private.fileno(), lifeline),
-            env={**os.environ, **visible, WORKER_VARIABLE: json.dumps(order)},
-        )
+        return start_process(order, visible)
 
     def _ready(self, worker: Worker, bundles: str) -> None:
         with self._changed:
@@ -139,3 +132,18 @@ class Supervisor:
             self._announced = True
             sys.stdout.write(f"ready: {self._url}  {bundles}\n")
             sys.stdout.flush()
+
+
+def start_process(
+    order: Mapping[str, Any], variables: Mapping[str, str], *, stderr: int | None = None
+) -> subprocess.Popen[str]:
+    """Start a process that serves what *order* says and stops when `lifeline` closes; see `process.main`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "sopdeploy_service.server.process"],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,  # Ctrl-C reaches this process only, which forwards it
+        pass_fds=(order["listener"], order["private"], order["lifeline"]),
+        env={**os.environ, **variables, WORKER_VARIABLE: json.dumps(order)},
+    )

@@ -7,7 +7,6 @@ import typer
 
 from sopdeploy.cli.console import BundleArgument, JsonOption, one_line_errors, print_field, print_json, steps
 from sopdeploy.cli.deployment.export_summary import show
-from sopdeploy.errors import ConfigError
 
 
 def export(
@@ -73,38 +72,29 @@ def export(
     Example: [bold]sopdeploy export runs/photos-dsop/best.pt --detach[/bold]
     """
     with one_line_errors(as_json), steps("exporting", quiet=as_json) as step:
-        if newton_schulz == "fp16" and precision != "fp16":
-            raise ConfigError("--newton-schulz fp16: only with --precision fp16")
-        if precision != "int8" and (int8_for or keep_float):
-            raise ConfigError(f"{'--int8-for' if int8_for else '--keep-float'}: only with --precision int8")
+        from sopdeploy.api.deployment import export as run
 
-        from sopdeploy.bundle.manifest import BatchRange
-        from sopdeploy_export.pipeline import ExportOptions
-        from sopdeploy_export.pipeline import export as run
-        from sopdeploy_export.precision.convert import PrecisionOptions
-
-        precision_options = PrecisionOptions(
+        exported = run(
+            checkpoint,
+            destination,
+            detach=detach,
+            max_batch=max_batch,
+            probes=probes,
+            allow_drift=allow_drift,
             precision=precision,
             newton_schulz=newton_schulz,
             calibrate=calibrate,
             calibration=calibration,
-            int8_for=int8_for or "cpu",
-            keep_float=tuple(keep_float or ()),
+            int8_for=int8_for,
+            keep_float=keep_float or (),
             evaluate=evaluate,
             max_drop=max_drop,
-        )
-        options = ExportOptions(
-            detach=detach,
-            batch=BatchRange(optimum=min(8, max_batch), maximum=max_batch),
-            probes=probes,
-            allow_drift=allow_drift,
             lowering=lowering,
             autotune=autotune,
-            precision=precision_options,
             measure_speed=measure_speed,
             pt2=pt2,
+            on_step=step,
         )
-        exported = run(checkpoint, destination, options, step)
     if as_json:
         print_json(exported.summary())
     else:

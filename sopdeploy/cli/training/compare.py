@@ -8,8 +8,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from sopdeploy.api.progress import ProgressBars
 from sopdeploy.cli.console import JsonOption, err, one_line_errors, out, plain_text, print_json
-from sopdeploy.cli.training.train import ProgressBars, exit_on_signal
+from sopdeploy.cli.training.train import exit_on_signal
 
 if TYPE_CHECKING:
     from sopdeploy.comparison.verdict import Comparison

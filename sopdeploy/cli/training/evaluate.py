@@ -49,42 +49,24 @@ def evaluate(
     Example: [bold]sopdeploy eval http://127.0.0.1:8000 --data test-photos --json[/bold]
     """
     with one_line_errors(as_json):
-        from sopdeploy.errors import ConfigError
-        from sopdeploy.evaluation.metrics import classification_report
-        from sopdeploy.evaluation.prediction import score_checkpoint
-        from sopdeploy.evaluation.sources import detect_source, score_service
+        from sopdeploy.api.evaluation import evaluate as run
 
-        kind, facts = detect_source(source), {}
-        if runtime is not None and kind != "bundle":
-            raise ConfigError(
-                f"--runtime {runtime}: only bundles have a choice of runtimes, this is a {kind}"
-            )
-        if tta != "none" and kind == "service":
-            raise ConfigError(f"--tta {tta}: not supported by servers; evaluate the bundle")
         with _progress(quiet=as_json) as on_image:
-            if kind == "service":
-                from sopdeploy.client import Client
-
-                with Client(source, api_key=api_key) as client:
-                    labels, scores = score_service(client, data, model=model, on_image=on_image)
-            elif kind == "bundle":
-                from sopdeploy_service.commands.evaluate import scores_of_bundle
-                from sopdeploy_service.settings import load_settings
-
-                bundle = scores_of_bundle(
-                    Path(source), data, tta=tta, settings=load_settings(runtime=runtime), on_image=on_image
-                )
-                labels, scores = bundle.labels, bundle.scores
-                facts = {"bundle": bundle.bundle, "runtime": bundle.runtime, "device": bundle.device}
-            else:
-                labels, scores = score_checkpoint(
-                    Path(source), data, tta=tta, workers=workers, on_image=on_image
-                )
-        found = classification_report(labels, scores)
+            found = run(
+                source,
+                data,
+                tta=tta,
+                runtime=runtime,
+                model=model,
+                api_key=api_key,
+                workers=workers,
+                on_image=on_image,
+            )
     if as_json:
-        print_json({"source": source, "kind": kind, "tta": tta, **facts, **found.model_dump(mode="json")})
+        head = {"source": found.source, "kind": found.kind, "tta": found.tta, **found.facts}
+        print_json({**head, **found.metrics.model_dump(mode="json")})
     else:
-        _print_report(found)
+        _print_report(found.metrics)
 
 
 def report(

@@ -1,87 +1,23 @@
 """`sopdeploy train` and `sopdeploy recipes`."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 from typer.core import TyperCommand
 
 from sopdeploy.cli.console import JsonOption, err, one_line_errors, out, plain_text, print_json
 from sopdeploy.cli.training.dry_run import print_dry_run, print_learning_rates
 
-FOLDER_RECIPE = "photos-dsop"
 SIGNAL_EXIT_CODE = 128  # plus the signal number, as shells expect
 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe.")
 ]
-
-
-class ProgressBars:
-    """A training callback that draws a progress bar and prints a line per epoch."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.epochs = 0
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(28),
-            TextColumn("{task.completed}/{task.total} {task.fields[note]}"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self.task: TaskID | None = None
-
-    def __enter__(self) -> "ProgressBars":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def on_train_start(self, *, epochs: int, first_epoch: int, train_count: int, held_out_count: int) -> None:
-        """Print the size of the data."""
-        self.epochs = epochs
-        resumed = f", resumed at epoch {first_epoch + 1}" if first_epoch else ""
-        self.console.print(f"{train_count} training images, {held_out_count} held out{resumed}")
-        self.task = self.progress.add_task("", total=None, note="")
-
-    def on_warning(self, warning: str) -> None:
-        """Print the warning."""
-        self.console.print(Text.assemble(("warning:", "yellow"), " ", plain_text(warning)))
-
-    def on_step_end(self, *, epoch: int, step: int, steps: int, loss: float) -> None:
-        """Advance the bar."""
-        self._update(epoch, step + 1, steps, f"loss {loss:.3f}")
-
-    def on_evaluation_batch(self, *, epoch: int, done: int) -> None:
-        """Show the number of evaluated images."""
-        self._update(epoch, done, None, "held-out images")
-
-    def on_epoch_end(self, row: Any) -> None:
-        """Print the metrics of the epoch."""
-        losses = ", ".join(f"{name} {loss:.3f}" for name, loss in row.losses.items())
-        both = ""
-        if row.average is not None:
-            both = f"(raw {row.raw.top1:.2%}, average {row.average.top1:.2%})  "
-        self.console.print(
-            f"epoch {row.epoch:>3}/{self.epochs}  top-1 [bold]{row.figures.top1:.2%}[/]  {both}"
-            f"held-out loss {row.figures.loss:.3f}  training loss: {losses}  {row.seconds:.1f} s"
-        )
-
-    def _update(self, epoch: int, done: int, total: int | None, note: str) -> None:
-        if self.task is not None:
-            description = f"epoch {epoch + 1}/{self.epochs}"
-            self.progress.update(self.task, description=description, completed=done, total=total, note=note)
 
 
 class TrainCommand(TyperCommand):
@@ -131,6 +67,9 @@ def train(
         list[str] | None,
         typer.Option("--log", metavar="NAME", help="Also log to tensorboard or wandb."),
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Also print the training loss of every branch.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a network; Ctrl-C and SIGTERM save and stop, SIGUSR1 saves, --resume continues bit for bit.
@@ -143,36 +82,29 @@ def train(
 
     Example: [bold]sopdeploy train --recipe digits-dsop --dry-run[/bold]
     """
-    with one_line_errors(as_json), exit_on_signal(), ExitStack() as stack:
+    with one_line_errors(as_json), exit_on_signal():
+        from sopdeploy.api.training import configure
+        from sopdeploy.api.training import train as run
         from sopdeploy.errors import ConfigError
-        from sopdeploy.layers.pooling.registry import check_name
-        from sopdeploy.training.callbacks import CallbackList, create_loggers
         from sopdeploy.training.distributed.torchrun import is_distributed, is_main_process, join_processes
-        from sopdeploy.training.loop import train as run
-        from sopdeploy.training.recipe import read_recipe
 
-        stack.enter_context(join_processes())
-        if recipe is None and data is None:
-            raise ConfigError("no training data: give --data DIR for a folder of images, or --recipe NAME")
-        source = recipe or FOLDER_RECIPE
-        overrides = [*(settings or []), *([f"data.path={data}"] if data else [])]
-        if pooling is not None:
-            overrides.append(f"model.config.pooling={check_name(pooling)}")
-        loaded = read_recipe(source, overrides)
         if dry_run or find_learning_rate:
-            if is_distributed():
-                raise ConfigError("--dry-run and --find-lr use one process; start them without torchrun")
-            (print_learning_rates if find_learning_rate else print_dry_run)(loaded, as_json=as_json)
+            with join_processes():
+                loaded, _ = configure(data, recipe, pooling=pooling, assignments=settings or ())
+                if is_distributed():
+                    raise ConfigError("--dry-run and --find-lr use one process; start them without torchrun")
+                (print_learning_rates if find_learning_rate else print_dry_run)(loaded, as_json=as_json)
             return
-        folder = destination or Path("runs") / Path(source).stem
-        callbacks: list[Any] = create_loggers(logs or (), folder) if is_main_process() else []
-        if not as_json and is_main_process():
-            callbacks.append(stack.enter_context(ProgressBars(err)))
         result = run(
-            loaded,
-            folder,
-            resume="auto" if resume == "auto" else resume == "always",
-            callback=CallbackList(callbacks),
+            data,
+            recipe,
+            destination,
+            pooling=pooling,
+            resume=resume,
+            log=logs or (),
+            assignments=settings or (),
+            progress=not as_json,
+            verbose=verbose,
         )
         if not is_main_process():
             return

@@ -1,0 +1,133 @@
+"""A server in a process of its own, started and stopped from Python."""
+
+import html
+import os
+import re
+import signal
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TextIO, cast
+
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.errors import ConfigError, SopdeployError
+from sopdeploy_service.inference.bundle_store import BundleStore
+from sopdeploy_service.server.sockets import bind, url
+from sopdeploy_service.server.workers import start_process
+from sopdeploy_service.settings import Settings
+
+MAX_LOG_LINES = 1000
+STOP_SECONDS = 10.0  # beyond the drain, before the process is killed
+ERROR = re.compile(r"error: device \S+: (.*) \[(\w+)\]")
+
+
+class BackgroundServer:
+    """A server in another process, which stops with this object, `stop`, or this process.
+
+    Attributes:
+        url: Address of the server, for example `http://127.0.0.1:8000`.
+        bundles: Names of the served bundles.
+    """
+
+    def __init__(self, sources: Sequence[str | Path], settings: Settings) -> None:
+        """Start the server and wait until its probes are verified and its port is open.
+
+        Raises `ConfigError` if it cannot listen, and what `BundleStore`, `open_bundle` and `load_model`
+        raise.
+        """
+        if settings.devices:
+            raise ConfigError("devices: not in the background; start `sopdeploy serve` with these devices")
+        for path in BundleStore(sources).bundles.values():
+            open_bundle(path)  # errors of bundles are raised here with their own type
+        self.bundles: tuple[str, ...] = ()
+        self._lines: deque[str] = deque(maxlen=MAX_LOG_LINES)
+        self._ready = threading.Event()
+        self._drain_seconds = settings.drain_seconds
+        with ExitStack() as stack:
+            listener = stack.enter_context(bind(settings.host, settings.port))
+            private = stack.enter_context(bind("127.0.0.1", 0))
+            reading, self._lifeline = os.pipe()  # closed when this process ends, however it ends
+            stack.callback(os.close, reading)
+            self.url = url(listener)
+            order = {
+                "sources": [str(source) for source in sources],
+                "settings": settings.model_dump(mode="json"),
+                "name": "background",
+                "listener": listener.fileno(),
+                "private": private.fileno(),
+                "lifeline": reading,
+                "siblings": {},
+            }
+            self._process = start_process(order, {}, stderr=subprocess.STDOUT)
+        self._reader = threading.Thread(target=self._read, name="server log", daemon=True)
+        self._reader.start()
+        try:
+            self._ready.wait()
+        except BaseException:  # Ctrl-C while the server starts
+            self.stop()
+            raise
+        if not self.bundles:
+            self.stop()
+            raise self._error()
+
+    def __enter__(self) -> "BackgroundServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        state = "running" if self.running else "stopped"
+        return f"<BackgroundServer {self.url}, {state}: {', '.join(self.bundles)}>"
+
+    def _repr_html_(self) -> str:
+        address, names = html.escape(self.url), html.escape(", ".join(self.bundles))
+        state = "serves" if self.running else "has stopped serving"
+        return f'<p><a href="{address}" target="_blank">{address}</a> {state} {names}</p>'
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is alive."""
+        return self._process.poll() is None
+
+    @property
+    def log(self) -> str:
+        """The last lines that the server has printed and logged."""
+        return "".join(self._lines)
+
+    def stop(self) -> None:
+        """Finish the requests in progress, close the port and end the process; later calls do nothing."""
+        if self._lifeline < 0:
+            return
+        if self.running:
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(self._drain_seconds + STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        os.close(self._lifeline)
+        self._lifeline = -1
+        self._reader.join()
+
+    def _read(self) -> None:
+        with cast(TextIO, self._process.stdout) as output:
+            for line in output:
+                self._lines.append(line)
+                if line.startswith("ready: "):
+                    self.bundles = tuple(line.split()[2:])
+                    self._ready.set()
+        self._ready.set()
+
+    def _error(self) -> SopdeployError:
+        """Rebuild the error that ended the process."""
+        found = [match for line in self._lines if (match := ERROR.search(line))]
+        if not found:
+            last = self._lines[-1].strip() if self._lines else "no message"
+            return SopdeployError(f"{self.url}: the server ended with {self._process.returncode} ({last})")
+        message, code = found[-1].groups()
+        kinds = {kind.code: kind for kind in SopdeployError.__subclasses__()}
+        return kinds.get(code, SopdeployError)(message)

@@ -1,0 +1,99 @@
+"""Export a checkpoint: `sopdeploy.export` and `sopdeploy export`."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.errors import ConfigError
+from sopdeploy_export.pipeline import Exported, ExportOptions
+from sopdeploy_export.pipeline import export as run
+from sopdeploy_export.precision.convert import PrecisionOptions
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path = "bundles",
+    *,
+    detach: bool = False,
+    max_batch: int = 64,
+    probes: str | Path | None = None,
+    allow_drift: bool = False,
+    precision: Literal["fp32", "fp16", "bf16-backbone", "int8"] = "fp32",
+    newton_schulz: Literal["fp32", "fp16"] = "fp32",
+    calibrate: str | Path | None = None,
+    calibration: Literal["minmax", "entropy", "percentile"] = "percentile",
+    int8_for: Literal["cpu", "tensorrt"] | None = None,
+    keep_float: Sequence[str] = (),
+    evaluate: str | Path | None = None,
+    max_drop: float = 1.0,
+    lowering: bool = True,
+    autotune: bool = False,
+    measure_speed: bool = False,
+    pt2: bool = False,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> Exported:
+    """Convert a checkpoint to a bundle: detach, prove equivalence, export, compare.
+
+    The parameters and defaults are those of `sopdeploy export`.
+
+    Args:
+        checkpoint: A checkpoint written by `sopdeploy train`.
+        out: Folder for the bundle.
+        detach: Remove training-only branches and prove equivalence.
+        max_batch: Largest batch that the bundle must accept.
+        probes: Folder of images to compare on, in addition to generated ones.
+        allow_drift: Write the bundle despite numeric drift, and record it.
+        precision: Precision of the graph.
+        newton_schulz: Type of the Newton-Schulz iteration; fp16 needs *precision* fp16.
+        calibrate: Folder of images to calibrate int8 ranges.
+        calibration: Calibration method for int8 ranges.
+        int8_for: Runtime to quantize for, with int8; the default is cpu.
+        keep_float: Network parts whose convolutions stay in float32, with int8.
+        evaluate: Folder of images by class, to measure top-1 before and after.
+        max_drop: Largest allowed loss of top-1 (or agreement) in points.
+        lowering: Apply the rewrite rules; otherwise export the formulas of the papers.
+        autotune: Choose between equivalent forms by timing, not by heuristic.
+        measure_speed: Time the graph against the plain backbone.
+        pt2: Also store the certified torch.export program in the bundle.
+        on_step: Called with a description of each step as it begins.
+
+    Returns:
+        The path of the bundle with its proof; a notebook shows the facts and a link to the report.
+
+    Raises:
+        ConfigError: Options that do not fit together.
+        SopdeployError: A step failed; nothing is left in *out* then.
+    """
+    if newton_schulz == "fp16" and precision != "fp16":
+        raise ConfigError("--newton-schulz fp16: only with --precision fp16")
+    if precision != "int8" and (int8_for or keep_float):
+        raise ConfigError(f"{'--int8-for' if int8_for else '--keep-float'}: only with --precision int8")
+    if max_batch < 1:
+        raise ConfigError(f"--max-batch {max_batch}: give at least 1")
+
+    def path_or_none(path: str | Path | None) -> Path | None:
+        return None if path is None else Path(path)
+
+    precision_options = PrecisionOptions(
+        precision=precision,
+        newton_schulz=newton_schulz,
+        calibrate=path_or_none(calibrate),
+        calibration=calibration,
+        int8_for=int8_for or "cpu",
+        keep_float=tuple(keep_float),
+        evaluate=path_or_none(evaluate),
+        max_drop=max_drop,
+    )
+    options = ExportOptions(
+        detach=detach,
+        batch=BatchRange(optimum=min(8, max_batch), maximum=max_batch),
+        probes=path_or_none(probes),
+        allow_drift=allow_drift,
+        lowering=lowering,
+        autotune=autotune,
+        precision=precision_options,
+        measure_speed=measure_speed,
+        pt2=pt2,
+    )
+    return run(Path(checkpoint), Path(out), options, on_step)

@@ -1,0 +1,127 @@
+"""Evaluate a checkpoint, a bundle or a server: `sopdeploy.evaluate` and `sopdeploy eval`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from sopdeploy.client import Client
+from sopdeploy.data.datasets.folder import open_classes
+from sopdeploy.errors import ConfigError
+from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
+from sopdeploy.evaluation.sources import detect_source, score_service
+from sopdeploy.html.templates import percent, render
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.report.predictions import predictions_context
+from sopdeploy.report.run_data import Predictions, worst_mistakes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """The metrics of a checkpoint, a bundle or a server on a folder of images.
+
+    Attributes:
+        source: The evaluated checkpoint, bundle or URL.
+        kind: What *source* is.
+        tta: Test-time augmentation.
+        data: The folder of images.
+        facts: Name, runtime and device of a bundle.
+        metrics: Accuracies with intervals, calibration, figures by class, confusion matrix.
+        labels: The sorted classes, to which the indices in *scores* refer.
+        scores: The prediction for every image, in the order of the sorted files of the sorted classes.
+    """
+
+    source: str
+    kind: Literal["checkpoint", "bundle", "service"]
+    tta: str
+    data: Path
+    facts: dict[str, str]
+    metrics: ClassificationReport
+    labels: tuple[str, ...]
+    scores: tuple[Score, ...] = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        images = open_classes(self.data.expanduser(), self.labels)
+        mistakes = tuple(worst_mistakes(self.scores, images, Preprocess()))
+        predictions = Predictions(metrics=self.metrics, mistakes=mistakes, images=self.data.name)
+        tiles = {
+            "top-1": percent(self.metrics.top1.share, 2),
+            "top-5": percent(self.metrics.top5.share, 2),
+            "images": str(self.metrics.count),
+            "calibration error": f"{self.metrics.calibration.error:.4f}",
+            **self.facts,
+        }
+        return render(
+            "sopdeploy.api",
+            "scores.html",
+            title=f"{self.source} on {self.data}",
+            tiles=tiles,
+            reason="",
+            next="",
+            **predictions_context(predictions),
+        )
+
+
+def evaluate(
+    source: str | Path,
+    data: str | Path,
+    *,
+    tta: Literal["none", "flip", "ten-crop"] = "none",
+    runtime: str | None = None,
+    model: str | None = None,
+    api_key: str | None = None,
+    workers: int = 0,
+    on_image: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Evaluation:
+    """Evaluate a checkpoint, a bundle or a running server on a folder of images.
+
+    The parameters and defaults are those of `sopdeploy eval`.
+
+    Args:
+        source: A checkpoint, a bundle, or the URL of a server.
+        data: Folder of images, `DIR/<class>/*.jpg`; classes are matched by name.
+        tta: Test-time augmentation: average over views. Not for servers.
+        runtime: Runtime of a bundle, as for `sopdeploy serve`.
+        model: Model name, if the server has several.
+        api_key: API key of the server.
+        workers: Data loading processes for a checkpoint.
+        on_image: Called with the numbers of images done and in total.
+
+    Returns:
+        The metrics; a notebook shows confusion matrix and worst mistakes.
+
+    Raises:
+        ConfigError: *source* cannot be evaluated, or an option does not apply to it.
+        DataError: The classes do not match, or an image cannot be read.
+    """
+    name, data = str(source), Path(data)
+    kind, facts = detect_source(name), {}
+    if runtime is not None and kind != "bundle":
+        raise ConfigError(f"--runtime {runtime}: only bundles have a choice of runtimes, this is a {kind}")
+    if tta != "none" and kind == "service":
+        raise ConfigError(f"--tta {tta}: not supported by servers; evaluate the bundle")
+    if kind == "service":
+        with Client(name, api_key=api_key) as client:
+            labels, scores = score_service(client, data, model=model, on_image=on_image)
+    elif kind == "bundle":
+        from sopdeploy_service.commands.evaluate import scores_of_bundle
+        from sopdeploy_service.settings import load_settings
+
+        settings = load_settings(runtime=runtime)
+        bundle = scores_of_bundle(Path(name), data, tta=tta, settings=settings, on_image=on_image)
+        labels, scores = bundle.labels, bundle.scores
+        facts = {"bundle": bundle.bundle, "runtime": bundle.runtime, "device": bundle.device}
+    else:
+        from sopdeploy.evaluation.prediction import score_checkpoint
+
+        labels, scores = score_checkpoint(Path(name), data, tta=tta, workers=workers, on_image=on_image)
+    return Evaluation(
+        source=name,
+        kind=kind,
+        tta=tta,
+        data=data,
+        facts=facts,
+        metrics=classification_report(labels, scores),
+        labels=labels,
+        scores=tuple(scores),
+    )

@@ -1,0 +1,83 @@
+"""Progress of a training run on a terminal or in a notebook."""
+
+import textwrap
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+LINE_WIDTH = 80  # columns of a plain terminal
+
+
+def plain_text(text: str) -> Text:
+    """Build one line of rich text from *text*, without markup; `?` replaces control characters."""
+    line = " ".join(text.split())
+    return Text("".join(character if character.isprintable() else "?" for character in line))
+
+
+class ProgressBars:
+    """A training callback that draws a progress bar and prints a line per epoch.
+
+    With *verbose*, it also prints the training loss of every branch.
+    """
+
+    def __init__(self, console: Console, *, verbose: bool = False) -> None:
+        self.console, self.verbose = console, verbose
+        self.epochs = 0
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(28),
+            TextColumn("{task.completed}/{task.total} {task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> "ProgressBars":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def on_train_start(self, *, epochs: int, first_epoch: int, train_count: int, held_out_count: int) -> None:
+        """Print the size of the data."""
+        self.epochs = epochs
+        resumed = f", resumed at epoch {first_epoch + 1}" if first_epoch else ""
+        self.console.print(f"{train_count} training images, {held_out_count} held out{resumed}")
+        self.task = self.progress.add_task("", total=None, note="")
+
+    def on_warning(self, warning: str) -> None:
+        """Print the warning."""
+        self.console.print(Text.assemble(("warning:", "yellow"), " ", plain_text(warning)))
+
+    def on_step_end(self, *, epoch: int, step: int, steps: int, loss: float) -> None:
+        """Advance the bar."""
+        self._update(epoch, step + 1, steps, f"loss {loss:.3f}")
+
+    def on_evaluation_batch(self, *, epoch: int, done: int) -> None:
+        """Show the number of evaluated images."""
+        self._update(epoch, done, None, "held-out images")
+
+    def on_epoch_end(self, row: Any) -> None:
+        """Print top-1, losses and time of the epoch on one line of at most 80 columns."""
+        loss = row.losses.get("loss", 0.0)
+        self.console.print(
+            f"epoch {row.epoch:>3}/{self.epochs}  top-1 [bold]{row.figures.top1:7.2%}[/]  "
+            f"loss {row.figures.loss:.3f} held-out, {loss:.3f} training  {row.seconds:.1f} s"
+        )
+        if not self.verbose:
+            return
+        details = "training loss: " + ", ".join(f"{name} {loss:.3f}" for name, loss in row.losses.items())
+        if row.average is not None:
+            details += f"; top-1 {row.raw.top1:.2%} raw, {row.average.top1:.2%} average of the weights"
+        for line in textwrap.wrap(details, LINE_WIDTH - 2):
+            self.console.print(f"  {line}", markup=False)
+
+    def _update(self, epoch: int, done: int, total: int | None, note: str) -> None:
+        if self.task is not None:
+            description = f"epoch {epoch + 1}/{self.epochs}"
+            self.progress.update(self.task, description=description, completed=done, total=total, note=note)

@@ -1,0 +1,110 @@
+"""Train a network: `sopdeploy.train` and `sopdeploy train`."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from sopdeploy.api.progress import ProgressBars
+from sopdeploy.api.training_result import TrainedRun
+from sopdeploy.errors import ConfigError
+from sopdeploy.layers.pooling.registry import check_name
+from sopdeploy.training.callbacks import Callback, CallbackList, create_loggers
+from sopdeploy.training.distributed.torchrun import is_main_process, join_processes
+from sopdeploy.training.loop import train as run
+from sopdeploy.training.recipe import Recipe, read_recipe
+
+FOLDER_RECIPE = "photos-dsop"
+
+
+def train(
+    data: str | Path | None = None,
+    recipe: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    pooling: str | None = None,
+    resume: Literal["never", "always", "auto"] = "never",
+    log: Sequence[str] = (),
+    assignments: Sequence[str] = (),
+    progress: bool | None = None,
+    verbose: bool = False,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> TrainedRun:
+    """Train a network with a recipe and write the run to a folder.
+
+    The parameters and defaults are those of `sopdeploy train`.
+
+    Args:
+        data: Folder of images, `DIR/<class>/*.jpg`. It sets `data.path` of the recipe.
+        recipe: A recipe of `sopdeploy recipes`, or a .toml file. The default is the recipe for photos.
+        out: Folder of the run. The default is `runs/<recipe>`.
+        pooling: Global pooling, short for the setting `model.config.pooling`.
+        resume: "always" continues the run in *out*, "auto" continues it or starts a new one.
+        log: Names of further loggers, "tensorboard" or "wandb".
+        assignments: Settings as text, `key=value`, as for the option `--set`.
+        progress: Print progress on stderr. By default only on a terminal and in a notebook.
+        verbose: Also print the training loss of every branch.
+        callback: Receives the events of the run.
+        **settings: Values of the recipe, for example `epochs=5`, `optimizer={"lr": 0.1}` or
+            `**{"optimizer.lr": 0.1}`.
+
+    Returns:
+        The files and metrics of the run; a notebook shows confusion matrix and worst mistakes.
+
+    Raises:
+        ConfigError: Unknown recipe or setting, an invalid value, or *out* holds another run.
+        DataError: The images cannot be used.
+        TrainingError: A loss or gradient is not finite. `TrainingStoppedError` after Ctrl-C or SIGTERM; the
+            run is saved then.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(join_processes())
+        given = [*assignments, *_assignments(settings)]
+        loaded, default_folder = configure(data, recipe, pooling=pooling, assignments=given)
+        folder = default_folder if out is None else Path(out)
+        callbacks: list[Any] = create_loggers(log, folder) if is_main_process() else []
+        console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+        shown = console.is_terminal or console.is_jupyter if progress is None else progress
+        if shown and is_main_process():
+            callbacks.append(stack.enter_context(ProgressBars(console, verbose=verbose)))
+        callbacks += [callback] if callback is not None and is_main_process() else []
+        again: bool | Literal["auto"] = "auto" if resume == "auto" else resume == "always"
+        result = run(loaded, folder, resume=again, callback=CallbackList(callbacks))
+    return TrainedRun(**dict(result))
+
+
+def configure(
+    data: str | Path | None,
+    recipe: str | Path | None,
+    *,
+    pooling: str | None = None,
+    assignments: Sequence[str] = (),
+) -> tuple[Recipe, Path]:
+    """Read the recipe with its changed values, and choose the default folder of the run.
+
+    Raises `ConfigError` if there are no data and no recipe, or if a value is invalid.
+    """
+    if recipe is None and data is None:
+        raise ConfigError("no training data: give --data DIR for a folder of images, or --recipe NAME")
+    source = recipe or FOLDER_RECIPE
+    overrides = [*assignments, *([f"data.path={data}"] if data else [])]
+    if pooling is not None:
+        overrides.append(f"model.config.pooling={check_name(pooling)}")
+    return read_recipe(source, overrides), Path("runs") / Path(source).stem
+
+
+def _assignments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield `key=value` with a TOML value for each of the nested *settings*."""
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _assignments(value, f"{key}.")
+            continue
+        try:
+            yield f"{key}={json.dumps(value, default=str, ensure_ascii=False)}"
+        except ValueError as error:
+            raise ConfigError(f"{key}: not a value of a recipe ({error})") from error

@@ -1,0 +1,50 @@
+"""The result of `sopdeploy.train`."""
+
+from functools import cached_property
+
+from sopdeploy.errors import SopdeployError
+from sopdeploy.html.templates import percent, render
+from sopdeploy.report.predictions import predictions_context
+from sopdeploy.report.run_data import Predictions, read_run
+from sopdeploy.training.loop import TrainingResult
+
+MAX_EVALUATED = 5000  # held-out images that a notebook evaluates to show a result
+
+
+class TrainedRun(TrainingResult):
+    """The files and metrics of a finished run.
+
+    A notebook shows a summary, the confusion matrix and the worst mistakes of `best` on the held-out images,
+    which are evaluated once for it.
+    """
+
+    @cached_property
+    def predictions(self) -> Predictions | None:
+        """Metrics and worst mistakes of `best` on the held-out images; None if they are not available."""
+        return read_run(self.out, None, lambda _done, _total: None).predictions
+
+    def _repr_html_(self) -> str:
+        tiles = {
+            "best epoch": f"{self.best_epoch} of {self.epochs}",
+            "top-1, best": percent(self.best_top1, 2),
+            "top-5, best": percent(self.best_top5, 2),
+            "training images": str(self.train_count),
+            "held-out images": str(self.held_out_count),
+            "classes": str(self.classes),
+            "time": f"{self.seconds:.0f} s",
+        }
+        predictions, reason = None, f"{self.held_out_count} held-out images; sopdeploy.evaluate does it"
+        if self.held_out_count <= MAX_EVALUATED:
+            try:
+                predictions, reason = self.predictions, "the held-out images are not available"
+            except SopdeployError as error:  # the run was moved or deleted
+                reason = str(error)
+        return render(
+            "sopdeploy.api",
+            "scores.html",
+            title=f"{self.model}, {self.out}",
+            tiles=tiles,
+            reason=reason,
+            next=f"sopdeploy.export({str(self.best)!r}, detach=True)",
+            **predictions_context(predictions),
+        )
