@@ -1,6 +1,5 @@
 """Structure of the project that linters and import contracts do not check."""
 
-import ast
 import re
 import subprocess
 import sys

@@ -171,7 +171,7 @@ def test_train_accepts_a_pooling(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(recipe)
         raise ConfigError("stopped")
 
-    monkeypatch.setattr("sopdeploy.training.loop.train", stop)
+    monkeypatch.setattr("sopdeploy.api.training.run", stop)
     assert "stopped" in error_line("train", "--recipe", "digits-plain", "--pooling", "netvlad")
     assert seen[0].model.full_config()["pooling"] == {"kind": "netvlad", "words": 64}
 

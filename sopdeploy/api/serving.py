@@ -62,7 +62,7 @@ def predict(
     single = isinstance(images, str | Path | Image.Image) or (
         isinstance(images, np.ndarray) and images.ndim < 4
     )
-    several: Iterable[Any] = [images] if single else images  # type: ignore[list-item,assignment]
+    several: Iterable[Any] = [images] if single else images  # type: ignore[assignment]
     opened = [_open(image, number) for number, image in enumerate(several)]
     return Predictions(predict_images(Path(bundle), opened, load_settings(top_k=top_k, **settings)))
 
