@@ -71,7 +71,8 @@ class ProgressBars:
         )
         if not self.verbose:
             return
-        details = "training loss: " + ", ".join(f"{name} {loss:.3f}" for name, loss in row.losses.items())
+        parts = (f"{name} {loss:.3f}" for name, loss in row.losses.items() if name != "loss")
+        details = "training loss: " + ", ".join(parts)
         if row.average is not None:
             details += f"; top-1 {row.raw.top1:.2%} raw, {row.average.top1:.2%} average of the weights"
         for line in textwrap.wrap(details, LINE_WIDTH - 2):

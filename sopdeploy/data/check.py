@@ -14,10 +14,11 @@ from sopdeploy.config import StrictModel
 from sopdeploy.data.datasets.folder import (
     HELD_OUT,
     TRAIN,
+    class_mismatches,
     class_names,
-    match_classes,
+    describe_empty_classes,
+    list_classes,
     open_store,
-    scan_classes,
 )
 from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.data.image_files import ImageFiles, count_ignored_files, load_pixels, map_threaded, open_image
@@ -55,8 +56,9 @@ class Duplicates(StrictModel):
 class DataReport(StrictModel):
     """Result of a check.
 
-    Sides are (minimum, median, maximum) in pixels. `strange` lists readable but unusual files by reason,
-    `passed_over` counts the files without an image suffix.
+    Sides are (minimum, median, maximum) in pixels. `classes` names the folders that a training run would
+    reject: those without images, and held-out ones that are not those of training. `strange` lists readable
+    but unusual files by reason, `passed_over` counts the files without an image suffix.
     """
 
     path: Path
@@ -65,6 +67,7 @@ class DataReport(StrictModel):
     modes: dict[str, int]
     shorter_side: tuple[int, int, int]
     longer_side: tuple[int, int, int]
+    classes: tuple[str, ...] = ()
     unreadable: tuple[str, ...]
     too_few: tuple[str, ...]
     duplicates: tuple[Duplicates, ...]
@@ -73,7 +76,7 @@ class DataReport(StrictModel):
 
     def must_be_usable(self) -> None:
         """Raise `DataError` with every problem that would stop a training run."""
-        problems = [*self.unreadable, *self.too_few]
+        problems = [*self.classes, *self.unreadable, *self.too_few]
         if problems:
             raise DataError(f"{self.path}: cannot be used as it is: " + "; ".join(problems))
 
@@ -98,7 +101,7 @@ class _FileInfo:
 def check(path: Path, cache: Path | None = None) -> DataReport:
     """Decode every image of *path*, a folder or tar archive with one folder per class.
 
-    Raises `DataError` if there are no classes, or if the held-out classes are not the training classes.
+    Raises `DataError` if there are fewer than two classes.
     """
     parts = _open_parts(path.expanduser(), OpenOptions(cache))
     infos = [
@@ -128,6 +131,7 @@ def check(path: Path, cache: Path | None = None) -> DataReport:
         modes=dict(Counter(info.mode for info in readable).most_common()),
         shorter_side=shorter,
         longer_side=longer,
+        classes=tuple(_class_problems(parts)),
         unreadable=tuple(info.error for info in infos if info.error),
         too_few=tuple(
             f"{images.store.root / images.labels[target]}: only one image; add another"
@@ -144,11 +148,22 @@ def _open_parts(path: Path, options: OpenOptions) -> dict[str, ImageFiles]:
     store = open_store(path, options)
     names = [name for name in (TRAIN, *HELD_OUT) if name in store.folders()]
     if TRAIN not in names:
-        return {UNSPLIT: scan_classes(store, class_names(store))}
-    train = store.open_folder(TRAIN)
-    labels = class_names(train)
-    held_out = {name: match_classes(store.open_folder(name), labels) for name in names[1:]}
-    return {TRAIN: scan_classes(train, labels), **held_out}
+        return {UNSPLIT: list_classes(store, class_names(store))}
+    train, *held_out = (store.open_folder(name) for name in names)
+    parts = {TRAIN: list_classes(train, class_names(train))}
+    for name, folder in zip(names[1:], held_out, strict=True):
+        parts[name] = list_classes(folder, tuple(folder.folders()))
+    return parts
+
+
+def _class_problems(parts: dict[str, ImageFiles]) -> Iterator[str]:
+    """Describe empty class folders, and held-out classes that are not those of training."""
+    for name, images in parts.items():
+        if name in HELD_OUT:
+            mismatches = class_mismatches(images.store, parts[TRAIN].labels)
+            yield from (f"{images.store.root}: {mismatch}" for mismatch in mismatches)
+        empty = describe_empty_classes(images)
+        yield from [empty] if empty else []
 
 
 def _inspect_file(images: ImageFiles, part: str, index: int) -> _FileInfo:

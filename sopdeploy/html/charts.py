@@ -26,7 +26,7 @@ _MAX_NUMBERED_COLUMNS = 14
 
 # Line plot: the plotting area, the line styles (`.c0` to `.c5` in style.css) and the legend.
 _PLOT_LEFT, _PLOT_RIGHT, _PLOT_TOP, _PLOT_BOTTOM = 46.0, 346.0, 44.0, 190.0
-_STYLES = 6
+MAX_CURVES = 6  # each has its own color and dash pattern
 _LEGEND_COLUMNS, _LEGEND_LINE = 2, 15.0
 _MAX_MARKERS = 12  # longer curves have no markers, and their description gives the first and last point only
 _TICK_LABEL_WIDTH = 34.0
@@ -239,7 +239,12 @@ def heat(
 
 
 def plot(id: str, title: str, curves: Sequence[Curve], x_axis: Axis, y_axis: Axis) -> Markup:
-    """Draw *curves*, of at least one point each, with a legend above them."""
+    """Draw *curves*, of at least one point each, with a legend above them.
+
+    Raises `ValueError` for more than `MAX_CURVES`, which readers could not tell apart.
+    """
+    if len(curves) > MAX_CURVES:
+        raise ValueError(f"{id}: {len(curves)} curves; draw at most {MAX_CURVES}")
     xs = sorted({x for curve in curves for x, _ in curve.points})
     x_scale, y_scale = x_axis.scale(xs), y_axis.scale([y for curve in curves for _, y in curve.points])
     down = _LEGEND_LINE * ((len(curves) - 1) // _LEGEND_COLUMNS)  # more legend lines move the plot down
@@ -280,7 +285,7 @@ def _ticks(values: Sequence[float], scale: Scale) -> list[float]:
 
 def _draw_curve(number: int, curve: Curve, points: Sequence[Point]) -> Iterator[Markup]:
     """Yield the line through *points*, its markers and its legend entry."""
-    style = f"c{number % _STYLES}"
+    style = f"c{number}"
     path = "M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in points)
     yield element("path", d=path, class_=f"curve {style}")
     if len(points) <= _MAX_MARKERS:

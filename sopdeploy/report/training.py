@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sopdeploy.html.charts import Axis, Bar, Curve, bars, heat, plot
+from sopdeploy.html.charts import MAX_CURVES, Axis, Bar, Curve, bars, heat, plot
 from sopdeploy.html.templates import short_number
 from sopdeploy.training.diagnostics import EpochRow, GateMetrics, history_table
 
@@ -63,18 +63,37 @@ def _learning_figures(history: Sequence[EpochRow]) -> list[Figure]:
         held_out.append(Curve(name=name, points=tuple((float(epoch), head.loss) for epoch, head in found)))
     return [
         (
-            plot("losses", "Training loss", losses, EPOCHS, Axis("loss")),
-            "Losses of the heads, the penalties, and their weighted sum.",
+            plot("losses", "Training loss", _join_others(losses), EPOCHS, Axis("loss")),
+            "Losses of the heads, the penalties, and their weighted sum. All numbers lists every branch.",
         ),
         (
-            plot("top1", "Top-1 accuracy on held-out images", top1, EPOCHS, Axis("top-1 accuracy")),
+            plot(
+                "top1",
+                "Top-1 accuracy on held-out images",
+                _join_others(top1),
+                EPOCHS,
+                Axis("top-1 accuracy"),
+            ),
             "Accuracy on held-out images.",
         ),
         (
-            plot("held-out-loss", "Loss on held-out images", held_out, EPOCHS, Axis("loss")),
+            plot("held-out-loss", "Loss on held-out images", _join_others(held_out), EPOCHS, Axis("loss")),
             "If the loss rises and top-1 does not fall, the network is overconfident.",
         ),
     ]
+
+
+def _join_others(curves: Sequence[Curve]) -> list[Curve]:
+    """Replace the curves that exceed `MAX_CURVES` by their mean."""
+    if len(curves) <= MAX_CURVES:
+        return list(curves)
+    others = curves[MAX_CURVES - 1 :]
+    by_epoch: dict[float, list[float]] = {}
+    for curve in others:
+        for x, y in curve.points:
+            by_epoch.setdefault(x, []).append(y)
+    points = tuple((x, sum(values) / len(values)) for x, values in sorted(by_epoch.items()))
+    return [*curves[: MAX_CURVES - 1], Curve(name=f"{len(others)} other branches: mean", points=points)]
 
 
 def _course_figures(history: Sequence[EpochRow]) -> list[Figure]:

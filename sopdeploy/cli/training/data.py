@@ -54,7 +54,7 @@ def _print_report(found: "DataReport") -> None:
     table = Table("part", "images", "MB", "classes", "fewest", "most", box=None, pad_edge=False)
     for part in found.parts:
         counts = part.classes.values()
-        sizes = [str(number) for number in (len(counts), min(counts), max(counts))]
+        sizes = [str(number) for number in (len(counts), min(counts, default=0), max(counts, default=0))]
         table.add_row(part.name, str(part.count), f"{part.bytes / 1e6:.1f}", *sizes)
     out.print(table)
     lines = []
@@ -75,6 +75,7 @@ def _print_report(found: "DataReport") -> None:
         lines.append(f"{len(files)} image{'s' * (len(files) > 1)}: {reason}: {shorten(files)}")
     if found.passed_over:
         lines.append(f"ignored, no image suffix: {describe_ignored_files(found.passed_over)}")
+    lines += found.classes
     unreadable = len(found.unreadable)
     lines.append(f"{unreadable} cannot be read" if unreadable else "every image can be read")
     for line in lines:

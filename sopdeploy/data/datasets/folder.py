@@ -81,6 +81,14 @@ def open_classes(root: Path, labels: tuple[str, ...]) -> ImageFiles:
 
 def match_classes(store: FileStore, labels: tuple[str, ...]) -> ImageFiles:
     """Open the images of *store*, whose folders must be exactly *labels*; raises `DataError`."""
+    problems = class_mismatches(store, labels)
+    if problems:
+        raise DataError(f"{store.root}: {'; '.join(problems)}")
+    return scan_classes(store, labels)
+
+
+def class_mismatches(store: FileStore, labels: tuple[str, ...]) -> list[str]:
+    """Describe the folders of *store* that are not in *labels*, and the labels without a folder."""
     found = set(store.folders())
     unknown, missing = sorted(found - set(labels)), sorted(set(labels) - found)
     problems = []
@@ -90,9 +98,7 @@ def match_classes(store: FileStore, labels: tuple[str, ...]) -> ImageFiles:
         )
     if missing:
         problems.append(f"training classes {', '.join(missing)} are missing, add them")
-    if problems:
-        raise DataError(f"{store.root}: {'; '.join(problems)}")
-    return scan_classes(store, labels)
+    return problems
 
 
 def class_names(store: FileStore) -> tuple[str, ...]:
@@ -107,19 +113,34 @@ def class_names(store: FileStore) -> tuple[str, ...]:
 
 def scan_classes(store: FileStore, labels: tuple[str, ...]) -> ImageFiles:
     """List the images of every class, sorted; raises `DataError` naming the classes without images."""
+    images = list_classes(store, labels)
+    problem = describe_empty_classes(images)
+    if problem:
+        raise DataError(problem)
+    return images
+
+
+def list_classes(store: FileStore, labels: tuple[str, ...]) -> ImageFiles:
+    """List the images of every class, sorted; a class may be empty."""
     found = [store.list_files(label)[0] for label in labels]
-    empty = [label for label, paths in zip(labels, found, strict=True) if not paths]
-    if empty:
-        same = f" (also in {', '.join(empty[1:])})" if len(empty) > 1 else ""
-        ignored = describe_ignored_files(count_ignored_files(store, empty[:1]))
-        others = f", only other files ({ignored})" if ignored else ""
-        raise DataError(
-            f"{store.root / empty[0]}: no images in this class folder{same}{others}; "
-            f"add some ({', '.join(SUFFIXES)}) or remove the folder"
-        )
     paths = np.asarray([path for of_class in found for path in of_class], dtype=np.bytes_)
     targets = np.repeat(np.arange(len(labels)), [len(of_class) for of_class in found])
     return ImageFiles(store, labels, paths, targets)
+
+
+def describe_empty_classes(images: ImageFiles) -> str:
+    """Name the classes without images and what to do; empty if there are none."""
+    counts = np.bincount(images.targets, minlength=len(images.labels))
+    empty = [images.labels[index] for index in np.flatnonzero(counts == 0)]
+    if not empty:
+        return ""
+    same = f" (also in {', '.join(empty[1:])})" if len(empty) > 1 else ""
+    ignored = describe_ignored_files(count_ignored_files(images.store, empty[:1]))
+    others = f", only other files ({ignored})" if ignored else ""
+    return (
+        f"{images.store.root / empty[0]}: no images in this class folder{same}{others}; "
+        f"add some ({', '.join(SUFFIXES)}) or remove the folder"
+    )
 
 
 def _open_split(store: FileStore, config: FolderConfig) -> Split:

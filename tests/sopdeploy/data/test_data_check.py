@@ -65,6 +65,36 @@ def test_every_unreadable_file_and_every_class_of_one_image_is_named(photos, tmp
         check(write_classes(tmp_path / "single", ("a", "b"), 1)).must_be_usable()
 
 
+def test_empty_and_mismatched_class_folders_are_listed_with_all_other_findings(photos) -> None:
+    (photos / "train" / "cow").mkdir()
+    (photos / "train" / "eel").mkdir()
+    (photos / "train" / "eel" / "notes.doc").write_bytes(b"text")
+    (photos / "val" / "fox").mkdir()
+    (photos / "train" / "cat" / "2.jpg").write_bytes(b"text")
+    found = CliRunner().invoke(app, ["data", "check", str(photos)])
+    assert found.exit_code == 2
+    for finding in (
+        "train/cow: no images in this class folder (also in eel); add some",
+        "val: classes fox are not training classes, remove them or train on them",
+        "val: training classes cow, eel are missing, add them",
+        "val/fox: no images in this class folder; add some",
+    ):
+        assert finding in found.stdout
+        assert finding in found.stderr
+    assert "train/cat/2.jpg: not an image" in found.stderr
+    assert "1 in both training and held-out data" in found.stdout
+    assert check(photos).parts[0].classes == {"cat": 4, "cow": 0, "dog": 8, "eel": 0}
+
+
+def test_folders_that_are_all_empty_are_findings(tmp_path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    found = check(tmp_path)
+    assert (found.parts[0].count, found.formats) == (0, {})
+    with pytest.raises(DataError, match=r"a: no images in this class folder \(also in b\)"):
+        found.must_be_usable()
+
+
 def test_the_command_prints_tables_or_json_and_exits_with_2_if_unusable(photos, tmp_path) -> None:
     found = CliRunner().invoke(app, ["data", "check", str(photos)])
     assert (found.exit_code, found.stderr) == (0, "")

@@ -16,10 +16,12 @@ from PIL import Image
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
 from sopdeploy.evaluation.metrics import classification_report
-from sopdeploy.evaluation.prediction import score_checkpoint
-from sopdeploy.html.charts import element
+from sopdeploy.evaluation.prediction import EvalMetrics, score_checkpoint
+from sopdeploy.html.charts import MAX_CURVES, Axis, Curve, element, plot
 from sopdeploy.html.templates import _environment, render
 from sopdeploy.report import write_report
+from sopdeploy.report.training import training_context
+from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
 from tests.pages import ALLOWED, Reader
@@ -70,6 +72,29 @@ def test_the_page_shows_metrics_and_the_worst_mistakes_as_small_images(run: Path
 
 
 @pytest.mark.usefixtures("few_digits")
+def test_curves_of_a_chart_differ_in_color_and_dash_and_further_ones_are_averaged(page: str) -> None:
+    style = dict(re.findall(r"^\.curve(?:\.(c\d))? \{ (.*) \}", page, re.MULTILINE))
+    looks = [re.findall(r"(?:stroke|stroke-dasharray): ([^;]+);", style[name]) for name in sorted(style)[1:]]
+    colors, dashes = ["var(--bar)"], ["solid"]
+    for color, dash in looks:
+        colors.append(color)
+        dashes.append(dash)
+    assert len(set(colors)) == len(set(dashes)) == MAX_CURVES
+    row = EpochRow(
+        epoch=1,
+        lr=0.1,
+        losses={"loss": 9.0, "main": 3.0, **{f"layer{n}_0": float(n) for n in range(6)}},
+        figures=EvalMetrics(top1=0.5, top5=1.0, count=2, loss=1.0),
+        gradient=1.0,
+        seconds=1.0,
+    )
+    chart = training_context([row, row.model_copy(update={"epoch": 2})])["learning"][0][0]
+    assert re.findall(r'class="curve (c\d)"', chart) == [f"c{n}" for n in range(6) for _ in range(2)]
+    assert "layer2_0: 2 at 1, 2 at 2. 3 other branches: mean: 4 at 1, 4 at 2." in chart
+    with pytest.raises(ValueError, match="7 curves; draw at most 6"):
+        plot("p", "p", [Curve(name="c", points=((0.0, 0.0),))] * 7, Axis("x"), Axis("y"))
+
+
 def test_a_gated_run_shows_usage_and_imbalance(tmp_path: Path) -> None:
     small = "{blocks_per_stage=1, components=4, chosen=2, component_widths=[8], gate_widths=[8]}"
     gated = ["model.name=gmsop-16-8-resnet18", f"model.config={small}", "epochs=1", "batch_size=120"]
