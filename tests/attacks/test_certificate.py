@@ -8,9 +8,12 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.cifar_resnet import SmallResNet
@@ -19,10 +22,11 @@ from sopdeploy.errors import CertificateError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.graph import Captured, capture, probe_images
+from sopdeploy_export.graph import Captured, capture, export, probe_images
 from sopdeploy_export.pipeline import detach
 from sopdeploy_export.proof import certificate
 from sopdeploy_export.proof.certificate import certify
+from sopdeploy_export.proof.hashes import program_root
 from tests import quick_torch
 from tests.export.once import digest
 
@@ -156,7 +160,7 @@ LEAKS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     ),
     "dropout that stays on": (
         lambda n, x: nn.functional.dropout(plain_logits(n, x), 1e-9, training=True),
-        "trained network is not the plain one",
+        "draws random numbers .*dropout",
     ),
     "half precision on the way": (
         lambda n, x: n.classify(n.features(x)[0].half().float()),
@@ -304,9 +308,166 @@ def test_unmodified_network_is_certified() -> None:
     prove(network())
 
 
-def test_channels_last_weights_have_the_same_root() -> None:
+def transpose_classifier(found: Any) -> None:
+    found.fc.weight = nn.Parameter(found.fc.weight.detach().t().contiguous().t())
+
+
+def expand_running_mean(found: Any) -> None:
+    found.bn1.running_mean = found.bn1.running_mean.new_zeros(1).expand(len(found.bn1.running_mean))
+
+
+def place_in_one_storage(found: Any) -> None:
+    """Store the weights of the classifier and of a branch side by side, without overlap."""
+    kept, removed = found.fc.weight, next(found.branches.parameters())
+    both = torch.cat([kept.detach().flatten(), removed.detach().flatten()])
+    kept.data, removed.data = both[: kept.numel()].view_as(kept), both[kept.numel() :].view_as(removed)
+
+
+LAYOUTS: dict[str, Callable[[Any], object]] = {
+    "channels last": lambda found: found.to(memory_format=torch.channels_last),
+    "a transposed linear weight": transpose_classifier,
+    "an expanded buffer": expand_running_mean,
+    "two weights side by side": place_in_one_storage,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_layout_does_not_change_the_root(layout: str) -> None:
     probes = torch.from_numpy(probe_images(PREPROCESS))
+    trained, other = network(), network()
+    if layout == "an expanded buffer":
+        trained.bn1.running_mean.zero_()
+    roots = certify(trained, detach(trained), PREPROCESS, probes, batch=ALONE).certificate.roots
+    LAYOUTS[layout](other)
+    assert certify(other, detach(other), PREPROCESS, probes, batch=ALONE).certificate.roots == roots
+
+
+def negated(found: Any) -> None:
+    found.fc.weight = nn.Parameter(torch._neg_view(-found.fc.weight.detach()))
+
+
+def with_memory_that_overlaps(found: Any) -> None:
+    """Give a kept and a removed weight two storages over one array, with different starts."""
+    kept, removed = found.fc.weight, next(found.branches.parameters())
+    array = np.zeros(kept.numel() + removed.numel() + 1, np.float32)
+    kept.data = torch.from_numpy(array[: kept.numel()]).view_as(kept)
+    start = kept.numel() - 1
+    removed.data = torch.from_numpy(array[start : start + removed.numel()]).view_as(removed)
+
+
+def with_channels_last_alias(found: Any) -> None:
+    """Share memory with a branch in a layout that the proof converts; copying would hide that."""
+    found.to(memory_format=torch.channels_last)
+    found.branches["layer1_0"].blocks[0].conv1.weight.data = found.layer1[0].conv1.weight.data
+
+
+MEMORY = {
+    "a lazily negated weight": (negated, r"trained network's fc\.weight is a negated view, .*resolve_neg"),
+    "a sparse weight": (
+        lambda n: setattr(n.fc, "weight", nn.Parameter(n.fc.weight.detach().to_sparse())),
+        r"fc\.weight has the layout sparse_coo",
+    ),
+    "a weight without values": (lambda n: n.fc.to("meta"), r"fc\.weight has no values"),
+    "overlapping memory with another start": (with_memory_that_overlaps, "shares its memory with fc.weight"),
+    "an alias in another layout": (with_channels_last_alias, "shares its memory with"),
+}
+
+
+@pytest.mark.parametrize("attack", MEMORY)
+def test_memory_that_hides_what_is_kept_is_rejected(attack: str) -> None:
+    change, message = MEMORY[attack]
     trained = network()
-    roots = certify(trained, detach(trained), PREPROCESS, probes).certificate.roots
-    turned = network().to(memory_format=torch.channels_last)
-    assert certify(turned, detach(turned), PREPROCESS, probes).certificate.roots == roots
+    lean = detach(trained)
+    change(trained)
+    with pytest.raises(CertificateError, match=message):
+        prove(trained, lean)
+
+
+def test_changed_buffer_that_checkpoints_do_not_store_is_rejected() -> None:
+    torch.manual_seed(7)
+    trained = create_model("isqrt-resnet18", num_classes=10).eval()
+    triangle = next(buffer for name, buffer in trained.named_buffers() if name.endswith("triangle"))
+    triangle[1] = triangle[0]
+    probes = torch.from_numpy(probe_images(PREPROCESS))
+    with pytest.raises(CertificateError, match=r"triangle differs from the plain network's"):
+        certify(trained, trained, PREPROCESS, probes, batch=ALONE)
+
+
+def test_weight_that_changes_during_the_proof_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = network()
+    lean = detach(trained)
+    certified = certificate.assert_equal_outputs
+
+    def tamper(*arguments: Any) -> tuple[int, ...]:
+        sizes = certified(*arguments)
+        lean.get_parameter("fc.weight").data[0, 0] += 1.0
+        return sizes
+
+    monkeypatch.setattr(certificate, "assert_equal_outputs", tamper)
+    with pytest.raises(CertificateError, match=r"fc\.weight changed during the proof"):
+        prove(trained, lean, batch=ALONE)
+
+
+class Quiet(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+class Silent(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+ACTIVE: dict[str, tuple[Callable[[], Any], str]] = {
+    "autocast": (lambda: torch.autocast("cpu", torch.bfloat16), "torch.autocast is active for cpu"),
+    "a function mode": (Quiet, "the torch function mode Quiet is active"),
+    "a default device": (lambda: torch.device("cpu"), "the torch function mode DeviceContext is active"),
+    "a dispatch mode": (Silent, "the torch dispatch mode Silent is active"),
+}
+
+
+@pytest.mark.parametrize("mode", ACTIVE)
+def test_modes_that_change_every_operation_are_rejected_by_name(mode: str) -> None:
+    make, message = ACTIVE[mode]
+    trained = network()
+    lean = detach(trained)
+    with pytest.raises(CertificateError, match=message), make():
+        prove(trained, lean)
+
+
+class RandomHead(nn.Module):
+    def __init__(self, fc: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc, self.draw = fc, draw
+
+    def forward(self, features: Tensor) -> Tensor:
+        found: Tensor = self.fc(self.draw(features))
+        return found
+
+
+def attention(x: Tensor, p: float) -> Tensor:
+    rows = x[:, None, None]
+    found: Tensor = nn.functional.scaled_dot_product_attention(rows, rows, rows, dropout_p=p)
+    return found[:, 0, 0]
+
+
+RANDOM: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
+    "Monte Carlo dropout": (lambda x: nn.functional.dropout(x, 0.5, training=True), "dropout"),
+    "noise": (lambda x: x + torch.randn_like(x), "randn"),
+    "uniform noise": (lambda x: x * torch.rand(x.shape), "rand"),
+    "bernoulli": (lambda x: torch.bernoulli(x.sigmoid()), "bernoulli"),
+    "attention with dropout": (lambda x: attention(x, 0.1), "attention|dropout|bernoulli"),
+    "attention without dropout": (lambda x: attention(x, 0.0), None),
+    "dropout in eval mode": (lambda x: nn.functional.dropout(x, 0.5, training=False), None),
+}
+
+
+@pytest.mark.parametrize("case", RANDOM)
+def test_random_operator_is_rejected_even_if_all_three_networks_have_it(case: str) -> None:
+    draw, message = RANDOM[case]
+    program = export(RandomHead(nn.Linear(4, 4), draw).eval(), (torch.rand(2, 4),), None)
+    if message is None:
+        assert program_root(program).sha256
+        return
+    with pytest.raises(CertificateError, match=f"draws random numbers .*({message})"):
+        program_root(program)

@@ -6,21 +6,19 @@ It makes four statements. Each is checked, and the export stops if one does not 
   sha256 before and after.
 - graphs: the programs of the trained network's output, of the detached network, and of a plain network built
   from the config with the same weights have one Merkle root, for any batch size and for a batch of one.
-- numbers: the three networks return bitwise equal logits for the probe images, alone and in batches.
+- numbers: the three networks return bitwise equal logits for the probe images, alone and in batches. The
+  kept tensors have the same sha256 afterwards.
 - ONNX: the three ONNX graphs have one Merkle root.
 
 A comparison of numbers alone does not detect `y + 0 * branch(f)`. The comparison of graphs does, and it
 names the weights that the output still depends on.
 """
 
-import copy
 from dataclasses import dataclass
-from typing import TypeVar
 
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange
@@ -30,10 +28,16 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import PREFIX, Captured, Deployed, capture, lower
 from sopdeploy_export.proof.hashes import ProgramRoot, onnx_root, program_root, tensor_hash
+from sopdeploy_export.proof.preconditions import (
+    check_network_state,
+    check_removed_memory,
+    check_torch_state,
+    contiguous,
+    tensors,
+)
 
 SINGLE_PROBES = 4  # compared one by one
 MAX_BATCH = 16  # of the probes that are compared in batches
-Network = TypeVar("Network", bound=nn.Module)
 
 
 class TensorEntry(StrictModel):
@@ -101,13 +105,14 @@ def certify(
     *probes* are uint8 images (P, crop, crop, 3). Raises `CertificateError` with the statement that does not
     hold and where; neither network is changed.
     """
-    batch = batch or BatchRange()
-    for role, network in (("trained", trained), ("detached", lean)):
-        _check_eval_mode_and_hooks(network, role)
-    nothing_detached = lean is trained
-    trained = _contiguous(trained)
-    lean = trained if nothing_detached else _contiguous(lean)
+    batch, given = batch or BatchRange(), {"trained": trained, "detached": lean}
+    check_torch_state()
+    for role, network in given.items():
+        check_network_state(network, role)
     removed, kept = build_inventory(trained, lean)
+    nothing_detached = lean is trained
+    trained = contiguous(trained)
+    lean = trained if nothing_detached else contiguous(lean)
     networks: dict[str, Backbone] = {
         "plain": build_plain_network(trained, lean),
         "trained": trained,
@@ -117,13 +122,16 @@ def certify(
     deployed: dict[str, nn.Module] = {
         role: Deployed(network, preprocess) for role, network in networks.items()
     }
+    sizes = assert_equal_outputs(deployed, probes)
+    for network in {id(network): network for network in (*given.values(), *networks.values())}.values():
+        _assert_unchanged(network, kept)
     certificate = Certificate(
         model=model,
-        detached=trained.training_only,
+        detached=() if nothing_detached else trained.training_only,
         removed=removed,
         kept=kept,
         roots=roots,
-        batches=assert_equal_outputs(deployed, probes),
+        batches=sizes,
         images=len(probes),
     )
     return Proof(
@@ -153,36 +161,11 @@ def lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.Model
     return lean, proof.certificate.model_copy(update={"roots": shared})
 
 
-def _check_eval_mode_and_hooks(network: nn.Module, role: str) -> None:
-    """Reject train mode and forward hooks, whose code would not be exported.
-
-    A hook on all modules would change the plain network as well, so the comparison would not show it.
-    """
-    for name, module in network.named_modules():
-        if module.training:
-            raise CertificateError(
-                f"the {role} network is in train mode ({name or 'the whole network'}); call .eval() first"
-            )
-    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
-        raise CertificateError("a forward hook is registered on all modules; remove it before the export")
-    for name, module in network.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise CertificateError(
-                f"the {role} network has a forward hook on {name or 'the whole network'}; remove it first"
-            )
-
-
-def _contiguous(network: Network) -> Network:
-    """Copy *network* if a tensor of it is not in the contiguous memory layout."""
-    if all(tensor.is_contiguous() for tensor in tensors(network).values()):
-        return network
-    return copy.deepcopy(network).to(memory_format=torch.contiguous_format)
-
-
 def build_plain_network(trained: Classifier, lean: nn.Module) -> Backbone:
     """Build a plain network from the config with the weights of *lean*.
 
-    Raises `CertificateError` if the tensors of the two do not correspond one to one.
+    Buffers that checkpoints do not store follow from the config, so they are compared and not copied. Raises
+    `CertificateError` if one differs, or if the tensors of the two do not correspond one to one.
     """
     plain = trained.inference_model()
     source, target = tensors(lean), tensors(plain)
@@ -191,11 +174,18 @@ def build_plain_network(trained: Classifier, lean: nn.Module) -> Backbone:
         raise CertificateError(f"the plain network needs {missing[0]}, which the detached one lacks")
     if extra:
         raise CertificateError(f"the detached network still has {extra[0]}, which the plain one lacks")
+    stored = plain.state_dict().keys()
     with torch.no_grad():
         for name, tensor in target.items():
             if source[name].shape != tensor.shape or source[name].dtype != tensor.dtype:
                 raise CertificateError(f"{name} has a different shape or dtype in the plain network")
-            tensor.copy_(source[name])
+            if name in stored:
+                tensor.copy_(source[name])
+            elif tensor_hash(tensor) != tensor_hash(source[name]):
+                raise CertificateError(
+                    f"{name} differs from the plain network's; checkpoints do not store this buffer, "
+                    "so its values must follow from the config"
+                )
     return plain.eval()
 
 
@@ -271,12 +261,6 @@ def assert_equal_outputs(networks: dict[str, nn.Module], probes: Tensor) -> tupl
     return (1, len(batches[0]))
 
 
-def tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Map every name of every parameter and buffer of *network* to its tensor."""
-    parameters = dict(network.named_parameters(remove_duplicate=False))
-    return parameters | dict(network.named_buffers(remove_duplicate=False))
-
-
 def build_inventory(
     trained: Classifier, detached: nn.Module
 ) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
@@ -290,15 +274,10 @@ def build_inventory(
     if new:
         raise CertificateError(f"the detached network has a tensor {new[0]} that was never trained")
     removed = {name: tensor for name, tensor in before.items() if name not in after}
-    owners = {
-        before[name].untyped_storage().data_ptr(): name for name in after if before[name].numel()
-    }  # the memory of each kept tensor
-    for name, tensor in removed.items():
+    for name in removed:
         if not is_in(name, *trained.training_only):
             raise CertificateError(f"{name} was removed, but is not in {list(trained.training_only)}")
-        owner = owners.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
-        if owner is not None:
-            raise CertificateError(f"{name} was removed but shares its memory with {owner}, which was kept")
+    check_removed_memory(removed, {name: before[name] for name in after})
     kept = []
     for name, tensor in after.items():
         entry = _entry(name, tensor)
@@ -306,6 +285,14 @@ def build_inventory(
             raise CertificateError(f"{name} changed while the network was detached")
         kept.append(entry)
     return tuple(_entry(name, tensor) for name, tensor in removed.items()), tuple(kept)
+
+
+def _assert_unchanged(network: nn.Module, kept: tuple[TensorEntry, ...]) -> None:
+    """Hash the kept tensors again: code outside of the graph may have written to them while it ran."""
+    found = tensors(network)
+    for entry in kept:
+        if entry.name not in found or tensor_hash(found[entry.name]) != entry.sha256:
+            raise CertificateError(f"{entry.name} changed during the proof; forward must not write to it")
 
 
 def _entry(name: str, tensor: Tensor) -> TensorEntry:

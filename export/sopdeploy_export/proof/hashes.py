@@ -44,7 +44,7 @@ def program_root(program: ExportedProgram) -> ProgramRoot:
     """Compute the Merkle root of *program*.
 
     Raises `CertificateError` if the program writes to a buffer or an input, because its outputs would then
-    depend on earlier calls.
+    depend on earlier calls, or if it draws random numbers.
     """
     for spec in program.graph_signature.output_specs:
         if spec.kind != OutputKind.USER_OUTPUT:
@@ -141,16 +141,36 @@ class _GraphHasher:
         if node.op != "call_function":
             raise CertificateError(f"{node.name}: a graph must contain only operations, not {node.op}")
         target: Any = node.target
+        if _is_random(node):
+            raise CertificateError(
+                f"the eval graph draws random numbers with {target} in {_place(node)}; an exported network "
+                "must be deterministic"
+            )
         operation = f"python {getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
         if isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
             operation = str(target)
         found = hash_parts(operation, *(self.encode(value) for value in _arguments(node)))
         if found not in self.places:
-            stack = node.meta.get("nn_module_stack") or {}
-            paths = [str(path) for path, _ in stack.values()]
-            where = paths[-1].removeprefix("L['self'].").removeprefix("network.") if paths else ""
-            self.places[found] = f"{operation} in {where or 'forward'}"
+            self.places[found] = f"{operation} in {_place(node)}"
         return found
+
+
+def _place(node: fx.Node) -> str:
+    """Find the module of the network that *node* was captured in."""
+    paths = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    where = paths[-1].removeprefix("L['self'].").removeprefix("network.") if paths else ""
+    return where or "forward"
+
+
+def _is_random(node: fx.Node) -> bool:
+    """Check whether *node* draws random numbers; dropout, also in attention, does not if p is 0."""
+    target: Any = node.target
+    if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
+        return False
+    names = [argument.name for argument in target._schema.arguments]
+    arguments = dict(zip(names, _arguments(node), strict=True))
+    off = any(arguments.get(name) == 0 for name in ("p", "dropout_p"))
+    return not off and all(arguments.get(name) is not False for name in ("train", "training"))
 
 
 def _attribute_hash(node: fx.Node) -> str:
