@@ -79,6 +79,11 @@ def test_the_url_in_the_curl_command_is_served() -> None:
     assert '"/v1/classify"' in routes
 
 
+def test_the_python_workflow_is_that_of_the_python_page_whose_code_is_run() -> None:
+    (block,) = blocks("py")
+    assert f"```python\n{block}" in (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("block", blocks("python"))
 def test_the_python_code_runs_and_prints_the_stated_values(block: str, tmp_path: Path) -> None:
     found = subprocess.run(

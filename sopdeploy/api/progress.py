@@ -63,11 +63,11 @@ class ProgressBars:
         self._update(epoch, done, None, "held-out images")
 
     def on_epoch_end(self, row: Any) -> None:
-        """Print top-1, losses and time of the epoch on one line of at most 80 columns."""
+        """Print top-1 and loss on held-out images, training loss and time, within 80 columns."""
         loss = row.losses.get("loss", 0.0)
         self.console.print(
             f"epoch {row.epoch:>3}/{self.epochs}  top-1 [bold]{row.figures.top1:7.2%}[/]  "
-            f"loss {row.figures.loss:.3f} held-out, {loss:.3f} training  {row.seconds:.1f} s"
+            f"loss {row.figures.loss:.3f} (training {loss:.3f})  {row.seconds:.1f} s"
         )
         if not self.verbose:
             return

@@ -1,11 +1,11 @@
 """The result of `sopdeploy.train`."""
 
-from functools import cached_property
+import pydantic
 
 from sopdeploy.errors import SopdeployError
 from sopdeploy.html.templates import percent, render
 from sopdeploy.report.predictions import predictions_context
-from sopdeploy.report.run_data import Predictions, read_run
+from sopdeploy.report.run_data import Predictions, RunData, read_run
 from sopdeploy.training.loop import TrainingResult
 
 MAX_EVALUATED = 5000  # held-out images that a notebook evaluates to show a result
@@ -18,10 +18,14 @@ class TrainedRun(TrainingResult):
     which are evaluated once for it.
     """
 
-    @cached_property
+    _evaluated: RunData | None = pydantic.PrivateAttr(None)
+
+    @property
     def predictions(self) -> Predictions | None:
         """Metrics and worst mistakes of `best` on the held-out images; None if they are not available."""
-        return read_run(self.out, None, lambda _done, _total: None).predictions
+        if self._evaluated is None:
+            self._evaluated = read_run(self.out, None, lambda _done, _total: None)
+        return self._evaluated.predictions
 
     def _repr_html_(self) -> str:
         tiles = {

@@ -20,7 +20,12 @@ CODE = re.compile(r"^( *)```(sh|bash|python)\n(.*?)^\1```|^ {4}(\S[^\n]*)$", re.
 PROGRAM = re.compile(r"(?:[A-Z_]+=\S+ )*(?:curl|docker|git|helm|make|pip|python|sopdeploy|torchrun)\b")
 SERVE = re.compile(r"(?:[A-Z_]+=\S+ )*sopdeploy serve ")
 TINY = "--set epochs=1 --set threads=1 --set preprocess.resize=18 --set preprocess.crop=16"
-QUICKER = {"train --data photos": f"train --data photos {TINY}", "--seconds 20": "--seconds 2"}
+TINY_PYTHON = 'recipe="photos-dsop", epochs=1, threads=1, preprocess={"resize": 18, "crop": 16}'
+QUICKER = {
+    "train --data photos": f"train --data photos {TINY}",
+    'train(data="photos", ': f'train(data="photos", {TINY_PYTHON}, ',
+    "--seconds 20": "--seconds 2",
+}
 FIRST_BUNDLE, LAST_BUNDLE = "dsop-resnet20-3f6c01d2a4b7", "dsop-resnet20-77aa01d2e0c4"  # example names
 
 

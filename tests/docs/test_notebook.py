@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import sopdeploy
 from tests.docs.notebook import code_cells
 from tests.docs.reading import ROOT, name
 from tests.docs.test_pages import module_at
@@ -35,13 +36,12 @@ def test_imports_exist_and_calls_match_signatures(path: Path) -> None:
     cells = code_cells(path)
     tree = ast.parse("\n".join(cells))
     objects = dict(imported(tree))
-    calls = [
-        node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    ]
-    checked = [node for node in calls if node.func.id in objects]  # type: ignore[attr-defined]
+    objects |= {f"sopdeploy.{function}": getattr(sopdeploy, function) for function in sopdeploy.__all__}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    checked = [node for node in calls if ast.unparse(node.func) in objects]
     for node in checked:
         keywords = {keyword.arg: None for keyword in node.keywords}
-        function = objects[node.func.id]  # type: ignore[attr-defined]
+        function = objects[ast.unparse(node.func)]
         inspect.signature(function).bind(*node.args, **keywords)  # type: ignore[arg-type]
     assert len(checked) > 15
     assert sum("assert " in cell for cell in cells) > len(cells) / 2

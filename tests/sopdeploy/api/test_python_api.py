@@ -1,0 +1,269 @@
+"""The Python API gives the results of the command line, with the same defaults, and renders in notebooks."""
+
+import asyncio
+import inspect
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+import sopdeploy
+from sopdeploy.api.progress import LINE_WIDTH, ProgressBars
+from sopdeploy.api.training_result import TrainedRun
+from sopdeploy.cli.app import app
+from sopdeploy.cli.deployment.export import export as export_command
+from sopdeploy.cli.serving.predict import predict as predict_command
+from sopdeploy.cli.training.evaluate import evaluate as evaluate_command
+from sopdeploy.cli.training.train import train as train_command
+from sopdeploy.client import Client
+from sopdeploy.errors import BundleError, ConfigError, DataError, RuntimeUnavailableError, SopdeployError
+from sopdeploy.evaluation.prediction import EvalMetrics
+from sopdeploy.training.diagnostics import EpochRow
+from sopdeploy_export.pipeline import Exported
+from tests.pages import ALLOWED, Reader
+from tests.sopdeploy.training.runs import same_run
+
+HOSTILE = "<script>alert(1)<\N{DIVISION SLASH}script>"
+SETTINGS: dict[str, Any] = {
+    "epochs": 1,
+    "batch_size": 4,
+    "preprocess": {"resize": 9, "crop": 8},
+    "model": {"name": "dsop-resnet8", "config": {"base_width": 2}},
+}
+ASSIGNMENTS = [
+    "epochs=1", "batch_size=4", "preprocess.resize=9", "preprocess.crop=8", "model.name=dsop-resnet8",
+    "model.config.base_width=2",
+]  # fmt: skip
+ON_THE_COMMAND_LINE_ONLY = {"as_json", "dry_run", "find_learning_rate"}
+RENAMED = {"destination": "out", "settings": "assignments", "logs": "log"}
+
+
+def command(*arguments: object) -> Any:
+    """Run a command with --json and return its output."""
+    done = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert (done.exit_code, done.stderr) == (0, ""), done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write four images of each of two classes, one with a hostile name."""
+    root, rng = tmp_path_factory.mktemp("data") / "photos", np.random.default_rng(0)
+    for label in ("ant", HOSTILE):
+        (root / label).mkdir(parents=True)
+        for number in range(4):
+            pixels = rng.integers(0, 256, (12, 14, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / label / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    return sopdeploy.train(photos, "photos-dsop", tmp_path_factory.mktemp("api") / "run", **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def exported(run: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return sopdeploy.export(run.best, tmp_path_factory.mktemp("bundles"), detach=True)
+
+
+@pytest.fixture(scope="module")
+def bundle(exported: Exported) -> Path:
+    return exported.path
+
+
+PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "train": (train_command, sopdeploy.train),
+    "eval": (evaluate_command, sopdeploy.evaluate),
+    "export": (export_command, sopdeploy.export),
+    "predict": (predict_command, sopdeploy.predict),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_option_of_a_command_is_a_parameter_with_the_same_default(name: str) -> None:
+    theirs, ours = (inspect.signature(function).parameters for function in PAIRS[name])
+    options = {RENAMED.get(key, key): option.default for key, option in theirs.items()}
+    for key in options.keys() - ON_THE_COMMAND_LINE_ONLY:
+        default = None if ours[key].default == () else ours[key].default
+        assert default == (str(options[key]) if isinstance(options[key], Path) else options[key]), key
+
+
+def test_training_gives_the_run_of_the_command(run: TrainedRun, photos: Path, tmp_path: Path) -> None:
+    settings = [part for assignment in ASSIGNMENTS for part in ("--set", assignment)]
+    options = ("--data", photos, "--recipe", "photos-dsop", "--out", tmp_path / "run")
+    printed = command("train", *options, *settings)
+    assert same_run(run.out, tmp_path / "run")
+    ours = run.model_dump(mode="json")
+    paths = {"out", "best", "last", "history", "seconds"}
+    assert {key: printed[key] for key in printed.keys() - paths} == {
+        key: ours[key] for key in ours.keys() - paths
+    }
+    again = sopdeploy.train(photos, "photos-dsop", run.out, resume="always", assignments=ASSIGNMENTS)
+    assert again == run
+
+
+def test_an_export_has_the_options_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def stop(*arguments: Any) -> None:
+        calls.append(arguments[:3])
+        raise ConfigError("stopped")
+
+    monkeypatch.setattr("sopdeploy.api.deployment.run", stop)
+    changed = {"detach": True, "max_batch": 4, "probes": "p", "precision": "fp16", "newton_schulz": "fp16"}
+    flags = "--detach --max-batch 4 --probes p --precision fp16 --newton-schulz fp16 --out o"
+    CliRunner().invoke(app, ["export", "best.pt"])
+    CliRunner().invoke(app, ["export", "best.pt", *shlex.split(flags)])
+    for arguments, options in ((("best.pt",), {}), (("best.pt", "o"), changed)):
+        with pytest.raises(ConfigError, match="stopped"):
+            sopdeploy.export(*arguments, **options)
+    assert calls[:2] == calls[2:]
+    assert calls[0] != calls[1]
+
+
+def test_evaluation_gives_the_metrics_of_the_command(run: TrainedRun, bundle: Path, photos: Path) -> None:
+    for source in (run.best, bundle):
+        found = sopdeploy.evaluate(source, photos)
+        assert command("eval", source, "--data", photos) == {
+            **{"source": str(source), "kind": found.kind, "tta": "none"},
+            **found.facts,
+            **found.metrics.model_dump(mode="json"),
+        }
+
+
+def test_paths_images_and_arrays_give_the_predictions_of_the_command_and_of_a_server(
+    bundle: Path, photos: Path
+) -> None:
+    paths = sorted(photos.rglob("*.png"))[::3]
+    images = [Image.open(path) for path in paths]
+    arrays = np.stack([np.asarray(Image.open(path)) for path in paths])
+    expected = command("predict", bundle, *paths)
+    found = sopdeploy.predict(bundle, paths)
+    assert [one.model_dump(mode="json") for one in found] == expected
+    classes = [one.classes for one in found]
+    for several in (map(str, paths), images, arrays, list(arrays)):
+        assert [one.classes for one in sopdeploy.predict(bundle, several)] == classes
+    for single in (paths[0], str(paths[0]), images[0], arrays[0]):
+        assert [one.classes for one in sopdeploy.predict(bundle, single)] == classes[:1]
+    (best,) = sopdeploy.predict(bundle, arrays[0], top_k=1)
+    assert (best.image, len(best.classes)) == ("image 0", 1)
+    with sopdeploy.serve(bundle, background=True, port=0, threads=1) as server:
+        assert server.running
+        assert server.bundles == (bundle.name,)
+        with Client(server.url) as client:
+            answer = client.classify(paths[0])
+        assert [(one.label, one.probability) for one in answer.classes] == [
+            (one.label, pytest.approx(one.probability, abs=1e-6)) for one in classes[0]
+        ]
+        with pytest.raises(ConfigError, match="cannot listen"):
+            sopdeploy.serve(bundle, background=True, port=int(server.url.rpartition(":")[2]))
+    assert not server.running
+    assert server.log.startswith(f"ready: {server.url}")
+    assert "stopped" in repr(server)
+    server.stop()
+
+
+BAD_IMAGES = {
+    "float pixels": np.zeros((8, 8, 3)),
+    "channels first": np.zeros((3, 8, 8), dtype=np.uint8),
+    "no pixels": np.zeros((0, 8, 3), dtype=np.uint8),
+    "another type": [b"bytes"],
+    "a missing file": "missing.jpg",
+}
+
+
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_what_is_no_image_is_one_error_line(case: str, bundle: Path) -> None:
+    with pytest.raises(DataError, match=r"^(image 0|missing\.jpg): [^\n]*give|cannot be read"):
+        sopdeploy.predict(bundle, BAD_IMAGES[case])
+
+
+def test_user_errors_are_sopdeploy_errors(bundle: Path, photos: Path, tmp_path: Path) -> None:
+    calls: dict[str, tuple[type[SopdeployError], Callable[[], Any]]] = {
+        "no training data": (ConfigError, sopdeploy.train),
+        "epoch: unknown key; did you mean epochs": (
+            ConfigError, lambda: sopdeploy.train(recipe="digits-plain", epoch=3),
+        ),
+        "lr": (ConfigError, lambda: sopdeploy.train(recipe="digits-plain", optimizer={"lr": -1})),
+        "--newton-schulz fp16": (ConfigError, lambda: sopdeploy.export("x.pt", newton_schulz="fp16")),
+        "prt: unknown key": (ConfigError, lambda: sopdeploy.predict(bundle, [], prt=1)),
+        "no bundle": (BundleError, lambda: sopdeploy.serve(tmp_path, background=True)),
+        "TensorRT|tensorrt": (
+            RuntimeUnavailableError,
+            lambda: sopdeploy.serve(bundle, background=True, port=0, runtime="tensorrt"),
+        ),
+        "not in the background": (
+            ConfigError, lambda: sopdeploy.serve(bundle, background=True, devices=("0", "1")),
+        ),
+    }  # fmt: skip
+    for message, (kind, call) in calls.items():
+        with pytest.raises(kind, match=message):
+            call()
+
+    async def serve_in_a_loop() -> None:
+        sopdeploy.serve(bundle)
+
+    with pytest.raises(ConfigError, match="use background=True"):
+        asyncio.run(serve_in_a_loop())
+
+
+def test_results_render_in_notebooks_with_escaped_text(
+    run: TrainedRun, exported: Exported, photos: Path
+) -> None:
+    evaluation = sopdeploy.evaluate(exported.path, photos)
+    predictions = sopdeploy.predict(exported.path, sorted(photos.rglob("*.png")))
+    pages = [one._repr_html_() for one in (run, evaluation, predictions, exported)]
+    for page in pages:
+        reader = Reader(page)
+        assert {tag for tag, _ in reader.met} <= ALLOWED | {"img", "a"}
+        assert "<script" not in page
+        assert not re.search(r"https?://|@import", page)
+    assert all("&lt;script&gt;" in page for page in pages[:3])
+    wrong = evaluation.metrics.count - evaluation.metrics.top1.right
+    assert wrong
+    assert pages[1].count("<img ") == wrong
+    assert pages[0].count("<svg ") == pages[1].count("<svg ") == 1
+    assert f'href="{exported.path / "report.html"}"' in pages[3]
+    moved = TrainedRun(**{**dict(run), "out": Path("moved")})
+    assert "moved: holds no run with a finished epoch" in moved._repr_html_()
+
+
+def test_a_line_per_epoch_has_at_most_80_columns_and_branches_are_shown_if_verbose() -> None:
+    losses = {"loss": 123.456, "main": 3.0, **{f"layer{n}_0": 1.5 for n in range(9)}}
+    metrics = EvalMetrics(top1=1.0, top5=1.0, count=2, loss=123.456)
+    row = EpochRow(
+        epoch=1000, lr=0.1, losses=losses, figures=metrics, raw=metrics, average=metrics, gradient=1.0,
+        seconds=99999.9,
+    )  # fmt: skip
+    for verbose in (False, True):
+        stream = io.StringIO()
+        bars = ProgressBars(Console(file=stream, soft_wrap=True), verbose=verbose)
+        bars.epochs = 1000
+        bars.on_epoch_end(row)
+        lines = stream.getvalue().splitlines()
+        assert lines[0].startswith("epoch 1000/1000  top-1 100.00%  loss 123.456 (training")
+        assert max(map(len, lines)) <= LINE_WIDTH
+        assert ("layer8_0 1.500" in " ".join(lines)) is verbose
+        assert (len(lines) > 1) is verbose
+
+
+def test_importing_sopdeploy_is_light_and_serving_needs_no_torch() -> None:
+    code = (
+        "import sys, sopdeploy; first = sorted(sys.modules); sopdeploy.predict, sopdeploy.serve; "
+        "print([n for n in ('torch', 'numpy', 'PIL', 'fastapi', 'pydantic') if n in first], "
+        "[n for n in ('torch', 'torchvision', 'onnx', 'sklearn', 'timm', 'jinja2') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] []\n"
