@@ -5,9 +5,11 @@ it without running code. Writing flushes a `.partial` file, renames it and flush
 power failure either the old or the new file exists. No other module reads `.pt` files.
 """
 
+import hashlib
+import io
 import os
 import pickle  # for the exception type of torch.load
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +68,7 @@ class Checkpoint:
         training: recipe, epoch, best metrics, seed and versions.
         resume: optimizer, scheduler and random states; `None` if training cannot be resumed from the file.
         decision: how logits become a decision; `None` is softmax without calibration or rejection.
+        sha256: hash of the bytes that `read_checkpoint` read; empty for a checkpoint that is not from a file.
     """
 
     model: str
@@ -76,6 +79,7 @@ class Checkpoint:
     training: dict[str, Any]
     resume: dict[str, Any] | None = None
     decision: Decision | None = None
+    sha256: str = field(default="", compare=False)
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -112,9 +116,16 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read the checkpoint at *path* with all tensors on the CPU.
 
+    The file is read once, so `sha256` is that of the content even if another process replaces the file.
     Raises `CheckpointError` if the file is missing, damaged, of another format or would run code.
     """
-    content = load_plain(path)
+    _check_is_file(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    digest, content = hashlib.sha256(raw).hexdigest(), load_plain(path, raw=raw)
+    del raw  # before the network is built
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; use "
@@ -136,23 +147,21 @@ def read_checkpoint(path: Path) -> Checkpoint:
         training=header.training,
         resume=resume,
         decision=header.decision,
+        sha256=digest,
     )
 
 
-def load_plain(path: Path, advice: str = "only open checkpoints that sopdeploy wrote") -> Any:
+def load_plain(
+    path: Path, advice: str = "only open checkpoints that sopdeploy wrote", *, raw: bytes | None = None
+) -> Any:
     """Load *path* with `torch.load(weights_only=True)`, which never runs code of the file.
 
-    *advice* ends the error message for a file that would run code.
+    *advice* ends the error message for a file that would run code. *raw* is the content, if already read.
     """
-    if not path.is_file():
-        hint = "no such file; use the best.pt of a training run"
-        if (path / "manifest.json").is_file():
-            hint = "a bundle, which is already exported; use the best.pt of a training run"
-        elif (path / "best.pt").is_file():
-            hint = f"a folder; use {path / 'best.pt'}"
-        raise CheckpointError(f"{path}: {hint}")
+    _check_is_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        source = path if raw is None else io.BytesIO(raw)
+        return torch.load(source, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except pickle.UnpicklingError as error:
@@ -161,6 +170,17 @@ def load_plain(path: Path, advice: str = "only open checkpoints that sopdeploy w
         ) from error
     except Exception as error:  # torch raises many types for damaged files
         raise CheckpointError(f"{path}: damaged or not a checkpoint; copy or train it again") from error
+
+
+def _check_is_file(path: Path) -> None:
+    """Raise `CheckpointError` unless *path* is a file, with a hint if it is a run or a bundle."""
+    if not path.is_file():
+        hint = "no such file; use the best.pt of a training run"
+        if (path / "manifest.json").is_file():
+            hint = "a bundle, which is already exported; use the best.pt of a training run"
+        elif (path / "best.pt").is_file():
+            hint = f"a folder; use {path / 'best.pt'}"
+        raise CheckpointError(f"{path}: {hint}")
 
 
 def is_state_dict(weights: Any) -> bool:

@@ -27,8 +27,7 @@ from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import DetachError, LoweringError
-from sopdeploy.files import sha256
-from sopdeploy.models.base import Classifier
+from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import INPUT, Deployed, operator_counts, probe_images, write
 from sopdeploy_export.parity import torch_program
 from sopdeploy_export.parity.compare import (
@@ -49,6 +48,7 @@ from sopdeploy_export.precision.convert import (
 )
 from sopdeploy_export.proof.certificate import Certificate, certify, lower_with_proof
 from sopdeploy_export.proof.hashes import onnx_root
+from sopdeploy_export.proof.preconditions import tensors
 from sopdeploy_export.report.network_summary import network_summary
 from sopdeploy_export.report.page import render_model_card, render_report
 from sopdeploy_export.report.results import (
@@ -107,7 +107,7 @@ def export(
     trained = build_classifier(checkpoint, checkpoint_path)
     check_exportable(trained)
     images = probe_images(checkpoint.preprocess, options.probes)
-    job = _Job(checkpoint_path, checkpoint, images, options, step)
+    job = _Job(checkpoint, images, options, step)
 
     step("detaching" if options.detach else "nothing to detach")
     lean = detach(trained, requested=options.detach)
@@ -128,7 +128,6 @@ def export(
 
 
 class _Job(NamedTuple):
-    checkpoint_path: Path
     checkpoint: Checkpoint
     images: NDArray[np.uint8]
     options: ExportOptions
@@ -282,7 +281,7 @@ def _manifest_fields(job: _Job, folder: Path, converted: ConvertedGraph, checks:
         "batch": job.options.batch,
         "detached": certificate.detached,
         "lineage": Lineage(
-            checkpoint_sha256=sha256(job.checkpoint_path),
+            checkpoint_sha256=checkpoint.sha256,
             program_root=certificate.roots.any_batch,
             onnx_root=onnx_root(onnx.load(folder / ONNX_FILE)),
         ),
@@ -310,20 +309,25 @@ def check_exportable(network: Classifier) -> None:
 def detach(network: Classifier, *, requested: bool = True) -> Classifier:
     """Copy *network*, in eval mode, without its `training_only` parts; the same network if not *requested*.
 
-    Raises `DetachError` if *requested* and there is nothing to detach or a name in `training_only` does not
-    exist, or if not *requested* and there are such parts.
+    Parts without tensors, such as the branches of a network that was configured without any, do not count.
+    Raises `DetachError` if *requested* and there is nothing to detach, if not *requested* and there are such
+    parts, or if a name in `training_only` does not exist.
     """
+    names = ", ".join(network.training_only)
+    for name in network.training_only:
+        _find(network, name)
+    detachable = any(is_in(name, *network.training_only) for name in tensors(network))
     if not requested:
-        if network.training_only:
+        if detachable:
             raise DetachError(
-                f"{type(network).__name__} still carries training-only parts "
-                f"({', '.join(network.training_only)}); add --detach to remove them"
+                f"{type(network).__name__} still carries training-only parts ({names}); "
+                "add --detach to remove them"
             )
         return network
-    if not network.training_only:
+    if not detachable:
+        reason = f"its {names} hold no tensors" if names else "it has no training-only parts"
         raise DetachError(
-            f"{type(network).__name__} has nothing to detach: it has no training-only parts; "
-            "export it without --detach"
+            f"{type(network).__name__} has nothing to detach: {reason}; export it without --detach"
         )
     excluded: dict[int, Any] = {}  # a memo entry of None keeps deepcopy from copying these parts
     for name in network.training_only:

@@ -4,7 +4,7 @@ Published files (`mpncovresnet50-15991845.pth`) have torchvision's names and `la
 checkpoints number the parts, `features.0` to `features.7`; the dimension reduction is
 `representation.conv_dr_block`, or `features.8` and `.9` if a published network was fine-tuned. The pooling
 follows from the classifier's input size. Only `arch` tells the stride of conv5_x: 1 for `mpncovresnet50`, 2
-for a `resnet50` trained with the pooling.
+for a `resnet50` trained with the pooling. A file with another `arch`, or none, needs `--set conv5_stride`.
 """
 
 import re
@@ -26,7 +26,7 @@ REDUCTION = {
 }
 NUMBERED_TENSOR = re.compile(r"features\.(?P<stage>[014567])\.(?P<rest>.+)")
 UNKNOWN_STRIDE = (
-    "the file does not tell the stride of conv5_x: 1 for mpncovresnet, 2 for resnet with the pooling"
+    "the tensors do not tell the stride of conv5_x: 1 for mpncovresnet, 2 for resnet with the pooling"
 )
 
 VGG_CHANNELS = 512
@@ -50,10 +50,11 @@ def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | N
     channels = len(renamed.tensor(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight"))
     pooling = _detect_pooling(file, mapped, channels, length)
     kind = str(pooling["pooling.kind"])
-    stride = None if file.arch is None else 2
     reduced = {"layer_reduce.weight", "features.8.weight"} & file.tensors.keys()
-    if reduced or (file.arch or "").startswith("mpncov"):
-        stride = 1
+    stride = 1 if reduced else {f"mpncovresnet{depth}": 1, f"resnet{depth}": 2}.get(file.arch or "")
+    unknown = UNKNOWN_STRIDE
+    if file.arch is not None:
+        unknown = f"its arch {file.arch!r} is unknown for ResNet-{depth}, and {UNKNOWN_STRIDE}"
     model = f"isqrt-resnet{depth}" if kind == "isqrt" else f"resnet{depth}"
     return ConvertedWeights(
         description=f"{TITLES[kind]} on ResNet-{depth} of fast-MPN-COV",
@@ -63,7 +64,7 @@ def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | N
         preprocess=Preprocess(),
         required={"depth": depth, "pooling.kind": kind},
         detected=pooling | ({} if stride is None else {"conv5_stride": stride}),
-        undetermined={} if stride is not None else {"conv5_stride": UNKNOWN_STRIDE},
+        undetermined={} if stride is not None else {"conv5_stride": unknown},
         labels="imagenet",
     )
 

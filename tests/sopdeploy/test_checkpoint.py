@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from sopdeploy import checkpoint as module
 from sopdeploy.checkpoint import Checkpoint, build_classifier, load_plain, read_checkpoint, write_checkpoint
 from sopdeploy.errors import CheckpointError
+from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from tests.sopdeploy.training.runs import same_bits
@@ -44,6 +46,23 @@ def rewritten(path: Path, checkpoint: Checkpoint, change: Callable[[dict[str, An
     change(content)
     torch.save(content, path)
     return path
+
+
+def test_hash_is_that_of_the_bytes_that_were_read(
+    tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ckpt.pt"
+    write_checkpoint(path, checkpoint)
+    expected = sha256(path)
+
+    def replace_file(*arguments: Any, **options: Any) -> Any:
+        write_checkpoint(path, replace(checkpoint, training={"epoch": 4}))
+        return load_plain(*arguments, **options)
+
+    monkeypatch.setattr(module, "load_plain", replace_file)
+    found = read_checkpoint(path)
+    assert (found.sha256, found.training["epoch"]) == (expected, 3)
+    assert sha256(path) != expected
 
 
 def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path, checkpoint: Checkpoint) -> None:

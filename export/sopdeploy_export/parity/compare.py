@@ -63,6 +63,7 @@ from sopdeploy_export.parity.report import (
     rerouted,
     routing_parity,
 )
+from sopdeploy_export.rewrites.apply import record_activations
 
 Arrays = dict[str, NDArray[Any]]
 Run = Callable[[Tensor], tuple[Tensor, ...]]
@@ -121,10 +122,8 @@ def compute_reference(
         if not np.isfinite(values).all():
             raise ParityError(f"the network's own {name} are not finite on the probe images; train it again")
         if not (np.isfinite(batched[name]).all() and np.isfinite(single[name]).all()):
-            raise ParityError(
-                f"the network's own {name} are not finite in {precision} on the probe images: activations "
-                "overflow; choose --precision bf16-backbone or fp32"
-            )
+            worst = int(np.isfinite(batched[name]).all(axis=1).argmin())
+            raise ParityError(_overflow(deployed, name, precision, images[worst : worst + 1]))
         floors[name] = max(
             4 * float(np.finfo(np.float32).eps) * float(np.abs(values).max()),
             float(np.abs(batched[name] - values)[kept].max(initial=0.0)),
@@ -335,6 +334,24 @@ def add_spectral_records(
     if broken is not None and not allow_drift:
         raise ParityError(_error_message(checked))
     return checked
+
+
+def _overflow(deployed: Deployed, output: str, precision: Precision, image: NDArray[np.uint8]) -> str:
+    """Describe that *output* of *image* (1, H, W, 3) is not finite in *precision*, and what helps.
+
+    In float32 no other precision does; then the first module whose output is not finite is named.
+    """
+    message = f"the network's own {output} are not finite in {precision} on the probe images"
+    if precision != "fp32":
+        wider = "bf16-backbone or fp32" if precision == "fp16" else "fp32"
+        return f"{message}: activations overflow; choose --precision {wider}"
+    activations = record_activations(deployed.network, (deployed.normalise(torch.from_numpy(image)),))
+    infinite = (name for name, entry in activations.items() if not bool(entry.output.isfinite().all()))
+    first, largest = next(infinite, output), float(np.finfo(np.float32).max)
+    return (
+        f"{message}: activations exceed {largest:.2g} from {first} on, and no --precision has "
+        "a wider range; train it again with weight decay or a lower learning rate"
+    )
 
 
 def max_drift(name: str, values: NDArray[Any], expected: NDArray[Any], kept: NDArray[np.bool_]) -> float:

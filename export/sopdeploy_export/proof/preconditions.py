@@ -35,7 +35,7 @@ def check_torch_state() -> None:
         if torch.is_autocast_enabled(device):
             raise CertificateError(f"torch.autocast is active for {device}; export outside of it")
     for kind, modes in (
-        ("function", _get_current_function_mode_stack()),
+        ("function", _get_current_function_mode_stack()),  # type: ignore[no-untyped-call]
         ("dispatch", _get_current_dispatch_mode_stack()),
     ):
         if modes:

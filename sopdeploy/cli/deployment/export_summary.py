@@ -39,9 +39,12 @@ def _facts(exported: "Exported") -> dict[str, str]:
     rules = ", ".join(f"{name} ({times})" for name, times in lowering.summary.items()) or "none applies"
     forms = "; ".join(f"{choice.where}: {choice.form} ({choice.by})" for choice in lowering.choices)
     trained, shipped = exported.network_summary.trained, exported.network_summary.shipped
+    removed = "nothing: the network has no training-only parts"
+    if certificate.removed:
+        parts, count = ", ".join(certificate.detached), len(certificate.removed)
+        removed = f"{parts} ({count} tensors, {certificate.bytes_removed:,} bytes saved)"
     return {
-        "removed": f"{', '.join(certificate.detached) or 'nothing'} "
-        f"({len(certificate.removed)} tensors, {certificate.bytes_removed:,} bytes saved)",
+        "removed": removed,
         "kept": f"{len(certificate.kept)} tensors, sha256 equal before and after",
         "graph": f"trained = detached = plain, root {certificate.roots.any_batch[:16]} "
         f"({certificate.roots.operations} operations; also at batch 1, also as ONNX)",

@@ -61,7 +61,7 @@ def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
         print_json(result.model_dump(mode="json"))
         return
     print_field("files", f"{result.files} complete, {result.bytes:,} bytes, id {result.id}")
-    print_field("graph", f"root {result.onnx_root[:16]}, recomputed from model.onnx: as certified")
+    print_field("graph", f"root {result.onnx_root[:16]}, recomputed from model.onnx: as exported")
     for replay in result.replays:
         for name, deviation in replay.deviation.items():
             print_field(

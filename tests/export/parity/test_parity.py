@@ -171,3 +171,21 @@ def test_every_flip_is_listed_with_its_margin_and_cause() -> None:
     ]
     assert [flip.margin for flip in found.flipped] == pytest.approx([0.1, 1.0, 1.0])
     assert (found.flips_within_noise, found.flips, found.flips_by_routing) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("precision", "advice"),
+    [
+        ("fp16", "choose --precision bf16-backbone or fp32"),
+        ("bf16-backbone", "choose --precision fp32"),
+        ("fp32", r"exceed 3\.4e\+38 from layer2\.0\S* on, and no --precision has a wider range; train it"),
+    ],
+)
+def test_logits_that_overflow_get_advice_that_helps(
+    make: Make, preprocess: Preprocess, probes: Tensor, precision: Precision, advice: str
+) -> None:
+    network = make("resnet8")
+    network.get_parameter("layer2.0.bn2.weight").data.fill_(3e38)  # finite, and the products in float64, too
+    deployed = Deployed(network, preprocess).eval()
+    with pytest.raises(ParityError, match=f"not finite in {precision} on the probe images: .*{advice}"):
+        compute_reference(deployed, probes.numpy(), precision=precision)

@@ -39,6 +39,13 @@ def test_detach_is_rejected_without_training_only_parts_and_a_second_time(make: 
         detach(detach(make()))
 
 
+def test_network_that_was_configured_without_branches_is_exported_without_detaching(make: Make) -> None:
+    plain = make(aux_blocks=(0, 0, 0))
+    with pytest.raises(DetachError, match=r"nothing to detach: its branches hold no tensors"):
+        detach(plain)
+    assert detach(plain, requested=False) is plain
+
+
 @pytest.mark.parametrize(
     ("name", "message"), [("twigs", "no part named twigs"), ("layer9.twig", "it has no layer9")]
 )

@@ -1,6 +1,7 @@
 """What an export ends with: a frame on a terminal, a line for each fact elsewhere."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -33,6 +34,14 @@ def test_elsewhere_there_is_a_line_for_each_fact(branched: Exported, monkeypatch
     assert f"{branched.parity.logits.drift_in_floors:.1f} noise floors" in facts["drift"]
     assert f"of {branched.network_summary.trained.parameters:,} parameters" in facts["costs"]
     assert "of the plain backbone's time" in facts["speed"]
+
+
+def test_network_without_branches_has_removed_nothing(
+    branched: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = branched.certificate.model_copy(update={"removed": (), "detached": ()})
+    lines = shown(replace(branched, certificate=certificate), monkeypatch, terminal=False).splitlines()
+    assert lines[0] == "removed  nothing: the network has no training-only parts"
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

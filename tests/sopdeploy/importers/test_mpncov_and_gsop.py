@@ -102,6 +102,18 @@ def test_what_the_file_does_not_tell_must_be_set(tmp_path: Path) -> None:
     assert_same_logits(ours, network, random_images(64))
 
 
+@pytest.mark.parametrize("arch", ["resnet50", "se_resnet18", "mpncovresnet50", "alexnet"])
+def test_stride_must_be_set_if_the_arch_is_not_one_of_the_network(tmp_path: Path, arch: str) -> None:
+    network = resnet(stride=1)
+    file = training_file(tmp_path / "a.pth.tar", network, arch)
+    with pytest.raises(
+        ConfigError, match=rf"its arch '{arch}' is unknown for ResNet-18.*add --set conv5_stride"
+    ):
+        imported(file, "isqrt-resnet18")
+    ours, _ = imported(file, "isqrt-resnet18", settings={"conv5_stride": 1})
+    assert_same_logits(ours, network, random_images(64))
+
+
 @pytest.mark.parametrize("prefix", ["features.", "features.module.", "module.features."])
 def test_data_parallel_prefixes_are_removed_anywhere(tmp_path: Path, prefix: str) -> None:
     state = numbered(resnet().state_dict())
