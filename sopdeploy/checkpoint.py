@@ -54,6 +54,13 @@ class Header(StrictModel):
             raise ValueError("two classes have the same name")
         return labels
 
+    @pydantic.model_validator(mode="after")
+    def _check_thresholds(self) -> "Header":
+        thresholds = self.decision.thresholds if self.decision is not None else None
+        if thresholds is not None and len(thresholds) != len(self.labels):
+            raise ValueError(f"{len(thresholds)} thresholds for {len(self.labels)} classes")
+        return self
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:

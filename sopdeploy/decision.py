@@ -82,3 +82,10 @@ def known_score(logits: NDArray[np.floating], score: Score) -> NDArray[np.float6
     largest = values.max(axis=-1)
     energy: NDArray[np.float64] = largest + np.log(np.exp(values - largest[..., None]).sum(axis=-1))
     return np.exp(largest - energy) if score == "max_probability" else energy
+
+
+def sigmoid(logits: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Compute the probabilities (...) float64 of *logits* (...), without overflow."""
+    values = logits.astype(np.float64)
+    small = np.exp(-np.abs(values))
+    return np.where(values >= 0, 1.0, small) / (1.0 + small)

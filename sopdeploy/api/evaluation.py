@@ -9,11 +9,12 @@ from sopdeploy.client import Client
 from sopdeploy.data.datasets.folder import open_classes
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
+from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.sources import detect_source, score_service
-from sopdeploy.html.templates import percent, render
+from sopdeploy.html.templates import render
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.report.predictions import predictions_context
-from sopdeploy.report.run_data import Predictions, worst_mistakes
+from sopdeploy.report.predictions import metric_tiles, predictions_context
+from sopdeploy.report.run_data import Mistake, Predictions, worst_mistakes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,9 +27,11 @@ class Evaluation:
         tta: Test-time augmentation.
         data: The folder of images.
         facts: Name, runtime and device of a bundle.
-        metrics: Accuracies with intervals, calibration, figures by class, confusion matrix.
+        metrics: Accuracies with intervals, calibration, figures by class, confusion matrix. With several
+            classes per image mAP, F1, and figures by class.
         labels: The sorted classes, to which the indices in *scores* refer.
-        scores: The prediction for every image, in the order of the sorted files of the sorted classes.
+        scores: The prediction for every image, in the order of the sorted files of the sorted classes. With
+            several classes per image all probabilities.
     """
 
     source: str
@@ -36,26 +39,21 @@ class Evaluation:
     tta: str
     data: Path
     facts: dict[str, str]
-    metrics: ClassificationReport
+    metrics: ClassificationReport | MultiLabelReport
     labels: tuple[str, ...]
-    scores: tuple[Score, ...] = field(repr=False)
+    scores: tuple[Score, ...] | MultiLabelPredictions = field(repr=False)
 
     def _repr_html_(self) -> str:
-        images = open_classes(self.data.expanduser(), self.labels)
-        mistakes = tuple(worst_mistakes(self.scores, images, Preprocess()))
+        mistakes: tuple[Mistake, ...] = ()
+        if isinstance(self.scores, tuple):
+            images = open_classes(self.data.expanduser(), self.labels)
+            mistakes = tuple(worst_mistakes(self.scores, images, Preprocess()))
         predictions = Predictions(metrics=self.metrics, mistakes=mistakes, images=self.data.name)
-        tiles = {
-            "top-1": percent(self.metrics.top1.share, 2),
-            "top-5": percent(self.metrics.top5.share, 2),
-            "images": str(self.metrics.count),
-            "calibration error": f"{self.metrics.calibration.error:.4f}",
-            **self.facts,
-        }
         return render(
             "sopdeploy.api",
             "scores.html",
             title=f"{self.source} on {self.data}",
-            tiles=tiles,
+            tiles={**metric_tiles(self.metrics), "images": str(self.metrics.count), **self.facts},
             reason="",
             next="",
             **predictions_context(predictions),
@@ -79,7 +77,7 @@ def evaluate(
 
     Args:
         source: A checkpoint, a bundle, or the URL of a server.
-        data: Folder of images, `DIR/<class>/*.jpg`; classes are matched by name.
+        data: Folder of images, `DIR/<class>/*.jpg` or with `labels.csv`; classes are matched by name.
         tta: Test-time augmentation: average over views. Not for servers.
         runtime: Runtime of a bundle, as for `sopdeploy serve`.
         model: Model name, if the server has several.
@@ -121,7 +119,7 @@ def evaluate(
         tta=tta,
         data=data,
         facts=facts,
-        metrics=classification_report(labels, scores),
+        metrics=classification_report(labels, scores) if isinstance(scores, list) else scores.report(),
         labels=labels,
-        scores=tuple(scores),
+        scores=tuple(scores) if isinstance(scores, list) else scores,
     )

@@ -63,10 +63,10 @@ class ProgressBars:
         self._update(epoch, done, None, "held-out images")
 
     def on_epoch_end(self, row: Any) -> None:
-        """Print top-1 and loss on held-out images, training loss and time, within 80 columns."""
-        loss = row.losses.get("loss", 0.0)
+        """Print top-1 or mAP and loss on held-out images, training loss and time, within 80 columns."""
+        loss, name = row.losses.get("loss", 0.0), row.figures.score_name
         self.console.print(
-            f"epoch {row.epoch:>3}/{self.epochs}  top-1 [bold]{row.figures.top1:7.2%}[/]  "
+            f"epoch {row.epoch:>3}/{self.epochs}  {name} [bold]{row.figures.score:7.2%}[/]  "
             f"loss {row.figures.loss:.3f} (training {loss:.3f})  {row.seconds:.1f} s"
         )
         if not self.verbose:
@@ -74,7 +74,7 @@ class ProgressBars:
         parts = (f"{name} {loss:.3f}" for name, loss in row.losses.items() if name != "loss")
         details = "training loss: " + ", ".join(parts)
         if row.average is not None:
-            details += f"; top-1 {row.raw.top1:.2%} raw, {row.average.top1:.2%} average of the weights"
+            details += f"; {name} {row.raw.score:.2%} raw, {row.average.score:.2%} average of the weights"
         for line in textwrap.wrap(details, LINE_WIDTH - 2):
             self.console.print(f"  {line}", markup=False)
 

@@ -28,10 +28,15 @@ class TrainedRun(TrainingResult):
         return self._evaluated.predictions
 
     def _repr_html_(self) -> str:
+        best = {
+            "top-1": self.best_top1,
+            "top-5": self.best_top5,
+            "mAP": self.best_map,
+            "macro F1": self.best_macro_f1,
+        }
         tiles = {
             "best epoch": f"{self.best_epoch} of {self.epochs}",
-            "top-1, best": percent(self.best_top1, 2),
-            "top-5, best": percent(self.best_top5, 2),
+            **{f"{name}, best": percent(value, 2) for name, value in best.items() if value is not None},
             "training images": str(self.train_count),
             "held-out images": str(self.held_out_count),
             "classes": str(self.classes),

@@ -174,4 +174,9 @@ def _read_labels(file: Path, manifest: Manifest) -> tuple[str, ...]:
         raise BundleError(f"{file}: not a list of class names")
     if len(labels) != classes:
         raise BundleError(f"{file}: {len(labels)} class names for {classes} outputs")
+    thresholds = manifest.decision.thresholds if manifest.decision is not None else None
+    if thresholds is not None and len(thresholds) != classes:
+        raise BundleError(
+            f"{file.parent}: {len(thresholds)} thresholds for {classes} outputs; export it again"
+        )
     return tuple(labels)

@@ -51,6 +51,7 @@ class AsyncClient:
         top_k: int | None = ...,
         model: str | None = ...,
         gates: bool = ...,
+        threshold: float | None = ...,
         timeout: float | None = ...,
     ) -> list[Classification]: ...
     @overload
@@ -61,6 +62,7 @@ class AsyncClient:
         top_k: int | None = ...,
         model: str | None = ...,
         gates: bool = ...,
+        threshold: float | None = ...,
         timeout: float | None = ...,
     ) -> Classification: ...
     async def classify(
@@ -70,6 +72,7 @@ class AsyncClient:
         top_k: int | None = None,
         model: str | None = None,
         gates: bool = False,
+        threshold: float | None = None,
         timeout: float | None = None,
     ) -> Classification | list[Classification]:
         """Classify *image* like `Client.classify`; files are read and arrays encoded in a thread.
@@ -77,7 +80,8 @@ class AsyncClient:
         Example:
             result = await client.classify("photo.jpg", timeout=2.0)
         """
-        return await self._run(requests.classify(image, top_k, model, gates, self._options.budget(timeout)))
+        budget = self._options.budget(timeout)
+        return await self._run(requests.classify(image, top_k, model, gates, threshold, budget))
 
     async def info(self, *, timeout: float | None = None) -> ServerInfo:
         """Request the server version and its models.

@@ -106,6 +106,7 @@ def classify(
     top_k: int | None,
     model: str | None,
     gates: bool,
+    threshold: float | None,
     budget: RetryBudget,
 ) -> Flow[Classification | list[Classification]]:
     """Classify one image, or a list of images in one request."""
@@ -116,7 +117,12 @@ def classify(
     bodies = tuple(item for item in items if isinstance(item, bytes))
     if len(bodies) < len(items):  # bytes need no encoding
         bodies = yield RunInThread(lambda: tuple(map(encode_image, items)))
-    options: dict[str, Any] = {"top_k": top_k, "model": model, "gates": "true" if gates else None}
+    options: dict[str, Any] = {
+        "top_k": top_k,
+        "model": model,
+        "gates": "true" if gates else None,
+        "threshold": threshold,
+    }
     send = Send(
         method="POST",
         path="/v1/classify",

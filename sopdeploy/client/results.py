@@ -45,7 +45,8 @@ class Classification(Response):
     """The result for one image.
 
     Attributes:
-        classes: most probable classes, best first; empty if `error` is set.
+        classes: most probable classes, best first; empty if `error` is set. Of a multi-label network, the
+            classes whose probability reaches their threshold.
         gates: selected experts of a gated network, best first, if requested.
         warnings: codes of changes made while decoding.
         error: set if this image of a list could not be classified.
@@ -62,7 +63,10 @@ class Classification(Response):
 
 
 class ModelInfo(Response):
-    """A served model; `id` is its bundle id, `labels` the number of classes."""
+    """A served model; `id` is its bundle id, `labels` the number of classes.
+
+    `thresholds` are the smallest probabilities by class of a multi-label network; None for other networks.
+    """
 
     name: str
     id: str
@@ -73,6 +77,7 @@ class ModelInfo(Response):
     runtime: str
     device: str
     largest_batch: int
+    thresholds: dict[str, float] | None = None
 
 
 class ServerInfo(Response):

@@ -47,6 +47,7 @@ class Client:
         top_k: int | None = ...,
         model: str | None = ...,
         gates: bool = ...,
+        threshold: float | None = ...,
         timeout: float | None = ...,
     ) -> list[Classification]: ...
     @overload
@@ -57,6 +58,7 @@ class Client:
         top_k: int | None = ...,
         model: str | None = ...,
         gates: bool = ...,
+        threshold: float | None = ...,
         timeout: float | None = ...,
     ) -> Classification: ...
     def classify(
@@ -66,21 +68,24 @@ class Client:
         top_k: int | None = None,
         model: str | None = None,
         gates: bool = False,
+        threshold: float | None = None,
         timeout: float | None = None,
     ) -> Classification | list[Classification]:
         """Classify *image*: a path, bytes, a PIL image, a uint8 array (H, W, 3) or (H, W), or a list of them.
 
         A list is sent as one request; an image of the list that cannot be classified has `error` set. *gates*
-        requests the experts that a gated network selects. Raises `ServiceError` if the server rejects the
-        request, `OverloadedError` if it is overloaded, `UnreachableError` without a response in time, and
-        `DataError` or `ConfigError` for an image that cannot be sent.
+        requests the experts that a gated network selects; *threshold* lists the classes of at least this
+        probability instead of those above the thresholds of a multi-label network. Raises `ServiceError` if
+        the server rejects the request, `OverloadedError` if it is overloaded, `UnreachableError` without a
+        response in time, and `DataError` or `ConfigError` for an image that cannot be sent.
 
         Example:
             best = client.classify(np.asarray(frame), top_k=3, timeout=2.0).classes[0]
             for result in client.classify(["a.jpg", "b.jpg"], model="flowers"):
                 print(result.error.detail if result.error else result.classes[0].label)
         """
-        return self._run(requests.classify(image, top_k, model, gates, self._options.budget(timeout)))
+        budget = self._options.budget(timeout)
+        return self._run(requests.classify(image, top_k, model, gates, threshold, budget))
 
     def info(self, *, timeout: float | None = None) -> ServerInfo:
         """Request the server version and its models.

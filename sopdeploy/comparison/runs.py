@@ -60,6 +60,10 @@ def compare(
     if seeds < 2:
         raise ConfigError(f"--seeds {seeds}: an interval needs at least 2 seeds; 5 is a good number")
     data = open_data(recipes[0].recipe.data)
+    if data.held_out.targets.ndim == 2:
+        raise ConfigError(
+            "a comparison counts images with one class each; give --set data.path=DIR without labels.csv"
+        )
     _write_plan(destination, {"recipes": [one.name for one in recipes], "seeds": seeds})
     correct: dict[str, list[NDArray[np.bool_]]] = {one.name: [] for one in recipes}
     for seed in range(seeds):

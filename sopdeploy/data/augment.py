@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from sopdeploy.config import Fraction, NonNegative, Positive, StrictModel
-from sopdeploy.data.base import ImagesDataset, LabeledImages, derive_seed
+from sopdeploy.data.base import ImagesDataset, LabeledImages, Target, derive_seed
 from sopdeploy.data.image_files import ImageFiles, load_pixels
 from sopdeploy.images.preprocess import (
     RESAMPLING,
@@ -156,6 +156,8 @@ class Mixup(StrictModel):
     def __call__(self, images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         """Mix float *images* (B, 3, H, W); returns them with labels (B,) or mixed labels (B, classes).
 
+        Labels (B, classes) of images with several classes are mixed with the same weights.
+
         Draws from torch's default CPU generator.
         """
         if self.mixup == 0 and self.cutmix == 0:
@@ -183,7 +185,7 @@ class AugmentedDataset(ImagesDataset):
     epoch: int
     rand_augment: RandAugment = NO_RAND_AUGMENT
 
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
         sample = index % len(self.images)
         random = Random(derive_seed(self.seed, "augment", self.epoch, index))  # noqa: S311
         rules, augmentation = self.preprocess, self.augmentation
@@ -209,10 +211,10 @@ def _crop_box(
     augmentation: RandomResizedCrop | RandomSide,
     rules: Preprocess,
     random: Random,
-) -> tuple[NDArray[np.uint8], int]:
+) -> tuple[NDArray[np.uint8], Target]:
     """Crop a random box and resize it; with `draft`, the image is decoded no larger than needed."""
     if augmentation.draft and isinstance(images, ImageFiles):
-        source, target = images.open(index), int(images.targets[index])
+        source, target = images.open(index), images.target(index)
         width, height = source.size
         sideways = rules.exif_orientation and exif_orientation(source) in SIDEWAYS
         size = (height, width) if sideways else (width, height)

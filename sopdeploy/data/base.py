@@ -17,25 +17,26 @@ from PIL import Image
 from sopdeploy.images.preprocess import Preprocess
 
 Item = TypeVar("Item", covariant=True)
+Target = int | NDArray[np.float32]  # a class index, or (C,) with 1 for every class of the image
 
 
 class LabeledItems(Protocol[Item]):
-    """Items with their class indices into `labels`, the class names in output order."""
+    """Items with their targets; `labels` are the class names in output order."""
 
     @property
     def labels(self) -> tuple[str, ...]: ...  # noqa: D102
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Item, int]: ...
+    def __getitem__(self, index: int) -> tuple[Item, Target]: ...
 
 
 class LabeledImages(LabeledItems[Image.Image], Protocol):
-    """Images of any size and mode with their class indices into `labels`."""
+    """Images of any size and mode with their targets."""
 
     @property
-    def targets(self) -> NDArray[np.int64]:
-        """Class index of each image, available without reading the images."""
+    def targets(self) -> NDArray[np.int64] | NDArray[np.float32]:
+        """Class indices (N,), or (N, C) with 1 for every class of an image; known without reading images."""
 
 
 Dataset = LabeledItems[NDArray[np.uint8]]  # network inputs: (height, width, 3) arrays of one size
@@ -71,7 +72,7 @@ class PreprocessedDataset(ImagesDataset):
 
     preprocess: Preprocess
 
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
         image, target = self.images[index]
         return self.preprocess(image), target
 

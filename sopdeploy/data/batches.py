@@ -18,7 +18,7 @@ from sopdeploy.data.base import Dataset, derive_seed
 from sopdeploy.errors import DataError
 
 PILLOW_BLOCKS = 2  # of 16 MB each that Pillow keeps: enough for a photograph and its conversion
-Batch = tuple[Tensor, Tensor]  # images (B, H, W, 3) uint8, labels (B,) int64
+Batch = tuple[Tensor, Tensor]  # images (B, H, W, 3) uint8; labels (B,) int64 or (B, C) float32
 
 
 def shuffled_batches(samples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -60,8 +60,8 @@ def load_batches(
 ) -> Iterator[Batch]:
     """Load *batches* of *dataset* onto *device* with up to *workers* loader processes.
 
-    Yields images (B, H, W, 3) uint8 and labels (B,) int64. Raises the `DataError` of the first unusable
-    image.
+    Yields images (B, H, W, 3) uint8 and labels (B,) int64 or (B, C) float32. Raises the `DataError` of the
+    first unusable image.
     """
     on_gpu = device.type == "cuda"
     loader: DataLoader[Any] = DataLoader(
@@ -99,7 +99,7 @@ class _BatchedDataset:
         except DataError as error:
             return (str(error),)
         images = torch.from_numpy(np.stack([array for array, _ in pairs]))
-        return images, torch.tensor([label for _, label in pairs])
+        return images, torch.from_numpy(np.asarray([label for _, label in pairs]))
 
 
 def _init_worker(_worker: int) -> None:

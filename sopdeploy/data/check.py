@@ -20,6 +20,14 @@ from sopdeploy.data.datasets.folder import (
     list_classes,
     open_store,
 )
+from sopdeploy.data.datasets.label_table import (
+    LABELS_FILE,
+    SEPARATOR,
+    VAL,
+    has_label_table,
+    read_label_table,
+    unlisted_images,
+)
 from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.data.image_files import ImageFiles, count_ignored_files, load_pixels, map_threaded, open_image
 from sopdeploy.errors import DataError
@@ -99,9 +107,9 @@ class _FileInfo:
 
 
 def check(path: Path, cache: Path | None = None) -> DataReport:
-    """Decode every image of *path*, a folder or tar archive with one folder per class.
+    """Decode every image of *path*: a folder or tar archive with one folder per class, or with `labels.csv`.
 
-    Raises `DataError` if there are fewer than two classes.
+    Raises `DataError` if there are fewer than two classes, or if `labels.csv` is invalid.
     """
     parts = _open_parts(path.expanduser(), OpenOptions(cache))
     infos = [
@@ -116,12 +124,15 @@ def check(path: Path, cache: Path | None = None) -> DataReport:
     for info in readable:
         for reason in info.oddities:
             strange.setdefault(reason, []).append(info.file)
+    unlisted = unlisted_images(part for part in parts.values() if part.targets.ndim == 2)
+    strange |= {f"not listed in {LABELS_FILE}": unlisted} if unlisted else {}
     ignored: Counter[str] = Counter()
     counted = []
     for name, part in parts.items():
-        ignored.update(count_ignored_files(part.store, part.labels))
+        if part.targets.ndim == 1:
+            ignored.update(count_ignored_files(part.store, part.labels))
         size = sum(info.length for info in infos if info.part == name)
-        counts = np.bincount(part.targets, minlength=len(part.labels)).tolist()
+        counts = part.class_counts().tolist()
         classes = dict(zip(part.labels, counts, strict=True))
         counted.append(Part(name=name, count=len(part), bytes=size, classes=classes))
     return DataReport(
@@ -136,7 +147,7 @@ def check(path: Path, cache: Path | None = None) -> DataReport:
         too_few=tuple(
             f"{images.store.root / images.labels[target]}: only one image; add another"
             for images in (parts.values() if len(parts) == 1 else ())
-            for target in np.flatnonzero(np.bincount(images.targets) == 1)
+            for target in np.flatnonzero(images.class_counts() == 1)
         ),
         duplicates=tuple(_find_duplicates(readable)),
         strange={reason: tuple(files) for reason, files in strange.items()},
@@ -146,6 +157,10 @@ def check(path: Path, cache: Path | None = None) -> DataReport:
 
 def _open_parts(path: Path, options: OpenOptions) -> dict[str, ImageFiles]:
     store = open_store(path, options)
+    if has_label_table(store):
+        table = read_label_table(store)
+        split_names = [TRAIN, VAL] if table.is_split else []
+        return {name: table.part(name) for name in split_names} or {UNSPLIT: table.images}
     names = [name for name in (TRAIN, *HELD_OUT) if name in store.folders()]
     if TRAIN not in names:
         return {UNSPLIT: list_classes(store, class_names(store))}
@@ -159,6 +174,8 @@ def _open_parts(path: Path, options: OpenOptions) -> dict[str, ImageFiles]:
 def _class_problems(parts: dict[str, ImageFiles]) -> Iterator[str]:
     """Describe empty class folders, and held-out classes that are not those of training."""
     for name, images in parts.items():
+        if images.targets.ndim == 2:
+            continue
         if name in HELD_OUT:
             mismatches = class_mismatches(images.store, parts[TRAIN].labels)
             yield from (f"{images.store.root}: {mismatch}" for mismatch in mismatches)
@@ -167,7 +184,7 @@ def _class_problems(parts: dict[str, ImageFiles]) -> Iterator[str]:
 
 
 def _inspect_file(images: ImageFiles, part: str, index: int) -> _FileInfo:
-    path, label = images.path(index), images.labels[int(images.targets[index])]
+    path, label = images.path(index), SEPARATOR.join(images.class_names(index))
     try:
         data = images.store.read(bytes(images.paths[index]))
     except OSError as error:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from sopdeploy.data.base import LabeledImages
+from sopdeploy.data.base import LabeledImages, Target
 from sopdeploy.data.folder_store import FolderStore
 from sopdeploy.data.tar import TarStore
 from sopdeploy.errors import DataError
@@ -41,18 +41,38 @@ def describe_ignored_files(counts: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ImageFiles:
-    """Image files of a store; `paths` is one array of bytes, which loader processes can share."""
+    """Image files of a store; `paths` is one array of bytes, which loader processes can share.
+
+    `targets` are class indices (N,), or (N, C) with 1 for every class of an image.
+    """
 
     store: FileStore
     labels: tuple[str, ...]
     paths: NDArray[np.bytes_]
-    targets: NDArray[np.int64]
+    targets: NDArray[np.int64] | NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return load_pixels(self.open(index), self.path(index)), int(self.targets[index])
+    def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
+        return load_pixels(self.open(index), self.path(index)), self.target(index)
+
+    def target(self, index: int) -> Target:
+        """Return the class index of an image, or its row (C,) of several classes."""
+        target: Any = self.targets[index]
+        return int(target) if self.targets.ndim == 1 else target
+
+    def class_names(self, index: int) -> list[str]:
+        """List the classes of an image."""
+        if self.targets.ndim == 1:
+            return [self.labels[int(self.targets[index])]]
+        return [self.labels[column] for column in np.flatnonzero(self.targets[index])]
+
+    def class_counts(self) -> NDArray[np.int64]:
+        """Count the images of each class, (C,)."""
+        if self.targets.ndim == 1:
+            return np.bincount(self.targets.astype(np.int64), minlength=len(self.labels))
+        return self.targets.sum(axis=0).astype(np.int64)
 
     def open(self, index: int) -> Image.Image:
         """Open an image without decoding its pixels; raises `DataError` naming the file."""

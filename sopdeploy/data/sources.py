@@ -65,8 +65,8 @@ def _drop_unreadable(split: Split, options: OpenOptions) -> Split:
         mask = np.ones(len(images), dtype=np.bool_)
         mask[unreadable] = False
         readable = images.select(mask)
-        empty = sorted(set(images.targets.tolist()) - set(readable.targets.tolist()))
-        if empty:
+        empty = np.flatnonzero((images.class_counts() > 0) & (readable.class_counts() == 0))
+        if empty.size:
             names = ", ".join(images.labels[target] for target in empty)
             raise DataError(
                 f"{images.store.root}: no readable image in the classes {names}; repair the files"

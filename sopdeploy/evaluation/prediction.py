@@ -1,24 +1,32 @@
 """Evaluation of networks: metrics during training, and per-image scores of a checkpoint."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.data.base import Dataset, ImagesDataset, LabeledImages
+from sopdeploy.data.base import ImagesDataset, LabeledImages, PreprocessedDataset, Target
 from sopdeploy.data.batches import load_batches, sequential_batches
-from sopdeploy.data.datasets.folder import open_classes
+from sopdeploy.data.datasets.folder import open_classes, open_multi_label
 from sopdeploy.data.image_files import unreadable_images_error
+from sopdeploy.decision import Activation
 from sopdeploy.errors import DataError, TrainingError
 from sopdeploy.evaluation.metrics import NO_IMAGES, Score
+from sopdeploy.evaluation.multi_label import (
+    DEFAULT_THRESHOLD,
+    MultiLabelMetrics,
+    MultiLabelPredictions,
+    fit_thresholds,
+)
 from sopdeploy.images.preprocess import Preprocess, TtaMode, check_tta_mode, tta_views
 from sopdeploy.layers.normalize import Normalize
 
@@ -45,23 +53,53 @@ class EvalMetrics(StrictModel):
     With fewer than five classes `top5` covers all of them.
     """
 
+    score_name: ClassVar[str] = "top-1"
     top1: Fraction
     top5: Fraction
     count: int
     loss: float
 
+    @property
+    def score(self) -> float:
+        """The top-1 accuracy, which selects the best epoch."""
+        return self.top1
+
+
+HeldOutMetrics = EvalMetrics | MultiLabelMetrics
+
+
+def classification_loss(
+    logits: Tensor,
+    labels: Tensor,
+    activation: Activation,
+    *,
+    label_smoothing: float = 0.0,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    """Compute the loss of *logits* (B, C) over the images of a batch.
+
+    With "softmax", the cross entropy with *labels* (B,) int64 or (B, C); with "sigmoid", the binary cross
+    entropy with *labels* (B, C) in [0, 1], averaged over the classes. *label_smoothing* moves labels that
+    far towards 1 / C or 0.5.
+    """
+    if activation == "softmax":
+        return cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction=reduction)
+    targets = labels.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
+    losses = binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
+    return losses.mean() if reduction == "mean" else losses.sum()
+
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    dataset: Dataset,
+    dataset: PreprocessedDataset,
     preprocess: Preprocess,
     *,
     batch_size: int = 64,
     workers: int = 0,
     processes: ProcessGroup = ProcessGroup(),  # noqa: B008  # has no state
     on_batch: Callable[[int], None] = lambda _done: None,
-) -> EvalMetrics:
+) -> HeldOutMetrics:
     """Evaluate the main head of *model* on *dataset*, on the device of the model.
 
     Each of *processes* evaluates a different part of the images; all return the metrics of the whole.
@@ -69,36 +107,78 @@ def evaluate(
     is in eval mode meanwhile. Raises `DataError` if there are no images, `TrainingError` if the loss is not
     finite.
     """
+    if not len(dataset):
+        raise DataError(NO_IMAGES)
+    activation: Activation = "sigmoid" if dataset.images.targets.ndim == 2 else "softmax"
+    loss, counts = torch.zeros((), dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    classes = len(dataset.labels) if activation == "sigmoid" else 0
+    predictions = torch.zeros(2, len(dataset), classes, dtype=torch.float64)
+    step, was_training = batch_size * processes.world, model.training
+    model.eval()
+    try:
+        for done, batch in enumerate(
+            _own_logits(model, dataset, preprocess, batch_size, workers, processes), 1
+        ):
+            if batch is not None:
+                indices, logits, labels = batch
+                loss += classification_loss(logits, labels, activation, reduction="sum").cpu()
+                if activation == "softmax":
+                    top = (logits.topk(min(k, logits.shape[1]), dim=1).indices for k in (1, 5))
+                    counts += torch.tensor([int((found == labels[:, None]).sum()) for found in top])
+                else:
+                    predictions[:, indices] = torch.stack([labels.double(), logits.sigmoid()]).cpu()
+            on_batch(min(len(dataset), done * step))
+    finally:
+        model.train(was_training)
+    mean_loss, count = float(processes.all_reduce(loss)) / len(dataset), len(dataset)
+    if not math.isfinite(mean_loss):
+        raise TrainingError(
+            "the loss on the held-out images is not finite, training has diverged; lower the learning rate"
+        )
+    if activation == "sigmoid":
+        targets, probabilities = processes.all_reduce(predictions).numpy()
+        return _multi_label_metrics(dataset.labels, targets, probabilities, mean_loss)
+    top1, top5 = processes.all_reduce(counts).tolist()
+    return EvalMetrics(top1=top1 / count, top5=top5 / count, count=count, loss=mean_loss)
+
+
+def _own_logits(
+    model: nn.Module,
+    dataset: PreprocessedDataset,
+    preprocess: Preprocess,
+    batch_size: int,
+    workers: int,
+    processes: ProcessGroup,
+) -> Iterator[tuple[list[int], Tensor, Tensor] | None]:
+    """Yield the indices, logits (B, C) float64 and labels of the batches of this process.
+
+    Every process yields equally often; in the last round, those without a batch yield None.
+    """
     device = next(model.parameters()).device
     normalize = Normalize(preprocess).to(device)
     own = range(processes.rank, len(dataset), processes.world)
     batches = [[own[index] for index in batch] for batch in sequential_batches(len(own), batch_size)]
-    step = batch_size * processes.world
-    was_training = model.training
-    model.eval()
-    counts, loss = torch.zeros(3, dtype=torch.int64), torch.zeros((), dtype=torch.float64)
-    try:
-        loaded = load_batches(dataset, batches, workers, device)
-        for number in range(-(-len(dataset) // step)):
-            batch = next(loaded, None)  # in the last round only some processes may have a batch
-            if batch is not None:
-                logits, labels = model(normalize(batch[0])).double(), batch[1]
-                top = (logits.topk(min(k, logits.shape[1]), dim=1).indices for k in (1, 5))
-                correct = [int((predictions == labels[:, None]).sum()) for predictions in top]
-                counts += torch.tensor([*correct, len(labels)])
-                loss += cross_entropy(logits, labels, reduction="sum").cpu()
-            on_batch(min(len(dataset), (number + 1) * step))
-    finally:
-        model.train(was_training)
-    top1, top5, count = processes.all_reduce(counts).tolist()
-    total_loss = float(processes.all_reduce(loss))
-    if count == 0:
-        raise DataError(NO_IMAGES)
-    if not math.isfinite(total_loss):
-        raise TrainingError(
-            "the loss on the held-out images is not finite, training has diverged; lower the learning rate"
-        )
-    return EvalMetrics(top1=top1 / count, top5=top5 / count, count=count, loss=total_loss / count)
+    for indices, (images, labels) in zip(
+        batches, load_batches(dataset, batches, workers, device), strict=True
+    ):
+        yield indices, model(normalize(images)).double(), labels
+    rounds = -(-len(dataset) // (batch_size * processes.world))
+    yield from [None] * (rounds - len(batches))
+
+
+def _multi_label_metrics(
+    labels: tuple[str, ...], targets: NDArray[np.float64], probabilities: NDArray[np.float64], loss: float
+) -> MultiLabelMetrics:
+    """Compute the metrics of *probabilities* (N, C) of *targets* (N, C) at a threshold of 0.5."""
+    half = [DEFAULT_THRESHOLD] * len(labels)
+    predictions = MultiLabelPredictions(
+        labels=labels, targets=targets, probabilities=probabilities, thresholds=half
+    )
+    return MultiLabelMetrics(
+        **predictions.report().model_dump(include={"map", "macro_f1", "micro_f1", "count"}),
+        loss=loss,
+        thresholds=fit_thresholds(targets, probabilities),
+    )
 
 
 def score_checkpoint(
@@ -108,21 +188,25 @@ def score_checkpoint(
     tta: str = "none",
     workers: int = 0,
     on_image: Callable[[int, int], None],
-) -> tuple[tuple[str, ...], list[Score]]:
-    """Score the checkpoint at *path* on the images below *data*, one subfolder per class.
+) -> tuple[tuple[str, ...], list[Score] | MultiLabelPredictions]:
+    """Score the checkpoint at *path* on the images below *data*, one subfolder per class or `labels.csv`.
 
-    Returns the sorted class names and the scores. *on_image* receives the numbers of images done and in
-    total.
+    Returns the sorted class names and the scores, or the predictions of several classes per image.
+    *on_image* receives the numbers of images done and in total.
     """
     checkpoint = read_checkpoint(path)
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
-    images = open_classes(data.expanduser(), tuple(sorted(checkpoint.labels)))
-    labels, rules = checkpoint.labels, checkpoint.preprocess
+    labels, rules, decision = checkpoint.labels, checkpoint.preprocess, checkpoint.decision
+    thresholds = decision.thresholds if decision is not None else None
+    folder = data.expanduser()
+    images = open_multi_label(folder, labels) if thresholds else open_classes(folder, tuple(sorted(labels)))
+    options = {"tta": tta, "workers": workers, "on_image": on_image}
     try:
-        scores = score_images(model, labels, images, rules, tta=tta, workers=workers, on_image=on_image)
+        if thresholds:
+            return labels, predict_images(model, thresholds, images, rules, **options)
+        return images.labels, score_images(model, labels, images, rules, **options)
     except DataError as error:
         raise unreadable_images_error(error, images) from None
-    return images.labels, scores
 
 
 @torch.no_grad()
@@ -140,25 +224,58 @@ def score_images(
 
     Probabilities are averaged over the views of *tta*. The model must be in eval mode and is not moved.
     """
-    mode = check_tta_mode(tta, preprocess)
-    device = next(model.parameters()).device
-    normalize = Normalize(preprocess).to(device)
     columns = [images.labels.index(label) for label in labels]
-    dataset = _TtaDataset(images, preprocess, mode)
+    dataset = _TtaDataset(images, preprocess, check_tta_mode(tta, preprocess))
     scores: list[Score] = []
-    for views, targets in load_batches(
-        dataset, sequential_batches(len(dataset), SCORE_BATCH), workers, device
-    ):
-        logits = model(normalize(views.flatten(end_dim=1))).double()
-        if not bool(torch.isfinite(logits).all()):
-            raise TrainingError("the logits are not finite; train again with a lower learning rate")
-        probabilities = logits.softmax(dim=1).unflatten(0, views.shape[:2]).mean(dim=1)
-        ranking = logits if views.shape[1] == 1 else probabilities  # logits differ where probabilities are 0
+    for logits, targets in _view_logits(model, dataset, workers):
+        probabilities = logits.softmax(dim=2).mean(dim=1)
+        # logits differ where probabilities are 0
+        ranking = logits[:, 0] if logits.shape[1] == 1 else probabilities
         order = ranking.argsort(dim=1, descending=True, stable=True).tolist()
         for target, ranked, row in zip(targets.tolist(), order, probabilities.tolist(), strict=True):
             scores.append(Score.from_ranking(target, [(columns[column], row[column]) for column in ranked]))
         on_image(len(scores), len(dataset))
     return scores
+
+
+@torch.no_grad()
+def predict_images(
+    model: nn.Module,
+    thresholds: Sequence[float],
+    images: LabeledImages,
+    preprocess: Preprocess,
+    *,
+    tta: str = "none",
+    workers: int = 0,
+    on_image: Callable[[int, int], None] = lambda _done, _total: None,
+) -> MultiLabelPredictions:
+    """Predict the classes of *images*, any number of each, with *model*, whose outputs are their labels.
+
+    Probabilities are averaged over the views of *tta*. The model must be in eval mode and is not moved.
+    """
+    dataset = _TtaDataset(images, preprocess, check_tta_mode(tta, preprocess))
+    probabilities: list[Tensor] = []
+    for logits, _ in _view_logits(model, dataset, workers):
+        probabilities += logits.sigmoid().mean(dim=1).cpu()
+        on_image(len(probabilities), len(dataset))
+    return MultiLabelPredictions(
+        labels=images.labels,
+        targets=images.targets.astype(np.float64),
+        probabilities=torch.stack(probabilities).numpy(),
+        thresholds=thresholds,
+    )
+
+
+def _view_logits(model: nn.Module, dataset: "_TtaDataset", workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the logits (B, V, C) float64 of the views of *dataset*, and the labels, by batches."""
+    device = next(model.parameters()).device
+    normalize = Normalize(dataset.preprocess).to(device)
+    batches = sequential_batches(len(dataset), SCORE_BATCH)
+    for views, targets in load_batches(dataset, batches, workers, device):
+        logits = model(normalize(views.flatten(end_dim=1))).double()
+        if not bool(torch.isfinite(logits).all()):
+            raise TrainingError("the logits are not finite; train again with a lower learning rate")
+        yield logits.unflatten(0, views.shape[:2]), targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +285,6 @@ class _TtaDataset(ImagesDataset):
     preprocess: Preprocess
     mode: TtaMode
 
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
         image, target = self.images[index]
         return tta_views(lambda rules: rules(image), self.preprocess, self.mode), target

@@ -4,11 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from sopdeploy.client import Classification, Client
-from sopdeploy.data.datasets.folder import open_classes, open_store, scan_classes
+from sopdeploy.data.datasets.folder import open_classes, open_multi_label, open_store, scan_classes
 from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.errors import ConfigError, DataError, OverloadedError, ServiceError, UnreachableError
 from sopdeploy.evaluation.metrics import Score
+from sopdeploy.evaluation.multi_label import MultiLabelPredictions
 
 ALL_CLASSES = 1_000_000  # `top_k` that requests every class
 
@@ -33,13 +36,17 @@ def detect_source(source: str) -> Literal["checkpoint", "bundle", "service"]:
 
 def score_service(
     client: Client, data: Path, *, model: str | None = None, on_image: Callable[[int, int], None]
-) -> tuple[tuple[str, ...], list[Score]]:
-    """Score a running service on the images below *data*, one subfolder per class.
+) -> tuple[tuple[str, ...], list[Score] | MultiLabelPredictions]:
+    """Score a running service on the images below *data*, one subfolder per class or `labels.csv`.
 
-    Returns the sorted class names, read from the first response, and the scores. *on_image* receives the
-    numbers of images done and in total. Raises `DataError` if the classes differ or the service rejects an
-    image.
+    Returns the sorted class names, read from the first response, and the scores, or all predictions of a
+    multi-label network. *on_image* receives the numbers of images done and in total. Raises `DataError` if
+    the classes differ or the service rejects an image.
     """
+    served = [found for found in client.info().models if model in (None, found.name)]
+    if served and served[0].thresholds is not None:
+        thresholds = dict(sorted(served[0].thresholds.items()))
+        return tuple(thresholds), _predict_multi_label(client, data, model, thresholds, on_image)
     store = open_store(data, OpenOptions())
     found = scan_classes(store, tuple(store.folders()))
     if not len(found):
@@ -56,9 +63,35 @@ def score_service(
     return labels, scores
 
 
-def _classify(client: Client, path: Path, model: str | None) -> Classification:
+def _predict_multi_label(
+    client: Client,
+    data: Path,
+    model: str | None,
+    thresholds: dict[str, float],
+    on_image: Callable[[int, int], None],
+) -> MultiLabelPredictions:
+    """Request the probabilities of all classes, those of *thresholds*, for every image of *data*."""
+    labels = tuple(thresholds)
+    images = open_multi_label(data, labels)
+    probabilities = np.zeros((len(images), len(labels)))
+    for index in range(len(images)):
+        response = _classify(client, images.path(index), model, threshold=0.0)
+        found = {entry.label: entry.probability for entry in response.classes}
+        probabilities[index] = [found[label] for label in labels]
+        on_image(index + 1, len(images))
+    return MultiLabelPredictions(
+        labels=labels,
+        targets=images.targets.astype(np.float64),
+        probabilities=probabilities,
+        thresholds=tuple(thresholds.values()),
+    )
+
+
+def _classify(
+    client: Client, path: Path, model: str | None, threshold: float | None = None
+) -> Classification:
     try:
-        return client.classify(path, top_k=ALL_CLASSES, model=model)
+        return client.classify(path, top_k=ALL_CLASSES, model=model, threshold=threshold)
     except (OverloadedError, UnreachableError):
         raise
     except ServiceError as error:

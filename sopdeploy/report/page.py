@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sopdeploy.errors import ConfigError
+from sopdeploy.evaluation.metrics import ClassificationReport
+from sopdeploy.evaluation.multi_label import MultiLabelMetrics
 from sopdeploy.files import atomic_write
 from sopdeploy.html.templates import percent, render
 from sopdeploy.report.predictions import predictions_context
@@ -38,15 +40,17 @@ def write_report(
 def render_report(data: RunData) -> str:
     """Render the page; equal data gives equal text."""
     best, last, recipe = best_epoch(data.history), data.history[-1], data.recipe
+    several = isinstance(best.figures, MultiLabelMetrics)
+    second, value = ("macro F1", best.figures.macro_f1) if several else ("top-5", best.figures.top5)
     tiles = {
         "best epoch": f"{best.epoch} of {recipe.epochs}",
-        "top-1, best": percent(best.figures.top1, 2),
-        "top-1, last": percent(last.figures.top1, 2),
-        "top-5, best": percent(best.figures.top5, 2),
+        f"{best.figures.score_name}, best": percent(best.figures.score, 2),
+        f"{best.figures.score_name}, last": percent(last.figures.score, 2),
+        f"{second}, best": percent(value, 2),
         "seed": str(recipe.seed),
         "time": f"{last.seconds:.0f} s",
     }
-    if data.predictions is not None:
+    if data.predictions is not None and isinstance(data.predictions.metrics, ClassificationReport):
         tiles["calibration error"] = f"{data.predictions.metrics.calibration.error:.4f}"
     values = [*flatten(recipe.model_dump(mode="json")), *flatten(recipe.model.full_config(), "network.")]
     record = data.record

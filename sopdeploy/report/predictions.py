@@ -5,6 +5,7 @@ from typing import Any
 from markupsafe import Markup
 
 from sopdeploy.evaluation.metrics import ClassificationReport
+from sopdeploy.evaluation.multi_label import MultiLabelReport
 from sopdeploy.html.charts import Axis, Curve, heat, interval, plot
 from sopdeploy.html.templates import percent
 from sopdeploy.report.run_data import Predictions
@@ -18,6 +19,8 @@ def predictions_context(predictions: Predictions | None) -> dict[str, Any]:
     if predictions is None:
         return {"predictions": None}
     metrics = predictions.metrics
+    if isinstance(metrics, MultiLabelReport):
+        return _multi_label_context(predictions, metrics)
     top1, top5 = metrics.top1, metrics.top5
     intervals = [
         f"{percent(rate.share, 2)} ({percent(rate.low)} to {percent(rate.high)})" for rate in (top1, top5)
@@ -31,6 +34,7 @@ def predictions_context(predictions: Predictions | None) -> dict[str, Any]:
     )
     return {
         "predictions": predictions,
+        "several": False,
         "metrics": metrics,
         "accuracy": interval("accuracy", "Top-1 accuracy", top1.share, top1.low, top1.high),
         "accuracy_caption": f"Top-1 {intervals[0]}, top-5 {intervals[1]}, negative log-likelihood "
@@ -57,6 +61,40 @@ def predictions_context(predictions: Predictions | None) -> dict[str, Any]:
                 "" if one.accuracy is None else f"{one.accuracy:.4f}",
             )
             for one in metrics.calibration.curve
+        ],
+    }
+
+
+def metric_tiles(metrics: ClassificationReport | MultiLabelReport) -> dict[str, str]:
+    """Format the metrics that a summary shows, by name."""
+    if isinstance(metrics, MultiLabelReport):
+        found = {"mAP": metrics.map, "macro F1": metrics.macro_f1, "micro F1": metrics.micro_f1}
+        return {name: percent(value, 2) for name, value in found.items()}
+    return {
+        "top-1": percent(metrics.top1.share, 2),
+        "top-5": percent(metrics.top5.share, 2),
+        "calibration error": f"{metrics.calibration.error:.4f}",
+    }
+
+
+def _multi_label_context(predictions: Predictions, metrics: MultiLabelReport) -> dict[str, Any]:
+    """Build the template variables on the predictions of several classes per image."""
+    columns = ("average_precision", "precision", "recall", "f1")
+    tiles = ", ".join(f"{name} {value}" for name, value in metric_tiles(metrics).items())
+    return {
+        "predictions": predictions,
+        "several": True,
+        "metrics": metrics,
+        "accuracy_caption": f"{tiles}. A class counts as present if its probability reaches its threshold.",
+        "classes": [
+            (
+                one.label,
+                one.count,
+                one.answered,
+                f"{one.threshold:.3f}",
+                *("-" if getattr(one, name) is None else percent(getattr(one, name)) for name in columns),
+            )
+            for one in metrics.classes
         ],
     }
 

@@ -12,11 +12,12 @@ import pydantic
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import first_problem
 from sopdeploy.data.base import LabeledImages
-from sopdeploy.data.datasets.folder import open_classes
+from sopdeploy.data.datasets.folder import open_classes, open_multi_label
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
 from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
-from sopdeploy.evaluation.prediction import score_images
+from sopdeploy.evaluation.multi_label import MultiLabelReport
+from sopdeploy.evaluation.prediction import predict_images, score_images
 from sopdeploy.html.templates import percent
 from sopdeploy.images.preprocess import Preprocess, to_rgb
 from sopdeploy.training.diagnostics import EpochRow
@@ -38,9 +39,12 @@ class Mistake:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Predictions:
-    """Metrics and worst mistakes on the images that `images` describes."""
+    """Metrics and worst mistakes on the images that `images` describes.
 
-    metrics: ClassificationReport
+    With several classes per image there is no list of mistakes.
+    """
+
+    metrics: ClassificationReport | MultiLabelReport
     mistakes: tuple[Mistake, ...]
     images: str
 
@@ -80,14 +84,16 @@ def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None])
         reason = str(error)
     else:
         model, preprocess = build_classifier(checkpoint, best), checkpoint.preprocess
-        scores = score_images(
-            model, checkpoint.labels, images, preprocess, workers=recipe.workers, on_image=on_image
-        )
-        predictions = Predictions(
-            metrics=classification_report(images.labels, scores),
-            mistakes=tuple(worst_mistakes(scores, images, preprocess)),
-            images=name,
-        )
+        options: dict[str, Any] = {"workers": recipe.workers, "on_image": on_image}
+        thresholds = checkpoint.decision.thresholds if checkpoint.decision is not None else None
+        if thresholds is not None:
+            found = predict_images(model, thresholds, images, preprocess, **options)
+            predictions = Predictions(metrics=found.report(), mistakes=(), images=name)
+        else:
+            scores = score_images(model, checkpoint.labels, images, preprocess, **options)
+            mistakes = tuple(worst_mistakes(scores, images, preprocess))
+            metrics = classification_report(images.labels, scores)
+            predictions = Predictions(metrics=metrics, mistakes=mistakes, images=name)
     return RunData(
         recipe=recipe,
         labels=stored.labels,
@@ -112,6 +118,8 @@ def _read_history(checkpoint: Checkpoint, source: Path) -> tuple[EpochRow, ...]:
 
 def _open_images(recipe: Recipe, checkpoint: Checkpoint, data: Path | None) -> tuple[LabeledImages, str]:
     """Open the images to evaluate; return them and a description."""
+    if data is not None and checkpoint.decision is not None and checkpoint.decision.thresholds:
+        return open_multi_label(data, checkpoint.labels), f"the images in {data.name}"
     if data is not None:
         return open_classes(data, tuple(sorted(checkpoint.labels))), f"the images in {data.name}"
     held_out = open_data(recipe.data).held_out

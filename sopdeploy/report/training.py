@@ -53,14 +53,16 @@ def _learning_figures(history: Sequence[EpochRow]) -> list[Figure]:
         )
         for name in names
     ]
-    top1 = [_curve(history, "deployed", lambda row: row.figures.top1)]
+    shown = history[-1].figures.score_name
+    name = "mAP" if shown == "mAP" else "Top-1 accuracy"
+    scores = [_curve(history, "deployed", lambda row: row.figures.score)]
     held_out = [_curve(history, "deployed", lambda row: row.figures.loss)]
     heads = _head_names(history)
-    for name in heads if len(heads) > 1 else ():
+    for head in heads if len(heads) > 1 else ():
         recorded = [(row.epoch, row.sight.heads) for row in history if row.sight]
-        found = [(epoch, metrics[name]) for epoch, metrics in recorded if name in metrics]
-        top1.append(Curve(name=name, points=tuple((float(epoch), head.top1) for epoch, head in found)))
-        held_out.append(Curve(name=name, points=tuple((float(epoch), head.loss) for epoch, head in found)))
+        found = [(epoch, metrics[head]) for epoch, metrics in recorded if head in metrics]
+        scores.append(Curve(name=head, points=tuple((float(epoch), one.score) for epoch, one in found)))
+        held_out.append(Curve(name=head, points=tuple((float(epoch), one.loss) for epoch, one in found)))
     return [
         (
             plot("losses", "Training loss", _join_others(losses), EPOCHS, Axis("loss")),
@@ -69,16 +71,16 @@ def _learning_figures(history: Sequence[EpochRow]) -> list[Figure]:
         (
             plot(
                 "top1",
-                "Top-1 accuracy on held-out images",
-                _join_others(top1),
+                f"{name} on held-out images",
+                _join_others(scores),
                 EPOCHS,
-                Axis("top-1 accuracy"),
+                Axis("mAP" if shown == "mAP" else "top-1 accuracy"),
             ),
-            "Accuracy on held-out images.",
+            f"{name.removeprefix('Top-1 a').replace('ccuracy', 'Accuracy')} on held-out images.",
         ),
         (
             plot("held-out-loss", "Loss on held-out images", _join_others(held_out), EPOCHS, Axis("loss")),
-            "If the loss rises and top-1 does not fall, the network is overconfident.",
+            f"If the loss rises and {shown} does not fall, the network is overconfident.",
         ),
     ]
 

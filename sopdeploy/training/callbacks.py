@@ -101,12 +101,13 @@ def create_loggers(names: Sequence[str], folder: Path) -> list[Callback]:
 
 def grouped_metrics(row: EpochRow) -> dict[str, float]:
     """Name the metrics of *row* `group/metric`, as dashboards group them."""
-    groups = {"top1": "held_out", "top5": "held_out", "loss": "held_out"}
+    held_out = ("top1", "top5", "loss", "map", "macro_f1", "micro_f1")
+    groups = dict.fromkeys(held_out, "held_out")
     metrics = {}
     for name, value in epoch_metrics(row).items():
         if name.startswith("train_"):
             metrics[f"train/{name.removeprefix('train_')}"] = value
         elif name != "epoch":
-            is_head = name.endswith(("_top1", "_loss", "_imbalance"))
+            is_head = name.endswith(("_top1", "_map", "_loss", "_imbalance"))
             metrics[f"{groups.get(name, 'heads' if is_head else 'course')}/{name}"] = value
     return metrics

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.base import Dataset
 from sopdeploy.data.batches import load_batches
-from sopdeploy.evaluation.prediction import EvalMetrics
+from sopdeploy.decision import Activation
+from sopdeploy.evaluation.multi_label import average_precision
+from sopdeploy.evaluation.prediction import HeldOutMetrics, classification_loss
 from sopdeploy.layers.covariance import centered_and_scaled, covariance
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture.gate import SparseGate
@@ -38,6 +39,23 @@ class HeadMetrics(StrictModel):
 
     top1: Fraction
     loss: float
+
+    @property
+    def score(self) -> float:
+        """The top-1 accuracy."""
+        return self.top1
+
+
+class MultiLabelHeadMetrics(StrictModel):
+    """Mean average precision and mean loss of one head."""
+
+    map: Fraction
+    loss: float
+
+    @property
+    def score(self) -> float:
+        """The mean average precision."""
+        return self.map
 
 
 class GateMetrics(StrictModel):
@@ -66,7 +84,7 @@ class Diagnostics(StrictModel):
     """Diagnostics on `pictures` images; `spectra` is empty in most epochs."""
 
     pictures: int
-    heads: dict[str, HeadMetrics]
+    heads: dict[str, HeadMetrics | MultiLabelHeadMetrics]
     gates: dict[str, GateMetrics]
     spectra: dict[str, Spectrum]
 
@@ -89,34 +107,35 @@ class EpochRow(StrictModel):
     epoch: int
     lr: float
     losses: dict[str, float]
-    figures: EvalMetrics
+    figures: HeldOutMetrics
     gradient: float | None = None
     speed: Throughput | None = None
     sight: Diagnostics | None = None
-    raw: EvalMetrics | None = None
-    average: EvalMetrics | None = None
+    raw: HeldOutMetrics | None = None
+    average: HeldOutMetrics | None = None
     seconds: float
 
 
 def best_epoch(history: Sequence[EpochRow]) -> EpochRow:
-    """Return the first epoch with the highest top-1 accuracy."""
-    return max(history, key=lambda row: (row.figures.top1, -row.epoch))
+    """Return the first epoch with the highest top-1 accuracy, or mAP of several classes per image."""
+    return max(history, key=lambda row: (row.figures.score, -row.epoch))
 
 
 def epoch_metrics(row: EpochRow) -> dict[str, float]:
     """Return all numbers of *row* by name, in the order of `history.csv`."""
     metrics: dict[str, float] = {"epoch": row.epoch, "lr": row.lr}
     metrics |= {f"train_{name}": loss for name, loss in row.losses.items()}
+    names = ("loss", "top1", "top5", "map", "macro_f1", "micro_f1")
     for prefix, figures in {"": row.figures, "raw_": row.raw, "average_": row.average}.items():
         if figures is not None:
-            metrics |= {prefix + name: getattr(figures, name) for name in ("loss", "top1", "top5")}
+            metrics |= {prefix + name: getattr(figures, name) for name in names if hasattr(figures, name)}
     if row.gradient is not None:
         metrics["gradient"] = row.gradient
     if row.speed is not None:
         metrics |= row.speed.model_dump()
     if row.sight is not None:
         for name, head in row.sight.heads.items():
-            metrics |= {f"{name}_top1": head.top1, f"{name}_loss": head.loss}
+            metrics |= {f"{name}_{key}": value for key, value in head.model_dump().items()}
         metrics |= {f"{name}_imbalance": gate.imbalance for name, gate in row.sight.gates.items()}
     return {**metrics, "seconds": round(row.seconds, 3)}
 
@@ -152,7 +171,8 @@ def diagnose(
     subset = [index * len(held_out) // count for index in range(count)]
     batches = [subset[start : start + batch_size] for start in range(0, count, batch_size)]
     device = next(model.parameters()).device
-    hits: dict[str, int] = {}
+    outputs: dict[str, list[Tensor]] = {}
+    targets: list[Tensor] = []
     losses: dict[str, float] = {}
     weights: dict[str, list[Tensor]] = {}
     was_training = model.training
@@ -161,9 +181,11 @@ def diagnose(
         # The data loader draws a seed, hence fork_rng.
         with torch.random.fork_rng(devices=[]), _record_calls(model, SparseGate) as gates:
             for images, labels in load_batches(held_out, batches, 0, device):
+                targets.append(labels.cpu())
+                activation: Activation = "sigmoid" if labels.ndim == 2 else "softmax"
                 for name, logits in model.heads(normalize(images)).items():
-                    loss = cross_entropy(logits.float(), labels, reduction="sum")
-                    hits[name] = hits.get(name, 0) + int((logits.argmax(dim=1) == labels).sum())
+                    loss = classification_loss(logits.float(), labels, activation, reduction="sum")
+                    outputs.setdefault(name, []).append(logits.float().cpu())
                     losses[name] = losses.get(name, 0.0) + float(loss)
                 for name, (_, output) in gates.items():
                     weights.setdefault(name, []).append(output.float().cpu())
@@ -173,10 +195,26 @@ def diagnose(
         model.train(was_training)
     return Diagnostics(
         pictures=count,
-        heads={name: HeadMetrics(top1=hits[name] / count, loss=losses[name] / count) for name in hits},
+        heads={
+            name: head_metrics(torch.cat(logits), torch.cat(targets), losses[name] / count)
+            for name, logits in outputs.items()
+        },
         gates={name: gate_metrics(batches) for name, batches in weights.items()},
         spectra=found,
     )
+
+
+def head_metrics(logits: Tensor, labels: Tensor, loss: float) -> HeadMetrics | MultiLabelHeadMetrics:
+    """Compute the metrics of one head from *logits* (N, C) and *labels*, (N,) or (N, C).
+
+    The mAP covers the classes that an image shows, and is 0 if there are none.
+    """
+    if labels.ndim == 1:
+        return HeadMetrics(top1=int((logits.argmax(dim=1) == labels).sum()) / len(labels), loss=loss)
+    columns = zip(labels.numpy().T > 0, logits.double().numpy().T, strict=True)
+    found = [average_precision(true, scores) for true, scores in columns]
+    precisions = [one for one in found if one is not None]
+    return MultiLabelHeadMetrics(map=sum(precisions) / max(1, len(precisions)), loss=loss)
 
 
 def gate_metrics(batches: Sequence[Tensor]) -> GateMetrics:

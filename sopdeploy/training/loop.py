@@ -45,7 +45,8 @@ from sopdeploy.training.signals import SignalState, StopRequested, TrainingStopp
 class TrainingResult(StrictModel):
     """The files and metrics of a finished run.
 
-    `skipped` lists the images that could not be read. `seconds` is the total time, over all resumptions.
+    `skipped` lists the images that could not be read. `seconds` is the total time, over all resumptions. With
+    several classes per image, the mAP and macro F1 are set instead of the accuracies.
     """
 
     out: Path
@@ -59,9 +60,12 @@ class TrainingResult(StrictModel):
     skipped: tuple[str, ...]
     epochs: int
     best_epoch: int
-    best_top1: float
-    best_top5: float
-    last_top1: float
+    best_top1: float | None = None
+    best_top5: float | None = None
+    last_top1: float | None = None
+    best_map: float | None = None
+    best_macro_f1: float | None = None
+    last_map: float | None = None
     seconds: float
 
 
@@ -215,7 +219,8 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
         inputs, labels = (tensor[micro_batch.first : micro_batch.end] for tensor in (images, targets))
         with run.precision.autocast():
             output = run.network(inputs)
-            loss = training_loss(output, labels, run.model.loss_weights(), run.recipe.loss.label_smoothing)
+            smoothing, weights = run.recipe.loss.label_smoothing, run.model.loss_weights()
+            loss = training_loss(output, labels, weights, smoothing, run.activation)
             if run.teacher is not None:
                 loss = run.teacher.add_to(loss, inputs, output)
         fraction = len(labels) / count
@@ -311,6 +316,9 @@ def evaluate_epoch(run: Run, held_out: PreprocessedDataset, signals: SignalState
 def _summarize(run: Run, folder: RunFolder, data: Split) -> TrainingResult:
     history = run.position.history
     best = best_epoch(history)
+    names = ("map", "macro_f1") if run.activation == "sigmoid" else ("top1", "top5")
+    metrics = {f"best_{name}": getattr(best.figures, name) for name in names}
+    metrics[f"last_{names[0]}"] = getattr(history[-1].figures, names[0])
     return TrainingResult(
         out=folder.path,
         best=folder.best,
@@ -323,8 +331,6 @@ def _summarize(run: Run, folder: RunFolder, data: Split) -> TrainingResult:
         skipped=data.skipped,
         epochs=run.position.epoch,
         best_epoch=best.epoch,
-        best_top1=best.figures.top1,
-        best_top5=best.figures.top5,
-        last_top1=history[-1].figures.top1,
         seconds=run.position.seconds,
+        **metrics,
     )

@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import kl_div, log_softmax
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.decision import Activation
 from sopdeploy.errors import ConfigError
+from sopdeploy.evaluation.prediction import classification_loss
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import TrainingOutput
 from sopdeploy.training.fine_tuning import TeacherConfig
@@ -26,17 +28,20 @@ def training_loss(
     labels: Tensor,
     weights: Mapping[str, float],
     label_smoothing: float = 0.0,
+    activation: Activation = "softmax",
 ) -> Loss:
     """Compute alpha * main + sum of beta * branch + penalties.
 
-    *labels* are class indices (B,) or probabilities (B, classes). *weights* are the model's
-    `loss_weights()`: alpha under `main`, each beta under the name of its branch.
+    *labels* are class indices (B,) or probabilities (B, classes); *activation* and *label_smoothing* are
+    those of `classification_loss`. *weights* are the model's `loss_weights()`: alpha under `main`, each
+    beta under the name of its branch.
     """
     if isinstance(output, Tensor):
         output = TrainingOutput(output, {}, {})
     heads = {"main": output.logits, **output.branches}
     losses = {
-        name: cross_entropy(logits, labels, label_smoothing=label_smoothing) for name, logits in heads.items()
+        name: classification_loss(logits, labels, activation, label_smoothing=label_smoothing)
+        for name, logits in heads.items()
     }
     weighted = [weights[name] * loss for name, loss in losses.items()]
     total = torch.stack([*weighted, *output.penalties.values()]).sum()

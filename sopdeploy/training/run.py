@@ -19,9 +19,11 @@ import sopdeploy
 from sopdeploy.checkpoint import Checkpoint, build_classifier, is_state_dict
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.data.base import LabeledImages, derive_seed
+from sopdeploy.decision import Activation, Decision
 from sopdeploy.environment import machine
 from sopdeploy.errors import CheckpointError, ConfigError, DataError, TrainingError
-from sopdeploy.evaluation.prediction import EvalMetrics
+from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
+from sopdeploy.evaluation.prediction import HeldOutMetrics
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.dsop import DSoP
@@ -83,6 +85,7 @@ class Run:
 
     recipe: Recipe
     labels: tuple[str, ...]
+    activation: Activation
     train_count: int
     strategy: Strategy
     normalize: Normalize
@@ -114,7 +117,7 @@ class Run:
         )
 
     def after_epoch(
-        self, raw: EvalMetrics, average: EvalMetrics | None, diagnostics: Diagnostics, seconds: float
+        self, raw: HeldOutMetrics, average: HeldOutMetrics | None, diagnostics: Diagnostics, seconds: float
     ) -> None:
         """Record the metrics of an epoch, whose evaluation took *seconds*."""
         at = self.position
@@ -202,7 +205,17 @@ class Run:
             preprocess=self.recipe.preprocess,
             training=self._training_record(),
             resume=resume,
+            decision=self._decision(),
         )
+
+    def _decision(self) -> Decision | None:
+        """Build the decision of several classes per image, with the thresholds of the last finished epoch."""
+        if self.activation == "softmax":
+            return None
+        metrics = self.position.history[-1].figures if self.position.history else None
+        fitted = metrics.thresholds if isinstance(metrics, MultiLabelMetrics) else None
+        thresholds = fitted or (DEFAULT_THRESHOLD,) * len(self.labels)
+        return Decision(activation="sigmoid", thresholds=thresholds)
 
     def _training_record(self) -> dict[str, Any]:
         """Describe how the weights were trained."""
@@ -246,8 +259,12 @@ def create_run(
 ) -> Run:
     """Create a run that trains *model*, by default that of *recipe* with its initial weights.
 
-    *config* is the complete config of the model, by default that of *recipe*.
+    *config* is the complete config of the model, by default that of *recipe*. Raises `ConfigError` for
+    settings that need one class per image, if images have several.
     """
+    activation: Activation = "sigmoid" if images.targets.ndim == 2 else "softmax"
+    if activation == "sigmoid":
+        _check_multi_label(recipe)
     model = create_initial_model(recipe, len(images.labels)) if model is None else model
     model, network, optimizer = _place(recipe, model, strategy)
     teacher = None
@@ -256,6 +273,7 @@ def create_run(
     return Run(
         recipe=recipe,
         labels=images.labels,
+        activation=activation,
         train_count=len(images),
         strategy=strategy,
         normalize=Normalize(recipe.preprocess).to(strategy.device),
@@ -268,6 +286,14 @@ def create_run(
         ema=ExponentialMovingAverage(recipe.ema, model) if recipe.ema is not None else None,
         teacher=teacher,
     )
+
+
+def _check_multi_label(recipe: Recipe) -> None:
+    """Raise `ConfigError` for settings that are undefined for images with several classes."""
+    if recipe.sampler == "balanced":
+        raise ConfigError('sampler: "balanced" needs one class per image; use sampler = "shuffled"')
+    if recipe.teacher is not None:
+        raise ConfigError("teacher: distillation needs one class per image; remove the table")
 
 
 def _place(recipe: Recipe, model: Classifier, strategy: Strategy) -> tuple[Classifier, nn.Module, Optimizer]:

@@ -11,7 +11,7 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.datasets.folder import open_classes
-from sopdeploy.errors import ParityError
+from sopdeploy.errors import ConfigError, ParityError
 from sopdeploy.evaluation.statistics import wilson
 from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.precision.convert import (
@@ -40,6 +40,12 @@ def check_accuracy(
     The images are those of `evaluate` (with labels) or of `calibrate`. Raises `ParityError` if more than
     `max_drop` points are lost and *allow_drift* is off.
     """
+    several = checkpoint.decision is not None and checkpoint.decision.activation == "sigmoid"
+    if options.evaluate is not None and several:
+        raise ConfigError(
+            "--evaluate: measures top-1, but this network predicts several classes per image; omit it and "
+            "compare `sopdeploy eval` of the checkpoint and the bundle"
+        )
     if options.evaluate is not None:
         folder = open_classes(options.evaluate.expanduser(), checkpoint.labels)
         dataset = PreprocessedDataset(folder, checkpoint.preprocess)
@@ -94,7 +100,7 @@ def accuracy(
 def _labeled_batches(dataset: PreprocessedDataset, size: int) -> Iterator[Batch]:
     for start in range(0, len(dataset), size):
         pairs = [dataset[index] for index in range(start, min(start + size, len(dataset)))]
-        yield np.stack([image for image, _ in pairs]), [label for _, label in pairs]
+        yield np.stack([image for image, _ in pairs]), [int(label) for _, label in pairs]
 
 
 def _int8_advice(report: PrecisionReport) -> str:

@@ -38,6 +38,10 @@ class ClassifyQuery(pydantic.BaseModel):
     model: str | None = pydantic.Field(None, description="Required if several models are loaded.")
     version: str | None = pydantic.Field(None, description="Bundle ID; default: the current version.")
     gates: bool = pydantic.Field(False, description="Include the selected experts of a network with a gate.")
+    threshold: Annotated[float, pydantic.Field(ge=0, le=1)] | None = pydantic.Field(
+        None,
+        description="Smallest probability of a class, instead of the thresholds of a multi-label network.",
+    )
 
 
 class ClassProbability(StrictModel):
@@ -57,6 +61,7 @@ class Expert(StrictModel):
 class Classes(StrictModel):
     """Prediction for one image: its most probable classes, best first.
 
+    A multi-label network lists the classes whose probability reaches their threshold, possibly none.
     `warnings` name changes made while decoding: `alpha_flattened`, `content_type_mismatch`, `exif_rotated`,
     `first_frame_only`, `sixteen_bit_scaled`. `gates` are the selected experts, best first, if requested.
     """
@@ -85,7 +90,11 @@ class Health(StrictModel):
 
 
 class ModelInfo(StrictModel):
-    """A loaded network and its runtime; `fast_decode` is set if JPEGs are decoded at reduced size."""
+    """A loaded network and its runtime.
+
+    `fast_decode` is set if JPEGs are decoded at reduced size, `thresholds` (by class) for a multi-label
+    network.
+    """
 
     name: str
     bundle: str
@@ -99,6 +108,7 @@ class ModelInfo(StrictModel):
     largest_batch: int
     versions: dict[str, str]
     fast_decode: FastDecode | None = None
+    thresholds: dict[str, float] | None = None
 
 
 class Info(StrictModel):

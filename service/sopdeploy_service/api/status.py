@@ -80,6 +80,7 @@ async def info(request: Request) -> Response:
 def model_info(model: Model) -> ModelInfo:
     """Describe *model* for `/info`."""
     manifest, runtime = model.bundle.manifest, model.loaded.runtime
+    thresholds = model.thresholds
     return ModelInfo(
         name=model.name,
         bundle=model.bundle.name,
@@ -93,6 +94,7 @@ def model_info(model: Model) -> ModelInfo:
         largest_batch=model.largest_batch,
         versions=manifest.versions,
         fast_decode=model.loaded.fast_decode,
+        thresholds=None if thresholds is None else dict(zip(model.labels, thresholds, strict=True)),
     )
 
 

@@ -17,7 +17,7 @@ from sopdeploy_service.api.upload import (
 )
 from sopdeploy_service.http.body_limits import cancel_on_disconnect
 from sopdeploy_service.http.problems import Problem, RejectedError, problem_responses
-from sopdeploy_service.inference.results import GATES, Rejection, format_prediction
+from sopdeploy_service.inference.results import GATES, Rejection, format_prediction, present_classes
 
 router = APIRouter()
 
@@ -48,7 +48,8 @@ async def classify(request: Request) -> Response:
 
     One image gives `{"classes": [...]}` or its error. Several give `{"results": [...]}` with status 200, in
     order, each `{"classes": [...]}` or `{"error": {...}}`; only errors of the whole request (queue full,
-    deadline, malformed form) fail it as a whole. `warnings` next to the classes name changes made while
+    deadline, malformed form) fail it as a whole. A multi-label network lists all classes above their
+    threshold, at most `top_k` if the request sets it. `warnings` next to the classes name changes made while
     decoding, such as `exif_rotated`.
     """
     service, context = service_of(request), request.state.context
@@ -61,6 +62,9 @@ async def classify(request: Request) -> Response:
     chosen, deadline = admit(request, query.model, query.version)
     if query.gates and not any(output.name == GATES for output in chosen.bundle.manifest.outputs):
         raise RejectedError(Rejection("no_gates", 400, f"{chosen.name}: has no gate; omit gates=true"))
+    if query.threshold is not None and chosen.thresholds is None:
+        message = f"{chosen.name}: predicts one class per image; omit threshold"
+        raise RejectedError(Rejection("no_thresholds", 400, message))
     with chosen.in_use():  # while the body arrives, the model may be replaced
         upload = await read_upload(request, service, chosen, deadline)
         received = time.monotonic()
@@ -70,7 +74,7 @@ async def classify(request: Request) -> Response:
         outcomes = raise_if_rejected(await cancel_on_disconnect(work, request.receive))
     if not upload.several:
         raise_if_rejected(outcomes[0])
-    count = query.top_k or upload.top_k or service.settings.top_k
+    top_k = query.top_k or upload.top_k
     results: list[dict[str, Any]] = []
     for outcome in outcomes:
         if isinstance(outcome, Rejection):
@@ -78,7 +82,12 @@ async def classify(request: Request) -> Response:
             results.append({"error": Problem.of(outcome).model_dump()})
             continue
         weights = outcome.outputs[GATES] if query.gates else None
-        ranked = outcome.ranking.top_k(outcome.row, count)
+        if chosen.thresholds is None:
+            ranked = outcome.ranking.top_k(outcome.row, top_k or service.settings.top_k)
+        else:
+            same = None if query.threshold is None else [query.threshold] * len(chosen.labels)
+            logits = outcome.outputs[chosen.bundle.manifest.outputs[0].name]
+            ranked = present_classes(logits, same or chosen.thresholds, top_k)
         results.append(format_prediction(ranked, chosen.labels, warnings=outcome.warnings, gates=weights))
     body = {"results": results} if upload.several else results[0]
     return json_response(body, headers={"Server-Timing": context.server_timing()})

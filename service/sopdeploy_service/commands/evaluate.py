@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sopdeploy.data.datasets.folder import open_classes
+from sopdeploy.data.datasets.folder import open_classes, open_multi_label
+from sopdeploy.decision import sigmoid
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.evaluation.metrics import Score
+from sopdeploy.evaluation.multi_label import MultiLabelPredictions
 from sopdeploy.images.preprocess import TtaMode, check_tta_mode, tta_views
 from sopdeploy_service.commands.predict import read_image
 from sopdeploy_service.images.loaders import make_decoder
@@ -22,10 +25,10 @@ from sopdeploy_service.settings import Settings, load_settings
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BundleScores:
-    """The sorted classes, the score of every image, and what ran the bundle."""
+    """The sorted classes, the score of every image or all predictions, and what ran the bundle."""
 
     labels: tuple[str, ...]
-    scores: list[Score]
+    scores: list[Score] | MultiLabelPredictions
     bundle: str
     runtime: str
     device: str
@@ -39,7 +42,7 @@ def scores_of_bundle(
     settings: Settings | None = None,
     on_image: Callable[[int, int], None],
 ) -> BundleScores:
-    """Score the bundle at *path* on the images below *data*.
+    """Score the bundle at *path* on the images below *data*, one subfolder per class or `labels.csv`.
 
     Calls *on_image* with the number of finished images and of all images. Raises `DataError` for classes that
     do not match and for images that the server would reject, and the errors of `load_model`.
@@ -47,16 +50,29 @@ def scores_of_bundle(
     settings = settings or load_settings()
     loaded = load_model(path, settings)
     tta_mode = check_tta_mode(tta, loaded.bundle.manifest.preprocess)
-    labels = loaded.bundle.labels
+    labels, decision = loaded.bundle.labels, loaded.bundle.manifest.decision
     sorted_labels = tuple(sorted(labels))
-    columns = [sorted_labels.index(label) for label in labels]
-    images = open_classes(data, sorted_labels)
-    scores = []
-    for index in range(len(images)):
-        ranked = _rank_classes(loaded, images.path(index), tta_mode, settings)
-        ranking = [(columns[column], probability) for column, probability in ranked]
-        scores.append(Score.from_ranking(int(images.targets[index]), ranking))
-        on_image(index + 1, len(images))
+    scores: list[Score] | MultiLabelPredictions = []
+    if decision is not None and decision.thresholds is not None:
+        images, rows = open_multi_label(data, labels), []
+        for index in range(len(images)):
+            logits = _view_logits(loaded, images.path(index), tta_mode, settings)
+            rows.append(sigmoid(logits).mean(axis=0))
+            on_image(index + 1, len(images))
+        scores = MultiLabelPredictions(
+            labels=labels,
+            targets=images.targets.astype(np.float64),
+            probabilities=np.stack(rows),
+            thresholds=decision.thresholds,
+        )
+    else:
+        images = open_classes(data, sorted_labels)
+        columns = [sorted_labels.index(label) for label in labels]
+        for index in range(len(images)):
+            ranked = _rank_classes(_view_logits(loaded, images.path(index), tta_mode, settings))
+            ranking = [(columns[column], probability) for column, probability in ranked]
+            scores.append(Score.from_ranking(int(images.targets[index]), ranking))
+            on_image(index + 1, len(images))
     return BundleScores(
         labels=sorted_labels,
         scores=scores,
@@ -66,8 +82,8 @@ def scores_of_bundle(
     )
 
 
-def _rank_classes(loaded: LoadedModel, path: Path, tta: TtaMode, settings: Settings) -> RankedClasses:
-    """Rank the classes of one image by the mean probability of its views."""
+def _view_logits(loaded: LoadedModel, path: Path, tta: TtaMode, settings: Settings) -> NDArray[np.float32]:
+    """Compute the logits (V, C) of the views of one image."""
     manifest = loaded.bundle.manifest
     encoded, decode = read_image(path, settings.max_body_bytes), make_decoder(settings)
     try:
@@ -78,7 +94,12 @@ def _rank_classes(loaded: LoadedModel, path: Path, tta: TtaMode, settings: Setti
     logits = [loaded.runtime.run(np.ascontiguousarray(view)[None])[output][0] for view in views]
     if not all(np.isfinite(row).all() for row in logits):
         raise DataError(f"{path}: the network's output is not finite; verify the bundle")
-    probabilities = np.mean([softmax(row) for row in logits], axis=0)
+    return np.stack(logits)
+
+
+def _rank_classes(logits: NDArray[np.float32]) -> RankedClasses:
+    """Rank the classes of one image by the mean probability of its views, from *logits* (V, C)."""
+    probabilities = softmax(logits).mean(axis=0)
     # Logits still differ where probabilities have become 0.
     order = np.argsort(-(logits[0] if len(logits) == 1 else probabilities), kind="stable")
     return [(int(index), float(probabilities[index])) for index in order]

@@ -15,14 +15,21 @@ from sopdeploy_service.http.problems import Problem
 from sopdeploy_service.images.decode import Decoded, EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import LoadedModel, load_model
-from sopdeploy_service.inference.results import NONFINITE, Ranking, Rejection, format_prediction
+from sopdeploy_service.inference.results import (
+    NONFINITE,
+    Ranking,
+    Rejection,
+    format_prediction,
+    present_classes,
+)
 from sopdeploy_service.settings import Settings, load_settings
 
 
 class FilePrediction(StrictModel):
     """The most probable classes of one image, best first, or the error.
 
-    `image` is the path of the file; of an image in memory it is its file name or position.
+    `image` is the path of the file; of an image in memory it is its file name or position. A multi-label
+    network gives all classes above their threshold, at most `top_k` if that is set.
     """
 
     image: str
@@ -57,7 +64,12 @@ def _predict_image(
     outputs = loaded.runtime.run(decoded.pixels[None])
     if not all(np.isfinite(values).all() for values in outputs.values()):
         return FilePrediction(image=name, error=Problem.of(NONFINITE))
-    ranked = Ranking([outputs[manifest.outputs[0].name][0]]).top_k(0, settings.top_k)
+    logits, decision = outputs[manifest.outputs[0].name][0], manifest.decision
+    if decision is None or decision.thresholds is None:
+        ranked = Ranking([logits]).top_k(0, settings.top_k)
+    else:
+        limit = settings.top_k if "top_k" in settings.model_fields_set else None
+        ranked = present_classes(logits, decision.thresholds, limit)
     classes = Classes(**format_prediction(ranked, loaded.bundle.labels)).classes
     return FilePrediction(image=name, classes=classes, warnings=decoded.warnings)
 

@@ -109,6 +109,8 @@ class Model:
         self.loaded = loaded
         self.bundle = loaded.bundle
         self.labels = loaded.bundle.labels
+        decision = loaded.bundle.manifest.decision
+        self.thresholds = decision.thresholds if decision is not None else None
         self.version = loaded.bundle.manifest.id
         self.largest_batch = largest_batch(loaded.runtime, settings)
         self.statistics = ModelStatistics()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ImageError
 
 GATES = "gates"  # name of the output with the weights of a gate's experts
@@ -48,6 +49,20 @@ class Ranking:
             return ranked[0]
         self._cache[k] = ranked
         return ranked[image]
+
+
+def present_classes(
+    logits: NDArray[np.float32], thresholds: Sequence[float], top_k: int | None = None
+) -> RankedClasses:
+    """Rank the classes whose probability reaches their threshold, at most *top_k* of them.
+
+    *logits* (C,) are independent: the probability of a class is the sigmoid of its logit.
+    """
+    probabilities = sigmoid(logits).tolist()
+    ranked = top_indices(logits, len(logits)).tolist()
+    return [(index, probabilities[index]) for index in ranked if probabilities[index] >= thresholds[index]][
+        :top_k
+    ]
 
 
 def top_indices(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:

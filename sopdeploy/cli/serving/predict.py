@@ -41,7 +41,8 @@ def predict(
         if prediction.error is not None:
             print_error(f"{prediction.image}: {prediction.error.detail}", prediction.error.code)
         elif not as_json:
-            classes = ", ".join(f"{c.label} {c.probability:.4f}" for c in prediction.classes)
+            found = [f"{c.label} {c.probability:.4f}" for c in prediction.classes]
+            classes = ", ".join(found) or "no class reaches its threshold"
             warnings = f" ({', '.join(prediction.warnings)})" if prediction.warnings else ""
             out.print(Text.assemble(plain_text(f"{prediction.image}: {classes}"), (warnings, "dim")))
     if any(prediction.error is not None for prediction in predictions):

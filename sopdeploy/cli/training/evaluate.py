@@ -13,6 +13,7 @@ from sopdeploy.cli.console import JsonOption, err, one_line_errors, out, plain_t
 
 if TYPE_CHECKING:
     from sopdeploy.evaluation.metrics import ClassificationReport
+    from sopdeploy.evaluation.multi_label import MultiLabelReport
 
 MAX_CLASSES = 50  # listed; of more classes, those with the lowest recall
 MAX_COLUMNS = 12  # of a confusion matrix in a terminal
@@ -25,7 +26,7 @@ def evaluate(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="A checkpoint, a bundle, or the URL of a server.")
     ],
-    data: Annotated[Path, typer.Option(help="Folder of images, DIR/<class>/*.jpg.")],
+    data: Annotated[Path, typer.Option(help="Folder of images, DIR/<class>/*.jpg or with labels.csv.")],
     tta: Annotated[
         Literal["none", "flip", "ten-crop"],
         typer.Option(help="Test-time augmentation: average over views. Not for servers."),
@@ -41,6 +42,7 @@ def evaluate(
     """Evaluate a checkpoint, a bundle or a running server on a folder of images.
 
     Classes are matched by name. Accuracies have Wilson 95 % intervals; the calibration error uses 15 bins.
+    A multi-label network needs a folder with `labels.csv`: mAP, and F1 of each class at its threshold.
 
     Example: [bold]sopdeploy eval runs/photos-dsop/best.pt --data test-photos[/bold]
 
@@ -65,8 +67,10 @@ def evaluate(
     if as_json:
         head = {"source": found.source, "kind": found.kind, "tta": found.tta, **found.facts}
         print_json({**head, **found.metrics.model_dump(mode="json")})
-    else:
+    elif isinstance(found.scores, tuple):
         _print_report(found.metrics)
+    else:
+        _print_multi_label_report(found.metrics)
 
 
 def report(
@@ -139,3 +143,22 @@ def _print_report(found: "ClassificationReport") -> None:
     )
     for count, true, predicted in mistakes[:MAX_MISTAKES]:
         out.print(plain_text(f"{-count} x {true} predicted as {predicted}"))
+
+
+def _print_multi_label_report(found: "MultiLabelReport") -> None:
+    out.print(
+        f"mAP [bold]{found.map:.2%}[/]   macro F1 {found.macro_f1:.2%}   micro F1 {found.micro_f1:.2%}   "
+        f"of {found.count} images"
+    )
+    classes: Any = found.classes
+    if len(classes) > MAX_CLASSES:
+        classes = sorted(classes, key=lambda one: one.average_precision or 0.0)[:MAX_CLASSES]
+    columns = ("class", "images", "predicted", "threshold", "AP", "precision", "recall", "F1")
+    table = Table(*columns, box=None, pad_edge=False)
+    for one in classes:
+        rates = (one.average_precision, one.precision, one.recall, one.f1)
+        shown = ["-" if rate is None else f"{rate:.2%}" for rate in rates]
+        table.add_row(
+            plain_text(one.label), str(one.count), str(one.answered), f"{one.threshold:.3f}", *shown
+        )
+    out.print(table)

@@ -111,8 +111,9 @@ def train(
     if as_json:
         print_json(result.model_dump(mode="json"))
         return
+    name, best = ("mAP", result.best_map) if result.best_top1 is None else ("top-1", result.best_top1)
     out.print(
-        f"best epoch {result.best_epoch} of {result.epochs}: top-1 [bold]{result.best_top1:.2%}[/] of "
+        f"best epoch {result.best_epoch} of {result.epochs}: {name} [bold]{best:.2%}[/] of "
         f"{result.held_out_count} held-out images, {result.seconds:.0f} s"
     )
     out.print(plain_text(f"next: sopdeploy export {result.best} --detach"))

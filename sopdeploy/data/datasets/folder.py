@@ -1,6 +1,7 @@
 """Images with one folder per class: `DIR/<class>/*.jpg`, or the same under train/ and val/.
 
-DIR, train/ and val/ may also be tar archives or folders of archives.
+DIR, train/ and val/ may also be tar archives or folders of archives. A folder with `labels.csv` holds images
+with any number of classes each (`label_table`).
 """
 
 from pathlib import Path
@@ -11,6 +12,13 @@ import pydantic
 
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import Split, hold_out
+from sopdeploy.data.datasets.label_table import (
+    LABELS_FILE,
+    VAL,
+    has_label_table,
+    read_label_table,
+    split_table,
+)
 from sopdeploy.data.folder_store import SUFFIXES, FolderStore, OpenOptions
 from sopdeploy.data.image_files import FileStore, ImageFiles, count_ignored_files, describe_ignored_files
 from sopdeploy.data.tar import archive_suffix, open_tars
@@ -40,6 +48,8 @@ class FolderConfig(StrictModel):
 def open_folder(config: FolderConfig, options: OpenOptions | None = None) -> Split:
     """Open the training and held-out images of a folder, with classes sorted by name.
 
+    A folder with `labels.csv` gives targets (N, C) instead of class indices.
+
     Hidden folders and files without an image suffix are ignored. Raises `DataError` if the images cannot be
     used.
     """
@@ -47,6 +57,8 @@ def open_folder(config: FolderConfig, options: OpenOptions | None = None) -> Spl
         raise ConfigError("data.path: not set; give --data DIR, the folder with one subfolder per class")
     options = options or OpenOptions(config.cache)
     store = open_store(config.path.expanduser(), options)
+    if has_label_table(store):
+        return split_table(read_label_table(store), config.hold_out, config.hold_out_seed)
     split = _open_split(store, config)
     ignored = count_ignored_files(store, store.folders())
     if ignored:
@@ -74,9 +86,31 @@ def open_store(path: Path, options: OpenOptions) -> FileStore:
 def open_classes(root: Path, labels: tuple[str, ...]) -> ImageFiles:
     """Open the images below *root* for a network with the classes *labels*, matched by folder name.
 
-    Raises `DataError` naming unknown and missing classes.
+    Raises `DataError` naming unknown and missing classes, or if an image may have several classes.
     """
-    return match_classes(open_store(root, OpenOptions()), labels)
+    store = open_store(root, OpenOptions())
+    if has_label_table(store):
+        raise DataError(
+            f"{root / LABELS_FILE}: lists several classes per image, but the network predicts one; "
+            "sort the images into one subfolder per class"
+        )
+    return match_classes(store, labels)
+
+
+def open_multi_label(root: Path, labels: tuple[str, ...]) -> ImageFiles:
+    """Open the images of `labels.csv` in *root* for a network with the classes *labels*.
+
+    If the table has a split, only its held-out images are opened. Raises `DataError` without a table, or if
+    it has other classes.
+    """
+    store = open_store(root, OpenOptions())
+    if not (root / LABELS_FILE).is_file():
+        raise DataError(
+            f"{root}: has no {LABELS_FILE}, but the network predicts several classes per image; list the "
+            "images and their classes in this file"
+        )
+    table = read_label_table(store, labels)
+    return table.part(VAL) if table.is_split else table.images
 
 
 def match_classes(store: FileStore, labels: tuple[str, ...]) -> ImageFiles:

@@ -125,6 +125,7 @@ def gradient(accumulate: int, samples: int) -> tuple[torch.Tensor, float, list[i
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         teacher=None,
         position=None,
+        activation="softmax",
     )
     images = torch.randn(samples, 3, 2, 2, dtype=torch.float64)
     micro_batches = shard_step(range(samples), run.recipe, run.strategy).micro_batches

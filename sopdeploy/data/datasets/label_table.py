@@ -1,0 +1,214 @@
+"""Images with any number of classes each, listed in `labels.csv` of a folder.
+
+    file,classes,split
+    images/1.jpg,cat|dog,train
+    images/2.jpg,,val
+
+`classes` are separated by `|` and may be empty. `split` is optional. Paths are relative to the folder and
+cannot leave it.
+"""
+
+import csv
+import io
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.data.base import Split, derive_seed
+from sopdeploy.data.folder_store import FolderStore, is_image
+from sopdeploy.data.image_files import FileStore, ImageFiles
+from sopdeploy.errors import DataError
+
+LABELS_FILE = "labels.csv"
+SEPARATOR = "|"
+TRAIN, VAL = "train", "val"
+REQUIRED, SPLIT = ("file", "classes"), "split"
+
+
+@dataclass(frozen=True, slots=True)
+class LabelTable:
+    """The rows of a `labels.csv`: every image, and the part (N,) it belongs to, empty without a split.
+
+    `images.targets` are (N, C) float32, 1 for the classes of an image.
+    """
+
+    images: ImageFiles
+    parts: NDArray[np.str_]
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the table says which images are held out."""
+        return bool(self.parts.size)
+
+    def part(self, name: str) -> ImageFiles:
+        """Select the images of the part *name*; raises `DataError` if none of them has a class."""
+        images = self.images.select(self.parts == name)
+        if not images.targets.any():
+            table = self.images.store.root / LABELS_FILE
+            raise DataError(f"{table}: no image of split {name} has a class; add some")
+        return images
+
+
+def has_label_table(store: FileStore) -> bool:
+    """Check whether *store* is a folder with a `labels.csv` that lists images.
+
+    A file of this name with other columns is ignored next to class folders.
+    """
+    path = store.root / LABELS_FILE
+    if not isinstance(store, FolderStore) or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        header = file.readline(1000).decode("utf-8-sig", "replace")
+    columns = {column.strip(' "\r\n') for column in header.replace(";", ",").replace("\t", ",").split(",")}
+    folders = store.folders()
+    return bool(columns & set(REQUIRED)) or (len(folders) < 2 and TRAIN not in folders)
+
+
+def read_label_table(store: FileStore, labels: tuple[str, ...] | None = None) -> LabelTable:
+    """Read the `labels.csv` of *store*; its classes must be among *labels*, by default all classes, sorted.
+
+    Raises `DataError` naming the line of the first invalid row, or the files that do not exist.
+    """
+    table = store.root / LABELS_FILE
+    files: dict[str, int] = {}
+    rows: list[tuple[set[str], str]] = []
+    header, records = _read_records(table)
+    for line, record in records:
+        if len(record) != len(header):
+            _reject(table, line, f"has {len(record)} columns, not {len(header)}; quote names with commas")
+        values = dict(zip(header, record, strict=True))
+        name = _relative_path(table, line, values["file"])
+        if name in files:
+            _reject(table, line, f"{name} is listed in line {files[name]} already; keep one line per file")
+        files[name] = line
+        rows.append((_class_names(table, line, values["classes"]), values.get(SPLIT, "")))
+        if SPLIT in header and values[SPLIT] not in (TRAIN, VAL):
+            _reject(table, line, f"split is {values[SPLIT]!r}; write {TRAIN} or {VAL}")
+    _check_files(store.root, files)
+    found = set().union(*(classes for classes, _ in rows))
+    if labels is None:
+        labels = tuple(sorted(found))
+        if len(labels) < 2:
+            listed = ", ".join(labels) or "none"
+            raise DataError(f"{table}: has fewer than two classes ({listed}); a network needs at least two")
+    unknown = sorted(found - set(labels))
+    if unknown:
+        raise DataError(f"{table}: {', '.join(unknown)} are not classes of the network; remove them")
+    targets = np.zeros((len(rows), len(labels)), dtype=np.float32)
+    for index, (classes, _) in enumerate(rows):
+        targets[index, [labels.index(name) for name in classes]] = 1
+    paths = np.asarray([os.fsencode(name) for name in files], dtype=np.bytes_)
+    parts = np.asarray([part for _, part in rows] if SPLIT in header else [])
+    return LabelTable(ImageFiles(store, labels, paths, targets), parts)
+
+
+def split_table(table: LabelTable, fraction: float, seed: int) -> Split:
+    """Split *table* by its column, or hold out *fraction* of every class.
+
+    Raises `DataError` naming a class without a training image.
+    """
+    path = table.images.store.root / LABELS_FILE
+    if table.is_split:
+        split = Split(train=table.part(TRAIN), held_out=table.part(VAL))
+    else:
+        single = np.flatnonzero(table.images.class_counts() == 1)
+        if single.size:
+            name = table.images.labels[single[0]]
+            raise DataError(f"{path}: only one image of {name}; add another, one has to be held out")
+        held = hold_out_multi_label(table.images, fraction, seed)
+        split = Split(train=table.images.select(~held), held_out=table.images.select(held))
+    missing = np.flatnonzero(split.train.targets.sum(axis=0) == 0)
+    if missing.size:
+        name = table.images.labels[missing[0]]
+        raise DataError(f"{path}: no training image of {name}; set the split of one to {TRAIN}")
+    return split
+
+
+def hold_out_multi_label(images: ImageFiles, fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Select about *fraction* of every class of *images* for the held-out set; returns a mask (N,).
+
+    Classes are served from the rarest to the most frequent one, then the images without a class, as in the
+    iterative stratification of Sechidis et al. (ECML 2011), section 4. The selection depends on *seed* and
+    the file names only.
+    """
+    keys = [path.decode("utf-8", "surrogateescape") for path in images.paths.tolist()]
+    order = sorted(
+        range(len(keys)), key=lambda index: (derive_seed(seed, "hold-out", keys[index]), keys[index])
+    )
+    held, decided = np.zeros((2, len(keys)), dtype=np.bool_)
+    present = images.targets > 0
+    groups = [present[:, column] for column in np.argsort(images.class_counts(), kind="stable")]
+    for members in [*groups, ~present.any(axis=1)]:
+        count = int(members.sum())
+        wanted = min(max(1, round(fraction * count)), count - 1) - int((held & members).sum())
+        free = [index for index in order if members[index] and not decided[index]]
+        held[free[: max(0, wanted)]] = True
+        decided |= members
+    return held
+
+
+def _read_records(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Read the column names of *table*, and its records with their line numbers."""
+    try:
+        reader = csv.reader(io.StringIO(table.read_text("utf-8-sig"), newline=""), strict=True)
+        lines = [(reader.line_num, [value.strip() for value in record]) for record in reader if record]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{table}: cannot be read ({reason}); write a CSV file in UTF-8") from error
+    header = lines[0][1] if lines else []
+    if sorted(header) not in (sorted(REQUIRED), sorted((*REQUIRED, SPLIT))):
+        columns = ", ".join(header) or "none"
+        raise DataError(
+            f"{table}: has the columns {columns}; write file,classes and optionally split, with commas"
+        )
+    if len(lines) == 1:
+        raise DataError(f"{table}: lists no images; add a line per image")
+    return header, lines[1:]
+
+
+def _relative_path(table: Path, line: int, name: str) -> str:
+    """Normalize the path *name* of an image; reject one that is not below the folder."""
+    path = PurePosixPath(name)
+    if not name or "\0" in name:
+        _reject(table, line, "has no file; write its path relative to the folder")
+    if path.is_absolute() or ".." in path.parts or Path(name).is_absolute():
+        _reject(table, line, f"{name} is outside the folder; write a path relative to the folder, without ..")
+    if not is_image(path.name):
+        _reject(table, line, f"{name} has no suffix of an image, such as .jpg or .png; convert or rename it")
+    return str(path)
+
+
+def _class_names(table: Path, line: int, text: str) -> set[str]:
+    names = [name.strip() for name in text.split(SEPARATOR)] if text else []
+    if not all(names):
+        _reject(table, line, f"{text!r} has an empty class name; separate classes by one {SEPARATOR}")
+    return set(names)
+
+
+def _check_files(root: Path, files: dict[str, int]) -> None:
+    missing = [(name, line) for name, line in files.items() if not (root / name).is_file()]
+    if missing:
+        name, line = missing[0]
+        more = f", and {len(missing) - 1} more files" if len(missing) > 1 else ""
+        _reject(root / LABELS_FILE, line, f"{name} does not exist{more}; add the file or remove the line")
+
+
+def _reject(table: Path, line: int, reason: str) -> NoReturn:
+    raise DataError(f"{table}: line {line}: {reason}")
+
+
+def unlisted_images(parts: Iterable[ImageFiles]) -> list[str]:
+    """List the images in the folder of *parts* that its `labels.csv`, which lists *parts*, leaves out."""
+    listed = {(images.store, path) for images in parts for path in images.paths.tolist()}
+    stores = {store for store, _ in listed}
+    return [
+        str(store.root / os.fsdecode(path))
+        for store in stores
+        for path in store.list_files(".")[0]
+        if (store, path) not in listed
+    ]

@@ -1,0 +1,166 @@
+"""Metrics for images with any number of classes: average precision, F1, and thresholds per class.
+
+This module does not import torch. Average precision is the mean of the precision at the rank of every image
+that shows the class, with equal probabilities at the same rank; mAP is its mean over the classes. F1 is
+2 TP / (2 TP + FP + FN).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import numpy as np
+import pydantic
+from numpy.typing import NDArray
+
+from sopdeploy.config import Fraction, StrictModel
+from sopdeploy.errors import DataError
+from sopdeploy.evaluation.metrics import NO_IMAGES
+
+DEFAULT_THRESHOLD = 0.5
+PRIOR_IMAGES = 10  # a threshold fitted to this many images of a class is moved half-way to 0.5
+MAX_LOGIT = 30.0  # larger ones are equal for a threshold
+
+
+class MultiLabelMetrics(StrictModel):
+    """Mean average precision, F1 at a threshold of 0.5, and mean loss over `count` images.
+
+    `thresholds` are those that maximize F1 on these images, one per class (`fit_thresholds`).
+    """
+
+    score_name: ClassVar[str] = "mAP"
+    map: Fraction
+    macro_f1: Fraction
+    micro_f1: Fraction
+    count: int
+    loss: float
+    thresholds: tuple[Fraction, ...]
+
+    @property
+    def score(self) -> float:
+        """The mean average precision, which selects the best epoch."""
+        return self.map
+
+
+class MultiLabelClass(StrictModel):
+    """Metrics of one class at its threshold.
+
+    `count` images show it, `answered` are predicted to. A metric is None where it has no denominator.
+    """
+
+    label: str
+    count: int
+    answered: int
+    threshold: Fraction
+    average_precision: Fraction | None
+    precision: Fraction | None
+    recall: Fraction | None
+    f1: Fraction | None
+
+
+class MultiLabelReport(StrictModel):
+    """Metrics over `count` images, with the classes sorted by name.
+
+    `macro_f1` is the mean over the classes that have one, `micro_f1` counts all classes together.
+    """
+
+    count: Annotated[int, pydantic.Field(ge=1)]
+    map: Fraction
+    macro_f1: Fraction
+    micro_f1: Fraction
+    classes: tuple[MultiLabelClass, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MultiLabelPredictions:
+    """Predictions of a network with several classes per image.
+
+    Attributes:
+        labels: C class names.
+        targets: (N, C), above 0 for every class of an image.
+        probabilities: (N, C) float64.
+        thresholds: smallest probability at which a class counts as present, per class.
+    """
+
+    labels: tuple[str, ...]
+    targets: NDArray[np.floating]
+    probabilities: NDArray[np.float64]
+    thresholds: Sequence[float]
+
+    def report(self) -> MultiLabelReport:
+        """Compute all metrics, classes by name; raises `DataError` if no image shows any class."""
+        if not len(self.targets):
+            raise DataError(NO_IMAGES)
+        true, predicted = self.targets > 0, self.probabilities >= np.asarray(self.thresholds)
+        hits, counts, answers = (found.sum(axis=0) for found in (true & predicted, true, predicted))
+        classes = [
+            MultiLabelClass(
+                label=label,
+                count=int(counts[index]),
+                answered=int(answers[index]),
+                threshold=self.thresholds[index],
+                average_precision=average_precision(true[:, index], self.probabilities[:, index]),
+                precision=_ratio(hits[index], answers[index]),
+                recall=_ratio(hits[index], counts[index]),
+                f1=_ratio(2 * hits[index], counts[index] + answers[index]),
+            )
+            for index, label in sorted(enumerate(self.labels), key=lambda pair: pair[1])
+        ]
+        precisions = [one.average_precision for one in classes if one.average_precision is not None]
+        if not precisions:
+            raise DataError("no image has a class of the network, so there is nothing to measure; add some")
+        return MultiLabelReport(
+            count=len(true),
+            map=float(np.mean(precisions)),
+            macro_f1=float(np.mean([one.f1 for one in classes if one.f1 is not None])),
+            micro_f1=float(2 * hits.sum() / (counts.sum() + answers.sum())),
+            classes=tuple(classes),
+        )
+
+
+def average_precision(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float | None:
+    """Compute the average precision of the *scores* (N,) of images that show a class if *true* (N,).
+
+    Returns None if no image shows the class.
+    """
+    if not true.any():
+        return None
+    hits, ranks, _ = _hits_by_rank(true, scores)
+    gained = np.diff(hits, prepend=0)
+    return float(min(1.0, (gained * hits / ranks).sum() / hits[-1]))
+
+
+def fit_thresholds(targets: NDArray[np.floating], probabilities: NDArray[np.float64]) -> tuple[float, ...]:
+    """Choose the threshold of each class that maximizes F1 on *probabilities* (N, C) of *targets* (N, C).
+
+    A threshold lies half-way between two neighboring logits. With n images of the class, it is moved to
+    PRIOR_IMAGES / (n + PRIOR_IMAGES) of its logit, since few images determine it badly; without images, or
+    if every image shows the class, it is 0.5.
+    """
+    thresholds = []
+    for true, scores in zip(targets.T > 0, probabilities.T, strict=True):
+        logit, count = 0.0, int(true.sum())
+        if 0 < count < len(true):
+            hits, ranks, distinct = _hits_by_rank(true, scores)
+            with np.errstate(divide="ignore"):
+                logits = np.clip(np.log(distinct) - np.log1p(-distinct), -MAX_LOGIT, MAX_LOGIT)
+            between = (logits + np.append(logits[1:], logits[-1])) / 2
+            f1 = 2 * hits / (ranks + count)
+            best = np.flatnonzero(f1 >= f1.max() - 1e-12)
+            logit = float(between[best[np.abs(between[best]).argmin()]]) * count / (count + PRIOR_IMAGES)
+        thresholds.append(1 / (1 + float(np.exp(-logit))))
+    return tuple(thresholds)
+
+
+def _hits_by_rank(
+    true: NDArray[np.bool_], scores: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Count, for each distinct score from the highest one, the true and all images of at least this score."""
+    distinct, rank = np.unique(-scores, return_inverse=True)
+    ranks = np.cumsum(np.bincount(rank, minlength=len(distinct)))
+    hits = np.cumsum(np.bincount(rank[true], minlength=len(distinct)))
+    return hits, ranks, -distinct
+
+
+def _ratio(part: np.int64, whole: np.int64) -> float | None:
+    return float(part / whole) if whole else None
