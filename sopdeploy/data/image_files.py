@@ -72,7 +72,8 @@ class ImageFiles:
         """Count the images of each class, (C,)."""
         if self.targets.ndim == 1:
             return np.bincount(self.targets.astype(np.int64), minlength=len(self.labels))
-        return self.targets.sum(axis=0).astype(np.int64)
+        counts: NDArray[np.int64] = np.count_nonzero(self.targets, axis=0)
+        return counts
 
     def open(self, index: int) -> Image.Image:
         """Open an image without decoding its pixels; raises `DataError` naming the file."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -200,7 +200,7 @@ def score_checkpoint(
     thresholds = decision.thresholds if decision is not None else None
     folder = data.expanduser()
     images = open_multi_label(folder, labels) if thresholds else open_classes(folder, tuple(sorted(labels)))
-    options = {"tta": tta, "workers": workers, "on_image": on_image}
+    options: dict[str, Any] = {"tta": tta, "workers": workers, "on_image": on_image}
     try:
         if thresholds:
             return labels, predict_images(model, thresholds, images, rules, **options)

@@ -40,13 +40,15 @@ def write_report(
 def render_report(data: RunData) -> str:
     """Render the page; equal data gives equal text."""
     best, last, recipe = best_epoch(data.history), data.history[-1], data.recipe
-    several = isinstance(best.figures, MultiLabelMetrics)
-    second, value = ("macro F1", best.figures.macro_f1) if several else ("top-5", best.figures.top5)
+    figures = best.figures
+    second = (
+        {"macro F1": figures.macro_f1} if isinstance(figures, MultiLabelMetrics) else {"top-5": figures.top5}
+    )
     tiles = {
         "best epoch": f"{best.epoch} of {recipe.epochs}",
-        f"{best.figures.score_name}, best": percent(best.figures.score, 2),
-        f"{best.figures.score_name}, last": percent(last.figures.score, 2),
-        f"{second}, best": percent(value, 2),
+        f"{figures.score_name}, best": percent(figures.score, 2),
+        f"{figures.score_name}, last": percent(last.figures.score, 2),
+        **{f"{name}, best": percent(value, 2) for name, value in second.items()},
         "seed": str(recipe.seed),
         "time": f"{last.seconds:.0f} s",
     }

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -151,7 +152,9 @@ def epoch_data(recipe: Recipe, images: LabeledImages, epoch: int) -> tuple[Augme
     """Return the augmented *images* of *epoch*, and the sample indices of each step."""
     dataset = AugmentedDataset(images, recipe.augment, recipe.preprocess, recipe.seed, epoch, recipe.distort)
     if recipe.sampler == "balanced":
-        return dataset, balanced_batches(images.targets, recipe.batch_size, recipe.seed, epoch)
+        return dataset, balanced_batches(
+            images.targets.astype(np.int64), recipe.batch_size, recipe.seed, epoch
+        )
     return dataset, shuffled_batches(len(images), recipe.batch_size, recipe.seed, epoch)
 
 

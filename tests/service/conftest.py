@@ -24,6 +24,7 @@ from sopdeploy.bundle.folder import Bundle, open_bundle, publish, seal, staging
 from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.bundle.probes import Probes, write_probes
+from sopdeploy.decision import Decision
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.proof.certificate import Certificate, Roots, TensorEntry
 from sopdeploy_service.app import create_app
@@ -62,7 +63,13 @@ def tiny_graph(seed: int = 0) -> onnx.ModelProto:
 
 
 def write_bundle(
-    folder: Path, *, wrong_by: float = 0.0, probes: int = 3, output: str = "logits", seed: int = 0
+    folder: Path,
+    *,
+    wrong_by: float = 0.0,
+    probes: int = 3,
+    output: str = "logits",
+    seed: int = 0,
+    decision: Decision | None = None,
 ) -> Path:
     """Write the tiny bundle into *folder*, with so many probes of *output*, *wrong_by* so much."""
     graph = tiny_graph(seed)
@@ -91,6 +98,7 @@ def write_bundle(
                 "detached": (),
                 "lineage": Lineage(checkpoint_sha256="0" * 64, program_root="1" * 64, onnx_root=root),
                 "versions": {"onnx": onnx.__version__},
+                "decision": decision,
             },
         )
         return publish(stage, manifest, folder)

@@ -51,28 +51,26 @@ def scores_of_bundle(
     loaded = load_model(path, settings)
     tta_mode = check_tta_mode(tta, loaded.bundle.manifest.preprocess)
     labels, decision = loaded.bundle.labels, loaded.bundle.manifest.decision
+    thresholds = decision.thresholds if decision is not None else None
     sorted_labels = tuple(sorted(labels))
-    scores: list[Score] | MultiLabelPredictions = []
-    if decision is not None and decision.thresholds is not None:
-        images, rows = open_multi_label(data, labels), []
-        for index in range(len(images)):
-            logits = _view_logits(loaded, images.path(index), tta_mode, settings)
-            rows.append(sigmoid(logits).mean(axis=0))
-            on_image(index + 1, len(images))
+    images = open_classes(data, sorted_labels) if thresholds is None else open_multi_label(data, labels)
+    logits = []  # (V, C) of the views of each image
+    for index in range(len(images)):
+        logits.append(_view_logits(loaded, images.path(index), tta_mode, settings))
+        on_image(index + 1, len(images))
+    scores: list[Score] | MultiLabelPredictions
+    if thresholds is None:
+        columns = [sorted_labels.index(label) for label in labels]
+        ranked = ([(columns[column], value) for column, value in _rank_classes(views)] for views in logits)
+        targets = images.targets.tolist()
+        scores = [Score.from_ranking(target, ranks) for target, ranks in zip(targets, ranked, strict=True)]
+    else:
         scores = MultiLabelPredictions(
             labels=labels,
             targets=images.targets.astype(np.float64),
-            probabilities=np.stack(rows),
-            thresholds=decision.thresholds,
+            probabilities=np.stack([sigmoid(views).mean(axis=0) for views in logits]),
+            thresholds=thresholds,
         )
-    else:
-        images = open_classes(data, sorted_labels)
-        columns = [sorted_labels.index(label) for label in labels]
-        for index in range(len(images)):
-            ranked = _rank_classes(_view_logits(loaded, images.path(index), tta_mode, settings))
-            ranking = [(columns[column], probability) for column, probability in ranked]
-            scores.append(Score.from_ranking(int(images.targets[index]), ranking))
-            on_image(index + 1, len(images))
     return BundleScores(
         labels=sorted_labels,
         scores=scores,

@@ -52,6 +52,7 @@ def evaluate(
     """
     with one_line_errors(as_json):
         from sopdeploy.api.evaluation import evaluate as run
+        from sopdeploy.evaluation.metrics import ClassificationReport
 
         with _progress(quiet=as_json) as on_image:
             found = run(
@@ -67,7 +68,7 @@ def evaluate(
     if as_json:
         head = {"source": found.source, "kind": found.kind, "tta": found.tta, **found.facts}
         print_json({**head, **found.metrics.model_dump(mode="json")})
-    elif isinstance(found.scores, tuple):
+    elif isinstance(found.metrics, ClassificationReport):
         _print_report(found.metrics)
     else:
         _print_multi_label_report(found.metrics)

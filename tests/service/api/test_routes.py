@@ -65,11 +65,12 @@ UNKNOWN = {
     **dict.fromkeys(["model=other", "model=%6fther", "model=" + "a" * 600], (404, "unknown_model")),
     "version=abc": (404, "unknown_version"),
     **dict.fromkeys(["gates=true", "gates=on"], (400, "no_gates")),
+    "threshold=0.5": (400, "no_thresholds"),
 }
 
 
 @pytest.mark.parametrize("query", UNKNOWN)
-def test_unknown_models_versions_and_gates_are_rejected(client, jpeg, query):
+def test_unknown_models_versions_gates_and_thresholds_are_rejected(client, jpeg, query):
     reply = client.post(f"/v1/classify?{query}", content=jpeg)
     assert (reply.status_code, reply.json()["code"]) == UNKNOWN[query]
 

@@ -21,7 +21,8 @@ function showAnswer(body, experts) {
   );
   byId("experts").hidden = !body.gates;
   if (body.gates) byId("gates").replaceChildren(...expertColumns(body.gates, experts));
-  byId("status").textContent = `Prediction: ${body.classes
+  byId("none").hidden = body.classes.length > 0;
+  byId("status").textContent = body.classes.length === 0 ? byId("none").textContent : `Prediction: ${body.classes
     .map((entry) => `${entry.label} ${percent(entry.probability)}`)
     .join(", ")}`;
 }
@@ -77,7 +78,7 @@ function showTime(header, total) {
 /** Remove the previous prediction. */
 function clearAnswer() {
   for (const id of ["classes", "warnings", "gates", "waterfall"]) byId(id).replaceChildren();
-  for (const id of ["experts", "time", "error", "empty"]) byId(id).hidden = true;
+  for (const id of ["experts", "time", "error", "empty", "none"]) byId(id).hidden = true;
   byId("status").textContent = "";
 }
 

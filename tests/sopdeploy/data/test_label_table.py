@@ -1,0 +1,132 @@
+"""`labels.csv`: images with any number of classes, their split, and one line for everything that is wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sopdeploy.data.check import check
+from sopdeploy.data.datasets.folder import FolderConfig, open_classes, open_folder, open_multi_label
+from sopdeploy.errors import DataError
+from tests.two_objects import CLASSES, draw_scenes
+
+GOOD = "file,classes\na.png,cat|dog\nb.png,\nsub/c.png, dog \n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "sub").mkdir()
+    for number, name in enumerate(("a.png", "b.png", "sub/c.png", "d.png")):
+        Image.new("RGB", (40, 40), (50 * number, 9, 9)).save(tmp_path / name)
+    return tmp_path
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "labels.csv").write_text(text, encoding="utf-8")
+    return folder
+
+
+def rows(folder: Path, labels: tuple[str, ...] = ("cat", "dog")) -> dict[str, list[float]]:
+    images = open_multi_label(folder, labels)
+    return {str(images.path(i).relative_to(folder)): images.target(i).tolist() for i in range(len(images))}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        "\ufeff" + GOOD.replace("\n", "\r\n"),
+        'classes,file\n"cat|dog",./a.png\n\n,b.png\ndog,sub/c.png\n',
+    ],
+)
+def test_targets_have_a_one_for_every_class_of_an_image(folder: Path, text: str) -> None:
+    assert rows(write(folder, text)) == {"a.png": [1, 1], "b.png": [0, 0], "sub/c.png": [0, 1]}
+
+
+PROBLEMS = {
+    "file,labels\na.png,cat\n": "has the columns file, labels; write file,classes",
+    "file;classes\na.png;cat\n": "has the columns file;classes; write file,classes",
+    "file,classes,note\na.png,cat,x\n": "has the columns file, classes, note",
+    "file,classes\n": "lists no images",
+    "file,classes\na.png,cat|dog\na.png,dog\n": "line 3: a.png is listed in line 2 already",
+    "file,classes\na.png,cat|dog\n./a.png,dog\n": "line 3: a.png is listed in line 2 already",
+    "file,classes\na.png,cat|dog\nx.png,cat\ny.png,\n": "line 3: x.png does not exist, and 1 more files",
+    "file,classes\n../a.png,cat\n": "line 2: ../a.png is outside the folder",
+    "file,classes\nsub/../../a.png,cat\n": "line 2: sub/../../a.png is outside the folder",
+    "file,classes\n/etc/a.png,cat\n": "line 2: /etc/a.png is outside the folder",
+    "file,classes\n,cat\n": "line 2: has no file",
+    "file,classes\nsub,cat\n": "line 2: sub has no suffix of an image",
+    "file,classes\na.png,cat||dog\n": "line 2: 'cat||dog' has an empty class name",
+    "file,classes\na.png,cat,dog\n": "line 2: has 3 columns, not 2",
+    "file,classes\na.png,cat\nb.png,\n": r"has fewer than two classes \(cat\)",
+    "file,classes,split\na.png,cat|dog,test\n": "line 2: split is 'test'; write train or val",
+    "file,classes,split\na.png,cat|dog,train\n": "no image of split val has a class",
+    "file,classes,split\na.png,cat,train\nb.png,dog,val\n": "no training image of dog",
+    GOOD: "only one image of cat",
+}
+
+
+@pytest.mark.parametrize("text", PROBLEMS)
+def test_an_invalid_table_is_rejected_in_one_line(folder: Path, text: str) -> None:
+    with pytest.raises(DataError, match=f"labels.csv: {PROBLEMS[text]}") as caught:
+        open_folder(FolderConfig(kind="folder", path=write(folder, text)))
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_not_utf8_and_open_quotes_are_rejected(folder: Path) -> None:
+    for content in (b"file,classes\n\xff.png,a\n", b'file,classes\n"a.png,cat\n'):
+        (folder / "labels.csv").write_bytes(content)
+        with pytest.raises(DataError, match=r"labels\.csv: cannot be read .*; write a CSV file in UTF-8"):
+            open_folder(FolderConfig(kind="folder", path=folder))
+
+
+def test_networks_reject_tables_of_other_classes_and_the_other_kind_of_data(folder: Path) -> None:
+    with pytest.raises(DataError, match="lists several classes per image, but the network predicts one"):
+        open_classes(write(folder, GOOD), ("cat", "dog"))
+    with pytest.raises(DataError, match="dog are not classes of the network"):
+        open_multi_label(folder, ("cat", "cow"))
+    with pytest.raises(DataError, match=r"has no labels\.csv, but the network predicts several classes"):
+        open_multi_label(folder / "sub", ("cat", "dog"))
+
+
+def test_a_table_of_other_columns_next_to_class_folders_is_ignored(folder: Path) -> None:
+    for label in ("cat", "dog"):
+        (folder / label).mkdir()
+        for name in ("a.png", "d.png"):
+            shutil.copy(folder / name, folder / label / name)
+    shutil.rmtree(folder / "sub")
+    split = open_folder(FolderConfig(kind="folder", path=write(folder, "name,breed\na,b\n")))
+    assert split.train.labels == ("cat", "dog")
+    assert split.train.targets.shape == (2,)
+
+
+def test_every_class_is_split_and_a_column_chooses_the_split(tmp_path: Path) -> None:
+    scenes = draw_scenes(tmp_path / "scenes", count=60)
+    split = open_folder(FolderConfig(kind="folder", path=scenes))
+    again = open_folder(FolderConfig(kind="folder", path=scenes))
+    assert split.train.labels == CLASSES
+    assert len(split.train) + len(split.held_out) == 60
+    held = split.held_out.targets.sum(axis=0)
+    total = split.train.targets.sum(axis=0) + held
+    assert (np.abs(held - 0.2 * total) <= 3).all()
+    assert (split.held_out.paths == again.held_out.paths).all()
+    lines = (scenes / "labels.csv").read_text().splitlines()
+    parts = ["split", *["val"] * 20, *["train"] * 40]
+    write(scenes, "\n".join(f"{line},{part}" for line, part in zip(lines, parts, strict=True)))
+    split = open_folder(FolderConfig(kind="folder", path=scenes))
+    assert [len(split.train), len(split.held_out)] == [40, 20]
+    assert len(open_multi_label(scenes, CLASSES)) == 20
+
+
+def test_the_check_counts_classes_and_finds_unlisted_and_broken_images(folder: Path) -> None:
+    (folder / "sub" / "c.png").write_bytes(b"no image")
+    found = json.loads(check(write(folder, GOOD)).model_dump_json())
+    assert [(part["name"], part["count"], part["classes"]) for part in found["parts"]] == [
+        ("all", 3, {"cat": 1, "dog": 2})
+    ]
+    assert found["strange"]["not listed in labels.csv"] == [str(folder / "d.png")]
+    assert "sub/c.png: not an image" in found["unreadable"][0]
+    assert "cat: only one image" in found["too_few"][0]
