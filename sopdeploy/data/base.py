@@ -44,11 +44,15 @@ Dataset = LabeledItems[NDArray[np.uint8]]  # network inputs: (height, width, 3) 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """Training and held-out images with the same labels; `skipped` lists unreadable files left out."""
+    """Training and held-out images with the same labels; `skipped` lists unreadable files left out.
+
+    `divided` says that the held-out images were selected from one folder of images, not given apart.
+    """
 
     train: LabeledImages
     held_out: LabeledImages
     skipped: tuple[str, ...] = ()
+    divided: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,9 @@ class Callback:
     def on_warning(self, warning: str) -> None:
         """Receive a one-line warning; the run continues."""
 
+    def on_stage(self, *, name: str, done: int, total: int) -> None:
+        """Run while the few-shot procedure is in the step *name*, with *done* of *total* parts."""
+
     def on_step_end(self, *, epoch: int, step: int, steps: int, loss: float) -> None:
         """Run after each of the *steps* steps of an epoch; *loss* is that of the batch."""
 

@@ -21,7 +21,7 @@ from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split, deriv
 from sopdeploy.data.batches import Batch, balanced_batches, load_batches, shuffled_batches, with_wait_time
 from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.data.sources import open_data
-from sopdeploy.errors import DataError
+from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.prediction import evaluate
 from sopdeploy.models.gmsop import GMSOP
 from sopdeploy.training.callbacks import Callback
@@ -29,6 +29,9 @@ from sopdeploy.training.diagnostics import best_epoch, diagnose, spectrum_epochs
 from sopdeploy.training.distributed.batch_sharding import MicroBatch, check_divisible, shard_step
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.distributed.torchrun import check_same_step, create_strategy
+from sopdeploy.training.few_shot.config import FewShotResult
+from sopdeploy.training.few_shot.procedure import select_split
+from sopdeploy.training.few_shot.run import train_few_shot
 from sopdeploy.training.fine_tuning import LR_FACTOR, set_train_mode
 from sopdeploy.training.losses import Loss, training_loss
 from sopdeploy.training.optimizers import AdaHessian
@@ -47,7 +50,8 @@ class TrainingResult(StrictModel):
     """The files and metrics of a finished run.
 
     `skipped` lists the images that could not be read. `seconds` is the total time, over all resumptions. With
-    several classes per image, the mAP and macro F1 are set instead of the accuracies.
+    several classes per image, the mAP and macro F1 are set instead of the accuracies. `few_shot` is the
+    record of the few-shot procedure, if it applied.
     """
 
     out: Path
@@ -68,6 +72,7 @@ class TrainingResult(StrictModel):
     best_macro_f1: float | None = None
     last_map: float | None = None
     seconds: float
+    few_shot: FewShotResult | None = None
 
 
 def train(
@@ -92,9 +97,14 @@ def train(
     folder = RunFolder(out_dir, strategy)
     if resume == "auto":
         resume = folder.holds_run()
+    if recipe.few_shot is not None and strategy.world > 1:
+        raise ConfigError("few_shot: uses one process; start it without torchrun, or remove the table")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    run, data = start_or_resume(recipe, folder, strategy, callback, resume=resume)
+    run, data, few_shot = start_or_resume(recipe, folder, strategy, callback, resume=resume)
+    if few_shot:
+        train_few_shot(run, data, folder, callback)
+        return _summarize(run, folder, data)
     held_out = PreprocessedDataset(data.held_out, recipe.preprocess)
     with handle_signals(strategy) as signals:
         try:
@@ -120,15 +130,15 @@ def train(
 
 def start_or_resume(
     recipe: Recipe, folder: RunFolder, strategy: Strategy, callback: Callback, *, resume: bool
-) -> tuple[Run, Split]:
+) -> tuple[Run, Split, bool]:
     """Create the run, or rebuild it from its checkpoint, and open its data.
 
-    All checks run before the folder is changed.
+    Returns them and whether the few-shot procedure applies. All checks run before the folder is changed.
     """
     if not resume:
         folder.check_free()
     checkpoint = folder.read_last() if resume else None
-    data = open_data(recipe.data, callback.on_warning)
+    data, few_shot = select_split(recipe, open_data(recipe.data, callback.on_warning))
     check_divisible(recipe, len(data.train), strategy.world)
     if checkpoint is None:
         run = create_run(recipe, data.train, strategy)
@@ -145,7 +155,7 @@ def start_or_resume(
         train_count=len(data.train),
         held_out_count=len(data.held_out),
     )
-    return run, data
+    return run, data, few_shot
 
 
 def epoch_data(recipe: Recipe, images: LabeledImages, epoch: int) -> tuple[AugmentedDataset, list[list[int]]]:
@@ -335,5 +345,6 @@ def _summarize(run: Run, folder: RunFolder, data: Split) -> TrainingResult:
         epochs=run.position.epoch,
         best_epoch=best.epoch,
         seconds=run.position.seconds,
+        few_shot=run.few_shot,
         **metrics,
     )

@@ -19,6 +19,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import make_config
 from sopdeploy.training.ema import EmaConfig
+from sopdeploy.training.few_shot.config import FewShotConfig
 from sopdeploy.training.fine_tuning import StartConfig, TeacherConfig
 from sopdeploy.training.optimizers import OptimizerConfig
 from sopdeploy.training.schedule import Schedule
@@ -73,7 +74,7 @@ class Recipe(StrictModel):
     that many micro-batches. `batch_norm` computes statistics per process ("local"), over the whole
     micro-batch ("global"), or uses the running statistics ("frozen"). `sampler` "balanced" draws all
     classes equally often. `threads`: 0 keeps torch's default. `workers` is the maximum number of data
-    loading processes.
+    loading processes. `few_shot` replaces the training loop for few images.
     """
 
     summary: str
@@ -101,6 +102,7 @@ class Recipe(StrictModel):
     ema: EmaConfig | None = None
     start: StartConfig | None = None
     teacher: TeacherConfig | None = None
+    few_shot: FewShotConfig | None = None
     save: SaveConfig = SaveConfig()
 
     @pydantic.model_validator(mode="after")
@@ -109,6 +111,8 @@ class Recipe(StrictModel):
             raise ValueError("optimizer.kind adahessian: needs compile=false and precision fp32 or bf16")
         if 2 * self.accumulate > self.batch_size:
             raise ValueError("accumulate: each micro-batch needs two samples; increase batch_size")
+        if self.few_shot is not None and (self.ema is not None or self.teacher is not None):
+            raise ValueError("few_shot: fits a linear head; remove the tables ema and teacher")
         removal = self.model.remove_branches_at
         if removal is not None and removal >= self.epochs:
             raise ValueError(f"model.remove_branches_at: the run has only {self.epochs} epochs")

@@ -32,6 +32,7 @@ from sopdeploy.training.diagnostics import Diagnostics, EpochRow, Throughput
 from sopdeploy.training.distributed.batch_sharding import shard_layers
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
+from sopdeploy.training.few_shot.config import FewShotResult
 from sopdeploy.training.fine_tuning import load_start_weights, parameter_groups
 from sopdeploy.training.losses import Loss, Teacher
 from sopdeploy.training.precision import Precision, first_non_finite, named_tensors
@@ -80,7 +81,8 @@ class Position(StrictModel):
 class Run:
     """A run in progress; `network` is `model` or its compiled form.
 
-    `exported_weights` are those that a checkpoint exports: `raw` or `average`.
+    `exported_weights` are those that a checkpoint exports: `raw` or `average`. `few_shot` is the record of
+    the few-shot procedure and `out_of_fold` (images, classes) the logits on which its estimate is based.
     """
 
     recipe: Recipe
@@ -98,6 +100,8 @@ class Run:
     ema: ExponentialMovingAverage | None = None
     teacher: Teacher | None = None
     position: Position = field(default_factory=Position)
+    few_shot: FewShotResult | None = None
+    out_of_fold: Tensor | None = None
 
     def after_step(self, result: StepResult, count: int, seconds: float, waited: float) -> None:
         """Advance by a step of *count* samples and *seconds*, *waited* of them for data."""
@@ -147,6 +151,11 @@ class Run:
                 for buffer in filter(torch.is_floating_point, model.buffers()):
                     buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
 
+    def replace_model(self, model: Classifier, config: dict[str, Any]) -> None:
+        """Continue with *model*, whose complete config is *config*, and a new optimizer."""
+        self.model, self.network, self.optimizer = _place(self.recipe, model, self.strategy)
+        self.config = config
+
     def remove_branches_if_due(self) -> None:
         """Remove the branches in the epoch of `model.remove_branches_at`, an ablation.
 
@@ -190,6 +199,8 @@ class Run:
                 "weights": raw,
                 "average": average,
             }
+            if self.out_of_fold is not None:
+                resume["out_of_fold"] = self.out_of_fold
         state = {"weights": raw, "average": average, **(resume or {})}
         name = first_non_finite(named_tensors(state, ""))
         if name is not None:
@@ -227,6 +238,7 @@ class Run:
             "step": self.position.step,
             "weights": self.exported_weights,
             "figures": history[-1].figures.model_dump() if history else None,
+            **({} if self.few_shot is None else {"few_shot": self.few_shot.model_dump(mode="json")}),
             "versions": {
                 "sopdeploy": sopdeploy.__version__,
                 "torch": str(torch.__version__),
@@ -339,6 +351,9 @@ def resume_run(
         if run.ema is not None:
             run.ema.load_state_dict(state["average"])
         run.position = Position.model_validate(state["position"])
+        if "few_shot" in checkpoint.training:
+            run.few_shot = FewShotResult.model_validate(checkpoint.training["few_shot"])
+            run.out_of_fold = state.get("out_of_fold")
     except pydantic.ValidationError as error:
         raise CheckpointError(f"{source}: {first_problem(error)}; start a new run") from error
     except (KeyError, ValueError, TypeError, RuntimeError) as error:

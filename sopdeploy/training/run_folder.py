@@ -15,6 +15,7 @@ from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.files import PARTIAL, atomic_write
 from sopdeploy.training.diagnostics import best_epoch, history_csv
 from sopdeploy.training.distributed.strategy import Strategy
+from sopdeploy.training.few_shot.config import FEATURES_FILE
 from sopdeploy.training.recipe import SaveConfig
 from sopdeploy.training.run import Run
 
@@ -43,9 +44,7 @@ class RunFolder:
         """Raise `ConfigError` unless a new run can be written here."""
         if self.holds_run():
             raise ConfigError(f"{self.path}: holds a run; continue it with --resume or choose another --out")
-        if self.path.exists() and not (
-            self.path.is_dir() and all(file.name.endswith(PARTIAL) for file in self.path.iterdir())
-        ):
+        if self.path.exists() and not (self.path.is_dir() and all(map(_is_restartable, self.path.iterdir()))):
             raise ConfigError(f"{self.path}: exists and is not an empty folder; choose another --out")
         nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -102,6 +101,11 @@ class RunFolder:
                     partial.write_text(history_csv(at.history), encoding="utf-8")
             except OSError as error:
                 raise CheckpointError(f"{self.history}: cannot be written ({error.strerror})") from error
+
+
+def _is_restartable(file: Path) -> bool:
+    """Check whether *file* is one that a run leaves behind before its first checkpoint."""
+    return file.name.endswith(PARTIAL) or file.name == FEATURES_FILE
 
 
 def _link_or_copy(path: Path, name: Path) -> None:

@@ -197,4 +197,4 @@ def _open_split(store: FileStore, config: FolderConfig) -> Split:
         raise DataError(f"{single}: only one image; add another, one has to be held out")
     keys = [path.decode("utf-8", "surrogateescape") for path in images.paths.tolist()]
     held = np.asarray(hold_out(keys, images.targets.tolist(), config.hold_out, config.hold_out_seed))
-    return Split(train=images.select(~held), held_out=images.select(held))
+    return Split(train=images.select(~held), held_out=images.select(held), divided=True)
