@@ -24,7 +24,7 @@ class ProgressBars:
 
     def __init__(self, console: Console, *, verbose: bool = False) -> None:
         self.console, self.verbose = console, verbose
-        self.epochs = 0
+        self.epochs, self.stage = 0, ""
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(28),
@@ -54,6 +54,14 @@ class ProgressBars:
         """Print the warning."""
         self.console.print(Text.assemble(("warning:", "yellow"), " ", plain_text(warning)))
 
+    def on_stage(self, *, name: str, done: int, total: int) -> None:
+        """Advance the bar of a step of the few-shot procedure; print its name when it begins."""
+        if name != self.stage:
+            self.stage = name
+            self.console.print(name)
+        if self.task is not None:
+            self.progress.update(self.task, description="", completed=done, total=total, note="")
+
     def on_step_end(self, *, epoch: int, step: int, steps: int, loss: float) -> None:
         """Advance the bar."""
         self._update(epoch, step + 1, steps, f"loss {loss:.3f}")
@@ -64,6 +72,8 @@ class ProgressBars:
 
     def on_epoch_end(self, row: Any) -> None:
         """Print top-1 or mAP and loss on held-out images, training loss and time, within 80 columns."""
+        if self.stage:  # the few-shot procedure has no epochs; its result is printed at the end
+            return
         loss, name = row.losses.get("loss", 0.0), row.figures.score_name
         self.console.print(
             f"epoch {row.epoch:>3}/{self.epochs}  {name} [bold]{row.figures.score:7.2%}[/]  "

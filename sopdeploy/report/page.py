@@ -12,6 +12,7 @@ from sopdeploy.report.predictions import predictions_context
 from sopdeploy.report.run_data import RunData, read_run
 from sopdeploy.report.training import training_context
 from sopdeploy.training.diagnostics import best_epoch
+from sopdeploy.training.few_shot.config import FewShotResult
 from sopdeploy.training.recipe import flatten
 
 
@@ -56,6 +57,12 @@ def render_report(data: RunData) -> str:
         tiles["calibration error"] = f"{data.predictions.metrics.calibration.error:.4f}"
     values = [*flatten(recipe.model_dump(mode="json")), *flatten(recipe.model.full_config(), "network.")]
     record = data.record
+    few_shot = None
+    if "few_shot" in record:
+        few_shot = FewShotResult.model_validate(record["few_shot"])
+        tiles = {"top-1": percent(few_shot.top1.share, 1), "estimate": few_shot.estimated_on, **tiles}
+        for name in ("best epoch", "top-1, best", "top-1, last"):
+            del tiles[name]
     environment = {f"{name} version": version for name, version in record.get("versions", {}).items()}
     environment |= record.get("machine", {})
     environment["weights in best.pt"] = f"{record.get('weights', 'raw')}, of epoch {record.get('epoch')}"
@@ -64,6 +71,7 @@ def render_report(data: RunData) -> str:
         "run.html",
         recipe=recipe,
         labels=data.labels,
+        few_shot=few_shot,
         history=data.history,
         tiles=tiles,
         reason=data.reason,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
+from torch import Tensor
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import first_problem
@@ -21,6 +22,7 @@ from sopdeploy.evaluation.prediction import predict_images, score_images
 from sopdeploy.html.templates import percent
 from sopdeploy.images.preprocess import Preprocess, to_rgb
 from sopdeploy.training.diagnostics import EpochRow
+from sopdeploy.training.few_shot.procedure import select_split
 from sopdeploy.training.recipe import Recipe, validate_recipe
 from sopdeploy.training.run import Position
 
@@ -76,6 +78,8 @@ def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None])
     history = _read_history(stored, last)
     checkpoint = read_checkpoint(best)
     predictions, reason = None, ""
+    cross_validated = checkpoint.training.get("few_shot", {}).get("estimated_on") == "cross-validation"
+    out_of_fold = (stored.resume or {}).get("out_of_fold") if cross_validated and data is None else None
     try:
         images, name = _open_images(recipe, checkpoint, data)
     except (ConfigError, DataError) as error:
@@ -90,7 +94,11 @@ def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None])
             found = predict_images(model, thresholds, images, preprocess, **options)
             predictions = Predictions(metrics=found.report(), mistakes=(), images=name)
         else:
-            scores = score_images(model, checkpoint.labels, images, preprocess, **options)
+            if out_of_fold is not None and len(out_of_fold) == len(images):
+                scores = _scores_out_of_fold(out_of_fold, images)
+                name = "the training images, each predicted by a network that was fitted without it"
+            else:
+                scores = score_images(model, checkpoint.labels, images, preprocess, **options)
             mistakes = tuple(worst_mistakes(scores, images, preprocess))
             metrics = classification_report(images.labels, scores)
             predictions = Predictions(metrics=metrics, mistakes=mistakes, images=name)
@@ -122,10 +130,23 @@ def _open_images(recipe: Recipe, checkpoint: Checkpoint, data: Path | None) -> t
         return open_multi_label(data, checkpoint.labels), f"the images in {data.name}"
     if data is not None:
         return open_classes(data, tuple(sorted(checkpoint.labels))), f"the images in {data.name}"
-    held_out = open_data(recipe.data).held_out
+    split, few_shot = select_split(recipe, open_data(recipe.data))
+    held_out = split.held_out if len(split.held_out) else split.train
     if set(held_out.labels) != set(checkpoint.labels):
         raise DataError("the classes of the data have changed since the run started; give --data")
+    if few_shot:
+        return held_out, "the held-out images"
     return held_out, "the held-out images, which also selected the best epoch: expect less on new images"
+
+
+def _scores_out_of_fold(logits_NC: Tensor, images: LabeledImages) -> list[Score]:
+    """Score the training *images* by their logits out of fold, in the order of the labels."""
+    probabilities = logits_NC.double().softmax(dim=1)
+    order = probabilities.argsort(dim=1, descending=True, stable=True).tolist()
+    return [
+        Score.from_ranking(target, [(column, row[column]) for column in ranked])
+        for target, ranked, row in zip(images.targets.tolist(), order, probabilities.tolist(), strict=True)
+    ]
 
 
 def worst_mistakes(scores: Sequence[Score], images: LabeledImages, preprocess: Preprocess) -> list[Mistake]:

@@ -111,6 +111,11 @@ def train(
     if as_json:
         print_json(result.model_dump(mode="json"))
         return
+    if result.few_shot is not None:
+        for line in result.few_shot.lines():
+            out.print(plain_text(line))
+        out.print(plain_text(f"next: sopdeploy export {result.best} --detach"))
+        return
     name, best = ("mAP", result.best_map) if result.best_top1 is None else ("top-1", result.best_top1)
     out.print(
         f"best epoch {result.best_epoch} of {result.epochs}: {name} [bold]{best:.2%}[/] of "

@@ -103,3 +103,27 @@ class FewShotResult(StrictModel):
     heads: tuple[HeadResult, ...]
     fine_tuning: FineTuningResult
     seconds: dict[str, float]
+
+    def lines(self) -> tuple[str, ...]:
+        """Describe the result for people, the accuracy last."""
+        counts = ", ".join(f"{label} {count}" for label, count in self.class_counts.items())
+        counts += "; classes have equal weights" if self.balanced else ""
+        counts += f"; {self.duplicates} duplicates" if self.duplicates else ""
+        heads = "; ".join(
+            f"{head.pooling} {100 * head.top1:.1f} %, loss {head.loss:.3f}, l2 {head.l2:.1g}"
+            for head in self.heads
+        )
+        tuning, rate, change = self.fine_tuning, self.top1, ""
+        if tuning.top1_before is not None and tuning.top1_after is not None:
+            change = (
+                f" (top-1 {100 * tuning.top1_before:.1f} % before, {100 * tuning.top1_after:.1f} % after "
+                f"{tuning.epochs} epochs; loss {tuning.loss_before:.3f}, {tuning.loss_after:.3f})"
+            )
+        origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
+        return (
+            f"images: {counts}",
+            f"heads: {heads}",
+            f"fine-tuning: {'kept' if tuning.kept else 'not kept'}, {tuning.reason}{change}",
+            f"top-1 {100 * rate.share:.1f} % ({origin}, 95 % interval {100 * rate.low:.0f} to "
+            f"{100 * rate.high:.0f} %) of {rate.count} images, {sum(self.seconds.values()):.0f} s",
+        )

@@ -1,0 +1,307 @@
+"""The few-shot procedure: head, folds, cut networks, decision, and whole runs on painted images."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+
+from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.data.image_files import ImageFiles
+from sopdeploy.data.sources import open_data
+from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.evaluation.prediction import score_checkpoint
+from sopdeploy.models.registry import create_model
+from sopdeploy.report.page import write_report
+from sopdeploy.training.callbacks import Callback
+from sopdeploy.training.few_shot.config import FineTuningConfig
+from sopdeploy.training.few_shot.features import last_stage, record_input
+from sopdeploy.training.few_shot.head import HeadProblem, assign_folds, cross_validate
+from sopdeploy.training.few_shot.last_stage import (
+    LastStageTrainer,
+    StageData,
+    copy_tail,
+    cut_before_last_stage,
+)
+from sopdeploy.training.few_shot.procedure import select_split
+from sopdeploy.training.few_shot.tuning import decide
+from sopdeploy.training.fine_tuning import classifier_name
+from sopdeploy.training.loop import train
+from sopdeploy.training.recipe import read_recipe
+
+COLORS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
+SMALL = [
+    "model.name=dsop-resnet8",
+    "model.config={aux_widths=[8,8,8], iterations=2}",
+    "start.weights=none",
+    "preprocess.resize=16",
+    "preprocess.crop=16",
+    "few_shot.fine_tuning.epochs=2",
+]
+
+
+def paint(root: Path, each: int, seed: int = 0) -> Path:
+    """Write *each* noisy images of three colors below *root*, one folder per color."""
+    random = np.random.default_rng(seed)
+    for name, color in COLORS.items():
+        (root / name).mkdir(parents=True)
+        for number in range(each):
+            pixels = np.clip(random.normal(color, 40.0, (20, 24, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+def blobs(count: int = 40, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Draw features (count, 2, 24) of *classes* overlapping clusters, and their targets."""
+    random, targets = np.random.default_rng(0), np.arange(count) % classes
+    means = 0.7 * random.normal(size=(classes, 24))
+    return means[targets][:, None] + random.normal(size=(count, 2, 24)), targets
+
+
+def test_the_head_is_the_optimum_that_scikit_learn_finds_and_equals_its_linear_layer():
+    features, targets = blobs()
+    everything, l2 = np.arange(len(targets)), 0.01
+    problem = HeadProblem.create(features, np.eye(4)[targets], np.ones(len(targets)), "softmax")
+    parameters = problem.fit(everything, l2)
+    rows = problem.reduced.reshape(2 * len(targets), -1)
+    reference = LogisticRegression(C=1 / (l2 * len(rows)), tol=1e-10, max_iter=10_000)
+    reference.fit(rows, np.repeat(targets, 2))
+    assert np.allclose(parameters[:, :-1], reference.coef_, atol=2e-4)
+    head = problem.linear(parameters)
+    expected = problem.logits(parameters, everything)
+    assert np.allclose(features[:, 0] @ head.weight.T + head.bias, expected, atol=1e-10)
+
+
+def test_a_sigmoid_head_fits_each_class_on_its_own():
+    features, targets = blobs()
+    both = np.eye(4)[targets] + np.eye(4)[(targets + 1) % 4]
+    problem = HeadProblem.create(features, both, np.ones(len(targets)), "sigmoid")
+    parameters = problem.fit(np.arange(len(targets)), 0.01)
+    rows = problem.reduced.reshape(2 * len(targets), -1)
+    for one in range(4):
+        reference = LogisticRegression(C=1 / (0.01 * len(rows)), tol=1e-10, max_iter=10_000)
+        reference.fit(rows, np.repeat(both[:, one], 2))
+        assert np.allclose(parameters[one, :-1], reference.coef_[0], atol=2e-4)
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5])
+def test_labels_without_relation_to_the_images_are_estimated_at_chance(folds: int):
+    random = np.random.default_rng(1)
+    targets = np.arange(60) % 4
+    problem = HeadProblem.create(random.normal(size=(60, 2, 30)), np.eye(4)[targets], np.ones(60), "softmax")
+    assigned = assign_folds(targets.tolist(), [str(number) for number in range(60)], folds, 0)
+    estimate = cross_validate(problem, assigned)
+    assert len(estimate.l2_of_fold) == folds
+    assert (estimate.logits.argmax(axis=1) == targets).mean() < 0.45
+    assert problem.losses(estimate.logits, np.arange(60)).mean() > 0.9 * np.log(4)
+
+
+def test_folds_hold_equal_parts_of_every_class_and_keep_duplicates_together():
+    strata = [0] * 10 + [1] * 5
+    keys = [f"a{number}" for number in range(9)] + ["a8"] + [f"b{number}" for number in range(5)]
+    folds = assign_folds(strata, keys, 5, seed=3)
+    assert folds[8] == folds[9]
+    assert sorted(np.bincount(folds[10:], minlength=5)) == [1] * 5
+    assert max(np.bincount(folds[:10])) <= 3
+    assert (folds == assign_folds(strata, keys, 5, seed=3)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "separable"),
+    [
+        ("resnet8", {}, True),
+        ("dsop-resnet8", {"aux_widths": [8, 8, 8]}, True),
+        ("preact-resnet110", {"blocks": 2}, True),
+        ("isqrt-resnet8", {"pooling": {"kind": "isqrt", "width": 8}}, True),
+        ("timm:resnet10t", {}, True),
+        ("efficientnet-b0", {}, False),  # computes activations outside its modules
+    ],
+)
+def test_a_network_cut_before_its_last_stage_computes_the_same_features(name, config, separable):
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=3, **config).eval()
+    images = torch.randn(2, 3, 32, 32)
+    stage = model.get_submodule(last_stage(model))
+    with (
+        torch.no_grad(),
+        record_input(stage) as of_stage,
+        record_input(next(stage.children())) as of_block,
+        record_input(model.get_submodule(classifier_name(model))) as vector,
+    ):
+        expected = model(images)
+    stage_input = (of_stage or of_block)[0]
+    tail = cut_before_last_stage(model, stage_input, vector[0])
+    assert (tail is not None) == separable
+    if tail is not None:
+        with torch.no_grad():
+            assert torch.allclose(tail.eval()(stage_input), expected, atol=1e-4)
+
+
+def test_a_fine_tuned_last_stage_is_copied_to_the_network_and_nothing_else_changes():
+    torch.manual_seed(0)
+    model = create_model("resnet8", num_classes=3).eval()
+    images, targets = torch.randn(6, 3, 16, 16), torch.eye(3)[[0, 1, 2, 0, 1, 2]]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad(), record_input(model.layer3[0]) as stage, record_input(model.fc) as vector:
+        model(images)
+    tail = cut_before_last_stage(model, stage[0], vector[0])
+    inputs = torch.stack([stage[0], stage[0]], dim=1)
+    problem = HeadProblem.create(vector[0][:, None].numpy(), targets.double().numpy(), np.ones(6), "softmax")
+    head = problem.linear(problem.fit(np.arange(6), 0.1))
+    data = StageData(inputs, targets, torch.ones(6), "softmax")
+    trainer = LastStageTrainer(tail, head, data, np.arange(6), FineTuningConfig(lr=1e-3), seed=0)
+    losses = [trainer.train_epoch() for _ in range(10)]
+    assert losses[-1] < losses[0]
+    copy_tail(trainer.model, model)
+    with torch.no_grad():
+        assert np.allclose(trainer.logits(np.arange(6)), model(images), atol=1e-4)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all(name.startswith(("layer3", "fc")) for name in changed)
+    assert not any("running" in name for name in changed)
+
+
+def test_fine_tuning_is_kept_only_if_more_images_are_right_and_the_loss_is_smaller():
+    targets, folds = np.eye(2)[[0, 1] * 6], np.arange(12) % 3
+    problem = HeadProblem.create(
+        np.random.default_rng(0).normal(size=(12, 1, 2)), targets, np.ones(12), "softmax"
+    )
+    right = 2.0 * (2 * targets - 1)
+    one_wrong = np.concatenate([-right[:1], right[1:]])
+    cases = {
+        "more images are right and the loss is smaller": (one_wrong, 1.2 * right, True),
+        "not more images are right": (right, 1.2 * right, False),
+    }
+    for reason, (before, after, kept) in cases.items():
+        logits, result = decide(problem, folds, np.stack([before, after]))
+        assert (result.kept, result.reason, result.epochs) == (kept, reason, 1)
+        assert (logits == after).all()
+    assert decide(problem, folds, np.stack([right, one_wrong]))[1].epochs == 0
+
+
+def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_path: Path):
+    recipe = read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 6)}"])
+    stages: list[str] = []
+
+    class Stages(Callback):
+        def on_stage(self, *, name: str, done: int, total: int) -> None:
+            stages.append(name)
+            assert 0 <= done <= total
+
+    result = train(recipe, tmp_path / "run", callback=Stages())
+    found = result.few_shot
+    assert (result.train_count, result.held_out_count) == (18, 0)
+    assert found.estimated_on == "cross-validation"
+    assert found.class_counts == dict.fromkeys(COLORS, 6)
+    assert found.top1.count == 18
+    assert found.top1.low < found.top1.share <= 1
+    assert found.top1.share > 0.8
+    assert "interval" in found.lines()[-1]
+    assert list(dict.fromkeys(stages))[:3] == [
+        "features of the frozen backbone",
+        "cross-validation of the head",
+        "cross-validation of fine-tuning",
+    ]
+    assert {"best.pt", "last.pt", "history.csv", "features.pt"} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
+    assert read_checkpoint(result.best).training["few_shot"]["top1"]["count"] == 18
+    test = paint(tmp_path / "test", 5, seed=1)
+    _, scores = score_checkpoint(result.best, test, on_image=lambda _done, _total: None)
+    assert np.mean([score.correct for score in scores]) > 0.8
+    page = write_report(tmp_path / "run").read_text()
+    assert "fitted without it" in page
+    assert "cross-validated" in page
+    weights = result.best.read_bytes()
+    again = train(recipe, tmp_path / "run", resume=True)
+    assert again.few_shot == found
+    assert result.best.read_bytes() == weights
+
+
+def test_images_in_val_are_held_out_and_unequal_classes_are_balanced(tmp_path: Path):
+    paint(tmp_path / "photos" / "train", 6)
+    paint(tmp_path / "photos" / "val", 2, seed=1)
+    for number in range(3, 6):
+        (tmp_path / "photos" / "train" / "red" / f"{number}.png").unlink()
+    result = train(read_recipe("photos", [*SMALL, f"data.path={tmp_path / 'photos'}"]), tmp_path / "run")
+    found = result.few_shot
+    assert (result.train_count, result.held_out_count) == (15, 6)
+    assert found.estimated_on == "held-out"
+    assert found.top1.count == 6
+    assert found.balanced
+    assert found.class_counts["red"] == 3
+
+
+def test_the_pooling_with_the_smallest_cross_validated_loss_becomes_the_head(tmp_path: Path):
+    settings = [*SMALL, "model.name=resnet8", "model.config={}", "few_shot.fine_tuning.epochs=0"]
+    settings += [f"data.path={paint(tmp_path / 'photos', 6)}"]
+    heads = 'few_shot.heads=["gap", {kind="isqrt", width=8, iterations=2}]'
+    result = train(read_recipe("photos", [*settings, heads]), tmp_path / "run")
+    losses = {head.pooling: head.loss for head in result.few_shot.heads}
+    assert losses.keys() == {"gap", "isqrt"}
+    checkpoint = read_checkpoint(result.best)
+    assert checkpoint.config["pooling"]["kind"] == min(losses, key=losses.__getitem__)
+    build_classifier(checkpoint, result.best)
+
+
+def test_a_stopped_run_starts_again_from_its_stored_features(tmp_path: Path, monkeypatch):
+    recipe = read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 6)}"])
+    reference = train(recipe, tmp_path / "reference")
+
+    class Stop(Callback):
+        def on_stage(self, *, name: str, done: int, total: int) -> None:
+            if name == "cross-validation of the head":
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "run", callback=Stop())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["features.pt"]
+    monkeypatch.setattr("sopdeploy.training.few_shot.features._run", None)  # would fail if called
+    result = train(recipe, tmp_path / "run", resume="auto")
+    assert result.few_shot.top1 == reference.few_shot.top1
+    one, other = (read_checkpoint(path).weights for path in (result.best, reference.best))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_which_images_the_procedure_uses(tmp_path: Path):
+    recipe = read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 6)}"])
+    data = open_data(recipe.data)
+    joined, applies = select_split(recipe, data)
+    assert applies
+    assert isinstance(joined.train, ImageFiles)
+    assert len(joined.train) == 18
+    assert [path.name for path in map(joined.train.path, range(18))] == [f"{n}.png" for n in range(6)] * 3
+    for settings, held_out, expected in (
+        (["few_shot.min_held_out=3"], 3, True),
+        (["few_shot.max_images=10"], 3, False),
+    ):
+        other = read_recipe("photos", [*SMALL, *settings, f"data.path={tmp_path / 'photos'}"])
+        chosen, applies = select_split(other, data)
+        assert (len(chosen.held_out), applies) == (held_out, expected)
+    assert select_split(recipe.model_copy(update={"few_shot": None}), data) == (data, False)
+    assert select_split(recipe, replace(data, divided=False))[0].held_out is data.held_out
+
+
+def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"few_shot: .* remove the tables ema and teacher"):
+        read_recipe("photos", ["ema={decay=0.9}"])
+    data = paint(tmp_path / "photos", 2)
+    recipe = read_recipe(
+        "photos",
+        [
+            *SMALL,
+            f"data.path={data}",
+            'few_shot.heads=["gap"]',
+            "model.name=timm:resnet10t",
+            "model.config={}",
+        ],
+    )
+    with pytest.raises(ConfigError, match=r"few_shot\.heads: .* leave heads empty"):
+        train(recipe, tmp_path / "run")
+    for path in data.glob("*/*.png"):
+        path.write_bytes((data / "red" / "0.png").read_bytes())
+    with pytest.raises(DataError, match="same pixels"):
+        train(read_recipe("photos", [*SMALL, f"data.path={data}"]), tmp_path / "run")
