@@ -100,10 +100,10 @@ def compute_features(
         with torch.no_grad():
             found, stage_input = _run(models, normalize(part.to(device).flatten(end_dim=1)))
         for collected, vector in zip(vectors, found, strict=True):
-            collected.append(vector.float().cpu().unflatten(0, (-1, VIEWS)))
+            collected.append(_by_image(vector))
         keep = keep and stage_input.nbytes * len(images) * VIEWS <= max_gib * GIB * len(stage_input)
         if keep:
-            inputs.append(stage_input.float().cpu().unflatten(0, (-1, VIEWS)))
+            inputs.append(_by_image(stage_input))
         done += len(part)
         on_image(done, len(images))
     joined, tails = tuple(torch.cat(collected) for collected in vectors), torch.cat(inputs) if keep else None
@@ -124,6 +124,11 @@ def _run(models: Sequence[Classifier], images: Tensor) -> tuple[list[Tensor], Te
             model.classify(maps.clone())
         vectors.append(classifier[0])
     return vectors, (of_stage or of_block)[0]
+
+
+def _by_image(values: Tensor) -> Tensor:
+    """Convert *values* (B * 2, ...) of both views to (B, 2, ...) float32 on the CPU."""
+    return values.float().cpu().reshape(-1, VIEWS, *values.shape[1:])
 
 
 @contextmanager

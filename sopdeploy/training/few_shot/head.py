@@ -106,7 +106,8 @@ class HeadProblem:
 
     def logits(self, parameters: Array, images: NDArray[np.intp]) -> Array:
         """Compute the logits (N, C) of the first view of *images*."""
-        return self.reduced[images, 0] @ parameters[:, :-1].T + parameters[:, -1]
+        logits_NC: Array = self.reduced[images, 0] @ parameters[:, :-1].T + parameters[:, -1]
+        return logits_NC
 
     def losses(self, logits: Array, images: NDArray[np.intp]) -> Array:
         """Compute the weighted losses (..., N) of *logits* (..., N, C) of *images*."""

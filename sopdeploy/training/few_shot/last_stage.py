@@ -5,7 +5,6 @@ the features more than training does.
 """
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,8 +33,8 @@ def cut_before_last_stage(model: Classifier, stage_input: Tensor, vector: Tensor
     than its modules do.
     """
     tail, stage = copy.deepcopy(model), last_stage(model)
-    parent, path = tail, stage.split(".")
-    for name in path:
+    parent: nn.Module = tail
+    for name in stage.split("."):
         for child in list(parent._modules):
             if child == name:
                 break
@@ -133,7 +132,7 @@ class LastStageTrainer:
     @torch.no_grad()
     def logits(self, images: NDArray[np.intp]) -> NDArray[np.float64]:
         """Compute the logits (N, C) float64 of the first view of *images*."""
-        parts: Sequence[Tensor] = self.data.inputs[torch.from_numpy(images), 0].split(EVAL_BATCH)
+        parts = torch.split(self.data.inputs[torch.from_numpy(images), 0], EVAL_BATCH)
         found = [self.model(part.to(self.device)).double().cpu() for part in parts]
         return torch.cat(found).numpy() if found else np.zeros((0, self.data.targets.shape[1]))
 

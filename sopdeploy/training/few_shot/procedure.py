@@ -177,7 +177,7 @@ def candidate_networks(recipe: Recipe, model: Classifier, config: FewShotConfig)
     """
     if not config.heads:
         return {str(getattr(getattr(model.config, "pooling", None), "kind", "own")): model}
-    networks = {}
+    networks: dict[str, Classifier] = {}
     for pooling in config.heads:
         values = {**recipe.model.config, "pooling": pooling.model_dump()}
         try:
@@ -194,5 +194,5 @@ def candidate_networks(recipe: Recipe, model: Classifier, config: FewShotConfig)
             and not is_in(name, "pooling", classifier_name(model))
         }
         network.load_state_dict({**own, **same})
-        networks[pooling.kind] = network.to(next(model.parameters()).device)  # type: ignore[attr-defined]
+        networks[pooling.kind] = network.to(next(model.parameters()).device)
     return networks

@@ -11,6 +11,7 @@ import torch
 
 from sopdeploy.data.base import PreprocessedDataset, Split
 from sopdeploy.data.image_files import unreadable_images_error
+from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.metrics import Rate
@@ -27,13 +28,33 @@ from sopdeploy.training.signals import StopRequested, TrainingStoppedError, hand
 def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -> None:
     """Run the procedure on the training images of *data* and write `best.pt`, `last.pt` and the history.
 
-    A finished run is left as it is. With held-out images they give the accuracy and the decision, otherwise
-    cross-validation does. Raises `TrainingStoppedError` after Ctrl-C or SIGTERM, `DataError` for images that
-    cannot be used.
+    A finished run is not trained again. The decision in `best.pt` is fitted to the predictions out of fold.
+    Held-out images, if there are any, give the accuracy, and nothing else depends on them. Raises
+    `TrainingStoppedError` after Ctrl-C or SIGTERM, `DataError` for images that cannot be used.
     """
-    if run.position.history:
-        return
-    since = time.monotonic()
+    if not run.position.history:
+        since = time.monotonic()
+        outcome, figures = _fit(run, data, folder, callback)
+        run.few_shot, run.out_of_fold = outcome.result, torch.from_numpy(outcome.logits)
+        if len(data.held_out):
+            rate = Rate.of(round(figures.top1 * figures.count), figures.count)
+            run.few_shot = outcome.result.model_copy(update={"top1": rate, "estimated_on": "held-out"})
+        seconds = time.monotonic() - since
+        losses, lr = {"loss": outcome.loss}, run.optimizer.param_groups[0]["lr"]
+        row = EpochRow(epoch=1, lr=lr, losses=losses, figures=figures, seconds=seconds)
+        run.position = Position(epoch=1, seconds=seconds, history=(row,))
+        folder.save_last(run)
+        folder.save_derived_files(run)
+        callback.on_epoch_end(row)
+    if run.out_of_fold is not None:
+        logits, targets = run.out_of_fold.double().numpy(), data.train.targets
+        decision = fit_decision(logits, targets, estimated_on="cross-validation")
+        if decision != Decision():
+            run.strategy.save(folder.best, replace(run.checkpoint(resumable=False), decision=decision))
+
+
+def _fit(run: Run, data: Split, folder: RunFolder, callback: Callback) -> tuple[Outcome, EvalMetrics]:
+    """Run the procedure, put its network into *run* and evaluate it."""
     with handle_signals(run.strategy) as signals:
 
         def on_part(name: str, done: int, total: int) -> None:
@@ -43,7 +64,7 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
         try:
             outcome = fit_few_shot(run.recipe, run.model, data.train, folder.path, on_part)
             run.replace_model(outcome.model, outcome.config)
-            figures = _figures(run, data, outcome)
+            return outcome, _figures(run, data, outcome)
         except StopRequested:
             raise TrainingStoppedError(
                 f"stopped before the first checkpoint; start the same command again, it reads the features "
@@ -52,29 +73,6 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
             ) from None
         except DataError as error:
             raise unreadable_images_error(error, data.train, data.held_out) from None
-    run.few_shot = outcome.result
-    if len(data.held_out):
-        rate = Rate.of(round(figures.top1 * figures.count), figures.count)
-        run.few_shot = outcome.result.model_copy(update={"top1": rate, "estimated_on": "held-out"})
-    run.out_of_fold = torch.from_numpy(outcome.logits)
-    seconds = time.monotonic() - since
-    rate_used = run.recipe.few_shot.fine_tuning.lr if run.recipe.few_shot is not None else 0.0
-    row = EpochRow(
-        epoch=1,
-        lr=rate_used if outcome.result.fine_tuning.kept else 0.0,
-        losses={"loss": outcome.loss},
-        figures=figures,
-        seconds=seconds,
-    )
-    run.position = Position(epoch=1, seconds=seconds, history=(row,))
-    folder.save_last(run)
-    folder.save_derived_files(run)
-    callback.on_epoch_end(row)
-    if not len(data.held_out) and outcome.logits.ndim == 2:
-        decision = fit_decision(
-            outcome.logits, outcome.targets.argmax(axis=1), estimated_on="cross-validation"
-        )
-        run.strategy.save(folder.best, replace(run.checkpoint(resumable=False), decision=decision))
 
 
 def _figures(run: Run, data: Split, outcome: Outcome) -> EvalMetrics:

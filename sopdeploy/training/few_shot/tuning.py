@@ -76,7 +76,8 @@ def correct(logits_NC: Array, targets_NC: Array, activation: Activation) -> Arra
     if activation == "sigmoid":
         fractions: Array = ((logits_NC > 0) == (targets_NC > 0.5)).mean(axis=1)
         return fractions
-    return (logits_NC.argmax(axis=1) == targets_NC.argmax(axis=1)).astype(np.float64)
+    right: Array = (logits_NC.argmax(axis=1) == targets_NC.argmax(axis=1)).astype(np.float64)
+    return right
 
 
 def make_folds(features: Features, targets: Targets, folds: int, seed: int) -> NDArray[np.intp]:

@@ -183,7 +183,7 @@ def test_fine_tuning_is_kept_only_if_more_images_are_right_and_the_loss_is_small
 
 
 def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_path: Path):
-    recipe = read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 6)}"])
+    recipe = read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 17)}"])
     stages: list[str] = []
 
     class Stages(Callback):
@@ -193,10 +193,10 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
 
     result = train(recipe, tmp_path / "run", callback=Stages())
     found = result.few_shot
-    assert (result.train_count, result.held_out_count) == (18, 0)
+    assert (result.train_count, result.held_out_count) == (51, 0)
     assert found.estimated_on == "cross-validation"
-    assert found.class_counts == dict.fromkeys(COLORS, 6)
-    assert found.top1.count == 18
+    assert found.class_counts == dict.fromkeys(COLORS, 17)
+    assert found.top1.count == 51
     assert found.top1.low < found.top1.share <= 1
     assert found.top1.share > 0.8
     assert "interval" in found.lines()[-1]
@@ -208,17 +208,20 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     assert {"best.pt", "last.pt", "history.csv", "features.pt"} <= {
         path.name for path in (tmp_path / "run").iterdir()
     }
-    assert read_checkpoint(result.best).training["few_shot"]["top1"]["count"] == 18
+    assert read_checkpoint(result.best).training["few_shot"]["top1"]["count"] == 51
     test = paint(tmp_path / "test", 5, seed=1)
     _, scores = score_checkpoint(result.best, test, on_image=lambda _done, _total: None)
     assert np.mean([score.correct for score in scores]) > 0.8
     page = write_report(tmp_path / "run").read_text()
     assert "fitted without it" in page
     assert "cross-validated" in page
-    weights = result.best.read_bytes()
+    before = read_checkpoint(result.best)
+    assert before.decision is not None
     again = train(recipe, tmp_path / "run", resume=True)
     assert again.few_shot == found
-    assert result.best.read_bytes() == weights
+    after = read_checkpoint(result.best)
+    assert (after.training, after.decision) == (before.training, before.decision)
+    assert all(torch.equal(after.weights[name], before.weights[name]) for name in before.weights)
 
 
 def test_images_in_val_are_held_out_and_unequal_classes_are_balanced(tmp_path: Path):
