@@ -42,7 +42,7 @@ SMALL: dict[str, list[str]] = {
         "augment.sides=[36,48]",
     ],
     "imagenet64-gmsop-resnet18": [f"model.config={{{GATED}}}", *AT_16],
-    "photos": [*DSOP, *AT_16, "start.weights=none"],
+    "photos": [*DSOP, *AT_16, "start.weights=none", "few_shot.max_images=1"],
     "photos-dsop": [*DSOP, *AT_16],
     "places365-gmsop-resnet18": [f"model.config={{{GATED}}}", *AT_16, "augment.sides=[20,20]"],
 }
