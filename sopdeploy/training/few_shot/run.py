@@ -7,6 +7,7 @@ starts again and finds the features in the folder.
 import time
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from sopdeploy.data.base import PreprocessedDataset, Split
@@ -15,7 +16,7 @@ from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.evaluation.prediction import EvalMetrics, evaluate
+from sopdeploy.evaluation.prediction import EvalMetrics, HeldOutMetrics, evaluate
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.few_shot.config import FEATURES_FILE
@@ -37,7 +38,7 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
         outcome, figures = _fit(run, data, folder, callback)
         run.few_shot, run.out_of_fold = outcome.result, torch.from_numpy(outcome.logits)
         if len(data.held_out):
-            rate = Rate.of(round(figures.top1 * figures.count), figures.count)
+            rate = Rate.of(round(figures.score * figures.count), figures.count)
             run.few_shot = outcome.result.model_copy(update={"top1": rate, "estimated_on": "held-out"})
         seconds = time.monotonic() - since
         losses, lr = {"loss": outcome.loss}, run.optimizer.param_groups[0]["lr"]
@@ -47,13 +48,13 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
         folder.save_derived_files(run)
         callback.on_epoch_end(row)
     if run.out_of_fold is not None:
-        logits, targets = run.out_of_fold.double().numpy(), data.train.targets
+        logits, targets = run.out_of_fold.double().numpy(), data.train.targets.astype(np.int64)
         decision = fit_decision(logits, targets, estimated_on="cross-validation")
         if decision != Decision():
             run.strategy.save(folder.best, replace(run.checkpoint(resumable=False), decision=decision))
 
 
-def _fit(run: Run, data: Split, folder: RunFolder, callback: Callback) -> tuple[Outcome, EvalMetrics]:
+def _fit(run: Run, data: Split, folder: RunFolder, callback: Callback) -> tuple[Outcome, HeldOutMetrics]:
     """Run the procedure, put its network into *run* and evaluate it."""
     with handle_signals(run.strategy) as signals:
 
@@ -75,7 +76,7 @@ def _fit(run: Run, data: Split, folder: RunFolder, callback: Callback) -> tuple[
             raise unreadable_images_error(error, data.train, data.held_out) from None
 
 
-def _figures(run: Run, data: Split, outcome: Outcome) -> EvalMetrics:
+def _figures(run: Run, data: Split, outcome: Outcome) -> HeldOutMetrics:
     """Evaluate the network on the held-out images, or summarize the logits out of fold."""
     if len(data.held_out):
         return evaluate(
