@@ -94,7 +94,7 @@ def answered(port: int) -> float:
 def serve(port: int) -> None:
     """Serve constant outputs without decoding images."""
     model = fake_model(0, 0, 8)
-    image = Decoded(np.zeros((224, 224, 3), dtype=np.uint8), ())
+    image = Decoded(np.zeros((224, 224, 3), dtype=np.uint8), (), (224, 224))
     logits = np.random.default_rng(0).normal(size=(8, CLASSES)).astype(np.float32)
 
     class Constant:

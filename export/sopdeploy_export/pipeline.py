@@ -22,6 +22,8 @@ from torch import nn
 import sopdeploy
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle import folder as bundle
+from sopdeploy.bundle.class_maps import FILE as CLASS_MAPS
+from sopdeploy.bundle.class_maps import write_class_maps
 from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
@@ -30,6 +32,7 @@ from sopdeploy.errors import DetachError, LoweringError
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import INPUT, Deployed, operator_counts, probe_images, write
 from sopdeploy_export.parity import torch_program
+from sopdeploy_export.parity.class_maps import add_features_output, check_class_maps, class_map_layer
 from sopdeploy_export.parity.compare import (
     Reference,
     add_spectral_records,
@@ -77,6 +80,7 @@ class ExportOptions(StrictModel):
         autotune: Choose between equivalent forms by timing them.
         measure_speed: Time the bundle against the plain backbone.
         pt2: Also write the certified program as `network.pt2`.
+        with_cam: Add the last feature map as an output and its linear layer, for class activation maps.
     """
 
     detach: bool = False
@@ -88,6 +92,7 @@ class ExportOptions(StrictModel):
     autotune: bool = False
     measure_speed: bool = False
     pt2: bool = False
+    with_cam: bool = False
 
 
 def export(
@@ -106,6 +111,8 @@ def export(
     checkpoint = read_checkpoint(checkpoint_path)
     trained = build_classifier(checkpoint, checkpoint_path)
     check_exportable(trained)
+    if options.with_cam:
+        add_features_output(trained)
     images = probe_images(checkpoint.preprocess, options.probes)
     job = _Job(checkpoint, images, options, step)
 
@@ -162,6 +169,10 @@ def _check_file(
     expected, parity = compare_with_network(
         file, certified.network, converted, job.checkpoint, images, options
     )
+    if options.with_cam:
+        layer = class_map_layer(certified.network)
+        parity = check_class_maps(file, layer, images[parity.compared_images], parity)
+        write_class_maps(folder / CLASS_MAPS, layer)
     if options.precision.evaluate is not None or converted.calibration is not None:
         gate, allow = (converted, file, job.checkpoint, batch, options.precision), options.allow_drift
         precision = check_accuracy(*gate, allow_drift=allow)

@@ -31,6 +31,7 @@ def export(
     autotune: bool = False,
     measure_speed: bool = False,
     pt2: bool = False,
+    with_cam: bool = False,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Convert a checkpoint to a bundle: detach, prove equivalence, export, compare.
@@ -56,6 +57,7 @@ def export(
         autotune: Choose between equivalent forms by timing, not by heuristic.
         measure_speed: Time the graph against the plain backbone.
         pt2: Also store the certified torch.export program in the bundle.
+        with_cam: Add class activation maps; the network must end in average pooling and a linear layer.
         on_step: Called with a description of each step as it begins.
 
     Returns:
@@ -95,5 +97,6 @@ def export(
         precision=precision_options,
         measure_speed=measure_speed,
         pt2=pt2,
+        with_cam=with_cam,
     )
     return run(Path(checkpoint), Path(out), options, on_step)

@@ -7,6 +7,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sopdeploy.config import StrictModel
+from sopdeploy.layers.pooling.base import GlobalAverage
+
+FEATURES = "features"  # the output with the last feature map, for class activation maps
 
 
 class Backbone(nn.Module, ABC):
@@ -16,13 +19,14 @@ class Backbone(nn.Module, ABC):
         tap_channels: Maps the name of every place where a branch may start (`layer2.0` is the output of the
             first block of the second stage) to its number of channels, in the order of computation.
         outputs: Names of the tensors that `outputs_tuple` returns and that are exported, class logits first.
+            An instance may add `FEATURES`, the last feature map, if it has an `averaged_classifier`.
         stem_parts: Names of the parts that run before the stages.
         stage_names: Names of the stages, modules of blocks.
         classifier_parts: Names of the parts that compute the logits of the last feature map.
     """
 
     tap_channels: dict[str, int]
-    outputs: ClassVar[tuple[str, ...]] = ("logits",)
+    outputs: tuple[str, ...] = ("logits",)
     stem_parts: ClassVar[tuple[str, ...]] = ("conv1", "bn1", "relu")
     stage_names: ClassVar[tuple[str, ...]] = ("layer1", "layer2", "layer3")
     classifier_parts: tuple[str, ...] = ("pooling", "fc")
@@ -63,7 +67,20 @@ class Backbone(nn.Module, ABC):
 
     def outputs_tuple(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the exported outputs in eval mode, one tensor per name in `outputs`."""
-        return (self(images),)
+        if FEATURES not in self.outputs:
+            return (self(images),)
+        features, _ = self.features(images)
+        return self.classify(features), features
+
+    def averaged_classifier(self) -> nn.Linear | None:
+        """Find the linear layer that computes the logits of the mean of the last feature map, if any.
+
+        `features` then returns that map (B, C, h, w), and dropout is the only other part in between.
+        """
+        pooling, *others, last = (getattr(self, part, None) for part in self.classifier_parts)
+        only_dropout = all(isinstance(part, nn.Dropout | nn.Identity) for part in others)
+        exact = type(pooling) is GlobalAverage and isinstance(last, nn.Linear) and only_dropout
+        return last if exact and isinstance(last, nn.Linear) else None
 
     def add_stage(self, name: str, in_channels: int, out_channels: int, blocks: int, stride: int) -> None:
         """Add a stage of blocks, each of which can be tapped; only the first has *stride*."""

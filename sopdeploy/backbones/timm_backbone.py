@@ -141,3 +141,11 @@ class TimmBackbone(Backbone):
         """Compute logits by timm's `forward_head`."""
         logits: Tensor = self.outside[0].forward_head(features)
         return logits
+
+    def averaged_classifier(self) -> nn.Linear | None:
+        """Find the linear layer of a network whose head is `global_pool` "avg" and one layer of its width."""
+        network = self.outside[0]
+        pooling, last = getattr(network, "global_pool", None), network.get_classifier()
+        averages = getattr(pooling, "pool_type", "") == "avg"
+        exact = averages and network.num_features == network.head_hidden_size
+        return last if exact and isinstance(last, nn.Linear) else None

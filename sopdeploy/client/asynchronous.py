@@ -52,6 +52,7 @@ class AsyncClient:
         model: str | None = ...,
         gates: bool = ...,
         threshold: float | None = ...,
+        explain: bool | str = ...,
         timeout: float | None = ...,
     ) -> list[Classification]: ...
     @overload
@@ -63,6 +64,7 @@ class AsyncClient:
         model: str | None = ...,
         gates: bool = ...,
         threshold: float | None = ...,
+        explain: bool | str = ...,
         timeout: float | None = ...,
     ) -> Classification: ...
     async def classify(
@@ -73,6 +75,7 @@ class AsyncClient:
         model: str | None = None,
         gates: bool = False,
         threshold: float | None = None,
+        explain: bool | str = False,
         timeout: float | None = None,
     ) -> Classification | list[Classification]:
         """Classify *image* like `Client.classify`; files are read and arrays encoded in a thread.
@@ -81,7 +84,7 @@ class AsyncClient:
             result = await client.classify("photo.jpg", timeout=2.0)
         """
         budget = self._options.budget(timeout)
-        return await self._run(requests.classify(image, top_k, model, gates, threshold, budget))
+        return await self._run(requests.classify(image, top_k, model, gates, threshold, explain, budget))
 
     async def info(self, *, timeout: float | None = None) -> ServerInfo:
         """Request the server version and its models.

@@ -107,6 +107,7 @@ def classify(
     model: str | None,
     gates: bool,
     threshold: float | None,
+    explain: bool | str,
     budget: RetryBudget,
 ) -> Flow[Classification | list[Classification]]:
     """Classify one image, or a list of images in one request."""
@@ -123,12 +124,17 @@ def classify(
         "gates": "true" if gates else None,
         "threshold": threshold,
     }
+    options["explain_label" if isinstance(explain, str) else "explain"] = explain or None
     send = Send(
         method="POST",
         path="/v1/classify",
         seconds=budget.seconds,
         headers={} if several else {"Content-Type": CONTENT_TYPE},
-        params={name: str(value) for name, value in options.items() if value is not None},
+        params={
+            name: str(value).lower() if value is True else str(value)
+            for name, value in options.items()
+            if value is not None
+        },
         body=None if several else bodies[0],
         form=bodies if several else (),
     )

@@ -33,6 +33,20 @@ class Expert(Response):
     weight: float
 
 
+class ClassMap(Response):
+    """What each position of the image adds to the logit of the class `label`.
+
+    `values` (h rows of w) are in units of logits; their mean plus `bias` is the logit. They divide `box`, the
+    (left, top, right, bottom) of the upright image of `image_size` that the network sees, into equal cells.
+    """
+
+    label: str
+    values: tuple[tuple[float, ...], ...]
+    bias: float
+    box: tuple[float, float, float, float]
+    image_size: tuple[int, int]
+
+
 class Problem(Response):
     """Why an image was not classified: stable `code`, HTTP `status`, readable `detail`."""
 
@@ -48,6 +62,7 @@ class Classification(Response):
         classes: most probable classes, best first; empty if `error` is set. Of a multi-label network, the
             classes whose probability reaches their threshold.
         gates: selected experts of a gated network, best first, if requested.
+        class_map: class activation map of the explained class, if requested.
         warnings: codes of changes made while decoding.
         error: set if this image of a list could not be classified.
         model_digest: id of the bundle that computed the result.
@@ -56,6 +71,7 @@ class Classification(Response):
 
     classes: tuple[ClassProbability, ...] = ()
     gates: tuple[Expert, ...] | None = None
+    class_map: ClassMap | None = None
     warnings: tuple[str, ...] = ()
     error: Problem | None = None
     model_digest: str = ""

@@ -48,6 +48,7 @@ class Client:
         model: str | None = ...,
         gates: bool = ...,
         threshold: float | None = ...,
+        explain: bool | str = ...,
         timeout: float | None = ...,
     ) -> list[Classification]: ...
     @overload
@@ -59,6 +60,7 @@ class Client:
         model: str | None = ...,
         gates: bool = ...,
         threshold: float | None = ...,
+        explain: bool | str = ...,
         timeout: float | None = ...,
     ) -> Classification: ...
     def classify(
@@ -69,13 +71,15 @@ class Client:
         model: str | None = None,
         gates: bool = False,
         threshold: float | None = None,
+        explain: bool | str = False,
         timeout: float | None = None,
     ) -> Classification | list[Classification]:
         """Classify *image*: a path, bytes, a PIL image, a uint8 array (H, W, 3) or (H, W), or a list of them.
 
         A list is sent as one request; an image of the list that cannot be classified has `error` set. *gates*
         requests the experts that a gated network selects; *threshold* lists the classes of at least this
-        probability instead of those above the thresholds of a multi-label network. Raises `ServiceError` if
+        probability instead of those above the thresholds of a multi-label network; *explain* adds
+        the class activation map of the best class, or of the class that it names. Raises `ServiceError` if
         the server rejects the request, `OverloadedError` if it is overloaded, `UnreachableError` without a
         response in time, and `DataError` or `ConfigError` for an image that cannot be sent.
 
@@ -85,7 +89,7 @@ class Client:
                 print(result.error.detail if result.error else result.classes[0].label)
         """
         budget = self._options.budget(timeout)
-        return self._run(requests.classify(image, top_k, model, gates, threshold, budget))
+        return self._run(requests.classify(image, top_k, model, gates, threshold, explain, budget))
 
     def info(self, *, timeout: float | None = None) -> ServerInfo:
         """Request the server version and its models.

@@ -23,11 +23,9 @@ from sopdeploy.data.base import ImagesDataset, LabeledImages, Target, derive_see
 from sopdeploy.data.image_files import ImageFiles, load_pixels
 from sopdeploy.images.preprocess import (
     RESAMPLING,
-    SIDEWAYS,
     Box,
     Preprocess,
     Side,
-    exif_orientation,
     resize_box,
     to_rgb,
 )
@@ -216,8 +214,7 @@ def _crop_box(
     if augmentation.draft and isinstance(images, ImageFiles):
         source, target = images.open(index), images.target(index)
         width, height = source.size
-        sideways = rules.exif_orientation and exif_orientation(source) in SIDEWAYS
-        size = (height, width) if sideways else (width, height)
+        size = rules.upright_size(source)
         left, top, right, bottom = draw_box(augmentation, size, rules, random)
         factor = max(1, int(min(right - left, bottom - top) / rules.crop))
         source.draft(None, (width // factor, height // factor))

@@ -71,6 +71,11 @@ class Preprocess(StrictModel):
         fit = {"crop": center_crop, "pad": pad_to_square, "squash": squash}[self.fit]
         return fit(to_rgb(image, self), self)
 
+    def upright_size(self, image: Image.Image) -> tuple[int, int]:
+        """Compute (width, height) of *image* after its EXIF rotation; reads no pixels."""
+        sideways = self.exif_orientation and exif_orientation(image) in SIDEWAYS
+        return (image.height, image.width) if sideways else (image.width, image.height)
+
     def resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Compute (width, height) that an image of *size* is resized to before it is cropped or padded."""
         if self.fit == "squash":

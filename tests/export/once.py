@@ -80,7 +80,14 @@ def certify(
     **options: Any,
 ) -> Proof:
     """Prove as `certificate.certify` does, once for each set of arguments."""
-    arguments = (apart, trained.config, preprocess, sorted(options.items()), probes.numpy().tobytes())
+    arguments = (
+        apart,
+        trained.config,
+        trained.outputs,
+        preprocess,
+        sorted(options.items()),
+        probes.numpy().tobytes(),
+    )
     key = digest(repr(arguments), trained, lean)
     if key not in PROOFS:
         PROOFS[key] = certificate.certify(trained, lean, preprocess, probes, **options)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from sopdeploy.bundle.class_maps import read_class_maps
 from sopdeploy.bundle.folder import Bundle, open_bundle, publish, seal, staging
 from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_file_root
@@ -224,7 +225,10 @@ def running(
 
     *options* go to `create_app`.
     """
-    inference = LoadedModel(bundle=bundle, runtime=runtime, replays={}, fast_decode=fast_decode)
+    maps = read_class_maps(bundle.path, bundle.manifest)
+    inference = LoadedModel(
+        bundle=bundle, runtime=runtime, replays={}, fast_decode=fast_decode, class_maps=maps
+    )
     app = create_app(dict.fromkeys(names, inference), settings, shelf, **options)
     server = uvicorn.Server(http_config(app, settings))
     with bind("127.0.0.1", 0) as listener:

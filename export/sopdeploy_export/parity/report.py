@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import pydantic
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -147,12 +148,19 @@ class SpectralRecord(StrictModel):
     allowed: float
 
 
+class ClassMapParity(StrictModel):
+    """The maximum difference between logits and the mean of their class activation maps plus bias."""
+
+    deviation: float
+    tolerance: float
+
+
 class ParityReport(StrictModel):
     """The comparison of the exported file with its network.
 
     `spread` is the largest range of a logit over the images, in a reduced precision. `emulation` describes
     how the runtime computed operators without kernels; None if it ran the file unchanged. `broken` names the
-    first violated invariant of `spectral`.
+    first violated invariant of `spectral`. `class_maps` is written only for a file with their features.
     """
 
     precision: Precision = "fp32"
@@ -168,11 +176,17 @@ class ParityReport(StrictModel):
     parts: tuple[PartDrift, ...] = ()
     spectral: tuple[SpectralRecord, ...] = ()
     broken: str | None = None
+    class_maps: ClassMapParity | None = None
     first_over_floor: str | None = None
     operators: dict[str, int]
     file_bytes: int
     passed: bool
     drift_allowed: bool
+
+    @pydantic.model_serializer(mode="wrap")
+    def _omit_class_maps(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {key: value for key, value in fields.items() if value is not None or key != "class_maps"}
 
     @property
     def vacuous(self) -> bool:

@@ -168,6 +168,7 @@ def build_plain_network(trained: Classifier, lean: nn.Module) -> Backbone:
     `CertificateError` if one differs, or if the tensors of the two do not correspond one to one.
     """
     plain = trained.inference_model()
+    plain.outputs = trained.outputs
     source, target = tensors(lean), tensors(plain)
     missing, extra = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
     if missing:

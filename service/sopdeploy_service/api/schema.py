@@ -42,6 +42,8 @@ class ClassifyQuery(pydantic.BaseModel):
         None,
         description="Smallest probability of a class, instead of the thresholds of a multi-label network.",
     )
+    explain: bool = pydantic.Field(False, description="Include the class activation map of the best class.")
+    explain_label: str | None = pydantic.Field(None, description="The class to explain instead of the best.")
 
 
 class ClassProbability(StrictModel):
@@ -58,17 +60,34 @@ class Expert(StrictModel):
     weight: float
 
 
+class ClassMap(StrictModel):
+    """Class activation map: what each position of the image adds to the logit of a class.
+
+    `values` are the rows of the map in units of logits; their mean plus `bias` is the logit. They divide
+    `box`, the (left, top, right, bottom) that the network sees of the upright image of `image_size` (width,
+    height) pixels, into equal cells. A padded image is smaller than its box.
+    """
+
+    label: str
+    values: tuple[tuple[float, ...], ...]
+    bias: float
+    box: tuple[float, float, float, float]
+    image_size: tuple[int, int]
+
+
 class Classes(StrictModel):
     """Prediction for one image: its most probable classes, best first.
 
     A multi-label network lists the classes whose probability reaches their threshold, possibly none.
     `warnings` name changes made while decoding: `alpha_flattened`, `content_type_mismatch`, `exif_rotated`,
-    `first_frame_only`, `sixteen_bit_scaled`. `gates` are the selected experts, best first, if requested.
+    `first_frame_only`, `sixteen_bit_scaled`. `gates` are the selected experts, best first, and `class_map`
+    explains a class, if requested.
     """
 
     classes: tuple[ClassProbability, ...]
     warnings: tuple[str, ...] = ()
     gates: tuple[Expert, ...] | None = None
+    class_map: ClassMap | None = None
 
 
 class Failed(StrictModel):
@@ -109,6 +128,7 @@ class ModelInfo(StrictModel):
     versions: dict[str, str]
     fast_decode: FastDecode | None = None
     thresholds: dict[str, float] | None = None
+    class_maps: bool = False
 
 
 class Info(StrictModel):

@@ -9,6 +9,7 @@ import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from sopdeploy.bundle.class_maps import FEATURES
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import deviation, read_probes
 from sopdeploy.errors import BundleError, ParityError
@@ -95,6 +96,7 @@ def model_info(model: Model) -> ModelInfo:
         versions=manifest.versions,
         fast_decode=model.loaded.fast_decode,
         thresholds=None if thresholds is None else dict(zip(model.labels, thresholds, strict=True)),
+        class_maps=model.loaded.class_maps is not None,
     )
 
 
@@ -160,10 +162,12 @@ async def self_test(
     except BundleError as problem:  # the files changed after the start; the runtime has its own copy
         return Rejection("selftest_failed", 500, f"the probes cannot be read: {problem}")
     started = time.monotonic()
-    size = min(len(probes.images), service.settings.queue_size, model.largest_batch)
+    images, features = probes.images, FEATURES in probes.expected
+    size = min(len(images), service.settings.queue_size, model.largest_batch)
     predictions: list[Prediction] = []
-    for start in range(0, len(probes.images), size):
-        outcomes = await service.infer(model, probes.images[start : start + size], deadline, context)
+    for start in range(0, len(images), size):
+        part = images[start : start + size]
+        outcomes = await service.infer(model, part, deadline, context, features=features)
         if isinstance(outcomes, Rejection):
             return outcomes
         for outcome in outcomes:

@@ -17,7 +17,15 @@ from sopdeploy_service.api.upload import (
 )
 from sopdeploy_service.http.body_limits import cancel_on_disconnect
 from sopdeploy_service.http.problems import Problem, RejectedError, problem_responses
-from sopdeploy_service.inference.results import GATES, Rejection, format_prediction, present_classes
+from sopdeploy_service.inference.explain import check_explainable, format_class_map
+from sopdeploy_service.inference.model import Model
+from sopdeploy_service.inference.results import (
+    GATES,
+    Prediction,
+    Rejection,
+    format_prediction,
+    present_classes,
+)
 
 router = APIRouter()
 
@@ -65,29 +73,46 @@ async def classify(request: Request) -> Response:
     if query.threshold is not None and chosen.thresholds is None:
         message = f"{chosen.name}: predicts one class per image; omit threshold"
         raise RejectedError(Rejection("no_thresholds", 400, message))
+    explained = query.explain or query.explain_label is not None
+    if explained:
+        names = (chosen.name, chosen.loaded.class_maps, chosen.labels)
+        raise_if_rejected(check_explainable(*names, query.explain_label))
     with chosen.in_use():  # while the body arrives, the model may be replaced
         upload = await read_upload(request, service, chosen, deadline)
         received = time.monotonic()
         service.metrics.stage("receive", received - started)
         context.record_stage("receive", received - started, received)
-        work = service.infer(chosen, upload.images, deadline, context)
+        work = service.infer(chosen, upload.images, deadline, context, features=explained)
         outcomes = raise_if_rejected(await cancel_on_disconnect(work, request.receive))
     if not upload.several:
         raise_if_rejected(outcomes[0])
-    top_k = query.top_k or upload.top_k
+    top_k = query.top_k or upload.top_k or (service.settings.top_k if chosen.thresholds is None else None)
     results: list[dict[str, Any]] = []
     for outcome in outcomes:
         if isinstance(outcome, Rejection):
             service.metrics.rejected.labels(outcome.code).inc()
             results.append({"error": Problem.of(outcome).model_dump()})
             continue
-        weights = outcome.outputs[GATES] if query.gates else None
-        if chosen.thresholds is None:
-            ranked = outcome.ranking.top_k(outcome.row, top_k or service.settings.top_k)
-        else:
-            same = None if query.threshold is None else [query.threshold] * len(chosen.labels)
-            logits = outcome.outputs[chosen.bundle.manifest.outputs[0].name]
-            ranked = present_classes(logits, same or chosen.thresholds, top_k)
-        results.append(format_prediction(ranked, chosen.labels, warnings=outcome.warnings, gates=weights))
+        results.append(_format_result(outcome, chosen, query, top_k))
     body = {"results": results} if upload.several else results[0]
     return json_response(body, headers={"Server-Timing": context.server_timing()})
+
+
+def _format_result(
+    outcome: Prediction, chosen: Model, query: ClassifyQuery, top_k: int | None
+) -> dict[str, Any]:
+    """Build the JSON object of one prediction, with what *query* requests."""
+    logits = outcome.outputs[chosen.bundle.manifest.outputs[0].name]
+    if chosen.thresholds is None:
+        ranked = outcome.ranking.top_k(outcome.row, top_k or len(chosen.labels))
+    else:
+        same = None if query.threshold is None else [query.threshold] * len(chosen.labels)
+        ranked = present_classes(logits, same or chosen.thresholds, top_k)
+    weights = outcome.outputs[GATES] if query.gates else None
+    result = format_prediction(ranked, chosen.labels, warnings=outcome.warnings, gates=weights)
+    label, layer = query.explain_label, chosen.loaded.class_maps
+    if layer is not None and (query.explain or label is not None):
+        index = int(logits.argmax()) if label is None else chosen.labels.index(label)
+        rules = chosen.bundle.manifest.preprocess
+        result["class_map"] = format_class_map(outcome, layer, index, chosen.labels, rules)
+    return result

@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sopdeploy.bundle.class_maps import FEATURES
 from sopdeploy.bundle.folder import MANIFEST
 from sopdeploy.config import StrictModel
-from sopdeploy.errors import DataError, ImageError
-from sopdeploy.images.preprocess import Preprocess, match_transparency
+from sopdeploy.errors import ConfigError, DataError, ImageError
+from sopdeploy.files import atomic_write
+from sopdeploy.images.overlay import draw_overlay
+from sopdeploy.images.preprocess import Preprocess, match_transparency, to_rgb
 from sopdeploy_service.api.schema import Classes, ClassProbability
 from sopdeploy_service.http.problems import Problem
 from sopdeploy_service.images.decode import Decoded, EncodedImage
@@ -39,16 +42,24 @@ class FilePrediction(StrictModel):
 
 
 def predict(
-    bundle_path: Path, images: Sequence[Path | Image.Image], settings: Settings | None = None
+    bundle_path: Path,
+    images: Sequence[Path | Image.Image],
+    settings: Settings | None = None,
+    explain: Path | None = None,
 ) -> list[FilePrediction]:
     """Classify files and images in memory one by one; a file that is no valid image gets an `error`.
 
     Batches of one make a prediction independent of the other images. An image in memory gives the result of a
-    file with the same pixels. Raises `DataError` for a file that cannot be read, and the errors of
-    `load_model`.
+    file with the same pixels. *explain* is a PNG file for the class activation map of the best class, drawn
+    over the only image. Raises `DataError` for a file that cannot be read, `ConfigError` if nothing can be
+    explained, and the errors of `load_model`.
     """
     settings = settings or load_settings()
+    if explain is not None and (len(images) != 1 or explain.suffix.lower() != ".png"):
+        raise ConfigError(f"--explain {explain}: needs exactly one image, and the name of a .png file")
     loaded = load_model(bundle_path, settings)
+    if explain is not None:
+        _explain_image(loaded, images[0], settings, explain)
     return [_predict_image(loaded, image, number, settings) for number, image in enumerate(images)]
 
 
@@ -74,12 +85,39 @@ def _predict_image(
     return FilePrediction(image=name, classes=classes, warnings=decoded.warnings)
 
 
+def _explain_image(
+    loaded: LoadedModel, image: Path | Image.Image, settings: Settings, destination: Path
+) -> None:
+    """Write the class activation map of the best class of *image*; write nothing for an invalid image."""
+    rules, layer = loaded.bundle.manifest.preprocess, loaded.class_maps
+    if layer is None:
+        raise ConfigError(
+            f"--explain: {loaded.bundle.path} has no class activation maps; export it with --with-cam"
+        )
+    try:
+        decoded = _decode(image, rules, settings)
+    except ImageError:  # reported with the prediction
+        return
+    outputs = loaded.runtime.run(decoded.pixels[None])
+    logits = outputs[loaded.bundle.manifest.outputs[0].name][0]
+    values = layer.map_of(outputs[FEATURES][0], int(logits.argmax()))
+    source = Image.open(image) if isinstance(image, Path) else image
+    match_transparency(source)
+    drawing = draw_overlay(to_rgb(source, rules), values, rules.box(decoded.size))
+    try:
+        with atomic_write(destination) as partial:
+            drawing.save(partial, "PNG")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"{destination}: cannot be written ({reason}); name another file") from error
+
+
 def _decode(image: Path | Image.Image, preprocess: Preprocess, settings: Settings) -> Decoded:
     if isinstance(image, Path):
         return make_decoder(settings)(read_image(image, settings.max_body_bytes), preprocess)
     try:
         match_transparency(image)  # of a file that is open but not decoded yet
-        return Decoded(preprocess(image), preprocess.changes(image))
+        return Decoded(preprocess(image), preprocess.changes(image), preprocess.upright_size(image))
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError("the image is damaged", code="damaged_image", status=422) from error
 

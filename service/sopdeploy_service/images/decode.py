@@ -79,10 +79,14 @@ class EncodedImage(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """The network's input (crop, crop, 3) uint8 and codes of what decoding changed."""
+    """The network's input (crop, crop, 3) uint8 and codes of what decoding changed.
+
+    *size* is the (width, height) of the upright image in the file.
+    """
 
     pixels: NDArray[np.uint8]
     warnings: tuple[str, ...]
+    size: tuple[int, int]
 
 
 # (image with only its header read, file, preprocessing) -> image with its pixels.
@@ -116,12 +120,13 @@ def decode(
                 message = f"{header.width} x {header.height} is {limit}"
                 raise ImageError(message, code="too_many_pixels", status=413)
             match_transparency(header)
+            size = preprocess.upright_size(header)
             image = load(header, body, preprocess)
             if kind == "JPEG" and is_truncated(image, body):
                 raise EOFError("the data ends before the last pixel")
             pixels = preprocess(image)
             warnings = (*preprocess.changes(image), *_file_warnings(header, kind, encoded.media_type))
-            return Decoded(pixels, tuple(sorted(warnings)))
+            return Decoded(pixels, tuple(sorted(warnings)), size)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.bundle.class_maps import ClassMapLayer, read_class_maps
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.onnx_root import check_roots
 from sopdeploy.bundle.probes import Outputs, Probes, Replay, read_probes, replay
@@ -32,7 +33,8 @@ class LoadedModel:
     """A verified bundle and its runtime.
 
     `replays` has the replay of each batch size and `timings` (images, seconds) of each run. `fast_decode` is
-    None if images are decoded exactly. `seconds` has the time of each step of loading.
+    None if images are decoded exactly, `class_maps` if the bundle has no class activation maps. `seconds` has
+    the time of each step of loading.
     """
 
     bundle: Bundle
@@ -40,6 +42,7 @@ class LoadedModel:
     replays: dict[int, Replay]
     timings: tuple[tuple[int, float], ...] = ()
     fast_decode: FastDecode | None = None
+    class_maps: ClassMapLayer | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -81,6 +84,7 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
         replays=replays,
         timings=tuple(timings),
         fast_decode=fast_decode,
+        class_maps=read_class_maps(bundle.path, bundle.manifest),
         seconds=dict(zip(steps, spent, strict=False)),
     )
 

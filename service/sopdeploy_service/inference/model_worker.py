@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.bundle.class_maps import FEATURES
 from sopdeploy.bundle.probes import Outputs
 from sopdeploy_service.inference.results import (
     ENGINE_FAILED,
@@ -35,7 +36,13 @@ from sopdeploy_service.inference.results import (
     Rejection,
 )
 from sopdeploy_service.observability.metrics import ModelMetrics
-from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError, OverlappingRuntime, Runtime
+from sopdeploy_service.runtime.base import (
+    DeviceLostError,
+    OutOfMemoryError,
+    OverlappingRuntime,
+    Runtime,
+    SelectiveRuntime,
+)
 
 if TYPE_CHECKING:  # OpenTelemetry is optional
     from sopdeploy_service.observability.tracing import RequestTrace
@@ -52,13 +59,16 @@ log = logging.getLogger("sopdeploy.engine")
 class QueuedImage:
     """One image and the future that gets its outcome; times are those of `time.monotonic`.
 
-    *image* (H, W, 3) uint8 is set, with *arrived*, before it enters a queue.
+    *image* (H, W, 3) uint8 is set, with *arrived*, before it enters a queue. *features* requests the output
+    of class activation maps; *size* is the (width, height) of the upright image in its file.
     """
 
     outcome: asyncio.Future[Outcome]
     deadline: float
     image: NDArray[np.uint8] = field(init=False, repr=False)
     warnings: tuple[str, ...] = ()
+    features: bool = False
+    size: tuple[int, int] | None = None
     decode_seconds: float | None = None
     arrived: float = field(default_factory=time.monotonic)
     trace: "RequestTrace | None" = None
@@ -170,6 +180,8 @@ class ModelWorker:
         self._record_latency = record_latency
         self._metrics = metrics
         self._outputs = tuple(outputs)
+        self._always = tuple(name for name in outputs if name != FEATURES)
+        self._selective = runtime if isinstance(runtime, SelectiveRuntime) else None
         self._max_batch = self._limit = max_batch
         self._limited_until = 0.0
         self.in_flight: list[_Batch] = []  # oldest first
@@ -209,18 +221,21 @@ class ModelWorker:
         """Wait for the outputs of the oldest batch and hand them to the event loop."""
         batch = self.in_flight[0]
         images = [item.image for item in batch.items]
-        rows = run_bisected(lambda part: self._run_images(part, batch), images, self._outputs)
+        names = self._outputs if any(item.features for item in batch.items) else self._always
+        rows = run_bisected(lambda part: self._run_images(part, batch, names), images, names)
         started, ended = self.started or 0.0, time.monotonic()
         del self.in_flight[0]
         self.started = ended if self.in_flight else None
         call_soon(loop, self._settle, batch.items, rows, started, ended)
 
-    def _run_images(self, images: Images, batch: _Batch) -> Outputs:
-        """Wait for the begun *batch* the first time; later run *images* anew."""
+    def _run_images(self, images: Images, batch: _Batch, names: Sequence[str]) -> Outputs:
+        """Wait for the begun *batch* the first time; later run *images* anew. *names* are needed."""
         wait, error, batch.wait, batch.error = batch.wait, batch.error, None, None
         try:
             if error is not None:
                 raise error
+            if self._selective is not None and len(names) < len(self._outputs):
+                return self._selective.run_outputs(np.stack(images), names)
             if self._overlapping is None:
                 return self._runtime.run(np.stack(images))
             return (wait or self._overlapping.begin(images))()
@@ -239,7 +254,8 @@ class ModelWorker:
                 outcomes.append(row)
                 continue
             waited, seconds = started - item.arrived, ended - started
-            outcomes.append(Prediction(row, waited, seconds, len(items), ranking, len(logits), item.warnings))
+            details = (len(items), ranking, len(logits), item.warnings, item.size)
+            outcomes.append(Prediction(row, waited, seconds, *details))
             logits.append(row[self._outputs[0]])
         settle(items, outcomes)
         self._record_latency(len(items), ended - started)

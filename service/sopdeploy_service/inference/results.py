@@ -90,7 +90,8 @@ class Prediction(NamedTuple):
     """The outputs of one image by name, (...) float32, logits first, with its timings.
 
     *batch* is the size of the batch it ran in; *row* is its row in *ranking*, which covers the whole batch.
-    *warnings* name what decoding changed in the image.
+    *warnings* name what decoding changed in the image; *size* is the (width, height) of the upright image in
+    its file, None for a tensor.
     """
 
     outputs: Mapping[str, NDArray[np.float32]]
@@ -100,6 +101,7 @@ class Prediction(NamedTuple):
     ranking: Ranking
     row: int
     warnings: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,12 +127,14 @@ class Service:
         images: Sequence[EncodedImage] | NDArray[np.uint8],
         deadline: float,
         context: RequestContext,
+        *,
+        features: bool = False,
     ) -> list[Outcome] | Rejection:
         """Run *model*, which must be in use, on encoded images or on a tensor (n, H, W, 3) uint8.
 
         Returns the outcome of each image, in order, or one rejection for the whole request. *deadline* is a
-        time of `time.monotonic`. Raises the error of the rate limit of *context*. Cancelling it removes its
-        images from the queue.
+        time of `time.monotonic`; *features* requests the output of class activation maps. Raises the error of
+        the rate limit of *context*. Cancelling it removes its images from the queue.
         """
         started = time.monotonic()
         rejection = self.check_queue(model, len(images))
@@ -143,7 +145,10 @@ class Service:
             context.rate_limit.spend(len(images))
         loop = asyncio.get_running_loop()
         items = [
-            QueuedImage(outcome=loop.create_future(), deadline=deadline, trace=context.trace) for _ in images
+            QueuedImage(
+                outcome=loop.create_future(), deadline=deadline, trace=context.trace, features=features
+            )
+            for _ in images
         ]
         timer = loop.call_later(deadline - started, model.queue.reject, items, DEADLINE)
         self.admitted += len(items)
@@ -177,7 +182,7 @@ class Service:
             rejection: Rejection | None = DECODER_FAILED
             if isinstance(result, Decoded):
                 ended = time.monotonic()
-                item.image, item.warnings = result.pixels, result.warnings
+                item.image, item.warnings, item.size = result
                 item.decode_seconds, item.arrived = ended - item.arrived, ended
                 self.metrics.stage("decode", item.decode_seconds)
                 rejection = model.queue.put(item)

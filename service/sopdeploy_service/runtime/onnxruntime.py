@@ -2,7 +2,7 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,15 +56,15 @@ class BoundSession:
         self._image, self._shapes = image, outputs
         self._bindings: OrderedDict[tuple[int, ...], Binding] = OrderedDict()
 
-    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-        """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
+    def run(self, images: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """Run *images* (n, H, W, 3) uint8; return the outputs *names* (n, ...) float32."""
         binding = self._bindings.pop(images.shape, None) or self._bind(images)
         self._bindings[images.shape] = binding
         if len(self._bindings) > MAX_BINDINGS:
             self._bindings.popitem(last=False)
         binding.images.update_inplace(images)
         self._session.run_with_iobinding(binding.io_binding)
-        return {name: np.array(value.numpy()) for name, value in binding.outputs.items()}
+        return {name: np.array(binding.outputs[name].numpy()) for name in names}
 
     def _bind(self, images: NDArray[np.uint8]) -> Binding:
         value = self._onnxruntime.OrtValue
@@ -113,16 +113,20 @@ class OnnxRuntime:
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
+        return self.run_outputs(images, self._outputs)
+
+    def run_outputs(self, images: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """Run *images* (n, H, W, 3) uint8; return only the outputs *names* (n, ...) float32."""
         try:
             if self._bound is not None:
-                return self._bound.run(images)
-            values = self._session.run(self._outputs, {self._input: images})
+                return self._bound.run(images, names)
+            values = self._session.run(list(names), {self._input: images})
         except Exception as error:
             known = classify_error(str(error))
             if known is None:
                 raise
             raise known from error
-        return dict(zip(self._outputs, values, strict=True))
+        return dict(zip(names, values, strict=True))
 
 
 def _import_onnxruntime() -> Any:

@@ -65,6 +65,12 @@ def export(
     pt2: Annotated[
         bool, typer.Option("--pt2", help="Also store the certified torch.export program in the bundle.")
     ] = False,
+    with_cam: Annotated[
+        bool,
+        typer.Option(
+            "--with-cam", help="Add class activation maps, which the service returns for explain=1."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Convert a checkpoint to a bundle: detach, prove equivalence, export to ONNX, compare, write.
@@ -93,6 +99,7 @@ def export(
             autotune=autotune,
             measure_speed=measure_speed,
             pt2=pt2,
+            with_cam=with_cam,
             on_step=step,
         )
     if as_json:

@@ -9,6 +9,7 @@ from rich.text import Text
 from sopdeploy.cli.console import out, plain_text
 
 if TYPE_CHECKING:
+    from sopdeploy_export.parity.report import ClassMapParity
     from sopdeploy_export.pipeline import Exported
     from sopdeploy_export.precision.convert import PrecisionReport
 
@@ -55,6 +56,7 @@ def _facts(exported: "Exported") -> dict[str, str]:
         f"(allowed {parity.logits.tolerance:.2g})",
         "answers": _agreement(exported),
         **_precision_costs(exported.precision),
+        **_class_maps(parity.class_maps),
         "costs": f"{shipped.parameters:,} of {trained.parameters:,} parameters, "
         f"{shipped.macs:,} of {trained.macs:,} multiply-adds per image",
         "onnx": f"{parity.file_bytes:,} bytes, {sum(parity.operators.values())} operators",
@@ -91,6 +93,14 @@ def _precision_costs(precision: "PrecisionReport") -> dict[str, str]:
         costs = ", ".join(f"{cost.part} {cost.share:.1%}" for cost in precision.quantisation.costs[:3])
         rows["layers"] = costs or "no layer moves the logits"
     return rows
+
+
+def _class_maps(found: "ClassMapParity | None") -> dict[str, str]:
+    """Describe how exactly class activation maps add up to the logits; empty without maps."""
+    if found is None:
+        return {}
+    deviation = f"{found.deviation:.2g} (allowed {found.tolerance:.2g})"
+    return {"maps": f"mean of each class activation map + bias = logit, deviation {deviation}"}
 
 
 def _speed(exported: "Exported") -> str:

@@ -24,6 +24,12 @@ def predict(
     bundle: BundleArgument,
     images: Annotated[list[Path], typer.Argument(help="Image files to classify.")],
     top_k: Annotated[int | None, typer.Option(min=1, help="Classes per image.")] = None,
+    explain: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png", help="Draw what speaks for the best class over the image, a PNG file."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Classify image files without a server; the results equal those of the service.
@@ -34,7 +40,7 @@ def predict(
         from sopdeploy_service.commands.predict import predict as run
         from sopdeploy_service.settings import load_settings
 
-        predictions = run(bundle, images, load_settings(top_k=top_k))
+        predictions = run(bundle, images, load_settings(top_k=top_k), explain)
     if as_json:
         print_json([prediction.model_dump(mode="json") for prediction in predictions])
     for prediction in predictions:

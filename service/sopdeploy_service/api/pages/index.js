@@ -9,6 +9,7 @@ function classifyUrl() {
   url.searchParams.set("top_k", String(topK()));
   if (state.info && state.server.models.length > 1) url.searchParams.set("model", state.info.name);
   if (state.card?.experts) url.searchParams.set("gates", "true");
+  if (state.info?.class_maps && byId("explain").checked) url.searchParams.set("explain", "true");
   return url.href;
 }
 
@@ -67,7 +68,7 @@ const typeOf = (file) => file?.type || "application/octet-stream";
 /** Show `file` with a frame around the crop of the network. */
 function showPreview(file) {
   URL.revokeObjectURL(byId("preview").src);
-  byId("frame").hidden = true;
+  byId("frame").hidden = byId("map").hidden = true;
   byId("preview").src = URL.createObjectURL(file);
   byId("preview").alt = `Preview of ${file.name}`;
   byId("invite").textContent = "Drop another image";
@@ -99,7 +100,7 @@ byId("file").addEventListener("change", (event) => {
   take(event.target.files[0]);
   event.target.value = ""; // allow choosing the same file again
 });
-byId("top-k").addEventListener("change", () => {
+for (const id of ["top-k", "explain"]) byId(id).addEventListener("change", () => {
   showSnippets();
   if (state.file) void ask();
 });
@@ -131,6 +132,7 @@ async function choose(name) {
   }
   state.info = state.server.models.find((model) => model.name === name);
   byId("top-k").max = String(state.info.labels);
+  byId("explain-row").hidden = !state.info.class_maps;
   showAbout(state.info, state.card, state.server.server);
   showSnippets();
   if (state.file) {
@@ -149,6 +151,7 @@ async function followSwap(digest) {
     const info = server.models.find((model) => model.name === name);
     if (state.info?.name !== name || !info) return; // another model was chosen in the meantime, or it was unloaded
     Object.assign(state, { server, card, info });
+    byId("explain-row").hidden = !info.class_maps;
     showAbout(info, card, server.server);
     byId("top-k").max = String(info.labels);
     byId("status").textContent = `${name} was replaced: now ${info.bundle}`;

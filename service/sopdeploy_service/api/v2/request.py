@@ -15,6 +15,7 @@ import pydantic
 from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, WithJsonSchema
 
+from sopdeploy.bundle.class_maps import FEATURES
 from sopdeploy.config import first_problem
 from sopdeploy_service.api.v2.json_tensors import (
     NumberList,
@@ -169,7 +170,7 @@ def _check_names(what: str, names: Iterable[str], known: Mapping[str, Tensor]) -
 def _requested_outputs(
     outputs: Sequence[OutputTensor], signature: Signature, *, binary: bool
 ) -> tuple[RequestedOutput, ...]:
-    """Look up the requested outputs, by default all; *binary* is their default."""
+    """Look up the requested outputs, by default all but the large `FEATURES`; *binary* is their default."""
     known = {tensor.name: tensor for tensor in signature.outputs}
     _check_names("output", (output.name for output in outputs), known)
     requested = []
@@ -178,7 +179,8 @@ def _requested_outputs(
         own = "binary_data" in parameters.model_fields_set
         as_binary = bool(parameters.binary_data) if own else binary
         requested.append(RequestedOutput(known[output.name], as_binary, parameters.classification))
-    return tuple(requested) or tuple(RequestedOutput(tensor, binary, 0) for tensor in signature.outputs)
+    by_default = (tensor for tensor in signature.outputs if tensor.name != FEATURES)
+    return tuple(requested) or tuple(RequestedOutput(tensor, binary, 0) for tensor in by_default)
 
 
 def _read_images(

@@ -9,6 +9,7 @@ from typing import Any
 import pydantic
 from fastapi import APIRouter, Depends, Request, Response
 
+from sopdeploy.bundle.class_maps import FEATURES
 from sopdeploy_service.api.upload import (
     admit,
     json_response,
@@ -206,7 +207,8 @@ async def model_infer(request: Request, name: str, version: str | None) -> Respo
             deadline = min(deadline, started + parsed.timeout_seconds)
         images = parsed.images
         encoded = [EncodedImage(image) for image in images] if isinstance(images, list) else images
-        work = service.infer(model, encoded, deadline, context)
+        features = any(output.tensor.name == FEATURES for output in parsed.outputs)
+        work = service.infer(model, encoded, deadline, context, features=features)
         outcomes = raise_if_rejected(await cancel_on_disconnect(work, request.receive))
     head = {"model_name": model.name, "model_version": model.version}
     if parsed.id is not None:

@@ -1,0 +1,62 @@
+"""Class activation maps in the export: the feature map as an output, and the check of their identity.
+
+`sopdeploy/bundle/class_maps.py` defines the maps. They exist where the logits are a linear layer of the mean
+of the feature map, so that the mean of the map of a class plus its bias is the logit.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.backbones.base import Backbone
+from sopdeploy.bundle.class_maps import FEATURES, ClassMapLayer
+from sopdeploy.errors import LoweringError, ParityError
+from sopdeploy_export.parity.onnx_file import file_outputs, open_session
+from sopdeploy_export.parity.report import LOGITS, ClassMapParity, ParityReport
+
+
+def add_features_output(network: Backbone) -> None:
+    """Make the last feature map an output of *network*, for `--with-cam`.
+
+    Raises `LoweringError` unless the logits are a linear layer of the mean of that map.
+    """
+    if network.averaged_classifier() is None:
+        raise LoweringError(
+            f"--with-cam: {type(network).__name__} does not end in average pooling and one linear layer, so "
+            "no map adds up to its logits; export it without --with-cam"
+        )
+    network.outputs = (LOGITS, FEATURES)
+
+
+def class_map_layer(network: Backbone) -> ClassMapLayer:
+    """Copy the linear layer of *network* after its average pooling."""
+    linear = network.averaged_classifier()
+    if linear is None:
+        raise LoweringError(f"{type(network).__name__}: no linear layer after average pooling")
+    weight = linear.weight.detach().numpy().astype(np.float32)
+    bias = np.zeros(len(weight), np.float32)
+    if linear.bias is not None:
+        bias = linear.bias.detach().numpy().astype(np.float32)
+    return ClassMapLayer(weight, bias)
+
+
+def check_class_maps(
+    path: Path, layer: ClassMapLayer, images: NDArray[np.uint8], parity: ParityReport
+) -> ParityReport:
+    """Check on the outputs of the ONNX file at *path* that the maps of *layer* add up to the logits.
+
+    *images* are uint8 (P, H, W, 3). The deviation may be the tolerance of the logits in *parity*, a multiple
+    of their noise floor. Returns *parity* with the record; raises `ParityError` for a larger deviation.
+    """
+    outputs = file_outputs(open_session(path), images, 1)
+    deviation = float(np.abs(layer.logits(outputs[FEATURES]) - outputs[LOGITS]).max())
+    logits = parity.logits
+    if not deviation <= logits.tolerance:  # also true for NaN
+        raise ParityError(
+            f"--with-cam: the class activation maps deviate from the logits by {deviation:.3g} "
+            f"({deviation / logits.noise_floor:.1f}x noise floor, limit {parity.floors_allowed:.0f}x = "
+            f"{logits.tolerance:.3g}); nothing was written: export without --with-cam"
+        )
+    record = ClassMapParity(deviation=deviation, tolerance=logits.tolerance)
+    return parity.model_copy(update={"class_maps": record})

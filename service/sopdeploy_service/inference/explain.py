@@ -1,0 +1,39 @@
+"""Explain a prediction by the class activation map of a class, exactly and only if it is requested."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sopdeploy.bundle.class_maps import FEATURES, ClassMapLayer
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_service.inference.results import Prediction, Rejection
+
+
+def check_explainable(
+    name: str, layer: ClassMapLayer | None, labels: Sequence[str], label: str | None
+) -> Rejection | None:
+    """Check whether model *name* can explain class *label*, or the best class if that is None."""
+    if layer is None:
+        return Rejection(
+            "no_class_maps",
+            400,
+            f"{name}: has no class activation maps; export it with --with-cam, or omit explain",
+        )
+    if label is not None and label not in labels:
+        return Rejection("unknown_label", 400, f"explain_label: the model has no class {label[:100]!r}")
+    return None
+
+
+def format_class_map(
+    prediction: Prediction, layer: ClassMapLayer, index: int, labels: Sequence[str], rules: Preprocess
+) -> dict[str, Any]:
+    """Build the JSON object `schema.ClassMap` of class *index* for an image with the output `FEATURES`."""
+    size = prediction.size or (rules.crop, rules.crop)
+    return {
+        "label": labels[index],
+        "values": layer.map_of(prediction.outputs[FEATURES], index).astype(np.float32).tolist(),
+        "bias": float(layer.bias[index]),
+        "box": rules.box(size),
+        "image_size": size,
+    }
