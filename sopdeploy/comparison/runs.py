@@ -24,6 +24,7 @@ from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.files import atomic_write
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.distributed.strategy import SingleProcess, select_device
+from sopdeploy.training.few_shot.procedure import select_split
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.run import create_initial_model, create_run
@@ -64,6 +65,12 @@ def compare(
         raise ConfigError(
             "a comparison counts images with one class each; give --set data.path=DIR without labels.csv"
         )
+    for one in recipes:
+        if select_split(one.recipe, data)[1]:
+            raise ConfigError(
+                f"{one.name}: its few-shot procedure holds no images out for a comparison; "
+                "compare the training loop with --set few_shot.max_images=1"
+            )
     _write_plan(destination, {"recipes": [one.name for one in recipes], "seeds": seeds})
     correct: dict[str, list[NDArray[np.bool_]]] = {one.name: [] for one in recipes}
     for seed in range(seeds):

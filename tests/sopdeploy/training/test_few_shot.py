@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.comparison.runs import compare
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError
@@ -304,6 +305,9 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
     )
     with pytest.raises(ConfigError, match=r"few_shot\.heads: .* leave heads empty"):
         train(recipe, tmp_path / "run")
+    settings = [*SMALL, f"data.path={data}"]
+    with pytest.raises(ConfigError, match=r"few_shot\.max_images=1"):
+        compare(["photos", "photos-dsop"], tmp_path / "comparison", seeds=2, overrides=settings)
     for path in data.glob("*/*.png"):
         path.write_bytes((data / "red" / "0.png").read_bytes())
     with pytest.raises(DataError, match="same pixels"):
