@@ -54,6 +54,7 @@ class Evaluation:
             "scores.html",
             title=f"{self.source} on {self.data}",
             tiles={**metric_tiles(self.metrics), "images": str(self.metrics.count), **self.facts},
+            notes=(),
             reason="",
             next="",
             **predictions_context(predictions),

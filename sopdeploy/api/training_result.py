@@ -34,8 +34,9 @@ class TrainedRun(TrainingResult):
             "mAP": self.best_map,
             "macro F1": self.best_macro_f1,
         }
+        epoch = {} if self.few_shot is not None else {"best epoch": f"{self.best_epoch} of {self.epochs}"}
         tiles = {
-            "best epoch": f"{self.best_epoch} of {self.epochs}",
+            **epoch,
             **{f"{name}, best": percent(value, 2) for name, value in best.items() if value is not None},
             "training images": str(self.train_count),
             "held-out images": str(self.held_out_count),
@@ -53,6 +54,7 @@ class TrainedRun(TrainingResult):
             "scores.html",
             title=f"{self.model}, {self.out}",
             tiles=tiles,
+            notes=() if self.few_shot is None else self.few_shot.lines(),
             reason=reason,
             next=f"sopdeploy.export({str(self.best)!r}, detach=True)",
             **predictions_context(predictions),

@@ -30,6 +30,7 @@ from sopdeploy.client import Client
 from sopdeploy.errors import BundleError, ConfigError, DataError, RuntimeUnavailableError, SopdeployError
 from sopdeploy.evaluation.prediction import EvalMetrics
 from sopdeploy.training.diagnostics import EpochRow
+from sopdeploy.training.few_shot.config import FewShotResult, FineTuningResult
 from sopdeploy_export.pipeline import Exported
 from tests.pages import ALLOWED, Reader
 from tests.service.conftest import wait_for
@@ -270,6 +271,20 @@ def test_results_render_in_notebooks_with_escaped_text(
     assert pages[1].count("<img ") == wrong
     assert pages[0].count("<svg ") == pages[1].count("<svg ") == 1
     assert f'href="{exported.path / "report.html"}"' in pages[3]
+    assert "Images: the held-out images, which also selected the best epoch" in pages[0]
+    few_shot = FewShotResult(
+        top1=evaluation.metrics.top1,
+        estimated_on="cross-validation",
+        class_counts={HOSTILE: 4},
+        balanced=False,
+        duplicates=0,
+        heads=(),
+        fine_tuning=FineTuningResult(kept=False, reason="no gain"),
+        seconds={"head": 1.0},
+    )
+    page = TrainedRun(**{**dict(run), "few_shot": few_shot})._repr_html_()
+    assert "fine-tuning: not kept, no gain" in page
+    assert "<script" not in page
     moved = TrainedRun(**{**dict(run), "out": Path("moved")})
     assert "moved: holds no run with a finished epoch" in moved._repr_html_()
 
