@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import pickle  # for the exception type of torch.load
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.files import atomic_write
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.registry import create_model, make_config
+from sopdeploy.models.registry import CATALOG, create_model, make_config
 
 FORMAT = "sopdeploy-checkpoint"
 VERSION = 1
@@ -147,7 +148,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: its weights are not a dict of tensors; train or import it again")
     return Checkpoint(
         model=header.model.name,
-        config=header.model.config,
+        config=_complete_config(header.model, weights),
         weights=weights,
         labels=header.labels,
         preprocess=header.preprocess,
@@ -156,6 +157,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         decision=header.decision,
         sha256=digest,
     )
+
+
+def _complete_config(model: ModelRecord, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Add the options that a file of an older version lacks and whose default is another network."""
+    if model.name not in CATALOG:
+        return model.config
+    return {**CATALOG[model.name].network.absent_options(weights.keys()), **model.config}
 
 
 def load_plain(

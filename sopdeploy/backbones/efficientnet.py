@@ -87,6 +87,10 @@ class EfficientNet(Backbone):
         return MBConv(in_channels, out_channels, KERNELS[out_channels], stride)
 
     def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Compute the 1280 activated maps before the global pooling, and the output of every tapped block."""
+        """Compute the 1280 activated maps before the global pooling, and the outputs of *taps*.
+
+        A tap is a block, or `conv_head` for the last maps themselves.
+        """
         x, tapped = super().features(F.silu(self.bn1(self.conv_stem(images))), taps)
-        return F.silu(self.bn2(self.conv_head(x))), tapped
+        last = F.silu(self.bn2(self.conv_head(x)))
+        return last, [*tapped, last] if "conv_head" in taps else tapped

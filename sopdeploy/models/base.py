@@ -1,6 +1,6 @@
 """Base class of catalog networks: a backbone with training-only parts and an inference model."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
@@ -59,6 +59,15 @@ class Classifier(Backbone):
             names = self.inference_config.model_fields
             config = self.inference_config(**{name: getattr(config, name) for name in names})
         return (self.inference_class or type(self))(config, self.num_classes)
+
+    @classmethod
+    def absent_options(cls, tensors: Collection[str]) -> dict[str, Any]:
+        """Return the values of options that checkpoints from before these options lack.
+
+        *tensors* are the names of a checkpoint's weights. Needed where the default is another network.
+        """
+        del tensors
+        return {}
 
     def forward(self, images: Tensor) -> Any:
         """Compute (B, classes) logits, or with training-only heads in train mode a `TrainingOutput`."""

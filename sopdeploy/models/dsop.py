@@ -9,13 +9,14 @@ to branches whose a_conv3_x and a_conv4_x stride. `aux_stride="text"` is the def
 the printed counts (ResNet-50 then needs 3, 4, 7, 3 blocks and four heads of 256).
 """
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Collection
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import initialize
-from sopdeploy.backbones.efficientnet import STAGES, EfficientNet, EfficientNetConfig
+from sopdeploy.backbones.efficientnet import HEAD_CHANNELS, STAGES, EfficientNet, EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.config import NonNegative, StrictModel
 from sopdeploy.errors import ConfigError
@@ -62,9 +63,13 @@ class PaperBranches(StrictModel):
 
 
 class BranchPlan(StrictModel):
-    """One branch: its tap and its layers; `newton_schulz` None is global average pooling."""
+    """One branch: its tap and its layers; `newton_schulz` None is global average pooling.
+
+    A branch that is not `used` is only kept to be counted.
+    """
 
     tap: str
+    used: bool
     blocks: int
     stride: int
     weight: float
@@ -126,15 +131,19 @@ class DSoP(Classifier):
         for tap in self.tap_channels:
             stage = tap if self.taps_are_stages else tap.rpartition(".")[0]
             self.tap_stages.setdefault(stage, []).append(tap)
-        plans = plan_branches(config, self.paper_branches(), self.tap_stages, self.tap_channels)
+        plans = self.plan()
         self.plans = {plan.tap.replace(".", "_"): plan for plan in plans}
         self.branches = nn.ModuleDict({name: self._branch(plan) for name, plan in self.plans.items()})
         initialize(self.branches)
-        self.taps = {plan.tap: name for name, plan in self.plans.items() if plan.blocks > 0}
+        self.taps = {plan.tap: name for name, plan in self.plans.items() if plan.used}
 
     def paper_branches(self) -> PaperBranches:
         """Return the paper's branches on this backbone."""
         raise NotImplementedError(f"{type(self).__name__} must define paper_branches")
+
+    def plan(self) -> list[BranchPlan]:
+        """Plan the branches in the order of computation; raise `ConfigError` for invalid options."""
+        return plan_branches(self.config, self.paper_branches(), self.tap_stages, self.tap_channels)
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the logits of every branch and of the network itself."""
@@ -154,7 +163,8 @@ class DSoP(Classifier):
 
     def _branch(self, plan: BranchPlan) -> Branch:
         channels = features = self.tap_channels[plan.tap]
-        strides = [plan.stride, *(1 for _ in range(plan.blocks - 1))]  # an unused branch has one block
+        count = plan.blocks if plan.used else 1  # an unused branch has one block
+        strides = [plan.stride if block == 0 else 1 for block in range(count)]
         reduction: nn.Module = nn.Identity()
         ending: nn.Module = nn.Identity()
         if self.normalize_branches:
@@ -201,6 +211,7 @@ def plan_branches(
             dropout = paper.dropout_rate if width >= paper.dropout_from else 0.0
             plan = BranchPlan(
                 tap=tap,
+                used=blocks > 0,
                 blocks=blocks,
                 stride=paper.strides[stage],
                 weight=weights[stage],
@@ -241,16 +252,24 @@ class DSoPResNet(DSoP, ResNet):
 
 
 class DSoPEfficientNetConfig(EfficientNetConfig, DSoPConfig):
-    """EfficientNet-b0 with branches."""
+    """EfficientNet-b0 with branches.
+
+    `end_tap` is where the branch of the last stage starts: "conv_head" is after the convolution to 1280
+    channels, where that branch has no blocks; "blocks.6" is before it.
+    """
+
+    end_tap: Literal["conv_head", "blocks.6"] = "conv_head"
 
 
 class DSoPEfficientNet(DSoP, EfficientNet):
-    """DSoP on EfficientNet-b0: two branches, in the middle and at the end (section V-B).
+    """DSoP on EfficientNet-b0: two branches, in the middle and at the end (section V-C).
 
     As in the paper's second-order head for this network, DR to 64 channels ends with swish, and dropout of
-    0.2 precedes the classifier. Assumptions, where the paper is silent: the middle is the last block of
-    stride 16 and the end the last block before the 1x1 convolution to 1280 channels; a branch repeats its
-    stage, that is three blocks and one block; all losses have the same weight.
+    0.2 precedes the classifier. The branch at the end is this head: it reads the 1280 maps that the
+    first-order pooling reads, so its loss trains all of the backbone. Assumptions, where the paper is silent:
+    the middle is the last block of stride 16, and its branch repeats the three blocks of its stage; the
+    branch at the end has no blocks, because one MBConv of 1280 channels would have five times the parameters
+    of the whole network; all losses have the same weight.
     """
 
     inference_class = EfficientNet
@@ -259,7 +278,7 @@ class DSoPEfficientNet(DSoP, EfficientNet):
     config: DSoPEfficientNetConfig
 
     def paper_branches(self) -> PaperBranches:
-        """Return two branches, after `blocks.4` and `blocks.6`, the fifth and the seventh stage."""
+        """Return two branches, of `blocks.4` and `blocks.6`, the fifth and the seventh stage."""
         return PaperBranches(
             blocks=(0, 0, 0, 0, STAGES["blocks.4"].blocks, 0, STAGES["blocks.6"].blocks),
             widths=(64,) * 7,
@@ -267,6 +286,22 @@ class DSoPEfficientNet(DSoP, EfficientNet):
             strides=(1,) * 7,
             dropout_rate=0.2,
         )
+
+    def plan(self) -> list[BranchPlan]:
+        """Plan the branches; that of the last stage starts at `end_tap`."""
+        plans = super().plan()
+        if self.config.end_tap == "blocks.6":
+            return plans
+        self.tap_channels["conv_head"] = HEAD_CHANNELS
+        width = min((self.config.aux_widths or self.paper_branches().widths)[-1], HEAD_CHANNELS)
+        end = {"tap": "conv_head", "blocks": 0, "width": width}
+        return [plan.model_copy(update=end) if plan.tap.startswith("blocks.6.") else plan for plan in plans]
+
+    @classmethod
+    def absent_options(cls, tensors: Collection[str]) -> dict[str, Any]:
+        """Return where the branch at the end of a checkpoint starts."""
+        before = any(name.startswith("branches.blocks_6_") for name in tensors)
+        return {"end_tap": "blocks.6" if before else "conv_head"}
 
 
 ENTRIES = {

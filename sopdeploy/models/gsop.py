@@ -5,12 +5,13 @@ GSoP-Net1 ends in global average pooling, GSoP-Net2 in dimension reduction and i
 last block.
 
 Where paper and released code differ the paper is the default, and `RELEASED` holds the code's values: the
-paper puts the block after the last bottleneck of a stage, with a shortcut around it (sections 3.4 and 4.1),
+paper puts the block after the last bottleneck of a stage, with a shortcut around it (sections 3.4 and 4.2),
 the code on that bottleneck's residual before the addition; the code's DR has stride 2 in conv2_x, on which
 the GFLOPs of Tables 5 and 6 rest; Newton-Schulz runs 5 steps in the paper, 3 in the code. Differences inside
 the block are documented in `layers/attention/gsop_block.py`. The network has no training-only parts.
 """
 
+from collections.abc import Collection
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
@@ -105,6 +106,14 @@ class GSoP(Classifier):
             self.fc = self.pooling.classifier(self.num_classes)
             self.classifier_parts = ("pooling", "dropout", "fc")
 
+    @classmethod
+    def absent_options(cls, tensors: Collection[str]) -> dict[str, Any]:
+        """Return whether a checkpoint has batch norms after its row-wise convolutions."""
+        return {
+            f"{half}_norm": any(f".{half}.excitation.norm." in name for name in tensors)
+            for half in ("channel", "position")
+        }
+
 
 class GSoPResNetConfig(ResNetConfig, GSoPConfig):
     """ResNet of bottlenecks for 224-pixel images; conv5_x keeps its size, as in the paper."""
@@ -115,7 +124,7 @@ class GSoPResNetConfig(ResNetConfig, GSoPConfig):
 
 
 class GSoPResNet(GSoP, ResNet):
-    """GSoP-Net on ResNet-26/50/101: one block at the last bottleneck of a stage (section 4.1, Table 3)."""
+    """GSoP-Net on ResNet-26/50/101: one block at the last bottleneck of a stage (section 4.2)."""
 
     config: GSoPResNetConfig
 

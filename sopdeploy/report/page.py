@@ -40,7 +40,8 @@ def write_report(
 
 def render_report(data: RunData) -> str:
     """Render the page; equal data gives equal text."""
-    best, last, recipe = best_epoch(data.history), data.history[-1], data.recipe
+    last, recipe = data.history[-1], data.recipe
+    best = best_epoch(data.history, frozen_backbone=recipe.frozen_backbone)
     figures = best.figures
     second = (
         {"macro F1": figures.macro_f1} if isinstance(figures, MultiLabelMetrics) else {"top-5": figures.top5}

@@ -116,9 +116,20 @@ class EpochRow(StrictModel):
     seconds: float
 
 
-def best_epoch(history: Sequence[EpochRow]) -> EpochRow:
-    """Return the first epoch with the highest top-1 accuracy, or mAP of several classes per image."""
-    return max(history, key=lambda row: (row.figures.score, -row.epoch))
+def best_epoch(history: Sequence[EpochRow], *, frozen_backbone: bool = False) -> EpochRow:
+    """Return the first epoch with the highest top-1 accuracy, or mAP of several classes per image.
+
+    With *frozen_backbone* only branches learn and the exported network is the same in every epoch. The mean
+    score of the branches then decides, and of equal epochs the last.
+    """
+    if not frozen_backbone:
+        return max(history, key=lambda row: (row.figures.score, -row.epoch))
+
+    def accuracy(row: EpochRow) -> float:
+        heads = row.sight.heads if row.sight is not None else {}
+        return sum(head.score for name, head in heads.items() if name != "main")
+
+    return max(history, key=lambda row: (accuracy(row), row.epoch))
 
 
 def epoch_metrics(row: EpochRow) -> dict[str, float]:

@@ -105,6 +105,11 @@ class Recipe(StrictModel):
     few_shot: FewShotConfig | None = None
     save: SaveConfig = SaveConfig()
 
+    @property
+    def frozen_backbone(self) -> bool:
+        """Whether only the branches learn."""
+        return self.start is not None and self.start.learn == "branches"
+
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "Recipe":
         if self.optimizer.kind == "adahessian" and (self.compile or self.precision == "fp16"):

@@ -89,7 +89,9 @@ class RunFolder:
         A resumed run does this first, because the process may have been killed before it was done.
         """
         at, every = run.position, run.recipe.save.keep_every
-        if at.step == 0 and at.history and best_epoch(at.history).epoch == at.epoch:
+        frozen = run.recipe.frozen_backbone
+        best = best_epoch(at.history, frozen_backbone=frozen).epoch if at.history else None
+        if at.step == 0 and best == at.epoch:
             self.strategy.save(self.best, run.checkpoint(resumable=False))
         if self.strategy.rank != 0:
             return

@@ -1,8 +1,9 @@
 """Rules of the GSoP attention blocks.
 
-Letters as in `sopdeploy.layers.attention.gsop_attention`. The batch norm turns row i of the covariance into
-a_i S_i + c_i, and output r of row i is w_ir . (a_i S_i + c_i) + b_ir = (a_i w_ir) . S_i + (b_ir + c_i
-sum(w_ir)): different weights without a norm. A convolution of n groups with kernel (n, 1) is n products of
+Letters as in `sopdeploy.layers.attention.gsop_attention`. The first batch norm turns row i of the covariance
+into a_i S_i + c_i, and output r of row i is w_ir . (a_i S_i + c_i) + b_ir = (a_i w_ir) . S_i + (b_ir + c_i
+sum(w_ir)): different weights without a norm. A second batch norm scales and shifts
+output ir. A convolution of n groups with kernel (n, 1) is n products of
 (B, n) with (n, r), so it may be computed as one batched product, whose weights are transposed at export.
 
 The default form is the convolution for single images and the product from a batch of four.
@@ -55,8 +56,12 @@ class FoldedExcitation(nn.Module, ExportHints):
         weight = conv.weight.detach().double()  # rounded once, after folding in float64
         bias = torch.zeros(len(weight), dtype=torch.float64)
         bias = bias if conv.bias is None else conv.bias.detach().double()
-        bias = (bias + shift * weight.sum(dim=(1, 2, 3))).to(conv.weight.dtype)
-        weight = (weight * scale[:, None, None, None]).to(conv.weight.dtype)
+        bias = bias + shift * weight.sum(dim=(1, 2, 3))
+        weight = weight * scale[:, None, None, None]
+        if not isinstance(before.norm, nn.Identity):
+            scale, shift = affine(before.norm)
+            weight, bias = weight * scale[:, None, None, None], bias * scale + shift
+        weight, bias = weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
         if product:  # (4n, 1, n, 1) to (n, n, r), and (4n) to (n, 1, r)
             weight = weight.reshape(self.rows, OUTPUTS_PER_ROW, self.rows).transpose(1, 2)
             bias = bias.reshape(self.rows, 1, OUTPUTS_PER_ROW)
@@ -81,7 +86,7 @@ FORMS: dict[str, Build] = {
 
 def fold_row_norm(context: RewriteContext, where: str, part: Excitation) -> None:
     """Fold the frozen norm of one excitation and choose the form of its rows."""
-    if not is_frozen(part.row_bn):
+    if not is_frozen(part.row_bn) or not (isinstance(part.norm, nn.Identity) or is_frozen(part.norm)):
         return
     default = "batched product" if context.batch.optimum >= PRODUCT_FROM else "convolution"
     build, choice = context.choose_form(where, FORMS, default)

@@ -61,14 +61,17 @@ class GSoPBlockConfig(StrictModel):
 
     `attention` is what scales the map: its channels, its positions, or both and how the two are fused.
     `cov_width` is d. `position_side` is the side of the map whose positions are correlated (6, 8 and 12 are
-    Table 4's 36, 64 and 144). The released code differs from the paper in the others: `RELEASED_BLOCK` has
-    its values.
+    Table 4's 36, 64 and 144). `channel_norm` and `position_norm` are the batch norm after the row-wise
+    convolution (Table 2); the printed parameters of the position-wise block are those without it. The
+    released code differs from the paper in the others and in `channel_norm`: `RELEASED_BLOCK` has its values.
     """
 
     attention: Literal["channel", "position"] | FusionKind = "channel"
     cov_width: Annotated[int, pydantic.Field(ge=32, le=256)] = 128
     position_side: Annotated[int, pydantic.Field(ge=2, le=16)] = 8
     pre_relu: bool = False
+    channel_norm: bool = True
+    position_norm: bool = False
     channel_activation: Activation = "lrelu"
     position_activation: Activation = "lrelu"
     position_rectify: Literal["reduced", "scaled"] = "reduced"
@@ -78,6 +81,7 @@ class GSoPBlockConfig(StrictModel):
 
 RELEASED_BLOCK = {
     "pre_relu": True,
+    "channel_norm": False,
     "channel_activation": "none",
     "position_activation": "relu",
     "position_rectify": "scaled",
@@ -100,7 +104,12 @@ class GSoPBlock(nn.Module):
         self.channel = self.position = self.fusion = None
         if kind != "position":
             self.channel = ChannelAttention(
-                channels, config.cov_width, dr_stride, config.channel_activation, pre_relu=config.pre_relu
+                channels,
+                config.cov_width,
+                dr_stride,
+                config.channel_activation,
+                pre_relu=config.pre_relu,
+                norm=config.channel_norm,
             )
         if kind != "channel":
             switches = PositionSwitches(
@@ -110,6 +119,7 @@ class GSoPBlock(nn.Module):
                 covariance=config.position_covariance,
                 upsampling=config.position_upsampling,
                 pre_relu=config.pre_relu,
+                norm=config.position_norm,
             )
             self.position = PositionAttention(channels, config.cov_width, switches)
             if kind == "concatenation":

@@ -62,8 +62,8 @@ def head(dropout: float = 0.0) -> Case:
     return with_norm(lambda: FusionHead(20, 4, norm=True, dropout=dropout), 3, 20)
 
 
-def excitation(activation: str = "none") -> Case:
-    return with_norm(lambda: Excitation(8, 5, activation), 3, 8, 8)
+def excitation(activation: str = "none", *, norm: bool = False) -> Case:
+    return with_norm(lambda: Excitation(8, 5, activation, norm=norm), 3, 8, 8)
 
 
 @pytest.mark.parametrize("side", [3, 6], ids=["positions fewer than channels", "more"])
@@ -108,9 +108,9 @@ def test_mixture_is_equivalent_in_the_gram_domain_and_with_tied_weights() -> Non
 
 
 @pytest.mark.parametrize("form", list(FORMS))
-@pytest.mark.parametrize("activation", ["none", "relu", "lrelu"])
-def test_folded_excitation_is_equivalent_on_asymmetric_input(form: str, activation: str) -> None:
-    part, inputs = excitation(activation)
+@pytest.mark.parametrize(("activation", "norm"), [("none", False), ("relu", False), ("lrelu", True)])
+def test_folded_excitation_is_equivalent_on_asymmetric_input(form, activation: str, norm: bool) -> None:
+    part, inputs = excitation(activation, norm=norm)
     assert_equivalent("row norm", "here", part, FORMS[form], inputs)
 
 

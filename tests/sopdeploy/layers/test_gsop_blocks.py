@@ -22,11 +22,13 @@ NAMES = {
     "bn_for_DR": "channel.reduction.1",
     "row_bn": "channel.excitation.row_bn",
     "row_conv_group": "channel.excitation.row_conv",
+    "row_conv_norm": "channel.excitation.norm",
     "fc_adapt_channels": "channel.excitation.conv",
     "conv_for_DR_spatial": "position.reduction.0",
     "bn_for_DR_spatial": "position.reduction.1",
     "row_bn_for_spatial": "position.excitation.row_bn",
     "row_conv_group_for_spatial": "position.excitation.row_conv",
+    "row_conv_norm_for_spatial": "position.excitation.norm",
     "fc_adapt_channels_for_spatial": "position.excitation.conv",
     "dilate_conv_for_concat1": "fusion.conv_channel",
     "dilate_conv_for_concat2": "fusion.conv_position",
@@ -126,25 +128,32 @@ def test_released_options_equal_the_released_code(attention, channels, side, str
         torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_paper_channel_block() -> None:
-    block = random_block(256)
+@pytest.mark.parametrize("norm", [True, False])
+def test_paper_channel_block(norm: bool) -> None:
+    """Table 2 has a batch norm between the row-wise convolution and LReLU, by default."""
+    assert GSoPBlockConfig().channel_norm
+    block = random_block(256, channel_norm=norm)
     w, x = Weights(block), torch.randn(2, 256, 10, 10, dtype=torch.float64)
     reduced = F.relu(w.norm("bn_for_DR", w.conv("conv_for_DR", x)))
     rows = w.norm("row_bn", pooled_by_centering_matrix(reduced.flatten(2))[..., None])
-    rows = F.leaky_relu(w.conv("row_conv_group", rows, groups=32), 0.1)
+    rows = w.conv("row_conv_group", rows, groups=32)
+    rows = F.leaky_relu(w.norm("row_conv_norm", rows) if norm else rows, 0.1)
     expected = x * torch.sigmoid(w.conv("fc_adapt_channels", rows))
     torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("cov_side", [6, 8, 12])
-def test_paper_position_block(cov_side: int) -> None:
-    block = random_block(256, attention="position", position_side=cov_side)
+@pytest.mark.parametrize(("cov_side", "norm"), [(6, False), (8, False), (8, True), (12, False)])
+def test_paper_position_block(cov_side: int, norm: bool) -> None:
+    """Table 2's 0.16 M parameters are those without a batch norm after the row-wise convolution."""
+    assert not GSoPBlockConfig().position_norm
+    block = random_block(256, attention="position", position_side=cov_side, position_norm=norm)
     w, x = Weights(block), torch.randn(2, 256, 10, 10, dtype=torch.float64)
     small = F.relu(w.norm("bn_for_DR_spatial", w.conv("conv_for_DR_spatial", x)))
     small = F.adaptive_avg_pool2d(small, cov_side).flatten(2)
     cov = torch.stack([torch.cov(image.T, correction=0) for image in small])
     rows = w.norm("row_bn_for_spatial", cov[..., None])
-    rows = F.leaky_relu(w.conv("row_conv_group_for_spatial", rows, groups=cov_side**2), 0.1)
+    rows = w.conv("row_conv_group_for_spatial", rows, groups=cov_side**2)
+    rows = F.leaky_relu(w.norm("row_conv_norm_for_spatial", rows) if norm else rows, 0.1)
     weights = torch.sigmoid(w.conv("fc_adapt_channels_for_spatial", rows))
     weights = F.interpolate(weights.reshape(-1, 1, cov_side, cov_side), size=(10, 10), mode="nearest")
     torch.testing.assert_close(block(x), x * weights, rtol=1e-10, atol=1e-10)

@@ -10,27 +10,38 @@ from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
 from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.stats import tally
 
+NO_NORM = {"channel_norm": False}  # the released code has no batch norm after the row-wise convolution
+
 
 @pytest.mark.parametrize(
     ("name", "config", "parameters", "macs"),
     [
         ("gsop-net1-resnet50", RELEASED, 28_285_224, 6_364_987_392),
         ("gsop-net2-resnet50", RELEASED, 58_278_568, 6_446_101_504),
-        ("gsop-net1-resnet50", {}, 28_285_224, 6_442_057_728),
-        ("gsop-net2-resnet50", {}, 58_278_568, 6_523_171_840),
-        ("gsop-net1-preact-resnet164", {}, 2_894_516, 555_361_280),
-        ("gsop-net1-preact-resnet164", {"strided_dr_stages": ["layer1"]}, 2_894_516, 536_486_912),
+        ("gsop-net1-resnet50", NO_NORM, 28_285_224, 6_442_057_728),
+        ("gsop-net2-resnet50", NO_NORM, 58_278_568, 6_523_171_840),
+        ("gsop-net1-preact-resnet164", NO_NORM, 2_894_516, 555_361_280),
+        ("gsop-net1-preact-resnet164", {"strided_dr_stages": ["layer1"], **NO_NORM}, 2_894_516, 536_486_912),
+        ("gsop-net1-resnet50", {}, 28_285_224 + 4 * 2 * 512, 6_442_057_728),  # Table 2's batch norm
+        ("gsop-net2-resnet50", {}, 58_278_568 + 3 * 2 * 512, 6_523_171_840),
+        ("gsop-net1-preact-resnet164", {}, 2_894_516 + 18 * 2 * 256, 555_361_280),
+        (
+            "gsop-net1-resnet50",
+            {"attention": "position", "position_norm": True},
+            26_182_952 + 4 * 2 * 256,
+            None,
+        ),
         ("gsop-net2-resnet50", {"block_stages": ()}, 56_929_832, 6_342_226_944),  # iSQRT-COV
         ("gsop-net1-preact-resnet164", {"block_stages": (), "last_stride": 2}, 1_726_388, 247_669_760),
         ("gsop-net1-resnet50", {"block_stages": ()}, 25_557_032, 6_208_618_496),  # ResNet-50, s1
         ("gsop-net2-preact-resnet164", {"block_stages": ()}, 2_559_412, 500_652_288),  # MPN-COV of Table 6
-        ("gsop-net1-resnet101", {}, 47_277_352, None),
-        ("gsop-net2-resnet101", {}, 77_270_696, None),
+        ("gsop-net1-resnet101", NO_NORM, 47_277_352, None),
+        ("gsop-net2-resnet101", NO_NORM, 77_270_696, None),
         ("gsop-net1-resnet50", {"attention": "position"}, 26_182_952, None),
-        ("gsop-net1-resnet50", {"attention": "average"}, 28_911_144, None),
-        ("gsop-net1-resnet50", {"attention": "sum"}, 28_911_144, None),
-        ("gsop-net1-resnet50", {"attention": "maximum"}, 28_911_144, None),
-        ("gsop-net1-resnet50", {"attention": "concatenation"}, 32_105_000, None),
+        ("gsop-net1-resnet50", {"attention": "average", **NO_NORM}, 28_911_144, None),
+        ("gsop-net1-resnet50", {"attention": "sum", **NO_NORM}, 28_911_144, None),
+        ("gsop-net1-resnet50", {"attention": "maximum", **NO_NORM}, 28_911_144, None),
+        ("gsop-net1-resnet50", {"attention": "concatenation", **NO_NORM}, 32_105_000, None),
         ("se-resnet50", {}, 28_088_024, None),
         ("cbam-resnet50", {}, 28_089_624, None),
         ("se-preact-resnet164", {}, 1_928_492, None),
@@ -58,19 +69,24 @@ def test_num_features_matches_the_paper(name: str, representation: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attention", "parameters", "extra", "mflops"),
+    ("attention", "norm", "parameters", "printed", "extra", "mflops"),
     [
         # multiply-adds of half the covariance product and of the scaling come on top of the convolutions'
-        ("channel", 723_072, 128 * 129 // 2 * 196 + 1024 * 196, 28.0988),
-        ("position", 164_672, 64 * 65 // 2 * 128 + 1024 * 196, 26.1898),
+        ("channel", True, 724_096, True, 128 * 129 // 2 * 196 + 1024 * 196, 28.0988),
+        ("channel", False, 723_072, True, 128 * 129 // 2 * 196 + 1024 * 196, 28.0988),
+        ("position", False, 164_672, True, 64 * 65 // 2 * 128 + 1024 * 196, 26.1898),
+        ("position", True, 165_184, False, 64 * 65 // 2 * 128 + 1024 * 196, 26.1898),
     ],
 )
-def test_gsop_block_counts_match_table_2(attention: str, parameters, extra, mflops) -> None:
+def test_gsop_block_counts_match_table_2(attention, norm, parameters, printed, extra, mflops) -> None:
+    """The printed parameters decide only the position-wise half: with a batch norm it has 0.17 M."""
     with torch.device("meta"):
-        block = GSoPBlock(GSoPBlockConfig(attention=attention), 1024, dr_stride=1)
+        config = GSoPBlockConfig(attention=attention, **{f"{attention}_norm": norm})
+        block = GSoPBlock(config, 1024, dr_stride=1)
         widen = torch.nn.Conv2d(3, 1024, 1, bias=False)
         counted = tally(torch.nn.Sequential(widen, block), 14).total()
     assert counted.parameters - 3 * 1024 == parameters
+    assert (f"{parameters / 1e6:.2f}" == {"channel": "0.72", "position": "0.16"}[attention]) is printed
     macs = counted.macs - 3 * 1024 * 196
     assert round((macs + extra) / 1e6, 4) == mflops  # printed as 28.1 and 26.2
 

@@ -5,6 +5,7 @@ from torch import nn
 from sopdeploy import create_model
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.dsop import Branch
+from tests.sopdeploy.training.small_recipes import few_blocks
 
 FOUR = ["layer1_1", "layer2_1", "layer3_1", "layer4_1"]
 NARROW = {"aux_widths": (8, 8, 8, 8), "aux_blocks": (1, 1, 1, 1)}
@@ -43,7 +44,8 @@ def test_branches_do_not_change_the_running_statistics_of_the_backbone() -> None
         ("dsop-wrn-28-10", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (1, 3)]),
         ("dsop-resnext29-8x64d", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
         ("dsop-resnext29-16x64d", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
-        ("dsop-efficientnet-b0", {}, ["blocks_4_2", "blocks_6_0"]),
+        ("dsop-efficientnet-b0", {}, ["blocks_4_2", "conv_head"]),
+        ("dsop-efficientnet-b0", {"end_tap": "blocks.6"}, ["blocks_4_2", "blocks_6_0"]),
         ("dsop-resnet18", {"aux_blocks": (0, 1, (2, 0), (0, 3))}, ["layer2_1", "layer3_0", "layer4_1"]),
     ],
 )
@@ -67,7 +69,9 @@ def test_branches_start_where_the_paper_says(name: str, config: dict, expected: 
         ("dsop-wrn-22-10", {}, [1, 2] * 3, [128] * 6),
         ("dsop-wrn-28-10", {}, [2] * 6, [128] * 6),
         ("dsop-resnext29-8x64d", {}, [1, 2] * 3, [128] * 6),
-        ("dsop-efficientnet-b0", {}, [3, 1], [64, 64]),
+        ("dsop-efficientnet-b0", {}, [3, 0], [64, 64]),
+        ("dsop-efficientnet-b0", {"end_tap": "blocks.6"}, [3, 1], [64, 64]),
+        ("dsop-efficientnet-b0", {"aux_widths": (512,) * 7}, [3, 0], [112, 512]),
     ],
 )
 def test_branches_are_made_of_what_the_paper_says(name, config, blocks, widths) -> None:
@@ -151,6 +155,17 @@ def test_stages_without_activation_get_one_before_the_pooling_of_their_branches(
         assert [type(module) for module in branch.ending] == [nn.BatchNorm2d, nn.ReLU]
     for branch in branches_of("dsop-resnext29-8x64d").values():
         assert isinstance(branch.ending, nn.Identity)
+
+
+def test_the_branch_at_the_end_of_efficientnet_trains_the_whole_backbone(monkeypatch) -> None:
+    """It reads the maps of the first-order pooling, after the 320 to 1280 convolution, and adds this head."""
+    few_blocks(monkeypatch)
+    network = create_model("dsop-efficientnet-b0", num_classes=3, iterations=2)
+    network(torch.randn(2, 3, 64, 64)).branches["conv_head"].sum().backward()
+    assert network.conv_head.weight.grad.abs().sum() > 0
+    branch = network.branches["conv_head"]
+    own = 1280 * 64 + 2 * 64 + 2080 * 3 + 3  # DR, its batch norm, the classifier
+    assert sum(parameter.numel() for parameter in branch.parameters()) == own
 
 
 def test_efficientnets_branches_reduce_with_swish_and_drop_a_fifth() -> None:

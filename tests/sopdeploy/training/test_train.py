@@ -14,8 +14,9 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError
-from sopdeploy.evaluation.prediction import evaluate
+from sopdeploy.evaluation.prediction import EvalMetrics, evaluate
 from sopdeploy.training.callbacks import CallbackList, create_loggers
+from sopdeploy.training.diagnostics import Diagnostics, EpochRow, HeadMetrics, best_epoch
 from sopdeploy.training.loop import TrainingResult, train
 from sopdeploy.training.recipe import Recipe
 from tests.sopdeploy.training.runs import RecordingCallback, interrupt, same_bits, same_run, short_recipe
@@ -119,6 +120,36 @@ def test_the_second_phase_trains_only_the_branches(plain, tmp_path) -> None:
     first, second = read_checkpoint(result.last).resume["position"]["history"]
     assert second["losses"]["layer1_0"] < first["losses"]["layer1_0"]
     assert first["figures"] == second["figures"]
+    top1 = [sum(head["top1"] for head in row["sight"]["heads"].values()) for row in (first, second)]
+    assert result.best_epoch == read_checkpoint(result.best).training["epoch"] == 1 + (top1[1] >= top1[0])
+
+
+@pytest.mark.parametrize(
+    ("branches", "frozen", "best"),
+    [((0.2, 0.6, 0.6, 0.4), True, 3), ((0.2, 0.6, 0.6, 0.4), False, 1), ((None,) * 4, True, 4)],
+    ids=["the best branches", "the first of equal networks", "the last without records of branches"],
+)
+def test_the_best_epoch_of_a_frozen_backbone_is_that_of_its_branches(branches, frozen, best) -> None:
+    figures = EvalMetrics(loss=1.0, top1=0.5, top5=0.9, count=10)
+    history = [
+        EpochRow(
+            epoch=number,
+            lr=0.1,
+            losses={},
+            figures=figures,
+            seconds=0.0,
+            sight=None
+            if top1 is None
+            else Diagnostics(
+                pictures=9,
+                gates={},
+                spectra={},
+                heads={name: HeadMetrics(top1=t, loss=1.0) for name, t in (("main", 0.5), ("low", top1))},
+            ),
+        )
+        for number, top1 in enumerate(branches, start=1)
+    ]
+    assert best_epoch(history, frozen_backbone=frozen).epoch == best
 
 
 def test_a_fine_tuned_run_starts_better_and_its_classifier_learns_faster(plain, tmp_path) -> None:

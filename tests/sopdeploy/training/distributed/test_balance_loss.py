@@ -66,7 +66,8 @@ def effective_weight(name: str, pieces: int, strategy: Strategy | None = None) -
         loss = train_step(run, (torch.from_numpy(images), torch.from_numpy(targets)), samples, 1).loss
     load = run.strategy.all_reduce(torch.stack(loads[-len(shard.micro_batches) :]).sum(dim=0))
     assert float(load.sum()) == pytest.approx(recipe.batch_size)
-    added = float(loss.total) - float(loss.parts["main"])
+    added = float(loss.parts["balance"])
+    assert float(loss.total) - float(loss.parts["main"]) == pytest.approx(added, abs=1e-6)
     return added / float(load.var(correction=1) / load.mean().square())
 
 
@@ -74,7 +75,7 @@ def effective_weight(name: str, pieces: int, strategy: Strategy | None = None) -
 @pytest.mark.parametrize("name", GATED)
 def test_recipes_weight_the_balance_loss_as_the_paper(name: str, pieces: int) -> None:
     assert read_recipe(name).batch_size == 256
-    assert effective_weight(name, pieces) == pytest.approx(0.390625, rel=1e-5)
+    assert effective_weight(name, pieces) == pytest.approx(0.390625, rel=1e-4)
 
 
 def gradients(pieces: int, strategy: Strategy | None = None) -> dict[str, Tensor]:
@@ -119,4 +120,4 @@ def test_pieces_and_processes_give_the_gradient_of_the_whole_step(tmp_path) -> N
     for pieces in PIECES:
         assert largest_difference(first[f"{pieces} pieces"], whole) < 1e-10
         assert largest_difference(second[f"{pieces} pieces"], whole) < 1e-10
-    assert [float(w) for w in first["weights"].values()] == pytest.approx([0.390625] * 4, rel=1e-5)
+    assert [float(w) for w in first["weights"].values()] == pytest.approx([0.390625] * 4, rel=1e-4)
