@@ -4,7 +4,7 @@ Stored in the checkpoint and in the bundle. The export divides the last layer by
 a bundle are calibrated already, and thresholds refer to them. Does not import torch.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
@@ -51,6 +51,11 @@ class Rejection(StrictModel):
     accepts: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.95
     auroc: Fraction | None = None
 
+    def recognize(self, logits: NDArray[np.floating]) -> tuple[bool, float]:
+        """Decide whether the image with *logits* (C,) of the bundle is known; also return its score."""
+        score = float(known_score(logits, self.score))
+        return score >= self.threshold, score
+
 
 class Decision(StrictModel):
     """What turns logits into classes.
@@ -74,6 +79,36 @@ class Decision(StrictModel):
         if self.rejection is not None and self.activation == "sigmoid":
             raise ValueError("rejection: not supported with activation sigmoid")
         return self
+
+    @property
+    def temperature(self) -> float:
+        """Divisor of the network's logits; 1 if none was fitted."""
+        return 1.0 if self.calibration is None else self.calibration.temperature
+
+    def review(self, logits: NDArray[np.floating]) -> dict[str, Any]:
+        """Compute `uncalibrated` and `known` of a `Score` from *logits* (C,) of the bundle."""
+        found: dict[str, Any] = {}
+        if self.calibration is not None:
+            raw = np.asarray(logits, np.float64) * self.temperature
+            found["uncalibrated"] = float(known_score(raw, "max_probability"))
+        if self.rejection is not None:
+            found["known"] = self.rejection.recognize(logits)[0]
+        return found
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Describe calibration and rejection in (name, text) rows for reports and model cards."""
+        rows = []
+        if (fit := self.calibration) is not None:
+            rows.append(
+                ("temperature", f"{fit.temperature:.4g}, from {fit.images:,} {fit.estimated_on} images")
+            )
+            rows.append(("calibration error", f"{fit.error_before:.4f} before, {fit.error_after:.4f} after"))
+        if (rule := self.rejection) is not None:
+            accepted = f"accepts {100 * rule.accepts:g} % of known images"
+            rows.append(("unknown images", f"{rule.score} below {rule.threshold:.4g}; {accepted}"))
+            if rule.auroc is not None:
+                rows.append(("AUROC, one class left out", f"{rule.auroc:.4f}"))
+        return rows
 
 
 def known_score(logits: NDArray[np.floating], score: Score) -> NDArray[np.float64]:

@@ -65,6 +65,8 @@ from sopdeploy_export.rewrites.apply import CertifiedGraph, lower_by_rules
 __all__ = ["ExportOptions", "Exported", "export"]
 
 ONNX_FILE = "model.onnx"
+FOLDED_PROBES = 4  # on which a folded temperature is checked
+FOLDED_TOLERANCE = 1e-4  # relative to the largest logit; only the rounding of the weights changes
 
 
 class ExportOptions(StrictModel):
@@ -114,6 +116,9 @@ def export(
     if options.with_cam:
         add_features_output(trained)
     images = probe_images(checkpoint.preprocess, options.probes)
+    temperature = checkpoint.decision.temperature if checkpoint.decision is not None else 1.0
+    if temperature != 1:
+        fold_temperature(trained, temperature, Deployed(trained, checkpoint.preprocess), images)
     job = _Job(checkpoint, images, options, step)
 
     step("detaching" if options.detach else "nothing to detach")
@@ -315,6 +320,32 @@ def check_exportable(network: Classifier) -> None:
         reason = getattr(module, "not_exportable", None)
         if reason is not None:
             raise LoweringError(f"{type(module).__name__} cannot be exported: {reason}")
+
+
+@torch.no_grad()
+def fold_temperature(
+    network: Classifier, temperature: float, deployed: Deployed, images: NDArray[np.uint8]
+) -> None:
+    """Divide the weights and the bias of the last linear layer of *network* by *temperature*.
+
+    This divides the logits without any cost at inference; training-only heads keep their logits. Raises
+    `LoweringError` if no such layer computes the logits, or if those of *images* change in any other way.
+    """
+    layer, problem = network.logits_layer(), f"temperature {temperature:.3g}: cannot be folded"
+    if layer is None:
+        raise LoweringError(
+            f"{problem}, no linear layer of {type(network).__name__} computes its logits; train again"
+        )
+    pixels = torch.from_numpy(images[:FOLDED_PROBES])
+    before = deployed.eval()(pixels)[0]
+    for parameter in layer.parameters():
+        parameter.div_(temperature)
+    after = deployed(pixels)[0] * temperature
+    if not torch.allclose(after, before, rtol=0.0, atol=FOLDED_TOLERANCE * float(before.abs().max())):
+        raise LoweringError(
+            f"{problem}, {type(network).__name__} does not return the outputs of its last linear layer; "
+            "train again"
+        )
 
 
 def detach(network: Classifier, *, requested: bool = True) -> Classifier:

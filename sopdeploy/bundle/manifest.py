@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from sopdeploy.config import StrictModel, first_problem
-from sopdeploy.decision import Decision
+from sopdeploy.decision import Decision, Rejection
 from sopdeploy.images.preprocess import Preprocess
 
 ID_LENGTH = 12
@@ -113,6 +113,11 @@ class Manifest(StrictModel):
         if manifest.to_bytes() != raw:
             raise ValueError("was edited or damaged after the export")
         return manifest
+
+    @property
+    def rejection(self) -> Rejection | None:
+        """Rule for images of unknown classes; `None` accepts every image."""
+        return None if self.decision is None else self.decision.rejection
 
     @property
     def name(self) -> str:

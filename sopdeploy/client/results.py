@@ -64,6 +64,8 @@ class Classification(Response):
         gates: selected experts of a gated network, best first, if requested.
         class_map: class activation map of the explained class, if requested.
         warnings: codes of changes made while decoding.
+        known: false if the image probably shows none of the classes; `None` if the bundle has no threshold.
+        score: the number that decides `known`; larger is more certainly known.
         error: set if this image of a list could not be classified.
         model_digest: id of the bundle that computed the result.
         timing_ms: server time per stage (receive, decode, queue, infer); of a list, the slowest image.
@@ -73,6 +75,8 @@ class Classification(Response):
     gates: tuple[Expert, ...] | None = None
     class_map: ClassMap | None = None
     warnings: tuple[str, ...] = ()
+    known: bool | None = None
+    score: float | None = None
     error: Problem | None = None
     model_digest: str = ""
     timing_ms: dict[str, float] = pydantic.Field(default_factory=dict)

@@ -160,9 +160,7 @@ def predict_last_epoch(recipe: Recipe, path: Path, data: Split) -> NDArray[np.bo
             return correct
     checkpoint = read_checkpoint(last)
     model = build_classifier(checkpoint, last).to(select_device(recipe.device))
-    scores = score_images(
-        model, checkpoint.labels, data.held_out, checkpoint.preprocess, workers=recipe.workers
-    )
+    scores = score_images(model, checkpoint, data.held_out, workers=recipe.workers)
     correct = np.asarray([score.correct for score in scores])
     try:
         with atomic_write(cached) as partial, partial.open("wb") as file:

@@ -121,6 +121,7 @@ def leave_one_class_out(logits: Logits, targets: NDArray[np.int64]) -> dict[Scor
         without = np.where(is_top, 1.0, sums - weights[:, left_out])
         energy = np.where(is_top, rest_energy, largest + np.log(without))
         log_probability = np.where(is_top, second, largest) - energy
-        for score, values in (("max_probability", log_probability), ("energy", energy)):
-            areas[score].append(auroc(values[~unknown], values[unknown]))
-    return {score: float(np.mean(values)) for score, values in areas.items()}
+        values: dict[Score, Logits] = {"max_probability": log_probability, "energy": energy}
+        for score, one in values.items():
+            areas[score].append(auroc(one[~unknown], one[unknown]))
+    return {score: float(np.mean(all_areas)) for score, all_areas in areas.items()}

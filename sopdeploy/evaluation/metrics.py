@@ -8,7 +8,7 @@ the error is the mean of |confidence - accuracy| over the bins, weighted by the 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pydantic
@@ -30,19 +30,31 @@ class Score:
     """Prediction for one image; classes are indices into the sorted class names.
 
     `top5` are the five most probable classes, best first. `confidence` is the probability of the first one,
-    `likelihood` the probability of the true class `target`.
+    `likelihood` the probability of the true class `target`. `uncalibrated` is the confidence without the
+    temperature, if one was fitted. `known` is whether the image is accepted as one of the classes; `None`
+    without a threshold.
     """
 
     target: int
     top5: tuple[int, ...]
     confidence: float
     likelihood: float
+    uncalibrated: float | None = None
+    known: bool | None = None
 
     @classmethod
-    def from_ranking(cls, target: int, ranked: Sequence[tuple[int, float]]) -> "Score":
+    def from_ranking(
+        cls,
+        target: int,
+        ranked: Sequence[tuple[int, float]],
+        *,
+        uncalibrated: float | None = None,
+        known: bool | None = None,
+    ) -> "Score":
         """Score an image of class *target* from all (class, probability) pairs, most probable first."""
         likelihood = next(probability for index, probability in ranked if index == target)
-        return cls(target, tuple(index for index, _ in ranked[:TOP_K]), ranked[0][1], likelihood)
+        top5 = tuple(index for index, _ in ranked[:TOP_K])
+        return cls(target, top5, ranked[0][1], likelihood, uncalibrated, known)
 
     @property
     def correct(self) -> bool:
@@ -102,7 +114,8 @@ class ClassificationReport(StrictModel):
 
     `nll` is the mean negative log-likelihood. `classes` are sorted by name; the rows of `confusion` are true
     classes and its columns predicted classes, in the same order. With fewer than five classes `top5` covers
-    all of them.
+    all of them. Omitted if there is no temperature or threshold: `uncalibrated_error`, the calibration error
+    without the temperature, and `accepted`, the images that are accepted as one of the classes.
     """
 
     count: int
@@ -112,6 +125,13 @@ class ClassificationReport(StrictModel):
     calibration: Calibration
     classes: tuple[ClassFigures, ...]
     confusion: tuple[tuple[int, ...], ...]
+    uncalibrated_error: Fraction | None = None
+    accepted: Rate | None = None
+
+    @pydantic.model_serializer(mode="wrap")
+    def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {key: value for key, value in fields.items() if value is not None}
 
 
 def classification_report(labels: Sequence[str], scores: Sequence[Score]) -> ClassificationReport:
@@ -133,14 +153,19 @@ def classification_report(labels: Sequence[str], scores: Sequence[Score]) -> Cla
         )
         for index, (label, row) in enumerate(zip(labels, confusion, strict=True))
     )
+    correct = [score.correct for score in scores]
+    uncalibrated = [score.uncalibrated for score in scores if score.uncalibrated is not None]
+    known = [score.known for score in scores if score.known is not None]
     return ClassificationReport(
         count=count,
         top1=Rate.of(sum(score.correct for score in scores), count),
         top5=Rate.of(sum(score.target in score.top5 for score in scores), count),
         nll=math.fsum(-math.log(max(score.likelihood, MIN_PROBABILITY)) for score in scores) / count,
-        calibration=_calibration([score.confidence for score in scores], [score.correct for score in scores]),
+        calibration=_calibration([score.confidence for score in scores], correct),
         classes=tuple(classes),
         confusion=tuple(map(tuple, confusion)),
+        uncalibrated_error=_calibration(uncalibrated, correct).error if len(uncalibrated) == count else None,
+        accepted=Rate.of(sum(known), count) if len(known) == count else None,
     )
 
 
@@ -152,8 +177,8 @@ def calibration_error(logits: NDArray[np.float64], targets: NDArray[np.int64]) -
 
 def _calibration(confidences: Sequence[float], correct: Sequence[bool]) -> Calibration:
     members: list[list[int]] = [[] for _ in range(BINS)]
-    for image, confidence in enumerate(confidences):
-        members[min(BINS - 1, max(0, math.ceil(confidence * BINS) - 1))].append(image)
+    for image, value in enumerate(confidences):
+        members[min(BINS - 1, max(0, math.ceil(value * BINS) - 1))].append(image)
     curve = []
     gaps = []
     for index, inside in enumerate(members):

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.base import ImagesDataset, LabeledImages, PreprocessedDataset, Target
 from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.datasets.folder import open_classes, open_multi_label
 from sopdeploy.data.image_files import unreadable_images_error
-from sopdeploy.decision import Activation
+from sopdeploy.decision import Activation, Decision
 from sopdeploy.errors import DataError, TrainingError
 from sopdeploy.evaluation.metrics import NO_IMAGES, Score
 from sopdeploy.evaluation.multi_label import (
@@ -181,6 +181,31 @@ def _multi_label_metrics(
     )
 
 
+@torch.no_grad()
+def predict_logits(
+    model: nn.Module,
+    dataset: PreprocessedDataset,
+    preprocess: Preprocess,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    on_batch: Callable[[int], None] = lambda _done: None,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Compute the logits (N, C) of *model*, in eval mode, on *dataset*, and the classes (N,) of its images.
+
+    *on_batch* receives the number of images done after every batch.
+    """
+    device = next(model.parameters()).device
+    normalize = Normalize(preprocess).to(device)
+    logits, targets = [], []
+    batches = sequential_batches(len(dataset), batch_size)
+    for images, labels in load_batches(dataset, batches, workers, device):
+        logits.append(model(normalize(images)).double().cpu())
+        targets.append(labels.cpu())
+        on_batch(sum(map(len, targets)))
+    return torch.cat(logits).numpy(), torch.cat(targets).numpy()
+
+
 def score_checkpoint(
     path: Path,
     data: Path,
@@ -196,15 +221,14 @@ def score_checkpoint(
     """
     checkpoint = read_checkpoint(path)
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
-    labels, rules, decision = checkpoint.labels, checkpoint.preprocess, checkpoint.decision
-    thresholds = decision.thresholds if decision is not None else None
-    folder = data.expanduser()
+    thresholds = checkpoint.decision.thresholds if checkpoint.decision is not None else None
+    labels, folder = checkpoint.labels, data.expanduser()
     images = open_multi_label(folder, labels) if thresholds else open_classes(folder, tuple(sorted(labels)))
     options: dict[str, Any] = {"tta": tta, "workers": workers, "on_image": on_image}
     try:
         if thresholds:
-            return labels, predict_images(model, thresholds, images, rules, **options)
-        return images.labels, score_images(model, labels, images, rules, **options)
+            return labels, predict_images(model, thresholds, images, checkpoint.preprocess, **options)
+        return images.labels, score_images(model, checkpoint, images, **options)
     except DataError as error:
         raise unreadable_images_error(error, images) from None
 
@@ -212,28 +236,34 @@ def score_checkpoint(
 @torch.no_grad()
 def score_images(
     model: nn.Module,
-    labels: Sequence[str],
+    checkpoint: Checkpoint,
     images: LabeledImages,
-    preprocess: Preprocess,
     *,
     tta: str = "none",
     workers: int = 0,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[Score]:
-    """Score *model*, whose outputs are *labels*, on *images*; classes are matched by name.
+    """Score *model*, the network of *checkpoint*, on *images*; classes are matched by name.
 
-    Probabilities are averaged over the views of *tta*. The model must be in eval mode and is not moved.
+    The temperature divides the logits, as in an exported bundle. Probabilities are averaged over the views of
+    *tta*; a rejection threshold applies to single views only. The model must be in eval mode.
     """
-    columns = [images.labels.index(label) for label in labels]
+    preprocess, decision = checkpoint.preprocess, checkpoint.decision or Decision()
+    columns = [images.labels.index(label) for label in checkpoint.labels]
     dataset = _TtaDataset(images, preprocess, check_tta_mode(tta, preprocess))
     scores: list[Score] = []
-    for logits, targets in _view_logits(model, dataset, workers):
+    for unscaled, targets in _view_logits(model, dataset, workers):
+        logits = unscaled / decision.temperature
         probabilities = logits.softmax(dim=2).mean(dim=1)
         # logits differ where probabilities are 0
         ranking = logits[:, 0] if logits.shape[1] == 1 else probabilities
         order = ranking.argsort(dim=1, descending=True, stable=True).tolist()
-        for target, ranked, row in zip(targets.tolist(), order, probabilities.tolist(), strict=True):
-            scores.append(Score.from_ranking(target, [(columns[column], row[column]) for column in ranked]))
+        for image, (target, ranked, row) in enumerate(
+            zip(targets.tolist(), order, probabilities.tolist(), strict=True)
+        ):
+            review = decision.review(logits[image, 0].cpu().numpy()) if logits.shape[1] == 1 else {}
+            ranking_of_image = [(columns[column], row[column]) for column in ranked]
+            scores.append(Score.from_ranking(target, ranking_of_image, **review))
         on_image(len(scores), len(dataset))
     return scores
 

@@ -58,7 +58,7 @@ def score_service(
     for index in range(len(images)):
         response = _classify(client, images.path(index), model)
         ranked = [(labels.index(entry.label), entry.probability) for entry in response.classes]
-        scores.append(Score.from_ranking(int(images.targets[index]), ranked))
+        scores.append(Score.from_ranking(int(images.targets[index]), ranked, known=response.known))
         on_image(index + 1, len(images))
     return labels, scores
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.config import StrictModel
@@ -83,6 +83,21 @@ class Classifier(Backbone):
     def loss_weights(self) -> dict[str, float]:
         """Return the weight of each head's loss: `main` and the names in `branches`."""
         return {"main": 1.0}
+
+    def logits_layer(self) -> nn.Linear | None:
+        """Find the linear layer whose outputs are the exported logits; `None` if there is none.
+
+        It is the last exported module with parameters, of the last of `classifier_parts` if there is such a
+        part, provided that it is a linear layer with one output per class.
+        """
+        part = self._modules.get(self.classifier_parts[-1])
+        exported = [
+            module
+            for name, module in (self if part is None else part).named_modules()
+            if module._parameters and (part is not None or not is_in(name, *self.training_only))
+        ]
+        last = exported[-1] if exported else None
+        return last if isinstance(last, nn.Linear) and last.out_features == self.num_classes else None
 
     def num_features(self) -> int:
         """Return the length of the vector that the exported classifier reads."""

@@ -15,6 +15,7 @@ from sopdeploy.config import first_problem
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.data.datasets.folder import open_classes, open_multi_label
 from sopdeploy.data.sources import open_data
+from sopdeploy.decision import Decision
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
 from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelReport
@@ -61,6 +62,7 @@ class RunData:
     record: dict[str, Any]
     predictions: Predictions | None
     reason: str = ""
+    decision: Decision | None = None
 
 
 def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None]) -> RunData:
@@ -95,10 +97,10 @@ def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None])
             predictions = Predictions(metrics=found.report(), mistakes=(), images=name)
         else:
             if out_of_fold is not None and len(out_of_fold) == len(images):
-                scores = _scores_out_of_fold(out_of_fold, images)
+                scores = _scores_out_of_fold(out_of_fold, images, checkpoint.decision or Decision())
                 name = "the training images, each predicted by a network that was fitted without it"
             else:
-                scores = score_images(model, checkpoint.labels, images, preprocess, **options)
+                scores = score_images(model, checkpoint, images, **options)
             mistakes = tuple(worst_mistakes(scores, images, preprocess))
             metrics = classification_report(images.labels, scores)
             predictions = Predictions(metrics=metrics, mistakes=mistakes, images=name)
@@ -109,6 +111,7 @@ def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None])
         record=checkpoint.training,
         predictions=predictions,
         reason=reason,
+        decision=checkpoint.decision,
     )
 
 
@@ -139,13 +142,16 @@ def _open_images(recipe: Recipe, checkpoint: Checkpoint, data: Path | None) -> t
     return held_out, "the held-out images, which also selected the best epoch: expect less on new images"
 
 
-def _scores_out_of_fold(logits_NC: Tensor, images: LabeledImages) -> list[Score]:
+def _scores_out_of_fold(logits_NC: Tensor, images: LabeledImages, decision: Decision) -> list[Score]:
     """Score the training *images* by their logits out of fold, in the order of the labels."""
-    probabilities = logits_NC.double().softmax(dim=1)
+    scaled_NC = logits_NC.double() / decision.temperature
+    probabilities = scaled_NC.softmax(dim=1)
     order = probabilities.argsort(dim=1, descending=True, stable=True).tolist()
     return [
-        Score.from_ranking(target, [(column, row[column]) for column in ranked])
-        for target, ranked, row in zip(images.targets.tolist(), order, probabilities.tolist(), strict=True)
+        Score.from_ranking(target, [(column, row[column]) for column in ranked], **decision.review(logits))
+        for target, ranked, row, logits in zip(
+            images.targets.tolist(), order, probabilities.tolist(), scaled_NC.numpy(), strict=True
+        )
     ]
 
 

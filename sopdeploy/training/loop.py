@@ -6,6 +6,7 @@ uninterrupted one: bit for bit on a CPU with the same number of threads.
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -15,14 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from sopdeploy.checkpoint import build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import AugmentedDataset
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split, derive_seed
 from sopdeploy.data.batches import Batch, balanced_batches, load_batches, shuffled_batches, with_wait_time
 from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.data.sources import open_data
+from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.evaluation.prediction import evaluate
+from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
+from sopdeploy.evaluation.prediction import evaluate, predict_logits
 from sopdeploy.models.gmsop import GMSOP
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import best_epoch, diagnose, spectrum_epochs
@@ -51,7 +55,8 @@ class TrainingResult(StrictModel):
 
     `skipped` lists the images that could not be read. `seconds` is the total time, over all resumptions. With
     several classes per image, the mAP and macro F1 are set instead of the accuracies. `few_shot` is the
-    record of the few-shot procedure, if it applied.
+    record of the few-shot procedure, if it applied. `decision` is that of `best`: temperature and rejection
+    threshold, if there were enough images, or thresholds by class.
     """
 
     out: Path
@@ -73,6 +78,7 @@ class TrainingResult(StrictModel):
     last_map: float | None = None
     seconds: float
     few_shot: FewShotResult | None = None
+    decision: Decision | None = None
 
 
 def train(
@@ -104,7 +110,7 @@ def train(
     run, data, few_shot = start_or_resume(recipe, folder, strategy, callback, resume=resume)
     if few_shot:
         train_few_shot(run, data, folder, callback)
-        return _summarize(run, folder, data)
+        return _summarize(run, folder, data, read_checkpoint(folder.best).decision)
     held_out = PreprocessedDataset(data.held_out, recipe.preprocess)
     with handle_signals(strategy) as signals:
         try:
@@ -116,6 +122,7 @@ def train(
                 folder.save_last(run)
                 folder.save_derived_files(run)
                 callback.on_epoch_end(run.position.history[-1])
+            decision = fit_best(run, held_out, folder, callback)
         except StopRequested:
             folder.save_last(run)
             raise TrainingStoppedError(
@@ -125,7 +132,7 @@ def train(
             ) from None
         except DataError as error:
             raise unreadable_images_error(error, data.train, data.held_out) from None
-    return _summarize(run, folder, data)
+    return _summarize(run, folder, data, decision)
 
 
 def start_or_resume(
@@ -326,7 +333,40 @@ def evaluate_epoch(run: Run, held_out: PreprocessedDataset, signals: SignalState
     run.after_epoch(raw, average, diagnostics, time.monotonic() - since)
 
 
-def _summarize(run: Run, folder: RunFolder, data: Split) -> TrainingResult:
+def fit_best(
+    run: Run, held_out: PreprocessedDataset, folder: RunFolder, callback: Callback
+) -> Decision | None:
+    """Fit temperature and rejection threshold of `best.pt` to the held-out images and store them in it.
+
+    Only the first process does; the others, and runs with too few images or several classes per image, get
+    `None`. A resumed run fits again, to the same images.
+    """
+    if run.strategy.rank != 0 or run.activation == "sigmoid" or len(held_out) < MIN_IMAGES:
+        return None
+    checkpoint = read_checkpoint(folder.best)
+    model = build_classifier(checkpoint, folder.best).to(run.strategy.device)
+    logits, targets = predict_logits(
+        model,
+        held_out,
+        run.recipe.preprocess,
+        batch_size=run.recipe.batch_size,
+        workers=run.recipe.workers,
+        on_batch=lambda done: callback.on_evaluation_batch(epoch=run.recipe.epochs - 1, done=done),
+    )
+    decision = fit_decision(
+        logits,
+        targets,
+        estimated_on="held-out",
+        accepts=run.recipe.rejection.accepts,
+        scalable=model.logits_layer() is not None,
+    )
+    if decision == Decision():
+        return None
+    write_checkpoint(folder.best, replace(checkpoint, decision=decision))
+    return decision
+
+
+def _summarize(run: Run, folder: RunFolder, data: Split, decision: Decision | None) -> TrainingResult:
     history = run.position.history
     best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
     names = ("map", "macro_f1") if run.activation == "sigmoid" else ("top1", "top5")
@@ -347,4 +387,5 @@ def _summarize(run: Run, folder: RunFolder, data: Split) -> TrainingResult:
         seconds=run.position.seconds,
         few_shot=run.few_shot,
         **metrics,
+        decision=decision,
     )

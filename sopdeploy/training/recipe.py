@@ -67,6 +67,12 @@ class SaveConfig(StrictModel):
     keep_every: Count = 0
 
 
+class RejectionConfig(StrictModel):
+    """The fraction of known images to accept; with 1 no image counts as unknown."""
+
+    accepts: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.95
+
+
 class Recipe(StrictModel):
     """A complete training run; defaults follow the papers.
 
@@ -104,6 +110,7 @@ class Recipe(StrictModel):
     teacher: TeacherConfig | None = None
     few_shot: FewShotConfig | None = None
     save: SaveConfig = SaveConfig()
+    rejection: RejectionConfig = RejectionConfig()
 
     @property
     def frozen_backbone(self) -> bool:

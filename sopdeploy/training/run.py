@@ -49,6 +49,7 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "save.every_steps",
     "save.every_minutes",
     "save.keep_every",
+    "rejection.accepts",
 }
 
 

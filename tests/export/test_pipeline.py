@@ -4,17 +4,19 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.errors import DataError, DetachError, ParityError, SopdeployError
+from sopdeploy.errors import DataError, DetachError, LoweringError, ParityError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
+from sopdeploy.models.registry import create_model
 from sopdeploy_export import pipeline
-from sopdeploy_export.graph import probe_images
-from sopdeploy_export.pipeline import Exported, ExportOptions, export
+from sopdeploy_export.graph import Deployed, probe_images
+from sopdeploy_export.pipeline import Exported, ExportOptions, export, fold_temperature
 from sopdeploy_export.proof.hashes import onnx_root
 from tests.export.conftest import LABELS, save, trained
 from tests.export.once import proving_once
@@ -144,3 +146,37 @@ def test_generated_probes_are_reproducible_and_distinct(preprocess: Preprocess) 
     assert images.dtype == np.uint8
     assert np.array_equal(images, probe_images(preprocess))
     assert len(np.unique(images.reshape(12, -1), axis=0)) == 12
+
+
+@pytest.mark.parametrize("name", ["dsop-resnet8", "gmgap-16-8-resnet18"])
+def test_a_folded_temperature_divides_the_logits_and_no_other_output(
+    preprocess: Preprocess, name: str
+) -> None:
+    gate = {"components": 4, "chosen": 2, "component_widths": (6,), "gate_widths": (), "blocks_per_stage": 1}
+    network = trained(name, **({} if name == "dsop-resnet8" else gate))
+    deployed, images = Deployed(network, preprocess).eval(), probe_images(preprocess)
+    with torch.no_grad():
+        before = [*deployed(torch.from_numpy(images)), *network.heads(torch.ones(2, 3, 16, 16)).values()]
+        fold_temperature(network, 1.7, deployed, images)
+        after = [*deployed(torch.from_numpy(images)), *network.heads(torch.ones(2, 3, 16, 16)).values()]
+    factors = [1.7, *(1.0 for _ in before[1:-1]), 1.7]  # logits, gates or branches, the main head
+    for old, new, factor in zip(before, after, factors, strict=True):
+        assert torch.allclose(new * factor, old, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "message"),
+    [
+        ("low-rank-bilinear", "no linear layer of PlainSmallResNet computes its logits"),
+        ("gap", "does not return the outputs of its last linear layer"),
+    ],
+    ids=["another classifier", "an activation behind it"],
+)
+def test_a_temperature_that_cannot_be_folded_is_an_error(
+    preprocess: Preprocess, pooling: str, message: str
+) -> None:
+    network = create_model("resnet8", num_classes=10, pooling=pooling).eval()
+    classify = network.classify
+    network.classify = lambda features: classify(features).tanh()  # type: ignore[method-assign]
+    with pytest.raises(LoweringError, match=message):
+        fold_temperature(network, 1.7, Deployed(network, preprocess), probe_images(preprocess))

@@ -45,6 +45,7 @@ def render_report(results: ExportResults) -> str:
         "flip_rows": [flip_row(flip, labels) for flip in top1.flipped],
         "flip_chart": flip_matrix(top1.flipped, labels),
         "gate_chart": _gate_chart(results.parity),
+        "decision": [] if results.checkpoint.decision is None else results.checkpoint.decision.rows(),
         "precision": _precision_tables(results.precision),
         "type_chart": bars(
             "types",
@@ -276,7 +277,7 @@ the graph subtracts the mean and divides by the standard deviation. Batches of {
 ## Training
 
 {training or "Not recorded."}
-
+{_decision_lines(checkpoint)}
 ## Proof
 
 {_proof_lines(certificate)}
@@ -288,6 +289,20 @@ the graph subtracts the mean and divides by the standard deviation. Batches of {
 ## Precision
 
 {_precision_lines(precision)}
+"""
+
+
+def _decision_lines(checkpoint: Checkpoint) -> str:
+    """Describe calibration and rejection; empty without them."""
+    if checkpoint.decision is None or not (rows := checkpoint.decision.rows()):
+        return ""
+    lines = "\n".join(f"- {name}: {text}" for name, text in rows)
+    return f"""
+## Calibration and unknown images
+
+{lines}
+
+The weights and the bias of the last layer are those of the checkpoint divided by the temperature.
 """
 
 

@@ -81,13 +81,16 @@ class Classes(StrictModel):
     A multi-label network lists the classes whose probability reaches their threshold, possibly none.
     `warnings` name changes made while decoding: `alpha_flattened`, `content_type_mismatch`, `exif_rotated`,
     `first_frame_only`, `sixteen_bit_scaled`. `gates` are the selected experts, best first, and `class_map`
-    explains a class, if requested.
+    explains a class, if requested. `known` is false if the image probably shows none of the classes, because
+    its `score` is below the threshold of the bundle. Both are absent if the bundle has no threshold.
     """
 
     classes: tuple[ClassProbability, ...]
     warnings: tuple[str, ...] = ()
     gates: tuple[Expert, ...] | None = None
     class_map: ClassMap | None = None
+    known: bool | None = None
+    score: float | None = None
 
 
 class Failed(StrictModel):

@@ -58,7 +58,7 @@ async def classify(request: Request) -> Response:
     order, each `{"classes": [...]}` or `{"error": {...}}`; only errors of the whole request (queue full,
     deadline, malformed form) fail it as a whole. A multi-label network lists all classes above their
     threshold, at most `top_k` if the request sets it. `warnings` next to the classes name changes made while
-    decoding, such as `exif_rotated`.
+    decoding, such as `exif_rotated`. Bundles with a rejection threshold add `known` and `score`.
     """
     service, context = service_of(request), request.state.context
     started = time.monotonic()
@@ -94,6 +94,8 @@ async def classify(request: Request) -> Response:
             results.append({"error": Problem.of(outcome).model_dump()})
             continue
         results.append(_format_result(outcome, chosen, query, top_k))
+        if results[-1].get("known") is False:
+            service.metrics.unknown_images.labels(chosen.name).inc()
     body = {"results": results} if upload.several else results[0]
     return json_response(body, headers={"Server-Timing": context.server_timing()})
 
@@ -109,7 +111,10 @@ def _format_result(
         same = None if query.threshold is None else [query.threshold] * len(chosen.labels)
         ranked = present_classes(logits, same or chosen.thresholds, top_k)
     weights = outcome.outputs[GATES] if query.gates else None
-    result = format_prediction(ranked, chosen.labels, warnings=outcome.warnings, gates=weights)
+    recognized = None if chosen.rejection is None else chosen.rejection.recognize(logits)
+    result = format_prediction(
+        ranked, chosen.labels, warnings=outcome.warnings, gates=weights, recognized=recognized
+    )
     label, layer = query.explain_label, chosen.loaded.class_maps
     if layer is not None and (query.explain or label is not None):
         index = int(logits.argmax()) if label is None else chosen.labels.index(label)

@@ -61,9 +61,11 @@ def scores_of_bundle(
     scores: list[Score] | MultiLabelPredictions
     if thresholds is None:
         columns = [sorted_labels.index(label) for label in labels]
-        ranked = ([(columns[column], value) for column, value in _rank_classes(views)] for views in logits)
-        targets = images.targets.tolist()
-        scores = [Score.from_ranking(target, ranks) for target, ranks in zip(targets, ranked, strict=True)]
+        scores = []
+        for target, views in zip(images.targets.tolist(), logits, strict=True):
+            ranked = [(columns[column], value) for column, value in _rank_classes(views)]
+            review = decision.review(views[0]) if decision is not None and len(views) == 1 else {}
+            scores.append(Score.from_ranking(target, ranked, **review))
     else:
         scores = MultiLabelPredictions(
             labels=labels,

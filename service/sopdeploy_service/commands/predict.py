@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pydantic
 from PIL import Image
 
 from sopdeploy.bundle.class_maps import FEATURES
@@ -32,13 +34,21 @@ class FilePrediction(StrictModel):
     """The most probable classes of one image, best first, or the error.
 
     `image` is the path of the file; of an image in memory it is its file name or position. A multi-label
-    network gives all classes above their threshold, at most `top_k` if that is set.
+    network gives all classes above their threshold, at most `top_k` if that is set. `known` and `score` are
+    omitted unless the bundle has a rejection threshold.
     """
 
     image: str
     classes: tuple[ClassProbability, ...] = ()
     warnings: tuple[str, ...] = ()
     error: Problem | None = None
+    known: bool | None = None
+    score: float | None = None
+
+    @pydantic.model_serializer(mode="wrap")
+    def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {key: value for key, value in fields.items() if value is not None or key == "error"}
 
 
 def predict(
@@ -81,8 +91,15 @@ def _predict_image(
     else:
         limit = settings.top_k if "top_k" in settings.model_fields_set else None
         ranked = present_classes(logits, decision.thresholds, limit)
-    classes = Classes(**format_prediction(ranked, loaded.bundle.labels)).classes
-    return FilePrediction(image=name, classes=classes, warnings=decoded.warnings)
+    recognized = None if manifest.rejection is None else manifest.rejection.recognize(logits)
+    found = Classes(**format_prediction(ranked, loaded.bundle.labels, recognized=recognized))
+    return FilePrediction(
+        image=name,
+        classes=found.classes,
+        warnings=decoded.warnings,
+        known=found.known,
+        score=found.score,
+    )
 
 
 def _explain_image(

@@ -111,6 +111,7 @@ class Model:
         self.labels = loaded.bundle.labels
         decision = loaded.bundle.manifest.decision
         self.thresholds = decision.thresholds if decision is not None else None
+        self.rejection = loaded.bundle.manifest.rejection
         self.version = loaded.bundle.manifest.id
         self.largest_batch = largest_batch(loaded.runtime, settings)
         self.statistics = ModelStatistics()

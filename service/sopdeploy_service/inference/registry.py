@@ -161,6 +161,8 @@ class ModelRegistry:
     def _make_model(self, name: str, loaded: LoadedModel) -> Model:
         loaded = replace(loaded, runtime=self._faults.wrap_runtime(loaded.runtime))
         self._metrics.count_bundle(name, loaded.bundle, loaded.runtime, 1)
+        if loaded.bundle.manifest.rejection is not None:
+            self._metrics.unknown_images.labels(name)  # shows 0 before the first unknown image
         if loaded.fast_decode is not None:
             self._metrics.fast_drift.labels(name).set(loaded.fast_decode.drift)
             self._metrics.fast_agreement.labels(name).set(loaded.fast_decode.agreement)

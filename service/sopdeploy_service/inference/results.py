@@ -138,14 +138,17 @@ def format_prediction(
     *,
     warnings: tuple[str, ...] = (),
     gates: NDArray[np.float32] | None = None,
+    recognized: tuple[bool, float] | None = None,
 ) -> dict[str, Any]:
     """Build the JSON object `schema.Classes` of *ranked* classes.
 
     *gates* (N,) are the weights of a gate's experts: experts with a weight other than 0 are listed, the
-    largest weight first.
+    largest weight first. *recognized* is whether the image is known, and its score.
     """
     classes = [{"label": labels[index], "probability": probability} for index, probability in ranked]
     response: dict[str, Any] = {"classes": classes, "warnings": warnings}
+    if recognized is not None:
+        response["known"], response["score"] = recognized
     if gates is not None:
         experts = [index for index in top_indices(gates, len(gates)).tolist() if gates[index] != 0]
         response["gates"] = [{"expert": index, "weight": float(gates[index])} for index in experts]

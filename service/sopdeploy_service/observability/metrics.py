@@ -48,6 +48,9 @@ class Metrics:
         self.rejected = counter("rejected", "Images or requests rejected", ("reason",))
         self.cancelled = counter("cancelled", "Requests whose client disconnected")
         self.nonfinite_outputs = counter("nonfinite_outputs", "Images whose output is not finite", ("model",))
+        self.unknown_images = counter(
+            "unknown_images", "Images whose score is below the rejection threshold", ("model",)
+        )
         self.queue_depth = gauge("queue_depth", "Images admitted and not yet answered")
         self._busy = gauge("engine_busy_ratio", "Busy fraction of the last 10 s", ("model",))
         self.connections = gauge("connections", "Open connections")

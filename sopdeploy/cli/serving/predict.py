@@ -50,7 +50,12 @@ def predict(
             found = [f"{c.label} {c.probability:.4f}" for c in prediction.classes]
             classes = ", ".join(found) or "no class reaches its threshold"
             warnings = f" ({', '.join(prediction.warnings)})" if prediction.warnings else ""
-            out.print(Text.assemble(plain_text(f"{prediction.image}: {classes}"), (warnings, "dim")))
+            unknown = ""
+            if prediction.known is not None:
+                classes += f"; score {prediction.score:.4f}"
+                unknown = "" if prediction.known else ", probably none of these classes"
+            line = plain_text(f"{prediction.image}: {classes}")
+            out.print(Text.assemble(line, (unknown, "yellow"), (warnings, "dim")))
     if any(prediction.error is not None for prediction in predictions):
         raise typer.Exit(USER_ERROR)
 

@@ -42,6 +42,7 @@ def evaluate(
     """Evaluate a checkpoint, a bundle or a running server on a folder of images.
 
     Classes are matched by name. Accuracies have Wilson 95 % intervals; the calibration error uses 15 bins.
+    If a temperature or a rejection threshold was fitted, also the error without it and the accepted fraction.
     A multi-label network needs a folder with `labels.csv`: mAP, and F1 of each class at its threshold.
 
     Example: [bold]sopdeploy eval runs/photos-dsop/best.pt --data test-photos[/bold]
@@ -118,7 +119,11 @@ def _print_report(found: "ClassificationReport") -> None:
     )
     out.print(f"top-1 {top1}   top-5 {top5}   of {found.count} images")
     error = found.calibration
-    out.print(f"nll {found.nll:.4f}   calibration error {error.error:.4f} ({error.bins} bins)")
+    before = found.uncalibrated_error
+    without = "" if before is None else f", {before:.4f} without the temperature"
+    out.print(f"nll {found.nll:.4f}   calibration error {error.error:.4f} ({error.bins} bins){without}")
+    if (known := found.accepted) is not None:
+        out.print(f"accepted as known {known.share:.2%} ({known.low:.1%} to {known.high:.1%})")
     classes: Any = found.classes
     if len(classes) > MAX_CLASSES:
         classes = sorted(classes, key=lambda one: one.recall.share)[:MAX_CLASSES]

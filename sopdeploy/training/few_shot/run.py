@@ -49,7 +49,13 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
         callback.on_epoch_end(row)
     if run.out_of_fold is not None:
         logits, targets = run.out_of_fold.double().numpy(), data.train.targets.astype(np.int64)
-        decision = fit_decision(logits, targets, estimated_on="cross-validation")
+        decision = fit_decision(
+            logits,
+            targets,
+            estimated_on="cross-validation",
+            accepts=run.recipe.rejection.accepts,
+            scalable=run.model.logits_layer() is not None,
+        )
         if decision != Decision():
             run.strategy.save(folder.best, replace(run.checkpoint(resumable=False), decision=decision))
 

@@ -71,7 +71,7 @@ def test_the_history_has_every_loss_and_the_callback_receives_every_event(finish
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     events = finished[2].events
     epoch = ["step"] * 6 + ["evaluation"] * 2 + ["epoch"]
-    assert [name for name, _ in events] == ["train_start", *epoch * 3]
+    assert [name for name, _ in events] == ["train_start", *epoch * 3, "evaluation", "evaluation"]
     assert events[0][1] == {"epochs": 3, "first_epoch": 0, "train_count": 359, "held_out_count": 91}
     assert [values["step"] for name, values in events if name == "step"] == [0, 1, 2, 3, 4, 5] * 3
 

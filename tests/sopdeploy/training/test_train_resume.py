@@ -101,7 +101,7 @@ def test_a_finished_run_ignores_signals_and_is_resumed_to_the_same_result(tmp_pa
     first = train(recipe, tmp_path / "run", callback=RecordingCallback(("epoch", 0, 0)))
     assert first.epochs == 1
     assert train(recipe, tmp_path / "run", resume=True, callback=callback) == first
-    assert [name for name, _ in callback.events] == ["train_start"]
+    assert [name for name, _ in callback.events] == ["train_start", "evaluation", "evaluation"]
 
 
 def test_training_works_outside_the_main_thread(tmp_path) -> None:

@@ -20,10 +20,13 @@ function showAnswer(body, experts) {
     ...body.warnings.map((code) => make("li", {}, WARNINGS[code] ?? sentence(code.replaceAll("_", " ")))),
   );
   showMap(body.class_map);
+  byId("unknown").hidden = body.known !== false;
+  byId("unknown-score").textContent = body.known === false ? body.score.toFixed(3) : "";
   byId("experts").hidden = !body.gates;
   if (body.gates) byId("gates").replaceChildren(...expertColumns(body.gates, experts));
   byId("none").hidden = body.classes.length > 0;
-  byId("status").textContent = body.classes.length === 0 ? byId("none").textContent : `Prediction: ${body.classes
+  const unknown = body.known === false ? "Probably none of the classes. " : "";
+  byId("status").textContent = body.classes.length === 0 ? byId("none").textContent : `${unknown}Prediction: ${body.classes
     .map((entry) => `${entry.label} ${percent(entry.probability)}`)
     .join(", ")}`;
 }
@@ -101,7 +104,7 @@ function showMap(map) {
 function clearAnswer() {
   byId("map").hidden = true;
   for (const id of ["classes", "warnings", "gates", "waterfall"]) byId(id).replaceChildren();
-  for (const id of ["experts", "time", "error", "empty", "none"]) byId(id).hidden = true;
+  for (const id of ["experts", "time", "error", "empty", "none", "unknown"]) byId(id).hidden = true;
   byId("status").textContent = "";
 }
 

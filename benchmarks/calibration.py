@@ -1,0 +1,148 @@
+"""Calibration error and accepted fraction of a bundle, on images that its temperature was not fitted to.
+
+Converts published weights, fits temperature and rejection threshold to one half of a folder of labeled images
+(every second one of each class), exports, and measures the bundle on the other half.
+
+    python benchmarks/calibration.py --weights FILE --as NAME --data DIR [--quick] [--json]
+
+`--data` holds one subfolder per class with the names that `sopdeploy import` gives the classes.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from measure import Result, report
+from numpy.typing import NDArray
+from PIL import Image
+
+from sopdeploy.checkpoint import build_classifier, read_checkpoint, write_checkpoint
+from sopdeploy.data.base import LabeledImages, PreprocessedDataset
+from sopdeploy.data.batches import sequential_batches
+from sopdeploy.data.datasets.folder import open_classes
+from sopdeploy.decision import Decision, known_score
+from sopdeploy.evaluation.decision_fit import fit_decision, leave_one_class_out
+from sopdeploy.evaluation.metrics import calibration_error
+from sopdeploy.evaluation.prediction import predict_logits
+from sopdeploy.importers.import_weights import ImportOptions, import_weights
+from sopdeploy_export.pipeline import export
+from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.settings import Settings
+
+BATCH = 50
+QUICK = 10  # every tenth image
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The images of *whole* at *indices*."""
+
+    whole: LabeledImages
+    indices: Sequence[int]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in output order."""
+        return self.whole.labels
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """Class index of each image."""
+        return self.whole.targets[list(self.indices)]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.whole[self.indices[index]]
+
+
+class Measured(NamedTuple):
+    """The fitted decision, and logits (N, C) and classes (N,) of the other half of the images.
+
+    `raw` are the logits of the network without temperature, `shipped` those of the bundle.
+    """
+
+    decision: Decision
+    raw: NDArray[np.float64]
+    shipped: NDArray[np.float64]
+    targets: NDArray[np.int64]
+
+
+def measure(weights: Path, name: str, data: Path, every: int) -> Measured:
+    """Fit to one half of every *every*-th image in *data*, export, and run the bundle on the other half."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ckpt.pt"
+        import_weights(weights, name, path, ImportOptions())
+        checkpoint = read_checkpoint(path)
+        images, network = open_classes(data, checkpoint.labels), build_classifier(checkpoint, path)
+        fitted, others = (
+            PreprocessedDataset(Part(images, range(start, len(images), 2 * every)), checkpoint.preprocess)
+            for start in (0, every)
+        )
+        decision = fit_decision(
+            *predict_logits(network, fitted, checkpoint.preprocess), estimated_on="held-out"
+        )
+        write_checkpoint(path, replace(checkpoint, decision=decision))
+        runtime = load_model(export(path, Path(folder) / "bundles").path, Settings()).runtime
+        shipped = [
+            runtime.run(np.stack([others[index][0] for index in batch]))["logits"]
+            for batch in sequential_batches(len(others), BATCH)
+        ]
+        raw, targets = predict_logits(network, others, checkpoint.preprocess)
+    return Measured(decision, raw, np.concatenate(shipped).astype(np.float64), targets)
+
+
+def results(measured: Measured) -> list[Result]:
+    """Compare the bundle with the network without temperature."""
+    decision, raw, shipped, targets = measured
+    if decision.rejection is None:
+        raise SystemExit("too few images for a threshold; give more")
+    known = known_score(shipped, decision.rejection.score) >= decision.rejection.threshold
+    difference = float(np.abs(shipped - raw / decision.temperature).max())
+    return [
+        Result(
+            case="calibration error",
+            against="no temperature",
+            ours=100 * calibration_error(shipped, targets),
+            other=100 * calibration_error(raw, targets),
+            unit="%",
+            runs=1,
+        ),
+        Result(case="accepted known images", ours=100 * float(known.mean()), unit="%", runs=1),
+        Result(case="largest difference from scaled logits", ours=difference, unit="logits", runs=1),
+        *(
+            Result(case=f"AUROC, one class left out: {score}", ours=100 * area, unit="%", runs=1)
+            for score, area in leave_one_class_out(shipped, targets).items()
+        ),
+    ]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--weights", type=Path, required=True, help="published weights")
+    parser.add_argument("--as", dest="name", required=True, help="a name of `sopdeploy models`")
+    parser.add_argument("--data", type=Path, required=True, help="labeled images, DIR/<class>/*.jpg")
+    parser.add_argument("--quick", action="store_true", help="every tenth image")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    arguments = parser.parse_args()
+    every = QUICK if arguments.quick else 1
+    measured = measure(arguments.weights, arguments.name, arguments.data, every)
+    facts = {
+        "network": arguments.name,
+        "images": len(measured.targets),
+        "top1": round(float((measured.shipped.argmax(axis=1) == measured.targets).mean()), 4),
+        "temperature": round(measured.decision.temperature, 4),
+    }
+    report(results(measured), as_json=arguments.json, **facts)
+
+
+if __name__ == "__main__":
+    main()
