@@ -141,7 +141,7 @@ def hold_out_multi_label(images: ImageFiles, fraction: float, seed: int) -> NDAr
         range(len(keys)), key=lambda index: (derive_seed(seed, "hold-out", keys[index]), keys[index])
     )
     held, decided = np.zeros((2, len(keys)), dtype=np.bool_)
-    present = np.greater(images.targets, 0)
+    present: NDArray[np.bool_] = images.targets.astype(np.bool_)
     groups = [present[:, column] for column in np.argsort(images.class_counts(), kind="stable")]
     for members in [*groups, ~present.any(axis=1)]:
         count = int(members.sum())

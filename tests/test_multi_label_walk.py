@@ -1,0 +1,51 @@
+"""Several classes per image from the outside: train, export, serve, and evaluate all three equally."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sopdeploy
+from sopdeploy.client import Client
+from tests.two_objects import CLASSES, draw_scenes
+
+SETTINGS = {
+    "model.name": "dsop-resnet8",
+    "epochs": 8,
+    "threads": 1,
+    "preprocess.resize": 32,
+    "preprocess.crop": 32,
+    "loss.label_smoothing": 0.0,
+}
+
+
+@pytest.mark.slow
+def test_two_objects_reach_a_map_of_95_percent_through_export_and_http(tmp_path: Path) -> None:
+    scenes = draw_scenes(tmp_path / "scenes")
+    unseen = draw_scenes(tmp_path / "unseen", seed=1)
+    run = sopdeploy.train(scenes, "photos-dsop", tmp_path / "run", **SETTINGS)
+    exported = sopdeploy.export(run.best, tmp_path / "bundles", detach=True)
+    manifest = json.loads((exported.path / "manifest.json").read_bytes())
+    assert manifest["decision"]["activation"] == "sigmoid"
+    with sopdeploy.serve(exported.path, background=True, port=0, threads=1) as server:
+        with Client(server.url) as client:
+            client.wait_ready()
+            best = client.classify(unseen / "images" / "0.png", threshold=0.0)
+            assert sorted(entry.label for entry in best.classes) == list(CLASSES)
+        found = [sopdeploy.evaluate(source, unseen) for source in (run.best, exported.path, server.url)]
+    maps = [one.metrics.map for one in found]
+    assert min(maps) >= 0.95
+    assert max(maps) - min(maps) < 1e-6
+    assert found[1].metrics == found[2].metrics
+    assert "average precision" in found[0]._repr_html_()
+    assert "mAP" in run._repr_html_()
+    done = subprocess.run(
+        [sys.executable, "-m", "sopdeploy", "eval", run.best, "--data", unseen],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("mAP ")
+    assert "top-1" not in done.stdout
