@@ -30,7 +30,8 @@ class Predictions(tuple[FilePrediction, ...]):
         for one in self:
             best = [f"{entry.label} {entry.probability:.2%}" for entry in one.classes]
             first, others = (best[0], ", ".join(best[1:])) if best else ("", "")
-            notes = ", ".join(one.warnings) if one.error is None else one.error.detail
+            unknown = ("probably none of these classes",) if one.known is False else ()
+            notes = ", ".join((*unknown, *one.warnings)) if one.error is None else one.error.detail
             cells = (one.image, first, others, notes)
             rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
         heads = "".join(f"<th>{head}</th>" for head in ("image", "class", "other classes", "notes"))
@@ -38,7 +39,12 @@ class Predictions(tuple[FilePrediction, ...]):
 
 
 def predict(
-    bundle: str | Path, images: ImageLike | Iterable[ImageLike], *, top_k: int | None = None, **settings: Any
+    bundle: str | Path,
+    images: ImageLike | Iterable[ImageLike],
+    *,
+    top_k: int | None = None,
+    explain: str | Path | None = None,
+    **settings: Any,
 ) -> Predictions:
     """Classify images without a server; the results equal those of the service.
 
@@ -49,6 +55,8 @@ def predict(
         images: One image or several: paths, PIL images, and uint8 arrays of shape (H, W), (H, W, 3) for RGB,
             (H, W, 4) for RGBA, or (N, H, W, 3).
         top_k: Classes per image.
+        explain: PNG file for the class activation map of the best class, drawn over the only image. The
+            bundle must have been exported with `with_cam`.
         **settings: Settings of the server that apply to predictions, for example `threads=1`.
 
     Returns:
@@ -64,7 +72,9 @@ def predict(
     )
     several: Iterable[Any] = [images] if single else images  # type: ignore[assignment]
     opened = [_open(image, number) for number, image in enumerate(several)]
-    return Predictions(predict_images(Path(bundle), opened, load_settings(top_k=top_k, **settings)))
+    drawing = None if explain is None else Path(explain)
+    found = predict_images(Path(bundle), opened, load_settings(top_k=top_k, **settings), drawing)
+    return Predictions(found)
 
 
 def _open(image: object, number: int) -> Path | Image.Image:

@@ -266,6 +266,9 @@ def test_results_render_in_notebooks_with_escaped_text(
         assert "<script" not in page
         assert not re.search(r"https?://|@import", page)
     assert all("&lt;script&gt;" in page for page in pages[:3])
+    unknown = type(predictions)([predictions[0].model_copy(update={"known": False, "score": 0.1})])
+    assert "probably none of these classes" in unknown._repr_html_()
+    assert "probably none" not in pages[2]
     wrong = evaluation.metrics.count - evaluation.metrics.top1.right
     assert wrong
     assert pages[1].count("<img ") == wrong
