@@ -101,6 +101,7 @@ def _gate_config(file: WeightFile) -> dict[str, Any]:
         "dropout": layer_number(file, dropouts[0], "rate") if dropouts else 0.0,
         "balance_weight": layer_number(file, "Balance_loss", "loss_weight"),
         "noise_per": "image",
+        "fusion_norm": "fusion_bn_bn_w" in file.tensors,
     }
 
 

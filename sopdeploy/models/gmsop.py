@@ -35,6 +35,8 @@ class GMSOPConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     """The mixture evaluates `chosen` of `components` poolings per image (the paper's K and N).
 
     `component_widths` are a component's 1x1 convolutions, `gate_widths` the gate's prediction layers.
+    `component_activation` follows each convolution of a component: ReLU as in the released code, or "none"
+    for the linear form of Eq. (6). `fusion_norm` is the batch norm of the mixed vector (section 2.3).
     `noise_per` selects how the gate's gamma is drawn: per image, as in Eq. (2) and the released code, or per
     component of an image, as in SG-MoE. `balance_weight` is alpha. `evaluation` selects how a training batch
     is computed: "routed" evaluates each component on its images only, "dense" all components on all images;
@@ -45,7 +47,9 @@ class GMSOPConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     components: Annotated[int, pydantic.Field(ge=2)] = 16
     chosen: Annotated[int, pydantic.Field(ge=1)] = 8
     component_widths: tuple[Width, ...] = pydantic.Field(default=(256, 128), min_length=1)
+    component_activation: Literal["relu", "none"] = "relu"
     gate_widths: tuple[Width, ...] = (256, 128)
+    fusion_norm: bool = True
     dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.2
     noise_per: NoisePer = "image"
     balance_weight: Annotated[float, pydantic.Field(ge=0)] = 100.0
@@ -74,8 +78,9 @@ class GatedResNet(LowResolutionResNet):
             components=config.components,
             counted=config.chosen,
             root=config.newton_schulz(),
+            rectified=config.component_activation == "relu",
         )
-        self.head = FusionHead(length, num_classes, norm=True, dropout=config.dropout)
+        self.head = FusionHead(length, num_classes, norm=config.fusion_norm, dropout=config.dropout)
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute (B, classes) logits of the last feature map."""

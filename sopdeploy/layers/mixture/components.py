@@ -4,8 +4,8 @@ Paper: Wang et al., GM-SOP (NeurIPS 2018), Eq. (1) and section 2.2.
 Letters: B images, C channels, H height, W width, N components, D length of a pooled vector.
 
 Parametric SR-SOP is two 1x1 convolutions on the channels, then SR-SOP. Eq. (6) writes it without centering;
-the paper's text and the released code run centered SR-SOP (Eq. 5) after the convolutions, with a ReLU after
-each and neither bias nor batch norm.
+the paper's text and the released code run centered SR-SOP (Eq. 5) after the convolutions. The released code
+has a ReLU after each and neither bias nor batch norm; without it a component is linear in X, as in Eq. (6).
 
 All weights of a step are one (N, out, in) tensor. So every parameter has a gradient in every step, zero for a
 component that no image selected, which data-parallel training needs.
@@ -105,11 +105,13 @@ def make_components(
     components: int,
     counted: int,
     root: NewtonSchulzConfig,
+    rectified: bool = True,
 ) -> tuple[Components, int]:
     """Build components of *kind*; return them and D.
 
     "gap" is convolutions, ReLU, global average; "sop" parametric SR-SOP with the configuration *root*;
-    "linear" a linear map of the averaged features, the expert of a one-layer SG-MoE.
+    "linear" a linear map of the averaged features, the expert of a one-layer SG-MoE. Without *rectified* no
+    ReLU follows a convolution, as in Eq. (6).
     """
     after, length = pooling(kind, (channels, *widths)[-1], root)
     bank = Components(
@@ -119,7 +121,7 @@ def make_components(
         counted=counted,
         before=nn.AdaptiveAvgPool2d(1) if kind == "linear" else nn.Identity(),
         after=after,
-        rectified=kind != "linear",
+        rectified=rectified and kind != "linear",
     )
     return bank, length
 

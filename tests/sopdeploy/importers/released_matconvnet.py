@@ -181,7 +181,7 @@ class Run:
                 if f"{name}_f" in self.p:
                     c = relu(self.conv(name, c))
             vector = vector + weights[component] * self.pooled(c)
-        return self.norm("fusion_bn", vector)
+        return self.norm("fusion_bn", vector) if "fusion_bn_bn_w" in self.p else vector
 
 
 def reference_logits(net: Net, images: torch.Tensor) -> torch.Tensor:

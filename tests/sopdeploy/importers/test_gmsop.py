@@ -88,6 +88,18 @@ def test_logits_are_equal_in_float64_and_within_float32_noise(
     assert (ours(images().float()).double() - exact).abs().max() <= NOISE * noise
 
 
+@pytest.mark.parametrize("name", ["gmgap-16-8-resnet18", "gmsop-16-8-resnet18"])
+def test_a_mixture_without_fusion_batch_norm_is_imported(tmp_path: Path, name: str) -> None:
+    net = random_net(**RELEASED[name])
+    net.params = {key: value for key, value in net.params.items() if not key.startswith("fusion_bn")}
+    net.layers = [layer for layer in net.layers if layer[0] != "fusion_bn_bn"]
+    file = save_v7(tmp_path / "net.mat", net)
+    with torch.no_grad():
+        exact = reference_logits(net, images())
+        torch.testing.assert_close(in_float64(file, name)(images()), exact, rtol=1e-7, atol=1e-7)
+    assert imported(file, name)[1].config["fusion_norm"] is False
+
+
 def test_the_number_of_iterations_is_read_from_the_file(tmp_path: Path) -> None:
     net = random_net(order=2, gated=False)
     net.steps = 5

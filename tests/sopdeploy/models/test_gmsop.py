@@ -88,6 +88,24 @@ def test_chosen_of_one_can_be_exported_but_not_trained() -> None:
     assert network.eval()(images()).shape == (4, 5)
 
 
+def test_components_without_activation_are_linear_as_in_eq_6() -> None:
+    """The second-order vector of Q X and of the features P2 P1 X is the same, and scales with X."""
+    network = untied(tiny(component_activation="none", dropout=0.0)).double().eval()
+    first, second = (weight[0] for weight in network.mixture.weights)
+    x = torch.randn(2, 128, 3, 3, dtype=torch.float64)
+    projected = torch.einsum("oc,bchw->bohw", second @ first, x)
+    torch.testing.assert_close(network.mixture(x)[:, 0], network.mixture.after(projected))
+    rectified = untied(tiny(dropout=0.0)).double().eval()
+    assert not torch.allclose(rectified.mixture(x), network.mixture(x))
+
+
+def test_the_fusion_has_no_batch_norm_on_request() -> None:
+    names = tiny(fusion_norm=False).state_dict().keys()
+    assert tiny().state_dict().keys() - names == {
+        f"head.bn.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    }
+
+
 def test_a_black_image_has_finite_logits() -> None:
     assert tiny().eval()(torch.zeros(1, 3, 16, 16)).isfinite().all()
 
