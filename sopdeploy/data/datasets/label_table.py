@@ -142,11 +142,12 @@ def hold_out_multi_label(images: ImageFiles, fraction: float, seed: int) -> NDAr
     )
     held, decided = np.zeros((2, len(keys)), dtype=np.bool_)
     present: NDArray[np.bool_] = images.targets.astype(np.bool_)
-    groups = [present[:, column] for column in np.argsort(images.class_counts(), kind="stable")]
-    for members in [*groups, ~present.any(axis=1)]:
+    groups = list(present.T[np.argsort(images.class_counts(), kind="stable")])
+    for members in [*groups, np.logical_not(present.any(axis=1))]:
         count = int(members.sum())
         wanted = min(max(1, round(fraction * count)), count - 1) - int((held & members).sum())
-        free = [index for index in order if members[index] and not decided[index]]
+        open_members = members & ~decided
+        free = [index for index in order if open_members[index]]
         held[free[: max(0, wanted)]] = True
         decided |= members
     return held
