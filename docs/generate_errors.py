@@ -60,7 +60,8 @@ WHAT_TO_DO = {
     "CheckpointError": "Use a file written by `sopdeploy train` or `sopdeploy import`; after a crash, use "
     "`previous.pt` in the same folder.",
     "WeightsError": "Pass the network that the message suggests as `--as`; "
-    "`sopdeploy import FILE --as NAME --keys` shows each tensor.",
+    "`sopdeploy import FILE --as NAME --keys` shows each tensor. If start weights cannot be downloaded, put "
+    "the file where the message says, or pass `--weights FILE` or `--weights none`.",
     "TrainingError": "The message names the module, the step and its images. Lower `optimizer.lr`, check "
     "those images, then continue with `--resume auto`.",
     "DetachError": "Add `--detach` if the network has training-only modules; omit it otherwise.",
@@ -90,7 +91,10 @@ EXAMPLES = {
     "ConfigError": "runs/photos-dsop: holds a run; go on with --resume or choose another --out",
     "DataError": "photos/cups/7.jpg: not an image; delete it or put the right file there",
     "CheckpointError": "last.pt: damaged or not a checkpoint; copy or train it again",
-    "WeightsError": "net.pth: already a sopdeploy checkpoint; use it without importing it",
+    "WeightsError": "resnet18-f37072fd.pth: cannot be downloaded (Network is unreachable); get "
+    "https://download.pytorch.org/models/resnet18-f37072fd.pth and put it at "
+    "~/.cache/torch/hub/checkpoints/resnet18-f37072fd.pth, or pass --weights FILE, or --weights none to "
+    "train from scratch",
     "TrainingError": "epoch 1, step 3: the buffer bn1.running_var is not finite; lower optimizer.lr or set "
     "optimizer.clip_norm (samples 45, 6, 23)",
     "DetachError": "ResNet has nothing to detach: it has no training-only parts; export it without --detach",

@@ -50,6 +50,13 @@ class ProgressBars:
         self.console.print(f"{train_count} training images, {held_out_count} held out{resumed}")
         self.task = self.progress.add_task("", total=None, note="")
 
+    def on_start_weights(self, report: Any) -> None:
+        """Print which tensors are loaded and which parts are new."""
+        new = f"; new: {', '.join(report.new)}" if report.new else ""
+        unused = f"; not used: {', '.join(report.unused)}" if report.unused else ""
+        text = f"start weights: {report.file} ({report.network}), {report.loaded} tensors{new}{unused}"
+        self.console.print(plain_text(text))
+
     def on_warning(self, warning: str) -> None:
         """Print the warning."""
         self.console.print(Text.assemble(("warning:", "yellow"), " ", plain_text(warning)))

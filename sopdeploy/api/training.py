@@ -17,7 +17,7 @@ from sopdeploy.training.distributed.torchrun import is_main_process, join_proces
 from sopdeploy.training.loop import train as run
 from sopdeploy.training.recipe import Recipe, read_recipe
 
-FOLDER_RECIPE = "photos-dsop"
+FOLDER_RECIPE = "photos"
 
 
 def train(
@@ -25,6 +25,7 @@ def train(
     recipe: str | Path | None = None,
     out: str | Path | None = None,
     *,
+    weights: str | Path | None = None,
     pooling: str | None = None,
     resume: Literal["never", "always", "auto"] = "never",
     log: Sequence[str] = (),
@@ -42,6 +43,8 @@ def train(
         data: Folder of images, `DIR/<class>/*.jpg`. It sets `data.path` of the recipe.
         recipe: A recipe of `sopdeploy recipes`, or a .toml file. The default is the recipe for photos.
         out: Folder of the run. The default is `runs/<recipe>`.
+        weights: Weights to start from: "imagenet" (the default of the recipe for photos), "none" for random
+            ones, a checkpoint, or a weight file that `sopdeploy import` reads. It sets `start.weights`.
         pooling: Global pooling, short for the setting `model.config.pooling`.
         resume: "always" continues the run in *out*, "auto" continues it or starts a new one.
         log: Names of further loggers, "tensorboard" or "wandb".
@@ -58,13 +61,14 @@ def train(
     Raises:
         ConfigError: Unknown recipe or setting, an invalid value, or *out* holds another run.
         DataError: The images cannot be used.
+        WeightsError: The start weights cannot be downloaded or read, or belong to another network.
         TrainingError: A loss or gradient is not finite. `TrainingStoppedError` after Ctrl-C or SIGTERM; the
             run is saved then.
     """
     with ExitStack() as stack:
         stack.enter_context(join_processes())
         given = [*assignments, *_assignments(settings)]
-        loaded, default_folder = configure(data, recipe, pooling=pooling, assignments=given)
+        loaded, default_folder = configure(data, recipe, weights=weights, pooling=pooling, assignments=given)
         folder = default_folder if out is None else Path(out)
         callbacks: list[Any] = create_loggers(log, folder) if is_main_process() else []
         console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -81,6 +85,7 @@ def configure(
     data: str | Path | None,
     recipe: str | Path | None,
     *,
+    weights: str | Path | None = None,
     pooling: str | None = None,
     assignments: Sequence[str] = (),
 ) -> tuple[Recipe, Path]:
@@ -92,6 +97,8 @@ def configure(
         raise ConfigError("no training data: give --data DIR for a folder of images, or --recipe NAME")
     source = recipe or FOLDER_RECIPE
     overrides = [*assignments, *([f"data.path={data}"] if data else [])]
+    if weights is not None:
+        overrides.append(f"start.weights={weights}")
     if pooling is not None:
         overrides.append(f"model.config.pooling={check_name(pooling)}")
     return read_recipe(source, overrides), Path("runs") / Path(source).stem

@@ -50,7 +50,7 @@ app.command("env", rich_help_panel="Get started")(env.env)
 QUICK_START = (
     ("sopdeploy demo", "run the whole workflow in a minute"),
     ("sopdeploy train --data photos", "train on photos/<class>/*.jpg"),
-    ("sopdeploy export runs/photos-dsop/best.pt --detach", "detach branches, prove, write a bundle"),
+    ("sopdeploy export runs/photos/best.pt --detach", "detach branches, prove, write a bundle"),
     ("sopdeploy verify bundles/dsop-resnet20-*/", "check files and numbers on this machine"),
     ("sopdeploy predict bundles/dsop-resnet20-*/ photo.jpg", "classify images without a server"),
     ("sopdeploy serve bundles/dsop-resnet20-*/", "serve over HTTP, with a web page"),

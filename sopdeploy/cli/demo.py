@@ -44,7 +44,7 @@ def demo(
             raise SopdeployError(f"only {accuracy:.1%} of the digits were classified correctly over HTTP")
     out.print("\n[bold]Next: use your own photos[/], in folders photos/<class>/*.jpg:")
     out.print("  sopdeploy train --data photos")
-    out.print("  sopdeploy export runs/photos-dsop/best.pt --detach")
+    out.print("  sopdeploy export runs/photos/best.pt --detach")
     out.print("  sopdeploy serve bundles/dsop-resnet20-*/")
 
 

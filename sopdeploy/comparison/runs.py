@@ -27,8 +27,9 @@ from sopdeploy.training.distributed.strategy import SingleProcess, select_device
 from sopdeploy.training.few_shot.procedure import select_split
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.run import create_initial_model, create_run
+from sopdeploy.training.run import create_run
 from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.start_weights import create_initial_model
 
 PREDICTIONS = "last-right.npy"
 PLAN = "plan.json"
@@ -75,7 +76,9 @@ def compare(
     correct: dict[str, list[NDArray[np.bool_]]] = {one.name: [] for one in recipes}
     for seed in range(seeds):
         seeded = [(one.name, one.recipe.model_copy(update={"seed": seed})) for one in recipes]
-        weights = create_initial_model(seeded[0][1], len(data.train.labels)).state_dict()
+        first = seeded[0][1]
+        strategy = SingleProcess(select_device(first.device))
+        weights = create_initial_model(first, data.train.labels, strategy).model.state_dict()
         for name, recipe in seeded:
             on_run(name, seed)
             folder = destination / name / f"seed-{seed}"
@@ -137,14 +140,14 @@ def train_from(
     folder = RunFolder(path, strategy)
     if not folder.holds_run():
         folder.check_free()
-        model = create_initial_model(recipe, len(data.train.labels))
-        state = model.state_dict()
+        initial = create_initial_model(recipe, data.train.labels, strategy)
+        state = initial.model.state_dict()
         for name, own in state.items():
             given = weights.get(name)
             if given is not None and (given.shape, given.dtype) == (own.shape, own.dtype):
                 state[name] = given
-        model.load_state_dict(state)
-        folder.save_last(create_run(recipe, data.train, strategy, model=model))
+        initial.model.load_state_dict(state)
+        folder.save_last(create_run(recipe, data.train, strategy, initial=initial))
     train(recipe, path, resume=True, callback=callback)
 
 

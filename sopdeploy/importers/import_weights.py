@@ -87,10 +87,10 @@ def import_weights(source: Path, model: str, destination: Path, options: ImportO
     if destination.exists() and source.exists() and destination.samefile(source):
         raise ConfigError(f"--out {destination}: is the file to import; give another name")
     file = open_weights(source)
-    project, converted = _convert(file, model)
+    project, converted = convert(file, model)
     config = choose_config(file, converted, model, options.settings)
     state, mapped = fit_tensors(file, converted, model, config)
-    labels, label_origin = _class_names(converted, options.labels)
+    labels, label_origin = class_names(converted, options.labels)
     preprocess = _override_preprocess(converted.preprocess, options)
     digest = sha256(source)
     checkpoint = Checkpoint(
@@ -128,10 +128,10 @@ def import_weights(source: Path, model: str, destination: Path, options: ImportO
     )
 
 
-def _convert(file: WeightFile, model: str) -> tuple[str, ConvertedWeights]:
+def convert(file: WeightFile, model: str) -> tuple[str, ConvertedWeights]:
     """Convert *file* for catalog *model*; returns the name of its project, too."""
-    for project, convert in CONVERTERS:
-        converted = convert(file, model)
+    for project, converter in CONVERTERS:
+        converted = converter(file, model)
         if converted is not None:
             return project, converted
     some = ", ".join(list(file.tensors)[:3])
@@ -147,7 +147,7 @@ def _override_preprocess(preprocess: Preprocess, options: ImportOptions) -> Prep
         raise ConfigError(f"--resize, --crop, --interpolation, --fit: {first_problem(error)}") from error
 
 
-def _class_names(converted: ConvertedWeights, file: Path | None) -> tuple[tuple[str, ...], str]:
+def class_names(converted: ConvertedWeights, file: Path | None) -> tuple[tuple[str, ...], str]:
     """Get the class names in output order, and their origin.
 
     *file* has one name per line, or is a `.json` list. Raises `ConfigError` if the number of names is wrong

@@ -24,6 +24,10 @@ MATLAB_MAGIC = b"MATLAB "
 USER_BLOCK = 512  # bytes before the HDF5 content of a MATLAB 7.3 file
 
 
+class OwnCheckpointError(WeightsError):
+    """The file is a sopdeploy checkpoint, which `read_checkpoint` reads."""
+
+
 def open_weights(path: Path) -> WeightFile:
     """Read the weight file at *path*, whose format is detected; raises `WeightsError`."""
     if not path.is_file():
@@ -49,7 +53,7 @@ def read_torch(path: Path) -> WeightFile:
     except CheckpointError as error:
         raise WeightsError(str(error)) from error
     if isinstance(content, dict) and content.get("format") == FORMAT:
-        raise WeightsError(f"{path}: already a sopdeploy checkpoint; use it without importing it")
+        raise OwnCheckpointError(f"{path}: already a sopdeploy checkpoint; use it without importing it")
     state, other_keys = _find_state_dict(path, content)
     arch = content.get("arch") if other_keys else None
     return WeightFile(

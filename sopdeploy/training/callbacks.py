@@ -8,6 +8,7 @@ from typing import Any
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError
 from sopdeploy.training.diagnostics import EpochRow, epoch_metrics
+from sopdeploy.training.start_weights import StartReport
 
 
 class Callback:
@@ -18,6 +19,9 @@ class Callback:
 
     def on_train_start(self, *, epochs: int, first_epoch: int, train_count: int, held_out_count: int) -> None:
         """Run once before the first step; *first_epoch* is above 0 in a resumed run."""
+
+    def on_start_weights(self, report: StartReport) -> None:
+        """Receive what a new run starts from, before `on_train_start`."""
 
     def on_warning(self, warning: str) -> None:
         """Receive a one-line warning; the run continues."""

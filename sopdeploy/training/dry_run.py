@@ -62,6 +62,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         torch.set_num_threads(recipe.threads)
     data = open_data(recipe.data)
     run = create_run(recipe, data.train, SingleProcess(select_device(recipe.device)))
+    recipe = run.recipe
     dataset, batches = epoch_data(recipe, data.train, 0)
     since = time.monotonic()
     batch = next(iter(load_batches(dataset, batches[:1], 0, run.strategy.device)))

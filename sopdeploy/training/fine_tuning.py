@@ -1,4 +1,4 @@
-"""Fine-tuning: start weights, frozen parameters, and the config of a teacher."""
+"""Fine-tuning: configs of start weights and of a teacher, frozen parameters."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 import pydantic
 from torch import nn
 
-from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.config import Positive, StrictModel
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.base import Classifier, is_in
@@ -17,11 +16,12 @@ LR_FACTOR = (
 
 
 class StartConfig(StrictModel):
-    """Load all tensors of the checkpoint `weights` whose name and shape match.
+    """The weights to start from, and what is trained.
 
-    Only branches and the classifier may be missing from the checkpoint. `learn = "branches"` freezes
-    everything else, including batch norm statistics. `head_factor` multiplies the learning rate of the
-    classifier.
+    `weights` is a checkpoint, a weight file that `sopdeploy import` reads, "imagenet" for the published
+    weights of the backbone, or "none" for random ones (see `start_weights`). `learn = "branches"` freezes
+    everything but the branches, including batch norm statistics. `head_factor` multiplies the learning rate
+    of the classifier.
     """
 
     weights: Literal["imagenet", "none"] | Path | None = None
@@ -40,33 +40,6 @@ class TeacherConfig(StrictModel):
     weights: Path | None = None
     share: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.5
     temperature: Positive = 1.0
-
-
-def load_start_weights(start: StartConfig, model: Classifier) -> None:
-    """Load the matching tensors of the checkpoint `start.weights` into *model*.
-
-    Raises `ConfigError` if a tensor outside the branches and the classifier is missing, `CheckpointError`
-    if the file cannot be read.
-    """
-    if start.weights is None:
-        raise ConfigError("start.weights: not set; give the checkpoint to start from")
-    if start.weights == "none":
-        return
-    if start.weights == "imagenet":
-        raise ConfigError('start.weights: "imagenet" is not available yet; give a checkpoint or "none"')
-    stored = read_checkpoint(start.weights.expanduser()).weights
-    own = model.state_dict()
-    matching = {
-        name: stored[name] for name in own if name in stored and stored[name].shape == own[name].shape
-    }
-    optional = (*model.training_only, classifier_name(model))
-    for name in own.keys() - matching.keys():
-        if not is_in(name, *optional):
-            raise ConfigError(
-                f"start.weights: {start.weights} has no tensor {name} of the model's shape; give a "
-                "checkpoint of the same network"
-            )
-    model.load_state_dict(matching, strict=False)
 
 
 def classifier_name(model: Classifier) -> str:

@@ -48,6 +48,7 @@ from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Run, StepResult, create_run, resume_run
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.signals import SignalState, StopRequested, TrainingStoppedError, handle_signals
+from sopdeploy.training.start_weights import StartReport
 
 
 class TrainingResult(StrictModel):
@@ -56,7 +57,8 @@ class TrainingResult(StrictModel):
     `skipped` lists the images that could not be read. `seconds` is the total time, over all resumptions. With
     several classes per image, the mAP and macro F1 are set instead of the accuracies. `few_shot` is the
     record of the few-shot procedure, if it applied. `decision` is that of `best`: temperature and rejection
-    threshold, if there were enough images, or thresholds by class.
+    threshold, if there were enough images, or thresholds by class. `start` is what the run started from
+    (None: random weights).
     """
 
     out: Path
@@ -79,6 +81,7 @@ class TrainingResult(StrictModel):
     seconds: float
     few_shot: FewShotResult | None = None
     decision: Decision | None = None
+    start: StartReport | None = None
 
 
 def train(
@@ -108,6 +111,7 @@ def train(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     run, data, few_shot = start_or_resume(recipe, folder, strategy, callback, resume=resume)
+    recipe = run.recipe
     if few_shot:
         train_few_shot(run, data, folder, callback)
         return _summarize(run, folder, data, read_checkpoint(folder.best).decision)
@@ -149,6 +153,8 @@ def start_or_resume(
     check_divisible(recipe, len(data.train), strategy.world)
     if checkpoint is None:
         run = create_run(recipe, data.train, strategy)
+        if run.start is not None:
+            callback.on_start_weights(run.start)
     else:
         run = resume_run(recipe, data.train, strategy, *checkpoint)
     check_same_step(run, folder.path)
@@ -386,6 +392,7 @@ def _summarize(run: Run, folder: RunFolder, data: Split, decision: Decision | No
         best_epoch=best.epoch,
         seconds=run.position.seconds,
         few_shot=run.few_shot,
+        start=run.start,
         **metrics,
         decision=decision,
     )

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 import sopdeploy
 from sopdeploy.checkpoint import Checkpoint, build_classifier, is_state_dict
 from sopdeploy.config import StrictModel, first_problem
-from sopdeploy.data.base import LabeledImages, derive_seed
+from sopdeploy.data.base import LabeledImages
 from sopdeploy.decision import Activation, Decision
 from sopdeploy.environment import machine
 from sopdeploy.errors import CheckpointError, ConfigError, DataError, TrainingError
@@ -33,10 +33,16 @@ from sopdeploy.training.distributed.batch_sharding import shard_layers
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
 from sopdeploy.training.few_shot.config import FewShotResult
-from sopdeploy.training.fine_tuning import load_start_weights, parameter_groups
+from sopdeploy.training.fine_tuning import parameter_groups
 from sopdeploy.training.losses import Loss, Teacher
 from sopdeploy.training.precision import Precision, first_non_finite, named_tensors
 from sopdeploy.training.recipe import Recipe, flatten, validate_recipe
+from sopdeploy.training.start_weights import (
+    InitialModel,
+    StartReport,
+    complete_preprocess,
+    create_initial_model,
+)
 
 CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "summary",
@@ -100,6 +106,7 @@ class Run:
     exported_weights: str
     ema: ExponentialMovingAverage | None = None
     teacher: Teacher | None = None
+    start: StartReport | None = None
     position: Position = field(default_factory=Position)
     few_shot: FewShotResult | None = None
     out_of_fold: Tensor | None = None
@@ -232,8 +239,10 @@ class Run:
     def _training_record(self) -> dict[str, Any]:
         """Describe how the weights were trained."""
         history, device = self.position.history, self.strategy.device
+        start = {} if self.start is None else {"start": self.start.model_dump(mode="json")}
         return {
             "recipe": self.recipe.model_dump(mode="json"),
+            **start,
             "seed": self.recipe.seed,
             "epoch": self.position.epoch,
             "step": self.position.step,
@@ -253,24 +262,15 @@ class Run:
         }
 
 
-def create_initial_model(recipe: Recipe, num_classes: int) -> Classifier:
-    """Create the model of *recipe* with its initial weights, which depend on the seed."""
-    torch.manual_seed(derive_seed(recipe.seed, "weights"))
-    model = create_model(recipe.model.name, num_classes=num_classes, **recipe.model.config)
-    if recipe.start is not None:
-        load_start_weights(recipe.start, model)
-    return model
-
-
 def create_run(
     recipe: Recipe,
     images: LabeledImages,
     strategy: Strategy,
     *,
-    model: Classifier | None = None,
+    initial: InitialModel | None = None,
     config: dict[str, Any] | None = None,
 ) -> Run:
-    """Create a run that trains *model*, by default that of *recipe* with its initial weights.
+    """Create a run that trains *initial*, by default the model of *recipe* with its initial weights.
 
     *config* is the complete config of the model, by default that of *recipe*. Raises `ConfigError` for
     settings that need one class per image, if images have several.
@@ -278,7 +278,9 @@ def create_run(
     activation: Activation = "sigmoid" if images.targets.ndim == 2 else "softmax"
     if activation == "sigmoid":
         _check_multi_label(recipe)
-    model = create_initial_model(recipe, len(images.labels)) if model is None else model
+    if initial is None:
+        initial = create_initial_model(recipe, images.labels, strategy)
+    model, recipe, start = initial
     model, network, optimizer = _place(recipe, model, strategy)
     teacher = None
     if recipe.teacher is not None:
@@ -298,6 +300,7 @@ def create_run(
         exported_weights=recipe.ema.export if recipe.ema is not None else "raw",
         ema=ExponentialMovingAverage(recipe.ema, model) if recipe.ema is not None else None,
         teacher=teacher,
+        start=start,
     )
 
 
@@ -326,6 +329,7 @@ def resume_run(
     Raises `ConfigError` if the recipe changed, `DataError` if the data changed, and `CheckpointError` if the
     checkpoint has no valid state to resume from.
     """
+    recipe = complete_preprocess(recipe, checkpoint.preprocess)
     _check_same_recipe(recipe, checkpoint, source)
     if checkpoint.labels != images.labels:
         raise DataError(
@@ -344,8 +348,10 @@ def resume_run(
     if not is_state_dict(raw):
         raise CheckpointError(damaged)
     model = build_classifier(replace(checkpoint, weights=raw), source)
-    run = create_run(recipe, images, strategy, model=model, config=checkpoint.config)
     try:
+        start = checkpoint.training.get("start")
+        initial = InitialModel(model, recipe, None if start is None else StartReport.model_validate(start))
+        run = create_run(recipe, images, strategy, initial=initial, config=checkpoint.config)
         run.optimizer.load_state_dict(state["optimizer"])
         if "precision" in state:
             run.precision.load_state_dict(state["precision"])

@@ -75,7 +75,7 @@ def export(
 ) -> None:
     """Convert a checkpoint to a bundle: detach, prove equivalence, export to ONNX, compare, write.
 
-    Example: [bold]sopdeploy export runs/photos-dsop/best.pt --detach[/bold]
+    Example: [bold]sopdeploy export runs/photos/best.pt --detach[/bold]
     """
     with one_line_errors(as_json), steps("exporting", quiet=as_json) as step:
         from sopdeploy.api.deployment import export as run

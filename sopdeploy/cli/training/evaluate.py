@@ -45,7 +45,7 @@ def evaluate(
     If a temperature or a rejection threshold was fitted, also the error without it and the accepted fraction.
     A multi-label network needs a folder with `labels.csv`: mAP, and F1 of each class at its threshold.
 
-    Example: [bold]sopdeploy eval runs/photos-dsop/best.pt --data test-photos[/bold]
+    Example: [bold]sopdeploy eval runs/photos/best.pt --data test-photos[/bold]
 
     Example: [bold]sopdeploy eval bundles/dsop-resnet20-3f6c01d2a4b7 --data test-photos --tta flip[/bold]
 
@@ -88,9 +88,9 @@ def report(
 ) -> None:
     """Write an HTML report on a run: curves, spectra, gates, confusions, calibration, worst mistakes.
 
-    Example: [bold]sopdeploy report runs/photos-dsop[/bold]
+    Example: [bold]sopdeploy report runs/photos[/bold]
 
-    Example: [bold]sopdeploy report runs/photos-dsop --data test-photos --out page.html[/bold]
+    Example: [bold]sopdeploy report runs/photos --data test-photos --out page.html[/bold]
     """
     with one_line_errors(as_json), _progress(quiet=as_json) as on_image:
         from sopdeploy.report import write_report

@@ -42,6 +42,14 @@ def train(
     destination: Annotated[
         Path | None, typer.Option("--out", help="Folder of the run. [dim]default runs/<recipe>[/dim]")
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="imagenet|none|FILE",
+            help="Weights to start from: of ImageNet, random ones, or a checkpoint or weight file; sets "
+            "`start.weights`. [dim]default imagenet for --data without --recipe[/dim]",
+        ),
+    ] = None,
     settings: SetOption = None,
     pooling: Annotated[
         str | None,
@@ -76,6 +84,8 @@ def train(
 
     Example: [bold]sopdeploy train --data photos/[/bold]
 
+    Example: [bold]sopdeploy train --data photos/ --weights resnet18-f37072fd.pth[/bold]
+
     Example: [bold]sopdeploy train --recipe digits-dsop --set epochs=10[/bold]
 
     Example: [bold]sopdeploy train --recipe digits-plain --pooling isqrt[/bold]
@@ -90,7 +100,8 @@ def train(
 
         if dry_run or find_learning_rate:
             with join_processes():
-                loaded, _ = configure(data, recipe, pooling=pooling, assignments=settings or ())
+                changes = {"weights": weights, "pooling": pooling}
+                loaded, _ = configure(data, recipe, **changes, assignments=settings or ())
                 if is_distributed():
                     raise ConfigError("--dry-run and --find-lr use one process; start them without torchrun")
                 (print_learning_rates if find_learning_rate else print_dry_run)(loaded, as_json=as_json)
@@ -99,6 +110,7 @@ def train(
             data,
             recipe,
             destination,
+            weights=weights,
             pooling=pooling,
             resume=resume,
             log=logs or (),

@@ -18,8 +18,9 @@ from sopdeploy.comparison.verdict import NO_EFFECT, Results, compare_results
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.statistics import Interval, bootstrap, mcnemar, mean_and_sd, paired, wilson
-from sopdeploy.training.run import create_initial_model
+from sopdeploy.training.distributed.strategy import SingleProcess
 from sopdeploy.training.signals import TrainingStoppedError
+from sopdeploy.training.start_weights import create_initial_model
 from tests.sopdeploy.training.runs import RecordingCallback, same_bits, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -61,7 +62,8 @@ def test_every_other_recipe_is_compared_with_the_first_by_its_interval() -> None
 def test_the_runs_of_a_pair_start_with_the_same_backbone(tmp_path) -> None:
     branched = short_recipe("model.config.aux_dropout=0.0")
     plain = short_recipe("model.config.aux_dropout=0.0", "model.config.aux_blocks=[0,0,0]")
-    weights = create_initial_model(plain, 10).state_dict()
+    labels, processes = open_data(plain.data).train.labels, SingleProcess(torch.device("cpu"))
+    weights = create_initial_model(plain, labels, processes).model.state_dict()
     stop = RecordingCallback(stop_at=("step", 0, 0))
     with pytest.raises(TrainingStoppedError):
         train_from(weights, branched, tmp_path / "run", open_data(plain.data), stop)
@@ -69,7 +71,7 @@ def test_the_runs_of_a_pair_start_with_the_same_backbone(tmp_path) -> None:
     branches = {name for name in initial if name.startswith("branches.")}
     assert initial.keys() - weights.keys() == branches
     assert all(torch.equal(initial[name], tensor) for name, tensor in weights.items())
-    own = create_initial_model(branched, 10).state_dict()
+    own = create_initial_model(branched, labels, processes).model.state_dict()
     assert all(torch.equal(initial[name], own[name]) for name in branches)
 
 

@@ -1,0 +1,158 @@
+"""ImageNet weights that torchvision and timm publish: the file for a network, fetched to their cache.
+
+Files are stored where torchvision (`torch.hub`, `TORCH_HOME`) and timm (Hugging Face hub, `HF_HOME`) look for
+them. Their SHA-256 is compared before they are parsed: with a pinned one, with the digits in the name that
+torchvision publishes, or with the address of the content in the hub's cache.
+"""
+
+import importlib
+import re
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.error import HTTPError
+
+import torch
+
+from sopdeploy.backbones.efficientnet import EfficientNet
+from sopdeploy.backbones.resnet import ResNet
+from sopdeploy.backbones.timm_backbone import import_timm
+from sopdeploy.config import StrictModel
+from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.files import sha256
+from sopdeploy.models.registry import entry
+
+PINNED = {  # complete hashes; of other files the digits in the name are compared
+    "resnet18-f37072fd.pth": "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec",
+    "resnet50-0676ba61.pth": "0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a",
+}
+TORCHVISION_VERSION = "IMAGENET1K_V1"  # fine-tunes better than V2, which is trained with label smoothing
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z.]+$")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+HUB_FILE = "model.safetensors"
+STALLED_SECONDS = 60  # without a byte from the server
+ADVICE = "or pass --weights FILE, or --weights none to train from scratch"
+
+
+class Published(NamedTuple):
+    """A published weight file, and the catalog name under which the importers read it."""
+
+    path: Path
+    model: str
+
+
+def fetch_imagenet_weights(model: str, config: StrictModel) -> Published:
+    """Find the ImageNet weights for the backbone of catalog *model* with *config*, and fetch them if needed.
+
+    Raises `ConfigError` if none are published, `WeightsError` if the file cannot be downloaded or has another
+    hash; such a file is removed.
+    """
+    family, _, name = model.rpartition(":")
+    network = entry(model).network
+    if family:
+        return Published(_fetch_timm(name), f"timm:{name}")
+    if issubclass(network, EfficientNet):
+        return Published(_fetch_timm("efficientnet_b0"), "timm:efficientnet_b0")
+    depth = getattr(config, "depth", None)
+    models = importlib.import_module("torchvision.models")
+    if not issubclass(network, ResNet) or f"resnet{depth}" not in models.list_models():
+        raise ConfigError(
+            f"start.weights: no ImageNet weights are published for {model}; choose another network, {ADVICE}"
+        )
+    weights = models.get_model_weights(f"resnet{depth}")[TORCHVISION_VERSION]
+    return Published(_fetch_url(weights.url), f"resnet{depth}")
+
+
+def _fetch_url(url: str) -> Path:
+    """Download *url* to torch.hub's cache unless it is there; check the hash of the file."""
+    name = url.rpartition("/")[2]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    found = HASH_IN_NAME.search(name)
+    expected = PINNED.get(name, found[1] if found else "")
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _stall_limit():
+                torch.hub.download_url_to_file(
+                    url, str(path), hash_prefix=expected or None, progress=sys.stderr.isatty()
+                )
+        except RuntimeError as error:  # the hash differs; torch has removed the download
+            raise WeightsError(
+                f"{name}: not kept, the download from {url} has another SHA-256 than {expected} (incomplete "
+                f"or changed on the way); run the command again, {ADVICE}"
+            ) from error
+        except (OSError, HTTPException) as error:
+            if isinstance(error, HTTPError):
+                error.close()
+            raise WeightsError(
+                f"{name}: cannot be downloaded ({_reason(error)}); get {url} and put it at {path}, {ADVICE}"
+            ) from error
+    _check_hash(path, expected, f"get {url} again, {ADVICE}")
+    return path
+
+
+def _fetch_timm(name: str) -> Path:
+    """Fetch the default weights of timm's network *name* as timm does; check the hash of the file."""
+    config: Any = import_timm(name).get_pretrained_cfg(name)
+    if not config.hf_hub_id:
+        if not config.url:
+            raise ConfigError(
+                f"start.weights: timm publishes no weights for {name}; choose another, {ADVICE}"
+            )
+        return _fetch_url(config.url)
+    hub = importlib.import_module("huggingface_hub")
+    repository, _, revision = config.hf_hub_id.partition("@")
+    where = {"repo_id": repository, "filename": config.hf_hub_filename or HUB_FILE}
+    where |= {"revision": revision} if revision else {}
+    cached = hub.try_to_load_from_cache(**where)
+    if not isinstance(cached, str):
+        try:
+            with _stall_limit():
+                cached = hub.hf_hub_download(**where)
+        except Exception as error:  # the errors of the hub and of its HTTP client have no common class
+            raise WeightsError(
+                f"{repository}/{where['filename']}: cannot be downloaded ({_reason(error)}); get "
+                f"{hub.hf_hub_url(**where)} and pass it as --weights FILE, or pass --weights none to train "
+                "from scratch"
+            ) from error
+    path = Path(cached)
+    blob = path.resolve().name  # the hub's cache names large files by their hash
+    _check_hash(path, blob if SHA256.fullmatch(blob) else "", f"run the command again, {ADVICE}")
+    return path
+
+
+def _check_hash(path: Path, expected: str, advice: str) -> None:
+    """Remove *path* and raise `WeightsError` unless its SHA-256 starts with *expected*."""
+    found = sha256(path)
+    if found.startswith(expected):
+        return
+    for file in {path, path.resolve()}:
+        file.unlink(missing_ok=True)
+    digits = len(expected)
+    raise WeightsError(
+        f"{path.name}: removed, its SHA-256 is {found[:digits]}, not {expected} (an incomplete download or "
+        f"another file); {advice}"
+    )
+
+
+@contextmanager
+def _stall_limit() -> Iterator[None]:
+    """Let connections fail if no byte arrives for `STALLED_SECONDS`."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALLED_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _reason(error: BaseException) -> str:
+    """Describe the first cause of a failed download on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(getattr(error, "reason", "") or error).strip() or type(error).__name__
+    return text.splitlines()[0]

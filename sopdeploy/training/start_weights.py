@@ -1,0 +1,232 @@
+"""Weights to start a run from: published ImageNet weights, a weight file of another project, a checkpoint.
+
+Tensors are matched by name and shape. Only the parts that a network adds to its backbone may be new:
+branches, pooling, attention blocks, and the classifier, which is new when the classes differ.
+
+The values of the recipe's `[preprocess]` apply; the others are those of the start weights.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from sopdeploy.checkpoint import load_plain, read_checkpoint
+from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.data.base import derive_seed
+from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.files import sha256
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.fit import COUNTER
+from sopdeploy.importers.import_weights import CIFAR10, convert
+from sopdeploy.importers.published import fetch_imagenet_weights
+from sopdeploy.importers.weight_files import OwnCheckpointError, open_weights
+from sopdeploy.models.base import Classifier, is_in
+from sopdeploy.models.registry import create_model, entry, make_config
+from sopdeploy.training.distributed.strategy import Strategy
+from sopdeploy.training.fine_tuning import classifier_name
+from sopdeploy.training.recipe import Recipe
+
+ADDED_PARTS = {"pooling", "attention", "reduction", "root"}  # parts that networks add to a backbone
+CLASSIFIER_PARTS = {"fc", "classifier", "linear", "head"}  # their names in weight files
+
+
+class StartReport(StrictModel):
+    """What a run started from; part of its checkpoints.
+
+    `loaded` counts tensors. `new` lists the parts of the network with random weights, `unused` the parts of
+    the file that the network does not have.
+    """
+
+    file: str
+    sha256: str
+    network: str
+    loaded: int
+    new: tuple[str, ...]
+    unused: tuple[str, ...]
+    preprocess: Preprocess
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartWeights:
+    """Tensors to start from, under the names of the catalog.
+
+    `labels` are the classes of the file's classifier if their names are known, `training_only` the parts of
+    its network that are not exported.
+    """
+
+    file: str
+    sha256: str
+    network: str
+    tensors: Mapping[str, Tensor]
+    preprocess: Preprocess
+    labels: tuple[str, ...] | None = None
+    training_only: tuple[str, ...] = ()
+
+
+def read_start_weights(recipe: Recipe, strategy: Strategy) -> StartWeights | None:
+    """Read the weights that `start.weights` of *recipe* selects; None for random weights.
+
+    The first process fetches published weights to the cache, then the others read them. Raises `ConfigError`
+    if the value is missing or no weights are published, `WeightsError` or `CheckpointError` if the file
+    cannot be fetched or read.
+    """
+    if recipe.start is None or recipe.start.weights == "none":
+        return None
+    if recipe.start.weights is None:
+        raise ConfigError(
+            "start.weights: not set; give the checkpoint to start from, or --weights imagenet, FILE or none"
+        )
+    found = _read(recipe) if strategy.rank == 0 else None
+    strategy.all_reduce(torch.zeros(1))
+    return found or _read(recipe)
+
+
+def _read(recipe: Recipe) -> StartWeights:
+    """Read the file of `start.weights` with the importers, or as a checkpoint."""
+    model, chosen = recipe.model.name, recipe.start.weights if recipe.start is not None else None
+    source_model = model.removeprefix("dsop-") if ":" in model else model
+    if isinstance(chosen, Path):
+        path = chosen.expanduser()
+    else:
+        path, source_model = fetch_imagenet_weights(model, make_config(model, recipe.model.config))
+    if not path.is_file():
+        load_plain(path)  # raises the error for missing files, folders and bundles
+    try:
+        file = open_weights(path)
+    except OwnCheckpointError:
+        checkpoint = read_checkpoint(path)
+        return StartWeights(
+            file=path.name,
+            sha256=sha256(path),
+            network=checkpoint.model,
+            tensors=checkpoint.weights,
+            preprocess=checkpoint.preprocess,
+            labels=checkpoint.labels,
+            training_only=entry(checkpoint.model).network.training_only,
+        )
+    _, converted = convert(file, source_model)
+    return StartWeights(
+        file=path.name,
+        sha256=sha256(path),
+        network=converted.description,
+        tensors={mapped.name: mapped.tensor for mapped in converted.tensors},
+        preprocess=converted.preprocess,
+        labels=CIFAR10 if converted.labels == "cifar10" else None,
+    )
+
+
+def complete_preprocess(recipe: Recipe, base: Preprocess) -> Recipe:
+    """Complete the `[preprocess]` of *recipe* with the values of *base*.
+
+    The recipe's own values apply. If it has `crop` without `resize`, `resize` keeps the ratio of *base*.
+    Raises `ConfigError` if the values do not fit together.
+    """
+    own = recipe.preprocess.model_fields_set if "preprocess" in recipe.model_fields_set else set()
+    given: dict[str, Any] = {name: getattr(recipe.preprocess, name) for name in own}
+    if "crop" in given and "resize" not in given:
+        given["resize"] = max(given["crop"], round(given["crop"] * base.resize / base.crop))
+    try:
+        completed = Preprocess(**{**base.model_dump(), **given})
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"preprocess: {first_problem(error)}; set resize and crop") from error
+    return recipe.model_copy(update={"preprocess": completed})
+
+
+def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[str, ...]) -> StartReport:
+    """Load the matching tensors of *weights* into *model*, whose classes are *labels*.
+
+    Raises `WeightsError` for the first tensor of the backbone that is missing, has another shape, is not
+    finite or has no place in *model*.
+    """
+    own = model.state_dict()
+    heads = _head_names(model) if weights.labels not in (None, labels) else ()
+    training_only = (*model.training_only, *weights.training_only)
+    matching: dict[str, Tensor] = {}
+    new: dict[str, None] = {}  # an ordered set
+    for name, tensor in own.items():
+        found = weights.tensors.get(name)
+        if found is not None and found.shape == tensor.shape and not is_in(name, *heads):
+            if found.is_floating_point() and not bool(torch.isfinite(found).all()):
+                raise WeightsError(f"start.weights: {weights.file}: {name} has values that are not finite")
+            matching[name] = found
+        elif part := _added_part(name, (*heads, *training_only, classifier_name(model))):
+            new[part] = None
+        elif found is not None or not name.endswith(COUNTER):
+            state = f"{tuple(found.shape)}, not {tuple(tensor.shape)}" if found is not None else "missing"
+            raise _misfit(weights, f"{name} is {state}")
+    unused: dict[str, None] = {}
+    for name in weights.tensors.keys() - own.keys():
+        part = _added_part(name, (*training_only, *CLASSIFIER_PARTS))
+        if part is None:
+            raise _misfit(weights, f"the network of the recipe has no {name}")
+        unused[part] = None
+    model.load_state_dict(matching, strict=False)
+    return StartReport(
+        file=weights.file,
+        sha256=weights.sha256,
+        network=weights.network,
+        loaded=len(matching),
+        new=tuple(sorted(new)),
+        unused=tuple(sorted(unused)),
+        preprocess=weights.preprocess,
+    )
+
+
+class InitialModel(NamedTuple):
+    """A model before training, its recipe with complete preprocessing, and what it started from."""
+
+    model: Classifier
+    recipe: Recipe
+    start: StartReport | None
+
+
+def create_initial_model(recipe: Recipe, labels: tuple[str, ...], strategy: Strategy) -> InitialModel:
+    """Create the model of *recipe* for the classes *labels*; random weights depend on the seed.
+
+    Start weights are read and complete the preprocessing of the recipe; raises the errors of
+    `read_start_weights` and `load_start_weights`.
+    """
+    weights = read_start_weights(recipe, strategy)
+    torch.manual_seed(derive_seed(recipe.seed, "weights"))
+    model = create_model(recipe.model.name, num_classes=len(labels), **recipe.model.config)
+    if recipe.start is None:
+        return InitialModel(model, recipe, None)
+    start = None if weights is None else load_start_weights(weights, model, labels)
+    completed = complete_preprocess(recipe, Preprocess() if weights is None else weights.preprocess)
+    return InitialModel(model, completed, start)
+
+
+def _head_names(model: Classifier) -> tuple[str, ...]:
+    """List the linear layers of *model* and of its branches that compute class logits."""
+    branches = (
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.out_features == model.num_classes
+        and is_in(name, *model.training_only)
+    )
+    return (*branches, classifier_name(model))
+
+
+def _added_part(name: str, parts: tuple[str, ...]) -> str | None:
+    """Find the part of a network that holds tensor *name* and that a backbone does not have."""
+    for part in parts:
+        if is_in(name, part):
+            return part
+    levels = name.split(".")
+    for position, level in enumerate(levels):
+        if level in ADDED_PARTS:
+            return ".".join(levels[: position + 1])
+    return None
+
+
+def _misfit(weights: StartWeights, difference: str) -> WeightsError:
+    return WeightsError(
+        f"start.weights: {weights.file} ({weights.network}) does not fit: {difference}; give weights of the "
+        "same backbone, or choose another model.name"
+    )

@@ -1,0 +1,289 @@
+"""Start weights: published files from a loopback server and a cache, weight files, checkpoints."""
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from huggingface_hub import close_session, constants
+from PIL import Image
+from typer.testing import CliRunner
+
+from sopdeploy.checkpoint import load_plain, read_checkpoint
+from sopdeploy.cli.app import app
+from sopdeploy.errors import ConfigError, SopdeployError, WeightsError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers import published
+from sopdeploy.models.registry import create_model
+from sopdeploy.training.distributed.strategy import SingleProcess
+from sopdeploy.training.loop import train
+from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.start_weights import InitialModel, complete_preprocess, create_initial_model
+from tests.sopdeploy.training.runs import short_recipe
+from tests.sopdeploy.training.weight_server import WeightServer, weight_server
+
+LABELS = ("cup", "dog", "leaf")
+ONE_PROCESS = SingleProcess(torch.device("cpu"))
+RESNET18 = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.value
+
+
+def content_of(network: torch.nn.Module) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(network.state_dict(), buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def resnet18() -> bytes:
+    """The bytes of a file with torchvision's layout for ResNet-18, with random weights."""
+    torch.manual_seed(1)
+    return content_of(torchvision.models.resnet18())
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WeightServer]:
+    """A server in place of torchvision's and timm's, and empty caches in `tmp_path`."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with weight_server() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.address)
+        template = f"{running.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield running
+        close_session()
+
+
+def publish(server: WeightServer, content: bytes, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Serve *content* as torchvision's ResNet-18; return the file name, which has its hash."""
+    server.content = content
+    name = f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    monkeypatch.setattr(RESNET18, "url", f"{server.address}/models/{name}")
+    return name
+
+
+def start(*settings: str) -> InitialModel:
+    return create_initial_model(read_recipe("photos", settings), LABELS, ONE_PROCESS)
+
+
+BACKBONE = {"conv1.weight", "bn1.running_var", "layer4.1.conv2.weight"}
+GSOP = "gsop-net1-resnet18"
+NETWORKS = [
+    ("dsop-resnet18", ("branches", "fc")),
+    ("isqrt-resnet18", ("pooling", "fc")),
+    ("resnet18", ("fc",)),
+    ("se-resnet18", tuple(f"layer{s}.{b}.attention" for s in range(1, 5) for b in (0, 1))),
+]
+
+
+@pytest.mark.parametrize(("model", "new"), NETWORKS, ids=[model for model, _ in NETWORKS])
+def test_torchvision_weights_are_downloaded_once_and_fill_the_backbone(
+    server, resnet18, monkeypatch, tmp_path, model, new
+) -> None:
+    name = publish(server, resnet18, monkeypatch)
+    initial = start(f"model.name={model}")
+    assert (tmp_path / "torch" / "hub" / "checkpoints" / name).read_bytes() == resnet18
+    given = load_plain(tmp_path / "torch" / "hub" / "checkpoints" / name)
+    own = initial.model.state_dict()
+    assert all(torch.equal(own[tensor], given[tensor]) for tensor in BACKBONE)
+    assert initial.start is not None
+    assert set(new) <= set(initial.start.new) <= {*new, "fc", "pooling"}
+    assert (initial.start.file, initial.start.unused) == (name, ())
+    assert (initial.recipe.preprocess.resize, initial.recipe.preprocess.crop) == (256, 224)
+    server.fault = "not found"  # the second run needs no server
+    assert start(f"model.name={model}").start == initial.start
+    assert server.requests == [f"GET /models/{name}"]
+
+
+@pytest.mark.parametrize("fault", ["interrupted", "changed", "not found"])
+def test_a_failed_download_is_one_line_and_leaves_nothing(
+    server, resnet18, monkeypatch, tmp_path, fault
+) -> None:
+    name = publish(server, resnet18, monkeypatch)
+    server.fault = fault
+    with pytest.raises(WeightsError) as error:
+        start()
+    place = f"get http://.*/models/{name} and put it at {tmp_path}/torch/hub/checkpoints/{name}, or pass"
+    expected = place if fault == "not found" else f"{name}: not kept, .* another SHA-256 than {name[9:17]}"
+    assert re.search(expected, str(error.value))
+    assert str(error.value).endswith("or pass --weights FILE, or --weights none to train from scratch")
+    assert "\n" not in str(error.value)
+    assert [path for path in (tmp_path / "torch").rglob("*") if path.is_file()] == []
+
+
+def test_a_cached_file_with_another_hash_is_removed_before_it_is_parsed(
+    server, resnet18, monkeypatch, tmp_path
+) -> None:
+    name = publish(server, resnet18, monkeypatch)
+    cached = tmp_path / "torch" / "hub" / "checkpoints" / name
+    cached.parent.mkdir(parents=True)
+    monkeypatch.setattr(torch, "load", None)
+    for content, pins in ((resnet18[:1000], {}), (resnet18, {name: f"{name[9:17]}{'0' * 56}"})):
+        cached.write_bytes(content)
+        monkeypatch.setattr(published, "PINNED", pins)
+        with pytest.raises(WeightsError, match=f"{name}: removed, its SHA-256 is"):
+            start()
+        assert not cached.exists()
+
+
+def test_the_pinned_hashes_are_those_of_torchvisions_file_names() -> None:
+    models = torchvision.models
+    urls = [weights.url for name in ("resnet18", "resnet50") for weights in models.get_model_weights(name)]
+    for name, digest in published.PINNED.items():
+        assert any(url.endswith(f"/{name}") for url in urls)
+        assert (name.split("-")[1][:8], len(digest)) == (digest[:8], 64)
+
+
+@pytest.mark.parametrize("model", ["timm:test_resnet", "dsop-timm:test_resnet"])
+def test_timm_weights_come_from_its_hub_and_then_from_its_cache(server, tmp_path, model) -> None:
+    torch.manual_seed(2)
+    given = timm.create_model("test_resnet").state_dict()
+    server.content = safetensors.torch.save(given)
+    initial = start(f"model.name={model}")
+    own = initial.model.state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in given.items() if not name.startswith("fc"))
+    assert initial.start is not None
+    assert initial.start.new == (("branches", "fc") if model.startswith("dsop") else ("fc",))
+    rules = timm.get_pretrained_cfg("test_resnet")
+    found = initial.recipe.preprocess
+    assert (found.crop, found.mean, found.interpolation) == (160, rules.mean, rules.interpolation)
+    server.fault = "not found"
+    assert start(f"model.name={model}").start == initial.start
+    blob = next((tmp_path / "hub").rglob("blobs/*"))
+    blob.write_bytes(server.content[:-4] + b"\0\0\0\1")
+    with pytest.raises(WeightsError, match=r"model.safetensors: removed, its SHA-256 is"):
+        start(f"model.name={model}")
+    with pytest.raises(WeightsError, match=r"timm/test_resnet.*/model.safetensors and pass it as --weights"):
+        start(f"model.name={model}")
+
+
+FILES: list[tuple[str, Any, str]] = [
+    ("isqrt-resnet18", torchvision.models.resnet34, "has no layer"),
+    (
+        "resnet18",
+        torchvision.models.resnet50,
+        r"layer1.0.conv1.weight is \(64, 64, 1, 1\), not \(64, 64, 3, 3\)",
+    ),
+    ("dsop-resnet20", torchvision.models.resnet18, r"conv1.weight is \(64, 3, 7, 7\), not \(16, 3, 3, 3\)"),
+]
+
+
+@pytest.mark.parametrize(("model", "build", "message"), FILES, ids=[model for model, *_ in FILES])
+def test_a_file_of_another_network_is_refused_with_its_name(tmp_path, model, build, message) -> None:
+    (tmp_path / "mine.pth").write_bytes(content_of(build(num_classes=2)))
+    with pytest.raises(
+        WeightsError, match=rf"mine\.pth \(ResNet-\d+ of torchvision\) does not fit: .*{message}"
+    ):
+        start(f"model.name={model}", f"start.weights={tmp_path / 'mine.pth'}")
+
+
+def test_a_classifier_is_loaded_only_for_the_same_classes(tmp_path) -> None:
+    recipe = short_recipe("epochs=1")
+    best = train(recipe, tmp_path / "run").best
+    stored = read_checkpoint(best)
+    again = short_recipe("epochs=1", f"start.weights={best}")
+    same = create_initial_model(again, stored.labels, ONE_PROCESS)
+    other = create_initial_model(again, tuple(f"other {label}" for label in stored.labels), ONE_PROCESS)
+    assert same.start is not None
+    assert (same.start.new, same.start.network) == ((), "dsop-resnet8")
+    assert torch.equal(same.model.state_dict()["fc.weight"], stored.weights["fc.weight"])
+    assert other.start is not None
+    assert set(other.start.new) == {"fc", *(name for name in other.start.new if name.endswith(".fc"))}
+    assert not torch.equal(other.model.state_dict()["fc.weight"], stored.weights["fc.weight"])
+    assert torch.equal(other.model.state_dict()["conv1.weight"], stored.weights["conv1.weight"])
+    plain = create_initial_model(
+        short_recipe("model.name=resnet8", "model.config={base_width=4}", f"start.weights={best}"),
+        stored.labels,
+        ONE_PROCESS,
+    )
+    assert plain.start is not None
+    assert (plain.start.new, plain.start.unused) == ((), ("branches",))
+
+
+def test_a_run_records_its_start_and_resumes_without_the_file(tmp_path) -> None:
+    first = train(short_recipe("epochs=1", "preprocess.mean=[0.1,0.2,0.3]"), tmp_path / "first")
+    moved = first.best.rename(tmp_path / "start.pt")
+    values = short_recipe(f"start.weights={moved}", "epochs=1").model_dump(mode="json")
+    del values["preprocess"]["mean"]
+    recipe = Recipe.model_validate(values)
+    result = train(recipe, tmp_path / "run")
+    assert result.start is not None
+    assert result.start.file == "start.pt"
+    stored = read_checkpoint(result.best)
+    assert stored.preprocess.mean == (0.1, 0.2, 0.3)
+    assert stored.training["start"] == result.start.model_dump(mode="json")
+    moved.unlink()
+    assert train(recipe, tmp_path / "run", resume=True).start == result.start
+
+
+PRECEDENCE = [
+    ("", (232, 200), (0.5, 0.5, 0.5)),
+    ("crop = 100", (116, 100), (0.5, 0.5, 0.5)),
+    ("resize = 240", (240, 200), (0.5, 0.5, 0.5)),
+    ("resize = 64\ncrop = 64", (64, 64), (0.5, 0.5, 0.5)),
+    ("mean = [0.0, 0.0, 0.0]", (232, 200), (0.0, 0.0, 0.0)),
+]
+
+
+@pytest.mark.parametrize(("table", "sides", "mean"), PRECEDENCE, ids=[table for table, *_ in PRECEDENCE])
+def test_values_of_the_recipe_win_over_those_of_the_weights(tmp_path, table, sides, mean) -> None:
+    base = Preprocess(resize=232, crop=200, mean=(0.5, 0.5, 0.5))
+    settings = [f"preprocess.{line.replace(' ', '')}" for line in table.splitlines()]
+    completed = complete_preprocess(read_recipe("photos", settings), base).preprocess
+    assert ((completed.resize, completed.crop), completed.mean) == (sides, mean)
+
+
+def test_networks_without_published_weights_and_unsuitable_values_are_named() -> None:
+    cases: list[tuple[str, type[SopdeployError], str]] = [
+        ("model.name=dsop-resnet20", ConfigError, "no ImageNet weights are published for dsop-resnet20"),
+        ("start.weights=nowhere.pth", SopdeployError, "nowhere.pth: no such file"),
+    ]
+    for setting, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            start(setting)
+
+
+def test_without_network_train_on_photos_exits_with_2_and_says_what_to_do(
+    server, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setattr(RESNET18, "url", "http://127.0.0.1:1/resnet18-f37072fd.pth")
+    monkeypatch.chdir(tmp_path)
+    for number in range(8):
+        folder = tmp_path / "photos" / LABELS[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 24), (30 * number, 0, 0)).save(folder / f"{number}.jpg")
+    result = CliRunner().invoke(app, ["train", "--data", "photos"])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "error: resnet18-f37072fd.pth: cannot be downloaded (" in result.stderr
+    assert "put it at " in result.stderr
+    assert not (tmp_path / "runs").exists()
+    smaller = ["--set", "model.name=dsop-resnet8", "--set", "epochs=1", "--set", "preprocess.crop=16"]
+    done = CliRunner().invoke(app, ["train", "--data", "photos", "--weights", "none", *smaller, "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["start"] is None
+
+
+@pytest.mark.slow
+def test_photos_lead_from_published_weights_to_a_bundle(server, resnet18, monkeypatch, tmp_path) -> None:
+    publish(server, resnet18, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    for number in range(8):
+        folder = tmp_path / "photos" / LABELS[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (80, 60), (30 * number, 0, 0)).save(folder / f"{number}.jpg")
+    small = ["--set", "epochs=1", "--set", "preprocess.crop=32"]
+    trained = CliRunner().invoke(app, ["train", "--data", "photos", *small])
+    assert trained.exit_code == 0, trained.output
+    assert "start weights: resnet18-" in trained.stderr
+    exported = CliRunner().invoke(app, ["export", "runs/photos/best.pt", "--detach", "--json"])
+    assert exported.exit_code == 0, exported.output
+    assert json.loads(exported.stdout)["parity"]["passed"]
+    assert create_model("dsop-resnet18", num_classes=2).training_only == ("branches",)
