@@ -17,7 +17,7 @@ from sopdeploy.data.augment import Augmentation, Mixup, RandAugment
 from sopdeploy.data.sources import DataConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.models.registry import make_config
+from sopdeploy.models.registry import entry, make_config
 from sopdeploy.training.ema import EmaConfig
 from sopdeploy.training.few_shot.config import FewShotConfig
 from sopdeploy.training.fine_tuning import StartConfig, TeacherConfig
@@ -156,15 +156,20 @@ def recipe_text(source: str | Path) -> str:
 def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe *source*, a packaged name or a `.toml` file.
 
-    An override is `key=value` with a dotted key and a TOML value; quotes around strings are optional. Raises
-    `ConfigError` that names the file or key, and the closest known key.
+    An override is `key=value` with a dotted key and a TOML value; quotes around strings are optional. If one
+    selects another network, values of the recipe's `model.config` that this network does not have are
+    dropped. Raises `ConfigError` that names the file or key, and the closest known key.
     """
     try:
         values = tomllib.loads(recipe_text(source))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: not a TOML file ({error})") from error
-    for override in overrides:
-        key, value = parse_override(override)
+    parsed = [parse_override(override) for override in overrides]
+    network = next((value for key, value in reversed(parsed) if key == "model.name"), None)
+    if isinstance(network, str) and "config" in values.get("model", {}):
+        known = entry(network).config.model_fields
+        values["model"]["config"] = {k: v for k, v in values["model"]["config"].items() if k in known}
+    for override, (key, value) in zip(overrides, parsed, strict=True):
         *tables, last = key.split(".")
         table = values
         for name in tables:

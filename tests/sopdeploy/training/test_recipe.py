@@ -165,3 +165,16 @@ def settings_in_comments() -> list[tuple[str, list[str]]]:
 @pytest.mark.parametrize(("name", "settings"), settings_in_comments(), ids=str)
 def test_the_settings_in_the_comments_of_a_recipe_are_valid(name, settings) -> None:
     assert read_recipe(name, settings) != read_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "config"),
+    [
+        ([], {"conv5_stride": 2}),
+        (["model.name=isqrt-resnet18"], {"conv5_stride": 2}),
+        (["model.name=dsop-resnet8"], {}),
+        (["model.name=dsop-resnet8", "model.config.iterations=2"], {"iterations": 2}),
+    ],
+)
+def test_another_network_drops_the_values_of_the_recipe_that_it_does_not_have(settings, config) -> None:
+    assert read_recipe("photos", settings).model.config == config
