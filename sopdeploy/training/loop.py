@@ -58,7 +58,7 @@ class TrainingResult(StrictModel):
     several classes per image, the mAP and macro F1 are set instead of the accuracies. `few_shot` is the
     record of the few-shot procedure, if it applied. `decision` is that of `best`: temperature and rejection
     threshold, if there were enough images, or thresholds by class. `start` is what the run started from
-    (None: random weights).
+    (None: random weights). `training_only` are the parts of the network that the export detaches.
     """
 
     out: Path
@@ -82,6 +82,7 @@ class TrainingResult(StrictModel):
     few_shot: FewShotResult | None = None
     decision: Decision | None = None
     start: StartReport | None = None
+    training_only: tuple[str, ...] = ()
 
 
 def train(
@@ -393,6 +394,7 @@ def _summarize(run: Run, folder: RunFolder, data: Split, decision: Decision | No
         seconds=run.position.seconds,
         few_shot=run.few_shot,
         start=run.start,
+        training_only=run.model.training_only,
         **metrics,
         decision=decision,
     )

@@ -126,16 +126,16 @@ def train(
     if result.few_shot is not None:
         for line in result.few_shot.lines():
             out.print(plain_text(line))
-        out.print(plain_text(f"next: sopdeploy export {result.best} --detach"))
-        return
-    name, best = ("mAP", result.best_map) if result.best_top1 is None else ("top-1", result.best_top1)
-    out.print(
-        f"best epoch {result.best_epoch} of {result.epochs}: {name} [bold]{best:.2%}[/] of "
-        f"{result.held_out_count} held-out images, {result.seconds:.0f} s"
-    )
-    for name, text in result.decision.rows() if result.decision is not None else ():
-        out.print(plain_text(f"{name}: {text}"))
-    out.print(plain_text(f"next: sopdeploy export {result.best} --detach"))
+    else:
+        name, best = ("mAP", result.best_map) if result.best_top1 is None else ("top-1", result.best_top1)
+        out.print(
+            f"best epoch {result.best_epoch} of {result.epochs}: {name} [bold]{best:.2%}[/] of "
+            f"{result.held_out_count} held-out images, {result.seconds:.0f} s"
+        )
+        for name, text in result.decision.rows() if result.decision is not None else ():
+            out.print(plain_text(f"{name}: {text}"))
+    detach = " --detach" if result.training_only else ""
+    out.print(plain_text(f"next: sopdeploy export {result.best}{detach}"))
 
 
 @contextmanager
