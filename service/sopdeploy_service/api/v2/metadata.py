@@ -63,7 +63,8 @@ def signature_of(bundle: Bundle, max_images: int) -> Signature:
 
 def platform(model: Model) -> str:
     """Return Triton's name of the runtime of *model*."""
-    return "tensorrt_plan" if model.loaded.runtime.name == "tensorrt" else "onnxruntime_onnx"
+    engine = model.loaded.runtime.name.startswith("tensorrt ")  # the version follows
+    return "tensorrt_plan" if engine else "onnxruntime_onnx"
 
 
 def model_metadata(model: Model, versions: Iterable[str]) -> dict[str, Any]:
