@@ -85,6 +85,11 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
             (f"sum by (model) (rate(sopdeploy_nonfinite_outputs_total{RATE}))", "non-finite {{model}}"),
         ],
     ),
+    (
+        "Images of unknown classes",
+        "ops",
+        [(f"sum by (model) (rate(sopdeploy_unknown_images_total{RATE}))", "{{model}}")],
+    ),
     ("Maximum event loop lag", "s", [("sopdeploy_event_loop_lag_seconds", "{{instance}}")]),
     ("Open connections", "none", [("sopdeploy_connections", "{{instance}}")]),
     ("Request bodies in memory", "bytes", [("sopdeploy_upload_bytes", "{{instance}}")]),

@@ -46,7 +46,9 @@ def some_images(count: int, seed: int = 0) -> Any:
 def test_every_batch_gets_its_own_outputs_in_any_order_of_sizes(session: Any) -> None:
     bound_session = over(session)
     batches = [some_images(count, seed) for seed, count in enumerate([1, 4, 1, 2, 4, 4, 1])]
-    outputs = [bound_session.run(images.copy()) for images in batches]  # the next batch overwrites none
+    outputs = [
+        bound_session.run(images.copy(), list(SHAPES)) for images in batches
+    ]  # the next batch overwrites none
     for images, found in zip(batches, outputs, strict=True):
         assert list(found) == list(SHAPES)
         np.testing.assert_array_equal(found["sums"], images.astype(np.float32).sum(axis=(1, 2)))
@@ -55,7 +57,7 @@ def test_every_batch_gets_its_own_outputs_in_any_order_of_sizes(session: Any) ->
 
 def test_images_that_are_not_contiguous_are_read_correctly(session: Any) -> None:
     images = some_images(4)[::2, :, ::-1]
-    found = over(session).run(images)["doubled"]
+    found = over(session).run(images, ["doubled"])["doubled"]
     np.testing.assert_array_equal(found, images * np.float32(2))
 
 
@@ -68,12 +70,12 @@ def test_device_memory_is_kept_for_a_few_batch_sizes(session: Any, monkeypatch: 
     )
     bound_session = over(counted)
     for count in (1, 2, 1, 2, 1):
-        bound_session.run(some_images(count))
+        bound_session.run(some_images(count), list(SHAPES))
     assert len(bindings) == 2
-    bound_session.run(some_images(3))  # 2, used longest ago, is given up
-    bound_session.run(some_images(1))
+    bound_session.run(some_images(3), list(SHAPES))  # 2, used longest ago, is given up
+    bound_session.run(some_images(1), list(SHAPES))
     assert len(bindings) == 3
-    bound_session.run(some_images(2))
+    bound_session.run(some_images(2), list(SHAPES))
     assert len(bindings) == 4
 
 
@@ -84,8 +86,8 @@ def test_the_gpu_runtime_uses_bound_tensors(bundle: Any, monkeypatch: pytest.Mon
         def __init__(self, *given: Any) -> None:
             asked.append(given[2:])
 
-        def run(self, images: Any) -> Any:
-            return {"logits": images}
+        def run(self, images: Any, names: Any) -> Any:
+            return dict.fromkeys(names, images)
 
     monkeypatch.setattr(with_onnxruntime, "BoundSession", Recorded)
     monkeypatch.setattr(with_onnxruntime, "_open_session", lambda *given: None)

@@ -60,7 +60,7 @@ def trace_forward(network: Classifier, side: int) -> ForwardTrace:
     sources: dict[str, str] = {}
     producers: dict[int, str] = {}
     alive: list[Tensor] = []  # an id identifies a tensor only while the tensor lives
-    last = [""]  # the module that ended last
+    last = [""]  # the exported module that ended last: functions such as silu are no modules
 
     def begin(name: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         found = [producers[id(v)] for v in inputs if isinstance(v, Tensor) and id(v) in producers]
@@ -69,7 +69,8 @@ def trace_forward(network: Classifier, side: int) -> ForwardTrace:
     def end(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             alive.append(output)
-            last[0] = name
+            if not is_in(name, *network.training_only):
+                last[0] = name
             producers.setdefault(id(output), name)  # the innermost module; outer ones pass it on
             shapes.pop(name, None)
             shapes[name] = tuple(output.shape[1:])

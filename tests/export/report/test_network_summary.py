@@ -35,7 +35,7 @@ def summary_of(name: str, **config: object) -> NetworkSummary:
             "dsop-resnet18",
             {f"branches.layer{stage}_1": f"layer{stage}" for stage in range(1, 5)},
         ),
-        ("dsop-efficientnet-b0", {"branches.blocks_4_2": "blocks.4", "branches.conv_head": "conv_head"}),
+        ("dsop-efficientnet-b0", {"branches.blocks_4_2": "blocks", "branches.conv_head": "bn2"}),
         (
             "dsop-timm:regnety_002",
             {f"branches.s{stage}": f"s{stage}" for stage in range(1, 5)},

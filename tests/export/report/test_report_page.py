@@ -122,7 +122,7 @@ def rendered(exported: Exported, **changes: Any) -> str:
         for field in dataclasses.fields(ExportResults)
         if hasattr(exported, field.name)
     }
-    checkpoint: Any = SimpleNamespace(model="dsop-resnet8", labels=HOSTILE)
+    checkpoint: Any = SimpleNamespace(model="dsop-resnet8", labels=HOSTILE, decision=None)
     fields = {"lineage": exported.manifest.lineage, "versions": exported.manifest.versions}
     page = render_report(
         ExportResults(**shared | changes, checkpoint=checkpoint, fields=fields, files=exported.manifest.files)

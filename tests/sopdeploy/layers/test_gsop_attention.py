@@ -46,11 +46,11 @@ def test_activation_of_a_negative_value(kind: str, expected: float) -> None:
 
 
 @pytest.mark.parametrize("attention", ["channel", "position", "maximum", "concatenation"])
-def test_block_trains_on_one_image(attention: str) -> None:
+def test_block_trains_on_two_images(attention: str) -> None:
     torch.manual_seed(0)
     config = GSoPBlockConfig(attention=attention, cov_width=32, position_side=4)
     block = GSoPBlock(config, 64, dr_stride=1).double()
-    block(torch.randn(1, 64, 6, 6, dtype=torch.float64)).square().sum().backward()
+    block(torch.randn(2, 64, 6, 6, dtype=torch.float64)).square().sum().backward()
     for name, parameter in block.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name

@@ -153,6 +153,7 @@ async def test_a_dead_runtime_exits_the_process_after_its_responses(
     monkeypatch.setenv(FAULTS_VARIABLE, "engine=hang@1")
     monkeypatch.setattr("sopdeploy_service.inference.fault_injection.HANG_SECONDS", 2.0)
 
+    others = set(threading.enumerate())
     ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     async with started(engine_timeout_seconds=0.2) as replica, client_of(replica) as client:
         replica.leave = ended.set_result
@@ -163,4 +164,5 @@ async def test_a_dead_runtime_exits_the_process_after_its_responses(
         with pytest.raises(RuntimeUnavailableError, match="engine_dead"):
             await replica.check_health()
         assert await ended == 70
-    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "model_worker"])
+    workers = [t for t in set(threading.enumerate()) - others if t.name == "model_worker"]
+    until(lambda: not any(worker.is_alive() for worker in workers))
