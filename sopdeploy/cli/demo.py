@@ -45,7 +45,7 @@ def demo(
     out.print("\n[bold]Next: use your own photos[/], in folders photos/<class>/*.jpg:")
     out.print("  sopdeploy train --data photos")
     out.print("  sopdeploy export runs/photos/best.pt --detach")
-    out.print("  sopdeploy serve bundles/dsop-resnet20-*/")
+    out.print("  sopdeploy serve bundles/dsop-resnet18-*/")
 
 
 def _new_folder(parent: Path) -> Path:
