@@ -179,8 +179,9 @@ def _check_file(
         parity = check_class_maps(file, layer, images[parity.compared_images], parity)
         write_class_maps(folder / CLASS_MAPS, layer)
     if options.precision.evaluate is not None or converted.calibration is not None:
-        gate, allow = (converted, file, job.checkpoint, batch, options.precision), options.allow_drift
-        precision = check_accuracy(*gate, allow_drift=allow)
+        precision = check_accuracy(
+            converted, file, job.checkpoint, batch, options.precision, allow_drift=options.allow_drift
+        )
     speed = None
     if options.measure_speed:
         step("timing it against the plain backbone")

@@ -195,12 +195,10 @@ def predict_logits(
 
     *on_batch* receives the number of images done after every batch.
     """
-    device = next(model.parameters()).device
-    normalize = Normalize(preprocess).to(device)
     logits, targets = [], []
-    batches = sequential_batches(len(dataset), batch_size)
-    for images, labels in load_batches(dataset, batches, workers, device):
-        logits.append(model(normalize(images)).double().cpu())
+    batches = _own_logits(model, dataset, preprocess, batch_size, workers, ProcessGroup())
+    for _, found, labels in filter(None, batches):
+        logits.append(found.cpu())
         targets.append(labels.cpu())
         on_batch(sum(map(len, targets)))
     return torch.cat(logits).numpy(), torch.cat(targets).numpy()

@@ -25,7 +25,7 @@ from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
+from sopdeploy.evaluation.decision_fit import MIN_IMAGES
 from sopdeploy.evaluation.prediction import evaluate, predict_logits
 from sopdeploy.models.gmsop import GMSOP
 from sopdeploy.training.callbacks import Callback
@@ -56,9 +56,9 @@ class TrainingResult(StrictModel):
 
     `skipped` lists the images that could not be read. `seconds` is the total time, over all resumptions. With
     several classes per image, the mAP and macro F1 are set instead of the accuracies. `few_shot` is the
-    record of the few-shot procedure, if it applied. `decision` is that of `best`: temperature and rejection
-    threshold, if there were enough images, or thresholds by class. `start` is what the run started from
-    (None: random weights). `training_only` are the parts of the network that the export detaches.
+    record of the few-shot procedure, if it applied. `decision` is the temperature and rejection threshold in
+    `best`, if there were enough images; thresholds by class are in `best` only. `start` is what the run
+    started from (None: random weights). `training_only` are the parts that the export detaches.
     """
 
     out: Path
@@ -114,8 +114,8 @@ def train(
     run, data, few_shot = start_or_resume(recipe, folder, strategy, callback, resume=resume)
     recipe = run.recipe
     if few_shot:
-        train_few_shot(run, data, folder, callback)
-        return _summarize(run, folder, data, read_checkpoint(folder.best).decision)
+        decision = train_few_shot(run, data, folder, callback)
+        return _summarize(run, folder, data, decision)
     held_out = PreprocessedDataset(data.held_out, recipe.preprocess)
     with handle_signals(strategy) as signals:
         try:
@@ -360,16 +360,9 @@ def fit_best(
         workers=run.recipe.workers,
         on_batch=lambda done: callback.on_evaluation_batch(epoch=run.recipe.epochs - 1, done=done),
     )
-    decision = fit_decision(
-        logits,
-        targets,
-        estimated_on="held-out",
-        accepts=run.recipe.rejection.accepts,
-        scalable=model.logits_layer() is not None,
-    )
-    if decision == Decision():
-        return None
-    write_checkpoint(folder.best, replace(checkpoint, decision=decision))
+    decision = run.fit_decision(logits, targets, "held-out")
+    if decision is not None:
+        write_checkpoint(folder.best, replace(checkpoint, decision=decision))
     return decision
 
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pydantic
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,9 +21,10 @@ import sopdeploy
 from sopdeploy.checkpoint import Checkpoint, build_classifier, is_state_dict
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.data.base import LabeledImages
-from sopdeploy.decision import Activation, Decision
+from sopdeploy.decision import Activation, Decision, Estimate
 from sopdeploy.environment import machine
 from sopdeploy.errors import CheckpointError, ConfigError, DataError, TrainingError
+from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
 from sopdeploy.evaluation.prediction import HeldOutMetrics
 from sopdeploy.layers.normalize import Normalize
@@ -191,6 +194,22 @@ class Run:
             averages = self.ema.model.state_dict()
             self.ema.model = copy.deepcopy(self.model).requires_grad_(False)
             self.ema.model.load_state_dict({name: averages[name] for name in self.model.state_dict()})
+
+    def fit_decision(
+        self, logits: NDArray[np.float64], targets: NDArray[np.int64], estimated_on: Estimate
+    ) -> Decision | None:
+        """Fit temperature and rejection threshold to *logits* (N, C) of the classes *targets* (N,).
+
+        `None` if neither could be fitted.
+        """
+        decision = fit_decision(
+            logits,
+            targets,
+            estimated_on=estimated_on,
+            accepts=self.recipe.rejection.accepts,
+            scalable=self.model.logits_layer() is not None,
+        )
+        return None if decision == Decision() else decision
 
     def checkpoint(self, *, resumable: bool) -> Checkpoint:
         """Build a checkpoint; raise `TrainingError` if it would contain a NaN or infinity."""

@@ -37,7 +37,7 @@ from sopdeploy.training.recipe import Recipe
 class Outcome:
     """The trained network with the complete config, and what is known about it.
 
-    `logits_NC` are those of the training images out of fold, `targets_NC` their targets in 0..1.
+    `logits` (N, C) are those of the training images out of fold, `targets` (N, C) their targets in [0, 1].
     """
 
     model: Classifier

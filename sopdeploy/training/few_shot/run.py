@@ -14,7 +14,6 @@ from sopdeploy.data.base import PreprocessedDataset, Split
 from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.prediction import EvalMetrics, HeldOutMetrics, evaluate
 from sopdeploy.training.callbacks import Callback
@@ -26,11 +25,11 @@ from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.signals import StopRequested, TrainingStoppedError, handle_signals
 
 
-def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -> None:
+def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -> Decision | None:
     """Run the procedure on the training images of *data* and write `best.pt`, `last.pt` and the history.
 
-    A finished run is not trained again. The decision in `best.pt` is fitted to the predictions out of fold.
-    Held-out images, if there are any, give the accuracy, and nothing else depends on them. Raises
+    A finished run is not trained again. The decision in `best.pt` is fitted to the predictions out of fold
+    and returned. Held-out images, if there are any, give the accuracy, and nothing else depends on them. Raises
     `TrainingStoppedError` after Ctrl-C or SIGTERM, `DataError` for images that cannot be used.
     """
     if not run.position.history:
@@ -47,17 +46,13 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
         folder.save_last(run)
         folder.save_derived_files(run)
         callback.on_epoch_end(row)
-    if run.out_of_fold is not None:
-        logits, targets = run.out_of_fold.double().numpy(), data.train.targets.astype(np.int64)
-        decision = fit_decision(
-            logits,
-            targets,
-            estimated_on="cross-validation",
-            accepts=run.recipe.rejection.accepts,
-            scalable=run.model.logits_layer() is not None,
-        )
-        if decision != Decision():
-            run.strategy.save(folder.best, replace(run.checkpoint(resumable=False), decision=decision))
+    if run.out_of_fold is None:
+        return None
+    logits, targets = run.out_of_fold.double().numpy(), data.train.targets.astype(np.int64)
+    decision = run.fit_decision(logits, targets, "cross-validation")
+    if decision is not None:
+        run.strategy.save(folder.best, replace(run.checkpoint(resumable=False), decision=decision))
+    return decision
 
 
 def _fit(run: Run, data: Split, folder: RunFolder, callback: Callback) -> tuple[Outcome, HeldOutMetrics]:
