@@ -29,8 +29,8 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
     """Run the procedure on the training images of *data* and write `best.pt`, `last.pt` and the history.
 
     A finished run is not trained again. The decision in `best.pt` is fitted to the predictions out of fold
-    and returned. Held-out images, if there are any, give the accuracy, and nothing else depends on them. Raises
-    `TrainingStoppedError` after Ctrl-C or SIGTERM, `DataError` for images that cannot be used.
+    and returned. Held-out images, if there are any, give the accuracy, and nothing else depends on them.
+    Raises `TrainingStoppedError` after Ctrl-C or SIGTERM, `DataError` for images that cannot be used.
     """
     if not run.position.history:
         since = time.monotonic()
