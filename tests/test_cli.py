@@ -279,7 +279,6 @@ USAGE = {
     "unknown Newton-Schulz type": (*EXPORT, "--newton-schulz", "bf16"),
     "unknown calibration": (*EXPORT, "--calibration", "guess"),
     "unknown int8 runtime": (*EXPORT, "--precision", "int8", "--int8-for", "gpu"),
-    "unknown engine builder": ("engine", "bundle", "--via", "jit"),
 }
 
 

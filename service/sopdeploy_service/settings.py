@@ -33,7 +33,7 @@ def _split_commas(value: Any) -> Any:
     return tuple(part.strip().lower() for part in value.split(",") if part.strip())
 
 
-RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt"]
+RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
 DecodeWay = Literal["exact", "fast", "nvimagecodec"]
 Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]

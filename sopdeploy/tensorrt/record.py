@@ -6,7 +6,7 @@ rebuild can state its reason.
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 
@@ -15,7 +15,6 @@ from sopdeploy.config import Count, NonNegative, StrictModel
 from sopdeploy.tensorrt.profiles import Profile
 
 NAME_LENGTH = 16
-Via = Literal["onnx", "torch-tensorrt"]
 
 FIELD_NAMES = {
     "bundle": "bundle",
@@ -26,7 +25,6 @@ FIELD_NAMES = {
     "precision": "precision",
     "profiles": "profiles",
     "level": "optimization level",
-    "via": "builder input",
     "builder": "engine builder version",
 }
 
@@ -42,14 +40,7 @@ class EngineKey(StrictModel):
     precision: str
     profiles: Annotated[tuple[Profile, ...], pydantic.Field(min_length=1)]
     level: Annotated[int, pydantic.Field(ge=0, le=5)] = 3
-    via: Via = "onnx"
     builder: Literal[1] = 1  # increased when the lint or the builder flags change what a plan computes
-
-    @pydantic.model_serializer(mode="wrap")
-    def _omit_default_via(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit `via` if it is ONNX: names of plans from before this field stay valid."""
-        fields: dict[str, Any] = dump(self)
-        return {name: value for name, value in fields.items() if (name, value) != ("via", "onnx")}
 
     @property
     def name(self) -> str:
@@ -115,7 +106,7 @@ class EngineRecord(StrictModel):
     key: EngineKey
     plan_sha256: Sha256
     plan_bytes: Count
-    parsed_onnx_sha256: Sha256  # the linted graph, or network.pt2 with torch-tensorrt
+    parsed_onnx_sha256: Sha256
     build_seconds: NonNegative
     hazards: tuple[Hazard, ...]
     receipt: Receipt

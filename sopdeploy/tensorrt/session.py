@@ -66,7 +66,7 @@ class EngineSession:
         self.largest_batch = key.largest_batch
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
-        self._names = _match_tensors(trt, self.engine, manifest, key)
+        _check_tensors(trt, self.engine, manifest, key)
         self._stream, self._upload_stream = cuda.stream(), cuda.stream()
         tensors = (*manifest.inputs, *manifest.outputs)
         self._buffers = [BatchBuffer(cuda, tensors, self.largest_batch) for _ in range(BUFFERS)]
@@ -126,8 +126,8 @@ class EngineSession:
         """Put the kernels and the copies of the outputs on the stream."""
         context, shape = self._contexts[index], (count, *buffer.host[self._input].shape[1:])
         for name, address in buffer.device.items():
-            context.set_tensor_address(self._names[name], address)
-        if not context.set_input_shape(self._names[self._input], shape):
+            context.set_tensor_address(name, address)
+        if not context.set_input_shape(self._input, shape):
             raise RuntimeError(f"TensorRT rejects images of shape {shape}: {last_error(self._logger)}")
         if not context.execute_async_v3(int(self._stream)):
             self._cuda.call("cudaStreamSynchronize", self._stream)  # raises if the device failed
@@ -187,23 +187,20 @@ class EngineSession:
         self._free.clear()
 
 
-def _match_tensors(trt: Any, engine: Any, manifest: Manifest, key: EngineKey) -> dict[str, str]:
-    """Map the manifest's tensor names to those of *engine* and compare types, shapes and profiles.
+def _check_tensors(trt: Any, engine: Any, manifest: Manifest, key: EngineKey) -> None:
+    """Compare names, types, shapes and profiles of *engine* with *manifest* and *key*.
 
-    torch-tensorrt numbers outputs, so its tensors are matched by position. Raises `RuntimeUnavailableError`
-    if tensors or profiles of *engine* differ from manifest and *key*.
+    Raises `RuntimeUnavailableError` if tensors or profiles of *engine* differ.
     """
     tensors = (*manifest.inputs, *manifest.outputs)
     found = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     declared = [tensor.name for tensor in tensors]
-    by_position = key.via == "torch-tensorrt" and len(found) == len(declared)
-    if not by_position and sorted(found) != sorted(declared):
+    if sorted(found) != sorted(declared):
         raise RuntimeUnavailableError(f"the engine has the tensors {found}, the manifest says {declared}")
-    names = dict(zip(declared, found if by_position else declared, strict=True))
     dtypes = {trt.DataType.UINT8: "uint8", trt.DataType.FLOAT: "float32"}
     for tensor in tensors:
-        dtype = dtypes.get(engine.get_tensor_dtype(names[tensor.name]), "another type")
-        shape = tuple(int(size) for size in engine.get_tensor_shape(names[tensor.name]))
+        dtype = dtypes.get(engine.get_tensor_dtype(tensor.name), "another type")
+        shape = tuple(int(size) for size in engine.get_tensor_shape(tensor.name))
         if dtype != tensor.dtype or shape[1:] != tensor.shape[1:]:
             raise RuntimeUnavailableError(
                 f"the engine's {tensor.name} is {dtype} {shape}, the manifest says {tensor.dtype} "
@@ -214,10 +211,9 @@ def _match_tensors(trt: Any, engine: Any, manifest: Manifest, key: EngineKey) ->
             f"the engine has {engine.num_optimization_profiles} profiles, its record says {len(key.profiles)}"
         )
     for index, profile in enumerate(key.profiles):
-        shapes = engine.get_tensor_profile_shape(names[manifest.inputs[0].name], index)
+        shapes = engine.get_tensor_profile_shape(manifest.inputs[0].name, index)
         batches = [int(next(iter(shape))) for shape in shapes]
         if batches != [profile.minimum, profile.optimum, profile.maximum]:
             raise RuntimeUnavailableError(
                 f"profile {index} of the engine accepts batches {batches}, its record says {profile}"
             )
-    return names

@@ -74,7 +74,6 @@ def write(
     *,
     wrong_by: float = 0.0,
     probes: int = 3,
-    program: bytes | None = None,
     **fields: Any,
 ) -> Bundle:
     """Write and open a bundle of *model*; *wrong_by* is added to the expected outputs of its probes."""
@@ -88,7 +87,7 @@ def write(
         "labels.json": to_json([f"class {i}" for i in range(CLASSES)]),
         "certificate.json": to_json({}),
         "parity.json": to_json({}),
-    } | ({} if program is None else {"network.pt2": program})
+    }
     with staging(folder) as stage:
         for name, content in files.items():
             (stage / name).write_bytes(content)

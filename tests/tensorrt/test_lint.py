@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sopdeploy.errors import EngineError, LoweringError
 from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy_export.tensorrt.lint import check_precision, lint
-from tests.tensorrt.networks import network, outputs_of, some_images
+from tests.tensorrt.networks import CHANNELS, network, outputs_of, some_images
 
 ONE = (Profile(minimum=1, optimum=1, maximum=1),)
 FREE = (Profile(minimum=1, optimum=1, maximum=1), Profile(minimum=2, optimum=8, maximum=8))
@@ -183,9 +183,27 @@ def test_a_reduction_over_all_axes_stays_one(axes: list[int] | None, keep: int) 
     assert [a.name for a in safe.graph.node[0].attribute] == ["keepdims"]
 
 
-def test_computing_with_unsigned_bytes_is_rejected() -> None:
+def test_a_shape_of_the_images_is_taken_after_their_cast() -> None:
+    model, images = network(), some_images(5)
+    dynamic = helper.make_node("Shape", ["images"], ["count"], name="count", start=0, end=1)
+    rest = numpy_helper.from_array(np.array([CHANNELS, -1]), "rest")
+    rows = helper.make_node("Concat", ["count", "rest"], ["rows"], name="rows", axis=0)
+    del model.graph.initializer[3]
+    model.graph.initializer.append(rest)
+    for node in (rows, dynamic):
+        model.graph.node.insert(0, node)
+    safe, hazards = lint(model, (10, 16), FREE)
+    assert hazards[0].operators == 2
+    users = {node.op_type for node in safe.graph.node if "images" in node.input}
+    assert users == {"Cast"}
+    np.testing.assert_array_equal(outputs_of(safe, images), outputs_of(model, images))
+
+
+def test_other_uses_of_unsigned_bytes_are_rejected() -> None:
     with pytest.raises(LoweringError, match="Add uses unsigned bytes, which TensorRT can only cast"):
         lint(graph("Add", ["x", "x"], kind=TensorProto.UINT8), (10, 16), FREE)
+    with pytest.raises(LoweringError, match="is not cast to one floating type"):
+        lint(graph("Transpose", ["x"], kind=TensorProto.UINT8), (10, 16), FREE)
 
 
 def test_a_fixed_batch_of_one_accepts_only_that_profile() -> None:

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -14,13 +13,13 @@ from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy_export.tensorrt.engine import Engine, EngineOptions, get_engine
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime import onnxruntime as with_onnxruntime
-from sopdeploy_service.runtime.onnxruntime import CPU, CUDA, TENSORRT
+from sopdeploy_service.runtime.onnxruntime import CPU, CUDA
 from sopdeploy_service.runtime.selection import open_runtime
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings, load_settings
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_tensorrt import FakeTensorRT
-from tests.tensorrt.networks import network, outputs_of, some_images, write
+from tests.tensorrt.networks import network, outputs_of, some_images
 
 Install = Callable[..., FakeTensorRT]
 OPTIONS = EngineOptions(profiles="1,4,16")
@@ -80,7 +79,7 @@ def test_auto_uses_an_existing_engine_and_never_falls_back_to_the_cpu(
 
 
 class FakeOnnxRuntime(ModuleType):
-    """An onnxruntime made for CUDA and TensorRT whose sessions run on *chosen*."""
+    """An onnxruntime made for CUDA whose sessions run on *chosen*."""
 
     def __init__(self, chosen: list[str]) -> None:
         super().__init__("onnxruntime")
@@ -91,7 +90,7 @@ class FakeOnnxRuntime(ModuleType):
         self.GraphOptimizationLevel = SimpleNamespace(ORT_ENABLE_ALL=99)
 
     def get_available_providers(self) -> list[str]:
-        return [TENSORRT, CUDA, CPU]
+        return [CUDA, CPU]
 
     def SessionOptions(self) -> Any:  # noqa: N802
         return SimpleNamespace(add_session_config_entry=self.entries.__setitem__)
@@ -114,48 +113,13 @@ def test_onnxruntime_uses_cuda_without_tf32_and_without_cpu_fallback(
     assert fake.entries["session.disable_cpu_ep_fallback"] == "1"
 
 
-ASKED = {"auto": CUDA, "onnxruntime-cuda": CUDA, "onnxruntime-tensorrt": TENSORRT}
-
-
-@pytest.mark.parametrize(("runtime", "asked"), ASKED.items())
-@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("runtime", ["auto", "onnxruntime-cuda"])
 def test_another_provider_than_requested_is_rejected(
-    runtime: Any, asked: str, on_cpu: bool, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    runtime: Any, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = [CPU] if on_cpu else [CUDA if asked == TENSORRT else TENSORRT, CPU]
-    monkeypatch.setattr(with_onnxruntime, "_import_onnxruntime", lambda: FakeOnnxRuntime(chosen))
-    with pytest.raises(RuntimeUnavailableError, match=f"asked for {asked}, onnxruntime chose"):
+    monkeypatch.setattr(with_onnxruntime, "_import_onnxruntime", lambda: FakeOnnxRuntime([CPU]))
+    with pytest.raises(RuntimeUnavailableError, match=f"asked for {CUDA}, onnxruntime chose"):
         open_runtime(bundle, Settings(runtime=runtime))
-
-
-@pytest.mark.parametrize(
-    ("precision", "enabled"), [("fp32", None), ("fp16", "fp16"), ("bf16-backbone", "bf16"), ("int8", "int8")]
-)
-def test_onnxruntime_with_tensorrt_gets_precision_batches_and_a_cache_folder(
-    precision: str, enabled: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fields = {"int8_for": "tensorrt"} if precision == "int8" else {}
-    bundle = write(tmp_path, precision=precision, **fields)
-    fake = FakeOnnxRuntime([TENSORRT, CPU])
-    monkeypatch.setattr(with_onnxruntime, "_import_onnxruntime", lambda: fake)
-    runtime = open_runtime(bundle, Settings(runtime="onnxruntime-tensorrt", engine_cache=tmp_path / "cache"))
-    assert (runtime.name, runtime.device) == ("onnxruntime with tensorrt 1.31.1", "cuda:0")
-    [(provider, options)] = fake.asked
-    folder = tmp_path / "cache" / bundle.name / "onnxruntime-tensorrt"
-    assert provider == TENSORRT
-    assert fake.entries["session.disable_cpu_ep_fallback"] == "1"
-    assert folder.is_dir()
-    assert {options["trt_engine_cache_path"], options["trt_timing_cache_path"]} == {str(folder)}
-    kinds = ("fp16", "bf16", "int8")
-    assert [options[f"trt_{kind}_enable"] for kind in kinds] == [str(int(k == enabled)) for k in kinds]
-    shapes = [options[f"trt_profile_{which}_shapes"] for which in ("min", "opt", "max")]
-    assert shapes == [f"images:{count}x8x8x3" for count in (1, 4, 16)]
-
-
-def test_a_cache_folder_that_cannot_be_created_is_an_error(bundle: Bundle, tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(RuntimeUnavailableError, match=r"cannot be created .*SOPDEPLOY_ENGINE_CACHE"):
-        open_runtime(bundle, Settings(runtime="onnxruntime-tensorrt", engine_cache=tmp_path / "file"))
 
 
 def test_cuda_without_a_cuda_onnxruntime_says_what_to_install(bundle: Bundle) -> None:
@@ -163,6 +127,7 @@ def test_cuda_without_a_cuda_onnxruntime_says_what_to_install(bundle: Bundle) ->
         open_runtime(bundle, Settings(runtime="onnxruntime-cuda"))
 
 
-def test_an_unknown_runtime_is_rejected() -> None:
+@pytest.mark.parametrize("unknown", ["openvino", "onnxruntime-tensorrt"])
+def test_an_unknown_runtime_is_rejected(unknown: str) -> None:
     with pytest.raises(ConfigError, match="settings: runtime"):
-        load_settings(runtime="openvino")
+        load_settings(runtime=unknown)

@@ -18,17 +18,16 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import Probes, read_probes, replay
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import EngineError
-from sopdeploy.tensorrt.binding import import_tensorrt, make_logger, version_of
+from sopdeploy.tensorrt.binding import import_tensorrt, version_of
 from sopdeploy.tensorrt.cache import NoEngine, cache_folder, look, records, store, write_whole
 from sopdeploy.tensorrt.cuda import Cuda, Gpu, open_cuda
 from sopdeploy.tensorrt.profiles import Profile, parse_profiles
-from sopdeploy.tensorrt.record import EngineKey, EngineRecord, Hazard, ProbeReplay, Receipt, Via
+from sopdeploy.tensorrt.record import EngineKey, EngineRecord, Hazard, ProbeReplay, Receipt
 from sopdeploy.tensorrt.session import EngineSession
-from sopdeploy_export.tensorrt.build import BuildRequest, build, inspect
+from sopdeploy_export.tensorrt.build import BuildRequest, build
 from sopdeploy_export.tensorrt.lint import check_precision, lint
-from sopdeploy_export.tensorrt.precision_check import check_engine_precision, check_float32_engine
+from sopdeploy_export.tensorrt.precision_check import check_engine_precision
 from sopdeploy_export.tensorrt.progress import Report
-from sopdeploy_export.tensorrt.torch_tensorrt import PROGRAM, build_with_torch, check_program, merge_profiles
 
 WORKSPACE_DIVISOR = 4  # the builder may use a quarter of the GPU's memory
 
@@ -41,7 +40,6 @@ class EngineOptions(StrictModel):
     level: int = 3
     cache: Path | None = None  # None: beside the bundle
     rebuild: bool = False
-    via: Via = "onnx"
 
 
 @dataclass(frozen=True)
@@ -85,20 +83,7 @@ def make_key(
         precision=options.precision or bundle.manifest.precision,
         profiles=tuple(profiles),
         level=options.level,
-        via=options.via,
     )
-
-
-def select_profiles(bundle: Bundle, options: EngineOptions) -> tuple[Profile, ...]:
-    """Compute the optimization profiles; torch-tensorrt supports only one.
-
-    Raises `EngineError` if *bundle* cannot be built with torch-tensorrt as requested.
-    """
-    profiles = parse_profiles(options.profiles, bundle.manifest.batch)
-    if options.via == "onnx":
-        return profiles
-    check_program(bundle, options.precision)
-    return (merge_profiles(profiles, bundle.manifest.batch),)
 
 
 def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _: None) -> Engine:
@@ -108,7 +93,7 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     `LoweringError` or `EngineError` if no correct engine can be built, `ParityError` if it deviates from the
     probes.
     """
-    profiles = select_profiles(bundle, options)
+    profiles = parse_profiles(options.profiles, bundle.manifest.batch)
     machine = this_machine()
     key = make_key(bundle, options, profiles, str(machine.trt.__version__), machine.gpu)
     folder = cache_folder(bundle, options.cache)
@@ -119,19 +104,12 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
         return Engine(path=folder / f"{key.name}.plan", record=found.record, reason=None)
     report(f"building: {found.reason}")
     begin = time.monotonic()
-    if key.via == "torch-tensorrt":
-        report("torch-tensorrt is building; it does not report progress")
-        plan = build_with_torch(bundle, key, machine.gpu.memory // WORKSPACE_DIVISOR)
-        report("checking precision and outputs")
-        receipt = check_float32_engine(inspect(machine.trt, plan, make_logger(machine.trt)))
-        built = BuildResult(plan, bundle.manifest.files[PROGRAM].sha256, (), receipt)
-    else:
-        built = _build_from_onnx(machine, bundle, key, folder, report)
+    built = _build_plan(machine, bundle, key, folder, report)
     record = EngineRecord(
         key=key,
         plan_sha256=hashlib.sha256(built.plan).hexdigest(),
         plan_bytes=len(built.plan),
-        parsed_onnx_sha256=built.source_sha256,
+        parsed_onnx_sha256=built.onnx_sha256,
         build_seconds=round(time.monotonic() - begin, 3),
         hazards=built.hazards,
         receipt=built.receipt,
@@ -142,15 +120,15 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A plan, the sha256 of its source, the lint's rewrites, and the precision of its layers."""
+    """A plan, the sha256 of the linted graph, the lint's rewrites, and the precision of the layers."""
 
     plan: bytes
-    source_sha256: str
+    onnx_sha256: str
     hazards: tuple[Hazard, ...]
     receipt: Receipt
 
 
-def _build_from_onnx(
+def _build_plan(
     machine: Machine, bundle: Bundle, key: EngineKey, folder: Path, report: Report
 ) -> BuildResult:
     trt, model = machine.trt, onnx.load(bundle.onnx)

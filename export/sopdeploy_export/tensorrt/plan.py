@@ -7,16 +7,14 @@ import onnx
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.config import StrictModel
-from sopdeploy.environment import install_hint, installed
 from sopdeploy.errors import LoweringError, RuntimeUnavailableError
 from sopdeploy.tensorrt.binding import import_tensorrt, parse_version
 from sopdeploy.tensorrt.cuda import open_cuda
-from sopdeploy.tensorrt.profiles import Profile
-from sopdeploy.tensorrt.record import Hazard, Via
-from sopdeploy_export.tensorrt.engine import EngineOptions, make_key, select_profiles
+from sopdeploy.tensorrt.profiles import Profile, parse_profiles
+from sopdeploy.tensorrt.record import Hazard
+from sopdeploy_export.tensorrt.engine import EngineOptions, make_key
 from sopdeploy_export.tensorrt.lint import check_precision, lint
 from sopdeploy_export.tensorrt.rewrites import constants
-from sopdeploy_export.tensorrt.torch_tensorrt import PACKAGE, PROGRAM, SOURCE
 
 SUPPORTED = ("8.6.1", "10.0.1", "10.16.0", "11.0.0", "11.1.0")
 ITEM_BYTES: dict[int, int] = {
@@ -58,32 +56,14 @@ class LintResult(StrictModel):
     refused: str | None
 
 
-class ProgramFound(StrictModel):
-    """The program for torch-tensorrt, and the `installed` versions of torch and torch-tensorrt.
-
-    `missing` says how to install torch-tensorrt.
-    """
-
-    file: str
-    bytes: int
-    sha256: str
-    installed: dict[str, str]
-    missing: str | None
-
-
 class EnginePlan(StrictModel):
-    """The plan of a build; `key_unknown` says why there is no `key`.
-
-    `memory` and `lint` belong to ONNX builds, `program` to torch-tensorrt.
-    """
+    """The plan of a build; `key_unknown` says why there is no `key`."""
 
     bundle: str
-    via: Via
     precision: str
     profiles: tuple[Profile, ...]
-    memory: MemoryEstimate | None = None
-    lint: tuple[LintResult, ...] = ()
-    program: ProgramFound | None = None
+    memory: MemoryEstimate
+    lint: tuple[LintResult, ...]
     key: str | None
     key_unknown: str | None
 
@@ -128,7 +108,7 @@ def plan_engine(bundle: Bundle, options: EngineOptions) -> EnginePlan:
     Raises `EngineError` if the requested precision is not the graph's, `LoweringError` if every planned
     version rejects the graph.
     """
-    profiles = select_profiles(bundle, options)
+    profiles = parse_profiles(options.profiles, bundle.manifest.batch)
     try:
         tensorrt: str | None = str(import_tensorrt().__version__)
     except RuntimeUnavailableError:
@@ -139,40 +119,22 @@ def plan_engine(bundle: Bundle, options: EngineOptions) -> EnginePlan:
         key = make_key(bundle, options, profiles, tensorrt, gpu).name if tensorrt else None
     except RuntimeUnavailableError as problem:
         reason = str(problem) if tensorrt else reason
-    memory, program = None, None
-    results: tuple[LintResult, ...] = ()
     precision = options.precision or bundle.manifest.precision
-    if options.via == "torch-tensorrt":
-        program = _find_program(bundle)
-    else:
-        model = onnx.load(bundle.onnx)
-        check_precision(model, precision, parse_version(tensorrt) if tensorrt else None)
-        results = tuple(
-            _lint_for(model, version, profiles) for version in ([tensorrt] if tensorrt else SUPPORTED)
-        )
-        if all(result.refused for result in results):
-            raise LoweringError(str(results[-1].refused))
-        memory = estimate(model, profiles)
+    model = onnx.load(bundle.onnx)
+    check_precision(model, precision, parse_version(tensorrt) if tensorrt else None)
+    results = tuple(
+        _lint_for(model, version, profiles) for version in ([tensorrt] if tensorrt else SUPPORTED)
+    )
+    if all(result.refused for result in results):
+        raise LoweringError(str(results[-1].refused))
     return EnginePlan(
         bundle=bundle.name,
-        via=options.via,
         precision=precision,
         profiles=profiles,
-        memory=memory,
+        memory=estimate(model, profiles),
         lint=results,
-        program=program,
         key=key,
         key_unknown=None if key else reason,
-    )
-
-
-def _find_program(bundle: Bundle) -> ProgramFound:
-    # Reads versions from package metadata, without importing torch.
-    record = bundle.manifest.files[PROGRAM]
-    found = installed(("torch", PACKAGE))
-    missing = None if PACKAGE in found else install_hint(PACKAGE, SOURCE)
-    return ProgramFound(
-        file=PROGRAM, bytes=record.bytes, sha256=record.sha256, installed=found, missing=missing
     )
 
 

@@ -88,24 +88,6 @@ def check_engine_precision(model: onnx.ModelProto, requested: str, information: 
     )
 
 
-def check_float32_engine(information: str) -> Receipt:
-    """Check that an engine whose layers name no operator is float32 throughout.
-
-    Raises `EngineError` if a layer has another floating type or uses TF32.
-    """
-    layers = _inspected_layers(information)
-    network = "network"
-    wanted = Requested(precision={network: "fp32"}, part={network: network}, border={})
-    realized: Counter[str] = Counter()
-    for layer in layers:
-        if str(layer.get("LayerType")) not in MOVES_ONLY:
-            realized.update(_check_layer(layer, (), [network], wanted))
-    if not realized:
-        raise EngineError("the engine's inspector shows no floating type; its precision is unknown")
-    part = PartPrecision(asked=("fp32",), realised=dict(realized))
-    return Receipt(asked="fp32", parts={network: part}, layers=len(layers), operators=0, operators_seen=0)
-
-
 def _part_precisions(wanted: Requested, realized: Mapping[str, Counter[str]]) -> dict[str, PartPrecision]:
     """Collect requested and realized precisions by part, in graph order."""
     requested: dict[str, set[str]] = {}

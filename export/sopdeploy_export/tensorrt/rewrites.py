@@ -3,7 +3,7 @@
 - TensorRT 8.6 ignores the axes *input* that Reduce operators have since opset 18, except for ReduceSum, and
   reduces over all axes without an error. In opset 17 the axes are an attribute.
 - TensorRT accepts unsigned bytes only as network inputs, so the cast to a floating type must come first.
-  Moving bytes and then casting them equals casting and then moving them.
+  Moving bytes and then casting them equals casting and then moving them, and a cast keeps the shape.
 """
 
 from collections.abc import Mapping
@@ -174,12 +174,12 @@ def _move_axes(node: onnx.NodeProto, fixed: Mapping[str, onnx.TensorProto]) -> N
 
 
 def cast_bytes_first(model: onnx.ModelProto, _version: Version) -> Hazard | None:
-    """Move the cast of every uint8 input before the operators that only move its bytes, in place.
+    """Cast every uint8 input before the operators that move its bytes or measure its shape, in place.
 
     Raises `LoweringError` if another operator uses unsigned bytes.
     """
     inputs = [v.name for v in model.graph.input if v.type.tensor_type.elem_type == TensorProto.UINT8]
-    moved = sum(_move_cast_to_front(model, name) for name in inputs)
+    moved = sum(_cast_input_first(model, name) for name in inputs)
     if not moved:
         return None
     return Hazard(
@@ -189,30 +189,39 @@ def cast_bytes_first(model: onnx.ModelProto, _version: Version) -> Hazard | None
     )
 
 
-def _move_cast_to_front(model: onnx.ModelProto, name: str) -> int:
-    """Move the cast of the input *name* to the front and count the operators it passed."""
-    chain: list[onnx.NodeProto] = []
-    value = name
-    while True:
-        users = [node for node in model.graph.node if value in node.input]
-        if len(users) != 1 or users[0].op_type not in MOVES or users[0].input[0] != value:
-            break
-        chain.append(users[0])
-        value = users[0].output[0]
-    if len(users) != 1 or users[0].op_type != "Cast":
-        operators = ", ".join(sorted({node.op_type for node in users})) or "the output"
-        raise LoweringError(f"{name}: {operators} uses unsigned bytes, which TensorRT can only cast")
-    if not chain:
+def _cast_input_first(model: onnx.ModelProto, name: str) -> int:
+    """Cast the input *name* at the front, and count the operators that used its bytes before."""
+    graph, unsigned = model.graph, [name]
+    passed: list[onnx.NodeProto] = []
+    casts: list[onnx.NodeProto] = []
+    for node in graph.node:  # in topological order
+        if not set(unsigned) & set(node.input):
+            continue
+        if node.op_type == "Cast":
+            casts.append(node)
+        elif node.op_type in MOVES | {"Shape"} and node.input[0] in unsigned:
+            passed.append(node)
+            unsigned.extend(node.output if node.op_type in MOVES else ())
+        else:
+            raise LoweringError(f"{name}: {node.op_type} uses unsigned bytes, which TensorRT can only cast")
+    borders = {value.name for value in graph.output}
+    targets = {cast.attribute[0].i for cast in casts}
+    if borders & {*unsigned, *(cast.output[0] for cast in casts)} or len(targets) != 1:
+        raise LoweringError(f"{name}: is not cast to one floating type, so TensorRT cannot read its bytes")
+    if not passed:
         return 0
-    cast = users[0]
-    final, widened = cast.output[0], f"{name}_widened"
-    cast.input[0], cast.output[0] = name, widened
-    chain[0].input[0] = widened
-    chain[-1].output[0] = final
-    nodes = [node for node in model.graph.node if node is not cast]
+    widened = f"{name}_widened"
+    renamed = {cast.output[0]: cast.input[0] for cast in casts}
+    first = onnx.NodeProto.FromString(casts[0].SerializeToString())
+    first.output[0], first.input[0] = widened, name
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in graph.node if node not in casts]
+    for node in nodes:
+        values = [renamed.get(value, value) for value in node.input]
+        node.input[:] = [widened if value == name else value for value in values]
     position = next(index for index, node in enumerate(nodes) if widened in node.input)
-    reordered = [*nodes[:position], cast, *nodes[position:]]
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reordered]
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
-    return len(chain)
+    described = [value for value in graph.value_info if value.name not in {*unsigned, *renamed}]
+    copies = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in described]
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend([*nodes[:position], first, *nodes[position:]])
+    graph.value_info.extend(copies)
+    return len(passed)

@@ -1,4 +1,4 @@
-"""onnxruntime on the CPU, or on a GPU with CUDA or TensorRT."""
+"""onnxruntime on the CPU, or on a GPU with CUDA."""
 
 import os
 from collections import OrderedDict
@@ -12,18 +12,12 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy.tensorrt.cache import cache_folder
 from sopdeploy_service.runtime.base import classify_error
-from sopdeploy_service.settings import Settings
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
-TENSORRT = "TensorrtExecutionProvider"
 CUDA_OPTIONS = {"use_tf32": "0"}  # fp32 in the graph stays fp32
-DEVICES = {CPU: "cpu", CUDA: "cuda:0", TENSORRT: "cuda:0"}
-NAMES = {CPU: "onnxruntime", CUDA: "onnxruntime", TENSORRT: "onnxruntime with tensorrt"}
-CACHE_FOLDER = "onnxruntime-tensorrt"
-PRECISIONS = {"fp16": "trt_fp16_enable", "bf16-backbone": "trt_bf16_enable", "int8": "trt_int8_enable"}
+DEVICES = {CPU: "cpu", CUDA: "cuda:0"}
 MAX_BINDINGS = 8  # batch sizes whose tensors stay on the device; the least recently used one is dropped
 
 
@@ -98,7 +92,7 @@ class OnnxRuntime:
         """
         onnxruntime = _import_onnxruntime()
         manifest = bundle.manifest
-        self.name = f"{NAMES[provider]} {onnxruntime.__version__}"
+        self.name = f"onnxruntime {onnxruntime.__version__}"
         self.device = DEVICES[provider]
         self.largest_batch = manifest.batch.maximum
         self._input = manifest.inputs[0].name
@@ -186,29 +180,3 @@ def has_cuda() -> bool:
         return CUDA in _import_onnxruntime().get_available_providers()
     except RuntimeUnavailableError:
         return False
-
-
-def tensorrt_options(bundle: Bundle, settings: Settings) -> dict[str, str]:
-    """Build the TensorRT provider options: precision, batch sizes, cache folder.
-
-    Raises `RuntimeUnavailableError` if the folder cannot be created.
-    """
-    folder = cache_folder(bundle, settings.engine_cache) / CACHE_FOLDER
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RuntimeUnavailableError(
-            f"{folder}: cannot be created ({error.strerror}); set SOPDEPLOY_ENGINE_CACHE to another folder"
-        ) from error
-    batch, name = bundle.manifest.batch, bundle.manifest.inputs[0].name
-    sizes = {"min": batch.minimum, "opt": batch.optimum, "max": batch.maximum}
-    image = "x".join(map(str, bundle.manifest.image_shape))
-    return {
-        "device_id": "0",
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(folder),
-        "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": str(folder),
-        **{option: str(int(key == bundle.manifest.precision)) for key, option in PRECISIONS.items()},
-        **{f"trt_profile_{which}_shapes": f"{name}:{size}x{image}" for which, size in sizes.items()},
-    }

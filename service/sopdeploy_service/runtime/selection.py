@@ -11,10 +11,8 @@ from sopdeploy_service.runtime.onnxruntime import (
     CPU,
     CUDA,
     CUDA_OPTIONS,
-    TENSORRT,
     OnnxRuntime,
     has_cuda,
-    tensorrt_options,
 )
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime, is_set_up
 from sopdeploy_service.settings import Settings
@@ -23,21 +21,18 @@ from sopdeploy_service.settings import Settings
 def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
     """Open the runtime that *settings* name, or for `auto` the first one that is set up here.
 
-    `auto` never chooses `onnxruntime-tensorrt`, which builds for minutes at its first start. Raises
-    `RuntimeUnavailableError` if the runtime cannot run *bundle*.
+    Raises `RuntimeUnavailableError` if the runtime cannot run *bundle*.
     """
     name: str = settings.runtime
     if name == "auto" and is_set_up(bundle, settings):
         name = "tensorrt"
     elif name == "auto":
         name = "onnxruntime-cuda" if has_cuda() else "onnxruntime-cpu"
-    provider = {"onnxruntime-cuda": CUDA, "onnxruntime-tensorrt": TENSORRT}.get(name, CPU)
+    provider = CUDA if name == "onnxruntime-cuda" else CPU
     try:
         if name == "tensorrt":
             return TensorRTRuntime(bundle, settings)
-        options = tensorrt_options(bundle, settings) if provider == TENSORRT else {}
-        if provider == CUDA:
-            options = CUDA_OPTIONS
+        options = CUDA_OPTIONS if provider == CUDA else {}
         return OnnxRuntime(bundle, threads=settings.threads, provider=provider, options=options)
     except RuntimeUnavailableError as error:
         if settings.runtime != "auto" or name == "onnxruntime-cpu":

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,10 +41,6 @@ def engine(
         Path | None, typer.Option(help="Engine cache folder. [dim]default: engines/ beside the bundle[/dim]")
     ] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Build even if the cache has it.")] = False,
-    via: Annotated[
-        Literal["onnx", "torch-tensorrt"],
-        typer.Option(help="Builder input; torch-tensorrt needs a bundle exported with --pt2."),
-    ] = "onnx",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what a build would do; needs no GPU.")
     ] = False,
@@ -64,7 +60,7 @@ def engine(
         from sopdeploy_export.tensorrt.plan import plan_engine
 
         options = EngineOptions(
-            precision=precision, profiles=profiles, level=level, cache=cache, rebuild=rebuild, via=via
+            precision=precision, profiles=profiles, level=level, cache=cache, rebuild=rebuild
         )
         opened = open_bundle(bundle)
         if dry_run:
@@ -120,21 +116,14 @@ def _show_engine(built: "Engine") -> None:
 
 
 def _show_plan(plan: "EnginePlan") -> None:
-    _field("bundle", f"{plan.bundle}, {plan.precision}, by {plan.via}")
+    _field("bundle", f"{plan.bundle}, {plan.precision}")
     _field("profiles", f"batches {', '.join(map(str, plan.profiles))}")
-    if (program := plan.program) is not None:
-        versions = ", ".join(f"{name} {version}" for name, version in program.installed.items())
-        _field("program", f"{program.file}, {program.bytes:,} bytes, sha256 {program.sha256[:16]}")
-        _field("options", "no TF32, no layer outside TensorRT, one profile over all batches")
-        _field("versions", "; ".join(filter(None, (versions, program.missing))))
-        _field("checks", "layer types, probes at the smallest and largest batch")
-    if (memory := plan.memory) is not None:
-        activations = ", ".join(f"{m.activations / MEBI:.1f} at batch {m.batch}" for m in memory.profiles)
-        total, weights = memory.total / MEBI, memory.weights / MEBI
-        _field(
-            "memory",
-            f"about {total:.1f} MiB without workspace: weights {weights:.1f}, activations {activations}",
-        )
+    memory = plan.memory
+    activations = ", ".join(f"{m.activations / MEBI:.1f} at batch {m.batch}" for m in memory.profiles)
+    total, weights = memory.total / MEBI, memory.weights / MEBI
+    _field(
+        "memory", f"about {total:.1f} MiB without workspace: weights {weights:.1f}, activations {activations}"
+    )
     for result in plan.lint:
         rewrites = [f"{hazard.operators} operators rewritten, {hazard.done}" for hazard in result.hazards]
         text = f"refused: {result.refused}" if result.refused else "; ".join(rewrites) or "nothing to rewrite"

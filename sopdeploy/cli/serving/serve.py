@@ -27,10 +27,7 @@ def serve(
     ] = None,
     runtime: Annotated[
         str | None,
-        typer.Option(
-            help="auto, onnxruntime-cpu, onnxruntime-cuda, onnxruntime-tensorrt or tensorrt. "
-            "[dim]default: auto[/dim]"
-        ),
+        typer.Option(help="auto, onnxruntime-cpu, onnxruntime-cuda or tensorrt. [dim]default: auto[/dim]"),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the runtime.")] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Largest batch.")] = None,
