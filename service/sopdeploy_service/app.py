@@ -55,7 +55,7 @@ def create_app(
     app.state.service = service
     app.state.siblings = {}
     for router in (v1.router, status.router, v2.router, web.router):
-        app.include_router(router)
+        app.router.routes += router.routes  # `include_router` would add a second matching step per request
     problems.install(app)
     if settings.keys is not None:  # the middleware that is added last runs first
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS}

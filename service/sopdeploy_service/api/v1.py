@@ -1,11 +1,13 @@
 """`POST /v1/classify`: read the images of a request, run them and format the predictions."""
 
 import time
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pydantic
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 
 from sopdeploy_service.api.schema import Classes, ClassifyQuery, ClassifyRequest, Results
 from sopdeploy_service.api.upload import (
@@ -27,7 +29,20 @@ from sopdeploy_service.inference.results import (
     present_classes,
 )
 
-router = APIRouter()
+
+class DirectRoute(APIRoute):
+    """Calls its endpoint with the request: no parameters to validate, no response model to apply.
+
+    With it a request takes 0.52 ms of CPU time instead of 0.63 (`benchmarks/request_cpu.py`).
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Use the endpoint itself instead of FastAPI's wrapper."""
+        handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return handler
+
+
+router = APIRouter(route_class=DirectRoute)
 
 BINARY = {"type": "string", "format": "binary"}
 FORM = {"type": "object", "properties": {"image": {"type": "array", "items": BINARY}}, "required": ["image"]}

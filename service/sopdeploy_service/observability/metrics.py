@@ -6,7 +6,7 @@ import time
 from collections import Counter as Counts
 from collections import deque
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import cast
 
@@ -66,6 +66,10 @@ class Metrics:
             "Fraction of images whose best class stays, measured at the start",
             ("model",),
         )
+        # `labels` validates and looks up its values on every call.
+        self._requests_of = cache(self._requests.labels)
+        self._request_seconds_of = cache(self._request_seconds.labels)
+        self._stage_seconds_of = cache(self._stage_seconds.labels)
         self._info = gauge("bundle_info", "Always 1", ("digest", "model", "precision", "engine"))
         self._models: dict[str, ModelMetrics] = {}
         self._loaded: Counts[tuple[str, ...]] = Counts()
@@ -93,12 +97,12 @@ class Metrics:
 
     def request(self, route: str, code: int, seconds: float, model: str = "") -> None:
         """Count a response with the status *code*, from *model* if the request chose one."""
-        self._requests.labels(route, str(code), model).inc()
-        self._request_seconds.labels(route).observe(seconds)
+        self._requests_of(route, str(code), model).inc()
+        self._request_seconds_of(route).observe(seconds)
 
     def stage(self, stage: str, seconds: float) -> None:
         """Count *seconds* spent in `receive`, `decode`, `queue` or `infer`."""
-        self._stage_seconds.labels(stage).observe(seconds)
+        self._stage_seconds_of(stage).observe(seconds)
 
 
 class ModelMetrics:
