@@ -30,7 +30,11 @@ from sopdeploy.errors import ConfigError
 def _split_commas(value: Any) -> Any:
     if not isinstance(value, str):
         return value
-    return tuple(part.strip().lower() for part in value.split(",") if part.strip())
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _split_hosts(value: Any) -> Any:
+    return _split_commas(value.lower()) if isinstance(value, str) else value
 
 
 RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
@@ -39,8 +43,8 @@ Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]
 LogForm = Literal["json", "console"]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
-Hosts = Annotated[tuple[str, ...], NoDecode, pydantic.BeforeValidator(_split_commas)]
-Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3})$")]
+Hosts = Annotated[tuple[str, ...], NoDecode, pydantic.BeforeValidator(_split_hosts)]
+Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80})$")]
 Devices = Annotated[tuple[Device, ...], NoDecode, pydantic.BeforeValidator(_split_commas)]
 
 PREFIX = "SOPDEPLOY_"
@@ -110,7 +114,7 @@ class Settings(BaseSettings):
     decode: DecodeWay = "exact"  # fast: decode large JPEGs at reduced size; nvimagecodec: decode on the GPU
     fast_decode_samples: Path | None = None  # directory of JPEGs for an additional check of that decoder
     parsers: Count = 2  # JSON parsing threads
-    devices: Devices = ()  # one process per device, GPU numbers or `cpu`; empty: this process only
+    devices: Devices = ()  # one process per device: `cpu`, GPU number, UUID, MIG id; empty: this process
     verify_key: Path | None = None  # serve only bundles signed by this public key; see `sopdeploy sign`
     runtime: RuntimeName = "auto"  # auto: the first installed one
     engine_cache: Path | None = None  # TensorRT engine cache; not set: next to the bundle
@@ -143,6 +147,8 @@ class Settings(BaseSettings):
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "Settings":
+        if "cpu" in self.devices and self.runtime not in {"auto", "onnxruntime-cpu"}:
+            raise ValueError(f"runtime={self.runtime} needs a GPU; remove cpu from devices")
         if self.devices and self.model_control:
             raise ValueError(
                 "model_control needs a single process; restart the server with other bundles instead"

@@ -4,7 +4,7 @@ Version differences are handled here and in the engine builder: by `hasattr` if 
 major version.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import EngineError, RuntimeUnavailableError
@@ -56,12 +56,26 @@ def last_error(logger: Any) -> str:
     return " ".join(logger.errors[-1].split()) if logger.errors else "TensorRT gave no reason"
 
 
+def create(trt: Any, kind: Literal["Builder", "Runtime"], logger: Any) -> Any:
+    """Create the TensorRT object *kind*, which raises `TypeError` without a GPU or with an unsuitable driver.
+
+    Raises `RuntimeUnavailableError` with the message of TensorRT.
+    """
+    try:
+        return getattr(trt, kind)(logger)
+    except TypeError as error:
+        raise RuntimeUnavailableError(
+            f"TensorRT {trt.__version__} cannot start here: {last_error(logger)}; "
+            "`sopdeploy env` shows the driver and the GPU"
+        ) from error
+
+
 def deserialize(trt: Any, plan: bytes, logger: Any) -> tuple[Any, Any]:
     """Deserialize *plan*; return the TensorRT runtime, which must outlive the engine, and the engine.
 
     The caller must have verified *plan*. Host code in plans stays disabled.
     """
-    runtime = trt.Runtime(logger)
+    runtime = create(trt, "Runtime", logger)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise RuntimeUnavailableError(

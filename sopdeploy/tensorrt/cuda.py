@@ -45,6 +45,10 @@ class Cuda:
             raise RuntimeUnavailableError(f"CUDA: {name} failed with {reason}")
         return values[0] if values else None
 
+    def constant(self, name: str) -> Any:
+        """Look up the flag or enumeration *name*."""
+        return getattr(self._runtime, name)
+
     def gpu(self) -> Gpu:
         """Query the first GPU."""
         properties = self.call("cudaGetDeviceProperties", 0)
@@ -55,22 +59,6 @@ class Cuda:
             memory=int(properties.totalGlobalMem),
         )
 
-    def pinned_array(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        """Allocate an array in page-locked host memory, for asynchronous copies."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        address = int(self.call("cudaHostAlloc", size, 0))
-        memory = (ctypes.c_char * size).from_address(address)
-        return np.frombuffer(memory, dtype=dtype).reshape(shape)
-
-    def stream(self) -> Any:
-        """Create a stream that does not synchronize with the default stream."""
-        return self.call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
-
-    def event(self) -> Any:
-        """Create an event; waiting for it blocks the thread and leaves its core to the decoders."""
-        flags = self._runtime.cudaEventBlockingSync | self._runtime.cudaEventDisableTiming
-        return self.call("cudaEventCreateWithFlags", flags)
-
     def copy(self, pinned: NDArray[Any], address: int, stream: Any, *, upload: bool) -> None:
         """Copy *pinned* to the device address *address* asynchronously, or back without *upload*."""
         kinds = self._runtime.cudaMemcpyKind
@@ -80,24 +68,83 @@ class Cuda:
             arguments = (pinned.ctypes.data, address, pinned.nbytes, kinds.cudaMemcpyDeviceToHost)
         self.call("cudaMemcpyAsync", *arguments, stream)
 
+    def synchronize(self, stream: Any) -> None:
+        """Wait until *stream* has no work left."""
+        self.call("cudaStreamSynchronize", stream)
+
+
+class CudaResources:
+    """Memory, streams, events and graphs of one owner, released together in the reverse order."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self._held: list[tuple[str, Any]] = []  # the function that releases, and its argument
+
+    def _keep(self, release: str, handle: Any) -> Any:
+        self._held.append((release, handle))
+        return handle
+
+    def pinned_array(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """Allocate an array in page-locked host memory, for asynchronous copies."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        address = self._keep("cudaFreeHost", int(self._cuda.call("cudaHostAlloc", size, 0)))
+        memory = (ctypes.c_char * size).from_address(address)
+        return np.frombuffer(memory, dtype=dtype).reshape(shape)
+
+    def device_memory(self, size: int) -> int:
+        """Allocate *size* bytes on the GPU; the result is their address."""
+        return int(self._keep("cudaFree", int(self._cuda.call("cudaMalloc", size))))
+
+    def stream(self) -> Any:
+        """Create a stream that does not synchronize with the default stream."""
+        flags = self._cuda.constant("cudaStreamNonBlocking")
+        return self._keep("cudaStreamDestroy", self._cuda.call("cudaStreamCreateWithFlags", flags))
+
+    def event(self) -> Any:
+        """Create an event; waiting for it blocks the thread and leaves its core to the decoders."""
+        flags = self._cuda.constant("cudaEventBlockingSync") | self._cuda.constant("cudaEventDisableTiming")
+        return self._keep("cudaEventDestroy", self._cuda.call("cudaEventCreateWithFlags", flags))
+
     def capture(self, enqueue: Callable[[], None], stream: Any) -> Any:
         """Capture the work that *enqueue* puts on *stream* as an executable graph, without running it.
 
         Raises `RuntimeUnavailableError` if CUDA cannot capture it, and the errors of *enqueue*.
         """
-        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self.call("cudaStreamBeginCapture", stream, mode)
+        call = self._cuda.call
+        mode = self._cuda.constant("cudaStreamCaptureMode").cudaStreamCaptureModeThreadLocal
+        call("cudaStreamBeginCapture", stream, mode)
         try:
             enqueue()
         except BaseException:
             with suppress(RuntimeUnavailableError):  # a failed capture must be ended too
-                self.call("cudaStreamEndCapture", stream)
+                graph = call("cudaStreamEndCapture", stream)
+                call("cudaGraphDestroy", graph)
             raise
-        graph = self.call("cudaStreamEndCapture", stream)
+        graph = call("cudaStreamEndCapture", stream)
         try:
-            return self.call("cudaGraphInstantiate", graph, 0)
+            return self._keep("cudaGraphExecDestroy", call("cudaGraphInstantiate", graph, 0))
         finally:
-            self.call("cudaGraphDestroy", graph)
+            call("cudaGraphDestroy", graph)
+
+    def drop_graph(self, graph: Any) -> None:
+        """Destroy *graph* now; do nothing if the device does not respond any more."""
+        self._held.remove(("cudaGraphExecDestroy", graph))
+        with suppress(RuntimeUnavailableError):
+            self._cuda.call("cudaGraphExecDestroy", graph)
+
+    def synchronize(self) -> None:
+        """Wait for the work on all streams, unless the device is lost."""
+        for release, handle in self._held:
+            if release == "cudaStreamDestroy":
+                with suppress(RuntimeUnavailableError):
+                    self._cuda.synchronize(handle)
+
+    def close(self) -> None:
+        """Release everything, also after the loss of the device; later calls do nothing."""
+        while self._held:
+            release, handle = self._held.pop()
+            with suppress(RuntimeUnavailableError):
+                self._cuda.call(release, handle)
 
 
 def open_cuda() -> Cuda:

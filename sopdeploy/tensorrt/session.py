@@ -5,11 +5,13 @@ the other of two buffers. Each profile has its own execution context, because sw
 Kernels run in order on one stream, so both buffers share a context.
 
 With *graphs*, each profile of a single batch size is captured as a CUDA graph per buffer after its first run,
-so one call starts all kernels and copies. Other profiles change shapes between batches and cannot be
+so one call starts all kernels and copies. Addresses and shapes are set before the capture: TensorRT may
+synchronize when they change, which would end it. Other profiles change shapes between batches and cannot be
 captured. If a graph fails, its profile runs without one from then on.
 """
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -21,8 +23,8 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.manifest import Manifest, TensorRecord
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.tensorrt.binding import deserialize, last_error, make_logger
-from sopdeploy.tensorrt.cuda import Cuda
-from sopdeploy.tensorrt.profiles import index_for
+from sopdeploy.tensorrt.cuda import Cuda, CudaResources
+from sopdeploy.tensorrt.profiles import Profile, index_for
 from sopdeploy.tensorrt.record import EngineKey
 
 BUFFERS = 2  # batches in flight
@@ -33,18 +35,67 @@ log = logging.getLogger("sopdeploy.tensorrt")
 class BatchBuffer:
     """Pinned host memory and device memory for *largest* images and their outputs, with two events."""
 
-    def __init__(self, cuda: Cuda, tensors: tuple[TensorRecord, ...], largest: int) -> None:
+    def __init__(self, resources: CudaResources, tensors: tuple[TensorRecord, ...], largest: int) -> None:
         self.host: dict[str, NDArray[Any]] = {}
         self.device: dict[str, int] = {}
         for tensor in tensors:
             shape = (largest, *(int(size or 1) for size in tensor.shape[1:]))
-            self.host[tensor.name] = cuda.pinned_array(shape, np.dtype(tensor.dtype))
-            self.device[tensor.name] = int(cuda.call("cudaMalloc", self.host[tensor.name].nbytes))
-        self.uploaded, self.done = cuda.event(), cuda.event()
+            self.host[tensor.name] = resources.pinned_array(shape, np.dtype(tensor.dtype))
+            self.device[tensor.name] = resources.device_memory(self.host[tensor.name].nbytes)
+        self.uploaded, self.done = resources.event(), resources.event()
+
+
+class LoadedEngine:
+    """A deserialized engine and one execution context per profile.
+
+    The contexts share one block of device memory, because their kernels never run at the same time: memory is
+    that of the largest profile. TensorRT before 10.1 cannot share it; there every context has its own.
+    """
+
+    def __init__(self, trt: Any, plan: bytes) -> None:
+        self._trt, self.logger = trt, make_logger(trt)
+        self._runtime, self.engine = deserialize(trt, plan, self.logger)
+        self.contexts: list[Any] = []
+
+    def add_contexts(
+        self, cuda: Cuda, resources: CudaResources, profiles: Sequence[Profile], stream: Any
+    ) -> None:
+        """Create the contexts; raise `RuntimeUnavailableError` if TensorRT cannot run one of *profiles*."""
+        shared, size = None, getattr(self.engine, "device_memory_size_v2", None)
+        if size is not None:
+            shared = resources.device_memory(max(1, int(size)))
+        for index, profile in enumerate(profiles):
+            try:
+                self._add_context(shared, size)
+                if not self.contexts[-1].set_optimization_profile_async(index, int(stream)):
+                    raise RuntimeError(last_error(self.logger))
+                cuda.synchronize(stream)
+            except RuntimeError as error:  # TensorRT raises it without the reason
+                reason = self.logger.errors[-1] if self.logger.errors else error
+                raise RuntimeUnavailableError(f"TensorRT cannot run profile {profile}: {reason}") from error
+
+    def _add_context(self, shared: int | None, size: int | None) -> None:
+        strategies = getattr(self._trt, "ExecutionContextAllocationStrategy", None)
+        options = () if shared is None or strategies is None else (strategies.USER_MANAGED,)
+        self.contexts.append(self.engine.create_execution_context(*options))  # no local: a traceback keeps it
+        if self.contexts[-1] is None:
+            raise RuntimeError(last_error(self.logger))
+        if options:
+            self.contexts[-1].set_device_memory(shared, int(size or 0))
+
+    def close(self) -> None:
+        """Destroy the contexts, then the engine, then the TensorRT runtime."""
+        self.contexts.clear()
+        self.engine = None
+        self._runtime = None
 
 
 class EngineSession:
-    """A deserialized engine with contexts, buffers and streams. Not thread-safe."""
+    """A loaded engine with buffers, streams and CUDA graphs. Not thread-safe.
+
+    `close` releases everything, as does the garbage collector, but not the end of the process: the driver
+    does that, and a device that hangs must not delay it.
+    """
 
     def __init__(
         self,
@@ -58,31 +109,41 @@ class EngineSession:
     ) -> None:
         """Load a verified *plan* of *key*.
 
-        Raises `RuntimeUnavailableError` if the engine does not match the manifest and the key.
+        Raises `RuntimeUnavailableError` if the engine does not match the manifest and the key, or if the GPU
+        has too little memory; nothing stays allocated then.
         """
         self._cuda, self._profiles = cuda, key.profiles
-        self._logger = make_logger(trt)
-        self._runtime, self.engine = deserialize(trt, plan, self._logger)
+        self._resources = CudaResources(cuda)
+        self._loaded = LoadedEngine(trt, plan)
+        self._finalizer = weakref.finalize(self, _release, self._loaded, self._resources)
+        self._finalizer.atexit = False
         self.largest_batch = key.largest_batch
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
-        _check_tensors(trt, self.engine, manifest, key)
-        self._stream, self._upload_stream = cuda.stream(), cuda.stream()
-        tensors = (*manifest.inputs, *manifest.outputs)
-        self._buffers = [BatchBuffer(cuda, tensors, self.largest_batch) for _ in range(BUFFERS)]
+        try:
+            _check_tensors(trt, self._loaded.engine, manifest, key)
+            self._stream, self._upload_stream = self._resources.stream(), self._resources.stream()
+            tensors = (*manifest.inputs, *manifest.outputs)
+            self._buffers = [
+                BatchBuffer(self._resources, tensors, self.largest_batch) for _ in range(BUFFERS)
+            ]
+            self._loaded.add_contexts(cuda, self._resources, self._profiles, self._stream)
+        except BaseException:
+            self.close()
+            raise
         self._free = list(self._buffers)
         exact = (index for index, profile in enumerate(self._profiles) if profile.minimum == profile.maximum)
         self._to_capture = set(exact) if graphs else set()
         self._graphs: dict[tuple[int, BatchBuffer], Any] = {}  # by profile and buffer
-        self._contexts = []
-        for index, profile in enumerate(self._profiles):
-            context = self.engine.create_execution_context()
-            if context is None:
-                reason = last_error(self._logger)
-                raise RuntimeUnavailableError(f"TensorRT cannot run profile {profile}: {reason}")
-            context.set_optimization_profile_async(index, int(self._stream))
-            cuda.call("cudaStreamSynchronize", self._stream)
-            self._contexts.append(context)
+
+    def close(self) -> None:
+        """Destroy graphs, contexts and engine, and free all memory; later calls do nothing."""
+        self._finalizer()
+
+    @property
+    def captured(self) -> tuple[Profile, ...]:
+        """The profiles that run as CUDA graphs now."""
+        return tuple(self._profiles[index] for index in sorted({index for index, _ in self._graphs}))
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Compute all outputs by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
@@ -107,7 +168,8 @@ class EngineSession:
             call("cudaStreamWaitEvent", self._stream, buffer.uploaded, 0)
             graph = self._graphs.get((index, buffer))
             if graph is None:
-                self._enqueue(index, buffer, count)
+                self._bind(index, buffer, count)
+                self._launch(index, buffer, count)
             else:
                 try:
                     call("cudaGraphLaunch", graph, self._stream)
@@ -122,16 +184,22 @@ class EngineSession:
             raise
         return partial(self._end, index, buffer, count)
 
-    def _enqueue(self, index: int, buffer: BatchBuffer, count: int) -> None:
-        """Put the kernels and the copies of the outputs on the stream."""
-        context, shape = self._contexts[index], (count, *buffer.host[self._input].shape[1:])
+    def _bind(self, index: int, buffer: BatchBuffer, count: int) -> None:
+        """Point the context of a profile to *buffer* and *count* images; a graph cannot contain this."""
+        context, shape = self._loaded.contexts[index], (count, *buffer.host[self._input].shape[1:])
         for name, address in buffer.device.items():
-            context.set_tensor_address(name, address)
+            if not context.set_tensor_address(name, address):
+                raise RuntimeError(
+                    f"TensorRT rejects the memory of {name}: {last_error(self._loaded.logger)}"
+                )
         if not context.set_input_shape(self._input, shape):
-            raise RuntimeError(f"TensorRT rejects images of shape {shape}: {last_error(self._logger)}")
-        if not context.execute_async_v3(int(self._stream)):
-            self._cuda.call("cudaStreamSynchronize", self._stream)  # raises if the device failed
-            raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._logger)}")
+            raise RuntimeError(f"TensorRT rejects images of shape {shape}: {last_error(self._loaded.logger)}")
+
+    def _launch(self, index: int, buffer: BatchBuffer, count: int) -> None:
+        """Put the kernels and the copies of the outputs on the stream."""
+        if not self._loaded.contexts[index].execute_async_v3(int(self._stream)):
+            self._cuda.synchronize(self._stream)  # raises if the device failed
+            raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._loaded.logger)}")
         for name in self._outputs:
             self._cuda.copy(buffer.host[name][:count], buffer.device[name], self._stream, upload=False)
 
@@ -148,43 +216,36 @@ class EngineSession:
             self._free.append(buffer)
         if index in self._to_capture and len(self._free) == BUFFERS:
             self._to_capture.discard(index)
-            try:
-                for each in self._buffers:
-                    work = partial(self._enqueue, index, each, count)
-                    self._graphs[index, each] = self._cuda.capture(work, self._stream)
-            except Exception as error:  # the engine also runs without graphs
-                self._drop_graphs(index, error)
-                log.warning("profile %s runs without a CUDA graph: %s", self._profiles[index], error)
+            self._capture(index, count)
         return outputs
+
+    def _capture(self, index: int, count: int) -> None:
+        """Capture a profile for both buffers, each after a run: TensorRT prepares itself in the first one."""
+        try:
+            for buffer in self._buffers:
+                self._bind(index, buffer, count)
+                launch = partial(self._launch, index, buffer, count)
+                launch()
+                self._cuda.synchronize(self._stream)
+                self._graphs[index, buffer] = self._resources.capture(launch, self._stream)
+        except Exception as error:  # the engine also runs without graphs
+            self._drop_graphs(index, error)
+            log.warning("profile %s runs without a CUDA graph: %s", self._profiles[index], error)
 
     def _drop_graphs(self, index: int, error: Exception) -> RuntimeError:
         """Destroy the graphs of a profile after *error*; return the error to raise."""
         for buffer in self._buffers:
             graph = self._graphs.pop((index, buffer), None)
             if graph is not None:
-                with suppress(RuntimeUnavailableError):  # fails after device errors
-                    self._cuda.call("cudaGraphExecDestroy", graph)
+                self._resources.drop_graph(graph)
         return RuntimeError(f"the CUDA graph of profile {self._profiles[index]} failed: {error}")
 
-    def close(self) -> None:
-        """Destroy graphs, contexts and engine, and free all memory."""
-        for index in range(len(self._profiles)):
-            self._drop_graphs(index, RuntimeError("closed"))
-        self._contexts.clear()
-        self.engine = self._runtime = None
-        for buffer in self._buffers:
-            for address in buffer.device.values():
-                self._cuda.call("cudaFree", address)
-            for array in buffer.host.values():
-                self._cuda.call("cudaFreeHost", array.ctypes.data)
-            for event in (buffer.uploaded, buffer.done):
-                self._cuda.call("cudaEventDestroy", event)
-            buffer.host.clear()
-            buffer.device.clear()
-        for stream in (self._stream, self._upload_stream):
-            self._cuda.call("cudaStreamDestroy", stream)
-        self._buffers.clear()
-        self._free.clear()
+
+def _release(loaded: LoadedEngine, resources: CudaResources) -> None:
+    """Release what a session held; it is a function because the session may be gone."""
+    resources.synchronize()
+    loaded.close()
+    resources.close()
 
 
 def _check_tensors(trt: Any, engine: Any, manifest: Manifest, key: EngineKey) -> None:

@@ -178,9 +178,16 @@ def gated_client(gated_bundle: Bundle) -> "Iterator[Client]":
         yield client
 
 
+class SharedRuntime(OnnxRuntime):
+    """A runtime that serves one server after the other."""
+
+    def close(self) -> None:
+        """Stay open for the next test."""
+
+
 @pytest.fixture(scope="session")
 def onnx_runtime(bundle: Bundle) -> OnnxRuntime:
-    return OnnxRuntime(bundle, threads=1)
+    return SharedRuntime(bundle, threads=1)
 
 
 def picture_bytes(

@@ -49,6 +49,8 @@ class FakeCuda(ModuleType):
         return OK, SimpleNamespace(name=name, major=self.sm[0], minor=self.sm[1], totalGlobalMem=2**30)
 
     def cudaMalloc(self, size: int) -> Any:
+        if "cudaMalloc" in self.broken:
+            return FAILED, None
         buffer = ctypes.create_string_buffer(size)
         self.held[ctypes.addressof(buffer)] = buffer
         return OK, ctypes.addressof(buffer)
@@ -80,6 +82,8 @@ class FakeCuda(ModuleType):
 
     def cudaEventCreateWithFlags(self, flags: int) -> Any:
         assert flags == self.cudaEventBlockingSync | self.cudaEventDisableTiming
+        if "cudaEventCreateWithFlags" in self.broken:
+            return FAILED, None
         number = next(self.numbers)
         self.events[number] = Mark(stream=0, reached=True)
         return OK, number

@@ -7,6 +7,7 @@ are simulated: 8.6 ignores the axes input of ReduceMean, an untyped network is b
 import ctypes
 import json
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -85,8 +86,10 @@ class FakeTensorRT(ModuleType):
         self._faults: set[str] = set()
         self._builds = 0
         self._last: dict[str, Any] = {}
+        self._contexts: weakref.WeakSet[Any] = weakref.WeakSet()  # those that were not destroyed
         for kind in SURFACE["classes"].keys() - PARTS.keys() - {"Severity", "IProgressMonitor"}:
-            setattr(self, kind, enumeration(kind, version))
+            if members(kind, version) is not None:
+                setattr(self, kind, enumeration(kind, version))
         self.ILogger = type("ILogger", (), vars(enumeration("Severity", version)).copy())
         if members("IProgressMonitor", version) is not None:
             self.IProgressMonitor = type("IProgressMonitor", (), {})
@@ -242,8 +245,17 @@ class BuilderConfig(Part, Flags):
         return self._timings
 
 
+def started(trt: Any, logger: Any) -> Any:
+    """Keep *logger*; as pybind11 does, raise `TypeError` if TensorRT cannot start."""
+    if "cannot start" in trt._faults:
+        logger.log(trt.ILogger.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+    return logger
+
+
 class Builder(Part):
-    _fields = ("_logger",)
+    def __init__(self, logger: Any) -> None:
+        self._logger = started(self._trt, logger)
 
     def create_network(self, flags: int) -> Any:
         network = self._trt.INetworkDefinition()
@@ -340,8 +352,15 @@ class Engine(Part):
     def get_tensor_profile_shape(self, name: str, index: int) -> Any:
         return [tuple(shape) for shape in self._facts["profiles"][index]]
 
-    def create_execution_context(self) -> Any:
-        return self._trt.IExecutionContext(self)
+    device_memory_size_v2 = property(
+        lambda self: 256 * max(high[0] for _, _, high in self._facts["profiles"])
+    )
+
+    def create_execution_context(self, strategy: Any = None) -> Any:
+        strategies = getattr(self._trt, "ExecutionContextAllocationStrategy", None)
+        context = self._trt.IExecutionContext(self)
+        context._needs_memory = strategies is not None and strategy == strategies.USER_MANAGED
+        return context
 
     def create_engine_inspector(self) -> Any:
         return self._trt.EngineInspector(self._facts)
@@ -353,22 +372,35 @@ class Context(Part):
         self._addresses: dict[str, int] = {}
         self._profile = 0
         self._shape: Any = None
+        self._needs_memory = False
+        self._trt._contexts.add(self)
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        self._needs_memory = size < self._engine.device_memory_size_v2
+        self._memory = memory
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        if "no profile" in self._trt._faults:
+            raise RuntimeError("Error in set optimization profile async.")
         self._profile = index
         return True
 
+    def _check_not_capturing(self) -> None:
+        assert sys.modules["cuda.bindings.runtime"].recording is None, "a capture must contain kernels only"  # type: ignore[attr-defined]
+
     def set_tensor_address(self, name: str, address: int) -> bool:
+        self._check_not_capturing()
         self._addresses[name] = address
         return True
 
     def set_input_shape(self, name: str, shape: Any) -> bool:
+        self._check_not_capturing()
         low, _, high = self._engine._facts["profiles"][self._profile]
         self._shape = tuple(shape)
         return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
 
     def execute_async_v3(self, stream: int) -> bool:
-        if "fails" in self._trt._faults:
+        if "fails" in self._trt._faults or self._needs_memory:
             return False
         work = partial(self._compute, self._shape, dict(self._addresses))
         sys.modules["cuda.bindings.runtime"].put(work, stream)  # type: ignore[attr-defined]
@@ -386,7 +418,8 @@ class Context(Part):
 
 
 class Runtime(Part):
-    _fields = ("_logger",)
+    def __init__(self, logger: Any) -> None:
+        self._logger = started(self._trt, logger)
 
     def deserialize_cuda_engine(self, plan: bytes) -> Any:
         magic, version, head, graph = [*bytes(plan).split(b"\n", 3), b"", b"", b""][:4]

@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from sopdeploy_service.runtime import onnxruntime as with_onnxruntime
+from sopdeploy_service.runtime.base import padded_sizes
 from sopdeploy_service.runtime.onnxruntime import BoundSession
 
 SHAPES = {"sums": (3,), "doubled": (2, 2, 3)}
@@ -36,7 +37,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def over(session: Any) -> BoundSession:
-    return BoundSession(onnxruntime, session, "cpu", "images", SHAPES)
+    return BoundSession(onnxruntime, session, "cpu", "images", SHAPES, padded_sizes(5))
 
 
 def some_images(count: int, seed: int = 0) -> Any:
@@ -61,22 +62,26 @@ def test_images_that_are_not_contiguous_are_read_correctly(session: Any) -> None
     np.testing.assert_array_equal(found, images * np.float32(2))
 
 
-def test_device_memory_is_kept_for_a_few_batch_sizes(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(with_onnxruntime, "MAX_BINDINGS", 2)
-    bindings = []
+@pytest.mark.parametrize(
+    ("largest", "sizes"), [(1, (1,)), (2, (1, 2)), (5, (1, 2, 4, 5)), (64, (1, 2, 4, 8, 16, 32, 64))]
+)
+def test_batches_are_padded_to_few_sizes(largest: int, sizes: tuple[int, ...]) -> None:
+    assert padded_sizes(largest) == sizes
+
+
+def test_tensors_on_the_device_exist_once_per_padded_size(session: Any) -> None:
+    runs: list[Any] = []
     counted = SimpleNamespace(
-        io_binding=lambda: bindings.append(session.io_binding()) or bindings[-1],
-        run_with_iobinding=session.run_with_iobinding,
+        io_binding=session.io_binding,
+        run_with_iobinding=lambda binding: (runs.append(binding), session.run_with_iobinding(binding)),
     )
     bound_session = over(counted)
-    for count in (1, 2, 1, 2, 1):
-        bound_session.run(some_images(count), list(SHAPES))
-    assert len(bindings) == 2
-    bound_session.run(some_images(3), list(SHAPES))  # 2, used longest ago, is given up
-    bound_session.run(some_images(1), list(SHAPES))
-    assert len(bindings) == 3
-    bound_session.run(some_images(2), list(SHAPES))
-    assert len(bindings) == 4
+    for count in (1, 2, 3, 4, 5, 3, 1, 6):  # 6 is not one of them
+        images = some_images(count, count)
+        found = bound_session.run(images, list(SHAPES))
+        np.testing.assert_array_equal(found["doubled"], images * np.float32(2))
+    assert [len({id(run) for run in runs}), len(runs)] == [5, 8]
+    assert runs[2] is runs[3]
 
 
 def test_the_gpu_runtime_uses_bound_tensors(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +96,7 @@ def test_the_gpu_runtime_uses_bound_tensors(bundle: Any, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(with_onnxruntime, "BoundSession", Recorded)
     monkeypatch.setattr(with_onnxruntime, "_open_session", lambda *given: None)
+    monkeypatch.setattr(with_onnxruntime, "load_cuda_libraries", lambda module: None)
     runtime = with_onnxruntime.OnnxRuntime(bundle, provider=with_onnxruntime.CUDA)
     assert runtime.run(some_images(1))["logits"].shape == (1, 2, 2, 3)
-    assert asked == [("cuda:0", "images", {"logits": (5,)})]
+    assert asked == [("cuda:0", "images", {"logits": (5,)}, (1, 2, 4, 8, 16))]

@@ -139,6 +139,18 @@ def test_the_message_of_tensorrt_reaches_the_user(install: Install, bundle: Bund
         get_engine(bundle, OPTIONS)
 
 
+def test_tensorrt_that_cannot_start_is_a_one_line_error(install: Install, bundle: Bundle) -> None:
+    trt = install("11.1")
+    get_engine(bundle, OPTIONS)
+    trt._faults.add("cannot start")  # pybind11 raises TypeError, it does not return None
+    message = (
+        r"^TensorRT 11\.1\.0 cannot start here: CUDA initialization failure with error: 35; `sopdeploy env`"
+    )
+    for rebuild in (True, False):
+        with pytest.raises(RuntimeUnavailableError, match=message):
+            get_engine(bundle, OPTIONS.model_copy(update={"rebuild": rebuild}))
+
+
 def test_a_parser_error_names_the_operator(trt: FakeTensorRT) -> None:
     request = BuildRequest(
         onnx=network().SerializeToString(),

@@ -9,6 +9,7 @@ import pytest
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine
 from sopdeploy_service.runtime.base import (
+    MEMORY_ERROR,
     STICKY_ERRORS,
     DeviceLostError,
     OutOfMemoryError,
@@ -56,10 +57,23 @@ def test_error_messages_of_every_library_are_classified(text: str, kind: type[Ex
 
 @pytest.mark.parametrize("one", STICKY_ERRORS, ids=lambda one: str(one.code))
 def test_a_sticky_error_is_a_lost_device_in_every_wording(one: Any) -> None:
-    for wording in (one.runtime, one.driver, f"CUDA failure {one.code}: x", f"an {one.text} was met"):
+    texts = [f"an {one.text} was met"] if one.text else []
+    for wording in (one.runtime, one.driver, f"CUDA failure {one.code}: x", *texts):
         found = classify_error(wording)
         assert isinstance(found, DeviceLostError)
         assert str(found).startswith(f"CUDA {one.code}, ")
+
+
+def test_names_and_texts_are_those_of_the_cuda_library() -> None:
+    """`cuda-bindings` has them, also without a driver."""
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
+    driver = pytest.importorskip("cuda.bindings.driver")
+    for error in (*STICKY_ERRORS, MEMORY_ERROR):
+        status = runtime.cudaError_t(error.code)
+        assert (status.name, driver.CUresult(error.code).name) == (error.runtime, error.driver)
+        text = runtime.cudaGetErrorString(status)[1].decode()
+        assert error.text in text
+        assert isinstance(classify_error(f"CUDA failure {error.code}: {text}"), Exception)
 
 
 def test_other_exceptions_are_unchanged() -> None:

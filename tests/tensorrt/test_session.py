@@ -3,6 +3,8 @@
 The simulated GPU runs everything as late as possible.
 """
 
+import asyncio
+import gc
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +15,8 @@ from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import ParityError
 from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine
 from sopdeploy_service.inference.loader import load_model, replay_overlapping
+from sopdeploy_service.inference.model import Model
+from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import OverlappingRuntime
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
@@ -51,8 +55,7 @@ def check_runs(runtime: TensorRTRuntime, *sizes: int) -> None:
 
 
 def captured_profiles(runtime: TensorRTRuntime) -> list[str]:
-    session = runtime._session
-    return [str(session._profiles[index]) for index in sorted({index for index, _ in session._graphs})]
+    return [str(profile) for profile in runtime._session.captured]
 
 
 def test_overlapping_batches_give_their_own_outputs(runtime: TensorRTRuntime) -> None:
@@ -185,4 +188,64 @@ def test_closing_the_session_frees_everything(built: Bundle, cuda: FakeCuda) -> 
 
 def test_the_startup_probes_run_through_the_graph(built: Bundle, cuda: FakeCuda) -> None:
     load_model(built.path, GRAPHS)
-    assert cuda.launched == 1  # of two single probes the first is captured
+    assert cuda.launched == 4  # of 1 and 2 images the second warm-up run, and two single probes
+
+
+def held_by(cuda: FakeCuda, trt: FakeTensorRT) -> tuple[int, ...]:
+    return (*map(len, (cuda.held, cuda.streams, cuda.events, cuda.graphs)), len(trt._contexts))
+
+
+def test_a_replaced_model_releases_its_engine(built: Bundle, cuda: FakeCuda, trt: FakeTensorRT) -> None:
+    for _ in range(20):
+        model = Model("tiny", load_model(built.path, GRAPHS), GRAPHS, Metrics())
+
+        async def serve_and_stop(model: Model = model) -> None:
+            model.start()
+            await model.stop()
+
+        asyncio.run(serve_and_stop())
+        assert held_by(cuda, trt) == (0, 0, 0, 0, 0)
+        model.loaded.runtime.close()  # a second time
+
+
+def test_a_runtime_that_nobody_closes_is_released_by_the_garbage_collector(
+    built: Bundle, cuda: FakeCuda, trt: FakeTensorRT
+) -> None:
+    runtime = TensorRTRuntime(built, GRAPHS)
+    check_runs(runtime, 1)
+    assert all(held_by(cuda, trt))
+    del runtime
+    gc.collect()
+    assert held_by(cuda, trt) == (0, 0, 0, 0, 0)
+
+
+FAILED_OPENS = {
+    "a profile": ("no profile", "", "TensorRT cannot run profile 1: Error in set optimization profile async"),
+    "an event": ("", "cudaEventCreateWithFlags", "cudaEventCreateWithFlags failed"),
+    "memory": ("", "cudaMalloc", "cudaHostAlloc failed"),
+    "a probe": ("fails", "", "cannot run the batch"),
+}
+
+
+@pytest.mark.parametrize("case", FAILED_OPENS)
+def test_a_model_that_fails_to_load_holds_nothing(
+    built: Bundle, cuda: FakeCuda, trt: FakeTensorRT, case: str
+) -> None:
+    fault, function, message = FAILED_OPENS[case]
+    trt._faults.add(fault)
+    cuda.broken.add(function)
+    with pytest.raises(Exception, match=message):
+        load_model(built.path, GRAPHS)
+    gc.collect()  # the traceback knows methods of the simulated contexts
+    assert held_by(cuda, trt) == (0, 0, 0, 0, 0)
+
+
+def test_the_contexts_of_all_profiles_share_their_memory_since_10_16(
+    built: Bundle, cuda: FakeCuda, trt: FakeTensorRT
+) -> None:
+    runtime = TensorRTRuntime(built, PLAIN)
+    blocks = {getattr(context, "_memory", None) for context in trt._contexts}
+    assert len(blocks) == 1
+    assert len(trt._contexts) == 3
+    assert (blocks == {None}) == (trt._version in {"8.6.1", "10.0.0"})  # there, each has its own
+    check_runs(runtime, 1, 8, 2)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sopdeploy.errors import EngineError
-from sopdeploy.tensorrt.binding import deserialize, last_error, make_logger, version_of
+from sopdeploy.tensorrt.binding import create, deserialize, last_error, make_logger, version_of
 from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy_export.tensorrt.progress import Report, heartbeat, make_monitor
 
@@ -55,9 +55,7 @@ def build(trt: Any, request: BuildRequest, report: Report) -> BuiltPlan:
     Raises `EngineError` with TensorRT's own message if the graph cannot be parsed or built.
     """
     logger = make_logger(trt)
-    builder = trt.Builder(logger)
-    if builder is None:
-        raise EngineError(f"TensorRT {trt.__version__} has no builder: {last_error(logger)}")
+    builder = create(trt, "Builder", logger)
     network = builder.create_network(network_flags(trt))
     _parse(trt, network, request.onnx, logger)
     config = builder.create_builder_config()

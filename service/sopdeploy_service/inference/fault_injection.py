@@ -104,6 +104,7 @@ class FaultyRuntime:
         self._runtime = runtime
         self._faults = faults
         self._runs = 0
+        self.close = runtime.close
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* or fail; the fault `nan` changes the outputs of the first image."""

@@ -4,8 +4,10 @@
 computes wrongly.
 """
 
+import logging
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,12 +22,14 @@ from sopdeploy.bundle.probes import Outputs, Probes, Replay, read_probes, replay
 from sopdeploy.bundle.signing import check_signed, signature_path
 from sopdeploy.errors import BundleError, RuntimeUnavailableError
 from sopdeploy_service.images.loaders import FastDecode, check_fast_decode
-from sopdeploy_service.runtime.base import OverlappingRuntime, Runtime
+from sopdeploy_service.runtime.base import OutOfMemoryError, OverlappingRuntime, Runtime, padded_sizes
 from sopdeploy_service.runtime.selection import open_runtime
 from sopdeploy_service.settings import Settings
 
 SINGLE_PROBES = 2  # probes replayed alone at a start: a CUDA graph captures the first and runs the second
 LARGEST_ON_CPU = 4  # larger batches gain nothing on a CPU and delay the first image of the batch
+
+log = logging.getLogger("sopdeploy.engine")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,13 +73,18 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
             f"{path}: was verified for batches of {smallest} and more, not for a single image; "
             "export it with a minimum batch of 1"
         )
-    runtime = open_runtime(bundle, settings)
-    moments.append(time.monotonic())
-    probes = _read_probes(bundle)
-    replays, timings = _replay_all(probes, runtime, largest_batch(runtime, settings), thorough=thorough)
-    moments.append(time.monotonic())
-    fast_decode = check_fast_decode(bundle, runtime, settings)
-    moments.append(time.monotonic())
+    with ExitStack() as stack:
+        runtime = open_runtime(bundle, settings)
+        stack.callback(runtime.close)  # unless everything below succeeds
+        moments.append(time.monotonic())
+        probes, max_batch = _read_probes(bundle), largest_batch(runtime, settings)
+        timings = warm_up(probes, runtime, max_batch)
+        replays = _replay_all(probes, runtime, max_batch, timings, thorough=thorough)
+        moments.append(time.monotonic())
+        fast_decode = check_fast_decode(bundle, runtime, settings)
+        moments.append(time.monotonic())
+        class_maps = read_class_maps(bundle.path, bundle.manifest)
+        stack.pop_all()
     steps = ("hashes", "session", "probes", "fast_decode")[: 3 if fast_decode is None else 4]
     spent = (after - before for before, after in pairwise(moments))
     return LoadedModel(
@@ -84,7 +93,7 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
         replays=replays,
         timings=tuple(timings),
         fast_decode=fast_decode,
-        class_maps=read_class_maps(bundle.path, bundle.manifest),
+        class_maps=class_maps,
         seconds=dict(zip(steps, spent, strict=False)),
     )
 
@@ -100,11 +109,35 @@ def _read_probes(bundle: Bundle) -> Probes:
     return probes
 
 
-def _replay_all(
-    probes: Probes, runtime: Runtime, max_batch: int, *, thorough: bool
-) -> tuple[dict[int, Replay], list[tuple[int, float]]]:
-    """Replay *probes* alone and in batches; return the replays and (images, seconds) per run."""
+def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int, float]]:
+    """Run batches of 1, 2, 4 ... *max_batch* images twice on a GPU; return (images, seconds) per run.
+
+    The first batch of a size takes many times as long as the others: libraries choose kernels and allocate
+    memory. Without this, it would be a client's batch. Nothing is run on a CPU, which has no such cost.
+    """
     timings: list[tuple[int, float]] = []
+    for size in padded_sizes(max_batch) if runtime.device != "cpu" else ():
+        images = probes.images[np.arange(size) % len(probes.images)]
+        try:
+            for _ in range(2):
+                started = time.monotonic()
+                runtime.run(images)
+                timings.append((size, time.monotonic() - started))
+        except OutOfMemoryError:
+            log.warning("out of memory for a batch of %d; the server will halve such batches", size)
+            break
+    return timings
+
+
+def _replay_all(
+    probes: Probes,
+    runtime: Runtime,
+    max_batch: int,
+    timings: list[tuple[int, float]],
+    *,
+    thorough: bool,
+) -> dict[int, Replay]:
+    """Replay *probes* alone and in batches; append (images, seconds) of each run to *timings*."""
 
     def timed_run(images: NDArray[np.uint8]) -> Outputs:
         started = time.monotonic()
@@ -120,7 +153,7 @@ def _replay_all(
     replays = {size: replay(single if size == 1 else probes, timed_run, batch=size) for size in sizes}
     if isinstance(runtime, OverlappingRuntime):
         replay_overlapping(probes, runtime, max_batch)
-    return replays, timings
+    return replays
 
 
 def replay_overlapping(probes: Probes, runtime: OverlappingRuntime, max_batch: int) -> None:

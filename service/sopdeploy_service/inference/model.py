@@ -23,6 +23,7 @@ JOIN_SECONDS = 2.0  # how long a running batch may take to end after the queue w
 WATCH_SECONDS = 1.0  # longest time between two checks of the worker
 MIN_HANG_SECONDS = 4.0  # a clock that jumps or a machine that stalls is no hung worker
 HANG_FACTOR = 20  # a batch counts as hung after this many times its usual seconds
+NEW_SIZE_SECONDS = 60.0  # for the first batch of a size on a GPU, where libraries may choose kernels for it
 SMOOTHING = 0.2  # weight of the newest batch in the moving average
 
 log = logging.getLogger("sopdeploy.engine")
@@ -95,6 +96,10 @@ class LatencyTable:
             return known[largest] * images / largest
         return known[min(size for size in known if size > images)]
 
+    def has_measured(self, images: int) -> bool:
+        """Tell whether a batch of exactly *images* was measured."""
+        return images in self._seconds
+
     def total_seconds(self, images: int, max_batch: int) -> float:
         """Estimate the seconds of *images* in batches of at most *max_batch*."""
         full, rest = divmod(images, max_batch)
@@ -118,6 +123,7 @@ class Model:
         self.dead = False
         self.queue = RequestQueue(max_delay=settings.max_queue_delay_ms / 1000)
         self._timeout = settings.engine_timeout_seconds
+        self._on_gpu = loaded.runtime.device.startswith("cuda")
         self.latency = LatencyTable(loaded.timings)
         self._worker = ModelWorker(
             loaded.runtime,
@@ -164,7 +170,7 @@ class Model:
             settle(items, [rejection] * len(items))
 
     async def stop(self) -> None:
-        """Close the model and end its worker thread."""
+        """Close the model, end its worker thread and release its runtime."""
         self.close(DRAINING)
         if self._watchdog is not None:
             self._watchdog.cancel()
@@ -172,6 +178,8 @@ class Model:
                 await self._watchdog
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, 0.0 if self.dead else JOIN_SECONDS)
+            if not self.dead and not self._thread.is_alive():  # otherwise a batch may still use the memory
+                await asyncio.to_thread(self.loaded.runtime.close)
 
     def _declare_dead(self, hung_seconds: float | None = None) -> None:
         """Reject every image from now on: a batch hangs, or without *hung_seconds* the thread has ended.
@@ -196,6 +204,8 @@ class Model:
             limit = self._timeout
             if limit is None:
                 limit = max(MIN_HANG_SECONDS, HANG_FACTOR * self.latency.batch_seconds(images))
+                if images and self._on_gpu and not self.latency.has_measured(images):
+                    limit = max(limit, NEW_SIZE_SECONDS)
             if seconds > limit:
                 self._declare_dead(limit)
             await asyncio.sleep(min(WATCH_SECONDS, max(limit - seconds, limit / 20)))

@@ -47,6 +47,7 @@ from sopdeploy_service.runtime.base import (
 if TYPE_CHECKING:  # OpenTelemetry is optional
     from sopdeploy_service.observability.tracing import RequestTrace
 
+MAX_FAILED_BATCHES = 5  # in a row; then a blank image tells whether the device still works
 SMALLER_SECONDS = 60.0  # how long batches stay halved after the device ran out of memory
 
 Images = Sequence[NDArray[np.uint8]]
@@ -184,6 +185,8 @@ class ModelWorker:
         self._selective = runtime if isinstance(runtime, SelectiveRuntime) else None
         self._max_batch = self._limit = max_batch
         self._limited_until = 0.0
+        self._failed_batches = 0  # in a row
+        self._image_shape: tuple[int, ...] = ()
         self.in_flight: list[_Batch] = []  # oldest first
         self.started: float | None = None  # when the oldest batch got the device to itself
 
@@ -194,9 +197,12 @@ class ModelWorker:
                 if self._limit < self._max_batch and time.monotonic() >= self._limited_until:
                     self._limit = min(self._max_batch, self._limit * 2)
                     self._limited_until = time.monotonic() + SMALLER_SECONDS
+                suspicious = self._failed_batches >= MAX_FAILED_BATCHES
+                if suspicious and not self.in_flight:
+                    self._check_device()
                 if not self.in_flight and not self._begin(self._queue.take(self._limit)):
                     break
-                if self._overlapping is not None:
+                if self._overlapping is not None and not suspicious:
                     self._begin(self._queue.take(self._limit, only_full=True))
                 self._complete_oldest(loop)
         except BaseException:  # logged here because nothing else sees it; the service then ends the process
@@ -224,9 +230,25 @@ class ModelWorker:
         names = self._outputs if any(item.features for item in batch.items) else self._always
         rows = run_bisected(lambda part: self._run_images(part, batch, names), images, names)
         started, ended = self.started or 0.0, time.monotonic()
+        failed = all(row is ENGINE_FAILED or row is OUT_OF_MEMORY for row in rows)
+        self._failed_batches = self._failed_batches + 1 if failed else 0
+        self._image_shape = images[0].shape
         del self.in_flight[0]
         self.started = ended if self.in_flight else None
         call_soon(loop, self._settle, batch.items, rows, started, ended)
+
+    def _check_device(self) -> None:
+        """Run a blank image after too many failed batches; raise `DeviceLostError` if it fails too.
+
+        This finds a lost device whatever its error is called, and keeps serving if the images were the cause.
+        """
+        self.started = time.monotonic()
+        try:
+            self._runtime.run(np.zeros((1, *self._image_shape), np.uint8))
+        except Exception as error:
+            message = f"{self._failed_batches} batches in a row and a blank image failed"
+            raise DeviceLostError(message) from error
+        self.started, self._failed_batches = None, 0
 
     def _run_images(self, images: Images, batch: _Batch, names: Sequence[str]) -> Outputs:
         """Wait for the begun *batch* the first time; later run *images* anew. *names* are needed."""

@@ -8,6 +8,7 @@ step. The version before that is stopped when its last request has its response.
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -113,10 +114,16 @@ class ModelRegistry:
         """
         async with self._changing:
             wanted: dict[str, Model | LoadedModel] = {}
-            for name, path in bundles.items():
-                version = (await asyncio.to_thread(read_manifest, path)).id
-                known = self.find(name, version)
-                wanted[name] = known if isinstance(known, Model) else await asyncio.to_thread(load, path)
+            with ExitStack() as stack:
+                for name, path in bundles.items():
+                    version = (await asyncio.to_thread(read_manifest, path)).id
+                    known = self.find(name, version)
+                    if isinstance(known, Model):
+                        wanted[name] = known
+                    else:
+                        wanted[name] = loaded = await asyncio.to_thread(load, path)
+                        stack.callback(loaded.runtime.close)  # unless all of them can be loaded
+                stack.pop_all()
             for name, model in wanted.items():
                 if isinstance(model, LoadedModel):
                     self._serve(name, model)

@@ -9,6 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def padded_sizes(largest: int) -> tuple[int, ...]:
+    """List the batch sizes 1, 2, 4 and so on below *largest*, and *largest*."""
+    return (*(1 << power for power in range((largest - 1).bit_length())), largest)
+
+
 class OutOfMemoryError(Exception):
     """The device has no memory for a batch of this size now; a smaller one may fit."""
 
@@ -30,6 +35,10 @@ class Runtime(Protocol):
         The outputs must not share memory with *images*. Raises `DeviceLostError` if no other batch can run,
         `OutOfMemoryError` if a smaller one may, and any other exception if this batch has no outputs.
         """
+        ...
+
+    def close(self) -> None:
+        """Release the memory of the network; no batch may be in flight. Later calls do nothing."""
         ...
 
 
@@ -65,10 +74,13 @@ class CudaError(NamedTuple):
 
 
 STICKY_ERRORS = (
+    CudaError(46, "cudaErrorDevicesUnavailable", "CUDA_ERROR_DEVICE_UNAVAILABLE", "busy or unavailable"),
+    CudaError(100, "cudaErrorNoDevice", "CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"),
     CudaError(214, "cudaErrorECCUncorrectable", "CUDA_ERROR_ECC_UNCORRECTABLE", "uncorrectable ECC error"),
     CudaError(
         220, "cudaErrorNvlinkUncorrectable", "CUDA_ERROR_NVLINK_UNCORRECTABLE", "uncorrectable NVLink error"
     ),
+    CudaError(226, "cudaErrorContained", "CUDA_ERROR_CONTAINED", "access of peer GPU memory over nvlink"),
     CudaError(700, "cudaErrorIllegalAddress", "CUDA_ERROR_ILLEGAL_ADDRESS", "illegal memory access"),
     CudaError(702, "cudaErrorLaunchTimeout", "CUDA_ERROR_LAUNCH_TIMEOUT", "launch timed out"),
     CudaError(709, "cudaErrorContextIsDestroyed", "CUDA_ERROR_CONTEXT_IS_DESTROYED", "context is destroyed"),
@@ -81,6 +93,27 @@ STICKY_ERRORS = (
     ),
     CudaError(718, "cudaErrorInvalidPc", "CUDA_ERROR_INVALID_PC", "invalid program counter"),
     CudaError(719, "cudaErrorLaunchFailure", "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"),
+    CudaError(
+        721,
+        "cudaErrorTensorMemoryLeak",
+        "CUDA_ERROR_TENSOR_MEMORY_LEAK",
+        "tensor memory not completely freed",
+    ),
+    CudaError(
+        810,
+        "cudaErrorMpsClientTerminated",
+        "CUDA_ERROR_MPS_CLIENT_TERMINATED",
+        "the MPS client has been terminated by the server",
+    ),
+    CudaError(
+        811, "cudaErrorCdpNotSupported", "CUDA_ERROR_CDP_NOT_SUPPORTED", "is using CUDA Dynamic Parallelism"
+    ),
+    CudaError(
+        911, "cudaErrorExternalDevice", "CUDA_ERROR_EXTERNAL_DEVICE", "external entity outside of CUDA"
+    ),
+    CudaError(
+        999, "cudaErrorUnknown", "CUDA_ERROR_UNKNOWN", ""
+    ),  # its text, `unknown error`, is not specific
 )
 MEMORY_ERROR = CudaError(2, "cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "out of memory")
 ERROR_CODE = re.compile(r"\bCUDA (?:failure|error) (\d+)", re.IGNORECASE)
@@ -110,7 +143,7 @@ def classify_error(message: str) -> DeviceLostError | OutOfMemoryError | None:
     found, lower = ERROR_CODE.search(message), message.lower()
     code = int(found[1]) if found else None
     for error in (*STICKY_ERRORS, MEMORY_ERROR):
-        names = (error.runtime.lower(), error.driver.lower(), error.text.lower())
+        names = tuple(filter(None, (error.runtime.lower(), error.driver.lower(), error.text.lower())))
         if code is None:
             matches = any(re.search(rf"\b{re.escape(name)}\b", lower) for name in names)
         else:

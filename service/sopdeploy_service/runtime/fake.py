@@ -42,6 +42,9 @@ class FakeRuntime:
         time.sleep(seconds)
         return outputs
 
+    def close(self) -> None:
+        """Do nothing: there is nothing to release, and tests reuse runtimes."""
+
     def _compute(self, images: NDArray[np.uint8]) -> tuple[dict[str, NDArray[np.float32]], float]:
         """Return the output of a batch of *images* and the seconds that it takes."""
         self.batches.append(len(images))

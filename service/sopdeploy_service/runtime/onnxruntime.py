@@ -1,7 +1,6 @@
 """onnxruntime on the CPU, or on a GPU with CUDA."""
 
 import os
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +11,26 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy_service.runtime.base import classify_error
+from sopdeploy_service.runtime.base import classify_error, padded_sizes
+from sopdeploy_service.runtime.cuda_libraries import load_cuda_libraries
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
-CUDA_OPTIONS = {"use_tf32": "0"}  # fp32 in the graph stays fp32
+CUDA_OPTIONS = {
+    "use_tf32": "0",  # fp32 in the graph stays fp32
+    "cudnn_conv_algo_search": "HEURISTIC",  # the default measures every algorithm whenever the size changes
+}
 DEVICES = {CPU: "cpu", CUDA: "cuda:0"}
-MAX_BINDINGS = 8  # batch sizes whose tensors stay on the device; the least recently used one is dropped
 
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """The input and outputs of one batch size on the device, bound to the session."""
+    """The input and outputs of one batch size on the device, bound to the session.
 
+    *host* is where the images are padded.
+    """
+
+    host: NDArray[np.uint8]
     images: Any
     outputs: Mapping[str, Any]
     io_binding: Any
@@ -34,6 +40,7 @@ class BoundSession:
     """Runs *session* on tensors that stay on *device*, such as `cuda:0`.
 
     *image* is the name of the input; *outputs* has the shape of each float32 output without the batch.
+    Batches are padded to one of *sizes*, because cuDNN plans every convolution anew when the size changes.
     """
 
     def __init__(
@@ -43,35 +50,39 @@ class BoundSession:
         device: str,
         image: str,
         outputs: Mapping[str, tuple[int | None, ...]],
+        sizes: Sequence[int],
     ) -> None:
         self._onnxruntime, self._session = onnxruntime, session
         kind, _, number = device.partition(":")
         self._device = (kind, int(number or 0))
-        self._image, self._shapes = image, outputs
-        self._bindings: OrderedDict[tuple[int, ...], Binding] = OrderedDict()
+        self._image, self._shapes, self._sizes = image, outputs, sizes
+        self._bindings: dict[int, Binding] = {}
 
     def run(self, images: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return the outputs *names* (n, ...) float32."""
-        binding = self._bindings.pop(images.shape, None) or self._bind(images)
-        self._bindings[images.shape] = binding
-        if len(self._bindings) > MAX_BINDINGS:
-            self._bindings.popitem(last=False)
-        binding.images.update_inplace(images)
+        count = len(images)
+        size = next((size for size in self._sizes if size >= count), count)
+        if size not in self._bindings:
+            self._bindings[size] = self._bind((size, *images.shape[1:]))
+        binding = self._bindings[size]
+        binding.host[:count] = images
+        binding.images.update_inplace(binding.host)
         self._session.run_with_iobinding(binding.io_binding)
-        return {name: np.array(binding.outputs[name].numpy()) for name in names}
+        return {name: binding.outputs[name].numpy()[:count].copy() for name in names}
 
-    def _bind(self, images: NDArray[np.uint8]) -> Binding:
+    def _bind(self, shape: tuple[int, ...]) -> Binding:
         value = self._onnxruntime.OrtValue
         io_binding = self._session.io_binding()
-        on_device = value.ortvalue_from_numpy(images, *self._device)
+        host = np.zeros(shape, np.uint8)
+        on_device = value.ortvalue_from_numpy(host, *self._device)
         io_binding.bind_ortvalue_input(self._image, on_device)
         outputs = {
-            name: value.ortvalue_from_shape_and_type((len(images), *shape), np.float32, *self._device)
-            for name, shape in self._shapes.items()
+            name: value.ortvalue_from_shape_and_type((shape[0], *rest), np.float32, *self._device)
+            for name, rest in self._shapes.items()
         }
         for name, output in outputs.items():
             io_binding.bind_ortvalue_output(name, output)
-        return Binding(on_device, outputs, io_binding)
+        return Binding(host, on_device, outputs, io_binding)
 
 
 class OnnxRuntime:
@@ -92,6 +103,8 @@ class OnnxRuntime:
         """
         onnxruntime = _import_onnxruntime()
         manifest = bundle.manifest
+        if provider != CPU and provider in onnxruntime.get_available_providers():
+            load_cuda_libraries(onnxruntime)
         self.name = f"onnxruntime {onnxruntime.__version__}"
         self.device = DEVICES[provider]
         self.largest_batch = manifest.batch.maximum
@@ -103,7 +116,8 @@ class OnnxRuntime:
         self._bound: BoundSession | None = None
         if provider != CPU:
             shapes = {output.name: output.shape[1:] for output in manifest.outputs}
-            self._bound = BoundSession(onnxruntime, self._session, self.device, self._input, shapes)
+            sizes = padded_sizes(self.largest_batch)
+            self._bound = BoundSession(onnxruntime, self._session, self.device, self._input, shapes, sizes)
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
@@ -121,6 +135,10 @@ class OnnxRuntime:
                 raise
             raise known from error
         return dict(zip(names, values, strict=True))
+
+    def close(self) -> None:
+        """Release the session and the tensors on the device."""
+        self._session = self._bound = None
 
 
 def _import_onnxruntime() -> Any:
@@ -151,7 +169,12 @@ def _open_session(
         )
     try:
         providers = [(provider, provider_options)]
-        session = onnxruntime.InferenceSession(str(bundle.onnx), options, providers=providers)
+        session = onnxruntime.InferenceSession(
+            str(bundle.onnx),
+            options,
+            providers=providers,
+            enable_fallback=0,  # otherwise to the CPU, after errors
+        )
     except Exception as error:  # onnxruntime's errors share no base class
         reason = f"cannot load the graph: {' '.join(str(error).split())}"
         if bundle.manifest.precision == "bf16-backbone":

@@ -58,6 +58,10 @@ class TensorRTRuntime:
 
         return wait
 
+    def close(self) -> None:
+        """Release the engine and its memory."""
+        self._session.close()
+
 
 def is_set_up(bundle: Bundle, settings: Settings) -> bool:
     """Return whether TensorRT is installed and the cache has an engine of *bundle*."""

@@ -4,6 +4,7 @@ A runtime belongs to one process, so several GPUs need several processes. All ac
 listening socket. Each also listens on a private loopback socket, from which the others collect its metrics.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -20,22 +21,28 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, cast
 
+from sopdeploy.errors import ConfigError
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import WORKER_VARIABLE, Settings
 
 USER_ERROR = 2
 STABLE_SECONDS = 60.0  # a worker that ran this long is restarted without delay
 MAX_RESTART_DELAY_SECONDS = 30.0
+VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
 log = logging.getLogger("sopdeploy.supervisor")
 
 
 @dataclass(slots=True)
 class Worker:
-    """One device and its process; *name* is unique even if several workers share a device."""
+    """One device and its process; *name* is unique even if several workers share a device.
+
+    *variables* are the environment and *settings* the settings in which it differs from the others.
+    """
 
     name: str
-    device: str
+    variables: Mapping[str, str]
+    settings: Mapping[str, str]
     private: socket.socket
     child: subprocess.Popen[str] | None = None
     bundles: str | None = None  # printed by the process when it is ready
@@ -59,12 +66,17 @@ class Supervisor:
         self._workers: list[Worker] = []
 
     def run(self) -> int:
-        """Serve until SIGTERM or SIGINT; 0 after a drain, 2 if a worker cannot start at all."""
+        """Serve until SIGTERM or SIGINT; 0 after a drain, 2 if a worker cannot start at all.
+
+        Raises `ConfigError` for a device that this process cannot use.
+        """
         with ExitStack() as stack:
             devices = self._settings.devices
             for place, device in enumerate(devices):
                 name = device if devices.count(device) == 1 else f"{device}-{place}"
-                self._workers.append(Worker(name, device, stack.enter_context(bind("127.0.0.1", 0))))
+                private = stack.enter_context(bind("127.0.0.1", 0))
+                settings = {"runtime": "onnxruntime-cpu"} if device == "cpu" else {}
+                self._workers.append(Worker(name, visible_devices(device), settings, private))
             for number in (signal.SIGTERM, signal.SIGINT):
                 stack.callback(signal.signal, number, signal.signal(number, self._stop))
             reading, writing = os.pipe()  # closed when this process ends, however it ends
@@ -113,15 +125,14 @@ class Supervisor:
     def _spawn(self, worker: Worker, lifeline: int) -> subprocess.Popen[str]:
         order = {
             "sources": self._sources,
-            "settings": self._settings.model_dump(mode="json"),
+            "settings": {**self._settings.model_dump(mode="json"), **worker.settings},
             "name": worker.name,
             "listener": self._listener.fileno(),
             "private": worker.private.fileno(),
             "lifeline": lifeline,
             "siblings": {other.name: url(other.private) for other in self._workers},
         }
-        visible = {"CUDA_VISIBLE_DEVICES": worker.device} if worker.device.isdecimal() else {}
-        return start_process(order, visible)
+        return start_process(order, worker.variables)
 
     def _ready(self, worker: Worker, bundles: str) -> None:
         with self._changed:
@@ -132,6 +143,28 @@ class Supervisor:
             self._announced = True
             sys.stdout.write(f"ready: {self._url}  {bundles}\n")
             sys.stdout.flush()
+
+
+def visible_devices(device: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Compute the CUDA variables of a process that may use *device* only.
+
+    An inherited CUDA_VISIBLE_DEVICES is the list to choose from: 0 is its first GPU. Without it, numbers are
+    those of nvidia-smi. Raises `ConfigError` for a GPU that is not in the list.
+    """
+    if device == "cpu":
+        return {VISIBLE: ""}
+    if VISIBLE in environment:
+        listed = [name.strip() for name in environment[VISIBLE].split(",")]
+        allowed = list(itertools.takewhile(lambda name: name and name != "-1", listed))  # as CUDA does
+        chosen = allowed[int(device) : int(device) + 1] if device.isdecimal() else {device} & set(allowed)
+        if not chosen:
+            raise ConfigError(
+                f"devices: {device} is not among the {len(allowed)} GPUs of "
+                f"CUDA_VISIBLE_DEVICES={environment[VISIBLE]}; choose a position, from 0, or a listed UUID"
+            )
+        return {VISIBLE: next(iter(chosen))}
+    order = environment.get(ORDER, "PCI_BUS_ID")  # CUDA's own default is the fastest GPU first
+    return {VISIBLE: device, ORDER: order}
 
 
 def start_process(

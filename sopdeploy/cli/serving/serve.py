@@ -29,6 +29,12 @@ def serve(
         str | None,
         typer.Option(help="auto, onnxruntime-cpu, onnxruntime-cuda or tensorrt. [dim]default: auto[/dim]"),
     ] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            help="One process per device: `0,1`, UUIDs, MIG ids or `cpu`. [dim]default: one process[/dim]"
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the runtime.")] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Largest batch.")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(min=1, help="Largest request body.")] = None,
@@ -72,6 +78,7 @@ def serve(
                 host=host,
                 port=port,
                 runtime=runtime,
+                devices=devices,
                 threads=threads,
                 max_batch=max_batch,
                 max_body_bytes=max_body_bytes,

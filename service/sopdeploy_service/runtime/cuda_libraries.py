@@ -1,0 +1,49 @@
+"""Load CUDA and cuDNN for ONNX Runtime, and name the library that is missing.
+
+ONNX Runtime does not search NVIDIA's pip packages by itself, and describes a missing library at length.
+"""
+
+import contextlib
+import ctypes
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from sopdeploy.errors import RuntimeUnavailableError
+
+DRIVER = "libcuda.so.1"
+CUDNN = "libcudnn.so.9"  # opened by the provider at its first convolution
+SHARED, PROVIDER = "libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so"
+NO_DRIVER = (
+    f"no NVIDIA driver is usable here ({DRIVER} cannot be loaded); start a container with `--gpus all`, or "
+    "install the driver"
+)
+
+
+def load_cuda_libraries(onnxruntime: Any) -> None:
+    """Load what the CUDA provider of *onnxruntime* needs, from pip packages or the system's folders.
+
+    Raises `RuntimeUnavailableError` with the name of the first library that cannot be loaded. Libraries are
+    checked on Linux only.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it cannot load
+        onnxruntime.preload_dlls()
+    if sys.platform != "linux":
+        return
+    try:
+        ctypes.CDLL(DRIVER)
+    except OSError as error:
+        raise RuntimeUnavailableError(NO_DRIVER) from error
+    folder = Path(onnxruntime.__file__).parent / "capi"
+    try:
+        ctypes.CDLL(str(folder / SHARED), mode=ctypes.RTLD_GLOBAL)
+        for library in (str(folder / PROVIDER), CUDNN):
+            ctypes.CDLL(library, mode=os.RTLD_LAZY)
+    except OSError as error:
+        name, _, reason = str(error).partition(": ")  # the message of the loader begins with the library
+        raise RuntimeUnavailableError(
+            f"onnxruntime {onnxruntime.__version__} needs {Path(name).name} for CUDA ({reason}); "
+            'run: pip install "sopdeploy[gpu]"'
+        ) from error
