@@ -95,7 +95,8 @@ class FakeOnnxRuntime(ModuleType):
     def SessionOptions(self) -> Any:  # noqa: N802
         return SimpleNamespace(add_session_config_entry=self.entries.__setitem__)
 
-    def InferenceSession(self, path: str, options: Any, providers: Any) -> Any:  # noqa: N802
+    def InferenceSession(self, path: str, options: Any, providers: Any, enable_fallback: int) -> Any:  # noqa: N802
+        assert not enable_fallback, "otherwise it continues on the CPU after an error, also of a later run"
         self.asked = providers
         named = [SimpleNamespace(name=name) for name in ("images", "logits")]
         return SimpleNamespace(
@@ -108,8 +109,9 @@ def test_onnxruntime_uses_cuda_without_tf32_and_without_cpu_fallback(
 ) -> None:
     fake = FakeOnnxRuntime([CUDA, CPU])
     monkeypatch.setattr(with_onnxruntime, "_import_onnxruntime", lambda: fake)
+    monkeypatch.setattr(with_onnxruntime, "load_cuda_libraries", lambda module: None)
     assert open_runtime(bundle, Settings()).device == "cuda:0"
-    assert fake.asked == [(CUDA, {"use_tf32": "0"})]
+    assert fake.asked == [(CUDA, {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"})]
     assert fake.entries["session.disable_cpu_ep_fallback"] == "1"
 
 
@@ -118,6 +120,7 @@ def test_another_provider_than_requested_is_rejected(
     runtime: Any, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(with_onnxruntime, "_import_onnxruntime", lambda: FakeOnnxRuntime([CPU]))
+    monkeypatch.setattr(with_onnxruntime, "load_cuda_libraries", lambda module: None)
     with pytest.raises(RuntimeUnavailableError, match=f"asked for {CUDA}, onnxruntime chose"):
         open_runtime(bundle, Settings(runtime=runtime))
 

@@ -12,6 +12,7 @@ from sopdeploy.tensorrt.binding import import_tensorrt, parse_version
 from sopdeploy.tensorrt.cuda import open_cuda
 from sopdeploy.tensorrt.profiles import Profile, parse_profiles
 from sopdeploy.tensorrt.record import Hazard
+from sopdeploy.tensorrt.session import BUFFERS
 from sopdeploy_export.tensorrt.engine import EngineOptions, make_key
 from sopdeploy_export.tensorrt.lint import check_precision, lint
 from sopdeploy_export.tensorrt.rewrites import constants
@@ -36,16 +37,20 @@ class ProfileMemory(StrictModel):
 
 
 class MemoryEstimate(StrictModel):
-    """Bytes of an engine: the weights once, and the activations of every profile."""
+    """Bytes of an engine: the weights, and the activations of each profile.
+
+    The profiles share the block of the largest one. (TensorRT before 10.1 cannot share it and needs the sum.)
+    """
 
     weights: int
     profiles: tuple[ProfileMemory, ...]
 
     @property
     def total(self) -> int:
-        """The bytes of a process that serves all profiles, without workspace."""
+        """GPU memory of a process that serves all profiles, without workspace and the CUDA context."""
         borders = max(profile.borders for profile in self.profiles)
-        return self.weights + borders + sum(profile.activations for profile in self.profiles)
+        activations = max(profile.activations for profile in self.profiles)
+        return self.weights + BUFFERS * borders + activations
 
 
 class LintResult(StrictModel):

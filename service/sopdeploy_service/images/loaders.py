@@ -29,6 +29,7 @@ from sopdeploy_service.settings import Settings
 
 GPU_MODES = {"RGB", "L"}
 GPU_BACKENDS = ("HW_GPU_ONLY", "GPU_ONLY", "HYBRID_CPU_GPU")  # never fall back to the CPU silently
+CHECKED_SIZE = (96, 64)  # width and height of the JPEG that the GPU must decode at the start
 OPTIONS = ":fancy_upsampling=1"  # chroma interpolation as in libjpeg
 MAX_REDUCTION = 4  # per side; 1/8 would need a check on images of 16 times the network's input
 
@@ -105,6 +106,22 @@ class NvImageCodec:
         image.load()
         return image
 
+    def check_device(self) -> None:
+        """Decode a generated JPEG; raise `RuntimeUnavailableError` unless the pixels are in GPU memory.
+
+        Without this, Pillow would silently decode every image if the GPU decoder could decode none.
+        """
+        width, height = CHECKED_SIZE
+        decoded = self._decoder().decode(synthetic_jpeg((width, height), 0), params=self._params)
+        where = getattr(decoded, "buffer_kind", None)
+        shape = tuple(getattr(decoded, "shape", ()))
+        if where != self._library.ImageBufferKind.STRIDED_DEVICE or shape != (height, width, 3):
+            found = "nothing" if decoded is None else f"{shape} in {getattr(where, 'name', where)}"
+            raise RuntimeUnavailableError(
+                f"decode=nvimagecodec: the GPU did not decode a test JPEG (result: {found}); "
+                'run: pip install "sopdeploy[nvimagecodec]" (with nvJPEG), or serve with decode=exact'
+            )
+
     def _decoder(self) -> Any:
         if not hasattr(self._threads, "decoder"):
             try:
@@ -129,7 +146,9 @@ def _gpu_loader() -> NvImageCodec:
         RuntimeUnavailableError,
         "decode=nvimagecodec",
     )
-    return NvImageCodec(library, library.NVIMGCODEC_DEVICE_CURRENT, GPU_BACKENDS)
+    loader = NvImageCodec(library, library.NVIMGCODEC_DEVICE_CURRENT, GPU_BACKENDS)
+    loader.check_device()
+    return loader
 
 
 class FastDecode(StrictModel):

@@ -195,17 +195,21 @@ class Model:
         self.dead = True
         self.close(ENGINE_DEAD)
 
+    def hang_seconds(self, images: int) -> float:
+        """Compute after how many seconds a batch of *images* counts as hung."""
+        if self._timeout is not None:
+            return self._timeout
+        limit = max(MIN_HANG_SECONDS, HANG_FACTOR * self.latency.batch_seconds(images))
+        is_new = images > 0 and self._on_gpu and not self.latency.has_measured(images)
+        return max(limit, NEW_SIZE_SECONDS) if is_new else limit
+
     async def _watch(self) -> None:
         while not self.dead:
             # The worker thread changes both.
             started, batches = self._worker.started, tuple(self._worker.in_flight)
             images = len(batches[0].items) if batches and started is not None else 0
             seconds = 0.0 if started is None else time.monotonic() - started
-            limit = self._timeout
-            if limit is None:
-                limit = max(MIN_HANG_SECONDS, HANG_FACTOR * self.latency.batch_seconds(images))
-                if images and self._on_gpu and not self.latency.has_measured(images):
-                    limit = max(limit, NEW_SIZE_SECONDS)
+            limit = self.hang_seconds(images)
             if seconds > limit:
                 self._declare_dead(limit)
             await asyncio.sleep(min(WATCH_SECONDS, max(limit - seconds, limit / 20)))

@@ -122,7 +122,8 @@ def _show_plan(plan: "EnginePlan") -> None:
     activations = ", ".join(f"{m.activations / MEBI:.1f} at batch {m.batch}" for m in memory.profiles)
     total, weights = memory.total / MEBI, memory.weights / MEBI
     _field(
-        "memory", f"about {total:.1f} MiB without workspace: weights {weights:.1f}, activations {activations}"
+        "memory",
+        f"about {total:.1f} MiB without workspace: weights {weights:.1f}, shared activations {activations}",
     )
     for result in plan.lint:
         rewrites = [f"{hazard.operators} operators rewritten, {hazard.done}" for hazard in result.hazards]

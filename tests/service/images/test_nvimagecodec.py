@@ -93,6 +93,19 @@ def test_a_server_decodes_with_it(run_server, bundle, onnx_runtime, codec, decod
     assert len(decoded) == 1
 
 
+def test_a_decoder_that_uses_the_cpu_or_decodes_nothing_is_rejected_at_the_start(codec, monkeypatch):
+    message = r"the GPU did not decode a test JPEG \(result: \(64, 96, 3\) in STRIDED_HOST\).*decode=exact"
+    with pytest.raises(RuntimeUnavailableError, match=message):
+        codec.check_device()  # the library's own decoder, on the CPU
+    monkeypatch.setattr(codec, "_decoder", lambda: SimpleNamespace(decode=lambda body, params: None))
+    with pytest.raises(RuntimeUnavailableError, match="result: nothing"):
+        codec.check_device()
+    library = codec._library
+    kind = SimpleNamespace(buffer_kind=library.ImageBufferKind.STRIDED_DEVICE, shape=[64, 96, 3])
+    monkeypatch.setattr(codec, "_decoder", lambda: SimpleNamespace(decode=lambda body, params: kind))
+    codec.check_device()
+
+
 def test_without_a_gpu_an_error_explains_what_to_do():
     library = Mock()
     library.Decoder.side_effect = RuntimeError("CUDA Runtime failure: '#35'")

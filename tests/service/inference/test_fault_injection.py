@@ -11,6 +11,8 @@ import pytest
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference import fault_injection, model
 from sopdeploy_service.inference.fault_injection import NO_FAULTS, InjectedError, parse_faults
+from sopdeploy_service.inference.loader import LoadedModel
+from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import OutOfMemoryError
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
@@ -121,6 +123,23 @@ def test_out_of_memory_halves_batches_for_a_while(serve, jpeg):
         client.app.state.service.registry.find()._worker._limited_until = 0.0  # the time is over
         assert eight() in ([4, 4], [8])  # the worker may have asked for four already
         assert eight() == [8]
+
+
+@pytest.mark.parametrize(
+    ("device", "timeout", "images", "seconds"),
+    [
+        ("cuda:0", None, 8, 10.0),  # 20 times the measured half second
+        ("cuda:0", None, 1, 4.0),
+        ("cuda:0", None, 3, 60.0),  # a library may choose kernels for this size
+        ("cuda:0", 2.5, 3, 2.5),
+        ("cpu", None, 3, 10.0),
+    ],
+)
+def test_the_first_batch_of_a_size_may_take_longer_on_a_gpu(bundle, device, timeout, images, seconds):
+    runtime = FakeRuntime(classes=7, device=device)
+    loaded = LoadedModel(bundle=bundle, runtime=runtime, replays={}, timings=((1, 0.01), (8, 9.0), (8, 0.5)))
+    served = model.Model("tiny", loaded, Settings(engine_timeout_seconds=timeout), Metrics())
+    assert served.hang_seconds(images) == seconds
 
 
 def test_a_hung_model_is_detected_and_every_request_gets_a_response(serve, jpeg, monkeypatch, until):

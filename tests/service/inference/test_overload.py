@@ -7,7 +7,8 @@ import httpx
 import numpy as np
 import pytest
 
-from sopdeploy_service.runtime.fake import FakeRuntime
+from sopdeploy_service.inference.model_worker import MAX_FAILED_BATCHES
+from sopdeploy_service.runtime.fake import FakeOverlappingRuntime, FakeRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.held import Held
 from tests.service.raw import connect, count, post_of
@@ -169,3 +170,38 @@ def test_a_stopped_server_leaves_no_threads(run_server, bundle, jpeg, until):
         assert post(client, jpeg).status_code == 200
         assert {"model", "decoder"} <= names()
     until(lambda: not {"model", "decoder"} & names())
+
+
+class Broken(FakeRuntime):
+    """Fails with an unknown error while `broken` is true; a blank image fails too if `everywhere` is."""
+
+    broken, everywhere = True, True
+
+    def run(self, images):
+        if self.broken and (self.everywhere or images.any()):
+            raise RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED in a library that does not name CUDA's error")
+        return super().run(images)
+
+
+class BrokenOverlapping(Broken, FakeOverlappingRuntime):
+    def begin(self, images):
+        return lambda: self.run(np.stack(images))
+
+
+@pytest.mark.parametrize("kind", [Broken, BrokenOverlapping], ids=["one batch", "two in flight"])
+def test_a_device_that_fails_every_batch_ends_the_server_whatever_its_error_is(kind, serve_with, jpeg, until):
+    client = serve_with(kind(classes=7))
+    codes = [post(client, jpeg).json()["code"] for _ in range(MAX_FAILED_BATCHES)]
+    assert set(codes) == {"engine_failed"}
+    until(lambda: client.app.state.service.state == "engine_dead")
+
+
+def test_images_that_fail_in_a_row_do_not_stop_a_working_device(serve_with, jpeg):
+    runtime = Broken(classes=7)
+    runtime.everywhere = False
+    client = serve_with(runtime)
+    codes = [post(client, jpeg).json()["code"] for _ in range(2 * MAX_FAILED_BATCHES + 1)]
+    assert set(codes) == {"engine_failed"}
+    runtime.broken = False
+    assert post(client, jpeg).status_code == 200
+    assert runtime.batches == [1, 1, 1]  # two blank images, then the image

@@ -14,9 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from sopdeploy.errors import ConfigError
 from sopdeploy_service.observability.metrics import merge
 from sopdeploy_service.server.sockets import bind
-from sopdeploy_service.server.workers import Supervisor, Worker
+from sopdeploy_service.server.workers import Supervisor, Worker, visible_devices
 from sopdeploy_service.settings import load_settings
 from tests.service.children import line_of
 
@@ -31,7 +32,7 @@ def start(bundle_path: Path) -> Iterator[Start]:
 
         def started(*options: str) -> tuple[subprocess.Popen[str], httpx.Client]:
             child = stack.enter_context(
-                spawn(str(bundle_path), "--set", "devices=cpu,cpu", "--threads", "1", *options)
+                spawn(str(bundle_path), "--devices", "cpu,cpu", "--threads", "1", *options)
             )
             stack.callback(child.kill)
             found = re.fullmatch(r"ready: (\S+)  (\S+)\n", line_of(child))
@@ -59,7 +60,8 @@ def workers(parent: int) -> list[int]:
 
 def test_two_processes_share_a_port_and_a_page_of_metrics(start: Start, jpeg, until) -> None:
     child, client = start()
-    assert len(workers(child.pid)) == 2
+    variables = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in workers(child.pid)]
+    assert [b"CUDA_VISIBLE_DEVICES=" in found for found in variables] == [True, True]  # no GPU
     for _ in range(10):
         assert httpx.post(f"{client.base_url}/v1/classify", content=jpeg, timeout=20).status_code == 200
     page = client.get("/metrics").text
@@ -116,6 +118,40 @@ def test_a_process_that_starts_during_a_signal_gets_it() -> None:
         assert supervisor.run() == 0
         assert listener.fileno() == -1  # the last worker closes the port
     assert supervisor.started.returncode == -signal.SIGTERM
+
+
+IDS = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-b5a4e0c9-1c2d-5a30-9b0a-3a3b8a3f5c11"
+VISIBLE: dict[str, tuple[str, str | None, dict[str, str] | None]] = {
+    "a number": ("1", None, {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}),
+    "a UUID": (IDS[0], None, {"CUDA_VISIBLE_DEVICES": IDS[0], "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}),
+    "a MIG id": (IDS[1], None, {"CUDA_VISIBLE_DEVICES": IDS[1], "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}),
+    "the cpu": ("cpu", "2,3", {"CUDA_VISIBLE_DEVICES": ""}),
+    "a position": ("1", "2,3", {"CUDA_VISIBLE_DEVICES": "3"}),
+    "a listed UUID": (IDS[0], f"{IDS[1]}, {IDS[0]}", {"CUDA_VISIBLE_DEVICES": IDS[0]}),
+    "a position in UUIDs": ("0", ",".join(IDS), {"CUDA_VISIBLE_DEVICES": IDS[0]}),
+    "a number, not a position": ("2", "2,3", None),
+    "a UUID that is not listed": (IDS[0], IDS[1], None),
+    "a position after an invalid entry": ("1", "0,-1,1", None),
+    "a GPU where all are hidden": ("0", "", None),
+}
+
+
+@pytest.mark.parametrize("case", VISIBLE)
+def test_a_process_sees_its_device_only_and_chooses_from_an_inherited_list(case: str) -> None:
+    device, inherited, expected = VISIBLE[case]
+    assert load_settings(devices=device).devices == (device,)
+    environment = {} if inherited is None else {"CUDA_VISIBLE_DEVICES": inherited}
+    if expected is not None:
+        assert visible_devices(device, environment) == expected
+        return
+    with pytest.raises(ConfigError, match=rf"devices: {device} is not among the \d GPUs of CUDA_VISIBLE_DEV"):
+        visible_devices(device, environment)
+
+
+def test_an_inherited_device_order_stays() -> None:
+    assert (
+        visible_devices("0", {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"})["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
+    )
 
 
 def test_a_missing_bundle_is_a_one_line_error_with_exit_code_2(tmp_path) -> None:
