@@ -3,13 +3,14 @@
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.config import StrictModel
 from sopdeploy.layers.covariance import at_least_float32, without_autocast
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.residual import dimension_reduction
+
+SMALLEST_LENGTH = 1e-12
 
 
 class GlobalPooling(nn.Module, ExportHints):
@@ -70,12 +71,24 @@ class PoolingConfig(StrictModel):
         return pooling
 
 
+def unit_length(values: Tensor, dim: int) -> Tensor:
+    """Divide *values* by their Euclidean length along *dim*; zeros stay zeros.
+
+    Gives the bits of `torch.nn.functional.normalize`, which also expands lengths to the shape of *values*:
+    in ONNX the expansion computes a shape, and ONNX Runtime computes shapes on the CPU.
+    """
+    length = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
+    smallest = max(SMALLEST_LENGTH, torch.finfo(values.dtype).tiny)  # 1e-12 would be 0 in float16
+    scaled: Tensor = values / length.clamp_min(smallest)
+    return scaled
+
+
 def unit_signed_root(vector_BD: Tensor) -> Tensor:
     """Compute sign(x) sqrt(|x| + 1e-8) of each element, then divide vectors (B, D) by their length.
 
     The constant keeps the slope at 0 finite; zero vectors stay zero.
     """
-    return F.normalize(vector_BD.sign() * torch.sqrt(vector_BD.abs() + 1e-8), dim=1)
+    return unit_length(vector_BD.sign() * torch.sqrt(vector_BD.abs() + 1e-8), dim=1)
 
 
 class GlobalAverage(GlobalPooling):

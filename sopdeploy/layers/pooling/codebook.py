@@ -11,10 +11,9 @@ from typing import Annotated, Literal
 
 import pydantic
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig
+from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_length
 
 SMALLEST_DEVIATION = 1e-3
 
@@ -46,7 +45,7 @@ class NetVLAD(Codebook):
         """Compute the vector: sum of a (x - c) = a x - (sum of a) c."""
         a_BKM, x_BMC, total_BK1 = self.assigned(features)
         residuals_BKC = a_BKM @ x_BMC - total_BK1 * self.centres
-        return F.normalize(F.normalize(residuals_BKC, dim=2).flatten(start_dim=1), dim=1)
+        return unit_length(unit_length(residuals_BKC, dim=2).flatten(start_dim=1), dim=1)
 
 
 class NetVLADConfig(PoolingConfig):
@@ -73,8 +72,8 @@ class NetFV(Codebook):
         first_BKC = (sum_BKC - total_BK1 * self.centres) / deviations_KC
         spread_BKC = a_BKM @ x_BMC.square() - 2.0 * sum_BKC * self.centres + total_BK1 * self.centres.square()
         second_BKC = spread_BKC / deviations_KC.square() - total_BK1
-        halves = [F.normalize(half, dim=2).flatten(start_dim=1) for half in (first_BKC, second_BKC)]
-        return F.normalize(torch.cat([F.normalize(half, dim=1) for half in halves], dim=1), dim=1)
+        halves = [unit_length(half, dim=2).flatten(start_dim=1) for half in (first_BKC, second_BKC)]
+        return unit_length(torch.cat([unit_length(half, dim=1) for half in halves], dim=1), dim=1)
 
 
 class NetFVConfig(PoolingConfig):
@@ -99,4 +98,4 @@ class GMSOPNetVLAD(nn.Module):
         assigned_BKM = self.assign(features_BCHW).flatten(start_dim=2).softmax(dim=1)
         x_BMC = features_BCHW.flatten(start_dim=2).transpose(1, 2)
         residual_BKC = assigned_BKM @ x_BMC - assigned_BKM.sum(dim=2, keepdim=True) * self.centres
-        return F.normalize(F.normalize(residual_BKC, dim=2).flatten(start_dim=1), dim=1)
+        return unit_length(unit_length(residual_BKC, dim=2).flatten(start_dim=1), dim=1)

@@ -16,10 +16,9 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import pydantic
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_signed_root
+from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_length, unit_signed_root
 
 
 class Sketch(NamedTuple):
@@ -119,7 +118,7 @@ class KernelPooling(GlobalPooling):
         weighted = [weight * order for weight, order in zip(self.order_weights, orders, strict=True)]
         vector_BD = torch.cat(weighted, dim=1)
         # unlike `unit_signed_root`, x / sqrt(|x| + 1e-8) does not jump by 2e-4 at 0, where rounding may fall
-        return F.normalize(vector_BD * torch.rsqrt(vector_BD.abs() + 1e-8), dim=1)
+        return unit_length(vector_BD * torch.rsqrt(vector_BD.abs() + 1e-8), dim=1)
 
     def tensor_sketch(self, x_BMC: Tensor, sketches: range) -> Tensor:
         """Compute the mean over positions (B, D) of the circular convolution of *sketches*."""
