@@ -4,6 +4,7 @@ Stored in the checkpoint and in the bundle. The export divides the last layer by
 a bundle are calibrated already, and thresholds refer to them. Does not import torch.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from sopdeploy.config import Count, Fraction, Positive, StrictModel
 Activation = Literal["softmax", "sigmoid"]
 Score = Literal["max_probability", "energy"]
 Estimate = Literal["held-out", "cross-validation"]
+MAX_LISTED = 20  # classes whose thresholds a report names
 
 
 class Calibration(StrictModel):
@@ -95,8 +97,11 @@ class Decision(StrictModel):
             found["known"] = self.rejection.recognize(logits)[0]
         return found
 
-    def rows(self) -> list[tuple[str, str]]:
-        """Describe calibration and rejection in (name, text) rows for reports and model cards."""
+    def rows(self, labels: Sequence[str] = ()) -> list[tuple[str, str]]:
+        """Describe calibration, rejection and thresholds in (name, text) rows for reports and model cards.
+
+        The thresholds are listed with the names of up to `MAX_LISTED` *labels*, otherwise as a range.
+        """
         rows = []
         if (fit := self.calibration) is not None:
             rows.append(
@@ -108,6 +113,12 @@ class Decision(StrictModel):
             rows.append(("unknown images", f"{rule.score} below {rule.threshold:.4g}; {accepted}"))
             if rule.auroc is not None:
                 rows.append(("AUROC, one class left out", f"{rule.auroc:.4f}"))
+        if self.thresholds is not None:
+            listed = f"{min(self.thresholds):.3f} to {max(self.thresholds):.3f}, one per class"
+            if 0 < len(labels) <= MAX_LISTED:
+                pairs = zip(labels, self.thresholds, strict=True)
+                listed = ", ".join(f"{label} {threshold:.3f}" for label, threshold in pairs)
+            rows.append(("thresholds", listed))
         return rows
 
 
