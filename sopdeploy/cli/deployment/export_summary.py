@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sopdeploy.cli.console import out, plain_text
+from sopdeploy.environment import SLOW_INT8, lacks_vnni
 
 if TYPE_CHECKING:
     from sopdeploy.decision import Decision
@@ -33,6 +34,8 @@ def show(exported: "Exported") -> None:
             out.print(Text.assemble((f"{name:8}", "bold"), " ", text))
     if exported.parity.drift_allowed:
         out.print("[bold yellow]warning[/]  the numbers drift; the bundle records that this was allowed")
+    if exported.manifest.int8_for == "cpu" and lacks_vnni():
+        out.print(f"[bold yellow]warning[/]  {SLOW_INT8}")
 
 
 def _facts(exported: "Exported") -> dict[str, str]:
