@@ -1,13 +1,13 @@
 """Accuracy with ten photos per class: the recipe photos against training from scratch and a linear probe.
 
     python benchmarks/few_photos.py --data CIFAR --cache DIR [--seeds 10] [--json]
-    python benchmarks/few_photos.py --photos DIR --cache DIR [--json]
+    python benchmarks/few_photos.py --photos DIR --cache DIR [--model dsop-resnet18] [--json]
 
 CIFAR is a folder of CIFAR-10 as image files, train/<class>/ and test/<class>/. The backbone, ResNet-20,
 learns every other class in alphabetical order. Each seed draws ten training images of each of the other
 five classes; all arms see the same ones, at 32 pixels, and are tested on the same 1,000 test images:
 
-- new: the recipe photos with the backbone as start weights;
+- new: the recipe photos with the backbone as start weights; "new gap" and "new isqrt" have this head only;
 - old: the recipe photos-dsop, from scratch; it holds out ten of the 50 images, as it did for users;
 - probe: scikit-learn's logistic regression (C = 1) on the standardized features of the backbone.
 
@@ -15,7 +15,7 @@ Intervals are Student's 95 % intervals of the paired difference over seeds. Fini
 repeated. Exit status 1: the new recipe is not 10 points better than the old one, or worse than the probe.
 
 --photos measures time instead: the first 60 images of DIR as six classes of ten, ResNet-18 with random
-weights at 224 pixels, and fine-tuning without early stopping.
+weights at 224 pixels, and all candidates of fine-tuning without early stopping.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from sklearn.preprocessing import StandardScaler
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.data.datasets.folder import open_classes
+from sopdeploy.errors import ConfigError, DataError, SopdeployError
 from sopdeploy.evaluation.prediction import score_checkpoint
 from sopdeploy.evaluation.statistics import paired
 from sopdeploy.images.preprocess import Preprocess
@@ -46,6 +47,7 @@ from sopdeploy.training.recipe import read_recipe
 NETWORK, SIDE = "resnet20", 32
 PER_CLASS, TEST_PER_CLASS = 10, 200
 PRETRAINING = {"images": 2000, "epochs": 4}  # images of each class
+PHOTOS = 60  # for the time
 PIXELS = [f"preprocess.resize={SIDE}", f"preprocess.crop={SIDE}"]
 
 
@@ -56,8 +58,10 @@ def link(folder: Path, images: Sequence[Path], name: str) -> None:
         (folder / name / image.name).symlink_to(image.resolve())
 
 
-def class_folders(data: Path, part: str) -> list[Path]:
+def class_folders(data: Path | None, part: str) -> list[Path]:
     """List the ten class folders of a part of CIFAR-10."""
+    if data is None or not (data / part).is_dir():
+        raise ConfigError(f"--data {data}: no folder {part}; give CIFAR-10 as {part}/<class>/*.jpg")
     return sorted(folder for folder in (data / part).iterdir() if folder.is_dir())
 
 
@@ -178,13 +182,19 @@ def accuracy_results(given: argparse.Namespace) -> tuple[list[Result], bool]:
     return results, hold
 
 
-def timing_results(photos: Path, cache: Path) -> list[Result]:
-    """Measure the steps of the procedure on 60 photos at 224 pixels."""
+def timing_results(photos: Path, cache: Path, network: str) -> list[Result]:
+    """Measure the steps of the procedure on 60 photos at 224 pixels, with catalog *network* on ResNet-18."""
     folder, weights, run = cache / "sixty", cache / "random.pt", cache / "run-sixty"
-    images = sorted(path for path in photos.iterdir() if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
+    found = photos.iterdir() if photos.is_dir() else ()
+    images = sorted(path for path in found if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
+    if len(images) < PHOTOS:
+        raise DataError(
+            f"--photos {photos}: {len(images)} images directly in this folder, {PHOTOS} are needed; give a "
+            "folder of images without subfolders"
+        )
     if not folder.exists():
         for number in range(6):
-            link(folder, images[number:60:6], f"class {number}")
+            link(folder, images[number:PHOTOS:6], f"class {number}")
     torch.manual_seed(0)
     model = create_model("resnet18", num_classes=6)
     labels = tuple(f"class {number}" for number in range(6))
@@ -200,7 +210,7 @@ def timing_results(photos: Path, cache: Path) -> list[Result]:
         ),
     )
     shutil.rmtree(run, ignore_errors=True)
-    settings = [f"data.path={folder}", f"start.weights={weights}", "model.name=resnet18"]
+    settings = [f"data.path={folder}", f"start.weights={weights}", f"model.name={network}"]
     settings.append("few_shot.fine_tuning.patience=15")
     result = train(read_recipe("photos", settings), run).few_shot
     if result is None:
@@ -221,6 +231,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--data", type=Path, help="CIFAR-10 as image files, train/ and test/")
     parser.add_argument("--photos", type=Path, help="folder of at least 60 images, for the time")
+    parser.add_argument("--model", default="dsop-resnet18", help="network on ResNet-18, for the time")
     parser.add_argument("--cache", type=Path, required=True, help="folder of images, runs and results")
     parser.add_argument("--backbone", type=Path, help="checkpoint to start from instead of pretraining")
     parser.add_argument("--arms", type=lambda text: text.split(","), default=["new", "old", "probe"])
@@ -229,10 +240,14 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     given.cache.mkdir(parents=True, exist_ok=True)
     given.cache = given.cache.resolve()
-    if given.photos is not None:
-        results, hold = timing_results(given.photos, given.cache), True
-    else:
-        results, hold = accuracy_results(given)
+    try:
+        if given.photos is not None:
+            results, hold = timing_results(given.photos, given.cache, given.model), True
+        else:
+            results, hold = accuracy_results(given)
+    except SopdeployError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     report(results, as_json=given.json, threads=os.environ.get("OMP_NUM_THREADS", "all"))
     return 0 if hold else 1
 

@@ -4,7 +4,6 @@ Stored in the checkpoint and in the bundle. The export divides the last layer by
 a bundle are calibrated already, and thresholds refer to them. Does not import torch.
 """
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -16,7 +15,6 @@ from sopdeploy.config import Count, Fraction, Positive, StrictModel
 Activation = Literal["softmax", "sigmoid"]
 Score = Literal["max_probability", "energy"]
 Estimate = Literal["held-out", "cross-validation"]
-MAX_LISTED = 20  # classes whose thresholds a report names
 
 
 class Calibration(StrictModel):
@@ -46,12 +44,18 @@ class Rejection(StrictModel):
         accepts: Fraction of known images that the threshold was chosen to accept.
         auroc: Area under the ROC curve of known images against those of a class left out, averaged over
             classes.
+        left_out: "refitted" if the classifier was fitted without the class; without it, its logit was masked.
     """
 
     score: Score
     threshold: float
     accepts: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.95
     auroc: Fraction | None = None
+    left_out: Literal["refitted"] | None = None
+
+    @pydantic.model_serializer(mode="wrap")
+    def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key != "left_out" or value is not None}
 
     def recognize(self, logits: NDArray[np.floating]) -> tuple[bool, float]:
         """Decide whether the image with *logits* (C,) of the bundle is known; also return its score."""
@@ -97,11 +101,8 @@ class Decision(StrictModel):
             found["known"] = self.rejection.recognize(logits)[0]
         return found
 
-    def rows(self, labels: Sequence[str] = ()) -> list[tuple[str, str]]:
-        """Describe calibration, rejection and thresholds in (name, text) rows for reports and model cards.
-
-        The thresholds are listed with the names of up to `MAX_LISTED` *labels*, otherwise as a range.
-        """
+    def rows(self) -> list[tuple[str, str]]:
+        """Describe calibration and rejection in (name, text) rows for reports and model cards."""
         rows = []
         if (fit := self.calibration) is not None:
             rows.append(
@@ -112,13 +113,8 @@ class Decision(StrictModel):
             accepted = f"accepts {100 * rule.accepts:g} % of known images"
             rows.append(("unknown images", f"{rule.score} below {rule.threshold:.4g}; {accepted}"))
             if rule.auroc is not None:
-                rows.append(("AUROC, one class left out", f"{rule.auroc:.4f}"))
-        if self.thresholds is not None:
-            listed = f"{min(self.thresholds):.3f} to {max(self.thresholds):.3f}, one per class"
-            if 0 < len(labels) <= MAX_LISTED:
-                pairs = zip(labels, self.thresholds, strict=True)
-                listed = ", ".join(f"{label} {threshold:.3f}" for label, threshold in pairs)
-            rows.append(("thresholds", listed))
+                how = "classifier fitted without it" if rule.left_out else "its logit masked"
+                rows.append(("AUROC, one class left out", f"{rule.auroc:.4f}, {how}"))
         return rows
 
 

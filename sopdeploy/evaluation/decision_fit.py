@@ -9,12 +9,14 @@ The threshold is a quantile of the scores of known images with the correction of
 (Angelopoulos and Bates, 2021, section 1).
 
 The score is chosen by leave-one-class-out AUROC: for each class, its logit is left out, its images are the
-unknown ones, and the images of all other classes the known ones. This shows how well the head separates
-images for which it has no output. It does not show how the network reacts to arbitrary images: its features
-were trained on the class that is left out. Expect another AUROC on images from another domain.
+unknown ones, and the images of all other classes the known ones. The few-shot procedure fits the head again
+without the class (`training/few_shot/unknown.py`); here the logit is masked. This shows how well the head
+separates images for which it has no output. It does not show how the network reacts to arbitrary images: its
+features were trained on the class that is left out. Expect another AUROC on images from another domain.
 """
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,12 +41,15 @@ def fit_decision(
     estimated_on: Estimate,
     accepts: float = 0.95,
     scalable: bool = True,
+    refitted: Mapping[Score, float] = {},
 ) -> Decision:
     """Fit temperature and rejection threshold to *logits* (N, C) of images of the classes *targets* (N,).
 
     With fewer than `MIN_IMAGES` images nothing is fitted. The temperature is 1 if the classifier cannot be
     scaled (*scalable* is False) or if `fit_temperature` finds no evidence for another one. *accepts* is the
     fraction of known images to accept; with 1, or if N is too small for the quantile, no image is rejected.
+    *refitted* are the AUROCs of heads that were fitted without one class, if there are any: otherwise the
+    logit of the class is masked.
     """
     if len(logits) < MIN_IMAGES or logits.shape[1] < 2:
         return Decision()
@@ -60,10 +65,16 @@ def fit_decision(
     rejected = math.floor((len(logits) + 1) * (1 - accepts) + 1e-9)
     if rejected == 0:
         return Decision(calibration=calibration)
-    areas = leave_one_class_out(scaled, targets)
+    areas = refitted or leave_one_class_out(scaled, targets)
     score = max(SCORES, key=lambda name: areas.get(name, 0.0))
     threshold = float(np.sort(known_score(scaled, score))[rejected - 1])
-    rejection = Rejection(score=score, threshold=threshold, accepts=accepts, auroc=areas.get(score))
+    rejection = Rejection(
+        score=score,
+        threshold=threshold,
+        accepts=accepts,
+        auroc=areas.get(score),
+        left_out="refitted" if refitted else None,
+    )
     return Decision(calibration=calibration, rejection=rejection)
 
 

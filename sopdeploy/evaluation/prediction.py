@@ -137,7 +137,7 @@ def evaluate(
         )
     if activation == "sigmoid":
         targets, probabilities = processes.all_reduce(predictions).numpy()
-        return _multi_label_metrics(dataset.labels, targets, probabilities, mean_loss)
+        return multi_label_metrics(dataset.labels, targets, probabilities, mean_loss)
     top1, top5 = processes.all_reduce(counts).tolist()
     return EvalMetrics(top1=top1 / count, top5=top5 / count, count=count, loss=mean_loss)
 
@@ -166,7 +166,7 @@ def _own_logits(
     yield from [None] * (rounds - len(batches))
 
 
-def _multi_label_metrics(
+def multi_label_metrics(
     labels: tuple[str, ...], targets: NDArray[np.float64], probabilities: NDArray[np.float64], loss: float
 ) -> MultiLabelMetrics:
     """Compute the metrics of *probabilities* (N, C) of *targets* (N, C) at a threshold of 0.5."""

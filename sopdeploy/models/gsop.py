@@ -116,15 +116,15 @@ class GSoP(Classifier):
 
 
 class GSoPResNetConfig(ResNetConfig, GSoPConfig):
-    """ResNet of bottlenecks for 224-pixel images; conv5_x keeps its size, as in the paper."""
+    """ResNet for 224-pixel images; conv5_x keeps its size, as in the paper, which uses bottlenecks."""
 
-    depth: Literal[26, 50, 101] = 50
+    depth: Literal[18, 26, 34, 50, 101] = 50
     conv5_stride: Literal[1, 2] = 1
     pooling: GapConfig = GapConfig()  # fixed: `final_pooling` selects the pooling
 
 
 class GSoPResNet(GSoP, ResNet):
-    """GSoP-Net on ResNet-26/50/101: one block at the last bottleneck of a stage (section 4.2)."""
+    """GSoP-Net on a ResNet: one block at the last residual block of a stage (section 4.2)."""
 
     config: GSoPResNetConfig
 
@@ -161,7 +161,7 @@ ENTRIES = {
             f"GSoP-Net{net} on ResNet-{depth}: covariances scale the channels of every stage",
         )
         for net in FINAL_POOLING
-        for depth in (26, 50, 101)
+        for depth in (18, 26, 34, 50, 101)
     },
     **{
         f"gsop-net{net}-preact-resnet{depth}": Entry(

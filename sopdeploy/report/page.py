@@ -61,9 +61,10 @@ def render_report(data: RunData) -> str:
     few_shot = None
     if "few_shot" in record:
         few_shot = FewShotResult.model_validate(record["few_shot"])
-        tiles = {"top-1": percent(few_shot.top1.share, 1), "estimate": few_shot.estimated_on, **tiles}
-        for name in ("best epoch", "top-1, best", "top-1, last"):
-            del tiles[name]
+        score = figures.score_name
+        of_epochs = {"best epoch", f"{score}, best", f"{score}, last"}
+        tiles = {key: text for key, text in tiles.items() if key not in of_epochs}
+        tiles = {score: percent(few_shot.score.share, 1), "estimate": few_shot.estimated_on, **tiles}
     environment = {f"{name} version": version for name, version in record.get("versions", {}).items()}
     environment |= record.get("machine", {})
     environment["weights in best.pt"] = f"{record.get('weights', 'raw')}, of epoch {record.get('epoch')}"
@@ -75,7 +76,7 @@ def render_report(data: RunData) -> str:
         few_shot=few_shot,
         history=data.history,
         tiles=tiles,
-        decision=[] if data.decision is None else data.decision.rows(data.labels),
+        decision=[] if data.decision is None else data.decision.rows(),
         reason=data.reason,
         recipe_values=[(key, value) for key, value in values if not key.startswith("model.config.")],
         environment=list(environment.items()),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydantic
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.decision import Decision
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
 from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
-from sopdeploy.evaluation.multi_label import MultiLabelReport
+from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.prediction import predict_images, score_images
 from sopdeploy.html.templates import percent
 from sopdeploy.images.preprocess import Preprocess, to_rgb
@@ -30,6 +31,7 @@ from sopdeploy.training.run import Position
 MAX_MISTAKES = 24
 THUMBNAIL_SIDE = 128  # pixels of the longer side
 JPEG_QUALITY = 75
+OUT_OF_FOLD = "the training images, each predicted by a network that was fitted without it"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,12 +95,15 @@ def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None])
         options: dict[str, Any] = {"workers": recipe.workers, "on_image": on_image}
         thresholds = checkpoint.decision.thresholds if checkpoint.decision is not None else None
         if thresholds is not None:
-            found = predict_images(model, thresholds, images, preprocess, **options)
+            if out_of_fold is not None and len(out_of_fold) == len(images):
+                found, name = _predictions_out_of_fold(out_of_fold, images, thresholds), OUT_OF_FOLD
+            else:
+                found = predict_images(model, thresholds, images, preprocess, **options)
             predictions = Predictions(metrics=found.report(), mistakes=(), images=name)
         else:
             if out_of_fold is not None and len(out_of_fold) == len(images):
                 scores = _scores_out_of_fold(out_of_fold, images, checkpoint.decision or Decision())
-                name = "the training images, each predicted by a network that was fitted without it"
+                name = OUT_OF_FOLD
             else:
                 scores = score_images(model, checkpoint, images, **options)
             mistakes = tuple(worst_mistakes(scores, images, preprocess))
@@ -153,6 +158,18 @@ def _scores_out_of_fold(logits_NC: Tensor, images: LabeledImages, decision: Deci
             images.targets.tolist(), order, probabilities.tolist(), scaled_NC.numpy(), strict=True
         )
     ]
+
+
+def _predictions_out_of_fold(
+    logits_NC: Tensor, images: LabeledImages, thresholds: Sequence[float]
+) -> MultiLabelPredictions:
+    """Predict the classes of the training *images* by their logits out of fold."""
+    return MultiLabelPredictions(
+        labels=images.labels,
+        targets=images.targets.astype(np.float64),
+        probabilities=logits_NC.double().sigmoid().numpy(),
+        thresholds=thresholds,
+    )
 
 
 def worst_mistakes(scores: Sequence[Score], images: LabeledImages, preprocess: Preprocess) -> list[Mistake]:

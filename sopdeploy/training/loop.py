@@ -57,8 +57,8 @@ class TrainingResult(StrictModel):
     `skipped` lists the images that could not be read. `seconds` is the total time, over all resumptions. With
     several classes per image, the mAP and macro F1 are set instead of the accuracies. `few_shot` is the
     record of the few-shot procedure, if it applied. `decision` is the temperature and rejection threshold in
-    `best`, if there were enough images; thresholds by class are in `best` only. `start` is what the run
-    started from (None: random weights). `training_only` are the parts that the export detaches.
+    `best`, if there were enough images, or the thresholds of several classes per image. `start` is what the
+    run started from (None: random weights). `training_only` are the parts that the export detaches.
     """
 
     out: Path
@@ -345,12 +345,15 @@ def fit_best(
 ) -> Decision | None:
     """Fit temperature and rejection threshold of `best.pt` to the held-out images and store them in it.
 
-    Only the first process does; the others, and runs with too few images or several classes per image, get
-    `None`. A resumed run fits again, to the same images.
+    Only the first process does; the others, and runs with too few images, get `None`. With several classes
+    per image, the thresholds in it are returned. A resumed run fits again, to the same images.
     """
-    if run.strategy.rank != 0 or run.activation == "sigmoid" or len(held_out) < MIN_IMAGES:
+    several = run.activation == "sigmoid"
+    if run.strategy.rank != 0 or (len(held_out) < MIN_IMAGES and not several):
         return None
     checkpoint = read_checkpoint(folder.best)
+    if several:
+        return checkpoint.decision
     model = build_classifier(checkpoint, folder.best).to(run.strategy.device)
     logits, targets = predict_logits(
         model,
@@ -377,7 +380,7 @@ def _summarize(run: Run, folder: RunFolder, data: Split, decision: Decision | No
         best=folder.best,
         last=folder.last,
         history=folder.history,
-        model=run.recipe.model.name,
+        model=run.name,
         classes=len(run.labels),
         train_count=run.train_count,
         held_out_count=len(data.held_out),

@@ -25,6 +25,19 @@ from sopdeploy.training.optimizers import OptimizerConfig
 from sopdeploy.training.schedule import Schedule
 
 Count = Annotated[int, pydantic.Field(ge=0)]
+CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
+    "summary",
+    "workers",
+    "threads",
+    "device",
+    "data.cache",
+    "data.path",
+    "start.weights",
+    "save.every_steps",
+    "save.every_minutes",
+    "save.keep_every",
+    "rejection.accepts",
+}
 
 
 class ModelConfig(StrictModel):
@@ -203,6 +216,22 @@ def validate_recipe(values: dict[str, Any], source: str) -> Recipe:
         raise ConfigError(f"{source}: {_explain(error, values)}") from error
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
+
+
+def check_same_recipe(recipe: Recipe, values: dict[str, Any], source: Path) -> None:
+    """Check that *recipe* differs from *values*, recorded in *source*, only in `CHANGEABLE_KEYS`.
+
+    Raises `ConfigError` that names the first other key.
+    """
+    recorded = validate_recipe(values, str(source))
+    before = dict(flatten(recorded.model_dump(mode="json")))
+    now = dict(flatten(recipe.model_dump(mode="json")))
+    for key in sorted((before.keys() | now.keys()) - CHANGEABLE_KEYS):
+        if now.get(key) != before.get(key):
+            raise ConfigError(
+                f"{source}: the run started with {key} = {before.get(key)}, now it is {now.get(key)}; "
+                "resume with the same recipe or start a new run in another folder"
+            )
 
 
 def _explain(error: pydantic.ValidationError, values: Any) -> str:

@@ -39,27 +39,13 @@ from sopdeploy.training.few_shot.config import FewShotResult
 from sopdeploy.training.fine_tuning import parameter_groups
 from sopdeploy.training.losses import Loss, Teacher
 from sopdeploy.training.precision import Precision, first_non_finite, named_tensors
-from sopdeploy.training.recipe import Recipe, flatten, validate_recipe
+from sopdeploy.training.recipe import Recipe, check_same_recipe
 from sopdeploy.training.start_weights import (
     InitialModel,
     StartReport,
     complete_preprocess,
     create_initial_model,
 )
-
-CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
-    "summary",
-    "workers",
-    "threads",
-    "device",
-    "data.cache",
-    "data.path",
-    "start.weights",
-    "save.every_steps",
-    "save.every_minutes",
-    "save.keep_every",
-    "rejection.accepts",
-}
 
 
 class StepResult(NamedTuple):
@@ -91,8 +77,9 @@ class Position(StrictModel):
 class Run:
     """A run in progress; `network` is `model` or its compiled form.
 
-    `exported_weights` are those that a checkpoint exports: `raw` or `average`. `few_shot` is the record of
-    the few-shot procedure and `out_of_fold` (images, classes) the logits on which its estimate is based.
+    `name` is that of the network in the catalog. `exported_weights` are those that a checkpoint exports:
+    `raw` or `average`. `few_shot` is the record of the few-shot procedure, `out_of_fold` (images, classes)
+    the logits on which its estimate is based, and `decision` what was fitted to them.
     """
 
     recipe: Recipe
@@ -100,6 +87,7 @@ class Run:
     activation: Activation
     train_count: int
     strategy: Strategy
+    name: str
     normalize: Normalize
     precision: Precision
     config: dict[str, Any]
@@ -113,6 +101,7 @@ class Run:
     position: Position = field(default_factory=Position)
     few_shot: FewShotResult | None = None
     out_of_fold: Tensor | None = None
+    decision: Decision | None = None
 
     def after_step(self, result: StepResult, count: int, seconds: float, waited: float) -> None:
         """Advance by a step of *count* samples and *seconds*, *waited* of them for data."""
@@ -162,10 +151,10 @@ class Run:
                 for buffer in filter(torch.is_floating_point, model.buffers()):
                     buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
 
-    def replace_model(self, model: Classifier, config: dict[str, Any]) -> None:
-        """Continue with *model*, whose complete config is *config*, and a new optimizer."""
+    def replace_model(self, name: str, model: Classifier, config: dict[str, Any]) -> None:
+        """Continue with *model*, *name* in the catalog with the complete *config*, and a new optimizer."""
         self.model, self.network, self.optimizer = _place(self.recipe, model, self.strategy)
-        self.config = config
+        self.name, self.config = name, config
 
     def remove_branches_if_due(self) -> None:
         """Remove the branches in the epoch of `model.remove_branches_at`, an ablation.
@@ -200,7 +189,8 @@ class Run:
     ) -> Decision | None:
         """Fit temperature and rejection threshold to *logits* (N, C) of the classes *targets* (N,).
 
-        `None` if neither could be fitted.
+        The AUROC is that of the few-shot procedure, if it fitted heads without one class. `None` if neither
+        could be fitted.
         """
         decision = fit_decision(
             logits,
@@ -208,6 +198,7 @@ class Run:
             estimated_on=estimated_on,
             accepts=self.recipe.rejection.accepts,
             scalable=self.model.logits_layer() is not None,
+            refitted=self.few_shot.auroc if self.few_shot is not None else {},
         )
         return None if decision == Decision() else decision
 
@@ -236,17 +227,17 @@ class Run:
                 "optimizer.clip_norm"
             )
         return Checkpoint(
-            model=self.recipe.model.name,
+            model=self.name,
             config=self.config,
             weights=average["weights"] if average and self.exported_weights == "average" else raw,
             labels=self.labels,
             preprocess=self.recipe.preprocess,
             training=self._training_record(),
             resume=resume,
-            decision=self._decision(),
+            decision=self.decision or self.multi_label_decision(),
         )
 
-    def _decision(self) -> Decision | None:
+    def multi_label_decision(self) -> Decision | None:
         """Build the decision of several classes per image, with the thresholds of the last finished epoch."""
         if self.activation == "softmax":
             return None
@@ -310,6 +301,7 @@ def create_run(
         activation=activation,
         train_count=len(images),
         strategy=strategy,
+        name=recipe.model.name,
         normalize=Normalize(recipe.preprocess).to(strategy.device),
         precision=Precision(recipe.precision, strategy.device),
         config=recipe.model.full_config() if config is None else config,
@@ -349,7 +341,7 @@ def resume_run(
     checkpoint has no valid state to resume from.
     """
     recipe = complete_preprocess(recipe, checkpoint.preprocess)
-    _check_same_recipe(recipe, checkpoint, source)
+    check_same_recipe(recipe, checkpoint.training.get("recipe", {}), source)
     if checkpoint.labels != images.labels:
         raise DataError(
             f"{source}: the run has the classes {', '.join(checkpoint.labels)}; give the same data"
@@ -379,21 +371,10 @@ def resume_run(
         run.position = Position.model_validate(state["position"])
         if "few_shot" in checkpoint.training:
             run.few_shot = FewShotResult.model_validate(checkpoint.training["few_shot"])
-            run.out_of_fold = state.get("out_of_fold")
+            run.out_of_fold, run.decision = state.get("out_of_fold"), checkpoint.decision
+            run.name = checkpoint.model
     except pydantic.ValidationError as error:
         raise CheckpointError(f"{source}: {first_problem(error)}; start a new run") from error
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(damaged) from error
     return run
-
-
-def _check_same_recipe(recipe: Recipe, checkpoint: Checkpoint, source: Path) -> None:
-    recorded = validate_recipe(checkpoint.training.get("recipe", {}), str(source))
-    before = dict(flatten(recorded.model_dump(mode="json")))
-    now = dict(flatten(recipe.model_dump(mode="json")))
-    for key in sorted((before.keys() | now.keys()) - CHANGEABLE_KEYS):
-        if now.get(key) != before.get(key):
-            raise ConfigError(
-                f"{source}: the run started with {key} = {before.get(key)}, now it is {now.get(key)}; "
-                "resume with the same recipe or start a new run in another folder"
-            )

@@ -1,15 +1,16 @@
 """Recipe table `[few_shot]`, and the record of what the procedure found."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import pydantic
 
 from sopdeploy.config import Count, Fraction, NonNegative, Positive, StrictModel
-from sopdeploy.decision import Estimate
+from sopdeploy.decision import Estimate, Score
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.layers.pooling.registry import Pooling
 
 FEATURES_FILE = "features.pt"  # in the run folder
+FEW_IMAGES = 5  # the result names classes with fewer: hardly any image is left to test them
 Folds = Annotated[int, pydantic.Field(ge=2, le=20)]
 
 
@@ -24,6 +25,8 @@ class FineTuningConfig(StrictModel):
         decay: Factor on the learning rate for each block further from the classifier.
         batch_size: Images of a step.
         max_gib: Largest size in GiB of the cached inputs; with more, only the head is fitted.
+        branches: Whether to try the branches of DSoP that read the last stage, too.
+        gsop: Whether to try a GSoP block at the end of the last stage, too.
     """
 
     epochs: Annotated[int, pydantic.Field(ge=0)] = 15
@@ -33,6 +36,8 @@ class FineTuningConfig(StrictModel):
     decay: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.5
     batch_size: Count = 16
     max_gib: Positive = 1.0
+    branches: bool = True
+    gsop: bool = True
 
 
 class FewShotConfig(StrictModel):
@@ -43,7 +48,8 @@ class FewShotConfig(StrictModel):
         min_held_out: With fewer images selected for the held-out set, cross-validation on all images replaces
             it. A `val/` folder is always used.
         folds: Folds of the cross-validation of the head, at most the images of the smallest class.
-        heads: Global poolings to compare; empty is the pooling of the network.
+        heads: Global poolings to compare with the first one; empty is the pooling of the network and, if that
+            is average pooling, iSQRT-COV.
         balance_above: Ratio of the largest class to the smallest above which classes get equal weights.
         fine_tuning: The second step.
     """
@@ -56,74 +62,129 @@ class FewShotConfig(StrictModel):
     fine_tuning: FineTuningConfig = FineTuningConfig()
 
 
-class HeadResult(StrictModel):
-    """Cross-validated accuracy and loss of a linear head; `l2` is the regularization that was chosen."""
+class MeanPrecision(StrictModel):
+    """Mean average precision `share` over `count` images with a 95 % interval [`low`, `high`]."""
 
-    pooling: str
-    features: Count
-    top1: Fraction
-    loss: NonNegative
-    l2: Positive
+    share: Fraction
+    count: int
+    low: Fraction
+    high: Fraction
 
 
-class FineTuningResult(StrictModel):
-    """Cross-validated figures on equal folds before and after fine-tuning, and the decision.
+class CandidateResult(StrictModel):
+    """A way to train the network: its estimate out of fold, and the decision on it.
 
-    `epochs` is the number that was chosen. The figures are `None` if fine-tuning was not tried.
+    Attributes:
+        name: What is trained.
+        kept: Whether the network was trained in this way; a fine-tuned network also had the kept head.
+        reason: Why, compared with the first head or, on equal folds, with the kept head alone.
+        score: Accuracy, or mAP with several classes per image; `None` if the candidate was not tried.
+        loss: Mean weighted loss.
+        score_before: That of the kept head alone on the same folds; for fine-tuning only.
+        loss_before: Its loss.
+        features: Length of the vector that the classifier reads.
+        l2: The regularization that was chosen for a head.
+        epochs: The number that was chosen for fine-tuning.
     """
 
+    name: str
     kept: bool
     reason: str
-    epochs: int = 0
-    top1_before: Fraction | None = None
-    top1_after: Fraction | None = None
+    score: Rate | MeanPrecision | None = None
+    loss: NonNegative | None = None
+    score_before: Fraction | None = None
     loss_before: NonNegative | None = None
-    loss_after: NonNegative | None = None
+    features: Count | None = None
+    l2: Positive | None = None
+    epochs: int | None = None
+
+    def line(self) -> str:
+        """Describe the candidate for people."""
+        decision = f"{self.name}: {'kept' if self.kept else 'not kept'}, {self.reason}"
+        if self.score is None:
+            return decision
+        score, name = self.score, "top-1" if isinstance(self.score, Rate) else "mAP"
+        interval = f"{100 * score.low:.0f} to {100 * score.high:.0f} %"
+        figures = [f"{name} {100 * score.share:.1f} %, {interval}; loss {self.loss:.3f}"]
+        if self.l2 is not None:
+            figures.append(f"{self.features} features, l2 {self.l2:.1g}")
+        if self.score_before is not None:
+            figures.append(f"before {100 * self.score_before:.1f} %, loss {self.loss_before:.3f}")
+            figures.append(f"{self.epochs} epochs")
+        return f"{decision} ({'; '.join(figures)})"
 
 
 class FewShotResult(StrictModel):
     """What the procedure found.
 
     Attributes:
-        top1: Accuracy with its 95 % interval (Wilson).
-        estimated_on: Origin of `top1`: the held-out images or cross-validation.
+        top1: Accuracy with its 95 % interval (Wilson); `None` with several classes per image.
+        map: Mean average precision with its interval; only with several classes per image.
+        estimated_on: Origin of `top1` or `map`: the held-out images or cross-validation.
         class_counts: Training images of each class.
         balanced: Whether classes had equal weights in the loss.
         duplicates: Training images with the same pixels as an earlier one; they share its fold.
-        heads: The heads that were compared; the chosen one is first.
-        fine_tuning: Decision on the second step.
+        candidates: The heads, then the ways of fine-tuning.
+        auroc: AUROC of the scores for unknown images, by heads fitted without one class at a time.
         seconds: Time of each step.
     """
 
-    top1: Rate
+    top1: Rate | None = None
+    map: MeanPrecision | None = None
     estimated_on: Estimate
     class_counts: dict[str, int]
     balanced: bool
     duplicates: int
-    heads: tuple[HeadResult, ...]
-    fine_tuning: FineTuningResult
+    candidates: tuple[CandidateResult, ...]
+    auroc: dict[Score, Fraction] = pydantic.Field(default_factory=dict)
     seconds: dict[str, float]
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _convert_first_records(cls, values: Any) -> Any:
+        """Convert `heads` and `fine_tuning` of records from before there were other candidates."""
+        if not isinstance(values, dict) or "heads" not in values:
+            return values
+        values, count = dict(values), values["top1"]["count"]
+        tuning, found = values.pop("fine_tuning"), []
+        for number, head in enumerate(values.pop("heads")):
+            one = {key: head[key] for key in ("loss", "features", "l2")}
+            one |= {"name": f"{head['pooling']} head", "kept": number == 0}
+            one["reason"] = "smallest loss" if number == 0 else "the loss is not smaller"
+            one["score"] = Rate.of(round(head["top1"] * count), count).model_dump()
+            found.append(one)
+        last = {key: tuning[key] for key in ("kept", "reason", "epochs", "loss_before")}
+        if tuning["top1_after"] is not None:
+            last |= {"score_before": tuning["top1_before"], "loss": tuning["loss_after"]}
+            last["score"] = Rate.of(round(tuning["top1_after"] * count), count).model_dump()
+        return {**values, "candidates": (*found, {"name": "fine-tuning", **last})}
+
+    @property
+    def score(self) -> Rate | MeanPrecision:
+        """The accuracy, or the mAP."""
+        score = self.top1 or self.map
+        assert score is not None  # noqa: S101  # one of the two is set
+        return score
+
     def lines(self) -> tuple[str, ...]:
-        """Describe the result for people, the accuracy last."""
-        counts = ", ".join(f"{label} {count}" for label, count in self.class_counts.items())
-        counts += "; classes have equal weights" if self.balanced else ""
-        counts += f"; {self.duplicates} duplicates" if self.duplicates else ""
-        heads = "; ".join(
-            f"{head.pooling} {100 * head.top1:.1f} %, loss {head.loss:.3f}, l2 {head.l2:.1g}"
-            for head in self.heads
-        )
-        tuning, rate, change = self.fine_tuning, self.top1, ""
-        if tuning.top1_before is not None and tuning.top1_after is not None:
-            change = (
-                f" (top-1 {100 * tuning.top1_before:.1f} % before, {100 * tuning.top1_after:.1f} % after "
-                f"{tuning.epochs} epochs; loss {tuning.loss_before:.3f}, {tuning.loss_after:.3f})"
-            )
+        """Describe the result for people: images, candidates, and the score last."""
+        score, name = self.score, "top-1" if self.map is None else "mAP"
         origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
         return (
-            f"images: {counts}",
-            f"heads: {heads}",
-            f"fine-tuning: {'kept' if tuning.kept else 'not kept'}, {tuning.reason}{change}",
-            f"top-1 {100 * rate.share:.1f} % ({origin}, 95 % interval {100 * rate.low:.0f} to "
-            f"{100 * rate.high:.0f} %) of {rate.count} images, {sum(self.seconds.values()):.0f} s",
+            f"images: {self._images()}",
+            *(candidate.line() for candidate in self.candidates),
+            f"{name} {100 * score.share:.1f} % ({origin}, 95 % interval {100 * score.low:.0f} to "
+            f"{100 * score.high:.0f} %) of {score.count} images, {sum(self.seconds.values()):.0f} s",
         )
+
+    def _images(self) -> str:
+        """Describe the training images: their classes, imbalance, and duplicates."""
+        counts = self.class_counts
+        text = ", ".join(f"{label} {count}" for label, count in counts.items())
+        if self.balanced:
+            ratio = max(counts.values()) / max(1, min(counts.values()))
+            text += f"; classes have equal weights, the largest has {ratio:.1f} times the smallest"
+        few = [label for label, count in counts.items() if count < FEW_IMAGES]
+        if few:
+            text += f"; fewer than {FEW_IMAGES} images of {', '.join(few)}: add more"
+        return text + (f"; {self.duplicates} duplicates" if self.duplicates else "")

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,17 @@ from torch import Tensor, nn
 
 from sopdeploy.checkpoint import load_plain
 from sopdeploy.data.base import ImagesDataset, LabeledImages
-from sopdeploy.data.batches import load_batches, sequential_batches
+from sopdeploy.data.batches import load_batches
 from sopdeploy.errors import CheckpointError
 from sopdeploy.files import atomic_write
 from sopdeploy.images.preprocess import Preprocess, tta_views
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier, is_in
+from sopdeploy.training.few_shot.networks import fit_reduction, reduces_by_components
 from sopdeploy.training.fine_tuning import classifier_name
 
 BATCH = 16  # images, each with two views
+COMPONENT_IMAGES = 64  # for principal components: 49 positions each give 512 channels six times as many rows
 VIEWS = 2
 GIB = 2**30
 
@@ -77,58 +80,80 @@ def compute_features(
 ) -> Features:
     """Compute the features of *images* by *models*, networks that differ in pooling and classifier only.
 
-    The models are in eval mode afterwards. Stage inputs above *max_gib* are not kept; 0 keeps none.
-    *on_image* receives the numbers of images done and in total. The result is read from the file *cache* if
-    it has the same key.
+    The models are in eval mode afterwards, and dimension reductions before a covariance are principal
+    components of the maps. Stage inputs above *max_gib* are not kept; 0 keeps none. *on_image* receives the
+    numbers of images done and in total. The result is read from the file *cache* if it has the same key.
     """
-    dataset, device = TwoViews(images, preprocess), next(models[0].parameters()).device
-    batches = sequential_batches(len(images), BATCH)
+    dataset, device, count = TwoViews(images, preprocess), next(models[0].parameters()).device, len(images)
+    order = np.random.default_rng(0).permutation(count)  # the first batches show all classes
+    batches = [order[start : start + BATCH].tolist() for start in range(0, count, BATCH)]
     views = [views for views, _ in load_batches(dataset, batches, workers, torch.device("cpu"))]
-    keys = tuple(hashlib.sha256(one[0].numpy().tobytes()).hexdigest()[:32] for part in views for one in part)
+    keys = _pixel_keys(views, batches)
     key = _cache_key(models, preprocess, keys, max_gib)
-    stored = _read_cache(cache, key)
+    stored = _read_cache(cache, key, models)
     if stored is not None:
-        on_image(len(images), len(images))
+        on_image(count, count)
         return Features(*stored, keys)
     normalize = Normalize(preprocess).to(device)
     for model in models:
         model.eval()
-    vectors: list[list[Tensor]] = [[] for _ in models]
-    inputs: list[Tensor] = []
-    keep, done = max_gib > 0, 0
-    for part in views:
-        with torch.no_grad():
-            found, stage_input = _run(models, normalize(part.to(device).flatten(end_dim=1)))
-        for collected, vector in zip(vectors, found, strict=True):
-            collected.append(_by_image(vector))
-        keep = keep and stage_input.nbytes * len(images) * VIEWS <= max_gib * GIB * len(stage_input)
-        if keep:
-            inputs.append(_by_image(stage_input))
-        done += len(part)
-        on_image(done, len(images))
-    joined, tails = tuple(torch.cat(collected) for collected in vectors), torch.cat(inputs) if keep else None
-    with atomic_write(cache) as partial:
-        torch.save({"key": key, "vectors": list(joined), "stage_inputs": tails}, partial)
-    return Features(joined, tails, keys)
+    reduced = [model for model in models if reduces_by_components(model)]
+    rows, stage = [Rows(count) for _ in models], Rows(count, max_gib)
+    waiting: list[tuple[list[int], Tensor]] = []  # for the principal components
+    done = 0
+    for indices, part in zip(batches, views, strict=True):
+        maps, stage_input = _run(models[0], normalize(part.to(device).flatten(end_dim=1)))
+        stage.put(indices, stage_input)
+        waiting.append((indices, maps))
+        done += len(indices)
+        if not reduced or done >= min(count, COMPONENT_IMAGES):
+            for model in reduced:
+                fit_reduction(model.pooling, [maps for _, maps in waiting])  # type: ignore[arg-type]
+            reduced = []
+            for (some, maps), (model, to) in product(waiting, zip(models, rows, strict=True)):
+                to.put(some, classifier_input(model, maps))
+            waiting = []
+        on_image(done, count)
+    vectors = tuple(to.values for to in rows if to.values is not None)
+    _write_cache(cache, key, models, vectors, stage.values)
+    return Features(vectors, stage.values, keys)
 
 
-def _run(models: Sequence[Classifier], images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Compute the classifier's input (B, D) in each of *models*, and the input of the last stage."""
-    first, vectors = models[0], []
-    stage = first.get_submodule(last_stage(first))
+class Rows:
+    """Values (N, 2, ...) float32 of *count* images, filled in any order; `None` if larger than *max_gib*."""
+
+    def __init__(self, count: int, max_gib: float | None = None) -> None:
+        self.count, self.max_gib = count, max_gib
+        self.values: Tensor | None = None
+
+    def put(self, indices: list[int], views: Tensor) -> None:
+        """Store the values *views* (B * 2, ...) of the images *indices*."""
+        by_image = views.float().cpu().reshape(-1, VIEWS, *views.shape[1:])
+        size = by_image[:1].nbytes * self.count
+        if self.max_gib is not None and size > self.max_gib * GIB:
+            return
+        if self.values is None:
+            self.values = by_image.new_empty((self.count, *by_image.shape[1:]))
+        self.values[indices] = by_image
+
+
+@torch.no_grad()
+def _run(model: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the last feature map (B, C, h, w) of *images*, and the input of the last stage."""
+    stage = model.get_submodule(last_stage(model))
     block = next(stage.children(), stage)  # our backbones call the blocks of a stage, timm's the stage
     with record_input(stage) as of_stage, record_input(block) as of_block:
-        maps, _ = first.features(images)
-    for model in models:
-        with record_input(model.get_submodule(classifier_name(model))) as classifier:
-            model.classify(maps.clone())
-        vectors.append(classifier[0])
-    return vectors, (of_stage or of_block)[0]
+        maps, _ = model.features(images)
+    return maps, (of_stage or of_block)[0]
 
 
-def _by_image(values: Tensor) -> Tensor:
-    """Convert *values* (B * 2, ...) of both views to (B, 2, ...) float32 on the CPU."""
-    return values.float().cpu().reshape(-1, VIEWS, *values.shape[1:])
+@torch.no_grad()
+def classifier_input(model: Classifier, maps: Tensor) -> Tensor:
+    """Compute the input (B, D) of the last linear layer of *model* from its last feature map."""
+    with record_input(model.get_submodule(classifier_name(model))) as found:
+        model.classify(maps.clone())
+    vector: Tensor = found[0]
+    return vector
 
 
 @contextmanager
@@ -156,14 +181,43 @@ def _cache_key(
     return digest.hexdigest()
 
 
-def _read_cache(path: Path, key: str) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
-    """Read vectors and stage inputs from *path* if it holds those of *key*."""
+def _pixel_keys(views: Sequence[Tensor], batches: Sequence[list[int]]) -> tuple[str, ...]:
+    """Hash the pixels of the first view of each image."""
+    hashes = {
+        index: hashlib.sha256(one[0].numpy().tobytes()).hexdigest()[:32]
+        for part, indices in zip(views, batches, strict=True)
+        for one, index in zip(part, indices, strict=True)
+    }
+    return tuple(hashes[index] for index in range(len(hashes)))
+
+
+def _write_cache(
+    path: Path, key: str, models: Sequence[Classifier], vectors: tuple[Tensor, ...], inputs: Tensor | None
+) -> None:
+    """Write features to *path*, with the poolings that computed them."""
+    poolings = [_pooling(model).state_dict() for model in models]
+    with atomic_write(path) as partial:
+        content = {"key": key, "vectors": list(vectors), "stage_inputs": inputs, "poolings": poolings}
+        torch.save(content, partial)
+
+
+def _read_cache(
+    path: Path, key: str, models: Sequence[Classifier]
+) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
+    """Read vectors and stage inputs from *path* if it holds those of *key*, and the poolings to *models*."""
     if not path.is_file():
         return None
     try:
         content = load_plain(path)
     except CheckpointError:
         return None
-    if not isinstance(content, dict) or content.get("key") != key:
+    if not isinstance(content, dict) or content.get("key") != key or "poolings" not in content:
         return None
+    for model, pooling in zip(models, content["poolings"], strict=True):
+        _pooling(model).load_state_dict(pooling)
     return tuple(content["vectors"]), content["stage_inputs"]
+
+
+def _pooling(model: Classifier) -> nn.Module:
+    """Find the pooling of *model*; an empty module for networks of timm without one."""
+    return model._modules.get("pooling") or nn.Identity()

@@ -1,10 +1,11 @@
 """Fine-tuning of the last stage of a network from cached inputs of that stage.
 
 Batch norm uses its running statistics and dropout is off: with few images, statistics of a batch would change
-the features more than training does.
+the features more than training does. New parts start with the statistics of the images that are fitted.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,38 +18,13 @@ from sopdeploy.data.base import derive_seed
 from sopdeploy.decision import Activation
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.training.few_shot.config import FineTuningConfig
-from sopdeploy.training.few_shot.features import last_stage, record_input
+from sopdeploy.training.few_shot.features import last_stage
 from sopdeploy.training.few_shot.head import LinearHead
+from sopdeploy.training.few_shot.tails import Tail, measure_statistics
 from sopdeploy.training.fine_tuning import classifier_name
 
-TOLERANCE = 1e-3  # of the largest feature: the tail must compute the features of the whole network
+NEW_FACTOR = 10.0  # as `start.head_factor` of the recipe photos
 EVAL_BATCH = 64
-
-
-def cut_before_last_stage(model: Classifier, stage_input: Tensor, vector: Tensor) -> Classifier | None:
-    """Copy *model* so that its copy computes logits from the input of the last stage.
-
-    What runs before that stage is replaced by identities. *stage_input* (B, C, H, W) and *vector* (B, D) are
-    those of the whole network: `None` if the copy does not reproduce them, because the network computes more
-    than its modules do.
-    """
-    tail, stage = copy.deepcopy(model), last_stage(model)
-    parent: nn.Module = tail
-    for name in stage.split("."):
-        for child in list(parent._modules):
-            if child == name:
-                break
-            if not is_in(classifier_name(model), child):
-                empty = isinstance(parent._modules[child], nn.Sequential) and parent is tail
-                parent._modules[child] = nn.Sequential() if empty else nn.Identity()
-        parent = parent.get_submodule(name)
-    try:
-        with torch.no_grad(), record_input(tail.get_submodule(classifier_name(tail))) as found:
-            tail.eval()(stage_input.clone())
-    except (RuntimeError, AttributeError, TypeError, IndexError):
-        return None
-    same = found and torch.allclose(found[0], vector, rtol=0, atol=TOLERANCE * float(vector.abs().max()))
-    return tail if same else None
 
 
 def set_head(model: Classifier, head: LinearHead) -> None:
@@ -59,21 +35,21 @@ def set_head(model: Classifier, head: LinearHead) -> None:
             parameter.copy_(torch.from_numpy(value))  # type: ignore[operator]
 
 
-def layer_groups(tail: Classifier, config: FineTuningConfig) -> list[dict[str, object]]:
-    """Build AdamW's parameter groups of the last stage and what follows it, and freeze everything else.
+def layer_groups(
+    tail: Classifier, config: FineTuningConfig, new: Sequence[str] = ()
+) -> list[dict[str, object]]:
+    """Build AdamW's parameter groups of the last stage and what follows it.
 
     The classifier, the layers after the stage and its last block have the rate `lr`, each earlier block
-    `decay` times that of the next one.
+    `decay` times that of the next one, and the parts *new* `NEW_FACTOR` times `lr`.
     """
-    stage, trained = last_stage(tail), set(tail._modules) - set(tail.training_only)
+    stage = last_stage(tail)
     blocks = [f"{stage}.{name}" for name, _ in tail.get_submodule(stage).named_children()]
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in tail.named_parameters():
-        parameter.requires_grad_(is_in(name, *trained))
-        if not parameter.requires_grad:
-            continue
         depth = next((len(blocks) - 1 - i for i, block in enumerate(blocks) if is_in(name, block)), 0)
-        groups.setdefault(config.lr * config.decay**depth, []).append(parameter)
+        factor = NEW_FACTOR if is_in(name, *new) else config.decay**depth
+        groups.setdefault(config.lr * factor, []).append(parameter)
     return [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
 
 
@@ -90,23 +66,27 @@ class StageData:
 class LastStageTrainer:
     """Train a copy of *tail* on the images *fitted* (indices), starting from *head*, epoch by epoch.
 
-    A view of each image is drawn per epoch. Random numbers are functions of (seed, epoch).
+    A view of each image is drawn per epoch. The loss is the weighted sum of those of all heads, as in the
+    training loop. Random numbers are functions of (seed, epoch).
     """
 
     def __init__(
         self,
-        tail: Classifier,
+        tail: Tail,
         head: LinearHead,
-        data: StageData,
         fitted: NDArray[np.intp],
+        data: StageData,
         config: FineTuningConfig,
         seed: int,
     ) -> None:
-        self.model = copy.deepcopy(tail).eval()
-        set_head(self.model, head)
+        self.model = copy.deepcopy(tail.model).eval().requires_grad_(True)
+        set_head(self.model, LinearHead(head.weight / tail.scale, head.bias))
+        if tail.new:
+            measure_statistics(self.model, tail.new, data.inputs[torch.from_numpy(fitted), 0])
         self.device = next(self.model.parameters()).device
         self.data, self.fitted, self.config, self.seed = data, fitted, config, seed
-        self.optimizer = torch.optim.AdamW(layer_groups(self.model, config))
+        self.optimizer = torch.optim.AdamW(layer_groups(self.model, config, tail.new))
+        self.factors = self.model.loss_weights()
         self.epoch = 0
 
     def train_epoch(self) -> float:
@@ -118,10 +98,14 @@ class LastStageTrainer:
         steps = -(-len(order) // self.config.batch_size)
         for part in np.array_split(np.arange(len(order)), steps):
             chosen = torch.from_numpy(order[part])
-            logits = self.model(self.data.inputs[chosen, view[part]].to(self.device))
-            losses = sample_losses(logits, self.data.targets[chosen].to(self.device), self.data.activation)
+            heads = self.model.heads(self.data.inputs[chosen, view[part]].to(self.device))
+            targets = self.data.targets[chosen].to(self.device)
             weights = self.data.weights[chosen].to(self.device)
-            loss = (losses * weights).sum() / weights.sum()
+            losses = [
+                self.factors[name] * (sample_losses(logits, targets, self.data.activation) * weights).sum()
+                for name, logits in heads.items()
+            ]
+            loss = torch.stack(losses).sum() / weights.sum()
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
@@ -142,11 +126,3 @@ def sample_losses(logits: Tensor, targets_NC: Tensor, activation: Activation) ->
     if activation == "sigmoid":
         return binary_cross_entropy_with_logits(logits, targets_NC, reduction="none").sum(dim=1)
     return cross_entropy(logits, targets_NC, reduction="none")
-
-
-def copy_tail(tail: Classifier, model: Classifier) -> None:
-    """Copy the trained parameters of *tail*, a cut copy of *model*, to *model*."""
-    own = model.state_dict()
-    trained = {name for name, parameter in tail.named_parameters() if parameter.requires_grad}
-    weights = tail.state_dict()
-    model.load_state_dict({**own, **{name: weights[name] for name in trained}})

@@ -1,51 +1,57 @@
 """The few-shot procedure: a head on frozen features, then fine-tuning where cross-validation shows a gain.
 
-1. Compute the features of the frozen backbone once and fit the linear head. `l2` and, with several `heads`,
-   the pooling are those with the smallest cross-validated loss.
-2. Fine-tune the last stage with layer-wise learning rates. The number of epochs has the smallest
-   cross-validated loss. The result is kept only if more images out of fold are classified correctly than
-   with the head alone and their mean loss is smaller, on the same folds; the number of epochs of a fold is
-   chosen on the other folds.
+1. Compute the features of the frozen backbone once and fit linear heads: on the pooling of the network and on
+   others. `l2` has the smallest cross-validated loss.
+2. Fine-tune the last stage of the chosen network with layer-wise learning rates: alone, with the branches of
+   DSoP, with a GSoP block. The number of epochs has the smallest cross-validated loss.
 3. Fit the chosen network to all training images.
+
+A candidate replaces the simpler one only if its score out of fold is higher and its loss smaller. Estimates
+include these choices, because those of a fold are made on the other folds.
 """
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sopdeploy.data.base import LabeledImages, Split
 from sopdeploy.data.image_files import ImageFiles
-from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.models.base import Classifier, is_in
-from sopdeploy.models.registry import create_model, make_config
+from sopdeploy.models.base import Classifier
 from sopdeploy.training.few_shot.config import FEATURES_FILE, FewShotConfig, FewShotResult
-from sopdeploy.training.few_shot.features import Features, compute_features
-from sopdeploy.training.few_shot.head import Array, HeadProblem, cross_validate, loss_and_gradient
+from sopdeploy.training.few_shot.estimates import Targets
+from sopdeploy.training.few_shot.features import compute_features
+from sopdeploy.training.few_shot.head import Array
+from sopdeploy.training.few_shot.heads import class_targets, compare_heads, make_folds
 from sopdeploy.training.few_shot.last_stage import set_head
-from sopdeploy.training.few_shot.tuning import FittedHead, Progress, Targets, correct, fine_tune, make_folds
-from sopdeploy.training.fine_tuning import classifier_name
+from sopdeploy.training.few_shot.networks import head_networks
+from sopdeploy.training.few_shot.tuning import Progress, fine_tune
+from sopdeploy.training.few_shot.unknown import LeftOut, leave_classes_out
 from sopdeploy.training.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The trained network with the complete config, and what is known about it.
+    """The trained network, `name` in the catalog, with the complete config, and what is known about it.
 
-    `logits` (N, C) are those of the training images out of fold, `targets` (N, C) their targets in [0, 1].
+    `logits` (N, C) are those of the training images out of fold, `targets` (N, C) their targets in [0, 1],
+    and `loss` is their mean loss. `left_out` are the logits of heads that were fitted without one class.
     """
 
+    name: str
     model: Classifier
     config: dict[str, object]
     logits: Array
     targets: Array
     result: FewShotResult
     loss: float
+    left_out: tuple[LeftOut, ...]
 
 
 @dataclass(slots=True)
@@ -69,7 +75,7 @@ def select_split(recipe: Recipe, data: Split) -> tuple[Split, bool]:
     empty: cross-validation on all images is more precise.
     """
     config = recipe.few_shot
-    if config is None or data.train.targets.ndim > 1 or len(data.train) > config.max_images:
+    if config is None or len(data.train) > config.max_images:
         return data, False
     train, held_out = data.train, data.held_out
     if not (isinstance(train, ImageFiles) and isinstance(held_out, ImageFiles)):
@@ -91,108 +97,58 @@ def fit_few_shot(
     Raises `ConfigError` if the network has no linear classifier or the pooling cannot be changed, `DataError`
     if the images of a class are too few or all the same.
     """
-    config, timer = recipe.few_shot or FewShotConfig(), Timer()
+    config, timer, seed = recipe.few_shot or FewShotConfig(), Timer(), recipe.seed
     targets = class_targets(images, config)
-    models = candidate_networks(recipe, model, config)
+    networks = head_networks(recipe, model, config)
     out.mkdir(parents=True, exist_ok=True)
     with timer.step("features"):
         features = compute_features(
-            list(models.values()),
+            [one.network for one in networks],
             images,
             recipe.preprocess,
             workers=recipe.workers,
             max_gib=config.fine_tuning.max_gib if config.fine_tuning.epochs else 0.0,
             cache=out / FEATURES_FILE,
-            on_image=lambda done, total: on("features of the frozen backbone", done, total),
+            on_image=partial(on, "features of the frozen backbone"),
         )
+    folds_N = make_folds(features, targets, config.folds, seed)
     with timer.step("head"):
-        heads = fit_heads(
-            models, features, targets, make_folds(features, targets, config.folds, recipe.seed), on
-        )
-        chosen = heads[0]
-        head = chosen.problem.linear(chosen.problem.fit(np.arange(len(images)), chosen.estimate.l2))
+        on_head = partial(on, "cross-validation of the head")
+        heads = compare_heads(networks, features, targets, folds_N, seed, on_head)
+    chosen = heads.chosen
     with timer.step("fine-tuning"):
-        tuned, tuning = fine_tune(config.fine_tuning, chosen, head, features, targets, recipe.seed, on)
-    if tuned is None:
-        set_head(chosen.network, head)
-    logits_NC = chosen.estimate.logits if tuned is None else tuned
-    right = correct(logits_NC, targets.classes, targets.activation)
-    counts = targets.classes.sum(axis=0)
+        tuning = fine_tune(recipe, chosen, features, targets, on)
+    if tuning.kept is None:
+        everything = np.arange(len(images))
+        set_head(chosen.network, chosen.problem.linear(chosen.problem.fit(everything, chosen.estimate.l2)))
+    with timer.step("unknown images"):
+        on("heads without one class", 0, 1)
+        left_out = leave_classes_out(chosen.problem, folds_N, chosen.estimate.l2)
+    logits_NC = heads.logits if tuning.logits is None else tuning.logits
+    tail = None if tuning.kept is None else tuning.kept.tail
+    network = chosen.network if tail is None else tail.network
     result = FewShotResult(
-        top1=Rate.of(int(right.sum()), len(images)),
+        **_score(targets, logits_NC, seed),
         estimated_on="cross-validation",
-        class_counts={label: int(count) for label, count in zip(images.labels, counts, strict=True)},
+        class_counts=dict(zip(images.labels, targets.classes.sum(axis=0).astype(int).tolist(), strict=True)),
         balanced=targets.balanced,
         duplicates=len(features.keys) - len(set(features.keys)),
-        heads=tuple(one.result() for one in heads),
-        fine_tuning=tuning,
+        candidates=(*heads.results, *tuning.results),
         seconds=timer.seconds,
     )
-    config_of_network = chosen.network.config.model_dump(mode="json")
-    losses, _ = loss_and_gradient(logits_NC, targets.classes, targets.activation)
     return Outcome(
-        chosen.network, config_of_network, logits_NC, targets.classes, result, float(losses.mean())
+        name=(tail.catalog if tail is not None else None) or recipe.model.name,
+        model=network,
+        config=network.config.model_dump(mode="json"),
+        logits=logits_NC,
+        targets=targets.classes,
+        result=result,
+        loss=float((targets.losses(logits_NC) / targets.weights).mean()),
+        left_out=left_out,
     )
 
 
-def fit_heads(
-    models: dict[str, Classifier],
-    features: Features,
-    targets: Targets,
-    folds_N: NDArray[np.intp],
-    on: Progress,
-) -> list[FittedHead]:
-    """Cross-validate the head of each of *models*, by pooling; returns the smallest loss first."""
-    heads = []
-    for number, (pooling, network) in enumerate(models.items()):
-        on("cross-validation of the head", number, len(models))
-        vectors = features.vectors[number].numpy()
-        problem = HeadProblem.create(vectors, targets.classes, targets.weights, targets.activation)
-        heads.append(FittedHead(pooling, network, problem, cross_validate(problem, folds_N), number))
-    on("cross-validation of the head", len(models), len(models))
-    return sorted(heads, key=lambda head: head.loss)
-
-
-def class_targets(images: LabeledImages, config: FewShotConfig) -> Targets:
-    """Convert the targets of *images*: class indices (N,), or with several classes per image 0 or 1 (N, C).
-
-    With several classes per image, the stratum is the rarest of them, or -1, and classes are not balanced.
-    """
-    targets = images.targets
-    if targets.ndim == 1:
-        classes = np.eye(len(images.labels))[targets]
-        counts = classes.sum(axis=0)
-        balanced = bool(counts.max() > config.balance_above * counts.min())
-        weights = classes @ (counts.mean() / counts) if balanced else np.ones(len(images))
-        return Targets(classes, weights, targets.tolist(), "softmax", balanced)
-    rarest = np.where(targets > 0, targets.sum(axis=0), np.iinfo(np.int64).max).argmin(axis=1)
-    strata = np.where(targets.any(axis=1), rarest, -1).tolist()
-    return Targets(targets.astype(np.float64), np.ones(len(images)), strata, "sigmoid", False)
-
-
-def candidate_networks(recipe: Recipe, model: Classifier, config: FewShotConfig) -> dict[str, Classifier]:
-    """Build a network for each pooling of `few_shot.heads`, with the weights of *model* elsewhere.
-
-    Raises `ConfigError` if the pooling of the network cannot be set.
-    """
-    if not config.heads:
-        return {str(getattr(getattr(model.config, "pooling", None), "kind", "own")): model}
-    networks: dict[str, Classifier] = {}
-    for pooling in config.heads:
-        values = {**recipe.model.config, "pooling": pooling.model_dump()}
-        try:
-            make_config(recipe.model.name, values)
-        except ConfigError as error:
-            raise ConfigError(f"few_shot.heads: {error}; leave heads empty") from error
-        network = create_model(recipe.model.name, num_classes=model.num_classes, **values)
-        own, weights = network.state_dict(), model.state_dict()
-        same = {
-            name: tensor
-            for name, tensor in weights.items()
-            if name in own
-            and own[name].shape == tensor.shape
-            and not is_in(name, "pooling", classifier_name(model))
-        }
-        network.load_state_dict({**own, **same})
-        networks[pooling.kind] = network.to(next(model.parameters()).device)
-    return networks
+def _score(targets: Targets, logits_NC: Array, seed: int) -> dict[str, Any]:
+    """Compute `top1` or `map` of the result."""
+    score = targets.estimate(logits_NC, seed)
+    return {"top1" if isinstance(score, Rate) else "map": score}

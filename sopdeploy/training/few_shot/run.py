@@ -5,21 +5,26 @@ starts again and finds the features in the folder.
 """
 
 import time
-from dataclasses import replace
 
 import numpy as np
 import torch
 
-from sopdeploy.data.base import PreprocessedDataset, Split
+from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
 from sopdeploy.data.image_files import unreadable_images_error
-from sopdeploy.decision import Decision
+from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import DataError
+from sopdeploy.evaluation.decision_fit import fit_temperature
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.evaluation.prediction import EvalMetrics, HeldOutMetrics, evaluate
+from sopdeploy.evaluation.multi_label import fit_thresholds
+from sopdeploy.evaluation.prediction import EvalMetrics, HeldOutMetrics, multi_label_metrics, predict_logits
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow
-from sopdeploy.training.few_shot.config import FEATURES_FILE
+from sopdeploy.training.few_shot.config import FEATURES_FILE, FewShotConfig
+from sopdeploy.training.few_shot.estimates import Targets
+from sopdeploy.training.few_shot.head import Array
+from sopdeploy.training.few_shot.heads import class_targets
 from sopdeploy.training.few_shot.procedure import Outcome, fit_few_shot
+from sopdeploy.training.few_shot.unknown import LeftOut, left_out_areas
 from sopdeploy.training.run import Position, Run
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.signals import StopRequested, TrainingStoppedError, handle_signals
@@ -29,34 +34,30 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
     """Run the procedure on the training images of *data* and write `best.pt`, `last.pt` and the history.
 
     A finished run is not trained again. The decision in `best.pt` is fitted to the predictions out of fold
-    and returned. Held-out images, if there are any, give the accuracy, and nothing else depends on them.
+    and returned. Held-out images, if there are any, give the score, and nothing else depends on them.
     Raises `TrainingStoppedError` after Ctrl-C or SIGTERM, `DataError` for images that cannot be used.
     """
-    if not run.position.history:
-        since = time.monotonic()
-        outcome, figures = _fit(run, data, folder, callback)
-        run.few_shot, run.out_of_fold = outcome.result, torch.from_numpy(outcome.logits)
-        if len(data.held_out):
-            rate = Rate.of(round(figures.score * figures.count), figures.count)
-            run.few_shot = outcome.result.model_copy(update={"top1": rate, "estimated_on": "held-out"})
-        seconds = time.monotonic() - since
-        losses, lr = {"loss": outcome.loss}, run.optimizer.param_groups[0]["lr"]
-        row = EpochRow(epoch=1, lr=lr, losses=losses, figures=figures, seconds=seconds)
-        run.position = Position(epoch=1, seconds=seconds, history=(row,))
-        folder.save_last(run)
-        folder.save_derived_files(run)
-        callback.on_epoch_end(row)
-    if run.out_of_fold is None:
-        return None
-    logits, targets = run.out_of_fold.double().numpy(), data.train.targets.astype(np.int64)
-    decision = run.fit_decision(logits, targets, "cross-validation")
-    if decision is not None:
-        run.strategy.save(folder.best, replace(run.checkpoint(resumable=False), decision=decision))
-    return decision
+    if run.position.history:
+        before, run.decision = run.decision, _fit_decision(run, data.train, ())
+        if run.decision != before:  # rejection.accepts may change when a run is resumed
+            run.strategy.save(folder.best, run.checkpoint(resumable=False))
+        return run.decision
+    since = time.monotonic()
+    outcome, figures = _fit(run, data, folder, callback)
+    run.out_of_fold = torch.from_numpy(outcome.logits)
+    run.decision = _fit_decision(run, data.train, outcome.left_out)
+    seconds = time.monotonic() - since
+    losses, lr = {"loss": outcome.loss}, run.optimizer.param_groups[0]["lr"]
+    row = EpochRow(epoch=1, lr=lr, losses=losses, figures=figures, seconds=seconds)
+    run.position = Position(epoch=1, seconds=seconds, history=(row,))
+    folder.save_last(run)
+    folder.save_derived_files(run)
+    callback.on_epoch_end(row)
+    return run.decision
 
 
 def _fit(run: Run, data: Split, folder: RunFolder, callback: Callback) -> tuple[Outcome, HeldOutMetrics]:
-    """Run the procedure, put its network into *run* and evaluate it."""
+    """Run the procedure, put its network and record into *run*, and compute the metrics of the history."""
     with handle_signals(run.strategy) as signals:
 
         def on_part(name: str, done: int, total: int) -> None:
@@ -65,8 +66,9 @@ def _fit(run: Run, data: Split, folder: RunFolder, callback: Callback) -> tuple[
 
         try:
             outcome = fit_few_shot(run.recipe, run.model, data.train, folder.path, on_part)
-            run.replace_model(outcome.model, outcome.config)
-            return outcome, _figures(run, data, outcome)
+            run.replace_model(outcome.name, outcome.model, outcome.config)
+            run.few_shot = outcome.result
+            return outcome, _evaluate(run, data, outcome)
         except StopRequested:
             raise TrainingStoppedError(
                 f"stopped before the first checkpoint; start the same command again, it reads the features "
@@ -77,22 +79,52 @@ def _fit(run: Run, data: Split, folder: RunFolder, callback: Callback) -> tuple[
             raise unreadable_images_error(error, data.train, data.held_out) from None
 
 
-def _figures(run: Run, data: Split, outcome: Outcome) -> HeldOutMetrics:
-    """Evaluate the network on the held-out images, or summarize the logits out of fold."""
-    if len(data.held_out):
-        return evaluate(
-            run.model,
-            PreprocessedDataset(data.held_out, run.recipe.preprocess),
-            run.recipe.preprocess,
-            batch_size=run.recipe.batch_size,
-            workers=run.recipe.workers,
-        )
-    logits, targets = torch.from_numpy(outcome.logits), outcome.targets.argmax(axis=1)
-    labels = torch.from_numpy(targets)
-    top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    return EvalMetrics(
-        top1=outcome.result.top1.share,
-        top5=float((top5 == labels[:, None]).any(dim=1).double().mean()),
-        count=len(labels),
-        loss=outcome.loss,
+def _evaluate(run: Run, data: Split, outcome: Outcome) -> HeldOutMetrics:
+    """Compute the metrics of the held-out images, if there are any, or of the logits out of fold.
+
+    Held-out images replace the score in the record.
+    """
+    if not len(data.held_out):
+        return _metrics(run, class_targets(data.train, FewShotConfig()), outcome.logits)
+    recipe = run.recipe
+    dataset = PreprocessedDataset(data.held_out, recipe.preprocess)
+    run.model.eval()
+    logits, _ = predict_logits(
+        run.model, dataset, recipe.preprocess, batch_size=recipe.batch_size, workers=recipe.workers
     )
+    targets = class_targets(data.held_out, FewShotConfig())
+    score = targets.estimate(logits, recipe.seed)
+    name = "top1" if isinstance(score, Rate) else "map"
+    run.few_shot = outcome.result.model_copy(update={name: score, "estimated_on": "held-out"})
+    return _metrics(run, targets, logits)
+
+
+def _metrics(run: Run, targets: Targets, logits_NC: Array) -> HeldOutMetrics:
+    """Summarize the logits of images with *targets*; classes have equal weights."""
+    losses, count = targets.losses(logits_NC) / targets.weights, len(logits_NC)
+    if targets.activation == "sigmoid":
+        return multi_label_metrics(run.labels, targets.classes, sigmoid(logits_NC), float(losses.mean()))
+    labels, order = targets.classes.argmax(axis=1), np.argsort(-logits_NC, axis=1, kind="stable")
+    found = order[:, :5] == labels[:, None]
+    return EvalMetrics(
+        top1=float(found[:, 0].mean()),
+        top5=float(found.any(axis=1).mean()),
+        count=count,
+        loss=float(losses.mean()),
+    )
+
+
+def _fit_decision(run: Run, images: LabeledImages, left_out: tuple[LeftOut, ...]) -> Decision | None:
+    """Fit the decision to the logits out of fold of *images*, and record the AUROCs of *left_out*."""
+    if run.out_of_fold is None or run.few_shot is None:
+        return None
+    logits = run.out_of_fold.double().numpy()
+    if run.activation == "sigmoid":
+        thresholds = fit_thresholds(images.targets.astype(np.float64), sigmoid(logits))
+        return Decision(activation="sigmoid", thresholds=thresholds)
+    targets = images.targets.astype(np.int64)
+    if left_out:
+        scalable = run.model.logits_layer() is not None
+        areas = left_out_areas(left_out, fit_temperature(logits, targets) if scalable else 1.0)
+        run.few_shot = run.few_shot.model_copy(update={"auroc": areas})
+    return run.fit_decision(logits, targets, "cross-validation")

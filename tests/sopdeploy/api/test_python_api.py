@@ -30,7 +30,7 @@ from sopdeploy.client import Client
 from sopdeploy.errors import BundleError, ConfigError, DataError, RuntimeUnavailableError, SopdeployError
 from sopdeploy.evaluation.prediction import EvalMetrics
 from sopdeploy.training.diagnostics import EpochRow
-from sopdeploy.training.few_shot.config import FewShotResult, FineTuningResult
+from sopdeploy.training.few_shot.config import CandidateResult, FewShotResult
 from sopdeploy_export.pipeline import Exported
 from tests.pages import ALLOWED, Reader
 from tests.service.conftest import wait_for
@@ -281,8 +281,7 @@ def test_results_render_in_notebooks_with_escaped_text(
         class_counts={HOSTILE: 4},
         balanced=False,
         duplicates=0,
-        heads=(),
-        fine_tuning=FineTuningResult(kept=False, reason="no gain"),
+        candidates=(CandidateResult(name="fine-tuning", kept=False, reason="no gain"),),
         seconds={"head": 1.0},
     )
     page = TrainedRun(**{**dict(run), "few_shot": few_shot})._repr_html_()

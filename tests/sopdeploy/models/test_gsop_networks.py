@@ -93,7 +93,7 @@ def test_dropout_is_the_small_networks_only() -> None:
         (f"gsop-net1-{SMALL}", {"strided_dr_stages": ["layer4"]}, "no layer4"),
         ("gsop-net1-resnet50", {"block_stages": ["layer5"]}, "block_stages.0"),
         ("gsop-net1-resnet50", {"cov_width": 16}, "cov_width"),
-        ("gsop-net1-resnet50", {"depth": 18}, "depth"),
+        ("gsop-net1-resnet50", {"depth": 19}, "depth"),
         ("gsop-net1-resnet50", {"attention": "channels"}, "attention"),
         (f"gsop-net1-{SMALL}", {"block": "basic"}, "block"),
         (f"gsop-net1-{SMALL}", {"blocks": 1}, "blocks"),

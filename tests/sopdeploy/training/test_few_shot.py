@@ -14,21 +14,22 @@ from sopdeploy.comparison.runs import compare
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.evaluation.multi_label import average_precision
 from sopdeploy.evaluation.prediction import score_checkpoint
+from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
 from sopdeploy.models.registry import create_model
 from sopdeploy.report.page import write_report
 from sopdeploy.training.callbacks import Callback
-from sopdeploy.training.few_shot.config import FineTuningConfig
+from sopdeploy.training.few_shot.config import FewShotResult, FineTuningConfig
+from sopdeploy.training.few_shot.estimates import Targets, resampled_precision
 from sopdeploy.training.few_shot.features import last_stage, record_input
-from sopdeploy.training.few_shot.head import HeadProblem, assign_folds, cross_validate
-from sopdeploy.training.few_shot.last_stage import (
-    LastStageTrainer,
-    StageData,
-    copy_tail,
-    cut_before_last_stage,
-)
+from sopdeploy.training.few_shot.head import HeadProblem, LinearHead, assign_folds, cross_validate
+from sopdeploy.training.few_shot.last_stage import LastStageTrainer, StageData
+from sopdeploy.training.few_shot.networks import fit_reduction
 from sopdeploy.training.few_shot.procedure import select_split
-from sopdeploy.training.few_shot.tuning import decide
+from sopdeploy.training.few_shot.tails import Tail, copy_tail, cut_before_last_stage, make_tails
+from sopdeploy.training.few_shot.tuning import TunedTail, choose_epochs, decide
+from sopdeploy.training.few_shot.unknown import leave_classes_out, left_out_areas
 from sopdeploy.training.fine_tuning import classifier_name
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
@@ -153,7 +154,8 @@ def test_a_fine_tuned_last_stage_is_copied_to_the_network_and_nothing_else_chang
     problem = HeadProblem.create(vector[0][:, None].numpy(), targets.double().numpy(), np.ones(6), "softmax")
     head = problem.linear(problem.fit(np.arange(6), 0.1))
     data = StageData(inputs, targets, torch.ones(6), "softmax")
-    trainer = LastStageTrainer(tail, head, data, np.arange(6), FineTuningConfig(lr=1e-3), seed=0)
+    plain = Tail("fine-tuning", model, tail)
+    trainer = LastStageTrainer(plain, head, np.arange(6), data, FineTuningConfig(lr=1e-3), seed=0)
     losses = [trainer.train_epoch() for _ in range(10)]
     assert losses[-1] < losses[0]
     copy_tail(trainer.model, model)
@@ -165,22 +167,25 @@ def test_a_fine_tuned_last_stage_is_copied_to_the_network_and_nothing_else_chang
     assert not any("running" in name for name in changed)
 
 
-def test_fine_tuning_is_kept_only_if_more_images_are_right_and_the_loss_is_smaller():
-    targets, folds = np.eye(2)[[0, 1] * 6], np.arange(12) % 3
-    problem = HeadProblem.create(
-        np.random.default_rng(0).normal(size=(12, 1, 2)), targets, np.ones(12), "softmax"
-    )
-    right = 2.0 * (2 * targets - 1)
+def test_a_candidate_is_kept_only_if_more_images_are_right_and_the_loss_is_smaller():
+    classes, folds = np.eye(2)[[0, 1] * 6], np.arange(12) % 3
+    targets = Targets(classes, np.ones(12), [0, 1] * 6, "softmax", balanced=False)
+    tail = Tail("fine-tuning", *[create_model("resnet8", num_classes=2)] * 2)
+    right = 2.0 * (2 * classes - 1)
     one_wrong = np.concatenate([-right[:1], right[1:]])
     cases = {
-        "more images are right and the loss is smaller": (one_wrong, 1.2 * right, True),
+        "smallest loss": (one_wrong, 1.2 * right, True),
         "not more images are right": (right, 1.2 * right, False),
+        "the loss is not smaller": (one_wrong, 0.01 * right, False),
     }
     for reason, (before, after, kept) in cases.items():
-        logits, result = decide(problem, folds, np.stack([before, after]))
-        assert (result.kept, result.reason, result.epochs) == (kept, reason, 1)
-        assert (logits == after).all()
-    assert decide(problem, folds, np.stack([right, one_wrong]))[1].epochs == 0
+        tuning = decide(targets, folds, before, [TunedTail(tail, after, 1)], 0)
+        result = tuning.results[0]
+        assert (result.kept, result.reason, tuning.kept is not None) == (kept, reason, kept)
+    logits, epochs = choose_epochs(targets, folds, np.stack([one_wrong, 1.2 * right]))
+    assert epochs == 1
+    assert (logits == 1.2 * right).all()
+    assert choose_epochs(targets, folds, np.stack([right, one_wrong]))[1] == 0
 
 
 def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_path: Path):
@@ -201,10 +206,11 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     assert found.top1.low < found.top1.share <= 1
     assert found.top1.share > 0.8
     assert "interval" in found.lines()[-1]
-    assert list(dict.fromkeys(stages))[:3] == [
+    assert list(dict.fromkeys(stages))[:4] == [
         "features of the frozen backbone",
         "cross-validation of the head",
         "cross-validation of fine-tuning",
+        "cross-validation of fine-tuning with branches",
     ]
     assert {"best.pt", "last.pt", "history.csv", "features.pt"} <= {
         path.name for path in (tmp_path / "run").iterdir()
@@ -239,16 +245,145 @@ def test_images_in_val_are_held_out_and_unequal_classes_are_balanced(tmp_path: P
     assert found.class_counts["red"] == 3
 
 
-def test_the_pooling_with_the_smallest_cross_validated_loss_becomes_the_head(tmp_path: Path):
+def test_the_pooling_that_beats_the_first_one_becomes_the_head(tmp_path: Path):
     settings = [*SMALL, "model.name=resnet8", "model.config={}", "few_shot.fine_tuning.epochs=0"]
     settings += [f"data.path={paint(tmp_path / 'photos', 6)}"]
     heads = 'few_shot.heads=["gap", {kind="isqrt", width=8, iterations=2}]'
     result = train(read_recipe("photos", [*settings, heads]), tmp_path / "run")
-    losses = {head.pooling: head.loss for head in result.few_shot.heads}
-    assert losses.keys() == {"gap", "isqrt"}
+    first, second, tuning = result.few_shot.candidates
+    assert (first.name, second.name, tuning.kept) == ("gap head", "isqrt of 8 channels head", False)
+    better = second.score.right > first.score.right and second.loss < first.loss
+    assert (first.kept, second.kept) == (not better, better)
     checkpoint = read_checkpoint(result.best)
-    assert checkpoint.config["pooling"]["kind"] == min(losses, key=losses.__getitem__)
+    assert checkpoint.config["pooling"]["kind"] == ("isqrt" if better else "gap")
     build_classifier(checkpoint, result.best)
+
+
+def test_a_reduction_to_principal_components_keeps_the_covariance():
+    random = torch.Generator().manual_seed(0)
+    maps = torch.randn(6, 4, 5, 5, generator=random) - 3
+    mixed = torch.einsum("cd,bdhw->bchw", torch.randn(16, 4, generator=random), maps)
+    pooling = ISqrtPoolingConfig(width=4).build(16).eval()
+    fit_reduction(pooling, [mixed[:2], mixed[2:]])
+    with torch.no_grad():
+        reduced = pooling.reduce(mixed).flatten(start_dim=2)
+    assert reduced.min() > 0
+    grams = [
+        (part - part.mean(dim=2, keepdim=True)).transpose(1, 2) @ (part - part.mean(dim=2, keepdim=True))
+        for part in (mixed.flatten(start_dim=2), reduced)
+    ]
+    assert torch.allclose(*grams, atol=1e-3)
+
+
+def test_tails_train_the_branches_of_the_last_stage_and_a_gsop_block_that_starts_neutral():
+    torch.manual_seed(0)
+    config = {"aux_widths": [8] * 4, "aux_blocks": [1] * 4, "iterations": 2, "conv5_stride": 1}
+    model = create_model("dsop-resnet18", num_classes=2, **config).eval()
+    with torch.no_grad(), record_input(model.layer4[0]) as stage, record_input(model.fc) as vector:
+        model(torch.randn(4, 3, 32, 32))
+    inputs = torch.stack([stage[0], stage[0]], dim=1)
+    tails = make_tails("dsop-resnet18", model, stage[0], vector[0], FineTuningConfig(), seed=0)
+    names = ["fine-tuning", "fine-tuning with branches", "fine-tuning with a GSoP block"]
+    assert [tail.name for tail in tails] == names
+    assert [sorted(tail.model.heads(stage[0])) for tail in tails] == [
+        ["main"],
+        ["layer4_1", "main"],
+        ["main"],
+    ]
+    data = StageData(inputs, torch.eye(2)[[0, 1, 0, 1]], torch.ones(4), "softmax")
+    head = LinearHead(np.random.default_rng(0).normal(size=(2, 512)), np.zeros(2))
+    trainers = [
+        LastStageTrainer(tail, head, np.arange(4), data, FineTuningConfig(lr=1e-4), seed=0) for tail in tails
+    ]
+    start = trainers[0].logits(np.arange(4))
+    for tail, trainer in zip(tails, trainers, strict=True):
+        assert np.allclose(trainer.logits(np.arange(4)), start, atol=1e-3)
+        before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        trainer.train_epoch()
+        copy_tail(trainer.model, tail.network)
+        after = tail.network.state_dict()
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert "layer4.0.conv1.weight" in changed
+        assert all(any(name.startswith(part) for name in changed) for part in tail.new)
+    assert tails[2].catalog == "gsop-net1-resnet18"
+    assert model.state_dict().keys() >= {"branches.layer1_1.fc.weight"}
+    assert (
+        make_tails("resnet8", create_model("resnet8").eval(), stage[0], vector[0], FineTuningConfig(), 0)
+        == []
+    )
+
+
+def test_heads_without_a_class_never_see_its_images():
+    features, targets = blobs()
+    folds = np.arange(40) // 4 % 5
+    problem = HeadProblem.create(features, np.eye(4)[targets], np.ones(40), "softmax")
+    found = leave_classes_out(problem, folds, 0.01)
+    moved = problem.reduced.copy()
+    moved[targets == 2] += 100.0
+    others = leave_classes_out(replace(problem, reduced=moved), folds, 0.01)
+    assert [(len(one.known), one.unknown.shape) for one in found] == [(30, (10, 3))] * 4
+    assert [np.allclose(a.known, b.known) for a, b in zip(found, others, strict=True)] == [
+        False, False, True, False,
+    ]  # fmt: skip
+    areas = left_out_areas(found, 1.0)
+    known, unknown = found[0].known.max(axis=1), found[0].unknown.max(axis=1)
+    assert areas.keys() == {"max_probability", "energy"}
+    assert known.mean() > unknown.mean()
+    assert all(0.5 < area <= 1 for area in areas.values())
+
+
+def test_the_interval_of_the_map_is_that_of_resampled_images():
+    random = np.random.default_rng(0)
+    true, scores = random.random(30) < 0.4, random.random(30)
+    draws = random.multinomial(30, [1 / 30] * 30, 5)
+    expected = [average_precision(np.repeat(true, row), np.repeat(scores, row)) for row in draws]
+    assert np.allclose(resampled_precision(true, scores, draws), expected)
+    targets = Targets(np.stack([true, ~true], 1).astype(float), np.ones(30), [0] * 30, "sigmoid", False)
+    found = targets.estimate(np.stack([scores, 1 - scores], axis=1), 0)
+    assert found.low < found.share < found.high
+
+
+def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
+    random, lines = np.random.default_rng(0), ["file,classes"]
+    (tmp_path / "photos").mkdir()
+    for number in range(32):
+        pixels = random.integers(0, 60, (20, 20, 3), dtype=np.uint8)
+        shown = [name for place, name in enumerate(("green", "red")) if number >> place & 1]
+        for name in shown:
+            pixels[:, :10] += np.asarray(COLORS[name], np.uint8) // 3
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+        lines.append(f"{number}.png,{'|'.join(shown)}")
+    (tmp_path / "photos" / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    recipe = read_recipe("photos", [*SMALL, f"data.path={tmp_path / 'photos'}"])
+    result = train(recipe, tmp_path / "run")
+    found = result.few_shot
+    assert (result.train_count, result.held_out_count, found.top1) == (32, 0, None)
+    assert found.map.share == result.best_map > 0.9
+    assert found.map.low <= found.map.share <= found.map.high
+    assert {candidate.score.count for candidate in found.candidates} == {32}
+    assert len(result.decision.thresholds) == 2
+    assert read_checkpoint(result.best).decision == result.decision
+    page = write_report(tmp_path / "run").read_text()
+    assert "fitted without it" in page
+    assert f"<td>{result.decision.thresholds[0]:.3f}</td>" in page
+    assert train(recipe, tmp_path / "run", resume=True).decision == result.decision
+
+
+def test_records_from_before_there_were_several_candidates_are_read():
+    rate = {"share": 0.5, "right": 5, "count": 10, "low": 0.2, "high": 0.8}
+    tuning = {"kept": True, "reason": "better", "epochs": 3, "top1_before": 0.4, "top1_after": 0.5}
+    tuning |= {"loss_before": 1.5, "loss_after": 1.25}
+    record = {"top1": rate, "estimated_on": "cross-validation", "class_counts": {"a": 2, "b": 8}}
+    record |= {"balanced": True, "duplicates": 1, "fine_tuning": tuning, "seconds": {"head": 1.0}}
+    record["heads"] = [{"pooling": "gap", "features": 8, "top1": 0.5, "loss": 1.0, "l2": 0.1}]
+    assert FewShotResult.model_validate(record).lines() == (
+        "images: a 2, b 8; classes have equal weights, the largest has 4.0 times the smallest; "
+        "fewer than 5 images of a: add more; 1 duplicates",
+        "gap head: kept, smallest loss (top-1 50.0 %, 24 to 76 %; loss 1.000; 8 features, l2 0.1)",
+        "fine-tuning: kept, better (top-1 50.0 %, 24 to 76 %; loss 1.250; before 40.0 %, loss 1.500; "
+        "3 epochs)",
+        "top-1 50.0 % (cross-validated, 95 % interval 20 to 80 %) of 10 images, 1 s",
+    )
 
 
 def test_a_stopped_run_starts_again_from_its_stored_features(tmp_path: Path, monkeypatch):
