@@ -17,6 +17,7 @@ import torch
 from measure import Result, compare, parse, report
 
 from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.environment import EXACT_INT8
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.graph import capture, generated_images, lower
@@ -42,6 +43,7 @@ def session(model: onnx.ModelProto) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry(*EXACT_INT8)
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from sopdeploy.config import StrictModel
 from sopdeploy.layers.pooling.base import PoolingConfig
-from sopdeploy.layers.pooling.registry import AnyPoolingConfig
+from sopdeploy.layers.pooling.registry import POOLINGS, AnyPoolingConfig
 from sopdeploy.models import stats as counting
 from sopdeploy.models.base import Classifier, Entry
 from sopdeploy.models.describe import ROWS, Description, Row, describe
@@ -32,6 +32,40 @@ Each published figure is shown next to ours, in the same unit. M: million parame
 K: thousand elements of the classified vector; x: multiples of ResNet-50 (25.5 M, 3.86 G). A cross marks a
 figure
 that no variant of the network reproduces; no network is adapted to it."""
+CITED = """## Systems of the tables that are cited
+
+A system of another paper is implemented if the five papers define it completely or its printed counts decide.
+Otherwise the tables show its printed figures as citations."""
+CITED_ROWS = (
+    (
+        "DRN-A-50 (GSoP, Table 5)",
+        "`drn-a-50`",
+        "section 4.2.2 says which strides are removed and that dilation keeps the receptive field; "
+        "the printed 4.9 x operations are reproduced",
+    ),
+    (
+        "FBN (DSoP, Table II; GSoP, Table 5)",
+        "cited",
+        "neither the rank of its quadratic transformation nor the layers that have one are given",
+    ),
+    (
+        "SORT (DSoP, Table II; GSoP, Table 5)",
+        "cited",
+        "the element-wise root of a product of two responses: which responses, their sign and the smallest "
+        "value are not given",
+    ),
+    (
+        "CMPE-SE (GSoP, Table 6)",
+        "cited",
+        "a correlation between two nearby bottlenecks: its layers are not given, and 2.0 M parameters do not "
+        "decide",
+    ),
+    (
+        "DropBlock (GSoP, Table 5)",
+        "cited",
+        "neither block size, rate and schedule nor the stages are given, and it changes no count",
+    ),
+)
 
 
 @cache
@@ -181,6 +215,9 @@ def accepted_values(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if "const" in schema:
         return f"`{schema['const']}`"
+    kinds = schema.get("discriminator", {}).get("mapping", {})
+    if kinds and not kinds.keys() <= set(POOLINGS):
+        return ", ".join(f"`{kind}`" for kind in kinds)
     if "oneOf" in schema or "$ref" in schema:
         return "[a pooling](#poolings)"
     kind = {"null": "not set", "array": "list"}.get(schema.get("type", "any"), schema.get("type", "any"))
@@ -218,6 +255,7 @@ def models_page() -> str:
         prose(counting.__doc__).partition("\n\n")[2],
         *map(family_section, FAMILIES),
         published_section(),
+        f"{CITED}\n\n{table(('system', 'decision', 'why'), CITED_ROWS)}",
         "## Options",
         *map(config_section, named),
         pooling_sections(),

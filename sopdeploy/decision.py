@@ -4,6 +4,7 @@ Stored in the checkpoint and in the bundle. The export divides the last layer by
 a bundle are calibrated already, and thresholds refer to them. Does not import torch.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from sopdeploy.config import Count, Fraction, Positive, StrictModel
 Activation = Literal["softmax", "sigmoid"]
 Score = Literal["max_probability", "energy"]
 Estimate = Literal["held-out", "cross-validation"]
+MAX_LISTED = 20  # classes whose thresholds a report names
 
 
 class Calibration(StrictModel):
@@ -101,8 +103,11 @@ class Decision(StrictModel):
             found["known"] = self.rejection.recognize(logits)[0]
         return found
 
-    def rows(self) -> list[tuple[str, str]]:
-        """Describe calibration and rejection in (name, text) rows for reports and model cards."""
+    def rows(self, labels: Sequence[str] = ()) -> list[tuple[str, str]]:
+        """Describe calibration, rejection and thresholds in (name, text) rows for reports and model cards.
+
+        The thresholds are listed with the names of up to `MAX_LISTED` *labels*, otherwise as a range.
+        """
         rows = []
         if (fit := self.calibration) is not None:
             rows.append(
@@ -115,6 +120,12 @@ class Decision(StrictModel):
             if rule.auroc is not None:
                 how = "classifier fitted without it" if rule.left_out else "its logit masked"
                 rows.append(("AUROC, one class left out", f"{rule.auroc:.4f}, {how}"))
+        if self.thresholds is not None:
+            listed = f"{min(self.thresholds):.3f} to {max(self.thresholds):.3f}, one per class"
+            if 0 < len(labels) <= MAX_LISTED:
+                pairs = zip(labels, self.thresholds, strict=True)
+                listed = ", ".join(f"{label} {threshold:.3f}" for label, threshold in pairs)
+            rows.append(("thresholds", listed))
         return rows
 
 

@@ -10,6 +10,10 @@ from typing import Any
 
 from sopdeploy.errors import SopdeployError
 
+# Products of uint8 and int8 are added in pairs in 16 bits on x86 without VNNI and saturate there. With this
+# session option ONNX Runtime stores such weights as uint8, which is exact; elsewhere it has no effect.
+EXACT_INT8 = ("session.x64quantprecision", "1")
+
 
 def machine() -> dict[str, str | int | float]:
     """Describe the machine for benchmark reports: processor, usable cores, load average and system."""
@@ -28,6 +32,17 @@ def processor() -> str:
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
+
+
+SLOW_INT8 = "int8 is exact on this processor but slower than on one with VNNI; compare with sopdeploy bench"
+
+
+def lacks_vnni() -> bool:
+    """Check whether this is an x86 processor without VNNI, to which `SLOW_INT8` applies."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if platform.machine() not in ("x86_64", "AMD64") or not cpuinfo.exists():
+        return False
+    return "vnni" not in cpuinfo.read_text(encoding="utf-8")
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:

@@ -2,10 +2,8 @@
 
 import gc
 import importlib.util
-import platform
 import shutil
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,13 +31,6 @@ def no_browser() -> str | None:
     return None if shutil.which("chromium") else "chromium is not installed"
 
 
-def no_vnni() -> str | None:
-    """AVX2 without VNNI adds products of unsigned and signed bytes in 16 bits, which can saturate."""
-    info = Path("/proc/cpuinfo")
-    saturates = platform.machine() == "x86_64" and not (info.exists() and "vnni" in info.read_text())
-    return "the int8 kernels of this processor saturate (no VNNI)" if saturates else None
-
-
 def no_module(name: str) -> str | None:
     return None if importlib.util.find_spec(name) else f"{name} is not installed"
 
@@ -49,7 +40,6 @@ MISSING = {
     "tensorrt": lambda: no_module("tensorrt"),
     "container": no_container,
     "browser": no_browser,
-    "vnni": no_vnni,
     "ray": lambda: no_module("ray"),
 }
 

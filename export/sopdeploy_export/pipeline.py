@@ -316,10 +316,10 @@ def _manifest_fields(job: _Job, folder: Path, converted: ConvertedGraph, checks:
 
 
 def check_exportable(network: Classifier) -> None:
-    """Raise `LoweringError` if a layer of *network* is declared `not_exportable`."""
-    for module in network.modules():
+    """Raise `LoweringError` if a layer of *network* that is exported is declared `not_exportable`."""
+    for name, module in network.named_modules():
         reason = getattr(module, "not_exportable", None)
-        if reason is not None:
+        if reason is not None and not is_in(name, *network.training_only):
             raise LoweringError(f"{type(module).__name__} cannot be exported: {reason}")
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 from sopdeploy.client import Client
 from sopdeploy.data.datasets.folder import open_classes
 from sopdeploy.errors import ConfigError
+from sopdeploy.evaluation.heads import HeadAccuracy, score_heads
 from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.sources import detect_source, score_service
@@ -32,6 +33,7 @@ class Evaluation:
         labels: The sorted classes, to which the indices in *scores* refer.
         scores: The prediction for every image, in the order of the sorted files of the sorted classes. With
             several classes per image all probabilities.
+        heads: With `heads`, the accuracy of every head of a checkpoint.
     """
 
     source: str
@@ -42,6 +44,7 @@ class Evaluation:
     metrics: ClassificationReport | MultiLabelReport
     labels: tuple[str, ...]
     scores: tuple[Score, ...] | MultiLabelPredictions = field(repr=False)
+    heads: tuple[HeadAccuracy, ...] = ()
 
     def _repr_html_(self) -> str:
         mistakes: tuple[Mistake, ...] = ()
@@ -66,6 +69,7 @@ def evaluate(
     data: str | Path,
     *,
     tta: Literal["none", "flip", "ten-crop"] = "none",
+    heads: bool = False,
     runtime: str | None = None,
     model: str | None = None,
     api_key: str | None = None,
@@ -80,6 +84,7 @@ def evaluate(
         source: A checkpoint, a bundle, or the URL of a server.
         data: Folder of images, `DIR/<class>/*.jpg` or with `labels.csv`; classes are matched by name.
         tta: Test-time augmentation: average over views. Not for servers.
+        heads: Also evaluate every branch of a checkpoint.
         runtime: Runtime of a bundle, as for `sopdeploy serve`.
         model: Model name, if the server has several.
         api_key: API key of the server.
@@ -99,6 +104,10 @@ def evaluate(
         raise ConfigError(f"--runtime {runtime}: only bundles have a choice of runtimes, this is a {kind}")
     if tta != "none" and kind == "service":
         raise ConfigError(f"--tta {tta}: not supported by servers; evaluate the bundle")
+    if heads and (kind != "checkpoint" or tta != "none"):
+        problem = f"not with --tta {tta}" if kind == "checkpoint" else f"a {kind} has no branches"
+        raise ConfigError(f"--heads: {problem}; evaluate the checkpoint, such as runs/photos/best.pt")
+    accuracies: tuple[HeadAccuracy, ...] = ()
     if kind == "service":
         with Client(name, api_key=api_key) as client:
             labels, scores = score_service(client, data, model=model, on_image=on_image)
@@ -110,6 +119,8 @@ def evaluate(
         bundle = scores_of_bundle(Path(name), data, tta=tta, settings=settings, on_image=on_image)
         labels, scores = bundle.labels, bundle.scores
         facts = {"bundle": bundle.bundle, "runtime": bundle.runtime, "device": bundle.device}
+    elif heads:
+        labels, scores, accuracies = score_heads(Path(name), data, workers=workers, on_image=on_image)
     else:
         from sopdeploy.evaluation.prediction import score_checkpoint
 
@@ -123,4 +134,5 @@ def evaluate(
         metrics=classification_report(labels, scores) if isinstance(scores, list) else scores.report(),
         labels=labels,
         scores=tuple(scores) if isinstance(scores, list) else scores,
+        heads=accuracies,
     )

@@ -1,17 +1,19 @@
-"""VGG-16 with batch norm, as fast-MPN-COV's VGG-D: without the last max-pooling.
+"""VGG-16: thirteen convolutions, a global pooling, a classifier of three layers or one.
 
 Papers: Simonyan and Zisserman, "Very Deep Convolutional Networks" (ICLR 2015), Table 1, column D;
-iSQRT-COV, section 4.3. `layers` is numbered like torchvision's and fast-MPN-COV's `features` (here the name
-of a method), `classifier` like fast-MPN-COV's.
+iSQRT-COV, section 4.3. fast-MPN-COV's VGG-D has batch norm, and the pooling in place of the last max pooling;
+the pooling `flatten` restores torchvision's `vgg16_bn`, without batch norm `vgg16`. `layers` is numbered like
+torchvision's and fast-MPN-COV's `features` (here the name of a method), `classifier` like theirs.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from torch import nn
 
 from sopdeploy.backbones.base import Backbone, initialize
 from sopdeploy.config import StrictModel
+from sopdeploy.layers.pooling.base import GlobalPooling
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
 from sopdeploy.layers.pooling.registry import Pooling
 
@@ -19,11 +21,20 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 
 
 class VGGConfig(StrictModel):
-    """`classifier` is the usual one of three layers (4096 wide) or one linear layer, as after fine-tuning."""
+    """`classifier` is the usual one of three layers (4096 wide) or one linear layer, as after fine-tuning.
+
+    `batch_norm` follows every convolution, or none as in the paper.
+    """
 
     pooling: Pooling = ISqrtPoolingConfig()
     classifier: Literal["mlp", "linear"] = "mlp"
     dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.5
+    batch_norm: bool = True
+
+    @pydantic.model_serializer(mode="wrap")
+    def _omit_default(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {key: value for key, value in fields.items() if key != "batch_norm" or not value}
 
 
 class VGG(Backbone):
@@ -42,34 +53,37 @@ class VGG(Backbone):
             if position > 0:
                 layers.append(nn.MaxPool2d(2, stride=2))
             for width in stage:
-                layers += _convolution(channels, width, 1)
+                layers += self._convolution(channels, width, 1)
                 self.tap_channels[f"layers.{len(layers) - 1}"] = width
                 channels = width
         self.layers = nn.Sequential(*layers)
         self.pooling = config.pooling.build(channels)
-        if config.classifier == "linear":
-            self.classifier = self.pooling.classifier(num_classes)
-        else:
-            self.classifier = nn.Sequential(
-                nn.Linear(self.pooling.out_features, 4096),
-                nn.ReLU(inplace=True),
-                nn.Dropout(config.dropout),
-                nn.Linear(4096, 4096),
-                nn.ReLU(inplace=True),
-                nn.Dropout(config.dropout),
-                nn.Linear(4096, num_classes),
-            )
+        self.classifier = build_classifier(self.pooling, config.classifier, config.dropout, num_classes)
         initialize(self)
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-        """Build a convolution with batch norm and ReLU."""
-        return nn.Sequential(*_convolution(in_channels, out_channels, stride))
+        """Build a convolution as in the backbone."""
+        return nn.Sequential(*self._convolution(in_channels, out_channels, stride))
+
+    def _convolution(self, in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
+        """Build a 3x3 convolution, batch norm and ReLU; the published network has the redundant bias."""
+        norm = [nn.BatchNorm2d(out_channels)] if self.config.batch_norm else []
+        conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
+        return [conv, *norm, nn.ReLU(inplace=True)]
 
 
-def _convolution(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
-    """Build a 3x3 convolution, batch norm and ReLU; the published network has the redundant bias."""
-    return [
-        nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1),
-        nn.BatchNorm2d(out_channels),
+def build_classifier(
+    pooling: GlobalPooling, kind: Literal["mlp", "linear"], dropout: float, num_classes: int
+) -> nn.Module:
+    """Build the classifier of the vectors of *pooling*: its own linear one, or three layers."""
+    if kind == "linear":
+        return pooling.classifier(num_classes)
+    return nn.Sequential(
+        nn.Linear(pooling.out_features, 4096),
         nn.ReLU(inplace=True),
-    ]
+        nn.Dropout(dropout),
+        nn.Linear(4096, 4096),
+        nn.ReLU(inplace=True),
+        nn.Dropout(dropout),
+        nn.Linear(4096, num_classes),
+    )

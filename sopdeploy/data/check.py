@@ -21,14 +21,13 @@ from sopdeploy.data.datasets.folder import (
     open_store,
 )
 from sopdeploy.data.datasets.label_table import (
-    LABELS_FILE,
     SEPARATOR,
     VAL,
     has_label_table,
     read_label_table,
     unlisted_images,
 )
-from sopdeploy.data.folder_store import OpenOptions
+from sopdeploy.data.folder_store import LABELS_FILE, OpenOptions
 from sopdeploy.data.image_files import ImageFiles, count_ignored_files, load_pixels, map_threaded, open_image
 from sopdeploy.errors import DataError
 from sopdeploy.images.preprocess import ROTATED, SIXTEEN_BIT, Preprocess, exif_orientation, to_rgb
@@ -124,7 +123,7 @@ def check(path: Path, cache: Path | None = None) -> DataReport:
     for info in readable:
         for reason in info.oddities:
             strange.setdefault(reason, []).append(info.file)
-    unlisted = unlisted_images(part for part in parts.values() if part.targets.ndim == 2)
+    unlisted = unlisted_images([part for part in parts.values() if part.targets.ndim == 2])
     strange |= {f"not listed in {LABELS_FILE}": unlisted} if unlisted else {}
     ignored: Counter[str] = Counter()
     counted = []

@@ -1,4 +1,4 @@
-"""Folders of files, and the options for opening data."""
+"""Folders of files, the table `labels.csv` in them, and the options for opening data."""
 
 import os
 from collections.abc import Callable
@@ -9,6 +9,8 @@ from typing import Any
 from sopdeploy.errors import DataError
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+LABELS_FILE = "labels.csv"  # lists images with any number of classes each; `label_table` reads it
+REQUIRED = ("file", "classes")  # its columns
 Log = Callable[[str], None]
 
 
@@ -56,6 +58,32 @@ class FolderStore:
     def size(self, name: bytes) -> int:
         """Get the size of a file in bytes; raises `OSError`."""
         return (self.root / os.fsdecode(name)).stat().st_size
+
+    def has_file(self, name: str) -> bool:
+        """Check whether the store contains the file *name*."""
+        return (self.root / name).is_file()
+
+    def label_tables(self) -> list[tuple[Path, bytes]]:
+        """Read the `labels.csv` of the folder, if any: its path and content; raises `DataError`."""
+        return read_label_file(self.root)
+
+
+def read_label_file(folder: Path) -> list[tuple[Path, bytes]]:
+    """Read the `labels.csv` of *folder*, if any: its path and content; raises `DataError`."""
+    path = folder / LABELS_FILE
+    if not path.is_file():
+        return []
+    try:
+        return [(path, path.read_bytes())]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+
+
+def lists_images(table: bytes) -> bool:
+    """Check whether the first line of *table* names a column of `REQUIRED`."""
+    header = table[:1000].partition(b"\n")[0].decode("utf-8-sig", "replace")
+    columns = header.replace(";", ",").replace("\t", ",").split(",")
+    return bool({column.strip(' "\r') for column in columns} & set(REQUIRED))
 
 
 def is_image(name: str) -> bool:

@@ -77,11 +77,14 @@ class ImageFiles:
 
     def open(self, index: int) -> Image.Image:
         """Open an image without decoding its pixels; raises `DataError` naming the file."""
+        return open_image(self.read(index), self.path(index))
+
+    def read(self, index: int) -> bytes:
+        """Read the bytes of a file, also one in an archive; raises `DataError` naming it."""
         try:
-            data = self.store.read(bytes(self.paths[index]))
+            return self.store.read(bytes(self.paths[index]))
         except OSError as error:
             raise DataError(f"{self.path(index)}: cannot be read ({error}); repair or delete it") from error
-        return open_image(data, self.path(index))
 
     def path(self, index: int) -> Path:
         """Path of a file; inside an archive, the path as if the archive were a folder."""

@@ -1,7 +1,7 @@
 """Tar archives as one folder of files, read in place without unpacking.
 
-Each archive has an index of its images, so that each is read with one seek. With a cache folder, the index is
-stored under a name that changes with the archive.
+Each archive has an index of its images and tables (`labels.csv`), so that each is read with one seek. With a
+cache folder, the index is stored under a name that changes with the archive.
 """
 
 import gzip
@@ -20,7 +20,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.data.folder_store import OpenOptions, is_image
+from sopdeploy.data.folder_store import (
+    LABELS_FILE,
+    OpenOptions,
+    is_image,
+    lists_images,
+    read_label_file,
+)
 from sopdeploy.errors import DataError
 from sopdeploy.files import atomic_write
 
@@ -61,7 +67,7 @@ def cache_folder(folder: Path | None) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Images of one archive: `names` (N,) bytes, `offsets` and `sizes` (N,) int64 in bytes."""
+    """Images and tables of one archive: `names` (N,) bytes, `offsets` and `sizes` (N,) int64 in bytes."""
 
     names: NDArray[np.bytes_]
     offsets: NDArray[np.int64]
@@ -75,7 +81,7 @@ def load_index(path: Path, cache: Path | None) -> Index:
     """
     if cache is None:
         return _build_index(path)
-    stored = cache / f"{path.name}.{fingerprint(path)}.index.npz"
+    stored = cache / f"{path.name}.{fingerprint(path)}.files.npz"
     index = read_index(stored, path.stat().st_size)
     if index is None:
         index = _build_index(path)
@@ -131,7 +137,7 @@ def _build_index(path: Path) -> Index:
 
 
 def _scan(file: IO[bytes], end: int, prefix: str = "") -> Iterator[tuple[bytes, int, int]]:
-    """Yield (name, offset, size) of the images of the archive that starts at the position of *file*.
+    """Yield (name, offset, size) of the images and tables of the archive at the position of *file*.
 
     A later member replaces an earlier one of the same name. An archive inside the archive is treated as a
     folder of its name, as in ImageNet's official file.
@@ -150,7 +156,7 @@ def _scan(file: IO[bytes], end: int, prefix: str = "") -> Iterator[tuple[bytes, 
             if name.endswith(TAR) and member.isreg() and not prefix:
                 file.seek(member.offset_data)
                 yield from _scan(file, member.offset_data + member.size, name.removesuffix(TAR) + "/")
-            elif is_image(name.rpartition("/")[2]):
+            elif is_image(base := name.rpartition("/")[2]) or base == LABELS_FILE:
                 if member.islnk():
                     place = found.get(_visible_name(prefix + member.linkname) or "")
                 else:
@@ -170,10 +176,20 @@ def _visible_name(name: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Table:
+    """A `labels.csv`: its path as if the archive were a folder, the folder that it is in, its content."""
+
+    path: Path
+    folder: bytes
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class TarStore:
     """Folder `prefix` of the images of several archives; `sources` (N,) are indices into `archives`.
 
-    `names` is sorted. Each read opens its archive, so that processes share no position.
+    `names` is sorted. Each read opens its archive, so that processes share no position. `tables` are those of
+    all folders.
     """
 
     root: Path
@@ -182,6 +198,7 @@ class TarStore:
     sources: NDArray[np.int32]
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
+    tables: tuple[Table, ...] = ()
     prefix: bytes = b""
 
     def folders(self) -> list[str]:
@@ -202,8 +219,11 @@ class TarStore:
         return replace(self, root=self.root / folder, prefix=self.prefix + os.fsencode(folder) + b"/")
 
     def list_files(self, folder: str) -> tuple[list[bytes], list[str]]:
-        """List the images below a subfolder, relative to the store; the index holds no other files."""
-        first, last = self._range(self.prefix + os.fsencode(folder) + b"/")
+        """List the images below a subfolder, relative to the store, or in the whole store for "".
+
+        The second list, other files, is empty, since the index has only images and tables.
+        """
+        first, last = self._range(self.prefix + (os.fsencode(folder) + b"/" if folder else b""))
         return [bytes(name)[len(self.prefix) :] for name in self.names[first:last]], []
 
     def read(self, name: bytes) -> bytes:
@@ -216,6 +236,20 @@ class TarStore:
     def size(self, name: bytes) -> int:
         """Get the size of a file in bytes; raises `OSError`."""
         return int(self.sizes[self._find(name)])
+
+    def has_file(self, name: str) -> bool:
+        """Check whether the store contains the file *name*."""
+        wanted = self.prefix + os.fsencode(name)
+        position = int(np.searchsorted(self.names, wanted))
+        return position < len(self.names) and bool(self.names[position] == wanted)
+
+    def label_tables(self) -> list[tuple[Path, bytes]]:
+        """Read every `labels.csv` for the store: next to the archives, and one of each archive."""
+        inside = [(table.path, table.content) for table in self.tables if table.folder == self.prefix]
+        return [*read_label_file(self.root), *inside]
+
+    def _lists_images(self) -> bool:
+        return any(lists_images(content) for _, content in self.label_tables())
 
     def _find(self, name: bytes) -> int:
         wanted = self.prefix + name
@@ -232,13 +266,13 @@ class TarStore:
         return int(first), int(last)
 
     def unwrap(self, parts: Sequence[str]) -> "TarStore":
-        """Enter single folders that wrap all images, unless they are one of *parts* or the only class."""
+        """Enter single folders that wrap everything, unless they are one of *parts* or the only class."""
         store, folders = self, self.folders()
-        while len(folders) == 1 and folders[0] not in parts:
+        while len(folders) == 1 and folders[0] not in parts and not store._lists_images():
             inside = replace(store.open_folder(folders[0]), root=self.root)
             first, last = inside._range(inside.prefix)
             has_files = (np.char.find(inside.names[first:last], b"/", len(inside.prefix)) < 0).any()
-            if has_files:
+            if has_files and not inside._lists_images():
                 break
             store, folders = inside, inside.folders()
         return store
@@ -248,20 +282,30 @@ def open_tars(root: Path, paths: Sequence[Path], parts: Sequence[str], options: 
     """Open the tar files *paths* as one folder, named *root* in error messages.
 
     An archive with images at its top level, or named like one of *parts* (train, val), becomes a folder of
-    its name. A single folder around everything else is skipped. Raises `DataError`, also if two archives hold
-    the same name.
+    its name. If a `labels.csv` lists the images, next to the archives or at the top level of one, only
+    archives that are named like a part and have no table become folders. A single folder around everything
+    else is skipped. Raises `DataError`, also if two archives hold the same name.
     """
     cache = cache_folder(options.cache) if options.cache else None
     archives = tuple(_decompress(path, options) for path in paths)
-    indices = []
-    for path, archive in zip(paths, archives, strict=True):
-        index = load_index(archive, cache)
-        name = path.name[: -len(archive_suffix(path))]
+    found = [
+        _split_tables(load_index(archive, cache), path, archive)
+        for path, archive in zip(paths, archives, strict=True)
+    ]
+    listed = [
+        any(not table.folder and (len(paths) == 1 or lists_images(table.content)) for table in tables)
+        for _, tables in found
+    ]
+    has_table = any(listed) or any(lists_images(content) for _, content in read_label_file(root))
+    for number, (index, tables) in enumerate(found):
+        name = paths[number].name[: -len(archive_suffix(paths[number]))]
         folder = os.fsencode(name) + b"/"
-        is_class = bool((np.char.find(index.names, b"/") < 0).any())
-        if (is_class or name in parts) and not np.char.startswith(index.names, folder).all():
-            index = replace(index, names=np.char.add(folder, index.names))
-        indices.append(index)
+        is_class = not has_table and bool((np.char.find(index.names, b"/") < 0).any())
+        is_part = name in parts and not listed[number]
+        if (is_class or is_part) and not np.char.startswith(index.names, folder).all():
+            inside = [replace(table, folder=folder + table.folder) for table in tables]
+            found[number] = (replace(index, names=np.char.add(folder, index.names)), inside)
+    indices = [index for index, _ in found]
     names = np.concatenate([index.names for index in indices])
     sources = np.repeat(np.arange(len(indices), dtype=np.int32), [len(index.names) for index in indices])
     order = np.argsort(names, kind="stable")
@@ -273,7 +317,24 @@ def open_tars(root: Path, paths: Sequence[Path], parts: Sequence[str], options: 
         raise DataError(f"{name}: is both in {first} and in {second}; remove one")
     offsets = np.concatenate([index.offsets for index in indices])[order]
     sizes = np.concatenate([index.sizes for index in indices])[order]
-    return TarStore(root, archives, names, sources, offsets, sizes).unwrap(parts)
+    all_tables = tuple(table for _, tables in found for table in tables)
+    return TarStore(root, archives, names, sources, offsets, sizes, all_tables).unwrap(parts)
+
+
+def _split_tables(index: Index, path: Path, archive: Path) -> tuple[Index, list[Table]]:
+    """Separate the tables in *index* of *archive*, shown as *path*, from the images; read the tables."""
+    suffix, tables = os.fsencode(LABELS_FILE), []
+    is_table = (index.names == suffix) | np.char.endswith(index.names, b"/" + suffix)
+    for position in np.flatnonzero(is_table):
+        name = bytes(index.names[position])
+        with archive.open("rb") as file:
+            file.seek(int(index.offsets[position]))
+            content = file.read(int(index.sizes[position]))
+        tables.append(Table(path / os.fsdecode(name), name.removesuffix(suffix), content))
+    images = Index(
+        names=index.names[~is_table], offsets=index.offsets[~is_table], sizes=index.sizes[~is_table]
+    )
+    return images, tables
 
 
 def _decompress(path: Path, options: OpenOptions) -> Path:

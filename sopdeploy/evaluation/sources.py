@@ -9,6 +9,7 @@ import numpy as np
 from sopdeploy.client import Classification, Client
 from sopdeploy.data.datasets.folder import open_classes, open_multi_label, open_store, scan_classes
 from sopdeploy.data.folder_store import OpenOptions
+from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.errors import ConfigError, DataError, OverloadedError, ServiceError, UnreachableError
 from sopdeploy.evaluation.metrics import Score
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions
@@ -51,12 +52,12 @@ def score_service(
     found = scan_classes(store, tuple(store.folders()))
     if not len(found):
         raise DataError(f"{data}: holds no class folders; sort the images into one subfolder per class")
-    first = _classify(client, found.path(0), model)
+    first = _classify(client, found, 0, model)
     labels = tuple(sorted(entry.label for entry in first.classes))
     images = open_classes(data, labels)
     scores = []
     for index in range(len(images)):
-        response = _classify(client, images.path(index), model)
+        response = _classify(client, images, index, model)
         ranked = [(labels.index(entry.label), entry.probability) for entry in response.classes]
         scores.append(Score.from_ranking(int(images.targets[index]), ranked, known=response.known))
         on_image(index + 1, len(images))
@@ -75,7 +76,7 @@ def _predict_multi_label(
     images = open_multi_label(data, labels)
     probabilities = np.zeros((len(images), len(labels)))
     for index in range(len(images)):
-        response = _classify(client, images.path(index), model, threshold=0.0)
+        response = _classify(client, images, index, model, threshold=0.0)
         found = {entry.label: entry.probability for entry in response.classes}
         probabilities[index] = [found[label] for label in labels]
         on_image(index + 1, len(images))
@@ -88,11 +89,13 @@ def _predict_multi_label(
 
 
 def _classify(
-    client: Client, path: Path, model: str | None, threshold: float | None = None
+    client: Client, images: ImageFiles, index: int, model: str | None, threshold: float | None = None
 ) -> Classification:
     try:
-        return client.classify(path, top_k=ALL_CLASSES, model=model, threshold=threshold)
+        return client.classify(images.read(index), top_k=ALL_CLASSES, model=model, threshold=threshold)
     except (OverloadedError, UnreachableError):
         raise
     except ServiceError as error:
-        raise DataError(f"{path}: rejected by the service ({error}); repair or remove it") from error
+        raise DataError(
+            f"{images.path(index)}: rejected by the service ({error}); repair or remove it"
+        ) from error

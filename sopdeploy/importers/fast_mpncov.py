@@ -1,4 +1,4 @@
-"""Importer of fast-MPN-COV: iSQRT-COV and B-CNN on ResNet and VGG-16.
+"""Importer of fast-MPN-COV: iSQRT-COV and B-CNN on ResNet; `vgg` imports its VGG-16.
 
 Published files (`mpncovresnet50-15991845.pth`) have torchvision's names and `layer_reduce`. Training
 checkpoints number the parts, `features.0` to `features.7`; the dimension reduction is
@@ -29,11 +29,6 @@ UNKNOWN_STRIDE = (
     "the tensors do not tell the stride of conv5_x: 1 for mpncovresnet, 2 for resnet with the pooling"
 )
 
-VGG_CHANNELS = 512
-VGG_MODELS = {"isqrt": "isqrt-vgg16", "bcnn": "bcnn-vgg16"}
-VGG_CONV = re.compile(r"features\.(?P<index>\d+)\.(?P<leaf>[a-z_]+)")
-VGG_CLASSIFIER = re.compile(r"classifier\.([036]\.)?(weight|bias)")
-
 
 def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     """Map a ResNet with iSQRT-COV, B-CNN or average pooling; None for other files.
@@ -48,7 +43,7 @@ def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | N
     depth = resnet_depth(file.path, renamed.tensors)
     classes, length = renamed.classifier_weight("fc.weight").shape
     channels = len(renamed.tensor(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight"))
-    pooling = _detect_pooling(file, mapped, channels, length)
+    pooling = detect_pooling(file, mapped, channels, length)
     kind = str(pooling["pooling.kind"])
     reduced = {"layer_reduce.weight", "features.8.weight"} & file.tensors.keys()
     stride = 1 if reduced else {f"mpncovresnet{depth}": 1, f"resnet{depth}": 2}.get(file.arch or "")
@@ -80,7 +75,7 @@ def _rename_resnet(source: str) -> str | None:
     return name if RESNET_TENSOR.fullmatch(name) else None
 
 
-def _detect_pooling(
+def detect_pooling(
     file: WeightFile, mapped: tuple[MappedTensor, ...], channels: int, length: int
 ) -> dict[str, str | int]:
     """Find the pooling that turns *channels*, or the reduced channels, into *length* numbers."""
@@ -96,43 +91,3 @@ def _detect_pooling(
         f"{file.path}: no supported pooling turns {width} channels into the {length} inputs of its classifier"
         " (compact bilinear pooling is not supported: its random parts are not stored)"
     )
-
-
-def convert_mpncov_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
-    """Map VGG-16 with batch norm and iSQRT-COV or B-CNN; None for other files.
-
-    `features` becomes `layers`.
-    """
-    first_tensors = {"features.0.weight", "features.1.running_mean", "features.3.weight"}
-    classifiers = [name for name in file.tensors if name.startswith("classifier")]
-    if not first_tensors <= file.tensors.keys() or not classifiers:
-        return None
-    mapped = rename_tensors(file, _rename_vgg)
-    linear = "classifier.weight" in file.tensors
-    first, last = ("classifier.weight",) * 2 if linear else ("classifier.0.weight", "classifier.6.weight")
-    pooling = _detect_pooling(file, mapped, VGG_CHANNELS, file.classifier_weight(first).shape[1])
-    kind = str(pooling["pooling.kind"])
-    if kind == "gap":
-        raise WeightsError(f"{file.path}: VGG-16 with average pooling is not in the catalog")
-    classifier = "linear" if linear else "mlp"
-    default = "mlp" if kind == "isqrt" else "linear"
-    model = VGG_MODELS[kind]
-    return ConvertedWeights(
-        description=f"{TITLES[kind]} on VGG-16 of fast-MPN-COV",
-        model=model if classifier == default else f"{model} --set classifier={classifier}",
-        tensors=mapped,
-        num_classes=len(file.classifier_weight(last)),
-        preprocess=Preprocess(),
-        required={"pooling.kind": kind},
-        detected=pooling | {"classifier": classifier},
-        labels="imagenet",
-    )
-
-
-def _rename_vgg(source: str) -> str | None:
-    part, _, leaf = source.rpartition(".")
-    if part.startswith("representation.") and part in REDUCTION:
-        return f"pooling.{REDUCTION[part]}.{leaf}"
-    if match := VGG_CONV.fullmatch(source):
-        return f"layers.{match['index']}.{match['leaf']}"
-    return source if VGG_CLASSIFIER.fullmatch(source) else None

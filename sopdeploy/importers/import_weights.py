@@ -14,13 +14,14 @@ from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.fast_mpncov import convert_mpncov_resnet, convert_mpncov_vgg
+from sopdeploy.importers.fast_mpncov import convert_mpncov_resnet
 from sopdeploy.importers.fit import choose_config, fit_tensors
 from sopdeploy.importers.gmsop import convert_gmsop
 from sopdeploy.importers.gsop import convert_gsop
 from sopdeploy.importers.resnets import convert_cifar_resnet, convert_torchvision_resnet
 from sopdeploy.importers.source import ConvertedWeights, WeightFile
 from sopdeploy.importers.timm_network import convert_timm
+from sopdeploy.importers.vgg import convert_mpncov_vgg, convert_torchvision_vgg
 from sopdeploy.importers.weight_files import open_weights
 
 Converter = Callable[[WeightFile, str], ConvertedWeights | None]  # None if the file is of another project
@@ -28,6 +29,7 @@ CONVERTERS: tuple[tuple[str, Converter], ...] = (  # (project, function); the fi
     ("timm", convert_timm),
     ("GSoP", convert_gsop),
     ("fast-MPN-COV", convert_mpncov_resnet),
+    ("torchvision", convert_torchvision_vgg),
     ("fast-MPN-COV", convert_mpncov_vgg),
     ("pytorch_resnet_cifar10", convert_cifar_resnet),
     ("GM-SOP", convert_gmsop),

@@ -21,6 +21,7 @@ import torch
 from sopdeploy.backbones.efficientnet import EfficientNet
 from sopdeploy.backbones.resnet import ResNet
 from sopdeploy.backbones.timm_backbone import import_timm
+from sopdeploy.backbones.vgg import VGGConfig
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import sha256
@@ -57,17 +58,22 @@ def fetch_imagenet_weights(model: str, config: StrictModel) -> Published:
         return Published(_fetch_timm(name), f"timm:{name}")
     if issubclass(network, EfficientNet):
         return Published(_fetch_timm("efficientnet_b0"), "timm:efficientnet_b0")
-    depth = getattr(config, "depth", None)
-    if issubclass(network, ResNet) and depth == 26:  # of timm only
+    if issubclass(network, ResNet) and getattr(config, "depth", None) == 26:  # of timm only
         return Published(_fetch_timm("resnet26"), "timm:resnet26")
     models = importlib.import_module("torchvision.models")
-    if not issubclass(network, ResNet) or f"resnet{depth}" not in models.list_models():
+    names = {  # in torchvision and here
+        (f"resnet{getattr(config, 'depth', None)}",) * 2: issubclass(network, ResNet),
+        ("vgg16_bn", "vgg16-bn"): isinstance(config, VGGConfig) and config.batch_norm,
+        ("vgg16", "vgg16"): isinstance(config, VGGConfig),
+    }
+    published, ours = next((pair for pair, applies in names.items() if applies), ("", ""))
+    if published not in models.list_models():
         raise ConfigError(
             f"start.weights: no ImageNet weights are published for {model}; choose a network on ResNet-18, "
-            f"26, 34, 50 or 101 or on EfficientNet-b0, timm:NAME or dsop-timm:NAME, {ADVICE}"
+            f"26, 34, 50 or 101, VGG-16 or EfficientNet-b0, timm:NAME or dsop-timm:NAME, {ADVICE}"
         )
-    weights = models.get_model_weights(f"resnet{depth}")[TORCHVISION_VERSION]
-    return Published(_fetch_url(weights.url), f"resnet{depth}")
+    weights = models.get_model_weights(published)[TORCHVISION_VERSION]
+    return Published(_fetch_url(weights.url), ours)
 
 
 def _fetch_url(url: str) -> Path:

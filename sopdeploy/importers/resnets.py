@@ -42,7 +42,7 @@ def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeight
     if not {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= file.tensors.keys():
         return None
     depth = resnet_depth(file.path, file.tensors)
-    found = published_preprocess(depth, sha256(file.path))
+    found = published_preprocess(f"resnet{depth}", sha256(file.path))
     if found is None and (config := read_hub_config(file.path)):
         found = hub_preprocess(file.path, config), FROM_HUB_CONFIG
     return ConvertedWeights(
@@ -57,13 +57,12 @@ def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeight
     )
 
 
-def published_preprocess(depth: int, digest: str) -> tuple[Preprocess, str] | None:
-    """Find the preprocessing of the torchvision weights with this SHA-256, and a note with their name.
+def published_preprocess(name: str, digest: str) -> tuple[Preprocess, str] | None:
+    """Find the preprocessing of torchvision's weights of network *name* with this SHA-256, and a note.
 
     The names of torchvision's files end in the first eight digits.
     """
     models = importlib.import_module("torchvision.models")
-    name = f"resnet{depth}"
     for weights in models.get_model_weights(name) if name in models.list_models() else ():
         if weights.url.endswith(f"-{digest[:8]}.pth"):
             rules = weights.transforms()

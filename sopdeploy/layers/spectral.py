@@ -8,6 +8,7 @@ dead channels and for fewer positions than channels. Here it is U (K * U^T G U) 
 K_ij = (f(l_i) - f(l_j)) / (l_i - l_j), the same number, and f' where the two are too close to divide.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -56,6 +57,20 @@ class Logarithm(NamedTuple):
         """Compute f and f' of ascending eigenvalues (B, C)."""
         shifted_BC = lambda_BC.clamp_min(0.0) + self.eps
         return shifted_BC.log(), shifted_BC.reciprocal()
+
+
+def eigenvalue_mapping(
+    function: Power | Logarithm, eigenvalues: Sequence[float]
+) -> tuple[list[float], list[float]]:
+    """Compute f and f' of the *eigenvalues* of one covariance, in their order.
+
+    The slope is the factor of the gradient of an eigenvalue: large ones of small eigenvalues are why the
+    logarithm is less stable than a power (MPN-COV, section 3).
+    """
+    ascending_C, order_C = torch.tensor(eigenvalues, dtype=torch.float64).sort()
+    place_C = order_C.argsort()
+    value_C, slope_C = (row_1C[0, place_C].tolist() for row_1C in function(ascending_C[None]))
+    return value_C, slope_C
 
 
 class SpectralFunction(torch.autograd.Function):

@@ -18,15 +18,56 @@ from torch import Tensor, nn
 from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.efficientnet import HEAD_CHANNELS, STAGES, EfficientNet, EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
-from sopdeploy.config import NonNegative, StrictModel
+from sopdeploy.config import NonNegative, Positive, StrictModel
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, NewtonSchulzOptions
+from sopdeploy.layers.pooling.base import GlobalPooling
+from sopdeploy.layers.pooling.covariance import LogEuclideanConfig, MpnCovConfig
 from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, Entry
 
 Count = Annotated[int, pydantic.Field(ge=0)]
 Width = Annotated[int, pydantic.Field(ge=1)]
+
+
+class LogPooling(StrictModel):
+    """The matrix logarithm of a branch's covariance; `eps` is added to its eigenvalues."""
+
+    kind: Literal["log"] = "log"
+    eps: Positive = 1e-3
+
+    def build(self, width: int) -> GlobalPooling:
+        """Build the pooling for maps of *width* channels."""
+        return LogEuclideanConfig(width=None, eps=self.eps).build(width)
+
+
+class PowerPooling(StrictModel):
+    """The matrix power of a branch's covariance; the options are those of the pooling `mpncov`."""
+
+    kind: Literal["power"] = "power"
+    power: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.5
+    normalise: Literal["none", "M-l2", "M-Fro"] = "none"
+
+    def build(self, width: int) -> GlobalPooling:
+        """Build the pooling for maps of *width* channels."""
+        return MpnCovConfig(width=None, power=self.power, normalise=self.normalise).build(width)
+
+
+def _named(pooling: Any) -> Any:
+    """Replace the name of a pooling with options by a table of its defaults; refuse unknown names."""
+    kind = pooling.get("kind") if isinstance(pooling, dict) else pooling
+    if kind in {"isqrt", "gap"} and kind == pooling:
+        return pooling
+    if isinstance(kind, str) and kind not in {"log", "power"}:
+        raise ValueError("choose isqrt, gap, log or power; only the last two have options")
+    return {"kind": kind} if isinstance(pooling, str) else pooling
+
+
+BranchPooling = Annotated[
+    Literal["isqrt", "gap"] | Annotated[LogPooling | PowerPooling, pydantic.Field(discriminator="kind")],
+    pydantic.BeforeValidator(_named),
+]
 
 
 class DSoPConfig(NewtonSchulzOptions):
@@ -35,14 +76,16 @@ class DSoPConfig(NewtonSchulzOptions):
     `aux_blocks` gives for each stage either the number of blocks of a branch after its last block
     (0: no branch) or one such number per block of the stage (section V-D's patterns, "[1, 0, 2]").
     `aux_widths` are the target channels of the covariance, `aux_weights` the weights of the losses
-    (beta), `main_weight` that of the main loss (alpha). `aux_pooling="gap"` is Table VII's control.
+    (beta), `main_weight` that of the main loss (alpha). `aux_pooling` is iSQRT-COV; "log" or "power", the
+    matrix logarithm or power of section III-A by eigenvalues, with the options of `LogPooling` and
+    `PowerPooling` (`{kind = "power", power = 0.3}`); or "gap", Table VII's control.
     `keep_unused_branches` keeps one block and the head of a branch of 0 blocks, as Table X counts.
     """
 
     aux_blocks: tuple[Count | tuple[Count, ...], ...] | None = None
     aux_widths: tuple[Width, ...] | None = None
     aux_weights: tuple[NonNegative, ...] | None = None
-    aux_pooling: Literal["isqrt", "gap"] = "isqrt"
+    aux_pooling: BranchPooling = "isqrt"
     aux_dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] | None = None
     main_weight: NonNegative = 1.0
     keep_unused_branches: bool = False
@@ -63,9 +106,10 @@ class PaperBranches(StrictModel):
 
 
 class BranchPlan(StrictModel):
-    """One branch: its tap and its layers; `newton_schulz` None is global average pooling.
+    """One branch: its tap and its layers.
 
-    A branch that is not `used` is only kept to be counted.
+    Its pooling is `newton_schulz`, the iterated square root, or `eigen`, a function of eigenvalues; without
+    both it is global average pooling. A branch that is not `used` is only kept to be counted.
     """
 
     tap: str
@@ -76,6 +120,7 @@ class BranchPlan(StrictModel):
     dropout: float
     width: int
     newton_schulz: NewtonSchulzConfig | None
+    eigen: LogPooling | PowerPooling | None = None
 
 
 class Branch(nn.Module):
@@ -170,11 +215,12 @@ class DSoP(Classifier):
         if self.normalize_branches:
             ending = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
         pooling: nn.Module = nn.AdaptiveAvgPool2d(1)
-        if plan.newton_schulz is not None:
+        if plan.newton_schulz is not None or plan.eigen is not None:
             if channels > plan.width:
                 reduction = dimension_reduction(channels, plan.width, self.branch_activation)
-            isqrt = ISqrtCov(plan.width, plan.newton_schulz)
-            pooling, features = isqrt, isqrt.out_features
+            eigen = plan.eigen
+            second = ISqrtCov(plan.width, plan.newton_schulz) if eigen is None else eigen.build(plan.width)
+            pooling, features = second, second.out_features
         return Branch(
             nn.Sequential(*(self.branch_block(channels, channels, stride) for stride in strides)),
             ending,
@@ -217,6 +263,7 @@ def plan_branches(
                 weight=weights[stage],
                 width=width,
                 newton_schulz=config.newton_schulz() if config.aux_pooling == "isqrt" else None,
+                eigen=None if isinstance(config.aux_pooling, str) else config.aux_pooling,
                 dropout=dropout if config.aux_dropout is None else config.aux_dropout,
             )
             plans.append(plan)

@@ -1,5 +1,6 @@
 """First-order networks: baselines, and what a detached network must equal."""
 
+from sopdeploy.backbones.alexnet import AlexNet, AlexNetConfig
 from sopdeploy.backbones.cifar_resnet import (
     PreActResNet,
     PreActResNetConfig,
@@ -9,7 +10,9 @@ from sopdeploy.backbones.cifar_resnet import (
     SmallResNetConfig,
 )
 from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetConfig
-from sopdeploy.backbones.resnet import ResNet, ResNetConfig
+from sopdeploy.backbones.resnet import DilatedResNet, DilatedResNetConfig, ResNet, ResNetConfig
+from sopdeploy.backbones.vgg import VGG, VGGConfig
+from sopdeploy.layers.pooling.base import FlattenConfig
 from sopdeploy.models.base import Classifier, Entry
 
 
@@ -17,6 +20,28 @@ class PlainResNet(Classifier, ResNet):
     """ResNet-18/34/50/101 for 224-pixel images."""
 
     inference_class = ResNet
+
+
+class PlainDilatedResNet(Classifier, DilatedResNet):
+    """DRN-A on ResNet-18/34/50/101 (Table 5 of GSoP)."""
+
+    inference_class = DilatedResNet
+
+
+class PlainAlexNet(Classifier, AlexNet):
+    """AlexNet for 224-pixel images, with any global pooling.
+
+    Assumptions, because the slides do not show the layers: a second-order pooling replaces the last max
+    pooling, and the classifier keeps its three layers, as in fast-MPN-COV's VGG-D.
+    """
+
+    inference_class = AlexNet
+
+
+class PlainVGG(Classifier, VGG):
+    """VGG-16 for 224-pixel images, with any global pooling."""
+
+    inference_class = VGG
 
 
 class PlainSmallResNet(Classifier, SmallResNet):
@@ -56,6 +81,14 @@ ENTRIES = {
     **{
         f"resnet{depth}": Entry(PlainResNet, ResNetConfig, {"depth": depth}, f"plain ResNet-{depth}")
         for depth in (18, 34, 50, 101)
+    },
+    "drn-a-50": Entry(
+        PlainDilatedResNet, DilatedResNetConfig, {"depth": 50}, "DRN-A-50: dilated ResNet-50, stride 8"
+    ),
+    "alexnet": Entry(PlainAlexNet, AlexNetConfig, {}, "plain AlexNet"),
+    **{
+        name: Entry(PlainVGG, VGGConfig, {"pooling": FlattenConfig(), "batch_norm": norm}, f"plain {title}")
+        for name, norm, title in (("vgg16", False, "VGG-16"), ("vgg16-bn", True, "VGG-16 with batch norm"))
     },
     "efficientnet-b0": Entry(PlainEfficientNet, EfficientNetConfig, {}, "plain EfficientNet-b0"),
     **{

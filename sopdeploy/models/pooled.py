@@ -1,7 +1,9 @@
 """Networks that are exported with their second-order pooling: iSQRT-COV, MPN-COV and alternatives.
 
-Papers: iSQRT-COV and MPN-COV, as in fast-MPN-COV (ResNets with conv5_x at stride 1; VGG-D). Any other
-pooling is set on any backbone by the option `pooling`, such as `create_model("resnet50", pooling="cbp")`.
+Papers: iSQRT-COV and MPN-COV, as in fast-MPN-COV (ResNets with conv5_x at stride 1; VGG-D); AlexNet with the
+seven poolings of the slides on iSQRT-COV, of which iSQRT-COV with the Frobenius norm is `isqrt-alexnet` with
+`pooling.prenorm="frobenius"`. Any other pooling is set on any backbone by the option `pooling`, such as
+`create_model("resnet50", pooling="cbp")`.
 """
 
 from typing import Annotated
@@ -9,26 +11,21 @@ from typing import Annotated
 import pydantic
 from torch import nn
 
+from sopdeploy.backbones.alexnet import AlexNetConfig
 from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.cifar_resnet import SmallResNetConfig
 from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNetConfig
-from sopdeploy.backbones.vgg import VGG, VGGConfig
+from sopdeploy.backbones.vgg import VGGConfig
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, Entry
-from sopdeploy.models.plain import PlainResNet, PlainSmallResNet
+from sopdeploy.models.plain import PlainAlexNet, PlainResNet, PlainSmallResNet, PlainVGG
 
 ISQRT = "iSQRT-COV (iterated square root of the covariance)"
 MPNCOV = "MPN-COV (square root by eigenvalues; cannot be exported)"
-
-
-class PooledVGG(Classifier, VGG):
-    """VGG-16 with batch norm and a global pooling."""
-
-    inference_class = VGG
 
 
 class SecondOrderEfficientNetConfig(EfficientNetConfig, NewtonSchulzOptions):
@@ -77,7 +74,7 @@ ENTRIES = {
     **dict(_resnet("mpncov", depth, MPNCOV) for depth in (18, 50, 101)),
     **{
         f"{pooling}-vgg16": Entry(
-            PooledVGG, VGGConfig, {"pooling": pooling, "classifier": classifier}, f"{title} on VGG-16"
+            PlainVGG, VGGConfig, {"pooling": pooling, "classifier": classifier}, f"{title} on VGG-16"
         )
         for pooling, classifier, title in (
             ("isqrt", "mlp", ISQRT),
@@ -85,6 +82,17 @@ ENTRIES = {
             ("bcnn", "linear", "B-CNN (bilinear pooling)"),
             ("cbp", "linear", "compact bilinear pooling"),
             ("netvlad", "linear", "NetVLAD"),
+        )
+    },
+    **{
+        f"{pooling}-alexnet": Entry(PlainAlexNet, AlexNetConfig, {"pooling": pooling}, f"{title} on AlexNet")
+        for pooling, title in (
+            ("isqrt", ISQRT),
+            ("mpncov", MPNCOV),
+            ("bcnn", "B-CNN (bilinear pooling)"),
+            ("deepo2p", "DeepO2P (matrix logarithm; cannot be exported)"),
+            ("improved-bcnn", "improved B-CNN (square root by eigenvalues; cannot be exported)"),
+            ("g2denet", "G2DeNet (Gaussian embedding by eigenvalues; cannot be exported)"),
         )
     },
     "isqrt-efficientnet-b0": Entry(

@@ -76,7 +76,7 @@ def render_report(data: RunData) -> str:
         few_shot=few_shot,
         history=data.history,
         tiles=tiles,
-        decision=[] if data.decision is None else data.decision.rows(),
+        decision=[] if data.decision is None else data.decision.rows(data.labels),
         reason=data.reason,
         recipe_values=[(key, value) for key, value in values if not key.startswith("model.config.")],
         environment=list(environment.items()),

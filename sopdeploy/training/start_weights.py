@@ -156,6 +156,8 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
             matching[name] = found
         elif part := _added_part(name, (*heads, *training_only, classifier_name(model))):
             new[part] = None
+        elif found is not None and is_in(name, classifier_name(model).rpartition(".")[0] or name + "."):
+            new[name.rpartition(".")[0]] = None  # a classifier of several layers behind another pooling
         elif found is not None or not name.endswith(COUNTER):
             state = f"{tuple(found.shape)}, not {tuple(tensor.shape)}" if found is not None else "missing"
             raise _misfit(weights, f"{name} is {state}")

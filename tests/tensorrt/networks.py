@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sopdeploy.bundle.folder import Bundle, open_bundle, publish, seal, staging
 from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
+from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.images.preprocess import Preprocess
 
@@ -82,10 +83,11 @@ def write(
     logits = outputs_of(model, images) + np.float32(wrong_by)
     half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer)
     tolerance = 0.1 if half else 1e-5 * float(abs(logits).max())
+    root = onnx_file_root(model.SerializeToString())
     files = {
         "model.onnx": model.SerializeToString(),
         "labels.json": to_json([f"class {i}" for i in range(CLASSES)]),
-        "certificate.json": to_json({}),
+        "certificate.json": to_json({"roots": {"any_batch": "1" * 64, "onnx": root}}),
         "parity.json": to_json({}),
     }
     with staging(folder) as stage:
@@ -102,7 +104,7 @@ def write(
             "batch": BatchRange(minimum=1, optimum=4, maximum=16),
             "opset": 18,
             "detached": (),
-            "lineage": Lineage(checkpoint_sha256="0" * 64, program_root="1" * 64, onnx_root="2" * 64),
+            "lineage": Lineage(checkpoint_sha256="0" * 64, program_root="1" * 64, onnx_root=root),
             "versions": {"onnx": onnx.__version__},
         }
         return open_bundle(publish(stage, seal(stage, values | fields), folder))

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import fx
 from torch.export import ExportedProgram
 
+from sopdeploy.environment import EXACT_INT8
 from sopdeploy.errors import ParityError
 from sopdeploy_export.graph import PREFIX, with_converter_names
 from sopdeploy_export.parity.report import PROVIDER, PartDrift
@@ -45,6 +46,7 @@ def open_session(model: Path | onnx.ModelProto, *, optimized: bool = True) -> or
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry(*EXACT_INT8)
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
     if isinstance(model, Path) and has_bfloat16(loaded := onnx.load(model)):
         source, optimized = emulate_bfloat16(loaded).SerializeToString(), False

@@ -30,7 +30,7 @@ CAUSES = {
 
 def render_report(results: ExportResults) -> str:
     """Render the page; equal *results* give equal text."""
-    top1, labels = results.parity.top1, results.checkpoint.labels
+    top1, labels, decision = results.parity.top1, results.checkpoint.labels, results.checkpoint.decision
     types = results.precision.summary()
     agreement = interval(
         "agreement", "Images with the same top class", top1.agree / top1.images, top1.low, top1.high
@@ -45,7 +45,7 @@ def render_report(results: ExportResults) -> str:
         "flip_rows": [flip_row(flip, labels) for flip in top1.flipped],
         "flip_chart": flip_matrix(top1.flipped, labels),
         "gate_chart": _gate_chart(results.parity),
-        "decision": [] if results.checkpoint.decision is None else results.checkpoint.decision.rows(),
+        "decision": [] if decision is None else decision.rows(labels),
         "precision": _precision_tables(results.precision),
         "type_chart": bars(
             "types",
@@ -293,10 +293,18 @@ the graph subtracts the mean and divides by the standard deviation. Batches of {
 
 
 def _decision_lines(checkpoint: Checkpoint) -> str:
-    """Describe calibration and rejection; empty without them."""
-    if checkpoint.decision is None or not (rows := checkpoint.decision.rows()):
+    """Describe calibration, rejection and thresholds; empty without them."""
+    if checkpoint.decision is None or not (rows := checkpoint.decision.rows(checkpoint.labels)):
         return ""
     lines = "\n".join(f"- {name}: {text}" for name, text in rows)
+    if checkpoint.decision.thresholds is not None:
+        return f"""
+## Thresholds
+
+{lines}
+
+A class is present in an image if the sigmoid of its logit reaches its threshold.
+"""
     return f"""
 ## Calibration and unknown images
 

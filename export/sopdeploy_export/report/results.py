@@ -113,6 +113,7 @@ class Exported:
     def _repr_html_(self) -> str:
         """Render the main facts and a link to the report for a notebook."""
         certificate, parity, summary = self.certificate, self.parity, self.network_summary
+        decision = self.manifest.decision
         facts = [
             ("removed", ", ".join(certificate.detached) or "nothing"),
             ("kept", f"{len(certificate.kept)} tensors, sha256 equal before and after"),
@@ -122,12 +123,14 @@ class Exported:
             ("top class", f"equal on {parity.top1.agree} of {parity.top1.images} probe images"),
             ("parameters", f"{summary.shipped.parameters:,} of {summary.trained.parameters:,}"),
             ("precision", self.precision.precision),
+            *([] if decision is None else decision.rows()),
             ("bundle", str(self.path)),
         ]
         return render("sopdeploy_export.report", "notebook_export.html", path=self.path, facts=facts)
 
     def summary(self) -> dict[str, Any]:
-        """Build the output of `sopdeploy export --json`."""
+        """Build the output of `sopdeploy export --json`; `decision` only if one was fitted."""
+        decision = self.manifest.decision
         return {
             "bundle": str(self.path),
             "id": self.manifest.id,
@@ -140,6 +143,7 @@ class Exported:
             "parity": self.parity.model_dump(),
             "precision": self.precision.model_dump(),
             "lowering": self.lowering.model_dump(),
+            **({} if decision is None else {"decision": decision.model_dump(mode="json")}),
             "trained": self.network_summary.trained.model_dump(),
             "shipped": self.network_summary.shipped.model_dump(),
             "speed": None if self.speed is None else self.speed.model_dump(),

@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.data.datasets.folder import open_classes, open_multi_label
+from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.decision import sigmoid
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.evaluation.metrics import Score
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions
 from sopdeploy.images.preprocess import TtaMode, check_tta_mode, tta_views
-from sopdeploy_service.commands.predict import read_image
+from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.results import RankedClasses, softmax
@@ -56,7 +57,7 @@ def scores_of_bundle(
     images = open_classes(data, sorted_labels) if thresholds is None else open_multi_label(data, labels)
     logits = []  # (V, C) of the views of each image
     for index in range(len(images)):
-        logits.append(_view_logits(loaded, images.path(index), tta_mode, settings))
+        logits.append(_view_logits(loaded, images, index, tta_mode, settings))
         on_image(index + 1, len(images))
     scores: list[Score] | MultiLabelPredictions
     if thresholds is None:
@@ -82,10 +83,12 @@ def scores_of_bundle(
     )
 
 
-def _view_logits(loaded: LoadedModel, path: Path, tta: TtaMode, settings: Settings) -> NDArray[np.float32]:
-    """Compute the logits (V, C) of the views of one image."""
-    manifest = loaded.bundle.manifest
-    encoded, decode = read_image(path, settings.max_body_bytes), make_decoder(settings)
+def _view_logits(
+    loaded: LoadedModel, images: ImageFiles, index: int, tta: TtaMode, settings: Settings
+) -> NDArray[np.float32]:
+    """Compute the logits (V, C) of the views of one of *images*."""
+    manifest, path = loaded.bundle.manifest, images.path(index)
+    encoded, decode = EncodedImage(images.read(index)), make_decoder(settings)
     try:
         views = tta_views(lambda rules: decode(encoded, rules).pixels, manifest.preprocess, tta)
     except ImageError as error:

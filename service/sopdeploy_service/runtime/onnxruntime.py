@@ -1,5 +1,6 @@
 """onnxruntime on the CPU, or on a GPU with CUDA."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.environment import import_optional
+from sopdeploy.environment import EXACT_INT8, SLOW_INT8, import_optional, lacks_vnni
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.runtime.base import classify_error, padded_sizes
 from sopdeploy_service.runtime.cuda_libraries import load_cuda_libraries
+
+log = logging.getLogger("sopdeploy.service")
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -113,6 +116,8 @@ class OnnxRuntime:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         threads = threads or cores or 1
         self._session = _open_session(onnxruntime, bundle, threads, provider, dict(options or {}))
+        if provider == CPU and manifest.precision == "int8" and lacks_vnni():
+            log.info("%s: %s", bundle.name, SLOW_INT8)
         self._bound: BoundSession | None = None
         if provider != CPU:
             shapes = {output.name: output.shape[1:] for output in manifest.outputs}
@@ -160,6 +165,7 @@ def _open_session(
     options.log_severity_level = 3  # errors only; they are raised as exceptions too
     # Spinning threads would take the cores from the decoders.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry(*EXACT_INT8)
     if provider != CPU:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if provider not in onnxruntime.get_available_providers():

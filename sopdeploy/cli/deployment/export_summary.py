@@ -7,8 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from sopdeploy.cli.console import out, plain_text
+from sopdeploy.environment import SLOW_INT8, lacks_vnni
 
 if TYPE_CHECKING:
+    from sopdeploy.decision import Decision
     from sopdeploy_export.parity.report import ClassMapParity
     from sopdeploy_export.pipeline import Exported
     from sopdeploy_export.precision.convert import PrecisionReport
@@ -32,6 +34,8 @@ def show(exported: "Exported") -> None:
             out.print(Text.assemble((f"{name:8}", "bold"), " ", text))
     if exported.parity.drift_allowed:
         out.print("[bold yellow]warning[/]  the numbers drift; the bundle records that this was allowed")
+    if exported.manifest.int8_for == "cpu" and lacks_vnni():
+        out.print(f"[bold yellow]warning[/]  {SLOW_INT8}")
 
 
 def _facts(exported: "Exported") -> dict[str, str]:
@@ -57,6 +61,7 @@ def _facts(exported: "Exported") -> dict[str, str]:
         "answers": _agreement(exported),
         **_precision_costs(exported.precision),
         **_class_maps(parity.class_maps),
+        **_decision(exported.manifest.decision),
         "costs": f"{shipped.parameters:,} of {trained.parameters:,} parameters, "
         f"{shipped.macs:,} of {trained.macs:,} multiply-adds per image",
         "onnx": f"{parity.file_bytes:,} bytes, {sum(parity.operators.values())} operators",
@@ -101,6 +106,24 @@ def _class_maps(found: "ClassMapParity | None") -> dict[str, str]:
         return {}
     deviation = f"{found.deviation:.2g} (allowed {found.tolerance:.2g})"
     return {"maps": f"mean of each class activation map + bias = logit, deviation {deviation}"}
+
+
+def _decision(found: "Decision | None") -> dict[str, str]:
+    """Describe the folded temperature and the thresholds; empty without a fitted decision."""
+    if found is None:
+        return {}
+    rows, facts = dict(found.rows()), {}
+    if found.calibration is not None:
+        folded = " (folded into the last layer)" if found.temperature != 1 else ""
+        facts["scale"] = (
+            f"temperature {rows['temperature']}{folded}; calibration error {rows['calibration error']}"
+        )
+    if "unknown images" in rows:
+        auroc = rows.get("AUROC, one class left out")
+        facts["unknown"] = rows["unknown images"] + (f"; AUROC {auroc}, one class left out" if auroc else "")
+    if "thresholds" in rows:
+        facts["present"] = f"probability of at least {rows['thresholds']}"
+    return facts
 
 
 def _speed(exported: "Exported") -> str:

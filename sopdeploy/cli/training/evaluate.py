@@ -1,6 +1,6 @@
 """`sopdeploy eval` and `sopdeploy report`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,6 +12,7 @@ from rich.table import Table
 from sopdeploy.cli.console import JsonOption, err, one_line_errors, out, plain_text, print_json
 
 if TYPE_CHECKING:
+    from sopdeploy.evaluation.heads import HeadAccuracy
     from sopdeploy.evaluation.metrics import ClassificationReport
     from sopdeploy.evaluation.multi_label import MultiLabelReport
 
@@ -31,6 +32,9 @@ def evaluate(
         Literal["none", "flip", "ten-crop"],
         typer.Option(help="Test-time augmentation: average over views. Not for servers."),
     ] = "none",
+    heads: Annotated[
+        bool, typer.Option("--heads", help="Also evaluate every branch of a checkpoint.")
+    ] = False,
     runtime: Annotated[
         str | None, typer.Option(help="Runtime of a bundle, as for `serve`; tensorrt uses the engine.")
     ] = None,
@@ -43,6 +47,7 @@ def evaluate(
 
     Classes are matched by name. Accuracies have Wilson 95 % intervals; the calibration error uses 15 bins.
     If a temperature or a rejection threshold was fitted, also the error without it and the accepted fraction.
+    With --heads, also top-1, top-5 and loss of every branch, and its share of the weighted training loss.
     A multi-label network needs a folder with `labels.csv`: mAP, and F1 of each class at its threshold.
 
     Example: [bold]sopdeploy eval runs/photos/best.pt --data test-photos[/bold]
@@ -60,6 +65,7 @@ def evaluate(
                 source,
                 data,
                 tta=tta,
+                heads=heads,
                 runtime=runtime,
                 model=model,
                 api_key=api_key,
@@ -67,10 +73,13 @@ def evaluate(
                 on_image=on_image,
             )
     if as_json:
-        head = {"source": found.source, "kind": found.kind, "tta": found.tta, **found.facts}
+        head: dict[str, Any] = {"source": found.source, "kind": found.kind, "tta": found.tta, **found.facts}
+        if heads:
+            head["heads"] = [one.model_dump(mode="json") for one in found.heads]
         print_json({**head, **found.metrics.model_dump(mode="json")})
     elif isinstance(found.metrics, ClassificationReport):
         _print_report(found.metrics)
+        _print_heads(found.heads)
     else:
         _print_multi_label_report(found.metrics)
 
@@ -149,6 +158,22 @@ def _print_report(found: "ClassificationReport") -> None:
     )
     for count, true, predicted in mistakes[:MAX_MISTAKES]:
         out.print(plain_text(f"{-count} x {true} predicted as {predicted}"))
+
+
+def _print_heads(heads: "Sequence[HeadAccuracy]") -> None:
+    if not heads:
+        return
+    table = Table(
+        "head", "top-1", "95 %", "top-5", "95 %", "loss", "weight", "share", box=None, pad_edge=False
+    )
+    for one in heads:
+        rates = [
+            text
+            for rate in (one.top1, one.top5)
+            for text in (f"{rate.share:.2%}", f"{rate.low:.1%} to {rate.high:.1%}")
+        ]
+        table.add_row(one.name, *rates, f"{one.loss:.4f}", f"{one.weight:g}", f"{one.share:.1%}")
+    out.print(table)
 
 
 def _print_multi_label_report(found: "MultiLabelReport") -> None:

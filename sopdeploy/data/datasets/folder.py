@@ -13,13 +13,12 @@ import pydantic
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import Split, hold_out
 from sopdeploy.data.datasets.label_table import (
-    LABELS_FILE,
     VAL,
     has_label_table,
     read_label_table,
     split_table,
 )
-from sopdeploy.data.folder_store import SUFFIXES, FolderStore, OpenOptions
+from sopdeploy.data.folder_store import LABELS_FILE, SUFFIXES, FolderStore, OpenOptions
 from sopdeploy.data.image_files import FileStore, ImageFiles, count_ignored_files, describe_ignored_files
 from sopdeploy.data.tar import archive_suffix, open_tars
 from sopdeploy.errors import ConfigError, DataError
@@ -104,7 +103,7 @@ def open_multi_label(root: Path, labels: tuple[str, ...]) -> ImageFiles:
     it has other classes.
     """
     store = open_store(root, OpenOptions())
-    if not (root / LABELS_FILE).is_file():
+    if not store.label_tables():
         raise DataError(
             f"{root}: has no {LABELS_FILE}, but the network predicts several classes per image; list the "
             "images and their classes in this file"

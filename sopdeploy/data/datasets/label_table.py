@@ -1,33 +1,32 @@
-"""Images with any number of classes each, listed in `labels.csv` of a folder.
+"""Images with any number of classes each, listed in `labels.csv` of a folder or of tar archives.
 
     file,classes,split
     images/1.jpg,cat|dog,train
     images/2.jpg,,val
 
-`classes` are separated by `|` and may be empty. `split` is optional. Paths are relative to the folder and
-cannot leave it.
+`classes` are separated by `|` and may be empty. `split` is optional. Paths are relative to the folder, or to
+the top of the archives, and cannot leave it.
 """
 
 import csv
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.data.base import Split, derive_seed
-from sopdeploy.data.folder_store import FolderStore, is_image
+from sopdeploy.data.folder_store import LABELS_FILE, REQUIRED, is_image, lists_images
 from sopdeploy.data.image_files import FileStore, ImageFiles
 from sopdeploy.errors import DataError
 
-LABELS_FILE = "labels.csv"
 SEPARATOR = "|"
 TRAIN, VAL = "train", "val"
-REQUIRED, SPLIT = ("file", "classes"), "split"
+SPLIT = "split"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,42 +54,31 @@ class LabelTable:
 
 
 def has_label_table(store: FileStore) -> bool:
-    """Check whether *store* is a folder with a `labels.csv` that lists images.
+    """Check whether *store* has a `labels.csv` that lists images.
 
     A file of this name with other columns is ignored next to class folders.
     """
-    path = store.root / LABELS_FILE
-    if not isinstance(store, FolderStore) or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        header = file.readline(1000).decode("utf-8-sig", "replace")
-    columns = {column.strip(' "\r\n') for column in header.replace(";", ",").replace("\t", ",").split(",")}
-    folders = store.folders()
-    return bool(columns & set(REQUIRED)) or (len(folders) < 2 and TRAIN not in folders)
+    tables, folders = store.label_tables(), store.folders()
+    if any(lists_images(content) for _, content in tables):
+        return True
+    return bool(tables) and len(folders) < 2 and TRAIN not in folders
 
 
 def read_label_table(store: FileStore, labels: tuple[str, ...] | None = None) -> LabelTable:
     """Read the `labels.csv` of *store*; its classes must be among *labels*, by default all classes, sorted.
 
-    Raises `DataError` naming the line of the first invalid row, or the files that do not exist.
+    Archives may hold one each; their lines are read as one table. Raises `DataError` naming the line of the
+    first invalid row, or the files that do not exist.
     """
     table = store.root / LABELS_FILE
-    files: dict[str, int] = {}
-    rows: list[tuple[set[str], str]] = []
-    header, records = _read_records(table)
-    for line, record in records:
-        if len(record) != len(header):
-            _reject(table, line, f"has {len(record)} columns, not {len(header)}; quote names with commas")
-        values = dict(zip(header, record, strict=True))
-        name = _relative_path(table, line, values["file"])
-        if name in files:
-            _reject(table, line, f"{name} is listed in line {files[name]} already; keep one line per file")
-        files[name] = line
-        rows.append((_class_names(table, line, values["classes"]), values.get(SPLIT, "")))
-        if SPLIT in header and values[SPLIT] not in (TRAIN, VAL):
-            _reject(table, line, f"split is {values[SPLIT]!r}; write {TRAIN} or {VAL}")
-    _check_files(store.root, files)
-    found = set().union(*(classes for classes, _ in rows))
+    rows: dict[str, _Row] = {}
+    for path, content in store.label_tables():
+        rows |= _read_rows(path, content, rows)
+    _check_files(store, rows)
+    has_split = {row.part is not None for row in rows.values()}
+    if len(has_split) > 1:
+        raise DataError(f"{table}: only some archives have the column {SPLIT}; add it to all or to none")
+    found = set().union(*(row.classes for row in rows.values()))
     if labels is None:
         labels = tuple(sorted(found))
         if len(labels) < 2:
@@ -100,10 +88,10 @@ def read_label_table(store: FileStore, labels: tuple[str, ...] | None = None) ->
     if unknown:
         raise DataError(f"{table}: {', '.join(unknown)} are not classes of the network; remove them")
     targets = np.zeros((len(rows), len(labels)), dtype=np.float32)
-    for index, (classes, _) in enumerate(rows):
-        targets[index, [labels.index(name) for name in classes]] = 1
-    paths = np.asarray([os.fsencode(name) for name in files], dtype=np.bytes_)
-    parts = np.asarray([part for _, part in rows] if SPLIT in header else [])
+    for index, row in enumerate(rows.values()):
+        targets[index, [labels.index(name) for name in row.classes]] = 1
+    paths = np.asarray([os.fsencode(name) for name in rows], dtype=np.bytes_)
+    parts = np.asarray([row.part for row in rows.values()] if has_split == {True} else [])
     return LabelTable(ImageFiles(store, labels, paths, targets), parts)
 
 
@@ -153,14 +141,41 @@ def hold_out_multi_label(images: ImageFiles, fraction: float, seed: int) -> NDAr
     return held
 
 
-def _read_records(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Read the column names of *table*, and its records with their line numbers."""
+class _Row(NamedTuple):
+    """The table and line of an image, its classes, and its part, None without a column `split`."""
+
+    table: Path
+    line: int
+    classes: set[str]
+    part: str | None
+
+
+def _read_rows(table: Path, content: bytes, others: Mapping[str, _Row]) -> dict[str, _Row]:
+    """Read the rows of *table* by image; none of them may be among *others*, those of other tables."""
+    rows: dict[str, _Row] = {}
+    header, records = _read_records(table, content)
+    for line, record in records:
+        if len(record) != len(header):
+            _reject(table, line, f"has {len(record)} columns, not {len(header)}; quote names with commas")
+        values = dict(zip(header, record, strict=True))
+        name = _relative_path(table, line, values["file"])
+        if (first := rows.get(name) or others.get(name)) is not None:
+            where = f"line {first.line}" if first.table == table else f"{first.table}, line {first.line},"
+            _reject(table, line, f"{name} is listed in {where} already; keep one line per file")
+        part = values.get(SPLIT)
+        if part not in (TRAIN, VAL, None):
+            _reject(table, line, f"split is {part!r}; write {TRAIN} or {VAL}")
+        rows[name] = _Row(table, line, _class_names(table, line, values["classes"]), part)
+    return rows
+
+
+def _read_records(table: Path, content: bytes) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Read the column names in the *content* of *table*, and its records with their line numbers."""
     try:
-        reader = csv.reader(io.StringIO(table.read_text("utf-8-sig"), newline=""), strict=True)
+        reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
         lines = [(reader.line_num, [value.strip() for value in record]) for record in reader if record]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"{table}: cannot be read ({reason}); write a CSV file in UTF-8") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error
     header = lines[0][1] if lines else []
     if sorted(header) not in (sorted(REQUIRED), sorted((*REQUIRED, SPLIT))):
         columns = ", ".join(header) or "none"
@@ -191,25 +206,23 @@ def _class_names(table: Path, line: int, text: str) -> set[str]:
     return set(names)
 
 
-def _check_files(root: Path, files: dict[str, int]) -> None:
-    missing = [(name, line) for name, line in files.items() if not (root / name).is_file()]
+def _check_files(store: FileStore, rows: Mapping[str, _Row]) -> None:
+    missing = [name for name in rows if not store.has_file(name)]
     if missing:
-        name, line = missing[0]
-        more = f", and {len(missing) - 1} more files" if len(missing) > 1 else ""
-        _reject(root / LABELS_FILE, line, f"{name} does not exist{more}; add the file or remove the line")
+        row, more = rows[missing[0]], f", and {len(missing) - 1} more files" if len(missing) > 1 else ""
+        _reject(row.table, row.line, f"{missing[0]} does not exist{more}; add the file or remove the line")
 
 
 def _reject(table: Path, line: int, reason: str) -> NoReturn:
     raise DataError(f"{table}: line {line}: {reason}")
 
 
-def unlisted_images(parts: Iterable[ImageFiles]) -> list[str]:
-    """List the images in the folder of *parts* that its `labels.csv`, which lists *parts*, leaves out."""
-    listed = {(images.store, path) for images in parts for path in images.paths.tolist()}
-    stores = {store for store, _ in listed}
+def unlisted_images(parts: Sequence[ImageFiles]) -> list[str]:
+    """List the images in the store of *parts*, which its `labels.csv` lists, that the table leaves out."""
+    listed = {path for images in parts for path in images.paths.tolist()}
     return [
-        str(store.root / os.fsdecode(path))
-        for store in stores
-        for path in store.list_files(".")[0]
-        if (store, path) not in listed
+        str(images.store.root / os.fsdecode(path))
+        for images in parts[:1]
+        for path in images.store.list_files("")[0]
+        if path not in listed
     ]

@@ -1,8 +1,10 @@
 """Global pooling interface: a feature map in, one vector per image out, and the classifier of the vector."""
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+import pydantic
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.config import StrictModel
@@ -108,3 +110,32 @@ class GapConfig(PoolingConfig):
 
     layer = GlobalAverage
     kind: Literal["gap"] = "gap"
+
+
+class FlattenedMap(GlobalPooling):
+    """Flatten (B, C, H, W) maps to (B, C side^2) after max pooling, as AlexNet and VGG-16 do.
+
+    The max pooling has a stride of 2. Maps that are not side x side then are averaged to this size, as in
+    torchvision. The vector is computed in the type of the map, also under autocast.
+    """
+
+    def __init__(self, config: "FlattenConfig", channels: int) -> None:
+        super().__init__()
+        self.window, self.side = config.window, config.side
+        self.out_features = channels * config.side**2
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Compute the vector, channel by channel."""
+        pooled = F.max_pool2d(features, self.window, stride=2)
+        if pooled.shape[2:] != (self.side, self.side):
+            pooled = F.adaptive_avg_pool2d(pooled, self.side)
+        return pooled.flatten(start_dim=1)
+
+
+class FlattenConfig(PoolingConfig):
+    """`window` is the side of the max pooling: 2 in VGG-16, 3 in AlexNet; their `side` is 7 and 6."""
+
+    layer = FlattenedMap
+    kind: Literal["flatten"] = "flatten"
+    window: Annotated[int, pydantic.Field(ge=2, le=3)] = 2
+    side: Annotated[int, pydantic.Field(ge=1)] = 7

@@ -8,7 +8,7 @@ from typing import Annotated, get_args
 import pydantic
 
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.pooling.base import GapConfig
+from sopdeploy.layers.pooling.base import FlattenConfig, GapConfig
 from sopdeploy.layers.pooling.bilinear import (
     BilinearConfig,
     GaussianConfig,
@@ -21,6 +21,7 @@ from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig, LogEuclidean
 
 AnyPoolingConfig = (
     GapConfig
+    | FlattenConfig
     | ISqrtPoolingConfig
     | MpnCovConfig
     | LogEuclideanConfig

@@ -34,7 +34,6 @@ from sopdeploy_export.parity.report import FLOORS
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.convert import run_unfused
 from sopdeploy_export.precision.int8 import quantize
-from tests.conftest import no_vnni
 from tests.export.conftest import trained
 from tests.export.once import graph_of
 from tests.export.precision.test_precision import cast_graph
@@ -153,12 +152,6 @@ def graphs(request: pytest.FixtureRequest, preprocess: Preprocess) -> Int8Graphs
     return Int8Graphs(int8=int8, float32=float32)
 
 
-@pytest.fixture
-def exact_kernels(request: pytest.FixtureRequest) -> None:
-    if (reason := no_vnni()) and "cpu" in request.node.callspec.id:
-        pytest.skip(reason)
-
-
 def saturated(model: onnx.ModelProto, part: str) -> onnx.ModelProto:
     """Copy *model* with the weights of *part* clipped to half their range, like a saturating kernel."""
     other = onnx.ModelProto.FromString(model.SerializeToString())
@@ -169,7 +162,6 @@ def saturated(model: onnx.ModelProto, part: str) -> onnx.ModelProto:
     return other
 
 
-@pytest.mark.usefixtures("exact_kernels")
 @pytest.mark.parametrize("part", ["layer1.0.conv2", "layer2.0.conv1", "layer3.0.conv2"])
 def test_a_wrong_convolution_is_named_with_the_option_to_use(
     graphs: Int8Graphs, preprocess: Preprocess, tmp_path: Path, part: str
@@ -186,7 +178,6 @@ def test_a_wrong_convolution_is_named_with_the_option_to_use(
         compare(path, expected, images, BATCH, operator_counts(graphs.int8), locate=locate)
 
 
-@pytest.mark.usefixtures("exact_kernels")
 def test_a_correct_int8_file_drifts_nowhere(graphs: Int8Graphs, tmp_path: Path) -> None:
     write(graphs.int8, tmp_path / "model.onnx")
     assert find_first_int8_drift(tmp_path / "model.onnx", graphs, generated_images(16), INT8_FLOORS) is None

@@ -95,7 +95,6 @@ def run(
         return export(checkpoint, folder / "out", ExportOptions(batch=batch, precision=chosen))
 
 
-@pytest.mark.vnni
 def test_int8_bundle_records_its_accuracy_and_costs(
     preprocess: Preprocess, tmp_path: Path, images: Path
 ) -> None:
@@ -120,7 +119,6 @@ def test_int8_bundle_records_its_accuracy_and_costs(
     assert found.parity.passed
 
 
-@pytest.mark.vnni
 def test_too_large_a_drop_writes_nothing_and_names_the_costly_layers(
     preprocess: Preprocess, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

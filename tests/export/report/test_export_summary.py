@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from sopdeploy.cli.deployment import export_summary as closing
+from sopdeploy.decision import Calibration, Decision, Rejection
 from sopdeploy_export.pipeline import Exported
 
 NAMES = [
@@ -34,6 +35,44 @@ def test_elsewhere_there_is_a_line_for_each_fact(branched: Exported, monkeypatch
     assert f"{branched.parity.logits.drift_in_floors:.1f} noise floors" in facts["drift"]
     assert f"of {branched.network_summary.trained.parameters:,} parameters" in facts["costs"]
     assert "of the plain backbone's time" in facts["speed"]
+
+
+DECISIONS = {
+    "calibrated": (
+        Decision(
+            calibration=Calibration(
+                temperature=2.5,
+                error_before=0.1256,
+                error_after=0.0141,
+                images=5000,
+                estimated_on="held-out",
+            ),
+            rejection=Rejection(score="energy", threshold=3.25, auroc=0.915),
+        ),
+        {
+            "scale": "temperature 2.5, from 5,000 held-out images (folded into the last layer); "
+            "calibration error 0.1256 before, 0.0141 after",
+            "unknown": "energy below 3.25; accepts 95 % of known images; AUROC 0.9150, one class left out",
+        },
+    ),
+    "several classes": (
+        Decision(activation="sigmoid", thresholds=(0.3, 0.5, 0.4)),
+        {"present": "probability of at least 0.300 to 0.500, one per class"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("decision", "lines"), DECISIONS.values(), ids=DECISIONS)
+def test_a_fitted_decision_is_printed_and_part_of_the_json(
+    branched: Exported, monkeypatch: pytest.MonkeyPatch, decision: Decision, lines: dict[str, str]
+) -> None:
+    manifest = branched.manifest.model_copy(update={"decision": decision})
+    with_decision = replace(branched, manifest=manifest)
+    found = shown(with_decision, monkeypatch, terminal=False)
+    assert all(f"{name:8} {text}\n" in found for name, text in lines.items())
+    assert Decision.model_validate(with_decision.summary()["decision"]) == decision
+    assert "decision" not in branched.summary()
+    assert all(text in with_decision._repr_html_() for _, text in decision.rows())
 
 
 def test_network_without_branches_has_removed_nothing(

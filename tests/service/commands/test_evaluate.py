@@ -12,6 +12,7 @@ from sopdeploy.evaluation.sources import score_service
 from sopdeploy_service.commands.evaluate import scores_of_bundle
 from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.settings import Settings
+from tests.sopdeploy.data.small_data import tar_of
 
 ONE_THREAD = Settings(threads=1)
 COLORS = {"ant": (200, 30, 60), "bee": (90, 160, 30), "cat": (10, 90, 220), "dog": (200, 200, 20)}
@@ -39,9 +40,12 @@ def test_a_bundle_a_service_and_predict_agree_exactly(client, bundle_path, folde
     ours = scores_of_bundle(
         bundle_path, folder, settings=ONE_THREAD, on_image=lambda *done: progress.append(done)
     )
+    packed = tar_of(folder, folder.with_suffix(".tar"))
     with Client(str(client.base_url)) as asking:
         labels, theirs = score_service(asking, folder, on_image=silent)
+        assert score_service(asking, packed, on_image=silent) == (labels, theirs)
     assert (labels, theirs) == (ours.labels, ours.scores)
+    assert scores_of_bundle(bundle_path, packed, settings=ONE_THREAD, on_image=silent) == ours
     assert progress == [(done, 14) for done in range(1, 15)]
     paths = [path for label in ours.labels for path in sorted((folder / label).iterdir())]
     predictions = predict(bundle_path, paths, Settings(threads=1, top_k=7))

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image
 from sopdeploy.data.check import check
 from sopdeploy.data.datasets.folder import FolderConfig, open_classes, open_folder, open_multi_label
 from sopdeploy.errors import DataError
+from tests.sopdeploy.data.small_data import tar_of
 from tests.two_objects import CLASSES, draw_scenes
 
 GOOD = "file,classes\na.png,cat|dog\nb.png,\nsub/c.png, dog \n"
@@ -69,11 +72,32 @@ PROBLEMS = {
 }
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "archive"])
 @pytest.mark.parametrize("text", PROBLEMS)
-def test_an_invalid_table_is_rejected_in_one_line(folder: Path, text: str) -> None:
-    with pytest.raises(DataError, match=f"labels.csv: {PROBLEMS[text]}") as caught:
-        open_folder(FolderConfig(kind="folder", path=write(folder, text)))
+def test_an_invalid_table_is_rejected_in_one_line(folder: Path, text: str, packed: bool) -> None:
+    path = write(folder, text)
+    if packed:
+        path = tar_of(path, folder.parent / f"{folder.name}.tar")
+    with pytest.raises(DataError, match=f"{path}/labels.csv: {PROBLEMS[text]}") as caught:
+        open_folder(FolderConfig(kind="folder", path=path))
     assert "\n" not in str(caught.value)
+
+
+def test_the_tables_of_shards_name_the_shard_and_agree_about_the_split(folder: Path) -> None:
+    shards = folder / "shards"
+    shards.mkdir()
+    (folder / "sub" / "c.png").unlink()
+    for number, text in enumerate(("file,classes\na.png,cat|dog\n", "file,classes,split\nb.png,dog,val\n")):
+        tar_of(write(folder / "sub", text), shards / f"{number}.tar")
+    with pytest.raises(
+        DataError, match=r"shards/0\.tar/labels\.csv: line 2: a\.png does not exist, and 1 more"
+    ):
+        open_multi_label(shards, ("cat", "dog"))
+    for name in ("a.png", "b.png"):
+        with tarfile.open(shards / f"{name}.tar", "w") as archive:
+            archive.add(folder / name, arcname=name)
+    with pytest.raises(DataError, match="only some archives have the column split; add it to"):
+        open_multi_label(shards, ("cat", "dog"))
 
 
 def test_bytes_that_are_not_utf8_and_open_quotes_are_rejected(folder: Path) -> None:
@@ -81,6 +105,41 @@ def test_bytes_that_are_not_utf8_and_open_quotes_are_rejected(folder: Path) -> N
         (folder / "labels.csv").write_bytes(content)
         with pytest.raises(DataError, match=r"labels\.csv: cannot be read .*; write a CSV file in UTF-8"):
             open_folder(FolderConfig(kind="folder", path=folder))
+
+
+def one_shard_per_image(folder: Path, out: Path, *, table: str) -> Path:
+    """Write a shard for every image; the table is next to them, or each has its own lines (*table*)."""
+    out.mkdir()
+    header, *lines = GOOD.splitlines()
+    for number, line in enumerate([*lines, "d.png"]):
+        name = line.partition(",")[0]
+        with tarfile.open(out / f"{number}.tar", "w") as archive:
+            archive.add(folder / name, arcname=name)
+            if table == "inside" and name != "d.png":
+                (folder / "rows.csv").write_text(f"{header}\n{line}\n")
+                archive.add(folder / "rows.csv", arcname="labels.csv")
+    return write(out, GOOD) if table == "next to them" else out
+
+
+ARCHIVES = {
+    "one": lambda folder, out: tar_of(folder, out.with_suffix(".tar")),
+    "named train": lambda folder, out: tar_of(folder, out.with_name("train.tar")),
+    "wrapped": lambda folder, out: tar_of(folder, out.with_suffix(".tar"), "my photos"),
+    "shards with a table each": lambda folder, out: one_shard_per_image(folder, out, table="inside"),
+    "shards next to a table": lambda folder, out: one_shard_per_image(folder, out, table="next to them"),
+}
+
+
+@pytest.mark.parametrize("pack", ARCHIVES.values(), ids=ARCHIVES)
+def test_archives_equal_the_folder_they_were_made_of(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, pack: Callable[[Path, Path], Path]
+) -> None:
+    packed = pack(write(folder, GOOD), tmp_path_factory.mktemp("packed") / "photos")
+    cache = folder / "cache"
+    assert rows(packed) == rows(folder)
+    for _ in range(2):  # without and with a stored index
+        found = check(packed, cache)
+        assert found.strange["not listed in labels.csv"] == (str(packed / "d.png"),)
 
 
 def test_networks_reject_tables_of_other_classes_and_the_other_kind_of_data(folder: Path) -> None:

@@ -65,7 +65,7 @@ def test_torchvision_weights_give_the_same_logits(
     [(18, "f37072fd", 256), (50, "0676ba61", 256), (50, "11ad3fa6", 232), (101, "cd907fc2", 232)],
 )
 def test_torchvision_files_are_identified_by_their_hash(depth: int, digest: str, resize: int) -> None:
-    found = published_preprocess(depth, digest + "0" * 56)
+    found = published_preprocess(f"resnet{depth}", digest + "0" * 56)
     assert found is not None
     assert (found[0].resize, found[0].crop, found[0].interpolation) == (resize, 224, "bilinear")
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from sopdeploy import create_model, describe, list_models
 from sopdeploy.errors import ConfigError
@@ -16,6 +17,11 @@ from sopdeploy.models import pooled
         ("mpncov-resnet50", 56_929_832, 6_342_226_944),
         ("isqrt-vgg16", 170_479_144, None),  # fast-MPN-COV's 650.4 MB
         ("resnet50", 25_557_032, None),
+        ("alexnet", 60_965_224, 724_406_816),  # "60 million parameters"
+        ("isqrt-alexnet", 60_965_224 + 4096 * (32896 - 9216), None),
+        ("vgg16", 138_357_544, 15_470_264_320),  # torchvision's
+        ("vgg16-bn", 138_365_992, 15_470_264_320),
+        ("drn-a-50", 25_557_032, 19_079_364_608),
     ],
 )
 def test_counts_are_the_published_ones(name: str, parameters: int, macs: int | None) -> None:
@@ -74,6 +80,43 @@ def test_names_of_vgg_weights_are_fast_mpn_covs() -> None:
     numbers = [start + 3 * n + part for start, count in stages for n in range(count) for part in (0, 1)]
     assert {f"layers.{n}.weight" for n in numbers} | {f"classifier.{n}.bias" for n in (0, 3, 6)} <= keys
     assert len(keys) == 103
+
+
+@pytest.mark.parametrize(
+    ("norm", "sides"), [("response", [55, 27, 13, 13, 13]), ("batch", [55, 27, 13, 13, 13])]
+)
+def test_alexnet_has_the_maps_of_its_paper_and_normalizes_across_channels(
+    norm: str, sides: list[int]
+) -> None:
+    network = create_model("alexnet", num_classes=2, norm=norm, pooling="gap", classifier="linear").eval()
+    with torch.no_grad():
+        last, taps = network.features(torch.randn(1, 3, 224, 224), network.tap_channels)
+    assert [tap.shape[2] for tap in taps] == sides
+    assert last.shape == (1, 256, 13, 13)
+    norms = [layer for layer in network.layers if isinstance(layer, torch.nn.LocalResponseNorm)]
+    assert len(norms) == (2 if norm == "response" else 0)
+    for layer in norms:
+        x = torch.rand(1, 9, 1, 1, dtype=torch.float64) * 100
+        around = [x[0, max(0, i - 2) : i + 3].square().sum() for i in range(9)]
+        expected = torch.stack([x[0, i, 0, 0] / (2 + 1e-4 * s) ** 0.75 for i, s in enumerate(around)])
+        torch.testing.assert_close(layer(x).flatten(), expected)
+
+
+@pytest.mark.parametrize("stride_on", ["v1", "v1.5"])
+def test_drn_a_dilates_what_follows_a_removed_stride(stride_on: str) -> None:
+    torch.manual_seed(0)
+    config = {"depth": 26, "bottleneck_stride": stride_on}
+    dilated = create_model("drn-a-50", num_classes=3, **config).eval()
+    expected = ResNet(Bottleneck, [2, 2, 2, 2], 3, replace_stride_with_dilation=[False, True, True]).eval()
+    if stride_on == "v1":  # the 3x3 convolution is already behind the stride
+        for stage, dilation in ((expected.layer3, 2), (expected.layer4, 4)):
+            stage[0].conv2.dilation = stage[0].conv2.padding = (dilation, dilation)
+        first = expected.layer2[0]
+        first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
+    expected.load_state_dict(dilated.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(dilated(images), expected(images), rtol=1e-4, atol=1e-5)
 
 
 def test_the_default_pooling_adds_no_weights_and_no_names() -> None:

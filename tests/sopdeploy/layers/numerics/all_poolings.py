@@ -8,6 +8,7 @@ from sopdeploy.layers.pooling.registry import Pooling
 
 CHOICES = [
     "gap",
+    {"kind": "flatten", "side": 2},
     "isqrt",
     {"kind": "isqrt", "width": 5, "iterations": 3, "prenorm": "frobenius", "compensation": "batch_norm"},
     {"kind": "isqrt", "compensation": "none"},

@@ -1,6 +1,7 @@
 """Short runs whose result must not depend on the number of processes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -56,9 +57,18 @@ def dataset() -> ArrayImages:
     return ArrayImages(tuple("abcd"), (noise + 25 * targets[:, None, None, None]).astype(np.uint8), targets)
 
 
-def learn(recipe: Recipe, steps: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def several_classes(data: ArrayImages) -> ArrayImages:
+    """Give each image of *data* its class and every third image also the next class."""
+    targets = np.eye(len(data.labels), dtype=np.float32)[data.targets]
+    targets[::3] += np.roll(targets[::3], 1, axis=1)
+    return replace(data, targets=targets)
+
+
+def learn(
+    recipe: Recipe, steps: int, dtype: torch.dtype = torch.float64, *, multi_label: bool = False
+) -> dict[str, Tensor]:
     """Return all weights and buffers after *steps* steps, in this process and those it is joined with."""
-    data = dataset()
+    data = several_classes(dataset()) if multi_label else dataset()
     run = create_run(recipe, data, create_strategy(recipe))
     run.model.to(dtype)
     run.normalize.to(dtype)
@@ -114,6 +124,7 @@ for _network in NETWORKS:
         f"{_network} adahessian float64 2 steps": partial(learn, build_recipe(_network, "adahessian"), 2),
         f"{_network} mixed, 2 micro-batches, float64 3 steps": partial(learn, _split, 3),
         f"{_network} frozen batch norm float64 3 steps": partial(learn, _frozen, 3),
+        f"{_network} several classes per image, float64 3 steps": partial(learn, _split, 3, multi_label=True),
     }
 
 # Wrong runs by name, and the short case from which they must differ.

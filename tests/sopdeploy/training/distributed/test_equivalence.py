@@ -12,7 +12,12 @@ from sopdeploy.evaluation.prediction import ProcessGroup, evaluate
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed.strategy import DataParallel
-from tests.sopdeploy.training.distributed.cases import LONG_CASES, MISTAKES, SHORT_CASES
+from tests.sopdeploy.training.distributed.cases import (
+    LONG_CASES,
+    MISTAKES,
+    SHORT_CASES,
+    several_classes,
+)
 from tests.sopdeploy.training.distributed.processes import run_in_processes
 
 Results = dict[str, dict[str, Tensor]]
@@ -70,8 +75,25 @@ def test_a_mistake_changes_the_first_step(name, one_process, two_processes) -> N
     assert largest_difference(right, wrong) > 1e-4
 
 
+class ManyClasses:
+    """Images with several classes each."""
+
+    def __init__(self, images: ArrayImages) -> None:
+        self.images, self.labels = images, images.labels
+        self.targets = several_classes(images).targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int):
+        return self.images[index][0], self.targets[index]
+
+
 def evaluate_fixed_network(group) -> dict[str, float]:
-    """Return the counts and the summed loss of a fixed network, and the progress reports."""
+    """Return the counts and the summed loss of a fixed network, and the progress reports.
+
+    The network is evaluated for one class per image, then for several.
+    """
     torch.manual_seed(0)
     network = create_model("dsop-resnet8", num_classes=CLASSES, base_width=4)
     random = np.random.default_rng(1)
@@ -81,6 +103,8 @@ def evaluate_fixed_network(group) -> dict[str, float]:
     options = {"batch_size": BATCH_SIZE, "processes": group, "on_batch": progress.append}
     found = evaluate(network, held_out, PREPROCESS, **options)
     counts = {"top1": round(found.top1 * COUNT), "top5": round(found.top5 * COUNT), "count": found.count}
+    several = evaluate(network, PreprocessedDataset(ManyClasses(dataset), PREPROCESS), PREPROCESS, **options)
+    counts |= {"map": several.map, "thresholds": several.thresholds, "several loss": several.loss}
     return {**counts, "loss": found.loss * found.count, "reports": len(progress), "last": progress[-1]}
 
 
@@ -93,6 +117,7 @@ def test_any_number_of_processes_evaluates_103_images_equally(tmp_path, world) -
     single = evaluate_fixed_network(ProcessGroup())
     found, *others = run_in_processes(f"{__name__}:evaluate_shard", tmp_path, world=world)
     assert all(other == found for other in others)
-    assert all(found[key] == single[key] for key in ("top1", "top5", "count"))
-    assert found["loss"] == pytest.approx(single["loss"], rel=1e-9)
-    assert (found["reports"], found["last"]) == (-(-COUNT // (BATCH_SIZE * world)), COUNT)
+    assert all(found[key] == single[key] for key in ("top1", "top5", "count", "map"))
+    for name in ("loss", "several loss", "thresholds"):
+        assert found[name] == pytest.approx(single[name], rel=1e-9)
+    assert (found["reports"], found["last"]) == (2 * -(-COUNT // (BATCH_SIZE * world)), COUNT)

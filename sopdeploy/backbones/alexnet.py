@@ -1,0 +1,77 @@
+"""AlexNet: five convolutions, a global pooling, a classifier of three layers.
+
+Paper: Krizhevsky et al., "ImageNet Classification with Deep Convolutional Neural Networks" (NIPS 2012),
+section 3. The two groups of channels, on two GPUs in the paper, are grouped convolutions here. The map that
+the slides on iSQRT-COV pool has 13 x 13 positions and 256 channels. Images of 224 pixels are padded by
+2, which gives the paper's map of 55 x 55 positions.
+"""
+
+from typing import Annotated, Literal
+
+import pydantic
+from torch import nn
+
+from sopdeploy.backbones.base import Backbone, initialize
+from sopdeploy.backbones.vgg import build_classifier
+from sopdeploy.config import StrictModel
+from sopdeploy.layers.pooling.base import FlattenConfig
+from sopdeploy.layers.pooling.registry import Pooling
+
+CONVOLUTIONS = (  # channels, kernel, stride, padding, groups
+    (96, 11, 4, 2, 1),
+    (256, 5, 1, 2, 2),
+    (384, 3, 1, 1, 1),
+    (384, 3, 1, 1, 2),
+    (256, 3, 1, 1, 2),
+)
+MAX_POOLED = (0, 1)  # convolutions that response normalization and max pooling follow
+
+
+class AlexNetConfig(StrictModel):
+    """The default pooling is the paper's: max pooling, and the map of 6 x 6 positions as one vector.
+
+    `norm` is the local response normalization after the first two convolutions (section 3.3) or a batch norm
+    after each of the five. `classifier` and `dropout` are those of VGG-16.
+    """
+
+    pooling: Pooling = FlattenConfig(window=3, side=6)
+    classifier: Literal["mlp", "linear"] = "mlp"
+    dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.5
+    norm: Literal["response", "batch"] = "response"
+
+
+class AlexNet(Backbone):
+    """Five convolutions in one stage, global pooling, classifier."""
+
+    stem_parts = ()
+    stage_names = ("layers",)
+    classifier_parts = ("pooling", "classifier")
+    config: AlexNetConfig
+
+    def __init__(self, config: AlexNetConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        layers: list[nn.Module] = []
+        channels = 3
+        for position, (width, kernel, stride, padding, groups) in enumerate(CONVOLUTIONS):
+            layers.append(nn.Conv2d(channels, width, kernel, stride, padding, groups=groups))
+            if config.norm == "batch":
+                layers.append(nn.BatchNorm2d(width))
+            layers.append(nn.ReLU(inplace=True))
+            self.tap_channels[f"layers.{len(layers) - 1}"] = width
+            if position in MAX_POOLED:
+                if config.norm == "response":
+                    layers.append(nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0))
+                layers.append(nn.MaxPool2d(3, stride=2))
+            channels = width
+        self.layers = nn.Sequential(*layers)
+        self.pooling = config.pooling.build(channels)
+        self.classifier = build_classifier(self.pooling, config.classifier, config.dropout, num_classes)
+        initialize(self)
+
+    def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+        """Build a 3x3 convolution, batch norm and ReLU."""
+        return nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 3, stride, padding=1),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )

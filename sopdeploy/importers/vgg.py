@@ -1,0 +1,87 @@
+"""Importers of VGG-16: torchvision's, with or without batch norm, and fast-MPN-COV's with another pooling.
+
+All number the convolutions as `features`, which is `layers` here.
+"""
+
+import re
+
+from sopdeploy.errors import WeightsError
+from sopdeploy.files import sha256
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.fast_mpncov import REDUCTION, TITLES, detect_pooling
+from sopdeploy.importers.resnets import published_preprocess
+from sopdeploy.importers.source import ConvertedWeights, WeightFile, rename_tensors
+
+CHANNELS = 512
+CONVOLUTIONS = 13
+FLATTENED = CHANNELS * 7 * 7  # inputs of the classifier of the plain network
+MODELS = {"isqrt": "isqrt-vgg16", "bcnn": "bcnn-vgg16"}
+CONV = re.compile(r"features\.(?P<index>\d+)\.(?P<leaf>[a-z_]+)")
+CLASSIFIER = re.compile(r"classifier\.([036]\.)?(weight|bias)")
+
+
+def convert_torchvision_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
+    """Map VGG-16 of torchvision; None for other files. `features` becomes `layers`."""
+    first = file.tensors.get("classifier.0.weight")
+    convolutions = [
+        name for name, tensor in file.tensors.items() if name.startswith("features.") and tensor.dim() == 4
+    ]
+    if first is None or first.shape[1:] != (FLATTENED,) or not convolutions:
+        return None
+    if len(convolutions) != CONVOLUTIONS:
+        raise WeightsError(
+            f"{file.path}: a VGG of {len(convolutions)} convolutions; only VGG-16, of 13, is in the catalog"
+        )
+    batch_norm = "features.1.running_mean" in file.tensors
+    found = published_preprocess("vgg16_bn" if batch_norm else "vgg16", sha256(file.path))
+    return ConvertedWeights(
+        description=f"VGG-16 of torchvision, {'with' if batch_norm else 'without'} batch norm",
+        model="vgg16-bn" if batch_norm else "vgg16",
+        tensors=rename_tensors(file, _rename),
+        num_classes=len(file.classifier_weight("classifier.6.weight")),
+        preprocess=found[0] if found else Preprocess(),
+        required={"pooling.kind": "flatten", "classifier": "mlp"},
+        detected={"batch_norm": batch_norm},
+        labels="imagenet",
+        notes=(found[1],) if found else (),
+    )
+
+
+def convert_mpncov_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
+    """Map VGG-16 with batch norm and iSQRT-COV or B-CNN; None for other files.
+
+    `features` becomes `layers`.
+    """
+    first_tensors = {"features.0.weight", "features.1.running_mean", "features.3.weight"}
+    classifiers = [name for name in file.tensors if name.startswith("classifier")]
+    if not first_tensors <= file.tensors.keys() or not classifiers:
+        return None
+    mapped = rename_tensors(file, _rename)
+    linear = "classifier.weight" in file.tensors
+    first, last = ("classifier.weight",) * 2 if linear else ("classifier.0.weight", "classifier.6.weight")
+    pooling = detect_pooling(file, mapped, CHANNELS, file.classifier_weight(first).shape[1])
+    kind = str(pooling["pooling.kind"])
+    if kind == "gap":
+        raise WeightsError(f"{file.path}: VGG-16 with average pooling is not in the catalog")
+    classifier = "linear" if linear else "mlp"
+    default = "mlp" if kind == "isqrt" else "linear"
+    model = MODELS[kind]
+    return ConvertedWeights(
+        description=f"{TITLES[kind]} on VGG-16 of fast-MPN-COV",
+        model=model if classifier == default else f"{model} --set classifier={classifier}",
+        tensors=mapped,
+        num_classes=len(file.classifier_weight(last)),
+        preprocess=Preprocess(),
+        required={"pooling.kind": kind},
+        detected=pooling | {"classifier": classifier},
+        labels="imagenet",
+    )
+
+
+def _rename(source: str) -> str | None:
+    part, _, leaf = source.rpartition(".")
+    if part.startswith("representation.") and part in REDUCTION:
+        return f"pooling.{REDUCTION[part]}.{leaf}"
+    if match := CONV.fullmatch(source):
+        return f"layers.{match['index']}.{match['leaf']}"
+    return source if CLASSIFIER.fullmatch(source) else None
