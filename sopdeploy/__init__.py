@@ -1,15 +1,16 @@
 """sopdeploy: train with second-order pooling, deploy a first-order network, prove that they are equal.
 
-`train`, `evaluate`, `export`, `predict` and `serve` do what the commands of the same names do, with the same
-defaults. `create_model(name, num_classes=..., **config)` builds a network of the catalog, `list_models()`
-lists the names, and `describe(name, **config)` counts parameters and multiply-adds. Importing sopdeploy does
-not import torch; `predict` and `serve` do not need it.
+`train`, `evaluate`, `calibrate`, `export`, `predict` and `serve` do what the commands of the same names do,
+with the same defaults. `create_model(name, num_classes=..., **config)` builds a network of the catalog,
+`list_models()` lists the names, and `describe(name, **config)` counts parameters and multiply-adds. Importing
+sopdeploy does not import torch; `predict` and `serve` do not need it.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sopdeploy.api.calibration import calibrate
     from sopdeploy.api.deployment import export
     from sopdeploy.api.evaluation import evaluate
     from sopdeploy.api.serving import predict, serve
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "__version__", "create_model", "describe", "evaluate", "export", "list_models", "predict", "serve",
-    "train",
+    "__version__", "calibrate", "create_model", "describe", "evaluate", "export", "list_models", "predict",
+    "serve", "train",
 ]  # fmt: skip
 
 _MODULES = {
+    "calibrate": "sopdeploy.api.calibration",
     "create_model": "sopdeploy.models.registry",
     "describe": "sopdeploy.models.describe",
     "evaluate": "sopdeploy.api.evaluation",
@@ -38,4 +40,10 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'sopdeploy' has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    if _MODULES[name].startswith("sopdeploy.api."):
+        from sopdeploy.api.arguments import name_arguments
+
+        value = name_arguments(value)
+    globals()[name] = value
+    return value

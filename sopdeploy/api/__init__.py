@@ -1,1 +1,1 @@
-"""The Python API: train, evaluate, export, predict, serve. The commands call the same functions."""
+"""The Python API, from `train` to `serve`. The commands call the same functions."""

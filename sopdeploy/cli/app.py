@@ -23,6 +23,7 @@ app = typer.Typer(
 
 app.command("train", cls=train.TrainCommand, rich_help_panel="Train")(train.train)
 app.command("eval", rich_help_panel="Train")(evaluate.evaluate)
+app.command("calibrate", rich_help_panel="Train")(evaluate.calibrate)
 app.command("compare", rich_help_panel="Train")(compare.compare)
 app.command("report", rich_help_panel="Train")(evaluate.report)
 app.command("recipes", rich_help_panel="Train")(train.recipes)
@@ -58,7 +59,7 @@ QUICK_START = (
 )
 OTHER_COMMANDS = {
     "before training": ("data", "recipes", "models", "describe", "import"),
-    "training results": ("eval", "report", "compare"),
+    "training results": ("eval", "report", "calibrate", "compare"),
     "bundles": ("bench", "engine", "triton", "sign", "push", "pull"),
     "servers": ("key", "health", "ray"),
     "this machine": ("env",),

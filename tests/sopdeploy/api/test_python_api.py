@@ -19,11 +19,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import sopdeploy
+from sopdeploy.api.arguments import OPTIONS, SWITCHES, rename_options
 from sopdeploy.api.progress import LINE_WIDTH, ProgressBars
 from sopdeploy.api.training_result import TrainedRun
 from sopdeploy.cli.app import app
 from sopdeploy.cli.deployment.export import export as export_command
 from sopdeploy.cli.serving.predict import predict as predict_command
+from sopdeploy.cli.training.evaluate import calibrate as calibrate_command
 from sopdeploy.cli.training.evaluate import evaluate as evaluate_command
 from sopdeploy.cli.training.train import train as train_command
 from sopdeploy.client import Client
@@ -88,6 +90,7 @@ def bundle(exported: Exported) -> Path:
 PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "train": (train_command, sopdeploy.train),
     "eval": (evaluate_command, sopdeploy.evaluate),
+    "calibrate": (calibrate_command, sopdeploy.calibrate),
     "export": (export_command, sopdeploy.export),
     "predict": (predict_command, sopdeploy.predict),
 }
@@ -100,6 +103,51 @@ def test_every_option_of_a_command_is_a_parameter_with_the_same_default(name: st
     for key in options.keys() - ON_THE_COMMAND_LINE_ONLY:
         default = None if ours[key].default == () else ours[key].default
         assert default == (str(options[key]) if isinstance(options[key], Path) else options[key]), key
+
+
+def test_errors_know_every_parameter_and_which_ones_are_switches() -> None:
+    functions = [getattr(sopdeploy, name) for name, module in sopdeploy._MODULES.items() if ".api." in module]
+    optional = {
+        name: parameter.default
+        for function in functions
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    in_python_only = {"background", "progress", "callback", "on_image", "on_step"}
+    named = {name: default for name, default in optional.items() if name not in in_python_only}
+    assert {name for name, default in named.items() if isinstance(default, bool)} == SWITCHES
+    assert named.keys() - SWITCHES - {"resume", "assignments"} | {"data", "out", "recipe"} == OPTIONS
+
+
+ERRORS = {
+    "--newton-schulz fp16: only with --precision fp16": 'newton_schulz="fp16": only with precision="fp16"',
+    "--max-batch 0: give at least 1": "max_batch=0: give at least 1",
+    "give --data DIR for a folder, or --recipe NAME": "give data=DIR for a folder, or recipe=NAME",
+    "parts (branches); add --detach to remove them": "parts (branches); add detach=True to remove them",
+    "nothing was written (--no-lowering exports it)": "nothing was written (lowering=False exports it)",
+    "with --keep-float layer1.0, or try --calibration minmax": 'with keep_float=["layer1.0"], or try '
+    'calibration="minmax"',
+    "with --resume or choose another --out": 'with resume="always" or choose another out',
+    "--set epoch=3: write key=value": "epoch=3: write key=value",
+    "--tta x: not one of none, flip": 'tta="x": not one of none, flip',
+    "a checkpoint; run: sopdeploy export a.pt --detach": "a checkpoint; run: sopdeploy export a.pt --detach",
+    "larger; `--max-bytes` allows more": "larger; `--max-bytes` allows more",
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors_name_arguments_instead_of_options(message: str) -> None:
+    assert rename_options(message) == ERRORS[message]
+
+
+def test_the_same_error_fits_python_and_the_command_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^max_batch=0: give at least 1$"):
+        sopdeploy.export("ckpt.pt", max_batch=0)
+    options = ["ckpt.pt", "--precision", "int8", "--newton-schulz", "fp16"]
+    with pytest.raises(ConfigError, match=r'^newton_schulz="fp16": only with precision="fp16"$'):
+        sopdeploy.export("ckpt.pt", precision="int8", newton_schulz="fp16")
+    error = CliRunner().invoke(app, ["export", *options]).stderr
+    assert "--newton-schulz fp16: only with --precision fp16" in error
 
 
 def test_training_gives_the_run_of_the_command(run: TrainedRun, photos: Path, tmp_path: Path) -> None:
@@ -232,7 +280,7 @@ def test_user_errors_are_sopdeploy_errors(bundle: Path, photos: Path, tmp_path: 
             ConfigError, lambda: sopdeploy.train(recipe="digits-plain", epoch=3),
         ),
         "lr": (ConfigError, lambda: sopdeploy.train(recipe="digits-plain", optimizer={"lr": -1})),
-        "--newton-schulz fp16": (ConfigError, lambda: sopdeploy.export("x.pt", newton_schulz="fp16")),
+        'newton_schulz="fp16"': (ConfigError, lambda: sopdeploy.export("x.pt", newton_schulz="fp16")),
         "prt: unknown key": (ConfigError, lambda: sopdeploy.predict(bundle, [], prt=1)),
         "no bundle": (BundleError, lambda: sopdeploy.serve(tmp_path, background=True)),
         "TensorRT|tensorrt": (

@@ -1,0 +1,132 @@
+"""Fit the decision of an existing checkpoint: `sopdeploy.calibrate` and `sopdeploy calibrate`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
+from sopdeploy.data.base import PreprocessedDataset
+from sopdeploy.data.datasets.folder import open_classes, open_multi_label
+from sopdeploy.data.image_files import ImageFiles, unreadable_images_error
+from sopdeploy.decision import Decision
+from sopdeploy.errors import ConfigError, DataError, TrainingError
+from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
+from sopdeploy.evaluation.multi_label import fit_thresholds
+from sopdeploy.evaluation.prediction import predict_images, predict_logits
+from sopdeploy.models.base import Classifier
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibrated:
+    """The checkpoint that a fit wrote.
+
+    Attributes:
+        path: The new checkpoint.
+        decision: The fitted temperature and rejection threshold, or with several classes per image the
+            thresholds.
+        images: Number of images.
+        labels: Class names in output order.
+        training_only: The network has parts that `export` detaches.
+    """
+
+    path: Path
+    decision: Decision
+    images: int
+    labels: tuple[str, ...]
+    training_only: bool
+
+
+def calibrate(
+    checkpoint: str | Path,
+    data: str | Path,
+    out: str | Path | None = None,
+    *,
+    accepts: float = 0.95,
+    workers: int = 0,
+    on_image: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Calibrated:
+    """Fit temperature and rejection threshold of a checkpoint to images, and write a new checkpoint.
+
+    `train` does this at the end of a run; use `calibrate` for imported weights, or for other images. A
+    decision that the checkpoint has is replaced. With several classes per image, the threshold of each class
+    is fitted instead. The parameters and defaults are those of `sopdeploy calibrate`.
+
+    Args:
+        checkpoint: A checkpoint of `train` or of `sopdeploy import`.
+        data: Images that were not used for training, `DIR/<class>/*.jpg` or with `labels.csv`.
+        out: The checkpoint to write; the default is `<name>-calibrated.pt` next to *checkpoint*.
+        accepts: Fraction of images of known classes to accept as known; 1 rejects no image.
+        workers: Data loading processes.
+        on_image: Called with the numbers of images done and in total.
+
+    Raises:
+        ConfigError: *out* is the checkpoint itself, or *accepts* is not a fraction.
+        CheckpointError: The checkpoint cannot be read.
+        DataError: The classes do not match, an image cannot be read, or there are fewer than 50 images.
+        TrainingError: The outputs of the network are not finite.
+    """
+    source, folder = Path(checkpoint), Path(data).expanduser()
+    destination = source.with_name(f"{source.stem}-calibrated.pt") if out is None else Path(out)
+    if destination.exists() and source.exists() and destination.samefile(source):
+        raise ConfigError(f"--out {destination}: is the checkpoint to calibrate; give another name")
+    if not 0 < accepts <= 1:
+        raise ConfigError(f"--accepts {accepts:g}: give a fraction of the images, above 0 and at most 1")
+    read = read_checkpoint(source)
+    network = build_classifier(read, source).to("cuda" if torch.cuda.is_available() else "cpu")
+    several = read.decision is not None and read.decision.thresholds is not None
+    images = open_multi_label(folder, read.labels) if several else open_classes(folder, read.labels)
+    if not several and len(images) < MIN_IMAGES:
+        raise DataError(f"{folder}: has {len(images)} images; give at least {MIN_IMAGES} to fit to")
+    fit = _fit_thresholds if several else _fit_temperature
+    try:
+        decision = fit(network, read, images, accepts, workers, on_image)
+    except DataError as error:
+        raise unreadable_images_error(error, images) from None
+    write_checkpoint(destination, replace(read, decision=decision))
+    return Calibrated(
+        path=destination,
+        decision=decision,
+        images=len(images),
+        labels=read.labels,
+        training_only=bool(network.training_only),
+    )
+
+
+def _fit_temperature(
+    network: Classifier,
+    checkpoint: Checkpoint,
+    images: ImageFiles,
+    accepts: float,
+    workers: int,
+    on_image: Callable[[int, int], None],
+) -> Decision:
+    """Fit temperature and rejection threshold to *images* with one class each."""
+    logits, targets = predict_logits(
+        network,
+        PreprocessedDataset(images, checkpoint.preprocess),
+        checkpoint.preprocess,
+        workers=workers,
+        on_batch=lambda done: on_image(done, len(images)),
+    )
+    if not np.isfinite(logits).all():
+        raise TrainingError("the logits are not finite; train again with a lower learning rate")
+    scalable = network.logits_layer() is not None
+    return fit_decision(logits, targets, estimated_on="held-out", accepts=accepts, scalable=scalable)
+
+
+def _fit_thresholds(
+    network: Classifier,
+    checkpoint: Checkpoint,
+    images: ImageFiles,
+    _accepts: float,
+    workers: int,
+    on_image: Callable[[int, int], None],
+) -> Decision:
+    """Fit the thresholds to *images* with any number of classes each."""
+    half = [0.5] * len(checkpoint.labels)
+    found = predict_images(network, half, images, checkpoint.preprocess, workers=workers, on_image=on_image)
+    thresholds = fit_thresholds(found.targets, found.probabilities)
+    return Decision(activation="sigmoid", thresholds=thresholds)
