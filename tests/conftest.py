@@ -80,7 +80,20 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(100_000, 20, 100)
 
 
+def print_gpu_graphs(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print which graphs were checked for which GPU runtime, if a test did."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])]
+    properties = [p for r in reports for p in getattr(r, "user_properties", [])]
+    if properties:
+        from tests.gpu_graphs import matrix
+
+        terminalreporter.section("graphs for GPU runtimes: family, runtime, precision")
+        for line in matrix(properties):
+            terminalreporter.line(line)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    print_gpu_graphs(terminalreporter)
     skipped = terminalreporter.stats.get("skipped", [])
     reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
     terminalreporter.section("not run here")

@@ -6,17 +6,23 @@ whole export; `make test-models` exports every class, and every name of the cata
 
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 
 from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import LoweringError
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CATALOG, create_model, entry
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy_export.pipeline import ExportOptions, export
+from sopdeploy_export.graph import capture_any_batch, lower, probe_images
+from sopdeploy_export.pipeline import ExportOptions, detach, export
+from sopdeploy_export.precision.casts import float32_parts
+from sopdeploy_export.precision.int8 import quantize
+from tests.gpu_graphs import Record, accepted
 from tests.sopdeploy.training.small_recipes import SMALL, few_blocks
 from tests.sweep.smallest import ALL, DETACHED, LOWERED, TOO_LONG, WALKED
-from tests.sweep.steps import Small, agreed, detached, exported
+from tests.sweep.steps import FEW, Small, agreed, detached, exported
 
 OUTPUTS = {"gmsop": {"logits", "gates"}, "gmgap": {"logits", "gates"}, "sgmoe": {"logits", "gates"}}
 NEEDS_EIGENVALUES = {name for name in CATALOG if name.startswith("mpncov")}
@@ -31,13 +37,14 @@ def outputs_of(model: str) -> set[str]:
 
 
 @pytest.mark.parametrize("small", LOWERED, ids=name)
-def test_the_smallest_agrees_with_its_onnx_file(
-    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     few_blocks(monkeypatch)
     report = agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx")
     assert report.passed
     assert set(report.outputs) == outputs_of(small.name)
+    accepted(record_property, small.name, "fp32", onnx.load(tmp_path / "model.onnx"))
 
 
 @pytest.mark.parametrize("small", DETACHED, ids=name)
@@ -91,17 +98,33 @@ def test_the_smallest_is_certified(small: Small, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16-backbone"])
 @pytest.mark.parametrize("small", [*WALKED, *LOWERED], ids=name)
-def test_the_smallest_agrees_in_half_precision(small: Small, precision: Precision, tmp_path: Path) -> None:
+def test_the_smallest_agrees_in_half_precision(
+    small: Small, precision: Precision, tmp_path: Path, record_property: Record
+) -> None:
     report = agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx", precision)
     assert report.passed
     assert report.precision == precision
+    accepted(record_property, small.name, precision, onnx.load(tmp_path / "model.onnx"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("small", [*WALKED, *LOWERED], ids=name)
+def test_tensorrt_accepts_the_smallest_in_int8(small: Small, record_property: Record) -> None:
+    network = small.build().eval()
+    lean = detach(network) if network.training_only else network
+    preprocess = Preprocess(resize=small.side, crop=small.side)
+    model = lower(capture_any_batch(lean, preprocess, FEW), lean.outputs)
+    images = probe_images(preprocess)[:4]
+    quantized = quantize(model, images, float32_parts(lean), "minmax", "tensorrt")
+    accepted(record_property, small.name, "int8", quantized)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["gap", "isqrt", "bcnn", "cbp", "low-rank-bilinear", "netvlad", "netfv"])
-def test_every_other_pooling_agrees(pooling: str, tmp_path: Path) -> None:
+def test_every_other_pooling_agrees(pooling: str, tmp_path: Path, record_property: Record) -> None:
     small = Small("resnet8", 16, {"pooling": pooling})
     assert agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx").passed
+    accepted(record_property, f"resnet8 with {pooling}", "fp32", onnx.load(tmp_path / "model.onnx"))
 
 
 def full_width(model: str) -> Small:

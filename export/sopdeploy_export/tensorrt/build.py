@@ -42,10 +42,9 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class BuiltPlan:
-    """The outputs of one build: the plan, the JSON of the engine inspector, and the timing cache."""
+    """The outputs of one build: the plan and the timing cache."""
 
     plan: bytes
-    information: str
     timing_cache: bytes
 
 
@@ -72,11 +71,9 @@ def build(trt: Any, request: BuildRequest, report: Report) -> BuiltPlan:
     memory = _serialize(trt, builder, network, config, request, report)
     if memory is None:
         raise EngineError(f"TensorRT {trt.__version__} cannot build the engine: {last_error(logger)}")
-    plan, timings = bytes(memory), config.get_timing_cache()
+    timings = config.get_timing_cache()
     return BuiltPlan(
-        plan=plan,
-        information=inspect(trt, plan, logger),
-        timing_cache=bytes(timings.serialize()) if timings is not None else b"",
+        plan=bytes(memory), timing_cache=bytes(timings.serialize()) if timings is not None else b""
     )
 
 
@@ -145,8 +142,8 @@ def _serialize(
     return plan
 
 
-def inspect(trt: Any, plan: bytes, logger: Any) -> str:
-    """Read the layer information of the engine in *plan* as JSON."""
-    _runtime, engine = deserialize(trt, plan, logger)
+def inspect(trt: Any, plan: bytes) -> str:
+    """Read the layer information of the engine in *plan* as JSON; needs a GPU."""
+    _runtime, engine = deserialize(trt, plan, make_logger(trt))
     inspector = engine.create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))

@@ -24,7 +24,7 @@ from sopdeploy.tensorrt.cuda import Cuda, Gpu, open_cuda
 from sopdeploy.tensorrt.profiles import Profile, parse_profiles
 from sopdeploy.tensorrt.record import EngineKey, EngineRecord, Hazard, ProbeReplay, Receipt
 from sopdeploy.tensorrt.session import EngineSession
-from sopdeploy_export.tensorrt.build import BuildRequest, build
+from sopdeploy_export.tensorrt.build import BuildRequest, build, inspect
 from sopdeploy_export.tensorrt.lint import check_precision, lint
 from sopdeploy_export.tensorrt.precision_check import check_engine_precision
 from sopdeploy_export.tensorrt.progress import Report
@@ -152,7 +152,7 @@ def _build_plan(
     if built.timing_cache:
         write_whole(timings, built.timing_cache)
     report("checking precision and outputs")
-    receipt = check_engine_precision(safe, key.precision, built.information)
+    receipt = check_engine_precision(safe, key.precision, inspect(trt, built.plan))
     return BuildResult(built.plan, hashlib.sha256(graph).hexdigest(), hazards, receipt)
 
 

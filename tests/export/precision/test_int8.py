@@ -29,6 +29,7 @@ from sopdeploy_export.tensorrt.lint import lint
 from sopdeploy_export.tensorrt.rewrites import graph_precision
 from tests.export.conftest import save, trained
 from tests.export.once import graph_of, proving_once
+from tests.gpu_graphs import Record, accepted, without_kernel
 
 SMALL = BatchRange(optimum=2, maximum=4)
 
@@ -217,7 +218,11 @@ def test_only_convolutions_and_operators_between_them_read_quantized_values(
     assert made <= {"Conv", "Relu", "Add"}
 
 
-def test_tensorrt_accepts_its_form_and_rejects_the_cpu_form_with_advice(graphs: Graph) -> None:
+def test_gpu_runtimes_accept_the_form_for_tensorrt_and_the_lint_rejects_the_cpu_form_with_advice(
+    graphs: Graph, request: pytest.FixtureRequest, record_property: Record
+) -> None:
+    accepted(record_property, request.node.callspec.params["graphs"], "int8", graphs[0]["tensorrt"])
+    assert "DequantizeLinear(int32)" in without_kernel(graphs[0]["cpu"])
     profiles = [Profile(minimum=1, optimum=2, maximum=4)]
     for version in ((8, 6), (10, 0), (10, 16), (11, 0)):
         safe, _ = lint(graphs[0]["tensorrt"], version, profiles)

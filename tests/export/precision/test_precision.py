@@ -32,6 +32,7 @@ from sopdeploy_export.rewrites.newton_schulz import NAME
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from tests.export.conftest import save
 from tests.export.once import graph_of, proving_once
+from tests.gpu_graphs import Record, accepted
 from tests.sweep import steps
 
 Make = Callable[..., Classifier]
@@ -76,6 +77,7 @@ def cast_graph(
 
 HALF, BF16, FLOAT = "float16", "bfloat16", "float32"
 GSOP = {"cov_width": 32, "block_stages": ("layer4",)}
+ONE_BLOCK = {"blocks_per_stage": 1, "conv5_stride": 1}
 CASTS: dict[str, tuple[str, dict[str, Any], Precision, dict[str, set[str]]]] = {
     "fp16 keeps only the root": (
         "isqrt-resnet8",
@@ -101,13 +103,35 @@ CASTS: dict[str, tuple[str, dict[str, Any], Precision, dict[str, set[str]]]] = {
         "fp16",
         {"layer2.0.conv1": {HALF}, "layer4.0.conv1": {HALF}},
     ),
+    "compact bilinear pooling keeps its sketch": (
+        "resnet8",
+        {"pooling": {"kind": "cbp", "dim": 32}},
+        "fp16",
+        {"pooling": {FLOAT}, "layer1.0.conv1": {HALF}, "fc": {HALF}},
+    ),
+    "GM-SOP's NetVLAD": (
+        "netvlad-64-resnet18",
+        {"words": 3, **ONE_BLOCK},
+        "fp16",
+        {"layer1.0.conv1": {HALF}},
+    ),
+    "averaged components keep their roots": (
+        "avesop-16-resnet18",
+        {"components": 3, "component_widths": (6,), "iterations": 2, **ONE_BLOCK},
+        "fp16",
+        {"layer1.0.conv1": {HALF}},
+    ),
 }
 
 
 @pytest.mark.parametrize("case", CASTS)
-def test_second_order_parts_keep_float32(make: Make, preprocess: Preprocess, case: str) -> None:
+def test_second_order_parts_keep_float32(
+    make: Make, preprocess: Preprocess, case: str, record_property: Record
+) -> None:
     name, config, precision, expected = CASTS[case]
     model, types = cast_graph(make(name, **config), preprocess, precision)
+    kind = config.get("pooling", {}).get("kind")
+    accepted(record_property, f"{name} with {kind}" if kind else name, precision, model)
     assert {part: types[part] for part in expected} == expected
     assert {value.type.tensor_type.elem_type for value in model.graph.output} == {onnx.TensorProto.FLOAT}
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}

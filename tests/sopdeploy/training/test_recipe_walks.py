@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image, ImageDraw
 
@@ -18,6 +19,7 @@ from sopdeploy.models.registry import create_model
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, list_recipes, read_recipe
 from sopdeploy_export.pipeline import ExportOptions, export
+from tests.gpu_graphs import accepted
 from tests.sopdeploy.data.small_data import (
     tar_of,
     write_cifar,
@@ -105,7 +107,7 @@ def cases() -> list[Any]:
 
 
 @pytest.mark.parametrize("name", cases())
-def test_a_recipe_leads_from_its_data_to_a_bundle(name, tmp_path, monkeypatch) -> None:
+def test_a_recipe_leads_from_its_data_to_a_bundle(name, tmp_path, monkeypatch, record_property) -> None:
     few_blocks(monkeypatch)
     best = train_and_evaluate(name, tmp_path, monkeypatch)
     if name in EXPORTED_AS:
@@ -115,7 +117,9 @@ def test_a_recipe_leads_from_its_data_to_a_bundle(name, tmp_path, monkeypatch) -
     options = ExportOptions(detach=bool(network.training_only), batch=BATCH_OF_ONE)
     exported = export(best, tmp_path / "bundles", options)
     assert exported.parity.passed
-    assert open_bundle(exported.path).labels == stored.labels
+    bundle = open_bundle(exported.path)
+    assert bundle.labels == stored.labels
+    accepted(record_property, stored.model, "fp32", onnx.load(bundle.onnx))
 
 
 @pytest.mark.parametrize("name", ["digits-plain", "digits-dsop"])
