@@ -44,6 +44,9 @@ class RealTensorRT(ModuleType):
                 assert config.set_compute_capability(rtx.ComputeCapability.SM89, 0)
                 return config
 
+            def __del__(self) -> None:
+                """Replace the one of TensorRT, which only warns that it is deprecated."""
+
         self.Builder = Builder
 
     def __getattr__(self, name: str) -> Any:

@@ -4,6 +4,7 @@ Version differences are handled here and in the engine builder: by `hasattr` if 
 major version.
 """
 
+import functools
 from typing import Any, ClassVar, Literal
 
 from sopdeploy.environment import import_optional
@@ -36,10 +37,19 @@ def parse_version(text: str) -> Version:
 
 
 def make_logger(trt: Any) -> Any:
-    """Create a logger that collects TensorRT errors in `errors` and prints nothing."""
+    """Return the logger of this process, which collects TensorRT errors in `errors` and prints nothing.
 
+    TensorRT registers the logger of the first builder or runtime and ignores others while that one exists.
+    """
+    logger = _process_logger(trt)
+    logger.errors.clear()
+    return logger
+
+
+@functools.cache
+def _process_logger(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
-        """Collects error messages; every call of `make_logger` creates a class with its own list."""
+        """Collects error messages of this module *trt*."""
 
         errors: ClassVar[list[str]] = []
 

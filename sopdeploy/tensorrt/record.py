@@ -6,7 +6,7 @@ rebuild can state its reason.
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -72,13 +72,22 @@ class PartPrecision(StrictModel):
 
 
 class Receipt(StrictModel):
-    """Requested precision and the precision of the engine's layers per network part, from the inspector."""
+    """Requested precision and the precision of the engine's layers per network part, from the inspector.
+
+    `warnings` says where both differ or the inspector shows too little; it is omitted if it is empty.
+    """
 
     asked: str
     parts: dict[str, PartPrecision]
     layers: int
     operators: int
     operators_seen: int
+    warnings: tuple[str, ...] = ()
+
+    @pydantic.model_serializer(mode="wrap")
+    def _omit_empty_warnings(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {name: value for name, value in fields.items() if name != "warnings" or value}
 
 
 class ProbeReplay(StrictModel):

@@ -94,7 +94,10 @@ def _parse(trt: Any, network: Any, graph: bytes, logger: Any) -> None:
     reason = last_error(logger)
     if parser.num_errors:
         error = parser.get_error(0)
-        reason = f"node {error.node()}: {error.desc()}"
+        node = f"node {error.node()}"
+        if hasattr(error, "node_operator"):  # since 10
+            node = f"{node} ({error.node_operator()} {error.node_name()})"
+        reason = f"{node}: {' '.join(error.desc().split())}"
     raise EngineError(f"TensorRT {trt.__version__} cannot read the graph: {reason}")
 
 

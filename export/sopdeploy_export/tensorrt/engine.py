@@ -1,6 +1,7 @@
 """Build or find the TensorRT engine of a bundle for this machine, without torch.
 
-An engine is kept only if its layers have the requested precision and it reproduces the bundle's probes.
+An engine is kept only if it reproduces the bundle's probes. Layers of another precision than requested are
+warnings, or errors with `strict`.
 """
 
 import hashlib
@@ -40,6 +41,7 @@ class EngineOptions(StrictModel):
     level: int = 3
     cache: Path | None = None  # None: beside the bundle
     rebuild: bool = False
+    strict: bool = False  # warnings of the precision check are errors
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,7 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     """Find the engine of *bundle* for this machine in the cache, or build it; replay the probes on it.
 
     *report* receives the progress. Raises `RuntimeUnavailableError` without TensorRT or a GPU,
-    `LoweringError` or `EngineError` if no correct engine can be built, `ParityError` if it deviates from the
-    probes.
+    `LoweringError` or `EngineError` if no engine can be built, `ParityError` if it deviates from the probes.
     """
     profiles = parse_profiles(options.profiles, bundle.manifest.batch)
     machine = this_machine()
@@ -100,11 +101,13 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     found = NoEngine("--rebuild was given") if options.rebuild else look(folder, key)
     if not isinstance(found, NoEngine):
         report("replaying the probes on the cached engine")
+        check_receipt(found.record.receipt, strict=options.strict)
         replay_probes(machine, bundle, found.plan, key)
         return Engine(path=folder / f"{key.name}.plan", record=found.record, reason=None)
     report(f"building: {found.reason}")
     begin = time.monotonic()
     built = _build_plan(machine, bundle, key, folder, report)
+    check_receipt(built.receipt, strict=options.strict)
     record = EngineRecord(
         key=key,
         plan_sha256=hashlib.sha256(built.plan).hexdigest(),
@@ -116,6 +119,13 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
         replays=replay_probes(machine, bundle, built.plan, key),
     )
     return Engine(path=store(folder, built.plan, record), record=record, reason=found.reason)
+
+
+def check_receipt(receipt: Receipt, *, strict: bool) -> None:
+    """Raise `EngineError` with the first warning of *receipt* if *strict*."""
+    if strict and receipt.warnings:
+        more = f" (and {len(receipt.warnings) - 1} more)" if receipt.warnings[1:] else ""
+        raise EngineError(f"{receipt.warnings[0]}{more}; without --strict the probes decide")
 
 
 @dataclass(frozen=True)

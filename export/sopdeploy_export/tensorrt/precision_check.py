@@ -1,8 +1,9 @@
 """Check that every layer of an engine has the precision that the graph asks for.
 
 A build may succeed with another precision than requested. TensorRT's inspector lists the ONNX operators of
-every layer. The check fails if a layer has a floating type that none of its operators has, or if a low
-precision of the graph appears nowhere in its part of the engine.
+every layer. The check warns if a layer has a floating type that none of its operators has, or if a low
+precision of the graph appears nowhere in its part of the engine. It cannot prove that an engine is wrong: the
+inspector's layout differs between releases, and fused layers hide types. The bundle's probes decide.
 """
 
 import json
@@ -14,11 +15,12 @@ from typing import Any
 
 import onnx
 
-from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.record import PartPrecision, Receipt
 from sopdeploy_export.tensorrt.rewrites import PRECISIONS, operator_parts, operator_precisions, value_types
 
 ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+NAME_PARTS = re.compile(r"[\s+(),]+")  # of "conv + relu" and "PWN(PWN(relu), add)"
+TYPE_KEYS = ("Format/Datatype", "Datatype")
 LOW = frozenset({"fp16", "bf16", "int8"})
 MOVES_ONLY = frozenset({"Reformat", "NoOp", "Constant", "Shuffle", "shape call", "ShapeHostToDevice"})
 # The words of the inspectors of 8.6 ("Row major linear FP16 format") to 11 ("Half"), longest first.
@@ -54,7 +56,8 @@ def precision_of_format(text: str) -> str | None:
 def check_engine_precision(model: onnx.ModelProto, requested: str, information: str) -> Receipt:
     """Compare the layers of an engine of *model* with its operators.
 
-    *information* is the inspector's JSON. Raises `EngineError` with the first part that differs.
+    *information* is the inspector's JSON. Differences, and an inspector that shows too little, are warnings
+    of the receipt.
     """
     types = value_types(model)
     border = {
@@ -64,27 +67,36 @@ def check_engine_precision(model: onnx.ModelProto, requested: str, information: 
         for node in model.graph.node
     }
     wanted = Requested(precision=operator_precisions(model), part=operator_parts(model), border=border)
-    layers = _inspected_layers(information)
+    layers, warnings = _inspected_layers(information)
     realized: defaultdict[str, Counter[str]] = defaultdict(Counter)
     seen: set[str] = set()
     for layer in layers:
         operators = ONNX_LAYER.findall(str(layer.get("Metadata", "")))
-        operators = operators or str(layer.get("Name", "")).split(" + ")
+        operators = operators or NAME_PARTS.split(str(layer.get("Name", "")))
         names = [name for name in operators if name in wanted.precision]
         if not names or str(layer.get("LayerType")) in MOVES_ONLY:
             continue
         seen.update(names)
-        found = _check_layer(layer, operators, names, wanted)
+        found = _floating_types(layer)
+        warning = _layer_warning(layer, found, operators, wanted)
+        warnings += [warning] if warning else []
         for part in {wanted.part[name] for name in names}:
             realized[part].update(found)
-    if not seen:
-        raise EngineError("the engine's inspector names no operator of the graph; its precision is unknown")
+    if layers and not seen:
+        warnings.append("the engine's inspector names no operator of the graph; its precision is unknown")
+    parts = _part_precisions(wanted, realized)
+    for part, both in parts.items():
+        missing = (set(both.asked) & LOW) - set(both.realised)
+        if missing and both.realised:
+            computed = ", ".join(both.realised)
+            warnings.append(f"{part}: the graph asks for {min(missing)}, the engine computes in {computed}")
     return Receipt(
         asked=requested,
-        parts=_part_precisions(wanted, realized),
+        parts=parts,
         layers=len(layers),
         operators=len(wanted.precision),
         operators_seen=len(seen),
+        warnings=tuple(dict.fromkeys(warnings)),
     )
 
 
@@ -93,39 +105,38 @@ def _part_precisions(wanted: Requested, realized: Mapping[str, Counter[str]]) ->
     requested: dict[str, set[str]] = {}
     for name, precision in wanted.precision.items():
         requested.setdefault(wanted.part[name], set()).add(precision)
-    found = {}
-    for part, precisions in requested.items():
-        seen = dict(sorted(realized.get(part, Counter()).items()))
-        missing = (precisions & LOW) - set(seen)
-        if missing and seen:
-            raise EngineError(
-                f"{part}: the graph asks for {min(missing)}, the engine computes in {', '.join(seen)}; "
-                "the engine was not kept"
-            )
-        found[part] = PartPrecision(asked=tuple(sorted(precisions)), realised=seen)
-    return found
+    return {
+        part: PartPrecision(
+            asked=tuple(sorted(precisions)), realised=dict(sorted(realized.get(part, Counter()).items()))
+        )
+        for part, precisions in requested.items()
+    }
 
 
-def _inspected_layers(information: str) -> list[dict[str, Any]]:
+def _inspected_layers(information: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Parse the inspector's layers; without their types, return a warning instead."""
     try:
         layers = json.loads(information)["Layers"]
     except (ValueError, KeyError, TypeError) as problem:
-        raise EngineError(f"the engine's inspector gave no list of layers ({problem})") from problem
-    if not all(isinstance(layer, dict) for layer in layers):
-        raise EngineError("the engine's inspector shows layer names only; the precision is unknown")
-    return list(layers)
+        return [], [f"the engine's inspector gave no list of layers ({problem}); the precision is unknown"]
+    if not layers or not all(isinstance(layer, dict) for layer in layers):
+        return [], ["the engine's inspector shows no types of layers; the precision is unknown"]
+    return list(layers), []
 
 
-def _check_layer(
-    layer: dict[str, Any], operators: Sequence[str], names: Sequence[str], wanted: Requested
-) -> list[str]:
-    """Check the floating types at the inputs and outputs of *layer*, and list them.
-
-    *names* are those of its *operators* that compute floats.
-    """
+def _floating_types(layer: dict[str, Any]) -> list[str]:
+    """List the floating types at the inputs and outputs of *layer*."""
     tensors = [*layer.get("Inputs", []), *layer.get("Outputs", [])]
-    types = {precision_of_format(str(tensor.get("Format/Datatype", ""))) for tensor in tensors}
-    found = sorted(precision for precision in types if precision is not None)
+    shown = (next((tensor[key] for key in TYPE_KEYS if key in tensor), "") for tensor in tensors)
+    types = {precision_of_format(str(text)) for text in shown}
+    return sorted(precision for precision in types if precision is not None)
+
+
+def _layer_warning(
+    layer: dict[str, Any], found: Sequence[str], operators: Sequence[str], wanted: Requested
+) -> str | None:
+    """Compare the types *found* at *layer* with those of its *operators*; None if they agree."""
+    names = [name for name in operators if name in wanted.precision]
     requested = {wanted.precision[name] for name in names}
     allowed = requested.union(*(wanted.border.get(name, frozenset()) for name in operators))
     wrong = None
@@ -135,9 +146,7 @@ def _check_layer(
         wrong = ", ".join(found)
     elif "fp32" in requested and "tf32" in str(layer.get("TacticName", "")).lower():
         wrong = "tf32"
-    if wrong is not None:
-        raise EngineError(
-            f"{wanted.part[names[0]]}: layer {layer.get('Name')} computes with {wrong}, the graph asks for "
-            f"{', '.join(sorted(requested))}; the engine was not kept"
-        )
-    return found
+    if wrong is None:
+        return None
+    part, asked = wanted.part[names[0]], ", ".join(sorted(requested))
+    return f"{part}: layer {layer.get('Name')} computes with {wrong}, the graph asks for {asked}"

@@ -41,6 +41,9 @@ def engine(
         Path | None, typer.Option(help="Engine cache folder. [dim]default: engines/ beside the bundle[/dim]")
     ] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Build even if the cache has it.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail if a layer may have another precision than the graph.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what a build would do; needs no GPU.")
     ] = False,
@@ -60,7 +63,7 @@ def engine(
         from sopdeploy_export.tensorrt.plan import plan_engine
 
         options = EngineOptions(
-            precision=precision, profiles=profiles, level=level, cache=cache, rebuild=rebuild
+            precision=precision, profiles=profiles, level=level, cache=cache, rebuild=rebuild, strict=strict
         )
         opened = open_bundle(bundle)
         if dry_run:
@@ -106,6 +109,8 @@ def _show_engine(built: "Engine") -> None:
     for name, part in record.receipt.parts.items():
         layers = ", ".join(f"{precision} in {count}" for precision, count in part.realised.items())
         _field("precision", f"{name}: asked {', '.join(part.asked)}; layers: {layers or 'fused'}")
+    for warning in record.receipt.warnings:
+        _field("warning", warning, style="yellow")
     for replay in record.replays:
         for name, deviation in replay.deviation.items():
             bound = replay.tolerance[name]

@@ -1,0 +1,72 @@
+"""Our builder code with a real TensorRT parser and builder, TensorRT-RTX; see tests/gpu_graphs.py."""
+
+import onnx
+import pytest
+from onnx import helper
+
+from sopdeploy.errors import EngineError
+from sopdeploy.tensorrt.binding import create, make_logger
+from sopdeploy.tensorrt.profiles import Profile
+from sopdeploy_export.tensorrt.build import BuildRequest, build
+from sopdeploy_export.tensorrt.lint import lint
+from tests.gpu_graphs import ABSENT, RealTensorRT, real_tensorrt
+from tests.tensorrt.networks import network
+
+PROFILES = (Profile(minimum=1, optimum=1, maximum=1), Profile(minimum=2, optimum=4, maximum=16))
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorRT-RTX has no timing cache
+
+
+@pytest.fixture
+def trt() -> RealTensorRT:
+    found = real_tensorrt()
+    if found is None:
+        pytest.skip(ABSENT)
+    return found
+
+
+def request(model: onnx.ModelProto, **options: object) -> BuildRequest:
+    return BuildRequest(onnx=model.SerializeToString(), profiles=PROFILES, precision="fp32", **options)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_linted_graph_builds_and_the_raw_one_fails_at_its_unsigned_bytes(
+    trt: RealTensorRT, half: bool
+) -> None:
+    told: list[str] = []
+    safe, _ = lint(network(half=half), (11, 0), PROFILES)
+    assert build(trt, request(safe), told.append).plan
+    assert told
+    with pytest.raises(EngineError, match=r"node 0 \(Transpose node_moved\): Invalid Node.*UInt8") as caught:
+        build(trt, request(network()), told.append)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_parser_error_names_the_operator_also_beside_another_builder(trt: RealTensorRT) -> None:
+    other = create(trt, "Builder", make_logger(trt))  # TensorRT ignores the logger of the second builder
+    safe, _ = lint(network(), (11, 0), PROFILES)
+    safe.graph.node.append(helper.make_node("Det", ["covariance"], ["unused"], name="determinant"))
+    with pytest.raises(EngineError, match=r"cannot read the graph: node 12 \(Det determinant\)"):
+        build(trt, request(safe), lambda _: None)
+    damaged = BuildRequest(onnx=b"no graph", profiles=PROFILES, precision="fp32")
+    with pytest.raises(EngineError, match=r"cannot read the graph: .+") as caught:
+        build(trt, damaged, lambda _: None)
+    assert "gave no reason" not in str(caught.value)
+    del other
+
+
+def test_control_c_stops_a_build(trt: RealTensorRT) -> None:
+    def interrupt(text: str) -> None:
+        raise KeyboardInterrupt
+
+    safe, _ = lint(network(), (11, 0), PROFILES)
+    with pytest.raises(KeyboardInterrupt):
+        build(trt, request(safe), interrupt)
+
+
+def test_mixed_types_that_the_graph_does_not_cast_are_an_error(trt: RealTensorRT) -> None:
+    safe, _ = lint(network(half=True), (11, 0), PROFILES)
+    cast = next(node for node in safe.graph.node if node.name == "node_exact")
+    matrix = next(node for node in safe.graph.node if node.name == "node_logits")
+    matrix.input[0] = cast.input[0]  # float16 times float32 in a strongly typed network
+    with pytest.raises(EngineError, match="TensorRT 11"):
+        build(trt, request(safe), lambda _: None)
