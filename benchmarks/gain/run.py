@@ -38,7 +38,7 @@ from sopdeploy.models.dsop_cifar import DSoPSmallResNet, DSoPSmallResNetConfig
 from sopdeploy.models.plain import PlainSmallResNet
 from sopdeploy.training.losses import training_loss
 from sopdeploy.training.schedule import OneCycle
-from sopdeploy_export.pipeline import detach
+from sopdeploy_export.detach import detach
 
 CLASSES = 10
 # Options of the part that all networks of a family share.

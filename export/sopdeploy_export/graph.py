@@ -13,7 +13,7 @@ Photographs from the deployment domain are more representative.
 import io
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,14 +57,55 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 class Deployed(nn.Module):
     """Normalization followed by *network*: the module that is captured and exported."""
 
-    def __init__(self, network: Backbone, preprocess: Preprocess) -> None:
+    def __init__(self, network: nn.Module, preprocess: Preprocess) -> None:
         super().__init__()
         self.normalise = Normalize(preprocess)
         self.network = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the outputs of (B, H, W, 3) uint8 *images*, in float32 or float64."""
-        return tuple(at_least_float32(value) for value in self.network.outputs_tuple(self.normalise(images)))
+        return tuple(
+            at_least_float32(value) for value in compute_outputs(self.network, self.normalise(images))
+        )
+
+
+def output_names(network: nn.Module) -> tuple[str, ...]:
+    """Name the exported outputs of *network*, class logits first."""
+    return network.outputs if isinstance(network, Backbone) else Backbone.outputs
+
+
+def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
+    """Compute the exported outputs of *network*, in eval mode, for normalized *pixels* (B, 3, H, W).
+
+    A network that is not of the catalog and does not return a tensor has an attribute `export_logits`: the
+    attribute, key or index of the logits in what it returns. Raises `LoweringError` if there are no logits.
+    """
+    if isinstance(network, Backbone):
+        return network.outputs_tuple(pixels)
+    output, key = network(pixels), getattr(network, "export_logits", None)
+    if isinstance(key, str) and not isinstance(output, Mapping):
+        output, key = getattr(output, key, output), None
+    if key is not None and not isinstance(output, Tensor):
+        try:
+            output = output[key]
+        except (LookupError, TypeError) as error:
+            raise LoweringError(f"the network returns {describe(output)}, without logits {key!r}") from error
+    if not isinstance(output, Tensor):
+        raise LoweringError(
+            f"the network returns {describe(output)}; name its logits with --logits (Python: logits=)"
+        )
+    return (output,)
+
+
+def describe(output: Any) -> str:
+    """Describe what a network returned: its type, and its keys or its length."""
+    if isinstance(output, Mapping):
+        return f"a dict with {', '.join(map(repr, output))}"
+    fields = getattr(output, "_fields", None)
+    if fields is not None:
+        return f"a named tuple with {', '.join(fields)}"
+    length = f" of {len(output)}" if isinstance(output, list | tuple) else ""
+    return f"a {type(output).__name__}{length}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +116,7 @@ class Captured:
     batch_of_one: ExportedProgram
 
 
-def capture(network: Backbone, preprocess: Preprocess, batch: BatchRange) -> Captured:
+def capture(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Captured:
     """Capture *network*, in eval mode, for the batch range and for a batch of one.
 
     torch.export assumes that a dynamic dimension is at least 2, so only the second program shows code that
@@ -88,7 +129,7 @@ def capture(network: Backbone, preprocess: Preprocess, batch: BatchRange) -> Cap
     return Captured(any_batch=any_batch, batch_of_one=capture_any_batch(network, preprocess, single))
 
 
-def capture_any_batch(network: Backbone, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
+def capture_any_batch(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
     """Capture *network* for every batch size of the range.
 
     Raises `LoweringError` if the network cannot be captured, or if its code restricts the batch size further.

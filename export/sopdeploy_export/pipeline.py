@@ -1,11 +1,5 @@
-"""The export pipeline, from a checkpoint to a bundle.
+"""The export pipeline, from a checkpoint or any other `ExportSubject` to a bundle."""
 
-Detaching copies a trained network without the parts that only its training needs: DSoP section III-A removes
-the second-order branches after training; the GM-SOP gate loses its noise weights the same way. The model
-lists the removable parts in `training_only`.
-"""
-
-import copy
 import json
 import platform
 from collections.abc import Callable
@@ -20,7 +14,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 import sopdeploy
-from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle import folder as bundle
 from sopdeploy.bundle.class_maps import FILE as CLASS_MAPS
 from sopdeploy.bundle.class_maps import write_class_maps
@@ -28,9 +21,11 @@ from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import StrictModel
-from sopdeploy.errors import DetachError, LoweringError
+from sopdeploy.errors import LoweringError
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, is_in
-from sopdeploy_export.graph import INPUT, Deployed, operator_counts, probe_images, write
+from sopdeploy_export.detach import detach
+from sopdeploy_export.graph import INPUT, Deployed, operator_counts, output_names, probe_images, write
 from sopdeploy_export.parity import torch_program
 from sopdeploy_export.parity.class_maps import add_features_output, check_class_maps, class_map_layer
 from sopdeploy_export.parity.compare import (
@@ -49,10 +44,9 @@ from sopdeploy_export.precision.convert import (
     convert_precision,
     lowering_options,
 )
-from sopdeploy_export.proof.certificate import Certificate, certify, lower_with_proof
+from sopdeploy_export.proof.certificate import Certificate, Detachment, certify, lower_with_proof
 from sopdeploy_export.proof.hashes import onnx_root
-from sopdeploy_export.proof.preconditions import tensors
-from sopdeploy_export.report.network_summary import network_summary
+from sopdeploy_export.report.network_summary import summarize_checkpoint
 from sopdeploy_export.report.page import render_model_card, render_report
 from sopdeploy_export.report.results import (
     Exported,
@@ -61,6 +55,7 @@ from sopdeploy_export.report.results import (
     measure_speed,
 )
 from sopdeploy_export.rewrites.apply import CertifiedGraph, lower_by_rules
+from sopdeploy_export.subject import ExportSubject
 
 __all__ = ["ExportOptions", "Exported", "export"]
 
@@ -108,28 +103,61 @@ def export(
     *step* is called with a description of each step as it begins. Raises a `SopdeployError` if a step
     fails; nothing is left in *destination* then.
     """
-    options = options or ExportOptions()
     step("reading the checkpoint")
-    checkpoint = read_checkpoint(checkpoint_path)
-    trained = build_classifier(checkpoint, checkpoint_path)
-    check_exportable(trained)
+    subject = subject_of_checkpoint(read_checkpoint(checkpoint_path), checkpoint_path)
+    return export_subject(subject, destination, options, step)
+
+
+def subject_of_checkpoint(checkpoint: Checkpoint, path: Path) -> ExportSubject:
+    """Build the network of *checkpoint*, which was read from *path*; raises `CheckpointError`."""
+    network = build_classifier(checkpoint, path)
+    return ExportSubject(
+        name=checkpoint.model,
+        network=network,
+        detachment=Detachment.of(network),
+        labels=checkpoint.labels,
+        preprocess=checkpoint.preprocess,
+        config=checkpoint.config,
+        sha256=checkpoint.sha256,
+        summary=lambda: summarize_checkpoint(checkpoint),
+        decision=checkpoint.decision,
+        training=checkpoint.training,
+    )
+
+
+def export_subject(
+    subject: ExportSubject,
+    destination: Path,
+    options: ExportOptions | None = None,
+    step: Callable[[str], None] = lambda _: None,
+) -> Exported:
+    """Export *subject* as a bundle in *destination*, as `export` does."""
+    options, trained, preprocess = options or ExportOptions(), subject.network, subject.preprocess
+    check_exportable(trained, subject.detachment.training_only)
     if options.with_cam:
         add_features_output(trained)
-    images = probe_images(checkpoint.preprocess, options.probes)
-    temperature = checkpoint.decision.temperature if checkpoint.decision is not None else 1.0
+    images = probe_images(preprocess, options.probes)
+    temperature = subject.decision.temperature if subject.decision is not None else 1.0
     if temperature != 1:
-        fold_temperature(trained, temperature, Deployed(trained, checkpoint.preprocess), images)
-    job = _Job(checkpoint, images, options, step)
+        fold_temperature(trained, temperature, Deployed(trained, preprocess), images)
+    job = _Job(subject, images, options, step)
 
     step("detaching" if options.detach else "nothing to detach")
-    lean = detach(trained, requested=options.detach)
+    lean = detach(trained, subject.detachment.training_only, requested=options.detach)
     step("proving that the detached network equals the plain network")
-    pixels, batch = torch.from_numpy(images), options.batch
-    proof = certify(trained, lean, checkpoint.preprocess, pixels, model=checkpoint.model, batch=batch)
+    proof = certify(
+        trained,
+        lean,
+        preprocess,
+        torch.from_numpy(images),
+        model=subject.name,
+        batch=options.batch,
+        detachment=subject.detachment,
+    )
     step("lowering to ONNX")
-    model, certificate = lower_with_proof(proof, trained.outputs)
+    model, certificate = lower_with_proof(proof, output_names(lean))
     certified = CertifiedGraph(lean, proof.lean.any_batch, model)
-    del trained, proof  # frees three networks and five of their six programs
+    del trained, proof  # frees two networks and five of their six programs
     converted = _lower_and_convert(job, certified)
 
     with bundle.staging(destination) as folder:
@@ -140,7 +168,7 @@ def export(
 
 
 class _Job(NamedTuple):
-    checkpoint: Checkpoint
+    subject: ExportSubject
     images: NDArray[np.uint8]
     options: ExportOptions
     step: Callable[[str], None]
@@ -156,7 +184,7 @@ class _Checks(NamedTuple):
 
 def _lower_and_convert(job: _Job, certified: CertifiedGraph) -> ConvertedGraph:
     """Apply the rewrite rules to the *certified* network and convert it to the requested precision."""
-    options, preprocess = job.options, job.checkpoint.preprocess
+    options, preprocess = job.options, job.subject.preprocess
     rewriting = lowering_options(options.precision, rules=options.lowering, autotune=options.autotune)
     lowered = lower_by_rules(certified, job.images, preprocess, options.batch, rewriting)
     if options.precision.precision != "fp32":
@@ -172,7 +200,7 @@ def _check_file(
     file, batch, precision = folder / ONNX_FILE, options.batch, converted.precision
     step("comparing the file with the network")
     expected, parity = compare_with_network(
-        file, certified.network, converted, job.checkpoint, images, options
+        file, certified.network, converted, job.subject.preprocess, images, options
     )
     if options.with_cam:
         layer = class_map_layer(certified.network)
@@ -180,7 +208,7 @@ def _check_file(
         write_class_maps(folder / CLASS_MAPS, layer)
     if options.precision.evaluate is not None or converted.calibration is not None:
         precision = check_accuracy(
-            converted, file, job.checkpoint, batch, options.precision, allow_drift=options.allow_drift
+            converted, file, job.subject, batch, options.precision, allow_drift=options.allow_drift
         )
     speed = None
     if options.measure_speed:
@@ -196,14 +224,14 @@ def _check_file(
 
 def compare_with_network(
     file: Path,
-    lean: Backbone,
+    lean: nn.Module,
     converted: ConvertedGraph,
-    checkpoint: Checkpoint,
+    preprocess: Preprocess,
     images: NDArray[np.uint8],
     options: ExportOptions,
 ) -> tuple[Reference, ParityReport]:
     """Compare the ONNX *file* with the outputs of *lean* in float64 for *images*."""
-    deployed = Deployed(lean, checkpoint.preprocess).eval()
+    deployed = Deployed(lean, preprocess).eval()
     expected = compute_reference(deployed, images, converted.run, options.precision.precision, converted.gate)
     parity = compare(
         file,
@@ -224,7 +252,7 @@ def _write_bundle(
     job: _Job, folder: Path, destination: Path, converted: ConvertedGraph, checks: _Checks
 ) -> Exported:
     """Complete the bundle in *folder* and move it to *destination*."""
-    checkpoint, (certificate, expected, parity, precision, speed) = job.checkpoint, checks
+    subject, (certificate, expected, parity, precision, speed) = job.subject, checks
     reports = {
         "certificate": certificate,
         "parity": parity,
@@ -233,14 +261,14 @@ def _write_bundle(
     }
     for name, report in reports.items():
         (folder / f"{name}.json").write_bytes(to_json(report.model_dump(mode="json")))
-    (folder / "labels.json").write_bytes(to_json(list(checkpoint.labels)))
+    (folder / "labels.json").write_bytes(to_json(list(subject.labels)))
     write_probes(folder / "probes.npz", as_probes(job.images, expected, parity))
     fields = _manifest_fields(job, folder, converted, checks)
-    card = render_model_card(checkpoint, certificate, parity, precision, fields)
+    card = render_model_card(subject, certificate, parity, precision, fields)
     (folder / "README.md").write_text(card, encoding="utf-8")
     results = ExportResults(
-        checkpoint=checkpoint,
-        network_summary=network_summary(checkpoint),
+        subject=subject,
+        network_summary=subject.summary(),
         certificate=certificate,
         lowering=converted.lowering,
         parity=parity,
@@ -260,6 +288,7 @@ def _write_bundle(
         lowering=converted.lowering,
         network_summary=results.network_summary,
         speed=speed,
+        warnings=subject.warnings,
     )
 
 
@@ -283,22 +312,22 @@ def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityRepo
 
 def _manifest_fields(job: _Job, folder: Path, converted: ConvertedGraph, checks: _Checks) -> dict[str, Any]:
     """Collect the fields of the manifest, without `files`."""
-    checkpoint, certificate, side = job.checkpoint, checks.certificate, job.checkpoint.preprocess.crop
+    subject, certificate, side = job.subject, checks.certificate, job.subject.preprocess.crop
     precision = checks.precision.precision
     return {
-        "model": checkpoint.model,
-        "config": json.loads(json.dumps(checkpoint.config)),
+        "model": subject.name,
+        "config": json.loads(json.dumps(subject.config)),
         "inputs": (TensorRecord(name=INPUT, dtype="uint8", shape=(None, side, side, 3)),),
         "outputs": tuple(
             TensorRecord(name=name, dtype="float32", shape=(None, *values.shape[1:]))
             for name, values in checks.expected.outputs.items()
         ),
-        "preprocess": checkpoint.preprocess,
-        "decision": checkpoint.decision,
+        "preprocess": subject.preprocess,
+        "decision": subject.decision,
         "batch": job.options.batch,
         "detached": certificate.detached,
         "lineage": Lineage(
-            checkpoint_sha256=checkpoint.sha256,
+            checkpoint_sha256=subject.sha256,
             program_root=certificate.roots.any_batch,
             onnx_root=onnx_root(onnx.load(folder / ONNX_FILE)),
         ),
@@ -315,24 +344,25 @@ def _manifest_fields(job: _Job, folder: Path, converted: ConvertedGraph, checks:
     }
 
 
-def check_exportable(network: Classifier) -> None:
+def check_exportable(network: nn.Module, training_only: tuple[str, ...] = ()) -> None:
     """Raise `LoweringError` if a layer of *network* that is exported is declared `not_exportable`."""
     for name, module in network.named_modules():
         reason = getattr(module, "not_exportable", None)
-        if reason is not None and not is_in(name, *network.training_only):
+        if reason is not None and not is_in(name, *training_only):
             raise LoweringError(f"{type(module).__name__} cannot be exported: {reason}")
 
 
 @torch.no_grad()
 def fold_temperature(
-    network: Classifier, temperature: float, deployed: Deployed, images: NDArray[np.uint8]
+    network: nn.Module, temperature: float, deployed: Deployed, images: NDArray[np.uint8]
 ) -> None:
     """Divide the weights and the bias of the last linear layer of *network* by *temperature*.
 
     This divides the logits without any cost at inference; training-only heads keep their logits. Raises
     `LoweringError` if no such layer computes the logits, or if those of *images* change in any other way.
     """
-    layer, problem = network.logits_layer(), f"temperature {temperature:.3g}: cannot be folded"
+    layer = network.logits_layer() if isinstance(network, Classifier) else None
+    problem = f"temperature {temperature:.3g}: cannot be folded"
     if layer is None:
         raise LoweringError(
             f"{problem}, no linear layer of {type(network).__name__} computes its logits; train again"
@@ -347,51 +377,3 @@ def fold_temperature(
             f"{problem}, {type(network).__name__} does not return the outputs of its last linear layer; "
             "train again"
         )
-
-
-def detach(network: Classifier, *, requested: bool = True) -> Classifier:
-    """Copy *network*, in eval mode, without its `training_only` parts; the same network if not *requested*.
-
-    Parts without tensors, such as the branches of a network that was configured without any, do not count.
-    Raises `DetachError` if *requested* and there is nothing to detach, if not *requested* and there are such
-    parts, or if a name in `training_only` does not exist.
-    """
-    names = ", ".join(network.training_only)
-    for name in network.training_only:
-        _find(network, name)
-    detachable = any(is_in(name, *network.training_only) for name in tensors(network))
-    if not requested:
-        if detachable:
-            raise DetachError(
-                f"{type(network).__name__} still carries training-only parts ({names}); "
-                "add --detach to remove them"
-            )
-        return network
-    if not detachable:
-        reason = f"its {names} hold no tensors" if names else "it has no training-only parts"
-        raise DetachError(
-            f"{type(network).__name__} has nothing to detach: {reason}; export it without --detach"
-        )
-    excluded: dict[int, Any] = {}  # a memo entry of None keeps deepcopy from copying these parts
-    for name in network.training_only:
-        owner, attribute = _find(network, name)
-        excluded[id(getattr(owner, attribute))] = None
-    detached = copy.deepcopy(network, excluded)
-    for name in network.training_only:
-        owner, attribute = _find(detached, name)
-        delattr(owner, attribute)
-    return detached.eval()
-
-
-def _find(network: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, attribute = name.rpartition(".")
-    try:
-        owner = network.get_submodule(path)
-    except AttributeError as error:
-        raise DetachError(f"{type(network).__name__}: no part named {name}; it has no {path}") from error
-    if attribute not in {*owner._modules, *owner._parameters, *owner._buffers}:
-        raise DetachError(
-            f"{type(network).__name__}: no part named {name}; it is already detached, or `training_only` "
-            "names a part that does not exist"
-        )
-    return owner, attribute

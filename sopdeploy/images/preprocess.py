@@ -8,7 +8,8 @@ memory of the RGB image, and a PNG of 100 kB can have 50 megapixels.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
@@ -16,7 +17,7 @@ import pydantic
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from sopdeploy.config import Positive, StrictModel
+from sopdeploy.config import Positive, StrictModel, first_problem
 from sopdeploy.errors import ConfigError
 
 Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
@@ -32,6 +33,7 @@ ROTATED = range(2, 9)  # EXIF orientations that are valid and not upright
 SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
+TIMM_CROP_MODES: dict[str, Fit] = {"center": "crop", "squash": "squash", "border": "pad"}
 TILE = 2**16  # pixels
 GRAY_STEPS = {"L;2": 85, "L;4": 17}  # distance of two gray values of such a PNG, in 8-bit levels
 
@@ -65,6 +67,58 @@ class Preprocess(StrictModel):
     def _omit_crop(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = dump(self)
         return {key: value for key, value in fields.items() if (key, value) != ("fit", "crop")}
+
+    @classmethod
+    def from_timm(cls, config: Mapping[str, Any]) -> "Preprocess":
+        """Convert timm's data config: `timm.data.resolve_data_config`, or the `pretrained_cfg` of a model.
+
+        Raises `ConfigError` for an input that is not square RGB, or an interpolation other than bilinear and
+        bicubic.
+        """
+        channels, height, width = config.get("input_size", (3, 224, 224))
+        if channels != 3 or height != width:
+            raise ConfigError(f"timm: input of {channels} x {height} x {width}; only 3 x S x S is supported")
+        mode = str(config.get("crop_mode") or "center")
+        if mode not in TIMM_CROP_MODES:
+            raise ConfigError(f"timm: crop_mode {mode!r}; supported are {', '.join(TIMM_CROP_MODES)}")
+        return cls._published(
+            "timm",
+            crop=height,
+            resize=max(height, math.floor(height / float(config.get("crop_pct") or 1))),
+            fit=TIMM_CROP_MODES[mode],
+            interpolation=config.get("interpolation", "bilinear"),
+            **{name: tuple(config[name]) for name in ("mean", "std") if name in config},
+        )
+
+    @classmethod
+    def from_torchvision(cls, transforms: Any) -> "Preprocess":
+        """Convert torchvision's `weights.transforms()`, the preset of a classifier.
+
+        Raises `ConfigError` for another object, or an interpolation other than bilinear and bicubic.
+        """
+        try:
+            (crop,), (resize,) = transforms.crop_size, transforms.resize_size
+            interpolation = str(transforms.interpolation.value)
+            colors = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"torchvision: {type(transforms).__name__} does not resize and crop to a square; pass "
+                "weights.transforms() of a classifier"
+            ) from error
+        return cls._published(
+            "torchvision", crop=crop, resize=max(crop, resize), interpolation=interpolation, **colors
+        )
+
+    @classmethod
+    def _published(cls, source: str, **fields: Any) -> "Preprocess":
+        if fields["interpolation"] not in RESAMPLING:
+            raise ConfigError(
+                f"{source}: interpolation {fields['interpolation']!r}; supported are {', '.join(RESAMPLING)}"
+            )
+        try:
+            return cls(**fields)
+        except pydantic.ValidationError as error:
+            raise ConfigError(f"{source}: {first_problem(error)}") from error
 
     def __call__(self, image: Image.Image) -> Pixels:
         """Convert *image* to upright RGB and fit it to the network; returns (crop, crop, 3) uint8."""

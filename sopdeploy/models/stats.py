@@ -57,7 +57,7 @@ class Tally:
 
 
 def tally(network: nn.Module, image_size: int) -> Tally:
-    """Count *network*, which is on `meta`, in its current mode, by the names of its parts."""
+    """Count *network*, on `meta` or the CPU, in its current mode, by the names of its parts."""
     found = Tally(parameters=Counter({name: p.numel() for name, p in network.named_parameters()}))
     handles = [
         part.register_forward_hook(partial(_add, found, name)) for name, part in network.named_modules()
@@ -65,12 +65,15 @@ def tally(network: nn.Module, image_size: int) -> Tally:
     norms = [part for part in network.modules() if isinstance(part, NORMS) and part.training]
     for norm in norms:
         norm.training = False  # same shapes; batch statistics on `meta` take most of the time
-    with torch.no_grad():
-        network(torch.empty(PROBE_BATCH, 3, image_size, image_size, device="meta"))
-    for norm in norms:
-        norm.training = True
-    for handle in handles:
-        handle.remove()
+    device = next(iter(network.parameters()), torch.empty(0, device="meta")).device
+    try:
+        with torch.no_grad():
+            network(torch.zeros(PROBE_BATCH, 3, image_size, image_size, device=device))
+    finally:
+        for norm in norms:
+            norm.training = True
+        for handle in handles:
+            handle.remove()
     return found
 
 

@@ -85,7 +85,7 @@ def certify(
         trained.config,
         trained.outputs,
         preprocess,
-        sorted(options.items()),
+        sorted((name, value) for name, value in options.items() if name != "detachment"),
         probes.numpy().tobytes(),
     )
     key = digest(repr(arguments), trained, lean)

@@ -17,12 +17,18 @@ from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.losses import training_loss
+from sopdeploy_export.detach import detach
 from sopdeploy_export.graph import Deployed, capture_any_batch, lower, probe_images, write
 from sopdeploy_export.parity.compare import Reference
 from sopdeploy_export.parity.report import ParityReport
-from sopdeploy_export.pipeline import Exported, ExportOptions, compare_with_network, detach, export
+from sopdeploy_export.pipeline import Exported, ExportOptions, compare_with_network, export
 from sopdeploy_export.precision.convert import PrecisionOptions, convert_precision, lowering_options
-from sopdeploy_export.proof.certificate import assert_equal_outputs, build_inventory, build_plain_network
+from sopdeploy_export.proof.certificate import (
+    Detachment,
+    assert_equal_outputs,
+    build_inventory,
+    build_plain_network,
+)
 from sopdeploy_export.rewrites.apply import LoweredGraph, center_by_mean, rewrite
 from sopdeploy_export.rewrites.context import LoweringReport
 
@@ -113,9 +119,7 @@ def measured(
     )
     write(shipping.model, destination)
     options = ExportOptions(batch=FEW, precision=wish)
-    return compare_with_network(
-        destination, found.network, shipping, read_checkpoint(checkpoint), found.images, options
-    )
+    return compare_with_network(destination, found.network, shipping, found.preprocess, found.images, options)
 
 
 class Detached(NamedTuple):
@@ -130,8 +134,10 @@ def detached(checkpoint: Path) -> Detached:
     """Load *checkpoint*, remove training-only parts, and compare with a newly built plain network."""
     found, trained = read_checkpoint(checkpoint), loaded(checkpoint)
     images, lean = probe_images(found.preprocess), detach(trained) if trained.training_only else trained
-    build_inventory(trained, lean)
-    networks = {"plain": build_plain_network(trained, lean), "trained": trained, "detached": lean}
+    detachment = Detachment.of(trained)
+    build_inventory(trained, lean, detachment.training_only)
+    plain = build_plain_network(detachment.plain or trained.inference_model, lean)
+    networks = {"plain": plain, "trained": trained, "detached": lean}
     deployed = {role: Deployed(network, found.preprocess).eval() for role, network in networks.items()}
     assert_equal_outputs(deployed, torch.from_numpy(images))
     return Detached(lean, images, found.preprocess)

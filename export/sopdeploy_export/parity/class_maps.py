@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.class_maps import FEATURES, ClassMapLayer
@@ -16,12 +17,12 @@ from sopdeploy_export.parity.onnx_file import file_outputs, open_session
 from sopdeploy_export.parity.report import LOGITS, ClassMapParity, ParityReport
 
 
-def add_features_output(network: Backbone) -> None:
+def add_features_output(network: nn.Module) -> None:
     """Make the last feature map an output of *network*, for `--with-cam`.
 
     Raises `LoweringError` unless the logits are a linear layer of the mean of that map.
     """
-    if network.averaged_classifier() is None:
+    if not isinstance(network, Backbone) or network.averaged_classifier() is None:
         raise LoweringError(
             f"--with-cam: {type(network).__name__} does not end in average pooling and one linear layer, so "
             "no map adds up to its logits; export it without --with-cam"
@@ -29,9 +30,9 @@ def add_features_output(network: Backbone) -> None:
     network.outputs = (LOGITS, FEATURES)
 
 
-def class_map_layer(network: Backbone) -> ClassMapLayer:
+def class_map_layer(network: nn.Module) -> ClassMapLayer:
     """Copy the linear layer of *network* after its average pooling."""
-    linear = network.averaged_classifier()
+    linear = network.averaged_classifier() if isinstance(network, Backbone) else None
     if linear is None:
         raise LoweringError(f"{type(network).__name__}: no linear layer after average pooling")
     weight = linear.weight.detach().numpy().astype(np.float32)

@@ -8,7 +8,6 @@ import onnx
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.datasets.folder import open_classes
 from sopdeploy.errors import ConfigError, ParityError
@@ -21,6 +20,7 @@ from sopdeploy_export.precision.convert import (
     PrecisionReport,
 )
 from sopdeploy_export.precision.int8 import METHODS
+from sopdeploy_export.subject import ExportSubject
 
 BATCH = 8
 Batch = tuple[NDArray[np.uint8], list[int]]  # images (B, H, W, 3), and labels if they are known
@@ -29,7 +29,7 @@ Batch = tuple[NDArray[np.uint8], list[int]]  # images (B, H, W, 3), and labels i
 def check_accuracy(
     converted: ConvertedGraph,
     path: Path,
-    checkpoint: Checkpoint,
+    subject: ExportSubject,
     batch: BatchRange,
     options: PrecisionOptions,
     *,
@@ -40,15 +40,15 @@ def check_accuracy(
     The images are those of `evaluate` (with labels) or of `calibrate`. Raises `ParityError` if more than
     `max_drop` points are lost and *allow_drift* is off.
     """
-    several = checkpoint.decision is not None and checkpoint.decision.activation == "sigmoid"
+    several = subject.decision is not None and subject.decision.activation == "sigmoid"
     if options.evaluate is not None and several:
         raise ConfigError(
             "--evaluate: measures top-1, but this network predicts several classes per image; omit it and "
             "compare `sopdeploy eval` of the checkpoint and the bundle"
         )
     if options.evaluate is not None:
-        folder = open_classes(options.evaluate.expanduser(), checkpoint.labels)
-        dataset = PreprocessedDataset(folder, checkpoint.preprocess)
+        folder = open_classes(options.evaluate.expanduser(), subject.labels)
+        dataset = PreprocessedDataset(folder, subject.preprocess)
         batches = _labeled_batches(dataset, min(BATCH, batch.maximum))
     else:
         images = converted.calibration

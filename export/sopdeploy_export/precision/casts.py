@@ -26,10 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import Precision
 from sopdeploy.layers.export_hints import export_hints
-from sopdeploy_export.graph import PREFIX
+from sopdeploy_export.graph import PREFIX, compute_outputs
 from sopdeploy_export.rewrites.context import assert_equivalent
 
 Part = TypeVar("Part", bound=nn.Module)
@@ -42,18 +41,16 @@ LOW_PRECISION = {"fp16": torch.float16, "bf16-backbone": torch.bfloat16}
 class FirstOutput(nn.Module):
     """The first output of *network*, from normalized images."""
 
-    def __init__(self, network: Backbone) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Compute the logits."""
-        return self.network.outputs_tuple(pixels)[0]
+        return compute_outputs(self.network, pixels)[0]
 
 
-def with_precision(
-    network: Backbone, program: ExportedProgram, precision: Precision, pixels: Tensor
-) -> Backbone:
+def with_precision(network: Part, program: ExportedProgram, precision: Precision, pixels: Tensor) -> Part:
     """Copy *network*, in eval mode, and convert it to *precision*.
 
     *program* is the captured network; it shows which batch norms fold into the convolution before them.

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange, Int8For, Precision
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, LoweringError
@@ -36,6 +35,7 @@ from sopdeploy_export.graph import (
     Deployed,
     capture_any_batch,
     load_images,
+    output_names,
     probe_images,
 )
 from sopdeploy_export.parity.bisect_int8 import Int8Graphs, find_first_int8_drift, part_drifts_int8
@@ -266,7 +266,7 @@ def lowering_options(options: PrecisionOptions, *, rules: bool, autotune: bool) 
 
 
 def convert_precision(
-    lean: Backbone,
+    lean: nn.Module,
     lowered: LoweredGraph,
     preprocess: Preprocess,
     batch: BatchRange,
@@ -303,9 +303,9 @@ def convert_precision(
         ),
         opset=opset,
         find_first_drift=lambda path, images, floors: find_first_drift(
-            path, program, lean.outputs, images, floors
+            path, program, output_names(lean), images, floors
         ),
-        part_drifts=lambda path, images: part_drifts(path, program, lean.outputs, images),
+        part_drifts=lambda path, images: part_drifts(path, program, output_names(lean), images),
     )
 
 
@@ -321,7 +321,7 @@ def _convert_int8(
     check_weight_types(model, deployed.network, "int8")
     grids = input_grids(model)
     layers, parts = measure_sensitivity(deployed, grids, images)
-    graphs, outputs = Int8Graphs(int8=model, float32=lowered.model), deployed.network.outputs
+    graphs, outputs = Int8Graphs(int8=model, float32=lowered.model), output_names(deployed.network)
     return ConvertedGraph(
         model=model,
         run=run_unfused(model),

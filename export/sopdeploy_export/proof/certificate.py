@@ -12,9 +12,15 @@ It makes four statements. Each is checked, and the export stops if one does not 
 
 A comparison of numbers alone does not detect `y + 0 * branch(f)`. The comparison of graphs does, and it
 names the weights that the output still depends on.
+
+Networks of the catalog have all three statements (`three-way`). For a network of the user, the plain network
+or the training-only parts may be missing, and `Certificate.proof` says what was compared. Without a plain
+network, code that both compared networks share cannot show: frozen buffers, constants and patched methods.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import onnx
 import torch
@@ -36,6 +42,14 @@ from sopdeploy_export.proof.preconditions import (
     tensors,
 )
 
+ProofKind = Literal["three-way", "trained-detached", "trained-plain", "trained-only"]
+
+COMPARED: dict[ProofKind, tuple[str, ...]] = {
+    "three-way": ("trained", "detached", "plain"),
+    "trained-detached": ("trained", "detached"),
+    "trained-plain": ("trained", "plain"),
+    "trained-only": ("trained",),
+}
 SINGLE_PROBES = 4  # compared one by one
 MAX_BATCH = 16  # of the probes that are compared in batches
 
@@ -63,9 +77,14 @@ class Roots(StrictModel):
 
 
 class Certificate(StrictModel):
-    """What was proved. It exists only if every statement holds."""
+    """What was proved. It exists only if every statement holds.
+
+    `proof` is `three-way` (trained = detached = plain), `trained-detached` (no plain network was given),
+    `trained-plain` (nothing to detach) or `trained-only`; `compared` are the networks that were compared.
+    """
 
     model: str
+    proof: ProofKind = "three-way"
     detached: tuple[str, ...]
     removed: tuple[TensorEntry, ...]
     kept: tuple[TensorEntry, ...]
@@ -82,94 +101,126 @@ class Certificate(StrictModel):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Detachment:
+    """What is removed from a trained network, and the network that must remain.
+
+    Attributes:
+        training_only: Dotted names of the removed parts.
+        plain: Builds the plain network, with any weights; `None` if there is none to compare with.
+        rename: Maps the name of a tensor of the trained network to its name in the plain network.
+    """
+
+    training_only: tuple[str, ...] = ()
+    plain: Callable[[], nn.Module] | None = None
+    rename: Callable[[str], str] = str
+
+    @classmethod
+    def of(cls, network: Classifier) -> "Detachment":
+        """Describe a network of the catalog, which declares both."""
+
+        def plain() -> Backbone:
+            built = network.inference_model()
+            built.outputs = network.outputs
+            return built
+
+        return cls(training_only=network.training_only, plain=plain)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Proof:
-    """The certificate and its programs; `lean` is the detached network's."""
+    """The certificate and its programs, by role: `trained`, `detached`, and `plain` if there is one."""
 
     certificate: Certificate
-    trained: Captured
-    lean: Captured
-    plain: Captured
+    captured: dict[str, Captured]
+
+    @property
+    def lean(self) -> Captured:
+        """The programs of the network that ships."""
+        return self.captured["detached"]
 
 
 def certify(
-    trained: Classifier,
-    lean: Backbone,
+    trained: nn.Module,
+    lean: nn.Module,
     preprocess: Preprocess,
     probes: Tensor,
     *,
     model: str = "network",
     batch: BatchRange | None = None,
+    detachment: Detachment | None = None,
 ) -> Proof:
     """Prove that *lean* is the plain network with the weights of *trained*.
 
-    *probes* are uint8 images (P, crop, crop, 3). Raises `CertificateError` with the statement that does not
-    hold and where; neither network is changed.
+    *probes* are uint8 images (P, crop, crop, 3). A network of the catalog has its own *detachment*. Raises
+    `CertificateError` with the statement that does not hold and where; neither network is changed.
     """
+    if detachment is None:
+        detachment = Detachment.of(trained) if isinstance(trained, Classifier) else Detachment()
     batch, given = batch or BatchRange(), {"trained": trained, "detached": lean}
     check_torch_state()
     for role, network in given.items():
         check_network_state(network, role)
-    removed, kept = build_inventory(trained, lean)
+    removed, kept = build_inventory(trained, lean, detachment.training_only)
     nothing_detached = lean is trained
     trained = contiguous(trained)
     lean = trained if nothing_detached else contiguous(lean)
-    networks: dict[str, Backbone] = {
-        "plain": build_plain_network(trained, lean),
-        "trained": trained,
-        "detached": lean,
-    }
+    networks = {"trained": trained, "detached": lean}
+    if detachment.plain is not None:
+        plain = build_plain_network(detachment.plain, lean, detachment.rename)
+        networks = {"plain": plain, **networks}  # the first one is the one to compare with
     captured, roots = _assert_equal_graphs(networks, preprocess, batch, {entry.name for entry in removed})
     deployed: dict[str, nn.Module] = {
         role: Deployed(network, preprocess) for role, network in networks.items()
     }
     sizes = assert_equal_outputs(deployed, probes)
+    kind: ProofKind = "trained-plain" if nothing_detached else "three-way"
+    if detachment.plain is None:
+        kind = "trained-only" if nothing_detached else "trained-detached"
     for network in {id(network): network for network in (*given.values(), *networks.values())}.values():
         _assert_unchanged(network, kept)
     certificate = Certificate(
         model=model,
-        detached=() if nothing_detached else trained.training_only,
+        proof=kind,
+        detached=() if nothing_detached else detachment.training_only,
         removed=removed,
         kept=kept,
         roots=roots,
+        compared=COMPARED[kind],
         batches=sizes,
         images=len(probes),
     )
-    return Proof(
-        certificate=certificate,
-        trained=captured["trained"],
-        lean=captured["detached"],
-        plain=captured["plain"],
-    )
+    return Proof(certificate=certificate, captured=captured)
 
 
 def lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.ModelProto, Certificate]:
     """Convert the detached network to ONNX and certify the root of the graph.
 
-    Raises `CertificateError` if the ONNX graph of the trained network differs from the plain network's.
+    Raises `CertificateError` if the ONNX graphs of the compared networks differ.
     """
     lean = lower(proof.lean.any_batch, outputs)
-    roots = {
-        "detached": onnx_root(lean),
-        "plain": onnx_root(lower(proof.plain.any_batch, outputs)),
-    }
-    if proof.trained is not proof.lean:
-        roots["trained"] = onnx_root(lower(proof.trained.any_batch, outputs))
-    for role, root in roots.items():
-        if root != roots["plain"]:
-            raise CertificateError(f"the ONNX graph of the {role} network differs from the plain network's")
-    shared = proof.certificate.roots.model_copy(update={"onnx": roots["plain"]})
+    root = onnx_root(lean)
+    for role, captured in proof.captured.items():
+        if captured is not proof.lean and onnx_root(lower(captured.any_batch, outputs)) != root:
+            raise CertificateError(
+                f"the ONNX graph of the {role} network differs from that of the detached network"
+            )
+    shared = proof.certificate.roots.model_copy(update={"onnx": root})
     return lean, proof.certificate.model_copy(update={"roots": shared})
 
 
-def build_plain_network(trained: Classifier, lean: nn.Module) -> Backbone:
-    """Build a plain network from the config with the weights of *lean*.
+def build_plain_network(
+    build: Callable[[], nn.Module], lean: nn.Module, rename: Callable[[str], str] = str
+) -> nn.Module:
+    """Build a plain network with *build* and give it the weights of *lean*, under their names by *rename*.
 
     Buffers that checkpoints do not store follow from the config, so they are compared and not copied. Raises
     `CertificateError` if one differs, or if the tensors of the two do not correspond one to one.
     """
-    plain = trained.inference_model()
-    plain.outputs = trained.outputs
-    source, target = tensors(lean), tensors(plain)
+    plain = build()
+    source = {rename(name): tensor for name, tensor in tensors(lean).items()}
+    target = tensors(plain)
+    if len(source) != len(tensors(lean)):
+        raise CertificateError("rename gives two tensors of the trained network the same name")
     missing, extra = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
     if missing:
         raise CertificateError(f"the plain network needs {missing[0]}, which the detached one lacks")
@@ -191,13 +242,14 @@ def build_plain_network(trained: Classifier, lean: nn.Module) -> Backbone:
 
 
 def _assert_equal_graphs(
-    networks: dict[str, Backbone], preprocess: Preprocess, batch: BatchRange, removed: set[str]
+    networks: dict[str, nn.Module], preprocess: Preprocess, batch: BatchRange, removed: set[str]
 ) -> tuple[dict[str, Captured], Roots]:
-    """Capture *networks*, the plain one first, and compare their Merkle roots.
+    """Capture *networks* and compare their Merkle roots with that of the first one.
 
     Raises `CertificateError` with the removed weights that an output depends on, or with the first
-    operation that differs from the plain network.
+    operation that differs from the first network.
     """
+    reference = next(iter(networks))
     captured: dict[str, Captured] = {}
     plain: dict[str, ProgramRoot] = {}
     for role, network in networks.items():
@@ -222,8 +274,10 @@ def _assert_equal_graphs(
                     f"{', '.join(reached[:3])}{more}; a branch affects the main output"
                 )
             if root.sha256 != plain[size].sha256:
-                difference = _first_difference(root, plain[size])
-                raise CertificateError(f"the {role} network is not the plain one, for {size}: {difference}")
+                difference = _first_difference(root, plain[size], reference)
+                raise CertificateError(
+                    f"the {role} network is not the {reference} one, for {size}: {difference}"
+                )
     shared = Roots(
         any_batch=plain["any batch size"].sha256,
         batch_of_one=plain["a batch of one"].sha256,
@@ -232,11 +286,11 @@ def _assert_equal_graphs(
     return captured, shared
 
 
-def _first_difference(found: ProgramRoot, plain: ProgramRoot) -> str:
+def _first_difference(found: ProgramRoot, plain: ProgramRoot, reference: str) -> str:
     extra = [place for sha256, place in found.nodes.items() if sha256 not in plain.nodes]
     missing = [place for sha256, place in plain.nodes.items() if sha256 not in found.nodes]
     if extra:
-        return f"it computes {extra[0]}" + (f", the plain one {missing[0]}" if missing else "")
+        return f"it computes {extra[0]}" + (f", the {reference} one {missing[0]}" if missing else "")
     return f"it lacks {missing[0]}" if missing else "its inputs or outputs differ"
 
 
@@ -250,24 +304,26 @@ def assert_equal_outputs(networks: dict[str, nn.Module], probes: Tensor) -> tupl
     for images in (*single, *batches):
         with torch.no_grad():
             outputs = {role: network(images) for role, network in networks.items()}
-        for role in ("trained", "detached"):
-            for found, plain in zip(outputs[role], outputs["plain"], strict=True):
+        reference = next(iter(outputs))
+        for role in outputs:
+            for found, plain in zip(outputs[role], outputs[reference], strict=True):
                 # as bytes, because 0 equals -0 and NaN differs from itself
                 if not torch.equal(*(values.contiguous().view(torch.uint8) for values in (found, plain))):
                     difference = (found - plain).abs().max().item()
                     raise CertificateError(
-                        f"the {role} network gives other logits than the plain one at batch {len(images)}: "
+                        f"the {role} network gives other logits than the {reference} one at batch "
+                        f"{len(images)}: "
                         f"largest difference {difference:.3g}"
                     )
     return (1, len(batches[0]))
 
 
 def build_inventory(
-    trained: Classifier, detached: nn.Module
+    trained: nn.Module, detached: nn.Module, training_only: tuple[str, ...]
 ) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
     """List the removed and the kept tensors of *trained*.
 
-    Raises `CertificateError` if *detached* has a new tensor, lacks one that `training_only` does not cover,
+    Raises `CertificateError` if *detached* has a new tensor, lacks one that *training_only* does not cover,
     holds a changed one, or keeps under another name the memory of a removed one.
     """
     before, after = tensors(trained), tensors(detached)
@@ -276,8 +332,8 @@ def build_inventory(
         raise CertificateError(f"the detached network has a tensor {new[0]} that was never trained")
     removed = {name: tensor for name, tensor in before.items() if name not in after}
     for name in removed:
-        if not is_in(name, *trained.training_only):
-            raise CertificateError(f"{name} was removed, but is not in {list(trained.training_only)}")
+        if not is_in(name, *training_only):
+            raise CertificateError(f"{name} was removed, but is not in {list(training_only)}")
     check_removed_memory(removed, {name: before[name] for name in after})
     kept = []
     for name, tensor in after.items():

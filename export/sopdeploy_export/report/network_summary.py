@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel
-from sopdeploy.errors import ConfigError
 from sopdeploy.html.charts import element, svg, text
 from sopdeploy.html.templates import dimensions, short_number, shorten
-from sopdeploy.models.base import Classifier, is_in
+from sopdeploy.models.base import is_in
 from sopdeploy.models.registry import create_model
 from sopdeploy.models.stats import Counts, Tally, tally
 
@@ -54,7 +53,7 @@ class ForwardTrace(NamedTuple):
     costs: Tally
 
 
-def trace_forward(network: Classifier, side: int) -> ForwardTrace:
+def trace_forward(network: nn.Module, training_only: Collection[str], side: int) -> ForwardTrace:
     """Run *network* on an image of *side* pixels and record its modules by forward hooks."""
     shapes: dict[str, tuple[int, ...]] = {}
     sources: dict[str, str] = {}
@@ -69,7 +68,7 @@ def trace_forward(network: Classifier, side: int) -> ForwardTrace:
     def end(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             alive.append(output)
-            if not is_in(name, *network.training_only):
+            if not is_in(name, *training_only):
                 last[0] = name
             producers.setdefault(id(output), name)  # the innermost module; outer ones pass it on
             shapes.pop(name, None)
@@ -87,19 +86,30 @@ def trace_forward(network: Classifier, side: int) -> ForwardTrace:
             handle.remove()
 
 
-def network_summary(checkpoint: Checkpoint) -> NetworkSummary:
+def summarize_checkpoint(checkpoint: Checkpoint) -> NetworkSummary:
     """Summarize the network of *checkpoint* at its input size, without allocating memory."""
-    side = checkpoint.preprocess.crop
     with torch.device("meta"):
         network = create_model(checkpoint.model, num_classes=len(checkpoint.labels), **checkpoint.config)
         plain = network.inference_model() if network.training_only else network
-    shipped = tally(plain.eval(), side)
-    try:
-        trace = trace_forward(network.train(), side)
-    except (ConfigError, RuntimeError):  # the config forbids training
-        trace = trace_forward(network.eval(), side)
-    trained, branches = trace.costs, _training_only_modules(network)
-    main = _exported_modules(network, branches, trace)
+    return summarize(network, plain, network.training_only, checkpoint.preprocess.crop)
+
+
+def summarize(
+    network: nn.Module, shipped: nn.Module, training_only: Collection[str], side: int
+) -> NetworkSummary:
+    """Summarize *network*, and count *shipped*, which lacks the *training_only* parts.
+
+    Both run on an image of *side* pixels, on `meta` or the CPU, and their mode may change. A network that
+    cannot run in train mode without targets is shown as it runs in eval mode.
+    """
+    exported_costs = tally(shipped.eval(), side)
+    with torch.random.fork_rng(devices=()):  # dropout
+        try:
+            trace = trace_forward(network.train(), training_only, side)
+        except Exception:  # the network's own code, which can raise anything
+            trace = trace_forward(network.eval(), training_only, side)
+    trained, branches = trace.costs, _training_only_modules(network, training_only)
+    main = _exported_modules(network, branches, trace, training_only)
     modules = dict(network.named_modules())
 
     def total(counts: Mapping[str, int], name: str) -> int:
@@ -130,13 +140,13 @@ def network_summary(checkpoint: Checkpoint) -> NetworkSummary:
                 source=owners[-1] if owners else None,
             )
         )
-    return NetworkSummary(parts=tuple(parts), trained=trained.total(), shipped=shipped.total())
+    return NetworkSummary(parts=tuple(parts), trained=trained.total(), shipped=exported_costs.total())
 
 
-def _training_only_modules(network: Classifier) -> list[str]:
+def _training_only_modules(network: nn.Module, training_only: Collection[str]) -> list[str]:
     """List the training-only modules, a container as its children."""
     modules, found = dict(network.named_modules()), []
-    for name in network.training_only:
+    for name in training_only:
         module = modules.get(name)
         if isinstance(module, nn.ModuleDict | nn.ModuleList):
             found += [f"{name}.{child}" for child, _ in module.named_children()]
@@ -145,10 +155,12 @@ def _training_only_modules(network: Classifier) -> list[str]:
     return found
 
 
-def _exported_modules(network: Classifier, branches: Collection[str], trace: ForwardTrace) -> list[str]:
+def _exported_modules(
+    network: nn.Module, branches: Collection[str], trace: ForwardTrace, training_only: Collection[str]
+) -> list[str]:
     """List the exported modules that have weights or change the shape, in order of execution."""
     starts = [trace.sources.get(name, "") for name in branches]
-    names = [name for name, _ in network.named_children() if name not in network.training_only]
+    names = [name for name, _ in network.named_children() if name not in training_only]
     for _ in range(MAX_DEPTH):
         split: list[str] = []
         for name in names:  # a module is split into its children if branches start in several of them

@@ -10,7 +10,6 @@ from typing import Any
 from markupsafe import Markup
 
 from sopdeploy.bundle.manifest import Int8For
-from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.html.charts import Axis, Bar, Curve, bars, heat, interval, plot
 from sopdeploy.html.templates import dimensions, percent, reduction, render, short_number
 from sopdeploy_export.parity.report import Flip, ParityReport
@@ -18,6 +17,7 @@ from sopdeploy_export.precision.convert import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 from sopdeploy_export.report.network_summary import draw_network
 from sopdeploy_export.report.results import ExportResults, Speed
+from sopdeploy_export.subject import ExportSubject
 
 MAX_CLASSES = 30  # of a readable confusion matrix
 Rows = list[tuple[str, ...]]
@@ -30,7 +30,7 @@ CAUSES = {
 
 def render_report(results: ExportResults) -> str:
     """Render the page; equal *results* give equal text."""
-    top1, labels, decision = results.parity.top1, results.checkpoint.labels, results.checkpoint.decision
+    top1, labels, decision = results.parity.top1, results.subject.labels, results.subject.decision
     types = results.precision.summary()
     agreement = interval(
         "agreement", "Images with the same top class", top1.agree / top1.images, top1.low, top1.high
@@ -229,24 +229,24 @@ TARGETS: Mapping[Int8For, str] = {
 
 
 def render_model_card(
-    checkpoint: Checkpoint,
+    subject: ExportSubject,
     certificate: Certificate,
     parity: ParityReport,
     precision: PrecisionReport,
     fields: Mapping[str, Any],
 ) -> str:
     """Render the model card as Markdown; *fields* are those of the manifest."""
-    preprocess, batch = checkpoint.preprocess, fields["batch"]
-    labels = ", ".join(checkpoint.labels[:MAX_LABELS])
-    if len(checkpoint.labels) > MAX_LABELS:
-        labels += f", ... ({len(checkpoint.labels)} in total, see labels.json)"
+    preprocess, batch = subject.preprocess, fields["batch"]
+    labels = ", ".join(subject.labels[:MAX_LABELS])
+    if len(subject.labels) > MAX_LABELS:
+        labels += f", ... ({len(subject.labels)} in total, see labels.json)"
     outputs = ", ".join(
         f"`{output.name}`: {output.dtype}, (batch, {', '.join(str(size) for size in output.shape[1:])})"
         for output in fields["outputs"]
     )
     training = "\n".join(
         f"- {key}: {value}"
-        for key, value in sorted(checkpoint.training.items())
+        for key, value in sorted(subject.training.items())
         if isinstance(value, int | float | str) and not isinstance(value, bool)
     )
     resizing = {
@@ -256,7 +256,7 @@ def render_model_card(
         f"({preprocess.interpolation}), then center it on RGB {preprocess.background};",
         "squash": f"Resize both\nsides of an image to {preprocess.crop} pixels ({preprocess.interpolation});",
     }[preprocess.fit]
-    return f"""# {checkpoint.model}
+    return f"""# {subject.name}
 
 An image classifier exported by sopdeploy {fields["versions"]["sopdeploy"]}.
 
@@ -277,7 +277,7 @@ the graph subtracts the mean and divides by the standard deviation. Batches of {
 ## Training
 
 {training or "Not recorded."}
-{_decision_lines(checkpoint)}
+{_decision_lines(subject)}
 ## Proof
 
 {_proof_lines(certificate)}
@@ -292,12 +292,12 @@ the graph subtracts the mean and divides by the standard deviation. Batches of {
 """
 
 
-def _decision_lines(checkpoint: Checkpoint) -> str:
+def _decision_lines(subject: ExportSubject) -> str:
     """Describe calibration, rejection and thresholds; empty without them."""
-    if checkpoint.decision is None or not (rows := checkpoint.decision.rows(checkpoint.labels)):
+    if subject.decision is None or not (rows := subject.decision.rows(subject.labels)):
         return ""
     lines = "\n".join(f"- {name}: {text}" for name, text in rows)
-    if checkpoint.decision.thresholds is not None:
+    if subject.decision.thresholds is not None:
         return f"""
 ## Thresholds
 
@@ -321,7 +321,8 @@ def _proof_lines(certificate: Certificate) -> str:
         removed = f"{', '.join(certificate.detached)} ({tensors})"
     return f"""- removed: {removed}
 - kept: {len(certificate.kept)} tensors, each with the same sha256 before and after
-- graphs: the trained, detached and plain network have the same hash {certificate.roots.any_batch[:16]}
+- compared: {" = ".join(certificate.compared)} ({certificate.proof})
+- graphs: each has the hash {certificate.roots.any_batch[:16]}
   ({certificate.roots.operations} operations), also for a batch of one and as ONNX
 - outputs: bitwise equal logits on {certificate.images} probe images"""
 

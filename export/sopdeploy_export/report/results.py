@@ -18,7 +18,6 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import BatchRange, FileRecord, Manifest
-from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel
 from sopdeploy.environment import machine
 from sopdeploy.html.templates import render
@@ -28,6 +27,7 @@ from sopdeploy_export.precision.convert import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 from sopdeploy_export.report.network_summary import NetworkSummary
 from sopdeploy_export.rewrites.context import LoweringReport
+from sopdeploy_export.subject import ExportSubject
 
 WARMUPS, MIN_RUNS, MAX_RUNS = 2, 5, 200
 BUDGET_SECONDS = 1.0  # of timed runs per batch size
@@ -86,7 +86,7 @@ def measure_speed(path: Path, plain: onnx.ModelProto, images: NDArray[np.uint8],
 class ExportResults:
     """The results shown in `report.html`; `fields` are those of the manifest, `files` the other files."""
 
-    checkpoint: Checkpoint
+    subject: ExportSubject
     network_summary: NetworkSummary
     certificate: Certificate
     lowering: LoweringReport
@@ -109,6 +109,7 @@ class Exported:
     lowering: LoweringReport
     network_summary: NetworkSummary
     speed: Speed | None
+    warnings: tuple[str, ...] = ()
 
     def _repr_html_(self) -> str:
         """Render the main facts and a link to the report for a notebook."""
@@ -117,7 +118,7 @@ class Exported:
         facts = [
             ("removed", ", ".join(certificate.detached) or "nothing"),
             ("kept", f"{len(certificate.kept)} tensors, sha256 equal before and after"),
-            ("graph", f"trained = detached = plain, root {certificate.roots.any_batch[:16]}"),
+            ("graph", f"{' = '.join(certificate.compared)}, root {certificate.roots.any_batch[:16]}"),
             ("logits", f"bitwise equal on {certificate.images} probe images"),
             ("drift", f"{parity.logits.largest_drift:.2g}, allowed {parity.logits.tolerance:.2g}"),
             ("top class", f"equal on {parity.top1.agree} of {parity.top1.images} probe images"),
@@ -135,6 +136,7 @@ class Exported:
             "bundle": str(self.path),
             "id": self.manifest.id,
             "model": self.manifest.model,
+            "proof": self.certificate.proof,
             "detached": list(self.certificate.detached),
             "tensors_removed": len(self.certificate.removed),
             "bytes_removed": self.certificate.bytes_removed,
@@ -147,4 +149,5 @@ class Exported:
             "trained": self.network_summary.trained.model_dump(),
             "shipped": self.network_summary.shipped.model_dump(),
             "speed": None if self.speed is None else self.speed.model_dump(),
+            "warnings": list(self.warnings),
         }

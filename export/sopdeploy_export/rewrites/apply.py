@@ -24,13 +24,12 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy_export.graph import capture_any_batch, check, lower
+from sopdeploy_export.graph import capture_any_batch, check, lower, output_names
 from sopdeploy_export.proof.hashes import program_root
 from sopdeploy_export.rewrites import attention, linear, mixture, newton_schulz
 from sopdeploy_export.rewrites.context import (
@@ -79,7 +78,7 @@ DEFAULT_OPTIONS = LoweringOptions()
 
 
 def rewrite(
-    certified: Backbone, images: Tensor, batch: BatchRange, options: LoweringOptions = DEFAULT_OPTIONS
+    certified: nn.Module, images: Tensor, batch: BatchRange, options: LoweringOptions = DEFAULT_OPTIONS
 ) -> RewriteContext:
     """Rewrite a copy of *certified*; *images* are normalized probes (2, 3, H, W).
 
@@ -162,7 +161,7 @@ def apply_formulas(context: RewriteContext) -> None:
 class CertifiedGraph(NamedTuple):
     """The network that the certificate covers, its program, and that program as ONNX."""
 
-    network: Backbone
+    network: nn.Module
     program: ExportedProgram
     model: onnx.ModelProto
 
@@ -170,7 +169,7 @@ class CertifiedGraph(NamedTuple):
 class LoweredGraph(NamedTuple):
     """The rewritten network, its program, its float32 ONNX model, and the report."""
 
-    network: Backbone
+    network: nn.Module
     program: ExportedProgram
     model: onnx.ModelProto
     report: LoweringReport
@@ -193,7 +192,7 @@ def lower_by_rules(
     program, model = certified.program, certified.model
     if rewritten.changed:
         program = capture_any_batch(rewritten.network, preprocess, batch)
-        model = lower(program, certified.network.outputs)
+        model = lower(program, output_names(certified.network))
     rules, root = list(rewritten.rules), program_root(certified.program).sha256
     if options.rules:
         model, centered = center_by_mean(model)
@@ -210,10 +209,10 @@ def lower_by_rules(
 
 
 def lower_converted(
-    lowered: LoweredGraph, network: Backbone, program: ExportedProgram, opset: int
+    lowered: LoweredGraph, network: nn.Module, program: ExportedProgram, opset: int
 ) -> LoweredGraph:
     """Convert *network*, the lowered one with casts, captured as *program*."""
-    model = lower(program, network.outputs, opset)
+    model = lower(program, output_names(network), opset)
     if not lowered.report.textbook:
         model, _ = center_by_mean(model)
         check(model, opset)

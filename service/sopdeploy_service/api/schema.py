@@ -154,8 +154,10 @@ class SelfTest(StrictModel):
 
 
 class CertificateSummary(StrictModel):
-    """The certificate in short: detached modules, tensors removed and kept, and graph roots."""
+    """The certificate in short: what was compared, tensors removed and kept, and graph roots."""
 
+    proof: str
+    compared: tuple[str, ...]
     detached: tuple[str, ...]
     removed: int
     bytes_removed: int

@@ -124,6 +124,8 @@ def read_card(bundle: Bundle) -> Card:
     try:
         roots = certificate["roots"]
         summary = CertificateSummary(
+            proof=certificate.get("proof", "three-way"),  # bundles of older versions
+            compared=certificate["compared"],
             detached=certificate["detached"],
             removed=len(certificate["removed"]),
             bytes_removed=sum(entry["bytes"] for entry in certificate["removed"]),

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from sopdeploy_export.precision.convert import PrecisionReport
 
 MIN_PANEL_WIDTH = 60  # columns
+WEAKER_PROOFS = {
+    "trained-detached": "no plain network was given, so code that both networks share was not compared",
+    "trained-only": "nothing was detached and no plain network was given: only the conversion was checked",
+}
 
 
 def show(exported: "Exported") -> None:
@@ -36,6 +40,8 @@ def show(exported: "Exported") -> None:
         out.print("[bold yellow]warning[/]  the numbers drift; the bundle records that this was allowed")
     if exported.manifest.int8_for == "cpu" and lacks_vnni():
         out.print(f"[bold yellow]warning[/]  {SLOW_INT8}")
+    for warning in exported.warnings:
+        out.print(Text.assemble(("warning", "bold yellow"), "  ", plain_text(warning)))
 
 
 def _facts(exported: "Exported") -> dict[str, str]:
@@ -48,10 +54,14 @@ def _facts(exported: "Exported") -> dict[str, str]:
     if certificate.removed:
         parts, count = ", ".join(certificate.detached), len(certificate.removed)
         removed = f"{parts} ({count} tensors, {certificate.bytes_removed:,} bytes saved)"
+    weaker = {}
+    if certificate.proof in WEAKER_PROOFS:
+        weaker["proof"] = f"{certificate.proof}: {WEAKER_PROOFS[certificate.proof]}"
     return {
         "removed": removed,
         "kept": f"{len(certificate.kept)} tensors, sha256 equal before and after",
-        "graph": f"trained = detached = plain, root {certificate.roots.any_batch[:16]} "
+        **weaker,
+        "graph": f"{' = '.join(certificate.compared)}, root {certificate.roots.any_batch[:16]} "
         f"({certificate.roots.operations} operations; also at batch 1, also as ONNX)",
         "logits": f"bitwise equal on {certificate.images} probe images",
         "rules": f"{rules}; {forms}" if forms else rules,

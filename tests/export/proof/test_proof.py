@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sopdeploy.errors import CertificateError, DetachError
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.pipeline import detach
+from sopdeploy_export.detach import detach
 from sopdeploy_export.proof.hashes import ProgramRoot, program_root, tensor_hash
 
 Make = Callable[..., Classifier]

@@ -10,13 +10,13 @@ from sopdeploy_export.report.network_summary import (
     NetworkSummary,
     draw_network,
     network_rows,
-    network_summary,
+    summarize_checkpoint,
 )
 
 
 def summary_of(name: str, **config: object) -> NetworkSummary:
     usual = entry(name)
-    return network_summary(
+    return summarize_checkpoint(
         Checkpoint(
             model=name,
             config=make_config(name, config).model_dump(mode="json"),

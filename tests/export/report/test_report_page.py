@@ -122,10 +122,10 @@ def rendered(exported: Exported, **changes: Any) -> str:
         for field in dataclasses.fields(ExportResults)
         if hasattr(exported, field.name)
     }
-    checkpoint: Any = SimpleNamespace(model="dsop-resnet8", labels=HOSTILE, decision=None)
+    subject: Any = SimpleNamespace(name="dsop-resnet8", labels=HOSTILE, decision=None)
     fields = {"lineage": exported.manifest.lineage, "versions": exported.manifest.versions}
     page = render_report(
-        ExportResults(**shared | changes, checkpoint=checkpoint, fields=fields, files=exported.manifest.files)
+        ExportResults(**shared | changes, subject=subject, fields=fields, files=exported.manifest.files)
     )
     Reader(page)
     return page

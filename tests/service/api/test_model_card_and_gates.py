@@ -18,6 +18,8 @@ def test_the_card_has_readme_certificate_and_experts(gated_client, gated_bundle)
     assert card["text"].startswith("# tiny\n")
     assert (card["bundle"], card["experts"]) == (gated_bundle.name, 4)
     assert card["certificate"] == {
+        "proof": "three-way",
+        "compared": ["trained", "detached", "plain"],
         "detached": ["gate.noise"],
         "removed": 1,
         "bytes_removed": 8,

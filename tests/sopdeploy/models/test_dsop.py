@@ -208,7 +208,7 @@ def test_branches_pool_by_logarithm_or_power_in_training_and_are_not_exported(ch
     gradient = network.conv1.weight.grad
     assert bool(gradient.isfinite().all())
     assert bool(gradient.any())
-    check_exportable(network)
+    check_exportable(network, network.training_only)
     with pytest.raises(LoweringError, match="EigenPooling cannot be exported"):
         check_exportable(create_model("resnet8", num_classes=3, pooling="deepo2p"))
 

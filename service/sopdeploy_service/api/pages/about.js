@@ -19,17 +19,17 @@ const nothing = (what) => make("p", { className: "empty" }, `This bundle has no 
 
 /** Nodes of a certificate summary. */
 function proof(certificate) {
-  const { detached, removed, bytes_removed: bytes, kept, operations, images } = certificate;
+  const { compared, detached, removed, bytes_removed: bytes, kept, operations, images } = certificate;
   const rows = [
     ["Removed", removed ? `${detached.join(", ")} (${counted(removed, "tensor")}, ${bytes.toLocaleString("en")} bytes)` : "nothing; all tensors are used for inference"],
     ["Kept", `${counted(kept, "tensor")}, sha256 equal before and after`],
-    ["One graph", `trained = detached = plain, ${operations} operations, also as ONNX`],
+    ["One graph", `${compared.join(" = ")}, ${operations} operations, also as ONNX`],
     ["Numbers", `logits bitwise equal on ${counted(images, "probe image")}`],
     ["Graph root", make("code", {}, certificate.root)],
     ["ONNX root", make("code", {}, certificate.onnx_root)],
   ];
   const list = make("dl", {}, ...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
-  return [make("p", { className: "seal" }, seal(), "Verified: only training-only tensors were removed."), list];
+  return [make("p", { className: "seal" }, seal(), `Verified (${certificate.proof}): only training-only tensors were removed.`), list];
 }
 
 /** The seal icon. */
