@@ -1,13 +1,14 @@
 """Evaluate a checkpoint, a bundle or a server: `sopdeploy.evaluate` and `sopdeploy eval`."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from sopdeploy.client import Client
-from sopdeploy.data.datasets.folder import open_classes
-from sopdeploy.errors import ConfigError
+from sopdeploy.data.datasets.layouts import open_evaluation_images
+from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.heads import HeadAccuracy, score_heads
 from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
@@ -49,8 +50,9 @@ class Evaluation:
     def _repr_html_(self) -> str:
         mistakes: tuple[Mistake, ...] = ()
         if isinstance(self.scores, tuple):
-            images = open_classes(self.data.expanduser(), self.labels)
-            mistakes = tuple(worst_mistakes(self.scores, images, Preprocess()))
+            with suppress(DataError):  # the sorted labels do not tell ImageNet's order
+                images = open_evaluation_images(self.data.expanduser(), self.labels)
+                mistakes = tuple(worst_mistakes(self.scores, images, Preprocess()))
         predictions = Predictions(metrics=self.metrics, mistakes=mistakes, images=self.data.name)
         return render(
             "sopdeploy.api",

@@ -27,6 +27,7 @@ from sopdeploy.data.datasets.label_table import (
     read_label_table,
     unlisted_images,
 )
+from sopdeploy.data.datasets.layouts import open_official
 from sopdeploy.data.folder_store import LABELS_FILE, OpenOptions
 from sopdeploy.data.image_files import ImageFiles, count_ignored_files, load_pixels, map_threaded, open_image
 from sopdeploy.errors import DataError
@@ -108,9 +109,13 @@ class _FileInfo:
 def check(path: Path, cache: Path | None = None) -> DataReport:
     """Decode every image of *path*: a folder or tar archive with one folder per class, or with `labels.csv`.
 
+    The official layouts of CUB, FGVC-Aircraft, Stanford Cars and ImageNet are recognized.
+
     Raises `DataError` if there are fewer than two classes, or if `labels.csv` is invalid.
     """
-    parts = _open_parts(path.expanduser(), OpenOptions(cache))
+    options = OpenOptions(cache)
+    official = open_official(path.expanduser(), options)
+    parts = official or _open_parts(path.expanduser(), options)
     infos = [
         info
         for name, part in parts.items()
@@ -128,7 +133,7 @@ def check(path: Path, cache: Path | None = None) -> DataReport:
     ignored: Counter[str] = Counter()
     counted = []
     for name, part in parts.items():
-        if part.targets.ndim == 1:
+        if part.targets.ndim == 1 and not official:
             ignored.update(count_ignored_files(part.store, part.labels))
         size = sum(info.length for info in infos if info.part == name)
         counts = part.class_counts().tolist()
@@ -141,7 +146,7 @@ def check(path: Path, cache: Path | None = None) -> DataReport:
         modes=dict(Counter(info.mode for info in readable).most_common()),
         shorter_side=shorter,
         longer_side=longer,
-        classes=tuple(_class_problems(parts)),
+        classes=() if official else tuple(_class_problems(parts)),
         unreadable=tuple(info.error for info in infos if info.error),
         too_few=tuple(
             f"{images.store.root / images.labels[target]}: only one image; add another"

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.config import Fraction, NonNegative, StrictModel
-from sopdeploy.data.datasets.folder import open_classes
+from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import TOP_K, Rate, Score
@@ -97,7 +97,7 @@ def score_heads(
     checkpoint = read_checkpoint(path)
     if checkpoint.decision is not None and checkpoint.decision.thresholds:
         raise ConfigError(f"--heads: {path} predicts several classes per image; evaluate it without --heads")
-    images = open_classes(data.expanduser(), tuple(sorted(checkpoint.labels)))
+    images = open_evaluation_images(data.expanduser(), checkpoint.labels)
     columns = [checkpoint.labels.index(images.labels[target]) for target in images.targets]
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
     counter = HeadCounter(model, torch.tensor(columns))

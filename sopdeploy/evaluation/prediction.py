@@ -16,7 +16,8 @@ from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.base import ImagesDataset, LabeledImages, PreprocessedDataset, Target
 from sopdeploy.data.batches import load_batches, sequential_batches
-from sopdeploy.data.datasets.folder import open_classes, open_multi_label
+from sopdeploy.data.datasets.folder import open_multi_label
+from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.decision import Activation, Decision
 from sopdeploy.errors import DataError, TrainingError
@@ -221,7 +222,7 @@ def score_checkpoint(
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
     thresholds = checkpoint.decision.thresholds if checkpoint.decision is not None else None
     labels, folder = checkpoint.labels, data.expanduser()
-    images = open_multi_label(folder, labels) if thresholds else open_classes(folder, tuple(sorted(labels)))
+    images = open_multi_label(folder, labels) if thresholds else open_evaluation_images(folder, labels)
     options: dict[str, Any] = {"tta": tta, "workers": workers, "on_image": on_image}
     try:
         if thresholds:

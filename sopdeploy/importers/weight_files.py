@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from sopdeploy.checkpoint import FORMAT, is_state_dict, load_plain
+from sopdeploy.data.matlab_file import read_hdf5, read_v5
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, WeightsError
 from sopdeploy.importers.matconvnet import read_dagnn
-from sopdeploy.importers.matlab_file import read_hdf5, read_v5
 from sopdeploy.importers.source import WeightFile, check_tensors
 
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")

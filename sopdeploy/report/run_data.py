@@ -14,7 +14,8 @@ from torch import Tensor
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import first_problem
 from sopdeploy.data.base import LabeledImages
-from sopdeploy.data.datasets.folder import open_classes, open_multi_label
+from sopdeploy.data.datasets.folder import open_multi_label
+from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import Decision
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
@@ -137,7 +138,7 @@ def _open_images(recipe: Recipe, checkpoint: Checkpoint, data: Path | None) -> t
     if data is not None and checkpoint.decision is not None and checkpoint.decision.thresholds:
         return open_multi_label(data, checkpoint.labels), f"the images in {data.name}"
     if data is not None:
-        return open_classes(data, tuple(sorted(checkpoint.labels))), f"the images in {data.name}"
+        return open_evaluation_images(data, checkpoint.labels), f"the images in {data.name}"
     split, few_shot = select_split(recipe, open_data(recipe.data))
     held_out = split.held_out if len(split.held_out) else split.train
     if set(held_out.labels) != set(checkpoint.labels):

@@ -171,7 +171,8 @@ def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     An override is `key=value` with a dotted key and a TOML value; quotes around strings are optional. If one
     selects another network, values of the recipe's `model.config` that this network does not have are
-    dropped. Raises `ConfigError` that names the file or key, and the closest known key.
+    dropped; another `data.kind` drops such values of `data`. Raises `ConfigError` that names the file or key,
+    and the closest known key.
     """
     try:
         values = tomllib.loads(recipe_text(source))
@@ -182,6 +183,11 @@ def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if isinstance(network, str) and "config" in values.get("model", {}):
         known = entry(network).config.model_fields
         values["model"]["config"] = {k: v for k, v in values["model"]["config"].items() if k in known}
+    kind = next((value for key, value in reversed(parsed) if key == "data.kind"), None)
+    for config in get_args(get_args(DataConfig)[0]):
+        other = values.get("data", {}).get("kind") != kind
+        if other and kind in get_args(config.model_fields["kind"].annotation):
+            values["data"] = {k: v for k, v in values.get("data", {}).items() if k in config.model_fields}
     for override, (key, value) in zip(overrides, parsed, strict=True):
         *tables, last = key.split(".")
         table = values

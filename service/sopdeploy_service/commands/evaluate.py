@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.data.datasets.folder import open_classes, open_multi_label
+from sopdeploy.data.datasets.folder import open_multi_label
+from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.decision import sigmoid
 from sopdeploy.errors import DataError, ImageError
@@ -54,7 +55,7 @@ def scores_of_bundle(
     labels, decision = loaded.bundle.labels, loaded.bundle.manifest.decision
     thresholds = decision.thresholds if decision is not None else None
     sorted_labels = tuple(sorted(labels))
-    images = open_classes(data, sorted_labels) if thresholds is None else open_multi_label(data, labels)
+    images = open_evaluation_images(data, labels) if thresholds is None else open_multi_label(data, labels)
     logits = []  # (V, C) of the views of each image
     for index in range(len(images)):
         logits.append(_view_logits(loaded, images, index, tta_mode, settings))

@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 import numpy as np
 import pydantic
 
-from sopdeploy.config import StrictModel
 from sopdeploy.data.base import Split, hold_out
 from sopdeploy.data.datasets.label_table import (
     VAL,
@@ -20,6 +19,7 @@ from sopdeploy.data.datasets.label_table import (
 )
 from sopdeploy.data.folder_store import LABELS_FILE, SUFFIXES, FolderStore, OpenOptions
 from sopdeploy.data.image_files import FileStore, ImageFiles, count_ignored_files, describe_ignored_files
+from sopdeploy.data.subset import ClassSubset
 from sopdeploy.data.tar import archive_suffix, open_tars
 from sopdeploy.errors import ConfigError, DataError
 
@@ -27,7 +27,7 @@ TRAIN = "train"
 HELD_OUT = ("val", "valid", "validation", "test")  # the first existing one is used
 
 
-class FolderConfig(StrictModel):
+class FolderConfig(ClassSubset):
     """Location of the images and selection of the held-out ones.
 
     Without a folder of held-out images, the fraction `hold_out` of every class is selected by

@@ -10,11 +10,11 @@ from typing import Literal
 
 import numpy as np
 
-from sopdeploy.config import StrictModel
 from sopdeploy.data.base import Split
 from sopdeploy.data.datasets.folder import open_store
 from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.data.image_files import ImageFiles
+from sopdeploy.data.subset import ClassSubset
 from sopdeploy.errors import ConfigError, DataError
 
 CATEGORIES = "categories_places365.txt"
@@ -24,7 +24,7 @@ IMAGE_FOLDERS = {
 }
 
 
-class PlacesConfig(StrictModel):
+class PlacesConfig(ClassSubset):
     """`path` is the folder of the lists; each folder of images may be a tar archive instead.
 
     `cache` and `skip_corrupt` are those of `FolderConfig`.

@@ -11,8 +11,8 @@ import numpy as np
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from sopdeploy.config import StrictModel
 from sopdeploy.data.base import ArrayImages, Split, hold_out
+from sopdeploy.data.subset import ClassSubset
 from sopdeploy.errors import ConfigError, DataError
 
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
@@ -21,15 +21,15 @@ DIGITS_HELD_OUT = 0.2
 DIGITS_SEED = 0  # belongs to the data: runs with different seeds are evaluated on the same images
 
 
-class CifarConfig(StrictModel):
+class CifarConfig(ClassSubset):
     """`path` is the folder that holds `cifar-10-batches-py` or `cifar-100-python`."""
 
     kind: Literal["cifar10", "cifar100"]
     path: Path | None = None
 
 
-class DigitsConfig(StrictModel):
-    """The digits have no settings."""
+class DigitsConfig(ClassSubset):
+    """The digits have no settings of their own."""
 
     kind: Literal["digits"]
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.config import StrictModel
 from sopdeploy.data.base import Split
 from sopdeploy.data.datasets.array_pickle import read_array_pickle
+from sopdeploy.data.subset import ClassSubset
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError, DataError
 
@@ -29,7 +29,7 @@ Batches = list[
 ]  # images (N, 3 * side * side), classes (N,) from 0
 
 
-class SmallImageNetConfig(StrictModel):
+class SmallImageNetConfig(ClassSubset):
     """`path` is the folder of the batch files, or the .mat file.
 
     `labels` is a text file with one class name per line in the official order. Without it the classes are

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import WeightsError
+from sopdeploy.errors import SopdeployError, WeightsError
 
 VARIABLES = ("net", "params", "layers", "meta")
 MAX_DEPTH = 32
@@ -39,13 +39,15 @@ class DamagedError(Exception):
     """The content of a file contradicts its format or a limit."""
 
 
-def read_v5(path: Path, wanted: Collection[str] = VARIABLES) -> dict[str, Any]:
-    """Read the *wanted* variables of a MATLAB file of version 5 to 7; raises `WeightsError`.
+def read_v5(
+    path: Path, wanted: Collection[str] = VARIABLES, error_class: type[SopdeployError] = WeightsError
+) -> dict[str, Any]:
+    """Read the *wanted* variables of a MATLAB file of version 5 to 7; raises *error_class*.
 
     A struct becomes a dict, a struct array a list of dicts, a cell a list, text a `str`, a real array a NumPy
     array with MATLAB's axes, anything else None. Objects, function handles and sparse matrices are refused.
     """
-    scipy_io = import_optional("scipy.io", "scipy", "sopdeploy[import]", WeightsError, str(path))
+    scipy_io = import_optional("scipy.io", "scipy", "sopdeploy[import]", error_class, str(path))
     try:
         if path.stat().st_size > MAX_BYTES:
             raise DamagedError(f"more than {MAX_BYTES >> 30} GiB")
@@ -53,7 +55,7 @@ def read_v5(path: Path, wanted: Collection[str] = VARIABLES) -> dict[str, Any]:
         return {name: _plain_value(content[name]) for name in wanted if name in content}
     except Exception as error:  # scipy raises many types for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise WeightsError(f"{path}: damaged MATLAB file ({reason}); copy it again") from error
+        raise error_class(f"{path}: damaged MATLAB file ({reason}); copy it again") from error
 
 
 def _checked_v5(content: bytes, wanted: Collection[str]) -> bytes:

@@ -1,0 +1,108 @@
+"""A subset of the classes of any data set, such as the 250 classes of ImageNet in GSoP's Tables 3 and 4."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pydantic
+from numpy.typing import NDArray
+from PIL import Image
+
+from sopdeploy.config import StrictModel
+from sopdeploy.data.base import LabeledImages, Split, Target, derive_seed
+from sopdeploy.data.image_files import ImageFiles
+from sopdeploy.errors import ConfigError, DataError
+
+SEED = 0  # belongs to the data: a number of classes is the same set in every run and on every machine
+
+
+class ClassSubset(StrictModel):
+    """Base class of data configs; `classes` is a number of classes to draw, or a file with one name per line.
+
+    The classes keep their order. A stored config omits the key if all classes are used.
+    """
+
+    classes: Annotated[int, pydantic.Field(ge=2)] | Path | None = None
+
+    @pydantic.model_serializer(mode="wrap")
+    def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {key: value for key, value in fields.items() if key != "classes" or value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class SelectedImages:
+    """Some of the images of `base`, at `indices` (N,), with their own `labels` and `targets` (N,)."""
+
+    base: LabeledImages
+    labels: tuple[str, ...]
+    indices: NDArray[np.int64]
+    targets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
+        return self.base[int(self.indices[index])][0], int(self.targets[index])
+
+
+def select_subset(split: Split, classes: int | Path | None) -> Split:
+    """Keep the images of *classes*: a number to draw, or a file of names; `None` keeps all.
+
+    Raises `DataError` for names that the data do not have or too few of them, `ConfigError` if images have
+    several classes.
+    """
+    if classes is None:
+        return split
+    if split.train.targets.ndim == 2:
+        raise ConfigError("data.classes: not for several classes per image; remove it")
+    labels = split.train.labels
+    names = _draw(labels, classes) if isinstance(classes, int) else _read_names(classes.expanduser(), labels)
+    kept = tuple(label for label in labels if label in names)
+    return replace(
+        split, train=select_classes(split.train, kept), held_out=select_classes(split.held_out, kept)
+    )
+
+
+def select_classes(images: LabeledImages, labels: tuple[str, ...]) -> LabeledImages:
+    """Keep the images of the classes *labels*, all of which *images* has, with targets in this order."""
+    if isinstance(images, ImageFiles):
+        return select_files(images, labels)
+    targets = _new_targets(images, labels)
+    return SelectedImages(images, labels, np.flatnonzero(targets >= 0), targets[targets >= 0])
+
+
+def select_files(images: ImageFiles, labels: tuple[str, ...]) -> ImageFiles:
+    """Keep the files of the classes *labels*, all of which *images* has, with targets in this order."""
+    targets = _new_targets(images, labels)
+    mask = targets >= 0
+    return replace(images.select(mask), labels=labels, targets=targets[mask])
+
+
+def _new_targets(images: LabeledImages, labels: tuple[str, ...]) -> NDArray[np.int64]:
+    """Compute the index in *labels* of the class of every image (N,), -1 for other classes."""
+    place = {label: index for index, label in enumerate(labels)}
+    new = np.asarray([place.get(label, -1) for label in images.labels], dtype=np.int64)
+    return new[images.targets.astype(np.int64)]
+
+
+def _draw(labels: tuple[str, ...], count: int) -> set[str]:
+    if count > len(labels):
+        raise DataError(f"data.classes: {count} of {len(labels)} classes; give a smaller number")
+    return set(sorted(labels, key=lambda label: (derive_seed(SEED, "classes", label), label))[:count])
+
+
+def _read_names(path: Path, labels: tuple[str, ...]) -> set[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"data.classes: {path}: cannot be read ({reason}); give one name per line") from error
+    names = [name for line in lines if (name := line.strip())]
+    unknown = next((name for name in names if name not in labels), None)
+    if unknown is not None:
+        raise DataError(f"{path}: {unknown!r} is no class of the data; write names such as {labels[0]!r}")
+    if len(set(names)) < 2:
+        raise DataError(f"{path}: names fewer than two classes; a classifier needs at least two")
+    return set(names)
