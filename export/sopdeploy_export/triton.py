@@ -103,6 +103,7 @@ def model_config(bundle: Bundle, options: TritonOptions) -> dict[str, Value]:
     # Triton repeats one probe image to the batch size.
     warmup = {"data_type": image["data_type"], "dims": image["dims"], "input_data_file": WARMUP}
     parameters = {
+        "cudnn_conv_algo_search": "1",  # by heuristic: a search takes seconds for every new batch size
         "sopdeploy_bundle": bundle.name,
         "sopdeploy_precision": manifest.precision,
         "sopdeploy_onnx_sha256": manifest.files[bundle.onnx.name].sha256,
@@ -113,7 +114,16 @@ def model_config(bundle: Bundle, options: TritonOptions) -> dict[str, Value]:
         "max_batch_size": batch.maximum,
         "input": [_tensor(record) for record in manifest.inputs],
         "output": outputs,
+        # On every GPU, or on the CPU; fp32 in the graph stays fp32.
         "instance_group": [{"count": options.instances, "kind": Literal("KIND_AUTO")}],
+        "optimization": {
+            "execution_accelerators": {
+                "gpu_execution_accelerator": {
+                    "name": "cuda",
+                    "parameters": {"key": "use_tf32", "value": "0"},
+                }
+            }
+        },
         "model_warmup": [
             {
                 "name": f"batch of {size}",

@@ -30,6 +30,7 @@ ALL_INTERFACES = "0.0.0.0"  # noqa: S104 - a container's port is published, or n
 COMMANDS: Any = get_command(app)
 VALUES: dict[str, dict[str, Any]] = {
     "with defaults": {},
+    "on GPUs": yaml.safe_load((CHART / "values-gpu.yaml").read_text()),
     "with everything": {
         "models": {"claim": "", "pull": {"source": "oci://host/flowers:1", "sha256": "0" * 64}},
         "verifyKey": {"configMap": "release"},
@@ -70,7 +71,8 @@ PODS = {name: spec["template"]["spec"] for name, spec in DEPLOYMENTS.items()}
 def test_manifests_match_the_kubernetes_schemas(name: str) -> None:
     kinds = [document["kind"] for document in CLUSTER[name]]
     assert {"Deployment", "Service", "PodDisruptionBudget"} <= set(kinds)
-    assert ("HorizontalPodAutoscaler" in kinds) == (name != "the chart with defaults")
+    without_autoscaler = {"the chart with defaults", "the chart on GPUs"}
+    assert ("HorizontalPodAutoscaler" in kinds) == (name not in without_autoscaler)
     for document in CLUSTER[name]:
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
@@ -125,6 +127,23 @@ def test_pods_run_as_non_root_without_service_links_and_roll_out_and_stop_cleanl
     assert f"USER {pod['securityContext']['runAsUser']}:" in DOCKERFILE
     before = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["terminationGracePeriodSeconds"] >= before + load_settings().drain_seconds + 5
+
+
+def test_pods_with_a_gpu_have_its_runtime_class_and_time_to_start() -> None:
+    (deployment,) = [found for found in chart("on GPUs") if found["kind"] == "Deployment"]
+    pod = deployment["spec"]["template"]["spec"]
+    (server,) = pod["containers"]
+    assert pod["runtimeClassName"] == "nvidia"
+    assert server["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert server["startupProbe"]["failureThreshold"] * server["startupProbe"]["periodSeconds"] == 600
+    (on_cpus,) = [found for found in chart("with defaults") if found["kind"] == "Deployment"]
+    assert "runtimeClassName" not in on_cpus["spec"]["template"]["spec"]
+
+
+def test_all_extras_use_one_cuda_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [line for extra in project["optional-dependencies"].values() for line in extra]
+    assert {found for line in lines for found in re.findall(r"^[\w-]+-cu(\d+)", line)} == {"13"}
 
 
 def test_a_service_link_variable_is_rejected_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,12 @@ from tests.tensorrt.networks import CLASSES, SIDE, some_images, write
 # The used part of Triton's model_config.proto: the fields of each message; * is repeated.
 SCHEMA = {
     "ModelConfig": "string name, string backend, int32 max_batch_size, ModelInput* input, "
-    "ModelOutput* output, ModelInstanceGroup* instance_group, ModelDynamicBatching dynamic_batching, "
-    "ModelWarmup* model_warmup, Parameter* parameters",
+    "ModelOutput* output, ModelInstanceGroup* instance_group, ModelOptimizationPolicy optimization, "
+    "ModelDynamicBatching dynamic_batching, ModelWarmup* model_warmup, Parameter* parameters",
+    "ModelOptimizationPolicy": "ExecutionAccelerators execution_accelerators",
+    "ExecutionAccelerators": "Accelerator* gpu_execution_accelerator",
+    "Accelerator": "string name, AcceleratorParameter* parameters",
+    "AcceleratorParameter": "string key, string value",
     "ModelInput": "string name, DataType data_type, int64* dims",
     "ModelOutput": "string name, DataType data_type, int64* dims, string label_filename",
     "ModelInstanceGroup": "int32 count, Kind kind",
@@ -101,7 +105,17 @@ def test_requests_are_batched_and_time_out_in_the_queue(bundle: Bundle, tmp_path
     timeout = (policy.timeout_action, policy.default_timeout_microseconds, policy.max_queue_size)
     assert timeout == (0, 2_000_000, 7)
     assert policy.allow_timeout_override
-    assert config.instance_group[0].count == 2
+    (group,) = config.instance_group
+    assert (group.count, group.kind) == (2, 0)  # on every GPU, or on the CPU
+
+
+def test_fp32_is_not_computed_in_tf32_and_no_batch_size_is_measured_first(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    config = config_of(bundle, tmp_path)
+    (cuda,) = config.optimization.execution_accelerators.gpu_execution_accelerator
+    assert (cuda.name, [(p.key, p.value) for p in cuda.parameters]) == ("cuda", [("use_tf32", "0")])
+    assert {p.key: p.value.string_value for p in config.parameters}["cudnn_conv_algo_search"] == "1"
 
 
 def test_a_bundle_for_single_images_is_not_batched(tmp_path: Path) -> None:
