@@ -25,7 +25,7 @@ BLOCKS = {
     50: (3, 4, 6, 3),
     101: (3, 4, 23, 3),
 }
-WIDTHS = (64, 128, 256, 512)
+BASE_WIDTH = 64
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # the paper's conv2_x .. conv5_x
 LOW_RESOLUTION_WIDTHS = (16, 32, 64, 128)
 RAW_SCALE = 1.0 / 60.0
@@ -35,13 +35,20 @@ class ResNetConfig(StrictModel):
     """Depth, global pooling, and the two strides on which papers and code differ.
 
     `conv5_stride` is 2 in the usual network and 1 in the second-order papers; `bottleneck_stride` selects the
-    convolution of a bottleneck that strides: the 3x3 ("v1.5") or the first 1x1 ("v1").
+    convolution of a bottleneck that strides: the 3x3 ("v1.5") or the first 1x1 ("v1"). `base_width` is the
+    number of channels of conv1 and of the 3x3 convolutions of conv2_x; a stored config omits the usual 64.
     """
 
     depth: Literal[18, 26, 34, 50, 101] = 18
     conv5_stride: Literal[1, 2] = 2
     bottleneck_stride: Literal["v1", "v1.5"] = "v1.5"
+    base_width: Annotated[int, pydantic.Field(ge=1)] = BASE_WIDTH
     pooling: Pooling = GapConfig()
+
+    @pydantic.model_serializer(mode="wrap")
+    def _omit_usual_width(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {key: value for key, value in fields.items() if key != "base_width" or value != BASE_WIDTH}
 
 
 class ResNet(Backbone):
@@ -55,13 +62,14 @@ class ResNet(Backbone):
         super().__init__(config, num_classes)
         self.bottlenecks = config.depth not in {18, 34}
         expansion = Bottleneck.expansion if self.bottlenecks else BasicBlock.expansion
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        channels = config.base_width
+        self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        channels = 64
+        widths = [config.base_width * factor for factor in (1, 2, 4, 8)]
         strides = (1, 2, 2, config.conv5_stride)
-        for stage, width, blocks, stride in zip(STAGES, WIDTHS, BLOCKS[config.depth], strides, strict=True):
+        for stage, width, blocks, stride in zip(STAGES, widths, BLOCKS[config.depth], strides, strict=True):
             self.add_stage(stage, channels, width * expansion, blocks, stride)
             channels = width * expansion
         self.pooling = config.pooling.build(channels)

@@ -11,7 +11,7 @@ from sopdeploy.cli import demo, env
 from sopdeploy.cli.console import out
 from sopdeploy.cli.deployment import engine, export, keys, transfer
 from sopdeploy.cli.serving import bench, doctor, health, predict, serve
-from sopdeploy.cli.training import compare, data, evaluate, import_weights, models, train
+from sopdeploy.cli.training import compare, data, evaluate, import_weights, models, reproduce, train
 
 app = typer.Typer(
     name="sopdeploy",
@@ -25,6 +25,7 @@ app.command("train", cls=train.TrainCommand, rich_help_panel="Train")(train.trai
 app.command("eval", rich_help_panel="Train")(evaluate.evaluate)
 app.command("calibrate", rich_help_panel="Train")(evaluate.calibrate)
 app.command("compare", rich_help_panel="Train")(compare.compare)
+app.command("reproduce", rich_help_panel="Train")(reproduce.reproduce)
 app.command("report", rich_help_panel="Train")(evaluate.report)
 app.command("recipes", rich_help_panel="Train")(train.recipes)
 app.add_typer(data.data, name="data", rich_help_panel="Train")
@@ -59,7 +60,7 @@ QUICK_START = (
 )
 OTHER_COMMANDS = {
     "before training": ("data", "recipes", "models", "describe", "import"),
-    "training results": ("eval", "report", "calibrate", "compare"),
+    "training results": ("eval", "report", "calibrate", "compare", "reproduce"),
     "bundles": ("bench", "engine", "triton", "sign", "push", "pull"),
     "servers": ("key", "health", "ray"),
     "this machine": ("env",),

@@ -80,7 +80,7 @@ def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None])
         raise ConfigError(f"{run}: holds no run with a finished epoch; give a folder of `sopdeploy train`")
     stored = read_checkpoint(last)
     recipe = validate_recipe(stored.training.get("recipe", {}), str(last))
-    history = _read_history(stored, last)
+    history = read_history(stored, last)
     checkpoint = read_checkpoint(best)
     predictions, reason = None, ""
     cross_validated = checkpoint.training.get("few_shot", {}).get("estimated_on") == "cross-validation"
@@ -121,7 +121,8 @@ def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None])
     )
 
 
-def _read_history(checkpoint: Checkpoint, source: Path) -> tuple[EpochRow, ...]:
+def read_history(checkpoint: Checkpoint, source: Path) -> tuple[EpochRow, ...]:
+    """Return the epochs of *checkpoint*, read from *source*; raise `CheckpointError` if there are none."""
     try:
         history = Position.model_validate((checkpoint.resume or {})["position"]).history
     except pydantic.ValidationError as error:

@@ -1,0 +1,151 @@
+"""`sopdeploy reproduce`: train the rows of a paper's table; printed and measured figures on one page."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from sopdeploy.api.progress import ProgressBars
+from sopdeploy.cli.console import JsonOption, err, one_line_errors, out, plain_text, print_json
+from sopdeploy.cli.training.train import exit_on_signal
+
+if TYPE_CHECKING:
+    from sopdeploy.reproduction.plan import Options
+    from sopdeploy.reproduction.results import Reproduction
+    from sopdeploy.reproduction.tables import PrintedTable
+
+LIST = "list"
+
+
+def reproduce(
+    table: Annotated[str, typer.Argument(metavar="list|TABLE", help="A table of `reproduce list`.")],
+    rows: Annotated[
+        str | None, typer.Option(metavar="ID,ID", help="Run only these rows and those they need.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per row: seeds 0, 1 and so on.")] = 1,
+    scale: Annotated[
+        Literal["paper", "small"],
+        typer.Option(help="small: few small images and narrow networks, minutes on a CPU."),
+    ] = "paper",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="The images of the table, as `data.path` of its recipes; with --scale small any folder, by "
+            "default the bundled digits."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print rows, commands and estimated GPU hours; write nothing.")
+    ] = False,
+    destination: Annotated[Path, typer.Option("--out", help="Folder of runs and pages.")] = Path(
+        "runs/reproduce"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Train the rows of a paper's table, and write a page with printed and measured figures.
+
+    Finished runs are kept: repeat the command to continue an interrupted table.
+
+    Example: [bold]sopdeploy reproduce list[/bold]
+
+    Example: [bold]sopdeploy reproduce dsop-9a --data cifar --seeds 5[/bold]
+
+    Example: [bold]sopdeploy reproduce dsop-9a --scale small[/bold]
+    """
+    with one_line_errors(as_json), exit_on_signal(hint=" or with the same command"), ExitStack() as stack:
+        from sopdeploy.reproduction.plan import Options
+        from sopdeploy.reproduction.tables import TABLES, find_table
+
+        if table == LIST:
+            _print_tables(list(TABLES.values()), as_json=as_json)
+            return
+        printed = find_table(table)
+        options = Options(out=destination, rows=rows, seeds=seeds, scale=scale, data=data)
+        if dry_run:
+            _print_plan(printed, options, as_json=as_json)
+            return
+        from sopdeploy.reproduction.run import reproduce as run
+
+        progress: Any = None if as_json else stack.enter_context(ProgressBars(err))
+        found = run(
+            printed,
+            options,
+            callback=progress,
+            on_run=lambda row, seed: None if as_json else err.print(plain_text(f"{row}, seed {seed}")),
+        )
+    if as_json:
+        print_json(found.summary())
+    else:
+        _print_results(found)
+
+
+def _print_tables(tables: "list[PrintedTable]", *, as_json: bool) -> None:
+    if as_json:
+        print_json([table.model_dump(mode="json") for table in tables])
+        return
+    for table in tables:
+        out.print(plain_text(f"{table.id}  {table.source}: {table.title}"), style="bold")
+        lines = Table("row", "printed as", "top-1", "top-5", "", box=None, pad_edge=False)
+        for row in table.rows:
+            errors = ("" if error is None else f"{error:.2f}" for error in (row.top1, row.top5))
+            trained = "" if table.recipe_of(row) else "not run"
+            kind = ", ".join(filter(None, ("cited" if row.cited else "", trained)))
+            lines.add_row(row.id, plain_text(row.name), *errors, "teacher" if row.teacher else kind)
+        out.print(lines)
+        out.print()
+    out.print("errors in percent; sopdeploy reproduce TABLE --dry-run prints commands and estimated times")
+
+
+def _print_plan(table: "PrintedTable", options: "Options", *, as_json: bool) -> None:
+    from sopdeploy.reproduction.plan import ASSUMPTION, plan_rows
+    from sopdeploy.reproduction.small import STATEMENT
+
+    folder, seeds = options.folder(table), options.seeds
+    jobs = plan_rows(table, options)
+    hours = sum(job.gpu_hours for job in jobs) * seeds
+    if as_json:
+        lines = [
+            {
+                "row": job.row.id,
+                "runs": job.recipe is not None,
+                "reason": job.reason,
+                "gpu_hours": job.gpu_hours,
+                "commands": [job.command(folder, seed) for seed in range(seeds)] if job.recipe else [],
+            }
+            for job in jobs
+        ]
+        statement = STATEMENT if options.scale == "small" else ""
+        print_json({"table": table.id, "statement": statement, "gpu_hours": hours, "rows": lines})
+        return
+    out.print(plain_text(f"{table.source}: {table.title}"), style="bold")
+    if options.scale == "small":
+        out.print(plain_text(STATEMENT))
+    for job in jobs:
+        out.print()
+        if job.recipe is None:
+            out.print(plain_text(f"{job.row.id}: {job.reason}"))
+            continue
+        out.print(plain_text(f"{job.row.id}: {job.gpu_hours:.2g} GPU hours per seed"))
+        for seed in range(seeds):
+            out.print(plain_text(f"  {job.command(folder, seed)}"))
+    out.print()
+    out.print(plain_text(f"in total {hours:.2g} GPU hours for {seeds} seeds ({ASSUMPTION})"))
+
+
+def _print_results(found: "Reproduction") -> None:
+    table = Table("row", "top-1 printed", "measured", "top-5 printed", "measured", box=None, pad_edge=False)
+    for row in found.rows:
+        cells = []
+        for name in ("top1", "top5"):
+            printed, measured = getattr(row.printed, name), getattr(row, name)
+            cells.append("" if printed is None else f"{printed:.2f}")
+            cells.append(
+                "" if measured is None else f"{measured.mean:.2f} ({measured.low:.2f} to {measured.high:.2f})"
+            )
+        table.add_row(plain_text(row.printed.name), *cells)
+    out.print(table)
+    if found.statement:
+        out.print(plain_text(found.statement))
+    out.print(plain_text(f"errors in percent with 95 % intervals; page: {found.page}"))

@@ -1,0 +1,122 @@
+"""The page of a reproduced table: printed figures beside measured ones, curves, commands."""
+
+from sopdeploy.html.templates import render
+from sopdeploy.reproduction.figures import curve_charts, figure_charts
+from sopdeploy.reproduction.results import Measured, Reproduction, RowResult
+from sopdeploy.reproduction.tables import PrintedTable
+
+HEADS = (
+    "row",
+    "top-1 error, printed",
+    "top-1 error, measured",
+    "top-5 error, printed",
+    "top-5 error, measured",
+    "status",
+)
+COUNT_HEADS = (
+    "row",
+    "parameters (M), printed",
+    "counted",
+    "in training, printed",
+    "counted",
+    "GFLOPs, printed",
+    "counted",
+    "in training, printed",
+    "counted",
+)
+RUN_HEADS = ("row", "network", "parameters", "in training", "multiply-adds", "images/s", "seconds", "seeds")
+
+
+def render_page(found: Reproduction, table: PrintedTable) -> str:
+    """Render the page; equal results give equal text."""
+    done = [row for row in found.rows if row.runs]
+    heads = [
+        (f"{row.printed.name}, {name}", *_head_figures(row, name))
+        for row in done
+        for name in row.runs[0].heads
+        if name != "main"
+    ]
+    interval = (
+        "Student's 95 % interval over seeds" if found.seeds > 1 else "Wilson's 95 % interval over images"
+    )
+    first = done[0].runs[0] if done else None
+    return render(
+        "sopdeploy.reproduction",
+        "table.html",
+        found=found,
+        row_notes=[(row.printed.name, row.printed.note) for row in found.rows if row.printed.note],
+        table_note=table.note,
+        interval=interval,
+        train_count=first.train_count if first else 0,
+        held_out_count=first.held_out_count if first else 0,
+        machine=list(first.machine.items()) if first else [],
+        head_names=HEADS,
+        errors=[_error_figures(row) for row in found.rows if not row.printed.teacher],
+        head_errors=heads,
+        count_names=COUNT_HEADS,
+        counts=[_count_figures(row) for row in found.rows if row.counted is not None],
+        run_names=RUN_HEADS,
+        runs=[_run_figures(row) for row in done],
+        curves=curve_charts(found),
+        figures=figure_charts(found, table.figures),
+        commands=[(row.printed.name, row.command) for row in found.rows if row.command],
+    )
+
+
+def _printed(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _measured(value: Measured | None) -> str:
+    return "" if value is None else f"{value.mean:.2f} ({value.low:.2f} to {value.high:.2f})"
+
+
+def _error_figures(row: RowResult) -> tuple[str, ...]:
+    printed = row.printed
+    return (
+        f"{printed.name}{' (cited)' if printed.cited else ''}",
+        _printed(printed.top1),
+        _measured(row.top1),
+        _printed(printed.top5),
+        _measured(row.top5),
+        row.status,
+    )
+
+
+def _head_figures(row: RowResult, name: str) -> tuple[str, ...]:
+    """Return printed and measured errors of the branch *name*, in the mean over seeds."""
+    printed = row.printed.heads.get(name)
+    measured = [run.heads[name] for run in row.runs]
+    top1, top5 = (
+        100 * sum(getattr(head, key) for head in measured) / len(measured) for key in ("top1", "top5")
+    )
+    return (
+        _printed(printed[0] if printed else None),
+        f"{top1:.2f}",
+        _printed(printed[1] if printed else None),
+        f"{top5:.2f}",
+    )
+
+
+def _count_figures(row: RowResult) -> tuple[str, ...]:
+    printed, counted = row.printed, row.counted
+    unit = " x ResNet-50" if printed.times else ""
+    figures = [printed.name]
+    for key in ("params", "train_params", "gflops", "train_gflops"):
+        value = getattr(printed, key)
+        figures += ["" if value is None else f"{value:g}{unit}", f"{getattr(counted, key):.4g}"]
+    return tuple(figures)
+
+
+def _run_figures(row: RowResult) -> tuple[str, ...]:
+    run = row.runs[0]
+    return (
+        row.printed.name,
+        row.network,
+        f"{run.deployed.parameters:,}",
+        f"{run.training.parameters:,}",
+        f"{run.deployed.macs:,}",
+        f"{run.images_per_second:.0f}",
+        f"{sum(one.history[-1].seconds for one in row.runs):.0f}",
+        str(len(row.runs)),
+    )

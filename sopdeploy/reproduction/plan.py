@@ -1,0 +1,165 @@
+"""What a reproduction runs: the recipe of every row, its counts and its estimated time."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pydantic
+
+from sopdeploy.config import StrictModel
+from sopdeploy.errors import ConfigError
+from sopdeploy.models.describe import Description, describe
+from sopdeploy.reproduction.small import SMALL_DATA, small_data, small_overrides
+from sopdeploy.reproduction.tables import DATA_SETS, DataSet, PrintedRow, PrintedTable
+from sopdeploy.training.recipe import Recipe, parse_override, read_recipe
+
+Scale = Literal["paper", "small"]
+STEP_COST = (
+    3 * 2
+)  # operations of a training step per multiply-add of a forward pass: the backward costs twice
+GPU_OPERATIONS = 20e12  # per second that one GPU sustains
+ASSUMPTION = (
+    "estimate: a step costs three forward passes, and a GPU sustains 20e12 operations per second; reading "
+    "images and evaluation are not counted"
+)
+SHOWN_QUANTITIES = {
+    "params": "parameters",
+    "gflops": "operations",
+    "train_params": "parameters",
+    "train_gflops": "operations",
+}
+
+
+class Counts(StrictModel):
+    """The paper's network of a row, counted by `describe`.
+
+    The keys are those of `PrintedRow`. Where a paper counts differently, as `published.toml` records, the
+    values follow its convention. `dim` is the length of the classified vector.
+    """
+
+    params: float
+    gflops: float
+    train_params: float
+    train_gflops: float
+    dim: int
+
+
+class Job(StrictModel):
+    """A row and how it is trained; `recipe` is None if it cannot be, for the stated `reason`.
+
+    `overrides` are the changes to the recipe `source`, without seed and start weights. `gpu_hours` is the
+    estimated time of one run.
+    """
+
+    row: PrintedRow
+    source: str = ""
+    overrides: tuple[str, ...] = ()
+    recipe: Recipe | None = None
+    reason: str = ""
+    counts: Counts | None = None
+    gpu_hours: float = 0.0
+
+    def overrides_of(self, folder: Path, seed: int) -> tuple[str, ...]:
+        """Complete the overrides of the run with *seed*; *folder* holds the runs of all rows."""
+        needed = (f"{key}={run_path(folder, row, seed) / 'best.pt'}" for key, row in self.row.needs.items())
+        return (*self.overrides, *needed, f"seed={seed}")
+
+    def command(self, folder: Path, seed: int) -> str:
+        """Format the command that trains the row alone."""
+        settings = (part for one in self.overrides_of(folder, seed) for part in ("--set", one))
+        out = str(run_path(folder, self.row.id, seed))
+        return shlex.join(["sopdeploy", "train", "--recipe", self.source, *settings, "--out", out])
+
+
+def run_path(folder: Path, row: str, seed: int) -> Path:
+    """Return the folder of the run of *row* with *seed*."""
+    return folder / row / f"seed-{seed}"
+
+
+class Options(StrictModel):
+    """The options of `sopdeploy reproduce`.
+
+    `rows` are ids separated by commas, None for all. `data` is the folder of the table's images; at the small
+    scale a few images of any folder are used, or without it the bundled digits.
+    """
+
+    out: Path = Path("runs/reproduce")
+    rows: str | None = None
+    seeds: Annotated[int, pydantic.Field(ge=1)] = 1
+    scale: Scale = "paper"
+    data: Path | None = None
+
+    def folder(self, table: PrintedTable) -> Path:
+        """Return the folder of the runs and the page of *table*."""
+        return self.out / f"{table.id}-{self.scale}"
+
+
+def plan_rows(table: PrintedTable, options: Options) -> tuple[Job, ...]:
+    """Plan the selected rows of *table*; raise `ConfigError` for unknown rows."""
+    return tuple(_plan_row(table, row, options) for row in table.select(options.rows))
+
+
+def _plan_row(table: PrintedTable, row: PrintedRow, options: Options) -> Job:
+    trained = table.recipe_of(row)
+    if trained is None:
+        return Job(row=row, reason="cited: no network of the catalog")
+    source, overrides = trained
+    try:
+        full = read_recipe(source, overrides)
+        counts = _count(table, row, full)
+        recipe = full
+        if options.scale == "small":
+            own = [*table.small, *row.small]
+            chosen = read_recipe(source, [*overrides, *own])
+            kept = {parse_override(one)[0] for one in own}
+            reduced = small_overrides(chosen, small_data(options.out, options.data))
+            own += [one for one in reduced if one.startswith("model.") or parse_override(one)[0] not in kept]
+            overrides = (*overrides, *own)
+            recipe = read_recipe(source, overrides)
+        elif options.data is not None:
+            overrides = (*overrides, f"data.path={options.data}")
+            recipe = read_recipe(source, overrides)
+    except ConfigError as error:
+        return Job(row=row, source=source, overrides=overrides, reason=f"not available: {error}")
+    return Job(
+        row=row,
+        source=source,
+        overrides=overrides,
+        recipe=recipe,
+        counts=counts,
+        gpu_hours=estimate_hours(recipe, DATA_SETS[table.data] if options.scale == "paper" else SMALL_DATA),
+    )
+
+
+def estimate_hours(recipe: Recipe, data: DataSet) -> float:
+    """Estimate the GPU hours of a run of *recipe* on *data*, with the assumption `ASSUMPTION`."""
+    model, side = recipe.model, recipe.preprocess.crop
+    training = describe(model.name, image_size=side, num_classes=data.classes, **model.config).training
+    return training.macs * STEP_COST * data.images * recipe.epochs / GPU_OPERATIONS / 3600
+
+
+def _count(table: PrintedTable, row: PrintedRow, recipe: Recipe) -> Counts:
+    """Count the network of *recipe* with the options `counted` of *row*."""
+    config = {**recipe.model.config, **dict(parse_override(one) for one in row.counted)}
+    found = describe(
+        recipe.model.name,
+        image_size=recipe.preprocess.crop,
+        num_classes=DATA_SETS[table.data].classes,
+        **config,
+    )
+    return Counts(
+        params=_as_printed(row, "params", found, found.shipped.parameters / 1e6),
+        gflops=_as_printed(row, "gflops", found, found.shipped.macs / 1e9),
+        train_params=_as_printed(row, "train_params", found, found.training.parameters / 1e6),
+        train_gflops=_as_printed(row, "train_gflops", found, found.training.macs / 1e9),
+        dim=found.representation,
+    )
+
+
+def _as_printed(row: PrintedRow, key: str, found: Description, count: float) -> float:
+    """Return *count*, or the count in the convention of the paper that prints the figure *key*."""
+    printed = getattr(row, key)
+    for figure in found.published:
+        if figure.quantity.endswith(SHOWN_QUANTITIES[key]) and figure.printed == printed:
+            return figure.ours
+    return count

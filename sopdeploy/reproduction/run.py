@@ -1,0 +1,157 @@
+"""Run the rows of a table: finished runs are kept, interrupted ones continue from their `last.pt`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pydantic
+
+from sopdeploy.checkpoint import Checkpoint, read_checkpoint
+from sopdeploy.config import first_problem
+from sopdeploy.errors import ConfigError
+from sopdeploy.files import atomic_write
+from sopdeploy.models.describe import describe
+from sopdeploy.report.run_data import read_history
+from sopdeploy.reproduction.measure import condition_numbers, count_usage, measure_heads
+from sopdeploy.reproduction.page import render_page
+from sopdeploy.reproduction.plan import Job, Options, plan_rows, run_path
+from sopdeploy.reproduction.results import Reproduction, RowResult, SeedResult, measure_errors
+from sopdeploy.reproduction.small import STATEMENT, small_data, write_small_images
+from sopdeploy.reproduction.tables import PrintedTable
+from sopdeploy.training.callbacks import Callback
+from sopdeploy.training.loop import TrainingResult, train
+from sopdeploy.training.recipe import Recipe, read_recipe
+
+RESULT, PAGE = "result.json", "index.html"
+
+
+def reproduce(
+    table: PrintedTable,
+    options: Options,
+    *,
+    callback: Callback | None = None,
+    on_run: Callable[[str, int], None] = lambda _row, _seed: None,
+) -> Reproduction:
+    """Run the rows of *table* and write a page about them.
+
+    The runs are in `<out>/<table>-<scale>/<row>/seed-0`; the page is written after every row. *on_run*
+    receives the row and seed of each run that starts. Raises `ConfigError` for rows that cannot be run and
+    for a folder with other runs, and the errors of `train`.
+    """
+    folder = options.folder(table)
+    jobs = plan_rows(table, options)
+    for job in jobs:
+        if job.recipe is None and options.rows is not None:
+            raise ConfigError(f"--rows {job.row.id}: cannot be run ({job.reason}); leave it out")
+    if options.scale == "small":
+        write_small_images(options.data, small_data(options.out, options.data))
+    runs: dict[str, list[SeedResult]] = {job.row.id: [] for job in jobs}
+    for job in jobs:
+        if job.recipe is None:
+            continue
+        for seed in range(options.seeds):
+            runs[job.row.id].append(_run(job, folder, seed, callback, on_run))
+        _write(_summarize(table, options, jobs, runs), table)
+    return _summarize(table, options, jobs, runs)
+
+
+def _run(
+    job: Job,
+    folder: Path,
+    seed: int,
+    callback: Callback | None,
+    on_run: Callable[[str, int], None],
+) -> SeedResult:
+    """Return the stored result of a run, or run it first."""
+    path = run_path(folder, job.row.id, seed)
+    recipe = read_recipe(job.source, job.overrides_of(folder, seed))
+    stored = _read_result(path / RESULT, recipe)
+    if stored is not None:
+        return stored
+    on_run(job.row.id, seed)
+    trained = train(recipe, path, resume="auto", callback=callback)
+    result = _measure(recipe, trained)
+    with atomic_write(path / RESULT) as partial:
+        partial.write_text(result.model_dump_json() + "\n", encoding="utf-8")
+    return result
+
+
+def _read_result(path: Path, recipe: Recipe) -> SeedResult | None:
+    """Read the result at *path* if there is one; raise `ConfigError` if it is not that of *recipe*."""
+    if not path.is_file():
+        return None
+    try:
+        stored = SeedResult.model_validate_json(path.read_bytes())
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{path}: not a result ({first_problem(error)}); remove this file") from error
+    if stored.recipe != recipe.model_dump(mode="json"):
+        raise ConfigError(
+            f"{path}: the row was trained with another recipe or other data; choose another --out"
+        )
+    return stored
+
+
+def _measure(recipe: Recipe, trained: TrainingResult) -> SeedResult:
+    """Measure what the table and the charts show of a finished run."""
+    checkpoint: Checkpoint = read_checkpoint(trained.last)
+    history = read_history(checkpoint, trained.last)
+    counts = describe(
+        checkpoint.model,
+        image_size=recipe.preprocess.crop,
+        num_classes=len(checkpoint.labels),
+        **checkpoint.config,
+    )
+    return SeedResult(
+        seed=recipe.seed,
+        recipe=recipe.model_dump(mode="json"),
+        network=checkpoint.config,
+        history=history,
+        train_count=trained.train_count,
+        held_out_count=trained.held_out_count,
+        training=counts.training,
+        deployed=counts.shipped,
+        heads=measure_heads(checkpoint, recipe, trained.last, history[-1].losses),
+        usage=count_usage(checkpoint, recipe, trained.last),
+        condition=condition_numbers(history),
+        machine=checkpoint.training.get("machine", {}),
+    )
+
+
+def _summarize(
+    table: PrintedTable, options: Options, jobs: tuple[Job, ...], runs: dict[str, list[SeedResult]]
+) -> Reproduction:
+    """Put the results so far beside the printed figures."""
+    rows = []
+    for job in jobs:
+        done = tuple(runs[job.row.id])
+        rows.append(
+            RowResult(
+                printed=job.row,
+                status="measured" if done else job.reason or "not run",
+                command=job.command(options.folder(table), 0) if job.recipe is not None else "",
+                counted=job.counts,
+                network=job.recipe.model.name if job.recipe is not None else "",
+                top1=measure_errors(done, "top1"),
+                top5=measure_errors(done, "top5"),
+                runs=done,
+            )
+        )
+    return Reproduction(
+        table=table.id,
+        source=table.source,
+        title=table.title,
+        scale=options.scale,
+        statement=STATEMENT if options.scale == "small" else "",
+        seeds=options.seeds,
+        data=None if options.data is None else str(options.data),
+        page=options.folder(table) / PAGE,
+        rows=tuple(rows),
+    )
+
+
+def _write(found: Reproduction, table: PrintedTable) -> None:
+    """Write the page and the summary."""
+    summary = json.dumps(found.summary(), indent=2) + "\n"
+    for path, text in ((found.page, render_page(found, table)), (found.page.parent / RESULT, summary)):
+        with atomic_write(path) as partial:
+            partial.write_text(text, encoding="utf-8")

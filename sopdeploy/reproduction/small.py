@@ -1,0 +1,148 @@
+"""The small scale: every row on few small images, with a reduced network, in minutes on a CPU.
+
+The result is not the experiment of the paper. It shows that a row runs from its recipe to its figures.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sopdeploy.backbones.resnet import ResNetConfig
+from sopdeploy.backbones.vgg import VGGConfig
+from sopdeploy.data.datasets.folder import FolderConfig
+from sopdeploy.data.datasets.small import open_digits
+from sopdeploy.data.sources import open_data
+from sopdeploy.files import PARTIAL
+from sopdeploy.models.registry import entry, make_config
+from sopdeploy.reproduction.tables import DataSet
+from sopdeploy.training.recipe import Recipe
+
+EPOCHS, BATCH_SIZE = 4, 32
+LEARNING_RATES = {"sgd": 0.05, "rmsprop": 0.001, "radam": 0.005, "adamw": 0.002, "adahessian": 0.02}
+STATEMENT = (
+    "Small scale: not the experiment of the paper. Few small images, narrow networks and a few epochs; the "
+    "measured errors say nothing about the printed ones."
+)
+IMAGES = "small-images"  # folder of the images
+IMAGES_PER_CLASS = {"train": 60, "val": 30}
+SMALL_DATA = DataSet(600, 10)
+POOLING_SIZES = {"width": 32, "dim": 256, "words": 8, "rank": 4}
+CHANNELS = 16  # of a covariance, at most
+
+
+def _divided(divisor: int, least: int) -> Callable[[Any], Any]:
+    """Build a function that divides a number, or each number of a sequence, but not below *least*."""
+
+    def reduce(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [reduce(one) for one in value]
+        return max(least, value // divisor) if value else value
+
+    return reduce
+
+
+REDUCTIONS: dict[str, Callable[[Any], Any]] = {  # by the option of a network
+    "depth": lambda depth: depth if depth in {8, 18, 20, 26} else 18 if depth == 34 else 26,
+    "base_width": lambda width: 16 if width == 64 else 8,
+    "blocks": lambda blocks: min(blocks, 4) if blocks < 18 else 3,
+    "widen": lambda factor: min(factor, 2),
+    "blocks_per_stage": lambda blocks: -(-blocks // 4),
+    "cardinality": _divided(4, 1),
+    "group_width": _divided(8, 1),
+    "component_widths": _divided(16, 8),
+    "gate_widths": _divided(16, 8),
+    "cov_width": _divided(4, 32),
+    "final_width": _divided(8, 8),
+    "width": _divided(4, 8),
+    "words": _divided(8, 2),
+    "aux_blocks": _divided(4, 1),
+    "aux_widths": _divided(8, 8),
+}
+
+
+def small_overrides(recipe: Recipe, images: Path) -> list[str]:
+    """Build the changes, as for `sopdeploy train --set`, that reduce *recipe* and use the folder *images*."""
+    name, config = small_network(recipe)
+    side = 16 if entry(name).image_size == 32 else 32
+    kind = recipe.optimizer.kind
+    overrides = [
+        *([f"model.name={name}"] if name != recipe.model.name else []),
+        f"model.config={to_toml(config)}",
+        f"data={to_toml({'kind': 'folder', 'path': str(images)})}",
+        f"epochs={EPOCHS}",
+        f"batch_size={BATCH_SIZE}",
+        "accumulate=1",
+        "workers=0",
+        f"preprocess.resize={side}",
+        f"preprocess.crop={side}",
+        f'augment={{kind="pad-crop", pad={side // 16}}}',
+        f"optimizer.lr={LEARNING_RATES[kind]}",
+        "optimizer.clip_norm=5.0",
+        'schedule={kind="one-cycle", rise=0.3}',
+    ]
+    if recipe.ema is not None:
+        overrides.append("ema.decay=0.9")
+    return overrides
+
+
+def small_data(out: Path, data: Path | None) -> Path:
+    """Return the folder in *out* of the few images that are taken from *data*."""
+    return out.absolute() / IMAGES / (data.resolve().name if data is not None else "digits")
+
+
+def write_small_images(source: Path | None, folder: Path) -> None:
+    """Write a few images of each class of *source*, by default the bundled digits, to *folder*.
+
+    A complete folder is used again. Raises `DataError` if *source* cannot be read.
+    """
+    if folder.exists():
+        return
+    split = open_digits() if source is None else open_data(FolderConfig(kind="folder", path=source))
+    partial = folder.with_name(folder.name + PARTIAL)
+    for part, images in (("train", split.train), ("val", split.held_out)):
+        for target, label in enumerate(images.labels):
+            (partial / part / label).mkdir(parents=True, exist_ok=True)
+            for index in np.flatnonzero(images.targets == target)[: IMAGES_PER_CLASS[part]].tolist():
+                images[index][0].convert("RGB").save(partial / part / label / f"{index:06}.png")
+    partial.rename(folder)
+
+
+def small_network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
+    """Choose the reduced network of *recipe*: its name, and the options that are not its defaults.
+
+    VGG-16, which has no narrow form, is replaced by ResNet-8 with the same pooling.
+    """
+    name, given = recipe.model.name, dict(recipe.model.config)
+    full = make_config(name, given)
+    values: dict[str, Any] = {key: getattr(full, key) for key in type(full).model_fields}
+    pooling = values["pooling"].model_dump(mode="json") if "pooling" in values else None
+    if pooling is not None:
+        pooling |= {key: min(pooling[key], size) for key, size in POOLING_SIZES.items() if key in pooling}
+    if isinstance(full, VGGConfig):
+        return "resnet8", {"base_width": 8, "pooling": pooling}
+    config = dict(given)
+    for key, reduce in REDUCTIONS.items():
+        if values.get(key) is not None:
+            config[key] = reduce(values[key])
+    if "aux_blocks" in values and values["aux_blocks"] is None and isinstance(full, ResNetConfig):
+        config["aux_blocks"] = [1, 1, 1, 1]
+    if "aux_widths" in values and values["aux_widths"] is None:
+        stages = {224: 4, 32: 3}[entry(name).image_size]
+        if "end_tap" not in values:
+            config["aux_widths"] = [CHANNELS] * stages
+    if pooling is not None and pooling["kind"] != "gap":
+        config["pooling"] = pooling
+    return name, config
+
+
+def to_toml(value: Any) -> str:
+    """Format *value* as an inline TOML value; entries that are None are left out."""
+    if isinstance(value, Mapping):
+        pairs = (f"{key}={to_toml(one)}" for key, one in value.items() if one is not None)
+        return "{" + ", ".join(pairs) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(to_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)

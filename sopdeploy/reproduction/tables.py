@@ -1,0 +1,159 @@
+"""The tables of the papers as data: printed figures, and the recipe that trains each row.
+
+`tables/*.toml` hold one entry per printed table or figure. Figures that only `describe` compares are in
+`sopdeploy/models/published.toml`; a test checks that both agree where they overlap.
+"""
+
+import difflib
+import tomllib
+from importlib.resources import files
+from typing import Annotated, Any, Literal, NamedTuple
+
+import pydantic
+
+from sopdeploy.config import Positive, StrictModel
+from sopdeploy.errors import ConfigError
+
+Percent = Annotated[float, pydantic.Field(ge=0, le=100)]
+Figure = Literal["heads", "usage", "alpha", "grid", "spectra", "mapping"]
+
+
+class DataSet(NamedTuple):
+    """The numbers of training images and of classes of a data set."""
+
+    images: int
+    classes: int
+
+
+DATA_SETS = {
+    "imagenet": DataSet(1_281_167, 1000),
+    "imagenet250": DataSet(320_000, 250),
+    "imagenet64": DataSet(1_281_167, 1000),
+    "places365": DataSet(1_803_460, 365),
+    "cifar10": DataSet(50_000, 10),
+    "cifar100": DataSet(50_000, 100),
+    "birds": DataSet(5_994, 200),
+    "aircraft": DataSet(6_667, 100),
+    "cars": DataSet(8_144, 196),
+}
+
+
+class PrintedRow(StrictModel):
+    """One line of a table: what is printed, and how it is trained.
+
+    Errors (`top1`, `top5`) are percentages; `heads` has those of each branch by tap. `params` and `gflops`
+    are those of the deployed network in millions and billions, `train_params` and `train_gflops` those in
+    training; with `times` they are multiples of ResNet-50's. `dim` is the length of the vector that is
+    classified. None stands for a figure that is not printed.
+
+    `set` are changes to the table's recipe, as for `sopdeploy train --set`; `counted` changes the network for
+    the comparison of counts only; `small` are further changes at the small scale. `needs` maps a key of the
+    recipe to the row whose `best.pt` it names. A `cited` row was not trained by the paper; it can be trained
+    only if it has its own `recipe` or `set`. A `teacher` is not printed, but other rows need it.
+    """
+
+    id: Annotated[str, pydantic.Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+    name: str
+    recipe: str | None = None
+    set: tuple[str, ...] = ()
+    small: tuple[str, ...] = ()
+    counted: tuple[str, ...] = ()
+    needs: dict[str, str] = pydantic.Field(default_factory=dict)
+    cited: bool = False
+    teacher: bool = False
+    top1: Percent | None = None
+    top5: Percent | None = None
+    heads: dict[str, tuple[Percent, Percent]] = pydantic.Field(default_factory=dict)
+    params: Positive | None = None
+    gflops: Positive | None = None
+    train_params: Positive | None = None
+    train_gflops: Positive | None = None
+    times: bool = False
+    dim: Annotated[int, pydantic.Field(ge=1)] | None = None
+    images_per_second: Positive | None = None
+    note: str = ""
+
+
+class PrintedTable(StrictModel):
+    """A table or figure of a paper; `source` is its name in `published.toml`, too.
+
+    `recipe`, `set` and `small` apply to all rows. `data` is a key of `DATA_SETS`. `figures` are further
+    charts of the page. With `accuracy`, the paper prints accuracies; `top1` and `top5` are then converted.
+    """
+
+    id: str
+    source: str
+    title: str
+    data: str
+    recipe: str
+    set: tuple[str, ...] = ()
+    small: tuple[str, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    accuracy: bool = False
+    note: str = ""
+    rows: tuple[PrintedRow, ...]
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _convert_accuracies(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if not values.get("accuracy"):
+            return values
+        rows = [
+            {**row, **{key: round(100 - row[key], 2) for key in ("top1", "top5") if key in row}}
+            for row in values["rows"]
+        ]
+        return {**values, "rows": rows}
+
+    @pydantic.model_validator(mode="after")
+    def _check_rows(self) -> "PrintedTable":
+        ids = [row.id for row in self.rows]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"{self.id}: two rows have the same id")
+        for number, row in enumerate(self.rows):
+            if not set(row.needs.values()) <= set(ids[:number]):
+                raise ValueError(f"{self.id}, {row.id}: needs a row that does not precede it")
+        if self.data not in DATA_SETS:
+            raise ValueError(f"{self.id}: unknown data set {self.data}")
+        return self
+
+    def recipe_of(self, row: PrintedRow) -> tuple[str, tuple[str, ...]] | None:
+        """Return the recipe of *row* and its changes; None for a row that is only cited."""
+        if row.cited and row.recipe is None and not row.set:
+            return None
+        return row.recipe or self.recipe, (*self.set, *row.set)
+
+    def select(self, names: str | None) -> tuple[PrintedRow, ...]:
+        """Select the rows of *names*, ids separated by commas, and those that they need; None selects all.
+
+        Raises `ConfigError` for an unknown id.
+        """
+        if names is None:
+            return self.rows
+        by_id = {row.id: row for row in self.rows}
+        wanted: set[str] = set()
+        for name in (part.strip() for part in names.split(",")):
+            if name not in by_id:
+                raise ConfigError(f"--rows {name}: no row of {self.id}; choose of {', '.join(by_id)}")
+            wanted |= {name, *by_id[name].needs.values()}
+        return tuple(row for row in self.rows if row.id in wanted)
+
+
+def _load_tables() -> dict[str, PrintedTable]:
+    folder = files("sopdeploy.reproduction") / "tables"
+    found: dict[str, PrintedTable] = {}
+    for name in ("dsop", "gsop", "gmsop", "slides"):
+        for values in tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8"))["tables"]:
+            found[values["id"]] = PrintedTable.model_validate(values)
+    return found
+
+
+TABLES: dict[str, PrintedTable] = _load_tables()
+
+
+def find_table(name: str) -> PrintedTable:
+    """Look up a table by its id; raise `ConfigError` with the nearest ids if it is unknown."""
+    if name not in TABLES:
+        near = difflib.get_close_matches(name, TABLES, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "`sopdeploy reproduce list` shows them"
+        raise ConfigError(f"table {name!r}: no such table; {hint}")
+    return TABLES[name]

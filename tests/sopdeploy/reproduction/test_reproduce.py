@@ -1,0 +1,124 @@
+"""Running a table: interruption, resumption, the page, and every table at the small scale."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from sopdeploy.cli.app import app
+from sopdeploy.errors import ConfigError
+from sopdeploy.reproduction import small
+from sopdeploy.reproduction.plan import Options
+from sopdeploy.reproduction.results import Reproduction
+from sopdeploy.reproduction.run import reproduce
+from sopdeploy.reproduction.small import STATEMENT
+from sopdeploy.reproduction.tables import TABLES, PrintedRow, PrintedTable
+from sopdeploy.training.signals import TrainingStoppedError
+from tests.sopdeploy.training.runs import RecordingCallback
+
+TINY = PrintedTable(
+    id="tiny",
+    source="A table",
+    title="two networks",
+    data="cifar10",
+    recipe="cifar10-dsop-resnet20",
+    small=("epochs=2", "model.config.depth=8", "preprocess.resize=8", "preprocess.crop=8"),
+    figures=("heads", "spectra", "mapping"),
+    rows=(
+        PrintedRow(id="plain", name="Plain", set=("model.name=resnet20",), top1=12.34),
+        PrintedRow(id="dsop", name="With DSoP", needs={"start.weights": "plain"}, top1=11.98, top5=0.5),
+        PrintedRow(id="other", name="Other", cited=True, top1=10.5, params=2.0),
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small, "IMAGES_PER_CLASS", {"train": 6, "val": 3})
+
+
+def results(found: Reproduction) -> list[list[dict[str, object]]]:
+    """Return the runs without what depends on the clock and the folder."""
+    timed = {"seconds", "speed"}
+    return [
+        [
+            {
+                **run.model_dump(exclude={"recipe", "machine"}),
+                "history": [epoch.model_dump(exclude=timed) for epoch in run.history],
+            }
+            for run in one.runs
+        ]
+        for one in found.rows
+    ]
+
+
+def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(tmp_path) -> None:
+    whole = reproduce(TINY, Options(out=tmp_path / "whole", scale="small", seeds=2))
+    options = Options(out=tmp_path / "parts", scale="small", seeds=2)
+    stop = RecordingCallback(stop_at=("step", 1, 0))
+    with pytest.raises(TrainingStoppedError):
+        reproduce(TINY, options, callback=stop)
+    assert (tmp_path / "parts/tiny-small/plain/seed-0/last.pt").is_file()
+    started: list[tuple[str, int]] = []
+    resumed = reproduce(TINY, options, on_run=lambda *run: started.append(run))
+    assert started == [("plain", 0), ("plain", 1), ("dsop", 0), ("dsop", 1)]
+    assert results(resumed) == results(whole)
+    again = reproduce(TINY, options, on_run=lambda *run: started.append(run))
+    assert (len(started), again) == (4, resumed)
+
+    page = resumed.page.read_text(encoding="utf-8")
+    assert STATEMENT in page
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
+    for one in resumed.rows[:2]:
+        errors = [100 * (1 - run.history[-1].figures.top1) for run in one.runs]  # type: ignore[union-attr]
+        assert one.top1 is not None
+        assert one.top1.mean == pytest.approx(sum(errors) / 2)
+        assert f"{one.printed.name} {one.printed.top1:.2f} {one.top1.mean:.2f} (" in text
+    assert "Other (cited) 10.50 cited: no network of the catalog" in text
+    branches = resumed.rows[1].runs[0].heads
+    assert set(branches) == {"main", "layer1_0", "layer2_0", "layer3_0"}
+    assert sum(head.share for head in branches.values()) == pytest.approx(1)
+    assert json.loads((resumed.page.parent / "result.json").read_text()) == resumed.summary()
+
+    with pytest.raises(ConfigError, match=r"result\.json: the row was trained with another recipe"):
+        reproduce(TINY.model_copy(update={"set": ("optimizer.momentum=0.8",)}), options)
+
+
+def test_a_given_folder_is_reduced_to_a_few_images_per_class(tmp_path) -> None:
+    for label in ("cat", "dog", "owl"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number in range(12):
+            image = Image.new("RGB", (20, 16), (20 * number, 40, 200))
+            image.save(tmp_path / "photos" / label / f"{number}.png")
+    options = Options(out=tmp_path / "out", scale="small", data=tmp_path / "photos", rows="plain")
+    found = reproduce(TINY, options)
+    (run,) = found.rows[0].runs
+    assert (run.train_count, run.held_out_count) == (18, 6)
+    assert found.rows[0].top1 is not None
+    assert found.rows[0].top1.low < found.rows[0].top1.mean < found.rows[0].top1.high
+    assert not list(Path(tmp_path / "out" / "small-images").glob("*.partial"))
+
+
+def test_a_row_that_cannot_be_run_is_refused_by_name(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="--rows other: cannot be run"):
+        reproduce(TINY, Options(out=tmp_path / "out", scale="small", rows="other"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_runs_at_the_small_scale(name, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(small, "EPOCHS", 4 if name == "dsop-removal" else 1)
+    result = CliRunner().invoke(
+        app, ["reproduce", name, "--scale", "small", "--out", str(tmp_path), "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["statement"] == STATEMENT
+    for one in found["rows"]:
+        assert (one["status"] == "measured") == bool(one["runs"])
+        assert one["status"] == "measured" or one["printed"]["cited"]
+    assert Path(found["page"]).is_file()
