@@ -7,7 +7,8 @@ CIFAR is a folder of CIFAR-10 as image files, train/<class>/ and test/<class>/. 
 learns every other class in alphabetical order. Each seed draws ten training images of each of the other
 five classes; all arms see the same ones, at 32 pixels, and are tested on the same 1,000 test images:
 
-- new: the recipe photos with the backbone as start weights; "new gap" and "new isqrt" have this head only;
+- new: the recipe photos with the backbone as start weights; "new gap" and "new isqrt" have this head only,
+  "new branches" is DSoP on the same backbone, whose branches are one more candidate;
 - old: the recipe photos-dsop, from scratch; it holds out ten of the 50 images, as it did for users;
 - probe: scikit-learn's logistic regression (C = 1) on the standardized features of the backbone.
 
@@ -48,6 +49,7 @@ NETWORK, SIDE = "resnet20", 32
 PER_CLASS, TEST_PER_CLASS = 10, 200
 PRETRAINING = {"images": 2000, "epochs": 4}  # images of each class
 PHOTOS = 60  # for the time
+ONE_HEAD = ("new gap", "new isqrt")
 PIXELS = [f"preprocess.resize={SIDE}", f"preprocess.crop={SIDE}"]
 
 
@@ -143,8 +145,9 @@ def run_arm(arm: str, backbone: Path | None, seed: int, cache: Path, data: Path)
         shutil.rmtree(run, ignore_errors=True)
         settings = [f"data.path={training}", f"seed={seed}", "threads=1", *PIXELS]
         if arm != "old":
-            settings += [f"model.name={NETWORK}", f"start.weights={backbone}"]
-            settings += [f"few_shot.heads=['{arm.partition(' ')[2]}']"] if " " in arm else []
+            network = f"dsop-{NETWORK}" if arm == "new branches" else NETWORK
+            settings += [f"model.name={network}", f"start.weights={backbone}"]
+            settings += [f"few_shot.heads=['{arm.partition(' ')[2]}']"] if arm in ONE_HEAD else []
         result = train(read_recipe("photos-dsop" if arm == "old" else "photos", settings), run)
         accuracy = top1(result.best, test)
         record = None if result.few_shot is None else result.few_shot.model_dump(mode="json")

@@ -132,8 +132,8 @@ def train(
             f"best epoch {result.best_epoch} of {result.epochs}: {name} [bold]{best:.2%}[/] of "
             f"{result.held_out_count} held-out images, {result.seconds:.0f} s"
         )
-        for name, text in result.decision.rows() if result.decision is not None else ():
-            out.print(plain_text(f"{name}: {text}"))
+    for name, text in result.decision.rows() if result.decision is not None else ():
+        out.print(plain_text(f"{name}: {text}"))
     detach = " --detach" if result.training_only else ""
     out.print(plain_text(f"next: sopdeploy export {result.best}{detach}"))
 

@@ -441,6 +441,8 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"few_shot\.heads: .* leave heads empty"):
         train(recipe, tmp_path / "run")
     settings = [*SMALL, f"data.path={data}"]
+    with pytest.raises(ConfigError, match=r"few_shot\.heads: mpncov cannot be exported"):
+        train(read_recipe("photos", [*settings, 'few_shot.heads=["gap", "mpncov"]']), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"few_shot\.max_images=1"):
         compare(["photos", "photos-dsop"], tmp_path / "comparison", seeds=2, overrides=settings)
     for path in data.glob("*/*.png"):
