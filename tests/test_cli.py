@@ -212,7 +212,7 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "an unknown value": (("describe", "dsop-resnet18", "--set", "aux_stride=tabel"), "aux_stride: .*'tabel'"),
     "a value of another type": (("describe", "dsop-resnet18", "--set", "iterations=many"), "iterations: "),
     "an unknown pooling": (("describe", "resnet18", "--pooling", "isqr"), "gap, isqrt, mpncov"),
-    "an unknown pooling for training": ((*PLAIN, "--pooling", "x"), "'x': unknown; choose one of gap, isqrt"),
+    "an unknown pooling for training": ((*PLAIN, "--pooling", "x"), "'x': unknown; choose one of gap, "),
     "a pooling of a fixed head": (("describe", "psdr-resnet50", "--pooling", "isqrt"), "resnet50: pooling: "),
     "no value": (("describe", "dsop-resnet18", "--set", "aux_stride"), "write key=value"),
     "the name as a key": (("describe", "dsop-resnet18", "--set", "name=x"), "name: unknown key"),
