@@ -5,6 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOAK ?= --seconds 300
+TARGET ?= cpu
+WHEELS ?=
+GPU_VENV := .venv-gpu
+GPU_EXTRAS ?= gpu-check,tensorrt
+GPU_INSTALL = $(GPU_VENV)/bin/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS))
 # One worker more than cores: many tests wait for servers and processes.
 WORKERS = $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
@@ -78,9 +83,13 @@ docs: $(STAMP)  ## rewrite the generated pages of docs/
 site: $(STAMP)  ## build docs/ as a site; open build/site/index.html
 	$(BIN)/mkdocs build --strict --quiet
 
-gpu-check: $(STAMP)  ## build and run engines on this machine's GPU; write docs/benchmarks/
-	$(BIN)/python benchmarks/gpu_check.py
-	$(BIN)/pytest tests/gpu
+# In its own environment, which also sees the packages of $(PYTHON), such as torch: a GPU server may have no package index.
+gpu-check:  ## check this machine's GPU, write docs/benchmarks/gpu.md; WHEELS=FOLDER takes all packages from a folder
+	$(PYTHON) -m venv --system-site-packages $(GPU_VENV)
+	$(GPU_INSTALL) hatchling editables
+	$(GPU_INSTALL) --no-build-isolation --editable '.[$(GPU_EXTRAS)]'
+	$(GPU_VENV)/bin/python -m pytest tests/gpu
+	$(GPU_VENV)/bin/python benchmarks/gpu_check.py $(OPTIONS)
 
 soak: $(STAMP)  ## five minutes of valid, invalid, slow and disconnecting clients and model swaps; fails on a leak or a 5xx
 	$(BIN)/python benchmarks/soak.py $(SOAK)
@@ -91,9 +100,9 @@ dist: $(STAMP)  ## sdist and wheel in dist/, reproducible for the same commit
 wheel-test: $(STAMP)  ## build the wheel twice, install it into empty environments, train with [train], serve with [cpu]
 	nice $(BIN)/python deploy/wheel_test.py
 
-container-test:  ## build the image with Docker, or buildah and debootstrap, then run and inspect it
+container-test:  ## build the image with Docker, or buildah and debootstrap, then run and inspect it; TARGET=cpu or gpu
 	$(MAKE) --jobs=2 $(STAMP) container-base
-	$(BIN)/python deploy/container_test.py
+	$(BIN)/python deploy/container_test.py $(TARGET)
 
 container-base:
 	$(PYTHON) deploy/builders.py
@@ -119,4 +128,4 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 clean:  ## remove everything that the targets above create
-	rm -rf $(VENV) .container demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(GPU_VENV) .container demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -59,6 +59,10 @@ class Cuda:
             memory=int(properties.totalGlobalMem),
         )
 
+    def free_memory(self) -> int:
+        """Query the free bytes of the first GPU."""
+        return int(self.call("cudaMemGetInfo"))
+
     def copy(self, pinned: NDArray[Any], address: int, stream: Any, *, upload: bool) -> None:
         """Copy *pinned* to the device address *address* asynchronously, or back without *upload*."""
         kinds = self._runtime.cudaMemcpyKind

@@ -1,14 +1,18 @@
 """`make gpu-check` runs against the simulated GPU."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import gpu_check
+import gpu_speed
+import gpu_steps
 import pytest
 
 from sopdeploy.bundle.folder import Bundle
+from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_tensorrt import FakeTensorRT
 
 
@@ -17,13 +21,57 @@ def test_the_page_lists_the_gpu_and_every_batch_size(
 ) -> None:
     install()
     out = tmp_path / "out"
-    arguments = ["gpu_check.py", "--quick", "--bundle", str(bundle.path), "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setattr(gpu_check, "BATCHES", (1, 8))
-    assert gpu_check.main() == 0
-    assert "Fake H200" in json.dumps(json.loads((out / "engines.json").read_text()))
-    page = (out / "engines.md").read_text()
+    monkeypatch.setattr(gpu_speed, "BATCHES", (1, 8))
+    monkeypatch.setattr(gpu_steps, "SWAPS", 5)
+    skipped = (
+        "cuda",
+        "decode-fast",
+        "decode-nvimagecodec",
+        "training",
+    )  # need a GPU, or a network that learned
+    assert run(monkeypatch, bundle, out, *skipped) == 0
+    assert "Fake H200" in json.dumps(json.loads((out / "gpu.json").read_text()))
+    page = (out / "gpu.md").read_text()
     assert "gpu: Fake H200" in page
-    rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("|")]
-    assert {"1", "8"} <= set(rows)
+    rows = dict(line.split(" | ", 1) for line in page.splitlines() if line.startswith("| "))
+    assert {f"| {name}" for name in ("1", "8", "tensorrt", "server")} <= set(rows)
+    assert [rows[f"| {name}"] for name in skipped] == ["not run |"] * len(skipped)
+    assert "CUDA graphs of the profiles 1 and 2" in rows["| tensorrt"]
+    assert rows["| server"] == "5 swaps under requests: equal answers, 0 MiB of GPU memory lost |"
     assert "two under way" in page
+
+
+def run(monkeypatch: pytest.MonkeyPatch, bundle: Bundle, out: Path, *skipped: str) -> int:
+    options = [word for name in skipped for word in ("--skip", name)]
+    arguments = ["gpu_check.py", "--quick", "--bundle", str(bundle.path), "--out", str(out), *options]
+    monkeypatch.setattr(sys, "argv", arguments)
+    return gpu_check.main()
+
+
+FAILURES = {
+    "graphs that cannot be captured": (
+        "cudaGraphInstantiate",
+        "of the profiles 1,2,8, none became CUDA graphs",
+    ),
+    "no GPU": ("cudaGetDeviceCount", "no NVIDIA GPU can be used here"),
+    "no CUDA for ONNX Runtime": ("", "onnxruntime .* has no CUDAExecutionProvider here"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_failure_is_one_line_and_writes_no_page(
+    case: str,
+    install: Callable[..., FakeTensorRT],
+    cuda: FakeCuda,
+    bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    install()
+    function, message = FAILURES[case]
+    cuda.broken.add(function)
+    cuda.gpus = 0 if function == "cudaGetDeviceCount" else 1
+    assert run(monkeypatch, bundle, tmp_path / "out", *(["cuda"] if function else [])) == 1
+    assert re.search(f"^gpu-check: .*{message}.*$", capsys.readouterr().err, re.MULTILINE)
+    assert not (tmp_path / "out").exists()

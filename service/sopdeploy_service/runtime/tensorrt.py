@@ -10,6 +10,7 @@ from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.tensorrt.binding import import_tensorrt
 from sopdeploy.tensorrt.cache import NoEngine, best_for, cache_folder, records
 from sopdeploy.tensorrt.cuda import open_cuda
+from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy.tensorrt.session import EngineSession
 from sopdeploy_service.runtime.base import translate_errors
 from sopdeploy_service.settings import Settings
@@ -41,6 +42,11 @@ class TensorRTRuntime:
         key, graphs = found.record.key, settings.cuda_graphs
         self._session = EngineSession(trt, cuda, found.plan, bundle.manifest, key, graphs=graphs)
         self.largest_batch = self._session.largest_batch
+
+    @property
+    def captured(self) -> tuple[Profile, ...]:
+        """The profiles that run as CUDA graphs now."""
+        return self._session.captured
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
