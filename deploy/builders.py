@@ -19,7 +19,7 @@ from commands import exit_and_output, run
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / ".container"
-TEST_IMAGE = "sopdeploy-check:cpu"
+TEST_IMAGE = "sopdeploy-check"
 CONTAINER = "sopdeploy-check"
 SECRETS = {"pip": Path("/etc/pip.conf"), "ca": Path("/etc/ssl/certs/ca-certificates.crt")}
 STOP_SECONDS = 60
@@ -43,8 +43,8 @@ class Builder(ABC):
         """Download or create the base image."""
 
     @abstractmethod
-    def build(self, source: Path) -> None:
-        """Build the image from the checkout at *source*."""
+    def build(self, source: Path, target: str) -> None:
+        """Build *target* of the Dockerfile from the checkout at *source*."""
 
     @abstractmethod
     def save(self, path: Path) -> None:
@@ -59,8 +59,8 @@ class Builder(ABC):
         """Compute the size of the image minus that of its base."""
 
     @abstractmethod
-    def start(self, bundles: Path, port: int) -> None:
-        """Start the image's own command on *port*, with *bundles* mounted read-only at /models."""
+    def start(self, bundles: Path, settings: dict[str, str]) -> None:
+        """Start the image's own command with *settings*, and *bundles* mounted read-only at /models."""
 
     @abstractmethod
     def execute(self, *command: str) -> tuple[int, str]:
@@ -73,6 +73,10 @@ class Builder(ABC):
     @abstractmethod
     def server_user(self) -> int:
         """Read the effective user id of the server process."""
+
+    @abstractmethod
+    def wait(self) -> int:
+        """Wait until the server ends by itself and return its exit code."""
 
     @abstractmethod
     def stop(self) -> int:
@@ -96,8 +100,8 @@ class Docker(Builder):
         if exit_and_output(["docker", "image", "inspect", self.base])[0] != 0:
             run("docker", "pull", "--quiet", self.base)
 
-    def build(self, source: Path) -> None:  # noqa: D102
-        run("docker", "build", *secret_options(), "--target=cpu", f"--tag={self.image}", source)
+    def build(self, source: Path, target: str) -> None:  # noqa: D102
+        run("docker", "build", *secret_options(), f"--target={target}", f"--tag={self.image}", source)
 
     def save(self, path: Path) -> None:  # noqa: D102
         run("docker", "save", f"--output={path}", self.image)
@@ -109,10 +113,11 @@ class Docker(Builder):
         inspect = ["docker", "image", "inspect", "--format={{.Size}}"]
         return int(run(*inspect, self.image)) - int(run(*inspect, self.base))
 
-    def start(self, bundles: Path, port: int) -> None:  # noqa: D102
+    def start(self, bundles: Path, settings: dict[str, str]) -> None:  # noqa: D102
         mount = f"--volume={bundles}:/models:ro"
         hardening = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
-        network = [f"--env=SOPDEPLOY_PORT={port}", f"--publish=127.0.0.1:{port}:{port}"]
+        port = settings["SOPDEPLOY_PORT"]
+        network = [f"--publish=127.0.0.1:{port}:{port}", *environment_options(settings)]
         run("docker", "run", "--detach", f"--name={CONTAINER}", *hardening, mount, *network, self.image)
 
     def execute(self, *command: str) -> tuple[int, str]:  # noqa: D102
@@ -125,9 +130,12 @@ class Docker(Builder):
         code, status = self.execute("cat", "/proc/1/status")
         return effective_uid(status) if code == 0 else -1
 
+    def wait(self) -> int:  # noqa: D102
+        return int(run("docker", "wait", CONTAINER))
+
     def stop(self) -> int:  # noqa: D102
         run("docker", "stop", f"--time={STOP_SECONDS}", CONTAINER)
-        return int(run("docker", "wait", CONTAINER))
+        return self.wait()
 
     def clean(self) -> None:  # noqa: D102
         exit_and_output(["docker", "rm", "--force", CONTAINER])
@@ -162,10 +170,10 @@ class Buildah(Builder):
         run(*self._buildah, "commit", "--quiet", "--rm", empty, self.base)
         shutil.rmtree(rootfs)
 
-    def build(self, source: Path) -> None:  # noqa: D102
+    def build(self, source: Path, target: str) -> None:  # noqa: D102
         self.prepare()
         base = f"--build-arg=PYTHON_IMAGE={self.base}"
-        options = ["--format=docker", "--target=cpu", base, f"--tag={self.image}"]
+        options = ["--format=docker", f"--target={target}", base, f"--tag={self.image}"]
         run(*self._buildah, "bud", *secret_options(), *options, source)
 
     def save(self, path: Path) -> None:  # noqa: D102
@@ -182,10 +190,10 @@ class Buildah(Builder):
             sizes.append(int(float(number) * UNITS[unit]))
         return sizes[0] - sizes[1]
 
-    def start(self, bundles: Path, port: int) -> None:  # noqa: D102
+    def start(self, bundles: Path, settings: dict[str, str]) -> None:  # noqa: D102
         limit = f"--ulimit=nofile={OPEN_FILES}:{OPEN_FILES}"
         run(*self._buildah, "from", limit, f"--name={CONTAINER}", self.image)
-        run(*self._buildah, "config", f"--env=SOPDEPLOY_PORT={port}", CONTAINER)
+        run(*self._buildah, "config", *environment_options(settings), CONTAINER)
         config = self.config()
         command = [*config["Entrypoint"], *config["Cmd"]]  # `buildah run` ignores both
         mount = f"--volume={bundles}:/models:ro"
@@ -215,13 +223,16 @@ class Buildah(Builder):
             pid = int(children[0])
         sys.exit("the server process was not found")
 
-    def stop(self) -> int:  # noqa: D102
+    def wait(self) -> int:  # noqa: D102
         if self._server is None:
             sys.exit("no server was started")
-        os.kill(self._server_pid(), signal.SIGTERM)
         code = self._server.wait(STOP_SECONDS)
         self._server = None
         return code
+
+    def stop(self) -> int:  # noqa: D102
+        os.kill(self._server_pid(), signal.SIGTERM)
+        return self.wait()
 
     def clean(self) -> None:  # noqa: D102
         if self._server is not None and self._server.poll() is None:
@@ -233,6 +244,11 @@ class Buildah(Builder):
 def secret_options() -> list[str]:
     """List the options that give this machine's pip settings and certificates to the build only."""
     return [f"--secret=id={name},src={path}" for name, path in SECRETS.items() if path.is_file()]
+
+
+def environment_options(settings: dict[str, str]) -> list[str]:
+    """List the options that set the environment variables *settings*."""
+    return [f"--env={name}={value}" for name, value in settings.items()]
 
 
 def effective_uid(status: str) -> int:
@@ -252,14 +268,14 @@ def choose_builder(image: str, folder: Path) -> Builder | str:
     return Buildah(image, folder)
 
 
-def builder_for_test() -> Builder:
-    """Choose the builder of the test image; exit with the reason if none works."""
+def builder_for_test(target: str) -> Builder:
+    """Choose the builder of the test image of *target*; exit with the reason if none works."""
     WORK.mkdir(exist_ok=True)
-    builder = choose_builder(TEST_IMAGE, WORK)
+    builder = choose_builder(f"{TEST_IMAGE}:{target}", WORK)
     if isinstance(builder, str):
         sys.exit(f"container-test: {builder}")
     return builder
 
 
 if __name__ == "__main__":
-    builder_for_test().prepare()
+    builder_for_test("cpu").prepare()  # the base is that of every target

@@ -1,6 +1,8 @@
-"""`make container-test`: build the server image, run it as in production, and inspect it.
+"""`make container-test [TARGET=gpu]`: build the server image, run it as in production, and inspect it.
 
-Exits with 0 only if every check was run and passed; otherwise prints the reason.
+The target `gpu` must also name what is missing without a GPU, contain every library that CUDA needs but the
+driver, and serve from the CPU if asked to. Exits with 0 only if every check was run and passed; otherwise
+prints the reason.
 """
 
 import shutil
@@ -17,11 +19,29 @@ from commands import run, timed
 from PIL import Image
 
 USER = 10_001
-MAX_ADDED_BYTES = 350_000_000
+MAX_ADDED_BYTES = {"cpu": 350_000_000, "gpu": 4_000_000_000}
 READY_SECONDS = 120
 ENGINE_CACHE = "/var/cache/sopdeploy/engines"
 ENTRYPOINT = ["sopdeploy"]
 COMMAND = ["serve", "/models", "--host", "0.0.0.0"]  # noqa: S104 - the container's port is published separately
+NO_GPU = (
+    "no NVIDIA driver is usable here (libcuda.so.1 cannot be loaded); start a container with `--gpus all`"
+)
+ON_CPU = {"SOPDEPLOY_RUNTIME": "onnxruntime-cpu"}
+# Loads what the CUDA provider needs. The first name in the loader's message would be another missing library.
+CUDA_LIBRARIES = """
+import ctypes, pathlib, onnxruntime
+onnxruntime.preload_dlls()
+ctypes.CDLL("libcudnn.so.9")
+folder = pathlib.Path(onnxruntime.__file__).parent / "capi"
+ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)
+try:
+    ctypes.CDLL(str(folder / "libonnxruntime_providers_cuda.so"))
+    print("all found")
+except OSError as error:
+    print(error)
+"""
+TENSORRT = "import importlib.util as u; print('TensorRT' if u.find_spec('tensorrt') else 'no TensorRT')"
 NO_TORCH = "import importlib.util as u; print([n for n in ('torch', 'onnx', 'timm') if u.find_spec(n)])"
 
 
@@ -78,7 +98,7 @@ def wait_until_ready(builder: Builder) -> None:
         time.sleep(0.5)
 
 
-def check_image(builder: Builder) -> None:
+def check_image(builder: Builder, target: str) -> None:
     """Check the image's configuration and size."""
     config = builder.config()
     check(f"entrypoint {config['Entrypoint']}, in exec form", holds=config["Entrypoint"] == ENTRYPOINT)
@@ -88,16 +108,32 @@ def check_image(builder: Builder) -> None:
     check(f"stop signal {stop}", holds=stop in {"SIGTERM", "15"})
     health = config["Healthcheck"]["Test"]
     check(f"health check {health}", holds=health == ["CMD", "sopdeploy", "health"])
-    size = builder.added_bytes()
-    check(f"{size / 1e6:.0f} MB more than its base, limit 350", holds=size <= MAX_ADDED_BYTES)
+    size, limit = builder.added_bytes(), MAX_ADDED_BYTES[target]
+    check(f"{size / 1e6:.0f} MB more than its base, limit {limit / 1e6:.0f}", holds=size <= limit)
 
 
-def check_server(builder: Builder, bundles: Path, port: int) -> None:
-    """Start the image's command, send a request, inspect its process, and stop it."""
-    builder.start(bundles, port)
+def check_without_gpu(builder: Builder, bundles: Path, port: int) -> None:
+    """Start the GPU image where there is no GPU: it must end with one line, and lack the driver only."""
+    builder.start(bundles, {"SOPDEPLOY_PORT": str(port)})
+    code = builder.wait()
+    lines = [line for line in builder.logs().splitlines() if line.startswith("error")]
+    check(f"without a GPU: {lines}", holds=code != 0 and len(lines) == 1 and NO_GPU in lines[0])
+    output = builder.execute("/opt/sopdeploy/bin/python", "-c", CUDA_LIBRARIES)[1].strip()
+    check(
+        f"CUDA and cuDNN: {output}", holds=output.splitlines()[-1].startswith(("libcuda.so.1:", "all found"))
+    )
+    output = builder.execute("/opt/sopdeploy/bin/python", "-c", TENSORRT)[1].strip()
+    sys.stdout.write(f"     the image contains {output}\n")
+    builder.clean()
+
+
+def check_server(builder: Builder, bundles: Path, settings: dict[str, str]) -> None:
+    """Start the image's command with *settings*, send a request, inspect its process, and stop it."""
+    builder.start(bundles, settings)
     with timed("server ready"):
         wait_until_ready(builder)
     photo = make_photo()
+    port = settings["SOPDEPLOY_PORT"]
     response = httpx.post(f"http://127.0.0.1:{port}/v1/classify", content=photo.read_bytes(), timeout=30)
     best = response.json()["classes"][0]
     bundle = next(path for path in bundles.iterdir() if path.is_dir())
@@ -117,18 +153,25 @@ def check_server(builder: Builder, bundles: Path, port: int) -> None:
 
 
 def main() -> None:
-    """Build, run and check the image."""
+    """Build, run and check the image of the target on the command line."""
     started = time.monotonic()
-    builder = builder_for_test()
-    sys.stdout.write(f"     with {type(builder).__name__.lower()}\n")
+    target = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+    if target not in MAX_ADDED_BYTES:
+        sys.exit(f"container-test: no target {target}; use TARGET=cpu or TARGET=gpu")
+    builder = builder_for_test(target)
+    sys.stdout.write(f"     target {target} with {type(builder).__name__.lower()}\n")
     with timed("bundle and image built in parallel"), ThreadPoolExecutor() as pool:
         bundle = pool.submit(make_bundle)
-        builder.build(ROOT)
+        builder.build(ROOT, target)
         bundles = bundle.result()
     builder.clean()
     try:
-        check_image(builder)
-        check_server(builder, bundles, free_port())
+        check_image(builder, target)
+        settings = {"SOPDEPLOY_PORT": str(free_port())}
+        if target == "gpu":
+            check_without_gpu(builder, bundles, free_port())
+            settings |= ON_CPU
+        check_server(builder, bundles, settings)
     finally:
         builder.clean()
     sys.stdout.write(f"container-test passed in {time.monotonic() - started:.0f} s\n")

@@ -52,7 +52,8 @@ def main() -> None:
         lock = FOLDER / f"{name}.txt"
         wanted |= {f"{locked.name}=={locked.version}" for locked in read_lock(lock)}
         for platform, python in PLATFORMS:
-            found |= read_metadata(lock, platform, python)
+            if wanted - set(found):  # otherwise a platform would download CUDA for nothing
+                found |= read_metadata(lock, platform, python)
     if missing := wanted - set(found):
         sys.exit(f"no metadata for {', '.join(sorted(missing))}")
     LICENCES.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")

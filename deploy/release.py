@@ -60,7 +60,7 @@ def build_image(source: Path, version: str, folder: Path, work: Path) -> str:
     builder = choose_builder(f"sopdeploy:{version}", work)
     if isinstance(builder, str):
         return f"no image: {builder}"
-    builder.build(source)
+    builder.build(source, "cpu")
     name = f"sopdeploy-{version}-image-cpu.tar"
     builder.save(folder / name)
     return f"{name}, on {builder.base}"

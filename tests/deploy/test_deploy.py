@@ -230,19 +230,29 @@ def test_lock_files_pin_all_server_packages_by_hash_without_an_index(name: str) 
     assert not {"torch", "onnx", "timm", "scikit-learn"} & set(pinned)
 
 
-def test_the_image_serves_as_a_non_root_user_with_a_health_check() -> None:
+def stage(name: str) -> tuple[str, str]:
+    """Return the base and the instructions of the stage *name* of the Dockerfile."""
+    found = re.search(rf"^FROM (\S+) AS {name}$(.*?)(?=^FROM|\Z)", DOCKERFILE, re.M | re.S)
+    assert found is not None
+    return found[1], found[2]
+
+
+def test_the_images_serve_as_a_non_root_user_with_a_health_check() -> None:
+    base, text = stage("server")
+    words = {
+        name: json.loads(value) for name, value in re.findall(r"^(ENTRYPOINT|CMD) (\[.*\])$", text, re.M)
+    }
+    assert words == {"ENTRYPOINT": ["sopdeploy"], "CMD": ["serve", "/models", "--host", ALL_INTERFACES]}
+    assert re.search(r'^HEALTHCHECK .* CMD \["sopdeploy", "health"\]$', text, re.M)
+    for line in ("USER 10001:10001", "STOPSIGNAL SIGTERM", "VOLUME /var/cache/sopdeploy"):
+        assert line in text.splitlines()
+    assert f"ARG VERSION={sopdeploy.__version__}" in text
+    assert (base, stage("build")[0]) == ("${PYTHON_IMAGE}", "${PYTHON_IMAGE}")
     for target in ("cpu", "gpu"):
-        stage = re.search(rf"^FROM \S+ AS {target}$(.*?)(?=^FROM|\Z)", DOCKERFILE, re.M | re.S)
-        assert stage is not None
-        words = {
-            name: json.loads(value)
-            for name, value in re.findall(r"^(ENTRYPOINT|CMD) (\[.*\])$", stage[1], re.M)
-        }
-        assert words == {"ENTRYPOINT": ["sopdeploy"], "CMD": ["serve", "/models", "--host", ALL_INTERFACES]}
-        assert re.search(r'^HEALTHCHECK .* CMD \["sopdeploy", "health"\]$', stage[1], re.M)
-        for line in ("USER 10001:10001", "STOPSIGNAL SIGTERM", "VOLUME /var/cache/sopdeploy"):
-            assert line in stage[1].splitlines()
-        assert f"ARG VERSION={sopdeploy.__version__}" in stage[1]
+        own = re.findall(r"^(?!ENV NVIDIA_)([A-Z]+) (.*)$", stage(target)[1], re.M)
+        assert own == [("COPY", f"--from={target}-build /opt/sopdeploy /opt/sopdeploy")]
+        assert (stage(target)[0], stage(f"{target}-build")[0]) == ("server", "build")
+        assert f"install_image.sh {target}" in stage(f"{target}-build")[1]
 
 
 @pytest.mark.skipif(shutil.which("helm") is None, reason="helm is not installed")

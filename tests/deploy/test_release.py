@@ -44,7 +44,7 @@ class FakeBuilder:
 
     base = "a base"
 
-    def build(self, source: Path) -> None:
+    def build(self, source: Path, target: str) -> None:
         self.files = sorted(path.name for path in source.iterdir())
 
     def save(self, path: Path) -> None:

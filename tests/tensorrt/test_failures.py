@@ -4,9 +4,12 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.tensorrt.cuda import Cuda, CudaResources
 from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine
 from sopdeploy_service.runtime.base import (
     MEMORY_ERROR,
@@ -74,6 +77,34 @@ def test_names_and_texts_are_those_of_the_cuda_library() -> None:
         text = runtime.cudaGetErrorString(status)[1].decode()
         assert error.text in text
         assert isinstance(classify_error(f"CUDA failure {error.code}: {text}"), Exception)
+
+
+def test_the_cuda_library_accepts_every_call() -> None:
+    """Without a driver, `cuda-bindings` checks the arguments and returns the same error for all calls."""
+    library = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
+    if library.cudaGetDeviceCount()[0] != library.cudaError_t.cudaErrorInsufficientDriver:
+        pytest.skip("this machine has an NVIDIA driver")
+    cuda = Cuda(library)
+    resources, stream, pixels = CudaResources(cuda), library.cudaStream_t(0), np.zeros(4, np.uint8)
+    event, graph = library.cudaEvent_t(0), library.cudaGraphExec_t(0)
+    calls: dict[str, Callable[[], Any]] = {
+        "cudaStreamCreateWithFlags": resources.stream,
+        "cudaEventCreateWithFlags": resources.event,
+        "cudaMalloc": lambda: resources.device_memory(16),
+        "cudaHostAlloc": lambda: resources.pinned_array((2, 2), np.uint8),
+        "cudaMemGetInfo": cuda.free_memory,
+        "cudaGetDeviceProperties": cuda.gpu,
+        "cudaStreamBeginCapture": lambda: resources.capture(lambda: None, stream),
+        "cudaMemcpyAsync": lambda: cuda.copy(pixels, 256, stream, upload=True),
+        "cudaStreamSynchronize": lambda: cuda.synchronize(stream),
+        "cudaStreamWaitEvent": lambda: cuda.call("cudaStreamWaitEvent", stream, event, 0),
+        "cudaEventRecord": lambda: cuda.call("cudaEventRecord", event, stream),
+        "cudaEventSynchronize": lambda: cuda.call("cudaEventSynchronize", event),
+        "cudaGraphLaunch": lambda: cuda.call("cudaGraphLaunch", graph, stream),
+    }
+    for name, call in calls.items():
+        with pytest.raises(RuntimeUnavailableError, match=f"{name} failed with cudaErrorInsufficientDriver"):
+            call()
 
 
 def test_other_exceptions_are_unchanged() -> None:

@@ -125,6 +125,31 @@ def test_another_provider_than_requested_is_rejected(
         open_runtime(bundle, Settings(runtime=runtime))
 
 
+# From onnxruntime-gpu 1.31.1 with CUDA 13.5 and a driver that is too old.
+OLD_DRIVER = """
+/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:154 [with ERRTYPE = cudaError; bool THRW = true]
+CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version ; GPU=-1 ; hostname=h ;
+file=/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_execution_provider.cc ; line=355 ;
+"""
+
+
+def test_a_failure_of_cuda_is_shown_without_the_library_s_source(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(OLD_DRIVER)
+
+    fake = FakeOnnxRuntime([])
+    monkeypatch.setattr(fake, "InferenceSession", fails)
+    monkeypatch.setattr(with_onnxruntime, "_import_onnxruntime", lambda: fake)
+    monkeypatch.setattr(with_onnxruntime, "load_cuda_libraries", lambda module: None)
+    message = (
+        r"cannot load the graph: CUDA failure 35: CUDA driver version is insufficient .* runtime version$"
+    )
+    with pytest.raises(RuntimeUnavailableError, match=message):
+        open_runtime(bundle, Settings(runtime="onnxruntime-cuda"))
+
+
 def test_cuda_without_a_cuda_onnxruntime_says_what_to_install(bundle: Bundle) -> None:
     with pytest.raises(RuntimeUnavailableError, match=r"has no CUDAExecutionProvider here; run: pip install"):
         open_runtime(bundle, Settings(runtime="onnxruntime-cuda"))

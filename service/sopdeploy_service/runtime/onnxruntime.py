@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ CUDA_OPTIONS = {
     "use_tf32": "0",  # fp32 in the graph stays fp32
     "cudnn_conv_algo_search": "HEURISTIC",  # the default measures every algorithm whenever the size changes
 }
+CUDA_FAILURE = re.compile(r"CUDA failure \d+: [^;]+")
 DEVICES = {CPU: "cpu", CUDA: "cuda:0"}
 
 
@@ -182,7 +184,8 @@ def _open_session(
             enable_fallback=0,  # otherwise to the CPU, after errors
         )
     except Exception as error:  # onnxruntime's errors share no base class
-        reason = f"cannot load the graph: {' '.join(str(error).split())}"
+        failure = CUDA_FAILURE.search(str(error))  # inside several lines of C++ signatures
+        reason = f"cannot load the graph: {' '.join((failure[0] if failure else str(error)).split())}"
         if bundle.manifest.precision == "bf16-backbone":
             reason = (
                 f"has no bfloat16 kernels on {DEVICES[provider]}; build an engine for a GPU "
