@@ -6,13 +6,20 @@ iSQRT-COV (forward and backward) is compared with the loop in the paper, differe
 and peak memory. One step of DSoP-ResNet-50 (224-pixel images, forward and backward) is compared with one step
 of the plain ResNet-50, with and without the optimizer's update. Two variants of DSoP are measured: `table`
 corresponds to the paper's Table I, whose GFLOPs have a ratio of 2.15 (13.45 / 6.27), and `text` to its text,
-with branches without down-sampling. CPU time of one thread.
+with branches without down-sampling.
+
+The second-order layers of the slides on iSQRT-COV are compared on AlexNet's last map (256 channels, 13 x 13
+positions): Newton-Schulz, eigenvalues (EIG) and singular values (SVD), forward and backward (FP+BP), backward
+alone (BP), and peak memory. CPU time of one thread.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import process_time
 from typing import Any
+from unittest.mock import patch
 
+import pydantic
 import torch
 import torch.nn.functional as F
 from measure import Result, compare, parse, report
@@ -23,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from sopdeploy import create_model
 from sopdeploy.layers.isqrt_cov import ISqrtCov
+from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import TrainingOutput
 
 POOLINGS = (
@@ -35,6 +43,16 @@ POOLINGS = (
     (16, 1024),
 )  # channels, positions
 MEBIBYTE = 2**20
+ALEXNET_MAP = (256, 13)  # channels, side
+BASELINE = "iSQRT-COV (N=5)"
+META_LAYERS: dict[str, dict[str, Any]] = {  # the slides' table
+    "iSQRT-COV (N=3)": {"kind": "isqrt", "iterations": 3},
+    BASELINE: {"kind": "isqrt", "iterations": 5},
+    "MPN-COV, EIG": {"kind": "mpncov"},
+    "Impro. B-CNN, SVD": {"kind": "improved-bcnn"},
+    "Impro. B-CNN, Newton-Schulz (N=5)": {"kind": "improved-bcnn", "root": "newton-schulz"},
+    "G2DeNet, SVD": {"kind": "g2denet"},
+}
 
 
 class PaperISqrtCov(nn.Module):
@@ -111,6 +129,69 @@ def pooling_results(channels: int, positions: int, batch: int, runs: int) -> lis
     return [compare(case, "paper's loop", ours, other, runs=runs, warmups=2, clock=process_time), memory]
 
 
+@contextmanager
+def singular_values() -> Iterator[None]:
+    """Let layers decompose symmetric positive semi-definite matrices by SVD instead of EIG."""
+
+    def by_svd(matrices: Tensor) -> tuple[Tensor, Tensor]:
+        left, values, _ = torch.linalg.svd(matrices)
+        return values.flip(-1), left.flip(-1)
+
+    with patch("torch.linalg.eigh", by_svd):
+        yield
+
+
+class MetaLayer:
+    """One layer of the slides' table on AlexNet's last map, with everything that is timed."""
+
+    def __init__(self, name: str, batch: int) -> None:
+        torch.manual_seed(0)
+        channels, side = ALEXNET_MAP
+        self.svd = name.endswith("SVD")
+        self.layer = pydantic.TypeAdapter(Pooling).validate_python(META_LAYERS[name]).build(channels)
+        self.features = torch.randn(batch, channels, side, side).relu().requires_grad_()
+        self.grad = torch.randn(batch, self.layer.out_features)
+        self.output = self.forward()
+
+    def forward(self) -> Tensor:
+        """Compute the vectors."""
+        if not self.svd:
+            return self.layer(self.features)
+        with singular_values():
+            return self.layer(self.features)
+
+    def both(self) -> Tensor:
+        """Run one forward and backward pass."""
+        return torch.autograd.grad(self.forward(), self.features, self.grad)[0]
+
+    def backward(self) -> Tensor:
+        """Run the backward pass of the first forward pass again."""
+        return torch.autograd.grad(self.output, self.features, self.grad, retain_graph=True)[0]
+
+
+def meta_layer_results(names: list[str], batch: int, runs: int) -> list[Result]:
+    """Measure FP+BP, BP and peak memory of the layers *names* for *batch* images of AlexNet."""
+    baseline, results = MetaLayer(BASELINE, batch), []
+    for name in names:
+        layer = MetaLayer(name, batch)
+        case = f"{name}, batch {batch}"
+        for part in ("both", "backward"):
+            pair = getattr(layer, part), getattr(baseline, part)
+            shown = f"{case}, {'FP+BP' if part == 'both' else 'BP'}"
+            results.append(compare(shown, BASELINE, *pair, runs=runs, clock=process_time))
+        results.append(
+            Result(
+                case=f"{case}, peak memory",
+                against=BASELINE,
+                ours=peak_mebibytes(layer.both),
+                other=peak_mebibytes(baseline.both),
+                unit="MiB",
+                runs=1,
+            )
+        )
+    return results
+
+
 def training_step(name: str, batch: int, *, update: bool, **config: Any) -> Callable[[], None]:
     """Return a function that runs one training step of the network *name*."""
     network = create_model(name, num_classes=1000, conv5_stride=1, **config)
@@ -143,6 +224,7 @@ def main() -> None:
     results = []
     for channels, positions in POOLINGS[:3] if arguments.quick else POOLINGS:
         results += pooling_results(channels, positions, batch=8, runs=9 if arguments.quick else 25)
+    results += meta_layer_results(list(META_LAYERS), batch=8, runs=9 if arguments.quick else 25)
     batch, runs = (2, 3) if arguments.quick else (16, 5)
     for aux_stride in ("table", "text"):
         for update in (False,) if arguments.quick else (False, True):
