@@ -4,21 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier
 from sopdeploy.data.augment import AugmentedDataset
 from sopdeploy.data.base import PreprocessedDataset, derive_seed
 from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.sources import open_data
+from sopdeploy.evaluation.heads import HeadCounter, loss_shares
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.gmsop import GMSOP
 from sopdeploy.reproduction.results import HeadError
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed.strategy import select_device
 from sopdeploy.training.recipe import Recipe
-
-TOP = 5
 
 
 @torch.no_grad()
@@ -38,20 +36,13 @@ def measure_heads(
     batches = sequential_batches(len(images), recipe.batch_size)
     dataset = PreprocessedDataset(images, recipe.preprocess)
     normalize = Normalize(recipe.preprocess).to(device)
-    right: dict[str, Tensor] = {}
-    for batch, targets in load_batches(dataset, batches, recipe.workers, device):
-        for name, logits in model.heads(normalize(batch)).items():
-            top = logits.topk(min(TOP, logits.shape[1]), dim=1).indices == targets[:, None]
-            counts = torch.stack([top[:, 0].sum(), top.sum()]).cpu()
-            right[name] = right.get(name, torch.zeros_like(counts)) + counts
-    total = sum(weights[name] * losses[name] for name in right)
+    counter = HeadCounter(model, torch.from_numpy(images.targets))
+    for batch, _ in load_batches(dataset, batches, recipe.workers, device):
+        counter(normalize(batch))
+    shares = loss_shares(weights, {name: losses[name] for name in counter.right})
     return {
-        name: HeadError(
-            top1=1 - int(counts[0]) / len(images),
-            top5=1 - int(counts[1]) / len(images),
-            share=weights[name] * losses[name] / total,
-        )
-        for name, counts in right.items()
+        head.name: HeadError(top1=1 - head.top1.share, top5=1 - head.top5.share, share=shares[head.name])
+        for head in counter.accuracies()
     }
 
 

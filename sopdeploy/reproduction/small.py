@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from sopdeploy.backbones.alexnet import AlexNetConfig
 from sopdeploy.backbones.resnet import ResNetConfig
 from sopdeploy.backbones.vgg import VGGConfig
 from sopdeploy.data.datasets.folder import FolderConfig
 from sopdeploy.data.datasets.small import open_digits
 from sopdeploy.data.sources import open_data
+from sopdeploy.errors import DataError
 from sopdeploy.files import PARTIAL
 from sopdeploy.models.registry import entry, make_config
 from sopdeploy.reproduction.tables import DataSet
@@ -96,11 +98,14 @@ def small_data(out: Path, data: Path | None) -> Path:
 def write_small_images(source: Path | None, folder: Path) -> None:
     """Write a few images of each class of *source*, by default the bundled digits, to *folder*.
 
-    A complete folder is used again. Raises `DataError` if *source* cannot be read.
+    A complete folder is used again. Raises `DataError` if *source* cannot be read or an image may have
+    several classes.
     """
     if folder.exists():
         return
     split = open_digits() if source is None else open_data(FolderConfig(kind="folder", path=source))
+    if split.train.targets.ndim == 2:
+        raise DataError(f"{source}: lists several classes per image; give a folder with one class each")
     partial = folder.with_name(folder.name + PARTIAL)
     for part, images in (("train", split.train), ("val", split.held_out)):
         for target, label in enumerate(images.labels):
@@ -133,6 +138,8 @@ def small_network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
         stages = {224: 4, 32: 3}[entry(name).image_size]
         if "end_tap" not in values:
             config["aux_widths"] = [CHANNELS] * stages
+    if isinstance(full, AlexNetConfig):
+        config["classifier"] = "linear"
     if pooling is not None and pooling["kind"] != "gap":
         config["pooling"] = pooling
     return name, config
