@@ -85,7 +85,7 @@ def _error_figures(row: RowResult) -> tuple[str, ...]:
 
 def _head_figures(row: RowResult, name: str) -> tuple[str, ...]:
     """Return printed and measured errors of the branch *name*, in the mean over seeds."""
-    printed = row.printed.heads.get(name)
+    printed = row.printed.heads.get(name.partition("_")[0])  # a branch is named after its stage and block
     measured = [run.heads[name] for run in row.runs]
     top1, top5 = (
         100 * sum(getattr(head, key) for head in measured) / len(measured) for key in ("top1", "top5")

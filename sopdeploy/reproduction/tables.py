@@ -41,10 +41,10 @@ DATA_SETS = {
 class PrintedRow(StrictModel):
     """One line of a table: what is printed, and how it is trained.
 
-    Errors (`top1`, `top5`) are percentages; `heads` has those of each branch by tap. `params` and `gflops`
-    are those of the deployed network in millions and billions, `train_params` and `train_gflops` those in
-    training; with `times` they are multiples of ResNet-50's. `dim` is the length of the vector that is
-    classified. None stands for a figure that is not printed.
+    Errors (`top1`, `top5`) are percentages; `heads` has those of the branch of each stage. `params` and
+    `gflops` are those of the deployed network in millions and billions, `train_params` and `train_gflops`
+    those in training; with `times` they are multiples of ResNet-50's. `dim` is the length of the vector that
+    is classified. None stands for a figure that is not printed.
 
     `set` are changes to the table's recipe, as for `sopdeploy train --set`; `counted` changes the network for
     the comparison of counts only; `small` are further changes at the small scale. `needs` maps a key of the

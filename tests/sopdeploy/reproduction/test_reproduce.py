@@ -29,7 +29,14 @@ TINY = PrintedTable(
     figures=("heads", "spectra", "mapping"),
     rows=(
         PrintedRow(id="plain", name="Plain", set=("model.name=resnet20",), top1=12.34),
-        PrintedRow(id="dsop", name="With DSoP", needs={"start.weights": "plain"}, top1=11.98, top5=0.5),
+        PrintedRow(
+            id="dsop",
+            name="With DSoP",
+            needs={"start.weights": "plain"},
+            top1=11.98,
+            top5=0.5,
+            heads={"layer2": (45.67, 8.9)},
+        ),
         PrintedRow(id="other", name="Other", cited=True, top1=10.5, params=2.0),
     ),
 )
@@ -80,6 +87,7 @@ def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(
     assert "Other (cited) 10.50 cited: no network of the catalog" in text
     branches = resumed.rows[1].runs[0].heads
     assert set(branches) == {"main", "layer1_0", "layer2_0", "layer3_0"}
+    assert re.search(r"With DSoP, layer2_0 45\.67 \d+\.\d\d 8\.90 \d+\.\d\d ", text)
     assert sum(head.share for head in branches.values()) == pytest.approx(1)
     assert json.loads((resumed.page.parent / "result.json").read_text()) == resumed.summary()
 
