@@ -143,4 +143,4 @@ def test_every_call_of_cuda_fits_the_signature_of_the_release(release: str) -> N
 def test_onnxruntime_has_what_only_the_gpu_path_calls() -> None:
     inspect.signature(onnxruntime.preload_dlls).bind()
     providers = [("CUDAExecutionProvider", {"use_tf32": "0"})]
-    inspect.signature(onnxruntime.InferenceSession).bind("path", None, providers=providers)
+    inspect.signature(onnxruntime.InferenceSession).bind("path", None, providers=providers, enable_fallback=0)
