@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
 from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.mixture.components import Components, make_components
+from sopdeploy.layers.mixture.components import Components, Convolutions, make_components
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy_export.rewrites.apply import apply_formulas, apply_rules, record_activations
@@ -84,7 +84,7 @@ def mixture(chosen: int, *, channels: int = 256) -> tuple[Components, Callable[[
     """Create 16 experts, and a function that creates 8x8 feature maps and weights with *chosen* non-zeros."""
     torch.manual_seed(0)
     experts, _ = make_components(
-        "sop", channels, (256, 128), components=16, counted=chosen, root=NewtonSchulzConfig()
+        "sop", channels, Convolutions((256, 128)), components=16, counted=chosen, root=NewtonSchulzConfig()
     )
     make_maps = features(channels, 8, 8)
 

@@ -13,7 +13,7 @@ from gain.networks import TextureNet, TextureNetConfig
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.cifar_resnet import SmallResNet, SmallResNetConfig
 from sopdeploy.config import StrictModel
-from sopdeploy.layers.mixture.components import FusionHead, make_components
+from sopdeploy.layers.mixture.components import Convolutions, FusionHead, make_components
 from sopdeploy.layers.mixture.gate import GateNoise, SparseGate, balance_loss, keep_largest
 from sopdeploy.models.base import Classifier, TrainingOutput
 from sopdeploy.models.gmsop import GMSOPConfig, make_gate
@@ -68,10 +68,10 @@ class Gated(Classifier):
         del self.pooling, self.fc
         as_paper = GMSOPConfig(
             component=mixing.gate_kind, components=max(2, mixing.components), gate_widths=mixing.gate_widths,
-            chosen=mixing.chosen,
+            gate_norm=True, chosen=mixing.chosen,
         )  # fmt: skip
         self.mixture, length = make_components(
-            "sop", channels, mixing.widths, components=mixing.components, counted=mixing.chosen,
+            "sop", channels, Convolutions(mixing.widths), components=mixing.components, counted=mixing.chosen,
             root=as_paper.newton_schulz(),
         )  # fmt: skip
         if mixing.expert_norm:

@@ -93,11 +93,16 @@ def _gate_config(file: WeightFile) -> dict[str, Any]:
     dropouts = [layer.name for layer in file.layers if layer.kind == "DropOut"]
     gate_layers = sum(name.startswith("gating") and name[6:-2].isdigit() for name in file.tensors)
     component = [name for letter in LETTERS if (name := f"CM_1_{letter}_f") in file.tensors]
+    norm = "CM_1_a_bn_w" in file.tensors
     return {
         "components": int(layer_number(file, "gating", "CM_num", integer=True)),
         "chosen": int(layer_number(file, "gating", "topk", integer=True)),
         "component_widths": [len(conv_kernel(file, name)) for name in component],
+        "component_bias": "CM_1_a_b" in file.tensors,
+        "component_norm": norm,
+        "evaluation": "dense" if norm else "routed",
         "gate_widths": [len(conv_kernel(file, f"gating{layer}_f")) for layer in range(1, gate_layers + 1)],
+        "gate_norm": "gating1_bn_w" in file.tensors,
         "dropout": layer_number(file, dropouts[0], "rate") if dropouts else 0.0,
         "balance_weight": layer_number(file, "Balance_loss", "loss_weight"),
         "noise_per": "image",
@@ -133,8 +138,10 @@ def _conv_bn(file: WeightFile, source: str, name: str, norm: str) -> Iterator[Ma
 def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> Iterator[MappedTensor]:
     """Map the gate and the components; convolutions of all components are stacked."""
     for layer in range(len(config["gate_widths"])):
-        name = f"gate.feature.{layer}"
-        yield from _conv_bn(file, f"gating{layer + 1}", f"{name}.0", f"{name}.1")
+        source, name = f"gating{layer + 1}", f"gate.feature.{layer}"
+        yield MappedTensor(f"{name}.0.weight", (f"{source}_f",), conv_kernel(file, f"{source}_f"), TRANSPOSED)
+        if config["gate_norm"]:
+            yield from batch_norm(file, f"{source}_bn", f"{name}.1")
     order = row_wise_order(config["gate_widths"][-1]) if second_order else None
     for source, name in (("gating_w", "gate.weight"), ("gating_noise_w", "gate.noise.weight")):
         weight = file.tensor(source)
@@ -152,3 +159,19 @@ def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> Itera
         if len({matrix.shape for matrix in matrices}) != 1:
             raise WeightsError(f"{file.path}: {names[0]} has another size in other components")
         yield MappedTensor(f"mixture.weights.{step}", names, torch.stack(matrices), f"{TRANSPOSED}, stacked")
+        sources = [name.removesuffix("_f") for name in names]
+        rows: list[tuple[MappedTensor, ...]] = []
+        if config["component_bias"]:
+            bias = f"mixture.biases.{step}"
+            rows.append(
+                tuple(
+                    MappedTensor(bias, (f"{source}_b",), file.tensor(f"{source}_b").reshape(-1))
+                    for source in sources
+                )
+            )
+        if config["component_norm"]:
+            norm = f"mixture.norms.{step}"
+            rows += zip(*(batch_norm(file, f"{source}_bn", norm) for source in sources), strict=True)
+        for row in rows:
+            of = tuple(name for part in row for name in part.sources)
+            yield MappedTensor(row[0].name, of, torch.cat([part.tensor for part in row]), "joined")

@@ -27,7 +27,8 @@ class ExportHints:
             - `centering`: `reduction`, and `switches` on a position-wise attention
             - `row_convolution`: `row_bn`, `row_conv`, `conv`, `activation`
             - `position_resampling`: `switches`
-            - `mixture_routing`: `components`, `counted`, `before`, `weights`, `after`, `rectified`
+            - `mixture_routing`: `components`, `counted`, `before`, `weights`, `biases`, `norms`, `after`,
+              `rectified`
             - `fold_fusion_norm`: `bn`, `dropout`, `fc`
         reference_formula: Name of the paper's formula that replaces the layer when the rewrite rules are
             turned off: `newton_schulz`, `channel_covariance` or `row_convolution`.

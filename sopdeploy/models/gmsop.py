@@ -8,12 +8,18 @@ The inference model is `GatedResNet`; `GMSOP` adds the training-only parts, the 
 the balance loss (Eq. 4). Multiply-adds count K of N components and not the gate's Wg f.
 
 Where paper and released code differ the default is the paper's: 5 Newton-Schulz iterations (code 3), the
-map of conv5_x halved (code, with second order: not), dropout 0.2 (code 0.4 for GM-SOP on WRN). The
-paper's prediction layers "share the architecture" of a component; the 2.3M parameters of GM-GAP on
-ResNet-18 match that as well as the code's 256, 128, which are used here. No construction reaches README's
-15.7M for GM-SOP on WRN-36-2: the released code builds 17.8M.
+map of conv5_x halved (code, with second order: not), dropout 0.2 (code 0.4 for GM-SOP on WRN), noise per
+component (code: per image). The gate's prediction layers "share the same architecture" with the components
+(section 2.3), which have no batch norm; the code's have one, and 256, 128 channels for GM-GAP on ResNet-18
+(`RELEASED_GATE`). Both give the parameters that Table 3 prints, 2.3M, 8.7M and 11.9M, so the text decides.
+No construction reaches README's 15.7M for GM-SOP on WRN-36-2: the released code builds 17.8M.
+
+The experts of the one-layer SG-MoE are "fully-connected layers" of 128 x 512 (section 3.3), so they have
+biases. Assumption, because the paper is silent: its sum is classified directly, without the batch norm and
+dropout that section 2.3 adds to GM-SOP; with or without them the parameters are the printed 2.3M.
 """
 
+from collections.abc import Collection
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -22,7 +28,7 @@ from torch import Tensor, nn
 
 from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig, initialize_by_fan_in
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.mixture.components import FusionHead, Kind, make_components, pooling
+from sopdeploy.layers.mixture.components import Convolutions, FusionHead, Kind, make_components, pooling
 from sopdeploy.layers.mixture.gate import GateNoise, NoisePer, SparseGate, balance_loss, keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.residual import dimension_reduction
@@ -34,13 +40,16 @@ Width = Annotated[int, pydantic.Field(ge=1)]
 class GMSOPConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     """The mixture evaluates `chosen` of `components` poolings per image (the paper's K and N).
 
-    `component_widths` are a component's 1x1 convolutions, `gate_widths` the gate's prediction layers.
-    `component_activation` follows each convolution of a component: ReLU as in the released code, or "none"
-    for the linear form of Eq. (6). `fusion_norm` is the batch norm of the mixed vector (section 2.3).
-    `noise_per` selects how the gate's gamma is drawn: per image, as in Eq. (2) and the released code, or per
-    component of an image, as in SG-MoE. `balance_weight` is alpha. `evaluation` selects how a training batch
-    is computed: "routed" evaluates each component on its images only, "dense" all components on all images;
-    the results are equal. Eval mode is dense: no shape depends on the data.
+    `component_widths` are a component's 1x1 convolutions. `component_activation` follows each of them: ReLU
+    as in the released code, or "none" for the linear form of Eq. (6). `component_bias` and `component_norm`
+    add a bias and a batch norm to them; the latter needs `evaluation="dense"`.
+    `gate_widths` are the gate's prediction layers; `None` selects the architecture of a component, as in
+    section 2.3. `gate_norm` adds a batch norm and a ReLU to each, as in the released code.
+    `fusion_norm` is the batch norm of the mixed vector (section 2.3). `noise_per` selects how the gate's
+    gamma is drawn: per component of an image, as in SG-MoE, or per image, as in the released code.
+    `balance_weight` is alpha. `evaluation` selects how a training batch is computed: "routed" evaluates each
+    component on its images only, "dense" all components on all images; the results are equal. Eval mode is
+    dense: no shape depends on the data.
     """
 
     component: Kind = "sop"
@@ -48,10 +57,13 @@ class GMSOPConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     chosen: Annotated[int, pydantic.Field(ge=1)] = 8
     component_widths: tuple[Width, ...] = pydantic.Field(default=(256, 128), min_length=1)
     component_activation: Literal["relu", "none"] = "relu"
-    gate_widths: tuple[Width, ...] = (256, 128)
+    component_bias: bool = False
+    component_norm: bool = False
+    gate_widths: tuple[Width, ...] | None = None
+    gate_norm: bool = False
     fusion_norm: bool = True
     dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.2
-    noise_per: NoisePer = "image"
+    noise_per: NoisePer = "component"
     balance_weight: Annotated[float, pydantic.Field(ge=0)] = 100.0
     evaluation: Literal["routed", "dense"] = "routed"
 
@@ -59,6 +71,8 @@ class GMSOPConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     def _chosen_among_components(self) -> "GMSOPConfig":
         if self.chosen > self.components:
             raise ValueError(f"chosen ({self.chosen}) is more than components ({self.components})")
+        if self.component_norm and self.evaluation == "routed":
+            raise ValueError("component_norm: needs evaluation=dense; its statistics are those of all images")
         return self
 
 
@@ -74,11 +88,15 @@ class GatedResNet(LowResolutionResNet):
         self.mixture, length = make_components(
             config.component,
             self.channels,
-            config.component_widths,
+            Convolutions(
+                config.component_widths,
+                rectified=config.component_activation == "relu",
+                bias=config.component_bias,
+                norm=config.component_norm,
+            ),
             components=config.components,
             counted=config.chosen,
             root=config.newton_schulz(),
-            rectified=config.component_activation == "relu",
         )
         self.head = FusionHead(length, num_classes, norm=config.fusion_norm, dropout=config.dropout)
 
@@ -112,6 +130,16 @@ class GMSOP(Classifier, GatedResNet):
         self.gate.add_module("noise", GateNoise(features, config.components, config.noise_per))
         self.step_load: Tensor | None = None
 
+    @classmethod
+    def absent_options(cls, tensors: Collection[str]) -> dict[str, Any]:
+        """Return which batch norms and biases a checkpoint has; older ones have the released gate."""
+        return {
+            "component_bias": "mixture.biases.0" in tensors,
+            "component_norm": "mixture.norms.0.weight" in tensors,
+            "gate_norm": "gate.feature.0.1.weight" in tensors,
+            "fusion_norm": "head.bn.weight" in tensors,
+        }
+
     def forward(self, images: Tensor) -> Any:
         """Compute (B, classes) logits in eval mode, a `TrainingOutput` in train mode.
 
@@ -141,8 +169,12 @@ class GMSOP(Classifier, GatedResNet):
 
 def make_gate(config: GMSOPConfig, channels: int) -> SparseGate:
     """Build the gate: prediction layers, the components' kind of pooling, Wg, top K."""
-    widths = (channels, *config.gate_widths)
+    chosen_widths = config.component_widths if config.gate_widths is None else config.gate_widths
+    widths = (channels, *chosen_widths)
     layers = [dimension_reduction(*pair) for pair in pairwise(widths)]
+    if not config.gate_norm:
+        rectified = config.component_activation == "relu"
+        layers = [nn.Sequential(layer[0], *[layer[2]][:rectified]) for layer in layers]
     pool, length = pooling(config.component, widths[-1], config.newton_schulz())
     gate = SparseGate(nn.Sequential(*layers, pool), length, config.components, config.chosen)
     initialize_by_fan_in(gate)
@@ -151,10 +183,16 @@ def make_gate(config: GMSOPConfig, channels: int) -> SparseGate:
 
 WRN_36_2: dict[str, Any] = {"blocks_per_stage": 4, "widen": 2, "project_first_stage": True}
 GAP: dict[str, Any] = {"component": "gap", "component_widths": (512,)}
-WRN_SOP: dict[str, Any] = {**WRN_36_2, "component_widths": (512, 128), "gate_widths": (512, 128)}
-WRN_GAP: dict[str, Any] = {**WRN_36_2, **GAP, "gate_widths": (512,)}
-
-SGMOE: dict[str, Any] = {"component": "linear", "component_widths": (512,), "gate_widths": ()}
+WRN_SOP: dict[str, Any] = {**WRN_36_2, "component_widths": (512, 128)}
+SGMOE: dict[str, Any] = {
+    "component": "linear",
+    "component_widths": (512,),
+    "component_bias": True,
+    "gate_widths": (),
+    "fusion_norm": False,
+    "dropout": 0.0,
+}
+RELEASED_GATE: dict[str, Any] = {"gate_widths": (256, 128), "gate_norm": True}  # of all but WRN
 
 ENTRIES = {
     name: Entry(GMSOP, GMSOPConfig, defaults, f"{title} for 64-pixel images", image_size=64)
@@ -163,7 +201,7 @@ ENTRIES = {
         ("gmsop-16-8-resnet50", "GM-SOP (8 of 16 poolings) on ResNet-50", {"blocks_per_stage": 6}),
         ("gmsop-16-8-wrn36-2", "GM-SOP (8 of 16 poolings) on WRN-36-2", WRN_SOP),
         ("gmgap-16-8-resnet18", "GM-GAP (8 of 16 poolings) on ResNet-18", GAP),
-        ("gmgap-16-8-wrn36-2", "GM-GAP (8 of 16 poolings) on WRN-36-2", WRN_GAP),
+        ("gmgap-16-8-wrn36-2", "GM-GAP (8 of 16 poolings) on WRN-36-2", {**WRN_36_2, **GAP}),
         ("sgmoe-16-8-resnet18", "one-layer SG-MoE on ResNet-18", SGMOE),
     )
 }

@@ -16,7 +16,7 @@ import pydantic
 from torch import Tensor
 
 from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig
-from sopdeploy.layers.mixture.components import FusionHead, make_components
+from sopdeploy.layers.mixture.components import Convolutions, FusionHead, make_components
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.codebook import GMSOPNetVLAD
 from sopdeploy.models.base import Classifier, Entry
@@ -54,7 +54,7 @@ class AveragedResNet(Classifier, LowResolutionResNet):
         self.mixture, length = make_components(
             config.component,
             self.channels,
-            config.component_widths,
+            Convolutions(config.component_widths),
             components=config.components,
             counted=config.components,
             root=config.newton_schulz(),

@@ -11,11 +11,15 @@ from sopdeploy.models.registry import create_model, make_config
 from tests.sopdeploy.training.small_recipes import few_blocks
 
 GSOP: dict[str, Any] = {"blocks": 2, "cov_width": 32}
+GATED: dict[str, Any] = {"blocks_per_stage": 1, "components": 4, "chosen": 2, "component_widths": (6,)}
+BEFORE_GATE_NORM = {"gate_norm": False, "component_bias": False, "component_norm": False}
 OLDER = [
     # name, side, options of the network, options that files did not have
     ("gsop-net1-preact-resnet29", 16, GSOP, {"channel_norm": False, "position_norm": False}),
     ("gsop-net1-preact-resnet29", 16, {**GSOP, "attention": "position"}, {"position_norm": False}),
     ("dsop-efficientnet-b0", 32, {"iterations": 2}, {"end_tap": "blocks.6"}),
+    ("gmgap-16-8-resnet18", 8, {**GATED, "gate_widths": (8, 6)}, {**BEFORE_GATE_NORM, "gate_norm": True}),
+    ("sgmoe-16-8-resnet18", 8, {**GATED, "fusion_norm": True}, BEFORE_GATE_NORM),
 ]
 
 

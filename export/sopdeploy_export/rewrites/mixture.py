@@ -17,6 +17,7 @@ from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture.components import Components
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy_export.rewrites.context import Build, RewriteContext
+from sopdeploy_export.rewrites.linear import affine
 from sopdeploy_export.rewrites.newton_schulz import check_triangle, iterate, report_root, start
 
 NAME = "K of N experts"
@@ -33,7 +34,11 @@ class Experts(nn.Module, ExportHints):
         super().__init__()
         self.count, self.chosen = bank.components, chosen
         self.before, self.rectified = bank.before, bank.rectified
-        self.banks = nn.ParameterList(w.detach().transpose(1, 2).contiguous() for w in bank.weights)
+        weights, self.shifts = list(bank.weights), nn.ParameterList()
+        for step, weight_Noi in enumerate(weights if len(bank.biases) or len(bank.norms) else []):
+            weights[step], shift_No = folded(bank, step)
+            self.shifts.append(shift_No.reshape(weight_Noi.shape[:2]))
+        self.banks = nn.ParameterList(w.detach().transpose(1, 2).contiguous() for w in weights)
         self.config: NewtonSchulzConfig | None = None
         if isinstance(bank.after, ISqrtCov):
             self.config = bank.after.config
@@ -68,14 +73,26 @@ class Experts(nn.Module, ExportHints):
         x_BMC = self.before(features_BCHW).flatten(start_dim=2).transpose(1, 2)
         return self.evaluate(x_BMC, weights_BN)
 
-    def _rectify(self, x: Tensor) -> Tensor:
-        return x.relu() if self.rectified else x
-
     def _project_all(self, x_BMC: Tensor) -> Tensor:
         x = x_BMC.unsqueeze(1)
-        for bank_Nio in self.banks:
-            x = self._rectify(x @ bank_Nio)
+        for step, bank_Nio in enumerate(self.banks):
+            x = x @ bank_Nio
+            if len(self.shifts):
+                x = x + self.shifts[step].unsqueeze(1)
+            x = x.relu() if self.rectified else x
         return x
+
+
+def folded(bank: Components, step: int) -> tuple[Tensor, Tensor]:
+    """Fold the batch norm after convolution *step* into weights (N, out, in) and biases (N out)."""
+    weight_Noi = bank.weights[step].detach()
+    shift = bank.biases[step].detach() if len(bank.biases) else weight_Noi.new_zeros(weight_Noi.shape[:2])
+    shift = shift.flatten()
+    if len(bank.norms):
+        scale, offset = affine(bank.norms[step])
+        weight_Noi = (weight_Noi.double() * scale.reshape(*weight_Noi.shape[:2], 1)).to(weight_Noi.dtype)
+        shift = (shift.double() * scale + offset).to(weight_Noi.dtype)
+    return weight_Noi, shift
 
 
 def _summed_roots(maps_BKMd: Tensor, weights_BK: Tensor, config: NewtonSchulzConfig) -> Tensor:
@@ -103,9 +120,13 @@ class GatheredWeights(Experts):
         """Compute the maps (B, K, M, d) and weights (B, K)."""
         weights_BK, experts_BK = weights_BN.topk(self.chosen, dim=1)
         x = x_BMC.unsqueeze(1)
-        for bank_Nio in self.banks:
+        for step, bank_Nio in enumerate(self.banks):
             own = bank_Nio.index_select(0, experts_BK.flatten())
-            x = self._rectify(x @ own.reshape(-1, self.chosen, *bank_Nio.shape[1:]))
+            x = x @ own.reshape(-1, self.chosen, *bank_Nio.shape[1:])
+            if len(self.shifts):
+                shifts = self.shifts[step].index_select(0, experts_BK.flatten())
+                x = x + shifts.reshape(-1, self.chosen, 1, shifts.shape[1])
+            x = x.relu() if self.rectified else x
         return x, weights_BK
 
 

@@ -6,13 +6,14 @@ Letters: B images, C channels, H height, W width, N components, D length of a po
 Parametric SR-SOP is two 1x1 convolutions on the channels, then SR-SOP. Eq. (6) writes it without centering;
 the paper's text and the released code run centered SR-SOP (Eq. 5) after the convolutions. The released code
 has a ReLU after each and neither bias nor batch norm; without it a component is linear in X, as in Eq. (6).
+The ReLU is the default, because Table 3 distinguishes GM-GAP from a mixture of linear experts (SG-MoE).
 
 All weights of a step are one (N, out, in) tensor. So every parameter has a gradient in every step, zero for a
 component that no image selected, which data-parallel training needs.
 """
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,22 @@ from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 Kind = Literal["gap", "sop", "linear"]
 
 
+class Convolutions(NamedTuple):
+    """The 1x1 convolutions of a component: output channels, and what each of them has.
+
+    A batch norm's statistics are those of all images, so components with one cannot be routed in training.
+    """
+
+    widths: tuple[int, ...]
+    rectified: bool = True
+    bias: bool = False
+    norm: bool = False
+
+
 class Components(nn.Module, ExportHints):
     """Map (B, C, H, W) features to every component's vector (B, N, D), or with weights (B, N) to their sum.
 
-    A component is `before`, its own chain of 1x1 convolutions to *widths*, `after`; see `make_components`.
+    A component is `before`, its own chain of 1x1 convolutions, `after`; see `make_components`.
     *counted* is the number of components that a routed mixture evaluates per image; `macs` counts these.
     """
 
@@ -38,21 +51,24 @@ class Components(nn.Module, ExportHints):
     def __init__(
         self,
         channels: int,
-        widths: tuple[int, ...],
+        convolutions: Convolutions,
         *,
         components: int,
         counted: int,
         before: nn.Module,
         after: nn.Module,
-        rectified: bool,
     ) -> None:
         super().__init__()
-        self.components, self.counted, self.rectified = components, counted, rectified
+        self.components, self.counted, self.rectified = components, counted, convolutions.rectified
+        widths = convolutions.widths
         inputs = (channels, *widths)[: len(widths)]
         self.weights = nn.ParameterList(
             torch.randn(components, width, fan_in) * math.sqrt(2.0 / fan_in)
             for width, fan_in in zip(widths, inputs, strict=True)
         )
+        sizes = [components * width for width in widths]
+        self.biases = nn.ParameterList(torch.zeros(size) for size in sizes if convolutions.bias)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(size) for size in sizes if convolutions.norm)
         self.before, self.after = before, after
 
     def forward(self, features_BCHW: Tensor, weights_BN: Tensor | None = None) -> Tensor:
@@ -63,32 +79,40 @@ class Components(nn.Module, ExportHints):
         x = self.before(features_BCHW)
         for step, weight_Noi in enumerate(self.weights):
             groups = 1 if step == 0 else self.components
-            x = self._convolve(x, weight_Noi.flatten(end_dim=1), groups)
+            bias = self.biases[step] if len(self.biases) else None
+            x = self._convolve(x, weight_Noi.flatten(end_dim=1), bias, groups)
+            if len(self.norms):
+                x = self.norms[step](x)
+            x = F.relu(x) if self.rectified else x
         grouped = x.unflatten(1, (self.components, -1)).flatten(end_dim=1)
         pooled_BND: Tensor = self.after(grouped).unflatten(0, (-1, self.components))
         return pooled_BND if weights_BN is None else (pooled_BND * weights_BN.unsqueeze(2)).sum(dim=1)
 
     def routed_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
-        """Compute the (B, D) weighted sum, evaluating each component only on the images that selected it."""
+        """Compute the (B, D) weighted sum, evaluating each component only on the images that selected it.
+
+        The components must have no batch norm.
+        """
         x_BCHW = self.before(features_BCHW)
         chains = list(zip(*(weight.unbind() for weight in self.weights), strict=True))
+        biases = list(zip(*(bias.chunk(self.components) for bias in self.biases), strict=True))
         parts, owners = [], []
         for component, chain in enumerate(chains):
             images = weights_BN[:, component].nonzero().squeeze(1)
             if len(images) == 0:
                 continue
             x = x_BCHW[images]
-            for weight_oi in chain:
-                x = self._convolve(x, weight_oi, 1)
+            for step, weight_oi in enumerate(chain):
+                x = self._convolve(x, weight_oi, biases[component][step] if biases else None, 1)
+                x = F.relu(x) if self.rectified else x
             parts.append(self.after(x) * weights_BN[images, component].unsqueeze(1))
             owners.append(images)
         pairs_PD = torch.cat(parts)
         total_BD = pairs_PD.new_zeros(len(weights_BN), pairs_PD.shape[1])
         return total_BD.index_add(0, torch.cat(owners), pairs_PD)
 
-    def _convolve(self, x: Tensor, weight_oi: Tensor, groups: int) -> Tensor:
-        x = F.conv2d(x, weight_oi.unsqueeze(2).unsqueeze(3), groups=groups)
-        return F.relu(x) if self.rectified else x
+    def _convolve(self, x: Tensor, weight_oi: Tensor, bias_o: Tensor | None, groups: int) -> Tensor:
+        return F.conv2d(x, weight_oi.unsqueeze(2).unsqueeze(3), bias_o, groups=groups)
 
     def macs(self, features: torch.Size) -> int:
         """Count the multiply-adds per image of `counted` components, for a (B, C, H, W) feature map."""
@@ -100,28 +124,25 @@ class Components(nn.Module, ExportHints):
 def make_components(
     kind: Kind,
     channels: int,
-    widths: tuple[int, ...],
+    convolutions: Convolutions,
     *,
     components: int,
     counted: int,
     root: NewtonSchulzConfig,
-    rectified: bool = True,
 ) -> tuple[Components, int]:
     """Build components of *kind*; return them and D.
 
     "gap" is convolutions, ReLU, global average; "sop" parametric SR-SOP with the configuration *root*;
-    "linear" a linear map of the averaged features, the expert of a one-layer SG-MoE. Without *rectified* no
-    ReLU follows a convolution, as in Eq. (6).
+    "linear" a linear map of the averaged features, the expert of a one-layer SG-MoE.
     """
-    after, length = pooling(kind, (channels, *widths)[-1], root)
+    after, length = pooling(kind, (channels, *convolutions.widths)[-1], root)
     bank = Components(
         channels,
-        widths,
+        convolutions._replace(rectified=False) if kind == "linear" else convolutions,
         components=components,
         counted=counted,
         before=nn.AdaptiveAvgPool2d(1) if kind == "linear" else nn.Identity(),
         after=after,
-        rectified=rectified and kind != "linear",
     )
     return bank, length
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sopdeploy.errors import ParityError
 from sopdeploy.layers import newton_schulz
 from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.mixture.components import make_components
+from sopdeploy.layers.mixture.components import Convolutions, make_components
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy_export.graph import Deployed
@@ -78,7 +78,7 @@ def test_every_correct_form_satisfies_the_invariants(case: str, form: Callable) 
 def test_the_root_of_every_expert_is_measured(form: str, stored: str) -> None:
     torch.manual_seed(0)
     bank, _ = make_components(
-        "sop", 10, (9, 7), components=6, counted=2, root=NewtonSchulzConfig(iterations=3)
+        "sop", 10, Convolutions((9, 7)), components=6, counted=2, root=NewtonSchulzConfig(iterations=3)
     )
     bank.after.config = bank.after.config.model_copy(update={"stored": stored})
     weights = keep_largest(torch.randn(3, 6), 2)

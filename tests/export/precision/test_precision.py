@@ -14,7 +14,7 @@ from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import ConfigError, LoweringError, ParityError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.mixture.components import make_components
+from sopdeploy.layers.mixture.components import Convolutions, make_components
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy.layers.normalize import Normalize
@@ -263,7 +263,7 @@ def test_autotune_times_float16_forms_with_their_casts(make: Make, preprocess: P
     assert timed(torch.zeros(1, 3, 2, 2)).dtype == torch.float16
     torch.manual_seed(0)
     root = NewtonSchulzConfig(iterations=2)
-    bank, _ = make_components("sop", 6, (5,), components=3, counted=2, root=root)
+    bank, _ = make_components("sop", 6, Convolutions((5,)), components=3, counted=2, root=root)
     x, weights = torch.rand(2, 6, 3, 3), keep_largest(torch.randn(2, 3), 2)
     session = open_form(options.cast(GatheredWeights(bank.eval(), 2).eval()), (x, weights))
     names = [given.name for given in session.get_inputs()]

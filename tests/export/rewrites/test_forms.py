@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sopdeploy.errors import LoweringError
 from sopdeploy.layers.attention.gsop_attention import Excitation
 from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.mixture.components import Components, FusionHead, make_components
+from sopdeploy.layers.mixture.components import Components, Convolutions, FusionHead, make_components
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, newton_schulz
 from sopdeploy_export.rewrites.apply import center_by_mean, recognize
@@ -36,7 +36,7 @@ def maps(*shape: int) -> Tensor:
 def bank(kind: str, chosen: int) -> tuple[Components, tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
     root = NewtonSchulzConfig(iterations=3)
-    made, _ = make_components(kind, 10, (9, 7), components=6, counted=chosen, root=root)
+    made, _ = make_components(kind, 10, Convolutions((9, 7)), components=6, counted=chosen, root=root)
     weights = keep_largest(torch.randn(3, 6), chosen)
     return made.eval(), (maps(3, 10, 4, 4), weights)
 

@@ -39,6 +39,10 @@ MIXTURE = {
 }
 NAMES = {
     "gmsop": ("gmsop-16-8-resnet18", MIXTURE),
+    "gmgap": (
+        "gmgap-16-8-resnet18",
+        {**MIXTURE, "component_bias": True, "component_norm": True, "evaluation": "dense"},
+    ),
     "isqrt": ("isqrt-resnet8", {"pooling": {"kind": "isqrt", "width": 8}}),
     "plain": ("resnet8", {}),
 }
@@ -50,6 +54,7 @@ EXPECTED = {
         (newton_schulz.NAME, "gate.feature.2"),
         (linear.FUSION_NORM, "head"),
     },
+    "gmgap": {(mixture.NAME, "mixture"), (linear.FUSION_NORM, "head")},
     "isqrt": {(newton_schulz.NAME, "pooling.root"), (newton_schulz.CENTERING, "pooling.root")},
     "plain": set(),
 }
@@ -59,11 +64,13 @@ def network(make: Make, which: str) -> Classifier:
     name, config = NAMES[which]
     made = make(name, **config)
     for part in made.modules():
-        if isinstance(part, nn.BatchNorm1d):
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.uniform_(part.weight, 0.5, 1.5)
             nn.init.uniform_(part.running_var, 0.5, 1.5)
             nn.init.normal_(part.running_mean, std=0.2)
-    if which == "gmsop":
+    if which.startswith("gm"):
+        for bias in made.get_submodule("mixture").biases:
+            nn.init.normal_(bias)
         nn.init.normal_(made.get_parameter("gate.weight"))
         return detach(made)
     return made

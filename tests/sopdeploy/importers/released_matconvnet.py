@@ -150,7 +150,8 @@ class Run:
         return scaled * self.p[f"{name}_bn_w"] + self.p[f"{name}_bn_b"]
 
     def conv_norm(self, name: str, x: Array) -> Array:
-        return self.norm(name, self.conv(name, x))
+        x = self.conv(name, x)
+        return self.norm(name, x) if f"{name}_bn_w" in self.p else x
 
     def pooled(self, x: Array) -> Array:
         if not self.second:
@@ -179,7 +180,7 @@ class Run:
             c = x
             for name in (f"CM_{component + 1}_a", f"CM_{component + 1}_b"):
                 if f"{name}_f" in self.p:
-                    c = relu(self.conv(name, c))
+                    c = relu(self.conv_norm(name, c))
             vector = vector + weights[component] * self.pooled(c)
         return self.norm("fusion_bn", vector) if "fusion_bn_bn_w" in self.p else vector
 

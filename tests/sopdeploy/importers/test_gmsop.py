@@ -82,6 +82,7 @@ def test_logits_are_equal_in_float64_and_within_float32_noise(
     if released["gated"]:
         dropout = 0.4 if name == "gmsop-16-8-wrn36-2" else 0.2
         expected |= {"chosen": 8, "components": 16, "balance_weight": 100.0, "dropout": dropout}
+        expected |= {"gate_norm": True, "fusion_norm": True, "component_norm": False, "noise_per": "image"}
     assert expected.items() <= report.config.items()
     assert {theirs for row in report.rows for theirs in row.of} == net.params.keys()
     noise = (reference_logits(net, images().float()).double() - exact).abs().max()
@@ -89,15 +90,20 @@ def test_logits_are_equal_in_float64_and_within_float32_noise(
 
 
 @pytest.mark.parametrize("name", ["gmgap-16-8-resnet18", "gmsop-16-8-resnet18"])
-def test_a_mixture_without_fusion_batch_norm_is_imported(tmp_path: Path, name: str) -> None:
+def test_a_mixture_with_other_batch_norms_is_imported(tmp_path: Path, name: str) -> None:
+    """Neither the gate nor the mixed vector has a batch norm, but every convolution of a component."""
     net = random_net(**RELEASED[name])
-    net.params = {key: value for key, value in net.params.items() if not key.startswith("fusion_bn")}
-    net.layers = [layer for layer in net.layers if layer[0] != "fusion_bn_bn"]
+    norms = ("fusion_bn", "gating1_bn", "gating2_bn")
+    net.params = {key: value for key, value in net.params.items() if not key.startswith(norms)}
+    net.layers = [layer for layer in net.layers if not layer[0].startswith(norms)]
+    for kernel in [key for key in net.params if key.startswith("CM_")]:
+        net.norm(kernel.removesuffix("_f"), net.params[kernel].shape[3])
     file = save_v7(tmp_path / "net.mat", net)
     with torch.no_grad():
         exact = reference_logits(net, images())
         torch.testing.assert_close(in_float64(file, name)(images()), exact, rtol=1e-7, atol=1e-7)
-    assert imported(file, name)[1].config["fusion_norm"] is False
+    expected = {"fusion_norm": False, "gate_norm": False, "component_norm": True}
+    assert expected.items() <= imported(file, name)[1].config.items()
 
 
 def test_the_number_of_iterations_is_read_from_the_file(tmp_path: Path) -> None:

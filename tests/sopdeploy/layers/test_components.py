@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.mixture.components import Components, Kind, make_components
+from sopdeploy.layers.mixture.components import Components, Convolutions, Kind, make_components
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 
@@ -14,7 +14,7 @@ KINDS: list[tuple[Kind, tuple[int, ...]]] = [("gap", (7,)), ("sop", (6, 4)), ("l
 def components(kind: Kind, widths: tuple[int, ...], count: int = 4) -> Components:
     torch.manual_seed(0)
     root = NewtonSchulzConfig(iterations=3)
-    return make_components(kind, 5, widths, components=count, counted=2, root=root)[0].double()
+    return make_components(kind, 5, Convolutions(widths), components=count, counted=2, root=root)[0].double()
 
 
 def maps(images: int = 3) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from sopdeploy import create_model, describe
 from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
+from sopdeploy.models.gmsop import RELEASED_GATE
 from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.stats import tally
 
@@ -103,21 +104,26 @@ COUNTS = [
     ("parametric-srsop-resnet18", {}, None, 9_022_728, 152_631_808, 8256),
     ("avegap-16-resnet18", {}, None, 2_262_792, 207_802_368, 512),
     ("avesop-16-resnet18", {}, None, 10_022_280, 215_546_368, 8256),
-    ("gmgap-16-8-resnet18", {}, 2.3, 2_333_192, 178_442_240, 512),
-    ("gmsop-16-8-resnet18", S1, 10.3, 10_352_776, 400_095_744, 8256),
-    ("gmsop-16-8-resnet18", {}, 10.3, 10_352_776, 186_186_240, 8256),
-    ("sgmoe-16-8-resnet18", {}, 2.3, 2_266_888, 141_217_792, 512),
+    ("gmgap-16-8-resnet18", {}, 2.3, 2_344_712, 178_442_240, 512),
+    ("gmgap-16-8-resnet18", RELEASED_GATE, 2.3, 2_333_192, 178_442_240, 512),
+    ("gmsop-16-8-resnet18", S1 | RELEASED_GATE, 10.3, 10_352_776, 400_095_744, 8256),
+    ("gmsop-16-8-resnet18", RELEASED_GATE, 10.3, 10_352_776, 186_186_240, 8256),
+    ("gmsop-16-8-resnet18", {}, 10.3, 10_352_008, 186_186_240, 8256),
+    ("sgmoe-16-8-resnet18", {}, 2.3, 2_274_056, 141_217_792, 512),
+    ("sgmoe-16-8-resnet18", {"component_bias": False, "fusion_norm": True}, 2.3, 2_266_888, 141_217_792, 512),
     ("netvlad-64-resnet18", {}, 8.9, 8_909_640, 148_897_792, 8192),
     ("resnet50-64px", {}, 2.4, 2_399_752, 442_299_392, 128),
     ("resnet50-512d", {}, 2.8, 2_849_288, 446_877_696, 512),
     ("resnet50-8256d", {}, 11.6, 11_584_520, 518_060_544, 8256),
-    ("gmsop-16-8-resnet50", S1, 11.9, 11_923_336, 928_578_048, 8256),
+    ("gmsop-16-8-resnet50", S1 | RELEASED_GATE, 11.9, 11_923_336, 928_578_048, 8256),
+    ("gmsop-16-8-resnet50", S1, 11.9, 11_922_568, 928_578_048, 8256),
     ("wrn36-1", {}, 1.6, 1_614_472, 291_304_448, 128),
     ("wrn36-1", {"project_first_stage": True}, 1.6, 1_614_760, 292_353_024, 128),
     ("wrn36-2", {}, 6.2, 6_184_840, 1_142_876_160, 256),
     ("wrn36-5", {}, 37.6, 37_635_880, 7_054_083_072, 640),
-    ("gmgap-16-8-wrn36-2", {}, 8.7, 8_687_496, 1_218_629_632, 512),
-    ("gmsop-16-8-wrn36-2", {}, None, 17_809_160, 1_264_122_368, 8256),
+    ("gmgap-16-8-wrn36-2", {}, 8.7, 8_686_472, 1_218_629_632, 512),
+    ("gmgap-16-8-wrn36-2", {"gate_norm": True}, 8.7, 8_687_496, 1_218_629_632, 512),
+    ("gmsop-16-8-wrn36-2", {"gate_norm": True}, None, 17_809_160, 1_264_122_368, 8256),
 ]
 
 
@@ -142,7 +148,7 @@ def test_gmsop_counts_are_exact(
 
 @pytest.mark.parametrize(
     ("name", "noise"),
-    [("gmsop-16-8-resnet18", 16 * 8256), ("gmgap-16-8-resnet18", 16 * 128), ("srsop-resnet18", 0)],
+    [("gmsop-16-8-resnet18", 16 * 8256), ("gmgap-16-8-resnet18", 16 * 512), ("srsop-resnet18", 0)],
 )
 def test_the_inference_model_lacks_only_the_noise_weights(name: str, noise: int) -> None:
     found = describe(name)
@@ -151,13 +157,13 @@ def test_the_inference_model_lacks_only_the_noise_weights(name: str, noise: int)
 
 @pytest.mark.parametrize(("components", "chosen"), [(4, 2), (16, 16), (128, 32)])
 def test_macs_count_k_of_n_components(components: int, chosen: int) -> None:
-    found = describe("gmgap-16-8-resnet18", components=components, chosen=chosen)
+    found = describe("gmgap-16-8-resnet18", components=components, chosen=chosen, **RELEASED_GATE)
     one = 128 * 512 * 8 * 8
     assert found.shipped.macs == 178_442_240 + (chosen - 8) * one
     assert found.training.parameters == 2_333_192 + (components - 16) * (128 * 512 + 2 * 128)
 
 
 def test_macs_grow_with_the_image_size() -> None:
-    found = describe("gmsop-16-8-resnet18", image_size=96, num_classes=365)
+    found = describe("gmsop-16-8-resnet18", image_size=96, num_classes=365, **RELEASED_GATE)
     assert found.training.parameters == 10_352_776 - 635 * 8257
     assert found.shipped.macs == (186_186_240 - 8_256_000) * 9 // 4 + 365 * 8256

@@ -35,6 +35,8 @@ def images(count: int = 4, side: int = 16) -> Tensor:
 
 def untied(network: GMSOP) -> GMSOP:
     torch.nn.init.normal_(network.gate.weight)
+    for bias in network.mixture.biases:
+        torch.nn.init.normal_(bias)
     return network
 
 
@@ -71,7 +73,7 @@ def test_routed_and_dense_training_give_the_same_numbers(name: str, noise_per: s
 
 
 def test_one_step_breaks_the_initial_tie() -> None:
-    network = tiny(dropout=0.0)
+    network = tiny(dropout=0.0, noise_per="image")
     output = network(images())
     torch.nn.functional.cross_entropy(output.logits, torch.tensor([0, 1, 2, 3])).backward()
     assert network.gate.weight.grad is not None
@@ -99,6 +101,32 @@ def test_components_without_activation_are_linear_as_in_eq_6() -> None:
     assert not torch.allclose(rectified.mixture(x), network.mixture(x))
 
 
+def test_the_gate_has_the_architecture_of_a_component_or_that_of_the_released_code() -> None:
+    """Section 2.3; the code has batch norm and other widths."""
+    paper = tiny("gmgap-16-8-resnet18", gate_widths=None).gate
+    assert [type(layer) for layer in paper.feature[0]] == [torch.nn.Conv2d, torch.nn.ReLU]
+    assert (paper.feature[0][0].weight.shape[0], paper.weight.shape[1]) == (12, 8)
+    linear = tiny(gate_widths=None, component_activation="none").gate
+    assert [type(layer) for layer in linear.feature[1]] == [torch.nn.Conv2d]
+    released = tiny("gmgap-16-8-resnet18", gate_norm=True).gate
+    expected = [torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.ReLU]
+    assert [type(layer) for layer in released.feature[1]] == expected
+
+
+def test_batch_norms_and_biases_of_components_are_those_of_single_layers() -> None:
+    switches = {"component_norm": True, "component_bias": True, "evaluation": "dense", "dropout": 0.0}
+    network = untied(tiny(**switches)).double()
+    network(images().double())  # moves the running statistics
+    mixture, x = network.eval().mixture, torch.randn(2, 128, 3, 3, dtype=torch.float64)
+    expected = x
+    for step, weight in enumerate(mixture.weights):
+        norm, rows = mixture.norms[step], slice(2 * weight.shape[1], 3 * weight.shape[1])  # component 2
+        y = torch.nn.functional.conv2d(expected, weight[2, :, :, None, None], mixture.biases[step][rows])
+        statistics = (norm.running_mean[rows], norm.running_var[rows])
+        expected = torch.nn.functional.batch_norm(y, *statistics, norm.weight[rows], norm.bias[rows]).relu()
+    torch.testing.assert_close(mixture(x)[:, 2], mixture.after(expected))
+
+
 def test_the_fusion_has_no_batch_norm_on_request() -> None:
     names = tiny(fusion_norm=False).state_dict().keys()
     assert tiny().state_dict().keys() - names == {
@@ -118,6 +146,7 @@ def test_a_black_image_has_finite_logits() -> None:
         ({"component_widths": ()}, "component_widths: "),
         ({"iterations": 16}, "iterations: "),
         ({"alpha": 1}, "alpha: unknown key"),
+        ({"component_norm": True}, "component_norm: needs evaluation=dense"),
     ],
 )
 def test_invalid_values_are_rejected_by_name(values: dict[str, Any], message: str) -> None:
