@@ -2,8 +2,8 @@
 
     python benchmarks/gate_usage.py [--quick] [--json]
 
-Trains GM-GAP with 16 components of which 4 are chosen (as in Figure 2) on 8 x 8 digits with the settings of the
-recipe `imagenet64-gmsop-resnet18` and its alpha of 100, with alpha = 0, and with the gate noise of the
+Trains GM-GAP with 16 components of which 4 are chosen (as in Figure 2) on 8 x 8 digits with the settings of
+the recipe `imagenet64-gmsop-resnet18` and its alpha of 100, with alpha = 0, and with the gate noise of the
 released code. A component is used if at least one of the 359 held-out images selects it. `four busiest` is
 the part of all selections of the training images, with noise, that the four busiest components receive.
 `--quick` uses one seed and few epochs.

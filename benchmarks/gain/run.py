@@ -36,8 +36,8 @@ from sopdeploy.layers.residual import PaddedShortcut
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.dsop_cifar import DSoPSmallResNet, DSoPSmallResNetConfig
 from sopdeploy.models.plain import PlainSmallResNet
-from sopdeploy.training.losses import training_loss
 from sopdeploy.training.schedule import OneCycle
+from sopdeploy.training.step.losses import training_loss
 from sopdeploy_export.detach import detach
 
 CLASSES = 10

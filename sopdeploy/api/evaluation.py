@@ -70,7 +70,7 @@ def evaluate(
     source: str | Path,
     data: str | Path,
     *,
-    tta: Literal["none", "flip", "ten-crop"] = "none",
+    tta: Literal["none", "flip", "ten-crop", "pad-crop"] = "none",
     heads: bool = False,
     runtime: str | None = None,
     model: str | None = None,

@@ -1,15 +1,15 @@
-"""Training augmentation: the crop that replaces the center crop, mirroring, RandAugment and mixup.
+"""Training augmentation: the crop that replaces the center crop, mirroring, colors, RandAugment and mixup.
 
 The result is a uint8 array of the crop size. Random choices depend on (seed, epoch, sample) only. With
 `preprocess.fit` "pad" or "squash", random boxes are drawn in the square that evaluation sees: the padded
 image, or the image with both sides of equal length.
-RandAugment, random erasing, mixup and CutMix are computed by torchvision.
+RandAugment, random erasing, color jitter, mixup and CutMix are computed by torchvision.
 """
 
 import math
 from dataclasses import dataclass
 from random import Random
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
@@ -19,17 +19,24 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from sopdeploy.config import Fraction, NonNegative, Positive, StrictModel
-from sopdeploy.data.base import ImagesDataset, LabeledImages, Target, derive_seed
+from sopdeploy.data.base import ImagesDataset, LabeledImages, PreprocessedDataset, Target, derive_seed
 from sopdeploy.data.image_files import ImageFiles, load_pixels
 from sopdeploy.images.preprocess import (
     RESAMPLING,
+    TTA_PAD,
     Box,
     Preprocess,
     Side,
     resize_box,
     to_rgb,
+    tta_views,
 )
 
+# Principal components of the colors (0 to 1) of ImageNet's training images: columns, and standard deviations
+COLOR_COMPONENTS = np.array(
+    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+)
+COLOR_DEVIATIONS = np.array([0.2175, 0.0188, 0.0045])
 PositiveFraction = Annotated[float, pydantic.Field(gt=0, le=1)]
 
 
@@ -43,12 +50,29 @@ class CenterCrop(StrictModel):
 class PadCrop(StrictModel):
     """Random crop of the center crop after padding it with `pad` black pixels on each side.
 
-    Source: He et al. (CVPR 2016), section 4.2.
+    Source: He et al. (CVPR 2016), section 4.2. The starred rows of GM-SOP's Table 3 add two options. With
+    `doubled`, an epoch has every image and its mirror image. With `held_out`, held-out images are padded and
+    cropped at random, too, as by `sopdeploy eval --tta pad-crop`.
     """
 
     kind: Literal["pad-crop"]
     flip: Fraction = 0.0
     pad: Annotated[int, pydantic.Field(ge=1)] = 4
+    doubled: bool = False
+    held_out: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _check_options(self) -> "PadCrop":
+        if self.doubled and self.flip:
+            raise ValueError("doubled: contains the mirror images; set flip = 0")
+        if self.held_out and self.pad != TTA_PAD:
+            raise ValueError(f"held_out: pads by {TTA_PAD} pixels; set pad = {TTA_PAD}")
+        return self
+
+    @pydantic.model_serializer(mode="wrap")
+    def _omit_unused(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {key: value for key, value in fields.items() if value or key not in {"doubled", "held_out"}}
 
 
 class BoxCrop(StrictModel):
@@ -141,6 +165,38 @@ class RandAugment(StrictModel):
             torch.set_rng_state(before)
 
 
+class ColorJitter(StrictModel):
+    """Random brightness, contrast, saturation and hue, and AlexNet's shift of the color.
+
+    The first three are the largest relative changes, `hue` the largest change as a fraction of the circle, as
+    in torchvision's `ColorJitter`. `lighting` is the standard deviation of the multiples of ImageNet's three
+    principal color components that are added to all pixels (Krizhevsky et al., NIPS 2012, section 4.1: 0.1).
+    """
+
+    brightness: NonNegative = 0.0
+    contrast: NonNegative = 0.0
+    saturation: NonNegative = 0.0
+    hue: Annotated[float, pydantic.Field(ge=0, le=0.5)] = 0.0
+    lighting: NonNegative = 0.0
+
+    def __call__(self, array: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+        """Change the colors of the (H, W, 3) uint8 *array*; depends on *seed* only."""
+        jitter = (self.brightness, self.contrast, self.saturation, self.hue)
+        if any(jitter):
+            before = torch.get_rng_state()
+            try:
+                torch.default_generator.manual_seed(seed)
+                image = torch.from_numpy(array.copy()).permute(2, 0, 1)
+                array = v2.ColorJitter(*jitter)(image).permute(1, 2, 0).contiguous().numpy()
+            finally:
+                torch.set_rng_state(before)
+        if self.lighting:
+            multiples = np.random.default_rng(seed).normal(0.0, self.lighting, 3) * COLOR_DEVIATIONS
+            shifted = np.rint(array + 255 * (COLOR_COMPONENTS @ multiples))
+            array = np.clip(shifted, 0, 255).astype(np.uint8)
+        return array
+
+
 class Mixup(StrictModel):
     """Mixup and CutMix; `mixup` and `cutmix` are the alphas of their Beta distributions, 0 disables one.
 
@@ -167,14 +223,15 @@ class Mixup(StrictModel):
         return mixed
 
 
-NO_RAND_AUGMENT = RandAugment()
+NO_RAND_AUGMENT, NO_COLOR_JITTER = RandAugment(), ColorJitter()
 
 
 @dataclass(frozen=True, slots=True)
 class AugmentedDataset(ImagesDataset):
     """Augmented images of one epoch.
 
-    Repeated uses of a sample have the indices `sample + copy * len(self)` and are augmented differently.
+    Repeated uses of a sample have the indices `sample + copy * len(self)` and are augmented differently. If
+    the images are doubled, every second copy is mirrored.
     """
 
     augmentation: Augmentation
@@ -182,9 +239,10 @@ class AugmentedDataset(ImagesDataset):
     seed: int
     epoch: int
     rand_augment: RandAugment = NO_RAND_AUGMENT
+    color: ColorJitter = NO_COLOR_JITTER
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
-        sample = index % len(self.images)
+        copy, sample = divmod(index, len(self.images))
         random = Random(derive_seed(self.seed, "augment", self.epoch, index))  # noqa: S311
         rules, augmentation = self.preprocess, self.augmentation
         if isinstance(augmentation, BoxCrop):
@@ -197,10 +255,21 @@ class AugmentedDataset(ImagesDataset):
             padded = np.pad(array, ((pad, pad), (pad, pad), (0, 0)))
             top, left = random.randint(0, 2 * pad), random.randint(0, 2 * pad)
             array = padded[top : top + rules.crop, left : left + rules.crop]
-        if random.random() < augmentation.flip:
+        mirrored = isinstance(augmentation, PadCrop) and augmentation.doubled and copy % 2 == 1
+        if random.random() < augmentation.flip or mirrored:
             array = array[:, ::-1]
+        array = self.color(array, derive_seed(self.seed, "color", self.epoch, index))
         seed = derive_seed(self.seed, "distort", self.epoch, index)
         return self.rand_augment(array, rules, seed), target
+
+
+@dataclass(frozen=True, slots=True)
+class PadCroppedDataset(PreprocessedDataset):
+    """Preprocessed images, padded and cropped at random as by `sopdeploy eval --tta pad-crop`."""
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
+        image, target = self.images[index]
+        return tta_views(lambda rules: rules(image), self.preprocess, "pad-crop")[0], target
 
 
 def _crop_box(

@@ -8,6 +8,7 @@ memory of the RGB image, and a PNG of 100 kB can have 50 megapixels.
 """
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args
@@ -23,7 +24,7 @@ from sopdeploy.errors import ConfigError
 Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Channel = Annotated[int, pydantic.Field(ge=0, le=255)]
 Pixels = NDArray[np.uint8]
-TtaMode = Literal["none", "flip", "ten-crop"]
+TtaMode = Literal["none", "flip", "ten-crop", "pad-crop"]
 Fit = Literal["crop", "pad", "squash"]
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the upright image
 
@@ -35,6 +36,7 @@ RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
 TIMM_CROP_MODES: dict[str, Fit] = {"center": "crop", "squash": "squash", "border": "pad"}
 TILE = 2**16  # pixels
+TTA_PAD = 4  # pixels on each side
 GRAY_STEPS = {"L;2": 85, "L;4": 17}  # distance of two gray values of such a PNG, in 8-bit levels
 
 
@@ -317,13 +319,20 @@ def check_tta_mode(mode: str, preprocess: Preprocess) -> TtaMode:
 def tta_views(prepare: Callable[[Preprocess], Pixels], preprocess: Preprocess, mode: TtaMode) -> Pixels:
     """Compute the views of one image for test-time augmentation; returns (V, crop, crop, 3) uint8.
 
-    *prepare* maps preprocessing rules to the preprocessed image. The first view is the plain center crop.
+    *prepare* maps preprocessing rules to the preprocessed image. The first of several views is the plain
+    center crop.
     "ten-crop" adds the four corners of the central square and mirrors all five (Krizhevsky et al., NIPS 2012,
-    section 4.1).
+    section 4.1). "pad-crop" is one view: a random crop after padding with 4 black pixels (GM-SOP, starred
+    rows of Table 3). Its offset depends on the pixels only.
     """
     center = prepare(preprocess)
     if mode == "none":
         return center[None]
+    if mode == "pad-crop":
+        digest = hashlib.blake2b(center.tobytes(), digest_size=16).digest()
+        top, left = (int.from_bytes(half, "big") % (2 * TTA_PAD + 1) for half in (digest[:8], digest[8:]))
+        padded = np.pad(center, ((TTA_PAD, TTA_PAD), (TTA_PAD, TTA_PAD), (0, 0)))
+        return padded[None, top : top + preprocess.crop, left : left + preprocess.crop]
     crops = [center]
     if mode == "ten-crop":
         side, crop = preprocess.resize, preprocess.crop

@@ -65,6 +65,18 @@ def make_config(name: str, values: Mapping[str, Any]) -> StrictModel:
         raise ConfigError(f"{name}: {first_problem(problem)}; its keys are {known}") from problem
 
 
+class CatalogModel(StrictModel):
+    """A model of the catalog and the fields of its config that are not defaults."""
+
+    name: str
+    config: dict[str, Any] = pydantic.Field(default_factory=dict)
+
+    @pydantic.model_validator(mode="after")
+    def _check_catalog(self) -> "CatalogModel":
+        make_config(self.name, self.config)
+        return self
+
+
 def create_model(name: str, *, num_classes: int | None = None, **config: Any) -> Classifier:
     """Build network *name* of the catalog with fresh weights, in train mode.
 

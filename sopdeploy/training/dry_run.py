@@ -12,11 +12,12 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.models.describe import describe
 from sopdeploy.models.stats import Counts
 from sopdeploy.training.distributed.strategy import SingleProcess, select_device
-from sopdeploy.training.loop import epoch_data, train_step
+from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.precision import named_tensors
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Run, create_run
 from sopdeploy.training.schedule import Milestones, OneCycle
+from sopdeploy.training.step.gradient import train_step
 
 
 class Memory(StrictModel):
@@ -116,8 +117,8 @@ def scheduled_rates(recipe: Recipe) -> tuple[tuple[float, float], ...]:
 def measure_memory(run: Run, activations: int) -> Memory:
     """Measure the memory of *run* after a step, to which *activations* bytes are added."""
     tensors = {
-        "weights": list(run.model.state_dict().values()),
-        "gradients": list(run.model.parameters()),
+        "weights": list(run.trained().state_dict().values()),
+        "gradients": list(run.trained().parameters()),
         "optimizer": [tensor for _, tensor in named_tensors(run.optimizer.state_dict()["state"], "")],
         "average": list(run.ema.model.state_dict().values()) if run.ema is not None else [],
     }

@@ -1,9 +1,8 @@
-"""Fine-tuning: configs of start weights and of a teacher, frozen parameters."""
+"""Fine-tuning: config of start weights, frozen parameters."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import pydantic
 from torch import nn
 
 from sopdeploy.config import Positive, StrictModel
@@ -27,19 +26,6 @@ class StartConfig(StrictModel):
     weights: Literal["imagenet", "none"] | Path | None = None
     learn: Literal["all", "branches"] = "all"
     head_factor: Positive = 1.0
-
-
-class TeacherConfig(StrictModel):
-    """Knowledge distillation from the network in the checkpoint `weights`.
-
-    `share` is the weight of the divergence from the teacher's outputs in the loss of the main head.
-    `temperature` softens both outputs, and its square scales the divergence. Source: Hinton et al.,
-    "Distilling the Knowledge in a Neural Network" (2015).
-    """
-
-    weights: Path | None = None
-    share: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.5
-    temperature: Positive = 1.0
 
 
 def classifier_name(model: Classifier) -> str:

@@ -5,7 +5,6 @@ uninterrupted one: bit for bit on a CPU with the same number of threads.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,42 +12,34 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.config import StrictModel
-from sopdeploy.data.augment import AugmentedDataset
-from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split, derive_seed
-from sopdeploy.data.batches import Batch, balanced_batches, load_batches, shuffled_batches, with_wait_time
+from sopdeploy.data.augment import AugmentedDataset, PadCrop, PadCroppedDataset
+from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
+from sopdeploy.data.batches import balanced_batches, load_batches, shuffled_batches, with_wait_time
 from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES
 from sopdeploy.evaluation.prediction import evaluate, predict_logits
-from sopdeploy.models.gmsop import GMSOP
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import best_epoch, diagnose, spectrum_epochs
-from sopdeploy.training.distributed.batch_sharding import MicroBatch, check_divisible, shard_step
+from sopdeploy.training.distributed.batch_sharding import check_divisible, shard_step
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.distributed.torchrun import check_same_step, create_strategy
 from sopdeploy.training.few_shot.config import FewShotResult
 from sopdeploy.training.few_shot.procedure import select_split
 from sopdeploy.training.few_shot.run import train_few_shot
-from sopdeploy.training.fine_tuning import LR_FACTOR, set_train_mode
-from sopdeploy.training.losses import Loss, training_loss
-from sopdeploy.training.optimizers import AdaHessian
-from sopdeploy.training.precision import (
-    first_non_finite,
-    gradients,
-    non_finite_error,
-)
+from sopdeploy.training.fine_tuning import set_train_mode
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.run import Run, StepResult, create_run, resume_run
+from sopdeploy.training.resume import resume_run
+from sopdeploy.training.run import Run, create_run
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.signals import SignalState, StopRequested, TrainingStoppedError, handle_signals
 from sopdeploy.training.start_weights import StartReport
+from sopdeploy.training.step.gradient import train_step
 
 
 class TrainingResult(StrictModel):
@@ -116,7 +107,8 @@ def train(
     if few_shot:
         decision = train_few_shot(run, data, folder, callback)
         return _summarize(run, folder, data, decision)
-    held_out = PreprocessedDataset(data.held_out, recipe.preprocess)
+    cropped = isinstance(recipe.augment, PadCrop) and recipe.augment.held_out
+    held_out = (PadCroppedDataset if cropped else PreprocessedDataset)(data.held_out, recipe.preprocess)
     with handle_signals(strategy) as signals:
         try:
             while run.position.epoch < recipe.epochs:
@@ -174,12 +166,15 @@ def start_or_resume(
 
 def epoch_data(recipe: Recipe, images: LabeledImages, epoch: int) -> tuple[AugmentedDataset, list[list[int]]]:
     """Return the augmented *images* of *epoch*, and the sample indices of each step."""
-    dataset = AugmentedDataset(images, recipe.augment, recipe.preprocess, recipe.seed, epoch, recipe.distort)
+    augment = recipe.augment
+    dataset = AugmentedDataset(
+        images, augment, recipe.preprocess, recipe.seed, epoch, recipe.distort, recipe.color
+    )
+    copies = 2 if isinstance(augment, PadCrop) and augment.doubled else 1
     if recipe.sampler == "balanced":
-        return dataset, balanced_batches(
-            images.targets.astype(np.int64), recipe.batch_size, recipe.seed, epoch
-        )
-    return dataset, shuffled_batches(len(images), recipe.batch_size, recipe.seed, epoch)
+        targets = np.tile(images.targets.astype(np.int64), copies)
+        return dataset, balanced_batches(targets, recipe.batch_size, recipe.seed, epoch)
+    return dataset, shuffled_batches(copies * len(images), recipe.batch_size, recipe.seed, epoch)
 
 
 def train_epoch(
@@ -203,116 +198,6 @@ def train_epoch(
         if signals.save_requested:
             signals.save_requested = False
             folder.save_last(run)
-
-
-def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> StepResult:
-    """Run one of the *steps* steps of an epoch on *batch*, the shard of *samples*.
-
-    Raises `TrainingError` if the loss, the gradient or a buffer is not finite; the weights are then
-    unchanged.
-    """
-    recipe, at = run.recipe, run.position
-    torch.manual_seed(derive_seed(recipe.seed, "step", at.epoch, at.step))
-    factor = recipe.schedule.factor(at.epoch + at.step / steps, recipe.epochs)
-    for group in run.optimizer.param_groups:
-        group["lr"] = recipe.optimizer.lr * factor * group.get(LR_FACTOR, 1.0)
-    mixed = recipe.mix(run.normalize(batch[0]), batch[1], len(run.labels))
-    run.optimizer.zero_grad()
-    loss = compute_gradient(run, mixed, shard_step(samples, recipe, run.strategy).micro_batches)
-    run.precision.scaler.unscale_(run.optimizer)
-    norm = get_total_norm(gradients(run.model).values())
-    finite = _check_finite_step(run, loss, norm, samples)
-    if recipe.optimizer.clip_norm and finite:
-        clip_grads_with_norm_(run.model.parameters(), recipe.optimizer.clip_norm, norm)
-    if run.precision.step(run.optimizer, finite=finite) and run.ema is not None:
-        run.ema.update(run.model)
-    return StepResult(loss, float(norm) if finite else 0.0)
-
-
-def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]) -> Loss:
-    """Compute the gradient of a step and return the loss over all processes.
-
-    Each micro-batch has the weight of its samples, so their sum is the mean over the whole batch. Batch norm
-    statistics are those of a micro-batch, the balance loss of a gate that of the step.
-    """
-    images, targets = batch
-    at, optimizer, strategy = run.position, run.optimizer, run.strategy
-    count = sum(micro_batch.total for micro_batch in micro_batches)
-    measure_gate_load(run, images, micro_batches)
-    sums: dict[str, Tensor] = {}
-    for number, micro_batch in enumerate(micro_batches):
-        last = micro_batch is micro_batches[-1]
-        start_micro_batch(run, micro_batch, number)
-        inputs, labels = (tensor[micro_batch.first : micro_batch.end] for tensor in (images, targets))
-        with run.precision.autocast():
-            output = run.network(inputs)
-            smoothing, weights = run.recipe.loss.label_smoothing, run.model.loss_weights()
-            loss = training_loss(output, labels, weights, smoothing, run.activation)
-            if run.teacher is not None:
-                loss = run.teacher.add_to(loss, inputs, output)
-        fraction = len(labels) / count
-        if isinstance(optimizer, AdaHessian):
-            optimizer.backward(
-                loss.total * fraction, derive_seed(run.recipe.seed, "curvature", at.epoch, at.step)
-            )
-            if last:
-                optimizer.all_reduce(strategy.all_reduce_list)
-        else:
-            strategy.backward(run.precision.scaler.scale(loss.total * fraction), run.model, last=last)
-        for name, value in {"total": loss.total.detach(), **loss.parts}.items():
-            sums[name] = sums.get(name, torch.zeros_like(value)) + value * fraction
-    reduced = strategy.all_reduce(torch.stack([value.float() for value in sums.values()]))
-    parts = dict(zip(sums, reduced, strict=True))
-    return Loss(parts.pop("total"), parts)
-
-
-def measure_gate_load(run: Run, images: Tensor, micro_batches: Sequence[MicroBatch]) -> None:
-    """Give a gated network the summed weights of all *micro_batches*, to which its balance loss refers.
-
-    It computes the backbone and the gate once more, without gradient; nothing for a step of one micro-batch.
-    """
-    if not isinstance(run.model, GMSOP):
-        return
-    run.model.step_load = None
-    if len(micro_batches) == 1:
-        return
-    buffers = [buffer.clone() for buffer in run.model.buffers()]
-    loads = []
-    with torch.no_grad(), run.precision.autocast():
-        for number, micro_batch in enumerate(micro_batches):
-            start_micro_batch(run, micro_batch, number)
-            _, weights_BN = run.model.noisy_gate(images[micro_batch.first : micro_batch.end])
-            loads.append(weights_BN.sum(dim=0))
-        for buffer, before in zip(run.model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-    run.model.step_load = run.strategy.all_reduce(torch.stack(loads).sum(dim=0))
-
-
-def start_micro_batch(run: Run, micro_batch: MicroBatch, number: int) -> None:
-    """Set the random numbers of micro-batch *number*; those of a gate are drawn twice, so it is seeded."""
-    at, strategy = run.position, run.strategy
-    strategy.shard_rng.start = micro_batch.total * strategy.rank // strategy.world
-    strategy.shard_rng.total = micro_batch.total
-    if isinstance(run.model, GMSOP) and run.recipe.accumulate > 1:
-        torch.manual_seed(derive_seed(run.recipe.seed, "micro-batch", at.epoch, at.step, number))
-
-
-def _check_finite_step(run: Run, loss: Loss, norm: Tensor, samples: list[int]) -> bool:
-    """Return False if a float16 gradient overflowed; raise for all other NaNs.
-
-    Batch norm's running statistics include the batch already, the weights do not.
-    """
-    named = run.model.named_buffers()
-    buffers = {f"the buffer {name}": buffer for name, buffer in named if buffer.is_floating_point()}
-    values = [loss.total, norm, *buffers.values()]
-    finite = torch.stack([value.isfinite().all() for value in values]).all()  # no synchronization per tensor
-    if int(run.strategy.all_reduce(finite.int())) == run.strategy.world:
-        return True
-    name = first_non_finite([*loss.parts.items(), ("the total loss", loss.total), *buffers.items()])
-    if name is None and run.recipe.precision == "fp16":
-        return False
-    name = name or first_non_finite(gradients(run.model).items()) or "the gradient"
-    raise non_finite_error(name, run.position.epoch, run.position.step, samples)
 
 
 def evaluate_epoch(run: Run, held_out: PreprocessedDataset, signals: SignalState, callback: Callback) -> None:

@@ -16,9 +16,10 @@ from sopdeploy.data.batches import load_batches
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import TrainingError
 from sopdeploy.training.distributed.strategy import SingleProcess, select_device
-from sopdeploy.training.loop import epoch_data, train_step
+from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Position, Run, create_run
+from sopdeploy.training.step.gradient import train_step
 
 MIN_RATE, MAX_RATE = 1e-6, 10.0
 SMOOTHING = 0.9  # decay of the running mean of the loss

@@ -13,16 +13,17 @@ from typing import Annotated, Any, Literal, get_args
 import pydantic
 
 from sopdeploy.config import FractionBelowOne, NonNegative, StrictModel, first_problem
-from sopdeploy.data.augment import Augmentation, Mixup, RandAugment
+from sopdeploy.data.augment import Augmentation, ColorJitter, Mixup, RandAugment
 from sopdeploy.data.sources import DataConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.models.registry import entry, make_config
+from sopdeploy.models.registry import CatalogModel, entry, make_config
 from sopdeploy.training.ema import EmaConfig
 from sopdeploy.training.few_shot.config import FewShotConfig
-from sopdeploy.training.fine_tuning import StartConfig, TeacherConfig
+from sopdeploy.training.fine_tuning import StartConfig
 from sopdeploy.training.optimizers import OptimizerConfig
 from sopdeploy.training.schedule import Schedule
+from sopdeploy.training.step.teacher import TeacherConfig
 
 Count = Annotated[int, pydantic.Field(ge=0)]
 CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
@@ -40,21 +41,18 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
 }
 
 
-class ModelConfig(StrictModel):
-    """A model of the catalog and the fields of its config that are not defaults.
+class ModelConfig(CatalogModel):
+    """The network to train, a model of the catalog and the fields of its config that are not defaults.
 
     `remove_branches_at` is an ablation: the epoch (from 0) at which the branches are removed; None keeps
     them.
     """
 
-    name: str
-    config: dict[str, Any] = pydantic.Field(default_factory=dict)
     remove_branches_at: Annotated[int, pydantic.Field(ge=1)] | None = None
 
     @pydantic.model_validator(mode="after")
-    def _check_catalog(self) -> "ModelConfig":
-        config = make_config(self.name, self.config)
-        if self.remove_branches_at is not None and "aux_blocks" not in type(config).model_fields:
+    def _check_branches(self) -> "ModelConfig":
+        if self.remove_branches_at is not None and "aux_blocks" not in entry(self.name).config.model_fields:
             raise ValueError(f"remove_branches_at: {self.name} has no branches")
         return self
 
@@ -113,6 +111,7 @@ class Recipe(StrictModel):
     data: DataConfig
     preprocess: Preprocess = Preprocess()
     augment: Augmentation
+    color: ColorJitter = ColorJitter()
     distort: RandAugment = RandAugment()
     mix: Mixup = Mixup()
     optimizer: OptimizerConfig
@@ -124,6 +123,11 @@ class Recipe(StrictModel):
     few_shot: FewShotConfig | None = None
     save: SaveConfig = SaveConfig()
     rejection: RejectionConfig = RejectionConfig()
+
+    @pydantic.model_serializer(mode="wrap")
+    def _omit_unused(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {key: value for key, value in fields.items() if key != "color" or self.color != ColorJitter()}
 
     @property
     def frozen_backbone(self) -> bool:

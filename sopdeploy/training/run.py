@@ -6,8 +6,7 @@ state and position are therefore enough to resume a run bit for bit.
 
 import copy
 import platform
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,12 +17,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import sopdeploy
-from sopdeploy.checkpoint import Checkpoint, build_classifier, is_state_dict
-from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.checkpoint import Checkpoint
+from sopdeploy.config import StrictModel
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.decision import Activation, Decision, Estimate
 from sopdeploy.environment import machine
-from sopdeploy.errors import CheckpointError, ConfigError, DataError, TrainingError
+from sopdeploy.errors import ConfigError, TrainingError
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
 from sopdeploy.evaluation.prediction import HeldOutMetrics
@@ -37,15 +36,15 @@ from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
 from sopdeploy.training.few_shot.config import FewShotResult
 from sopdeploy.training.fine_tuning import parameter_groups
-from sopdeploy.training.losses import Loss, Teacher
 from sopdeploy.training.precision import Precision, first_non_finite, named_tensors
-from sopdeploy.training.recipe import Recipe, check_same_recipe
+from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.start_weights import (
     InitialModel,
     StartReport,
-    complete_preprocess,
     create_initial_model,
 )
+from sopdeploy.training.step.losses import Loss
+from sopdeploy.training.step.teacher import Teacher
 
 
 class StepResult(NamedTuple):
@@ -103,6 +102,12 @@ class Run:
     out_of_fold: Tensor | None = None
     decision: Decision | None = None
 
+    def trained(self) -> nn.Module:
+        """Return what learns: the model, with its teacher if that is trained jointly."""
+        if self.teacher is None or not self.teacher.learns:
+            return self.model
+        return nn.ModuleDict({"model": self.model, "teacher": self.teacher.model})
+
     def after_step(self, result: StepResult, count: int, seconds: float, waited: float) -> None:
         """Advance by a step of *count* samples and *seconds*, *waited* of them for data."""
         at = self.position
@@ -147,13 +152,13 @@ class Run:
         irrelevant.
         """
         if self.strategy.world > 1 and self.recipe.batch_norm == "local":
-            for model in [self.model, *([self.ema.model] if self.ema else [])]:
+            for model in [self.trained(), *([self.ema.model] if self.ema else [])]:
                 for buffer in filter(torch.is_floating_point, model.buffers()):
                     buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
 
     def replace_model(self, name: str, model: Classifier, config: dict[str, Any]) -> None:
         """Continue with *model*, *name* in the catalog with the complete *config*, and a new optimizer."""
-        self.model, self.network, self.optimizer = _place(self.recipe, model, self.strategy)
+        self.model, self.network, self.optimizer = _place(self.recipe, model, self.strategy, self.teacher)
         self.name, self.config = name, config
 
     def remove_branches_if_due(self) -> None:
@@ -173,10 +178,10 @@ class Run:
         new = create_model(self.recipe.model.name, num_classes=len(self.labels), **self.config)
         weights = old.state_dict()
         new.load_state_dict({name: weights[name] for name in new.state_dict()})
-        names: dict[Tensor, str] = {parameter: name for name, parameter in old.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.trained().named_parameters()}
         states = {names[parameter]: state for parameter, state in self.optimizer.state.items()}
-        self.model, self.network, self.optimizer = _place(self.recipe, new, self.strategy)
-        for name, parameter in self.model.named_parameters():
+        self.model, self.network, self.optimizer = _place(self.recipe, new, self.strategy, self.teacher)
+        for name, parameter in self.trained().named_parameters():
             if name in states:
                 self.optimizer.state[parameter] = states[name]
         if self.ema is not None:
@@ -219,6 +224,8 @@ class Run:
             }
             if self.out_of_fold is not None:
                 resume["out_of_fold"] = self.out_of_fold
+            if self.teacher is not None and self.teacher.learns:
+                resume["teacher"] = self.teacher.model.state_dict()
         state = {"weights": raw, "average": average, **(resume or {})}
         name = first_non_finite(named_tensors(state, ""))
         if name is not None:
@@ -291,10 +298,12 @@ def create_run(
     if initial is None:
         initial = create_initial_model(recipe, images.labels, strategy)
     model, recipe, start = initial
-    model, network, optimizer = _place(recipe, model, strategy)
     teacher = None
     if recipe.teacher is not None:
-        teacher = Teacher(recipe.teacher, images.labels, recipe.preprocess, strategy.device)
+        teacher = Teacher(
+            recipe.teacher, images.labels, recipe.preprocess, recipe.loss.label_smoothing, recipe.seed
+        )
+    model, network, optimizer = _place(recipe, model, strategy, teacher)
     return Run(
         recipe=recipe,
         labels=images.labels,
@@ -323,58 +332,18 @@ def _check_multi_label(recipe: Recipe) -> None:
         raise ConfigError("teacher: distillation needs one class per image; remove the table")
 
 
-def _place(recipe: Recipe, model: Classifier, strategy: Strategy) -> tuple[Classifier, nn.Module, Optimizer]:
-    """Move *model* to its device; return it, the module to call, and an optimizer."""
+def _place(
+    recipe: Recipe, model: Classifier, strategy: Strategy, teacher: Teacher | None
+) -> tuple[Classifier, nn.Module, Optimizer]:
+    """Move *model* and *teacher* to the device; return the model, the module to call, and an optimizer."""
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     model = model.to(strategy.device, memory_format=layout).train()  # type: ignore[call-overload]
     shard_layers(model, recipe.batch_norm, strategy.world, strategy.shard_rng)
+    groups = parameter_groups(model, recipe.start)
+    if teacher is not None:
+        teacher.model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
+        if teacher.learns:
+            shard_layers(teacher.model, recipe.batch_norm, strategy.world, strategy.shard_rng)
+            groups.append({"params": list(teacher.model.parameters())})
     network: Any = torch.compile(model) if recipe.compile else model
-    return model, network, recipe.optimizer.create(parameter_groups(model, recipe.start))
-
-
-def resume_run(
-    recipe: Recipe, images: LabeledImages, strategy: Strategy, checkpoint: Checkpoint, source: Path
-) -> Run:
-    """Rebuild the run of *checkpoint*, read from *source*.
-
-    Raises `ConfigError` if the recipe changed, `DataError` if the data changed, and `CheckpointError` if the
-    checkpoint has no valid state to resume from.
-    """
-    recipe = complete_preprocess(recipe, checkpoint.preprocess)
-    check_same_recipe(recipe, checkpoint.training.get("recipe", {}), source)
-    if checkpoint.labels != images.labels:
-        raise DataError(
-            f"{source}: the run has the classes {', '.join(checkpoint.labels)}; give the same data"
-        )
-    state = checkpoint.resume
-    if state is None:
-        raise CheckpointError(f"{source}: has no state to resume from; start a new run in another folder")
-    if state.get("train_count") != len(images):
-        raise DataError(
-            f"{source}: the run started with {state.get('train_count')} training images, now there are "
-            f"{len(images)}; give the same data or start a new run"
-        )
-    raw = state.get("weights", checkpoint.weights)
-    damaged = f"{source}: its state to resume from is damaged; start a new run"
-    if not is_state_dict(raw):
-        raise CheckpointError(damaged)
-    model = build_classifier(replace(checkpoint, weights=raw), source)
-    try:
-        start = checkpoint.training.get("start")
-        initial = InitialModel(model, recipe, None if start is None else StartReport.model_validate(start))
-        run = create_run(recipe, images, strategy, initial=initial, config=checkpoint.config)
-        run.optimizer.load_state_dict(state["optimizer"])
-        if "precision" in state:
-            run.precision.load_state_dict(state["precision"])
-        if run.ema is not None:
-            run.ema.load_state_dict(state["average"])
-        run.position = Position.model_validate(state["position"])
-        if "few_shot" in checkpoint.training:
-            run.few_shot = FewShotResult.model_validate(checkpoint.training["few_shot"])
-            run.out_of_fold, run.decision = state.get("out_of_fold"), checkpoint.decision
-            run.name = checkpoint.model
-    except pydantic.ValidationError as error:
-        raise CheckpointError(f"{source}: {first_problem(error)}; start a new run") from error
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(damaged) from error
-    return run
+    return model, network, recipe.optimizer.create(groups)

@@ -16,7 +16,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
-from sopdeploy.training.losses import training_loss
+from sopdeploy.training.step.losses import training_loss
 from sopdeploy_export.detach import detach
 from sopdeploy_export.graph import Deployed, capture_any_batch, lower, probe_images, write
 from sopdeploy_export.parity.compare import Reference

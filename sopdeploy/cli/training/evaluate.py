@@ -29,7 +29,7 @@ def evaluate(
     ],
     data: Annotated[Path, typer.Option(help="Folder of images, DIR/<class>/*.jpg or with labels.csv.")],
     tta: Annotated[
-        Literal["none", "flip", "ten-crop"],
+        Literal["none", "flip", "ten-crop", "pad-crop"],
         typer.Option(help="Test-time augmentation: average over views. Not for servers."),
     ] = "none",
     heads: Annotated[

@@ -23,7 +23,7 @@ from sopdeploy.data.augment import (
 from sopdeploy.data.base import ArrayImages
 from sopdeploy.data.datasets.folder import open_classes
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.training.losses import training_loss
+from sopdeploy.training.step.losses import training_loss
 
 RULES = Preprocess(resize=18, crop=16)
 CENTER = CenterCrop(kind="center")

@@ -17,6 +17,8 @@ ISQRT = ["model.name=isqrt-resnet8", 'model.config={pooling={kind="isqrt", width
 SIDES_16 = [*AT_16, "augment.sides=[20,30]"]
 SMALL: dict[str, list[str]] = {
     "cifar10-dsop-resnet20": DSOP,
+    "cifar10-dsop-resnet20-adahessian": DSOP,
+    "cifar10-dsop-resnet20-radam": DSOP,
     "cifar100-dsop-resnet20": DSOP,
     "cifar100-dsop-preact-resnet": [f"model.config={{blocks=1, {HEADS}}}"],
     "cifar100-dsop-wrn": [f"model.config={{blocks=1, widen=1, {HEADS}}}"],
@@ -24,10 +26,13 @@ SMALL: dict[str, list[str]] = {
     "digits-dsop": ["batch_size=720"],
     "digits-plain": ["batch_size=720"],
     "fine-grained-isqrt-resnet50": [*ISQRT, *AT_16, "augment.sides=[20,20]"],
-    "imagenet-distilled-resnet50": [*PLAIN, *SIDES_16],
+    "imagenet-distilled-resnet50": [*PLAIN, *SIDES_16, "teacher.model={name='resnet8'}"],
+    "imagenet-distilled-seresnext101": [*PLAIN, *SIDES_16, "teacher.model={name='resnet8'}"],
     "imagenet-resnet50": [*PLAIN, *SIDES_16],
     "imagenet-dsop-efficientnet-b0": ["model.config={iterations=2}", *AT_32, "schedule.warmup_epochs=0.0"],
     "imagenet-dsop-resnet18": [*DSOP, *SIDES_16],
+    "imagenet-dsop-resnet18-adahessian": [*DSOP, *SIDES_16],
+    "imagenet-dsop-resnet18-radam": [*DSOP, *SIDES_16],
     "imagenet-dsop-resnet50": [*DSOP, *SIDES_16],
     "imagenet-dsop-two-phase": [*DSOP, *SIDES_16],
     "imagenet-gsop-resnet50": [
@@ -49,9 +54,14 @@ SMALL: dict[str, list[str]] = {
 
 # Recipes whose small network is also another's, which is exported for both.
 EXPORTED_AS = {
+    "cifar10-dsop-resnet20-adahessian": "cifar10-dsop-resnet20",
+    "cifar10-dsop-resnet20-radam": "cifar10-dsop-resnet20",
     "cifar100-dsop-resnet20": "cifar10-dsop-resnet20",
     "fine-grained-isqrt-resnet50": "imagenet-isqrt-resnet50",
     "imagenet-distilled-resnet50": "imagenet-resnet50",
+    "imagenet-distilled-seresnext101": "imagenet-resnet50",
+    "imagenet-dsop-resnet18-adahessian": "imagenet-dsop-resnet18",
+    "imagenet-dsop-resnet18-radam": "imagenet-dsop-resnet18",
     "imagenet-dsop-resnet50": "imagenet-dsop-resnet18",
     "imagenet-dsop-two-phase": "imagenet-dsop-resnet18",
     "imagenet64-gmsop-resnet18": "places365-gmsop-resnet18",

@@ -11,8 +11,8 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError
 from sopdeploy.training.ema import EmaConfig, ExponentialMovingAverage
 from sopdeploy.training.loop import train
-from sopdeploy.training.losses import training_loss
 from sopdeploy.training.optimizers import AdaHessian, _random_signs
+from sopdeploy.training.step.losses import training_loss
 from tests.sopdeploy.training.runs import same_bits, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")

@@ -70,11 +70,10 @@ def write_data(name: str, root: Path, monkeypatch: Any) -> list[str]:
     return [f"data.path={path}"]
 
 
-# Recipes that start from another one or have it as their teacher.
+# Recipes that start from another one.
 BEFORE = {
     "fine-grained-isqrt-resnet50": ("imagenet-isqrt-resnet50", "start"),
     "imagenet-dsop-two-phase": ("imagenet-resnet50", "start"),
-    "imagenet-distilled-resnet50": ("imagenet-resnet50", "teacher"),
 }
 
 

@@ -9,9 +9,10 @@ from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError, DataError, TrainingError
 from sopdeploy.training import loop
 from sopdeploy.training.loop import train
-from sopdeploy.training.losses import Loss
 from sopdeploy.training.precision import non_finite_error
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.step import gradient
+from sopdeploy.training.step.losses import Loss
 from tests.sopdeploy.data.test_data_folder import make
 from tests.sopdeploy.training.runs import RecordingCallback, interrupt, short_recipe
 
@@ -129,8 +130,8 @@ def test_a_loss_with_nan_ends_the_run_and_names_the_part(tmp_path, monkeypatch, 
         calls.append(loss)
         return loss if len(calls) < 9 else Loss(loss.total * NAN, {**loss.parts, part: NAN})
 
-    original = loop.training_loss
-    monkeypatch.setattr(loop, "training_loss", damaged_loss)
+    original = gradient.training_loss
+    monkeypatch.setattr(gradient, "training_loss", damaged_loss)
     with pytest.raises(TrainingError, match=f"epoch 2, step 3: {part} is not finite; lower optimizer.lr"):
         train(short_recipe(), tmp_path / "run")
     last = read_checkpoint(tmp_path / "run" / "last.pt")
@@ -141,7 +142,7 @@ def test_a_loss_with_nan_ends_the_run_and_names_the_part(tmp_path, monkeypatch, 
 def test_a_diverging_run_ends_without_a_broken_checkpoint(tmp_path, monkeypatch) -> None:
     with pytest.raises(TrainingError, match="finite"):
         train(short_recipe("optimizer.lr=1e30", "optimizer.clip_norm=0.0"), tmp_path / "run")
-    monkeypatch.setattr(loop, "get_total_norm", lambda _gradients: torch.tensor(float("inf")))
+    monkeypatch.setattr(gradient, "get_total_norm", lambda _gradients: torch.tensor(float("inf")))
     with pytest.raises(TrainingError, match="epoch 1, step 1: the gradient is not finite"):
         train(short_recipe(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -172,8 +173,8 @@ def test_a_non_finite_buffer_or_gradient_is_named(tmp_path, monkeypatch, number,
             damage(run)
         return loss
 
-    original = loop.compute_gradient
-    monkeypatch.setattr(loop, "compute_gradient", compute_gradient)
+    original = gradient.compute_gradient
+    monkeypatch.setattr(gradient, "compute_gradient", compute_gradient)
     with pytest.raises(TrainingError, match=message):
         train(short_recipe("save.every_steps=1"), tmp_path / "run")
     if number == 1:

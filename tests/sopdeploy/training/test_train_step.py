@@ -17,9 +17,10 @@ from sopdeploy.errors import TrainingError
 from sopdeploy.models.base import TrainingOutput
 from sopdeploy.training.distributed.batch_sharding import shard_step
 from sopdeploy.training.distributed.strategy import SingleProcess
-from sopdeploy.training.loop import compute_gradient, train
-from sopdeploy.training.losses import training_loss
+from sopdeploy.training.loop import train
 from sopdeploy.training.precision import MAX_SKIPPED_STEPS, Precision, first_non_finite
+from sopdeploy.training.step.gradient import compute_gradient
+from sopdeploy.training.step.losses import training_loss
 from tests.sopdeploy.training.runs import RecordingCallback, interrupt, same_run, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -122,6 +123,7 @@ def gradient(accumulate: int, samples: int) -> tuple[torch.Tensor, float, list[i
         strategy=SingleProcess(CPU),
         network=model,
         model=model,
+        trained=lambda: model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         teacher=None,
         position=None,

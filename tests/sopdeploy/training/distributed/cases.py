@@ -15,9 +15,10 @@ from sopdeploy.layers.mixture import gate
 from sopdeploy.models.gmsop import GMSOP
 from sopdeploy.training.distributed.batch_sharding import shard_step
 from sopdeploy.training.distributed.torchrun import create_strategy
-from sopdeploy.training.loop import epoch_data, train_step
+from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.run import create_run
+from sopdeploy.training.step.gradient import train_step
 
 NETWORKS = {
     "dsop": [
@@ -72,6 +73,8 @@ def learn(
     run = create_run(recipe, data, create_strategy(recipe))
     run.model.to(dtype)
     run.normalize.to(dtype)
+    if run.teacher is not None:
+        run.teacher.model.to(dtype)
     if run.ema is not None:
         run.ema.model.to(dtype)
     if isinstance(run.model, GMSOP):  # make the gate's rows different: rounding decides ties of components
@@ -80,15 +83,16 @@ def learn(
             weight.data.add_(torch.randn(weight.shape, generator=random).to(weight))
     done = 0
     while done < steps:
-        _, batches = epoch_data(recipe, data, run.position.epoch)
+        augmented, batches = epoch_data(recipe, data, run.position.epoch)
         for samples in batches[: steps - done]:
             loaded = shard_step(samples, recipe, run.strategy).samples
-            batch = torch.from_numpy(data.images[loaded]), torch.from_numpy(data.targets[loaded])
+            images = np.stack([augmented[sample][0] for sample in loaded])
+            batch = torch.from_numpy(images), torch.from_numpy(data.targets[np.array(loaded) % SAMPLES])
             run.after_step(train_step(run, batch, samples, len(batches)), len(samples), 0.0, 0.0)
             done += 1
         run.position = run.position.model_copy(update={"epoch": run.position.epoch + 1, "step": 0})
     average = run.ema.model.state_dict() if run.ema is not None else {}
-    return {**run.model.state_dict(), **{f"average of {name}": mean for name, mean in average.items()}}
+    return {**run.trained().state_dict(), **{f"average of {name}": mean for name, mean in average.items()}}
 
 
 def sum_with_local_gradient(x: Tensor) -> Tensor:
@@ -126,6 +130,19 @@ for _network in NETWORKS:
         f"{_network} frozen batch norm float64 3 steps": partial(learn, _frozen, 3),
         f"{_network} several classes per image, float64 3 steps": partial(learn, _split, 3, multi_label=True),
     }
+
+SHORT_CASES["distilled, doubled, colored, 2 micro-batches, float64 3 steps"] = partial(
+    learn,
+    build_recipe(
+        "dsop",
+        "sgd",
+        "teacher.model={name='resnet8', config={base_width=4}}",
+        "augment={kind='pad-crop', pad=4, doubled=true}",
+        "color={lighting=0.1}",
+        "accumulate=2",
+    ),
+    3,
+)
 
 # Wrong runs by name, and the short case from which they must differ.
 MISTAKES: dict[str, tuple[str, Case]] = {

@@ -19,9 +19,9 @@ from sopdeploy.models.registry import CATALOG
 from sopdeploy.training.distributed.batch_sharding import shard_step
 from sopdeploy.training.distributed.strategy import SingleProcess, Strategy
 from sopdeploy.training.distributed.torchrun import create_strategy
-from sopdeploy.training.loop import compute_gradient, train_step
 from sopdeploy.training.recipe import Recipe, list_recipes, read_recipe
 from sopdeploy.training.run import Run, create_run
+from sopdeploy.training.step.gradient import compute_gradient, train_step
 from tests.sopdeploy.training.distributed.cases import build_recipe
 from tests.sopdeploy.training.distributed.processes import run_in_processes
 

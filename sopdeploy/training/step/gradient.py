@@ -1,0 +1,127 @@
+"""One step of training: the gradient of all micro-batches and processes, and the update of the weights."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from sopdeploy.data.base import derive_seed
+from sopdeploy.data.batches import Batch
+from sopdeploy.models.gmsop import GMSOP
+from sopdeploy.training.distributed.batch_sharding import MicroBatch, shard_step
+from sopdeploy.training.fine_tuning import LR_FACTOR
+from sopdeploy.training.optimizers import AdaHessian
+from sopdeploy.training.precision import first_non_finite, gradients, non_finite_error
+from sopdeploy.training.run import Run, StepResult
+from sopdeploy.training.step.losses import Loss, training_loss
+
+
+def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> StepResult:
+    """Run one of the *steps* steps of an epoch on *batch*, the shard of *samples*.
+
+    Raises `TrainingError` if the loss, the gradient or a buffer is not finite; the weights are then
+    unchanged.
+    """
+    recipe, at = run.recipe, run.position
+    torch.manual_seed(derive_seed(recipe.seed, "step", at.epoch, at.step))
+    factor = recipe.schedule.factor(at.epoch + at.step / steps, recipe.epochs)
+    for group in run.optimizer.param_groups:
+        group["lr"] = recipe.optimizer.lr * factor * group.get(LR_FACTOR, 1.0)
+    mixed = recipe.mix(run.normalize(batch[0]), batch[1], len(run.labels))
+    run.optimizer.zero_grad()
+    loss = compute_gradient(run, mixed, shard_step(samples, recipe, run.strategy).micro_batches)
+    run.precision.scaler.unscale_(run.optimizer)
+    norm = get_total_norm(gradients(run.trained()).values())
+    finite = _check_finite_step(run, loss, norm, samples)
+    if recipe.optimizer.clip_norm and finite:
+        clip_grads_with_norm_(run.trained().parameters(), recipe.optimizer.clip_norm, norm)
+    if run.precision.step(run.optimizer, finite=finite) and run.ema is not None:
+        run.ema.update(run.model)
+    return StepResult(loss, float(norm) if finite else 0.0)
+
+
+def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]) -> Loss:
+    """Compute the gradient of a step and return the loss over all processes.
+
+    Each micro-batch has the weight of its samples, so their sum is the mean over the whole batch. Batch norm
+    statistics are those of a micro-batch, the balance loss of a gate that of the step.
+    """
+    images, targets = batch
+    at, optimizer, strategy = run.position, run.optimizer, run.strategy
+    count = sum(micro_batch.total for micro_batch in micro_batches)
+    measure_gate_load(run, images, micro_batches)
+    sums: dict[str, Tensor] = {}
+    for number, micro_batch in enumerate(micro_batches):
+        last = micro_batch is micro_batches[-1]
+        start_micro_batch(run, micro_batch, number)
+        inputs, labels = (tensor[micro_batch.first : micro_batch.end] for tensor in (images, targets))
+        with run.precision.autocast():
+            output = run.network(inputs)
+            smoothing, weights = run.recipe.loss.label_smoothing, run.model.loss_weights()
+            loss = training_loss(output, labels, weights, smoothing, run.activation)
+            if run.teacher is not None:
+                loss = run.teacher.add_to(loss, inputs, labels, output)
+        fraction = len(labels) / count
+        if isinstance(optimizer, AdaHessian):
+            optimizer.backward(
+                loss.total * fraction, derive_seed(run.recipe.seed, "curvature", at.epoch, at.step)
+            )
+            if last:
+                optimizer.all_reduce(strategy.all_reduce_list)
+        else:
+            strategy.backward(run.precision.scaler.scale(loss.total * fraction), run.trained(), last=last)
+        for name, value in {"total": loss.total.detach(), **loss.parts}.items():
+            sums[name] = sums.get(name, torch.zeros_like(value)) + value * fraction
+    reduced = strategy.all_reduce(torch.stack([value.double() for value in sums.values()]))
+    parts = dict(zip(sums, reduced, strict=True))
+    return Loss(parts.pop("total"), parts)
+
+
+def measure_gate_load(run: Run, images: Tensor, micro_batches: Sequence[MicroBatch]) -> None:
+    """Give a gated network the summed weights of all *micro_batches*, to which its balance loss refers.
+
+    It computes the backbone and the gate once more, without gradient; nothing for a step of one micro-batch.
+    """
+    if not isinstance(run.model, GMSOP):
+        return
+    run.model.step_load = None
+    if len(micro_batches) == 1:
+        return
+    buffers = [buffer.clone() for buffer in run.model.buffers()]
+    loads = []
+    with torch.no_grad(), run.precision.autocast():
+        for number, micro_batch in enumerate(micro_batches):
+            start_micro_batch(run, micro_batch, number)
+            _, weights_BN = run.model.noisy_gate(images[micro_batch.first : micro_batch.end])
+            loads.append(weights_BN.sum(dim=0))
+        for buffer, before in zip(run.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+    run.model.step_load = run.strategy.all_reduce(torch.stack(loads).sum(dim=0))
+
+
+def start_micro_batch(run: Run, micro_batch: MicroBatch, number: int) -> None:
+    """Set the random numbers of micro-batch *number*; those of a gate are drawn twice, so it is seeded."""
+    at, strategy = run.position, run.strategy
+    strategy.shard_rng.start = micro_batch.total * strategy.rank // strategy.world
+    strategy.shard_rng.total = micro_batch.total
+    if isinstance(run.model, GMSOP) and run.recipe.accumulate > 1:
+        torch.manual_seed(derive_seed(run.recipe.seed, "micro-batch", at.epoch, at.step, number))
+
+
+def _check_finite_step(run: Run, loss: Loss, norm: Tensor, samples: list[int]) -> bool:
+    """Return False if a float16 gradient overflowed; raise for all other NaNs.
+
+    Batch norm's running statistics include the batch already, the weights do not.
+    """
+    named = run.trained().named_buffers()
+    buffers = {f"the buffer {name}": buffer for name, buffer in named if buffer.is_floating_point()}
+    values = [loss.total, norm, *buffers.values()]
+    finite = torch.stack([value.isfinite().all() for value in values]).all()  # no synchronization per tensor
+    if int(run.strategy.all_reduce(finite.int())) == run.strategy.world:
+        return True
+    name = first_non_finite([*loss.parts.items(), ("the total loss", loss.total), *buffers.items()])
+    if name is None and run.recipe.precision == "fp16":
+        return False
+    name = name or first_non_finite(gradients(run.trained()).items()) or "the gradient"
+    raise non_finite_error(name, run.position.epoch, run.position.step, samples)

@@ -1,0 +1,108 @@
+"""Knowledge distillation: a teacher that is trained before, or jointly with its student.
+
+Sources: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015); Mishra and Marr, "Apprentice"
+(ICLR 2018), schemes A (joint) and B (teacher first). DSoP's Table II trains both jointly.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.config import Positive, StrictModel
+from sopdeploy.data.base import derive_seed
+from sopdeploy.errors import ConfigError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.base import Classifier, TrainingOutput
+from sopdeploy.models.gmsop import GMSOP
+from sopdeploy.models.registry import CatalogModel, create_model
+from sopdeploy.training.step.losses import Loss, training_loss
+
+
+class TeacherConfig(StrictModel):
+    """The teacher of knowledge distillation.
+
+    `weights` is the checkpoint of a trained teacher, which does not change. Without it, the network `model`
+    starts from random weights and is trained jointly: its own loss is added, and the student follows the
+    outputs of each step. `share` is the weight of the divergence from the teacher's outputs in the loss of
+    the student, 1 - share that of the student's own loss. `temperature` softens both outputs, and its square
+    scales the divergence.
+    """
+
+    weights: Path | None = None
+    model: CatalogModel | None = None
+    share: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.5
+    temperature: Positive = 1.0
+
+    @pydantic.model_serializer(mode="wrap")
+    def _omit_no_model(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {key: value for key, value in fields.items() if key != "model" or value is not None}
+
+
+class Teacher:
+    """A teacher network; with `learns` it is trained jointly, and its weights are part of the run.
+
+    Its random weights depend on *seed*. *label_smoothing* applies to its own loss.
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        labels: tuple[str, ...],
+        preprocess: Preprocess,
+        label_smoothing: float,
+        seed: int,
+    ) -> None:
+        self.config, self.label_smoothing = config, label_smoothing
+        self.learns = config.weights is None
+        if config.weights is not None:
+            self.model = _read_teacher(config.weights.expanduser(), labels, preprocess)
+        elif config.model is not None:
+            torch.manual_seed(derive_seed(seed, "teacher weights"))
+            self.model = create_model(config.model.name, num_classes=len(labels), **config.model.config)
+        else:
+            raise ConfigError(
+                "teacher.weights: not set; give the checkpoint of the teacher, or teacher.model to train it"
+            )
+        if self.learns and isinstance(self.model, GMSOP):
+            raise ConfigError(
+                "teacher.model: a network with a gate cannot be trained jointly; train it first and set "
+                "teacher.weights"
+            )
+
+    def add_to(self, loss: Loss, images: Tensor, labels: Tensor, output: Tensor | TrainingOutput) -> Loss:
+        """Combine the student's *loss* with the divergence of its main head from the teacher's outputs.
+
+        No gradient of the divergence reaches the teacher. A teacher that learns adds its own loss.
+        """
+        logits = output if isinstance(output, Tensor) else output.logits
+        temperature, share = self.config.temperature, self.config.share
+        with torch.set_grad_enabled(self.learns):
+            taught = self.model(images)
+        outputs = taught if isinstance(taught, Tensor) else taught.logits
+        target = log_softmax(outputs.detach().float() / temperature, dim=1)
+        student = log_softmax(logits.float() / temperature, dim=1)
+        divergence = kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
+        total = (1 - share) * loss.total + share * divergence
+        parts = {**loss.parts, "teacher": divergence.detach()}
+        if self.learns:
+            own = training_loss(taught, labels, self.model.loss_weights(), self.label_smoothing)
+            total, parts["teacher_loss"] = total + own.total, own.total.detach()
+        return Loss(total, parts)
+
+
+def _read_teacher(path: Path, labels: tuple[str, ...], preprocess: Preprocess) -> Classifier:
+    """Read a trained teacher; raise `ConfigError` for other classes or another normalization."""
+    stored = read_checkpoint(path)
+    if stored.labels != labels:
+        raise ConfigError(f"teacher.weights: {path} has other classes than the data")
+    if (stored.preprocess.mean, stored.preprocess.std) != (preprocess.mean, preprocess.std):
+        raise ConfigError(
+            f"teacher.weights: {path} normalizes colors differently; set the same preprocess.mean and std"
+        )
+    return build_classifier(stored, path).eval().requires_grad_(False)

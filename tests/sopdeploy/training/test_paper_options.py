@@ -1,0 +1,145 @@
+"""Options of the papers' baselines: joint distillation, color jitter, doubled images, crops in prediction."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.data.augment import COLOR_COMPONENTS, COLOR_DEVIATIONS, AugmentedDataset, ColorJitter, PadCrop
+from sopdeploy.data.base import ArrayImages
+from sopdeploy.data.sources import open_data
+from sopdeploy.errors import ConfigError
+from sopdeploy.evaluation.prediction import score_images
+from sopdeploy.images.preprocess import TTA_PAD, Preprocess, tta_views
+from sopdeploy.training.loop import epoch_data, train
+from sopdeploy.training.recipe import Recipe
+from tests.sopdeploy.training.runs import interrupt, same_run, short_recipe
+
+pytestmark = pytest.mark.usefixtures("few_digits")
+STUDENT = ["model.name=resnet8", "model.config={base_width=4}", "epochs=2", "accumulate=2"]
+TEACHER = 'teacher={model={name="dsop-resnet8", config={base_width=4, aux_widths=[4, 4, 4]}}, temperature=2}'
+STARRED = 'augment={kind="pad-crop", pad=4, doubled=true, held_out=true}'
+COLOR = "color={brightness=0.2, hue=0.1, lighting=0.1}"
+ARRAY = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+
+
+def all_options(*more: str) -> Recipe:
+    return short_recipe(*STUDENT, TEACHER, STARRED, COLOR, *more)
+
+
+@pytest.fixture(scope="module")
+def finished(few_digits: None, tmp_path_factory: Any) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    train(all_options(), out / "run")
+    return out / "run"
+
+
+def test_a_run_with_all_options_resumes_bit_by_bit(finished: Path, tmp_path: Path) -> None:
+    interrupt(all_options(), tmp_path / "run", "step", 1, 3)
+    train(all_options(), tmp_path / "run", resume=True)
+    assert same_run(finished, tmp_path / "run")
+    assert read_checkpoint(finished / "last.pt").resume["teacher"].keys() >= {"conv1.weight", "fc.weight"}
+
+
+def test_a_joint_teacher_learns_and_is_not_exported(finished: Path) -> None:
+    checkpoint = read_checkpoint(finished / "best.pt")
+    assert checkpoint.model == "resnet8"
+    first, second = (row["losses"] for row in checkpoint_history(finished))
+    assert second["teacher_loss"] < first["teacher_loss"]
+    expected = 0.5 * first["main"] + 0.5 * first["teacher"] + first["teacher_loss"]
+    assert first["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def checkpoint_history(run: Path) -> list[dict[str, Any]]:
+    history: list[dict[str, Any]] = read_checkpoint(run / "last.pt").resume["position"]["history"]
+    return history
+
+
+def test_held_out_images_are_cropped_as_eval_crops_them(finished: Path) -> None:
+    checkpoint = read_checkpoint(finished / "last.pt")
+    model = build_classifier(checkpoint, finished / "last.pt")
+    held_out = open_data(all_options().data).held_out
+    found = {
+        tta: np.mean(
+            [score.top5[0] == score.target for score in score_images(model, checkpoint, held_out, tta=tta)]
+        )
+        for tta in ("pad-crop", "none")
+    }
+    assert checkpoint_history(finished)[-1]["figures"]["top1"] == pytest.approx(found["pad-crop"])
+    assert found["none"] != found["pad-crop"]
+
+
+def test_an_epoch_of_doubled_images_has_each_image_and_its_mirror_image() -> None:
+    images = ArrayImages(tuple("ab"), np.stack([ARRAY, ARRAY[::-1]]), np.array([0, 1]))
+    recipe = all_options("batch_size=2", "accumulate=1", "color={}")
+    for sampler in ("shuffled", "balanced"):
+        _, batches = epoch_data(recipe.model_copy(update={"sampler": sampler}), images, 0)
+        assert sorted(index for batch in batches for index in batch) == [0, 1, 2, 3]
+    augment = PadCrop(kind="pad-crop", pad=4, doubled=True)
+    dataset = AugmentedDataset(images, augment, Preprocess(resize=8, crop=8), seed=0, epoch=0)
+    for index, pixels in ((0, ARRAY), (2, ARRAY[:, ::-1])):
+        padded = np.pad(pixels, ((4, 4), (4, 4), (0, 0)))
+        crops = [padded[top : top + 8, left : left + 8] for top in range(9) for left in range(9)]
+        assert any(np.array_equal(dataset[index][0], crop) for crop in crops)
+
+
+def test_pad_crop_is_a_crop_of_the_padded_image_that_depends_on_its_pixels() -> None:
+    rules, offsets = Preprocess(resize=8, crop=8), set()
+    for seed in range(20):
+        pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        (view,) = tta_views(lambda _rules, pixels=pixels: pixels, rules, "pad-crop")
+        padded = np.pad(pixels, ((TTA_PAD, TTA_PAD), (TTA_PAD, TTA_PAD), (0, 0)))
+        found = [
+            (top, left)
+            for top in range(9)
+            for left in range(9)
+            if np.array_equal(view, padded[top : top + 8, left : left + 8])
+        ]
+        assert len(found) == 1
+        offsets.add(found[0])
+    assert len(offsets) > 10
+
+
+def test_color_jitter_depends_on_its_seed_only() -> None:
+    assert ColorJitter()(ARRAY, 1) is ARRAY
+    state = torch.get_rng_state()
+    jitter = ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, lighting=0.1)
+    first = jitter(ARRAY, 1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert np.array_equal(jitter(ARRAY, 1), first)
+    assert not np.array_equal(jitter(ARRAY, 2), first)
+    assert (first.shape, first.dtype) == (ARRAY.shape, np.uint8)
+
+
+def test_lighting_adds_multiples_of_the_principal_colors() -> None:
+    gray = np.full((4, 4, 3), 128, dtype=np.uint8)
+    shifts = np.array([ColorJitter(lighting=0.1)(gray, seed)[0, 0] - 128.0 for seed in range(400)]) / 255
+    expected = COLOR_COMPONENTS @ np.diag(np.square(0.1 * COLOR_DEVIATIONS)) @ COLOR_COMPONENTS.T
+    assert np.cov(shifts.T) == pytest.approx(expected, abs=0.15 * expected.max())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ('augment={kind="pad-crop", doubled=true, flip=0.5}', "doubled: contains the mirror images"),
+        ('augment={kind="pad-crop", pad=2, held_out=true}', "held_out: pads by 4 pixels"),
+        ('teacher={model={name="resnet9"}}', "model 'resnet9' is not in the catalog"),
+        ('teacher={model={name="gmgap-16-8-resnet18"}}', r"teacher\.model: a network with a gate"),
+        ("color={hue=0.6}", r"color\.hue"),
+    ],
+)
+def test_unusable_options_are_refused_with_one_line(tmp_path: Path, setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        train(short_recipe(*STUDENT, setting), tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_recipes_without_the_options_are_written_as_before() -> None:
+    written = short_recipe("augment={kind='pad-crop'}", "teacher.weights=t.pt").model_dump(mode="json")
+    assert "color" not in written
+    assert written["augment"] == {"kind": "pad-crop", "flip": 0.0, "pad": 4}
+    assert written["teacher"].keys() == {"weights", "share", "temperature"}
