@@ -1,0 +1,24 @@
+"""With the recipe's balance loss most components of a gate are used, without it few (GM-SOP, Figure 2 left)."""
+
+from pathlib import Path
+
+import gate_usage
+import pytest
+
+from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.training.loop import train
+
+
+@pytest.mark.parametrize(
+    ("settings", "used", "imbalance"),
+    [([], range(10, 17), (0.0, 1.5)), (["model.config.balance_weight=0"], range(4, 7), (4.0, 12.0))],
+    ids=["recipe", "alpha = 0"],
+)
+def test_the_balance_loss_spreads_images_over_components(
+    tmp_path: Path, settings: list[str], used: range, imbalance: tuple[float, float]
+) -> None:
+    """Four epochs on digits; the benchmark measures five seeds of twenty."""
+    result = train(gate_usage.digits_recipe(0, 4, [3], *settings), tmp_path / "run")
+    last = read_checkpoint(result.last).resume["position"]["history"][-1]["sight"]["gates"]["gate"]
+    assert sum(fraction >= gate_usage.SHARE for fraction in last["chosen"]) in used
+    assert imbalance[0] <= last["imbalance"] <= imbalance[1]
