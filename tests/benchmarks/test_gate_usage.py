@@ -1,4 +1,4 @@
-"""With the recipe's balance loss most components of a gate are used, without it few (GM-SOP, Figure 2 left)."""
+"""The balance loss of the recipe lets a gate use most components (GM-SOP, Figure 2 left)."""
 
 from pathlib import Path
 
