@@ -18,7 +18,7 @@ def test_the_balance_loss_spreads_images_over_components(
     tmp_path: Path, settings: list[str], used: range, imbalance: tuple[float, float]
 ) -> None:
     """Four epochs on digits; the benchmark measures five seeds of twenty."""
-    result = train(gate_usage.digits_recipe(0, 4, [3], *settings), tmp_path / "run")
+    result = train(gate_usage.digits_recipe(0, 4, [4], *settings), tmp_path / "run")
     last = read_checkpoint(result.last).resume["position"]["history"][-1]["sight"]["gates"]["gate"]
     assert sum(fraction >= gate_usage.SHARE for fraction in last["chosen"]) in used
     assert imbalance[0] <= last["imbalance"] <= imbalance[1]
