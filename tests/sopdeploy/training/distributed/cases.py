@@ -83,7 +83,7 @@ def learn(
             weight.data.add_(torch.randn(weight.shape, generator=random).to(weight))
     done = 0
     while done < steps:
-        augmented, batches = epoch_data(recipe, data, run.position.epoch)
+        augmented, batches = epoch_data(recipe, dataset(), run.position.epoch)
         for samples in batches[: steps - done]:
             loaded = shard_step(samples, recipe, run.strategy).samples
             images = np.stack([augmented[sample][0] for sample in loaded])
