@@ -107,13 +107,14 @@ def matrix(properties: Iterable[tuple[str, Any]]) -> list[str]:
         if name == PROPERTY:
             family, precision, runtime, outcome = value
             cells[family, runtime][precision] = outcome
-    notes = {"not built in this run": "-"}
+    not_built = "not built in this run; `make test-models` builds the slow ones"
+    notes = {not_built: "-"}
     width = max((len(family) for family, _ in cells), default=0)
     lines = []
     for (family, runtime), found in sorted(cells.items()):
         shown = []
         for precision in PRECISIONS:
-            outcome = found.get(precision, "not built in this run")
+            outcome = found.get(precision, not_built)
             mark = "ok" if outcome == "ok" else notes.setdefault(outcome, f"[{len(notes)}]")
             shown.append(f"{precision} {mark:4}")
         lines.append(f"{family:{width}}  {runtime:17}  {'  '.join(shown)}".rstrip())

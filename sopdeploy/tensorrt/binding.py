@@ -5,6 +5,7 @@ major version.
 """
 
 import functools
+from collections import deque
 from typing import Any, ClassVar, Literal
 
 from sopdeploy.environment import import_optional
@@ -49,9 +50,9 @@ def make_logger(trt: Any) -> Any:
 @functools.cache
 def _process_logger(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
-        """Collects error messages of this module *trt*."""
+        """Collects the last error messages of this module *trt*."""
 
-        errors: ClassVar[list[str]] = []
+        errors: ClassVar[deque[str]] = deque(maxlen=20)
 
         def log(self, severity: Any, message: str) -> None:
             """Store *message* if it is an error."""

@@ -7,12 +7,31 @@ import torch
 from torch import Tensor
 
 from sopdeploy.layers.covariance import upper_triangle_indices
+from sopdeploy.layers.pooling.base import unit_length
 from sopdeploy.layers.pooling.codebook import GMSOPNetVLAD
 from sopdeploy.layers.pooling.compact_bilinear import draw_sketches
 from tests.sopdeploy.layers.numerics.all_poolings import EACH_POOLING, build
 from tests.sopdeploy.layers.numerics.references import relu_features
 
 CHANNELS = 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_unit_length_gives_the_bits_of_normalize_and_of_its_gradient(dtype: torch.dtype) -> None:
+    values = torch.randn(3, 4, 7, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    values[0, 0] = 0
+    ours, theirs = values.clone().requires_grad_(), values.clone().requires_grad_()
+    found, expected = unit_length(ours, 2), torch.nn.functional.normalize(theirs, dim=2)
+    (found * values).sum().backward()
+    (expected * values).sum().backward()
+    assert found.equal(expected)
+    assert ours.grad.equal(theirs.grad)
+
+
+def test_zeros_stay_zeros_in_float16_too() -> None:
+    zeros = torch.zeros(2, 3, dtype=torch.float16)
+    assert unit_length(zeros, 1).equal(zeros)
+    assert torch.nn.functional.normalize(zeros, dim=1).isnan().all()  # its 1e-12 is 0 in float16
 
 
 def columns(features: Tensor, image: int) -> list[Tensor]:
