@@ -103,6 +103,9 @@ def serve(port: int) -> None:
         def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
             return {"logits": logits[: len(images)]}
 
+        def close(self) -> None:
+            """Do nothing."""
+
     loaders.decode = lambda *_, **__: image  # type: ignore[assignment]
     settings = load_settings(port=port, queue_size=1024, max_batch=8)
     app = create_app({"model": replace(model, runtime=Constant())}, settings)

@@ -101,6 +101,7 @@ class TimedRuntime:
         self.name, self.device, self.largest_batch = runtime.name, runtime.device, runtime.largest_batch
         self._runtime = runtime
         self._times = times
+        self.close = runtime.close
 
     def run(self, images: Any) -> Any:
         """Run the wrapped runtime."""

@@ -18,7 +18,7 @@ class Drifting:
     name, device, largest_batch = "drifting", "cpu", 4
 
     def __init__(self, runtime: OnnxRuntime, wrong: float) -> None:
-        self._runtime, self._wrong = runtime, np.float32(wrong)
+        self._runtime, self._wrong, self.close = runtime, np.float32(wrong), runtime.close
 
     def run(self, images):
         return {name: values + self._wrong for name, values in self._runtime.run(images).items()}
