@@ -1,7 +1,8 @@
 """sopdeploy: train with second-order pooling, deploy a first-order network, prove that they are equal.
 
 `train`, `evaluate`, `calibrate`, `export`, `predict` and `serve` do what the commands of the same names do,
-with the same defaults. `create_model(name, num_classes=..., **config)` builds a network of the catalog,
+with the same defaults. `export_network` exports any PyTorch classifier, `unused_modules` lists the parts that
+its output does not need. `create_model(name, num_classes=..., **config)` builds a network of the catalog,
 `list_models()` lists the names, and `describe(name, **config)` counts parameters and multiply-adds. Importing
 sopdeploy does not import torch; `predict` and `serve` do not need it.
 """
@@ -15,25 +16,32 @@ if TYPE_CHECKING:
     from sopdeploy.api.evaluation import evaluate
     from sopdeploy.api.serving import predict, serve
     from sopdeploy.api.training import train
+    from sopdeploy.images.preprocess import Preprocess
     from sopdeploy.models.describe import describe
     from sopdeploy.models.registry import create_model, list_models
+    from sopdeploy_export.pipeline import ExportOptions
+    from sopdeploy_export.user_network.export_network import export_network, unused_modules
 
 __version__ = "0.1.0"
 __all__ = [
-    "__version__", "calibrate", "create_model", "describe", "evaluate", "export", "list_models", "predict",
-    "serve", "train",
+    "ExportOptions", "Preprocess", "__version__", "calibrate", "create_model", "describe", "evaluate",
+    "export", "export_network", "list_models", "predict", "serve", "train", "unused_modules",
 ]  # fmt: skip
 
 _MODULES = {
     "calibrate": "sopdeploy.api.calibration",
+    "ExportOptions": "sopdeploy_export.pipeline",
+    "Preprocess": "sopdeploy.images.preprocess",
     "create_model": "sopdeploy.models.registry",
     "describe": "sopdeploy.models.describe",
     "evaluate": "sopdeploy.api.evaluation",
     "export": "sopdeploy.api.deployment",
+    "export_network": "sopdeploy_export.user_network.export_network",
     "list_models": "sopdeploy.models.registry",
     "predict": "sopdeploy.api.serving",
     "serve": "sopdeploy.api.serving",
     "train": "sopdeploy.api.training",
+    "unused_modules": "sopdeploy_export.user_network.export_network",
 }
 
 

@@ -40,6 +40,7 @@ from sopdeploy.layers.normalize import Normalize
 OPSET = 18
 OPSET_OF_BFLOAT16 = 22  # the first opset with bfloat16 convolutions
 INPUT = "images"
+EXPORT_LOGITS = "export_logits"  # attribute of a network outside of the catalog, see `compute_outputs`
 PREFIX = "network."  # the attribute of `Deployed` that holds the network
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
 MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for the weights
@@ -82,7 +83,7 @@ def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     """
     if isinstance(network, Backbone):
         return network.outputs_tuple(pixels)
-    output, key = network(pixels), getattr(network, "export_logits", None)
+    output, key = network(pixels), getattr(network, EXPORT_LOGITS, None)
     if isinstance(key, str) and not isinstance(output, Mapping):
         output, key = getattr(output, key, output), None
     if key is not None and not isinstance(output, Tensor):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from sopdeploy.api.user_network import NetworkSource, export_weights
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import ConfigError
 from sopdeploy_export.pipeline import Exported, ExportOptions
@@ -32,6 +33,7 @@ def export(
     measure_speed: bool = False,
     pt2: bool = False,
     with_cam: bool = False,
+    user_network: NetworkSource | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Convert a checkpoint to a bundle: detach, prove equivalence, export, compare.
@@ -58,6 +60,8 @@ def export(
         measure_speed: Time the graph against the plain backbone.
         pt2: Also store the certified torch.export program in the bundle.
         with_cam: Add class activation maps; the network must end in average pooling and a linear layer.
+        user_network: A network outside of the catalog, whose weights *checkpoint* holds. For a network in
+            memory, call `sopdeploy.export_network`.
         on_step: Called with a description of each step as it begins.
 
     Returns:
@@ -99,4 +103,6 @@ def export(
         pt2=pt2,
         with_cam=with_cam,
     )
+    if user_network is not None:
+        return export_weights(user_network, Path(out), options, on_step)
     return run(Path(checkpoint), Path(out), options, on_step)

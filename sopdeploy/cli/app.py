@@ -9,7 +9,7 @@ import typer
 from sopdeploy import __version__
 from sopdeploy.cli import demo, env
 from sopdeploy.cli.console import out
-from sopdeploy.cli.deployment import engine, export, keys, transfer
+from sopdeploy.cli.deployment import engine, export, inspect, keys, transfer
 from sopdeploy.cli.serving import bench, doctor, health, predict, serve
 from sopdeploy.cli.training import compare, data, evaluate, import_weights, models, reproduce, train
 
@@ -33,6 +33,7 @@ app.command("models", rich_help_panel="Train")(models.models)
 app.command("describe", rich_help_panel="Train")(models.describe)
 app.command("import", rich_help_panel="Train")(import_weights.import_file)
 app.command("export", rich_help_panel="Export")(export.export)
+app.command("inspect", rich_help_panel="Export")(inspect.inspect)
 app.command("verify", rich_help_panel="Export")(predict.verify)
 app.command("engine", rich_help_panel="Export")(engine.engine)
 app.command("triton", rich_help_panel="Export")(export.triton)
@@ -61,7 +62,7 @@ QUICK_START = (
 OTHER_COMMANDS = {
     "before training": ("data", "recipes", "models", "describe", "import"),
     "training results": ("eval", "report", "calibrate", "compare", "reproduce"),
-    "bundles": ("bench", "engine", "triton", "sign", "push", "pull"),
+    "bundles": ("inspect", "bench", "engine", "triton", "sign", "push", "pull"),
     "servers": ("key", "health", "ray"),
     "this machine": ("env",),
 }

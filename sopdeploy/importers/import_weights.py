@@ -157,7 +157,7 @@ def class_names(converted: ConvertedWeights, file: Path | None) -> tuple[tuple[s
     """
     count = converted.num_classes
     if file is not None:
-        names = _read_class_names(file)
+        names = read_class_names(file)
         if len(names) != count:
             raise ConfigError(f"--labels {file}: {len(names)} names for {count} classes; give one per class")
         duplicate = next((name for name in names if names.count(name) > 1), None)
@@ -173,7 +173,8 @@ def class_names(converted: ConvertedWeights, file: Path | None) -> tuple[tuple[s
     return tuple(f"class {index:0{width}}" for index in range(count)), "numbers; give --labels for names"
 
 
-def _read_class_names(file: Path) -> tuple[str, ...]:
+def read_class_names(file: Path) -> tuple[str, ...]:
+    """Read one class name per line, or a JSON list, of `--labels`; raises `ConfigError`."""
     try:
         if file.stat().st_size > MAX_LABEL_BYTES:
             raise ConfigError(

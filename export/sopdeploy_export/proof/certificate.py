@@ -176,8 +176,9 @@ def certify(
     kind: ProofKind = "trained-plain" if nothing_detached else "three-way"
     if detachment.plain is None:
         kind = "trained-only" if nothing_detached else "trained-detached"
-    for network in {id(network): network for network in (*given.values(), *networks.values())}.values():
-        _assert_unchanged(network, kept)
+    checked = {id(network): (role, network) for role, network in (*given.items(), *networks.items())}
+    for role, network in checked.values():
+        _assert_unchanged(network, kept, detachment.rename if role == "plain" else str)
     certificate = Certificate(
         model=model,
         proof=kind,
@@ -344,11 +345,14 @@ def build_inventory(
     return tuple(_entry(name, tensor) for name, tensor in removed.items()), tuple(kept)
 
 
-def _assert_unchanged(network: nn.Module, kept: tuple[TensorEntry, ...]) -> None:
+def _assert_unchanged(
+    network: nn.Module, kept: tuple[TensorEntry, ...], rename: Callable[[str], str]
+) -> None:
     """Hash the kept tensors again: code outside of the graph may have written to them while it ran."""
     found = tensors(network)
     for entry in kept:
-        if entry.name not in found or tensor_hash(found[entry.name]) != entry.sha256:
+        name = rename(entry.name)
+        if name not in found or tensor_hash(found[name]) != entry.sha256:
             raise CertificateError(f"{entry.name} changed during the proof; forward must not write to it")
 
 

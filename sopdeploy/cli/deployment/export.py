@@ -7,10 +7,21 @@ import typer
 
 from sopdeploy.cli.console import BundleArgument, JsonOption, one_line_errors, print_field, print_json, steps
 from sopdeploy.cli.deployment.export_summary import show
+from sopdeploy.cli.deployment.inspect import (
+    OWN,
+    LogitsOption,
+    NetworkOption,
+    PreprocessOption,
+    SettingsOption,
+    TableOption,
+)
+from sopdeploy.errors import ConfigError
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint written by `sopdeploy train`.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint of `sopdeploy train`, or with --network any weight file.")
+    ],
     detach: Annotated[
         bool, typer.Option("--detach", help="Remove training-only branches and prove equivalence.")
     ] = False,
@@ -71,14 +82,66 @@ def export(
             "--with-cam", help="Add class activation maps, which the service returns for explain=1."
         ),
     ] = False,
+    network: NetworkOption = None,
+    settings: SettingsOption = None,
+    plain: Annotated[
+        str | None,
+        typer.Option(
+            help="Builder of the network that must remain, package.module:callable.", rich_help_panel=OWN
+        ),
+    ] = None,
+    plain_settings: Annotated[
+        list[str] | None,
+        typer.Option("--plain-set", help="Option key=value of --plain; repeatable.", rich_help_panel=OWN),
+    ] = None,
+    training_only: Annotated[
+        list[str] | None,
+        typer.Option(help="Part to remove, or a pattern such as 'aux*'; repeatable.", rich_help_panel=OWN),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="File with one class name per line.", rich_help_panel=OWN)
+    ] = None,
+    preprocess: PreprocessOption = None,
+    table: TableOption = None,
+    logits: LogitsOption = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name of the model. [dim]default: that of the builder[/dim]", rich_help_panel=OWN),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Convert a checkpoint to a bundle: detach, prove equivalence, export to ONNX, compare, write.
 
+    With --network, the file holds the weights of a network of your own, which is built by your code.
+
     Example: [bold]sopdeploy export runs/photos/best.pt --detach[/bold]
     """
     with one_line_errors(as_json), steps("exporting", quiet=as_json) as step:
+        own = {"--set": settings, "--plain": plain, "--training-only": training_only, "--labels": labels}
+        own |= {"--preprocess": preprocess, "--weights": table, "--logits": logits, "--name": name}
+        given = [flag for flag, value in own.items() if value]
+        if network is None and given:
+            raise ConfigError(f"{given[0]}: only with --network, for a network of your own")
+        if network is not None and detach:
+            raise ConfigError("--detach: with --network, name the parts to remove with --training-only")
         from sopdeploy.api.deployment import export as run
+        from sopdeploy.api.user_network import NetworkSource
+
+        source = None
+        if network is not None:
+            source = NetworkSource(
+                weights=checkpoint,
+                network=network,
+                settings=settings or (),
+                plain=plain,
+                plain_settings=plain_settings or (),
+                training_only=training_only or (),
+                labels=labels,
+                preprocess=preprocess or "",
+                table=table,
+                logits=logits,
+                name=name,
+            )
 
         exported = run(
             checkpoint,
@@ -100,6 +163,7 @@ def export(
             measure_speed=measure_speed,
             pt2=pt2,
             with_cam=with_cam,
+            user_network=source,
             on_step=step,
         )
     if as_json:

@@ -1,0 +1,65 @@
+"""Build a network that the user names as `module:callable`, with options as `key=value`.
+
+This imports and runs the user's code. Only the command line calls it, and only for names that the user typed:
+never because of a checkpoint or a bundle.
+"""
+
+import importlib
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from sopdeploy.errors import ConfigError
+from sopdeploy_export.user_network.checks import first_line
+
+
+def network_builder(flag: str, place: str, settings: Sequence[str]) -> Callable[[], nn.Module]:
+    """Create a function that builds the network at *place*, `package.module:callable`, with *settings*.
+
+    *flag* is the option that named it, for messages. Raises `ConfigError` if *place* cannot be imported; the
+    function raises it if the network cannot be built.
+    """
+    module_name, _, path = place.partition(":")
+    if not module_name or not path:
+        raise ConfigError(
+            f"{flag} {place}: write package.module:callable, as in torchvision.models:googlenet"
+        )
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # modules beside the user, as `python -m` finds them
+    try:
+        found: Any = importlib.import_module(module_name)
+        for attribute in path.split("."):
+            found = getattr(found, attribute)
+    except Exception as error:  # importing runs the user's code
+        raise ConfigError(f"{flag} {place}: cannot be imported ({first_line(error)})") from error
+    if not callable(found):
+        raise ConfigError(f"{flag} {place}: is a {type(found).__name__}, not a function or a class")
+    options = parse_settings(flag, settings)
+
+    def build() -> nn.Module:
+        try:
+            network = found(**options)
+        except Exception as error:  # the user's code
+            raise ConfigError(f"{flag} {place}: cannot be built ({first_line(error)})") from error
+        if not isinstance(network, nn.Module):
+            raise ConfigError(f"{flag} {place}: returned a {type(network).__name__}, not a torch.nn.Module")
+        return network
+
+    return build
+
+
+def parse_settings(flag: str, settings: Sequence[str]) -> dict[str, Any]:
+    """Parse `key=value` with values in TOML, else text: `aux_logits=true`, `widths=[8, 16]`, `act=relu`."""
+    options: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.isidentifier():
+            raise ConfigError(f"{flag}: option {setting!r}: write key=value")
+        try:
+            options[key] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            options[key] = text
+    return options

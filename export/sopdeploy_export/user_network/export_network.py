@@ -1,0 +1,213 @@
+"""Export any PyTorch classifier, with the same proof, checks and bundle as a network of the catalog."""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sopdeploy.errors import ConfigError, DetachError, LoweringError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.base import is_in
+from sopdeploy_export.detach import detach
+from sopdeploy_export.graph import EXPORT_LOGITS, Deployed
+from sopdeploy_export.pipeline import Exported, ExportOptions, export_subject
+from sopdeploy_export.proof.certificate import Detachment
+from sopdeploy_export.proof.hashes import tensor_hash
+from sopdeploy_export.proof.preconditions import check_network_state, check_removed_memory, tensors
+from sopdeploy_export.report.network_summary import NetworkSummary, summarize
+from sopdeploy_export.subject import ExportSubject
+from sopdeploy_export.user_network.checks import (
+    check_builder,
+    check_methods,
+    check_outputs,
+    check_training_only,
+    copy_for_export,
+    find_usage,
+    unused_parts,
+    unwrap,
+)
+
+NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+
+def export_network(
+    trained: nn.Module,
+    *,
+    plain: Callable[[], nn.Module] | None,
+    training_only: Sequence[str] = (),
+    labels: Sequence[str],
+    preprocess: Preprocess,
+    destination: str | Path,
+    name: str,
+    logits: str | int | None = None,
+    rename: Callable[[str], str] | None = None,
+    options: ExportOptions | None = None,
+    config: Mapping[str, Any] | None = None,
+    sha256: str | None = None,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> Exported:
+    """Export *trained* as a bundle, and prove that what ships is the *plain* network.
+
+    The network is copied and not changed. It receives float32 images (B, 3, H, W), normalized as *preprocess*
+    says, and returns (B, classes) logits.
+
+    Args:
+        trained: The network as it was trained.
+        plain: Builds the network that must remain, with any weights. With `None` the certificate compares
+            less; `docs/howto/your-network.md` says what it then cannot show.
+        training_only: Dotted names of the parts to remove, or patterns such as `aux*`.
+        labels: Class names, in the order of the logits.
+        preprocess: From an image to the input of the network.
+        destination: Folder for the bundle.
+        name: Name of the model: letters, digits, `.`, `_` and `-`.
+        logits: Attribute, key or index of the logits, if the network returns more than one tensor.
+        rename: Maps the name of a tensor of *trained* to its name in the plain network.
+        options: Batch sizes, precision and others; `detach` follows from *training_only*.
+        config: What the manifest records of the network; by default the names of its classes.
+        sha256: Hash of the weight file; by default of the tensors.
+        on_step: Called with a description of each step as it begins.
+
+    Returns:
+        The path of the bundle with its proof. `certificate.proof` says which networks were compared.
+
+    Raises:
+        ConfigError: Arguments that do not fit together.
+        LoweringError: The network cannot be exported, and why.
+        CertificateError: A statement of the proof does not hold.
+        SopdeployError: Another step failed; nothing is left in *destination* then.
+    """
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"name {name!r}: use letters, digits, `.`, `_` and `-` only")
+    if len(set(labels)) != len(labels) or not labels:
+        raise ConfigError("labels: give one name per class, each once")
+    options = options or ExportOptions()
+    on_step("checking the network")
+    network = copy_for_export(trained, "trained")
+    check_methods(unwrap(trained), "trained")
+    check_network_state(network, "trained")
+    if logits is not None:
+        vars(network)[EXPORT_LOGITS] = logits
+    parts = match_parts(network, training_only)
+    original = tensors(unwrap(trained))  # a copy no longer shares memory
+    removed = {name for name in original if is_in(name, *parts)}
+    check_removed_memory(
+        {name: original[name] for name in removed},
+        {name: tensor for name, tensor in original.items() if name not in removed},
+    )
+    warnings = _check(network, parts, preprocess, len(labels), options)
+    build = None if plain is None else _checked_builder(plain, network, logits)
+    recorded = {"network": _class_name(network), "logits": logits, "training_only": list(training_only)}
+    subject = ExportSubject(
+        name=name,
+        network=network,
+        detachment=Detachment(training_only=parts, plain=build, rename=rename or str),
+        labels=tuple(labels),
+        preprocess=preprocess,
+        config=recorded if config is None else config,
+        sha256=sha256 or _hash_tensors(network),
+        summary=lambda: _summarize(trained, parts, preprocess),
+        warnings=warnings,
+    )
+    options = options.model_copy(update={"detach": bool(parts)})
+    return export_subject(subject, Path(destination), options, on_step)
+
+
+def unused_modules(
+    network: nn.Module, preprocess: Preprocess, logits: str | int | None = None
+) -> tuple[str, ...]:
+    """Name the outermost modules of *network* that its output in eval mode does not depend on.
+
+    They are candidates for `training_only`. *logits* is the attribute, key or index of the logits, if the
+    network returns more than one tensor. Raises `LoweringError` if the network cannot be captured.
+    """
+    copied = copy_for_export(network, "given")
+    if logits is not None:
+        vars(copied)[EXPORT_LOGITS] = logits
+    return unused_parts(copied, find_usage(copied, preprocess))
+
+
+def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Find the outermost modules and tensors of *network* that match *patterns*.
+
+    Raises `DetachError` for a pattern without a match.
+    """
+    names = [name for name, _ in network.named_modules() if name] + list(tensors(network))
+    found: list[str] = []
+    for pattern in patterns:
+        matches = [name for name in names if fnmatchcase(name, pattern)]
+        if not matches:
+            close = ", ".join(name for name, _ in network.named_children())
+            raise DetachError(f"--training-only {pattern}: no such part; the network has {close}")
+        for match in matches:  # outer modules come before inner ones
+            if not is_in(match, *found):
+                found.append(match)
+    return tuple(found)
+
+
+def _check(
+    network: nn.Module, parts: tuple[str, ...], preprocess: Preprocess, classes: int, options: ExportOptions
+) -> tuple[str, ...]:
+    """Run all checks before the proof; returns warnings."""
+    trial = copy_for_export(network, "trained")
+    warnings = check_outputs(Deployed(trial, preprocess).eval(), preprocess, classes, "trained")
+    usage = find_usage(network, preprocess, options.batch)
+    check_training_only(usage, parts)
+    if parts:
+        detached = Deployed(detach(network, parts), preprocess).eval()
+        check_outputs(detached, preprocess, classes, "detached")
+    undeclared = [part for part in unused_parts(network, usage) if not is_in(part, *parts)]
+    undeclared = [
+        part for part in undeclared if not all(is_in(name, *parts) for name in _inside(network, part))
+    ]
+    if undeclared and options.pt2:
+        raise LoweringError(
+            f"the output does not depend on {', '.join(undeclared)}; network.pt2 would contain its weights: "
+            "add it to --training-only"
+        )
+    if undeclared:
+        unused = ", ".join(undeclared)
+        warnings += (
+            f"the output does not depend on {unused}; add it to --training-only to prove its removal",
+        )
+    return warnings
+
+
+def _inside(network: nn.Module, part: str) -> list[str]:
+    return [name for name in tensors(network) if is_in(name, part)]
+
+
+def _checked_builder(
+    plain: Callable[[], nn.Module], trained: nn.Module, logits: str | int | None
+) -> Callable[[], nn.Module]:
+    """Check the builder of the plain network, and let it return unwrapped networks in eval mode."""
+    check_builder(plain, trained)
+
+    def build() -> nn.Module:
+        network = copy_for_export(plain(), "plain")
+        check_methods(network, "plain")
+        if logits is not None:
+            vars(network)[EXPORT_LOGITS] = logits
+        return network
+
+    return build
+
+
+def _class_name(network: nn.Module) -> str:
+    return f"{type(network).__module__}.{type(network).__qualname__}"
+
+
+def _hash_tensors(network: nn.Module) -> str:
+    """Hash the names and contents of all tensors."""
+    lines = [f"{name} {tensor_hash(tensor)}\n" for name, tensor in sorted(tensors(network).items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _summarize(trained: nn.Module, parts: tuple[str, ...], preprocess: Preprocess) -> NetworkSummary:
+    """Summarize the network for the report, on copies, because their mode changes."""
+    network = copy_for_export(trained, "trained")
+    shipped = detach(network, parts) if parts else copy_for_export(trained, "trained")
+    return summarize(network, shipped, parts, preprocess.crop)

@@ -1,0 +1,119 @@
+"""Read the weights of a user's network: state dicts and training checkpoints, without running code."""
+
+import argparse
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sopdeploy.checkpoint import is_state_dict, load_plain
+from sopdeploy.environment import import_optional
+from sopdeploy.errors import CheckpointError, WeightsError
+
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and Lightning
+AVERAGING_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
+ADVICE = "save network.state_dict() with torch.save, or as safetensors"
+
+
+class LoadedWeights(NamedTuple):
+    """What was loaded: the hash of the file, the table, and what was removed from the names."""
+
+    sha256: str
+    table: str
+    removed: tuple[str, ...]
+
+
+def load_weights(network: nn.Module, path: Path, table: str | None = None) -> LoadedWeights:
+    """Load the file at *path* into *network*; every tensor must have its place, and every place a tensor.
+
+    *table* names one of several tables of tensors, such as `model_ema`. Prefixes that all names share
+    (`module.`, `_orig_mod.`, `model.`) are removed unless the network has them too. Raises `WeightsError`
+    for a file that cannot be read or does not fit.
+    """
+    content, digest = _read(path)
+    name, tensors = _choose_table(path, content, table)
+    expected = network.state_dict()
+    removed: list[str] = []
+    if AVERAGING_COUNTER in tensors and AVERAGING_COUNTER not in expected:
+        tensors = {key: tensor for key, tensor in tensors.items() if key != AVERAGING_COUNTER}
+        removed.append(AVERAGING_COUNTER)
+    while prefix := _shared_prefix(tensors, expected):
+        tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+        removed.append(prefix)
+    for key in expected:
+        if key not in tensors:
+            raise WeightsError(f"{path}: {key} is missing; {_other_settings(tensors, expected)}")
+        if tensors[key].shape != expected[key].shape:
+            found, wanted = tuple(tensors[key].shape), tuple(expected[key].shape)
+            raise WeightsError(
+                f"{path}: {key} is {found} in the file and {wanted} in the network; set options with --set"
+            )
+    unknown = next((key for key in tensors if key not in expected), None)
+    if unknown is not None:
+        raise WeightsError(f"{path}: the network has no {unknown}; {_other_settings(tensors, expected)}")
+    network.load_state_dict(tensors)
+    return LoadedWeights(digest, name, tuple(removed))
+
+
+def _read(path: Path) -> tuple[Any, str]:
+    """Read *path* once; returns its content and the sha256 of its bytes."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; give a weight file")
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from error
+    digest = hashlib.sha256(raw).hexdigest()
+    if raw[8:9] == b"{":
+        safetensors = import_optional(
+            "safetensors.torch", "safetensors", "sopdeploy[import]", WeightsError, str(path)
+        )
+        try:
+            return safetensors.load(raw), digest
+        except Exception as error:  # SafetensorError
+            raise WeightsError(f"{path}: damaged safetensors file ({error}); copy it again") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, in many checkpoints
+            return load_plain(path, ADVICE, raw=raw), digest
+    except CheckpointError as error:
+        raise WeightsError(str(error)) from error
+
+
+def _choose_table(path: Path, content: Any, wanted: str | None) -> tuple[str, Mapping[str, Tensor]]:
+    """Choose the only table of tensors in *content*, or the one named *wanted*."""
+    if is_state_dict(content):
+        if wanted is not None:
+            raise WeightsError(f"{path}: is a single table of tensors; omit --weights {wanted}")
+        return "", content
+    tables = {}
+    if isinstance(content, dict):
+        tables = {str(key): value for key, value in content.items() if is_state_dict(value)}
+    names = ", ".join(tables)
+    if not tables:
+        raise WeightsError(f"{path}: holds no table of tensors; {ADVICE}")
+    if wanted is None and len(tables) > 1:
+        raise WeightsError(f"{path}: holds several tables of tensors ({names}); choose one with --weights")
+    if wanted is not None and wanted not in tables:
+        raise WeightsError(f"{path}: --weights {wanted}: no such table; the file has {names}")
+    name = wanted or names
+    return name, tables[name]
+
+
+def _shared_prefix(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Find a prefix that all names of *tensors* have and no *expected* name has; empty if there is none."""
+    for prefix in PREFIXES:
+        foreign = not any(key.startswith(prefix) for key in expected)
+        if foreign and tensors and all(key.startswith(prefix) for key in tensors):
+            return prefix
+    return ""
+
+
+def _other_settings(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    shared = len(tensors.keys() & expected.keys())
+    return (
+        f"{shared} of {len(expected)} tensors fit: check --network and its options (--set), or choose "
+        "another table with --weights"
+    )

@@ -1,0 +1,237 @@
+"""Small networks outside of the catalog, as users write them: some to export, some to reject."""
+
+import types
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from sopdeploy.layers.isqrt_cov import ISqrtCov
+
+CLASSES = 4
+Outputs = namedtuple("Outputs", ["scores", "aux"])
+
+
+class Small(nn.Module):
+    """Two convolutions, a classifier and an auxiliary head that only training uses."""
+
+    def __init__(self, *, aux: bool = True) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.aux = nn.Linear(8, CLASSES) if aux else None
+        self.fc = nn.Linear(8, CLASSES)
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.stem(images).mean((2, 3))
+
+    def forward(self, images: Tensor) -> Any:
+        features = self.features(images)
+        if self.training and self.aux is not None:
+            return self.fc(features), self.aux(features)
+        return self.fc(features)
+
+
+def variant(forward: Callable[[Any, Tensor], Any], *, aux: bool = True) -> Small:
+    """Build a `Small` of a class with another *forward*."""
+    return type("Variant", (Small,), {"forward": forward})(aux=aux)
+
+
+class Distilled(Small):
+    """The output averages both heads, as in DeiT: there is nothing to detach."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.features(images)
+        heads = [self.fc(features)] + ([] if self.aux is None else [self.aux(features)])
+        return torch.stack(heads).mean(0)
+
+
+class WithTeacher(Small):
+    """Contains a whole second network."""
+
+    def __init__(self, *, aux: bool = True) -> None:
+        super().__init__(aux=False)
+        self.teacher = Small(aux=False) if aux else None
+
+
+class BufferOfBranch(Small):
+    """The branch has a frozen buffer; the plain network lacks the module."""
+
+    def __init__(self, *, aux: bool = True) -> None:
+        super().__init__(aux=aux)
+        if aux:
+            self.register_buffer("centers", torch.ones(8))
+
+
+class WritesBuffer(Small):
+    """The branch writes to a buffer in eval mode."""
+
+    def __init__(self, *, aux: bool = True) -> None:
+        super().__init__(aux=aux)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.add_(1)
+        return super().forward(images)
+
+
+class Alias(Small):
+    """The auxiliary head and the classifier share one weight."""
+
+    def __init__(self, *, aux: bool = True) -> None:
+        super().__init__(aux=aux)
+        if self.aux is not None:
+            self.aux.weight.data = self.fc.weight.data
+
+
+class Counter(Small):
+    """Counts its calls."""
+
+    calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(images)
+
+
+class Stores(Small):
+    """Stores its features on the module."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.last = self.features(images)
+        return self.fc(self.last)
+
+
+class SecondOrder(nn.Module):
+    """A user's network with iSQRT-COV pooling, whose rewrite rules apply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        self.pooling = ISqrtCov(6)
+        self.fc = nn.Linear(self.pooling.out_features, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.pooling(self.stem(images)))
+
+
+class StuckInTraining(nn.Dropout):
+    """Ignores `eval()`: Monte Carlo dropout by its mode."""
+
+    def train(self, mode: bool = True) -> "StuckInTraining":
+        return super().train(True)
+
+
+def trained(network: nn.Module) -> nn.Module:
+    """Give *network* weights and statistics that all matter."""
+    torch.manual_seed(3)
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.is_floating_point() and not isinstance(tensor, nn.UninitializedParameter):
+            nn.init.uniform_(tensor, 0.1, 0.9)
+    return network.eval()
+
+
+def patched(network: Small) -> Small:
+    """Replace `forward` on the instance."""
+    original = network.forward
+    network.forward = types.MethodType(lambda _self, images: original(images) * 1, network)  # type: ignore[method-assign]
+    return network
+
+
+def hooked(network: Small) -> Small:
+    """Register a forward hook."""
+    network.fc.register_forward_hook(lambda _module, _inputs, output: output + 1)
+    return network
+
+
+def with_nan(network: Small) -> Small:
+    """Damage one weight."""
+    network.stem[0].weight.data[0, 0, 0, 0] = float("nan")
+    return network
+
+
+def with_dropout(network: Small) -> Small:
+    """Add a dropout that stays in train mode."""
+    network.stem.append(StuckInTraining(0.5))
+    return network
+
+
+def lazy() -> nn.Module:
+    """Build a network whose classifier was never run."""
+    network = Small(aux=False)
+    network.fc = nn.LazyLinear(CLASSES)
+    return network.eval()
+
+
+def leaks(self: Any, images: Tensor) -> Tensor:
+    """Add nothing of the auxiliary head, by its value."""
+    features = self.features(images)
+    return self.fc(features) + (0 if self.aux is None else 0 * self.aux(features))
+
+
+def leaks_at_batch_one(self: Any, images: Tensor) -> Tensor:
+    """Leak for a single image only."""
+    features = self.features(images)
+    leak = self.aux is not None and images.shape[0] == 1
+    return self.fc(features) + (0 * self.aux(features) if leak else 0)
+
+
+def squeezes(self: Any, images: Tensor) -> Tensor:
+    """Drop the batch dimension of a single image."""
+    return self.fc(self.features(images)).squeeze()
+
+
+def uses_numpy(self: Any, images: Tensor) -> Tensor:
+    """Leave torch."""
+    return self.fc(torch.from_numpy(np.tanh(self.features(images).numpy())))
+
+
+def branches_on_values(self: Any, images: Tensor) -> Tensor:
+    """Depend on the values of the images."""
+    features = self.features(images)
+    return self.fc(features if features.sum() > 0 else -features)
+
+
+def uses_cond(self: Any, images: Tensor) -> Tensor:
+    """Keep a branch on values in the graph."""
+    features = self.features(images)
+    features = torch.cond(features.sum() > 0, lambda x: x + 0, lambda x: -x, (features,))
+    return self.fc(features)
+
+
+def monte_carlo(self: Any, images: Tensor) -> Tensor:
+    """Draw random numbers in eval mode."""
+    return self.fc(nn.functional.dropout(self.features(images), 0.5, training=True))
+
+
+def probabilities(self: Any, images: Tensor) -> Tensor:
+    """End in a softmax."""
+    return self.fc(self.features(images)).softmax(1)
+
+
+def as_dict(self: Any, images: Tensor) -> dict[str, Tensor]:
+    """Return a dict."""
+    features = self.features(images)
+    return OrderedDict(out=self.fc(features), features=features)
+
+
+def as_named_tuple(self: Any, images: Tensor) -> Outputs:
+    """Return a named tuple."""
+    features = self.features(images)
+    return Outputs(self.fc(features), features)
+
+
+def exits(self: Any, images: Tensor) -> list[Tensor]:
+    """Return the logits of several exits, the last one last."""
+    features = self.features(images)
+    early = features if self.aux is None else self.aux(features)
+    return [early, self.fc(features)]
+
+
+def weight_norm(network: Small) -> Small:
+    """Parametrize the classifier by weight norm."""
+    parametrizations.weight_norm(network.fc)
+    return network
