@@ -22,10 +22,12 @@ SERVE = re.compile(r"(?:[A-Z_]+=\S+ )*sopdeploy serve ")
 TINY = "--set epochs=1 --set threads=1 --set preprocess.resize=18 --set preprocess.crop=16"
 TINY_PYTHON = 'recipe="photos-dsop", epochs=1, threads=1, preprocess={"resize": 18, "crop": 16}'
 QUICKER = {
-    "train --data photos": f"train --data photos --weights none {TINY}",
+    "train --data photos": f"train --data photos --weights none --set few_shot.max_images=1 {TINY}",
     "--recipe photos-dsop --data photos": f"--recipe photos-dsop --data photos {TINY}",
     'train(data="photos", ': f'train(data="photos", {TINY_PYTHON}, ',
     "--seconds 20": "--seconds 2",
+    "range(240)": "range(60)",
+    "--set epochs=8": "--set epochs=2",
 }
 FIRST_BUNDLE, LAST_BUNDLE = "dsop-resnet20-3f6c01d2a4b7", "dsop-resnet20-77aa01d2e0c4"  # example names
 
