@@ -91,8 +91,13 @@ class Backbone(nn.Module, ABC):
 
 
 def initialize(network: nn.Module) -> None:
-    """Initialize convolutions by Kaiming's normal distribution (fan out), batch norms to 1 and 0."""
+    """Initialize convolutions by Kaiming's normal distribution (fan out), batch norms to 1 and 0.
+
+    Weights on `meta` have no values, so drawing them would only take time.
+    """
     for module in network.modules():
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            continue
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,19 +63,25 @@ def tally(network: nn.Module, image_size: int) -> Tally:
     handles = [
         part.register_forward_hook(partial(_add, found, name)) for name, part in network.named_modules()
     ]
-    norms = [part for part in network.modules() if isinstance(part, NORMS) and part.training]
+    norms: list[Any] = [
+        part for part in network.modules() if isinstance(part, NORMS) and "forward" not in vars(part)
+    ]
     for norm in norms:
-        norm.training = False  # same shapes; batch statistics on `meta` take most of the time
+        norm.forward = _unchanged  # shapes are enough; the values take most of the time, also on `meta`
     device = next(iter(network.parameters()), torch.empty(0, device="meta")).device
     try:
         with torch.no_grad():
             network(torch.zeros(PROBE_BATCH, 3, image_size, image_size, device=device))
     finally:
         for norm in norms:
-            norm.training = True
+            del norm.forward
         for handle in handles:
             handle.remove()
     return found
+
+
+def _unchanged(values: Tensor) -> Tensor:
+    return values.view_as(values)  # a new tensor: forward hooks tell modules apart by what they return
 
 
 def _add(found: Tally, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
