@@ -15,7 +15,7 @@ from sopdeploy.models.registry import create_model
 from sopdeploy_export.graph import probe_images
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from tests import quick_torch
-from tests.export.once import proving_once
+from tests.export.once import ALONE, proving_once
 
 SIDE = 16
 LABELS = tuple("abcdefghij")
@@ -80,18 +80,20 @@ def save(
     return path
 
 
-def _exported(network: Classifier, name: str, folder: Path, *, measure_speed: bool = False) -> Exported:
+def _exported(
+    network: Classifier, name: str, folder: Path, batch: BatchRange, *, measure_speed: bool = False
+) -> Exported:
     """Export *network* with class names that a report must escape."""
     checkpoint = save(network, name, folder / "ckpt.pt", Preprocess(resize=SIDE, crop=SIDE), HOSTILE)
-    batch, detach = BatchRange(optimum=2, maximum=4), bool(network.training_only)
-    options = ExportOptions(detach=detach, batch=batch, measure_speed=measure_speed)
+    options = ExportOptions(detach=bool(network.training_only), batch=batch, measure_speed=measure_speed)
     with proving_once():
         return export(checkpoint, folder / "out", options)
 
 
 @pytest.fixture(scope="session")
 def branched(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return _exported(trained(), "dsop-resnet8", tmp_path_factory.mktemp("branched"), measure_speed=True)
+    folder, batch = tmp_path_factory.mktemp("branched"), BatchRange(optimum=2, maximum=4)
+    return _exported(trained(), "dsop-resnet8", folder, batch, measure_speed=True)
 
 
 @pytest.fixture(scope="session")
@@ -99,4 +101,4 @@ def gated(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     widths = {"component_widths": (6,), "gate_widths": (), "blocks_per_stage": 1, "conv5_stride": 1}
     network = trained("gmgap-16-8-resnet18", components=4, chosen=2, **widths)
     torch.nn.init.normal_(network.gate.weight, std=0.1)
-    return _exported(network, "gmgap-16-8-resnet18", tmp_path_factory.mktemp("gated"))
+    return _exported(network, "gmgap-16-8-resnet18", tmp_path_factory.mktemp("gated"), ALONE)

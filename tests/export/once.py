@@ -1,9 +1,10 @@
 """Cache graphs and proofs of small networks within a test process; tests modify copies.
 
 A certificate captures a network six times and converts it three times. Tests of later steps use this cache.
-Other tests check that a repeated proof gives the same bytes.
+Other tests check that another capture gives the same bytes.
 """
 
+import copy
 import functools
 import hashlib
 from collections.abc import Iterator
@@ -26,7 +27,9 @@ from sopdeploy_export.proof import certificate
 from sopdeploy_export.proof.certificate import Certificate, Proof
 
 PROOFS: dict[str, Proof] = {}
-LOWERED: dict[int, tuple[onnx.ModelProto, Certificate]] = {}
+LOWERED: dict[str, tuple[onnx.ModelProto, Certificate]] = {}
+BATCH = BatchRange(optimum=4, maximum=9)  # one range for all, because each range needs a capture
+ALONE = BatchRange(optimum=1, maximum=1)  # captured once instead of twice
 
 
 class Graph(NamedTuple):
@@ -37,35 +40,35 @@ class Graph(NamedTuple):
     model: onnx.ModelProto
 
 
-def graph_of(name: str, preprocess: Preprocess, batch: BatchRange, **config: Any) -> Graph:
-    """Capture and convert the network that `conftest.trained` builds."""
-    graph = _graph_of(name, preprocess, batch, tuple(sorted(config.items())))
+def graph_of(name: str, preprocess: Preprocess, **config: Any) -> Graph:
+    """Capture the network that `conftest.trained` builds for `BATCH` and convert it."""
+    graph = _graph_of(name, preprocess, tuple(sorted(config.items())))
     return graph._replace(model=_copy(graph.model))
 
 
 @functools.cache
-def _graph_of(name: str, preprocess: Preprocess, batch: BatchRange, config: tuple[Any, ...]) -> Graph:
+def _graph_of(name: str, preprocess: Preprocess, config: tuple[Any, ...]) -> Graph:
     from tests.export.conftest import trained
 
     network = trained(name, **dict(config))
-    program = capture_any_batch(network, preprocess, batch)
+    program = capture_any_batch(network, preprocess, BATCH)
     return Graph(network, program, lower(program, network.outputs))
 
 
 def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return copy
+    other = onnx.ModelProto()
+    other.CopyFrom(model)
+    return other
 
 
 @contextmanager
-def proving_once(apart: str = "") -> Iterator[None]:
+def proving_once(*, changes_program: bool = False) -> Iterator[None]:
     """Make exports reuse the proof of a network with the same weights and images.
 
-    An export that modifies the proved program, such as `network.pt2`, keeps its proofs *apart*.
+    An export that *changes_program*, such as that of `network.pt2`, gets a copy.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "certify", partial(certify, apart=apart))
+        patch.setattr(pipeline, "certify", partial(certify, copied=changes_program))
         patch.setattr(pipeline, "lower_with_proof", _lower_with_proof)
         yield
 
@@ -76,12 +79,11 @@ def certify(
     preprocess: Preprocess,
     probes: Tensor,
     *,
-    apart: str = "",
+    copied: bool = False,
     **options: Any,
 ) -> Proof:
     """Prove as `certificate.certify` does, once for each set of arguments."""
     arguments = (
-        apart,
         trained.config,
         trained.outputs,
         preprocess,
@@ -91,7 +93,7 @@ def certify(
     key = digest(repr(arguments), trained, lean)
     if key not in PROOFS:
         PROOFS[key] = certificate.certify(trained, lean, preprocess, probes, **options)
-    return PROOFS[key]
+    return copy.deepcopy(PROOFS[key]) if copied else PROOFS[key]
 
 
 def digest(text: str, *networks: nn.Module) -> str:
@@ -104,7 +106,8 @@ def digest(text: str, *networks: nn.Module) -> str:
 
 
 def _lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.ModelProto, Certificate]:
-    if id(proof) not in LOWERED:
-        LOWERED[id(proof)] = certificate.lower_with_proof(proof, outputs)
-    model, certified = LOWERED[id(proof)]
+    key = proof.certificate.model_dump_json()
+    if key not in LOWERED:
+        LOWERED[key] = certificate.lower_with_proof(proof, outputs)
+    model, certified = LOWERED[key]
     return _copy(model), certified

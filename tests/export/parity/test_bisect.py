@@ -9,7 +9,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from sopdeploy.bundle.manifest import BatchRange, Int8For
+from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
@@ -35,17 +35,16 @@ from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.convert import run_unfused
 from sopdeploy_export.precision.int8 import quantize
 from tests.export.conftest import trained
-from tests.export.once import graph_of
+from tests.export.once import BATCH, graph_of
 from tests.export.precision.test_precision import cast_graph
 
-BATCH = BatchRange(optimum=4, maximum=9)
 INT8_FLOORS = 4.0
 Exported = tuple[Classifier, ExportedProgram, onnx.ModelProto]
 
 
 @pytest.fixture(scope="module")
 def exported(preprocess: Preprocess) -> Exported:
-    return graph_of("isqrt-resnet8", preprocess, BATCH)
+    return graph_of("isqrt-resnet8", preprocess)
 
 
 def rounded_to_tf32(model: onnx.ModelProto, value: str) -> onnx.ModelProto:
@@ -145,7 +144,7 @@ def test_inner_values_of_a_bfloat16_file_do_not_depend_on_graph_optimizations(
 
 @pytest.fixture(scope="module", params=["cpu", "tensorrt"])
 def graphs(request: pytest.FixtureRequest, preprocess: Preprocess) -> Int8Graphs:
-    network, _, float32 = graph_of("isqrt-resnet8", preprocess, BATCH)
+    network, _, float32 = graph_of("isqrt-resnet8", preprocess)
     copy = onnx.ModelProto.FromString(float32.SerializeToString())
     runtime: Int8For = request.param
     int8 = quantize(copy, generated_images(16), float32_parts(network), "percentile", runtime)
@@ -186,7 +185,7 @@ def test_a_correct_int8_file_drifts_nowhere(graphs: Int8Graphs, tmp_path: Path) 
 def test_the_drift_from_float32_grows_at_the_module_that_int8_damages(
     graphs: Int8Graphs, preprocess: Preprocess, tmp_path: Path
 ) -> None:
-    network, program, _ = graph_of("isqrt-resnet8", preprocess, BATCH)
+    network, program, _ = graph_of("isqrt-resnet8", preprocess)
     shares = []
     for model in (graphs.int8, saturated(graphs.int8, "layer2.0.conv1")):
         write(model, tmp_path / "model.onnx")

@@ -38,12 +38,12 @@ def layer_of(exported):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return save(trained(), "dsop-resnet8", tmp_path_factory.mktemp("checkpoint") / "ckpt.pt", RULES)
+    return save(trained("resnet8"), "resnet8", tmp_path_factory.mktemp("checkpoint") / "ckpt.pt", RULES)
 
 
 @pytest.fixture(scope="module")
 def exported(checkpoint, tmp_path_factory):
-    options = ExportOptions(detach=True, batch=BATCH, with_cam=True)
+    options = ExportOptions(batch=BATCH, with_cam=True)
     return export(checkpoint, tmp_path_factory.mktemp("maps"), options)
 
 
@@ -185,6 +185,6 @@ def test_maps_of_a_reduced_precision_are_exact_within_its_noise(checkpoint, tmp_
     reduced = PrecisionOptions(
         precision=precision, calibrate=folder if precision == "int8" else None, max_drop=100.0
     )
-    options = ExportOptions(detach=True, batch=BATCH, with_cam=True, precision=reduced, allow_drift=True)
+    options = ExportOptions(batch=BATCH, with_cam=True, precision=reduced, allow_drift=True)
     found = export(checkpoint, tmp_path / "out", options).parity
     assert found.class_maps.deviation <= found.class_maps.tolerance

@@ -8,24 +8,23 @@ import onnx
 import pytest
 from torch import Tensor
 
-from sopdeploy.bundle.manifest import BatchRange, Precision
+from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.graph import Deployed, operator_counts, write
 from sopdeploy_export.parity.compare import Reference, compare, compute_reference, logit_spread
 from sopdeploy_export.parity.report import FLOORS, ParityReport, agreement
-from tests.export.once import graph_of
+from tests.export.once import BATCH, graph_of
 
 Make = Callable[..., Classifier]
 Exported = tuple[onnx.ModelProto, Deployed]
 Measure = Callable[..., ParityReport]
-BATCH = BatchRange(optimum=4, maximum=9)
 
 
 @pytest.fixture(scope="module")
 def exported(preprocess: Preprocess) -> Exported:
-    network, _, model = graph_of("resnet8", preprocess, BATCH)
+    network, _, model = graph_of("resnet8", preprocess)
     return model, Deployed(network, preprocess).eval()
 
 

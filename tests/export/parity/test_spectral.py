@@ -189,9 +189,3 @@ def test_the_first_violation_is_named() -> None:
     correct = SpectralRecord(part="one", width=4, iterations=3, stored="float32", **errors)
     broken = correct.model_copy(update={"part": "two", "distance": float("nan")})
     assert violation((correct, broken)) == "two: the root differs from that of 3 steps: by nan, limit 1e-05"
-
-
-def test_an_fp16_bundle_satisfies_the_invariants_after_lowering(tmp_path: Path) -> None:
-    report = agreed(ISQRT.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx", "fp16")
-    assert report.passed
-    assert [(found.part, found.stored) for found in report.spectral] == [("fc.root", "float32")]

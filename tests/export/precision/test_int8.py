@@ -10,7 +10,7 @@ from onnx import numpy_helper
 from PIL import Image
 
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.bundle.manifest import BatchRange, Int8For
+from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.data.datasets.small import open_digits
 from sopdeploy.errors import ConfigError, DataError, LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
@@ -28,10 +28,8 @@ from sopdeploy_export.precision.int8 import input_grids, quantize
 from sopdeploy_export.tensorrt.lint import lint
 from sopdeploy_export.tensorrt.rewrites import graph_precision
 from tests.export.conftest import save, trained
-from tests.export.once import graph_of, proving_once
+from tests.export.once import ALONE, graph_of, proving_once
 from tests.gpu_graphs import Record, accepted, without_kernel
-
-SMALL = BatchRange(optimum=2, maximum=4)
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +46,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def graph(name: str, preprocess: Preprocess) -> onnx.ModelProto:
-    return graph_of(name, preprocess, SMALL).model
+    return graph_of(name, preprocess).model
 
 
 @pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
 def test_convolutions_become_int8_but_not_second_order_parts(
     preprocess: Preprocess, method: Calibration
 ) -> None:
-    network, _, plain = graph_of("isqrt-resnet8", preprocess, SMALL)
+    network, _, plain = graph_of("isqrt-resnet8", preprocess)
     model = quantize(plain, generated_images(16), float32_parts(network), method)
     types = weight_types(model)
     assert {types[part] for part in types if part.startswith(("conv1", "layer"))} == {"int8"}
@@ -87,13 +85,11 @@ def test_network_without_convolutions_to_quantize_is_rejected(preprocess: Prepro
         quantize(graph("resnet8", preprocess), generated_images(16), ("conv1", "layer1", "layer2", "layer3"))
 
 
-def run(
-    name: str, folder: Path, preprocess: Preprocess, batch: BatchRange = SMALL, **options: object
-) -> Exported:
+def run(name: str, folder: Path, preprocess: Preprocess, **options: object) -> Exported:
     chosen = PrecisionOptions.model_validate({"precision": "int8", **options})
     checkpoint = save(trained(name), name, folder / "c.pt", preprocess)
     with proving_once():
-        return export(checkpoint, folder / "out", ExportOptions(batch=batch, precision=chosen))
+        return export(checkpoint, folder / "out", ExportOptions(batch=ALONE, precision=chosen))
 
 
 def test_int8_bundle_records_its_accuracy_and_costs(
@@ -138,10 +134,9 @@ def test_keep_float_keeps_parts_in_float32_for_single_images(
     preprocess: Preprocess, tmp_path: Path, images: Path
 ) -> None:
     options = {"calibrate": images, "max_drop": 100.0, "keep_float": ("layer3", "conv1")}
-    alone = BatchRange(optimum=1, maximum=1)
-    found = run("resnet8", tmp_path, preprocess, alone, **options)
+    found = run("resnet8", tmp_path, preprocess, **options)
     assert found.parity.passed
-    assert open_bundle(found.path).manifest.batch == alone
+    assert open_bundle(found.path).manifest.batch == ALONE
     types = {part.part: part.weights for part in found.precision.parts if part.weights}
     assert {name for name, kind in types.items() if kind == "int8"} == {
         *("layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2")
@@ -169,14 +164,14 @@ RUNTIMES: tuple[Int8For, ...] = ("cpu", "tensorrt")
 Graph = tuple[dict[Int8For, onnx.ModelProto], list[str]]
 NETWORKS: dict[str, dict[str, Any]] = {
     "isqrt-resnet8": {},
-    "gsop-net2-preact-resnet29": {"blocks": 2, "cov_width": 32, "final_width": 32},
+    "gsop-net2-preact-resnet29": {"blocks": 2, "cov_width": 32, "final_width": 32, "iterations": 2},
     "gmsop-16-8-resnet18": {
         "blocks_per_stage": 1,
         "components": 4,
         "chosen": 2,
         "component_widths": (16, 8),
         "gate_widths": (8, 6),
-        "iterations": 3,
+        "iterations": 2,
     },
 }
 BETWEEN = {  # operators that may read a quantized value
@@ -188,9 +183,7 @@ BETWEEN = {  # operators that may read a quantized value
 @pytest.fixture(scope="module", params=NETWORKS)
 def graphs(request: pytest.FixtureRequest, preprocess: Preprocess) -> Graph:
     """Quantize a network of each family in both forms; list the parts that stay in float32."""
-    made = {
-        runtime: graph_of(request.param, preprocess, SMALL, **NETWORKS[request.param]) for runtime in RUNTIMES
-    }
+    made = {runtime: graph_of(request.param, preprocess, **NETWORKS[request.param]) for runtime in RUNTIMES}
     kept = float32_parts(made["cpu"].network)
     return {
         runtime: quantize(made[runtime].model, generated_images(16)[:4], kept, "minmax", runtime)
@@ -248,7 +241,7 @@ def test_tensorrt_form_is_symmetric_int8_with_float_biases(graphs: Graph) -> Non
 
 
 def test_tensorrt_form_quantizes_convolutions_in_shortcuts(preprocess: Preprocess) -> None:
-    plain = graph_of("resnet8", preprocess, SMALL, shortcut="projection").model
+    plain = graph_of("resnet8", preprocess, shortcut="projection").model
     model = quantize(plain, generated_images(16)[:4], (), "minmax", "tensorrt")
     made = {name: node for node in model.graph.node for name in node.output}
     quantized = [made[node.input[0]] for node in model.graph.node if node.op_type == "QuantizeLinear"]

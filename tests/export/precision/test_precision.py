@@ -10,7 +10,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.bundle.manifest import BatchRange, Precision
+from sopdeploy.bundle.manifest import Precision
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import ConfigError, LoweringError, ParityError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
@@ -32,14 +32,11 @@ from sopdeploy_export.rewrites.mixture import GatheredWeights
 from sopdeploy_export.rewrites.newton_schulz import NAME
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from tests.export.conftest import save
-from tests.export.once import graph_of, proving_once
+from tests.export.once import ALONE, BATCH, graph_of, proving_once
 from tests.gpu_graphs import Record, accepted
 from tests.sweep import steps
 
 Make = Callable[..., Classifier]
-SMALL = BatchRange(optimum=2, maximum=4)
-# Types do not depend on the batch, and a fixed one is captured faster.
-ALONE = BatchRange(optimum=1, maximum=1)
 MIXTURE = {
     "components": 4,
     "chosen": 2,
@@ -66,7 +63,7 @@ def cast_graph(
     options = PrecisionOptions(precision=precision, newton_schulz=iteration)
     pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
     rewritten = rewrite(
-        lean, pixels, SMALL, convert.lowering_options(options, rules=rules, autotune=False)
+        lean, pixels, ALONE, convert.lowering_options(options, rules=rules, autotune=False)
     ).network
     cast = with_precision(rewritten, capture_any_batch(rewritten, preprocess, ALONE), precision, pixels)
     graph = capture_any_batch(cast, preprocess, ALONE)
@@ -126,11 +123,14 @@ CASTS: dict[str, tuple[str, dict[str, Any], Precision, dict[str, set[str]]]] = {
 
 
 @pytest.mark.parametrize("case", CASTS)
-def test_second_order_parts_keep_float32(
+def test_second_order_parts_keep_float32_in_a_copy(
     make: Make, preprocess: Preprocess, case: str, record_property: Record
 ) -> None:
     name, config, precision, expected = CASTS[case]
-    model, types = cast_graph(make(name, **config), preprocess, precision)
+    network = make(name, **config)
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    model, types = cast_graph(network, preprocess, precision)
+    assert all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
     kind = config.get("pooling", {}).get("kind")
     accepted(record_property, f"{name} with {kind}" if kind else name, precision, model)
     assert {part: types[part] for part in expected} == expected
@@ -174,7 +174,7 @@ def test_batch_norm_folded_twice_is_rejected_before_the_noise_floor_hides_it(
         honest(convolution, norm)
 
     monkeypatch.setattr(casts, "fold", twice)
-    network, program, _ = graph_of("resnet8", preprocess, SMALL)
+    network, program, _ = graph_of("resnet8", preprocess)
     pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
     with pytest.raises(
         LoweringError, match=r"'batch norms folded into the convolutions'.*changes the output"
@@ -182,27 +182,19 @@ def test_batch_norm_folded_twice_is_rejected_before_the_noise_floor_hides_it(
         with_precision(network, program, "fp16", pixels)
 
 
-def test_conversion_does_not_change_the_network(make: Make, preprocess: Preprocess) -> None:
-    network = make("resnet8")
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    cast_graph(network, preprocess, "fp16")
-    after = network.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
 def test_fp32_graph_is_rejected_as_fp16(preprocess: Preprocess) -> None:
-    network, _, model = graph_of("isqrt-resnet8", preprocess, SMALL)
+    network, _, model = graph_of("isqrt-resnet8", preprocess)
     with pytest.raises(LoweringError, match=r"fp16 was requested, but the graph holds conv1 in float32"):
         check_weight_types(model, network, "fp16")
 
 
 def test_missing_casts_stop_the_export(preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch) -> None:
-    network, program, model = graph_of("resnet8", preprocess, SMALL)
+    network, program, model = graph_of("resnet8", preprocess)
     report = LoweringReport(textbook=False, rules=(), choices=(), certified_root="", lowered_root="")
     lowered = LoweredGraph(network, program, model, report)
     monkeypatch.setattr(convert, "with_precision", lambda lean, *_: lean)
     with pytest.raises(LoweringError, match="fp16 was requested"):
-        convert.convert_precision(network, lowered, preprocess, SMALL, PrecisionOptions(precision="fp16"))
+        convert.convert_precision(network, lowered, preprocess, BATCH, PrecisionOptions(precision="fp16"))
 
 
 @pytest.mark.parametrize(
@@ -224,7 +216,7 @@ def test_incompatible_options_are_rejected(options: dict[str, Any], rules: bool,
 def exported(
     network: Classifier, name: str, folder: Path, preprocess: Preprocess, **options: object
 ) -> Exported:
-    chosen = ExportOptions(batch=SMALL, precision=PrecisionOptions.model_validate(options))
+    chosen = ExportOptions(batch=ALONE, precision=PrecisionOptions.model_validate(options))
     checkpoint = save(network, name, folder / "ckpt.pt", preprocess)
     with proving_once():
         return export(checkpoint, folder / "out", chosen)
@@ -244,11 +236,13 @@ def test_bundle_records_its_precision_and_its_noise_floor(
     assert not found.lowering.textbook
     assert NAME in found.lowering.summary
     assert found.lowering.lowered_root != found.lowering.certified_root
+    ((root, stored),) = [(record.part, record.stored) for record in found.parity.spectral]
+    assert (root, stored) == ("pooling.root", "float32")
     emulated = precision == "bf16-backbone"
     assert (found.parity.emulation is not None) == emulated
     assert ("no bfloat16 kernels" in (found.path / "README.md").read_text()) == emulated
     if emulated:
-        file, images = found.path / "model.onnx", {"images": probes.images[:2]}
+        file, images = found.path / "model.onnx", {"images": probes.images[:1]}
         expected = ReferenceEvaluator(onnx.load(file)).run(None, images)[0]  # computes in bfloat16
         np.testing.assert_allclose(open_session(file).run(None, images)[0], expected, rtol=1e-6, atol=1e-6)
         with pytest.raises(RuntimeUnavailableError, match=NO_KERNELS) as problem:
