@@ -64,7 +64,7 @@ def network() -> Classifier:
     return found.eval()
 
 
-def prove(trained: Classifier, lean: nn.Module | None = None, batch: BatchRange | None = None) -> None:
+def prove(trained: Classifier, lean: nn.Module | None = None, batch: BatchRange | None = ALONE) -> None:
     probes = torch.from_numpy(probe_images(PREPROCESS))
     certify(trained, detach(trained) if lean is None else lean, PREPROCESS, probes, batch=batch)
 
@@ -305,7 +305,7 @@ def test_hook_on_all_modules_is_rejected() -> None:
 
 
 def test_unmodified_network_is_certified() -> None:
-    prove(network())
+    prove(network(), batch=None)
 
 
 def stored_otherwise(found: Any) -> None:
@@ -395,7 +395,7 @@ def test_weight_that_changes_during_the_proof_is_rejected(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(certificate, "assert_equal_outputs", tamper)
     with pytest.raises(CertificateError, match=r"fc\.weight changed during the proof"):
-        prove(trained, lean, batch=ALONE)
+        prove(trained, lean)
 
 
 class Quiet(TorchFunctionMode):
