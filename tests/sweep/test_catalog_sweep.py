@@ -1,7 +1,7 @@
 """Every model trains a step, is saved, loaded, detached, certified and exported.
 
-The default run does each step for the smallest model of every class of network, and the recipe tests do the
-whole export; `make test-models` exports every class, and every name of the catalog at its full width.
+The default run lowers the smallest model of each family and detaches one of every class of network; the
+recipe tests do the whole export. `make test-models` exports every class, and every name at its full width.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.int8 import quantize
 from tests.gpu_graphs import Record, accepted
 from tests.sopdeploy.training.small_recipes import SMALL, few_blocks
-from tests.sweep.smallest import ALL, DETACHED, LOWERED, TOO_LONG, WALKED
+from tests.sweep.smallest import ALL, DETACHED, LOWERED, SLOW, TOO_LONG, WALKED
 from tests.sweep.steps import FEW, Small, agreed, detached, exported
 
 OUTPUTS = {"gmsop": {"logits", "gates"}, "gmgap": {"logits", "gates"}, "sgmoe": {"logits", "gates"}}
@@ -37,7 +37,9 @@ def outputs_of(model: str) -> set[str]:
     return OUTPUTS.get(model.partition("-")[0], {"logits"})
 
 
-@pytest.mark.parametrize("small", LOWERED, ids=name)
+@pytest.mark.parametrize(
+    "small", [pytest.param(s, marks=[pytest.mark.slow] * (s.name in SLOW)) for s in LOWERED], ids=name
+)
 def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
@@ -63,7 +65,7 @@ def shipped_class(small: Small) -> type:
         return type(small.build().inference_model())
 
 
-def test_every_inference_class_is_lowered_in_every_run() -> None:
+def test_every_inference_class_is_lowered() -> None:
     lowered = {parent for small in (*WALKED, *LOWERED) for parent in shipped_class(small).__mro__}
     assert {shipped_class(small) for small in DETACHED} - lowered == set(TOO_LONG)
 
