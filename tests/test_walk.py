@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
+
+from sopdeploy.cli.app import app
 
 COLOURS = {"blue": (40, 60, 210), "green": (30, 190, 60), "red": (215, 40, 50)}
 PHOTOS = 12
 SMALL = ["epochs=2", "threads=1", "model.name=dsop-resnet8", "preprocess.resize=18", "preprocess.crop=16"]
-pytestmark = pytest.mark.timeout(900)  # each verb is a process that imports torch
+pytestmark = pytest.mark.timeout(900)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
 
 
@@ -34,24 +37,20 @@ def take_photos(folder: Path) -> None:
             Image.fromarray(pixels).save(folder / label / f"{number:02}.jpg")
 
 
-def process(home: Path) -> dict[str, Any]:
-    return {"cwd": home, "env": ENVIRONMENT, "text": True}
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "sopdeploy", *arguments]
-
-
 def answer(*arguments: str, home: Path) -> Any:
-    done = subprocess.run(command(*arguments, "--json"), capture_output=True, timeout=600, **process(home))
-    assert done.returncode == 0, done.stderr
+    """Run a command in *home*, without a process of its own, which would import torch again."""
+    with chdir(home):
+        done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
 
 
 @contextmanager
 def serving(bundle: str, home: Path) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
-    line = command("serve", bundle, "--port", "0", "--threads", "1")
-    child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **process(home))
+    line = [sys.executable, "-m", "sopdeploy", "serve", bundle, "--port", "0", "--threads", "1"]
+    child = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=home, env=ENVIRONMENT, text=True
+    )
     try:
         with child:
             assert child.stdout is not None
