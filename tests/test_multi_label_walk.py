@@ -13,19 +13,25 @@ from tests.two_objects import CLASSES, draw_scenes
 
 SETTINGS = {
     "model.name": "dsop-resnet8",
-    "epochs": 8,
     "threads": 1,
     "preprocess.resize": 32,
     "preprocess.crop": 32,
-    "loss.label_smoothing": 0.0,
+}
+
+
+RECIPES = {
+    "photos-dsop": {**SETTINGS, "epochs": 8, "loss.label_smoothing": 0.0},
+    "photos": {**SETTINGS, "start.weights": "none", "few_shot.fine_tuning.epochs": 1},  # frozen features
 }
 
 
 @pytest.mark.slow
-def test_two_objects_reach_a_map_of_95_percent_through_export_and_http(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_objects_reach_a_map_of_95_percent_through_export_and_http(tmp_path: Path, recipe: str) -> None:
     scenes = draw_scenes(tmp_path / "scenes")
     unseen = draw_scenes(tmp_path / "unseen", seed=1)
-    run = sopdeploy.train(scenes, "photos-dsop", tmp_path / "run", **SETTINGS)
+    run = sopdeploy.train(scenes, recipe, tmp_path / "run", **RECIPES[recipe])
+    assert (run.few_shot is None, len(run.decision.thresholds)) == (recipe == "photos-dsop", 4)
     exported = sopdeploy.export(run.best, tmp_path / "bundles", detach=True)
     manifest = json.loads((exported.path / "manifest.json").read_bytes())
     assert manifest["decision"]["activation"] == "sigmoid"
