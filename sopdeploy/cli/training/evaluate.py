@@ -197,16 +197,12 @@ def _print_report(found: "ClassificationReport") -> None:
 def _print_heads(heads: "Sequence[HeadAccuracy]") -> None:
     if not heads:
         return
-    table = Table(
-        "head", "top-1", "95 %", "top-5", "95 %", "loss", "weight", "share", box=None, pad_edge=False
-    )
+    table = Table("head", "top-1", "95 %", "top-5", "loss", "weight", "share", box=None, pad_edge=False)
     for one in heads:
-        rates = [
-            text
-            for rate in (one.top1, one.top5)
-            for text in (f"{rate.share:.2%}", f"{rate.low:.1%} to {rate.high:.1%}")
-        ]
-        table.add_row(one.name, *rates, f"{one.loss:.4f}", f"{one.weight:g}", f"{one.share:.1%}")
+        top1, top5 = one.top1, one.top5
+        interval = f"{top1.low:.1%} to {top1.high:.1%}"
+        rates = (f"{top1.share:.2%}", interval, f"{top5.share:.2%}", f"{one.loss:.4f}")
+        table.add_row(one.name, *rates, f"{one.weight:g}", f"{one.share:.1%}")
     out.print(table)
 
 
