@@ -272,6 +272,11 @@ def test_imagenet_names_of_torchvision_match_wordnet_ids_in_their_order(tmp_path
     images = open_evaluation_images(tmp_path, names)
     assert images.labels == tuple(sorted(names))
     assert [images.labels[target] for target in images.targets] == [names[999 - n] for n in range(1000)]
+    for wordnet_id in ids:
+        (tmp_path / "sorted" / wordnet_id).mkdir(parents=True)
+        (tmp_path / "sorted" / wordnet_id / "1.JPEG").touch()
+    in_folders = open_evaluation_images(tmp_path / "sorted", names)
+    assert [in_folders.labels[target] for target in in_folders.targets] == list(names)
     with pytest.raises(DataError, match="has no images of the classes"):
         open_evaluation_images(tmp_path, tuple(sorted(names)))
 
