@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from sopdeploy.bundle.folder import Bundle
@@ -148,6 +149,15 @@ def test_a_failure_of_cuda_is_shown_without_the_library_s_source(
     )
     with pytest.raises(RuntimeUnavailableError, match=message):
         open_runtime(bundle, Settings(runtime="onnxruntime-cuda"))
+
+
+def test_a_graph_with_operators_that_only_a_cpu_can_run_says_what_to_do(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    azure = "AzureExecutionProvider"  # a provider of every wheel, which has none of our operators
+    monkeypatch.setitem(with_onnxruntime.DEVICES, azure, "azure")
+    with pytest.raises(RuntimeUnavailableError, match=f"all operators of the graph on {azure}; export the"):
+        with_onnxruntime._open_session(onnxruntime, bundle, 1, azure, {})
 
 
 def test_cuda_without_a_cuda_onnxruntime_says_what_to_install(bundle: Bundle) -> None:

@@ -186,6 +186,11 @@ def _open_session(
     except Exception as error:  # onnxruntime's errors share no base class
         failure = CUDA_FAILURE.search(str(error))  # inside several lines of C++ signatures
         reason = f"cannot load the graph: {' '.join((failure[0] if failure else str(error)).split())}"
+        if "fallback to CPU EP" in str(error):
+            reason = (
+                f"cannot run all operators of the graph on {provider}; export the checkpoint again, for int8 "
+                "with --int8-for tensorrt, or choose --runtime onnxruntime-cpu"
+            )
         if bundle.manifest.precision == "bf16-backbone":
             reason = (
                 f"has no bfloat16 kernels on {DEVICES[provider]}; build an engine for a GPU "
