@@ -29,6 +29,7 @@ NOT_RUN = {  # pattern of a step: the reason why it is not run
     r"python benchmarks/capacity": "`test_scaling` computes its tables",
     r"python benchmarks/serving": "needs other servers and their scripts",
     r"python benchmarks/few_photos": "needs CIFAR-10 and an hour",
+    r"python benchmarks/gate_usage": "takes minutes; `tests/benchmarks` trains four epochs",
     r"python benchmarks/second_order_gain": "takes hours; `tests/benchmarks` runs it with tiny networks",
 }
 TESTED_ELSEWHERE = {  # pages with their own tests, or with independent examples
