@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.decision import Decision, Rejection
 from sopdeploy.html.charts import Axis, Bar, Curve, bars, interval, plot
 from sopdeploy_export.parity.report import Flip
 from sopdeploy_export.pipeline import Exported
@@ -115,14 +116,14 @@ def test_a_flip_is_described_with_class_names_and_cause() -> None:
     assert flip_row(flip, HOSTILE) == ("3", HOSTILE[0], HOSTILE[5], "1.5e-07", CAUSES["noise"])
 
 
-def rendered(exported: Exported, **changes: Any) -> str:
+def rendered(exported: Exported, decision: Decision | None = None, **changes: Any) -> str:
     """Render the page of *exported* with some results changed."""
     shared = {
         field.name: getattr(exported, field.name)
         for field in dataclasses.fields(ExportResults)
         if hasattr(exported, field.name)
     }
-    subject: Any = SimpleNamespace(name="dsop-resnet8", labels=HOSTILE, decision=None)
+    subject: Any = SimpleNamespace(name="dsop-resnet8", labels=HOSTILE, decision=decision)
     fields = {"lineage": exported.manifest.lineage, "versions": exported.manifest.versions}
     page = render_report(
         ExportResults(**shared | changes, subject=subject, fields=fields, files=exported.manifest.files)
@@ -141,6 +142,15 @@ def test_flips_and_an_accepted_drift_are_reported(branched: Exported) -> None:
     assert "drift EXCEEDS it and was accepted" in page
     assert "accepted with --allow-drift" in page
     assert "drift of single modules was not measured" in page
+
+
+def test_the_page_shows_the_decision(branched: Exported) -> None:
+    rejection = Rejection(score="energy", threshold=1.5, auroc=0.75, left_out="refitted")
+    page = rendered(branched, Decision(rejection=rejection))
+    assert "0.7500, classifier fitted without it" in page
+    assert "Decision" not in page
+    several = Decision(activation="sigmoid", thresholds=(0.25,) * len(HOSTILE))
+    assert "Decision" in rendered(branched, several)
 
 
 def test_the_page_of_an_int8_bundle_shows_accuracy_and_costs(branched: Exported) -> None:
