@@ -50,8 +50,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'sopdeploy' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name]), name)
     if _MODULES[name].startswith("sopdeploy.api."):
-        from sopdeploy.api.arguments import name_arguments
-
-        value = name_arguments(value)
+        value = importlib.import_module("sopdeploy.api.arguments").name_arguments(value)
     globals()[name] = value
     return value
