@@ -130,7 +130,9 @@ def _decision(found: "Decision | None") -> dict[str, str]:
         )
     if "unknown images" in rows:
         auroc = rows.get("AUROC, one class left out")
-        facts["unknown"] = rows["unknown images"] + (f"; AUROC {auroc}, one class left out" if auroc else "")
+        facts["unknown"] = rows["unknown images"] + (
+            f"; AUROC with one class left out {auroc}" if auroc else ""
+        )
     if "thresholds" in rows:
         facts["present"] = f"probability of at least {rows['thresholds']}"
     return facts
