@@ -48,6 +48,12 @@ CASES = {
 }
 
 
+RUNS = [  # case, number of kills, seed
+    (REMOVED_BRANCHES, 3, 0),
+    *(pytest.param(case, 10, seed, marks=pytest.mark.slow) for case in CASES for seed in range(1, 6)),
+]
+
+
 class StepPipe(Callback):
     """Writes a byte to a pipe after each step."""
 
@@ -110,10 +116,7 @@ def history_without_times(out: Path) -> list[dict[str, str]]:
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
-@pytest.mark.parametrize(
-    ("kills", "seed"), [(3, 0), *(pytest.param(10, seed, marks=pytest.mark.slow) for seed in range(1, 6))]
-)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "kills", "seed"), RUNS)
 def test_sigkills_do_not_change_the_result(tmp_path, case, kills, seed) -> None:
     """One kill is in a write, the others within three steps; the number of loader processes alternates."""
     overrides, random = COMMON + CASES[case], Random(seed)

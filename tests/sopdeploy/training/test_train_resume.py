@@ -32,10 +32,10 @@ def uninterrupted(tmp_path_factory):
     [
         (("step", 0, 0), (0, 0)),
         (("step", 1, 2), (2, 2)),
-        (("step", 1, 5), (2, 0)),
+        pytest.param(("step", 1, 5), (2, 0), marks=pytest.mark.slow),
         (("evaluation", 1, 60), (0, 2)),
-        (("evaluation", 2, 91), (0, 0)),
-        (("epoch", 0, 0), (0, 0)),
+        pytest.param(("evaluation", 2, 91), (0, 0), marks=pytest.mark.slow),
+        pytest.param(("epoch", 0, 0), (0, 0), marks=pytest.mark.slow),
         (("epoch", 1, 0), (0, 0)),
     ],
     ids=str,
