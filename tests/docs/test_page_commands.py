@@ -65,7 +65,7 @@ WITH_STEPS = [
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 
 
-@pytest.mark.parametrize("page", QUICK)
+@pytest.mark.parametrize("page", [QUICK[0], pytest.param(QUICK[1], marks=pytest.mark.slow)])
 def test_the_commands_of_pages_for_any_bundle_work(page: str, tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     write_bundle(tmp_path / "bundles")

@@ -79,7 +79,7 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
 
 @pytest.fixture(scope="module")
 def exported(run: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return sopdeploy.export(run.best, tmp_path_factory.mktemp("bundles"), detach=True)
+    return sopdeploy.export(run.best, tmp_path_factory.mktemp("bundles"), detach=True, max_batch=1)
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,11 @@ def test_batch_norm_counters_can_be_absent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("d", "linear", "name", "entries"),
-    [(8, False, "isqrt-vgg16", 103), (8, True, "isqrt-vgg16", 99), (0, True, "bcnn-vgg16", 93)],
+    [
+        (8, False, "isqrt-vgg16", 103),
+        pytest.param(8, True, "isqrt-vgg16", 99, marks=pytest.mark.slow),
+        (0, True, "bcnn-vgg16", 93),
+    ],
 )
 def test_vgg_weights_give_the_same_logits(
     tmp_path: Path, d: int, linear: bool, name: str, entries: int
@@ -172,7 +176,7 @@ def gsop(path: Path, attention: str, d: int = 0) -> ResNet:
     return network
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", ["1", "2", "M", "&", pytest.param("+", marks=pytest.mark.slow)])
 def test_gsop_net1_gives_the_same_logits_with_each_block(tmp_path: Path, attention: str) -> None:
     network = gsop(tmp_path / "a.pth.tar", attention)
     settings = {}

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy import create_model
 from sopdeploy.layers.attention.first_order import CBAM, GatherExcite, SqueezeExcite
 from sopdeploy.layers.attention.gsop_block import RELEASED_BLOCK, Concatenation, GSoPBlock, GSoPBlockConfig
 from sopdeploy.layers.residual import Bottleneck
@@ -265,9 +264,8 @@ def exported(network: nn.Module, images: torch.Tensor, path: Path) -> onnx.Model
     ("build", "side"),
     [
         pytest.param(block("concatenation"), SIDE, id="paper"),
-        pytest.param(block("concatenation", **RELEASED_BLOCK), SIDE, id="released"),
+        pytest.param(block("concatenation", **RELEASED_BLOCK), SIDE, id="released", marks=pytest.mark.slow),
         pytest.param(baselines, SIDE, id="baselines"),
-        pytest.param(lambda: create_model("gsop-net2-preact-resnet29", blocks=2), 16, id="net2"),
     ],
 )
 def test_exported_network_gives_the_same_numbers_for_every_batch(build, side: int, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.layers.residual import BasicBlock, Bottleneck, MBConv
 from sopdeploy.models.registry import entry
 
-NAMES = ["resnet18", "convnext_tiny", "efficientnet_b0", "mobilenetv3_small_100", "regnety_002"]
+NAMES = ["resnet18", "convnext_atto", "efficientnet_b0", "mobilenetv3_small_100", "regnety_002"]
 FEW = {"aux_blocks": (1, 1, 1, 1), "aux_widths": (4, 4, 4, 4)}
 
 
