@@ -24,7 +24,7 @@ export NO_MKDOCS_2_WARNING := 1
 # uv does not compile to bytecode. Without a bytecode cache every process that a test starts compiles torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo quick test fuzz check lint types contracts unit tests ray-test bytecode test-models goldens format docs site \
+.PHONY: demo quick test fuzz check lint types contracts unit tests ray-test test-models goldens format docs site \
 	gpu-check soak dist wheel-test container-test container-base audit sbom release lock clean
 
 demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over HTTP
@@ -35,7 +35,7 @@ quick: $(STAMP)  ## format, lint, types, import contracts and unit tests, in und
 
 # Ray mostly waits for its own processes, so single-core jobs run beside it; the tests then use all cores.
 test: $(STAMP)  ## format, lint, types, import contracts, the wheel, all tests: what CI runs
-	$(MAKE) --jobs=2 ray-test check wheel-test bytecode
+	$(MAKE) --jobs=2 ray-test check wheel-test
 	$(MAKE) tests
 	@if git diff --quiet HEAD 2>/dev/null; then git rev-parse HEAD >$(VENV)/.tested; fi
 
@@ -60,12 +60,10 @@ unit: $(STAMP)
 tests: $(STAMP)
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not ray"
 
-# A Ray cluster gives up when other processes delay its start, so this runs before the other tests.
+# A Ray cluster gives up when other processes delay its start, so this runs before the other tests. It collects
+# all tests, which compiles them once; otherwise all test workers compile the same modules at the same time.
 ray-test: $(STAMP)
-	$(BIN)/pytest -m ray tests/service/server/on_ray
-
-bytecode: $(STAMP)  # compile once; otherwise all test workers compile the same modules at the same time
-	nice $(BIN)/pytest --collect-only --quiet >/dev/null
+	$(BIN)/pytest -m ray
 
 test-models: $(STAMP)  ## the slow tests: every network at full width through training, export and parity (one hour)
 	$(BIN)/pytest --slow -m slow
