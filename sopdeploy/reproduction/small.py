@@ -85,6 +85,8 @@ def small_overrides(recipe: Recipe, images: Path) -> list[str]:
         "optimizer.clip_norm=5.0",
         'schedule={kind="one-cycle", rise=0.3}',
     ]
+    if recipe.start is not None and recipe.start.learn == "all":
+        overrides.append("start.weights=none")
     if recipe.ema is not None:
         overrides.append("ema.decay=0.9")
     return overrides
