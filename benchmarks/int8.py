@@ -20,10 +20,10 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.environment import EXACT_INT8
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.detach import detach
 from sopdeploy_export.graph import capture, generated_images, lower
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.int8 import quantize
+from sopdeploy_export.proof.detach import detach
 
 NETWORKS = ("dsop-resnet18", "isqrt-resnet18")
 

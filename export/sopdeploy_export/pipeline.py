@@ -24,7 +24,6 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, is_in
-from sopdeploy_export.detach import detach
 from sopdeploy_export.graph import INPUT, Deployed, operator_counts, output_names, probe_images, write
 from sopdeploy_export.parity import torch_program
 from sopdeploy_export.parity.class_maps import add_features_output, check_class_maps, class_map_layer
@@ -45,7 +44,9 @@ from sopdeploy_export.precision.convert import (
     lowering_options,
 )
 from sopdeploy_export.proof.certificate import Certificate, Detachment, certify, lower_with_proof
+from sopdeploy_export.proof.detach import detach
 from sopdeploy_export.proof.hashes import onnx_root
+from sopdeploy_export.proof.subject import ExportSubject
 from sopdeploy_export.report.network_summary import summarize_checkpoint
 from sopdeploy_export.report.page import render_model_card, render_report
 from sopdeploy_export.report.results import (
@@ -55,7 +56,6 @@ from sopdeploy_export.report.results import (
     measure_speed,
 )
 from sopdeploy_export.rewrites.apply import CertifiedGraph, lower_by_rules
-from sopdeploy_export.subject import ExportSubject
 
 __all__ = ["ExportOptions", "Exported", "export"]
 

@@ -17,7 +17,6 @@ from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.step.losses import training_loss
-from sopdeploy_export.detach import detach
 from sopdeploy_export.graph import Deployed, capture_any_batch, lower, probe_images, write
 from sopdeploy_export.parity.compare import Reference
 from sopdeploy_export.parity.report import ParityReport
@@ -29,6 +28,7 @@ from sopdeploy_export.proof.certificate import (
     build_inventory,
     build_plain_network,
 )
+from sopdeploy_export.proof.detach import detach
 from sopdeploy_export.rewrites.apply import LoweredGraph, center_by_mean, rewrite
 from sopdeploy_export.rewrites.context import LoweringReport
 

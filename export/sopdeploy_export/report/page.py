@@ -15,9 +15,9 @@ from sopdeploy.html.templates import dimensions, percent, reduction, render, sho
 from sopdeploy_export.parity.report import Flip, ParityReport
 from sopdeploy_export.precision.convert import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
+from sopdeploy_export.proof.subject import ExportSubject
 from sopdeploy_export.report.network_summary import draw_network
 from sopdeploy_export.report.results import ExportResults, Speed
-from sopdeploy_export.subject import ExportSubject
 
 MAX_CLASSES = 30  # of a readable confusion matrix
 Rows = list[tuple[str, ...]]

@@ -12,14 +12,14 @@ from torch import nn
 from sopdeploy.errors import ConfigError, DetachError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.detach import detach
 from sopdeploy_export.graph import EXPORT_LOGITS, Deployed
 from sopdeploy_export.pipeline import Exported, ExportOptions, export_subject
 from sopdeploy_export.proof.certificate import Detachment
+from sopdeploy_export.proof.detach import detach
 from sopdeploy_export.proof.hashes import tensor_hash
 from sopdeploy_export.proof.preconditions import check_network_state, check_removed_memory, tensors
+from sopdeploy_export.proof.subject import ExportSubject
 from sopdeploy_export.report.network_summary import NetworkSummary, summarize
-from sopdeploy_export.subject import ExportSubject
 from sopdeploy_export.user_network.checks import (
     check_builder,
     check_methods,

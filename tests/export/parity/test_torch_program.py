@@ -16,12 +16,12 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import CertificateError, ParityError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export.detach import detach
 from sopdeploy_export.graph import capture_any_batch
 from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.parity.torch_program import FILE, check_program, serialize_program
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.proof.certificate import Proof
+from sopdeploy_export.proof.detach import detach
 from tests.export.conftest import save, trained
 from tests.export.once import certify, proving_once
 

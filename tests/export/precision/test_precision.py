@@ -19,13 +19,13 @@ from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.detach import detach
 from sopdeploy_export.graph import OPSET, OPSET_OF_BFLOAT16, capture_any_batch, lower, probe_images
 from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.precision import casts, convert
 from sopdeploy_export.precision.casts import Iteration, with_precision
 from sopdeploy_export.precision.convert import PrecisionOptions, check_weight_types, part_precisions
+from sopdeploy_export.proof.detach import detach
 from sopdeploy_export.rewrites.apply import LoweredGraph, rewrite
 from sopdeploy_export.rewrites.context import LoweringReport, open_form
 from sopdeploy_export.rewrites.mixture import GatheredWeights

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from sopdeploy.errors import CertificateError, DetachError
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.detach import detach
+from sopdeploy_export.proof.detach import detach
 from sopdeploy_export.proof.hashes import ProgramRoot, program_root, tensor_hash
 
 Make = Callable[..., Classifier]
