@@ -45,7 +45,7 @@ CASES = {  # settings, and the number of seeds
     "alpha = 100": ([], 5),
     "alpha = 0": (["model.config.balance_weight=0"], 5),
     "alpha = 100, noise per image": (["model.config.noise_per=image"], 1),
-    "alpha = 100, 512 channels": ([FULL], 1),
+    "alpha = 100, 512 channels": ([FULL], 5),
     "alpha = 100, 512 channels, gate without batch norm": ([FULL, "model.config.gate_norm=false"], 1),
 }
 SHARE = 0.01  # of the held-out images
