@@ -20,9 +20,10 @@ network, code that both compared networks share cannot show: frozen buffers, con
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import onnx
+import pydantic
 import torch
 from torch import Tensor, nn
 
@@ -81,6 +82,7 @@ class Certificate(StrictModel):
 
     `proof` is `three-way` (trained = detached = plain), `trained-detached` (no plain network was given),
     `trained-plain` (nothing to detach) or `trained-only`; `compared` are the networks that were compared.
+    The file names the proof only if it is not `three-way`.
     """
 
     model: str
@@ -93,6 +95,11 @@ class Certificate(StrictModel):
     batches: tuple[int, ...]
     images: int
     largest_difference: float = 0.0
+
+    @pydantic.model_serializer(mode="wrap")
+    def _omit_usual_proof(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {key: value for key, value in fields.items() if (key, value) != ("proof", "three-way")}
 
     @property
     def bytes_removed(self) -> int:

@@ -106,7 +106,7 @@ def another_weight(proof: Proof) -> ExportedProgram:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda proof: proof.trained.any_batch, r"contains .*, which was removed"),
+        (lambda proof: proof.captured["trained"].any_batch, r"contains .*, which was removed"),
         (another_weight, "not the certified one"),
     ],
     ids=["the trained program", "another weight"],
