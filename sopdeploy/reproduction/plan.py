@@ -113,7 +113,11 @@ def _plan_row(table: PrintedTable, row: PrintedRow, options: Options) -> Job:
             chosen = read_recipe(source, [*overrides, *own])
             kept = {parse_override(one)[0] for one in own}
             reduced = small_overrides(chosen, small_data(options.out, options.data))
-            own += [one for one in reduced if one.startswith("model.") or parse_override(one)[0] not in kept]
+            own += [
+                one
+                for one in reduced
+                if one.startswith(("model.", "teacher.")) or parse_override(one)[0] not in kept
+            ]
             overrides = (*overrides, *own)
             recipe = read_recipe(source, overrides)
         elif options.data is not None:

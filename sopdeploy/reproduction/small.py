@@ -87,6 +87,10 @@ def small_overrides(recipe: Recipe, images: Path) -> list[str]:
     ]
     if recipe.start is not None and recipe.start.learn == "all":
         overrides.append("start.weights=none")
+    if recipe.teacher is not None and recipe.teacher.model is not None:
+        teacher = recipe.model_copy(update={"model": recipe.teacher.model})
+        network, options = small_network(teacher)
+        overrides.append(f"teacher.model={to_toml({'name': network, 'config': options})}")
     if recipe.ema is not None:
         overrides.append("ema.decay=0.9")
     return overrides
