@@ -16,7 +16,9 @@ from sopdeploy.errors import SopdeployError
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-SWITCHES = {"detach", "allow_drift", "lowering", "autotune", "measure_speed", "pt2", "with_cam", "verbose"}
+SWITCHES = {
+    "detach", "allow_drift", "lowering", "autotune", "measure_speed", "pt2", "with_cam", "verbose", "heads",
+}  # fmt: skip
 OPTIONS = {
     "accepts", "api_key", "calibrate", "calibration", "config", "data", "evaluate", "explain", "int8_for",
     "keep_float", "log", "max_batch", "max_drop", "model", "newton_schulz", "out", "pooling", "precision",

@@ -73,16 +73,14 @@ def test_root_depends_on_weights_but_not_on_names(preprocess: Preprocess) -> Non
 
 
 class Minimal(nn.Module):
-    """The part of the backbone interface that capturing needs."""
-
-    outputs = ("logits",)
+    """A network of one function."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.function = function
 
-    def outputs_tuple(self, images: Tensor) -> tuple[Tensor, ...]:
-        return (self.function(images),)
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(images)
 
 
 @pytest.mark.parametrize(
