@@ -133,6 +133,7 @@ def test_equal_infinities_are_no_difference() -> None:
     assert difference(np.array([0.0, 1.0]), masked).tolist() == [np.inf, 0]
 
 
+@pytest.mark.slow
 def test_inner_values_of_a_bfloat16_file_do_not_depend_on_graph_optimizations(
     preprocess: Preprocess, probes: Tensor
 ) -> None:

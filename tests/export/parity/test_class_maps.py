@@ -65,6 +65,7 @@ def test_the_mean_of_a_map_plus_bias_is_the_logit_and_the_export_records_it(expo
     }
 
 
+@pytest.mark.slow
 def test_an_export_without_the_option_has_no_trace_of_it(exported, branched):
     assert [output.name for output in branched.manifest.outputs] == ["logits"]
     assert FILE not in branched.manifest.files

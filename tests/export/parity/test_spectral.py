@@ -164,6 +164,7 @@ def test_noise_in_the_library_itself_does_not_raise_the_bound(
     assert violation((found,)) is not None, found
 
 
+@pytest.mark.slow
 def test_noise_that_also_raises_the_noise_floor_stops_the_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

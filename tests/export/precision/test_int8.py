@@ -180,7 +180,13 @@ BETWEEN = {  # operators that may read a quantized value
 }
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "gsop-net2-preact-resnet29"))
+        for name in NETWORKS
+    ],
+)
 def graphs(request: pytest.FixtureRequest, preprocess: Preprocess) -> Graph:
     """Quantize a network of each family in both forms; list the parts that stay in float32."""
     made = {runtime: graph_of(request.param, preprocess, **NETWORKS[request.param]) for runtime in RUNTIMES}

@@ -116,7 +116,7 @@ def test_out_of_memory_halves_batches_for_a_while(serve, jpeg):
         assert all("classes" in result for result in reply.json()["results"])
         return runtime.batches[:]
 
-    delay = 10_000  # longer than decoding
+    delay = 3_000  # longer than decoding
     with serve("engine=oom@1", runtime, max_batch=8, max_queue_delay_ms=delay) as client:
         assert eight() == [4, 4]
         assert eight() == [4, 4]

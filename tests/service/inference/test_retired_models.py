@@ -105,6 +105,7 @@ def test_the_metrics_do_not_grow_with_the_number_of_swaps(
 
 
 @pytest.mark.usefixtures("no_collector")
+@pytest.mark.slow
 def test_a_server_does_not_keep_its_first_runtime(
     versions: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,7 +91,17 @@ def test_a_lag_expires_after_ten_seconds_of_beats(clock):
     assert watch.worst() == watch.lag() == 0
 
 
-@pytest.mark.parametrize("said", [b"", b"GET /livez HTTP/1.1\r\nHo", GET, GET + b"\r\n", POST + EXPECT])
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        *(
+            pytest.param(said, marks=pytest.mark.slow)
+            for said in (b"GET /livez HTTP/1.1\r\nHo", GET, GET + b"\r\n")
+        ),
+        POST + EXPECT,
+    ],
+)
 def test_probes_work_while_200_connections_are_open(health, said):
     client, _ = health("ok", max_lag=60)
     address = client.base_url

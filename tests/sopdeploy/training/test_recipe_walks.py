@@ -32,7 +32,6 @@ from tests.sopdeploy.data.small_data import (
 from tests.sopdeploy.training.runs import interrupt
 from tests.sopdeploy.training.small_recipes import EXPORTED_AS, SMALL, few_blocks
 
-EXPORTED = ("imagenet-gsop-resnet50", "places365-gmsop-resnet18")  # in every run
 BATCH_OF_ONE = BatchRange(optimum=1, maximum=1)  # exports one graph instead of two
 
 
@@ -94,19 +93,14 @@ def train_and_evaluate(name: str, root: Path, monkeypatch: Any) -> Path:
     return result.best
 
 
-@pytest.mark.parametrize("name", sorted(SMALL.keys() - EXPORTED))
+@pytest.mark.parametrize("name", sorted(SMALL))
 def test_a_recipe_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatch) -> None:
     few_blocks(monkeypatch)
     train_and_evaluate(name, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name not in EXPORTED))
-        for name in sorted(SMALL.keys() - EXPORTED_AS.keys())
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(SMALL.keys() - EXPORTED_AS.keys()))
 def test_a_recipe_leads_from_its_data_to_a_bundle(name, tmp_path, monkeypatch, record_property) -> None:
     few_blocks(monkeypatch)
     best = train_and_evaluate(name, tmp_path, monkeypatch)
@@ -120,7 +114,8 @@ def test_a_recipe_leads_from_its_data_to_a_bundle(name, tmp_path, monkeypatch, r
     accepted(record_property, stored.model, "fp32", onnx.load(bundle.onnx))
 
 
-@pytest.mark.parametrize("name", ["digits-dsop", pytest.param("digits-plain", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits-dsop", "digits-plain"])
 def test_the_demo_recipes_exceed_98_percent_accuracy(tmp_path, name) -> None:
     result = train(read_recipe(name), tmp_path / "run")
     assert result.best_top1 >= 0.98

@@ -21,8 +21,8 @@ PHONE = {"width": 380, "height": 800}
     ("name", "traits"),
     [
         ("light", {}),
-        ("dark", {"color_scheme": "dark"}),
-        ("phone", {"viewport": PHONE}),
+        pytest.param("dark", {"color_scheme": "dark"}, marks=pytest.mark.slow),
+        pytest.param("phone", {"viewport": PHONE}, marks=pytest.mark.slow),
         ("phone-dark", {"viewport": PHONE, "color_scheme": "dark"}),
     ],
 )

@@ -74,6 +74,7 @@ def train_command(out: Path, *overrides: str) -> list[str]:
     return ["train", "--recipe", "digits-dsop", "--out", str(out), *settings]
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_one_with_one_line(tmp_path) -> None:
     command = train_command(tmp_path / "run", "epochs=400")
     with start_module("sopdeploy", *command, world=2) as processes:
