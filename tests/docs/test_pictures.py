@@ -1,0 +1,49 @@
+"""The pictures of the README: created by `docs/generate_pictures.py`, small, and up to date."""
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+PICTURES = ROOT / "docs" / "pictures"
+LARGEST = 400_000  # bytes
+
+
+def test_every_picture_of_the_first_pages_exists_and_is_small() -> None:
+    named = {
+        (page.parent / path).resolve()
+        for page in (ROOT / "README.md", ROOT / "docs" / "index.md")
+        for path in re.findall(r"!\[.+?\]\((\S+)\)", page.read_text(encoding="utf-8"))
+    }
+    assert {path.name for path in named} == {"prediction.png", "export-report.png", "throughput.svg"}
+    assert all(path.stat().st_size < LARGEST for path in named)
+
+
+def test_the_chart_shows_the_values_of_the_serving_page() -> None:
+    pytest.importorskip("playwright")
+    from docs import generate_pictures
+
+    measured = generate_pictures.throughput(
+        (ROOT / "docs" / "benchmarks" / "serving.md").read_text(encoding="utf-8")
+    )
+    assert tuple(measured) == generate_pictures.SERVERS
+    assert (PICTURES / generate_pictures.CHART).read_text(encoding="utf-8") == (
+        generate_pictures.chart(measured) + "\n"
+    )
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_the_script_creates_all_pictures_in_their_sizes(tmp_path: Path) -> None:
+    from docs import generate_pictures
+
+    generate_pictures.main(tmp_path)
+    assert (tmp_path / generate_pictures.CHART).read_bytes() == (
+        PICTURES / generate_pictures.CHART
+    ).read_bytes()
+    for name in (generate_pictures.PREDICTION, generate_pictures.REPORT):
+        with Image.open(tmp_path / name) as found, Image.open(PICTURES / name) as kept:
+            assert found.size == kept.size
+        assert (tmp_path / name).stat().st_size < LARGEST
