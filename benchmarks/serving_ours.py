@@ -58,9 +58,11 @@ def fake_model(fixed_ms: float, per_image_ms: float, largest: int) -> LoadedMode
     )
 
 
-def settings_for(largest: int, *, decoders: int, threads: int) -> Settings:
+def settings_for(largest: int, *, decoders: int, threads: int, shadow: str | None = None) -> Settings:
     """Create the server's settings."""
-    return load_settings(max_batch=largest, decoders=decoders, threads=threads, queue_size=1024)
+    return load_settings(
+        max_batch=largest, decoders=decoders, threads=threads, queue_size=1024, shadow=shadow
+    )
 
 
 @dataclass(slots=True)
@@ -134,9 +136,13 @@ def main() -> None:
     parser.add_argument("--decoders", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-times", type=Path, help="file for the CPU times of decoding and runtime")
+    parser.add_argument("--shadow", help="with --fake: share of the requests for a second simulated model")
     arguments = parser.parse_args()
     prepare_process()
-    settings = settings_for(arguments.largest, decoders=arguments.decoders, threads=arguments.threads)
+    share = None if arguments.shadow is None else f"shadow={arguments.shadow}"
+    settings = settings_for(
+        arguments.largest, decoders=arguments.decoders, threads=arguments.threads, shadow=share
+    )
     if arguments.bundle is not None:
         model = load_model(arguments.bundle, settings)
     elif arguments.fake:
@@ -148,7 +154,10 @@ def main() -> None:
     if arguments.cpu_times is not None:
         loaders.decode = times.wrap_decode(loaders.decode)
         model = times.wrap_model(model)
-    app = create_app({"model": model}, settings)
+    models = {"model": model}
+    if share is not None:
+        models["shadow"] = fake_model(fixed, each, arguments.largest)
+    app = create_app(models, settings)
     config = http_config(app, settings)
     config.port = arguments.port
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # uvicorn raises the signal again after its shutdown

@@ -45,6 +45,7 @@ LogForm = Literal["json", "console"]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
 Hosts = Annotated[tuple[str, ...], NoDecode, pydantic.BeforeValidator(_split_hosts)]
 Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80})$")]
+Shadow = Annotated[str, pydantic.Field(pattern=r"^[\w.-]+=(0?\.\d*[1-9]\d*|1(\.0*)?)$")]
 Devices = Annotated[tuple[Device, ...], NoDecode, pydantic.BeforeValidator(_split_commas)]
 
 PREFIX = "SOPDEPLOY_"
@@ -123,6 +124,7 @@ class Settings(BaseSettings):
     max_batch: Count | None = None  # not set: 4 on a CPU, otherwise the largest verified batch
     max_queue_delay_ms: Delay = 0.0  # how long an idle runtime waits for more images
     engine_timeout_seconds: Seconds | None = None  # per batch; not set: 20 times the usual time, >= 4 s
+    shadow: Shadow | None = None  # NAME=0.05: the bundle NAME also gets 5 % of the requests, without effect
     model_control: bool = False  # clients may load, unload and swap models; needs keys on public addresses
 
     keys: Path | None = None  # API key file of `sopdeploy key`; not set: no authentication

@@ -4,7 +4,7 @@ import asyncio
 import io
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -224,19 +224,20 @@ def running(
     settings: Settings,
     *,
     names: Iterable[str] = ("tiny",),
+    beside: Mapping[str, LoadedModel] | None = None,
     shelf: BundleStore | None = None,
     fast_decode: FastDecode | None = None,
     **options: Any,
 ) -> Iterator[Client]:
     """A real server for *runtime*, under each of *names*, on a free loopback port; gives a client for it.
 
-    *options* go to `create_app`.
+    It also has the models *beside* by name. *options* go to `create_app`.
     """
     maps = read_class_maps(bundle.path, bundle.manifest)
     inference = LoadedModel(
         bundle=bundle, runtime=runtime, replays={}, fast_decode=fast_decode, class_maps=maps
     )
-    app = create_app(dict.fromkeys(names, inference), settings, shelf, **options)
+    app = create_app({**dict.fromkeys(names, inference), **(beside or {})}, settings, shelf, **options)
     server = uvicorn.Server(http_config(app, settings))
     with bind("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -134,12 +134,27 @@ class ModelInfo(StrictModel):
     class_maps: bool = False
 
 
+class ShadowInfo(StrictModel):
+    """The shadow of the model *live*, which gets *share* of its requests, and its results since the start.
+
+    `images` counts those whose best class agrees or differs, that failed, and that were dropped.
+    """
+
+    name: str
+    bundle: str
+    id: str
+    live: str
+    share: float
+    images: dict[str, int]
+
+
 class Info(StrictModel):
-    """The models of this server by name, and the versions available for rollback."""
+    """The models of this server by name, the versions available for rollback, and the shadow."""
 
     server: str
     models: tuple[ModelInfo, ...]
     previous: dict[str, str]
+    shadow: ShadowInfo | None = None
 
 
 class SelfTest(StrictModel):

@@ -13,7 +13,15 @@ from sopdeploy.bundle.class_maps import FEATURES
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import deviation, read_probes
 from sopdeploy.errors import BundleError, ParityError
-from sopdeploy_service.api.schema import Card, CertificateSummary, Health, Info, ModelInfo, SelfTest
+from sopdeploy_service.api.schema import (
+    Card,
+    CertificateSummary,
+    Health,
+    Info,
+    ModelInfo,
+    SelfTest,
+    ShadowInfo,
+)
 from sopdeploy_service.api.upload import (
     admit,
     json_response,
@@ -27,6 +35,7 @@ from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.registry import NOT_CONTROLLED
 from sopdeploy_service.inference.results import GATES, Prediction, Rejection
 from sopdeploy_service.inference.service import Service
+from sopdeploy_service.inference.shadow import Shadow
 from sopdeploy_service.observability.metrics import collect
 from sopdeploy_service.observability.request_context import RequestContext
 
@@ -74,7 +83,21 @@ async def info(request: Request) -> Response:
             server=version("sopdeploy"),
             models=tuple(model_info(model) for model in current),
             previous={model.name: model.version for model in loaded if model not in current},
+            shadow=None if registry.shadow is None else shadow_info(registry.shadow),
         )
+    )
+
+
+def shadow_info(shadow: Shadow) -> ShadowInfo:
+    """Describe *shadow* for `/info`."""
+    plan, bundle = shadow.plan, shadow.model.bundle
+    return ShadowInfo(
+        name=plan.name,
+        bundle=bundle.name,
+        id=bundle.manifest.id,
+        live=plan.live,
+        share=plan.share,
+        images=shadow.metrics.counts,
     )
 
 
@@ -212,3 +235,18 @@ async def roll_back(request: Request, name: str) -> Response:
     if not service.settings.model_control:
         raise RejectedError(NOT_CONTROLLED)
     return json_response(model_info(use_model(request, await service.registry.roll_back(name))))
+
+
+@router.post(
+    "/v1/models/{name}/promote",
+    summary="Serve the shadow",
+    response_model=ModelInfo,
+    responses=problem_responses(401, 403, 404, 409, 422),
+    dependencies=[Depends(require_admin)],
+)
+async def promote(request: Request, name: str) -> Response:
+    """Serve the shadow *name* under the name of the live model; a rollback of that model undoes it."""
+    service = service_of(request)
+    if not service.settings.model_control:
+        raise RejectedError(NOT_CONTROLLED)
+    return json_response(model_info(use_model(request, await service.registry.promote(name))))

@@ -109,7 +109,9 @@ class LatencyTable:
 class Model:
     """A bundle being served; every method is called on the event loop."""
 
-    def __init__(self, name: str, loaded: LoadedModel, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self, name: str, loaded: LoadedModel, settings: Settings, metrics: Metrics, *, is_shadow: bool = False
+    ) -> None:
         self.name = name
         self.loaded = loaded
         self.bundle = loaded.bundle
@@ -129,7 +131,7 @@ class Model:
             loaded.runtime,
             self.queue,
             self.latency.record,
-            metrics.of(name),
+            metrics.of(name, stages=not is_shadow),
             outputs=[output.name for output in loaded.bundle.manifest.outputs],
             max_batch=self.largest_batch,
         )
@@ -151,6 +153,11 @@ class Model:
             if not self._users:
                 self.unused.set()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no image is queued and no batch runs."""
+        return not self._worker.in_flight and self.queue.is_empty
+
     def start(self) -> None:
         """Start the worker thread and its watchdog."""
         self._thread = threading.Thread(
@@ -169,8 +176,8 @@ class Model:
             items = [*self.queue.close(rejection), *(item for batch in batches for item in batch.items)]
             settle(items, [rejection] * len(items))
 
-    async def stop(self) -> None:
-        """Close the model, end its worker thread and release its runtime."""
+    async def stop(self, *, keep_runtime: bool = False) -> None:
+        """Close the model, end its worker thread and, unless *keep_runtime*, release its runtime."""
         self.close(DRAINING)
         if self._watchdog is not None:
             self._watchdog.cancel()
@@ -178,7 +185,9 @@ class Model:
                 await self._watchdog
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, 0.0 if self.dead else JOIN_SECONDS)
-            if not self.dead and not self._thread.is_alive():  # otherwise a batch may still use the memory
+            if (
+                not keep_runtime and not self.dead and not self._thread.is_alive()
+            ):  # otherwise a batch may still use the memory
                 await asyncio.to_thread(self.loaded.runtime.close)
 
     def _declare_dead(self, hung_seconds: float | None = None) -> None:

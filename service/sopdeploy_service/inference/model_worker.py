@@ -87,6 +87,11 @@ class RequestQueue:
     _items: deque[QueuedImage] = field(default_factory=deque)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no image is queued."""
+        return not self._items
+
     def put(self, item: QueuedImage) -> Rejection | None:
         """Add *item*; return the rejection of a closed queue instead."""
         with self._changed:

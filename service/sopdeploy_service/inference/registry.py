@@ -18,8 +18,9 @@ from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.fault_injection import NO_FAULTS, Faults
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.results import Rejection
-from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.inference.results import DRAINING, Rejection
+from sopdeploy_service.inference.shadow import Shadow, Submit, plan_shadow
+from sopdeploy_service.observability.metrics import Metrics, ShadowMetrics
 from sopdeploy_service.settings import Settings
 
 NOT_CONTROLLED = Rejection(
@@ -47,15 +48,34 @@ class ModelRegistry:
         metrics: Metrics,
         store: BundleStore | None,
         faults: Faults = NO_FAULTS,
+        submit: Submit | None = None,
     ) -> None:
-        """Register *loaded* by name. Without a *store* clients cannot load or unload models."""
+        """Register *loaded* by name. Without a *store* clients cannot load or unload models.
+
+        *submit* queues an image at a model; a shadow needs it. Raises `ConfigError` for a shadow that is not
+        among *loaded* or has other classes.
+        """
         self._faults = faults
         self._settings = settings
         self._metrics = metrics
         self._store = store
         self._changing = asyncio.Lock()
         self._retiring: dict[Model, asyncio.Task[None]] = {}
-        self._by_name = {name: Versions(self._make_model(name, model)) for name, model in loaded.items()}
+        plan = plan_shadow(settings.shadow, loaded)
+        self.shadow: Shadow | None = None
+        if plan is not None and submit is not None:
+            model = self._make_model(plan.name, plan.loaded, is_shadow=True)
+            counted = ShadowMetrics(metrics, plan.name)
+            self.shadow = Shadow(plan, model, counted, is_idle=self._is_idle, submit=submit)
+        served = {name: model for name, model in loaded.items() if plan is None or name != plan.name}
+        self._by_name = {name: Versions(self._make_model(name, model)) for name, model in served.items()}
+
+    def start(self) -> None:
+        """Start the worker threads of every model."""
+        for model in self.models():
+            model.start()
+        if self.shadow is not None:
+            self.shadow.model.start()
 
     def models(self) -> list[Model]:
         """Return every loaded model, by name, the current version before the previous one."""
@@ -93,6 +113,10 @@ class ModelRegistry:
             if self._store is None:
                 return NOT_CONTROLLED
             versions = self._by_name.get(name)
+            if self.shadow is not None and name == self.shadow.plan.name:
+                return Rejection(
+                    "cannot_load", 400, f"{name}: is the shadow; promote it, or choose another name"
+                )
             try:
                 serving = versions.current.version if versions else None
                 path = self._store.find(name, folder, serving=serving)
@@ -143,6 +167,22 @@ class ModelRegistry:
                 return Rejection("no_previous_version", 409, f"{name}: no previous version is loaded")
             return self._swap(versions)
 
+    async def promote(self, name: str) -> Model | Rejection:
+        """Serve the shadow *name* instead of the live model, which stays loaded for a rollback.
+
+        The shadow is not loaded again: its runtime serves requests after its last batch.
+        """
+        async with self._changing:
+            shadow = self.shadow
+            if shadow is None or shadow.plan.name != name:
+                return Rejection("no_shadow", 409, f"{name[:100]!r}: is not the shadow of a model")
+            self.shadow = None
+            loaded = await shadow.end()
+            self._metrics.count_bundle(name, shadow.model.bundle, shadow.model.loaded.runtime, -1)
+            if loaded is None:
+                return Rejection("shadow_failed", 409, f"{name}: the model worker of this shadow has stopped")
+            return self._serve(shadow.plan.live, loaded)
+
     async def unload(self, name: str) -> Rejection | None:
         """Stop serving *name*; requests that use it still get their responses."""
         async with self._changing:
@@ -161,11 +201,17 @@ class ModelRegistry:
 
     async def stop(self) -> None:
         """Stop every model."""
+        if self.shadow is not None:
+            self.shadow.model.close(DRAINING)
+            await self.shadow.model.stop()
         for task in self._retiring.values():
             task.cancel()
         await asyncio.gather(*(model.stop() for model in (*self.models(), *self._retiring)))
 
-    def _make_model(self, name: str, loaded: LoadedModel) -> Model:
+    def _is_idle(self) -> bool:
+        return all(model.is_idle for model in self.models())
+
+    def _make_model(self, name: str, loaded: LoadedModel, *, is_shadow: bool = False) -> Model:
         loaded = replace(loaded, runtime=self._faults.wrap_runtime(loaded.runtime))
         self._metrics.count_bundle(name, loaded.bundle, loaded.runtime, 1)
         if loaded.bundle.manifest.rejection is not None:
@@ -173,7 +219,7 @@ class ModelRegistry:
         if loaded.fast_decode is not None:
             self._metrics.fast_drift.labels(name).set(loaded.fast_decode.drift)
             self._metrics.fast_agreement.labels(name).set(loaded.fast_decode.agreement)
-        return Model(name, loaded, self._settings, self._metrics)
+        return Model(name, loaded, self._settings, self._metrics, is_shadow=is_shadow)
 
     def _serve(self, name: str, loaded: LoadedModel) -> Model:
         model = self._make_model(name, loaded)

@@ -57,7 +57,7 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.active_requests = 0  # counted by the middleware
-        self.registry = ModelRegistry(loaded, settings, self.metrics, store, faults)
+        self.registry = ModelRegistry(loaded, settings, self.metrics, store, faults, self._submit)
         self.fetches = asyncio.Semaphore(settings.url_fetches)
         # Few threads: a JSON parser holds the interpreter lock.
         self.parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
@@ -79,8 +79,7 @@ class Service:
 
     def start(self) -> None:
         """Start the threads and accept requests."""
-        for model in self.registry.models():
-            model.start()
+        self.registry.start()
         self._decoders.start()
         self._draining = False
 
@@ -165,6 +164,11 @@ class Service:
         stages = _record_stages(context, items, outcomes)
         result = DEADLINE if any(outcome is DEADLINE for outcome in outcomes) else outcomes
         model.statistics.record(result, stages, time.monotonic() - started)
+        shadow = self.registry.shadow
+        if shadow is not None:
+            if shadow.samples(model, context.request_id):
+                shadow.offer(model, items, images, outcomes)
+            loop.call_soon(shadow.advance)  # after the response
         return result
 
     def _submit(self, model: Model, item: QueuedImage, image: EncodedImage | NDArray[np.uint8]) -> None:

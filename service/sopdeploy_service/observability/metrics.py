@@ -51,6 +51,17 @@ class Metrics:
         self.unknown_images = counter(
             "unknown_images", "Images whose score is below the rejection threshold", ("model",)
         )
+        self.shadow_images = counter(
+            "shadow_images",
+            "Images for the shadow: agree or differ (best class), failed, dropped",
+            ("model", "result"),
+        )
+        self.shadow_seconds = histogram(
+            "shadow_duration_seconds",
+            "Batch time of the same images at the live model and at the shadow",
+            ("model", "side"),
+            buckets=SECONDS_BUCKETS,
+        )
         self.queue_depth = gauge("queue_depth", "Images admitted and not yet answered")
         self._busy = gauge("engine_busy_ratio", "Busy fraction of the last 10 s", ("model",))
         self.connections = gauge("connections", "Open connections")
@@ -74,10 +85,13 @@ class Metrics:
         self._models: dict[str, ModelMetrics] = {}
         self._loaded: Counts[tuple[str, ...]] = Counts()
 
-    def of(self, model: str) -> "ModelMetrics":
-        """Return the metrics of *model*, shared by all of its versions."""
+    def of(self, model: str, *, stages: bool = True) -> "ModelMetrics":
+        """Return the metrics of *model*, shared by all of its versions.
+
+        Without *stages* its batches do not count in `stage_duration_seconds`.
+        """
         if model not in self._models:
-            created = self._models[model] = ModelMetrics(self, model)
+            created = self._models[model] = ModelMetrics(self, model, stages=stages)
             self._busy.labels(model).set_function(created.busy_ratio)
         return self._models[model]
 
@@ -108,8 +122,8 @@ class Metrics:
 class ModelMetrics:
     """The metrics of one model, shared by all of its versions."""
 
-    def __init__(self, metrics: Metrics, model: str) -> None:
-        self._stage = metrics.stage
+    def __init__(self, metrics: Metrics, model: str, *, stages: bool = True) -> None:
+        self._stage = metrics.stage if stages else None
         # Created here, so that they show 0 before the first batch.
         self._size = metrics.batch_size.labels(model)
         self.nonfinite = metrics.nonfinite_outputs.labels(model)
@@ -126,9 +140,10 @@ class ModelMetrics:
             self.runs.append((started, ended))
             while self.runs[0][1] < ended - WINDOW_SECONDS:
                 self.runs.popleft()
-        self._stage("infer", ended - started)
-        for seconds in waited:
-            self._stage("queue", seconds)
+        if self._stage is not None:
+            self._stage("infer", ended - started)
+            for seconds in waited:
+                self._stage("queue", seconds)
 
     def busy_ratio(self) -> float:
         """Compute the fraction of the last `WINDOW_SECONDS` in which a batch ran. Thread-safe."""
@@ -137,6 +152,27 @@ class ModelMetrics:
             begin = max(self._created, now - WINDOW_SECONDS)
             busy = sum(max(0.0, ended - max(started, begin)) for started, ended in self.runs)
             return min(1.0, busy / max(now - begin, 1e-9))
+
+
+class ShadowMetrics:
+    """The comparison of the shadow *model* with the live model, since the start."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        results = ("agree", "differ", "failed", "dropped")
+        self.counts = dict.fromkeys(results, 0)
+        self._images = {result: metrics.shadow_images.labels(model, result) for result in results}
+        self._live = metrics.shadow_seconds.labels(model, "live")
+        self._shadow = metrics.shadow_seconds.labels(model, "shadow")
+
+    def count(self, result: str) -> None:
+        """Count an image as `agree`, `differ`, `failed` or `dropped`."""
+        self.counts[result] += 1
+        self._images[result].inc()
+
+    def observe(self, *, live: float, shadow: float) -> None:
+        """Record the seconds of the batches in which an image ran."""
+        self._live.observe(live)
+        self._shadow.observe(shadow)
 
 
 async def collect(workers: Mapping[str, str], headers: Mapping[str, str]) -> bytes:

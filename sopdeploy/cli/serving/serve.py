@@ -40,6 +40,12 @@ def serve(
     max_body_bytes: Annotated[int | None, typer.Option(min=1, help="Largest request body.")] = None,
     max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest image in pixels.")] = None,
     queue_size: Annotated[int | None, typer.Option(min=1, help="Images that may wait in the queue.")] = None,
+    shadow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=SHARE", help="Also send a share of the requests, such as 0.05, to the bundle NAME."
+        ),
+    ] = None,
     model_control: Annotated[
         bool, typer.Option("--model-control", help="Allow clients to load, unload and swap models.")
     ] = False,
@@ -67,6 +73,8 @@ def serve(
     Example: [bold]sopdeploy serve bundles/dsop-resnet20-3f6c01d2a4b7 --port 8000[/bold]
 
     Example: [bold]sopdeploy serve flowers=bundles/dsop-resnet20-3f6c01d2a4b7 birds=other/bundle[/bold]
+
+    Example: [bold]sopdeploy serve live=bundles/dsop-resnet20-3f6c01d2a4b7 new=other --shadow new=0.05[/bold]
     """
     with one_line_errors():
         from sopdeploy_service.settings import load_settings, parse_assignments, to_toml, unused_variables
@@ -84,6 +92,7 @@ def serve(
                 max_body_bytes=max_body_bytes,
                 max_pixels=max_pixels,
                 queue_size=queue_size,
+                shadow=shadow,
                 model_control=model_control or None,
                 keys=keys,
                 verify_key=verify_key,

@@ -35,8 +35,9 @@ def test_a_correct_runtime_passes_the_self_test(serve_with, onnx_runtime, bundle
 def test_the_model_must_be_known_and_rollback_be_enabled(client) -> None:
     unknown = client.get("/selftest?model=nothing")
     assert (unknown.status_code, unknown.json()["code"]) == (404, "unknown_model")
-    reply = client.post("/v1/models/tiny/rollback")
-    assert (reply.status_code, reply.json()["code"]) == (403, "model_control_off")
+    for action in ("rollback", "promote"):
+        reply = client.post(f"/v1/models/tiny/{action}")
+        assert (reply.status_code, reply.json()["code"]) == (403, "model_control_off")
 
 
 @pytest.mark.parametrize(("wrong", "code"), [(0.01, "selftest_failed"), (np.nan, "nonfinite_output")])

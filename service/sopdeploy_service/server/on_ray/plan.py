@@ -150,6 +150,10 @@ def check(settings: Settings) -> None:
         )
     if settings.model_control:
         raise ConfigError("model_control would change one replica only; deploy another user_config instead")
+    if settings.shadow is not None:
+        raise ConfigError(
+            "shadow needs a server of its own: start `sopdeploy serve --shadow` beside the cluster"
+        )
     if settings.port == 0:
         raise ConfigError("port 0: Ray's proxies on all machines listen on the same port; choose one")
 
