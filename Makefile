@@ -24,8 +24,8 @@ export NO_MKDOCS_2_WARNING := 1
 # uv does not compile to bytecode. Without a bytecode cache every process that a test starts compiles torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo quick test fuzz check lint types contracts unit tests ray-test test-models goldens format docs site \
-	gpu-check soak dist wheel-test container-test container-base audit sbom release lock clean
+.PHONY: demo quick test fuzz check lint types contracts unit tests ray-test test-models goldens format docs \
+	pictures site gpu-check soak dist wheel-test container-test container-base audit sbom release lock clean
 
 demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over HTTP
 	$(BIN)/sopdeploy demo
@@ -77,6 +77,9 @@ format: $(STAMP)  ## format the code and apply ruff's automatic fixes
 
 docs: $(STAMP)  ## rewrite the generated pages of docs/
 	$(BIN)/python docs/generate.py
+
+pictures: $(STAMP)  ## create the screenshots and the chart of the README; needs Chromium
+	$(BIN)/python docs/generate_pictures.py
 
 site: $(STAMP)  ## build docs/ as a site; open build/site/index.html
 	$(BIN)/mkdocs build --strict --quiet

@@ -21,8 +21,19 @@ LOADED = re.compile(
 def test_the_navigation_lists_every_page() -> None:
     named = re.findall(r"^ +- (?:.*: )?([\w/-]+\.md)$", CONFIG.partition("\nnav:")[2], re.MULTILINE)
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
-    measured = {page for page in pages if page.startswith("benchmarks/")}  # created by benchmarks
+    measured = {page for page in pages if page.startswith("benchmarks/")} - {"benchmarks/index.md"}
     assert sorted(named) == sorted(set(pages) - measured)
+    index = (ROOT / "docs" / "benchmarks" / "index.md").read_text(encoding="utf-8")
+    assert {f"benchmarks/{page}" for page in re.findall(r"\]\(([\w-]+\.md)\)", index)} == measured
+
+
+def test_every_claim_of_the_measurements_page_is_a_quotation_of_the_readme() -> None:
+    index = (ROOT / "docs" / "benchmarks" / "index.md").read_text(encoding="utf-8")
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    claims = re.findall(r"^\| (\".*?\") \| ", index, re.MULTILINE)
+    quotations = [quoted for claim in claims for quoted in re.findall(r'"(.+?)"', claim)]
+    assert len(quotations) > 5
+    assert [quoted for quoted in quotations if quoted.replace("\\|", "|") not in readme] == []
 
 
 def test_the_site_uses_no_external_fonts_or_scripts() -> None:
