@@ -60,6 +60,12 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ("sopdeploy_fast_decode_agreement", "agreement {{model}}"),
         ],
     ),
+    (
+        "Shadow: images by result",
+        "ops",
+        [(f"sum by (model, result) (rate(sopdeploy_shadow_images_total{RATE}))", "{{model}} {{result}}")],
+    ),
+    ("Shadow: batch time of the same images", "s", quantiles("sopdeploy_shadow_duration_seconds", "side")),
     ("Queued images", "none", [("sum by (instance) (sopdeploy_queue_depth)", "{{instance}}")]),
     ("Runtime utilization", "percentunit", [("sopdeploy_engine_busy_ratio", "{{instance}} {{model}}")]),
     (

@@ -5,7 +5,7 @@ Stores are not trusted. The archive is checked by its hashes, and by a signature
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -45,20 +45,25 @@ def get(source: str, file: Path, limit: int) -> None:
     """Copy *source*, a path or URL, to *file*; raise `BundleError` if it is larger than *limit* bytes."""
     if "://" in source:
         with _filesystem(source) as (store, path), store.open(path, "rb") as remote:
-            _copy(remote, file, source, limit)
+            write_blocks(_blocks(remote), file, source, limit)
         return
     if not Path(source).is_file():
         raise BundleError(f"{source}: no archive here; use the path of the .tar that `push` wrote")
     if not os.access(source, os.R_OK):
         raise BundleError(f"{source}: cannot be read; check its permissions")
     with Path(source).open("rb") as local:
-        _copy(local, file, source, limit)
+        write_blocks(_blocks(local), file, source, limit)
 
 
-def _copy(source: IO[bytes] | BinaryIO, file: Path, name: str, limit: int) -> None:
+def _blocks(source: IO[bytes] | BinaryIO) -> Iterator[bytes]:
+    return iter(lambda: source.read(BLOCK_BYTES), b"")
+
+
+def write_blocks(blocks: Iterable[bytes], file: Path, name: str, limit: int) -> None:
+    """Write *blocks* to *file*; raise `BundleError`, which names *name*, for more than *limit* bytes."""
     size = 0
     with file.open("wb") as target:
-        while block := source.read(BLOCK_BYTES):
+        for block in blocks:
             size += len(block)
             if size > limit:
                 raise BundleError(f"{name}: larger than {limit} bytes; `--max-bytes` allows more")
@@ -115,7 +120,7 @@ def pull_artifact(reference: str, archive: Path, signature: Path, limit: int) ->
             if kind in digests:
                 with client.get_blob(container, digests[kind], stream=True) as response:
                     response.raise_for_status()
-                    _copy(response.raw, file, reference, limit)
+                    write_blocks(_blocks(response.raw), file, reference, limit)
                 if f"sha256:{sha256(file)}" != digests[kind]:
                     raise BundleError(f"{reference}: the registry sent other bytes than its digest says")
     except BundleError:

@@ -1,4 +1,4 @@
-"""Push bundles to a folder, object store or registry and pull them back, with all checks."""
+"""Push bundles to folders, object stores, registries and the Hub, and pull them back, with all checks."""
 
 import hmac
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sopdeploy.bundle.archive import archived_manifest, unpack, write_archive
 from sopdeploy.bundle.folder import open_bundle, publish, staging
+from sopdeploy.bundle.hub import HUB, pull_from_hub, push_to_hub
 from sopdeploy.bundle.signing import MAX_FILE_BYTES, SUFFIX, check_signed, signature_path
 from sopdeploy.bundle.storage import OCI, get, pull_artifact, push_artifact, put
 from sopdeploy.errors import BundleError, ConfigError
@@ -36,12 +37,15 @@ class Pulled:
     verified: bool
 
 
-def push(path: Path, place: str) -> Pushed:
-    """Pack the bundle at *path* and upload it to *place*: a folder, an fsspec URL or `oci://...`.
+def push(path: Path, place: str, *, license_id: str | None = None) -> Pushed:
+    """Pack the bundle at *path* and upload it to *place*: a folder, an fsspec URL, `oci://...` or `hf://...`.
 
-    A signature beside the bundle is uploaded first, so a reader who sees the archive also finds it. Raises
-    `BundleError` for a damaged bundle or a failed upload.
+    *license_id* is written to the model card on the Hub. A signature beside the bundle is uploaded first, or
+    in the same commit, so a reader who sees the archive also finds it. Raises `BundleError` for a damaged
+    bundle or a failed upload, and `ConfigError` for a license without a card.
     """
+    if license_id is not None and not place.startswith(HUB):
+        raise ConfigError(f"--license: is written to a model card, which only {HUB} has")
     bundle = open_bundle(path)
     signature = signature_path(path) if signature_path(path).is_file() else None
     with tempfile.TemporaryDirectory(prefix="sopdeploy-") as folder:
@@ -50,6 +54,8 @@ def push(path: Path, place: str) -> Pushed:
             write_archive(bundle, file)
         if place.startswith(OCI):
             location = push_artifact(archive, signature, place, bundle.manifest.id)
+        elif place.startswith(HUB):
+            location = push_to_hub(bundle, archive, signature, place, license_id)
         else:
             name = bundle.manifest.name + ARCHIVE_SUFFIX
             if signature is not None:
@@ -84,6 +90,8 @@ def pull(
         archive, signature = download / name, download / (name + SUFFIX)
         if source.startswith(OCI):
             pull_artifact(source, archive, signature, max_bytes)
+        elif source.startswith(HUB):
+            pull_from_hub(source, archive, signature, max_bytes)
         else:
             get(source, archive, max_bytes)
             if verify_key is not None:

@@ -8,22 +8,30 @@ import typer
 
 from sopdeploy.cli.console import BundleArgument, JsonOption, one_line_errors, print_field, print_json
 
+PLACES = "oci://HOST/REPOSITORY[:TAG] or hf://OWNER/NAME[@REVISION]"
+
 
 def push(
     bundle: BundleArgument,
     destination: Annotated[
-        str, typer.Argument(metavar="DEST", help="A folder, s3://BUCKET/PATH or oci://HOST/REPOSITORY[:TAG].")
+        str, typer.Argument(metavar="DEST", help=f"A folder, s3://BUCKET/PATH, {PLACES}.")
     ],
+    license_id: Annotated[
+        str | None,
+        typer.Option("--license", help="License of the model for its card on the Hub: apache-2.0."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Upload a bundle as one reproducible archive, with its signature if there is one.
 
     Example: [bold]sopdeploy push bundles/dsop-resnet20-3f6c01d2a4b7 s3://models/flowers[/bold]
+
+    Example: [bold]sopdeploy push bundles/dsop-resnet20-3f6c01d2a4b7 hf://owner/flowers --license mit[/bold]
     """
     with one_line_errors(as_json):
         from sopdeploy.bundle.transfer import push as run
 
-        pushed = run(bundle, destination)
+        pushed = run(bundle, destination, license_id=license_id)
     if as_json:
         print_json(asdict(pushed))
         return
@@ -33,7 +41,7 @@ def push(
 
 
 def pull(
-    source: Annotated[str, typer.Argument(help="Location printed by `push`: a path, s3://... or oci://...")],
+    source: Annotated[str, typer.Argument(help=f"Location printed by `push`: a path, s3://..., {PLACES}.")],
     destination: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the bundle.")],
     sha256: Annotated[str | None, typer.Option(help="Expected sha256 of the archive.")] = None,
     verify_key: Annotated[Path | None, typer.Option(help="Public key that must have signed it.")] = None,
@@ -43,6 +51,8 @@ def pull(
     """Download a bundle, check signature and hashes, and only then move it to its final name.
 
     Example: [bold]sopdeploy pull s3://models/flowers/dsop-resnet20-3f6c01d2a4b7.tar bundles[/bold]
+
+    Example: [bold]sopdeploy pull hf://owner/flowers bundles[/bold]
     """
     with one_line_errors(as_json):
         from sopdeploy.bundle.transfer import pull as run
